@@ -1,0 +1,49 @@
+# Each target does all of its own set-up: it needs python3 (3.11 or newer), make and nothing else.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: install quickstart test test-all check format lock wheel bench clean
+
+install: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+quickstart: install            ## digits -> shards -> latents -> EDT -> metrics -> registry -> report
+	$(BIN)/edt run
+
+test: install                  ## the whole suite but what is marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install              ## the slow tests as well
+	$(BIN)/python -m pytest
+
+check: install                 ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install                 ## times the quickstart, its second run and the CLI; prints a table
+	$(BIN)/python tests/benchmarks/quickstart.py
+
+wheel: install
+	$(BIN)/python -m build --wheel
+
+lock:                          ## resolve pyproject.toml anew in a scratch environment and write the pins
+	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install --quiet ".[dev]"
+	.lock-venv/bin/pip freeze --exclude edt-pipeline | sed 's/+cpu//' > requirements.lock
+	rm -rf .lock-venv
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

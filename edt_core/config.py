@@ -1,0 +1,175 @@
+"""Configuration of each stage: one frozen pydantic schema a concern. Unknown keys are refused.
+
+A field made with `runtime(...)` says how a stage runs, not what it makes: it stays out of the artifact's fingerprint.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every configuration section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def runtime(default: Any, **constraints: Any) -> Any:
+    """A field that does not change the result of its stage."""
+    return Field(default, json_schema_extra={"runtime": True}, **constraints)
+
+
+def result_fields(section: Section) -> dict[str, Any]:
+    """The section as JSON values, without its runtime fields: what a fingerprint is made of."""
+    fields: dict[str, Any] = {}
+    for name, info in type(section).model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and extra.get("runtime"):
+            continue
+        value = getattr(section, name)
+        fields[name] = result_fields(value) if isinstance(value, Section) else value
+    return section.model_validate(fields).model_dump(mode="json", include=set(fields))
+
+
+class PreprocessConfig(Section):
+    """Image folder -> image shards."""
+
+    image_size: int = Field(256, ge=8, le=4096, description="side of the square images in pixels")
+    images_per_shard: int = Field(4096, ge=1)
+    max_bad_fraction: float = Field(
+        0.001, ge=0, le=1, description="unreadable images above this share fail the step"
+    )
+
+
+class AutoencoderConfig(Section):
+    """A published autoencoder (`pretrained`), or one fitted on the images (`pretrained: null`)."""
+
+    pretrained: str | None = Field(
+        None,
+        description="hub id, local folder or MLflow URI (models:/NAME@ALIAS) of a diffusers AutoencoderKL",
+    )
+    downsample_factor: int = Field(
+        8, description="image side / latent side; must be that of `pretrained` where given"
+    )
+    latent_channels: int = Field(4, ge=1)
+    base_channels: int = Field(
+        32, ge=8, multiple_of=8, description="channels of the first level; each level doubles"
+    )
+    layers_per_block: int = Field(1, ge=1)
+    steps: int = Field(20_000, ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    kl_weight: float = Field(1e-6, ge=0)
+    max_images: int = Field(50_000, ge=1, description="the fit takes the first images up to this number")
+    seed: int = 0
+    num_cpus: int = runtime(2, ge=1)
+    num_gpus: float = runtime(0, ge=0)
+
+    @model_validator(mode="after")
+    def _factor_is_a_power_of_two(self) -> "AutoencoderConfig":
+        if self.downsample_factor < 2 or self.downsample_factor & (self.downsample_factor - 1):
+            raise ValueError(
+                f"downsample_factor is {self.downsample_factor}; a power of two from 2 on is needed, as 4 or 8"
+            )
+        return self
+
+
+class EncodeConfig(Section):
+    """Image shards -> latent shards."""
+
+    write_webdataset: bool = Field(True, description="also write the row-identical WebDataset shards")
+    batch_size: int = runtime(64, ge=1)
+    num_workers: int = runtime(2, ge=1)
+    num_cpus_per_worker: float = runtime(1, ge=0)
+    num_gpus_per_worker: float = runtime(0, ge=0)
+
+
+class ClassifierConfig(Section):
+    """A small classifier fitted on the real images: the feature space of `fd_classifier`."""
+
+    feature_dim: int = Field(64, ge=2)
+    base_channels: int = Field(16, ge=1)
+    steps: int = Field(400, ge=1)
+    batch_size: int = Field(128, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    holdout_fraction: float = Field(
+        0.1, gt=0, lt=1, description="images kept from the fit to measure its accuracy"
+    )
+    seed: int = 0
+    num_cpus: int = runtime(2, ge=1)
+    num_gpus: float = runtime(0, ge=0)
+
+
+class TrainConfig(Section):
+    """The training recipe; defaults are the paper's for EDT-S and EDT-B (arXiv 2410.23788, appendix)."""
+
+    model: str = Field("EDT-S/2", description="EDT-S/2, EDT-B/2, EDT-XL/2 or EDT-Tiny/2")
+    global_batch_size: int = Field(256, ge=1)
+    max_steps: int = Field(400_000, ge=0, description="0 leaves the untrained model of this seed")
+    optimizer: Literal["adan", "adamw"] = "adan"
+    lr: float = Field(1e-3, gt=0)
+    lr_final: float = Field(5e-5, ge=0, description="the rate falls linearly from lr to this at max_steps")
+    weight_decay: float = Field(0.0, ge=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    class_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    masked_loss: bool = Field(
+        True, description="add the masked loss to the full one; false is the paper's EDT*"
+    )
+    timestep_sampler: Literal["loss-second-moment", "uniform"] = "loss-second-moment"
+    num_timesteps: int = Field(1000, ge=1)
+    min_snr_gamma: float = Field(5.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    log_every: int = Field(50, ge=1, description="steps between two rows of the loss history")
+    checkpoint_every: int = runtime(5_000, ge=1)
+    num_to_keep: int = runtime(2, ge=1)
+    num_workers: int = runtime(1, ge=1)
+    num_cpus_per_worker: float = runtime(1, gt=0)
+    use_gpu: bool = runtime(False)
+    max_failures: int = runtime(3, ge=-1, description="worker failures to recover from; -1 for any number")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "TrainConfig":
+        if self.global_batch_size % self.num_workers:
+            lower = self.global_batch_size - self.global_batch_size % self.num_workers
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} does not divide by num_workers {self.num_workers}; "
+                f"use {lower or self.num_workers} or {lower + self.num_workers}, or another number of workers"
+            )
+        return self
+
+
+class SampleConfig(Section):
+    """The sampling protocol: part of every metric's meaning."""
+
+    num_samples: int = Field(
+        50_000, ge=2, description="classes in turn: sample i has class i mod num_classes"
+    )
+    num_sampling_steps: int = Field(250, ge=2)
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    cfg_scale: float = Field(1.0, ge=1)
+    guidance_channels: int | None = Field(3, description="channels that are guided; null for all")
+    amm_blocks: tuple[int, ...] | Literal["paper"] = Field(
+        (), description="0-based blocks; 'paper' by cfg_scale"
+    )
+    seed: int = 0
+    unit_size: int = Field(
+        64, ge=1, description="samples in one unit of work: fixed, so that results do not move"
+    )
+    keep_images: int = Field(100, ge=0, description="first samples whose pixels are kept for the report")
+    num_workers: int = runtime(1, ge=1)
+    num_cpus_per_worker: float = runtime(1, ge=0)
+    num_gpus_per_worker: float = runtime(0, ge=0)
+
+
+class ReferenceConfig(Section):
+    """Features of the real images."""
+
+    batch_size: int = runtime(256, ge=1)
+    num_gpus: float = runtime(0, ge=0)
+
+
+class EvaluateConfig(Section):
+    """Metrics from kept features."""
+
+    metrics: tuple[Literal["fid", "kid", "precision", "recall"], ...] = ("fid", "kid", "precision", "recall")

@@ -1,0 +1,155 @@
+"""Which timesteps a training step uses, and the weights that keep the loss unbiased.
+
+The draw is a pure function of the sampler's state and of uniform numbers that the caller makes, so the
+timesteps of a global batch do not depend on how many workers share it: draw for the global batch, then slice.
+
+Shapes: T timesteps, B samples of the global batch, H remembered losses a timestep.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+class TimestepDraw(NamedTuple):
+    """timesteps: int64 [B]. weights: float32 [B], the factor on each sample's loss; its expectation is 1."""
+
+    timesteps: IntArray
+    weights: NDArray[np.float32]
+
+
+class TimestepSampler(Protocol):
+    """What a training loop asks of a sampler of timesteps."""
+
+    def draw(self, uniforms: ArrayLike) -> TimestepDraw: ...
+
+    def update(self, timesteps: ArrayLike, losses: ArrayLike) -> None: ...
+
+    def state_dict(self) -> dict[str, NDArray[Any]]: ...
+
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None: ...
+
+
+def draw_timesteps(weights: FloatArray, uniforms: ArrayLike) -> TimestepDraw:
+    """Timesteps with probability p_t proportional to weights [T], by inversion of uniforms [B] in [0, 1).
+
+    The importance weight of timestep t is 1 / (T p_t). Raises ValueError for uniforms outside [0, 1).
+    """
+    u = np.asarray(uniforms, dtype=np.float64)
+    if u.ndim != 1 or not np.all((u >= 0.0) & (u < 1.0)):
+        raise ValueError(
+            f"uniforms of shape {u.shape} must be one number a sample in [0, 1). Make them with "
+            "numpy.random.Generator.random(global_batch_size)."
+        )
+    cumulative = np.cumsum(weights)
+    cumulative /= cumulative[-1]
+    timesteps = np.searchsorted(cumulative, u, side="right")
+    importance = np.mean(weights) / weights[timesteps]
+    return TimestepDraw(timesteps.astype(np.int64), importance.astype(np.float32))
+
+
+class UniformSampler:
+    """Every timestep is as likely as any other; all weights are 1. It has no state."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+
+    def weights(self) -> FloatArray:
+        """Unnormalised probability of each timestep, [T]."""
+        return np.ones(self.num_timesteps)
+
+    def draw(self, uniforms: ArrayLike) -> TimestepDraw:
+        """Timesteps and weights for uniforms [B] in [0, 1)."""
+        return draw_timesteps(self.weights(), uniforms)
+
+    def update(self, timesteps: ArrayLike, losses: ArrayLike) -> None:
+        """Nothing is learned from losses."""
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Takes the empty state only; raises ValueError for another sampler's."""
+        if state:
+            raise ValueError(
+                f"the saved timestep sampler has state {sorted(state)}, the uniform sampler has none. Resume "
+                "with the sampler the run was started with."
+            )
+
+
+class LossSecondMomentSampler:
+    """Timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, eq. 18).
+
+    Uniform until every timestep has been seen `history` times. A share `uniform_share` of the probability
+    stays spread evenly, so that no timestep is forgotten.
+    """
+
+    def __init__(self, num_timesteps: int, *, history: int = 10, uniform_share: float = 0.001) -> None:
+        self.num_timesteps = num_timesteps
+        self.history = history
+        self.uniform_share = uniform_share
+        self._losses = np.zeros((num_timesteps, history))  # a ring a timestep
+        self._counts = np.zeros(num_timesteps, dtype=np.int64)  # losses ever seen
+
+    def weights(self) -> FloatArray:
+        """Unnormalised probability of each timestep, [T]: ones at first, afterwards a distribution."""
+        if np.any(self._counts < self.history):
+            return np.ones(self.num_timesteps)
+        root_mean_square = np.sqrt(np.mean(self._losses**2, axis=1))
+        total = root_mean_square.sum()
+        if total == 0.0:
+            return np.ones(self.num_timesteps)
+        return (1.0 - self.uniform_share) * root_mean_square / total + self.uniform_share / self.num_timesteps
+
+    def draw(self, uniforms: ArrayLike) -> TimestepDraw:
+        """Timesteps and weights for uniforms [B] in [0, 1): a function of them and of the losses so far."""
+        return draw_timesteps(self.weights(), uniforms)
+
+    def update(self, timesteps: ArrayLike, losses: ArrayLike) -> None:
+        """Remember the unweighted losses [B] of the global batch, in its order, the same on every rank.
+
+        Raises ValueError, with the state as it was, for shapes that differ, a timestep outside the schedule,
+        or a loss that is not finite, which would spoil the distribution for good.
+        """
+        t = np.asarray(timesteps, dtype=np.int64)
+        values = np.asarray(losses, dtype=np.float64)
+        if t.ndim != 1 or t.shape != values.shape:
+            raise ValueError(
+                f"timesteps {t.shape} and losses {values.shape} must both be [global batch]. Gather the "
+                "losses of all ranks, in the order in which the timesteps were drawn."
+            )
+        if np.any((t < 0) | (t >= self.num_timesteps)):
+            raise ValueError(
+                f"timesteps reach from {t.min()} to {t.max()}, but the sampler knows 0 to "
+                f"{self.num_timesteps - 1}. Pass the timesteps that draw() gave."
+            )
+        if not np.all(np.isfinite(values)):
+            raise ValueError(
+                f"{np.sum(~np.isfinite(values))} of {len(values)} losses are not finite. Leave such a step "
+                "out of update(), and look at the learning rate and at the precision."
+            )
+        for timestep, value in zip(t, values, strict=True):  # in order: a timestep may occur twice
+            self._losses[timestep, self._counts[timestep] % self.history] = value
+            self._counts[timestep] += 1
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """A copy of the state: losses float64 [T, H], counts int64 [T]."""
+        return {"losses": self._losses.copy(), "counts": self._counts.copy()}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Continue from `state_dict()`. Raises ValueError where names or shapes are not this sampler's."""
+        expected = {name: value.shape for name, value in self.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        if found != expected:
+            raise ValueError(
+                f"the saved timestep sampler has arrays {found}, this one {expected}. Resume with the "
+                "sampler, num_timesteps and history the run was started with."
+            )
+        self._losses = np.array(state["losses"], dtype=np.float64)
+        self._counts = np.array(state["counts"], dtype=np.int64)

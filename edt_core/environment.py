@@ -1,0 +1,66 @@
+"""Defaults for the libraries' own environment variables, and what of the environment a manifest records."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+RECORDED_PACKAGES = (
+    "edt-pipeline",
+    "torch",
+    "ray",
+    "mlflow",
+    "diffusers",
+    "pyarrow",
+    "webdataset",
+    "numpy",
+    "pillow",
+)
+
+
+def quiet_defaults() -> None:
+    """Switch off usage reporting of Ray and MLflow unless the user asked for it. Call before importing either."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("WDS_SECURE", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, str]:
+    """Versions and platform, from a fixed list: never the environment variables themselves."""
+    found = {package: _installed(package) for package in RECORDED_PACKAGES}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        **{package: number for package, number in found.items() if number},
+    }
+
+
+@cache
+def code_version() -> str:
+    """Commit of the clone the code runs from (`+dirty` if it differs), else the installed version."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        try:
+            commit = _git(root, "rev-parse", "HEAD")
+            return commit + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    return _installed("edt-pipeline") or "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=10
+    ).stdout.strip()

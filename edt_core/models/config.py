@@ -1,0 +1,201 @@
+"""The numbers that define an EDT: its stages, where attention is modulated and where tokens are masked.
+
+EDT is "An Efficient Diffusion Transformer Framework Inspired by Human-like Sketching" (arXiv 2410.23788).
+
+Legend: a *grid* is the side of a square of tokens, so a stage has grid² tokens. Of an odd number of stages,
+those before the middle one each end in a module that halves the grid, those after it begin by doubling it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+AmmKernel = Literal["exp_cos", "cos"]
+RatioRange = tuple[float, float]
+
+AMM_KERNELS: tuple[AmmKernel, ...] = ("exp_cos", "cos")
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of the hourglass: `depth` blocks of width `dim` on a grid x grid square of tokens."""
+
+    depth: int
+    dim: int
+    num_heads: int
+    grid: int
+    first_block: int
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the stage's blocks among all blocks of the model."""
+        return range(self.first_block, self.first_block + self.depth)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that is needed to build an EDT, and nothing else.
+
+    `dims`, `num_heads` and `depths` have one entry a stage. `latent_size` is the side of the square latents.
+    `amm_blocks` are 0-based indices over all blocks. `down_mask_ratios` has a range of mask ratios for each
+    down-sampling module; `mid_mask_block`, if not None, is the block of the first stage whose input is masked
+    too, with a ratio from `mid_mask_ratio` (a ratio is the share of tokens taken away, in 0..1).
+
+    Raises:
+        ValueError: the numbers do not make a model; the message says which, and what would.
+    """
+
+    name: str
+    latent_size: int
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    in_channels: int = 4
+    patch_size: int = 2
+    autoencoder_factor: int = 8
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    amm_blocks: tuple[int, ...] = ()
+    amm_kernel: AmmKernel = "exp_cos"
+    down_mask_ratios: tuple[RatioRange, ...] = ((0.4, 0.5), (0.1, 0.2))
+    mid_mask_block: int | None = None
+    mid_mask_ratio: RatioRange = (0.15, 0.25)
+
+    def __post_init__(self) -> None:
+        """Check that the numbers make a model."""
+        _check_hourglass(self)
+        _check_latent_size(self)
+        _check_amm(self)
+        _check_masks(self)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the decoded images in pixels."""
+        return self.latent_size * self.autoencoder_factor
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: predicted noise, and interpolation of the variance (learned sigma)."""
+        return 2 * self.in_channels
+
+    @property
+    def cond_dim(self) -> int:
+        """Width of the conditioning vector, which is that of the first stage."""
+        return self.dims[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all stages together."""
+        return sum(self.depths)
+
+    @property
+    def num_merges(self) -> int:
+        """How many times the hourglass halves its grid."""
+        return len(self.depths) // 2
+
+    @property
+    def stages(self) -> tuple[StageSpec, ...]:
+        """The stages in forward order."""
+        last = len(self.depths) - 1
+        grid = self.latent_size // self.patch_size
+        return tuple(
+            StageSpec(depth, dim, heads, grid >> min(i, last - i), sum(self.depths[:i]))
+            for i, (depth, dim, heads) in enumerate(zip(self.depths, self.dims, self.num_heads, strict=True))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON keeps (tuples become lists there; `from_dict` turns them back)."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`, also after a trip through JSON.
+
+        Raises:
+            ValueError: unknown keys, missing keys, or numbers that do not fit.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        missing = sorted({"name", "latent_size", "depths", "dims", "num_heads"} - set(values))
+        if unknown or missing:
+            raise ValueError(
+                f"This is not a ModelConfig: unknown keys {unknown}, missing keys {missing}. "
+                f"Known keys are {sorted(known)}."
+            )
+        return cls(**{key: _as_tuple(value) for key, value in values.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists to tuples, at any depth."""
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _check_hourglass(config: ModelConfig) -> None:
+    lengths = {len(config.depths), len(config.dims), len(config.num_heads)}
+    if len(lengths) != 1 or len(config.depths) % 2 == 0 or len(config.depths) < 3:
+        raise ValueError(
+            f"{config.name}: depths {config.depths}, dims {config.dims} and num_heads {config.num_heads} "
+            "must have the same odd number of entries, one a stage, 3 or more."
+        )
+    if config.dims != config.dims[::-1]:
+        raise ValueError(
+            f"{config.name}: dims {config.dims} must read the same from both ends, since a long skip "
+            "joins the stages that mirror each other."
+        )
+    for dim, heads in zip(config.dims, config.num_heads, strict=True):
+        if heads < 1 or dim % heads or dim % 4:
+            raise ValueError(
+                f"{config.name}: a stage of width {dim} with {heads} heads; the width must be a multiple of "
+                "the number of heads, and of 4 for the sine-cosine position embedding."
+            )
+    if config.num_classes < 1:
+        raise ValueError(f"{config.name}: num_classes is {config.num_classes}; it must be at least 1.")
+
+
+def _check_latent_size(config: ModelConfig) -> None:
+    multiple = config.patch_size * 2**config.num_merges
+    if config.latent_size < multiple or config.latent_size % multiple:
+        raise ValueError(
+            f"{config.name}: latents of {config.latent_size}x{config.latent_size} cannot be cut into "
+            f"patches of {config.patch_size} and merged {config.num_merges} times by 2. Use a multiple of "
+            f"{multiple}, that is an image size that is a multiple of {multiple * config.autoencoder_factor}."
+        )
+
+
+def _check_amm(config: ModelConfig) -> None:
+    check_amm_blocks(config, config.amm_blocks)
+    if config.amm_kernel not in AMM_KERNELS:
+        raise ValueError(
+            f"{config.name}: unknown amm_kernel {config.amm_kernel!r}. Known: {', '.join(AMM_KERNELS)}."
+        )
+
+
+def check_amm_blocks(config: ModelConfig, blocks: Sequence[int]) -> None:
+    """Raise ValueError unless every index in `blocks` names a block of the model."""
+    outside = [block for block in blocks if not 0 <= block < config.num_blocks]
+    if outside:
+        raise ValueError(
+            f"{config.name}: amm_blocks {outside} do not exist. The model has {config.num_blocks} blocks; "
+            f"use indices 0..{config.num_blocks - 1}."
+        )
+
+
+def _check_masks(config: ModelConfig) -> None:
+    if len(config.down_mask_ratios) != config.num_merges:
+        raise ValueError(
+            f"{config.name}: {len(config.down_mask_ratios)} ranges in down_mask_ratios for "
+            f"{config.num_merges} down-sampling modules; give one range for each."
+        )
+    for low, high in (*config.down_mask_ratios, config.mid_mask_ratio):
+        if not 0.0 <= low <= high < 1.0:
+            raise ValueError(
+                f"{config.name}: mask ratios {low}..{high} are not a range within 0..1 (1 excluded)."
+            )
+    if config.mid_mask_block is not None and not 0 <= config.mid_mask_block < config.depths[0]:
+        raise ValueError(
+            f"{config.name}: mid_mask_block is {config.mid_mask_block}, but a masked token is replaced by "
+            "the first stage's position embedding, so it must be one of that stage's blocks "
+            f"0..{config.depths[0] - 1}."
+        )

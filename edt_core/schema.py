@@ -1,0 +1,48 @@
+"""Names and versions of everything that is written to disk. Nothing else in the project spells them out.
+
+Shapes: C latent channels, h latent height and width (image size / autoencoder factor).
+"""
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+
+KINDS = (
+    "images",
+    "autoencoder",
+    "latents",
+    "classifier",
+    "checkpoint",
+    "reference",
+    "features",
+    "evaluation",
+    "report",
+)
+
+# Image shards: WebDataset tar. A sample is `<key>.png`, `<key>.cls` (class index, ASCII) and `<key>.json`.
+IMAGE_SHARD = "images-{:05d}.tar"
+IMAGE_MEMBER, CLASS_MEMBER, JSON_MEMBER = "png", "cls", "json"
+CLASSES_NAME = "classes.json"  # class names, in order of class index
+
+# Latent shards: Arrow IPC file format, one row an image, and a WebDataset twin with the same rows.
+LATENT_SHARD = "latents-{:05d}.arrow"
+LATENT_TAR_SHARD = "latents-{:05d}.tar"
+LATENT_SCHEMA_VERSION = "1"
+KEY, LABEL = "key", "label"
+POSTERIOR_COLUMNS = ("mean", "std", "mirror_mean", "mirror_std")  # float32[C*h*w] each
+LATENT_TAR_MEMBER = "posterior.npy"  # float32 [4, C, h, w], in the order of POSTERIOR_COLUMNS
+
+# Checkpoints: safetensors and JSON; the checkpoint's own manifest is written last.
+CHECKPOINT_VERSION = 1
+CHECKPOINT_MANIFEST = "checkpoint.json"
+MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+OPTIMIZER_STATE, TIMESTEP_STATE = "optimizer.safetensors", "timesteps.safetensors"
+TRAIN_STATE = "state.json"
+MODEL_CONFIG = "model_config.json"
+HISTORY_NAME = "history.jsonl"
+
+# Feature units: safetensors with `features` float32 [n, D], `probabilities` float32 [n, K], `labels` int64 [n],
+# `indices` int64 [n] and, for the first samples only, `images` uint8 [m, H, W, 3].
+FEATURE_UNIT = "unit-{:05d}.safetensors"
+METRICS_NAME = "metrics.json"
+REPORT_NAME = "report.html"
+SAMPLES_NAME = "samples.png"

@@ -1,0 +1,244 @@
+"""The training of an EDT: one function over a small context.
+
+Legend: N this rank's share of the global batch B, C latent channels, h latent height and width.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edt_core.config import TrainConfig
+from edt_core.data.latents import LatentDataset
+from edt_core.diffusion import (
+    LossSecondMomentSampler,
+    Schedule,
+    TimestepSampler,
+    UniformSampler,
+    linear_schedule,
+    q_sample,
+    training_losses,
+)
+from edt_core.models import EDT, ModelConfig
+from edt_core.training.checkpoint import Checkpoint, load_checkpoint
+from edt_core.training.context import TrainContext
+from edt_core.training.draws import StepDraws, draw_step
+from edt_core.training.ema import EMA
+from edt_core.training.optim import flatten_state, learning_rate, make_optimizer, restore_state
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training. `step` steps are done; `history` is one row every `log_every` steps."""
+
+    model: EDT
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    timesteps: TimestepSampler
+    step: int
+    history: list[dict[str, float]]
+
+
+def initial_model(config: ModelConfig, seed: int) -> EDT:
+    """A fresh EDT whose weights are a function of the seed, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EDT(config)
+
+
+def initial_state(
+    config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu"
+) -> TrainState:
+    """The state before the first step."""
+    model = initial_model(model_config, config.seed).to(device).train()
+    sampler = LossSecondMomentSampler if config.timestep_sampler == "loss-second-moment" else UniformSampler
+    return TrainState(
+        model=model,
+        ema=EMA(model, config.ema_decay),
+        optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad)),
+        timesteps=sampler(config.num_timesteps),
+        step=0,
+        history=[],
+    )
+
+
+def to_checkpoint(state: TrainState) -> Checkpoint:
+    """What of the state a resumed training needs."""
+    tensors, groups = flatten_state(state.optimizer)
+    return Checkpoint(
+        step=state.step,
+        model=state.model.state_dict(),
+        ema=state.ema.state_dict(),
+        optimizer=tensors,
+        optimizer_groups=groups,
+        timesteps={name: torch.from_numpy(value) for name, value in state.timesteps.state_dict().items()},
+        model_config=state.model.config.to_dict(),
+        history=state.history,
+    )
+
+
+def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's values into a state of the same configuration."""
+    state.model.load_state_dict(checkpoint.model)
+    state.ema.load_state_dict(checkpoint.ema)
+    restore_state(state.optimizer, checkpoint.optimizer, checkpoint.optimizer_groups)
+    state.timesteps.load_state_dict({name: value.numpy() for name, value in checkpoint.timesteps.items()})
+    state.step, state.history = checkpoint.step, list(checkpoint.history)
+
+
+def load_latents(dataset: LatentDataset, draws: StepDraws, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scaled latents float32 [N, C, h, h], a draw of each row's posterior, and labels int64 [N], on the device."""
+    mean, std, labels = dataset.gather(draws.indices.numpy(), draws.mirror.numpy())
+    arrays = [torch.from_numpy(array) for array in (mean, std, labels)]
+    if device.type == "cuda":
+        arrays = [array.pin_memory() for array in arrays]
+    mean_, std_, labels_ = (array.to(device, non_blocking=True) for array in arrays)
+    return (mean_ + std_ * draws.posterior_noise) * dataset.info.scaling_factor, labels_
+
+
+def step_losses(
+    model: nn.Module, config: TrainConfig, schedule: Schedule, draws: StepDraws, batch: tuple[Tensor, ...]
+) -> Tensor:
+    """Unweighted losses [1 or 2, N] of the full and, if it is on, the masked pass for (latents, labels, t, null label).
+
+    Both passes go through the model as one batch, the full one with masks that keep everything: one call, one gradient
+    exchange. Each has its own noise and label dropout, and they share their timesteps.
+    """
+    latents, labels, t, null = batch
+    passes = 2 if config.masked_loss else 1
+    y = torch.where(draws.drop_label[:passes], null, labels).flatten()
+    x_start, t = latents.repeat(passes, 1, 1, 1), t.repeat(passes)
+    noise = draws.noise[:passes].flatten(0, 1)
+    x_t = q_sample(schedule, x_start, t, noise)
+    masks = [torch.cat([torch.ones_like(mask), mask]) for mask in draws.masks] if config.masked_loss else None
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        output = model(x_t, t, y, masks)
+    losses = training_losses(
+        schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma
+    )
+    return losses.loss.view(passes, -1)
+
+
+def train(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    dataset: LatentDataset,
+    context: TrainContext,
+    resume_from: Path | None = None,
+) -> TrainState:
+    """Train to `max_steps`, from the start or from a checkpoint folder, and report checkpoints on the way.
+
+    The step is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
+    importance. Raises FloatingPointError, before the optimizer sees it, where a loss is not finite.
+    """
+    state = initial_state(config, model_config, context.device)
+    if resume_from is not None:
+        restore(state, load_checkpoint(resume_from))
+    model = context.wrap(state.model)
+    schedule = linear_schedule(config.num_timesteps)
+    window = _Window()
+    while state.step < config.max_steps:
+        losses = _one_step(config, state, model, dataset, schedule, context)
+        window.add(losses)
+        state.step += 1
+        if state.step % config.log_every == 0 or state.step == config.max_steps:
+            row, rates = window.close(config, state)
+            window = _Window()
+            state.history.append(row)
+            if context.rank == 0:
+                context.log({**row, **rates}, state.step)
+        if state.step % config.checkpoint_every == 0 or state.step == config.max_steps:
+            checkpoint = to_checkpoint(state) if context.rank == 0 else None
+            context.report(state.history[-1] if state.history else {}, checkpoint)
+    return state
+
+
+def _one_step(
+    config: TrainConfig,
+    state: TrainState,
+    model: nn.Module,
+    dataset: LatentDataset,
+    schedule: Schedule,
+    context: TrainContext,
+) -> dict[str, float]:
+    """One optimizer step; returns the weighted losses of the global batch."""
+    model_config = state.model.config
+    drawn = draw_step(
+        config.seed,
+        state.step,
+        config.global_batch_size,
+        len(dataset),
+        config.class_dropout_prob,
+        model_config,
+    )
+    timesteps, weights = state.timesteps.draw(drawn.uniforms.numpy())
+    share = len(timesteps) // context.world_size
+    mine = slice(context.rank * share, (context.rank + 1) * share)
+    draws = drawn.slice(context.rank, context.world_size).to(context.device)
+    latents, labels = load_latents(dataset, draws, context.device)
+    t = torch.from_numpy(timesteps[mine]).to(context.device)
+    null = torch.tensor(model_config.num_classes, device=context.device)
+
+    losses = step_losses(model, config, schedule, draws, (latents, labels, t, null))
+    local_weights = torch.from_numpy(weights[mine]).to(context.device)
+    everyones = context.gather(losses.detach()).numpy()
+    _require_finite(everyones, state.step, drawn)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    state.optimizer.zero_grad(set_to_none=True)
+    (losses * local_weights).mean(dim=1).sum().backward()
+    state.optimizer.step()
+    state.ema.update(state.model)
+    state.timesteps.update(timesteps, everyones.sum(axis=0, dtype=np.float64))
+    return _weighted(everyones, weights)
+
+
+def _weighted(losses: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    means = (losses.astype(np.float64) * weights).mean(axis=1)
+    named = dict(zip(("loss_full", "loss_masked"), means.tolist(), strict=False))
+    return {"loss": float(means.sum()), **named}
+
+
+def _require_finite(losses: np.ndarray, step: int, drawn: StepDraws) -> None:
+    bad = ~np.isfinite(losses).all(axis=0)
+    if bad.any():
+        rows = drawn.indices.numpy()[bad][:10].tolist()
+        raise FloatingPointError(
+            f"the loss of step {step} is not finite for {int(bad.sum())} of {bad.size} samples (rows {rows} of the "
+            "latents); lower lr, or train in fp32"
+        )
+
+
+class _Window:
+    """Means since the last row of the history, and the rate, which stays out of it: histories are reproducible."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+        self.started = time.perf_counter()
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        self.steps += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def close(self, config: TrainConfig, state: TrainState) -> tuple[dict[str, Any], dict[str, float]]:
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        row = {name: total / self.steps for name, total in self.sums.items()}
+        row |= {
+            "step": state.step,
+            "lr": learning_rate(config, state.step - 1),
+            "grad_norm": _grad_norm(state.model),
+        }
+        rates = {"images_per_s": self.steps * config.global_batch_size / seconds}
+        return row, rates
+
+
+def _grad_norm(model: nn.Module) -> float:
+    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

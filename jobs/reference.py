@@ -1,0 +1,54 @@
+"""reference: features of the real images, the other side of every metric."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import ray
+
+from edt_core.artifact import Artifact, ArtifactWriter
+from edt_core.config import ReferenceConfig
+from edt_core.progress import Progress
+from jobs.autoencoder import IMAGE_SHARDS
+from jobs.classifier import FOLDER
+from jobs.cluster import device_name
+from jobs.verb import Verb
+
+FEATURES_NAME = "reference.safetensors"  # features float32 [N, D], labels int64 [N]
+
+
+def reference(
+    config: ReferenceConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """Extract the features of every image of `inputs["images"]` with `inputs["classifier"]`."""
+    task = ray.remote(num_cpus=1, num_gpus=config.num_gpus)(_extract)
+    return ray.get(task.remote(config, dict(inputs), out, progress))
+
+
+def _extract(
+    config: ReferenceConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    from safetensors.numpy import save_file
+
+    from edt_core.classifier import Classifier, classify
+    from edt_core.data.shards import load_images
+
+    images = inputs["images"]
+    model = Classifier.load(inputs["classifier"].directory(FOLDER), device_name(config.num_gpus))
+    shards = images.entries(IMAGE_SHARDS)
+    parts, labels = [], []
+    for done, entry in enumerate(shards, start=1):
+        pixels, shard_labels = load_images([images.path(entry.path)], entry.rows or 0)
+        batches = range(0, len(pixels), config.batch_size)
+        parts += [classify(model, pixels[start : start + config.batch_size])[0] for start in batches]
+        labels.append(shard_labels)
+        progress.update(done, len(shards), "shards")
+    tensors = {"features": np.concatenate(parts), "labels": np.concatenate(labels)}
+    out.write(FEATURES_NAME, lambda path: save_file(tensors, path) or len(tensors["labels"]))
+    return {"images": len(tensors["labels"]), "feature_dim": int(tensors["features"].shape[1])}
+
+
+VERB = Verb("reference", "reference", 1, ReferenceConfig, reference, roles=("images", "classifier"))
+
+if __name__ == "__main__":
+    VERB.main()

@@ -176,10 +176,12 @@ class Artifact:
 
     def directory(self, name: str) -> Path:
         """A folder inside the artifact as a local path, all of its listed files in place."""
-        paths = self.paths(f"{name}/*")
-        if not paths:
+        entries = self.entries(f"{name}/*")
+        if not entries:
             raise ManifestError(f"{self.folder.uri} lists no folder {name!r}")
-        return paths[0].parents[len(PurePosixPath(self.entries(f"{name}/*")[0].path).parts) - 2]
+        paths = [self.data.local_copy(entry.path) for entry in entries]
+        below = len(PurePosixPath(entries[0].path).parts) - len(PurePosixPath(name).parts)
+        return paths[0].parents[below - 1]
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.path(name).read_bytes())
@@ -224,7 +226,16 @@ class ArtifactWriter:
 
     def write_json(self, name: str, value: Any) -> FileEntry:
         text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-        return self.write(name, lambda path: path.write_text(text) and None)
+        return self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes, rows: int | None = None) -> FileEntry:
+        """Create one file of these bytes."""
+
+        def write_to(path: Path) -> int | None:
+            path.write_bytes(data)
+            return rows
+
+        return self.write(name, write_to)
 
     def add_tree(self, source: Path, name: str) -> list[FileEntry]:
         """Copy every file below a local folder to `name/` of the artifact."""
@@ -289,7 +300,12 @@ class ArtifactWriter:
         )
         if problems := Artifact(self.folder, manifest).problems():
             raise ManifestError(f"not committing {self.folder.uri}: {'; '.join(problems[:10])}")
-        self.folder.write_bytes(MANIFEST_NAME, manifest.to_json().encode(), exclusive=True)
+        text = manifest.to_json().encode()
+        if not self.folder.write_bytes(MANIFEST_NAME, text, exclusive=True):
+            try:
+                return Artifact.open(self.folder)
+            except ManifestError:  # what stands there is damaged, and this attempt is its repair
+                self.folder.write_bytes(MANIFEST_NAME, text)
         self.data.remove(JOURNAL)
         return Artifact.open(self.folder)
 

@@ -60,7 +60,7 @@ class AutoencoderConfig(Section):
     batch_size: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
     kl_weight: float = Field(1e-6, ge=0)
-    max_images: int = Field(50_000, ge=1, description="the fit takes the first images up to this number")
+    max_images: int = Field(50_000, ge=1, description="above this number, as many images at even distances")
     seed: int = 0
     num_cpus: int = runtime(2, ge=1)
     num_gpus: float = runtime(0, ge=0)
@@ -92,6 +92,7 @@ class ClassifierConfig(Section):
     steps: int = Field(400, ge=1)
     batch_size: int = Field(128, ge=1)
     lr: float = Field(2e-3, gt=0)
+    max_images: int = Field(50_000, ge=2, description="above this number, as many images at even distances")
     holdout_fraction: float = Field(
         0.1, gt=0, lt=1, description="images kept from the fit to measure its accuracy"
     )

@@ -33,7 +33,7 @@ def _fit(
 
     use_threads(config.num_cpus)
     images = inputs["images"]
-    pixels, labels = load_images(images.paths(IMAGE_SHARDS), images.counts["images"])
+    pixels, labels = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
 
     def report(step: int, loss: float) -> None:
         progress.update(step, config.steps, f"loss {loss:.3f}")

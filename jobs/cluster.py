@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,11 @@ def connect(address: str | None = None, min_cpus: int = 1) -> None:
     """
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
     if address or os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, namespace="edt", **quiet)
         return
@@ -49,13 +53,26 @@ def map_in_order(actors: list[Any], work: Iterable[Any]) -> Iterator[Any]:
     """Call `actor.work.remote(item)` over a pool and yield results in order of the items. Idle actors take the next."""
     from ray.util import ActorPool
 
-    yield from ActorPool(actors).map(lambda actor, item: actor.work.remote(item), work)
+    yield from ActorPool(actors).map(lambda actor, item: actor.work.remote(item), list(work))
+
+
+class _Holder:
+    """A Ray actor around a worker that is made in its first call: an error while loading reaches the caller whole."""
+
+    def __init__(self, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.make, self.arguments = make, arguments
+        self.worker: Any = None
+
+    def work(self, item: Any) -> Any:
+        if self.worker is None:
+            self.worker = self.make(*self.arguments)
+        return self.worker.work(item)
 
 
 @contextmanager
-def pool(actor_class: Any, size: int, *arguments: Any, **options: Any) -> Iterator[list[Any]]:
-    """Actors that hold what is loaded once; their processes end with the block."""
-    actors = [ray.remote(actor_class).options(**options).remote(*arguments) for _ in range(size)]
+def pool(make: Callable[..., Any], size: int, *arguments: Any, **options: Any) -> Iterator[list[Any]]:
+    """`size` actors, each holding a `make(*arguments)` that is loaded once; their processes end with the block."""
+    actors = [ray.remote(_Holder).options(**options).remote(make, arguments) for _ in range(size)]
     try:
         yield actors
     finally:

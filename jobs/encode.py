@@ -17,10 +17,14 @@ from jobs.verb import Verb
 
 
 class Encoder:
-    """A Ray actor: loads the autoencoder once, then turns one image shard after the other into a latent shard."""
+    """Loads the autoencoder once, then turns one image shard after the other into a latent shard."""
 
     def __init__(
-        self, config: EncodeConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, device: str | None = None
+        self,
+        config: EncodeConfig,
+        inputs: Mapping[str, Artifact],
+        out: ArtifactWriter,
+        device: str | None = None,
     ) -> None:
         from edt_core.autoencoder import load_autoencoder
         from edt_core.data.latents import LatentInfo
@@ -65,11 +69,16 @@ class Encoder:
 
         samples = list(read_image_shard(path))
         if len(samples) != expected:
-            raise UserError(f"{path} holds {len(samples)} images, its manifest says {expected}; run preprocess again")
+            raise UserError(
+                f"{path} holds {len(samples)} images, its manifest says {expected}; run preprocess again"
+            )
         parts = []
         for start in range(0, len(samples), self.config.batch_size):
             pixels = np.stack([sample.pixels() for sample in samples[start : start + self.config.batch_size]])
-            sides = [encode_posterior(self.model, view) for view in (pixels, np.ascontiguousarray(pixels[:, :, ::-1]))]
+            sides = [
+                encode_posterior(self.model, view)
+                for view in (pixels, np.ascontiguousarray(pixels[:, :, ::-1]))
+            ]
             parts.append(np.stack([part.cpu().numpy() for side in sides for part in side], axis=1))
         posterior = np.concatenate(parts) if parts else np.empty((0, 4, *self.info.latent_shape), np.float32)
         if not np.isfinite(posterior).all():
@@ -95,7 +104,9 @@ def encode(
             progress.update(done, shards, "shards")
     images, source = inputs["images"], inputs["autoencoder"]
     if rows != images.counts["images"]:
-        raise UserError(f"encoded {rows} images, the image shards state {images.counts['images']}; run preprocess again")
+        raise UserError(
+            f"encoded {rows} images, the image shards state {images.counts['images']}; run preprocess again"
+        )
     side = images.counts["image_size"] // source.counts["downsample_factor"]
     mean = total / (rows * side * side)
     return {

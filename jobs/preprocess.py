@@ -38,7 +38,12 @@ def plan_shards(source: ImageFolder, config: PreprocessConfig) -> list[ShardPlan
     numbered = [(f"{index:08d}", path, label) for index, (path, label) in enumerate(source.entries)]
     cuts = range(0, len(numbered), config.images_per_shard)
     return [
-        ShardPlan(IMAGE_SHARD.format(k), source.root, tuple(numbered[cut : cut + config.images_per_shard]), config.image_size)
+        ShardPlan(
+            IMAGE_SHARD.format(k),
+            source.root,
+            tuple(numbered[cut : cut + config.images_per_shard]),
+            config.image_size,
+        )
         for k, cut in enumerate(cuts)
     ]
 

@@ -28,7 +28,7 @@ def reference(
 def _extract(
     config: ReferenceConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     from edt_core.classifier import Classifier, classify
     from edt_core.data.shards import load_images
@@ -43,9 +43,11 @@ def _extract(
         parts += [classify(model, pixels[start : start + config.batch_size])[0] for start in batches]
         labels.append(shard_labels)
         progress.update(done, len(shards), "shards")
-    tensors = {"features": np.concatenate(parts), "labels": np.concatenate(labels)}
-    out.write(FEATURES_NAME, lambda path: save_file(tensors, path) or len(tensors["labels"]))
-    return {"images": len(tensors["labels"]), "feature_dim": int(tensors["features"].shape[1])}
+    features = np.concatenate(parts)
+    out.write_bytes(
+        FEATURES_NAME, save({"features": features, "labels": np.concatenate(labels)}), len(features)
+    )
+    return {"images": len(features), "feature_dim": int(features.shape[1])}
 
 
 VERB = Verb("reference", "reference", 1, ReferenceConfig, reference, roles=("images", "classifier"))

@@ -22,7 +22,7 @@ FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
 
 
 class Sampler:
-    """A Ray actor: loads EDT, autoencoder and classifier once, then makes one unit after the other."""
+    """Loads EDT, autoencoder and classifier once, then makes one unit after the other."""
 
     def __init__(self, config: SampleConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter) -> None:
         from edt_core.autoencoder import load_autoencoder
@@ -43,14 +43,15 @@ class Sampler:
 
     def work(self, unit: int) -> int:
         """Make unit number `unit` unless it is there; returns its number of samples."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
+
+        from safetensors.numpy import save
 
         name = FEATURE_UNIT.format(unit)
         first = unit * self.config.unit_size
         indices = np.arange(first, min(first + self.config.unit_size, self.config.num_samples))
         if self.out.recover(name) is None:
-            tensors = self._make(indices)
-            self.out.write(name, lambda path: save_file(tensors, path) or len(indices))
+            self.out.write_bytes(name, save(self._make(indices)), len(indices))
         return len(indices)
 
     def _make(self, indices: Any) -> dict[str, Any]:
@@ -116,7 +117,9 @@ def load_units(features: Artifact) -> dict[str, Any]:
     return joined
 
 
-VERB = Verb("sample", "features", 1, SampleConfig, sample_features, roles=("checkpoint", "autoencoder", "classifier"))
+VERB = Verb(
+    "sample", "features", 1, SampleConfig, sample_features, roles=("checkpoint", "autoencoder", "classifier")
+)
 
 if __name__ == "__main__":
     VERB.main()

@@ -39,7 +39,9 @@ class RayContext:
         if self.world_size == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def gather(self, values: Any) -> Any:
         import torch
@@ -104,7 +106,9 @@ def train(
     else:
         _fit(config, model_config, latents, out, progress)
     model = initial_model(model_config, config.seed)
-    kept = sorted({entry.path.split("/")[1] for entry in out.written() if entry.path.startswith(f"{CHECKPOINTS}/")})
+    kept = sorted(
+        {entry.path.split("/")[1] for entry in out.written() if entry.path.startswith(f"{CHECKPOINTS}/")}
+    )
     return {
         "model": config.model,
         "steps": config.max_steps,
@@ -122,7 +126,7 @@ def _store_untrained(config: TrainConfig, model_config: Any, out: ArtifactWriter
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), to_checkpoint(initial_state(config, model_config)))
         out.add_tree(Path(folder), f"{CHECKPOINTS}/{checkpoint_name(0)}")
-    out.write(HISTORY_NAME, lambda path: path.write_text(""))
+    out.write_bytes(HISTORY_NAME, b"", 0)
 
 
 def _fit(
@@ -144,7 +148,10 @@ def _fit(
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.num_cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+            resources_per_worker={
+                "CPU": config.num_cpus_per_worker,
+                **({"GPU": 1} if config.use_gpu else {}),
+            },
         ),
         run_config=RunConfig(
             name=_RAY_RUN,
@@ -173,7 +180,9 @@ def _worker(job: Mapping[str, Any]) -> None:
         candidates.append(Path(reported.to_directory()) if "://" in reported.path else Path(reported.path))
     resume_from, passed_over = newest_checkpoint(candidates)
     for reason in passed_over if context.rank == 0 else ():
-        progress.warn(f"not resuming from this checkpoint: {reason}; using {resume_from or 'the start'} instead")
+        progress.warn(
+            f"not resuming from this checkpoint: {reason}; using {resume_from or 'the start'} instead"
+        )
     dataset = LatentDataset(job["latents"].paths(LATENT_SHARDS))
     train_loop(config, job["model_config"], dataset, context, resume_from)
 
@@ -201,7 +210,7 @@ def _adopt_checkpoints(config: TrainConfig, out: ArtifactWriter) -> None:
         out.add_tree(local[0].parent, f"{CHECKPOINTS}/{name}")
     history = json.loads(run.read_bytes(f"{folders[-1]}/{TRAIN_STATE}"))["history"]
     lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in history)
-    out.write(HISTORY_NAME, lambda path: path.write_text(lines) and len(history))
+    out.write_bytes(HISTORY_NAME, lines.encode(), len(history))
     out.data.remove(_RAY_RUN)
 
 

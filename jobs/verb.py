@@ -41,7 +41,12 @@ class Verb:
         return fingerprint(self.kind, self.version, result_fields(config), inputs)
 
     def execute(
-        self, config: Section, inputs: Mapping[str, Input], out: ArtifactWriter, progress: Progress, **commit: Any
+        self,
+        config: Section,
+        inputs: Mapping[str, Input],
+        out: ArtifactWriter,
+        progress: Progress,
+        **commit: Any,
     ) -> Artifact:
         """Run the job and commit what it wrote."""
         started = time.time()
@@ -53,10 +58,14 @@ class Verb:
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The verb on its own: inputs, the output folder, `--config FILE` and `--set key=value`. Exits with 0 or 2."""
-        parser = argparse.ArgumentParser(prog=f"python -m jobs.{self.name}", description=(self.run.__doc__ or "").split("\n")[0])
+        parser = argparse.ArgumentParser(
+            prog=f"python -m jobs.{self.name}", description=(self.run.__doc__ or "").split("\n")[0]
+        )
         for role in self.roles:
             parser.add_argument(role, help="image folder" if role == "source" else f"artifact folder: {role}")
-        parser.add_argument("out", help="folder for the artifact: new, empty, or of an unfinished run to go on with")
+        parser.add_argument(
+            "out", help="folder for the artifact: new, empty, or of an unfinished run to go on with"
+        )
         parser.add_argument("--config", type=Path, help=f"YAML file with fields of {self.config.__name__}")
         parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set one field")
         options = parser.parse_args(arguments)
@@ -65,7 +74,9 @@ class Verb:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {artifact.manifest.digest[:12]}")
+        print(
+            f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {artifact.manifest.digest[:12]}"
+        )
 
     def _run_alone(self, options: argparse.Namespace) -> Artifact:
         fields: dict[str, Any] = yaml.safe_load(options.config.read_text()) if options.config else {}
@@ -127,7 +138,9 @@ def _problem(schema: type[Section], problem: Any) -> str:
 def _known_keys(schema: type[Section], path: Sequence[Any]) -> list[str]:
     for part in path:
         field = schema.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        ):
             break
         schema = field.annotation
     return sorted(schema.model_fields)

@@ -34,7 +34,9 @@ def scan_image_folder(root: Path) -> ImageFolder:
         raise UserError(
             f"the image folder {root} does not exist; give the folder that holds one sub-folder a class"
         )
-    classes, entries, others = [], [], 0
+    classes: list[str] = []
+    entries: list[tuple[str, int]] = []
+    others = 0
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         images = [path for path in files if path.suffix.lower() in EXTENSIONS]

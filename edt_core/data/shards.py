@@ -7,7 +7,9 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,30 +74,31 @@ def read_image_shard(path: Path) -> Iterator[ImageSample]:
         yield ImageSample(key, members[IMAGE_MEMBER], int(members[CLASS_MEMBER]), str(about["source"]))
 
 
-def load_images(paths: Iterable[Path], expected: int, limit: int | None = None) -> tuple[NDArray, NDArray]:
-    """Every image of the shards (or the first `limit`) in memory: uint8 [N, S, S, 3] and labels int64 [N].
+def load_images(
+    paths: Iterable[Path], stated: int, limit: int | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The images of the shards in memory: uint8 [N, S, S, 3] and labels int64 [N].
 
-    Raises UserError if the shards do not hold the `expected` number: a short tar reads short in silence.
+    Above `limit` images, that many are taken at even distances: shards are sorted by class. Raises UserError if the
+    shards do not hold the `stated` number: a tar that was cut reads short in silence.
     """
-    wanted = expected if limit is None else min(limit, expected)
+    wanted = stated if limit is None else min(limit, stated)
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []
-    for path in paths:
-        if len(pixels) == wanted:
-            break
-        for sample in read_image_shard(path):
+    found = 0
+    for sample in chain.from_iterable(read_image_shard(path) for path in paths):
+        if (found + 1) * wanted // stated > found * wanted // stated:
             pixels.append(sample.pixels())
             labels.append(sample.label)
-            if len(pixels) == wanted:
-                break
-    if len(pixels) != wanted:
+        found += 1
+    if found != stated:
         raise UserError(
-            f"the image shards hold {len(pixels)} images where {wanted} are stated; run preprocess again"
+            f"the image shards hold {found} images where {stated} are stated; run preprocess again"
         )
     return np.stack(pixels), np.asarray(labels, dtype=np.int64)
 
 
-def npy_bytes(array: NDArray) -> bytes:
+def npy_bytes(array: NDArray[Any]) -> bytes:
     """An array as the bytes of a `.npy` file, without pickle."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)

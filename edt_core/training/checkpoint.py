@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edt_core.models import EDT, ModelConfig
 from edt_core.schema import (
     CHECKPOINT_MANIFEST,
     CHECKPOINT_VERSION,
@@ -117,7 +118,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def newest_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
     """The whole checkpoint of the highest step, and a reason for each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for folder in sorted(folders, key=lambda path: path.name, reverse=True):
         try:
             check_checkpoint(folder)
@@ -127,10 +128,8 @@ def newest_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def ema_model(folder: Path, device: torch.device | str = "cpu") -> torch.nn.Module:
+def ema_model(folder: Path, device: torch.device | str = "cpu") -> EDT:
     """The EDT of a folder with `model_config.json` and `ema.safetensors`, in evaluation mode."""
-    from edt_core.models import EDT, ModelConfig
-
     model = EDT(ModelConfig.from_dict(json.loads((folder / MODEL_CONFIG).read_bytes())))
     model.load_state_dict(load_file(folder / EMA_WEIGHTS), strict=True)
     return model.to(device).eval()

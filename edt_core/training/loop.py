@@ -154,7 +154,8 @@ def train(
                 context.log({**row, **rates}, state.step)
         if state.step % config.checkpoint_every == 0 or state.step == config.max_steps:
             checkpoint = to_checkpoint(state) if context.rank == 0 else None
-            context.report(state.history[-1] if state.history else {}, checkpoint)
+            latest = state.history[-1] if state.history else {}
+            context.report({**latest, "step": state.step}, checkpoint)
     return state
 
 

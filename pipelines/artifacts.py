@@ -1,0 +1,73 @@
+"""The store: artifacts by kind and fingerprint, `<root>/<kind>/<fingerprint>/manifest.json` and one folder an attempt."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.schema import KINDS, MANIFEST_NAME
+from edt_core.storage import Folder
+
+
+@dataclass(frozen=True)
+class Store:
+    """All artifacts below one folder or URI. Picklable."""
+
+    root: Folder
+
+    @classmethod
+    def open(cls, location: str) -> "Store":
+        """The store at a folder or URI, made if it is not there. Raises UserError where it cannot be written."""
+        store = cls(Folder.at(location))
+        store.root.check_writable()
+        return store
+
+    def folder(self, kind: str, fingerprint: str) -> Folder:
+        return self.root.child(f"{kind}/{fingerprint}")
+
+    def find(
+        self, kind: str, fingerprint: str, warn: Callable[[str], None] = lambda message: None
+    ) -> Artifact | None:
+        """The committed artifact, or None. One that is damaged counts as missing, with a warning."""
+        folder = self.folder(kind, fingerprint)
+        if not folder.exists(MANIFEST_NAME):
+            return None
+        try:
+            return Artifact.open(folder)
+        except ManifestError as error:
+            warn(f"not reusing a damaged artifact, its step runs again: {error}")
+            return None
+
+    def writer(self, kind: str, fingerprint: str) -> ArtifactWriter:
+        """A writer for a new attempt that can take over what earlier attempts finished."""
+        folder = self.folder(kind, fingerprint)
+        attempt = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
+        return ArtifactWriter(folder, kind, fingerprint, attempt, tuple(_attempts(folder)))
+
+    def lock(self, kind: str, fingerprint: str) -> AbstractContextManager[object]:
+        """Held while a step runs: of two Ray sessions that share a local store, one computes and the other waits.
+
+        The operating system frees it when its holder dies. A remote store has none: there one manifest wins.
+        """
+        from filelock import FileLock
+
+        if (root := self.root.local) is None:
+            return nullcontext()
+        folder = root / ".locks"
+        folder.mkdir(exist_ok=True)
+        return FileLock(folder / f"{kind}-{fingerprint}.lock")
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every committed artifact that is whole."""
+        for kind in KINDS:
+            for fingerprint in self.root.child(kind).names():
+                if artifact := self.find(kind, fingerprint):
+                    yield artifact
+
+
+def _attempts(folder: Folder) -> list[str]:
+    return sorted(
+        (name for name in folder.names() if name != MANIFEST_NAME and not name.startswith(".")), reverse=True
+    )

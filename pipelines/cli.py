@@ -1,0 +1,125 @@
+"""The command line: `edt`. Heavy libraries are imported inside the commands, so that help answers at once."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edt_core.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.workflows import Outcome
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Labelled images to a registered, evaluated Efficient Diffusion Transformer.",
+)
+
+Config = Annotated[str, typer.Argument(help="name of a shipped configuration, or a YAML file")]
+Assignments = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="set one field, as train.max_steps=50; repeatable"),
+]
+
+
+@app.command()
+def run(
+    config: Config = "quickstart",
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    store: Annotated[
+        str | None, typer.Option(help="folder or URI of the artifacts  [default: ./edt-store]")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join  [default: RAY_ADDRESS, or this machine]")
+    ] = None,
+) -> None:
+    """Run the whole pipeline; what is already made is reused."""
+    from pipelines.config import load_config
+    from pipelines.terminal import Terminal
+    from pipelines.workflows import run as run_pipeline
+
+    chosen = [*assignments, *([f"store={store}"] if store else [])]
+    loaded = load_config(config, chosen)
+    with Terminal() as terminal:
+        terminal.say(f"edt run {loaded.name}", "bold")
+        outcome = run_pipeline(loaded, terminal, address)
+        show_outcome(outcome, terminal)
+    if outcome.failures:
+        raise typer.Exit(2 if all(isinstance(e, UserError) for e in outcome.failures.values()) else 1)
+
+
+@app.command()
+def configs(
+    name: Annotated[str | None, typer.Argument(help="show this one, defaults included")] = None,
+) -> None:
+    """List the configurations that ship with the package, or show one."""
+    from pipelines.config import as_yaml, config_names, load_config
+
+    typer.echo(as_yaml(load_config(name)) if name else "\n".join(config_names()))
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder: the one that holds manifest.json")],
+    deep: Annotated[bool, typer.Option(help="digest every file, not only its size")] = False,
+) -> None:
+    """Check an artifact against its manifest."""
+    from edt_core.artifact import Artifact
+
+    opened = Artifact.open(str(artifact))
+    if problems := opened.problems(deep):
+        raise UserError("\n".join([f"{artifact} is damaged:", *problems]))
+    manifest = opened.manifest
+    size = sum(entry.bytes for entry in manifest.files)
+    checked = "sha256 of every file" if deep else "size of every file"
+    typer.echo(
+        f"{manifest.kind} {manifest.digest[:12]}: {len(manifest.files)} files, {size:,} bytes, {checked} as stated"
+    )
+
+
+def show_outcome(outcome: "Outcome", terminal: Any) -> None:
+    """The end of a run: failures, or where everything is."""
+    from edt_core.schema import REPORT_NAME, SAMPLES_NAME
+
+    terminal.say(
+        f"\n{outcome.reused} steps reused, {outcome.executed} run, {len(outcome.failures)} failed "
+        f"in {outcome.seconds:.0f} s"
+    )
+    for name, decision in outcome.decisions.items():
+        before, after = outcome.metrics[name]
+        terminal.say(f"\n{name} version {decision.version}  {decision}", "bold")
+        for metric, value in after.items():
+            terminal.say(f"  {metric:<20} {value:>10.4g}   untrained {before[metric]:.4g}")
+    for report in outcome.reports.values():
+        terminal.say(f"\nsamples   {report.path(SAMPLES_NAME)}")
+        terminal.say(f"report    {report.path(REPORT_NAME)}")
+    terminal.say(f"MLflow    {outcome.tracking_uri}  run {outcome.run_id}")
+    if outcome.tracking_uri.startswith("sqlite:"):
+        terminal.say(f"          mlflow ui --backend-store-uri {outcome.tracking_uri}")
+    for name, error in outcome.failures.items():
+        terminal.say(f"\nerror: {name}: {error_text(error)}", "red")
+
+
+def error_text(error: BaseException) -> str:
+    """What to print of an error: a user's own mistake without its type, a fault of ours with it."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """Entry point: user errors are one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept, run again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

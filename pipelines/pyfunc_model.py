@@ -1,0 +1,33 @@
+"""The registered model as an `mlflow.pyfunc` model, logged from this file as code: nothing is pickled.
+
+`mlflow.pyfunc.load_model("models:/NAME@champion").predict([3, 3, 7])` gives uint8 images [N, S, S, 3].
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from numpy.typing import NDArray
+
+
+class PyfuncEDT(PythonModel):
+    """Class labels to images. Parameters: num_inference_steps, cfg_scale, seed."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from edt_core.pipeline import EDTPipeline
+
+        self.pipeline = EDTPipeline.from_pretrained(context.artifacts["pipeline"])
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def predict(
+        self, context: PythonModelContext, model_input: Any, params: Mapping[str, Any] | None = None
+    ) -> NDArray[np.uint8]:
+        """`model_input`: class labels as a list, array [N] or a one-column table."""
+        labels: Sequence[int] = np.asarray(model_input).reshape(-1).astype(int).tolist()
+        images: NDArray[np.uint8] = self.pipeline(labels, output_type="np", **(params or {})).images
+        return images
+
+
+mlflow.models.set_model(PyfuncEDT())

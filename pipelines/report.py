@@ -1,0 +1,282 @@
+"""report: one self-contained HTML page on a registered model, and its sample grid as a PNG.
+
+Pure rendering: the same data gives the same bytes, and the page asks for nothing from outside itself.
+Shapes: N images, S image size; images are uint8 RGB [N, S, S, 3] with labels int [N], indices into `classes`.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.report_figures import LineageRow, data_uri, lineage_graph, shortened, training_curves
+
+MAX_CLASSES = 20  # rows of a sample grid
+PIXELATED_UP_TO = 64  # px; a larger image is shown as a thumbnail, a smaller one enlarged by a whole factor
+THUMBNAIL = 96  # px on the page, twice that in the file for screens with two pixels a px
+NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+TIMES, DIVIDED = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """What a report shows. `model`, `protocol` and `environment` may have any keys and keep their order."""
+
+    title: str
+    config_name: str
+    model: Mapping[str, Any]
+    decision: str  # "<outcome>: <why>"
+    classes: tuple[str, ...]
+    samples: Array
+    sample_labels: Array
+    untrained: Array | None
+    untrained_labels: Array | None
+    real: Array
+    real_labels: Array
+    history: Sequence[Mapping[str, float]]  # step, and any of loss, loss_full, loss_masked, lr, grad_norm
+    metrics_before: Mapping[str, float] | None  # of the untrained model
+    metrics_after: Mapping[str, float]
+    protocol: Mapping[str, Any]
+    lineage: Sequence[LineageRow]
+    config_yaml: str
+    environment: Mapping[str, str]
+
+
+def render_report(data: ReportData) -> str:
+    """The report as one HTML page: no script, no external address, everything inlined.
+
+    Raises ValueError for images or labels of the wrong shape, for two lineage rows of one name, and for a
+    lineage that runs in a circle.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pipelines", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(shown=shown, duration=duration)
+    environment.tests["digest"] = lambda value: bool(re.fullmatch("[0-9a-f]{32,}", str(value)))
+    rows, image_size = gallery(data), data.samples.shape[1]
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        image_size=image_size,
+        gallery=rows,
+        display_px=display_size(image_size),
+        pixelated=image_size <= PIXELATED_UP_TO,
+        metrics=compare_metrics(data.metrics_before or {}, data.metrics_after),
+        own_space="classifier" if any(name.endswith("_classifier") for name in data.metrics_after) else None,
+        curves=training_curves(data.history),
+        graph=lineage_graph(data.lineage, data.title),
+        total_seconds=sum(row.seconds for row in data.lineage),
+        longest_seconds=max((row.seconds for row in data.lineage), default=0.0),
+    )
+
+
+# Text
+
+
+def shown(value: Any) -> str:
+    """A value as a reader wants it: grouped digits, at most four significant ones, lists joined."""
+    if value is None or value == "" or (isinstance(value, list | tuple) and not value):
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | np.integer):
+        return f"{int(value):,}"
+    if isinstance(value, float | np.floating):
+        value = float(value)
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value), ensure_ascii=False, default=str)
+    if isinstance(value, list | tuple):
+        return ", ".join(shown(item) for item in value)
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """0.42 s, 38 s, 4 min 05 s, 2 h 07 min."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+# Metrics
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric, untrained and trained. verdict: better, worse, same, or "" where nothing can be said."""
+
+    name: str
+    meaning: str
+    lower_is_better: bool | None
+    before: float | None
+    after: float | None
+    change: str
+    verdict: str
+
+
+# prefix of the name -> (what it measures, whether lower is better)
+_METRIC_MEANINGS = (
+    ("fid", "Fréchet distance in Inception's feature space", True),
+    ("sfid", "Fréchet distance in Inception's spatial features", True),
+    ("fd_", "Fréchet distance between generated and real features", True),
+    ("kid", "squared maximum mean discrepancy of the features, cubic kernel", True),
+    ("precision", "share of generated images that lie among the real ones", False),
+    ("recall", "share of real images that lie among the generated ones", False),
+    ("accuracy", "share of generated images classified as the class that was asked for", False),
+    ("inception_score", "confidence and variety of Inception's class predictions", False),
+)
+
+
+def compare_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[MetricRow]:
+    """A row for every metric of `after`, then for those of `before` alone, each with its factor of change."""
+    rows = []
+    for name in dict.fromkeys((*after, *before)):
+        known = next((entry for entry in _METRIC_MEANINGS if name.startswith(entry[0])), None)
+        meaning, lower = known[1:] if known else ("", None)
+        change, verdict = _change(before.get(name), after.get(name), lower)
+        rows.append(MetricRow(name, meaning, lower, before.get(name), after.get(name), change, verdict))
+    return rows
+
+
+def _change(before: float | None, after: float | None, lower: bool | None) -> tuple[str, str]:
+    if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return "", ""
+    if before == after:
+        return "none", "same"
+    if before > 0 and after > 0:
+        factor = max(before, after) / min(before, after)
+        text = (
+            f"{DIVIDED if after < before else TIMES} {shown(factor) if factor >= 1000 else f'{factor:.3g}'}"
+        )
+    else:  # an unbiased kernel distance may be negative, where a factor means nothing
+        text = f"{after - before:+.3g}".replace("-", MINUS)
+    verdict = "" if lower is None else "better" if (after < before) == lower else "worse"
+    return text, verdict
+
+
+# Images
+
+
+@dataclass(frozen=True)
+class GalleryCell:
+    """Images of one class from one origin, as data URIs, and the words for who cannot see them."""
+
+    heading: str
+    description: str
+    images: tuple[str, ...]
+
+
+def gallery(data: ReportData) -> list[tuple[str, list[GalleryCell]]]:
+    """(class, cells) for the first classes: generated images, then real ones, then the untrained model's."""
+    _check_images(data.samples, data.sample_labels, "generated images")
+    many = data.samples.shape[1] <= PIXELATED_UP_TO
+    origins: list[tuple[str, str, Array, Array, int]] = [
+        ("Generated", "generated images", data.samples, data.sample_labels, 7 if many else 5),
+        ("Real", "real images", data.real, data.real_labels, 4 if many else 3),
+    ]
+    if data.untrained is not None and data.untrained_labels is not None and len(data.untrained):
+        origins.append(
+            (
+                "Untrained",
+                "images of the untrained model",
+                data.untrained,
+                data.untrained_labels,
+                3 if many else 2,
+            )
+        )
+    for _, what, images, labels, _ in origins[1:]:
+        _check_images(images, labels, what)
+    rows = []
+    for label, name in enumerate(data.classes[:MAX_CLASSES]):
+        cells = []
+        for heading, what, images, labels, limit in origins:
+            chosen = tuple(_image_uri(image) for image in images[labels == label][:limit])
+            cells.append(GalleryCell(heading, f"{len(chosen)} {what} of class {name}", chosen))
+        rows.append((name, cells))
+    return rows
+
+
+def display_size(size: int) -> int:
+    """Side in px at which an image of this size is shown: a whole multiple where it is small."""
+    return size * max(1, PIXELATED_UP_TO // size) if size <= PIXELATED_UP_TO else THUMBNAIL
+
+
+def sample_grid(
+    images: Array, labels: Array, classes: Sequence[str], per_class: int = 8, scale: int | None = None
+) -> bytes:
+    """A PNG with one row a class: its name, then up to `per_class` of its images, in their order.
+
+    images: uint8 [N, S, S, 3]; labels: int [N]. scale: whole factor of nearest-neighbour enlargement, None
+    for about 64 pixels an image. Of more than 20 classes the first 20 are shown, and the last line says so.
+    Raises ValueError for images or labels of the wrong shape.
+    """
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    _check_images(images, labels, "images")
+    size = images.shape[1]
+    side = size * (scale or max(1, PIXELATED_UP_TO // size))
+    gap, font_size, names = 4, 13, classes[:MAX_CLASSES]
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), font_size)
+    texts = [shortened(name, 24) for name in names]
+    margin = 4 * gap + math.ceil(max((font.getlength(text) for text in texts), default=0))
+    footer = f"first {len(names)} of {len(classes):,} classes" if len(names) < len(classes) else ""
+    row_height = max(side, font_size) + gap
+    width = margin + max(per_class * (side + gap), math.ceil(font.getlength(footer)))
+    height = gap + row_height * len(names) + (2 * font_size if footer else 0)
+
+    sheet = Image.new("RGB", (width, height), "#ffffff")
+    draw = ImageDraw.Draw(sheet)
+    for label, text in enumerate(texts):
+        top = gap + label * row_height
+        draw.text((2 * gap, top + side / 2), text, fill="#1b1f24", font=font, anchor="lm")
+        for column, image in enumerate(images[labels == label][:per_class]):
+            enlarged = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (margin + column * (side + gap), top))
+    if footer:
+        draw.text((margin, height - 1.2 * font_size), footer, fill="#57606a", font=font, anchor="lm")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _check_images(images: Array, labels: Array, what: str) -> None:
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] > 0 and images.shape[3] == 3
+    if images.dtype != np.uint8 or not square or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{what}: uint8 [N, S, S, 3] with labels [N] expected, "
+            f"got {images.dtype} {list(images.shape)} with labels {list(labels.shape)}"
+        )
+
+
+def _image_uri(image: Array) -> str:
+    """PNG of a small image as it is; JPEG thumbnail of a larger one."""
+    from PIL import Image
+
+    picture, buffer = Image.fromarray(image), io.BytesIO()
+    if len(image) <= PIXELATED_UP_TO:
+        picture.save(buffer, "PNG")
+        return data_uri("image/png", buffer.getvalue())
+    picture.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.LANCZOS)
+    picture.save(buffer, "JPEG", quality=88)
+    return data_uri("image/jpeg", buffer.getvalue())

@@ -1,0 +1,195 @@
+"""The workflow: labelled images to registered, evaluated models, one branch a model."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edt_core.artifact import Artifact, Source
+from edt_core.config import TrainConfig
+from edt_core.errors import UserError
+from edt_core.storage import Folder
+from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from pipelines import summary
+from pipelines.artifacts import Store
+from pipelines.catalog import Catalog
+from pipelines.config import PipelineConfig, SourceConfig, as_yaml
+from pipelines.engine import Workflow
+from pipelines.registry import Decision, Entry, promote
+from pipelines.step import StepFuture
+from pipelines.terminal import Terminal
+
+_CACHE = "~/.cache/edt"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The steps of one model, by role: what all models share, and its own training and evaluation."""
+
+    name: str
+    train: TrainConfig
+    steps: Mapping[str, StepFuture]
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    run_id: str
+    tracking_uri: str
+    seconds: float = 0.0
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    reports: dict[str, Artifact] = field(default_factory=dict)
+    metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(
+        default_factory=dict
+    )  # before, after
+    failures: dict[str, BaseException] = field(default_factory=dict)
+    executed: int = 0
+    reused: int = 0
+
+
+def prepare_source(config: SourceConfig, store: Folder) -> Source:
+    """The image folder and the digest of what is in it. Raises UserError where there are no images to train on."""
+    from edt_core.data.digits import write_digits
+    from edt_core.data.images import scan_image_folder, source_digest
+
+    if config.kind == "digits":
+        root = store.local or Path(_CACHE).expanduser()
+        path = write_digits(root / "sources" / "digits")
+    else:
+        assert config.path is not None
+        path = Path(config.path).expanduser().absolute()
+    return Source(path, source_digest(scan_image_folder(path)))
+
+
+def call_steps(workflow: Workflow, config: PipelineConfig, source: Source) -> list[Branch]:
+    """Call every step up to the evaluations. Nothing here waits: branches run side by side where there is room."""
+    step = workflow.step
+    images = step("preprocess", preprocess.VERB, config.preprocess, source=source)
+    fitted_on = {} if config.autoencoder.pretrained else {"images": images}
+    vae = step("autoencoder", autoencoder.VERB, config.autoencoder, **fitted_on)
+    latents = step("encode", encode.VERB, config.encode, images=images, autoencoder=vae)
+    judge = step("classifier", classifier.VERB, config.classifier, images=images)
+    real = step("reference", reference.VERB, config.reference, images=images, classifier=judge)
+    shared = {
+        "images": images,
+        "autoencoder": vae,
+        "latents": latents,
+        "classifier": judge,
+        "reference": real,
+    }
+    return [_call_branch(workflow, config, name, shared) for name in config.models]
+
+
+def _call_branch(
+    workflow: Workflow, config: PipelineConfig, name: str, shared: Mapping[str, StepFuture]
+) -> Branch:
+    """Train, sample and evaluate one model, and the untrained model of the same seed beside it."""
+    trained = config.train_of(name)
+    # Only what shapes the initial weights and the chain: another learning rate has the same untrained model.
+    untrained = TrainConfig(
+        model=trained.model, max_steps=0, seed=trained.seed, num_timesteps=trained.num_timesteps
+    )
+    steps = dict(shared)
+    for prefix, train_config in (("", trained), ("untrained_", untrained)):
+        label = prefix.replace("_", " ")
+        checkpoint = workflow.step(
+            f"{label}train {name}", train.VERB, train_config, latents=shared["latents"]
+        )
+        features = workflow.step(
+            f"{label}sample {name}",
+            sample.VERB,
+            config.sample,
+            checkpoint=checkpoint,
+            autoencoder=shared["autoencoder"],
+            classifier=shared["classifier"],
+        )
+        evaluation = workflow.step(
+            f"{label}evaluate {name}",
+            evaluate.VERB,
+            config.evaluate,
+            features=features,
+            reference=shared["reference"],
+        )
+        made = {"checkpoint": checkpoint, "features": features, "evaluation": evaluation}
+        steps |= {f"{prefix}{role}": future for role, future in made.items()}
+    return Branch(name, trained, steps)
+
+
+def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) -> Outcome:
+    """Run the whole pipeline; finished artifacts are reused. Failures of steps are in the outcome, not raised.
+
+    Raises UserError, before anything is computed, for a store or a source that cannot be used.
+    """
+    from jobs.cluster import connect
+
+    started = time.monotonic()
+    store = Store.open(config.store)
+    source = prepare_source(config.source, store.root)
+    catalog = Catalog.open(store.root, config.name)
+    run_id = catalog.start_run(config.name, {"edt.workflow": config.name, "edt.source": source.fingerprint})
+    outcome = Outcome(run_id, catalog.tracking_uri)
+    workflow = Workflow(
+        store, catalog, run_id, terminal, connect=lambda: connect(address, min_cpus=config.workers)
+    )
+    status = "KILLED"
+    try:
+        catalog.log_text(run_id, as_yaml(config), "config.yaml")
+        for branch in call_steps(workflow, config, source):
+            _finish_branch(workflow, config, branch, outcome)
+        workflow.wait_all()
+        outcome.failures |= workflow.culprits()
+        status = "FAILED" if outcome.failures else "FINISHED"
+    finally:
+        _record(workflow, outcome, status)
+        outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, outcome: Outcome) -> None:
+    """Wait for one model's artifacts, register it, and write its report. A failed branch leaves the others alone."""
+    if not workflow.wait(*branch.steps.values()):
+        return
+    made = {role: future.result() for role, future in branch.steps.items()}
+    entry = Entry(
+        **{role: made[role] for role in ("images", "autoencoder", "checkpoint", "features", "evaluation")}
+    )
+    try:
+        with workflow.store.lock("promote", branch.name):
+            decision = promote(workflow.catalog, workflow.run_id, branch.name, config.promote, entry)
+    except UserError as error:
+        outcome.failures[f"promote {branch.name}"] = error
+        workflow.terminal.failed(f"promote {branch.name}", str(error))
+        return
+    workflow.terminal.say(f"  promoted  {branch.name} version {decision.version}: {decision}", "green")
+    before, after = (made[role].counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
+    outcome.decisions[branch.name], outcome.metrics[branch.name] = decision, (before, after)
+    report = workflow.step(
+        f"report {branch.name}", summary.VERB, _summary(config, branch, decision), **branch.steps
+    )
+    if workflow.wait(report):
+        outcome.reports[branch.name] = report.result()
+
+
+def _summary(config: PipelineConfig, branch: Branch, decision: Decision) -> summary.SummaryConfig:
+    aliases = ["candidate", *(["champion"] if decision.became_champion else [])]
+    return summary.SummaryConfig(
+        title=f"{branch.name} version {decision.version}",
+        pipeline=config.name,
+        model={"name": branch.name, "version": decision.version, "aliases": aliases},
+        decision=str(decision),
+        lineage={role: (future.name, future.needs) for role, future in branch.steps.items()},
+        config_yaml=as_yaml(config.model_copy(update={"store": "."})),
+    )
+
+
+def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
+    """Write into the parent run which steps were reused and which ran, and what failed."""
+    reused = sorted(name for name, future in workflow.futures.items() if future.reused)
+    ran = sorted(set(workflow.artifacts()) - set(reused))
+    outcome.executed, outcome.reused = len(ran), len(reused)
+    failed = "; ".join(f"{name}: {error}" for name, error in outcome.failures.items())[:4000]
+    tags = {"edt.reused": ", ".join(reused), "edt.executed": ", ".join(ran), "edt.failed": failed}
+    fingerprints = {f"edt.step.{n.replace(' ', '.')}": f.fingerprint for n, f in workflow.futures.items()}
+    workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in {**tags, **fingerprints}.items() if v})
+    workflow.catalog.end_run(workflow.run_id, status)

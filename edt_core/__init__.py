@@ -1,0 +1,1 @@
+"""The method: EDT models, diffusion, data formats, training and metrics. Imports neither Ray nor MLflow."""

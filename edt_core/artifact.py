@@ -1,8 +1,8 @@
 """Artifacts: files and the manifest that makes them trustworthy.
 
 A step writes its files into an attempt folder and `manifest.json` last. A reader trusts nothing that no manifest names.
-While a step is under way each finished file has a journal entry (`.journal/<name>.json`, with bytes and sha256), so that
-a later attempt at the same fingerprint can take over what was finished.
+While a step is under way each finished file has a journal entry (`.journal/<name>.json`, with bytes and sha256), so
+that a later attempt at the same fingerprint can take over what was finished.
 """
 
 import hashlib
@@ -43,14 +43,12 @@ def check_name(name: str) -> str:
     """A relative path that stays inside its folder, or ValueError: names come from files we did not write."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or "\\" in name or any(part in ("..", ".") for part in parts):
-        raise UserError(
-            f"the file name {name!r} leaves its artifact's folder; names are relative, without '..'"
-        )
+        raise UserError(f"the file name {name!r} leaves its artifact's folder; names are relative, without '..'")
     return name
 
 
 def fingerprint(kind: str, version: int, fields: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Identity of what a step makes: its kind and version, the fields that change the result, its inputs' fingerprints."""
+    """Identity of what a step makes: kind, version, the fields that change the result, and its inputs' fingerprints."""
     return sha256_json({"kind": kind, "version": version, "config": fields, "inputs": dict(inputs)})
 
 
@@ -117,9 +115,7 @@ class Manifest:
                 "use the version of edt-pipeline that wrote it"
             )
         if manifest.digest != digest or manifest.kind not in KINDS:
-            raise ManifestError(
-                f"{where} does not agree with its own digest; remove it and run the step again"
-            )
+            raise ManifestError(f"{where} does not agree with its own digest; remove it and run the step again")
         for entry in manifest.files:
             check_name(entry.path)
         return manifest
@@ -240,12 +236,12 @@ class ArtifactWriter:
     def add_tree(self, source: Path, name: str) -> list[FileEntry]:
         """Copy every file below a local folder to `name/` of the artifact."""
         files = sorted(path for path in source.rglob("*") if path.is_file())
-        return [
-            self.write(
-                f"{name}/{path.relative_to(source).as_posix()}", lambda target, path=path: _copy(path, target)
-            )
-            for path in files
-        ]
+
+        def copied(path: Path) -> FileEntry:
+            inside = f"{name}/{path.relative_to(source).as_posix()}"
+            return self.write(inside, lambda target: _copy(path, target))
+
+        return [copied(path) for path in files]
 
     def recover(self, name: str) -> FileEntry | None:
         """Take over a file that an earlier attempt, or this one before a crash, finished; None if there is none.

@@ -54,9 +54,7 @@ def fit_autoencoder(
     """
     model = build_autoencoder(config, pixels.shape[1]).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=config.steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
     mse = float("nan")
     for step in range(config.steps):
         batch = np.random.default_rng([config.seed, step]).integers(0, len(pixels), config.batch_size)
@@ -90,11 +88,11 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
     from diffusers import AutoencoderKL
 
     try:
-        model = AutoencoderKL.from_pretrained(str(location), use_safetensors=True)
+        model = AutoencoderKL.from_pretrained(str(location), use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no autoencoder at {location!s}: {str(error).splitlines()[0]} Give autoencoder.pretrained a hub id that this "
-            "machine can reach, a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); "
+            f"no autoencoder at {location!s}: {str(error).splitlines()[0]} Give autoencoder.pretrained a hub id that "
+            "this machine can reach, a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); "
             "or null to fit one on the images."
         ) from error
     return model.to(device).eval().requires_grad_(False)
@@ -126,7 +124,7 @@ def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
 
 
 def measure_scaling_factor(model: Any, pixels: NDArray[np.uint8], batch_size: int) -> float:
-    """1 / standard deviation of the latents over all of uint8 [N, S, S, 3], so that scaled latents have unit variance."""
+    """1 / standard deviation of the latents of uint8 [N, S, S, 3]: scaled latents have unit variance."""
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(pixels), batch_size):
         mean, std = (part.double() for part in encode_posterior(model, pixels[start : start + batch_size]))

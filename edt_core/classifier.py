@@ -6,6 +6,7 @@ Legend: N images, S image side in pixels, D features, K classes.
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,7 @@ class Classifier(nn.Module):
         self.sizes = {"num_classes": num_classes, "base_channels": base_channels, "feature_dim": feature_dim}
         widths = [3, base_channels, 2 * base_channels, 4 * base_channels]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=1)
-            for before, after in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(4 if width % 4 == 0 else 1, width) for width in widths[1:])
         self.features = nn.Linear(16 * widths[-1], feature_dim)
@@ -86,16 +86,12 @@ def fit_classifier(
         torch.manual_seed(config.seed)
         model = Classifier(num_classes, config.base_channels, config.feature_dim).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=config.steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
     for step in range(config.steps):
         rng = np.random.default_rng([config.seed, step])
         batch = rng.choice(fitted, min(config.batch_size, len(fitted)), replace=False)
         images = torch.from_numpy(to_model_range(_shifted(pixels[batch], rng))).to(device)
-        loss = F.cross_entropy(
-            model(images)[1], torch.from_numpy(labels[batch]).to(device), label_smoothing=0.05
-        )
+        loss = F.cross_entropy(model(images)[1], torch.from_numpy(labels[batch]).to(device), label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

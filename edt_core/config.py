@@ -36,9 +36,7 @@ class PreprocessConfig(Section):
 
     image_size: int = Field(256, ge=8, le=4096, description="side of the square images in pixels")
     images_per_shard: int = Field(4096, ge=1)
-    max_bad_fraction: float = Field(
-        0.001, ge=0, le=1, description="unreadable images above this share fail the step"
-    )
+    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="unreadable images above this share fail the step")
 
 
 class AutoencoderConfig(Section):
@@ -48,13 +46,9 @@ class AutoencoderConfig(Section):
         None,
         description="hub id, local folder or MLflow URI (models:/NAME@ALIAS) of a diffusers AutoencoderKL",
     )
-    downsample_factor: int = Field(
-        8, description="image side / latent side; must be that of `pretrained` where given"
-    )
+    downsample_factor: int = Field(8, description="image side / latent side; must be that of `pretrained` where given")
     latent_channels: int = Field(4, ge=1)
-    base_channels: int = Field(
-        32, ge=8, multiple_of=8, description="channels of the first level; each level doubles"
-    )
+    base_channels: int = Field(32, ge=8, multiple_of=8, description="channels of the first level; each level doubles")
     layers_per_block: int = Field(1, ge=1)
     steps: int = Field(20_000, ge=1)
     batch_size: int = Field(64, ge=1)
@@ -93,9 +87,7 @@ class ClassifierConfig(Section):
     batch_size: int = Field(128, ge=1)
     lr: float = Field(2e-3, gt=0)
     max_images: int = Field(50_000, ge=2, description="above this number, as many images at even distances")
-    holdout_fraction: float = Field(
-        0.1, gt=0, lt=1, description="images kept from the fit to measure its accuracy"
-    )
+    holdout_fraction: float = Field(0.1, gt=0, lt=1, description="images kept from the fit to measure its accuracy")
     seed: int = 0
     num_cpus: int = runtime(2, ge=1)
     num_gpus: float = runtime(0, ge=0)
@@ -113,9 +105,8 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     class_dropout_prob: float = Field(0.1, ge=0, lt=1)
-    masked_loss: bool = Field(
-        True, description="add the masked loss to the full one; false is the paper's EDT*"
-    )
+    mirror_prob: float = Field(0.5, ge=0, le=1, description="share of mirror images; 0 where left and right matter")
+    masked_loss: bool = Field(True, description="add the masked loss to the full one; false is the paper's EDT*")
     timestep_sampler: Literal["loss-second-moment", "uniform"] = "loss-second-moment"
     num_timesteps: int = Field(1000, ge=1)
     min_snr_gamma: float = Field(5.0, gt=0)
@@ -143,20 +134,14 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """The sampling protocol: part of every metric's meaning."""
 
-    num_samples: int = Field(
-        50_000, ge=2, description="classes in turn: sample i has class i mod num_classes"
-    )
+    num_samples: int = Field(50_000, ge=2, description="classes in turn: sample i has class i mod num_classes")
     num_sampling_steps: int = Field(250, ge=2)
     sampler: Literal["ancestral", "ddim"] = "ancestral"
     cfg_scale: float = Field(1.0, ge=1)
     guidance_channels: int | None = Field(3, description="channels that are guided; null for all")
-    amm_blocks: tuple[int, ...] | Literal["paper"] = Field(
-        (), description="0-based blocks; 'paper' by cfg_scale"
-    )
+    amm_blocks: tuple[int, ...] | Literal["paper"] = Field((), description="0-based blocks; 'paper' by cfg_scale")
     seed: int = 0
-    unit_size: int = Field(
-        64, ge=1, description="samples in one unit of work: fixed, so that results do not move"
-    )
+    unit_size: int = Field(64, ge=1, description="samples in one unit of work: fixed, so that results do not move")
     keep_images: int = Field(100, ge=0, description="first samples whose pixels are kept for the report")
     num_workers: int = runtime(1, ge=1)
     num_cpus_per_worker: float = runtime(1, ge=0)
@@ -174,3 +159,4 @@ class EvaluateConfig(Section):
     """Metrics from kept features."""
 
     metrics: tuple[Literal["fid", "kid", "precision", "recall"], ...] = ("fid", "kid", "precision", "recall")
+    num_cpus: float = runtime(1, ge=0)

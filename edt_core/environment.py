@@ -21,10 +21,14 @@ RECORDED_PACKAGES = (
 
 
 def quiet_defaults() -> None:
-    """Switch off usage reporting of Ray and MLflow unless the user asked for it. Call before importing either."""
+    """Usage reporting of Ray and MLflow off unless the user asked for it. Call before importing either.
+
+    WDS_SECURE makes webdataset refuse pickles and `pipe:` URLs.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("WDS_SECURE", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

@@ -23,6 +23,9 @@ from edt_core.errors import UserError
 from edt_core.models import EDT, ModelConfig, paper_amm_blocks
 
 _PIPELINE_FILE = "pipeline.py"
+_PIPELINE_CODE = (
+    '"""The class of this folder."""\n\nfrom edt_core.pipeline import EDTPipeline\n\n__all__ = ["EDTPipeline"]\n'
+)
 
 
 class EDTTransformer(ModelMixin, ConfigMixin):
@@ -59,9 +62,7 @@ class EDTPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(
-            classes=list(classes), default_steps=default_steps, default_cfg_scale=default_cfg_scale
-        )
+        self.register_to_config(classes=list(classes), default_steps=default_steps, default_cfg_scale=default_cfg_scale)
 
     @torch.no_grad()
     def __call__(
@@ -82,14 +83,10 @@ class EDTPipeline(DiffusionPipeline):
         edt = self.transformer.edt
         wrong = [label for label in class_labels if not 0 <= label < edt.config.num_classes]
         if wrong or not len(class_labels):
-            raise UserError(
-                f"class labels {wrong}: the model has 0..{edt.config.num_classes - 1}; give at least one"
-            )
+            raise UserError(f"class labels {wrong}: the model has 0..{edt.config.num_classes - 1}; give at least one")
         scale = self.config.default_cfg_scale if cfg_scale is None else cfg_scale
         edt.set_amm(
-            paper_amm_blocks(edt.config.name, scale, edt.config.image_size)
-            if amm_blocks == "paper"
-            else amm_blocks
+            paper_amm_blocks(edt.config.name, scale, edt.config.image_size) if amm_blocks == "paper" else amm_blocks
         )
         steps = num_inference_steps or self.config.default_steps
         shape = (edt.config.in_channels, edt.config.latent_size, edt.config.latent_size)
@@ -98,9 +95,7 @@ class EDTPipeline(DiffusionPipeline):
         model_fn = guided(edt.eval(), y, edt.config.num_classes, scale, guidance_channels)
         schedule = respace(linear_schedule(self.scheduler.config.num_train_timesteps), steps)
         pixels = decode_to_pixels(self.vae, sample(model_fn, noise.initial(), schedule, noise=noise))
-        return EDTPipelineOutput(
-            images=pixels if output_type == "np" else [Image.fromarray(p) for p in pixels]
-        )
+        return EDTPipelineOutput(images=pixels if output_type == "np" else [Image.fromarray(p) for p in pixels])
 
 
 def save_pipeline(
@@ -127,6 +122,4 @@ def save_pipeline(
     pipeline = EDTPipeline(transformer, vae, scheduler, classes, default_steps, default_cfg_scale)
     pipeline.save_pretrained(folder, safe_serialization=True)
     # What DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder) imports.
-    (folder / _PIPELINE_FILE).write_text(
-        '"""The pipeline class of this folder."""\n\nfrom edt_core.pipeline import EDTPipeline\n\n__all__ = ["EDTPipeline"]\n'
-    )
+    (folder / _PIPELINE_FILE).write_text(_PIPELINE_CODE)

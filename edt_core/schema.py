@@ -36,6 +36,7 @@ CHECKPOINT_VERSION = 1
 CHECKPOINT_MANIFEST = "checkpoint.json"
 MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 OPTIMIZER_STATE, TIMESTEP_STATE = "optimizer.safetensors", "timesteps.safetensors"
+STEP_PREFIX = "step-"
 TRAIN_STATE = "state.json"
 MODEL_CONFIG = "model_config.json"
 HISTORY_NAME = "history.jsonl"

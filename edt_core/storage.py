@@ -79,6 +79,10 @@ class Folder:
 
         return fsspec.core.url_to_fs(self.uri)
 
+    @property
+    def name(self) -> str:
+        return self.uri.rsplit("/", 1)[-1]
+
     def child(self, name: str) -> "Folder":
         return Folder(f"{self.uri}/{name}") if name else self
 
@@ -190,6 +194,12 @@ class Folder:
             partial.replace(target)
         return target
 
+    def local_directory(self) -> Path:
+        """The folder's files as a local folder: itself, or cached downloads."""
+        if (root := self.local) is not None:
+            return root
+        return [self.local_copy(name) for name in self.names()][0].parent
+
     def remove(self, name: str) -> None:
         """Remove a file or a folder if it is there."""
         if (root := self.local) is not None:
@@ -206,5 +216,8 @@ class Folder:
     def check_writable(self) -> None:
         """Raise UserError unless a file can be written here."""
         probe = f".probe-{uuid.uuid4().hex}"
-        self.write_bytes(probe, b"")
+        try:
+            self.write_bytes(probe, b"")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.uri}: {error.strerror}; choose another folder") from error
         self.remove(probe)

@@ -78,9 +78,7 @@ def resolve(location: str) -> str:
     try:
         folder = Path(mlflow.artifacts.download_artifacts(location))
     except Exception as error:
-        raise UserError(
-            f"MLflow has no autoencoder at {location} ({error}); look it up in the registry"
-        ) from error
+        raise UserError(f"MLflow has no autoencoder at {location} ({error}); look it up in the registry") from error
     configs = sorted(folder.rglob("config.json"), key=lambda path: ("vae" not in path.parts, len(path.parts)))
     if not configs:
         raise UserError(f"{location} holds no diffusers model: no config.json in it")

@@ -1,4 +1,4 @@
-"""classifier: fit the small classifier on the image shards whose features stand in where Inception's are not at hand."""
+"""classifier: fit a small classifier on the image shards; its features stand in where Inception's are not at hand."""
 
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ FOLDER = "classifier"
 def classifier(
     config: ClassifierConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Fit on `inputs["images"]` and store weights and sizes; the counts say its accuracy on images kept from the fit."""
+    """Fit on `inputs["images"]`, store weights and sizes, and count the accuracy on images kept from the fit."""
     task = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(_fit)
     return ray.get(task.remote(config, dict(inputs), out, progress))
 

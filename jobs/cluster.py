@@ -11,28 +11,22 @@ import ray
 _OBJECT_STORE_BYTES = 512 << 20  # artifacts go through the store on disk; Ray's objects here are small
 
 
-def connect(address: str | None = None, min_cpus: int = 1) -> None:
+def connect(address: str | None = None, min_cpus: int = 1) -> bool:
     """Join the cluster at `address` or RAY_ADDRESS; with neither, start Ray on this machine, on loopback.
 
-    A local session offers at least `min_cpus` CPUs, so that two training workers fit on one core as well.
+    A session of our own offers at least `min_cpus` CPUs, so that two training workers fit on one core as well.
+    Returns True where the cluster is shared with others.
     """
+    shared = bool(address or os.environ.get("RAY_ADDRESS"))
     if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "configure_logging": True,
-    }
-    if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, namespace="edt", **quiet)
-        return
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, min_cpus),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        namespace="edt",
-        **quiet,
-    )
+        return shared
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "edt"}
+    if shared:
+        ray.init(address=address, **quiet)
+    else:
+        cpus = max(os.cpu_count() or 1, min_cpus)
+        ray.init(num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
+    return shared
 
 
 def device_name(num_gpus: float) -> str:
@@ -72,7 +66,7 @@ class _Holder:
 @contextmanager
 def pool(make: Callable[..., Any], size: int, *arguments: Any, **options: Any) -> Iterator[list[Any]]:
     """`size` actors, each holding a `make(*arguments)` that is loaded once; their processes end with the block."""
-    actors = [ray.remote(_Holder).options(**options).remote(make, arguments) for _ in range(size)]
+    actors: list[Any] = [ray.remote(_Holder).options(**options).remote(make, arguments) for _ in range(size)]
     try:
         yield actors
     finally:

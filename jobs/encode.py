@@ -32,9 +32,7 @@ class Encoder:
         use_threads(config.num_cpus_per_worker)
         self.config, self.images, self.out = config, inputs["images"], out
         source = inputs["autoencoder"]
-        self.model = load_autoencoder(
-            source.directory(FOLDER), device or device_name(config.num_gpus_per_worker)
-        )
+        self.model = load_autoencoder(source.directory(FOLDER), device or device_name(config.num_gpus_per_worker))
         size, factor = self.images.counts["image_size"], source.counts["downsample_factor"]
         self.info = LatentInfo(
             autoencoder=f"{source.counts['source']}@{source.manifest.digest}",
@@ -69,16 +67,11 @@ class Encoder:
 
         samples = list(read_image_shard(path))
         if len(samples) != expected:
-            raise UserError(
-                f"{path} holds {len(samples)} images, its manifest says {expected}; run preprocess again"
-            )
+            raise UserError(f"{path} holds {len(samples)} images, its manifest says {expected}; run preprocess again")
         parts = []
         for start in range(0, len(samples), self.config.batch_size):
             pixels = np.stack([sample.pixels() for sample in samples[start : start + self.config.batch_size]])
-            sides = [
-                encode_posterior(self.model, view)
-                for view in (pixels, np.ascontiguousarray(pixels[:, :, ::-1]))
-            ]
+            sides = [encode_posterior(self.model, view) for view in (pixels, np.ascontiguousarray(pixels[:, :, ::-1]))]
             parts.append(np.stack([part.cpu().numpy() for side in sides for part in side], axis=1))
         posterior = np.concatenate(parts) if parts else np.empty((0, 4, *self.info.latent_shape), np.float32)
         if not np.isfinite(posterior).all():

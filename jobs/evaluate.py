@@ -24,7 +24,7 @@ def evaluate(
 
     Raises UserError where the two come from different extractors.
     """
-    return ray.get(ray.remote(num_cpus=1)(_compare).remote(config, dict(inputs), out))
+    return ray.get(ray.remote(num_cpus=config.num_cpus)(_compare).remote(config, dict(inputs), out))
 
 
 def _compare(config: EvaluateConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter) -> dict[str, Any]:
@@ -35,15 +35,11 @@ def _compare(config: EvaluateConfig, inputs: Mapping[str, Artifact], out: Artifa
     features, reference = inputs["features"], inputs["reference"]
     extractors = {name: item.manifest.inputs[EXTRACTOR] for name, item in inputs.items()}
     if len(set(extractors.values())) != 1:
-        raise UserError(
-            f"features and reference come from different extractors ({extractors}); make both with one"
-        )
+        raise UserError(f"features and reference come from different extractors ({extractors}); make both with one")
     generated = load_units(features)
     real = load_file(reference.path(FEATURES_NAME))
     metrics = compute_metrics(generated["features"], real["features"], config.metrics, space=EXTRACTOR)
-    metrics["accuracy_classifier"] = float(
-        (generated["probabilities"].argmax(1) == generated["labels"]).mean()
-    )
+    metrics["accuracy_classifier"] = float((generated["probabilities"].argmax(1) == generated["labels"]).mean())
     protocol = {
         "space": EXTRACTOR,
         "extractor": extractors["features"],

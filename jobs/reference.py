@@ -44,9 +44,7 @@ def _extract(
         labels.append(shard_labels)
         progress.update(done, len(shards), "shards")
     features = np.concatenate(parts)
-    out.write_bytes(
-        FEATURES_NAME, save({"features": features, "labels": np.concatenate(labels)}), len(features)
-    )
+    out.write_bytes(FEATURES_NAME, save({"features": features, "labels": np.concatenate(labels)}), len(features))
     return {"images": len(features), "feature_dim": int(features.shape[1])}
 
 

@@ -45,8 +45,6 @@ class Sampler:
         """Make unit number `unit` unless it is there; returns its number of samples."""
         from safetensors.numpy import save
 
-        from safetensors.numpy import save
-
         name = FEATURE_UNIT.format(unit)
         first = unit * self.config.unit_size
         indices = np.arange(first, min(first + self.config.unit_size, self.config.num_samples))
@@ -117,9 +115,7 @@ def load_units(features: Artifact) -> dict[str, Any]:
     return joined
 
 
-VERB = Verb(
-    "sample", "features", 1, SampleConfig, sample_features, roles=("checkpoint", "autoencoder", "classifier")
-)
+VERB = Verb("sample", "features", 1, SampleConfig, sample_features, roles=("checkpoint", "autoencoder", "classifier"))
 
 if __name__ == "__main__":
     VERB.main()

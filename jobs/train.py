@@ -12,7 +12,8 @@ from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress
-from edt_core.schema import CHECKPOINT_MANIFEST, HISTORY_NAME, LATENT_SHARD, TRAIN_STATE
+from edt_core.schema import HISTORY_NAME, LATENT_SHARD, STEP_PREFIX, TRAIN_STATE
+from edt_core.storage import Folder
 from jobs.cluster import use_threads
 from jobs.verb import Verb
 
@@ -39,9 +40,7 @@ class RayContext:
         if self.world_size == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def gather(self, values: Any) -> Any:
         import torch
@@ -106,9 +105,7 @@ def train(
     else:
         _fit(config, model_config, latents, out, progress)
     model = initial_model(model_config, config.seed)
-    kept = sorted(
-        {entry.path.split("/")[1] for entry in out.written() if entry.path.startswith(f"{CHECKPOINTS}/")}
-    )
+    kept = sorted({entry.path.split("/")[1] for entry in out.written() if entry.path.startswith(f"{CHECKPOINTS}/")})
     return {
         "model": config.model,
         "steps": config.max_steps,
@@ -129,19 +126,11 @@ def _store_untrained(config: TrainConfig, model_config: Any, out: ArtifactWriter
     out.write_bytes(HISTORY_NAME, b"", 0)
 
 
-def _fit(
-    config: TrainConfig, model_config: Any, latents: Artifact, out: ArtifactWriter, progress: Progress
-) -> None:
+def _fit(config: TrainConfig, model_config: Any, latents: Artifact, out: ArtifactWriter, progress: Progress) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    job = {
-        "config": config,
-        "model_config": model_config,
-        "latents": latents,
-        "progress": progress,
-        "resume_from": _unfinished_checkpoints(out),
-    }
+    job = {"config": config, "model_config": model_config, "latents": latents, "out": out, "progress": progress}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job,
@@ -166,8 +155,6 @@ def _fit(
 
 def _worker(job: Mapping[str, Any]) -> None:
     """The training function of each Ray Train worker."""
-    import ray.train
-
     from edt_core.data.latents import LatentDataset
     from edt_core.training.checkpoint import newest_checkpoint
     from edt_core.training.loop import train as train_loop
@@ -175,40 +162,31 @@ def _worker(job: Mapping[str, Any]) -> None:
     config, progress = job["config"], job["progress"]
     use_threads(config.num_cpus_per_worker)
     context = RayContext(progress, config.max_steps)
-    candidates = [Path(folder) for folder in job["resume_from"]]
-    if (reported := ray.train.get_checkpoint()) is not None:
-        candidates.append(Path(reported.to_directory()) if "://" in reported.path else Path(reported.path))
-    resume_from, passed_over = newest_checkpoint(candidates)
+    resume_from, passed_over = newest_checkpoint(folder.local_directory() for folder in _ray_checkpoints(job["out"]))
     for reason in passed_over if context.rank == 0 else ():
-        progress.warn(
-            f"not resuming from this checkpoint: {reason}; using {resume_from or 'the start'} instead"
-        )
+        progress.warn(f"not resuming from this checkpoint: {reason}; using {resume_from or 'the start'} instead")
     dataset = LatentDataset(job["latents"].paths(LATENT_SHARDS))
     train_loop(config, job["model_config"], dataset, context, resume_from)
 
 
-def _unfinished_checkpoints(out: ArtifactWriter) -> list[str]:
-    """Checkpoint folders of earlier attempts, as local paths."""
-    found = []
-    for attempt in (out.attempt, *out.previous):
-        run = out.folder.child(attempt).child(_RAY_RUN)
-        for name in run.names():
-            if name.startswith("step-") and run.exists(f"{name}/{CHECKPOINT_MANIFEST}"):
-                folder = run.child(name)
-                found.append(str({folder.local_copy(file).parent for file in folder.names()}.pop()))
-    return found
+def _ray_checkpoints(out: ArtifactWriter) -> list[Folder]:
+    """Folders of the checkpoints that Ray Train has of this attempt and of earlier ones, this attempt's last.
+
+    Its own record of them is not written atomically; ours are known by their names and trusted by their digests.
+    """
+    runs = [out.folder.child(attempt).child(_RAY_RUN) for attempt in (*reversed(out.previous), out.attempt)]
+    return [run.child(name) for run in runs for name in run.names() if name.startswith(STEP_PREFIX)]
 
 
 def _adopt_checkpoints(config: TrainConfig, out: ArtifactWriter) -> None:
-    """Take Ray Train's kept checkpoints into the artifact under their steps' names, with the history beside them."""
+    """Take the newest checkpoints into the artifact under their steps' names, with the history beside them."""
     import json
 
-    run = out.data.child(_RAY_RUN)
-    folders = sorted(name for name in run.names() if name.startswith("step-"))
-    for name in folders[-config.num_to_keep :]:
-        local = [run.child(name).local_copy(file) for file in run.child(name).names()]
-        out.add_tree(local[0].parent, f"{CHECKPOINTS}/{name}")
-    history = json.loads(run.read_bytes(f"{folders[-1]}/{TRAIN_STATE}"))["history"]
+    by_name = {folder.name: folder for folder in _ray_checkpoints(out)}
+    kept = sorted(by_name)[-config.num_to_keep :]
+    for name in kept:
+        out.add_tree(by_name[name].local_directory(), f"{CHECKPOINTS}/{name}")
+    history = json.loads(by_name[kept[-1]].read_bytes(TRAIN_STATE))["history"]
     lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in history)
     out.write_bytes(HISTORY_NAME, lines.encode(), len(history))
     out.data.remove(_RAY_RUN)

@@ -1,4 +1,4 @@
-"""A verb: a job with what it takes and what it makes. The workflow runs it as a step; `python -m jobs.<verb>` by itself."""
+"""A verb: a job with what it takes and makes. A workflow runs it as a step, `python -m jobs.<verb>` by itself."""
 
 import argparse
 import sys
@@ -63,9 +63,7 @@ class Verb:
         )
         for role in self.roles:
             parser.add_argument(role, help="image folder" if role == "source" else f"artifact folder: {role}")
-        parser.add_argument(
-            "out", help="folder for the artifact: new, empty, or of an unfinished run to go on with"
-        )
+        parser.add_argument("out", help="folder for the artifact: new, empty, or of an unfinished run to go on with")
         parser.add_argument("--config", type=Path, help=f"YAML file with fields of {self.config.__name__}")
         parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set one field")
         options = parser.parse_args(arguments)
@@ -74,9 +72,7 @@ class Verb:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        print(
-            f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {artifact.manifest.digest[:12]}"
-        )
+        print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {artifact.manifest.digest[:12]}")
 
     def _run_alone(self, options: argparse.Namespace) -> Artifact:
         fields: dict[str, Any] = yaml.safe_load(options.config.read_text()) if options.config else {}
@@ -119,7 +115,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:
-    """Validate fields against a schema. Raises UserError with a line a problem, and the known keys for an unknown one."""
+    """Validate fields against a schema. Raises UserError: a line a problem, with the known keys for an unknown one."""
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
@@ -138,9 +134,7 @@ def _problem(schema: type[Section], problem: Any) -> str:
 def _known_keys(schema: type[Section], path: Sequence[Any]) -> list[str]:
     for part in path:
         field = schema.model_fields.get(str(part))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        ):
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
             break
         schema = field.annotation
     return sorted(schema.model_fields)

@@ -1,4 +1,4 @@
-"""The store: artifacts by kind and fingerprint, `<root>/<kind>/<fingerprint>/manifest.json` and one folder an attempt."""
+"""The store: artifacts by kind and fingerprint, `<root>/<kind>/<fingerprint>/manifest.json`, a folder an attempt."""
 
 import time
 import uuid
@@ -27,9 +27,7 @@ class Store:
     def folder(self, kind: str, fingerprint: str) -> Folder:
         return self.root.child(f"{kind}/{fingerprint}")
 
-    def find(
-        self, kind: str, fingerprint: str, warn: Callable[[str], None] = lambda message: None
-    ) -> Artifact | None:
+    def find(self, kind: str, fingerprint: str, warn: Callable[[str], None] = lambda message: None) -> Artifact | None:
         """The committed artifact, or None. One that is damaged counts as missing, with a warning."""
         folder = self.folder(kind, fingerprint)
         if not folder.exists(MANIFEST_NAME):
@@ -68,6 +66,4 @@ class Store:
 
 
 def _attempts(folder: Folder) -> list[str]:
-    return sorted(
-        (name for name in folder.names() if name != MANIFEST_NAME and not name.startswith(".")), reverse=True
-    )
+    return sorted((name for name in folder.names() if name != MANIFEST_NAME and not name.startswith(".")), reverse=True)

@@ -30,9 +30,7 @@ Assignments = Annotated[
 def run(
     config: Config = "quickstart",
     assignments: Assignments = [],  # noqa: B006  typer copies it
-    store: Annotated[
-        str | None, typer.Option(help="folder or URI of the artifacts  [default: ./edt-store]")
-    ] = None,
+    store: Annotated[str | None, typer.Option(help="folder or URI of the artifacts  [default: ./edt-store]")] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join  [default: RAY_ADDRESS, or this machine]")
     ] = None,

@@ -35,9 +35,7 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _folder_has_path(self) -> "SourceConfig":
         if self.kind == "image_folder" and not self.path:
-            raise ValueError(
-                "source.path is missing: give the image folder, as --set source.path=/data/images"
-            )
+            raise ValueError("source.path is missing: give the image folder, as --set source.path=/data/images")
         return self
 
 

@@ -24,11 +24,12 @@ class Workflow:
     catalog: Catalog
     run_id: str
     terminal: Terminal
-    connect: Callable[[], None]  # joins or starts Ray; called when the first step has to run
+    connect: Callable[[], bool]  # joins or starts Ray when the first step has to run; True for a shared cluster
     futures: dict[str, StepFuture] = field(default_factory=dict)
     failures: dict[str, BaseException] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)
     _board: Any = None
+    _shared: bool = False
 
     def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         """Reuse the artifact of this fingerprint, or have it made when its inputs are. Never waits."""
@@ -72,21 +73,19 @@ class Workflow:
         """The artifacts that are there so far, by step."""
         return {name: f.result() for name, f in self.futures.items() if name in self._done or f.reused}
 
-    def _surroundings(self) -> tuple[Store, Catalog, str, Any]:
+    def _surroundings(self) -> tuple[Store, Catalog, str, Any, bool]:
         import ray
 
         if self._board is None:
-            self.connect()
+            self._shared = self.connect()
             self._board = ray.remote(Board).options(num_cpus=0).remote()
-        return self.store, self.catalog, self.run_id, self._board
+        return self.store, self.catalog, self.run_id, self._board, self._shared
 
     def _submit(self, task: StepTask, inputs: Mapping[str, StepFuture | Source]) -> Any:
         import ray
 
         # Ray resolves futures that are arguments, not those inside a container: roles and values go side by side.
-        values = [
-            item.ref or item.artifact if isinstance(item, StepFuture) else item for item in inputs.values()
-        ]
+        values = [item.ref or item.artifact if isinstance(item, StepFuture) else item for item in inputs.values()]
         return ray.remote(_run).options(num_cpus=0, max_retries=0).remote(task, list(inputs), *values)
 
     def _pending(self, future: StepFuture) -> bool:

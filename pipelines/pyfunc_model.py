@@ -18,13 +18,13 @@ class PyfuncEDT(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         from edt_core.pipeline import EDTPipeline
 
-        self.pipeline = EDTPipeline.from_pretrained(context.artifacts["pipeline"])
+        self.pipeline = EDTPipeline.from_pretrained(context.artifacts["pipeline"], low_cpu_mem_usage=False)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def predict(
-        self, context: PythonModelContext, model_input: Any, params: Mapping[str, Any] | None = None
+        self, context: PythonModelContext, model_input: list[int], params: Mapping[str, Any] | None = None
     ) -> NDArray[np.uint8]:
-        """`model_input`: class labels as a list, array [N] or a one-column table."""
+        """`model_input`: class labels as a list or array [N]."""
         labels: Sequence[int] = np.asarray(model_input).reshape(-1).astype(int).tolist()
         images: NDArray[np.uint8] = self.pipeline(labels, output_type="np", **(params or {})).images
         return images

@@ -34,9 +34,7 @@ class Decision:
         if self.champion_before is None:
             return f"first champion: {now}"
         against = f"version {self.champion_before} has {self.champion_value:.4g}"
-        return (
-            f"new champion: {now}, {against}" if self.became_champion else f"candidate only: {now}, {against}"
-        )
+        return f"new champion: {now}, {against}" if self.became_champion else f"candidate only: {now}, {against}"
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,7 @@ def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, ent
     """
     metrics = entry.evaluation.counts["metrics"]
     if config.metric not in metrics:
-        raise UserError(
-            f"promote.metric {config.metric!r} was not measured; choose from {', '.join(sorted(metrics))}"
-        )
+        raise UserError(f"promote.metric {config.metric!r} was not measured; choose from {', '.join(sorted(metrics))}")
     identity = {
         "edt.checkpoint": entry.checkpoint.fingerprint,
         "edt.evaluation": entry.evaluation.fingerprint,
@@ -121,9 +117,7 @@ def _register(catalog: Catalog, run_id: str, name: str, entry: Entry, identity: 
             metadata={"edt.checkpoint": entry.checkpoint.fingerprint},
             step=int(entry.checkpoint.counts["steps"]),
         )
-    metrics = {
-        f"edt.metric.{key}": repr(float(value)) for key, value in entry.evaluation.counts["metrics"].items()
-    }
+    metrics = {f"edt.metric.{key}": repr(float(value)) for key, value in entry.evaluation.counts["metrics"].items()}
     parents = {**artifact_tags(entry.checkpoint), "edt.code_version": code_version()}
     _ensure_model(catalog, name)
     version = catalog.client.create_model_version(

@@ -69,7 +69,7 @@ def render_report(data: ReportData) -> str:
     environment.filters.update(shown=shown, duration=duration)
     environment.tests["digest"] = lambda value: bool(re.fullmatch("[0-9a-f]{32,}", str(value)))
     rows, image_size = gallery(data), data.samples.shape[1]
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         data=data,
         image_size=image_size,
         gallery=rows,
@@ -82,6 +82,12 @@ def render_report(data: ReportData) -> str:
         total_seconds=sum(row.seconds for row in data.lineage),
         longest_seconds=max((row.seconds for row in data.lineage), default=0.0),
     )
+    return _encodable(page)
+
+
+def _encodable(text: str) -> str:
+    """Text that UTF-8 can hold: a folder's name that is not UTF-8 arrives with lone surrogates."""
+    return text.encode(errors="replace").decode()
 
 
 # Text
@@ -165,9 +171,8 @@ def _change(before: float | None, after: float | None, lower: bool | None) -> tu
         return "none", "same"
     if before > 0 and after > 0:
         factor = max(before, after) / min(before, after)
-        text = (
-            f"{DIVIDED if after < before else TIMES} {shown(factor) if factor >= 1000 else f'{factor:.3g}'}"
-        )
+        sign = DIVIDED if after < before else TIMES
+        text = f"{sign} {shown(factor) if factor >= 1000 else f'{factor:.3g}'}"
     else:  # an unbiased kernel distance may be negative, where a factor means nothing
         text = f"{after - before:+.3g}".replace("-", MINUS)
     verdict = "" if lower is None else "better" if (after < before) == lower else "worse"
@@ -195,15 +200,8 @@ def gallery(data: ReportData) -> list[tuple[str, list[GalleryCell]]]:
         ("Real", "real images", data.real, data.real_labels, 4 if many else 3),
     ]
     if data.untrained is not None and data.untrained_labels is not None and len(data.untrained):
-        origins.append(
-            (
-                "Untrained",
-                "images of the untrained model",
-                data.untrained,
-                data.untrained_labels,
-                3 if many else 2,
-            )
-        )
+        what, limit = "images of the untrained model", 3 if many else 2
+        origins.append(("Untrained", what, data.untrained, data.untrained_labels, limit))
     for _, what, images, labels, _ in origins[1:]:
         _check_images(images, labels, what)
     rows = []
@@ -238,7 +236,7 @@ def sample_grid(
     side = size * (scale or max(1, PIXELATED_UP_TO // size))
     gap, font_size, names = 4, 13, classes[:MAX_CLASSES]
     font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), font_size)
-    texts = [shortened(name, 24) for name in names]
+    texts = [shortened(" ".join(_encodable(name).split()), 24) for name in names]
     margin = 4 * gap + math.ceil(max((font.getlength(text) for text in texts), default=0))
     footer = f"first {len(names)} of {len(classes):,} classes" if len(names) < len(classes) else ""
     row_height = max(side, font_size) + gap

@@ -182,7 +182,7 @@ class Graph:
 def lineage_graph(rows: Sequence[LineageRow], model: str) -> Graph:
     """From the source at the left to the registered model at the right; `model` is what that is called.
 
-    A step stands right of all of its inputs. The model is made from the checkpoint and from what no step uses.
+    A step stands right of all of its inputs. The checkpoint, and all that no step uses, lead to the model.
     Raises ValueError where two rows have one name, or where the lineage runs in a circle.
     """
     names = [row.step for row in rows]
@@ -212,8 +212,7 @@ def lineage_graph(rows: Sequence[LineageRow], model: str) -> Graph:
 def _texts(rows: Sequence[LineageRow], model: str) -> dict[str, BoxText]:
     """The text of every step's box, and of the model's."""
     texts = {
-        row.step: ("step", f"{row.step} {row.fingerprint}", (row.step, row.kind, row.fingerprint[:8]))
-        for row in rows
+        row.step: ("step", f"{row.step} {row.fingerprint}", (row.step, row.kind, row.fingerprint[:8])) for row in rows
     }
     return texts | {_MODEL: ("model", model, ("registry", "model version", ""))}
 

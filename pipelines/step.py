@@ -1,16 +1,18 @@
 """The durable step: computed once, found again by its fingerprint.
 
-A step runs as a Ray task. Inside, a Ray actor named after the fingerprint does the work: two runs on one cluster that
-want the same artifact meet at that actor, the first computes it, the second finds it committed.
+A step runs as a Ray task. Two runs that want the same artifact at the same time compute it once: on a shared cluster
+they meet at a Ray actor named after the fingerprint, and where the store is a local folder at a file lock as well.
 """
 
+import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import RayActorError
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import Section, result_fields
@@ -18,8 +20,6 @@ from jobs.verb import Input, Verb
 from pipelines.artifacts import Store
 from pipelines.catalog import DATASET_KINDS, Catalog
 from pipelines.terminal import StepProgress
-
-_MEETINGS = 5  # how often a step whose shared actor died with another run is taken up again
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class StepTask:
     catalog: Catalog
     parent_run: str
     board: Any
+    shared_cluster: bool
 
     @property
     def kind(self) -> str:
@@ -62,28 +63,38 @@ class StepFuture:
 
 
 def run_step(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
-    """Run one step, or wait for the run that is at it and take its artifact."""
-    for meeting in range(_MEETINGS):
-        actor: Any = _RemoteStep.options(
-            name=f"edt-{task.kind}-{task.fingerprint}", get_if_exists=True, num_cpus=0
-        ).remote()
+    """Make one step's artifact, or wait for the run that is at it and take what it made."""
+    with task.store.lock(task.kind, task.fingerprint), _lease(task):
+        return task.store.find(task.kind, task.fingerprint) or _execute(task, inputs)
+
+
+class _Holder:
+    """The Ray actor whose name is the lease. It lives as long as the process that made it, or until it is killed."""
+
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
+
+
+@contextmanager
+def _lease(task: StepTask) -> Iterator[None]:
+    """Hold the fingerprint on this cluster. A Ray session of our own needs no lease: nobody else is in it."""
+    if not task.shared_cluster:
+        yield
+        return
+    name = f"edt-{task.kind}-{task.fingerprint}"
+    holder: Any = None
+    while holder is None:
         try:
-            artifact: Artifact = ray.get(actor.run.remote(task, dict(inputs)))
-            return artifact
-        except (ActorDiedError, ActorUnavailableError):
-            if meeting == _MEETINGS - 1:
-                raise
-    raise AssertionError("unreachable")
-
-
-class _StepActor:
-    """Runs a step where its artifact is not committed yet."""
-
-    def run(self, task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
-        with task.store.lock(task.kind, task.fingerprint):
-            if found := task.store.find(task.kind, task.fingerprint):
-                return found
-            return _execute(task, inputs)
+            holder = ray.remote(_Holder).options(name=name, num_cpus=0).remote()
+        except ValueError:  # the name is taken: wait until its actor is gone, by release or by death
+            try:
+                ray.get(ray.get_actor(name).wait.remote())
+            except (ValueError, RayActorError):
+                continue
+    try:
+        yield
+    finally:
+        ray.kill(holder)
 
 
 def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
@@ -107,9 +118,6 @@ def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
         raise
     catalog.end_run(run_id, "FINISHED")
     return artifact
-
-
-_RemoteStep: Any = ray.remote(_StepActor)
 
 
 def input_fingerprints(inputs: Mapping[str, "StepFuture | Source"]) -> dict[str, str]:

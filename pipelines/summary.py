@@ -19,7 +19,7 @@ _REAL_CLASSES = 20
 
 
 class SummaryConfig(Section):
-    """What the report says that no artifact does. `lineage` maps each input's role to (step, steps it was made from)."""
+    """What the report says that no artifact does. `lineage`: each input's role -> (step, steps it was made from)."""
 
     title: str
     pipeline: str

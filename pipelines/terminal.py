@@ -99,9 +99,7 @@ class Terminal:
         self._warned = len(warnings)
         for step, (done, total, note) in counts.items():
             if step not in self._lines:
-                self._lines[step] = _Line(
-                    self._bars.add_task(step, total=total, note="", left=""), time.monotonic()
-                )
+                self._lines[step] = _Line(self._bars.add_task(step, total=total, note="", left=""), time.monotonic())
             line = self._lines[step]
             seconds = time.monotonic() - line.started
             left = f"{seconds / done * (total - done):.0f} s left" if 0 < done < total else ""

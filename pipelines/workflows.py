@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,9 +41,7 @@ class Outcome:
     seconds: float = 0.0
     decisions: dict[str, Decision] = field(default_factory=dict)
     reports: dict[str, Artifact] = field(default_factory=dict)
-    metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(
-        default_factory=dict
-    )  # before, after
+    metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(default_factory=dict)  # before, after
     failures: dict[str, BaseException] = field(default_factory=dict)
     executed: int = 0
     reused: int = 0
@@ -60,6 +59,11 @@ def prepare_source(config: SourceConfig, store: Folder) -> Source:
         assert config.path is not None
         path = Path(config.path).expanduser().absolute()
     return Source(path, source_digest(scan_image_folder(path)))
+
+
+def images_fingerprint(config: PipelineConfig, source: Source) -> str:
+    """Identity of the image shards, on which everything else rests."""
+    return preprocess.VERB.fingerprint(config.preprocess, {"source": source.fingerprint})
 
 
 def call_steps(workflow: Workflow, config: PipelineConfig, source: Source) -> list[Branch]:
@@ -81,21 +85,15 @@ def call_steps(workflow: Workflow, config: PipelineConfig, source: Source) -> li
     return [_call_branch(workflow, config, name, shared) for name in config.models]
 
 
-def _call_branch(
-    workflow: Workflow, config: PipelineConfig, name: str, shared: Mapping[str, StepFuture]
-) -> Branch:
+def _call_branch(workflow: Workflow, config: PipelineConfig, name: str, shared: Mapping[str, StepFuture]) -> Branch:
     """Train, sample and evaluate one model, and the untrained model of the same seed beside it."""
     trained = config.train_of(name)
     # Only what shapes the initial weights and the chain: another learning rate has the same untrained model.
-    untrained = TrainConfig(
-        model=trained.model, max_steps=0, seed=trained.seed, num_timesteps=trained.num_timesteps
-    )
+    untrained = TrainConfig(model=trained.model, max_steps=0, seed=trained.seed, num_timesteps=trained.num_timesteps)
     steps = dict(shared)
     for prefix, train_config in (("", trained), ("untrained_", untrained)):
         label = prefix.replace("_", " ")
-        checkpoint = workflow.step(
-            f"{label}train {name}", train.VERB, train_config, latents=shared["latents"]
-        )
+        checkpoint = workflow.step(f"{label}train {name}", train.VERB, train_config, latents=shared["latents"])
         features = workflow.step(
             f"{label}sample {name}",
             sample.VERB,
@@ -126,12 +124,15 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
     started = time.monotonic()
     store = Store.open(config.store)
     source = prepare_source(config.source, store.root)
-    catalog = Catalog.open(store.root, config.name)
+    # On a new store MLflow makes its tables for about as long as Ray starts: the one need not wait for the other.
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(Catalog.open, store.root, config.name)
+        if store.find(preprocess.VERB.kind, images_fingerprint(config, source)) is None:
+            connect(address, min_cpus=config.workers)
+        catalog = opened.result()
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, "edt.source": source.fingerprint})
     outcome = Outcome(run_id, catalog.tracking_uri)
-    workflow = Workflow(
-        store, catalog, run_id, terminal, connect=lambda: connect(address, min_cpus=config.workers)
-    )
+    workflow = Workflow(store, catalog, run_id, terminal, connect=lambda: connect(address, min_cpus=config.workers))
     status = "KILLED"
     try:
         catalog.log_text(run_id, as_yaml(config), "config.yaml")
@@ -151,9 +152,7 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     if not workflow.wait(*branch.steps.values()):
         return
     made = {role: future.result() for role, future in branch.steps.items()}
-    entry = Entry(
-        **{role: made[role] for role in ("images", "autoencoder", "checkpoint", "features", "evaluation")}
-    )
+    entry = Entry(**{role: made[role] for role in ("images", "autoencoder", "checkpoint", "features", "evaluation")})
     try:
         with workflow.store.lock("promote", branch.name):
             decision = promote(workflow.catalog, workflow.run_id, branch.name, config.promote, entry)
@@ -164,9 +163,7 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     workflow.terminal.say(f"  promoted  {branch.name} version {decision.version}: {decision}", "green")
     before, after = (made[role].counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
     outcome.decisions[branch.name], outcome.metrics[branch.name] = decision, (before, after)
-    report = workflow.step(
-        f"report {branch.name}", summary.VERB, _summary(config, branch, decision), **branch.steps
-    )
+    report = workflow.step(f"report {branch.name}", summary.VERB, _summary(config, branch, decision), **branch.steps)
     if workflow.wait(report):
         outcome.reports[branch.name] = report.result()
 

@@ -31,9 +31,7 @@ def scan_image_folder(root: Path) -> ImageFolder:
     Raises UserError where there is no such folder, no image in it, or fewer than two classes.
     """
     if not root.is_dir():
-        raise UserError(
-            f"the image folder {root} does not exist; give the folder that holds one sub-folder a class"
-        )
+        raise UserError(f"the image folder {root} does not exist; give the folder that holds one sub-folder a class")
     classes: list[str] = []
     entries: list[tuple[str, int]] = []
     others = 0

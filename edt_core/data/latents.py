@@ -1,9 +1,9 @@
 """Latent shards: an image's and its mirror image's posterior, one Arrow row an image.
 
 Format: Arrow IPC *file* format, never the stream format (a stream cut at a message boundary reads short in silence).
-Columns: `key` string, `label` int64, and fixed-size lists float32[C*h*w] `mean`, `std`, `mirror_mean`, `mirror_std`, the
-posterior of the autoencoder before scaling. The schema's metadata says which autoencoder, scaling factor, image size,
-latent shape and source shard.
+Columns: `key` string, `label` int64, and fixed-size lists float32[C*h*w] `mean`, `std`, `mirror_mean`, `mirror_std`,
+the posterior of the autoencoder before scaling. The schema's metadata says which autoencoder, scaling factor, image
+size, latent shape and source shard.
 """
 
 import json
@@ -49,12 +49,11 @@ class LatentInfo:
             values["latent_shape"] = tuple(values["latent_shape"])
             info = cls(**values)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{where} is no latent shard: its Arrow schema lacks {error}; encode the images"
-            ) from error
+            raise UserError(f"{where} is no latent shard: its Arrow schema lacks {error}; encode the images") from error
         if info.schema_version != LATENT_SCHEMA_VERSION:
             raise UserError(
-                f"{where} has latent schema {info.schema_version}, this code reads {LATENT_SCHEMA_VERSION}; encode again"
+                f"{where} has latent schema {info.schema_version}, this code reads "
+                f"{LATENT_SCHEMA_VERSION}; encode again"
             )
         return info
 
@@ -77,9 +76,7 @@ def write_latent_shard(path: Path, rows: LatentRows, info: LatentInfo) -> int:
         )
         for i, name in enumerate(POSTERIOR_COLUMNS)
     }
-    table = pa.table(
-        {KEY: pa.array(rows.keys, pa.string()), LABEL: pa.array(rows.labels, pa.int64()), **columns}
-    )
+    table = pa.table({KEY: pa.array(rows.keys, pa.string()), LABEL: pa.array(rows.labels, pa.int64()), **columns})
     table = table.replace_schema_metadata(info.to_metadata())
     # One record batch a shard: a column is then one contiguous block that numpy views without a copy.
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -120,9 +117,7 @@ class LatentShard:
 
     def rows(self) -> LatentRows:
         """The whole shard, copied."""
-        posterior = np.stack(self.columns, axis=1).reshape(
-            len(self), len(self.columns), *self.info.latent_shape
-        )
+        posterior = np.stack(self.columns, axis=1).reshape(len(self), len(self.columns), *self.info.latent_shape)
         return LatentRows(tuple(self.keys.to_pylist()), self.labels, posterior)
 
 
@@ -140,9 +135,7 @@ class LatentDataset:
         self.info = self.shards[0].info
         for path, shard in zip(paths, self.shards, strict=True):
             if _shared(shard.info) != _shared(self.info):
-                raise UserError(
-                    f"{path} was encoded as {_shared(shard.info)}, {paths[0]} as {_shared(self.info)}"
-                )
+                raise UserError(f"{path} was encoded as {_shared(shard.info)}, {paths[0]} as {_shared(self.info)}")
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
 
     def __len__(self) -> int:

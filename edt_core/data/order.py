@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
     """A permutation of 0..num_samples-1, a function of (seed, epoch) alone."""
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(
-        num_samples
-    )
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(num_samples)
     order.setflags(write=False)
     return order
 
@@ -23,7 +21,5 @@ def batch_indices(seed: int, step: int, global_batch_size: int, num_samples: int
     """
     positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
     epochs, places = positions // num_samples, positions % num_samples
-    parts = [
-        epoch_order(seed, int(epoch), num_samples)[places[epochs == epoch]] for epoch in np.unique(epochs)
-    ]
+    parts = [epoch_order(seed, int(epoch), num_samples)[places[epochs == epoch]] for epoch in np.unique(epochs)]
     return np.concatenate(parts)

@@ -92,9 +92,7 @@ def load_images(
             labels.append(sample.label)
         found += 1
     if found != stated:
-        raise UserError(
-            f"the image shards hold {found} images where {stated} are stated; run preprocess again"
-        )
+        raise UserError(f"the image shards hold {found} images where {stated} are stated; run preprocess again")
     return np.stack(pixels), np.asarray(labels, dtype=np.int64)
 
 

@@ -11,9 +11,7 @@ from edt_core.errors import UserError
 ClassModel = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N], y [N]) -> [N, 2C, H, W]
 
 
-def guided(
-    model: ClassModel, y: Tensor, null_label: int, cfg_scale: float, channels: int | None = 3
-) -> ModelFn:
+def guided(model: ClassModel, y: Tensor, null_label: int, cfg_scale: float, channels: int | None = 3) -> ModelFn:
     """The model bound to labels y, int64 [N], and pushed away from what it predicts without a label.
 
     The guided noise is eps_null + cfg_scale (eps_y - eps_null), which is eq. 6 of the paper with cfg_scale =

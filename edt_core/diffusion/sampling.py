@@ -59,9 +59,7 @@ def sample(
     return x
 
 
-def ancestral_step(
-    schedule: Schedule, index: int, x_t: Tensor, eps: Tensor, v: Tensor, noise: Tensor | None
-) -> Tensor:
+def ancestral_step(schedule: Schedule, index: int, x_t: Tensor, eps: Tensor, v: Tensor, noise: Tensor | None) -> Tensor:
     """A draw of p(x_{t-1} | x_t) with the learned variance (Ho 2020, algorithm 2); its mean without noise."""
     c = schedule.at(index)
     mean = equations.posterior_mean(equations.predict_x_start(x_t, eps, c), x_t, c)
@@ -70,9 +68,7 @@ def ancestral_step(
     return mean + torch.exp(0.5 * equations.learned_range_log_variance(v, c)) * noise
 
 
-def ddim_step(
-    schedule: Schedule, index: int, x_t: Tensor, eps: Tensor, eta: float, noise: Tensor | None
-) -> Tensor:
+def ddim_step(schedule: Schedule, index: int, x_t: Tensor, eps: Tensor, eta: float, noise: Tensor | None) -> Tensor:
     """One step of DDIM (Song 2021, eq. 12); without noise, its mean."""
     ab_prev = float(schedule.alphas_cumprod_prev[index])
     sigma = ddim_sigma(schedule, index, eta)

@@ -28,9 +28,7 @@ def kernel_distance(
     x, y = first.to(device), second.to(device)
     within_x = _sum_of_distinct_pairs(x, block_size) / (len(x) * (len(x) - 1))
     within_y = _sum_of_distinct_pairs(y, block_size) / (len(y) * (len(y) - 1))
-    between = sum(
-        cubic_kernel(a.double(), b.double()).sum() for a in x.split(block_size) for b in y.split(block_size)
-    )
+    between = sum(cubic_kernel(a.double(), b.double()).sum() for a in x.split(block_size) for b in y.split(block_size))
     return float(within_x + within_y - 2.0 * between / (len(x) * len(y)))
 
 

@@ -167,9 +167,7 @@ def _check_latent_size(config: ModelConfig) -> None:
 def _check_amm(config: ModelConfig) -> None:
     check_amm_blocks(config, config.amm_blocks)
     if config.amm_kernel not in AMM_KERNELS:
-        raise ValueError(
-            f"{config.name}: unknown amm_kernel {config.amm_kernel!r}. Known: {', '.join(AMM_KERNELS)}."
-        )
+        raise ValueError(f"{config.name}: unknown amm_kernel {config.amm_kernel!r}. Known: {', '.join(AMM_KERNELS)}.")
 
 
 def check_amm_blocks(config: ModelConfig, blocks: Sequence[int]) -> None:
@@ -190,9 +188,7 @@ def _check_masks(config: ModelConfig) -> None:
         )
     for low, high in (*config.down_mask_ratios, config.mid_mask_ratio):
         if not 0.0 <= low <= high < 1.0:
-            raise ValueError(
-                f"{config.name}: mask ratios {low}..{high} are not a range within 0..1 (1 excluded)."
-            )
+            raise ValueError(f"{config.name}: mask ratios {low}..{high} are not a range within 0..1 (1 excluded).")
     if config.mid_mask_block is not None and not 0 <= config.mid_mask_block < config.depths[0]:
         raise ValueError(
             f"{config.name}: mid_mask_block is {config.mid_mask_block}, but a masked token is replaced by "

@@ -62,9 +62,7 @@ class EDT(nn.Module):
             UpSample(before.dim, stage.dim, before.grid)
             for before, stage in zip(stages[middle:-1], self.up_stages, strict=True)
         )
-        self.concat_blocks = nn.ModuleList(
-            SkipConnection(stage.dim, stage.grid, cond_dim) for stage in self.up_stages
-        )
+        self.concat_blocks = nn.ModuleList(SkipConnection(stage.dim, stage.grid, cond_dim) for stage in self.up_stages)
         self.final_layer = FinalLayer(stages[-1].dim, config.patch_size**2 * config.out_channels, cond_dim)
 
         self.initialize_weights()

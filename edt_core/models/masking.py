@@ -31,9 +31,7 @@ def mask_sites(config: ModelConfig) -> tuple[MaskSite, ...]:
     """The masking sites in forward order: the block of the first stage, if any, then the down modules."""
     sites = []
     if config.mid_mask_block is not None:
-        sites.append(
-            MaskSite(f"blocks.{config.mid_mask_block}", config.stages[0].grid ** 2, config.mid_mask_ratio)
-        )
+        sites.append(MaskSite(f"blocks.{config.mid_mask_block}", config.stages[0].grid ** 2, config.mid_mask_ratio))
     for index, ratio_range in enumerate(config.down_mask_ratios):
         sites.append(MaskSite(f"down_blocks.{index}", config.stages[index].grid ** 2, ratio_range))
     return tuple(sites)
@@ -41,9 +39,7 @@ def mask_sites(config: ModelConfig) -> tuple[MaskSite, ...]:
 
 def draw_mask_ratios(config: ModelConfig, generator: torch.Generator) -> Tensor:
     """One mask ratio per site, uniform in the site's range: [sites] float32 on the generator's device."""
-    low, high = torch.tensor(
-        [site.ratio_range for site in mask_sites(config)], device=generator.device
-    ).unbind(1)
+    low, high = torch.tensor([site.ratio_range for site in mask_sites(config)], device=generator.device).unbind(1)
     return low + (high - low) * torch.rand(len(low), generator=generator, device=generator.device)
 
 

@@ -21,6 +21,7 @@ from edt_core.schema import (
     MODEL_CONFIG,
     MODEL_WEIGHTS,
     OPTIMIZER_STATE,
+    STEP_PREFIX,
     TIMESTEP_STATE,
     TRAIN_STATE,
 )
@@ -46,7 +47,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
+    return f"{STEP_PREFIX}{step:08d}"
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -90,9 +91,7 @@ def check_checkpoint(folder: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} has no whole {CHECKPOINT_MANIFEST} ({error})") from error
     if version != CHECKPOINT_VERSION:
-        raise CheckpointError(
-            f"{folder} has checkpoint version {version}, this code reads {CHECKPOINT_VERSION}"
-        )
+        raise CheckpointError(f"{folder} has checkpoint version {version}, this code reads {CHECKPOINT_VERSION}")
     for name, digest in files.items():
         path = folder / Path(name).name
         if not path.exists() or sha256_file(path) != digest:

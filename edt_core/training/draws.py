@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edt_core.config import TrainConfig
 from edt_core.data.order import batch_indices
 from edt_core.models import ModelConfig, draw_masks
 
@@ -62,26 +63,20 @@ class StepDraws:
         return StepDraws(**moved)
 
 
-def draw_step(
-    seed: int,
-    step: int,
-    global_batch_size: int,
-    num_samples: int,
-    class_dropout_prob: float,
-    model: ModelConfig,
-) -> StepDraws:
-    """Draw step `step` of a training on `num_samples` rows."""
-    size = (global_batch_size, model.in_channels, model.latent_size, model.latent_size)
-    batch = batch_indices(seed, step, global_batch_size, num_samples)
+def draw_step(config: TrainConfig, step: int, num_samples: int, model: ModelConfig) -> StepDraws:
+    """Draw step `step` of a training on `num_samples` rows, for the whole global batch."""
+    batch, seed = config.global_batch_size, config.seed
+    size = (batch, model.in_channels, model.latent_size, model.latent_size)
+
+    def uniform(stream: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(shape, generator=generator(seed, step, stream), dtype=dtype)
+
     return StepDraws(
-        indices=torch.from_numpy(batch),
-        mirror=torch.rand(global_batch_size, generator=generator(seed, step, "mirror")) < 0.5,
+        indices=torch.from_numpy(batch_indices(seed, step, batch, num_samples)),
+        mirror=uniform("mirror", batch) < config.mirror_prob,
         posterior_noise=torch.randn(size, generator=generator(seed, step, "posterior")),
-        drop_label=torch.rand((2, global_batch_size), generator=generator(seed, step, "labels"))
-        < class_dropout_prob,
-        uniforms=torch.rand(
-            global_batch_size, generator=generator(seed, step, "timesteps"), dtype=torch.float64
-        ),
+        drop_label=uniform("labels", 2, batch) < config.class_dropout_prob,
+        uniforms=uniform("timesteps", batch, dtype=torch.float64),
         noise=torch.randn((2, *size), generator=generator(seed, step, "noise")),
-        masks=tuple(draw_masks(model, global_batch_size, generator(seed, step, "masks"))),
+        masks=tuple(draw_masks(model, batch, generator(seed, step, "masks"))),
     )

@@ -51,9 +51,7 @@ def initial_model(config: ModelConfig, seed: int) -> EDT:
         return EDT(config)
 
 
-def initial_state(
-    config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu"
-) -> TrainState:
+def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu") -> TrainState:
     """The state before the first step."""
     model = initial_model(model_config, config.seed).to(device).train()
     sampler = LossSecondMomentSampler if config.timestep_sampler == "loss-second-moment" else UniformSampler
@@ -118,9 +116,7 @@ def step_losses(
     masks = [torch.cat([torch.ones_like(mask), mask]) for mask in draws.masks] if config.masked_loss else None
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         output = model(x_t, t, y, masks)
-    losses = training_losses(
-        schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma
-    )
+    losses = training_losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
     return losses.loss.view(passes, -1)
 
 
@@ -169,14 +165,7 @@ def _one_step(
 ) -> dict[str, float]:
     """One optimizer step; returns the weighted losses of the global batch."""
     model_config = state.model.config
-    drawn = draw_step(
-        config.seed,
-        state.step,
-        config.global_batch_size,
-        len(dataset),
-        config.class_dropout_prob,
-        model_config,
-    )
+    drawn = draw_step(config, state.step, len(dataset), model_config)
     timesteps, weights = state.timesteps.draw(drawn.uniforms.numpy())
     share = len(timesteps) // context.world_size
     mine = slice(context.rank * share, (context.rank + 1) * share)

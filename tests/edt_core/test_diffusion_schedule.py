@@ -79,9 +79,7 @@ def test_respacing_keeps_the_noise_levels_of_the_timesteps_it_keeps() -> None:
 
 def test_respacing_twice_still_names_the_trained_timesteps() -> None:
     twice = respace(respace(linear_schedule(), 100), 10)
-    np.testing.assert_allclose(
-        twice.alphas_cumprod, linear_schedule().alphas_cumprod[twice.timestep_map], rtol=1e-12
-    )
+    np.testing.assert_allclose(twice.alphas_cumprod, linear_schedule().alphas_cumprod[twice.timestep_map], rtol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [50, 250])
@@ -115,9 +113,7 @@ def test_the_model_sees_trained_timesteps_and_no_gradient(short: Schedule) -> No
     ("method", "eta", "expected"),
     [("ancestral", 0.0, [0, 1, 2, 3]), ("ddim", 0.5, [0, 1, 2, 3]), ("ddim", 0.0, [])],
 )
-def test_noise_is_asked_for_where_it_is_used(
-    short: Schedule, method: str, eta: float, expected: list[int]
-) -> None:
+def test_noise_is_asked_for_where_it_is_used(short: Schedule, method: str, eta: float, expected: list[int]) -> None:
     asked: list[int] = []
 
     def noise(step: int) -> Tensor:

@@ -40,9 +40,7 @@ def test_losses_meet_the_reference() -> None:
 def test_a_sample_has_the_same_loss_in_any_batch() -> None:
     whole = training_losses(SCHEDULE, golden("model_output"), *golden_inputs()).loss
     alone = [
-        training_losses(
-            SCHEDULE, golden("model_output")[i : i + 1], *(v[i : i + 1] for v in golden_inputs())
-        ).loss
+        training_losses(SCHEDULE, golden("model_output")[i : i + 1], *(v[i : i + 1] for v in golden_inputs())).loss
         for i in range(len(whole))
     ]
     torch.testing.assert_close(torch.cat(alone), whole, rtol=1e-6, atol=0)

@@ -109,16 +109,14 @@ def test_page_asks_for_nothing_from_outside() -> None:
 
 def test_same_data_gives_the_same_bytes() -> None:
     assert render_report(report_data(history=HISTORY)) == render_report(report_data(history=HISTORY))
-    assert sample_grid(images(9), np.arange(9) % 3, CLASSES) == sample_grid(
-        images(9), np.arange(9) % 3, CLASSES
-    )
+    assert sample_grid(images(9), np.arange(9) % 3, CLASSES) == sample_grid(images(9), np.arange(9) % 3, CLASSES)
 
 
 def test_hostile_text_is_escaped_everywhere() -> None:
     attack = "\"'><script>alert(1)</script>"
     rows = (
-        row(attack, attack, attack),
-        replace(row("train", "checkpoint", attack), uri=attack, run_id=attack),
+        row(attack, attack, "source" + attack),
+        replace(row("train", "checkpoint", attack), uri=attack, run_id=attack, code_version=attack),
     )
     text = render_report(
         report_data(
@@ -156,9 +154,7 @@ def test_page_is_whole_without_optional_parts() -> None:
     assert "No training steps were recorded" in text
     assert "No metrics were computed" in text
     assert "Untrained</th>" not in text
-    unmeasured = render_report(
-        report_data(metrics_before={}, untrained=images(0), untrained_labels=np.arange(0))
-    )
+    unmeasured = render_report(report_data(metrics_before={}, untrained=images(0), untrained_labels=np.arange(0)))
     assert "The untrained model was not measured" in unmeasured
 
 
@@ -251,6 +247,12 @@ def test_many_classes_are_cut_and_said_to_be() -> None:
     assert "The first 20 of 1,000 classes" in text
     assert "class 19<" in text
     assert "class 20<" not in text
+
+
+def test_class_names_may_hold_any_character() -> None:
+    names = ("two\nlines", "\udcff not UTF-8", "")
+    assert sample_grid(images(3), np.arange(3), names)
+    assert render_report(report_data(classes=names)).encode()
 
 
 def test_large_images_become_thumbnails() -> None:

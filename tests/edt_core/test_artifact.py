@@ -1,0 +1,154 @@
+"""Artifacts: a manifest or nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edt_core.artifact import Artifact, ArtifactWriter, ManifestError, check_name, fingerprint
+from edt_core.errors import UserError
+from edt_core.schema import MANIFEST_NAME
+from edt_core.storage import Folder
+
+
+def writer(folder: Path, attempt: str = "a1", previous: tuple[str, ...] = ()) -> ArtifactWriter:
+    return ArtifactWriter(Folder.at(folder), "images", "0" * 64, attempt, previous)
+
+
+def committed(folder: Path) -> Artifact:
+    out = writer(folder)
+    out.write_bytes("one.bin", b"1" * 100, rows=3)
+    out.write_bytes("sub/two.bin", b"2" * 50)
+    return out.commit({"size": 32}, {"source": "s"}, {"images": 3})
+
+
+def test_what_is_committed_is_found_again(tmp_path: Path) -> None:
+    committed(tmp_path)
+    artifact = Artifact.open(str(tmp_path))
+    assert [(f.path, f.bytes, f.rows) for f in artifact.entries()] == [
+        ("one.bin", 100, 3),
+        ("sub/two.bin", 50, None),
+    ]
+    assert artifact.path("sub/two.bin").read_bytes() == b"2" * 50
+    assert artifact.directory("sub") == tmp_path / "a1" / "sub"
+    assert artifact.problems(deep=True) == []
+
+
+def test_without_a_manifest_there_is_nothing(tmp_path: Path) -> None:
+    writer(tmp_path).write_bytes("one.bin", b"1")
+    with pytest.raises(ManifestError, match="never finished"):
+        Artifact.open(str(tmp_path))
+
+
+def test_a_manifest_cut_anywhere_is_never_trusted(tmp_path: Path) -> None:
+    committed(tmp_path)
+    text = (tmp_path / MANIFEST_NAME).read_bytes()
+    for cut in range(0, len(text) - 1, max(1, len(text) // 60)):
+        (tmp_path / MANIFEST_NAME).write_bytes(text[:cut])
+        with pytest.raises(ManifestError):
+            Artifact.open(str(tmp_path))
+
+
+def test_an_edited_manifest_is_never_trusted(tmp_path: Path) -> None:
+    committed(tmp_path)
+    values = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    values["files"][0]["sha256"] = "0" * 64
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(values))
+    with pytest.raises(ManifestError, match="its own digest"):
+        Artifact.open(str(tmp_path))
+
+
+def test_missing_resized_and_changed_files_are_found(tmp_path: Path) -> None:
+    artifact = committed(tmp_path)
+    path = artifact.path("one.bin")
+    path.write_bytes(b"1" * 99 + b"x")
+    assert artifact.problems() == []
+    assert "another sha256" in artifact.problems(deep=True)[0]
+    path.write_bytes(b"1")
+    with pytest.raises(ManifestError, match="1 bytes, its manifest says 100"):
+        Artifact.open(str(tmp_path))
+    path.unlink()
+    with pytest.raises(ManifestError, match=r"one\.bin is missing"):
+        Artifact.open(str(tmp_path))
+
+
+def test_the_first_of_two_commits_wins(tmp_path: Path) -> None:
+    first, second = writer(tmp_path, "a1"), writer(tmp_path, "a2")
+    first.write_bytes("x", b"first")
+    second.write_bytes("x", b"second")
+    first.commit({}, {}, {})
+    assert second.commit({}, {}, {}).path("x").read_bytes() == b"first"
+
+
+def test_a_new_attempt_replaces_a_damaged_artifact(tmp_path: Path) -> None:
+    committed(tmp_path).path("one.bin").unlink()
+    repaired = writer(tmp_path, "a2")
+    repaired.write_bytes("one.bin", b"again")
+    assert repaired.commit({}, {}, {}).path("one.bin").read_bytes() == b"again"
+
+
+def test_an_attempt_takes_over_finished_files_and_no_others(tmp_path: Path) -> None:
+    dead = writer(tmp_path, "a1")
+    dead.write_bytes("done.bin", b"done", rows=2)
+    dead.write_bytes("flipped.bin", b"good")
+    (tmp_path / "a1" / "flipped.bin").write_bytes(b"goof")
+    (tmp_path / "a1" / "half.bin").write_bytes(b"no journal entry")
+    new = writer(tmp_path, "a2", previous=("a1",))
+    entry = new.recover("done.bin")
+    assert entry is not None
+    assert entry.rows == 2
+    assert new.recover("flipped.bin") is None
+    assert new.recover("half.bin") is None
+    assert [f.path for f in new.commit({}, {}, {}).entries()] == ["done.bin"]
+
+
+def test_a_commit_refuses_files_that_are_gone(tmp_path: Path) -> None:
+    out = writer(tmp_path)
+    out.write_bytes("x", b"1")
+    (tmp_path / "a1" / "x").unlink()
+    with pytest.raises(ManifestError, match="x is missing"):
+        out.commit({}, {}, {})
+    assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a\\b", "", "."])
+def test_names_stay_inside(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leaves its artifact"):
+        check_name(name)
+    with pytest.raises(UserError, match="leaves its artifact"):
+        writer(tmp_path).write_bytes(name, b"")
+
+
+def test_equal_content_gives_an_equal_digest(tmp_path: Path) -> None:
+    assert committed(tmp_path / "a").manifest.digest == committed(tmp_path / "b").manifest.digest
+
+
+def test_the_fingerprint_hangs_on_everything_it_is_made_of() -> None:
+    base = fingerprint("images", 1, {"size": 32}, {"source": "a"})
+    assert base == fingerprint("images", 1, {"size": 32}, {"source": "a"})
+    others = [
+        fingerprint("latents", 1, {"size": 32}, {"source": "a"}),
+        fingerprint("images", 2, {"size": 32}, {"source": "a"}),
+        fingerprint("images", 1, {"size": 64}, {"source": "a"}),
+        fingerprint("images", 1, {"size": 32}, {"source": "b"}),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_a_remote_store_holds_the_same_artifacts() -> None:
+    """The protocol over fsspec, on its in-memory file system: what object stores go through."""
+    out = ArtifactWriter(Folder.at("memory://store/images/00"), "images", "0" * 64, "a1")
+    out.write_bytes("sub/one.bin", b"1" * 10, rows=1)
+    out.commit({}, {}, {"images": 1})
+    artifact = Artifact.open("memory://store/images/00")
+    assert artifact.path("sub/one.bin").read_bytes() == b"1" * 10
+    assert artifact.problems(deep=True) == []
+    out.data.remove("sub/one.bin")
+    with pytest.raises(ManifestError, match="missing"):
+        Artifact.open("memory://store/images/00")
+
+
+@pytest.mark.parametrize("where", ["/proc/edt-store", "/dev/null/store"])
+def test_a_store_that_cannot_be_written_is_one_clear_message(where: str) -> None:
+    with pytest.raises(UserError, match=f"cannot write to {where}"):
+        Folder.at(where).check_writable()

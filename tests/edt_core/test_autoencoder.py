@@ -1,0 +1,121 @@
+"""The autoencoder and the classifier: they fit, they store, they come back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edt_core.autoencoder import (
+    autoencoder_facts,
+    decode_to_pixels,
+    encode_posterior,
+    fit_autoencoder,
+    load_autoencoder,
+)
+from edt_core.classifier import Classifier, classify, fit_classifier, split_holdout
+from edt_core.config import AutoencoderConfig, ClassifierConfig
+from edt_core.data.images import center_crop, decode_rgb, scan_image_folder
+from edt_core.errors import UserError
+
+CONFIG = AutoencoderConfig(downsample_factor=4, base_channels=8, steps=30, batch_size=16, lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def digits(digits_folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    folder = scan_image_folder(digits_folder)
+    images = [center_crop(decode_rgb((digits_folder / path).read_bytes()), 16) for path, _ in folder.entries]
+    return np.stack([np.asarray(image) for image in images]), np.array([label for _, label in folder.entries])
+
+
+@pytest.fixture(scope="module")
+def fitted(digits: tuple[np.ndarray, np.ndarray]):
+    errors: list[float] = []
+    model, facts = fit_autoencoder(CONFIG, digits[0], report=lambda step, mse: errors.append(mse))
+    return model, facts, errors
+
+
+def test_the_fit_learns(fitted) -> None:
+    _, facts, errors = fitted
+    assert len(errors) == CONFIG.steps
+    assert np.mean(errors[-5:]) < 0.3 * np.mean(errors[:5])
+    assert facts["mse"] == errors[-1]
+
+
+def test_scaled_latents_have_unit_variance(fitted, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    model, facts, _ = fitted
+    mean, std = encode_posterior(model, digits[0])
+    draws = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    assert float((draws * facts["scaling_factor"]).std()) == pytest.approx(1.0, abs=0.02)
+    assert model.config.scaling_factor == facts["scaling_factor"]
+
+
+def test_it_comes_back_from_disk_the_same(fitted, digits: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    model, facts, _ = fitted
+    model.save_pretrained(tmp_path / "vae")
+    loaded = load_autoencoder(tmp_path / "vae")
+    assert autoencoder_facts(loaded) == {
+        "downsample_factor": 4,
+        "latent_channels": 4,
+        "scaling_factor": facts["scaling_factor"],
+    }
+    for before, after in zip(encode_posterior(model, digits[0]), encode_posterior(loaded, digits[0]), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_the_fit_is_a_function_of_its_seed(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    short = CONFIG.model_copy(update={"steps": 3})
+    torch.manual_seed(1)
+    first, _ = fit_autoencoder(short, digits[0])
+    torch.manual_seed(2)
+    again, _ = fit_autoencoder(short, digits[0])
+    other, _ = fit_autoencoder(short.model_copy(update={"seed": 1}), digits[0])
+    weights = [model.state_dict()["encoder.conv_in.weight"] for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_decoded_pixels_are_rounded_without_bias(fitted) -> None:
+    class Identity:
+        """A decoder that hands its latents on."""
+
+        dtype = torch.float32
+
+        class config:  # noqa: N801
+            scaling_factor = 1.0
+
+        def decode(self, latents: torch.Tensor):
+            return type("Output", (), {"sample": latents})
+
+    levels = torch.arange(256, dtype=torch.float32)
+    images = (levels / 127.5 - 1.0).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    decoded = decode_to_pixels(Identity(), images)
+    assert decoded.dtype == np.uint8
+    assert np.array_equal(decoded[0, :, :, 0].ravel(), np.arange(256))
+
+
+def test_a_missing_autoencoder_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for location in (str(tmp_path / "nothing"), "nobody/no-such-autoencoder"):
+        with pytest.raises(UserError, match=r"no autoencoder at .*autoencoder\.pretrained"):
+            load_autoencoder(location)
+
+
+def test_the_classifier_learns_and_comes_back(digits: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    pixels, labels = digits
+    config = ClassifierConfig(steps=60, batch_size=16, base_channels=8, feature_dim=16)
+    model, facts = fit_classifier(config, pixels, labels, 4)
+    features, probabilities = classify(model, pixels)
+    assert features.shape == (len(pixels), 16)
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
+    assert (probabilities.argmax(1) == labels).mean() > 0.9
+    assert facts["holdout"] == round(len(pixels) * 0.1)
+    model.save(tmp_path)
+    again, _ = classify(Classifier.load(tmp_path), pixels)
+    assert np.array_equal(features, again)
+
+
+def test_the_holdout_is_kept_from_the_fit() -> None:
+    fitted, held = split_holdout(100, 0.1, 0)
+    assert len(held) == 10
+    assert np.array_equal(np.sort(np.concatenate([fitted, held])), np.arange(100))

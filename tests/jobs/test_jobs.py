@@ -1,0 +1,297 @@
+"""The jobs on Ray, on real digits: each stage feeds the next, and says clearly what it cannot do."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edt_core.artifact import Artifact, ArtifactWriter, Source
+from edt_core.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    PreprocessConfig,
+    ReferenceConfig,
+    SampleConfig,
+    Section,
+    TrainConfig,
+)
+from edt_core.data.images import center_crop, decode_rgb, scan_image_folder, source_digest
+from edt_core.data.latents import LatentDataset, LatentShard
+from edt_core.data.shards import read_image_shard, read_tar
+from edt_core.errors import UserError
+from edt_core.progress import Silent
+from edt_core.storage import Folder
+from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.verb import Input, Verb
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+def execute(verb: Verb, config: Section, folder: Path, **inputs: Input) -> Artifact:
+    identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+    return verb.execute(config, inputs, ArtifactWriter(Folder.at(folder), verb.kind, identity), Silent())
+
+
+@pytest.fixture(scope="module")
+def chain(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """Images, autoencoder, latents and classifier of 32 real digits."""
+    root = tmp_path_factory.mktemp("chain")
+    source = Source(digits_folder, source_digest(scan_image_folder(digits_folder)))
+    images = execute(preprocess.VERB, PreprocessConfig(image_size=32, images_per_shard=12), root / "i", source=source)
+    vae = execute(
+        autoencoder.VERB,
+        AutoencoderConfig(downsample_factor=4, base_channels=8, steps=4, batch_size=8),
+        root / "a",
+        images=images,
+    )
+    latents = execute(encode.VERB, EncodeConfig(batch_size=5), root / "l", images=images, autoencoder=vae)
+    judge = execute(
+        classifier.VERB, ClassifierConfig(steps=8, base_channels=4, feature_dim=8), root / "c", images=images
+    )
+    return {"source": source, "images": images, "autoencoder": vae, "latents": latents, "classifier": judge}
+
+
+def test_image_shards_hold_every_image_once_and_cropped(chain: dict[str, Artifact], digits_folder: Path) -> None:
+    images = chain["images"]
+    assert [entry.rows for entry in images.entries("images-*.tar")] == [12, 12, 8]
+    found = [sample for path in images.paths("images-*.tar") for sample in read_image_shard(path)]
+    expected = scan_image_folder(digits_folder)
+    assert [(s.source, s.label) for s in found] == list(expected.entries)
+    assert [s.key for s in found] == [f"{i:08d}" for i in range(32)]
+    for item in found[::7]:
+        crop = center_crop(decode_rgb((digits_folder / item.source).read_bytes()), 32)
+        assert np.array_equal(item.pixels(), np.asarray(crop))
+    assert images.read_json("classes.json") == ["0", "1", "2", "3"]
+
+
+def test_preprocess_gives_the_same_bytes_again(chain: dict[str, Artifact], tmp_path: Path) -> None:
+    again = execute(
+        preprocess.VERB,
+        PreprocessConfig(image_size=32, images_per_shard=12),
+        tmp_path,
+        source=chain["source"],
+    )
+    assert again.manifest.digest == chain["images"].manifest.digest
+
+
+def test_preprocess_takes_over_finished_shards(chain: dict[str, Artifact], tmp_path: Path) -> None:
+    config = PreprocessConfig(image_size=32, images_per_shard=12)
+    identity = preprocess.VERB.fingerprint(config, {"source": chain["source"].fingerprint})
+    dead = ArtifactWriter(Folder.at(tmp_path), "images", identity, "a1")
+    plans = preprocess.plan_shards(scan_image_folder(chain["source"].path), config)
+    preprocess.build_shard(plans[1], dead)
+    before = (tmp_path / "a1" / plans[1].name).stat().st_ino
+    new = replace(dead, attempt="a2", previous=("a1",))
+    artifact = preprocess.VERB.execute(config, {"source": chain["source"]}, new, Silent())
+    assert artifact.manifest.digest == chain["images"].manifest.digest
+    assert (tmp_path / "a2" / plans[1].name).stat().st_ino == before  # the same file, not one made again
+
+
+def spoiled(digits_folder: Path, folder: Path) -> Source:
+    """The digits with three files that are no images."""
+    import shutil
+
+    shutil.copytree(digits_folder, folder)
+    paths = sorted(folder.glob("*/*.png"))
+    paths[0].write_bytes(b"")
+    paths[10].write_bytes(paths[10].read_bytes()[:40])
+    paths[20].write_bytes(b"not an image at all")
+    return Source(folder, source_digest(scan_image_folder(folder)))
+
+
+def test_too_many_unreadable_images_fail_the_step_and_are_listed(digits_folder: Path, tmp_path: Path) -> None:
+    source = spoiled(digits_folder, tmp_path / "s")
+    with pytest.raises(UserError, match=r"3 of 32 images \(9\.38%\) could not be read.*0\.10%") as error:
+        execute(preprocess.VERB, PreprocessConfig(image_size=32), tmp_path / "o", source=source)
+    assert len([line for line in str(error.value).splitlines() if ".png: " in line]) == 3
+    assert not (tmp_path / "o" / "manifest.json").exists()
+
+
+def test_a_few_unreadable_images_are_counted_and_left_out(digits_folder: Path, tmp_path: Path) -> None:
+    source = spoiled(digits_folder, tmp_path / "s")
+    images = execute(
+        preprocess.VERB, PreprocessConfig(image_size=32, max_bad_fraction=0.1), tmp_path / "o", source=source
+    )
+    assert (images.counts["images"], images.counts["rejected"], images.counts["found"]) == (29, 3, 32)
+    assert len(images.counts["rejected_images"]) == 3
+    assert all(row["reason"] and not row["path"].startswith("/") for row in images.counts["rejected_images"])
+
+
+def test_latent_shards_follow_the_image_shards_row_by_row(chain: dict[str, Artifact]) -> None:
+    latents, images = chain["latents"], chain["images"]
+    shards = [LatentShard(path) for path in latents.paths("latents-*.arrow")]
+    assert [entry.rows for entry in latents.entries("*.arrow")] == [12, 12, 8]
+    for shard, image_path, twin in zip(
+        shards, images.paths("images-*.tar"), latents.paths("latents-*.tar"), strict=True
+    ):
+        keys = [sample.key for sample in read_image_shard(image_path)]
+        assert shard.keys.to_pylist() == keys == [json.loads(m["json"])["key"] for _, m in read_tar(twin)]
+        assert shard.info.source_shard == image_path.name
+        assert shard.info.scaling_factor == chain["autoencoder"].counts["scaling_factor"]
+
+
+def test_latents_are_the_autoencoder_s_posterior_of_image_and_mirror_image(
+    chain: dict[str, Artifact],
+) -> None:
+    from edt_core.autoencoder import encode_posterior, load_autoencoder
+
+    model = load_autoencoder(chain["autoencoder"].directory("autoencoder"))
+    pixels = np.stack([s.pixels() for s in read_image_shard(chain["images"].paths("images-*.tar")[1])])
+    rows = LatentShard(chain["latents"].paths("*.arrow")[1]).rows()
+    sides = [encode_posterior(model, np.ascontiguousarray(view)) for view in (pixels, pixels[:, :, ::-1])]
+    expected = np.stack([part.numpy() for side in sides for part in side], axis=1)
+    assert np.abs(rows.posterior - expected).max() < 1e-5 * np.abs(expected).max()  # batches of 5 against one of 12
+
+
+def test_channel_statistics_are_those_of_the_latents(chain: dict[str, Artifact]) -> None:
+    shards = [LatentShard(path).rows().posterior for path in chain["latents"].paths("*.arrow")]
+    posterior = np.concatenate(shards).astype(np.float64)
+    mean, std = posterior[:, 0], posterior[:, 1]
+    variance = mean.var(axis=(0, 2, 3)) + (std**2).mean(axis=(0, 2, 3))
+    assert np.allclose(chain["latents"].counts["channel_mean"], mean.mean(axis=(0, 2, 3)))
+    assert np.allclose(chain["latents"].counts["channel_std"], np.sqrt(variance))
+
+
+TRAIN = TrainConfig(
+    model="EDT-Tiny/2",
+    global_batch_size=8,
+    max_steps=6,
+    log_every=2,
+    checkpoint_every=3,
+    num_workers=2,
+    lr=1e-3,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(chain: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return execute(train.VERB, TRAIN, tmp_path_factory.mktemp("t"), latents=chain["latents"])
+
+
+def test_two_ddp_workers_train_what_one_process_trains(
+    chain: dict[str, Artifact], trained: Artifact, tmp_path: Path
+) -> None:
+    from edt_core.training.checkpoint import ema_model
+    from edt_core.training.context import LocalContext
+    from edt_core.training.loop import train as loop
+
+    dataset = LatentDataset(chain["latents"].paths("*.arrow"))
+    alone = loop(TRAIN, train.edt_config(TRAIN.model, chain["latents"].counts), dataset, LocalContext(tmp_path))
+    rows = [json.loads(line) for line in trained.path("history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for one, two in zip(alone.history, rows, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    together = ema_model(trained.directory(trained.counts["final"])).state_dict()
+    for name, value in alone.ema.state_dict().items():
+        assert np.allclose(together[name].numpy(), value.numpy(), atol=2e-5), name
+
+
+def test_a_training_leaves_its_checkpoints_and_no_debris(trained: Artifact) -> None:
+    assert trained.counts["checkpoints"] == ["step-00000003", "step-00000006"]
+    assert trained.counts["final"] == "checkpoints/step-00000006"
+    assert trained.counts["parameters"] > 0
+    assert not [path for path in trained.data.local.rglob("*") if "ray-train" in path.parts]
+
+
+def test_a_training_goes_on_from_an_earlier_attempt(
+    chain: dict[str, Artifact], trained: Artifact, tmp_path: Path
+) -> None:
+    """What a killed driver leaves: a first attempt with one checkpoint of Ray Train and no manifest."""
+    import shutil
+
+    identity = train.VERB.fingerprint(TRAIN, {"latents": chain["latents"].fingerprint})
+    left = tmp_path / "a1" / "ray-train" / "step-00000003"
+    shutil.copytree(trained.directory("checkpoints/step-00000003"), left)
+    half = tmp_path / "a1" / "ray-train" / "step-00000005"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half a checkpoint")
+    out = ArtifactWriter(Folder.at(tmp_path), "checkpoint", identity, "a2", ("a1",))
+
+    class Told(Silent):
+        def __init__(self) -> None:
+            self.folder = str(tmp_path / "told")
+
+        def metrics(self, values, step) -> None:
+            with open(self.folder, "a") as file:
+                file.write(f"{step}\n")
+
+    artifact = train.VERB.execute(TRAIN, {"latents": chain["latents"]}, out, Told())
+    assert (tmp_path / "told").read_text().split() == ["4", "6"]  # not 2: steps 1 to 3 were not trained again
+    name = f"{artifact.counts['final']}/ema.safetensors"
+    assert artifact.path(name).read_bytes() == trained.path(name).read_bytes()
+
+
+def test_no_steps_is_the_untrained_model(chain: dict[str, Artifact], tmp_path: Path) -> None:
+    untrained = execute(train.VERB, TrainConfig(model="EDT-Tiny/2", max_steps=0), tmp_path, latents=chain["latents"])
+    assert untrained.counts["final"] == "checkpoints/step-00000000"
+    assert untrained.path("history.jsonl").read_bytes() == b""
+
+
+SAMPLE = SampleConfig(num_samples=22, num_sampling_steps=3, cfg_scale=1.5, unit_size=8, keep_images=10, num_workers=1)
+
+
+@pytest.fixture(scope="module")
+def features(chain: dict[str, Artifact], trained: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return execute(sample.VERB, SAMPLE, tmp_path_factory.mktemp("f"), checkpoint=trained, **models(chain))
+
+
+def models(chain: dict[str, Artifact]) -> dict[str, Artifact]:
+    return {role: chain[role] for role in ("autoencoder", "classifier")}
+
+
+def test_features_do_not_hang_on_the_number_of_workers(
+    chain: dict[str, Artifact], trained: Artifact, features: Artifact, tmp_path: Path
+) -> None:
+    two = SAMPLE.model_copy(update={"num_workers": 2})
+    again = execute(sample.VERB, two, tmp_path, checkpoint=trained, **models(chain))
+    assert again.fingerprint == features.fingerprint
+    assert again.manifest.digest == features.manifest.digest
+
+
+def test_units_join_to_every_sample_once(features: Artifact) -> None:
+    joined = sample.load_units(features)
+    assert joined["features"].shape == (22, 8)
+    assert joined["labels"].tolist() == [i % 4 for i in range(22)]
+    assert joined["images"].shape == (10, 32, 32, 3)
+
+
+def test_a_missing_or_doubled_unit_is_refused(features: Artifact) -> None:
+    files = features.manifest.files
+    for wrong in (files[:-1], (*files, files[0])):
+        broken = Artifact(features.folder, replace(features.manifest, files=wrong))
+        with pytest.raises(UserError, match=r"once each and in order"):
+            sample.load_units(broken)
+
+
+def test_metrics_come_from_the_kept_features_with_their_protocol(
+    chain: dict[str, Artifact], features: Artifact, tmp_path: Path
+) -> None:
+    real = execute(
+        reference.VERB,
+        ReferenceConfig(),
+        tmp_path / "r",
+        images=chain["images"],
+        classifier=chain["classifier"],
+    )
+    result = execute(evaluate.VERB, EvaluateConfig(), tmp_path / "e", features=features, reference=real)
+    metrics, protocol = result.counts["metrics"], result.counts["protocol"]
+    assert set(metrics) == {"fd_classifier", "kid_classifier", "precision", "recall", "accuracy_classifier"}
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert protocol["num_samples"] == 22
+    assert protocol["reference_images"] == 32
+    other = replace(real, manifest=replace(real.manifest, inputs={"classifier": "another"}))
+    with pytest.raises(UserError, match="different extractors"):
+        execute(evaluate.VERB, EvaluateConfig(), tmp_path / "x", features=features, reference=other)
+
+
+def test_a_published_autoencoder_from_a_local_folder(chain: dict[str, Artifact], tmp_path: Path) -> None:
+    folder = chain["autoencoder"].directory("autoencoder")
+    config = AutoencoderConfig(pretrained=str(folder), downsample_factor=4)
+    taken = execute(autoencoder.VERB, config, tmp_path / "a")
+    assert taken.counts["scaling_factor"] == chain["autoencoder"].counts["scaling_factor"]
+    with pytest.raises(UserError, match=r"'downsample_factor': 4.*'downsample_factor': 8"):
+        execute(autoencoder.VERB, AutoencoderConfig(pretrained=str(folder)), tmp_path / "b")

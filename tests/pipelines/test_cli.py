@@ -1,0 +1,89 @@
+"""The command line: mistakes are one message and exit code 2, without a traceback and without debris."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def edt(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=environment,
+    )
+
+
+def folder_with(root: Path, *names: str) -> Path:
+    root.mkdir(exist_ok=True)
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def from_folder(path: Path) -> list[str]:
+    return ["--set", "source.kind=image_folder", "--set", f"source.path={path}"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "no images in"),
+        (("a/notes.txt",), "no images in"),
+        (("a/1.png", "a/2.png"), "only one class"),
+    ],
+)
+def test_folders_that_cannot_be_used(files: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    images = folder_with(tmp_path / "images", *files)
+    done = edt("run", "--store", str(tmp_path / "store"), *from_folder(images))
+    assert_user_error(done, message)
+    assert not list((tmp_path / "store").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quickstart", "--set", "train.max_step=5"], "unknown configuration key 'train.max_step'"),
+        (["run", "quickstart", "--set", "preprocess.image_size=36"], "multiple of 32"),
+        (["run", "quickstart", "--set", "train.global_batch_size=63"], "use 62 or 64"),
+        (["run", "no-such-config"], "no configuration 'no-such-config'"),
+        (["run", "quickstart", "--store", "/dev/null/store"], "cannot write to /dev/null/store"),
+        (["verify", "/nowhere"], "is not an artifact"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = edt(*arguments, cwd=tmp_path)
+    assert_user_error(done, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_tells_whole_from_damaged(tmp_path: Path) -> None:
+    from edt_core.artifact import ArtifactWriter
+    from edt_core.storage import Folder
+
+    out = ArtifactWriter(Folder.at(tmp_path), "images", "0" * 64)
+    out.write_bytes("a.bin", b"abc")
+    out.commit({}, {}, {})
+    assert "1 files, 3 bytes" in edt("verify", str(tmp_path)).stdout
+    (tmp_path / "a.bin").write_bytes(b"abd")
+    assert edt("verify", str(tmp_path)).returncode == 0
+    assert_user_error(edt("verify", str(tmp_path), "--deep"), "another sha256")
+
+
+def test_configs_are_listed_and_shown() -> None:
+    assert "quickstart" in edt("configs").stdout.split()
+    assert "max_steps: 2500" in edt("configs", "quickstart").stdout
+
+
+def assert_user_error(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr + done.stdout

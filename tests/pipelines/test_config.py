@@ -1,0 +1,82 @@
+"""Configurations: the shipped ones are whole, and mistakes are told with numbers and remedy."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from edt_core.errors import UserError
+from pipelines.config import as_yaml, config_names, load_config
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_shipped_configuration_loads_and_round_trips(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    assert config.name == name
+    path = tmp_path / "again.yaml"
+    path.write_text(as_yaml(config))
+    assert load_config(str(path)) == config
+
+
+def test_the_imagenet_configurations_have_the_paper_s_recipe() -> None:
+    rates = {"s": 1e-3, "b": 1e-3, "xl": 5e-4}
+    for size, rate in rates.items():
+        config = load_config(f"imagenet256-edt-{size}")
+        train = config.train_of(f"edt-{size}-2-256")
+        assert train.model == f"EDT-{size.upper()}/2"
+        assert (train.lr, train.lr_final, train.max_steps) == (rate, 5e-5, 400_000)
+        assert (train.global_batch_size, train.ema_decay, train.class_dropout_prob) == (256, 0.9999, 0.1)
+        assert config.autoencoder.pretrained == "stabilityai/sd-vae-ft-ema"
+
+
+def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
+    config = load_config("quickstart", ["models.other.lr=0.5", "models.other.seed=3"])
+    assert config.train_of("other").lr == 0.5
+    assert config.train_of("edt-tiny-digits-32").lr == config.train.lr
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["train.max_step=5"], r"unknown configuration key 'train\.max_step'; known keys here: .*max_steps"),
+        (["trane.max_steps=5"], r"unknown configuration key 'trane'; known keys here: .*train"),
+        (["preprocess.image_size=36"], r"latents of 9x9 .*Use a multiple of 8, .* multiple of 32"),
+        (
+            ["preprocess.image_size=30"],
+            r"30 pixels do not divide by the autoencoder's factor 4.*multiple of 32",
+        ),
+        (["train.global_batch_size=63"], r"63 does not divide by num_workers 2; use 62 or 64"),
+        (["train.model=EDT-M/2"], r"Unknown model 'EDT-M/2'.*EDT-XL/2"),
+        (["autoencoder.downsample_factor=3"], r"downsample_factor is 3; a power of two"),
+        (["train.lr=-1"], r"'train\.lr'.*greater than 0.*-1"),
+        (["models.a.max_step=5"], r"unknown configuration key 'max_step'"),
+        (["source.kind=image_folder"], r"source\.path is missing"),
+        (["train=5"], r"'train'.*5"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(assignments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", assignments)
+
+
+def test_an_unknown_configuration_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"no configuration 'quickstrat'.*quickstart"):
+        load_config("quickstrat")
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    for text, message in (("a: [", "is not YAML"), ("- 1", "a mapping of sections is expected")):
+        path = tmp_path / "c.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config(str(path))
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(str(tmp_path / "missing.yaml"))
+
+
+def test_the_quickstart_states_only_what_differs_from_the_defaults() -> None:
+    from pipelines import config as module
+
+    stated = yaml.safe_load((Path(module.__file__).with_name("configs") / "quickstart.yaml").read_text())
+    assert stated["source"] == {"kind": "digits"}
+    assert set(stated) <= set(module.PipelineConfig.model_fields)

@@ -1,0 +1,227 @@
+"""The whole pipeline on real digits, smaller than the quickstart only in its numbers: run, run again, change, fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edt_core.artifact import Artifact
+from edt_core.errors import UserError
+from edt_core.schema import MANIFEST_NAME
+from pipelines.artifacts import Store
+from pipelines.catalog import Catalog
+from pipelines.config import load_config
+from pipelines.terminal import Terminal
+from pipelines.workflows import Outcome, run
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+MODEL = "edt-tiny-digits-32"
+SMALL = [
+    "autoencoder.steps=8",
+    "classifier.steps=20",
+    "train.max_steps=8",
+    "train.log_every=4",
+    "train.checkpoint_every=4",
+    "sample.num_samples=40",
+    "sample.num_sampling_steps=3",
+    "sample.unit_size=20",
+]
+STEPS = 12  # preprocess, autoencoder, encode, classifier, reference, 2 x (train, sample, evaluate), report
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store") / "edt-store"
+
+
+def pipeline(store: Path, *assignments: str) -> Outcome:
+    with Terminal() as terminal:
+        return run(load_config("quickstart", [*SMALL, f"store={store}", *assignments]), terminal)
+
+
+@pytest.fixture(scope="module")
+def first(store: Path) -> Outcome:
+    return pipeline(store)
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return dict(os.environ)
+
+
+def test_the_first_run_makes_every_artifact(first: Outcome, store: Path) -> None:
+    assert (first.executed, first.reused, first.failures) == (STEPS, 0, {})
+    kinds = sorted(artifact.manifest.kind for artifact in Store.open(str(store)).artifacts())
+    assert kinds == sorted(
+        ["images", "autoencoder", "latents", "classifier", "reference", "report"]
+        + 2 * ["checkpoint", "features", "evaluation"]
+    )
+    for artifact in Store.open(str(store)).artifacts():
+        assert artifact.problems(deep=True) == []
+
+
+def test_what_was_made_is_told_with_metrics_before_and_after(first: Outcome) -> None:
+    before, after = first.metrics[MODEL]
+    assert (
+        set(before) == set(after) == {"fd_classifier", "kid_classifier", "precision", "recall", "accuracy_classifier"}
+    )
+    assert not any(name in after for name in ("fid", "kid"))
+    assert first.decisions[MODEL].became_champion
+
+
+def test_the_report_is_one_page_that_asks_for_nothing(first: Outcome) -> None:
+    page = first.reports[MODEL].path("report.html").read_text()
+    for needed in (MODEL, "fd_classifier", "untrained", "data:image/"):
+        assert needed in page
+    for outside in ('src="http', "src='http", 'href="http', "url(http", "<script"):
+        assert outside not in page
+    assert first.reports[MODEL].path("samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_reuses_every_artifact(first: Outcome, store: Path) -> None:
+    second = pipeline(store)
+    assert (second.executed, second.reused) == (0, STEPS)
+    assert second.decisions == first.decisions
+    assert second.reports[MODEL].manifest == first.reports[MODEL].manifest
+
+
+def test_a_second_run_from_the_command_line_says_so(
+    first: Outcome, store: Path, clean_environment: dict[str, str], tmp_path: Path
+) -> None:
+    options = [part for text in SMALL for part in ("--set", text)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "run", "quickstart", "--store", str(store), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=clean_environment,
+    )
+    assert done.stdout.count("  reused  ") == STEPS
+    assert f"{STEPS} steps reused, 0 run" in done.stdout
+    for path in (first.reports[MODEL].path("report.html"), first.reports[MODEL].path("samples.png")):
+        assert str(path) in done.stdout
+    assert "mlflow ui --backend-store-uri sqlite:" in done.stdout
+
+
+def test_a_changed_field_runs_what_hangs_on_it_and_no_more(first: Outcome, store: Path) -> None:
+    third = pipeline(store, "sample.num_sampling_steps=4")
+    assert (third.executed, third.reused) == (5, 7)  # sample and evaluate, twice, and the report
+    assert third.decisions[MODEL].version == "2"
+    assert third.decisions[MODEL].champion_before == "1"
+
+
+def test_fields_that_do_not_change_the_result_change_nothing(first: Outcome, store: Path) -> None:
+    other = pipeline(store, "sample.num_workers=1", "encode.batch_size=7", "train.checkpoint_every=3")
+    assert other.executed <= 1  # the report prints the configuration
+
+
+def test_mlflow_holds_runs_tags_models_and_lineage(first: Outcome) -> None:
+    catalog = Catalog(first.tracking_uri, _experiment(first))
+    parent = catalog.client.get_run(first.run_id)
+    assert parent.info.status == "FINISHED"
+    children = catalog.client.search_runs(
+        [catalog.experiment_id], f"tags.mlflow.parentRunId = '{first.run_id}'", max_results=100
+    )
+    assert len(children) == STEPS
+    by_step = {run.data.tags["edt.step"]: run for run in children}
+    for child in children:
+        assert {"edt.kind", "edt.fingerprint", "edt.uri", "edt.digest", "edt.code_version"} <= set(child.data.tags)
+        manifest = Artifact.open(child.data.tags["edt.uri"]).manifest
+        assert manifest.mlflow_run_id == child.info.run_id
+        assert manifest.digest == child.data.tags["edt.digest"]
+    trained = by_step[f"train {MODEL}"]
+    assert [item.dataset.name.split("-")[0] for item in trained.inputs.dataset_inputs] == ["latents"]
+    steps = [metric.step for metric in catalog.client.get_metric_history(trained.info.run_id, "loss")]
+    assert sorted(set(steps)) == [4, 8]
+    models = catalog.client.search_logged_models([catalog.experiment_id])
+    checkpoints = [model for model in models if model.source_run_id == trained.info.run_id]
+    assert sorted(model.params["step"] for model in checkpoints) == ["4", "8"]
+    assert all(model.metrics for model in checkpoints)
+
+
+def _experiment(outcome: Outcome) -> str:
+    from mlflow import MlflowClient
+
+    return str(MlflowClient(outcome.tracking_uri).get_run(outcome.run_id).info.experiment_id)
+
+
+def test_the_registered_version_loads_with_pyfunc_and_diffusers(first: Outcome, tmp_path: Path) -> None:
+    import mlflow
+
+    from edt_core.pipeline import EDTPipeline
+
+    mlflow.set_tracking_uri(first.tracking_uri)
+    catalog = Catalog(first.tracking_uri, _experiment(first))
+    version = catalog.client.get_model_version(MODEL, "1")
+    assert {"edt.checkpoint", "edt.evaluation", "edt.metric.fd_classifier", "edt.digest"} <= set(version.tags)
+    assert catalog.client.get_model_version_by_alias(MODEL, "candidate").version
+    images = mlflow.pyfunc.load_model(f"models:/{MODEL}/1").predict([3, 1, 4])
+    assert images.shape == (3, 32, 32, 3)
+    assert images.dtype == np.uint8
+    pulled = mlflow.artifacts.download_artifacts(f"models:/{MODEL}/1", dst_path=str(tmp_path))
+    own = EDTPipeline.from_pretrained(next(Path(pulled).rglob("model_index.json")).parent)
+    assert np.array_equal(own([3, 1, 4], output_type="np").images, images)
+
+
+def test_a_damaged_artifact_is_made_again_with_the_same_content(first: Outcome, store: Path) -> None:
+    artifact = next(a for a in Store.open(str(store)).artifacts() if a.manifest.kind == "reference")
+    (artifact.folder.local / MANIFEST_NAME).write_text("{")
+    again = pipeline(store)
+    assert (again.executed, again.reused) == (1, STEPS - 1)
+    assert Artifact.open(artifact.folder).manifest.digest == artifact.manifest.digest
+
+
+def test_one_failed_branch_leaves_the_other_alone(first: Outcome, store: Path) -> None:
+    outcome = pipeline(store, "models.broken.num_timesteps=10")
+    assert set(outcome.failures) == {"train broken", "untrained sample broken"} or "broken" in str(outcome.failures)
+    assert MODEL in outcome.reports
+    assert "broken" not in outcome.decisions
+
+
+def test_unreadable_images_end_the_run_with_a_user_error(digits_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(digits_folder, tmp_path / "images")
+    for path in sorted((tmp_path / "images").glob("*/*.png"))[:5]:
+        path.write_bytes(b"nothing")
+    store = tmp_path / "store"
+    outcome = pipeline(store, "source.kind=image_folder", f"source.path={tmp_path / 'images'}")
+    error: Any = outcome.failures["preprocess"]
+    assert isinstance(error, UserError)
+    assert "5 of 32 images" in str(error)
+    assert list(Store.open(str(store)).artifacts()) == []
+    status = Catalog(outcome.tracking_uri, "").client.get_run(outcome.run_id).info.status
+    assert status == "FAILED"
+
+
+def test_the_environment_s_secrets_are_recorded_nowhere(first: Outcome, store: Path) -> None:
+    recorded = {key for a in Store.open(str(store)).artifacts() for key in a.manifest.environment}
+    assert recorded <= {
+        "python",
+        "machine",
+        "system",
+        "edt-pipeline",
+        "torch",
+        "ray",
+        "mlflow",
+        "diffusers",
+        "pyarrow",
+        "webdataset",
+        "numpy",
+        "pillow",
+    }
+
+
+def test_manifests_are_plain_json(first: Outcome, store: Path) -> None:
+    for artifact in Store.open(str(store)).artifacts():
+        values = json.loads((artifact.folder.local / MANIFEST_NAME).read_text())
+        assert {"kind", "fingerprint", "inputs", "files", "config", "counts", "code_version"} <= set(values)

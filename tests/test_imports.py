@@ -1,0 +1,74 @@
+"""The arrows of the architecture: pipelines -> jobs -> edt_core, and what must import on a bare GPU machine."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FORBIDDEN = {
+    "edt_core": {"jobs", "pipelines", "infra", "tests", "ray", "mlflow"},
+    "jobs": {"pipelines", "infra", "tests"},
+    "pipelines": {"infra", "tests"},
+}
+MODULES = [(package, path) for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    """Top-level names of every import statement in a file, at any depth of it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").split(".")[0]
+
+
+def test_there_is_something_to_check() -> None:
+    assert {package for package, _ in MODULES} == set(FORBIDDEN)
+
+
+@pytest.mark.parametrize(("package", "path"), MODULES, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_no_import_runs_backwards(package: str, path: Path) -> None:
+    assert not FORBIDDEN[package] & set(imported_packages(path))
+
+
+def test_the_walk_finds_a_forbidden_import(tmp_path: Path) -> None:
+    sneaky = tmp_path / "sneaky.py"
+    sneaky.write_text("def f():\n    from ray.train import report\n    return report\n")
+    assert FORBIDDEN["edt_core"] & set(imported_packages(sneaky))
+
+
+@pytest.mark.parametrize("package", ["models", "diffusion", "data", "metrics"])
+def test_imports_with_torch_numpy_and_pyarrow_alone(package: str) -> None:
+    """Each module of the package in a Python where the other libraries cannot be imported."""
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "edt_core" / package).rglob("*.py"))
+    ]
+    absent = [
+        "ray",
+        "mlflow",
+        "diffusers",
+        "pydantic",
+        "webdataset",
+        "sklearn",
+        "pytorch_optimizer",
+        "yaml",
+        "rich",
+    ]
+    code = "; ".join(
+        [f"import sys, importlib; sys.modules.update(dict.fromkeys({absent}))"]
+        + [f"importlib.import_module({name!r})" for name in names]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_imports_no_heavy_library() -> None:
+    """`edt --help` answers at once because nothing heavy is imported for it."""
+    code = "import sys, pipelines.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not {"torch", "ray", "mlflow", "diffusers", "pyarrow", "matplotlib", "numpy"} & set(done.stdout.split())

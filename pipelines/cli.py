@@ -44,7 +44,11 @@ def run(
     loaded = load_config(config, chosen)
     with Terminal() as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
-        outcome = run_pipeline(loaded, terminal, address)
+        try:
+            outcome = run_pipeline(loaded, terminal, address)
+        except KeyboardInterrupt:
+            terminal.say("\nstopped; what is finished is kept, run again to go on", "yellow")
+            raise typer.Exit(130) from None
         show_outcome(outcome, terminal)
     if outcome.failures:
         raise typer.Exit(2 if all(isinstance(e, UserError) for e in outcome.failures.values()) else 1)
@@ -114,9 +118,6 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; what is finished is kept, run again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

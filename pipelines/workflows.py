@@ -170,12 +170,16 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
 
 def _summary(config: PipelineConfig, branch: Branch, decision: Decision) -> summary.SummaryConfig:
     aliases = ["candidate", *(["champion"] if decision.became_champion else [])]
+
+    def short(step: str) -> str:
+        return step.removesuffix(f" {branch.name}")
+
     return summary.SummaryConfig(
         title=f"{branch.name} version {decision.version}",
         pipeline=config.name,
         model={"name": branch.name, "version": decision.version, "aliases": aliases},
         decision=str(decision),
-        lineage={role: (future.name, future.needs) for role, future in branch.steps.items()},
+        lineage={role: (short(f.name), tuple(map(short, f.needs))) for role, f in branch.steps.items()},
         config_yaml=as_yaml(config.model_copy(update={"store": "."})),
     )
 

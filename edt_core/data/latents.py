@@ -110,7 +110,7 @@ class LatentShard:
         self.info = LatentInfo.from_metadata(table.schema.metadata, str(path))
         self.keys = table.column(KEY)
         self.labels: NDArray[np.int64] = table.column(LABEL).to_numpy()
-        self.columns = [_matrix(table.column(name).combine_chunks()) for name in POSTERIOR_COLUMNS]
+        self.columns = [_matrix(table.column(name)) for name in POSTERIOR_COLUMNS]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,8 +121,11 @@ class LatentShard:
         return LatentRows(tuple(self.keys.to_pylist()), self.labels, posterior)
 
 
-def _matrix(column: pa.FixedSizeListArray) -> NDArray[np.float32]:
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1)
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    # Our writer makes one chunk, which is viewed in place; combining chunks copies even a single one.
+    values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    matrix: NDArray[np.float32] = values.flatten().to_numpy(zero_copy_only=True).reshape(len(values), -1)
+    return matrix
 
 
 class LatentDataset:

@@ -18,7 +18,7 @@ from edt_core.config import AutoencoderConfig, ClassifierConfig
 from edt_core.data.images import center_crop, decode_rgb, scan_image_folder
 from edt_core.errors import UserError
 
-CONFIG = AutoencoderConfig(downsample_factor=4, base_channels=8, steps=30, batch_size=16, lr=1e-2)
+CONFIG = AutoencoderConfig(downsample_factor=4, base_channels=8, steps=100, batch_size=16, lr=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_decoded_pixels_are_rounded_without_bias(fitted) -> None:
 
 
 def test_a_missing_autoencoder_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for location in (str(tmp_path / "nothing"), "nobody/no-such-autoencoder"):
         with pytest.raises(UserError, match=r"no autoencoder at .*autoencoder\.pretrained"):
             load_autoencoder(location)

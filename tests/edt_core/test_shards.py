@@ -92,7 +92,7 @@ def test_latents_are_views_of_the_file(tmp_path: Path) -> None:
     write_latent_shard(tmp_path / "l.arrow", latent_rows(11), INFO)
     before = pa.total_allocated_bytes()
     shard = LatentShard(tmp_path / "l.arrow")
-    assert pa.total_allocated_bytes() - before < 4096
+    assert pa.total_allocated_bytes() - before < 4096  # labels and keys; the columns alone are 45 kB
     assert not shard.columns[0].flags.owndata
 
 

@@ -79,7 +79,7 @@ def test_verify_tells_whole_from_damaged(tmp_path: Path) -> None:
 
 def test_configs_are_listed_and_shown() -> None:
     assert "quickstart" in edt("configs").stdout.split()
-    assert "max_steps: 2500" in edt("configs", "quickstart").stdout
+    assert "max_steps: 1300" in edt("configs", "quickstart").stdout
 
 
 def assert_user_error(done: subprocess.CompletedProcess[str], message: str) -> None:

@@ -94,12 +94,14 @@ def train(
 
     Goes on from the newest whole checkpoint that an earlier attempt at the same fingerprint left.
     """
+    from edt_core.diffusion import linear_schedule
     from edt_core.models import count_macs, count_parameters
     from edt_core.training.checkpoint import checkpoint_name
     from edt_core.training.loop import initial_model
 
     latents = inputs["latents"]
     model_config = edt_config(config.model, latents.counts)
+    linear_schedule(config.num_timesteps)  # what the workers would refuse is refused before any is started
     if config.max_steps == 0:
         _store_untrained(config, model_config, out)
     else:

@@ -31,6 +31,9 @@ SMALL = [
     "sample.num_samples=40",
     "sample.num_sampling_steps=3",
     "sample.unit_size=20",
+    "train.num_workers=1",  # two of each are tested with the jobs; here every process costs seconds
+    "encode.num_workers=1",
+    "sample.num_workers=1",
 ]
 STEPS = 12  # preprocess, autoencoder, encode, classifier, reference, 2 x (train, sample, evaluate), report
 
@@ -45,9 +48,14 @@ def pipeline(store: Path, *assignments: str) -> Outcome:
         return run(load_config("quickstart", [*SMALL, f"store={store}", *assignments]), terminal)
 
 
+CANARY = "canary-5e1f0d"
+
+
 @pytest.fixture(scope="module")
 def first(store: Path) -> Outcome:
-    return pipeline(store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+        return pipeline(store)
 
 
 @pytest.fixture
@@ -120,7 +128,7 @@ def test_a_changed_field_runs_what_hangs_on_it_and_no_more(first: Outcome, store
 
 
 def test_fields_that_do_not_change_the_result_change_nothing(first: Outcome, store: Path) -> None:
-    other = pipeline(store, "sample.num_workers=1", "encode.batch_size=7", "train.checkpoint_every=3")
+    other = pipeline(store, "sample.num_workers=2", "encode.batch_size=7", "train.checkpoint_every=3")
     assert other.executed <= 1  # the report prints the configuration
 
 
@@ -182,7 +190,8 @@ def test_a_damaged_artifact_is_made_again_with_the_same_content(first: Outcome, 
 
 def test_one_failed_branch_leaves_the_other_alone(first: Outcome, store: Path) -> None:
     outcome = pipeline(store, "models.broken.num_timesteps=10")
-    assert set(outcome.failures) == {"train broken", "untrained sample broken"} or "broken" in str(outcome.failures)
+    assert set(outcome.failures) == {"train broken", "untrained train broken"}
+    assert "num_timesteps is 10" in str(outcome.failures["train broken"])
     assert MODEL in outcome.reports
     assert "broken" not in outcome.decisions
 
@@ -203,22 +212,10 @@ def test_unreadable_images_end_the_run_with_a_user_error(digits_folder: Path, tm
     assert status == "FAILED"
 
 
-def test_the_environment_s_secrets_are_recorded_nowhere(first: Outcome, store: Path) -> None:
-    recorded = {key for a in Store.open(str(store)).artifacts() for key in a.manifest.environment}
-    assert recorded <= {
-        "python",
-        "machine",
-        "system",
-        "edt-pipeline",
-        "torch",
-        "ray",
-        "mlflow",
-        "diffusers",
-        "pyarrow",
-        "webdataset",
-        "numpy",
-        "pillow",
-    }
+def test_a_secret_in_the_environment_is_recorded_nowhere(first: Outcome, store: Path) -> None:
+    files = [path for path in store.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
 
 
 def test_manifests_are_plain_json(first: Outcome, store: Path) -> None:

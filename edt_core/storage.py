@@ -198,7 +198,8 @@ class Folder:
         """The folder's files as a local folder: itself, or cached downloads."""
         if (root := self.local) is not None:
             return root
-        return [self.local_copy(name) for name in self.names()][0].parent
+        copies = [self.local_copy(name) for name in self.names()]
+        return copies[0].parent
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder if it is there."""

@@ -44,6 +44,7 @@ class Checkpoint:
     timesteps: dict[str, Tensor]
     model_config: dict[str, Any]
     history: list[dict[str, float]] = field(default_factory=list)
+    pending: list[dict[str, float]] = field(default_factory=list)
 
 
 def checkpoint_name(step: int) -> str:
@@ -65,6 +66,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "step": checkpoint.step,
         "optimizer_groups": checkpoint.optimizer_groups,
         "history": checkpoint.history,
+        "pending": checkpoint.pending,
     }
     (folder / TRAIN_STATE).write_text(json.dumps(state, sort_keys=True))
     (folder / MODEL_CONFIG).write_text(json.dumps(checkpoint.model_config, indent=1, sort_keys=True))
@@ -112,6 +114,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         timesteps=load_file(folder / TIMESTEP_STATE),
         model_config=json.loads((folder / MODEL_CONFIG).read_bytes()),
         history=state["history"],
+        pending=state["pending"],
     )
 
 

@@ -4,10 +4,8 @@ Legend: N this rank's share of the global batch B, C latent channels, h latent h
 """
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +32,10 @@ from edt_core.training.optim import flatten_state, learning_rate, make_optimizer
 
 @dataclass
 class TrainState:
-    """Everything that changes while training. `step` steps are done; `history` is one row every `log_every` steps."""
+    """Everything that changes while training.
+
+    `step` steps are done; `history` is one row every `log_every` steps, `pending` the losses of the steps since.
+    """
 
     model: EDT
     ema: EMA
@@ -42,6 +43,7 @@ class TrainState:
     timesteps: TimestepSampler
     step: int
     history: list[dict[str, float]]
+    pending: list[dict[str, float]]
 
 
 def initial_model(config: ModelConfig, seed: int) -> EDT:
@@ -62,6 +64,7 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
         timesteps=sampler(config.num_timesteps),
         step=0,
         history=[],
+        pending=[],
     )
 
 
@@ -77,6 +80,7 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
         timesteps={name: torch.from_numpy(value) for name, value in state.timesteps.state_dict().items()},
         model_config=state.model.config.to_dict(),
         history=state.history,
+        pending=state.pending,
     )
 
 
@@ -86,7 +90,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     state.ema.load_state_dict(checkpoint.ema)
     restore_state(state.optimizer, checkpoint.optimizer, checkpoint.optimizer_groups)
     state.timesteps.load_state_dict({name: value.numpy() for name, value in checkpoint.timesteps.items()})
-    state.step, state.history = checkpoint.step, list(checkpoint.history)
+    state.step, state.history, state.pending = checkpoint.step, list(checkpoint.history), list(checkpoint.pending)
 
 
 def load_latents(dataset: LatentDataset, draws: StepDraws, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -137,17 +141,18 @@ def train(
         restore(state, load_checkpoint(resume_from))
     model = context.wrap(state.model)
     schedule = linear_schedule(config.num_timesteps)
-    window = _Window()
+    row_step, row_time = state.step, time.perf_counter()
     while state.step < config.max_steps:
-        losses = _one_step(config, state, model, dataset, schedule, context)
-        window.add(losses)
+        state.pending.append(_one_step(config, state, model, dataset, schedule, context))
         state.step += 1
         if state.step % config.log_every == 0 or state.step == config.max_steps:
-            row, rates = window.close(config, state)
-            window = _Window()
-            state.history.append(row)
+            state.history.append(_history_row(config, state))
+            state.pending.clear()
+            images = (state.step - row_step) * config.global_batch_size
+            rate = images / max(time.perf_counter() - row_time, 1e-9)
+            row_step, row_time = state.step, time.perf_counter()
             if context.rank == 0:
-                context.log({**row, **rates}, state.step)
+                context.log({**state.history[-1], "images_per_s": rate}, state.step)
         if state.step % config.checkpoint_every == 0 or state.step == config.max_steps:
             checkpoint = to_checkpoint(state) if context.rank == 0 else None
             latest = state.history[-1] if state.history else {}
@@ -204,29 +209,12 @@ def _require_finite(losses: np.ndarray, step: int, drawn: StepDraws) -> None:
         )
 
 
-class _Window:
-    """Means since the last row of the history, and the rate, which stays out of it: histories are reproducible."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.steps = 0
-        self.started = time.perf_counter()
-
-    def add(self, losses: Mapping[str, float]) -> None:
-        self.steps += 1
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def close(self, config: TrainConfig, state: TrainState) -> tuple[dict[str, Any], dict[str, float]]:
-        seconds = max(time.perf_counter() - self.started, 1e-9)
-        row = {name: total / self.steps for name, total in self.sums.items()}
-        row |= {
-            "step": state.step,
-            "lr": learning_rate(config, state.step - 1),
-            "grad_norm": _grad_norm(state.model),
-        }
-        rates = {"images_per_s": self.steps * config.global_batch_size / seconds}
-        return row, rates
+def _history_row(config: TrainConfig, state: TrainState) -> dict[str, float]:
+    """Mean losses of the steps since the last row. No clock in it: equal trainings have equal histories."""
+    names = state.pending[0].keys()
+    means = {name: sum(losses[name] for losses in state.pending) / len(state.pending) for name in names}
+    rate = learning_rate(config, state.step - 1)
+    return {**means, "step": state.step, "lr": rate, "grad_norm": _grad_norm(state.model)}
 
 
 def _grad_norm(model: nn.Module) -> float:

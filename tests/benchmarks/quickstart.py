@@ -1,6 +1,6 @@
 """Times the promises of the quickstart: `edt --help`, a first `edt run`, and a second one that reuses everything.
 
-    python tests/benchmarks/quickstart.py [--out results.json]
+    python tests/benchmarks/quickstart.py [--out results.json] [--store FOLDER]
 
 Prints a table with hardware and commit. It measures and asserts nothing.
 """
@@ -49,9 +49,10 @@ def measure(store: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--store", help="a new store to use and keep  [default: a temporary one]")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as store:
-        figures = measure(store)
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = measure(options.store or scratch)
     figures |= {"cores": os.cpu_count(), "commit": code_version()}
     width = max(len(name) for name in figures)
     for name, value in figures.items():

@@ -77,6 +77,21 @@ def test_verify_tells_whole_from_damaged(tmp_path: Path) -> None:
     assert_user_error(edt("verify", str(tmp_path), "--deep"), "another sha256")
 
 
+@pytest.mark.ray
+def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(digits_folder, tmp_path / "images")
+    for path in sorted((tmp_path / "images").glob("*/*.png"))[:5]:
+        path.write_bytes(b"nothing")
+    done = edt("run", "--store", str(tmp_path / "store"), *from_folder(tmp_path / "images"))
+    assert done.returncode == 2, done.stderr
+    assert "5 of 32 images (15.62%) could not be read" in done.stdout
+    assert len([line for line in done.stdout.splitlines() if ".png: Unidentified" in line]) == 5
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list((tmp_path / "store").rglob("manifest.json"))
+
+
 def test_configs_are_listed_and_shown() -> None:
     assert "quickstart" in edt("configs").stdout.split()
     assert "max_steps: 1300" in edt("configs", "quickstart").stdout

@@ -180,6 +180,26 @@ def test_the_registered_version_loads_with_pyfunc_and_diffusers(first: Outcome, 
     assert np.array_equal(own([3, 1, 4], output_type="np").images, images)
 
 
+def test_the_aliases_are_where_the_decisions_say(first: Outcome, store: Path) -> None:
+    latest = pipeline(store, "sample.num_sampling_steps=4").decisions[MODEL]
+    client = Catalog(first.tracking_uri, "").client
+    assert client.get_model_version_by_alias(MODEL, "candidate").version == latest.version == "2"
+    expected = latest.version if latest.became_champion else latest.champion_before
+    assert client.get_model_version_by_alias(MODEL, "champion").version == expected
+    assert latest.became_champion == (latest.value < (latest.champion_value or float("inf")))
+
+
+def test_an_autoencoder_is_taken_from_a_registered_model(first: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edt_core.autoencoder import autoencoder_facts, load_autoencoder
+    from jobs.autoencoder import resolve
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", first.tracking_uri)
+    facts = autoencoder_facts(load_autoencoder(resolve(f"models:/{MODEL}@champion")))
+    assert (facts["downsample_factor"], facts["latent_channels"]) == (4, 4)
+    with pytest.raises(UserError, match="MLflow has no autoencoder at models:/no-such-model/1"):
+        resolve("models:/no-such-model/1")
+
+
 def test_a_damaged_artifact_is_made_again_with_the_same_content(first: Outcome, store: Path) -> None:
     artifact = next(a for a in Store.open(str(store)).artifacts() if a.manifest.kind == "reference")
     (artifact.folder.local / MANIFEST_NAME).write_text("{")

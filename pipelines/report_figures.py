@@ -154,6 +154,7 @@ class LineageRow:
     run_id: str | None  # the MLflow run that made it
     seconds: float  # how long the step took when it ran
     code_version: str
+    registered: bool = False  # the registered version stands for this artifact
 
 
 @dataclass(frozen=True)
@@ -182,15 +183,14 @@ class Graph:
 def lineage_graph(rows: Sequence[LineageRow], model: str) -> Graph:
     """From the source at the left to the registered model at the right; `model` is what that is called.
 
-    A step stands right of all of its inputs. The checkpoint, and all that no step uses, lead to the model.
+    A step stands right of all of its inputs. Registered artifacts lead to the model.
     Raises ValueError where two rows have one name, or where the lineage runs in a circle.
     """
     names = [row.step for row in rows]
     if len(set(names)) < len(names):
         raise ValueError(f"lineage steps share a name: {names}; inputs go by name, so give each its own")
     made_from = {row.step: tuple(dict.fromkeys(row.inputs)) for row in rows}
-    used = {name for inputs in made_from.values() for name in inputs}
-    made_from[_MODEL] = tuple(row.step for row in rows if row.step not in used or row.kind == "checkpoint")
+    made_from[_MODEL] = tuple(row.step for row in rows if row.registered)
     column: dict[str, int] = {}
     for step in TopologicalSorter(made_from).static_order():
         column[step] = 1 + max((column[name] for name in made_from.get(step, ())), default=-1)

@@ -14,6 +14,7 @@ from jobs.sample import load_units
 from jobs.verb import Verb
 from pipelines.report import LineageRow, ReportData, render_report, sample_grid
 
+REGISTERED = ("checkpoint", "evaluation")  # roles whose artifacts a registered version names
 _PER_CLASS = 8
 _REAL_CLASSES = 20
 
@@ -112,6 +113,7 @@ def _row(role: str, config: SummaryConfig, artifact: Artifact) -> LineageRow:
         run_id=manifest.mlflow_run_id,
         seconds=manifest.duration_s,
         code_version=manifest.code_version,
+        registered=role in REGISTERED,
     )
 
 

@@ -30,7 +30,9 @@ def images(count: int, size: int = 8) -> np.ndarray:
 
 def row(step: str, kind: str, *inputs: str) -> LineageRow:
     fingerprint, digest = (step.encode().hex() * 64)[:64], (kind.encode().hex() * 64)[:64]
-    return LineageRow(step, kind, fingerprint, digest, inputs, f"s3://store/{kind}", None, 1.5, "c0de")
+    return LineageRow(
+        step, kind, fingerprint, digest, inputs, f"s3://store/{kind}", None, 1.5, "c0de", kind == "evaluation"
+    )
 
 
 LINEAGE = (

@@ -116,8 +116,8 @@ class Manifest:
             )
         if manifest.digest != digest or manifest.kind not in KINDS:
             raise ManifestError(f"{where} does not agree with its own digest; remove it and run the step again")
-        for entry in manifest.files:
-            check_name(entry.path)
+        for name in (*(entry.path for entry in manifest.files), *([manifest.attempt] if manifest.attempt else [])):
+            check_name(name)
         return manifest
 
 
@@ -265,8 +265,12 @@ class ArtifactWriter:
 
     def written(self) -> list[FileEntry]:
         """Files of this attempt that are finished, in order of name."""
-        entries = (self._journalled(self.data, name) for name in self._journal_names())
-        return sorted((entry for entry in entries if entry), key=lambda entry: entry.path)
+        entries = [self._journalled(self.data, name) for name in self._journal_names()]
+        if None in entries:
+            raise ManifestError(
+                f"{self.data.uri}/{JOURNAL} has an entry that is not ours or not whole; run the step again"
+            )
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.path)
 
     def commit(
         self,
@@ -322,7 +326,7 @@ class ArtifactWriter:
             record = json.loads(folder.read_bytes(f"{JOURNAL}/{_flat(name)}.json"))
             same = record.pop("fingerprint") == self.fingerprint
             return FileEntry(**record) if same else None
-        except (OSError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
 

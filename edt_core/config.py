@@ -59,6 +59,11 @@ class AutoencoderConfig(Section):
     num_cpus: int = runtime(2, ge=1)
     num_gpus: float = runtime(0, ge=0)
 
+    def published(self) -> "AutoencoderConfig":
+        """The fields that matter for a published autoencoder: how one would be fitted does not change it."""
+        kept = {"pretrained", "downsample_factor", "latent_channels"}
+        return AutoencoderConfig(**self.model_dump(include=kept))
+
     @model_validator(mode="after")
     def _factor_is_a_power_of_two(self) -> "AutoencoderConfig":
         if self.downsample_factor < 2 or self.downsample_factor & (self.downsample_factor - 1):
@@ -142,7 +147,7 @@ class SampleConfig(Section):
     amm_blocks: tuple[int, ...] | Literal["paper"] = Field((), description="0-based blocks; 'paper' by cfg_scale")
     seed: int = 0
     unit_size: int = Field(64, ge=1, description="samples in one unit of work: fixed, so that results do not move")
-    keep_images: int = Field(100, ge=0, description="first samples whose pixels are kept for the report")
+    keep_images: int = Field(100, ge=1, description="first samples whose pixels are kept for the report")
     num_workers: int = runtime(1, ge=1)
     num_cpus_per_worker: float = runtime(1, ge=0)
     num_gpus_per_worker: float = runtime(0, ge=0)
@@ -156,7 +161,13 @@ class ReferenceConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Metrics from kept features."""
+    """Metrics from kept features.
+
+    The cost of kid, precision and recall grows with the product of the two sets' sizes; the Fréchet distance takes all.
+    """
 
     metrics: tuple[Literal["fid", "kid", "precision", "recall"], ...] = ("fid", "kid", "precision", "recall")
+    pairwise_limit: int = Field(
+        10_000, ge=4, description="kid, precision and recall take this many features of a set, at even distances"
+    )
     num_cpus: float = runtime(1, ge=0)

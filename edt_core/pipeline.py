@@ -22,6 +22,14 @@ from edt_core.diffusion import SampleNoise, guided, linear_schedule, respace, sa
 from edt_core.errors import UserError
 from edt_core.models import EDT, ModelConfig, paper_amm_blocks
 
+DEFAULT_PROTOCOL: dict[str, Any] = {
+    "num_sampling_steps": 250,
+    "sampler": "ancestral",
+    "cfg_scale": 1.0,
+    "guidance_channels": 3,
+    "amm_blocks": [],
+}
+PROTOCOL = tuple(DEFAULT_PROTOCOL)  # the fields of a sampling configuration that a pipeline keeps
 _PIPELINE_FILE = "pipeline.py"
 _PIPELINE_CODE = (
     '"""The class of this folder."""\n\nfrom edt_core.pipeline import EDTPipeline\n\n__all__ = ["EDTPipeline"]\n'
@@ -57,45 +65,47 @@ class EDTPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         scheduler: DDPMScheduler,
         classes: Sequence[str] = (),
-        default_steps: int = 250,
-        default_cfg_scale: float = 1.0,
+        protocol: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(classes=list(classes), default_steps=default_steps, default_cfg_scale=default_cfg_scale)
+        self.register_to_config(classes=list(classes), protocol={**DEFAULT_PROTOCOL, **(protocol or {})})
 
     @torch.no_grad()
     def __call__(
-        self,
-        class_labels: Sequence[int],
-        *,
-        num_inference_steps: int | None = None,
-        cfg_scale: float | None = None,
-        guidance_channels: int | None = 3,
-        amm_blocks: Sequence[int] | str = (),
-        seed: int = 0,
-        output_type: str = "pil",
+        self, class_labels: Sequence[int], *, seed: int = 0, output_type: str = "pil", **protocol: Any
     ) -> EDTPipelineOutput:
         """One image a label. Image i is a function of (seed, i, label), whatever else is in the call.
 
-        `amm_blocks` are 0-based blocks, or "paper". Raises UserError for labels that the model does not have.
+        `protocol`: num_inference_steps, sampler ("ancestral" or "ddim"), cfg_scale, guidance_channels (None for all)
+        and amm_blocks (0-based, or "paper"); what is not given is as the model was evaluated. Raises UserError for
+        labels that the model does not have and for unknown options.
         """
-        edt = self.transformer.edt
+        edt = self.transformer.edt.eval()
         wrong = [label for label in class_labels if not 0 <= label < edt.config.num_classes]
         if wrong or not len(class_labels):
             raise UserError(f"class labels {wrong}: the model has 0..{edt.config.num_classes - 1}; give at least one")
-        scale = self.config.default_cfg_scale if cfg_scale is None else cfg_scale
-        edt.set_amm(
-            paper_amm_blocks(edt.config.name, scale, edt.config.image_size) if amm_blocks == "paper" else amm_blocks
-        )
-        steps = num_inference_steps or self.config.default_steps
+        chosen = self._protocol(protocol)
+        scale, blocks = chosen["cfg_scale"], chosen["amm_blocks"]
+        named = paper_amm_blocks(edt.config.name, scale, edt.config.image_size) if blocks == "paper" else blocks
+        edt.set_amm(tuple(named))
         shape = (edt.config.in_channels, edt.config.latent_size, edt.config.latent_size)
         noise = SampleNoise(seed, range(len(class_labels)), shape, self.device)
         y = torch.tensor(list(class_labels), device=self.device)
-        model_fn = guided(edt.eval(), y, edt.config.num_classes, scale, guidance_channels)
-        schedule = respace(linear_schedule(self.scheduler.config.num_train_timesteps), steps)
-        pixels = decode_to_pixels(self.vae, sample(model_fn, noise.initial(), schedule, noise=noise))
+        model_fn = guided(edt, y, edt.config.num_classes, scale, chosen["guidance_channels"])
+        schedule = respace(linear_schedule(self.scheduler.config.num_train_timesteps), chosen["num_sampling_steps"])
+        latents = sample(model_fn, noise.initial(), schedule, chosen["sampler"], noise=noise)
+        pixels = decode_to_pixels(self.vae, latents)
         return EDTPipelineOutput(images=pixels if output_type == "np" else [Image.fromarray(p) for p in pixels])
+
+    def _protocol(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The stored protocol with what was given over it; `num_inference_steps` is diffusers' name of the steps."""
+        if "num_inference_steps" in given:
+            given = {**given, "num_sampling_steps": given["num_inference_steps"]}
+            del given["num_inference_steps"]
+        if unknown := sorted(set(given) - set(PROTOCOL)):
+            raise UserError(f"unknown options {unknown}; known: {', '.join(PROTOCOL)}, num_inference_steps")
+        return {**self.config.protocol, **given}
 
 
 def save_pipeline(
@@ -105,10 +115,9 @@ def save_pipeline(
     *,
     num_timesteps: int,
     classes: Sequence[str],
-    default_steps: int,
-    default_cfg_scale: float,
+    protocol: dict[str, Any],
 ) -> None:
-    """Write a diffusers pipeline folder: transformer, vae, scheduler, and the names of the classes."""
+    """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and how the model was sampled."""
     transformer = EDTTransformer(edt_config=edt.config.to_dict())
     transformer.edt.load_state_dict(edt.state_dict())
     scheduler = DDPMScheduler(
@@ -119,7 +128,7 @@ def save_pipeline(
         variance_type="learned_range",
         clip_sample=False,
     )
-    pipeline = EDTPipeline(transformer, vae, scheduler, classes, default_steps, default_cfg_scale)
+    pipeline = EDTPipeline(transformer, vae, scheduler, classes, protocol)
     pipeline.save_pretrained(folder, safe_serialization=True)
     # What DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder) imports.
     (folder / _PIPELINE_FILE).write_text(_PIPELINE_CODE)

@@ -77,7 +77,12 @@ class Folder:
     def _remote(self) -> tuple[Any, str]:
         import fsspec
 
-        return fsspec.core.url_to_fs(self.uri)
+        try:
+            return fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"cannot open {self.uri}: {error}; install the extra for it, as edt-pipeline[s3] or [gcs]"
+            ) from error
 
     @property
     def name(self) -> str:
@@ -165,13 +170,17 @@ class Folder:
     @staticmethod
     def _publish(staged: Path, target: Path, exclusive: bool) -> bool:
         fsync_file(staged)
-        if exclusive:
+        if not exclusive:
+            staged.replace(target)
+        else:
             try:
                 os.link(staged, target)
             except FileExistsError:
                 return False
-        else:
-            staged.replace(target)
+            except OSError:  # no hard links here (SMB, exFAT): look and then rename, exclusive but for a moment
+                if target.exists():
+                    return False
+                staged.replace(target)
         fsync_file(target)
         return True
 
@@ -219,6 +228,8 @@ class Folder:
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.write_bytes(probe, b"")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.uri}: {error.strerror}; choose another folder") from error
+        except UserError:
+            raise
+        except Exception as error:  # object stores have exceptions of their own for missing buckets and credentials
+            raise UserError(f"cannot write to {self.uri}: {error}; choose another folder or mend the access") from error
         self.remove(probe)

@@ -7,27 +7,31 @@ from typing import Any
 
 import ray
 
-from edt_core.artifact import Artifact, ArtifactWriter
+from edt_core.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import IMAGE_SHARD
-from jobs.cluster import device_name, use_threads
+from edt_core.storage import sha256_file
+from jobs.cluster import device_name, require, use_threads
 from jobs.verb import Verb
 
 FOLDER = "autoencoder"
+_MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
 IMAGE_SHARDS = IMAGE_SHARD.replace("{:05d}", "*")
 
 
 def autoencoder(
-    config: AutoencoderConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+    config: AutoencoderConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Store the autoencoder of the configuration; `inputs["images"]` are what it is fitted on.
+    """Store the autoencoder of the configuration, fitted on `inputs["images"]` or taken from `inputs["published"]`.
 
     Raises UserError where a published one cannot be had, or does not have the stated factor and channels.
     """
-    work = _take_published if config.pretrained else _fit
-    task = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(work)
+    if config.pretrained:
+        return _take_published(config, inputs.get("published") or published_source(config), out)
+    require("the fit", CPU=config.num_cpus, GPU=config.num_gpus)
+    task = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(_fit)
     return ray.get(task.remote(config, dict(inputs), out, progress))
 
 
@@ -51,13 +55,49 @@ def _fit(
     return {**autoencoder_facts(model), **facts, "images": len(pixels), "source": "fitted"}
 
 
-def _take_published(
-    config: AutoencoderConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
-) -> dict[str, Any]:
+def published_source(config: AutoencoderConfig, tracking_uri: str | None = None) -> Source | None:
+    """What `pretrained` stands for at this moment: an alias may move, and a folder be written anew.
+
+    The fingerprint is the digest of a local folder's files, a registered model's version, or a hub id as it is: give a
+    hub id that does not change. None where the autoencoder is fitted. Raises UserError where MLflow does not know it.
+    """
+    location = config.pretrained
+    if location is None:
+        return None
+    if location.startswith(_MLFLOW):
+        import mlflow
+
+        if tracking_uri is not None:
+            mlflow.set_tracking_uri(tracking_uri)
+        return Source(Path(location), _registered(location))
+    folder = Path(location).expanduser().absolute()
+    if not folder.is_dir():
+        return Source(Path(location), location)
+    digests = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+    return Source(folder, sha256_json(digests))
+
+
+def _registered(location: str) -> str:
+    """`models:/NAME/VERSION` of a `models:/NAME@ALIAS`; other URIs name one thing for ever and stay."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    name, _, alias = location.removeprefix("models:/").partition("@")
+    if not alias:
+        return location
+    try:
+        return f"models:/{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}"
+    except MlflowException as error:
+        raise UserError(f"MLflow has no autoencoder at {location} ({error}); look it up in the registry") from error
+
+
+def _take_published(config: AutoencoderConfig, published: Source | None, out: ArtifactWriter) -> dict[str, Any]:
     from edt_core.autoencoder import autoencoder_facts, load_autoencoder
 
     assert config.pretrained is not None
-    model = load_autoencoder(resolve(config.pretrained))
+    assert published is not None
+    exact = published.fingerprint if config.pretrained.startswith(_MLFLOW) else config.pretrained
+    model = load_autoencoder(resolve(exact))
     facts = autoencoder_facts(model)
     stated = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}
     if differing := {name: facts[name] for name, value in stated.items() if facts[name] != value}:
@@ -66,12 +106,12 @@ def _take_published(
             "`autoencoder:` to what it has"
         )
     _store(model, out)
-    return {**facts, "source": config.pretrained}
+    return {**facts, "source": exact}
 
 
 def resolve(location: str) -> str:
     """A local folder for an MLflow URI; hub ids and local folders stay as they are."""
-    if not location.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
+    if not location.startswith(_MLFLOW):
         return location
     import mlflow
 

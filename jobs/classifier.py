@@ -11,7 +11,7 @@ from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import ClassifierConfig
 from edt_core.progress import Progress
 from jobs.autoencoder import IMAGE_SHARDS
-from jobs.cluster import device_name, use_threads
+from jobs.cluster import device_name, require, use_threads
 from jobs.verb import Verb
 
 FOLDER = "classifier"
@@ -21,6 +21,7 @@ def classifier(
     config: ClassifierConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
     """Fit on `inputs["images"]`, store weights and sizes, and count the accuracy on images kept from the fit."""
+    require("the fit", CPU=config.num_cpus, GPU=config.num_gpus)
     task = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(_fit)
     return ray.get(task.remote(config, dict(inputs), out, progress))
 

@@ -2,12 +2,15 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 
+from edt_core.errors import UserError
+
+_OWN = "edt_own_session"  # a resource that marks a session that `connect` started
 _OBJECT_STORE_BYTES = 512 << 20  # artifacts go through the store on disk; Ray's objects here are small
 
 
@@ -15,18 +18,61 @@ def connect(address: str | None = None, min_cpus: int = 1) -> bool:
     """Join the cluster at `address` or RAY_ADDRESS; with neither, start Ray on this machine, on loopback.
 
     A session of our own offers at least `min_cpus` CPUs, so that two training workers fit on one core as well.
-    Returns True where the cluster is shared with others.
+    Returns True where the cluster is shared with others. Raises UserError where there is none at the address.
     """
     shared = bool(address or os.environ.get("RAY_ADDRESS"))
     if ray.is_initialized():
         return shared
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "edt"}
-    if shared:
-        ray.init(address=address, **quiet)
-    else:
+    if not shared:
         cpus = max(os.cpu_count() or 1, min_cpus)
-        ray.init(num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
-    return shared
+        # "local": never a cluster that `ray start` left on this machine.
+        ray.init(
+            "local",
+            num_cpus=cpus,
+            resources={_OWN: 1},
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **quiet,
+        )
+        return False
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        where = address or os.environ["RAY_ADDRESS"]
+        raise UserError(f"no Ray cluster answers at {where}: {error}; start one, or leave the address out") from error
+    return True
+
+
+def require(stage: str, **wanted: float) -> None:
+    """Raise UserError where a session of our own can never give what a stage wants: it would wait for ever.
+
+    A cluster that others run may grow, and shows what waits for resources itself.
+    """
+    there = ray.cluster_resources()
+    if _OWN not in there:
+        return
+    for kind, number in wanted.items():
+        if number > there.get(kind, 0):
+            raise UserError(
+                f"{stage} wants {number:g} {kind} at once, this machine offers {there.get(kind, 0):g}; lower what the "
+                "configuration asks for, or join a cluster with --address"
+            )
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that a job raised, out of what Ray and Ray Train wrapped around it."""
+    seen = error
+    while True:
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        failures = getattr(seen, "worker_failures", None)
+        if failures:
+            inner = next(iter(failures.values()))
+        if not isinstance(inner, BaseException) or inner is seen:
+            return seen
+        seen = inner
+        if isinstance(seen, UserError):
+            return seen
 
 
 def device_name(num_gpus: float) -> str:
@@ -43,13 +89,6 @@ def use_threads(num_cpus: float) -> None:
     torch.set_num_threads(max(1, int(num_cpus)))
 
 
-def map_in_order(actors: list[Any], work: Iterable[Any]) -> Iterator[Any]:
-    """Call `actor.work.remote(item)` over a pool and yield results in order of the items. Idle actors take the next."""
-    from ray.util import ActorPool
-
-    yield from ActorPool(actors).map(lambda actor, item: actor.work.remote(item), list(work))
-
-
 class _Holder:
     """A Ray actor around a worker that is made in its first call: an error while loading reaches the caller whole."""
 
@@ -57,18 +96,40 @@ class _Holder:
         self.make, self.arguments = make, arguments
         self.worker: Any = None
 
+    def ready(self) -> None:
+        """Answers once the actor has its place on the cluster."""
+
     def work(self, item: Any) -> Any:
         if self.worker is None:
             self.worker = self.make(*self.arguments)
         return self.worker.work(item)
 
 
-@contextmanager
-def pool(make: Callable[..., Any], size: int, *arguments: Any, **options: Any) -> Iterator[list[Any]]:
-    """`size` actors, each holding a `make(*arguments)` that is loaded once; their processes end with the block."""
-    actors: list[Any] = [ray.remote(_Holder).options(**options).remote(make, arguments) for _ in range(size)]
+def pooled(
+    make: Callable[..., Any], size: int, items: Sequence[Any], *arguments: Any, **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (item, `make(*arguments).work(item)`) as they finish, from up to `size` actors that load once.
+
+    An item goes to an actor that has its place and is idle, so one placed actor is enough to finish: pools that share
+    a full cluster do not wait for each other. A lost actor is started again and its item done again.
+    """
+    options = {"max_restarts": 2, "max_task_retries": 2, **options}
+    actors: list[Any] = [
+        ray.remote(_Holder).options(**options).remote(make, arguments) for _ in range(min(size, len(items)))
+    ]
+    queue = deque(items)
+    placing = {actor.ready.remote(): actor for actor in actors}
+    working: dict[Any, tuple[Any, Any]] = {}  # reference -> (item, actor)
     try:
-        yield actors
+        while queue or working:
+            (ref,), _ = ray.wait([*working, *(placing if queue else ())], num_returns=1)
+            result = ray.get(ref)
+            item, actor = working.pop(ref) if ref in working else (None, placing.pop(ref))
+            if queue:
+                following = queue.popleft()
+                working[actor.work.remote(following)] = (following, actor)
+            if item is not None:
+                yield item, result
     finally:
         for actor in actors:
             ray.kill(actor)

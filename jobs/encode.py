@@ -12,7 +12,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import LATENT_SHARD, LATENT_TAR_SHARD
 from jobs.autoencoder import FOLDER, IMAGE_SHARDS
-from jobs.cluster import device_name, map_in_order, pool, use_threads
+from jobs.cluster import device_name, pooled, require, use_threads
 from jobs.verb import Verb
 
 
@@ -88,13 +88,15 @@ def encode(
     The counts hold mean and standard deviation by channel of the raw latents, posterior variance included.
     """
     shards = len(inputs["images"].entries(IMAGE_SHARDS))
-    rows, total, squares = 0, np.zeros(1), np.zeros(1)
-    workers = min(config.num_workers, shards)
-    options = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
-    with pool(Encoder, workers, config, dict(inputs), out, **options) as encoders:
-        for done, (count, part, part_squares) in enumerate(map_in_order(encoders, range(shards)), start=1):
-            rows, total, squares = rows + count, total + part, squares + part_squares
-            progress.update(done, shards, "shards")
+    resources = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    require("encode", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
+    parts: dict[int, tuple[int, list[float], list[float]]] = {}
+    for shard, part in pooled(Encoder, config.num_workers, range(shards), config, dict(inputs), out, **resources):
+        parts[shard] = part
+        progress.update(len(parts), shards, "shards")
+    # In order of shard: sums of floats hang on their order, and the manifest must not hang on who was first.
+    rows = sum(parts[shard][0] for shard in range(shards))
+    total, squares = (np.sum([parts[shard][i] for shard in range(shards)], axis=0) for i in (1, 2))
     images, source = inputs["images"], inputs["autoencoder"]
     if rows != images.counts["images"]:
         raise UserError(
@@ -108,6 +110,7 @@ def encode(
         "image_size": images.counts["image_size"],
         "latent_shape": [source.counts["latent_channels"], side, side],
         "scaling_factor": source.counts["scaling_factor"],
+        "autoencoder_digest": source.manifest.digest,
         "channel_mean": mean.tolist(),
         "channel_std": np.sqrt(squares / (rows * side * side) - mean**2).tolist(),
     }

@@ -55,7 +55,12 @@ def build_shard(plan: ShardPlan, out: ArtifactWriter) -> tuple[int, list[tuple[s
     def samples() -> Any:
         for key, path, label in plan.images:
             try:
-                image = center_crop(decode_rgb((plan.root / path).read_bytes()), plan.image_size)
+                data = (plan.root / path).read_bytes()
+            except PermissionError as error:  # any other fault of the disk fails the task: it is not the image's
+                rejected.append((path, f"PermissionError: {error.strerror}"))
+                continue
+            try:
+                image = center_crop(decode_rgb(data), plan.image_size)
             except Exception as error:  # Pillow's decoders raise whatever they like on hostile bytes
                 rejected.append((path, f"{type(error).__name__}: {error}".replace(str(plan.root), "")))
                 continue

@@ -38,7 +38,9 @@ def _extract(
     shards = images.entries(IMAGE_SHARDS)
     parts, labels = [], []
     for done, entry in enumerate(shards, start=1):
-        pixels, shard_labels = load_images([images.path(entry.path)], entry.rows or 0)
+        if not entry.rows:  # a shard of which every image was unreadable
+            continue
+        pixels, shard_labels = load_images([images.path(entry.path)], entry.rows)
         batches = range(0, len(pixels), config.batch_size)
         parts += [classify(model, pixels[start : start + config.batch_size])[0] for start in batches]
         labels.append(shard_labels)

@@ -15,7 +15,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import FEATURE_UNIT
 from jobs import autoencoder, classifier
-from jobs.cluster import device_name, map_in_order, pool, use_threads
+from jobs.cluster import device_name, pooled, require, use_threads
 from jobs.verb import Verb
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
@@ -74,6 +74,19 @@ class Sampler:
         return tensors | ({"images": kept} if len(kept) else {})
 
 
+def check_autoencoder(inputs: Mapping[str, Artifact]) -> None:
+    """Raise UserError unless the latents that were trained on come from the very autoencoder that will decode.
+
+    An autoencoder that was lost and fitted again has its old fingerprint but may have other weights.
+    """
+    trained_with = inputs["checkpoint"].counts["autoencoder_digest"]
+    if trained_with != (here := inputs["autoencoder"].manifest.digest):
+        raise UserError(
+            f"the checkpoint was trained on latents of autoencoder {trained_with[:12]}, but this one is {here[:12]}: "
+            "it was made anew with other weights; remove the manifests of latents and checkpoint to make them anew"
+        )
+
+
 def amm_blocks(config: SampleConfig, edt: Any) -> tuple[int, ...]:
     """The blocks whose attention is modulated: those given, or the paper's for this model and guidance."""
     from edt_core.models import paper_amm_blocks
@@ -87,13 +100,14 @@ def sample_features(
     config: SampleConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
     """Sample from `inputs["checkpoint"]`, decode with `inputs["autoencoder"]`, extract with `inputs["classifier"]`."""
+    check_autoencoder(inputs)
     units = -(-config.num_samples // config.unit_size)
     done = 0
-    options = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
-    with pool(Sampler, min(config.num_workers, units), config, dict(inputs), out, **options) as samplers:
-        for count in map_in_order(samplers, range(units)):
-            done += count
-            progress.update(done, config.num_samples, "samples")
+    resources = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    require("sample", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
+    for _, count in pooled(Sampler, config.num_workers, range(units), config, dict(inputs), out, **resources):
+        done += count
+        progress.update(done, config.num_samples, "samples")
     return {"samples": done, "units": units, "checkpoint_steps": inputs["checkpoint"].counts["steps"]}
 
 

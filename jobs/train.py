@@ -14,7 +14,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import HISTORY_NAME, LATENT_SHARD, STEP_PREFIX, TRAIN_STATE
 from edt_core.storage import Folder
-from jobs.cluster import use_threads
+from jobs.cluster import require, use_threads
 from jobs.verb import Verb
 
 CHECKPOINTS = "checkpoints"  # folder of the artifact: one sub-folder a kept checkpoint, named by its step
@@ -111,6 +111,7 @@ def train(
     return {
         "model": config.model,
         "steps": config.max_steps,
+        "autoencoder_digest": latents.counts["autoencoder_digest"],
         "parameters": count_parameters(model),
         "macs": count_macs(model),
         "checkpoints": kept,
@@ -132,6 +133,8 @@ def _fit(config: TrainConfig, model_config: Any, latents: Artifact, out: Artifac
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    workers, gpus = config.num_workers, float(config.use_gpu)
+    require("train", CPU=workers * config.num_cpus_per_worker, GPU=workers * gpus)
     job = {"config": config, "model_config": model_config, "latents": latents, "out": out, "progress": progress}
     trainer = TorchTrainer(
         _worker,
@@ -184,7 +187,7 @@ def _adopt_checkpoints(config: TrainConfig, out: ArtifactWriter) -> None:
     """Take the newest checkpoints into the artifact under their steps' names, with the history beside them."""
     import json
 
-    by_name = {folder.name: folder for folder in _ray_checkpoints(out)}
+    by_name = {folder.name: folder for folder in _ray_checkpoints(out) if _whole(folder)}
     kept = sorted(by_name)[-config.num_to_keep :]
     for name in kept:
         out.add_tree(by_name[name].local_directory(), f"{CHECKPOINTS}/{name}")
@@ -192,6 +195,22 @@ def _adopt_checkpoints(config: TrainConfig, out: ArtifactWriter) -> None:
     lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in history)
     out.write_bytes(HISTORY_NAME, lines.encode(), len(history))
     out.data.remove(_RAY_RUN)
+
+
+def _whole(folder: Folder) -> bool:
+    from edt_core.training.checkpoint import CheckpointError, check_checkpoint
+
+    try:
+        return check_checkpoint(folder.local_directory()) >= 0
+    except CheckpointError:
+        return False
+
+
+def history(checkpoint: Artifact) -> list[dict[str, float]]:
+    """Rows of a checkpoint artifact's loss history, one every `log_every` steps; empty for an untrained model."""
+    import json
+
+    return [json.loads(line) for line in checkpoint.path(HISTORY_NAME).read_text().splitlines()]
 
 
 VERB = Verb("train", "checkpoint", 1, TrainConfig, train, roles=("latents",))

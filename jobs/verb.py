@@ -69,13 +69,18 @@ class Verb:
         options = parser.parse_args(arguments)
         try:
             artifact = self._run_alone(options)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except Exception as error:
+            from jobs.cluster import cause_of
+
+            cause = cause_of(error)
+            if not isinstance(cause, UserError):
+                raise
+            print(f"error: {cause}", file=sys.stderr)
             sys.exit(2)
         print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {artifact.manifest.digest[:12]}")
 
     def _run_alone(self, options: argparse.Namespace) -> Artifact:
-        fields: dict[str, Any] = yaml.safe_load(options.config.read_text()) if options.config else {}
+        fields: dict[str, Any] = read_yaml(options.config) if options.config else {}
         fields |= dict(parse_assignment(text) for text in options.set)
         config = validated(self.config, fields)
         inputs = {role: open_input(role, getattr(options, role)) for role in self.roles}
@@ -111,7 +116,23 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"--set takes key=value, as train.max_steps=50; got {text!r}")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: {value!r} is not a YAML value; quote it as in --set '{key}=\"text\"'") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises UserError."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no configuration: a mapping of fields is expected")
+    return values
 
 
 def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:

@@ -62,6 +62,12 @@ class Catalog:
         """Close a run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
 
+    def end_children(self, parent: str, status: str) -> None:
+        """Close the runs of steps that ended with their parent and could not close them."""
+        running = f"tags.mlflow.parentRunId = '{parent}' and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([self.experiment_id], running):
+            self.end_run(run.info.run_id, status)
+
     def log_metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
         """Log finite values at an explicit step."""
         import math
@@ -114,12 +120,9 @@ class Catalog:
 
     def _record_checkpoints(self, run_id: str, artifact: Artifact) -> None:
         """Each kept checkpoint as an MLflow logged model with its step, the training's metrics linked to it."""
-        import json
+        from jobs.train import history
 
-        from edt_core.schema import HISTORY_NAME
-
-        rows = [json.loads(line) for line in artifact.path(HISTORY_NAME).read_text().splitlines()]
-        by_step = {int(row["step"]): row for row in rows}
+        by_step = {int(row["step"]): row for row in history(artifact)}
         for name in artifact.counts["checkpoints"]:
             step = int(name.rsplit("-", 1)[1])
             tags = {

@@ -1,7 +1,6 @@
 """The command line: `edt`. Heavy libraries are imported inside the commands, so that help answers at once."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,8 +39,7 @@ def run(
     from pipelines.terminal import Terminal
     from pipelines.workflows import run as run_pipeline
 
-    chosen = [*assignments, *([f"store={store}"] if store else [])]
-    loaded = load_config(config, chosen)
+    loaded = load_config(config, assignments, store)
     with Terminal() as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
         try:
@@ -66,13 +64,13 @@ def configs(
 
 @app.command()
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="artifact folder: the one that holds manifest.json")],
+    artifact: Annotated[str, typer.Argument(help="artifact folder: the one that holds manifest.json")],
     deep: Annotated[bool, typer.Option(help="digest every file, not only its size")] = False,
 ) -> None:
     """Check an artifact against its manifest."""
     from edt_core.artifact import Artifact
 
-    opened = Artifact.open(str(artifact))
+    opened = Artifact.open(artifact)
     if problems := opened.problems(deep):
         raise UserError("\n".join([f"{artifact} is damaged:", *problems]))
     manifest = opened.manifest

@@ -1,5 +1,6 @@
 """PipelineConfig: the sections of every stage in one frozen schema, read from YAML and `--set`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,9 @@ from edt_core.config import (
     runtime,
 )
 from edt_core.errors import UserError
-from jobs.verb import parse_assignment, validated
+from edt_core.metrics import metric_name
+from edt_core.models import model_config
+from jobs.verb import parse_assignment, read_yaml, validated
 
 DEFAULT_CONFIG = "quickstart"
 _SHIPPED = Path(__file__).with_name("configs")
@@ -67,11 +70,34 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "PipelineConfig":
-        from edt_core.models import model_config
-
         size, factor = self.preprocess.image_size, self.autoencoder.downsample_factor
+        channels, sample = self.autoencoder.latent_channels, self.sample
         for name in self.models:
-            model_config(self.train_of(name).model, size, 2, autoencoder_factor=factor)
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"the model name {name!r} is no registry name; use letters, digits, '.', '_' and '-'")
+            train = self.train_of(name)
+            blocks = () if sample.amm_blocks == "paper" else sample.amm_blocks
+            model_config(train.model, size, 2, blocks, autoencoder_factor=factor, latent_channels=channels)
+            if sample.num_sampling_steps > train.num_timesteps:
+                raise ValueError(
+                    f"sample.num_sampling_steps {sample.num_sampling_steps} is more than the {train.num_timesteps} "
+                    f"timesteps that {name} is trained with; use at most that"
+                )
+        if (sample.guidance_channels or 1) > channels:
+            raise ValueError(
+                f"sample.guidance_channels {sample.guidance_channels} is more than the {channels} latent channels; "
+                "use fewer, or null for all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_deciding_metric_is_measured(self) -> "PipelineConfig":
+        measured = [metric_name(metric, "classifier") for metric in self.evaluate.metrics] + ["accuracy_classifier"]
+        if self.promote.metric not in measured:
+            raise ValueError(
+                f"promote.metric {self.promote.metric!r} is not among what is measured: {', '.join(measured)}; "
+                "choose one of these, or add it to evaluate.metrics"
+            )
         return self
 
     def train_of(self, model: str) -> TrainConfig:
@@ -90,7 +116,9 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
-def load_config(name_or_path: str = DEFAULT_CONFIG, assignments: Sequence[str] = ()) -> PipelineConfig:
+def load_config(
+    name_or_path: str = DEFAULT_CONFIG, assignments: Sequence[str] = (), store: str | None = None
+) -> PipelineConfig:
     """A shipped configuration by name, or a YAML file, with `a.b=value` assignments on top.
 
     Raises UserError: no such configuration, not YAML, unknown keys, values that do not fit.
@@ -99,6 +127,8 @@ def load_config(name_or_path: str = DEFAULT_CONFIG, assignments: Sequence[str] =
     for text in assignments:
         key, value = parse_assignment(text)
         _assign(values, key, value)
+    if store is not None:
+        values["store"] = store
     config: PipelineConfig = validated(PipelineConfig, values)
     return config
 
@@ -106,22 +136,10 @@ def load_config(name_or_path: str = DEFAULT_CONFIG, assignments: Sequence[str] =
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise UserError(f"the configuration file {path} does not exist")
-        text = path.read_text()
-    elif name_or_path in config_names():
-        text = (_SHIPPED / f"{name_or_path}.yaml").read_text()
-    else:
-        raise UserError(
-            f"no configuration {name_or_path!r}: it is neither a file nor one of {', '.join(config_names())}"
-        )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name_or_path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{name_or_path} holds no configuration: a mapping of sections is expected")
-    return values
+        return read_yaml(path)
+    if name_or_path in config_names():
+        return read_yaml(_SHIPPED / f"{name_or_path}.yaml")
+    raise UserError(f"no configuration {name_or_path!r}: it is neither a file nor one of {', '.join(config_names())}")
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

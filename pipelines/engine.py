@@ -6,7 +6,7 @@ from typing import Any
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import Section
-from edt_core.errors import UserError
+from jobs.cluster import cause_of
 from jobs.verb import Verb
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
@@ -112,18 +112,3 @@ class Workflow:
 
 def _run(task: StepTask, roles: list[str], *values: Any) -> Artifact:
     return run_step(task, dict(zip(roles, values, strict=True)))
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """The error that a job raised, out of what Ray and Ray Train wrapped around it."""
-    seen = error
-    while True:
-        inner = getattr(seen, "cause", None) or seen.__cause__
-        failures = getattr(seen, "worker_failures", None)
-        if failures:
-            inner = next(iter(failures.values()))
-        if not isinstance(inner, BaseException) or inner is seen:
-            return seen
-        seen = inner
-        if isinstance(seen, UserError):
-            return seen

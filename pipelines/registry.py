@@ -4,10 +4,11 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edt_core.artifact import Artifact
+from edt_core.artifact import Artifact, sha256_json
 from edt_core.environment import code_version
 from edt_core.errors import UserError
 from edt_core.schema import CLASSES_NAME
@@ -26,13 +27,15 @@ class Decision:
     metric: str
     value: float
     champion_before: str | None  # version, None where there was none
-    champion_value: float | None
+    champion_value: float | None  # None also where the champion was measured by another protocol
     became_champion: bool
 
     def __str__(self) -> str:
         now = f"{self.metric} {self.value:.4g}"
         if self.champion_before is None:
             return f"first champion: {now}"
+        if self.champion_value is None:
+            return f"candidate only: {now}; champion {self.champion_before} was measured by another protocol"
         against = f"version {self.champion_before} has {self.champion_value:.4g}"
         return f"new champion: {now}, {against}" if self.became_champion else f"candidate only: {now}, {against}"
 
@@ -54,41 +57,52 @@ def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, ent
     A version that stands for the same checkpoint and evaluation is found again, with its decision as it was.
     Raises UserError where the evaluation lacks the metric that decides.
     """
-    metrics = entry.evaluation.counts["metrics"]
-    if config.metric not in metrics:
-        raise UserError(f"promote.metric {config.metric!r} was not measured; choose from {', '.join(sorted(metrics))}")
+    result = entry.evaluation.counts
+    if config.metric not in result["metrics"]:
+        known_metrics = ", ".join(sorted(result["metrics"]))
+        raise UserError(f"promote.metric {config.metric!r} was not measured; choose from {known_metrics}")
     identity = {
         "edt.checkpoint": entry.checkpoint.fingerprint,
         "edt.evaluation": entry.evaluation.fingerprint,
+        "edt.promote": f"{config.metric} {'lower' if config.lower_is_better else 'higher'}",
     }
     if (known := _find_version(catalog, name, identity)) is not None:
         return Decision(**json.loads(known.tags["edt.decision"]))
     before = champion(catalog, name)
-    version = _register(catalog, run_id, name, entry, identity)
-    decision = _decide(name, version, config, metrics[config.metric], before)
+    number = _register(catalog, run_id, name, entry, identity)
+    decision = decide(name, number, config, result, before)
     tag = json.dumps(asdict(decision), sort_keys=True)
-    catalog.client.set_registered_model_alias(name, CANDIDATE, version)
+    catalog.client.set_registered_model_alias(name, CANDIDATE, number)
     if decision.became_champion:
-        catalog.client.set_registered_model_alias(name, CHAMPION, version)
+        catalog.client.set_registered_model_alias(name, CHAMPION, number)
     # Last: a version without its decision is not yet promoted, and a rerun registers anew.
-    catalog.client.set_model_version_tag(name, version, "edt.decision", tag)
+    catalog.client.set_model_version_tag(name, number, "edt.decision", tag)
     return decision
 
 
 def champion(catalog: Catalog, name: str) -> Any | None:
-    """The version that carries the alias `champion`, or None."""
+    """The version that carries the alias `champion`, or None. What MLflow raises for other reasons is raised."""
     from mlflow.exceptions import MlflowException
 
     try:
         return catalog.client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        # Without the model the first code comes, without the alias the second.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
-def _decide(name: str, version: str, config: PromoteConfig, value: float, before: Any | None) -> Decision:
-    old = float(before.tags[f"edt.metric.{config.metric}"]) if before is not None else None
-    better = old is None or (value < old if config.lower_is_better else value > old)
-    previous = str(before.version) if before is not None else None
+def decide(name: str, version: str, config: PromoteConfig, result: Mapping[str, Any], before: Any | None) -> Decision:
+    """Compare `result`, the counts of an evaluation, with the champion's tags: like with like, or not at all."""
+    value = float(result["metrics"][config.metric])
+    if before is None:
+        return Decision(name, version, config.metric, value, None, None, True)
+    previous, tag = str(before.version), before.tags.get(f"edt.metric.{config.metric}")
+    if tag is None or before.tags.get("edt.protocol") != sha256_json(result["protocol"]):
+        return Decision(name, version, config.metric, value, previous, None, False)
+    old = float(tag)
+    better = value < old if config.lower_is_better else value > old
     return Decision(name, version, config.metric, value, previous, old, better)
 
 
@@ -112,24 +126,48 @@ def _register(catalog: Catalog, run_id: str, name: str, entry: Entry, identity: 
             name=name,
             python_model=str(code.__file__),
             artifacts={"pipeline": str(pipeline)},
-            pip_requirements=["edt-pipeline"],
+            pip_requirements=[f"edt-pipeline=={version('edt-pipeline')}"],
+            signature=_signature(),
             params={"architecture": str(entry.checkpoint.counts["model"])},
             metadata={"edt.checkpoint": entry.checkpoint.fingerprint},
             step=int(entry.checkpoint.counts["steps"]),
         )
     metrics = {f"edt.metric.{key}": repr(float(value)) for key, value in entry.evaluation.counts["metrics"].items()}
-    parents = {**artifact_tags(entry.checkpoint), "edt.code_version": code_version()}
+    parents = {
+        **artifact_tags(entry.checkpoint),
+        "edt.code_version": code_version(),
+        "edt.protocol": sha256_json(entry.evaluation.counts["protocol"]),
+    }
     _ensure_model(catalog, name)
-    version = catalog.client.create_model_version(
+    made = catalog.client.create_model_version(
         name, info.model_uri, run_id=run_id, model_id=info.model_id, tags={**parents, **metrics, **identity}
     )
-    return str(version.version)
+    return str(made.version)
+
+
+def _signature() -> Any:
+    """Labels in, images out, and the parameters that `predict` takes."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    return ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.int64), (-1,))]),
+        outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
+        params=ParamSchema(
+            [
+                ParamSpec("seed", "long", 0),
+                ParamSpec("num_inference_steps", "long", 0),
+                ParamSpec("cfg_scale", "double", 0.0),
+            ]
+        ),
+    )
 
 
 def write_pipeline(folder: Path, entry: Entry) -> None:
     """The diffusers folder of a trained model: EMA weights, autoencoder, scheduler, class names."""
     from edt_core.autoencoder import load_autoencoder
-    from edt_core.pipeline import save_pipeline
+    from edt_core.pipeline import PROTOCOL, save_pipeline
     from edt_core.training.checkpoint import ema_model
     from jobs.autoencoder import FOLDER
 
@@ -140,8 +178,7 @@ def write_pipeline(folder: Path, entry: Entry) -> None:
         load_autoencoder(entry.autoencoder.directory(FOLDER)),
         num_timesteps=entry.checkpoint.manifest.config["num_timesteps"],
         classes=entry.images.read_json(CLASSES_NAME),
-        default_steps=sampling["num_sampling_steps"],
-        default_cfg_scale=sampling["cfg_scale"],
+        protocol={key: sampling[key] for key in PROTOCOL},
     )
 
 

@@ -8,9 +8,10 @@ import numpy as np
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import Section
 from edt_core.progress import Progress
-from edt_core.schema import CLASSES_NAME, HISTORY_NAME, REPORT_NAME, SAMPLES_NAME
+from edt_core.schema import CLASSES_NAME, REPORT_NAME, SAMPLES_NAME
 from jobs.autoencoder import IMAGE_SHARDS
 from jobs.sample import load_units
+from jobs.train import history
 from jobs.verb import Verb
 from pipelines.report import LineageRow, ReportData, render_report, sample_grid
 
@@ -75,13 +76,6 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         config_yaml=config.config_yaml,
         environment=checkpoint.manifest.environment,
     )
-
-
-def history(checkpoint: Artifact) -> list[dict[str, float]]:
-    """Rows of the loss history, one every `log_every` steps; empty for an untrained model."""
-    import json
-
-    return [json.loads(line) for line in checkpoint.path(HISTORY_NAME).read_text().splitlines()]
 
 
 def real_images(images: Artifact) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import TrainConfig
-from edt_core.errors import UserError
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
 from pipelines import summary
@@ -66,12 +65,17 @@ def images_fingerprint(config: PipelineConfig, source: Source) -> str:
     return preprocess.VERB.fingerprint(config.preprocess, {"source": source.fingerprint})
 
 
-def call_steps(workflow: Workflow, config: PipelineConfig, source: Source) -> list[Branch]:
+def call_steps(
+    workflow: Workflow, config: PipelineConfig, source: Source, published: Source | None = None
+) -> list[Branch]:
     """Call every step up to the evaluations. Nothing here waits: branches run side by side where there is room."""
     step = workflow.step
     images = step("preprocess", preprocess.VERB, config.preprocess, source=source)
-    fitted_on = {} if config.autoencoder.pretrained else {"images": images}
-    vae = step("autoencoder", autoencoder.VERB, config.autoencoder, **fitted_on)
+    if config.autoencoder.pretrained is None:
+        vae = step("autoencoder", autoencoder.VERB, config.autoencoder, images=images)
+    else:
+        assert published is not None
+        vae = step("autoencoder", autoencoder.VERB, config.autoencoder.published(), published=published)
     latents = step("encode", encode.VERB, config.encode, images=images, autoencoder=vae)
     judge = step("classifier", classifier.VERB, config.classifier, images=images)
     real = step("reference", reference.VERB, config.reference, images=images, classifier=judge)
@@ -136,7 +140,8 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
     status = "KILLED"
     try:
         catalog.log_text(run_id, as_yaml(config), "config.yaml")
-        for branch in call_steps(workflow, config, source):
+        published = autoencoder.published_source(config.autoencoder, catalog.tracking_uri)
+        for branch in call_steps(workflow, config, source, published):
             _finish_branch(workflow, config, branch, outcome)
         workflow.wait_all()
         outcome.failures |= workflow.culprits()
@@ -156,7 +161,7 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     try:
         with workflow.store.lock("promote", branch.name):
             decision = promote(workflow.catalog, workflow.run_id, branch.name, config.promote, entry)
-    except UserError as error:
+    except Exception as error:  # whatever MLflow raises, the other branches go on
         outcome.failures[f"promote {branch.name}"] = error
         workflow.terminal.failed(f"promote {branch.name}", str(error))
         return
@@ -194,3 +199,5 @@ def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     fingerprints = {f"edt.step.{n.replace(' ', '.')}": f.fingerprint for n, f in workflow.futures.items()}
     workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in {**tags, **fingerprints}.items() if v})
     workflow.catalog.end_run(workflow.run_id, status)
+    if status == "KILLED":
+        workflow.catalog.end_children(workflow.run_id, status)

@@ -71,6 +71,7 @@ def latents_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         values = LatentRows(tuple(f"{k}-{i}" for i in range(rows)), labels, posterior.astype(np.float32))
         out.write(f"latents-{k:05d}.arrow", lambda path, values=values: write_latent_shard(path, values, info))
     counts = {"images": 96, "classes": 4, "image_size": 32, "latent_shape": [4, 8, 8], "scaling_factor": 0.5}
+    counts["autoencoder_digest"] = "0" * 64
     return out.commit({}, {}, counts)
 
 

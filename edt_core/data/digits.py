@@ -6,6 +6,7 @@ Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI M
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def write_digits(root: Path) -> Path:
 
     Returns `root`. The folder appears whole: a writer that dies leaves nothing at `root`.
     """
-    if root.is_dir() and sum(1 for _ in root.glob("*/*.png")) == NUM_DIGITS:
+    if _complete(root):
         return root
     from sklearn.datasets import load_digits
 
@@ -29,8 +30,14 @@ def write_digits(root: Path) -> Path:
     staging = root.with_name(f".staging-{uuid.uuid4().hex}")
     try:
         write_image_folder(staging, pixels, [str(label) for label in digits.target])
-        shutil.rmtree(root, ignore_errors=True)
-        os.replace(staging, root)
+        if root.exists() and not _complete(root):
+            shutil.rmtree(root)
+        with suppress(OSError):  # another run was first: its folder is the same
+            os.replace(staging, root)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return root
+
+
+def _complete(root: Path) -> bool:
+    return sum(1 for _ in root.glob("*/*.png")) == NUM_DIGITS

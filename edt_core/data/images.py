@@ -2,7 +2,8 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ def scan_image_folder(root: Path) -> ImageFolder:
     entries: list[tuple[str, int]] = []
     others = 0
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = sorted(_files_below(folder))
         images = [path for path in files if path.suffix.lower() in EXTENSIONS]
         others += len(files) - len(images)
         if images:
@@ -55,11 +56,24 @@ def scan_image_folder(root: Path) -> ImageFolder:
     return ImageFolder(root, tuple(classes), tuple(sorted(entries)))
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file at any depth. Raises UserError for a folder that cannot be read: its class must not just vanish."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; mend its permissions") from error
+
+    for root, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(root) / name for name in names)
+
+
 def source_digest(source: ImageFolder, threads: int = 8) -> str:
     """sha256 over every image's path and bytes, in order: what the images are, whatever their dates say."""
 
     def file_digest(entry: tuple[str, int]) -> bytes:
-        return hashlib.sha256((source.root / entry[0]).read_bytes()).digest()
+        try:
+            return hashlib.sha256((source.root / entry[0]).read_bytes()).digest()
+        except PermissionError:  # preprocess lists it among the images that cannot be read
+            return b"unreadable"
 
     total = hashlib.sha256()
     with ThreadPoolExecutor(threads) as pool:
@@ -69,8 +83,14 @@ def source_digest(source: ImageFolder, threads: int = 8) -> str:
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decode with Pillow to 8-bit RGB. Raises OSError, ValueError or a Pillow error for what is no image."""
+    """Decode with Pillow to 8-bit RGB; 16-bit grey levels are scaled, where Pillow alone would clip them to white.
+
+    Raises OSError, ValueError or a Pillow error for what is no image.
+    """
     with Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith("I"):
+            levels = np.asarray(image).astype(np.float64) / 257
+            return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
 
 

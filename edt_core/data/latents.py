@@ -124,8 +124,8 @@ class LatentShard:
 def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     # Our writer makes one chunk, which is viewed in place; combining chunks copies even a single one.
     values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    matrix: NDArray[np.float32] = values.flatten().to_numpy(zero_copy_only=True).reshape(len(values), -1)
-    return matrix
+    flat: NDArray[np.float32] = values.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(len(values), values.type.list_size)
 
 
 class LatentDataset:

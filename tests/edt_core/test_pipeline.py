@@ -22,7 +22,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     vae = build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32)
     path = tmp_path_factory.mktemp("pipeline") / "p"
-    save_pipeline(path, edt.eval(), vae, num_timesteps=1000, classes="abcd", default_steps=4, default_cfg_scale=2.0)
+    save_pipeline(
+        path, edt.eval(), vae, num_timesteps=1000, classes="abcd", protocol={"num_sampling_steps": 4, "cfg_scale": 2.0}
+    )
     return path
 
 

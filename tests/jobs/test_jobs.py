@@ -1,6 +1,7 @@
 """The jobs on Ray, on real digits: each stage feeds the next, and says clearly what it cannot do."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,8 +94,6 @@ def test_preprocess_takes_over_finished_shards(chain: dict[str, Artifact], tmp_p
 
 def spoiled(digits_folder: Path, folder: Path) -> Source:
     """The digits with three files that are no images."""
-    import shutil
-
     shutil.copytree(digits_folder, folder)
     paths = sorted(folder.glob("*/*.png"))
     paths[0].write_bytes(b"")
@@ -291,7 +290,15 @@ def test_metrics_come_from_the_kept_features_with_their_protocol(
 def test_a_published_autoencoder_from_a_local_folder(chain: dict[str, Artifact], tmp_path: Path) -> None:
     folder = chain["autoencoder"].directory("autoencoder")
     config = AutoencoderConfig(pretrained=str(folder), downsample_factor=4)
-    taken = execute(autoencoder.VERB, config, tmp_path / "a")
+    published = autoencoder.published_source(config)
+    assert published is not None
+    taken = execute(autoencoder.VERB, config, tmp_path / "a", published=published)
     assert taken.counts["scaling_factor"] == chain["autoencoder"].counts["scaling_factor"]
     with pytest.raises(UserError, match=r"'downsample_factor': 4.*'downsample_factor': 8"):
-        execute(autoencoder.VERB, AutoencoderConfig(pretrained=str(folder)), tmp_path / "b")
+        execute(autoencoder.VERB, AutoencoderConfig(pretrained=str(folder)), tmp_path / "b", published=published)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = AutoencoderConfig(pretrained=str(copy), downsample_factor=4)
+    before = autoencoder.published_source(config)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert autoencoder.published_source(config) != before  # the same name, but not the same thing

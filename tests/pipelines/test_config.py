@@ -52,6 +52,12 @@ def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
         (["models.a.max_step=5"], r"unknown configuration key 'max_step'"),
         (["source.kind=image_folder"], r"source\.path is missing"),
         (["train=5"], r"'train'.*5"),
+        (["sample.num_sampling_steps=2000"], r"2000 is more than the 1000 timesteps"),
+        (["sample.guidance_channels=9"], r"guidance_channels 9 is more than the 4 latent channels"),
+        (["sample.amm_blocks=[99]"], r"amm_blocks \[99\] do not exist.*0\.\.6"),
+        (["evaluate.metrics=[kid]"], r"'fd_classifier' is not among what is measured: kid_classifier"),
+        (["models.a/b.seed=1"], r"'a/b' is no registry name"),
+        (["train.lr=[1"], r"--set train\.lr: '\[1' is not a YAML value"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(assignments: list[str], message: str) -> None:
@@ -65,12 +71,12 @@ def test_an_unknown_configuration_names_the_known_ones() -> None:
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
-    for text, message in (("a: [", "is not YAML"), ("- 1", "a mapping of sections is expected")):
+    for text, message in (("a: [", "is not YAML"), ("- 1", "a mapping of fields is expected")):
         path = tmp_path / "c.yaml"
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_config(str(path))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="No such file"):
         load_config(str(tmp_path / "missing.yaml"))
 
 

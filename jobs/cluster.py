@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from edt_core.errors import UserError
 
@@ -64,6 +65,8 @@ def cause_of(error: BaseException) -> BaseException:
     """The error that a job raised, out of what Ray and Ray Train wrapped around it."""
     seen = error
     while True:
+        if isinstance(seen, UserError) and not isinstance(seen, ray.exceptions.RayError):
+            return seen
         inner = getattr(seen, "cause", None) or seen.__cause__
         failures = getattr(seen, "worker_failures", None)
         if failures:
@@ -71,8 +74,6 @@ def cause_of(error: BaseException) -> BaseException:
         if not isinstance(inner, BaseException) or inner is seen:
             return seen
         seen = inner
-        if isinstance(seen, UserError):
-            return seen
 
 
 def device_name(num_gpus: float) -> str:
@@ -83,7 +84,11 @@ def device_name(num_gpus: float) -> str:
 
 
 def use_threads(num_cpus: float) -> None:
-    """Give torch as many threads as the task has CPUs: more only get in each other's way."""
+    """Give torch as many threads as the task has CPUs: more only get in each other's way.
+
+    Every task that computes calls this. Ray reuses processes, so the number would be that of the task before, and with
+    it the last bit of the results.
+    """
     import torch
 
     torch.set_num_threads(max(1, int(num_cpus)))

@@ -10,6 +10,7 @@ from edt_core.config import EvaluateConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import METRICS_NAME
+from jobs.cluster import use_threads
 from jobs.reference import FEATURES_NAME
 from jobs.sample import load_units
 from jobs.verb import Verb
@@ -32,6 +33,7 @@ def _compare(config: EvaluateConfig, inputs: Mapping[str, Artifact], out: Artifa
 
     from edt_core.metrics import compute_metrics
 
+    use_threads(config.num_cpus)
     features, reference = inputs["features"], inputs["reference"]
     extractors = {name: item.manifest.inputs[EXTRACTOR] for name, item in inputs.items()}
     if len(set(extractors.values())) != 1:

@@ -11,7 +11,7 @@ from edt_core.config import ReferenceConfig
 from edt_core.progress import Progress
 from jobs.autoencoder import IMAGE_SHARDS
 from jobs.classifier import FOLDER
-from jobs.cluster import device_name
+from jobs.cluster import device_name, use_threads
 from jobs.verb import Verb
 
 FEATURES_NAME = "reference.safetensors"  # features float32 [N, D], labels int64 [N]
@@ -33,6 +33,7 @@ def _extract(
     from edt_core.classifier import Classifier, classify
     from edt_core.data.shards import load_images
 
+    use_threads(1)
     images = inputs["images"]
     model = Classifier.load(inputs["classifier"].directory(FOLDER), device_name(config.num_gpus))
     shards = images.entries(IMAGE_SHARDS)

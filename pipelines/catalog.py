@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,6 @@ class Catalog:
     def log_metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
         """Log finite values at an explicit step."""
         import math
-        import time
 
         from mlflow.entities import Metric
 
@@ -116,7 +116,8 @@ class Catalog:
             profile=canonical_json({k: v for k, v in artifact.counts.items() if isinstance(v, int)}),
         )
         tag = InputTag("mlflow.data.context", "input")
-        self.client.log_inputs(run_id, [DatasetInput(dataset, [tag])])
+        # Two steps that read one new dataset at the same moment both try to insert it.
+        retried(lambda: self.client.log_inputs(run_id, [DatasetInput(dataset, [tag])]))
 
     def _record_checkpoints(self, run_id: str, artifact: Artifact) -> None:
         """Each kept checkpoint as an MLflow logged model with its step, the training's metrics linked to it."""
@@ -136,6 +137,20 @@ class Catalog:
             for key, value in by_step.get(step, {}).items():
                 if key != "step":
                     self.client.log_metric(run_id, key, value, step=step, model_id=model.model_id)
+
+
+def retried(call: Callable[[], Any], attempts: int = 5) -> Any:
+    """Call MLflow again after a race with another writer; the last error is raised."""
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(attempts):
+        try:
+            return call()
+        except MlflowException:
+            if attempt == attempts - 1:
+                raise
+            time.sleep(0.1 * 2**attempt)
+    raise AssertionError("unreachable")
 
 
 def artifact_tags(artifact: Artifact) -> dict[str, str]:

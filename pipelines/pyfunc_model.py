@@ -1,10 +1,9 @@
 """The registered model as an `mlflow.pyfunc` model, logged from this file as code: nothing is pickled.
 
-`mlflow.pyfunc.load_model("models:/NAME@champion").predict([3, 3, 7])` gives uint8 images [N, S, S, 3].
+`mlflow.pyfunc.load_model("models:/NAME@champion").predict(numpy.array([3, 3, 7]))` gives uint8 images [N, S, S, 3].
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import mlflow
 import numpy as np
@@ -21,12 +20,11 @@ class PyfuncEDT(PythonModel):
         self.pipeline = EDTPipeline.from_pretrained(context.artifacts["pipeline"], low_cpu_mem_usage=False)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def predict(
-        self, context: PythonModelContext, model_input: Any, params: Mapping[str, Any] | None = None
-    ) -> NDArray[np.uint8]:
-        """`model_input`: class labels as a list or array [N]."""
+    # MLflow reads type hints of `predict` as a schema and knows no arrays; the logged signature says what goes in.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Images, uint8 [N, S, S, 3], for class labels, an integer array [N]. Parameters of 0 are as evaluated."""
         labels: Sequence[int] = np.asarray(model_input).reshape(-1).astype(int).tolist()
-        given = {name: value for name, value in (params or {}).items() if value or name == "seed"}  # 0: as evaluated
+        given = {name: value for name, value in (params or {}).items() if value or name == "seed"}
         images: NDArray[np.uint8] = self.pipeline(labels, output_type="np", **given).images
         return images
 

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from edt_core.artifact import Artifact, sha256_json
 from edt_core.environment import code_version
 from edt_core.errors import UserError
 from edt_core.schema import CLASSES_NAME
-from pipelines.catalog import Catalog, artifact_tags
+from pipelines.catalog import Catalog, artifact_tags, retried
 from pipelines.config import PromoteConfig
 
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -72,9 +73,9 @@ def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, ent
     number = _register(catalog, run_id, name, entry, identity)
     decision = decide(name, number, config, result, before)
     tag = json.dumps(asdict(decision), sort_keys=True)
-    catalog.client.set_registered_model_alias(name, CANDIDATE, number)
+    retried(lambda: catalog.client.set_registered_model_alias(name, CANDIDATE, number))
     if decision.became_champion:
-        catalog.client.set_registered_model_alias(name, CHAMPION, number)
+        retried(lambda: catalog.client.set_registered_model_alias(name, CHAMPION, number))
     # Last: a version without its decision is not yet promoted, and a rerun registers anew.
     catalog.client.set_model_version_tag(name, number, "edt.decision", tag)
     return decision
@@ -119,7 +120,8 @@ def _register(catalog: Catalog, run_id: str, name: str, entry: Entry, identity: 
     import pipelines.pyfunc_model as code
 
     mlflow.set_tracking_uri(catalog.tracking_uri)
-    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no example came with the model: the signature is stated
         pipeline = Path(folder) / "pipeline"
         write_pipeline(pipeline, entry)
         info = mlflow.pyfunc.log_model(

@@ -134,13 +134,13 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
         if store.find(preprocess.VERB.kind, images_fingerprint(config, source)) is None:
             connect(address, min_cpus=config.workers)
         catalog = opened.result()
+    published = autoencoder.published_source(config.autoencoder, catalog.tracking_uri)
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, "edt.source": source.fingerprint})
     outcome = Outcome(run_id, catalog.tracking_uri)
     workflow = Workflow(store, catalog, run_id, terminal, connect=lambda: connect(address, min_cpus=config.workers))
     status = "KILLED"
     try:
         catalog.log_text(run_id, as_yaml(config), "config.yaml")
-        published = autoencoder.published_source(config.autoencoder, catalog.tracking_uri)
         for branch in call_steps(workflow, config, source, published):
             _finish_branch(workflow, config, branch, outcome)
         workflow.wait_all()

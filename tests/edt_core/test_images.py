@@ -101,6 +101,15 @@ def test_png_is_lossless_and_the_model_range_is_exact() -> None:
     assert images.max() == 1.0
 
 
+def test_sixteen_bit_levels_are_scaled_not_clipped() -> None:
+    import io
+
+    levels = np.array([[0, 257 * 4], [257 * 100, 65535]], dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, format="PNG")
+    assert np.asarray(decode_rgb(buffer.getvalue()))[..., 0].tolist() == [[0, 4], [100, 255]]
+
+
 def test_the_digits_are_written_once_and_whole(tmp_path: Path) -> None:
     root = write_digits(tmp_path / "digits")
     folder = scan_image_folder(root)

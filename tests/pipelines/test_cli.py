@@ -94,7 +94,7 @@ def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_
 
 def test_configs_are_listed_and_shown() -> None:
     assert "quickstart" in edt("configs").stdout.split()
-    assert "max_steps: 1000" in edt("configs", "quickstart").stdout
+    assert "max_steps: 1200" in edt("configs", "quickstart").stdout
 
 
 def assert_user_error(done: subprocess.CompletedProcess[str], message: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edt_core.config import TrainConfig
 from edt_core.data.order import batch_indices
-from edt_core.models import ModelConfig, draw_masks
+from edt_core.models import ModelConfig, draw_masks, slice_masks
 
 # One generator a kind of draw: another kind can be added without moving those that are there.
 _STREAMS = {"mirror": 0, "posterior": 1, "labels": 2, "timesteps": 3, "noise": 4, "masks": 5}
@@ -50,7 +50,7 @@ class StepDraws:
             drop_label=self.drop_label[:, mine],
             uniforms=self.uniforms,
             noise=self.noise[:, mine],
-            masks=tuple(mask[mine] for mask in self.masks),
+            masks=tuple(slice_masks(self.masks, mine)),
         )
 
     def to(self, device: torch.device) -> "StepDraws":

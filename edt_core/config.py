@@ -5,7 +5,7 @@ A field made with `runtime(...)` says how a stage runs, not what it makes: it st
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -31,12 +31,51 @@ def result_fields(section: Section) -> dict[str, Any]:
     return section.model_validate(fields).model_dump(mode="json", include=set(fields))
 
 
+SourceKind = Literal["auto", "digits", "image_folder", "labels", "ilsvrc2012", "webdataset", "parquet"]
+
+
+class SourceConfig(Section):
+    """Labelled images that are there already: where they are, how they are laid out, and which of them are taken."""
+
+    kind: SourceKind = Field("auto", description="layout; 'auto' tells it from what is found, 'digits' needs no path")
+    path: str | None = Field(None, description="folder, file or URI (s3://...) of the images")
+    labels: str | None = Field(
+        None, description="CSV or JSON file of (file name, class) for a flat folder; a name inside it, a path or a URI"
+    )
+    classes: tuple[str, ...] = Field((), description="names of the classes to take; none for all")
+    limit: int | None = Field(None, ge=1, description="take this many images, at even distances")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """`cat,dog` as well as a list; names that look like numbers are names."""
+        listed = value if isinstance(value, list | tuple) else str(value).split(",")
+        return tuple(str(name).strip() for name in listed)
+
+    @model_validator(mode="after")
+    def _has_path(self) -> "SourceConfig":
+        if self.kind != "digits" and not self.path:
+            raise ValueError("source.path is missing: give the images, as --set source.path=/data/images")
+        return self
+
+
 class PreprocessConfig(Section):
-    """Image folder -> image shards."""
+    """A source -> image shards."""
 
     image_size: int = Field(256, ge=8, le=4096, description="side of the square images in pixels")
     images_per_shard: int = Field(4096, ge=1)
+    max_shard_bytes: int = Field(
+        1 << 30, ge=1 << 16, description="no shard is larger; counted as if nothing could be compressed"
+    )
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="unreadable images above this share fail the step")
+    image_format: Literal["webp", "png", "jpeg"] = Field(
+        "webp", description="webp (lossless) and png keep every pixel; jpeg does not, and is no FID reference"
+    )
+    jpeg_quality: int = Field(95, ge=1, le=100, description="with image_format jpeg")
+    decoder: Literal["pillow", "simplejpeg"] = Field(
+        "pillow", description="pillow made the published reference numbers; simplejpeg is faster, its pixels differ"
+    )
+    rotate_by_exif: bool = Field(False, description="turn photos upright; off, as for the published numbers")
 
 
 class AutoencoderConfig(Section):
@@ -76,8 +115,12 @@ class AutoencoderConfig(Section):
 class EncodeConfig(Section):
     """Image shards -> latent shards."""
 
-    write_webdataset: bool = Field(True, description="also write the row-identical WebDataset shards")
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="of the autoencoder; below fp32 its error against fp32 is measured and kept"
+    )
+    write_webdataset: bool = Field(False, description="also write the row-identical WebDataset shards")
     batch_size: int = runtime(64, ge=1)
+    num_decode_threads: int = runtime(2, ge=1, description="threads of a worker that decode images ahead")
     num_workers: int = runtime(2, ge=1)
     num_cpus_per_worker: float = runtime(1, ge=0)
     num_gpus_per_worker: float = runtime(0, ge=0)
@@ -116,6 +159,12 @@ class TrainConfig(Section):
     num_timesteps: int = Field(1000, ge=1)
     min_snr_gamma: float = Field(5.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    reader: Literal["arrow", "webdataset"] = Field(
+        "arrow",
+        description="arrow maps the shards and shuffles globally; webdataset streams tars that do not fit the disk: "
+        "shuffled within a buffer, another order at another number of workers, no exact resume in mid-epoch",
+    )
+    shuffle_buffer: int = Field(10_000, ge=1, description="with reader webdataset: samples a worker shuffles among")
     seed: int = 0
     log_every: int = Field(50, ge=1, description="steps between two rows of the loss history")
     checkpoint_every: int = runtime(5_000, ge=1)

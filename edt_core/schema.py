@@ -4,7 +4,7 @@ Shapes: C latent channels, h latent height and width (image size / autoencoder f
 """
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 KINDS = (
     "images",
@@ -18,18 +18,23 @@ KINDS = (
     "report",
 )
 
-# Image shards: WebDataset tar. A sample is `<key>.png`, `<key>.cls` (class index, ASCII) and `<key>.json`.
+# Image shards: WebDataset tar. A sample is `<key>.webp` (or .png, .jpg), `<key>.cls` (class index, ASCII) and
+# `<key>.json`: {"label", "sha256", "source"}, the digest and the name of the file that it was made from.
 IMAGE_SHARD = "images-{:05d}.tar"
-IMAGE_MEMBER, CLASS_MEMBER, JSON_MEMBER = "png", "cls", "json"
+IMAGE_MEMBERS = {"webp": "webp", "png": "png", "jpeg": "jpg"}  # image_format -> member
+CLASS_MEMBER, JSON_MEMBER = "cls", "json"
 CLASSES_NAME = "classes.json"  # class names, in order of class index
+REPORT_OF_SHARD = "reports/{}.json"  # what became of the images of a shard, originals' sha256 included
 
 # Latent shards: Arrow IPC file format, one row an image, and a WebDataset twin with the same rows.
+# A side's mean and std lie side by side, so that a training sample is one read of one place.
 LATENT_SHARD = "latents-{:05d}.arrow"
 LATENT_TAR_SHARD = "latents-{:05d}.tar"
-LATENT_SCHEMA_VERSION = "1"
+LATENT_SCHEMA_VERSION = "2"
+LATENT_ROWS_PER_BATCH = 256  # rows of an Arrow record batch; the last of a shard may have fewer
 KEY, LABEL = "key", "label"
-POSTERIOR_COLUMNS = ("mean", "std", "mirror_mean", "mirror_std")  # float32[C*h*w] each
-LATENT_TAR_MEMBER = "posterior.npy"  # float32 [4, C, h, w], in the order of POSTERIOR_COLUMNS
+POSTERIOR_COLUMNS = ("posterior", "mirror_posterior")  # float32[2*C*h*w] each: mean, then std
+LATENT_TAR_MEMBER = "posterior.npy"  # float32 [2, 2, C, h, w]: side (image, mirror image), then (mean, std)
 
 # Checkpoints: safetensors and JSON; the checkpoint's own manifest is written last.
 CHECKPOINT_VERSION = 1

@@ -1,97 +1,83 @@
-"""Labelled images on disk, and the ADM center crop."""
+"""Encoded images to pixels and back, and the ADM center crop."""
 
-import hashlib
 import io
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from edt_core.errors import UserError
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: 268 MB once decoded
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """A folder with one sub-folder a class. `entries` are (path relative to root, class index), sorted by path."""
+def decode_rgb(data: bytes, decoder: str = "pillow", rotate_by_exif: bool = False) -> Image.Image:
+    """Decode to 8-bit RGB by content, whatever the file is called; of an animation the first frame.
 
-    root: Path
-    classes: tuple[str, ...]
-    entries: tuple[tuple[str, int], ...]
+    Alpha is dropped and CMYK converted as Pillow does it, like the published preparation of ImageNet; 16-bit grey
+    levels are scaled, where Pillow alone would clip them to white. `decoder="simplejpeg"` takes JPEG in RGB or grey
+    faster, with other pixels at the edges of colours (chroma upsampling). `rotate_by_exif` turns photos upright.
 
-
-def scan_image_folder(root: Path) -> ImageFolder:
-    """List `root/<class>/**/<image>`; the class index is the place of the class name in sorted order.
-
-    Raises UserError where there is no such folder, no image in it, or fewer than two classes.
+    Raises OSError, ValueError, SyntaxError or another Pillow error for what is no image, is cut short, or has more
+    than MAX_PIXELS.
     """
-    if not root.is_dir():
-        raise UserError(f"the image folder {root} does not exist; give the folder that holds one sub-folder a class")
-    classes: list[str] = []
-    entries: list[tuple[str, int]] = []
-    others = 0
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = sorted(_files_below(folder))
-        images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-        others += len(files) - len(images)
-        if images:
-            entries += [(path.relative_to(root).as_posix(), len(classes)) for path in images]
-            classes.append(folder.name)
-    if not entries:
-        raise UserError(
-            f"no images in {root}: {others} other files and {len(classes)} class folders found; expected "
-            f"{root}/<class>/<image> with one of the extensions {', '.join(EXTENSIONS)}"
-        )
-    if len(classes) < 2:
-        raise UserError(
-            f"only one class ({classes[0]!r}, {len(entries)} images) in {root}: a class-conditional model needs at "
-            "least 2; put the images of each class into a sub-folder of its own"
-        )
-    return ImageFolder(root, tuple(classes), tuple(sorted(entries)))
+    with _opened(data) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}: a decompression bomb")
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if rotate_by_exif else 1
+        rgb = _simplejpeg(data) if decoder == "simplejpeg" and _is_plain_jpeg(image) else _to_rgb(image)
+    turn = _TURNS.get(orientation)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Every file at any depth. Raises UserError for a folder that cannot be read: its class must not just vanish."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; mend its permissions") from error
-
-    for root, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(root) / name for name in names)
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its own words hold a memory address, another one on every run
+        raise UnidentifiedImageError(f"{len(data)} bytes that are no image in a format Pillow knows") from None
 
 
-def source_digest(source: ImageFolder, threads: int = 8) -> str:
-    """sha256 over every image's path and bytes, in order: what the images are, whatever their dates say."""
-
-    def file_digest(entry: tuple[str, int]) -> bytes:
-        try:
-            return hashlib.sha256((source.root / entry[0]).read_bytes()).digest()
-        except PermissionError:  # preprocess lists it among the images that cannot be read
-            return b"unreadable"
-
-    total = hashlib.sha256()
-    with ThreadPoolExecutor(threads) as pool:
-        for (path, label), digest in zip(source.entries, pool.map(file_digest, source.entries), strict=True):
-            total.update(f"{path}\0{label}\0".encode("utf-8", "surrogateescape") + digest)
-    return total.hexdigest()
+# EXIF 2.3, tag 274: how the stored pixels are turned back upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def decode_rgb(data: bytes) -> Image.Image:
-    """Decode with Pillow to 8-bit RGB; 16-bit grey levels are scaled, where Pillow alone would clip them to white.
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    return image.format == "JPEG" and image.mode in ("RGB", "L")
 
-    Raises OSError, ValueError or a Pillow error for what is no image.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith("I"):
-            levels = np.asarray(image).astype(np.float64) / 257
-            return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+
+def _simplejpeg(data: bytes) -> Image.Image:
+    import simplejpeg
+
+    return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels: their range is not stated")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.dtype != np.uint16:
+            levels = levels.clip(0, 65535).astype(np.uint16)
+        return Image.fromarray(_eight_bit()[levels]).convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@cache
+def _eight_bit() -> NDArray[np.uint8]:
+    """The 8-bit level of each 16-bit one, rounded: a table needs no wide copy of a large picture."""
+    return ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -107,11 +93,25 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Lossless PNG bytes: FID references must not pass through JPEG."""
+# On 250 photos at 256 px: WebP 97 kB in 1.7 ms, PNG 119 kB in 3.6 ms; Pillow's default PNG is 117 kB in 12.4 ms.
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "webp": {"lossless": True, "quality": 0, "method": 0},
+    "png": {"compress_level": 1, "compress_type": zlib.Z_RLE},
+    "jpeg": {"subsampling": 0},
+}
+
+
+def encode_image(image: Image.Image, image_format: str, jpeg_quality: int = 95) -> bytes:
+    """Bytes of an RGB image: "webp" (lossless) and "png" keep every pixel, "jpeg" does not."""
+    options = {**SAVE_OPTIONS[image_format], **({"quality": jpeg_quality} if image_format == "jpeg" else {})}
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format=image_format, **options)
     return buffer.getvalue()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Lossless PNG bytes."""
+    return encode_image(image, "png")
 
 
 def to_model_range(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

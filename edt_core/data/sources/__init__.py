@@ -1,0 +1,152 @@
+"""Labelled images that are there already, in whatever layout: listed in a fixed order, read by slices.
+
+`list_source` makes a `Listing`; `source_identity` says what the images in it are.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from edt_core.data.sources.classes import select
+from edt_core.data.sources.files import EXTENSIONS, Entry, as_text, entries, is_image, one_file, opened, some
+from edt_core.data.sources.folder import list_image_folder
+from edt_core.data.sources.ilsvrc import CLASS_TAR, TRAIN_TAR, list_ilsvrc
+from edt_core.data.sources.labels import LABEL_FILES, list_labels
+from edt_core.data.sources.listing import (
+    UNREADABLE,
+    Listing,
+    combine_identity,
+    duplicates,
+    image_digest,
+    source_identity,
+)
+from edt_core.data.sources.parquet import list_parquet
+from edt_core.data.sources.places import Place, expand_braces, locate
+from edt_core.data.sources.reading import RawImage
+from edt_core.data.sources.tars import members, refuse_compressed
+from edt_core.data.sources.webdataset import list_webdataset
+from edt_core.errors import UserError
+from edt_core.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from edt_core.config import SourceConfig
+
+__all__ = [
+    "EXTENSIONS",
+    "UNREADABLE",
+    "Listing",
+    "RawImage",
+    "combine_identity",
+    "detect_kind",
+    "image_digest",
+    "list_source",
+    "source_identity",
+]
+
+_LISTERS: dict[str, Callable[[Place, Progress], Listing]] = {
+    "image_folder": list_image_folder,
+    "ilsvrc2012": list_ilsvrc,
+    "webdataset": list_webdataset,
+    "parquet": list_parquet,
+}
+_SILENT = Silent()
+_PEEKED = 5  # sub-folders that are looked into to tell a layout
+
+
+def list_source(config: "SourceConfig", progress: Progress = _SILENT) -> Listing:
+    """List the images that `config` selects: those of its classes, then `limit` of them at even distances.
+
+    Raises UserError where there is no source, no image, fewer than two classes, or anything that would leave images
+    out unsaid: archives that are not whole, folders that cannot be read, labels that do not fit.
+    """
+    assert config.kind != "digits", "the digits are no files to list"
+    assert config.path
+    place = locate(config.path)
+    refuse_compressed(str(place))
+    kind = config.kind if config.kind != "auto" else detect_kind(place, config.labels)
+    listing = list_labels(place, config.labels, progress) if kind == "labels" else _LISTERS[kind](place, progress)
+    if twice := duplicates(listing.table["name"]):
+        raise UserError(f"{len(twice)} names in {place} occur twice: {some(twice)}; rename or remove one of each")
+    return select(listing, place, config.classes, config.limit)
+
+
+def detect_kind(place: Place, labels: str | None = None) -> str:
+    """The layout of what lies at a place; the first that fits of:
+
+    1. a file or a pattern by its extension: `.parquet` -> parquet; `.tar` -> ilsvrc2012 where it is, or its first
+       member is, a class tar (n01440764.tar), else webdataset;
+    2. `source.labels` given -> labels;
+    3. a folder with ILSVRC2012_img_train.tar or class tars -> ilsvrc2012;
+    4. with any other `.tar` -> webdataset; with `.parquet` -> parquet;
+    5. with labels.csv, labels.json, metadata.csv, metadata.jsonl or dataset.json -> labels;
+    6. with sub-folders -> what the first file found in them is: archives -> webdataset, parquet -> parquet, and
+       otherwise image_folder.
+
+    Raises UserError where nothing fits, with what was found.
+    """
+    if place.pattern:
+        return _kind_of_file(place)
+    if labels:
+        return "labels"
+    found = entries(place.root)
+    files = [entry.name for entry in found if not entry.is_folder]
+    if any(CLASS_TAR.fullmatch(name) or name == TRAIN_TAR.encode() for name in files):
+        return "ilsvrc2012"
+    if kind := _kind_by_extension(files):
+        return kind
+    if any(as_text(name) in LABEL_FILES for name in files):
+        return "labels"
+    folders = [entry for entry in found if entry.is_folder]
+    if folders:
+        inside = [entry.name for entry in _peek(place, folders)]
+        return _kind_by_extension(inside) or "image_folder"
+    for name in files:
+        refuse_compressed(as_text(name))
+    images = sum(map(is_image, files))
+    if images:
+        raise UserError(
+            f"{images} images directly in {place} and nothing that says their classes; put the images of each class "
+            f"into a sub-folder of its own, or write {LABEL_FILES[0]} with the columns file_name,label"
+        )
+    raise UserError(
+        f"no images in {place}: {len(files)} other files and 0 class folders found ({some(files)}); "
+        "give a folder with one sub-folder a class, a folder with labels.csv, tar archives or parquet files"
+    )
+
+
+def _kind_of_file(place: Place) -> str:
+    name = expand_braces(place.pattern)[0]
+    refuse_compressed(name)
+    if name.endswith(".parquet"):
+        return "parquet"
+    if not name.endswith(".tar"):
+        raise UserError(
+            f"{place} is neither .tar nor .parquet; give a folder of images, archives or parquet files (a labels file "
+            "is given as source.labels, beside source.path for the folder)"
+        )
+    if CLASS_TAR.fullmatch(name.encode("utf-8", "surrogateescape")) or name.endswith(TRAIN_TAR):
+        return "ilsvrc2012"
+    if not place.is_file:
+        return "webdataset"
+    encoded = os.fsencode(place.pattern)
+    size = one_file(place.root, encoded).table["size"][0].as_py()
+    with opened(place.root, encoded, 1 << 16) as file:
+        first = next(members(file, as_text(encoded), 0, size), None)
+    return "ilsvrc2012" if first and CLASS_TAR.fullmatch(first.name) else "webdataset"
+
+
+def _kind_by_extension(names: Sequence[bytes]) -> str | None:
+    if any(name.endswith(b".tar") for name in names):
+        return "webdataset"
+    return "parquet" if any(name.endswith(b".parquet") for name in names) else None
+
+
+def _peek(place: Place, folders: Sequence[Entry]) -> list[Entry]:
+    """The files in the first sub-folder that has any, or in one of its sub-folders."""
+    for folder in folders[:_PEEKED]:
+        found = entries(place.root, folder.name)
+        files = [entry for entry in found if not entry.is_folder]
+        files = files or _peek(place, [entry for entry in found if entry.is_folder])
+        if files:
+            return files
+    return []

@@ -1,0 +1,232 @@
+"""Where a source lies and which files are in it, on a disk or in a store that fsspec opens.
+
+File names are bytes, relative to the folder of the source and with `/`: a Linux name need not be UTF-8.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+
+from edt_core.errors import UserError
+from edt_core.progress import Progress
+from edt_core.storage import Folder
+from edt_core.store_errors import clear_remote_errors, redacted
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+THREADS = 8
+SHOWN = 10  # names that a message lists
+_SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
+CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)\S*@")  # user:password@; not a port, nor a container of Azure's
+_TOKENS = ("ETag", "etag", "checksum", "md5Hash", "content_md5")  # s3fs, gcsfs and adlfs, fsspec's own, gcsfs, adlfs
+
+
+def shown(text: str) -> str:
+    """A URI or a message that may hold URIs, without what they carry of credentials: `user:password@` and queries."""
+    text = CREDENTIALS.sub("://", text)
+    return re.sub(r"(://[^\s?]*)\?[^\s'\"]*", r"\1", text)
+
+
+def as_text(name: bytes) -> str:
+    """A file name as UTF-8 text; bytes that are none as `\\xff`, so that JSON can hold it."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def some(names: Sequence[bytes | str]) -> str:
+    """The first ten names for a message, and how many more there are."""
+    first = ", ".join(repr(as_text(name) if isinstance(name, bytes) else name) for name in names[:SHOWN])
+    return f"{first} and {len(names) - SHOWN} more" if len(names) > SHOWN else first
+
+
+def is_image(name: bytes) -> bool:
+    return name.lower().endswith(_SUFFIXES)
+
+
+class Entry(NamedTuple):
+    """One file or folder. `version` is the store's own token for the content of a remote file, empty for local ones."""
+
+    name: bytes
+    is_folder: bool
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Files:
+    """Table of name (binary), size (int64) and, where remote, version (string), sorted by name.
+
+    `others` counts the files that were found and not kept.
+    """
+
+    table: pa.Table
+    others: int
+
+    @property
+    def names(self) -> list[bytes]:
+        return list(self.table["name"].to_pylist())
+
+
+@contextmanager
+def read_errors(where: str) -> Iterator[None]:
+    """Faults of the disk or the store while a source is listed, as UserErrors. `where` is a path or a URI."""
+    where = shown(where)
+    try:
+        with clear_remote_errors(where) if "://" in where else nullcontext():
+            yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"the source {where} does not exist; check the address") from error
+    except Exception as error:  # each store has a family of its own
+        if not isinstance(error, OSError | ValueError) and type(error).__module__ == "builtins":
+            raise
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {shown(redacted(str(error)))}"
+        raise UserError(f"cannot read {where}: {reason}; check the address and the access") from error
+
+
+def remote(folder: Folder) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a remote folder."""
+    fs, path = folder.filesystem()
+    return fs, str(path).rstrip("/")
+
+
+def remote_path(path: str, name: bytes) -> str:
+    """Path of a file in a store. Names in stores are text; an escaped one cannot have come from there."""
+    return f"{path}/{name.decode('utf-8', 'surrogateescape')}"
+
+
+def entries(root: Folder, folder: bytes = b"") -> list[Entry]:
+    """What lies directly in a folder of the source, sorted by name; names are relative to `root`. Dotfiles are none.
+
+    Raises UserError for a folder that cannot be read: what is in it must not just vanish.
+    """
+    if (path := root.local) is not None:
+        return sorted(_disk_entries(os.fsencode(path), folder))
+    fs, base = remote(root)
+    with read_errors(root.uri):
+        found = fs.ls(remote_path(base, folder).rstrip("/"), detail=True)
+    return sorted(_remote_entries(fs, base, found))
+
+
+def _disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
+    try:
+        with os.scandir(os.path.join(root, folder)) as found:
+            for item in found:
+                if item.name.startswith(b"."):
+                    continue
+                name = folder + b"/" + item.name if folder else item.name
+                if item.is_dir():
+                    yield Entry(name, True, 0, "")
+                    continue
+                try:
+                    about = item.stat()
+                except OSError:  # a link to nowhere, or vanished: reading it will say so
+                    yield Entry(name, False, 0, "")
+                    continue
+                if stat.S_ISREG(about.st_mode):
+                    yield Entry(name, False, about.st_size, "")
+    except OSError as error:
+        where = as_text(os.path.join(root, folder))
+        raise UserError(f"cannot read the folder {where}: {error.strerror}; mend its permissions") from error
+
+
+def _remote_entries(fs: Any, base: str, found: Sequence[dict[str, Any]]) -> Iterator[Entry]:
+    for info in found:
+        path = str(info["name"]).rstrip("/")
+        name = path.removeprefix(base).lstrip("/")
+        if not path.startswith(f"{base}/") or any(part.startswith(".") for part in name.split("/")):
+            continue  # the folder's own marker, and dotfiles
+        is_folder = info["type"] == "directory"
+        encoded = name.encode("utf-8", "surrogateescape")
+        if is_folder or not str(info["name"]).endswith("/"):
+            version = "" if is_folder else _version(fs, info)
+            yield Entry(encoded, is_folder, int(info.get("size") or 0), version)
+
+
+def _version(fs: Any, info: dict[str, Any]) -> str:
+    token = next((info[key] for key in _TOKENS if info.get(key)), None)
+    return str(token if token is not None else fs.checksum(info["name"])).strip('"')
+
+
+def _walk(root: Folder, folder: bytes) -> Iterator[Entry]:
+    """Every file at any depth below a folder of the source."""
+    if (path := root.local) is not None:
+        pending = [folder]
+        while pending:
+            for entry in _disk_entries(os.fsencode(path), pending.pop()):
+                if entry.is_folder:
+                    pending.append(entry.name)
+                else:
+                    yield entry
+        return
+    fs, base = remote(root)
+    with read_errors(root.uri):
+        found = fs.find(remote_path(base, folder), detail=True)
+    yield from (entry for entry in _remote_entries(fs, base, list(found.values())) if not entry.is_folder)
+
+
+def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress, *, recursive: bool = True) -> Files:
+    """The files at any depth whose relative name is kept. One listing a sub-folder, several at a time."""
+    top = entries(root)
+    folders = [entry.name for entry in top if entry.is_folder] if recursive else []
+
+    def part(files: Iterator[Entry]) -> tuple[pa.Table, int]:
+        kept, others = [], 0
+        for entry in files:
+            if keep(entry.name):
+                kept.append(entry)
+            else:
+                others += 1
+        return _table(kept, with_version=root.local is None), others
+
+    parts = [part(entry for entry in top if not entry.is_folder)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done, found in enumerate(pool.map(lambda folder: part(_walk(root, folder)), folders), 1):
+            parts.append(found)
+            progress.update(done, len(folders), "folders listed")
+    table = pa.concat_tables([table for table, _ in parts]).sort_by("name")
+    return Files(table, sum(others for _, others in parts))
+
+
+def one_file(root: Folder, name: bytes) -> Files:
+    """A file that is known to be there."""
+    with read_errors(f"{root.uri}/{as_text(name)}"):
+        if (path := root.local) is not None:
+            found = [Entry(name, False, os.stat(os.path.join(os.fsencode(path), name)).st_size, "")]
+        else:
+            fs, base = remote(root)
+            found = list(_remote_entries(fs, base, [fs.info(remote_path(base, name))]))
+    return Files(_table(found, with_version=root.local is None), 0)
+
+
+def _table(found: Sequence[Entry], with_version: bool) -> pa.Table:
+    columns = {
+        "name": pa.array([entry.name for entry in found], pa.binary()),
+        "size": pa.array([entry.size for entry in found], pa.int64()),
+    }
+    if with_version:
+        columns["version"] = pa.array([entry.version for entry in found], pa.string())
+    return pa.table(columns)
+
+
+def open_file(root: Folder, name: bytes, block_size: int = 0) -> BinaryIO:
+    """A file of the source to read from; a remote one by blocks of `block_size`, with 0 exactly what is asked for."""
+    if (path := root.local) is not None:
+        return open(os.path.join(os.fsencode(path), name), "rb")
+    fs, base = remote(root)
+    cache: dict[str, Any] = {"cache_type": "readahead", "block_size": block_size} if block_size else {}
+    file: BinaryIO = fs.open(remote_path(base, name), "rb", **(cache or {"cache_type": "none"}))
+    return file
+
+
+@contextmanager
+def opened(root: Folder, name: bytes, block_size: int = 0) -> Iterator[BinaryIO]:
+    """`open_file` while a source is listed: what cannot be read is a UserError."""
+    with read_errors(f"{root.uri}/{as_text(name)}"), open_file(root, name, block_size) as file:
+        yield file

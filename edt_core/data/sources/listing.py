@@ -1,0 +1,179 @@
+"""Every image of a source in a fixed order, and the identity of what they are."""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from edt_core.data.sources.files import as_text
+from edt_core.data.sources.reading import RawImage, Row, read_files, read_parquet, rows
+from edt_core.progress import Progress, Silent
+from edt_core.storage import Folder
+
+UNREADABLE = hashlib.sha256(b"unreadable").digest()  # stands for the bytes of an image that cannot be read
+_FORMAT = b"edt-source-1"
+_DIGEST = hashlib.sha256().digest_size
+_UPDATE_EVERY = 256
+_SILENT = Silent()
+
+Access = Literal["file", "range", "parquet"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Every image of a labelled source. Picklable; a slice is small enough to send to a worker.
+
+    `table` has one row an image, in order:
+        name     binary     unique; file name relative to `root`, member of a tar, or `<parquet file>#<row>`
+        label    int32      index into `classes`
+        size     int64      bytes of the encoded image; 0 in parquet files, which do not say it without being read
+        file     dictionary of binary: the tar or parquet file; absent with access 'file', where the name is the file
+        offset   int64      first byte of the image in its tar, or row of the parquet file; absent with access 'file'
+        version  string (dictionary where `file` is): the store's token for the content of the file; remote only
+    """
+
+    root: Folder
+    classes: tuple[str, ...]  # in order of class index
+    table: pa.Table
+    access: Access
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the source is in a store, and its identity made of the store's version tokens."""
+        return self.root.local is None
+
+    def slice(self, start: int, stop: int) -> "Listing":
+        """Images [start, stop), in buffers of their own: pickling an Arrow slice would send the whole listing."""
+        start, stop = max(start, 0), min(max(stop, start, 0), len(self))
+        return self.take(np.arange(start, stop))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Listing":
+        """The images at these places, in this order."""
+        table = self.table.take(pa.array(np.asarray(indices, dtype=np.int64)))
+        return Listing(self.root, self.classes, encode_repeats(decode_repeats(table)).combine_chunks(), self.access)
+
+    def images(self) -> Iterator[RawImage]:
+        """The encoded images in order, read ahead by eight threads (parquet: streamed by one).
+
+        What may not be read, or has vanished, comes with its error; faults of disk and network raise OSError, and a
+        file that has changed since it was listed UserError.
+        """
+        if self.access == "parquet":
+            return read_parquet(self.root, self.table, lambda image: image)
+        return read_files(self.root, self.table, self.access == "range", lambda image: image)
+
+
+def decode_repeats(table: pa.Table) -> pa.Table:
+    """Dictionary columns as plain ones."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(index, field.name, table[field.name].cast(field.type.value_type))
+    return table
+
+
+def encode_repeats(table: pa.Table) -> pa.Table:
+    """Columns that hold the same value for all images of an archive, as dictionaries."""
+    if "file" in table.schema.names:
+        for name in {"file", "version"} & set(table.schema.names):
+            encoded = table[name].combine_chunks().dictionary_encode()
+            table = table.set_column(table.schema.get_field_index(name), name, encoded)
+    return table
+
+
+def archive_table(
+    file: bytes,
+    version: str | None,
+    names: Sequence[bytes] | pa.Array,
+    labels: Sequence[int] | np.ndarray,
+    sizes: Sequence[int] | np.ndarray,
+    offsets: Sequence[int] | np.ndarray,
+) -> pa.Table:
+    """A listing's rows for the images of one tar or parquet file."""
+    count = len(names)
+    columns = {
+        "name": pa.array(names, pa.binary()) if not isinstance(names, pa.Array) else names,
+        "label": pa.array(labels, pa.int32()),
+        "size": pa.array(sizes, pa.int64()),
+        "file": pa.repeat(pa.scalar(file, pa.binary()), count),
+        "offset": pa.array(offsets, pa.int64()),
+    }
+    if version is not None:
+        columns["version"] = pa.repeat(pa.scalar(version, pa.string()), count)
+    return pa.table(columns)
+
+
+def combine_identity(
+    classes: Sequence[str],
+    names: Iterable[bytes | str],
+    labels: Iterable[int],
+    digests: bytes | Iterable[bytes],
+) -> str:
+    """Hex sha256 over the class names and, in order, each image's name, label and 32-byte digest.
+
+    `names` as the table has them, or as `RawImage.name`; `digests` one after another, or joined.
+    """
+    total = hashlib.sha256(_FORMAT)
+    total.update(struct.pack("<q", len(classes)))
+    for name in classes:
+        total.update(_text(name))
+    if isinstance(digests, bytes | bytearray):
+        joined = memoryview(digests)
+        digests = (bytes(joined[at : at + _DIGEST]) for at in range(0, len(joined), _DIGEST))
+    for image, label, digest in zip(names, labels, digests, strict=True):
+        assert len(digest) == _DIGEST
+        total.update(_text(image) + struct.pack("<q", label) + digest)
+    return total.hexdigest()
+
+
+def _text(name: bytes | str) -> bytes:
+    encoded = (as_text(name) if isinstance(name, bytes) else name).encode("utf-8", "backslashreplace")
+    return struct.pack("<q", len(encoded)) + encoded
+
+
+def image_digest(image: RawImage) -> bytes:
+    """sha256 of the image's bytes, or UNREADABLE: what `combine_identity` takes of a local source."""
+    return UNREADABLE if image.data is None else hashlib.sha256(image.data).digest()
+
+
+def _version_digest(row: Row) -> bytes:
+    return hashlib.sha256(f"{row.size}\0{row.version}".encode()).digest()
+
+
+def source_identity(listing: Listing, progress: Progress = _SILENT) -> str:
+    """What the images are, as hex sha256: `combine_identity` of the listing, whatever sizes and dates say.
+
+    A local source is read whole for it. Of a remote one nothing is read: the digest of an image is that of its size
+    and of the store's version token (an ETag) of the file that holds it.
+    """
+    names, labels = (row.name for row in rows(listing.table)), (row.label for row in rows(listing.table))
+    if listing.remote:
+        return combine_identity(listing.classes, names, labels, map(_version_digest, rows(listing.table)))
+    if listing.access == "parquet":
+        digests = read_parquet(listing.root, listing.table, image_digest)
+    else:
+        digests = read_files(listing.root, listing.table, listing.access == "range", image_digest)
+    return combine_identity(listing.classes, names, labels, _told(digests, len(listing), progress))
+
+
+def _told(digests: Iterable[bytes], total: int, progress: Progress) -> Iterator[bytes]:
+    for done, digest in enumerate(digests, 1):
+        yield digest
+        if done % _UPDATE_EVERY == 0 or done == total:
+            progress.update(done, total, "images digested")
+
+
+def duplicates(names: pa.ChunkedArray) -> list[bytes]:
+    """Names that occur more than once, sorted."""
+    if pc.count_distinct(names).as_py() == len(names):
+        return []
+    counted = pc.value_counts(names)
+    twice = counted.filter(pc.greater(pc.struct_field(counted, "counts"), 1))
+    return sorted(pc.struct_field(twice, "values").to_pylist())

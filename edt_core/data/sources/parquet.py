@@ -1,0 +1,120 @@
+"""Parquet files with an image and a label a row, as Hugging Face ships its image data sets.
+
+Format: huggingface.co/docs/datasets "Image" feature: a struct of bytes and path; its class names are in the schema's
+metadata under `huggingface`.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from edt_core.data.sources.classes import by_index, by_name
+from edt_core.data.sources.files import as_text, opened
+from edt_core.data.sources.listing import Listing, archive_table, encode_repeats
+from edt_core.data.sources.places import Place, matching, warn_of_splits
+from edt_core.data.sources.reading import ahead, image_column
+from edt_core.errors import UserError
+from edt_core.progress import Progress
+from edt_core.storage import Folder
+
+_LABELS = ("label", "labels", "fine_label", "cls", "class", "class_name", "category", "target")
+
+
+class _Part(NamedTuple):
+    """The labels of one file: class indices or names, and the class names that its schema states."""
+
+    file: bytes
+    version: str | None
+    labels: pa.ChunkedArray
+    names: tuple[str, ...] | None
+
+
+def list_parquet(place: Place, progress: Progress) -> Listing:
+    """The rows in order of file name, then of row; only their labels are read.
+
+    Raises UserError for files that are not whole parquet, have no image or label column, disagree on their classes, or
+    have rows without a label.
+    """
+    files = matching(place, ".parquet", progress)
+    warn_of_splits(files.names, place, progress)
+    entries = files.table.to_pylist()
+    parts: list[_Part] = []
+    for part in ahead(lambda entry: _part(place.root, entry["name"], entry.get("version")), entries):
+        parts.append(part)
+        progress.update(len(parts), len(entries), "parquet files listed")
+    classes, labels = _labels(place, parts)
+    tables, start = [], 0
+    for part in parts:
+        stop = start + len(part.labels)
+        tables.append(_table(part, labels[start:stop]))
+        start = stop
+    return Listing(place.root, classes, encode_repeats(pa.concat_tables(tables)), "parquet")
+
+
+def _part(root: Folder, file: bytes, version: str | None) -> _Part:
+    import pyarrow.parquet as pq
+
+    where = as_text(file)
+    with opened(root, file) as source:
+        try:
+            parquet = pq.ParquetFile(source)
+            schema = parquet.schema_arrow
+            column = next((name for name in _LABELS if name in schema.names), None)
+            if column is None or image_column(schema) is None:
+                raise UserError(
+                    f"{where} has the columns {', '.join(schema.names)}; an image column (image: binary, or a struct "
+                    f"with bytes) and a label column (one of {', '.join(_LABELS)}) are needed"
+                )
+            labels = parquet.read(columns=[column], use_threads=False)[column]
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # of the disk or the store; pyarrow's own have no number
+                raise
+            raise UserError(f"{where} is not a whole parquet file ({error}); copy or download it again") from error
+    if pa.types.is_dictionary(labels.type):
+        labels = labels.cast(labels.type.value_type)
+    if labels.null_count:
+        raise UserError(f"{labels.null_count} of {len(labels)} rows of {where} have no label; remove them")
+    if not (pa.types.is_integer(labels.type) or _is_text(labels.type)):
+        raise UserError(f"the column {column!r} of {where} holds {labels.type}; labels are whole numbers or names")
+    return _Part(file, version, labels, _stated_names(schema, column))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _stated_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+    """Class names in the schema's metadata, where Hugging Face's `datasets` wrote the file."""
+    try:
+        about: Any = json.loads((schema.metadata or {})[b"huggingface"])
+        names = about["info"]["features"][column]["names"]
+    except (KeyError, ValueError, TypeError):
+        return None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _labels(place: Place, parts: Sequence[_Part]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names, and the class index of every row of all files."""
+    first = parts[0]
+    for part in parts:
+        if part.names != first.names or _is_text(part.labels.type) != _is_text(first.labels.type):
+            raise UserError(
+                f"{as_text(first.file)} and {as_text(part.file)} have different classes; these are different data "
+                "sets: give a folder or a pattern with one of them"
+            )
+    if _is_text(first.labels.type):
+        return by_name([label for part in parts for label in part.labels.to_pylist()])
+    labels = np.concatenate([part.labels.cast(pa.int64()).to_numpy() for part in parts])
+    return by_index(labels, first.names, place), labels.astype(np.int32)
+
+
+def _table(part: _Part, labels: np.ndarray) -> pa.Table:
+    count = len(labels)
+    file = pa.repeat(pa.scalar(part.file, pa.binary()), count)
+    numbers = pa.array(np.arange(count)).cast(pa.string()).cast(pa.binary())
+    names = pc.binary_join_element_wise(file, numbers, pa.scalar(b"#", pa.binary()))
+    return archive_table(part.file, part.version, names, labels, np.zeros(count, np.int64), np.arange(count))

@@ -1,0 +1,92 @@
+"""The members of a tar without extracting it, and proof that the archive is whole.
+
+Format: POSIX.1-2017 pax, ustar interchange format, section "ustar Interchange Format": 512-byte blocks, two of zeros
+at the end. Python's tarfile stops at a damaged header as it stops at the end, and says nothing.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from edt_core.data.sources.files import is_image, shown
+from edt_core.errors import UserError
+
+BLOCK_SIZE = 4 << 20  # bytes a remote tar is read by: images are smaller, so its headers cost reading all of it
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_BLOCK = 512
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its bytes are [offset, offset + size) of the file that the tar lies in."""
+
+    name: bytes
+    offset: int
+    size: int
+
+
+def refuse_compressed(name: str) -> None:
+    """Raise UserError for the name of a compressed tar: its members have no place that could be read alone."""
+    if name.lower().endswith(COMPRESSED):
+        raise UserError(f"{shown(name)} is compressed; decompress it first (images gain nothing from it), as by gunzip")
+
+
+def members(file: BinaryIO, where: str, start: int, stop: int) -> Iterator[Member]:
+    """The regular files of the tar in bytes [start, stop) of `file`, in order; a tar in a tar is such a range.
+
+    Dotfiles are left out. The caller may read `file` in between. Raises UserError where the archive is compressed, cut,
+    damaged, or followed by another one, and for members that have no bytes of their own: sparse files and links.
+    """
+    file.seek(start)
+    if file.read(6).startswith(_MAGIC):
+        raise UserError(f"{where} is compressed; decompress it first (images gain nothing from it), as by gunzip")
+    file.seek(start)
+    at = start
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all
+                after = info.offset_data + info.size
+                if info.size < 0 or info.offset < at or (info.isreg() and after > stop) or info.offset_data > stop:
+                    raise damaged(where, info.offset - start)
+                at = info.offset_data
+                if (member := _member(info, where)) is not None:
+                    yield member
+                at = tar.offset
+    except (tarfile.TarError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise damaged(where, at - start) from error
+    _check_end(file, where, start, at, stop)
+
+
+def _member(info: tarfile.TarInfo, where: str) -> Member | None:
+    name = info.name.removeprefix("./").encode("utf-8", "surrogateescape")
+    if name.rsplit(b"/", 1)[-1].startswith(b"."):
+        return None
+    if info.issparse() or ((info.islnk() or info.issym()) and is_image(name)):
+        raise UserError(
+            f"{info.name!r} in {where} is a {'sparse file' if info.issparse() else 'link'}, which has no bytes of its "
+            "own in the archive; pack it again with tar --hard-dereference --dereference, without --sparse"
+        )
+    return Member(name, info.offset_data, info.size) if info.isreg() else None
+
+
+def _check_end(file: BinaryIO, where: str, start: int, at: int, stop: int) -> None:
+    """Raise UserError unless a block of zeros lies at `at`, right after the last member, and zeros after it."""
+    file.seek(at)
+    if file.read(max(min(_BLOCK, stop - at), 0)) != bytes(_BLOCK):
+        raise damaged(where, at - start)
+    at += _BLOCK
+    while at < stop:
+        chunk = file.read(min(1 << 20, stop - at))
+        if not chunk or chunk.strip(b"\0"):
+            raise UserError(
+                f"{where} goes on after its end-of-archive mark at byte {at - start}: it is damaged, or two archives "
+                "were joined; bring it again, or keep each archive as a file of its own"
+            )
+        at += len(chunk)
+
+
+def damaged(where: str, byte: int) -> UserError:
+    return UserError(f"{where} is cut or damaged at byte {byte}; copy or download it again, and check its checksum")

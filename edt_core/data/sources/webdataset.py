@@ -1,0 +1,158 @@
+"""WebDataset shards: tars in which the members of a sample lie together and share the name before the first dot.
+
+Format: github.com/webdataset/webdataset, "The WebDataset Format". Members are located, never extracted or unpickled.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from edt_core.data.sources.classes import by_index
+from edt_core.data.sources.files import EXTENSIONS, as_text, opened, some
+from edt_core.data.sources.listing import Listing, archive_table, encode_repeats
+from edt_core.data.sources.places import Place, matching, warn_of_splits
+from edt_core.data.sources.reading import ahead
+from edt_core.data.sources.tars import BLOCK_SIZE, Member, members
+from edt_core.errors import UserError
+from edt_core.progress import Progress
+from edt_core.schema import CLASS_MEMBER, CLASSES_NAME, JSON_MEMBER
+from edt_core.storage import Folder
+
+_IMAGES = tuple(extension.removeprefix(".").encode() for extension in EXTENSIONS)
+_PICKLES = (b"pyd", b"pkl", b"pickle", b"pth", b"pt")
+_MAX_LABEL_BYTES = 1 << 20
+
+
+class _Sample(NamedTuple):
+    key: bytes
+    image: Member | None
+    label: int | None
+
+
+class _Shard(NamedTuple):
+    table: pa.Table
+    keys: list[bytes]
+    without_image: list[bytes]
+    without_label: list[bytes]
+
+
+def list_webdataset(place: Place, progress: Progress) -> Listing:
+    """The samples in order of shard name, then as they lie in it. Class names from classes.json beside the shards.
+
+    Raises UserError for archives that are not whole, members that would have to be unpickled, samples without an image
+    or a label, and keys that occur twice.
+    """
+    files = matching(place, ".tar", progress)
+    warn_of_splits(files.names, place, progress)
+    entries = files.table.to_pylist()
+    shards: list[_Shard] = []
+    for shard in ahead(lambda entry: _shard(place.root, entry), entries):
+        shards.append(shard)
+        progress.update(len(shards), len(entries), "archives listed")
+    _refuse(place, shards)
+    table = encode_repeats(pa.concat_tables([shard.table for shard in shards]))
+    names = _class_names(place.root, files.names)
+    return Listing(place.root, by_index(np.asarray(table["label"]), names, place), table, "range")
+
+
+def _shard(root: Folder, entry: dict[str, Any]) -> _Shard:
+    name, size = entry["name"], entry["size"]
+    with opened(root, name, BLOCK_SIZE) as file:
+        samples = list(_samples(file, as_text(name), size))
+    whole = [(s.key, s.image, s.label) for s in samples if s.image is not None and s.label is not None]
+    table = archive_table(
+        name,
+        entry.get("version"),
+        [image.name for _, image, _ in whole],
+        np.array([label for _, _, label in whole], dtype=np.int32),
+        [image.size for _, image, _ in whole],
+        [image.offset for _, image, _ in whole],
+    )
+    without_image = [s.key for s in samples if s.image is None]
+    return _Shard(table, [s.key for s in samples], without_image, [s.key for s in samples if s.label is None])
+
+
+def _samples(file: BinaryIO, where: str, size: int) -> Iterator[_Sample]:
+    def located() -> Iterator[tuple[bytes, bytes, Member, int | None]]:
+        """(key, extension, member, label if it says one); small members are read while the file is at them."""
+        for member in members(file, where, 0, size):
+            folder, slash, base = member.name.rpartition(b"/")
+            stem, _, extension = base.lower().partition(b".")
+            if extension.rsplit(b".", 1)[-1] in _PICKLES:
+                raise UserError(
+                    f"{as_text(member.name)!r} in {where} is a pickle, which can run any code when it is read; "
+                    "remove such members from the archive"
+                )
+            label = None
+            if extension in (CLASS_MEMBER.encode(), JSON_MEMBER.encode()):
+                file.seek(member.offset)
+                label = _label(extension, file.read(min(member.size, _MAX_LABEL_BYTES)), member, where)
+            yield folder + slash + base[: len(stem)], extension, member, label
+
+    for key, group in groupby(located(), key=lambda part: part[0]):
+        parts = list(group)
+        images = [member for _, extension, member, _ in parts if extension in _IMAGES]
+        if len(images) > 1:
+            raise UserError(
+                f"the sample {as_text(key)!r} in {where} has {len(images)} images "
+                f"({some([image.name for image in images])}); keep one of them, and each key once"
+            )
+        labels = {extension: label for _, extension, _, label in parts if label is not None}
+        label = labels.get(CLASS_MEMBER.encode(), labels.get(JSON_MEMBER.encode()))
+        yield _Sample(key, images[0] if images else None, label)
+
+
+def _label(extension: bytes, data: bytes, member: Member, where: str) -> int | None:
+    """The class index that a `.cls` or `.json` member states; None for JSON without one."""
+    try:
+        value = int(data) if extension == CLASS_MEMBER.encode() else json.loads(data)
+        if isinstance(value, dict):
+            value = value.get("label")
+    except (ValueError, RecursionError):
+        value = data[:40]
+    if value is None and extension == JSON_MEMBER.encode():
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not -(1 << 31) <= value < 1 << 31:
+        raise UserError(
+            f"{as_text(member.name)!r} in {where} holds {value!r}, which is no class index: .cls is a whole number, "
+            '.json an object with "label" as one'
+        )
+    return value
+
+
+def _refuse(place: Place, shards: Sequence[_Shard]) -> None:
+    keys = sorted(key for shard in shards for key in shard.keys)
+    if twice := [a for a, b in pairwise(keys) if a == b]:
+        raise UserError(
+            f"{len(twice)} of {len(keys)} keys in {place} occur twice: {some(twice)}; a key names one sample of the "
+            "whole source, whose members lie next to each other"
+        )
+    for what, bad in (
+        ("image (" + ", ".join(EXTENSIONS) + ")", [key for shard in shards for key in shard.without_image]),
+        ('label (.cls, or .json with a number as "label")', [key for shard in shards for key in shard.without_label]),
+    ):
+        if bad:
+            raise UserError(
+                f"{len(bad)} of {len(keys)} samples in {place} have no {what}: {some(bad)}; complete or remove them"
+            )
+
+
+def _class_names(root: Folder, files: Sequence[bytes]) -> tuple[str, ...] | None:
+    """Names of classes.json beside the shards, or None where there is none."""
+    beside = sorted({file.rpartition(b"/")[0] for file in files})
+    for folder in [as_text(folder) for folder in beside]:
+        name = f"{folder}/{CLASSES_NAME}" if folder else CLASSES_NAME
+        if not root.exists(name):
+            continue
+        try:
+            names = json.loads(root.read_bytes(name))
+        except ValueError as error:
+            raise UserError(f"{name} beside the archives is not JSON ({error}); mend or remove it") from error
+        if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+            raise UserError(f"{name} beside the archives is not a list of class names; mend or remove it")
+        return tuple(names)
+    return None

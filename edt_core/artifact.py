@@ -3,122 +3,64 @@
 A step writes its files into an attempt folder and `manifest.json` last. A reader trusts nothing that no manifest names.
 While a step is under way each finished file has a journal entry (`.journal/<name>.json`, with bytes and sha256), so
 that a later attempt at the same fingerprint can take over what was finished.
+
+Opening an artifact compares names and sizes with one listing. Digests are compared by `problems(deep=True)` where the
+files lie, by `verify_once` once on each node, and whenever a remote file is downloaded.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edt_core.environment import code_version, environment
 from edt_core.errors import UserError
-from edt_core.schema import KINDS, MANIFEST_NAME, MANIFEST_VERSION
-from edt_core.storage import Folder, sha256_file
+from edt_core.integrity import compare_digests, compare_sizes, damaged, difference, digest_once
+from edt_core.manifest import (
+    FileEntry,
+    Manifest,
+    ManifestError,
+    canonical_json,
+    check_name,
+    fingerprint,
+    sha256_json,
+)
+from edt_core.progress import Progress, Silent
+from edt_core.schema import MANIFEST_NAME
+from edt_core.storage import Folder, in_threads, sha256_file
+
+if TYPE_CHECKING:
+    from edt_core.config import SourceConfig
+
+__all__ = [
+    "Artifact",
+    "ArtifactWriter",
+    "FileEntry",
+    "Manifest",
+    "ManifestError",
+    "Source",
+    "canonical_json",
+    "check_name",
+    "fingerprint",
+    "sha256_json",
+]
 
 JOURNAL = ".journal"
 
 
-class ManifestError(UserError):
-    """A manifest, or what it names, is not as it was committed."""
-
-
-def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def sha256_json(value: Any) -> str:
-    """Hex sha256 of the canonical JSON of a value."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def check_name(name: str) -> str:
-    """A relative path that stays inside its folder, or ValueError: names come from files we did not write."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or "\\" in name or any(part in ("..", ".") for part in parts):
-        raise UserError(f"the file name {name!r} leaves its artifact's folder; names are relative, without '..'")
-    return name
-
-
-def fingerprint(kind: str, version: int, fields: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Identity of what a step makes: kind, version, the fields that change the result, and its inputs' fingerprints."""
-    return sha256_json({"kind": kind, "version": version, "config": fields, "inputs": dict(inputs)})
-
-
 @dataclass(frozen=True)
 class Source:
-    """What a pipeline starts from: a local folder of images and the digest of its content."""
+    """What a pipeline starts from and has not made: where it is, what is in it, and for images how they are listed."""
 
-    path: Path
+    location: str
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of an artifact. `rows` counts its samples, None where that means nothing."""
-
-    path: str
-    bytes: int
-    sha256: str
-    rows: int | None = None
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `manifest.json` holds. Paths in `files` are relative to `<folder of the manifest>/<attempt>`."""
-
-    kind: str
-    fingerprint: str
-    config: Mapping[str, Any]
-    inputs: Mapping[str, str]  # role -> fingerprint
-    files: tuple[FileEntry, ...]
-    counts: Mapping[str, Any]
-    attempt: str = ""
-    step_version: int = 1
-    duration_s: float = 0.0
-    created_at: str = ""
-    code_version: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    mlflow_run_id: str | None = None
-    schema_version: int = MANIFEST_VERSION
-
-    @property
-    def digest(self) -> str:
-        """Content digest: sha256 over names, bytes and digests of the files; equal content gives an equal digest."""
-        return sha256_json([[f.path, f.bytes, f.sha256] for f in sorted(self.files, key=lambda f: f.path)])
-
-    def to_json(self) -> str:
-        return json.dumps({**asdict(self), "digest": self.digest}, indent=1, sort_keys=True, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> "Manifest":
-        """Parse and check a manifest. Raises ManifestError where it is cut, foreign or inconsistent."""
-        try:
-            values = json.loads(text)
-            digest = values.pop("digest")
-            values["files"] = tuple(FileEntry(**entry) for entry in values["files"])
-            manifest = cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ManifestError(
-                f"{where} is not a whole manifest ({error}); remove it and run the step again"
-            ) from error
-        if manifest.schema_version != MANIFEST_VERSION:
-            raise ManifestError(
-                f"{where} has schema version {manifest.schema_version}, this code reads {MANIFEST_VERSION}; "
-                "use the version of edt-pipeline that wrote it"
-            )
-        if manifest.digest != digest or manifest.kind not in KINDS:
-            raise ManifestError(f"{where} does not agree with its own digest; remove it and run the step again")
-        for name in (*(entry.path for entry in manifest.files), *([manifest.attempt] if manifest.attempt else [])):
-            check_name(name)
-        return manifest
+    selection: "SourceConfig | None" = None
 
 
 @dataclass(frozen=True)
@@ -129,20 +71,26 @@ class Artifact:
     manifest: Manifest
 
     @classmethod
-    def open(cls, location: str | Folder) -> "Artifact":
-        """Open a committed artifact and check that its files are there with the bytes stated.
-
-        Raises ManifestError if there is no manifest, it is not whole, or a file is missing or has another size.
-        """
+    def read(cls, location: str | Folder) -> "Artifact":
+        """An artifact by its manifest alone; its files are not looked at. Raises ManifestError."""
         folder = location if isinstance(location, Folder) else Folder.at(location)
-        if not folder.exists(MANIFEST_NAME):
+        try:
+            text = folder.read_bytes(MANIFEST_NAME)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ManifestError(
                 f"{folder.uri} has no {MANIFEST_NAME}: it is not an artifact, or its step never finished"
-            )
-        where = f"{folder.uri}/{MANIFEST_NAME}"
-        artifact = cls(folder, Manifest.from_json(folder.read_bytes(MANIFEST_NAME), where))
+            ) from error
+        return cls(folder, Manifest.from_json(text, f"{folder.uri}/{MANIFEST_NAME}"))
+
+    @classmethod
+    def open(cls, location: str | Folder) -> "Artifact":
+        """Open a committed artifact and check that its files, and no others, are there with the bytes stated.
+
+        Raises ManifestError if there is no manifest, it is not whole, or a file is missing, of another size, or extra.
+        """
+        artifact = cls.read(location)
         if problems := artifact.problems():
-            raise ManifestError(f"{folder.uri} is damaged: {'; '.join(problems[:10])}; run its step again")
+            raise damaged(artifact.folder, problems)
         return artifact
 
     @property
@@ -162,38 +110,71 @@ class Artifact:
         return sorted((f for f in self.manifest.files if fnmatch(f.path, pattern)), key=lambda f: f.path)
 
     def path(self, name: str) -> Path:
-        """A file as a local path (downloaded if the store is remote). Raises ManifestError if it is not listed."""
-        if not any(entry.path == name for entry in self.manifest.files):
+        """A file as a local path, from this node's cache if the store is remote. Raises ManifestError as `paths`."""
+        found = [entry for entry in self.manifest.files if entry.path == name]
+        if not found:
             raise ManifestError(f"{self.folder.uri} lists no file {name!r}")
-        return self.data.local_copy(name)
+        return self._in_place(found) / name
 
-    def paths(self, pattern: str = "*") -> list[Path]:
-        return [self.data.local_copy(entry.path) for entry in self.entries(pattern)]
+    def paths(self, pattern: str = "*", progress: Progress | None = None) -> list[Path]:
+        """Matching files as local paths, in order of name.
+
+        Of a remote store, what this node's cache has not is downloaded, in parallel, and verified on the way: raises
+        ManifestError where bytes differ from the manifest, UserError where the cache cannot hold them.
+        """
+        entries = self.entries(pattern)
+        root = self._in_place(entries, progress)
+        return [root / entry.path for entry in entries]
 
     def directory(self, name: str) -> Path:
-        """A folder inside the artifact as a local path, all of its listed files in place."""
+        """A folder inside the artifact as a local path, all of its listed files in place. Raises as `paths`."""
         entries = self.entries(f"{name}/*")
         if not entries:
             raise ManifestError(f"{self.folder.uri} lists no folder {name!r}")
-        paths = [self.data.local_copy(entry.path) for entry in entries]
-        below = len(PurePosixPath(entries[0].path).parts) - len(PurePosixPath(name).parts)
-        return paths[0].parents[below - 1]
+        return self._in_place(entries) / name
+
+    def _in_place(self, entries: Sequence[FileEntry], progress: Progress | None = None) -> Path:
+        """A local folder that has these files under their names."""
+        if (root := self.data.local) is None:
+            from edt_core.cache import Cache
+
+            return Cache.of_node().view(self.data, entries, self.manifest.digest, progress)
+        if gone := [entry.path for entry in entries if not (root / entry.path).exists()]:
+            raise damaged(self.folder, [f"{name} is missing" for name in gone])
+        return root
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.path(name).read_bytes())
 
-    def problems(self, deep: bool = False) -> list[str]:
-        """What differs from the manifest: missing and resized files; with `deep`, files whose sha256 differs."""
-        found = []
-        for entry in self.entries():
-            size = self.data.size(entry.path)
-            if size is None:
-                found.append(f"{entry.path} is missing")
-            elif size != entry.bytes:
-                found.append(f"{entry.path} has {size} bytes, its manifest says {entry.bytes}")
-            elif deep and sha256_file(self.data.local_copy(entry.path)) != entry.sha256:
-                found.append(f"{entry.path} has {size} bytes as stated but another sha256")
+    def problems(self, deep: bool = False, progress: Progress | None = None) -> list[str]:
+        """What differs from the manifest: missing, resized and extra files; with `deep`, files whose sha256 differs.
+
+        Remote files are digested as they stream from the store, whatever the cache holds. `progress` counts MiB.
+        """
+        sizes = self.data.walk()
+        if self.data == self.folder:
+            sizes.pop(MANIFEST_NAME, None)
+        found, whole = compare_sizes(self.data, self.entries(), sizes)
+        if deep:
+            differing = compare_digests(self.data, whole, progress or Silent())
+            found += [difference(*pair) for pair in differing.items()]
         return found
+
+    def verify_once(self, pattern: str = "*", progress: Progress | None = None) -> None:
+        """Compare the sha256 of matching files with the manifest, once on each node as long as they stay untouched.
+
+        A local or shared file system is digested in threads and stamped in this node's cache; other processes on the
+        node wait for the first and then return at once. A remote store's files are brought into this node's cache,
+        which verifies them as they come. Raises ManifestError naming the files that differ, are missing, or are not in
+        the manifest.
+        """
+        if problems := self.problems():
+            raise damaged(self.folder, problems)
+        if self.data.local is None:
+            self.paths(pattern, progress)
+        elif differing := digest_once(self.data, self.entries(pattern), self.manifest.digest, progress or Silent()):
+            remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and run its step again"
+            raise damaged(self.folder, [difference(*pair) for pair in differing.items()], remedy)
 
 
 @dataclass(frozen=True)
@@ -253,19 +234,19 @@ class ArtifactWriter:
             entry = self._journalled(folder, name)
             if entry is None or folder.size(name) != entry.bytes:
                 continue
-            source = folder.local_copy(name)
-            if sha256_file(source) != entry.sha256:
-                continue
             if attempt == self.attempt:
-                return entry
+                if folder.digest(name) == entry.sha256:
+                    return entry
+                continue
             with self.data.staged(name) as staged:
-                _copy(source, staged)
-                return self._publish(staged, name, entry.rows)
+                if _bring(folder, name, staged) == entry.sha256:
+                    return self._publish(staged, name, entry.rows)
         return None
 
     def written(self) -> list[FileEntry]:
         """Files of this attempt that are finished, in order of name."""
-        entries = [self._journalled(self.data, name) for name in self._journal_names()]
+        found = in_threads(lambda name: self._journalled(self.data, name), self._journal_names())
+        entries = [entry for _, entry in found]
         if None in entries:
             raise ManifestError(
                 f"{self.data.uri}/{JOURNAL} has an entry that is not ours or not whole; run the step again"
@@ -299,7 +280,10 @@ class ArtifactWriter:
             mlflow_run_id=mlflow_run_id,
         )
         if problems := Artifact(self.folder, manifest).problems():
-            raise ManifestError(f"not committing {self.folder.uri}: {'; '.join(problems[:10])}")
+            raise ManifestError(
+                f"not committing {self.folder.uri}, {len(problems)} problems: {'; '.join(problems[:10])}; "
+                f"remove {self.data.uri} and run the step again"
+            )
         text = manifest.to_json().encode()
         if not self.folder.write_bytes(MANIFEST_NAME, text, exclusive=True):
             try:
@@ -307,7 +291,17 @@ class ArtifactWriter:
             except ManifestError:  # what stands there is damaged, and this attempt is its repair
                 self.folder.write_bytes(MANIFEST_NAME, text)
         self.data.remove(JOURNAL)
+        self.data.sweep()
         return Artifact.open(self.folder)
+
+    def check_own(self) -> None:
+        """Raise UserError where files wait here that another configuration or other inputs have left unfinished."""
+        names = list(self._journal_names())
+        if any(self._journalled(self.data, name) is None for name in names):
+            raise UserError(
+                f"{self.data.uri} holds {len(names)} files that an unfinished run with another configuration or other "
+                "inputs left; give an empty folder, or remove it"
+            )
 
     def _publish(self, staged: Path, name: str, rows: int | None) -> FileEntry:
         entry = FileEntry(name, staged.stat().st_size, sha256_file(staged), rows)
@@ -333,9 +327,17 @@ class ArtifactWriter:
 def _copy(source: Path, target: Path) -> None:
     """A second name for the same bytes where the file system allows it: artifact files never change."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # a view of the node's cache is made of symbolic links
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _bring(folder: Folder, name: str, target: Path) -> str:
+    """Copy a folder's file to a local path and return the sha256 of its bytes."""
+    if (root := folder.local) is None:
+        return folder.fetch(name, target)
+    _copy(root / name, target)
+    return sha256_file(target)
 
 
 def _flat(name: str) -> str:

@@ -1,28 +1,56 @@
-"""A folder by URI: local path, `s3://`, `gs://`, or whatever else fsspec opens. Picklable, so Ray tasks can take it."""
+"""A folder by URI: local path, `s3://`, `gs://`, or whatever else fsspec opens. Picklable, so Ray tasks can take it.
 
-import errno
+Credentials and endpoints come from the environment, as the store's own client reads it (for S3: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3); nothing here holds them. The file system
+is asked for anew at each use, so a Folder survives pickling and forks.
+"""
+
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edt_core.errors import UserError
+from edt_core.store_errors import (
+    clear_disk_errors,
+    clear_read_errors,
+    clear_remote_errors,
+    clear_space_errors,
+    error_code,
+    redacted,
+)
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_STAGING = ".staging-"
 _CHUNK = 8 << 20
+_THREADS = 8  # files read, digested or moved at once: hashing and waiting both free the interpreter
+_NO_CONDITIONAL_WRITE = {"NotImplemented", "501", "MethodNotAllowed"}
+_CONFLICTS = 50
 
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a local file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        return _sha256(file)
+
+
+def _sha256(source: Any, target: Any = None) -> str:
+    """Hex sha256 of an open file's bytes, which are written to `target` on the way if there is one."""
+    digest = hashlib.sha256()
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        if target is not None:
+            target.write(chunk)
     return digest.hexdigest()
 
 
@@ -36,28 +64,23 @@ def fsync_file(path: Path) -> None:
             os.close(handle)
 
 
-@contextmanager
-def _clear_disk_errors(where: str) -> Iterator[None]:
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, `work(item)`) as they finish. The first error ends it; what had not begun is not begun."""
+    pool = ThreadPoolExecutor(_THREADS)
     try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "no space is left on the device; free some and run again",
-            errno.EDQUOT: "the disk quota is used up; free some and run again",
-            errno.EACCES: "permission denied; choose a folder you may write to",
-            errno.EPERM: "operation not permitted; choose a folder you may write to",
-            errno.EROFS: "the file system is read-only; choose another",
-            errno.ENOTDIR: "a part of this path is a file; choose another",
-            errno.EEXIST: "a part of this path is a file; choose another",
-        }
-        if error.errno not in reasons:
-            raise
-        raise UserError(f"cannot write to {where}: {reasons[error.errno]}") from error
+        futures = {pool.submit(work, item): item for item in items}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder at `uri`. Names are relative paths with `/`."""
+    """A folder at `uri`. Names are relative paths with `/`.
+
+    Every method raises UserError where the disk or the store refuses: no space, no rights, no bucket, no credentials.
+    """
 
     uri: str
 
@@ -74,7 +97,8 @@ class Folder:
             return Path(self.uri.removeprefix("file://"))
         return None if "://" in self.uri else Path(self.uri)
 
-    def _remote(self) -> tuple[Any, str]:
+    def filesystem(self) -> tuple[Any, str]:
+        """The fsspec file system of a URI, and the folder's path on it."""
         import fsspec
 
         try:
@@ -92,123 +116,154 @@ class Folder:
         return Folder(f"{self.uri}/{name}") if name else self
 
     def exists(self, name: str) -> bool:
-        if (root := self.local) is not None:
-            return (root / name).exists()
-        fs, path = self._remote()
-        return bool(fs.exists(f"{path}/{name}"))
+        with self._clear_errors():
+            if (root := self.local) is not None:
+                return (root / name).exists()
+            fs, path = self.filesystem()
+            return bool(fs.exists(f"{path}/{name}"))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is none."""
-        try:
-            if (root := self.local) is not None:
-                return (root / name).stat().st_size
-            fs, path = self._remote()
-            return int(fs.size(f"{path}/{name}"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with self._clear_errors():
+            try:
+                if (root := self.local) is not None:
+                    return (root / name).stat().st_size
+                fs, path = self.filesystem()
+                return int(fs.size(f"{path}/{name}"))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if error_code(error) == "NoSuchBucket":
+                    raise
+                return None
 
     def names(self) -> list[str]:
         """Names directly inside, sorted; empty where the folder does not exist."""
-        if (root := self.local) is not None:
-            return sorted(p.name for p in root.iterdir()) if root.is_dir() else []
-        fs, path = self._remote()
-        try:
-            return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-        except FileNotFoundError:
-            return []
+        with self._clear_errors():
+            if (root := self.local) is not None:
+                return sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+            fs, path = self.filesystem()
+            try:
+                return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+            except FileNotFoundError as error:
+                if error_code(error) == "NoSuchBucket":
+                    raise
+                return []
+
+    def walk(self) -> dict[str, int]:
+        """Name -> bytes of every file below, by one listing; nothing whose name or folder starts with a dot."""
+        with self._clear_errors():
+            if (root := self.local) is not None:
+                return dict(_walk_local(root, ""))
+            fs, path = self.filesystem()
+            try:
+                found = fs.find(path, detail=True)
+            except FileNotFoundError as error:
+                if error_code(error) == "NoSuchBucket":
+                    raise
+                return {}
+            sizes = {key.removeprefix(f"{path}/"): info for key, info in found.items()}
+            return {
+                name: int(info["size"])
+                for name, info in sizes.items()
+                # a name with a slash at its end is how some clients note an empty folder
+                if info["type"] == "file" and name not in ("", path) and name[-1] != "/" and not is_hidden(name)
+            }
 
     def read_bytes(self, name: str) -> bytes:
-        if (root := self.local) is not None:
-            return (root / name).read_bytes()
-        fs, path = self._remote()
-        return bytes(fs.cat_file(f"{path}/{name}"))
+        """A whole file. Raises FileNotFoundError where there is none."""
+        with self._clear_errors():
+            if (root := self.local) is not None:
+                return (root / name).read_bytes()
+            fs, path = self.filesystem()
+            return bytes(fs.cat_file(f"{path}/{name}"))
+
+    def digest(self, name: str) -> str:
+        """Hex sha256 of a file's bytes where they lie: a remote file is streamed, never taken from a cache.
+
+        Raises FileNotFoundError where there is none.
+        """
+        with self._clear_errors(), self._open(name) as source:
+            return _sha256(source)
+
+    def fetch(self, name: str, target: Path) -> str:
+        """Write a file's bytes to a local path and return their sha256, taken on the way.
+
+        Raises FileNotFoundError where there is none.
+        """
+        with (
+            self._clear_errors(),
+            self._open(name) as source,
+            clear_space_errors(str(target)),
+            target.open("wb") as file,
+        ):
+            return _sha256(source, file)
 
     def write_bytes(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
         """Write a whole file or nothing; its name appears last.
 
-        With `exclusive`, an existing file stays as it is and False is returned (on local file systems this holds
-        between processes as well; on an object store the last writer wins).
+        With `exclusive`, an existing file stays as it is and False is returned. That holds between processes on local
+        file systems, and on object stores that know conditional writes (S3, GCS); on others the last writer wins.
         """
-        with _clear_disk_errors(self.uri):
-            root = self.local
-            if root is None:
-                fs, path = self._remote()
-                if exclusive and fs.exists(f"{path}/{name}"):
-                    return False
-                fs.pipe_file(f"{path}/{name}", data)
-                return True
-            with self.staged(name) as staged:
+        root = self.local
+        if root is not None:
+            with clear_disk_errors(self.uri), self.staged(name) as staged:
                 staged.write_bytes(data)
-                return self._publish(staged, root / name, exclusive)
+                return _publish(staged, root / name, exclusive)
+        with clear_remote_errors(self.uri):
+            fs, path = self.filesystem()
+            target = f"{path}/{name}"
+            if not exclusive:
+                fs.pipe_file(target, data)
+                return True
+            return not fs.exists(target) and _create(fs, target, data)
 
     @contextmanager
     def staged(self, name: str) -> Iterator[Path]:
-        """A local path to write to, on the file system of the folder if it is local; gone afterwards."""
+        """A local path to write to, gone afterwards: on the folder's file system, or in TMPDIR if that is remote."""
         root = self.local
-        with _clear_disk_errors(self.uri):
+        where = self.uri if root is not None else f"the temporary folder {tempfile.gettempdir()} (set TMPDIR)"
+        with clear_disk_errors(where):
             if root is None:
                 staging = Path(tempfile.mkdtemp(prefix="edt-"))
             else:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
-                staging = (root / name).parent / f".staging-{uuid.uuid4().hex}"
+                staging = (root / name).parent / f"{_STAGING}{uuid.uuid4().hex}"
                 staging.mkdir()
         try:
-            with _clear_disk_errors(self.uri):
+            with clear_space_errors(where):
                 yield staging / Path(name).name
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
     def publish(self, staged: Path, name: str) -> None:
-        """Move a staged file to its name, after its bytes are on the disk."""
-        with _clear_disk_errors(self.uri):
-            if (root := self.local) is not None:
-                self._publish(staged, root / name, exclusive=False)
-            else:
-                fs, path = self._remote()
+        """Move a staged file to its name, after its bytes are on the disk, or upload it whole."""
+        if (root := self.local) is not None:
+            with clear_disk_errors(self.uri):
+                _publish(staged, root / name, exclusive=False)
+        else:
+            with clear_remote_errors(self.uri):
+                fs, path = self.filesystem()
                 fs.put_file(str(staged), f"{path}/{name}")
 
-    @staticmethod
-    def _publish(staged: Path, target: Path, exclusive: bool) -> bool:
-        fsync_file(staged)
-        if not exclusive:
-            staged.replace(target)
-        else:
-            try:
-                os.link(staged, target)
-            except FileExistsError:
-                return False
-            except OSError:  # no hard links here (SMB, exFAT): look and then rename, exclusive but for a moment
-                if target.exists():
-                    return False
-                staged.replace(target)
-        fsync_file(target)
-        return True
-
     def local_copy(self, name: str) -> Path:
-        """The file as a local path: itself, or a cached download.
+        """The file as a local path: itself, or a copy in this node's cache, made again when the file has changed.
 
-        Raises FileNotFoundError where there is none.
+        Its digest is not known here and not checked. Raises FileNotFoundError where there is none.
         """
         if (root := self.local) is not None:
             if not (root / name).exists():
                 raise FileNotFoundError(root / name)
             return root / name
-        fs, path = self._remote()
-        cache = Path(os.environ.get("EDT_CACHE_DIR", "~/.cache/edt")).expanduser()
-        target = cache / hashlib.sha256(self.uri.encode()).hexdigest()[:16] / name
-        if not target.exists() or target.stat().st_size != fs.size(f"{path}/{name}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-            fs.get_file(f"{path}/{name}", str(partial))
-            partial.replace(target)
-        return target
+        from edt_core.cache import Cache
+
+        return Cache.of_node().copy(self, [name]) / name
 
     def local_directory(self) -> Path:
-        """The folder's files as a local folder: itself, or cached downloads."""
+        """The folder's files as a local folder: itself, or copies in this node's cache."""
         if (root := self.local) is not None:
             return root
-        copies = [self.local_copy(name) for name in self.names()]
-        return copies[0].parent
+        from edt_core.cache import Cache
+
+        return Cache.of_node().copy(self, list(self.walk()))
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder if it is there."""
@@ -219,9 +274,15 @@ class Folder:
             else:
                 target.unlink(missing_ok=True)
             return
-        fs, path = self._remote()
-        with suppress(FileNotFoundError):
+        with clear_remote_errors(self.uri), suppress(FileNotFoundError):
+            fs, path = self.filesystem()
             fs.rm(f"{path}/{name}", recursive=True)
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed have left staged; for a folder that nobody writes to any more."""
+        if (root := self.local) is not None:
+            for staging in root.rglob(f"{_STAGING}*"):
+                shutil.rmtree(staging, ignore_errors=True)
 
     def check_writable(self) -> None:
         """Raise UserError unless a file can be written here."""
@@ -230,6 +291,76 @@ class Folder:
             self.write_bytes(probe, b"")
         except UserError:
             raise
-        except Exception as error:  # object stores have exceptions of their own for missing buckets and credentials
-            raise UserError(f"cannot write to {self.uri}: {error}; choose another folder or mend the access") from error
+        except Exception as error:  # object stores have exceptions of their own
+            raise UserError(
+                f"cannot write to {self.uri}: {redacted(str(error))}; choose another folder or mend the access"
+            ) from error
         self.remove(probe)
+
+    def _open(self, name: str) -> Any:
+        if (root := self.local) is not None:
+            return (root / name).open("rb")
+        fs, path = self.filesystem()
+        return fs.open(f"{path}/{name}", "rb", block_size=_CHUNK, cache_type="none")
+
+    def _clear_errors(self) -> AbstractContextManager[None]:
+        return clear_read_errors(self.uri) if self.local is not None else clear_remote_errors(self.uri)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative name or a folder of it starts with a dot: journals, staging, locks; never a published file."""
+    return name.startswith(".") or "/." in name
+
+
+def _walk_local(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/")
+        else:
+            with suppress(FileNotFoundError):  # a link to nothing, or a file that went away: as if it were not there
+                yield prefix + entry.name, entry.stat().st_size
+
+
+def _create(fs: Any, target: str, data: bytes) -> bool:
+    """Write an object unless it is there, as one conditional write where the store has them."""
+    for _ in range(_CONFLICTS):
+        try:
+            fs.pipe_file(target, data, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except (NotImplementedError, TypeError):
+            break
+        except OSError as error:
+            if error_code(error) in _NO_CONDITIONAL_WRITE:
+                break
+            if error_code(error) != "ConditionalRequestConflict":
+                raise
+            time.sleep(0.1)  # another write of this name is under way
+            if fs.exists(target):
+                return False
+    fs.pipe_file(target, data)
+    return True
+
+
+def _publish(staged: Path, target: Path, exclusive: bool) -> bool:
+    fsync_file(staged)
+    if not exclusive:
+        staged.replace(target)
+    else:
+        try:
+            os.link(staged, target)
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links here (SMB, exFAT): look and then rename, exclusive but for a moment
+            if target.exists():
+                return False
+            staged.replace(target)
+    fsync_file(target)
+    return True

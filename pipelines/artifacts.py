@@ -33,7 +33,10 @@ class Store:
         if not folder.exists(MANIFEST_NAME):
             return None
         try:
-            return Artifact.open(folder)
+            artifact = Artifact.open(folder)
+            if artifact.fingerprint != fingerprint:
+                raise ManifestError(f"{folder.uri} holds the artifact {artifact.fingerprint}: it was moved")
+            return artifact
         except ManifestError as error:
             warn(f"not reusing a damaged artifact, its step runs again: {error}")
             return None

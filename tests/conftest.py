@@ -1,5 +1,11 @@
-"""Fixtures that several packages' tests share: one Ray session, one image folder, the sample photos."""
+"""Fixtures that several packages' tests share: one Ray session, an S3 server, image folders, sample images."""
 
+import importlib.util
+import socket
+import subprocess
+import sys
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +19,7 @@ from edt_core.storage import Folder
 
 quiet_defaults()
 
+S3_SECRET = "test-secret-canary-7f3a9c"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -38,6 +45,66 @@ def photos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cifar() -> Path:
+    """3,000 CIFAR-10 training images as JPEG, 300 a class; not part of the project."""
+    folder = SHARED_DATA / "cifar10_sample"
+    if not folder.is_dir():
+        pytest.skip(f"the sample images are not here ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Endpoint of an S3 server of our own, on loopback, in a process of its own."""
+    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("s3fs") is None:
+        pytest.skip("S3 tests need moto[server] and s3fs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None, "the S3 server did not start"
+                assert time.monotonic() < until, "the S3 server does not answer"
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URI of a new bucket, with credentials, endpoint and this node's cache set for it and no others in sight."""
+    import fsspec
+
+    for variable in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-access-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-aws-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
+    monkeypatch.setenv("EDT_CACHE_DIR", str(tmp_path / "edt-cache"))
+    file_systems = fsspec.get_filesystem_class("s3")
+    file_systems.clear_instance_cache()  # they keep the environment of their making
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    yield f"s3://{bucket}"
+    file_systems.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight real digits of each of four classes, as an image folder."""
     from edt_core.data.digits import write_digits
@@ -59,17 +126,24 @@ def silent() -> Silent:
 @pytest.fixture(scope="session")
 def latents_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """96 made-up latents 4x8x8 of 4 classes in two shards, committed as an artifact."""
-    from edt_core.data.latents import LatentInfo, LatentRows, write_latent_shard
+    from edt_core.data.latents import LatentInfo, LatentShardWriter
 
     out = ArtifactWriter(Folder.at(tmp_path_factory.mktemp("latents")), "latents", "f" * 64)
-    info = LatentInfo("test", 0.5, 32, (4, 8, 8))
     rng = np.random.default_rng(0)
     for k, rows in enumerate((40, 56)):
+        info = LatentInfo("test", 0.5, 32, (4, 8, 8), f"images-{k:05d}.tar")
         labels = rng.integers(0, 4, rows)
-        mean = rng.normal(size=(rows, 1, 4, 8, 8)) + labels[:, None, None, None, None]
-        posterior = np.concatenate([mean, np.full_like(mean, 0.1), mean[..., ::-1], np.full_like(mean, 0.1)], axis=1)
-        values = LatentRows(tuple(f"{k}-{i}" for i in range(rows)), labels, posterior.astype(np.float32))
-        out.write(f"latents-{k:05d}.arrow", lambda path, values=values: write_latent_shard(path, values, info))
+        mean = rng.normal(size=(rows, 4, 8, 8)) + labels[:, None, None, None]
+        std = np.full_like(mean, 0.1)
+        sides = np.stack([np.stack([side, std], axis=1) for side in (mean, mean[..., ::-1])], axis=1)
+        values = [f"{k}-{i}" for i in range(rows)], labels, sides.astype(np.float32)
+
+        def write(path: Path, info=info, values=values) -> int:
+            with LatentShardWriter(path, info) as writer:
+                writer.write(*values)
+            return writer.rows
+
+        out.write(f"latents-{k:05d}.arrow", write)
     counts = {"images": 96, "classes": 4, "image_size": 32, "latent_shape": [4, 8, 8], "scaling_factor": 0.5}
     counts["autoencoder_digest"] = "0" * 64
     return out.commit({}, {}, counts)
@@ -77,6 +151,7 @@ def latents_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture
 def source(digits_folder: Path) -> Source:
-    from edt_core.data.images import scan_image_folder, source_digest
+    from edt_core.config import SourceConfig
+    from jobs.verb import image_source
 
-    return Source(digits_folder, source_digest(scan_image_folder(digits_folder)))
+    return image_source(SourceConfig(path=str(digits_folder)))

@@ -1,11 +1,13 @@
 """Artifacts: a manifest or nothing."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter, ManifestError, check_name, fingerprint
+from edt_core.artifact import Artifact, ArtifactWriter, Manifest, ManifestError, check_name, fingerprint
 from edt_core.errors import UserError
 from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
@@ -49,12 +51,98 @@ def test_a_manifest_cut_anywhere_is_never_trusted(tmp_path: Path) -> None:
             Artifact.open(str(tmp_path))
 
 
-def test_an_edited_manifest_is_never_trusted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda values: values["files"][0].update(sha256="0" * 64),
+        lambda values: values["counts"].update(images=4),
+        lambda values: values["config"].update(size=64),
+        lambda values: values["inputs"].clear(),
+        lambda values: values.update(attempt="a2"),
+        lambda values: values.update(created_at="1999-01-01T00:00:00Z"),
+        lambda values: values.update(note="added"),
+        lambda values: values.pop("seal"),
+        lambda values: values.update(seal="0" * 64),
+    ],
+)
+def test_an_edited_manifest_is_never_trusted(edit: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
     committed(tmp_path)
     values = json.loads((tmp_path / MANIFEST_NAME).read_text())
-    values["files"][0]["sha256"] = "0" * 64
+    edit(values)
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(values))
-    with pytest.raises(ManifestError, match="its own digest"):
+    with pytest.raises(ManifestError, match=r"its own seal|not a whole manifest"):
+        Artifact.open(str(tmp_path))
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_refused(tmp_path: Path) -> None:
+    """Every byte, one bit of it; what is not refused differs in nothing but white space or the case of an escape."""
+    manifest = committed(tmp_path).manifest
+    text = manifest.to_json().encode()
+    passed = 0
+    for place in range(len(text)):
+        flipped = bytearray(text)
+        flipped[place] ^= 1 << (place % 8)
+        try:
+            assert Manifest.from_json(bytes(flipped), "flipped") == manifest
+            passed += 1
+        except ManifestError:
+            pass
+    assert passed < len(text) / 20
+
+
+def test_a_manifest_that_holds_a_key_twice_is_refused(tmp_path: Path) -> None:
+    text = committed(tmp_path).manifest.to_json()
+    with pytest.raises(ManifestError, match="stands in it twice"):
+        Manifest.from_json(text.replace('"kind"', '"kind": "latents", "kind"'), "edited")
+
+
+def test_a_sealed_manifest_may_hold_any_json(tmp_path: Path) -> None:
+    out = writer(tmp_path)
+    out.write_bytes("x", b"1")
+    config: dict[str, Any] = {
+        "eta": 1e-5,
+        "name": "Zo\u00eb",
+        "shape": (4, 8, 8),
+        "by_class": {10: 1, 9: 2},
+        "none": None,
+    }
+    artifact = out.commit(config, {}, {})
+    assert Artifact.open(str(tmp_path)).manifest.config["by_class"] == {"10": 1, "9": 2}
+    assert Manifest.from_json(artifact.manifest.to_json(), "again") == artifact.manifest
+
+
+def test_a_manifest_of_another_schema_version_names_both(tmp_path: Path) -> None:
+    text = committed(tmp_path).manifest.to_json().replace('"schema_version": 2', '"schema_version": 1')
+    with pytest.raises(ManifestError, match="schema version 1, this code reads 2"):
+        Manifest.from_json(text, "old")
+
+
+def test_files_that_the_manifest_does_not_list_are_refused(tmp_path: Path) -> None:
+    committed(tmp_path)
+    for name in (".DS_Store", ".journal/x.json", "sub/.staging-1/y"):
+        (tmp_path / "a1" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "a1" / name).write_bytes(b"")
+    assert Artifact.open(str(tmp_path)).problems() == []
+    (tmp_path / "a1" / "sub" / "three.bin").write_bytes(b"x")
+    with pytest.raises(ManifestError, match=r"1 problem: sub/three\.bin is not in the manifest"):
+        Artifact.open(str(tmp_path))
+
+
+def test_in_an_artifact_of_one_attempt_the_manifest_is_not_an_extra_file(tmp_path: Path) -> None:
+    out = writer(tmp_path, "")
+    out.write_bytes("x", b"1")
+    out.commit({}, {}, {})
+    assert Artifact.open(str(tmp_path)).problems(deep=True) == []
+    (tmp_path / "y").write_bytes(b"")
+    with pytest.raises(ManifestError, match="y is not in the manifest"):
+        Artifact.open(str(tmp_path))
+
+
+def test_many_problems_are_ten_and_a_number(tmp_path: Path) -> None:
+    committed(tmp_path)
+    for k in range(25):
+        (tmp_path / "a1" / f"extra-{k:02d}").write_bytes(b"")
+    with pytest.raises(ManifestError, match=r"25 problems: .*extra-09 is not in the manifest; and 15 more; run"):
         Artifact.open(str(tmp_path))
 
 
@@ -63,7 +151,7 @@ def test_missing_resized_and_changed_files_are_found(tmp_path: Path) -> None:
     path = artifact.path("one.bin")
     path.write_bytes(b"1" * 99 + b"x")
     assert artifact.problems() == []
-    assert "another sha256" in artifact.problems(deep=True)[0]
+    assert artifact.problems(deep=True) == ["one.bin has 100 bytes as stated but another sha256"]
     path.write_bytes(b"1")
     with pytest.raises(ManifestError, match="1 bytes, its manifest says 100"):
         Artifact.open(str(tmp_path))
@@ -135,17 +223,19 @@ def test_the_fingerprint_hangs_on_everything_it_is_made_of() -> None:
     assert len({base, *others}) == 5
 
 
-def test_a_remote_store_holds_the_same_artifacts() -> None:
+def test_a_remote_store_holds_the_same_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol over fsspec, on its in-memory file system: what object stores go through."""
-    out = ArtifactWriter(Folder.at("memory://store/images/00"), "images", "0" * 64, "a1")
+    monkeypatch.setenv("EDT_CACHE_DIR", str(tmp_path))
+    out = ArtifactWriter(Folder.at(f"memory://{tmp_path.name}/images/00"), "images", "0" * 64, "a1")
     out.write_bytes("sub/one.bin", b"1" * 10, rows=1)
     out.commit({}, {}, {"images": 1})
-    artifact = Artifact.open("memory://store/images/00")
+    artifact = Artifact.open(out.folder)
     assert artifact.path("sub/one.bin").read_bytes() == b"1" * 10
     assert artifact.problems(deep=True) == []
+    assert not out.folder.write_bytes(MANIFEST_NAME, b"{}", exclusive=True)
     out.data.remove("sub/one.bin")
     with pytest.raises(ManifestError, match="missing"):
-        Artifact.open("memory://store/images/00")
+        Artifact.open(out.folder)
 
 
 @pytest.mark.parametrize("where", ["/proc/edt-store", "/dev/null/store"])

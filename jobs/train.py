@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edt_core.artifact import Artifact, ArtifactWriter
+from edt_core.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress
-from edt_core.schema import HISTORY_NAME, LATENT_SHARD, STEP_PREFIX, TRAIN_STATE
+from edt_core.schema import HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, STEP_PREFIX, TRAIN_STATE
 from edt_core.storage import Folder
 from jobs.cluster import require, use_threads
 from jobs.verb import Verb
 
 CHECKPOINTS = "checkpoints"  # folder of the artifact: one sub-folder a kept checkpoint, named by its step
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
+LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
 _RAY_RUN = "ray-train"  # Ray Train's own folder, inside the attempt; gone when the artifact is committed
 
 
@@ -101,6 +102,7 @@ def train(
 
     latents = inputs["latents"]
     model_config = edt_config(config.model, latents.counts)
+    _check_reader(config, latents)
     linear_schedule(config.num_timesteps)  # what the workers would refuse is refused before any is started
     if config.max_steps == 0:
         _store_untrained(config, model_config, out)
@@ -160,7 +162,6 @@ def _fit(config: TrainConfig, model_config: Any, latents: Artifact, out: Artifac
 
 def _worker(job: Mapping[str, Any]) -> None:
     """The training function of each Ray Train worker."""
-    from edt_core.data.latents import LatentDataset
     from edt_core.training.checkpoint import newest_checkpoint
     from edt_core.training.loop import train as train_loop
 
@@ -170,8 +171,45 @@ def _worker(job: Mapping[str, Any]) -> None:
     resume_from, passed_over = newest_checkpoint(folder.local_directory() for folder in _ray_checkpoints(job["out"]))
     for reason in passed_over if context.rank == 0 else ():
         progress.warn(f"not resuming from this checkpoint: {reason}; using {resume_from or 'the start'} instead")
-    dataset = LatentDataset(job["latents"].paths(LATENT_SHARDS))
-    train_loop(config, job["model_config"], dataset, context, resume_from)
+    latents = open_latents(config, job["latents"], progress)
+    train_loop(config, job["model_config"], latents, context, resume_from)
+
+
+def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
+    """The latents behind `config.reader`, mapped or as a stream.
+
+    What is mapped is compared with the manifest's digests first, once on each node. Raises UserError for a shard that
+    is missing, extra, swapped, doubled, resized or changed, and where there is none for the reader.
+    """
+    from edt_core.data.latents import LatentDataset
+    from edt_core.data.streaming import LatentStream, TarShard
+
+    if config.reader == "arrow":
+        latents.verify_once(LATENT_SHARDS, progress)
+        return LatentDataset(latents.paths(LATENT_SHARDS))
+    shards = tuple(TarShard(latents.data, e.path, e.rows or 0, e.sha256) for e in _tars(latents))
+    shape, factor = tuple(latents.counts["latent_shape"]), latents.counts["scaling_factor"]
+    return LatentStream(shards, shape, factor, config.shuffle_buffer)
+
+
+def _tars(latents: Artifact) -> list[FileEntry]:
+    """The WebDataset shards of a latents artifact. Raises UserError where it has none."""
+    entries = latents.entries(LATENT_TARS)
+    if not entries:
+        raise UserError(
+            f"train.reader is webdataset, but {latents.folder.uri} has no {LATENT_TARS}: encode again with "
+            "encode.write_webdataset=true, or train with train.reader=arrow"
+        )
+    return entries
+
+
+def _check_reader(config: TrainConfig, latents: Artifact) -> None:
+    """Refuse, before any worker is started, what the streaming reader would refuse in each of them."""
+    if config.reader == "webdataset" and (shards := len(_tars(latents))) < config.num_workers:
+        raise UserError(
+            f"{shards} latent tar shards for {config.num_workers} workers: a worker without a shard would make the "
+            "others wait for ever; use fewer workers, or preprocess with a smaller images_per_shard and encode again"
+        )
 
 
 def _ray_checkpoints(out: ArtifactWriter) -> list[Folder]:

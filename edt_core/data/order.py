@@ -1,9 +1,16 @@
-"""The order of training data: a pure function of (seed, position), never of rank, worker count or time."""
+"""What a training draws, as pure functions: the order of its data by (seed, epoch), the rest by (seed, step).
+
+Never a function of rank, worker count or time.
+"""
 
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+# One generator a kind of draw: another kind can be added without moving those that are there.
+_STREAMS = {"mirror": 0, "posterior": 1, "labels": 2, "timesteps": 3, "noise": 4, "masks": 5}
 
 
 @lru_cache(maxsize=2)
@@ -23,3 +30,15 @@ def batch_indices(seed: int, step: int, global_batch_size: int, num_samples: int
     epochs, places = positions // num_samples, positions % num_samples
     parts = [epoch_order(seed, int(epoch), num_samples)[places[epochs == epoch]] for epoch in np.unique(epochs)]
     return np.concatenate(parts)
+
+
+def generator(seed: int, step: int, stream: str) -> torch.Generator:
+    """The CPU generator of one kind of draw at one step."""
+    state = np.random.SeedSequence([seed, step, _STREAMS[stream]]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def mirror_draws(seed: int, step: int, global_batch_size: int, mirror_prob: float) -> NDArray[np.bool_]:
+    """Which samples of global batch `step` are mirror images: bool [B]."""
+    uniform = torch.rand(global_batch_size, generator=generator(seed, step, "mirror"))
+    return (uniform < mirror_prob).numpy()

@@ -4,7 +4,10 @@ Legend: N this rank's share of the global batch B, C latent channels, h latent h
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
+from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches
+from edt_core.data.prefetch import prefetched
+from edt_core.data.streaming import LatentStream, stream_latents
 from edt_core.diffusion import (
     LossSecondMomentSampler,
     Schedule,
@@ -28,6 +34,8 @@ from edt_core.training.context import TrainContext
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.ema import EMA
 from edt_core.training.optim import flatten_state, learning_rate, make_optimizer, restore_state
+
+_STEPS_AHEAD = 2
 
 
 @dataclass
@@ -93,14 +101,29 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     state.step, state.history, state.pending = checkpoint.step, list(checkpoint.history), list(checkpoint.pending)
 
 
-def load_latents(dataset: LatentDataset, draws: StepDraws, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scaled latents float32 [N, C, h, h], a draw of each row's posterior, and labels int64 [N], on the device."""
-    mean, std, labels = dataset.gather(draws.indices.numpy(), draws.mirror.numpy())
-    arrays = [torch.from_numpy(array) for array in (mean, std, labels)]
-    if device.type == "cuda":
-        arrays = [array.pin_memory() for array in arrays]
-    mean_, std_, labels_ = (array.to(device, non_blocking=True) for array in arrays)
-    return (mean_ + std_ * draws.posterior_noise) * dataset.info.scaling_factor, labels_
+def prepared_steps(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    dataset: LatentDataset | LatentStream,
+    context: TrainContext,
+    start_step: int,
+) -> Iterator[tuple[LatentBatch, StepDraws]]:
+    """This rank's batch and draws of each step from `start_step` to the last, still on the host."""
+    rank, world_size, device = context.rank, context.world_size, context.device
+    plan = BatchPlan(config.seed, config.global_batch_size, config.mirror_prob, rank, world_size, device)
+    if isinstance(dataset, LatentStream):
+        batches = stream_latents(dataset, plan, start_step)
+    else:
+        batches = latent_batches(dataset, plan, start_step)
+    with closing(batches):
+        for batch in islice(batches, max(config.max_steps - start_step, 0)):
+            yield batch, draw_step(config, batch.step, model_config).slice(rank, world_size).pinned(device)
+
+
+def sampled_latents(batch: LatentBatch, noise: Tensor, scaling_factor: float) -> Tensor:
+    """Scaled latents float32 [N, C, h, h] on the device of `noise` [N, C, h, h]: a draw of each row's posterior."""
+    mean, std = batch.posterior.to(noise.device, non_blocking=True).unbind(1)
+    return (mean + std * noise) * scaling_factor
 
 
 def step_losses(
@@ -127,11 +150,13 @@ def step_losses(
 def train(
     config: TrainConfig,
     model_config: ModelConfig,
-    dataset: LatentDataset,
+    dataset: LatentDataset | LatentStream,
     context: TrainContext,
     resume_from: Path | None = None,
 ) -> TrainState:
     """Train to `max_steps`, from the start or from a checkpoint folder, and report checkpoints on the way.
+
+    A thread reads and draws _STEPS_AHEAD steps ahead: the accelerator does not wait for either.
 
     The step is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
     importance. Raises FloatingPointError, before the optimizer sees it, where a loss is not finite.
@@ -141,22 +166,26 @@ def train(
         restore(state, load_checkpoint(resume_from))
     model = context.wrap(state.model)
     schedule = linear_schedule(config.num_timesteps)
+    steps = prefetched(prepared_steps(config, model_config, dataset, context, state.step), _STEPS_AHEAD)
     row_step, row_time = state.step, time.perf_counter()
-    while state.step < config.max_steps:
-        state.pending.append(_one_step(config, state, model, dataset, schedule, context))
-        state.step += 1
-        if state.step % config.log_every == 0 or state.step == config.max_steps:
-            state.history.append(_history_row(config, state))
-            state.pending.clear()
-            images = (state.step - row_step) * config.global_batch_size
-            rate = images / max(time.perf_counter() - row_time, 1e-9)
-            row_step, row_time = state.step, time.perf_counter()
-            if context.rank == 0:
-                context.log({**state.history[-1], "images_per_s": rate}, state.step)
-        if state.step % config.checkpoint_every == 0 or state.step == config.max_steps:
-            checkpoint = to_checkpoint(state) if context.rank == 0 else None
-            latest = state.history[-1] if state.history else {}
-            context.report({**latest, "step": state.step}, checkpoint)
+    with closing(steps):
+        for batch, drawn in steps:
+            draws = drawn.to(context.device)
+            latents = sampled_latents(batch, draws.posterior_noise, dataset.scaling_factor)
+            state.pending.append(_one_step(config, state, model, schedule, context, (batch, latents, draws)))
+            state.step += 1
+            if state.step % config.log_every == 0 or state.step == config.max_steps:
+                state.history.append(_history_row(config, state))
+                state.pending.clear()
+                images = (state.step - row_step) * config.global_batch_size
+                rate = images / max(time.perf_counter() - row_time, 1e-9)
+                row_step, row_time = state.step, time.perf_counter()
+                if context.rank == 0:
+                    context.log({**state.history[-1], "images_per_s": rate}, state.step)
+            if state.step % config.checkpoint_every == 0 or state.step == config.max_steps:
+                checkpoint = to_checkpoint(state) if context.rank == 0 else None
+                latest = state.history[-1] if state.history else {}
+                context.report({**latest, "step": state.step}, checkpoint)
     return state
 
 
@@ -164,25 +193,23 @@ def _one_step(
     config: TrainConfig,
     state: TrainState,
     model: nn.Module,
-    dataset: LatentDataset,
     schedule: Schedule,
     context: TrainContext,
+    inputs: tuple[LatentBatch, Tensor, StepDraws],
 ) -> dict[str, float]:
-    """One optimizer step; returns the weighted losses of the global batch."""
-    model_config = state.model.config
-    drawn = draw_step(config, state.step, len(dataset), model_config)
-    timesteps, weights = state.timesteps.draw(drawn.uniforms.numpy())
+    """One optimizer step on (batch, its latents on the device, draws); the weighted losses of the global batch."""
+    batch, latents, draws = inputs
+    timesteps, weights = state.timesteps.draw(draws.uniforms.numpy())
     share = len(timesteps) // context.world_size
     mine = slice(context.rank * share, (context.rank + 1) * share)
-    draws = drawn.slice(context.rank, context.world_size).to(context.device)
-    latents, labels = load_latents(dataset, draws, context.device)
+    labels = batch.labels.to(context.device, non_blocking=True)
     t = torch.from_numpy(timesteps[mine]).to(context.device)
-    null = torch.tensor(model_config.num_classes, device=context.device)
+    null = torch.tensor(state.model.config.num_classes, device=context.device)
 
     losses = step_losses(model, config, schedule, draws, (latents, labels, t, null))
     local_weights = torch.from_numpy(weights[mine]).to(context.device)
     everyones = context.gather(losses.detach()).numpy()
-    _require_finite(everyones, state.step, drawn)
+    _require_finite(everyones, batch, mine)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.zero_grad(set_to_none=True)
@@ -199,13 +226,15 @@ def _weighted(losses: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     return {"loss": float(means.sum()), **named}
 
 
-def _require_finite(losses: np.ndarray, step: int, drawn: StepDraws) -> None:
+def _require_finite(losses: np.ndarray, batch: LatentBatch, mine: slice) -> None:
+    """Raises FloatingPointError on every rank where any rank's loss is not finite; each names its own samples."""
     bad = ~np.isfinite(losses).all(axis=0)
     if bad.any():
-        rows = drawn.indices.numpy()[bad][:10].tolist()
+        places = np.flatnonzero(bad[mine])[:10]
+        names = f"keys {[batch.keys[i] for i in places]}" if batch.keys else f"rows {batch.indices[places].tolist()}"
         raise FloatingPointError(
-            f"the loss of step {step} is not finite for {int(bad.sum())} of {bad.size} samples (rows {rows} of the "
-            "latents); lower lr, or train in fp32"
+            f"the loss of step {batch.step} is not finite for {int(bad.sum())} of {bad.size} samples ({names} of the "
+            "latents on this worker); lower lr, or train in fp32"
         )
 
 

@@ -1,6 +1,8 @@
 """The training loop without Ray: exact resumption, draws that do not know ranks, Adan as published."""
 
-from dataclasses import replace
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,13 @@ import torch
 
 from edt_core.artifact import Artifact
 from edt_core.config import TrainConfig
-from edt_core.data.latents import LatentDataset
+from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
+from edt_core.data.loader import LatentBatch
+from edt_core.data.streaming import LatentStream, TarShard
 from edt_core.models import ModelConfig, mask_sites, model_config
+from edt_core.storage import Folder, sha256_file
 from edt_core.training.checkpoint import (
+    Checkpoint,
     CheckpointError,
     check_checkpoint,
     checkpoint_name,
@@ -19,9 +25,9 @@ from edt_core.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from edt_core.training.context import LocalContext
-from edt_core.training.draws import draw_step
-from edt_core.training.loop import TrainState, initial_model, train
+from edt_core.training.context import LocalContext, TrainContext
+from edt_core.training.draws import StepDraws, draw_step
+from edt_core.training.loop import TrainState, initial_model, prepared_steps, train
 from edt_core.training.optim import learning_rate, make_optimizer
 
 CONFIG = TrainConfig(
@@ -107,10 +113,10 @@ def test_the_ema_follows_its_recursion(edt: ModelConfig, dataset: LatentDataset,
 
 
 def test_draws_of_ranks_are_slices_of_the_global_batch(edt: ModelConfig) -> None:
-    whole = draw_step(DRAWN.model_copy(update={"global_batch_size": 24}), 5, 96, edt)
+    whole = draw_step(DRAWN.model_copy(update={"global_batch_size": 24}), 5, edt)
     for world_size in (1, 2, 3, 4):
         parts = [whole.slice(rank, world_size) for rank in range(world_size)]
-        assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
+        assert torch.equal(torch.cat([part.posterior_noise for part in parts]), whole.posterior_noise)
         assert torch.equal(torch.cat([part.noise for part in parts], dim=1), whole.noise)
         assert torch.equal(torch.cat([part.drop_label for part in parts], dim=1), whole.drop_label)
         for site in range(len(mask_sites(edt))):
@@ -118,25 +124,19 @@ def test_draws_of_ranks_are_slices_of_the_global_batch(edt: ModelConfig) -> None
 
 
 def test_draws_are_a_function_of_seed_and_step(edt: ModelConfig) -> None:
-    first, again, later = (draw_step(DRAWN, step, 96, edt) for step in (5, 5, 6))
+    first, again, later = (draw_step(DRAWN, step, edt) for step in (5, 5, 6))
     assert torch.equal(first.noise, again.noise)
     assert not torch.equal(first.noise, later.noise)
     assert not torch.equal(first.noise[0], first.noise[1])  # the masked pass has noise of its own
 
 
-@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (1.0, 8)])
-def test_mirror_images_can_be_left_out(probability: float, expected: int, edt: ModelConfig) -> None:
-    config = DRAWN.model_copy(update={"mirror_prob": probability})
-    assert int(draw_step(config, 0, 96, edt).mirror.sum()) == expected
-
-
 class _Poisoned(LatentDataset):
     """A data set of which one row is not a number."""
 
-    def gather(self, indices, mirror):
-        mean, std, labels = super().gather(indices, mirror)
-        mean[indices == 17] = np.nan
-        return mean, std, labels
+    def gather(self, indices, mirror, out=None):
+        posterior, labels = super().gather(indices, mirror, out)
+        posterior[indices == 17, 0] = np.nan
+        return posterior, labels
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(
@@ -145,6 +145,71 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(
     poisoned = _Poisoned(latents_artifact.paths("*.arrow"))
     with pytest.raises(FloatingPointError, match=r"step \d+ is not finite for 1 of 16 samples \(rows \[17\]"):
         run(CONFIG, edt, poisoned, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stream(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> LatentStream:
+    """The same latents as tars."""
+    folder, shards = tmp_path_factory.mktemp("tars"), []
+    for path in latents_artifact.paths("*.arrow"):
+        rows = write_latent_tar(folder / f"{path.stem}.tar", LatentShard(path))
+        shards.append(TarShard(Folder.at(folder), f"{path.stem}.tar", rows, sha256_file(folder / f"{path.stem}.tar")))
+    return LatentStream(tuple(shards), (4, 8, 8), 0.5, shuffle_buffer=64)
+
+
+def test_a_streamed_training_learns_and_goes_on(edt: ModelConfig, stream: LatentStream, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"reader": "webdataset", "max_steps": 60, "checkpoint_every": 20})
+    whole = train(config, edt, stream, LocalContext(tmp_path / "a"), None)
+    losses = [row["loss_full"] for row in whole.history]
+    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
+    resumed = train(config, edt, stream, LocalContext(tmp_path / "b"), tmp_path / "a" / checkpoint_name(40))
+    assert resumed.step == 60
+    assert [row["step"] for row in resumed.history] == [row["step"] for row in whole.history]
+
+
+@dataclass
+class _Pair:
+    """A context of one of two workers; every rank sees the losses of its own alone, twice."""
+
+    rank: int
+    world_size: int = 2
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        return values.repeat(1, 2)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Checkpoint | None) -> None:
+        assert (checkpoint is None) == (self.rank > 0)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        assert self.rank == 0
+
+
+def test_what_is_prepared_for_ranks_joins_to_the_global_batch(edt: ModelConfig, dataset: LatentDataset) -> None:
+    def prepared(context: TrainContext) -> list[tuple[LatentBatch, StepDraws]]:
+        return list(prepared_steps(CONFIG, edt, dataset, context, 5))
+
+    whole, *ranks = (prepared(context) for context in (LocalContext(Path()), _Pair(0), _Pair(1)))
+    assert [batch.step for batch, _ in whole] == list(range(5, 12))
+    for (batch, draws), *parts in zip(whole, *ranks, strict=True):
+        assert np.array_equal(np.concatenate([part.indices for part, _ in parts]), batch.indices)
+        assert torch.equal(torch.cat([part.posterior for part, _ in parts]), batch.posterior)
+        assert torch.equal(torch.cat([part.noise for _, part in parts], dim=1), draws.noise)
+
+
+@pytest.mark.parametrize("reader", ["dataset", "stream"])
+def test_a_worker_trains_on_its_share(reader: str, edt: ModelConfig, request: pytest.FixtureRequest) -> None:
+    config = CONFIG.model_copy(update={"max_steps": 3})
+    assert train(config, edt, request.getfixturevalue(reader), _Pair(1)).step == 3
+
+
+def test_a_training_leaves_no_thread(edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError):
+        run(CONFIG, edt, _Poisoned(latents_artifact.paths("*.arrow")), tmp_path)
+    assert not [thread for thread in threading.enumerate() if thread.name == "edt-prefetch"]
 
 
 def test_the_rate_falls_linearly() -> None:

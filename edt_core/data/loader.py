@@ -1,0 +1,197 @@
+"""Global batches of a training's latents, cut to one rank's share and prepared ahead of the step.
+
+Legend: B global batch, n this rank's share of it (B / world size), C latent channels, h latent height and width.
+"""
+
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edt_core.data.latents import LatentDataset
+from edt_core.data.order import batch_indices, mirror_draws
+from edt_core.data.prefetch import prefetched
+from edt_core.errors import UserError
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """One rank's share of global batch `step`.
+
+    posterior float32 [n, 2, C, h, h] (mean, std; of the mirror image where `mirror`), labels int64 [n], mirror bool
+    [n], indices int64 [n]: rows of the data set, -1 where the samples were streamed, which have `keys` instead.
+    """
+
+    step: int
+    indices: NDArray[np.int64]
+    mirror: NDArray[np.bool_]
+    posterior: Tensor
+    labels: Tensor
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Who gets what of a global batch. Raises UserError where the batch does not divide by the number of ranks."""
+
+    seed: int
+    global_batch_size: int
+    mirror_prob: float
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where the batches go
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1 or self.global_batch_size % self.world_size:
+            raise UserError(
+                f"the global batch of {self.global_batch_size} samples does not divide by {self.world_size} workers; "
+                "choose a multiple of the number of workers"
+            )
+        assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
+
+    @property
+    def share(self) -> slice:
+        """This rank's places in the global batch."""
+        size = self.global_batch_size // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def indices(self, step: int, num_samples: int) -> NDArray[np.int64]:
+        """This rank's rows int64 [n] at a step."""
+        return batch_indices(self.seed, step, self.global_batch_size, num_samples)[self.share]
+
+    def mirror(self, step: int) -> NDArray[np.bool_]:
+        """Which of this rank's samples are mirrored at a step: bool [n]."""
+        return mirror_draws(self.seed, step, self.global_batch_size, self.mirror_prob)[self.share]
+
+
+class Buffers:
+    """Tensors float32 [n, 2, C, h, h] to gather into, used again once nobody holds them.
+
+    For a GPU they are page-locked, and torch itself keeps them for use again. On the CPU fresh memory of this size is
+    new pages every time, which the kernel clears: more work than the gather itself.
+    """
+
+    def __init__(self, plan: BatchPlan, latent_shape: tuple[int, int, int]) -> None:
+        self.device, self.shape = plan.device, (plan.share.stop - plan.share.start, 2, *latent_shape)
+        self._arrays: list[NDArray[np.float32]] = []
+
+    def empty(self) -> Tensor:
+        """An uninitialised tensor that nothing else refers to."""
+        if self.device.type == "cuda":
+            with on_device(self.device):
+                return torch.empty(self.shape, pin_memory=True)
+        # Every tensor and view of an array counts as one reference to it, beside the list, the loop and the question.
+        free = next((array for array in self._arrays if sys.getrefcount(array) == 3), None)
+        if free is None:
+            free = np.empty(self.shape, np.float32)
+            self._arrays.append(free)
+        return torch.from_numpy(free)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Where to make page-locked memory for a device: a thread starts out on GPU 0, and would open a context there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def latent_batches(dataset: LatentDataset, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:
+    """Batches of steps start_step, start_step + 1, ... without end: a pure function of the plan and the step.
+
+    Epochs are laid end to end: no row is dropped, and each epoch takes each row once.
+    """
+    step, buffers = start_step, Buffers(plan, dataset.info.latent_shape)
+    while True:
+        indices, mirror = plan.indices(step, len(dataset)), plan.mirror(step)
+        posterior = buffers.empty()
+        _, labels = dataset.gather(indices, mirror, posterior.numpy())
+        yield LatentBatch(step, indices, mirror, posterior, torch.from_numpy(labels))
+        step += 1
+
+
+class LatentLoader:
+    """Iterates over `latent_batches` for ever, `prefetch` of them ahead in a thread, and can be resumed at any step.
+
+    A context manager: leaving it, or `close()`, ends the thread; iterating goes on after it where it stopped.
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        *,
+        seed: int,
+        global_batch_size: int,
+        mirror_prob: float,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        prefetch: int = 2,
+    ) -> None:
+        self.dataset, self.prefetch = dataset, prefetch
+        self.plan = BatchPlan(seed, global_batch_size, mirror_prob, rank, world_size, torch.device(device))
+        self.step = 0  # of the next batch to be handed out
+        self._ahead: Generator[LatentBatch, None, None] | None = None
+
+    def __iter__(self) -> Iterator[LatentBatch]:
+        return self
+
+    def __next__(self) -> LatentBatch:
+        if self._ahead is None:
+            self._ahead = prefetched(latent_batches(self.dataset, self.plan, self.step), self.prefetch)
+        try:
+            batch = next(self._ahead)
+        except BaseException:  # a generator that raised is spent: asked again, it would end the training in silence
+            self.close()
+            raise
+        self.step = batch.step + 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch starts; batches that were prepared but not handed out are not counted."""
+        return {"step": self.step, "epoch": self.step * self.plan.global_batch_size // len(self.dataset), **self._fixed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a state, of this or another number of workers. Raises UserError for one of another order."""
+        different = [
+            f"{name} {state.get(name)} instead of {value}"
+            for name, value in self._fixed.items()
+            if state.get(name) != value
+        ]
+        if different:
+            raise UserError(
+                f"the loader's state has {', '.join(different)}: going on would repeat and miss samples; resume with "
+                "the seed, batch and latents of the interrupted run, or start a new one"
+            )
+        self.close()
+        self.step = state["step"]
+
+    def close(self) -> None:
+        """End the thread. What it had prepared is prepared again if iterating goes on."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def __enter__(self) -> "LatentLoader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _fixed(self) -> dict[str, int]:
+        plan = self.plan
+        return {
+            "version": STATE_VERSION,
+            "seed": plan.seed,
+            "global_batch_size": plan.global_batch_size,
+            "num_samples": len(self.dataset),
+        }

@@ -1,0 +1,106 @@
+"""Work ahead of its consumer: one background thread and a bounded number of finished items."""
+
+import atexit
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_PATIENCE_S = 10.0  # how long a consumer that leaves waits for a producer that is in the middle of an item
+
+
+def prefetched(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """The items of `iterable`, up to `depth` of them made ahead by a thread; with depth 0, made when asked for.
+
+    The thread starts at the first `next`. It ends with the iterable, with `close()` (or the end of this generator's
+    life), or with the interpreter, and closes the iterable's iterator itself. What the iterable raises reaches the
+    consumer after the items before it, with the thread's traceback.
+    """
+    if depth == 0:
+        yield from iterable
+        return
+    shelf: _Shelf[T] = _Shelf(depth)
+    # A daemon: an interpreter that exits does not wait for it, but for `leave`, while threads can still end in order.
+    thread = threading.Thread(target=_fill, args=(iterable, shelf), name="edt-prefetch", daemon=True)
+
+    def leave() -> None:
+        shelf.abandon()
+        if thread is not threading.current_thread():  # a garbage collection can run this in any thread
+            thread.join(_PATIENCE_S)
+
+    thread.start()
+    atexit.register(leave)
+    try:
+        yield from shelf
+    finally:
+        leave()
+        atexit.unregister(leave)
+
+
+class _Shelf(Generic[T]):
+    """Finished items between two threads. `depth` bounds them together with the one that is being made."""
+
+    def __init__(self, depth: int) -> None:
+        self._items: deque[T] = deque()
+        self._depth = depth
+        self._changed = threading.Condition()
+        self._complete = self._abandoned = False
+        self._error: BaseException | None = None
+
+    def has_room(self) -> bool:
+        """Wait until another item may be made; False where nobody wants one any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._abandoned or len(self._items) < self._depth)
+            return not self._abandoned
+
+    def put(self, item: T) -> None:
+        with self._changed:
+            if not self._abandoned:
+                self._items.append(item)
+            self._changed.notify_all()
+
+    def finish(self, error: BaseException | None) -> None:
+        with self._changed:
+            self._complete, self._error = True, error
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        with self._changed:
+            self._abandoned = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._items or self._complete or self._abandoned)
+                if not self._items:
+                    break
+                item = self._items.popleft()
+                self._changed.notify_all()
+            yield item
+            del item  # a batch is the consumer's alone while the next one is waited for
+        if self._error is not None:
+            raise self._error
+
+
+def _fill(iterable: Iterable[T], shelf: _Shelf[T]) -> None:
+    error: BaseException | None = None
+    try:
+        iterator = iter(iterable)
+        try:
+            while shelf.has_room():
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    break
+                shelf.put(item)
+                del item
+        finally:
+            if isinstance(iterator, Generator):  # its files are closed by the thread that reads them
+                iterator.close()
+    except BaseException as raised:
+        error = raised
+    shelf.finish(error)

@@ -4,7 +4,7 @@ Legend: N images, S image side in pixels, C latent channels, h latent side (S / 
 Three stages, each with its range: pixels uint8 0..255 -> images float32 -1..1 -> posterior (mean, std) of raw latents.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,16 +80,20 @@ def fit_autoencoder(
     return model, {"mse": mse, "scaling_factor": factor}
 
 
-def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -> "AutoencoderKL":
-    """A published or stored AutoencoderKL by local folder or hub id, in evaluation mode.
+def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -> Any:
+    """A published or stored AutoencoderKL or AutoencoderTiny by local folder or hub id, in evaluation mode.
 
     Raises UserError where there is none to be had.
     """
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
     try:
-        model = AutoencoderKL.from_pretrained(str(location), use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
+        name = AutoencoderKL.load_config(str(location))["_class_name"]
+        if name not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise ValueError(f"it is a {name}, and AutoencoderKL and AutoencoderTiny are what can be used.")
+        make = AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL
+        model = make.from_pretrained(str(location), use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no autoencoder at {location!s}: {str(error).splitlines()[0]} Give autoencoder.pretrained a hub id that "
             "this machine can reach, a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); "
@@ -99,20 +103,68 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
 
 
 def autoencoder_facts(model: Any) -> dict[str, Any]:
-    """Downsample factor, latent channels and scaling factor of an AutoencoderKL."""
+    """Downsample factor, latent channels and scaling factor of an AutoencoderKL or AutoencoderTiny."""
+    levels = model.config.get("block_out_channels") or model.config.encoder_block_out_channels
     return {
-        "downsample_factor": 2 ** (len(model.config.block_out_channels) - 1),
+        "downsample_factor": 2 ** (len(levels) - 1),
         "latent_channels": int(model.config.latent_channels),
         "scaling_factor": float(model.config.scaling_factor),
     }
 
 
 @torch.inference_mode()
-def encode_posterior(model: Any, pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-    """Posterior mean and std, float32 [N, C, h, h], of uint8 [N, S, S, 3]."""
-    images = torch.from_numpy(to_model_range(pixels)).to(model.device, model.dtype)
-    posterior = model.encode(images).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+def encode_posterior(model: Any, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
+    """Posterior float32 [N, 2, C, h, h], mean and std, of pixels uint8 [N, S, S, 3].
+
+    AutoencoderTiny has no posterior: its latents are the mean, and the std is 0.
+    """
+    levels = torch.as_tensor(pixels).to(model.device, non_blocking=True)
+    images = levels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+    encoded = model.encode(images.to(model.dtype))
+    if hasattr(encoded, "latents"):
+        return torch.stack([encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)], dim=1)
+    return torch.stack([encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()], dim=1)
+
+
+@torch.inference_mode()
+def encode_both_sides(
+    model: Any, batches: Iterable[tuple[Any, NDArray[np.uint8]]]
+) -> Iterator[tuple[Any, NDArray[np.float32]]]:
+    """Yield (tag, posterior float32 [N, 2, 2, C, h, h]) for each (tag, pixels uint8 [N, S, S, 3]).
+
+    The second axis is (image, mirror image), the third (mean, std). A batch's results are fetched after the next batch
+    was handed to the accelerator, so that it never waits for the host.
+    """
+    on_cuda = model.device.type == "cuda"
+    waiting: tuple[Any, Tensor, Any] | None = None
+
+    def fetched(tag: Any, posterior: Tensor, ready: Any) -> tuple[Any, NDArray[np.float32]]:
+        if ready is not None:
+            ready.synchronize()
+        return tag, posterior.numpy()
+
+    for tag, pixels in batches:
+        levels = torch.from_numpy(pixels)
+        levels = levels.pin_memory() if on_cuda else levels
+        sides = [encode_posterior(model, view) for view in (levels, levels.flip(2))]
+        posterior, ready = torch.stack(sides, dim=1), None
+        if on_cuda:
+            host = torch.empty(posterior.shape, dtype=posterior.dtype, pin_memory=True)
+            posterior = host.copy_(posterior, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        if waiting is not None:
+            yield fetched(*waiting)
+        waiting = (tag, posterior, ready)
+    if waiting is not None:
+        yield fetched(*waiting)
+
+
+def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8]) -> dict[str, float]:
+    """How far the posterior means of `model` are from those of `exact`, in standard deviations of the latter."""
+    means = [encode_posterior(each, pixels)[:, 0].cpu().double() for each in (model, exact)]
+    error = (means[0] - means[1]) / means[1].std()
+    return {"max": float(error.abs().max()), "rms": float(error.square().mean().sqrt())}
 
 
 @torch.inference_mode()
@@ -127,7 +179,7 @@ def measure_scaling_factor(model: Any, pixels: NDArray[np.uint8], batch_size: in
     """1 / standard deviation of the latents of uint8 [N, S, S, 3]: scaled latents have unit variance."""
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(pixels), batch_size):
-        mean, std = (part.double() for part in encode_posterior(model, pixels[start : start + batch_size]))
+        mean, std = encode_posterior(model, pixels[start : start + batch_size]).double().unbind(1)
         count += mean.numel()
         total += float(mean.sum())
         squares += float((mean.square() + std.square()).sum())

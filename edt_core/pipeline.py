@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -62,7 +62,7 @@ class EDTPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: EDTTransformer,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         scheduler: DDPMScheduler,
         classes: Sequence[str] = (),
         protocol: dict[str, Any] | None = None,
@@ -111,7 +111,7 @@ class EDTPipeline(DiffusionPipeline):
 def save_pipeline(
     folder: Path,
     edt: EDT,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderTiny,
     *,
     num_timesteps: int,
     classes: Sequence[str],

@@ -3,14 +3,18 @@
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
 class Progress(Protocol):
     """Counts, metrics and warnings of one job. Implementations are picklable: workers get a copy."""
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units are finished."""
+    def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
+        """`done` of `total` units (`note` names them) are finished.
+
+        Where several tasks share the units, `part` says whose `done` it is: those of all parts are added up.
+        """
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Measured values at an explicit step."""
@@ -22,11 +26,31 @@ class Progress(Protocol):
 class Silent:
     """Tells nobody."""
 
-    def update(self, done: int, total: int, note: str = "") -> None: ...
+    def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None: ...
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
     def warn(self, message: str) -> None: ...
+
+
+@dataclass
+class Count:
+    """Units done, added up over the parts of one phase of a job; another `total` or `note` begins a new phase."""
+
+    total: int = 0
+    note: str = ""
+    parts: dict[int | None, int] = field(default_factory=dict)
+
+    def put(self, done: int, total: int, note: str, part: int | None) -> None:
+        """A part never goes back: messages of workers may arrive late."""
+        if part is None or (total, note) != (self.total, self.note):
+            self.parts.clear()
+        self.total, self.note = total, note
+        self.parts[part] = max(done, self.parts.get(part, 0))
+
+    @property
+    def done(self) -> int:
+        return sum(self.parts.values())
 
 
 class Printed:
@@ -34,16 +58,21 @@ class Printed:
 
     def __init__(self, verb: str, interval_s: float = 5.0) -> None:
         self.verb, self.interval_s = verb, interval_s
+        self.count = Count()
         self._started = self._last = time.monotonic()
 
-    def update(self, done: int, total: int, note: str = "") -> None:
+    def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
+        if total != self.count.total:
+            self._started = time.monotonic()
+        self.count.put(done, total, note, part)
         now = time.monotonic()
-        if now - self._last < self.interval_s and done < total:
+        if now - self._last < self.interval_s:
             return
         self._last = now
+        done = self.count.done
         rate = done / max(now - self._started, 1e-9)
         left = (total - done) / rate if rate else 0.0
-        print(f"{self.verb}: {done}/{total} {rate:.1f}/s, {left:.0f} s left {note}".rstrip(), file=sys.stderr)
+        print(f"{self.verb}: {done}/{total} {note}, {rate:.1f}/s, {left:.0f} s left".rstrip(), file=sys.stderr)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())

@@ -10,9 +10,9 @@ import ray
 from edt_core.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
-from edt_core.progress import Progress
-from edt_core.schema import IMAGE_SHARD
-from edt_core.storage import sha256_file
+from edt_core.progress import Progress, Silent
+from edt_core.schema import IMAGE_SHARD, MANIFEST_NAME
+from edt_core.storage import Folder, sha256_file
 from jobs.cluster import device_name, require, use_threads
 from jobs.verb import Verb
 
@@ -69,12 +69,39 @@ def published_source(config: AutoencoderConfig, tracking_uri: str | None = None)
 
         if tracking_uri is not None:
             mlflow.set_tracking_uri(tracking_uri)
-        return Source(Path(location), _registered(location))
+        return Source(location, _registered(location))
     folder = Path(location).expanduser().absolute()
     if not folder.is_dir():
-        return Source(Path(location), location)
+        return Source(location, location)
     digests = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
-    return Source(folder, sha256_json(digests))
+    return Source(str(folder), sha256_json(digests))
+
+
+def published_artifact(location: str, folder: Folder) -> Artifact:
+    """The published autoencoder at a hub id, local folder or MLflow URI as an artifact in `folder`; made once.
+
+    Raises UserError where there is none at the location.
+    """
+    from edt_core.autoencoder import autoencoder_facts, load_autoencoder
+
+    facts = autoencoder_facts(load_autoencoder(resolve(location)))
+    config = AutoencoderConfig(
+        pretrained=location,
+        downsample_factor=facts["downsample_factor"],
+        latent_channels=facts["latent_channels"],
+    ).published()
+    published = published_source(config)
+    assert published is not None
+    identity = VERB.fingerprint(config, {"published": published.fingerprint})
+    if folder.exists(MANIFEST_NAME):
+        made = Artifact.open(folder)
+        if made.fingerprint != identity:
+            raise UserError(
+                f"{folder.uri} holds another autoencoder than {location}, and their latents do not mix; give another "
+                "output folder"
+            )
+        return made
+    return VERB.execute(config, {"published": published}, ArtifactWriter(folder, VERB.kind, identity), Silent())
 
 
 def _registered(location: str) -> str:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -12,6 +12,7 @@ import ray.exceptions
 from edt_core.errors import UserError
 
 _OWN = "edt_own_session"  # a resource that marks a session that `connect` started
+MAX_RETRIES = 8  # of a task or actor whose process was lost: nodes go, but what always crashes must end
 _OBJECT_STORE_BYTES = 512 << 20  # artifacts go through the store on disk; Ray's objects here are small
 
 
@@ -94,6 +95,18 @@ def use_threads(num_cpus: float) -> None:
     torch.set_num_threads(max(1, int(num_cpus)))
 
 
+def finished(refs: Sequence[Any]) -> Generator[Any, None, None]:
+    """Yield references as their tasks finish. What is left when the iterator is closed is cancelled."""
+    pending = list(refs)
+    try:
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1)
+            yield from done
+    finally:
+        for ref in pending:
+            ray.cancel(ref)
+
+
 class _Holder:
     """A Ray actor around a worker that is made in its first call: an error while loading reaches the caller whole."""
 
@@ -118,7 +131,7 @@ def pooled(
     An item goes to an actor that has its place and is idle, so one placed actor is enough to finish: pools that share
     a full cluster do not wait for each other. A lost actor is started again and its item done again.
     """
-    options = {"max_restarts": 2, "max_task_retries": 2, **options}
+    options = {"max_restarts": MAX_RETRIES, "max_task_retries": MAX_RETRIES, **options}
     actors: list[Any] = [
         ray.remote(_Holder).options(**options).remote(make, arguments) for _ in range(min(size, len(items)))
     ]

@@ -1,19 +1,26 @@
-"""encode: image shards -> Arrow latent shards (posterior of image and mirror image) and their WebDataset twins."""
+"""encode: image shards -> Arrow latent shards (posterior of image and mirror image), WebDataset twins on request."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edt_core.artifact import Artifact, ArtifactWriter
+from edt_core.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.config import EncodeConfig
+from edt_core.data.shards import ImageSample, in_batches, read_image_shard
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import LATENT_SHARD, LATENT_TAR_SHARD
+from edt_core.storage import sha256_file
 from jobs.autoencoder import FOLDER, IMAGE_SHARDS
 from jobs.cluster import device_name, pooled, require, use_threads
 from jobs.verb import Verb
+
+_AHEAD = 3  # decoded batches that wait for the autoencoder
 
 
 class Encoder:
@@ -24,15 +31,21 @@ class Encoder:
         config: EncodeConfig,
         inputs: Mapping[str, Artifact],
         out: ArtifactWriter,
+        progress: Progress,
         device: str | None = None,
     ) -> None:
+        import torch
+
         from edt_core.autoencoder import load_autoencoder
         from edt_core.data.latents import LatentInfo
 
         use_threads(config.num_cpus_per_worker)
-        self.config, self.images, self.out = config, inputs["images"], out
+        self.config, self.images, self.out, self.progress = config, inputs["images"], out, progress
         source = inputs["autoencoder"]
-        self.model = load_autoencoder(source.directory(FOLDER), device or device_name(config.num_gpus_per_worker))
+        self.location = source.directory(FOLDER)
+        self.device = device or device_name(config.num_gpus_per_worker)
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]
+        self.model: Any = load_autoencoder(self.location, self.device).to(dtype)
         size, factor = self.images.counts["image_size"], source.counts["downsample_factor"]
         self.info = LatentInfo(
             autoencoder=f"{source.counts['source']}@{source.manifest.digest}",
@@ -41,43 +54,83 @@ class Encoder:
             latent_shape=(source.counts["latent_channels"], size // factor, size // factor),
         )
 
-    def work(self, shard: int) -> tuple[int, list[float], list[float]]:
-        """Encode shard number `shard`: rows, and sum and sum of squares of the latents by channel."""
+    def work(self, shard: int) -> dict[str, Any]:
+        """Encode shard number `shard`: rows, and sums and sums of squares of the latents by channel.
+
+        Shard 0 also tells the error of a precision below fp32.
+        """
         from dataclasses import replace
 
-        from edt_core.data.latents import LatentShard, write_latent_shard, write_latent_tar
+        from edt_core.data.latents import LatentShard, LatentShardWriter, write_latent_tar
 
         source = self.images.entries(IMAGE_SHARDS)[shard]
         name, twin = LATENT_SHARD.format(shard), LATENT_TAR_SHARD.format(shard)
-        if self.out.recover(name) and (not self.config.write_webdataset or self.out.recover(twin)):
-            rows = LatentShard(self.out.data.local_copy(name)).rows()
-        else:
-            rows = self._encode(self.images.path(source.path), source.rows)
-            info = replace(self.info, source_shard=source.path)
-            self.out.write(name, lambda path: write_latent_shard(path, rows, info))
-            if self.config.write_webdataset:
-                self.out.write(twin, lambda path: write_latent_tar(path, rows))
-        mean, std = (rows.posterior[:, i].astype(np.float64) for i in (0, 1))
-        return len(rows.keys), mean.sum((0, 2, 3)).tolist(), (mean**2 + std**2).sum((0, 2, 3)).tolist()
+        if not self.out.recover(name):
 
-    def _encode(self, path: Path, expected: int | None) -> Any:
-        from edt_core.autoencoder import encode_posterior
-        from edt_core.data.latents import LatentRows
-        from edt_core.data.shards import read_image_shard
+            def write_to(path: Path) -> int:
+                with LatentShardWriter(path, replace(self.info, source_shard=source.path)) as writer:
+                    for keys, labels, posterior in self._posteriors(shard, source):
+                        writer.write(keys, labels, posterior)
+                return writer.rows
 
-        samples = list(read_image_shard(path))
-        if len(samples) != expected:
-            raise UserError(f"{path} holds {len(samples)} images, its manifest says {expected}; run preprocess again")
-        parts = []
-        for start in range(0, len(samples), self.config.batch_size):
-            pixels = np.stack([sample.pixels() for sample in samples[start : start + self.config.batch_size]])
-            sides = [encode_posterior(self.model, view) for view in (pixels, np.ascontiguousarray(pixels[:, :, ::-1]))]
-            parts.append(np.stack([part.cpu().numpy() for side in sides for part in side], axis=1))
-        posterior = np.concatenate(parts) if parts else np.empty((0, 4, *self.info.latent_shape), np.float32)
-        if not np.isfinite(posterior).all():
-            raise UserError(f"the autoencoder gives latents of {path} that are not finite; encode in fp32")
-        labels = np.array([sample.label for sample in samples], dtype=np.int64)
-        return LatentRows(tuple(sample.key for sample in samples), labels, posterior)
+            self.out.write(name, write_to)
+        latents = LatentShard(self.out.data.local_copy(name))
+        if self.config.write_webdataset and not self.out.recover(twin):
+            self.out.write(twin, lambda path: write_latent_tar(path, latents))
+        if len(latents) != source.rows:
+            raise UserError(
+                f"{source.path} holds {len(latents)} images, its manifest says {source.rows}; preprocess again"
+            )
+        return {"rows": len(latents), **_sums(latents), "error": self._precision_error(source) if shard == 0 else None}
+
+    def _posteriors(self, shard: int, source: FileEntry) -> Iterator[tuple[Any, ...]]:
+        """(keys, labels int64 [n], posterior float32 [n, 2, 2, C, h, h]) of a shard, batch by batch."""
+        from edt_core.autoencoder import encode_both_sides
+        from edt_core.data.prefetch import prefetched
+
+        done = 0
+        with ThreadPoolExecutor(self.config.num_decode_threads) as pool:
+            ahead = prefetched(self._decoded(source, pool), _AHEAD)
+            for samples, posterior in encode_both_sides(self.model, ahead):
+                if not np.isfinite(posterior).all():
+                    raise UserError(
+                        f"the autoencoder gives latents of {source.path} that are not finite in "
+                        f"{self.config.precision}; set encode.precision=fp32"
+                    )
+                yield [s.key for s in samples], np.array([s.label for s in samples], dtype=np.int64), posterior
+                done += len(samples)
+                self.progress.update(done, self.images.counts["images"], "images", part=shard)
+
+    def _decoded(
+        self, source: FileEntry, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[tuple[ImageSample, ...], NDArray[np.uint8]]]:
+        """Batches of a shard's samples and their pixels, uint8 [n, S, S, 3]. Digested first: encode no wrong byte."""
+        path = self.images.path(source.path)
+        if sha256_file(path) != source.sha256:
+            raise UserError(f"{path} is not what its manifest says (another sha256); run preprocess again")
+        for samples in in_batches(read_image_shard(path), self.config.batch_size):
+            yield samples, np.stack(list(pool.map(ImageSample.pixels, samples)))
+
+    def _precision_error(self, source: FileEntry) -> dict[str, float] | None:
+        from edt_core.autoencoder import load_autoencoder, precision_error
+
+        if self.config.precision == "fp32" or not source.rows:
+            return None
+        first = islice(read_image_shard(self.images.path(source.path)), self.config.batch_size)
+        exact = load_autoencoder(self.location, self.device)
+        return precision_error(self.model, exact, np.stack([sample.pixels() for sample in first]))
+
+
+def _sums(latents: Any) -> dict[str, NDArray[np.float64]]:
+    """Sum and sum of squares by channel, of the latents as training draws them: the posterior's variance included."""
+    channels = latents.info.latent_shape[0]
+    total, squares = np.zeros(channels), np.zeros(channels)
+    for side, _ in latents.chunks:
+        posterior = side.reshape(-1, 2, *latents.info.latent_shape).astype(np.float64)
+        mean, std = posterior[:, 0], posterior[:, 1]
+        total += mean.sum((0, 2, 3))
+        squares += (mean**2 + std**2).sum((0, 2, 3))
+    return {"total": total, "squares": squares}
 
 
 def encode(
@@ -86,37 +139,50 @@ def encode(
     """Encode every shard of `inputs["images"]` with `inputs["autoencoder"]`.
 
     The counts hold mean and standard deviation by channel of the raw latents, posterior variance included.
+    Raises UserError where the image size does not fit the autoencoder, or a shard is not what its manifest says.
     """
-    shards = len(inputs["images"].entries(IMAGE_SHARDS))
-    resources = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
-    require("encode", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
-    parts: dict[int, tuple[int, list[float], list[float]]] = {}
-    for shard, part in pooled(Encoder, config.num_workers, range(shards), config, dict(inputs), out, **resources):
-        parts[shard] = part
-        progress.update(len(parts), shards, "shards")
-    # In order of shard: sums of floats hang on their order, and the manifest must not hang on who was first.
-    rows = sum(parts[shard][0] for shard in range(shards))
-    total, squares = (np.sum([parts[shard][i] for shard in range(shards)], axis=0) for i in (1, 2))
     images, source = inputs["images"], inputs["autoencoder"]
+    size, factor = images.counts["image_size"], source.counts["downsample_factor"]
+    if size % factor:
+        raise UserError(
+            f"images of {size} px do not fit an autoencoder that divides the side by {factor}; use a multiple of "
+            f"{factor} for preprocess.image_size"
+        )
+    require("encode", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
+    shards = range(len(images.entries(IMAGE_SHARDS)))
+    resources = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    work = pooled(Encoder, config.num_workers, shards, config, dict(inputs), out, progress, **resources)
+    parts: dict[int, dict[str, Any]] = {}
+    for shard, part in work:
+        parts[shard] = part
+        progress.update(part["rows"], images.counts["images"], "images", part=shard)
+    rows = sum(part["rows"] for part in parts.values())
     if rows != images.counts["images"]:
         raise UserError(
             f"encoded {rows} images, the image shards state {images.counts['images']}; run preprocess again"
         )
-    side = images.counts["image_size"] // source.counts["downsample_factor"]
-    mean = total / (rows * side * side)
+    side = size // factor
+    # In order of shard: sums of floats hang on their order, and the manifest must not hang on who was first.
+    mean, square = (sum(parts[k][name] for k in shards) / (rows * side * side) for name in ("total", "squares"))
+    if error := parts[0]["error"]:
+        progress.warn(
+            f"{config.precision} moves the latents by {error['rms']:.2e} (rms) and {error['max']:.2e} (largest) of "
+            "their standard deviation against fp32"
+        )
     return {
         "images": rows,
         "classes": images.counts["classes"],
-        "image_size": images.counts["image_size"],
+        "image_size": size,
         "latent_shape": [source.counts["latent_channels"], side, side],
         "scaling_factor": source.counts["scaling_factor"],
         "autoencoder_digest": source.manifest.digest,
         "channel_mean": mean.tolist(),
-        "channel_std": np.sqrt(squares / (rows * side * side) - mean**2).tolist(),
+        "channel_std": np.sqrt(square - mean**2).tolist(),
+        **({"precision_error": error} if error else {}),
     }
 
 
-VERB = Verb("encode", "latents", 1, EncodeConfig, encode, roles=("images", "autoencoder"))
+VERB = Verb("encode", "latents", 2, EncodeConfig, encode, roles=("images", "autoencoder"))
 
 if __name__ == "__main__":
     VERB.main()

@@ -1,132 +1,211 @@
-"""preprocess: an image folder -> WebDataset image shards, each a pure function of the plan.
+"""preprocess: labelled images -> WebDataset image shards, each a pure function of the plan.
 
 One Ray task makes one shard, so names and bytes are the same with any number of workers and after any crash.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import ray
 
 from edt_core.artifact import ArtifactWriter, Source
 from edt_core.config import PreprocessConfig
-from edt_core.data.images import ImageFolder, center_crop, decode_rgb, encode_png, scan_image_folder
+from edt_core.data.images import center_crop, decode_rgb, encode_image
 from edt_core.data.shards import ImageSample, write_image_shard
+from edt_core.data.sources import Listing, combine_identity, image_digest, list_source
 from edt_core.errors import UserError
 from edt_core.progress import Progress
-from edt_core.schema import CLASSES_NAME, IMAGE_SHARD
+from edt_core.schema import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
+from jobs.cluster import MAX_RETRIES, finished
 from jobs.verb import Verb
 
-REJECTED_NAME = "rejected.json"
-_SHOWN = 10
+_SHOWN = 10  # quarantined images in a message
+_KEPT = 10_000  # and in the manifest; all of them are in the shards' reports
+_TAR_BYTES = 5 << 10  # headers and padding of a sample's three members, and its small ones
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What one shard holds: (key, path, class) of each image, in order."""
+    """What one shard holds: a slice of the listing that begins at image `first`."""
 
-    name: str
-    root: Path
-    images: tuple[tuple[str, str, int], ...]
-    image_size: int
+    index: int
+    first: int
+    listing: Listing
+
+    @property
+    def name(self) -> str:
+        return IMAGE_SHARD.format(self.index)
+
+    @property
+    def report(self) -> str:
+        return REPORT_OF_SHARD.format(self.name)
 
 
-def plan_shards(source: ImageFolder, config: PreprocessConfig) -> list[ShardPlan]:
-    """Cut the sorted images into shards. The key of an image is its place in the whole list."""
-    numbered = [(f"{index:08d}", path, label) for index, (path, label) in enumerate(source.entries)]
-    cuts = range(0, len(numbered), config.images_per_shard)
-    return [
-        ShardPlan(
-            IMAGE_SHARD.format(k),
-            source.root,
-            tuple(numbered[cut : cut + config.images_per_shard]),
-            config.image_size,
+@dataclass
+class ShardReport:
+    """What became of a shard's images: rows written, (name, reason) of the quarantined, sha256 of every original."""
+
+    rows: int
+    quarantined: list[tuple[str, str]]
+    digests: bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rows": self.rows, "quarantined": self.quarantined, "digests": self.digests.hex()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ShardReport":
+        quarantined = [(name, reason) for name, reason in values["quarantined"]]
+        return cls(values["rows"], quarantined, bytes.fromhex(values["digests"]))
+
+
+def images_per_shard(config: PreprocessConfig) -> int:
+    """Images in every shard but the last: by count, and by bytes as if no pixel could be compressed."""
+    worst = config.image_size * (3 * config.image_size + 1) + _TAR_BYTES
+    if worst > config.max_shard_bytes:
+        raise UserError(
+            f"preprocess.max_shard_bytes {config.max_shard_bytes} is less than one image of {config.image_size} px may "
+            f"take, {worst} bytes; raise it"
         )
-        for k, cut in enumerate(cuts)
-    ]
+    return min(config.images_per_shard, config.max_shard_bytes // worst)
 
 
-def build_shard(plan: ShardPlan, out: ArtifactWriter) -> tuple[int, list[tuple[str, str]]]:
-    """Make one shard; returns the rows written and (path, reason) of what could not be read."""
-    rejected: list[tuple[str, str]] = []
+def plan_shards(listing: Listing, config: PreprocessConfig) -> list[ShardPlan]:
+    """Cut the listing into shards. The key of an image is its place in the whole listing."""
+    size = images_per_shard(config)
+    cuts = range(0, len(listing), size)
+    return [ShardPlan(k, first, listing.slice(first, first + size)) for k, first in enumerate(cuts)]
 
-    def samples() -> Any:
-        for key, path, label in plan.images:
-            try:
-                data = (plan.root / path).read_bytes()
-            except PermissionError as error:  # any other fault of the disk fails the task: it is not the image's
-                rejected.append((path, f"PermissionError: {error.strerror}"))
+
+def prepare(data: bytes, config: PreprocessConfig) -> bytes:
+    """One image cropped and encoded. Raises whatever the decoders raise for what is no image."""
+    image = center_crop(decode_rgb(data, config.decoder, config.rotate_by_exif), config.image_size)
+    return encode_image(image, config.image_format, config.jpeg_quality)
+
+
+def build_shard(
+    plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, tell: Callable[[int], None]
+) -> ShardReport:
+    """Make one shard and the report beside it. `tell(n)` hears how many images are done."""
+    quarantined: list[tuple[str, str]] = []
+    digests: list[bytes] = []
+
+    def samples() -> Iterator[ImageSample]:
+        for place, image in enumerate(plan.listing.images()):
+            tell(place)
+            digests.append(image_digest(image))
+            if image.data is None:
+                quarantined.append((image.name, image.error or "cannot be read"))
                 continue
             try:
-                image = center_crop(decode_rgb(data), plan.image_size)
+                data = prepare(image.data, config)
+            except MemoryError:  # the machine's fault, not the image's
+                raise
             except Exception as error:  # Pillow's decoders raise whatever they like on hostile bytes
-                rejected.append((path, f"{type(error).__name__}: {error}".replace(str(plan.root), "")))
-                continue
-            yield ImageSample(key, encode_png(image), label, path)
+                quarantined.append((image.name, f"{type(error).__name__}: {error}"))
+            else:
+                yield ImageSample(f"{plan.first + place:08d}", data, image.label, image.name, digests[-1].hex())
 
-    entry = out.write(plan.name, lambda path: write_image_shard(path, samples()))
-    out.write_json(f"rejected/{plan.name}.json", rejected)
-    return entry.rows or 0, rejected
+    entry = out.write(plan.name, lambda path: write_image_shard(path, samples(), config.image_format))
+    report = ShardReport(entry.rows or 0, quarantined, b"".join(digests))
+    out.write_json(plan.report, report.to_json())
+    return report
 
 
 def preprocess(
     config: PreprocessConfig, inputs: Mapping[str, Source], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Make every shard of the folder `inputs["source"]`.
+    """Make every shard of the images at `inputs["source"]`.
 
-    Raises UserError where the folder has no images, one class, or too many unreadable images: the first ten are listed.
+    Raises UserError where there are no images, one class, too many unreadable images (the first ten are listed), or
+    where the images are no longer those that `inputs["source"]` was made of.
     """
-    source = scan_image_folder(inputs["source"].path)
-    plans = plan_shards(source, config)
-    task = ray.remote(_shard_task)
-    pending = [task.remote(plan, out) for plan in plans]
-    done, rows, rejected = 0, 0, []
-    for part in pending:
-        shard_rows, shard_rejected = ray.get(part)
-        rows, done = rows + shard_rows, done + 1
-        rejected += shard_rejected
-        progress.update(done, len(plans), "shards")
-    check_rejected(rejected, len(source.entries), config.max_bad_fraction, progress)
-    out.write_json(CLASSES_NAME, list(source.classes))
+    import ray
+
+    source = inputs["source"]
+    assert source.selection is not None
+    listing = list_source(source.selection, progress)
+    plans = plan_shards(listing, config)
+    task = ray.remote(_shard_task).options(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
+    pending = {task.remote(plan, config, out, progress, len(listing)): plan.index for plan in plans}
+    reports: dict[int, ShardReport] = {}
+    with closing(finished(list(pending))) as done:
+        for ref in done:
+            reports[pending[ref]] = report = ray.get(ref)
+            progress.update(len(report.digests) // 32, len(listing), "images", part=pending[ref])
+            check_quarantined(reports.values(), len(listing), config.max_bad_fraction)
+    ordered = [reports[k] for k in range(len(plans))]
+    _check_source(listing, ordered, source)
+    if config.image_format == "jpeg":
+        progress.warn("the shards are JPEG: train on them if you must, but take FID references from lossless ones")
+    out.write_json(CLASSES_NAME, list(listing.classes))
+    return _counts(config, listing, ordered, progress)
+
+
+def _shard_task(
+    plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, progress: Progress, total: int
+) -> ShardReport:
+    import json
+
+    if out.recover(plan.name) and out.recover(plan.report):
+        return ShardReport.from_json(json.loads(out.data.read_bytes(plan.report)))
+    return build_shard(plan, config, out, lambda done: progress.update(done, total, "images", part=plan.index))
+
+
+def _counts(
+    config: PreprocessConfig, listing: Listing, reports: Sequence[ShardReport], progress: Progress
+) -> dict[str, Any]:
+    quarantined = [item for report in reports for item in report.quarantined]
+    digests = b"".join(report.digests for report in reports)
+    unique = len({digests[i : i + 32] for i in range(0, len(digests), 32)})
+    rows = sum(report.rows for report in reports)
+    assert rows + len(quarantined) == len(listing), "an image was lost or doubled"
+    if quarantined:
+        progress.warn(f"{len(quarantined)} of {len(listing)} images could not be read:{_listed(quarantined)}")
     return {
         "images": rows,
-        "found": len(source.entries),
-        "rejected": len(rejected),
-        "rejected_images": [{"path": path, "reason": reason} for path, reason in rejected[:1000]],
-        "classes": len(source.classes),
+        "found": len(listing),
+        "quarantined": len(quarantined),
+        "quarantined_images": [{"path": path, "reason": reason} for path, reason in quarantined[:_KEPT]],
+        "duplicates": len(listing) - unique,  # kept: published data sets hold some as well
+        "classes": len(listing.classes),
         "image_size": config.image_size,
+        "lossless": config.image_format != "jpeg",
     }
 
 
-def _shard_task(plan: ShardPlan, out: ArtifactWriter) -> tuple[int, list[tuple[str, str]]]:
-    import json
-
-    if (entry := out.recover(plan.name)) and out.recover(report := f"rejected/{plan.name}.json"):
-        listed = json.loads(out.data.read_bytes(report))
-        return entry.rows or 0, [(path, reason) for path, reason in listed]
-    return build_shard(plan, out)
-
-
-def check_rejected(
-    rejected: Sequence[tuple[str, str]], found: int, max_bad_fraction: float, progress: Progress
-) -> None:
-    """Warn of unreadable images; raise UserError where their share is above `max_bad_fraction`."""
-    if not rejected:
+def _check_source(listing: Listing, reports: Sequence[ShardReport], source: Source) -> None:
+    """What was read must be what the fingerprint was made of. A remote listing has only its store's word for it."""
+    if listing.remote:
         return
-    listing = "".join(f"\n  {path}: {reason}" for path, reason in rejected[:_SHOWN])
-    more = f"\n  and {len(rejected) - _SHOWN} more" if len(rejected) > _SHOWN else ""
-    share = len(rejected) / found
-    if share > max_bad_fraction or len(rejected) == found:
+    names, labels = (listing.table[column].to_pylist() for column in ("name", "label"))
+    digests = b"".join(report.digests for report in reports)
+    if combine_identity(listing.classes, names, labels, digests) != source.fingerprint:
         raise UserError(
-            f"{len(rejected)} of {found} images ({share:.2%}) could not be read, more than max_bad_fraction "
-            f"{max_bad_fraction:.2%} allows:{listing}{more}\nMend or remove them, or raise preprocess.max_bad_fraction."
+            f"the images at {source.location} changed while they were read: files were added, removed or written since "
+            "the run began; let them settle and run again into an empty folder"
         )
-    progress.warn(f"{len(rejected)} of {found} images could not be read and are left out:{listing}{more}")
 
 
-VERB = Verb("preprocess", "images", 1, PreprocessConfig, preprocess, roles=("source",))
+def check_quarantined(reports: Iterable[ShardReport], found: int, max_bad_fraction: float) -> None:
+    """Raise UserError as soon as more than `max_bad_fraction` of all images are known to be unreadable."""
+    reports = list(reports)
+    quarantined = [item for report in reports for item in report.quarantined]
+    if quarantined and (len(quarantined) > max_bad_fraction * found or len(quarantined) == found):
+        looked_at = sum(len(report.digests) // 32 for report in reports)
+        so_far = "" if looked_at == found else f", {looked_at} looked at so far"
+        raise UserError(
+            f"{len(quarantined)} of {found} images ({len(quarantined) / found:.2%}{so_far}) could not be read, more "
+            f"than max_bad_fraction {max_bad_fraction:.2%} allows:{_listed(quarantined)}\n"
+            "Mend or remove them, or raise preprocess.max_bad_fraction."
+        )
+
+
+def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
+    more = f"\n  and {len(quarantined) - _SHOWN} more" if len(quarantined) > _SHOWN else ""
+    return "".join(f"\n  {path}: {reason}" for path, reason in sorted(quarantined)[:_SHOWN]) + more
+
+
+VERB = Verb("preprocess", "images", 2, PreprocessConfig, preprocess, roles=("source",))
 
 if __name__ == "__main__":
     VERB.main()

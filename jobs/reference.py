@@ -1,6 +1,7 @@
 """reference: features of the real images, the other side of every metric."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import ray
 
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import ReferenceConfig
+from edt_core.errors import UserError
 from edt_core.progress import Progress
 from jobs.autoencoder import IMAGE_SHARDS
 from jobs.classifier import FOLDER
@@ -31,24 +33,27 @@ def _extract(
     from safetensors.numpy import save
 
     from edt_core.classifier import Classifier, classify
-    from edt_core.data.shards import load_images
+    from edt_core.data.shards import in_batches, read_image_shard
 
     use_threads(1)
     images = inputs["images"]
+    if not images.counts["lossless"]:
+        progress.warn("the image shards are JPEG: distances to them are not those of the original images")
     model = Classifier.load(inputs["classifier"].directory(FOLDER), device_name(config.num_gpus))
-    shards = images.entries(IMAGE_SHARDS)
-    parts, labels = [], []
-    for done, entry in enumerate(shards, start=1):
-        if not entry.rows:  # a shard of which every image was unreadable
-            continue
-        pixels, shard_labels = load_images([images.path(entry.path)], entry.rows)
-        batches = range(0, len(pixels), config.batch_size)
-        parts += [classify(model, pixels[start : start + config.batch_size])[0] for start in batches]
-        labels.append(shard_labels)
-        progress.update(done, len(shards), "shards")
-    features = np.concatenate(parts)
-    out.write_bytes(FEATURES_NAME, save({"features": features, "labels": np.concatenate(labels)}), len(features))
-    return {"images": len(features), "feature_dim": int(features.shape[1])}
+    features, labels = [], []
+    samples = chain.from_iterable(read_image_shard(path) for path in images.paths(IMAGE_SHARDS))
+    for batch in in_batches(samples, config.batch_size):
+        features.append(classify(model, np.stack([sample.pixels() for sample in batch]))[0])
+        labels += [sample.label for sample in batch]
+        progress.update(len(labels), images.counts["images"], "images")
+    if len(labels) != images.counts["images"]:
+        raise UserError(
+            f"the image shards hold {len(labels)} images where {images.counts['images']} are stated; run preprocess "
+            "again"
+        )
+    found = np.concatenate(features)
+    out.write_bytes(FEATURES_NAME, save({"features": found, "labels": np.array(labels, dtype=np.int64)}), len(labels))
+    return {"images": len(labels), "feature_dim": int(found.shape[1])}
 
 
 VERB = Verb("reference", "reference", 1, ReferenceConfig, reference, roles=("images", "classifier"))

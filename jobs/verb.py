@@ -3,20 +3,20 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from edt_core.artifact import Artifact, ArtifactWriter, Source, fingerprint
-from edt_core.config import Section, result_fields
+from edt_core.config import Section, SourceConfig, result_fields
 from edt_core.errors import UserError
-from edt_core.progress import Printed, Progress
+from edt_core.progress import Progress, Silent
 from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
+from jobs.options import add_fields, given_fields, parse_assignment, read_yaml, validated
+from jobs.progress import Bar, relayed
 
 Input = Artifact | Source
 Job = Callable[[Any, Mapping[str, Any], ArtifactWriter, Progress], dict[str, Any]]
@@ -56,106 +56,114 @@ class Verb:
             result_fields(config), fingerprints, counts, step_version=self.version, started=started, **commit
         )
 
-    def main(self, arguments: Sequence[str] | None = None) -> None:
-        """The verb on its own: inputs, the output folder, `--config FILE` and `--set key=value`. Exits with 0 or 2."""
-        parser = argparse.ArgumentParser(
-            prog=f"python -m jobs.{self.name}", description=(self.run.__doc__ or "").split("\n")[0]
-        )
-        for role in self.roles:
-            parser.add_argument(role, help="image folder" if role == "source" else f"artifact folder: {role}")
-        parser.add_argument("out", help="folder for the artifact: new, empty, or of an unfinished run to go on with")
+    def main(self, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+        """The verb on its own: `INPUT OUT` and an option for each further input and field. Exits with 0 or 2."""
+        parser = self._parser(prog or f"python -m jobs.{self.name}")
+        options = parser.parse_args(arguments)
+        with exit_code():
+            artifact = self._run_alone(options)
+            digest = artifact.manifest.digest[:12]
+            print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
+
+    def _parser(self, prog: str) -> argparse.ArgumentParser:
+        first, *others = self.roles
+        parser = argparse.ArgumentParser(prog=prog, description=(self.run.__doc__ or "").split("\n")[0])
+        parser.add_argument(first, help=_ROLE_HELP.get(first, f"{first} artifact: a folder or URI"))
+        parser.add_argument("out", help=_OUT_HELP)
+        for role in others:
+            text = _ROLE_HELP.get(role, f"{role} artifact: a folder or URI")
+            parser.add_argument(f"--{role}", required=True, help=text)
+        if first == "source":
+            add_fields(parser.add_argument_group("source"), SourceConfig, leave_out=("path",))
+        add_fields(parser.add_argument_group("fields"), self.config)
         parser.add_argument("--config", type=Path, help=f"YAML file with fields of {self.config.__name__}")
         parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set one field")
-        options = parser.parse_args(arguments)
-        try:
-            artifact = self._run_alone(options)
-        except Exception as error:
-            from jobs.cluster import cause_of
-
-            cause = cause_of(error)
-            if not isinstance(cause, UserError):
-                raise
-            print(f"error: {cause}", file=sys.stderr)
-            sys.exit(2)
-        print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {artifact.manifest.digest[:12]}")
+        return parser
 
     def _run_alone(self, options: argparse.Namespace) -> Artifact:
         fields: dict[str, Any] = read_yaml(options.config) if options.config else {}
-        fields |= dict(parse_assignment(text) for text in options.set)
+        fields |= given_fields(options, self.config) | dict(parse_assignment(text) for text in options.set)
         config = validated(self.config, fields)
-        inputs = {role: open_input(role, getattr(options, role)) for role in self.roles}
-        identity = self.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
         folder = Folder.at(options.out)
-        if folder.exists(MANIFEST_NAME):
-            artifact = Artifact.open(folder)
-            if artifact.fingerprint != identity:
-                raise UserError(
-                    f"{folder.uri} already holds an artifact made from another configuration or other inputs; "
-                    "give an empty folder"
-                )
-            print(f"{self.name}: reused, nothing has changed", file=sys.stderr)
-            return artifact
-        from jobs.cluster import connect
+        with Bar(self.name) as bar:
+            inputs = {role: open_input(role, getattr(options, role), folder, options, bar) for role in self.roles}
+            identity = self.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+            with _alone_in(folder):
+                if (made := _made_before(folder, identity)) is not None:
+                    print(f"{self.name}: reused, nothing has changed", file=sys.stderr)
+                    return made
+                from jobs.cluster import connect
 
-        connect(min_cpus=2)
-        return self.execute(config, inputs, ArtifactWriter(folder, self.kind, identity), Printed(self.name))
-
-
-def open_input(role: str, location: str) -> Input:
-    """An input by its role: the source is an image folder, everything else a committed artifact."""
-    if role != "source":
-        return Artifact.open(location)
-    from edt_core.data.images import scan_image_folder, source_digest
-
-    path = Path(location).expanduser().absolute()
-    return Source(path, source_digest(scan_image_folder(path)))
+                connect(min_cpus=2)
+                out = ArtifactWriter(folder, self.kind, identity)
+                out.check_own()
+                with relayed(self.name, bar) as progress:
+                    return self.execute(config, inputs, out, progress)
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """`key=value` with the value as YAML. Raises UserError."""
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set takes key=value, as train.max_steps=50; got {text!r}")
+_OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run to go on with"
+_ROLE_HELP = {
+    "source": "labelled images: a folder, file or URI (s3://...)",
+    "autoencoder": "autoencoder artifact, local diffusers folder, hub id, or MLflow URI (models:/NAME@ALIAS)",
+}
+
+
+@contextmanager
+def exit_code() -> Iterator[None]:
+    """A user's mistake becomes one message and exit code 2, an interrupt 130."""
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {key}: {value!r} is not a YAML value; quote it as in --set '{key}=\"text\"'") from error
+        yield
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept, run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from jobs.cluster import cause_of
+
+        cause = cause_of(error)
+        if not isinstance(cause, UserError):
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        sys.exit(2)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises UserError."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no configuration: a mapping of fields is expected")
-    return values
+def _alone_in(folder: Folder) -> AbstractContextManager[object]:
+    """Held while a verb works on a local folder: started twice, one makes the artifact and the other waits for it."""
+    from filelock import FileLock
+
+    if (root := folder.local) is None:
+        return nullcontext()
+    folder.check_writable()
+    return FileLock(root / ".lock")
 
 
-def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:
-    """Validate fields against a schema. Raises UserError: a line a problem, with the known keys for an unknown one."""
-    try:
-        return schema.model_validate(fields)
-    except ValidationError as error:
-        raise UserError("\n".join(_problem(schema, problem) for problem in error.errors())) from error
+def _made_before(folder: Folder, identity: str) -> Artifact | None:
+    if not folder.exists(MANIFEST_NAME):
+        return None
+    artifact = Artifact.open(folder)
+    if artifact.fingerprint != identity:
+        raise UserError(
+            f"{folder.uri} already holds an artifact made from another configuration or other inputs; "
+            "give an empty folder"
+        )
+    return artifact
 
 
-def _problem(schema: type[Section], problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or schema.__name__
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(schema, problem["loc"][:-1])
-        return f"unknown configuration key {where!r}; known keys here: {', '.join(known)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"configuration {where!r}: {message} (got {problem['input']!r})" if problem["loc"] else message
+def open_input(role: str, location: str, out: Folder, options: argparse.Namespace, progress: Progress) -> Input:
+    """An input by its role: images, an autoencoder from anywhere, else a committed artifact. Raises UserError."""
+    if role == "source":
+        fields = given_fields(options, SourceConfig) | {"path": location}
+        return image_source(validated(SourceConfig, fields), progress)
+    if role == "autoencoder" and not Folder.at(location).exists(MANIFEST_NAME):
+        from jobs.autoencoder import published_artifact
+
+        return published_artifact(location, out.child(".autoencoder"))
+    return Artifact.open(location)
 
 
-def _known_keys(schema: type[Section], path: Sequence[Any]) -> list[str]:
-    for part in path:
-        field = schema.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            break
-        schema = field.annotation
-    return sorted(schema.model_fields)
+def image_source(config: SourceConfig, progress: Progress | None = None) -> Source:
+    """The images of a configuration and the identity of what they are. Raises UserError where there are none."""
+    from edt_core.data.sources import list_source, source_identity
+
+    told = progress or Silent()
+    assert config.path is not None
+    return Source(config.path, source_identity(list_source(config, told), told), config)

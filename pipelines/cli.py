@@ -52,6 +52,34 @@ def run(
         raise typer.Exit(2 if all(isinstance(e, UserError) for e in outcome.failures.values()) else 1)
 
 
+# A verb has its own parser, one option a field of its configuration, and prints its own help.
+_VERB = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}, "add_help_option": False}
+
+
+@app.command(**_VERB)  # type: ignore[arg-type]
+def preprocess(context: typer.Context) -> None:
+    """Turn labelled images into image shards: SOURCE OUT."""
+    from jobs.preprocess import VERB
+
+    VERB.main(context.args, "edt preprocess")
+
+
+@app.command(**_VERB)  # type: ignore[arg-type]
+def encode(context: typer.Context) -> None:
+    """Turn image shards into latent shards: IMAGES OUT --autoencoder PATH_OR_ID."""
+    from jobs.encode import VERB
+
+    VERB.main(context.args, "edt encode")
+
+
+@app.command(**_VERB)  # type: ignore[arg-type]
+def bench(context: typer.Context) -> None:
+    """Measure this machine: data or encode, each figure beside a plain baseline."""
+    from jobs.benchmark import main
+
+    main(context.args, "edt bench")
+
+
 @app.command()
 def configs(
     name: Annotated[str | None, typer.Argument(help="show this one, defaults included")] = None,
@@ -64,21 +92,14 @@ def configs(
 
 @app.command()
 def verify(
-    artifact: Annotated[str, typer.Argument(help="artifact folder: the one that holds manifest.json")],
+    artifact: Annotated[str, typer.Argument(help="artifact folder or URI: the one that holds manifest.json")],
     deep: Annotated[bool, typer.Option(help="digest every file, not only its size")] = False,
 ) -> None:
     """Check an artifact against its manifest."""
-    from edt_core.artifact import Artifact
+    from edt_core.progress import Printed
+    from jobs.verify import verify as verified
 
-    opened = Artifact.open(artifact)
-    if problems := opened.problems(deep):
-        raise UserError("\n".join([f"{artifact} is damaged:", *problems]))
-    manifest = opened.manifest
-    size = sum(entry.bytes for entry in manifest.files)
-    checked = "sha256 of every file" if deep else "size of every file"
-    typer.echo(
-        f"{manifest.kind} {manifest.digest[:12]}: {len(manifest.files)} files, {size:,} bytes, {checked} as stated"
-    )
+    typer.echo(verified(artifact, deep, Printed("verify")))
 
 
 def show_outcome(outcome: "Outcome", terminal: Any) -> None:

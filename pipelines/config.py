@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -17,29 +17,17 @@ from edt_core.config import (
     ReferenceConfig,
     SampleConfig,
     Section,
+    SourceConfig,
     TrainConfig,
     runtime,
 )
 from edt_core.errors import UserError
 from edt_core.metrics import metric_name
 from edt_core.models import model_config
-from jobs.verb import parse_assignment, read_yaml, validated
+from jobs.options import parse_assignment, read_yaml, validated
 
 DEFAULT_CONFIG = "quickstart"
 _SHIPPED = Path(__file__).with_name("configs")
-
-
-class SourceConfig(Section):
-    """Where the labelled images come from."""
-
-    kind: Literal["image_folder", "digits"] = "image_folder"
-    path: str | None = Field(None, description="folder with one sub-folder a class")
-
-    @model_validator(mode="after")
-    def _folder_has_path(self) -> "SourceConfig":
-        if self.kind == "image_folder" and not self.path:
-            raise ValueError("source.path is missing: give the image folder, as --set source.path=/data/images")
-        return self
 
 
 class PromoteConfig(Section):

@@ -7,11 +7,12 @@ from typing import Any
 from edt_core.artifact import Artifact, Source
 from edt_core.config import Section
 from jobs.cluster import cause_of
+from jobs.progress import Board
 from jobs.verb import Verb
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
 from pipelines.step import StepFuture, StepTask, input_fingerprints, run_step
-from pipelines.terminal import Board, Terminal
+from pipelines.terminal import Terminal
 
 _POLL_S = 0.5
 

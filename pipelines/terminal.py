@@ -5,45 +5,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edt_core.progress import Silent
+from jobs.progress import BoardProgress
 from pipelines.catalog import Catalog
 
 
-class Board:
-    """A Ray actor that keeps the latest count of every step, and warnings in order."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, tuple[int, int, str]] = {}
-        self.warnings: list[tuple[str, str]] = []
-
-    def update(self, step: str, done: int, total: int, note: str) -> None:
-        self.steps[step] = (done, total, note)
-
-    def warn(self, step: str, message: str) -> None:
-        self.warnings.append((step, message))
-
-    def read(self) -> tuple[dict[str, tuple[int, int, str]], list[tuple[str, str]]]:
-        return self.steps, self.warnings
-
-
-class StepProgress:
+class StepProgress(BoardProgress):
     """The `Progress` of one step: counts go to the board, metrics to the step's MLflow run. Picklable."""
 
-    _INTERVAL_S = 0.5
-
     def __init__(self, step: str, board: Any, catalog: Catalog, run_id: str) -> None:
-        self.step, self.board, self.catalog, self.run_id = step, board, catalog, run_id
-        self._told = 0.0
-
-    def update(self, done: int, total: int, note: str = "") -> None:
-        if done == total or time.monotonic() - self._told > self._INTERVAL_S:
-            self._told = time.monotonic()
-            self.board.update.remote(self.step, done, total, note)
+        super().__init__(step, board)
+        self.catalog, self.run_id = catalog, run_id
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self.catalog.log_metrics(self.run_id, values, step)
 
+
+class SourceProgress(Silent):
+    """The `Progress` of what the driver does itself: a bar named `source`."""
+
+    def __init__(self, terminal: "Terminal") -> None:
+        self.terminal = terminal
+
+    def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
+        self.terminal.show({"source": (done, total, note)}, [])
+
     def warn(self, message: str) -> None:
-        self.board.warn.remote(self.step, message)
+        self.terminal.warn(f"source: {message}")
 
 
 @dataclass
@@ -89,6 +77,10 @@ class Terminal:
     def warn(self, message: str) -> None:
         self.say(f"warning: {message}", "yellow")
 
+    def source_progress(self) -> "SourceProgress":
+        """Where listing and digesting the images tell how far they are, before there is a board."""
+        return SourceProgress(self)
+
     def reused(self, step: str, fingerprint: str) -> None:
         self.say(f"  reused    {step:<40} {fingerprint[:12]}", "dim")
 
@@ -101,8 +93,8 @@ class Terminal:
             if step not in self._lines:
                 self._lines[step] = _Line(self._bars.add_task(step, total=total, note="", left=""), time.monotonic())
             line = self._lines[step]
-            seconds = time.monotonic() - line.started
-            left = f"{seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
+            seconds = max(time.monotonic() - line.started, 1e-9)
+            left = f"{done / seconds:.1f}/s, {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
             self._bars.update(line.task, completed=done, total=total, note=note, left=left)
 
     def finished(self, step: str, seconds: float, fingerprint: str) -> None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edt_core.artifact import Artifact, Source
-from edt_core.config import TrainConfig
+from edt_core.config import SourceConfig, TrainConfig
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.verb import image_source
 from pipelines import summary
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
-from pipelines.config import PipelineConfig, SourceConfig, as_yaml
+from pipelines.config import PipelineConfig, as_yaml
 from pipelines.engine import Workflow
 from pipelines.registry import Decision, Entry, promote
 from pipelines.step import StepFuture
@@ -46,18 +47,15 @@ class Outcome:
     reused: int = 0
 
 
-def prepare_source(config: SourceConfig, store: Folder) -> Source:
-    """The image folder and the digest of what is in it. Raises UserError where there are no images to train on."""
+def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal) -> Source:
+    """The images and the identity of what they are. Raises UserError where there are none to train on."""
     from edt_core.data.digits import write_digits
-    from edt_core.data.images import scan_image_folder, source_digest
 
     if config.kind == "digits":
         root = store.local or Path(_CACHE).expanduser()
         path = write_digits(root / "sources" / "digits")
-    else:
-        assert config.path is not None
-        path = Path(config.path).expanduser().absolute()
-    return Source(path, source_digest(scan_image_folder(path)))
+        config = SourceConfig(kind="image_folder", path=str(path), classes=config.classes, limit=config.limit)
+    return image_source(config, terminal.source_progress())
 
 
 def images_fingerprint(config: PipelineConfig, source: Source) -> str:
@@ -127,7 +125,7 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
 
     started = time.monotonic()
     store = Store.open(config.store)
-    source = prepare_source(config.source, store.root)
+    source = prepare_source(config.source, store.root, terminal)
     # On a new store MLflow makes its tables for about as long as Ray starts: the one need not wait for the other.
     with ThreadPoolExecutor(1) as pool:
         opened = pool.submit(Catalog.open, store.root, config.name)

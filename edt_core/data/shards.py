@@ -7,30 +7,43 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.data.images import decode_rgb
 from edt_core.errors import UserError
-from edt_core.schema import CLASS_MEMBER, IMAGE_MEMBER, JSON_MEMBER
+from edt_core.schema import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
+
+T = TypeVar("T")
+
+
+def in_batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """Tuples of `size` items in order; the last may be shorter."""
+    iterator = iter(items)
+    while batch := tuple(islice(iterator, size)):
+        yield batch
 
 
 @dataclass(frozen=True)
 class ImageSample:
-    """One preprocessed image: PNG bytes of size S x S, its class, and the path it came from."""
+    """One preprocessed image: its encoded bytes (S x S pixels), its class, and what it was made from.
+
+    `source` is the name of the original in its source, `sha256` the hex digest of the original's bytes.
+    """
 
     key: str
-    png: bytes
+    data: bytes
     label: int
     source: str
+    sha256: str
 
     def pixels(self) -> NDArray[np.uint8]:
         """uint8 [S, S, 3]."""
-        return np.asarray(decode_rgb(self.png))
+        return np.asarray(decode_rgb(self.data))
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
@@ -57,21 +70,33 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield sample["__key__"], members
 
 
-def write_image_shard(path: Path, samples: Iterable[ImageSample]) -> int:
+def write_image_shard(path: Path, samples: Iterable[ImageSample], image_format: str) -> int:
     """Write an image shard; returns the number of samples."""
+    image_member = IMAGE_MEMBERS[image_format]
 
     def members(sample: ImageSample) -> dict[str, bytes]:
-        about = json.dumps({"label": sample.label, "source": sample.source}, sort_keys=True)
-        return {IMAGE_MEMBER: sample.png, CLASS_MEMBER: b"%d" % sample.label, JSON_MEMBER: about.encode()}
+        about = {"label": sample.label, "sha256": sample.sha256, "source": sample.source}
+        text = json.dumps(about, sort_keys=True)
+        return {image_member: sample.data, CLASS_MEMBER: b"%d" % sample.label, JSON_MEMBER: text.encode()}
 
     return write_tar(path, ((sample.key, members(sample)) for sample in samples))
 
 
 def read_image_shard(path: Path) -> Iterator[ImageSample]:
-    """Yield the samples of an image shard in order."""
+    """Yield the samples of an image shard in order, one in memory at a time.
+
+    Raises UserError where a sample lacks a member. A tar that was cut may end early in silence: check the digest before
+    or the number of samples after.
+    """
     for key, members in read_tar(path):
+        image = next((members[name] for name in IMAGE_MEMBERS.values() if name in members), None)
+        if image is None or CLASS_MEMBER not in members or JSON_MEMBER not in members:
+            raise UserError(
+                f"sample {key} of {path} has only the members {sorted(members)}: it is no image shard, or damaged; "
+                "run preprocess again"
+            )
         about = json.loads(members[JSON_MEMBER])
-        yield ImageSample(key, members[IMAGE_MEMBER], int(members[CLASS_MEMBER]), str(about["source"]))
+        yield ImageSample(key, image, int(members[CLASS_MEMBER]), about["source"], about["sha256"])
 
 
 def load_images(

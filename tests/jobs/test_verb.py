@@ -50,7 +50,7 @@ def test_a_verb_alone_fails_with_one_message_and_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.preprocess", str(tmp_path / "none"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the image folder")
+    assert done.stderr.startswith("error: the source ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -58,7 +58,7 @@ def test_a_verb_alone_fails_with_one_message_and_code_2(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_verb_alone_makes_an_artifact_and_reuses_it(digits_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.preprocess", str(digits_folder), str(tmp_path / "out")]
-    command += ["--set", "image_size=32"]
+    command += ["--image-size", "32"]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "digest" in first.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=True)

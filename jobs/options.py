@@ -1,0 +1,84 @@
+"""Configuration from the command line: fields as options, `--set key=value`, YAML files, and clear refusals."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from edt_core.config import Section
+from edt_core.errors import UserError
+
+
+def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()) -> None:
+    """An option `--field-name VALUE` for each field of a section; values are read as YAML."""
+    for name, info in schema.model_fields.items():
+        if name not in leave_out:
+            choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+            metavar = "|".join(map(str, choices)) or name.split("_")[-1].upper()
+            parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=metavar, help=_help(info))
+
+
+def _help(info: FieldInfo) -> str:
+    shown = {True: "true", False: "false"}.get(info.default, info.default) if info.default != () else None
+    default = "" if shown is None else f"  [default: {shown}]"
+    return f"{info.description or ''}{default}".strip().replace("%", "%%")
+
+
+def given_fields(options: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
+    """The fields of a section that were given as options."""
+    given = {name: getattr(options, name, None) for name in schema.model_fields}
+    return {name: parse_assignment(f"{name}={value}")[1] for name, value in given.items() if value is not None}
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key=value` with the value as YAML. Raises UserError."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set takes key=value, as train.max_steps=50; got {text!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: {value!r} is not a YAML value; quote it as in --set '{key}=\"text\"'") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises UserError."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no configuration: a mapping of fields is expected")
+    return values
+
+
+def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:
+    """Validate fields against a schema. Raises UserError: a line a problem, with the known keys for an unknown one."""
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
+        raise UserError("\n".join(_problem(schema, problem) for problem in error.errors())) from error
+
+
+def _problem(schema: type[Section], problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or schema.__name__
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(schema, problem["loc"][:-1])
+        return f"unknown configuration key {where!r}; known keys here: {', '.join(known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"configuration {where!r}: {message} (got {problem['input']!r})" if problem["loc"] else message
+
+
+def _known_keys(schema: type[Section], path: Sequence[Any]) -> list[str]:
+    for part in path:
+        field = schema.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            break
+        schema = field.annotation
+    return sorted(schema.model_fields)

@@ -1,0 +1,310 @@
+"""preprocess on real photos and on hostile ones: exact pixels, nothing lost, nothing silently wrong."""
+
+import io
+import json
+import os
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edt_core.artifact import Artifact, ArtifactWriter, Source
+from edt_core.config import PreprocessConfig, SourceConfig
+from edt_core.data.images import MAX_PIXELS, center_crop, decode_rgb, encode_image
+from edt_core.data.shards import read_image_shard
+from edt_core.data.sources import list_source
+from edt_core.errors import UserError
+from edt_core.progress import Silent
+from edt_core.storage import Folder
+from jobs import preprocess
+from jobs.verb import image_source
+from tests.edt_core.test_images import reference_crop
+
+SHARDS = "images-*.tar"
+
+
+class Heard(Silent):
+    """Keeps the warnings of a job."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def run(folder: Path, out: Path, progress: Silent | None = None, **fields: object) -> Artifact:
+    config = PreprocessConfig.model_validate({"image_size": 32, "max_bad_fraction": 1, **fields})
+    source = image_source(SourceConfig(path=str(folder)))
+    identity = preprocess.VERB.fingerprint(config, {"source": source.fingerprint})
+    writer = ArtifactWriter(Folder.at(out), "images", identity)
+    return preprocess.VERB.execute(config, {"source": source}, writer, progress or Silent())
+
+
+def samples(artifact: Artifact) -> dict[str, np.ndarray]:
+    return {s.source: s.pixels() for path in artifact.paths(SHARDS) for s in read_image_shard(path)}
+
+
+@pytest.mark.parametrize("size", [256, 64])
+def test_every_sample_photo_is_cropped_as_adm_does(photos: Path, size: int) -> None:
+    """Bit for bit: our decode, crop and lossless formats against the formula applied with Pillow to the same pixels."""
+    paths = sorted(photos.glob("*/*.JPEG"))
+    assert len(paths) == 250
+    for path in paths:
+        expected = reference_crop(Image.open(path).convert("RGB"), size)
+        image = center_crop(decode_rgb(path.read_bytes()), size)
+        for image_format in ("webp", "png"):
+            stored = np.asarray(Image.open(io.BytesIO(encode_image(image, image_format))))
+            assert np.array_equal(stored, expected), (path, image_format)
+
+
+# --- hostile images: name -> bytes, and what becomes of them
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (40, 48)) -> Image.Image:
+    levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(levels).convert(mode)
+
+
+def saved(image: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=image_format, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of 100 bytes that says it is side x side."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+def sixteen_bit() -> bytes:
+    levels = np.random.default_rng(0).integers(0, 65536, (40, 40), dtype=np.uint16)
+    return saved(Image.fromarray(levels), "PNG")
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(picture(), "JPEG", exif=exif)
+
+
+def animated() -> bytes:
+    frames = [picture("P"), Image.new("P", (40, 48), 7), Image.new("P", (40, 48), 9)]
+    return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+HOSTILE = {
+    "truncated.jpg": saved(picture(), "JPEG")[:700],
+    "truncated.png": saved(picture(), "PNG")[:3000],
+    "zero.jpg": b"",
+    "text.jpg": b"<html>404</html>",
+    "bomb.png": bomb(50_000),
+    "large.png": bomb(10_000),
+    "float.tif": saved(Image.fromarray(np.ones((40, 40), np.float32)), "TIFF"),
+}
+STRANGE = {
+    "cmyk.jpg": saved(picture("CMYK"), "JPEG"),
+    "grey.jpg": saved(picture("L"), "JPEG"),
+    "deep.png": sixteen_bit(),
+    "palette.png": saved(picture("P"), "PNG", transparency=bytes(range(256))),
+    "alpha.png": saved(picture("RGBA"), "PNG"),
+    "animated.gif": animated(),
+    "rotated.jpg": rotated(),
+    "png-named.jpg": saved(picture(), "PNG"),
+    "one-pixel.png": saved(picture(size=(1, 1)), "PNG"),
+    "thin.png": saved(picture(size=(3, 900)), "PNG"),
+    "twin-1.png": saved(picture(size=(33, 33)), "PNG"),
+    "twin-2.png": saved(picture(size=(33, 33)), "PNG"),
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hostile") / "images"
+    for k, (name, data) in enumerate({**HOSTILE, **STRANGE}.items()):
+        (root / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        (root / "ab"[k % 2] / name).write_bytes(data)
+    with open(os.fsencode(root / "a") + b"/not-utf8-\xff.png", "wb") as file:
+        file.write(saved(picture(), "PNG"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def taken(hostile: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
+    return run(hostile, tmp_path_factory.mktemp("taken"), images_per_shard=4)
+
+
+pytestmark = pytest.mark.ray
+
+
+def test_every_hostile_image_is_taken_or_quarantined_with_its_reason(taken: Artifact) -> None:
+    counts = taken.counts
+    assert counts["found"] == len(HOSTILE) + len(STRANGE) + 1
+    assert counts["images"] + counts["quarantined"] == counts["found"]
+    reasons = {Path(row["path"]).name: row["reason"] for row in counts["quarantined_images"]}
+    assert set(reasons) == set(HOSTILE)
+    assert all(reasons.values())
+    assert "decompression bomb" in reasons["bomb.png"]
+    assert f"10000 x 10000 pixels, more than {MAX_PIXELS}: a decompression bomb" in reasons["large.png"]
+    assert {Path(name).name for name in samples(taken)} == {*STRANGE, "not-utf8-\\xff.png"}
+    assert counts["duplicates"] == 2  # the twins, and the PNG that has two names
+    reports = [taken.read_json(entry.path) for entry in taken.entries("reports/*.json")]
+    assert sum(len(report["quarantined"]) for report in reports) == len(HOSTILE)
+
+
+def test_strange_images_are_handled_as_documented(taken: Artifact, hostile: Path) -> None:
+    found = {Path(name).name: pixels for name, pixels in samples(taken).items()}
+
+    def expected(image: Image.Image) -> np.ndarray:
+        return reference_crop(image.convert("RGB"), 32)
+
+    for name in ("cmyk.jpg", "grey.jpg", "palette.png", "alpha.png", "rotated.jpg", "animated.gif", "thin.png"):
+        assert np.array_equal(found[name], expected(Image.open(io.BytesIO(STRANGE[name])))), name
+    levels = np.asarray(Image.open(io.BytesIO(STRANGE["deep.png"])))
+    assert np.array_equal(found["deep.png"], expected(Image.fromarray((levels / 257).round().astype(np.uint8))))
+    assert np.array_equal(found["png-named.jpg"], found["not-utf8-\\xff.png"])
+    assert np.array_equal(found["twin-1.png"], found["twin-2.png"])
+
+
+def test_photos_can_be_turned_upright(hostile: Path, tmp_path: Path, ray_session: None) -> None:
+    turned = samples(run(hostile, tmp_path / "o", rotate_by_exif=True))
+    upright = decode_rgb(STRANGE["rotated.jpg"]).transpose(Image.Transpose.ROTATE_270)
+    name = next(name for name in turned if name.endswith("rotated.jpg"))
+    assert np.array_equal(turned[name], reference_crop(upright, 32))
+
+
+def test_too_many_fail_the_step_and_the_first_ten_are_listed(hostile: Path, tmp_path: Path, ray_session: None) -> None:
+    for k in range(8):
+        path = hostile / "b" / f"bad-{k}.png"
+        path.write_bytes(b"bad")
+    try:
+        with pytest.raises(UserError, match=r"15 of 28 images \(53.57%.*\) could not be read") as error:
+            run(hostile, tmp_path / "o", max_bad_fraction=0.1, images_per_shard=100)
+    finally:
+        for k in range(8):
+            (hostile / "b" / f"bad-{k}.png").unlink()
+    text = str(error.value)
+    assert len([line for line in text.splitlines() if line.startswith("  ") and ": " in line]) == 10
+    assert "and 5 more" in text
+    assert "Mend or remove them" in text
+    assert not (tmp_path / "o" / "manifest.json").exists()
+
+
+def test_names_and_bytes_do_not_depend_on_who_works(hostile: Path, taken: Artifact, tmp_path: Path) -> None:
+    """Each shard made here, in one process and in reverse order, is byte for byte what the Ray tasks made."""
+    config = PreprocessConfig(image_size=32, images_per_shard=4)
+    plans = preprocess.plan_shards(list_source(SourceConfig(path=str(hostile))), config)
+    out = ArtifactWriter(Folder.at(tmp_path), "images", "0" * 64)
+    for plan in reversed(plans):
+        preprocess.build_shard(plan, config, out, lambda done: None)
+    made = {entry.path: entry for entry in out.written()}
+    kept = {entry.path: entry for entry in taken.manifest.files if entry.path != "classes.json"}
+    assert made == kept
+
+
+def test_shards_are_cut_by_bytes_as_well_as_by_count(digits_folder: Path, tmp_path: Path) -> None:
+    listing = list_source(SourceConfig(path=str(digits_folder)))
+    assert [len(p.listing) for p in preprocess.plan_shards(listing, PreprocessConfig(images_per_shard=12))] == [
+        12,
+        12,
+        8,
+    ]
+    config = PreprocessConfig(image_size=256, max_shard_bytes=1 << 20)
+    plans = preprocess.plan_shards(listing, config)
+    assert [len(plan.listing) for plan in plans] == [5, 5, 5, 5, 5, 5, 2]
+    out = ArtifactWriter(Folder.at(tmp_path), "images", "0" * 64)
+    noise = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (256, 256, 3), dtype=np.uint8)) for i in range(5)
+    ]
+    folder = tmp_path / "noise"
+    for i, image in enumerate(noise):  # nothing compresses less
+        (folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        image.save(folder / str(i % 2) / f"{i}.png")
+    plan = preprocess.plan_shards(list_source(SourceConfig(path=str(folder))), config)[0]
+    for image_format in ("webp", "png"):
+        preprocess.build_shard(plan, config.model_copy(update={"image_format": image_format}), out, lambda done: None)
+        assert (tmp_path / plan.name).stat().st_size <= config.max_shard_bytes
+    with pytest.raises(UserError, match="less than one image of 4096 px"):
+        preprocess.images_per_shard(PreprocessConfig(image_size=4096, max_shard_bytes=1 << 20))
+
+
+def test_jpeg_shards_say_what_they_are(digits_folder: Path, tmp_path: Path, ray_session: None) -> None:
+    heard = Heard()
+    lossy = run(digits_folder, tmp_path / "o", heard, image_format="jpeg", jpeg_quality=80)
+    assert lossy.counts["lossless"] is False
+    assert lossy.manifest.config["jpeg_quality"] == 80
+    assert any("FID references from lossless" in warning for warning in heard.warnings)
+    member = next(read_image_shard(lossy.paths(SHARDS)[0])).data
+    assert Image.open(io.BytesIO(member)).format == "JPEG"
+
+
+def test_a_faster_decoder_is_in_the_manifest_and_close(photos: Path, tmp_path: Path, ray_session: None) -> None:
+    pytest.importorskip("simplejpeg", reason="simplejpeg is an extra")
+    folder = tmp_path / "s"
+    for path in sorted(photos.glob("*/*.JPEG"))[:6]:
+        (folder / path.parent.name).mkdir(parents=True)
+        (folder / path.parent.name / path.name).symlink_to(path)
+    fast, plain = (run(folder, tmp_path / d, decoder=d, image_size=64) for d in ("simplejpeg", "pillow"))
+    assert fast.manifest.config["decoder"] == "simplejpeg"
+    assert fast.fingerprint != plain.fingerprint
+    pairs = [
+        (a.astype(int), b.astype(int)) for a, b in zip(samples(fast).values(), samples(plain).values(), strict=True)
+    ]
+    assert all(np.abs(a - b).mean() < 3 for a, b in pairs)
+
+
+def test_a_sample_tells_what_it_was_made_from(taken: Artifact, hostile: Path) -> None:
+    import hashlib
+
+    for item in read_image_shard(taken.paths(SHARDS)[0]):
+        if "not-utf8" not in item.source:
+            assert item.sha256 == hashlib.sha256((hostile / item.source).read_bytes()).hexdigest()
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    digits_folder: Path, tmp_path: Path, ray_session: None
+) -> None:
+    source = image_source(SourceConfig(path=str(digits_folder)))
+    stale = Source(source.location, "0" * 64, source.selection)
+    with pytest.raises(UserError, match="changed while they were read"):
+        preprocess.VERB.execute(
+            PreprocessConfig(image_size=32),
+            {"source": stale},
+            ArtifactWriter(Folder.at(tmp_path), "images", "1" * 64),
+            Silent(),
+        )
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_finished_shards_are_taken_over_and_a_spoiled_one_is_not(
+    digits_folder: Path, tmp_path: Path, ray_session: None
+) -> None:
+    config = PreprocessConfig(image_size=32, images_per_shard=8)
+    source = image_source(SourceConfig(path=str(digits_folder)))
+    identity = preprocess.VERB.fingerprint(config, {"source": source.fingerprint})
+    dead = ArtifactWriter(Folder.at(tmp_path), "images", identity, "a1")
+    plans = preprocess.plan_shards(list_source(SourceConfig(path=str(digits_folder))), config)
+    for plan in plans[:3]:
+        preprocess.build_shard(plan, config, dead, lambda done: None)
+    inodes = [(tmp_path / "a1" / plan.name).stat().st_ino for plan in plans[:3]]
+    spoiled = tmp_path / "a1" / plans[1].name
+    data = bytearray(spoiled.read_bytes())
+    data[1000] ^= 1
+    spoiled.write_bytes(data)
+    new = replace(dead, attempt="a2", previous=("a1",))
+    artifact = preprocess.VERB.execute(config, {"source": source}, new, Silent())
+    taken = [(tmp_path / "a2" / plan.name).stat().st_ino == inode for plan, inode in zip(plans, inodes, strict=False)]
+    assert taken == [True, False, True]
+    assert artifact.manifest.digest == run(digits_folder, tmp_path / "whole", images_per_shard=8).manifest.digest
+    assert json.loads((tmp_path / "a2" / "classes.json").read_text()) == ["0", "1", "2", "3"]

@@ -158,7 +158,7 @@ def bench_preprocess(work: Path, photos: list[Path], number: int) -> list[Row]:
     from edt_core.data.images import SAVE_OPTIONS
 
     source = linked_folder(photos, work / "source", number)
-    config = PreprocessConfig(image_size=256, images_per_shard=max(1, number // 16))
+    config = PreprocessConfig(image_size=256, images_per_shard=max(1, number // 24))
     _run_preprocess(PreprocessConfig(image_size=32, images_per_shard=max(1, number // 8)), source, work / "warm")
     paths = [
         Path(source.location) / f"class{i % 10}" / f"{i:07d}{photos[i % len(photos)].suffix}" for i in range(number)
@@ -363,7 +363,8 @@ def _sd_vae() -> Any:
 
 def _image_shards(folder: Path, photos: list[Path], number: int) -> Artifact:
     """Image shards of 256 px written here, without Ray."""
-    from edt_core.data.shards import ImageSample, in_batches, write_image_shard
+    from edt_core.data.prefetch import in_batches
+    from edt_core.data.shards import ImageSample, write_image_shard
     from jobs.preprocess import prepare
 
     out = ArtifactWriter(Folder.at(folder), "images", "0" * 64)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edt_core.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.config import EncodeConfig
-from edt_core.data.shards import ImageSample, in_batches, read_image_shard
+from edt_core.data.prefetch import in_batches
+from edt_core.data.shards import ImageSample, read_image_shard
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import LATENT_SHARD, LATENT_TAR_SHARD

@@ -33,7 +33,8 @@ def _extract(
     from safetensors.numpy import save
 
     from edt_core.classifier import Classifier, classify
-    from edt_core.data.shards import in_batches, read_image_shard
+    from edt_core.data.prefetch import in_batches
+    from edt_core.data.shards import read_image_shard
 
     use_threads(1)
     images = inputs["images"]

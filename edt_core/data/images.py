@@ -88,9 +88,13 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    # Pillow resamples columns, then rows, with 8-bit levels between. Done one by one, rows are made of the columns that
+    # are kept alone, and every level is the same.
+    columns = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    kept = columns.crop((left, 0, left + size, image.height))
+    return kept.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
 
 
 # On 250 photos at 256 px: WebP 97 kB in 1.7 ms, PNG 119 kB in 3.6 ms; Pillow's default PNG is 117 kB in 12.4 ms.

@@ -4,11 +4,19 @@ import atexit
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 _PATIENCE_S = 10.0  # how long a consumer that leaves waits for a producer that is in the middle of an item
+
+
+def in_batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """Tuples of `size` items in order; the last may be shorter."""
+    iterator = iter(items)
+    while batch := tuple(islice(iterator, size)):
+        yield batch
 
 
 def prefetched(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:

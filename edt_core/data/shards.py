@@ -7,9 +7,9 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +17,6 @@ from numpy.typing import NDArray
 from edt_core.data.images import decode_rgb
 from edt_core.errors import UserError
 from edt_core.schema import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
-
-T = TypeVar("T")
-
-
-def in_batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """Tuples of `size` items in order; the last may be shorter."""
-    iterator = iter(items)
-    while batch := tuple(islice(iterator, size)):
-        yield batch
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from edt_core.data.prefetch import in_batches
 from edt_core.data.sources.files import THREADS, as_text, open_file, remote, remote_path, shown
 from edt_core.errors import UserError
 from edt_core.storage import Folder
 from edt_core.store_errors import clear_remote_errors
 
-_WINDOW = 16  # images in flight
+_HANDFUL = 4  # images a thread reads in a row: a switch of threads for each one costs as much as reading it
 _ROWS_PER_READ = 1024  # rows of the listing that are Python objects at a time
 _PARQUET_ROWS = 16  # images of a parquet file in memory at a time
 _LOCAL_BUFFER, _REMOTE_BUFFER = 1 << 20, 8 << 20  # bytes of a parquet file that are asked for at once
@@ -69,17 +70,21 @@ def rows(table: pa.Table) -> Iterator[Row]:
         )
 
 
-def ahead(work: Callable[[Item], Made], items: Iterable[Item], window: int = _WINDOW) -> Iterator[Made]:
-    """`work` of each item, in order; up to `window` of them under way in eight threads."""
+def ahead(work: Callable[[Item], Made], items: Iterable[Item], handful: int = 1) -> Iterator[Made]:
+    """`work` of each item, in order, made ahead by eight threads that take a `handful` of items at a time."""
+
+    def several(batch: tuple[Item, ...]) -> list[Made]:
+        return [work(item) for item in batch]
+
     with ThreadPoolExecutor(THREADS) as pool:
-        pending: deque[Future[Made]] = deque()
+        pending: deque[Future[list[Made]]] = deque()
         try:
-            for item in items:
-                pending.append(pool.submit(work, item))
-                if len(pending) >= window:
-                    yield pending.popleft().result()
+            for batch in in_batches(items, handful):
+                pending.append(pool.submit(several, batch))
+                if len(pending) >= THREADS:
+                    yield from pending.popleft().result()
             while pending:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         finally:  # the reader may stop early
             for future in pending:
                 future.cancel()
@@ -100,7 +105,7 @@ def read_files(root: Folder, table: pa.Table, ranges: bool, made: Callable[[RawI
                 return made(row.unreadable(error))
         return made(RawImage(as_text(row.name), row.label, data))
 
-    return ahead(image, rows(table))
+    return ahead(image, rows(table), _HANDFUL)
 
 
 def _disk_reader(root: Folder) -> Callable[[Row, bool], bytes]:

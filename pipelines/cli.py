@@ -75,7 +75,7 @@ def encode(context: typer.Context) -> None:
 @app.command(**_VERB)  # type: ignore[arg-type]
 def bench(context: typer.Context) -> None:
     """Measure this machine: data or encode, each figure beside a plain baseline."""
-    from jobs.benchmark import main
+    from jobs.benchmark.command import main
 
     main(context.args, "edt bench")
 

@@ -1,0 +1,5 @@
+"""`python -m jobs.benchmark`."""
+
+from jobs.benchmark.command import main
+
+main()

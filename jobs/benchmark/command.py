@@ -1,0 +1,47 @@
+"""`edt bench`: measure and print a table in Markdown."""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.benchmark.encode import bench_encode
+from jobs.benchmark.images import bench_planning, bench_preprocess, made_photos, photos_in
+from jobs.benchmark.latents import bench_latents
+from jobs.benchmark.memory import bench_memory
+from jobs.benchmark.table import Row, hardware, table
+from jobs.verb import exit_code
+
+
+def bench(part: str, images: str | None, scale: float, work_in: str | None = None) -> list[Row]:
+    """Measure one part, "data" or "encode"; `scale` below 1 makes it smaller and less exact, for a try."""
+    with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=work_in) as folder:
+        work = Path(folder)
+        photos = photos_in(Path(images)) if images else made_photos(work / "photos")
+        if part == "encode":
+            return bench_encode(work, photos, max(4, int(8192 * scale)), batch_size=max(2, int(64 * min(scale, 1))))
+        from jobs.cluster import connect
+
+        rows = bench_latents(_made(work / "latents"), int(20_000 * scale))
+        rows += bench_planning(work, int(1_300_000 * scale))
+        connect(min_cpus=2)
+        rows += bench_preprocess(_made(work / "preprocess"), photos, int(12_000 * scale))
+        return rows + bench_memory(_made(work / "memory"), photos, int(50_000 * scale))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.benchmark") -> None:
+    """Measure and print a table in Markdown."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("part", choices=["data", "encode"], help="data: latents, planning, preprocess, memory")
+    parser.add_argument("--images", help="folder of JPEG photos to measure with  [default: made ones]")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, as 0.02 for a try")
+    parser.add_argument("--work-in", help="folder for some GB of scratch files  [default: the system's]")
+    options = parser.parse_args(arguments)
+    with exit_code():
+        rows = bench(options.part, options.images, options.scale, options.work_in)
+        print(f"{hardware()}\n\n{table(rows)}")

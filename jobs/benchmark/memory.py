@@ -1,0 +1,64 @@
+"""Resident memory of the workers of preprocess and encode."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edt_core.artifact import Artifact
+from edt_core.config import EncodeConfig, PreprocessConfig
+from jobs import encode
+from jobs.benchmark.encode import stored_autoencoder
+from jobs.benchmark.images import execute, linked_folder, run_preprocess
+from jobs.benchmark.table import Row, mib
+
+
+def bench_memory(work: Path, photos: list[Path], number: int) -> list[Row]:
+    """Highest resident memory of any Ray worker over a folder of `number` images, and over a tenth of it."""
+    rows = []
+    for count in (number // 10, number):
+        source = linked_folder(photos, work / f"source-{count}", count)
+        with peak_of_workers() as peak:
+            images = run_preprocess(PreprocessConfig(image_size=64), source, work / f"images-{count}")
+        rows.append(Row(f"memory of a preprocess worker, {count:,} images", mib(peak[0]), "", None, "under 1,536 MiB"))
+        vae = _small_autoencoder(work / "autoencoder", 64)
+        with peak_of_workers() as peak:
+            execute(encode.VERB, EncodeConfig(), work / f"latents-{count}", images=images, autoencoder=vae)
+        rows.append(Row(f"memory of an encode worker, {count:,} images", mib(peak[0]), "", None, "under 1,536 MiB"))
+    return rows
+
+
+@contextmanager
+def peak_of_workers(interval_s: float = 0.2) -> Iterator[list[int]]:
+    """A list that ends with the highest resident bytes (VmHWM) that any Ray worker of this machine had by then."""
+    peak, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(interval_s):
+            peak[0] = max([peak[0], *_worker_peaks()])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _worker_peaks() -> Iterator[int]:
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        except OSError:  # it ended
+            continue
+        if fields["Name"].strip().startswith("ray::") and "VmHWM" in fields:
+            yield int(fields["VmHWM"].split()[0]) << 10
+
+
+def _small_autoencoder(folder: Path, size: int) -> Artifact:
+    """An unfitted small autoencoder: what it makes of images does not matter here."""
+    from edt_core.autoencoder import build_autoencoder
+    from edt_core.config import AutoencoderConfig
+
+    return stored_autoencoder(folder, lambda: build_autoencoder(AutoencoderConfig(base_channels=8), size))

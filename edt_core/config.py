@@ -63,7 +63,7 @@ class PreprocessConfig(Section):
     """A source -> image shards."""
 
     image_size: int = Field(256, ge=8, le=4096, description="side of the square images in pixels")
-    images_per_shard: int = Field(4096, ge=1)
+    images_per_shard: int = Field(4096, ge=1, description="images in every shard but the last")
     max_shard_bytes: int = Field(
         1 << 30, ge=1 << 16, description="no shard is larger; counted as if nothing could be compressed"
     )
@@ -119,9 +119,9 @@ class EncodeConfig(Section):
         "fp32", description="of the autoencoder; below fp32 its error against fp32 is measured and kept"
     )
     write_webdataset: bool = Field(False, description="also write the row-identical WebDataset shards")
-    batch_size: int = runtime(64, ge=1)
+    batch_size: int = runtime(64, ge=1, description="images the autoencoder takes at once")
     num_decode_threads: int = runtime(2, ge=1, description="threads of a worker that decode images ahead")
-    num_workers: int = runtime(2, ge=1)
+    num_workers: int = runtime(2, ge=1, description="each loads the autoencoder once and takes shard after shard")
     num_cpus_per_worker: float = runtime(1, ge=0)
     num_gpus_per_worker: float = runtime(0, ge=0)
 

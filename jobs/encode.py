@@ -137,8 +137,9 @@ def _sums(latents: Any) -> dict[str, NDArray[np.float64]]:
 def encode(
     config: EncodeConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Encode every shard of `inputs["images"]` with `inputs["autoencoder"]`.
+    """Encode image shards into latent shards: the autoencoder's posterior of each image and its mirror image.
 
+    Makes one shard for each of `inputs["images"]`, with `inputs["autoencoder"]`.
     The counts hold mean and standard deviation by channel of the raw latents, posterior variance included.
     Raises UserError where the image size does not fit the autoencoder, or a shard is not what its manifest says.
     """

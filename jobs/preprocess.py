@@ -114,9 +114,9 @@ def build_shard(
 def preprocess(
     config: PreprocessConfig, inputs: Mapping[str, Source], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Make every shard of the images at `inputs["source"]`.
+    """Crop labelled images to squares and write them as WebDataset shards.
 
-    Raises UserError where there are no images, one class, too many unreadable images (the first ten are listed), or
+    `inputs["source"]` says where the images are. Raises UserError where there are no images, one class, too many unreadable images (the first ten are listed), or
     where the images are no longer those that `inputs["source"]` was made of.
     """
     import ray

@@ -165,5 +165,6 @@ def image_source(config: SourceConfig, progress: Progress | None = None) -> Sour
     from edt_core.data.sources import list_source, source_identity
 
     told = progress or Silent()
-    assert config.path is not None
+    if config.path is None or config.kind == "digits":
+        raise UserError("the digits come with the pipeline (edt run quickstart); here, give images of your own")
     return Source(config.path, source_identity(list_source(config, told), told), config)

@@ -116,8 +116,8 @@ def preprocess(
 ) -> dict[str, Any]:
     """Crop labelled images to squares and write them as WebDataset shards.
 
-    `inputs["source"]` says where the images are. Raises UserError where there are no images, one class, too many unreadable images (the first ten are listed), or
-    where the images are no longer those that `inputs["source"]` was made of.
+    `inputs["source"]` says where the images are. Raises UserError where there are none, only one class, too many that
+    cannot be read (the first ten are listed), or where they are no longer what `inputs["source"]` was made of.
     """
     import ray
 

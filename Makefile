@@ -39,10 +39,10 @@ bench: install                 ## times the quickstart, its second run and the C
 wheel: install
 	$(BIN)/python -m build --wheel
 
-lock:                          ## resolve pyproject.toml anew in a scratch environment and write the pins
+lock:                          ## resolve pyproject.toml anew and write the pins, but for what torch's CUDA build brings itself
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install --quiet ".[dev]"
-	.lock-venv/bin/pip freeze --exclude edt-pipeline | sed 's/+cpu//' > requirements.lock
+	.lock-venv/bin/pip freeze --exclude edt-pipeline | sed 's/+cpu//' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
 	rm -rf .lock-venv
 
 clean:

@@ -1,0 +1,422 @@
+"""The jobs on a store that speaks S3: the artifacts of a local disk, byte for byte, and no secret anywhere."""
+
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.autoencoder import build_autoencoder
+from edt_core.cache import cache_folder
+from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, Section, SourceConfig, TrainConfig
+from edt_core.data.latents import LatentDataset
+from edt_core.data.shards import read_image_shard
+from edt_core.progress import Silent
+from edt_core.schema import MANIFEST_NAME
+from edt_core.storage import Folder
+from jobs import encode, preprocess, train
+from jobs.autoencoder import published_artifact
+from jobs.verb import Input, Verb, image_source
+from tests.edt_core.test_sources_kinds import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
+
+pytestmark = pytest.mark.ray
+
+PER_CLASS, SIZE, IMAGES_PER_SHARD = 20, 32, 24
+PREPROCESS = PreprocessConfig(image_size=SIZE, images_per_shard=IMAGES_PER_SHARD)
+ENCODE = EncodeConfig(batch_size=8, write_webdataset=True)
+LATENTS = [f"latents-{k:05d}.{kind}" for k in range(3) for kind in ("arrow", "tar")]
+
+
+# --- a Ray session that knows the store
+
+
+@pytest.fixture(scope="module")
+def ray_on_s3(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray session whose workers have the S3 server's variables, and this node's cache for them.
+
+    Workers inherit the environment that their raylet was started with, as on a cluster of one's own. The session that
+    other modules share was started before there were such variables, and a driver that sets them afterwards does not
+    hand them on. So this module has a session of its own. Should the shared one be up, it is taken down for the time
+    and another one put in its place: `ray_session` promises a session, not one and the same (nothing of another module
+    lives in it between two tests). Should it not be up yet, `ray_session` starts it when somebody asks for it.
+    """
+    import ray
+
+    from jobs.cluster import connect
+
+    cache = tmp_path_factory.mktemp("node") / "edt-cache"
+    shared = ray.is_initialized()
+    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(variable, raising=False)
+        for variable, value in {
+            "AWS_ACCESS_KEY_ID": "test-access-key",
+            "AWS_SECRET_ACCESS_KEY": "test-secret-canary-7f3a9c",  # as the `s3` fixture says it to the driver
+            "AWS_ENDPOINT_URL": s3_server,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": str(cache.with_name("no-aws-config")),
+            "AWS_SHARED_CREDENTIALS_FILE": str(cache.with_name("no-aws-credentials")),
+            "EDT_CACHE_DIR": str(cache),
+        }.items():
+            patch.setenv(variable, value)
+        connect(min_cpus=2)
+    yield cache
+    ray.shutdown()
+    if shared:
+        connect(min_cpus=2)
+
+
+@pytest.fixture
+def store(s3: str, ray_on_s3: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of a new bucket; driver and workers are one node, with one cache."""
+    monkeypatch.setenv("EDT_CACHE_DIR", str(ray_on_s3))
+    return s3
+
+
+# --- what is made on the local disk
+
+
+def execute(verb: Verb, config: Section, location: str | Path, **inputs: Input) -> Artifact:
+    identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+    return verb.execute(config, inputs, ArtifactWriter(Folder.at(location), verb.kind, identity), Silent())
+
+
+def preprocessed(source: str, out: str | Path) -> Artifact:
+    return execute(preprocess.VERB, PREPROCESS, out, source=image_source(SourceConfig(path=source)))
+
+
+@dataclass(frozen=True)
+class Made:
+    """The chain on the local disk."""
+
+    images: Artifact
+    vae_folder: Path
+    vae: Artifact
+    latents: Artifact
+
+
+@pytest.fixture(scope="module")
+def pictures(cifar: Path) -> Images:
+    """Sixty real photos of three classes."""
+    return [
+        (f"{wnid}/{wnid}_{path.stem}.JPEG", label, path.read_bytes())
+        for label, (name, wnid) in enumerate(WNIDS.items())
+        for path in sorted((cifar / name).iterdir())[:PER_CLASS]
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(pictures: Images, tmp_path_factory: pytest.TempPathFactory, ray_on_s3: Path) -> Made:
+    root = tmp_path_factory.mktemp("local")
+    images = preprocessed(put(image_folder(pictures)[0], str(root / "source")), root / "images")
+    assert [entry.rows for entry in images.entries("images-*.tar")] == [24, 24, 12]
+    build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), SIZE).save_pretrained(root / "vae")
+    vae = published_artifact(str(root / "vae"), Folder.at(root / "autoencoder"))
+    latents = execute(encode.VERB, ENCODE, root / "latents", images=images, autoencoder=vae)
+    return Made(images, root / "vae", vae, latents)
+
+
+def put(files: dict[str, bytes], root: str) -> str:
+    """Write files below a local folder or a URI."""
+    if "://" in root:
+        import fsspec
+
+        fsspec.filesystem("s3").pipe({f"{root}/{name}": data for name, data in files.items()})
+        return root
+    for name, data in files.items():
+        (Path(root) / name).parent.mkdir(parents=True, exist_ok=True)
+        (Path(root) / name).write_bytes(data)
+    return root
+
+
+def uploaded(artifact: Artifact, uri: str) -> Artifact:
+    """A copy of a local artifact in the store."""
+    names = [MANIFEST_NAME, *(entry.path for entry in artifact.entries())]
+    put({name: artifact.folder.read_bytes(name) for name in names}, uri)
+    return Artifact.open(uri)
+
+
+def samples(artifact: Artifact) -> list[tuple[str, int, np.ndarray]]:
+    found = (sample for path in artifact.paths("images-*.tar") for sample in read_image_shard(path))
+    return [(sample.key, sample.label, sample.pixels()) for sample in found]
+
+
+def overwrite(artifact: Artifact, name: str, place: int) -> None:
+    """Flip a bit of an object."""
+    data = bytearray(artifact.data.read_bytes(name))
+    data[place] ^= 1
+    artifact.data.write_bytes(name, bytes(data))
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the objects that are downloaded to this node's cache."""
+    names: list[str] = []
+    fetch = Folder.fetch
+
+    def counted(self: Folder, name: str, target: Path) -> str:
+        names.append(name)
+        return fetch(self, name, target)
+
+    monkeypatch.setattr(Folder, "fetch", counted)
+    return names
+
+
+# --- preprocess
+
+
+def test_preprocess_from_store_to_store_is_that_of_the_disk(store: str, pictures: Images, made: Made) -> None:
+    source = put(image_folder(pictures)[0], f"{store}/source")
+    images = preprocessed(source, f"{store}/images")
+    assert images.manifest.digest == made.images.manifest.digest
+    assert images.counts == made.images.counts
+    assert images.fingerprint != made.images.fingerprint  # a store's word for what is in it is a version, not a digest
+    assert images.problems(deep=True) == []
+    assert ".journal" not in images.data.names()
+    assert preprocessed(source, f"{store}/again").fingerprint == images.fingerprint
+
+
+@pytest.mark.parametrize("layout", [shards, parquet_folder, train_tar])
+def test_preprocess_of_every_archive_is_that_of_the_disk(
+    store: str, pictures: Images, made: Made, layout: Any, tmp_path: Path
+) -> None:
+    files, inside = layout(pictures)
+    here, there = (
+        preprocessed(f"{put(files, root)}/{inside}".rstrip("/"), tmp_path / out)
+        for root, out in ((str(tmp_path / "source"), "here"), (f"{store}/source", "there"))
+    )
+    assert there.manifest.digest == here.manifest.digest
+    assert there.counts == here.counts
+    for (key, label, pixels), (_, expected, original) in zip(samples(there), samples(made.images), strict=True):
+        assert label == expected, key
+        assert np.array_equal(pixels, original), key
+
+
+# --- encode
+
+
+def encoder_inputs(store: str, made: Made) -> dict[str, Artifact]:
+    """Images and autoencoder in the store, the latter as `python -m jobs.encode` takes it from a folder."""
+    vae = published_artifact(str(made.vae_folder), Folder.at(f"{store}/latents/.autoencoder"))
+    assert vae.manifest.digest == made.vae.manifest.digest
+    return {"images": uploaded(made.images, f"{store}/images"), "autoencoder": vae}
+
+
+def test_encode_from_store_to_store_is_that_of_the_disk(store: str, made: Made) -> None:
+    inputs = encoder_inputs(store, made)
+    latents = execute(encode.VERB, ENCODE, f"{store}/latents", **inputs)
+    assert latents.manifest.digest == made.latents.manifest.digest
+    assert latents.counts == made.latents.counts
+    assert latents.fingerprint == made.latents.fingerprint  # artifacts are known by what is in them, wherever they lie
+    assert latents.problems(deep=True) == []
+    # Without its manifest the artifact is none, and is made again: the journal went when it was committed.
+    latents.folder.remove(MANIFEST_NAME)
+    with pytest.raises(ManifestError, match=r"has no manifest\.json"):
+        Artifact.open(f"{store}/latents")
+    again = execute(encode.VERB, ENCODE, f"{store}/latents", **inputs)
+    assert again.manifest.digest == made.latents.manifest.digest
+
+
+def test_encode_goes_on_from_the_journal_in_the_store(store: str, made: Made) -> None:
+    """Before its manifest a job was killed: whole shards stay, one half noted and one spoiled are made again."""
+    import fsspec
+
+    inputs = encoder_inputs(store, made)
+    identity = encode.VERB.fingerprint(ENCODE, {role: item.fingerprint for role, item in inputs.items()})
+    out = ArtifactWriter(Folder.at(f"{store}/latents"), "latents", identity)
+    encode.encode(ENCODE, inputs, out, Silent())
+    assert [entry.path for entry in out.written()] == LATENTS
+    out.data.remove(".journal/latents-00001.arrow.json")  # killed between the shard and its entry
+    data = bytearray(out.data.read_bytes("latents-00002.tar"))
+    data[1000] ^= 1
+    out.data.write_bytes("latents-00002.tar", bytes(data))
+    files = fsspec.filesystem("s3")
+    for name in LATENTS:  # a mark on the object itself, which a write takes away
+        files.setxattr(f"{store}/latents/{name}", mark="kept")
+    latents = encode.VERB.execute(ENCODE, inputs, out, Silent())
+    kept = [name for name in LATENTS if files.getxattr(f"{store}/latents/{name}", "mark") == "kept"]
+    assert kept == [name for name in LATENTS if name not in ("latents-00001.arrow", "latents-00002.tar")]
+    assert latents.manifest.digest == made.latents.manifest.digest
+    assert latents.problems(deep=True) == []
+
+
+# --- this node's cache
+
+
+def test_latents_are_downloaded_once_a_node(s3: str, made: Made, fetched: list[str]) -> None:
+    latents = uploaded(made.latents, f"{s3}/latents")
+    first = latents.paths("*.arrow")
+    assert sorted(fetched) == LATENTS[::2]
+    assert all(path.is_relative_to(cache_folder()) for path in first)
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in made.latents.paths("*.arrow")]
+    assert len(train.open_latents(TrainConfig(), Artifact.open(latents.folder), Silent())) == 60
+    latents.paths()
+    assert sorted(fetched) == LATENTS  # by now the tars, and no Arrow shard twice
+    # The same latents elsewhere in the store are the same latents here.
+    uploaded(made.latents, f"{s3}/copy").paths()
+    assert len(fetched) == len(LATENTS)
+    # Another process reads them with nothing left in the store to download.
+    manifest = latents.folder.read_bytes(MANIFEST_NAME)
+    latents.folder.remove("")
+    latents.folder.write_bytes(MANIFEST_NAME, manifest)
+    code = "import sys; from edt_core.artifact import Artifact as A; print(len(A.read(sys.argv[1]).paths()))"
+    done = subprocess.run([sys.executable, "-c", code, latents.folder.uri], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{len(LATENTS)}\n"
+    with pytest.raises(ManifestError, match=r"is damaged, 6 problems: latents-00000\.arrow is missing"):
+        train.open_latents(TrainConfig(), latents, Silent())
+
+
+def test_a_corrupted_object_is_not_trained_on_and_not_kept(s3: str, made: Made) -> None:
+    latents = uploaded(made.latents, f"{s3}/latents")
+    overwrite(latents, "latents-00001.arrow", 20_000)
+    message = (
+        rf"{s3}/latents/latents-00001\.arrow came with \d+ bytes of sha256 \w+, its manifest says \d+ of \w+; it is "
+        r"damaged: remove its artifact's manifest\.json and run its step again"
+    )
+    for _ in range(2):
+        with pytest.raises(ManifestError, match=message):
+            train.open_latents(TrainConfig(), latents, Silent())
+    entry = next(entry for entry in latents.entries() if entry.path == "latents-00001.arrow")
+    assert not [path for path in cache_folder().rglob("*") if entry.sha256 in path.name or path.suffix == ".part"]
+    overwrite(latents, "latents-00001.arrow", 20_000)
+    assert len(train.open_latents(TrainConfig(), latents, Silent())) == 60
+
+
+# --- train
+
+
+def trained(latents: Artifact, folder: Path, reader: str) -> dict[str, Any]:
+    """Weights after three steps in this process, by what the workers of Ray Train call."""
+    from edt_core.training.context import LocalContext
+    from edt_core.training.loop import train as loop
+
+    config = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, max_steps=3, log_every=1, lr=1e-3, reader=reader)
+    context = LocalContext(folder)
+    dataset = train.open_latents(config, latents, Silent())
+    state = loop(config, train.edt_config(config.model, latents.counts), dataset, context)
+    assert [row["step"] for row in state.history] == [1, 2, 3]
+    assert all(np.isfinite(row["loss"]) for row in state.history)
+    if isinstance(dataset, LatentDataset):
+        assert {path.parts[: len(folder.parents)] for path in latents.paths("*.arrow")}
+    return {name: value.numpy() for name, value in state.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("reader", ["arrow", "webdataset"])
+def test_training_on_latents_in_the_store_is_that_on_the_disk(
+    reader: str, s3: str, made: Made, fetched: list[str], tmp_path: Path
+) -> None:
+    here = trained(made.latents, tmp_path / "here", reader)
+    assert fetched == []
+    there = trained(uploaded(made.latents, f"{s3}/latents"), tmp_path / "there", reader)
+    assert sorted(fetched) == (LATENTS[::2] if reader == "arrow" else [])  # what is streamed is not kept
+    assert here.keys() == there.keys()
+    assert all(np.array_equal(here[name], there[name]) for name in here)
+
+
+# --- by the command line
+
+
+def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "AWS_MAX_ATTEMPTS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def holding_the_secret(store: str, *folders: Path) -> list[str]:
+    """Objects of the bucket and files below the folders in which the secret key stands."""
+    import fsspec
+
+    secret, files = os.environ["AWS_SECRET_ACCESS_KEY"].encode(), fsspec.filesystem("s3")
+    objects = [name for name in files.find(store) if secret in files.cat_file(name)]
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file() and secret in path.read_bytes()]
+    return objects + [str(path) for path in paths]
+
+
+OPTIONS = ("--image-size", str(SIZE), "--images-per-shard", str(IMAGES_PER_SHARD))
+
+
+def test_the_commands_on_the_store_as_a_user_gives_them(s3: str, pictures: Images, made: Made, tmp_path: Path) -> None:
+    """With a Ray session of their own, whose workers have the driver's environment."""
+    source = put(image_folder(pictures)[0], f"{s3}/source")
+    done = command("jobs.preprocess", source, f"{s3}/images", *OPTIONS)
+    assert (done.returncode, done.stdout.split()[0]) == (0, f"{s3}/images"), done.stderr
+    checked = command("jobs.verify", f"{s3}/images", "--deep")
+    assert (checked.returncode, checked.stderr) == (0, "")
+    again = command("jobs.preprocess", source, f"{s3}/images", *OPTIONS)
+    assert again.returncode == 0
+    assert "reused, nothing has changed" in again.stderr
+    images = Artifact.open(f"{s3}/images")
+    assert images.manifest.digest == made.images.manifest.digest
+    images.paths()
+    for text in (done.stdout, done.stderr, checked.stdout, again.stdout, again.stderr):
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
+    assert len([path for path in cache_folder().rglob("*") if path.is_file()]) > len(images.manifest.files)
+    assert holding_the_secret(s3, cache_folder(), tmp_path) == []
+
+
+@contextmanager
+def keys_are_checked(server: str) -> Iterator[None]:
+    """moto takes any key until it is told to check them, and then it knows none."""
+
+    def allowed_calls(number: bytes) -> None:
+        url, kind = f"{server}/moto-api/reset-auth", {"Content-Type": "application/octet-stream"}
+        urllib.request.urlopen(urllib.request.Request(url, number, kind), timeout=10).close()
+
+    allowed_calls(b"0")
+    try:
+        yield
+    finally:
+        allowed_calls(b"inf")
+
+
+def refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    """Exit code 2 and one message. What is not a terminal gets progress as lines, so it may follow some."""
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("preprocess: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stderr
+
+
+def test_wrong_credentials_are_one_message(
+    s3: str, s3_server: str, pictures: Images, made: Made, tmp_path: Path
+) -> None:
+    """Refused by the store itself: for a source, for a place to write to, and for an artifact."""
+    put(image_folder(pictures)[0], f"{s3}/source")
+    uploaded(made.images, f"{s3}/images")
+    local = str(made.images.folder.local).replace("images", "source")
+    with keys_are_checked(s3_server):
+        for arguments, uri in (
+            (("jobs.preprocess", f"{s3}/source", str(tmp_path / "out")), f"{s3}/source"),
+            (("jobs.preprocess", local, f"{s3}/out"), f"{s3}/out"),
+            (("jobs.verify", f"{s3}/images"), f"{s3}/images"),
+        ):
+            refused(command(*arguments), f"cannot use {uri}: access denied (403); check the rights of these")
+    assert not (tmp_path / "out").exists()
+    assert holding_the_secret(s3, cache_folder(), tmp_path) == []
+
+
+def test_a_missing_bucket_is_one_message(store: str, made: Made, tmp_path: Path) -> None:
+    """The place to write to is first used with Ray up: the command joins this module's session."""
+    import ray
+
+    nowhere, local = "s3://no-such-bucket-here", str(made.images.folder.local).replace("images", "source")
+    joined = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    refused(command("jobs.preprocess", f"{nowhere}/source", str(tmp_path / "out")), f"{nowhere}/source")
+    refused(command("jobs.preprocess", local, f"{nowhere}/out", **joined), "there is no such bucket; create it, or")
+    refused(command("jobs.verify", f"{nowhere}/images"), f"cannot use {nowhere}/images: there is no such bucket")
+    assert not (tmp_path / "out").exists()
+    assert holding_the_secret(store, cache_folder(), tmp_path) == []

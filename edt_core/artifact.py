@@ -33,7 +33,7 @@ from edt_core.manifest import (
 )
 from edt_core.progress import Progress, Silent
 from edt_core.schema import MANIFEST_NAME
-from edt_core.storage import Folder, in_threads, sha256_file
+from edt_core.storage import Folder, in_threads, is_hidden, sha256_file
 
 if TYPE_CHECKING:
     from edt_core.config import SourceConfig
@@ -215,8 +215,9 @@ class ArtifactWriter:
         return self.write(name, write_to)
 
     def add_tree(self, source: Path, name: str) -> list[FileEntry]:
-        """Copy every file below a local folder to `name/` of the artifact."""
-        files = sorted(path for path in source.rglob("*") if path.is_file())
+        """Copy every file below a local folder to `name/` of the artifact; names that start with a dot are not data."""
+        found = (path for path in source.rglob("*") if path.is_file())
+        files = sorted(path for path in found if not is_hidden(path.relative_to(source).as_posix()))
 
         def copied(path: Path) -> FileEntry:
             inside = f"{name}/{path.relative_to(source).as_posix()}"

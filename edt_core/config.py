@@ -115,7 +115,7 @@ class AutoencoderConfig(Section):
 class EncodeConfig(Section):
     """Image shards -> latent shards."""
 
-    precision: Literal["fp32", "fp16", "bf16"] = Field(
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field(
         "fp32", description="of the autoencoder; below fp32 its error against fp32 is measured and kept"
     )
     write_webdataset: bool = Field(False, description="also write the row-identical WebDataset shards")

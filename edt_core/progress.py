@@ -60,17 +60,19 @@ class Printed:
         self.verb, self.interval_s = verb, interval_s
         self.count = Count()
         self._started = self._last = time.monotonic()
+        self._first = 0
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
-        if total != self.count.total:
-            self._started = time.monotonic()
-        self.count.put(done, total, note, part)
         now = time.monotonic()
+        begins = (total, note) != (self.count.total, self.count.note)
+        self.count.put(done, total, note, part)
+        done = self.count.done
+        if begins:
+            self._started, self._first, self._last = now, done, now
         if now - self._last < self.interval_s:
             return
         self._last = now
-        done = self.count.done
-        rate = done / max(now - self._started, 1e-9)
+        rate = (done - self._first) / max(now - self._started, 1e-9)  # what an earlier run finished is no speed
         left = (total - done) / rate if rate else 0.0
         print(f"{self.verb}: {done}/{total} {note}, {rate:.1f}/s, {left:.0f} s left".rstrip(), file=sys.stderr)
 

@@ -35,9 +35,7 @@ class Encoder:
         progress: Progress,
         device: str | None = None,
     ) -> None:
-        import torch
-
-        from edt_core.autoencoder import load_autoencoder
+        from edt_core.autoencoder import load_autoencoder, use_precision
         from edt_core.data.latents import LatentInfo
 
         use_threads(config.num_cpus_per_worker)
@@ -45,8 +43,7 @@ class Encoder:
         source = inputs["autoencoder"]
         self.location = source.directory(FOLDER)
         self.device = device or device_name(config.num_gpus_per_worker)
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]
-        self.model: Any = load_autoencoder(self.location, self.device).to(dtype)
+        self.model: Any = load_autoencoder(self.location, self.device).to(use_precision(config.precision))
         size, factor = self.images.counts["image_size"], source.counts["downsample_factor"]
         self.info = LatentInfo(
             autoencoder=f"{source.counts['source']}@{source.manifest.digest}",
@@ -119,7 +116,8 @@ class Encoder:
             return None
         first = islice(read_image_shard(self.images.path(source.path)), self.config.batch_size)
         exact = load_autoencoder(self.location, self.device)
-        return precision_error(self.model, exact, np.stack([sample.pixels() for sample in first]))
+        pixels = np.stack([sample.pixels() for sample in first])
+        return precision_error(self.model, exact, pixels, self.config.precision)
 
 
 def _sums(latents: Any) -> dict[str, NDArray[np.float64]]:

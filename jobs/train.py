@@ -11,6 +11,7 @@ from typing import Any
 from edt_core.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.config import TrainConfig
 from edt_core.errors import UserError
+from edt_core.integrity import damaged
 from edt_core.progress import Progress
 from edt_core.schema import HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, STEP_PREFIX, TRAIN_STATE
 from edt_core.storage import Folder
@@ -178,8 +179,9 @@ def _worker(job: Mapping[str, Any]) -> None:
 def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
     """The latents behind `config.reader`, mapped or as a stream.
 
-    What is mapped is compared with the manifest's digests first, once on each node. Raises UserError for a shard that
-    is missing, extra, swapped, doubled, resized or changed, and where there is none for the reader.
+    What is mapped is compared with the manifest's digests first, once on each node; what is streamed is digested as it
+    comes. Raises UserError for a shard that is missing, extra or resized, or, if mapped, swapped, doubled or changed,
+    and where there is none for the reader.
     """
     from edt_core.data.latents import LatentDataset
     from edt_core.data.streaming import LatentStream, TarShard
@@ -187,6 +189,8 @@ def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> 
     if config.reader == "arrow":
         latents.verify_once(LATENT_SHARDS, progress)
         return LatentDataset(latents.paths(LATENT_SHARDS))
+    if problems := latents.problems():
+        raise damaged(latents.folder, problems)
     shards = tuple(TarShard(latents.data, e.path, e.rows or 0, e.sha256) for e in _tars(latents))
     shape, factor = tuple(latents.counts["latent_shape"]), latents.counts["scaling_factor"]
     return LatentStream(shards, shape, factor, config.shuffle_buffer)

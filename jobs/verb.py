@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ class Verb:
         """The verb on its own: `INPUT OUT` and an option for each further input and field. Exits with 0 or 2."""
         parser = self._parser(prog or f"python -m jobs.{self.name}")
         options = parser.parse_args(arguments)
+        # What lives in `__main__` is pickled by value, and an actor of it cannot be restarted: run the module's own.
+        verb: Verb = import_module(f"jobs.{self.name}").VERB
         with exit_code():
-            artifact = self._run_alone(options)
+            artifact = verb._run_alone(options)
             digest = artifact.manifest.digest[:12]
             print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
 
@@ -130,9 +133,9 @@ def _alone_in(folder: Folder) -> AbstractContextManager[object]:
     """Held while a verb works on a local folder: started twice, one makes the artifact and the other waits for it."""
     from filelock import FileLock
 
+    folder.check_writable()
     if (root := folder.local) is None:
         return nullcontext()
-    folder.check_writable()
     return FileLock(root / ".lock")
 
 

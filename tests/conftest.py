@@ -23,6 +23,14 @@ S3_SECRET = "test-secret-canary-7f3a9c"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def node_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The node's cache in a folder of these tests, set before any worker process starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray session for all tests: starting it costs seconds."""

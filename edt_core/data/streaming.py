@@ -55,11 +55,14 @@ class TarShard:
 
     def open(self) -> "_Digested":
         """The tar as a stream whose first bytes are here."""
-        if (root := self.folder.local) is not None:
-            raw: Any = (root / self.name).open("rb", buffering=0)
-        else:
-            files, path = self.folder.filesystem()
-            raw = files.open(f"{path}/{self.name}", "rb")
+        try:
+            if (root := self.folder.local) is not None:
+                raw: Any = (root / self.name).open("rb", buffering=0)
+            else:
+                files, path = self.folder.filesystem()
+                raw = files.open(f"{path}/{self.name}", "rb")
+        except FileNotFoundError as error:
+            raise UserError(f"{self.uri} is missing; {_REMEDY}") from error
         stream = io.BufferedReader(raw, _READ_BYTES)
         stream.peek(1)
         return _Digested(stream)
@@ -70,6 +73,9 @@ class _Digested:
 
     def __init__(self, stream: io.BufferedReader) -> None:
         self._stream, self._digest = stream, hashlib.sha256()
+
+    def __repr__(self) -> str:
+        return "the stream"  # tarfile's messages name it; an address would tell nobody anything
 
     def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size)

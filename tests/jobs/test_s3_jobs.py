@@ -17,7 +17,6 @@ from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.autoencoder import build_autoencoder
 from edt_core.cache import cache_folder
 from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, Section, SourceConfig, TrainConfig
-from edt_core.data.latents import LatentDataset
 from edt_core.data.shards import read_image_shard
 from edt_core.progress import Silent
 from edt_core.schema import MANIFEST_NAME
@@ -25,13 +24,14 @@ from edt_core.storage import Folder
 from jobs import encode, preprocess, train
 from jobs.autoencoder import published_artifact
 from jobs.verb import Input, Verb, image_source
+from tests.conftest import S3_SECRET
 from tests.edt_core.test_sources_kinds import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
 
 pytestmark = pytest.mark.ray
 
 PER_CLASS, SIZE, IMAGES_PER_SHARD = 20, 32, 24
 PREPROCESS = PreprocessConfig(image_size=SIZE, images_per_shard=IMAGES_PER_SHARD)
-ENCODE = EncodeConfig(batch_size=8, write_webdataset=True)
+ENCODE = EncodeConfig(batch_size=8, write_webdataset=True, num_workers=1)
 LATENTS = [f"latents-{k:05d}.{kind}" for k in range(3) for kind in ("arrow", "tar")]
 
 
@@ -60,7 +60,7 @@ def ray_on_s3(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
             patch.delenv(variable, raising=False)
         for variable, value in {
             "AWS_ACCESS_KEY_ID": "test-access-key",
-            "AWS_SECRET_ACCESS_KEY": "test-secret-canary-7f3a9c",  # as the `s3` fixture says it to the driver
+            "AWS_SECRET_ACCESS_KEY": S3_SECRET,  # as the `s3` fixture says to the driver
             "AWS_ENDPOINT_URL": s3_server,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_CONFIG_FILE": str(cache.with_name("no-aws-config")),
@@ -94,10 +94,24 @@ def preprocessed(source: str, out: str | Path) -> Artifact:
     return execute(preprocess.VERB, PREPROCESS, out, source=image_source(SourceConfig(path=source)))
 
 
+@contextmanager
+def encoding_here() -> Iterator[None]:
+    """Encode's worker without its Ray actor: to start one costs the seconds of importing torch and diffusers."""
+
+    def pooled(make: Any, size: int, items: Any, *arguments: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
+        worker = make(*arguments)
+        yield from ((item, worker.work(item)) for item in items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "pooled", pooled)
+        yield
+
+
 @dataclass(frozen=True)
 class Made:
     """The chain on the local disk."""
 
+    source: Path
     images: Artifact
     vae_folder: Path
     vae: Artifact
@@ -121,8 +135,9 @@ def made(pictures: Images, tmp_path_factory: pytest.TempPathFactory, ray_on_s3: 
     assert [entry.rows for entry in images.entries("images-*.tar")] == [24, 24, 12]
     build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), SIZE).save_pretrained(root / "vae")
     vae = published_artifact(str(root / "vae"), Folder.at(root / "autoencoder"))
-    latents = execute(encode.VERB, ENCODE, root / "latents", images=images, autoencoder=vae)
-    return Made(images, root / "vae", vae, latents)
+    with encoding_here():
+        latents = execute(encode.VERB, ENCODE, root / "latents", images=images, autoencoder=vae)
+    return Made(root / "source", images, root / "vae", vae, latents)
 
 
 def put(files: dict[str, bytes], root: str) -> str:
@@ -146,6 +161,7 @@ def uploaded(artifact: Artifact, uri: str) -> Artifact:
 
 
 def samples(artifact: Artifact) -> list[tuple[str, int, np.ndarray]]:
+    """Key, label and pixels of every image."""
     found = (sample for path in artifact.paths("images-*.tar") for sample in read_image_shard(path))
     return [(sample.key, sample.label, sample.pixels()) for sample in found]
 
@@ -222,7 +238,8 @@ def test_encode_from_store_to_store_is_that_of_the_disk(store: str, made: Made) 
     latents.folder.remove(MANIFEST_NAME)
     with pytest.raises(ManifestError, match=r"has no manifest\.json"):
         Artifact.open(f"{store}/latents")
-    again = execute(encode.VERB, ENCODE, f"{store}/latents", **inputs)
+    with encoding_here():
+        again = execute(encode.VERB, ENCODE, f"{store}/latents", **inputs)
     assert again.manifest.digest == made.latents.manifest.digest
 
 
@@ -233,7 +250,8 @@ def test_encode_goes_on_from_the_journal_in_the_store(store: str, made: Made) ->
     inputs = encoder_inputs(store, made)
     identity = encode.VERB.fingerprint(ENCODE, {role: item.fingerprint for role, item in inputs.items()})
     out = ArtifactWriter(Folder.at(f"{store}/latents"), "latents", identity)
-    encode.encode(ENCODE, inputs, out, Silent())
+    with encoding_here():
+        encode.encode(ENCODE, inputs, out, Silent())
     assert [entry.path for entry in out.written()] == LATENTS
     out.data.remove(".journal/latents-00001.arrow.json")  # killed between the shard and its entry
     data = bytearray(out.data.read_bytes("latents-00002.tar"))
@@ -242,7 +260,8 @@ def test_encode_goes_on_from_the_journal_in_the_store(store: str, made: Made) ->
     files = fsspec.filesystem("s3")
     for name in LATENTS:  # a mark on the object itself, which a write takes away
         files.setxattr(f"{store}/latents/{name}", mark="kept")
-    latents = encode.VERB.execute(ENCODE, inputs, out, Silent())
+    with encoding_here():
+        latents = encode.VERB.execute(ENCODE, inputs, out, Silent())
     kept = [name for name in LATENTS if files.getxattr(f"{store}/latents/{name}", "mark") == "kept"]
     assert kept == [name for name in LATENTS if name not in ("latents-00001.arrow", "latents-00002.tar")]
     assert latents.manifest.digest == made.latents.manifest.digest
@@ -305,8 +324,6 @@ def trained(latents: Artifact, folder: Path, reader: str) -> dict[str, Any]:
     state = loop(config, train.edt_config(config.model, latents.counts), dataset, context)
     assert [row["step"] for row in state.history] == [1, 2, 3]
     assert all(np.isfinite(row["loss"]) for row in state.history)
-    if isinstance(dataset, LatentDataset):
-        assert {path.parts[: len(folder.parents)] for path in latents.paths("*.arrow")}
     return {name: value.numpy() for name, value in state.model.state_dict().items()}
 
 
@@ -322,6 +339,22 @@ def test_training_on_latents_in_the_store_is_that_on_the_disk(
     assert all(np.array_equal(here[name], there[name]) for name in here)
 
 
+def test_checkpoints_in_the_store_are_adopted_as_from_the_disk(s3: str, made: Made, tmp_path: Path) -> None:
+    """What Ray Train leaves, and nothing that a cache notes beside its copies."""
+    trained(made.latents, tmp_path / "trained", "arrow")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "trained" / "step-00000003").iterdir()}
+    adopted = []
+    for root in (str(tmp_path / "here"), f"{s3}/there"):
+        put({f"ray-train/step-00000003/{name}": data for name, data in files.items()}, root)
+        out = ArtifactWriter(Folder.at(root), "checkpoint", "f" * 64)
+        train._adopt_checkpoints(TrainConfig(), out)
+        adopted.append([(entry.path, entry.bytes, entry.sha256) for entry in out.written()])
+    here, there = adopted
+    assert [name for name, _, _ in there] == [name for name, _, _ in here]
+    assert there == here
+    assert len(here) == len(files) + 1  # and the history
+
+
 # --- by the command line
 
 
@@ -330,6 +363,18 @@ def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, env=environment
     )
+
+
+@pytest.fixture
+def on_the_session(ray_on_s3: Path) -> dict[str, str]:
+    """Variables with which a command joins this module's session: one of its own would cost seconds.
+
+    Its workers got theirs in the same way as those of a command's own session would: by `connect` in an environment
+    that knows the store.
+    """
+    import ray
+
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def holding_the_secret(store: str, *folders: Path) -> list[str]:
@@ -342,21 +387,24 @@ def holding_the_secret(store: str, *folders: Path) -> list[str]:
     return objects + [str(path) for path in paths]
 
 
-OPTIONS = ("--image-size", str(SIZE), "--images-per-shard", str(IMAGES_PER_SHARD))
+OPTIONS = ("--image-size", str(SIZE))  # one shard, so one worker to start
 
 
-def test_the_commands_on_the_store_as_a_user_gives_them(s3: str, pictures: Images, made: Made, tmp_path: Path) -> None:
-    """With a Ray session of their own, whose workers have the driver's environment."""
+def test_the_commands_on_the_store_as_a_user_gives_them(
+    s3: str, pictures: Images, made: Made, on_the_session: dict[str, str], tmp_path: Path
+) -> None:
     source = put(image_folder(pictures)[0], f"{s3}/source")
-    done = command("jobs.preprocess", source, f"{s3}/images", *OPTIONS)
-    assert (done.returncode, done.stdout.split()[0]) == (0, f"{s3}/images"), done.stderr
+    done = command("jobs.preprocess", source, f"{s3}/images", *OPTIONS, **on_the_session)
+    assert (done.returncode, done.stdout.split()[:1]) == (0, [f"{s3}/images"]), done.stderr
     checked = command("jobs.verify", f"{s3}/images", "--deep")
     assert (checked.returncode, checked.stderr) == (0, "")
-    again = command("jobs.preprocess", source, f"{s3}/images", *OPTIONS)
+    again = command("jobs.preprocess", source, f"{s3}/images", *OPTIONS)  # found made: no Ray is started or joined
     assert again.returncode == 0
     assert "reused, nothing has changed" in again.stderr
     images = Artifact.open(f"{s3}/images")
-    assert images.manifest.digest == made.images.manifest.digest
+    for (_, label, pixels), (_, expected, original) in zip(samples(images), samples(made.images), strict=True):
+        assert label == expected
+        assert np.array_equal(pixels, original)
     images.paths()
     for text in (done.stdout, done.stderr, checked.stdout, again.stdout, again.stderr):
         assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
@@ -397,11 +445,10 @@ def test_wrong_credentials_are_one_message(
     """Refused by the store itself: for a source, for a place to write to, and for an artifact."""
     put(image_folder(pictures)[0], f"{s3}/source")
     uploaded(made.images, f"{s3}/images")
-    local = str(made.images.folder.local).replace("images", "source")
     with keys_are_checked(s3_server):
         for arguments, uri in (
             (("jobs.preprocess", f"{s3}/source", str(tmp_path / "out")), f"{s3}/source"),
-            (("jobs.preprocess", local, f"{s3}/out"), f"{s3}/out"),
+            (("jobs.preprocess", str(made.source), f"{s3}/out"), f"{s3}/out"),
             (("jobs.verify", f"{s3}/images"), f"{s3}/images"),
         ):
             refused(command(*arguments), f"cannot use {uri}: access denied (403); check the rights of these")
@@ -409,14 +456,13 @@ def test_wrong_credentials_are_one_message(
     assert holding_the_secret(s3, cache_folder(), tmp_path) == []
 
 
-def test_a_missing_bucket_is_one_message(store: str, made: Made, tmp_path: Path) -> None:
-    """The place to write to is first used with Ray up: the command joins this module's session."""
-    import ray
-
-    nowhere, local = "s3://no-such-bucket-here", str(made.images.folder.local).replace("images", "source")
-    joined = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+def test_a_missing_bucket_is_one_message(
+    store: str, made: Made, on_the_session: dict[str, str], tmp_path: Path
+) -> None:
+    nowhere = "s3://no-such-bucket-here"
     refused(command("jobs.preprocess", f"{nowhere}/source", str(tmp_path / "out")), f"{nowhere}/source")
-    refused(command("jobs.preprocess", local, f"{nowhere}/out", **joined), "there is no such bucket; create it, or")
+    done = command("jobs.preprocess", str(made.source), f"{nowhere}/out", **on_the_session)
+    refused(done, "there is no such bucket; create it, or")
     refused(command("jobs.verify", f"{nowhere}/images"), f"cannot use {nowhere}/images: there is no such bucket")
     assert not (tmp_path / "out").exists()
     assert holding_the_secret(store, cache_folder(), tmp_path) == []

@@ -283,7 +283,7 @@ class ArtifactWriter:
         if problems := Artifact(self.folder, manifest).problems():
             raise ManifestError(
                 f"not committing {self.folder.uri}, {len(problems)} problems: {'; '.join(problems[:10])}; "
-                f"remove {self.data.uri} and run the step again"
+                "run the step again, into an empty folder"
             )
         text = manifest.to_json().encode()
         if not self.folder.write_bytes(MANIFEST_NAME, text, exclusive=True):
@@ -296,19 +296,21 @@ class ArtifactWriter:
         return Artifact.open(self.folder)
 
     def check_own(self) -> None:
-        """Raise UserError where files wait here that another configuration or other inputs have left unfinished."""
-        names = list(self._journal_names())
-        if any(self._journalled(self.data, name) is None for name in names):
+        """Raise UserError where files lie here that no earlier run of this very fingerprint has left."""
+        ours = {name for name in self._journal_names() if self._journalled(self.data, name)}
+        if foreign := sorted(set(self.data.walk()) - ours):
             raise UserError(
-                f"{self.data.uri} holds {len(names)} files that an unfinished run with another configuration or other "
-                "inputs left; give an empty folder, or remove it"
+                f"{self.data.uri} holds {len(foreign)} files that are not of this run ({', '.join(foreign[:3])}"
+                f"{', ...' if len(foreign) > 3 else ''}): your own, or of a run with another configuration or other "
+                "inputs; give an empty folder"
             )
 
     def _publish(self, staged: Path, name: str, rows: int | None) -> FileEntry:
+        """The journal first: a file without an entry would not be known for ours after a crash between the two."""
         entry = FileEntry(name, staged.stat().st_size, sha256_file(staged), rows)
-        self.data.publish(staged, name)
         record = {**asdict(entry), "fingerprint": self.fingerprint}
         self.data.write_bytes(f"{JOURNAL}/{_flat(name)}.json", canonical_json(record).encode())
+        self.data.publish(staged, name)
         return entry
 
     def _journal_names(self) -> Iterator[str]:

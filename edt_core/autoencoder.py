@@ -92,12 +92,19 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
         if name not in ("AutoencoderKL", "AutoencoderTiny"):
             raise ValueError(f"it is a {name}, and AutoencoderKL and AutoencoderTiny are what can be used.")
         make = AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL
-        model = make.from_pretrained(str(location), use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, KeyError) as error:
+        model, loading = make.from_pretrained(
+            str(location), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+            raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first.")
+        if model.config.in_channels != 3 or not isinstance(model.config.scaling_factor, float | int):
+            channels, factor = model.config.in_channels, model.config.scaling_factor
+            raise ValueError(f"it has {channels} image channels and scaling factor {factor}, not 3 and a number.")
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"no autoencoder at {location!s}: {str(error).splitlines()[0]} Give autoencoder.pretrained a hub id that "
-            "this machine can reach, a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); "
-            "or null to fit one on the images."
+            f"no autoencoder at {location!s}: {str(error).splitlines()[0]} Give a hub id that this machine can reach, "
+            "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "
+            "autoencoder.pretrained, or null there to fit one on the images."
         ) from error
     return model.to(device).eval().requires_grad_(False)
 
@@ -180,8 +187,10 @@ def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision
     """
     low = encode_posterior(model, pixels)[:, 0].cpu().double()
     use_precision("fp32")
-    full = encode_posterior(exact, pixels)[:, 0].cpu().double()
-    use_precision(precision)
+    try:
+        full = encode_posterior(exact, pixels)[:, 0].cpu().double()
+    finally:
+        use_precision(precision)
     error = (low - full) / full.std()
     return {"max": float(error.abs().max()), "rms": float(error.square().mean().sqrt())}
 

@@ -67,7 +67,9 @@ class PreprocessConfig(Section):
     max_shard_bytes: int = Field(
         1 << 30, ge=1 << 16, description="no shard is larger; counted as if nothing could be compressed"
     )
-    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="unreadable images above this share fail the step")
+    max_bad_fraction: float = runtime(
+        0.001, ge=0, le=1, description="unreadable images above this share fail the step, reused or not"
+    )
     image_format: Literal["webp", "png", "jpeg"] = Field(
         "webp", description="webp (lossless) and png keep every pixel; jpeg does not, and is no FID reference"
     )

@@ -14,7 +14,7 @@ from edt_core.progress import Progress, Silent
 from edt_core.schema import IMAGE_SHARD, MANIFEST_NAME
 from edt_core.storage import Folder, sha256_file
 from jobs.cluster import device_name, require, use_threads
-from jobs.verb import Verb
+from jobs.verb import Verb, alone_in
 
 FOLDER = "autoencoder"
 _MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
@@ -84,6 +84,8 @@ def published_artifact(location: str, folder: Folder) -> Artifact:
     """
     from edt_core.autoencoder import autoencoder_facts, load_autoencoder
 
+    path = Path(location).expanduser()
+    location = str(path.resolve()) if path.is_dir() else location  # one folder has one name in the records
     facts = autoencoder_facts(load_autoencoder(resolve(location)))
     config = AutoencoderConfig(
         pretrained=location,
@@ -93,12 +95,17 @@ def published_artifact(location: str, folder: Folder) -> Artifact:
     published = published_source(config)
     assert published is not None
     identity = VERB.fingerprint(config, {"published": published.fingerprint})
+    with alone_in(folder):
+        return _made_once(config, published, folder, identity)
+
+
+def _made_once(config: AutoencoderConfig, published: Source, folder: Folder, identity: str) -> Artifact:
     if folder.exists(MANIFEST_NAME):
         made = Artifact.open(folder)
         if made.fingerprint != identity:
             raise UserError(
-                f"{folder.uri} holds another autoencoder than {location}, and their latents do not mix; give another "
-                "output folder"
+                f"{folder.uri} holds another autoencoder than {config.pretrained}, and their latents do not mix; give "
+                "another output folder"
             )
         return made
     return VERB.execute(config, {"published": published}, ArtifactWriter(folder, VERB.kind, identity), Silent())

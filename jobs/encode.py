@@ -21,6 +21,8 @@ from jobs.autoencoder import FOLDER, IMAGE_SHARDS
 from jobs.cluster import device_name, pooled, require, use_threads
 from jobs.verb import Verb
 
+_PROBES = 16  # images on which the error of a lower precision is measured, whatever the batch size
+_REMEDY = ("set encode.precision=fp32", "its weights are damaged or not those of its configuration")
 _AHEAD = 3  # decoded batches that wait for the autoencoder
 
 
@@ -93,7 +95,7 @@ class Encoder:
                 if not np.isfinite(posterior).all():
                     raise UserError(
                         f"the autoencoder gives latents of {source.path} that are not finite in "
-                        f"{self.config.precision}; set encode.precision=fp32"
+                        f"{self.config.precision}; {_REMEDY[self.config.precision == 'fp32']}"
                     )
                 yield [s.key for s in samples], np.array([s.label for s in samples], dtype=np.int64), posterior
                 done += len(samples)
@@ -114,7 +116,7 @@ class Encoder:
 
         if self.config.precision == "fp32" or not source.rows:
             return None
-        first = islice(read_image_shard(self.images.path(source.path)), self.config.batch_size)
+        first = islice(read_image_shard(self.images.path(source.path)), _PROBES)
         exact = load_autoencoder(self.location, self.device)
         pixels = np.stack([sample.pixels() for sample in first])
         return precision_error(self.model, exact, pixels, self.config.precision)

@@ -31,7 +31,14 @@ def _help(info: FieldInfo) -> str:
 def given_fields(options: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
     """The fields of a section that were given as options."""
     given = {name: getattr(options, name, None) for name in schema.model_fields}
-    return {name: parse_assignment(f"{name}={value}")[1] for name, value in given.items() if value is not None}
+    return {name: _value(schema, name, value) for name, value in given.items() if value is not None}
+
+
+def _value(schema: type[Section], name: str, text: str) -> Any:
+    """Text fields take the option as it is: read as YAML, 010 would be 8, and a path would end at ` #`."""
+    if schema.model_fields[name].annotation in (str, str | None, tuple[str, ...]) and text != "null":
+        return text
+    return parse_assignment(f"{name}={text}")[1]
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -39,6 +46,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"--set takes key=value, as train.max_steps=50; got {text!r}")
+    if " #" in value and not value.lstrip().startswith(('"', "'", "[", "{")):
+        return key.strip(), value.strip()  # a path with a number sign, not YAML with a comment
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -3,7 +3,7 @@
 One Ray task makes one shard, so names and bytes are the same with any number of workers and after any crash.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from edt_core.artifact import ArtifactWriter, Source
 from edt_core.config import PreprocessConfig
 from edt_core.data.images import center_crop, decode_rgb, encode_image
 from edt_core.data.shards import ImageSample, write_image_shard
-from edt_core.data.sources import Listing, combine_identity, image_digest, list_source
+from edt_core.data.sources import UNREADABLE, Listing, combine_identity, image_digest, list_source
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
@@ -43,18 +43,28 @@ class ShardPlan:
 
 @dataclass
 class ShardReport:
-    """What became of a shard's images: rows written, (name, reason) of the quarantined, sha256 of every original."""
+    """What became of a shard's images: rows, (place, name, reason) of the quarantined, sha256 of every original."""
 
     rows: int
-    quarantined: list[tuple[str, str]]
+    quarantined: list[tuple[int, str, str]]
     digests: bytes
+
+    @property
+    def reasons(self) -> list[tuple[str, str]]:
+        return [(name, reason) for _, name, reason in self.quarantined]
+
+    def kept(self) -> list[bytes]:
+        """The digests of the originals that were written."""
+        lost = {place for place, _, _ in self.quarantined}
+        size = len(UNREADABLE)
+        return [self.digests[i * size : (i + 1) * size] for i in range(len(self.digests) // size) if i not in lost]
 
     def to_json(self) -> dict[str, Any]:
         return {"rows": self.rows, "quarantined": self.quarantined, "digests": self.digests.hex()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ShardReport":
-        quarantined = [(name, reason) for name, reason in values["quarantined"]]
+        quarantined = [(place, name, reason) for place, name, reason in values["quarantined"]]
         return cls(values["rows"], quarantined, bytes.fromhex(values["digests"]))
 
 
@@ -86,7 +96,7 @@ def build_shard(
     plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, tell: Callable[[int], None]
 ) -> ShardReport:
     """Make one shard and the report beside it. `tell(n)` hears how many images are done."""
-    quarantined: list[tuple[str, str]] = []
+    quarantined: list[tuple[int, str, str]] = []
     digests: list[bytes] = []
 
     def samples() -> Iterator[ImageSample]:
@@ -94,14 +104,14 @@ def build_shard(
             tell(place)
             digests.append(image_digest(image))
             if image.data is None:
-                quarantined.append((image.name, image.error or "cannot be read"))
+                quarantined.append((place, image.name, image.error or "cannot be read"))
                 continue
             try:
                 data = prepare(image.data, config)
             except MemoryError:  # the machine's fault, not the image's
                 raise
             except Exception as error:  # Pillow's decoders raise whatever they like on hostile bytes
-                quarantined.append((image.name, f"{type(error).__name__}: {error}"))
+                quarantined.append((place, image.name, f"{type(error).__name__}: {error}"))
             else:
                 yield ImageSample(f"{plan.first + place:08d}", data, image.label, image.name, digests[-1].hex())
 
@@ -132,7 +142,9 @@ def preprocess(
         for ref in done:
             reports[pending[ref]] = report = ray.get(ref)
             progress.update(len(report.digests) // 32, len(listing), "images", part=pending[ref])
-            check_quarantined(reports.values(), len(listing), config.max_bad_fraction)
+            quarantined = [item for report in reports.values() for item in report.reasons]
+            looked_at = sum(len(report.digests) // 32 for report in reports.values())
+            check_quarantined(quarantined, looked_at, len(listing), config.max_bad_fraction)
     ordered = [reports[k] for k in range(len(plans))]
     _check_source(listing, ordered, source)
     if config.image_format == "jpeg":
@@ -154,9 +166,8 @@ def _shard_task(
 def _counts(
     config: PreprocessConfig, listing: Listing, reports: Sequence[ShardReport], progress: Progress
 ) -> dict[str, Any]:
-    quarantined = [item for report in reports for item in report.quarantined]
-    digests = b"".join(report.digests for report in reports)
-    unique = len({digests[i : i + 32] for i in range(0, len(digests), 32)})
+    quarantined = [item for report in reports for item in report.reasons]
+    unique = len({digest for report in reports for digest in report.kept()})
     rows = sum(report.rows for report in reports)
     assert rows + len(quarantined) == len(listing), "an image was lost or doubled"
     if quarantined:
@@ -166,7 +177,7 @@ def _counts(
         "found": len(listing),
         "quarantined": len(quarantined),
         "quarantined_images": [{"path": path, "reason": reason} for path, reason in quarantined[:_KEPT]],
-        "duplicates": len(listing) - unique,  # kept: published data sets hold some as well
+        "duplicates": rows - unique,  # kept: published data sets hold some as well
         "classes": len(listing.classes),
         "image_size": config.image_size,
         "lossless": config.image_format != "jpeg",
@@ -186,18 +197,24 @@ def _check_source(listing: Listing, reports: Sequence[ShardReport], source: Sour
         )
 
 
-def check_quarantined(reports: Iterable[ShardReport], found: int, max_bad_fraction: float) -> None:
-    """Raise UserError as soon as more than `max_bad_fraction` of all images are known to be unreadable."""
-    reports = list(reports)
-    quarantined = [item for report in reports for item in report.quarantined]
-    if quarantined and (len(quarantined) > max_bad_fraction * found or len(quarantined) == found):
-        looked_at = sum(len(report.digests) // 32 for report in reports)
+def check_quarantined(
+    quarantined: Sequence[tuple[str, str]], looked_at: int, found: int, max_bad_fraction: float
+) -> None:
+    """Raise UserError where more than `max_bad_fraction` of all `found` images could not be read, or none could."""
+    number = len(quarantined)
+    if number and (number > max_bad_fraction * found or number == found):
         so_far = "" if looked_at == found else f", {looked_at} looked at so far"
         raise UserError(
-            f"{len(quarantined)} of {found} images ({len(quarantined) / found:.2%}{so_far}) could not be read, more "
-            f"than max_bad_fraction {max_bad_fraction:.2%} allows:{_listed(quarantined)}\n"
-            "Mend or remove them, or raise preprocess.max_bad_fraction."
+            f"{number} of {found} images ({number / found:.2%}{so_far}) could not be read, more than max_bad_fraction "
+            f"{max_bad_fraction:.2%} allows:{_listed(quarantined)}\n"
+            "Mend or remove them, or raise preprocess.max_bad_fraction: what is finished is kept."
         )
+
+
+def accept(config: PreprocessConfig, counts: Mapping[str, Any]) -> None:
+    """Raise UserError for image shards that were made when more was allowed to be unreadable."""
+    quarantined = [(row["path"], row["reason"]) for row in counts["quarantined_images"]]
+    check_quarantined(quarantined, counts["found"], counts["found"], config.max_bad_fraction)
 
 
 def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
@@ -205,7 +222,7 @@ def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
     return "".join(f"\n  {path}: {reason}" for path, reason in sorted(quarantined)[:_SHOWN]) + more
 
 
-VERB = Verb("preprocess", "images", 2, PreprocessConfig, preprocess, roles=("source",))
+VERB = Verb("preprocess", "images", 2, PreprocessConfig, preprocess, roles=("source",), accept=accept)
 
 if __name__ == "__main__":
     VERB.main()

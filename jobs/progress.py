@@ -40,15 +40,15 @@ class Board:
 
 
 class BoardProgress:
-    """The `Progress` of one step, told to a board. Picklable; each copy speaks at most twice a second."""
+    """The `Progress` of one step, told to a board. Picklable; each copy speaks at most twice a second of each part."""
 
     def __init__(self, step: str, board: Any) -> None:
         self.step, self.board = step, board
-        self._told = 0.0
+        self._told: dict[int | None, float] = {}
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
-        if done == total or time.monotonic() - self._told > _INTERVAL_S:
-            self._told = time.monotonic()
+        if done == total or time.monotonic() - self._told.get(part, 0.0) > _INTERVAL_S:
+            self._told[part] = time.monotonic()
             self.board.update.remote(self.step, done, total, note, part)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -86,7 +86,7 @@ class Bar(Printed):
         if self._bars is None:
             super().update(done, total, note, part)
             return
-        if total != self.count.total or not self._bars.tasks:
+        if (total, note) != (self.count.total, self.count.note) or not self._bars.tasks:
             for task in self._bars.task_ids:
                 self._bars.remove_task(task)
             self._bars.add_task(self.verb, total=total, rate="")

@@ -4,13 +4,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edt_core.artifact import Artifact, ArtifactWriter, Source, fingerprint
+from edt_core.artifact import Artifact, ArtifactWriter, ManifestError, Source, fingerprint
 from edt_core.config import Section, SourceConfig, result_fields
 from edt_core.errors import UserError
 from edt_core.progress import Progress, Silent
@@ -27,6 +27,7 @@ Job = Callable[[Any, Mapping[str, Any], ArtifactWriter, Progress], dict[str, Any
 class Verb:
     """`run(config, inputs, out, progress)` makes an artifact of `kind` from inputs of the named roles.
 
+    `accept(config, counts)` raises UserError for an artifact, made before, that the configuration does not let pass.
     `version` goes up when the same configuration and inputs give another result: old artifacts are then not reused.
     """
 
@@ -36,6 +37,7 @@ class Verb:
     config: type[Section]
     run: Job
     roles: tuple[str, ...]
+    accept: Callable[[Any, Mapping[str, Any]], None] = lambda config, counts: None
 
     def fingerprint(self, config: Section, inputs: Mapping[str, str]) -> str:
         """Identity of what this verb makes of a configuration and its inputs' fingerprints."""
@@ -88,11 +90,13 @@ class Verb:
         fields |= given_fields(options, self.config) | dict(parse_assignment(text) for text in options.set)
         config = validated(self.config, fields)
         folder = Folder.at(options.out)
+        check_place(folder, [getattr(options, role) for role in self.roles])
         with Bar(self.name) as bar:
             inputs = {role: open_input(role, getattr(options, role), folder, options, bar) for role in self.roles}
             identity = self.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
-            with _alone_in(folder):
+            with alone_in(folder):
                 if (made := _made_before(folder, identity)) is not None:
+                    self.accept(config, made.counts)
                     print(f"{self.name}: reused, nothing has changed", file=sys.stderr)
                     return made
                 from jobs.cluster import connect
@@ -129,20 +133,50 @@ def exit_code() -> Iterator[None]:
         sys.exit(2)
 
 
-def _alone_in(folder: Folder) -> AbstractContextManager[object]:
+def check_place(folder: Folder, inputs: Sequence[str]) -> None:
+    """Raise UserError where files written to a local folder would land among an input's or another artifact's."""
+    if (root := folder.local) is None:
+        return
+    out = root.resolve()
+    for location in inputs:
+        path = Folder.at(location).local
+        if path is None or not path.exists():
+            continue
+        path = path.resolve()
+        if out == path or out in path.parents or path in out.parents:
+            raise UserError(f"the output folder {out} and the input {path} lie in one another; give a folder beside it")
+    if above := next((parent for parent in out.parents if (parent / MANIFEST_NAME).exists()), None):
+        raise UserError(f"the output folder {out} lies inside the artifact {above}; give a folder beside it")
+
+
+@contextmanager
+def alone_in(folder: Folder) -> Iterator[None]:
     """Held while a verb works on a local folder: started twice, one makes the artifact and the other waits for it."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     folder.check_writable()
     if (root := folder.local) is None:
-        return nullcontext()
-    return FileLock(root / ".lock")
+        yield
+        return
+    lock = FileLock(root / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process is at work in {folder.uri}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _made_before(folder: Folder, identity: str) -> Artifact | None:
     if not folder.exists(MANIFEST_NAME):
         return None
-    artifact = Artifact.open(folder)
+    try:
+        artifact = Artifact.open(folder)
+    except ManifestError as error:
+        raise UserError(f"{error}; or give another output folder, or remove this one") from error
     if artifact.fingerprint != identity:
         raise UserError(
             f"{folder.uri} already holds an artifact made from another configuration or other inputs; "
@@ -160,7 +194,10 @@ def open_input(role: str, location: str, out: Folder, options: argparse.Namespac
         from jobs.autoencoder import published_artifact
 
         return published_artifact(location, out.child(".autoencoder"))
-    return Artifact.open(location)
+    artifact = Artifact.open(location)
+    if artifact.manifest.kind != role:  # a role is named after the kind of artifact that fills it
+        raise UserError(f"{location} holds {artifact.manifest.kind}, and {role} are needed here")
+    return artifact
 
 
 def image_source(config: SourceConfig, progress: Progress | None = None) -> Source:

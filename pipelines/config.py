@@ -79,6 +79,16 @@ class PipelineConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_reader_finds_its_shards(self) -> "PipelineConfig":
+        streamed = [name for name in self.models if self.train_of(name).reader == "webdataset"]
+        if streamed and not self.encode.write_webdataset:
+            raise ValueError(
+                f"train.reader of {streamed[0]} is webdataset, and encode.write_webdataset is false: there would be no "
+                "tar to read; set encode.write_webdataset=true, or train.reader=arrow"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_deciding_metric_is_measured(self) -> "PipelineConfig":
         measured = [metric_name(metric, "classifier") for metric in self.evaluate.metrics] + ["accuracy_classifier"]
         if self.promote.metric not in measured:

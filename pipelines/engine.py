@@ -38,6 +38,7 @@ class Workflow:
         needs = tuple(item.name if isinstance(item, StepFuture) else "source" for item in inputs.values())
         found = self.store.find(verb.kind, fingerprint, self.terminal.warn)
         if found is not None:
+            verb.accept(config, found.counts)
             future = StepFuture(name, verb.kind, fingerprint, needs, artifact=found)
             self.terminal.reused(name, fingerprint)
         else:

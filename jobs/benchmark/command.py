@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from edt_core.errors import UserError
 from jobs.benchmark.encode import bench_encode
 from jobs.benchmark.images import bench_planning, bench_preprocess, made_photos, photos_in
 from jobs.benchmark.latents import bench_latents
@@ -43,5 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.ben
     parser.add_argument("--work-in", help="folder for some GB of scratch files  [default: the system's]")
     options = parser.parse_args(arguments)
     with exit_code():
+        if options.scale < 0.001:
+            raise UserError(f"--scale is {options.scale:g}; give 0.001 or more")
         rows = bench(options.part, options.images, options.scale, options.work_in)
         print(f"{hardware()}\n\n{table(rows)}")

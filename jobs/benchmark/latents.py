@@ -25,6 +25,7 @@ def bench_latents(work: Path, rows: int, batch_size: int = 256, seconds: float =
     from edt_core.data.latents import LatentDataset
     from edt_core.data.loader import LatentLoader
 
+    batch_size = min(batch_size, rows)
     values = np.random.default_rng(0).standard_normal((rows, 2, 4, 32, 32), dtype=np.float32)
     shards = _write_shards(work, values)
     _write_npy(work / "latents", values[:, :1])

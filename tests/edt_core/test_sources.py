@@ -230,7 +230,22 @@ def test_classes_are_chosen_by_name_and_numbered_in_the_order_of_all(tmp_path: P
         listed(tmp_path, classes=("cat",))
 
 
-@pytest.mark.parametrize("limit", [1, 3, 7, 10, 11])
+def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "1.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"are splits \(train, val\), not classes; give one of them"):
+        list_source(SourceConfig(path=str(tmp_path)))
+    assert list_source(SourceConfig(path=str(tmp_path / "train"))).classes == ("a", "b")
+
+
+def test_a_limit_that_leaves_one_class_is_refused(digits_folder: Path) -> None:
+    with pytest.raises(UserError, match="only one class"):
+        list_source(SourceConfig(path=str(digits_folder), limit=1))
+
+
+@pytest.mark.parametrize("limit", [3, 7, 10, 11])
 def test_a_limit_takes_images_at_even_distances(tmp_path: Path, limit: int) -> None:
     every = names(listed(write(tmp_path, *(f"{k % 2}/{k}.png" for k in range(10)))))
     few = listed(tmp_path, limit=limit)

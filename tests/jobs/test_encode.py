@@ -191,3 +191,17 @@ def test_an_output_folder_keeps_to_one_autoencoder(vae_folder: Path, tmp_path: P
     )
     with pytest.raises(UserError, match="holds another autoencoder"):
         published_artifact(str(tmp_path / "b"), Folder.at(tmp_path / "a"))
+
+
+def test_weights_that_are_not_all_there_are_refused(vae_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    (weights,) = (tmp_path / "vae").glob("*.safetensors")
+    tensors = load_file(weights)
+    del tensors["quant_conv.bias"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors are missing or have another shape, quant_conv\.bias first"):
+        load_autoencoder(tmp_path / "vae")

@@ -308,3 +308,17 @@ def test_finished_shards_are_taken_over_and_a_spoiled_one_is_not(
     assert taken == [True, False, True]
     assert artifact.manifest.digest == run(digits_folder, tmp_path / "whole", images_per_shard=8).manifest.digest
     assert json.loads((tmp_path / "a2" / "classes.json").read_text()) == ["0", "1", "2", "3"]
+
+
+def test_a_stricter_bound_holds_for_what_was_made_before_and_a_laxer_one_keeps_the_work(
+    hostile: Path, tmp_path: Path, ray_session: None
+) -> None:
+    with pytest.raises(UserError, match="what is finished is kept"):
+        run(hostile, tmp_path, max_bad_fraction=0.1, images_per_shard=100)
+    (before,) = [path.stat().st_ino for path in tmp_path.glob("images-*.tar")]
+    artifact = run(hostile, tmp_path, max_bad_fraction=0.9, images_per_shard=100)
+    assert [path.stat().st_ino for path in artifact.paths(SHARDS)] == [before]
+    strict = PreprocessConfig(image_size=32, max_bad_fraction=0.1)
+    with pytest.raises(UserError, match="more than max_bad_fraction"):
+        preprocess.VERB.accept(strict, artifact.counts)
+    assert preprocess.VERB.fingerprint(strict, {}) == preprocess.VERB.fingerprint(PreprocessConfig(image_size=32), {})

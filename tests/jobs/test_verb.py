@@ -74,3 +74,72 @@ def test_sections_are_frozen() -> None:
     config: Section = PreprocessConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.image_size = 1  # type: ignore[attr-defined]
+
+
+def run_verb(verb: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"jobs.{verb}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("out", ["images", "images/out", "."])
+def test_an_output_among_the_input_is_refused_before_anything_is_written(
+    out: str, digits_folder: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(digits_folder, tmp_path / "images")
+    before = files(tmp_path)
+    assert_refused(run_verb("preprocess", "images", out, cwd=tmp_path), "lie in one another")
+    assert files(tmp_path) == before
+
+
+def test_an_output_inside_another_artifact_is_refused(latents_artifact: object, tmp_path: Path) -> None:
+    from edt_core.errors import UserError
+    from edt_core.storage import Folder
+    from jobs.verb import check_place
+
+    inside = Path(latents_artifact.folder.uri) / "a" / "b"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="lies inside the artifact"):
+        check_place(Folder.at(inside), [])
+    check_place(Folder.at(tmp_path / "new"), ["s3://bucket/images", "some/hub-id"])
+
+
+def test_files_of_others_in_the_output_stay_as_they_are(digits_folder: Path, tmp_path: Path) -> None:
+    from edt_core.artifact import ArtifactWriter
+    from edt_core.storage import Folder
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images-00000.tar").write_text("precious")
+    out = ArtifactWriter(Folder.at(tmp_path / "out"), "images", "1" * 64)
+    with pytest.raises(UserError, match=r"1 files that are not of this run \(images-00000\.tar\)"):
+        out.check_own()
+    assert (tmp_path / "out" / "images-00000.tar").read_text() == "precious"
+
+
+def test_an_input_of_the_wrong_kind_is_named(latents_artifact: object, tmp_path: Path) -> None:
+    latents = latents_artifact.folder.uri  # type: ignore[attr-defined]
+    done = run_verb("encode", latents, str(tmp_path / "out"), "--autoencoder", latents)
+    assert_refused(done, "holds latents, and images are needed here")
+
+
+def test_text_options_are_taken_as_they_are() -> None:
+    import argparse
+
+    from edt_core.config import SourceConfig
+    from jobs.options import given_fields
+
+    options = argparse.Namespace(classes="010,8", labels="my #1.csv", limit="1_0", kind="labels", path=None)
+    given = given_fields(options, SourceConfig)
+    assert given == {"classes": "010,8", "labels": "my #1.csv", "limit": 10, "kind": "labels"}
+    assert SourceConfig(path="x", **given).classes == ("010", "8")
+    assert parse_assignment("source.path=/data/my #1") == ("source.path", "/data/my #1")

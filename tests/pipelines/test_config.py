@@ -51,6 +51,7 @@ def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
         (["train.lr=-1"], r"'train\.lr'.*greater than 0.*-1"),
         (["models.a.max_step=5"], r"unknown configuration key 'max_step'"),
         (["source.kind=image_folder"], r"source\.path is missing"),
+        (["train.reader=webdataset"], r"write_webdataset is false"),
         (["train=5"], r"'train'.*5"),
         (["sample.num_sampling_steps=2000"], r"2000 is more than the 1000 timesteps"),
         (["sample.guidance_channels=9"], r"guidance_channels 9 is more than the 4 latent channels"),

@@ -44,15 +44,15 @@ def select(listing: Listing, place: Place, classes: tuple[str, ...], limit: int 
         raise UserError(f"no images in {place}: the files that were found hold none")
     if classes:
         listing = _of_classes(listing, place, classes)
+    if limit is not None and limit < len(listing):
+        listing = listing.take(np.arange(limit) * len(listing) // limit)
     present = pc.unique(listing.table["label"])
     if len(listing.classes) < 2 or len(present) < 2:
         only = listing.classes[present[0].as_py()]
         raise UserError(
             f"only one class ({only!r}, {len(listing)} images) in {place}: a class-conditional model needs at "
-            "least 2; put the images of each class into a sub-folder of its own, or take more classes"
+            "least 2; put the images of each class into a sub-folder of its own, or take more classes or images"
         )
-    if limit is not None and limit < len(listing):
-        listing = listing.take(np.arange(limit) * len(listing) // limit)
     return listing
 
 

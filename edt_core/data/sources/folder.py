@@ -9,6 +9,8 @@ from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 
+_SPLITS = {b"train", b"training", b"val", b"valid", b"validation", b"test", b"testing"}
+
 
 def list_image_folder(place: Place, progress: Progress) -> Listing:
     """Images in order of their path; the class index is the place of the sub-folder's name in sorted order.
@@ -30,6 +32,12 @@ def list_image_folder(place: Place, progress: Progress) -> Listing:
         progress.warn(f"{loose} images directly in {place} have no class folder and are left out")
     folders = pc.list_element(pc.split_pattern(table["name"], "/", max_splits=1), 0)
     names = sorted(pc.unique(folders).to_pylist())
+    if {name.lower() for name in names} <= _SPLITS and pc.all(pc.match_substring_regex(table["name"], "/.*/")).as_py():
+        listed = ", ".join(map(as_text, names))
+        raise UserError(
+            f"the sub-folders of {place} are splits ({listed}), not classes; give one of them, as "
+            f"{place}/{as_text(names[0])}"
+        )
     labels = pc.index_in(folders, pa.array(names, pa.binary())).cast(pa.int32())
     table = table.add_column(1, "label", labels)
     return Listing(place.root, tuple(map(as_text, names)), table, "file")

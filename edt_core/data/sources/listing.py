@@ -53,7 +53,8 @@ class Listing:
     def slice(self, start: int, stop: int) -> "Listing":
         """Images [start, stop), in buffers of their own: pickling an Arrow slice would send the whole listing."""
         start, stop = max(start, 0), min(max(stop, start, 0), len(self))
-        return self.take(np.arange(start, stop))
+        part = self.table.slice(start, stop - start)  # a view first: taking from the whole would join its chunks anew
+        return Listing(self.root, self.classes, part, self.access).take(np.arange(stop - start))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Listing":
         """The images at these places, in this order."""

@@ -178,7 +178,16 @@ def read_parquet(root: Folder, table: pa.Table, made: Callable[[RawImage], Made]
             yield from (made(row.unreadable(error)) for row in rows(part))
             continue
         with file:
-            yield from map(made, _parquet_images(file, root.local is None, part))
+            yield from map(made, _whole_pages(_parquet_images(file, root.local is None, part), first))
+
+
+def _whole_pages(images: Iterator[RawImage], first: Row) -> Iterator[RawImage]:
+    try:
+        yield from images
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk or the store; pyarrow's own have no number
+            raise
+        raise UserError(f"{as_text(first.file)} is damaged ({error}); copy or download it again") from error
 
 
 def _parquet_images(file: Any, is_remote: bool, part: pa.Table) -> Iterator[RawImage]:

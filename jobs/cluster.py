@@ -58,7 +58,7 @@ def require(stage: str, **wanted: float) -> None:
         if number > there.get(kind, 0):
             raise UserError(
                 f"{stage} wants {number:g} {kind} at once, this machine offers {there.get(kind, 0):g}; lower what the "
-                "configuration asks for, or join a cluster with --address"
+                "configuration asks for, or join a cluster by RAY_ADDRESS or --address"
             )
 
 

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from edt_core.progress import Count, Printed, Progress
@@ -99,6 +99,7 @@ class Bar(Printed):
 def relayed(verb: str, shown: Progress) -> Iterator[BoardProgress]:
     """A `Progress` for jobs whose workers are other processes; what they tell is shown here."""
     import ray
+    import ray.exceptions
 
     board: Any = ray.remote(Board).options(num_cpus=0).remote()
     stop = threading.Event()
@@ -117,7 +118,8 @@ def relayed(verb: str, shown: Progress) -> Iterator[BoardProgress]:
 
     def follow() -> None:
         while not stop.wait(_INTERVAL_S):
-            show()
+            with suppress(ray.exceptions.RayError):  # the bar may stop; the job, and its own error, go on
+                show()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -126,5 +128,6 @@ def relayed(verb: str, shown: Progress) -> Iterator[BoardProgress]:
     finally:
         stop.set()
         thread.join()
-        show()
+        with suppress(ray.exceptions.RayError):
+            show()
         ray.kill(board)

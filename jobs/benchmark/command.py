@@ -1,8 +1,9 @@
 """`edt bench`: measure and print a table in Markdown."""
 
 import argparse
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from edt_core.errors import UserError
@@ -21,18 +22,25 @@ def bench(part: str, images: str | None, scale: float, work_in: str | None = Non
         photos = photos_in(Path(images)) if images else made_photos(work / "photos")
         if part == "encode":
             return bench_encode(work, photos, max(4, int(8192 * scale)), batch_size=max(2, int(64 * min(scale, 1))))
-        from jobs.cluster import connect
-
-        rows = bench_latents(_made(work / "latents"), int(20_000 * scale))
-        rows += bench_planning(work, int(1_300_000 * scale))
-        connect(min_cpus=2)
-        rows += bench_preprocess(_made(work / "preprocess"), photos, int(12_000 * scale))
-        return rows + bench_memory(_made(work / "memory"), photos, int(50_000 * scale))
+        return [row for rows in _data(work, photos, scale) for row in rows]
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
+    """The rows of the data plane, part by part, with a word about each while it is measured."""
+    from jobs.cluster import connect
+
+    parts: dict[str, Callable[[Path], list[Row]]] = {
+        "latents": lambda folder: bench_latents(folder, int(20_000 * scale)),
+        "planning": lambda folder: bench_planning(folder, int(1_300_000 * scale)),
+        "preprocess": lambda folder: bench_preprocess(folder, photos, int(12_000 * scale)),
+        "memory": lambda folder: bench_memory(folder, photos, int(50_000 * scale)),
+    }
+    for number, (name, measure) in enumerate(parts.items(), 1):
+        print(f"bench: {name}, part {number} of {len(parts)}; all take some 6 minutes on 2 cores", file=sys.stderr)
+        if name == "preprocess":
+            connect(min_cpus=2)
+        (work / name).mkdir()
+        yield measure(work / name)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.benchmark") -> None:

@@ -14,6 +14,7 @@ from edt_core.artifact import Artifact
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
 from edt_core.schema import MANIFEST_NAME
+from edt_core.storage import Folder
 from jobs import autoencoder
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
@@ -194,6 +195,19 @@ def test_another_protocol_makes_a_candidate_and_no_champion(first: Outcome, stor
     aliases = {name: client.get_model_version_by_alias(MODEL, name) for name in ("candidate", "champion")}
     assert {name: str(found.version) for name, found in aliases.items()} == {"candidate": "2", "champion": "1"}
     assert latest.version == "2"
+
+
+def test_a_registered_model_gives_its_autoencoder_to_edt_encode(
+    first: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", first.tracking_uri)
+    mlflow.set_tracking_uri(first.tracking_uri)
+    made = autoencoder.published_artifact(f"models:/{MODEL}@champion", Folder.at(tmp_path / "vae"))
+    assert made.counts["source"] == f"models:/{MODEL}/1"
+    assert made.counts["downsample_factor"] == 4
+    assert made.problems(deep=True) == []
 
 
 def test_a_registered_model_gives_its_autoencoder_to_a_workflow(first: Outcome, store: Path) -> None:

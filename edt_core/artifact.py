@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from edt_core.environment import code_version, environment
 from edt_core.errors import UserError
-from edt_core.integrity import compare_digests, compare_sizes, damaged, difference, digest_once
+from edt_core.integrity import compare_digests, compare_sizes, damaged, difference, digest_once, listing
 from edt_core.manifest import (
     FileEntry,
     Manifest,
@@ -282,7 +282,7 @@ class ArtifactWriter:
         )
         if problems := Artifact(self.folder, manifest).problems():
             raise ManifestError(
-                f"not committing {self.folder.uri}, {len(problems)} problems: {'; '.join(problems[:10])}; "
+                f"not committing {self.folder.uri}, {len(problems)} problems: {listing(problems)}; "
                 "run the step again, into an empty folder"
             )
         text = manifest.to_json().encode()

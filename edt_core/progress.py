@@ -41,12 +41,14 @@ class Count:
     note: str = ""
     parts: dict[int | None, int] = field(default_factory=dict)
 
-    def put(self, done: int, total: int, note: str, part: int | None) -> None:
-        """A part never goes back: messages of workers may arrive late."""
-        if part is None or (total, note) != (self.total, self.note):
+    def put(self, done: int, total: int, note: str, part: int | None) -> bool:
+        """Returns whether a phase begins. A part never goes back: messages of workers may arrive late."""
+        begins = (total, note) != (self.total, self.note)
+        if part is None or begins:
             self.parts.clear()
         self.total, self.note = total, note
         self.parts[part] = max(done, self.parts.get(part, 0))
+        return begins
 
     @property
     def done(self) -> int:
@@ -64,8 +66,7 @@ class Printed:
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
         now = time.monotonic()
-        begins = (total, note) != (self.count.total, self.count.note)
-        self.count.put(done, total, note, part)
+        begins = self.count.put(done, total, note, part)
         done = self.count.done
         if begins:
             self._started, self._first, self._last = now, done, now

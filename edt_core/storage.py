@@ -335,7 +335,7 @@ def _create(fs: Any, target: str, data: bytes) -> bool:
             return True
         except FileExistsError:
             return False
-        except (NotImplementedError, TypeError):
+        except (NotImplementedError, TypeError):  # a file system without conditional writes, or without `mode`
             break
         except OSError as error:
             if error_code(error) in _NO_CONDITIONAL_WRITE:

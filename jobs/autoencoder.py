@@ -11,10 +11,10 @@ from edt_core.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress, Silent
-from edt_core.schema import IMAGE_SHARD, MANIFEST_NAME
+from edt_core.schema import IMAGE_SHARD
 from edt_core.storage import Folder, sha256_file
 from jobs.cluster import device_name, require, use_threads
-from jobs.verb import Verb, alone_in
+from jobs.verb import Verb, alone_in, made_before
 
 FOLDER = "autoencoder"
 _MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
@@ -95,20 +95,11 @@ def published_artifact(location: str, folder: Folder) -> Artifact:
     published = published_source(config)
     assert published is not None
     identity = VERB.fingerprint(config, {"published": published.fingerprint})
+    refusal = f"holds another autoencoder than {location}, and their latents do not mix; give another output folder"
     with alone_in(folder):
-        return _made_once(config, published, folder, identity)
-
-
-def _made_once(config: AutoencoderConfig, published: Source, folder: Folder, identity: str) -> Artifact:
-    if folder.exists(MANIFEST_NAME):
-        made = Artifact.open(folder)
-        if made.fingerprint != identity:
-            raise UserError(
-                f"{folder.uri} holds another autoencoder than {config.pretrained}, and their latents do not mix; give "
-                "another output folder"
-            )
-        return made
-    return VERB.execute(config, {"published": published}, ArtifactWriter(folder, VERB.kind, identity), Silent())
+        if (made := made_before(folder, identity, refusal)) is not None:
+            return made
+        return VERB.execute(config, {"published": published}, ArtifactWriter(folder, VERB.kind, identity), Silent())
 
 
 def _registered(location: str) -> str:

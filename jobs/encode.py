@@ -22,7 +22,6 @@ from jobs.cluster import device_name, pooled, require, use_threads
 from jobs.verb import Verb
 
 _PROBES = 16  # images on which the error of a lower precision is measured, whatever the batch size
-_REMEDY = ("set encode.precision=fp32", "its weights are damaged or not those of its configuration")
 _AHEAD = 3  # decoded batches that wait for the autoencoder
 
 
@@ -93,9 +92,13 @@ class Encoder:
             ahead = prefetched(self._decoded(source, pool), _AHEAD)
             for samples, posterior in encode_both_sides(self.model, ahead):
                 if not np.isfinite(posterior).all():
+                    exact = self.config.precision == "fp32"
+                    remedy = (
+                        "its weights are damaged or not of its configuration" if exact else "set encode.precision=fp32"
+                    )
                     raise UserError(
                         f"the autoencoder gives latents of {source.path} that are not finite in "
-                        f"{self.config.precision}; {_REMEDY[self.config.precision == 'fp32']}"
+                        f"{self.config.precision}; {remedy}"
                     )
                 yield [s.key for s in samples], np.array([s.label for s in samples], dtype=np.int64), posterior
                 done += len(samples)

@@ -14,13 +14,13 @@ from edt_core.data.images import center_crop, decode_rgb, encode_image
 from edt_core.data.shards import ImageSample, write_image_shard
 from edt_core.data.sources import UNREADABLE, Listing, combine_identity, image_digest, list_source
 from edt_core.errors import UserError
+from edt_core.integrity import listing as listed
 from edt_core.progress import Progress
 from edt_core.schema import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
 from jobs.cluster import MAX_RETRIES, finished
 from jobs.verb import Verb
 
-_SHOWN = 10  # quarantined images in a message
-_KEPT = 10_000  # and in the manifest; all of them are in the shards' reports
+_KEPT = 10_000  # quarantined images in the manifest; all of them are in the shards' reports
 _TAR_BYTES = 5 << 10  # headers and padding of a sample's three members, and its small ones
 
 
@@ -53,11 +53,15 @@ class ShardReport:
     def reasons(self) -> list[tuple[str, str]]:
         return [(name, reason) for _, name, reason in self.quarantined]
 
+    @property
+    def looked_at(self) -> int:
+        return len(self.digests) // len(UNREADABLE)
+
     def kept(self) -> list[bytes]:
         """The digests of the originals that were written."""
         lost = {place for place, _, _ in self.quarantined}
         size = len(UNREADABLE)
-        return [self.digests[i * size : (i + 1) * size] for i in range(len(self.digests) // size) if i not in lost]
+        return [self.digests[i * size : (i + 1) * size] for i in range(self.looked_at) if i not in lost]
 
     def to_json(self) -> dict[str, Any]:
         return {"rows": self.rows, "quarantined": self.quarantined, "digests": self.digests.hex()}
@@ -138,12 +142,14 @@ def preprocess(
     task = ray.remote(_shard_task).options(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
     pending = {task.remote(plan, config, out, progress, len(listing)): plan.index for plan in plans}
     reports: dict[int, ShardReport] = {}
+    quarantined: list[tuple[str, str]] = []
+    looked_at = 0
     with closing(finished(list(pending))) as done:
         for ref in done:
             reports[pending[ref]] = report = ray.get(ref)
-            progress.update(len(report.digests) // 32, len(listing), "images", part=pending[ref])
-            quarantined = [item for report in reports.values() for item in report.reasons]
-            looked_at = sum(len(report.digests) // 32 for report in reports.values())
+            progress.update(report.looked_at, len(listing), "images", part=pending[ref])
+            quarantined += report.reasons
+            looked_at += report.looked_at
             check_quarantined(quarantined, looked_at, len(listing), config.max_bad_fraction)
     ordered = [reports[k] for k in range(len(plans))]
     _check_source(listing, ordered, source)
@@ -218,8 +224,7 @@ def accept(config: PreprocessConfig, counts: Mapping[str, Any]) -> None:
 
 
 def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
-    more = f"\n  and {len(quarantined) - _SHOWN} more" if len(quarantined) > _SHOWN else ""
-    return "".join(f"\n  {path}: {reason}" for path, reason in sorted(quarantined)[:_SHOWN]) + more
+    return "\n  " + listed([f"{path}: {reason}" for path, reason in sorted(quarantined)], "\n  ")
 
 
 VERB = Verb("preprocess", "images", 2, PreprocessConfig, preprocess, roles=("source",), accept=accept)

@@ -86,11 +86,10 @@ class Bar(Printed):
         if self._bars is None:
             super().update(done, total, note, part)
             return
-        if (total, note) != (self.count.total, self.count.note) or not self._bars.tasks:
+        if self.count.put(done, total, note, part) or not self._bars.tasks:
             for task in self._bars.task_ids:
                 self._bars.remove_task(task)
             self._bars.add_task(self.verb, total=total, rate="")
-        self.count.put(done, total, note, part)
         (task,) = self._bars.tasks
         self._bars.update(task.id, completed=self.count.done, rate=f"{note} {task.speed or 0:.0f}/s")
 

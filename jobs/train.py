@@ -209,11 +209,10 @@ def _tars(latents: Artifact) -> list[FileEntry]:
 
 def _check_reader(config: TrainConfig, latents: Artifact) -> None:
     """Refuse, before any worker is started, what the streaming reader would refuse in each of them."""
-    if config.reader == "webdataset" and (shards := len(_tars(latents))) < config.num_workers:
-        raise UserError(
-            f"{shards} latent tar shards for {config.num_workers} workers: a worker without a shard would make the "
-            "others wait for ever; use fewer workers, or preprocess with a smaller images_per_shard and encode again"
-        )
+    from edt_core.data.streaming import check_shards
+
+    if config.reader == "webdataset":
+        check_shards(len(_tars(latents)), config.num_workers)
 
 
 def _ray_checkpoints(out: ArtifactWriter) -> list[Folder]:

@@ -95,7 +95,7 @@ class Verb:
             inputs = {role: open_input(role, getattr(options, role), folder, options, bar) for role in self.roles}
             identity = self.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
             with alone_in(folder):
-                if (made := _made_before(folder, identity)) is not None:
+                if (made := made_before(folder, identity)) is not None:
                     self.accept(config, made.counts)
                     print(f"{self.name}: reused, nothing has changed", file=sys.stderr)
                     return made
@@ -108,6 +108,7 @@ class Verb:
                     return self.execute(config, inputs, out, progress)
 
 
+_ANOTHER = "already holds an artifact made from another configuration or other inputs; give an empty folder"
 _OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run to go on with"
 _ROLE_HELP = {
     "source": "labelled images: a folder, file or URI (s3://...)",
@@ -124,9 +125,11 @@ def exit_code() -> Iterator[None]:
         print("stopped; what is finished is kept, run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        from jobs.cluster import cause_of
+        cause: BaseException = error
+        if "ray" in sys.modules:  # else nothing can have wrapped it, and Ray takes a second to import
+            from jobs.cluster import cause_of
 
-        cause = cause_of(error)
+            cause = cause_of(error)
         if not isinstance(cause, UserError):
             raise
         print(f"error: {cause}", file=sys.stderr)
@@ -170,7 +173,8 @@ def alone_in(folder: Folder) -> Iterator[None]:
         lock.release()
 
 
-def _made_before(folder: Folder, identity: str) -> Artifact | None:
+def made_before(folder: Folder, identity: str, refusal: str = _ANOTHER) -> Artifact | None:
+    """The artifact of this identity that is in the folder already. Raises UserError for a damaged or another one."""
     if not folder.exists(MANIFEST_NAME):
         return None
     try:
@@ -178,10 +182,7 @@ def _made_before(folder: Folder, identity: str) -> Artifact | None:
     except ManifestError as error:
         raise UserError(f"{error}; or give another output folder, or remove this one") from error
     if artifact.fingerprint != identity:
-        raise UserError(
-            f"{folder.uri} already holds an artifact made from another configuration or other inputs; "
-            "give an empty folder"
-        )
+        raise UserError(f"{folder.uri} {refusal}")
     return artifact
 
 

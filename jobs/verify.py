@@ -1,14 +1,15 @@
 """verify: check an artifact against its manifest, where it lies. Needs no Ray and no cluster."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from edt_core.artifact import Artifact
 from edt_core.errors import UserError
 from edt_core.integrity import listing
-from edt_core.progress import Printed, Progress
+from edt_core.progress import Progress
 from edt_core.schema import MANIFEST_NAME
+from jobs.progress import Bar
+from jobs.verb import exit_code
 
 
 def verify(location: str, deep: bool = False, progress: Progress | None = None) -> str:
@@ -20,10 +21,11 @@ def verify(location: str, deep: bool = False, progress: Progress | None = None) 
     artifact = Artifact.read(location)
     manifest = artifact.manifest
     if problems := artifact.problems(deep, progress):
+        lines = listing(problems, "\n  ")
         number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(
             f"{artifact.folder.uri} is damaged, {number} in {len(manifest.files)} files:\n  "
-            f"{listing(problems, chr(10) + '  ')}\n"
+            f"{lines}\n"
             f"remove its {MANIFEST_NAME} and run its step again, or remove files that are not in the manifest"
         )
     size = sum(entry.bytes for entry in manifest.files)
@@ -37,13 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("artifact", help="artifact folder or URI: the one that holds manifest.json")
     parser.add_argument("--deep", action="store_true", help="digest every file, not only its size")
     options = parser.parse_args(arguments)
-    try:
-        print(verify(options.artifact, options.deep, Printed("verify")))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with exit_code(), Bar("verify") as bar:
+        print(verify(options.artifact, options.deep, bar))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,14 @@ S3_SECRET = "test-secret-canary-7f3a9c"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def sample(name: str) -> Path:
+    """A folder of sample data, or a skip that says what is missing."""
+    folder = SHARED_DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"the sample images are not here ({folder})")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def node_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The node's cache in a folder of these tests, set before any worker process starts."""
@@ -46,19 +54,13 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """250 full-size ImageNet photos, one a class; not part of the project."""
-    folder = SHARED_DATA / "imagenet_sample"
-    if not folder.is_dir():
-        pytest.skip(f"the sample photos are not here ({folder})")
-    return folder
+    return sample("imagenet_sample")
 
 
 @pytest.fixture(scope="session")
 def cifar() -> Path:
     """3,000 CIFAR-10 training images as JPEG, 300 a class; not part of the project."""
-    folder = SHARED_DATA / "cifar10_sample"
-    if not folder.is_dir():
-        pytest.skip(f"the sample images are not here ({folder})")
-    return folder
+    return sample("cifar10_sample")
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +126,20 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in sorted((whole / label).iterdir())[:8]:
             (folder / label / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose sha256 is taken."""
+    names: list[str] = []
+    digest = Folder.digest
+
+    def counted(self: Folder, name: str) -> str:
+        names.append(name)
+        return digest(self, name)
+
+    monkeypatch.setattr(Folder, "digest", counted)
+    return names
 
 
 @pytest.fixture

@@ -122,12 +122,17 @@ def stream_latents(stream: LatentStream, plan: BatchPlan, start_step: int = 0) -
     hold the rows or does not have the digest stated, or for a member that is not ours.
     """
     shards = [shard for shard in stream.shards if shard.rows]
-    if len(shards) < plan.world_size:
+    check_shards(len(shards), plan.world_size)
+    return _batches(stream, shards, plan, start_step)
+
+
+def check_shards(shards: int, world_size: int) -> None:
+    """Raise UserError where a rank would have no shard."""
+    if shards < world_size:
         raise UserError(
-            f"{len(shards)} latent tar shards for {plan.world_size} workers: a worker without a shard would make the "
+            f"{shards} latent tar shards for {world_size} workers: a worker without a shard would make the "
             "others wait for ever; use fewer workers, or preprocess with a smaller images_per_shard and encode again"
         )
-    return _batches(stream, shards, plan, start_step)
 
 
 def _batches(

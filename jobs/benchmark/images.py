@@ -117,7 +117,6 @@ import resource, sys, time
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.sources import list_source
 from jobs.preprocess import plan_shards
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.perf_counter()
 plans = plan_shards(list_source(SourceConfig(kind="image_folder", path=sys.argv[1])), PreprocessConfig())
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, len(plans))

@@ -183,20 +183,6 @@ def test_shards_that_are_not_the_manifests_are_refused(artifact: Artifact, kind:
     assert not verified_deep(artifact)
 
 
-@pytest.fixture
-def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that are digested."""
-    names: list[str] = []
-    digest = Folder.digest
-
-    def counted(self: Folder, name: str) -> str:
-        names.append(name)
-        return digest(self, name)
-
-    monkeypatch.setattr(Folder, "digest", counted)
-    return names
-
-
 def test_untouched_files_are_digested_once_a_node(artifact: Artifact, digested: list[str]) -> None:
     artifact.verify_once("*.arrow")
     assert sorted(digested) == ["latents-00000.arrow", "latents-00001.arrow"]

@@ -73,20 +73,6 @@ def latents(whole: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files whose sha256 is taken."""
-    names: list[str] = []
-    digest = Folder.digest
-
-    def counted(self: Folder, name: str) -> str:
-        names.append(name)
-        return digest(self, name)
-
-    monkeypatch.setattr(Folder, "digest", counted)
-    return names
-
-
-@pytest.fixture
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on nothing is left to Ray Train."""
 

@@ -244,6 +244,16 @@ class ArtifactWriter:
                     return self._publish(staged, name, entry.rows)
         return None
 
+    def discard(self, name: str) -> None:
+        """Remove a folder of this attempt's files. Interrupted, it leaves a journal by which it is known for ours."""
+        self.data.remove(name)
+        for entry in self.begun(name):
+            self.data.remove(f"{JOURNAL}/{_flat(entry)}.json")
+
+    def begun(self, name: str) -> list[str]:
+        """Files of this attempt below a folder that are finished, or were about to be when it ended."""
+        return [entry for entry in self._journal_names() if entry.startswith(f"{name}/")]
+
     def written(self) -> list[FileEntry]:
         """Files of this attempt that are finished, in order of name."""
         found = in_threads(lambda name: self._journalled(self.data, name), self._journal_names())

@@ -16,6 +16,7 @@ from torch import Tensor
 from edt_core.config import AutoencoderConfig
 from edt_core.data.images import to_model_range
 from edt_core.errors import UserError
+from edt_core.precision import use_precision
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -166,18 +167,6 @@ def encode_both_sides(
         waiting = (tag, posterior, ready)
     if waiting is not None:
         yield fetched(*waiting)
-
-
-def use_precision(precision: str) -> torch.dtype:
-    """Set how this process computes in "fp32", "tf32", "fp16" or "bf16"; returns the dtype for a model's weights.
-
-    A GPU convolves float32 in TF32 unless told otherwise, ten bits of mantissa for twenty-three.
-    """
-    mode = "tf32" if precision == "tf32" else "ieee"
-    cudnn: Any = torch.backends.cudnn
-    cudnn.conv.fp32_precision = mode
-    torch.backends.cuda.matmul.fp32_precision = mode
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 A field made with `runtime(...)` says how a stage runs, not what it makes: it stays out of the artifact's fingerprint.
 """
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Section(BaseModel):
     """Base of every configuration section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def runtime(default: Any, **constraints: Any) -> Any:
@@ -96,7 +97,7 @@ class AutoencoderConfig(Section):
     lr: float = Field(1e-3, gt=0)
     kl_weight: float = Field(1e-6, ge=0)
     max_images: int = Field(50_000, ge=1, description="above this number, as many images at even distances")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     num_cpus: int = runtime(2, ge=1)
     num_gpus: float = runtime(0, ge=0)
 
@@ -138,7 +139,7 @@ class ClassifierConfig(Section):
     lr: float = Field(2e-3, gt=0)
     max_images: int = Field(50_000, ge=2, description="above this number, as many images at even distances")
     holdout_fraction: float = Field(0.1, gt=0, lt=1, description="images kept from the fit to measure its accuracy")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     num_cpus: int = runtime(2, ge=1)
     num_gpus: float = runtime(0, ge=0)
 
@@ -147,44 +148,103 @@ class TrainConfig(Section):
     """The training recipe; defaults are the paper's for EDT-S and EDT-B (arXiv 2410.23788, appendix)."""
 
     model: str = Field("EDT-S/2", description="EDT-S/2, EDT-B/2, EDT-XL/2 or EDT-Tiny/2")
-    global_batch_size: int = Field(256, ge=1)
+    global_batch_size: int = Field(256, ge=1, description="samples of a step, whatever the number of workers")
     max_steps: int = Field(400_000, ge=0, description="0 leaves the untrained model of this seed")
+    max_epochs: float | None = Field(None, gt=0, description="end after this many epochs, if that is before max_steps")
+    max_hours: float | None = Field(
+        None, gt=0, description="end after this time of training, restarts included; the learning rate's fall stays"
+    )
     optimizer: Literal["adan", "adamw"] = "adan"
     lr: float = Field(1e-3, gt=0)
-    lr_final: float = Field(5e-5, ge=0, description="the rate falls linearly from lr to this at max_steps")
+    lr_final: float = Field(5e-5, ge=0, description="what the rate has come to at the last step")
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0, description="steps in which the rate rises from 0 to lr, before its fall")
     weight_decay: float = Field(0.0, ge=0)
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient's norm to this; null for never")
+    ema_decay: float | tuple[float, ...] = Field(
+        0.9999, description="one decay or several; the first one's weights are sampled from and registered"
+    )
     class_dropout_prob: float = Field(0.1, ge=0, lt=1)
     mirror_prob: float = Field(0.5, ge=0, le=1, description="share of mirror images; 0 where left and right matter")
     masked_loss: bool = Field(True, description="add the masked loss to the full one; false is the paper's EDT*")
     timestep_sampler: Literal["loss-second-moment", "uniform"] = "loss-second-moment"
     num_timesteps: int = Field(1000, ge=1)
     min_snr_gamma: float = Field(5.0, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32", description="of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32"
+    )
+    max_rollbacks: int = runtime(
+        3, ge=0, description="losses or gradients that are not finite: go back to a checkpoint, leave the step out"
+    )
     reader: Literal["arrow", "webdataset"] = Field(
         "arrow",
         description="arrow maps the shards and shuffles globally; webdataset streams tars that do not fit the disk: "
         "shuffled within a buffer, another order at another number of workers, no exact resume in mid-epoch",
     )
     shuffle_buffer: int = Field(10_000, ge=1, description="with reader webdataset: samples a worker shuffles among")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     log_every: int = Field(50, ge=1, description="steps between two rows of the loss history")
     checkpoint_every: int = runtime(5_000, ge=1)
-    num_to_keep: int = runtime(2, ge=1)
-    num_workers: int = runtime(1, ge=1)
+    num_to_keep: int = runtime(2, ge=1, description="newest checkpoints that are kept, beside the one of least loss")
+    preview_every: int | None = runtime(None, ge=1, description="steps between two sample grids; null for none")
+    num_workers: int | tuple[int, int] = runtime(
+        1, description="data-parallel workers, or [fewest, most] to go on with as many as the cluster has"
+    )
+    micro_batch_size: int | None = runtime(
+        None, ge=1, description="most samples a worker takes at once; null for its share among the most workers"
+    )
     num_cpus_per_worker: float = runtime(1, gt=0)
     use_gpu: bool = runtime(False)
+    compile: bool = runtime(False, description="torch.compile the model: minutes of start for a faster step")
+    activation_checkpointing: bool = runtime(
+        False, description="compute blocks again in the backward pass: less memory"
+    )
     max_failures: int = runtime(3, ge=-1, description="worker failures to recover from; -1 for any number")
 
+    @field_validator("ema_decay")
+    @classmethod
+    def _decays_are_rates(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        decays = value if isinstance(value, tuple) else (value,)
+        if not decays or not all(0 <= decay < 1 for decay in decays) or len(set(decays)) != len(decays):
+            raise ValueError(f"ema_decay {value} must be one number in 0..1 (1 excluded), or several different ones")
+        return value
+
     @model_validator(mode="after")
-    def _batch_divides(self) -> "TrainConfig":
-        if self.global_batch_size % self.num_workers:
-            lower = self.global_batch_size - self.global_batch_size % self.num_workers
+    def _workers_fit(self) -> "TrainConfig":
+        fewest, most = self.worker_range
+        if not 1 <= fewest <= most:
+            raise ValueError(f"num_workers {self.num_workers} must be a number from 1 on, or [fewest, most]")
+        if most > self.global_batch_size:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} does not divide by num_workers {self.num_workers}; "
-                f"use {lower or self.num_workers} or {lower + self.num_workers}, or another number of workers"
+                f"global_batch_size {self.global_batch_size} has no sample for each of {most} workers; "
+                f"use at most {self.global_batch_size} workers"
             )
         return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """All decays, that of the registered weights first."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a step: the full one, and the masked one if it is on."""
+        return 2 if self.masked_loss else 1
+
+    def micro_batch(self) -> int:
+        """Most samples that a worker takes at once; what it has above that it accumulates."""
+        return self.micro_batch_size or -(-self.global_batch_size // self.worker_range[1])
+
+    def total_steps(self, num_samples: int) -> int:
+        """Steps of the whole training on a data set of `num_samples`, but for a limit on time."""
+        if self.max_epochs is None:
+            return self.max_steps
+        return min(self.max_steps, math.ceil(self.max_epochs * num_samples / self.global_batch_size))
 
 
 class SampleConfig(Section):
@@ -196,7 +256,7 @@ class SampleConfig(Section):
     cfg_scale: float = Field(1.0, ge=1)
     guidance_channels: int | None = Field(3, description="channels that are guided; null for all")
     amm_blocks: tuple[int, ...] | Literal["paper"] = Field((), description="0-based blocks; 'paper' by cfg_scale")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     unit_size: int = Field(64, ge=1, description="samples in one unit of work: fixed, so that results do not move")
     keep_images: int = Field(100, ge=1, description="first samples whose pixels are kept for the report")
     num_workers: int = runtime(1, ge=1)

@@ -1,4 +1,4 @@
-"""The one error type a user is meant to see."""
+"""The errors a user is meant to see."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and leaves with exit code 2.
     """
+
+
+class Stopped(RuntimeError):  # noqa: N818  not an error, but a way to end
+    """A job was asked to stop and did, where it can go on later. The message says where; the exit code is 130."""

@@ -10,8 +10,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Counts, metrics and warnings of one job. Implementations are picklable: workers get a copy."""
 
-    def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
-        """`done` of `total` units (`note` names them) are finished.
+    def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
+        """`done` of `total` units (`note` names them) are finished; `detail` is a word on how it goes, as the loss.
 
         Where several tasks share the units, `part` says whose `done` it is: those of all parts are added up.
         """
@@ -19,18 +19,34 @@ class Progress(Protocol):
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Measured values at an explicit step."""
 
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """A picture at an explicit step."""
+
+    def checkpoints(self, kept: Mapping[int, tuple[str, str]]) -> None:
+        """All checkpoints that there are now: step -> (URI of the folder, digest of its manifest)."""
+
     def warn(self, message: str) -> None:
         """Something a person should read that does not stop the job."""
+
+    def stopping(self) -> bool:
+        """Whether somebody asked the job to stop where it can go on later. Cheap: answers from what is known."""
 
 
 class Silent:
     """Tells nobody."""
 
-    def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None: ...
+    def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None: ...
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
+    def image(self, name: str, png: bytes, step: int) -> None: ...
+
+    def checkpoints(self, kept: Mapping[int, tuple[str, str]]) -> None: ...
+
     def warn(self, message: str) -> None: ...
+
+    def stopping(self) -> bool:
+        return False
 
 
 @dataclass
@@ -55,7 +71,7 @@ class Count:
         return sum(self.parts.values())
 
 
-class Printed:
+class Printed(Silent):
     """A line on standard error at most every `interval_s` seconds, for the verbs on their own."""
 
     def __init__(self, verb: str, interval_s: float = 5.0) -> None:
@@ -64,7 +80,7 @@ class Printed:
         self._started = self._last = time.monotonic()
         self._first = 0
 
-    def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
+    def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
         now = time.monotonic()
         begins = self.count.put(done, total, note, part)
         done = self.count.done
@@ -75,11 +91,8 @@ class Printed:
         self._last = now
         rate = (done - self._first) / max(now - self._started, 1e-9)  # what an earlier run finished is no speed
         left = (total - done) / rate if rate else 0.0
-        print(f"{self.verb}: {done}/{total} {note}, {rate:.1f}/s, {left:.0f} s left".rstrip(), file=sys.stderr)
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
-        print(f"{self.verb}: step {step}: {shown}", file=sys.stderr)
+        line = f"{self.verb}: {done}/{total} {note}, {rate:.1f}/s, {left:.0f} s left"
+        print(f"{line}, {detail}" if detail else line, file=sys.stderr)
 
     def warn(self, message: str) -> None:
         print(f"{self.verb}: warning: {message}", file=sys.stderr)

@@ -36,12 +36,14 @@ KEY, LABEL = "key", "label"
 POSTERIOR_COLUMNS = ("posterior", "mirror_posterior")  # float32[2*C*h*w] each: mean, then std
 LATENT_TAR_MEMBER = "posterior.npy"  # float32 [2, 2, C, h, w]: side (image, mirror image), then (mean, std)
 
-# Checkpoints: safetensors and JSON; the checkpoint's own manifest is written last.
-CHECKPOINT_VERSION = 1
+# Checkpoints: a folder `checkpoints/step-NNNNNNNN` of safetensors and JSON. Its own manifest is written last and holds
+# {"version", "step", "regular", "score", "files": {name: sha256}, "seal"}; the seal is the sha256 of the rest.
+CHECKPOINT_VERSION = 2
+CHECKPOINTS, STEP_PREFIX = "checkpoints", "step-"
 CHECKPOINT_MANIFEST = "checkpoint.json"
 MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+OTHER_EMA_WEIGHTS = "ema-{!r}.safetensors"  # of the further decays
 OPTIMIZER_STATE, TIMESTEP_STATE = "optimizer.safetensors", "timesteps.safetensors"
-STEP_PREFIX = "step-"
 TRAIN_STATE = "state.json"
 MODEL_CONFIG = "model_config.json"
 HISTORY_NAME = "history.jsonl"

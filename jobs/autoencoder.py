@@ -46,7 +46,7 @@ def _fit(
     pixels, _ = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
 
     def report(step: int, mse: float) -> None:
-        progress.update(step, config.steps, f"mse {mse:.4f}")
+        progress.update(step, config.steps, "steps", detail=f"mse {mse:.4f}")
         if step % 50 == 0 or step == config.steps:
             progress.metrics({"mse": mse}, step)
 

@@ -37,7 +37,7 @@ def _fit(
     pixels, labels = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
 
     def report(step: int, loss: float) -> None:
-        progress.update(step, config.steps, f"loss {loss:.3f}")
+        progress.update(step, config.steps, "steps", detail=f"loss {loss:.3f}")
         if step % 50 == 0 or step == config.steps:
             progress.metrics({"loss": loss}, step)
 

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from edt_core.errors import UserError
+from edt_core.errors import Stopped, UserError
 
 _OWN = "edt_own_session"  # a resource that marks a session that `connect` started
 MAX_RETRIES = 8  # of a task or actor whose process was lost: nodes go, but what always crashes must end
@@ -63,18 +63,27 @@ def require(stage: str, **wanted: float) -> None:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error that a job raised, out of what Ray and Ray Train wrapped around it."""
+    """The error that a job raised, out of what Ray and Ray Train wrapped around it.
+
+    Of several workers' errors it is one that tells something, if there is one: when one worker gives up, the others
+    often fail for want of it.
+    """
     seen = error
-    while True:
-        if isinstance(seen, UserError) and not isinstance(seen, ray.exceptions.RayError):
-            return seen
-        inner = getattr(seen, "cause", None) or seen.__cause__
-        failures = getattr(seen, "worker_failures", None)
+    while not _is_told(seen):
+        failures = list((getattr(seen, "worker_failures", None) or {}).values())
         if failures:
-            inner = next(iter(failures.values()))
+            causes = [cause_of(failure) for failure in failures]
+            return next(filter(_is_told, causes), causes[0])
+        inner = getattr(seen, "cause", None) or seen.__cause__
         if not isinstance(inner, BaseException) or inner is seen:
             return seen
         seen = inner
+    return seen
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether it is an error with a message for a person, and not a wrapper that Ray made of the same class."""
+    return isinstance(error, UserError | Stopped) and not isinstance(error, ray.exceptions.RayError)
 
 
 def device_name(num_gpus: float) -> str:
@@ -93,6 +102,22 @@ def use_threads(num_cpus: float) -> None:
     import torch
 
     torch.set_num_threads(max(1, int(num_cpus)))
+
+
+def free_place_of(actor_id: str | None) -> None:
+    """Give back what the workers of a lost Ray Train controller hold: the next ones would wait for it, for ever.
+
+    Ray Train's own cleaner asks the dashboard whether the controller lives, and a session of our own has none. There is
+    no public call that tells who made a placement group.
+    """
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for data in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(data)
+        if group.creator_actor_id.hex() == actor_id:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def finished(refs: Sequence[Any]) -> Generator[Any, None, None]:

@@ -36,8 +36,9 @@ class Encoder:
         progress: Progress,
         device: str | None = None,
     ) -> None:
-        from edt_core.autoencoder import load_autoencoder, use_precision
+        from edt_core.autoencoder import load_autoencoder
         from edt_core.data.latents import LatentInfo
+        from edt_core.precision import use_precision
 
         use_threads(config.num_cpus_per_worker)
         self.config, self.images, self.out, self.progress = config, inputs["images"], out, progress

@@ -1,75 +1,27 @@
 """train: a Ray Train DDP job that fits an EDT to latent shards and leaves its checkpoints.
 
-The loop is `edt_core.training.loop.train`; this file gives it ranks, a gradient exchange, and a place for checkpoints.
+The loop is `edt_core.training.loop.train`; this file gives it ranks, a place for checkpoints, and somebody to tell.
 """
 
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
+import json
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edt_core.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.config import TrainConfig
-from edt_core.errors import UserError
+from edt_core.errors import Stopped, UserError
 from edt_core.integrity import damaged
 from edt_core.progress import Progress
-from edt_core.schema import HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, STEP_PREFIX, TRAIN_STATE
-from edt_core.storage import Folder
-from jobs.cluster import require, use_threads
+from edt_core.schema import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
+from jobs.cluster import MAX_RETRIES, free_place_of, require, use_threads
 from jobs.verb import Verb
 
-CHECKPOINTS = "checkpoints"  # folder of the artifact: one sub-folder a kept checkpoint, named by its step
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
 LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
-_RAY_RUN = "ray-train"  # Ray Train's own folder, inside the attempt; gone when the artifact is committed
-
-
-class RayContext:
-    """A `TrainContext` in a Ray Train worker."""
-
-    def __init__(self, progress: Progress, max_steps: int) -> None:
-        import ray.train
-        import ray.train.torch
-
-        worker = ray.train.get_context()
-        self.rank, self.world_size = worker.get_world_rank(), worker.get_world_size()
-        self.device = ray.train.torch.get_device()
-        self.progress, self.max_steps = progress, max_steps
-
-    def wrap(self, model: Any) -> Any:
-        from torch.nn.parallel import DistributedDataParallel
-
-        if self.world_size == 1:
-            return model
-        ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def gather(self, values: Any) -> Any:
-        import torch
-        import torch.distributed as dist
-
-        if self.world_size == 1:
-            return values.cpu()
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(parts, values.contiguous())
-        return torch.cat(parts, dim=1).cpu()
-
-    def report(self, metrics: Mapping[str, float], checkpoint: Any) -> None:
-        """A barrier: every rank reports, rank 0 with the checkpoint, under one name that the step gives."""
-        import ray.train
-
-        from edt_core.training.checkpoint import checkpoint_name, save_checkpoint
-
-        with tempfile.TemporaryDirectory() as folder:
-            saved = None
-            if checkpoint is not None:
-                save_checkpoint(Path(folder), checkpoint)
-                saved = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(dict(metrics), saved, checkpoint_dir_name=checkpoint_name(int(metrics["step"])))
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.progress.update(step, self.max_steps, f"loss {metrics['loss']:.3f}")
-        self.progress.metrics({name: value for name, value in metrics.items() if name != "step"}, step)
+# Ray Train's own folder and what a training ended with, inside the attempt; gone when the artifact is committed.
+_RAY_RUN, _VERDICT = ".ray-train", ".verdict.json"
+_FINAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Stopped": Stopped, "NotFinite": RuntimeError}
 
 
 def edt_config(name: str, latents: Mapping[str, Any]) -> Any:
@@ -94,86 +46,176 @@ def train(
 ) -> dict[str, Any]:
     """Train on `inputs["latents"]`. With max_steps 0 the artifact is the untrained model of this seed.
 
-    Goes on from the newest whole checkpoint that an earlier attempt at the same fingerprint left.
+    Goes on from the newest whole checkpoint that an earlier attempt at the same fingerprint left. With an autoencoder
+    among the inputs, and `preview_every`, sample grids are drawn on the way.
+
+    Raises Stopped when it was asked to stop and has left a checkpoint, RuntimeError where losses or gradients stay not
+    finite after `max_rollbacks` rollbacks, UserError for latents or resources that will not do.
     """
-    from edt_core.diffusion import linear_schedule
-    from edt_core.models import count_macs, count_parameters
+    from edt_core.models import count_macs, count_parameters, shadow
     from edt_core.training.checkpoint import checkpoint_name
-    from edt_core.training.loop import initial_model
+    from edt_core.training.store import CheckpointStore, best_step
 
     latents = inputs["latents"]
     model_config = edt_config(config.model, latents.counts)
-    _check_reader(config, latents)
-    linear_schedule(config.num_timesteps)  # what the workers would refuse is refused before any is started
+    _check(config, latents)
+    if config.preview_every is not None and "autoencoder" not in inputs:
+        progress.warn("preview_every is set, but nothing decodes its samples: give an autoencoder (--autoencoder)")
+    store = CheckpointStore(out, config.num_to_keep, progress.warn)
+    store.adopt()
     if config.max_steps == 0:
-        _store_untrained(config, model_config, out)
+        _store_untrained(config, model_config, store)
     else:
-        _fit(config, model_config, latents, out, progress)
-    model = initial_model(model_config, config.seed)
-    kept = sorted({entry.path.split("/")[1] for entry in out.written() if entry.path.startswith(f"{CHECKPOINTS}/")})
+        _fit(config, {**inputs, "model_config": model_config}, out, progress)
+    kept = store.prune(at_end=True)
+    final = f"{CHECKPOINTS}/{checkpoint_name(kept[-1])}"
+    _write_history(json.loads(out.data.read_bytes(f"{final}/{TRAIN_STATE}"))["history"]["rows"], out)
+    best = best_step(store.manifests())
+    model = shadow(model_config)
     return {
         "model": config.model,
-        "steps": config.max_steps,
+        "steps": kept[-1],
         "autoencoder_digest": latents.counts["autoencoder_digest"],
         "parameters": count_parameters(model),
         "macs": count_macs(model),
-        "checkpoints": kept,
-        "final": f"{CHECKPOINTS}/{checkpoint_name(config.max_steps)}",
+        "checkpoints": [checkpoint_name(step) for step in kept],
+        "final": final,
+        "best": None if best is None else checkpoint_name(best),
     }
 
 
-def _store_untrained(config: TrainConfig, model_config: Any, out: ArtifactWriter) -> None:
-    from edt_core.training.checkpoint import checkpoint_name, save_checkpoint
-    from edt_core.training.loop import initial_state, to_checkpoint
+def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
+    """What training on `inputs["latents"]` would take."""
+    from edt_core.training.estimate import estimate
 
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder), to_checkpoint(initial_state(config, model_config)))
-        out.add_tree(Path(folder), f"{CHECKPOINTS}/{checkpoint_name(0)}")
-    out.write_bytes(HISTORY_NAME, b"", 0)
+    latents = inputs["latents"]
+    model_config = edt_config(config.model, latents.counts)
+    _check(config, latents)
+    return str(estimate(config, model_config, latents.counts["images"]))
 
 
-def _fit(config: TrainConfig, model_config: Any, latents: Artifact, out: ArtifactWriter, progress: Progress) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+def _check(config: TrainConfig, latents: Artifact) -> None:
+    """Refuse, before any worker is started, what would be refused in each of them."""
+    from edt_core.data.streaming import check_shards
+    from edt_core.diffusion import linear_schedule
+
+    if config.reader == "webdataset":
+        check_shards(len(_tars(latents)), config.worker_range[1])
+    linear_schedule(config.num_timesteps)
+
+
+def _store_untrained(config: TrainConfig, model_config: Any, store: Any) -> None:
+    from edt_core.training.state import initial_state, to_checkpoint
+
+    store.save(to_checkpoint(initial_state(config, model_config), config, 0))
+    store.flush()
+
+
+def _write_history(rows: list[dict[str, float]], out: ArtifactWriter) -> None:
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    out.write_bytes(HISTORY_NAME, lines.encode(), len(rows))
+
+
+def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> None:
+    """Run the loop on Ray Train's workers. A lost controller is started again, as Ray Train does with workers."""
+    from ray.exceptions import ActorDiedError
+
+    fewest, gpus = config.worker_range[0], float(config.use_gpu)
+    require("train", CPU=fewest * config.num_cpus_per_worker, GPU=fewest * gpus)
+    job = {"config": config, "inputs": inputs, "out": out, "progress": progress}
+    out.data.remove(_VERDICT)
+    for run in range(1 + MAX_RETRIES):
+        out.data.remove(_RAY_RUN)
+        try:
+            _in_thread(_trainer(config, job, f"run-{run}").fit)
+            break
+        except ActorDiedError as error:
+            if run == MAX_RETRIES:
+                raise
+            progress.warn(f"Ray Train's controller was lost ({str(error).splitlines()[0]}); going on with a new one")
+            free_place_of(error.actor_id)
+        except Exception:
+            _raise_verdict(out)
+            raise
+    out.data.remove(_RAY_RUN)
+    _raise_verdict(out)
+
+
+def _trainer(config: TrainConfig, job: dict[str, Any], name: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    workers, gpus = config.num_workers, float(config.use_gpu)
-    require("train", CPU=workers * config.num_cpus_per_worker, GPU=workers * gpus)
-    job = {"config": config, "model_config": model_config, "latents": latents, "out": out, "progress": progress}
-    trainer = TorchTrainer(
+    resources = {"CPU": config.num_cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
+    return TorchTrainer(
         _worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=config.num_workers,  # type: ignore[arg-type]  # a range is not in its annotations
             use_gpu=config.use_gpu,
-            resources_per_worker={
-                "CPU": config.num_cpus_per_worker,
-                **({"GPU": 1} if config.use_gpu else {}),
-            },
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=_RAY_RUN,
-            storage_path=out.data.uri,
+            name=name,
+            storage_path=job["out"].data.child(_RAY_RUN).uri,
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.num_to_keep),
         ),
     )
-    trainer.fit()
-    _adopt_checkpoints(config, out)
+
+
+def _in_thread(call: Callable[[], Any]) -> None:
+    """Call in another thread and wait: in the main one Ray Train would take Ctrl-C for itself, and abort."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="edt-ray-train", daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
 
 
 def _worker(job: Mapping[str, Any]) -> None:
-    """The training function of each Ray Train worker."""
-    from edt_core.training.checkpoint import newest_checkpoint
-    from edt_core.training.loop import train as train_loop
+    """The training function of each Ray Train worker.
 
-    config, progress = job["config"], job["progress"]
+    What another attempt cannot mend is written down before it is raised: Ray Train starts the workers again whatever
+    the error, and they find it and end.
+    """
+    from edt_core.training.loop import NotFiniteError
+    from edt_core.training.loop import train as train_loop
+    from jobs.train_context import RayContext
+
+    config, inputs, out, progress = job["config"], job["inputs"], job["out"], job["progress"]
+    if out.data.exists(_VERDICT):
+        return
     use_threads(config.num_cpus_per_worker)
-    context = RayContext(progress, config.max_steps)
-    resume_from, passed_over = newest_checkpoint(folder.local_directory() for folder in _ray_checkpoints(job["out"]))
-    for reason in passed_over if context.rank == 0 else ():
-        progress.warn(f"not resuming from this checkpoint: {reason}; using {resume_from or 'the start'} instead")
-    latents = open_latents(config, job["latents"], progress)
-    train_loop(config, job["model_config"], latents, context, resume_from)
+    try:
+        context = RayContext(config, inputs, out, progress)
+        latents = open_latents(config, inputs["latents"], progress)
+        train_loop(config, inputs["model_config"], latents, context)
+    except (Stopped, NotFiniteError) as error:  # on every rank at the same step
+        _write_verdict(out, "Stopped" if isinstance(error, Stopped) else "NotFinite", error)
+    except UserError as error:  # on this rank, while others may wait for it
+        _write_verdict(out, "UserError", error)
+        raise
+
+
+def _write_verdict(out: ArtifactWriter, kind: str, error: Exception) -> None:
+    out.data.write_bytes(_VERDICT, json.dumps({"kind": kind, "message": str(error)}).encode())
+
+
+def _raise_verdict(out: ArtifactWriter) -> None:
+    """Raise what a worker wrote down."""
+    try:
+        verdict = json.loads(out.data.read_bytes(_VERDICT))
+    except FileNotFoundError:
+        return
+    out.data.remove(_VERDICT)
+    raise _FINAL_ERRORS[verdict["kind"]](verdict["message"])
 
 
 def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
@@ -207,54 +249,12 @@ def _tars(latents: Artifact) -> list[FileEntry]:
     return entries
 
 
-def _check_reader(config: TrainConfig, latents: Artifact) -> None:
-    """Refuse, before any worker is started, what the streaming reader would refuse in each of them."""
-    from edt_core.data.streaming import check_shards
-
-    if config.reader == "webdataset":
-        check_shards(len(_tars(latents)), config.num_workers)
-
-
-def _ray_checkpoints(out: ArtifactWriter) -> list[Folder]:
-    """Folders of the checkpoints that Ray Train has of this attempt and of earlier ones, this attempt's last.
-
-    Its own record of them is not written atomically; ours are known by their names and trusted by their digests.
-    """
-    runs = [out.folder.child(attempt).child(_RAY_RUN) for attempt in (*reversed(out.previous), out.attempt)]
-    return [run.child(name) for run in runs for name in run.names() if name.startswith(STEP_PREFIX)]
-
-
-def _adopt_checkpoints(config: TrainConfig, out: ArtifactWriter) -> None:
-    """Take the newest checkpoints into the artifact under their steps' names, with the history beside them."""
-    import json
-
-    by_name = {folder.name: folder for folder in _ray_checkpoints(out) if _whole(folder)}
-    kept = sorted(by_name)[-config.num_to_keep :]
-    for name in kept:
-        out.add_tree(by_name[name].local_directory(), f"{CHECKPOINTS}/{name}")
-    history = json.loads(by_name[kept[-1]].read_bytes(TRAIN_STATE))["history"]
-    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in history)
-    out.write_bytes(HISTORY_NAME, lines.encode(), len(history))
-    out.data.remove(_RAY_RUN)
-
-
-def _whole(folder: Folder) -> bool:
-    from edt_core.training.checkpoint import CheckpointError, check_checkpoint
-
-    try:
-        return check_checkpoint(folder.local_directory()) >= 0
-    except CheckpointError:
-        return False
-
-
 def history(checkpoint: Artifact) -> list[dict[str, float]]:
     """Rows of a checkpoint artifact's loss history, one every `log_every` steps; empty for an untrained model."""
-    import json
-
     return [json.loads(line) for line in checkpoint.path(HISTORY_NAME).read_text().splitlines()]
 
 
-VERB = Verb("train", "checkpoint", 1, TrainConfig, train, roles=("latents",))
+VERB = Verb("train", "checkpoint", 2, TrainConfig, train, roles=("latents",), extras=("autoencoder",), plan=plan)
 
 if __name__ == "__main__":
     VERB.main()

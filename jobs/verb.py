@@ -12,7 +12,7 @@ from typing import Any
 
 from edt_core.artifact import Artifact, ArtifactWriter, ManifestError, Source, fingerprint
 from edt_core.config import Section, SourceConfig, result_fields
-from edt_core.errors import UserError
+from edt_core.errors import Stopped, UserError
 from edt_core.progress import Progress, Silent
 from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
@@ -29,6 +29,8 @@ class Verb:
 
     `accept(config, counts)` raises UserError for an artifact, made before, that the configuration does not let pass.
     `version` goes up when the same configuration and inputs give another result: old artifacts are then not reused.
+    Inputs of the roles in `extras` may be left out: they show more of the work, and do not change what it makes.
+    `plan(config, inputs)` tells what the job would do, for `--dry-run`.
     """
 
     name: str
@@ -38,10 +40,15 @@ class Verb:
     run: Job
     roles: tuple[str, ...]
     accept: Callable[[Any, Mapping[str, Any]], None] = lambda config, counts: None
+    extras: tuple[str, ...] = ()
+    plan: Callable[[Any, Mapping[str, Any]], str] | None = None
 
     def fingerprint(self, config: Section, inputs: Mapping[str, str]) -> str:
         """Identity of what this verb makes of a configuration and its inputs' fingerprints."""
-        return fingerprint(self.kind, self.version, result_fields(config), inputs)
+        return fingerprint(self.kind, self.version, result_fields(config), self._counted(inputs))
+
+    def _counted(self, inputs: Mapping[str, str]) -> dict[str, str]:
+        return {role: identity for role, identity in inputs.items() if role not in self.extras}
 
     def execute(
         self,
@@ -54,18 +61,21 @@ class Verb:
         """Run the job and commit what it wrote."""
         started = time.time()
         counts = self.run(config, inputs, out, progress)
-        fingerprints = {role: item.fingerprint for role, item in inputs.items()}
+        fingerprints = self._counted({role: item.fingerprint for role, item in inputs.items()})
         return out.commit(
             result_fields(config), fingerprints, counts, step_version=self.version, started=started, **commit
         )
 
     def main(self, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-        """The verb on its own: `INPUT OUT` and an option for each further input and field. Exits with 0 or 2."""
+        """The verb on its own: `INPUT OUT` and an option for each further input and field. Exits with 0, 2 or 130."""
         parser = self._parser(prog or f"python -m jobs.{self.name}")
         options = parser.parse_args(arguments)
         # What lives in `__main__` is pickled by value, and an actor of it cannot be restarted: run the module's own.
         verb: Verb = import_module(f"jobs.{self.name}").VERB
         with exit_code():
+            if getattr(options, "dry_run", False):
+                print(verb._planned(options))
+                return
             artifact = verb._run_alone(options)
             digest = artifact.manifest.digest[:12]
             print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
@@ -78,6 +88,12 @@ class Verb:
         for role in others:
             text = _ROLE_HELP.get(role, f"{role} artifact: a folder or URI")
             parser.add_argument(f"--{role}", required=True, help=text)
+        for role in self.extras:
+            parser.add_argument(f"--{role}", help=f"{_ROLE_HELP[role]}; for sample grids")
+        if self.plan is not None:
+            parser.add_argument(
+                "--dry-run", action="store_true", help="tell what this would do and take, and do nothing"
+            )
         if first == "source":
             add_fields(parser.add_argument_group("source"), SourceConfig, leave_out=("path",))
         add_fields(parser.add_argument_group("fields"), self.config)
@@ -85,14 +101,25 @@ class Verb:
         parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set one field")
         return parser
 
-    def _run_alone(self, options: argparse.Namespace) -> Artifact:
+    def _given_config(self, options: argparse.Namespace) -> Any:
         fields: dict[str, Any] = read_yaml(options.config) if options.config else {}
         fields |= given_fields(options, self.config) | dict(parse_assignment(text) for text in options.set)
-        config = validated(self.config, fields)
-        folder = Folder.at(options.out)
+        return validated(self.config, fields)
+
+    def _inputs(self, options: argparse.Namespace, roles: Sequence[str], progress: Progress) -> dict[str, Input]:
+        out = Folder.at(options.out)
+        return {role: open_input(role, getattr(options, role), out, options, progress) for role in roles}
+
+    def _planned(self, options: argparse.Namespace) -> str:
+        assert self.plan is not None
+        return self.plan(self._given_config(options), self._inputs(options, self.roles, Silent()))
+
+    def _run_alone(self, options: argparse.Namespace) -> Artifact:
+        config, folder = self._given_config(options), Folder.at(options.out)
         check_place(folder, [getattr(options, role) for role in self.roles])
+        given = [*self.roles, *(role for role in self.extras if getattr(options, role))]
         with Bar(self.name) as bar:
-            inputs = {role: open_input(role, getattr(options, role), folder, options, bar) for role in self.roles}
+            inputs = self._inputs(options, given, bar)
             identity = self.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
             with alone_in(folder):
                 if (made := made_before(folder, identity)) is not None:
@@ -118,7 +145,7 @@ _ROLE_HELP = {
 
 @contextmanager
 def exit_code() -> Iterator[None]:
-    """A user's mistake becomes one message and exit code 2, an interrupt 130."""
+    """A user's mistake becomes one message and exit code 2; an interrupt, or a job that was asked to stop, 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -130,6 +157,9 @@ def exit_code() -> Iterator[None]:
             from jobs.cluster import cause_of
 
             cause = cause_of(error)
+        if isinstance(cause, Stopped):
+            print(f"{cause}; run the same command again to go on", file=sys.stderr)
+            sys.exit(130)
         if not isinstance(cause, UserError):
             raise
         print(f"error: {cause}", file=sys.stderr)

@@ -59,6 +59,43 @@ class Catalog:
         run = self.client.create_run(self.experiment_id, run_name=name, tags={**version, **tags, **links})
         return str(run.info.run_id)
 
+    def step_run(self, name: str, kind: str, fingerprint: str, parent: str) -> str:
+        """The run of a step: the unfinished one of its fingerprint, gone on with, or else a new one. Returns its id.
+
+        So a step has one run, whatever the number of times that it was started.
+        """
+        tags = {"edt.kind": kind, "edt.fingerprint": fingerprint, "edt.step": name}
+        same = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in ("edt.kind", "edt.fingerprint"))
+        unfinished = f"{same} and attributes.status != 'FINISHED'"
+        found = self.client.search_runs(
+            [self.experiment_id], unfinished, max_results=1, order_by=["attributes.start_time DESC"]
+        )
+        if not found:
+            return self.start_run(name, tags, parent)
+        run_id, there = str(found[0].info.run_id), found[0].data.tags
+        for key in {"edt.error", "edt.stopped"} & set(there):
+            self.client.delete_tag(run_id, key)
+        restarts = str(int(there.get("edt.restarts", "0")) + 1)
+        version = {"edt.code_version": code_version(), "edt.restarts": restarts, "mlflow.parentRunId": parent}
+        self.set_tags(run_id, {**tags, **version})
+        self.client.update_run(run_id, status="RUNNING", name=name)
+        return run_id
+
+    def unfinished_runs(self) -> set[str]:
+        """Ids of the runs of steps that are not FINISHED."""
+        found: set[str] = set()
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id],
+                "tags.`edt.fingerprint` LIKE '%' and attributes.status != 'FINISHED'",
+                page_token=token,
+            )
+            found |= {str(run.info.run_id) for run in page}
+            token = page.token
+            if not token:
+                return found
+
     def end_run(self, run_id: str, status: str) -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
@@ -80,10 +117,11 @@ class Catalog:
         self.client.log_batch(run_id, metrics=metrics)
 
     def log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Log a nested mapping as dotted parameters."""
+        """Log a nested mapping as dotted parameters; those that the run has already stay as they are."""
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(values).items()]
+        there = self.client.get_run(run_id).data.params
+        params = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(values).items() if key not in there]
         for start in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[start : start + 100])
 
@@ -96,13 +134,18 @@ class Catalog:
         self.client.log_text(run_id, text, name)
 
     def record_artifact(self, run_id: str, artifact: Artifact) -> None:
-        """Tag a run with the artifact it made, and log its counts as metrics."""
+        """Tag a run with the artifact it made, and log its counts as metrics.
+
+        Of a checkpoint artifact also what its history has and the run has not, and its checkpoints as logged models.
+        """
+        from pipelines.run_record import RunRecord
+
         manifest = artifact.manifest
         self.set_tags(run_id, artifact_tags(artifact))
         numbers = {k: v for k, v in flatten(manifest.counts).items() if isinstance(v, int | float)}
         self.log_metrics(run_id, {**numbers, "duration_s": manifest.duration_s})
         if manifest.kind == "checkpoint":
-            self._record_checkpoints(run_id, artifact)
+            RunRecord(self, run_id).complete(artifact)
 
     def record_input(self, run_id: str, artifact: Artifact) -> None:
         """Log an images or latents artifact as a dataset that a run read."""
@@ -118,25 +161,6 @@ class Catalog:
         tag = InputTag("mlflow.data.context", "input")
         # Two steps that read one new dataset at the same moment both try to insert it.
         retried(lambda: self.client.log_inputs(run_id, [DatasetInput(dataset, [tag])]))
-
-    def _record_checkpoints(self, run_id: str, artifact: Artifact) -> None:
-        """Each kept checkpoint as an MLflow logged model with its step, the training's metrics linked to it."""
-        from jobs.train import history
-
-        by_step = {int(row["step"]): row for row in history(artifact)}
-        for name in artifact.counts["checkpoints"]:
-            step = int(name.rsplit("-", 1)[1])
-            tags = {
-                "edt.uri": f"{artifact.data.uri}/checkpoints/{name}",
-                "edt.digest": artifact.manifest.digest,
-            }
-            model = self.client.create_logged_model(
-                self.experiment_id, name=name, source_run_id=run_id, tags=tags, params={"step": str(step)}
-            )
-            self.client.finalize_logged_model(model.model_id, "READY")
-            for key, value in by_step.get(step, {}).items():
-                if key != "step":
-                    self.client.log_metric(run_id, key, value, step=step, model_id=model.model_id)
 
 
 def retried(call: Callable[[], Any], attempts: int = 5) -> Any:

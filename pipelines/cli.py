@@ -33,6 +33,9 @@ def run(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join  [default: RAY_ADDRESS, or this machine]")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell what the trainings would take, and start nothing")
+    ] = False,
 ) -> None:
     """Run the whole pipeline; what is already made is reused."""
     from pipelines.config import load_config
@@ -40,6 +43,11 @@ def run(
     from pipelines.workflows import run as run_pipeline
 
     loaded = load_config(config, assignments, store)
+    if dry_run:
+        from pipelines.dry_run import dry_run as told
+
+        typer.echo(told(loaded))
+        return
     with Terminal() as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
         try:
@@ -47,6 +55,9 @@ def run(
         except KeyboardInterrupt:
             terminal.say("\nstopped; what is finished is kept, run again to go on", "yellow")
             raise typer.Exit(130) from None
+        if outcome.stopped:
+            terminal.say(f"\n{outcome.stopped}; what is finished is kept, run again to go on", "yellow")
+            raise typer.Exit(130)
         show_outcome(outcome, terminal)
     if outcome.failures:
         raise typer.Exit(2 if all(isinstance(e, UserError) for e in outcome.failures.values()) else 1)
@@ -73,8 +84,16 @@ def encode(context: typer.Context) -> None:
 
 
 @app.command(**_VERB)  # type: ignore[arg-type]
+def train(context: typer.Context) -> None:
+    """Train an EDT on latent shards: LATENTS OUT --model EDT-S/2."""
+    from jobs.train import VERB
+
+    VERB.main(context.args, "edt train")
+
+
+@app.command(**_VERB)  # type: ignore[arg-type]
 def bench(context: typer.Context) -> None:
-    """Measure this machine: data or encode, each figure beside a plain baseline."""
+    """Measure this machine: data, encode or train, each figure beside a plain baseline."""
     from jobs.benchmark.command import main
 
     main(context.args, "edt bench")

@@ -23,7 +23,7 @@ from edt_core.config import (
 )
 from edt_core.errors import UserError
 from edt_core.metrics import metric_name
-from edt_core.models import model_config
+from edt_core.models import ModelConfig, model_config
 from jobs.options import parse_assignment, read_yaml, validated
 
 DEFAULT_CONFIG = "quickstart"
@@ -58,14 +58,13 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "PipelineConfig":
-        size, factor = self.preprocess.image_size, self.autoencoder.downsample_factor
         channels, sample = self.autoencoder.latent_channels, self.sample
         for name in self.models:
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(f"the model name {name!r} is no registry name; use letters, digits, '.', '_' and '-'")
             train = self.train_of(name)
             blocks = () if sample.amm_blocks == "paper" else sample.amm_blocks
-            model_config(train.model, size, 2, blocks, autoencoder_factor=factor, latent_channels=channels)
+            self.model_of(name, 2, blocks)
             if sample.num_sampling_steps > train.num_timesteps:
                 raise ValueError(
                     f"sample.num_sampling_steps {sample.num_sampling_steps} is more than the {train.num_timesteps} "
@@ -103,10 +102,22 @@ class PipelineConfig(Section):
         train: TrainConfig = validated(TrainConfig, {**self.train.model_dump(), **self.models[model]})
         return train
 
+    def model_of(self, model: str, num_classes: int, amm_blocks: Sequence[int] = ()) -> ModelConfig:
+        """The EDT of one registered model. Raises ValueError where the sizes do not fit each other."""
+        return model_config(
+            self.train_of(model).model,
+            self.preprocess.image_size,
+            num_classes,
+            amm_blocks,
+            autoencoder_factor=self.autoencoder.downsample_factor,
+            latent_channels=self.autoencoder.latent_channels,
+        )
+
     @property
     def workers(self) -> int:
         """CPU workers that the largest stage wants at once."""
-        return max(self.train.num_workers, self.sample.num_workers, self.encode.num_workers)
+        train_workers = [self.train_of(name).worker_range[1] for name in self.models]
+        return max(*train_workers, self.sample.num_workers, self.encode.num_workers)
 
 
 def config_names() -> list[str]:

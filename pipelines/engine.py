@@ -6,12 +6,13 @@ from typing import Any
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import Section
+from edt_core.errors import Stopped
 from jobs.cluster import cause_of
-from jobs.progress import Board
+from jobs.progress import STOPPING, Board, Interrupts
 from jobs.verb import Verb
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
-from pipelines.step import StepFuture, StepTask, input_fingerprints, run_step
+from pipelines.step import StepFuture, StepTask, close_run, input_fingerprints, run_step
 from pipelines.terminal import Terminal
 
 _POLL_S = 0.5
@@ -28,6 +29,9 @@ class Workflow:
     connect: Callable[[], bool]  # joins or starts Ray when the first step has to run; True for a shared cluster
     futures: dict[str, StepFuture] = field(default_factory=dict)
     failures: dict[str, BaseException] = field(default_factory=dict)
+    stopped: dict[str, BaseException] = field(default_factory=dict)  # steps that were asked to stop, or wait for one
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    _unfinished: set[str] | None = None  # MLflow runs of steps that did not end
     _done: set[str] = field(default_factory=set)
     _board: Any = None
     _shared: bool = False
@@ -39,6 +43,7 @@ class Workflow:
         found = self.store.find(verb.kind, fingerprint, self.terminal.warn)
         if found is not None:
             verb.accept(config, found.counts)
+            self._mend_record(found)
             future = StepFuture(name, verb.kind, fingerprint, needs, artifact=found)
             self.terminal.reused(name, fingerprint)
         else:
@@ -48,7 +53,10 @@ class Workflow:
         return future
 
     def wait(self, *futures: StepFuture) -> bool:
-        """Wait for steps while showing the progress of all; True if every one of them made its artifact."""
+        """Wait for steps while showing the progress of all; True if every one of them made its artifact.
+
+        Raises Stopped when the steps that heard the first Ctrl-C are settled.
+        """
         import ray
 
         waiting = [future for future in self.futures.values() if self._pending(future)]
@@ -60,7 +68,9 @@ class Workflow:
                 if ray.wait([future.ref], timeout=0)[0]:
                     self._settle(future)
             waiting = [future for future in waiting if self._pending(future)]
-        return not any(future.name in self.failures for future in futures)
+            if self.interrupts.asked and not any(self._settles_soon(future) for future in waiting):
+                raise Stopped("stopped")
+        return not any(future.name in self.failures or future.name in self.stopped for future in futures)
 
     def wait_all(self) -> None:
         """Wait for every step that was called."""
@@ -68,8 +78,14 @@ class Workflow:
 
     def culprits(self) -> dict[str, BaseException]:
         """The failures that no earlier failure explains."""
-        needs = {name: self.futures[name].needs for name in self.failures}
-        return {n: e for n, e in self.failures.items() if not any(need in self.failures for need in needs[n])}
+        return self._first_of(self.failures)
+
+    def where_stopped(self) -> dict[str, BaseException]:
+        """The steps that stopped themselves, with what they say of it."""
+        return self._first_of(self.stopped)
+
+    def _first_of(self, errors: Mapping[str, BaseException]) -> dict[str, BaseException]:
+        return {n: e for n, e in errors.items() if not any(need in errors for need in self.futures[n].needs)}
 
     def artifacts(self) -> dict[str, Artifact]:
         """The artifacts that are there so far, by step."""
@@ -90,17 +106,38 @@ class Workflow:
         values = [item.ref or item.artifact if isinstance(item, StepFuture) else item for item in inputs.values()]
         return ray.remote(_run).options(num_cpus=0, max_retries=0).remote(task, list(inputs), *values)
 
+    def _mend_record(self, artifact: Artifact) -> None:
+        """Complete the MLflow run of an artifact whose maker was lost between the commit and the end of the record."""
+        if self._unfinished is None:
+            self._unfinished = self.catalog.unfinished_runs()
+        run_id, manifest = artifact.manifest.mlflow_run_id, artifact.manifest
+        if run_id is None or run_id not in self._unfinished:
+            return
+        with self.store.lock(manifest.kind, artifact.fingerprint):  # its maker may be alive, and at it
+            if run_id in self.catalog.unfinished_runs():
+                close_run(self.catalog, run_id, artifact)
+
     def _pending(self, future: StepFuture) -> bool:
-        return not future.reused and future.name not in self._done and future.name not in self.failures
+        return not future.reused and not any(
+            future.name in ended for ended in (self._done, self.failures, self.stopped)
+        )
+
+    def _settles_soon(self, future: StepFuture) -> bool:
+        """Whether a step is stopping, or cannot begin any more."""
+        ended = self.failures.keys() | self.stopped.keys()
+        return future.name in self.interrupts.listening or not ended.isdisjoint(future.needs)
 
     def _settle(self, future: StepFuture) -> None:
         try:
             artifact = future.result()
         except Exception as error:
-            self.failures[future.name] = cause_of(error)
-            waited = [name for name in future.needs if name in self.failures]
-            reason = f"not run, {waited[0]} failed" if waited else str(self.failures[future.name])
-            self.terminal.failed(future.name, reason)
+            cause = cause_of(error)
+            stopped = isinstance(cause, Stopped)
+            ended, word = (self.stopped, "stopped") if stopped else (self.failures, "failed")
+            ended[future.name] = cause
+            waited = [name for name in future.needs if name in ended]
+            reason = f"not run, {waited[0]} {word}" if waited else str(cause)
+            (self.terminal.stopped if stopped else self.terminal.failed)(future.name, reason)
         else:
             self._done.add(future.name)
             self.terminal.finished(future.name, artifact.manifest.duration_s, future.fingerprint)
@@ -108,7 +145,10 @@ class Workflow:
     def _show(self) -> None:
         import ray
 
-        counts, warnings = ray.get(self._board.read.remote())
+        counts, warnings, listening = ray.get(self._board.read.remote())
+        self.interrupts.heard_by(name for name in listening if self._pending(self.futures[name]))
+        if self.interrupts.passed_on(self._board):
+            self.terminal.say(STOPPING, "yellow")
         self.terminal.show(counts, warnings)
 
 

@@ -7,7 +7,7 @@ they meet at a Ray actor named after the fingerprint, and where the store is a l
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,16 @@ from ray.exceptions import RayActorError
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import Section, result_fields
+from edt_core.errors import Stopped
+from jobs.cluster import cause_of
+from jobs.progress import BoardProgress
 from jobs.verb import Input, Verb
 from pipelines.artifacts import Store
 from pipelines.catalog import DATASET_KINDS, Catalog
-from pipelines.terminal import StepProgress
+from pipelines.run_record import RunRecord
+from pipelines.shipping import Shipper, patient, quick_http
+
+_LAST_WORD_S = 30.0  # how long a step that failed waits for a server that is away, to have that in its run
 
 
 @dataclass(frozen=True)
@@ -100,24 +106,44 @@ def _lease(task: StepTask) -> Iterator[None]:
 def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
     """Do the work under an MLflow child run, commit the artifact, and record it."""
     catalog = task.catalog
-    tags = {"edt.kind": task.kind, "edt.fingerprint": task.fingerprint, "edt.step": task.name}
-    run_id = catalog.start_run(task.name, tags, parent=task.parent_run)
     os.environ["MLFLOW_TRACKING_URI"] = catalog.tracking_uri  # for `models:/` URIs inside the job
-    try:
-        catalog.log_params(run_id, result_fields(task.config))
-        for item in inputs.values():
-            if isinstance(item, Artifact) and item.manifest.kind in DATASET_KINDS:
-                catalog.record_input(run_id, item)
-        progress = StepProgress(task.name, task.board, catalog, run_id)
-        out = task.store.writer(task.kind, task.fingerprint)
-        artifact = task.verb.execute(task.config, inputs, out, progress, mlflow_run_id=run_id)
-        catalog.record_artifact(run_id, artifact)
-    except BaseException as error:
-        catalog.set_tags(run_id, {"edt.error": f"{type(error).__name__}: {error}"[:4000]})
-        catalog.end_run(run_id, "FAILED")
-        raise
-    catalog.end_run(run_id, "FINISHED")
+    with quick_http():
+        run_id = patient(lambda: catalog.step_run(task.name, task.kind, task.fingerprint, task.parent_run))
+        try:
+            patient(lambda: _record_start(task, run_id, inputs))
+            progress = BoardProgress(task.name, task.board)
+            with Shipper(task.board, task.name, RunRecord(catalog, run_id)):
+                out = task.store.writer(task.kind, task.fingerprint)
+                artifact = task.verb.execute(task.config, inputs, out, progress, mlflow_run_id=run_id)
+            patient(lambda: close_run(catalog, run_id, artifact))
+        except BaseException as error:
+            cause = cause_of(error)
+            with suppress(Exception):  # the step's own error is the one to raise
+                patient(lambda: _close_unmade(catalog, run_id, cause), _LAST_WORD_S)
+            raise
     return artifact
+
+
+def _record_start(task: StepTask, run_id: str, inputs: Mapping[str, Input]) -> None:
+    """Log the step's parameters and inputs."""
+    task.catalog.log_params(run_id, result_fields(task.config))
+    for item in inputs.values():
+        if isinstance(item, Artifact) and item.manifest.kind in DATASET_KINDS:
+            task.catalog.record_input(run_id, item)
+
+
+def close_run(catalog: Catalog, run_id: str, artifact: Artifact) -> None:
+    """Record what a step made, and end its run."""
+    catalog.record_artifact(run_id, artifact)
+    catalog.end_run(run_id, "FINISHED")
+
+
+def _close_unmade(catalog: Catalog, run_id: str, error: BaseException) -> None:
+    """End the run of a step that made nothing: KILLED where it was asked to stop, FAILED otherwise."""
+    stopped = isinstance(error, Stopped)
+    tags = {"edt.stopped": str(error)} if stopped else {"edt.error": f"{type(error).__name__}: {error}"}
+    catalog.set_tags(run_id, {key: value[:4000] for key, value in tags.items()})
+    catalog.end_run(run_id, "KILLED" if stopped else "FAILED")
 
 
 def input_fingerprints(inputs: Mapping[str, "StepFuture | Source"]) -> dict[str, str]:

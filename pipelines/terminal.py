@@ -6,19 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edt_core.progress import Silent
-from jobs.progress import BoardProgress
-from pipelines.catalog import Catalog
-
-
-class StepProgress(BoardProgress):
-    """The `Progress` of one step: counts go to the board, metrics to the step's MLflow run. Picklable."""
-
-    def __init__(self, step: str, board: Any, catalog: Catalog, run_id: str) -> None:
-        super().__init__(step, board)
-        self.catalog, self.run_id = catalog, run_id
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.catalog.log_metrics(self.run_id, values, step)
+from jobs.progress import Shown
 
 
 class SourceProgress(Silent):
@@ -27,8 +15,10 @@ class SourceProgress(Silent):
     def __init__(self, terminal: "Terminal") -> None:
         self.terminal = terminal
 
-    def update(self, done: int, total: int, note: str = "", part: int | None = None) -> None:
-        self.terminal.show({"source": (done, total, note)}, [])
+    def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
+        self.terminal.show({"source": Shown(done, total, note, detail)}, [])
+        if done >= total:
+            self.terminal.forget("source")
 
     def warn(self, message: str) -> None:
         self.terminal.warn(f"source: {message}")
@@ -36,8 +26,21 @@ class SourceProgress(Silent):
 
 @dataclass
 class _Line:
+    """A bar, and where and when its present phase began: what was there before is no speed."""
+
     task: Any
-    started: float
+    phase: tuple[int, str] = (-1, "")
+    first: int = 0
+    started: float = 0.0
+
+    def left(self, shown: Shown) -> str:
+        """Rate and time left; a new phase is one of another total or note."""
+        if self.phase != (shown.total, shown.note):
+            self.phase, self.first, self.started = (shown.total, shown.note), shown.done, time.monotonic()
+        made, seconds = shown.done - self.first, time.monotonic() - self.started
+        if made <= 0 or seconds <= 0 or shown.done >= shown.total:
+            return ""
+        return f"{made / seconds:.1f}/s, {seconds / made * (shown.total - shown.done):.0f} s left"
 
 
 class Terminal:
@@ -84,25 +87,45 @@ class Terminal:
     def reused(self, step: str, fingerprint: str) -> None:
         self.say(f"  reused    {step:<40} {fingerprint[:12]}", "dim")
 
-    def show(self, counts: Mapping[str, tuple[int, int, str]], warnings: list[tuple[str, str]]) -> None:
+    def show(self, counts: Mapping[str, Shown], warnings: list[tuple[str, str]]) -> None:
         """Bring the bars up to the board's state; steps appear with their first count."""
+        from rich.markup import escape
+
         for step, message in warnings[self._warned :]:
             self.warn(f"{step}: {message}")
         self._warned = len(warnings)
-        for step, (done, total, note) in counts.items():
+        for step, shown in counts.items():
             if step not in self._lines:
-                self._lines[step] = _Line(self._bars.add_task(step, total=total, note="", left=""), time.monotonic())
+                self._lines[step] = _Line(self._bars.add_task(step, total=shown.total, note="", left=""))
             line = self._lines[step]
-            seconds = max(time.monotonic() - line.started, 1e-9)
-            left = f"{done / seconds:.1f}/s, {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
-            self._bars.update(line.task, completed=done, total=total, note=note, left=left)
+            note = f"{shown.note}, {shown.detail}" if shown.note and shown.detail else shown.note or shown.detail
+            self._bars.update(
+                line.task,
+                completed=shown.done,
+                total=shown.total,
+                note=escape(note),
+                left=line.left(shown),
+            )
+
+    def hide(self, step: str) -> None:
+        """Take a step's bar away for good."""
+        if step in self._lines:
+            self._bars.update(self._lines[step].task, visible=False)
+
+    def forget(self, step: str) -> None:
+        """Take a bar away until there is another count."""
+        if (line := self._lines.pop(step, None)) is not None:
+            self._bars.remove_task(line.task)
 
     def finished(self, step: str, seconds: float, fingerprint: str) -> None:
-        if step in self._lines:
-            self._bars.update(self._lines[step].task, visible=False)
+        self.hide(step)
         self.say(f"  done      {step:<40} {fingerprint[:12]}  {seconds:6.1f} s", "green")
 
+    def stopped(self, step: str, reason: str) -> None:
+        """A step that was asked to stop, or that waited for one."""
+        self.hide(step)
+        self.say(f"  stopped   {step:<40} {reason.splitlines()[0][:100] if reason else ''}", "yellow")
+
     def failed(self, step: str, reason: str) -> None:
-        if step in self._lines:
-            self._bars.update(self._lines[step].task, visible=False)
+        self.hide(step)
         self.say(f"  failed    {step:<40} {reason.splitlines()[0][:100] if reason else ''}", "red")

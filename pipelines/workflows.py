@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import SourceConfig, TrainConfig
+from edt_core.errors import Stopped
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
 from jobs.verb import image_source
@@ -43,6 +44,7 @@ class Outcome:
     reports: dict[str, Artifact] = field(default_factory=dict)
     metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(default_factory=dict)  # before, after
     failures: dict[str, BaseException] = field(default_factory=dict)
+    stopped: str = ""  # where the run was stopped to go on later, if it was
     executed: int = 0
     reused: int = 0
 
@@ -95,7 +97,10 @@ def _call_branch(workflow: Workflow, config: PipelineConfig, name: str, shared: 
     steps = dict(shared)
     for prefix, train_config in (("", trained), ("untrained_", untrained)):
         label = prefix.replace("_", " ")
-        checkpoint = workflow.step(f"{label}train {name}", train.VERB, train_config, latents=shared["latents"])
+        inputs = {"latents": shared["latents"]}
+        if train_config.preview_every is not None:
+            inputs["autoencoder"] = shared["autoencoder"]
+        checkpoint = workflow.step(f"{label}train {name}", train.VERB, train_config, **inputs)
         features = workflow.step(
             f"{label}sample {name}",
             sample.VERB,
@@ -119,6 +124,8 @@ def _call_branch(workflow: Workflow, config: PipelineConfig, name: str, shared: 
 def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) -> Outcome:
     """Run the whole pipeline; finished artifacts are reused. Failures of steps are in the outcome, not raised.
 
+    The first Ctrl-C asks a training to stop, and is in the outcome as well; where none is at work it is raised.
+
     Raises UserError, before anything is computed, for a store or a source that cannot be used.
     """
     from jobs.cluster import connect
@@ -138,13 +145,19 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
     workflow = Workflow(store, catalog, run_id, terminal, connect=lambda: connect(address, min_cpus=config.workers))
     status = "KILLED"
     try:
-        catalog.log_text(run_id, as_yaml(config), "config.yaml")
-        for branch in call_steps(workflow, config, source, published):
-            _finish_branch(workflow, config, branch, outcome)
-        workflow.wait_all()
-        outcome.failures |= workflow.culprits()
-        status = "FAILED" if outcome.failures else "FINISHED"
+        with workflow.interrupts.handled():
+            catalog.log_text(run_id, as_yaml(config), "config.yaml")
+            for branch in call_steps(workflow, config, source, published):
+                _finish_branch(workflow, config, branch, outcome)
+            workflow.wait_all()
+        if not workflow.stopped:
+            status = "FAILED" if workflow.culprits() or outcome.failures else "FINISHED"
+    except Stopped as stopped:
+        outcome.stopped = str(stopped)
     finally:
+        outcome.failures |= workflow.culprits()
+        told = "; ".join(f"{name}: {error}" for name, error in workflow.where_stopped().items())
+        outcome.stopped = told or outcome.stopped
         _record(workflow, outcome, status)
         outcome.seconds = time.monotonic() - started
     return outcome
@@ -194,6 +207,7 @@ def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     outcome.executed, outcome.reused = len(ran), len(reused)
     failed = "; ".join(f"{name}: {error}" for name, error in outcome.failures.items())[:4000]
     tags = {"edt.reused": ", ".join(reused), "edt.executed": ", ".join(ran), "edt.failed": failed}
+    tags["edt.stopped"] = outcome.stopped[:4000]
     fingerprints = {f"edt.step.{n.replace(' ', '.')}": f.fingerprint for n, f in workflow.futures.items()}
     workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in {**tags, **fingerprints}.items() if v})
     workflow.catalog.end_run(workflow.run_id, status)

@@ -1,6 +1,6 @@
 """Global batches of a training's latents, cut to one rank's share and prepared ahead of the step.
 
-Legend: B global batch, n this rank's share of it (B / world size), C latent channels, h latent height and width.
+Legend: B global batch, n this rank's share of it (about B / world size), C latent channels, h latent height and width.
 """
 
 import sys
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.data.latents import LatentDataset
-from edt_core.data.order import batch_indices, mirror_draws
+from edt_core.data.order import batch_indices, mirror_draws, share
 from edt_core.data.prefetch import prefetched
 from edt_core.errors import UserError
+from edt_core.integrity import listing
 
 STATE_VERSION = 1
 
@@ -41,7 +42,7 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Who gets what of a global batch. Raises UserError where the batch does not divide by the number of ranks."""
+    """Who gets what of a global batch. Raises UserError where there is less than a sample for each rank."""
 
     seed: int
     global_batch_size: int
@@ -51,18 +52,17 @@ class BatchPlan:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where the batches go
 
     def __post_init__(self) -> None:
-        if self.global_batch_size < 1 or self.global_batch_size % self.world_size:
+        if self.global_batch_size < self.world_size:
             raise UserError(
-                f"the global batch of {self.global_batch_size} samples does not divide by {self.world_size} workers; "
-                "choose a multiple of the number of workers"
+                f"the global batch of {self.global_batch_size} samples has not one for each of {self.world_size} "
+                "workers; use fewer workers or a larger batch"
             )
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
 
     @property
     def share(self) -> slice:
         """This rank's places in the global batch."""
-        size = self.global_batch_size // self.world_size
-        return slice(self.rank * size, (self.rank + 1) * size)
+        return share(self.global_batch_size, self.rank, self.world_size)
 
     def indices(self, step: int, num_samples: int) -> NDArray[np.int64]:
         """This rank's rows int64 [n] at a step."""
@@ -100,6 +100,25 @@ class Buffers:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Where to make page-locked memory for a device: a thread starts out on GPU 0, and would open a context there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def require_finite(batch: LatentBatch) -> None:
+    """Raise UserError, naming them, where latents of a batch are not finite: they would spoil the whole model."""
+    # One cheap pass: the sum of finite latents of a batch is finite. Of numpy, for torch's would wake threads.
+    if np.isfinite(batch.posterior.numpy().sum()):
+        return
+    bad = np.flatnonzero(~torch.isfinite(batch.posterior).flatten(1).all(1).numpy())
+    if not len(bad):
+        return
+    raise UserError(
+        f"{len(bad)} latents of step {batch.step} are not finite ({sample_names(batch, bad)}); encode the images again"
+    )
+
+
+def sample_names(batch: LatentBatch, places: NDArray[np.int64]) -> str:
+    """The samples at some places of a batch, by their keys or else their rows in the data set."""
+    ids = [batch.keys[i] for i in places] if batch.keys else [str(row) for row in batch.indices[places]]
+    return f"{'keys' if batch.keys else 'rows'} {listing(ids, ', ')}"
 
 
 def latent_batches(dataset: LatentDataset, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:

@@ -32,6 +32,11 @@ def batch_indices(seed: int, step: int, global_batch_size: int, num_samples: int
     return np.concatenate(parts)
 
 
+def share(total: int, rank: int, world_size: int) -> slice:
+    """Places of one part of `total`, as a rank's: parts in order that differ by one place at most."""
+    return slice(rank * total // world_size, (rank + 1) * total // world_size)
+
+
 def generator(seed: int, step: int, stream: str) -> torch.Generator:
     """The CPU generator of one kind of draw at one step."""
     state = np.random.SeedSequence([seed, step, _STREAMS[stream]]).generate_state(1, np.uint64)[0]

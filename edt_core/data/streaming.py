@@ -107,6 +107,9 @@ class LatentStream:
     scaling_factor: float
     shuffle_buffer: int = 10_000  # samples, of 16*C*h*h bytes each: 640 MiB a rank at 4 x 32 x 32
 
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
 
 @dataclass(frozen=True)
 class _Sample:

@@ -5,11 +5,19 @@ Legend: T = n² tokens of a layer's grid, D = its width.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from edt_core.models.attention import Block
+from edt_core.models.config import ModelConfig
 from edt_core.models.edt import EDT
 from edt_core.models.layers import DownSample, SkipConnection, UpSample
+
+
+def shadow(config: ModelConfig) -> EDT:
+    """An EDT whose tensors have shapes and no memory, to count on (device "meta")."""
+    with torch.device("meta"):
+        return EDT(config)
 
 
 def count_parameters(model: nn.Module) -> int:

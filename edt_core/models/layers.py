@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edt_core.models.positions import sincos_position_embedding, timestep_embedding
+from edt_core.models.projection import TokenLinear
 
 _FREQUENCY_DIM = 256  # width of the sinusoidal timestep embedding, as in DiT
 
@@ -112,7 +113,7 @@ class DownSample(nn.Module):
         self.grid = grid
         self.norm = AdaptiveLayerNorm(4 * dim)
         self.adaLN_modulation = adaln_projection(cond_dim, 8 * dim)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.reduction = TokenLinear(4 * dim, out_dim, bias=False)
         self.register_buffer("pos_embed", sincos_position_embedding(out_dim, grid // 2))
 
     def forward(self, x: Tensor, c: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -120,7 +121,8 @@ class DownSample(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         merged: Tensor = self.norm(merge_tokens(x, self.grid), shift, scale)
         if keep is not None:
-            merged = merged * merge_tokens(keep.unsqueeze(-1).expand_as(x), self.grid)
+            cells = merged.unflatten(-1, (4, -1)) * merge_tokens(keep.unsqueeze(-1), self.grid).unsqueeze(-1)
+            merged = cells.flatten(-2)
         out: Tensor = self.reduction(merged) + self.pos_embed
         return out
 
@@ -131,7 +133,7 @@ class UpSample(nn.Module):
     def __init__(self, dim: int, out_dim: int, grid: int) -> None:
         super().__init__()
         self.grid = grid
-        self.expand = nn.Linear(dim, 4 * out_dim, bias=False)
+        self.expand = TokenLinear(dim, 4 * out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Split: [N, T, D] -> [N, 4T, D']."""
@@ -148,7 +150,7 @@ class SkipConnection(nn.Module):
         self.grid = grid
         self.norm_final = AdaptiveLayerNorm(2 * dim)
         self.adaLN_modulation = adaln_projection(cond_dim, 4 * dim)
-        self.cat = nn.Linear(2 * dim, dim)
+        self.cat = TokenLinear(2 * dim, dim)
         self.register_buffer("pos_embed", sincos_position_embedding(dim, grid))
 
     def forward(self, x: Tensor, skip: Tensor, c: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_dim: int, cond_dim: int) -> None:
         super().__init__()
         self.norm_final = AdaptiveLayerNorm(dim)
-        self.linear = nn.Linear(dim, out_dim)
+        self.linear = TokenLinear(dim, out_dim)
         self.adaLN_modulation = adaln_projection(cond_dim, 2 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -179,8 +181,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = TokenLinear(dim, hidden_dim)
+        self.fc2 = TokenLinear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform: [N, T, D] -> [N, T, D]."""

@@ -1,11 +1,11 @@
-"""Training checkpoints: safetensors and JSON in one folder, with digests in a manifest that is written last.
+"""One training checkpoint: a folder of safetensors and JSON, with digests in a manifest that is written last.
 
 Loading never unpickles, and never takes a folder whose manifest is missing or disagrees with a file.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edt_core.manifest import FileEntry, sha256_json
 from edt_core.models import EDT, ModelConfig
 from edt_core.schema import (
     CHECKPOINT_MANIFEST,
     CHECKPOINT_VERSION,
     EMA_WEIGHTS,
     MODEL_CONFIG,
-    MODEL_WEIGHTS,
-    OPTIMIZER_STATE,
     STEP_PREFIX,
-    TIMESTEP_STATE,
     TRAIN_STATE,
 )
-from edt_core.storage import fsync_file, sha256_file
+from edt_core.storage import sha256_file
+
+WriteFile = Callable[[str, Callable[[Path], int | None]], FileEntry]  # as `ArtifactWriter.write`
 
 
 class CheckpointError(RuntimeError):
@@ -34,100 +34,141 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a training needs to go on: `step` steps are done."""
+    """Everything a training needs to go on: `step` steps are done.
+
+    `tensors` are named tensors by file name, `state` is plain JSON. `score` is the mean loss since the checkpoint
+    before; a checkpoint is `regular` if an uninterrupted training writes it too, and not only a place to go on from.
+    """
 
     step: int
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    optimizer_groups: list[dict[str, Any]]
-    timesteps: dict[str, Tensor]
-    model_config: dict[str, Any]
-    history: list[dict[str, float]] = field(default_factory=list)
-    pending: list[dict[str, float]] = field(default_factory=list)
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+    model_config: Mapping[str, Any]
+    score: float | None
+    regular: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """What a checkpoint's manifest says; `files` are sha256 by name, `seal` is that of the manifest itself."""
+
+    step: int
+    regular: bool
+    score: float | None
+    files: Mapping[str, str]
+    seal: str
 
 
 def checkpoint_name(step: int) -> str:
     return f"{STEP_PREFIX}{step:08d}"
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint into an empty folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        MODEL_WEIGHTS: checkpoint.model,
-        EMA_WEIGHTS: checkpoint.ema,
-        OPTIMIZER_STATE: checkpoint.optimizer,
-        TIMESTEP_STATE: checkpoint.timesteps,
+def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointManifest:
+    """Write the files of a checkpoint whose tensors are in the host's memory; the manifest last."""
+    files: dict[str, str] = {}
+    for name, tensors in checkpoint.tensors.items():
+        files[name] = write(name, _saving(dict(tensors))).sha256
+    texts = {
+        TRAIN_STATE: json.dumps(checkpoint.state, sort_keys=True, allow_nan=False),
+        MODEL_CONFIG: json.dumps(checkpoint.model_config, indent=1, sort_keys=True),
     }
-    for name, values in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, folder / name)
-    state = {
-        "step": checkpoint.step,
-        "optimizer_groups": checkpoint.optimizer_groups,
-        "history": checkpoint.history,
-        "pending": checkpoint.pending,
-    }
-    (folder / TRAIN_STATE).write_text(json.dumps(state, sort_keys=True))
-    (folder / MODEL_CONFIG).write_text(json.dumps(checkpoint.model_config, indent=1, sort_keys=True))
-    names = [*tensors, TRAIN_STATE, MODEL_CONFIG]
-    for name in names:
-        fsync_file(folder / name)
-    manifest = {
+    for name, text in texts.items():
+        files[name] = write(name, _writing(text)).sha256
+    stated = {
         "version": CHECKPOINT_VERSION,
         "step": checkpoint.step,
-        "files": {name: sha256_file(folder / name) for name in names},
+        "regular": checkpoint.regular,
+        "score": checkpoint.score,
+        "files": files,
     }
-    staged = folder / f".{CHECKPOINT_MANIFEST}"
-    staged.write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    fsync_file(staged)
-    staged.replace(folder / CHECKPOINT_MANIFEST)
-    fsync_file(folder / CHECKPOINT_MANIFEST)
+    seal = sha256_json(stated)
+    write(CHECKPOINT_MANIFEST, _writing(json.dumps({**stated, "seal": seal}, indent=1, sort_keys=True)))
+    return CheckpointManifest(checkpoint.step, checkpoint.regular, checkpoint.score, files, seal)
 
 
-def check_checkpoint(folder: Path) -> int:
-    """Verify a checkpoint's digests and return its step. Raises CheckpointError with the reason."""
+def _saving(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    def write_to(path: Path) -> None:
+        save_file(tensors, path)
+
+    return write_to
+
+
+def _writing(text: str) -> Callable[[Path], None]:
+    def write_to(path: Path) -> None:
+        path.write_text(text)
+
+    return write_to
+
+
+def read_manifest(data: bytes, where: str) -> CheckpointManifest:
+    """A checkpoint's manifest from its bytes. Raises CheckpointError where it is not whole or of another version."""
     try:
-        manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_bytes())
-        version, step, files = manifest["version"], int(manifest["step"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} has no whole {CHECKPOINT_MANIFEST} ({error})") from error
-    if version != CHECKPOINT_VERSION:
-        raise CheckpointError(f"{folder} has checkpoint version {version}, this code reads {CHECKPOINT_VERSION}")
-    for name, digest in files.items():
+        stated = json.loads(data)
+        seal = stated.pop("seal")
+        if seal != sha256_json(stated):
+            raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} has been changed: it differs from its seal")
+        if stated.pop("version") != CHECKPOINT_VERSION:
+            raise CheckpointError(f"{where} was written by another version; this code reads {CHECKPOINT_VERSION}")
+        return CheckpointManifest(**stated, seal=seal)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} is not whole ({error})") from error
+
+
+def check_checkpoint(folder: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint all of whose files have their digests. Raises CheckpointError with the reason."""
+    try:
+        manifest = read_manifest((folder / CHECKPOINT_MANIFEST).read_bytes(), str(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder} has no {CHECKPOINT_MANIFEST}: it was not finished ({error})") from error
+    for name, digest in manifest.files.items():
         path = folder / Path(name).name
-        if not path.exists() or sha256_file(path) != digest:
-            raise CheckpointError(f"{folder}/{name} is missing or differs from its digest")
-    return step
+        if not path.exists():
+            raise CheckpointError(f"{folder}/{name} is missing")
+        if sha256_file(path) != digest:
+            raise CheckpointError(f"{folder}/{name} differs from its digest")
+    return manifest
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint after verifying it. Raises CheckpointError."""
-    step = check_checkpoint(folder)
-    state = json.loads((folder / TRAIN_STATE).read_bytes())
+    manifest = check_checkpoint(folder)
     return Checkpoint(
-        step=step,
-        model=load_file(folder / MODEL_WEIGHTS),
-        ema=load_file(folder / EMA_WEIGHTS),
-        optimizer=load_file(folder / OPTIMIZER_STATE),
-        optimizer_groups=state["optimizer_groups"],
-        timesteps=load_file(folder / TIMESTEP_STATE),
+        step=manifest.step,
+        tensors={name: load_file(folder / name) for name in manifest.files if name.endswith(".safetensors")},
+        state=json.loads((folder / TRAIN_STATE).read_bytes()),
         model_config=json.loads((folder / MODEL_CONFIG).read_bytes()),
-        history=state["history"],
-        pending=state["pending"],
+        score=manifest.score,
+        regular=manifest.regular,
     )
 
 
-def newest_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The whole checkpoint of the highest step, and a reason for each newer one that was passed over."""
-    passed_over: list[str] = []
-    for folder in sorted(folders, key=lambda path: path.name, reverse=True):
-        try:
-            check_checkpoint(folder)
-            return folder, passed_over
-        except CheckpointError as error:
-            passed_over.append(str(error))
-    return None, passed_over
+class HostMemory:
+    """Copies of a checkpoint's tensors in the host's memory, which is kept for the next one.
+
+    For a GPU it is page-locked: fresh gigabytes of that would cost more than the copy. What the copies were given to
+    has to be done with them before the next are made.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def copy(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint as it is now, whatever training does to its tensors afterwards."""
+        copies = {
+            file: {name: self._copied((file, name), value) for name, value in tensors.items()}
+            for file, tensors in checkpoint.tensors.items()
+        }
+        for device in {value.device for tensors in checkpoint.tensors.values() for value in tensors.values()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return replace(checkpoint, tensors=copies)
+
+    def _copied(self, key: tuple[str, str], value: Tensor) -> Tensor:
+        kept = self._kept.get(key)
+        if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
+            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._kept[key] = kept
+        return kept.copy_(value.detach(), non_blocking=True)
 
 
 def ema_model(folder: Path, device: torch.device | str = "cpu") -> EDT:

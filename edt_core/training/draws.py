@@ -1,4 +1,4 @@
-"""The randomness of a training step, a function of (seed, step) for the whole global batch, sliced per rank.
+"""The randomness of a training step, a function of (seed, step) for the whole global batch, cut by rank.
 
 Which rows, and which of them mirrored, the loader draws in the same way (`edt_core.data.order`).
 
@@ -31,16 +31,14 @@ class StepDraws:
     noise: Tensor
     masks: tuple[Tensor, ...]
 
-    def slice(self, rank: int, world_size: int) -> "StepDraws":
-        """Rank `rank`'s equal share of the global batch; `uniforms` stay whole: timesteps are drawn for all at once."""
-        share = len(self.posterior_noise) // world_size
-        mine = slice(rank * share, (rank + 1) * share)
+    def rows(self, places: slice) -> "StepDraws":
+        """The draws of some samples, as a rank's; `uniforms` stay whole: timesteps are drawn for all at once."""
         return StepDraws(
-            posterior_noise=self.posterior_noise[mine],
-            drop_label=self.drop_label[:, mine],
+            posterior_noise=self.posterior_noise[places],
+            drop_label=self.drop_label[:, places],
             uniforms=self.uniforms,
-            noise=self.noise[:, mine],
-            masks=tuple(slice_masks(self.masks, mine)),
+            noise=self.noise[:, places],
+            masks=tuple(slice_masks(self.masks, places)),
         )
 
     def pinned(self, device: torch.device) -> "StepDraws":

@@ -1,29 +1,34 @@
-"""Exponential moving average of the weights."""
+"""Exponential moving averages of the weights."""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 class EMA:
-    """float32 averages of a model's state: average <- decay * average + (1 - decay) * value.
+    """float32 averages of a model's state, one for each decay: average <- decay * average + (1 - decay) * value.
 
-    Fixed position embeddings are part of the state dict and average to themselves.
+    `averages[0]` is that of the first decay, whose weights are sampled from. Fixed position embeddings are part of the
+    state dict and average to themselves.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.average = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
+    def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
+        self.decays = tuple(decays)
+        self._values = model.state_dict()  # shares the model's memory: no walk over its modules at each update
+        self.averages = [
+            {name: value.detach().float().clone() for name, value in self._values.items()} for _ in self.decays
+        ]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """One update over all tensors in one fused call."""
-        values = [value.detach().float() for value in model.state_dict().values()]
-        torch._foreach_lerp_(list(self.average.values()), values, 1.0 - self.decay)
+    def update(self) -> None:
+        """One update of each average over all tensors in one fused call."""
+        values = [value.float() for value in self._values.values()]
+        for decay, average in zip(self.decays, self.averages, strict=True):
+            torch._foreach_lerp_(list(average.values()), values, 1.0 - decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.average)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises KeyError unless the names are those of the model."""
-        for name, average in self.average.items():
-            average.copy_(state[name])
+    def load(self, averages: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take over averages, one for each decay in order. Raises KeyError unless the names are those of the model."""
+        for average, saved in zip(self.averages, averages, strict=True):
+            for name, value in average.items():
+                value.copy_(saved[name])

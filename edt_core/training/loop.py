@@ -1,14 +1,13 @@
 """The training of an EDT: one function over a small context.
 
-Legend: N this rank's share of the global batch B, C latent channels, h latent height and width.
+Legend: B global batch, n this rank's share of it.
 """
 
-import time
+import math
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,236 +15,299 @@ from torch import Tensor, nn
 
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
-from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches
+from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite, sample_names
+from edt_core.data.order import share
 from edt_core.data.prefetch import prefetched
 from edt_core.data.streaming import LatentStream, stream_latents
-from edt_core.diffusion import (
-    LossSecondMomentSampler,
-    Schedule,
-    TimestepSampler,
-    UniformSampler,
-    linear_schedule,
-    q_sample,
-    training_losses,
-)
-from edt_core.models import EDT, ModelConfig
-from edt_core.training.checkpoint import Checkpoint, load_checkpoint
-from edt_core.training.context import TrainContext
+from edt_core.diffusion import Schedule, linear_schedule
+from edt_core.errors import Stopped
+from edt_core.models import ModelConfig, count_macs
+from edt_core.precision import use_precision
+from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
-from edt_core.training.ema import EMA
-from edt_core.training.optim import flatten_state, learning_rate, make_optimizer, restore_state
+from edt_core.training.history import named_losses
+from edt_core.training.meter import Meter, matmul_rate, training_flops
+from edt_core.training.optim import clip_gradients, gradient_norm, learning_rate
+from edt_core.training.ranks import Ranks
+from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
+from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
 
 _STEPS_AHEAD = 2
+_NEWS, _TIME_IS_UP = 1.0, 2.0  # flags that travel with each step's losses
+
+
+class NotFiniteError(FloatingPointError):
+    """A step whose loss or gradient is not finite; it has not reached the optimizer. `step` counts from 0."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass
-class TrainState:
-    """Everything that changes while training.
+class Training:
+    """What stays the same through a training, and the state that does not."""
 
-    `step` steps are done; `history` is one row every `log_every` steps, `pending` the losses of the steps since.
-    """
+    config: TrainConfig
+    dataset: LatentDataset | LatentStream
+    context: TrainContext
+    state: TrainState
+    total_steps: int  # that the learning rate's fall is laid out for
+    last_step: int  # where to end: before, if the time is up
+    model: nn.Module  # the state's model as this world trains it
+    schedule: Schedule
+    meter: Meter
 
-    model: EDT
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    timesteps: TimestepSampler
-    step: int
-    history: list[dict[str, float]]
-    pending: list[dict[str, float]]
+    @property
+    def ranks(self) -> Ranks:
+        return self.context.ranks
 
+    @property
+    def share(self) -> slice:
+        """This rank's places in the global batch."""
+        return share(self.config.global_batch_size, self.ranks.rank, self.ranks.world_size)
 
-def initial_model(config: ModelConfig, seed: int) -> EDT:
-    """A fresh EDT whose weights are a function of the seed, whatever was drawn before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return EDT(config)
-
-
-def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu") -> TrainState:
-    """The state before the first step."""
-    model = initial_model(model_config, config.seed).to(device).train()
-    sampler = LossSecondMomentSampler if config.timestep_sampler == "loss-second-moment" else UniformSampler
-    return TrainState(
-        model=model,
-        ema=EMA(model, config.ema_decay),
-        optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad)),
-        timesteps=sampler(config.num_timesteps),
-        step=0,
-        history=[],
-        pending=[],
-    )
-
-
-def to_checkpoint(state: TrainState) -> Checkpoint:
-    """What of the state a resumed training needs."""
-    tensors, groups = flatten_state(state.optimizer)
-    return Checkpoint(
-        step=state.step,
-        model=state.model.state_dict(),
-        ema=state.ema.state_dict(),
-        optimizer=tensors,
-        optimizer_groups=groups,
-        timesteps={name: torch.from_numpy(value) for name, value in state.timesteps.state_dict().items()},
-        model_config=state.model.config.to_dict(),
-        history=state.history,
-        pending=state.pending,
-    )
-
-
-def restore(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's values into a state of the same configuration."""
-    state.model.load_state_dict(checkpoint.model)
-    state.ema.load_state_dict(checkpoint.ema)
-    restore_state(state.optimizer, checkpoint.optimizer, checkpoint.optimizer_groups)
-    state.timesteps.load_state_dict({name: value.numpy() for name, value in checkpoint.timesteps.items()})
-    state.step, state.history, state.pending = checkpoint.step, list(checkpoint.history), list(checkpoint.pending)
-
-
-def prepared_steps(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    dataset: LatentDataset | LatentStream,
-    context: TrainContext,
-    start_step: int,
-) -> Iterator[tuple[LatentBatch, StepDraws]]:
-    """This rank's batch and draws of each step from `start_step` to the last, still on the host."""
-    rank, world_size, device = context.rank, context.world_size, context.device
-    plan = BatchPlan(config.seed, config.global_batch_size, config.mirror_prob, rank, world_size, device)
-    if isinstance(dataset, LatentStream):
-        batches = stream_latents(dataset, plan, start_step)
-    else:
-        batches = latent_batches(dataset, plan, start_step)
-    with closing(batches):
-        for batch in islice(batches, max(config.max_steps - start_step, 0)):
-            yield batch, draw_step(config, batch.step, model_config).slice(rank, world_size).pinned(device)
-
-
-def sampled_latents(batch: LatentBatch, noise: Tensor, scaling_factor: float) -> Tensor:
-    """Scaled latents float32 [N, C, h, h] on the device of `noise` [N, C, h, h]: a draw of each row's posterior."""
-    mean, std = batch.posterior.to(noise.device, non_blocking=True).unbind(1)
-    return (mean + std * noise) * scaling_factor
-
-
-def step_losses(
-    model: nn.Module, config: TrainConfig, schedule: Schedule, draws: StepDraws, batch: tuple[Tensor, ...]
-) -> Tensor:
-    """Unweighted losses [1 or 2, N] of the full and, if it is on, the masked pass for (latents, labels, t, null label).
-
-    Both passes go through the model as one batch, the full one with masks that keep everything: one call, one gradient
-    exchange. Each has its own noise and label dropout, and they share their timesteps.
-    """
-    latents, labels, t, null = batch
-    passes = 2 if config.masked_loss else 1
-    y = torch.where(draws.drop_label[:passes], null, labels).flatten()
-    x_start, t = latents.repeat(passes, 1, 1, 1), t.repeat(passes)
-    noise = draws.noise[:passes].flatten(0, 1)
-    x_t = q_sample(schedule, x_start, t, noise)
-    masks = [torch.cat([torch.ones_like(mask), mask]) for mask in draws.masks] if config.masked_loss else None
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        output = model(x_t, t, y, masks)
-    losses = training_losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
-    return losses.loss.view(passes, -1)
+    @property
+    def sizes(self) -> list[int]:
+        """Number of samples of each rank."""
+        world_size = self.ranks.world_size
+        cuts = [share(self.config.global_batch_size, rank, world_size) for rank in range(world_size)]
+        return [cut.stop - cut.start for cut in cuts]
 
 
 def train(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    dataset: LatentDataset | LatentStream,
-    context: TrainContext,
-    resume_from: Path | None = None,
+    config: TrainConfig, model_config: ModelConfig, dataset: LatentDataset | LatentStream, context: TrainContext
 ) -> TrainState:
-    """Train to `max_steps`, from the start or from a checkpoint folder, and report checkpoints on the way.
-
-    A thread reads and draws _STEPS_AHEAD steps ahead: the accelerator does not wait for either.
+    """Train to the last step, from the newest checkpoint that the context has, and save checkpoints on the way.
 
     The step is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
-    importance. Raises FloatingPointError, before the optimizer sees it, where a loss is not finite.
+    importance. A step whose loss or gradient is not finite never reaches the optimizer: the training goes back to its
+    newest checkpoint and leaves that step out.
+
+    Raises NotFiniteError where that was in vain `max_rollbacks` times, Stopped when it was asked to stop and has
+    written a checkpoint, and UserError for latents that are not finite and for a checkpoint of another training.
     """
-    state = initial_state(config, model_config, context.device)
-    if resume_from is not None:
-        restore(state, load_checkpoint(resume_from))
-    model = context.wrap(state.model)
-    schedule = linear_schedule(config.num_timesteps)
-    steps = prefetched(prepared_steps(config, model_config, dataset, context, state.step), _STEPS_AHEAD)
-    row_step, row_time = state.step, time.perf_counter()
+    training = _begin(config, model_config, dataset, context)
+    try:
+        _run_to_the_end(training)
+    except BaseException:
+        if context.ranks.rank == 0:
+            with suppress(Exception):  # the error that came first is the one to tell
+                context.store.flush()
+        raise
+    if context.ranks.rank == 0:
+        context.store.flush()
+    return training.state
+
+
+def _run_to_the_end(training: Training) -> None:
+    while True:
+        try:
+            return _run(training)
+        except NotFiniteError as trouble:
+            _roll_back(training, trouble)
+
+
+def _begin(
+    config: TrainConfig, model_config: ModelConfig, dataset: LatentDataset | LatentStream, context: TrainContext
+) -> Training:
+    use_precision(config.precision)
+    ranks = context.ranks
+    state = initial_state(config, model_config, ranks.device)
+    if (checkpoint := latest(context)) is not None:
+        restore(state, checkpoint, config, len(dataset))
+    total_steps = config.total_steps(len(dataset))
+    # A checkpoint out of turn is no end, even if the time was up with its step: one more step ends in a regular one.
+    ended = checkpoint is not None and checkpoint.regular and _time_is_up(config, state)
+    state.model.activation_checkpointing = config.activation_checkpointing
+    if config.compile:
+        state.model.compile(dynamic=False)
+    peak = matmul_rate(ranks.device, config.precision) * ranks.world_size if ranks.rank == 0 else 1.0
+    flops = training_flops(count_macs(state.model), config.passes)
+    return Training(
+        config,
+        dataset,
+        context,
+        state,
+        total_steps=total_steps,
+        last_step=state.step if ended else total_steps,
+        model=ranks.wrap(state.model),
+        schedule=linear_schedule(config.num_timesteps),
+        meter=Meter(config.global_batch_size, ranks.device, flops, peak),
+    )
+
+
+def prepared_steps(training: Training) -> Iterator[tuple[LatentBatch, StepDraws]]:
+    """This rank's batch and draws of each step from the state's to the last, still on the host.
+
+    Raises UserError for latents that are not finite.
+    """
+    config, dataset, ranks = training.config, training.dataset, training.ranks
+    first, last = training.state.step, training.last_step
+    device = ranks.device
+    plan = BatchPlan(config.seed, config.global_batch_size, config.mirror_prob, ranks.rank, ranks.world_size, device)
+    if isinstance(dataset, LatentStream):
+        read = stream_latents(dataset, plan, first)
+    else:
+        read = latent_batches(dataset, plan, first)
+    with closing(read) as batches:
+        for batch in islice(batches, max(last - first, 0)):
+            require_finite(batch)
+            draws = draw_step(config, batch.step, training.state.model.config)
+            yield batch, draws.rows(training.share).pinned(device)
+
+
+def _run(training: Training) -> None:
+    """Train from the state's step to the last. A thread reads and draws steps ahead: no accelerator waits for them."""
+    state, context, meter = training.state, training.context, training.meter
+    steps = prefetched(prepared_steps(training), _STEPS_AHEAD)
+    meter.begin()
     with closing(steps):
-        for batch, drawn in steps:
-            draws = drawn.to(context.device)
-            latents = sampled_latents(batch, draws.posterior_noise, dataset.scaling_factor)
-            state.pending.append(_one_step(config, state, model, schedule, context, (batch, latents, draws)))
+        while state.step < training.last_step:
+            with meter.waiting():
+                batch, draws = next(steps)
+            flag = 0.0
+            if batch.step not in state.skipped:
+                flag = _step(training, batch, draws)
             state.step += 1
-            if state.step % config.log_every == 0 or state.step == config.max_steps:
-                state.history.append(_history_row(config, state))
-                state.pending.clear()
-                images = (state.step - row_step) * config.global_batch_size
-                rate = images / max(time.perf_counter() - row_time, 1e-9)
-                row_step, row_time = state.step, time.perf_counter()
-                if context.rank == 0:
-                    context.log({**state.history[-1], "images_per_s": rate}, state.step)
-            if state.step % config.checkpoint_every == 0 or state.step == config.max_steps:
-                checkpoint = to_checkpoint(state) if context.rank == 0 else None
-                latest = state.history[-1] if state.history else {}
-                context.report({**latest, "step": state.step}, checkpoint)
-    return state
+            _count_time(training)
+            if flag >= _TIME_IS_UP:
+                training.last_step = state.step
+            _tell(training)
+            if flag == _NEWS and (request := context.look()) is not Request.NOTHING:
+                _answer(training, request)
 
 
-def _one_step(
-    config: TrainConfig,
-    state: TrainState,
-    model: nn.Module,
-    schedule: Schedule,
-    context: TrainContext,
-    inputs: tuple[LatentBatch, Tensor, StepDraws],
-) -> dict[str, float]:
-    """One optimizer step on (batch, its latents on the device, draws); the weighted losses of the global batch."""
-    batch, latents, draws = inputs
+def _step(training: Training, batch: LatentBatch, drawn: StepDraws) -> float:
+    """One optimizer step; returns the highest flag of all ranks. Raises NotFiniteError, the same on every rank."""
+    config, state, device = training.config, training.state, training.ranks.device
+    draws = drawn.to(device)
     timesteps, weights = state.timesteps.draw(draws.uniforms.numpy())
-    share = len(timesteps) // context.world_size
-    mine = slice(context.rank * share, (context.rank + 1) * share)
-    labels = batch.labels.to(context.device, non_blocking=True)
-    t = torch.from_numpy(timesteps[mine]).to(context.device)
-    null = torch.tensor(state.model.config.num_classes, device=context.device)
-
-    losses = step_losses(model, config, schedule, draws, (latents, labels, t, null))
-    local_weights = torch.from_numpy(weights[mine]).to(context.device)
-    everyones = context.gather(losses.detach()).numpy()
-    _require_finite(everyones, batch, mine)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
+    mine = training.share
+    inputs = StepInputs(
+        latents=sampled_latents(batch, draws.posterior_noise, training.dataset.scaling_factor),
+        labels=batch.labels.to(device, non_blocking=True),
+        timesteps=torch.from_numpy(timesteps[mine]).to(device, non_blocking=True),
+        weights=torch.from_numpy(weights[mine]).to(device, non_blocking=True),
+        draws=draws,
+    )
     state.optimizer.zero_grad(set_to_none=True)
-    (losses * local_weights).mean(dim=1).sum().backward()
+    losses = accumulate_gradient(training.model, config, training.schedule, inputs, state.model.config.num_classes)
+    everyones, flag, norm = _exchanged(training, losses)
+    _require_finite(training, batch, everyones, norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step, training.total_steps)
+    if config.max_grad_norm is not None:
+        clip_gradients(state.model.parameters(), norm, config.max_grad_norm)
     state.optimizer.step()
-    state.ema.update(state.model)
-    state.timesteps.update(timesteps, everyones.sum(axis=0, dtype=np.float64))
-    return _weighted(everyones, weights)
+    state.ema.update()
+    mse, vb = np.split(everyones, 2)
+    state.timesteps.update(timesteps, (mse + vb).sum(axis=0))
+    named = named_losses(mse, vb, timesteps, weights.astype(np.float64), config.num_timesteps)
+    state.history.add({**named, "grad_norm": norm})
+    if training.ranks.rank == 0:
+        training.context.store.check()
+        training.context.step_done(state.step + 1, training.total_steps, named["loss"])
+    return flag
 
 
-def _weighted(losses: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    means = (losses.astype(np.float64) * weights).mean(axis=1)
-    named = dict(zip(("loss_full", "loss_masked"), means.tolist(), strict=False))
-    return {"loss": float(means.sum()), **named}
+def _exchanged(training: Training, losses: Tensor) -> tuple[np.ndarray, float, float]:
+    """Losses float64 [2 * passes, B] of the global batch, the highest flag, and the norm of the gradient.
+
+    The one place in a step where the host waits for the device.
+    """
+    flag = torch.full_like(losses[:1], _flag(training))
+    rows = training.ranks.gather(torch.cat([losses, flag]), training.sizes)
+    norm = gradient_norm(training.state.model.parameters())
+    host = torch.cat([rows.flatten(), norm.reshape(1)]).cpu().double().numpy()
+    everyones = host[:-1].reshape(len(rows), -1)
+    return everyones[:-1], float(everyones[-1].max()), float(host[-1])
 
 
-def _require_finite(losses: np.ndarray, batch: LatentBatch, mine: slice) -> None:
-    """Raises FloatingPointError on every rank where any rank's loss is not finite; each names its own samples."""
+def _flag(training: Training) -> float:
+    if training.ranks.rank == 0 and _time_is_up(training.config, training.state):
+        return _TIME_IS_UP
+    return _NEWS if training.context.has_news() else 0.0
+
+
+def _time_is_up(config: TrainConfig, state: TrainState) -> bool:
+    return config.max_hours is not None and state.seconds >= config.max_hours * 3600
+
+
+def _count_time(training: Training) -> None:
+    seconds = training.meter.step_done()
+    if training.config.max_hours is not None:  # else equal trainings would have unequal checkpoints
+        training.state.seconds += seconds
+
+
+def _require_finite(training: Training, batch: LatentBatch, losses: np.ndarray, norm: float) -> None:
     bad = ~np.isfinite(losses).all(axis=0)
     if bad.any():
-        places = np.flatnonzero(bad[mine])[:10]
-        names = f"keys {[batch.keys[i] for i in places]}" if batch.keys else f"rows {batch.indices[places].tolist()}"
-        raise FloatingPointError(
-            f"the loss of step {batch.step} is not finite for {int(bad.sum())} of {bad.size} samples ({names} of the "
-            "latents on this worker); lower lr, or train in fp32"
+        what = f"the loss of step {batch.step} is not finite for {int(bad.sum())} of {bad.size} samples"
+        here = np.flatnonzero(bad[training.share])
+    elif not math.isfinite(norm):
+        what = f"the gradient of step {batch.step} is not finite"
+        here = np.arange(len(batch.labels))
+    else:
+        return
+    if len(here):
+        training.context.warn(f"{what}: {sample_names(batch, here)} of the latents, on rank {training.ranks.rank}")
+    raise NotFiniteError(batch.step, what)
+
+
+def _roll_back(training: Training, trouble: NotFiniteError) -> None:
+    """Go back to the newest checkpoint, or to the start, and leave the step out. Raises it when that is enough."""
+    config, state, context = training.config, training.state, training.context
+    rollbacks, skipped, seconds = state.rollbacks + 1, state.skipped | {trouble.step}, state.seconds
+    if rollbacks > config.max_rollbacks:
+        raise NotFiniteError(
+            trouble.step,
+            f"{trouble}; max_rollbacks is {config.max_rollbacks}, and this would be one more: lower lr, set "
+            "max_grad_norm, or train in fp32",
+        ) from trouble
+    if (checkpoint := latest(context)) is None:
+        restart(state, config)
+    else:
+        restore(state, checkpoint, config, len(training.dataset))
+    state.rollbacks, state.skipped, state.seconds = rollbacks, skipped, seconds
+    if context.ranks.rank == 0:
+        context.warn(
+            f"{trouble}; rolled back to step {state.step}, going on without step {trouble.step} "
+            f"(rollback {rollbacks} of at most {config.max_rollbacks})"
         )
+        context.report({"rollbacks": float(rollbacks)}, trouble.step)
 
 
-def _history_row(config: TrainConfig, state: TrainState) -> dict[str, float]:
-    """Mean losses of the steps since the last row. No clock in it: equal trainings have equal histories."""
-    names = state.pending[0].keys()
-    means = {name: sum(losses[name] for losses in state.pending) / len(state.pending) for name in names}
-    rate = learning_rate(config, state.step - 1)
-    return {**means, "step": state.step, "lr": rate, "grad_norm": _grad_norm(state.model)}
+def _tell(training: Training) -> None:
+    """The history's row, figures, checkpoint and preview that are due after a step."""
+    config, state, context = training.config, training.state, training.context
+    at_end = state.step == training.last_step
+    if (state.step % config.log_every == 0 or at_end) and state.history.pending:
+        row = state.history.close_row(state.step, learning_rate(config, state.step - 1, training.total_steps))
+        if context.ranks.rank == 0:
+            context.report({**row, **training.meter.row()}, state.step)
+    if state.step % config.checkpoint_every == 0 or at_end:
+        _save(training, regular=True)
+    every = config.preview_every
+    if every is not None and context.ranks.rank == 0 and (state.step % every == 0 or at_end):
+        context.preview(state.ema.averages[0], state.step)
 
 
-def _grad_norm(model: nn.Module) -> float:
-    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+def _save(training: Training, *, regular: bool) -> None:
+    if training.ranks.rank == 0:
+        checkpoint = to_checkpoint(training.state, training.config, len(training.dataset), regular=regular)
+        training.context.store.save(checkpoint)
+
+
+def _answer(training: Training, request: Request) -> None:
+    """Write a checkpoint out of turn. Raises Stopped where that was to be the last thing."""
+    step, context = training.state.step, training.context
+    if step == training.last_step:
+        return
+    if step % training.config.checkpoint_every:
+        _save(training, regular=False)
+    if context.ranks.rank == 0:
+        context.store.flush()
+    if request is Request.STOP:
+        context.ranks.wait()  # what the other ranks say of the checkpoint is true as well
+        raise Stopped(f"stopped at step {step} of {training.total_steps}, a checkpoint is written")

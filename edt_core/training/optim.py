@@ -1,6 +1,7 @@
 """Optimizers by name, and the learning rate as a function of the step."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,33 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> t
     return Adan(list(parameters), lr=config.lr, weight_decay=config.weight_decay, foreach=True)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Falls linearly from lr at step 0 to lr_final at max_steps."""
-    return config.lr + (config.lr_final - config.lr) * min(step / max(config.max_steps, 1), 1.0)
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The rate of a step: from 0 to lr in `warmup_steps`, then from lr to lr_final at the last of `total_steps`.
+
+    The fall is linear, as in the paper, or half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5); with
+    lr_schedule "constant" there is none.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
+    if config.lr_schedule == "constant":
+        return config.lr
+    if config.lr_schedule == "cosine":
+        return config.lr_final + (config.lr - config.lr_final) * 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.lr + (config.lr_final - config.lr) * done
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients as one vector, on their device; not finite where any of them is not."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
+    """Scale all gradients, whose norm is `norm`, so that it is `max_norm` at most."""
+    if norm > max_norm:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, max_norm / norm)
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict]]:
@@ -34,10 +59,10 @@ def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], 
     return tensors, state["param_groups"]
 
 
-def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict]) -> None:
+def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: Sequence[dict]) -> None:
     """Inverse of `flatten_state`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": list(groups)})

@@ -15,6 +15,26 @@ from jobs.benchmark.table import Row, hardware, table
 from jobs.verb import exit_code
 
 
+def bench_of_training(options: argparse.Namespace) -> Iterator[Row]:
+    """Measure training; `scale` below 1 takes fewer turns of a smaller batch."""
+    from jobs.benchmark.train import PRECISIONS, Subject, bench_train
+
+    subject = Subject(
+        model=options.model,
+        image_size=options.image_size,
+        batch_size=max(2, int(options.batch_size * min(options.scale, 1))),
+        compile=options.compile,
+    )
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precisions = (options.precision,) if options.precision else PRECISIONS[device]
+    with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=options.work_in) as folder:
+        for rows in bench_train(Path(folder), subject, precisions, turns=max(1, int(10 * options.scale))):
+            print(f"bench: measured {rows[0].what}", file=sys.stderr)
+            yield from rows
+
+
 def bench(part: str, images: str | None, scale: float, work_in: str | None = None) -> list[Row]:
     """Measure one part, "data" or "encode"; `scale` below 1 makes it smaller and less exact, for a try."""
     with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=work_in) as folder:
@@ -46,13 +66,24 @@ def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.benchmark") -> None:
     """Measure and print a table in Markdown."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("part", choices=["data", "encode"], help="data: latents, planning, preprocess, memory")
+    parser.add_argument("part", choices=["data", "encode", "train"], help="data: latents, planning, preprocess, memory")
     parser.add_argument("--images", help="folder of JPEG photos to measure with  [default: made ones]")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, as 0.02 for a try")
     parser.add_argument("--work-in", help="folder for some GB of scratch files  [default: the system's]")
+    training = parser.add_argument_group("train")
+    training.add_argument("--model", default="EDT-S/2", help="name of the model  [default: EDT-S/2]")
+    training.add_argument("--image-size", type=int, default=256, help="side of the images  [default: 256]")
+    training.add_argument("--batch-size", type=int, default=8, help="images of a step  [default: 8]")
+    training.add_argument(
+        "--precision", choices=["fp32", "tf32", "bf16"], help="[default: the device's two usual ones]"
+    )
+    training.add_argument("--compile", action="store_true", help="torch.compile the model")
     options = parser.parse_args(arguments)
     with exit_code():
         if options.scale < 0.001:
             raise UserError(f"--scale is {options.scale:g}; give 0.001 or more")
-        rows = bench(options.part, options.images, options.scale, options.work_in)
+        if options.part == "train":
+            rows = list(bench_of_training(options))
+        else:
+            rows = bench(options.part, options.images, options.scale, options.work_in)
         print(f"{hardware()}\n\n{table(rows)}")

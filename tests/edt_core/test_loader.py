@@ -16,7 +16,7 @@ import torch
 
 from edt_core.artifact import Artifact
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
-from edt_core.data.loader import LatentBatch, LatentLoader, latent_batches
+from edt_core.data.loader import LatentBatch, LatentLoader, latent_batches, require_finite
 from edt_core.data.order import epoch_order
 from edt_core.data.prefetch import prefetched
 from edt_core.errors import UserError
@@ -89,10 +89,12 @@ def test_every_epoch_takes_every_row_once(dataset: LatentDataset, size: int) -> 
         assert np.array_equal(here, epoch_order(OPTIONS["seed"], epoch, TOTAL))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7, 24])
 def test_global_batches_do_not_know_the_world_size(dataset: LatentDataset, world_size: int) -> None:
     whole = take(dataset, 50)
     ranks = [take(dataset, 50, rank=rank, world_size=world_size) for rank in range(world_size)]
+    sizes = {len(batch.indices) for batches in ranks for batch in batches}
+    assert sizes <= {24 // world_size, 24 // world_size + 1}
     for step, expected in enumerate(whole):
         parts = [batches[step] for batches in ranks]
         joined = LatentBatch(
@@ -153,9 +155,34 @@ def test_a_state_of_another_order_is_refused(dataset: LatentDataset, name: str, 
             loader.load_state_dict({**state, name: value})
 
 
-def test_a_batch_that_does_not_divide_is_refused(dataset: LatentDataset) -> None:
-    with pytest.raises(UserError, match="24 samples does not divide by 5 workers"):
-        LatentLoader(dataset, **OPTIONS, world_size=5)
+def test_a_batch_with_less_than_a_sample_for_each_worker_is_refused(dataset: LatentDataset) -> None:
+    with pytest.raises(UserError, match="24 samples has not one for each of 25 workers; use fewer workers"):
+        LatentLoader(dataset, **OPTIONS, world_size=25)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("keys", [(), ("a", "b", "c", "d", "e")])
+def test_samples_that_are_not_finite_are_named(value: float, keys: tuple[str, ...]) -> None:
+    posterior = torch.ones(5, 2, 4, 2, 2)
+    batch = LatentBatch(7, np.array([50, 40, 30, 20, 10]), np.zeros(5, bool), posterior, torch.zeros(5), keys)
+    require_finite(batch)
+    posterior[1, 0, 3, 1, 1] = posterior[4, 1, 0, 0, 0] = value
+    names = "keys b, e" if keys else "rows 40, 10"
+    with pytest.raises(UserError, match=rf"2 latents of step 7 are not finite \({names}\); encode the images again"):
+        require_finite(batch)
+
+
+def test_finite_latents_pass_though_their_sum_does_not() -> None:
+    posterior = torch.full((4, 2, 4, 2, 2), 3e38)
+    posterior[2:] *= -1
+    require_finite(LatentBatch(0, np.arange(4), np.zeros(4, bool), posterior, torch.zeros(4)))
+
+
+def test_infinities_that_cancel_are_found() -> None:
+    posterior = torch.ones(4, 2, 4, 2, 2)
+    posterior[0, 0, 0, 0, 0], posterior[1, 0, 0, 0, 0] = np.inf, -np.inf
+    with pytest.raises(UserError, match="rows 0, 1"):
+        require_finite(LatentBatch(0, np.arange(4), np.zeros(4, bool), posterior, torch.zeros(4)))
 
 
 def test_a_loader_that_is_dropped_ends_its_thread(dataset: LatentDataset) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.data.order import batch_indices, epoch_order, generator, mirror_draws
+from edt_core.data.order import batch_indices, epoch_order, generator, mirror_draws, share
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 97, 1000])
@@ -28,6 +28,16 @@ def test_batches_lay_the_epochs_end_to_end(batch: int, num_samples: int) -> None
     for epoch in range(3):
         here = sequence[epoch * num_samples : (epoch + 1) * num_samples]
         assert np.array_equal(here, epoch_order(0, epoch, num_samples))
+
+
+def test_shares_are_even_cuts_in_order_of_rank() -> None:
+    for total in range(30):
+        for world_size in range(1, 12):
+            cuts = [share(total, rank, world_size) for rank in range(world_size)]
+            assert [place for cut in cuts for place in range(cut.start, cut.stop)] == list(range(total))
+            sizes = [cut.stop - cut.start for cut in cuts]
+            assert max(sizes) - min(sizes) <= 1
+            assert min(sizes) >= min(1, total // world_size)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
 from edt_core.models import model_config
 from edt_core.pipeline import EDTPipeline, save_pipeline
-from edt_core.training.loop import initial_model
+from edt_core.training.state import initial_model
 
 
 @pytest.fixture(scope="module")

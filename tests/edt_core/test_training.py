@@ -1,8 +1,8 @@
-"""The training loop without Ray: exact resumption, draws that do not know ranks, Adan as published."""
+"""The training loop without Ray: every option trains, ends where it was told, and says what it does."""
 
-import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +12,18 @@ import torch
 from edt_core.artifact import Artifact
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
-from edt_core.data.loader import LatentBatch
 from edt_core.data.streaming import LatentStream, TarShard
-from edt_core.models import ModelConfig, mask_sites, model_config
+from edt_core.errors import Stopped, UserError
+from edt_core.models import EDT, ModelConfig, mask_sites, model_config
 from edt_core.storage import Folder, sha256_file
-from edt_core.training.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_checkpoint,
-    checkpoint_name,
-    ema_model,
-    load_checkpoint,
-    newest_checkpoint,
-)
-from edt_core.training.context import LocalContext, TrainContext
-from edt_core.training.draws import StepDraws, draw_step
-from edt_core.training.loop import TrainState, initial_model, prepared_steps, train
-from edt_core.training.optim import learning_rate, make_optimizer
+from edt_core.training.checkpoint import ema_model, load_checkpoint
+from edt_core.training.context import LocalContext, Request
+from edt_core.training.loop import train
+from edt_core.training.optim import learning_rate
+from edt_core.training.state import TrainState, initial_model
+from tests.edt_core.trainings import contents, cut_back, place, same
+
+pytestmark = pytest.mark.usefixtures("quickly", "one_thread", "no_thread_stays")
 
 CONFIG = TrainConfig(
     model="EDT-Tiny/2",
@@ -39,7 +34,7 @@ CONFIG = TrainConfig(
     log_every=3,
     checkpoint_every=4,
 )
-DRAWN = TrainConfig(global_batch_size=8, seed=3, class_dropout_prob=0.5)
+SHORT = CONFIG.model_copy(update={"global_batch_size": 8, "max_steps": 6, "checkpoint_every": 3, "log_every": 4})
 
 
 @pytest.fixture(scope="module")
@@ -48,103 +43,9 @@ def edt() -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def dataset(latents_artifact: Artifact) -> LatentDataset:
-    return LatentDataset(latents_artifact.paths("*.arrow"))
-
-
-def run(
-    config: TrainConfig, edt: ModelConfig, dataset: LatentDataset, folder: Path, resume: Path | None = None
-) -> TrainState:
-    return train(config, edt, dataset, LocalContext(folder), resume)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_resumed_training_equals_an_uninterrupted_one(
-    edt: ModelConfig, dataset: LatentDataset, tmp_path: Path
-) -> None:
-    whole = run(CONFIG, edt, dataset, tmp_path / "whole")
-    for step in (4, 8):  # 4 is in the middle of an epoch and of a window of the history
-        resumed = run(CONFIG, edt, dataset, tmp_path / f"from{step}", tmp_path / "whole" / checkpoint_name(step))
-        assert same(whole.model.state_dict(), resumed.model.state_dict())
-        assert same(whole.ema.state_dict(), resumed.ema.state_dict())
-        assert resumed.history == whole.history
-    last = [tmp_path / name / checkpoint_name(12) / "ema.safetensors" for name in ("whole", "from8")]
-    assert last[0].read_bytes() == last[1].read_bytes()
-
-
-@pytest.mark.parametrize("options", [{"optimizer": "adamw"}, {"timestep_sampler": "uniform"}, {"masked_loss": False}])
-def test_every_option_trains_and_resumes(
-    options: dict[str, object], edt: ModelConfig, dataset: LatentDataset, tmp_path: Path
-) -> None:
-    config = CONFIG.model_copy(update={**options, "max_steps": 6, "checkpoint_every": 3})
-    whole = run(config, edt, dataset, tmp_path / "a")
-    resumed = run(config, edt, dataset, tmp_path / "b", tmp_path / "a" / checkpoint_name(3))
-    assert same(whole.model.state_dict(), resumed.model.state_dict())
-    assert ("loss_masked" in whole.history[-1]) == config.masked_loss
-
-
-def test_the_loss_falls(edt: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
-    state = run(CONFIG.model_copy(update={"max_steps": 90, "checkpoint_every": 90}), edt, dataset, tmp_path)
-    losses = [row["loss_full"] for row in state.history]
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-
-
-def test_the_ema_is_what_is_sampled_from(edt: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
-    state = run(CONFIG, edt, dataset, tmp_path)
-    model = ema_model(tmp_path / checkpoint_name(12))
-    assert not model.training
-    assert model.config == edt
-    assert same(model.state_dict(), state.ema.state_dict())
-    assert not same(model.state_dict(), state.model.state_dict())
-
-
-def test_the_ema_follows_its_recursion(edt: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"max_steps": 3, "checkpoint_every": 1})
-    run(config, edt, dataset, tmp_path)
-    name = "blocks.0.mlp.fc1.weight"
-    expected = initial_model(edt, 0).state_dict()[name]
-    for step in (1, 2, 3):
-        checkpoint = load_checkpoint(tmp_path / checkpoint_name(step))
-        expected = 0.9 * expected + 0.1 * checkpoint.model[name]
-        assert torch.allclose(checkpoint.ema[name], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_draws_of_ranks_are_slices_of_the_global_batch(edt: ModelConfig) -> None:
-    whole = draw_step(DRAWN.model_copy(update={"global_batch_size": 24}), 5, edt)
-    for world_size in (1, 2, 3, 4):
-        parts = [whole.slice(rank, world_size) for rank in range(world_size)]
-        assert torch.equal(torch.cat([part.posterior_noise for part in parts]), whole.posterior_noise)
-        assert torch.equal(torch.cat([part.noise for part in parts], dim=1), whole.noise)
-        assert torch.equal(torch.cat([part.drop_label for part in parts], dim=1), whole.drop_label)
-        for site in range(len(mask_sites(edt))):
-            assert torch.equal(torch.cat([part.masks[site] for part in parts]), whole.masks[site])
-
-
-def test_draws_are_a_function_of_seed_and_step(edt: ModelConfig) -> None:
-    first, again, later = (draw_step(DRAWN, step, edt) for step in (5, 5, 6))
-    assert torch.equal(first.noise, again.noise)
-    assert not torch.equal(first.noise, later.noise)
-    assert not torch.equal(first.noise[0], first.noise[1])  # the masked pass has noise of its own
-
-
-class _Poisoned(LatentDataset):
-    """A data set of which one row is not a number."""
-
-    def gather(self, indices, mirror, out=None):
-        posterior, labels = super().gather(indices, mirror, out)
-        posterior[indices == 17, 0] = np.nan
-        return posterior, labels
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer(
-    edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path
-) -> None:
-    poisoned = _Poisoned(latents_artifact.paths("*.arrow"))
-    with pytest.raises(FloatingPointError, match=r"step \d+ is not finite for 1 of 16 samples \(rows \[17\]"):
-        run(CONFIG, edt, poisoned, tmp_path)
+def speck(edt: ModelConfig) -> ModelConfig:
+    """All that an EDT has, as narrow as can be."""
+    return replace(edt, dims=(16, 20, 24, 20, 16), depths=(1, 1, 1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -157,155 +58,477 @@ def stream(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory)
     return LatentStream(tuple(shards), (4, 8, 8), 0.5, shuffle_buffer=64)
 
 
-def test_a_streamed_training_learns_and_goes_on(edt: ModelConfig, stream: LatentStream, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"reader": "webdataset", "max_steps": 60, "checkpoint_every": 20})
-    whole = train(config, edt, stream, LocalContext(tmp_path / "a"), None)
-    losses = [row["loss_full"] for row in whole.history]
-    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
-    resumed = train(config, edt, stream, LocalContext(tmp_path / "b"), tmp_path / "a" / checkpoint_name(40))
-    assert resumed.step == 60
-    assert [row["step"] for row in resumed.history] == [row["step"] for row in whole.history]
+def steps_on_disk(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
 
 
-@dataclass
-class _Pair:
-    """A context of one of two workers; every rank sees the losses of its own alone, twice."""
-
-    rank: int
-    world_size: int = 2
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        return model
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        return values.repeat(1, 2)
-
-    def report(self, metrics: Mapping[str, float], checkpoint: Checkpoint | None) -> None:
-        assert (checkpoint is None) == (self.rank > 0)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        assert self.rank == 0
+def with_options(options: dict[str, object], base: TrainConfig = SHORT) -> TrainConfig:
+    return TrainConfig.model_validate({**base.model_dump(), **options})
 
 
-def test_what_is_prepared_for_ranks_joins_to_the_global_batch(edt: ModelConfig, dataset: LatentDataset) -> None:
-    def prepared(context: TrainContext) -> list[tuple[LatentBatch, StepDraws]]:
-        return list(prepared_steps(CONFIG, edt, dataset, context, 5))
-
-    whole, *ranks = (prepared(context) for context in (LocalContext(Path()), _Pair(0), _Pair(1)))
-    assert [batch.step for batch, _ in whole] == list(range(5, 12))
-    for (batch, draws), *parts in zip(whole, *ranks, strict=True):
-        assert np.array_equal(np.concatenate([part.indices for part, _ in parts]), batch.indices)
-        assert torch.equal(torch.cat([part.posterior for part, _ in parts]), batch.posterior)
-        assert torch.equal(torch.cat([part.noise for _, part in parts], dim=1), draws.noise)
+# --- options
 
 
-@pytest.mark.parametrize("reader", ["dataset", "stream"])
-def test_a_worker_trains_on_its_share(reader: str, edt: ModelConfig, request: pytest.FixtureRequest) -> None:
-    config = CONFIG.model_copy(update={"max_steps": 3})
-    assert train(config, edt, request.getfixturevalue(reader), _Pair(1)).step == 3
+OPTIONS: list[dict[str, object]] = [
+    {"optimizer": "adamw", "weight_decay": 0.01},
+    {"timestep_sampler": "uniform"},
+    {"masked_loss": False},
+    {"lr_schedule": "cosine"},
+    {"lr_schedule": "constant"},
+    {"warmup_steps": 4},
+    {"max_grad_norm": 0.1},
+    {"ema_decay": (0.9, 0.5, 0.99)},
+    {"precision": "bf16"},
+    {"precision": "tf32"},
+    {"micro_batch_size": 3},
+    {"mirror_prob": 0.0, "class_dropout_prob": 0.0},
+    {"max_epochs": 0.4},
+    {"max_hours": 100.0},
+    {"num_timesteps": 21},
+]
 
 
-def test_a_training_leaves_no_thread(edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError):
-        run(CONFIG, edt, _Poisoned(latents_artifact.paths("*.arrow")), tmp_path)
-    assert not [thread for thread in threading.enumerate() if thread.name == "edt-prefetch"]
-
-
-def test_the_rate_falls_linearly() -> None:
-    config = TrainConfig(lr=1e-3, lr_final=5e-5, max_steps=400_000)
-    assert learning_rate(config, 0) == 1e-3
-    assert learning_rate(config, 200_000) == pytest.approx((1e-3 + 5e-5) / 2)
-    assert learning_rate(config, 400_000) == pytest.approx(5e-5)
-
-
-def adan_of_the_paper(
-    theta: torch.Tensor, grads: list[torch.Tensor], lr: float, betas: tuple[float, float, float], eps: float
-) -> torch.Tensor:
-    """Algorithm 1 of arXiv 2208.06677 with the bias corrections of its section on implementation; weight decay 0.
-
-    The betas here are the 1 - beta of the paper, as in its published code.
-    """
-    b1, b2, b3 = betas
-    m = v = n = torch.zeros_like(theta)
-    previous = grads[0]
-    for k, g in enumerate(grads, start=1):
-        difference = g - previous
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * difference
-        n = b3 * n + (1 - b3) * (g + b2 * difference) ** 2
-        scale = lr / ((n / (1 - b3**k)).sqrt() + eps)
-        theta = theta - scale * (m / (1 - b1**k) + b2 * v / (1 - b2**k))
-        previous = g
-    return theta
-
-
-def test_the_library_s_adan_is_the_paper_s() -> None:
-    rng = torch.Generator().manual_seed(0)
-    start = torch.randn(50, generator=rng, dtype=torch.float64)
-    grads = [torch.randn(50, generator=rng, dtype=torch.float64) for _ in range(20)]
-    parameter = torch.nn.Parameter(start.clone())
-    optimizer = make_optimizer(TrainConfig(optimizer="adan", lr=1e-2), [parameter])
-    for grad in grads:
-        parameter.grad = grad.clone()
-        optimizer.step()
-    expected = adan_of_the_paper(start, grads, 1e-2, (0.98, 0.92, 0.99), 1e-8)
-    assert torch.allclose(parameter.detach(), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    edt: ModelConfig, dataset: LatentDataset, tmp_path: Path
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_trains_and_resumes(
+    options: dict[str, object], speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
 ) -> None:
-    run(CONFIG, edt, dataset, tmp_path)
-    folders = [tmp_path / checkpoint_name(step) for step in (4, 8, 12)]
-    weights = folders[2] / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[len(data) // 2] ^= 1  # one bit, which safetensors alone reads in silence
-    weights.write_bytes(data)
-    (folders[1] / "state.json").write_text("{")
-    chosen, passed_over = newest_checkpoint(folders)
-    assert chosen == folders[0]
-    assert len(passed_over) == 2
-    assert "step-00000012" in passed_over[0]
-    with pytest.raises(CheckpointError, match="differs from its digest"):
-        load_checkpoint(folders[2])
+    config = with_options(options)
+    whole = train(config, speck, dataset, LocalContext(tmp_path / "a"))
+    resumed = train(config, speck, dataset, cut_back(tmp_path / "a", tmp_path / "b", 3))
+    last = whole.step
+    assert last == (5 if "max_epochs" in options else 6)
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+    assert whole.history == resumed.history
+    assert not same(whole.model.state_dict(), initial_model(speck, config.seed).state_dict())
+    if "max_hours" not in options:  # the time that it took is in those
+        assert contents(place(tmp_path / "a", last)) == contents(place(tmp_path / "b", last))
 
 
-def test_a_checkpoint_without_its_manifest_is_none(edt: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
-    run(CONFIG, edt, dataset, tmp_path)
-    folder = tmp_path / checkpoint_name(4)
-    assert check_checkpoint(folder) == 4
-    manifest = (folder / "checkpoint.json").read_bytes()
-    for cut in range(0, len(manifest), 40):
-        (folder / "checkpoint.json").write_bytes(manifest[:cut])
-        with pytest.raises(CheckpointError):
-            check_checkpoint(folder)
+@pytest.mark.parametrize("options", OPTIONS[:10], ids=str)
+def test_every_option_makes_a_difference(
+    options: dict[str, object], speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    """tf32 alone makes none: it is of GPUs."""
+    plain = train(SHORT, speck, dataset, LocalContext(tmp_path / "plain"))
+    other = train(with_options(options), speck, dataset, LocalContext(tmp_path / "other"))
+    if "ema_decay" in options:
+        assert len(other.ema.averages) == 3
+        assert same(plain.ema.averages[0], other.ema.averages[0])
+        assert not same(other.ema.averages[0], other.ema.averages[1])
+    elif "timestep_sampler" in options:  # uniform too until each timestep was seen ten times
+        assert other.timesteps.state_dict() == {}
+    else:
+        assert same(plain.model.state_dict(), other.model.state_dict()) == (options == {"precision": "tf32"})
 
 
-def test_the_optimizer_state_is_not_pickled(edt: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
-    run(CONFIG, edt, dataset, tmp_path)
-    for path in (tmp_path / checkpoint_name(12)).iterdir():
-        assert path.suffix in (".safetensors", ".json")
-    checkpoint = load_checkpoint(tmp_path / checkpoint_name(12))
-    assert {key.split(".", 1)[1] for key in checkpoint.optimizer} >= {
-        "exp_avg",
-        "exp_avg_sq",
-        "exp_avg_diff",
-        "previous_grad",
-    }
+def test_without_the_masked_loss_there_is_one_pass(
+    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = EDT.forward
+
+    def counted(self: EDT, x: torch.Tensor, *inputs: object) -> torch.Tensor:
+        seen.append(len(x))
+        return forward(self, x, *inputs)
+
+    monkeypatch.setattr(EDT, "forward", counted)
+    for masked, samples in ((True, 16), (False, 8)):
+        seen.clear()
+        state = train(with_options({"masked_loss": masked, "max_steps": 2}), speck, dataset, LocalContext(tmp_path))
+        assert seen == [samples] * 2
+        assert ("loss_masked" in state.history.rows[-1]) == masked
+        shutil.rmtree(tmp_path)
 
 
-def test_max_steps_zero_is_the_untrained_model(edt: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
-    state = run(CONFIG.model_copy(update={"max_steps": 0}), edt, dataset, tmp_path)
-    assert same(state.ema.state_dict(), initial_model(edt, CONFIG.seed).state_dict())
-    other = initial_model(edt, CONFIG.seed + 1)
-    assert not same(state.ema.state_dict(), other.state_dict())
+def test_activation_checkpointing_changes_no_bit(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    if not hasattr(EDT(speck), "activation_checkpointing"):
+        pytest.skip("EDT has no activation_checkpointing yet")
+    plain = train(SHORT, speck, dataset, LocalContext(tmp_path / "a"))
+    less = train(with_options({"activation_checkpointing": True}), speck, dataset, LocalContext(tmp_path / "b"))
+    assert same(plain.model.state_dict(), less.model.state_dict())
+    assert contents(place(tmp_path / "a", 6)) == contents(place(tmp_path / "b", 6))
 
 
-def test_xl_s_third_masking_site_trains(dataset: LatentDataset, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_compiled_training_is_the_same_training(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    """But for the last bits. Its checkpoints are those of the model that is not compiled."""
+    plain = train(SHORT, speck, dataset, LocalContext(tmp_path / "a"))
+    compiled = train(with_options({"compile": True}), speck, dataset, LocalContext(tmp_path / "b"))
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+    for row, other in zip(plain.history.rows, compiled.history.rows, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+    resumed = train(SHORT, speck, dataset, cut_back(tmp_path / "b", tmp_path / "c", 3))
+    assert resumed.step == 6
+
+
+def test_xl_s_third_masking_site_trains(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
     """The masks of a model with a site inside its first stage go through the fused pass."""
     tiny = model_config("EDT-Tiny/2", 32, 4)
     edt = replace(tiny, mid_mask_block=1)
     assert len(mask_sites(edt)) == 3
-    state = run(CONFIG.model_copy(update={"max_steps": 2}), edt, dataset, tmp_path)
+    assert train(with_options({"max_steps": 2}), edt, dataset, LocalContext(tmp_path)).step == 2
+
+
+# --- learning
+
+
+def test_the_loss_falls(edt: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    config = with_options({"max_steps": 60, "checkpoint_every": 60}, CONFIG)
+    losses = [row["loss_full"] for row in train(config, edt, dataset, LocalContext(tmp_path)).history.rows]
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+
+
+def test_the_ema_is_what_is_sampled_from(edt: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    state = train(CONFIG, edt, dataset, LocalContext(tmp_path))
+    model = ema_model(place(tmp_path, 12))
+    assert not model.training
+    assert model.config == edt
+    assert same(model.state_dict(), state.ema.averages[0])
+    assert not same(model.state_dict(), state.model.state_dict())
+
+
+def test_each_checkpoint_holds_every_average_s_recursion(
+    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    config = with_options({"max_steps": 3, "checkpoint_every": 1, "ema_decay": (0.9, 0.5)})
+    train(config, speck, dataset, LocalContext(tmp_path))
+    name = "blocks.0.mlp.fc1.weight"
+    for decay, file in ((0.9, "ema.safetensors"), (0.5, "ema-0.5.safetensors")):
+        expected = initial_model(speck, 0).state_dict()[name]
+        for step in (1, 2, 3):
+            tensors = load_checkpoint(place(tmp_path, step)).tensors
+            expected = decay * expected + (1 - decay) * tensors["model.safetensors"][name]
+            assert torch.allclose(tensors[file][name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_max_steps_zero_is_the_untrained_model(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    state = train(with_options({"max_steps": 0}), speck, dataset, LocalContext(tmp_path))
+    assert state.step == 0
+    assert same(state.ema.averages[0], initial_model(speck, 0).state_dict())
+    assert not same(state.ema.averages[0], initial_model(speck, 1).state_dict())
+
+
+def test_a_streamed_training_learns_and_goes_on(edt: ModelConfig, stream: LatentStream, tmp_path: Path) -> None:
+    config = with_options({"reader": "webdataset", "max_steps": 60, "checkpoint_every": 20}, CONFIG)
+    whole = train(config, edt, stream, LocalContext(tmp_path / "a"))
+    losses = [row["loss_full"] for row in whole.history.rows]
+    assert np.mean(losses[-4:]) < 0.85 * np.mean(losses[:4])
+    resumed = train(config, edt, stream, cut_back(tmp_path / "a", tmp_path / "b", 40))
+    assert resumed.step == 60
+    assert [row["step"] for row in resumed.history.rows] == [row["step"] for row in whole.history.rows]
+    assert resumed.history.rows[:13] == whole.history.rows[:13]  # up to step 39
+
+
+def test_a_streamed_training_resumed_at_an_epoch_s_start_sees_each_sample_once(
+    speck: ModelConfig, stream: LatentStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """96 samples, six batches of 16 an epoch; resumed at step 6."""
+    seen: dict[int, tuple[str, ...]] = {}
+
+    def noted(batch: object) -> None:
+        seen[batch.step] = batch.keys  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("edt_core.training.loop.require_finite", noted)
+    config = with_options({"reader": "webdataset", "checkpoint_every": 6}, CONFIG)
+    train(config, speck, stream, LocalContext(tmp_path / "a"))
+    train(config, speck, stream, cut_back(tmp_path / "a", tmp_path / "b", 6))
+    for epoch in (range(6), range(6, 12)):
+        keys = [key for step in epoch for key in seen[step]]
+        assert len(keys) == len(set(keys)) == 96
+
+
+# --- another configuration
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", 1e-3), ("seed", 1), ("global_batch_size", 16), ("ema_decay", (0.9, 0.5)), ("max_steps", 7)],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(
+    name: str, value: object, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    train(SHORT, speck, dataset, LocalContext(tmp_path))
+    before = {step: contents(place(tmp_path, step)) for step in steps_on_disk(tmp_path)}
+    with pytest.raises(UserError, match=f"training with {name} .* instead of") as caught:
+        train(with_options({name: value}), speck, dataset, LocalContext(tmp_path))
+    others = set(TrainConfig.model_fields) - {name}
+    assert not [other for other in others if f"{other} " in str(caught.value).split("going on")[0]]
+    assert {step: contents(place(tmp_path, step)) for step in steps_on_disk(tmp_path)} == before
+
+
+def test_how_it_runs_may_change_between_two_runs(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    train(SHORT, speck, dataset, LocalContext(tmp_path / "a"))
+    runtime = {"checkpoint_every": 5, "num_to_keep": 1, "preview_every": 2, "max_failures": 0, "num_workers": (1, 4)}
+    state = train(with_options(runtime), speck, dataset, cut_back(tmp_path / "a", tmp_path / "b", 3))
+    assert state.step == 6
+
+
+def test_a_checkpoint_of_other_data_is_refused(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    train(SHORT, speck, dataset, LocalContext(tmp_path))
+
+    class Longer(LatentDataset):
+        def __len__(self) -> int:
+            return 95
+
+    longer = Longer.__new__(Longer)
+    longer.__dict__.update(dataset.__dict__)
+    with pytest.raises(UserError, match="number of latents 96 instead of 95"):
+        train(SHORT, speck, longer, LocalContext(tmp_path))
+
+
+# --- ends
+
+
+def after(steps: int, request: Request) -> Callable[[], Request]:
+    """A wish that comes once, when it is asked for the `steps`-th time."""
+    asked: list[None] = []
+
+    def wish() -> Request:
+        asked.append(None)
+        return request if len(asked) == steps else Request.NOTHING
+
+    return wish
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])  # 3 is a checkpoint's turn anyway
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(
+    stop: int, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    train(SHORT, speck, dataset, LocalContext(tmp_path / "whole"))
+    with pytest.raises(Stopped, match=f"step {stop} of 6"):
+        train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", wish=after(stop, Request.STOP)))
+    context = LocalContext(tmp_path / "cut")
+    assert context.store.newest() == stop
+    assert context.store.manifests()[stop].regular == (stop == 3)
+    train(SHORT, speck, dataset, context)
+    assert contents(place(tmp_path / "cut", 6)) == contents(place(tmp_path / "whole", 6))
+    assert steps_on_disk(tmp_path / "cut") == [3, 6]
+    assert context.warnings == []
+
+
+def test_a_wish_that_comes_with_the_last_step_changes_nothing(
+    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    state = train(SHORT, speck, dataset, LocalContext(tmp_path, wish=after(6, Request.STOP)))
+    assert state.step == 6
+    assert steps_on_disk(tmp_path) == [3, 6]
+
+
+def test_a_training_can_be_stopped_at_every_step(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    train(SHORT, speck, dataset, LocalContext(tmp_path / "whole"))
+    for stop in range(1, 6):
+        with pytest.raises(Stopped, match=f"step {stop} of 6"):
+            train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", wish=lambda: Request.STOP))
+    train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", wish=lambda: Request.STOP))
+    assert contents(place(tmp_path / "cut", 6)) == contents(place(tmp_path / "whole", 6))
+
+
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_a_checkpoint_out_of_turn_is_kept_only_while_it_is_the_newest(
+    at: int, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    train(SHORT, speck, dataset, LocalContext(tmp_path / "whole"))
+    kept: dict[int, list[int]] = {}
+    wish = after(at, Request.SAVE)
+    context = LocalContext(tmp_path / "saved")
+
+    def noted() -> Request:
+        kept[len(kept) + 1] = context.store.steps()
+        return wish()
+
+    context.wish = noted
+    assert train(SHORT, speck, dataset, context).step == 6
+    if at < 5:
+        assert at in kept[at + 1]
+    assert context.store.prune(at_end=True) == [3, 6] == steps_on_disk(tmp_path / "saved")
+    for step in (3, 6):
+        assert contents(place(tmp_path / "saved", step)) == contents(place(tmp_path / "whole", step))
+
+
+def test_one_out_of_turn_at_the_end_is_not_among_the_final_ones(
+    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        train(SHORT, speck, dataset, LocalContext(tmp_path, wish=after(5, Request.STOP)))
+    context = LocalContext(tmp_path)
+    assert context.store.steps() == [3, 5]
+    assert context.store.prune(at_end=True) == [3]
+
+
+def test_a_wish_of_nothing_writes_nothing(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    train(SHORT, speck, dataset, LocalContext(tmp_path, wish=lambda: Request.NOTHING))
+    assert steps_on_disk(tmp_path) == [3, 6]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.25, 3), (0.3, 4), (1000.0, 6)])
+def test_it_ends_after_max_epochs(
+    epochs: float, steps: int, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    """96 samples: 12 steps an epoch."""
+    config = with_options({"max_epochs": epochs})
+    context = LocalContext(tmp_path)
+    state = train(config, speck, dataset, context)
+    assert state.step == steps
+    assert steps_on_disk(tmp_path)[-1] == steps
+    assert context.store.manifests()[steps].regular
+    assert context.reported[-1]["step"] == steps
+    assert context.reported[-1]["lr"] == learning_rate(config, steps - 1, steps)  # the fall is laid out for them
+
+
+def test_it_ends_when_its_time_is_up(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    """With the step that begins when the time is up; the fall of the rate stays that of all steps."""
+    config = with_options({"max_hours": 1e-9})
+    context = LocalContext(tmp_path)
+    state = train(config, speck, dataset, context)
+    assert 1 <= state.step <= 2
+    assert steps_on_disk(tmp_path) == [state.step]
+    assert context.store.manifests()[state.step].regular
+    assert context.reported[-1]["lr"] == learning_rate(config, state.step - 1, 6)
+    before = contents(place(tmp_path, state.step))
+    again = LocalContext(tmp_path)
+    assert train(config, speck, dataset, again).step == state.step
+    assert again.reported == []
+    assert contents(place(tmp_path, state.step)) == before
+
+
+def test_time_counts_over_restarts(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    config = with_options({"max_hours": 1.0})
+    with pytest.raises(Stopped):
+        train(config, speck, dataset, LocalContext(tmp_path, wish=after(3, Request.STOP)))
+    first = load_checkpoint(place(tmp_path, 3)).state["seconds"]
+    state = train(config, speck, dataset, LocalContext(tmp_path))
+    assert 0 < first < state.seconds < 3600
+
+
+def test_a_training_that_is_done_does_nothing(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    first = train(SHORT, speck, dataset, LocalContext(tmp_path))
+    before = contents(place(tmp_path, 6))
+    context = LocalContext(tmp_path)
+    again = train(SHORT, speck, dataset, context)
+    assert same(first.model.state_dict(), again.model.state_dict())
+    assert first.history == again.history
+    assert (context.reported, context.previews, context.warnings) == ([], [], [])
+    assert contents(place(tmp_path, 6)) == before
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(None, []), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (9, [6])]
+)
+def test_previews_come_in_their_turn_and_at_the_end(
+    every: int | None, steps: list[int], speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    context = LocalContext(tmp_path)
+    train(with_options({"preview_every": every}), speck, dataset, context)
+    assert context.previews == steps
+
+
+def test_a_preview_is_of_the_first_average(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    shown: list[dict[str, torch.Tensor]] = []
+
+    class Watching(LocalContext):
+        def preview(self, weights: object, step: int) -> None:
+            shown.append({name: value.clone() for name, value in weights.items()})  # type: ignore[attr-defined]
+
+    config = with_options({"preview_every": 3, "ema_decay": (0.9, 0.5)})
+    train(config, speck, dataset, Watching(tmp_path))
+    for weights, step in zip(shown, (3, 6), strict=True):
+        assert same(weights, dict(load_checkpoint(place(tmp_path, step)).tensors["ema.safetensors"]))
+
+
+# --- figures
+
+
+FIGURES = {
+    "images_per_s",
+    "data_wait_share",
+    "step_time_p50_s",
+    "step_time_p95_s",
+    "mfu",
+    "device_memory_mib",
+}
+LOSSES = {"loss", "loss_full", "mse", "vb", "grad_norm"}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_every_row_that_is_reported_has_the_figures(
+    masked: bool, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    config = with_options({"masked_loss": masked, "log_every": 2, "max_steps": 5, "warmup_steps": 2})
+    context = LocalContext(tmp_path)
+    state = train(config, speck, dataset, context)
+    assert [row["step"] for row in context.reported] == [2, 4, 5]
+    for row in context.reported:
+        quartiles = {f"loss_t{number}" for number in range(4)}
+        assert row.keys() - quartiles == {"step", "lr"} | FIGURES | LOSSES | ({"loss_masked"} if masked else set())
+        assert row.keys() & quartiles
+        assert row["lr"] == learning_rate(config, int(row["step"]) - 1, 5)
+        assert row["loss"] == pytest.approx(row["loss_full"] + row.get("loss_masked", 0.0), rel=1e-9)
+        assert row["mse"] + row["vb"] == pytest.approx(row["loss_full"], rel=1e-9)
+        assert row["grad_norm"] > 0
+        assert row["images_per_s"] > 0
+        assert 0 <= row["data_wait_share"] <= 1
+        assert 0 < row["step_time_p50_s"] <= row["step_time_p95_s"]
+        assert row["mfu"] > 0
+        assert row["device_memory_mib"] > 0
+        assert all(np.isfinite(value) for value in row.values())
+    kept = [{name: value for name, value in row.items() if name not in FIGURES} for row in context.reported]
+    assert kept == state.history.rows
+
+
+def test_a_row_is_the_mean_of_its_steps(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    each = train(with_options({"log_every": 1}), speck, dataset, LocalContext(tmp_path / "a")).history.rows
+    rows = train(with_options({"log_every": 4}), speck, dataset, LocalContext(tmp_path / "b")).history.rows
+    for row, steps in zip(rows, (each[:4], each[4:]), strict=True):
+        for name in LOSSES:
+            assert row[name] == pytest.approx(np.mean([step[name] for step in steps]), rel=1e-12)
+
+
+def test_a_checkpoint_s_score_is_the_mean_loss_since_the_one_before(
+    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    """Also where one out of turn lies between."""
+    config = with_options({"log_every": 1})
+    context = LocalContext(tmp_path, wish=after(4, Request.SAVE))
+    losses = [row["loss"] for row in train(config, speck, dataset, context).history.rows]
+    found = context.store.manifests()
+    assert found[3].score == pytest.approx(np.mean(losses[:3]), rel=1e-12)
+    assert found[6].score == pytest.approx(np.mean(losses[3:]), rel=1e-12)
+
+
+def test_kept_are_the_newest_and_the_best(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
+    config = with_options({"checkpoint_every": 1, "log_every": 1})
+    context = LocalContext(tmp_path, num_to_keep=2)
+    state: TrainState = train(config, speck, dataset, context)
+    losses = [row["loss"] for row in state.history.rows]
+    best = int(np.argmin(losses)) + 1
+    assert context.store.prune(at_end=True) == sorted({best, 5, 6})
+    assert steps_on_disk(tmp_path) == sorted({best, 5, 6})
+
+
+def test_the_clip_is_of_what_the_optimizer_sees_and_the_norm_told_is_before_it(
+    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def noted(self: torch.optim.Optimizer, closure: None = None) -> None:
+        grads = [p.grad.flatten() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(float(torch.cat(grads).norm()))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    config = with_options({"optimizer": "adamw", "max_grad_norm": 0.05, "log_every": 1})
+    state = train(config, speck, dataset, LocalContext(tmp_path))
+    assert seen == pytest.approx([min(0.05, row["grad_norm"]) for row in state.history.rows], rel=1e-4)
+    assert max(row["grad_norm"] for row in state.history.rows) > 0.05
+
+
+def test_a_stop_in_the_last_moment_of_the_time_leaves_something_to_keep(
+    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    """The time is up with the very step after which somebody stops it: its checkpoint is no regular one."""
+    config = with_options({"max_hours": 1e-9})
+    with pytest.raises(Stopped):
+        train(config, speck, dataset, LocalContext(tmp_path, wish=lambda: Request.STOP))
+    context = LocalContext(tmp_path)
+    state = train(config, speck, dataset, context)
     assert state.step == 2
+    assert context.store.prune(at_end=True) == [2]

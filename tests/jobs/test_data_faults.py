@@ -29,6 +29,7 @@ from jobs import encode, preprocess
 from jobs.autoencoder import published_artifact
 from jobs.cluster import cause_of
 from jobs.verb import Input, Verb, image_source
+from tests.conftest import small_tmpfs
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -208,16 +209,9 @@ def test_a_step_started_twice_at_once_is_done_once(steps: dict[str, Step], tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 700 kB; skips where this user may not mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True, check=False, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    """A tmpfs of 700 kB."""
+    with small_tmpfs(tmp_path / "disk", "700k") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("verb", ["preprocess", "encode"])

@@ -21,6 +21,7 @@ from edt_core.data.shards import read_image_shard
 from edt_core.progress import Silent
 from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
+from edt_core.training.store import CheckpointStore
 from jobs import encode, preprocess, train
 from jobs.autoencoder import published_artifact
 from jobs.verb import Input, Verb, image_source
@@ -322,9 +323,21 @@ def trained(latents: Artifact, folder: Path, reader: str) -> dict[str, Any]:
     context = LocalContext(folder)
     dataset = train.open_latents(config, latents, Silent())
     state = loop(config, train.edt_config(config.model, latents.counts), dataset, context)
-    assert [row["step"] for row in state.history] == [1, 2, 3]
-    assert all(np.isfinite(row["loss"]) for row in state.history)
+    assert [row["step"] for row in state.history.rows] == [1, 2, 3]
+    assert all(np.isfinite(row["loss"]) for row in state.history.rows)
     return {name: value.numpy() for name, value in state.model.state_dict().items()}
+
+
+def trained_into(latents: Artifact, out: ArtifactWriter) -> None:
+    """Four steps and as many checkpoints, from the newest that is there."""
+    from edt_core.training.context import LocalContext
+    from edt_core.training.loop import train as loop
+
+    config = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, max_steps=4, log_every=1, lr=1e-3, checkpoint_every=1)
+    context = LocalContext(Path())
+    context.store = CheckpointStore(out, 2, print)
+    dataset = train.open_latents(config, latents, Silent())
+    loop(config, train.edt_config(config.model, latents.counts), dataset, context)
 
 
 @pytest.mark.parametrize("reader", ["arrow", "webdataset"])
@@ -339,20 +352,22 @@ def test_training_on_latents_in_the_store_is_that_on_the_disk(
     assert all(np.array_equal(here[name], there[name]) for name in here)
 
 
-def test_checkpoints_in_the_store_are_adopted_as_from_the_disk(s3: str, made: Made, tmp_path: Path) -> None:
-    """What Ray Train leaves, and nothing that a cache notes beside its copies."""
-    trained(made.latents, tmp_path / "trained", "arrow")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "trained" / "step-00000003").iterdir()}
-    adopted = []
+def test_a_training_in_the_store_goes_on_as_on_the_disk(s3: str, made: Made, tmp_path: Path) -> None:
+    """Checkpoints written to the store, taken over by the next attempt, pruned: the same files as on the disk."""
+    written = []
     for root in (str(tmp_path / "here"), f"{s3}/there"):
-        put({f"ray-train/step-00000003/{name}": data for name, data in files.items()}, root)
-        out = ArtifactWriter(Folder.at(root), "checkpoint", "f" * 64)
-        train._adopt_checkpoints(TrainConfig(), out)
-        adopted.append([(entry.path, entry.bytes, entry.sha256) for entry in out.written()])
-    here, there = adopted
-    assert [name for name, _, _ in there] == [name for name, _, _ in here]
+        first = ArtifactWriter(Folder.at(root), "checkpoint", "f" * 64, "a1")
+        trained_into(made.latents, first)
+        CheckpointStore(first, 2, print).remove(4)
+        second = ArtifactWriter(Folder.at(root), "checkpoint", "f" * 64, "a2", ("a1",))
+        CheckpointStore(second, 2, print).adopt()
+        assert CheckpointStore(second, 2, print).newest() == 3
+        trained_into(made.latents, second)
+        assert CheckpointStore(second, 1, print).prune(at_end=True)[-1] == 4
+        written.append([(entry.path, entry.bytes, entry.sha256) for entry in second.written()])
+    here, there = written
     assert there == here
-    assert len(here) == len(files) + 1  # and the history
+    assert there
 
 
 # --- by the command line

@@ -19,7 +19,6 @@ from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.storage import Folder
 from jobs import train
-from jobs.cluster import cause_of
 
 SHARDS, ROWS = 3, 24
 NAMES = [f"latents-{k:05d}.arrow" for k in range(SHARDS)]
@@ -297,11 +296,8 @@ def test_no_worker_makes_a_step_on_a_damaged_shard(latents: Artifact, tmp_path: 
 
     flip(latents.path(NAMES[1]), 50_000)
     out = tmp_path / "out"
-    with pytest.raises(Exception, match="another sha256") as caught:
+    with pytest.raises(UserError, match=rf"{NAMES[1]} has .* another sha256"):
         run_verb(latents, out, Told(), max_failures=0, checkpoint_every=1)
-    cause = cause_of(caught.value)
-    assert isinstance(cause, ManifestError)
-    assert f"{NAMES[1]} has" in str(cause)
     assert not (tmp_path / "told").exists()
     assert not list(out.rglob("step-*"))
     assert not list(out.rglob("manifest.json"))

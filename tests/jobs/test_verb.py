@@ -26,9 +26,9 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
         validated(PreprocessConfig, {"image_sise": 32})
 
 
-def test_a_batch_that_does_not_divide_says_what_would() -> None:
-    with pytest.raises(UserError, match=r"global_batch_size 100 does not divide by num_workers 3; use 99 or 102"):
-        validated(TrainConfig, {"global_batch_size": 100, "num_workers": 3})
+def test_a_batch_with_less_than_a_sample_a_worker_says_what_would_do() -> None:
+    with pytest.raises(UserError, match=r"global_batch_size 2 has no sample for each of 3 workers; use at most 2"):
+        validated(TrainConfig, {"global_batch_size": 2, "num_workers": 3})
 
 
 def test_values_are_read_as_yaml() -> None:

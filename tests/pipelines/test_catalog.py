@@ -15,18 +15,24 @@ from edt_core.storage import Folder
 from pipelines.catalog import Catalog
 catalog = Catalog.open(Folder.at(sys.argv[1]), "race")
 run = catalog.start_run("child", {})
-catalog.log_metrics(run, {"loss": 1.0}, 3)
+catalog.log_params(run, {"lr": 0.1, "model": {"dim": int(sys.argv[2])}})
+for step in range(3):
+    catalog.log_metrics(run, {"loss": 1.0 / (step + 1)}, step)
 catalog.end_run(run, "FINISHED")
 """
 
 
 def test_processes_that_open_one_new_store_at_once_all_succeed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RACE, str(tmp_path)]
-    racers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    commands = [[sys.executable, "-c", RACE, str(tmp_path), str(number)] for number in range(8)]
+    racers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     errors = [racer.communicate()[1] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0] * 4, errors
+    assert [racer.returncode for racer in racers] == [0] * 8, errors
     catalog = Catalog.open(Folder.at(tmp_path), "race")
-    assert len(catalog.client.search_runs([catalog.experiment_id])) == 4
+    runs = catalog.client.search_runs([catalog.experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 8
+    assert {run.data.params["model.dim"] for run in runs} == set("01234567")
+    for run in runs:
+        assert [m.step for m in catalog.client.get_metric_history(run.info.run_id, "loss")] == [0, 1, 2]
 
 
 def test_a_race_is_tried_again_and_a_real_refusal_is_raised() -> None:

@@ -1,6 +1,7 @@
 """The command line: mistakes are one message and exit code 2, without a traceback and without debris."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_folders_that_cannot_be_used(files: tuple[str, ...], message: str, tmp_p
     [
         (["run", "quickstart", "--set", "train.max_step=5"], "unknown configuration key 'train.max_step'"),
         (["run", "quickstart", "--set", "preprocess.image_size=36"], "multiple of 32"),
-        (["run", "quickstart", "--set", "train.global_batch_size=63"], "use 62 or 64"),
+        (["run", "quickstart", "--set", "train.global_batch_size=1"], "no sample for each of 2 workers"),
+        (["run", "quickstart", "--dry-run", "--set", "source.kind=image_folder"], "source.path is missing"),
         (["run", "no-such-config"], "no configuration 'no-such-config'"),
         (["run", "quickstart", "--store", "/dev/null/store"], "cannot write to /dev/null/store"),
         (["verify", "/nowhere"], "is not an artifact"),
@@ -95,6 +97,38 @@ def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_
 def test_configs_are_listed_and_shown() -> None:
     assert "quickstart" in edt("configs").stdout.split()
     assert "max_steps: 1200" in edt("configs", "quickstart").stdout
+
+
+def test_a_dry_run_tells_what_it_would_take_and_does_nothing(digits_folder: Path, tmp_path: Path) -> None:
+    done = edt("run", "--dry-run", "--store", str(tmp_path / "store"), *from_folder(digits_folder), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        r"edt-tiny-digits-32: EDT-Tiny/2, 32 px, 4 classes",
+        r"parameters +\d",
+        r"images +32$",
+        r"steps +1,200",
+    ):
+        assert re.search(line, done.stdout, re.MULTILINE), (line, done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_imagenet_configuration_has_the_paper_s_recipe() -> None:
+    from pipelines.config import config_names, load_config
+
+    names = [name for name in config_names() if name.startswith("imagenet")]
+    assert names == ["imagenet256-edt-b", "imagenet256-edt-s", "imagenet256-edt-xl", "imagenet512-edt-s"]
+    for name in names:
+        config = load_config(name)
+        (model,) = config.models
+        train = config.train_of(model)
+        assert (train.global_batch_size, train.max_steps, train.optimizer) == (256, 400_000, "adan")
+        assert (train.lr, train.lr_final) == (5e-4 if "-xl" in name else 1e-3, 5e-5)
+        assert (train.lr_schedule, train.warmup_steps, train.max_grad_norm) == ("linear", 0, None)
+        assert (train.ema_decay, train.weight_decay, train.class_dropout_prob) == (0.9999, 0, 0.1)
+        assert (train.num_timesteps, train.min_snr_gamma, train.masked_loss) == (1000, 5, True)
+        assert train.timestep_sampler == "loss-second-moment"
+        assert config.preprocess.image_size == int(name[len("imagenet") : len("imagenet") + 3])
+        assert model.endswith(f"-{config.preprocess.image_size}")
 
 
 def assert_user_error(done: subprocess.CompletedProcess[str], message: str) -> None:

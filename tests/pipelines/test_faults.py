@@ -61,7 +61,7 @@ def test_a_driver_killed_in_mid_training_goes_on_to_the_same_digests(tmp_path: P
     assert start(whole).wait() == 0
 
     def past_a_checkpoint() -> bool:
-        return bool(list(killed.glob("checkpoint/*/*/ray-train/step-00000020/checkpoint.json")))
+        return bool(list(killed.glob("checkpoint/*/*/checkpoints/step-00000020/checkpoint.json")))
 
     kill_when(start(killed), past_a_checkpoint)
     finished = digests(killed)

@@ -1,0 +1,127 @@
+"""What a training will take, told before anything is started: numbers of the model, memory, steps. Nothing is run.
+
+Legend: m micro-batch, the samples that a worker takes at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edt_core.config import TrainConfig
+from edt_core.models import EDT, ModelConfig, count_macs, count_parameters, mask_sites, shadow
+from edt_core.training.meter import training_flops
+
+_OPTIMIZER_STATES = {"adan": 4, "adamw": 2}  # float32 tensors of the size of the weights
+_GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes are those of one worker. `activations` are what the backward pass keeps of one micro-batch."""
+
+    model: str
+    parameters: int
+    macs: int
+    flops_per_image: int
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    checkpoint: int
+    micro_batch: int
+    images: int
+    global_batch_size: int
+    steps: int
+
+    @property
+    def memory(self) -> int:
+        """All of them together; what libraries and kernels take beside them is not in it."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.images / self.global_batch_size
+
+    def __str__(self) -> str:
+        rows = {
+            "parameters": f"{self.parameters:,}",
+            "MACs an image": f"{self.macs / _GIGA:,.3g} G (the paper's GFLOPs)",
+            "training FLOPs an image": f"{self.flops_per_image / _GIGA:,.3g} G",
+            "memory a worker": f"about {_size(self.memory)}: weights {_size(self.weights)}, gradients "
+            f"{_size(self.gradients)}, optimizer {_size(self.optimizer)}, EMA {_size(self.ema)}, "
+            f"activations {_size(self.activations)} (micro-batch {self.micro_batch})",
+            "a checkpoint": _size(self.checkpoint),
+            "images": f"{self.images:,}",
+            "steps an epoch": f"{self.steps_per_epoch:,.1f}",
+            "steps": f"{self.steps:,} of {self.global_batch_size} images, "
+            f"{self.steps * self.global_batch_size / self.images:,.1f} epochs",
+        }
+        return "\n".join([self.model, *(f"  {name:<24} {value}" for name, value in rows.items())])
+
+
+def _size(number: int) -> str:
+    """Bytes for a person."""
+    return f"{number / (1 << 30):,.2f} GiB" if number >= 1 << 30 else f"{number / (1 << 20):,.0f} MiB"
+
+
+def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Estimate:
+    """What training a model on so many images takes."""
+    model = shadow(model_config).train()
+    parameters = count_parameters(model)
+    weights = 4 * parameters
+    optimizer = weights * _OPTIMIZER_STATES[config.optimizer]
+    ema = weights * len(config.ema_decays)
+    macs = count_macs(model)
+    return Estimate(
+        model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
+        parameters=parameters,
+        macs=macs,
+        flops_per_image=training_flops(macs, config.passes),
+        weights=weights,
+        gradients=weights,
+        optimizer=optimizer,
+        ema=ema,
+        activations=_activations(model, config),
+        checkpoint=weights + ema + optimizer,
+        micro_batch=config.micro_batch(),
+        images=images,
+        global_batch_size=config.global_batch_size,
+        steps=config.total_steps(images),
+    )
+
+
+def _activations(model: EDT, config: TrainConfig) -> int:
+    """Bytes that the backward pass keeps of a micro-batch.
+
+    In bf16 everything is taken to be in half precision, where autocast keeps norms and losses in float32. The scores of
+    attention are counted, which a GPU's fused kernels do not keep: there it is a sixth less.
+    """
+    model.activation_checkpointing = config.activation_checkpointing
+    one, two = saved_bytes(model, 1), saved_bytes(model, 2)
+    total = one + (two - one) * (config.micro_batch() * config.passes - 1)
+    return total // 2 if config.precision == "bf16" else total
+
+
+def saved_bytes(model: EDT, batch: int) -> int:
+    """Bytes that the backward pass keeps of one forward pass of a model without storage (device "meta").
+
+    Each saved storage counts once, weights not at all.
+    """
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    edt, device = model.config, torch.device("meta")
+    x = torch.empty(batch, edt.in_channels, edt.latent_size, edt.latent_size, device=device)
+    t, y = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+    masks = [torch.ones(batch, site.tokens, dtype=torch.bool, device=device) for site in mask_sites(edt)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(x, t, y, masks)
+    return sum(kept.values())

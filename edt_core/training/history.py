@@ -1,0 +1,83 @@
+"""The losses of a training: means over the steps between two rows, and since the last checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+QUARTILES = 4
+
+
+@dataclass
+class History:
+    """`rows` are means over the steps since the row before, `pending` the losses of the steps since the last one;
+    `score_sum` and `score_steps` are the loss and number of the steps since the last regular checkpoint.
+
+    No clock is in it: equal trainings have equal histories.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    pending: list[dict[str, float]] = field(default_factory=list)
+    score_sum: float = 0.0
+    score_steps: int = 0
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        """The losses of one step."""
+        self.pending.append(dict(losses))
+        self.score_sum += losses["loss"]
+        self.score_steps += 1
+
+    def close_row(self, step: int, lr: float) -> dict[str, float]:
+        """End a row; a loss that not every step has (a quartile without a timestep) is the mean of those that do."""
+        row = {"step": float(step), "lr": lr}
+        for name in dict.fromkeys(name for losses in self.pending for name in losses):
+            values = [losses[name] for losses in self.pending if name in losses]
+            row[name] = sum(values) / len(values)
+        self.rows.append(row)
+        self.pending.clear()
+        return row
+
+    def take_score(self) -> float | None:
+        """Mean loss of the steps since it was taken last; None where there was none."""
+        score = self.score_sum / self.score_steps if self.score_steps else None
+        self.score_sum, self.score_steps = 0.0, 0
+        return score
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that JSON keeps, all of them copies."""
+        return {
+            "rows": list(self.rows),
+            "pending": list(self.pending),
+            "score_sum": self.score_sum,
+            "score_steps": self.score_steps,
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "History":
+        return cls(list(state["rows"]), list(state["pending"]), state["score_sum"], state["score_steps"])
+
+
+def named_losses(
+    mse: NDArray[np.float64],
+    vb: NDArray[np.float64],
+    timesteps: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    num_timesteps: int,
+) -> dict[str, float]:
+    """The losses of a step by name, for mse and vb [passes, B] of the global batch, timesteps and weights [B].
+
+    loss = loss_full + loss_masked is what is trained on; mse and vb are those of the full pass; loss_t0 .. loss_t3 are
+    the full pass's by quartile of the timesteps, from the least noise to the most. All are weighted by importance.
+    """
+    total = mse + vb
+    means = (total * weights).mean(axis=1)
+    losses = {"loss": float(means.sum()), **dict(zip(("loss_full", "loss_masked"), means.tolist(), strict=False))}
+    losses |= {"mse": float((mse[0] * weights).mean()), "vb": float((vb[0] * weights).mean())}
+    quartile = timesteps * QUARTILES // num_timesteps
+    for number in range(QUARTILES):
+        inside = quartile == number
+        if inside.any():
+            losses[f"loss_t{number}"] = float(np.average(total[0, inside], weights=weights[inside]))
+    return losses

@@ -1,0 +1,95 @@
+"""How fast a training goes, and what its device could do."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from edt_core.models.projection import project_tokens
+
+_MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
+def training_flops(macs: int, passes: int) -> int:
+    """Floating-point operations of training on one image: 2 a multiply-accumulate, forward once and backward twice.
+
+    Masked tokens are zeroed and not left out, so a masked pass costs as much as a full one.
+    """
+    return 6 * macs * passes
+
+
+def matmul_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of a large square matrix product on a device, the best of several."""
+    side = _MATMUL_SIDE.get(device.type, 1024)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(1, side, side, device=device, dtype=dtype) for _ in range(2))
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        project_tokens(a, b[0])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+class Meter:
+    """Times of the steps since the last row: rate, share of waiting for data, percentiles, memory, MFU.
+
+    `flops_per_image` and `peak_flops`, of all workers' devices together, give the model FLOPs utilisation.
+    """
+
+    def __init__(self, images_per_step: int, device: torch.device, flops_per_image: float, peak_flops: float) -> None:
+        self.images_per_step, self.device = images_per_step, device
+        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
+        self._steps: list[float] = []
+        self._waited = self._waiting = 0.0  # for the steps that are done, and for the next one
+        self._last = time.perf_counter()
+
+    def begin(self) -> None:
+        """The next step begins now; what was before is not counted."""
+        self._last, self._waiting = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around waiting for the next batch."""
+        started = time.perf_counter()
+        yield
+        self._waiting += time.perf_counter() - started
+
+    def step_done(self) -> float:
+        """Counts the time since the last step; returns it."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._steps.append(seconds)
+        self._waited, self._waiting = self._waited + self._waiting, 0.0
+        return seconds
+
+    def row(self) -> dict[str, float]:
+        """The figures since the last row; empty where no step was done."""
+        if not self._steps:
+            return {}
+        total = sum(self._steps)
+        rate = len(self._steps) * self.images_per_step / total
+        p50, p95 = np.percentile(self._steps, (50, 95))
+        figures = {
+            "images_per_s": rate,
+            "data_wait_share": self._waited / total,
+            "step_time_p50_s": float(p50),
+            "step_time_p95_s": float(p95),
+            "mfu": rate * self.flops_per_image / self.peak_flops,
+            "device_memory_mib": device_memory(self.device) / (1 << 20),
+        }
+        self._steps, self._waited = [], 0.0
+        return figures
+
+
+def device_memory(device: torch.device) -> int:
+    """Most bytes that this process has had on a device; on the CPU, its resident memory at its highest."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,55 @@
+"""A small grid of what the averaged weights make, drawn in the midst of a training."""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edt_core.diffusion import SampleNoise, linear_schedule, respace, sample
+from edt_core.models import EDT, ModelConfig
+
+_IMAGES, _STEPS, _SEED = 16, 25, 0
+
+
+class Preview:
+    """Draws the same noise and labels each time, so that grids of different steps can be laid side by side.
+
+    25 steps of DDIM without guidance; it takes no random numbers from the training.
+    """
+
+    def __init__(self, model_config: ModelConfig, num_timesteps: int, autoencoder: Path, device: torch.device) -> None:
+        from edt_core.autoencoder import load_autoencoder
+
+        self.model = EDT(model_config).to(device).eval().requires_grad_(False)
+        self.autoencoder = load_autoencoder(autoencoder, str(device))
+        self.schedule = respace(linear_schedule(num_timesteps), min(_STEPS, num_timesteps))
+        shape = (model_config.in_channels, model_config.latent_size, model_config.latent_size)
+        self.noise = SampleNoise(_SEED, range(_IMAGES), shape, str(device))
+        self.labels = torch.arange(_IMAGES, device=device) * model_config.num_classes // _IMAGES
+
+    def png(self, weights: Mapping[str, Tensor]) -> bytes:
+        """The grid as PNG, 4 x 4 images of classes at even distances."""
+        from PIL import Image
+
+        from edt_core.autoencoder import decode_to_pixels
+
+        self.model.load_state_dict(weights)
+        latents = sample(lambda x, t: self.model(x, t, self.labels), self.noise.initial(), self.schedule, "ddim")
+        out = io.BytesIO()
+        Image.fromarray(grid(decode_to_pixels(self.autoencoder, latents))).save(out, "PNG")
+        return out.getvalue()
+
+
+def grid(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images uint8 [N, S, S, 3] row by row in about a square, uint8 [rows * S, columns * S, 3]; the rest is black."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
+    cells = np.zeros((rows * columns, *images.shape[1:]), np.uint8)
+    cells[: len(images)] = images
+    side = images.shape[1]
+    return cells.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3)

@@ -1,0 +1,139 @@
+"""What changes while training, and its checkpoint."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from edt_core.config import TrainConfig, result_fields
+from edt_core.diffusion import LossSecondMomentSampler, TimestepSampler, UniformSampler
+from edt_core.errors import UserError
+from edt_core.models import EDT, ModelConfig
+from edt_core.schema import EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE, OTHER_EMA_WEIGHTS, TIMESTEP_STATE
+from edt_core.training.checkpoint import Checkpoint
+from edt_core.training.ema import EMA
+from edt_core.training.history import History
+from edt_core.training.optim import flatten_state, make_optimizer, restore_state
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training; `step` steps are done.
+
+    `skipped` are steps that are left out because their loss or gradient was not finite, `rollbacks` how often the
+    training went back for one; `seconds` is what it has taken, counted only where max_hours bounds it.
+    """
+
+    model: EDT
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    timesteps: TimestepSampler
+    history: History = field(default_factory=History)
+    step: int = 0
+    skipped: set[int] = field(default_factory=set)
+    rollbacks: int = 0
+    seconds: float = 0.0
+
+
+def initial_model(config: ModelConfig, seed: int) -> EDT:
+    """A fresh EDT whose weights are a function of the seed, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EDT(config)
+
+
+def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu") -> TrainState:
+    """The state before the first step."""
+    model = initial_model(model_config, config.seed).to(device).train()
+    sampler = LossSecondMomentSampler if config.timestep_sampler == "loss-second-moment" else UniformSampler
+    return TrainState(
+        model=model,
+        ema=EMA(model, config.ema_decays),
+        optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad)),
+        timesteps=sampler(config.num_timesteps),
+    )
+
+
+def restart(state: TrainState, config: TrainConfig) -> None:
+    """Put the values of the first step back into a state."""
+    fresh = initial_state(config, state.model.config)
+    restore(state, to_checkpoint(fresh, config, 0), config, 0)
+
+
+def ema_files(config: TrainConfig) -> list[str]:
+    """Files of the averages, in the order of the decays."""
+    return [EMA_WEIGHTS, *(OTHER_EMA_WEIGHTS.format(decay) for decay in config.ema_decays[1:])]
+
+
+def to_checkpoint(state: TrainState, config: TrainConfig, num_samples: int, *, regular: bool = True) -> Checkpoint:
+    """What of the state a resumed training needs, tensors not copied; `num_samples` is the size of the data set.
+
+    A regular checkpoint takes the history's score: the next one's begins after it.
+    """
+    score = state.history.take_score() if regular else None
+    optimizer, groups = flatten_state(state.optimizer)
+    averages = dict(zip(ema_files(config), state.ema.averages, strict=True))
+    timesteps = {name: torch.from_numpy(value) for name, value in state.timesteps.state_dict().items()}
+    return Checkpoint(
+        step=state.step,
+        tensors={
+            MODEL_WEIGHTS: state.model.state_dict(),
+            **averages,
+            OPTIMIZER_STATE: optimizer,
+            TIMESTEP_STATE: timesteps,
+        },
+        state={
+            "config": result_fields(config),
+            "cursor": _cursor(state.step, config, num_samples),
+            "optimizer_groups": groups,
+            "history": state.history.state(),
+            "skipped": sorted(state.skipped),
+            "rollbacks": state.rollbacks,
+            "seconds": state.seconds,
+        },
+        model_config=_plain(state.model.config),
+        score=score,
+        regular=regular,
+    )
+
+
+def _plain(config: ModelConfig) -> dict[str, Any]:
+    """The configuration as JSON gives it back: with lists for tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return plain
+
+
+def _cursor(step: int, config: TrainConfig, num_samples: int) -> dict[str, int]:
+    """Where in the data the next step begins: epochs of `num_samples` are laid end to end."""
+    position = step * config.global_batch_size
+    epoch, place = divmod(position, num_samples) if num_samples else (0, 0)
+    return {"position": position, "num_samples": num_samples, "epoch": epoch, "place": place}
+
+
+def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_samples: int) -> None:
+    """Put a checkpoint's values into a state. Raises UserError for one of another configuration or data set."""
+    latents = "number of latents"
+    saved = {**checkpoint.model_config, **checkpoint.state["config"]}
+    saved[latents] = checkpoint.state["cursor"]["num_samples"]
+    _require_same(saved, {**_plain(state.model.config), **result_fields(config), latents: num_samples})
+    tensors = checkpoint.tensors
+    state.model.load_state_dict(tensors[MODEL_WEIGHTS])
+    state.ema.load([tensors[name] for name in ema_files(config)])
+    restore_state(state.optimizer, dict(tensors[OPTIMIZER_STATE]), checkpoint.state["optimizer_groups"])
+    state.timesteps.load_state_dict({name: value.numpy() for name, value in tensors[TIMESTEP_STATE].items()})
+    state.history = History.restored(checkpoint.state["history"])
+    state.step = checkpoint.step
+    state.skipped = set(checkpoint.state["skipped"])
+    state.rollbacks, state.seconds = checkpoint.state["rollbacks"], checkpoint.state["seconds"]
+
+
+def _require_same(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    different = [
+        f"{name} {saved.get(name)!r} instead of {value!r}" for name, value in wanted.items() if saved.get(name) != value
+    ]
+    if different:
+        raise UserError(
+            f"the checkpoint is of a training with {', '.join(different)}: going on would be neither the one nor the "
+            "other; resume with its configuration, or start a new training"
+        )

@@ -1,0 +1,94 @@
+"""One step of a training: the losses of this rank's samples, and their gradient summed over all.
+
+Legend: N samples of this rank among the B of the global batch, C latent channels, h latent height and width.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edt_core.config import TrainConfig
+from edt_core.data.loader import LatentBatch
+from edt_core.data.order import share
+from edt_core.diffusion import Losses, Schedule, q_sample, training_losses
+from edt_core.training.draws import StepDraws
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step takes on the device: latents float32 [N, C, h, h], labels and timesteps int64 [N], weights [N]."""
+
+    latents: Tensor
+    labels: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    draws: StepDraws
+
+    def rows(self, places: slice) -> "StepInputs":
+        return StepInputs(
+            self.latents[places],
+            self.labels[places],
+            self.timesteps[places],
+            self.weights[places],
+            self.draws.rows(places),
+        )
+
+
+def sampled_latents(batch: LatentBatch, noise: Tensor, scaling_factor: float) -> Tensor:
+    """Scaled latents float32 [N, C, h, h] on the device of `noise` [N, C, h, h]: a draw of each row's posterior."""
+    mean, std = batch.posterior.to(noise.device, non_blocking=True).unbind(1)
+    return (mean + std * noise) * scaling_factor
+
+
+def step_losses(
+    model: nn.Module, config: TrainConfig, schedule: Schedule, inputs: StepInputs, null_label: int
+) -> Losses:
+    """Unweighted losses [passes, N] of the full and, if it is on, the masked pass (arXiv 2410.23788, section 3.3).
+
+    Both passes go through the model as one batch, the full one with masks that keep everything: one call, one gradient
+    exchange. Each has its own noise and label dropout, and they share their timesteps.
+    """
+    draws, passes = inputs.draws, config.passes
+    y = torch.where(draws.drop_label[:passes], null_label, inputs.labels).flatten()
+    x_start, t = inputs.latents.repeat(passes, 1, 1, 1), inputs.timesteps.repeat(passes)
+    noise = draws.noise[:passes].flatten(0, 1)
+    x_t = q_sample(schedule, x_start, t, noise)
+    masks = [torch.cat([torch.ones_like(mask), mask]) for mask in draws.masks] if config.masked_loss else None
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        output = model(x_t, t, y, masks)
+    losses = training_losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
+    return Losses(mse=losses.mse.view(passes, -1), vb=losses.vb.view(passes, -1))
+
+
+def accumulate_gradient(
+    model: nn.Module, config: TrainConfig, schedule: Schedule, inputs: StepInputs, null_label: int
+) -> Tensor:
+    """Add this step's gradient to the parameters'; returns the losses without it, [2 * passes, N]: mse, then vb.
+
+    Samples go through in micro-batches. The loss is the sum over them divided by the *global* batch, each weighted by
+    its timestep's importance: gradients add up to that of the whole batch, however it is cut.
+    """
+    cuts = list(micro_batches(len(inputs.latents), config.micro_batch()))
+    parts = []
+    for number, places in enumerate(cuts, start=1):
+        part = inputs.rows(places)
+        with _gradient_exchange(model, last=number == len(cuts)):
+            losses = step_losses(model, config, schedule, part, null_label)
+            ((losses.loss * part.weights).sum() / config.global_batch_size).backward()
+        parts.append(torch.cat([losses.mse, losses.vb]).detach())
+    return torch.cat(parts, dim=1)
+
+
+def micro_batches(samples: int, most: int) -> Iterator[slice]:
+    """Cuts of about equal size, none with more than `most` samples."""
+    number = -(-samples // most)
+    return (share(samples, i, number) for i in range(number))
+
+
+def _gradient_exchange(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+    """Ranks exchange gradients once a step, with the last micro-batch."""
+    off = getattr(model, "no_sync", None)
+    return nullcontext() if last or off is None else off()

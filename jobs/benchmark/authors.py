@@ -1,0 +1,109 @@
+"""A plain training step, as the authors of EDT take it (their code is built on DiT): what ours is measured against.
+
+The same model and the same losses, eager and in float32 (TF32 on a GPU): scores written out, the relative position
+bias looked up by a precomputed index, two forward passes, an optimizer and an average that go parameter by parameter.
+
+Legend: N samples, T tokens, D width, H heads, d = D/H.
+"""
+
+import copy
+
+import torch
+from pytorch_optimizer import Adan
+from torch import Tensor, nn
+
+from edt_core.config import TrainConfig
+from edt_core.diffusion import linear_schedule, q_sample, training_losses
+from edt_core.models import EDT
+from edt_core.models.attention import Attention
+from edt_core.models.projection import TokenLinear
+from edt_core.precision import use_precision
+from edt_core.training.step import StepInputs
+
+
+class PlainAttention(nn.Module):
+    """Multi-head self-attention with the weights of an `Attention`, as DiT and Swin write it (arXiv 2103.14030)."""
+
+    pairs: Tensor
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.rel_pos_bias, self.qkv, self.proj = attention.rel_pos_bias, attention.qkv, attention.proj
+        offsets, span = self.rel_pos_bias.offsets, self.rel_pos_bias.span
+        pairs = offsets[:, None, :, None] * span + offsets[None, :, None, :]
+        self.register_buffer("pairs", pairs.flatten(), persistent=False)  # [T * T] rows of the table
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend: [N, T, D] -> [N, T, D]."""
+        samples, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(samples, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # N, H, T, d each
+        bias = self.rel_pos_bias.relative_position_bias_table[self.pairs].view(tokens, tokens, self.num_heads)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.permute(2, 0, 1).unsqueeze(0)
+        mixed = scores.softmax(dim=-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(samples, tokens, width))
+
+
+def plain_model(model: EDT) -> EDT:
+    """A copy of a model whose attention and linear layers are the plain ones, in training mode."""
+    plain = copy.deepcopy(model)
+    for parent in list(plain.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Attention):
+                setattr(parent, name, PlainAttention(child))
+            elif isinstance(child, TokenLinear):
+                setattr(parent, name, _plain_linear(child))
+    return plain.train()
+
+
+def _plain_linear(layer: nn.Linear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear
+
+
+class PlainStep:
+    """The step, made again and again on the same inputs; `ema` holds the averages of the parameters."""
+
+    def __init__(self, config: TrainConfig, model: EDT, inputs: StepInputs) -> None:
+        self.config, self.inputs = config, inputs
+        self.model = plain_model(model)
+        self.null_label = model.config.num_classes
+        self.schedule = linear_schedule(config.num_timesteps)
+        parameters = list(self.model.parameters())
+        self.optimizer = Adan(parameters, lr=config.lr, weight_decay=config.weight_decay, foreach=False)
+        self.ema = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
+    def __call__(self) -> Tensor:
+        """One step; the losses of the full and the masked pass for each sample, [2, N]."""
+        use_precision("tf32" if self.inputs.latents.is_cuda else "fp32")
+        losses = [self._losses(0, None), self._losses(1, list(self.inputs.draws.masks))]
+        loss = (losses[0] * self.inputs.weights).mean() + (losses[1] * self.inputs.weights).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self._update_ema()
+        return torch.stack(losses).detach()
+
+    def _losses(self, number: int, masks: list[Tensor] | None) -> Tensor:
+        """The losses of one pass, [N]: with noise and dropped labels of its own."""
+        inputs, draws = self.inputs, self.inputs.draws
+        y = torch.where(draws.drop_label[number], self.null_label, inputs.labels)
+        x_t = q_sample(self.schedule, inputs.latents, inputs.timesteps, draws.noise[number])
+        output = self.model(x_t, inputs.timesteps, y, masks)
+        return training_losses(
+            self.schedule,
+            output,
+            inputs.latents,
+            x_t,
+            draws.noise[number],
+            inputs.timesteps,
+            min_snr_gamma=self.config.min_snr_gamma,
+        ).loss
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = self.config.ema_decays[0]
+        for name, parameter in self.model.named_parameters():
+            self.ema[name].mul_(decay).add_(parameter, alpha=1 - decay)

@@ -1,0 +1,100 @@
+"""What is told of a training before it starts, against what it then takes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from edt_core.config import TrainConfig
+from edt_core.models import EDT, count_macs, count_parameters, model_config
+from edt_core.training.estimate import estimate, saved_bytes
+from edt_core.training.state import initial_state
+from edt_core.training.step import micro_batches
+
+TINY = model_config("EDT-Tiny/2", 32, 4)
+
+
+def bytes_kept(model: EDT, batch: int) -> int:
+    """What the backward pass of a real forward pass keeps, weights aside."""
+    kept: dict[int, int] = {}
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(batch, 4, 8, 8)
+    masks = [torch.ones(batch, tokens, dtype=torch.bool) for tokens in (16, 4)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(x, torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64), masks)
+    del output
+    return sum(kept.values())
+
+
+def test_the_memory_of_a_pass_is_told_without_running_it() -> None:
+    with torch.device("meta"):
+        shadow = EDT(TINY).train()
+    for batch in (1, 5):
+        assert saved_bytes(shadow, batch) == pytest.approx(
+            bytes_kept(EDT(TINY).train(), batch), rel=0.1
+        )  # attention takes another path on each device
+
+
+def test_tensors_of_a_training_are_counted_as_they_are() -> None:
+    for optimizer in ("adan", "adamw"):
+        config = TrainConfig(model="EDT-Tiny/2", optimizer=optimizer, ema_decay=(0.9, 0.99), global_batch_size=8)
+        told, state = estimate(config, TINY, 100), initial_state(config, TINY)
+        for parameter in state.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        state.optimizer.step()
+        tensors = [v for s in state.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.ndim]
+        assert told.optimizer == sum(tensor.nbytes for tensor in tensors)
+        assert told.ema == pytest.approx(sum(v.nbytes for a in state.ema.averages for v in a.values()), rel=0.02)
+        assert told.parameters == count_parameters(state.model)
+        assert told.macs == count_macs(state.model)
+
+
+def test_more_workers_or_smaller_micro_batches_take_less_memory_each() -> None:
+    def activations(**fields: object) -> int:
+        return estimate(TrainConfig(global_batch_size=64, **fields), TINY, 100).activations
+
+    whole = activations()
+    assert activations(num_workers=4) < whole / 3
+    assert activations(num_workers=(1, 4)) == activations(num_workers=4)
+    assert activations(micro_batch_size=16) == activations(num_workers=4)
+    assert activations(precision="bf16") < whole
+    assert activations(activation_checkpointing=True) < whole
+    assert activations(masked_loss=False) < whole
+
+
+def test_steps_and_epochs() -> None:
+    config = TrainConfig(global_batch_size=256, max_steps=400_000)
+    told = estimate(config, TINY, 1_281_167)
+    assert told.steps_per_epoch == pytest.approx(5004.56, abs=0.01)
+    assert told.steps == 400_000
+    assert "5,004.6" in str(told)
+    assert estimate(replace_field(config, max_epochs=2.0), TINY, 1000).steps == 8
+
+
+def replace_field(config: TrainConfig, **fields: object) -> TrainConfig:
+    return TrainConfig.model_validate({**config.model_dump(), **fields})
+
+
+def test_a_model_of_the_paper_is_told_in_the_paper_s_terms() -> None:
+    told = str(estimate(TrainConfig(model="EDT-S/2", precision="bf16"), model_config("EDT-S/2"), 1_281_167))
+    assert "38,329,146" in told
+    assert "2.67 G" in told
+    larger = replace(TINY, depths=(4, 1, 1, 1, 4))
+    assert estimate(TrainConfig(), larger, 10).macs > estimate(TrainConfig(), TINY, 10).macs
+
+
+def test_micro_batches_cover_a_share_in_order() -> None:
+    for samples in range(1, 40):
+        for most in range(1, 41):
+            cuts = list(micro_batches(samples, most))
+            assert [i for cut in cuts for i in range(samples)[cut]] == list(range(samples))
+            sizes = [cut.stop - cut.start for cut in cuts]
+            assert max(sizes) <= most
+            assert max(sizes) - min(sizes) <= 1

@@ -1,0 +1,197 @@
+"""The ways to compute one EDT agree: padded heads, scores written out or not, oneDNN or MKL, checkpointing, compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edt_core.models import EDT, attention, create_model, draw_masks, projection
+from edt_core.models.attention import Attention, RelativePositionBias, written_out_attention
+
+GRID, HEADS, HEAD_DIM = 4, 3, 20  # heads of 20 channels, as 52 no multiple of 8
+
+
+def drawn(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """The module with weights drawn at random everywhere, so that no gate hides a block."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=std, generator=generator)
+    return module
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny() -> EDT:
+    model = create_model("EDT-Tiny/2", 64, 10)
+    drawn(model)
+    return model.train()
+
+
+def inputs(model: EDT, size: int = 4) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    masks = draw_masks(model.config, size, torch.Generator().manual_seed(2))
+    return normal(size, 4, 16, 16), torch.arange(size) * 250, torch.arange(size), masks
+
+
+def outcome(module: torch.nn.Module, call: Callable[[], Tensor]) -> list[Tensor]:
+    """What the module makes, and the gradient of every parameter for a loss of it."""
+    module.zero_grad(set_to_none=True)
+    out = call()
+    out.float().mul(normal(*out.shape, seed=3)).sum().backward()
+    return [out.detach().float(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+
+def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Over all tensors, the largest error over the largest value."""
+    assert len(actual) == len(expected)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.fixture
+def attend() -> Attention:
+    module = Attention(HEADS * HEAD_DIM, HEADS, GRID)
+    drawn(module)
+    return module.train()
+
+
+@pytest.mark.parametrize("path", [True, False], ids=["written out", "fused"])
+def test_padded_heads_change_nothing(attend: Attention, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "is_written_out", lambda bias: path)
+    x = normal(3, GRID**2, HEADS * HEAD_DIM)
+    plain = outcome(attend, lambda: attend(x))
+    monkeypatch.setattr(attention, "head_padding", lambda head_dim, device: -head_dim % 8)
+    assert attend.weights(4)[0].shape == (3 * HEADS * 24, HEADS * HEAD_DIM)
+    assert largest_error(outcome(attend, lambda: attend(x)), plain) < 1e-6
+
+
+def test_heads_are_padded_for_the_fused_kernels_of_cuda_only() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [attention.head_padding(width, cuda) for width in (16, 52, 64)] == [0, 4, 0]
+    assert attention.head_padding(52, cpu) == 0
+
+
+def test_written_out_attention_is_that_of_pytorch(attend: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(3, GRID**2, HEADS * HEAD_DIM)
+    written_out = outcome(attend, lambda: attend(x))
+    monkeypatch.setattr(attention, "is_written_out", lambda bias: False)
+    assert largest_error(written_out, outcome(attend, lambda: attend(x))) < 1e-6
+
+
+def test_the_path_follows_the_gradient(attend: Attention) -> None:
+    assert attention.is_written_out(attend.rel_pos_bias())
+    with torch.no_grad():
+        assert not attention.is_written_out(attend.rel_pos_bias())
+
+
+def test_softmax_sums_in_float32_under_bf16() -> None:
+    """Over 4,096 equal scores a bf16 sum would stop at 256, where adding 1 no longer changes it."""
+    q, k = torch.zeros(2, 1, 1, 4096, 8, dtype=torch.bfloat16)
+    v, bias = torch.ones_like(q), torch.zeros(1, 4096, 4096, dtype=torch.bfloat16)
+    assert written_out_attention(q, k, v, bias, 1.0).sub(1).abs().max() < 0.01
+
+
+def test_bf16_is_as_close_to_fp32_as_the_fused_path_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    x, t, y, masks = inputs(model)
+    exact = outcome(model, lambda: model(x, t, y, masks))
+    with torch.autocast("cpu", torch.bfloat16):
+        written_out = outcome(model, lambda: model(x, t, y, masks))
+    monkeypatch.setattr(attention, "is_written_out", lambda bias: False)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = outcome(model, lambda: model(x, t, y, masks))
+    relative = [float((a - b).norm() / b.norm()) for a, b in zip(written_out, exact, strict=True) if b.norm() > 0]
+    others = [float((a - b).norm() / b.norm()) for a, b in zip(fused, exact, strict=True) if b.norm() > 0]
+    assert max(relative) < 1.5 * max(others) + 0.01
+
+
+@pytest.mark.parametrize("grid", [1, 2, 5])
+def test_bias_is_looked_up_by_offset(grid: int) -> None:
+    module = RelativePositionBias(grid, 2)
+    drawn(module)
+    bias, table = module(), module.relative_position_bias_table
+    for a in range(grid**2):
+        for b in range(grid**2):
+            row, column = a // grid - b // grid + grid - 1, a % grid - b % grid + grid - 1
+            assert torch.equal(bias[:, a, b], table[row * (2 * grid - 1) + column])
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (16, 5), (2, 9)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_linear_layer_is_a_convolution(
+    shape: tuple[int, int], with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = projection.TokenLinear(24, 40, bias=with_bias)
+    drawn(module)
+    x = normal(*shape, 24)
+    expected = outcome(module, lambda: F.linear(x, module.weight, module.bias))
+    monkeypatch.setattr(projection, "_MIN_MACS", 0)
+    for held_back in (True, False):
+        monkeypatch.setattr(projection, "_BY_CONVOLUTION", held_back)
+        assert largest_error(outcome(module, lambda: module(x)), expected) < 2e-6
+
+
+def test_libraries_agree_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    x, t, y, masks = inputs(model)
+    monkeypatch.setattr(projection, "_MIN_MACS", 0)
+    monkeypatch.setattr(projection, "_BY_CONVOLUTION", False)
+    mkl = outcome(model, lambda: model(x, t, y, masks))
+    monkeypatch.setattr(projection, "_BY_CONVOLUTION", True)
+    assert largest_error(outcome(model, lambda: model(x, t, y, masks)), mkl) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpointing_saves_memory_and_keeps_every_bit(precision: str) -> None:
+    model = tiny()
+    x, t, y, masks = inputs(model)
+    saved: list[int] = []
+    results = []
+
+    def count(tensor: Tensor) -> Tensor:
+        saved[-1] += tensor.nbytes
+        return tensor
+
+    for model.activation_checkpointing in (False, True):
+        saved.append(0)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            results.append(outcome(model, lambda: model(x, t, y, masks)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert saved[1] < 0.6 * saved[0]
+
+
+def test_checkpointing_is_a_matter_of_training() -> None:
+    model = tiny()
+    model.activation_checkpointing = True
+    assert model.state_dict().keys() == tiny().state_dict().keys()
+    assert "activation_checkpointing" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_into_one_graph(masked: bool, precision: str, training: bool) -> None:
+    model = tiny().train(training)
+    x, t, y, masks = inputs(model)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.set_grad_enabled(training):
+        explained = torch._dynamo.explain(model)(x, t, y, masks if masked else None)
+    assert explained.graph_break_count == 0, explained.break_reasons
+
+
+def test_a_compiled_model_computes_the_same() -> None:
+    """Through all but code generation, which takes minutes: the graph, its gradient, and decompositions."""
+    model = tiny()
+    x, t, y, masks = inputs(model)
+    expected = outcome(model, lambda: model(x, t, y, masks))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+    assert largest_error(outcome(model, lambda: compiled(x, t, y, masks)), expected) < 1e-4

@@ -1,0 +1,39 @@
+"""What several tests of the training loop look at: a narrow EDT, checkpoints on the disk, and a training cut short."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from edt_core.models import ModelConfig, model_config
+from edt_core.training.checkpoint import checkpoint_name
+from edt_core.training.context import LocalContext
+
+
+def narrow() -> ModelConfig:
+    """All that an EDT has, as narrow as can be: many checkpoints of it are soon written."""
+    return replace(model_config("EDT-Tiny/2", 32, 4), dims=(16, 20, 24, 20, 16), depths=(1, 1, 1, 1, 1))
+
+
+def place(folder: Path, step: int) -> Path:
+    """A checkpoint in a training's folder."""
+    return folder / "checkpoints" / checkpoint_name(step)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def cut_back(folder: Path, copy: Path, step: int) -> LocalContext:
+    """A context in a copy of a training's folder whose newest checkpoint is that of `step`."""
+    shutil.copytree(folder, copy)
+    context = LocalContext(copy)
+    for newer in context.store.steps():
+        if newer > step:
+            context.store.remove(newer)
+    return context
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,274 @@
+"""Progress across processes: nothing that was handed over is lost, and whoever asks to stop is heard."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edt_core.errors import Stopped, UserError
+from edt_core.progress import Printed
+from jobs.cluster import cause_of
+from jobs.progress import STOPPING, Bar, Board, BoardProgress, Interrupts, Kept, Measured, Picture, Warned
+from jobs.verb import exit_code
+from pipelines.terminal import Terminal
+
+
+def test_reports_wait_in_order_until_they_are_delivered() -> None:
+    board = Board()
+    reports = [Measured({"loss": float(i)}, i, i) for i in range(450)]
+    for report in reports:
+        board.report("train", report)
+    taken: list[Any] = []
+    parcel: list[Any] = []
+    while parcel := board.waiting("train", len(parcel)):
+        taken += parcel
+    assert taken == reports
+    assert board.waiting("train", 0) == []
+
+
+def test_what_is_not_confirmed_is_handed_out_again() -> None:
+    board = Board()
+    board.report("train", Measured({"loss": 1.0}, 1, 1))
+    assert board.waiting("train", 0) == board.waiting("train", 0) != []
+    assert board.waiting("sample", 0) == []
+
+
+def test_without_a_record_nothing_is_kept() -> None:
+    board = Board(recorded=False)
+    board.report("train", Measured({"loss": 1.0}, 1, 1))
+    board.warn("train", "careful")
+    assert board.waiting("train", 0) == []
+    assert board.read()[1] == [("train", "careful")]
+
+
+def test_a_detail_that_changes_begins_no_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = Printed("train", interval_s=0)
+    for step in (1, 2, 3):
+        printed.update(step, 10, "steps", detail=f"loss {1 / step:.3f}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].endswith("loss 0.333")
+    assert "3/10 steps, 0.0/s" not in lines[-1]  # a new phase would have no rate yet
+    board = Board()
+    for step in (1, 2):
+        board.update("train", step, 10, "steps", None, f"loss {step}")
+    assert board.read()[0]["train"] == (2, 10, "steps", "loss 2")
+
+
+def test_bars_go_on_when_the_detail_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = Bar("train")
+    terminal = Terminal()
+    board = Board()
+    tasks = set()
+    for step in (1, 2, 3):
+        bar.update(step, 10, "steps", detail=f"loss {step}")
+        board.update("train", step, 10, "steps", None, f"loss [{step}]")
+        terminal.show(*board.read()[:2])
+        tasks |= set(bar._bars.task_ids)
+    assert len(tasks) == 1
+    assert "loss 3" in bar._bars.tasks[0].fields["rate"]
+    (task,) = terminal._bars.tasks
+    assert (task.completed, task.fields["note"]) == (3, "steps, loss [3]")
+
+
+def test_a_resumed_step_has_no_speed_from_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    terminal, board = Terminal(), Board()
+    for now, done in ((0.0, 5000), (10.0, 5010)):
+        clock[0] = now
+        board.update("train", done, 6000, "steps", None)
+        terminal.show(*board.read()[:2])
+    assert terminal._bars.tasks[0].fields["left"] == "1.0/s, 990 s left"
+
+
+@pytest.fixture
+def board(ray_session: None) -> Iterator[Any]:
+    import ray
+
+    actor = ray.remote(Board).options(num_cpus=0).remote()
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_lost_loses_nothing_that_it_handed_over(board: Any) -> None:
+    import ray
+
+    @ray.remote(max_retries=0)
+    def doomed(progress: BoardProgress) -> None:
+        for step in range(1, 21):
+            progress.metrics({"loss": 1 / step}, step)
+        progress.image("samples", b"png", 20)
+        progress.checkpoints({20: ("uri", "digest")})
+        os._exit(1)
+
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(doomed.remote(BoardProgress("train", board)))
+    progress = BoardProgress("train", board)
+    progress.warn("again")
+    reports = ray.get(board.waiting.remote("train", 0))
+    assert [report.step for report in reports[:20]] == list(range(1, 21))
+    assert all(abs(report.time_ms / 1000 - time.time()) < 120 for report in reports[:20])
+    assert [type(report) for report in reports[20:]] == [Picture, Kept, Warned]
+
+
+@pytest.mark.ray
+def test_a_task_that_polls_hears_that_it_is_to_stop(board: Any) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def listens(progress: BoardProgress) -> float:
+        slowest, until = 0.0, time.monotonic() + 60
+        while time.monotonic() < until:
+            asked = time.monotonic()
+            stop = progress.stopping()
+            slowest = max(slowest, time.monotonic() - asked)
+            if stop:
+                raise Stopped(f"stopped; slowest {slowest:.3f}")
+            time.sleep(0.01)
+        return slowest
+
+    ref = listens.remote(BoardProgress("train", board))
+    until = time.monotonic() + 60
+    while "train" not in ray.get(board.read.remote())[2]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    board.ask_to_stop.remote()
+    with pytest.raises(Stopped) as caught:
+        ray.get(ref)
+    cause = cause_of(caught.value)
+    assert type(cause) is Stopped
+    assert float(str(cause).rsplit(" ", 1)[1]) < 0.3
+
+
+@pytest.mark.ray
+def test_nobody_is_stopped_by_a_board_that_is_gone(ray_session: None) -> None:
+    import ray
+
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    progress = BoardProgress("train", board)
+    assert not progress.stopping()
+    assert progress.__getstate__()["_question"] is None  # which is of this process, and does not travel
+    ray.kill(board)
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        assert not progress.stopping()
+        time.sleep(0.05)
+    progress.metrics({"loss": 1.0}, 1)
+
+
+def test_the_first_interrupt_asks_those_who_listen_and_the_second_ends() -> None:
+    told: list[str] = []
+
+    class Stub:
+        class ask_to_stop:  # noqa: N801  stands where an actor's method does
+            remote = staticmethod(lambda: told.append("stop"))
+
+    interrupts = Interrupts()
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts.handled():
+        interrupts.heard_by(["train"])
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.asked
+        assert [interrupts.passed_on(Stub) for _ in range(2)] == [True, False]
+        assert told == ["stop"]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_nobody_hears_is_one_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts().handled():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_outside_the_main_thread_signals_stay_as_they_are() -> None:
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def enter() -> None:
+        with Interrupts().handled():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+@pytest.mark.parametrize(("error", "code"), [(Stopped("stopped at step 5"), 130), (UserError("no"), 2)])
+def test_what_a_verb_exits_with(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left, exit_code():
+        raise error
+    assert left.value.code == code
+    assert str(error) in capsys.readouterr().err
+
+
+class Failed(Exception):  # noqa: N818  stands where Ray Train's WorkerGroupError does
+    def __init__(self, failures: dict[int, Exception]) -> None:
+        super().__init__("workers failed")
+        self.worker_failures = failures
+
+
+def test_of_several_workers_errors_the_one_that_tells_is_the_cause() -> None:
+    stopped = Stopped("stopped at step 5")
+    stopped.__cause__ = OSError("inner")
+    assert cause_of(Failed({0: RuntimeError("connection closed"), 1: stopped})) is stopped
+    lost = RuntimeError("connection closed")
+    assert cause_of(Failed({0: lost, 1: OSError()})) is lost
+
+
+STOPPABLE = """
+import sys, time
+import ray
+from edt_core.errors import Stopped
+from jobs.cluster import connect
+from jobs.progress import relayed
+from jobs.verb import exit_code
+from edt_core.progress import Silent
+
+@ray.remote(num_cpus=0)
+def work(progress, listens):
+    open(path, "w").close()
+    while True:
+        if listens and progress.stopping():
+            time.sleep(1.5 if listens == "slow" else 0)
+            raise Stopped("stopped at step 7, a checkpoint is written")
+        time.sleep(0.01)
+
+path = sys.argv[1]
+with exit_code():
+    connect(min_cpus=2)
+    with relayed("train", Silent()) as progress:
+        ray.get(work.remote(progress, sys.argv[2]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("listens", "interrupts", "message"),
+    [("yes", 1, "stopped at step 7"), ("", 1, "run the same command again"), ("slow", 2, "run the same command again")],
+)
+def test_ctrl_c_in_the_terminal_of_a_verb(listens: str, interrupts: int, message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STOPPABLE, str(tmp_path / "ready"), listens]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until = time.monotonic() + 120
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(1.5)  # two looks at the board
+    for _ in range(interrupts):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
+        time.sleep(0.7)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert message in error
+    assert (STOPPING in error) == bool(listens)

@@ -1,0 +1,136 @@
+"""Ctrl-C during a workflow: who listens stops where it can go on, who does not is left, and the record says so."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edt_core.artifact import ArtifactWriter, Source
+from edt_core.config import Section
+from edt_core.errors import Stopped
+from edt_core.progress import Progress
+from jobs.verb import Verb
+from pipelines.artifacts import Store
+from pipelines.catalog import Catalog
+from pipelines.engine import Workflow
+from pipelines.terminal import Terminal
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+LIMIT_S = 60.0
+
+
+def listen(config: Section, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> dict[str, Any]:
+    until = time.monotonic() + LIMIT_S
+    for step in range(1, 1_000_000):
+        progress.update(step, 1_000_000, "steps", detail=f"loss {1 / step:.3f}")
+        if step == 1:
+            progress.metrics({"loss": 1.0}, 1)
+        if progress.stopping():
+            raise Stopped(f"stopped at step {step}")
+        if time.monotonic() > until:
+            break
+        time.sleep(0.01)
+    return {}
+
+
+def linger(config: Section, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> dict[str, Any]:
+    time.sleep(8)
+    return {}
+
+
+def make(config: Section, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> dict[str, Any]:
+    out.write_bytes("a.bin", b"abc")
+    return {"number": 3}
+
+
+LISTENS = Verb("listens", "images", 1, Section, listen, roles=("source",))
+LINGERS = Verb("lingers", "reference", 1, Section, linger, roles=("source",))
+FOLLOWS = Verb("follows", "latents", 1, Section, make, roles=("images",))
+MAKES = Verb("makes", "images", 1, Section, make, roles=("source",))
+
+
+@pytest.fixture
+def workflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workflow:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = Store.open(str(tmp_path / "store"))
+    return again(store, Catalog.open(store.root, "stopping"))
+
+
+def again(store: Store, catalog: Catalog) -> Workflow:
+    run = catalog.start_run("workflow", {})
+    return Workflow(store, catalog, run, Terminal(), connect=lambda: False)
+
+
+def source() -> Source:
+    return Source("somewhere", "5" * 64)
+
+
+def interrupt_when(ready: Callable[[], bool]) -> None:
+    """Send this process a SIGINT at the moment `ready` says so."""
+
+    def watch() -> None:
+        until = time.monotonic() + LIMIT_S
+        while not ready() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def test_who_listens_stops_and_what_waits_for_it_is_not_run(
+    workflow: Workflow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listening = workflow.step("train", LISTENS, Section(), source=source())
+    sample = workflow.step("sample", FOLLOWS, Section(), images=listening)
+    workflow.step("evaluate", FOLLOWS, Section(), images=sample)
+    workflow.step("other", LINGERS, Section(), source=source())
+    began = time.monotonic()
+    interrupt_when(lambda: "train" in workflow.interrupts.listening)
+    with pytest.raises(Stopped), workflow.interrupts.handled():
+        workflow.wait_all()
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert {name: str(error).split(" at ")[0] for name, error in workflow.where_stopped().items()} == {
+        "train": "stopped"
+    }
+    assert workflow.failures == {}
+    out = capsys.readouterr().out
+    assert out.count("stopping: the training writes a checkpoint; Ctrl-C again to stop at once") == 1
+    assert "not run, train stopped" in out
+    assert "not run, sample stopped" in out
+    (run,) = workflow.catalog.client.search_runs([workflow.catalog.experiment_id], "tags.`edt.step` = 'train'")
+    assert run.info.status == "KILLED"
+    assert run.data.tags["edt.stopped"].startswith("stopped at step")
+    assert "edt.error" not in run.data.tags
+    assert run.data.metrics == {"loss": 1.0}
+
+
+def test_where_nobody_listens_an_interrupt_ends_the_wait(workflow: Workflow) -> None:
+    workflow.step("other", LINGERS, Section(), source=source())
+    before = signal.getsignal(signal.SIGINT)
+    interrupt_when(lambda: signal.getsignal(signal.SIGINT) is not before)
+    with pytest.raises(KeyboardInterrupt), workflow.interrupts.handled():
+        workflow.wait_all()
+    assert workflow.stopped == workflow.failures == {}
+
+
+def test_an_artifact_without_a_whole_record_gets_one_when_it_is_reused(workflow: Workflow) -> None:
+    """As after a SIGKILL between the commit and the end of the record."""
+    step = workflow.step("makes", MAKES, Section(), source=source())
+    assert workflow.wait(step)
+    run = step.result().manifest.mlflow_run_id
+    assert run is not None
+    client = workflow.catalog.client
+    for key in ("edt.uri", "edt.digest"):
+        client.delete_tag(run, key)
+    client.update_run(run, status="RUNNING")
+    other = again(workflow.store, workflow.catalog)
+    assert other.step("makes", MAKES, Section(), source=source()).reused
+    found = client.get_run(run)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["edt.digest"] == step.result().manifest.digest

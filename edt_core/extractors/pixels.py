@@ -1,0 +1,78 @@
+"""What every extractor does with pixels and results: check, carry to the device, compute exactly, carry back.
+
+Legend: N images, S image side in pixels.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edt_core.errors import UserError
+
+
+def check_pixels(pixels: NDArray[Any] | Tensor) -> None:
+    """Raises UserError unless `pixels` are uint8 [N, S, S, 3], levels 0..255 of RGB, N and S at least 1."""
+    shape, dtype = tuple(pixels.shape), str(pixels.dtype).removeprefix("torch.")
+    if dtype != "uint8":
+        problem = "levels 0..255 are needed; convert floats in -1..1 by truncating 127.5 x + 128"
+    elif len(shape) != 4:
+        problem = "a batch has four axes; add one of length 1 for a single image"
+    elif shape[3] != 3:
+        hint = "the channels come last, permute them" if shape[1] == 3 else "convert to RGB"
+        problem = f"the last axis is {shape[3]}, not the 3 of RGB; {hint}"
+    elif shape[1] != shape[2]:
+        problem = f"{shape[1]} x {shape[2]} pixels are not square; crop them as the training images were"
+    elif 0 in shape:
+        problem = "there is no pixel in it; leave empty batches out"
+    else:
+        return
+    raise UserError(f"the images are {dtype} {list(shape)}, a feature network needs uint8 [N, S, S, 3]: {problem}")
+
+
+def images_on(device: torch.device, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 [N, 3, S, S], a view of channels last, on the device, of uint8 [N, S, S, 3]. Raises as `check_pixels`."""
+    check_pixels(pixels)
+    if not isinstance(pixels, Tensor):  # torch takes no negative strides and warns of memory it may not write to
+        pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+    if device.type == "cuda" and pixels.device.type == "cpu":
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+def on_host(outputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    """The tensors as float32 arrays. All copies from an accelerator are under way before the first is waited for."""
+    waiting: dict[str, Tensor] = {}
+    for name, tensor in outputs.items():
+        values = tensor.detach().float().contiguous()
+        if values.is_cuda:
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        waiting[name] = values
+    if any(tensor.is_cuda for tensor in outputs.values()):
+        torch.cuda.current_stream(next(iter(outputs.values())).device).synchronize()
+        # Out of the pinned memory: the caller may keep thousands of batches, and it cannot be swapped.
+        return {name: values.numpy().copy() for name, values in waiting.items()}
+    return {name: values.numpy() for name, values in waiting.items()}
+
+
+@contextmanager
+def exact_fp32(device: torch.device) -> Iterator[None]:
+    """Inference in full float32, whatever autocast and TF32 or bfloat16 products are on outside; these come back.
+
+    A GPU convolves float32 in TF32 unless told otherwise, ten bits of mantissa for twenty-three.
+    """
+    cudnn, mkldnn = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
+    backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

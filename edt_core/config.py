@@ -247,38 +247,98 @@ class TrainConfig(Section):
         return min(self.max_steps, math.ceil(self.max_epochs * num_samples / self.global_batch_size))
 
 
-class SampleConfig(Section):
-    """The sampling protocol: part of every metric's meaning."""
+EXTRACTORS = ("classifier", "inception", "dinov2")  # feature spaces; each is the role of the network that spans it
+PUBLISHED_SPACES = EXTRACTORS[1:]  # those of published weights
+ExtractorName = Literal["classifier", "inception", "dinov2"]
+MetricName = Literal["fid", "sfid", "inception_score", "kid", "precision", "recall"]
 
-    num_samples: int = Field(50_000, ge=2, description="classes in turn: sample i has class i mod num_classes")
+
+class ExtractorConfig(Section):
+    """A published network of features: Inception or DINOv2. What its weights hold counts, not where they lie."""
+
+    weights: str | None = runtime(
+        None, description="file (DINOv2: folder or hub id), URL with sha256, or MLflow URI of the published weights"
+    )
+    sha256: str | None = runtime(
+        None, pattern="^[0-9a-f]{64}$", description="digest that the weights file must have; needed with a URL"
+    )
+
+
+class ChainConfig(Section):
+    """How a model is sampled from: part of every metric's meaning, and kept with a registered model."""
+
+    sampler: Literal["ancestral", "ddim", "dpmsolver++", "unipc"] = Field(
+        "ancestral", description="the paper's chain, DDIM, or a solver of diffusers that needs few steps"
+    )
     num_sampling_steps: int = Field(250, ge=2)
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    cfg_scale: float = Field(1.0, ge=1)
-    guidance_channels: int | None = Field(3, description="channels that are guided; null for all")
+    cfg_scale: float = Field(1.0, ge=1, description="1 for no guidance; with a guide, how far away from it")
+    guidance_channels: int | None = Field(3, ge=1, description="channels that are guided; null for all")
+    guidance_interval: tuple[float, float] | None = Field(
+        None, description="timesteps [from, to) of training in which guidance acts; null for all"
+    )
     amm_blocks: tuple[int, ...] | Literal["paper"] = Field((), description="0-based blocks; 'paper' by cfg_scale")
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    amm_radius: float | None = Field(None, gt=0, description="tokens beyond which attention is cut; null as the paper")
+    amm_kernel: Literal["exp_cos", "cos"] | None = Field(None, description="fall with distance; null as the paper")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the model's matrix products; decoding and features are always fp32"
+    )
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval_has_a_length(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] < value[1]:
+            raise ValueError(f"guidance_interval {list(value)} must be [from, to) with 0 <= from < to, in timesteps")
+        return value
+
+
+class SampleConfig(ChainConfig):
+    """The samples that are drawn: with the chain, the sampling protocol of a metric."""
+
+    num_samples: int = Field(50_000, ge=2, description="of a repeat; sample i is a function of (seed, i)")
+    repeats: int = Field(1, ge=1, le=1000, description="sets of samples, of seed, seed + 1 and so on")
+    label_policy: Literal["balanced", "uniform", "prior"] = Field(
+        "balanced", description="classes in turn, each as likely as any other, or as often as in training"
+    )
+    seed: int = Field(0, ge=0, lt=1 << 62)
     unit_size: int = Field(64, ge=1, description="samples in one unit of work: fixed, so that results do not move")
-    keep_images: int = Field(100, ge=1, description="first samples whose pixels are kept for the report")
+    keep_images: int | Literal["all"] = Field(
+        100, description="first samples of a repeat whose pixels are kept, for the report; 'all' for `edt export`"
+    )
+    num_workers: int = runtime(1, ge=1)
+    num_cpus_per_worker: float = runtime(1, ge=0)
+    num_gpus_per_worker: float = runtime(0, ge=0)
+
+    @field_validator("keep_images")
+    @classmethod
+    def _keeps_an_image(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"keep_images is {value}; the report shows at least one, or give 'all'")
+        return value
+
+
+class ReferenceConfig(Section):
+    """Features of the real images, or ADM's published statistics of them."""
+
+    keep_features: int = Field(
+        10_000, ge=4, description="rows kept for kid, precision and recall, at even distances; statistics are of all"
+    )
+    batch_size: int = runtime(64, ge=1, description="images that an extractor takes at once")
     num_workers: int = runtime(1, ge=1)
     num_cpus_per_worker: float = runtime(1, ge=0)
     num_gpus_per_worker: float = runtime(0, ge=0)
 
 
-class ReferenceConfig(Section):
-    """Features of the real images."""
-
-    batch_size: int = runtime(256, ge=1)
-    num_gpus: float = runtime(0, ge=0)
-
-
 class EvaluateConfig(Section):
-    """Metrics from kept features.
+    """The metrics to compute from kept features.
 
     The cost of kid, precision and recall grows with the product of the two sets' sizes; the Fréchet distance takes all.
     """
 
-    metrics: tuple[Literal["fid", "kid", "precision", "recall"], ...] = ("fid", "kid", "precision", "recall")
+    metrics: tuple[MetricName, ...] | None = Field(None, description="null for all that the feature space gives")
     pairwise_limit: int = Field(
-        10_000, ge=4, description="kid, precision and recall take this many features of a set, at even distances"
+        50_000, ge=4, description="kid, precision and recall take this many features of a set, at even distances"
+    )
+    allow_rank_deficient: bool = Field(
+        False, description="Fréchet distances also of fewer samples than the features have dimensions"
     )
     num_cpus: float = runtime(1, ge=0)

@@ -3,7 +3,7 @@
 `EDTPipeline.from_pretrained(folder)`, or `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from edt_core.autoencoder import decode_to_pixels
-from edt_core.diffusion import SampleNoise, guided, linear_schedule, respace, sample
+from edt_core.config import ChainConfig
 from edt_core.errors import UserError
-from edt_core.models import EDT, ModelConfig, paper_amm_blocks
+from edt_core.generation import LatentSampler
+from edt_core.models import EDT, ModelConfig
 
-DEFAULT_PROTOCOL: dict[str, Any] = {
-    "num_sampling_steps": 250,
-    "sampler": "ancestral",
-    "cfg_scale": 1.0,
-    "guidance_channels": 3,
-    "amm_blocks": [],
-}
-PROTOCOL = tuple(DEFAULT_PROTOCOL)  # the fields of a sampling configuration that a pipeline keeps
+PROTOCOL = tuple(ChainConfig.model_fields)  # the fields of a sampling configuration that a pipeline keeps
 _PIPELINE_FILE = "pipeline.py"
 _PIPELINE_CODE = (
     '"""The class of this folder."""\n\nfrom edt_core.pipeline import EDTPipeline\n\n__all__ = ["EDTPipeline"]\n'
@@ -64,12 +59,14 @@ class EDTPipeline(DiffusionPipeline):
         transformer: EDTTransformer,
         vae: AutoencoderKL | AutoencoderTiny,
         scheduler: DDPMScheduler,
-        classes: Sequence[str] = (),
+        classes: list[str] | None = None,
         protocol: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(classes=list(classes), protocol={**DEFAULT_PROTOCOL, **(protocol or {})})
+        # A folder of an older version has fewer fields; they get the values that were fixed then.
+        kept = chain_config(protocol or {}).model_dump(mode="json")
+        self.register_to_config(classes=list(classes or []), protocol=kept)
 
     @torch.no_grad()
     def __call__(
@@ -77,35 +74,32 @@ class EDTPipeline(DiffusionPipeline):
     ) -> EDTPipelineOutput:
         """One image a label. Image i is a function of (seed, i, label), whatever else is in the call.
 
-        `protocol`: num_inference_steps, sampler ("ancestral" or "ddim"), cfg_scale, guidance_channels (None for all)
-        and amm_blocks (0-based, or "paper"); what is not given is as the model was evaluated. Raises UserError for
-        labels that the model does not have and for unknown options.
+        `protocol`: fields of ChainConfig, as sampler, cfg_scale or amm_blocks, with num_inference_steps for
+        num_sampling_steps; what is not given is as the model was evaluated. Raises UserError for labels that the
+        model does not have, and for options that do not exist or do not fit.
         """
-        edt = self.transformer.edt.eval()
-        wrong = [label for label in class_labels if not 0 <= label < edt.config.num_classes]
-        if wrong or not len(class_labels):
-            raise UserError(f"class labels {wrong}: the model has 0..{edt.config.num_classes - 1}; give at least one")
-        chosen = self._protocol(protocol)
-        scale, blocks = chosen["cfg_scale"], chosen["amm_blocks"]
-        named = paper_amm_blocks(edt.config.name, scale, edt.config.image_size) if blocks == "paper" else blocks
-        edt.set_amm(tuple(named))
-        shape = (edt.config.in_channels, edt.config.latent_size, edt.config.latent_size)
-        noise = SampleNoise(seed, range(len(class_labels)), shape, self.device)
-        y = torch.tensor(list(class_labels), device=self.device)
-        model_fn = guided(edt, y, edt.config.num_classes, scale, chosen["guidance_channels"])
-        schedule = respace(linear_schedule(self.scheduler.config.num_train_timesteps), chosen["num_sampling_steps"])
-        latents = sample(model_fn, noise.initial(), schedule, chosen["sampler"], noise=noise)
+        if "num_inference_steps" in protocol:  # diffusers' name
+            protocol["num_sampling_steps"] = protocol.pop("num_inference_steps")
+        chain = chain_config({**self.config.protocol, **protocol})
+        sampler = LatentSampler(self.transformer.edt, chain, self.scheduler.config.num_train_timesteps)
+        latents = sampler(class_labels, seed, range(len(class_labels)))
         pixels = decode_to_pixels(self.vae, latents)
         return EDTPipelineOutput(images=pixels if output_type == "np" else [Image.fromarray(p) for p in pixels])
 
-    def _protocol(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The stored protocol with what was given over it; `num_inference_steps` is diffusers' name of the steps."""
-        if "num_inference_steps" in given:
-            given = {**given, "num_sampling_steps": given["num_inference_steps"]}
-            del given["num_inference_steps"]
-        if unknown := sorted(set(given) - set(PROTOCOL)):
-            raise UserError(f"unknown options {unknown}; known: {', '.join(PROTOCOL)}, num_inference_steps")
-        return {**self.config.protocol, **given}
+
+def chain_config(fields: Mapping[str, Any]) -> ChainConfig:
+    """A sampling protocol from its fields. Raises UserError for fields that do not exist or do not fit."""
+    if unknown := sorted(set(fields) - set(PROTOCOL)):
+        raise UserError(f"unknown options {unknown}; known: {', '.join(PROTOCOL)}, num_inference_steps")
+    try:
+        return ChainConfig.model_validate(dict(fields))
+    except ValidationError as error:
+        raise UserError("\n".join(_problem(problem) for problem in error.errors())) from error
+
+
+def _problem(problem: Any) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"option {problem['loc'][0]!r}: {message} (got {problem['input']!r})"
 
 
 def save_pipeline(
@@ -128,7 +122,7 @@ def save_pipeline(
         variance_type="learned_range",
         clip_sample=False,
     )
-    pipeline = EDTPipeline(transformer, vae, scheduler, classes, protocol)
+    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol)
     pipeline.save_pretrained(folder, safe_serialization=True)
     # What DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder) imports.
     (folder / _PIPELINE_FILE).write_text(_PIPELINE_CODE)

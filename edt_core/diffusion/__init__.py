@@ -1,9 +1,10 @@
 """Gaussian diffusion as EDT uses it: linear schedule, predicted noise, learned range of the variance."""
 
 from edt_core.diffusion.guidance import guided
+from edt_core.diffusion.labels import LabelPolicy, sample_labels
 from edt_core.diffusion.losses import Losses, q_sample, training_losses
 from edt_core.diffusion.noise import SampleNoise, sample_noise
-from edt_core.diffusion.sampling import sample
+from edt_core.diffusion.sampling import SwitchedModel, sample, sampling_schedule
 from edt_core.diffusion.schedule import Schedule, linear_schedule, respace
 from edt_core.diffusion.timesteps import (
     LossSecondMomentSampler,
@@ -13,10 +14,12 @@ from edt_core.diffusion.timesteps import (
 )
 
 __all__ = [
+    "LabelPolicy",
     "LossSecondMomentSampler",
     "Losses",
     "SampleNoise",
     "Schedule",
+    "SwitchedModel",
     "TimestepDraw",
     "TimestepSampler",
     "UniformSampler",
@@ -25,6 +28,8 @@ __all__ = [
     "q_sample",
     "respace",
     "sample",
+    "sample_labels",
     "sample_noise",
+    "sampling_schedule",
     "training_losses",
 ]

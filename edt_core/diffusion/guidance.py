@@ -1,43 +1,83 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
+"""Guidance: away from the prediction without a label, or away from that of a weaker model.
+
+References: Ho & Salimans 2022 (classifier-free guidance, arXiv 2207.12598), Kynkäänniemi et al. 2024 (guidance in an
+interval, arXiv 2404.07724), Karras et al. 2024 (autoguidance, arXiv 2406.02507).
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from edt_core.diffusion.sampling import ModelFn
+from edt_core.diffusion.sampling import ModelFn, SwitchedModel
 from edt_core.errors import UserError
 
 ClassModel = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N], y [N]) -> [N, 2C, H, W]
 
 
-def guided(model: ClassModel, y: Tensor, null_label: int, cfg_scale: float, channels: int | None = 3) -> ModelFn:
+def guided(
+    model: ClassModel,
+    y: Tensor,
+    null_label: int,
+    cfg_scale: float,
+    channels: int | None = 3,
+    *,
+    interval: tuple[float, float] | None = None,
+    guide: ClassModel | None = None,
+) -> ModelFn | SwitchedModel:
     """The model bound to labels y, int64 [N], and pushed away from what it predicts without a label.
 
-    The guided noise is eps_null + cfg_scale (eps_y - eps_null), which is eq. 6 of the paper with cfg_scale =
+    The guided noise is eps_null + cfg_scale (eps_y - eps_null), which is eq. 6 of Ho & Salimans with cfg_scale =
     1 + w. It replaces the first `channels` channels of the noise, or all of them where `channels` is None;
     the others, and the variance, are the conditional ones. Three is what published results of DiT and EDT
     use.
     Both halves go through the model in one call, the labelled half first. With cfg_scale 1 there is
-    nothing to push: the model is called with y alone. Raises UserError for fewer than one channel, and when
-    called for more channels than the latents have.
+    nothing to push: the model is called with y alone.
+    `guide`: a weaker model of the same latents and classes, whose eps_guide takes the place of eps_null (Karras 2024,
+    eq. 2). Both models get y, and no null label is used.
+    `interval`: guide only at the timesteps of training in [from, to); at the others the model is called with y alone,
+    for half the work. That makes a SwitchedModel, which `sample` takes.
+    Raises UserError for fewer than one channel and an empty interval, and when called for more channels than the
+    latents have.
     """
     if channels is not None and channels < 1:
         raise UserError(f"guidance on {channels} channels does nothing. Use cfg_scale=1 for no guidance.")
-    if cfg_scale == 1.0:
-        return lambda x, t: model(x, t, y)
-    labels = torch.cat([y, torch.full_like(y, null_label)])
+    if interval is not None and not interval[0] < interval[1]:
+        raise UserError(f"guidance in the interval {list(interval)} does nothing: give [from, to) with from < to.")
 
-    def model_fn(x: Tensor, t: Tensor) -> Tensor:
+    def plain(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t, y)
+
+    if cfg_scale == 1.0:
+        return plain
+    pair = _with_null_label(model, y, null_label) if guide is None else _with_guide(model, guide, y)
+
+    def push(x: Tensor, t: Tensor) -> Tensor:
         count = x.shape[1] if channels is None else channels
         if count > x.shape[1]:
             raise UserError(
                 f"guidance on {count} channels, but the latents have {x.shape[1]}. Use channels=None for all."
             )
-        output = model(torch.cat([x, x]), torch.cat([t, t]), labels)
-        conditional, unconditional = output.chunk(2)
-        base = unconditional[:, :count]
+        conditional, other = pair(x, t)
+        base = other[:, :count]
         eps = base + cfg_scale * (conditional[:, :count] - base)
         return torch.cat([eps, conditional[:, count:]], dim=1)
 
-    return model_fn
+    return push if interval is None else SwitchedModel(push, plain, interval)
+
+
+_Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, t) -> what to go to, and what to go away from
+
+
+def _with_null_label(model: ClassModel, y: Tensor, null_label: int) -> _Pair:
+    labels = torch.cat([y, torch.full_like(y, null_label)])
+
+    def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        return conditional, unconditional
+
+    return pair
+
+
+def _with_guide(model: ClassModel, guide: ClassModel, y: Tensor) -> _Pair:
+    return lambda x, t: (model(x, t, y), guide(x, t, y))

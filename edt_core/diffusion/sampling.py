@@ -1,4 +1,4 @@
-"""From noise to latents: the ancestral chain and DDIM.
+"""From noise to latents: the ancestral chain, DDIM, and multistep solvers.
 
 Shapes: x [N, C, H, W] float32. The timestep of a step is the same for the whole batch, so its coefficients
 are floats.
@@ -7,23 +7,56 @@ References: Ho et al. 2020 (arXiv 2006.11239), Song et al. 2021 (DDIM, arXiv 201
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from edt_core.diffusion import equations
-from edt_core.diffusion.schedule import Schedule
+from edt_core.diffusion.schedule import Schedule, respace
+from edt_core.diffusion.solvers import SolverName, multistep
 from edt_core.errors import UserError
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t int64 [N]) -> [N, 2C, H, W]
 NoiseFn = Callable[[int], Tensor]  # step -> standard normal noise [N, C, H, W]
-SamplingMethod = Literal["ancestral", "ddim"]
+SamplingMethod = Literal["ancestral", "ddim"] | SolverName
+METHODS: tuple[str, ...] = ("ancestral", "ddim", *get_args(SolverName))
+
+# (index of the schedule, x_t, eps, v, noise or None) -> x_{t-1}
+_Step = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class SwitchedModel:
+    """One model function for the timesteps of training in interval [from, to), another one for all others.
+
+    `sample` chooses by the step's timestep as a number: reading it from the device would make the host wait.
+    """
+
+    inside: ModelFn
+    outside: ModelFn
+    interval: tuple[float, float]
+
+    def at(self, timestep: int) -> ModelFn:
+        """The model function of a timestep."""
+        return self.inside if self.interval[0] <= timestep < self.interval[1] else self.outside
+
+
+def sampling_schedule(schedule: Schedule, num_sampling_steps: int, method: SamplingMethod = "ancestral") -> Schedule:
+    """The timesteps that a method visits, spread over a training's schedule; raises as `respace`.
+
+    The ancestral chain and DDIM end at timestep 0, as in published results. The solvers step evenly in the log of the
+    signal-to-noise ratio at best, and timestep 0 of the linear schedule lies far out there: the step to it would be as
+    long as all the others of the second half, and undo their second order. So they jump from the last part's end to
+    the data, which "trailing" gives.
+    """
+    return respace(schedule, num_sampling_steps, "trailing" if method in get_args(SolverName) else "ends")
 
 
 @torch.no_grad()
 def sample(
-    model_fn: ModelFn,
+    model_fn: ModelFn | SwitchedModel,
     initial: Tensor,
     schedule: Schedule,
     method: SamplingMethod = "ancestral",
@@ -34,9 +67,10 @@ def sample(
 ) -> Tensor:
     """Run the whole chain from `initial`, standard normal [N, C, H, W], and return x_0, float32 [N, C, H, W].
 
-    model_fn gets the timesteps the model was trained on, not the indices of a respaced schedule.
+    The steps are those of `schedule`, for which see `sampling_schedule`; model_fn gets the timesteps the model was
+    trained on, not the indices of a respaced schedule.
     noise(step) gives the noise of a step, counted from 0 at the noisiest; the last step needs none. DDIM asks
-    for it only where `eta` (0: deterministic, 1: as random as the ancestral chain) is above 0.
+    for it only where `eta` (0: deterministic, 1: as random as the ancestral chain) is above 0, the solvers never.
     progress(done, total) is called after each step.
     The predicted x_0 is not clipped: latents have no fixed range.
     Raises UserError for an unknown method, an eta outside DDIM's 0..1, or a missing noise.
@@ -44,19 +78,29 @@ def sample(
     _check_method(method, noise, eta)
     x = initial.float()
     total = schedule.num_timesteps
+    step_fn = _step_of(schedule, method, eta)
+    random = method == "ancestral" or eta > 0.0
     for step in range(total):
         index = total - 1 - step
-        t = torch.full((len(x),), int(schedule.timestep_map[index]), dtype=torch.int64, device=x.device)
-        eps, v = equations.split_output(model_fn(x, t), x.shape[1])
-        random = method == "ancestral" or eta > 0.0
+        timestep = int(schedule.timestep_map[index])
+        model_at = model_fn.at(timestep) if isinstance(model_fn, SwitchedModel) else model_fn
+        t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
+        eps, v = equations.split_output(model_at(x, t), x.shape[1])
         step_noise = noise(step).to(x) if noise is not None and random and index > 0 else None
-        if method == "ancestral":
-            x = ancestral_step(schedule, index, x, eps, v, step_noise)
-        else:
-            x = ddim_step(schedule, index, x, eps, eta, step_noise)
+        x = step_fn(index, x, eps, v, step_noise)
         if progress is not None:
             progress(step + 1, total)
     return x
+
+
+def _step_of(schedule: Schedule, method: SamplingMethod, eta: float) -> _Step:
+    """One step of a method; a solver's is good for one chain only, since it remembers the steps before."""
+    if method == "ancestral":
+        return lambda index, x, eps, v, noise: ancestral_step(schedule, index, x, eps, v, noise)
+    if method == "ddim":
+        return lambda index, x, eps, v, noise: ddim_step(schedule, index, x, eps, eta, noise)
+    solver_step = multistep(schedule, method)
+    return lambda index, x, eps, v, noise: solver_step(x, eps)
 
 
 def ancestral_step(schedule: Schedule, index: int, x_t: Tensor, eps: Tensor, v: Tensor, noise: Tensor | None) -> Tensor:
@@ -84,12 +128,12 @@ def ddim_sigma(schedule: Schedule, index: int, eta: float) -> float:
 
 
 def _check_method(method: str, noise: NoiseFn | None, eta: float) -> None:
-    if method not in ("ancestral", "ddim"):
-        raise UserError(f"unknown sampling method {method!r}. Choose 'ancestral' or 'ddim'.")
-    if not 0.0 <= eta <= 1.0 or (method == "ancestral" and eta != 0.0):
+    if method not in METHODS:
+        raise UserError(f"unknown sampling method {method!r}. Choose one of {', '.join(METHODS)}.")
+    if not 0.0 <= eta <= 1.0 or (method != "ddim" and eta != 0.0):
         raise UserError(
             f"eta is {eta} with method {method!r}: eta is DDIM's share of noise, between 0 and 1. "
-            "Leave it at 0 for the ancestral chain."
+            "Leave it at 0 for every other method."
         )
     if noise is None and (method == "ancestral" or eta > 0.0):
         raise UserError(

@@ -6,7 +6,7 @@ References: Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 210
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from edt_core.errors import UserError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+Spacing = Literal["ends", "trailing"]
 
 
 class Coefficients(NamedTuple):
@@ -118,27 +119,32 @@ def linear_schedule(num_timesteps: int = 1000) -> Schedule:
     return Schedule(betas, np.arange(num_timesteps, dtype=np.int64))
 
 
-def spaced_timesteps(num_timesteps: int, num_sampling_steps: int) -> IntArray:
-    """`num_sampling_steps` timesteps spread evenly from 0 to num_timesteps - 1, both included, int64.
+def spaced_timesteps(num_timesteps: int, num_sampling_steps: int, spacing: Spacing = "ends") -> IntArray:
+    """`num_sampling_steps` of the timesteps 0..num_timesteps - 1 at even distances, rising, int64.
 
-    The spacing is that of Nichol & Dhariwal 2021, section 4. Raises UserError outside 2..num_timesteps.
+    "ends" includes both ends, as Nichol & Dhariwal 2021, section 4. "trailing" cuts the chain into equal parts and
+    takes the noisiest timestep of each (Lin et al. 2024, arXiv 2305.08891, table 2): the last step then covers as much
+    of the chain as any other. Raises UserError outside 2..num_timesteps.
     """
     if not 2 <= num_sampling_steps <= num_timesteps:
         raise UserError(
             f"num_sampling_steps is {num_sampling_steps}, but a chain out of {num_timesteps} timesteps takes "
             f"2 to {num_timesteps} steps. Choose a number in that range."
         )
+    if spacing == "trailing":
+        parts = np.arange(1, num_sampling_steps + 1, dtype=np.int64)
+        return (2 * num_timesteps * parts + num_sampling_steps) // (2 * num_sampling_steps) - 1  # rounded in integers
     stride = np.full(num_sampling_steps - 1, (num_timesteps - 1) / (num_sampling_steps - 1))
     positions = np.append(0.0, np.cumsum(stride))  # added up, so that halves round as in published results
     return np.rint(positions).astype(np.int64)
 
 
-def respace(schedule: Schedule, num_sampling_steps: int) -> Schedule:
+def respace(schedule: Schedule, num_sampling_steps: int, spacing: Spacing = "ends") -> Schedule:
     """The shorter chain that visits `num_sampling_steps` of a schedule's timesteps.
 
     It has the same alphas_cumprod at the timesteps it keeps; its betas follow from them (Nichol & Dhariwal
-    2021, eq. 19). Raises UserError as `spaced_timesteps` does.
+    2021, eq. 19). Spacing, and what is raised, as `spaced_timesteps`.
     """
-    kept = spaced_timesteps(schedule.num_timesteps, num_sampling_steps)
+    kept = spaced_timesteps(schedule.num_timesteps, num_sampling_steps, spacing)
     ab = schedule.alphas_cumprod[kept]
     return Schedule(1.0 - ab / np.append(1.0, ab[:-1]), schedule.timestep_map[kept])

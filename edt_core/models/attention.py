@@ -54,10 +54,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.register_buffer("amm", None, persistent=False)  # [T, T], or None where AMM does not act
 
-    def set_amm(self, kernel: AmmKernel | None) -> None:
-        """Modulate with `kernel` from now on; None ends it."""
+    def set_amm(self, kernel: AmmKernel | None, radius: float | None = None) -> None:
+        """Modulate with `kernel` from now on, up to `radius` tokens (None: the paper's); kernel None ends it."""
         device = self.rel_pos_bias.relative_position_bias_table.device
-        self.amm = None if kernel is None else amm_matrix(self.grid, kernel).to(device)
+        self.amm = None if kernel is None else amm_matrix(self.grid, kernel, radius).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend: [N, T, D] -> [N, T, D]."""

@@ -8,9 +8,12 @@ those before the middle one each end in a module that halves the grid, those aft
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from edt_core.errors import UserError
 
 AmmKernel = Literal["exp_cos", "cos"]
 RatioRange = tuple[float, float]
@@ -39,7 +42,8 @@ class ModelConfig:
     """Everything that is needed to build an EDT, and nothing else.
 
     `dims`, `num_heads` and `depths` have one entry a stage. `latent_size` is the side of the square latents.
-    `amm_blocks` are 0-based indices over all blocks. `down_mask_ratios` has a range of mask ratios for each
+    `amm_blocks` are 0-based indices over all blocks, `amm_radius` is in tokens of a block's grid, None for the
+    paper's (see `amm_matrix`). `down_mask_ratios` has a range of mask ratios for each
     down-sampling module; `mid_mask_block`, if not None, is the block of the first stage whose input is masked
     too, with a ratio from `mid_mask_ratio` (a ratio is the share of tokens taken away, in 0..1).
 
@@ -59,6 +63,7 @@ class ModelConfig:
     num_classes: int = 1000
     amm_blocks: tuple[int, ...] = ()
     amm_kernel: AmmKernel = "exp_cos"
+    amm_radius: float | None = None
     down_mask_ratios: tuple[RatioRange, ...] = ((0.4, 0.5), (0.1, 0.2))
     mid_mask_block: int | None = None
     mid_mask_ratio: RatioRange = (0.15, 0.25)
@@ -167,14 +172,18 @@ def _check_latent_size(config: ModelConfig) -> None:
 def _check_amm(config: ModelConfig) -> None:
     check_amm_blocks(config, config.amm_blocks)
     if config.amm_kernel not in AMM_KERNELS:
-        raise ValueError(f"{config.name}: unknown amm_kernel {config.amm_kernel!r}. Known: {', '.join(AMM_KERNELS)}.")
+        raise UserError(f"{config.name}: unknown amm_kernel {config.amm_kernel!r}. Known: {', '.join(AMM_KERNELS)}.")
+    if config.amm_radius is not None and not 0.0 < config.amm_radius < math.inf:
+        raise UserError(
+            f"{config.name}: amm_radius is {config.amm_radius} tokens; it must be above 0, or None for the paper's."
+        )
 
 
 def check_amm_blocks(config: ModelConfig, blocks: Sequence[int]) -> None:
-    """Raise ValueError unless every index in `blocks` names a block of the model."""
+    """Raise UserError unless every index in `blocks` names a block of the model."""
     outside = [block for block in blocks if not 0 <= block < config.num_blocks]
     if outside:
-        raise ValueError(
+        raise UserError(
             f"{config.name}: amm_blocks {outside} do not exist. The model has {config.num_blocks} blocks; "
             f"use indices 0..{config.num_blocks - 1}."
         )

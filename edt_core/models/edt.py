@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edt_core.models.attention import Attention, Block, RelativePositionBias
-from edt_core.models.config import ModelConfig, StageSpec
+from edt_core.models.config import AmmKernel, ModelConfig, StageSpec
 from edt_core.models.layers import (
     DownSample,
     FinalLayer,
@@ -71,7 +71,8 @@ class EDT(nn.Module):
         self.final_layer = FinalLayer(stages[-1].dim, config.patch_size**2 * config.out_channels, cond_dim)
 
         self.initialize_weights()
-        self.set_amm(config.amm_blocks)
+        self._built_kernel = config.amm_kernel
+        self.set_amm(config.amm_blocks, radius=config.amm_radius)
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: every block starts as the identity, and the output as zero.
@@ -97,18 +98,21 @@ class EDT(nn.Module):
                 _zero(module.adaLN_modulation[-1])
         _zero(self.final_layer.linear)
 
-    def set_amm(self, blocks: Sequence[int]) -> None:
+    def set_amm(self, blocks: Sequence[int], *, radius: float | None = None, kernel: AmmKernel | None = None) -> None:
         """Modulate attention in `blocks` (0-based, over all blocks) and nowhere else; () turns AMM off.
 
-        AMM needs no training and acts in evaluation mode only, so it may change between any two calls.
+        Scores are cut beyond `radius` tokens of each block's own grid, None for the paper's radius, and fall with
+        distance as `kernel` says, None for that of the configuration the model was built with. `config` tells what is
+        set. AMM needs no training and acts in evaluation mode only, so it may change between any two calls.
 
         Raises:
-            ValueError: a block that the model does not have; AMM stays as it was.
+            UserError: a block, radius or kernel that does not exist; AMM stays as it was.
         """
-        self.config = replace(self.config, amm_blocks=tuple(blocks))
+        kernel = self._built_kernel if kernel is None else kernel
+        self.config = replace(self.config, amm_blocks=tuple(blocks), amm_kernel=kernel, amm_radius=radius)
         attentions = (module for module in self.modules() if isinstance(module, Attention))  # in block order
         for index, attention in enumerate(attentions):
-            attention.set_amm(self.config.amm_kernel if index in self.config.amm_blocks else None)
+            attention.set_amm(kernel if index in self.config.amm_blocks else None, radius)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
         """Predict noise (first C channels) and the interpolation of the variance (last C channels).

@@ -53,17 +53,20 @@ def relative_offsets(grid: int) -> Tensor:
     return places[:, None] - places[None, :] + grid - 1
 
 
-def amm_matrix(grid: int, kernel: AmmKernel = "exp_cos") -> Tensor:
+def amm_matrix(grid: int, kernel: AmmKernel = "exp_cos", radius: float | None = None) -> Tensor:
     """Attention modulation matrix [T, T], float32: the factor of each score by the distance d of its tokens.
 
     The factor is exp(cos(f·d))/2 ("exp_cos") or 1.3·cos(f·d) ("cos"), where the grid's diagonal is a quarter
-    of the cosine's period. Beyond the radius sqrt(2² + (n-1)²), the distance from the first token to the last
-    one two rows below it, the factor is 0. Source: arXiv 2410.23788, Attention Modulation Matrix.
+    of the cosine's period. Beyond `radius` tokens it is 0; None is the paper's radius sqrt(2² + (n-1)²), the distance
+    from the first token to the last one two rows below it. Source: arXiv 2410.23788, Attention Modulation Matrix.
     """
     places = torch.arange(grid)
     row, column = places.repeat_interleave(grid), places.repeat(grid)
-    squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2  # integers, so the radius is exact
+    squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
+    distance = squared.double().sqrt()
     diagonal = (grid - 1) * math.sqrt(2.0)
-    cosine = torch.cos(squared.double().sqrt() * (math.pi / 2 / max(diagonal, 1.0)))
+    cosine = torch.cos(distance * (math.pi / 2 / max(diagonal, 1.0)))
     factor = cosine.exp() / 2 if kernel == "exp_cos" else _COS_GAIN * cosine
-    return torch.where(squared <= 4 + (grid - 1) ** 2, factor, 0.0).float()
+    # The paper's radius in integers, so that it is exact.
+    within = squared <= 4 + (grid - 1) ** 2 if radius is None else distance <= radius
+    return torch.where(within, factor, 0.0).float()

@@ -1,5 +1,7 @@
 """Guidance, and the noise of evaluation."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -114,3 +116,80 @@ def test_a_sample_is_the_same_in_any_batch() -> None:
         return sample(model_fn, noise.initial(), respace(linear_schedule(), 6), noise=noise)
 
     torch.testing.assert_close(run([2, 5, 8])[1], run([5])[0])
+
+
+class Chain:
+    """Runs guided models over the timesteps 999, 500 and 0, and keeps what each step gave."""
+
+    def __init__(self, **options: object) -> None:
+        self.model, self.calls = RecordingModel(), []
+        model_fn = guided(self.model, Y, NULL, 4.0, **options)  # type: ignore[arg-type]
+        schedule = respace(linear_schedule(), 3)
+        self.timesteps = schedule.timestep_map[::-1].tolist()
+        self.x_0 = sample(model_fn, X, schedule, "ddim")
+
+
+def test_outside_the_interval_the_model_is_called_with_the_labels_alone() -> None:
+    both, one = [1, 2, NULL, NULL], [1, 2]
+    assert Chain().model.calls == [both] * 3
+    assert Chain(interval=(500, 999)).timesteps == [999, 500, 0]
+    assert Chain(interval=(500, 999)).model.calls == [one, both, one]  # from is inside, to is not
+    assert Chain(interval=(0, 1)).model.calls == [one, one, both]
+    assert Chain(interval=(600.5, 700)).model.calls == [one] * 3
+
+
+def test_an_interval_of_everything_is_guidance_and_one_of_nothing_is_none() -> None:
+    assert torch.equal(Chain(interval=(0, 1000)).x_0, Chain().x_0)
+    plain = sample(guided(RecordingModel(), Y, NULL, 1.0), X, respace(linear_schedule(), 3), "ddim")
+    assert torch.equal(Chain(interval=(1000, 2000)).x_0, plain)
+    with pytest.raises(ValueError, match=r"interval \[5, 5\] does nothing"):
+        Chain(interval=(5, 5))
+
+
+def test_a_guide_takes_the_place_of_the_null_label() -> None:
+    model, guide = RecordingModel(), RecordingModel()
+    output = guided(model, Y, NULL, 3.0, 2, guide=lambda x, t, y: 0.5 * guide(x, t, y))(X, T)  # type: ignore[operator]
+    assert model.calls == guide.calls == [[1, 2]]
+    strong = RecordingModel()(X, T, Y)
+    expected = torch.cat([0.5 * strong[:, :2] + 3.0 * 0.5 * strong[:, :2], strong[:, 2:]], dim=1)
+    torch.testing.assert_close(output, expected)
+
+
+def test_a_guide_is_not_called_outside_the_interval_nor_without_guidance() -> None:
+    guide = RecordingModel()
+    chain = Chain(guide=guide, interval=(500, 600))
+    assert chain.model.calls == [[1, 2]] * 3
+    assert guide.calls == [[1, 2]]
+    guided(RecordingModel(), Y, NULL, 1.0, guide=guide)(X, T)  # type: ignore[operator]
+    assert guide.calls == [[1, 2]]
+
+
+def test_noise_made_ahead_is_the_same_noise() -> None:
+    noise = SampleNoise(7, [3, 1], (4, 8, 8))
+    for depth in (0, 1, 3):
+        with noise.ahead(5, depth) as coming:
+            assert all(torch.equal(coming(step), noise(step)) for step in range(5))
+
+
+def test_noise_made_ahead_comes_in_order() -> None:
+    noise = SampleNoise(7, [3], (2,))
+    with noise.ahead(2) as coming, pytest.raises(ValueError, match=r"step 1 where that of 0 is next.*0\.\.1 in order"):
+        coming(1)
+    with noise.ahead(1) as coming:
+        coming(0)
+        with pytest.raises(ValueError, match="step 1 where that of None is next"):
+            coming(1)
+
+
+def test_leaving_ends_the_thread_that_makes_noise() -> None:
+    before = threading.active_count()
+
+    def interrupted() -> None:
+        with SampleNoise(7, [3], (2,)).ahead(1000) as coming:
+            coming(0)
+            assert threading.active_count() == before + 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert threading.active_count() == before

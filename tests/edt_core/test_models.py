@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from edt_core.errors import UserError
 from edt_core.models import (
     EDT,
     MODEL_NAMES,
@@ -55,6 +56,11 @@ class TestConfig:
     def test_survives_json(self, name: str) -> None:
         config = model_config(name, 512, 7, amm_blocks=(1, 2))
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+    def test_a_dictionary_of_an_older_version_is_read(self) -> None:
+        values = model_config("EDT-S/2").to_dict()
+        del values["amm_radius"]
+        assert ModelConfig.from_dict(values) == model_config("EDT-S/2")
 
     def test_rejects_keys_it_does_not_know(self) -> None:
         values = model_config("EDT-S/2").to_dict() | {"depth": 12}
@@ -238,6 +244,42 @@ class TestAmm:
         assert (first_row.diff(dim=0) < 0).logical_or(first_row[1:] == 0).all()
         # cos(pi/2) in float64 is 6e-17 or -2e-16, whichever way the processor's vector routine rounds it
         assert first_row.min() >= -torch.finfo(torch.float64).eps
+
+    @pytest.mark.parametrize("grid", [1, 2, 5, 16])
+    def test_a_radius_of_ones_own_cuts_by_distance(self, grid: int) -> None:
+        paper = amm_matrix(grid)
+        assert torch.equal(amm_matrix(grid, radius=(4 + (grid - 1) ** 2) ** 0.5), paper)
+        full, near = amm_matrix(grid, radius=100.0), amm_matrix(grid, radius=2**0.5)
+        assert (full > 0).all()
+        assert torch.equal(torch.where(near > 0, full, 0.0), near)
+        places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).double()
+        within = torch.cdist(places, places) < 1.5  # neighbours, those across the corner included
+        assert torch.equal(near > 0, within)
+
+    def test_radius_and_kernel_are_set_with_the_blocks_and_recorded(self) -> None:
+        model = tiny((0, 2))
+        paper = model(*batch(model))
+        model.set_amm((0, 2), radius=1.0, kernel="cos")
+        assert (model.config.amm_radius, model.config.amm_kernel) == (1.0, "cos")
+        changed = model(*batch(model))
+        assert not torch.allclose(changed, paper)
+        rebuilt = EDT(ModelConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))))
+        rebuilt.load_state_dict(model.state_dict())
+        assert torch.equal(rebuilt.eval()(*batch(model)), changed)
+        model.set_amm((0, 2))  # back to the paper's radius and the kernel that the model was built with
+        assert model.config == tiny((0, 2)).config
+        assert torch.equal(model(*batch(model)), paper)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"radius": 0.0}, r"amm_radius is 0\.0"), ({"radius": float("inf")}, "inf"), ({"kernel": "gauss"}, "'gauss'")],
+    )
+    def test_refused_options_leave_amm_as_it_was(self, options: dict[str, object], message: str) -> None:
+        model = tiny((2,))
+        before = model(*batch(model))
+        with pytest.raises(UserError, match=message):
+            model.set_amm((0, 2), **options)  # type: ignore[arg-type]
+        assert torch.equal(model(*batch(model)), before)
 
     def test_kernel_follows_the_resolution(self) -> None:
         assert model_config("EDT-S/2", 256).amm_kernel == "exp_cos"

@@ -1,16 +1,19 @@
 """The diffusers folder: written, loaded by both doors, sampled from."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from edt_core.autoencoder import build_autoencoder
-from edt_core.config import AutoencoderConfig
+from edt_core.config import AutoencoderConfig, ChainConfig
 from edt_core.errors import UserError
 from edt_core.models import model_config
-from edt_core.pipeline import EDTPipeline, save_pipeline
+from edt_core.pipeline import PROTOCOL, EDTPipeline, save_pipeline
 from edt_core.training.state import initial_model
 
 
@@ -57,3 +60,47 @@ def test_it_gives_pil_images_by_default(folder: Path) -> None:
 def test_labels_that_it_does_not_have(folder: Path, labels: list[int]) -> None:
     with pytest.raises(UserError, match=r"the model has 0\.\.3"):
         EDTPipeline.from_pretrained(folder)(labels)
+
+
+def test_the_sampling_protocol_is_kept_as_plain_values(folder: Path) -> None:
+    kept = json.loads((folder / "model_index.json").read_text())["protocol"]
+    assert set(kept) == set(PROTOCOL) == set(ChainConfig.model_fields)
+    assert (kept["num_sampling_steps"], kept["cfg_scale"], kept["amm_blocks"]) == (4, 2.0, [])
+    assert ChainConfig(**EDTPipeline.from_pretrained(folder).config.protocol) == ChainConfig(**kept)
+
+
+def test_a_folder_of_an_older_version_makes_the_same_images(folder: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(folder, tmp_path / "older")
+    index = json.loads((older / "model_index.json").read_text())
+    old_fields = ("num_sampling_steps", "sampler", "cfg_scale", "guidance_channels", "amm_blocks")
+    index["protocol"] = {name: index["protocol"][name] for name in old_fields}
+    (older / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((older / "transformer" / "config.json").read_text())
+    del config["edt_config"]["amm_radius"]
+    (older / "transformer" / "config.json").write_text(json.dumps(config))
+    images = [EDTPipeline.from_pretrained(path)([0, 3], output_type="np").images for path in (older, folder)]
+    assert np.array_equal(*images)
+
+
+def test_options_take_the_place_of_the_kept_ones(folder: Path) -> None:
+    pipeline = EDTPipeline.from_pretrained(folder)
+    kept = pipeline([0, 3], output_type="np").images
+    assert np.array_equal(pipeline([0, 3], output_type="np", num_inference_steps=4, cfg_scale=2).images, kept)
+    for options in ({"sampler": "unipc"}, {"guidance_interval": [0, 500]}, {"amm_blocks": [1]}, {"cfg_scale": 3.0}):
+        assert not np.array_equal(pipeline([0, 3], output_type="np", **options).images, kept), options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 5}, r"unknown options \['steps'\]; known: .*cfg_scale.*num_inference_steps"),
+        ({"cfg_scale": 0.5}, r"option 'cfg_scale': .*greater than or equal to 1 \(got 0\.5\)"),
+        ({"sampler": "euler"}, "option 'sampler': .*'unipc'.*'euler'"),
+        ({"guidance_interval": [5, 2]}, r"guidance_interval \[5\.0, 2\.0\] must be"),
+        ({"num_inference_steps": 1001}, "takes 2 to 1000 steps"),
+        ({"amm_blocks": [7]}, r"\[7\] do not exist"),
+    ],
+)
+def test_options_that_do_not_exist_or_do_not_fit(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EDTPipeline.from_pretrained(folder)([0], **options)

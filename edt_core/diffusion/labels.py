@@ -1,0 +1,70 @@
+"""Labels of the samples of an evaluation: a function of the seed and the sample's index, as their noise is.
+
+Shapes: n samples, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edt_core.diffusion.noise import LABEL_DRAW
+from edt_core.errors import UserError
+
+LabelPolicy = Literal["balanced", "uniform", "prior"]
+
+
+def sample_labels(
+    policy: LabelPolicy,
+    seed: int,
+    indices: Sequence[int] | NDArray[np.int64],
+    num_classes: int,
+    class_counts: Sequence[int] | NDArray[np.int64] | None = None,
+) -> NDArray[np.int64]:
+    """The classes of the samples of the given indices, int64 [n] in 0..K-1.
+
+    "balanced": classes in turn, index mod K, whatever the seed. "uniform": each class as likely as any other. "prior":
+    as often as in training, in proportion to `class_counts` [K]. A drawn label depends on (seed, index) and the classes
+    alone. Raises UserError for an unknown policy, for counts that are missing or do not fit, and for negative indices.
+    """
+    chosen = np.asarray(indices, dtype=np.int64)
+    if num_classes < 1 or seed < 0 or np.any(chosen < 0):
+        raise UserError(
+            f"labels of seed {seed} for indices from {chosen.min(initial=0)} and {num_classes} classes: "
+            "seed and indices must not be negative, and there must be a class. Count samples from 0."
+        )
+    if policy == "balanced":
+        return chosen % num_classes
+    if policy == "uniform":
+        weights = np.ones(num_classes)
+    elif policy == "prior":
+        weights = _prior(class_counts, num_classes)
+    else:
+        raise UserError(f"unknown label policy {policy!r}. Choose 'balanced', 'uniform' or 'prior'.")
+    cumulative = np.cumsum(weights)
+    # Divided by its own last entry it ends at exactly 1, above any uniform; a class of weight 0 has no room in it.
+    return np.searchsorted(cumulative / cumulative[-1], _uniforms(seed, chosen), side="right").astype(np.int64)
+
+
+def _uniforms(seed: int, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each sample, from a generator of its own."""
+    sequences = (np.random.SeedSequence(seed, spawn_key=(index, LABEL_DRAW)) for index in indices.tolist())
+    return np.array([np.random.Generator(np.random.PCG64(sequence)).random() for sequence in sequences])
+
+
+def _prior(class_counts: Sequence[int] | NDArray[np.int64] | None, num_classes: int) -> NDArray[np.float64]:
+    remedy = "Choose label_policy balanced or uniform, which need no counts."
+    if class_counts is None:
+        raise UserError(f"label_policy prior: the model's record has no class counts of its training. {remedy}")
+    counts = np.asarray(class_counts, dtype=np.float64)
+    if counts.shape != (num_classes,):
+        raise UserError(
+            f"label_policy prior: the model's record has {counts.size} class counts for {num_classes} classes. {remedy}"
+        )
+    if not np.all(np.isfinite(counts) & (counts >= 0)) or not counts.any():
+        raise UserError(
+            f"label_policy prior: the model's class counts, from {counts.min()} to {counts.max()}, must be 0 or more "
+            f"and not all 0. {remedy}"
+        )
+    return counts

@@ -1,0 +1,61 @@
+"""Multistep solvers of the probability-flow ODE, of diffusers: as good in 20 steps as DDIM in hundreds.
+
+References: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), UniPC (Zhao et al. 2023, arXiv 2302.04867), both of
+second order in the prediction of x_0.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from edt_core.diffusion.schedule import Schedule
+
+SolverName = Literal["dpmsolver++", "unipc"]
+
+
+def multistep(schedule: Schedule, method: SolverName) -> Callable[[Tensor, Tensor], Tensor]:
+    """The steps of one chain over `schedule`, noisiest first: (x_t, eps), both float32 [N, C, H, W], -> x_{t-1}.
+
+    The last of schedule.num_timesteps calls gives x_0. It remembers earlier calls: make one for each chain. The
+    learned variance is not used and x_0 is neither clipped nor thresholded. The steps' noise levels are on the CPU;
+    with UniPC each step copies a few of them to the device and solves a 2 x 2 system there.
+    """
+    scheduler = _scheduler(schedule, method)
+    timesteps = scheduler.timesteps.tolist()
+    done = 0
+
+    def step(x: Tensor, eps: Tensor) -> Tensor:
+        nonlocal done
+        before: Tensor = scheduler.step(eps, timesteps[done], x, return_dict=False)[0]
+        done += 1
+        return before
+
+    return step
+
+
+def _scheduler(schedule: Schedule, method: SolverName) -> Any:
+    """A scheduler of diffusers that visits every timestep of `schedule`, which has been respaced before.
+
+    diffusers can respace too, but counts with floats: for 62 of the numbers of steps below 1000 its "trailing" visits a
+    timestep of -1, and its "linspace" visits one twice where all are visited.
+    """
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    steps = schedule.num_timesteps
+    shared: dict[str, Any] = {
+        "num_train_timesteps": steps,
+        "trained_betas": schedule.betas.tolist(),
+        "solver_order": 2,
+        "prediction_type": "epsilon",
+        "thresholding": False,
+        "timestep_spacing": "trailing",  # of `steps` out of `steps`: all
+        "final_sigmas_type": "zero",  # the last step ends at the data, not at the least noise of the training
+    }
+    if method == "dpmsolver++":
+        scheduler = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **shared)
+    else:
+        scheduler = UniPCMultistepScheduler(**shared)
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)  # it need not look the first timestep up
+    return scheduler

@@ -1,0 +1,169 @@
+"""The one way from a model and a chain's configuration to latents, for jobs, pipelines and benchmarks alike.
+
+Shapes: N samples, C latent channels, h side of the latents.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edt_core.config import ChainConfig
+from edt_core.diffusion import SampleNoise, guided, linear_schedule, sample, sampling_schedule
+from edt_core.diffusion.guidance import ClassModel
+from edt_core.errors import UserError
+from edt_core.models import EDT, ModelConfig, paper_amm_blocks
+
+
+class SamplesNotFiniteError(UserError):
+    """A chain came out as infinity or not-a-number."""
+
+
+class LatentSampler:
+    """A model bound to a chain: labels and indices -> latents.
+
+    With a `guide` the model is pushed away from that weaker model instead of from its own prediction without a label;
+    the guide's attention is never modulated. Both models are put into evaluation mode.
+    Raises UserError where the chain, the model and the guide do not fit together.
+    """
+
+    def __init__(self, model: EDT, chain: ChainConfig, num_timesteps: int, guide: EDT | None = None) -> None:
+        self.model, self.guide, self.chain = model, guide, chain
+        _check_guidance(chain, model.config, num_timesteps)
+        if guide is not None:
+            _check_guide(chain, model, guide)
+        full = linear_schedule(num_timesteps)
+        self.schedule = sampling_schedule(full, chain.num_sampling_steps, chain.sampler)
+        self.amm_blocks = resolved_amm_blocks(chain, model.config)
+        self._set_modes()
+
+    def __call__(
+        self,
+        labels: Sequence[int] | NDArray[np.int64],
+        seed: int,
+        indices: Sequence[int] | NDArray[np.int64],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Scaled latents of the samples of these labels and indices, float32 [N, C, h, h] on the model's device.
+
+        A sample's noise is a function of (seed, index). progress(done, total) is called after each step of the chain.
+        Raises UserError for labels that the model does not have, SamplesNotFiniteError for a result that is no number.
+        """
+        config, device = self.model.config, next(self.model.parameters()).device
+        indices = [int(index) for index in indices]
+        y = torch.from_numpy(_checked_labels(labels, len(indices), config.num_classes)).to(device)
+        self._set_modes()
+        noise = SampleNoise(seed, indices, (config.in_channels, config.latent_size, config.latent_size), device)
+        # Nothing of the chain itself is autocast. The outer context is there for its end alone, which is when copies of
+        # the weights in bf16 are thrown away: without it they would be made anew at each step.
+        with self._autocast(), torch.autocast(device.type, enabled=False):
+            latents = self._run(y, noise, progress)
+        _check_finite(latents, indices)
+        return latents
+
+    def _run(self, y: Tensor, noise: SampleNoise, progress: Callable[[int, int], None] | None) -> Tensor:
+        chain = self.chain
+        model_fn = guided(
+            self._computed(self.model),
+            y,
+            self.model.config.num_classes,
+            chain.cfg_scale,
+            chain.guidance_channels,
+            interval=chain.guidance_interval,
+            guide=None if self.guide is None else self._computed(self.guide),
+        )
+        initial = noise.initial()
+        if chain.sampler != "ancestral":
+            return sample(model_fn, initial, self.schedule, chain.sampler, progress=progress)
+        with noise.ahead(self.schedule.num_timesteps - 1) as coming:  # the last step takes none
+            return sample(model_fn, initial, self.schedule, noise=coming, progress=progress)
+
+    def _computed(self, model: EDT) -> ClassModel:
+        """The model in the chain's precision; weights that are not float32 take latents of their own dtype."""
+        dtype = next(model.parameters()).dtype
+
+        def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with self._autocast():
+                output: Tensor = model(x.to(dtype), t, y)
+            return output
+
+        return call
+
+    def _autocast(self) -> torch.autocast:
+        device = next(self.model.parameters()).device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.chain.precision == "bf16")
+
+    def _set_modes(self) -> None:
+        """Evaluation mode, and the chain's AMM: another sampler of the same model may have set its own."""
+        kernel, radius = self.chain.amm_kernel, self.chain.amm_radius
+        self.model.eval().set_amm(self.amm_blocks, radius=radius, kernel=kernel)
+        if self.guide is not None:
+            self.guide.eval().set_amm(())
+
+
+def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ...]:
+    """The blocks whose attention is modulated: those given, or the paper's for this model and guidance."""
+    if chain.amm_blocks == "paper":
+        return paper_amm_blocks(model.name, chain.cfg_scale, model.image_size)
+    return chain.amm_blocks
+
+
+def _check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -> None:
+    channels, interval = chain.guidance_channels, chain.guidance_interval
+    if chain.cfg_scale != 1.0 and channels is not None and channels > model.in_channels:
+        raise UserError(
+            f"guidance_channels is {channels}, but the latents of {model.name} have {model.in_channels} channels; "
+            f"use up to {model.in_channels}, or null for all"
+        )
+    if interval is not None and interval[0] >= num_timesteps:
+        raise UserError(
+            f"guidance_interval {list(interval)} begins after the last timestep: the model was trained with "
+            f"0..{num_timesteps - 1}; begin below that, or use cfg_scale 1 for no guidance"
+        )
+
+
+def _check_guide(chain: ChainConfig, model: EDT, guide: EDT) -> None:
+    if guide is model:
+        raise UserError(f"the guide is {model.config.name} itself, which does nothing; give a weaker model as guide")
+    if chain.cfg_scale == 1.0:
+        raise UserError("a guide with cfg_scale 1 does nothing; set cfg_scale above 1, or leave the guide out")
+    ours, theirs = _interface(model.config), _interface(guide.config)
+    if ours != theirs:
+        raise UserError(
+            f"the guide {guide.config.name} takes {theirs}, but {model.config.name} takes {ours}; "
+            "use a guide that was trained on the same latents and classes"
+        )
+
+
+def _interface(config: ModelConfig) -> str:
+    side = config.latent_size
+    return f"latents of {config.in_channels} x {side} x {side} and {config.num_classes} classes"
+
+
+def _checked_labels(labels: Sequence[int] | NDArray[np.int64], count: int, num_classes: int) -> NDArray[np.int64]:
+    """Labels as int64 [count]. Raises UserError."""
+    given = np.asarray(labels)
+    if given.size == 0 or given.ndim != 1 or given.dtype.kind not in "iu":
+        raise UserError(
+            f"class labels {given.tolist()}: the model has 0..{num_classes - 1}; give a list of at least one"
+        )
+    wrong = given[(given < 0) | (given >= num_classes)]
+    if wrong.size:
+        raise UserError(f"class labels {wrong[:10].tolist()}: the model has 0..{num_classes - 1}")
+    if len(given) != count:
+        raise UserError(f"{len(given)} class labels for {count} samples; give one label for each index")
+    return given.astype(np.int64)
+
+
+def _check_finite(latents: Tensor, indices: Sequence[int]) -> None:
+    """Raises SamplesNotFiniteError. The host waits for the device here, and nowhere before in a chain."""
+    finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
+    bad = [index for index, good in zip(indices, finite, strict=True) if not good]
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise SamplesNotFiniteError(
+            f"{len(bad)} of {len(indices)} samples ({shown}) are not finite: the model predicts no numbers for them; "
+            "try precision fp32, a lower cfg_scale, or another checkpoint"
+        )

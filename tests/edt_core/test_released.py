@@ -1,0 +1,167 @@
+"""Checkpoints of the authors' training code."""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edt_core.errors import UserError
+from edt_core.models import EDT, create_model, load_released
+
+MANIFEST = json.loads((Path(__file__).parents[1] / "golden" / "edt_manifest.json").read_text())
+TINY = ("EDT-Tiny/2", 64, 7)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> EDT:
+    model = create_model(*TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def same(a: EDT, b: EDT) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def save(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def published(ema: dict[str, Tensor], model: dict[str, Tensor] | None = None, **options: Any) -> dict[str, Any]:
+    """A checkpoint as the authors' training writes it."""
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2), "step": 3}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    args = argparse.Namespace(model="EDT-S/2", image_size=256, results_dir="results", **options)
+    return {"model": model or ema, "ema": ema, "opt": optimizer, "args": args}
+
+
+def test_a_published_file_gives_the_weights_asked_for(tiny: EDT, tmp_path: Path) -> None:
+    ema = tiny.state_dict()
+    trained = {key: value + 1 for key, value in ema.items()}
+    path = save(tmp_path / "a.pt", published(ema, trained, num_classes=7))
+    loaded = load_released(path)
+    assert loaded.config == tiny.config
+    assert same(loaded, tiny)
+    assert not loaded.training
+    assert torch.equal(load_released(str(path), "model").pos_embed, tiny.pos_embed + 1)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {f"module.{k}": v for k, v in s.items()}], ids=["bare", "ddp"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bare_state_dict(tiny: EDT, tmp_path: Path, wrap: Any, zipped: bool) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(wrap(tiny.state_dict()), path, _use_new_zipfile_serialization=zipped)
+    assert same(load_released(path), tiny)
+
+
+def test_weights_of_half_precision_become_float32(tiny: EDT, tmp_path: Path) -> None:
+    half = {key: value.half() for key, value in tiny.state_dict().items()}
+    assert load_released(save(tmp_path / "a.pt", half)).pos_embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("image_size", [256, 512])
+def test_the_published_keys_are_those_of_a_named_model(image_size: int, tmp_path: Path) -> None:
+    """Tensors of one number each on disk, in the published shapes."""
+    keys = MANIFEST[f"EDT-S/2@{image_size}"]["keys"]
+    state = {key: torch.full((1,), 0.5).expand(shape) for key, shape in keys.items()}
+    loaded = load_released(save(tmp_path / "a.pt", published(state)))
+    assert (loaded.config.name, loaded.config.image_size, loaded.config.num_classes) == ("EDT-S/2", image_size, 1000)
+    assert all(bool((value == 0.5).all()) for value in loaded.state_dict().values())
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "beside weights", "in args"])
+def test_code_in_a_file_is_refused_and_not_run(tiny: EDT, tmp_path: Path, how: str) -> None:
+    path, mark = tmp_path / "a.pt", tmp_path / "was-run"
+    code = Malicious(mark)
+    if how == "pickle":
+        path.write_bytes(pickle.dumps({"model": code}, protocol=2))
+    else:
+        state = tiny.state_dict()
+        content = {"torch": code, "beside weights": {"ema": state, "opt": code}, "in args": published(state, code=code)}
+        torch.save(content[how], path)
+    with pytest.raises(UserError) as refused:
+        load_released(path)
+    assert not mark.exists()
+    assert str(path) in str(refused.value)
+    assert "asks for code to be run" in str(refused.value)
+    assert "weights_only" not in str(refused.value)  # PyTorch's own message advises to run it
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint at all", b"PK\x03\x04 broken", b"\x80\x02}q\x00.", pickle.dumps([1, 2], 2)]
+)
+def test_what_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.pt is not a checkpoint"):
+        load_released(path)
+
+
+def test_a_truncated_file(tiny: EDT, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pt", tiny.state_dict())
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        load_released(path)
+
+
+def test_other_things_that_are_saved(tiny: EDT, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with pytest.raises(UserError, match="is not a file"):
+        load_released(path)
+    for content in ([1, 2], torch.ones(3), {"step": 3, "lr": 0.1}, {"ema": {"a": 1}}):
+        save(path, content)
+        with pytest.raises(UserError, match="is not a checkpoint"):
+            load_released(path)
+    save(path, {"model": tiny.state_dict(), "args": None})
+    with pytest.raises(UserError, match="no 'ema' weights, only 'model'"):
+        load_released(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.1.mlp.fc2.bias": None}, "'blocks.1.mlp.fc2.bias' is missing"),
+        ({"blocks.0.attn.amm": torch.ones(4)}, "'blocks.0.attn.amm' is not a key of it"),
+        (
+            {"blocks.2.attn.qkv.bias": torch.ones(9), "x.y": torch.ones(1)},
+            r"'blocks.2.attn.qkv.bias' has shape \[9\], not \[240\], and 1 more keys differ",
+        ),
+    ],
+)
+def test_the_closest_model_and_the_first_difference_are_named(
+    tiny: EDT, tmp_path: Path, change: dict[str, Tensor | None], message: str
+) -> None:
+    state = {key: value for key, value in {**tiny.state_dict(), **change}.items() if value is not None}
+    with pytest.raises(UserError, match=rf"closest is EDT-Tiny/2 at 64 pixels with 7 classes, but {message}"):
+        load_released(save(tmp_path / "a.pt", published(state)))
+
+
+@pytest.mark.parametrize("shape", [(1, 250, 64), (1, 36, 64), (), (4,)])
+def test_position_embeddings_of_no_square(tiny: EDT, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    state = {**tiny.state_dict(), "pos_embed": torch.zeros(shape)}
+    with pytest.raises(UserError, match="closest is EDT-Tiny/2"):
+        load_released(save(tmp_path / "a.pt", state))
+
+
+def test_a_label_table_without_a_null_class(tiny: EDT, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pt", published(tiny.state_dict(), num_classes=8))
+    with pytest.raises(UserError, match="8 rows for 8 classes, where 9 are needed"):
+        load_released(path)

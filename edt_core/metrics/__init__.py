@@ -1,20 +1,39 @@
 """Metrics of generated samples against real ones, computed from features and class probabilities."""
 
-from edt_core.metrics.compute import METRICS, compute_metrics, metric_name
-from edt_core.metrics.frechet import FeatureStatistics, frechet_distance
+from edt_core.metrics.adm import AdmReference, count_images, read_adm, read_images
+from edt_core.metrics.compute import available_metrics, compute_metrics
+from edt_core.metrics.frechet import frechet_distance
 from edt_core.metrics.inception_score import InceptionScore, inception_score
 from edt_core.metrics.kernel import kernel_distance
 from edt_core.metrics.manifold import PrecisionRecall, precision_recall
+from edt_core.metrics.names import FEATURE_METRICS, METRICS, in_order, metric_name, space_metrics
+from edt_core.metrics.sample_size import UNBIASED_FROM, bias_warning, rank_warning
+from edt_core.metrics.sets import FeatureSet
+from edt_core.metrics.statistics import FeatureStatistics, Gaussian
 
 __all__ = [
+    "BIASED_BELOW",
+    "FEATURE_METRICS",
     "METRICS",
+    "UNBIASED_FROM",
+    "AdmReference",
+    "FeatureSet",
     "FeatureStatistics",
+    "Gaussian",
     "InceptionScore",
     "PrecisionRecall",
+    "available_metrics",
+    "bias_warning",
     "compute_metrics",
+    "count_images",
     "frechet_distance",
+    "in_order",
     "inception_score",
     "kernel_distance",
     "metric_name",
     "precision_recall",
+    "rank_warning",
+    "read_adm",
+    "read_images",
+    "space_metrics",
 ]

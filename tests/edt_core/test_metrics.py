@@ -8,13 +8,17 @@ import pytest
 from numpy.typing import NDArray
 
 from edt_core.metrics import (
+    FEATURE_METRICS,
+    METRICS,
     FeatureStatistics,
+    Gaussian,
     compute_metrics,
     frechet_distance,
     inception_score,
     kernel_distance,
     metric_name,
     precision_recall,
+    space_metrics,
 )
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
@@ -76,6 +80,19 @@ def test_frechet_distance_of_diagonal_gaussians_is_known() -> None:
     assert frechet(np.zeros((4, 2)), np.zeros((4, 2))) == 0
 
 
+@pytest.mark.parametrize("weakest", [1.0, 1e-6, 1e-12, 1e-15, 0.0])
+def test_frechet_distance_of_nearly_flat_gaussians_is_known(weakest: float) -> None:
+    """A covariance C against 4 C is tr(C) apart, however close to a null space C comes, and whichever is factored."""
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((32, 32)))[0]
+    covariance = axes * np.geomspace(1.0, weakest or 1e-3, 32) @ axes.T
+    if weakest == 0.0:
+        covariance = axes[:, :10] @ axes[:, :10].T
+    narrow, wide = Gaussian(np.zeros(32), covariance), Gaussian(np.zeros(32), 4.0 * covariance)
+    assert frechet_distance(narrow, wide) == pytest.approx(np.trace(covariance), rel=1e-6)
+    assert frechet_distance(wide, narrow) == pytest.approx(np.trace(covariance), rel=1e-6)
+
+
 def test_kernel_distance_is_the_mean_over_all_pairs() -> None:
     x, y = GENERATED[:7, :5], REFERENCE[:6, :5]
 
@@ -104,6 +121,31 @@ def test_mode_collapse_keeps_precision_and_loses_recall() -> None:
     assert precision_recall(collapsed, collapsed) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("block_size", [7, 64])
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["normal", "lattice", "repeated"])
+def test_precision_and_recall_are_those_of_all_distances(kind: str, k: int, block_size: int) -> None:
+    """Against the definition, with a difference a pair; on the lattice distances are exact and most of them ties."""
+    rng = np.random.default_rng(k)
+    if kind == "lattice":
+        x, y = rng.integers(0, 4, (60, 3)).astype(np.float64), rng.integers(1, 5, (45, 3)).astype(np.float64)
+    else:
+        x, y = rng.standard_normal((60, 5)), 1.5 * rng.standard_normal((45, 5)) + 0.5
+    if kind == "repeated":
+        x[20:40], y[:10] = x[:20], x[:10]
+
+    def distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        return ((a[:, None] - b) ** 2).sum(axis=2)
+
+    def share(queries: NDArray[np.float64], centres: NDArray[np.float64]) -> float:
+        within = distances(centres, centres)
+        np.fill_diagonal(within, np.inf)
+        radii = np.sort(within, axis=1)[:, k - 1]
+        return float((distances(queries, centres) <= radii).any(axis=1).mean())
+
+    assert precision_recall(x, y, k=k, block_size=block_size) == (share(x, y), share(y, x))
+
+
 def test_inception_score_of_known_cases() -> None:
     assert inception_score(np.tile(np.eye(10), (4, 1))) == pytest.approx((10.0, 0.0))
     assert inception_score(np.full((40, 10), 0.1)) == pytest.approx((1.0, 0.0))
@@ -119,9 +161,11 @@ def test_inception_score_leaves_no_small_split() -> None:
 
 def test_names_say_the_feature_space() -> None:
     metrics = compute_metrics(GENERATED, REFERENCE, ("recall", "kid", "fid"), space="classifier")
-    assert list(metrics) == ["recall", "kid_classifier", "fd_classifier"]
+    assert list(metrics) == ["recall_classifier", "kid_classifier", "fd_classifier"]
     assert metric_name("fid", "dinov2") == "fd_dinov2"
-    assert metric_name("fid", "inception_spatial") == "sfid"
+    assert [metric_name(metric, "inception") for metric in METRICS] == list(METRICS)
+    assert space_metrics("inception") == METRICS
+    assert space_metrics("dinov2") == FEATURE_METRICS
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -156,7 +200,7 @@ def test_features_that_do_not_fit_are_refused(
 
 
 def test_too_few_samples_for_each_metric_are_refused() -> None:
-    assert compute_metrics(GENERATED[:3], REFERENCE, ("fid", "kid"))  # k does not matter here
+    assert compute_metrics(GENERATED[:3], REFERENCE, ("kid",))  # k does not matter here
     with pytest.raises(ValueError, match="at least 2"):
         compute_metrics(GENERATED[:1], REFERENCE, ("fid",))
     with pytest.raises(ValueError, match="at least 6"):
@@ -168,7 +212,7 @@ def test_too_few_samples_for_each_metric_are_refused() -> None:
 
 
 def test_unknown_metrics_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown metrics \['fdd'\]"):
+    with pytest.raises(ValueError, match="unknown metric 'fdd'"):
         compute_metrics(GENERATED, REFERENCE, ("fid", "fdd"))
 
 

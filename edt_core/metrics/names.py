@@ -1,0 +1,58 @@
+"""The metrics, and the names under which they are reported.
+
+A name says what was computed and in which feature space: in Inception's they are the field's own (fid, kid), in any
+other they carry the space (fd_dinov2, kid_dinov2, precision_classifier), for values of two spaces are not comparable.
+"""
+
+from collections.abc import Iterable
+
+from edt_core.errors import UserError
+
+METRICS = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
+FEATURE_METRICS = ("fid", "kid", "precision", "recall")  # those that features alone give, in any space
+INCEPTION = "inception"
+
+
+def space_metrics(space: str) -> tuple[str, ...]:
+    """The metrics that exist in a space, of `METRICS`.
+
+    Only Inception's probabilities make an inception score, only its spatial layer an sFID.
+    """
+    return METRICS if space == INCEPTION else FEATURE_METRICS
+
+
+def metric_name(metric: str, space: str) -> str:
+    """The name under which a metric in a feature space is reported.
+
+    Raises UserError for an unknown metric, and for one that does not exist in the space.
+    """
+    check_metric(metric, space)
+    if space == INCEPTION:
+        return metric
+    return f"{'fd' if metric == 'fid' else metric}_{space}"
+
+
+def check_metric(metric: str, space: str) -> None:
+    """Raises UserError for an unknown metric, and for one that does not exist in the space."""
+    if metric not in METRICS:
+        raise UserError(f"unknown metric {metric!r}. Choose from {list(METRICS)}.")
+    if metric not in space_metrics(space):
+        raise UserError(
+            f"{metric} is made of the Inception network's outputs, the space {space!r} has none. "
+            f"Choose from {list(space_metrics(space))}, or evaluate in the space {INCEPTION!r}."
+        )
+
+
+def is_frechet(name: str) -> bool:
+    """Whether a reported name is that of a Fréchet distance, not of its spread."""
+    return name in ("fid", "sfid") or (name.startswith("fd_") and not name.endswith("_std"))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Reported names in the order of `METRICS`, each distance first in its space; others come last, by name."""
+
+    def place(name: str) -> tuple[int, str]:
+        found = [rank for rank, metric in enumerate(METRICS) if name.startswith(metric)]
+        return (0 if is_frechet(name) and name != "sfid" else found[0] if found else len(METRICS), name)
+
+    return sorted(names, key=place)

@@ -48,9 +48,13 @@ TRAIN_STATE = "state.json"
 MODEL_CONFIG = "model_config.json"
 HISTORY_NAME = "history.jsonl"
 
-# Feature units: safetensors with `features` float32 [n, D], `probabilities` float32 [n, K], `labels` int64 [n],
-# `indices` int64 [n] and, for the first samples only, `images` uint8 [m, H, W, 3].
+# Feature units: safetensors with `indices`, `seeds` and `labels` int64 [n]; for each space `<space>.features` float32
+# [n, D] and, where its network has them, `<space>.spatial` float32 [n, D'] and `<space>.probabilities` float32 [n, K];
+# for the first samples of a repeat, or all, `images` uint8 [m, S, S, 3].
 FEATURE_UNIT = "unit-{:05d}.safetensors"
+# Reference: safetensors with, for `<space>` and `inception.spatial`, `.mean` [D], `.covariance` [D, D] float64 and
+# `.count` int64 [1] (0 where it is not known), and `<space>.features` float32 [m, D] of images at even distances.
+REFERENCE_NAME = "reference.safetensors"
 METRICS_NAME = "metrics.json"
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.png"

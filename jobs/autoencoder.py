@@ -17,7 +17,7 @@ from jobs.cluster import device_name, require, use_threads
 from jobs.verb import Verb, alone_in, made_before
 
 FOLDER = "autoencoder"
-_MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
+MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 IMAGE_SHARDS = IMAGE_SHARD.replace("{:05d}", "*")
 
 
@@ -64,7 +64,7 @@ def published_source(config: AutoencoderConfig, tracking_uri: str | None = None)
     location = config.pretrained
     if location is None:
         return None
-    if location.startswith(_MLFLOW):
+    if location.startswith(MLFLOW_SCHEMES):
         import mlflow
 
         if tracking_uri is not None:
@@ -121,7 +121,7 @@ def _take_published(config: AutoencoderConfig, published: Source | None, out: Ar
 
     assert config.pretrained is not None
     assert published is not None
-    exact = published.fingerprint if config.pretrained.startswith(_MLFLOW) else config.pretrained
+    exact = published.fingerprint if config.pretrained.startswith(MLFLOW_SCHEMES) else config.pretrained
     model = load_autoencoder(resolve(exact))
     facts = autoencoder_facts(model)
     stated = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}
@@ -136,7 +136,7 @@ def _take_published(config: AutoencoderConfig, published: Source | None, out: Ar
 
 def resolve(location: str) -> str:
     """A local folder for an MLflow URI; hub ids and local folders stay as they are."""
-    if not location.startswith(_MLFLOW):
+    if not location.startswith(MLFLOW_SCHEMES):
         return location
     import mlflow
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -138,25 +139,28 @@ class _Holder:
     def __init__(self, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.make, self.arguments = make, arguments
         self.worker: Any = None
+        self._making = threading.Lock()
 
     def ready(self) -> None:
         """Answers once the actor has its place on the cluster."""
 
     def work(self, item: Any) -> Any:
-        if self.worker is None:
-            self.worker = self.make(*self.arguments)
+        with self._making:  # of several items at once the first loads, and the others wait for it
+            if self.worker is None:
+                self.worker = self.make(*self.arguments)
         return self.worker.work(item)
 
 
 def pooled(
-    make: Callable[..., Any], size: int, items: Sequence[Any], *arguments: Any, **options: Any
+    make: Callable[..., Any], size: int, items: Sequence[Any], *arguments: Any, depth: int = 1, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (item, `make(*arguments).work(item)`) as they finish, from up to `size` actors that load once.
 
     An item goes to an actor that has its place and is idle, so one placed actor is enough to finish: pools that share
-    a full cluster do not wait for each other. A lost actor is started again and its item done again.
+    a full cluster do not wait for each other. A lost actor is started again and its items done again. With a `depth`
+    above 1 an actor has that many items at once, each in a thread: their stages overlap.
     """
-    options = {"max_restarts": MAX_RETRIES, "max_task_retries": MAX_RETRIES, **options}
+    options = {"max_restarts": MAX_RETRIES, "max_task_retries": MAX_RETRIES, "max_concurrency": depth, **options}
     actors: list[Any] = [
         ray.remote(_Holder).options(**options).remote(make, arguments) for _ in range(min(size, len(items)))
     ]
@@ -167,8 +171,11 @@ def pooled(
         while queue or working:
             (ref,), _ = ray.wait([*working, *(placing if queue else ())], num_returns=1)
             result = ray.get(ref)
-            item, actor = working.pop(ref) if ref in working else (None, placing.pop(ref))
-            if queue:
+            if ref in working:
+                room, (item, actor) = 1, working.pop(ref)
+            else:
+                room, item, actor = depth, None, placing.pop(ref)
+            for _ in range(min(room, len(queue))):
                 following = queue.popleft()
                 working[actor.work.remote(following)] = (following, actor)
             if item is not None:

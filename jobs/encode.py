@@ -81,7 +81,12 @@ class Encoder:
             raise UserError(
                 f"{source.path} holds {len(latents)} images, its manifest says {source.rows}; preprocess again"
             )
-        return {"rows": len(latents), **_sums(latents), "error": self._precision_error(source) if shard == 0 else None}
+        return {
+            "rows": len(latents),
+            **_sums(latents),
+            "labels": np.bincount(latents.labels, minlength=self.images.counts["classes"]),
+            "error": self._precision_error(source) if shard == 0 else None,
+        }
 
     def _posteriors(self, shard: int, source: FileEntry) -> Iterator[tuple[Any, ...]]:
         """(keys, labels int64 [n], posterior float32 [n, 2, 2, C, h, h]) of a shard, batch by batch."""
@@ -156,7 +161,7 @@ def encode(
         )
     require("encode", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
     shards = range(len(images.entries(IMAGE_SHARDS)))
-    resources = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     work = pooled(Encoder, config.num_workers, shards, config, dict(inputs), out, progress, **resources)
     parts: dict[int, dict[str, Any]] = {}
     for shard, part in work:
@@ -178,6 +183,7 @@ def encode(
     return {
         "images": rows,
         "classes": images.counts["classes"],
+        "class_counts": sum(part["labels"] for part in parts.values()).tolist(),
         "image_size": size,
         "latent_shape": [source.counts["latent_channels"], side, side],
         "scaling_factor": source.counts["scaling_factor"],

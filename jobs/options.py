@@ -38,7 +38,17 @@ def _value(schema: type[Section], name: str, text: str) -> Any:
     """Text fields take the option as it is: read as YAML, 010 would be 8, and a path would end at ` #`."""
     if schema.model_fields[name].annotation in (str, str | None, tuple[str, ...]) and text != "null":
         return text
-    return parse_assignment(f"{name}={text}")[1]
+    value = parse_assignment(f"{name}={text}")[1]
+    return yaml.safe_load(f"[{text}]") if _is_bare_list(schema.model_fields[name].annotation, value) else value
+
+
+def _is_bare_list(annotation: Any, value: Any) -> bool:
+    """Whether an option, as `7,10` or `fid`, is the items of a list without its brackets."""
+    kinds = get_args(annotation) or (annotation,)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    listed = any(get_origin(kind) is tuple for kind in (annotation, *kinds))
+    plain = any(isinstance(kind, type) and isinstance(value, kind) for kind in kinds if get_origin(kind) is None)
+    return listed and not isinstance(value, list) and not plain and value is not None and value not in words
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

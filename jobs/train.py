@@ -76,6 +76,7 @@ def train(
         "model": config.model,
         "steps": kept[-1],
         "autoencoder_digest": latents.counts["autoencoder_digest"],
+        "class_counts": latents.counts.get("class_counts"),  # what the label policy "prior" draws from
         "parameters": count_parameters(model),
         "macs": count_macs(model),
         "checkpoints": [checkpoint_name(step) for step in kept],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edt_core.artifact import Artifact, ArtifactWriter, ManifestError, Source, fingerprint
-from edt_core.config import Section, SourceConfig, result_fields
+from edt_core.config import PUBLISHED_SPACES, Section, SourceConfig, result_fields
 from edt_core.errors import Stopped, UserError
 from edt_core.progress import Progress, Silent
 from edt_core.schema import MANIFEST_NAME
@@ -29,7 +29,8 @@ class Verb:
 
     `accept(config, counts)` raises UserError for an artifact, made before, that the configuration does not let pass.
     `version` goes up when the same configuration and inputs give another result: old artifacts are then not reused.
-    Inputs of the roles in `extras` may be left out: they show more of the work, and do not change what it makes.
+    Inputs of the roles in `optional` may be left out, and count where they are given. So may those in `extras`: they
+    show more of the work, and do not change what it makes.
     `plan(config, inputs)` tells what the job would do, for `--dry-run`.
     """
 
@@ -40,6 +41,7 @@ class Verb:
     run: Job
     roles: tuple[str, ...]
     accept: Callable[[Any, Mapping[str, Any]], None] = lambda config, counts: None
+    optional: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     plan: Callable[[Any, Mapping[str, Any]], str] | None = None
 
@@ -88,6 +90,8 @@ class Verb:
         for role in others:
             text = _ROLE_HELP.get(role, f"{role} artifact: a folder or URI")
             parser.add_argument(f"--{role}", required=True, help=text)
+        for role in self.optional:
+            add_role(parser, role)
         for role in self.extras:
             parser.add_argument(f"--{role}", help=f"{_ROLE_HELP[role]}; for sample grids")
         if self.plan is not None:
@@ -117,22 +121,25 @@ class Verb:
     def _run_alone(self, options: argparse.Namespace) -> Artifact:
         config, folder = self._given_config(options), Folder.at(options.out)
         check_place(folder, [getattr(options, role) for role in self.roles])
-        given = [*self.roles, *(role for role in self.extras if getattr(options, role))]
+        given = [*self.roles, *(role for role in (*self.optional, *self.extras) if getattr(options, role))]
         with Bar(self.name) as bar:
-            inputs = self._inputs(options, given, bar)
-            identity = self.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
-            with alone_in(folder):
-                if (made := made_before(folder, identity)) is not None:
-                    self.accept(config, made.counts)
-                    print(f"{self.name}: reused, nothing has changed", file=sys.stderr)
-                    return made
-                from jobs.cluster import connect
+            return self.make(config, self._inputs(options, given, bar), folder, bar)
 
-                connect(min_cpus=2)
-                out = ArtifactWriter(folder, self.kind, identity)
-                out.check_own()
-                with relayed(self.name, bar) as progress:
-                    return self.execute(config, inputs, out, progress)
+    def make(self, config: Section, inputs: Mapping[str, Input], folder: Folder, bar: Progress) -> Artifact:
+        """The artifact in a folder of its own: found there, or made now by a Ray session. Raises UserError."""
+        identity = self.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+        with alone_in(folder):
+            if (made := made_before(folder, identity)) is not None:
+                self.accept(config, made.counts)
+                print(f"{self.name}: reused, nothing has changed", file=sys.stderr)
+                return made
+            from jobs.cluster import connect
+
+            connect(min_cpus=2)
+            out = ArtifactWriter(folder, self.kind, identity)
+            out.check_own()
+            with relayed(self.name, bar) as progress:
+                return self.execute(config, inputs, out, progress)
 
 
 _ANOTHER = "already holds an artifact made from another configuration or other inputs; give an empty folder"
@@ -140,7 +147,19 @@ _OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run
 _ROLE_HELP = {
     "source": "labelled images: a folder, file or URI (s3://...)",
     "autoencoder": "autoencoder artifact, local diffusers folder, hub id, or MLflow URI (models:/NAME@ALIAS)",
+    "images": "images artifact: a folder or URI",
+    "statistics": "ADM's .npz of reference statistics, as VIRTUAL_imagenet256_labeled.npz",
+    "classifier": "classifier artifact, for fd_classifier",
+    "inception": "Inception's published weights, for fid and its kin: file, URL#sha256=..., or MLflow URI",
+    "dinov2": "DINOv2 for fd_dinov2: a transformers folder or hub id, or MLflow URI",
+    "guide": "a weaker model to guide away from (autoguidance): a checkpoint artifact",
 }
+_ROLE_OPTIONS = {"inception": "--inception-weights", "dinov2": "--dinov2-weights"}  # named as in a configuration
+
+
+def add_role(parser: Any, role: str) -> None:
+    """The option of an input that may be left out."""
+    parser.add_argument(_ROLE_OPTIONS.get(role, f"--{role}"), dest=role, metavar="INPUT", help=_ROLE_HELP[role])
 
 
 @contextmanager
@@ -225,10 +244,25 @@ def open_input(role: str, location: str, out: Folder, options: argparse.Namespac
         from jobs.autoencoder import published_artifact
 
         return published_artifact(location, out.child(".autoencoder"))
+    if role in PUBLISHED_SPACES:
+        from jobs.extractors import extractor_source
+
+        return extractor_source(role, *split_digest(location))
+    if role == "statistics":
+        from jobs.reference import statistics_source
+
+        return statistics_source(location)
     artifact = Artifact.open(location)
-    if artifact.manifest.kind != role:  # a role is named after the kind of artifact that fills it
-        raise UserError(f"{location} holds {artifact.manifest.kind}, and {role} are needed here")
+    kind = "checkpoint" if role == "guide" else role  # else a role is named after the kind of artifact that fills it
+    if artifact.manifest.kind != kind:
+        raise UserError(f"{location} holds {artifact.manifest.kind}, and {kind} is what is needed here")
     return artifact
+
+
+def split_digest(location: str) -> tuple[str, str | None]:
+    """`LOCATION#sha256=HEX` in its two parts; None where no digest is stated."""
+    place, separator, digest = location.partition("#sha256=")
+    return (place, digest) if separator else (location, None)
 
 
 def image_source(config: SourceConfig, progress: Progress | None = None) -> Source:

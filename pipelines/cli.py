@@ -92,8 +92,24 @@ def train(context: typer.Context) -> None:
 
 
 @app.command(**_VERB)  # type: ignore[arg-type]
+def evaluate(context: typer.Context) -> None:
+    """Sample from any model and measure it: MODEL OUT --images IMAGES --inception-weights FILE."""
+    from jobs.evaluation import main
+
+    main(context.args, "edt evaluate")
+
+
+@app.command(**_VERB)  # type: ignore[arg-type]
+def export(context: typer.Context) -> None:
+    """Write kept samples for other people's tools: FEATURES TARGET --format png|npz|webdataset."""
+    from jobs.export import main
+
+    main(context.args, "edt export")
+
+
+@app.command(**_VERB)  # type: ignore[arg-type]
 def bench(context: typer.Context) -> None:
-    """Measure this machine: data, encode or train, each figure beside a plain baseline."""
+    """Measure this machine: data, encode, train or eval, each figure beside a plain baseline."""
     from jobs.benchmark.command import main
 
     main(context.args, "edt bench")
@@ -123,6 +139,7 @@ def verify(
 
 def show_outcome(outcome: "Outcome", terminal: Any) -> None:
     """The end of a run: failures, or where everything is."""
+    from edt_core.metrics import in_order
     from edt_core.schema import REPORT_NAME, SAMPLES_NAME
 
     terminal.say(
@@ -132,8 +149,12 @@ def show_outcome(outcome: "Outcome", terminal: Any) -> None:
     for name, decision in outcome.decisions.items():
         before, after = outcome.metrics[name]
         terminal.say(f"\n{name} version {decision.version}  {decision}", "bold")
-        for metric, value in after.items():
-            terminal.say(f"  {metric:<20} {value:>10.4g}   untrained {before[metric]:.4g}")
+        for metric in in_order(after):
+            value = after[metric]
+            if metric.endswith("_std") and metric.removesuffix("_std") in after:
+                continue
+            spread = f" ± {after[f'{metric}_std']:.2g}" if f"{metric}_std" in after else ""
+            terminal.say(f"  {metric:<20} {value:>10.4g}{spread}   untrained {before[metric]:.4g}")
     for report in outcome.reports.values():
         terminal.say(f"\nsamples   {report.path(SAMPLES_NAME)}")
         terminal.say(f"report    {report.path(REPORT_NAME)}")

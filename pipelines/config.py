@@ -13,6 +13,8 @@ from edt_core.config import (
     ClassifierConfig,
     EncodeConfig,
     EvaluateConfig,
+    ExtractorConfig,
+    ExtractorName,
     PreprocessConfig,
     ReferenceConfig,
     SampleConfig,
@@ -22,7 +24,7 @@ from edt_core.config import (
     runtime,
 )
 from edt_core.errors import UserError
-from edt_core.metrics import metric_name
+from edt_core.metrics import metric_name, space_metrics
 from edt_core.models import ModelConfig, model_config
 from jobs.options import parse_assignment, read_yaml, validated
 
@@ -46,8 +48,16 @@ class PipelineConfig(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     encode: EncodeConfig = EncodeConfig()
+    extractors: tuple[ExtractorName, ...] = Field(
+        ("classifier",), min_length=1, description="feature spaces in which samples and real images are compared"
+    )
     classifier: ClassifierConfig = ClassifierConfig()
+    inception: ExtractorConfig = ExtractorConfig()
+    dinov2: ExtractorConfig = ExtractorConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    reference_statistics: str | None = runtime(
+        None, description="ADM's .npz of Inception statistics (VIRTUAL_imagenet256_labeled.npz), in place of the images"
+    )
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -70,6 +80,11 @@ class PipelineConfig(Section):
                     f"sample.num_sampling_steps {sample.num_sampling_steps} is more than the {train.num_timesteps} "
                     f"timesteps that {name} is trained with; use at most that"
                 )
+        if self.reference_statistics is not None and self.extractors != ("inception",):
+            raise ValueError(
+                f"reference_statistics are of Inception features, and extractors are {list(self.extractors)}; set "
+                "extractors to [inception], or compare with the images (reference_statistics: null)"
+            )
         if (sample.guidance_channels or 1) > channels:
             raise ValueError(
                 f"sample.guidance_channels {sample.guidance_channels} is more than the {channels} latent channels; "
@@ -89,11 +104,17 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _the_deciding_metric_is_measured(self) -> "PipelineConfig":
-        measured = [metric_name(metric, "classifier") for metric in self.evaluate.metrics] + ["accuracy_classifier"]
+        measured = [
+            metric_name(metric, space)
+            for space in self.extractors
+            for metric in space_metrics(space)
+            if self.evaluate.metrics is None or metric in self.evaluate.metrics
+        ]
+        measured += ["accuracy_classifier"] if "classifier" in self.extractors else []
         if self.promote.metric not in measured:
             raise ValueError(
                 f"promote.metric {self.promote.metric!r} is not among what is measured: {', '.join(measured)}; "
-                "choose one of these, or add it to evaluate.metrics"
+                "choose one of these, or add it to evaluate.metrics and its space to extractors"
             )
         return self
 
@@ -117,7 +138,7 @@ class PipelineConfig(Section):
     def workers(self) -> int:
         """CPU workers that the largest stage wants at once."""
         train_workers = [self.train_of(name).worker_range[1] for name in self.models]
-        return max(*train_workers, self.sample.num_workers, self.encode.num_workers)
+        return max(*train_workers, self.sample.num_workers, self.encode.num_workers, self.reference.num_workers)
 
 
 def config_names() -> list[str]:

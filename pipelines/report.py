@@ -49,6 +49,7 @@ class ReportData:
     lineage: Sequence[LineageRow]
     config_yaml: str
     environment: Mapping[str, str]
+    protocol_differences: Sequence[str] = ()  # in which the untrained model was measured by another protocol
 
 
 def render_report(data: ReportData) -> str:
@@ -129,7 +130,10 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric, untrained and trained. verdict: better, worse, same, or "" where nothing can be said."""
+    """One metric, untrained and trained. verdict: better, worse, same, or "" where nothing can be said.
+
+    spread: standard deviation of `after`, None where there is none.
+    """
 
     name: str
     meaning: str
@@ -138,6 +142,7 @@ class MetricRow:
     after: float | None
     change: str
     verdict: str
+    spread: float | None = None
 
 
 # prefix of the name -> (what it measures, whether lower is better)
@@ -157,10 +162,13 @@ def compare_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> 
     """A row for every metric of `after`, then for those of `before` alone, each with its factor of change."""
     rows = []
     for name in dict.fromkeys((*after, *before)):
+        if name.endswith("_std") and name.removesuffix("_std") in after:
+            continue
         known = next((entry for entry in _METRIC_MEANINGS if name.startswith(entry[0])), None)
         meaning, lower = known[1:] if known else ("", None)
         change, verdict = _change(before.get(name), after.get(name), lower)
-        rows.append(MetricRow(name, meaning, lower, before.get(name), after.get(name), change, verdict))
+        spread = after.get(f"{name}_std")
+        rows.append(MetricRow(name, meaning, lower, before.get(name), after.get(name), change, verdict, spread))
     return rows
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import Section
 from edt_core.progress import Progress
+from edt_core.protocol import protocol_differences
 from edt_core.schema import CLASSES_NAME, REPORT_NAME, SAMPLES_NAME
 from jobs.autoencoder import IMAGE_SHARDS
 from jobs.sample import load_units
@@ -54,8 +55,9 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         "steps": checkpoint.counts["steps"],
         "image_size": inputs["images"].counts["image_size"],
         "images": inputs["images"].counts["images"],
-        "classifier_holdout_accuracy": inputs["classifier"].counts["holdout_accuracy"],
     }
+    if "classifier" in inputs:
+        facts["classifier_holdout_accuracy"] = inputs["classifier"].counts["holdout_accuracy"]
     return ReportData(
         title=config.title,
         config_name=config.pipeline,
@@ -75,6 +77,9 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         lineage=[_row(role, config, inputs[role]) for role in config.lineage],
         config_yaml=config.config_yaml,
         environment=checkpoint.manifest.environment,
+        protocol_differences=protocol_differences(
+            inputs["untrained_evaluation"].counts["protocol"], evaluation.counts["protocol"]
+        ),
     )
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edt_core.artifact import Artifact, Source
-from edt_core.config import SourceConfig, TrainConfig
+from edt_core.config import PUBLISHED_SPACES, SourceConfig, TrainConfig
 from edt_core.errors import Stopped
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.extractors import extractor_source
 from jobs.verb import image_source
 from pipelines import summary
 from pipelines.artifacts import Store
@@ -60,36 +61,61 @@ def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal) -> S
     return image_source(config, terminal.source_progress())
 
 
+@dataclass(frozen=True)
+class Published:
+    """What a pipeline takes from elsewhere beside the images: each by what it holds at this moment."""
+
+    autoencoder: Source | None = None
+    extractors: Mapping[str, Source] = field(default_factory=dict)
+    statistics: Source | None = None
+
+    @classmethod
+    def of(cls, config: PipelineConfig, tracking_uri: str) -> "Published":
+        """What the configuration names. Raises UserError for what is not there, with where people get it."""
+        spaces = {space: getattr(config, space) for space in PUBLISHED_SPACES if space in config.extractors}
+        statistics = config.reference_statistics
+        return cls(
+            autoencoder.published_source(config.autoencoder, tracking_uri),
+            {space: extractor_source(space, s.weights, s.sha256, tracking_uri) for space, s in spaces.items()},
+            None if statistics is None else reference.statistics_source(statistics),
+        )
+
+
 def images_fingerprint(config: PipelineConfig, source: Source) -> str:
     """Identity of the image shards, on which everything else rests."""
     return preprocess.VERB.fingerprint(config.preprocess, {"source": source.fingerprint})
 
 
 def call_steps(
-    workflow: Workflow, config: PipelineConfig, source: Source, published: Source | None = None
+    workflow: Workflow, config: PipelineConfig, source: Source, published: "Published | None" = None
 ) -> list[Branch]:
     """Call every step up to the evaluations. Nothing here waits: branches run side by side where there is room."""
-    step = workflow.step
+    step, published = workflow.step, published or Published()
     images = step("preprocess", preprocess.VERB, config.preprocess, source=source)
     if config.autoencoder.pretrained is None:
         vae = step("autoencoder", autoencoder.VERB, config.autoencoder, images=images)
     else:
-        assert published is not None
-        vae = step("autoencoder", autoencoder.VERB, config.autoencoder.published(), published=published)
+        assert published.autoencoder is not None
+        vae = step("autoencoder", autoencoder.VERB, config.autoencoder.published(), published=published.autoencoder)
     latents = step("encode", encode.VERB, config.encode, images=images, autoencoder=vae)
-    judge = step("classifier", classifier.VERB, config.classifier, images=images)
-    real = step("reference", reference.VERB, config.reference, images=images, classifier=judge)
-    shared = {
-        "images": images,
-        "autoencoder": vae,
-        "latents": latents,
-        "classifier": judge,
-        "reference": real,
-    }
-    return [_call_branch(workflow, config, name, shared) for name in config.models]
+    judges: dict[str, StepFuture | Source] = {**published.extractors}
+    shared = {"images": images, "autoencoder": vae, "latents": latents}
+    if "classifier" in config.extractors:
+        judges["classifier"] = shared["classifier"] = step(
+            "classifier", classifier.VERB, config.classifier, images=images
+        )
+    real = {"images": published.statistics or images, **judges}
+    shared["reference"] = step("reference", reference.VERB, config.reference, **real)
+    return [_call_branch(workflow, config, name, shared, judges) for name in config.models]
 
 
-def _call_branch(workflow: Workflow, config: PipelineConfig, name: str, shared: Mapping[str, StepFuture]) -> Branch:
+def _call_branch(
+    workflow: Workflow,
+    config: PipelineConfig,
+    name: str,
+    shared: Mapping[str, StepFuture],
+    judges: Mapping[str, StepFuture | Source],
+) -> Branch:
     """Train, sample and evaluate one model, and the untrained model of the same seed beside it."""
     trained = config.train_of(name)
     # Only what shapes the initial weights and the chain: another learning rate has the same untrained model.
@@ -107,7 +133,7 @@ def _call_branch(workflow: Workflow, config: PipelineConfig, name: str, shared: 
             config.sample,
             checkpoint=checkpoint,
             autoencoder=shared["autoencoder"],
-            classifier=shared["classifier"],
+            **judges,
         )
         evaluation = workflow.step(
             f"{label}evaluate {name}",
@@ -139,7 +165,7 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
         if store.find(preprocess.VERB.kind, images_fingerprint(config, source)) is None:
             connect(address, min_cpus=config.workers)
         catalog = opened.result()
-    published = autoencoder.published_source(config.autoencoder, catalog.tracking_uri)
+    published = Published.of(config, catalog.tracking_uri)
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, "edt.source": source.fingerprint})
     outcome = Outcome(run_id, catalog.tracking_uri)
     workflow = Workflow(store, catalog, run_id, terminal, connect=lambda: connect(address, min_cpus=config.workers))

@@ -1,4 +1,4 @@
-"""Kills, a full disk and double starts in preprocess and encode: identical shards, and only what is missing is redone.
+"""Kills, a full disk and double starts in preprocess, encode and sample: identical files, and only the rest is redone.
 
 The figures of the big run (20 moments each) are in docs/benchmarks.md; the suite itself takes a few of the moments.
 """
@@ -21,15 +21,16 @@ import pytest
 
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.autoencoder import build_autoencoder
-from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, Section, SourceConfig
+from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, SampleConfig, Section, SourceConfig
 from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.storage import Folder
-from jobs import encode, preprocess
+from jobs import encode, preprocess, sample
 from jobs.autoencoder import published_artifact
 from jobs.cluster import cause_of
 from jobs.verb import Input, Verb, image_source
 from tests.conftest import small_tmpfs
+from tests.jobs.models import classifier_artifact, made_model, opened
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -83,10 +84,26 @@ def steps(photos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: N
     command = ("jobs.encode", str(root / "images"), "{out}", "--autoencoder", str(root / "autoencoder"))
     second = Step(encode.VERB, EncodeConfig(), {"images": images, "autoencoder": vae}, command)
     digests = (images.manifest.digest, second.run(root / "latents").manifest.digest)
+    third = sample_step(root / "sample")
+    digests = (*digests, third.run(root / "features").manifest.digest)
     return {
         step.verb.name: Step(step.verb, step.config, step.inputs, step.command, digest)
-        for step, digest in zip((first, second), digests, strict=True)
+        for step, digest in zip((first, second, third), digests, strict=True)
     }
+
+
+def sample_step(root: Path) -> Step:
+    """40 samples in units of 4, with features."""
+    model = opened(root, made_model(image_size=64, factor=8), factor=8)
+    judge = classifier_artifact(root / "classifier")
+    assert model.autoencoder is not None
+    inputs = {"checkpoint": model.checkpoint, "autoencoder": model.autoencoder, "classifier": judge}
+    config = SampleConfig(num_samples=40, unit_size=4, num_sampling_steps=40, num_workers=2)
+    given = [f"--{role}={inputs[role].folder.uri}" for role in ("autoencoder", "classifier")]
+    fields = ("num_samples", "unit_size", "num_sampling_steps", "num_workers")
+    options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in fields]
+    command = ("jobs.sample", model.checkpoint.folder.uri, "{out}", *given, *options)
+    return Step(sample.VERB, config, inputs, command)
 
 
 @contextmanager
@@ -118,12 +135,12 @@ def killing_a_worker(after_s: float) -> Iterator[list[int]]:
 def busy_workers() -> list[int]:
     """Processes of this user's Ray session that work on a shard at this moment."""
     found = []
-    for status in Path("/proc").glob("[0-9]*/comm"):
+    for status in Path("/proc").glob("[0-9]*/cmdline"):  # `comm` is the main thread's, and an actor may have others
         try:
             name = status.read_text()
         except OSError:
             continue
-        if name.startswith(("ray::_shard_tas", "ray::_Holder.wo")):
+        if name.startswith(("ray::_shard_task", "ray::_Holder.work")):
             found.append(int(status.parent.name))
     return sorted(found)
 
@@ -131,7 +148,8 @@ def busy_workers() -> list[int]:
 def inodes(out: Path) -> dict[str, int]:
     """The shards that a killed attempt finished, by the inode that shows whether they are written again."""
     names = (path.name.removesuffix(".json") for path in (out / ".journal").glob("*.json"))
-    return {name: (out / name).stat().st_ino for name in names if name.endswith((".tar", ".arrow"))}
+    shards = [name for name in names if name.endswith((".tar", ".arrow", ".safetensors"))]
+    return {name: (out / name).stat().st_ino for name in shards if (out / name).exists()}  # the journal comes first
 
 
 def assert_whole(artifact: Artifact, step: Step) -> None:
@@ -174,26 +192,26 @@ def wait_for(ready: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("verb", ["preprocess", "encode"])
+@pytest.mark.parametrize("verb", ["preprocess", "encode", "sample"])
 def test_a_killed_worker_loses_nothing(verb: str, steps: dict[str, Step], tmp_path: Path) -> None:
     kill_workers(steps[verb], tmp_path, FEW)
 
 
-@pytest.mark.parametrize("verb", ["preprocess", "encode"])
+@pytest.mark.parametrize("verb", ["preprocess", "encode", "sample"])
 def test_a_killed_driver_is_gone_on_from(verb: str, steps: dict[str, Step], tmp_path: Path) -> None:
     kill_drivers(steps[verb], tmp_path, FEW)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("verb", ["preprocess", "encode"])
+@pytest.mark.parametrize("verb", ["preprocess", "encode", "sample"])
 def test_workers_killed_at_twenty_moments(verb: str, steps: dict[str, Step], tmp_path: Path) -> None:
     kill_workers(steps[verb], tmp_path, MANY)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("verb", ["preprocess", "encode"])
+@pytest.mark.parametrize("verb", ["preprocess", "encode", "sample"])
 def test_drivers_killed_at_twenty_moments(verb: str, steps: dict[str, Step], tmp_path: Path) -> None:
     kill_drivers(steps[verb], tmp_path, MANY)
 

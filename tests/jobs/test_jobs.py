@@ -167,7 +167,7 @@ def test_no_steps_is_the_untrained_model(chain: dict[str, Artifact], tmp_path: P
     assert untrained.path("history.jsonl").read_bytes() == b""
 
 
-SAMPLE = SampleConfig(num_samples=22, num_sampling_steps=3, cfg_scale=1.5, unit_size=8, keep_images=10, num_workers=1)
+SAMPLE = SampleConfig(num_samples=22, num_sampling_steps=3, cfg_scale=1.5, unit_size=3, keep_images=10, num_workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -182,25 +182,43 @@ def models(chain: dict[str, Artifact]) -> dict[str, Artifact]:
 def test_features_do_not_hang_on_the_number_of_workers(
     chain: dict[str, Artifact], trained: Artifact, features: Artifact, tmp_path: Path
 ) -> None:
-    two = SAMPLE.model_copy(update={"num_workers": 2})
-    again = execute(sample.VERB, two, tmp_path, checkpoint=trained, **models(chain))
+    """Nor on the order of units: seven workers finish them as they come."""
+    seven = SAMPLE.model_copy(update={"num_workers": 7, "num_cpus_per_worker": 0})
+    again = execute(sample.VERB, seven, tmp_path, checkpoint=trained, **models(chain))
+    assert len(again.manifest.files) == 8
     assert again.fingerprint == features.fingerprint
     assert again.manifest.digest == features.manifest.digest
 
 
 def test_units_join_to_every_sample_once(features: Artifact) -> None:
     joined = sample.load_units(features)
-    assert joined["features"].shape == (22, 8)
+    assert joined["classifier.features"].shape == (22, 8)
     assert joined["labels"].tolist() == [i % 4 for i in range(22)]
     assert joined["images"].shape == (10, 32, 32, 3)
 
 
-def test_a_missing_or_doubled_unit_is_refused(features: Artifact) -> None:
-    files = features.manifest.files
-    for wrong in (files[:-1], (*files, files[0])):
-        broken = Artifact(features.folder, replace(features.manifest, files=wrong))
-        with pytest.raises(UserError, match=r"once each and in order"):
+def test_missing_doubled_and_shuffled_units_are_refused(features: Artifact, tmp_path: Path) -> None:
+    """Also where the manifest agrees with what is there."""
+    names = [entry.path for entry in features.manifest.files]
+    orders = {"missing": names[:-1], "doubled": [names[0], *names[:-1]], "shuffled": [names[1], names[0], *names[2:]]}
+    for case, order in orders.items():
+        out = ArtifactWriter(Folder.at(tmp_path / case), "features", features.fingerprint)
+        for name, source in zip(names, order, strict=False):
+            out.write_bytes(name, features.path(source).read_bytes())
+        broken = out.commit(features.manifest.config, {}, features.counts)
+        with pytest.raises(UserError, match=r"samples 0..21 of seed 0 once each and in order"):
             sample.load_units(broken)
+
+
+def test_a_flipped_bit_of_a_unit_is_found(features: Artifact, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(features.folder.local, copy)
+    unit = copy / "unit-00004.safetensors"
+    data = bytearray(unit.read_bytes())
+    data[-1] ^= 1
+    unit.write_bytes(data)
+    with pytest.raises(UserError, match="unit-00004"):
+        sample.load_units(Artifact.open(copy))
 
 
 def test_metrics_come_from_the_kept_features_with_their_protocol(
@@ -215,11 +233,15 @@ def test_metrics_come_from_the_kept_features_with_their_protocol(
     )
     result = execute(evaluate.VERB, EvaluateConfig(), tmp_path / "e", features=features, reference=real)
     metrics, protocol = result.counts["metrics"], result.counts["protocol"]
-    assert set(metrics) == {"fd_classifier", "kid_classifier", "precision", "recall", "accuracy_classifier"}
+    names = {"fd", "kid", "precision", "recall", "accuracy"}
+    assert set(metrics) == {f"{name}_classifier" for name in names}
     assert all(np.isfinite(value) for value in metrics.values())
     assert protocol["num_samples"] == 22
     assert protocol["reference_images"] == 32
-    other = replace(real, manifest=replace(real.manifest, inputs={"classifier": "another"}))
+    assert "22 samples" in result.counts["warnings"][0]
+    assert "kid_classifier" in result.counts["warnings"][0]
+    foreign = {**real.counts, "extractors": {"classifier": "f" * 64}}
+    other = replace(real, manifest=replace(real.manifest, counts=foreign))
     with pytest.raises(UserError, match="different extractors"):
         execute(evaluate.VERB, EvaluateConfig(), tmp_path / "x", features=features, reference=other)
 

@@ -129,7 +129,7 @@ def test_files_of_others_in_the_output_stay_as_they_are(digits_folder: Path, tmp
 def test_an_input_of_the_wrong_kind_is_named(latents_artifact: object, tmp_path: Path) -> None:
     latents = latents_artifact.folder.uri  # type: ignore[attr-defined]
     done = run_verb("encode", latents, str(tmp_path / "out"), "--autoencoder", latents)
-    assert_refused(done, "holds latents, and images are needed here")
+    assert_refused(done, "holds latents, and images is what is needed here")
 
 
 def test_text_options_are_taken_as_they_are() -> None:

@@ -29,6 +29,7 @@ MODEL = "edt-tiny-digits-32"
 SMALL = [
     "autoencoder.steps=8",
     "classifier.steps=20",
+    "classifier.feature_dim=16",  # fewer than the samples: a Fréchet distance of fewer is refused
     "train.max_steps=8",
     "train.log_every=4",
     "train.checkpoint_every=4",
@@ -82,9 +83,8 @@ def test_the_first_run_makes_every_artifact(first: Outcome, store: Path) -> None
 
 def test_what_was_made_is_told_with_metrics_before_and_after(first: Outcome) -> None:
     before, after = first.metrics[MODEL]
-    assert (
-        set(before) == set(after) == {"fd_classifier", "kid_classifier", "precision", "recall", "accuracy_classifier"}
-    )
+    names = {f"{name}_classifier" for name in ("fd", "kid", "precision", "recall", "accuracy")}
+    assert set(before) == set(after) == names
     assert not any(name in after for name in ("fid", "kid"))
     assert first.decisions[MODEL].became_champion
 
@@ -103,6 +103,35 @@ def test_a_second_run_reuses_every_artifact(first: Outcome, store: Path) -> None
     assert (second.executed, second.reused) == (0, STEPS)
     assert second.decisions == first.decisions
     assert second.reports[MODEL].manifest == first.reports[MODEL].manifest
+
+
+def test_a_registered_model_is_sampled_to_the_same_bytes(
+    first: Outcome, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By its name in the registry and by the run of its training, as the pipeline sampled it."""
+    from jobs import evaluation
+
+    artifacts = list(Store.open(str(store)).artifacts())
+    of_kind = {artifact.manifest.kind: artifact for artifact in artifacts}
+    (trained,) = (a for a in artifacts if a.manifest.kind == "checkpoint" and a.counts["steps"])
+    sampled = (a for a in artifacts if a.manifest.kind == "features")
+    (features,) = (a for a in sampled if a.manifest.inputs["checkpoint"] == trained.fingerprint)
+    given = ("num_samples", "num_sampling_steps", "unit_size", "cfg_scale")
+    fields = [f"--{name.replace('_', '-')}={features.manifest.config[name]}" for name in given]
+    judge = of_kind["classifier"].folder.uri
+    for model, source in ((f"{MODEL}@champion", ["--images", of_kind["images"].folder.uri]), (run_of(trained), [])):
+        out = tmp_path / str(len(source))
+        more = ["--tracking-uri", first.tracking_uri, "--classifier", judge]
+        evaluation.main([model, str(out), *source, *more, *fields])
+        (made,) = (out / "features").iterdir()
+        assert Artifact.open(made).manifest.digest == features.manifest.digest
+        (result,) = json.loads((out / "results.json").read_text())
+        assert result["metrics"] == first.metrics[MODEL][1]
+        assert "All measured by one protocol" in capfd.readouterr().out
+
+
+def run_of(artifact: Artifact) -> str:
+    return f"runs:/{artifact.manifest.mlflow_run_id}"
 
 
 def test_a_second_run_from_the_command_line_says_so(

@@ -1,6 +1,6 @@
-"""Training on a cluster whose nodes go, and with another number of workers after each resume: the same weights.
+"""Training and sampling on a cluster whose nodes go, and with another number of workers after each resume.
 
-What they are compared with is the same training in one process, micro-batch by micro-batch.
+What they are compared with is the same training in one process, micro-batch by micro-batch, and the same samples.
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.config import TrainConfig
+from edt_core.config import SampleConfig, TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.errors import Stopped, UserError
 from edt_core.progress import Silent
@@ -28,6 +28,7 @@ from edt_core.training.context import LocalContext
 from edt_core.training.loop import train as loop
 from jobs import train
 from jobs.cluster import cause_of, use_threads
+from tests.jobs.models import classifier_artifact, made_model, opened
 from tests.jobs.test_train_faults import WORKER, checkpoint_steps, descendants, title, wait_for
 
 pytestmark = pytest.mark.ray
@@ -203,6 +204,33 @@ def test_a_node_that_is_lost_in_mid_epoch_costs_no_step(
     wait_for(lambda: run.result.done() or (len(group_nodes()) == 1 and second_node.node_id not in group_nodes()))
     assert not run.result.done(), run.result.exception()
     assert_same(run.artifact(), undisturbed)
+
+
+def test_a_node_that_is_lost_while_sampling_costs_no_sample(cluster: Any, second_node: Any, tmp_path: Path) -> None:
+    """One worker a node; the units that the lost one had begun are made by the other."""
+    import ray
+
+    from jobs import sample
+
+    model, judge = opened(tmp_path / "model", made_model()), classifier_artifact(tmp_path / "classifier")
+    assert model.autoencoder is not None
+    inputs = {"checkpoint": model.checkpoint, "autoencoder": model.autoencoder, "classifier": judge}
+    config = SampleConfig(num_samples=36, unit_size=3, num_sampling_steps=60, num_workers=2)
+
+    def execute_in(folder: Path) -> Artifact:
+        identity = sample.VERB.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+        return sample.VERB.execute(config, inputs, ArtifactWriter(Folder.at(folder), "features", identity), Silent())
+
+    def units() -> int:
+        return len(list((tmp_path / "out").glob("unit-*.safetensors")))
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(execute_in, tmp_path / "out")
+        wait_for(lambda: result.done() or (units() >= 2 and ray.available_resources().get("CPU", 0) == 0))
+        assert not result.done(), result.exception()
+        cluster.remove_node(second_node, allow_graceful=False)
+        survived = result.result(timeout=300)
+    assert survived.manifest.digest == execute_in(tmp_path / "again").manifest.digest
 
 
 def test_before_a_node_is_taken_away_a_checkpoint_is_written(

@@ -1,0 +1,215 @@
+"""A model measured from end to end: samples, reference, metrics; once, or over a grid of sampling settings.
+
+Everything is an artifact of the folder that is given, by kind and fingerprint: what is there already is reused, and
+what was killed goes on where it was.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edt_core.artifact import Artifact, Source
+from edt_core.config import (
+    EXTRACTORS,
+    PUBLISHED_SPACES,
+    EvaluateConfig,
+    ReferenceConfig,
+    SampleConfig,
+    Section,
+)
+from edt_core.data.export import EXPORT_FORMATS
+from edt_core.errors import UserError
+from edt_core.progress import Progress
+from edt_core.storage import Folder
+from jobs import evaluate, reference, sample
+from jobs.autoencoder import published_artifact
+from jobs.export import export_features
+from jobs.extractors import extractor_source
+from jobs.models import Opened, open_model
+from jobs.options import add_fields, given_fields, validated
+from jobs.progress import Bar
+from jobs.sweep import Point, Result, grid, parse_axis, plot, results_table
+from jobs.verb import Verb, add_role, exit_code, open_input, split_digest
+
+RESULTS = "results"
+Inputs = Mapping[str, Artifact | Source]
+
+
+def evaluation(
+    point: Point, inputs: Inputs, real: Artifact, config: EvaluateConfig, out: Folder, progress: Progress
+) -> tuple[Artifact, Artifact]:
+    """The features and the evaluation artifact of one protocol, made in the store `out` or found there."""
+    features = make(sample.VERB, point.config, inputs, out, progress)
+    return features, make(evaluate.VERB, config, {"features": features, "reference": real}, out, progress)
+
+
+def make(verb: Verb, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
+    """An artifact in its place of a store, `<kind>/<fingerprint>`."""
+    identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+    return verb.make(config, inputs, out.child(f"{verb.kind}/{identity}"), progress)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.evaluation") -> None:
+    """Evaluate a model: MODEL OUT. Exits with 0, 2 or 130."""
+    options = _parser(prog).parse_args(arguments)
+    with exit_code(), Bar("evaluate") as bar:
+        results = run(options, bar)
+        print(results_table(results) if options.sweep else _told(results[0]))
+        print(f"\n{options.out}/{RESULTS}.json")
+
+
+def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
+    """Evaluate what the options ask for, and write `results.json`, `.md` and, of a sweep, `.png` into the folder."""
+    out = Folder.at(options.out)
+    if out.local is None:
+        raise UserError(f"{options.out} is remote; evaluate into a local folder")
+    base = validated(SampleConfig, given_fields(options, SampleConfig))
+    if options.export and base.keep_images != "all":
+        base = base.model_copy(update={"keep_images": "all"})
+    points = list(grid(base, [parse_axis(text) for text in options.sweep]))
+    if options.export and len(points) > 1:
+        raise UserError(f"--export is of one set of samples, and --sweep asks for {len(points)}; leave one of them out")
+    judges = _extractors(options, out, bar)
+    opened = open_model(options.model, out, options.tracking_uri)
+    inputs: dict[str, Artifact | Source] = {
+        "checkpoint": opened.checkpoint,
+        "autoencoder": _autoencoder(options, opened, out),
+        **judges,
+    }
+    if options.guide:
+        inputs["guide"] = open_model(options.guide, out.child(".guide"), options.tracking_uri).checkpoint
+    real = _reference(options, opened, judges, base, out, bar)
+    config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
+    results = []
+    for point in points:
+        features, made = evaluation(point, inputs, real, config, out, bar)
+        results.append(Result(point.settings, made.counts["metrics"], made.counts["protocol"]))
+        for form in options.export:
+            export_features(features, form, out.local / f"samples-{features.fingerprint[:12]}-{form}", bar)
+    _write(results, options.model, out.local)
+    return results
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Sample from a model, compare with real images, and print the metrics with their protocol",
+        epilog=f"example: {prog} edt-s-2-256@champion ./evaluation --images ./images --inception-weights "
+        "pt_inception-2015-12-05-6726825d.pth --num-samples 10000 --sweep cfg=1,1.5,2 amm=off,paper",
+    )
+    parser.add_argument(
+        "model", help="NAME@ALIAS or NAME/VERSION of the registry, MLflow run, checkpoint, diffusers folder, or .pt"
+    )
+    parser.add_argument("out", help="folder for artifacts and results; what it holds already is reused")
+    against = parser.add_argument_group("compared with (left out: the images of the model's training, where known)")
+    for role in ("images", "statistics"):
+        add_role(against, role)
+    against.add_argument("--reference", metavar="INPUT", help="reference artifact that was made before")
+    networks = parser.add_argument_group("networks of features (at least one)")
+    for role in EXTRACTORS:
+        add_role(networks, role)
+    models = parser.add_argument_group("models")
+    add_role(models, "guide")
+    models.add_argument("--autoencoder", metavar="INPUT", help="decodes the samples; left out: the model's own")
+    models.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow to look models up in  [default: MLFLOW_TRACKING_URI]"
+    )
+    asked = parser.add_argument_group("what to do")
+    asked.add_argument(
+        "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="a grid, as cfg=1,1.5,2 amm=off,paper"
+    )
+    asked.add_argument(
+        "--export", nargs="+", default=[], choices=EXPORT_FORMATS, help="write the samples for other tools as well"
+    )
+    add_fields(parser.add_argument_group("sampling"), SampleConfig)
+    add_fields(parser.add_argument_group("metrics"), EvaluateConfig, leave_out=("num_cpus",))
+    add_fields(parser.add_argument_group("reference"), ReferenceConfig, leave_out=_SHARED)
+    return parser
+
+
+_SHARED = ("num_workers", "num_cpus_per_worker", "num_gpus_per_worker")  # fields of sampling and reference alike
+
+
+def _extractors(options: argparse.Namespace, out: Folder, bar: Progress) -> dict[str, Artifact | Source]:
+    """The networks of features that are given. Raises UserError where there is none, or one is not to be had."""
+    judges: dict[str, Artifact | Source] = {}
+    for space in EXTRACTORS:
+        location = getattr(options, space)
+        if location is None:
+            continue
+        if space in PUBLISHED_SPACES:
+            judges[space] = extractor_source(space, *split_digest(location), options.tracking_uri)
+        else:
+            judges[space] = open_input(space, location, out, options, bar)
+    if not judges:
+        raise UserError(
+            "there is no network of features to compare in: give --inception-weights for FID (pt_inception-2015-12-05-"
+            "6726825d.pth from github.com/mseitzer/pytorch-fid/releases), --dinov2-weights, or --classifier"
+        )
+    return judges
+
+
+def _autoencoder(options: argparse.Namespace, opened: Opened, out: Folder) -> Artifact:
+    if options.autoencoder:
+        if Folder.at(options.autoencoder).exists("manifest.json"):
+            return Artifact.open(options.autoencoder)
+        return published_artifact(options.autoencoder, out.child(".autoencoder"))
+    if opened.autoencoder is None:
+        raise UserError(
+            f"{options.model} does not say which autoencoder decodes it; give --autoencoder, as "
+            "stabilityai/sd-vae-ft-ema for the authors' models"
+        )
+    return opened.autoencoder
+
+
+def _reference(
+    options: argparse.Namespace, opened: Opened, judges: Inputs, base: SampleConfig, out: Folder, bar: Progress
+) -> Artifact:
+    """The reference that is given, or that of the images or statistics that are, or of the model's own images."""
+    given = [name for name in ("reference", "images", "statistics") if getattr(options, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join('--' + name for name in given)} are two references; give one")
+    if options.reference:
+        artifact = open_input("reference", options.reference, out, options, bar)
+        assert isinstance(artifact, Artifact)
+        return artifact
+    if options.statistics:
+        images: Artifact | Source = reference.statistics_source(options.statistics)
+    elif options.images:
+        images = open_input("images", options.images, out, options, bar)
+    elif opened.images is not None:
+        images = opened.images
+    else:
+        raise UserError(
+            f"there is nothing to compare {options.model} with: give --images (an artifact of `edt preprocess`), "
+            "--statistics (ADM's .npz) or --reference"
+        )
+    shared = {name: getattr(base, name) for name in _SHARED}
+    config = validated(ReferenceConfig, {**given_fields(options, ReferenceConfig), **shared})
+    return make(reference.VERB, config, {"images": images, **judges}, out, bar)
+
+
+def _told(result: Result) -> str:
+    """One result: its metrics, then what they were measured by."""
+    from edt_core.metrics import in_order
+    from edt_core.protocol import comparison_table
+
+    metrics = {name: result.metrics[name] for name in in_order(result.metrics)}
+    table = comparison_table({"value": {"metrics": metrics, "protocol": result.protocol}})
+    return f"{table}\n\nprotocol\n" + "\n".join(f"  {name}: {value}" for name, value in result.protocol.items())
+
+
+def _write(results: Sequence[Result], model: str, folder: Path) -> None:
+    told: list[dict[str, Any]] = [{"model": model, **asdict(result)} for result in results]
+    (folder / f"{RESULTS}.json").write_text(json.dumps(told, indent=1, default=dict) + "\n")
+    swept = bool(results[0].settings)
+    (folder / f"{RESULTS}.md").write_text((results_table(results) if swept else _told(results[0])) + "\n")
+    if swept:
+        plot(results, folder / f"{RESULTS}.png")
+
+
+if __name__ == "__main__":
+    main()

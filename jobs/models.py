@@ -1,0 +1,217 @@
+"""Any model as the artifacts that a job takes: of the registry, a training, a diffusers folder, or a released file.
+
+What is not a checkpoint artifact already becomes one, with EMA weights and configuration alone.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edt_core.artifact import Artifact, ArtifactWriter, fingerprint, sha256_json
+from edt_core.errors import UserError
+from edt_core.schema import (
+    CHECKPOINT_MANIFEST,
+    CHECKPOINTS,
+    EMA_WEIGHTS,
+    MANIFEST_NAME,
+    MODEL_CONFIG,
+    TRAIN_STATE,
+)
+from edt_core.storage import Folder, sha256_file
+from jobs.autoencoder import published_artifact
+from jobs.verb import alone_in, made_before
+
+if TYPE_CHECKING:
+    from edt_core.models import EDT
+
+_VERSION = 1
+_REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
+_RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
+_INDEX = "model_index.json"  # by which diffusers knows a pipeline's folder
+_FORMS = (
+    "a registered model (NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one of its "
+    "checkpoints/step-... folders, a diffusers folder, or the authors' .pt file"
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, and what it was made with as far as that is known: its autoencoder and the images of its training."""
+
+    checkpoint: Artifact
+    autoencoder: Artifact | None
+    images: Artifact | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A model that is no artifact yet."""
+
+    model: "EDT"
+    num_timesteps: int
+    steps: int
+    digest: str  # of what it was read from
+    origin: str
+    autoencoder: Path | None = None
+
+
+def open_model(location: str, work: Folder, tracking_uri: str | None = None) -> Opened:
+    """The model at a location; what has to be made an artifact goes into folders of `work`.
+
+    Raises UserError where there is no model, or nothing that can be read safely.
+    """
+    path = Path(location).expanduser()
+    if not path.exists():
+        if (artifact := _of_run(location, tracking_uri)) is not None:
+            return _in_store(artifact)
+        if (folder := _of_registry(location, tracking_uri)) is not None:
+            return _made(_of_pipeline(folder, location), work)
+    if Folder.at(location).exists(MANIFEST_NAME):
+        return _in_store(Artifact.open(location))
+    if (path / CHECKPOINT_MANIFEST).exists():
+        return _made(_of_checkpoint(path), work)
+    if (path / _INDEX).exists():
+        return _made(_of_pipeline(path, str(path.absolute())), work)
+    if path.is_file():
+        return _made(_of_released(path), work)
+    raise UserError(f"there is no model at {location}; give {_FORMS}")
+
+
+def _of_run(location: str, tracking_uri: str | None) -> Artifact | None:
+    """The checkpoint artifact of a training's MLflow run."""
+    if (match := _RUN.fullmatch(location)) is None:
+        return None
+    tags = _client(tracking_uri, location).get_run(match[1]).data.tags
+    if tags.get("edt.kind") != "checkpoint" or "edt.uri" not in tags:
+        raise UserError(f"the MLflow run {match[1]} made no checkpoint artifact; give the run of a train step")
+    return Artifact.open(tags["edt.uri"])
+
+
+def _of_registry(location: str, tracking_uri: str | None) -> Path | None:
+    """The diffusers folder of a registered version, on this machine."""
+    if (match := _REGISTERED.fullmatch(location)) is None:
+        return None
+    import mlflow
+
+    name, alias, version = match.groups()
+    client = _client(tracking_uri, location)
+    try:
+        number = client.get_model_version_by_alias(name, alias).version if alias else version
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}"))
+    except Exception as error:
+        raise UserError(
+            f"MLflow at {mlflow.get_tracking_uri()} has no model {location} ({error}); set MLFLOW_TRACKING_URI "
+            "or --tracking-uri, as sqlite:///edt-store/mlflow.db"
+        ) from error
+    found = sorted(folder.rglob(_INDEX))
+    if not found:
+        raise UserError(f"the registered model {location} holds no diffusers folder: it was not registered by edt")
+    return found[0].parent
+
+
+def _client(tracking_uri: str | None, location: str) -> Any:
+    import mlflow
+
+    if tracking_uri is not None:
+        mlflow.set_tracking_uri(tracking_uri)
+    try:
+        return mlflow.MlflowClient()
+    except Exception as error:
+        raise UserError(f"MLflow cannot be reached to look {location} up: {error}; set MLFLOW_TRACKING_URI") from error
+
+
+def _of_checkpoint(folder: Path) -> _Found:
+    """One checkpoint of a training, checked against its own manifest."""
+    import json
+
+    from edt_core.training.checkpoint import CheckpointError, check_checkpoint, ema_model
+
+    try:
+        manifest = check_checkpoint(folder)
+    except CheckpointError as error:
+        raise UserError(f"{error}; give another checkpoint") from error
+    config = json.loads((folder / TRAIN_STATE).read_bytes())["config"]
+    return _Found(ema_model(folder), config["num_timesteps"], manifest.step, manifest.seal, str(folder.absolute()))
+
+
+def _of_pipeline(folder: Path, origin: str) -> _Found:
+    """A diffusers folder that `edt_core.pipeline` wrote. Code and pickles in it are not run."""
+    from diffusers.utils import logging
+
+    from edt_core.pipeline import EDTPipeline
+
+    logging.disable_progress_bar()
+    try:
+        pipeline = EDTPipeline.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{folder} is no diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
+    timesteps = pipeline.scheduler.config.num_train_timesteps
+    digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
+    return _Found(pipeline.transformer.edt.eval(), timesteps, 0, digest, origin, folder / "vae")
+
+
+def _of_released(path: Path) -> _Found:
+    """The authors' released file; its averaged weights, as they sample from."""
+    from edt_core.models.released import load_released
+
+    return _Found(load_released(path), 1000, 0, sha256_file(path), str(path.absolute()))
+
+
+def _made(found: _Found, work: Folder) -> Opened:
+    """The model as a checkpoint artifact below `work`, made once, and the autoencoder that came with it."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from edt_core.models import count_macs, count_parameters
+    from edt_core.training.checkpoint import checkpoint_name
+
+    vae = None if found.autoencoder is None else published_artifact(str(found.autoencoder), work.child(".autoencoder"))
+    config = {"num_timesteps": found.num_timesteps}
+    identity = fingerprint("checkpoint", _VERSION, config, {"model": found.digest})
+    folder, final = work.child(".model"), f"{CHECKPOINTS}/{checkpoint_name(found.steps)}"
+    with alone_in(folder):
+        refusal = f"holds another model than {found.origin}; give another output folder"
+        made = made_before(folder, identity, refusal)
+        if made is None:
+            out = ArtifactWriter(folder, "checkpoint", identity)
+            text = json.dumps(found.model.config.to_dict(), indent=1, sort_keys=True)
+            out.write_bytes(f"{final}/{MODEL_CONFIG}", text.encode())
+            weights = {name: value.contiguous() for name, value in found.model.state_dict().items()}
+            out.write(f"{final}/{EMA_WEIGHTS}", lambda path: save_file(weights, path))
+            counts = {
+                "model": found.model.config.name,
+                "steps": found.steps,
+                "autoencoder_digest": None if vae is None else vae.manifest.digest,
+                "class_counts": None,
+                "parameters": count_parameters(found.model),
+                "macs": count_macs(found.model),
+                "final": final,
+                "origin": found.origin,
+            }
+            made = out.commit(config, {"model": found.digest}, counts)
+    return Opened(made, vae)
+
+
+def _in_store(checkpoint: Artifact) -> Opened:
+    """A checkpoint artifact, and what it was made from where it lies in a store with that."""
+    if checkpoint.manifest.kind != "checkpoint":
+        raise UserError(
+            f"{checkpoint.folder.uri} holds {checkpoint.manifest.kind}, and a model is needed; give {_FORMS}"
+        )
+    latents = _parent(checkpoint, "latents")
+    if latents is None:
+        return Opened(checkpoint, None)
+    return Opened(checkpoint, _parent(latents, "autoencoder"), _parent(latents, "images"))
+
+
+def _parent(artifact: Artifact, kind: str) -> Artifact | None:
+    """What an artifact of a store (`<root>/<kind>/<fingerprint>`) was made from, if that is there and whole."""
+    inputs: Mapping[str, str] = artifact.manifest.inputs
+    *root, there, name = artifact.folder.uri.split("/")
+    if (there, name) != (artifact.manifest.kind, artifact.fingerprint) or kind not in inputs:
+        return None
+    folder = Folder.at("/".join(root)).child(f"{kind}/{inputs[kind]}")
+    return Artifact.open(folder) if folder.exists(MANIFEST_NAME) else None

@@ -1,0 +1,48 @@
+"""Small models with weights that were never trained, as what a job takes: enough to tell samples apart."""
+
+from pathlib import Path
+
+import torch
+
+from edt_core.artifact import Artifact, ArtifactWriter
+from edt_core.autoencoder import build_autoencoder
+from edt_core.classifier import Classifier
+from edt_core.config import AutoencoderConfig
+from edt_core.models import EDT, create_model
+from edt_core.pipeline import save_pipeline
+from edt_core.storage import Folder
+from jobs.models import Opened, open_model
+
+
+def made_model(seed: int = 0, image_size: int = 32, num_classes: int = 4, factor: int = 4) -> EDT:
+    """An EDT-Tiny/2 none of whose weights is zero, so that labels, guidance and modulation all make a difference."""
+    model = create_model("EDT-Tiny/2", image_size, num_classes, autoencoder_factor=factor)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return model.eval()
+
+
+def pipeline_folder(folder: Path, model: EDT, factor: int = 4) -> Path:
+    """A diffusers folder of a model and an unfitted autoencoder."""
+    vae = build_autoencoder(AutoencoderConfig(downsample_factor=factor, base_channels=8), model.config.image_size)
+    names = [f"class {label}" for label in range(model.config.num_classes)]
+    save_pipeline(folder, model, vae, num_timesteps=1000, classes=names, protocol={})
+    return folder
+
+
+def opened(folder: Path, model: EDT, factor: int = 4) -> Opened:
+    """The artifacts of a model and its autoencoder, below a folder."""
+    return open_model(str(pipeline_folder(folder / "pipeline", model, factor)), Folder.at(folder / "work"))
+
+
+def classifier_artifact(folder: Path, num_classes: int = 4, feature_dim: int = 8) -> Artifact:
+    """An unfitted classifier."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier(num_classes, base_channels=4, feature_dim=feature_dim)
+    out = ArtifactWriter(Folder.at(folder), "classifier", "c" * 64)
+    model.save(folder / ".made")
+    out.add_tree(folder / ".made", "classifier")
+    return out.commit({}, {}, {"classes": num_classes, "feature_dim": feature_dim})

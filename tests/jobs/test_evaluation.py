@@ -1,0 +1,306 @@
+"""`edt evaluate`: any model, any reference, a grid of settings; and what is refused."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edt_core.artifact import Artifact
+from edt_core.config import PreprocessConfig, SampleConfig
+from edt_core.errors import UserError
+from edt_core.schema import EMA_WEIGHTS
+from edt_core.storage import Folder
+from jobs import evaluation, export, preprocess
+from jobs.models import open_model
+from jobs.sweep import Result, grid, parse_axis, plot, results_table
+from jobs.verb import image_source
+from tests.jobs.models import classifier_artifact, made_model, opened, pipeline_folder
+from tests.jobs.test_jobs import execute
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+# --- a grid of settings
+
+
+def test_a_grid_has_every_setting_once() -> None:
+    axes = [parse_axis("cfg=1,1.5,2"), parse_axis("amm=off,paper,7+10")]
+    points = list(grid(SampleConfig(num_samples=20), axes))
+    assert [tuple(point.settings.values()) for point in points][:4] == [
+        ("1", "off"),
+        ("1", "paper"),
+        ("1", "7+10"),
+        ("1.5", "off"),
+    ]
+    assert [point.config.amm_blocks for point in points[:3]] == [(), "paper", (7, 10)]
+    assert {point.config.cfg_scale for point in points} == {1.0, 1.5, 2.0}
+    assert {point.config.num_samples for point in points} == {20}
+    interval = list(grid(SampleConfig(), [parse_axis("interval=all,200-800")]))
+    assert [point.config.guidance_interval for point in interval] == [None, (200.0, 800.0)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["scale=1,2"], "names: cfg, amm"),
+        (["cfg"], "NAME=VALUE"),
+        (["cfg=1,1"], "twice"),
+        (["cfg=1,2", "cfg_scale=3"], "a field twice"),
+        (["cfg=0.5"], "cfg_scale"),
+        (["sampler=magic"], "sampler"),
+    ],
+)
+def test_a_grid_that_is_none_is_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(grid(SampleConfig(), [parse_axis(text) for text in texts]))
+
+
+RESULTS = [
+    Result(
+        {"cfg": cfg, "amm": amm},
+        {"fid": 10.0 / float(cfg) + len(amm), "fid_std": 0.25, "precision": 0.5},
+        {"cfg_scale": float(cfg), "amm_blocks": amm, "seed": 0},
+    )
+    for cfg in ("1", "1.5", "2")
+    for amm in ("off", "paper")
+]
+
+
+def test_a_table_of_a_grid_says_in_what_its_rows_differ(tmp_path: Path) -> None:
+    table = results_table(RESULTS)
+    assert "| cfg | amm | fid | precision |" in table
+    assert "| 1.5 | paper | 11.67 ± 0.25 | 0.5 |" in table
+    assert table.endswith("The rows are of one protocol but for amm_blocks, cfg_scale.")
+    plot(RESULTS, tmp_path / "plot.png")
+    first = (tmp_path / "plot.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    plot(RESULTS, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes() == first
+
+
+# --- any model
+
+
+def weights(checkpoint: Artifact) -> bytes:
+    return checkpoint.path(f"{checkpoint.counts['final']}/{EMA_WEIGHTS}").read_bytes()
+
+
+def test_a_model_is_the_same_in_every_form(tmp_path: Path) -> None:
+    """A diffusers folder, an artifact, one of its checkpoints, and a released file with its argparse.Namespace."""
+    from edt_core.config import TrainConfig
+    from edt_core.training.checkpoint import checkpoint_name, write_checkpoint
+    from edt_core.training.state import initial_state, to_checkpoint
+
+    model = made_model()
+    folder = pipeline_folder(tmp_path / "pipeline", model)
+    first = open_model(str(folder), Folder.at(tmp_path / "a"))
+    assert first.autoencoder is not None
+    assert first.checkpoint.counts["autoencoder_digest"] == first.autoencoder.manifest.digest
+    again = open_model(first.checkpoint.folder.uri, Folder.at(tmp_path / "b"))
+    assert again.checkpoint.manifest == first.checkpoint.manifest
+
+    config = TrainConfig(model="EDT-Tiny/2", max_steps=1)
+    state = initial_state(config, model.config)
+    state.model.load_state_dict(model.state_dict())
+    state.ema.load([dict(model.state_dict())])
+    step = tmp_path / checkpoint_name(7)
+    step.mkdir()
+    state.step = 7
+
+    def write(name: str, write_to) -> object:
+        write_to(step / name)
+        return argparse.Namespace(sha256=__import__("hashlib").sha256((step / name).read_bytes()).hexdigest())
+
+    write_checkpoint(to_checkpoint(state, config, 1), write)
+    of_step = open_model(str(step), Folder.at(tmp_path / "c"))
+    assert of_step.checkpoint.counts["steps"] == 7
+    assert of_step.autoencoder is None
+
+    released = tmp_path / "released.pt"
+    arguments = argparse.Namespace(model="EDT-Tiny/2", image_size=32)
+    torch.save({"model": {}, "ema": model.state_dict(), "opt": {}, "args": arguments}, released)
+    of_file = open_model(str(released), Folder.at(tmp_path / "d"))
+    assert weights(first.checkpoint) == weights(of_step.checkpoint) == weights(of_file.checkpoint)
+
+
+def test_what_is_no_model_is_refused_with_the_forms(tmp_path: Path) -> None:
+    judge = classifier_artifact(tmp_path / "classifier")
+    with pytest.raises(UserError, match="holds classifier, and a model is needed"):
+        open_model(judge.folder.uri, Folder.at(tmp_path / "work"))
+    with pytest.raises(UserError, match=r"there is no model at .*NAME@ALIAS"):
+        open_model(str(tmp_path / "nothing"), Folder.at(tmp_path / "work"))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with pytest.raises(UserError, match="has no model edt-none@champion"):
+        open_model("edt-none@champion", Folder.at(tmp_path / "work"), uri)
+
+
+# --- the whole evaluation, by its command
+
+
+@pytest.fixture(scope="module")
+def images(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
+    from edt_core.config import SourceConfig
+
+    source = image_source(SourceConfig(path=str(digits_folder)))
+    folder = tmp_path_factory.mktemp("images")
+    return execute(preprocess.VERB, PreprocessConfig(image_size=32, images_per_shard=12), folder, source=source)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline_folder(tmp_path_factory.mktemp("model") / "pipeline", made_model())
+
+
+COMMON = ["--num-samples", "12", "--unit-size", "4", "--num-sampling-steps", "3", "--num-cpus-per-worker", "0"]
+
+
+def evaluate(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command."""
+    code = 0
+    try:
+        evaluation.main([str(argument) for argument in arguments], "edt evaluate")
+    except SystemExit as left:
+        code = int(left.code or 0)
+    return code, *capfd.readouterr()
+
+
+@pytest.mark.ray
+def test_a_sweep_is_measured_plotted_and_reused(
+    images: Artifact, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    judge = classifier_artifact(tmp_path / "classifier").folder.uri
+    out = tmp_path / "out"
+    call = [model, out, "--images", images.folder.uri, "--classifier", judge, *COMMON, "--repeats", 2]
+    code, told, errors = evaluate(capfd, *call, "--sweep", "cfg=1,3")
+    assert code == 0, errors
+    assert "| cfg | fd_classifier | kid_classifier |" in told
+    assert "one protocol but for cfg_scale" in told
+    assert "12 samples" in errors, "that few samples bias the distance is said"
+    results = json.loads((out / "results.json").read_text())
+    assert [result["settings"] for result in results] == [{"cfg": "1"}, {"cfg": "3"}]
+    assert results[0]["metrics"]["fd_classifier"] != results[1]["metrics"]["fd_classifier"]
+    assert results[0]["metrics"]["fd_classifier_std"] > 0
+    protocol = results[0]["protocol"]
+    stated = {"extractors", "reference", "num_samples", "label_policy", "sampler", "num_sampling_steps", "cfg_scale"}
+    stated |= {"guidance_channels", "guidance_interval", "amm_blocks", "autoencoder", "uint8_rule", "precision"}
+    assert stated | {"seed", "repeats", "guide", "reference_images", "amm_radius", "amm_kernel"} <= protocol.keys()
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    made = {path: path.stat().st_ino for path in out.rglob("unit-*.safetensors")}
+    assert len(made) == 2 * 2 * 3
+    code, again, errors = evaluate(capfd, *call, "--sweep", "cfg=1,3")
+    assert (code, again) == (0, told)
+    assert errors.count("reused") == 5
+    assert {path: path.stat().st_ino for path in out.rglob("unit-*.safetensors")} == made
+
+
+@pytest.mark.ray
+def test_inception_against_published_statistics_and_samples_for_other_tools(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    inception = inception_weights(tmp_path)
+    rng = np.random.default_rng(0)
+    published = tmp_path / "VIRTUAL.npz"
+    np.savez(
+        published,
+        arr_0=rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8),
+        mu=rng.normal(size=2048),
+        sigma=np.eye(2048),
+        mu_s=rng.normal(size=2023),
+        sigma_s=np.eye(2023),
+    )
+    out = tmp_path / "out"
+    call = [model, out, "--statistics", published, "--inception-weights", inception, *COMMON]
+    code, _, errors = evaluate(capfd, *call)
+    assert code == 2
+    assert "12 generated samples in 2,048 dimensions" in errors
+    code, told, errors = evaluate(capfd, *call, "--allow-rank-deficient", "true", "--export", "png", "npz")
+    assert code == 0, errors
+    (result,) = json.loads((out / "results.json").read_text())
+    assert {"fid", "sfid", "inception_score", "kid", "precision", "recall"} <= result["metrics"].keys()
+    assert result["protocol"]["reference_source"] == "published statistics"
+    assert "| fid |" in told
+    (folder,) = out.glob("samples-*-png")
+    (npz,) = out.glob("samples-*.npz")
+    pictures = sorted(folder.iterdir())
+    arrays = np.load(npz)
+    assert len(pictures) == 12
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in pictures]), arrays["arr_0"])
+    assert arrays["arr_1"].tolist() == [i % 4 for i in range(12)]
+
+
+def inception_weights(folder: Path) -> Path:
+    """A weights file of the public layout, with made-up weights."""
+    shapes = json.loads((GOLDEN / "inception_manifest.json").read_text())
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.zeros((), dtype=torch.int64)
+        if not shape
+        else torch.rand(shape, generator=rng) + 0.5
+        if name.endswith(("running_var", "bn.weight"))
+        else torch.randn(shape, generator=rng) * (2 / max(1, int(np.prod(shape[1:])))) ** 0.5
+        for name, shape in shapes.items()
+    }
+    path = folder / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --inception-weights for FID"),
+        (["--inception-weights", "{tmp}/none.pth"], "github.com/mseitzer/pytorch-fid"),
+        (["--classifier", "{classifier}"], "nothing to compare"),
+        (["--classifier", "{classifier}", "--images", "a", "--statistics", "b"], "--images and --statistics are two"),
+        (["--classifier", "{classifier}", "--statistics", "{tmp}/none.npz"], "no reference statistics"),
+        (["--classifier", "{classifier}", "--export", "png", "--sweep", "cfg=1,2"], "--export is of one set"),
+        (["--classifier", "{classifier}", "--num-samples", "1"], "num_samples"),
+        (["--classifier", "{classifier}", "--guidance-interval", "800,200"], "from < to"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_message(
+    options: list[str], message: str, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    judge = classifier_artifact(tmp_path / "classifier").folder.uri
+    given = [option.format(tmp=tmp_path, classifier=judge) for option in options]
+    code, _, errors = evaluate(capfd, model, tmp_path / "out", *given)
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_samples_whose_pixels_were_not_kept_are_not_exported(tmp_path: Path) -> None:
+    from edt_core.artifact import ArtifactWriter
+    from edt_core.config import result_fields
+    from edt_core.progress import Silent
+
+    out = ArtifactWriter(Folder.at(tmp_path / "features"), "features", "f" * 64)
+    features = out.commit(result_fields(SampleConfig(num_samples=200)), {}, {})
+    with pytest.raises(UserError, match="keeps the pixels of 100 of 200 samples"):
+        export.export_features(features, "png", tmp_path / "png", Silent())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_guide_and_a_prior_of_labels(tmp_path: Path) -> None:
+    """Autoguidance moves the samples; a model from elsewhere knows no prior, and says so."""
+    from jobs import sample
+
+    base = opened(tmp_path / "model", made_model())
+    guide = opened(tmp_path / "guide", made_model(seed=1))
+    judge = classifier_artifact(tmp_path / "classifier")
+    assert base.autoencoder is not None
+    inputs = {"checkpoint": base.checkpoint, "autoencoder": base.autoencoder, "classifier": judge}
+    config = SampleConfig(num_samples=4, num_sampling_steps=3, cfg_scale=2.0, num_cpus_per_worker=0)
+    plain = execute(sample.VERB, config, tmp_path / "plain", **inputs)
+    guided = execute(sample.VERB, config, tmp_path / "guided", **inputs, guide=guide.checkpoint)
+    assert plain.fingerprint != guided.fingerprint
+    assert plain.manifest.digest != guided.manifest.digest
+    assert guided.counts["guide_digest"] == guide.checkpoint.manifest.digest
+    with pytest.raises(UserError, match="label_policy prior: the model's record has no class counts"):
+        execute(sample.VERB, config.model_copy(update={"label_policy": "prior"}), tmp_path / "x", **inputs)

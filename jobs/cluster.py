@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ from edt_core.errors import Stopped, UserError
 
 _OWN = "edt_own_session"  # a resource that marks a session that `connect` started
 MAX_RETRIES = 8  # of a task or actor whose process was lost: nodes go, but what always crashes must end
+_NO_JOB = -1  # for counting the actors that are lost before they have done anything
 _OBJECT_STORE_BYTES = 512 << 20  # artifacts go through the store on disk; Ray's objects here are small
 
 
@@ -156,30 +157,79 @@ def pooled(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (item, `make(*arguments).work(item)`) as they finish, from up to `size` actors that load once.
 
-    An item goes to an actor that has its place and is idle, so one placed actor is enough to finish: pools that share
-    a full cluster do not wait for each other. A lost actor is started again and its items done again. With a `depth`
-    above 1 an actor has that many items at once, each in a thread: their stages overlap.
+    An item goes to an actor that has its place and has room, so one placed actor is enough to finish: pools that share
+    a full cluster do not wait for each other, nor for a node that does not come back. The items of a lost actor are
+    done by whoever has room, and another actor takes its place when there is one. With a `depth` above 1 an actor has
+    that many items at once, each in a thread: their stages overlap.
+    Raises what `work` raises, and RayActorError for an item whose actor was lost more than MAX_RETRIES times.
     """
-    options = {"max_restarts": MAX_RETRIES, "max_task_retries": MAX_RETRIES, "max_concurrency": depth, **options}
-    actors: list[Any] = [
-        ray.remote(_Holder).options(**options).remote(make, arguments) for _ in range(min(size, len(items)))
-    ]
-    queue = deque(items)
-    placing = {actor.ready.remote(): actor for actor in actors}
-    working: dict[Any, tuple[Any, Any]] = {}  # reference -> (item, actor)
+    pool = _Pool(lambda: ray.remote(_Holder).options(max_concurrency=depth, **options).remote(make, arguments), depth)
+    queue = deque(enumerate(items))
+    lost: Counter[int] = Counter()
     try:
-        while queue or working:
-            (ref,), _ = ray.wait([*working, *(placing if queue else ())], num_returns=1)
-            result = ray.get(ref)
-            if ref in working:
-                room, (item, actor) = 1, working.pop(ref)
-            else:
-                room, item, actor = depth, None, placing.pop(ref)
-            for _ in range(min(room, len(queue))):
-                following = queue.popleft()
-                working[actor.work.remote(following)] = (following, actor)
-            if item is not None:
-                yield item, result
+        for _ in range(min(size, len(queue))):
+            pool.start()
+        while queue or pool.working:
+            while queue and pool.room:
+                pool.give(queue.popleft())
+            ref = pool.first(wants_room=bool(queue))
+            try:
+                result = ray.get(ref)
+            except ray.exceptions.RayActorError:
+                jobs = pool.lose(ref)
+                queue.extendleft(reversed(jobs))
+                lost.update([number for number, _ in jobs] or [_NO_JOB])
+                if max(lost.values()) > MAX_RETRIES:
+                    raise
+                pool.start()
+                continue
+            if (job := pool.done(ref)) is not None:
+                yield job[1], result
     finally:
-        for actor in actors:
+        pool.close()
+
+
+class _Pool:
+    """Actors, where each has its place, and which jobs (number, item) they have; `depth` at most at once."""
+
+    def __init__(self, make: Callable[[], Any], depth: int) -> None:
+        self.make, self.depth = make, depth
+        self.placing: dict[Any, Any] = {}  # reference -> actor that has no place yet
+        self.room: deque[Any] = deque()  # placed actors, once for each further job that they can take
+        self.working: dict[Any, tuple[tuple[int, Any], Any]] = {}  # reference -> (job, actor)
+
+    def start(self) -> None:
+        actor = self.make()
+        self.placing[actor.ready.remote()] = actor
+
+    def give(self, job: tuple[int, Any]) -> None:
+        actor = self.room.popleft()
+        self.working[actor.work.remote(job[1])] = (job, actor)
+
+    def first(self, wants_room: bool) -> Any:
+        """A reference that is answered, or whose actor is lost: of a job, or of a place where one is wanted."""
+        (ref,), _ = ray.wait([*self.working, *(self.placing if wants_room else ())], num_returns=1)
+        return ref
+
+    def done(self, ref: Any) -> tuple[int, Any] | None:
+        """The job that is done, None where an actor has come to its place; either makes room."""
+        if ref in self.working:
+            job, actor = self.working.pop(ref)
+            self.room.append(actor)
+            return job
+        self.room.extend([self.placing.pop(ref)] * self.depth)
+        return None
+
+    def lose(self, ref: Any) -> list[tuple[int, Any]]:
+        """Forget the actor of a reference; returns the jobs that it had."""
+        actor = self.working[ref][1] if ref in self.working else self.placing.pop(ref)
+        ray.kill(actor)  # one that is out of reach only must not go on
+        jobs = {other: job for other, (job, holder) in self.working.items() if holder is actor}
+        for other in jobs:
+            del self.working[other]
+        self.room = deque(holder for holder in self.room if holder is not actor)
+        return list(jobs.values())
+
+    def close(self) -> None:
+        for actor in {*self.placing.values(), *self.room, *(actor for _, actor in self.working.values())}:
             ray.kill(actor)

@@ -54,13 +54,19 @@ def _compare(
 
 
 def _common_spaces(features: Artifact, reference: Artifact) -> list[str]:
-    """The spaces of the generated features. Raises UserError where the reference is not of the same networks."""
+    """The spaces of the generated features. Raises UserError for a reference of other networks or other images."""
     made, real = features.counts["extractors"], reference.counts["extractors"]
     if not made:
         raise UserError(f"{features.folder.uri} holds samples without features; sample with a network of features")
     if differing := {space: (digest, real.get(space)) for space, digest in made.items() if real.get(space) != digest}:
         told = "; ".join(f"{space}: {a[:12]} and {(b or 'none')[:12]}" for space, (a, b) in differing.items())
         raise UserError(f"features and reference come from different extractors ({told}); make both with one")
+    size, real_size = features.counts["image_size"], reference.counts["image_size"]
+    if real_size not in (size, None):
+        raise UserError(
+            f"the samples are images of {size} px and the reference of {real_size} px: features hang on the size; "
+            f"preprocess the real images with --image-size {size}"
+        )
     return list(made)
 
 

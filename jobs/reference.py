@@ -174,7 +174,8 @@ def _of_images(
             )
         _merge(len(parts), out)
     out.discard(_PARTS)
-    return {"images": total, "source": "images", "content": images.manifest.digest}
+    size = images.counts["image_size"]
+    return {"images": total, "image_size": size, "source": "images", "content": images.manifest.digest}
 
 
 def _merge(parts: int, out: ArtifactWriter) -> None:
@@ -223,23 +224,24 @@ def _published(
         )
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     task: Any = ray.remote(_extract_published).options(**resources)
-    images: int = ray.get(task.remote(config, statistics, inputs["inception"], out, progress))
-    return {"images": images, "source": "published statistics", "content": statistics.fingerprint}
+    facts: dict[str, Any] = ray.get(task.remote(config, statistics, inputs["inception"], out, progress))
+    return {**facts, "source": "published statistics", "content": statistics.fingerprint}
 
 
 def _extract_published(
     config: ReferenceConfig, statistics: Source, weights: Source, out: ArtifactWriter, progress: Progress
-) -> int:
-    """ADM's Gaussians as they are, and the features of the images that come with them; returns their number."""
+) -> dict[str, Any]:
+    """ADM's Gaussians as they are, and the features of the images that come with them; returns facts of those."""
     from safetensors.numpy import save
 
-    from edt_core.metrics.adm import count_images, read_adm, read_images
+    from edt_core.metrics.adm import read_adm, read_images
 
     use_threads(config.num_cpus_per_worker)
     path = Path(statistics.location)
     if sha256_file(path) != statistics.fingerprint:
         raise UserError(f"{path} has changed since the run was started; run again with the file at rest")
-    adm, total = read_adm(path), count_images(path)
+    adm = read_adm(path)
+    total = adm.image_shape[0] if adm.image_shape else 0
     extract = extractors.load("inception", weights, device_name(config.num_gpus_per_worker))
     features, done = [], 0
     for pixels in read_images(path, _ADM_CHUNK):
@@ -253,7 +255,7 @@ def _extract_published(
         gaussians["inception.spatial"] = adm.spatial_statistics
     kept = {"inception.features": np.concatenate(features)} if features else {}
     out.write_bytes(REFERENCE_NAME, save({**_arrays(gaussians), **kept}), done)
-    return total
+    return {"images": total, "image_size": adm.image_shape[1] if adm.image_shape else None}
 
 
 def statistics_source(location: str) -> Source:

@@ -147,6 +147,7 @@ def sample_features(
         done += count
         progress.update(done, total, "samples")
     checkpoint = artifact(inputs, "checkpoint")
+    model = ModelConfig.from_dict(model_config_of(checkpoint))
     return {
         "samples": done,
         "units": units,
@@ -155,7 +156,8 @@ def sample_features(
         "extractors": extractors.digests_of(inputs),
         "autoencoder_digest": artifact(inputs, "autoencoder").manifest.digest,
         "guide_digest": artifact(inputs, "guide").manifest.digest if "guide" in inputs else None,
-        "amm_blocks": list(resolved_amm_blocks(config, ModelConfig.from_dict(model_config_of(checkpoint)))),
+        "image_size": model.image_size,
+        "amm_blocks": list(resolved_amm_blocks(config, model)),
         "device": device_name(config.num_gpus_per_worker),
     }
 

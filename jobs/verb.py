@@ -147,7 +147,7 @@ _OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run
 _ROLE_HELP = {
     "source": "labelled images: a folder, file or URI (s3://...)",
     "autoencoder": "autoencoder artifact, local diffusers folder, hub id, or MLflow URI (models:/NAME@ALIAS)",
-    "images": "images artifact: a folder or URI",
+    "images": "images artifact: a folder or URI; for a reference also ADM's .npz of statistics",
     "statistics": "ADM's .npz of reference statistics, as VIRTUAL_imagenet256_labeled.npz",
     "classifier": "classifier artifact, for fd_classifier",
     "inception": "Inception's published weights, for fid and its kin: file, URL#sha256=..., or MLflow URI",
@@ -248,7 +248,7 @@ def open_input(role: str, location: str, out: Folder, options: argparse.Namespac
         from jobs.extractors import extractor_source
 
         return extractor_source(role, *split_digest(location))
-    if role == "statistics":
+    if role == "statistics" or (role == "images" and location.endswith(".npz")):
         from jobs.reference import statistics_source
 
         return statistics_source(location)

@@ -304,3 +304,34 @@ def test_a_guide_and_a_prior_of_labels(tmp_path: Path) -> None:
     assert guided.counts["guide_digest"] == guide.checkpoint.manifest.digest
     with pytest.raises(UserError, match="label_policy prior: the model's record has no class counts"):
         execute(sample.VERB, config.model_copy(update={"label_policy": "prior"}), tmp_path / "x", **inputs)
+
+
+def test_one_unit_is_sampled_while_the_one_before_is_finished(tmp_path: Path) -> None:
+    """The first unit's end waits for the beginning of the second one: apart they would wait for ever."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    from edt_core.artifact import ArtifactWriter
+    from jobs.sample import Sampler, Unit
+
+    second_began = threading.Event()
+
+    class Staged(Sampler):
+        def __init__(self) -> None:
+            self.config = SampleConfig(num_samples=8, unit_size=4)
+            self.out = ArtifactWriter(Folder.at(tmp_path), "features", "f" * 64)
+            self._sampling, self._finishing = threading.Lock(), threading.Lock()
+
+        def _draw(self, unit: Unit) -> tuple[np.ndarray, None]:
+            if unit.indices[0] == 4:
+                second_began.set()
+            return unit.indices, None
+
+        def _finished(self, unit: Unit, labels: np.ndarray, latents: None) -> dict[str, np.ndarray]:
+            assert unit.indices[0] == 4 or second_began.wait(30), "the stages do not overlap"
+            return {"indices": unit.indices}
+
+    sampler = Staged()
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(sampler.work, range(2))) == [4, 4]
+    assert len(list(tmp_path.glob("unit-*.safetensors"))) == 2

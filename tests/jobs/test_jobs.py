@@ -242,6 +242,9 @@ def test_metrics_come_from_the_kept_features_with_their_protocol(
     assert "kid_classifier" in result.counts["warnings"][0]
     foreign = {**real.counts, "extractors": {"classifier": "f" * 64}}
     other = replace(real, manifest=replace(real.manifest, counts=foreign))
+    larger = replace(real, manifest=replace(real.manifest, counts={**real.counts, "image_size": 64}))
+    with pytest.raises(UserError, match="samples are images of 32 px and the reference of 64 px"):
+        execute(evaluate.VERB, EvaluateConfig(), tmp_path / "y", features=features, reference=larger)
     with pytest.raises(UserError, match="different extractors"):
         execute(evaluate.VERB, EvaluateConfig(), tmp_path / "x", features=features, reference=other)
 

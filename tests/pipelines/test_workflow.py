@@ -130,6 +130,24 @@ def test_a_registered_model_is_sampled_to_the_same_bytes(
         assert "All measured by one protocol" in capfd.readouterr().out
 
 
+def test_weights_that_mlflow_keeps_are_found(first: Outcome, tmp_path: Path) -> None:
+    import hashlib
+
+    from mlflow import MlflowClient
+
+    from jobs.extractors import extractor_source
+
+    weights = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    weights.write_bytes(b"weights")
+    MlflowClient(first.tracking_uri).log_artifact(first.run_id, str(weights), "inception")
+    location = f"runs:/{first.run_id}/inception"
+    found = extractor_source("inception", location, tracking_uri=first.tracking_uri)
+    assert found.fingerprint == hashlib.sha256(b"weights").hexdigest()
+    assert Path(found.location).read_bytes() == b"weights"
+    with pytest.raises(UserError, match="MLflow has no weights at runs:/"):
+        extractor_source("inception", f"runs:/{first.run_id}/nothing", tracking_uri=first.tracking_uri)
+
+
 def run_of(artifact: Artifact) -> str:
     return f"runs:/{artifact.manifest.mlflow_run_id}"
 

@@ -5,6 +5,7 @@ what was killed goes on where it was.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from edt_core.config import (
 from edt_core.data.export import EXPORT_FORMATS
 from edt_core.errors import UserError
 from edt_core.progress import Progress
+from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
 from jobs import evaluate, reference, sample
 from jobs.autoencoder import published_artifact
@@ -80,7 +82,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
         **judges,
     }
     if options.guide:
-        inputs["guide"] = open_model(options.guide, out.child(".guide"), options.tracking_uri).checkpoint
+        inputs["guide"] = open_model(options.guide, out, options.tracking_uri).checkpoint
     real = _reference(options, opened, judges, base, out, bar)
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
     results = []
@@ -154,9 +156,10 @@ def _extractors(options: argparse.Namespace, out: Folder, bar: Progress) -> dict
 
 def _autoencoder(options: argparse.Namespace, opened: Opened, out: Folder) -> Artifact:
     if options.autoencoder:
-        if Folder.at(options.autoencoder).exists("manifest.json"):
+        if Folder.at(options.autoencoder).exists(MANIFEST_NAME):
             return Artifact.open(options.autoencoder)
-        return published_artifact(options.autoencoder, out.child(".autoencoder"))
+        place = hashlib.sha256(options.autoencoder.encode()).hexdigest()[:16]
+        return published_artifact(options.autoencoder, out.child(f".autoencoder-{place}"))
     if opened.autoencoder is None:
         raise UserError(
             f"{options.model} does not say which autoencoder decodes it; give --autoencoder, as "

@@ -3,8 +3,9 @@
 What is not a checkpoint artifact already becomes one, with EMA weights and configuration alone.
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from edt_core.schema import (
     TRAIN_STATE,
 )
 from edt_core.storage import Folder, sha256_file
-from jobs.autoencoder import published_artifact
+from jobs import autoencoder
 from jobs.verb import alone_in, made_before
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class _Found:
 
 
 def open_model(location: str, work: Folder, tracking_uri: str | None = None) -> Opened:
-    """The model at a location; what has to be made an artifact goes into folders of `work`.
+    """The model at a location; what has to be made an artifact goes into the store `work`.
 
     Raises UserError where there is no model, or nothing that can be read safely.
     """
@@ -124,8 +125,6 @@ def _client(tracking_uri: str | None, location: str) -> Any:
 
 def _of_checkpoint(folder: Path) -> _Found:
     """One checkpoint of a training, checked against its own manifest."""
-    import json
-
     from edt_core.training.checkpoint import CheckpointError, check_checkpoint, ema_model
 
     try:
@@ -160,39 +159,59 @@ def _of_released(path: Path) -> _Found:
 
 
 def _made(found: _Found, work: Folder) -> Opened:
-    """The model as a checkpoint artifact below `work`, made once, and the autoencoder that came with it."""
-    import json
-
+    """The model, and the autoencoder that came with it, as artifacts of the store `work`, each made once."""
     from safetensors.torch import save_file
 
     from edt_core.models import count_macs, count_parameters
     from edt_core.training.checkpoint import checkpoint_name
 
-    vae = None if found.autoencoder is None else published_artifact(str(found.autoencoder), work.child(".autoencoder"))
+    vae = None if found.autoencoder is None else _made_autoencoder(found.autoencoder, found, work)
     config = {"num_timesteps": found.num_timesteps}
-    identity = fingerprint("checkpoint", _VERSION, config, {"model": found.digest})
-    folder, final = work.child(".model"), f"{CHECKPOINTS}/{checkpoint_name(found.steps)}"
+    final = f"{CHECKPOINTS}/{checkpoint_name(found.steps)}"
+
+    def write(out: ArtifactWriter) -> dict[str, Any]:
+        text = json.dumps(found.model.config.to_dict(), indent=1, sort_keys=True)
+        out.write_bytes(f"{final}/{MODEL_CONFIG}", text.encode())
+        weights = {name: value.contiguous() for name, value in found.model.state_dict().items()}
+        out.write(f"{final}/{EMA_WEIGHTS}", lambda path: save_file(weights, path))
+        return {
+            "model": found.model.config.name,
+            "steps": found.steps,
+            "autoencoder_digest": None if vae is None else vae.manifest.digest,
+            "class_counts": None,
+            "parameters": count_parameters(found.model),
+            "macs": count_macs(found.model),
+            "final": final,
+            "origin": found.origin,
+        }
+
+    return Opened(_once("checkpoint", config, found.digest, work, write), vae)
+
+
+def _made_autoencoder(folder: Path, found: _Found, work: Folder) -> Artifact:
+    from edt_core.autoencoder import autoencoder_facts, load_autoencoder
+
+    facts = autoencoder_facts(load_autoencoder(folder))
+
+    def write(out: ArtifactWriter) -> dict[str, Any]:
+        out.add_tree(folder, autoencoder.FOLDER)
+        return {**facts, "source": found.origin}
+
+    return _once("autoencoder", {}, found.digest, work, write)
+
+
+def _once(
+    kind: str, config: dict[str, Any], digest: str, work: Folder, write: Callable[[ArtifactWriter], dict[str, Any]]
+) -> Artifact:
+    """The artifact of a store that stands for something known by its digest: found there, or written now."""
+    inputs = {"model": digest}
+    identity = fingerprint(kind, _VERSION, config, inputs)
+    folder = work.child(f"{kind}/{identity}")
     with alone_in(folder):
-        refusal = f"holds another model than {found.origin}; give another output folder"
-        made = made_before(folder, identity, refusal)
-        if made is None:
-            out = ArtifactWriter(folder, "checkpoint", identity)
-            text = json.dumps(found.model.config.to_dict(), indent=1, sort_keys=True)
-            out.write_bytes(f"{final}/{MODEL_CONFIG}", text.encode())
-            weights = {name: value.contiguous() for name, value in found.model.state_dict().items()}
-            out.write(f"{final}/{EMA_WEIGHTS}", lambda path: save_file(weights, path))
-            counts = {
-                "model": found.model.config.name,
-                "steps": found.steps,
-                "autoencoder_digest": None if vae is None else vae.manifest.digest,
-                "class_counts": None,
-                "parameters": count_parameters(found.model),
-                "macs": count_macs(found.model),
-                "final": final,
-                "origin": found.origin,
-            }
-            made = out.commit(config, {"model": found.digest}, counts)
-    return Opened(made, vae)
+        if (made := made_before(folder, identity)) is not None:
+            return made
+        out = ArtifactWriter(folder, kind, identity)
+        return out.commit(config, inputs, write(out))
 
 
 def _in_store(checkpoint: Artifact) -> Opened:

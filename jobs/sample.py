@@ -46,6 +46,8 @@ class Sampler:
     """Loads every network once, then makes one unit after the other; two at once, a stage each."""
 
     def __init__(self, config: SampleConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter) -> None:
+        import torch
+
         from edt_core.autoencoder import load_autoencoder
         from edt_core.generation import LatentSampler
         from edt_core.precision import use_precision
@@ -65,6 +67,8 @@ class Sampler:
             space: extractors.load(space, inputs[space], self.device) for space in extractors.spaces_of(inputs)
         }
         self._sampling, self._finishing = threading.Lock(), threading.Lock()
+        # On a GPU a stream beside the one that samples: the two do not wait for each other.
+        self._stream = torch.cuda.Stream() if self.device == "cuda" else None
 
     def work(self, number: int) -> int:
         """Make unit `number` unless it is there; returns its number of samples."""
@@ -89,9 +93,11 @@ class Sampler:
 
     def _finished(self, unit: Unit, labels: NDArray[np.int64], latents: Any) -> dict[str, NDArray[Any]]:
         """The tensors of a unit's file: what the samples are, their features, and the first ones' pixels."""
+        import torch
+
         from edt_core.autoencoder import decode_to_pixels
 
-        with _own_stream(self.device):
+        with torch.cuda.stream(self._stream):  # does nothing where there is none
             pixels = decode_to_pixels(self.autoencoder, latents)
             found = {space: extract(pixels) for space, extract in self.extractors.items()}
         keep = self.config.keep_images
@@ -103,13 +109,6 @@ class Sampler:
             **{f"{space}.{name}": value for space, values in found.items() for name, value in values.items()},
             **({"images": kept} if len(kept) else {}),
         }
-
-
-def _own_stream(device: str) -> Any:
-    """On a GPU a stream beside the one that samples: the two do not wait for each other."""
-    import torch
-
-    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else torch.no_grad()
 
 
 def artifact(inputs: Mapping[str, Artifact | Source], role: str) -> Artifact:

@@ -35,6 +35,23 @@ def bench_of_training(options: argparse.Namespace) -> Iterator[Row]:
             yield from rows
 
 
+def bench_of_evaluation(options: argparse.Namespace) -> Iterator[Row]:
+    """Measure sampling, whole evaluations and metrics; `scale` below 1 takes fewer images, steps and turns."""
+    import torch
+
+    from jobs.benchmark.evaluate import EvalSubject, bench_eval
+    from jobs.benchmark.metrics import bench_metrics
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subject = EvalSubject.on(device, options.model, options.image_size, options.num_images, options.scale)
+    with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=options.work_in) as folder:
+        for rows in bench_eval(Path(folder), subject, turns=max(1, int(10 * options.scale))):
+            print(f"bench: measured {rows[0].what}", file=sys.stderr)
+            yield from rows
+    print("bench: the metrics", file=sys.stderr)
+    yield from bench_metrics(options.scale)
+
+
 def bench(part: str, images: str | None, scale: float, work_in: str | None = None) -> list[Row]:
     """Measure one part, "data" or "encode"; `scale` below 1 makes it smaller and less exact, for a try."""
     with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=work_in) as folder:
@@ -66,24 +83,33 @@ def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.benchmark") -> None:
     """Measure and print a table in Markdown."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("part", choices=["data", "encode", "train"], help="data: latents, planning, preprocess, memory")
+    parser.add_argument(
+        "part",
+        choices=["data", "encode", "train", "eval"],
+        help="data: latents, planning, preprocess, memory; eval: sampling, whole evaluations, metrics",
+    )
     parser.add_argument("--images", help="folder of JPEG photos to measure with  [default: made ones]")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, as 0.02 for a try")
     parser.add_argument("--work-in", help="folder for some GB of scratch files  [default: the system's]")
+    models = parser.add_argument_group("train and eval")
+    models.add_argument("--model", default="EDT-S/2", help="name of the model  [default: EDT-S/2]")
+    models.add_argument("--image-size", type=int, default=256, help="side of the images  [default: 256]")
     training = parser.add_argument_group("train")
-    training.add_argument("--model", default="EDT-S/2", help="name of the model  [default: EDT-S/2]")
-    training.add_argument("--image-size", type=int, default=256, help="side of the images  [default: 256]")
     training.add_argument("--batch-size", type=int, default=8, help="images of a step  [default: 8]")
     training.add_argument(
         "--precision", choices=["fp32", "tf32", "bf16"], help="[default: the device's two usual ones]"
     )
     training.add_argument("--compile", action="store_true", help="torch.compile the model")
+    evaluation = parser.add_argument_group("eval")
+    evaluation.add_argument("--num-images", type=int, help="images of a whole evaluation  [default: 8, on a GPU 256]")
     options = parser.parse_args(arguments)
     with exit_code():
         if options.scale < 0.001:
             raise UserError(f"--scale is {options.scale:g}; give 0.001 or more")
         if options.part == "train":
             rows = list(bench_of_training(options))
+        elif options.part == "eval":
+            rows = list(bench_of_evaluation(options))
         else:
             rows = bench(options.part, options.images, options.scale, options.work_in)
         print(f"{hardware()}\n\n{table(rows)}")

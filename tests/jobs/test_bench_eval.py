@@ -13,7 +13,9 @@ from edt_core.extractors.inception import Inception, inception_network
 from edt_core.generation import LatentSampler
 from jobs.benchmark import command, evaluate, metrics
 from jobs.benchmark.authors import plain_model
-from jobs.benchmark.evaluate import EvalSubject, Networks, PlainChain, PlainEvaluation, bench_eval, made_networks
+from jobs.benchmark.evaluate import bench_eval
+from jobs.benchmark.networks import EvalSubject, Networks, made_networks
+from jobs.benchmark.plain import PlainChain, PlainEvaluation
 from jobs.benchmark.table import Row
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Kills, a full disk and double starts in preprocess, encode and sample: identical files, and only the rest is redone.
 
-The figures of the big run (20 moments each) are in docs/benchmarks.md; the suite itself takes a few of the moments.
+The figures of the big run (20 moments each) are in docs/benchmarks.md; the suite itself takes one of the moments.
 """
 
 import os
@@ -34,7 +34,7 @@ from tests.jobs.models import classifier_artifact, made_model, opened
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
-FEW, MANY = 2, 20
+FEW, MANY = 1, 20
 NUM_IMAGES = 600
 
 

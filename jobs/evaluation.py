@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from edt_core.artifact import Artifact, Source
@@ -91,7 +90,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
         results.append(Result(point.settings, made.counts["metrics"], made.counts["protocol"]))
         for form in options.export:
             export_features(features, form, out.local / f"samples-{features.fingerprint[:12]}-{form}", bar)
-    _write(results, options.model, out.local)
+    _write(results, options.model, out)
     return results
 
 
@@ -205,13 +204,13 @@ def _told(result: Result) -> str:
     return f"{table}\n\nprotocol\n" + "\n".join(f"  {name}: {value}" for name, value in result.protocol.items())
 
 
-def _write(results: Sequence[Result], model: str, folder: Path) -> None:
+def _write(results: Sequence[Result], model: str, out: Folder) -> None:
     told: list[dict[str, Any]] = [{"model": model, **asdict(result)} for result in results]
-    (folder / f"{RESULTS}.json").write_text(json.dumps(told, indent=1, default=dict) + "\n")
+    out.write_bytes(f"{RESULTS}.json", f"{json.dumps(told, indent=1, default=dict)}\n".encode())
     swept = bool(results[0].settings)
-    (folder / f"{RESULTS}.md").write_text((results_table(results) if swept else _told(results[0])) + "\n")
+    out.write_bytes(f"{RESULTS}.md", f"{results_table(results) if swept else _told(results[0])}\n".encode())
     if swept:
-        plot(results, folder / f"{RESULTS}.png")
+        out.write_bytes(f"{RESULTS}.png", plot(results))
 
 
 if __name__ == "__main__":

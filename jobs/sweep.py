@@ -1,9 +1,9 @@
 """sweep: a grid of sampling settings, as `cfg=1,1.5,2 amm=off,paper`, and its results as a table and a plot."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -126,8 +126,8 @@ def _shown(metrics: Mapping[str, float], name: str) -> str:
     return f"{metrics[name]:.4g}" if spread is None else f"{metrics[name]:.4g} ± {spread:.2g}"
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """A panel a metric: the first axis of numbers across, one line for each setting of the others; PNG."""
+def plot(results: Sequence[Result]) -> bytes:
+    """A PNG with a panel a metric: the first axis of numbers across, one line for each setting of the others."""
     from matplotlib.figure import Figure
 
     axes = list(results[0].settings)
@@ -163,7 +163,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
             panel.legend(fontsize=8)
     for panel in figure.axes[len(metrics) :]:
         panel.set_axis_off()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    return picture.getvalue()
 
 
 def _number(text: str) -> float | None:

@@ -14,7 +14,7 @@ from edt_core.generation import LatentSampler
 from jobs.benchmark import command, evaluate, metrics
 from jobs.benchmark.authors import plain_model
 from jobs.benchmark.evaluate import bench_eval
-from jobs.benchmark.networks import EvalSubject, Networks, made_networks
+from jobs.benchmark.networks import EvalSubject, Networks, chain_config, made_networks
 from jobs.benchmark.plain import PlainChain, PlainEvaluation
 from jobs.benchmark.table import Row
 
@@ -40,7 +40,7 @@ def networks() -> Networks:
 
 def test_the_plain_chain_is_ours(networks: Networks) -> None:
     """The same latents from the same noise, which the plain chain takes for both halves."""
-    chain, labels, indices = evaluate._chain("fp32", 5), [3, 1, 2], [0, 5, 9]
+    chain, labels, indices = chain_config("fp32", 5), [3, 1, 2], [0, 5, 9]
     ours = LatentSampler(networks.model, chain, 1000)(labels, 7, indices)
     schedule = sampling_schedule(linear_schedule(1000), chain.num_sampling_steps)
     noise = SampleNoise(7, indices, tuple(ours.shape[1:]))

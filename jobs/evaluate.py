@@ -28,7 +28,10 @@ def evaluate(
     Of several repeats the metrics are means, with `<metric>_std` beside them. Raises UserError where the two come from
     different extractors, for metrics that cannot be had, and for samples that are not whole.
     """
-    return ray.get(ray.remote(num_cpus=config.num_cpus)(_compare).remote(config, dict(inputs), out, progress))
+    counts = ray.get(ray.remote(num_cpus=config.num_cpus)(_compare).remote(config, dict(inputs), out, progress))
+    for warning in counts["warnings"]:  # told here: the last word of a task may come when nobody listens any more
+        progress.warn(warning)
+    return counts
 
 
 def _compare(
@@ -47,8 +50,6 @@ def _compare(
     metrics = repeats[0] if len(repeats) == 1 else _over_repeats(repeats)
     protocol = _protocol(config, features, reference)
     warnings = _warnings(metrics, sampling.num_samples, real)
-    for warning in warnings:
-        progress.warn(warning)
     out.write_json(METRICS_NAME, {"metrics": metrics, "protocol": protocol, "repeats": repeats, "warnings": warnings})
     return {"metrics": metrics, "protocol": protocol, "warnings": warnings}
 

@@ -138,16 +138,21 @@ def resolve(location: str) -> str:
     """A local folder for an MLflow URI; hub ids and local folders stay as they are."""
     if not location.startswith(MLFLOW_SCHEMES):
         return location
-    import mlflow
-
-    try:
-        folder = Path(mlflow.artifacts.download_artifacts(location))
-    except Exception as error:
-        raise UserError(f"MLflow has no autoencoder at {location} ({error}); look it up in the registry") from error
+    folder = downloaded(location, "autoencoder")
     configs = sorted(folder.rglob("config.json"), key=lambda path: ("vae" not in path.parts, len(path.parts)))
     if not configs:
         raise UserError(f"{location} holds no diffusers model: no config.json in it")
     return str(configs[0].parent)
+
+
+def downloaded(location: str, what: str) -> Path:
+    """What MLflow keeps at a URI, on this machine. Raises UserError, which says `what`, where there is nothing."""
+    import mlflow
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(location))
+    except Exception as error:
+        raise UserError(f"MLflow has no {what} at {location} ({error}); look it up in the registry") from error
 
 
 def _store(model: Any, out: ArtifactWriter) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from edt_core.artifact import Artifact, Source
 from edt_core.config import (
     EXTRACTORS,
-    PUBLISHED_SPACES,
     EvaluateConfig,
     ReferenceConfig,
     SampleConfig,
@@ -23,17 +22,14 @@ from edt_core.config import (
 from edt_core.data.export import EXPORT_FORMATS
 from edt_core.errors import UserError
 from edt_core.progress import Progress
-from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
 from jobs import evaluate, reference, sample
-from jobs.autoencoder import published_artifact
 from jobs.export import export_features
-from jobs.extractors import extractor_source
 from jobs.models import Opened, open_model
 from jobs.options import add_fields, given_fields, validated
 from jobs.progress import Bar
 from jobs.sweep import Point, Result, grid, parse_axis, plot, results_table
-from jobs.verb import Verb, add_role, exit_code, open_input, split_digest
+from jobs.verb import Verb, add_role, exit_code, open_input
 
 RESULTS = "results"
 Inputs = Mapping[str, Artifact | Source]
@@ -73,15 +69,19 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     points = list(grid(base, [parse_axis(text) for text in options.sweep]))
     if options.export and len(points) > 1:
         raise UserError(f"--export is of one set of samples, and --sweep asks for {len(points)}; leave one of them out")
+    if options.tracking_uri:
+        import mlflow
+
+        mlflow.set_tracking_uri(options.tracking_uri)
     judges = _extractors(options, out, bar)
-    opened = open_model(options.model, out, options.tracking_uri)
+    opened = open_model(options.model, out)
     inputs: dict[str, Artifact | Source] = {
         "checkpoint": opened.checkpoint,
-        "autoencoder": _autoencoder(options, opened, out),
+        "autoencoder": _autoencoder(options, opened, out, bar),
         **judges,
     }
     if options.guide:
-        inputs["guide"] = open_model(options.guide, out, options.tracking_uri).checkpoint
+        inputs["guide"] = open_model(options.guide, out).checkpoint
     real = _reference(options, opened, judges, base, out, bar)
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
     results = []
@@ -136,15 +136,8 @@ _SHARED = ("num_workers", "num_cpus_per_worker", "num_gpus_per_worker")  # field
 
 def _extractors(options: argparse.Namespace, out: Folder, bar: Progress) -> dict[str, Artifact | Source]:
     """The networks of features that are given. Raises UserError where there is none, or one is not to be had."""
-    judges: dict[str, Artifact | Source] = {}
-    for space in EXTRACTORS:
-        location = getattr(options, space)
-        if location is None:
-            continue
-        if space in PUBLISHED_SPACES:
-            judges[space] = extractor_source(space, *split_digest(location), options.tracking_uri)
-        else:
-            judges[space] = open_input(space, location, out, options, bar)
+    given = [space for space in EXTRACTORS if getattr(options, space)]
+    judges = {space: open_input(space, getattr(options, space), out, options, bar) for space in given}
     if not judges:
         raise UserError(
             "there is no network of features to compare in: give --inception-weights for FID (pt_inception-2015-12-05-"
@@ -153,12 +146,10 @@ def _extractors(options: argparse.Namespace, out: Folder, bar: Progress) -> dict
     return judges
 
 
-def _autoencoder(options: argparse.Namespace, opened: Opened, out: Folder) -> Artifact:
+def _autoencoder(options: argparse.Namespace, opened: Opened, out: Folder, bar: Progress) -> Artifact | Source:
     if options.autoencoder:
-        if Folder.at(options.autoencoder).exists(MANIFEST_NAME):
-            return Artifact.open(options.autoencoder)
-        place = hashlib.sha256(options.autoencoder.encode()).hexdigest()[:16]
-        return published_artifact(options.autoencoder, out.child(f".autoencoder-{place}"))
+        place = out.child(f".published/{hashlib.sha256(options.autoencoder.encode()).hexdigest()[:16]}")
+        return open_input("autoencoder", options.autoencoder, place, options, bar)
     if opened.autoencoder is None:
         raise UserError(
             f"{options.model} does not say which autoencoder decodes it; give --autoencoder, as "
@@ -178,10 +169,9 @@ def _reference(
         artifact = open_input("reference", options.reference, out, options, bar)
         assert isinstance(artifact, Artifact)
         return artifact
-    if options.statistics:
-        images: Artifact | Source = reference.statistics_source(options.statistics)
-    elif options.images:
-        images = open_input("images", options.images, out, options, bar)
+    images: Artifact | Source
+    if given:
+        images = open_input(given[0], getattr(options, given[0]), out, options, bar)
     elif opened.images is not None:
         images = opened.images
     else:

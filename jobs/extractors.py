@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from edt_core.artifact import Artifact, Source
-from edt_core.config import EXTRACTORS, ExtractorConfig
+from edt_core.config import EXTRACTORS
 from edt_core.errors import UserError
 from jobs import classifier
-from jobs.autoencoder import MLFLOW_SCHEMES
+from jobs.autoencoder import MLFLOW_SCHEMES, downloaded
 
 Inputs = Mapping[str, Artifact | Source]
 
@@ -22,7 +22,6 @@ def extractor_source(
     """
     from edt_core.extractors.weights import published_weights
 
-    ExtractorConfig(weights=location, sha256=sha256)
     found = _fetched(location, tracking_uri)
     _, digest = published_weights(space, found, sha256)
     assert location is not None
@@ -56,14 +55,13 @@ def spaces_of(inputs: Iterable[str]) -> list[str]:
     return [space for space in EXTRACTORS if space in given]
 
 
-def digest_of(item: Artifact | Source) -> str:
-    """What names the content of an extractor."""
-    return item.manifest.digest if isinstance(item, Artifact) else item.fingerprint
-
-
 def digests_of(inputs: Inputs) -> dict[str, str]:
-    """Digest of the extractor of each space among the inputs."""
-    return {space: digest_of(inputs[space]) for space in spaces_of(inputs)}
+    """What names the content of the extractor of each space among the inputs."""
+    chosen = {space: inputs[space] for space in spaces_of(inputs)}
+    return {
+        space: item.manifest.digest if isinstance(item, Artifact) else item.fingerprint
+        for space, item in chosen.items()
+    }
 
 
 def _tracking_server() -> bool:
@@ -82,13 +80,10 @@ def _fetched(location: str | None, tracking_uri: str | None = None) -> str | Non
     """A local path for an MLflow URI; anything else as it is. Raises UserError where MLflow has it not."""
     if location is None or not location.startswith(MLFLOW_SCHEMES):
         return location
-    import mlflow
-
     if tracking_uri is not None:
+        import mlflow
+
         mlflow.set_tracking_uri(tracking_uri)
-    try:
-        path = Path(mlflow.artifacts.download_artifacts(location))
-    except Exception as error:
-        raise UserError(f"MLflow has no weights at {location} ({error}); look the artifact up in its run") from error
+    path = downloaded(location, "weights")
     files = [file for file in path.rglob("*") if file.suffix in (".pth", ".pt")] if path.is_dir() else [path]
     return str(files[0] if len(files) == 1 else path)

@@ -58,16 +58,16 @@ class _Found:
     autoencoder: Path | None = None
 
 
-def open_model(location: str, work: Folder, tracking_uri: str | None = None) -> Opened:
+def open_model(location: str, work: Folder) -> Opened:
     """The model at a location; what has to be made an artifact goes into the store `work`.
 
     Raises UserError where there is no model, or nothing that can be read safely.
     """
     path = Path(location).expanduser()
     if not path.exists():
-        if (artifact := _of_run(location, tracking_uri)) is not None:
+        if (artifact := _of_run(location)) is not None:
             return _in_store(artifact)
-        if (folder := _of_registry(location, tracking_uri)) is not None:
+        if (folder := _of_registry(location)) is not None:
             return _made(_of_pipeline(folder, location), work)
     if Folder.at(location).exists(MANIFEST_NAME):
         return _in_store(Artifact.open(location))
@@ -80,47 +80,47 @@ def open_model(location: str, work: Folder, tracking_uri: str | None = None) -> 
     raise UserError(f"there is no model at {location}; give {_FORMS}")
 
 
-def _of_run(location: str, tracking_uri: str | None) -> Artifact | None:
+def _of_run(location: str) -> Artifact | None:
     """The checkpoint artifact of a training's MLflow run."""
     if (match := _RUN.fullmatch(location)) is None:
         return None
-    tags = _client(tracking_uri, location).get_run(match[1]).data.tags
+    import mlflow
+
+    try:
+        tags = mlflow.MlflowClient().get_run(match[1]).data.tags
+    except Exception as error:
+        raise _unknown(location, error) from error
     if tags.get("edt.kind") != "checkpoint" or "edt.uri" not in tags:
         raise UserError(f"the MLflow run {match[1]} made no checkpoint artifact; give the run of a train step")
     return Artifact.open(tags["edt.uri"])
 
 
-def _of_registry(location: str, tracking_uri: str | None) -> Path | None:
+def _of_registry(location: str) -> Path | None:
     """The diffusers folder of a registered version, on this machine."""
     if (match := _REGISTERED.fullmatch(location)) is None:
         return None
     import mlflow
 
     name, alias, version = match.groups()
-    client = _client(tracking_uri, location)
     try:
+        client = mlflow.MlflowClient()
         number = client.get_model_version_by_alias(name, alias).version if alias else version
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}"))
     except Exception as error:
-        raise UserError(
-            f"MLflow at {mlflow.get_tracking_uri()} has no model {location} ({error}); set MLFLOW_TRACKING_URI "
-            "or --tracking-uri, as sqlite:///edt-store/mlflow.db"
-        ) from error
+        raise _unknown(location, error) from error
     found = sorted(folder.rglob(_INDEX))
     if not found:
         raise UserError(f"the registered model {location} holds no diffusers folder: it was not registered by edt")
     return found[0].parent
 
 
-def _client(tracking_uri: str | None, location: str) -> Any:
+def _unknown(location: str, error: Exception) -> UserError:
     import mlflow
 
-    if tracking_uri is not None:
-        mlflow.set_tracking_uri(tracking_uri)
-    try:
-        return mlflow.MlflowClient()
-    except Exception as error:
-        raise UserError(f"MLflow cannot be reached to look {location} up: {error}; set MLFLOW_TRACKING_URI") from error
+    return UserError(
+        f"MLflow at {mlflow.get_tracking_uri()} has no model {location} ({error}); set MLFLOW_TRACKING_URI "
+        "or --tracking-uri, as sqlite:///edt-store/mlflow.db"
+    )
 
 
 def _of_checkpoint(folder: Path) -> _Found:

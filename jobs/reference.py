@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.config import EXTRACTORS, ReferenceConfig
+from edt_core.data.order import at_even_distances
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import REFERENCE_NAME
@@ -133,9 +134,7 @@ class Sums:
 
 def evenly_spaced(first: int, count: int, total: int, limit: int) -> list[int]:
     """Of rows first..first+count-1 among `total`, the places, from 0, of those that `limit` even distances take."""
-    most = max(total, limit)
-    rows = range(first, first + count)
-    return [row - first for row in rows if (row + 1) * limit // most > row * limit // most]
+    return [place for place in range(count) if at_even_distances(first + place, total, limit)]
 
 
 def reference(

@@ -47,3 +47,9 @@ def mirror_draws(seed: int, step: int, global_batch_size: int, mirror_prob: floa
     """Which samples of global batch `step` are mirror images: bool [B]."""
     uniform = torch.rand(global_batch_size, generator=generator(seed, step, "mirror"))
     return (uniform < mirror_prob).numpy()
+
+
+def at_even_distances(row: int, total: int, limit: int) -> bool:
+    """Whether a row of 0..total-1 is one of the `limit` that lie at even distances; all are where there are no more."""
+    wanted = min(limit, total)
+    return (row + 1) * wanted // total > row * wanted // total

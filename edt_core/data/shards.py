@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.data.images import decode_rgb
+from edt_core.data.order import at_even_distances
 from edt_core.errors import UserError
 from edt_core.schema import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
 
@@ -98,12 +99,12 @@ def load_images(
     Above `limit` images, that many are taken at even distances: shards are sorted by class. Raises UserError if the
     shards do not hold the `stated` number: a tar that was cut reads short in silence.
     """
-    wanted = stated if limit is None else min(limit, stated)
+    wanted = stated if limit is None else limit
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     found = 0
     for sample in chain.from_iterable(read_image_shard(path) for path in paths):
-        if (found + 1) * wanted // stated > found * wanted // stated:
+        if at_even_distances(found, stated, wanted):
             pixels.append(sample.pixels())
             labels.append(sample.label)
         found += 1

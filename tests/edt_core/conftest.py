@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from edt_core.artifact import Artifact
 from edt_core.data.latents import LatentDataset
@@ -20,15 +19,6 @@ def quickly(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     """Without measuring the machine, but where that is the test."""
     if "figures" not in request.node.name:
         monkeypatch.setattr("edt_core.training.loop.matmul_rate", lambda *_: 1e9)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """So narrow a model is done sooner by one: more wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A model bound to a chain."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,8 @@ from edt_core.errors import UserError
 from edt_core.generation import LatentSampler, SamplesNotFiniteError, resolved_amm_blocks
 from edt_core.models import EDT, model_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 4
 
 
@@ -25,15 +26,6 @@ def tiny(seed: int = 0, **changes: Any) -> EDT:
         for parameter in model.parameters():
             parameter.normal_(std=0.05, generator=generator)
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """`edt bench eval`: what it compares is equal, and what it prints is whole. No times."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +17,12 @@ from jobs.benchmark.networks import EvalSubject, Networks, chain_config, made_ne
 from jobs.benchmark.plain import PlainChain, PlainEvaluation
 from jobs.benchmark.table import Row
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SUBJECT = EvalSubject(
     "EDT-Tiny/2", 64, batch_size=2, num_images=2, unit_size=1, steps=2, autoencoder_channels=(32, 32, 32, 32)
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine several threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

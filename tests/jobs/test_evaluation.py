@@ -124,14 +124,17 @@ def test_a_model_is_the_same_in_every_form(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused_with_the_forms(tmp_path: Path) -> None:
+    import mlflow
+
     judge = classifier_artifact(tmp_path / "classifier")
     with pytest.raises(UserError, match="holds classifier, and a model is needed"):
         open_model(judge.folder.uri, Folder.at(tmp_path / "work"))
     with pytest.raises(UserError, match=r"there is no model at .*NAME@ALIAS"):
         open_model(str(tmp_path / "nothing"), Folder.at(tmp_path / "work"))
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with pytest.raises(UserError, match="has no model edt-none@champion"):
-        open_model("edt-none@champion", Folder.at(tmp_path / "work"), uri)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for unknown in ("edt-none@champion", f"runs:/{'0' * 32}"):
+        with pytest.raises(UserError, match=f"has no model {unknown}"):
+            open_model(unknown, Folder.at(tmp_path / "work"))
 
 
 # --- the whole evaluation, by its command
@@ -252,7 +255,9 @@ def inception_weights(folder: Path) -> Path:
     [
         ([], "give --inception-weights for FID"),
         (["--inception-weights", "{tmp}/none.pth"], "github.com/mseitzer/pytorch-fid"),
+        (["--inception-weights", "{tmp}/none.pth#sha256=beef"], "sha256 is 64 digits"),
         (["--classifier", "{classifier}"], "nothing to compare"),
+        (["--classifier", "{classifier}", "--autoencoder", "{classifier}"], "holds classifier, and autoencoder is"),
         (["--classifier", "{classifier}", "--images", "a", "--statistics", "b"], "--images and --statistics are two"),
         (["--classifier", "{classifier}", "--statistics", "{tmp}/none.npz"], "no reference statistics"),
         (["--classifier", "{classifier}", "--export", "png", "--sweep", "cfg=1,2"], "--export is of one set"),

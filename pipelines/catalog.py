@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _MAX_PARAM = 500  # characters MLflow keeps of a parameter on every back end
+_SQLITE = "mlflow.db"
 DATASET_KINDS = ("images", "latents")
 
 
@@ -45,8 +46,23 @@ class Catalog:
             )
         # Several processes that create the tables of one new SQLite file at once fail; after that they get along.
         with FileLock(root / ".mlflow.lock"):
-            uri = f"sqlite:///{root / 'mlflow.db'}"
+            uri = f"sqlite:///{root / _SQLITE}"
             return cls(uri, _experiment(uri, experiment, (root / "mlartifacts").as_uri()))
+
+    @classmethod
+    def existing(cls, store: Folder, tracking_uri: str | None = None) -> "Catalog":
+        """MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, or else the SQLite file that is in the store already.
+
+        For look-ups over all experiments: it makes nothing. Raises UserError where there is no MLflow.
+        """
+        if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+            return cls(uri, "")
+        if (root := store.local) is None or not (root / _SQLITE).exists():
+            raise UserError(
+                f"there is no MLflow record in the store {store.uri}; give the store of your runs with --store, or "
+                "your MLflow server with --tracking-uri or MLFLOW_TRACKING_URI"
+            )
+        return cls(f"sqlite:///{root / _SQLITE}", "")
 
     @cached_property
     def client(self) -> "MlflowClient":

@@ -1,14 +1,11 @@
-"""The command line: `edt`. Heavy libraries are imported inside the commands, so that help answers at once."""
+"""The command line: `edt`. The commands are in `pipelines.commands`; here is what it is made of, and how it ends."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edt_core.errors import UserError
-
-if TYPE_CHECKING:
-    from pipelines.workflows import Outcome
+from pipelines.commands import store, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,156 +15,11 @@ app = typer.Typer(
     help="Labelled images to a registered, evaluated Efficient Diffusion Transformer.",
 )
 
-Config = Annotated[str, typer.Argument(help="name of a shipped configuration, or a YAML file")]
-Assignments = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="set one field, as train.max_steps=50; repeatable"),
-]
-
-
-@app.command()
-def run(
-    config: Config = "quickstart",
-    assignments: Assignments = [],  # noqa: B006  typer copies it
-    store: Annotated[str | None, typer.Option(help="folder or URI of the artifacts  [default: ./edt-store]")] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join  [default: RAY_ADDRESS, or this machine]")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="tell what the trainings would take, and start nothing")
-    ] = False,
-) -> None:
-    """Run the whole pipeline; what is already made is reused."""
-    from pipelines.config import load_config
-    from pipelines.terminal import Terminal
-    from pipelines.workflows import run as run_pipeline
-
-    loaded = load_config(config, assignments, store)
-    if dry_run:
-        from pipelines.dry_run import dry_run as told
-
-        typer.echo(told(loaded))
-        return
-    with Terminal() as terminal:
-        terminal.say(f"edt run {loaded.name}", "bold")
-        try:
-            outcome = run_pipeline(loaded, terminal, address)
-        except KeyboardInterrupt:
-            terminal.say("\nstopped; what is finished is kept, run again to go on", "yellow")
-            raise typer.Exit(130) from None
-        if outcome.stopped:
-            terminal.say(f"\n{outcome.stopped}; what is finished is kept, run again to go on", "yellow")
-            raise typer.Exit(130)
-        show_outcome(outcome, terminal)
-    if outcome.failures:
-        raise typer.Exit(2 if all(isinstance(e, UserError) for e in outcome.failures.values()) else 1)
-
-
-# A verb has its own parser, one option a field of its configuration, and prints its own help.
-_VERB = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}, "add_help_option": False}
-
-
-@app.command(**_VERB)  # type: ignore[arg-type]
-def preprocess(context: typer.Context) -> None:
-    """Turn labelled images into image shards: SOURCE OUT."""
-    from jobs.preprocess import VERB
-
-    VERB.main(context.args, "edt preprocess")
-
-
-@app.command(**_VERB)  # type: ignore[arg-type]
-def encode(context: typer.Context) -> None:
-    """Turn image shards into latent shards: IMAGES OUT --autoencoder PATH_OR_ID."""
-    from jobs.encode import VERB
-
-    VERB.main(context.args, "edt encode")
-
-
-@app.command(**_VERB)  # type: ignore[arg-type]
-def train(context: typer.Context) -> None:
-    """Train an EDT on latent shards: LATENTS OUT --model EDT-S/2."""
-    from jobs.train import VERB
-
-    VERB.main(context.args, "edt train")
-
-
-@app.command(**_VERB)  # type: ignore[arg-type]
-def evaluate(context: typer.Context) -> None:
-    """Sample from any model and measure it: MODEL OUT --images IMAGES --inception-weights FILE."""
-    from jobs.evaluation import main
-
-    main(context.args, "edt evaluate")
-
-
-@app.command(**_VERB)  # type: ignore[arg-type]
-def export(context: typer.Context) -> None:
-    """Write kept samples for other people's tools: FEATURES TARGET --format png|npz|webdataset."""
-    from jobs.export import main
-
-    main(context.args, "edt export")
-
-
-@app.command(**_VERB)  # type: ignore[arg-type]
-def bench(context: typer.Context) -> None:
-    """Measure this machine: data, encode, train or eval, each figure beside a plain baseline."""
-    from jobs.benchmark.command import main
-
-    main(context.args, "edt bench")
-
-
-@app.command()
-def configs(
-    name: Annotated[str | None, typer.Argument(help="show this one, defaults included")] = None,
-) -> None:
-    """List the configurations that ship with the package, or show one."""
-    from pipelines.config import as_yaml, config_names, load_config
-
-    typer.echo(as_yaml(load_config(name)) if name else "\n".join(config_names()))
-
-
-@app.command()
-def verify(
-    artifact: Annotated[str, typer.Argument(help="artifact folder or URI: the one that holds manifest.json")],
-    deep: Annotated[bool, typer.Option(help="digest every file, not only its size")] = False,
-) -> None:
-    """Check an artifact against its manifest."""
-    from edt_core.progress import Printed
-    from jobs.verify import verify as verified
-
-    typer.echo(verified(artifact, deep, Printed("verify")))
-
-
-def show_outcome(outcome: "Outcome", terminal: Any) -> None:
-    """The end of a run: failures, or where everything is."""
-    from edt_core.metrics import in_order
-    from edt_core.schema import REPORT_NAME, SAMPLES_NAME
-
-    terminal.say(
-        f"\n{outcome.reused} steps reused, {outcome.executed} run, {len(outcome.failures)} failed "
-        f"in {outcome.seconds:.0f} s"
-    )
-    for name, decision in outcome.decisions.items():
-        before, after = outcome.metrics[name]
-        terminal.say(f"\n{name} version {decision.version}  {decision}", "bold")
-        for metric in in_order(after):
-            value = after[metric]
-            if metric.endswith("_std") and metric.removesuffix("_std") in after:
-                continue
-            spread = f" ± {after[f'{metric}_std']:.2g}" if f"{metric}_std" in after else ""
-            terminal.say(f"  {metric:<20} {value:>10.4g}{spread}   untrained {before[metric]:.4g}")
-    for report in outcome.reports.values():
-        terminal.say(f"\nsamples   {report.path(SAMPLES_NAME)}")
-        terminal.say(f"report    {report.path(REPORT_NAME)}")
-    terminal.say(f"MLflow    {outcome.tracking_uri}  run {outcome.run_id}")
-    if outcome.tracking_uri.startswith("sqlite:"):
-        terminal.say(f"          mlflow ui --backend-store-uri {outcome.tracking_uri}")
-    for name, error in outcome.failures.items():
-        terminal.say(f"\nerror: {name}: {error_text(error)}", "red")
-
-
-def error_text(error: BaseException) -> str:
-    """What to print of an error: a user's own mistake without its type, a fault of ours with it."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+app.command()(workflow.run)
+for verb in (verbs.preprocess, verbs.encode, verbs.train, verbs.evaluate, verbs.export, verbs.bench):
+    app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
+app.command()(workflow.configs)
+app.command()(store.verify)
 
 
 def main() -> None:

@@ -1,0 +1,60 @@
+"""Arguments and options that several commands share, and how a table is printed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.catalog import Catalog
+
+DEFAULT_STORE = "./edt-store"
+
+Config = Annotated[str, typer.Argument(help="name of a shipped configuration, or a YAML file")]
+Assignments = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="set one field, as train.max_steps=50; repeatable"),
+]
+ConfigStore = Annotated[
+    str | None, typer.Option("--store", help=f"folder or URI of the artifacts  [default: {DEFAULT_STORE}]")
+]
+StoreOption = Annotated[str, typer.Option("--store", help="folder or URI of the artifacts")]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(help="MLflow server  [default: MLFLOW_TRACKING_URI, or the SQLite file in the store]"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+def open_catalog(store: str, tracking_uri: str | None) -> "Catalog":
+    """The MLflow that a look-up reads. Raises UserError where there is none."""
+    from edt_core.storage import Folder
+    from pipelines.catalog import Catalog
+
+    return Catalog.existing(Folder.at(store), tracking_uri)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, none: str = "none") -> None:
+    """Rows as a table of these columns, or all that they hold as a JSON list. `none` is said where there are none."""
+    if as_json:
+        print_json(list(rows))
+        return
+    if not rows:
+        typer.echo(none)
+        return
+    cells = [list(columns), *([_text(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    for line in cells:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_json(value: Any) -> None:
+    """Any value as JSON for programs: sorted keys, one field a line."""
+    typer.echo(json.dumps(value, indent=1, sort_keys=True))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

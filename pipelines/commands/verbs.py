@@ -1,0 +1,48 @@
+"""The verbs of `jobs/` as commands. Each has its own parser, one option a field of its configuration."""
+
+import typer
+
+# A verb prints its own help.
+SETTINGS = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}, "add_help_option": False}
+
+
+def preprocess(context: typer.Context) -> None:
+    """Turn labelled images into image shards: SOURCE OUT."""
+    from jobs.preprocess import VERB
+
+    VERB.main(context.args, "edt preprocess")
+
+
+def encode(context: typer.Context) -> None:
+    """Turn image shards into latent shards: IMAGES OUT --autoencoder PATH_OR_ID."""
+    from jobs.encode import VERB
+
+    VERB.main(context.args, "edt encode")
+
+
+def train(context: typer.Context) -> None:
+    """Train an EDT on latent shards: LATENTS OUT --model EDT-S/2."""
+    from jobs.train import VERB
+
+    VERB.main(context.args, "edt train")
+
+
+def evaluate(context: typer.Context) -> None:
+    """Sample from any model and measure it: MODEL OUT --images IMAGES --inception-weights FILE."""
+    from jobs.evaluation import main
+
+    main(context.args, "edt evaluate")
+
+
+def export(context: typer.Context) -> None:
+    """Write kept samples for other people's tools: FEATURES TARGET --format png|npz|webdataset."""
+    from jobs.export import main
+
+    main(context.args, "edt export")
+
+
+def bench(context: typer.Context) -> None:
+    """Measure this machine: data, encode, train or eval, each figure beside a plain baseline."""
+    from jobs.benchmark.command import main
+
+    main(context.args, "edt bench")

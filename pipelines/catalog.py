@@ -200,6 +200,7 @@ def artifact_tags(artifact: Artifact) -> dict[str, str]:
         "edt.fingerprint": artifact.fingerprint,
         "edt.uri": artifact.folder.uri,
         "edt.digest": artifact.manifest.digest,
+        "edt.inputs": canonical_json(dict(artifact.manifest.inputs)),
     }
 
 

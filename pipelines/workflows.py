@@ -1,5 +1,6 @@
 """The workflow: labelled images to registered, evaluated models, one branch a model."""
 
+import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import PUBLISHED_SPACES, SourceConfig, TrainConfig
+from edt_core.environment import environment
 from edt_core.errors import Stopped
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
@@ -172,7 +174,7 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
     status = "KILLED"
     try:
         with workflow.interrupts.handled():
-            catalog.log_text(run_id, as_yaml(config), "config.yaml")
+            _record_start(catalog, run_id, config)
             for branch in call_steps(workflow, config, source, published):
                 _finish_branch(workflow, config, branch, outcome)
             workflow.wait_all()
@@ -187,6 +189,13 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
         _record(workflow, outcome, status)
         outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None:
+    """Write into the parent run what is needed to find it and to do it again: configuration and versions."""
+    catalog.log_text(run_id, as_yaml(config), "config.yaml")
+    catalog.log_text(run_id, json.dumps(environment(), indent=1, sort_keys=True), "environment.json")
+    catalog.log_params(run_id, config.model_dump(mode="json", exclude={"store", "name"}))
 
 
 def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, outcome: Outcome) -> None:

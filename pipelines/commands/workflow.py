@@ -88,5 +88,3 @@ def show_outcome(outcome: "Outcome", terminal: Any) -> None:
 def error_text(error: BaseException) -> str:
     """What to print of an error: a user's own mistake without its type, a fault of ours with it."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-

@@ -324,9 +324,7 @@ class ArtifactWriter:
         return entry
 
     def _journal_names(self) -> Iterator[str]:
-        for name in self.data.child(JOURNAL).names():
-            if name.endswith(".json"):
-                yield _unflat(name.removesuffix(".json"))
+        return journalled(self.data)
 
     def _journalled(self, folder: Folder, name: str) -> FileEntry | None:
         try:
@@ -335,6 +333,13 @@ class ArtifactWriter:
             return FileEntry(**record) if same else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
+
+
+def journalled(attempt: Folder) -> Iterator[str]:
+    """Names of the files that an attempt has finished, or was about to when it ended."""
+    for name in attempt.child(JOURNAL).names():
+        if name.endswith(".json"):
+            yield _unflat(name.removesuffix(".json"))
 
 
 def _copy(source: Path, target: Path) -> None:

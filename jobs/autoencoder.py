@@ -69,7 +69,8 @@ def published_source(config: AutoencoderConfig, tracking_uri: str | None = None)
 
         if tracking_uri is not None:
             mlflow.set_tracking_uri(tracking_uri)
-        return Source(location, _registered(location))
+        version = _registered(location)
+        return Source(version, version)
     folder = Path(location).expanduser().absolute()
     if not folder.is_dir():
         return Source(location, location)
@@ -122,7 +123,7 @@ def _take_published(config: AutoencoderConfig, published: Source | None, out: Ar
     assert config.pretrained is not None
     assert published is not None
     exact = published.fingerprint if config.pretrained.startswith(MLFLOW_SCHEMES) else config.pretrained
-    model = load_autoencoder(resolve(exact))
+    model = load_autoencoder(resolve(published.location))
     facts = autoencoder_facts(model)
     stated = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}
     if differing := {name: facts[name] for name, value in stated.items() if facts[name] != value}:

@@ -3,12 +3,17 @@
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.artifact import Artifact, ArtifactWriter, ManifestError, journalled
+from edt_core.errors import UserError
 from edt_core.schema import KINDS, MANIFEST_NAME
 from edt_core.storage import Folder
+
+if TYPE_CHECKING:
+    from filelock import ReadWriteLock
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Store:
         attempt = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
         return ArtifactWriter(folder, kind, fingerprint, attempt, tuple(_attempts(folder)))
 
+    def begun(self, kind: str, fingerprint: str) -> set[str]:
+        """Names of the files that attempts at an artifact have finished, which its step takes over."""
+        folder = self.folder(kind, fingerprint)
+        return {name for attempt in _attempts(folder) for name in journalled(folder.child(attempt))}
+
     def lock(self, kind: str, fingerprint: str) -> AbstractContextManager[object]:
         """Held while a step runs: of two Ray sessions that share a local store, one computes and the other waits.
 
@@ -59,6 +69,45 @@ class Store:
         folder = root / ".locks"
         folder.mkdir(exist_ok=True)
         return FileLock(folder / f"{kind}-{fingerprint}.lock")
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Held while a workflow runs on a local store; several may. What it has found there must not be removed."""
+        from filelock import Timeout
+
+        if (lock := self._users()) is None:
+            yield
+            return
+        try:
+            with lock.read_lock():
+                yield
+        except Timeout as error:
+            raise UserError(f"{self.root.uri} is being cleaned by `edt gc`; run again when it is done") from error
+
+    @contextmanager
+    def to_itself(self) -> Iterator[None]:
+        """Held while a local store is cleaned. Raises UserError while a workflow runs on it."""
+        from filelock import Timeout
+
+        if (lock := self._users(timeout=0)) is None:
+            yield
+            return
+        try:
+            with lock.write_lock():
+                yield
+        except Timeout as error:
+            raise UserError(
+                f"a run is going on in {self.root.uri}, and what it has found there must stay; clean up when it "
+                "has ended"
+            ) from error
+
+    def _users(self, timeout: float = 60) -> "ReadWriteLock | None":
+        from filelock import ReadWriteLock
+
+        if (root := self.root.local) is None:
+            return None
+        (root / ".locks").mkdir(exist_ok=True)
+        return ReadWriteLock(root / ".locks" / "users.db", timeout=timeout, is_singleton=False)
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every committed artifact that is whole."""

@@ -31,13 +31,13 @@ class Catalog:
     experiment_id: str
 
     @classmethod
-    def open(cls, store: Folder, experiment: str) -> "Catalog":
-        """MLflow at MLFLOW_TRACKING_URI, or else a SQLite file inside the store, set up once under a lock.
+    def open(cls, store: Folder, experiment: str, tracking_uri: str | None = None) -> "Catalog":
+        """MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, or a SQLite file in the store, set up once under a lock.
 
         Raises UserError for a remote store without a tracking server.
         """
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if uri:
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri and uri != own_uri(store):
             return cls(uri, _experiment(uri, experiment, None))
         if (root := store.local) is None:
             raise UserError(
@@ -46,7 +46,7 @@ class Catalog:
             )
         # Several processes that create the tables of one new SQLite file at once fail; after that they get along.
         with FileLock(root / ".mlflow.lock"):
-            uri = f"sqlite:///{root / _SQLITE}"
+            uri = own_uri(store)
             return cls(uri, _experiment(uri, experiment, (root / "mlartifacts").as_uri()))
 
     @classmethod
@@ -62,7 +62,7 @@ class Catalog:
                 f"there is no MLflow record in the store {store.uri}; give the store of your runs with --store, or "
                 "your MLflow server with --tracking-uri or MLFLOW_TRACKING_URI"
             )
-        return cls(f"sqlite:///{root / _SQLITE}", "")
+        return cls(own_uri(store), "")
 
     @cached_property
     def client(self) -> "MlflowClient":
@@ -177,6 +177,11 @@ class Catalog:
         tag = InputTag("mlflow.data.context", "input")
         # Two steps that read one new dataset at the same moment both try to insert it.
         retried(lambda: self.client.log_inputs(run_id, [DatasetInput(dataset, [tag])]))
+
+
+def own_uri(store: Folder) -> str:
+    """The tracking URI of the SQLite file in a local store; "" for a remote one, where none can be."""
+    return "" if (root := store.local) is None else f"sqlite:///{root / _SQLITE}"
 
 
 def retried(call: Callable[[], Any], attempts: int = 5) -> Any:

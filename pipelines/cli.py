@@ -1,6 +1,7 @@
 """The command line: `edt`. The commands are in `pipelines.commands`; here is what it is made of, and how it ends."""
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -15,11 +16,21 @@ app = typer.Typer(
     help="Labelled images to a registered, evaluated Efficient Diffusion Transformer.",
 )
 
-app.command()(workflow.run)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    workflow.run,
+    workflow.plan,
+    workflow.runs,
+    workflow.reproduce,
+    workflow.configs,
+    store.artifacts,
+    store.gc,
+    store.verify,
+)
+
+for command in COMMANDS:
+    app.command()(command)
 for verb in (verbs.preprocess, verbs.encode, verbs.train, verbs.evaluate, verbs.export, verbs.bench):
     app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
-app.command()(workflow.configs)
-app.command()(store.verify)
 
 
 def main() -> None:

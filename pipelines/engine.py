@@ -16,6 +16,7 @@ from pipelines.step import StepFuture, StepTask, close_run, input_fingerprints, 
 from pipelines.terminal import Terminal
 
 _POLL_S = 0.5
+_MAX_RETRIES = 3  # of a step whose process or node was lost; what it raises itself is not tried again
 
 
 @dataclass
@@ -104,7 +105,8 @@ class Workflow:
 
         # Ray resolves futures that are arguments, not those inside a container: roles and values go side by side.
         values = [item.ref or item.artifact if isinstance(item, StepFuture) else item for item in inputs.values()]
-        return ray.remote(_run).options(num_cpus=0, max_retries=0).remote(task, list(inputs), *values)
+        # A step may be started again on another node: what it finished it takes over, and its record it goes on with.
+        return ray.remote(_run).options(num_cpus=0, max_retries=_MAX_RETRIES).remote(task, list(inputs), *values)
 
     def _mend_record(self, artifact: Artifact) -> None:
         """Complete the MLflow run of an artifact whose maker was lost between the commit and the end of the record."""

@@ -46,11 +46,11 @@ class _Line:
 class Terminal:
     """Renders a run: live bars on a terminal, a plain line at each start and end elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, to_stderr: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, stderr=to_stderr)
         self._bars = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(24),

@@ -21,7 +21,8 @@ from pipelines.catalog import Catalog
 from pipelines.config import PipelineConfig, as_yaml
 from pipelines.engine import Workflow
 from pipelines.registry import Decision, Entry, promote
-from pipelines.step import StepFuture
+from pipelines.runs import step_tag
+from pipelines.step import StepFuture, Steps
 from pipelines.terminal import Terminal
 
 _CACHE = "~/.cache/edt"
@@ -89,10 +90,10 @@ def images_fingerprint(config: PipelineConfig, source: Source) -> str:
 
 
 def call_steps(
-    workflow: Workflow, config: PipelineConfig, source: Source, published: "Published | None" = None
+    steps: Steps, config: PipelineConfig, source: Source, published: "Published | None" = None
 ) -> list[Branch]:
     """Call every step up to the evaluations. Nothing here waits: branches run side by side where there is room."""
-    step, published = workflow.step, published or Published()
+    step, published = steps.step, published or Published()
     images = step("preprocess", preprocess.VERB, config.preprocess, source=source)
     if config.autoencoder.pretrained is None:
         vae = step("autoencoder", autoencoder.VERB, config.autoencoder, images=images)
@@ -108,11 +109,11 @@ def call_steps(
         )
     real = {"images": published.statistics or images, **judges}
     shared["reference"] = step("reference", reference.VERB, config.reference, **real)
-    return [_call_branch(workflow, config, name, shared, judges) for name in config.models]
+    return [_call_branch(steps, config, name, shared, judges) for name in config.models]
 
 
 def _call_branch(
-    workflow: Workflow,
+    steps: Steps,
     config: PipelineConfig,
     name: str,
     shared: Mapping[str, StepFuture],
@@ -122,14 +123,14 @@ def _call_branch(
     trained = config.train_of(name)
     # Only what shapes the initial weights and the chain: another learning rate has the same untrained model.
     untrained = TrainConfig(model=trained.model, max_steps=0, seed=trained.seed, num_timesteps=trained.num_timesteps)
-    steps = dict(shared)
+    called = dict(shared)
     for prefix, train_config in (("", trained), ("untrained_", untrained)):
         label = prefix.replace("_", " ")
         inputs = {"latents": shared["latents"]}
         if train_config.preview_every is not None:
             inputs["autoencoder"] = shared["autoencoder"]
-        checkpoint = workflow.step(f"{label}train {name}", train.VERB, train_config, **inputs)
-        features = workflow.step(
+        checkpoint = steps.step(f"{label}train {name}", train.VERB, train_config, **inputs)
+        features = steps.step(
             f"{label}sample {name}",
             sample.VERB,
             config.sample,
@@ -137,7 +138,7 @@ def _call_branch(
             autoencoder=shared["autoencoder"],
             **judges,
         )
-        evaluation = workflow.step(
+        evaluation = steps.step(
             f"{label}evaluate {name}",
             evaluate.VERB,
             config.evaluate,
@@ -145,37 +146,59 @@ def _call_branch(
             reference=shared["reference"],
         )
         made = {"checkpoint": checkpoint, "features": features, "evaluation": evaluation}
-        steps |= {f"{prefix}{role}": future for role, future in made.items()}
-    return Branch(name, trained, steps)
+        called |= {f"{prefix}{role}": future for role, future in made.items()}
+    return Branch(name, trained, called)
 
 
-def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) -> Outcome:
+def run(
+    config: PipelineConfig,
+    terminal: Terminal,
+    address: str | None = None,
+    published: Published | None = None,
+    tracking_uri: str | None = None,
+) -> Outcome:
     """Run the whole pipeline; finished artifacts are reused. Failures of steps are in the outcome, not raised.
 
     The first Ctrl-C asks a training to stop, and is in the outcome as well; where none is at work it is raised.
+    `published`, what the configuration names from elsewhere where that is known already; `tracking_uri`, another
+    MLflow than the environment's or the store's own.
 
     Raises UserError, before anything is computed, for a store or a source that cannot be used.
     """
+    store = Store.open(config.store)
+    with store.in_use():
+        return _run(config, store, terminal, address, published, tracking_uri)
+
+
+def _run(
+    config: PipelineConfig,
+    store: Store,
+    terminal: Terminal,
+    address: str | None,
+    published: Published | None,
+    tracking_uri: str | None,
+) -> Outcome:
     from jobs.cluster import connect
 
     started = time.monotonic()
-    store = Store.open(config.store)
     source = prepare_source(config.source, store.root, terminal)
     # On a new store MLflow makes its tables for about as long as Ray starts: the one need not wait for the other.
     with ThreadPoolExecutor(1) as pool:
-        opened = pool.submit(Catalog.open, store.root, config.name)
+        opened = pool.submit(Catalog.open, store.root, config.name, tracking_uri)
         if store.find(preprocess.VERB.kind, images_fingerprint(config, source)) is None:
             connect(address, min_cpus=config.workers)
         catalog = opened.result()
-    published = Published.of(config, catalog.tracking_uri)
-    run_id = catalog.start_run(config.name, {"edt.workflow": config.name, "edt.source": source.fingerprint})
+    published = published or Published.of(config, catalog.tracking_uri)
+    run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
     outcome = Outcome(run_id, catalog.tracking_uri)
     workflow = Workflow(store, catalog, run_id, terminal, connect=lambda: connect(address, min_cpus=config.workers))
     status = "KILLED"
     try:
         with workflow.interrupts.handled():
             _record_start(catalog, run_id, config)
-            for branch in call_steps(workflow, config, source, published):
+            branches = call_steps(workflow, config, source, published)
+            _record_steps(workflow)  # now: a driver that is killed leaves what it was about
+            for branch in branches:
                 _finish_branch(workflow, config, branch, outcome)
             workflow.wait_all()
         if not workflow.stopped:
@@ -189,6 +212,13 @@ def run(config: PipelineConfig, terminal: Terminal, address: str | None = None) 
         _record(workflow, outcome, status)
         outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def _identities(source: Source, published: Published) -> dict[str, str]:
+    """What a run starts from, by content: an alias may move, and the files at a path change."""
+    elsewhere = {**published.extractors, "autoencoder": published.autoencoder, "statistics": published.statistics}
+    found = {f"edt.{role}": item.fingerprint for role, item in elsewhere.items() if item is not None}
+    return {"edt.source": source.fingerprint, **found}
 
 
 def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None:
@@ -235,6 +265,12 @@ def _summary(config: PipelineConfig, branch: Branch, decision: Decision) -> summ
     )
 
 
+def _record_steps(workflow: Workflow) -> None:
+    """Write into the parent run which artifacts it is about: by these `edt gc` and `edt reproduce` know them."""
+    tags = {step_tag(name): future.fingerprint for name, future in workflow.futures.items()}
+    workflow.catalog.set_tags(workflow.run_id, tags)
+
+
 def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     """Write into the parent run which steps were reused and which ran, and what failed."""
     reused = sorted(name for name, future in workflow.futures.items() if future.reused)
@@ -243,8 +279,8 @@ def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     failed = "; ".join(f"{name}: {error}" for name, error in outcome.failures.items())[:4000]
     tags = {"edt.reused": ", ".join(reused), "edt.executed": ", ".join(ran), "edt.failed": failed}
     tags["edt.stopped"] = outcome.stopped[:4000]
-    fingerprints = {f"edt.step.{n.replace(' ', '.')}": f.fingerprint for n, f in workflow.futures.items()}
-    workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in {**tags, **fingerprints}.items() if v})
+    workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in tags.items() if v})
+    _record_steps(workflow)
     workflow.catalog.end_run(workflow.run_id, status)
     if status == "KILLED":
         workflow.catalog.end_children(workflow.run_id, status)

@@ -1,8 +1,10 @@
-"""Commands on the artifacts of a store: verify."""
+"""Commands on the artifacts of a store: artifacts, gc, verify."""
 
 from typing import Annotated
 
 import typer
+
+from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, TrackingUri, open_catalog, print_rows
 
 
 def verify(
@@ -14,3 +16,57 @@ def verify(
     from jobs.verify import verify as verified
 
     typer.echo(verified(artifact, deep, Printed("verify")))
+
+
+def artifacts(
+    store: StoreOption = DEFAULT_STORE,
+    kind: Annotated[str | None, typer.Option(help="of this kind only, as latents or checkpoint")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the artifacts of a store: size, when and by which run each was made."""
+    from edt_core.errors import UserError
+    from edt_core.schema import KINDS
+    from edt_core.storage import Folder
+    from pipelines.artifacts import Store
+    from pipelines.plan import manifests
+
+    if kind not in (None, *KINDS):
+        raise UserError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
+    place = Store(Folder.at(store))
+    rows = [
+        {
+            "kind": made.kind,
+            "fingerprint": made.fingerprint,
+            "files": len(made.files),
+            "MB": round(sum(entry.bytes for entry in made.files) / 1e6, 3),
+            "made": made.created_at,
+            "seconds": made.duration_s,
+            "run": made.mlflow_run_id,
+            "digest": made.digest,
+            "uri": place.folder(made.kind, made.fingerprint).uri,
+        }
+        for each in ([kind] if kind else KINDS)
+        for made in manifests(place, each)
+    ]
+    columns = ("kind", "fingerprint", "files", "MB", "made", "seconds", "run")
+    print_rows(rows, columns, as_json, none=f"no artifacts in {place.root.uri}")
+
+
+def gc(
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    keep_runs: Annotated[int, typer.Option(min=1, help="keep what each pipeline's last runs are about")] = 5,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what would go, and remove nothing")] = False,
+    force: Annotated[bool, typer.Option("--force", help="on a remote store, whatever MLflow says is running")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what no registered model and none of the last runs needs, and attempts that were given up."""
+    from pipelines.artifacts import Store
+    from pipelines.garbage import collect
+
+    catalog = open_catalog(store, tracking_uri)
+    rows = [item.as_row() for item in collect(Store.open(store), catalog, keep_runs, dry_run, force)]
+    print_rows(rows, ("kind", "fingerprint", "bytes", "why", "attempt"), as_json, none="nothing to remove")
+    if not as_json and rows:
+        total = sum(row["bytes"] for row in rows) / 1e6
+        typer.echo(f"{total:.1f} MB in {len(rows)} folders {'would go' if dry_run else 'removed'}")

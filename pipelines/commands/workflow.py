@@ -1,23 +1,34 @@
-"""Commands that run a pipeline, or tell what a run would do or did: run, configs."""
+"""Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce, configs."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edt_core.errors import UserError
-from pipelines.commands.options import Assignments, Config, ConfigStore
+from pipelines.commands.options import (
+    DEFAULT_STORE,
+    AsJson,
+    Assignments,
+    Config,
+    ConfigStore,
+    StoreOption,
+    TrackingUri,
+    open_catalog,
+    print_rows,
+)
 
 if TYPE_CHECKING:
     from pipelines.workflows import Outcome
+
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join  [default: RAY_ADDRESS, or this machine]")]
 
 
 def run(
     config: Config = "quickstart",
     assignments: Assignments = [],  # noqa: B006  typer copies it
     store: ConfigStore = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join  [default: RAY_ADDRESS, or this machine]")
-    ] = None,
+    address: Address = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="tell what the trainings would take, and start nothing")
     ] = False,
@@ -40,9 +51,7 @@ def run(
         except KeyboardInterrupt:
             terminal.say("\nstopped; what is finished is kept, run again to go on", "yellow")
             raise typer.Exit(130) from None
-        if outcome.stopped:
-            terminal.say(f"\n{outcome.stopped}; what is finished is kept, run again to go on", "yellow")
-            raise typer.Exit(130)
+        _fail_if_stopped(outcome)
         show_outcome(outcome, terminal)
     if outcome.failures:
         raise typer.Exit(2 if all(isinstance(e, UserError) for e in outcome.failures.values()) else 1)
@@ -85,6 +94,85 @@ def show_outcome(outcome: "Outcome", terminal: Any) -> None:
         terminal.say(f"\nerror: {name}: {error_text(error)}", "red")
 
 
+def _fail_if_stopped(outcome: "Outcome") -> None:
+    if outcome.stopped:
+        typer.echo(f"\n{outcome.stopped}; what is finished is kept, run again to go on", err=True)
+        raise typer.Exit(130)
+
+
+def _short(row: Mapping[str, Any], *names: str) -> dict[str, str]:
+    return {name: (row[name] or "-")[:12] for name in names}
+
+
 def error_text(error: BaseException) -> str:
     """What to print of an error: a user's own mistake without its type, a fault of ours with it."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def plan(
+    config: Config = "quickstart",
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    store: ConfigStore = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell of each step whether it would be reused, resumed or run, and why; start nothing."""
+    import os
+
+    from edt_core.storage import Folder
+    from pipelines.catalog import own_uri
+    from pipelines.config import load_config
+    from pipelines.plan import plan as planned
+
+    loaded = load_config(config, assignments, store)
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or own_uri(Folder.at(loaded.store))
+    rows = [step.as_row() for step in planned(loaded, tracking_uri)]
+    shown = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in rows]
+    print_rows(rows if as_json else shown, ("action", "step", "fingerprint", "run", "why"), as_json)
+
+
+def runs(
+    pipeline: Annotated[
+        str | None, typer.Argument(help="of this pipeline only, by the name in its configuration")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    limit: Annotated[int, typer.Option(min=1, help="this many, the newest")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List the runs of pipelines: what each reused and made, and what failed."""
+    from pipelines.runs import run_rows
+
+    rows = run_rows(open_catalog(store, tracking_uri), pipeline, limit)
+    columns = ("run", "pipeline", "status", "started", "seconds", "reused", "executed", "failed")
+    shown = [{**row, "failed": row["failed"].splitlines()[0][:80] if row["failed"] else ""} for row in rows]
+    print_rows(rows if as_json else shown, columns, as_json, none="no runs")
+
+
+def reproduce(
+    run_id: Annotated[str, typer.Argument(help="MLflow id of a pipeline's run, as `edt runs` lists them")],
+    into: Annotated[
+        str | None, typer.Option(help="empty folder of the new store  [default: ./edt-reproduced-<run>]")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    address: Address = None,
+    other_code: Annotated[bool, typer.Option("--other-code", help="go on where the code is another version")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do a run again from its MLflow record alone, into a fresh store, and compare every artifact's content."""
+    from pipelines.reproduce import reproduce as reproduced
+    from pipelines.terminal import Terminal
+
+    catalog = open_catalog(store, tracking_uri)
+    with Terminal(to_stderr=True) as terminal:
+        outcome, found = reproduced(
+            run_id, catalog, into or f"./edt-reproduced-{run_id[:8]}", terminal, address, other_code
+        )
+    _fail_if_stopped(outcome)
+    rows = [comparison.as_row() for comparison in found]
+    shown = [{**row, "equal": "yes" if row["equal"] else "NO", **_short(row, "recorded", "now")} for row in rows]
+    print_rows(rows if as_json else shown, ("step", "recorded", "now", "equal", "how"), as_json)
+    if not as_json:
+        typer.echo(f"{sum(row['equal'] for row in rows)} of {len(rows)} artifacts have the recorded content")
+    if outcome.failures or not all(row["equal"] for row in rows):
+        raise typer.Exit(1)

@@ -1,0 +1,128 @@
+"""What a run would do, told before anything runs: reuse, run or resume each step, and why."""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edt_core.artifact import Artifact, ManifestError, Source
+from edt_core.config import Section, result_fields
+from edt_core.manifest import Manifest
+from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS
+from edt_core.storage import Folder
+from jobs.verb import Verb
+from pipelines.artifacts import Store
+from pipelines.catalog import flatten
+from pipelines.config import PipelineConfig
+from pipelines.step import StepFuture, input_fingerprints
+
+Action = Literal["reuse", "resume", "run"]
+_SHOWN = 3  # differences that are named
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a run that has not begun. `run_id`: the MLflow run that made what is reused."""
+
+    step: str
+    kind: str
+    fingerprint: str
+    action: Action
+    why: str
+    run_id: str | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Planner:
+    """Stands where a Workflow does: takes the calls of the steps and runs none."""
+
+    store: Store
+    steps: dict[str, PlannedStep] = field(default_factory=dict)
+    _made: dict[str, list[Manifest]] = field(default_factory=dict)  # kind -> manifests in the store, newest last
+
+    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+        """Find out what a run would do with this step. Raises UserError where it would refuse."""
+        fingerprints = input_fingerprints(inputs)
+        fingerprint = verb.fingerprint(config, fingerprints)
+        warnings: list[str] = []
+        found = self.store.find(verb.kind, fingerprint, warnings.append)
+        if found is not None:
+            verb.accept(config, found.counts)
+            made = found.manifest
+            why = f"made {made.created_at} in {made.duration_s:.0f} s"
+            planned = PlannedStep(name, verb.kind, fingerprint, "reuse", why, made.mlflow_run_id)
+        else:
+            finished = progress_of(self.store.begun(verb.kind, fingerprint))
+            why = warnings[0] if warnings else self._why(verb, config, fingerprints)
+            action: Action = "resume" if finished else "run"
+            planned = PlannedStep(name, verb.kind, fingerprint, action, f"{finished}; {why}" if finished else why)
+        self.steps[name] = planned
+        needs = tuple(item.name for item in inputs.values() if isinstance(item, StepFuture))
+        return StepFuture(name, verb.kind, fingerprint, needs, artifact=found)
+
+    def _why(self, verb: Verb, config: Section, inputs: Mapping[str, str]) -> str:
+        """What differs from the artifact of this kind that comes nearest."""
+        if verb.kind not in self._made:
+            self._made[verb.kind] = list(manifests(self.store, verb.kind))
+        counted = {role: value for role, value in inputs.items() if role not in verb.extras}
+        wanted = flatten(result_fields(config))
+        told = [differences(made, wanted, counted, verb.version) for made in reversed(self._made[verb.kind])]
+        if not told:
+            return f"no {verb.kind} was made here before"
+        nearest = min(told, key=len)
+        more = f" and {len(nearest) - _SHOWN} more" if len(nearest) > _SHOWN else ""
+        return (", ".join(nearest[:_SHOWN]) or "it is there no more") + more
+
+
+def plan(config: PipelineConfig, tracking_uri: str) -> list[PlannedStep]:
+    """Every step up to the evaluations, in the order in which they are called. Writes nothing.
+
+    Raises UserError for a source or published weights that are not there.
+    """
+    from pipelines.terminal import Terminal
+    from pipelines.workflows import Published, call_steps, prepare_source
+
+    store = Store(Folder.at(config.store))
+    planner = Planner(store)
+    with tempfile.TemporaryDirectory() as folder, Terminal(to_stderr=True) as terminal:
+        source = prepare_source(config.source, Folder.at(folder), terminal)
+        call_steps(planner, config, source, Published.of(config, tracking_uri))
+    return list(planner.steps.values())
+
+
+def manifests(store: Store, kind: str) -> Iterable[Manifest]:
+    """The manifests of a kind by the time that they state; what is damaged is left out."""
+    found = []
+    folder = store.root.child(kind)
+    for name in folder.names():
+        try:
+            found.append(Artifact.read(folder.child(name)).manifest)
+        except ManifestError:
+            continue
+    return sorted(found, key=lambda manifest: manifest.created_at)
+
+
+def differences(made: Manifest, wanted: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> list[str]:
+    """In which fields and inputs a wanted artifact differs from one that was made: `lr 0.001 -> 0.002`."""
+    there = flatten(made.config)
+    told = [f"{key} {there.get(key)} -> {value}" for key, value in wanted.items() if there.get(key) != value]
+    told += [f"{key} {value} -> nothing" for key, value in there.items() if key not in wanted]
+    told += [f"other {role}" for role in sorted({*inputs, *made.inputs}) if inputs.get(role) != made.inputs.get(role)]
+    if made.step_version != version:
+        told.append(f"step version {made.step_version} -> {version}")
+    return told
+
+
+def progress_of(files: Iterable[str]) -> str:
+    """What earlier attempts have finished, in words; "" for nothing."""
+    names = sorted(files)
+    checkpoints = [
+        Path(n).parent.name for n in names if n.startswith(f"{CHECKPOINTS}/") and n.endswith(CHECKPOINT_MANIFEST)
+    ]
+    if checkpoints:
+        return f"from {checkpoints[-1]}"
+    return f"{len(names)} finished files are taken over" if names else ""

@@ -32,6 +32,7 @@ from edt_core.manifest import (
     sha256_json,
 )
 from edt_core.progress import Progress, Silent
+from edt_core.redaction import redacted_values
 from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder, in_threads, is_hidden, sha256_file
 
@@ -278,10 +279,10 @@ class ArtifactWriter:
         manifest = Manifest(
             kind=self.kind,
             fingerprint=self.fingerprint,
-            config=config,
+            config=redacted_values(config),
             inputs=inputs,
             files=tuple(self.written()),
-            counts=counts,
+            counts=redacted_values(counts),
             attempt=self.attempt,
             step_version=step_version,
             duration_s=round(time.time() - started, 3) if started else 0.0,

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edt_core.errors import UserError
+from edt_core.redaction import redacted
 from edt_core.store_errors import (
     clear_disk_errors,
     clear_read_errors,
     clear_remote_errors,
     clear_space_errors,
     error_code,
-    redacted,
 )
 
 Item = TypeVar("Item")

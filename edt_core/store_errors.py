@@ -1,14 +1,12 @@
 """What a disk or an object store refuses, as one clear message: problem, place, remedy; never a credential's value."""
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from edt_core.errors import UserError
 
 VARIABLES = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL"
-SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
 _SPACE = {
     errno.ENOSPC: "no space is left on the device; free some and run again",
@@ -115,12 +113,3 @@ def error_code(error: BaseException) -> str:
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
     return ""
-
-
-def redacted(text: str) -> str:
-    """A text without the values of credentials in the environment."""
-    for variable in SECRET_VARIABLES:
-        value = os.environ.get(variable, "")
-        if len(value) > 3:
-            text = text.replace(value, f"<{variable}>")
-    return text

@@ -13,6 +13,7 @@ from filelock import FileLock
 from edt_core.artifact import Artifact, canonical_json
 from edt_core.environment import code_version
 from edt_core.errors import UserError
+from edt_core.redaction import redacted, redacted_values
 from edt_core.storage import Folder
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ class Catalog:
             )
         return cls(own_uri(store), "")
 
+    @property
+    def place(self) -> str:
+        """The tracking URI as it may be shown: without a password."""
+        return redacted(self.tracking_uri)
+
     @cached_property
     def client(self) -> "MlflowClient":
         return _client(self.tracking_uri)
@@ -72,7 +78,9 @@ class Catalog:
         """Open a run and return its id."""
         links = {"mlflow.parentRunId": parent} if parent else {}
         version = {"edt.code_version": code_version()}
-        run = self.client.create_run(self.experiment_id, run_name=name, tags={**version, **tags, **links})
+        run = self.client.create_run(
+            self.experiment_id, run_name=name, tags=redacted_values({**version, **tags, **links})
+        )
         return str(run.info.run_id)
 
     def step_run(self, name: str, kind: str, fingerprint: str, parent: str) -> str:
@@ -137,17 +145,19 @@ class Catalog:
         from mlflow.entities import Param
 
         there = self.client.get_run(run_id).data.params
-        params = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(values).items() if key not in there]
+        params = [
+            Param(key, redacted(str(value))[:_MAX_PARAM]) for key, value in flatten(values).items() if key not in there
+        ]
         for start in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[start : start + 100])
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.client.log_batch(run_id, tags=[RunTag(key, redacted(value)) for key, value in tags.items()])
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
-        self.client.log_text(run_id, text, name)
+        self.client.log_text(run_id, redacted(text), name)
 
     def record_artifact(self, run_id: str, artifact: Artifact) -> None:
         """Tag a run with the artifact it made, and log its counts as metrics.
@@ -171,7 +181,7 @@ class Catalog:
             name=f"{artifact.manifest.kind}-{artifact.fingerprint[:12]}",
             digest=artifact.manifest.digest[:32],
             source_type="edt",
-            source=canonical_json({"uri": artifact.folder.uri, "fingerprint": artifact.fingerprint}),
+            source=canonical_json({"uri": redacted(artifact.folder.uri), "fingerprint": artifact.fingerprint}),
             profile=canonical_json({k: v for k, v in artifact.counts.items() if isinstance(v, int)}),
         )
         tag = InputTag("mlflow.data.context", "input")

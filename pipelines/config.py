@@ -26,6 +26,7 @@ from edt_core.config import (
 from edt_core.errors import UserError
 from edt_core.metrics import metric_name, space_metrics
 from edt_core.models import ModelConfig, model_config
+from edt_core.redaction import redacted_values
 from jobs.options import parse_assignment, read_yaml, validated
 
 DEFAULT_CONFIG = "quickstart"
@@ -182,6 +183,6 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def as_yaml(config: PipelineConfig) -> str:
-    """The whole configuration, defaults included, as YAML."""
-    dumped: Mapping[str, Any] = config.model_dump(mode="json")
+    """The whole configuration, defaults included, as YAML. Credentials in it are left out."""
+    dumped: Mapping[str, Any] = redacted_values(config.model_dump(mode="json"))
     return yaml.safe_dump(dict(dumped), sort_keys=False)

@@ -62,7 +62,7 @@ class Shipper:
         self._given_up.set()
         if self._thread.is_alive() or self._trouble is not None:
             raise UndeliveredError(
-                f"MLflow at {self.record.catalog.tracking_uri} did not take all of the record of {self.step!r} in "
+                f"MLflow at {self.record.catalog.place} did not take all of the record of {self.step!r} in "
                 f"{self.patience_s:.0f} s ({self._trouble}); see to the server and run again: what is made is kept"
             )
 
@@ -134,7 +134,7 @@ class Shipper:
             return time.monotonic()
         if time.monotonic() - since < _OUTAGE_S:
             return since
-        text = f"MLflow at {self.record.catalog.tracking_uri} does not answer; metrics wait until it does ({error})"
+        text = f"MLflow at {self.record.catalog.place} does not answer; metrics wait until it does ({error})"
         self.board.warn.remote(self.step, text)
         return float("inf")
 

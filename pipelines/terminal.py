@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edt_core.progress import Silent
+from edt_core.redaction import redacted
 from jobs.progress import Shown
 
 
@@ -75,6 +76,7 @@ class Terminal:
     def say(self, text: str, style: str = "") -> None:
         from rich.markup import escape
 
+        text = redacted(text)
         self.console.print(f"[{style}]{escape(text)}[/]" if style else escape(text))
 
     def warn(self, message: str) -> None:

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from edt_core.errors import UserError
 from edt_core.progress import Progress
+from edt_core.redaction import redacted
 from edt_core.storage import Folder
-from edt_core.store_errors import clear_remote_errors, redacted
+from edt_core.store_errors import clear_remote_errors
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 THREADS = 8

@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -192,6 +193,18 @@ class Catalog:
 def own_uri(store: Folder) -> str:
     """The tracking URI of the SQLite file in a local store; "" for a remote one, where none can be."""
     return "" if (root := store.local) is None else f"sqlite:///{root / _SQLITE}"
+
+
+@contextmanager
+def tracking_kept() -> Iterator[None]:
+    """Puts MLFLOW_TRACKING_URI back: `mlflow.set_tracking_uri` sets it for all that comes after in this process."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        yield
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def retried(call: Callable[[], Any], attempts: int = 5) -> Any:

@@ -17,7 +17,7 @@ from jobs.extractors import extractor_source
 from jobs.verb import image_source
 from pipelines import summary
 from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
+from pipelines.catalog import Catalog, tracking_kept
 from pipelines.config import PipelineConfig, as_yaml
 from pipelines.engine import Workflow
 from pipelines.registry import Decision, Entry, promote
@@ -166,7 +166,7 @@ def run(
     Raises UserError, before anything is computed, for a store or a source that cannot be used.
     """
     store = Store.open(config.store)
-    with store.in_use():
+    with store.in_use(), tracking_kept():
         return _run(config, store, terminal, address, published, tracking_uri)
 
 

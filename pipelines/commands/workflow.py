@@ -54,7 +54,7 @@ def run(
         _fail_if_stopped(outcome)
         show_outcome(outcome, terminal)
     if outcome.failures:
-        raise typer.Exit(2 if all(isinstance(e, UserError) for e in outcome.failures.values()) else 1)
+        raise typer.Exit(exit_code(outcome))
 
 
 def configs(
@@ -92,6 +92,12 @@ def show_outcome(outcome: "Outcome", terminal: Any) -> None:
         terminal.say(f"          mlflow ui --backend-store-uri {outcome.tracking_uri}")
     for name, error in outcome.failures.items():
         terminal.say(f"\nerror: {name}: {error_text(error)}", "red")
+
+
+def exit_code(outcome: "Outcome") -> int:
+    """2 where the request itself was wrong and nothing came of it, 1 where a step failed."""
+    wrong = all(isinstance(error, UserError) for error in outcome.failures.values())
+    return 2 if wrong and not outcome.decisions else 1
 
 
 def _fail_if_stopped(outcome: "Outcome") -> None:

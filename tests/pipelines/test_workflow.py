@@ -1,9 +1,6 @@
 """The whole pipeline on real digits, smaller than the quickstart only in its numbers: run, run again, change, fail."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +15,13 @@ from edt_core.storage import Folder
 from jobs import autoencoder
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
-from pipelines.config import load_config
 from pipelines.engine import Workflow
 from pipelines.terminal import Terminal
-from pipelines.workflows import Outcome, run
+from pipelines.workflows import Outcome
+from tests.pipelines.conftest import CANARY, pipeline
+from tests.pipelines.small import MODEL, STEPS, start_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
-MODEL = "edt-tiny-digits-32"
-SMALL = [
-    "autoencoder.steps=8",
-    "classifier.steps=20",
-    "classifier.feature_dim=16",  # fewer than the samples: a Fréchet distance of fewer is refused
-    "train.max_steps=8",
-    "train.log_every=4",
-    "train.checkpoint_every=4",
-    "sample.num_samples=40",
-    "sample.num_sampling_steps=3",
-    "sample.unit_size=20",
-    "train.num_workers=1",  # two of each are tested with the jobs; here every process costs seconds
-    "encode.num_workers=1",
-    "sample.num_workers=1",
-]
-STEPS = 12  # preprocess, autoencoder, encode, classifier, reference, 2 x (train, sample, evaluate), report
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("store") / "edt-store"
-
-
-def pipeline(store: Path, *assignments: str) -> Outcome:
-    with Terminal() as terminal:
-        return run(load_config("quickstart", [*SMALL, *assignments], str(store)), terminal)
-
-
-CANARY = "canary-5e1f0d"
-
-
-@pytest.fixture(scope="module")
-def first(store: Path) -> Outcome:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
-        return pipeline(store)
-
-
-@pytest.fixture
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return dict(os.environ)
 
 
 def test_the_first_run_makes_every_artifact(first: Outcome, store: Path) -> None:
@@ -152,23 +106,15 @@ def run_of(artifact: Artifact) -> str:
     return f"runs:/{artifact.manifest.mlflow_run_id}"
 
 
-def test_a_second_run_from_the_command_line_says_so(
-    first: Outcome, store: Path, clean_environment: dict[str, str], tmp_path: Path
-) -> None:
-    options = [part for text in SMALL for part in ("--set", text)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "run", "quickstart", "--store", str(store), *options],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-        env=clean_environment,
-    )
-    assert done.stdout.count("  reused  ") == STEPS
-    assert f"{STEPS} steps reused, 0 run" in done.stdout
+def test_a_second_run_from_the_command_line_says_so(first: Outcome, store: Path) -> None:
+    process = start_run(store)
+    told = process.communicate()[0]
+    assert process.returncode == 0, told
+    assert told.count("  reused  ") == STEPS
+    assert f"{STEPS} steps reused, 0 run" in told
     for path in (first.reports[MODEL].path("report.html"), first.reports[MODEL].path("samples.png")):
-        assert str(path) in done.stdout
-    assert "mlflow ui --backend-store-uri sqlite:" in done.stdout
+        assert str(path) in told
+    assert "mlflow ui --backend-store-uri sqlite:" in told
 
 
 def test_a_changed_field_runs_what_hangs_on_it_and_no_more(first: Outcome, store: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import typer
 
 from edt_core.errors import UserError
+from edt_core.redaction import redacted
 from pipelines.commands import store, verbs, workflow
 
 app = typer.Typer(
@@ -34,12 +35,21 @@ for verb in (verbs.preprocess, verbs.encode, verbs.train, verbs.evaluate, verbs.
 
 
 def main() -> None:
-    """Entry point: user errors are one message and exit code 2."""
+    """Entry point: user errors, and an MLflow that does not answer, are one message and exit code 2."""
     try:
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if not isinstance(error, UserError) and not type(error).__module__.startswith("mlflow."):
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    first = str(error).splitlines()[0]
+    return redacted(f"MLflow does not answer, or refuses: {first[:500]}; see to MLFLOW_TRACKING_URI and the server")
 
 
 if __name__ == "__main__":

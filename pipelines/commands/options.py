@@ -29,9 +29,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a ta
 
 def open_catalog(store: str, tracking_uri: str | None) -> "Catalog":
     """The MLflow that a look-up reads. Raises UserError where there is none."""
+    import os
+
     from edt_core.storage import Folder
     from pipelines.catalog import Catalog
 
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a person waits; the default tries for minutes
     return Catalog.existing(Folder.at(store), tracking_uri)
 
 

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install quickstart test test-all check format lock wheel bench clean
+.PHONY: install quickstart test test-all faults check format lock wheel bench clean
 
 install: $(READY)
 
@@ -23,6 +23,9 @@ test: install                  ## the whole suite but what is marked slow
 
 test-all: install              ## the slow tests as well
 	$(BIN)/python -m pytest
+
+faults: install                ## kills at every step boundary and in every step, double starts, lost nodes: half an hour
+	$(BIN)/python -m pytest -m slow -s tests/pipelines/test_faults.py
 
 check: install                 ## lint, format, types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -68,6 +69,17 @@ def rollback(catalog: Catalog, name: str) -> tuple[Any, Any]:
     # It is champion no more, so nothing is before it; a second rollback goes on from the other.
     retried(lambda: catalog.client.delete_model_version_tag(name, now.version, BEFORE_TAG), _ATTEMPTS)
     return now, before
+
+
+def alone(store: str, name: str) -> AbstractContextManager[object]:
+    """Held by whoever moves the aliases of a model, of all that share a local store."""
+    from edt_core.storage import Folder
+    from pipelines.artifacts import Store
+
+    folder = Folder.at(store)
+    if folder.local is not None and not folder.local.is_dir():
+        return nullcontext()
+    return Store(folder).lock("promote", name)
 
 
 def crown(catalog: Catalog, version: Any, before: str | None, by: str) -> None:

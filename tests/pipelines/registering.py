@@ -1,6 +1,7 @@
 """Processes that register and move aliases at once, through our own functions."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -42,7 +43,7 @@ def _answering(
         answers.put(RuntimeError(f"process {index}: {type(error).__name__}: {error}"))
 
 
-def register(index: int, store: Path, own: int, shared: int) -> dict[str, Any]:
+def register(index: int, store: Path, uri: str | None, own: int, shared: int) -> dict[str, Any]:
     """`own` versions of this process alone and `shared` that every process registers, each with a move of an alias.
 
     The first that comes makes MLflow's tables.
@@ -51,6 +52,9 @@ def register(index: int, store: Path, own: int, shared: int) -> dict[str, Any]:
     from pipelines.catalog import Catalog
     from pipelines.registry import add_version, move_alias
 
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # it is that of the fork server's start
+    if uri is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = uri
     retries = _Counting()
     logging.getLogger("pipelines.catalog").addHandler(retries)
     logging.getLogger("pipelines.catalog").setLevel(logging.DEBUG)

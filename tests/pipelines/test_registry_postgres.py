@@ -85,7 +85,7 @@ def _wait_for(uri: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
 def test_eight_processes_at_postgresql(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They make the tables of an empty database at once, then register 200 versions and move aliases at once."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres)
-    answers = at_once(register, PROCESSES, tmp_path, OWN, SHARED)
+    answers = at_once(register, PROCESSES, tmp_path, postgres, OWN, SHARED)
     opening, slowest = (max(answer[key] for answer in answers) for key in ("opening", "seconds"))
     retries = sum(answer["retries"] for answer in answers)
     print(f"set up {opening:.1f} s; {PROCESSES * OWN + SHARED} versions {slowest:.1f} s, {retries} retries")
@@ -96,7 +96,7 @@ def test_eight_processes_at_postgresql(postgres: str, tmp_path: Path, monkeypatc
 
 def test_four_processes_at_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    answers = at_once(register, 4, tmp_path, 8, 4)
+    answers = at_once(register, 4, tmp_path, None, 8, 4)
     print(f"36 versions, {sum(answer['retries'] for answer in answers)} retries")
     assert len({number for answer in answers for number in answer["made"].values()}) == 36
     check_registry(tmp_path, answers)

@@ -88,7 +88,10 @@ def test_eight_processes_at_postgresql(postgres: str, tmp_path: Path, monkeypatc
     answers = at_once(register, PROCESSES, tmp_path, postgres, OWN, SHARED)
     opening, slowest = (max(answer[key] for answer in answers) for key in ("opening", "seconds"))
     retries = sum(answer["retries"] for answer in answers)
-    print(f"set up {opening:.1f} s; {PROCESSES * OWN + SHARED} versions {slowest:.1f} s, {retries} retries")
+    first = min(answer["opening"] for answer in answers)
+    print(
+        f"set up {first:.1f} s, all open after {opening:.1f} s; {PROCESSES * OWN + SHARED} versions {slowest:.1f} s, {retries} retries"
+    )
     assert len({answer["experiment"] for answer in answers}) == 1
     assert len({number for answer in answers for number in answer["made"].values()}) == PROCESSES * OWN + SHARED
     check_registry(tmp_path, answers)

@@ -5,6 +5,7 @@ What is not a checkpoint artifact already becomes one, with EMA weights and conf
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from edt_core.schema import (
 )
 from edt_core.storage import Folder, sha256_file
 from jobs import autoencoder
+from jobs.registry_files import fetch_version
 from jobs.verb import alone_in, made_before
 
 if TYPE_CHECKING:
@@ -67,8 +69,8 @@ def open_model(location: str, work: Folder) -> Opened:
     if not path.exists():
         if (artifact := _of_run(location)) is not None:
             return _in_store(artifact)
-        if (folder := _of_registry(location)) is not None:
-            return _made(_of_pipeline(folder, location), work)
+        if (version := _of_registry(location)) is not None:
+            return _made_of_version(version, location, work)
     if Folder.at(location).exists(MANIFEST_NAME):
         return _in_store(Artifact.open(location))
     if (path / CHECKPOINT_MANIFEST).exists():
@@ -95,23 +97,27 @@ def _of_run(location: str) -> Artifact | None:
     return Artifact.open(tags["edt.uri"])
 
 
-def _of_registry(location: str) -> Path | None:
-    """The diffusers folder of a registered version, on this machine."""
+def _of_registry(location: str) -> Any | None:
+    """The registered version at a location."""
     if (match := _REGISTERED.fullmatch(location)) is None:
         return None
     import mlflow
 
-    name, alias, version = match.groups()
+    name, alias, number = match.groups()
     try:
         client = mlflow.MlflowClient()
-        number = client.get_model_version_by_alias(name, alias).version if alias else version
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}"))
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except Exception as error:
         raise _unknown(location, error) from error
-    found = sorted(folder.rglob(_INDEX))
-    if not found:
-        raise UserError(f"the registered model {location} holds no diffusers folder: it was not registered by edt")
-    return found[0].parent
+
+
+def _made_of_version(version: Any, location: str, work: Folder) -> Opened:
+    """A registered version by its diffusers folder, which is checked as it comes, and lies here only meanwhile."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory(prefix="edt-") as folder:
+        fetch_version(mlflow.MlflowClient(), version, Path(folder), need_digests=False)
+        return _made(_of_pipeline(Path(folder), location), work)
 
 
 def _unknown(location: str, error: Exception) -> UserError:

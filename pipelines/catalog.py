@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _MAX_PARAM = 500  # characters MLflow keeps of a parameter on every back end
 _SQLITE = "mlflow.db"
+_SETUP_LOCK = int.from_bytes(b"edt", "big")  # the key of PostgreSQL's advisory lock
+_log = logging.getLogger(__name__)
 DATASET_KINDS = ("images", "latents")
 
 
@@ -36,11 +39,13 @@ class Catalog:
     def open(cls, store: Folder, experiment: str, tracking_uri: str | None = None) -> "Catalog":
         """MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, or a SQLite file in the store, set up once under a lock.
 
-        Raises UserError for a remote store without a tracking server.
+        A server's own database is set up by the server; one that is named here itself (postgresql://), by the first
+        that comes. Raises UserError for a remote store without a tracking server.
         """
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if uri and uri != own_uri(store):
-            return cls(uri, _experiment(uri, experiment, None))
+            with _alone_at(uri):
+                return cls(uri, _experiment(uri, experiment, None))
         if (root := store.local) is None:
             raise UserError(
                 f"the store {store.uri} is remote, and MLFLOW_TRACKING_URI is not set: a SQLite file cannot live in an "
@@ -214,10 +219,11 @@ def retried(call: Callable[[], Any], attempts: int = 5) -> Any:
     for attempt in range(attempts):
         try:
             return call()
-        except MlflowException:
+        except MlflowException as error:
             if attempt == attempts - 1:
                 raise
-            time.sleep(0.1 * 2**attempt)
+            _log.debug("MLflow is asked again (%s)", error)
+            time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1))  # those that met once should not meet again
     raise AssertionError("unreachable")
 
 
@@ -251,6 +257,25 @@ def _client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)
+
+
+@contextmanager
+def _alone_at(uri: str) -> Iterator[None]:
+    """Of several processes, on any machines, that open one PostgreSQL database, one at a time.
+
+    The first makes the tables; two that make them at once both fail. The lock goes with its connection.
+    """
+    if not uri.startswith("postgresql"):
+        yield
+        return
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.pool import NullPool
+
+    # Without a transaction: one that is open for long would hold up migrations.
+    engine = create_engine(uri, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _SETUP_LOCK})
+        yield
 
 
 def _experiment(uri: str, name: str, artifact_location: str | None) -> str:

@@ -7,7 +7,7 @@ import typer
 
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
-from pipelines.commands import store, verbs, workflow
+from pipelines.commands import models, store, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,12 +26,14 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     store.artifacts,
     store.gc,
     store.verify,
+    models.lineage,
 )
 
 for command in COMMANDS:
     app.command()(command)
 for verb in (verbs.preprocess, verbs.encode, verbs.train, verbs.evaluate, verbs.export, verbs.bench):
     app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
+app.add_typer(models.app, name="models")
 
 
 def main() -> None:

@@ -38,6 +38,23 @@ class PromoteConfig(Section):
 
     metric: str = Field("fd_classifier", description="the metric that decides")
     lower_is_better: bool = True
+    margin: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="how much better than the champion, as a part of its value; null for more than two standard "
+        "deviations of the repeats, or 0.01 where there is one repeat",
+    )
+    require: dict[str, tuple[float | None, float | None]] = Field(
+        {}, description="metric -> [least, most] that every new champion keeps, null for no limit"
+    )
+
+    @model_validator(mode="after")
+    def _limits_can_be_kept(self) -> "PromoteConfig":
+        for metric, (least, most) in self.require.items():
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"promote.require of {metric}: nothing is at least {least:g} and at most {most:g}")
+        return self
 
 
 class PipelineConfig(Section):
@@ -112,11 +129,12 @@ class PipelineConfig(Section):
             if self.evaluate.metrics is None or metric in self.evaluate.metrics
         ]
         measured += ["accuracy_classifier"] if "classifier" in self.extractors else []
-        if self.promote.metric not in measured:
-            raise ValueError(
-                f"promote.metric {self.promote.metric!r} is not among what is measured: {', '.join(measured)}; "
-                "choose one of these, or add it to evaluate.metrics and its space to extractors"
-            )
+        for field, metric in (("metric", self.promote.metric), *(("require", m) for m in self.promote.require)):
+            if metric not in measured:
+                raise ValueError(
+                    f"promote.{field} {metric!r} is not among what is measured: {', '.join(measured)}; "
+                    "choose one of these, or add it to evaluate.metrics and its space to extractors"
+                )
         return self
 
     def train_of(self, model: str) -> TrainConfig:

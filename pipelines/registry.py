@@ -1,194 +1,201 @@
-"""The registry: a trained model as a registered version, and the aliases `candidate` and `champion`."""
+"""The registry: versions without doubles, the aliases `candidate` and `champion`, and who moved them."""
 
 import json
-import tempfile
-import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
-from edt_core.artifact import Artifact, sha256_json
-from edt_core.environment import code_version
 from edt_core.errors import UserError
-from edt_core.schema import CLASSES_NAME
-from pipelines.catalog import Catalog, artifact_tags, retried
+from jobs.registry_files import stored_problems, title
+from pipelines.catalog import Catalog, retried
 from pipelines.config import PromoteConfig
+from pipelines.promotion import Decision, decide, metrics_of, run_checks
 
 CANDIDATE, CHAMPION = "candidate", "champion"
+GATE_TAG, DECISION_TAG = "edt.gate", "edt.decision"  # the gate's configuration, and what it said
+BEFORE_TAG = "edt.champion_before"  # of a champion: the version to roll back to, "" for none
+PROMOTED_TAG, ROLLED_BACK_TAG = "edt.promoted", "edt.rolled_back"  # when and by what
+_ATTEMPTS = 10
+_NONE_OF_IT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What registering a model led to."""
-
-    name: str
-    version: str
-    metric: str
-    value: float
-    champion_before: str | None  # version, None where there was none
-    champion_value: float | None  # None also where the champion was measured by another protocol
-    became_champion: bool
-
-    def __str__(self) -> str:
-        now = f"{self.metric} {self.value:.4g}"
-        if self.champion_before is None:
-            return f"first champion: {now}"
-        if self.champion_value is None:
-            return f"candidate only: {now}; champion {self.champion_before} was measured by another protocol"
-        against = f"version {self.champion_before} has {self.champion_value:.4g}"
-        return f"new champion: {now}, {against}" if self.became_champion else f"candidate only: {now}, {against}"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The artifacts behind one version."""
-
-    images: Artifact
-    autoencoder: Artifact
-    checkpoint: Artifact
-    features: Artifact
-    evaluation: Artifact
-
-
-def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, entry: Entry) -> Decision:
-    """Register the model of `entry` as a version of `name`, move `candidate`, and `champion` if the metric is better.
-
-    A version that stands for the same checkpoint and evaluation is found again, with its decision as it was.
-    Raises UserError where the evaluation lacks the metric that decides.
-    """
-    result = entry.evaluation.counts
-    if config.metric not in result["metrics"]:
-        known_metrics = ", ".join(sorted(result["metrics"]))
-        raise UserError(f"promote.metric {config.metric!r} was not measured; choose from {known_metrics}")
-    identity = {
-        "edt.checkpoint": entry.checkpoint.fingerprint,
-        "edt.evaluation": entry.evaluation.fingerprint,
-        "edt.promote": f"{config.metric} {'lower' if config.lower_is_better else 'higher'}",
-    }
-    if (known := _find_version(catalog, name, identity)) is not None:
-        return Decision(**json.loads(known.tags["edt.decision"]))
-    before = champion(catalog, name)
-    number = _register(catalog, run_id, name, entry, identity)
-    decision = decide(name, number, config, result, before)
-    tag = json.dumps(asdict(decision), sort_keys=True)
-    retried(lambda: catalog.client.set_registered_model_alias(name, CANDIDATE, number))
+def settle(catalog: Catalog, version: Any, config: PromoteConfig, by: str, files: Callable[[], list[str]]) -> Decision:
+    """Decide on a registered version, move the aliases, and record it all. Killed anywhere, it can be done again."""
+    decision = decide(version, config, _champion_before(catalog, version), run_checks(config, version, files))
+    move_alias(catalog, version, CANDIDATE)
     if decision.became_champion:
-        retried(lambda: catalog.client.set_registered_model_alias(name, CHAMPION, number))
-    # Last: a version without its decision is not yet promoted, and a rerun registers anew.
-    catalog.client.set_model_version_tag(name, number, "edt.decision", tag)
+        crown(catalog, version, decision.champion_before, by)
+    # Last: a version without its decision is not yet settled, and a rerun goes on with it.
+    set_tags(catalog, version, {DECISION_TAG: decision.to_json()})
     return decision
+
+
+def promote_version(catalog: Catalog, version: Any, force: bool = False) -> Decision:
+    """Let a registered version through the gate again, against the present champion; `force` opens the gate.
+
+    The aliases move, and the decision is recorded, only where it becomes champion.
+    """
+    before = champion(catalog, version.name)
+    if before is not None and before.version == version.version:
+        raise UserError(f"{title(version)} is the champion already")
+    config = gate_of(version)
+    checks = run_checks(config, version, lambda: stored_problems(catalog.client, version))
+    decision = decide(version, config, before, checks, force)
+    if decision.became_champion:
+        by = f"edt models promote{' --force' if decision.forced else ''}"
+        crown(catalog, version, decision.champion_before, by)
+        set_tags(catalog, version, {DECISION_TAG: decision.to_json()})
+    return decision
+
+
+def rollback(catalog: Catalog, name: str) -> tuple[Any, Any]:
+    """Give the alias `champion` back to the version that had it before. Returns the version it left, and that one.
+
+    Raises UserError where there is no champion, or none before it.
+    """
+    now = champion(catalog, name)
+    if now is None:
+        raise UserError(f"{name} has no champion to roll back; `edt models list --name {name}` shows its versions")
+    number = now.tags.get(BEFORE_TAG)
+    if not number:
+        raise UserError(f"{title(now)} is the first champion, there is none before it to roll back to")
+    before = version_at(catalog, name, number)
+    if before is None:
+        raise UserError(f"version {number} of {name}, champion before version {now.version}, was deleted")
+    set_tags(catalog, now, {ROLLED_BACK_TAG: f"{_now()} to version {number}"})
+    move_alias(catalog, before, CHAMPION)
+    # It is champion no more, so nothing is before it; a second rollback goes on from the other.
+    retried(lambda: catalog.client.delete_model_version_tag(name, now.version, BEFORE_TAG), _ATTEMPTS)
+    return now, before
+
+
+def alone(store: str, name: str) -> AbstractContextManager[object]:
+    """Held by whoever moves the aliases of a model, of all that share a local store."""
+    from edt_core.storage import Folder
+    from pipelines.artifacts import Store
+
+    folder = Folder.at(store)
+    if folder.local is not None and not folder.local.is_dir():
+        return nullcontext()
+    return Store(folder).lock("promote", name)
+
+
+def crown(catalog: Catalog, version: Any, before: str | None, by: str) -> None:
+    """Make a version champion. What was before is written first: it must be known whenever the alias has moved."""
+    set_tags(catalog, version, {BEFORE_TAG: before or "", PROMOTED_TAG: f"{_now()} by {by}"})
+    move_alias(catalog, version, CHAMPION)
 
 
 def champion(catalog: Catalog, name: str) -> Any | None:
     """The version that carries the alias `champion`, or None. What MLflow raises for other reasons is raised."""
+    return _or_none(lambda: catalog.client.get_model_version_by_alias(name, CHAMPION))
+
+
+def version_at(catalog: Catalog, name: str, number: str) -> Any | None:
+    return _or_none(lambda: catalog.client.get_model_version(name, number))
+
+
+def gate_of(version: Any) -> PromoteConfig:
+    """The gate that a version was registered with. One from before that was recorded has the metric and its sense."""
+    if text := version.tags.get(GATE_TAG):
+        return PromoteConfig.model_validate(json.loads(text))
+    metric, _, sense = version.tags.get("edt.promote", "").partition(" ")
+    if metric not in metrics_of(version):
+        raise UserError(f"{title(version)} was not registered by edt: no metric is recorded that could decide")
+    return PromoteConfig(metric=metric, lower_is_better=sense != "higher")
+
+
+def add_version(
+    catalog: Catalog,
+    name: str,
+    source: str,
+    run_id: str | None,
+    tags: Mapping[str, str],
+    identity: Mapping[str, str],
+    model_id: str | None = None,
+) -> Any:
+    """Create the version that `identity` stands for, or take the one that another driver created at the same time.
+
+    Whoever comes second sees the first, whose number is lower, and withdraws its own: a lost answer of a server, after
+    which the call is repeated, is mended the same way.
+    """
+    client = catalog.client
+    _ensure_model(catalog, name)
+    both = {**tags, **identity}
+
+    def create() -> Any:
+        return client.create_model_version(name, source, run_id=run_id, model_id=model_id, tags=both)
+
+    made = retried(create, _ATTEMPTS)
+    first = find_version(catalog, name, identity)
+    if first is None or int(first.version) >= int(made.version):
+        return made
+    retried(lambda: client.delete_model_version(name, made.version), _ATTEMPTS)
+    return first
+
+
+def find_version(catalog: Catalog, name: str, identity: Mapping[str, str]) -> Any | None:
+    """The first version with these tags, or None."""
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    found = search(catalog, f"name = '{name}' and {wanted}")
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def search(catalog: Catalog, wanted: str) -> list[Any]:
+    """All versions that a filter of MLflow lets through."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = retried(partial(catalog.client.search_model_versions, wanted, 1000, page_token=token))
+        found += page
+        if not (token := page.token):
+            return found
+
+
+def move_alias(catalog: Catalog, version: Any, alias: str) -> None:
+    retried(lambda: catalog.client.set_registered_model_alias(version.name, alias, version.version), _ATTEMPTS)
+
+
+def set_tags(catalog: Catalog, version: Any, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        call = partial(catalog.client.set_model_version_tag, version.name, version.version, key, value)
+        retried(call, _ATTEMPTS)
+
+
+def _champion_before(catalog: Catalog, version: Any) -> Any | None:
+    """The champion that a version is compared with. Of one that was crowned and not settled, that is the one before."""
+    now = champion(catalog, version.name)
+    if now is None or now.version != version.version:
+        return now
+    number = now.tags.get(BEFORE_TAG)
+    return version_at(catalog, version.name, number) if number else None
+
+
+def _or_none(call: Callable[[], Any]) -> Any | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return catalog.client.get_model_version_by_alias(name, CHAMPION)
+        return call()
     except MlflowException as error:
-        # Without the model the first code comes, without the alias the second.
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in _NONE_OF_IT:
             return None
         raise
-
-
-def decide(name: str, version: str, config: PromoteConfig, result: Mapping[str, Any], before: Any | None) -> Decision:
-    """Compare `result`, the counts of an evaluation, with the champion's tags: like with like, or not at all."""
-    value = float(result["metrics"][config.metric])
-    if before is None:
-        return Decision(name, version, config.metric, value, None, None, True)
-    previous, tag = str(before.version), before.tags.get(f"edt.metric.{config.metric}")
-    if tag is None or before.tags.get("edt.protocol") != sha256_json(result["protocol"]):
-        return Decision(name, version, config.metric, value, previous, None, False)
-    old = float(tag)
-    better = value < old if config.lower_is_better else value > old
-    return Decision(name, version, config.metric, value, previous, old, better)
-
-
-def _find_version(catalog: Catalog, name: str, identity: Mapping[str, str]) -> Any | None:
-    versions = catalog.client.search_model_versions(f"name = '{name}'")
-    same = (v for v in versions if identity.items() <= v.tags.items() and "edt.decision" in v.tags)
-    return next(same, None)
-
-
-def _register(catalog: Catalog, run_id: str, name: str, entry: Entry, identity: Mapping[str, str]) -> str:
-    """Log the diffusers folder as an MLflow model of the run, and register it with its metrics as tags."""
-    import mlflow
-
-    import pipelines.pyfunc_model as code
-
-    mlflow.set_tracking_uri(catalog.tracking_uri)
-    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that no example came with the model: the signature is stated
-        pipeline = Path(folder) / "pipeline"
-        write_pipeline(pipeline, entry)
-        info = mlflow.pyfunc.log_model(
-            name=name,
-            python_model=str(code.__file__),
-            artifacts={"pipeline": str(pipeline)},
-            pip_requirements=[f"edt-pipeline=={version('edt-pipeline')}"],
-            signature=_signature(),
-            params={"architecture": str(entry.checkpoint.counts["model"])},
-            metadata={"edt.checkpoint": entry.checkpoint.fingerprint},
-            step=int(entry.checkpoint.counts["steps"]),
-        )
-    metrics = {f"edt.metric.{key}": repr(float(value)) for key, value in entry.evaluation.counts["metrics"].items()}
-    parents = {
-        **artifact_tags(entry.checkpoint),
-        "edt.code_version": code_version(),
-        "edt.protocol": sha256_json(entry.evaluation.counts["protocol"]),
-    }
-    _ensure_model(catalog, name)
-    made = catalog.client.create_model_version(
-        name, info.model_uri, run_id=run_id, model_id=info.model_id, tags={**parents, **metrics, **identity}
-    )
-    return str(made.version)
-
-
-def _signature() -> Any:
-    """Labels in, images out, and the parameters that `predict` takes."""
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    return ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.int64), (-1,))]),
-        outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
-        params=ParamSchema(
-            [
-                ParamSpec("seed", "long", 0),
-                ParamSpec("num_inference_steps", "long", 0),
-                ParamSpec("cfg_scale", "double", 0.0),
-            ]
-        ),
-    )
-
-
-def write_pipeline(folder: Path, entry: Entry) -> None:
-    """The diffusers folder of a trained model: EMA weights, autoencoder, scheduler, class names."""
-    from edt_core.autoencoder import load_autoencoder
-    from edt_core.pipeline import PROTOCOL, save_pipeline
-    from edt_core.training.checkpoint import ema_model
-    from jobs.autoencoder import FOLDER
-
-    sampling = entry.features.manifest.config
-    save_pipeline(
-        folder,
-        ema_model(entry.checkpoint.directory(entry.checkpoint.counts["final"])),
-        load_autoencoder(entry.autoencoder.directory(FOLDER)),
-        num_timesteps=entry.checkpoint.manifest.config["num_timesteps"],
-        classes=entry.images.read_json(CLASSES_NAME),
-        protocol={key: sampling[key] for key in PROTOCOL},
-    )
 
 
 def _ensure_model(catalog: Catalog, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
-    try:
-        catalog.client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    def create() -> None:
+        try:
+            catalog.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    retried(create, _ATTEMPTS)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

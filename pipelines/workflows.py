@@ -20,7 +20,8 @@ from pipelines.artifacts import Store
 from pipelines.catalog import Catalog, tracking_kept
 from pipelines.config import PipelineConfig, as_yaml
 from pipelines.engine import Workflow
-from pipelines.registry import Decision, Entry, promote
+from pipelines.promotion import Decision
+from pipelines.registration import Entry, promote
 from pipelines.runs import step_tag
 from pipelines.step import StepFuture, Steps
 from pipelines.terminal import Terminal

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Source, sha256_json
+from edt_core.artifact import Source
 from edt_core.config import Section
 from jobs.verb import Verb
-from pipelines.config import PromoteConfig, load_config
-from pipelines.registry import decide
+from pipelines.config import load_config
 from pipelines.step import StepFuture, input_fingerprints
 from pipelines.workflows import call_steps
 
@@ -63,35 +62,3 @@ def test_other_images_change_everything() -> None:
     before, after = plan(), plan(source="other")
     assert not set(before.values()) & set(after.values())
     assert len(before) == len(SHARED) + 2 * len(OWN)
-
-
-PROTOCOL = {"num_samples": 500, "cfg_scale": 1.75}
-
-
-class _Version:
-    version = "3"
-
-    def __init__(self, **protocol: float) -> None:
-        same = sha256_json({**PROTOCOL, **protocol})
-        self.tags = {"edt.metric.fd_classifier": "5.0", "edt.protocol": same}
-
-
-@pytest.mark.parametrize(
-    ("value", "lower_is_better", "champion", "expected"),
-    [
-        (4.0, True, _Version(), True),
-        (6.0, True, _Version(), False),
-        (5.0, True, _Version(), False),
-        (6.0, False, _Version(), True),
-        (9.0, True, None, True),
-        (1.0, True, _Version(cfg_scale=2.0), False),  # better, but measured by another protocol
-    ],
-)
-def test_champion_moves_only_to_what_is_better_by_the_same_protocol(
-    value: float, lower_is_better: bool, champion: _Version | None, expected: bool
-) -> None:
-    config = PromoteConfig(metric="fd_classifier", lower_is_better=lower_is_better)
-    result = {"metrics": {"fd_classifier": value}, "protocol": PROTOCOL}
-    decision = decide("m", "4", config, result, champion)
-    assert decision.became_champion == expected
-    assert decision.champion_before == (champion.version if champion else None)

@@ -1,0 +1,190 @@
+"""Commands on the registry: models list, show, compare, promote, rollback, pull; and lineage."""
+
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.commands.options import (
+    DEFAULT_STORE,
+    AsJson,
+    StoreOption,
+    TrackingUri,
+    open_catalog,
+    print_json,
+    print_rows,
+)
+
+app = typer.Typer(help="Registered models: look up, compare, promote, roll back, pull.", invoke_without_command=True)
+
+Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/NUMBER, or NAME for its champion")]
+_COLUMNS = ("model", "version", "aliases", "metric", "data", "code", "created")
+
+
+@app.callback()
+def models(
+    context: typer.Context,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Without a command: list all versions."""
+    if context.invoked_subcommand is None:
+        list_versions(store=store, tracking_uri=tracking_uri, as_json=as_json)
+
+
+@app.command("list")
+def list_versions(
+    name: Annotated[str | None, typer.Option(help="of this model alone")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="trained on these images: start of their digest, or of a fingerprint")
+    ] = None,
+    config: Annotated[
+        list[str], typer.Option(metavar="FIELD=VALUE", help="configured so, as train.lr=0.004; repeatable")
+    ] = [],  # noqa: B006  typer copies it
+    metric: Annotated[
+        list[str], typer.Option(metavar="CONDITION", help="measured so, as 'fd_classifier<5'; repeatable")
+    ] = [],  # noqa: B006
+    commit: Annotated[str | None, typer.Option(help="made by this code: start of the commit")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """List versions, newest first; with options those of which all of it holds."""
+    from pipelines.versions import select
+
+    found = select(open_catalog(store, tracking_uri), name, data, config, metric, commit)
+    if as_json:
+        print_json([record.to_dict() for record in found])
+    else:
+        print_rows([record.row() for record in found], _COLUMNS, False, none="no such versions")
+
+
+@app.command()
+def show(
+    version: Version, store: StoreOption = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False
+) -> None:
+    """Tell all that is recorded of a version."""
+    from pipelines.versions import record_of
+
+    facts = record_of(open_catalog(store, tracking_uri), version).to_dict()
+    if as_json:
+        print_json(facts)
+        return
+    typer.echo(f"{facts['name']} version {facts['version']}  {', '.join(facts['aliases'])}".rstrip())
+    typer.echo(f"  {facts['decision_text'] or 'registered, not yet decided on'}")
+    for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
+        if facts[name]:
+            typer.echo(f"  {name:<16} {facts[name]}")
+    for section in ("metrics", "protocol", "data", "parents", "config"):
+        _echo_section(section, facts[section])
+
+
+@app.command()
+def compare(
+    first: Version,
+    second: Version,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put two versions side by side: metrics, and what differs in protocol, configuration, data and code."""
+    from pipelines.versions import compare as compared
+    from pipelines.versions import record_of
+
+    catalog = open_catalog(store, tracking_uri)
+    found = compared(record_of(catalog, first), record_of(catalog, second))
+    if as_json:
+        print_json(found)
+        return
+    names = found["versions"]
+    rows = [{"metric": r["metric"], names[0]: r["first"], names[1]: r["second"], **r} for r in found["metrics"]]
+    print_rows(rows, ("metric", *dict.fromkeys(names), "difference"), False, none="no metrics")
+    if found["same_protocol"]:
+        typer.echo("measured by one protocol")
+    else:
+        typer.echo("NOT comparable, measured by different protocols:")
+        for line in found["protocol"] or ["(not recorded in words)"]:
+            typer.echo(f"  {line}")
+    _echo_section("config", {name: " / ".join(map(str, pair)) for name, pair in found["config"].items()})
+    _echo_section("recorded", {name: " / ".join(map(str, pair)) for name, pair in found["recorded"].items()})
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/NUMBER; NAME for its candidate")],
+    force: Annotated[bool, typer.Option("--force", help="make it champion whatever the gate says")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Let a version through the gate against the present champion; exit code 1 where it is refused."""
+    from pipelines.registry import CANDIDATE, alone, promote_version
+    from pipelines.versions import find
+
+    catalog = open_catalog(store, tracking_uri)
+    found = find(catalog, version if "@" in version or "/" in version else f"{version}@{CANDIDATE}")
+    with alone(store, found.name):
+        decision = promote_version(catalog, found, force)
+    typer.echo(f"{decision.name} version {decision.version}  {decision}")
+    if not decision.became_champion:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="registered model")],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Make the version champion again that was it before the present one."""
+    from pipelines.registry import alone
+    from pipelines.registry import rollback as rolled_back
+
+    catalog = open_catalog(store, tracking_uri)
+    with alone(store, name):
+        left, back = rolled_back(catalog, name)
+    typer.echo(f"{name}: champion is version {back.version} again, no longer version {left.version}")
+
+
+@app.command()
+def pull(
+    version: Version,
+    folder: Annotated[str, typer.Argument(help="new folder for the diffusers pipeline")],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Download a version's diffusers folder, every file checked against its digest, whole or not at all."""
+    from pathlib import Path
+
+    from jobs.registry_files import pull as pulled
+    from jobs.registry_files import title
+    from pipelines.versions import find
+
+    catalog = open_catalog(store, tracking_uri)
+    found = find(catalog, version)
+    new = pulled(catalog.client, found, Path(folder))
+    typer.echo(f"{title(found)} is {'' if new else 'already '}at {folder}, every file checked")
+
+
+def lineage(
+    version: Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/NUMBER, NAME, fingerprint, or a step's run")],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a model was made from, back to the raw images."""
+    from edt_core.storage import Folder
+    from pipelines.lineage import lineage as traced
+
+    found = traced(open_catalog(store, tracking_uri), version, Folder.at(store))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo("\n".join(found.lines()))
+
+
+def _echo_section(name: str, values: dict[str, Any]) -> None:
+    if values:
+        typer.echo(f"{name}:")
+        width = max(map(len, values))
+        for key, value in values.items():
+            typer.echo(f"  {key:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

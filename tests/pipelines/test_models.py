@@ -1,0 +1,368 @@
+"""`edt models`: look-ups, and the files of a version pulled whole, checked, or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from edt_core.artifact import Artifact
+from edt_core.config import ChainConfig
+from edt_core.errors import UserError
+from edt_core.schema import CLASSES_NAME
+from edt_core.storage import Folder
+from jobs.registry_files import pull, safe_name
+from pipelines.cli import app
+from pipelines.config import PromoteConfig
+from pipelines.registration import Entry, promote
+from pipelines.versions import config_of, find, record_of
+from tests.jobs.models import made_model, opened
+from tests.pipelines.registered import NAME, PROTOCOL, Registry
+
+OTHER, REAL = "edt-other", "edt-real"
+LABELS = [3, 1, 0]
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """Three versions of one model and one of another; the tests read them alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        registry = Registry(tmp_path_factory.mktemp("registry") / "store")
+        registry.add("a", 5.0, accuracy_classifier=0.8)
+        registry.add("b", 4.0, assignments=("train.lr=0.002",), accuracy_classifier=0.9)
+        registry.add("c", 3.0, protocol={**PROTOCOL, "cfg_scale": 2.0}, accuracy_classifier=0.95)
+        registry.add("d", 2.0, name=OTHER, assignments=(f"models={{{OTHER}: {{lr: 0.01}}}}",))
+        yield registry
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """One version, for tests that damage it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    registry = Registry(tmp_path / "store")
+    registry.add("a", 5.0)
+    return registry
+
+
+def edt(registry: Registry, *arguments: str) -> str:
+    """Output of a command that ends well. A user's error is raised."""
+    done = CliRunner().invoke(app, [*arguments, *registry.arguments])
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+def listed(registry: Registry, *arguments: str) -> list[str]:
+    rows = json.loads(edt(registry, "models", "list", "--json", *arguments))
+    return [f"{row['name']}/{row['version']}" for row in rows]
+
+
+ALL = [f"{OTHER}/1", f"{NAME}/3", f"{NAME}/2", f"{NAME}/1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ALL),
+        (["--name", NAME], ALL[1:]),
+        (["--metric", "fd_classifier<5"], ALL[:3]),
+        (["--metric", "fd_classifier <= 5", "--metric", "accuracy_classifier>=0.9"], ALL[1:3]),
+        (["--config", "train.lr=2e-3"], [f"{NAME}/2"]),
+        (["--config", "train.lr=0.01"], [f"{OTHER}/1"]),  # the model's own field, over the shared one
+        (["--config", "train.model=EDT-Tiny/2", "--config", "sample.cfg_scale=1.75", "--name", OTHER], [f"{OTHER}/1"]),
+        (["--commit", "not-a-commit"], []),
+    ],
+)
+def test_versions_by_what_they_were_made_of(registry: Registry, arguments: list[str], expected: list[str]) -> None:
+    assert listed(registry, *arguments) == expected
+
+
+def test_versions_by_data_and_code(registry: Registry) -> None:
+    tags = registry.version("1").tags
+    for tag in ("edt.images", "edt.images.digest", "edt.source"):
+        assert listed(registry, "--data", tags[tag][:9]) == ALL
+    assert listed(registry, "--data", "0" * 64) == []
+    assert listed(registry, "--commit", tags["edt.code_version"][:7]) == ALL
+
+
+def test_without_a_command_all_versions_are_a_table(registry: Registry) -> None:
+    lines = edt(registry, "models").splitlines()
+    assert lines[0].split() == ["model", "version", "aliases", "metric", "data", "code", "created"]
+    assert len(lines) == 1 + len(ALL)
+    (second,) = (line for line in lines if line.startswith(f"{NAME}") and line.split()[1] == "2")
+    assert "champion" in second
+    assert "fd_classifier 4" in second
+
+
+def test_batches_of_runs_are_asked_for_not_one_each(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    asked = []
+    search = MlflowClient.search_runs
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: asked.append(a) or search(*a, **k))
+    monkeypatch.setattr(MlflowClient, "get_run", None)
+    assert listed(registry, "--config", "train.lr=2e-3")
+    assert len(asked) == 1
+
+
+def test_show_tells_all_that_is_recorded(registry: Registry) -> None:
+    shown = json.loads(edt(registry, "models", "show", NAME, "--json"))  # the champion
+    assert (shown["version"], shown["aliases"], shown["champion_before"]) == ("2", ["champion"], "1")
+    assert shown["metrics"] == {"fd_classifier": 4.0, "accuracy_classifier": 0.9}
+    assert shown["protocol"] == PROTOCOL
+    assert (shown["config"]["train.lr"], shown["decision"]["required"]) == ("0.002", pytest.approx(0.05))
+    assert set(shown["parents"]) == {"checkpoint", "evaluation", "latents"}
+    text = edt(registry, "models", "show", f"{NAME}/2")
+    for needed in (
+        "new champion: fd_classifier 4; version 1 has 5",
+        "cfg_scale",
+        shown["run"],
+        shown["data"]["source"],
+    ):
+        assert needed in text
+
+
+def test_compare_puts_metrics_side_by_side_and_says_what_differs(registry: Registry) -> None:
+    found = json.loads(edt(registry, "models", "compare", f"{NAME}/1", f"{NAME}/2", "--json"))
+    assert found["same_protocol"]
+    assert {row["metric"]: row["difference"] for row in found["metrics"]}["fd_classifier"] == -1.0
+    assert found["config"] == {"train.lr": ["0.004", "0.002"]}
+    assert set(found["recorded"]) == {"checkpoint"}
+    text = edt(registry, "models", "compare", f"{NAME}/1", f"{NAME}/3")
+    assert "NOT comparable" in text
+    assert "cfg_scale 1.75 / 2.0" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("edt-smal", f"no registered model 'edt-smal'; did you mean {NAME}"),
+        ("zzz", f"models are {OTHER}, {NAME}"),
+        (f"{NAME}@champoin", "no alias 'champoin'; did you mean champion"),
+        (f"{NAME}/77", "no version 77; there are 3, the newest: 1, 2, 3"),
+        ("../x", "names no version"),
+    ],
+)
+def test_what_is_not_there_is_told_with_what_is(registry: Registry, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find(registry.catalog, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metric", "fd_clasifier<5"], "no version has a metric 'fd_clasifier'; did you mean fd_classifier"),
+        (["--metric", "fd_classifier~5"], "--metric takes a comparison"),
+        (["--config", "train.lrr=5"], r"no run has a field 'train\.lrr' of configuration; did you mean train\.lr"),
+        (["--name", "edt-smal"], "did you mean"),
+    ],
+)
+def test_conditions_that_nothing_can_meet(registry: Registry, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        edt(registry, "models", "list", *arguments)
+
+
+def test_a_models_own_fields_take_the_place_of_the_shared_ones() -> None:
+    params = {"train.lr": "1", "train.seed": "0", "models.a.lr": "2", "models.b.lr": "3"}
+    assert config_of(params, "a") == {"train.lr": "2", "train.seed": "0"}
+    assert config_of(params, "c") == {"train.lr": "1", "train.seed": "0"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_pull_brings_the_very_files_and_nothing_else(registry: Registry, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "model"
+    assert "every file checked" in edt(registry, "models", "pull", f"{NAME}/1", str(target))
+    assert contents(target) == contents(registry.root / "models" / "a" / "artifacts" / "pipeline")
+    assert list(target.parent.iterdir()) == [target]
+    assert "is already at" in edt(registry, "models", "pull", f"{NAME}/1", str(target))
+    with pytest.raises(UserError, match=r"holds something else than edt-small version 2: .* has another sha256"):
+        edt(registry, "models", "pull", f"{NAME}/2", str(target))
+    (target / "own.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"own\.txt is not in digests\.json"):
+        edt(registry, "models", "pull", f"{NAME}/1", str(target))
+    assert (target / "own.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "extra", "link", "digests"])
+def test_what_was_changed_in_the_store_is_named_and_not_pulled(fresh: Registry, tmp_path: Path, damage: str) -> None:
+    artifacts = fresh.root / "models" / "a" / "artifacts"
+    weights = artifacts / "pipeline" / "transformer" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    named = "transformer/weights.safetensors"
+    if damage == "flip":
+        data[7] ^= 1
+        weights.write_bytes(data)
+    elif damage == "cut":
+        weights.write_bytes(data[:-1])
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "extra":
+        (artifacts / "pipeline" / "pipeline.py").write_text("import os")
+        named = r"pipeline\.py is not in"
+    elif damage == "link":
+        weights.unlink()
+        weights.symlink_to("/etc/hostname")
+    else:
+        text = json.loads((artifacts / "digests.json").read_text())
+        (artifacts / "digests.json").write_text(json.dumps({**text, "pipeline.py": "0" * 64}))
+        named = r"digests\.json has another sha256"
+    with pytest.raises(UserError, match=named):
+        pull(fresh.catalog.client, fresh.version("1"), tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+HOSTILE = ["../../escaped", "/etc/passwd", "..\\escaped", "C:/escaped", "a/../../b", "./a", "a//b", "a\nb", "pipeline"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_store_that_lists_names_outside_is_refused(fresh: Registry, tmp_path: Path, name: str) -> None:
+    """A real repository of MLflow, whose listing is the store's word."""
+    from mlflow.entities import FileInfo
+    from mlflow.store.artifact import artifact_repository_registry as known
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    downloaded = []
+
+    class Hostile(LocalArtifactRepository):
+        def __init__(self, uri: str, *arguments: Any, **more: Any) -> None:
+            super().__init__(uri.replace("hostile://", "file://"))
+
+        def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
+            return [*super().list_artifacts(path), FileInfo(name, False, 1)]
+
+        def download_artifacts(self, artifact_path: str, dst_path: str | None = None) -> str:
+            downloaded.append(artifact_path)
+            return str(super().download_artifacts(artifact_path, dst_path))
+
+    known._artifact_repository_registry.register("hostile", Hostile)
+    location = (fresh.root / "models" / "a").as_uri().replace("file://", "hostile://")
+    tags = fresh.version("1").tags
+    version = fresh.catalog.client.create_model_version(NAME, location, tags=tags)
+    with pytest.raises(UserError, match=r"file name|lists"):
+        pull(fresh.catalog.client, version, tmp_path / "target")
+    assert downloaded == []
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_names_that_stay_inside() -> None:
+    for name in ("a", "a/b.json", "a b/ä.bin", ".hidden", "a..b", "c:"[:1]):
+        assert safe_name(name) == name
+    for name in (*HOSTILE[:-1], "", "d:x", "~/../x", "a/.."):
+        with pytest.raises(UserError):
+            safe_name(name)
+
+
+def test_killed_halfway_nothing_is_there_and_the_next_pull_cleans_up(fresh: Registry, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    code = (
+        "import sys, time, jobs.registry_files as files\n"
+        "from pipelines.cli import main\n"
+        "bring = files._Remote.download\n"
+        "def slow(self, name, target):\n"
+        "    bring(self, name, target)\n"
+        "    if name.endswith('safetensors'):\n"
+        "        print('half', flush=True)\n"
+        "        time.sleep(60)\n"
+        "files._Remote.download = slow\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, "models", "pull", f"{NAME}/1", str(target), *fresh.arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "half"
+        assert not target.exists()
+        process.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    assert len(list(tmp_path.iterdir())) == 2  # the store, and what the killed one has left
+    assert pull(fresh.catalog.client, fresh.version("1"), target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "target"]
+
+
+def test_a_version_without_digests_is_not_pulled(fresh: Registry, tmp_path: Path) -> None:
+    fresh.catalog.client.delete_model_version_tag(NAME, "1", "edt.pipeline_digest")
+    with pytest.raises(UserError, match="was registered without digests"):
+        pull(fresh.catalog.client, fresh.version("1"), tmp_path / "target")
+
+
+@pytest.fixture(scope="module")
+def real(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A whole model, registered as the workflow does, with the artifacts behind it."""
+    model = opened(tmp_path_factory.mktemp("model"), made_model())
+    run, config = registry.run(REAL)
+    chain = ChainConfig(num_sampling_steps=3).model_dump(mode="json")
+    assert model.autoencoder is not None
+    images = registry.artifact("images", {CLASSES_NAME: b'["a", "b", "c", "d"]'}, {"real": 1}, {}, {})
+    features = registry.artifact("features", {"f": b"f"}, chain, {"checkpoint": model.checkpoint}, {})
+    result = {"metrics": {"fd_classifier": 3.0}, "protocol": PROTOCOL}
+    evaluation = registry.artifact("evaluation", {"m": b"m"}, {}, {"features": features}, result)
+    entry = Entry(images, model.autoencoder, model.checkpoint, features, evaluation)
+    decision = promote(registry.catalog, run, REAL, config.promote, entry)
+    return SimpleNamespace(entry=entry, decision=decision, run=run, config=config)
+
+
+def test_a_registered_model_is_pulled_and_loads_by_every_door(
+    registry: Registry, real: SimpleNamespace, tmp_path: Path
+) -> None:
+    import mlflow
+    from diffusers import DiffusionPipeline
+
+    from edt_core.pipeline import EDTPipeline
+
+    assert str(real.decision) == "first champion: fd_classifier 3"
+    assert [check.passed for check in real.decision.checks] == [True] * 5
+    folder = tmp_path / "pulled"
+    edt(registry, "models", "pull", f"{REAL}@champion", str(folder))
+    own = EDTPipeline.from_pretrained(folder)(LABELS, output_type="np").images
+    general = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    mlflow.set_tracking_uri(registry.catalog.tracking_uri)
+    served = mlflow.pyfunc.load_model(f"models:/{REAL}@champion").predict(np.array(LABELS))
+    assert own.shape == (3, 32, 32, 3)
+    assert np.array_equal(own, general(LABELS, output_type="np").images)
+    assert np.array_equal(own, served)
+
+
+def test_a_job_takes_a_registered_model_through_the_same_checks(
+    registry: Registry, real: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from edt_core.training.checkpoint import ema_model
+    from jobs.models import open_model
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.catalog.tracking_uri)
+    found = open_model(f"{REAL}@champion", Folder.at(tmp_path / "work")).checkpoint
+
+    def weights(artifact: Artifact) -> dict[str, torch.Tensor]:
+        return dict(ema_model(artifact.directory(artifact.counts["final"])).state_dict())
+
+    ours, theirs = weights(found), weights(real.entry.checkpoint)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_model_that_two_drivers_log_at_once_is_kept_once(
+    registry: Registry, real: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second driver looked before the first had registered; its version and its logged model go again."""
+    from pipelines import registration
+
+    monkeypatch.setattr(registration, "find_version", lambda *arguments: None)
+    before = {m.model_id for m in registry.catalog.client.search_logged_models([registry.catalog.experiment_id])}
+    again = promote(registry.catalog, real.run, REAL, PromoteConfig(), real.entry)
+    assert again == real.decision
+    assert listed(registry, "--name", REAL) == [f"{REAL}/1"]
+    after = {m.model_id for m in registry.catalog.client.search_logged_models([registry.catalog.experiment_id])}
+    assert after == before
+    assert record_of(registry.catalog, REAL).aliases == ("candidate", "champion")

@@ -1,0 +1,105 @@
+"""Many processes at one registry: in a PostgreSQL server of the test's own, and in SQLite."""
+
+import glob
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.registering import at_once, check_registry, register
+
+PROCESSES, OWN, SHARED = 8, 24, 8  # 8 * 24 + 8 = 200 versions
+
+
+def _binary(name: str) -> str | None:
+    found = sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"))
+    return found[-1] if found else shutil.which(name)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """URI of an empty database. The server runs as `postgres` where we are root, which it refuses to be."""
+    initdb, server = _binary("initdb"), _binary("postgres")
+    if initdb is None or server is None:
+        pytest.skip("PostgreSQL is not installed: no initdb and postgres in /usr/lib/postgresql/*/bin or PATH")
+    pytest.importorskip("psycopg2")
+    user: str | None = None
+    if os.getuid() == 0:
+        try:
+            user = pwd.getpwnam("postgres").pw_name
+        except KeyError:
+            pytest.skip("PostgreSQL refuses root, and there is no user postgres to run it")
+    home = Path(tempfile.mkdtemp(prefix="edt-postgres-"))  # pytest's own folders are closed to other users
+    if user:
+        shutil.chown(home, user)
+    data = home / "data"
+    own = {"user": user, "group": user, "extra_groups": []} if user else {}
+    subprocess.run(
+        [initdb, "-D", data, "-U", "edt", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"],
+        check=True,
+        capture_output=True,
+        cwd=home,
+        **own,
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off"}
+    given = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
+    with (home / "log").open("wb") as log:
+        running = subprocess.Popen([server, "-D", data, *given], stdout=log, stderr=log, cwd=home, **own)
+    try:
+        uri = f"postgresql+psycopg2://edt@127.0.0.1:{port}/postgres"
+        _wait_for(uri, running, home / "log")
+        yield uri
+    finally:
+        running.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown: it does not wait for its clients
+        running.wait(30)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _wait_for(uri: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri)
+    until = time.monotonic() + 60
+    while True:
+        try:
+            engine.connect().close()
+            engine.dispose()
+            return
+        except sqlalchemy.exc.OperationalError:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+
+
+def test_eight_processes_at_postgresql(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make the tables of an empty database at once, then register 200 versions and move aliases at once."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres)
+    answers = at_once(register, PROCESSES, tmp_path, postgres, OWN, SHARED)
+    opening, slowest = (max(answer[key] for answer in answers) for key in ("opening", "seconds"))
+    retries = sum(answer["retries"] for answer in answers)
+    first = min(answer["opening"] for answer in answers)
+    print(
+        f"set up {first:.1f} s, all open after {opening:.1f} s; {PROCESSES * OWN + SHARED} versions {slowest:.1f} s, {retries} retries"
+    )
+    assert len({answer["experiment"] for answer in answers}) == 1
+    assert len({number for answer in answers for number in answer["made"].values()}) == PROCESSES * OWN + SHARED
+    check_registry(tmp_path, answers)
+
+
+def test_four_processes_at_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    answers = at_once(register, 4, tmp_path, None, 8, 4)
+    print(f"36 versions, {sum(answer['retries'] for answer in answers)} retries")
+    assert len({number for answer in answers for number in answer["made"].values()}) == 36
+    check_registry(tmp_path, answers)

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from edt_core.errors import UserError
-from pipelines.commands import store, verbs, workflow
+from pipelines.commands import schedule, store, submit, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +20,8 @@ for verb in (verbs.preprocess, verbs.encode, verbs.train, verbs.evaluate, verbs.
     app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
 app.command()(workflow.configs)
 app.command()(store.verify)
+app.add_typer(schedule.app, name="schedule")
+app.command()(submit.submit)
 
 
 def main() -> None:

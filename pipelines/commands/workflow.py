@@ -1,5 +1,7 @@
 """Commands that run a pipeline, or tell what a run would do or did: run, configs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,6 +10,7 @@ from edt_core.errors import UserError
 from pipelines.commands.options import Assignments, Config, ConfigStore
 
 if TYPE_CHECKING:
+    from pipelines.config import PipelineConfig
     from pipelines.workflows import Outcome
 
 
@@ -21,9 +24,13 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="tell what the trainings would take, and start nothing")
     ] = False,
+    no_overlap: Annotated[
+        bool, typer.Option("--no-overlap", help="start nothing while a run of this pipeline goes on in this store")
+    ] = False,
 ) -> None:
     """Run the whole pipeline; what is already made is reused."""
     from pipelines.config import load_config
+    from pipelines.schedule import tell_scheduler
     from pipelines.terminal import Terminal
     from pipelines.workflows import run as run_pipeline
 
@@ -33,19 +40,45 @@ def run(
 
         typer.echo(told(loaded))
         return
-    with Terminal() as terminal:
+    with _alone(loaded, no_overlap), Terminal() as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
         try:
             outcome = run_pipeline(loaded, terminal, address)
         except KeyboardInterrupt:
             terminal.say("\nstopped; what is finished is kept, run again to go on", "yellow")
             raise typer.Exit(130) from None
+        ended = "stopped" if outcome.stopped else "failed" if outcome.failures else "finished"
+        tell_scheduler(ended, outcome.run_id)
         if outcome.stopped:
             terminal.say(f"\n{outcome.stopped}; what is finished is kept, run again to go on", "yellow")
             raise typer.Exit(130)
         show_outcome(outcome, terminal)
     if outcome.failures:
         raise typer.Exit(2 if all(isinstance(e, UserError) for e in outcome.failures.values()) else 1)
+
+
+@contextmanager
+def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
+    """Where it is wanted, keep other runs of the pipeline away from its store, or leave with exit code 0 for theirs."""
+    from pipelines.lease import Taken, held, this_process
+    from pipelines.schedule import OVERLAP, run_lease, tell_scheduler
+
+    if not wanted:
+        yield
+        return
+    from pipelines.artifacts import Store
+
+    try:
+        with held(Store.open(config.store).root, run_lease(config.name), this_process(), on_lost=_warn_of_loss):
+            yield
+    except Taken as taken:
+        tell_scheduler(OVERLAP)
+        typer.echo(f"a run of {config.name} in {config.store} is going on ({taken}); nothing was started")
+        raise typer.Exit(0) from None
+
+
+def _warn_of_loss() -> None:
+    typer.echo("warning: this run was taken for dead, and another one of its pipeline may go on beside it", err=True)
 
 
 def configs(

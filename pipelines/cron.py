@@ -62,7 +62,7 @@ class Cron:
 
         try:
             return ZoneInfo(self.timezone)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"no time zone {self.timezone!r}; name one as Europe/Berlin, or UTC") from error
 
     @cached_property

@@ -31,7 +31,7 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Ray's own are SIGTERM and 3 s, which is SIGKILL for a training that writes a checkpoint.
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
-_PATHS = (("source", "path"), ("source", "labels"), ("inception", "weights"), ("dinov2", "weights"))
+_PATHS = (("source", "path"), ("autoencoder", "pretrained"), ("inception", "weights"), ("dinov2", "weights"))
 _RECONNECTS = 5
 
 
@@ -143,18 +143,19 @@ class Cluster:
     def jobs(self) -> list[dict[str, Any]]:
         """The pipelines that were submitted to this cluster, the newest first."""
         with self._clear_errors():
-            found = [job for job in self.client.list_jobs() if "edt.pipeline" in (job.metadata or {})]
+            jobs = [(job, job.metadata or {}) for job in self.client.list_jobs()]
         return [
             {
                 "job": job.submission_id,
-                "pipeline": job.metadata["edt.pipeline"],
-                "store": job.metadata.get("edt.store"),
+                "pipeline": told["edt.pipeline"],
+                "store": told.get("edt.store"),
                 "status": str(job.status),
                 "started": _time(job.start_time),
                 "ended": _time(job.end_time),
                 "message": job.message,
             }
-            for job in sorted(found, key=lambda job: -(job.start_time or 0))
+            for job, told in sorted(jobs, key=lambda pair: -(pair[0].start_time or 0))
+            if "edt.pipeline" in told
         ]
 
     async def _follow(self, job_id: str, write: Callable[[str], None]) -> None:

@@ -220,7 +220,7 @@ def test_the_loser_is_called(s3: str) -> None:
 
 
 def test_no_clock_of_the_wall_decides(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock jumps back a day, and the file's own time into the past: the holder lives; then it dies, and is known."""
+    """The clock jumps back a day: the holder lives; another day: it is dead, and that is known."""
     store = Folder.at(s3)
     with holder(store) as process:
         real = time.time

@@ -7,7 +7,7 @@ import typer
 
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
-from pipelines.commands import models, store, verbs, workflow
+from pipelines.commands import models, schedule, store, submit, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +27,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     store.gc,
     store.verify,
     models.lineage,
+    submit.submit,
 )
 
 for command in COMMANDS:
@@ -34,6 +35,7 @@ for command in COMMANDS:
 for verb in (verbs.preprocess, verbs.encode, verbs.train, verbs.evaluate, verbs.export, verbs.bench):
     app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
 app.add_typer(models.app, name="models")
+app.add_typer(schedule.app, name="schedule")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce, configs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from pipelines.config import PipelineConfig
     from pipelines.workflows import Outcome
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join  [default: RAY_ADDRESS, or this machine]")]
@@ -32,9 +34,13 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="tell what the trainings would take, and start nothing")
     ] = False,
+    no_overlap: Annotated[
+        bool, typer.Option("--no-overlap", help="start nothing while a run of this pipeline goes on in this store")
+    ] = False,
 ) -> None:
     """Run the whole pipeline; what is already made is reused."""
     from pipelines.config import load_config
+    from pipelines.schedule import tell_scheduler
     from pipelines.terminal import Terminal
     from pipelines.workflows import run as run_pipeline
 
@@ -44,17 +50,43 @@ def run(
 
         typer.echo(told(loaded))
         return
-    with Terminal() as terminal:
+    with _alone(loaded, no_overlap), Terminal() as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
         try:
             outcome = run_pipeline(loaded, terminal, address)
         except KeyboardInterrupt:
             terminal.say("\nstopped; what is finished is kept, run again to go on", "yellow")
             raise typer.Exit(130) from None
+        ended = "stopped" if outcome.stopped else "failed" if outcome.failures else "finished"
+        tell_scheduler(ended, outcome.run_id)
         _fail_if_stopped(outcome)
         show_outcome(outcome, terminal)
     if outcome.failures:
         raise typer.Exit(exit_code(outcome))
+
+
+@contextmanager
+def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
+    """Where it is wanted, keep other runs of the pipeline away from its store, or leave with exit code 0 for theirs."""
+    from pipelines.lease import Taken, held, this_process
+    from pipelines.schedule import OVERLAP, run_lease, tell_scheduler
+
+    if not wanted:
+        yield
+        return
+    from pipelines.artifacts import Store
+
+    try:
+        with held(Store.open(config.store).root, run_lease(config.name), this_process(), on_lost=_warn_of_loss):
+            yield
+    except Taken as taken:
+        tell_scheduler(OVERLAP)
+        typer.echo(f"a run of {config.name} in {config.store} is going on ({taken}); nothing was started")
+        raise typer.Exit(0) from None
+
+
+def _warn_of_loss() -> None:
+    typer.echo("warning: this run was taken for dead, and another one of its pipeline may go on beside it", err=True)
 
 
 def configs(

@@ -1,0 +1,162 @@
+"""Commands on schedules: record one, list, pause, resume and remove them, and serve a store's."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from edt_core.errors import UserError
+from pipelines.commands.options import (
+    DEFAULT_STORE,
+    AsJson,
+    Assignments,
+    Config,
+    ConfigStore,
+    StoreOption,
+    print_rows,
+)
+
+if TYPE_CHECKING:
+    from pipelines.schedule import Schedules
+
+_COLUMNS = ("name", "config", "cron", "timezone", "next", "state", "tick", "outcome", "run")
+
+
+class _WithDefault(TyperGroup):
+    """`edt schedule CONFIG ...` is `edt schedule add CONFIG ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["add", *args]
+        return list(super().parse_args(ctx, args))
+
+
+app = typer.Typer(
+    cls=_WithDefault,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run a pipeline at times of a cron expression: CONFIG --cron '0 3 * * 0'.",
+)
+Name = Annotated[str, typer.Argument(help="name of the schedule")]
+
+
+@app.command()
+def add(
+    config: Config,
+    cron: Annotated[str, typer.Option("--cron", help="minute hour day-of-month month day-of-week, as '0 3 * * 0'")],
+    timezone: Annotated[
+        str | None, typer.Option(help="as Europe/Berlin; the cron expression is read in it  [default: this machine's]")
+    ] = None,
+    when_data_changed: Annotated[
+        bool, typer.Option("--when-data-changed", help="run only if the images are not those of the last finished run")
+    ] = False,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    store: ConfigStore = None,
+    name: Annotated[str | None, typer.Option(help="name of the schedule  [default: that of the configuration]")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster that the runs join  [default: RAY_ADDRESS, or this machine]")
+    ] = None,
+    no_serve: Annotated[
+        bool, typer.Option("--no-serve", help="only record it, and leave the serving to others")
+    ] = False,
+) -> None:
+    """Record a schedule, and serve the store's schedules unless a server is at work. (`add` may be left out.)"""
+    from pipelines.artifacts import Store
+    from pipelines.lease import Taken
+    from pipelines.schedule import Schedules, new_schedule
+
+    schedule = new_schedule(name, config, assignments, store, cron, timezone, when_data_changed, address)
+    Store.open(schedule.store)
+    schedules = Schedules.at(schedule.store)
+    done = schedules.put(schedule)
+    kept = schedules.read(schedule.name)
+    typer.echo(f"schedule {schedule.name} is {done}; {'it is paused' if kept.paused else f'next {_next(kept)}'}")
+    if no_serve:
+        return
+    try:
+        _serve(schedules)
+    except Taken as taken:
+        typer.echo(f"a server is at work already ({taken})")
+
+
+@app.command("list")
+def list_(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
+    """List the schedules of a store: when they come next, and what became of their last tick."""
+    from pipelines.schedule import Schedules
+
+    schedules = Schedules.at(store)
+    print_rows([_row(schedules, name) for name in schedules.names()], _COLUMNS, as_json, "no schedules")
+
+
+@app.command()
+def pause(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
+    """Let no tick of a schedule start a run until it is resumed; a run that goes on is left alone."""
+    from pipelines.schedule import Schedules
+
+    Schedules.at(store).pause(name)
+
+
+@app.command()
+def resume(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
+    """Let a paused schedule go on with its next tick."""
+    from pipelines.schedule import Schedules
+
+    Schedules.at(store).resume(name)
+
+
+@app.command()
+def remove(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
+    """Forget a schedule; a run that goes on is left alone, and so are the records of its ticks in MLflow."""
+    from pipelines.schedule import Schedules
+
+    Schedules.at(store).remove(name)
+
+
+@app.command()
+def serve(store: StoreOption = DEFAULT_STORE) -> None:
+    """Run all schedules of a store, in the foreground, until Ctrl-C or SIGTERM."""
+    from pipelines.artifacts import Store
+    from pipelines.lease import Taken
+    from pipelines.schedule import Schedules
+
+    Store.open(store)
+    try:
+        _serve(Schedules.at(store))
+    except Taken as taken:
+        raise UserError(
+            f"the schedules of {store} are served already ({taken}); stop that server first, or leave it to it"
+        ) from None
+
+
+def _serve(schedules: "Schedules") -> None:
+    from pipelines.scheduler import Server
+
+    raise typer.Exit(Server(schedules, lambda text: print(text, flush=True)).serve())
+
+
+def _next(schedule: Any) -> str:
+    from datetime import UTC, datetime
+
+    return str(schedule.times.after(datetime.now(UTC)).isoformat(timespec="minutes"))
+
+
+def _row(schedules: "Schedules", name: str) -> Mapping[str, Any]:
+    schedule, state = schedules.read(name), schedules.state(name)
+    if schedule.paused:
+        status = "paused"
+    elif state.running:
+        status = f"running since {state.running.started.isoformat(timespec='seconds')}"
+    else:
+        status = "waiting"
+    last = state.last
+    return {
+        **schedule.model_dump(mode="json", exclude={"paused", "since"}),
+        "next": None if schedule.paused else _next(schedule),
+        "state": status,
+        "tick": last and last.tick.isoformat(timespec="minutes"),
+        "outcome": last and last.outcome,
+        "run": last and last.run,
+        "error": last and last.error,
+        "log": last and last.log,
+    }

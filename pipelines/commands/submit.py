@@ -1,0 +1,79 @@
+"""Pipelines as jobs of a Ray cluster: edt submit."""
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edt_core.errors import UserError
+from pipelines.commands.options import AsJson, Assignments, ConfigStore, print_rows
+
+if TYPE_CHECKING:
+    from pipelines.submission import Cluster
+
+_COLUMNS = ("job", "pipeline", "status", "started", "ended", "store")
+
+
+def submit(
+    config: Annotated[
+        str | None, typer.Argument(help="name of a shipped configuration, or a YAML file", show_default=False)
+    ] = None,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    store: ConfigStore = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="the cluster's dashboard")
+    ] = "http://127.0.0.1:8265",
+    job_id: Annotated[str | None, typer.Option(help="name of the new job  [default: one of Ray's]")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="submit it, and do not follow its log")] = False,
+    follow: Annotated[
+        str | None, typer.Option(metavar="JOB", help="come back to a job: its log from the start")
+    ] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="stop a job where it can go on later")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="list the pipelines submitted to this cluster")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a pipeline as a job of a Ray cluster, and follow its log; Ctrl-C leaves it running."""
+    from pipelines.config import load_config
+    from pipelines.submission import Cluster, request_for
+
+    asked = [config is not None, follow is not None, stop is not None, list_]
+    if sum(asked) != 1:
+        raise UserError("give one of CONFIG, --follow JOB, --stop JOB and --list")
+    if config is not None:
+        request = request_for(load_config(config, assignments, store), address, os.environ)
+        cluster = Cluster(address)
+        for note in request.notes:
+            typer.echo(f"note: {note}", err=True)
+        job = cluster.submit(request, job_id)
+        typer.echo(f"submitted {job}")
+        if detach:
+            typer.echo(_how_to_return(job, address))
+        else:
+            _follow(cluster, job)
+    elif follow is not None:
+        _follow(Cluster(address), follow)
+    elif stop is not None:
+        was_running = Cluster(address).stop(stop)
+        typer.echo(f"{stop} stops; what is finished is kept" if was_running else f"{stop} had ended already")
+    else:
+        print_rows(Cluster(address).jobs(), _COLUMNS, as_json, "no pipelines were submitted to this cluster")
+
+
+def _follow(cluster: "Cluster", job: str) -> None:
+    """Show a job's log to its end; the exit code is 0 where it succeeded."""
+    try:
+        status, message = cluster.follow(job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        typer.echo(f"\n{job} goes on without you\n{_how_to_return(job, cluster.address)}")
+        raise typer.Exit(130) from None
+    succeeded = status == "SUCCEEDED"
+    reason = "" if succeeded else f": {message.strip().splitlines()[0] if message.strip() else 'no reason given'}"
+    typer.echo(f"{job} {status}{reason}")
+    raise typer.Exit(0 if succeeded else 1)
+
+
+def _how_to_return(job: str, address: str) -> str:
+    return (
+        f"come back   edt submit --follow {job} --address {address}\n"
+        f"stop it     edt submit --stop {job} --address {address}"
+    )

@@ -1,0 +1,225 @@
+"""Pipelines as jobs of a Ray cluster: submitted over HTTP to its dashboard, followed, left, come back to, stopped.
+
+What travels: the whole validated configuration as `config.yaml` in the job's working directory, and a few environment
+variables without secrets. The cluster's own environment has the package and the credentials of store and MLflow. The
+token of a cluster with token authentication is read from the environment by Ray itself (RAY_AUTH_MODE, RAY_AUTH_TOKEN).
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from edt_core.errors import UserError
+from edt_core.storage import Folder
+
+if TYPE_CHECKING:
+    from pipelines.config import PipelineConfig
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+TRAVELS = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Ray's own are SIGTERM and 3 s, which is SIGKILL for a training that writes a checkpoint.
+_STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
+_PATHS = (("source", "path"), ("autoencoder", "pretrained"), ("inception", "weights"), ("dinov2", "weights"))
+_RECONNECTS = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the cluster for one pipeline."""
+
+    entrypoint: str
+    config_yaml: str
+    variables: Mapping[str, str]
+    metadata: Mapping[str, str]
+    notes: tuple[str, ...]  # what a person should know of it
+
+
+def request_for(config: "PipelineConfig", address: str, environment: Mapping[str, str]) -> Request:
+    """The job of a pipeline on the cluster at this address. Raises UserError for what cannot work there."""
+    from pipelines.config import as_yaml
+
+    here = urlsplit(address).hostname in _LOOPBACK
+    config, notes = _with_places(config, here)
+    variables, unsent = _travelling(environment, here)
+    line = ["python", "-m", "pipelines.cli", "run", "config.yaml", "--no-overlap", "--store", config.store]
+    metadata = {"edt.pipeline": config.name, "edt.store": config.store}
+    return Request(shlex.join(line), as_yaml(config), {**variables, **_STOPPING}, metadata, (*notes, *unsent))
+
+
+def _with_places(config: "PipelineConfig", here: bool) -> tuple["PipelineConfig", list[str]]:
+    """The configuration with whole paths: the job starts in another folder, maybe on another machine."""
+    store = config.store
+    if "://" not in store and not here and not Path(store).is_absolute():
+        raise UserError(
+            f"the store {store} is a folder of this machine, and the cluster is elsewhere; give a URI as "
+            "--store s3://bucket/store, or the whole path of a folder that all its machines share"
+        )
+    values = config.model_dump()
+    values["store"] = Folder.at(store).uri
+    for section, field in _PATHS:
+        text = values.get(section, {}).get(field)
+        if isinstance(text, str) and "://" not in text and not Path(text).is_absolute() and Path(text).exists():
+            if not here:
+                raise UserError(
+                    f"{section}.{field} {text} is a path of this machine, and the cluster is elsewhere; give a URI, or "
+                    f"the whole path of what all its machines share, as --set {section}.{field}=/shared/{text}"
+                )
+            values[section][field] = str(Path(text).absolute())
+    notes = [] if "://" in store else [f"the store is the folder {values['store']} of the cluster's machines"]
+    return type(config).model_validate(values), notes
+
+
+def _travelling(environment: Mapping[str, str], here: bool) -> tuple[dict[str, str], list[str]]:
+    """The variables that go with the job, and what is to be said of those that do not. Never a value with a secret."""
+    sent, notes = {}, []
+    for name in TRAVELS:
+        if not (value := environment.get(name)):
+            continue
+        parts = urlsplit(value)
+        if parts.username or parts.password or parts.query or "@" in parts.netloc:
+            notes.append(f"{name} may hold a password and is not sent; the cluster's own environment has to set it")
+        elif not here and (parts.hostname in _LOOPBACK or parts.scheme in ("sqlite", "file")):
+            notes.append(f"{name} is a place of this machine and is not sent; the cluster's own environment counts")
+        else:
+            sent[name] = value
+    return sent, notes
+
+
+class Cluster:
+    """The jobs of the Ray cluster whose dashboard answers at an address. Raises UserError where none answers."""
+
+    def __init__(self, address: str) -> None:
+        if not address.startswith(("http://", "https://")):
+            raise UserError(f"{address!r} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}")
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        from ray.job_submission import JobSubmissionClient
+
+        self.address = address.rstrip("/")
+        with self._clear_errors(), _without_addresses():
+            self.client = JobSubmissionClient(self.address)
+
+    def submit(self, request: Request, job_id: str | None) -> str:
+        """Start the job and return its id."""
+        with tempfile.TemporaryDirectory(prefix="edt-submit-") as folder, self._clear_errors():
+            (Path(folder) / "config.yaml").write_text(request.config_yaml)
+            return str(
+                self.client.submit_job(
+                    entrypoint=request.entrypoint,
+                    submission_id=job_id,
+                    runtime_env={"working_dir": folder, "env_vars": dict(request.variables)},
+                    metadata=dict(request.metadata),
+                )
+            )
+
+    def follow(self, job_id: str, write: Callable[[str], None]) -> tuple[str, str]:
+        """Write the job's log from its beginning until it ends; returns its status and Ray's message to it.
+
+        After a broken connection it goes on where it was.
+        """
+        with self._clear_errors():
+            self.client.get_job_info(job_id)
+            asyncio.run(self._follow(job_id, write))
+            while not (info := self.client.get_job_info(job_id)).status.is_terminal():
+                time.sleep(0.5)
+            return str(info.status), str(info.message or "")
+
+    def stop(self, job_id: str) -> bool:
+        """Ask a job to stop; False where it had ended."""
+        with self._clear_errors():
+            return bool(self.client.stop_job(job_id))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The pipelines that were submitted to this cluster, the newest first."""
+        with self._clear_errors():
+            jobs = [(job, job.metadata or {}) for job in self.client.list_jobs()]
+        return [
+            {
+                "job": job.submission_id,
+                "pipeline": told["edt.pipeline"],
+                "store": told.get("edt.store"),
+                "status": str(job.status),
+                "started": _time(job.start_time),
+                "ended": _time(job.end_time),
+                "message": job.message,
+            }
+            for job, told in sorted(jobs, key=lambda pair: -(pair[0].start_time or 0))
+            if "edt.pipeline" in told
+        ]
+
+    async def _follow(self, job_id: str, write: Callable[[str], None]) -> None:
+        written = 0
+        for attempt in range(_RECONNECTS):
+            seen = 0
+            try:
+                async for text in _tail(self.client, job_id):
+                    if seen + len(text) > written:
+                        write(text[max(0, written - seen) :])
+                        written = seen + len(text)
+                    seen += len(text)
+                return
+            except (RuntimeError, OSError):
+                if attempt == _RECONNECTS - 1:
+                    raise
+                await asyncio.sleep(1.0)
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        """Turn what Ray's client raises into UserError."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except UserError:
+            raise
+        except AuthenticationError as error:
+            raise UserError(
+                f"the cluster at {self.address} wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+                "RAY_AUTH_TOKEN_PATH) to those of the cluster"
+            ) from error
+        except (ConnectionError, OSError) as error:
+            raise UserError(
+                f"no Ray dashboard answers at {self.address}; start the cluster with its dashboard, forward its port "
+                "(8265), or give another --address"
+            ) from error
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the cluster at {self.address} refuses: {_reason(error)}") from error
+
+
+def _tail(client: Any, job_id: str) -> AsyncIterator[str]:
+    tail: AsyncIterator[str] = client.tail_job_logs(job_id)
+    return tail
+
+
+@contextmanager
+def _without_addresses() -> Iterator[None]:
+    """Ray's client takes these variables before the address that it is given: here the given one counts."""
+    kept = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what the cluster says: before it there may be a traceback of its own."""
+    text = str(error).strip().removesuffix(".").replace("\\n", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__
+
+
+def _time(milliseconds: int | None) -> str | None:
+    if not milliseconds:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,260 @@
+"""A lease has one holder, whatever dies, stalls or is paused, on a disk and in an object store."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from edt_core.storage import Folder
+from pipelines import lease as leases
+from pipelines.lease import Taken, held, this_process, try_hold
+
+BEAT_S = 0.25
+LIMIT_S = 60
+
+HOLDER = """
+import sys, time
+from edt_core.storage import Folder
+from pipelines.lease import Taken, this_process, try_hold
+uri, every_s, hold_s = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+try:
+    lease = try_hold(Folder.at(uri), "run", this_process(), every_s)
+except Taken as taken:
+    print("taken", taken.owner["pid"], flush=True)
+    sys.exit()
+print("held", lease.generation, flush=True)
+until = time.monotonic() + hold_s
+while time.monotonic() < until and not lease.lost:
+    time.sleep(0.02)
+print("lost" if lease.lost else "kept", flush=True)
+lease.release()
+"""
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Folder:
+    return Folder.at(tmp_path / "store")
+
+
+def start(store: Folder, hold_s: float, every_s: float = BEAT_S) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLDER, store.uri, str(every_s), str(hold_s)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def holder(store: Folder) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lease; killed at the end if it still lives."""
+    process = start(store, LIMIT_S)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("held")
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def generations(store: Folder) -> list[str]:
+    return [name for name in store.child(".leases/run").names() if name.endswith(".json")]
+
+
+def eventually(ready: Callable[[], bool]) -> None:
+    until = time.monotonic() + LIMIT_S
+    while not ready():
+        assert time.monotonic() < until, "the moment never came"
+        time.sleep(0.02)
+
+
+def one_of_many_holds(store: Folder, count: int) -> None:
+    """All start at once, and hold longer than any of them looks."""
+    processes = [start(store, hold_s=8, every_s=1) for _ in range(count)]
+    told = [process.communicate(timeout=LIMIT_S)[0].split() for process in processes]
+    winners = [words for words in told if words[0] == "held"]
+    assert len(winners) == 1
+    assert winners[0][2] == "kept"
+    pid = str(processes[told.index(winners[0])].pid)
+    assert [words for words in told if words is not winners[0]] == [["taken", pid]] * (count - 1)
+
+
+def test_of_many_processes_one_holds(local: Folder) -> None:
+    one_of_many_holds(local, 8)
+
+
+def test_of_many_processes_one_holds_in_an_object_store(s3: str) -> None:
+    one_of_many_holds(Folder.at(s3), 5)
+
+
+def test_of_many_threads_one_holds_each_generation(s3: str) -> None:
+    """No lock of the operating system helps here: release and take, over and over, without ever two at once."""
+    store, inside, most, took = Folder.at(s3), [], [0], []
+
+    def contend() -> None:
+        for _ in range(6):
+            try:
+                with held(store, "run", this_process(), 0.05) as lease:
+                    inside.append(lease)
+                    most[0] = max(most[0], len(inside))
+                    took.append(lease.generation)
+                    time.sleep(0.02)
+                    inside.remove(lease)
+            except Taken:
+                time.sleep(0.02)
+
+    threads = [threading.Thread(target=contend) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert len(took) == len(set(took)) > 1
+    assert len(generations(store)) == 1, "old generations pile up"
+
+
+def test_who_holds_is_told_and_a_release_is_seen_at_once(local: Folder) -> None:
+    with held(local, "run", {"host": "here", "pid": 7, "since": "then"}):
+        with pytest.raises(Taken, match="process 7 on here, since then"):
+            try_hold(local, "run", this_process())
+        try_hold(local, "another/name", this_process()).release()
+    lease = try_hold(local, "run", this_process())
+    assert lease.generation == 2
+    lease.release()
+    assert len(generations(local)) == 1
+
+
+def test_a_killed_holder_is_replaced_at_once_on_a_disk(local: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with holder(local) as process:
+        process.kill()
+        process.wait()
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+        try_hold(local, "run", this_process()).release()
+
+
+def test_a_killed_holder_is_outwaited_in_an_object_store(s3: str) -> None:
+    store = Folder.at(s3)
+    with holder(store) as process:
+        with pytest.raises(Taken):
+            try_hold(store, "run", this_process())
+        process.kill()
+        process.wait()
+        lease = try_hold(store, "run", this_process(), BEAT_S)
+        assert lease.generation == 2
+        lease.release()
+
+
+def test_a_holder_under_another_kernel_is_told_by_its_beats(local: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk whose locks are not shared: the lock is free for us, and the holder lives."""
+    with holder(local) as process:
+        monkeypatch.setattr(leases, "_kernel", lambda: "another")
+        monkeypatch.setattr(leases, "_guard", lambda folder: None)
+        with pytest.raises(Taken, match=f"process {process.pid} "):
+            try_hold(local, "run", this_process())
+        process.kill()
+        process.wait()
+        try_hold(local, "run", this_process(), BEAT_S).release()
+
+
+def test_a_paused_holder_that_wakes_up_learns_that_it_lost(s3: str) -> None:
+    store = Folder.at(s3)
+    with holder(store) as process:
+        process.send_signal(signal.SIGSTOP)
+        lease = try_hold(store, "run", this_process(), BEAT_S)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "lost\n"
+        process.wait(LIMIT_S)
+        assert not lease.lost
+        eventually(lambda: generations(store) == ["0000000002.json"])
+        lease.release()
+
+
+def test_a_holder_learns_of_a_successor_that_is_gone_already(s3: str) -> None:
+    """The successor's file stays when it releases: the highest generation never goes down."""
+    store = Folder.at(s3)
+    with holder(store) as process:
+        process.send_signal(signal.SIGSTOP)
+        try_hold(store, "run", this_process(), BEAT_S).release()
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "lost\n"
+
+
+def test_a_taker_that_stalls_between_look_and_write_withdraws(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others take the next generations and sweep the one that it then creates."""
+    store = Folder.at(s3)
+    try_hold(store, "run", this_process(), BEAT_S).release()
+    write, stalled = Folder.write_bytes, []
+
+    def stalls(folder: Folder, name: str, data: bytes, *, exclusive: bool = False) -> bool:
+        if exclusive and not stalled:
+            stalled.append(name)
+            try_hold(store, "run", this_process(), BEAT_S).release()
+            stalled.append(try_hold(store, "run", {"pid": 5}, BEAT_S))
+        return write(folder, name, data, exclusive=exclusive)
+
+    monkeypatch.setattr(Folder, "write_bytes", stalls)
+    with pytest.raises(Taken, match="process 5 "):
+        try_hold(store, "run", this_process(), BEAT_S)
+    name, third = stalled
+    assert (name, third.generation) == ("0000000002.json", 3)
+    assert generations(store) == ["0000000003.json"]
+    assert not third.lost
+    third.release()
+
+
+def test_the_loser_is_called(s3: str) -> None:
+    store, called = Folder.at(s3), threading.Event()
+    lease = try_hold(store, "run", this_process(), BEAT_S, on_lost=called.set)
+    store.child(".leases/run").write_bytes(f"{lease.generation + 1:010d}.json", b"{}")
+    assert called.wait(LIMIT_S)
+    assert lease.lost
+    lease.release()
+    assert generations(store) == ["0000000002.json"]
+
+
+def test_no_clock_of_the_wall_decides(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock jumps back a day: the holder lives; another day: it is dead, and that is known."""
+    store = Folder.at(s3)
+    with holder(store) as process:
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() - 86400)
+        with pytest.raises(Taken):
+            try_hold(store, "run", this_process())
+        process.kill()
+        process.wait()
+        monkeypatch.setattr(time, "time", lambda: real() - 2 * 86400)
+        try_hold(store, "run", this_process(), BEAT_S).release()
+
+
+def test_old_times_of_files_do_not_make_a_holder_dead(local: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with holder(local):
+        for path in Path(local.uri).rglob("*"):
+            os.utime(path, (0, 0))
+        monkeypatch.setattr(leases, "_kernel", lambda: "another")
+        monkeypatch.setattr(leases, "_guard", lambda folder: None)
+        with pytest.raises(Taken):
+            try_hold(local, "run", this_process())
+
+
+def test_a_store_that_is_away_for_some_beats_costs_nothing(local: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, refused = Folder.write_bytes, []
+
+    def refuses(folder: Folder, name: str, data: bytes, *, exclusive: bool = False) -> bool:
+        if len(refused) < 3 and not exclusive:
+            refused.append(name)
+            raise OSError("away")
+        return write(folder, name, data, exclusive=exclusive)
+
+    monkeypatch.setattr(Folder, "write_bytes", refuses)
+    with held(local, "run", this_process(), 0.02) as lease:
+        file = Path(local.uri) / ".leases" / "run" / "0000000001.json"
+        eventually(lambda: json.loads(file.read_text())["beat"] > 3)
+        assert not lease.lost
+    assert json.loads(file.read_text())["released"]

@@ -1,0 +1,565 @@
+"""Schedules: cron as cron reads it, what is due, and a server that is killed, stopped and started again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from edt_core.errors import UserError
+from pipelines.cron import Cron, Due
+from pipelines.lease import held, this_process
+from pipelines.schedule import OVERLAP, UNCHANGED, Schedules, State, new_schedule, run_lease
+from pipelines.scheduler import command
+
+LIMIT_S = 120
+SUNDAY, DAY = datetime(2026, 3, 1, tzinfo=UTC), timedelta(days=1)
+NAMES = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
+
+# A server whose runs are a process that does as it is told: the mechanics of a run without its minutes.
+SERVER = """
+import sys
+from pipelines import scheduler
+from pipelines.schedule import Schedules
+scheduler.command = lambda schedule: [sys.executable, "-c", sys.argv[2]]
+sys.exit(scheduler.Server(Schedules.at(sys.argv[1]), lambda text: print(text, flush=True), 0.1).serve())
+"""
+RUN = """
+import pathlib, signal, sys, time
+from pipelines.schedule import tell_scheduler
+here = pathlib.Path({here!r})
+with (here / "started").open("a") as file:
+    file.write("run\\n")
+try:
+    while not (here / "go").exists():
+        time.sleep(0.05)
+except KeyboardInterrupt:
+    tell_scheduler("stopped", "run-id")
+    sys.exit(130)
+tell_scheduler("finished", "run-id")
+"""
+
+
+def ticks(expression: str, start: datetime, count: int, zone: str = "UTC") -> list[datetime]:
+    cron, found = Cron(expression, zone), []
+    for _ in range(count):
+        start = cron.after(start)
+        found.append(start)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("field", "days"),
+    [
+        ("0", "Sun"),
+        ("7", "Sun"),
+        ("1-5", "Mon Tue Wed Thu Fri"),
+        ("5-7", "Fri Sat Sun"),
+        ("*/2", "Sun Tue Thu Sat"),
+        ("0-6", "Sun Mon Tue Wed Thu Fri Sat"),
+        ("0-7/3", "Sun Wed Sat"),
+        ("1,3,sat", "Mon Wed Sat"),
+        ("mon-fri", "Mon Tue Wed Thu Fri"),
+        ("Fri-Sun", "Fri Sat Sun"),
+        ("sun-tue", "Sun Mon Tue"),
+        ("*", "Sun Mon Tue Wed Thu Fri Sat"),
+    ],
+)
+def test_weekdays_are_cron_s(field: str, days: str) -> None:
+    fires = {tick.strftime("%a") for tick in ticks(f"0 3 * * {field}", SUNDAY, 14)}
+    assert fires == set(days.split())
+
+
+def test_every_set_of_weekdays_fires_on_these_and_no_others() -> None:
+    for chosen in range(1, 128):
+        days = [day for day in range(7) if chosen >> day & 1]
+        fires = {tick.strftime("%a") for tick in ticks(f"0 3 * * {','.join(map(str, days))}", SUNDAY, 7)}
+        assert fires == {NAMES[day] for day in days}
+
+
+def test_either_day_field_is_enough_where_both_are_restricted() -> None:
+    fires = ticks("0 0 15 * 1", SUNDAY, 6)
+    assert [tick.day for tick in fires] == [2, 9, 15, 16, 23, 30]
+    assert [tick.day for tick in ticks("0 0 15 * *", SUNDAY, 2)] == [15, 15]
+    assert {tick.day % 2 for tick in ticks("0 0 */2 * 1", SUNDAY, 6)} == {1}  # a star: both must match
+    assert {tick.strftime("%a") for tick in ticks("0 0 */2 * 1", SUNDAY, 6)} == {"Mon"}
+
+
+@pytest.mark.parametrize(
+    ("expression", "times"),
+    [
+        ("*/20 * * * *", ["00:20", "00:40", "01:00"]),
+        ("5/25 0 * * *", ["00:05", "00:30", "00:55"]),
+        ("10-30/10 0 * * *", ["00:10", "00:20", "00:30"]),
+        ("@hourly", ["01:00", "02:00", "03:00"]),
+    ],
+)
+def test_times_of_the_day(expression: str, times: list[str]) -> None:
+    assert [tick.strftime("%H:%M") for tick in ticks(expression, SUNDAY, 3)] == times
+
+
+def test_months_and_macros() -> None:
+    assert [tick.month for tick in ticks("0 0 1 jan,jun-jul *", SUNDAY, 4)] == [6, 7, 1, 6]
+    assert ticks("@weekly", SUNDAY, 1) == [SUNDAY + 7 * DAY]
+    assert ticks("0 0 29 2 *", SUNDAY, 1)[0].year == 2028
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("0 3 * *", "has 4 fields"),
+        ("", "has 0 fields"),
+        ("0 3 * * * *", "has 6 fields"),
+        ("60 3 * * 0", "minute '60'"),
+        ("0 24 * * *", "hour '24'"),
+        ("0 3 0 * *", "day of month '0'"),
+        ("0 3 * 13 *", "month '13'"),
+        ("0 3 * * 8", "day of week '8'"),
+        ("0 3 * * -1", "day of week '-1'"),
+        ("0 3 * * x", "names as sun"),
+        ("0 3 * janx *", "month 'janx'"),
+        ("0 3 * * 5-1", "runs backwards"),
+        ("*/0 3 * * *", "a step of 0"),
+        ("1,,2 3 * * *", "minute '1,,2'"),
+        ("٣ 3 * * *", "minute"),
+        ("0 0 30 2 *", "never comes"),
+        ("0 0 31 4,6 *", "never comes"),
+    ],
+)
+def test_expressions_that_cron_would_refuse(expression: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        Cron(expression, "UTC")
+
+
+def test_a_time_zone_that_is_none() -> None:
+    with pytest.raises(UserError, match="no time zone 'Mars/Base'"):
+        Cron("0 3 * * *", "Mars/Base")
+    with pytest.raises(UserError, match="no time zone"):
+        Cron("0 3 * * *", "../../etc/passwd")
+
+
+def test_a_fixed_time_comes_once_a_day_whatever_the_clocks_do() -> None:
+    """02:30 does not exist on 29 March 2026 in Berlin, and exists twice on 25 October."""
+    berlin = ZoneInfo("Europe/Berlin")
+    for start in (datetime(2026, 3, 27, 12, tzinfo=berlin), datetime(2026, 10, 23, 12, tzinfo=berlin)):
+        assert len({tick.date() for tick in ticks("30 2 * * *", start, 4, "Europe/Berlin")}) == 4
+    hourly = ticks("0 * * * *", datetime(2026, 10, 25, 0, 30, tzinfo=berlin), 4, "Europe/Berlin")
+    seconds = [tick.timestamp() for tick in hourly]
+    assert [after - before for before, after in pairwise(seconds)] == [3600] * 3
+
+
+@pytest.mark.parametrize(
+    ("handled", "now", "due"),
+    [
+        (SUNDAY, SUNDAY + timedelta(hours=2), None),
+        (SUNDAY, SUNDAY + timedelta(hours=3), Due(SUNDAY + timedelta(hours=3), 0)),
+        (SUNDAY, SUNDAY + 3 * DAY, Due(SUNDAY + 2 * DAY + timedelta(hours=3), 2)),
+        (SUNDAY + timedelta(hours=3), SUNDAY + timedelta(hours=4), None),
+        (SUNDAY + 5 * DAY, SUNDAY, None),  # the clock was set back: what was handled is not due again
+    ],
+)
+def test_what_is_due(handled: datetime, now: datetime, due: Due | None) -> None:
+    assert Cron("0 3 * * *", "UTC").due(handled, now) == due
+
+
+def test_very_many_missed_ticks_are_counted_up_to_a_thousand_and_the_last_is_right() -> None:
+    now = SUNDAY + timedelta(seconds=30)
+    assert Cron("* * * * *", "UTC").due(SUNDAY - 1000 * DAY, now) == Due(SUNDAY, 999)
+    last = SUNDAY - DAY + timedelta(hours=3, minutes=59)
+    assert Cron("* 3 * * *", "UTC").due(SUNDAY - 1000 * DAY, now) == Due(last, 999)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "store"
+
+
+def edt(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **variables},
+    )
+
+
+def schedule(store: Path, cron: str = "* * * * *", *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    store.parent.mkdir(exist_ok=True)
+    options = ["--cron", cron, "--timezone", "UTC", "--store", str(store), "--no-serve", *more]
+    return edt("schedule", "quickstart", *options, cwd=store.parent, **variables)
+
+
+def missed_a_tick(store: Path, name: str = "quickstart", **state: Any) -> None:
+    """As of a server that was down for three minutes and a half."""
+    schedules, long_ago = Schedules.at(str(store)), datetime.now(UTC) - timedelta(minutes=3, seconds=30)
+    schedules.write(schedules.read(name).model_copy(update={"since": long_ago}))
+    schedules.write_state(name, State(handled=long_ago, **state))
+
+
+def state_of(store: Path, name: str = "quickstart") -> State:
+    return Schedules.at(str(store)).state(name)
+
+
+def eventually(ready: Callable[[], Any], *processes: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + LIMIT_S
+    while not ready():
+        assert time.monotonic() < until, "the moment never came"
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(store: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts servers whose runs wait for the file `go`; at the end none of them is left."""
+    servers: list[subprocess.Popen[str]] = []
+
+    def started() -> subprocess.Popen[str]:
+        run = RUN.format(here=str(store.parent))
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(store), run],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        servers.append(server)
+        return server
+
+    yield started
+    (store.parent / "go").touch()
+    for server in servers:
+        server.kill()
+        server.wait()
+
+
+def starts(store: Path) -> int:
+    path = store.parent / "started"
+    return len(path.read_text().split()) if path.exists() else 0
+
+
+def recorded(store: Path) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("schedules")
+    return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
+
+
+def test_recorded_once_changed_by_name_paused_resumed_removed(store: Path) -> None:
+    assert "schedule quickstart is new; next" in schedule(store, "0 3 * * 0").stdout
+    before = (store / ".schedules" / "quickstart.json").read_bytes()
+    assert "is unchanged" in schedule(store, "0 3 * * 0").stdout
+    assert (store / ".schedules" / "quickstart.json").read_bytes() == before
+    assert "is changed" in schedule(store, "0 4 * * 0", "--set", "train.max_steps=50").stdout
+    assert schedule(store, "0 4 * * 0", "--name", "other").returncode == 0
+    options = ("--store", str(store))
+
+    def listed() -> dict[str, Any]:
+        return {row["name"]: row for row in json.loads(edt("schedule", "list", "--json", *options, cwd=store).stdout)}
+
+    assert set(listed()) == {"quickstart", "other"}
+    assert listed()["quickstart"]["assignments"] == ["train.max_steps=50"]
+    assert datetime.fromisoformat(listed()["quickstart"]["next"]).strftime("%a %H:%M") == "Sun 04:00"
+    assert edt("schedule", "pause", "quickstart", *options, cwd=store).returncode == 0
+    assert (listed()["quickstart"]["state"], listed()["quickstart"]["next"]) == ("paused", None)
+    assert "it is paused" in schedule(store, "0 5 * * 0").stdout
+    assert edt("schedule", "resume", "quickstart", *options, cwd=store).returncode == 0
+    assert listed()["quickstart"]["state"] == "waiting"
+    assert edt("schedule", "remove", "quickstart", *options, cwd=store).returncode == 0
+    assert set(listed()) == {"other"}
+    assert "no schedule 'quickstart'" in edt("schedule", "pause", "quickstart", *options, cwd=store).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quickstart", "--cron", "0 3 * * 9"], "day of week '9'"),
+        (["quickstart", "--cron", "0 3 * * 0", "--timezone", "Nowhere"], "no time zone 'Nowhere'"),
+        (["quickstart", "--cron", "0 3 * * 0", "--set", "train.max_step=5"], "unknown configuration key"),
+        (["quickstart", "--cron", "0 3 * * 0", "--name", "../x"], "cannot name a schedule"),
+        (["no-such-config", "--cron", "0 3 * * 0"], "no configuration"),
+        (["quickstart", "--cron", "0 3 * * 0", "--store", "/dev/null/store"], "cannot write to /dev/null/store"),
+        (["remove", "nothing"], "no schedule 'nothing'"),
+        (["pause", "../x"], "no schedule"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = edt("schedule", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.startswith("error: "), "Traceback" in done.stderr) == (2, True, False), done
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_told(store: Path) -> None:
+    schedule(store)
+    (store / ".schedules" / "quickstart.json").write_text("{}")
+    done = edt("schedule", "list", "--store", str(store), cwd=store)
+    assert done.returncode == 2
+    assert "mend it or remove it" in done.stderr
+
+
+def test_a_file_is_remembered_by_its_whole_path(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(edt("configs", "quickstart", cwd=tmp_path).stdout)
+    made = new_schedule(None, "mine.yaml", ["train.max_steps=50"], "here", "0 3 * * 0", "UTC", address="auto")
+    line = command(made)
+    assert line[3:5] == ["run", str(tmp_path / "mine.yaml")]
+    assert line[5:] == [
+        *("--no-overlap", "--store", str(tmp_path / "here"), "--set", "train.max_steps=50", "--address", "auto")
+    ]
+
+
+def test_resumed_ticks_are_not_made_up_for(store: Path) -> None:
+    schedule(store)
+    missed_a_tick(store)
+    schedules = Schedules.at(str(store))
+    schedules.pause("quickstart")
+    schedules.resume("quickstart")
+    since = schedules.read("quickstart").since
+    assert schedules.read("quickstart").times.due(since, since) is None
+
+
+def test_missed_ticks_are_one_run_and_one_record(store: Path, start: Callable[[], subprocess.Popen[str]]) -> None:
+    schedule(store)
+    missed_a_tick(store)
+    (store.parent / "go").touch()
+    server = start()
+    eventually(lambda: state_of(store).last and not state_of(store).unrecorded, server)
+    server.send_signal(signal.SIGTERM)
+    output, _ = server.communicate()
+    assert server.returncode == 128 + signal.SIGTERM
+    last = state_of(store).last
+    assert last is not None
+    assert (starts(store), last.outcome, last.run) == (1, "finished", "run-id"), output
+    (run,) = recorded(store)
+    tags = run.data.tags
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "quickstart"
+    assert tags["edt.schedule"] == "quickstart"
+    assert (tags["edt.outcome"], tags["edt.run"]) == ("finished", "run-id")
+    assert int(tags["edt.missed"]) >= 2
+    assert datetime.fromisoformat(tags["edt.tick"]).second == 0
+    assert list(store.glob("mlartifacts/**/*.log"))
+
+
+def test_a_killed_server_is_followed_by_one_that_starts_nothing_twice(
+    store: Path, start: Callable[[], subprocess.Popen[str]]
+) -> None:
+    schedule(store, "0 0 1 1 *")
+    schedules = Schedules.at(str(store))
+    long_ago = datetime.now(UTC) - 400 * DAY
+    schedules.write(schedules.read("quickstart").model_copy(update={"since": long_ago}))
+    first = start()
+    eventually(lambda: starts(store) == 1, first)
+    eventually(lambda: (running := state_of(store).running) and running.pid, first)
+    first.kill()
+    first.wait()
+    second = start()
+    assert second.stdout is not None
+    eventually(lambda: "goes on (process" in second.stdout.readline(), second)
+    assert starts(store) == 1
+    (store.parent / "go").touch()
+    eventually(lambda: state_of(store).last and not state_of(store).unrecorded, second)
+    last = state_of(store).last
+    assert last is not None
+    assert (last.outcome, last.run, state_of(store).running, starts(store)) == ("finished", "run-id", None, 1)
+    assert len(recorded(store)) == 1
+
+
+def test_a_run_that_was_lost_with_its_server_is_made_again_once(
+    store: Path, start: Callable[[], subprocess.Popen[str]]
+) -> None:
+    """As when the machine crashes; a run that brings the machine down does not do so for ever."""
+    schedule(store, "0 0 1 1 *")
+    schedules = Schedules.at(str(store))
+    long_ago = datetime.now(UTC) - 400 * DAY
+    schedules.write(schedules.read("quickstart").model_copy(update={"since": long_ago}))
+    for attempt in (1, 2):
+        server = start()
+        eventually(lambda n=attempt: starts(store) == n, server)
+        eventually(lambda: (running := state_of(store).running) and running.pid, server)
+        running = state_of(store).running
+        assert running is not None
+        assert running.pid is not None
+        server.kill()
+        server.wait()
+        os.kill(running.pid, signal.SIGKILL)
+    server = start()
+    eventually(lambda: state_of(store).handled is not None and not state_of(store).unrecorded, server)
+    assert starts(store) == 2
+    assert [run.data.tags["edt.outcome"] for run in recorded(store)] == ["lost", "lost"]
+    assert {run.info.status for run in recorded(store)} == {"FAILED"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_stopped_stops_its_run_and_the_next_one_goes_on(
+    number: signal.Signals, store: Path, start: Callable[[], subprocess.Popen[str]]
+) -> None:
+    schedule(store)
+    missed_a_tick(store)
+    server = start()
+    eventually(lambda: starts(store) == 1, server)
+    time.sleep(0.5)  # let the run come to its loop
+    server.send_signal(number)
+    output, _ = server.communicate(timeout=LIMIT_S)
+    assert server.returncode == 128 + number
+    assert "stopping 1 run(s)" in output
+    assert "Traceback" not in output
+    (run,) = recorded(store)
+    assert (run.info.status, run.data.tags["edt.outcome"]) == ("KILLED", "stopped")
+    (store.parent / "go").touch()
+    second = start()
+    eventually(lambda: starts(store) == 2, second)
+
+
+def test_the_folder_is_followed_while_serving(store: Path, start: Callable[[], subprocess.Popen[str]]) -> None:
+    (store.parent / "go").touch()
+    store.mkdir()
+    server = start()
+    eventually((store / ".leases" / "schedules" / "0000000001.json").exists, server)
+    schedule(store, "* * * * *", "--name", "late")
+    schedule(store, "* * * * *", "--name", "paused")
+    Schedules.at(str(store)).pause("paused")
+    missed_a_tick(store, "paused")
+    missed_a_tick(store, "late")
+    eventually(lambda: state_of(store, "late").last, server)
+    assert state_of(store, "paused").last is None
+    before = starts(store)
+    Schedules.at(str(store)).resume("paused")
+    missed_a_tick(store, "paused")
+    eventually(lambda: state_of(store, "paused").last, server)
+    assert starts(store) > before
+
+
+def test_one_server_a_store(store: Path, start: Callable[[], subprocess.Popen[str]]) -> None:
+    schedule(store, "0 3 * * 0")
+    server = start()
+    eventually((store / ".leases" / "schedules" / "0000000001.json").exists, server)
+    done = edt("schedule", "serve", "--store", str(store), cwd=store)
+    assert done.returncode == 2
+    assert f"served already (process {server.pid} on" in done.stderr
+    options = ("--cron", "0 4 * * 0", "--timezone", "UTC", "--store", str(store))
+    done = edt("schedule", "quickstart", *options, cwd=store)
+    assert done.returncode == 0
+    assert "is changed" in done.stdout
+    assert f"a server is at work already (process {server.pid} on" in done.stdout
+
+
+def serve_until_recorded(store: Path, **variables: str) -> str:
+    """A real server, until one tick has its outcome; returns what it printed."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "schedule", "serve", "--store", str(store)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    try:
+        eventually(lambda: state_of(store).handled and state_of(store).last, server)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        output, _ = server.communicate(timeout=LIMIT_S)
+    assert "Traceback" not in output
+    return output
+
+
+def test_a_run_that_goes_on_elsewhere_is_left_alone(store: Path) -> None:
+    from edt_core.storage import Folder
+
+    schedule(store)
+    missed_a_tick(store)
+    with held(Folder.at(store), run_lease("quickstart"), this_process()):
+        done = edt("run", "quickstart", "--no-overlap", "--store", str(store), cwd=store)
+        assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done
+        assert f"is going on (process {os.getpid()} on" in done.stdout
+        serve_until_recorded(store)
+    last = state_of(store).last
+    assert last is not None
+    assert last.outcome == OVERLAP
+    (run,) = recorded(store)
+    assert (run.info.status, run.data.tags["edt.outcome"]) == ("FINISHED", OVERLAP)
+    assert "edt.run" not in run.data.tags
+
+
+def test_a_failed_run_is_recorded_with_its_reason(store: Path) -> None:
+    schedule(store, "* * * * *", "--set", "source.kind=image_folder", "--set", f"source.path={store}/none")
+    missed_a_tick(store)
+    serve_until_recorded(store)
+    (run,) = recorded(store)
+    assert (run.info.status, run.data.tags["edt.outcome"]) == ("FAILED", "failed")
+    assert "exit code 2: error: the source" in run.data.tags["edt.error"]
+
+
+def test_unchanged_data_starts_nothing(store: Path, digits_folder: Path) -> None:
+    from edt_core.config import SourceConfig
+    from jobs.verb import image_source
+
+    same = image_source(SourceConfig(kind="image_folder", path=str(digits_folder))).fingerprint
+    options = ("--set", "source.kind=image_folder", "--set", f"source.path={digits_folder}", "--when-data-changed")
+    schedule(store, "* * * * *", *options)
+    missed_a_tick(store, source=same)
+    serve_until_recorded(store)
+    (run,) = recorded(store)
+    assert (run.info.status, run.data.tags["edt.outcome"]) == ("FINISHED", UNCHANGED)
+    assert run.data.tags["edt.source"] == same
+    assert not list(store.rglob("manifest.json"))
+
+
+def test_an_mlflow_that_is_away_does_not_stop_the_server(
+    store: Path, start: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tick is recorded later, when the server is back."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    schedule(store)
+    missed_a_tick(store)
+    (store.parent / "go").touch()
+    server = start()
+    assert server.stdout is not None
+    eventually(lambda: "MLflow cannot be written" in server.stdout.readline(), server)
+    assert len(state_of(store).unrecorded) == 1
+    server.kill()
+    server.wait()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    missed_a_tick(store, unrecorded=state_of(store).unrecorded)
+    server = start()
+    eventually(lambda: not state_of(store).unrecorded, server)
+    assert [run.data.tags["edt.outcome"] for run in recorded(store)] == ["finished", "finished"]
+
+
+@pytest.mark.ray
+def test_a_missed_tick_trains_a_model_and_the_next_finds_the_data_unchanged(store: Path) -> None:
+    """The whole way, with a real pipeline of a few steps."""
+    from mlflow import MlflowClient
+
+    from tests.pipelines.test_workflow import SMALL
+
+    schedule(store, "* * * * *", "--when-data-changed", *(part for text in SMALL for part in ("--set", text)))
+    missed_a_tick(store)
+    serve_until_recorded(store)
+    last = state_of(store).last
+    assert last is not None
+    assert last.outcome == "finished", Path(str(last.log)).read_text()
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    parent = client.get_run(str(last.run))
+    assert parent.data.tags["edt.workflow"] == "quickstart"
+    (run,) = recorded(store)
+    assert run.data.tags["edt.run"] == last.run
+    assert run.data.tags["edt.source"] == parent.data.tags["edt.source"]
+    missed_a_tick(store, source=state_of(store).source)
+    serve_until_recorded(store)
+    assert sorted(run.data.tags["edt.outcome"] for run in recorded(store)) == ["finished", UNCHANGED]

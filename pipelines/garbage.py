@@ -44,17 +44,17 @@ class Garbage:
         }
 
 
-def roots(catalog: Catalog, keep_runs: int) -> set[str]:
+def roots(catalog: Catalog, keep_runs: int, running: bool) -> set[str]:
     """Fingerprints that stay with all they were made from: of registered versions and of each pipeline's last runs.
 
-    A run that goes on at this moment is among them, and so is a report of a registered version.
+    With `running`, of every run that MLflow calls RUNNING as well: those that go on, and those that were killed.
     """
     kept: set[str] = set()
     seen: dict[str, int] = {}
     for run in workflow_runs(catalog):
         name = run.data.tags["edt.workflow"]
         seen[name] = seen.get(name, 0) + 1
-        if seen[name] <= keep_runs or run.info.status == "RUNNING":
+        if seen[name] <= keep_runs or (running and run.info.status == "RUNNING"):
             kept |= set(steps_of(run.data.tags).values())
     return kept | {
         v.tags[key] for v in versions(catalog) for key in ("edt.checkpoint", "edt.evaluation") if key in v.tags
@@ -102,7 +102,8 @@ def survey(store: Store, catalog: Catalog, keep_runs: int) -> list[Garbage]:
     for kind, name in folders:
         with suppress(ManifestError):
             made[kind, name] = Artifact.read(store.folder(kind, name)).manifest
-    kept = reachable(made, roots(catalog, keep_runs))
+    # A local store tells itself whether it is used; whatever MLflow calls RUNNING otherwise was killed.
+    kept = reachable(made, roots(catalog, keep_runs, running=store.root.local is None))
     found: list[Garbage] = []
     for kind, name in folders:
         found += _garbage_of(store.folder(kind, name), kind, name, made.get((kind, name)), name in kept, keep_runs)

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from edt_core.artifact import Artifact, ManifestError, Source
 from edt_core.config import Section, result_fields
@@ -13,12 +13,16 @@ from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS
 from edt_core.storage import Folder
 from jobs.verb import Verb
 from pipelines.artifacts import Store
-from pipelines.catalog import flatten
+from pipelines.catalog import Catalog, flatten
 from pipelines.config import PipelineConfig
 from pipelines.step import StepFuture, input_fingerprints
 
+if TYPE_CHECKING:
+    from pipelines.workflows import Branch
+
 Action = Literal["reuse", "resume", "run"]
 _SHOWN = 3  # differences that are named
+_LONGEST = 80  # characters of a difference that is shown
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,11 @@ class Planner:
         return (", ".join(nearest[:_SHOWN]) or "it is there no more") + more
 
 
-def plan(config: PipelineConfig, tracking_uri: str) -> list[PlannedStep]:
-    """Every step up to the evaluations, in the order in which they are called. Writes nothing.
+def plan(config: PipelineConfig, catalog: Catalog | None = None) -> list[PlannedStep]:
+    """Every step, in the order in which they are called, and the promotion of each model. Writes nothing.
 
-    Raises UserError for a source or published weights that are not there.
+    `catalog`: the MLflow of the run, None where it has none yet. Raises UserError for a source or published weights
+    that are not there.
     """
     from pipelines.terminal import Terminal
     from pipelines.workflows import Published, call_steps, prepare_source
@@ -90,8 +95,31 @@ def plan(config: PipelineConfig, tracking_uri: str) -> list[PlannedStep]:
     planner = Planner(store)
     with tempfile.TemporaryDirectory() as folder, Terminal(to_stderr=True) as terminal:
         source = prepare_source(config.source, Folder.at(folder), terminal)
-        call_steps(planner, config, source, Published.of(config, tracking_uri))
+        published = Published.of(config, catalog.tracking_uri if catalog else None)
+        for branch in call_steps(planner, config, source, published):
+            _plan_end(planner, config, branch, catalog)
     return list(planner.steps.values())
+
+
+def _plan_end(planner: Planner, config: PipelineConfig, branch: "Branch", catalog: Catalog | None) -> None:
+    """The promotion and the report of one model: known where all that they rest on is made."""
+    from pipelines import summary
+    from pipelines.registration import entry_of, registered
+    from pipelines.workflows import report_config
+
+    promotion, report = f"promote {branch.name}", f"report {branch.name}"
+    version = None
+    if catalog is not None and all(step.reused for step in branch.steps.values()):
+        made = {role: step.result() for role, step in branch.steps.items()}
+        version = registered(catalog, branch.name, config.promote, entry_of(made))
+    if version is None:
+        why = "no version of this checkpoint and evaluation is registered"
+        planner.steps[promotion] = PlannedStep(promotion, "version", "", "run", why)
+        planner.steps[report] = PlannedStep(report, "report", "", "run", "it follows the promotion")
+        return
+    decision, run_id = version
+    planner.steps[promotion] = PlannedStep(promotion, "version", "", "reuse", f"version {decision.version}", run_id)
+    planner.step(report, summary.VERB, report_config(config, branch, decision), **branch.steps)
 
 
 def manifests(store: Store, kind: str) -> Iterable[Manifest]:
@@ -109,12 +137,17 @@ def manifests(store: Store, kind: str) -> Iterable[Manifest]:
 def differences(made: Manifest, wanted: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> list[str]:
     """In which fields and inputs a wanted artifact differs from one that was made: `lr 0.001 -> 0.002`."""
     there = flatten(made.config)
-    told = [f"{key} {there.get(key)} -> {value}" for key, value in wanted.items() if there.get(key) != value]
-    told += [f"{key} {value} -> nothing" for key, value in there.items() if key not in wanted]
+    told = [_change(key, there.get(key), value) for key, value in wanted.items() if there.get(key) != value]
+    told += [_change(key, value, "nothing") for key, value in there.items() if key not in wanted]
     told += [f"other {role}" for role in sorted({*inputs, *made.inputs}) if inputs.get(role) != made.inputs.get(role)]
     if made.step_version != version:
         told.append(f"step version {made.step_version} -> {version}")
     return told
+
+
+def _change(key: str, before: Any, after: Any) -> str:
+    change = f"{key} {before} -> {after}"
+    return change if len(change) <= _LONGEST and "\n" not in change else f"another {key}"
 
 
 def progress_of(files: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +48,19 @@ def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, ent
     if DECISION_TAG in version.tags:
         return Decision.from_json(version.tags[DECISION_TAG])
     return settle(catalog, version, config, f"run {run_id}", lambda: stored_problems(catalog.client, version))
+
+
+def entry_of(made: Mapping[str, Artifact]) -> Entry:
+    """The entry out of a branch's artifacts by role."""
+    return Entry(**{field.name: made[field.name] for field in fields(Entry)})
+
+
+def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry) -> tuple[Decision, str] | None:
+    """What was decided of the model of `entry`, and the MLflow run that registered it; None where none did."""
+    version = find_version(catalog, name, identity_of(entry, config))
+    if version is None or DECISION_TAG not in version.tags:
+        return None
+    return Decision.from_json(version.tags[DECISION_TAG]), str(version.run_id)
 
 
 def identity_of(entry: Entry, config: PromoteConfig) -> dict[str, str]:

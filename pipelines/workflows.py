@@ -21,7 +21,7 @@ from pipelines.catalog import Catalog, tracking_kept
 from pipelines.config import PipelineConfig, as_yaml
 from pipelines.engine import Workflow
 from pipelines.promotion import Decision
-from pipelines.registration import Entry, promote
+from pipelines.registration import entry_of, promote
 from pipelines.runs import step_tag
 from pipelines.step import StepFuture, Steps
 from pipelines.terminal import Terminal
@@ -74,7 +74,7 @@ class Published:
     statistics: Source | None = None
 
     @classmethod
-    def of(cls, config: PipelineConfig, tracking_uri: str) -> "Published":
+    def of(cls, config: PipelineConfig, tracking_uri: str | None) -> "Published":
         """What the configuration names. Raises UserError for what is not there, with where people get it."""
         spaces = {space: getattr(config, space) for space in PUBLISHED_SPACES if space in config.extractors}
         statistics = config.reference_statistics
@@ -234,7 +234,7 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     if not workflow.wait(*branch.steps.values()):
         return
     made = {role: future.result() for role, future in branch.steps.items()}
-    entry = Entry(**{role: made[role] for role in ("images", "autoencoder", "checkpoint", "features", "evaluation")})
+    entry = entry_of(made)
     try:
         with workflow.store.lock("promote", branch.name):
             decision = promote(workflow.catalog, workflow.run_id, branch.name, config.promote, entry)
@@ -245,12 +245,15 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     workflow.terminal.say(f"  promoted  {branch.name} version {decision.version}: {decision}", "green")
     before, after = (made[role].counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
     outcome.decisions[branch.name], outcome.metrics[branch.name] = decision, (before, after)
-    report = workflow.step(f"report {branch.name}", summary.VERB, _summary(config, branch, decision), **branch.steps)
+    report = workflow.step(
+        f"report {branch.name}", summary.VERB, report_config(config, branch, decision), **branch.steps
+    )
     if workflow.wait(report):
         outcome.reports[branch.name] = report.result()
 
 
-def _summary(config: PipelineConfig, branch: Branch, decision: Decision) -> summary.SummaryConfig:
+def report_config(config: PipelineConfig, branch: Branch, decision: Decision) -> summary.SummaryConfig:
+    """What the report of a model says that no artifact does."""
     aliases = ["candidate", *(["champion"] if decision.became_champion else [])]
 
     def short(step: str) -> str:

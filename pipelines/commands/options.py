@@ -38,6 +38,16 @@ def open_catalog(store: str, tracking_uri: str | None) -> "Catalog":
     return Catalog.existing(Folder.at(store), tracking_uri)
 
 
+def catalog_if_any(store: str) -> "Catalog | None":
+    """The MLflow of a store that may be new."""
+    from edt_core.errors import UserError
+
+    try:
+        return open_catalog(store, None)
+    except UserError:
+        return None
+
+
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, none: str = "none") -> None:
     """Rows as a table of these columns, or all that they hold as a JSON list. `none` is said where there are none."""
     if as_json:

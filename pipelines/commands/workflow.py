@@ -15,6 +15,7 @@ from pipelines.commands.options import (
     ConfigStore,
     StoreOption,
     TrackingUri,
+    catalog_if_any,
     open_catalog,
     print_rows,
 )
@@ -154,16 +155,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Tell of each step whether it would be reused, resumed or run, and why; start nothing."""
-    import os
-
-    from edt_core.storage import Folder
-    from pipelines.catalog import own_uri
     from pipelines.config import load_config
     from pipelines.plan import plan as planned
 
     loaded = load_config(config, assignments, store)
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or own_uri(Folder.at(loaded.store))
-    rows = [step.as_row() for step in planned(loaded, tracking_uri)]
+    rows = [step.as_row() for step in planned(loaded, catalog_if_any(loaded.store))]
     shown = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in rows]
     print_rows(rows if as_json else shown, ("action", "step", "fingerprint", "run", "why"), as_json)
 

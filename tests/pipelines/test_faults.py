@@ -98,7 +98,7 @@ _FOLDERS: dict[str, str] = {}
 def folders() -> dict[str, str]:
     """`<kind>/<fingerprint>` of each step, as a plan tells it."""
     if not _FOLDERS:
-        for step in plan(load_config("quickstart", SMALL, "/nowhere/edt-store"), "sqlite://"):
+        for step in plan(load_config("quickstart", SMALL, "/nowhere/edt-store")):
             _FOLDERS[step.step] = f"{step.kind}/{step.fingerprint}"
     return _FOLDERS
 

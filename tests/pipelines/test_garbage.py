@@ -11,7 +11,7 @@ from edt_core.manifest import fingerprint
 from edt_core.schema import MANIFEST_NAME
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
-from pipelines.garbage import collect, remove, survey
+from pipelines.garbage import collect, remove, roots, survey
 from pipelines.runs import step_tag
 
 
@@ -67,19 +67,20 @@ def names(artifacts: list[Artifact]) -> set[str]:
 
 
 def test_what_the_last_runs_and_registered_models_reach_stays(store: Store, catalog: Catalog) -> None:
-    registered, old, last, running = (chain(store, number) for number in range(4))
+    registered, old, last, killed = (chain(store, number) for number in range(4))
     run = run_about(catalog, registered)
     register(catalog, run, registered[2], registered[3])
     run_about(catalog, old)
-    run_about(catalog, running, "RUNNING")
+    run_about(catalog, killed, "RUNNING")
     run_about(catalog, last[3:], "FAILED")  # what they were made from is reached, not named
     other = chain(store, 9)
     run_about(catalog, other, name="another pipeline")
     told = collect(store, catalog, keep_runs=1, dry_run=True)
-    assert {item.fingerprint for item in told} == names(old)
-    assert there(store) == names(registered + old + last + running + other)
+    assert {item.fingerprint for item in told} == names(old + killed)
+    assert there(store) == names(registered + old + last + killed + other)
     assert collect(store, catalog, keep_runs=1, dry_run=False) == told
-    assert there(store) == names(registered + last + running + other)
+    assert there(store) == names(registered + last + other)
+    assert roots(catalog, 1, running=True) >= names(killed)  # a remote store cannot tell killed from going on
     assert not any(store.folder(a.manifest.kind, a.fingerprint).names() for a in old)
     assert collect(store, catalog, keep_runs=1, dry_run=False) == []
 

@@ -14,6 +14,7 @@ from edt_core.errors import UserError
 from edt_core.schema import KINDS
 from edt_core.storage import Folder
 from pipelines.catalog import Catalog, own_uri
+from pipelines.commands.options import catalog_if_any
 from pipelines.config import load_config
 from pipelines.plan import PlannedStep, plan
 from pipelines.reproduce import reproduce
@@ -24,17 +25,18 @@ from tests.pipelines.small import MODEL, SMALL, options, start
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
-STEPS = 11  # up to the evaluations
+STEPS = 11  # up to the evaluations; the promotion and the report follow
 
 
 def planned(store: Path, *assignments: str) -> dict[str, PlannedStep]:
     config = load_config("quickstart", [*SMALL, *assignments], str(store))
-    return {step.step: step for step in plan(config, f"sqlite:///{store}/mlflow.db")}
+    return {step.step: step for step in plan(config, catalog_if_any(str(store)))}
 
 
 def test_a_plan_reuses_what_is_there_and_says_who_made_it(first: Outcome, store: Path) -> None:
     steps = planned(store)
-    assert [step.action for step in steps.values()] == STEPS * ["reuse"]
+    assert [step.action for step in steps.values()] == (STEPS + 2) * ["reuse"]
+    assert steps.pop(f"promote {MODEL}").run_id == first.run_id
     tags = Catalog(first.tracking_uri, "").client.get_run(first.run_id).data.tags
     for name, step in steps.items():
         assert tags[f"edt.step.{name.replace(' ', '.')}"] == step.fingerprint
@@ -46,7 +48,8 @@ def test_a_plan_names_the_field_that_changed(first: Outcome, store: Path) -> Non
     steps = planned(store, "train.lr=0.25", "sample.cfg_scale=3")
     changed = {name: step.why for name, step in steps.items() if step.action != "reuse"}
     assert set(changed) == {
-        f"{step} {MODEL}" for step in ("train", "sample", "evaluate", "untrained sample", "untrained evaluate")
+        f"{step} {MODEL}"
+        for step in ("train", "sample", "evaluate", "untrained sample", "untrained evaluate", "promote", "report")
     }
     assert changed[f"train {MODEL}"] == "lr 0.004 -> 0.25"
     assert changed[f"untrained sample {MODEL}"].startswith("cfg_scale 1.75 -> 3")
@@ -55,9 +58,9 @@ def test_a_plan_names_the_field_that_changed(first: Outcome, store: Path) -> Non
 
 def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     steps = planned(tmp_path / "nowhere")
-    assert {step.why for step in steps.values()} == {
-        f"no {kind} was made here before" for kind in KINDS if kind != "report"
-    }
+    made_before = {f"no {kind} was made here before" for kind in KINDS if kind != "report"}
+    assert {step.why for step in list(steps.values())[:STEPS]} == made_before
+    assert [step.action for step in steps.values()] == (STEPS + 2) * ["run"]
     assert list(tmp_path.iterdir()) == []
 
 

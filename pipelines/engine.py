@@ -12,7 +12,7 @@ from jobs.progress import STOPPING, Board, Interrupts
 from jobs.verb import Verb
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
-from pipelines.step import StepFuture, StepTask, close_run, input_fingerprints, run_step
+from pipelines.step import StepFuture, StepTask, close_run, input_fingerprints, needs_of, run_step
 from pipelines.terminal import Terminal
 
 _POLL_S = 0.5
@@ -40,7 +40,7 @@ class Workflow:
     def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         """Reuse the artifact of this fingerprint, or have it made when its inputs are. Never waits."""
         fingerprint = verb.fingerprint(config, input_fingerprints(inputs))
-        needs = tuple(item.name if isinstance(item, StepFuture) else "source" for item in inputs.values())
+        needs = needs_of(inputs)
         found = self.store.find(verb.kind, fingerprint, self.terminal.warn)
         if found is not None:
             verb.accept(config, found.counts)

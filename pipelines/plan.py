@@ -15,7 +15,7 @@ from jobs.verb import Verb
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog, flatten
 from pipelines.config import PipelineConfig
-from pipelines.step import StepFuture, input_fingerprints
+from pipelines.step import StepFuture, input_fingerprints, needs_of
 
 if TYPE_CHECKING:
     from pipelines.workflows import Branch
@@ -65,8 +65,7 @@ class Planner:
             action: Action = "resume" if finished else "run"
             planned = PlannedStep(name, verb.kind, fingerprint, action, f"{finished}; {why}" if finished else why)
         self.steps[name] = planned
-        needs = tuple(item.name for item in inputs.values() if isinstance(item, StepFuture))
-        return StepFuture(name, verb.kind, fingerprint, needs, artifact=found)
+        return StepFuture(name, verb.kind, fingerprint, needs_of(inputs), artifact=found)
 
     def _why(self, verb: Verb, config: Section, inputs: Mapping[str, str]) -> str:
         """What differs from the artifact of this kind that comes nearest."""

@@ -153,5 +153,10 @@ def _close_unmade(catalog: Catalog, run_id: str, error: BaseException) -> None:
     catalog.end_run(run_id, "KILLED" if stopped else "FAILED")
 
 
+def needs_of(inputs: Mapping[str, "StepFuture | Source"]) -> tuple[str, ...]:
+    """The names of the steps that inputs come from."""
+    return tuple(item.name if isinstance(item, StepFuture) else "source" for item in inputs.values())
+
+
 def input_fingerprints(inputs: Mapping[str, "StepFuture | Source"]) -> dict[str, str]:
     return {role: item.fingerprint for role, item in inputs.items()}

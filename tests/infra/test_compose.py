@@ -114,7 +114,8 @@ def test_versions_are_those_of_the_lock() -> None:
     assert f"mlflow[auth]=={LOCK['mlflow']}" in mlflow
     cluster = yaml.safe_load((INFRA / "kuberay" / "base" / "raycluster.yaml").read_text())
     assert cluster["spec"]["rayVersion"] == LOCK["ray"]
-    pythons = [*re.findall(r"-py3(\d+)-", ray), *re.findall(r"python:3\.(\d+)", mlflow)]
+    pythons = re.findall(r"(?:-py3|python:3\.)(\d+)", ray + mlflow)
+    assert len(pythons) == 3
     assert set(pythons) == {"11"}
 
 

@@ -1,0 +1,10 @@
+# MLflow's server with users (basic auth), PostgreSQL and S3, at the version that the pipeline uses.
+FROM python:3.11.14-slim-bookworm
+COPY requirements.lock /tmp/
+# requirements.lock has all but Flask-WTF, which only the server's basic auth wants.
+RUN pip install --no-cache-dir --constraint /tmp/requirements.lock \
+        "mlflow[auth]==3.17.2" "Flask-WTF==1.3.0" psycopg2-binary boto3 \
+    && useradd --uid 1000 --create-home mlflow
+ENV MLFLOW_DISABLE_TELEMETRY=true
+USER mlflow
+WORKDIR /home/mlflow

@@ -1,0 +1,303 @@
+"""The Kubernetes manifests: each size with each way to run, rendered as `kubectl apply -k` does, against the schemas of
+Kubernetes and KubeRay and what we hold them to. Nothing here ran on a cluster: see docs/cluster.md."""
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.config import PipelineConfig, load_config
+from tests.infra.checks import (
+    GPU,
+    KUBERAY,
+    KubeRay,
+    Object,
+    cluster_specs,
+    embedded_jobs,
+    job_specs,
+    kubernetes_problems,
+    of_kind,
+    pods,
+    problems,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+INFRA = ROOT / "infra" / "kuberay"
+GUIDE = ROOT / "docs" / "cluster.md"
+SIZES = sorted(path.name for path in (INFRA / "overlays").iterdir())
+WAYS = ["standing", "run", "raycronjob", "cronjob"]
+CRDS = "EDT_KUBERAY_CRDS"
+everything = pytest.mark.parametrize(("size", "way"), [(size, way) for size in SIZES for way in WAYS])
+
+
+@cache
+def _built(folder: Path) -> str:
+    commands = [["kubectl", "kustomize"], ["kustomize", "build"]]
+    command = next((words for words in commands if shutil.which(words[0])), None)
+    if command is None:
+        pytest.skip("neither kubectl nor kustomize is installed: the manifests cannot be rendered")
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def built(folder: Path) -> list[Object]:
+    """The objects of a kustomization, anew at each call."""
+    return list(yaml.safe_load_all(_built(folder)))
+
+
+@pytest.fixture(scope="module")
+def render(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], list[Object]]:
+    """What a user's kustomization of a size and a way to run gives."""
+
+    def rendered(size: str, way: str) -> list[Object]:
+        folder = tmp_path_factory.getbasetemp().resolve() / f"{size}-{way}"
+        if not folder.exists():
+            folder.mkdir()
+            parts = [] if way == "standing" else [os.path.relpath(INFRA / "components" / way, folder)]
+            image = {"name": "edt-pipeline", "newName": "registry.example.com/edt", "newTag": "1.2.3"}
+            theirs = {
+                "resources": [os.path.relpath(INFRA / "overlays" / size, folder)],
+                "components": parts,
+                "namespace": "edt",
+                "images": [image],
+            }
+            (folder / "kustomization.yaml").write_text(yaml.safe_dump(theirs))
+        return built(folder)
+
+    return rendered
+
+
+@pytest.fixture(scope="module")
+def kuberay() -> KubeRay:
+    folder = os.environ.get(CRDS)
+    if not folder:
+        pytest.skip(
+            f"{CRDS} is not set: give the folder of the operator's CRDs, crds/ of `helm pull kuberay-operator --untar` "
+            "from KubeRay's chart repository, or helm-chart/kuberay-operator/crds of its source"
+        )
+    schemas = KubeRay(Path(folder))
+    assert (KUBERAY, "RayCluster") in schemas.schemas, f"no CRD of RayCluster in {CRDS}={folder}"
+    return schemas
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_overlay_builds_as_it_is(size: str) -> None:
+    assert of_kind(built(INFRA / "overlays" / size), "RayCluster")
+
+
+@everything
+def test_the_manifests_hold_what_we_promise(size: str, way: str, render: Any) -> None:
+    assert problems(render(size, way)) == []
+
+
+@everything
+def test_each_way_has_its_objects(size: str, way: str, render: Any) -> None:
+    objects = render(size, way)
+    shared = ["ConfigMap", "ConfigMap", "NetworkPolicy"]
+    rbac = ["ConfigMap", "CronJob", "RayCluster", "Role", "RoleBinding", "ServiceAccount"]
+    own = {"standing": ["RayCluster"], "run": ["RayJob"], "raycronjob": ["RayCronJob"], "cronjob": rbac}
+    assert sorted(thing["kind"] for thing in objects) == sorted(shared + own[way])
+    assert {thing["metadata"].get("namespace") for thing in objects} == {"edt"}
+
+
+@everything
+def test_kubernetes_knows_every_field(size: str, way: str, render: Any) -> None:
+    objects = render(size, way)
+    core = [thing for thing in objects if thing["apiVersion"] != KUBERAY]
+    made = [{"apiVersion": "v1", "kind": "Pod", **pod.template} for pod in pods(objects)]  # inside KubeRay's as well
+    assert core
+    assert made
+    assert [problem for thing in [*core, *made] for problem in kubernetes_problems(thing)] == []
+
+
+@everything
+def test_kuberay_knows_every_field(size: str, way: str, render: Any, kuberay: KubeRay) -> None:
+    objects = render(size, way)
+    theirs = [thing for thing in objects if thing["apiVersion"] == KUBERAY] + embedded_jobs(objects)
+    assert theirs
+    assert [problem for thing in theirs for problem in kuberay.problems(thing)] == []
+
+
+def _misspell_auth(thing: Object) -> None:
+    thing["spec"]["authOption"] = thing["spec"].pop("authOptions")
+
+
+def _misspell_image(thing: Object) -> None:
+    thing["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
+
+
+def _wrong_type(thing: Object) -> None:
+    thing["spec"]["workerGroupSpecs"][0]["maxReplicas"] = "many"
+
+
+def _wrong_mode(thing: Object) -> None:
+    thing["spec"]["authOptions"]["mode"] = "tokens"
+
+
+def _no_name(thing: Object) -> None:
+    del thing["spec"]["workerGroupSpecs"][0]["groupName"]
+
+
+@pytest.mark.parametrize("spoil", [_misspell_auth, _misspell_image, _wrong_type, _wrong_mode, _no_name])
+def test_the_crds_refuse(spoil: Callable[[Object], None], render: Any, kuberay: KubeRay) -> None:
+    (thing,) = of_kind(render("gpu-8", "standing"), "RayCluster")
+    assert kuberay.problems(thing) == []
+    spoil(thing)
+    assert kuberay.problems(thing)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda spec: spec.update(concurencyPolicy="Forbid"),
+        lambda spec: spec.update(concurrencyPolicy=["Forbid"]),
+        lambda spec: spec["jobTemplate"]["spec"]["template"]["spec"]["containers"][0].pop("name"),
+    ],
+)
+def test_kubernetes_refuses(spoil: Callable[[Object], object], render: Any) -> None:
+    (cron,) = of_kind(render("gpu-8", "cronjob"), "CronJob")
+    assert kubernetes_problems(cron) == []
+    spoil(cron["spec"])
+    assert kubernetes_problems(cron)
+
+
+def _head(objects: list[Object]) -> Object:
+    return cluster_specs(objects)[0]["headGroupSpec"]
+
+
+def _gpu(objects: list[Object]) -> Object:
+    return cluster_specs(objects)[0]["workerGroupSpecs"][1]
+
+
+def _container(group: Object) -> Object:
+    return group["template"]["spec"]["containers"][0]
+
+
+def _only(objects: list[Object], kind: str) -> Object:
+    (thing,) = of_kind(objects, kind)
+    return thing
+
+
+# way to run, what is done to its objects, what must be said
+SPOILT: list[tuple[str, Callable[[list[Object]], object], str]] = [
+    ("standing", lambda o: cluster_specs(o)[0].pop("authOptions"), "without token authentication"),
+    ("run", lambda o: cluster_specs(o)[0]["authOptions"].update(mode="disabled"), "without token authentication"),
+    ("raycronjob", lambda o: cluster_specs(o)[0].pop("rayVersion"), "without rayVersion"),
+    ("standing", lambda o: _container(_head(o))["resources"].pop("limits"), "has no limits"),
+    ("standing", lambda o: cluster_specs(o)[0]["autoscalerOptions"].pop("resources"), "autoscaler has no requests"),
+    ("standing", lambda o: _container(_gpu(o))["resources"]["requests"].update({GPU: "1"}), "another number of GPUs"),
+    ("standing", lambda o: _gpu(o)["template"]["spec"].pop("tolerations"), "does not tolerate"),
+    ("standing", lambda o: _gpu(o).update(minReplicas=2), "does not hold"),
+    ("standing", lambda o: _gpu(o)["template"]["spec"]["volumes"][1]["emptyDir"].pop("medium"), "no /dev/shm"),
+    ("standing", lambda o: _gpu(o)["template"]["spec"]["volumes"][0]["emptyDir"].clear(), "no bounded cache"),
+    ("standing", lambda o: _head(o)["template"]["spec"]["securityContext"].update(runAsUser=0), "may run as root"),
+    ("standing", lambda o: _container(_gpu(o))["securityContext"].update(privileged=True), "may gain privileges"),
+    ("standing", lambda o: _container(_gpu(o))["securityContext"].pop("capabilities"), "keeps capabilities"),
+    (
+        "standing",
+        lambda o: _gpu(o)["template"]["spec"].pop("automountServiceAccountToken"),
+        "gets a token of Kubernetes",
+    ),
+    ("run", lambda o: _container(_head(o))["env"].append({"name": "HF_TOKEN", "value": "x"}), "is not from a Secret"),
+    ("run", lambda o: _only(o, "NetworkPolicy").update(kind="Secret"), "a Secret among the manifests"),
+    ("run", lambda o: of_kind(o, "ConfigMap")[0]["data"].update(API_TOKEN="x"), "looks like a secret"),
+    ("standing", lambda o: _head(o).update(serviceType="LoadBalancer"), "not a plain ClusterIP"),
+    ("standing", lambda o: _container(_head(o)).update(image="registry:5000/edt"), "no fixed tag"),
+    ("standing", lambda o: _container(_head(o)).update(image="edt:latest"), "no fixed tag"),
+    ("raycronjob", lambda o: job_specs(o)[0].update(entrypoint="edt run x --store s --address auto"), "--no-overlap"),
+    ("run", lambda o: job_specs(o)[0].pop("shutdownAfterJobFinishes"), "leaves its cluster behind"),
+    ("cronjob", lambda o: o.remove(_only(o, "RayCluster")), "a cluster that is not there"),
+    ("cronjob", lambda o: o.remove(_only(o, "ServiceAccount")), "which nothing makes"),
+    ("cronjob", lambda o: _only(o, "Role")["rules"][0]["verbs"].append("delete"), "more than create RayJobs"),
+    ("cronjob", lambda o: _only(o, "RoleBinding")["subjects"][0].pop("namespace"), "without namespace"),
+    ("standing", lambda o: _head(o)["template"]["metadata"]["labels"].clear(), "does not cover head"),
+    ("standing", lambda o: _only(o, "NetworkPolicy")["spec"]["ingress"].append({}), "a rule for everybody"),
+    ("standing", lambda o: _only(o, "NetworkPolicy")["spec"]["ingress"][1].pop("ports"), "more than the dashboard"),
+]
+
+
+@pytest.mark.parametrize(("way", "spoil", "said"), SPOILT, ids=[f"{way}: {said}" for way, _, said in SPOILT])
+def test_what_breaks_a_promise_is_found(
+    way: str, spoil: Callable[[list[Object]], object], said: str, render: Any
+) -> None:
+    objects = render("gpu-8", way)
+    spoil(objects)
+    found = problems(objects)
+    assert any(said in problem for problem in found), found
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_ways_run_the_same_on_the_same_cluster(size: str, render: Any) -> None:
+    standing, run, scheduled, plain = (render(size, way) for way in WAYS)
+    (cluster,) = cluster_specs(standing)
+    (job,), (nightly,), (embedded,) = job_specs(run), job_specs(scheduled), job_specs(plain)
+    assert job["rayClusterSpec"] == cluster
+    assert nightly == job
+    assert cluster_specs(plain) == [cluster]
+    for field in ("entrypoint", "runtimeEnvYAML", "submissionMode", "activeDeadlineSeconds"):
+        assert embedded[field] == job[field]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_pipeline_of_a_size_fits_it(size: str) -> None:
+    config = load_config(str(INFRA / "overlays" / size / "pipeline.yaml"))
+    (cluster,) = cluster_specs(built(INFRA / "overlays" / size))
+    limits = [
+        group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in cluster["workerGroupSpecs"]
+    ]
+    counts = [group["maxReplicas"] for group in cluster["workerGroupSpecs"]]
+    gpus = sum(count * int(limit.get(GPU, 0)) for count, limit in zip(counts, limits, strict=True))
+    cpus = sum(count * int(limit["cpu"]) for count, limit in zip(counts, limits, strict=True))
+    workers = _fewest_workers(config)
+    assert workers * config.train.num_cpus_per_worker <= cpus
+    if config.train.use_gpu:
+        assert workers <= gpus
+    if config.source.kind != "digits":
+        assert str(config.source.path).startswith("s3://"), "a path of one machine is on no other"
+
+
+def _fewest_workers(config: PipelineConfig) -> int:
+    workers = config.train.num_workers
+    return workers if isinstance(workers, int) else workers[0]
+
+
+def test_the_quickstart_is_the_one_that_ships() -> None:
+    assert load_config(str(INFRA / "overlays" / "one-node" / "pipeline.yaml")) == load_config("quickstart")
+
+
+def test_the_guide_says_which_secret_to_make(render: Any) -> None:
+    text = GUIDE.read_text()
+    for size in SIZES:
+        for pod in pods(render(size, "standing")):
+            for entry in pod.spec["containers"][0]["env"]:
+                if secret := entry.get("valueFrom", {}).get("secretKeyRef"):
+                    assert secret["name"] in text
+                    assert f"--from-literal={secret['key']}=" in text
+
+
+def test_the_guides_kustomization_builds(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
+    (tmp_path / "edt").symlink_to(ROOT)
+    here = tmp_path.resolve() / "mine"
+    here.mkdir()
+    example = example.replace("../edt/", os.path.relpath(ROOT, here) + "/")
+    (here / "kustomization.yaml").write_text(example)
+    objects = built(here)
+    assert problems(objects) == []
+    before = copy.deepcopy(built(INFRA / "overlays" / "gpu-8"))
+    settings = [_named(things, "edt-settings")["data"] for things in (before, objects)]
+    assert settings[0] != settings[1]
+
+
+def _named(objects: list[Object], name: str) -> Object:
+    (thing,) = [thing for thing in objects if thing["kind"] == "ConfigMap" and thing["metadata"]["name"] == name]
+    return thing

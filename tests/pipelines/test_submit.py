@@ -21,11 +21,12 @@ from edt_core.storage import Folder
 from pipelines.config import load_config
 from pipelines.lease import held, this_process
 from pipelines.schedule import run_lease
-from pipelines.submission import Cluster, request_for
+from pipelines.submission import request_for
 from tests.pipelines.test_workflow import SMALL
 
 HERE, ELSEWHERE = "http://127.0.0.1:8265", "https://ray.example.org"
 SECRET = "canary-8d2e11"
+TOKEN = "canary-token-3b9f60d2a417"
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 240
 
@@ -41,13 +42,15 @@ def free_ports(count: int) -> list[int]:
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
+    """Ours, with the token of our cluster, as a person would have it."""
     left_out = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    return {**{key: value for key, value in os.environ.items() if key not in left_out}, **variables}
+    kept = {key: value for key, value in os.environ.items() if key not in left_out}
+    return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **variables}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Address of the dashboard of a Ray cluster of our own on this machine; ended by its own process group."""
+    """Address of the dashboard of a Ray cluster of our own on this machine, which asks for a token."""
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # sockets in it may have 107 characters
     port, dashboard, client, agent_http, agent_grpc, metrics = free_ports(6)
     python = Path(sys.executable)
@@ -78,26 +81,17 @@ def cluster() -> Iterator[str]:
     address = f"http://127.0.0.1:{dashboard}"
     try:
         until = time.monotonic() + LIMIT_S
-        while not answers(address):
+        while (done := edt("submit", "--list", "--address", address, cwd=Path(folder))).returncode:
             assert head.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.5)
+            assert time.monotonic() < until, (done.stderr, log.read_text())
         yield address
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            head.wait(30)
+            head.wait(5)
         end_processes_of(folder)
         head.wait()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(address: str) -> bool:
-    try:
-        Cluster(address).jobs()
-    except UserError:
-        return False
-    return True
 
 
 def end_processes_of(folder: str) -> None:
@@ -239,6 +233,15 @@ def test_a_job_that_fails_gives_1_and_its_reason(cluster: str, tmp_path: Path) -
         unknown = edt("submit", verb, "nobody", "--address", cluster, cwd=tmp_path)
         assert (unknown.returncode, "Traceback" in unknown.stderr) == (2, False)
         assert "nobody" in unknown.stderr
+
+
+@pytest.mark.ray
+def test_without_its_token_the_cluster_answers_nobody(cluster: str, tmp_path: Path) -> None:
+    for variables in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "another-token-0c4d2e"}):
+        done = edt("submit", "--list", "--address", cluster, cwd=tmp_path, **variables)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done
+        assert "wants another token" in done.stderr
+        assert TOKEN not in done.stdout + done.stderr
 
 
 @pytest.mark.ray

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edt_core.errors import UserError
+from edt_core.redaction import redacted
 from pipelines.lease import held, this_process
 from pipelines.schedule import (
     OVERLAP,
@@ -300,9 +301,8 @@ def record(schedules: Schedules, name: str, tick: Tick) -> None:
         "edt.error": tick.error and tick.error[:4000],
     }
     began, ended = (int(moment.timestamp() * 1000) for moment in (tick.started, tick.ended or tick.started))
-    run = catalog.client.create_run(
-        catalog.experiment_id, began, {key: value for key, value in tags.items() if value is not None}, name
-    )
+    told = {key: redacted(value) for key, value in tags.items() if value is not None}
+    run = catalog.client.create_run(catalog.experiment_id, began, told, name)
     if tick.log and Path(tick.log).exists():
         catalog.client.log_artifact(run.info.run_id, tick.log)
     catalog.client.set_terminated(run.info.run_id, _STATUS.get(tick.outcome or "", "FINISHED"), ended)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from edt_core.errors import UserError
+from edt_core.redaction import REDACTED
 from edt_core.storage import Folder
 
 if TYPE_CHECKING:
@@ -55,7 +56,13 @@ def request_for(config: "PipelineConfig", address: str, environment: Mapping[str
     variables, unsent = _travelling(environment, here)
     line = ["python", "-m", "pipelines.cli", "run", "config.yaml", "--no-overlap", "--store", config.store]
     metadata = {"edt.pipeline": config.name, "edt.store": config.store}
-    return Request(shlex.join(line), as_yaml(config), {**variables, **_STOPPING}, metadata, (*notes, *unsent))
+    text = as_yaml(config)
+    if REDACTED in text:
+        raise UserError(
+            "the configuration has credentials in a URL, and they do not travel; put them into the cluster's own "
+            "environment, or the file on a place that the cluster reads without them"
+        )
+    return Request(shlex.join(line), text, {**variables, **_STOPPING}, metadata, (*notes, *unsent))
 
 
 def _with_places(config: "PipelineConfig", here: bool) -> tuple["PipelineConfig", list[str]]:

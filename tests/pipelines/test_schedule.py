@@ -555,7 +555,7 @@ def test_a_missed_tick_trains_a_model_and_the_next_finds_the_data_unchanged(stor
     """The whole way, with a real pipeline of a few steps."""
     from mlflow import MlflowClient
 
-    from tests.pipelines.test_workflow import SMALL
+    from tests.pipelines.small import SMALL
 
     schedule(store, "* * * * *", *SMALL, when_data_changed=True)
     missed_a_tick(store)

@@ -22,7 +22,7 @@ from pipelines.config import load_config
 from pipelines.lease import held, this_process
 from pipelines.schedule import run_lease
 from pipelines.submission import request_for
-from tests.pipelines.test_workflow import SMALL
+from tests.pipelines.small import SMALL
 
 HERE, ELSEWHERE = "http://127.0.0.1:8265", "https://ray.example.org"
 SECRET = "canary-8d2e11"
@@ -283,3 +283,9 @@ def test_a_pipeline_is_submitted_left_come_back_to_and_succeeds(cluster: str, tm
     assert "12 run, 0 failed" in back.stdout
     assert "small SUCCEEDED" in back.stdout
     assert "had ended already" in edt("submit", "--stop", "small", "--address", cluster, cwd=tmp_path).stdout
+
+
+def test_credentials_in_a_url_do_not_travel() -> None:
+    weights = "inception.weights=https://me:secret@example.com/weights.pth"
+    with pytest.raises(UserError, match="has credentials in a URL, and they do not travel"):
+        request_for(load_config("quickstart", [weights], "s3://bucket/store"), "http://ray:8265", {})

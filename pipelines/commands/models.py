@@ -52,7 +52,7 @@ def list_versions(
     """List versions, newest first; with options those of which all of it holds."""
     from pipelines.versions import select
 
-    found = select(open_catalog(store, tracking_uri), name, data, config, metric, commit)
+    found = select(open_catalog(store, tracking_uri), name, data, config, metric, commit, as_json)
     if as_json:
         print_json([record.to_dict() for record in found])
     else:

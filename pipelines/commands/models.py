@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edt_core.errors import UserError
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -30,6 +31,8 @@ def models(
     """Without a command: list all versions."""
     if context.invoked_subcommand is None:
         list_versions(store=store, tracking_uri=tracking_uri, as_json=as_json)
+    elif (store, tracking_uri, as_json) != (DEFAULT_STORE, None, False):
+        raise UserError(f"give options after the command, as edt models {context.invoked_subcommand} --store ...")
 
 
 @app.command("list")

@@ -103,6 +103,11 @@ def test_without_a_command_all_versions_are_a_table(registry: Registry) -> None:
     assert "fd_classifier 4" in second
 
 
+def test_options_before_the_command_are_not_lost_in_silence(registry: Registry) -> None:
+    with pytest.raises(UserError, match="give options after the command, as edt models show"):
+        edt(registry, "models", "--json", "show", NAME)
+
+
 def test_batches_of_runs_are_asked_for_not_one_each(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 

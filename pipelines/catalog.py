@@ -269,11 +269,16 @@ def _alone_at(uri: str) -> Iterator[None]:
         yield
         return
     from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import OperationalError
     from sqlalchemy.pool import NullPool
 
     # Without a transaction: one that is open for long would hold up migrations.
     engine = create_engine(uri, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    with engine.connect() as connection:
+    try:
+        opened = engine.connect()
+    except OperationalError as error:
+        raise UserError(f"the database of MLFLOW_TRACKING_URI does not answer: {error.orig}") from error
+    with opened as connection:
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _SETUP_LOCK})
         yield
 

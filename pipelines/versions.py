@@ -14,7 +14,7 @@ from edt_core.protocol import protocol_differences
 from jobs.options import parse_assignment
 from pipelines.catalog import Catalog
 from pipelines.promotion import PROTOCOL_TAG, Decision, metrics_of, protocol_of
-from pipelines.registry import BEFORE_TAG, CHAMPION, DECISION_TAG, PROMOTED_TAG, ROLLED_BACK_TAG, search
+from pipelines.registry import BEFORE_TAG, CHAMPION, DECISION_TAG, PROMOTED_TAG, ROLLED_BACK_TAG, search, version_at
 
 _VERSION = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))?")
 _CONDITION = re.compile(r"\s*([\w.-]+?)\s*(<=|>=|==|=|<|>)\s*(\S+)\s*")
@@ -103,15 +103,15 @@ def find(catalog: Catalog, text: str) -> Any:
     if alias is not None and alias not in known[name]:
         raise UserError(f"{name} has no alias {alias!r}; {_there_is(alias, known[name], 'aliases')}")
     wanted = known[name][alias] if alias is not None else number
+    if wanted is not None and (found := version_at(catalog, name, wanted)) is not None:
+        return found
     versions = {str(version.version): version for version in search(catalog, f"name = '{name}'")}
     if not versions:
         raise UserError(f"{name} has no versions; they were deleted")
-    if wanted is None:
-        wanted = max(versions, key=int)
-    if wanted not in versions:
+    if wanted is not None:
         numbers = ", ".join(sorted(versions, key=int)[-10:])
         raise UserError(f"{name} has no version {wanted}; there are {len(versions)}, the newest: {numbers}")
-    return versions[wanted]
+    return versions[max(versions, key=int)]
 
 
 def select(
@@ -121,6 +121,7 @@ def select(
     config: Sequence[str] = (),
     metrics: Sequence[str] = (),
     commit: str | None = None,
+    with_config: bool = False,
 ) -> list[Record]:
     """The versions of which all of this holds, by name and newest first.
 
@@ -136,7 +137,7 @@ def select(
     if data is not None:
         found = [v for v in found if any(v.tags.get(tag, "").startswith(data) for tag in _IDS)]
     found = _by_metrics(found, metrics)
-    chosen = _by_config(records(catalog, found, known, with_config=bool(config)), config)
+    chosen = _by_config(records(catalog, found, known, with_config or bool(config)), config)
     return sorted(chosen, key=lambda record: (record.version.name, -int(record.version.version)))
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edt_core.errors import UserError
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -30,6 +31,8 @@ def models(
     """Without a command: list all versions."""
     if context.invoked_subcommand is None:
         list_versions(store=store, tracking_uri=tracking_uri, as_json=as_json)
+    elif (store, tracking_uri, as_json) != (DEFAULT_STORE, None, False):
+        raise UserError(f"give options after the command, as edt models {context.invoked_subcommand} --store ...")
 
 
 @app.command("list")
@@ -52,7 +55,7 @@ def list_versions(
     """List versions, newest first; with options those of which all of it holds."""
     from pipelines.versions import select
 
-    found = select(open_catalog(store, tracking_uri), name, data, config, metric, commit)
+    found = select(open_catalog(store, tracking_uri), name, data, config, metric, commit, as_json)
     if as_json:
         print_json([record.to_dict() for record in found])
     else:

@@ -1,6 +1,7 @@
 """A registry of small versions: real artifacts in a store, real runs and versions in MLflow, no training."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,7 +43,8 @@ class Registry:
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "mlflow.db").write_bytes(_empty_mlflow())
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            (self.root / "mlflow.db").write_bytes(_empty_mlflow())
         self.catalog = Catalog.open(Folder.at(self.root), "test")
 
     @property

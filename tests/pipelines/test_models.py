@@ -103,6 +103,11 @@ def test_without_a_command_all_versions_are_a_table(registry: Registry) -> None:
     assert "fd_classifier 4" in second
 
 
+def test_options_before_the_command_are_not_lost_in_silence(registry: Registry) -> None:
+    with pytest.raises(UserError, match="give options after the command, as edt models show"):
+        edt(registry, "models", "--json", "show", NAME)
+
+
 def test_batches_of_runs_are_asked_for_not_one_each(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
@@ -298,8 +303,12 @@ def test_a_version_without_digests_is_not_pulled(fresh: Registry, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def real(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return registered(registry, tmp_path_factory.mktemp("model"))
+
+
+def registered(registry: Registry, folder: Path) -> SimpleNamespace:
     """A whole model, registered as the workflow does, with the artifacts behind it."""
-    model = opened(tmp_path_factory.mktemp("model"), made_model())
+    model = opened(folder, made_model())
     run, config = registry.run(REAL)
     chain = ChainConfig(num_sampling_steps=3).model_dump(mode="json")
     assert model.autoencoder is not None
@@ -366,3 +375,36 @@ def test_a_model_that_two_drivers_log_at_once_is_kept_once(
     after = {m.model_id for m in registry.catalog.client.search_logged_models([registry.catalog.experiment_id])}
     assert after == before
     assert record_of(registry.catalog, REAL).aliases == ("candidate", "champion")
+
+
+@pytest.mark.slow
+def test_a_model_of_an_mlflow_server_is_registered_checked_and_pulled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files go through the server's artifact proxy, as they do where the store is not this machine's."""
+    from tests.pipelines.test_tracking import Server
+
+    server = Server(tmp_path)
+    server.start()
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        there = Registry(tmp_path / "store")
+        made = registered(there, tmp_path / "model")
+        assert [check.passed for check in made.decision.checks] == [True] * 5
+        catalog = there.catalog
+        assert promote(catalog, made.run, REAL, made.config.promote, made.entry) == made.decision
+        assert listed(there, "--config", "train.model=EDT-Tiny/2") == [f"{REAL}/1"]
+        assert f"model {REAL}/1" in edt(there, "lineage", REAL)
+        assert pull(catalog.client, find(catalog, f"{REAL}@champion"), tmp_path / "pulled")
+        (weights,) = (tmp_path / "artifacts").rglob("artifacts/pipeline/transformer/*.safetensors")
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        with pytest.raises(UserError, match=r"transformer/.*safetensors has another sha256"):
+            pull(catalog.client, find(catalog, REAL), tmp_path / "again")
+        with pytest.raises(UserError, match="has no alias"):
+            find(catalog, f"{REAL}@nothing")
+        with pytest.raises(UserError, match="there is none before it"):
+            edt(there, "models", "rollback", REAL)
+    finally:
+        server.kill()

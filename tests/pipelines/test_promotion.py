@@ -82,6 +82,12 @@ def test_the_margin_against_the_formula_said_another_way() -> None:
     assert len(outcomes) == 16  # both ways, under every rule
 
 
+@pytest.mark.parametrize(("value", "expected"), [(4.5, False), (4.499, True)])
+def test_two_standard_deviations_are_not_more_than_two(value: float, expected: bool) -> None:
+    versions = Version(4, value, 0.125, repeats=3), Version(3, 5.0, 0.25, repeats=3)
+    assert decide(versions[0], PromoteConfig(), versions[1]).became_champion == expected
+
+
 def test_the_spread_over_parts_of_one_set_is_none_over_repeats() -> None:
     decision = decide(Version(4, 4.9, std=9.0), PromoteConfig(), Version(3, 5.0, std=9.0))
     assert decision.became_champion

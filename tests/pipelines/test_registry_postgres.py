@@ -89,12 +89,23 @@ def test_eight_processes_at_postgresql(postgres: str, tmp_path: Path, monkeypatc
     opening, slowest = (max(answer[key] for answer in answers) for key in ("opening", "seconds"))
     retries = sum(answer["retries"] for answer in answers)
     first = min(answer["opening"] for answer in answers)
-    print(
-        f"set up {first:.1f} s, all open after {opening:.1f} s; {PROCESSES * OWN + SHARED} versions {slowest:.1f} s, {retries} retries"
-    )
+    wanted = PROCESSES * OWN + SHARED
+    print(f"set up {first:.1f} s, all open after {opening:.1f} s; {wanted} versions {slowest:.1f} s, {retries} retries")
     assert len({answer["experiment"] for answer in answers}) == 1
-    assert len({number for answer in answers for number in answer["made"].values()}) == PROCESSES * OWN + SHARED
+    assert len({number for answer in answers for number in answer["made"].values()}) == wanted
     check_registry(tmp_path, answers)
+
+
+def test_a_database_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from edt_core.errors import UserError
+    from edt_core.storage import Folder
+    from pipelines.catalog import Catalog
+
+    pytest.importorskip("psycopg2")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://edt:canary-9d2@127.0.0.1:1/nothing")
+    with pytest.raises(UserError, match="does not answer") as told:
+        Catalog.open(Folder.at(tmp_path), "race")
+    assert "canary" not in str(told.value)
 
 
 def test_four_processes_at_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

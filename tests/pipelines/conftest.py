@@ -29,3 +29,9 @@ def first(store: Path, ray_session: None) -> Outcome:
         patch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         return pipeline(store)
+
+
+@pytest.fixture(autouse=True)
+def own_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow.set_tracking_uri` sets the variable for all that comes after: a test's own must not reach the next."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -1,7 +1,7 @@
-"""What a run costs that reuses everything: `python tests/benchmarks/reuse.py [STORE]`, of the quickstart's store.
+"""What a run costs that reuses everything: `python tests/benchmarks/reuse.py STORE [KEY=VALUE ...]`, of the quickstart.
 
 Each part is timed where the run itself does it, in a process of its own; beside it what Ray's start would add, which
-such a run leaves out. Runs the quickstart first where the store does not have it.
+such a run leaves out. The quickstart, with these fields set, is run first where the store does not have it.
 """
 
 import json
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +28,7 @@ def timed(parts: dict[str, float], name: str, call: Callable[..., Any]) -> Calla
     return timing
 
 
-def run_once(store: str) -> dict[str, float]:
+def run_once(store: str, assignments: Sequence[str]) -> dict[str, float]:
     """One run in this process, by parts [s]."""
     began = time.perf_counter()
     parts: dict[str, float] = defaultdict(float)
@@ -47,7 +47,7 @@ def run_once(store: str) -> dict[str, float]:
     opened = timed(parts, "MLflow opened (beside the source)", workflows.Catalog.open)
     workflows.Catalog.open = opened  # type: ignore[method-assign]
     with Terminal() as terminal:
-        outcome = workflows.run(load_config("quickstart", (), store), terminal)
+        outcome = workflows.run(load_config("quickstart", assignments, store), terminal)
     assert (outcome.executed, outcome.failures) == (0, {}), outcome
     parts["whole run, imports included"] = time.perf_counter() - began
     return parts
@@ -73,9 +73,10 @@ def child(*arguments: str) -> dict[str, float]:
     return {**parts, "whole process": time.perf_counter() - began}
 
 
-def main(store: str) -> None:
-    subprocess.run([sys.executable, "-m", "pipelines.cli", "run", "quickstart", "--store", store], check=True)
-    runs = [child("--once", store) for _ in range(TIMES)]
+def main(store: str, *assignments: str) -> None:
+    options = [part for text in assignments for part in ("--set", text)]
+    subprocess.run([sys.executable, "-m", "pipelines.cli", "run", "quickstart", "--store", store, *options], check=True)
+    runs = [child("--once", store, *assignments) for _ in range(TIMES)]
     rays = [child("--ray") for _ in range(TIMES)]
     print(f"\n| part of a run that reuses all 12 steps | median of {TIMES} [s] |\n|---|---|")
     for name in runs[0]:
@@ -85,9 +86,10 @@ def main(store: str) -> None:
 
 
 if __name__ == "__main__":
-    if "--once" in sys.argv:
-        print("\n" + json.dumps(run_once(sys.argv[-1])))
-    elif "--ray" in sys.argv:
+    first, *others = sys.argv[1:]
+    if first == "--once":
+        print("\n" + json.dumps(run_once(others[0], others[1:])))
+    elif first == "--ray":
         print("\n" + json.dumps(ray_start()))
     else:
-        main(str(Path(sys.argv[1] if len(sys.argv) > 1 else "./edt-store").absolute()))
+        main(str(Path(first).absolute()), *others)

@@ -45,10 +45,10 @@ def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def start_run(store: Path, *assignments: str, prefix: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
+def start_run(store: Path, *assignments: str, **env: str) -> subprocess.Popen[str]:
     """`edt run quickstart` of the small size."""
     return subprocess.Popen(
-        [*prefix, sys.executable, "-m", "pipelines.cli", "run", "--store", str(store), *options(*assignments)],
+        [sys.executable, "-m", "pipelines.cli", "run", "--store", str(store), *options(*assignments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

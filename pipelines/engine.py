@@ -94,10 +94,13 @@ class Workflow:
 
     def _surroundings(self) -> tuple[Store, Catalog, str, Any, bool]:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         if self._board is None:
             self._shared = self.connect()
-            self._board = ray.remote(Board).options(num_cpus=0).remote()
+            # Beside the driver: on a worker node it would go with that node, and the run with it.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         return self.store, self.catalog, self.run_id, self._board, self._shared
 
     def _submit(self, task: StepTask, inputs: Mapping[str, StepFuture | Source]) -> Any:

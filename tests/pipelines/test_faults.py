@@ -188,6 +188,7 @@ def test_the_same_run_started_twice_at_once_ten_times_over(undisturbed: dict[str
         assert_twice_at_once(store, {})
         assert digests(store) == undisturbed
         shutil.rmtree(store)
+        print(f"\n{number + 1} double starts: each artifact once, one version")
 
 
 def test_the_same_run_started_twice_at_once_on_one_cluster(

@@ -3,12 +3,13 @@
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edt_core.artifact import Artifact, ArtifactWriter, ManifestError, journalled
 from edt_core.errors import UserError
+from edt_core.manifest import Manifest
 from edt_core.schema import KINDS, MANIFEST_NAME
 from edt_core.storage import Folder
 
@@ -108,6 +109,14 @@ class Store:
             return None
         (root / ".locks").mkdir(exist_ok=True)
         return ReadWriteLock(root / ".locks" / "users.db", timeout=timeout, is_singleton=False)
+
+    def manifests(self, kind: str) -> dict[str, Manifest]:
+        """The manifests of a kind by the name of their folder; what is damaged or not finished is left out."""
+        found = {}
+        for name in self.root.child(kind).names():
+            with suppress(ManifestError):
+                found[name] = Artifact.read(self.folder(kind, name)).manifest
+        return found
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every committed artifact that is whole."""

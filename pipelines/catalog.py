@@ -113,18 +113,9 @@ class Catalog:
 
     def unfinished_runs(self) -> set[str]:
         """Ids of the runs of steps that are not FINISHED."""
-        found: set[str] = set()
-        token = None
-        while True:
-            page = self.client.search_runs(
-                [self.experiment_id],
-                "tags.`edt.fingerprint` LIKE '%' and attributes.status != 'FINISHED'",
-                page_token=token,
-            )
-            found |= {str(run.info.run_id) for run in page}
-            token = page.token
-            if not token:
-                return found
+        wanted = "tags.`edt.fingerprint` LIKE '%' and attributes.status != 'FINISHED'"
+        pages = paged(lambda token: self.client.search_runs([self.experiment_id], wanted, page_token=token))
+        return {str(run.info.run_id) for run in pages}
 
     def end_run(self, run_id: str, status: str) -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
@@ -210,6 +201,17 @@ def tracking_kept() -> Iterator[None]:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def paged(ask: Callable[[str | None], Any]) -> Iterator[Any]:
+    """What MLflow lists page by page: `ask(token)` gives one, `None` the first."""
+    token = None
+    while True:
+        page = ask(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def retried(call: Callable[[], Any], attempts: int = 5) -> Any:

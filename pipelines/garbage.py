@@ -11,13 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from edt_core.artifact import Artifact, ManifestError
 from edt_core.errors import UserError
 from edt_core.manifest import Manifest
 from edt_core.schema import KINDS, MANIFEST_NAME
 from edt_core.storage import Folder
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
+from pipelines.registry import search
 from pipelines.runs import steps_of, workflow_runs
 
 Identity = tuple[str, str]  # kind, fingerprint
@@ -57,19 +57,8 @@ def roots(catalog: Catalog, keep_runs: int, running: bool) -> set[str]:
         if seen[name] <= keep_runs or (running and run.info.status == "RUNNING"):
             kept |= set(steps_of(run.data.tags).values())
     return kept | {
-        v.tags[key] for v in versions(catalog) for key in ("edt.checkpoint", "edt.evaluation") if key in v.tags
+        v.tags[key] for v in search(catalog, "") for key in ("edt.checkpoint", "edt.evaluation") if key in v.tags
     }
-
-
-def versions(catalog: Catalog) -> Iterator[Any]:
-    """Every registered version, whatever its name."""
-    token = None
-    while True:
-        page = catalog.client.search_model_versions(max_results=200, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def reachable(made: Mapping[Identity, Manifest], kept: Iterable[str]) -> set[str]:
@@ -97,11 +86,8 @@ def _is_about(report: Manifest, found: set[str]) -> bool:
 
 def survey(store: Store, catalog: Catalog, keep_runs: int) -> list[Garbage]:
     """All that may go. Nothing is removed. What has no whole manifest counts as never finished."""
-    made: dict[Identity, Manifest] = {}
+    made = {(kind, name): manifest for kind in KINDS for name, manifest in store.manifests(kind).items()}
     folders = [(kind, name) for kind in KINDS for name in store.root.child(kind).names()]
-    for kind, name in folders:
-        with suppress(ManifestError):
-            made[kind, name] = Artifact.read(store.folder(kind, name)).manifest
     # A local store tells itself whether it is used; whatever MLflow calls RUNNING otherwise was killed.
     kept = reachable(made, roots(catalog, keep_runs, running=store.root.local is None))
     found: list[Garbage] = []

@@ -15,7 +15,8 @@ from edt_core.schema import KINDS
 from edt_core.storage import Folder
 from jobs.registry_files import title
 from pipelines.catalog import Catalog, flatten
-from pipelines.versions import experiments, find, runs_of
+from pipelines.runs import experiments, runs_of
+from pipelines.versions import find
 
 _FINGERPRINT, _RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 _SHORT = 12  # digits of a fingerprint that people read

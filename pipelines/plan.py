@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edt_core.artifact import Artifact, ManifestError, Source
+from edt_core.artifact import Source
 from edt_core.config import Section, result_fields
 from edt_core.manifest import Manifest
 from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS
@@ -70,7 +70,7 @@ class Planner:
     def _why(self, verb: Verb, config: Section, inputs: Mapping[str, str]) -> str:
         """What differs from the artifact of this kind that comes nearest."""
         if verb.kind not in self._made:
-            self._made[verb.kind] = list(manifests(self.store, verb.kind))
+            self._made[verb.kind] = in_order(self.store.manifests(verb.kind))
         counted = {role: value for role, value in inputs.items() if role not in verb.extras}
         wanted = flatten(result_fields(config))
         told = [differences(made, wanted, counted, verb.version) for made in reversed(self._made[verb.kind])]
@@ -121,16 +121,9 @@ def _plan_end(planner: Planner, config: PipelineConfig, branch: "Branch", catalo
     planner.step(report, summary.VERB, report_config(config, branch, decision), **branch.steps)
 
 
-def manifests(store: Store, kind: str) -> Iterable[Manifest]:
-    """The manifests of a kind by the time that they state; what is damaged is left out."""
-    found = []
-    folder = store.root.child(kind)
-    for name in folder.names():
-        try:
-            found.append(Artifact.read(folder.child(name)).manifest)
-        except ManifestError:
-            continue
-    return sorted(found, key=lambda manifest: manifest.created_at)
+def in_order(found: Mapping[str, Manifest]) -> list[Manifest]:
+    """Manifests by the time that they state, newest last."""
+    return sorted(found.values(), key=lambda manifest: manifest.created_at)
 
 
 def differences(made: Manifest, wanted: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> list[str]:

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from edt_core.errors import UserError
+from edt_core.redaction import redacted, redacted_values
 from jobs.registry_files import stored_problems, title
-from pipelines.catalog import Catalog, retried
+from pipelines.catalog import Catalog, paged, retried
 from pipelines.config import PromoteConfig
 from pipelines.promotion import Decision, decide, metrics_of, run_checks
 
@@ -123,7 +124,7 @@ def add_version(
     """
     client = catalog.client
     _ensure_model(catalog, name)
-    both = {**tags, **identity}
+    both = redacted_values({**tags, **identity})
 
     def create() -> Any:
         return client.create_model_version(name, source, run_id=run_id, model_id=model_id, tags=both)
@@ -145,13 +146,8 @@ def find_version(catalog: Catalog, name: str, identity: Mapping[str, str]) -> An
 
 def search(catalog: Catalog, wanted: str) -> list[Any]:
     """All versions that a filter of MLflow lets through."""
-    found: list[Any] = []
-    token = None
-    while True:
-        page = retried(partial(catalog.client.search_model_versions, wanted, 1000, page_token=token))
-        found += page
-        if not (token := page.token):
-            return found
+    ask = partial(catalog.client.search_model_versions, wanted, 1000)
+    return list(paged(lambda token: retried(lambda: ask(page_token=token))))
 
 
 def move_alias(catalog: Catalog, version: Any, alias: str) -> None:
@@ -160,7 +156,7 @@ def move_alias(catalog: Catalog, version: Any, alias: str) -> None:
 
 def set_tags(catalog: Catalog, version: Any, tags: Mapping[str, str]) -> None:
     for key, value in tags.items():
-        call = partial(catalog.client.set_model_version_tag, version.name, version.version, key, value)
+        call = partial(catalog.client.set_model_version_tag, version.name, version.version, key, redacted(value))
         retried(call, _ATTEMPTS)
 
 

@@ -53,25 +53,25 @@ def reproduce(
     """Run again what a record describes, into the empty local folder `store`, and compare.
 
     Raises UserError, before anything is computed, where the record is not whole, the code is another one (unless
-    `other_code`), the images or published weights are not those of the record, or the folder is not empty.
+    `other_code`), the images are not those of the record, or the folder is not empty. Warns of other weights.
     """
     record = read_record(catalog, run_id)
     folder = _empty(store, run_id)
     check_code(record, terminal, other_code)
     config, published = restored(record, catalog, store)
-    _check_inputs(record, config, published, folder, terminal)
+    steps = _checked_steps(record, config, published, folder, terminal)
     outcome = run(config, terminal, address, published, own_uri(folder))
-    return outcome, list(compare(record, catalog, Store(folder), outcome))
+    return outcome, list(compare(record, catalog, Store(folder), steps))
 
 
 def _empty(store: str, run_id: str) -> Folder:
     """The folder of the new store: empty, or of an earlier try at the same."""
     folder = Folder.at(store)
     if folder.local is None:
-        raise UserError(f"a run is reproduced into a local folder, and {store} is none; give one with --store")
+        raise UserError(f"a run is reproduced into a local folder, and {store} is none; give one with --into")
     mark = f".reproduces-{run_id}"
     if folder.names() and not folder.exists(mark):
-        raise UserError(f"{folder.uri} is not empty; give an empty folder with --store")
+        raise UserError(f"{folder.uri} is not empty; give an empty folder with --into")
     folder.write_bytes(mark, b"")
     return folder
 
@@ -110,10 +110,13 @@ def pinned(config: PipelineConfig, record: Record) -> PipelineConfig:
     return config.model_copy(update={"autoencoder": fixed})
 
 
-def _check_inputs(
+def _checked_steps(
     record: Record, config: PipelineConfig, published: Published, folder: Folder, terminal: Terminal
-) -> None:
-    """Raise UserError unless every step would be about what it was about then."""
+) -> dict[str, str]:
+    """The fingerprints of the steps as they would be now; warns of those that are not what they were.
+
+    Raises UserError where the images are others.
+    """
     source = prepare_source(config.source, folder, terminal)
     if (then := record.tags.get("edt.source")) != source.fingerprint:
         raise UserError(
@@ -128,25 +131,21 @@ def _check_inputs(
         terminal.warn(
             f"{len(differing)} steps are not those of the record, by this code or other weights: {', '.join(differing)}"
         )
+    return now
 
 
-def compare(record: Record, catalog: Catalog, store: Store, outcome: Outcome) -> Iterator[Comparison]:
-    """What the record says of every step beside what was made now."""
-    own = Catalog.existing(store.root, own_uri(store.root))
-    now = steps_of(own.client.get_run(outcome.run_id).data.tags)
+def compare(record: Record, catalog: Catalog, store: Store, steps: Mapping[str, str]) -> Iterator[Comparison]:
+    """What the record says of every step beside what `steps` (step -> fingerprint) have made in a store."""
+    there = {artifact.fingerprint: artifact for artifact in store.artifacts()}
     then = {name: identity for name, identity in record.steps.items() if not name.startswith(REPORT)}
     runs = artifact_runs(catalog, set(then.values()))
     for name, identity in then.items():
-        made = _find(store, now.get(name))
+        made = there.get(steps.get(name, ""))
         run = runs.get(identity)
         recorded = run.data.tags["edt.digest"] if run is not None else None
         digest = made.manifest.digest if made is not None else None
         how = "" if recorded == digest else _distance(run, made)
         yield Comparison(name, identity, recorded, digest, how)
-
-
-def _find(store: Store, fingerprint: str | None) -> Artifact | None:
-    return next((a for a in store.artifacts() if a.fingerprint == fingerprint), None) if fingerprint else None
 
 
 def _distance(run: Any, made: Artifact | None) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edt_core.artifact import Artifact
+from edt_core.redaction import redacted
 from edt_core.schema import STEP_PREFIX
 from jobs.progress import Measured, Picture
 
@@ -103,7 +104,7 @@ class RunRecord:
         self.checkpoints({step: (f"{uri}/checkpoints/{name}", digest) for step, name in names.items()})
 
     def _model(self, step: int, uri: str, digest: str, there: "LoggedModel | None") -> str:
-        client, tags = self.catalog.client, {"edt.uri": uri, "edt.digest": digest}
+        client, tags = self.catalog.client, {"edt.uri": redacted(uri), "edt.digest": digest}
         model = there or client.create_logged_model(
             self.catalog.experiment_id,
             name=f"{STEP_PREFIX}{step:08d}",
@@ -149,15 +150,11 @@ class RunRecord:
 
     def _checkpoint_models(self) -> "list[LoggedModel]":
         """The logged models of this run that are checkpoints."""
-        client, token, models = self.catalog.client, None, []
-        while True:
-            page = client.search_logged_models(
-                [self.catalog.experiment_id], f"source_run_id = '{self.run_id}'", page_token=token
-            )
-            models += [model for model in page if "step" in model.params]
-            token = page.token
-            if not token:
-                return models
+        from pipelines.catalog import paged
+
+        ours, search = f"source_run_id = '{self.run_id}'", self.catalog.client.search_logged_models
+        models = paged(lambda token: search([self.catalog.experiment_id], ours, page_token=token))
+        return [model for model in models if "step" in model.params]
 
 
 def _batches(metrics: "list[Metric]") -> "Iterable[list[Metric]]":

@@ -1,18 +1,22 @@
 """What MLflow says of workflow runs: the list of them, and the record by which one is done again."""
 
 import json
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from edt_core.errors import UserError
-from pipelines.catalog import Catalog
+from pipelines.catalog import Catalog, paged
 
 _STEP = "edt.step."
+_RECORDED = ("config.yaml", "environment.json")  # artifacts of a workflow run
 _PAGE = 500
+_BATCH = 200  # runs asked for by id in one request
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,29 @@ def workflow_runs(catalog: Catalog) -> Iterator[Any]:
 
 def search(catalog: Catalog, wanted: str) -> Iterator[Any]:
     """The runs of all experiments that an MLflow filter lets pass, the newest first."""
-    experiments = [experiment.experiment_id for experiment in catalog.client.search_experiments()]
-    token = None
-    while True:
-        page = catalog.client.search_runs(
-            experiments, wanted, max_results=_PAGE, order_by=["attributes.start_time DESC"], page_token=token
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
+    order, where = ["attributes.start_time DESC"], experiments(catalog)
+    ask = catalog.client.search_runs
+    return paged(lambda token: ask(where, wanted, max_results=_PAGE, order_by=order, page_token=token))
+
+
+def experiments(catalog: Catalog) -> list[str]:
+    """Ids of all experiments, those that were deleted as well."""
+    from mlflow.entities import ViewType
+
+    return [e.experiment_id for e in catalog.client.search_experiments(ViewType.ALL, max_results=10_000)]
+
+
+def runs_of(catalog: Catalog, ids: Iterable[str]) -> dict[str, Any]:
+    """Runs by id, those that were deleted as well; ones that are gone for good are left out."""
+    from mlflow.entities import ViewType
+
+    wanted, where = sorted(ids), experiments(catalog)
+    found: dict[str, Any] = {}
+    for start in range(0, len(wanted), _BATCH):
+        named = ", ".join(f"'{run_id}'" for run_id in wanted[start : start + _BATCH])
+        page = catalog.client.search_runs(where, f"attributes.run_id IN ({named})", ViewType.ALL, max_results=_BATCH)
+        found |= {run.info.run_id: run for run in page}
+    return found
 
 
 def run_rows(catalog: Catalog, pipeline: str | None, limit: int) -> list[dict[str, Any]]:
@@ -98,20 +115,16 @@ def read_record(catalog: Catalog, run_id: str) -> Record:
     if "edt.workflow" not in run.data.tags:
         raise UserError(f"the run {run_id} is none of a whole pipeline; `edt runs` lists those")
     try:
-        config = yaml.safe_load(_text(catalog, run_id, "config.yaml"))
-        environment = json.loads(_text(catalog, run_id, "environment.json"))
+        with tempfile.TemporaryDirectory(prefix="edt-") as folder:
+            # By the client: an address of a server's artifacts means the server of this catalog, not the process's own.
+            paths = [catalog.client.download_artifacts(run_id, name, folder) for name in _RECORDED]
+            config, environment = yaml.safe_load(Path(paths[0]).read_text()), json.loads(Path(paths[1]).read_text())
     except (MlflowException, OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"the run {run_id} has no whole config.yaml and environment.json among its artifacts ({error}); it was "
             "made by an earlier version, or they were removed, and cannot be reproduced from the record"
         ) from error
     return Record(run_id, run.info.status, dict(run.data.tags), config, environment)
-
-
-def _text(catalog: Catalog, run_id: str, name: str) -> str:
-    import mlflow
-
-    return str(mlflow.artifacts.load_text(f"{catalog.client.get_run(run_id).info.artifact_uri}/{name}"))
 
 
 def artifact_runs(catalog: Catalog, fingerprints: set[str]) -> dict[str, Any]:

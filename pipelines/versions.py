@@ -12,9 +12,10 @@ from typing import Any
 from edt_core.errors import UserError
 from edt_core.protocol import protocol_differences
 from jobs.options import parse_assignment
-from pipelines.catalog import Catalog
+from pipelines.catalog import Catalog, paged
 from pipelines.promotion import PROTOCOL_TAG, Decision, metrics_of, protocol_of
 from pipelines.registry import BEFORE_TAG, CHAMPION, DECISION_TAG, PROMOTED_TAG, ROLLED_BACK_TAG, search, version_at
+from pipelines.runs import runs_of
 
 _VERSION = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))?")
 _CONDITION = re.compile(r"\s*([\w.-]+?)\s*(<=|>=|==|=|<|>)\s*(\S+)\s*")
@@ -26,7 +27,6 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "=": operator.eq,
     "==": operator.eq,
 }
-_BATCH = 200  # runs asked for in one request
 _IDS = ("edt.images", "edt.images.digest", "edt.source")
 
 
@@ -201,32 +201,8 @@ def config_of(params: Mapping[str, str], model: str) -> dict[str, str]:
 
 def all_aliases(catalog: Catalog) -> dict[str, dict[str, str]]:
     """Every registered model, with alias -> version."""
-    found: dict[str, dict[str, str]] = {}
-    token = None
-    while True:
-        page = catalog.client.search_registered_models(max_results=1000, page_token=token)
-        found |= {model.name: {alias: str(number) for alias, number in model.aliases.items()} for model in page}
-        if not (token := page.token):
-            return found
-
-
-def experiments(catalog: Catalog) -> list[str]:
-    from mlflow.entities import ViewType
-
-    return [e.experiment_id for e in catalog.client.search_experiments(ViewType.ALL, max_results=10_000)]
-
-
-def runs_of(catalog: Catalog, ids: Iterable[str]) -> dict[str, Any]:
-    """Runs by id, those that were deleted as well; ones that are gone for good are left out."""
-    from mlflow.entities import ViewType
-
-    wanted, where = sorted(ids), experiments(catalog)
-    found: dict[str, Any] = {}
-    for start in range(0, len(wanted), _BATCH):
-        named = ", ".join(f"'{run_id}'" for run_id in wanted[start : start + _BATCH])
-        page = catalog.client.search_runs(where, f"attributes.run_id IN ({named})", ViewType.ALL, max_results=_BATCH)
-        found |= {run.info.run_id: run for run in page}
-    return found
+    models = paged(lambda token: catalog.client.search_registered_models(max_results=1000, page_token=token))
+    return {model.name: {alias: str(number) for alias, number in model.aliases.items()} for model in models}
 
 
 def _by_metrics(versions: list[Any], conditions: Sequence[str]) -> list[Any]:

@@ -28,7 +28,7 @@ def artifacts(
     from edt_core.schema import KINDS
     from edt_core.storage import Folder
     from pipelines.artifacts import Store
-    from pipelines.plan import manifests
+    from pipelines.plan import in_order
 
     if kind not in (None, *KINDS):
         raise UserError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
@@ -46,7 +46,7 @@ def artifacts(
             "uri": place.folder(made.kind, made.fingerprint).uri,
         }
         for each in ([kind] if kind else KINDS)
-        for made in manifests(place, each)
+        for made in in_order(place.manifests(each))
     ]
     columns = ("kind", "fingerprint", "files", "MB", "made", "seconds", "run")
     print_rows(rows, columns, as_json, none=f"no artifacts in {place.root.uri}")

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+EDT = [sys.executable, "-m", "pipelines.cli"]
 MODEL = "edt-tiny-digits-32"
 SMALL = (
     "autoencoder.steps=8",
@@ -34,23 +36,28 @@ def options(*assignments: str) -> list[str]:
     return [part for text in (*SMALL, *assignments) for part in ("--set", text)]
 
 
+def edt(
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`edt` to its end, in a clean environment unless one is given."""
+    return subprocess.run(
+        [*EDT, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=env or environment(),
+        timeout=timeout,
+    )
+
+
 def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
     """`edt` as a process whose output, errors included, can be read."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(**env),
+        [*EDT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**env)
     )
 
 
 def start_run(store: Path, *assignments: str, **env: str) -> subprocess.Popen[str]:
     """`edt run quickstart` of the small size."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "run", "--store", str(store), *options(*assignments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(**env),
-    )
+    return start("run", "--store", str(store), *options(*assignments), **env)

@@ -21,6 +21,7 @@ from pipelines.cron import Cron, Due
 from pipelines.lease import held, this_process
 from pipelines.schedule import OVERLAP, UNCHANGED, Schedules, State, new_schedule, run_lease
 from pipelines.scheduler import command
+from tests.pipelines import small
 
 LIMIT_S = 300
 SUNDAY, DAY = datetime(2026, 3, 1, tzinfo=UTC), timedelta(days=1)
@@ -187,14 +188,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def edt(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, **variables},
-    )
+    return small.edt(*arguments, cwd=cwd, env={**os.environ, **variables})
+
+
+def make_due(store: Path) -> None:
+    """As if the schedule had been there for more than a year: a tick was missed, whatever its times."""
+    schedules = Schedules.at(str(store))
+    long_ago = datetime.now(UTC) - 400 * DAY
+    schedules.write(schedules.read("quickstart").model_copy(update={"since": long_ago}))
 
 
 def schedule(store: Path, cron: str = "* * * * *", *assignments: str, name: str | None = None, **more: bool) -> None:
@@ -368,9 +369,7 @@ def test_a_killed_server_is_followed_by_one_that_starts_nothing_twice(
     store: Path, start: Callable[[], subprocess.Popen[str]]
 ) -> None:
     schedule(store, "0 0 1 1 *")
-    schedules = Schedules.at(str(store))
-    long_ago = datetime.now(UTC) - 400 * DAY
-    schedules.write(schedules.read("quickstart").model_copy(update={"since": long_ago}))
+    make_due(store)
     first = start()
     eventually(lambda: starts(store) == 1, first)
     eventually(lambda: (running := state_of(store).running) and running.pid, first)
@@ -393,9 +392,7 @@ def test_a_run_that_was_lost_with_its_server_is_made_again_once(
 ) -> None:
     """As when the machine crashes; a run that brings the machine down does not do so for ever."""
     schedule(store, "0 0 1 1 *")
-    schedules = Schedules.at(str(store))
-    long_ago = datetime.now(UTC) - 400 * DAY
-    schedules.write(schedules.read("quickstart").model_copy(update={"since": long_ago}))
+    make_due(store)
     for attempt in (1, 2):
         server = start()
         eventually(lambda n=attempt: starts(store) == n, server)
@@ -555,9 +552,7 @@ def test_a_missed_tick_trains_a_model_and_the_next_finds_the_data_unchanged(stor
     """The whole way, with a real pipeline of a few steps."""
     from mlflow import MlflowClient
 
-    from tests.pipelines.small import SMALL
-
-    schedule(store, "* * * * *", *SMALL, when_data_changed=True)
+    schedule(store, "* * * * *", *small.SMALL, when_data_changed=True)
     missed_a_tick(store)
     serve_until_recorded(store)
     last = state_of(store).last

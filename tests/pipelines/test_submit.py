@@ -22,6 +22,7 @@ from pipelines.config import load_config
 from pipelines.lease import held, this_process
 from pipelines.schedule import run_lease
 from pipelines.submission import request_for
+from tests.pipelines import small
 from tests.pipelines.small import SMALL
 
 HERE, ELSEWHERE = "http://127.0.0.1:8265", "https://ray.example.org"
@@ -105,15 +106,8 @@ def end_processes_of(folder: str) -> None:
 
 
 def edt(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=clean_environment(PYTHONPATH=str(ROOT), **variables),
-        timeout=LIMIT_S * 2,
-    )
+    env = clean_environment(PYTHONPATH=str(ROOT), **variables)
+    return small.edt(*arguments, cwd=cwd, env=env, timeout=LIMIT_S * 2)
 
 
 def test_the_whole_configuration_travels_and_the_entrypoint_names_no_path_of_ours() -> None:

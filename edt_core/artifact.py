@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edt_core.environment import code_version, environment
+from edt_core.environment import code_version, environment, utc
 from edt_core.errors import UserError
 from edt_core.integrity import compare_digests, compare_sizes, damaged, difference, digest_once, listing
 from edt_core.manifest import (
@@ -286,7 +286,7 @@ class ArtifactWriter:
             attempt=self.attempt,
             step_version=step_version,
             duration_s=round(time.time() - started, 3) if started else 0.0,
-            created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created_at=utc(),
             code_version=code_version(),
             environment=environment(),
             mlflow_run_id=mlflow_run_id,

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +50,11 @@ def environment() -> dict[str, str]:
         "system": platform.system(),
         **{package: number for package, number in found.items() if number},
     }
+
+
+def utc(seconds: float | None = None) -> str:
+    """A time, of now or in seconds since 1970, as records have it: ISO 8601, UTC, whole seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 @cache

@@ -5,12 +5,12 @@ A store in use is left alone: a workflow holds its store (`Store.in_use`) from b
 it ends, and this waits for nobody.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from edt_core.environment import utc
 from edt_core.errors import UserError
 from edt_core.manifest import Manifest
 from edt_core.schema import KINDS, MANIFEST_NAME
@@ -126,9 +126,8 @@ def remove(store: Store, catalog: Catalog, garbage: Iterable[Garbage]) -> None:
         folder.remove(MANIFEST_NAME)
         store.root.child(item.kind).remove(item.fingerprint)
         if item.run_id is not None:
-            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             with suppress(Exception):  # the run may be of another server, or deleted
-                catalog.set_tags(item.run_id, {"edt.removed": now})
+                catalog.set_tags(item.run_id, {"edt.removed": utc()})
 
 
 def collect(store: Store, catalog: Catalog, keep_runs: int, dry_run: bool, force: bool = False) -> list[Garbage]:

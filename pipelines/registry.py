@@ -1,12 +1,12 @@
 """The registry: versions without doubles, the aliases `candidate` and `champion`, and who moved them."""
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+from edt_core.environment import utc
 from edt_core.errors import UserError
 from edt_core.redaction import redacted, redacted_values
 from jobs.registry_files import stored_problems, title
@@ -65,7 +65,7 @@ def rollback(catalog: Catalog, name: str) -> tuple[Any, Any]:
     before = version_at(catalog, name, number)
     if before is None:
         raise UserError(f"version {number} of {name}, champion before version {now.version}, was deleted")
-    set_tags(catalog, now, {ROLLED_BACK_TAG: f"{_now()} to version {number}"})
+    set_tags(catalog, now, {ROLLED_BACK_TAG: f"{utc()} to version {number}"})
     move_alias(catalog, before, CHAMPION)
     # It is champion no more, so nothing is before it; a second rollback goes on from the other.
     retried(lambda: catalog.client.delete_model_version_tag(name, now.version, BEFORE_TAG), _ATTEMPTS)
@@ -85,7 +85,7 @@ def alone(store: str, name: str) -> AbstractContextManager[object]:
 
 def crown(catalog: Catalog, version: Any, before: str | None, by: str) -> None:
     """Make a version champion. What was before is written first: it must be known whenever the alias has moved."""
-    set_tags(catalog, version, {BEFORE_TAG: before or "", PROMOTED_TAG: f"{_now()} by {by}"})
+    set_tags(catalog, version, {BEFORE_TAG: before or "", PROMOTED_TAG: f"{utc()} by {by}"})
     move_alias(catalog, version, CHAMPION)
 
 
@@ -191,7 +191,3 @@ def _ensure_model(catalog: Catalog, name: str) -> None:
                 raise
 
     retried(create, _ATTEMPTS)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

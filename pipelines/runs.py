@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from edt_core.environment import utc
 from edt_core.errors import UserError
 from pipelines.catalog import Catalog, paged
 
@@ -89,7 +89,7 @@ def _row(run: Any) -> dict[str, Any]:
         "run": info.run_id,
         "pipeline": tags["edt.workflow"],
         "status": info.status,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(info.start_time / 1000)),
+        "started": utc(info.start_time / 1000),
         "seconds": seconds,
         "reused": _count(tags.get("edt.reused")),
         "executed": _count(tags.get("edt.executed")),

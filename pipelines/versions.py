@@ -3,12 +3,12 @@
 import json
 import operator
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from edt_core.environment import utc
 from edt_core.errors import UserError
 from edt_core.protocol import protocol_differences
 from jobs.options import parse_assignment
@@ -58,7 +58,7 @@ class Record:
             "metric": metric,
             "data": tags.get("edt.images.digest", "")[:12] or None,
             "code": tags.get("edt.code_version", "")[:12] or None,
-            "created": _time(self.version.creation_timestamp),
+            "created": utc(self.version.creation_timestamp / 1000),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Record:
             "name": self.version.name,
             "version": str(self.version.version),
             "aliases": list(self.aliases),
-            "created": _time(self.version.creation_timestamp),
+            "created": utc(self.version.creation_timestamp / 1000),
             "run": self.version.run_id,
             "code_version": tags.get("edt.code_version"),
             "metrics": metrics_of(self.version),
@@ -249,7 +249,3 @@ def _there_is(name: str, known: Iterable[str], what: str) -> str:
         return f"did you mean {' or '.join(close)}?"
     more = ", ..." if len(names) > 20 else ""
     return f"there are no {what}" if not names else f"{what} are {', '.join(names[:20])}{more}"
-
-
-def _time(milliseconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(milliseconds / 1000))

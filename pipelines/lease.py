@@ -238,8 +238,18 @@ def _guard(folder: Folder) -> FileLock | None:
         try:
             guard.acquire(blocking=False)
         except Timeout:
-            raise Taken(_read(_newest(folder)).get("owner", {})) from None
+            raise Taken(_owner(folder)) from None
     return guard
+
+
+def _owner(folder: Folder) -> dict[str, Any]:
+    """What the holder of the guard says of itself: it takes the guard first, and writes a moment later."""
+    for _ in range(_TRIES):
+        record = _read(_newest(folder))
+        if record and not record.get("released"):
+            break
+        time.sleep(0.1)
+    return dict(record.get("owner", {}))
 
 
 def _kernel() -> str:

@@ -88,6 +88,21 @@ def test_of_many_processes_one_holds(local: Folder) -> None:
     one_of_many_holds(local, 8)
 
 
+def test_a_holder_that_has_not_yet_written_is_waited_for(local: Folder) -> None:
+    """Between its lock and its first record a holder has no name yet; who comes then learns it all the same."""
+    folder = local.child(".leases/run")
+    guard = leases._guard(folder)
+    assert guard is not None
+    record = {"owner": this_process(), "released": False}
+    writer = threading.Timer(0.3, lambda: folder.write_bytes("0000000001.json", json.dumps(record).encode()))
+    writer.start()
+    with pytest.raises(Taken) as taken:
+        try_hold(local, "run", this_process(), BEAT_S)
+    writer.join()
+    guard.release()
+    assert taken.value.owner["pid"] == os.getpid()
+
+
 def test_of_many_processes_one_holds_in_an_object_store(s3: str) -> None:
     one_of_many_holds(Folder.at(s3), 5)
 

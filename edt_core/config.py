@@ -147,7 +147,7 @@ class ClassifierConfig(Section):
 class TrainConfig(Section):
     """The training recipe; defaults are the paper's for EDT-S and EDT-B (arXiv 2410.23788, appendix)."""
 
-    model: str = Field("EDT-S/2", description="EDT-S/2, EDT-B/2, EDT-XL/2 or EDT-Tiny/2")
+    model: str = Field("EDT-S/2", description="EDT-{S,B,XL,Tiny}/2, DiT-{S,B,L,XL}/{2,4,8} or MDTv2-{S,B,L,XL}/2")
     global_batch_size: int = Field(256, ge=1, description="samples of a step, whatever the number of workers")
     max_steps: int = Field(400_000, ge=0, description="0 leaves the untrained model of this seed")
     max_epochs: float | None = Field(None, gt=0, description="end after this many epochs, if that is before max_steps")
@@ -166,7 +166,9 @@ class TrainConfig(Section):
     )
     class_dropout_prob: float = Field(0.1, ge=0, lt=1)
     mirror_prob: float = Field(0.5, ge=0, le=1, description="share of mirror images; 0 where left and right matter")
-    masked_loss: bool = Field(True, description="add the masked loss to the full one; false is the paper's EDT*")
+    masked_loss: bool = Field(
+        True, description="add the masked loss to the full one; false is the paper's EDT*, and all that DiT has"
+    )
     timestep_sampler: Literal["loss-second-moment", "uniform"] = "loss-second-moment"
     num_timesteps: int = Field(1000, ge=1)
     min_snr_gamma: float = Field(5.0, gt=0)
@@ -276,7 +278,9 @@ class ChainConfig(Section):
     guidance_interval: tuple[float, float] | None = Field(
         None, description="timesteps [from, to) of training in which guidance acts; null for all"
     )
-    amm_blocks: tuple[int, ...] | Literal["paper"] = Field((), description="0-based blocks; 'paper' by cfg_scale")
+    amm_blocks: tuple[int, ...] | Literal["paper", "model"] = Field(
+        (), description="0-based blocks; 'paper' by cfg_scale, 'model' as its own configuration says"
+    )
     amm_radius: float | None = Field(None, gt=0, description="tokens beyond which attention is cut; null as the paper")
     amm_kernel: Literal["exp_cos", "cos"] | None = Field(None, description="fall with distance; null as the paper")
     precision: Literal["fp32", "bf16"] = Field(

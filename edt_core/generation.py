@@ -14,7 +14,7 @@ from edt_core.config import ChainConfig
 from edt_core.diffusion import SampleNoise, guided, linear_schedule, sample, sampling_schedule
 from edt_core.diffusion.guidance import ClassModel
 from edt_core.errors import UserError
-from edt_core.models import EDT, ModelConfig, paper_amm_blocks
+from edt_core.models import DiffusionTransformer, ModelConfig, paper_amm_blocks
 
 
 class SamplesNotFiniteError(UserError):
@@ -29,14 +29,20 @@ class LatentSampler:
     Raises UserError where the chain, the model and the guide do not fit together.
     """
 
-    def __init__(self, model: EDT, chain: ChainConfig, num_timesteps: int, guide: EDT | None = None) -> None:
+    def __init__(
+        self,
+        model: DiffusionTransformer,
+        chain: ChainConfig,
+        num_timesteps: int,
+        guide: DiffusionTransformer | None = None,
+    ) -> None:
         self.model, self.guide, self.chain = model, guide, chain
         _check_guidance(chain, model.config, num_timesteps)
         if guide is not None:
             _check_guide(chain, model, guide)
         full = linear_schedule(num_timesteps)
         self.schedule = sampling_schedule(full, chain.num_sampling_steps, chain.sampler)
-        self.amm_blocks = resolved_amm_blocks(chain, model.config)
+        self.amm_blocks = resolved_amm_blocks(chain, model.built_config)
         self._set_modes()
 
     def __call__(
@@ -80,7 +86,7 @@ class LatentSampler:
         with noise.ahead(self.schedule.num_timesteps - 1) as coming:  # the last step takes none
             return sample(model_fn, initial, self.schedule, noise=coming, progress=progress)
 
-    def _computed(self, model: EDT) -> ClassModel:
+    def _computed(self, model: DiffusionTransformer) -> ClassModel:
         """The model in the chain's precision; weights that are not float32 take latents of their own dtype."""
         dtype = next(model.parameters()).dtype
 
@@ -98,13 +104,17 @@ class LatentSampler:
     def _set_modes(self) -> None:
         """Evaluation mode, and the chain's AMM: another sampler of the same model may have set its own."""
         kernel, radius = self.chain.amm_kernel, self.chain.amm_radius
+        if self.chain.amm_blocks == "model" and radius is None:
+            radius = self.model.built_config.amm_radius
         self.model.eval().set_amm(self.amm_blocks, radius=radius, kernel=kernel)
         if self.guide is not None:
             self.guide.eval().set_amm(())
 
 
 def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ...]:
-    """The blocks whose attention is modulated: those given, or the paper's for this model and guidance."""
+    """The blocks whose attention is modulated: those given, the paper's for this model and guidance, or the model's."""
+    if chain.amm_blocks == "model":
+        return model.amm_blocks
     if chain.amm_blocks == "paper":
         return paper_amm_blocks(model.name, chain.cfg_scale, model.image_size)
     return chain.amm_blocks
@@ -124,7 +134,7 @@ def _check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) 
         )
 
 
-def _check_guide(chain: ChainConfig, model: EDT, guide: EDT) -> None:
+def _check_guide(chain: ChainConfig, model: DiffusionTransformer, guide: DiffusionTransformer) -> None:
     if guide is model:
         raise UserError(f"the guide is {model.config.name} itself, which does nothing; give a weaker model as guide")
     if chain.cfg_scale == 1.0:

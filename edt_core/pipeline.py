@@ -22,7 +22,7 @@ from edt_core.autoencoder import decode_to_pixels
 from edt_core.config import ChainConfig
 from edt_core.errors import UserError
 from edt_core.generation import LatentSampler
-from edt_core.models import EDT, ModelConfig
+from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 
 PROTOCOL = tuple(ChainConfig.model_fields)  # the fields of a sampling configuration that a pipeline keeps
 _PIPELINE_FILE = "pipeline.py"
@@ -32,12 +32,12 @@ _PIPELINE_CODE = (
 
 
 class EDTTransformer(ModelMixin, ConfigMixin):
-    """An EDT that diffusers can store: its ModelConfig as the diffusers config, its weights below `edt.`."""
+    """A model that diffusers can store: its ModelConfig as the diffusers config, its weights below `edt.`."""
 
     @register_to_config
     def __init__(self, edt_config: dict[str, Any]) -> None:
         super().__init__()
-        self.edt = EDT(ModelConfig.from_dict(edt_config))
+        self.edt = build_model(ModelConfig.from_dict(edt_config))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """latents [N, C, h, h], timesteps [N], labels [N] -> noise and variance [N, 2C, h, h]."""
@@ -104,7 +104,7 @@ def _problem(problem: Any) -> str:
 
 def save_pipeline(
     folder: Path,
-    edt: EDT,
+    edt: DiffusionTransformer,
     vae: AutoencoderKL | AutoencoderTiny,
     *,
     num_timesteps: int,

@@ -27,7 +27,7 @@ from jobs.registry_files import fetch_version
 from jobs.verb import alone_in, made_before
 
 if TYPE_CHECKING:
-    from edt_core.models import EDT
+    from edt_core.models import DiffusionTransformer
 
 _VERSION = 1
 _REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
@@ -52,7 +52,7 @@ class Opened:
 class _Found:
     """A model that is no artifact yet."""
 
-    model: "EDT"
+    model: "DiffusionTransformer"
     num_timesteps: int
     steps: int
     digest: str  # of what it was read from

@@ -24,8 +24,8 @@ _RAY_RUN, _VERDICT = ".ray-train", ".verdict.json"
 _FINAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Stopped": Stopped, "NotFinite": RuntimeError}
 
 
-def edt_config(name: str, latents: Mapping[str, Any]) -> Any:
-    """The ModelConfig of a named EDT that fits the counts of a latents artifact. Raises UserError."""
+def config_of(name: str, latents: Mapping[str, Any]) -> Any:
+    """The ModelConfig of a named model that fits the counts of a latents artifact. Raises UserError."""
     from edt_core.models import model_config
 
     channels, side, _ = latents["latent_shape"]
@@ -57,8 +57,8 @@ def train(
     from edt_core.training.store import CheckpointStore, best_step
 
     latents = inputs["latents"]
-    model_config = edt_config(config.model, latents.counts)
-    _check(config, latents)
+    model_config = config_of(config.model, latents.counts)
+    _check(config, model_config, latents)
     if config.preview_every is not None and "autoencoder" not in inputs:
         progress.warn("preview_every is set, but nothing decodes its samples: give an autoencoder (--autoencoder)")
     store = CheckpointStore(out, config.num_to_keep, progress.warn)
@@ -90,16 +90,18 @@ def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
     from edt_core.training.estimate import estimate
 
     latents = inputs["latents"]
-    model_config = edt_config(config.model, latents.counts)
-    _check(config, latents)
+    model_config = config_of(config.model, latents.counts)
+    _check(config, model_config, latents)
     return str(estimate(config, model_config, latents.counts["images"]))
 
 
-def _check(config: TrainConfig, latents: Artifact) -> None:
+def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     """Refuse, before any worker is started, what would be refused in each of them."""
     from edt_core.data.streaming import check_shards
     from edt_core.diffusion import linear_schedule
+    from edt_core.models import check_masked_loss
 
+    check_masked_loss(model_config, config.masked_loss)
     if config.reader == "webdataset":
         check_shards(len(_tars(latents)), config.worker_range[1])
     linear_schedule(config.num_timesteps)

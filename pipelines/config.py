@@ -25,7 +25,7 @@ from edt_core.config import (
 )
 from edt_core.errors import UserError
 from edt_core.metrics import metric_name, space_metrics
-from edt_core.models import ModelConfig, model_config
+from edt_core.models import ModelConfig, check_masked_loss, model_config
 from edt_core.redaction import redacted_values
 from jobs.options import parse_assignment, read_yaml, validated
 
@@ -91,7 +91,8 @@ class PipelineConfig(Section):
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(f"the model name {name!r} is no registry name; use letters, digits, '.', '_' and '-'")
             train = self.train_of(name)
-            blocks = () if sample.amm_blocks == "paper" else sample.amm_blocks
+            check_masked_loss(self.model_of(name, 2), train.masked_loss)
+            blocks = () if isinstance(sample.amm_blocks, str) else sample.amm_blocks
             self.model_of(name, 2, blocks)
             if sample.num_sampling_steps > train.num_timesteps:
                 raise ValueError(

@@ -1,21 +1,32 @@
-"""EDT, the Efficient Diffusion Transformer (arXiv 2410.23788), and what training and sampling ask of it."""
+"""EDT (arXiv 2410.23788), DiT and MDTv2, and what training and sampling ask of them."""
 
-from edt_core.models.config import AmmKernel, ModelConfig, StageSpec
+from edt_core.models.base import DiffusionTransformer
+from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig, StageSpec
 from edt_core.models.cost import count_macs, count_parameters, shadow
+from edt_core.models.dit import DiT
 from edt_core.models.edt import EDT
-from edt_core.models.masking import MaskSite, draw_mask_ratios, draw_masks, mask_sites, slice_masks
+from edt_core.models.masking import MaskSite, check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, slice_masks
+from edt_core.models.mdt import MDTv2
 from edt_core.models.positions import amm_matrix
 from edt_core.models.released import load_released
-from edt_core.models.zoo import MODEL_NAMES, create_model, model_config, paper_amm_blocks
+from edt_core.models.zoo import MODEL_NAMES, build_model, create_model, model_config, paper_amm_blocks
 
 __all__ = [
     "EDT",
     "MODEL_NAMES",
     "AmmKernel",
+    "DiT",
+    "DiTConfig",
+    "DiffusionTransformer",
+    "EDTConfig",
+    "MDTv2",
+    "MDTv2Config",
     "MaskSite",
     "ModelConfig",
     "StageSpec",
     "amm_matrix",
+    "build_model",
+    "check_masked_loss",
     "count_macs",
     "count_parameters",
     "create_model",

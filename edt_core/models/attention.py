@@ -1,6 +1,7 @@
 """Self-attention with a learned relative position bias, EDT's attention modulation, and the block around.
 
-Legend: N = batch, n = grid side, T = n² tokens, D = width, H = heads, K = width of the conditioning.
+Legend: N = batch, n = grid side, T = n² tokens, k = those that are kept, D = width, H = heads, K = width of the
+conditioning.
 """
 
 from __future__ import annotations
@@ -26,17 +27,30 @@ class RelativePositionBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty(self.span**2, num_heads))
         self.register_buffer("offsets", relative_offsets(grid), persistent=False)  # [n, n]
 
-    def forward(self) -> Tensor:
-        """The bias of all pairs, [H, T, T]."""
-        tokens = len(self.offsets) ** 2
-        pairs = self.offsets[:, None, :, None] * self.span + self.offsets[None, :, None, :]  # [n, n, n, n]
-        # index_select over the last dimension: both it and its backward pass are 8 times as fast as table[pairs].
+    def forward(self, kept: Tensor | None = None) -> Tensor:
+        """The bias of all pairs, [H, T, T], or of the pairs of each row's tokens that are kept: [N, k] -> [N, H, k, k].
+
+        index_select over the last dimension: both it and its backward pass are 8 times as fast as table[pairs].
+        """
         table = self.relative_position_bias_table.t()
-        return table.index_select(1, pairs.flatten()).view(-1, tokens, tokens)
+        if kept is None:
+            pairs = self.offsets[:, None, :, None] * self.span + self.offsets[None, :, None, :]  # [n, n, n, n]
+            tokens = len(self.offsets) ** 2
+            return table.index_select(1, pairs.flatten()).view(-1, tokens, tokens)
+        pairs = self.pairs(kept)
+        return table.index_select(1, pairs.flatten()).view(-1, *pairs.shape).transpose(0, 1)
+
+    def pairs(self, tokens: Tensor) -> Tensor:
+        """The table's row for each pair of tokens: [..., k] -> [..., k, k]."""
+        grid = len(self.offsets)
+        row, column = tokens // grid, tokens % grid
+        along_rows = row.unsqueeze(-1) - row.unsqueeze(-2) + grid - 1
+        along_columns = column.unsqueeze(-1) - column.unsqueeze(-2) + grid - 1
+        return along_rows * self.span + along_columns
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention among all tokens of a grid.
+    """Multi-head self-attention among the tokens of a grid, with a position bias or without.
 
     With a modulation matrix set, and in evaluation mode only, the soft-maxed scores are multiplied by it and
     not normalised again (Attention Modulation Matrix, arXiv 2410.23788).
@@ -44,34 +58,35 @@ class Attention(nn.Module):
 
     amm: Tensor | None
 
-    def __init__(self, dim: int, num_heads: int, grid: int) -> None:
+    def __init__(self, dim: int, num_heads: int, grid: int, position_bias: RelativePositionBias | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.grid = grid
-        self.rel_pos_bias = RelativePositionBias(grid, num_heads)
+        self.rel_pos_bias = position_bias
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.register_buffer("amm", None, persistent=False)  # [T, T], or None where AMM does not act
 
     def set_amm(self, kernel: AmmKernel | None, radius: float | None = None) -> None:
         """Modulate with `kernel` from now on, up to `radius` tokens (None: the paper's); kernel None ends it."""
-        device = self.rel_pos_bias.relative_position_bias_table.device
+        device = self.qkv.weight.device
         self.amm = None if kernel is None else amm_matrix(self.grid, kernel, radius).to(device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend: [N, T, D] -> [N, T, D]."""
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Attend: [N, T, D] -> [N, T, D]; of the grid's tokens those in `kept`, int64 [N, T], where it is given."""
         qkv_weight, qkv_bias, proj_weight = self.weights(head_padding(self.head_dim, x.device))
         heads = project_tokens(x, qkv_weight, qkv_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # N, H, T, D/H each
-        bias = self.rel_pos_bias().to(q.dtype)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(kept).to(q.dtype)
         scale = self.head_dim**-0.5
-        if self.amm is not None and not self.training:
+        if self.amm is not None and not self.training and kept is None:
             mixed = modulated_attention(q, k, v, bias, scale, self.amm)
-        elif is_written_out(bias):
+        elif bias is not None and is_written_out(bias):
             mixed = written_out_attention(q, k, v, bias, scale)
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
+            mask = bias if bias is None or bias.ndim == 4 else bias.unsqueeze(0)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return project_tokens(mixed.transpose(1, 2).flatten(2), proj_weight, self.proj.bias)
 
     def weights(self, padding: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,9 +135,11 @@ def written_out_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: 
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
-def modulated_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, amm: Tensor) -> Tensor:
+def modulated_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, amm: Tensor) -> Tensor:
     """(softmax(scale · q kᵀ + bias) · amm) v: [N, H, T, D/H] each, bias [H, T, T], amm [T, T]."""
-    scores = (q * scale) @ k.transpose(-2, -1) + bias
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
     weights = scores.softmax(dim=-1, dtype=torch.float32) * amm
     return weights.to(v.dtype) @ v
 
@@ -130,17 +147,18 @@ def modulated_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: fl
 class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748)."""
 
-    def __init__(self, dim: int, num_heads: int, grid: int, cond_dim: int, mlp_ratio: float) -> None:
+    def __init__(self, attention: Attention, cond_dim: int, mlp_ratio: float) -> None:
         super().__init__()
+        dim = attention.proj.in_features
         self.norm1 = AdaptiveLayerNorm(dim)
-        self.attn = Attention(dim, num_heads, grid)
+        self.attn = attention
         self.norm2 = AdaptiveLayerNorm(dim)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = adaln_projection(cond_dim, 6 * dim)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Mix tokens x [N, T, D] under the conditioning c [N, K] -> [N, T, D]."""
+    def forward(self, x: Tensor, c: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Mix tokens x [N, T, D] under the conditioning c [N, K] -> [N, T, D]; `kept` as in `Attention`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(self.norm1(x, shift1, scale1))
+        x = x + gate1.unsqueeze(1) * self.attn(self.norm1(x, shift1, scale1), kept)
         out: Tensor = x + gate2.unsqueeze(1) * self.mlp(self.norm2(x, shift2, scale2))
         return out

@@ -1,23 +1,20 @@
-"""What a model costs: parameters and multiply-accumulates. Pure functions of a model; nothing is run.
-
-Legend: T = n² tokens of a layer's grid, D = its width.
-"""
+"""What a model costs: parameters and multiply-accumulates, counted on tensors without memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from edt_core.models.attention import Block
+from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import ModelConfig
-from edt_core.models.edt import EDT
-from edt_core.models.layers import DownSample, SkipConnection, UpSample
+from edt_core.models.zoo import build_model
 
 
-def shadow(config: ModelConfig) -> EDT:
-    """An EDT whose tensors have shapes and no memory, to count on (device "meta")."""
+def shadow(config: ModelConfig) -> DiffusionTransformer:
+    """A model whose tensors have shapes and no memory, to count on (device "meta")."""
     with torch.device("meta"):
-        return EDT(config)
+        return build_model(config)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -25,37 +22,15 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def count_macs(model: EDT) -> int:
-    """Multiply-accumulates of one forward pass for one image; a billion of them is the paper's "GFLOP".
+def count_macs(model: DiffusionTransformer) -> int:
+    """Multiply-accumulates of one forward pass for one image; a billion of them is the papers' "GFLOP".
 
-    Counted are matrix products: each linear or convolution weight once for every row it is applied to (all
-    tokens, or one where it acts on the conditioning), and in attention T²·D each for the scores and for the
-    weighted sum. Not counted are biases, norms, activations, softmax, modulation, look-ups and gates.
+    Counted are matrix products: linear layers, convolutions, and in attention scores and weighted sums. Not counted are
+    biases, norms, activations, softmax, modulation, look-ups and gates.
     """
-    tokens = model.config.stages[0].grid ** 2
-    final = model.final_layer
-    embedding = tokens * _weights(model.x_embedder) + _weights(model.t_embedder)
-    output = tokens * _weights(final.linear) + _weights(final.adaLN_modulation)
-    return embedding + sum(_module_macs(module) for module in model.modules()) + output
-
-
-def _module_macs(module: nn.Module) -> int:
-    """MACs of one module of the hourglass; 0 for everything else, parts of such modules included."""
-    match module:
-        case Block():
-            tokens, dim = module.attn.grid**2, module.attn.proj.in_features
-            per_token = _weights(module.attn) + _weights(module.mlp)
-            return tokens * per_token + 2 * tokens**2 * dim + _weights(module.adaLN_modulation)
-        case DownSample():
-            return (module.grid // 2) ** 2 * _weights(module.reduction) + _weights(module.adaLN_modulation)
-        case UpSample():
-            return module.grid**2 * _weights(module.expand)
-        case SkipConnection():
-            return module.grid**2 * _weights(module.cat) + _weights(module.adaLN_modulation)
-        case _:
-            return 0
-
-
-def _weights(module: nn.Module) -> int:
-    """Number of weights, without biases, in the linear and convolution layers of a module."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    config = model.config
+    x = torch.empty(1, config.in_channels, config.latent_size, config.latent_size, device="meta")
+    label = torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow(config).eval()(x, label, label)
+    return counter.get_total_flops() // 2

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from edt_core.errors import UserError
+from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import ModelConfig
-from edt_core.models.edt import EDT
-from edt_core.models.zoo import MODEL_NAMES, model_config
+from edt_core.models.zoo import MODEL_NAMES, build_model, model_config
 
 WeightsName = Literal["ema", "model"]
 
@@ -31,7 +31,7 @@ _REFUSED = ("unsupported global", "unsupported class", "call reduce")  # what Py
 _POSITIONS, _LABELS, _PATCHES = "pos_embed", "y_embedder.embedding_table.weight", "x_embedder.proj.weight"
 
 
-def load_released(path: Path | str, weights: WeightsName = "ema") -> EDT:
+def load_released(path: Path | str, weights: WeightsName = "ema") -> DiffusionTransformer:
     """The model of a checkpoint file, in evaluation mode on the CPU, its weights float32.
 
     `weights`: the averaged ones that the paper samples with, or those being trained; a bare state dict has one set.
@@ -42,7 +42,7 @@ def load_released(path: Path | str, weights: WeightsName = "ema") -> EDT:
     state = _state_dict(path, content, weights)
     config = _identify(path, state)
     _check_null_class(path, config, content.get("args"))
-    model = EDT(config)
+    model = build_model(config)
     model.load_state_dict(state)
     return model.eval()
 
@@ -122,7 +122,7 @@ def _fit(name: str, state: Mapping[str, Tensor]) -> _Fit:
     """The model of this name with the state dict's own resolution, classes and channels, and where it differs."""
     config = _config_like(name, state)
     with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in EDT(config).state_dict().items()}
+        expected = {key: tuple(value.shape) for key, value in build_model(config).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     differences = [
         f"{key!r} is missing" if key not in found else f"{key!r} has shape {list(found[key])}, not {list(shape)}"

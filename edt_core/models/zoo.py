@@ -1,65 +1,93 @@
-"""The named EDTs: the paper's three sizes, a tiny one for small latents, and the paper's placement of AMM.
+"""The named models: EDT, DiT and MDTv2 in their papers' sizes, tiny ones for small latents, and the placement of AMM.
 
 Legend: `cfg_scale` is the classifier-free guidance scale (1 means no guidance); `image_size` is in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from edt_core.models.config import AmmKernel, ModelConfig
+from edt_core.models.base import DiffusionTransformer
+from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig
+from edt_core.models.dit import DiT
 from edt_core.models.edt import EDT
+from edt_core.models.mdt import MDTv2
 
 _LARGE_IMAGE_SIZE = 512  # from here on the authors modulate attention with another kernel, in another block
+_MODELS: dict[type[ModelConfig], type[DiffusionTransformer]] = {EDTConfig: EDT, DiTConfig: DiT, MDTv2Config: MDTv2}
 
 
 @dataclass(frozen=True)
 class _Size:
-    """What a name stands for. The two AMM placements are those for low and for high guidance."""
+    """What a name stands for: `numbers` of its configuration. The AMM placements are for low and for high guidance."""
 
-    depths: tuple[int, ...]
-    dims: tuple[int, ...]
-    num_heads: tuple[int, ...]
+    config: type[ModelConfig]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
     autoencoder_factor: int = 8
-    mid_mask_block: int | None = None
     amm_low_cfg: tuple[int, ...] = ()
     amm_high_cfg: tuple[int, ...] = ()
     amm_large_image: tuple[int, ...] = ()
 
 
-_SIZES: dict[str, _Size] = {
+_EDT: dict[str, _Size] = {
     "EDT-S/2": _Size(
-        depths=(2, 2, 2, 3, 3),
-        dims=(312, 416, 520, 416, 312),
-        num_heads=(6, 8, 10, 8, 6),
+        EDTConfig,
+        {"depths": (2, 2, 2, 3, 3), "dims": (312, 416, 520, 416, 312), "num_heads": (6, 8, 10, 8, 6)},
         amm_low_cfg=(7, 10),
         amm_high_cfg=(8,),
         amm_large_image=(10,),
     ),
     "EDT-B/2": _Size(
-        depths=(2, 2, 2, 3, 3),
-        dims=(624, 832, 1040, 832, 624),
-        num_heads=(12, 16, 20, 16, 12),
+        EDTConfig,
+        {"depths": (2, 2, 2, 3, 3), "dims": (624, 832, 1040, 832, 624), "num_heads": (12, 16, 20, 16, 12)},
         amm_low_cfg=(7, 10),
         amm_high_cfg=(8,),
         amm_large_image=(10,),
     ),
     "EDT-XL/2": _Size(
-        depths=(6, 4, 4, 7, 7),
-        dims=(936, 1248, 1560, 1248, 936),
-        num_heads=(18, 24, 30, 24, 18),
-        mid_mask_block=4,
+        EDTConfig,
+        {
+            "depths": (6, 4, 4, 7, 7),
+            "dims": (936, 1248, 1560, 1248, 936),
+            "num_heads": (18, 24, 30, 24, 18),
+            "mid_mask_block": 4,
+        },
         amm_low_cfg=(23, 25),
         amm_high_cfg=(23, 25),
         amm_large_image=(23, 25),
     ),
     "EDT-Tiny/2": _Size(
-        depths=(2, 1, 1, 1, 2),
-        dims=(64, 80, 96, 80, 64),
-        num_heads=(4, 5, 6, 5, 4),
+        EDTConfig,
+        {"depths": (2, 1, 1, 1, 2), "dims": (64, 80, 96, 80, 64), "num_heads": (4, 5, 6, 5, 4)},
         autoencoder_factor=4,
     ),
+}
+
+# Depth, width and heads: table 1 of arXiv 2212.09748, which MDTv2 takes over.
+_WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+_DECODE_DEPTHS = {"S": 6}  # of MDTv2, by its authors' training command; 4 is their default
+
+
+def _dit(width: tuple[int, int, int], patch_size: int, **more: Any) -> _Size:
+    depth, dim, num_heads = width
+    numbers = {"depth": depth, "dim": dim, "num_heads": num_heads, "patch_size": patch_size}
+    return _Size(DiTConfig, numbers, **more)
+
+
+def _mdt(width: tuple[int, int, int], decode_depth: int, **more: Any) -> _Size:
+    depth, dim, num_heads = width
+    numbers = {"depth": depth, "dim": dim, "num_heads": num_heads, "decode_depth": decode_depth}
+    return _Size(MDTv2Config, numbers, **more)
+
+
+_SIZES: dict[str, _Size] = {
+    **_EDT,
+    **{f"DiT-{size}/{patch}": _dit(width, patch) for size, width in _WIDTHS.items() for patch in (2, 4, 8)},
+    "DiT-Tiny/2": _dit((6, 64, 4), 2, autoencoder_factor=4),
+    **{f"MDTv2-{size}/2": _mdt(width, _DECODE_DEPTHS.get(size, 4)) for size, width in _WIDTHS.items()},
+    "MDTv2-Tiny/2": _mdt((6, 64, 4), 2, autoencoder_factor=4),
 }
 
 MODEL_NAMES: tuple[str, ...] = tuple(_SIZES)
@@ -88,7 +116,7 @@ def model_config(
         image_size: side of the images in pixels; the latents' side is `image_size / autoencoder_factor`.
         num_classes: number of classes; the label `num_classes` itself is the null class of guidance.
         amm_blocks: blocks whose attention is modulated in evaluation, see `paper_amm_blocks`.
-        autoencoder_factor: pixels a latent covers in each direction; 8 for S, B and XL, 4 for Tiny.
+        autoencoder_factor: pixels a latent covers in each direction; 8 but for Tiny, 4.
         latent_channels: channels of the latents.
         amm_kernel: how attention falls with distance; the paper's for the resolution if None.
 
@@ -98,25 +126,28 @@ def model_config(
     size = _size(name)
     factor = size.autoencoder_factor if autoencoder_factor is None else autoencoder_factor
     if image_size % factor:
+        patch, depths = size.numbers.get("patch_size", 2), size.numbers.get("depths", ())
         raise ValueError(
             f"{name}: images of {image_size} pixels do not divide by the autoencoder's factor {factor}. "
-            f"Use a multiple of {factor * 2 * 2 ** (len(size.depths) // 2)}."
+            f"Use a multiple of {factor * patch * 2 ** (len(depths) // 2)}."
         )
     if amm_kernel is None:
         amm_kernel = "cos" if image_size >= _LARGE_IMAGE_SIZE else "exp_cos"
-    return ModelConfig(
+    return size.config(
         name=name,
         latent_size=image_size // factor,
-        depths=size.depths,
-        dims=size.dims,
-        num_heads=size.num_heads,
         in_channels=latent_channels,
         autoencoder_factor=factor,
         num_classes=num_classes,
         amm_blocks=tuple(amm_blocks),
         amm_kernel=amm_kernel,
-        mid_mask_block=size.mid_mask_block,
+        **size.numbers,
     )
+
+
+def build_model(config: ModelConfig) -> DiffusionTransformer:
+    """A freshly initialised model of any configuration."""
+    return _MODELS[type(config)](config)
 
 
 def create_model(
@@ -128,9 +159,9 @@ def create_model(
     autoencoder_factor: int | None = None,
     latent_channels: int = 4,
     amm_kernel: AmmKernel | None = None,
-) -> EDT:
-    """A freshly initialised EDT by name; the arguments, and what is raised, are those of `model_config`."""
-    return EDT(
+) -> DiffusionTransformer:
+    """A freshly initialised model by name; the arguments, and what is raised, are those of `model_config`."""
+    return build_model(
         model_config(
             name,
             image_size,
@@ -148,8 +179,8 @@ def paper_amm_blocks(name: str, cfg_scale: float, image_size: int = 256) -> tupl
 
     S and B: blocks 7 and 10 up to guidance 1.5, block 8 alone from 2. Nothing is published in between, where
     scales below 2 count as 1.5. At 512 pixels and more, block 10 alone (published for S, taken for B too).
-    XL: blocks 23 and 25 at every scale and, for want of a published setting, also at 512. Tiny is not one of
-    the paper's models and has no setting: the empty tuple leaves AMM off.
+    XL: blocks 23 and 25 at every scale and, for want of a published setting, also at 512. For Tiny, DiT and MDTv2
+    nothing is published: the empty tuple leaves AMM off.
 
     Raises:
         ValueError: an unknown name.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edt_core.manifest import FileEntry, sha256_json
-from edt_core.models import EDT, ModelConfig
+from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.schema import (
     CHECKPOINT_MANIFEST,
     CHECKPOINT_VERSION,
@@ -171,8 +171,8 @@ class HostMemory:
         return kept.copy_(value.detach(), non_blocking=True)
 
 
-def ema_model(folder: Path, device: torch.device | str = "cpu") -> EDT:
-    """The EDT of a folder with `model_config.json` and `ema.safetensors`, in evaluation mode."""
-    model = EDT(ModelConfig.from_dict(json.loads((folder / MODEL_CONFIG).read_bytes())))
+def ema_model(folder: Path, device: torch.device | str = "cpu") -> DiffusionTransformer:
+    """The model of a folder with `model_config.json` and `ema.safetensors`, in evaluation mode."""
+    model = build_model(ModelConfig.from_dict(json.loads((folder / MODEL_CONFIG).read_bytes())))
     model.load_state_dict(load_file(folder / EMA_WEIGHTS), strict=True)
     return model.to(device).eval()

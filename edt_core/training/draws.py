@@ -21,8 +21,8 @@ from edt_core.models import ModelConfig, draw_masks, slice_masks
 class StepDraws:
     """Draws of one step. The leading 2 is (full, masked): each has its own noise and label dropout.
 
-    posterior_noise [B, C, h, h], drop_label bool [2, B], uniforms [B] (timesteps), noise [2, B, C, h, h], masks: one
-    keep-mask bool [B, tokens] a masking site.
+    posterior_noise [B, C, h, h], drop_label bool [2, B], uniforms [B] (timesteps), noise [2, B, C, h, h], masks: B rows
+    for each masking site, see `draw_masks`.
     """
 
     posterior_noise: Tensor

@@ -10,25 +10,30 @@ class EMA:
     """float32 averages of a model's state, one for each decay: average <- decay * average + (1 - decay) * value.
 
     `averages[0]` is that of the first decay, whose weights are sampled from. Fixed position embeddings are part of the
-    state dict and average to themselves.
+    state dict and average to themselves; what is no floating-point number, as an index, stays as it is.
     """
 
     def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
         self.decays = tuple(decays)
         self._values = model.state_dict()  # shares the model's memory: no walk over its modules at each update
         self.averages = [
-            {name: value.detach().float().clone() for name, value in self._values.items()} for _ in self.decays
+            {name: _float32(value.detach()).clone() for name, value in self._values.items()} for _ in self.decays
         ]
 
     @torch.no_grad()
     def update(self) -> None:
         """One update of each average over all tensors in one fused call."""
-        values = [value.float() for value in self._values.values()]
+        names = [name for name, value in self._values.items() if value.is_floating_point()]
+        values = [self._values[name].float() for name in names]
         for decay, average in zip(self.decays, self.averages, strict=True):
-            torch._foreach_lerp_(list(average.values()), values, 1.0 - decay)
+            torch._foreach_lerp_([average[name] for name in names], values, 1.0 - decay)
 
     def load(self, averages: Sequence[Mapping[str, Tensor]]) -> None:
         """Take over averages, one for each decay in order. Raises KeyError unless the names are those of the model."""
         for average, saved in zip(self.averages, averages, strict=True):
             for name, value in average.items():
                 value.copy_(saved[name])
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value

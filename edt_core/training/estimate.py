@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edt_core.config import TrainConfig
-from edt_core.models import EDT, ModelConfig, count_macs, count_parameters, mask_sites, shadow
+from edt_core.models import DiffusionTransformer, ModelConfig, count_macs, count_parameters, draw_masks, shadow
 from edt_core.training.meter import training_flops
 
 _OPTIMIZER_STATES = {"adan": 4, "adamw": 2}  # float32 tensors of the size of the weights
@@ -92,22 +92,22 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     )
 
 
-def _activations(model: EDT, config: TrainConfig) -> int:
+def _activations(model: DiffusionTransformer, config: TrainConfig) -> int:
     """Bytes that the backward pass keeps of a micro-batch.
 
     In bf16 everything is taken to be in half precision, where autocast keeps norms and losses in float32. The scores of
     attention are counted, which a GPU's fused kernels do not keep: there it is a sixth less.
     """
     model.activation_checkpointing = config.activation_checkpointing
-    one, two = saved_bytes(model, 1), saved_bytes(model, 2)
-    total = one + (two - one) * (config.micro_batch() * config.passes - 1)
+    one, two = (saved_bytes(model, samples, config.passes) for samples in (1, 2))
+    total = one + (two - one) * (config.micro_batch() - 1)
     return total // 2 if config.precision == "bf16" else total
 
 
-def saved_bytes(model: EDT, batch: int) -> int:
+def saved_bytes(model: DiffusionTransformer, samples: int, passes: int) -> int:
     """Bytes that the backward pass keeps of one forward pass of a model without storage (device "meta").
 
-    Each saved storage counts once, weights not at all.
+    Each saved storage counts once, weights not at all. With two passes the second one is masked.
     """
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -118,10 +118,10 @@ def saved_bytes(model: EDT, batch: int) -> int:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    edt, device = model.config, torch.device("meta")
-    x = torch.empty(batch, edt.in_channels, edt.latent_size, edt.latent_size, device=device)
-    t, y = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
-    masks = [torch.ones(batch, site.tokens, dtype=torch.bool, device=device) for site in mask_sites(edt)]
+    config, rows, device = model.config, samples * passes, torch.device("meta")
+    x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size, device=device)
+    t, y = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
+    masks = draw_masks(config, samples, torch.Generator().manual_seed(0), device) if passes == 2 else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(x, t, y, masks)
     return sum(kept.values())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.diffusion import SampleNoise, linear_schedule, respace, sample
-from edt_core.models import EDT, ModelConfig
+from edt_core.models import ModelConfig, build_model
 
 _IMAGES, _STEPS, _SEED = 16, 25, 0
 
@@ -25,7 +25,7 @@ class Preview:
     def __init__(self, model_config: ModelConfig, num_timesteps: int, autoencoder: Path, device: torch.device) -> None:
         from edt_core.autoencoder import load_autoencoder
 
-        self.model = EDT(model_config).to(device).eval().requires_grad_(False)
+        self.model = build_model(model_config).to(device).eval().requires_grad_(False)
         self.autoencoder = load_autoencoder(autoencoder, str(device))
         self.schedule = respace(linear_schedule(num_timesteps), min(_STEPS, num_timesteps))
         shape = (model_config.in_channels, model_config.latent_size, model_config.latent_size)

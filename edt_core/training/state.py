@@ -9,7 +9,7 @@ import torch
 from edt_core.config import TrainConfig, result_fields
 from edt_core.diffusion import LossSecondMomentSampler, TimestepSampler, UniformSampler
 from edt_core.errors import UserError
-from edt_core.models import EDT, ModelConfig
+from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.schema import EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE, OTHER_EMA_WEIGHTS, TIMESTEP_STATE
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.ema import EMA
@@ -25,7 +25,7 @@ class TrainState:
     training went back for one; `seconds` is what it has taken, counted only where max_hours bounds it.
     """
 
-    model: EDT
+    model: DiffusionTransformer
     ema: EMA
     optimizer: torch.optim.Optimizer
     timesteps: TimestepSampler
@@ -36,16 +36,18 @@ class TrainState:
     seconds: float = 0.0
 
 
-def initial_model(config: ModelConfig, seed: int) -> EDT:
-    """A fresh EDT whose weights are a function of the seed, whatever was drawn before."""
+def initial_model(config: ModelConfig, seed: int) -> DiffusionTransformer:
+    """A fresh model whose weights are a function of the seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return EDT(config)
+        return build_model(config)
 
 
 def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu") -> TrainState:
     """The state before the first step."""
     model = initial_model(model_config, config.seed).to(device).train()
+    for parameter in model.masking_parameters():
+        parameter.requires_grad_(config.masked_loss)  # DDP waits for the gradient of every parameter that wants one
     sampler = LossSecondMomentSampler if config.timestep_sampler == "loss-second-moment" else UniformSampler
     return TrainState(
         model=model,
@@ -114,7 +116,7 @@ def _cursor(step: int, config: TrainConfig, num_samples: int) -> dict[str, int]:
 def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_samples: int) -> None:
     """Put a checkpoint's values into a state. Raises UserError for one of another configuration or data set."""
     latents = "number of latents"
-    saved = {**checkpoint.model_config, **checkpoint.state["config"]}
+    saved = {**_plain(ModelConfig.from_dict(checkpoint.model_config)), **checkpoint.state["config"]}
     saved[latents] = checkpoint.state["cursor"]["num_samples"]
     _require_same(saved, {**_plain(state.model.config), **result_fields(config), latents: num_samples})
     tensors = checkpoint.tensors

@@ -48,15 +48,15 @@ def step_losses(
 ) -> Losses:
     """Unweighted losses [passes, N] of the full and, if it is on, the masked pass (arXiv 2410.23788, section 3.3).
 
-    Both passes go through the model as one batch, the full one with masks that keep everything: one call, one gradient
-    exchange. Each has its own noise and label dropout, and they share their timesteps.
+    Both passes go through the model as one batch, whose last rows are masked: one call, one gradient exchange. Each has
+    its own noise and label dropout, and they share their timesteps.
     """
     draws, passes = inputs.draws, config.passes
     y = torch.where(draws.drop_label[:passes], null_label, inputs.labels).flatten()
     x_start, t = inputs.latents.repeat(passes, 1, 1, 1), inputs.timesteps.repeat(passes)
     noise = draws.noise[:passes].flatten(0, 1)
     x_t = q_sample(schedule, x_start, t, noise)
-    masks = [torch.cat([torch.ones_like(mask), mask]) for mask in draws.masks] if config.masked_loss else None
+    masks = draws.masks if config.masked_loss else None
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         output = model(x_t, t, y, masks)
     losses = training_losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edt_core.config import TrainConfig
 from edt_core.diffusion import linear_schedule, q_sample, training_losses
-from edt_core.models import EDT
+from edt_core.models import DiffusionTransformer
 from edt_core.models.attention import Attention
 from edt_core.models.projection import TokenLinear
 from edt_core.precision import use_precision
@@ -29,12 +29,12 @@ class PlainAttention(nn.Module):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.num_heads = attention.num_heads
+        assert attention.rel_pos_bias is not None
         self.rel_pos_bias, self.qkv, self.proj = attention.rel_pos_bias, attention.qkv, attention.proj
-        offsets, span = self.rel_pos_bias.offsets, self.rel_pos_bias.span
-        pairs = offsets[:, None, :, None] * span + offsets[None, :, None, :]
+        pairs = self.rel_pos_bias.pairs(torch.arange(attention.grid**2, device=self.rel_pos_bias.offsets.device))
         self.register_buffer("pairs", pairs.flatten(), persistent=False)  # [T * T] rows of the table
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: None = None) -> Tensor:
         """Attend: [N, T, D] -> [N, T, D]."""
         samples, tokens, width = x.shape
         qkv = self.qkv(x).reshape(samples, tokens, 3, self.num_heads, width // self.num_heads)
@@ -45,7 +45,7 @@ class PlainAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(samples, tokens, width))
 
 
-def plain_model(model: EDT) -> EDT:
+def plain_model(model: DiffusionTransformer) -> DiffusionTransformer:
     """A copy of a model whose attention and linear layers are the plain ones, in training mode."""
     plain = copy.deepcopy(model)
     for parent in list(plain.modules()):
@@ -66,7 +66,7 @@ def _plain_linear(layer: nn.Linear) -> nn.Linear:
 class PlainStep:
     """The step, made again and again on the same inputs; `ema` holds the averages of the parameters."""
 
-    def __init__(self, config: TrainConfig, model: EDT, inputs: StepInputs) -> None:
+    def __init__(self, config: TrainConfig, model: DiffusionTransformer, inputs: StepInputs) -> None:
         self.config, self.inputs = config, inputs
         self.model = plain_model(model)
         self.null_label = model.config.num_classes

@@ -19,7 +19,7 @@ from edt_core.artifact import ArtifactWriter
 from edt_core.autoencoder import decode_to_pixels
 from edt_core.diffusion import linear_schedule, sampling_schedule
 from edt_core.generation import LatentSampler
-from edt_core.models import EDT
+from edt_core.models import DiffusionTransformer
 from edt_core.precision import use_precision
 from edt_core.storage import Folder
 from jobs.benchmark.authors import plain_model
@@ -54,7 +54,9 @@ def bench_eval(work: Path, subject: EvalSubject, turns: int) -> Iterator[list[Ro
 # --- the sampler beside bare calls of its model
 
 
-def _sampling(subject: EvalSubject, made: EDT, device: torch.device, turns: int) -> tuple[list[Row], dict[str, float]]:
+def _sampling(
+    subject: EvalSubject, made: DiffusionTransformer, device: torch.device, turns: int
+) -> tuple[list[Row], dict[str, float]]:
     """Rows of chains in both precisions, of a plain chain, and of the model calls of one, at once or half by half.
 
     Also the seconds that a step of each chain takes for an image.
@@ -131,7 +133,9 @@ def _plain_run(chain: "PlainChain", labels: Sequence[int], device: torch.device)
 
 
 @torch.no_grad()
-def bare_calls(model: EDT, timesteps: Sequence[int], labels: Sequence[int], *, at_once: bool) -> Tensor:
+def bare_calls(
+    model: DiffusionTransformer, timesteps: Sequence[int], labels: Sequence[int], *, at_once: bool
+) -> Tensor:
     """The model calls of a guided chain with nothing else: of 2N rows, or twice of N. Returns the last output."""
     config, device = model.config, next(model.parameters()).device
     x = torch.randn(2 * len(labels), config.in_channels, config.latent_size, config.latent_size, device=device)

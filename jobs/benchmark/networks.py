@@ -12,7 +12,7 @@ from torch import nn
 from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.config import ChainConfig, SampleConfig
 from edt_core.extractors.inception import InceptionNetwork
-from edt_core.models import EDT, ModelConfig, model_config
+from edt_core.models import DiffusionTransformer, ModelConfig, build_model, model_config
 from edt_core.schema import EMA_WEIGHTS, MODEL_CONFIG
 from edt_core.storage import Folder, sha256_file
 from jobs.autoencoder import FOLDER
@@ -76,7 +76,7 @@ def chain_config(precision: str, steps: int) -> ChainConfig:
 class Networks(NamedTuple):
     """A model, an AutoencoderKL and an Inception whose norms are not folded."""
 
-    model: EDT
+    model: DiffusionTransformer
     autoencoder: Any
     inception: InceptionNetwork
 
@@ -88,7 +88,7 @@ def made_networks(subject: EvalSubject) -> Networks:
     levels = len(subject.autoencoder_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, inception = EDT(subject.model_config), InceptionNetwork()
+        model, inception = build_model(subject.model_config), InceptionNetwork()
         autoencoder = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edt_core.diffusion import Schedule, linear_schedule, sampling_schedule
 from edt_core.extractors.inception import SPATIAL_CHANNELS, tf1_resize
-from edt_core.models import EDT
+from edt_core.models import DiffusionTransformer
 from edt_core.precision import use_precision
 from jobs.benchmark.authors import plain_model
 from jobs.benchmark.networks import CFG_SCALE, GUIDED_CHANNELS, NUM_TIMESTEPS, EvalSubject, Networks
@@ -120,7 +120,7 @@ class PlainChain:
     The coefficients of a step are looked up by sample, from tables that are copied to the device each time.
     """
 
-    def __init__(self, model: EDT, schedule: Schedule) -> None:
+    def __init__(self, model: DiffusionTransformer, schedule: Schedule) -> None:
         self.model, self.schedule = model, schedule
         ab, ab_before, betas = schedule.alphas_cumprod, schedule.alphas_cumprod_prev, schedule.betas
         self.from_x, self.from_eps = np.sqrt(1 / ab), np.sqrt(1 / ab - 1)

@@ -358,8 +358,9 @@ class TestMasking:
     def test_wrong_masks(self) -> None:
         model = tiny()
         masks = draw_masks(model.config, 3, seeded())
-        for wrong in (masks[:1], slice_masks(masks, slice(2)), [mask.float() for mask in masks]):
-            with pytest.raises(ValueError, match=r"2 boolean masks of shapes \[\[3, 16\], \[3, 4\]\]"):
+        more = draw_masks(model.config, 4, seeded())
+        for wrong in (masks[:1], more, [masks[0], masks[1][:2]], [mask.float() for mask in masks]):
+            with pytest.raises(ValueError, match=r"2 boolean masks of \[16, 4\] tokens for up to 3 rows"):
                 model(*batch(model), masks=wrong)
 
 

@@ -55,7 +55,7 @@ def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 @pytest.fixture
 def attend() -> Attention:
-    module = Attention(HEADS * HEAD_DIM, HEADS, GRID)
+    module = Attention(HEADS * HEAD_DIM, HEADS, GRID, RelativePositionBias(GRID, HEADS))
     drawn(module)
     return module.train()
 

@@ -119,7 +119,7 @@ def test_two_ddp_workers_train_what_one_process_trains(
     from edt_core.training.loop import train as loop
 
     dataset = LatentDataset(chain["latents"].paths("*.arrow"))
-    alone = loop(TRAIN, train.edt_config(TRAIN.model, chain["latents"].counts), dataset, LocalContext(tmp_path))
+    alone = loop(TRAIN, train.config_of(TRAIN.model, chain["latents"].counts), dataset, LocalContext(tmp_path))
     rows = [json.loads(line) for line in trained.path("history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     for one, two in zip(alone.history.rows, rows, strict=True):

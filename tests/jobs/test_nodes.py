@@ -172,7 +172,7 @@ def undisturbed(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFac
     use_threads(CONFIG.num_cpus_per_worker)
     try:
         dataset = LatentDataset(latents_artifact.paths("*.arrow"))
-        state = loop(CONFIG, train.edt_config(CONFIG.model, latents_artifact.counts), dataset, LocalContext(folder))
+        state = loop(CONFIG, train.config_of(CONFIG.model, latents_artifact.counts), dataset, LocalContext(folder))
     finally:
         torch.set_num_threads(threads)
     return Undisturbed(state.history.rows, folder / CHECKPOINTS)

@@ -420,6 +420,6 @@ def undisturbed(latents: Artifact, options: dict[str, Any], folder: Path) -> Non
     use_threads(config.num_cpus_per_worker)
     try:
         dataset = LatentDataset(latents.paths("*.arrow"))
-        loop(config, train.edt_config(config.model, latents.counts), dataset, LocalContext(folder))
+        loop(config, train.config_of(config.model, latents.counts), dataset, LocalContext(folder))
     finally:
         torch.set_num_threads(threads)

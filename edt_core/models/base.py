@@ -1,0 +1,138 @@
+"""What EDT, DiT and MDTv2 have in common: what goes in and comes out, how they begin, and where AMM acts.
+
+Legend: N = batch, C = latent channels, h = side of the latents, T = tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from edt_core.models.attention import Attention, Block, RelativePositionBias
+from edt_core.models.config import AmmKernel, ModelConfig
+from edt_core.models.layers import FinalLayer, LabelEmbedding, PatchEmbedding, TimestepEmbedding
+
+
+class DiffusionTransformer(nn.Module):
+    """Predicts noise and variance of noised latents, given timestep and label.
+
+    The keys and shapes of the state dict are those of the authors' published checkpoints. A model draws no
+    random numbers in `forward`: labels are dropped, and masks drawn, by whoever trains it.
+
+    `config` tells how AMM is set now, `built_config` how it was when the model was built. With
+    `activation_checkpointing` set, training keeps the input of each block and computes the rest again in the
+    backward pass: the gradients are the same, memory falls, a step takes about a third longer.
+    """
+
+    config: ModelConfig
+    built_config: ModelConfig
+    final_layer: FinalLayer
+    activation_checkpointing: bool = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = self.built_config = config
+        self.x_embedder = PatchEmbedding(config.in_channels, config.patch_size, config.cond_dim)
+        self.t_embedder = TimestepEmbedding(config.cond_dim)
+        self.y_embedder = LabelEmbedding(config.num_classes, config.cond_dim)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
+        """Predict noise (first C channels) and the interpolation of the variance (last C channels).
+
+        Args:
+            x: noised latents [N, C, h, h], scaled to about unit variance.
+            t: timesteps [N], whole or fractional, on the scale of the training's `num_timesteps`.
+            y: labels [N], int64 in 0..num_classes, where num_classes is the null class.
+            masks: what `draw_masks` draws for the last rows of the batch; those before are not masked. None masks none.
+
+        Returns:
+            [N, 2C, h, h], the dtype of the parameters (or of autocast).
+
+        Raises:
+            ValueError: shapes that do not fit the model.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """What a constructor ends with: initial weights, and AMM as configured."""
+        self.initialize_weights()
+        self.set_amm(self.config.amm_blocks, radius=self.config.amm_radius)
+
+    def initialize_weights(self) -> None:
+        """DiT's initialisation: every block starts as the identity, and the output as zero.
+
+        The adaptive norms of EDT's down-sampling and skip modules have no gate to close and stay Xavier, as in
+        the published model.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RelativePositionBias):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        patch_weight, patch_bias = self.x_embedder.proj.parameters()
+        nn.init.xavier_uniform_(patch_weight.detach().flatten(1))  # as the linear layer that it is
+        nn.init.zeros_(patch_bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for name in ("0.weight", "2.weight"):
+            nn.init.normal_(self.t_embedder.mlp.get_parameter(name), std=0.02)
+        for module in self.modules():
+            if isinstance(module, Block | FinalLayer):
+                _zero(module.adaLN_modulation[-1])
+        _zero(self.final_layer.linear)
+
+    def set_amm(self, blocks: Sequence[int], *, radius: float | None = None, kernel: AmmKernel | None = None) -> None:
+        """Modulate attention in `blocks` (0-based, over all blocks) and nowhere else; () turns AMM off.
+
+        Scores are cut beyond `radius` tokens of each block's own grid, None for the paper's radius, and fall with
+        distance as `kernel` says, None for that of the configuration the model was built with. `config` tells what is
+        set. AMM needs no training and acts in evaluation mode only, so it may change between any two calls.
+        Source: arXiv 2410.23788, Attention Modulation Matrix, which is a plug-in for trained models.
+
+        Raises:
+            UserError: a block, radius or kernel that does not exist; AMM stays as it was.
+        """
+        kernel = self.built_config.amm_kernel if kernel is None else kernel
+        self.config = replace(self.config, amm_blocks=tuple(blocks), amm_kernel=kernel, amm_radius=radius)
+        attentions = (module for module in self.modules() if isinstance(module, Attention))  # in block order
+        for index, attention in enumerate(attentions):
+            attention.set_amm(kernel if index in self.config.amm_blocks else None, radius)
+
+    def masking_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that only a masked pass uses: without one they have no gradient."""
+        return iter(())
+
+    def run_block(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """A block's output; in training with `activation_checkpointing` nothing but its inputs is kept."""
+        if not (self.activation_checkpointing and self.training):
+            out: Tensor = block(*inputs)
+            return out
+        # Nothing is drawn in a block.
+        again: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return again
+
+    def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        """Raise ValueError for shapes that do not fit."""
+        config = self.config
+        expected = (config.in_channels, config.latent_size, config.latent_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"{config.name} takes latents of shape [N, {', '.join(map(str, expected))}] (images of "
+                f"{config.image_size} pixels), but x has shape {list(x.shape)}. Build the model with the "
+                "image_size, autoencoder_factor and latent_channels of these latents."
+            )
+        if t.shape != (len(x),) or y.shape != (len(x),):
+            raise ValueError(
+                f"{config.name} takes one timestep and one label a sample: for a batch of {len(x)}, t and y "
+                f"must have shape [{len(x)}], but have {list(t.shape)} and {list(y.shape)}."
+            )
+
+
+def _zero(layer: nn.Module) -> None:
+    """Set weight and bias to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

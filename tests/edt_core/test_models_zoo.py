@@ -185,7 +185,7 @@ def test_activation_checkpointing_changes_no_gradient(name: str, masked: bool) -
 
 
 def test_a_model_without_masks_refuses_a_masked_loss() -> None:
-    with pytest.raises(UserError, match="DiT-S/2 has no masked pass.*false"):
+    with pytest.raises(UserError, match=r"DiT-S/2 has no masked pass.*false"):
         check_masked_loss(model_config("DiT-S/2"), True)
     check_masked_loss(model_config("DiT-S/2"), False)
     check_masked_loss(model_config("MDTv2-S/2"), True)

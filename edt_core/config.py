@@ -171,7 +171,7 @@ class TrainConfig(Section):
     )
     timestep_sampler: Literal["loss-second-moment", "uniform"] = "loss-second-moment"
     num_timesteps: int = Field(1000, ge=1)
-    min_snr_gamma: float = Field(5.0, gt=0)
+    min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weight of the squared error; null for none")
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32", description="of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32"
     )
@@ -274,6 +274,11 @@ class ChainConfig(Section):
     )
     num_sampling_steps: int = Field(250, ge=2)
     cfg_scale: float = Field(1.0, ge=1, description="1 for no guidance; with a guide, how far away from it")
+    cfg_power: float | None = Field(
+        None,
+        gt=0,
+        description="MDT's power-cosine: guidance grows from 1 to cfg_scale on the way; null for none",
+    )
     guidance_channels: int | None = Field(3, ge=1, description="channels that are guided; null for all")
     guidance_interval: tuple[float, float] | None = Field(
         None, description="timesteps [from, to) of training in which guidance acts; null for all"

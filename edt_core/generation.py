@@ -38,6 +38,7 @@ class LatentSampler:
     ) -> None:
         self.model, self.guide, self.chain = model, guide, chain
         _check_guidance(chain, model.config, num_timesteps)
+        self.growth = None if chain.cfg_power is None else (chain.cfg_power, num_timesteps)
         if guide is not None:
             _check_guide(chain, model, guide)
         full = linear_schedule(num_timesteps)
@@ -78,6 +79,7 @@ class LatentSampler:
             chain.cfg_scale,
             chain.guidance_channels,
             interval=chain.guidance_interval,
+            growth=self.growth,
             guide=None if self.guide is None else self._computed(self.guide),
         )
         initial = noise.initial()

@@ -1,4 +1,4 @@
-"""PipelineConfig: the sections of every stage in one frozen schema, read from YAML and `--set`."""
+"""PipelineConfig: the sections of every stage in one frozen schema, read from YAML files and `--set`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -183,13 +183,30 @@ def load_config(
     return config
 
 
-def _read_yaml(name_or_path: str) -> dict[str, Any]:
+def _read_yaml(name_or_path: str, before: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A configuration's values. `base: NAME_OR_PATH` in it stands for that configuration's, with these on top."""
+    if name_or_path in before:
+        raise UserError(f"a configuration has itself as base: {' -> '.join([*before, name_or_path])}")
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.exists():
-        return read_yaml(path)
-    if name_or_path in config_names():
-        return read_yaml(_SHIPPED / f"{name_or_path}.yaml")
-    raise UserError(f"no configuration {name_or_path!r}: it is neither a file nor one of {', '.join(config_names())}")
+        values = read_yaml(path)
+    elif name_or_path in config_names():
+        values = read_yaml(_SHIPPED / f"{name_or_path}.yaml")
+    else:
+        known = ", ".join(config_names())
+        raise UserError(f"no configuration {name_or_path!r}: it is neither a file nor one of {known}")
+    if (base := values.pop("base", None)) is None:
+        return values
+    return _on_top(_read_yaml(str(base), (*before, name_or_path)), values)
+
+
+def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A base with other values on top: sections field by field, but the models as a whole."""
+    merged = base | values
+    for name, section in values.items():
+        if isinstance(section, dict) and isinstance(base.get(name), dict) and name != "models":
+            merged[name] = base[name] | section
+    return merged
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

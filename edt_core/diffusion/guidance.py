@@ -1,9 +1,11 @@
 """Guidance: away from the prediction without a label, or away from that of a weaker model.
 
 References: Ho & Salimans 2022 (classifier-free guidance, arXiv 2207.12598), Kynkäänniemi et al. 2024 (guidance in an
-interval, arXiv 2404.07724), Karras et al. 2024 (autoguidance, arXiv 2406.02507).
+interval, arXiv 2404.07724), Karras et al. 2024 (autoguidance, arXiv 2406.02507), Gao et al. 2023 (guidance that grows,
+arXiv 2303.14389).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +26,7 @@ def guided(
     *,
     interval: tuple[float, float] | None = None,
     guide: ClassModel | None = None,
+    growth: tuple[float, int] | None = None,
 ) -> ModelFn | SwitchedModel:
     """The model bound to labels y, int64 [N], and pushed away from what it predicts without a label.
 
@@ -37,6 +40,7 @@ def guided(
     eq. 2). Both models get y, and no null label is used.
     `interval`: guide only at the timesteps of training in [from, to); at the others the model is called with y alone,
     for half the work. That makes a SwitchedModel, which `sample` takes.
+    `growth`: (power, num_timesteps) of a scale that grows along the chain, see `power_cosine_scale`.
     Raises UserError for fewer than one channel and an empty interval, and when called for more channels than the
     latents have.
     """
@@ -60,10 +64,20 @@ def guided(
             )
         conditional, other = pair(x, t)
         base = other[:, :count]
-        eps = base + cfg_scale * (conditional[:, :count] - base)
+        scale = cfg_scale if growth is None else power_cosine_scale(cfg_scale, t, *growth).view(-1, 1, 1, 1)
+        eps = base + scale * (conditional[:, :count] - base)
         return torch.cat([eps, conditional[:, count:]], dim=1)
 
     return push if interval is None else SwitchedModel(push, plain, interval)
+
+
+def power_cosine_scale(cfg_scale: float, t: Tensor, power: float, num_timesteps: int) -> Tensor:
+    """Guidance scales [N] that grow from 1 at the noise to cfg_scale at the image, for timesteps t [N] of training.
+
+    1 + (cfg_scale - 1) (1 - cos(π (1 - t / num_timesteps)^power)) / 2 (MDT, arXiv 2303.14389, power-cosine).
+    """
+    done = (1 - t.float() / num_timesteps) ** power
+    return 1 + (cfg_scale - 1) * (1 - torch.cos(math.pi * done)) / 2
 
 
 _Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, t) -> what to go to, and what to go away from

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edt_core.config import TrainConfig
+from edt_core.diffusion import guided
 from edt_core.errors import UserError
 from edt_core.models import (
     MODEL_NAMES,
@@ -102,6 +103,15 @@ def test_masked_output(forward: dict[str, np.ndarray]) -> None:
     kept = uniform.argsort(dim=1)[:, :148].sort(dim=1).values
     output = model(*inputs(model.config), masks=[kept])
     assert relative_error(output, forward["MDTv2-S-2@256.masked"]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_guided_output_with_growing_scale(forward: dict[str, np.ndarray]) -> None:
+    """The reference's guidance of 4 in its first three channels, which grows by a cosine of the 4th power."""
+    model = reference_model("MDTv2-S/2")
+    x, t, _ = inputs(model.config)
+    output = guided(model, torch.tensor([207, 88]), 1000, 4.0, growth=(4.0, 1000))(x, t)
+    assert relative_error(output, forward["MDTv2-S-2@256.cfg4_power_cosine"]) < TOLERANCE
 
 
 @torch.no_grad()

@@ -29,6 +29,42 @@ def test_the_imagenet_configurations_have_the_paper_s_recipe() -> None:
         assert config.autoencoder.pretrained == "stabilityai/sd-vae-ft-ema"
 
 
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+def test_the_other_models_have_the_recipes_of_their_authors(size: str) -> None:
+    """DiT: section 4 of arXiv 2212.09748. MDTv2: the commands and defaults of its authors' training code."""
+    config = load_config(f"imagenet256-dit-{size}")
+    train = config.train_of(f"dit-{size}-2-256")
+    assert (train.model, train.optimizer, train.lr) == (f"DiT-{size.upper()}/2", "adamw", 1e-4)
+    assert (train.lr_schedule, train.timestep_sampler, train.min_snr_gamma) == ("constant", "uniform", None)
+    assert (train.masked_loss, train.global_batch_size, train.ema_decay) == (False, 256, 0.9999)
+    config = load_config(f"imagenet256-mdtv2-{size}")
+    train = config.train_of(f"mdtv2-{size}-2-256")
+    assert (train.model, train.optimizer) == (f"MDTv2-{size.upper()}/2", "adan")
+    assert (train.lr_schedule, train.timestep_sampler, train.min_snr_gamma) == ("constant", "uniform", 5.0)
+    assert (train.masked_loss, train.max_grad_norm) == (True, 1.0)
+    assert (config.sample.cfg_power, config.sample.amm_blocks, config.sample.num_samples) == (4.0, "model", 50_000)
+
+
+def test_a_configuration_may_stand_on_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: quickstart\nname: mine\ntrain: {lr: 0.5}\nmodels: {other: {seed: 3}}\n")
+    mine, base = load_config(str(path)), load_config("quickstart")
+    assert (mine.name, list(mine.models)) == ("mine", ["other"])
+    assert mine.train == base.train.model_copy(update={"lr": 0.5})
+    assert (mine.source, mine.sample) == (base.source, base.sample)
+    path.write_text(f"base: {path}\nname: mine\n")
+    with pytest.raises(UserError, match=r"has itself as base: .*mine\.yaml -> .*mine\.yaml"):
+        load_config(str(path))
+    path.write_text("base: quickstar\n")
+    with pytest.raises(UserError, match="no configuration 'quickstar'"):
+        load_config(str(path))
+
+
+def test_a_masked_loss_is_refused_of_a_model_without_masks() -> None:
+    with pytest.raises(UserError, match=r"DiT-S/2 has no masked pass.*train\.masked_loss=false"):
+        load_config("imagenet256-dit-s", ["train.masked_loss=true"])
+
+
 def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
     config = load_config("quickstart", ["models.other.lr=0.5", "models.other.seed=3"])
     assert config.train_of("other").lr == 0.5

@@ -85,9 +85,9 @@ def _mdt(width: tuple[int, int, int], decode_depth: int, **more: Any) -> _Size:
 _SIZES: dict[str, _Size] = {
     **_EDT,
     **{f"DiT-{size}/{patch}": _dit(width, patch) for size, width in _WIDTHS.items() for patch in (2, 4, 8)},
-    "DiT-Tiny/2": _dit((6, 64, 4), 2, autoencoder_factor=4),
+    "DiT-Tiny/2": _dit((6, 60, 5), 2, autoencoder_factor=4),
     **{f"MDTv2-{size}/2": _mdt(width, _DECODE_DEPTHS.get(size, 4)) for size, width in _WIDTHS.items()},
-    "MDTv2-Tiny/2": _mdt((6, 64, 4), 2, autoencoder_factor=4),
+    "MDTv2-Tiny/2": _mdt((6, 56, 4), 2, autoencoder_factor=4),
 }
 
 MODEL_NAMES: tuple[str, ...] = tuple(_SIZES)

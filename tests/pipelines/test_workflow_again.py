@@ -145,21 +145,23 @@ def test_another_code_version_or_other_images_are_refused(
 def test_a_failed_branch_is_gone_on_with_alone_and_sizes_train_side_by_side(
     first: Outcome, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    branches = ("models.wide.lr=0.005", "models.deep.lr=0.006", "models.lost.lr=0.007")
+    """Three architectures: an EDT, a DiT and an MDTv2."""
+    dit, mdt = "models.dit={model: DiT-Tiny/2, masked_loss: false}", "models.mdtv2.model=MDTv2-Tiny/2"
+    branches = (dit, mdt, "models.lost.lr=0.007")
     blocked = store / "checkpoint" / planned(store, *branches)["train lost"].fingerprint
     blocked.write_text("in the way")
     failed = pipeline(store, *branches)
     assert set(failed.failures) == {"train lost"}
-    assert set(failed.decisions) == {MODEL, "wide", "deep"}
+    assert set(failed.decisions) == {MODEL, "dit", "mdtv2"}
     assert "failed    train lost" in capsys.readouterr().out
     blocked.unlink()
     again = pipeline(store, *branches)
     assert again.failures == {}
-    assert again.decisions.keys() == {MODEL, "wide", "deep", "lost"}
+    assert again.decisions.keys() == {MODEL, "dit", "mdtv2", "lost"}
     ran = Catalog(first.tracking_uri, "").client.get_run(again.run_id).data.tags["edt.executed"].split(", ")
     assert {name for name in ran if not name.startswith("report")} == {"train lost", "sample lost", "evaluate lost"}
-    wide, deep = (_training(failed, name) for name in ("wide", "deep"))
-    assert max(wide[0], deep[0]) < min(wide[1], deep[1]), "the two trainings had one CPU each and did not overlap"
+    one, other = (_training(failed, name) for name in ("dit", "mdtv2"))
+    assert max(one[0], other[0]) < min(one[1], other[1]), "the two trainings had one CPU each and did not overlap"
 
 
 def _training(outcome: Outcome, model: str) -> tuple[int, int]:

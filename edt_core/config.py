@@ -148,7 +148,7 @@ class TrainConfig(Section):
     """The training recipe; defaults are the paper's for EDT-S and EDT-B (arXiv 2410.23788, appendix)."""
 
     model: str = Field(
-        "EDT-S/2", description="EDT-{S,B,XL}/2, DiT-{S,B,L,XL}/{2,4,8} or MDTv2-{S,B,L,XL}/2; each family has a Tiny/2"
+        "EDT-S/2", description="EDT-{S,B,XL}/2, DiT-{S,B,L,XL}/{2,4,8}, MDTv2-{S,B,L,XL}/2; each has a Tiny/2"
     )
     global_batch_size: int = Field(256, ge=1, description="samples of a step, whatever the number of workers")
     max_steps: int = Field(400_000, ge=0, description="0 leaves the untrained model of this seed")

@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from edt_core.artifact import Artifact, Source
@@ -28,19 +28,45 @@ from jobs.export import export_features
 from jobs.models import Opened, open_model
 from jobs.options import add_fields, given_fields, validated
 from jobs.progress import Bar
-from jobs.sweep import Point, Result, grid, parse_axis, plot, results_table
+from jobs.sweep import Result, grid, parse_axis, plot, results_table
 from jobs.verb import Verb, add_role, exit_code, open_input
 
 RESULTS = "results"
 Inputs = Mapping[str, Artifact | Source]
 
 
-def evaluation(
-    point: Point, inputs: Inputs, real: Artifact, config: EvaluateConfig, out: Folder, progress: Progress
-) -> tuple[Artifact, Artifact]:
-    """The features and the evaluation artifact of one protocol, made in the store `out` or found there."""
-    features = make(sample.VERB, point.config, inputs, out, progress)
-    return features, make(evaluate.VERB, config, {"features": features, "reference": real}, out, progress)
+@dataclass(frozen=True)
+class Subject:
+    """A model with all that it takes to measure it, in the store `out`: networks, autoencoder, reference."""
+
+    model: Opened
+    inputs: Inputs
+    real: Artifact
+    out: Folder
+
+    def measure(self, sampling: SampleConfig, config: EvaluateConfig, progress: Progress) -> tuple[Artifact, Artifact]:
+        """The features and the evaluation artifact of one protocol, made now or found in the store."""
+        features = make(sample.VERB, sampling, self.inputs, self.out, progress)
+        judged = {"features": features, "reference": self.real}
+        return features, make(evaluate.VERB, config, judged, self.out, progress)
+
+
+def prepared(options: argparse.Namespace, sampling: SampleConfig, out: Folder, bar: Progress) -> Subject:
+    """What the options of `add_subject` name. Raises UserError for what is missing, or is not what it should be."""
+    if options.tracking_uri:
+        import mlflow
+
+        mlflow.set_tracking_uri(options.tracking_uri)
+    judges = _extractors(options, out, bar)
+    opened = open_model(options.model, out)
+    inputs: dict[str, Artifact | Source] = {
+        "checkpoint": opened.checkpoint,
+        "autoencoder": _autoencoder(options, opened, out, bar),
+        **judges,
+    }
+    if options.guide:
+        inputs["guide"] = open_model(options.guide, out).checkpoint
+    return Subject(opened, inputs, _reference(options, opened, judges, sampling, out, bar), out)
 
 
 def make(verb: Verb, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
@@ -69,24 +95,11 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     points = list(grid(base, [parse_axis(text) for text in options.sweep]))
     if options.export and len(points) > 1:
         raise UserError(f"--export is of one set of samples, and --sweep asks for {len(points)}; leave one of them out")
-    if options.tracking_uri:
-        import mlflow
-
-        mlflow.set_tracking_uri(options.tracking_uri)
-    judges = _extractors(options, out, bar)
-    opened = open_model(options.model, out)
-    inputs: dict[str, Artifact | Source] = {
-        "checkpoint": opened.checkpoint,
-        "autoencoder": _autoencoder(options, opened, out, bar),
-        **judges,
-    }
-    if options.guide:
-        inputs["guide"] = open_model(options.guide, out).checkpoint
-    real = _reference(options, opened, judges, base, out, bar)
+    subject = prepared(options, base, out, bar)
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
     results = []
     for point in points:
-        features, made = evaluation(point, inputs, real, config, out, bar)
+        features, made = subject.measure(point.config, config, bar)
         results.append(Result(point.settings, made.counts["metrics"], made.counts["protocol"]))
         for form in options.export:
             export_features(features, form, out.local / f"samples-{features.fingerprint[:12]}-{form}", bar)
@@ -101,10 +114,25 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         epilog=f"example: {prog} edt-s-2-256@champion ./evaluation --images ./images --inception-weights "
         "pt_inception-2015-12-05-6726825d.pth --num-samples 10000 --sweep cfg=1,1.5,2 amm=off,paper",
     )
+    add_subject(parser, "folder for artifacts and results; what it holds already is reused")
+    asked = parser.add_argument_group("what to do")
+    asked.add_argument(
+        "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="a grid, as cfg=1,1.5,2 amm=off,paper"
+    )
+    asked.add_argument(
+        "--export", nargs="+", default=[], choices=EXPORT_FORMATS, help="write the samples for other tools as well"
+    )
+    add_fields(parser.add_argument_group("sampling"), SampleConfig)
+    add_fields(parser.add_argument_group("metrics"), EvaluateConfig, leave_out=("num_cpus",))
+    return parser
+
+
+def add_subject(parser: argparse.ArgumentParser, out_help: str) -> None:
+    """The arguments MODEL and OUT, and the options that say what a model is measured with."""
     parser.add_argument(
         "model", help="NAME@ALIAS or NAME/VERSION of the registry, MLflow run, checkpoint, diffusers folder, or .pt"
     )
-    parser.add_argument("out", help="folder for artifacts and results; what it holds already is reused")
+    parser.add_argument("out", help=out_help)
     against = parser.add_argument_group("compared with (left out: the images of the model's training, where known)")
     for role in ("images", "statistics"):
         add_role(against, role)
@@ -118,17 +146,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     models.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow to look models up in  [default: MLFLOW_TRACKING_URI]"
     )
-    asked = parser.add_argument_group("what to do")
-    asked.add_argument(
-        "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="a grid, as cfg=1,1.5,2 amm=off,paper"
-    )
-    asked.add_argument(
-        "--export", nargs="+", default=[], choices=EXPORT_FORMATS, help="write the samples for other tools as well"
-    )
-    add_fields(parser.add_argument_group("sampling"), SampleConfig)
-    add_fields(parser.add_argument_group("metrics"), EvaluateConfig, leave_out=("num_cpus",))
     add_fields(parser.add_argument_group("reference"), ReferenceConfig, leave_out=_SHARED)
-    return parser
 
 
 _SHARED = ("num_workers", "num_cpus_per_worker", "num_gpus_per_worker")  # fields of sampling and reference alike

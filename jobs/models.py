@@ -5,6 +5,7 @@ What is not a checkpoint artifact already becomes one, with EMA weights and conf
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -176,10 +177,8 @@ def _made(found: _Found, work: Folder) -> Opened:
     final = f"{CHECKPOINTS}/{checkpoint_name(found.steps)}"
 
     def write(out: ArtifactWriter) -> dict[str, Any]:
-        text = json.dumps(found.model.config.to_dict(), indent=1, sort_keys=True)
-        out.write_bytes(f"{final}/{MODEL_CONFIG}", text.encode())
         weights = {name: value.contiguous() for name, value in found.model.state_dict().items()}
-        out.write(f"{final}/{EMA_WEIGHTS}", lambda path: save_file(weights, path))
+        _write_model(out, final, found.model.config.to_dict(), lambda path: save_file(weights, path))
         return {
             "model": found.model.config.name,
             "steps": found.steps,
@@ -192,6 +191,35 @@ def _made(found: _Found, work: Folder) -> Opened:
         }
 
     return Opened(_once("checkpoint", config, found.digest, work, write), vae)
+
+
+def _write_model(
+    out: ArtifactWriter, final: str, config: Mapping[str, Any], write_weights: Callable[[Path], None]
+) -> None:
+    """The two files that a checkpoint is sampled from, in its folder `final` of an artifact."""
+    out.write_bytes(f"{final}/{MODEL_CONFIG}", json.dumps(config, indent=1, sort_keys=True).encode())
+    out.write(f"{final}/{EMA_WEIGHTS}", write_weights)
+
+
+def write_modulated(opened: Opened, amm: Mapping[str, Any], out: ArtifactWriter) -> dict[str, Any]:
+    """Write the model with other fields `amm_...` in its configuration; returns the counts of such an artifact.
+
+    Its autoencoder and images are found again where they lie now.
+    """
+    checkpoint, final = opened.checkpoint, opened.checkpoint.counts["final"]
+    config = {**checkpoint.read_json(f"{final}/{MODEL_CONFIG}"), **amm}
+    _write_model(out, final, config, lambda path: _copy(checkpoint.path(f"{final}/{EMA_WEIGHTS}"), path))
+    kept = {name: value for name, value in checkpoint.counts.items() if name not in ("checkpoints", "best")}
+    beside = {"autoencoder": opened.autoencoder, "images": opened.images}
+    return {
+        **kept,
+        "origin": checkpoint.folder.uri,
+        "beside": {role: [a.folder.uri, a.manifest.digest] for role, a in beside.items() if a is not None},
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
 
 
 def _made_autoencoder(folder: Path, found: _Found, work: Folder) -> Artifact:
@@ -228,7 +256,7 @@ def _in_store(checkpoint: Artifact) -> Opened:
         )
     latents = _parent(checkpoint, "latents")
     if latents is None:
-        return Opened(checkpoint, None)
+        return Opened(checkpoint, _beside(checkpoint, "autoencoder"), _beside(checkpoint, "images"))
     return Opened(checkpoint, _parent(latents, "autoencoder"), _parent(latents, "images"))
 
 
@@ -240,3 +268,12 @@ def _parent(artifact: Artifact, kind: str) -> Artifact | None:
         return None
     folder = Folder.at("/".join(root)).child(f"{kind}/{inputs[kind]}")
     return Artifact.open(folder) if folder.exists(MANIFEST_NAME) else None
+
+
+def _beside(checkpoint: Artifact, role: str) -> Artifact | None:
+    """What `write_modulated` noted, if it is there and the same."""
+    uri, digest = checkpoint.counts.get("beside", {}).get(role, (None, None))
+    if uri is None or not Folder.at(uri).exists(MANIFEST_NAME):
+        return None
+    artifact = Artifact.open(uri)
+    return artifact if artifact.manifest.digest == digest else None

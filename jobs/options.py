@@ -23,7 +23,8 @@ def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()
 
 
 def _help(info: FieldInfo) -> str:
-    shown = {True: "true", False: "false"}.get(info.default, info.default) if info.default != () else None
+    shown = str(info.default).lower() if isinstance(info.default, bool) else info.default
+    shown = None if shown == () else shown
     default = "" if shown is None else f"  [default: {shown}]"
     return f"{info.description or ''}{default}".strip().replace("%", "%%")
 

@@ -34,6 +34,13 @@ def evaluate(context: typer.Context) -> None:
     main(context.args, "edt evaluate")
 
 
+def amm_search(context: typer.Context) -> None:
+    """Find where to modulate a model's attention, without training: MODEL OUT --images IMAGES."""
+    from jobs.amm_search import main
+
+    main(context.args, "edt amm-search")
+
+
 def export(context: typer.Context) -> None:
     """Write kept samples for other people's tools: FEATURES TARGET --format png|npz|webdataset."""
     from jobs.export import main

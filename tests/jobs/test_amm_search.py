@@ -1,0 +1,175 @@
+"""`edt amm-search`: what is found where something is to be found, and that noise is not sold as a gain."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+
+from edt_core.artifact import Artifact
+from edt_core.config import PreprocessConfig, SourceConfig
+from edt_core.schema import EMA_WEIGHTS, MODEL_CONFIG
+from edt_core.storage import Folder
+from jobs import amm_search, evaluation, preprocess
+from jobs.amm_search import Placement, SearchConfig, paired_gain, search, settings
+from jobs.models import open_model
+from jobs.verb import image_source
+from tests.jobs.models import classifier_artifact, made_model, pipeline_folder
+from tests.jobs.test_jobs import execute
+
+Effect = Callable[[Placement], float]
+
+
+def measured(effect: Effect, noise: float, seed: int = 0, repeats: int = 4) -> amm_search.Measure:
+    """Distances around 10 that all placements share, less an effect, with noise of each placement's own."""
+    rng = np.random.default_rng(seed)
+
+    def measure(placement: Placement, fresh: bool) -> Sequence[float]:
+        common = np.random.default_rng(int(fresh)).normal(10, 3, repeats)  # of the labels and noise: the same for all
+        return list(common - effect(placement) + noise * rng.normal(size=repeats))
+
+    return measure
+
+
+def no_radii(placement: Placement) -> Sequence[float]:
+    return ()
+
+
+def test_a_placement_that_is_better_is_found_in_stages() -> None:
+    """Blocks 2 and 5 help, most of all together and within 6 tokens; seeds differ by more than all that."""
+    helpful = {2: 1.0, 5: 0.8, 3: -2.0}
+
+    def effect(placement: Placement) -> float:
+        gain = sum(helpful.get(block, -0.1) for block in placement.blocks)
+        return gain + (0.5 if placement.radius == 6 else 0.0)
+
+    found = search(measured(effect, 0.05), range(7), lambda placement: (3.0, 6.0), top=3)
+    assert found.chosen == Placement((2, 5), 6.0)
+    stages = [trial.stage for trial in found.trials]
+    assert stages == ["off", *["blocks"] * 7, *["pairs"] * 3, *["radii"] * 2, *["confirm"] * 2]
+    assert len(stages) == settings(7, 2, 3)
+    gain = found.trials[-1].gain
+    assert gain is not None
+    assert gain.mean == pytest.approx(2.3, abs=0.2), "paired: what the seeds share is no part of the error"
+    assert gain.error < 0.1
+
+
+def test_noise_is_hardly_ever_a_gain() -> None:
+    """Of 200 searches among 10 useless blocks, nearly all have one that looks better than off, and few take it."""
+    taken = looked_better = 0
+    for seed in range(200):
+        found = search(measured(lambda placement: 0.0, 1.0, seed), range(10), no_radii, top=3)
+        taken += found.chosen != Placement()
+        looked_better += found.trials[-1].stage == "confirm"
+    assert looked_better > 180
+    assert taken <= 20  # 5 % of 200 are 10
+
+
+def test_where_all_is_worse_amm_stays_off_and_nothing_is_confirmed() -> None:
+    found = search(measured(lambda placement: -5.0 * bool(placement.blocks), 0.1), range(4), no_radii, top=1)
+    assert found.chosen == Placement()
+    assert [trial.stage for trial in found.trials] == ["off", *["blocks"] * 4]
+    assert "no placement is better" in found.reason
+
+
+def test_a_gain_is_the_mean_of_pairs_with_its_error() -> None:
+    off, values = [10.0, 20.0, 30.0], [9.0, 18.0, 27.0]
+    gain = paired_gain(off, values)
+    assert gain.mean == pytest.approx(fmean(off) - fmean(values))
+    assert gain.error == pytest.approx(1 / 3**0.5)
+    assert gain.least == pytest.approx(2.92 / 3**0.5)  # Student's t with 2 degrees of freedom
+    assert gain.real
+    assert not paired_gain(values, off).real
+    assert paired_gain(off, values).mean == -paired_gain(values, off).mean
+
+
+def test_the_protocol_of_a_placement_is_the_search_s_but_for_amm_and_seed() -> None:
+    config = SearchConfig(cfg_scale=1.5, num_samples=30)
+    one, other = config.sampling(Placement(), 3), config.sampling(Placement((1, 2), 4.0), 3)
+    assert other.amm_blocks == (1, 2)
+    assert other.amm_radius == 4.0
+    assert one == other.model_copy(update={"amm_blocks": (), "amm_radius": None})
+    assert (one.cfg_scale, one.num_samples, one.repeats, one.seed) == (1.5, 30, 4, 3)
+
+
+# --- by its command
+
+
+@pytest.fixture(scope="module")
+def images(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
+    source = image_source(SourceConfig(path=str(digits_folder)))
+    folder = tmp_path_factory.mktemp("images")
+    return execute(preprocess.VERB, PreprocessConfig(image_size=32, images_per_shard=12), folder, source=source)
+
+
+def called(main: Callable[..., None], capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command."""
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        code = int(left.code or 0)
+    return code, *capfd.readouterr()
+
+
+SAMPLING = ["--num-samples", "12", "--unit-size", "12", "--num-sampling-steps", "2", "--num-cpus-per-worker", "0"]
+
+
+@pytest.mark.ray
+def test_what_is_found_is_a_model_that_is_evaluated_with_it(
+    images: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = pipeline_folder(tmp_path / "pipeline", made_model())
+    judge = classifier_artifact(tmp_path / "classifier").folder.uri
+    out = tmp_path / "out"
+    common = ["--images", images.folder.uri, "--classifier", judge, *SAMPLING]
+    call = [model, out, *common, "--repeats", 2, "--blocks", "1,4", "--top", 1, "--radii", "2"]
+    code, told, errors = called(amm_search.main, capfd, *call)
+    assert code == 0, errors
+    assert "up to 6 settings of 2 x 12 samples, 144 samples in all" in errors
+    assert "| off | off |" in told
+    assert "| blocks | 4 |" in told
+    results = json.loads((out / "results.json").read_text())
+    assert results["metric"] == "kid_classifier"
+    values = {trial["placement"]: trial["value"] for trial in results["trials"]}
+    assert len(set(values.values())) == len(values), "modulation in other blocks makes other samples"
+
+    work = Folder.at(tmp_path / "work")
+    found, source = open_model(str(out), work), open_model(str(model), work)
+    final = found.checkpoint.counts["final"]
+    config = found.checkpoint.read_json(f"{final}/{MODEL_CONFIG}")
+    assert config["amm_blocks"] == results["amm_blocks"] == found.checkpoint.counts["amm_search"]["amm_blocks"]
+    same = [opened.checkpoint.path(f"{final}/{EMA_WEIGHTS}").read_bytes() for opened in (found, source)]
+    assert same[0] == same[1]
+    assert found.autoencoder is not None, "it is found again beside what was searched"
+    code, _, errors = called(evaluation.main, capfd, out, tmp_path / "evaluation", *common)
+    assert code == 0, errors
+
+    code, again, errors = called(amm_search.main, capfd, *call)
+    assert (code, again) == (0, told), errors
+    code, _, errors = called(amm_search.main, capfd, *call, "--seed", 5)
+    assert code == 2
+    assert "another configuration" in errors
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--blocks", "3,7"], "the model has 7 blocks; take some of 0..6"),
+        (["--metric", "precision_classifier"], "cannot decide"),
+        (["--repeats", "1"], "repeats"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_message(
+    options: list[str], message: str, images: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = pipeline_folder(tmp_path / "pipeline", made_model())
+    judge = classifier_artifact(tmp_path / "classifier").folder.uri
+    call = [model, tmp_path / "out", "--images", images.folder.uri, "--classifier", judge, *SAMPLING, *options]
+    code, _, errors = called(amm_search.main, capfd, *call)
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors

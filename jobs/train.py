@@ -52,9 +52,10 @@ def train(
     Raises Stopped when it was asked to stop and has left a checkpoint, RuntimeError where losses or gradients stay not
     finite after `max_rollbacks` rollbacks, UserError for latents or resources that will not do.
     """
-    from edt_core.models import count_macs, count_parameters, shadow
+    from edt_core.models import count_macs, count_parameters, shadow, training_flops
     from edt_core.training.checkpoint import checkpoint_name
     from edt_core.training.store import CheckpointStore, best_step
+    from jobs.train_context import device_seconds, remove_clock
 
     latents = inputs["latents"]
     model_config = config_of(config.model, latents.counts)
@@ -72,6 +73,9 @@ def train(
     _write_history(json.loads(out.data.read_bytes(f"{final}/{TRAIN_STATE}"))["history"]["rows"], out)
     best = best_step(store.manifests())
     model = shadow(model_config)
+    images = kept[-1] * config.global_batch_size
+    seconds = device_seconds(out)
+    remove_clock(out)
     return {
         "model": config.model,
         "steps": kept[-1],
@@ -79,6 +83,9 @@ def train(
         "class_counts": latents.counts.get("class_counts"),  # what the label policy "prior" draws from
         "parameters": count_parameters(model),
         "macs": count_macs(model),
+        "images_seen": images,
+        "training_flops": images * training_flops(model_config, masked=config.masked_loss),
+        "device_hours": seconds / 3600,  # of workers that were killed, without what they did after their last row
         "checkpoints": [checkpoint_name(step) for step in kept],
         "final": final,
         "best": None if best is None else checkpoint_name(best),

@@ -1,7 +1,9 @@
 """A training loop's view of the world in a Ray Train worker."""
 
+import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +17,38 @@ from edt_core.training.store import CheckpointStore
 from jobs import autoencoder
 
 _LOOK_EVERY_S = 2.0
+CLOCK = ".device_time.json"
+
+
+class DeviceClock:
+    """Seconds that devices were held for a training, those of all workers and of all attempts together.
+
+    They are written down with each row of the history: of a worker that was killed, what came after is lost.
+    """
+
+    def __init__(self, out: ArtifactWriter, workers: int) -> None:
+        self._out, self._workers = out, workers
+        self._before, self._started = device_seconds(out), time.monotonic()
+
+    def write(self) -> None:
+        seconds = self._before + self._workers * (time.monotonic() - self._started)
+        with suppress(Exception):  # no training ends for want of its clock; what cannot be written, checkpoints tell
+            self._out.data.write_bytes(CLOCK, json.dumps(seconds).encode())
+
+
+def device_seconds(out: ArtifactWriter) -> float:
+    """What the clock of this attempt stands at, or else that of the newest one before it, which it goes on from."""
+    for attempt in (out.attempt, *out.previous):
+        try:
+            return float(json.loads(out.folder.child(attempt).read_bytes(CLOCK)))
+        except FileNotFoundError:
+            continue
+    return 0.0
+
+
+def remove_clock(out: ArtifactWriter) -> None:
+    """Remove it from an attempt that is done."""
+    out.data.remove(CLOCK)
 
 
 class RayContext:
@@ -33,6 +67,7 @@ class RayContext:
         self.ranks = Ranks(worker.get_world_rank(), worker.get_world_size(), device)
         self.config, self.inputs, self.progress = config, inputs, progress
         self.store = CheckpointStore(out, config.num_to_keep, progress.warn, self._tell_checkpoints)
+        self._clock = DeviceClock(out, worker.get_world_size())
         self._last_checkpoint = ""
         self._looked = time.monotonic()
         self._saved_for: Any = None  # the preemption that a checkpoint was written for
@@ -41,6 +76,7 @@ class RayContext:
         self.progress.update(step, total_steps, "steps", detail=f"loss {loss:.4f}{self._last_checkpoint}")
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
+        self._clock.write()
         self.progress.metrics({name: value for name, value in metrics.items() if name != "step"}, step)
 
     def warn(self, message: str) -> None:

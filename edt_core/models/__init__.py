@@ -2,7 +2,7 @@
 
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig, StageSpec
-from edt_core.models.cost import count_macs, count_parameters, shadow
+from edt_core.models.cost import PartCost, count_macs, count_parameters, macs_by_part, shadow, training_flops
 from edt_core.models.dit import DiT
 from edt_core.models.edt import EDT
 from edt_core.models.masking import MaskSite, check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, slice_masks
@@ -23,6 +23,7 @@ __all__ = [
     "MDTv2Config",
     "MaskSite",
     "ModelConfig",
+    "PartCost",
     "StageSpec",
     "amm_matrix",
     "build_model",
@@ -33,9 +34,11 @@ __all__ = [
     "draw_mask_ratios",
     "draw_masks",
     "load_released",
+    "macs_by_part",
     "mask_sites",
     "model_config",
     "paper_amm_blocks",
     "shadow",
     "slice_masks",
+    "training_flops",
 ]

@@ -1,14 +1,47 @@
-"""What a model costs: parameters and multiply-accumulates, counted on tensors without memory."""
+"""What a model costs: parameters, multiply-accumulates, and the operations of its training. Nothing is run.
+
+The forward pass, and for training the backward pass, are gone through with tensors that have shapes and no memory
+(device "meta"), and PyTorch's own counter adds up the matrix products in them: linear layers, convolutions, and in
+attention T² · D multiply-accumulates each for the scores and for the weighted sum (T tokens of width D). Not counted
+are biases, norms, activations, softmax, modulation, look-ups and gates.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt_core.models.base import DiffusionTransformer
-from edt_core.models.config import ModelConfig
+from edt_core.models.config import EDTConfig, MDTv2Config, ModelConfig
+from edt_core.models.masking import mask_sites
 from edt_core.models.zoo import build_model
+
+# The part of a model that a module belongs to, by the first of these that is in its name.
+_KINDS = {
+    "embedder": "embeddings",
+    "adaLN_modulation": "adaLN",
+    "attn": "attention",
+    "mlp": "feed-forward",
+    "down_blocks": "down",
+    "up_blocks": "up",
+    "concat_blocks": "skip",
+    "skip_linear": "skip",
+    "final_layer": "final",
+}
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """Multiply-accumulates for one image of all that is of one kind at one place of a model."""
+
+    place: str
+    kind: str
+    macs: int
 
 
 def shadow(config: ModelConfig) -> DiffusionTransformer:
@@ -23,14 +56,94 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: DiffusionTransformer) -> int:
-    """Multiply-accumulates of one forward pass for one image; a billion of them is the papers' "GFLOP".
+    """Multiply-accumulates of one forward pass for one image; a billion of them is the papers' "GFLOP"."""
+    return sum(_forward_macs(model.config).values())
 
-    Counted are matrix products: linear layers, convolutions, and in attention scores and weighted sums. Not counted are
-    biases, norms, activations, softmax, modulation, look-ups and gates.
+
+def macs_by_part(config: ModelConfig) -> list[PartCost]:
+    """Where the multiply-accumulates of `count_macs` go: by kind of module in each stage, in forward order."""
+    parts: Counter[tuple[str, str]] = Counter()
+    for module, macs in _forward_macs(config).items():
+        parts[_place(config, module), _kind(module)] += macs
+    return [PartCost(place, kind, macs) for (place, kind), macs in parts.items()]
+
+
+@lru_cache(maxsize=64)
+def training_flops(config: ModelConfig, *, masked: bool) -> int:
+    """Floating-point operations, 2 a multiply-accumulate, of training on one image: forward pass and backward pass.
+
+    With `masked` also those of the masked pass, at the mean mask ratio: MDTv2's encoder sees the tokens that are kept,
+    while an EDT zeroes the others and leaves none out, so that its masked pass costs what the full one does. What
+    activation checkpointing computes again is not counted.
+
+    Raises:
+        ValueError: a masked pass of a model that has none.
     """
-    config = model.config
+    if masked and not config.is_masked:
+        raise ValueError(f"{config.name} has no masked pass to count")
+    passes = [None, _masks(config)] if masked else [None]
+    return sum(_count(config, masks, backward=True).get_total_flops() for masks in passes)
+
+
+def _masks(config: ModelConfig) -> list[Tensor]:
+    """What `draw_masks` draws for one image, at the mean mask ratio."""
+    sites = mask_sites(config)
+    if isinstance(config, MDTv2Config):
+        kept = [int(site.tokens * (1 - sum(site.ratio_range) / 2)) for site in sites]
+        return [torch.empty(1, tokens, dtype=torch.int64, device="meta") for tokens in kept]
+    return [torch.empty(1, site.tokens, dtype=torch.bool, device="meta") for site in sites]
+
+
+@lru_cache(maxsize=64)
+def _forward_macs(config: ModelConfig) -> dict[str, int]:
+    """Multiply-accumulates by the name of the innermost module that they are done in."""
+    counted = _count(config, None, backward=False).get_flop_counts()
+    prefix = f"{type(shadow(config)).__name__}."
+    whole = {name.removeprefix(prefix): sum(ops.values()) for name, ops in counted.items() if name.startswith(prefix)}
+    own = Counter(whole)
+    for name, flops in whole.items():
+        if (parent := _parent(name, whole)) is not None:
+            own[parent] -= flops
+    return {name: flops // 2 for name, flops in own.items() if flops}
+
+
+def _parent(name: str, names: dict[str, int]) -> str | None:
+    """The nearest module around another one, among those that anything was counted in."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in names:
+            return name
+    return None
+
+
+def _count(config: ModelConfig, masks: list[Tensor] | None, *, backward: bool) -> FlopCounterMode:
+    model = shadow(config).train(backward)
     x = torch.empty(1, config.in_channels, config.latent_size, config.latent_size, device="meta")
-    label = torch.zeros(1, dtype=torch.int64, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(config).eval()(x, label, label)
-    return counter.get_total_flops() // 2
+    t, y = (torch.zeros(1, dtype=torch.int64, device="meta") for _ in range(2))
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        output = model(x, t, y, masks)
+        if backward:
+            output.sum().backward()
+    return counter
+
+
+def _kind(module: str) -> str:
+    return next((kind for part, kind in _KINDS.items() if part in module), "other")
+
+
+def _place(config: ModelConfig, module: str) -> str:
+    """The part of the forward pass that a module is of; of modules between two stages, down is of the one before."""
+    group, _, rest = module.partition(".")
+    if isinstance(config, EDTConfig) and rest[:1].isdigit():
+        return _stage(config, group, int(rest.partition(".")[0]))
+    places = {"blocks": "blocks", "en_inblocks": "encoder", "en_outblocks": "encoder", "de_blocks": "decoder"}
+    return places.get(group, "ends")
+
+
+def _stage(config: EDTConfig, group: str, number: int) -> str:
+    if group == "blocks":
+        number = next(i for i, stage in enumerate(config.stages) if number in stage.blocks)
+    elif group != "down_blocks":
+        number += config.num_merges + 1
+    grid = config.stages[number].grid
+    return f"stage {number} ({grid}x{grid})"

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from edt_core.config import TrainConfig
-from edt_core.models import DiffusionTransformer, ModelConfig, count_macs, count_parameters, draw_masks, shadow
-from edt_core.training.meter import training_flops
+from edt_core.models import (
+    DiffusionTransformer,
+    ModelConfig,
+    count_macs,
+    count_parameters,
+    draw_masks,
+    shadow,
+    training_flops,
+)
 
 _OPTIMIZER_STATES = {"adan": 4, "adamw": 2}  # float32 tensors of the size of the weights
 _GIGA = 1e9
@@ -73,12 +80,11 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     weights = 4 * parameters
     optimizer = weights * _OPTIMIZER_STATES[config.optimizer]
     ema = weights * len(config.ema_decays)
-    macs = count_macs(model)
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
         parameters=parameters,
-        macs=macs,
-        flops_per_image=training_flops(macs, config.passes),
+        macs=count_macs(model),
+        flops_per_image=training_flops(model_config, masked=config.masked_loss),
         weights=weights,
         gradients=weights,
         optimizer=optimizer,

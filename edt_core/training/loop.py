@@ -21,12 +21,12 @@ from edt_core.data.prefetch import prefetched
 from edt_core.data.streaming import LatentStream, stream_latents
 from edt_core.diffusion import Schedule, linear_schedule
 from edt_core.errors import Stopped
-from edt_core.models import ModelConfig, count_macs
+from edt_core.models import ModelConfig, training_flops
 from edt_core.precision import use_precision
 from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.history import named_losses
-from edt_core.training.meter import Meter, matmul_rate, training_flops
+from edt_core.training.meter import Meter, matmul_rate
 from edt_core.training.optim import clip_gradients, gradient_norm, learning_rate
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
@@ -123,7 +123,7 @@ def _begin(
     if config.compile:
         state.model.compile(dynamic=False)
     peak = matmul_rate(ranks.device, config.precision) * ranks.world_size if ranks.rank == 0 else 1.0
-    flops = training_flops(count_macs(state.model), config.passes)
+    flops = training_flops(model_config, masked=config.masked_loss)
     return Training(
         config,
         dataset,

@@ -12,14 +12,6 @@ from edt_core.models.projection import project_tokens
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
-def training_flops(macs: int, passes: int) -> int:
-    """Floating-point operations of training on one image: 2 a multiply-accumulate, forward once and backward twice.
-
-    Masked tokens are zeroed and not left out, so a masked pass costs as much as a full one.
-    """
-    return 6 * macs * passes
-
-
 def matmul_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:
     """Floating-point operations a second of a large square matrix product on a device, the best of several."""
     side = _MATMUL_SIDE.get(device.type, 1024)

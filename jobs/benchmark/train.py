@@ -20,12 +20,12 @@ from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.order import share
 from edt_core.diffusion import linear_schedule
-from edt_core.models import ModelConfig, count_macs, model_config
+from edt_core.models import ModelConfig, model_config, training_flops
 from edt_core.precision import use_precision
 from edt_core.training.context import LocalContext, Request
 from edt_core.training.draws import draw_step
 from edt_core.training.loop import train
-from edt_core.training.meter import device_memory, matmul_rate, training_flops
+from edt_core.training.meter import device_memory, matmul_rate
 from edt_core.training.optim import gradient_norm
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state, to_checkpoint
@@ -149,7 +149,7 @@ def _steps(
     plain = PlainStep(config, state.model, inputs)
     seconds = in_turns({**bare, "plain": plain}, turns, device)
 
-    flops = training_flops(count_macs(state.model), config.passes)
+    flops = training_flops(state.model.config, masked=config.masked_loss)
     plain_rate = subject.batch_size / seconds["plain"]
     rows = []
     for precision in precisions:

@@ -28,6 +28,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.train_context import CLOCK
 from jobs.verb import Input, Verb, image_source
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -134,7 +135,17 @@ def test_a_training_leaves_its_checkpoints_and_no_debris(trained: Artifact) -> N
     assert trained.counts["final"] == "checkpoints/step-00000006"
     assert trained.counts["parameters"] > 0
     names = [path.name for path in trained.data.local.rglob("*")]
-    assert not [name for name in names if name.startswith((".ray-train", ".verdict", ".staging", ".journal"))]
+    debris = (".ray-train", ".verdict", ".staging", ".journal", ".device_time")
+    assert not [name for name in names if name.startswith(debris)]
+
+
+def test_what_a_training_took_is_counted(chain: dict[str, Artifact], trained: Artifact) -> None:
+    from edt_core.models import training_flops
+
+    counts, config = trained.counts, train.edt_config(TRAIN.model, chain["latents"].counts)
+    assert counts["images_seen"] == 6 * TRAIN.global_batch_size
+    assert counts["training_flops"] == counts["images_seen"] * training_flops(config, masked=True)
+    assert 0 < counts["device_hours"] < trained.manifest.duration_s * TRAIN.num_workers / 3600
 
 
 def test_a_training_goes_on_from_an_earlier_attempt(
@@ -145,6 +156,7 @@ def test_a_training_goes_on_from_an_earlier_attempt(
     killed = ArtifactWriter(Folder.at(tmp_path), "checkpoint", identity, "a1")
     killed.add_tree(trained.directory("checkpoints/step-00000003"), "checkpoints/step-00000003")
     killed.write_bytes("checkpoints/step-00000005/model.safetensors", b"half a checkpoint")
+    killed.data.write_bytes(CLOCK, b"7200.0")
     out = ArtifactWriter(Folder.at(tmp_path), "checkpoint", identity, "a2", ("a1",))
 
     class Told(Silent):
@@ -159,6 +171,8 @@ def test_a_training_goes_on_from_an_earlier_attempt(
     assert (tmp_path / "told").read_text().split() == ["4", "6"]  # not 2: steps 1 to 3 were not trained again
     name = f"{artifact.counts['final']}/ema.safetensors"
     assert artifact.path(name).read_bytes() == trained.path(name).read_bytes()
+    assert 2 < artifact.counts["device_hours"] < 3, "the time of the attempt that was killed is part of it"
+    assert artifact.counts["training_flops"] == trained.counts["training_flops"]
 
 
 def test_no_steps_is_the_untrained_model(chain: dict[str, Artifact], tmp_path: Path) -> None:

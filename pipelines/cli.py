@@ -7,7 +7,7 @@ import typer
 
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
-from pipelines.commands import models, schedule, store, submit, verbs, workflow
+from pipelines.commands import cost, models, schedule, store, submit, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +27,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     store.gc,
     store.verify,
     models.lineage,
+    cost.cost,
+    cost.compare,
     submit.submit,
 )
 

@@ -20,8 +20,6 @@ from pipelines.config import PromoteConfig
 
 METRIC_TAG = "edt.metric."
 PROTOCOL_TAG, PROTOCOL_FIELDS_TAG = "edt.protocol", "edt.protocol_fields"
-COST_TAG = "edt.cost."
-COSTS = ("model", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")  # of the counts
 DEFAULT_MARGIN, DEVIATIONS = 0.01, 2
 _ROUNDING = 1e-9  # of the required improvement: 4.95 is 1 % better than 5
 

@@ -16,9 +16,11 @@ from edt_core.schema import CLASSES_NAME
 from jobs.registry_files import DIGEST_TAG, DIGESTS, PIPELINE, digests_text, folder_digests, stored_problems
 from pipelines.catalog import Catalog, artifact_tags
 from pipelines.config import PromoteConfig
-from pipelines.promotion import COST_TAG, COSTS, METRIC_TAG, PROTOCOL_FIELDS_TAG, PROTOCOL_TAG, Decision
+from pipelines.promotion import METRIC_TAG, PROTOCOL_FIELDS_TAG, PROTOCOL_TAG, Decision
 from pipelines.registry import DECISION_TAG, GATE_TAG, add_version, find_version, settle
 
+COST_TAG = "edt.cost."
+COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")
 _MOST_TEXT = 20_000  # characters of a tag; MLflow keeps 100,000 and MySQL 65,535
 
 
@@ -113,6 +115,7 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
     counts = entry.evaluation.counts
     metrics = {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in counts["metrics"].items()}
     protocol = canonical_json(counts["protocol"])
+    spent = {**entry.images.counts, **entry.checkpoint.counts}
     tags = {
         **artifact_tags(entry.checkpoint),
         "edt.code_version": code_version(),
@@ -122,7 +125,7 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
         "edt.images.digest": entry.images.manifest.digest,
         "edt.autoencoder": entry.autoencoder.fingerprint,
         "edt.source": run_tags.get("edt.source", ""),
-        **{f"{COST_TAG}{key}": str(entry.checkpoint.counts[key]) for key in COSTS if key in entry.checkpoint.counts},
+        **{f"{COST_TAG}{key}": str(spent[key]) for key in COSTS if key in spent},
         PROTOCOL_TAG: sha256_json(counts["protocol"]),
         PROTOCOL_FIELDS_TAG: protocol if len(protocol) <= _MOST_TEXT else "",
         GATE_TAG: canonical_json(config.model_dump(mode="json")),

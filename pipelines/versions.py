@@ -175,7 +175,6 @@ def compare(first: Record, second: Record) -> dict[str, Any]:
         for name in dict.fromkeys([*one, *two])
     ]
     tags = first.version.tags, second.version.tags
-    same = tags[0].get(PROTOCOL_TAG) == tags[1].get(PROTOCOL_TAG)
     fields = [name for name in dict.fromkeys([*first.config, *second.config]) if not name.startswith("promote.")]
     differing = {n: [first.config.get(n), second.config.get(n)] for n in fields}
     other = ("edt.images.digest", "edt.source", "edt.autoencoder", "edt.checkpoint", "edt.code_version")
@@ -183,13 +182,23 @@ def compare(first: Record, second: Record) -> dict[str, Any]:
     return {
         "versions": [first.label, second.label],
         "metrics": rows,
-        "same_protocol": same,
-        "protocol": [] if same else protocol_differences(protocol_of(first.version), protocol_of(second.version)),
+        "same_protocol": same_protocol(first.version, second.version),
+        "protocol": differences(first.version, second.version),
         "config": {name: values for name, values in differing.items() if values[0] != values[1]},
         "recorded": {
             f.removeprefix("edt."): [t.get(f) for t in tags] for f in facts if tags[0].get(f) != tags[1].get(f)
         },
     }
+
+
+def same_protocol(first: Any, second: Any) -> bool:
+    """Whether the metrics of two versions may be compared."""
+    return bool(first.tags.get(PROTOCOL_TAG) == second.tags.get(PROTOCOL_TAG))
+
+
+def differences(first: Any, second: Any) -> list[str]:
+    """In what the protocols of two versions differ; also empty where that is not recorded in words."""
+    return [] if same_protocol(first, second) else protocol_differences(protocol_of(first), protocol_of(second))
 
 
 def config_of(params: Mapping[str, str], model: str) -> dict[str, str]:

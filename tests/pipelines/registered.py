@@ -8,6 +8,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from edt_core.artifact import Artifact, ArtifactWriter, fingerprint
@@ -85,14 +86,20 @@ class Registry:
         return run_id, config
 
     def entry(
-        self, key: str, metrics: Mapping[str, float], protocol: Mapping[str, Any], run: str, **train: Any
+        self,
+        key: str,
+        metrics: Mapping[str, float],
+        protocol: Mapping[str, Any],
+        run: str,
+        costs: Mapping[str, Any] = MappingProxyType({}),
+        **train: Any,
     ) -> Entry:
-        """The artifacts of a model; images and autoencoder are those of all."""
+        """The artifacts of a model; images and autoencoder are those of all. `costs` are counts of its training."""
         config = {"max_steps": 8, "lr": 0.004, "seed": len(key), "key": key, **train}
         images = self.artifact("images", {CLASSES_NAME: b'["0", "1"]'}, {"image_size": 32}, {"source": SOURCE}, {}, run)
         vae = self.artifact("autoencoder", {"a": b"a"}, {"steps": 3}, {"images": images}, {}, run)
         latents = self.artifact("latents", {"l": b"l"}, {}, {"images": images, "autoencoder": vae}, {}, run)
-        counts = {"model": "EDT-Tiny/2", "steps": 8}
+        counts = {"model": "EDT-Tiny/2", "steps": 8, **costs}
         checkpoint = self.artifact("checkpoint", {"ema": key.encode()}, config, {"latents": latents}, counts, run)
         needed = {"checkpoint": checkpoint, "autoencoder": vae}
         features = self.artifact("features", {"f": b"f"}, ChainConfig().model_dump(mode="json"), needed, {}, run)
@@ -112,12 +119,13 @@ class Registry:
         name: str = NAME,
         assignments: tuple[str, ...] = (),
         train: Mapping[str, Any] | None = None,
+        costs: Mapping[str, Any] = MappingProxyType({}),
         **metrics: float,
     ) -> Decision:
         """Register a version whose fd_classifier is `value`, with made-up weights, and decide on it."""
         run, config = self.run(name, *assignments)
         gate = gate or config.promote
-        entry = self.entry(key, {"fd_classifier": value, **metrics}, protocol, run, **(train or {}))
+        entry = self.entry(key, {"fd_classifier": value, **metrics}, protocol, run, costs, **(train or {}))
         model = self.root / "models" / key
         files = {"model_index.json": b"{}", "transformer/weights.safetensors": key.encode() * 99}
         for inner, data in files.items():

@@ -1,0 +1,124 @@
+"""Commands on cost: what a model costs by itself, and what registered ones reached for theirs."""
+
+from typing import Annotated, Any
+
+import typer
+
+from edt_core.errors import UserError
+from pipelines.commands.options import (
+    DEFAULT_STORE,
+    AsJson,
+    StoreOption,
+    TrackingUri,
+    open_catalog,
+    print_json,
+    print_rows,
+)
+
+_COLUMNS = ("model", "px", "parameters (M)", "GMACs", "published", "training GFLOPs")
+_PART_COLUMNS = ("place", "module", "GMACs", "share")
+
+
+def cost(
+    models: Annotated[list[str] | None, typer.Argument(help="names of models, as EDT-S/2  [default: all]")] = None,
+    image_size: Annotated[str, typer.Option(help="side of the images in pixels, several with commas")] = "256",
+    by_module: Annotated[bool, typer.Option("--by-module", help="where the MACs of one model go")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what models cost: parameters, multiply-accumulates (the papers' GFLOPs), training FLOPs an image."""
+    from edt_core.models import MODEL_NAMES, model_config
+
+    names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
+    try:
+        sizes = [int(text) for text in image_size.split(",")]
+        configs = [model_config(name, size) for name in names for size in sizes]
+    except ValueError as error:
+        raise UserError(f"{error}") from error
+    if by_module:
+        if len(configs) != 1:
+            raise UserError(f"--by-module is of one model and size, and these are {len(configs)}; name one")
+        print_rows(_parts(configs[0], as_json), _PART_COLUMNS, as_json)
+        return
+    rows = [_row(config) for config in configs]
+    print_rows(rows if as_json else [_shown(row) for row in rows], _COLUMNS, as_json)
+    if not as_json:
+        typer.echo("GMACs of a forward pass are what papers call Gflops; training: forward and backward, an image")
+
+
+def _row(config: Any) -> dict[str, Any]:
+    from edt_core.models import count_macs, count_parameters, mask_sites, shadow, training_flops
+    from edt_core.published import published_gflops
+
+    model = shadow(config)
+    return {
+        "model": config.name,
+        "image_size": config.image_size,
+        "parameters": count_parameters(model),
+        "macs": count_macs(model),
+        "published_gflops": published_gflops(config.name, config.image_size),
+        "training_flops": training_flops(config, masked=bool(mask_sites(config))),
+    }
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    published = row["published_gflops"]
+    return {
+        "model": row["model"],
+        "px": row["image_size"],
+        "parameters (M)": f"{row['parameters'] / 1e6:.1f}",
+        "GMACs": f"{row['macs'] / 1e9:.2f}",
+        "published": None if published is None else f"{published:.2f}",
+        "training GFLOPs": f"{row['training_flops'] / 1e9:.1f}",
+    }
+
+
+def _parts(config: Any, as_json: bool) -> list[dict[str, Any]]:
+    from edt_core.models import macs_by_part
+
+    parts = macs_by_part(config)
+    total = sum(part.macs for part in parts)
+    if as_json:
+        return [{"place": part.place, "module": part.kind, "macs": part.macs} for part in parts]
+    kinds = {kind: sum(part.macs for part in parts if part.kind == kind) for kind in (p.kind for p in parts)}
+    lines = [(part.place, part.kind, part.macs) for part in parts]
+    lines += [("all", kind, macs) for kind, macs in sorted(kinds.items(), key=lambda item: -item[1])]
+    return [
+        {"place": place, "module": kind, "GMACs": f"{macs / 1e9:.4f}", "share": f"{macs / total:.1%}"}
+        for place, kind, macs in [*lines, ("all", "all", total)]
+    ]
+
+
+def compare(
+    models: Annotated[list[str], typer.Argument(help="versions: NAME@ALIAS, NAME/NUMBER, or NAME for its champion")],
+    metric: Annotated[str | None, typer.Option(help="[default: the one that the first version's gate goes by]")] = None,
+    out: Annotated[str | None, typer.Option(help="write the plot here, as compare.png")] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="show published FIDs also beside another metric or image size")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare registered versions by what they reached for the compute of their training, as table and plot."""
+    from pathlib import Path
+
+    from pipelines.compare import AXES
+    from pipelines.compare import compare as compared
+    from pipelines.versions import record_of
+
+    catalog = open_catalog(store, tracking_uri)
+    found = compared([record_of(catalog, text) for text in models], metric, published)
+    if out is not None:
+        from pipelines.compare_figure import draw
+
+        target = Path(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(draw(found))
+    if as_json:
+        print_json(found.to_dict())
+        return
+    print_rows(found.rows(), ("version", "model", "steps", *AXES, found.metric), False)
+    for note in found.notes:
+        typer.echo(note)
+    if out is not None:
+        typer.echo(out)

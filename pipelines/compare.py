@@ -18,6 +18,7 @@ from pipelines.versions import Record, differences, same_protocol
 
 AXES = {"training_flops": "training FLOPs", "images_seen": "images seen", "device_hours": "device-hours"}
 _PUBLISHED_METRIC = "fid"
+_PATCHES = "/2"  # of published models: those with larger patches are far from all others
 
 
 @dataclass(frozen=True)
@@ -144,28 +145,29 @@ def _published(
     metric: str, image_sizes: Sequence[int | None], version: Any, forced: bool
 ) -> tuple[tuple[Point, ...], str]:
     """The published points to show, and what is to be said of them."""
-    sizes = set(image_sizes) & {row.image_size for row in PUBLISHED}
+    known = [row for row in PUBLISHED if row.model.endswith(_PATCHES)]
+    sizes = set(image_sizes) & {row.image_size for row in known}
     guided = float(protocol_of(version).get("cfg_scale", 1.0)) > 1.0
     if forced:
-        rows = [row for row in PUBLISHED if not sizes or row.image_size in sizes]
+        rows = [row for row in known if not sizes or row.image_size in sizes]
         why = "published: FID-50k of ImageNet, whatever is compared here (--published)"
     elif metric != _PUBLISHED_METRIC:
         return (), f"no published values beside {metric}: those are FID-50k; --published shows them all the same"
     elif not sizes:
         return (), "no published values beside images of this size: those are of 256 and 512 px; --published shows them"
     else:
-        rows = [row for row in PUBLISHED if row.image_size in sizes and row.guided == guided]
+        rows = [row for row in known if row.image_size in sizes and row.guided == guided]
         why = f"published: FID-50k of ImageNet, {'with' if guided else 'without'} guidance"
     return tuple(_published_point(row) for row in rows), why
 
 
 def _published_point(row: Published) -> Point:
     """A paper's row, its training FLOPs as this code counts them for the model of that name."""
-    from edt_core.models import MODEL_NAMES, mask_sites, model_config, training_flops
+    from edt_core.models import MODEL_NAMES, model_config, training_flops
 
     flops = None
     if row.model in MODEL_NAMES:
         config = model_config(row.model, row.image_size)
-        flops = row.images_seen * training_flops(config, masked=bool(mask_sites(config)))
+        flops = row.images_seen * training_flops(config, masked=config.is_masked)
     label = f"{row.model}{' guided' if row.guided else ''}, {row.steps // 1000}k steps"
     return Point(label, row.model, row.fid, None, row.steps, row.images_seen, flops, source=row.source)

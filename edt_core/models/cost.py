@@ -81,8 +81,8 @@ def training_flops(config: ModelConfig, *, masked: bool) -> int:
     """
     if masked and not config.is_masked:
         raise ValueError(f"{config.name} has no masked pass to count")
-    passes = [None, _masks(config)] if masked else [None]
-    return sum(_count(config, masks, backward=True).get_total_flops() for masks in passes)
+    counter = _count(config, _masks(config), rows=2) if masked else _count(config)  # both passes go as one batch
+    return counter.get_total_flops()
 
 
 def _masks(config: ModelConfig) -> list[Tensor]:
@@ -97,7 +97,7 @@ def _masks(config: ModelConfig) -> list[Tensor]:
 @lru_cache(maxsize=64)
 def _forward_macs(config: ModelConfig) -> dict[str, int]:
     """Multiply-accumulates by the name of the innermost module that they are done in."""
-    counted = _count(config, None, backward=False).get_flop_counts()
+    counted = _count(config, backward=False).get_flop_counts()
     prefix = f"{type(shadow(config)).__name__}."
     whole = {name.removeprefix(prefix): sum(ops.values()) for name, ops in counted.items() if name.startswith(prefix)}
     own = Counter(whole)
@@ -116,10 +116,13 @@ def _parent(name: str, names: dict[str, int]) -> str | None:
     return None
 
 
-def _count(config: ModelConfig, masks: list[Tensor] | None, *, backward: bool) -> FlopCounterMode:
+def _count(
+    config: ModelConfig, masks: list[Tensor] | None = None, *, rows: int = 1, backward: bool = True
+) -> FlopCounterMode:
+    """The counter after a batch of so many rows, of which the last ones are masked where there are masks."""
     model = shadow(config).train(backward)
-    x = torch.empty(1, config.in_channels, config.latent_size, config.latent_size, device="meta")
-    t, y = (torch.zeros(1, dtype=torch.int64, device="meta") for _ in range(2))
+    x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size, device="meta")
+    t, y = (torch.zeros(rows, dtype=torch.int64, device="meta") for _ in range(2))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         output = model(x, t, y, masks)
         if backward:

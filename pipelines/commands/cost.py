@@ -46,7 +46,7 @@ def cost(
 
 
 def _row(config: Any) -> dict[str, Any]:
-    from edt_core.models import count_macs, count_parameters, mask_sites, shadow, training_flops
+    from edt_core.models import count_macs, count_parameters, shadow, training_flops
     from edt_core.published import published_gflops
 
     model = shadow(config)
@@ -56,7 +56,7 @@ def _row(config: Any) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "macs": count_macs(model),
         "published_gflops": published_gflops(config.name, config.image_size),
-        "training_flops": training_flops(config, masked=bool(mask_sites(config))),
+        "training_flops": training_flops(config, masked=config.is_masked),
     }
 
 

@@ -8,7 +8,8 @@ from pipelines.compare import AXES, Comparison, Point
 _WIDTH, _HEIGHT, _DPI = 13.5, 5.2, 100  # inches, and pixels of an inch
 _PUBLISHED_MARKERS = {"EDT": "s", "DiT": "^", "MDTv2": "D"}
 _LOG_FROM = 10  # largest value by smallest, from which on the metric is drawn in a logarithmic scale
-_GREY = "0.45"
+_GREY = "0.35"
+_PUBLISHED = "published: "
 
 
 def draw(comparison: Comparison) -> bytes:
@@ -30,7 +31,8 @@ def draw(comparison: Comparison) -> bytes:
     handles: dict[str, Any] = {}
     for panel in panels:
         handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
+    labels = sorted(handles, key=lambda label: label.startswith(_PUBLISHED))  # ours first
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=3, fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()
@@ -52,11 +54,26 @@ def _panel(panel: Any, points: tuple[Point, ...], axis: str) -> None:
         else:
             _published(panel, label, known, axis)
     if drawn:
-        panel.set_xscale("log")
-        panel.margins(x=0.12)
+        _scale(panel, axis)
     else:
         panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center", color=_GREY)
         panel.set_xticks([])
+
+
+def _scale(panel: Any, axis: str) -> None:
+    """Logarithmic; images as 200 M, hours as they are, FLOPs in powers of ten."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+    panel.set_xscale("log")
+    panel.margins(x=0.12)
+    low, high = panel.get_xlim()
+    close = high < _LOG_FROM**2 * low
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,)))
+    if axis == "images_seen":
+        panel.xaxis.set_major_formatter(EngFormatter())
+    elif axis == "device_hours":
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda hours, _: f"{hours:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _versions(panel: Any, label: str, points: list[Point], axis: str, color: str) -> None:
@@ -85,5 +102,10 @@ def _published(panel: Any, label: str, points: list[Point], axis: str) -> None:
         markerfacecolor="none",
         markeredgecolor=_GREY,
         linestyle="none",
-        label=f"published: {label}, FID-50k",
+        label=f"{_PUBLISHED}{label}, FID-50k",
     )
+    if axis == "training_flops":  # elsewhere many stand in one place
+        for point in points:
+            size = point.model.partition("-")[2].partition("/")[0]
+            place = (getattr(point, axis), point.value)
+            panel.annotate(size, place, (6, -3), textcoords="offset points", fontsize=7, color=_GREY)

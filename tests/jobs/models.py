@@ -8,15 +8,17 @@ from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.autoencoder import build_autoencoder
 from edt_core.classifier import Classifier
 from edt_core.config import AutoencoderConfig
-from edt_core.models import EDT, create_model
+from edt_core.models import DiffusionTransformer, create_model
 from edt_core.pipeline import save_pipeline
 from edt_core.storage import Folder
 from jobs.models import Opened, open_model
 
 
-def made_model(seed: int = 0, image_size: int = 32, num_classes: int = 4, factor: int = 4) -> EDT:
-    """An EDT-Tiny/2 none of whose weights is zero, so that labels, guidance and modulation all make a difference."""
-    model = create_model("EDT-Tiny/2", image_size, num_classes, autoencoder_factor=factor)
+def made_model(
+    seed: int = 0, image_size: int = 32, num_classes: int = 4, factor: int = 4, name: str = "EDT-Tiny/2"
+) -> DiffusionTransformer:
+    """A tiny model none of whose weights is zero, so that labels, guidance and modulation all make a difference."""
+    model = create_model(name, image_size, num_classes, autoencoder_factor=factor)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -24,7 +26,7 @@ def made_model(seed: int = 0, image_size: int = 32, num_classes: int = 4, factor
     return model.eval()
 
 
-def pipeline_folder(folder: Path, model: EDT, factor: int = 4) -> Path:
+def pipeline_folder(folder: Path, model: DiffusionTransformer, factor: int = 4) -> Path:
     """A diffusers folder of a model and an unfitted autoencoder."""
     vae = build_autoencoder(AutoencoderConfig(downsample_factor=factor, base_channels=8), model.config.image_size)
     names = [f"class {label}" for label in range(model.config.num_classes)]
@@ -32,7 +34,7 @@ def pipeline_folder(folder: Path, model: EDT, factor: int = 4) -> Path:
     return folder
 
 
-def opened(folder: Path, model: EDT, factor: int = 4) -> Opened:
+def opened(folder: Path, model: DiffusionTransformer, factor: int = 4) -> Opened:
     """The artifacts of a model and its autoencoder, below a folder."""
     return open_model(str(pipeline_folder(folder / "pipeline", model, factor)), Folder.at(folder / "work"))
 

@@ -7,16 +7,19 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+import torch
 
-from edt_core.artifact import Artifact
-from edt_core.config import PreprocessConfig, SourceConfig
+from edt_core.artifact import Artifact, ArtifactWriter
+from edt_core.config import ChainConfig, PreprocessConfig, SourceConfig
+from edt_core.generation import LatentSampler
 from edt_core.schema import EMA_WEIGHTS, MODEL_CONFIG
 from edt_core.storage import Folder
 from jobs import amm_search, evaluation, preprocess
 from jobs.amm_search import Placement, SearchConfig, paired_gain, search, settings
-from jobs.models import open_model
+from jobs.models import open_model, write_modulated
+from jobs.sample import averaged_model
 from jobs.verb import image_source
-from tests.jobs.models import classifier_artifact, made_model, pipeline_folder
+from tests.jobs.models import classifier_artifact, made_model, opened, pipeline_folder
 from tests.jobs.test_jobs import execute
 
 Effect = Callable[[Placement], float]
@@ -92,6 +95,26 @@ def test_the_protocol_of_a_placement_is_the_search_s_but_for_amm_and_seed() -> N
     assert other.amm_radius == 4.0
     assert one == other.model_copy(update={"amm_blocks": (), "amm_radius": None})
     assert (one.cfg_scale, one.num_samples, one.repeats, one.seed) == (1.5, 30, 4, 3)
+
+
+@pytest.mark.parametrize("name", ["EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"])
+def test_a_model_is_sampled_with_the_placement_that_was_written_into_it(name: str, tmp_path: Path) -> None:
+    source = opened(tmp_path, made_model(name=name))
+    amm = {"amm_blocks": [1, 4], "amm_radius": 2.0, "amm_kernel": "cos"}
+    out = ArtifactWriter(Folder.at(tmp_path / "found"), "checkpoint", "f" * 64)
+    made = out.commit(source.checkpoint.manifest.config, {}, write_modulated(source, amm, out))
+    found = open_model(made.folder.uri, Folder.at(tmp_path / "work"))
+    samplers = [
+        LatentSampler(averaged_model(opened.checkpoint, "cpu"), chain, 1000)
+        for opened, chain in (
+            (found, ChainConfig(num_sampling_steps=2, amm_blocks="model")),
+            (source, ChainConfig(num_sampling_steps=2, amm_blocks=(1, 4), amm_radius=2.0, amm_kernel="cos")),
+            (source, ChainConfig(num_sampling_steps=2)),
+        )
+    ]
+    by_model, by_chain, without = (sampler([0, 1], 0, [0, 1]) for sampler in samplers)
+    assert torch.equal(by_model, by_chain)
+    assert not torch.equal(by_model, without)
 
 
 # --- by its command

@@ -32,7 +32,15 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 
 for command in COMMANDS:
     app.command()(command)
-for verb in (verbs.preprocess, verbs.encode, verbs.train, verbs.evaluate, verbs.export, verbs.bench):
+for verb in (
+    verbs.preprocess,
+    verbs.encode,
+    verbs.train,
+    verbs.evaluate,
+    verbs.sample,
+    verbs.export,
+    verbs.bench,
+):
     app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
 app.add_typer(models.app, name="models")
 app.add_typer(schedule.app, name="schedule")

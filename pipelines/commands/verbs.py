@@ -34,6 +34,13 @@ def evaluate(context: typer.Context) -> None:
     main(context.args, "edt evaluate")
 
 
+def sample(context: typer.Context) -> None:
+    """Draw images of chosen classes from any model into one picture: MODEL --classes otter,207 --out grid.png."""
+    from jobs.draw import main
+
+    main(context.args, "edt sample")
+
+
 def export(context: typer.Context) -> None:
     """Write kept samples for other people's tools: FEATURES TARGET --format png|npz|webdataset."""
     from jobs.export import main

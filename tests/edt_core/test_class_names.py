@@ -8,7 +8,6 @@ import pytest
 from edt_core.class_names import class_labels, class_names, imagenet_names
 from edt_core.errors import UserError
 
-PHOTOS = Path("/work/shared/data/imagenet_sample")  # <wnid>/<wnid>_<name>.JPEG
 KNOWN = {
     0: "tench",
     1: "goldfish",
@@ -35,16 +34,15 @@ def test_only_the_three_names_that_ilsvrc_has_twice_are_there_twice() -> None:
     assert {name for name in every if every.count(name) > 1} == {"crane", "maillot", "cardigan"}
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the ImageNet photos are not on this machine")
-def test_names_stand_in_the_order_of_sorted_wordnet_ids() -> None:
-    """The photos' names, in the order of their ids, are found at indices that only rise."""
+def test_names_stand_in_the_order_of_sorted_wordnet_ids(photos: Path) -> None:
+    """The photos' names (<wnid>/<wnid>_<name>.JPEG), in the order of their ids, are found at indices that only rise."""
 
     def plain(name: str) -> str:
         return "".join(letter for letter in name.casefold() if letter.isalnum())
 
     names = [set(map(plain, known)) for known in imagenet_names()]
     last = -1
-    for folder in sorted(PHOTOS.iterdir()):
+    for folder in sorted(photos.iterdir()):
         wanted = plain(os.listdir(folder)[0].partition("_")[2].rpartition(".")[0])
         last = next(label for label in range(last + 1, 1000) if wanted in names[label])
 

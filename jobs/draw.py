@@ -11,7 +11,7 @@ from edt_core.config import ChainConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.storage import Folder
-from jobs.models import DEFAULT_STORE, Loaded, is_of_mlflow, load_model, read_autoencoder, use_mlflow
+from jobs.models import DEFAULT_STORE, Loaded, load_model, read_autoencoder, use_mlflow
 from jobs.options import add_fields, given_fields, validated
 from jobs.progress import Bar
 from jobs.verb import exit_code
@@ -62,8 +62,7 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
     folder, name = _target(options.out)
     device = _device(options.device)
     use_precision("fp32")
-    if is_of_mlflow(options.model):
-        use_mlflow(options.tracking_uri, options.store)
+    use_mlflow(options.model, options.tracking_uri, options.store)
     loaded = load_model(options.model)
     num_classes = loaded.model.config.num_classes
     names = class_names(loaded.classes, num_classes)

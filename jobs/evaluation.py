@@ -25,7 +25,7 @@ from edt_core.progress import Progress
 from edt_core.storage import Folder
 from jobs import evaluate, reference, sample
 from jobs.export import export_features
-from jobs.models import DEFAULT_STORE, Opened, is_of_mlflow, open_model, use_mlflow
+from jobs.models import DEFAULT_STORE, Opened, open_model, use_mlflow
 from jobs.options import add_fields, given_fields, validated
 from jobs.progress import Bar
 from jobs.sweep import Point, Result, grid, parse_axis, plot, results_table
@@ -69,8 +69,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     points = list(grid(base, [parse_axis(text) for text in options.sweep]))
     if options.export and len(points) > 1:
         raise UserError(f"--export is of one set of samples, and --sweep asks for {len(points)}; leave one of them out")
-    if options.tracking_uri or is_of_mlflow(options.model):
-        use_mlflow(options.tracking_uri, options.store)
+    use_mlflow(options.model, options.tracking_uri, options.store)
     judges = _extractors(options, out, bar)
     opened = open_model(options.model, out)
     inputs: dict[str, Artifact | Source] = {

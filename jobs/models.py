@@ -101,14 +101,16 @@ def load_model(location: str) -> Loaded:
         return Loaded(found.model, found.num_timesteps, vae, found.classes, found.protocol)
 
 
-def is_of_mlflow(location: str) -> bool:
+def _is_of_mlflow(location: str) -> bool:
     """Whether a location is looked up in MLflow: a registered version, or a run."""
     named = _RUN.fullmatch(location) or _REGISTERED.fullmatch(location)
     return named is not None and not Path(location).expanduser().exists()
 
 
-def use_mlflow(tracking_uri: str | None, store: str) -> None:
-    """Have models looked up at `tracking_uri` or MLFLOW_TRACKING_URI, or else in the SQLite file of a store."""
+def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
+    """Have a model of MLflow looked up at `tracking_uri` or MLFLOW_TRACKING_URI, or in the SQLite file of a store."""
+    if not (tracking_uri or _is_of_mlflow(location)):
+        return
     import mlflow
 
     folder = Folder.at(store)
@@ -134,9 +136,9 @@ def read_autoencoder(location: str) -> Any:
 def _found(location: str) -> Iterator[Artifact | _Found]:
     """What is at a location; the files of a registered version lie here only meanwhile."""
     path = Path(location).expanduser()
-    if is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
+    if _is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
         yield artifact
-    elif is_of_mlflow(location) and (version := _of_registry(location)) is not None:
+    elif _is_of_mlflow(location) and (version := _of_registry(location)) is not None:
         with _fetched(version) as folder:
             yield _of_pipeline(folder, location)
     elif Folder.at(location).exists(MANIFEST_NAME):

@@ -42,7 +42,7 @@ def sample(context: typer.Context) -> None:
 
 
 def export(context: typer.Context) -> None:
-    """Write kept samples for other people's tools: FEATURES TARGET --format png|npz|webdataset."""
+    """Write for other tools: FEATURES TARGET --format png|npz|webdataset, or MODEL FILE --format torch-export."""
     from jobs.export import main
 
     main(context.args, "edt export")

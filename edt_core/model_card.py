@@ -37,7 +37,6 @@ class ModelCard:
     config: ModelConfig
     parameters: int
     macs: int
-    classes: int
     sampling: Mapping[str, Any]
     license: str | None = None
     dataset: str = ""
@@ -86,7 +85,7 @@ class ModelCard:
             "architecture": f"{self.config.name}: {name}{source}",
             "parameters": f"{self.parameters:,}",
             "multiply-accumulates": f"{self.macs:,} for one image and step",
-            "images": f"{size} x {size} px of {self.classes:,} classes",
+            "images": f"{size} x {size} px of {self.config.num_classes:,} classes",
             "latents": f"{self.config.in_channels} x {latent} x {latent}, a factor of {self.config.autoencoder_factor}",
         }
         return f"Images of a class, by diffusion in the latents of an autoencoder.\n\n{_table(facts)}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edt_core.config import ChainConfig
 from edt_core.generation import LatentSampler
-from edt_core.models import EDT
+from edt_core.models import DiffusionTransformer
 
 PROGRAM = "denoiser.pt2"
 TOLERANCE = 1e-5  # of the largest value: the program runs the same kernels, but may fuse or order them otherwise
@@ -22,7 +22,7 @@ _TRACED, _CHECKED = 2, (1, 3)  # batch sizes; 1 is what tracing most easily take
 _FACTS = "model.json"  # in the file, beside the program: the model's configuration, AMM included
 
 
-def save_program(path: Path, model: EDT, chain: ChainConfig, num_timesteps: int) -> None:
+def save_program(path: Path, model: DiffusionTransformer, chain: ChainConfig, num_timesteps: int) -> None:
     """Write the denoiser with the AMM of a chain, and check it: loaded again, it gives what the model gives.
 
     The model is put into evaluation mode, on the CPU in float32, and needs no gradients any more.
@@ -42,7 +42,7 @@ def save_program(path: Path, model: EDT, chain: ChainConfig, num_timesteps: int)
         raise
 
 
-def _check(path: Path, denoiser: EDT) -> None:
+def _check(path: Path, denoiser: DiffusionTransformer) -> None:
     """Raise RuntimeError unless the program of a file, which was written by this process, does as the model."""
     program: Any = torch.export.load(path).module()
     for size in _CHECKED:
@@ -57,7 +57,7 @@ def _check(path: Path, denoiser: EDT) -> None:
             )
 
 
-def _inputs(denoiser: EDT, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(denoiser: DiffusionTransformer, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, timesteps and labels of a batch; the last label is the null class."""
     config, generator = denoiser.config, torch.Generator().manual_seed(size)
     shape = (size, config.in_channels, config.latent_size, config.latent_size)

@@ -11,7 +11,7 @@ from edt_core.config import ChainConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.storage import Folder
-from jobs.models import DEFAULT_STORE, Loaded, load_model, read_autoencoder, use_mlflow
+from jobs.models import DEFAULT_STORE, Loaded, check_decoder, load_model, read_autoencoder, use_mlflow
 from jobs.options import add_fields, given_fields, validated
 from jobs.progress import Bar
 from jobs.verb import exit_code
@@ -142,21 +142,13 @@ def _device(asked: str) -> str:
 
 def _decoder(loaded: Loaded, location: str | None, model: str) -> Any:
     """The autoencoder at a location, or the model's own. Raises UserError where there is none, or it does not fit."""
-    from edt_core.autoencoder import autoencoder_facts
-
     decoder = loaded.autoencoder if location is None else read_autoencoder(location)
     if decoder is None:
         raise UserError(
             f"{model} does not say which autoencoder decodes it; give --autoencoder, as stabilityai/sd-vae-ft-ema for "
             "the authors' models"
         )
-    facts, config = autoencoder_facts(decoder), loaded.model.config
-    found = facts["downsample_factor"], facts["latent_channels"]
-    if found != (config.autoencoder_factor, config.in_channels):
-        raise UserError(
-            f"the autoencoder has factor {found[0]} and {found[1]} latent channels, and {config.name} was made for "
-            f"factor {config.autoencoder_factor} and {config.in_channels} channels; give the one of its training"
-        )
+    check_decoder(loaded.model.config, decoder)
     return decoder
 
 

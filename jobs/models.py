@@ -31,7 +31,7 @@ from jobs.registry_files import SQLITE, fetch_version, own_uri
 from jobs.verb import alone_in, made_before
 
 if TYPE_CHECKING:
-    from edt_core.models import DiffusionTransformer
+    from edt_core.models import DiffusionTransformer, ModelConfig
 
 DEFAULT_STORE = "./edt-store"
 _VERSION = 1
@@ -60,7 +60,7 @@ class Loaded:
     `classes` are the names of its classes, and `protocol` fields of ChainConfig: how it was evaluated.
     """
 
-    model: "EDT"
+    model: "DiffusionTransformer"
     num_timesteps: int
     autoencoder: Any | None
     classes: tuple[str, ...] = ()
@@ -99,6 +99,19 @@ def load_model(location: str) -> Loaded:
             return _loaded(_in_store(found))
         vae = None if found.autoencoder is None else load_autoencoder(found.autoencoder)
         return Loaded(found.model, found.num_timesteps, vae, found.classes, found.protocol)
+
+
+def check_decoder(config: "ModelConfig", decoder: Any) -> None:
+    """Raise UserError for an autoencoder whose latents are not those that a model was made for."""
+    from edt_core.autoencoder import autoencoder_facts
+
+    facts = autoencoder_facts(decoder)
+    found = facts["downsample_factor"], facts["latent_channels"]
+    if found != (config.autoencoder_factor, config.in_channels):
+        raise UserError(
+            f"the autoencoder has factor {found[0]} and {found[1]} latent channels, and {config.name} was made for "
+            f"factor {config.autoencoder_factor} and {config.in_channels} channels; give the one of its training"
+        )
 
 
 def _is_of_mlflow(location: str) -> bool:

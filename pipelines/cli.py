@@ -42,6 +42,7 @@ for verb in (
     verbs.bench,
 ):
     app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
+app.command("import")(models.import_model)
 app.add_typer(models.app, name="models")
 app.add_typer(schedule.app, name="schedule")
 

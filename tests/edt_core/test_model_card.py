@@ -16,7 +16,6 @@ CARD = ModelCard(
     config=model_config("EDT-S/2", 256, 1000),
     parameters=38_305_056,
     macs=2_657_000_000,
-    classes=1000,
     sampling=ChainConfig(cfg_scale=2.0, amm_blocks=(8,)).model_dump(mode="json"),
     license="apache-2.0",
     dataset="flowers",

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from edt_core.models.released import WeightsName
 
 SETTLED_TAG = "edt.imported"  # when the alias had been moved: what is before that is done again
-_PROTOCOL = ChainConfig(amm_blocks="paper")  # of models whose authors publish where to modulate, and off for others
+_PROTOCOLS = {  # what the authors' samplers have of their own; cfg_scale and the number of steps are the user's
+    "edt": ChainConfig(amm_blocks="paper"),
+    "dit": ChainConfig(amm_blocks="model"),
+    "mdtv2": ChainConfig(amm_blocks="model", cfg_power=4.0),
+}
 _NUM_TIMESTEPS = 1000  # of all three papers
 
 
@@ -127,8 +131,8 @@ def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str
     from edt_core.models import count_macs, count_parameters
     from edt_core.pipeline import save_pipeline
 
-    protocol = _PROTOCOL.model_dump(mode="json")
     model = released.model
+    protocol = _PROTOCOLS[model.config.architecture].model_dump(mode="json")
     save_pipeline(folder, model, released.autoencoder, num_timesteps=_NUM_TIMESTEPS, classes=(), protocol=protocol)
     card = ModelCard(
         name=name,

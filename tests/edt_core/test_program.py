@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edt_core.config import ChainConfig
-from edt_core.models import EDT
+from edt_core.models import EDT, create_model
 from edt_core.program import TOLERANCE, save_program
 from tests.jobs.models import made_model
 
@@ -45,6 +45,20 @@ def test_it_does_as_the_model_does_with_its_modulation(model: EDT, path: Path, s
         model.set_amm((1, 6))
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
     assert (found - plain).abs().max() > 100 * TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["DiT-Tiny/2", "MDTv2-Tiny/2"])
+def test_every_architecture_takes_any_batch(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, 32, 4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_program(tmp_path / "a.pt2", model, ChainConfig(amm_blocks=(2,)), 1000)
+    inputs = batch(7)
+    with torch.no_grad():
+        expected = model(*inputs)
+        found = torch.export.load(tmp_path / "a.pt2").module()(*inputs)
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 def test_it_runs_where_this_package_is_not(path: Path) -> None:

@@ -21,6 +21,7 @@ from pipelines.config import PromoteConfig
 if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer
 
+_CODE = Path(__file__).with_name("pyfunc_model.py")
 # Fields of a training's configuration that its card tells; all of them are in the record of the run.
 _TRAINING = ("global_batch_size", "lr", "ema_decay", "masked_loss", "class_dropout_prob", "num_timesteps", "seed")
 
@@ -52,8 +53,6 @@ def log_pipeline(catalog: Catalog, run_id: str, name: str, write: Callable[[Path
     """
     import mlflow
 
-    import pipelines.pyfunc_model as code
-
     mlflow.set_tracking_uri(catalog.tracking_uri)
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that no example came with the model: the signature is stated
@@ -62,7 +61,7 @@ def log_pipeline(catalog: Catalog, run_id: str, name: str, write: Callable[[Path
         digests.write_bytes(digests_text(folder_digests(pipeline)))
         info = mlflow.pyfunc.log_model(
             name=name,
-            python_model=str(code.__file__),
+            python_model=str(_CODE),
             artifacts={"pipeline": str(pipeline), "digests": str(digests)},
             pip_requirements=[f"edt-pipeline=={version('edt-pipeline')}"],
             signature=_signature(),

@@ -1,6 +1,7 @@
 """An EDT as a diffusers pipeline: the folder that is registered, pulled, and loaded elsewhere.
 
-`EDTPipeline.from_pretrained(folder)`, or `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)`.
+`EDTPipeline.from_pretrained(folder)`, or `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder,
+trust_remote_code=True)`.
 """
 
 from collections.abc import Mapping, Sequence

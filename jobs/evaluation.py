@@ -25,7 +25,7 @@ from edt_core.progress import Progress
 from edt_core.storage import Folder
 from jobs import evaluate, reference, sample
 from jobs.export import export_features
-from jobs.models import Opened, open_model
+from jobs.models import DEFAULT_STORE, Opened, open_model, use_mlflow
 from jobs.options import add_fields, given_fields, validated
 from jobs.progress import Bar
 from jobs.sweep import Result, grid, parse_axis, plot, results_table
@@ -53,10 +53,7 @@ class Subject:
 
 def prepared(options: argparse.Namespace, sampling: SampleConfig, out: Folder, bar: Progress) -> Subject:
     """What the options of `add_subject` name. Raises UserError for what is missing, or is not what it should be."""
-    if options.tracking_uri:
-        import mlflow
-
-        mlflow.set_tracking_uri(options.tracking_uri)
+    use_mlflow(options.model, options.tracking_uri, options.store)
     judges = _extractors(options, out, bar)
     opened = open_model(options.model, out)
     inputs: dict[str, Artifact | Source] = {
@@ -143,6 +140,7 @@ def add_subject(parser: argparse.ArgumentParser, out_help: str) -> None:
     models = parser.add_argument_group("models")
     add_role(models, "guide")
     models.add_argument("--autoencoder", metavar="INPUT", help="decodes the samples; left out: the model's own")
+    models.add_argument("--store", default=DEFAULT_STORE, help="store whose registry is asked  [default: %(default)s]")
     models.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow to look models up in  [default: MLFLOW_TRACKING_URI]"
     )

@@ -1,21 +1,26 @@
-"""export: kept samples in the formats of other people's tools: a folder of PNG, ADM's .npz, WebDataset shards."""
+"""export: for other people's tools: kept samples as PNG, ADM's .npz or WebDataset shards; a model as a program."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edt_core.artifact import Artifact
-from edt_core.config import SampleConfig
+from edt_core.config import ChainConfig, SampleConfig
 from edt_core.data.export import EXPORT_FORMATS, export_samples
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import FEATURE_UNIT
+from edt_core.storage import Folder
+from jobs.models import DEFAULT_STORE, load_model, use_mlflow
+from jobs.options import add_fields, given_fields, validated
 from jobs.progress import Bar
 from jobs.sample import FEATURE_UNITS, units_per_repeat
 from jobs.verb import exit_code
 
+PROGRAM_FORMAT = "torch-export"
 _SUFFIX = {"npz": ".npz"}
+_NOT_OF_THE_DENOISER = ("sampler", "num_sampling_steps", "guidance_channels", "guidance_interval", "precision")
 
 
 def export_features(features: Artifact, form: str, target: Path, progress: Progress, repeat: int = 0) -> Path:
@@ -52,19 +57,53 @@ def _batches(features: Artifact, config: SampleConfig, repeat: int) -> Iterator[
             yield tuple(unit.get_tensor(name) for name in ("indices", "labels", "images"))
 
 
+def export_model(location: str, target: Path, given: Mapping[str, Any]) -> Path:
+    """Write the denoiser of a model as a checked `torch.export` program, whole or not at all; returns where it is.
+
+    `given`: fields of ChainConfig, of which those of AMM count; the others are as the model was evaluated.
+    Raises UserError where there is no model, or something is at the target already.
+    """
+    from edt_core.program import save_program
+
+    target = target.with_suffix(".pt2")
+    if target.exists():
+        raise UserError(f"{target} is there already; give a new file")
+    folder = Folder.at(target.parent)
+    folder.check_writable()
+    loaded = load_model(location)
+    chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **given})
+    with folder.staged(target.name) as staged:
+        save_program(staged, loaded.model, chain, loaded.num_timesteps)
+        folder.publish(staged, target.name)
+    return target
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.export") -> None:
     """The verb on its own. Exits with 0, 2 or 130."""
-    parser = argparse.ArgumentParser(prog=prog, description="Write kept samples for other tools")
-    parser.add_argument("features", help="features artifact whose samples were kept (keep_images=all)")
-    parser.add_argument("target", type=Path, help="what to write: a folder for png and webdataset, a file for npz")
-    parser.add_argument("--format", choices=EXPORT_FORMATS, default="png")
-    parser.add_argument("--repeat", type=int, default=0, help="which repeat  [default: 0]")
+    parser = argparse.ArgumentParser(prog=prog, description="Write kept samples, or a model, for other tools")
+    parser.add_argument(
+        "what", help="features artifact whose samples were kept (keep_images=all); for torch-export any model"
+    )
+    parser.add_argument("target", type=Path, help="what to write: a folder for png and webdataset, else a file")
+    parser.add_argument("--format", choices=(*EXPORT_FORMATS, PROGRAM_FORMAT), default="png")
+    parser.add_argument("--repeat", type=int, default=0, help="of samples: which repeat  [default: 0]")
+    model = parser.add_argument_group(f"{PROGRAM_FORMAT} (left out: as the model was evaluated, where known)")
+    model.add_argument("--store", default=DEFAULT_STORE, help="store whose registry is asked  [default: %(default)s]")
+    model.add_argument("--tracking-uri", metavar="URI", help="MLflow to ask  [default: MLFLOW_TRACKING_URI]")
+    add_fields(model, ChainConfig, leave_out=_NOT_OF_THE_DENOISER)
     options = parser.parse_args(arguments)
+    with exit_code(), Bar("export") as bar:
+        print(_exported(options, bar))
+
+
+def _exported(options: argparse.Namespace, progress: Progress) -> Path:
+    if options.format == PROGRAM_FORMAT:
+        use_mlflow(options.what, options.tracking_uri, options.store)
+        return export_model(options.what, options.target, given_fields(options, ChainConfig))
     target = options.target
     if options.format == "npz" and target.suffix == ".npz":
         target = target.with_suffix("")
-    with exit_code(), Bar("export") as bar:
-        print(export_features(Artifact.open(options.features), options.format, target, bar, options.repeat))
+    return export_features(Artifact.open(options.what), options.format, target, progress, options.repeat)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Any model as the artifacts that a job takes: of the registry, a training, a diffusers folder, or a released file.
 
-What is not a checkpoint artifact already becomes one, with EMA weights and configuration alone.
+What is not a checkpoint artifact already becomes one, with EMA weights and configuration alone. `load_model` has no
+use for artifacts.
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from edt_core.errors import UserError
 from edt_core.schema import (
     CHECKPOINT_MANIFEST,
     CHECKPOINTS,
+    CLASSES_NAME,
     EMA_WEIGHTS,
     MANIFEST_NAME,
     MODEL_CONFIG,
@@ -24,12 +28,13 @@ from edt_core.schema import (
 )
 from edt_core.storage import Folder, sha256_file
 from jobs import autoencoder
-from jobs.registry_files import fetch_version
+from jobs.registry_files import SQLITE, fetch_version, own_uri
 from jobs.verb import alone_in, made_before
 
 if TYPE_CHECKING:
-    from edt_core.models import DiffusionTransformer
+    from edt_core.models import DiffusionTransformer, ModelConfig
 
+DEFAULT_STORE = "./edt-store"
 _VERSION = 1
 _REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
 _RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
@@ -50,6 +55,20 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model in memory, in evaluation mode, and what is known of its use.
+
+    `classes` are the names of its classes, and `protocol` fields of ChainConfig: how it was evaluated.
+    """
+
+    model: "DiffusionTransformer"
+    num_timesteps: int
+    autoencoder: Any | None
+    classes: tuple[str, ...] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Found:
     """A model that is no artifact yet."""
 
@@ -59,6 +78,8 @@ class _Found:
     digest: str  # of what it was read from
     origin: str
     autoencoder: Path | None = None
+    classes: tuple[str, ...] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_model(location: str, work: Folder) -> Opened:
@@ -66,21 +87,84 @@ def open_model(location: str, work: Folder) -> Opened:
 
     Raises UserError where there is no model, or nothing that can be read safely.
     """
+    with _found(location) as found:
+        return _in_store(found) if isinstance(found, Artifact) else _made(found, work)
+
+
+def load_model(location: str) -> Loaded:
+    """The model at a location, in memory. Raises UserError as `open_model`."""
+    from edt_core.autoencoder import load_autoencoder
+
+    with _found(location) as found:
+        if isinstance(found, Artifact):
+            return _loaded(_in_store(found))
+        vae = None if found.autoencoder is None else load_autoencoder(found.autoencoder)
+        return Loaded(found.model, found.num_timesteps, vae, found.classes, found.protocol)
+
+
+def check_decoder(config: "ModelConfig", decoder: Any) -> None:
+    """Raise UserError for an autoencoder whose latents are not those that a model was made for."""
+    from edt_core.autoencoder import autoencoder_facts
+
+    facts = autoencoder_facts(decoder)
+    found = facts["downsample_factor"], facts["latent_channels"]
+    if found != (config.autoencoder_factor, config.in_channels):
+        raise UserError(
+            f"the autoencoder has factor {found[0]} and {found[1]} latent channels, and {config.name} was made for "
+            f"factor {config.autoencoder_factor} and {config.in_channels} channels; give the one of its training"
+        )
+
+
+def _is_of_mlflow(location: str) -> bool:
+    """Whether a location is looked up in MLflow: a registered version, or a run."""
+    named = _RUN.fullmatch(location) or _REGISTERED.fullmatch(location)
+    return named is not None and not Path(location).expanduser().exists()
+
+
+def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
+    """Have a model of MLflow looked up at `tracking_uri` or MLFLOW_TRACKING_URI, or in the SQLite file of a store."""
+    if not (tracking_uri or _is_of_mlflow(location)):
+        return
+    import mlflow
+
+    folder = Folder.at(store)
+    if tracking_uri is None and "MLFLOW_TRACKING_URI" not in os.environ and folder.exists(SQLITE):
+        tracking_uri = own_uri(folder)
+    if tracking_uri:
+        mlflow.set_tracking_uri(tracking_uri)
+
+
+def read_autoencoder(location: str) -> Any:
+    """The autoencoder of an artifact, local diffusers folder, hub id or MLflow URI, in memory. Raises UserError."""
+    from edt_core.autoencoder import load_autoencoder
+
+    if not Folder.at(location).exists(MANIFEST_NAME):
+        return load_autoencoder(autoencoder.resolve(location))
+    artifact = Artifact.open(location)
+    if artifact.manifest.kind != "autoencoder":
+        raise UserError(f"{location} holds {artifact.manifest.kind}, and autoencoder is what is needed here")
+    return load_autoencoder(artifact.directory(autoencoder.FOLDER))
+
+
+@contextmanager
+def _found(location: str) -> Iterator[Artifact | _Found]:
+    """What is at a location; the files of a registered version lie here only meanwhile."""
     path = Path(location).expanduser()
-    if not path.exists():
-        if (artifact := _of_run(location)) is not None:
-            return _in_store(artifact)
-        if (version := _of_registry(location)) is not None:
-            return _made_of_version(version, location, work)
-    if Folder.at(location).exists(MANIFEST_NAME):
-        return _in_store(Artifact.open(location))
-    if (path / CHECKPOINT_MANIFEST).exists():
-        return _made(_of_checkpoint(path), work)
-    if (path / _INDEX).exists():
-        return _made(_of_pipeline(path, str(path.absolute())), work)
-    if path.is_file():
-        return _made(_of_released(path), work)
-    raise UserError(f"there is no model at {location}; give {_FORMS}")
+    if _is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
+        yield artifact
+    elif _is_of_mlflow(location) and (version := _of_registry(location)) is not None:
+        with _fetched(version) as folder:
+            yield _of_pipeline(folder, location)
+    elif Folder.at(location).exists(MANIFEST_NAME):
+        yield Artifact.open(location)
+    elif (path / CHECKPOINT_MANIFEST).exists():
+        yield _of_checkpoint(path)
+    elif (path / _INDEX).exists():
+        yield _of_pipeline(path, str(path.absolute()))
+    elif path.is_file():
+        yield _of_released(path)
+    else:
+        raise UserError(f"there is no model at {location}; give {_FORMS}")
 
 
 def _of_run(location: str) -> Artifact | None:
@@ -112,13 +196,14 @@ def _of_registry(location: str) -> Any | None:
         raise _unknown(location, error) from error
 
 
-def _made_of_version(version: Any, location: str, work: Folder) -> Opened:
-    """A registered version by its diffusers folder, which is checked as it comes, and lies here only meanwhile."""
+@contextmanager
+def _fetched(version: Any) -> Iterator[Path]:
+    """The diffusers folder of a registered version, which is checked as it comes."""
     import mlflow
 
     with tempfile.TemporaryDirectory(prefix="edt-") as folder:
         fetch_version(mlflow.MlflowClient(), version, Path(folder), need_digests=False)
-        return _made(_of_pipeline(Path(folder), location), work)
+        yield Path(folder)
 
 
 def _unknown(location: str, error: Exception) -> UserError:
@@ -155,7 +240,9 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
         raise UserError(f"{folder} is no diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
     timesteps = pipeline.scheduler.config.num_train_timesteps
     digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
-    return _Found(pipeline.transformer.edt.eval(), timesteps, 0, digest, origin, folder / "vae")
+    config = pipeline.config
+    known = tuple(config.classes), dict(config.protocol)
+    return _Found(pipeline.transformer.edt.eval(), timesteps, 0, digest, origin, folder / "vae", *known)
 
 
 def _of_released(path: Path) -> _Found:
@@ -258,6 +345,20 @@ def _in_store(checkpoint: Artifact) -> Opened:
     if latents is None:
         return Opened(checkpoint, _beside(checkpoint, "autoencoder"), _beside(checkpoint, "images"))
     return Opened(checkpoint, _parent(latents, "autoencoder"), _parent(latents, "images"))
+
+
+def _loaded(opened: Opened) -> Loaded:
+    """A checkpoint artifact's averaged weights, with the autoencoder and the class names of its training."""
+    from edt_core.autoencoder import load_autoencoder
+    from edt_core.training.checkpoint import ema_model
+
+    checkpoint, vae, images = opened.checkpoint, opened.autoencoder, opened.images
+    return Loaded(
+        ema_model(checkpoint.directory(checkpoint.counts["final"])),
+        checkpoint.manifest.config["num_timesteps"],
+        None if vae is None else load_autoencoder(vae.directory(autoencoder.FOLDER)),
+        () if images is None else tuple(images.read_json(CLASSES_NAME)),
+    )
 
 
 def _parent(artifact: Artifact, kind: str) -> Artifact | None:

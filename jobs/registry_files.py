@@ -18,16 +18,22 @@ from typing import TYPE_CHECKING, Any
 from edt_core.artifact import canonical_json, check_name
 from edt_core.errors import UserError
 from edt_core.integrity import listing
-from edt_core.storage import in_threads, sha256_file
+from edt_core.storage import Folder, in_threads, sha256_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DIGESTS, PIPELINE = "digests.json", "pipeline"  # names below `artifacts/` of the logged model
 DIGEST_TAG = "edt.pipeline_digest"
+SQLITE = "mlflow.db"  # in a local store, where no MLflow server is named
 _ARTIFACTS = "artifacts"  # where MLflow puts what a pyfunc model is logged with
 _MOST_FILES, _DEEPEST = 10_000, 10  # a listing beyond these is none of ours
 _DRIVE = re.compile("[A-Za-z]:")
+
+
+def own_uri(store: Folder) -> str:
+    """The tracking URI of the SQLite file in a local store; "" for a remote one, where none can be."""
+    return "" if (root := store.local) is None else f"sqlite:///{root / SQLITE}"
 
 
 def folder_digests(folder: Path) -> dict[str, str]:

@@ -17,12 +17,12 @@ from edt_core.environment import code_version
 from edt_core.errors import UserError
 from edt_core.redaction import redacted, redacted_values
 from edt_core.storage import Folder
+from jobs.registry_files import SQLITE, own_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _MAX_PARAM = 500  # characters MLflow keeps of a parameter on every back end
-_SQLITE = "mlflow.db"
 _SETUP_LOCK = int.from_bytes(b"edt", "big")  # the key of PostgreSQL's advisory lock
 _log = logging.getLogger(__name__)
 DATASET_KINDS = ("images", "latents")
@@ -64,7 +64,7 @@ class Catalog:
         """
         if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
             return cls(uri, "")
-        if (root := store.local) is None or not (root / _SQLITE).exists():
+        if (root := store.local) is None or not (root / SQLITE).exists():
             raise UserError(
                 f"there is no MLflow record in the store {store.uri}; give the store of your runs with --store, or "
                 "your MLflow server with --tracking-uri or MLFLOW_TRACKING_URI"
@@ -184,11 +184,6 @@ class Catalog:
         tag = InputTag("mlflow.data.context", "input")
         # Two steps that read one new dataset at the same moment both try to insert it.
         retried(lambda: self.client.log_inputs(run_id, [DatasetInput(dataset, [tag])]))
-
-
-def own_uri(store: Folder) -> str:
-    """The tracking URI of the SQLite file in a local store; "" for a remote one, where none can be."""
-    return "" if (root := store.local) is None else f"sqlite:///{root / _SQLITE}"
 
 
 @contextmanager

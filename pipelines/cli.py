@@ -40,10 +40,12 @@ for verb in (
     verbs.train,
     verbs.evaluate,
     verbs.amm_search,
+    verbs.sample,
     verbs.export,
     verbs.bench,
 ):
     app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
+app.command("import")(models.import_model)
 app.add_typer(models.app, name="models")
 app.add_typer(schedule.app, name="schedule")
 

@@ -34,7 +34,7 @@ _SHIPPED = Path(__file__).with_name("configs")
 
 
 class PromoteConfig(Section):
-    """When a new version becomes champion."""
+    """When a new version becomes champion, and what is written of it."""
 
     metric: str = Field("fd_classifier", description="the metric that decides")
     lower_is_better: bool = True
@@ -47,6 +47,10 @@ class PromoteConfig(Section):
     )
     require: dict[str, tuple[float | None, float | None]] = Field(
         {}, description="metric -> [least, most] that every new champion keeps, null for no limit"
+    )
+    license: str | None = Field(None, description="of the model, for its card: an identifier, as apache-2.0")
+    torch_export: bool = Field(
+        False, description="keep the denoiser as a torch.export program as well: its weights a second time"
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from edt_core.storage import Folder
 from jobs.registry_files import title
 from pipelines.catalog import Catalog, flatten
 from pipelines.runs import experiments, runs_of
-from pipelines.versions import find
+from pipelines.versions import find, origin_of
 
 _FINGERPRINT, _RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 _SHORT = 12  # digits of a fingerprint that people read
@@ -154,7 +154,9 @@ class _Walk:
 
 
 def _of_version(walk: _Walk, version: Any) -> Lineage:
-    tags = version.tags
+    tags, name = version.tags, f"{version.name}/{version.version}"
+    if origin := origin_of(version):
+        return _of_import(name, version, origin)
     parents = {role: tags[f"edt.{role}"] for role in ("evaluation", "checkpoint") if f"edt.{role}" in tags}
     if not parents:
         raise UserError(f"{title(version)} was not registered by edt: it does not say what it was made from")
@@ -162,9 +164,23 @@ def _of_version(walk: _Walk, version: Any) -> Lineage:
         walk.remember(tags["edt.uri"])
     run = runs_of(walk.catalog, [version.run_id]).get(version.run_id) if version.run_id else None
     walk.params = {} if run is None else run.data.params
-    name = f"{version.name}/{version.version}"
     walk.add(Node("model", name, parents, tags.get("edt.pipeline_digest"), version.source, version.run_id))
     return Lineage(name, walk.nodes)
+
+
+def _of_import(name: str, version: Any, origin: Mapping[str, str]) -> Lineage:
+    """An imported version: the file, and the autoencoder that was put to it."""
+    released, autoencoder = origin["sha256"], origin["autoencoder_digest"]
+    inputs = {"released": released, "autoencoder": autoencoder}
+    digest = version.tags.get("edt.pipeline_digest")
+    model = Node("model", name, inputs, digest, version.source, version.run_id)
+    where = " ".join(filter(None, (origin["file"], origin["weights"], origin.get("source"))))
+    nodes = [
+        model,
+        Node("published", released, uri=where, known_from="given"),
+        Node("published", autoencoder, uri=origin["autoencoder"], known_from="given"),
+    ]
+    return Lineage(name, {node.fingerprint: node for node in nodes})
 
 
 def _of_run(catalog: Catalog, run_id: str) -> Node:

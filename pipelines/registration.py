@@ -1,38 +1,22 @@
 """A trained model as a registered version: its diffusers folder as a logged model, and the tags that tell of it."""
 
-import tempfile
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from hashlib import sha256
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 from edt_core.artifact import Artifact, canonical_json, sha256_json
 from edt_core.environment import code_version
 from edt_core.errors import UserError
-from edt_core.schema import CLASSES_NAME
-from jobs.registry_files import DIGEST_TAG, DIGESTS, PIPELINE, digests_text, folder_digests, stored_problems
+from jobs.registry_files import DIGEST_TAG, stored_problems
 from pipelines.catalog import Catalog, artifact_tags
 from pipelines.config import PromoteConfig
+from pipelines.packaging import Entry, Logged, log_pipeline, write_pipeline
 from pipelines.promotion import METRIC_TAG, PROTOCOL_FIELDS_TAG, PROTOCOL_TAG, Decision
 from pipelines.registry import DECISION_TAG, GATE_TAG, add_version, find_version, settle
 
 COST_TAG = "edt.cost."
 COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")
 _MOST_TEXT = 20_000  # characters of a tag; MLflow keeps 100,000 and MySQL 65,535
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The artifacts behind one version."""
-
-    images: Artifact
-    autoencoder: Artifact
-    checkpoint: Artifact
-    features: Artifact
-    evaluation: Artifact
 
 
 def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, entry: Entry) -> Decision:
@@ -79,31 +63,31 @@ def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, en
 
     Where another driver has registered the same model meanwhile, its version is returned and this logged model removed.
     """
-    import mlflow
+    run = catalog.client.get_run(run_id).data
+    counts = entry.checkpoint.counts
+    told = (run.params.get(f"source.{field}") for field in ("kind", "path"))
+    source = " ".join(text for text in told if text not in (None, "None"))
+    logged = log_pipeline(
+        catalog,
+        run_id,
+        name,
+        lambda folder: write_pipeline(folder, name, config, entry, source),
+        params={"architecture": str(counts["model"])},
+        metadata={"edt.checkpoint": entry.checkpoint.fingerprint},
+        step=int(counts["steps"]),
+    )
+    tags = version_tags(run.tags, config, entry)
+    return add_logged(catalog, name, run_id, logged, tags, identity_of(entry, config))
 
-    import pipelines.pyfunc_model as code
 
-    mlflow.set_tracking_uri(catalog.tracking_uri)
-    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that no example came with the model: the signature is stated
-        pipeline, digests = Path(folder) / PIPELINE, Path(folder) / DIGESTS
-        write_pipeline(pipeline, entry)
-        digests.write_bytes(digests_text(folder_digests(pipeline)))
-        files = {DIGEST_TAG: sha256(digests.read_bytes()).hexdigest()}
-        info = mlflow.pyfunc.log_model(
-            name=name,
-            python_model=str(code.__file__),
-            artifacts={"pipeline": str(pipeline), "digests": str(digests)},
-            pip_requirements=[f"edt-pipeline=={version('edt-pipeline')}"],
-            signature=_signature(),
-            params={"architecture": str(entry.checkpoint.counts["model"])},
-            metadata={"edt.checkpoint": entry.checkpoint.fingerprint},
-            step=int(entry.checkpoint.counts["steps"]),
-        )
-    tags = version_tags(catalog.client.get_run(run_id).data.tags, config, entry) | files
-    made = add_version(catalog, name, info.model_uri, run_id, tags, identity_of(entry, config), info.model_id)
-    if made.source != info.model_uri:
-        catalog.client.delete_logged_model(info.model_id)
+def add_logged(
+    catalog: Catalog, name: str, run_id: str, logged: Logged, tags: Mapping[str, str], identity: Mapping[str, str]
+) -> Any:
+    """The version of a logged model. Where another driver made one of this identity, its, and the logged one goes."""
+    tags = {**tags, DIGEST_TAG: logged.digest}
+    made = add_version(catalog, name, logged.uri, run_id, tags, identity, logged.model_id)
+    if made.source != logged.uri:
+        catalog.client.delete_logged_model(logged.model_id)
     return made
 
 
@@ -131,40 +115,3 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
         GATE_TAG: canonical_json(config.model_dump(mode="json")),
     }
     return {key: value for key, value in {**tags, **metrics}.items() if value}
-
-
-def _signature() -> Any:
-    """Labels in, images out, and the parameters that `predict` takes."""
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    return ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.int64), (-1,))]),
-        outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
-        params=ParamSchema(
-            [
-                ParamSpec("seed", "long", 0),
-                ParamSpec("num_inference_steps", "long", 0),
-                ParamSpec("cfg_scale", "double", 0.0),
-            ]
-        ),
-    )
-
-
-def write_pipeline(folder: Path, entry: Entry) -> None:
-    """The diffusers folder of a trained model: EMA weights, autoencoder, scheduler, class names."""
-    from edt_core.autoencoder import load_autoencoder
-    from edt_core.pipeline import PROTOCOL, save_pipeline
-    from edt_core.training.checkpoint import ema_model
-    from jobs.autoencoder import FOLDER
-
-    sampling = entry.features.manifest.config
-    save_pipeline(
-        folder,
-        ema_model(entry.checkpoint.directory(entry.checkpoint.counts["final"])),
-        load_autoencoder(entry.autoencoder.directory(FOLDER)),
-        num_timesteps=entry.checkpoint.manifest.config["num_timesteps"],
-        classes=entry.images.read_json(CLASSES_NAME),
-        protocol={key: sampling[key] for key in PROTOCOL},
-    )

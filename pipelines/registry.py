@@ -104,7 +104,9 @@ def gate_of(version: Any) -> PromoteConfig:
         return PromoteConfig.model_validate(json.loads(text))
     metric, _, sense = version.tags.get("edt.promote", "").partition(" ")
     if metric not in metrics_of(version):
-        raise UserError(f"{title(version)} was not registered by edt: no metric is recorded that could decide")
+        raise UserError(
+            f"{title(version)} was imported, or not registered by edt: no metric is recorded that could decide"
+        )
     return PromoteConfig(metric=metric, lower_is_better=sense != "higher")
 
 

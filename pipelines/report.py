@@ -1,4 +1,4 @@
-"""report: one self-contained HTML page on a registered model, and its sample grid as a PNG.
+"""report: one self-contained HTML page on a registered model.
 
 Pure rendering: the same data gives the same bytes, and the page asks for nothing from outside itself.
 Shapes: N images, S image size; images are uint8 RGB [N, S, S, 3] with labels int [N], indices into `classes`.
@@ -10,16 +10,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.report_figures import LineageRow, data_uri, lineage_graph, shortened, training_curves
+from edt_core.sample_grid import MAX_CLASSES, PIXELATED_UP_TO, check_images, encodable
+from pipelines.report_figures import LineageRow, data_uri, lineage_graph, training_curves
 
-MAX_CLASSES = 20  # rows of a sample grid
-PIXELATED_UP_TO = 64  # px; a larger image is shown as a thumbnail, a smaller one enlarged by a whole factor
 THUMBNAIL = 96  # px on the page, twice that in the file for screens with two pixels a px
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 TIMES, DIVIDED = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
@@ -83,12 +81,7 @@ def render_report(data: ReportData) -> str:
         total_seconds=sum(row.seconds for row in data.lineage),
         longest_seconds=max((row.seconds for row in data.lineage), default=0.0),
     )
-    return _encodable(page)
-
-
-def _encodable(text: str) -> str:
-    """Text that UTF-8 can hold: a folder's name that is not UTF-8 arrives with lone surrogates."""
-    return text.encode(errors="replace").decode()
+    return encodable(page)
 
 
 # Text
@@ -201,7 +194,7 @@ class GalleryCell:
 
 def gallery(data: ReportData) -> list[tuple[str, list[GalleryCell]]]:
     """(class, cells) for the first classes: generated images, then real ones, then the untrained model's."""
-    _check_images(data.samples, data.sample_labels, "generated images")
+    check_images(data.samples, data.sample_labels, "generated images")
     many = data.samples.shape[1] <= PIXELATED_UP_TO
     origins: list[tuple[str, str, Array, Array, int]] = [
         ("Generated", "generated images", data.samples, data.sample_labels, 7 if many else 5),
@@ -211,7 +204,7 @@ def gallery(data: ReportData) -> list[tuple[str, list[GalleryCell]]]:
         what, limit = "images of the untrained model", 3 if many else 2
         origins.append(("Untrained", what, data.untrained, data.untrained_labels, limit))
     for _, what, images, labels, _ in origins[1:]:
-        _check_images(images, labels, what)
+        check_images(images, labels, what)
     rows = []
     for label, name in enumerate(data.classes[:MAX_CLASSES]):
         cells = []
@@ -225,54 +218,6 @@ def gallery(data: ReportData) -> list[tuple[str, list[GalleryCell]]]:
 def display_size(size: int) -> int:
     """Side in px at which an image of this size is shown: a whole multiple where it is small."""
     return size * max(1, PIXELATED_UP_TO // size) if size <= PIXELATED_UP_TO else THUMBNAIL
-
-
-def sample_grid(
-    images: Array, labels: Array, classes: Sequence[str], per_class: int = 8, scale: int | None = None
-) -> bytes:
-    """A PNG with one row a class: its name, then up to `per_class` of its images, in their order.
-
-    images: uint8 [N, S, S, 3]; labels: int [N]. scale: whole factor of nearest-neighbour enlargement, None
-    for about 64 pixels an image. Of more than 20 classes the first 20 are shown, and the last line says so.
-    Raises ValueError for images or labels of the wrong shape.
-    """
-    from matplotlib import get_data_path
-    from PIL import Image, ImageDraw, ImageFont
-
-    _check_images(images, labels, "images")
-    size = images.shape[1]
-    side = size * (scale or max(1, PIXELATED_UP_TO // size))
-    gap, font_size, names = 4, 13, classes[:MAX_CLASSES]
-    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), font_size)
-    texts = [shortened(" ".join(_encodable(name).split()), 24) for name in names]
-    margin = 4 * gap + math.ceil(max((font.getlength(text) for text in texts), default=0))
-    footer = f"first {len(names)} of {len(classes):,} classes" if len(names) < len(classes) else ""
-    row_height = max(side, font_size) + gap
-    width = margin + max(per_class * (side + gap), math.ceil(font.getlength(footer)))
-    height = gap + row_height * len(names) + (2 * font_size if footer else 0)
-
-    sheet = Image.new("RGB", (width, height), "#ffffff")
-    draw = ImageDraw.Draw(sheet)
-    for label, text in enumerate(texts):
-        top = gap + label * row_height
-        draw.text((2 * gap, top + side / 2), text, fill="#1b1f24", font=font, anchor="lm")
-        for column, image in enumerate(images[labels == label][:per_class]):
-            enlarged = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (margin + column * (side + gap), top))
-    if footer:
-        draw.text((margin, height - 1.2 * font_size), footer, fill="#57606a", font=font, anchor="lm")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _check_images(images: Array, labels: Array, what: str) -> None:
-    square = images.ndim == 4 and images.shape[1] == images.shape[2] > 0 and images.shape[3] == 3
-    if images.dtype != np.uint8 or not square or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"{what}: uint8 [N, S, S, 3] with labels [N] expected, "
-            f"got {images.dtype} {list(images.shape)} with labels {list(labels.shape)}"
-        )
 
 
 def _image_uri(image: Array) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edt_core.sample_grid import shortened
+
 MAX_CURVE_POINTS = 500  # a longer history is averaged over bins, so that the page stays small
 
 Array = NDArray[Any]
@@ -25,11 +27,6 @@ Array = NDArray[Any]
 def data_uri(media_type: str, content: bytes) -> str:
     """Content as an address that holds it."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-
-
-def shortened(text: str, length: int) -> str:
-    """The text, cut with an ellipsis where it is longer than `length` characters."""
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 # Training curves

@@ -18,8 +18,9 @@ from edt_core.errors import UserError
 from edt_core.storage import Folder
 from jobs.autoencoder import resolve
 from jobs.options import validated
+from jobs.registry_files import own_uri
 from pipelines.artifacts import Store
-from pipelines.catalog import Catalog, flatten, own_uri
+from pipelines.catalog import Catalog, flatten
 from pipelines.config import PipelineConfig
 from pipelines.plan import Planner
 from pipelines.runs import Record, artifact_runs, read_record, step_tag, steps_of

@@ -9,12 +9,13 @@ from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import Section
 from edt_core.progress import Progress
 from edt_core.protocol import protocol_differences
+from edt_core.sample_grid import sample_grid
 from edt_core.schema import CLASSES_NAME, REPORT_NAME, SAMPLES_NAME
 from jobs.autoencoder import IMAGE_SHARDS
 from jobs.sample import load_units
 from jobs.train import history
 from jobs.verb import Verb
-from pipelines.report import LineageRow, ReportData, render_report, sample_grid
+from pipelines.report import LineageRow, ReportData, render_report
 
 REGISTERED = ("checkpoint", "evaluation")  # roles whose artifacts a registered version names
 _PER_CLASS = 8

@@ -27,6 +27,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "=": operator.eq,
     "==": operator.eq,
 }
+ORIGIN = "edt.import."  # tags of a version that was imported: file, sha256, weights, autoencoder, source
 _IDS = ("edt.images", "edt.images.digest", "edt.source")
 
 
@@ -78,6 +79,7 @@ class Record:
             "parents": {role: tags[f"edt.{role}"] for role in ("checkpoint", "evaluation") if f"edt.{role}" in tags}
             | json.loads(tags.get("edt.inputs", "{}")),
             "uri": tags.get("edt.uri"),
+            "origin": origin_of(self.version),
             "decision": None if self.decision is None else json.loads(self.decision.to_json()),
             "decision_text": None if self.decision is None else str(self.decision),
             "champion_before": tags.get(BEFORE_TAG) or None,
@@ -85,6 +87,11 @@ class Record:
             "rolled_back": tags.get(ROLLED_BACK_TAG),
             "config": dict(self.config),
         }
+
+
+def origin_of(version: Any) -> dict[str, str]:
+    """Where an imported version came from; empty for one that was trained here."""
+    return {tag.removeprefix(ORIGIN): text for tag, text in version.tags.items() if tag.startswith(ORIGIN)}
 
 
 def find(catalog: Catalog, text: str) -> Any:

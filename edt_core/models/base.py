@@ -125,10 +125,10 @@ class DiffusionTransformer(nn.Module):
                 f"{config.image_size} pixels), but x has shape {list(x.shape)}. Build the model with the "
                 "image_size, autoencoder_factor and latent_channels of these latents."
             )
-        if t.shape != (len(x),) or y.shape != (len(x),):
+        if t.shape != (x.shape[0],) or y.shape != (x.shape[0],):
             raise ValueError(
-                f"{config.name} takes one timestep and one label a sample: for a batch of {len(x)}, t and y "
-                f"must have shape [{len(x)}], but have {list(t.shape)} and {list(y.shape)}."
+                f"{config.name} takes one timestep and one label a sample: for a batch of {x.shape[0]}, t and y "
+                f"must have shape [{x.shape[0]}], but have {list(t.shape)} and {list(y.shape)}."
             )
 
 

@@ -37,7 +37,7 @@ class DiT(DiffusionTransformer):
         """Noise and variance [N, 2C, h, h] of latents x [N, C, h, h] at timesteps t [N] for labels y [N]."""
         self.check_inputs(x, t, y)
         if masks is not None:
-            check_masks(self.config, masks, len(x))
+            check_masks(self.config, masks, x.shape[0])
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:

@@ -52,7 +52,7 @@ class EDT(DiffusionTransformer):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
         """Noise and variance [N, 2C, h, h] of latents x [N, C, h, h] at timesteps t [N] for labels y [N]."""
         self.check_inputs(x, t, y)
-        mid_keep, down_keeps = self._assign_masks(masks, len(x))
+        mid_keep, down_keeps = self._assign_masks(masks, x.shape[0])
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
 

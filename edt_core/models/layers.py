@@ -192,5 +192,5 @@ class FeedForward(nn.Module):
 
 def patches_to_image(x: Tensor, grid: int, patch_size: int) -> Tensor:
     """[N, T, patch² · C] -> [N, C, h, h], h = n · patch; a token is its patch row by row, channels last."""
-    patches = x.reshape(len(x), grid, grid, patch_size, patch_size, -1)
+    patches = x.reshape(x.shape[0], grid, grid, patch_size, patch_size, -1)
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

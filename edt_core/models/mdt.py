@@ -84,7 +84,7 @@ class MDTv2(DiffusionTransformer):
         if masks is None:
             x = self._encode(image, c) + self.decoder_pos_embed
         else:
-            check_masks(self.config, masks, len(x))
+            check_masks(self.config, masks, x.shape[0])
             x = self._encode_masked(image, c, masks[0])
         for block in self.de_blocks:
             x = self.run_block(block, x, c, None, image)
@@ -115,7 +115,7 @@ class MDTv2(DiffusionTransformer):
 
         The side-interpolater sees the mask token where none was kept; what was kept passes by it.
         """
-        size = (len(x), self.decoder_pos_embed.shape[1], x.shape[-1])
+        size = (x.shape[0], self.decoder_pos_embed.shape[1], x.shape[-1])
         filled = self.mask_token.to(x.dtype).expand(size).scatter(1, places, x) + self.decoder_pos_embed
         is_kept = torch.zeros(size, dtype=torch.bool, device=x.device).scatter(1, places, True)
         (side,) = self.sideblocks

@@ -1,8 +1,8 @@
-"""Read checkpoints of the authors' training code: which model they hold, and its weights.
+"""Read checkpoints that the authors of EDT, DiT and MDTv2 released: which model they hold, and its weights.
 
-A file is a `torch.save` of a dict with `model`, `ema`, `opt` and `args`, or of a bare state dict. Which of the named
-models it is follows from keys and shapes alone. Nothing in a file is executed: PyTorch's reader of plain weights is
-allowed `argparse.Namespace`, which holds the training's options, and no other class.
+A file is a `torch.save` of a dict with `model`, `ema`, `opt` and `args`, or of a bare state dict, as those of DiT and
+MDTv2 are. Which of the named models it is follows from keys and shapes alone. Nothing in a file is executed: PyTorch's
+reader of plain weights is allowed `argparse.Namespace`, which holds the training's options, and no other class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edt_core.errors import UserError
 from edt_core.models.base import DiffusionTransformer
-from edt_core.models.config import ModelConfig
+from edt_core.models.config import MDTv2Config, ModelConfig
 from edt_core.models.zoo import MODEL_NAMES, build_model, model_config
 
 WeightsName = Literal["ema", "model"]
@@ -29,6 +29,8 @@ WeightsName = Literal["ema", "model"]
 _WRAPPER = "module."  # what data-parallel training puts before each key
 _REFUSED = ("unsupported global", "unsupported class", "call reduce")  # what PyTorch's reader says of code
 _POSITIONS, _LABELS, _PATCHES = "pos_embed", "y_embedder.embedding_table.weight", "x_embedder.proj.weight"
+_DECODER = "de_blocks."  # of MDTv2
+_PAIRS = ".relative_position_index"  # of MDTv2: integers that follow from the grid
 
 
 def load_released(path: Path | str, weights: WeightsName = "ema") -> DiffusionTransformer:
@@ -43,6 +45,7 @@ def load_released(path: Path | str, weights: WeightsName = "ema") -> DiffusionTr
     config = _identify(path, state)
     _check_null_class(path, config, content.get("args"))
     model = build_model(config)
+    _check_pairs(path, model, state)
     model.load_state_dict(state)
     return model.eval()
 
@@ -50,7 +53,7 @@ def load_released(path: Path | str, weights: WeightsName = "ema") -> DiffusionTr
 def _read(path: Path) -> dict[str, Any]:
     """What a checkpoint file holds, without executing anything."""
     if not path.is_file():
-        raise UserError(f"{path} is not a file; give the checkpoint (.pt) that the authors' training code wrote")
+        raise UserError(f"{path} is not a file; give the checkpoint (.pt) that the authors released")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped where the format allows it: the optimizer's state, most of the file, is never read.
@@ -70,9 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _not_a_checkpoint(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path} is not a checkpoint of the authors' training code, or not whole: {reason}; fetch it again"
-    )
+    return UserError(f"{path} is not a checkpoint of the authors' code, or not whole: {reason}; fetch it again")
 
 
 def _line_with(error: Exception, words: tuple[str, ...]) -> str:
@@ -142,13 +143,28 @@ def _config_like(name: str, state: Mapping[str, Tensor]) -> ModelConfig:
     channels = patches[1] if len(patches) == 4 and patches[1] else published.in_channels
     try:
         image_size = grid * published.patch_size * published.autoencoder_factor
-        return model_config(name, image_size, num_classes, latent_channels=channels)
+        return _with_decoder(model_config(name, image_size, num_classes, latent_channels=channels), state)
     except ValueError:
         return model_config(name, published.image_size, num_classes, latent_channels=channels)
 
 
+def _with_decoder(config: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
+    """An MDTv2 with as many blocks in its decoder as the keys say: the authors' code takes the number as an option."""
+    if not isinstance(config, MDTv2Config):
+        return config
+    blocks = {key.split(".")[1] for key in state if key.startswith(_DECODER)}
+    return replace(config, decode_depth=len(blocks)) if blocks else config
+
+
 def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
     return tuple(state[key].shape) if key in state else ()
+
+
+def _check_pairs(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:
+    """Bias tables with another order of pairs would be read as if they had ours."""
+    for key, value in model.state_dict().items():
+        if key.endswith(_PAIRS) and not torch.equal(state[key], value):
+            raise UserError(f"{path}: {key!r} has other pairs of tokens than {model.config.name}; fetch the file again")
 
 
 def _check_null_class(path: Path, config: ModelConfig, options: Any) -> None:

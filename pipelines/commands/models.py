@@ -1,5 +1,6 @@
 """Commands on the registry: models list, show, compare, promote, rollback, pull; and lineage."""
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,15 @@ from pipelines.commands.options import (
 app = typer.Typer(help="Registered models: look up, compare, promote, roll back, pull.", invoke_without_command=True)
 
 Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/NUMBER, or NAME for its champion")]
+
+
+class Weights(StrEnum):
+    """The sets of weights in a checkpoint of the authors' training."""
+
+    ema = "ema"
+    model = "model"
+
+
 _COLUMNS = ("model", "version", "aliases", "metric", "data", "code", "created")
 
 
@@ -74,11 +84,12 @@ def show(
         print_json(facts)
         return
     typer.echo(f"{facts['name']} version {facts['version']}  {', '.join(facts['aliases'])}".rstrip())
-    typer.echo(f"  {facts['decision_text'] or 'registered, not yet decided on'}")
+    undecided = "imported, not measured here" if facts["origin"] else "registered, not yet decided on"
+    typer.echo(f"  {facts['decision_text'] or undecided}")
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:
             typer.echo(f"  {name:<16} {facts[name]}")
-    for section in ("metrics", "protocol", "data", "parents", "config"):
+    for section in ("origin", "metrics", "protocol", "data", "parents", "config"):
         _echo_section(section, facts[section])
 
 
@@ -166,6 +177,41 @@ def pull(
     found = find(catalog, version)
     new = pulled(catalog.client, found, Path(folder))
     typer.echo(f"{title(found)} is {'' if new else 'already '}at {folder}, every file checked")
+
+
+def import_model(
+    checkpoint: Annotated[str, typer.Argument(help="file that the authors of EDT, DiT or MDT released (.pt)")],
+    autoencoder: Annotated[
+        str, typer.Option(help="what decodes it, as stabilityai/sd-vae-ft-ema: hub id, folder, artifact, MLflow URI")
+    ],
+    model: Annotated[str | None, typer.Option(help="what it is to be, as DiT-XL/2  [default: what it is]")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels it is to be for  [default: what it is for]")] = None,
+    weights: Annotated[Weights, typer.Option(help="of a file with both")] = Weights.ema,
+    name: Annotated[str | None, typer.Option(help="registered model  [default: as edt-xl-2-256]")] = None,
+    source: Annotated[str | None, typer.Option(help="where the file came from, for the record")] = None,
+    license: Annotated[str | None, typer.Option(help="of the weights, for the model card")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Register a checkpoint that the authors released, as a candidate; the same file again is found again."""
+    from pathlib import Path
+
+    from edt_core.storage import Folder
+    from jobs.registry_files import title
+    from pipelines.catalog import Catalog
+    from pipelines.importing import import_released, read_released
+    from pipelines.registry import alone
+
+    released = read_released(Path(checkpoint).expanduser(), weights.value, autoencoder, model, image_size)
+    place = Folder.at(store)
+    place.check_writable()
+    with alone(store, name or released.default_name):
+        version, is_new = import_released(Catalog.open(place, "imports", tracking_uri), released, name, source, license)
+    config = released.model.config
+    typer.echo(
+        f"{title(version)} is {config.name} at {config.image_size} px with {config.num_classes} classes, "
+        f"{weights.value} weights of {checkpoint}{'' if is_new else ' (imported before)'}"
+    )
 
 
 def lineage(

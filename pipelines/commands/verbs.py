@@ -21,7 +21,7 @@ def encode(context: typer.Context) -> None:
 
 
 def train(context: typer.Context) -> None:
-    """Train an EDT on latent shards: LATENTS OUT --model EDT-S/2."""
+    """Train a model on latent shards: LATENTS OUT --model EDT-S/2."""
     from jobs.train import VERB
 
     VERB.main(context.args, "edt train")
@@ -41,8 +41,15 @@ def amm_search(context: typer.Context) -> None:
     main(context.args, "edt amm-search")
 
 
+def sample(context: typer.Context) -> None:
+    """Draw images of chosen classes from any model into one picture: MODEL --classes otter,207 --out grid.png."""
+    from jobs.draw import main
+
+    main(context.args, "edt sample")
+
+
 def export(context: typer.Context) -> None:
-    """Write kept samples for other people's tools: FEATURES TARGET --format png|npz|webdataset."""
+    """Write for other tools: FEATURES TARGET --format png|npz|webdataset, or MODEL FILE --format torch-export."""
     from jobs.export import main
 
     main(context.args, "edt export")

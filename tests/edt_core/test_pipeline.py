@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import edt_core
 from edt_core.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig, ChainConfig
 from edt_core.errors import UserError
@@ -40,6 +43,35 @@ def test_it_loads_by_its_own_class_and_by_diffusers(folder: Path) -> None:
     images = [pipeline([0, 3], output_type="np").images for pipeline in (own, general)]
     assert images[0].shape == (2, 32, 32, 3)
     assert np.array_equal(*images)
+
+
+@pytest.mark.parametrize("name", ["DiT-Tiny/2", "MDTv2-Tiny/2"])
+def test_every_architecture_loads_by_both_doors(folder: Path, tmp_path: Path, name: str) -> None:
+    from diffusers import DiffusionPipeline
+
+    model = initial_model(model_config(name, 32, 4), 0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    vae = EDTPipeline.from_pretrained(folder).vae
+    save_pipeline(tmp_path / "p", model, vae, num_timesteps=1000, classes="abcd", protocol={"num_sampling_steps": 2})
+    assert (tmp_path / "p" / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+    own = edt_core.EDTPipeline.from_pretrained(tmp_path / "p")
+    general = DiffusionPipeline.from_pretrained(
+        tmp_path / "p", custom_pipeline=str(tmp_path / "p"), trust_remote_code=True
+    )
+    assert own.transformer.edt.config == model.config
+    assert all(torch.equal(own.transformer.edt.state_dict()[key], value) for key, value in model.state_dict().items())
+    images = [pipeline([0, 3], output_type="np").images for pipeline in (own, general)]
+    assert np.array_equal(*images)
+
+
+def test_the_package_gives_the_pipeline_without_being_heavy() -> None:
+    code = "import sys, edt_core; assert 'torch' not in sys.modules; print(edt_core.EDTPipeline.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "edt_core.pipeline\n", done.stderr
+    with pytest.raises(AttributeError, match="has no attribute 'EDTPipelin'"):
+        edt_core.EDTPipelin  # noqa: B018
 
 
 def test_an_image_is_a_function_of_seed_place_and_label(folder: Path) -> None:
@@ -76,7 +108,7 @@ def test_a_folder_of_an_older_version_makes_the_same_images(folder: Path, tmp_pa
     index["protocol"] = {name: index["protocol"][name] for name in old_fields}
     (older / "model_index.json").write_text(json.dumps(index))
     config = json.loads((older / "transformer" / "config.json").read_text())
-    del config["edt_config"]["amm_radius"]
+    del config["edt_config"]["amm_radius"], config["edt_config"]["architecture"]
     (older / "transformer" / "config.json").write_text(json.dumps(config))
     images = [EDTPipeline.from_pretrained(path)([0, 3], output_type="np").images for path in (older, folder)]
     assert np.array_equal(*images)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edt_core.errors import UserError
-from edt_core.models import EDT, create_model, load_released
+from edt_core.models import EDT, build_model, create_model, load_released, model_config, shadow
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "golden" / "edt_manifest.json").read_text())
 TINY = ("EDT-Tiny/2", 64, 7)
@@ -75,6 +76,46 @@ def test_the_published_keys_are_those_of_a_named_model(image_size: int, tmp_path
     loaded = load_released(save(tmp_path / "a.pt", published(state)))
     assert (loaded.config.name, loaded.config.image_size, loaded.config.num_classes) == ("EDT-S/2", image_size, 1000)
     assert all(bool((value == 0.5).all()) for value in loaded.state_dict().values())
+
+
+RELEASED = [("DiT-S/8", 256), ("DiT-S/2", 512), ("DiT-S/4", 256), ("MDTv2-S/2", 256)]
+
+
+def released(name: str, image_size: int) -> dict[str, Tensor]:
+    """A state dict in the shapes of a model, which `test_models_zoo.py` compares with the published ones."""
+    state = shadow(model_config(name, image_size)).state_dict()
+    real = create_model(name, image_size).state_dict() if name.startswith("MDTv2") else {}
+    pairs = {key: value for key, value in real.items() if key.endswith("relative_position_index")}
+    return {key: torch.full((1,), 0.5).expand(value.shape) for key, value in state.items()} | pairs
+
+
+@pytest.mark.parametrize(("name", "image_size"), RELEASED)
+def test_bare_state_dicts_of_dit_and_mdt_are_told_apart(name: str, image_size: int, tmp_path: Path) -> None:
+    loaded = load_released(save(tmp_path / "a.pt", released(name, image_size)))
+    assert loaded.config == model_config(name, image_size)
+    assert bool((loaded.x_embedder.proj.weight == 0.5).all())
+
+
+def test_an_mdt_has_the_decoder_that_its_keys_say(tmp_path: Path) -> None:
+    config = replace(model_config("MDTv2-Tiny/2", 32, 4), decode_depth=4)
+    state = build_model(config).state_dict()
+    assert load_released(save(tmp_path / "a.pt", state)).config == config
+
+
+def test_an_mdt_with_other_pairs_of_tokens_is_refused(tmp_path: Path) -> None:
+    state = create_model("MDTv2-Tiny/2", 32, 4).state_dict()
+    key = "de_blocks.1.attn.rel_pos_bias.relative_position_index"
+    with pytest.raises(UserError, match=f"'{key}' has other pairs of tokens than MDTv2-Tiny/2"):
+        load_released(save(tmp_path / "a.pt", {**state, key: state[key].flip(0)}))
+
+
+@pytest.mark.parametrize("name", ["DiT-Tiny/2", "MDTv2-Tiny/2"])
+def test_the_closest_of_all_architectures_is_named(name: str, tmp_path: Path) -> None:
+    state = create_model(name, 32, 4).state_dict()
+    del state["final_layer.linear.bias"]
+    message = rf"closest is {name} at 32 pixels with 4 classes, but 'final_layer.linear.bias' is missing"
+    with pytest.raises(UserError, match=message):
+        load_released(save(tmp_path / "a.pt", state))
 
 
 class Malicious:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from huggingface_hub import ModelCard as HubCard
 from typer.testing import CliRunner
 
 from edt_core.artifact import Artifact
@@ -309,7 +311,7 @@ def real(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Simple
 def registered(registry: Registry, folder: Path) -> SimpleNamespace:
     """A whole model, registered as the workflow does, with the artifacts behind it."""
     model = opened(folder, made_model())
-    run, config = registry.run(REAL)
+    run, config = registry.run(REAL, "promote.torch_export=true", "promote.license=apache-2.0")
     chain = ChainConfig(num_sampling_steps=3).model_dump(mode="json")
     assert model.autoencoder is not None
     images = registry.artifact("images", {CLASSES_NAME: b'["a", "b", "c", "d"]'}, {"real": 1}, {}, {})
@@ -337,6 +339,16 @@ def test_a_registered_model_is_pulled_and_loads_by_every_door(
     general = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
     mlflow.set_tracking_uri(registry.catalog.tracking_uri)
     served = mlflow.pyfunc.load_model(f"models:/{REAL}@champion").predict(np.array(LABELS))
+    card = HubCard.load(folder / "README.md")
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "diffusers")
+    assert [(found.metric_type, found.metric_value) for found in card.data.eval_results] == [("fd_classifier", 3.0)]
+    for line in ("| num_samples | 500 |", "| num_sampling_steps | 3 |", "| steps | 0 |", "| source | digits |"):
+        assert line in card.text
+    inputs = torch.randn(3, 4, 8, 8), torch.tensor([5.0, 500.0, 900.0]), torch.tensor(LABELS)
+    with torch.no_grad():
+        found = torch.export.load(folder / "denoiser.pt2").module()(*inputs)
+        expected = EDTPipeline.from_pretrained(folder).transformer.eval()(*inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert own.shape == (3, 32, 32, 3)
     assert np.array_equal(own, general(LABELS, output_type="np").images)
     assert np.array_equal(own, served)
@@ -345,8 +357,6 @@ def test_a_registered_model_is_pulled_and_loads_by_every_door(
 def test_a_job_takes_a_registered_model_through_the_same_checks(
     registry: Registry, real: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     from edt_core.training.checkpoint import ema_model
     from jobs.models import open_model
 

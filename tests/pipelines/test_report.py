@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edt_core.sample_grid import sample_grid
 from pipelines.report import (
     LineageRow,
     ReportData,
     compare_metrics,
     duration,
     render_report,
-    sample_grid,
     shown,
 )
 from pipelines.report_figures import lineage_graph, training_curves

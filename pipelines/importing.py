@@ -1,0 +1,155 @@
+"""Import: a checkpoint that its authors released becomes a registered version, with an autoencoder and its origin.
+
+It has no metrics, so it becomes `candidate` and never `champion`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edt_core.config import ChainConfig
+from edt_core.environment import code_version, utc
+from edt_core.errors import UserError
+from edt_core.redaction import redacted
+from edt_core.storage import sha256_file
+from jobs.models import check_decoder, read_autoencoder
+from pipelines.catalog import Catalog
+from pipelines.packaging import log_pipeline
+from pipelines.registration import add_logged
+from pipelines.registry import CANDIDATE, find_version, move_alias, set_tags
+from pipelines.versions import ORIGIN
+
+if TYPE_CHECKING:
+    from edt_core.models import DiffusionTransformer
+    from edt_core.models.released import WeightsName
+
+SETTLED_TAG = "edt.imported"  # when the alias had been moved: what is before that is done again
+_PROTOCOLS = {  # what the authors' samplers have of their own; cfg_scale and the number of steps are the user's
+    "edt": ChainConfig(amm_blocks="paper"),
+    "dit": ChainConfig(amm_blocks="model"),
+    "mdtv2": ChainConfig(amm_blocks="model", cfg_power=4.0),
+}
+_NUM_TIMESTEPS = 1000  # of all three papers
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released checkpoint, read and checked, with the autoencoder that decodes it."""
+
+    path: Path
+    model: "DiffusionTransformer"
+    weights: "WeightsName"
+    autoencoder: Any
+    autoencoder_location: str
+
+    @property
+    def default_name(self) -> str:
+        """The registry's name of it: model and resolution."""
+        config = self.model.config
+        return f"{config.name.lower().replace('/', '-')}-{config.image_size}"
+
+
+def read_released(
+    path: Path, weights: "WeightsName", autoencoder: str, model: str | None = None, image_size: int | None = None
+) -> Released:
+    """Read a checkpoint file and the autoencoder at a location. `model` and `image_size` are what it is to be.
+
+    Raises UserError: nothing that can be read safely, another model than asked for, an autoencoder that does not fit.
+    """
+    from edt_core.models import load_released
+
+    read = load_released(path, weights)
+    config = read.config
+    if model not in (None, config.name) or image_size not in (None, config.image_size):
+        raise UserError(
+            f"{path} is {config.name} at {config.image_size} px with {config.num_classes} classes; give --model "
+            f"{config.name} --image-size {config.image_size}, or leave them out"
+        )
+    decoder = read_autoencoder(autoencoder)
+    check_decoder(config, decoder)
+    return Released(path, read, weights, decoder, autoencoder)
+
+
+def import_released(
+    catalog: Catalog, released: Released, name: str | None, source: str | None = None, license: str | None = None
+) -> tuple[Any, bool]:
+    """Register a released checkpoint as a version of `name`, and move `candidate` to it. Returns it, and if it is new.
+
+    The same weights with the same autoencoder are found again, and the aliases then stay as they are. Killed anywhere,
+    it can be done again.
+    """
+    name = name or released.default_name
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"the model name {name!r} is no registry name; use letters, digits, '.', '_' and '-'")
+    identity = {
+        f"{ORIGIN}sha256": sha256_file(released.path),
+        f"{ORIGIN}weights": released.weights,
+        f"{ORIGIN}autoencoder_digest": _digest(released.autoencoder),
+    }
+    origin = {
+        "file": released.path.name,
+        **{key.removeprefix(ORIGIN): value for key, value in identity.items()},
+        "autoencoder": released.autoencoder_location,
+        **({"source": source} if source else {}),
+    }
+    version = find_version(catalog, name, identity)
+    is_new = version is None
+    if version is None:
+        version = _register(catalog, released, name, identity, origin, license)
+    if SETTLED_TAG not in version.tags:
+        move_alias(catalog, version, CANDIDATE)
+        set_tags(catalog, version, {SETTLED_TAG: utc()})
+    return version, is_new
+
+
+def _register(
+    catalog: Catalog,
+    released: Released,
+    name: str,
+    identity: Mapping[str, str],
+    origin: Mapping[str, str],
+    license: str | None,
+) -> Any:
+    tags = {f"{ORIGIN}{key}": value for key, value in origin.items()}
+    run_id = catalog.start_run(f"import {name}", tags)
+    logged = log_pipeline(
+        catalog,
+        run_id,
+        name,
+        lambda folder: _write(folder, released, name, origin, license),
+        params={"architecture": released.model.config.name},
+    )
+    return add_logged(catalog, name, run_id, logged, {**tags, "edt.code_version": code_version()}, identity)
+
+
+def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str], license: str | None) -> None:
+    """The diffusers folder of a released model, with its card."""
+    from edt_core.model_card import README, ModelCard
+    from edt_core.models import count_macs, count_parameters
+    from edt_core.pipeline import save_pipeline
+
+    model = released.model
+    protocol = _PROTOCOLS[model.config.architecture].model_dump(mode="json")
+    save_pipeline(folder, model, released.autoencoder, num_timesteps=_NUM_TIMESTEPS, classes=(), protocol=protocol)
+    card = ModelCard(
+        name=name,
+        config=model.config,
+        parameters=count_parameters(model),
+        macs=count_macs(model),
+        sampling=protocol,
+        license=license,
+        origin=origin,
+    )
+    (folder / README).write_text(redacted(card.text()))
+
+
+def _digest(autoencoder: Any) -> str:
+    """sha256 of an autoencoder's weights and scale, wherever it was loaded from."""
+    found = sha256(repr(autoencoder.config.scaling_factor).encode())
+    for key, value in sorted(autoencoder.state_dict().items()):
+        found.update(key.encode())
+        found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()

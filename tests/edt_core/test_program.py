@@ -1,0 +1,94 @@
+"""The exported denoiser: one file that does as the model does."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from edt_core.config import ChainConfig
+from edt_core.models import EDT, create_model
+from edt_core.program import TOLERANCE, save_program
+from tests.jobs.models import made_model
+
+
+@pytest.fixture(scope="module")
+def model() -> EDT:
+    return made_model()
+
+
+@pytest.fixture(scope="module")
+def path(model: EDT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("program") / "denoiser.pt2"
+    save_program(path, model.train(), ChainConfig(amm_blocks=(1, 6)), 1000)
+    return path
+
+
+def batch(size: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(size, 4, 8, 8, generator=generator)
+    return x, 999 * torch.rand(size, generator=generator), torch.arange(size) % 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+def test_it_does_as_the_model_does_with_its_modulation(model: EDT, path: Path, size: int) -> None:
+    inputs = batch(size)
+    program = torch.export.load(path).module()
+    with torch.no_grad():
+        expected = model.eval()(*inputs)
+        found = program(*inputs)
+        model.set_amm(())
+        plain = model(*inputs)
+        model.set_amm((1, 6))
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert (found - plain).abs().max() > 100 * TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["DiT-Tiny/2", "MDTv2-Tiny/2"])
+def test_every_architecture_takes_any_batch(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, 32, 4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_program(tmp_path / "a.pt2", model, ChainConfig(amm_blocks=(2,)), 1000)
+    inputs = batch(7)
+    with torch.no_grad():
+        expected = model(*inputs)
+        found = torch.export.load(tmp_path / "a.pt2").module()(*inputs)
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_it_runs_where_this_package_is_not(path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "program = torch.export.load(sys.argv[1]).module()\n"
+        "print(list(program(torch.zeros(4, 4, 8, 8), torch.zeros(4), torch.zeros(4, dtype=torch.int64)).shape))\n"
+        "assert 'edt_core' not in sys.modules\n"
+    )
+    command = [sys.executable, "-I", "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)
+    assert done.stdout.strip() == "[4, 8, 8, 8]", done.stderr
+
+
+def test_it_tells_which_model_it_is(model: EDT, path: Path) -> None:
+    facts = {"model.json": ""}
+    torch.export.load(path, extra_files=facts)
+    assert json.loads(facts["model.json"])["name"] == "EDT-Tiny/2"
+    assert json.loads(facts["model.json"])["amm_blocks"] == [1, 6]
+
+
+def test_a_program_that_does_otherwise_is_not_left(model: EDT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = torch.export.load
+
+    def off(path: Path) -> object:
+        program = load(io.BytesIO(path.read_bytes()))
+        next(iter(program.state_dict.values())).add_(0.1)
+        return program
+
+    monkeypatch.setattr(torch.export, "load", off)
+    with pytest.raises(RuntimeError, match=r"exported EDT-Tiny/2 is off by .* in a batch of 1"):
+        save_program(tmp_path / "a.pt2", model, ChainConfig(), 1000)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,210 @@
+"""`edt import`: a released checkpoint becomes a version that everything else takes."""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard as HubCard
+from typer.testing import CliRunner
+
+from edt_core.errors import UserError
+from edt_core.models import create_model, model_config
+from edt_core.storage import Folder
+from jobs.models import load_model, open_model
+from jobs.registry_files import pull
+from pipelines.cli import app
+from pipelines.versions import find
+from tests.jobs.models import made_model, pipeline_folder
+from tests.pipelines.registered import Registry
+from tests.pipelines.small import edt as edt_process
+
+NAMES = ("EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2")
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return Registry(tmp_path_factory.mktemp("registry") / "store")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline_folder(tmp_path_factory.mktemp("vae") / "p", made_model()) / "vae"
+
+
+def weights(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = create_model(name, 32, 4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.state_dict()
+
+
+def released(folder: Path, name: str, seed: int = 0) -> Path:
+    """A file as the authors publish it: of EDT with everything of the training, of DiT and MDT the weights alone."""
+    state = weights(name, seed)
+    whole = {"model": weights(name, seed + 1), "ema": state, "opt": {"state": {}}, "args": argparse.Namespace()}
+    torch.save(whole if name.startswith("EDT") else state, folder / "released.pt")
+    return folder / "released.pt"
+
+
+def imported(registry: Registry, path: Path, vae: Path, *options: str) -> str:
+    arguments = ["import", str(path), "--autoencoder", str(vae), *registry.arguments, *options]
+    done = CliRunner().invoke(app, arguments)
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_imported_model_is_a_candidate_that_loads_as_it_was(
+    registry: Registry, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = released(tmp_path, name)
+    registered = name.lower().replace("/", "-") + "-32"
+    told = imported(registry, path, vae, "--source", "https://example.org/released.pt", "--license", "cc-by-nc-4.0")
+    assert f"{registered} version 1 is {name} at 32 px with 4 classes, ema weights of" in told
+    version = find(registry.catalog, f"{registered}@candidate")
+    assert "champion" not in registry.catalog.client.get_registered_model(registered).aliases
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.catalog.tracking_uri)
+    there, state = load_model(f"{registered}@candidate"), weights(name)
+    assert there.model.config == model_config(name, 32, 4)
+    assert all(torch.equal(value, state[key]) for key, value in there.model.state_dict().items())
+    assert (there.num_timesteps, there.classes) == (1000, ())
+    assert there.protocol["amm_blocks"] == ("paper" if name.startswith("EDT") else "model")
+    assert there.protocol["cfg_power"] == (4.0 if name.startswith("MDT") else None)
+    opened = open_model(f"{registered}@candidate", Folder.at(tmp_path / "work"))  # as `edt evaluate` takes it
+    assert (opened.checkpoint.counts["model"], opened.autoencoder is None) == (name, False)
+
+    assert pull(registry.catalog.client, version, tmp_path / "pulled")
+    card = HubCard.load(tmp_path / "pulled" / "README.md")
+    assert card.data.license == "cc-by-nc-4.0"
+    assert "https://example.org/released.pt" in card.text
+    assert "Not measured" in card.text
+
+
+def test_it_is_shown_listed_traced_and_drawn_from(registry: Registry, vae: Path, tmp_path: Path) -> None:
+    name, path = "from-elsewhere", released(tmp_path, "DiT-Tiny/2", seed=5)
+    imported(registry, path, vae, "--name", name, "--model", "DiT-Tiny/2", "--image-size", "32")
+
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(app, [*arguments, *registry.arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    shown = said("models", "show", f"{name}@candidate")
+    assert "imported, not measured here" in shown
+    assert "released.pt" in shown
+    facts = json.loads(said("models", "show", name, "--json"))["origin"]
+    assert set(facts) == {"file", "sha256", "weights", "autoencoder", "autoencoder_digest"}
+    assert name in said("models", "list")
+    assert f"released (published) {facts['sha256'][:12]}  released.pt ema" in said("lineage", name)
+    out = tmp_path / "grid.png"
+    drawn = said("sample", f"{name}@candidate", "--num", "1", "--num-sampling-steps", "2", "--out", str(out))
+    assert "4 x 1 images of DiT-Tiny/2 (0, 1, 2, 3)" in drawn
+    with pytest.raises(UserError, match="was imported, or not registered by edt"):
+        CliRunner().invoke(app, ["models", "promote", f"{name}/1", *registry.arguments], catch_exceptions=False)
+
+
+def test_the_same_file_is_found_again_and_another_is_a_new_version(
+    registry: Registry, vae: Path, tmp_path: Path
+) -> None:
+    path = released(tmp_path, "EDT-Tiny/2", seed=9)
+    assert "version 1 " in imported(registry, path, vae, "--name", "again")
+    assert "(imported before)" in imported(registry, path, vae, "--name", "again")
+    assert "version 2 is EDT-Tiny/2 at 32 px with 4 classes, model weights" in imported(
+        registry, path, vae, "--name", "again", "--weights", "model"
+    )
+    assert "version 1 " in imported(registry, path, vae, "--name", "again")
+    assert find(registry.catalog, "again@candidate").version in (2, "2")  # an old file does not take the alias back
+
+
+def test_killed_before_the_alias_moved_it_goes_on(
+    registry: Registry, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = released(tmp_path, "EDT-Tiny/2", seed=11)
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.importing.move_alias", killed)
+        with pytest.raises(BaseException):  # noqa: B017, PT011  whatever the runner makes of it
+            imported(registry, path, vae, "--name", "killed")
+    with pytest.raises(UserError, match="no alias 'candidate'"):
+        find(registry.catalog, "killed@candidate")
+    assert "version 1 " in imported(registry, path, vae, "--name", "killed")
+    assert str(find(registry.catalog, "killed@candidate").version) == "1"
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def bad_file(folder: Path, damage: str) -> Path:
+    path = released(folder, "EDT-Tiny/2")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif damage == "code":
+        path.write_bytes(pickle.dumps({"model": Malicious(folder / "was-run")}, protocol=2))
+    elif damage == "other shapes":
+        state = weights("EDT-Tiny/2")
+        torch.save({**state, "final_layer.linear.bias": torch.zeros(3)}, path)
+    elif damage == "gone":
+        path.unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        ("truncated", [], "is not a checkpoint of the authors' code, or not whole"),
+        ("code", [], "asks for code to be run"),
+        ("other shapes", [], "The closest is EDT-Tiny/2 at 32 pixels with 4 classes, but 'final_layer.linear.bias'"),
+        ("gone", [], "is not a file"),
+        (
+            "",
+            ["--model", "DiT-XL/2"],
+            "is EDT-Tiny/2 at 32 px with 4 classes; give --model EDT-Tiny/2 --image-size 32",
+        ),
+        ("", ["--image-size", "64"], "is EDT-Tiny/2 at 32 px with 4 classes"),
+        ("", ["--name", "a/b"], "the model name 'a/b' is no registry name"),
+        ("", ["--autoencoder", "/nowhere"], "no autoencoder at /nowhere"),
+    ],
+)
+def test_what_cannot_be_imported_leaves_nothing(
+    vae: Path, tmp_path: Path, damage: str, options: list[str], message: str
+) -> None:
+    registry = Registry(tmp_path / "store")
+    with pytest.raises(UserError) as refused:
+        imported(registry, bad_file(tmp_path, damage), vae, *options)
+    assert message in str(refused.value)
+    assert not (tmp_path / "was-run").exists()
+    assert registry.catalog.client.search_registered_models() == []
+
+
+def test_an_autoencoder_of_another_factor_is_refused(registry: Registry, tmp_path: Path) -> None:
+    other = pipeline_folder(tmp_path / "p", made_model(image_size=64, factor=8), factor=8) / "vae"
+    with pytest.raises(UserError, match="the autoencoder has factor 8 and 4 latent channels, and EDT-Tiny/2"):
+        imported(registry, released(tmp_path, "EDT-Tiny/2"), other)
+
+
+def test_as_a_process_it_is_one_message_and_exit_code_2(vae: Path, tmp_path: Path) -> None:
+    path = bad_file(tmp_path, "truncated")
+    done = edt_process("import", str(path), "--autoencoder", str(vae), "--store", str(tmp_path / "s"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "s").exists()

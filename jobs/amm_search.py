@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any, ClassVar, Literal
@@ -256,7 +256,9 @@ def _write(found: Found, metric: str, config: SearchConfig, subject: Subject, ou
     amm: dict[str, Any] = {"amm_blocks": list(found.chosen.blocks), "amm_radius": found.chosen.radius}
     if config.amm_kernel is not None:
         amm["amm_kernel"] = config.amm_kernel
-    counts = write_modulated(subject.model, amm, out)
+    decoder = subject.inputs["autoencoder"]  # of a released file it is known by the options alone
+    model = replace(subject.model, autoencoder=decoder) if isinstance(decoder, Artifact) else subject.model
+    counts = write_modulated(model, amm, out)
     trials = [{**asdict(trial), "placement": str(trial.placement)} for trial in found.trials]
     out.write_json(f"{RESULTS}.json", {**amm, "metric": metric, "reason": found.reason, "trials": trials})
     out.write_bytes(f"{RESULTS}.md", f"{_table(found, metric, config)}\n".encode())

@@ -83,28 +83,28 @@ def compare(records: Sequence[Record], metric: str | None = None, with_published
 
 def costs_of(version: Any) -> dict[str, Any]:
     """What is recorded of a version's size and training, under the names `COSTS`; what is not is left out."""
-    recorded = {name: version.tags[f"{COST_TAG}{name}"] for name in COSTS if f"{COST_TAG}{name}" in version.tags}
-    if "training_flops" not in recorded:
-        return _costs_in_store(version.tags.get("edt.uri"))
-    numbers = {"model": str, "device_hours": float}
-    return {name: numbers.get(name, int)(text) for name, text in recorded.items()}
+    texts = {name: version.tags[f"{COST_TAG}{name}"] for name in COSTS if f"{COST_TAG}{name}" in version.tags}
+    types = {"model": str, "device_hours": float}
+    recorded = {name: types.get(name, int)(text) for name, text in texts.items()}
+    if "training_flops" in recorded:
+        return recorded
+    return {**_costs_in_store(version.tags.get("edt.uri")), **recorded}
 
 
 def _costs_in_store(uri: str | None) -> dict[str, Any]:
-    """The costs of a checkpoint artifact from before they were counted; {} where it cannot be read."""
-    from edt_core.config import TrainConfig
+    """The costs of a training from before they were counted; {} of what cannot be read, or was not trained here."""
     from edt_core.models import ModelConfig, training_flops
     from jobs.sample import model_config_of
 
     try:
         artifact = Artifact.read(uri or "")
-        train = TrainConfig.model_validate(artifact.manifest.config)
+        images = artifact.counts["steps"] * artifact.manifest.config["global_batch_size"]
+        masked = artifact.manifest.config["masked_loss"]
         config = ModelConfig.from_dict(model_config_of(artifact))
     except (UserError, OSError, ValueError, KeyError):
         return {}
-    images = artifact.counts["steps"] * train.global_batch_size
     known = {name: artifact.counts[name] for name in COSTS if name in artifact.counts}
-    flops = images * training_flops(config, masked=train.masked_loss)
+    flops = images * training_flops(config, masked=masked)
     return {"image_size": config.image_size, "images_seen": images, "training_flops": flops, **known}
 
 

@@ -115,6 +115,16 @@ def test_costs_of_an_older_version_are_told_from_its_checkpoint(tmp_path: Path) 
     assert "device_hours" not in found
 
 
+def test_of_a_model_that_was_not_trained_here_only_its_size_is_known(tmp_path: Path) -> None:
+    config = model_config("EDT-Tiny/2", 32, 10)
+    out = ArtifactWriter(Folder.at(tmp_path), "checkpoint", "f" * 64)
+    out.write_json(f"checkpoints/step-00000000/{MODEL_CONFIG}", config.to_dict())
+    counts = {"model": "EDT-Tiny/2", "steps": 0, "final": "checkpoints/step-00000000"}
+    made = out.commit({"num_timesteps": 1000}, {}, counts)
+    tags = {"edt.uri": made.folder.uri, "edt.cost.model": "EDT-Tiny/2", "edt.cost.macs": "7"}
+    assert costs_of(SimpleNamespace(tags=tags)) == {"model": "EDT-Tiny/2", "macs": 7}
+
+
 def test_the_plot_is_a_picture_of_a_stated_width(registry: Registry, tmp_path: Path) -> None:
     target = tmp_path / "new" / "compare.png"
     names = ("edt-s/1", "edt-s/2", "edt-b", "edt-other")

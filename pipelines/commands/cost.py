@@ -29,11 +29,13 @@ def cost(
     from edt_core.models import MODEL_NAMES, model_config
 
     names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
+    sizes = [int(text) for text in image_size.split(",") if text.strip().isdecimal()]
+    if len(sizes) != len(image_size.split(",")):
+        raise UserError(f"--image-size takes pixels, several with commas, as 256,512; got {image_size!r}")
     try:
-        sizes = [int(text) for text in image_size.split(",")]
         configs = [model_config(name, size) for name in names for size in sizes]
     except ValueError as error:
-        raise UserError(f"{error}") from error
+        raise UserError(str(error)) from error
     if by_module:
         if len(configs) != 1:
             raise UserError(f"--by-module is of one model and size, and these are {len(configs)}; name one")

@@ -159,6 +159,8 @@ def test_cost_by_module_adds_up() -> None:
     [
         (["EDT-Q/2"], "Unknown model 'EDT-Q/2'"),
         (["EDT-S/2", "--image-size", "250"], "Use a multiple of 64"),
+        (["EDT-S/2", "--image-size", "0"], "EDT-S/2: latents of 0x0"),
+        (["EDT-S/2", "--image-size", "256,large"], "takes pixels, several with commas"),
         (["EDT-S/2", "--image-size", "256,512", "--by-module"], "of one model and size"),
     ],
 )

@@ -84,7 +84,7 @@ def train(
         "parameters": count_parameters(model),
         "macs": count_macs(model),
         "images_seen": images,
-        "training_flops": images * training_flops(model_config, masked=config.masked_loss),
+        "training_flops": images * training_flops(model_config, masked=config.masked_loss) if images else 0,
         "device_hours": seconds / 3600,  # of workers that were killed, without what they did after their last row
         "checkpoints": [checkpoint_name(step) for step in kept],
         "final": final,
@@ -108,7 +108,8 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     from edt_core.diffusion import linear_schedule
     from edt_core.models import check_masked_loss
 
-    check_masked_loss(model_config, config.masked_loss)
+    if config.max_steps > 0:  # an untrained model has no loss; that of any recipe is one
+        check_masked_loss(model_config, config.masked_loss)
     if config.reader == "webdataset":
         check_shards(len(_tars(latents)), config.worker_range[1])
     linear_schedule(config.num_timesteps)

@@ -175,10 +175,13 @@ def test_a_training_goes_on_from_an_earlier_attempt(
     assert artifact.counts["training_flops"] == trained.counts["training_flops"]
 
 
-def test_no_steps_is_the_untrained_model(chain: dict[str, Artifact], tmp_path: Path) -> None:
-    untrained = execute(train.VERB, TrainConfig(model="EDT-Tiny/2", max_steps=0), tmp_path, latents=chain["latents"])
+@pytest.mark.parametrize("model", ["EDT-Tiny/2", "DiT-Tiny/2"])
+def test_no_steps_is_the_untrained_model(model: str, chain: dict[str, Artifact], tmp_path: Path) -> None:
+    """Also of a DiT, which has no masked pass to train with, by the default recipe."""
+    untrained = execute(train.VERB, TrainConfig(model=model, max_steps=0), tmp_path, latents=chain["latents"])
     assert untrained.counts["final"] == "checkpoints/step-00000000"
     assert untrained.path("history.jsonl").read_bytes() == b""
+    assert (untrained.counts["images_seen"], untrained.counts["training_flops"]) == (0, 0)
 
 
 SAMPLE = SampleConfig(num_samples=22, num_sampling_steps=3, cfg_scale=1.5, unit_size=3, keep_images=10, num_workers=1)

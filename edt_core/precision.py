@@ -12,6 +12,8 @@ def use_precision(precision: str) -> torch.dtype:
     """
     mode = "tf32" if precision == "tf32" else "ieee"
     cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = mode == "tf32"  # the older name of both below: torch.export refuses three that differ
     cudnn.conv.fp32_precision = mode
+    cudnn.rnn.fp32_precision = mode
     torch.backends.cuda.matmul.fp32_precision = mode
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -11,10 +11,13 @@ from edt_core.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress, Silent
-from edt_core.schema import IMAGE_SHARD
+from edt_core.schema import IMAGE_SHARD, MANIFEST_NAME
 from edt_core.storage import Folder, sha256_file
 from jobs.cluster import device_name, require, use_threads
 from jobs.verb import Verb, alone_in, made_before
+
+if TYPE_CHECKING:
+    from edt_core.models import ModelConfig
 
 FOLDER = "autoencoder"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
@@ -144,6 +147,31 @@ def resolve(location: str) -> str:
     if not configs:
         raise UserError(f"{location} holds no diffusers model: no config.json in it")
     return str(configs[0].parent)
+
+
+def read_autoencoder(location: str) -> Any:
+    """The autoencoder of an artifact, local diffusers folder, hub id or MLflow URI, in memory. Raises UserError."""
+    from edt_core.autoencoder import load_autoencoder
+
+    if not Folder.at(location).exists(MANIFEST_NAME):
+        return load_autoencoder(resolve(location))
+    artifact = Artifact.open(location)
+    if artifact.manifest.kind != "autoencoder":
+        raise UserError(f"{location} holds {artifact.manifest.kind}, and autoencoder is what is needed here")
+    return load_autoencoder(artifact.directory(FOLDER))
+
+
+def check_decoder(config: "ModelConfig", decoder: Any) -> None:
+    """Raise UserError for an autoencoder whose latents are not those that a model was made for."""
+    from edt_core.autoencoder import autoencoder_facts
+
+    facts = autoencoder_facts(decoder)
+    found = facts["downsample_factor"], facts["latent_channels"]
+    if found != (config.autoencoder_factor, config.in_channels):
+        raise UserError(
+            f"the autoencoder has factor {found[0]} and {found[1]} latent channels, and {config.name} was made for "
+            f"factor {config.autoencoder_factor} and {config.in_channels} channels; give the one of its training"
+        )
 
 
 def downloaded(location: str, what: str) -> Path:

@@ -11,7 +11,8 @@ from edt_core.config import ChainConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.storage import Folder
-from jobs.models import DEFAULT_STORE, Loaded, check_decoder, load_model, read_autoencoder, use_mlflow
+from jobs.autoencoder import check_decoder, read_autoencoder
+from jobs.models import DEFAULT_STORE, Loaded, load_model, use_mlflow
 from jobs.options import add_fields, given_fields, validated
 from jobs.progress import Bar
 from jobs.verb import exit_code

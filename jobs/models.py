@@ -32,7 +32,7 @@ from jobs.registry_files import SQLITE, fetch_version, own_uri
 from jobs.verb import alone_in, made_before
 
 if TYPE_CHECKING:
-    from edt_core.models import DiffusionTransformer, ModelConfig
+    from edt_core.models import DiffusionTransformer
 
 DEFAULT_STORE = "./edt-store"
 _VERSION = 1
@@ -102,19 +102,6 @@ def load_model(location: str) -> Loaded:
         return Loaded(found.model, found.num_timesteps, vae, found.classes, found.protocol)
 
 
-def check_decoder(config: "ModelConfig", decoder: Any) -> None:
-    """Raise UserError for an autoencoder whose latents are not those that a model was made for."""
-    from edt_core.autoencoder import autoencoder_facts
-
-    facts = autoencoder_facts(decoder)
-    found = facts["downsample_factor"], facts["latent_channels"]
-    if found != (config.autoencoder_factor, config.in_channels):
-        raise UserError(
-            f"the autoencoder has factor {found[0]} and {found[1]} latent channels, and {config.name} was made for "
-            f"factor {config.autoencoder_factor} and {config.in_channels} channels; give the one of its training"
-        )
-
-
 def _is_of_mlflow(location: str) -> bool:
     """Whether a location is looked up in MLflow: a registered version, or a run."""
     named = _RUN.fullmatch(location) or _REGISTERED.fullmatch(location)
@@ -132,18 +119,6 @@ def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
         tracking_uri = own_uri(folder)
     if tracking_uri:
         mlflow.set_tracking_uri(tracking_uri)
-
-
-def read_autoencoder(location: str) -> Any:
-    """The autoencoder of an artifact, local diffusers folder, hub id or MLflow URI, in memory. Raises UserError."""
-    from edt_core.autoencoder import load_autoencoder
-
-    if not Folder.at(location).exists(MANIFEST_NAME):
-        return load_autoencoder(autoencoder.resolve(location))
-    artifact = Artifact.open(location)
-    if artifact.manifest.kind != "autoencoder":
-        raise UserError(f"{location} holds {artifact.manifest.kind}, and autoencoder is what is needed here")
-    return load_autoencoder(artifact.directory(autoencoder.FOLDER))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from edt_core.environment import code_version, utc
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
 from edt_core.storage import sha256_file
-from jobs.models import check_decoder, read_autoencoder
+from jobs.autoencoder import check_decoder, read_autoencoder
 from pipelines.catalog import Catalog
 from pipelines.packaging import log_pipeline
 from pipelines.registration import add_logged

@@ -11,6 +11,7 @@ import torch
 
 from edt_core.config import ChainConfig
 from edt_core.models import EDT, create_model
+from edt_core.precision import use_precision
 from edt_core.program import TOLERANCE, save_program
 from tests.jobs.models import made_model
 
@@ -59,6 +60,12 @@ def test_every_architecture_takes_any_batch(name: str, tmp_path: Path) -> None:
         expected = model(*inputs)
         found = torch.export.load(tmp_path / "a.pt2").module()(*inputs)
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_it_is_written_where_images_were_drawn_before(model: EDT, tmp_path: Path) -> None:
+    use_precision("fp32")
+    save_program(tmp_path / "a.pt2", model, ChainConfig(), 1000)
+    assert (tmp_path / "a.pt2").exists()
 
 
 def test_it_runs_where_this_package_is_not(path: Path) -> None:

@@ -113,7 +113,7 @@ def save_pipeline(
     protocol: dict[str, Any],
 ) -> None:
     """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and how the model was sampled."""
-    transformer = EDTTransformer(edt_config=edt.config.to_dict())
+    transformer = EDTTransformer(edt_config=edt.built_config.to_dict())
     transformer.edt.load_state_dict(edt.state_dict())
     scheduler = DDPMScheduler(
         num_train_timesteps=num_timesteps,

@@ -42,8 +42,7 @@ def searched(name: str, store: Path) -> dict[str, Any]:
     made = artifacts_of(f"{name}@candidate", store)
     out = store / "amm" / name
     edt("amm-search", made["checkpoint"], str(out), "--classifier", made["classifier"], *SEARCH)
-    (results,) = out.glob("*/results.json")
-    found: dict[str, Any] = json.loads(results.read_text())
+    found: dict[str, Any] = Artifact.open(str(out)).read_json("results.json")
     return found
 
 

@@ -248,25 +248,3 @@ def test_checkpointing_is_a_matter_of_training() -> None:
     model.activation_checkpointing = True
     assert model.state_dict().keys() == tiny().state_dict().keys()
     assert "activation_checkpointing" not in model.config.to_dict()
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("training", [True, False])
-def test_compiles_into_one_graph(masked: bool, precision: str, training: bool) -> None:
-    model = tiny().train(training)
-    x, t, y, masks = inputs(model)
-    torch._dynamo.reset()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.set_grad_enabled(training):
-        explained = torch._dynamo.explain(model)(x, t, y, masks if masked else None)
-    assert explained.graph_break_count == 0, explained.break_reasons
-
-
-def test_a_compiled_model_computes_the_same() -> None:
-    """Through all but code generation, which takes minutes: the graph, its gradient, and decompositions."""
-    model = tiny()
-    x, t, y, masks = inputs(model)
-    expected = outcome(model, lambda: model(x, t, y, masks))
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
-    assert largest_error(outcome(model, lambda: compiled(x, t, y, masks)), expected) < 1e-4

@@ -15,6 +15,7 @@ from edt_core.diffusion import SampleNoise, guided, linear_schedule, sample, sam
 from edt_core.diffusion.guidance import ClassModel
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, paper_amm_blocks
+from edt_core.models.constants import constant_weights
 
 
 class SamplesNotFiniteError(UserError):
@@ -65,7 +66,7 @@ class LatentSampler:
         noise = SampleNoise(seed, indices, (config.in_channels, config.latent_size, config.latent_size), device)
         # Nothing of the chain itself is autocast. The outer context is there for its end alone, which is when copies of
         # the weights in bf16 are thrown away: without it they would be made anew at each step.
-        with self._autocast(), torch.autocast(device.type, enabled=False):
+        with constant_weights(), self._autocast(), torch.autocast(device.type, enabled=False):
             latents = self._run(y, noise, progress)
         _check_finite(latents, indices)
         return latents

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edt_core.models.config import AmmKernel
+from edt_core.models.constants import made_once
 from edt_core.models.layers import AdaptiveLayerNorm, FeedForward, adaln_projection
 from edt_core.models.positions import amm_matrix, relative_offsets
 from edt_core.models.projection import project_tokens
+
+_FUSED_FROM = 256  # tokens, from which on modulated attention on a CPU is faster without its scores written out
+_NEVER = -1e4  # added to a score: its weight is 0 in float32, and no kernel makes NaN of a whole tile of them
 
 
 class RelativePositionBias(nn.Module):
@@ -78,16 +82,28 @@ class Attention(nn.Module):
         qkv_weight, qkv_bias, proj_weight = self.weights(head_padding(self.head_dim, x.device))
         heads = project_tokens(x, qkv_weight, qkv_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # N, H, T, D/H each
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(kept).to(q.dtype)
-        scale = self.head_dim**-0.5
-        if self.amm is not None and not self.training and kept is None:
-            mixed = modulated_attention(q, k, v, bias, scale, self.amm)
-        elif bias is not None and is_written_out(bias):
-            mixed = written_out_attention(q, k, v, bias, scale)
-        else:
-            mask = bias if bias is None or bias.ndim == 4 else bias.unsqueeze(0)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        mixed = self._mix(q, k, v, kept)
         return project_tokens(mixed.transpose(1, 2).flatten(2), proj_weight, self.proj.bias)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
+        """The values v, weighted: [N, H, T, D/H] each. The heads may be padded, so the scale is not that of q."""
+        scale, amm = self.head_dim**-0.5, None if self.training else self.amm
+        bias = self._bias(q.dtype, kept)
+        if is_written_out(q, bias, amm):
+            return written_out_attention(q, k, v, bias, scale, amm)
+        if amm is None:
+            mask = bias if bias is None or bias.ndim == 4 else bias.unsqueeze(0)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        mask = made_once((self, amm, q.dtype), lambda: modulation_mask(amm, bias).to(q.dtype))
+        return fused_modulated_attention(q, k, v, mask, scale, amm[0, 0])
+
+    def _bias(self, dtype: torch.dtype, kept: Tensor | None) -> Tensor | None:
+        position_bias = self.rel_pos_bias
+        if position_bias is None:
+            return None
+        if kept is not None:
+            return position_bias(kept).to(dtype)
+        return made_once((position_bias, dtype), lambda: position_bias().to(dtype))
 
     def weights(self, padding: int) -> tuple[Tensor, Tensor, Tensor]:
         """Weights of qkv, bias of qkv and weights of proj for heads that are wider by `padding` channels of zeros.
@@ -116,32 +132,55 @@ def head_padding(head_dim: int, device: torch.device) -> int:
     return -head_dim % 8 if device.type == "cuda" else 0
 
 
-def is_written_out(bias: Tensor) -> bool:
+def is_written_out(q: Tensor, bias: Tensor | None, amm: Tensor | None) -> bool:
     """Whether to write the scores [N, H, T, T] out, and not to leave them to `scaled_dot_product_attention`.
 
     On CPU its fused kernel has no gradient for the bias: in training it falls back to a general path, which takes 1.1
     times as long in fp32 and 3 times in bf16 as the three plain operations (forward and backward, EDT-S at 256 px).
-    Without gradients the fused kernel is the faster one in fp32, 1.3 to 3 times, and needs no memory for the scores.
+    Without gradients the fused kernel is the faster one in fp32, 1.3 to 3 times, and needs no memory for the scores;
+    but modulated it has twice the keys, which pays where the scores are too many for the caches.
     """
-    return bias.device.type == "cpu" and bias.requires_grad
+    if q.device.type != "cpu":
+        return False
+    if bias is not None and bias.requires_grad:
+        return True
+    return amm is not None and q.shape[2] < _FUSED_FROM
 
 
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ + bias) v: [N, H, T, D/H] each, bias [H, T, T].
+def written_out_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, amm: Tensor | None = None
+) -> Tensor:
+    """(softmax(scale · q kᵀ + bias) · amm) v: [N, H, T, D/H] each, bias [H, T, T], amm [T, T].
 
     The softmax sums in float32 also where scores and weights are bf16: PyTorch's kernel does so on CPU.
     """
-    scores = (q * scale) @ k.transpose(-2, -1) + bias
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-
-def modulated_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, amm: Tensor) -> Tensor:
-    """(softmax(scale · q kᵀ + bias) · amm) v: [N, H, T, D/H] each, bias [H, T, T], amm [T, T]."""
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
-    weights = scores.softmax(dim=-1, dtype=torch.float32) * amm
-    return weights.to(v.dtype) @ v
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    if amm is not None:
+        weights = weights * amm.to(v.dtype)
+    return weights @ v
+
+
+def fused_modulated_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, peak: Tensor) -> Tensor:
+    """(softmax(scale · q kᵀ + bias) · amm) v without its scores written out: [N, H, T, D/H] each.
+
+    Every key stands twice, with its value and with zeros for a value, and has the shares A = amm / peak and 1 - A of
+    its weight, where peak is the greatest number in amm. The two add up to the weight, so what the softmax divides by
+    is the same: exact, and nothing is normalised again. The shares come as logarithms in `mask`, [H or 1, T, 2T], see
+    `modulation_mask`.
+    """
+    keys, values = torch.cat([k, k], dim=2), torch.cat([v, torch.zeros_like(v)], dim=2)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.unsqueeze(0), scale=scale) * peak.to(v.dtype)
+
+
+def modulation_mask(amm: Tensor, bias: Tensor | None) -> Tensor:
+    """Added to the scores of keys that stand twice: amm [T, T], bias [H, T, T] -> [H or 1, T, 2T] float32."""
+    share = amm.float() / amm[0, 0].float()  # a token's factor for itself is the greatest
+    logarithms = torch.stack([share.log(), (-share).log1p()], dim=1).clamp(min=_NEVER)  # T, 2, T
+    mask = logarithms.unsqueeze(0) if bias is None else logarithms + bias.unsqueeze(2)
+    return mask.flatten(2)
 
 
 class Block(nn.Module):

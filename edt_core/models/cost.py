@@ -121,6 +121,7 @@ def _count(
 ) -> FlopCounterMode:
     """The counter after a batch of so many rows, of which the last ones are masked where there are masks."""
     model = shadow(config).train(backward)
+    model.set_amm(())  # modulated attention may do more products, as it is computed
     x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size, device="meta")
     t, y = (torch.zeros(rows, dtype=torch.int64, device="meta") for _ in range(2))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):

@@ -20,6 +20,7 @@ from edt_core.models.config import MDTv2Config
 from edt_core.models.layers import FinalLayer, patches_to_image
 from edt_core.models.masking import check_masks
 from edt_core.models.positions import sincos_position_embedding
+from edt_core.models.projection import TokenLinear
 
 _SPARE_ROWS = 3  # of the bias table, for pairs with a class token, which there is none of
 
@@ -41,7 +42,7 @@ class SkipBlock(Block):
     def __init__(self, attention: Attention, cond_dim: int, mlp_ratio: float) -> None:
         super().__init__(attention, cond_dim, mlp_ratio)
         dim = attention.proj.in_features
-        self.skip_linear = nn.Linear(2 * dim, dim)
+        self.skip_linear = TokenLinear(2 * dim, dim)
 
     def forward(self, x: Tensor, c: Tensor, kept: Tensor | None, skip: Tensor) -> Tensor:  # type: ignore[override]
         """Join and mix: x and skip [N, T, D], c [N, K] -> [N, T, D]."""

@@ -38,16 +38,23 @@ def project_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Tokens are the pixels of images of channels last, which needs no copy. All N·T of them are cut into _IMAGES images,
     whatever N is.
     """
-    if torch.compiler.is_exporting():  # for other machines than this one
-        return F.linear(x, weight, bias)
-    rows = x.shape[:2].numel()
-    plain_fp32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    fits = rows % _IMAGES == 0 and rows * weight.numel() >= _MIN_MACS
-    if not (_BY_CONVOLUTION and plain_fp32 and fits):
+    if not (_BY_CONVOLUTION and _is_faster(x, weight)):
         return F.linear(x, weight, bias)
     images = x.reshape(_IMAGES, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     out = F.conv2d(images, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:2], -1)
+
+
+def _is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether to convolve tokens [N, T, D] where MKL is held back."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_exporting():  # for other machines than this one
+        return False
+    if torch.compiler.is_compiling():  # for each answer to a question about N a graph would be compiled
+        return x.shape[1] % _IMAGES == 0
+    rows = x.shape[:2].numel()
+    return rows % _IMAGES == 0 and rows * weight.numel() >= _MIN_MACS
 
 
 class TokenLinear(nn.Linear):

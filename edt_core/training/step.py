@@ -3,7 +3,7 @@
 Legend: N samples of this rank among the B of the global batch, C latent channels, h latent height and width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -57,10 +57,19 @@ def step_losses(
     noise = draws.noise[:passes].flatten(0, 1)
     x_t = q_sample(schedule, x_start, t, noise)
     masks = draws.masks if config.masked_loss else None
+    if config.compile and masks is not None:
+        _mark_lengths(masks)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         output = model(x_t, t, y, masks)
     losses = training_losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
     return Losses(mse=losses.mse.view(passes, -1), vb=losses.vb.view(passes, -1))
+
+
+def _mark_lengths(masks: Sequence[Tensor]) -> None:
+    """Have a model compiled for any number of tokens that are kept: MDTv2's is another one at each step."""
+    for mask in masks:
+        if mask.dtype == torch.int64:
+            torch._dynamo.mark_dynamic(mask, 1)
 
 
 def accumulate_gradient(

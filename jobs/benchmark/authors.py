@@ -24,23 +24,28 @@ from edt_core.training.step import StepInputs
 class PlainAttention(nn.Module):
     """Multi-head self-attention with the weights of an `Attention`, as DiT and Swin write it (arXiv 2103.14030)."""
 
-    pairs: Tensor
+    pairs: Tensor | None
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.num_heads = attention.num_heads
-        assert attention.rel_pos_bias is not None
         self.rel_pos_bias, self.qkv, self.proj = attention.rel_pos_bias, attention.qkv, attention.proj
-        pairs = self.rel_pos_bias.pairs(torch.arange(attention.grid**2, device=self.rel_pos_bias.offsets.device))
-        self.register_buffer("pairs", pairs.flatten(), persistent=False)  # [T * T] rows of the table
+        pairs = None
+        if attention.rel_pos_bias is not None:
+            places = torch.arange(attention.grid**2, device=attention.rel_pos_bias.offsets.device)
+            pairs = attention.rel_pos_bias.pairs(places)
+        self.register_buffer("pairs", pairs, persistent=False)  # [T, T], rows of the table
 
-    def forward(self, x: Tensor, kept: None = None) -> Tensor:
-        """Attend: [N, T, D] -> [N, T, D]."""
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Attend: [N, T, D] -> [N, T, D]; of the grid's tokens those in `kept`, int64 [N, T], where it is given."""
         samples, tokens, width = x.shape
         qkv = self.qkv(x).reshape(samples, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # N, H, T, d each
-        bias = self.rel_pos_bias.relative_position_bias_table[self.pairs].view(tokens, tokens, self.num_heads)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.permute(2, 0, 1).unsqueeze(0)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if self.rel_pos_bias is not None and self.pairs is not None:
+            pairs = self.pairs if kept is None else self.pairs[kept.unsqueeze(2), kept.unsqueeze(1)]
+            bias = self.rel_pos_bias.relative_position_bias_table[pairs]  # [T, T, H], or of each sample
+            scores = scores + bias.movedim(-1, -3)
         mixed = scores.softmax(dim=-1) @ v
         return self.proj(mixed.transpose(1, 2).reshape(samples, tokens, width))
 

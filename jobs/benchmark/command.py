@@ -15,20 +15,52 @@ from jobs.benchmark.table import Row, hardware, table
 from jobs.verb import exit_code
 
 
+def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
+    """Measure models alone; those named, or all."""
+    import torch
+
+    from edt_core.models import MODEL_NAMES
+    from jobs.benchmark.model import ModelBench, bench_models
+    from jobs.benchmark.train import PRECISIONS
+
+    names = options.models or MODEL_NAMES
+    if unknown := [name for name in names if name not in MODEL_NAMES]:
+        raise UserError(f"--models names {', '.join(unknown)}; known are {', '.join(MODEL_NAMES)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.processor_time:
+        if device.type == "cuda":
+            raise UserError("--processor-time counts nothing of what a GPU does; leave it out")
+        torch.set_num_threads(1)
+    measured = ModelBench(
+        models=names,
+        image_sizes=options.image_size or (256, 512),
+        precisions=options.precision or PRECISIONS[device.type],
+        device=device,
+        batch_size=max(2, int(options.batch_size * min(options.scale, 1))),
+        compile=options.compile,
+        turns=options.turns,
+        limit_s=options.limit_s,
+        processor_time=options.processor_time,
+    )
+    for rows in bench_models(measured):
+        print(f"bench: measured {rows[0].what}", file=sys.stderr)
+        yield from rows
+
+
 def bench_of_training(options: argparse.Namespace) -> Iterator[Row]:
     """Measure training; `scale` below 1 takes fewer turns of a smaller batch."""
     from jobs.benchmark.train import PRECISIONS, Subject, bench_train
 
     subject = Subject(
         model=options.model,
-        image_size=options.image_size,
+        image_size=_one_size(options),
         batch_size=max(2, int(options.batch_size * min(options.scale, 1))),
         compile=options.compile,
     )
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precisions = (options.precision,) if options.precision else PRECISIONS[device]
+    precisions = options.precision or PRECISIONS[device]
     with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=options.work_in) as folder:
         for rows in bench_train(Path(folder), subject, precisions, turns=max(1, int(10 * options.scale))):
             print(f"bench: measured {rows[0].what}", file=sys.stderr)
@@ -43,13 +75,20 @@ def bench_of_evaluation(options: argparse.Namespace) -> Iterator[Row]:
     from jobs.benchmark.metrics import bench_metrics
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    subject = EvalSubject.on(device, options.model, options.image_size, options.num_images, options.scale)
+    subject = EvalSubject.on(device, options.model, _one_size(options), options.num_images, options.scale)
     with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=options.work_in) as folder:
         for rows in bench_eval(Path(folder), subject, turns=max(1, int(10 * options.scale))):
             print(f"bench: measured {rows[0].what}", file=sys.stderr)
             yield from rows
     print("bench: the metrics", file=sys.stderr)
     yield from bench_metrics(options.scale)
+
+
+def _one_size(options: argparse.Namespace) -> int:
+    sizes: tuple[int, ...] = options.image_size or (256,)
+    if len(sizes) > 1:
+        raise UserError(f"--image-size {sizes} is several; `edt bench {options.part}` measures one")
+    return sizes[0]
 
 
 def bench(part: str, images: str | None, scale: float, work_in: str | None = None) -> list[Row]:
@@ -80,33 +119,57 @@ def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
         yield measure(work / name)
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in _listed(text))
+
+
+def _precisions(text: str) -> tuple[str, ...]:
+    if unknown := set(_listed(text)) - {"fp32", "tf32", "bf16"}:
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: known are fp32, tf32, bf16")
+    return _listed(text)
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.benchmark") -> None:
     """Measure and print a table in Markdown."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument(
         "part",
-        choices=["data", "encode", "train", "eval"],
-        help="data: latents, planning, preprocess, memory; eval: sampling, whole evaluations, metrics",
+        choices=["data", "encode", "model", "train", "eval"],
+        help="data: latents, planning, preprocess, memory; model: forward and backward passes of each model; "
+        "eval: sampling, whole evaluations, metrics",
     )
     parser.add_argument("--images", help="folder of JPEG photos to measure with  [default: made ones]")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, as 0.02 for a try")
     parser.add_argument("--work-in", help="folder for some GB of scratch files  [default: the system's]")
-    models = parser.add_argument_group("train and eval")
-    models.add_argument("--model", default="EDT-S/2", help="name of the model  [default: EDT-S/2]")
-    models.add_argument("--image-size", type=int, default=256, help="side of the images  [default: 256]")
-    training = parser.add_argument_group("train")
+    models = parser.add_argument_group("model, train and eval")
+    models.add_argument("--model", default="EDT-S/2", help="name of the model, but of model  [default: EDT-S/2]")
+    models.add_argument("--image-size", type=_sizes, help="side of the images  [default: 256, of model 256,512]")
+    training = parser.add_argument_group("model and train")
     training.add_argument("--batch-size", type=int, default=8, help="images of a step  [default: 8]")
     training.add_argument(
-        "--precision", choices=["fp32", "tf32", "bf16"], help="[default: the device's two usual ones]"
+        "--precision", type=_precisions, help="of fp32, tf32, bf16, with commas  [default: the device's two usual ones]"
     )
     training.add_argument("--compile", action="store_true", help="torch.compile the model")
+    alone = parser.add_argument_group("model")
+    alone.add_argument("--models", type=_listed, help="names of models, with commas  [default: all]")
+    alone.add_argument("--turns", type=int, default=5, help="how often each pass is measured  [default: 5]")
+    alone.add_argument("--limit-s", type=float, default=120, help="leave out what takes more seconds  [default: 120]")
+    alone.add_argument(
+        "--processor-time", action="store_true", help="of one thread, not wall time: on a machine that others use"
+    )
     evaluation = parser.add_argument_group("eval")
     evaluation.add_argument("--num-images", type=int, help="images of a whole evaluation  [default: 8, on a GPU 256]")
     options = parser.parse_args(arguments)
     with exit_code():
         if options.scale < 0.001:
             raise UserError(f"--scale is {options.scale:g}; give 0.001 or more")
-        if options.part == "train":
+        if options.part == "model":
+            rows = list(bench_of_models(options))
+        elif options.part == "train":
             rows = list(bench_of_training(options))
         elif options.part == "eval":
             rows = list(bench_of_evaluation(options))

@@ -81,6 +81,15 @@ class Networks(NamedTuple):
     inception: InceptionNetwork
 
 
+def made_model(config: ModelConfig) -> DiffusionTransformer:
+    """A model of random weights; where a fresh one's are zero, its output is zero, in whatever precision."""
+    model = build_model(config)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
 def made_networks(subject: EvalSubject) -> Networks:
     """Networks of random weights, the same at each call, for evaluation, on the CPU."""
     from diffusers import AutoencoderKL
@@ -88,7 +97,7 @@ def made_networks(subject: EvalSubject) -> Networks:
     levels = len(subject.autoencoder_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, inception = build_model(subject.model_config), InceptionNetwork()
+        model, inception = made_model(subject.model_config), InceptionNetwork()
         autoencoder = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
@@ -97,9 +106,6 @@ def made_networks(subject: EvalSubject) -> Networks:
             latent_channels=4,
             sample_size=subject.image_size,
         )
-        for parameter in model.parameters():
-            if not parameter.any():  # a fresh model's output is zero, in whatever precision
-                nn.init.normal_(parameter, std=0.02)
         for module in inception.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -116,23 +116,28 @@ class BareStep:
         return losses
 
 
-def in_turns(steps: Mapping[str, Callable[[], object]], turns: int, device: torch.device) -> dict[str, float]:
+def in_turns(
+    steps: Mapping[str, Callable[[], object]],
+    turns: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each step: one of each in a turn, after two that are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 2):
         for name, step in steps.items():
-            taken = _seconds(step, device)
+            taken = _seconds(step, device, clock)
             if turn >= 2:
                 seconds[name].append(taken)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
+def _seconds(step: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _steps(

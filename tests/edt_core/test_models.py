@@ -379,7 +379,7 @@ def forget_skip(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def test_macs_agree_with_a_counter_of_what_runs() -> None:
-    """AMM in every block writes attention out as the two products that are counted."""
+    """AMM in every block writes attention of few tokens on a CPU out, as the two products that are counted."""
     model = create_model("EDT-Tiny/2", 64, CLASSES)
     model.set_amm(range(model.config.num_blocks))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,4 +1,5 @@
-"""The ways to compute one EDT agree: padded heads, scores written out or not, oneDNN or MKL, checkpointing, compile."""
+"""The ways to compute one model agree: padded heads, scores written out or not, modulated or not, what is made of the
+weights made once or again, oneDNN or MKL, checkpointing, compile."""
 
 from __future__ import annotations
 
@@ -9,9 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edt_core.models import EDT, attention, create_model, draw_masks, projection
-from edt_core.models.attention import Attention, RelativePositionBias, written_out_attention
+from edt_core.models import DiffusionTransformer, amm_matrix, attention, create_model, draw_masks, projection
+from edt_core.models.attention import (
+    Attention,
+    RelativePositionBias,
+    fused_modulated_attention,
+    modulation_mask,
+    written_out_attention,
+)
+from edt_core.models.config import AMM_KERNELS, AmmKernel
 
+TINY = ["EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"]
 GRID, HEADS, HEAD_DIM = 4, 3, 20  # heads of 20 channels, as 52 no multiple of 8
 
 
@@ -28,14 +37,17 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny() -> EDT:
-    model = create_model("EDT-Tiny/2", 64, 10)
+def tiny(name: str = "EDT-Tiny/2") -> DiffusionTransformer:
+    model = create_model(name, 64, 10)
     drawn(model)
     return model.train()
 
 
-def inputs(model: EDT, size: int = 4) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    masks = draw_masks(model.config, size, torch.Generator().manual_seed(2))
+def inputs(
+    model: DiffusionTransformer, size: int = 4, seed: int = 2
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor] | None]:
+    """A batch, and masks where the model has any."""
+    masks = draw_masks(model.config, size, torch.Generator().manual_seed(seed)) or None
     return normal(size, 4, 16, 16), torch.arange(size) * 250, torch.arange(size), masks
 
 
@@ -62,7 +74,7 @@ def attend() -> Attention:
 
 @pytest.mark.parametrize("path", [True, False], ids=["written out", "fused"])
 def test_padded_heads_change_nothing(attend: Attention, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "is_written_out", lambda bias: path)
+    monkeypatch.setattr(attention, "is_written_out", lambda *_: path)
     x = normal(3, GRID**2, HEADS * HEAD_DIM)
     plain = outcome(attend, lambda: attend(x))
     monkeypatch.setattr(attention, "head_padding", lambda head_dim, device: -head_dim % 8)
@@ -79,14 +91,77 @@ def test_heads_are_padded_for_the_fused_kernels_of_cuda_only() -> None:
 def test_written_out_attention_is_that_of_pytorch(attend: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(3, GRID**2, HEADS * HEAD_DIM)
     written_out = outcome(attend, lambda: attend(x))
-    monkeypatch.setattr(attention, "is_written_out", lambda bias: False)
+    monkeypatch.setattr(attention, "is_written_out", lambda *_: False)
     assert largest_error(written_out, outcome(attend, lambda: attend(x))) < 1e-6
 
 
-def test_the_path_follows_the_gradient(attend: Attention) -> None:
-    assert attention.is_written_out(attend.rel_pos_bias())
+def test_the_path_follows_the_gradient_and_the_number_of_tokens(attend: Attention) -> None:
+    bias, amm = attend.rel_pos_bias(), torch.ones(1)
+    few, many = torch.empty(1, HEADS, GRID**2, 1), torch.empty(1, HEADS, 256, 1)
+    assert attention.is_written_out(few, bias, None)
+    assert attention.is_written_out(many, bias, amm)
+    assert not attention.is_written_out(few, bias.detach(), None)
+    assert not attention.is_written_out(few, None, None)
+    assert [attention.is_written_out(q, bias.detach(), amm) for q in (few, many)] == [True, False]
+    assert not attention.is_written_out(many.to("meta"), bias.detach(), None)
+
+
+def modulated_by_the_book(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, amm: Tensor) -> Tensor:
+    """Attention Modulation Matrix (arXiv 2410.23788), in float64: soft-maxed, multiplied, not normalised again."""
+    scores = q.double() @ k.double().transpose(-2, -1) * HEAD_DIM**-0.5
+    weights = (scores if bias is None else scores + bias.double()).softmax(dim=-1)
+    return (weights * amm.double()) @ v.double()
+
+
+@pytest.mark.parametrize("grid", [1, 2, 7, 16])
+@pytest.mark.parametrize("kernel", AMM_KERNELS)
+@pytest.mark.parametrize("radius", [None, 0.5, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-5)])
+def test_fused_modulation_is_exact(
+    grid: int, kernel: AmmKernel, radius: float | None, with_bias: bool, dtype: torch.dtype, bound: float
+) -> None:
+    """Also where most factors are 0: below a radius of 1 a token sees itself alone."""
+    q, k, v = normal(3, 2, HEADS, grid**2, HEAD_DIM).to(dtype).unbind(0)
+    bias = normal(HEADS, grid**2, grid**2) if with_bias else None
+    amm = amm_matrix(grid, kernel, radius)
+    mask = modulation_mask(amm, bias).to(dtype)
+    fused = fused_modulated_attention(q, k, v, mask, HEAD_DIM**-0.5, amm[0, 0])
+    written_out = written_out_attention(q, k, v, bias if bias is None else bias.to(dtype), HEAD_DIM**-0.5, amm)
+    expected = modulated_by_the_book(q, k, v, bias, amm)
+    assert fused.dtype == written_out.dtype == dtype
+    assert largest_error([fused.double()], [expected]) < bound
+    assert largest_error([written_out.double()], [expected]) < bound
+    assert (fused - expected).norm() < bound / 3 * expected.norm()
+
+
+def test_fused_modulation_holds_for_large_scores() -> None:
+    """Where a token's weight is next to nothing for itself, and all of it with one that modulation takes away."""
+    q, k, v = 40 * normal(3, 1, HEADS, GRID**2, HEAD_DIM)
+    amm = amm_matrix(GRID, "cos", 1.0)
+    fused = fused_modulated_attention(q, k, v, modulation_mask(amm, None), HEAD_DIM**-0.5, amm[0, 0])
+    assert largest_error([fused.double()], [modulated_by_the_book(q, k, v, None, amm)]) < 1e-4
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_model_is_the_same_with_its_modulation_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(name).eval()
+    model.set_amm(range(0, model.config.num_blocks, 2), radius=3.0)
+    x, t, y, _ = inputs(model)
     with torch.no_grad():
-        assert not attention.is_written_out(attend.rel_pos_bias())
+        written_out = model(x, t, y)
+        monkeypatch.setattr(attention, "is_written_out", lambda *_: False)
+        assert largest_error([model(x, t, y)], [written_out]) < 1e-5
+        model.set_amm(())
+        assert largest_error([model(x, t, y)], [written_out]) > 1e-2
+
+
+def test_modulation_has_a_gradient_either_way(attend: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend.eval().set_amm("exp_cos", 2.0)
+    x = normal(3, GRID**2, HEADS * HEAD_DIM)
+    written_out = outcome(attend, lambda: attend(x))
+    monkeypatch.setattr(attention, "is_written_out", lambda *_: False)
+    assert largest_error(outcome(attend, lambda: attend(x)), written_out) < 1e-5
 
 
 def test_softmax_sums_in_float32_under_bf16() -> None:
@@ -102,7 +177,7 @@ def test_bf16_is_as_close_to_fp32_as_the_fused_path_is(monkeypatch: pytest.Monke
     exact = outcome(model, lambda: model(x, t, y, masks))
     with torch.autocast("cpu", torch.bfloat16):
         written_out = outcome(model, lambda: model(x, t, y, masks))
-    monkeypatch.setattr(attention, "is_written_out", lambda bias: False)
+    monkeypatch.setattr(attention, "is_written_out", lambda *_: False)
     with torch.autocast("cpu", torch.bfloat16):
         fused = outcome(model, lambda: model(x, t, y, masks))
     relative = [float((a - b).norm() / b.norm()) for a, b in zip(written_out, exact, strict=True) if b.norm() > 0]
@@ -173,25 +248,3 @@ def test_checkpointing_is_a_matter_of_training() -> None:
     model.activation_checkpointing = True
     assert model.state_dict().keys() == tiny().state_dict().keys()
     assert "activation_checkpointing" not in model.config.to_dict()
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("training", [True, False])
-def test_compiles_into_one_graph(masked: bool, precision: str, training: bool) -> None:
-    model = tiny().train(training)
-    x, t, y, masks = inputs(model)
-    torch._dynamo.reset()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.set_grad_enabled(training):
-        explained = torch._dynamo.explain(model)(x, t, y, masks if masked else None)
-    assert explained.graph_break_count == 0, explained.break_reasons
-
-
-def test_a_compiled_model_computes_the_same() -> None:
-    """Through all but code generation, which takes minutes: the graph, its gradient, and decompositions."""
-    model = tiny()
-    x, t, y, masks = inputs(model)
-    expected = outcome(model, lambda: model(x, t, y, masks))
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
-    assert largest_error(outcome(model, lambda: compiled(x, t, y, masks)), expected) < 1e-4

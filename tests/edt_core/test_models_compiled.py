@@ -1,0 +1,119 @@
+"""`torch.compile` takes each model whole, once for all the batches of a run, and computes the same.
+
+The graphs are traced and not made into code, which takes minutes.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from edt_core.config import TrainConfig
+from edt_core.diffusion import linear_schedule
+from edt_core.models import DiffusionTransformer, create_model, draw_masks, projection
+from edt_core.training.draws import draw_step
+from edt_core.training.step import StepInputs, accumulate_gradient
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = ["EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"]
+
+
+class Backend:
+    """Runs graphs as they are, and counts them; what a test compiles with fullgraph has no break in any."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: GraphModule, example_inputs: list[Tensor]) -> Callable[..., Tensor]:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    torch._dynamo.reset()
+    yield Backend()
+    torch._dynamo.reset()
+
+
+def tiny(name: str, *, training: bool) -> DiffusionTransformer:
+    model = create_model(name, 64, 10)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+    return model.train(training)
+
+
+def inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(size, 4, 16, 16, generator=torch.Generator().manual_seed(size))
+    return x, torch.arange(size) * 50, torch.arange(size) % 10
+
+
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    return float(((actual - expected).abs().max() / expected.abs().max()).detach())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("modulated", [False, True], ids=["plain", "AMM"])
+@pytest.mark.parametrize("name", TINY)
+def test_sampling_is_compiled_once_for_all_sizes(
+    name: str, modulated: bool, precision: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "_BY_CONVOLUTION", False)  # a convolution is compiled for some sizes apart
+    monkeypatch.setattr("edt_core.models.attention._FUSED_FROM", 64)  # some blocks of the EDT have as many, some fewer
+    model = tiny(name, training=False)
+    if modulated:
+        model.set_amm(range(model.config.num_blocks))
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        for size in (8, 5, 16, 3):
+            out = compiled(*inputs(size))
+            assert largest_error(out, model(*inputs(size))) < (1e-5 if precision == "fp32" else 0.05)
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", TINY)
+def test_training_is_compiled_once_for_all_steps(
+    name: str, precision: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the loop compiles it: for batches of one size, of which an MDTv2 keeps another number of tokens each time."""
+    monkeypatch.setattr(projection, "_BY_CONVOLUTION", False)
+    eager, compiled = (tiny(name, training=True) for _ in range(2))
+    compiled.compile(backend=backend, fullgraph=True, dynamic=False)
+    config = TrainConfig(
+        model=name, global_batch_size=4, precision=precision, compile=True, masked_loss=eager.config.is_masked
+    )
+    schedule, (latents, timesteps, labels) = linear_schedule(config.num_timesteps), inputs(4)
+    bound, kept = 1e-4 if precision == "fp32" else 0.05, set()
+    for step in range(4):
+        draws = draw_step(config, step, eager.config)
+        kept.update(mask.shape[1] for mask in draws.masks)
+        ready = StepInputs(latents, labels, timesteps, torch.ones(4), draws)
+        ours, theirs = (accumulate_gradient(model, config, schedule, ready, 10) for model in (compiled, eager))
+        assert largest_error(ours, theirs) < bound
+    assert backend.graphs == 1
+    assert len(kept) == {"EDT-Tiny/2": 2, "DiT-Tiny/2": 0, "MDTv2-Tiny/2": 3}[name]
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert largest_error(ours.grad, theirs.grad) < bound
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_compiled_model_computes_the_same(name: str) -> None:
+    """Through all but code generation: the graph, its gradient, and decompositions."""
+    torch._dynamo.reset()
+    model = tiny(name, training=True)
+    masks = draw_masks(model.config, 2, torch.Generator().manual_seed(2)) or None
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+    outputs, gradients = [], []
+    for call in (model, compiled):
+        model.zero_grad()
+        outputs.append(call(*inputs(4), masks))
+        outputs[-1].square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert largest_error(*outputs) < 1e-4
+    assert largest_error(*gradients) < 1e-4

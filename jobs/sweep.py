@@ -71,7 +71,7 @@ def parse_axis(text: str) -> Axis:
 def _value(field: str, text: str) -> Any:
     if text in ("off", "none", "all"):
         return _OFF.get(field)
-    if field == "amm_blocks" and text != "paper":
+    if field == "amm_blocks" and text not in ("paper", "model"):
         return tuple(yaml.safe_load(part) for part in text.split("+"))
     if field == "guidance_interval":
         return tuple(yaml.safe_load(part) for part in text.split("-"))

@@ -38,6 +38,7 @@ def test_a_grid_has_every_setting_once() -> None:
     assert [point.config.amm_blocks for point in points[:3]] == [(), "paper", (7, 10)]
     assert {point.config.cfg_scale for point in points} == {1.0, 1.5, 2.0}
     assert {point.config.num_samples for point in points} == {20}
+    assert parse_axis("amm=off,model").values == ((), "model")
     interval = list(grid(SampleConfig(), [parse_axis("interval=all,200-800")]))
     assert [point.config.guidance_interval for point in interval] == [None, (200.0, 800.0)]
 

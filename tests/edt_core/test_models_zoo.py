@@ -21,7 +21,6 @@ from edt_core.models import (
     MDTv2Config,
     ModelConfig,
     check_masked_loss,
-    count_macs,
     count_parameters,
     create_model,
     draw_masks,
@@ -36,11 +35,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 MANIFEST: dict[str, Any] = json.loads((GOLDEN / "zoo_manifest.json").read_text())
 TINY = ("EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2")
 TOLERANCE = 1e-5
-# Table 4 of arXiv 2212.09748, "Gflops" of DiT at 256 pixels; at 512 its table 9.
-DIT_GFLOPS = {
-    "DiT-S/8": 0.36, "DiT-S/4": 1.41, "DiT-S/2": 6.06, "DiT-B/8": 1.42, "DiT-B/4": 5.56, "DiT-B/2": 23.01,
-    "DiT-L/8": 5.01, "DiT-L/4": 19.70, "DiT-L/2": 80.71, "DiT-XL/8": 7.39, "DiT-XL/4": 29.05, "DiT-XL/2": 118.64,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +74,6 @@ def test_keys_and_shapes_are_the_published_ones(name: str) -> None:
     assert len(shapes) == MANIFEST[name]["tensors"]
     assert hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest() == MANIFEST[name]["sha256"]
     assert count_parameters(model) == MANIFEST[name]["parameters"]
-
-
-@pytest.mark.parametrize("name", DIT_GFLOPS)
-def test_macs_are_those_of_the_paper(name: str) -> None:
-    assert count_macs(shadow(model_config(name))) / 1e9 == pytest.approx(DIT_GFLOPS[name], rel=2e-3, abs=0.006)
 
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiT-S/4", "DiT-S/8", "MDTv2-S/2"])

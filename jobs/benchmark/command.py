@@ -36,7 +36,7 @@ def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
         image_sizes=options.image_size or (256, 512),
         precisions=options.precision or PRECISIONS[device.type],
         device=device,
-        batch_size=max(2, int(options.batch_size * min(options.scale, 1))),
+        batch_size=options.batch_size,
         compile=options.compile,
         turns=options.turns,
         limit_s=options.limit_s,

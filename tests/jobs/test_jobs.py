@@ -142,7 +142,7 @@ def test_a_training_leaves_its_checkpoints_and_no_debris(trained: Artifact) -> N
 def test_what_a_training_took_is_counted(chain: dict[str, Artifact], trained: Artifact) -> None:
     from edt_core.models import training_flops
 
-    counts, config = trained.counts, train.edt_config(TRAIN.model, chain["latents"].counts)
+    counts, config = trained.counts, train.config_of(TRAIN.model, chain["latents"].counts)
     assert counts["images_seen"] == 6 * TRAIN.global_batch_size
     assert counts["training_flops"] == counts["images_seen"] * training_flops(config, masked=True)
     assert 0 < counts["device_hours"] < trained.manifest.duration_s * TRAIN.num_workers / 3600

@@ -43,7 +43,7 @@ def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
         processor_time=options.processor_time,
     )
     for rows in bench_models(measured):
-        print(f"bench: measured {rows[0].what}", file=sys.stderr)
+        print(table(rows).partition("\n")[2], file=sys.stderr)  # an hour's rows should not be lost with the last one
         yield from rows
 
 

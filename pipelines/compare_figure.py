@@ -7,6 +7,7 @@ from pipelines.compare import AXES, Comparison, Point
 
 _WIDTH, _HEIGHT, _DPI = 13.5, 5.2, 100  # inches, and pixels of an inch
 _PUBLISHED_MARKERS = {"EDT": "s", "DiT": "^", "MDTv2": "D"}
+_LINEAR_TO = 5  # largest cost by smallest, up to which a logarithmic scale would have no marks to speak of
 _LOG_FROM = 10  # largest value by smallest, from which on the metric is drawn in a logarithmic scale
 _GREY = "0.35"
 _PUBLISHED = "published: "
@@ -61,14 +62,17 @@ def _panel(panel: Any, points: tuple[Point, ...], axis: str) -> None:
 
 
 def _scale(panel: Any, axis: str) -> None:
-    """Logarithmic; images as 200 M, hours as they are, FLOPs in powers of ten."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+    """Logarithmic, but linear for costs that are close; images as 200 M, hours as they are, FLOPs in powers of ten."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    panel.set_xscale("log")
     panel.margins(x=0.12)
     low, high = panel.get_xlim()
-    close = high < _LOG_FROM**2 * low
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,)))
+    if low > 0 and high < _LINEAR_TO * low:
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+    else:
+        panel.set_xscale("log")
+        low, high = panel.get_xlim()
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _LOG_FROM**2 * low else (1,)))
     if axis == "images_seen":
         panel.xaxis.set_major_formatter(EngFormatter())
     elif axis == "device_hours":

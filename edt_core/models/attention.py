@@ -56,8 +56,8 @@ class RelativePositionBias(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention among the tokens of a grid, with a position bias or without.
 
-    With a modulation matrix set, and in evaluation mode only, the soft-maxed scores are multiplied by it and
-    not normalised again (Attention Modulation Matrix, arXiv 2410.23788).
+    With a modulation matrix set, in evaluation mode and among all tokens only, the soft-maxed scores are multiplied by
+    it and not normalised again (Attention Modulation Matrix, arXiv 2410.23788).
     """
 
     amm: Tensor | None
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
         """The values v, weighted: [N, H, T, D/H] each. The heads may be padded, so the scale is not that of q."""
-        scale, amm = self.head_dim**-0.5, None if self.training else self.amm
+        scale, amm = self.head_dim**-0.5, None if self.training or kept is not None else self.amm
         bias = self._bias(q.dtype, kept)
         if is_written_out(q, bias, amm):
             return written_out_attention(q, k, v, bias, scale, amm)

@@ -117,6 +117,16 @@ def test_rows_before_the_masked_ones_are_whole() -> None:
 
 
 @torch.no_grad()
+def test_a_masked_pass_is_not_modulated() -> None:
+    """AMM belongs to sampling; a modulation matrix of all tokens does not fit those that are kept."""
+    model = tiny("MDTv2-Tiny/2")
+    masks = draw_masks(model.config, 2, torch.Generator().manual_seed(1))
+    plain = model(*inputs(model.config), masks)
+    model.set_amm((0, 1))  # of the encoder
+    assert torch.equal(model(*inputs(model.config), masks), plain)
+
+
+@torch.no_grad()
 def test_order_of_kept_tokens_does_not_matter() -> None:
     model = tiny("MDTv2-Tiny/2")
     (kept,) = draw_masks(model.config, 2, torch.Generator().manual_seed(1))

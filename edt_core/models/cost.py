@@ -81,7 +81,8 @@ def training_flops(config: ModelConfig, *, masked: bool) -> int:
     """
     if masked and not config.is_masked:
         raise ValueError(f"{config.name} has no masked pass to count")
-    counter = _count(config, _masks(config), rows=2) if masked else _count(config)  # both passes go as one batch
+    model = shadow(config)
+    counter = _count(model, _masks(config), rows=2) if masked else _count(model)  # both passes go as one batch
     return counter.get_total_flops()
 
 
@@ -97,8 +98,9 @@ def _masks(config: ModelConfig) -> list[Tensor]:
 @lru_cache(maxsize=64)
 def _forward_macs(config: ModelConfig) -> dict[str, int]:
     """Multiply-accumulates by the name of the innermost module that they are done in."""
-    counted = _count(config, backward=False).get_flop_counts()
-    prefix = f"{type(shadow(config)).__name__}."
+    model = shadow(config)
+    counted = _count(model, backward=False).get_flop_counts()
+    prefix = f"{type(model).__name__}."
     whole = {name.removeprefix(prefix): sum(ops.values()) for name, ops in counted.items() if name.startswith(prefix)}
     own = Counter(whole)
     for name, flops in whole.items():
@@ -117,11 +119,11 @@ def _parent(name: str, names: dict[str, int]) -> str | None:
 
 
 def _count(
-    config: ModelConfig, masks: list[Tensor] | None = None, *, rows: int = 1, backward: bool = True
+    model: DiffusionTransformer, masks: list[Tensor] | None = None, *, rows: int = 1, backward: bool = True
 ) -> FlopCounterMode:
     """The counter after a batch of so many rows, of which the last ones are masked where there are masks."""
-    model = shadow(config).train(backward)
-    model.set_amm(())  # modulated attention may do more products, as it is computed
+    config = model.config
+    model.train(backward).set_amm(())  # modulated attention may do more products, as it is computed
     x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size, device="meta")
     t, y = (torch.zeros(rows, dtype=torch.int64, device="meta") for _ in range(2))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):

@@ -16,6 +16,7 @@ class EMA:
     def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
         self.decays = tuple(decays)
         self._values = model.state_dict()  # shares the model's memory: no walk over its modules at each update
+        self._averaged = [name for name, value in self._values.items() if value.is_floating_point()]
         self.averages = [
             {name: _float32(value.detach()).clone() for name, value in self._values.items()} for _ in self.decays
         ]
@@ -23,10 +24,9 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """One update of each average over all tensors in one fused call."""
-        names = [name for name, value in self._values.items() if value.is_floating_point()]
-        values = [self._values[name].float() for name in names]
+        values = [self._values[name].float() for name in self._averaged]
         for decay, average in zip(self.decays, self.averages, strict=True):
-            torch._foreach_lerp_([average[name] for name in names], values, 1.0 - decay)
+            torch._foreach_lerp_([average[name] for name in self._averaged], values, 1.0 - decay)
 
     def load(self, averages: Sequence[Mapping[str, Tensor]]) -> None:
         """Take over averages, one for each decay in order. Raises KeyError unless the names are those of the model."""

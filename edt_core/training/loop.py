@@ -122,8 +122,10 @@ def _begin(
     state.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         state.model.compile(dynamic=False)
-    peak = matmul_rate(ranks.device, config.precision) * ranks.world_size if ranks.rank == 0 else 1.0
-    flops = training_flops(model_config, masked=config.masked_loss)
+    flops, peak = 0, 1.0  # of the other ranks, whose rates nobody is told
+    if ranks.rank == 0:
+        flops = training_flops(model_config, masked=config.masked_loss)
+        peak = matmul_rate(ranks.device, config.precision) * ranks.world_size
     return Training(
         config,
         dataset,

@@ -221,11 +221,9 @@ def _metric(config: SearchConfig, subject: Subject) -> tuple[str, EvaluateConfig
 def _grids(subject: Subject) -> list[int]:
     """The side of the grid of tokens of each block, in forward order."""
     from edt_core.models import ModelConfig, shadow
-    from edt_core.models.attention import Attention
 
     model = shadow(ModelConfig.from_dict(model_config_of(subject.model.checkpoint)))
-    grids = [module.grid for module in model.modules() if isinstance(module, Attention)]
-    return grids[: model.config.num_blocks]  # MDTv2's side-interpolater comes after them
+    return [attention.grid for attention in model.attentions()]
 
 
 def _blocks(config: SearchConfig, count: int) -> tuple[int, ...]:

@@ -5,8 +5,10 @@ Legend: N = batch, C = latent channels, h = side of the latents, T = tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +18,7 @@ from edt_core.models.config import AmmKernel, ModelConfig
 from edt_core.models.layers import FinalLayer, LabelEmbedding, PatchEmbedding, TimestepEmbedding
 
 
-class DiffusionTransformer(nn.Module):
+class DiffusionTransformer(nn.Module, ABC):
     """Predicts noise and variance of noised latents, given timestep and label.
 
     The keys and shapes of the state dict are those of the authors' published checkpoints. A model draws no
@@ -39,6 +41,7 @@ class DiffusionTransformer(nn.Module):
         self.t_embedder = TimestepEmbedding(config.cond_dim)
         self.y_embedder = LabelEmbedding(config.num_classes, config.cond_dim)
 
+    @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
         """Predict noise (first C channels) and the interpolation of the variance (last C channels).
 
@@ -54,7 +57,6 @@ class DiffusionTransformer(nn.Module):
         Raises:
             ValueError: shapes that do not fit the model.
         """
-        raise NotImplementedError
 
     def finish(self) -> None:
         """What a constructor ends with: initial weights, and AMM as configured."""
@@ -98,9 +100,13 @@ class DiffusionTransformer(nn.Module):
         """
         kernel = self.built_config.amm_kernel if kernel is None else kernel
         self.config = replace(self.config, amm_blocks=tuple(blocks), amm_kernel=kernel, amm_radius=radius)
-        attentions = (module for module in self.modules() if isinstance(module, Attention))  # in block order
-        for index, attention in enumerate(attentions):
+        for index, attention in enumerate(self.attentions()):
             attention.set_amm(kernel if index in self.config.amm_blocks else None, radius)
+
+    def attentions(self) -> list[Attention]:
+        """The attention of each block, in forward order; not that of what only a masked pass runs through."""
+        found = (module for module in self.modules() if isinstance(module, Attention))
+        return list(islice(found, self.config.num_blocks))
 
     def masking_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that only a masked pass uses: without one they have no gradient."""

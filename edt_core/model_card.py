@@ -11,13 +11,14 @@ from typing import Any
 from edt_core.metrics import in_order
 from edt_core.models import ModelConfig
 from edt_core.protocol import comparison_table
+from edt_core.published import DIT_PAPER, EDT_PAPER, MDT_PAPER
 
 README = "README.md"
 _TASK = "unconditional-image-generation"  # hubs have no task of their own for images of a class
-_PAPERS = {  # architecture -> name, arXiv id
-    "EDT": ("Efficient Diffusion Transformer", "2410.23788"),
-    "DiT": ("Diffusion Transformer", "2212.09748"),
-    "MDTv2": ("Masked Diffusion Transformer, version 2", "2303.14389"),
+_NAMES = {
+    "edt": ("Efficient Diffusion Transformer", EDT_PAPER),
+    "dit": ("Diffusion Transformer", DIT_PAPER),
+    "mdtv2": ("Masked Diffusion Transformer, version 2", MDT_PAPER),
 }
 _UNKNOWN_LICENSE = (
     "Not stated. Set `promote.license` in the configuration of the run, or `--license` of `edt import`, to the "
@@ -46,11 +47,6 @@ class ModelCard:
     training: Mapping[str, Any] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def family(self) -> str:
-        """EDT, DiT or MDTv2: what a model's name begins with."""
-        return self.config.name.partition("-")[0]
-
     def text(self) -> str:
         """The whole card as Markdown with YAML front matter."""
         sections = [self._model(), self._metrics(), *self._facts(), self._use(), self._license()]
@@ -59,12 +55,13 @@ class ModelCard:
     def _front_matter(self) -> str:
         import yaml
 
-        paper = [f"arxiv:{_PAPERS[self.family][1]}"] if self.family in _PAPERS else []
+        architecture = self.config.architecture
+        paper = _NAMES[architecture][1].replace("arXiv ", "arxiv:")
         fields: dict[str, Any] = {
             "license": self.license or "unknown",
             "library_name": "diffusers",
             "pipeline_tag": _TASK,
-            "tags": ["class-conditional", "diffusion-transformer", self.family.lower(), *paper],
+            "tags": ["class-conditional", "diffusion-transformer", architecture, paper],
         }
         if self.metrics:
             result = {
@@ -78,11 +75,10 @@ class ModelCard:
         return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
     def _model(self) -> str:
-        name, paper = _PAPERS.get(self.family, (self.family, ""))
-        source = f" (arXiv {paper})" if paper else ""
+        name, paper = _NAMES[self.config.architecture]
         size, latent = self.config.image_size, self.config.latent_size
         facts = {
-            "architecture": f"{self.config.name}: {name}{source}",
+            "architecture": f"{self.config.name}: {name} ({paper})",
             "parameters": f"{self.parameters:,}",
             "multiply-accumulates": f"{self.macs:,} for one image and step",
             "images": f"{size} x {size} px of {self.config.num_classes:,} classes",

@@ -6,6 +6,7 @@ Legend: a *grid* is the side of a square of tokens, so a stage has grid² tokens
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -19,7 +20,7 @@ AMM_KERNELS: tuple[AmmKernel, ...] = ("exp_cos", "cos")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(ABC):
     """What every model has; the architectures add their own numbers, and nothing else is needed to build one.
 
     `latent_size` is the side of the square latents. `amm_blocks` are 0-based indices over all blocks in forward order,
@@ -65,14 +66,14 @@ class ModelConfig:
         return self.latent_size // self.patch_size
 
     @property
+    @abstractmethod
     def cond_dim(self) -> int:
         """Width of the conditioning vector, which is that of the first tokens."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_blocks(self) -> int:
         """Blocks in the forward pass."""
-        raise NotImplementedError
 
     @property
     def num_merges(self) -> int:

@@ -70,24 +70,26 @@ _WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28
 _DECODE_DEPTHS = {"S": 6}  # of MDTv2, by its authors' training command; 4 is their default
 
 
-def _dit(width: tuple[int, int, int], patch_size: int, **more: Any) -> _Size:
+def _of_one_width(
+    config: type[ModelConfig], width: tuple[int, int, int], autoencoder_factor: int = 8, **numbers: int
+) -> _Size:
     depth, dim, num_heads = width
-    numbers = {"depth": depth, "dim": dim, "num_heads": num_heads, "patch_size": patch_size}
-    return _Size(DiTConfig, numbers, **more)
-
-
-def _mdt(width: tuple[int, int, int], decode_depth: int, **more: Any) -> _Size:
-    depth, dim, num_heads = width
-    numbers = {"depth": depth, "dim": dim, "num_heads": num_heads, "decode_depth": decode_depth}
-    return _Size(MDTv2Config, numbers, **more)
+    return _Size(config, {"depth": depth, "dim": dim, "num_heads": num_heads, **numbers}, autoencoder_factor)
 
 
 _SIZES: dict[str, _Size] = {
     **_EDT,
-    **{f"DiT-{size}/{patch}": _dit(width, patch) for size, width in _WIDTHS.items() for patch in (2, 4, 8)},
-    "DiT-Tiny/2": _dit((6, 60, 5), 2, autoencoder_factor=4),
-    **{f"MDTv2-{size}/2": _mdt(width, _DECODE_DEPTHS.get(size, 4)) for size, width in _WIDTHS.items()},
-    "MDTv2-Tiny/2": _mdt((6, 56, 4), 2, autoencoder_factor=4),
+    **{
+        f"DiT-{size}/{patch}": _of_one_width(DiTConfig, width, patch_size=patch)
+        for size, width in _WIDTHS.items()
+        for patch in (2, 4, 8)
+    },
+    "DiT-Tiny/2": _of_one_width(DiTConfig, (6, 60, 5), 4),
+    **{
+        f"MDTv2-{size}/2": _of_one_width(MDTv2Config, width, decode_depth=_DECODE_DEPTHS.get(size, 4))
+        for size, width in _WIDTHS.items()
+    },
+    "MDTv2-Tiny/2": _of_one_width(MDTv2Config, (6, 56, 4), 4, decode_depth=2),
 }
 
 MODEL_NAMES: tuple[str, ...] = tuple(_SIZES)

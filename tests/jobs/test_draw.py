@@ -24,16 +24,6 @@ FAST = ["--num-sampling-steps", "2"]
 SIDE, GAP = 64, 4  # of an image of 32 pixels in the picture, and between two
 
 
-@pytest.fixture(scope="module")
-def model() -> EDT:
-    return made_model()
-
-
-@pytest.fixture(scope="module")
-def folder(model: EDT, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline_folder(tmp_path_factory.mktemp("model") / "pipeline", model)
-
-
 def drawn(model: object, out: Path, *options: str) -> bytes:
     main([str(model), "--out", str(out), *FAST, *options])
     return out.read_bytes()

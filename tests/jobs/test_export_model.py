@@ -8,17 +8,6 @@ import torch
 
 from edt_core.models import EDT
 from jobs.export import main
-from tests.jobs.models import made_model, pipeline_folder
-
-
-@pytest.fixture(scope="module")
-def model() -> EDT:
-    return made_model()
-
-
-@pytest.fixture(scope="module")
-def folder(model: EDT, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline_folder(tmp_path_factory.mktemp("model") / "pipeline", model)
 
 
 def test_a_model_with_the_modulation_that_is_asked_for(

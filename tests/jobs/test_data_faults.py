@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 FEW, MANY = 1, 20
 NUM_IMAGES = 600
+SHARDS = 10  # of each step
 
 
 @dataclass(frozen=True)
@@ -107,18 +108,16 @@ def sample_step(root: Path) -> Step:
 
 
 @contextmanager
-def killing_a_worker(after_s: float) -> Iterator[list[int]]:
-    """SIGKILL one Ray worker that is at a shard, `after_s` seconds from the moment the first one is."""
+def killing_a_worker(folder: Path, finished: int) -> Iterator[list[int]]:
+    """SIGKILL one Ray worker that is at a shard, when `finished` shards of the artifact in the folder are done."""
     killed: list[int] = []
     over = threading.Event()
 
     def work() -> None:
-        while not over.is_set() and not busy_workers():
-            time.sleep(0.02)
-        over.wait(after_s)
         while not over.is_set() and not killed:
-            if found := busy_workers():
-                victim = random.Random(after_s).choice(found)
+            done = len(list((folder / ".journal").glob("*.json")))
+            if done >= finished and (found := busy_workers()):
+                victim = random.Random(finished).choice(found)
                 os.kill(victim, signal.SIGKILL)
                 killed.append(victim)
             time.sleep(0.02)
@@ -160,7 +159,7 @@ def assert_whole(artifact: Artifact, step: Step) -> None:
 def kill_workers(step: Step, folder: Path, moments: int) -> None:
     hits = 0
     for k in range(moments):
-        with killing_a_worker(random.Random(k).uniform(0, 1.5)) as killed:
+        with killing_a_worker(folder / str(k), random.Random(k).randrange(SHARDS // 2 + 1)) as killed:
             artifact = step.run(folder / str(k))
         hits += len(killed)
         assert_whole(artifact, step)

@@ -128,10 +128,13 @@ def encode_posterior(model: Any, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
     """
     levels = torch.as_tensor(pixels).to(model.device, non_blocking=True)
     images = levels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+    if len(images) == 1:  # PyTorch convolves a single image by another algorithm: its rounding is not that of a batch
+        images = images.expand(2, -1, -1, -1).contiguous()
     encoded = model.encode(images.to(model.dtype))
-    if hasattr(encoded, "latents"):
-        return torch.stack([encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)], dim=1)
-    return torch.stack([encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()], dim=1)
+    tiny = hasattr(encoded, "latents")
+    mean = encoded.latents if tiny else encoded.latent_dist.mean
+    std = torch.zeros_like(mean) if tiny else encoded.latent_dist.std
+    return torch.stack([mean.float(), std.float()], dim=1)[: len(levels)]
 
 
 @torch.inference_mode()

@@ -149,8 +149,7 @@ class Workflow:
                 self.terminal.failed(future.name, reason or cause, raised=error)
         else:
             self._done.add(future.name)
-            duration_s, counts = artifact.manifest.duration_s, artifact.counts
-            self.terminal.finished(future.name, duration_s, future.fingerprint, _headline(counts))
+            self.terminal.finished(future.name, artifact.manifest.duration_s, future.fingerprint, _headline(artifact))
 
     def _show(self) -> None:
         import ray
@@ -162,11 +161,11 @@ class Workflow:
         self.terminal.show(counts, warnings)
 
 
-def _headline(counts: Mapping[str, Any]) -> str:
-    """The first metric of an evaluation, as `fid 34.27`; empty for other artifacts."""
+def _headline(artifact: Artifact) -> str:
+    """The first metric of an evaluation, as `fid 34.27`; nothing for other artifacts."""
     from edt_core.metrics import in_order
 
-    metrics = counts.get("metrics") or {}
+    metrics = artifact.counts["metrics"] if artifact.manifest.kind == "evaluation" else {}
     return next((f"{name} {metrics[name]:.4g}" for name in in_order(metrics)), "")
 
 

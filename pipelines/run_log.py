@@ -1,10 +1,11 @@
 """The log of a run: what Ray, MLflow and other libraries print, in a file and not over what a person looks at."""
 
-import logging
 import os
+import re
 import sys
 import tempfile
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
@@ -12,6 +13,7 @@ from edt_core.redaction import redacted
 from edt_core.storage import Folder
 
 FOLDER = "logs"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _MOST_CHARS = 2_000_000  # of a log that is put into the run's record: its end
 
 
@@ -57,13 +59,11 @@ class RunLog:
         for descriptor in self._kept:
             os.dup2(file, descriptor)
         os.close(file)
-        logging.captureWarnings(True)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        logging.captureWarnings(False)
         for descriptor, kept in self._kept.items():
             os.dup2(kept, descriptor)
             os.close(kept)
@@ -81,7 +81,7 @@ class RunLog:
         """What it holds so far, without credentials: the end of it, where it is long."""
         sys.stdout.flush()
         sys.stderr.flush()
-        return redacted(self.path.read_text(encoding="utf-8", errors="replace"))[-_MOST_CHARS:]
+        return _readable(self.path.read_text(encoding="utf-8", errors="replace"))[-_MOST_CHARS:]
 
     def _clean(self) -> None:
         if not self.path.is_file():
@@ -89,8 +89,17 @@ class RunLog:
         raw = self.path.read_text(encoding="utf-8", errors="replace")
         if not raw:
             self.path.unlink()
-        if (clean := redacted(raw)) != raw:
+        elif (clean := _readable(raw)) != raw:
             self.path.write_text(clean, encoding="utf-8")
+
+
+def _readable(text: str) -> str:
+    """Without colours and credentials, and a line that comes again and again once, with how often."""
+    told = []
+    for line, same in groupby(redacted(_COLOUR.sub("", text)).splitlines()):
+        number = sum(1 for _ in same)
+        told.append(line if number == 1 or not line else f"{line} [{number} times]")
+    return "".join(f"{line}\n" for line in told)
 
 
 def _is_descriptor(stream: TextIO, descriptor: int) -> bool:

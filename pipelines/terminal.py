@@ -66,22 +66,20 @@ class Terminal:
         self.console.print(f"[{style}]{escape(text)}[/]" if style else escape(text))
         self._note(text)
 
-    def tell(self, label: str, text: str, style: str = "") -> None:
-        """A sentence behind a label, wrapped at words to the width of the terminal."""
+    def tell(self, text: str, style: str = "", indent: int = 2) -> None:
+        """Sentences, wrapped at words where there is a terminal; lines after the first are indented."""
         if self.console.is_terminal:
             text = textwrap.fill(
-                f"{label:<7}{text}",
+                text,
                 self.console.width,
-                subsequent_indent=" " * 7,
+                subsequent_indent=" " * indent,
                 break_long_words=False,
                 break_on_hyphens=False,
             )
-        else:
-            text = f"{label:<7}{text}"
         self.say(text, style)
 
     def warn(self, message: str) -> None:
-        self.say(f"warning: {message}", "yellow")
+        self.tell(f"warning: {message}", "yellow")
 
     def source_progress(self) -> "SourceProgress":
         """Where listing and digesting the images tell how far they are, before there is a board."""

@@ -165,11 +165,11 @@ def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None
 
     failure = explained(error)
     terminal.say("")
-    terminal.tell("error:", f"{step}: {failure.cause}", "red")
+    terminal.tell(f"error: {step}: {failure.cause}", "red", indent=7)
     if failure.remedy:
-        terminal.tell("", failure.remedy)
+        terminal.tell(f"       {failure.remedy}", indent=7)
     if terminal.log is not None:
-        terminal.tell("", f"log: {terminal.log.path}")
+        terminal.say(f"       log: {terminal.log.path}")
 
 
 def tell_stopped(terminal: "Terminal", how: str) -> None:

@@ -237,7 +237,7 @@ VERB = Verb(
     accept=accept,
     examples=(
         "/data/flowers ./images --image-size 256",
-        "s3://bucket/imagenet/train s3://bucket/images --num-workers 64",
+        "s3://bucket/imagenet/train s3://bucket/images --image-size 512",
     ),
 )
 

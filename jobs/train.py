@@ -276,7 +276,7 @@ VERB = Verb(
     plan=plan,
     examples=(
         "./latents ./checkpoint --model EDT-S/2 --dry-run",
-        "./latents ./checkpoint --model EDT-S/2 --num-workers 8 --num-gpus-per-worker 1 --precision bf16",
+        "./latents ./checkpoint --model EDT-S/2 --num-workers 8 --use-gpu true --precision bf16",
     ),
 )
 

@@ -147,7 +147,7 @@ def promote(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Let a version through the gate against the present champion; exit code 1 where it is refused.
+    """Let a version through the gate; exit code 1 where it is refused.
 
     \b
     Examples:

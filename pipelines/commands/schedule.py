@@ -64,7 +64,7 @@ def add(
         bool, typer.Option("--no-serve", help="only record it, and leave the serving to others")
     ] = False,
 ) -> None:
-    """Record a schedule and serve the store's schedules. (`add` may be left out.)
+    """Record a schedule (`add` may be left out) and serve the store's schedules.
 
     \b
     Examples:

@@ -7,7 +7,7 @@ import typer
 
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
-from pipelines.commands import cost, models, schedule, store, submit, verbs, workflow
+from pipelines.commands import config, cost, models, schedule, store, submit, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +22,6 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     workflow.plan,
     workflow.runs,
     workflow.reproduce,
-    workflow.configs,
     store.artifacts,
     store.gc,
     store.verify,
@@ -48,6 +47,7 @@ for verb in (
 app.command("import")(models.import_model)
 app.add_typer(models.app, name="models")
 app.add_typer(schedule.app, name="schedule")
+app.add_typer(config.app, name="config")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce, configs."""
+"""Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -88,15 +88,6 @@ def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
 
 def _warn_of_loss() -> None:
     typer.echo("warning: this run was taken for dead, and another one of its pipeline may go on beside it", err=True)
-
-
-def configs(
-    name: Annotated[str | None, typer.Argument(help="show this one, defaults included")] = None,
-) -> None:
-    """List the configurations that ship with the package, or show one."""
-    from pipelines.config import as_yaml, config_names, load_config
-
-    typer.echo(as_yaml(load_config(name)) if name else "\n".join(config_names()))
 
 
 def show_outcome(outcome: "Outcome", terminal: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import ValidationError
@@ -107,9 +107,8 @@ def field_names(schema: type[Section] = PipelineConfig, prefix: str = "") -> Ite
     """Dotted names of every field of a configuration, sections included."""
     for name, field in schema.model_fields.items():
         yield prefix + name
-        if _is_section(field.annotation):
-            assert field.annotation is not None
-            yield from field_names(field.annotation, f"{prefix}{name}.")
+        if _is_section(section := field.annotation):
+            yield from field_names(section, f"{prefix}{name}.")
 
 
 def meant_by(field: str) -> tuple[str, ...]:
@@ -122,7 +121,7 @@ def meant_by(field: str) -> tuple[str, ...]:
     return tuple(near or get_close_matches(field, names, 1, _ALIKE))
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
@@ -136,15 +135,16 @@ def _located(found: list[Problem]) -> list[Problem]:
     return sorted(located, key=lambda problem: (problem.line is None, problem.line))
 
 
-def _line(node: yaml.Node | None, problem: Problem) -> int | None:
+def _line(root: yaml.Node | None, problem: Problem) -> int | None:
     """The line on which a field stands, from 1."""
-    line = None
+    node, line = root, None
     for part in problem.field.split("."):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         found = next(((key, value) for key, value in pairs if key.value == part), None)
         if found is None:
             return None
         line, node = found[0].start_mark.line + 1, found[1]
-    # A value from elsewhere (--set) is not what stands there.
-    written = isinstance(node, yaml.ScalarNode) and problem.value is not None
-    return line if not written or redacted(repr(yaml.safe_load(node.value or "null"))) == problem.value else None
+    if not isinstance(node, yaml.ScalarNode) or problem.value is None:
+        return line
+    written = redacted(repr(yaml.safe_load(node.value or "null")))
+    return line if written == problem.value else None  # --set says something else

@@ -61,7 +61,7 @@ def validate(
     assignments: Assignments = [],  # noqa: B006  typer copies it
     as_json: AsJson = False,
 ) -> None:
-    """Tell of each configuration that it is right, or all that is wrong: field, value, remedy. Exit code 2 if any is."""
+    """Tell all that is wrong with configurations: field, value, remedy. Exit code 2 where anything is."""
     from pipelines.config_check import problems
 
     found = {config: problems(config, assignments) for config in configs}

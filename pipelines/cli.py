@@ -7,7 +7,7 @@ import typer
 
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
-from pipelines.commands import config, cost, doctor, init, models, schedule, store, submit, verbs, workflow
+from pipelines.commands import config, cost, doctor, init, models, schedule, store, submit, ui, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +46,7 @@ for verb in (
     app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
 app.command(epilog=init.EXAMPLES)(init.init)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command(epilog=ui.EXAMPLES)(ui.ui)
 app.command("import")(models.import_model)
 app.add_typer(models.app, name="models")
 app.add_typer(schedule.app, name="schedule")

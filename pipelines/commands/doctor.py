@@ -30,7 +30,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="do not start Ray on this machine")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine for a configuration: device, Ray, store, MLflow, weights, images, disk. Exit code 1 if one fails."""
+    """Check device, Ray, store, MLflow, weights, images and disk for a configuration. Exit code 1 if one fails."""
     from edt_core.environment import quiet_defaults
     from pipelines.config import load_config
 

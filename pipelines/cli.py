@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands import cost, models, schedule, store, submit, verbs, workflow
+from pipelines.commands import config, cost, doctor, init, models, schedule, store, submit, ui, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,8 +16,9 @@ app = typer.Typer(
 )
 
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
-    "Pipeline": (workflow.run, workflow.plan, submit.submit),
-    "Found again": (workflow.runs, workflow.reproduce, store.artifacts, store.verify, store.gc),
+    "Begin": (init.init, doctor.doctor),
+    "Pipeline": (workflow.plan, workflow.run, submit.submit),
+    "Found again": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, store.gc),
     "Models": (models.lineage, cost.compare, cost.cost),
 }
 VERBS: tuple[Callable[[typer.Context], None], ...] = (
@@ -34,6 +35,7 @@ VERBS: tuple[Callable[[typer.Context], None], ...] = (
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(config.app, name="config", rich_help_panel="Begin")
 app.add_typer(schedule.app, name="schedule", rich_help_panel="Pipeline")
 app.add_typer(models.app, name="models", rich_help_panel="Models")
 app.command("import", rich_help_panel="Models")(models.import_model)

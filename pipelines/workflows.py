@@ -29,6 +29,7 @@ from pipelines.registration import entry_of, promote
 from pipelines.runs import step_tag
 from pipelines.step import StepFuture, Steps
 from pipelines.terminal import Terminal
+from pipelines.ui import run_link
 
 _CACHE = "~/.cache/edt"
 
@@ -48,6 +49,7 @@ class Outcome:
 
     run_id: str
     tracking_uri: str
+    link: str = ""  # where a person sees the run
     seconds: float = 0.0
     decisions: dict[str, Decision] = field(default_factory=dict)
     reports: dict[str, Artifact] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Outcome:
         return {
             "run_id": self.run_id,
             "tracking_uri": redacted(self.tracking_uri),
+            "link": self.link,
             "status": self.status,
             "seconds": round(self.seconds, 1),
             "reused": self.reused,
@@ -228,7 +231,8 @@ def _run(
         catalog = opened.result()
     published = published or Published.of(config, catalog.tracking_uri)
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
-    outcome = Outcome(run_id, catalog.tracking_uri)
+    outcome = Outcome(run_id, catalog.tracking_uri, run_link(catalog.tracking_uri, catalog.experiment_id, run_id))
+    terminal.say(f"MLflow    {outcome.link}", "dim")
     workflow = Workflow(store, catalog, run_id, terminal, connect=join)
     status = "KILLED"
     try:

@@ -1,4 +1,4 @@
-"""Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce, configs."""
+"""Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce."""
 
 import shlex
 import sys
@@ -120,15 +120,6 @@ def _warn_of_loss() -> None:
     typer.echo("warning: this run was taken for dead, and another one of its pipeline may go on beside it", err=True)
 
 
-def configs(
-    name: Annotated[str | None, typer.Argument(help="show this one, defaults included")] = None,
-) -> None:
-    """List the configurations that ship with the package, or show one."""
-    from pipelines.config import as_yaml, config_names, load_config
-
-    typer.echo(as_yaml(load_config(name)) if name else "\n".join(config_names()))
-
-
 def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     """The end of a run: what is registered and where everything is; of what failed, cause, remedy and log."""
     from edt_core.schema import REPORT_NAME, SAMPLES_NAME
@@ -141,9 +132,8 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     for report in outcome.reports.values():
         terminal.say(f"\nsamples   {report.path(SAMPLES_NAME)}")
         terminal.say(f"report    {report.path(REPORT_NAME)}")
-    terminal.say(f"MLflow    {outcome.tracking_uri}  run {outcome.run_id}")
-    if outcome.tracking_uri.startswith("sqlite:"):
-        terminal.say(f"          mlflow ui --backend-store-uri {outcome.tracking_uri}")
+    terminal.say(f"run       {outcome.run_id}")
+    terminal.say(f"MLflow    {outcome.link}")
     for name, error in outcome.failures.items():
         _show_failure(name, error, terminal)
     if outcome.stopped:

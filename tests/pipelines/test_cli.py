@@ -82,11 +82,6 @@ def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_
     assert not list((tmp_path / "store").rglob("manifest.json"))
 
 
-def test_configs_are_listed_and_shown() -> None:
-    assert "quickstart" in edt("configs").stdout.split()
-    assert "max_steps: 1200" in edt("configs", "quickstart").stdout
-
-
 def test_a_dry_run_tells_what_it_would_take_and_does_nothing(digits_folder: Path, tmp_path: Path) -> None:
     done = edt("run", "--dry-run", "--store", str(tmp_path / "store"), *from_folder(digits_folder), cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -117,7 +117,7 @@ def test_a_second_run_from_the_command_line_says_so(first: Outcome, store: Path)
     assert f"{STEPS} steps reused, 0 run" in told
     for path in (first.reports[MODEL].path("report.html"), first.reports[MODEL].path("samples.png")):
         assert str(path) in told
-    assert "mlflow ui --backend-store-uri sqlite:" in told
+    assert f"edt ui --store {store} --run " in told
 
 
 def test_a_changed_field_runs_what_hangs_on_it_and_no_more(first: Outcome, store: Path) -> None:

@@ -1,0 +1,68 @@
+"""edt doctor: what a run would stumble over, and what to do about each."""
+
+import os
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipelines.commands.options import AsJson, Assignments, Config, ConfigStore, TrackingUri, print_json
+
+if TYPE_CHECKING:
+    from pipelines.doctor import Finding
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def doctor(
+    config: Config = "quickstart",
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    store: ConfigStore = None,
+    tracking_uri: TrackingUri = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join  \\[default: RAY_ADDRESS, or here]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="do not start Ray on this machine")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check device, Ray, store, MLflow, weights, images and disk for a configuration.
+
+    \b
+    Examples:
+      edt doctor edt.yaml
+      edt doctor imagenet256-edt-s --set source.path=/data/imagenet/train --address auto
+      edt doctor edt.yaml --store s3://bucket/edt --json
+    """
+    from edt_core.environment import quiet_defaults
+    from pipelines.config import load_config
+
+    loaded = load_config(config, assignments, store)
+    quiet_defaults()
+    from pipelines.doctor import examine, patient_of
+    from pipelines.doctor_checks import CHECKS
+
+    found, console = [], Console(highlight=False, soft_wrap=True)
+    examined = examine(patient_of(loaded, address, tracking_uri, quick), CHECKS)
+    with nullcontext() if as_json else console.status("looking; Ray takes longest"):
+        for finding in examined:
+            found.append(finding)
+            if not as_json:
+                _show(finding, console)
+    failed = sum(finding.status == "fail" for finding in found)
+    if as_json:
+        print_json([finding.as_row() for finding in found])
+    else:
+        after = f"edt run {config}" if not failed else "mend what failed, and ask again"
+        console.print(f"\n{len(found)} checks, {failed} failed. Next: {escape(after)}")
+    if any(finding.unanswered for finding in found):  # a thread that hangs would keep Python from ending
+        sys.stdout.flush()
+        os._exit(1)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _show(finding: "Finding", console: Console) -> None:
+    colour = _COLOURS[finding.status]
+    console.print(f"[{colour}]{finding.status:<5}[/] {finding.check:<12} {escape(finding.found)}")
+    if finding.remedy:
+        console.print(f"{'':<18} -> {escape(finding.remedy)}", style=colour)

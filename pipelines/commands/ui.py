@@ -1,0 +1,88 @@
+"""edt ui: the runs, metrics and models of a store in a browser."""
+
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.commands.options import DEFAULT_STORE, StoreOption, TrackingUri, open_catalog
+
+_RUNS = 5
+
+
+def ui(
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    run: Annotated[str | None, typer.Option(metavar="ID", help="open at this run, as `edt runs` lists them")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; others than loopback let others in")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0 for any  \\[default: 5000, or the next free one]")
+    ] = None,
+    no_open: Annotated[bool, typer.Option("--no-open", help="print the links, and open no browser")] = False,
+) -> None:
+    """Show the runs, metrics and models of a store in MLflow's UI, until Ctrl-C.
+
+    \b
+    Examples:
+      edt ui
+      edt ui --store /data/edt-store --port 5001
+      edt ui --run 3f2a9c41d0e84b6fa1c2d3e4f5a6b7c8 --no-open
+    """
+    from pipelines.ui import DEFAULT_PORT, experiment_of, free_port, served
+
+    catalog = open_catalog(store, tracking_uri)
+    experiment = experiment_of(catalog, run) if run else None
+    if catalog.tracking_uri.startswith(("http://", "https://")):
+        _tell(catalog.tracking_uri, catalog, run, experiment, not no_open)
+        return
+    chosen = free_port(host, port)
+    if port is None and chosen != DEFAULT_PORT:
+        typer.echo(f"port {DEFAULT_PORT} is taken: using {chosen}", err=True)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        typer.echo(
+            f"warning: whoever reaches {host}:{chosen} can read and change all of it: MLflow asks nobody", err=True
+        )
+    folder = _folder(catalog.tracking_uri, store)
+    typer.echo("starting MLflow ...", err=True)
+    signal.signal(signal.SIGTERM, _interrupt)  # `kill` ends the server too
+    try:
+        with served(catalog.tracking_uri, folder / "mlartifacts", host, chosen) as (url, process):
+            _tell(url, catalog, run, experiment, not no_open)
+            typer.echo("Ctrl-C ends it")
+            code = process.wait()
+            typer.echo(f"the MLflow server ended by itself with code {code}", err=True)
+            raise typer.Exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _folder(tracking_uri: str, store: str) -> Path:
+    """Where the server works: beside its SQLite file, or, with another database, in the store."""
+    from edt_core.errors import UserError
+    from edt_core.storage import Folder
+
+    if tracking_uri.startswith("sqlite:///"):
+        return Path(tracking_uri.removeprefix("sqlite:///")).parent
+    if (root := Folder.at(store).local) is None or not root.is_dir():
+        raise UserError(f"no server is at {tracking_uri}, and {store} is no local folder to start one in; give --store")
+    return root
+
+
+def _tell(url: str, catalog: Any, run: str | None, experiment: str | None, wanted: bool) -> None:
+    """Print the links, and open a browser at the one that was asked for."""
+    import webbrowser
+
+    from edt_core.redaction import redacted
+    from pipelines.ui import has_display, last_runs, run_link
+
+    first = run_link(url, experiment, run) if run and experiment else redacted(url)
+    typer.echo(first)
+    for row in [] if run else last_runs(catalog, _RUNS):
+        typer.echo(f"  {row['pipeline']} {row['status']}  {run_link(url, row['experiment'], row['run'])}")
+    if wanted and has_display():
+        webbrowser.open(first)

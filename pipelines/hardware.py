@@ -1,0 +1,79 @@
+"""What a machine has to compute with: CPUs, memory, and the GPUs that torch can use."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_PROBE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine. `memory` and `gpu_memory` (of the smallest GPU) are in bytes, 0 where they are not known."""
+
+    cpus: int
+    memory: int = 0
+    gpus: tuple[str, ...] = ()  # names
+    gpu_memory: int = 0
+    bf16: bool = False  # in hardware, on every GPU
+    cuda: str | None = None  # the version that this torch is built for; None for a build without
+    nccl: str | None = None
+    torch: str = ""
+
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.gpus:
+            return f"{self.cpus} CPUs, no GPU"
+        memory = f", {self.gpu_memory / (1 << 30):.0f} GiB each" if self.gpu_memory else ""
+        return f"{self.cpus} CPUs, {len(self.gpus)} x {self.gpus[0]}{memory}"
+
+
+def this_machine() -> Hardware:
+    """What torch finds here. Importing it takes a second or two."""
+    import torch
+
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    properties = [torch.cuda.get_device_properties(gpu) for gpu in gpus]
+    return Hardware(
+        cpus=_cpus(),
+        memory=_memory(),
+        gpus=tuple(found.name for found in properties),
+        gpu_memory=min((int(found.total_memory) for found in properties), default=0),
+        bf16=bool(properties) and all(found.major >= 8 for found in properties),
+        cuda=torch.version.cuda or torch.version.hip,
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if properties and torch.version.cuda else None,
+        torch=torch.__version__,
+    )
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # not every system tells it this way
+        return 0
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None where there is none, or it does not answer."""
+    lines = _asked(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return lines[0].strip() if lines else None
+
+
+def _asked(command: Sequence[str]) -> list[str]:
+    if shutil.which(command[0]) is None:
+        return []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PROBE_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.strip().splitlines()

@@ -18,7 +18,7 @@ from edt_core.redaction import redacted
 
 DEFAULT_PORT = 5000
 _TRIED = 100  # ports from the default one on
-_START_SECONDS = 120
+_START_SECONDS = 300  # a person waits, and can end it; a full machine is slow
 _STOP_SECONDS = 10
 _SQLITE = "sqlite:///"
 

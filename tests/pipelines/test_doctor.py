@@ -1,0 +1,210 @@
+"""edt doctor: each check alone, no traceback whatever happens, a limit on what does not answer, and no debris."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from edt_core.data.digits import NUM_DIGITS
+from edt_core.errors import UserError
+from pipelines import doctor_checks, doctor_services
+from pipelines.config import PipelineConfig, load_config
+from pipelines.disk import disk_needs
+from pipelines.doctor import Finding, Patient, examine
+from pipelines.hardware import Hardware
+from tests.pipelines.small import edt
+
+LAPTOP = Hardware(cpus=2, memory=16 << 30, torch="2.13")
+IMAGENET = ["source.path=/data", "inception.weights=/nowhere.pth"]
+
+
+def patient(
+    config: PipelineConfig, *, images: object = (NUM_DIGITS, 10), machine: Hardware = LAPTOP, address: str | None = None
+) -> Patient:
+    counted: Future[tuple[int, int]] = Future()
+    if isinstance(images, tuple):
+        counted.set_result(images)
+    else:
+        assert isinstance(images, Exception)
+        counted.set_exception(images)
+    found: Future[Hardware] = Future()
+    found.set_result(machine)
+    return Patient(config, address, None, True, counted, found)
+
+
+def asked(check: Callable[[Patient], tuple[str, str, str]], who: Patient) -> Finding:
+    """What one check finds, as `edt doctor` tells it."""
+    (finding,) = examine(who, {"it": (check, 60)})  # type: ignore[dict-item]
+    return finding
+
+
+def digits(store: Path, *assignments: str) -> PipelineConfig:
+    return load_config("quickstart", assignments, str(store))
+
+
+def test_a_check_that_hangs_or_breaks_leaves_the_others_alone(tmp_path: Path) -> None:
+    free = threading.Event()
+
+    def hangs(who: Patient) -> tuple[str, str, str]:
+        free.wait()
+        return "ok", "", ""
+
+    def breaks(who: Patient) -> tuple[str, str, str]:
+        raise RuntimeError("first line\nsecond line")
+
+    def refuses(who: Patient) -> tuple[str, str, str]:
+        raise UserError("it is full; free some")
+
+    checks = {
+        "hangs": (hangs, 0.01),
+        "breaks": (breaks, 60),
+        "refuses": (refuses, 60),
+        "good": (lambda who: ("ok", "fine", ""), 60),
+    }
+    try:
+        found = list(examine(patient(digits(tmp_path)), checks))  # type: ignore[arg-type]
+    finally:
+        free.set()
+    assert [finding.check for finding in found] == list(checks)
+    assert [(finding.status, finding.unanswered) for finding in found] == [
+        ("fail", True),
+        ("fail", False),
+        ("fail", False),
+        ("ok", False),
+    ]
+    assert found[1].found == "RuntimeError: first line"
+    assert (found[2].found, found[2].remedy) == ("it is full", "free some")
+
+
+def test_the_store_is_left_as_it_was(tmp_path: Path) -> None:
+    new = tmp_path / "a" / "b"
+    assert "it is new" in asked(doctor_checks.store, patient(digits(new))).found
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kept").write_text("x")
+    assert asked(doctor_checks.store, patient(digits(tmp_path))).status == "ok"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    refused = asked(doctor_checks.store, patient(digits(Path("/dev/null/store"))))
+    assert (refused.status, bool(refused.remedy)) == ("fail", True)
+
+
+def test_a_remote_store_is_written_and_read_and_wants_a_server(s3: str) -> None:
+    import fsspec
+
+    who = patient(load_config("quickstart", [], f"{s3}/edt"))
+    assert asked(doctor_checks.store, who).status == "ok"
+    assert fsspec.filesystem("s3").find(s3) == []
+    assert "MLFLOW_TRACKING_URI" in asked(doctor_services.mlflow, who).remedy
+    nowhere = patient(load_config("quickstart", [], "s3://no-such-bucket-here/edt"))
+    assert "no such bucket" in asked(doctor_checks.store, nowhere).found + asked(doctor_checks.store, nowhere).remedy
+
+
+def test_disk_is_held_against_what_the_configuration_makes(tmp_path: Path) -> None:
+    assert asked(doctor_checks.disk, patient(digits(tmp_path))).status == "ok"
+    full = asked(doctor_checks.disk, patient(digits(tmp_path), images=(10**13, 10)))
+    assert full.status == "fail"
+    assert "source.limit" in full.remedy
+    unknown = asked(doctor_checks.disk, patient(digits(tmp_path), images=UserError("none")))
+    assert (unknown.status, unknown.found) == ("warn", "not known without the images")
+
+
+def test_imagenet_takes_what_the_page_on_data_says() -> None:
+    """docs/data.md: 82 GB of latents for ImageNet at 256 px, 64 kB an image; 97 kB an image of WebP."""
+    needs = disk_needs(load_config("imagenet256-edt-s", IMAGENET), 1_281_167, 1000)
+    assert needs["latents"] == 1_281_167 * (64 << 10)
+    assert needs["images"] / 1_281_167 == pytest.approx(97_000 + 4096, rel=0.01)
+
+
+def test_the_small_run_takes_no_more_disk_than_was_told(first: object, store: Path) -> None:
+    from pipelines.artifacts import Store
+    from tests.pipelines.small import SMALL
+
+    made = {artifact.manifest.kind: 0 for artifact in Store.open(str(store)).artifacts()}
+    for artifact in Store.open(str(store)).artifacts():
+        made[artifact.manifest.kind] += sum(entry.bytes for entry in artifact.manifest.files)
+    needs = disk_needs(load_config("quickstart", SMALL), NUM_DIGITS, 10)
+    assert needs["latents"] == pytest.approx(made["latents"], rel=0.1)
+    assert made["checkpoint"] <= needs["checkpoints"]
+
+
+def test_gpus_that_are_wanted_and_not_here_are_told(tmp_path: Path) -> None:
+    config = load_config("imagenet256-edt-s", IMAGENET)
+    here = asked(doctor_checks.device, patient(config))
+    assert (here.status, "wants 4 GPUs" in here.found) == ("fail", True)
+    assert asked(doctor_checks.device, patient(config, address="auto")).status == "ok"
+    gpus = Hardware(64, 1 << 39, ("H100",) * 8, 80 << 30, True, "13.0", "2.28", "2.13")
+    assert asked(doctor_checks.device, patient(config, machine=gpus)).status == "ok"
+    assert asked(doctor_checks.memory, patient(config, images=(10**6, 1000), machine=gpus)).status == "ok"
+    small = Hardware(8, 1 << 35, ("RTX",) * 4, 1 << 30, True, "13.0", None, "2.13")
+    tight = asked(doctor_checks.memory, patient(config, images=(10**6, 1000), machine=small))
+    assert (tight.status, "micro_batch_size" in tight.remedy) == ("fail", True)
+
+
+def test_what_a_cluster_has_is_held_against_the_stages() -> None:
+    short = doctor_services._short_of
+    config = load_config("imagenet256-edt-s", IMAGENET)
+    assert short(config, {"CPU": 64, "GPU": 8}) == ""
+    assert "train edt-s-2-256 wants 16 CPUs and 4 GPUs" in short(config, {"CPU": 64, "GPU": 3})
+    assert "train" in short(config, {"CPU": 4, "GPU": 8})
+
+
+def test_published_weights_are_looked_for(tmp_path: Path) -> None:
+    missing = asked(doctor_services.features, patient(load_config("imagenet256-edt-s", IMAGENET)))
+    assert missing.status == "fail"
+    assert "pt_inception-2015-12-05-6726825d.pth" in missing.found + missing.remedy
+    wrong = tmp_path / "weights.pth"
+    wrong.write_bytes(b"no tensors")
+    config = load_config("imagenet256-edt-s", ["source.path=/data", f"inception.weights={wrong}"])
+    assert asked(doctor_services.features, patient(config)).status == "fail"
+    assert asked(doctor_services.features, patient(digits(tmp_path))).status == "ok"
+
+
+def test_an_autoencoder_of_another_shape_is_told_with_the_fields_to_set(tmp_path: Path) -> None:
+    def found(**values: object) -> Finding:
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        config = load_config("imagenet256-edt-s", [*IMAGENET, f"autoencoder.pretrained={tmp_path}"])
+        return asked(doctor_services.autoencoder, patient(config))
+
+    shape = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [8, 8, 8, 8]}
+    assert "no .safetensors" in found(**shape).found
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert found(**shape).status == "ok"
+    other = found(**{**shape, "block_out_channels": [8, 8, 8]})
+    assert (other.status, "autoencoder.downsample_factor=4" in other.remedy) == ("fail", True)
+    assert "AutoencoderKL and AutoencoderTiny" in found(_class_name="UNet").found + found(_class_name="UNet").remedy
+
+
+def test_mlflow_is_asked_and_nothing_is_left_in_it(first: object, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.catalog import Catalog
+
+    catalog = Catalog.existing(doctor_services.Folder.at(store))
+    before = {model.name for model in catalog.client.search_registered_models()}
+    assert asked(doctor_services.mlflow, patient(digits(store))).status == "ok"
+    assert {model.name for model in catalog.client.search_registered_models()} == before
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret-word@127.0.0.1:{closed.getsockname()[1]}")
+        refused = asked(doctor_services.mlflow, patient(digits(store)))
+    assert refused.status == "fail"
+    assert "secret-word" not in refused.found + refused.remedy
+
+
+def test_a_ray_that_cannot_be_joined_is_one_line(tmp_path: Path) -> None:
+    found = asked(doctor_services.ray, patient(digits(tmp_path), address="127.0.0.1:1"))
+    assert (found.status, len(found.found.splitlines())) == ("fail", 1)
+    assert asked(doctor_services.ray, patient(digits(tmp_path))).found == "not started (--quick)"
+
+
+def test_the_command_tells_all_as_json_and_by_its_exit_code(digits_folder: Path, tmp_path: Path) -> None:
+    given = ("--quick", "--json", "--store", str(tmp_path / "store"), "--set", "source.kind=auto")
+    done = edt("doctor", *given, "--set", f"source.path={digits_folder}", cwd=tmp_path)
+    found = {row["check"]: row for row in json.loads(done.stdout)}
+    assert (done.returncode, set(found)) == (0, set(doctor_checks.CHECKS)), done.stdout + done.stderr
+    assert "32 images of 4 classes" in found["images"]["found"]
+    assert list(tmp_path.iterdir()) == []
+    failed = edt("doctor", *given, "--set", "source.path=/nowhere", cwd=tmp_path)
+    assert (failed.returncode, "Traceback" in failed.stdout + failed.stderr) == (1, False)
+    assert edt("doctor", "--set", "train.lr=-1").returncode == 2

@@ -76,7 +76,7 @@ def render_report(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shown=shown, duration=duration, scaled=scaled)
+    environment.filters.update(shown=shown, duration=duration, scaled=scaled, brief=brief)
     environment.tests["digest"] = lambda value: bool(re.fullmatch("[0-9a-f]{32,}", str(value)))
     image_size = data.samples.shape[1]
     found = data.neighbours
@@ -143,8 +143,10 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
     """0.42 s, 38 s, 4 min 05 s, 2 h 07 min."""
+    if seconds is None:
+        return NOTHING
     if seconds < 9.95:
         return f"{seconds:.2g} s" if seconds < 0.995 else f"{seconds:.1f} s"
     whole = round(seconds)
@@ -156,8 +158,17 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def scaled(value: float, unit: str) -> str:
+def brief(value: float | None) -> str:
+    """At most three significant digits: 0.253, 14, 1,930."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+
+
+def scaled(value: float | None, unit: str) -> str:
     """With a prefix: 4.2e12, "FLOP" -> 4.2 TFLOP."""
+    if value is None:
+        return NOTHING
     step = 0 if value < 1 else min(int(math.log10(value) // 3), len(_PREFIXES) - 1)
     return f"{value / 1000**step:.3g} {_PREFIXES[step]}{unit}"
 

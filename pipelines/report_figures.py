@@ -196,7 +196,7 @@ def _final_losses(edges: Array, losses: Sequence[float]) -> Picture:
     values = np.asarray(losses)
 
     def paint(axes: list[Any], colour: Callable[[Colour], str]) -> None:
-        axes[0].stairs(values, edges, color=colour(_BLUE), linewidth=1.6)
+        axes[0].stairs(values, edges, baseline=None, color=colour(_BLUE), linewidth=1.6)
         _log_where_wide(axes[0], values)
         axes[0].set_title("loss at the end of training")
         axes[0].set_xlabel("timestep (0: least noise)")

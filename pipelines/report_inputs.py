@@ -211,10 +211,11 @@ class _RealFeatures:
 
         with safe_open(self.path, "numpy") as file:
             features = file.get_slice(self.name)
-            for start in range(0, int(self.rows[-1]) + 1, _BLOCK):
+            stored = features.get_shape()[0]
+            for start in range(0, stored, _BLOCK):
                 inside = self.rows[(self.rows >= start) & (self.rows < start + _BLOCK)]
                 if len(inside):
-                    yield features[start : start + _BLOCK][inside - start]
+                    yield features[start : min(start + _BLOCK, stored)][inside - start]
 
     def take(self, places: NDArray[np.int64]) -> Array:
         """The features at some places among those that are searched, in order."""

@@ -40,7 +40,7 @@ _A4 = {"paperWidth": 8.27, "paperHeight": 11.69, "marginTop": 0.5, "marginBottom
 # Every piece of text that is shown: its words, where it is, and what of that is inside all that clips it.
 _TEXTS = """(() => {
   const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let node; (node = walker.nextNode()); ) {
+  for (let node, number = 0; (node = walker.nextNode()); number++) {
     const holder = node.parentElement, words = node.textContent.trim();
     if (!words || ['STYLE', 'SCRIPT', 'TITLE', 'title'].includes(holder.tagName)) continue;
     if (!holder.checkVisibility({visibilityProperty: true, contentVisibilityAuto: true})) continue;
@@ -60,7 +60,7 @@ _TEXTS = """(() => {
     range.selectNodeContents(node);
     for (const r of range.getClientRects())
       if (r.width > 0.5 && r.height > 0.5)
-        found.push({words: words.slice(0, 60), at: [r.left, r.top, r.right, r.bottom], clip, scrolls, ellipsis});
+        found.push({number, words: words.slice(0, 60), at: [r.left, r.top, r.right, r.bottom], clip, scrolls, ellipsis});
   }
   return found.map(text => ({...text, clip: text.clip.map(v => Number.isFinite(v) ? v : null)}));
 })()"""
@@ -222,14 +222,14 @@ class Page:
     def overlapping_texts(self) -> list[tuple[str, str]]:
         """Pairs of texts of which one is drawn over the other."""
         texts = self.evaluate(_TEXTS)
-        shown = sorted(((_visible(text), text["words"]) for text in texts), key=lambda pair: pair[0][1])
+        shown = sorted(((_visible(text), text) for text in texts), key=lambda pair: pair[0][1])
         found = set()
-        for number, (box, words) in enumerate(shown):
-            for other, other_words in shown[number + 1 :]:
+        for place, (box, text) in enumerate(shown):
+            for other, another in shown[place + 1 :]:
                 if other[1] >= box[3]:
                     break  # in order of their upper ends: all others begin further down
-                if _overlap(box, other):
-                    found.add((words, other_words))
+                if text["number"] != another["number"] and _overlap(box, other):
+                    found.add((text["words"], another["words"]))
         return sorted(found)
 
     def screenshot(self, path: Path | None = None) -> bytes:

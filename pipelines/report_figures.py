@@ -1,6 +1,6 @@
 """The figures of a report, by matplotlib as SVG: losses, distances to neighbours, and earlier champions.
 
-Each is drawn twice, for a light and a dark page, on a transparent background. Text stays text, in the reader's font.
+Each comes twice, for a light and a dark page, on a transparent background. Text stays text, in the reader's font.
 """
 
 import base64
@@ -18,18 +18,19 @@ from pipelines.report_registry import Champion
 
 MAX_CURVE_POINTS = 500  # a longer history is averaged over bins, so that the page stays small
 _TIMESTEP_BINS = 50
-_ONE_ROW = 40  # characters of labels in a legend
+_ONE_ROW = 60  # characters of labels in a legend
 _LOG_FROM = 20  # largest value by smallest, from which on an axis is logarithmic
 
 Array = NDArray[Any]
-Colour = tuple[str, str]  # on a light and on a dark page
-
-_INK: Colour = ("#57606a", "#a9b3be")
-_BLACK: Colour = ("#24292f", "#e6edf3")
-_BLUE: Colour = ("#0b62c4", "#6cb0ff")
-_ORANGE: Colour = ("#b35000", "#ffab5e")
-_TEAL: Colour = ("#0f766e", "#4fd1c0")
-_VIOLET: Colour = ("#7c3aed", "#c4a5ff")
+_INK, _BLACK, _BLUE, _ORANGE, _TEAL, _VIOLET = "#57606a", "#24292f", "#0b62c4", "#b35000", "#0f766e", "#7c3aed"
+_ON_DARK = {
+    _INK: "#a9b3be",
+    _BLACK: "#e6edf3",
+    _BLUE: "#6cb0ff",
+    _ORANGE: "#ffab5e",
+    _TEAL: "#4fd1c0",
+    _VIOLET: "#c4a5ff",
+}
 
 _CURVES = {  # column of the history -> (label, colour)
     "loss": ("total", _BLACK),
@@ -59,46 +60,47 @@ class Picture:
     description: str
 
 
-Paint = Callable[[list[Any], Callable[[Colour], str]], None]  # (axes, the colour of a pair on this page)
+Paint = Callable[[list[Any]], None]  # draws on axes, in the colours of a light page
 
 
 def _drawn(description: str, paint: Paint, panels: int = 1) -> Picture:
-    """What `paint` draws on so many axes one above the other, in both themes."""
-    light, dark = (_svg(paint, panels, theme) for theme in range(2))
-    return Picture(light, dark, description)
-
-
-def _svg(paint: Paint, panels: int, theme: int) -> str:
+    """What `paint` draws on so many axes, one above the other."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    def colour(pair: Colour) -> str:
-        return pair[theme]
-
-    with rc_context(_look(colour(_INK))):
+    with rc_context(_look()):
         figure = Figure(figsize=(4.8, 3.1), facecolor="none", layout="constrained")
         axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
-        paint(axes, colour)
+        paint(axes)
         for axis in axes:
-            labels = axis.get_legend_handles_labels()[1]
-            if len(labels) > 1:
-                axis.legend(ncols=len(labels) if sum(map(len, labels)) < _ONE_ROW else 2)
+            handles, labels = axis.get_legend_handles_labels()
+            if len(labels) > 1:  # below, where it is in nothing's way
+                columns = len(labels) if sum(map(len, labels)) < _ONE_ROW else 2
+                figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         buffer = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", buffer.getvalue().decode())
-    return data_uri("image/svg+xml", svg.encode())
+    dark = re.sub("|".join(_ON_DARK), lambda found: _ON_DARK[found[0]], svg)
+    light_uri, dark_uri = (data_uri("image/svg+xml", text.encode()) for text in (svg, dark))
+    return Picture(light_uri, dark_uri, description)
 
 
-def _look(ink: str) -> Any:
+def _look() -> Any:
     """matplotlib's settings for all figures. Ids are salted, so that they are the same in every run."""
     look: dict[str, Any] = {"svg.hashsalt": "edt", "svg.fonttype": "none", "font.size": 9, "axes.facecolor": "none"}
     look |= {"axes.titlelocation": "left", "axes.titlesize": 9, "axes.axisbelow": True, "axes.grid": True}
-    look |= {"grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8}
+    look |= {
+        "text.parse_math": False,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+    }
     look |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
     look |= {f"{axis}tick.{part}.size": 0 for axis in "xy" for part in ("major", "minor")}
     inked = ("axes.titlecolor", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
-    return look | dict.fromkeys((*inked, "legend.labelcolor"), ink)
+    return look | dict.fromkeys((*inked, "legend.labelcolor"), _INK)
 
 
 def _log_where_wide(axis: Any, values: Array) -> None:
@@ -141,12 +143,12 @@ def _mean(values: Array) -> float:
 def _curves(table: Mapping[str, Array], panels: Sequence[Sequence[str]], title: str = "training loss") -> Picture:
     """Panels one above the other over the same steps."""
 
-    def paint(axes: list[Any], colour: Callable[[Colour], str]) -> None:
+    def paint(axes: list[Any]) -> None:
         for axis, names in zip(axes, panels, strict=True):
             for name in names:
-                label, pair = _CURVES[name]
+                label, colour = _CURVES[name]
                 marker = "o" if len(table["step"]) == 1 else None
-                axis.plot(table["step"], table[name], label=label, color=colour(pair), linewidth=1.6, marker=marker)
+                axis.plot(table["step"], table[name], label=label, color=colour, linewidth=1.6, marker=marker)
             if names[0] == "lr":
                 axis.set_ylim(bottom=0)
             else:
@@ -195,8 +197,8 @@ def _last(table: Mapping[str, Array], name: str) -> float:
 def _final_losses(edges: Array, losses: Sequence[float]) -> Picture:
     values = np.asarray(losses)
 
-    def paint(axes: list[Any], colour: Callable[[Colour], str]) -> None:
-        axes[0].stairs(values, edges, baseline=None, color=colour(_BLUE), linewidth=1.6)
+    def paint(axes: list[Any]) -> None:
+        axes[0].stairs(values, edges, baseline=None, color=_BLUE, linewidth=1.6)
         _log_where_wide(axes[0], values)
         axes[0].set_title("loss at the end of training")
         axes[0].set_xlabel("timestep (0: least noise)")
@@ -214,10 +216,10 @@ def distance_histogram(generated: Array, real: Array) -> Picture:
     edges = np.histogram_bin_edges(np.concatenate([generated, real]), bins=30)
     sets = (("generated to real", generated, _BLUE), ("real to another real", real, _ORANGE))
 
-    def paint(axes: list[Any], colour: Callable[[Colour], str]) -> None:
-        for label, values, pair in sets:
+    def paint(axes: list[Any]) -> None:
+        for label, values, colour in sets:
             share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
-            axes[0].stairs(share, edges, label=label, color=colour(pair), linewidth=1.6)
+            axes[0].stairs(share, edges, label=label, color=colour, linewidth=1.6)
         axes[0].set_xlim(left=0)
         axes[0].set_title("share of images, %")
         axes[0].set_xlabel("distance to the nearest real image")
@@ -239,22 +241,20 @@ def champion_trend(
     here = (len(champions), value, spread)
     names = [*(f"v{champion.version}" for champion in champions), f"v{version}"]
 
-    def paint(axes: list[Any], colour: Callable[[Colour], str]) -> None:
+    def paint(axes: list[Any]) -> None:
         axis = axes[0]
         line = [*like, here] if crowned else like
-        axis.plot([p for p, *_ in line], [v for _, v, _ in line], color=colour(_BLUE), linewidth=1.4)
+        axis.plot([p for p, *_ in line], [v for _, v, _ in line], color=_BLUE, linewidth=1.4)
         sets = (
-            ("champion", like, "o", _BLUE, colour(_BLUE)),
+            ("champion", like, "o", _BLUE, _BLUE),
             ("other protocol, not comparable", unlike, "o", _INK, "none"),
-            ("this version", [here], "D", _ORANGE, colour(_ORANGE)),
+            ("this version", [here], "D", _ORANGE, _ORANGE),
         )
-        for label, points, marker, pair, face in sets:
+        for label, points, marker, colour, face in sets:
             if points:
                 places, values, spreads = zip(*points, strict=True)
                 error = [s or 0.0 for s in spreads]
-                axis.errorbar(
-                    places, values, error, fmt=marker, color=colour(pair), mfc=face, capsize=3, label=label, ms=6
-                )
+                axis.errorbar(places, values, error, fmt=marker, color=colour, mfc=face, capsize=3, label=label, ms=6)
         every = max(1, math.ceil(len(names) / 10))
         ticks = range((len(names) - 1) % every, len(names), every)  # this version's is among them
         axis.set_xticks(list(ticks), [names[place] for place in ticks])

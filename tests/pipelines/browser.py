@@ -41,7 +41,7 @@ _A4 = {"paperWidth": 8.27, "paperHeight": 11.69, "marginTop": 0.5, "marginBottom
 _TEXTS = """(() => {
   const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node, number = 0; (node = walker.nextNode()); number++) {
-    const holder = node.parentElement, words = node.textContent.trim();
+    const holder = node.parentElement, words = node.textContent.trim().slice(0, 60);
     if (!words || ['STYLE', 'SCRIPT', 'TITLE', 'title'].includes(holder.tagName)) continue;
     if (!holder.checkVisibility({visibilityProperty: true, contentVisibilityAuto: true})) continue;
     let clip = [-Infinity, -Infinity, Infinity, Infinity], scrolls = false, ellipsis = false, hidden = false;
@@ -60,7 +60,7 @@ _TEXTS = """(() => {
     range.selectNodeContents(node);
     for (const r of range.getClientRects())
       if (r.width > 0.5 && r.height > 0.5)
-        found.push({number, words: words.slice(0, 60), at: [r.left, r.top, r.right, r.bottom], clip, scrolls, ellipsis});
+        found.push({number, words, clip, scrolls, ellipsis, at: [r.left, r.top, r.right, r.bottom]});
   }
   return found.map(text => ({...text, clip: text.clip.map(v => Number.isFinite(v) ? v : null)}));
 })()"""
@@ -105,10 +105,12 @@ class Browser:
             self._process.wait()
         shutil.rmtree(self._profile, ignore_errors=True)
 
-    def open(self, page: Path | str, width: int, height: int = 900, dark: bool = False) -> "Page":
+    def open(
+        self, page: Path | str, width: int, height: int = 900, dark: bool = False, media: str = "screen"
+    ) -> "Page":
         """A page in a tab of its own, when its pictures are there. `page`: a file, or an address.
 
-        `width`, `height`: of the window in CSS px; up to 600 px it is a phone's.
+        `width`, `height`: of the window in CSS px; up to 600 px it is a phone's. `media`: "screen" or "print".
         """
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -118,7 +120,7 @@ class Browser:
             opened.call(f"{domain}.enable")
         opened.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        opened.call("Emulation.setEmulatedMedia", features=[theme])
+        opened.call("Emulation.setEmulatedMedia", media=media, features=[theme])
         address = page.absolute().as_uri() if isinstance(page, Path) else page
         if problem := opened.call("Page.navigate", url=address).get("errorText"):
             opened.errors.append(f"{address}: {problem}")

@@ -91,7 +91,6 @@ def _look() -> Any:
     look: dict[str, Any] = {"svg.hashsalt": "edt", "svg.fonttype": "none", "font.size": 9, "axes.facecolor": "none"}
     look |= {"axes.titlelocation": "left", "axes.titlesize": 9, "axes.axisbelow": True, "axes.grid": True}
     look |= {
-        "text.parse_math": False,
         "grid.alpha": 0.25,
         "grid.linewidth": 0.6,
         "legend.frameon": False,
@@ -260,7 +259,7 @@ def champion_trend(
         axis.set_xticks(list(ticks), [names[place] for place in ticks])
         axis.margins(x=0.1, y=0.2)
         _log_where_wide(axis, np.array([v for _, v, _ in (*like, *unlike, here)]))
-        axis.set_title(metric)
+        axis.set_title(metric, parse_math=False)
 
     told = [f"version {c.version} {c.value:.4g}{'' if c.comparable else ' by another protocol'}" for _, c in measured]
     return _drawn(f"{metric} of champions: {', '.join([*told, f'this version {version} {value:.4g}'])}", paint)

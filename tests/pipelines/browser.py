@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,14 @@ _FLAGS = (
     "--force-color-profile=srgb",
     "--remote-debugging-pipe",
 )
+# The protocol is spoken on the descriptors 3 and 4. The pipes may have these numbers, the wrong way round: up first.
+_LAUNCHER = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, 10) for number in sys.argv[1:3]]
+for pipe, number in zip(pipes, (3, 4)):
+    os.dup2(pipe, number)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 _CHUNK = 1 << 16
 _A4 = {"paperWidth": 8.27, "paperHeight": 11.69, "marginTop": 0.5, "marginBottom": 0.5}  # inches
 
@@ -84,10 +93,9 @@ class Browser:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         flags = [*_FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
-        # The protocol is spoken on the descriptors 3 and 4; a shell puts the pipes there.
-        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', _COMMAND, *flags]
+        launched = [sys.executable, "-ISc", _LAUNCHER, str(theirs_in), str(theirs_out), _COMMAND, *flags]
         # What it says of D-Bus and the like is of no interest here.
-        self._process = subprocess.Popen(shell, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(launched, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
         os.close(theirs_in)
         os.close(theirs_out)
         self._in, self._out = ours_in, ours_out

@@ -45,6 +45,7 @@ def test_losses_by_timestep_are_told_as_finely_as_they_are_known() -> None:
     assert over_time is not None
     told = f"{finely[20:40].mean():.3g} at timesteps 20 to 39; {finely[980:].mean():.3g} at timesteps 980 to 999"
     assert told in final.description
+    assert not any("$" in text for text in words(final))  # powers of ten are set as such
     assert "1st quarter (least noise) loss from 4 at step 1 to 0.8 at step 5" in over_time.description
     by_quarter, _ = timestep_curves(HISTORY, None, 1000)
     assert by_quarter is not None

@@ -90,12 +90,7 @@ def _look() -> Any:
     """matplotlib's settings for all figures. Ids are salted, so that they are the same in every run."""
     look: dict[str, Any] = {"svg.hashsalt": "edt", "svg.fonttype": "none", "font.size": 9, "axes.facecolor": "none"}
     look |= {"axes.titlelocation": "left", "axes.titlesize": 9, "axes.axisbelow": True, "axes.grid": True}
-    look |= {
-        "grid.alpha": 0.25,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-    }
+    look |= {"grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8}
     look |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
     look |= {f"{axis}tick.{part}.size": 0 for axis in "xy" for part in ("major", "minor")}
     inked = ("axes.titlecolor", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color", "ytick.color")

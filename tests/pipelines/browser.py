@@ -113,12 +113,10 @@ class Browser:
             self._process.wait()
         shutil.rmtree(self._profile, ignore_errors=True)
 
-    def open(
-        self, page: Path | str, width: int, height: int = 900, dark: bool = False, media: str = "screen"
-    ) -> "Page":
+    def open(self, page: Path | str, width: int, height: int = 900, dark: bool = False, paper: bool = False) -> "Page":
         """A page in a tab of its own, when its pictures are there. `page`: a file, or an address.
 
-        `width`, `height`: of the window in CSS px; up to 600 px it is a phone's. `media`: "screen" or "print".
+        `width`, `height`: of the window in CSS px; up to 600 px it is a phone's. `paper`: with the styles of print.
         """
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -128,7 +126,7 @@ class Browser:
             opened.call(f"{domain}.enable")
         opened.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        opened.call("Emulation.setEmulatedMedia", media=media, features=[theme])
+        opened.call("Emulation.setEmulatedMedia", media="print" if paper else "", features=[theme])
         address = page.absolute().as_uri() if isinstance(page, Path) else page
         if problem := opened.call("Page.navigate", url=address).get("errorText"):
             opened.errors.append(f"{address}: {problem}")

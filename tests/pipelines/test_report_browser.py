@@ -96,7 +96,7 @@ def test_figures_follow_the_theme(browser: Browser, long_page: Path) -> None:
 
 
 def test_nothing_is_missing_on_paper(browser: Browser, long_page: Path) -> None:
-    page = browser.open(long_page, A4, media="print")
+    page = browser.open(long_page, A4, paper=True)
     check(page)  # nobody scrolls on paper
     assert page.evaluate("[...document.querySelectorAll('pre')].every(p => p.checkVisibility())")
     inside = "[...document.querySelectorAll('.scroll')].every(b => b.scrollWidth <= b.clientWidth)"

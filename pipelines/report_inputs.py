@@ -41,16 +41,16 @@ class Samples:
     measured: Array | None = None
 
 
-def read_samples(features: Artifact, space: str | None = None) -> Samples:
+def read_samples(features: Artifact, num_classes: int, space: str | None = None) -> Samples:
     """Up to PER_CLASS kept images of each of the first classes of a features artifact, of its first repeat.
 
-    With `space` also their features there, and those of the first _MOST_MEASURED samples.
+    num_classes: that there are. With `space` also their features there, and those of the first _MOST_MEASURED samples.
     """
     from safetensors import safe_open
 
     shown: list[tuple[Array, Array, Array | None]] = []  # images, labels and features of each unit
     measured: list[Array] = []
-    taken = np.zeros(MAX_CLASSES, dtype=np.int64)
+    taken = np.zeros(min(num_classes, MAX_CLASSES), dtype=np.int64)
     for path in _units(features):
         with safe_open(path, "numpy") as file:
             images = file.get_tensor("images") if "images" in file.keys() else None  # noqa: SIM118  it is no dict
@@ -60,7 +60,8 @@ def read_samples(features: Artifact, space: str | None = None) -> Samples:
             places = _still_wanted(labels[: len(images)], taken)
             shown.append((images[places], labels[places], None if found is None else found[places]))
         measured += [] if found is None else [found]
-        if images is None and (found is None or sum(map(len, measured)) >= _MOST_MEASURED):
+        all_shown = images is None or (taken == PER_CLASS).all()
+        if all_shown and (found is None or sum(map(len, measured)) >= _MOST_MEASURED):
             break
     pixels, classes, rows = zip(*shown, strict=True)
     if space is None:
@@ -73,7 +74,7 @@ def _still_wanted(labels: Array, taken: Array) -> list[int]:
     """Places of the labels of which fewer than PER_CLASS were taken, which `taken` [classes] counts."""
     places = []
     for place, label in enumerate(labels.tolist()):
-        if label < MAX_CLASSES and taken[label] < PER_CLASS:
+        if label < len(taken) and taken[label] < PER_CLASS:
             taken[label] += 1
             places.append(place)
     return places
@@ -142,8 +143,8 @@ def no_neighbours(space: str, samples: Samples, features: Artifact, reference: A
         return "There are no two real images to compare with."
     if reference.counts["source"] != "images" or reference.counts["content"] != images.manifest.digest:
         return (
-            "The metrics' reference is published statistics, and no features of the images that the model was trained "
-            "on are kept; with reference_statistics: null they are."
+            f"The metrics' reference is {reference.counts['source']}, which keep no features of the images that the "
+            "model was trained on; with reference_statistics: null it is made of these."
         )
     if features.counts["extractors"].get(space) != reference.counts["extractors"].get(space, ""):
         return f"The features of generated and real images in the space {space} come from different networks."
@@ -228,10 +229,9 @@ class _RealFeatures:
 
 
 def _first_of_each_class(labels: Array) -> NDArray[np.int64]:
-    """Places of the first samples of each class, by class: as many of each as there is room for."""
+    """Places of the first samples of each class, by class: two of each, or one where there are many classes."""
     classes = np.unique(labels)
-    each = max(1, _SAMPLES_WITH_NEIGHBOURS // max(1, len(classes)))
-    each = min(each, 2)
+    each = min(2, max(1, _SAMPLES_WITH_NEIGHBOURS // len(classes)))
     return np.concatenate([np.flatnonzero(labels == label)[:each] for label in classes])
 
 

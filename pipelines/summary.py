@@ -57,8 +57,9 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
     """The report's data out of the artifacts of a branch, by role."""
     images, evaluation, checkpoint = (inputs[role] for role in ("images", "evaluation", "checkpoint"))
     space = metric_space(config.registry.metric)
-    trained = read_samples(inputs["features"], space)
-    untrained = read_samples(inputs["untrained_features"])
+    classes = tuple(images.read_json(CLASSES_NAME))
+    trained = read_samples(inputs["features"], len(classes), space)
+    untrained = read_samples(inputs["untrained_features"], len(classes))
     real, real_labels = real_images(images, checkpoint.counts.get("class_counts"))
     facts = {
         "architecture": checkpoint.counts["model"],
@@ -75,7 +76,7 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         config_name=config.pipeline,
         model={**config.model, **facts},
         decision=config.decision,
-        classes=tuple(images.read_json(CLASSES_NAME)),
+        classes=classes,
         samples=trained.images,
         sample_labels=trained.labels,
         untrained=untrained.images,

@@ -116,9 +116,10 @@ def _plan_end(planner: Planner, config: PipelineConfig, branch: "Branch", catalo
         planner.steps[promotion] = PlannedStep(promotion, "version", "", "run", why)
         planner.steps[report] = PlannedStep(report, "report", "", "run", "it follows the promotion")
         return
+    assert catalog is not None
     decision, run_id = version
     planner.steps[promotion] = PlannedStep(promotion, "version", "", "reuse", f"version {decision.version}", run_id)
-    planner.step(report, summary.VERB, report_config(config, branch, decision), **branch.steps)
+    planner.step(report, summary.VERB, report_config(config, branch, decision, catalog), **branch.steps)
 
 
 def in_order(found: Mapping[str, Manifest]) -> list[Manifest]:

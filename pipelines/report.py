@@ -1,10 +1,10 @@
 """report: one self-contained HTML page on a registered model.
 
 Pure rendering: the same data gives the same bytes, and the page asks for nothing from outside itself.
-Shapes: N images, S image size; images are uint8 RGB [N, S, S, 3] with labels int [N], indices into `classes`.
+Shapes: N images, S image size, T timesteps; images are uint8 RGB [N, S, S, 3] with labels int [N], indices into
+`classes`.
 """
 
-import io
 import json
 import math
 import re
@@ -15,12 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edt_core.sample_grid import MAX_CLASSES, PIXELATED_UP_TO, check_images, encodable
-from pipelines.report_figures import LineageRow, data_uri, lineage_graph, training_curves
+from edt_core.sample_grid import PIXELATED_UP_TO, encodable
+from pipelines.report_costs import StepCost
+from pipelines.report_figures import Picture, champion_trend, timestep_curves, training_curves
+from pipelines.report_images import Origin, display_size, gallery, neighbour_view
+from pipelines.report_inputs import Neighbourhood
+from pipelines.report_lineage import LineageRow, lineage_graph
+from pipelines.report_registry import VersionRecord
 
-THUMBNAIL = 96  # px on the page, twice that in the file for screens with two pixels a px
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 TIMES, DIVIDED = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 Array = NDArray[Any]
 
@@ -40,7 +45,7 @@ class ReportData:
     untrained_labels: Array | None
     real: Array
     real_labels: Array
-    history: Sequence[Mapping[str, float]]  # step, and any of loss, loss_full, loss_masked, lr, grad_norm
+    history: Sequence[Mapping[str, float]]  # step, and any of loss, loss_full, loss_masked, loss_t0.., lr, grad_norm
     metrics_before: Mapping[str, float] | None  # of the untrained model
     metrics_after: Mapping[str, float]
     protocol: Mapping[str, Any]
@@ -48,6 +53,12 @@ class ReportData:
     config_yaml: str
     environment: Mapping[str, str]
     protocol_differences: Sequence[str] = ()  # in which the untrained model was measured by another protocol
+    registry: VersionRecord | None = None
+    crowned: bool = False  # the version became champion
+    neighbours: Neighbourhood | str = ""  # or why there are none
+    final_losses: Array | None = None  # mean of the last losses at each timestep, [T]
+    num_timesteps: int = 1000
+    costs: Sequence[StepCost] = ()
 
 
 def render_report(data: ReportData) -> str:
@@ -65,23 +76,50 @@ def render_report(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shown=shown, duration=duration)
+    environment.filters.update(shown=shown, duration=duration, scaled=scaled, brief=brief)
     environment.tests["digest"] = lambda value: bool(re.fullmatch("[0-9a-f]{32,}", str(value)))
-    rows, image_size = gallery(data), data.samples.shape[1]
+    image_size = data.samples.shape[1]
+    found = data.neighbours
     page = environment.get_template("report.html.j2").render(
         data=data,
         image_size=image_size,
-        gallery=rows,
+        gallery=gallery(data.classes, _origins(data)),
         display_px=display_size(image_size),
         pixelated=image_size <= PIXELATED_UP_TO,
         metrics=compare_metrics(data.metrics_before or {}, data.metrics_after),
         own_space="classifier" if any(name.endswith("_classifier") for name in data.metrics_after) else None,
+        trend=_trend(data),
+        neighbours=neighbour_view(found, data.classes) if isinstance(found, Neighbourhood) else None,
         curves=training_curves(data.history),
+        by_timestep=timestep_curves(data.history, data.final_losses, data.num_timesteps),
         graph=lineage_graph(data.lineage, data.title),
-        total_seconds=sum(row.seconds for row in data.lineage),
-        longest_seconds=max((row.seconds for row in data.lineage), default=0.0),
+        total_seconds=sum(cost.seconds for cost in data.costs),
+        longest_seconds=max((cost.seconds for cost in data.costs), default=0.0),
     )
     return encodable(page)
+
+
+def _origins(data: ReportData) -> list[Origin]:
+    """Generated images first, then real ones, then the untrained model's."""
+    origins = [
+        Origin("Generated", "generated images", data.samples, data.sample_labels, (7, 5)),
+        Origin("Real", "real images", data.real, data.real_labels, (4, 3)),
+    ]
+    if data.untrained is not None and data.untrained_labels is not None and len(data.untrained):
+        origins.append(
+            Origin("Untrained", "images of the untrained model", data.untrained, data.untrained_labels, (3, 2))
+        )
+    return origins
+
+
+def _trend(data: ReportData) -> Picture | None:
+    """The figure of earlier champions; None where there is none that could be drawn, or no value to put beside them."""
+    registry = data.registry
+    value = data.metrics_after.get(registry.metric, math.nan) if registry else math.nan
+    if registry is None or not math.isfinite(value) or all(c.value is None for c in registry.champions):
+        return None
+    spread, version = data.metrics_after.get(f"{registry.metric}_std"), str(data.model.get("version", ""))
+    return champion_trend(registry.champions, version, value, spread, registry.metric, data.crowned)
 
 
 # Text
@@ -105,8 +143,10 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
     """0.42 s, 38 s, 4 min 05 s, 2 h 07 min."""
+    if seconds is None:
+        return NOTHING
     if seconds < 9.95:
         return f"{seconds:.2g} s" if seconds < 0.995 else f"{seconds:.1f} s"
     whole = round(seconds)
@@ -116,6 +156,21 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def brief(value: float | None) -> str:
+    """At most three significant digits: 0.253, 14, 1,930."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+
+
+def scaled(value: float | None, unit: str) -> str:
+    """With a prefix: 4.2e12, "FLOP" -> 4.2 TFLOP."""
+    if value is None:
+        return NOTHING
+    step = 0 if value < 1 else min(int(math.log10(value) // 3), len(_PREFIXES) - 1)
+    return f"{value / 1000**step:.3g} {_PREFIXES[step]}{unit}"
 
 
 # Metrics
@@ -178,56 +233,3 @@ def _change(before: float | None, after: float | None, lower: bool | None) -> tu
         text = f"{after - before:+.3g}".replace("-", MINUS)
     verdict = "" if lower is None else "better" if (after < before) == lower else "worse"
     return text, verdict
-
-
-# Images
-
-
-@dataclass(frozen=True)
-class GalleryCell:
-    """Images of one class from one origin, as data URIs, and the words for who cannot see them."""
-
-    heading: str
-    description: str
-    images: tuple[str, ...]
-
-
-def gallery(data: ReportData) -> list[tuple[str, list[GalleryCell]]]:
-    """(class, cells) for the first classes: generated images, then real ones, then the untrained model's."""
-    check_images(data.samples, data.sample_labels, "generated images")
-    many = data.samples.shape[1] <= PIXELATED_UP_TO
-    origins: list[tuple[str, str, Array, Array, int]] = [
-        ("Generated", "generated images", data.samples, data.sample_labels, 7 if many else 5),
-        ("Real", "real images", data.real, data.real_labels, 4 if many else 3),
-    ]
-    if data.untrained is not None and data.untrained_labels is not None and len(data.untrained):
-        what, limit = "images of the untrained model", 3 if many else 2
-        origins.append(("Untrained", what, data.untrained, data.untrained_labels, limit))
-    for _, what, images, labels, _ in origins[1:]:
-        check_images(images, labels, what)
-    rows = []
-    for label, name in enumerate(data.classes[:MAX_CLASSES]):
-        cells = []
-        for heading, what, images, labels, limit in origins:
-            chosen = tuple(_image_uri(image) for image in images[labels == label][:limit])
-            cells.append(GalleryCell(heading, f"{len(chosen)} {what} of class {name}", chosen))
-        rows.append((name, cells))
-    return rows
-
-
-def display_size(size: int) -> int:
-    """Side in px at which an image of this size is shown: a whole multiple where it is small."""
-    return size * max(1, PIXELATED_UP_TO // size) if size <= PIXELATED_UP_TO else THUMBNAIL
-
-
-def _image_uri(image: Array) -> str:
-    """PNG of a small image as it is; JPEG thumbnail of a larger one."""
-    from PIL import Image
-
-    picture, buffer = Image.fromarray(image), io.BytesIO()
-    if len(image) <= PIXELATED_UP_TO:
-        picture.save(buffer, "PNG")
-        return data_uri("image/png", buffer.getvalue())
-    picture.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.LANCZOS)
-    picture.save(buffer, "JPEG", quality=88)
-    return data_uri("image/jpeg", buffer.getvalue())

@@ -1,27 +1,49 @@
-"""The figures of a report: training curves by matplotlib, and the lineage as a layered diagram.
+"""The figures of a report, by matplotlib as SVG: losses, distances to neighbours, and earlier champions.
 
-Columns of the diagram go from left to right. An edge that passes a column keeps a lane of its own there, so
-that it never runs through a box.
+Each comes twice, for a light and a dark page, on a transparent background. Text stays text, in the reader's font.
 """
 
 import base64
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from graphlib import TopologicalSorter
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edt_core.sample_grid import shortened
+from pipelines.report_registry import Champion
 
 MAX_CURVE_POINTS = 500  # a longer history is averaged over bins, so that the page stays small
+_TIMESTEP_BINS = 50
+_ONE_ROW = 60  # characters of labels in a legend
+_LOG_FROM = 20  # largest value by smallest, from which on an axis is logarithmic
 
 Array = NDArray[Any]
+_INK, _BLACK, _BLUE, _ORANGE, _TEAL, _VIOLET = "#57606a", "#24292f", "#0b62c4", "#b35000", "#0f766e", "#7c3aed"
+_ON_DARK = {
+    _INK: "#a9b3be",
+    _BLACK: "#e6edf3",
+    _BLUE: "#6cb0ff",
+    _ORANGE: "#ffab5e",
+    _TEAL: "#4fd1c0",
+    _VIOLET: "#c4a5ff",
+}
+
+_CURVES = {  # column of the history -> (label, colour)
+    "loss": ("total", _BLACK),
+    "loss_full": ("full pass", _BLUE),
+    "loss_masked": ("masked pass", _ORANGE),
+    "lr": ("learning rate", _TEAL),
+    "grad_norm": ("gradient norm", _VIOLET),
+    "loss_t0": ("1st quarter (least noise)", _BLUE),
+    "loss_t1": ("2nd", _TEAL),
+    "loss_t2": ("3rd", _ORANGE),
+    "loss_t3": ("4th (most noise)", _VIOLET),
+}
+_QUARTERS = ("loss_t0", "loss_t1", "loss_t2", "loss_t3")
 
 
 def data_uri(media_type: str, content: bytes) -> str:
@@ -29,43 +51,70 @@ def data_uri(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-# Training curves
-
-_INK = {"light": "#57606a", "dark": "#a9b3be"}
-_CURVES = {  # column -> (label, colour on light, colour on dark)
-    "loss": ("total", "#24292f", "#e6edf3"),
-    "loss_full": ("full pass", "#0b62c4", "#6cb0ff"),
-    "loss_masked": ("masked pass", "#b35000", "#ffab5e"),
-    "lr": ("learning rate", "#0f766e", "#4fd1c0"),
-    "grad_norm": ("gradient norm", "#7c3aed", "#c4a5ff"),
-}
-
-
 @dataclass(frozen=True)
-class Curves:
-    """One figure in two themes, as data URIs of SVG."""
+class Picture:
+    """One figure in two themes, as data URIs of SVG, and the words for who cannot see it."""
 
     light: str
     dark: str
     description: str
 
 
-def training_curves(history: Sequence[Mapping[str, float]]) -> list[Curves]:
+Paint = Callable[[list[Any]], None]  # draws on axes, in the colours of a light page
+
+
+def _drawn(description: str, paint: Paint, panels: int = 1) -> Picture:
+    """What `paint` draws on so many axes, one above the other."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with rc_context(_look()):
+        figure = Figure(figsize=(4.8, 3.1), facecolor="none", layout="constrained")
+        axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+        paint(axes)
+        for axis in axes:
+            handles, labels = axis.get_legend_handles_labels()
+            if len(labels) > 1:  # below, where it is in nothing's way
+                columns = len(labels) if sum(map(len, labels)) < _ONE_ROW else 2
+                figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        buffer = io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", buffer.getvalue().decode())
+    dark = re.sub("|".join(_ON_DARK), lambda found: _ON_DARK[found[0]], svg)
+    light_uri, dark_uri = (data_uri("image/svg+xml", text.encode()) for text in (svg, dark))
+    return Picture(light_uri, dark_uri, description)
+
+
+def _look() -> Any:
+    """matplotlib's settings for all figures. Ids are salted, so that they are the same in every run."""
+    look: dict[str, Any] = {"svg.hashsalt": "edt", "svg.fonttype": "none", "font.size": 9, "axes.facecolor": "none"}
+    look |= {"axes.titlelocation": "left", "axes.titlesize": 9, "axes.axisbelow": True, "axes.grid": True}
+    look |= {"grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8}
+    look |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+    look |= {f"{axis}tick.{part}.size": 0 for axis in "xy" for part in ("major", "minor")}
+    inked = ("axes.titlecolor", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
+    return look | dict.fromkeys((*inked, "legend.labelcolor"), _INK)
+
+
+def _log_where_wide(axis: Any, values: Array) -> None:
+    positive = values[values > 0]
+    if len(positive) and positive.max() > _LOG_FROM * positive.min():
+        axis.set_yscale("log")
+
+
+# Training
+
+
+def training_curves(history: Sequence[Mapping[str, float]]) -> list[Picture]:
     """A figure of the losses, and one of learning rate and gradient norm, as far as they were recorded."""
     table = _history_table(history)
-    figures = []
+    pictures = []
     for panels in ((("loss", "loss_full", "loss_masked"),), (("lr",), ("grad_norm",))):
         present = [[name for name in panel if name in table] for panel in panels]
-        if any(present):
-            drawn = [names for names in present if names]
-            figures.append(
-                Curves(
-                    light=_draw_curves(table, drawn, "light"),
-                    dark=_draw_curves(table, drawn, "dark"),
-                    description="; ".join(_describe(table, name) for names in drawn for name in names),
-                )
-            )
-    return figures
+        if shown := [names for names in present if names]:
+            pictures.append(_curves(table, shown))
+    return pictures
 
 
 def _history_table(history: Sequence[Mapping[str, float]]) -> dict[str, Array]:
@@ -75,8 +124,35 @@ def _history_table(history: Sequence[Mapping[str, float]]) -> dict[str, Array]:
         column = np.array([row.get(name, math.nan) for row in history], dtype=np.float64)
         if np.isfinite(column).any():
             bins = np.array_split(column, min(len(column), MAX_CURVE_POINTS))
-            table[name] = np.array([part.mean() for part in bins])
+            table[name] = np.array([_mean(part) for part in bins])
     return table
+
+
+def _mean(values: Array) -> float:
+    """Of those that are finite; NaN where none is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def _curves(table: Mapping[str, Array], panels: Sequence[Sequence[str]], title: str = "training loss") -> Picture:
+    """Panels one above the other over the same steps."""
+
+    def paint(axes: list[Any]) -> None:
+        for axis, names in zip(axes, panels, strict=True):
+            for name in names:
+                label, colour = _CURVES[name]
+                marker = "o" if len(table["step"]) == 1 else None
+                axis.plot(table["step"], table[name], label=label, color=colour, linewidth=1.6, marker=marker)
+            if names[0] == "lr":
+                axis.set_ylim(bottom=0)
+            else:
+                _log_where_wide(axis, np.concatenate([table[name] for name in names]))
+            alone = len(names) == 1 and not names[0].startswith("loss")
+            axis.set_title(_CURVES[names[0]][0] if alone else title)
+        axes[-1].set_xlabel("optimizer step")
+
+    described = "; ".join(_describe(table, name) for names in panels for name in names)
+    return _drawn(described, paint, len(panels))
 
 
 def _describe(table: Mapping[str, Array], name: str) -> str:
@@ -87,184 +163,98 @@ def _describe(table: Mapping[str, Array], name: str) -> str:
     return f"{label} from {first} to {last}"
 
 
-def _draw_curves(table: Mapping[str, Array], panels: Sequence[Sequence[str]], theme: str) -> str:
-    """Panels one above the other over the same steps; SVG with a transparent background."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+def timestep_curves(
+    history: Sequence[Mapping[str, float]], final: Array | None, num_timesteps: int
+) -> tuple[Picture | None, Picture | None]:
+    """The loss at the end by timestep, and that of each quarter of the timesteps as training went on.
 
-    # Text stays text, in the reader's own font; ids are salted, so that they are the same in every run.
-    with rc_context({"svg.hashsalt": "edt", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(4.8, 3.1), facecolor="none", layout="constrained")
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for axis, names in zip(axes, panels, strict=True):
-            for name in names:
-                label, light, dark = _CURVES[name]
-                colour = light if theme == "light" else dark
-                marker = "o" if len(table["step"]) == 1 else None
-                axis.plot(table["step"], table[name], label=label, color=colour, linewidth=1.6, marker=marker)
-            _style_axis(axis, names, table, _INK[theme])
-        axes[-1].set_xlabel("optimizer step", color=_INK[theme])
-        buffer = io.BytesIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", buffer.getvalue().decode())
-    return data_uri("image/svg+xml", svg.encode())
-
-
-def _style_axis(axis: Any, names: Sequence[str], table: Mapping[str, Array], ink: str) -> None:
-    positive = [table[name][table[name] > 0] for name in names]
-    values = np.concatenate(positive)
-    if names[0] != "lr" and len(values) and values.max() > 20 * values.min():
-        axis.set_yscale("log")
-    elif names[0] == "lr":
-        axis.set_ylim(bottom=0)
-    title = _CURVES[names[0]][0] if len(names) == 1 and not names[0].startswith("loss") else "training loss"
-    axis.set_title(title, loc="left", color=ink, fontsize=9)
-    axis.grid(color=ink, alpha=0.25, linewidth=0.6)
-    axis.tick_params(colors=ink, length=0, which="both")
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(ink)
-    axis.set_facecolor("none")
-    if len(names) > 1:
-        axis.legend(frameon=False, labelcolor=ink, ncols=len(names), loc="upper right")
-
-
-# Lineage
-
-# px: from column to column, a box, from box to box, the room of a passing edge, around all, an arrow's tip
-_COLUMN, _NODE_WIDTH, _NODE_HEIGHT, _ROW, _LANE, _MARGIN, _TIP = 138, 116, 58, 74, 22, 2, 4
-Slot = tuple[str, int]  # a step, and a column that it or its edge is in
-BoxText = tuple[str, str, tuple[str, str, str]]  # role, tooltip, lines
-_MODEL = "\0model"  # stands for the registered model; no step has this name
-
-
-@dataclass(frozen=True)
-class LineageRow:
-    """A committed step on the way to the model. `inputs` names the steps, or the source, it was made from."""
-
-    step: str
-    kind: str
-    fingerprint: str
-    digest: str
-    inputs: tuple[str, ...]
-    uri: str
-    run_id: str | None  # the MLflow run that made it
-    seconds: float  # how long the step took when it ran
-    code_version: str
-    registered: bool = False  # the registered version stands for this artifact
-
-
-@dataclass(frozen=True)
-class GraphNode:
-    """A box of the diagram, its top left corner in px."""
-
-    x: float
-    y: float
-    lines: tuple[str, str, str]  # name, kind, short fingerprint
-    tooltip: str
-    role: str  # "source", "step" or "model"
-
-
-@dataclass(frozen=True)
-class Graph:
-    """The lineage as boxes and SVG paths, in px."""
-
-    width: int
-    height: int
-    node_width: int
-    node_height: int
-    nodes: list[GraphNode]
-    paths: list[str]
-
-
-def lineage_graph(rows: Sequence[LineageRow], model: str) -> Graph:
-    """From the source at the left to the registered model at the right; `model` is what that is called.
-
-    A step stands right of all of its inputs. Registered artifacts lead to the model.
-    Raises ValueError where two rows have one name, or where the lineage runs in a circle.
+    final: mean of the last losses at each timestep, [T], NaN where there is none; None where only quarters are known.
     """
-    names = [row.step for row in rows]
-    if len(set(names)) < len(names):
-        raise ValueError(f"lineage steps share a name: {names}; inputs go by name, so give each its own")
-    made_from = {row.step: tuple(dict.fromkeys(row.inputs)) for row in rows}
-    made_from[_MODEL] = tuple(row.step for row in rows if row.registered)
-    column: dict[str, int] = {}
-    for step in TopologicalSorter(made_from).static_order():
-        column[step] = 1 + max((column[name] for name in made_from.get(step, ())), default=-1)
-
-    centre = _centres(made_from, column)
-    boxes = _texts(rows, model)
-    nodes = []
-    for step, number in column.items():
-        role, tooltip, lines = boxes.get(step) or _input_text(step)
-        shown = (shortened(lines[0], 13), shortened(lines[1], 16), lines[2])
-        top = round(centre[step, number] - _NODE_HEIGHT / 2, 1)
-        nodes.append(GraphNode(_MARGIN + number * _COLUMN, top, shown, tooltip, role))
-    paths = [_edge_path(start, end, column, centre) for end, inputs in made_from.items() for start in inputs]
-    width = 2 * _MARGIN + max(column.values()) * _COLUMN + _NODE_WIDTH
-    height = max(centre[slot] + _half_height(slot, column) for slot in centre) + _MARGIN
-    return Graph(width, math.ceil(height), _NODE_WIDTH, _NODE_HEIGHT, nodes, paths)
+    table = _history_table(history)
+    quarters = [name for name in _QUARTERS if name in table]
+    over_time = _curves(table, [quarters], "loss by quarter of the timesteps") if quarters else None
+    if final is not None:
+        edges = np.linspace(0, len(final), min(_TIMESTEP_BINS, len(final)) + 1).round().astype(int)
+        return _final_losses(edges, [_mean(part) for part in np.split(final, edges[1:-1])]), over_time
+    if quarters:
+        edges = np.linspace(0, num_timesteps, len(_QUARTERS) + 1).round().astype(int)
+        return _final_losses(edges, [_last(table, name) for name in _QUARTERS]), over_time
+    return None, None
 
 
-def _texts(rows: Sequence[LineageRow], model: str) -> dict[str, BoxText]:
-    """The text of every step's box, and of the model's."""
-    texts = {
-        row.step: ("step", f"{row.step} {row.fingerprint}", (row.step, row.kind, row.fingerprint[:8])) for row in rows
-    }
-    return texts | {_MODEL: ("model", model, ("registry", "model version", ""))}
+def _last(table: Mapping[str, Array], name: str) -> float:
+    """Of a column, the mean of its last tenth."""
+    column = table.get(name, np.array([math.nan]))
+    return _mean(column[-max(1, len(column) // 10) :])
 
 
-def _input_text(name: str) -> BoxText:
-    """What no row makes comes from outside: the raw images, or for example a published autoencoder."""
-    return "source", name, (name, "raw images" if name == "source" else "input", "")
+def _final_losses(edges: Array, losses: Sequence[float]) -> Picture:
+    values = np.asarray(losses)
+
+    def paint(axes: list[Any]) -> None:
+        axes[0].stairs(values, edges, baseline=None, color=_BLUE, linewidth=1.6)
+        _log_where_wide(axes[0], values)
+        axes[0].set_title("loss at the end of training")
+        axes[0].set_xlabel("timestep (0: least noise)")
+
+    finite = np.flatnonzero(np.isfinite(values))
+    told = "; ".join(f"{values[i]:.3g} at timesteps {edges[i]} to {edges[i + 1] - 1}" for i in finite[[0, -1]])
+    return _drawn(f"loss by timestep: {told}", paint)
 
 
-def _half_height(slot: Slot, column: Mapping[str, int]) -> float:
-    """Of a box where the step stands in this column, of a line where its edge only passes."""
-    return _NODE_HEIGHT / 2 if column[slot[0]] == slot[1] else 1.0
+# Neighbours and champions
 
 
-def _centres(made_from: Mapping[str, Sequence[str]], column: Mapping[str, int]) -> dict[Slot, float]:
-    """y of each (step, column) in which a step has its box or, where its edge runs on, a lane of its own.
+def distance_histogram(generated: Array, real: Array) -> Picture:
+    """Distances to the nearest real image: of generated images, and of real ones to another."""
+    edges = np.histogram_bin_edges(np.concatenate([generated, real]), bins=30)
+    sets = (("generated to real", generated, _BLUE), ("real to another real", real, _ORANGE))
 
-    A slot wants the mean height of what leads to it; slots of a column that want the same place move apart.
+    def paint(axes: list[Any]) -> None:
+        for label, values, colour in sets:
+            share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
+            axes[0].stairs(share, edges, label=label, color=colour, linewidth=1.6)
+        axes[0].set_xlim(left=0)
+        axes[0].set_title("share of images, %")
+        axes[0].set_xlabel("distance to the nearest real image")
+
+    told = "; ".join(f"{label}: half are within {np.median(values):.3g}" for label, values, _ in sets)
+    return _drawn(f"distances to the nearest real image; {told}", paint)
+
+
+def champion_trend(
+    champions: Sequence[Champion], version: str, value: float, spread: float | None, metric: str, crowned: bool
+) -> Picture:
+    """The metric of earlier champions, oldest first, and of this version, which is one too where it was `crowned`.
+
+    Those that were measured by another protocol are hollow, and no line leads to them.
     """
-    reach = dict(column)
-    for end, inputs in made_from.items():
-        for start in inputs:
-            reach[start] = max(reach[start], column[end] - 1)
-    centre: dict[Slot, float] = {}
-    for number in range(max(column.values()) + 1):
-        wanted = {}
-        for step, first in column.items():
-            if first <= number <= reach[step]:
-                before = made_from.get(step, ()) if first == number else (step,)
-                heights = [centre[name, number - 1] for name in before]
-                wanted[step] = sum(heights) / max(1, len(heights))
-        placed: dict[str, float] = {}
-        below = -math.inf
-        for step in sorted(wanted, key=lambda name: wanted[name]):
-            half = (_ROW if column[step] == number else _LANE) / 2
-            placed[step] = max(wanted[step], below + half)
-            below = placed[step] + half
-        shift = sum(wanted[step] - placed[step] for step in placed) / max(1, len(placed))
-        centre |= {(step, number): y + shift for step, y in placed.items()}
-    top = min(centre[slot] - _half_height(slot, column) for slot in centre) - _MARGIN
-    return {slot: y - top for slot, y in centre.items()}
+    measured = [(place, champion) for place, champion in enumerate(champions) if champion.value is not None]
+    like = [(place, champion.value, champion.spread) for place, champion in measured if champion.comparable]
+    unlike = [(place, champion.value, champion.spread) for place, champion in measured if not champion.comparable]
+    here = (len(champions), value, spread)
+    names = [*(f"v{champion.version}" for champion in champions), f"v{version}"]
 
+    def paint(axes: list[Any]) -> None:
+        axis = axes[0]
+        line = [*like, here] if crowned else like
+        axis.plot([p for p, *_ in line], [v for _, v, _ in line], color=_BLUE, linewidth=1.4)
+        sets = (
+            ("champion", like, "o", _BLUE, _BLUE),
+            ("other protocol, not comparable", unlike, "o", _INK, "none"),
+            ("this version", [here], "D", _ORANGE, _ORANGE),
+        )
+        for label, points, marker, colour, face in sets:
+            if points:
+                places, values, spreads = zip(*points, strict=True)
+                error = [s or 0.0 for s in spreads]
+                axis.errorbar(places, values, error, fmt=marker, color=colour, mfc=face, capsize=3, label=label, ms=6)
+        every = max(1, math.ceil(len(names) / 10))
+        ticks = range((len(names) - 1) % every, len(names), every)  # this version's is among them
+        axis.set_xticks(list(ticks), [names[place] for place in ticks])
+        axis.margins(x=0.1, y=0.2)
+        _log_where_wide(axis, np.array([v for _, v, _ in (*like, *unlike, here)]))
+        axis.set_title(metric, parse_math=False)
 
-def _edge_path(start: str, end: str, column: Mapping[str, int], centre: Mapping[Slot, float]) -> str:
-    """An SVG path from the right side of `start`, along its lane, to the left side of `end`."""
-    between = range(column[start], column[end])
-    slots = [*((start, number) for number in between), (end, column[end])]
-    heights = [round(centre[slot], 1) for slot in slots]
-    bend = (_COLUMN - _NODE_WIDTH) * 0.6
-    path = ""
-    for number, (y, to_y) in zip(between, pairwise(heights), strict=True):
-        x = _MARGIN + number * _COLUMN + _NODE_WIDTH
-        arrives = number == between[-1]
-        to_x = x + _COLUMN - _NODE_WIDTH - (_TIP if arrives else 0)
-        path += "" if path else f"M{x} {y}"
-        path += f"C{x + bend:g} {y} {to_x - bend:g} {to_y} {to_x} {to_y}"
-        path += "" if arrives else f"H{to_x + _NODE_WIDTH}"
-    return path
+    told = [f"version {c.version} {c.value:.4g}{'' if c.comparable else ' by another protocol'}" for _, c in measured]
+    return _drawn(f"{metric} of champions: {', '.join([*told, f'this version {version} {value:.4g}'])}", paint)

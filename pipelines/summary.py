@@ -3,23 +3,31 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import Section
+from edt_core.metrics import metric_space
 from edt_core.progress import Progress
 from edt_core.protocol import protocol_differences
 from edt_core.sample_grid import sample_grid
 from edt_core.schema import CLASSES_NAME, REPORT_NAME, SAMPLES_NAME
-from jobs.autoencoder import IMAGE_SHARDS
-from jobs.sample import load_units
 from jobs.train import history
 from jobs.verb import Verb
-from pipelines.report import LineageRow, ReportData, render_report
+from pipelines.report import ReportData, render_report
+from pipelines.report_costs import step_cost
+from pipelines.report_inputs import (
+    PER_CLASS,
+    Neighbourhood,
+    Samples,
+    find_neighbours,
+    no_neighbours,
+    read_samples,
+    real_images,
+    timestep_losses,
+)
+from pipelines.report_lineage import LineageRow
+from pipelines.report_registry import VersionRecord
 
 REGISTERED = ("checkpoint", "evaluation")  # roles whose artifacts a registered version names
-_PER_CLASS = 8
-_REAL_CLASSES = 20
 
 
 class SummaryConfig(Section):
@@ -29,6 +37,7 @@ class SummaryConfig(Section):
     pipeline: str
     model: dict[str, Any]
     decision: str
+    registry: VersionRecord
     lineage: dict[str, tuple[str, tuple[str, ...]]]
     config_yaml: str
 
@@ -39,23 +48,26 @@ def summarize(
     """Write the report of one registered model from all artifacts of its branch."""
     data = gather(config, inputs)
     out.write_bytes(REPORT_NAME, render_report(data).encode())
-    grid = sample_grid(data.samples, data.sample_labels, data.classes, per_class=_PER_CLASS)
+    grid = sample_grid(data.samples, data.sample_labels, data.classes, per_class=PER_CLASS)
     out.write_bytes(SAMPLES_NAME, grid)
     return {"metrics": dict(data.metrics_after)}
 
 
 def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
     """The report's data out of the artifacts of a branch, by role."""
-    trained, untrained = (load_units(inputs[role]) for role in ("features", "untrained_features"))
-    real, real_labels = real_images(inputs["images"])
-    evaluation, checkpoint = inputs["evaluation"], inputs["checkpoint"]
+    images, evaluation, checkpoint = (inputs[role] for role in ("images", "evaluation", "checkpoint"))
+    space = metric_space(config.registry.metric)
+    classes = tuple(images.read_json(CLASSES_NAME))
+    trained = read_samples(inputs["features"], len(classes), space)
+    untrained = read_samples(inputs["untrained_features"], len(classes))
+    real, real_labels = real_images(images, checkpoint.counts.get("class_counts"))
     facts = {
         "architecture": checkpoint.counts["model"],
         "parameters": checkpoint.counts["parameters"],
         "macs": checkpoint.counts["macs"],
         "steps": checkpoint.counts["steps"],
-        "image_size": inputs["images"].counts["image_size"],
-        "images": inputs["images"].counts["images"],
+        "image_size": images.counts["image_size"],
+        "images": images.counts["images"],
     }
     if "classifier" in inputs:
         facts["classifier_holdout_accuracy"] = inputs["classifier"].counts["holdout_accuracy"]
@@ -64,11 +76,11 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         config_name=config.pipeline,
         model={**config.model, **facts},
         decision=config.decision,
-        classes=tuple(inputs["images"].read_json(CLASSES_NAME)),
-        samples=trained["images"],
-        sample_labels=trained["labels"][: len(trained["images"])],
-        untrained=untrained["images"],
-        untrained_labels=untrained["labels"][: len(untrained["images"])],
+        classes=classes,
+        samples=trained.images,
+        sample_labels=trained.labels,
+        untrained=untrained.images,
+        untrained_labels=untrained.labels,
         real=real,
         real_labels=real_labels,
         history=history(checkpoint),
@@ -81,23 +93,20 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         protocol_differences=protocol_differences(
             inputs["untrained_evaluation"].counts["protocol"], evaluation.counts["protocol"]
         ),
+        registry=config.registry,
+        crowned="champion" in config.model["aliases"],
+        neighbours=_neighbours(space, trained, inputs),
+        final_losses=timestep_losses(checkpoint),
+        num_timesteps=checkpoint.manifest.config["num_timesteps"],
+        costs=[step_cost(step, inputs[role], facts["macs"]) for role, (step, _) in config.lineage.items()],
     )
 
 
-def real_images(images: Artifact) -> tuple[np.ndarray, np.ndarray]:
-    """Up to _PER_CLASS images of each of the first classes, in order: uint8 [M, S, S, 3] and labels [M]."""
-    from edt_core.data.shards import read_image_shard
-
-    taken: dict[int, list[np.ndarray]] = {}
-    for path in images.paths(IMAGE_SHARDS):
-        for sample in read_image_shard(path):
-            shown = taken.setdefault(sample.label, []) if sample.label < _REAL_CLASSES else None
-            if shown is not None and len(shown) < _PER_CLASS:
-                shown.append(sample.pixels())
-        if len(taken) >= _REAL_CLASSES and all(len(shown) == _PER_CLASS for shown in taken.values()):
-            break
-    labels = [label for label, shown in sorted(taken.items()) for _ in shown]
-    return np.stack([pixels for _, shown in sorted(taken.items()) for pixels in shown]), np.asarray(labels)
+def _neighbours(space: str, samples: Samples, inputs: Mapping[str, Artifact]) -> Neighbourhood | str:
+    """The nearest real images of some samples, or why there are none."""
+    if why := no_neighbours(space, samples, inputs["features"], inputs["reference"], inputs["images"]):
+        return why
+    return find_neighbours(space, samples, inputs["reference"], inputs["images"])
 
 
 def _row(role: str, config: SummaryConfig, artifact: Artifact) -> LineageRow:
@@ -111,10 +120,9 @@ def _row(role: str, config: SummaryConfig, artifact: Artifact) -> LineageRow:
         inputs=needs,
         uri=artifact.folder.uri,
         run_id=manifest.mlflow_run_id,
-        seconds=manifest.duration_s,
         code_version=manifest.code_version,
         registered=role in REGISTERED,
     )
 
 
-VERB = Verb("report", "report", 1, SummaryConfig, summarize, roles=())
+VERB = Verb("report", "report", 2, SummaryConfig, summarize, roles=())

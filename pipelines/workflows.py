@@ -26,6 +26,7 @@ from pipelines.config import PipelineConfig, as_yaml
 from pipelines.engine import Workflow
 from pipelines.promotion import Decision
 from pipelines.registration import entry_of, promote
+from pipelines.report_registry import version_record
 from pipelines.runs import step_tag
 from pipelines.step import StepFuture, Steps
 from pipelines.terminal import Terminal
@@ -281,6 +282,7 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     try:
         with workflow.store.lock("promote", branch.name):
             decision = promote(workflow.catalog, workflow.run_id, branch.name, config.promote, entry)
+        told = report_config(config, branch, decision, workflow.catalog)
     except Exception as error:  # whatever MLflow raises, the other branches go on
         outcome.failures[promoting] = error
         workflow.terminal.failed(promoting, error)
@@ -288,14 +290,14 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     workflow.terminal.finished(promoting, time.monotonic() - began, "", f"version {decision.version}: {decision}")
     before, after = (made[role].counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
     outcome.decisions[branch.name], outcome.metrics[branch.name] = decision, (before, after)
-    report = workflow.step(
-        f"report {branch.name}", summary.VERB, report_config(config, branch, decision), **branch.steps
-    )
+    report = workflow.step(f"report {branch.name}", summary.VERB, told, **branch.steps)
     if workflow.wait(report):
         outcome.reports[branch.name] = report.result()
 
 
-def report_config(config: PipelineConfig, branch: Branch, decision: Decision) -> summary.SummaryConfig:
+def report_config(
+    config: PipelineConfig, branch: Branch, decision: Decision, catalog: Catalog
+) -> summary.SummaryConfig:
     """What the report of a model says that no artifact does."""
     aliases = ["candidate", *(["champion"] if decision.became_champion else [])]
 
@@ -307,6 +309,7 @@ def report_config(config: PipelineConfig, branch: Branch, decision: Decision) ->
         pipeline=config.name,
         model={"name": branch.name, "version": decision.version, "aliases": aliases},
         decision=str(decision),
+        registry=version_record(catalog, decision, config.store),
         lineage={role: (short(f.name), tuple(map(short, f.needs))) for role, f in branch.steps.items()},
         config_yaml=as_yaml(config.model_copy(update={"store": "."})),
     )

@@ -6,13 +6,13 @@ from edt_core.metrics.frechet import frechet_distance
 from edt_core.metrics.inception_score import InceptionScore, inception_score
 from edt_core.metrics.kernel import kernel_distance
 from edt_core.metrics.manifold import PrecisionRecall, precision_recall
-from edt_core.metrics.names import FEATURE_METRICS, METRICS, in_order, metric_name, space_metrics
+from edt_core.metrics.names import FEATURE_METRICS, METRICS, in_order, metric_name, metric_space, space_metrics
+from edt_core.metrics.neighbours import Neighbours, nearest_neighbours
 from edt_core.metrics.sample_size import UNBIASED_FROM, bias_warning, rank_warning
 from edt_core.metrics.sets import FeatureSet
 from edt_core.metrics.statistics import FeatureStatistics, Gaussian
 
 __all__ = [
-    "BIASED_BELOW",
     "FEATURE_METRICS",
     "METRICS",
     "UNBIASED_FROM",
@@ -21,6 +21,7 @@ __all__ = [
     "FeatureStatistics",
     "Gaussian",
     "InceptionScore",
+    "Neighbours",
     "PrecisionRecall",
     "available_metrics",
     "bias_warning",
@@ -31,6 +32,8 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "metric_name",
+    "metric_space",
+    "nearest_neighbours",
     "precision_recall",
     "rank_warning",
     "read_adm",

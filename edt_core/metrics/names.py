@@ -32,6 +32,14 @@ def metric_name(metric: str, space: str) -> str:
     return f"{'fd' if metric == 'fid' else metric}_{space}"
 
 
+def metric_space(name: str) -> str:
+    """The feature space of a reported name: fid_std -> inception, accuracy_classifier -> classifier."""
+    metric = name.removesuffix("_std")
+    if metric in METRICS:
+        return INCEPTION
+    return metric.rpartition("_")[2]
+
+
 def check_metric(metric: str, space: str) -> None:
     """Raises UserError for an unknown metric, and for one that does not exist in the space."""
     if metric not in METRICS:

@@ -4,79 +4,31 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from edt_core.sample_grid import sample_grid
-from pipelines.report import (
-    LineageRow,
-    ReportData,
-    compare_metrics,
-    duration,
-    render_report,
-    shown,
+from pipelines.report import NOTHING, brief, compare_metrics, duration, render_report, scaled, shown
+from pipelines.report_lineage import lineage_graph
+from tests.pipelines.reporting import (
+    CLASSES,
+    COSTS,
+    LINEAGE,
+    REGISTRY,
+    images,
+    neighbourhood,
+    report_data,
+    row,
+    whole_report_data,
 )
-from pipelines.report_figures import lineage_graph, training_curves
-
-CLASSES = ("ant", "bee", "cat")
-
-
-def images(count: int, size: int = 8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-
-
-def row(step: str, kind: str, *inputs: str) -> LineageRow:
-    fingerprint, digest = (step.encode().hex() * 64)[:64], (kind.encode().hex() * 64)[:64]
-    return LineageRow(
-        step, kind, fingerprint, digest, inputs, f"s3://store/{kind}", None, 1.5, "c0de", kind == "evaluation"
-    )
-
-
-LINEAGE = (
-    row("preprocess", "images", "source"),
-    row("autoencoder", "autoencoder", "preprocess"),
-    row("encode", "latents", "preprocess", "autoencoder"),
-    row("train", "checkpoint", "encode"),
-    row("evaluate", "evaluation", "train", "preprocess"),
-)
-HISTORY = [
-    {"step": k, "loss": 3 / k, "loss_full": 1 / k, "loss_masked": 2 / k, "lr": 1e-3, "grad_norm": 1.0}
-    for k in range(1, 6)
-]
-
-
-def report_data(**changes: Any) -> ReportData:
-    labels = np.arange(9) % 3
-    data = ReportData(
-        title="edt-tiny version 3",
-        config_name="quickstart",
-        model={"version": 3, "parameters": 1234567, "aliases": ["candidate", "champion"]},
-        decision="became champion: fd_classifier 1.5, before 4",
-        classes=CLASSES,
-        samples=images(9),
-        sample_labels=labels,
-        untrained=images(3),
-        untrained_labels=labels[:3],
-        real=images(9),
-        real_labels=labels,
-        history=(),
-        metrics_before={"fd_classifier": 6.0, "precision": 0.25},
-        metrics_after={"fd_classifier": 1.5, "precision": 0.5},
-        protocol={"sampler": "ddpm", "num_sampling_steps": 50},
-        lineage=LINEAGE,
-        config_yaml="name: quickstart\n",
-        environment={"python": "3.11"},
-    )
-    return replace(data, **changes)
 
 
 class Page(HTMLParser):
     """Collects tags, attributes, and open elements that nothing closed."""
 
-    VOID = frozenset({"meta", "link", "img", "source", "wbr"})
+    VOID = frozenset({"br", "meta", "link", "img", "source", "wbr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -98,9 +50,13 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_asks_for_nothing_from_outside() -> None:
-    text = render_report(report_data(history=HISTORY))
-    page = Page(text)
+@pytest.fixture(scope="module")
+def whole() -> str:
+    return render_report(whole_report_data())
+
+
+def test_page_asks_for_nothing_from_outside(whole: str) -> None:
+    text, page = whole, Page(whole)
     assert page.open == []
     assert "script" not in page.tags
     addresses = [value or "" for name, value in page.attributes if name in ("src", "srcset", "href")]
@@ -109,8 +65,8 @@ def test_page_asks_for_nothing_from_outside() -> None:
     assert not re.search(r"https?://|@import|url\((?!#)", text)
 
 
-def test_same_data_gives_the_same_bytes() -> None:
-    assert render_report(report_data(history=HISTORY)) == render_report(report_data(history=HISTORY))
+def test_same_data_gives_the_same_bytes(whole: str) -> None:
+    assert render_report(whole_report_data()) == whole
     assert sample_grid(images(9), np.arange(9) % 3, CLASSES) == sample_grid(images(9), np.arange(9) % 3, CLASSES)
 
 
@@ -120,8 +76,12 @@ def test_hostile_text_is_escaped_everywhere() -> None:
         row(attack, attack, "source" + attack),
         replace(row("train", "checkpoint", attack), uri=attack, run_id=attack, code_version=attack),
     )
+    champion = REGISTRY.champions[1].model_copy(update={"version": attack, "differences": (attack,)})
+    record = {"metric": attack, "run_id": attack, "code_version": attack, "found_with": attack, "lost": attack}
     text = render_report(
-        report_data(
+        whole_report_data(
+            registry=REGISTRY.model_copy(update={**record, "champions": (champion,)}),
+            neighbours=replace(neighbourhood(), space=attack, real_labels=np.array([[0, 0, 0], [1, 0, 0]])),
             title=attack,
             config_name=attack,
             decision=attack,
@@ -155,6 +115,9 @@ def test_page_is_whole_without_optional_parts() -> None:
     assert Page(text).open == []
     assert "No training steps were recorded" in text
     assert "No metrics were computed" in text
+    assert "Nearest real images were not looked for" in text
+    assert "There was no champion before this version" in text
+    assert "No run is recorded" in text
     assert "Untrained</th>" not in text
     unmeasured = render_report(report_data(metrics_before={}, untrained=images(0), untrained_labels=np.arange(0)))
     assert "The untrained model was not measured" in unmeasured
@@ -163,6 +126,61 @@ def test_page_is_whole_without_optional_parts() -> None:
 def test_classifier_metrics_are_said_not_to_be_fid() -> None:
     assert "not FID" in render_report(report_data())
     assert "not FID" not in render_report(report_data(metrics_before={}, metrics_after={"fid": 9.6}))
+
+
+def test_neighbours_are_told_with_distance_class_and_how_many_were_searched(whole: str) -> None:
+    text = " ".join(whole.split())
+    assert "feature space of the classifier, to 100 of the 1,000, at even distances" in text
+    assert "<figcaption>0.625</figcaption>" in text
+    assert "<figcaption>1.75<br>cat</figcaption>" in text  # asked for a bee
+    every = render_report(report_data(neighbours=replace(neighbourhood(), searched=1000)))
+    assert "to all 1,000 images of the training" in " ".join(every.split())
+    why = "The metrics' reference is published statistics."
+    assert "reference is published statistics" in render_report(report_data(neighbours=why))
+
+
+def test_copies_are_counted() -> None:
+    found = neighbourhood()
+    closest = float(np.percentile(found.real_nearest, 1))
+    copied = np.where(np.arange(50) < 20, closest / 2, found.generated_nearest)
+    none, many = (
+        " ".join(render_report(report_data(neighbours=replace(found, generated_nearest=nearest))).split())
+        for nearest in (found.generated_nearest + closest, copied)
+    )
+    assert "<strong>0</strong> of the generated ones (0&nbsp;%)" in none
+    assert "<strong>20</strong> of the generated ones (40&nbsp;%)" in many
+
+
+def test_champions_measured_otherwise_are_said_not_to_be_comparable(whole: str) -> None:
+    text = " ".join(whole.split())
+    first, second = text.partition("version </span>1</th>")[2].split("version </span>2</th>")
+    assert "4.5 ± 0.25" in first
+    assert "the same" in first
+    assert "not comparable</strong>: cfg_scale 1.5 / 1.75" in second
+    lost = REGISTRY.model_copy(update={"champions": (), "lost": "2"})
+    assert "version 2, was deleted" in render_report(report_data(registry=lost))
+    none = REGISTRY.champions[0].model_copy(update={"value": None})
+    unmeasured = REGISTRY.model_copy(update={"champions": (none,)})
+    assert "fd_classifier of champions" not in render_report(report_data(registry=unmeasured))
+    assert "fd_classifier of champions" in text
+
+
+def test_the_command_is_whole_and_says_which_code(whole: str) -> None:
+    text = whole
+    assert f"edt reproduce {REGISTRY.run_id} --store /data/edt-store" in re.sub("<[^>]*>", "", text)
+    assert "check it out first" in text
+    dirty = REGISTRY.model_copy(update={"code_version": "ab" * 20 + "+dirty"})
+    assert "not committed" in render_report(report_data(registry=dirty))
+
+
+def test_steps_are_told_with_throughput_and_cost() -> None:
+    section = render_report(report_data(costs=COSTS)).partition('id="costs"')[2]
+    cells = re.findall(r"<td class=\"number[^>]*>([^<]*)</td>", section)
+    first, train, last, total = cells[:7], cells[7:14], cells[14:21], cells[21:]
+    assert first == ["4.0 s", "6&nbsp;%", "1,797 images", "449 images/s", NOTHING, NOTHING, "6.6 MB"]
+    assert train == ["1 min 00 s", "93&nbsp;%", "57,600 images", "960 images/s", "3.31 TFLOP", "1 min 58 s", "45 MB"]
+    assert last == ["0.5 s", "&lt; 1&nbsp;%", NOTHING, NOTHING, NOTHING, NOTHING, "1.4 kB"]
+    assert total == ["1 min 04 s", "3.31 TFLOP", "1 min 58 s", "51.6 MB"]
 
 
 def test_identifiers_are_whole_in_the_page() -> None:
@@ -188,24 +206,6 @@ def test_identifiers_are_whole_in_the_page() -> None:
 def test_change_of_a_metric(name: str, before: float, after: float, change: str, verdict: str) -> None:
     (compared,) = compare_metrics({name: before}, {name: after})
     assert (compared.change, compared.verdict) == (change, verdict)
-
-
-def test_curves_show_what_was_recorded() -> None:
-    losses, rates = training_curves(HISTORY)
-    assert "masked pass loss from 2 at step 1 to 0.4 at step 5" in losses.description
-    assert "learning rate" in rates.description
-    assert losses.light != losses.dark
-    full_only = [{"step": k, "loss": 1.0, "loss_full": 1.0} for k in (1, 2)]
-    (figure,) = training_curves(full_only)
-    assert "masked" not in figure.description
-    assert len(training_curves(HISTORY[:1])) == 2
-    assert training_curves([]) == []
-
-
-def test_a_long_history_does_not_grow_the_page() -> None:
-    rng = np.random.default_rng(0)
-    short, long = ([{"step": k, "loss": rng.random()} for k in range(n)] for n in (500, 20_000))
-    assert len(training_curves(long)[0].light) < 1.2 * len(training_curves(short)[0].light)
 
 
 def test_steps_of_the_diagram_stand_right_of_their_inputs() -> None:
@@ -293,3 +293,13 @@ def test_values_are_shown_for_readers(value: object, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.2531, "0.253"), (14, "14"), (1930.4, "1,930"), (None, NOTHING)])
+def test_three_digits_are_enough(value: float | None, text: str) -> None:
+    assert brief(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(999, "999 B"), (4.2e12, "4.2 TB"), (0, "0 B"), (1e30, "1e+06 YB")])
+def test_prefixes(value: float, text: str) -> None:
+    assert scaled(value, "B") == text

@@ -108,7 +108,6 @@ def test_it_installs_and_edt_runs_from_there(wheel: Path, tmp_path: Path) -> Non
     where = run(python, "-c", "import edt_core, jobs, pipelines; print(pipelines.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(home)
     assert "edt" in run(edt, "--help", cwd=tmp_path)
-
     assert "EDT-Tiny/2" in run(edt, "configs", "quickstart", cwd=tmp_path)
 
 
@@ -119,8 +118,8 @@ def test_every_requirement_is_met_by_the_lock() -> None:
     optional = PROJECT["optional-dependencies"]
     own = Requirement(optional["dev"][0])
     assert own.name == PROJECT["name"]
-    asked = [*PROJECT["dependencies"], *optional["dev"][1:], *(text for extra in own.extras for text in optional[extra])]
-    for requirement in map(Requirement, asked):
+    extras = [text for extra in own.extras for text in optional[extra]]
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *optional["dev"][1:], *extras]):
         version = locked.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement} is not in requirements.lock"
         assert requirement.specifier.contains(version, prereleases=True), f"{requirement}, but {version} is locked"

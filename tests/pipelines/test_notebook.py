@@ -36,7 +36,13 @@ def executed(model: str, store: Path, home: Path) -> dict[str, Any]:
     """The cells by their ids, with outputs. Raises what nbclient raises for a cell that raises."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(NO_NETWORK))
-    env = environment(EDT_MODEL=model, EDT_STORE=str(store), IPYTHONDIR=str(home), JUPYTER_RUNTIME_DIR=str(home))
+    env = environment(
+        EDT_MODEL=model,
+        EDT_STORE=str(store),
+        IPYTHONDIR=str(home),
+        JUPYTER_RUNTIME_DIR=str(home),
+        OMP_NUM_THREADS="1",  # so narrow a model is done sooner by one
+    )
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
     client.execute(cwd=str(NOTEBOOK.parent), env=env)
     return {cell["id"]: cell for cell in notebook.cells}

@@ -7,6 +7,7 @@ better there by more than chance. The modulation itself is that of arXiv 2410.23
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from edt_core.schema import METRICS_NAME
 from edt_core.storage import Folder
 from jobs.evaluation import RESULTS, Subject, add_subject, prepared
 from jobs.models import write_modulated
-from jobs.options import add_fields, given_fields, validated
+from jobs.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.progress import Bar
 from jobs.sample import model_config_of
 from jobs.verb import alone_in, exit_code, made_before
@@ -166,9 +167,12 @@ def settings(blocks: int, radii: int, top: int) -> int:
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.amm_search") -> None:
     """Search for a placement of AMM: MODEL OUT. Exits with 0, 2 or 130."""
-    options = _parser(prog).parse_args(arguments)
+    options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("amm-search") as bar:
         made = run(options, bar)
+        if options.as_json:
+            print(json.dumps({"folder": made.folder.uri, **made.read_json(f"{RESULTS}.json")}, indent=1))
+            return
         print(made.path(f"{RESULTS}.md").read_text())
         print(made.folder.uri)
 
@@ -273,14 +277,19 @@ def _table(found: Found, metric: str, config: SearchConfig) -> str:
     return "\n".join([*lines, "", verdict])
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Search for the blocks and the radius of attention modulation of any model, without training",
-        epilog=f"example: {prog} dit-s-2-256@champion ./dit-with-amm --images ./images --inception-weights "
-        "pt_inception-2015-12-05-6726825d.pth --cfg-scale 1.5, then edt evaluate ./dit-with-amm ... --amm-blocks model",
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Reads what `main` is given."""
+    parser = parser_of(
+        prog,
+        "Search for the blocks and the radius of attention modulation of any model, without training. What it writes "
+        "samples with its placement: edt evaluate OUT ... --amm-blocks model",
+        [
+            "dit-s-2-256@champion ./dit-with-amm --images ./images --cfg-scale 1.5 "
+            "--inception-weights pt_inception-2015-12-05-6726825d.pth"
+        ],
     )
     add_subject(parser, "new folder for the model with its placement: a checkpoint artifact")
+    add_json(parser)
     searched = [name for name in SearchConfig.model_fields if name not in SampleConfig.model_fields]
     add_fields(parser.add_argument_group("search"), SearchConfig, leave_out=tuple(SampleConfig.model_fields))
     add_fields(parser.add_argument_group("sampling"), SearchConfig, leave_out=(*SearchConfig.LEFT_OUT, *searched))

@@ -18,16 +18,17 @@ _NO_JOB = -1  # for counting the actors that are lost before they have done anyt
 _OBJECT_STORE_BYTES = 512 << 20  # artifacts go through the store on disk; Ray's objects here are small
 
 
-def connect(address: str | None = None, min_cpus: int = 1) -> bool:
+def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = False) -> bool:
     """Join the cluster at `address` or RAY_ADDRESS; with neither, start Ray on this machine, on loopback.
 
     A session of our own offers at least `min_cpus` CPUs, so that two training workers fit on one core as well.
+    With `show_workers` what workers print is printed here too: for a caller that sends all of that to a log.
     Returns True where the cluster is shared with others. Raises UserError where there is none at the address.
     """
     shared = bool(address or os.environ.get("RAY_ADDRESS"))
     if ray.is_initialized():
         return shared
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "edt"}
+    quiet: dict[str, Any] = {"log_to_driver": show_workers, "logging_level": logging.ERROR, "namespace": "edt"}
     if not shared:
         cpus = max(os.cpu_count() or 1, min_cpus)
         # "local": never a cluster that `ray start` left on this machine.

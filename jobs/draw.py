@@ -13,7 +13,7 @@ from edt_core.progress import Progress
 from edt_core.storage import Folder
 from jobs.autoencoder import check_decoder, read_autoencoder
 from jobs.models import DEFAULT_STORE, Loaded, load_model, use_mlflow
-from jobs.options import add_fields, given_fields, validated
+from jobs.options import add_fields, given_fields, parser_of, validated
 from jobs.progress import Bar
 from jobs.verb import exit_code
 
@@ -48,7 +48,7 @@ def draw(
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.draw") -> None:
     """Draw a picture: MODEL --out PICTURE. Exits with 0, 2 or 130."""
-    options = _parser(prog).parse_args(arguments)
+    options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("sample") as bar:
         print(run(options, bar))
 
@@ -86,12 +86,16 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
     )
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Sample from a model into one picture, a row a class. Same seed, same picture on one device: image "
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Reads what `main` is given."""
+    parser = parser_of(
+        prog,
+        "Sample from a model into one picture, a row a class. Same seed, same picture on one device: image "
         "i of a class depends on the seed, i and the class, not on what else is drawn",
-        epilog=f"example: {prog} edt-s-2-256@champion --classes 'golden retriever,360' --num 4 --cfg-scale 4",
+        [
+            "edt-s-2-256@champion --classes 'golden retriever,360' --num 4 --cfg-scale 4",
+            "./model --classes 3,1,4 --seed 7 --out digits.png",
+        ],
     )
     parser.add_argument(
         "model", help="NAME@ALIAS or NAME/VERSION of the registry, MLflow run, checkpoint, diffusers folder, or .pt"

@@ -194,7 +194,15 @@ def encode(
     }
 
 
-VERB = Verb("encode", "latents", 2, EncodeConfig, encode, roles=("images", "autoencoder"))
+VERB = Verb(
+    "encode",
+    "latents",
+    2,
+    EncodeConfig,
+    encode,
+    roles=("images", "autoencoder"),
+    examples=("./images ./latents --autoencoder stabilityai/sd-vae-ft-ema --num-gpus-per-worker 1 --precision bf16",),
+)
 
 if __name__ == "__main__":
     VERB.main()

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from edt_core.artifact import Artifact, Source
@@ -26,7 +27,7 @@ from edt_core.storage import Folder
 from jobs import evaluate, reference, sample
 from jobs.export import export_features
 from jobs.models import DEFAULT_STORE, Opened, open_model, use_mlflow
-from jobs.options import add_fields, given_fields, validated
+from jobs.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.progress import Bar
 from jobs.sweep import Result, grid, parse_axis, plot, results_table
 from jobs.verb import Verb, add_role, exit_code, open_input
@@ -74,9 +75,12 @@ def make(verb: Verb, config: Section, inputs: Inputs, out: Folder, progress: Pro
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.evaluation") -> None:
     """Evaluate a model: MODEL OUT. Exits with 0, 2 or 130."""
-    options = _parser(prog).parse_args(arguments)
+    options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("evaluate") as bar:
         results = run(options, bar)
+        if options.as_json:
+            print(Path(options.out, f"{RESULTS}.json").read_text(), end="")
+            return
         print(results_table(results) if options.sweep else _told(results[0]))
         print(f"\n{options.out}/{RESULTS}.json")
 
@@ -104,14 +108,19 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     return results
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Sample from a model, compare with real images, and print the metrics with their protocol",
-        epilog=f"example: {prog} edt-s-2-256@champion ./evaluation --images ./images --inception-weights "
-        "pt_inception-2015-12-05-6726825d.pth --num-samples 10000 --sweep cfg=1,1.5,2 amm=off,paper",
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Reads what `main` is given."""
+    weights = "--inception-weights pt_inception-2015-12-05-6726825d.pth"
+    parser = parser_of(
+        prog,
+        "Sample from a model, compare with real images, and print the metrics with their protocol",
+        [
+            f"edt-s-2-256@champion ./evaluation {weights} --num-samples 50000 --cfg-scale 1",
+            f"./model ./evaluation --images ./images {weights} --sweep cfg=1,1.5,2 amm=off,paper",
+        ],
     )
     add_subject(parser, "folder for artifacts and results; what it holds already is reused")
+    add_json(parser)
     asked = parser.add_argument_group("what to do")
     asked.add_argument(
         "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="a grid, as cfg=1,1.5,2 amm=off,paper"

@@ -13,7 +13,7 @@ from edt_core.progress import Progress
 from edt_core.schema import FEATURE_UNIT
 from edt_core.storage import Folder
 from jobs.models import DEFAULT_STORE, load_model, use_mlflow
-from jobs.options import add_fields, given_fields, validated
+from jobs.options import add_fields, given_fields, parser_of, validated
 from jobs.progress import Bar
 from jobs.sample import FEATURE_UNITS, units_per_repeat
 from jobs.verb import exit_code
@@ -80,7 +80,18 @@ def export_model(location: str, target: Path, given: Mapping[str, Any]) -> Path:
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.export") -> None:
     """The verb on its own. Exits with 0, 2 or 130."""
-    parser = argparse.ArgumentParser(prog=prog, description="Write kept samples, or a model, for other tools")
+    options = make_parser(prog).parse_args(arguments)
+    with exit_code(), Bar("export") as bar:
+        print(_exported(options, bar))
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Reads what `main` is given."""
+    parser = parser_of(
+        prog,
+        "Write kept samples, or a model, for other tools",
+        ["./features ./pngs --format png", f"edt-s-2-256@champion denoiser.pt2 --format {PROGRAM_FORMAT}"],
+    )
     parser.add_argument(
         "what", help="features artifact whose samples were kept (keep_images=all); for torch-export any model"
     )
@@ -91,9 +102,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.exp
     model.add_argument("--store", default=DEFAULT_STORE, help="store whose registry is asked  [default: %(default)s]")
     model.add_argument("--tracking-uri", metavar="URI", help="MLflow to ask  [default: MLFLOW_TRACKING_URI]")
     add_fields(model, ChainConfig, leave_out=_NOT_OF_THE_DENOISER)
-    options = parser.parse_args(arguments)
-    with exit_code(), Bar("export") as bar:
-        print(_exported(options, bar))
+    return parser
 
 
 def _exported(options: argparse.Namespace, progress: Progress) -> Path:

@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 from edt_core.config import Section
 from edt_core.errors import UserError
 
+_EXAMPLES = "examples:"
+
 
 def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()) -> None:
     """An option `--field-name VALUE` for each field of a section; values are read as YAML."""
@@ -20,6 +22,26 @@ def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()
             choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
             metavar = "|".join(map(str, choices)) or name.split("_")[-1].upper()
             parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=metavar, help=_help(info))
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """argparse's, but for the lines of examples, which stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option `--json` of a verb that prints a table."""
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of a table")
+
+
+def parser_of(prog: str, description: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser whose help ends with these examples: what comes after the program's name, a line each."""
+    lines = "\n".join([_EXAMPLES, *(f"  {prog} {example}" for example in examples)])
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog=lines if examples else None, formatter_class=_HelpFormatter
+    )
 
 
 def _help(info: FieldInfo) -> str:

@@ -227,7 +227,19 @@ def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
     return "\n  " + listed([f"{path}: {reason}" for path, reason in sorted(quarantined)], "\n  ")
 
 
-VERB = Verb("preprocess", "images", 2, PreprocessConfig, preprocess, roles=("source",), accept=accept)
+VERB = Verb(
+    "preprocess",
+    "images",
+    2,
+    PreprocessConfig,
+    preprocess,
+    roles=("source",),
+    accept=accept,
+    examples=(
+        "/data/flowers ./images --image-size 256",
+        "s3://bucket/imagenet/train s3://bucket/images --image-size 512",
+    ),
+)
 
 if __name__ == "__main__":
     VERB.main()

@@ -265,7 +265,20 @@ def history(checkpoint: Artifact) -> list[dict[str, float]]:
     return [json.loads(line) for line in checkpoint.path(HISTORY_NAME).read_text().splitlines()]
 
 
-VERB = Verb("train", "checkpoint", 2, TrainConfig, train, roles=("latents",), extras=("autoencoder",), plan=plan)
+VERB = Verb(
+    "train",
+    "checkpoint",
+    2,
+    TrainConfig,
+    train,
+    roles=("latents",),
+    extras=("autoencoder",),
+    plan=plan,
+    examples=(
+        "./latents ./checkpoint --model EDT-S/2 --dry-run",
+        "./latents ./checkpoint --model EDT-S/2 --num-workers 8 --use-gpu true --precision bf16",
+    ),
+)
 
 if __name__ == "__main__":
     VERB.main()

@@ -16,7 +16,8 @@ from edt_core.errors import Stopped, UserError
 from edt_core.progress import Progress, Silent
 from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
-from jobs.options import add_fields, given_fields, parse_assignment, read_yaml, validated
+from jobs.failure import tell_failure
+from jobs.options import add_fields, given_fields, parse_assignment, parser_of, read_yaml, validated
 from jobs.progress import Bar, relayed
 
 Input = Artifact | Source
@@ -31,7 +32,7 @@ class Verb:
     `version` goes up when the same configuration and inputs give another result: old artifacts are then not reused.
     Inputs of the roles in `optional` may be left out, and count where they are given. So may those in `extras`: they
     show more of the work, and do not change what it makes.
-    `plan(config, inputs)` tells what the job would do, for `--dry-run`.
+    `plan(config, inputs)` tells what the job would do, for `--dry-run`. `examples` are arguments that its help shows.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Verb:
     optional: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     plan: Callable[[Any, Mapping[str, Any]], str] | None = None
+    examples: tuple[str, ...] = ()
 
     def fingerprint(self, config: Section, inputs: Mapping[str, str]) -> str:
         """Identity of what this verb makes of a configuration and its inputs' fingerprints."""
@@ -70,7 +72,7 @@ class Verb:
 
     def main(self, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
         """The verb on its own: `INPUT OUT` and an option for each further input and field. Exits with 0, 2 or 130."""
-        parser = self._parser(prog or f"python -m jobs.{self.name}")
+        parser = self.make_parser(prog or f"python -m jobs.{self.name}")
         options = parser.parse_args(arguments)
         # What lives in `__main__` is pickled by value, and an actor of it cannot be restarted: run the module's own.
         verb: Verb = import_module(f"jobs.{self.name}").VERB
@@ -82,9 +84,10 @@ class Verb:
             digest = artifact.manifest.digest[:12]
             print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
 
-    def _parser(self, prog: str) -> argparse.ArgumentParser:
+    def make_parser(self, prog: str) -> argparse.ArgumentParser:
+        """Reads what `main` is given."""
         first, *others = self.roles
-        parser = argparse.ArgumentParser(prog=prog, description=(self.run.__doc__ or "").split("\n")[0])
+        parser = parser_of(prog, (self.run.__doc__ or "").split("\n")[0], self.examples)
         parser.add_argument(first, help=_ROLE_HELP.get(first, f"{first} artifact: a folder or URI"))
         parser.add_argument("out", help=_OUT_HELP)
         for role in others:
@@ -164,7 +167,10 @@ def add_role(parser: Any, role: str) -> None:
 
 @contextmanager
 def exit_code() -> Iterator[None]:
-    """A user's mistake becomes one message and exit code 2; an interrupt, or a job that was asked to stop, 130."""
+    """A user's mistake becomes one message and exit code 2; an interrupt, or a job that was asked to stop, 130.
+
+    Anything else is a failure, exit code 1: the cause, the remedy, and the file that the traceback is in.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -179,10 +185,7 @@ def exit_code() -> Iterator[None]:
         if isinstance(cause, Stopped):
             print(f"{cause}; run the same command again to go on", file=sys.stderr)
             sys.exit(130)
-        if not isinstance(cause, UserError):
-            raise
-        print(f"error: {cause}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell_failure(cause, raised=error))
 
 
 def check_place(folder: Folder, inputs: Sequence[str]) -> None:

@@ -1,40 +1,26 @@
 """The command line: `edt`. The commands are in `pipelines.commands`; here is what it is made of, and how it ends."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import typer
 
-from edt_core.errors import UserError
-from edt_core.redaction import redacted
 from pipelines.commands import cost, models, schedule, store, submit, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Labelled images to a registered, evaluated Efficient Diffusion Transformer.",
 )
 
-COMMANDS: tuple[Callable[..., None], ...] = (
-    workflow.run,
-    workflow.plan,
-    workflow.runs,
-    workflow.reproduce,
-    workflow.configs,
-    store.artifacts,
-    store.gc,
-    store.verify,
-    models.lineage,
-    cost.cost,
-    cost.compare,
-    submit.submit,
-)
-
-for command in COMMANDS:
-    app.command()(command)
-for verb in (
+COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
+    "Pipeline": (workflow.run, workflow.plan, submit.submit),
+    "Found again": (workflow.runs, workflow.reproduce, store.artifacts, store.verify, store.gc),
+    "Models": (models.lineage, cost.compare, cost.cost),
+}
+VERBS: tuple[Callable[[typer.Context], None], ...] = (
     verbs.preprocess,
     verbs.encode,
     verbs.train,
@@ -43,29 +29,50 @@ for verb in (
     verbs.sample,
     verbs.export,
     verbs.bench,
-):
-    app.command(**verbs.SETTINGS)(verb)  # type: ignore[arg-type]
-app.command("import")(models.import_model)
-app.add_typer(models.app, name="models")
-app.add_typer(schedule.app, name="schedule")
+)
+
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(schedule.app, name="schedule", rich_help_panel="Pipeline")
+app.add_typer(models.app, name="models", rich_help_panel="Models")
+app.command("import", rich_help_panel="Models")(models.import_model)
+for verb in VERBS:
+    app.command(rich_help_panel="Single steps", **verbs.SETTINGS)(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"edt {version('edt-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Labelled images to a registered, evaluated Efficient Diffusion Transformer."""
 
 
 def main() -> None:
-    """Entry point: user errors, and an MLflow that does not answer, are one message and exit code 2."""
+    """Entry point. Exits with 0 done, 1 something failed, 2 the request was wrong, 130 interrupted.
+
+    An MLflow that does not answer is a wrong request: its address may be, and nothing was begun.
+    """
     try:
         app()
     except Exception as error:
-        if not isinstance(error, UserError) and not type(error).__module__.startswith("mlflow."):
-            raise
-        print(f"error: {_message(error)}", file=sys.stderr)
-        sys.exit(2)
+        from jobs.failure import explained, tell_failure
 
-
-def _message(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    first = str(error).splitlines()[0]
-    return redacted(f"MLflow does not answer, or refuses: {first[:500]}; see to MLFLOW_TRACKING_URI and the server")
+        if type(error).__module__.startswith("mlflow."):
+            failure = explained(error)
+            print(f"error: MLflow does not answer, or refuses: {failure.cause}; {failure.remedy}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(tell_failure(error))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Workflow:
         """Reuse the artifact of this fingerprint, or have it made when its inputs are. Never waits."""
         fingerprint = verb.fingerprint(config, input_fingerprints(inputs))
         needs = needs_of(inputs)
+        self.terminal.called(name, needs)
         found = self.store.find(verb.kind, fingerprint, self.terminal.warn)
         if found is not None:
             verb.accept(config, found.counts)
@@ -141,11 +142,14 @@ class Workflow:
             ended, word = (self.stopped, "stopped") if stopped else (self.failures, "failed")
             ended[future.name] = cause
             waited = [name for name in future.needs if name in ended]
-            reason = f"not run, {waited[0]} {word}" if waited else str(cause)
-            (self.terminal.stopped if stopped else self.terminal.failed)(future.name, reason)
+            reason = f"not run, {waited[0]} {word}" if waited else ""
+            if stopped:
+                self.terminal.stopped(future.name, reason or str(cause))
+            else:
+                self.terminal.failed(future.name, reason or cause, raised=error)
         else:
             self._done.add(future.name)
-            self.terminal.finished(future.name, artifact.manifest.duration_s, future.fingerprint)
+            self.terminal.finished(future.name, artifact.manifest.duration_s, future.fingerprint, _headline(artifact))
 
     def _show(self) -> None:
         import ray
@@ -155,6 +159,14 @@ class Workflow:
         if self.interrupts.passed_on(self._board):
             self.terminal.say(STOPPING, "yellow")
         self.terminal.show(counts, warnings)
+
+
+def _headline(artifact: Artifact) -> str:
+    """The first metric of an evaluation, as `fid 34.27`; nothing for other artifacts."""
+    from edt_core.metrics import in_order
+
+    metrics = artifact.counts["metrics"] if artifact.manifest.kind == "evaluation" else {}
+    return next((f"{name} {metrics[name]:.4g}" for name in in_order(metrics)), "")
 
 
 def _run(task: StepTask, roles: list[str], *values: Any) -> Artifact:

@@ -182,7 +182,7 @@ class Server:
         else:
             stopped = code in (130, -signal.SIGINT) or tick.pid in self._interrupted
             outcome = "finished" if code == 0 else "stopped" if stopped else "failed"
-        error = f"exit code {code}: {_last_line(tick.log)}" if outcome == "failed" else None
+        error = f"exit code {code}: {_reason(tick.log)}" if outcome == "failed" else None
         run = result.run if result else None
         _result_path(tick).unlink(missing_ok=True)
         return tick.model_copy(update={"outcome": outcome, "run": run, "error": error})
@@ -344,10 +344,11 @@ def _result_path(tick: Tick) -> Path:
     return Path(str(tick.log)).with_suffix(".result.json")
 
 
-def _last_line(log: str | None) -> str:
+def _reason(log: str | None) -> str:
+    """The last error that a run's log tells of, or its last line where it tells of none."""
     with suppress(OSError):
-        lines = Path(str(log)).read_text(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "")[:1000]
+        lines = [line for line in Path(str(log)).read_text(errors="replace").split("\n") if line.strip()]
+        return next((line for line in reversed(lines) if line.startswith("error:")), "".join(lines[-1:]))[:1000]
     return ""
 
 

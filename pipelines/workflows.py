@@ -4,16 +4,20 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import PUBLISHED_SPACES, SourceConfig, TrainConfig
 from edt_core.environment import environment
 from edt_core.errors import Stopped
+from edt_core.redaction import redacted
+from edt_core.schema import REPORT_NAME
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
 from jobs.extractors import extractor_source
+from jobs.failure import explained
 from jobs.verb import image_source
 from pipelines import summary
 from pipelines.artifacts import Store
@@ -52,6 +56,35 @@ class Outcome:
     stopped: str = ""  # where the run was stopped to go on later, if it was
     executed: int = 0
     reused: int = 0
+
+    @property
+    def status(self) -> str:
+        """finished, failed or stopped."""
+        return "stopped" if self.stopped else "failed" if self.failures else "finished"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs: how it ended, and where everything is."""
+        return {
+            "run_id": self.run_id,
+            "tracking_uri": redacted(self.tracking_uri),
+            "status": self.status,
+            "seconds": round(self.seconds, 1),
+            "reused": self.reused,
+            "executed": self.executed,
+            "stopped": self.stopped,
+            "failures": {name: asdict(explained(error)) for name, error in self.failures.items()},
+            "models": {
+                name: {
+                    "version": decision.version,
+                    "champion": decision.became_champion,
+                    "decision": str(decision),
+                    "untrained": dict(self.metrics[name][0]),
+                    "metrics": dict(self.metrics[name][1]),
+                    "report": self.reports[name].path(REPORT_NAME) if name in self.reports else None,
+                }
+                for name, decision in self.decisions.items()
+            },
+        }
 
 
 def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal) -> Source:
@@ -183,16 +216,20 @@ def _run(
 
     started = time.monotonic()
     source = prepare_source(config.source, store.root, terminal)
+
+    def join() -> bool:
+        return connect(address, min_cpus=config.workers, show_workers=terminal.log is not None)
+
     # On a new store MLflow makes its tables for about as long as Ray starts: the one need not wait for the other.
     with ThreadPoolExecutor(1) as pool:
         opened = pool.submit(Catalog.open, store.root, config.name, tracking_uri)
         if store.find(preprocess.VERB.kind, images_fingerprint(config, source)) is None:
-            connect(address, min_cpus=config.workers)
+            join()
         catalog = opened.result()
     published = published or Published.of(config, catalog.tracking_uri)
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
     outcome = Outcome(run_id, catalog.tracking_uri)
-    workflow = Workflow(store, catalog, run_id, terminal, connect=lambda: connect(address, min_cpus=config.workers))
+    workflow = Workflow(store, catalog, run_id, terminal, connect=join)
     status = "KILLED"
     try:
         with workflow.interrupts.handled():
@@ -234,15 +271,17 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     if not workflow.wait(*branch.steps.values()):
         return
     made = {role: future.result() for role, future in branch.steps.items()}
-    entry = entry_of(made)
+    entry, promoting = entry_of(made), f"promote {branch.name}"
+    workflow.terminal.called(promoting, (branch.steps["evaluation"].name,))
+    began = time.monotonic()
     try:
         with workflow.store.lock("promote", branch.name):
             decision = promote(workflow.catalog, workflow.run_id, branch.name, config.promote, entry)
     except Exception as error:  # whatever MLflow raises, the other branches go on
-        outcome.failures[f"promote {branch.name}"] = error
-        workflow.terminal.failed(f"promote {branch.name}", str(error))
+        outcome.failures[promoting] = error
+        workflow.terminal.failed(promoting, error)
         return
-    workflow.terminal.say(f"  promoted  {branch.name} version {decision.version}: {decision}", "green")
+    workflow.terminal.finished(promoting, time.monotonic() - began, "", f"version {decision.version}: {decision}")
     before, after = (made[role].counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
     outcome.decisions[branch.name], outcome.metrics[branch.name] = decision, (before, after)
     report = workflow.step(
@@ -284,6 +323,8 @@ def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     tags = {"edt.reused": ", ".join(reused), "edt.executed": ", ".join(ran), "edt.failed": failed}
     tags["edt.stopped"] = outcome.stopped[:4000]
     workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in tags.items() if v})
+    if workflow.terminal.log is not None:
+        workflow.catalog.log_text(workflow.run_id, workflow.terminal.log.text(), "log.txt")
     _record_steps(workflow)
     workflow.catalog.end_run(workflow.run_id, status)
     if status == "KILLED":

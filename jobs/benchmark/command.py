@@ -1,9 +1,11 @@
 """`edt bench`: measure and print a table in Markdown."""
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from edt_core.errors import UserError
@@ -12,6 +14,7 @@ from jobs.benchmark.images import bench_planning, bench_preprocess, made_photos,
 from jobs.benchmark.latents import bench_latents
 from jobs.benchmark.memory import bench_memory
 from jobs.benchmark.table import Row, hardware, table
+from jobs.options import add_json, parser_of
 from jobs.verb import exit_code
 
 
@@ -133,15 +136,20 @@ def _precisions(text: str) -> tuple[str, ...]:
     return _listed(text)
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.benchmark") -> None:
-    """Measure and print a table in Markdown."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Reads what `main` is given."""
+    parser = parser_of(
+        prog,
+        (__doc__ or "").split("\n")[0],
+        ["data --scale 0.02", "model --models EDT-S/2,MDTv2-S/2", "eval --image-size 64"],
+    )
     parser.add_argument(
         "part",
         choices=["data", "encode", "model", "train", "eval"],
         help="data: latents, planning, preprocess, memory; model: forward and backward passes of each model; "
         "eval: sampling, whole evaluations, metrics",
     )
+    add_json(parser)
     parser.add_argument("--images", help="folder of JPEG photos to measure with  [default: made ones]")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, as 0.02 for a try")
     parser.add_argument("--work-in", help="folder for some GB of scratch files  [default: the system's]")
@@ -163,7 +171,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.ben
     )
     evaluation = parser.add_argument_group("eval")
     evaluation.add_argument("--num-images", type=int, help="images of a whole evaluation  [default: 8, on a GPU 256]")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.benchmark") -> None:
+    """Measure and print a table in Markdown."""
+    options = make_parser(prog).parse_args(arguments)
     with exit_code():
         if options.scale < 0.001:
             raise UserError(f"--scale is {options.scale:g}; give 0.001 or more")
@@ -175,4 +188,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.ben
             rows = list(bench_of_evaluation(options))
         else:
             rows = bench(options.part, options.images, options.scale, options.work_in)
-        print(f"{hardware()}\n\n{table(rows)}")
+        if options.as_json:
+            print(json.dumps({"hardware": hardware(), "rows": [asdict(row) for row in rows]}, indent=1))
+        else:
+            print(f"{hardware()}\n\n{table(rows)}")

@@ -20,12 +20,18 @@ _PART_COLUMNS = ("place", "module", "GMACs", "share")
 
 
 def cost(
-    models: Annotated[list[str] | None, typer.Argument(help="names of models, as EDT-S/2  [default: all]")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="names of models, as EDT-S/2  \\[default: all]")] = None,
     image_size: Annotated[str, typer.Option(help="side of the images in pixels, several with commas")] = "256",
     by_module: Annotated[bool, typer.Option("--by-module", help="where the MACs of one model go")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what models cost: parameters, multiply-accumulates (the papers' GFLOPs), training FLOPs an image."""
+    """Tell what models cost: parameters, MACs (the papers' GFLOPs), training FLOPs.
+
+    \b
+    Examples:
+      edt cost EDT-S/2 DiT-S/2 MDTv2-S/2
+      edt cost EDT-XL/2 --image-size 512 --by-module
+    """
     from edt_core.models import MODEL_NAMES, model_config
 
     names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
@@ -92,7 +98,9 @@ def _parts(config: Any, as_json: bool) -> list[dict[str, Any]]:
 
 def compare(
     models: Annotated[list[str], typer.Argument(help="versions: NAME@ALIAS, NAME/NUMBER, or NAME for its champion")],
-    metric: Annotated[str | None, typer.Option(help="[default: the one that the first version's gate goes by]")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="\\[default: the one that the first version's gate goes by]")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="write the plot here, as compare.png")] = None,
     published: Annotated[
         bool, typer.Option("--published", help="show published FIDs also beside another metric or image size")
@@ -101,7 +109,12 @@ def compare(
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare registered versions by what they reached for the compute of their training, as table and plot."""
+    """Compare registered versions by what they reached for their compute.
+
+    \b
+    Examples:
+      edt compare edt-s-2-256 dit-s-2-256 --metric fid --out compare.png
+    """
     from pathlib import Path
 
     from pipelines.compare import AXES

@@ -62,7 +62,13 @@ def list_versions(
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """List versions, newest first; with options those of which all of it holds."""
+    """List versions, newest first; with options those of which all of it holds.
+
+    \b
+    Examples:
+      edt models list --name edt-s-2-256 --metric 'fid<20'
+      edt models list --data 3f2a9b --json
+    """
     from pipelines.versions import select
 
     found = select(open_catalog(store, tracking_uri), name, data, config, metric, commit, as_json)
@@ -76,7 +82,13 @@ def list_versions(
 def show(
     version: Version, store: StoreOption = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False
 ) -> None:
-    """Tell all that is recorded of a version."""
+    """Tell all that is recorded of a version.
+
+    \b
+    Examples:
+      edt models show edt-s-2-256@champion
+      edt models show edt-s-2-256/3 --json
+    """
     from pipelines.versions import record_of
 
     facts = record_of(open_catalog(store, tracking_uri), version).to_dict()
@@ -101,7 +113,12 @@ def compare(
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put two versions side by side: metrics, and what differs in protocol, configuration, data and code."""
+    """Put two versions side by side: metrics, protocol, configuration, data, code.
+
+    \b
+    Examples:
+      edt models compare edt-s-2-256@champion edt-s-2-256@candidate
+    """
     from pipelines.versions import compare as compared
     from pipelines.versions import record_of
 
@@ -130,7 +147,12 @@ def promote(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Let a version through the gate against the present champion; exit code 1 where it is refused."""
+    """Let a version through the gate; exit code 1 where it is refused.
+
+    \b
+    Examples:
+      edt models promote edt-s-2-256@candidate
+    """
     from pipelines.registry import CANDIDATE, alone, promote_version
     from pipelines.versions import find
 
@@ -149,7 +171,12 @@ def rollback(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Make the version champion again that was it before the present one."""
+    """Make the version champion again that was it before the present one.
+
+    \b
+    Examples:
+      edt models rollback edt-s-2-256
+    """
     from pipelines.registry import alone
     from pipelines.registry import rollback as rolled_back
 
@@ -166,7 +193,12 @@ def pull(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Download a version's diffusers folder, every file checked against its digest, whole or not at all."""
+    """Download a version's diffusers folder, every file checked against its digest.
+
+    \b
+    Examples:
+      edt models pull edt-s-2-256@champion ./model
+    """
     from pathlib import Path
 
     from jobs.registry_files import pull as pulled
@@ -184,16 +216,22 @@ def import_model(
     autoencoder: Annotated[
         str, typer.Option(help="what decodes it, as stabilityai/sd-vae-ft-ema: hub id, folder, artifact, MLflow URI")
     ],
-    model: Annotated[str | None, typer.Option(help="what it is to be, as DiT-XL/2  [default: what it is]")] = None,
-    image_size: Annotated[int | None, typer.Option(help="pixels it is to be for  [default: what it is for]")] = None,
+    model: Annotated[str | None, typer.Option(help="what it is to be, as DiT-XL/2  \\[default: what it is]")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels it is to be for  \\[default: what it is for]")] = None,
     weights: Annotated[Weights, typer.Option(help="of a file with both")] = Weights.ema,
-    name: Annotated[str | None, typer.Option(help="registered model  [default: as edt-xl-2-256]")] = None,
+    name: Annotated[str | None, typer.Option(help="registered model  \\[default: as edt-xl-2-256]")] = None,
     source: Annotated[str | None, typer.Option(help="where the file came from, for the record")] = None,
     license: Annotated[str | None, typer.Option(help="of the weights, for the model card")] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Register a checkpoint that the authors released, as a candidate; the same file again is found again."""
+    """Register a checkpoint that the authors released, as a candidate.
+
+    \b
+    Examples:
+      edt import EDT-S-2-256x256.pt --autoencoder stabilityai/sd-vae-ft-ema
+      edt import DiT-XL-2-256x256.pt --model DiT-XL/2 --autoencoder ./vae
+    """
     from pathlib import Path
 
     from edt_core.storage import Folder
@@ -220,7 +258,13 @@ def lineage(
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a model was made from, back to the raw images."""
+    """Tell what a model was made from, back to the raw images.
+
+    \b
+    Examples:
+      edt lineage edt-s-2-256@champion
+      edt lineage edt-s-2-256/3 --json
+    """
     from edt_core.storage import Folder
     from pipelines.lineage import lineage as traced
 

@@ -11,18 +11,27 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = "./edt-store"
 
-Config = Annotated[str, typer.Argument(help="name of a shipped configuration, or a YAML file")]
+
+def shipped(incomplete: str) -> list[str]:
+    """Names of shipped configurations, for the shell. Asks the package's files alone: it has to be quick."""
+    from importlib.resources import files
+
+    names = (entry.name.removesuffix(".yaml") for entry in files("pipelines").joinpath("configs").iterdir())
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+Config = Annotated[str, typer.Argument(help="name of a shipped configuration, or a YAML file", autocompletion=shipped)]
 Assignments = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="set one field, as train.max_steps=50; repeatable"),
 ]
 ConfigStore = Annotated[
-    str | None, typer.Option("--store", help=f"folder or URI of the artifacts  [default: {DEFAULT_STORE}]")
+    str | None, typer.Option("--store", help=f"folder or URI of the artifacts  \\[default: {DEFAULT_STORE}]")
 ]
 StoreOption = Annotated[str, typer.Option("--store", help="folder or URI of the artifacts")]
 TrackingUri = Annotated[
     str | None,
-    typer.Option(help="MLflow server  [default: MLFLOW_TRACKING_URI, or the SQLite file in the store]"),
+    typer.Option(help="MLflow server  \\[default: MLFLOW_TRACKING_URI, or the SQLite file in the store]"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 

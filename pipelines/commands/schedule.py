@@ -46,22 +46,31 @@ def add(
     config: Config,
     cron: Annotated[str, typer.Option("--cron", help="minute hour day-of-month month day-of-week, as '0 3 * * 0'")],
     timezone: Annotated[
-        str | None, typer.Option(help="as Europe/Berlin; the cron expression is read in it  [default: this machine's]")
+        str | None,
+        typer.Option(help="as Europe/Berlin; the cron expression is read in it  \\[default: this machine's]"),
     ] = None,
     when_data_changed: Annotated[
         bool, typer.Option("--when-data-changed", help="run only if the images are not those of the last finished run")
     ] = False,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     store: ConfigStore = None,
-    name: Annotated[str | None, typer.Option(help="name of the schedule  [default: that of the configuration]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="name of the schedule  \\[default: that of the configuration]")
+    ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster that the runs join  [default: RAY_ADDRESS, or this machine]")
+        str | None, typer.Option(help="Ray cluster that the runs join  \\[default: RAY_ADDRESS, or this machine]")
     ] = None,
     no_serve: Annotated[
         bool, typer.Option("--no-serve", help="only record it, and leave the serving to others")
     ] = False,
 ) -> None:
-    """Record a schedule, and serve the store's schedules unless a server is at work. (`add` may be left out.)"""
+    """Record a schedule (`add` may be left out) and serve the store's schedules.
+
+    \b
+    Examples:
+      edt schedule quickstart --cron '0 3 * * 0' --when-data-changed
+      edt schedule edt.yaml --cron '30 1 * * *' --timezone Europe/Berlin --name nightly --no-serve
+    """
     from pipelines.artifacts import Store
     from pipelines.lease import Taken
     from pipelines.schedule import Schedules, new_schedule
@@ -82,7 +91,12 @@ def add(
 
 @app.command("list")
 def list_(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
-    """List the schedules of a store: when they come next, and what became of their last tick."""
+    """List schedules: when they come next, and what became of their last tick.
+
+    \b
+    Examples:
+      edt schedule list --json
+    """
     from pipelines.schedule import Schedules
 
     schedules = Schedules.at(store)
@@ -91,7 +105,12 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 @app.command()
 def pause(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
-    """Let no tick of a schedule start a run until it is resumed; a run that goes on is left alone."""
+    """Let no tick of a schedule start a run until it is resumed.
+
+    \b
+    Examples:
+      edt schedule pause nightly
+    """
     from pipelines.schedule import Schedules
 
     Schedules.at(store).pause(name)
@@ -99,7 +118,12 @@ def pause(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def resume(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
-    """Let a paused schedule go on with its next tick."""
+    """Let a paused schedule go on with its next tick.
+
+    \b
+    Examples:
+      edt schedule resume nightly
+    """
     from pipelines.schedule import Schedules
 
     Schedules.at(store).resume(name)
@@ -107,7 +131,12 @@ def resume(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def remove(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
-    """Forget a schedule; a run that goes on is left alone, and so are the records of its ticks in MLflow."""
+    """Forget a schedule; a run that goes on and the records of its ticks stay.
+
+    \b
+    Examples:
+      edt schedule remove nightly
+    """
     from pipelines.schedule import Schedules
 
     Schedules.at(store).remove(name)
@@ -115,7 +144,12 @@ def remove(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def serve(store: StoreOption = DEFAULT_STORE) -> None:
-    """Run all schedules of a store, in the foreground, until Ctrl-C or SIGTERM."""
+    """Run all schedules of a store, in the foreground, until Ctrl-C or SIGTERM.
+
+    \b
+    Examples:
+      edt schedule serve --store /shared/edt-store
+    """
     from pipelines.artifacts import Store
     from pipelines.lease import Taken
     from pipelines.schedule import Schedules

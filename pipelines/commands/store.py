@@ -11,7 +11,13 @@ def verify(
     artifact: Annotated[str, typer.Argument(help="artifact folder or URI: the one that holds manifest.json")],
     deep: Annotated[bool, typer.Option(help="digest every file, not only its size")] = False,
 ) -> None:
-    """Check an artifact against its manifest."""
+    """Check an artifact against its manifest.
+
+    \b
+    Examples:
+      edt verify ./edt-store/latents/3f2a
+      edt verify ./edt-store/latents/3f2a --deep
+    """
     from edt_core.progress import Printed
     from jobs.verify import verify as verified
 
@@ -23,7 +29,13 @@ def artifacts(
     kind: Annotated[str | None, typer.Option(help="of this kind only, as latents or checkpoint")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the artifacts of a store: size, when and by which run each was made."""
+    """List the artifacts of a store: size, when and by which run each was made.
+
+    \b
+    Examples:
+      edt artifacts
+      edt artifacts --kind checkpoint --json
+    """
     from edt_core.errors import UserError
     from edt_core.schema import KINDS
     from edt_core.storage import Folder
@@ -60,7 +72,13 @@ def gc(
     force: Annotated[bool, typer.Option("--force", help="on a remote store, whatever MLflow says is running")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what no registered model and none of the last runs needs, and attempts that were given up."""
+    """Remove what no registered model and none of the last runs needs.
+
+    \b
+    Examples:
+      edt gc --dry-run
+      edt gc --keep-runs 5
+    """
     from pipelines.artifacts import Store
     from pipelines.garbage import collect
 

@@ -23,7 +23,7 @@ def submit(
     address: Annotated[
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="the cluster's dashboard")
     ] = "http://127.0.0.1:8265",
-    job_id: Annotated[str | None, typer.Option(help="name of the new job  [default: one of Ray's]")] = None,
+    job_id: Annotated[str | None, typer.Option(help="name of the new job  \\[default: one of Ray's]")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="submit it, and do not follow its log")] = False,
     follow: Annotated[
         str | None, typer.Option(metavar="JOB", help="come back to a job: its log from the start")
@@ -32,7 +32,13 @@ def submit(
     list_: Annotated[bool, typer.Option("--list", help="list the pipelines submitted to this cluster")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a pipeline as a job of a Ray cluster, and follow its log; Ctrl-C leaves it running."""
+    """Run a pipeline as a job of a Ray cluster and follow its log; Ctrl-C leaves it.
+
+    \b
+    Examples:
+      edt submit quickstart --address http://127.0.0.1:8265
+      edt submit --list --address http://127.0.0.1:8265
+    """
     from pipelines.config import load_config
     from pipelines.submission import Cluster, request_for
 

@@ -1,62 +1,91 @@
 """The verbs of `jobs/` as commands. Each has its own parser, one option a field of its configuration."""
 
+import argparse
+from importlib import import_module
+from typing import Any
+
 import typer
+from typer.core import TyperCommand
+
+_MODULES = {
+    "preprocess": "jobs.preprocess",
+    "encode": "jobs.encode",
+    "train": "jobs.train",
+    "evaluate": "jobs.evaluation",
+    "amm-search": "jobs.amm_search",
+    "sample": "jobs.draw",
+    "export": "jobs.export",
+    "bench": "jobs.benchmark.command",
+}
+
+
+class VerbCommand(TyperCommand):
+    """A command that a job's own parser reads, of which the shell learns its options."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        # Typer brings a click of its own in newer versions: the class is that of whichever it builds on.
+        package = TyperCommand.__mro__[1].__module__.rpartition(".")[0]
+        item = import_module(f"{package}.shell_completion").CompletionItem
+        found = super().shell_complete(ctx, incomplete)
+        for action in make_parser(self.name or "")._actions:
+            found += [item(name, help=action.help) for name in action.option_strings if name.startswith(incomplete)]
+        return found
+
 
 # A verb prints its own help.
-SETTINGS = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}, "add_help_option": False}
+SETTINGS: dict[str, Any] = {
+    "cls": VerbCommand,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
+
+
+def make_parser(verb: str) -> argparse.ArgumentParser:
+    """The parser of a verb, by the name of its command."""
+    module: Any = import_module(_MODULES[verb])
+    return getattr(module, "VERB", module).make_parser(f"edt {verb}")
+
+
+def _run(verb: str, context: typer.Context) -> None:
+    module: Any = import_module(_MODULES[verb])
+    getattr(module, "VERB", module).main(context.args, f"edt {verb}")
 
 
 def preprocess(context: typer.Context) -> None:
     """Turn labelled images into image shards: SOURCE OUT."""
-    from jobs.preprocess import VERB
-
-    VERB.main(context.args, "edt preprocess")
+    _run("preprocess", context)
 
 
 def encode(context: typer.Context) -> None:
     """Turn image shards into latent shards: IMAGES OUT --autoencoder PATH_OR_ID."""
-    from jobs.encode import VERB
-
-    VERB.main(context.args, "edt encode")
+    _run("encode", context)
 
 
 def train(context: typer.Context) -> None:
     """Train a model on latent shards: LATENTS OUT --model EDT-S/2."""
-    from jobs.train import VERB
-
-    VERB.main(context.args, "edt train")
+    _run("train", context)
 
 
 def evaluate(context: typer.Context) -> None:
-    """Sample from any model and measure it: MODEL OUT --images IMAGES --inception-weights FILE."""
-    from jobs.evaluation import main
-
-    main(context.args, "edt evaluate")
+    """Sample from any model and measure it: MODEL OUT --images IMAGES."""
+    _run("evaluate", context)
 
 
 def amm_search(context: typer.Context) -> None:
-    """Find where to modulate a model's attention, without training: MODEL OUT --images IMAGES."""
-    from jobs.amm_search import main
-
-    main(context.args, "edt amm-search")
+    """Find where to modulate a model's attention: MODEL OUT --images IMAGES."""
+    _run("amm-search", context)
 
 
 def sample(context: typer.Context) -> None:
-    """Draw images of chosen classes from any model into one picture: MODEL --classes otter,207 --out grid.png."""
-    from jobs.draw import main
-
-    main(context.args, "edt sample")
+    """Draw images of chosen classes into one picture: MODEL --classes otter,207."""
+    _run("sample", context)
 
 
 def export(context: typer.Context) -> None:
-    """Write for other tools: FEATURES TARGET --format png|npz|webdataset, or MODEL FILE --format torch-export."""
-    from jobs.export import main
-
-    main(context.args, "edt export")
+    """Write samples or a model for other tools: WHAT TARGET --format FORMAT."""
+    _run("export", context)
 
 
 def bench(context: typer.Context) -> None:
-    """Measure this machine: data, encode, train or eval, each figure beside a plain baseline."""
-    from jobs.benchmark.command import main
-
-    main(context.args, "edt bench")
+    """Measure this machine: data, encode, model, train or eval."""
+    _run("bench", context)

@@ -1,5 +1,7 @@
 """Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce, configs."""
 
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,14 +19,16 @@ from pipelines.commands.options import (
     TrackingUri,
     catalog_if_any,
     open_catalog,
+    print_json,
     print_rows,
 )
 
 if TYPE_CHECKING:
     from pipelines.config import PipelineConfig
+    from pipelines.terminal import Terminal
     from pipelines.workflows import Outcome
 
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join  [default: RAY_ADDRESS, or this machine]")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join  \\[default: RAY_ADDRESS, or this machine]")]
 
 
 def run(
@@ -38,11 +42,18 @@ def run(
     no_overlap: Annotated[
         bool, typer.Option("--no-overlap", help="start nothing while a run of this pipeline goes on in this store")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Run the whole pipeline; what is already made is reused."""
+    """Run the whole pipeline; what is already made is reused.
+
+    \b
+    Examples:
+      edt run
+      edt run imagenet256-edt-s --set source.path=/data/imagenet/train --dry-run
+      edt run edt.yaml --set train.max_steps=5000 --store /shared/edt-store --address auto
+    """
     from pipelines.config import load_config
     from pipelines.schedule import tell_scheduler
-    from pipelines.terminal import Terminal
     from pipelines.workflows import run as run_pipeline
 
     loaded = load_config(config, assignments, store)
@@ -51,19 +62,38 @@ def run(
 
         typer.echo(told(loaded))
         return
-    with _alone(loaded, no_overlap), Terminal() as terminal:
+    with _alone(loaded, no_overlap), _logged(loaded.store, "run", to_stderr=as_json) as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
         try:
             outcome = run_pipeline(loaded, terminal, address)
         except KeyboardInterrupt:
-            terminal.say("\nstopped; what is finished is kept, run again to go on", "yellow")
+            tell_stopped(terminal, "stopped")
             raise typer.Exit(130) from None
-        ended = "stopped" if outcome.stopped else "failed" if outcome.failures else "finished"
-        tell_scheduler(ended, outcome.run_id)
-        _fail_if_stopped(outcome)
+        tell_scheduler(outcome.status, outcome.run_id)
+        terminal.freeze()
         show_outcome(outcome, terminal)
-    if outcome.failures:
-        raise typer.Exit(exit_code(outcome))
+    if as_json:
+        log_path = str(terminal.log.path) if terminal.log is not None else None
+        print_json({**outcome.to_dict(), "log": log_path})
+    if code := exit_code(outcome):
+        raise typer.Exit(code)
+
+
+@contextmanager
+def _logged(store: str, name: str, to_stderr: bool) -> Iterator["Terminal"]:
+    """A terminal whose log takes what libraries print, Ray's last words included: it ends first."""
+    from pipelines.run_log import RunLog
+    from pipelines.terminal import Terminal
+
+    with RunLog.new(store, name, to_stderr) as log, Terminal(to_stderr, log) as terminal:
+        try:
+            yield terminal
+        finally:
+            terminal.freeze()
+            if "ray" in sys.modules:
+                import ray
+
+                ray.shutdown()
 
 
 @contextmanager
@@ -99,24 +129,15 @@ def configs(
     typer.echo(as_yaml(load_config(name)) if name else "\n".join(config_names()))
 
 
-def show_outcome(outcome: "Outcome", terminal: Any) -> None:
-    """The end of a run: failures, or where everything is."""
-    from edt_core.metrics import in_order
+def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
+    """The end of a run: what is registered and where everything is; of what failed, cause, remedy and log."""
     from edt_core.schema import REPORT_NAME, SAMPLES_NAME
 
-    terminal.say(
-        f"\n{outcome.reused} steps reused, {outcome.executed} run, {len(outcome.failures)} failed "
-        f"in {outcome.seconds:.0f} s"
-    )
+    counts = f"{outcome.reused} steps reused, {outcome.executed} run, {len(outcome.failures)} failed"
+    terminal.say(f"\n{counts} in {outcome.seconds:.0f} s")
     for name, decision in outcome.decisions.items():
-        before, after = outcome.metrics[name]
         terminal.say(f"\n{name} version {decision.version}  {decision}", "bold")
-        for metric in in_order(after):
-            value = after[metric]
-            if metric.endswith("_std") and metric.removesuffix("_std") in after:
-                continue
-            spread = f" ± {after[f'{metric}_std']:.2g}" if f"{metric}_std" in after else ""
-            terminal.say(f"  {metric:<20} {value:>10.4g}{spread}   untrained {before[metric]:.4g}")
+        _show_metrics(*outcome.metrics[name], terminal)
     for report in outcome.reports.values():
         terminal.say(f"\nsamples   {report.path(SAMPLES_NAME)}")
         terminal.say(f"report    {report.path(REPORT_NAME)}")
@@ -124,28 +145,49 @@ def show_outcome(outcome: "Outcome", terminal: Any) -> None:
     if outcome.tracking_uri.startswith("sqlite:"):
         terminal.say(f"          mlflow ui --backend-store-uri {outcome.tracking_uri}")
     for name, error in outcome.failures.items():
-        terminal.say(f"\nerror: {name}: {error_text(error)}", "red")
+        _show_failure(name, error, terminal)
+    if outcome.stopped:
+        tell_stopped(terminal, outcome.stopped)
+
+
+def _show_metrics(before: Mapping[str, float], after: Mapping[str, float], terminal: "Terminal") -> None:
+    from edt_core.metrics import in_order
+
+    for metric in in_order(after):
+        if metric.endswith("_std") and metric.removesuffix("_std") in after:
+            continue
+        spread = f" ± {after[f'{metric}_std']:.2g}" if f"{metric}_std" in after else ""
+        terminal.say(f"  {metric:<20} {after[metric]:>10.4g}{spread}   untrained {before[metric]:.4g}")
+
+
+def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None:
+    from jobs.failure import explained
+
+    failure = explained(error)
+    terminal.say("")
+    terminal.tell(f"error: {step}: {failure.cause}", "red", indent=7)
+    if failure.remedy:
+        terminal.tell(f"       {failure.remedy}", indent=7)
+    if terminal.log is not None:
+        terminal.say(f"       log: {terminal.log.path}")
+
+
+def tell_stopped(terminal: "Terminal", how: str) -> None:
+    """Say that a run was stopped, and the command that goes on with it."""
+    terminal.freeze()
+    terminal.say(f"\n{how}; what is finished is kept. To go on:\n  {shlex.join(['edt', *sys.argv[1:]])}", "yellow")
 
 
 def exit_code(outcome: "Outcome") -> int:
-    """2 where the request itself was wrong and nothing came of it, 1 where a step failed."""
-    wrong = all(isinstance(error, UserError) for error in outcome.failures.values())
-    return 2 if wrong and not outcome.decisions else 1
-
-
-def _fail_if_stopped(outcome: "Outcome") -> None:
+    """130 where it was stopped, 2 where the request was wrong and nothing came of it, 1 where a step failed, or 0."""
     if outcome.stopped:
-        typer.echo(f"\n{outcome.stopped}; what is finished is kept, run again to go on", err=True)
-        raise typer.Exit(130)
+        return 130
+    wrong = all(isinstance(error, UserError) for error in outcome.failures.values())
+    return 0 if not outcome.failures else 2 if wrong and not outcome.decisions else 1
 
 
 def _short(row: Mapping[str, Any], *names: str) -> dict[str, str]:
     return {name: (row[name] or "-")[:12] for name in names}
-
-
-def error_text(error: BaseException) -> str:
-    """What to print of an error: a user's own mistake without its type, a fault of ours with it."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def plan(
@@ -154,7 +196,13 @@ def plan(
     store: ConfigStore = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell of each step whether it would be reused, resumed or run, and why; start nothing."""
+    """Tell which steps a run would reuse, resume or run, and why; start nothing.
+
+    \b
+    Examples:
+      edt plan quickstart --set train.lr=0.001
+      edt plan edt.yaml --json
+    """
     from pipelines.config import load_config
     from pipelines.plan import plan as planned
 
@@ -173,7 +221,13 @@ def runs(
     limit: Annotated[int, typer.Option(min=1, help="this many, the newest")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs of pipelines: what each reused and made, and what failed."""
+    """List the runs of pipelines: what each reused and made, and what failed.
+
+    \b
+    Examples:
+      edt runs
+      edt runs quickstart --limit 5 --json
+    """
     from pipelines.runs import run_rows
 
     rows = run_rows(open_catalog(store, tracking_uri), pipeline, limit)
@@ -185,7 +239,7 @@ def runs(
 def reproduce(
     run_id: Annotated[str, typer.Argument(help="MLflow id of a pipeline's run, as `edt runs` lists them")],
     into: Annotated[
-        str | None, typer.Option(help="empty folder of the new store  [default: ./edt-reproduced-<run>]")
+        str | None, typer.Option(help="empty folder of the new store  \\[default: ./edt-reproduced-<run>]")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
@@ -193,16 +247,24 @@ def reproduce(
     other_code: Annotated[bool, typer.Option("--other-code", help="go on where the code is another version")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Do a run again from its MLflow record alone, into a fresh store, and compare every artifact's content."""
+    """Do a run again from its MLflow record alone, and compare every artifact.
+
+    \b
+    Examples:
+      edt reproduce 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --into ./again
+      edt reproduce 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --tracking-uri http://mlflow:5000 --json
+    """
     from pipelines.reproduce import reproduce as reproduced
-    from pipelines.terminal import Terminal
 
     catalog = open_catalog(store, tracking_uri)
-    with Terminal(to_stderr=True) as terminal:
-        outcome, found = reproduced(
-            run_id, catalog, into or f"./edt-reproduced-{run_id[:8]}", terminal, address, other_code
-        )
-    _fail_if_stopped(outcome)
+    folder = into or f"./edt-reproduced-{run_id[:8]}"
+    with _logged(store, "reproduce", to_stderr=True) as terminal:
+        outcome, found = reproduced(run_id, catalog, folder, terminal, address, other_code)
+        if outcome.stopped:
+            tell_stopped(terminal, outcome.stopped)
+            raise typer.Exit(130)
+        for name, error in outcome.failures.items():
+            _show_failure(name, error, terminal)
     rows = [comparison.as_row() for comparison in found]
     shown = [{**row, "equal": "yes" if row["equal"] else "NO", **_short(row, "recorded", "now")} for row in rows]
     print_rows(rows if as_json else shown, ("step", "recorded", "now", "equal", "how"), as_json)

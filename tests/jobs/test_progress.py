@@ -17,7 +17,6 @@ from edt_core.progress import Printed
 from jobs.cluster import cause_of
 from jobs.progress import STOPPING, Bar, Board, BoardProgress, Interrupts, Kept, Measured, Picture, Warned
 from jobs.verb import exit_code
-from pipelines.terminal import Terminal
 
 
 def test_reports_wait_in_order_until_they_are_delivered() -> None:
@@ -61,32 +60,15 @@ def test_a_detail_that_changes_begins_no_phase(capsys: pytest.CaptureFixture[str
     assert board.read()[0]["train"] == (2, 10, "steps", "loss 2")
 
 
-def test_bars_go_on_when_the_detail_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_goes_on_when_the_detail_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar = Bar("train")
-    terminal = Terminal()
-    board = Board()
     tasks = set()
     for step in (1, 2, 3):
         bar.update(step, 10, "steps", detail=f"loss {step}")
-        board.update("train", step, 10, "steps", None, f"loss [{step}]")
-        terminal.show(*board.read()[:2])
         tasks |= set(bar._bars.task_ids)
     assert len(tasks) == 1
     assert "loss 3" in bar._bars.tasks[0].fields["rate"]
-    (task,) = terminal._bars.tasks
-    assert (task.completed, task.fields["note"]) == (3, "steps, loss [3]")
-
-
-def test_a_resumed_step_has_no_speed_from_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    terminal, board = Terminal(), Board()
-    for now, done in ((0.0, 5000), (10.0, 5010)):
-        clock[0] = now
-        board.update("train", done, 6000, "steps", None)
-        terminal.show(*board.read()[:2])
-    assert terminal._bars.tasks[0].fields["left"] == "1.0/s, 990 s left"
 
 
 @pytest.fixture

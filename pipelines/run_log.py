@@ -1,0 +1,110 @@
+"""The log of a run: what Ray, MLflow and other libraries print, in a file and not over what a person looks at."""
+
+import os
+import re
+import sys
+import tempfile
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import TextIO
+
+from edt_core.redaction import redacted
+from edt_core.storage import Folder
+
+FOLDER = "logs"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_MOST_CHARS = 2_000_000  # of a log that is put into the run's record: its end
+
+
+class RunLog:
+    """A file that takes all that is printed while it is entered, but what goes to `screen`.
+
+    It takes the file descriptors 1 and 2 themselves: Ray's and other C++ code writes there without asking Python.
+    Credentials are taken out at the end.
+    """
+
+    def __init__(self, path: Path, to_stderr: bool = False) -> None:
+        self.path = path
+        stream = sys.stderr if to_stderr else sys.stdout
+        self._kept: dict[int, int] = {}
+        self._descriptor = 2 if to_stderr else 1
+        self.screen: TextIO = stream  # where the view goes; another one while entered
+
+    @classmethod
+    def new(cls, store: str, name: str, to_stderr: bool = False) -> "RunLog":
+        """A new log in the `logs` of a local store; in the temporary folder where a store is remote or read-only."""
+        root = Folder.at(store).local
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        file = f"{name}-{stamp}-{os.getpid()}.log"
+        for folder in (root / FOLDER if root is not None else None, Path(tempfile.gettempdir()) / "edt-logs"):
+            if folder is None:
+                continue
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / file).touch()
+            except OSError:
+                continue
+            return cls(folder / file, to_stderr)
+        return cls(Path(os.devnull), to_stderr)
+
+    def __enter__(self) -> "RunLog":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+        if _is_descriptor(self.screen, self._descriptor):
+            encoding = self.screen.encoding
+            self.screen = open(os.dup(self._descriptor), "w", encoding=encoding, buffering=1)
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for descriptor in self._kept:
+            os.dup2(file, descriptor)
+        os.close(file)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, kept in self._kept.items():
+            os.dup2(kept, descriptor)
+            os.close(kept)
+        if not _is_descriptor(self.screen, self._descriptor) and self.screen not in (sys.stdout, sys.stderr):
+            self.screen.close()
+        self._clean()
+
+    def write(self, text: str) -> None:
+        """Add a line or more of our own."""
+        if self.path.is_file():
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{redacted(text)}\n")
+
+    def text(self) -> str:
+        """What it holds so far, without credentials: the end of it, where it is long."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return _readable(self.path.read_text(encoding="utf-8", errors="replace"))[-_MOST_CHARS:]
+
+    def _clean(self) -> None:
+        if not self.path.is_file():
+            return
+        raw = self.path.read_text(encoding="utf-8", errors="replace")
+        if not raw:
+            self.path.unlink()
+        elif (clean := _readable(raw)) != raw:
+            self.path.write_text(clean, encoding="utf-8")
+
+
+def _readable(text: str) -> str:
+    """Without colours and credentials, and a line that comes again and again once, with how often."""
+    told = []
+    for line, same in groupby(redacted(_COLOUR.sub("", text)).splitlines()):
+        number = sum(1 for _ in same)
+        told.append(line if number == 1 or not line else f"{line} [{number} times]")
+    return "".join(f"{line}\n" for line in told)
+
+
+def _is_descriptor(stream: TextIO, descriptor: int) -> bool:
+    """Whether a stream is that of a file descriptor, and not one that a test put in its place."""
+    try:
+        return stream.fileno() == descriptor
+    except (OSError, ValueError, AttributeError):
+        return False

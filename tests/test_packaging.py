@@ -88,6 +88,7 @@ def test_the_metadata_names_extras_versions_and_license(metadata: Message, conte
     assert {"gpu", "s3", "gcs", "postgres", "dinov2", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert contents[_info("licenses/LICENSE")] == (ROOT / "LICENSE").read_bytes()
     classifiers = metadata.get_all("Classifier", [])
     assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)} <= set(classifiers)
     assert contents[_info("entry_points.txt")].decode().split("\n")[:2] == [
@@ -108,7 +109,9 @@ def test_it_installs_and_edt_runs_from_there(wheel: Path, tmp_path: Path) -> Non
     where = run(python, "-c", "import edt_core, jobs, pipelines; print(pipelines.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(home)
     assert "edt" in run(edt, "--help", cwd=tmp_path)
-    assert "EDT-Tiny/2" in run(edt, "configs", "quickstart", cwd=tmp_path)
+    assert run(edt, "--version", cwd=tmp_path).split() == ["edt", PROJECT["version"]]
+    shipped = "from pipelines.config import load_config; print(load_config('quickstart').train.model)"
+    assert run(python, "-c", shipped, cwd=tmp_path).split() == ["EDT-Tiny/2"]
 
 
 def test_every_requirement_is_met_by_the_lock() -> None:

@@ -32,6 +32,7 @@ def sample(name: str) -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For `-n 2 --dist loadgroup`: all that uses Ray on one worker, in its order; beside it every other module whole.
 

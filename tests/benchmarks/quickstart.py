@@ -1,4 +1,4 @@
-"""Times the promises of the quickstart: `edt --help`, a first `edt run`, and a second one that reuses everything.
+"""Times the promises of the quickstart: imports, `edt --help`, a first `edt run`, and a second that reuses everything.
 
     python tests/benchmarks/quickstart.py [--out results.json] [--store FOLDER]
 
@@ -18,26 +18,34 @@ from pathlib import Path
 
 from edt_core.environment import code_version
 
-EDT = [sys.executable, "-m", "pipelines.cli"]
+EDT = ("-m", "pipelines.cli")
+IMPORTS = ("import edt_core", "import edt_core.models", "from edt_core import EDTPipeline")
 
 
 def timed(*arguments: str) -> tuple[float, str]:
-    """Seconds and standard output of one command. Raises CalledProcessError where it fails."""
+    """Seconds and standard output of one Python process. Raises CalledProcessError where it fails."""
     started = time.perf_counter()
-    done = subprocess.run([*EDT, *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
     return time.perf_counter() - started, done.stdout
+
+
+def median_of_5(*arguments: str) -> float:
+    """Seconds of a Python process from its start to its end."""
+    return round(sorted(timed(*arguments)[0] for _ in range(5))[2], 2)
 
 
 def measure(store: str) -> dict[str, object]:
     """Figures by name."""
-    helps = sorted(timed("--help")[0] for _ in range(5))
-    first, output = timed("run", "--store", store)
-    second, again = timed("run", "--store", store)
+    imports = {f"{statement}, median of 5 [s]": median_of_5("-c", statement) for statement in IMPORTS}
+    helps = median_of_5(*EDT, "--help")
+    first, output = timed(*EDT, "run", "--store", store)
+    second, again = timed(*EDT, "run", "--store", store)
     metrics = dict(re.findall(r"^  (\w+) +([-\d.e+]+)   untrained", output, re.MULTILINE))
     untrained = dict(re.findall(r"^  (\w+) +[-\d.e+]+   untrained ([-\d.e+]+)", output, re.MULTILINE))
     summary = re.search(r"\d+ steps reused, \d+ run, \d+ failed", again)
     return {
-        "edt --help, median of 5 [s]": round(helps[2], 2),
+        **imports,
+        "edt --help, median of 5 [s]": helps,
         "edt run, first [s]": round(first, 1),
         "edt run, second [s]": round(second, 1),
         "second run": summary[0] if summary else "?",

@@ -1,0 +1,100 @@
+"""The notebook, run from its first cell to its last on a registered model, in a kernel that reaches no network."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.workflows import Outcome
+from tests.pipelines.small import MODEL, environment
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "explore_model.ipynb"
+PICTURES = {"samples", "guidance", "steps", "amm", "losses"}  # ids of the cells that draw
+NO_NETWORK = """
+import socket
+
+def refused(*arguments):
+    raise OSError(f"the notebook wants the network: {arguments}")
+
+socket.getaddrinfo = refused
+connect = socket.socket.connect
+
+def local_only(self, address):
+    return connect(self, address) if isinstance(address, str) or address[0] == "127.0.0.1" else refused(address)
+
+socket.socket.connect = local_only
+"""
+
+
+def executed(model: str, store: Path, home: Path) -> dict[str, Any]:
+    """The cells by their ids, with outputs. Raises what nbclient raises for a cell that raises."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(NO_NETWORK))
+    env = environment(
+        EDT_MODEL=model,
+        EDT_STORE=str(store),
+        IPYTHONDIR=str(home),
+        JUPYTER_RUNTIME_DIR=str(home),
+        OMP_NUM_THREADS="1",  # so narrow a model is done sooner by one
+    )
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client.execute(cwd=str(NOTEBOOK.parent), env=env)
+    return {cell["id"]: cell for cell in notebook.cells}
+
+
+@pytest.mark.ray
+def test_it_looks_up_loads_samples_and_plots(first: Outcome, store: Path, tmp_path: Path) -> None:
+    cells = executed(f"{MODEL}@champion", store, tmp_path)
+    for name in PICTURES:
+        (data,) = (output["data"] for output in cells[name]["outputs"] if "image/png" in output.get("data", {}))
+        assert _spread(data["image/png"]) > 5, f"the picture of the cell {name!r} shows nothing"
+    told = {name: _text(cell) for name, cell in cells.items()}
+    for name, value in first.metrics[MODEL][1].items():
+        assert name in told["metrics"]
+        assert f"{value:.3f}" in told["metrics"]
+    for fingerprint in _lineage(first):
+        assert fingerprint[:12] in told["lineage"]
+    assert "EDT-Tiny/2" in told["load"]
+    assert not [name for name, text in told.items() if "Warning" in text]
+
+
+@pytest.mark.ray
+def test_a_cell_that_raises_fails_and_says_what_there_is(first: Outcome, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=f"did you mean {MODEL}"):
+        executed("edt-tiny-digit-32", store, tmp_path)
+
+
+def test_it_is_kept_without_outputs() -> None:
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+def _text(cell: Any) -> str:
+    """All that a cell printed or showed as text."""
+    outputs = cell.get("outputs", [])
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def _spread(png: str) -> float:
+    """Standard deviation of the levels of a picture, 0..255."""
+    from PIL import Image
+
+    return float(np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L")).std())
+
+
+def _lineage(outcome: Outcome) -> set[str]:
+    """Fingerprints of the run's steps that are behind the registered version."""
+    from pipelines.catalog import Catalog
+    from pipelines.lineage import lineage
+
+    nodes = lineage(Catalog(outcome.tracking_uri, ""), f"{MODEL}/1").nodes
+    found = {name for name, node in nodes.items() if node.kind in ("images", "autoencoder", "latents", "checkpoint")}
+    assert len(found) == 4
+    return found

@@ -1,0 +1,152 @@
+"""What is distributed: a wheel with the three packages and nothing else, and what it says of itself."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from collections.abc import Sequence
+from email import message_from_bytes
+from email.message import Message
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("edt_core", "jobs", "pipelines")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HEAVY = {"ray", "mlflow", "diffusers", "torch", "transformers", "pyarrow", "matplotlib", "sklearn", "pandas", "numpy"}
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """Standard output of a command in an environment where no package is on the path but those installed."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sdist and wheel, the wheel made from the sdist, built without a network from a copy of the tree."""
+    folder = tmp_path_factory.mktemp("packaging")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "edt-store", "mlruns")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "source", cwd=folder)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (found,) = dist.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def contents(wheel: Path) -> dict[str, bytes]:
+    with ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def metadata(contents: dict[str, bytes]) -> Message:
+    return message_from_bytes(contents[_info("METADATA")])
+
+
+def _info(name: str) -> str:
+    return f"edt_pipeline-{PROJECT['version']}.dist-info/{name}"
+
+
+def test_the_wheel_holds_the_packages_whole_and_nothing_else(contents: dict[str, bytes]) -> None:
+    """So no test, no test data and no notebook; and no data file of a package that was forgotten in pyproject.toml."""
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
+    ours = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+    assert {name for name in contents if not name.startswith(_info(""))} == ours
+    for needed in ("edt_core/data/imagenet_classes.txt", "pipelines/configs/quickstart.yaml", "jobs/py.typed"):
+        assert needed in ours
+    assert any(name.startswith("pipelines/templates/") for name in ours)
+
+
+def test_the_source_archive_builds_and_has_no_test_data(dist: Path, contents: dict[str, bytes]) -> None:
+    (archive,) = dist.glob("*.tar.gz")
+    shutil.unpack_archive(archive, dist / "unpacked", filter="data")
+    (folder,) = (dist / "unpacked").iterdir()
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in contents if not name.startswith(_info(""))} <= files  # the wheel was built from these
+    assert not [name for name in files if name.startswith(("tests/", "notebooks/", "docs/"))]
+
+
+def test_the_metadata_names_extras_versions_and_license(metadata: Message, contents: dict[str, bytes]) -> None:
+    assert {"gpu", "s3", "gcs", "postgres", "dinov2", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert contents[_info("licenses/LICENSE")] == (ROOT / "LICENSE").read_bytes()
+    classifiers = metadata.get_all("Classifier", [])
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)} <= set(classifiers)
+    assert contents[_info("entry_points.txt")].decode().split("\n")[:2] == [
+        "[console_scripts]",
+        "edt = pipelines.cli:main",
+    ]
+
+
+def test_it_installs_and_edt_runs_from_there(wheel: Path, tmp_path: Path) -> None:
+    """In a new environment, which sees the libraries of this one and none of this project's files."""
+    home = tmp_path / "venv"
+    venv.create(home, symlinks=True)
+    python, edt = home / "bin" / "python", home / "bin" / "edt"
+    (site,) = (home / "lib").glob("python*/site-packages")
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))  # the .pth files in there are not followed
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel)
+
+    where = run(python, "-c", "import edt_core, jobs, pipelines; print(pipelines.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(home)
+    assert "edt" in run(edt, "--help", cwd=tmp_path)
+    assert run(edt, "--version", cwd=tmp_path).split() == ["edt", PROJECT["version"]]
+    shipped = "from pipelines.config import load_config; print(load_config('quickstart').train.model)"
+    assert run(python, "-c", shipped, cwd=tmp_path).split() == ["EDT-Tiny/2"]
+
+
+def test_every_requirement_is_met_by_the_lock() -> None:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = dict(re.fullmatch(r"([\w.-]+)==(\S+)", line).groups() for line in lines)  # type: ignore[union-attr]
+    locked = {canonicalize_name(name): version for name, version in pins.items()}
+    optional = PROJECT["optional-dependencies"]
+    own = Requirement(optional["dev"][0])
+    assert own.name == PROJECT["name"]
+    extras = [text for extra in own.extras for text in optional[extra]]
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *optional["dev"][1:], *extras]):
+        version = locked.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement} is not in requirements.lock"
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement}, but {version} is locked"
+
+
+def imported(statement: str) -> set[str]:
+    """Top-level names of all modules that a new Python has after a statement."""
+    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import edt_core", sorted(HEAVY)),
+        ("import jobs, pipelines", sorted(HEAVY)),
+        ("from edt_core import EDTPipeline", ["mlflow", "ray"]),
+    ],
+)
+def test_an_import_brings_no_more_than_it_needs(statement: str, absent: Sequence[str]) -> None:
+    """Hence `import edt_core` at once; tests/benchmarks/quickstart.py times it."""
+    assert not set(absent) & imported(statement)
+
+
+def test_what_is_imported_is_seen() -> None:
+    assert "numpy" in imported("import edt_core.sample_grid")

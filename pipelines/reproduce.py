@@ -22,10 +22,11 @@ from jobs.registry_files import own_uri
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog, flatten
 from pipelines.config import PipelineConfig
+from pipelines.outcome import Outcome
 from pipelines.plan import Planner
 from pipelines.runs import Record, artifact_runs, read_record, step_tag, steps_of
 from pipelines.terminal import Terminal
-from pipelines.workflows import Outcome, Published, call_steps, prepare_source, run
+from pipelines.workflows import Published, call_steps, prepare_source, run
 
 REPORT = "report."  # reports name runs, places and times; they are written again, and not compared
 

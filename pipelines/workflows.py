@@ -4,26 +4,23 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from edt_core.artifact import Artifact, Source
+from edt_core.artifact import Source
 from edt_core.config import PUBLISHED_SPACES, SourceConfig, TrainConfig
 from edt_core.environment import environment
 from edt_core.errors import Stopped
-from edt_core.redaction import redacted
-from edt_core.schema import REPORT_NAME
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
 from jobs.extractors import extractor_source
-from jobs.failure import explained
 from jobs.verb import image_source
 from pipelines import summary
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog, tracking_kept
 from pipelines.config import PipelineConfig, as_yaml
 from pipelines.engine import Workflow
+from pipelines.outcome import Outcome
 from pipelines.promotion import Decision
 from pipelines.registration import entry_of, promote
 from pipelines.report_registry import version_record
@@ -42,53 +39,6 @@ class Branch:
     name: str
     train: TrainConfig
     steps: Mapping[str, StepFuture]
-
-
-@dataclass
-class Outcome:
-    """What a run came to."""
-
-    run_id: str
-    tracking_uri: str
-    link: str = ""  # where a person sees the run
-    seconds: float = 0.0
-    decisions: dict[str, Decision] = field(default_factory=dict)
-    reports: dict[str, Artifact] = field(default_factory=dict)
-    metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(default_factory=dict)  # before, after
-    failures: dict[str, BaseException] = field(default_factory=dict)
-    stopped: str = ""  # where the run was stopped to go on later, if it was
-    executed: int = 0
-    reused: int = 0
-
-    @property
-    def status(self) -> str:
-        """finished, failed or stopped."""
-        return "stopped" if self.stopped else "failed" if self.failures else "finished"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For programs: how it ended, and where everything is."""
-        return {
-            "run_id": self.run_id,
-            "tracking_uri": redacted(self.tracking_uri),
-            "link": self.link,
-            "status": self.status,
-            "seconds": round(self.seconds, 1),
-            "reused": self.reused,
-            "executed": self.executed,
-            "stopped": self.stopped,
-            "failures": {name: asdict(explained(error)) for name, error in self.failures.items()},
-            "models": {
-                name: {
-                    "version": decision.version,
-                    "champion": decision.became_champion,
-                    "decision": str(decision),
-                    "untrained": dict(self.metrics[name][0]),
-                    "metrics": dict(self.metrics[name][1]),
-                    "report": self.reports[name].path(REPORT_NAME) if name in self.reports else None,
-                }
-                for name, decision in self.decisions.items()
-            },
-        }
 
 
 def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal) -> Source:

@@ -25,8 +25,8 @@ from pipelines.commands.options import (
 
 if TYPE_CHECKING:
     from pipelines.config import PipelineConfig
+    from pipelines.outcome import Outcome
     from pipelines.terminal import Terminal
-    from pipelines.workflows import Outcome
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join  \\[default: RAY_ADDRESS, or this machine]")]
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import load_config
+from pipelines.outcome import Outcome
 from pipelines.terminal import Terminal
-from pipelines.workflows import Outcome, run
+from pipelines.workflows import run
 from tests.pipelines.small import SMALL
 
 CANARY = "canary-5e1f0d"

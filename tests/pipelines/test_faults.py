@@ -23,8 +23,8 @@ from edt_core.schema import MANIFEST_NAME
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
 from pipelines.config import load_config
+from pipelines.outcome import Outcome
 from pipelines.plan import plan
-from pipelines.workflows import Outcome
 from tests.conftest import small_tmpfs
 from tests.pipelines.small import MODEL, SMALL, STEPS, start_run
 

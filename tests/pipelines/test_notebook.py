@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.workflows import Outcome
+from pipelines.outcome import Outcome
 from tests.pipelines.small import MODEL, environment
 
 nbformat = pytest.importorskip("nbformat")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.outcome import Outcome
 from pipelines.report import render_report
-from pipelines.workflows import Outcome
 from tests.pipelines.browser import Browser, Page
 from tests.pipelines.reporting import COSTS, HISTORY, REGISTRY, images, neighbourhood, whole_report_data
 from tests.pipelines.small import MODEL

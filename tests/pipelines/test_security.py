@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.workflows import Outcome
+from pipelines.outcome import Outcome
 from tests.pipelines.conftest import CANARY, pipeline
 from tests.pipelines.small import start
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from edt_core.errors import UserError
 from pipelines.cli import app
+from pipelines.outcome import Outcome
 from pipelines.ui import DEFAULT_PORT, free_port, has_display, run_link, stop
-from pipelines.workflows import Outcome
 from tests.pipelines.small import EDT, environment
 
 

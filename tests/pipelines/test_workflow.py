@@ -16,8 +16,8 @@ from jobs import autoencoder
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
 from pipelines.engine import Workflow
+from pipelines.outcome import Outcome
 from pipelines.terminal import Terminal
-from pipelines.workflows import Outcome
 from tests.pipelines.conftest import CANARY, pipeline
 from tests.pipelines.small import MODEL, STEPS, start_run
 

@@ -16,10 +16,10 @@ from edt_core.storage import Folder
 from pipelines.catalog import Catalog
 from pipelines.commands.options import catalog_if_any
 from pipelines.config import load_config
+from pipelines.outcome import Outcome
 from pipelines.plan import PlannedStep, plan
 from pipelines.reproduce import reproduce
 from pipelines.terminal import Terminal
-from pipelines.workflows import Outcome
 from tests.pipelines.conftest import pipeline
 from tests.pipelines.small import MODEL, SMALL, options, start
 

@@ -1,0 +1,58 @@
+"""What a run of a workflow came to."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from edt_core.artifact import Artifact
+from edt_core.redaction import redacted
+from edt_core.schema import REPORT_NAME
+from jobs.failure import explained
+from pipelines.promotion import Decision
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    run_id: str
+    tracking_uri: str
+    link: str = ""  # where a person sees the run
+    seconds: float = 0.0
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    reports: dict[str, Artifact] = field(default_factory=dict)
+    metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(default_factory=dict)  # before, after
+    failures: dict[str, BaseException] = field(default_factory=dict)
+    stopped: str = ""  # where the run was stopped to go on later, if it was
+    executed: int = 0
+    reused: int = 0
+
+    @property
+    def status(self) -> str:
+        """finished, failed or stopped."""
+        return "stopped" if self.stopped else "failed" if self.failures else "finished"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs: how it ended, and where everything is."""
+        return {
+            "run_id": self.run_id,
+            "tracking_uri": redacted(self.tracking_uri),
+            "link": self.link,
+            "status": self.status,
+            "seconds": round(self.seconds, 1),
+            "reused": self.reused,
+            "executed": self.executed,
+            "stopped": self.stopped,
+            "failures": {name: asdict(explained(error)) for name, error in self.failures.items()},
+            "models": {
+                name: {
+                    "version": decision.version,
+                    "champion": decision.became_champion,
+                    "decision": str(decision),
+                    "untrained": dict(self.metrics[name][0]),
+                    "metrics": dict(self.metrics[name][1]),
+                    "report": self.reports[name].path(REPORT_NAME) if name in self.reports else None,
+                }
+                for name, decision in self.decisions.items()
+            },
+        }

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edt_core.environment import environment
-from edt_core.errors import UserError
 from edt_core.storage import Folder
 from pipelines.config import PipelineConfig
 from pipelines.disk import disk_needs, largest_first, size_text
@@ -156,13 +155,14 @@ def store(patient: Patient) -> Found:
     name, data = f".doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
         folder.write_bytes(name, data)
-        if folder.read_bytes(name) != data:
-            raise UserError(f"{folder.uri} gives back other bytes than were written; use another store")
-    finally:
+        same = folder.read_bytes(name) == data
         folder.remove(name)
+    finally:
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+    if not same:
+        return "fail", f"{folder.uri} gives back other bytes than were written", "use another store"
     return "ok", f"{folder.uri} is written and read{' (it is new)' if made else ''}", ""
 
 

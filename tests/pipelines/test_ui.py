@@ -69,7 +69,7 @@ def test_a_browser_is_opened_only_where_it_is_seen(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_server_is_ended_with_its_children() -> None:
-    """Also those that do not listen to SIGTERM. Its output ends when the last process that could write to it is gone."""
+    """Also those that ignore SIGTERM. The output ends when the last process that could write to it is gone."""
     code = (
         "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         "subprocess.Popen(['sleep', '600']); print('ready', flush=True); time.sleep(600)"

@@ -32,19 +32,6 @@ def sample(name: str) -> Path:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: all that uses Ray on one worker, in its order; beside it every other module whole.
-
-    A test of Ray waits for processes most of its time, so the cores are free for the others.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        uses_ray = item.get_closest_marker("ray") or "ray_session" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if uses_ray else item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def node_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The node's cache in a folder of these tests, set before any worker process starts."""

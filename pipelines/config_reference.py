@@ -14,15 +14,17 @@ from pipelines.config import PipelineConfig
 
 _INTRODUCTION = """\
 # Configuration
-Made from the schemas by `python -m pipelines.config_reference > docs/config.md`; a test fails where the two differ. Do not edit it.
+Made from the schemas by `python -m pipelines.config_reference > docs/config.md`; a test fails where the two differ.
+Do not edit it.
 
-A configuration is a YAML file with these sections, given to `edt run` by path, or by name if it ships with the package. What is left
-out has the default. `base: NAME_OR_PATH` takes another configuration and puts what stands here on top, section by section, but
-`models` as a whole. On the command line `--set train.lr=0.001` sets one field, and `edt train` and the other verbs take the fields
-of their section as options (`--lr 0.001`). Unknown fields are refused.
+A configuration is a YAML file with these sections, given to `edt run` by path, or by name if it ships with the package.
+What is left out has the default. `base: NAME_OR_PATH` takes another configuration and puts what stands here on top,
+section by section, but `models` as a whole. On the command line `--set train.lr=0.001` sets one field, and `edt train`
+and the other verbs take the fields of their section as options (`--lr 0.001`). Unknown fields are refused.
 
-*Result* says whether a change makes another artifact. Where it is "no", the field says how a step runs or where something lies: it is no part of a
-fingerprint, and what was made before is reused. Of `source` and of published weights only what is in them counts, not where they lie.
+*Result* says whether a change makes another artifact. Where it is "no", the field says how a step runs or where
+something lies: it is no part of a fingerprint, and what was made before is reused. Of `source` and of published weights
+only what is in them counts, not where they lie.
 """
 
 # The unit of a number, by its name: the first pattern that fits.
@@ -106,16 +108,11 @@ def _kind(annotation: Any) -> str:
         return ", ".join(f"`{word}`" for word in inner)
     if origin in (Union, types.UnionType):
         return " or ".join(_kind(kind) for kind in inner)
-    if origin is tuple:
-        several = inner[-1] is Ellipsis
+    if origin is tuple and inner[-1] is Ellipsis:
         of = _kind(inner[0])
-        return (
-            f"list of ({of})"
-            if several and "," in of
-            else f"list of {of}"
-            if several
-            else f"[{', '.join(_kind(kind) for kind in inner)}]"
-        )
+        return f"list of ({of})" if "," in of else f"list of {of}"
+    if origin is tuple:
+        return f"[{', '.join(_kind(kind) for kind in inner)}]"
     if origin is dict:
         return f"mapping of {_kind(inner[0])} to {_kind(inner[1])}"
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", type(None): "`null`", Any: "value"}

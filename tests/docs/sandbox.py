@@ -28,6 +28,8 @@ STANDS_FOR = (
     (r"\bNAME/VERSION\b", f"{MODEL}/2"),
     (r"\bNAME\b", MODEL),
     (r"\bDIR\b", "./model"),
+    (r" --num-gpus-per-worker \d+", ""),
+    (r"(?<!-)/shared/", "./"),
     (r"\bSOURCE\b", "flowers"),
     (r"\bIMAGES\b", "./images"),
     (r"\bLATENTS\b", "./latents"),
@@ -40,6 +42,7 @@ _CHAIN = "--num-sampling-steps 2"
 _SAMPLES = f"--num-samples 20 --unit-size 20 {_CHAIN} --num-workers 1"
 AFTER = {
     "preprocess": "--image-size 32",
+    "encode": "--num-workers 1",
     "train": "--max-steps 2 --global-batch-size 4 --num-workers 1",
     "evaluate": _SAMPLES,
     "amm-search": f"{_SAMPLES} --repeats 2 --blocks 0 --radii 1 --top 1",
@@ -61,7 +64,7 @@ NEEDS = (
         f"edt evaluate {MODEL}@champion ./evaluation --images ./images --inception-weights W --export npz",
     ),
     (r"schedule (pause|resume|remove) nightly", 'edt schedule quickstart --cron "0 3 * * *" --name nightly'),
-    (rf"{MODEL}| classifier|edt (plan|runs|artifacts|gc|models|lineage)", "edt run quickstart"),
+    (rf"{MODEL}|--classifier classifier|edt (plan|runs|artifacts|gc|models|lineage)", "edt run quickstart"),
 )
 
 
@@ -92,7 +95,7 @@ class Sandbox:
         (root / "imagenet" / "train").symlink_to(images)  # where the shipped configurations look
         for name, model in (("edt", "EDT-Tiny/2"), ("dit", "DiT-Tiny/2"), ("mdt", "MDTv2-Tiny/2")):
             released(root, model).rename(root / f"{name}.pt")
-        build_autoencoder(AutoencoderConfig(base_channels=8), 32).save_pretrained(root / "vae")
+        build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32).save_pretrained(root / "vae")
         return cls(root)
 
     @property
@@ -128,7 +131,7 @@ class Sandbox:
 
     def _found(self, small: str) -> str:
         """Places that only a run can tell, put into a command."""
-        if " classifier" in small and not (self.root / "classifier").exists():
+        if "--classifier classifier" in small and not (self.root / "classifier").exists():
             (self.root / "classifier").symlink_to(self.newest("edt-store/classifier"))
         if "<fingerprint>" in small:
             small = small.replace("<fingerprint>", self.newest("evaluation/features").name)

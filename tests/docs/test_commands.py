@@ -23,8 +23,7 @@ from tests.docs.sandbox import Sandbox
 # Commands that are checked and not run: why, and where what they do is tested, if it is.
 CHECKED: tuple[tuple[str, str], ...] = (
     (r"make ", "sets up an environment of its own, or is what runs this test: tests/test_imports.py"),
-    (r"pip |docker |(kubectl|\w+=\$\(kubectl) |ray |cd |cp |git |pre-commit ", "needs a network, Docker or a cluster"),
-    (r"mlflow ", "starts a server: tests/pipelines/test_registry_postgres.py"),
+    (r"pip |docker |(kubectl|\w+=\$\(kubectl) |ray |cd |cp |export ", "needs a network, Docker or a cluster"),
     (r"(\S+/)?(python|pytest) .*(pytest|tests)", "is this suite, or takes as long as a benchmark does"),
     (r".*edt bench ", "measures for minutes to hours: tests/jobs/test_bench_train.py"),
     (r"edt reproduce ", "tests/pipelines/test_workflow_again.py"),

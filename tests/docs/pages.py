@@ -8,7 +8,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HISTORY = ("docs/decisions.md", "CHANGELOG.md")  # tell of commands as they were
-TOOLS = ("edt", "make", "python", "pytest", "pip", "pre-commit", "kubectl", "docker", "ray", "mlflow", "git", "cd", "export")
+TOOLS = (
+    "edt",
+    "make",
+    "python",
+    "pytest",
+    "pip",
+    "pre-commit",
+    "kubectl",
+    "docker",
+    "ray",
+    "mlflow",
+    "git",
+    "cd",
+    "export",
+)
 _TOOL = re.compile(rf"(?:\w+=\S+ )*(?:\.venv/bin/)?({'|'.join(TOOLS)})(?: |$)")
 _ASSIGNED = re.compile(r"\w+=\$\(")  # name=$(kubectl ...)
 _FENCE = re.compile(r"```(\w*)")

@@ -85,4 +85,4 @@ def test_the_license_and_the_citation_are_whole() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["preferred-citation"]["url"].endswith("2410.23788")
-    assert [author["family-names"] for author in citation["preferred-citation"]["authors"]][0] == "Chen"
+    assert citation["preferred-citation"]["authors"][0] == {"given-names": "Xinwang", "family-names": "Chen"}

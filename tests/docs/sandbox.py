@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ from tests.pipelines.small import MODEL, SMALL
 
 # Large things that the pages name, and what stands for them here.
 STANDS_FOR = (
-    (r"/data/(flowers|imagenet/train|imagenet|cifar10_sample)\b", "flowers"),
-    (r"stabilityai/sd-vae-ft-ema|/models/sd-vae-ft-ema", "vae"),
+    (r"/data/(flowers|imagenet/train|imagenet|cifar10_sample)\b", "{root}/flowers"),
+    (r"stabilityai/sd-vae-ft-ema|/models/sd-vae-ft-ema", "{root}/vae"),
     (r"--inception-weights \S+", "--classifier classifier"),  # FID's weights are 90 MB that are not ours to ship
     (r"--metric fid\b", "--metric fd_classifier"),
     (r"\b(edt|dit)-(s|xl)-2-256/3\b", f"{MODEL}/2"),
@@ -25,12 +26,14 @@ STANDS_FOR = (
     (r"mdt_xl2_v2_ckpt\.pt", "mdt.pt"),
     (r"\b(EDT|DiT|MDTv2)-(S|B|L|XL)/[248]", r"\1-Tiny/2"),
     (r"train\.max_steps=\d+", "train.max_steps=6"),
+    (r"cfg=1,1\.5,2 amm", "cfg=1 amm"),
+    (r"^edt cost$", "edt cost EDT-S/2 DiT-Tiny/2"),
     (r"\bNAME/VERSION\b", f"{MODEL}/2"),
     (r"\bNAME\b", MODEL),
     (r"\bDIR\b", "./model"),
     (r" --num-gpus-per-worker \d+", ""),
     (r"(?<!-)/shared/", "./"),
-    (r"\bSOURCE\b", "flowers"),
+    (r"\bSOURCE\b", "{root}/flowers"),
     (r"\bIMAGES\b", "./images"),
     (r"\bLATENTS\b", "./latents"),
     (r"\b(FOLDER|ARTIFACT_DIR)\b", "./images"),
@@ -49,16 +52,18 @@ AFTER = {
     "sample": f"--num 1 {_CHAIN}",
 }
 # What a command needs that another one makes: words of it, and that other command.
-EVALUATE = f"edt evaluate {MODEL}@champion ./evaluation --images ./images --inception-weights W --export npz"
 PREPROCESS = "edt preprocess /data/imagenet ./images"
 ENCODE = "edt encode ./images ./latents --autoencoder stabilityai/sd-vae-ft-ema"
+AMM_SEARCH = (
+    "edt amm-search dit-s-2-256@champion ./dit-with-amm --images ./images --inception-weights W --cfg-scale 1.5"
+)
 NEEDS = (
     (r"\./images", PREPROCESS),
     (r"\./latents", ENCODE),
     (r"\./model\b(?!s)", f"edt models pull {MODEL}@champion ./model"),
     (rf"{MODEL}/2", "edt run quickstart --set train.max_steps=5000"),
     (rf"models rollback {MODEL}", f"edt models promote {MODEL}/2 --force"),
-    (r"\./dit-with-amm(?= \./eval)", "edt amm-search dit-s-2-256@champion ./dit-with-amm --inception-weights W"),
+    (r"\./dit-with-amm(?= \./eval)", AMM_SEARCH),
     (
         r"<fingerprint>",
         f"edt evaluate {MODEL}@champion ./evaluation --images ./images --inception-weights W --export npz",
@@ -98,7 +103,7 @@ class Sandbox:
             released(root, model).rename(root / f"{name}.pt")
         for block in (block for page in pages() for block in blocks(page) if block.language == "yaml"):
             if name := re.fullmatch(r"# (\w+\.yaml)", block.lines[0]):  # a file that the page has the reader write
-                (root / name[1]).write_text("\n".join(block.lines).replace("/data/flowers", "flowers"))
+                (root / name[1]).write_text("\n".join(block.lines).replace("/data/flowers", str(images)))
         build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32).save_pretrained(root / "vae")
         return cls(root)
 
@@ -129,7 +134,7 @@ class Sandbox:
         """A command with small things in the places of the large ones."""
         for pattern, instead in STANDS_FOR:
             if not (text.startswith("edt cost") and "Tiny" in instead):  # counting the large ones costs nothing
-                text = re.sub(pattern, instead, text)
+                text = re.sub(pattern, instead, text).replace("{root}", str(self.root))
         verb = text.split()[1]
         before = BEFORE.get(verb, "") if text.split()[2:3] not in (["list"], ["pause"], ["resume"], ["remove"]) else ""
         words = text.split(" ", 3)
@@ -148,10 +153,13 @@ class Sandbox:
     def _run(self, text: str) -> Done:
         from pipelines import cli
 
+        words = Command("", 0, text).words
+        if words[1] in ("amm-search", "export"):  # several pages name one target, with other options
+            self._remove(self.root / words[3])
         said = io.StringIO()
         before = os.getcwd(), sys.argv
         os.chdir(self.root)
-        sys.argv = Command("", 0, text).words
+        sys.argv = words
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 cli.main()
@@ -162,3 +170,8 @@ class Sandbox:
             os.chdir(before[0])
             sys.argv = before[1]
         return Done(code, said.getvalue())
+
+    def _remove(self, path: Path) -> None:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)

@@ -27,7 +27,6 @@ STANDS_FOR = (
     (r"\b(EDT|DiT|MDTv2)-(S|B|L|XL)/[248]", r"\1-Tiny/2"),
     (r"train\.max_steps=\d+", "train.max_steps=6"),
     (r"cfg=1,1\.5,2 amm", "cfg=1 amm"),
-    (r"^edt cost$", "edt cost EDT-S/2 DiT-Tiny/2"),
     (r"\bNAME/VERSION\b", f"{MODEL}/2"),
     (r"\bNAME\b", MODEL),
     (r"\bDIR\b", "./model"),
@@ -39,11 +38,14 @@ STANDS_FOR = (
     (r"\b(FOLDER|ARTIFACT_DIR)\b", "./images"),
 )
 _SETS = " ".join(f"--set {text}" for text in (*SMALL, "source.limit=300"))
-# Sizes that are put before a command's own options, so that what it asks for stays; and those that end it.
-BEFORE = {"run": _SETS, "plan": _SETS, "schedule": f"{_SETS} --no-serve"}
+# Sizes that stand before a command's own options, so that what it asks for stays; and those that end it.
+FIRST = (
+    (r"edt (run|plan) \S+", _SETS),
+    (r"edt schedule (quickstart|\S+\.yaml)", f"{_SETS} --no-serve"),
+)
 _CHAIN = "--num-sampling-steps 2"
 _SAMPLES = f"--num-samples 20 --unit-size 20 {_CHAIN} --num-workers 1"
-AFTER = {
+LAST = {
     "preprocess": "--image-size 32",
     "encode": "--num-workers 1",
     "train": "--max-steps 2 --global-batch-size 4 --num-workers 1",
@@ -54,9 +56,9 @@ AFTER = {
 # What a command needs that another one makes: words of it, and that other command.
 PREPROCESS = "edt preprocess /data/imagenet ./images"
 ENCODE = "edt encode ./images ./latents --autoencoder stabilityai/sd-vae-ft-ema"
-AMM_SEARCH = (
-    "edt amm-search dit-s-2-256@champion ./dit-with-amm --images ./images --inception-weights W --cfg-scale 1.5"
-)
+_MEASURED = "--images ./images --inception-weights W"
+EVALUATE = f"edt evaluate {MODEL}@champion ./evaluation {_MEASURED} --export npz"
+AMM_SEARCH = f"edt amm-search dit-s-2-256@champion ./dit-with-amm {_MEASURED} --cfg-scale 1.5"
 NEEDS = (
     (r"\./images", PREPROCESS),
     (r"\./latents", ENCODE),
@@ -64,10 +66,7 @@ NEEDS = (
     (rf"{MODEL}/2", "edt run quickstart --set train.max_steps=5000"),
     (rf"models rollback {MODEL}", f"edt models promote {MODEL}/2 --force"),
     (r"\./dit-with-amm(?= \./eval)", AMM_SEARCH),
-    (
-        r"<fingerprint>",
-        f"edt evaluate {MODEL}@champion ./evaluation --images ./images --inception-weights W --export npz",
-    ),
+    (r"<fingerprint>", EVALUATE),
     (r"\bedt\.yaml", "edt init --images /data/flowers --yes"),
     (r"schedule (pause|resume|remove) nightly", 'edt schedule quickstart --cron "0 3 * * *" --name nightly'),
     (rf"{MODEL}|--classifier classifier|edt (plan|runs|artifacts|gc|models|lineage)", "edt run quickstart"),
@@ -132,15 +131,13 @@ class Sandbox:
 
     def small(self, text: str) -> str:
         """A command with small things in the places of the large ones."""
+        if text.startswith("edt cost"):  # it counts large models in a second, but all of them in 20
+            return text if text != "edt cost" else "edt cost EDT-S/2"
         for pattern, instead in STANDS_FOR:
-            if not (text.startswith("edt cost") and "Tiny" in instead):  # counting the large ones costs nothing
-                text = re.sub(pattern, instead, text).replace("{root}", str(self.root))
-        verb = text.split()[1]
-        before = BEFORE.get(verb, "") if text.split()[2:3] not in (["list"], ["pause"], ["resume"], ["remove"]) else ""
-        words = text.split(" ", 3)
-        if before:
-            text = " ".join([*words[:3], before, *words[3:]])
-        return f"{text} {AFTER.get(verb, '')}".strip()
+            text = re.sub(pattern, instead, text)
+        for pattern, sizes in FIRST:
+            text = re.sub(pattern, rf"\g<0> {sizes}", text, count=1)
+        return f"{text} {LAST.get(text.split()[1], '')}".strip().replace("{root}", str(self.root))
 
     def _found(self, small: str) -> str:
         """Places that only a run can tell, put into a command."""
@@ -155,7 +152,8 @@ class Sandbox:
 
         words = Command("", 0, text).words
         if words[1] in ("amm-search", "export"):  # several pages name one target, with other options
-            self._remove(self.root / words[3])
+            there = self.root / words[3]
+            shutil.rmtree(there) if there.is_dir() else there.unlink(missing_ok=True)
         said = io.StringIO()
         before = os.getcwd(), sys.argv
         os.chdir(self.root)
@@ -170,8 +168,3 @@ class Sandbox:
             os.chdir(before[0])
             sys.argv = before[1]
         return Done(code, said.getvalue())
-
-    def _remove(self, path: Path) -> None:
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)

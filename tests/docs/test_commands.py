@@ -17,6 +17,7 @@ import pytest
 from typer.main import get_command
 
 from pipelines.cli import app
+from pipelines.config import config_names, load_config
 from tests.docs.pages import ROOT, Command, commands, named, pages
 from tests.docs.sandbox import Sandbox
 
@@ -121,9 +122,15 @@ def check_edt(words: list[str], whole: bool = True) -> None:
     else:
         known = {option for parameter in command.params for option in parameter.opts}
         if whole and not hasattr(command, "commands"):
-            command.make_context(command.name, words[at:])
+            check_config(command.make_context(command.name, words[at:]).params)
     unknown = {word.partition("=")[0] for word in words[at:] if word.startswith("--")} - known - {"--help"}
     assert not unknown, f"{' '.join(words)}: unknown options {sorted(unknown)}"
+
+
+def check_config(given: dict[str, Any]) -> None:
+    """That a shipped configuration takes the assignments."""
+    if given.get("config") in config_names():
+        load_config(given["config"], given["assignments"])
 
 
 def help_of(command: Any) -> str:

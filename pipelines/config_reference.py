@@ -86,7 +86,7 @@ def _section(info: FieldInfo) -> type[Section] | None:
 
 
 def _table(fields: list[tuple[str, FieldInfo]]) -> str:
-    rows = [("field", "type", "default", "unit", "result", "")]
+    rows = [("field", "type", "default", "unit", "result", "description")]
     rows += [(f"`{name}`", *_cells(name, info)) for name, info in fields]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"

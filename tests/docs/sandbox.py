@@ -167,4 +167,6 @@ class Sandbox:
         finally:
             os.chdir(before[0])
             sys.argv = before[1]
+        if code == 130:  # Ctrl-C is meant for the tests as well
+            raise KeyboardInterrupt
         return Done(code, said.getvalue())

@@ -1,0 +1,172 @@
+"""A folder in which the commands of the pages run for real: as they stand, with small things in the place of large."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.docs.pages import Command, blocks, pages
+from tests.pipelines.small import MODEL, SMALL
+
+# Large things that the pages name, and what stands for them here.
+STANDS_FOR = (
+    (r"/data/(flowers|imagenet/train|imagenet|cifar10_sample)\b", "{root}/flowers"),
+    (r"stabilityai/sd-vae-ft-ema|/models/sd-vae-ft-ema", "{root}/vae"),
+    (r"--inception-weights \S+", "--classifier classifier"),  # FID's weights are 90 MB that are not ours to ship
+    (r"--metric fid\b", "--metric fd_classifier"),
+    (r"\b(edt|dit)-(s|xl)-2-256/3\b", f"{MODEL}/2"),
+    (r"\b(edt|dit)-(s|xl)-2-256\b", MODEL),
+    (r"--classes (otter,207|'golden retriever,360,macaw')", "--classes 3,1"),
+    (r"(EDT-XL-2-256|EDT-S)\.pt", "edt.pt"),
+    (r"DiT-XL-2-256x256\.pt(?= --a)", "dit.pt"),
+    (r"mdt_xl2_v2_ckpt\.pt", "mdt.pt"),
+    (r"\b(EDT|DiT|MDTv2)-(S|B|L|XL)/[248]", r"\1-Tiny/2"),
+    (r"train\.max_steps=\d+", "train.max_steps=6"),
+    (r"cfg=1,1\.5,2 amm", "cfg=1 amm"),
+    (r"\bNAME/VERSION\b", f"{MODEL}/2"),
+    (r"\bNAME\b", MODEL),
+    (r"\bDIR\b", "./model"),
+    (r" --num-gpus-per-worker \d+", ""),
+    (r"(?<!-)/shared/", "./"),
+    (r"\bSOURCE\b", "{root}/flowers"),
+    (r"\bIMAGES\b", "./images"),
+    (r"\bLATENTS\b", "./latents"),
+    (r"\b(FOLDER|ARTIFACT_DIR)\b", "./images"),
+)
+_SETS = " ".join(f"--set {text}" for text in (*SMALL, "source.limit=300"))
+# Sizes that stand before a command's own options, so that what it asks for stays; and those that end it.
+FIRST = (
+    (r"edt (run|plan) \S+", _SETS),
+    (r"edt schedule (quickstart|\S+\.yaml)", f"{_SETS} --no-serve"),
+)
+_CHAIN = "--num-sampling-steps 2"
+_SAMPLES = f"--num-samples 20 --unit-size 20 {_CHAIN} --num-workers 1"
+LAST = {
+    "preprocess": "--image-size 32",
+    "encode": "--num-workers 1",
+    "train": "--max-steps 2 --global-batch-size 4 --num-workers 1",
+    "evaluate": _SAMPLES,
+    "amm-search": f"{_SAMPLES} --repeats 2 --blocks 0 --radii 1 --top 1",
+    "sample": f"--num 1 {_CHAIN}",
+}
+# What a command needs that another one makes: words of it, and that other command.
+PREPROCESS = "edt preprocess /data/imagenet ./images"
+ENCODE = "edt encode ./images ./latents --autoencoder stabilityai/sd-vae-ft-ema"
+_MEASURED = "--images ./images --inception-weights W"
+EVALUATE = f"edt evaluate {MODEL}@champion ./evaluation {_MEASURED} --export npz"
+AMM_SEARCH = f"edt amm-search dit-s-2-256@champion ./dit-with-amm {_MEASURED} --cfg-scale 1.5"
+NEEDS = (
+    (r"\./images", PREPROCESS),
+    (r"\./latents", ENCODE),
+    (r"\./model\b(?!s)", f"edt models pull {MODEL}@champion ./model"),
+    (rf"{MODEL}/2", "edt run quickstart --set train.max_steps=5000"),
+    (rf"models rollback {MODEL}", f"edt models promote {MODEL}/2 --force"),
+    (r"\./dit-with-amm(?= \./eval)", AMM_SEARCH),
+    (r"<fingerprint>", EVALUATE),
+    (r"\bedt\.yaml", "edt init --images /data/flowers --yes"),
+    (r"schedule (pause|resume|remove) nightly", 'edt schedule quickstart --cron "0 3 * * *" --name nightly'),
+    (rf"{MODEL}|--classifier classifier|edt (plan|runs|artifacts|gc|models|lineage)", "edt run quickstart"),
+)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it said."""
+
+    code: int
+    said: str
+
+
+@dataclass
+class Sandbox:
+    """A folder with images, an autoencoder, released files; the same command runs in it once."""
+
+    root: Path
+    done: dict[str, Done] = field(default_factory=dict)
+
+    @classmethod
+    def made(cls, root: Path, images: Path) -> "Sandbox":
+        """A new one. `images` is a folder of few labelled images."""
+        from edt_core.autoencoder import build_autoencoder
+        from edt_core.config import AutoencoderConfig
+        from tests.pipelines.test_import import released
+
+        (root / "flowers").symlink_to(images)
+        (root / "imagenet").mkdir()
+        (root / "imagenet" / "train").symlink_to(images)  # where the shipped configurations look
+        for name, model in (("edt", "EDT-Tiny/2"), ("dit", "DiT-Tiny/2"), ("mdt", "MDTv2-Tiny/2")):
+            released(root, model).rename(root / f"{name}.pt")
+        for block in (block for page in pages() for block in blocks(page) if block.language == "yaml"):
+            if name := re.fullmatch(r"# (\w+\.yaml)", block.lines[0]):  # a file that the page has the reader write
+                (root / name[1]).write_text("\n".join(block.lines).replace("/data/flowers", str(images)))
+        build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32).save_pretrained(root / "vae")
+        return cls(root)
+
+    @property
+    def store(self) -> Path:
+        return self.root / "edt-store"
+
+    def newest(self, kind: str) -> Path:
+        """The newest artifact of a kind in the store."""
+        return max((self.root / kind).glob("*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
+
+    def run(self, text: str) -> Done:
+        """A command of `edt`, as a page has it, in this process; once, and after what it needs."""
+        small = self.small(text)
+        if small not in self.done:
+            self.need(small)
+            self.done[small] = self._run(self._found(small))
+        return self.done[small]
+
+    def need(self, small: str) -> None:
+        """Run what makes the things that a text names, but for a command that makes them itself."""
+        for pattern, other in NEEDS:
+            if re.search(pattern, small) and not small.startswith(other) and self.small(other) != small:
+                needed = self.run(other)
+                assert needed.code == 0, f"{other} ended with {needed.code}:\n{needed.said}"
+
+    def small(self, text: str) -> str:
+        """A command with small things in the places of the large ones."""
+        if text.startswith("edt cost"):  # it counts large models in a second, but all of them in 20
+            return text if text != "edt cost" else "edt cost EDT-S/2"
+        for pattern, instead in STANDS_FOR:
+            text = re.sub(pattern, instead, text)
+        for pattern, sizes in FIRST:
+            text = re.sub(pattern, rf"\g<0> {sizes}", text, count=1)
+        return f"{text} {LAST.get(text.split()[1], '')}".strip().replace("{root}", str(self.root))
+
+    def _found(self, small: str) -> str:
+        """Places that only a run can tell, put into a command."""
+        if "--classifier classifier" in small and not (self.root / "classifier").exists():
+            (self.root / "classifier").symlink_to(self.newest("edt-store/classifier"))
+        if "<fingerprint>" in small:
+            small = small.replace("<fingerprint>", self.newest("evaluation/features").name)
+        return re.sub(r"\bOUT\b", f"./out-{len(self.done)}", small)
+
+    def _run(self, text: str) -> Done:
+        from pipelines import cli
+
+        words = Command("", 0, text).words
+        if words[1] in ("amm-search", "export"):  # several pages name one target, with other options
+            there = self.root / words[3]
+            shutil.rmtree(there) if there.is_dir() else there.unlink(missing_ok=True)
+        said = io.StringIO()
+        before = os.getcwd(), sys.argv
+        os.chdir(self.root)
+        sys.argv = words
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        finally:
+            os.chdir(before[0])
+            sys.argv = before[1]
+        if code == 130:  # Ctrl-C is meant for the tests as well
+            raise KeyboardInterrupt
+        return Done(code, said.getvalue())

@@ -1,0 +1,163 @@
+"""Every command of README, CONTRIBUTING and docs: run for real where a machine without GPU, network and cluster can, in
+a folder with small things in the places of large ones (`sandbox.py`), and else checked as far as it can be.
+
+What is only checked is listed here with its reason. A command that is in no list is run; one that cannot be, fails.
+"""
+
+import contextlib
+import importlib.util
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from pipelines.cli import app
+from pipelines.config import config_names, load_config
+from tests.docs.pages import ROOT, Command, commands, named, pages
+from tests.docs.sandbox import Sandbox
+
+# Commands that are checked and not run: why, and where what they do is tested, if it is.
+CHECKED: tuple[tuple[str, str], ...] = (
+    (r"make ", "sets up an environment of its own, or is what runs this test: tests/test_imports.py"),
+    (r"pip |docker |(kubectl|\w+=\$\(kubectl) |ray |cd |cp |export ", "needs a network, Docker or a cluster"),
+    (r"(\S+/)?(python|pytest) .*(pytest|tests)", "is this suite, or takes as long as a benchmark does"),
+    (r".*edt bench ", "measures for minutes to hours: tests/jobs/test_bench_train.py"),
+    (r"edt reproduce ", "tests/pipelines/test_workflow_again.py"),
+    (r"edt submit ", "needs a cluster's dashboard: tests/pipelines/test_submit.py"),
+    (r"edt schedule serve", "never ends: tests/pipelines/test_schedule.py"),
+    (r"edt ui", "never ends: tests/pipelines/test_ui.py"),
+    (r"edt train .*--use-gpu true", "needs GPUs: tests/jobs/test_train_verb.py"),
+    (r"edt run imagenet.* --store /shared", "needs ImageNet and a cluster: tests/pipelines/test_workflow.py"),
+    (r"edt evaluate .*--statistics", "needs ADM's and Inception's published files: tests/jobs/test_evaluation.py"),
+)
+# Commands that may end with 1 as well: the gate refuses, or a check finds what is missing here. All others end with 0.
+CODES = {r"edt models promote .*/2$": (0, 1), r"edt doctor ": (0, 1)}
+AWAITED = ("init", "doctor", "config", "ui")  # commands that the pages know already
+COMMANDS = [command for page in pages() for command in commands(page)]
+NAMED = list(dict.fromkeys((c.page, c.text) for page in pages() for c in named(page)))
+
+
+def reason(command: Command) -> str | None:
+    return next((why for pattern, why in CHECKED if re.match(pattern, command.text)), None)
+
+
+RUN = [command for command in COMMANDS if reason(command) is None]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("command", RUN, ids=str)
+def test_a_command_runs(command: Command, sandbox: Sandbox) -> None:
+    if command.words[0] != "edt":
+        done = subprocess.run(
+            [sys.executable, *command.words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert command.words[0] == "python", f"{command} is neither run nor listed as checked"
+        assert done.returncode == 0, done.stderr
+        return
+    check_edt(command.words)
+    done = sandbox.run(command.text)
+    allowed = next((codes for pattern, codes in CODES.items() if re.search(pattern, sandbox.small(command.text))), (0,))
+    assert done.code in allowed, f"{sandbox.small(command.text)} ended with {done.code}:\n{done.said}"
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if reason(command)], ids=str)
+def test_a_command_that_is_not_run_is_known(command: Command) -> None:
+    check(command.text)
+
+
+@pytest.mark.parametrize(("page", "text"), NAMED, ids=lambda part: str(part))
+def test_a_command_that_the_text_names_is_known(page: str, text: str) -> None:
+    check(text, whole=False)
+
+
+def test_no_reason_is_stale_and_each_test_it_names_is_there() -> None:
+    for pattern, why in CHECKED:
+        assert any(re.match(pattern, command.text) for command in COMMANDS), f"no page has {pattern!r} any more"
+        for name in re.findall(r"tests/[\w/]+\.py", why):
+            assert (ROOT / name).is_file(), f"{pattern!r} is said to be tested by {name}, which is not there"
+    assert len(RUN) > len(COMMANDS) / 2, "most commands run"
+
+
+# --- what can be told without running
+
+
+def check(text: str, whole: bool = True) -> None:
+    """That a command is one: its subcommand, options, targets, modules and files are there."""
+    words = Command("", 0, re.sub(r"^\w+=\S+ (?=edt)", "", text)).words
+    tool = words[0].rpartition("/")[2]
+    if tool == "edt":
+        check_edt(words, whole)
+    elif tool == "make":
+        for target in words[1:]:
+            done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"make has no target {target}: {done.stderr}"
+    elif "-m" in words and words[words.index("-m") + 1] != "slow":
+        assert importlib.util.find_spec(words[words.index("-m") + 1].replace("<verb>", "train"))
+    for word in words:
+        if re.match(r"(infra|tests|docs|pipelines|jobs|edt_core)/", word):
+            assert (ROOT / word).exists() or word.startswith("docs/"), f"there is no {word}"
+
+
+def check_edt(words: list[str], whole: bool = True) -> None:
+    """That the subcommand is there and its own parser knows the options; `whole`: that it takes all of it."""
+    command: Any = get_command(app)
+    if len(words) > 1 and words[1] in AWAITED and words[1] not in command.commands:
+        pytest.xfail(f"edt {words[1]} is not there yet")
+    at = 1
+    while at < len(words) and hasattr(command, "commands"):
+        if words[at] in command.commands:
+            command, at = command.commands[words[at]], at + 1
+        elif command.name == "schedule":  # `add` may be left out
+            command = command.commands["add"]
+        else:
+            assert words[at].startswith("-"), f"{' '.join(words)}: there is no command {words[at]!r}"
+            break
+    if command.context_settings.get("ignore_unknown_options"):  # it has a parser of its own
+        known = set(re.findall(r"--[a-z][a-z0-9-]*", help_of(command)))
+    else:
+        known = {option for parameter in command.params for option in parameter.opts}
+        if whole and not hasattr(command, "commands"):
+            check_config(command.make_context(command.name, words[at:]).params)
+    unknown = {word.partition("=")[0] for word in words[at:] if word.startswith("--")} - known - {"--help"}
+    assert not unknown, f"{' '.join(words)}: unknown options {sorted(unknown)}"
+
+
+def check_config(given: dict[str, Any]) -> None:
+    """That a shipped configuration takes the assignments."""
+    if given.get("config") in config_names():
+        load_config(given["config"], given["assignments"])
+
+
+def help_of(command: Any) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        command.main(["--help"], prog_name=f"edt {command.name}", standalone_mode=False)
+    return said.getvalue()
+
+
+# --- the reading itself
+
+
+@pytest.mark.parametrize(
+    ("page", "found"),
+    [
+        ("# T\n    edt run a \\\n        --set b='#1'   # why\n", ["edt run a --set b='#1'"]),
+        ("```yaml\nedt: 1\n```\n\n    a/b/c   # a layout\n", []),
+        ("```sh\nmake a && pip install b\n```\n", ["make a", "pip install b"]),
+        ("text\n\n    edt a\n\n    edt b\n", ["edt a", "edt b"]),
+    ],
+)
+def test_pages_are_read_as_a_person_reads_them(page: str, found: list[str], tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(page)
+    assert [command.text for command in commands(tmp_path / "page.md")] == found
+
+
+def test_a_line_among_commands_that_is_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("    edt run\n    rm -r x\n")
+    with pytest.raises(ValueError, match=r"page.md:2 'rm -r x' stands among commands"):
+        list(commands(tmp_path / "page.md"))

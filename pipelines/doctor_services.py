@@ -184,7 +184,8 @@ def ray(patient: Patient) -> Found:
     config, address = patient.config, patient.address or os.environ.get("RAY_ADDRESS")
     if patient.quick and not address:
         return "ok", "not started (--quick)", ""
-    places = [config.source.path, *([config.store] if address else [])]
+    store = Folder.at(config.store).local
+    places = [config.source.path, *([config.store] if address and store and store.exists() else [])]
     local = [
         str(path) for place in places if place and (path := Folder.at(place).local) and not set("*?[{") & set(place)
     ]
@@ -196,7 +197,7 @@ def ray(patient: Patient) -> Found:
         f"{there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs on {told['nodes']} node{'s' * (told['nodes'] > 1)}"
     )
     what = f"{'joined ' + address if address else 'starts here'}: {what}"
-    if lost := {path: number for path, number in told["missing"].items() if number and path != str(config.store)}:
+    if lost := {path: number for path, number in told["missing"].items() if number}:
         paths = ", ".join(f"{path} (on {number} of {told['nodes']} nodes)" for path, number in lost.items())
         return "fail", f"{what}; not there: {paths}", "give a folder that every node reaches, as NFS, or a URI"
     if short := _short_of(config, there):

@@ -28,10 +28,10 @@ def probe(address: str | None, min_cpus: int, paths: Sequence[str]) -> dict[str,
     connect(address, min_cpus)
     try:
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        look = ray.remote(missing).options(num_cpus=0, max_retries=0)
+        look = ray.remote(missing)
+        pinned = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
         asked = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(list(paths))
-            for node in nodes
+            look.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(list(paths)) for place in pinned
         ]
         try:
             told = ray.get(asked, timeout=_SECONDS)

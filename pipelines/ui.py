@@ -78,11 +78,12 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
 
 def _await(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     """Return once the server answers."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know this machine's ports
     until = time.monotonic() + _START_SECONDS
     while time.monotonic() < until:
         if process.poll() is not None:
             break
-        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+        with suppress(OSError), direct.open(f"{url}/health", timeout=5):
             return
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.1)

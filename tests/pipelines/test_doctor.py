@@ -118,6 +118,7 @@ def test_imagenet_takes_what_the_page_on_data_says() -> None:
     assert needs["images"] / 1_281_167 == pytest.approx(97_000 + 4096, rel=0.01)
 
 
+@pytest.mark.ray
 def test_the_small_run_takes_no_more_disk_than_was_told(first: object, store: Path) -> None:
     from pipelines.artifacts import Store
     from tests.pipelines.small import SMALL
@@ -177,6 +178,7 @@ def test_an_autoencoder_of_another_shape_is_told_with_the_fields_to_set(tmp_path
     assert "AutoencoderKL and AutoencoderTiny" in found(_class_name="UNet").found + found(_class_name="UNet").remedy
 
 
+@pytest.mark.ray
 def test_mlflow_is_asked_and_nothing_is_left_in_it(first: object, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines.catalog import Catalog
 

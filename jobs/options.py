@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -112,7 +113,9 @@ def _problem(schema: type[Section], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or schema.__name__
     if problem["type"] == "extra_forbidden":
         known = _known_keys(schema, problem["loc"][:-1])
-        return f"unknown configuration key {where!r}; known keys here: {', '.join(known)}"
+        near = get_close_matches(str(problem["loc"][-1]), known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown configuration key {where!r}; known keys here: {', '.join(known)}{meant}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"configuration {where!r}: {message} (got {problem['input']!r})" if problem["loc"] else message
 

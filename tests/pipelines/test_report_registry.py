@@ -9,7 +9,9 @@ from pipelines.config import PromoteConfig
 from pipelines.promotion import Decision
 from pipelines.registry import promote_version, rollback
 from pipelines.report_registry import VersionRecord, record_options, version_record
+from pipelines.summary import VERB, SummaryConfig
 from tests.pipelines.registered import NAME, PROTOCOL, Registry
+from tests.pipelines.reporting import REGISTRY
 
 
 @pytest.fixture
@@ -78,3 +80,20 @@ def test_the_run_is_found_in_the_store_or_on_the_server(registry: Registry, tmp_
     assert record_options(Catalog("http://mlflow:5000", ""), "s3://bucket/store") == "--tracking-uri http://mlflow:5000"
     secret = record_options(Catalog("http://me:hidden@mlflow:5000", ""), "s3://bucket/store")
     assert secret == '--tracking-uri "$MLFLOW_TRACKING_URI"'
+
+
+def test_where_the_record_lies_does_not_change_the_report_and_champions_do() -> None:
+    def identity(**changes: object) -> str:
+        config = SummaryConfig(
+            title="t",
+            pipeline="p",
+            model={},
+            decision="d",
+            registry=REGISTRY.model_copy(update=changes),
+            lineage={},
+            config_yaml="",
+        )
+        return VERB.fingerprint(config, {})
+
+    assert identity(found_with="--store /moved") == identity()
+    assert identity(champions=REGISTRY.champions[:1]) != identity()

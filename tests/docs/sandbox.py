@@ -42,6 +42,7 @@ _SETS = " ".join(f"--set {text}" for text in (*SMALL, "source.limit=300"))
 FIRST = (
     (r"edt (run|plan) \S+", _SETS),
     (r"edt schedule (quickstart|\S+\.yaml)", f"{_SETS} --no-serve"),
+    (r"edt doctor imagenet\S+", "--set autoencoder.pretrained={root}/vae --set autoencoder.downsample_factor=4"),
 )
 _CHAIN = "--num-sampling-steps 2"
 _SAMPLES = f"--num-samples 20 --unit-size 20 {_CHAIN} --num-workers 1"

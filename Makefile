@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install quickstart test test-all faults check format lock wheel bench clean
+.PHONY: install quickstart test test-all faults check format docs lock wheel bench clean
 
 install: $(READY)
 
@@ -35,6 +35,9 @@ check: install                 ## lint, format, types
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install                  ## write the page that is made from the schemas
+	$(BIN)/python -m pipelines.config_reference > docs/config.md
 
 bench: install                 ## times the quickstart, its second run and the CLI; prints a table
 	$(BIN)/python tests/benchmarks/quickstart.py

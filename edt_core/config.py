@@ -89,17 +89,21 @@ class AutoencoderConfig(Section):
         description="hub id, local folder or MLflow URI (models:/NAME@ALIAS) of a diffusers AutoencoderKL",
     )
     downsample_factor: int = Field(8, description="image side / latent side; must be that of `pretrained` where given")
-    latent_channels: int = Field(4, ge=1)
+    latent_channels: int = Field(
+        4, ge=1, description="channels of the latents; must be those of `pretrained` where given"
+    )
     base_channels: int = Field(32, ge=8, multiple_of=8, description="channels of the first level; each level doubles")
-    layers_per_block: int = Field(1, ge=1)
-    steps: int = Field(20_000, ge=1)
-    batch_size: int = Field(64, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    kl_weight: float = Field(1e-6, ge=0)
+    layers_per_block: int = Field(1, ge=1, description="residual layers of a level")
+    steps: int = Field(20_000, ge=1, description="steps of the fit")
+    batch_size: int = Field(64, ge=1, description="images of a step of the fit")
+    lr: float = Field(1e-3, gt=0, description="highest rate of the fit, which rises to it and falls again")
+    kl_weight: float = Field(
+        1e-6, ge=0, description="weight of the posterior's divergence beside the error of the pixels"
+    )
     max_images: int = Field(50_000, ge=1, description="above this number, as many images at even distances")
-    seed: int = Field(0, ge=0, lt=1 << 63)
-    num_cpus: int = runtime(2, ge=1)
-    num_gpus: float = runtime(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the first weights, the order of the images and the noise")
+    num_cpus: int = runtime(2, ge=1, description="CPUs of the fit")
+    num_gpus: float = runtime(0, ge=0, description="GPUs of the fit: 0 or 1")
 
     def published(self) -> "AutoencoderConfig":
         """The fields that matter for a published autoencoder: how one would be fitted does not change it."""
@@ -125,23 +129,23 @@ class EncodeConfig(Section):
     batch_size: int = runtime(64, ge=1, description="images the autoencoder takes at once")
     num_decode_threads: int = runtime(2, ge=1, description="threads of a worker that decode images ahead")
     num_workers: int = runtime(2, ge=1, description="each loads the autoencoder once and takes shard after shard")
-    num_cpus_per_worker: float = runtime(1, ge=0)
-    num_gpus_per_worker: float = runtime(0, ge=0)
+    num_cpus_per_worker: float = runtime(1, ge=0, description="CPUs, and threads, of a worker")
+    num_gpus_per_worker: float = runtime(0, ge=0, description="GPUs of a worker; several share one by parts of it")
 
 
 class ClassifierConfig(Section):
     """A small classifier fitted on the real images: the feature space of `fd_classifier`."""
 
-    feature_dim: int = Field(64, ge=2)
-    base_channels: int = Field(16, ge=1)
-    steps: int = Field(400, ge=1)
-    batch_size: int = Field(128, ge=1)
-    lr: float = Field(2e-3, gt=0)
+    feature_dim: int = Field(64, ge=2, description="dimensions of the feature space; fewer than there are samples")
+    base_channels: int = Field(16, ge=1, description="channels of the first level; each level doubles")
+    steps: int = Field(400, ge=1, description="steps of the fit")
+    batch_size: int = Field(128, ge=1, description="images of a step of the fit")
+    lr: float = Field(2e-3, gt=0, description="highest rate of the fit, which rises to it and falls again")
     max_images: int = Field(50_000, ge=2, description="above this number, as many images at even distances")
     holdout_fraction: float = Field(0.1, gt=0, lt=1, description="images kept from the fit to measure its accuracy")
-    seed: int = Field(0, ge=0, lt=1 << 63)
-    num_cpus: int = runtime(2, ge=1)
-    num_gpus: float = runtime(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the first weights, the hold-out and the order of the images")
+    num_cpus: int = runtime(2, ge=1, description="CPUs of the fit")
+    num_gpus: float = runtime(0, ge=0, description="GPUs of the fit: 0 or 1")
 
 
 class TrainConfig(Section):
@@ -156,23 +160,30 @@ class TrainConfig(Section):
     max_hours: float | None = Field(
         None, gt=0, description="end after this time of training, restarts included; the learning rate's fall stays"
     )
-    optimizer: Literal["adan", "adamw"] = "adan"
-    lr: float = Field(1e-3, gt=0)
+    optimizer: Literal["adan", "adamw"] = Field("adan", description="Adan (arXiv 2208.06677), the paper's, or AdamW")
+    lr: float = Field(1e-3, gt=0, description="learning rate at its highest")
     lr_final: float = Field(5e-5, ge=0, description="what the rate has come to at the last step")
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    lr_schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="fall of the rate from lr to lr_final over all steps; constant for none"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps in which the rate rises from 0 to lr, before its fall")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient's norm to this; null for never")
     ema_decay: float | tuple[float, ...] = Field(
         0.9999, description="one decay or several; the first one's weights are sampled from and registered"
     )
-    class_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    class_dropout_prob: float = Field(
+        0.1, ge=0, lt=1, description="share of the labels that are dropped, so that guidance has a model without label"
+    )
     mirror_prob: float = Field(0.5, ge=0, le=1, description="share of mirror images; 0 where left and right matter")
     masked_loss: bool = Field(
         True, description="add the masked loss to the full one; false is the paper's EDT*, and all that DiT has"
     )
-    timestep_sampler: Literal["loss-second-moment", "uniform"] = "loss-second-moment"
-    num_timesteps: int = Field(1000, ge=1)
+    timestep_sampler: Literal["loss-second-moment", "uniform"] = Field(
+        "loss-second-moment",
+        description="timesteps in proportion to the second moment of their losses, or each as likely as any other",
+    )
+    num_timesteps: int = Field(1000, ge=1, description="timesteps of the noise schedule")
     min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weight of the squared error; null for none")
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32", description="of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32"
@@ -186,9 +197,14 @@ class TrainConfig(Section):
         "shuffled within a buffer, another order at another number of workers, no exact resume in mid-epoch",
     )
     shuffle_buffer: int = Field(10_000, ge=1, description="with reader webdataset: samples a worker shuffles among")
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=1 << 63,
+        description="of the first weights and all that is drawn: order, flips, noise, timesteps, masks, dropped labels",
+    )
     log_every: int = Field(50, ge=1, description="steps between two rows of the loss history")
-    checkpoint_every: int = runtime(5_000, ge=1)
+    checkpoint_every: int = runtime(5_000, ge=1, description="steps between two checkpoints")
     num_to_keep: int = runtime(2, ge=1, description="newest checkpoints that are kept, beside the one of least loss")
     preview_every: int | None = runtime(None, ge=1, description="steps between two sample grids; null for none")
     num_workers: int | tuple[int, int] = runtime(
@@ -197,8 +213,8 @@ class TrainConfig(Section):
     micro_batch_size: int | None = runtime(
         None, ge=1, description="most samples a worker takes at once; null for its share among the most workers"
     )
-    num_cpus_per_worker: float = runtime(1, gt=0)
-    use_gpu: bool = runtime(False)
+    num_cpus_per_worker: float = runtime(1, gt=0, description="CPUs, and threads, of a worker")
+    use_gpu: bool = runtime(False, description="one GPU for each worker")
     compile: bool = runtime(False, description="torch.compile the model: minutes of start for a faster step")
     activation_checkpointing: bool = runtime(
         False, description="compute blocks again in the backward pass: less memory"
@@ -274,7 +290,9 @@ class ChainConfig(Section):
     sampler: Literal["ancestral", "ddim", "dpmsolver++", "unipc"] = Field(
         "ancestral", description="the paper's chain, DDIM, or a solver of diffusers that needs few steps"
     )
-    num_sampling_steps: int = Field(250, ge=2)
+    num_sampling_steps: int = Field(
+        250, ge=2, description="steps of the chain, respaced from the timesteps of training"
+    )
     cfg_scale: float = Field(1.0, ge=1, description="1 for no guidance; with a guide, how far away from it")
     cfg_power: float | None = Field(
         None,
@@ -310,14 +328,14 @@ class SampleConfig(ChainConfig):
     label_policy: Literal["balanced", "uniform", "prior"] = Field(
         "balanced", description="classes in turn, each as likely as any other, or as often as in training"
     )
-    seed: int = Field(0, ge=0, lt=1 << 62)
+    seed: int = Field(0, ge=0, lt=1 << 62, description="of labels and noise; sample i is a function of (seed, i)")
     unit_size: int = Field(64, ge=1, description="samples in one unit of work: fixed, so that results do not move")
     keep_images: int | Literal["all"] = Field(
         100, description="first samples of a repeat whose pixels are kept, for the report; 'all' for `edt export`"
     )
-    num_workers: int = runtime(1, ge=1)
-    num_cpus_per_worker: float = runtime(1, ge=0)
-    num_gpus_per_worker: float = runtime(0, ge=0)
+    num_workers: int = runtime(1, ge=1, description="each loads the networks once and takes unit after unit")
+    num_cpus_per_worker: float = runtime(1, ge=0, description="CPUs, and threads, of a worker")
+    num_gpus_per_worker: float = runtime(0, ge=0, description="GPUs of a worker; several share one by parts of it")
 
     @field_validator("keep_images")
     @classmethod
@@ -334,9 +352,9 @@ class ReferenceConfig(Section):
         10_000, ge=4, description="rows kept for kid, precision and recall, at even distances; statistics are of all"
     )
     batch_size: int = runtime(64, ge=1, description="images that an extractor takes at once")
-    num_workers: int = runtime(1, ge=1)
-    num_cpus_per_worker: float = runtime(1, ge=0)
-    num_gpus_per_worker: float = runtime(0, ge=0)
+    num_workers: int = runtime(1, ge=1, description="each loads the networks once and takes part after part")
+    num_cpus_per_worker: float = runtime(1, ge=0, description="CPUs, and threads, of a worker")
+    num_gpus_per_worker: float = runtime(0, ge=0, description="GPUs of a worker; several share one by parts of it")
 
 
 class EvaluateConfig(Section):
@@ -352,4 +370,4 @@ class EvaluateConfig(Section):
     allow_rank_deficient: bool = Field(
         False, description="Fréchet distances also of fewer samples than the features have dimensions"
     )
-    num_cpus: float = runtime(1, ge=0)
+    num_cpus: float = runtime(1, ge=0, description="CPUs of the computation; 0 runs beside whatever else does")

@@ -37,7 +37,9 @@ class PromoteConfig(Section):
     """When a new version becomes champion, and what is written of it."""
 
     metric: str = Field("fd_classifier", description="the metric that decides")
-    lower_is_better: bool = True
+    lower_is_better: bool = Field(
+        True, description="whether the metric is a distance; false for precision, recall and scores"
+    )
     margin: float | None = Field(
         None,
         ge=0,
@@ -64,7 +66,7 @@ class PromoteConfig(Section):
 class PipelineConfig(Section):
     """One pipeline: images to registered models."""
 
-    name: str
+    name: str = runtime(..., description="by which runs are listed, schedules and --no-overlap tell pipelines apart")
     store: str = runtime("./edt-store", description="folder or URI of all artifacts")
     source: SourceConfig
     preprocess: PreprocessConfig = PreprocessConfig()

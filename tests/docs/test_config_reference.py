@@ -54,3 +54,7 @@ def test_a_number_has_a_unit_or_is_known_to_have_none() -> None:
     assert names >= PURE
     wrong = [name for name in names if (unit_of(name) is None) != (name in PURE)]
     assert not wrong, f"give their units in pipelines/config_reference.py: {wrong}"
+
+
+def test_every_field_says_what_it_is() -> None:
+    assert [name for name, info in fields().items() if not info.description] == []

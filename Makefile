@@ -1,10 +1,11 @@
 # Each target does all of its own set-up: it needs python3 (3.11 or newer), make and nothing else.
 PYTHON ?= python3
 VENV   := .venv
+PYTHONS ?= 3.11 3.12 3.13
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install quickstart test test-all faults check format docs lock wheel bench clean
+.PHONY: install quickstart test test-light test-ray test-all test-pythons faults check format docs lock wheel notebook bench clean
 
 install: $(READY)
 
@@ -18,11 +19,23 @@ $(READY): requirements.lock pyproject.toml
 quickstart: install            ## digits -> shards -> latents -> EDT -> metrics -> registry -> report
 	$(BIN)/edt run
 
-test: install                  ## the whole suite but what is marked slow
-	$(BIN)/python -m pytest -m "not slow"
+test: install                  ## the whole suite but what is marked slow; tests of Ray mostly wait, so the others run beside them
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-light test-ray
+
+test-light: install            ## the tests that start no Ray
+	$(BIN)/python -m pytest -m "not slow and not ray"
+
+test-ray: install
+	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-all: install              ## the slow tests as well
 	$(BIN)/python -m pytest
+
+test-pythons:                  ## the tests that start no Ray, in each of $(PYTHONS) that is here
+	@for version in $(PYTHONS); do \
+	    python$$version --version 2>/dev/null || { echo "python$$version is not here"; continue; }; \
+	    $(MAKE) --no-print-directory test-light PYTHON=python$$version VENV=.venv-$$version || exit 1; \
+	done
 
 faults: install                ## kills at every step boundary and in every step, double starts, lost nodes: half an hour
 	$(BIN)/python -m pytest -m slow -s tests/pipelines/test_faults.py
@@ -42,13 +55,16 @@ docs: install                  ## write the page that is made from the schemas
 bench: install                 ## times the quickstart, its second run and the CLI; prints a table
 	$(BIN)/python tests/benchmarks/quickstart.py
 
-wheel: install
-	$(BIN)/python -m build --wheel
+wheel: install                 ## dist/: the wheel, and the source it is made from
+	$(BIN)/python -m build
+
+notebook: install              ## run the notebook on what `make quickstart` left
+	$(BIN)/jupyter execute notebooks/explore_model.ipynb --output=explored.ipynb
 
 lock:                          ## resolve pyproject.toml anew and write the pins, but for what torch's CUDA build brings itself
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install --quiet ".[dev]"
-	.lock-venv/bin/pip freeze --exclude edt-pipeline | sed 's/+cpu//' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
+	.lock-venv/bin/pip freeze --all --exclude edt-pipeline --exclude pip | sed 's/+cpu//' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
 	rm -rf .lock-venv
 
 clean:

@@ -81,19 +81,25 @@ def run(
 
 @contextmanager
 def _logged(store: str, name: str, to_stderr: bool) -> Iterator["Terminal"]:
-    """A terminal whose log takes what libraries print, Ray's last words included: it ends first."""
+    """A terminal whose log takes what libraries print, the last words of a Ray session begun here included."""
     from pipelines.run_log import RunLog
     from pipelines.terminal import Terminal
 
+    before = _on_ray()
     with RunLog.new(store, name, to_stderr) as log, Terminal(to_stderr, log) as terminal:
         try:
             yield terminal
         finally:
             terminal.freeze()
-            if "ray" in sys.modules:
+            if _on_ray() and not before:
                 import ray
 
                 ray.shutdown()
+
+
+def _on_ray() -> bool:
+    """Whether this process has joined a Ray session; asks without importing Ray, which takes a second."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 @contextmanager

@@ -132,16 +132,26 @@ def killing_a_worker(folder: Path, finished: int) -> Iterator[list[int]]:
 
 
 def busy_workers() -> list[int]:
-    """Processes of this user's Ray session that work on a shard at this moment."""
+    """Processes of this test's Ray session that work on a shard at this moment."""
     found = []
     for status in Path("/proc").glob("[0-9]*/cmdline"):  # `comm` is the main thread's, and an actor may have others
         try:
             name = status.read_text()
         except OSError:
             continue
-        if name.startswith(("ray::_shard_task", "ray::_Holder.work")):
+        if name.startswith(("ray::_shard_task", "ray::_Holder.work")) and is_ours(int(status.parent.name)):
             found.append(int(status.parent.name))
     return sorted(found)
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process descends from this one: others may have Ray sessions on this machine."""
+    while pid not in (0, 1, os.getpid()):
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return pid == os.getpid()
 
 
 def inodes(out: Path) -> dict[str, int]:

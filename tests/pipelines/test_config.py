@@ -74,7 +74,10 @@ def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["train.max_step=5"], r"unknown configuration key 'train\.max_step'; known keys here: .*; did you mean max_steps\?$"),
+        (
+            ["train.max_step=5"],
+            r"unknown configuration key 'train\.max_step'; known keys here: .*; did you mean max_steps\?$",
+        ),
         (["trane.max_steps=5"], r"unknown configuration key 'trane'; known keys here: .*; did you mean train\?$"),
         (["preprocess.image_size=36"], r"latents of 9x9 .*Use a multiple of 8, .* multiple of 32"),
         (

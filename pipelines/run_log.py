@@ -5,6 +5,7 @@ import re
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TextIO
@@ -42,28 +43,26 @@ class RunLog:
                 continue
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / file).touch()
+                (folder / file).touch(mode=0o600)
             except OSError:
                 continue
             return cls(folder / file, to_stderr)
         return cls(Path(os.devnull), to_stderr)
 
     def __enter__(self) -> "RunLog":
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         self._kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
         if _is_descriptor(self.screen, self._descriptor):
             encoding = self.screen.encoding
             self.screen = open(os.dup(self._descriptor), "w", encoding=encoding, buffering=1)
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         for descriptor in self._kept:
             os.dup2(file, descriptor)
         os.close(file)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         for descriptor, kept in self._kept.items():
             os.dup2(kept, descriptor)
             os.close(kept)
@@ -73,24 +72,39 @@ class RunLog:
 
     def write(self, text: str) -> None:
         """Add a line or more of our own."""
-        if self.path.is_file():
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"{redacted(text)}\n")
+        with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:  # a full disk is the run's to tell
+            file.write(f"{redacted(text)}\n")
 
     def text(self) -> str:
         """What it holds so far, without credentials: the end of it, where it is long."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         return _readable(self.path.read_text(encoding="utf-8", errors="replace"))[-_MOST_CHARS:]
 
     def _clean(self) -> None:
         if not self.path.is_file():
             return
-        raw = self.path.read_text(encoding="utf-8", errors="replace")
-        if not raw:
-            self.path.unlink()
-        elif (clean := _readable(raw)) != raw:
-            self.path.write_text(clean, encoding="utf-8")
+        with suppress(OSError):
+            raw = self.path.read_text(encoding="utf-8", errors="replace")
+            if not raw:
+                self.path.unlink()
+            elif (clean := _readable(raw)) != raw:
+                self._replace(clean)
+
+    def _replace(self, text: str) -> None:
+        """Write it anew, whole or not at all."""
+        cleaned = self.path.with_suffix(".cleaned")
+        cleaned.touch(mode=0o600)
+        try:
+            cleaned.write_text(text, encoding="utf-8")
+            cleaned.replace(self.path)
+        finally:
+            cleaned.unlink(missing_ok=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
 
 
 def _readable(text: str) -> str:

@@ -206,6 +206,7 @@ def test_all_that_others_print_goes_into_the_log_and_no_secret_stays_there(strea
     path = Path(done.stdout.splitlines()[-1])
     assert done.stdout.splitlines()[-2] == "after"
     assert path.parent == tmp_path / "store" / "logs"
+    assert path.stat().st_mode & 0o077 == 0
     log = path.read_text()
     for said in ("printed by Python", "by C to 1", "by C to 2", "by a child", "a library warns", "mlflow talks"):
         assert said in log
@@ -251,3 +252,26 @@ def test_an_unknown_option_or_a_user_error_is_no_traceback() -> None:
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
     assert issubclass(UserError, Exception)
+
+
+def test_a_disk_that_is_full_costs_the_log_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Written to /dev/full, where every write fails for want of space."""
+    log = RunLog.new(str(tmp_path), "run")
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with log, Terminal(log=log) as terminal:
+        terminal.say("for the person")
+        terminal.failed("train", ValueError("why"))
+    assert "for the person" in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_cleaned_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with RunLog.new(str(tmp_path), "run") as log:
+        log.write("said")
+        os.write(2, b"\x1b[31mred\x1b[0m\n")
+        monkeypatch.setattr(Path, "write_text", full)
+    assert log.path.read_bytes() == b"said\n\x1b[31mred\x1b[0m\n"
+    assert [path.name for path in log.path.parent.iterdir()] == [log.path.name]

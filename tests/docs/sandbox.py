@@ -42,7 +42,8 @@ _SETS = " ".join(f"--set {text}" for text in (*SMALL, "source.limit=300"))
 FIRST = (
     (r"edt (run|plan) \S+", _SETS),
     (r"edt schedule (quickstart|\S+\.yaml)", f"{_SETS} --no-serve"),
-    (r"edt doctor imagenet\S+", "--set autoencoder.pretrained={root}/vae --set autoencoder.downsample_factor=4"),
+    (r"edt (doctor|plan) imagenet\S+", "--set autoencoder.pretrained={root}/vae --set autoencoder.downsample_factor=4"),
+    (r"edt plan imagenet\S+", "--set extractors=[classifier] --set promote.metric=fd_classifier"),
 )
 _CHAIN = "--num-sampling-steps 2"
 _SAMPLES = f"--num-samples 20 --unit-size 20 {_CHAIN} --num-workers 1"

@@ -19,13 +19,13 @@ $(READY): requirements.lock pyproject.toml
 quickstart: install            ## digits -> shards -> latents -> EDT -> metrics -> registry -> report
 	$(BIN)/edt run
 
-test: install                  ## the whole suite but what is marked slow; tests of Ray mostly wait, so the others run beside them
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-light test-ray
+test: install                  ## the whole suite but what is marked slow
+	$(BIN)/python -m pytest -m "not slow"
 
 test-light: install            ## the tests that start no Ray
 	$(BIN)/python -m pytest -m "not slow and not ray"
 
-test-ray: install
+test-ray: install              ## those that do
 	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-all: install              ## the slow tests as well

@@ -52,7 +52,7 @@ def show(
     \b
     Examples:
       edt config show imagenet256-edt-s
-      edt config show edt.yaml --set train.lr=0.002 > whole.yaml
+      edt config show edt.yaml --set train.lr=0.002 --json
     """
     from edt_core.redaction import redacted_values
     from pipelines.config import as_yaml, load_config

@@ -323,7 +323,7 @@ def test_a_damaged_file_is_told(store: Path) -> None:
 
 def test_a_file_is_remembered_by_its_whole_path(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text(edt("configs", "quickstart", cwd=tmp_path).stdout)
+    (tmp_path / "mine.yaml").write_text(edt("config", "show", cwd=tmp_path).stdout)
     made = new_schedule(None, "mine.yaml", ["train.max_steps=50"], "here", "0 3 * * 0", "UTC", address="auto")
     line = command(made)
     assert line[3:5] == ["run", str(tmp_path / "mine.yaml")]

@@ -156,8 +156,10 @@ class Terminal:
             self.say(text, style)
 
     def _tell_pace(self, node: Node) -> None:
-        """Where there is no terminal, a line as a step begins and one every minute."""
+        """Where there is no terminal, a line as a step begins and one every minute; of the source, if it takes that."""
         now = time.monotonic()
+        if node.name == _SOURCE:
+            self._told.setdefault(_SOURCE, now)
         if not self.console.is_terminal and now - self._told.get(node.name, -_EVERY_S) >= _EVERY_S:
             self._told[node.name] = now
             self.say(f"  running   {node.name:<40} {node.progress()}".rstrip())

@@ -150,6 +150,8 @@ def test_the_tree_stays_when_the_run_is_over_and_markup_in_messages_is_text() ->
 def test_without_a_terminal_there_is_a_line_at_each_turn(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal()
     with terminal:
+        for done in (1, 2):
+            terminal.source_progress().update(done, 2, "folders listed")  # over in no time, and no step
         terminal.called("encode", ())
         for done in (1, 2, 3):
             terminal.show({"encode": Shown(done, 3, "shards")}, [])

@@ -51,7 +51,7 @@ class Outcome:
                     "decision": str(decision),
                     "untrained": dict(self.metrics[name][0]),
                     "metrics": dict(self.metrics[name][1]),
-                    "report": self.reports[name].path(REPORT_NAME) if name in self.reports else None,
+                    "report": str(self.reports[name].path(REPORT_NAME)) if name in self.reports else None,
                 }
                 for name, decision in self.decisions.items()
             },

@@ -19,7 +19,7 @@ from pipelines.engine import Workflow
 from pipelines.outcome import Outcome
 from pipelines.terminal import Terminal
 from tests.pipelines.conftest import CANARY, pipeline
-from tests.pipelines.small import MODEL, STEPS, start_run
+from tests.pipelines.small import MODEL, STEPS, edt, options, start_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -118,6 +118,18 @@ def test_a_second_run_from_the_command_line_says_so(first: Outcome, store: Path)
     for path in (first.reports[MODEL].path("report.html"), first.reports[MODEL].path("samples.png")):
         assert str(path) in told
     assert f"edt ui --store {store} --run " in told
+
+
+def test_a_run_tells_programs_how_it_ended(first: Outcome, store: Path) -> None:
+    done = edt("run", "--json", "--store", str(store), *options())
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["status"], told["reused"], told["executed"], told["failures"]) == ("finished", STEPS, 0, {})
+    (model,) = told["models"].values()
+    assert model["metrics"] == first.metrics[MODEL][1]
+    assert Path(model["report"]).is_file()
+    assert "  reused    preprocess" in Path(told["log"]).read_text()
+    assert "  reused    preprocess" in done.stderr
 
 
 def test_a_changed_field_runs_what_hangs_on_it_and_no_more(first: Outcome, store: Path) -> None:

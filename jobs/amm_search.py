@@ -166,7 +166,7 @@ def settings(blocks: int, radii: int, top: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.amm_search") -> None:
-    """Search for a placement of AMM: MODEL OUT. Exits with 0, 2 or 130."""
+    """Search for a placement of AMM: MODEL OUT. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("amm-search") as bar:
         made = run(options, bar)

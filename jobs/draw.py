@@ -47,7 +47,7 @@ def draw(
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.draw") -> None:
-    """Draw a picture: MODEL --out PICTURE. Exits with 0, 2 or 130."""
+    """Draw a picture: MODEL --out PICTURE. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("sample") as bar:
         print(run(options, bar))

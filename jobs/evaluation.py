@@ -74,7 +74,7 @@ def make(verb: Verb, config: Section, inputs: Inputs, out: Folder, progress: Pro
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.evaluation") -> None:
-    """Evaluate a model: MODEL OUT. Exits with 0, 2 or 130."""
+    """Evaluate a model: MODEL OUT. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("evaluate") as bar:
         results = run(options, bar)

@@ -79,7 +79,7 @@ def export_model(location: str, target: Path, given: Mapping[str, Any]) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.export") -> None:
-    """The verb on its own. Exits with 0, 2 or 130."""
+    """The verb on its own. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("export") as bar:
         print(_exported(options, bar))

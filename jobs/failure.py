@@ -47,9 +47,13 @@ def kept_traceback(error: BaseException, folder: Path | None = None) -> Path:
 def tell_failure(error: BaseException, raised: BaseException | None = None) -> int:
     """Say on standard error what went wrong; returns the exit code: 2 for a user's mistake, 1 for a failure.
 
+    An MLflow that does not answer is a wrong request: its address may be, and nothing was begun.
     The traceback, that of `raised` where the error came wrapped, goes into a file.
     """
     failure = explained(error)
+    if _from_mlflow(error):
+        print(f"error: MLflow does not answer, or refuses: {failure.cause}; {failure.remedy}", file=sys.stderr)
+        return 2
     print(f"error: {failure.cause}", file=sys.stderr)
     if isinstance(error, UserError):
         return 2
@@ -62,8 +66,8 @@ def _named(*names: str) -> Callable[[BaseException], bool]:
     return lambda error: any(cls.__name__ in names for cls in type(error).__mro__)
 
 
-def _of_module(prefix: str) -> Callable[[BaseException], bool]:
-    return lambda error: any(cls.__module__.startswith(prefix) for cls in type(error).__mro__)
+def _from_mlflow(error: BaseException) -> bool:
+    return type(error).__module__.startswith("mlflow.")
 
 
 def _no_device_memory(error: BaseException) -> bool:
@@ -98,7 +102,7 @@ _REMEDIES: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
         _named("PermissionError"),
         "give the user that runs this the right to read and write there, or name another folder",
     ),
-    (_of_module("mlflow."), "see to MLFLOW_TRACKING_URI and the server it names"),
+    (_from_mlflow, "see to MLFLOW_TRACKING_URI and the server it names"),
     (
         _named("ConnectionError", "TimeoutError", "EndpointConnectionError", "ClientError"),
         f"see to the network and the server; {_GO_ON}",

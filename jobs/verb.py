@@ -71,7 +71,7 @@ class Verb:
         )
 
     def main(self, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-        """The verb on its own: `INPUT OUT` and an option for each further input and field. Exits with 0, 2 or 130."""
+        """The verb alone: `INPUT OUT` and an option for each further input and field. Exits with 0, 1, 2 or 130."""
         parser = self.make_parser(prog or f"python -m jobs.{self.name}")
         options = parser.parse_args(arguments)
         # What lives in `__main__` is pickled by value, and an actor of it cannot be restarted: run the module's own.

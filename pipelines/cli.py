@@ -61,19 +61,12 @@ def options(
 
 
 def main() -> None:
-    """Entry point. Exits with 0 done, 1 something failed, 2 the request was wrong, 130 interrupted.
-
-    An MLflow that does not answer is a wrong request: its address may be, and nothing was begun.
-    """
+    """Entry point. Exits with 0 done, 1 something failed, 2 the request was wrong, 130 interrupted."""
     try:
         app()
     except Exception as error:
-        from jobs.failure import explained, tell_failure
+        from jobs.failure import tell_failure
 
-        if type(error).__module__.startswith("mlflow."):
-            failure = explained(error)
-            print(f"error: MLflow does not answer, or refuses: {failure.cause}; {failure.remedy}", file=sys.stderr)
-            sys.exit(2)
         sys.exit(tell_failure(error))
 
 

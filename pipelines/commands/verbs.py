@@ -42,13 +42,18 @@ SETTINGS: dict[str, Any] = {
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of a verb, by the name of its command."""
-    module: Any = import_module(_MODULES[verb])
-    return getattr(module, "VERB", module).make_parser(f"edt {verb}")
+    parser: argparse.ArgumentParser = _job(verb).make_parser(f"edt {verb}")
+    return parser
 
 
 def _run(verb: str, context: typer.Context) -> None:
-    module: Any = import_module(_MODULES[verb])
-    getattr(module, "VERB", module).main(context.args, f"edt {verb}")
+    _job(verb).main(context.args, f"edt {verb}")
+
+
+def _job(verb: str) -> Any:
+    """What has `main` and `make_parser`: the module of a verb, or the `Verb` in it."""
+    module = import_module(_MODULES[verb])
+    return getattr(module, "VERB", module)
 
 
 def preprocess(context: typer.Context) -> None:

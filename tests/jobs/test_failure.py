@@ -64,6 +64,17 @@ def test_a_failure_is_told_with_its_file_and_exit_code_1(capsys: pytest.CaptureF
     log.unlink()
 
 
+def test_an_mlflow_that_does_not_answer_is_a_wrong_request(capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow.exceptions import MlflowException
+
+    assert tell_failure(raised(MlflowException("API request to http://me:hunter2@nowhere failed"))) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "error: MLflow does not answer, or refuses: MlflowException: API request to http://<redacted>"
+    )
+    assert told.endswith("see to MLFLOW_TRACKING_URI and the server it names\n")
+
+
 def test_a_traceback_is_kept_without_credentials(tmp_path: Path) -> None:
     path = kept_traceback(raised(ValueError("s3://me:hunter2@bucket")), tmp_path)
     assert path.parent == tmp_path

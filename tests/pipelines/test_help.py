@@ -96,24 +96,26 @@ def test_version() -> None:
     assert done.stdout.split()[0] == "edt"
 
 
+def run_command(body: str) -> "subprocess.CompletedProcess[str]":
+    """`edt` with one more command, of that body."""
+    code = f"""
+import os, signal, sys, time
+from pipelines import cli
+cli.app.command("added")({body})
+sys.argv = ["edt", "added"]
+cli.main()
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
 def test_a_fault_of_the_program_is_one_message_and_exit_code_1() -> None:
-    code = (
-        "from pipelines import cli; from pipelines.commands import workflow\n"
-        "cli.app.command('broken')(lambda: {}['nothing'])\n"
-        "import sys; sys.argv = ['edt', 'broken']; cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_command("lambda: {}['nothing']")
     assert done.returncode == 1
     assert done.stderr.startswith("error: KeyError: 'nothing'")
     assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_leaves_with_130() -> None:
-    code = (
-        "from pipelines import cli; import os, signal, time\n"
-        "cli.app.command('waits')(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)) and None)\n"
-        "import sys; sys.argv = ['edt', 'waits']; cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_command("lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)) and None")
     assert done.returncode == 130
     assert "Traceback" not in done.stderr

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edt_core.alignment import align_weights
 from edt_core.config import AutoencoderConfig
 from edt_core.data.images import to_model_range
 from edt_core.errors import UserError
@@ -107,7 +108,7 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
             "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "
             "autoencoder.pretrained, or null there to fit one on the images."
         ) from error
-    return model.to(device).eval().requires_grad_(False)
+    return align_weights(model).to(device).eval().requires_grad_(False)
 
 
 def autoencoder_facts(model: Any) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision
         full = encode_posterior(exact, pixels)[:, 0].cpu().double()
     finally:
         use_precision(precision)
-    error = (low - full) / full.std()
+    error = (low - full) / full.std().clamp(min=torch.finfo(torch.float64).tiny)  # 0 where all latents are equal
     return {"max": float(error.abs().max()), "rms": float(error.square().mean().sqrt())}
 
 
@@ -196,11 +197,21 @@ def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
 
 
 def measure_scaling_factor(model: Any, pixels: NDArray[np.uint8], batch_size: int) -> float:
-    """1 / standard deviation of the latents of uint8 [N, S, S, 3]: scaled latents have unit variance."""
+    """1 / standard deviation of the latents of uint8 [N, S, S, 3]: scaled latents have unit variance.
+
+    Raises UserError for latents that do not vary.
+    """
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(pixels), batch_size):
         mean, std = encode_posterior(model, pixels[start : start + batch_size]).double().unbind(1)
         count += mean.numel()
         total += float(mean.sum())
         squares += float((mean.square() + std.square()).sum())
-    return 1.0 / float(np.sqrt(squares / count - (total / count) ** 2))
+    mean_square, mean_of_all = squares / count, total / count
+    variance = mean_square - mean_of_all**2
+    if not variance > count * np.finfo(np.float64).eps * mean_square:  # rounding may leave a little, also below 0
+        raise UserError(
+            f"the autoencoder's latents do not vary: their variance is {variance:.3g} around {mean_of_all:.3g}. "
+            "Use more steps (autoencoder.steps), a lower learning rate (autoencoder.lr), or images that differ"
+        )
+    return 1.0 / float(np.sqrt(variance))

@@ -19,6 +19,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
+from edt_core.alignment import align_weights
 from edt_core.autoencoder import decode_to_pixels
 from edt_core.config import ChainConfig
 from edt_core.errors import UserError
@@ -64,6 +65,8 @@ class EDTPipeline(DiffusionPipeline):
         protocol: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        align_weights(transformer)  # diffusers maps their files
+        align_weights(vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # A folder of an older version has fewer fields; they get the values that were fixed then.
         kept = chain_config(protocol or {}).model_dump(mode="json")

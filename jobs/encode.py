@@ -189,9 +189,15 @@ def encode(
         "scaling_factor": source.counts["scaling_factor"],
         "autoencoder_digest": source.manifest.digest,
         "channel_mean": mean.tolist(),
-        "channel_std": np.sqrt(square - mean**2).tolist(),
+        "channel_std": _deviation(mean, square).tolist(),
         **({"precision_error": error} if error else {}),
     }
+
+
+def _deviation(mean: NDArray[np.float64], square: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard deviations [C] of means [C] of values and of their squares; 0 where rounding leaves less than that."""
+    variance = np.maximum(square - mean**2, 0.0)
+    return np.sqrt(variance)
 
 
 VERB = Verb(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edt_core.alignment import align_weights
 from edt_core.errors import UserError
 from edt_core.extractors.pixels import exact_fp32, images_on, on_host
 from edt_core.extractors.weights import SOURCES
@@ -83,7 +84,7 @@ class Dinov2:
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(f"no DINOv2 at {place}: {reason}. Needed are {SOURCES['dinov2']}") from error
-        return cls(model, device)
+        return cls(align_weights(model), device)
 
     def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
         """uint8 [N, S, S, 3] -> features [N, D]; D is 1024 for DINOv2 large."""

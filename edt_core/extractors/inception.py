@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edt_core.alignment import align_weights
 from edt_core.errors import UserError
 from edt_core.extractors.pixels import exact_fp32, images_on, on_host
 from edt_core.extractors.weights import load_tensors
@@ -229,7 +230,7 @@ def inception_network(weights: Mapping[str, Tensor]) -> InceptionNetwork:
         )
     tensors = {name: tensor.float() for name, tensor in weights.items() if name not in counters}
     network.load_state_dict(tensors | dict.fromkeys(counters, torch.tensor(0)), assign=True)
-    return network.fold()
+    return align_weights(network.fold())
 
 
 class Inception:

@@ -65,7 +65,8 @@ def amm_matrix(grid: int, kernel: AmmKernel = "exp_cos", radius: float | None = 
     squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
     distance = squared.double().sqrt()
     diagonal = (grid - 1) * math.sqrt(2.0)
-    cosine = torch.cos(distance * (math.pi / 2 / max(diagonal, 1.0)))
+    # The diagonal is a quarter of the period only to the last bit: its cosine may come out as -2e-16.
+    cosine = torch.cos(distance * (math.pi / 2 / max(diagonal, 1.0))).clamp(min=0.0)
     factor = cosine.exp() / 2 if kernel == "exp_cos" else _COS_GAIN * cosine
     # The paper's radius in integers, so that it is exact.
     within = squared <= 4 + (grid - 1) ** 2 if radius is None else distance <= radius

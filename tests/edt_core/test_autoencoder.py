@@ -12,6 +12,8 @@ from edt_core.autoencoder import (
     encode_posterior,
     fit_autoencoder,
     load_autoencoder,
+    measure_scaling_factor,
+    precision_error,
 )
 from edt_core.classifier import Classifier, classify, fit_classifier, split_holdout
 from edt_core.config import AutoencoderConfig, ClassifierConfig
@@ -48,6 +50,25 @@ def test_scaled_latents_have_unit_variance(fitted, digits: tuple[np.ndarray, np.
     draws = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     assert float((draws * facts["scaling_factor"]).std()) == pytest.approx(1.0, abs=0.02)
     assert model.config.scaling_factor == facts["scaling_factor"]
+
+
+class Constant:
+    """An autoencoder to which every image is the same."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def encode(self, images: torch.Tensor):
+        return type("Encoded", (), {"latents": torch.full((len(images), 4, 4, 4), 7.1)})
+
+
+def test_latents_that_do_not_vary_are_refused(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    """A rounded variance of 0 may be a little above or below it: no scaling factor comes of either."""
+    with pytest.raises(UserError, match=r"latents do not vary: .* around 7\.1"):
+        measure_scaling_factor(Constant(), digits[0], 5)
+
+
+def test_equal_latents_in_two_precisions_have_an_error_of_0(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    assert precision_error(Constant(), Constant(), digits[0][:2], "fp32") == {"max": 0.0, "rms": 0.0}
 
 
 def test_it_comes_back_from_disk_the_same(fitted, digits: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:

@@ -242,8 +242,14 @@ class TestAmm:
         assert torch.equal(matrix, matrix.T)
         first_row = matrix[0].reshape(grid, grid)
         assert (first_row.diff(dim=0) < 0).logical_or(first_row[1:] == 0).all()
-        # cos(pi/2) in float64 is 6e-17 or -2e-16, whichever way the processor's vector routine rounds it
-        assert first_row.min() >= -torch.finfo(torch.float64).eps
+        assert first_row.min() >= 0  # the last factor of "cos" is cos(pi/2), 6e-17 on one processor, -2e-16 on another
+
+    def test_a_cosine_that_rounds_to_below_0_makes_no_factor_that_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On every processor, as on one whose cosine of pi/2 is -2e-16."""
+        cosine = torch.cos
+        monkeypatch.setattr(torch, "cos", lambda x: cosine(x) - 3e-16)
+        for grid in (2, 3):
+            assert amm_matrix(grid, "cos").min() == 0
 
     @pytest.mark.parametrize("grid", [1, 2, 5, 16])
     def test_a_radius_of_ones_own_cuts_by_distance(self, grid: int) -> None:

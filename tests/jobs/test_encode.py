@@ -205,3 +205,9 @@ def test_weights_that_are_not_all_there_are_refused(vae_folder: Path, tmp_path: 
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing or have another shape, quant_conv\.bias first"):
         load_autoencoder(tmp_path / "vae")
+
+
+def test_a_channel_that_does_not_vary_has_a_deviation_of_0() -> None:
+    """The mean of 0.1's squares is 2e-18 below the square of their mean."""
+    assert 0.1 * 0.1 - 2e-18 < 0.1**2
+    assert encode._deviation(np.array([0.1, 1.0]), np.array([0.1**2 - 2e-18, 5.0])).tolist() == [0.0, 2.0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.sandbox import Sandbox
+from tests.support.sandbox import Sandbox
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ from typer.main import get_command
 
 from pipelines.cli import app
 from pipelines.config import config_names, load_config
-from tests.docs.pages import ROOT, Command, commands, named, pages
-from tests.docs.sandbox import Sandbox
+from tests.support.pages import ROOT, Command, commands, named, pages
+from tests.support.sandbox import Sandbox
 
 # Commands that are checked and not run: why, and where what they do is tested, if it is.
 CHECKED: tuple[tuple[str, str], ...] = (

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.docs.pages import HISTORY, ROOT, blocks, pages
+from tests.support.pages import HISTORY, ROOT, blocks, pages
 
 EVERY = [*pages(), *(ROOT / name for name in HISTORY)]
 IMAGENET = (ROOT / "docs" / "imagenet.md").read_text()

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from tests.docs.pages import Block, blocks, pages
-from tests.docs.sandbox import Sandbox
-from tests.pipelines.small import MODEL
+from tests.support.pages import Block, blocks, pages
+from tests.support.sandbox import Sandbox
+from tests.support.small import MODEL
 
 STANDS_FOR = (
     (r'"(FOLDER|DIR)"', '"./model"'),

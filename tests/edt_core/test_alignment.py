@@ -10,7 +10,7 @@ from edt_core.alignment import ALIGNMENT, align_weights
 from edt_core.autoencoder import build_autoencoder, load_autoencoder
 from edt_core.config import AutoencoderConfig
 from edt_core.pipeline import EDTPipeline
-from tests.jobs.models import made_model, pipeline_folder
+from tests.support.models import made_model, pipeline_folder
 
 
 def is_aligned(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from edt_core.training.checkpoint import (
     read_manifest,
 )
 from edt_core.training.store import CheckpointStore, best_step, to_keep
-from tests.edt_core.trainings import place
+from tests.support.trainings import place
 
 FILES = [CHECKPOINT_MANIFEST, EMA_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS, OPTIMIZER_STATE, TRAIN_STATE]
 

@@ -15,17 +15,7 @@ from edt_core.data.images import (
     to_model_range,
 )
 from edt_core.data.sources import list_source, source_identity
-
-
-def reference_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's crop, spelled out as its paper's code does the steps, on whole arrays."""
-    while min(*image.size) >= 2 * size:
-        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
-    scale = size / min(*image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
-    pixels = np.array(image)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+from tests.support.images import reference_crop
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (64, 64), (65, 131), (31, 40), (128, 127), (8, 8)])

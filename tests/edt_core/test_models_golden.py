@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor
 
 from edt_core.models import EDT, amm_matrix, count_macs, count_parameters, create_model
+from tests.support.golden import GOLDEN, formula_weight, relative_error
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 MANIFEST: dict[str, Any] = json.loads((GOLDEN / "edt_manifest.json").read_text())
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -25,18 +23,6 @@ GRADIENT_TOLERANCE = 1e-4
 def forward() -> dict[str, np.ndarray]:
     with np.load(GOLDEN / "edt_forward.npz") as file:
         return dict(file)
-
-
-def formula_weight(key: str, shape: torch.Size) -> Tensor:
-    """The weights of the reference: normal draws seeded by the key, with the spread of a trained model."""
-    if key.endswith("relative_position_bias_table"):
-        std = 0.5
-    elif len(shape) > 1:
-        std = float(np.prod(shape[1:])) ** -0.5
-    else:
-        std = 0.1
-    draw = np.random.RandomState(zlib.crc32(key.encode())).randn(*shape) * std
-    return torch.from_numpy(draw.astype(np.float32))
 
 
 def reference_model(name: str, image_size: int) -> EDT:
@@ -53,10 +39,6 @@ def reference_inputs(model: EDT) -> tuple[Tensor, Tensor, Tensor]:
     side = model.config.latent_size
     x = np.random.RandomState(0).randn(2, 4, side, side).astype(np.float32)
     return torch.from_numpy(x), torch.tensor([17, 903]), torch.tensor([207, 1000])
-
-
-def relative_error(actual: Tensor, expected: np.ndarray) -> float:
-    return float(np.abs(actual.detach().numpy() - expected).max() / np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from edt_core.models import (
     shadow,
 )
 from edt_core.training.state import initial_state
-from tests.edt_core.test_models_golden import formula_weight, relative_error
+from tests.support.golden import formula_weight, relative_error
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MANIFEST: dict[str, Any] = json.loads((GOLDEN / "zoo_manifest.json").read_text())

@@ -13,7 +13,7 @@ from edt_core.config import ChainConfig
 from edt_core.models import EDT, create_model
 from edt_core.precision import use_precision
 from edt_core.program import TOLERANCE, save_program
-from tests.jobs.models import made_model
+from tests.support.models import made_model
 
 
 @pytest.fixture(scope="module")

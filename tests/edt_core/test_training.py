@@ -21,7 +21,7 @@ from edt_core.training.context import LocalContext, Request
 from edt_core.training.loop import train
 from edt_core.training.optim import learning_rate
 from edt_core.training.state import TrainState, initial_model
-from tests.edt_core.trainings import contents, cut_back, place, same
+from tests.support.trainings import contents, cut_back, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread", "no_thread_stays")
 

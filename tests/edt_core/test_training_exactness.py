@@ -35,7 +35,7 @@ from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state, restore
 from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
 from edt_core.training.store import CheckpointStore
-from tests.edt_core.trainings import contents, cut_back, narrow, place, same
+from tests.support.trainings import contents, cut_back, narrow, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread")
 

@@ -34,7 +34,7 @@ from edt_core.training.checkpoint import load_checkpoint
 from edt_core.training.context import LocalContext
 from edt_core.training.loop import NotFiniteError, train
 from edt_core.training.state import TrainState, initial_state
-from tests.edt_core.trainings import contents, cut_back, narrow, place, same
+from tests.support.trainings import contents, cut_back, narrow, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread", "no_thread_stays")
 

@@ -10,7 +10,7 @@ from edt_core.data.latents import LatentDataset
 from edt_core.models import ModelConfig, model_config
 from edt_core.training.context import LocalContext
 from edt_core.training.loop import train
-from tests.edt_core.trainings import contents, cut_back, place, same
+from tests.support.trainings import contents, cut_back, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread")
 

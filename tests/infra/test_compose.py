@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.infra.checks import SECRET_NAME
+from tests.support.manifests import SECRET_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"

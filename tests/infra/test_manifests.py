@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pipelines.config import PipelineConfig, load_config
-from tests.infra.checks import (
+from tests.support.manifests import (
     GPU,
     KUBERAY,
     KubeRay,

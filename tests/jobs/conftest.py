@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edt_core.models import EDT
-from tests.jobs.models import made_model, pipeline_folder
+from tests.support.models import made_model, pipeline_folder
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from jobs.amm_search import Placement, SearchConfig, paired_gain, search, settin
 from jobs.models import open_model, write_modulated
 from jobs.sample import averaged_model
 from jobs.verb import image_source
-from tests.jobs.models import classifier_artifact, made_model, opened, pipeline_folder
-from tests.jobs.test_jobs import execute
+from tests.support.jobs import execute
+from tests.support.models import classifier_artifact, made_model, opened, pipeline_folder
 
 Effect = Callable[[Placement], float]
 

@@ -29,8 +29,8 @@ from jobs import encode, preprocess, sample
 from jobs.autoencoder import published_artifact
 from jobs.cluster import cause_of
 from jobs.verb import Input, Verb, image_source
-from tests.conftest import small_tmpfs
-from tests.jobs.models import classifier_artifact, made_model, opened
+from tests.support.disk import small_tmpfs
+from tests.support.models import classifier_artifact, made_model, opened
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -18,7 +18,7 @@ from edt_core.storage import Folder
 from jobs import draw
 from jobs.draw import main
 from jobs.models import open_model
-from tests.jobs.models import made_model, pipeline_folder
+from tests.support.models import made_model, pipeline_folder
 
 FAST = ["--num-sampling-steps", "2"]
 SIDE, GAP = 64, 4  # of an image of 32 pixels in the picture, and between two

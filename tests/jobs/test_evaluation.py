@@ -17,8 +17,8 @@ from jobs import evaluation, export, preprocess
 from jobs.models import open_model
 from jobs.sweep import Result, grid, parse_axis, plot, results_table
 from jobs.verb import image_source
-from tests.jobs.models import classifier_artifact, made_model, opened, pipeline_folder
-from tests.jobs.test_jobs import execute
+from tests.support.jobs import execute
+from tests.support.models import classifier_artifact, made_model, opened, pipeline_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

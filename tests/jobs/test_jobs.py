@@ -17,7 +17,6 @@ from edt_core.config import (
     PreprocessConfig,
     ReferenceConfig,
     SampleConfig,
-    Section,
     SourceConfig,
     TrainConfig,
 )
@@ -29,14 +28,10 @@ from edt_core.progress import Silent
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
 from jobs.train_context import CLOCK
-from jobs.verb import Input, Verb, image_source
+from jobs.verb import image_source
+from tests.support.jobs import execute
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
-
-def execute(verb: Verb, config: Section, folder: Path, **inputs: Input) -> Artifact:
-    identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
-    return verb.execute(config, inputs, ArtifactWriter(Folder.at(folder), verb.kind, identity), Silent())
 
 
 @pytest.fixture(scope="module")

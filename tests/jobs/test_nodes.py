@@ -28,8 +28,9 @@ from edt_core.training.context import LocalContext
 from edt_core.training.loop import train as loop
 from jobs import train
 from jobs.cluster import cause_of, use_threads
-from tests.jobs.models import classifier_artifact, made_model, opened
-from tests.jobs.test_train_faults import WORKER, checkpoint_steps, descendants, title, wait_for
+from tests.jobs.test_train_faults import WORKER, checkpoint_steps
+from tests.support.models import classifier_artifact, made_model, opened
+from tests.support.processes import descendants, title, wait_for
 
 pytestmark = pytest.mark.ray
 

@@ -22,7 +22,7 @@ from edt_core.progress import Silent
 from edt_core.storage import Folder
 from jobs import preprocess
 from jobs.verb import image_source
-from tests.edt_core.test_images import reference_crop
+from tests.support.images import reference_crop
 
 SHARDS = "images-*.tar"
 

@@ -26,7 +26,7 @@ from jobs import encode, preprocess, train
 from jobs.autoencoder import published_artifact
 from jobs.verb import Input, Verb, image_source
 from tests.conftest import S3_SECRET
-from tests.edt_core.test_sources_kinds import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
+from tests.support.sources import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
 
 pytestmark = pytest.mark.ray
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from edt_core.data.latents import LatentDataset
 from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS, HISTORY_NAME, MANIFEST_NAME, STEP_PREFIX
 from jobs import train
 from jobs.cluster import use_threads
-from tests.conftest import small_tmpfs
+from tests.support.disk import small_tmpfs
+from tests.support.processes import bytes_written, descendants, kill, stat, title, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -37,54 +37,6 @@ TWO_WORKERS = {**RECIPE, "max_steps": STEPS, "checkpoint_every": 5, "num_workers
 
 
 # --- a driver and what is below it
-
-
-def stat(pid: int) -> tuple[int, str, str] | None:
-    """Parent, state and start time of a process; None where there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return None
-    return int(fields[1]), fields[0], fields[19]
-
-
-def descendants(root: int) -> dict[int, str]:
-    """Processes below one, with their start times."""
-    every = {pid: stat(pid) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))}
-    found, line = {}, [root]
-    for parent in line:
-        below = {pid: seen[2] for pid, seen in every.items() if seen is not None and seen[0] == parent}
-        found |= below
-        line += below
-    return found
-
-
-def title(pid: int) -> str:
-    """What a process calls itself; Ray's say what they do."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
-    except OSError:
-        return ""
-
-
-def bytes_written(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/io").read_text().split("wchar: ")[1].split()[0])
-    except OSError:
-        return 0
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def wait_for(ready: Callable[[], Any], seconds: float = 240, pause: float = 0.02) -> Any:
-    until = time.monotonic() + seconds
-    while not (found := ready()):
-        assert time.monotonic() < until, "the moment never came"
-        time.sleep(pause)
-    return found
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pipelines.config import load_config
 from pipelines.outcome import Outcome
 from pipelines.terminal import Terminal
 from pipelines.workflows import run
-from tests.pipelines.small import SMALL
+from tests.support.small import SMALL
 
 CANARY = "canary-5e1f0d"
 

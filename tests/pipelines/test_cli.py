@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.small import edt
+from tests.support.small import edt
 
 
 def folder_with(root: Path, *names: str) -> Path:

@@ -21,7 +21,7 @@ from pipelines.cli import app
 from pipelines.compare import compare, costs_of
 from pipelines.compare_figure import draw
 from pipelines.versions import record_of
-from tests.pipelines.registered import PROTOCOL, Registry
+from tests.support.registry import PROTOCOL, Registry
 
 
 def costs(model: str, steps: int, image_size: int = 256, **more: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pipelines.config import as_yaml, config_names, load_config
 from pipelines.config_check import field_names, meant_by, problems
 from pipelines.config_diff import ABSENT, Side, differences, made_anew, outline, read_side
 from pipelines.outcome import Outcome
-from tests.pipelines.small import MODEL, options
+from tests.support.small import MODEL, options
 
 TRAINED = {f"{step} {MODEL}" for step in ("train", "sample", "evaluate", "promote")}
 

@@ -16,7 +16,7 @@ from pipelines.config import PipelineConfig, load_config
 from pipelines.disk import disk_needs
 from pipelines.doctor import Finding, Patient, examine
 from pipelines.hardware import Hardware
-from tests.pipelines.small import edt
+from tests.support.small import edt
 
 LAPTOP = Hardware(cpus=2, memory=16 << 30, torch="2.13")
 IMAGENET = ["source.path=/data", "inception.weights=/nowhere.pth"]
@@ -121,7 +121,7 @@ def test_imagenet_takes_what_the_page_on_data_says() -> None:
 @pytest.mark.ray
 def test_the_small_run_takes_no_more_disk_than_was_told(first: object, store: Path) -> None:
     from pipelines.artifacts import Store
-    from tests.pipelines.small import SMALL
+    from tests.support.small import SMALL
 
     made = {artifact.manifest.kind: 0 for artifact in Store.open(str(store)).artifacts()}
     for artifact in Store.open(str(store)).artifacts():

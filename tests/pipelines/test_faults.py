@@ -25,8 +25,8 @@ from pipelines.catalog import Catalog
 from pipelines.config import load_config
 from pipelines.outcome import Outcome
 from pipelines.plan import plan
-from tests.conftest import small_tmpfs
-from tests.pipelines.small import MODEL, SMALL, STEPS, start_run
+from tests.support.disk import small_tmpfs
+from tests.support.small import MODEL, SMALL, STEPS, start_run
 
 pytestmark = pytest.mark.ray
 

@@ -1,6 +1,5 @@
 """`edt import`: a released checkpoint becomes a version that everything else takes."""
 
-import argparse
 import json
 import os
 import pickle
@@ -13,15 +12,15 @@ from huggingface_hub import ModelCard as HubCard
 from typer.testing import CliRunner
 
 from edt_core.errors import UserError
-from edt_core.models import create_model, model_config
+from edt_core.models import model_config
 from edt_core.storage import Folder
 from jobs.models import load_model, open_model
 from jobs.registry_files import pull
 from pipelines.cli import app
 from pipelines.versions import find
-from tests.jobs.models import made_model, pipeline_folder
-from tests.pipelines.registered import Registry
-from tests.pipelines.small import edt as edt_process
+from tests.support.models import made_model, pipeline_folder, released, weights
+from tests.support.registry import Registry
+from tests.support.small import edt as edt_process
 
 NAMES = ("EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2")
 
@@ -36,22 +35,6 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline_folder(tmp_path_factory.mktemp("vae") / "p", made_model()) / "vae"
-
-
-def weights(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    torch.manual_seed(seed)
-    model = create_model(name, 32, 4)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model.state_dict()
-
-
-def released(folder: Path, name: str, seed: int = 0) -> Path:
-    """A file as the authors publish it: of EDT with everything of the training, of DiT and MDT the weights alone."""
-    state = weights(name, seed)
-    whole = {"model": weights(name, seed + 1), "ema": state, "opt": {"state": {}}, "args": argparse.Namespace()}
-    torch.save(whole if name.startswith("EDT") else state, folder / "released.pt")
-    return folder / "released.pt"
 
 
 def imported(registry: Registry, path: Path, vae: Path, *options: str) -> str:

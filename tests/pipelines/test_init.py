@@ -29,7 +29,7 @@ from pipelines.init import (
     suggested_name,
     suggested_size,
 )
-from tests.pipelines.small import EDT, environment
+from tests.support.small import EDT, environment
 
 LAPTOP = Hardware(cpus=2, memory=16 << 30)
 SERVER = Hardware(cpus=64, memory=512 << 30, gpus=("H100",) * 8, gpu_memory=80 << 30, bf16=True)

@@ -15,7 +15,7 @@ from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
 from pipelines.cli import app
 from pipelines.lineage import lineage
-from tests.pipelines.registered import NAME, SOURCE, Registry
+from tests.support.registry import NAME, SOURCE, Registry
 
 KINDS = ["images", "autoencoder", "latents", "checkpoint", "reference", "features", "evaluation"]
 SET = ("source.kind=image_folder", "source.path=/data/birds")

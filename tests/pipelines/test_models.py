@@ -26,8 +26,8 @@ from pipelines.cli import app
 from pipelines.config import PromoteConfig
 from pipelines.registration import Entry, promote
 from pipelines.versions import config_of, find, record_of
-from tests.jobs.models import made_model, opened
-from tests.pipelines.registered import NAME, PROTOCOL, Registry
+from tests.support.models import made_model, opened
+from tests.support.registry import NAME, PROTOCOL, Registry
 
 OTHER, REAL = "edt-other", "edt-real"
 LABELS = [3, 1, 0]
@@ -392,9 +392,9 @@ def test_a_model_of_an_mlflow_server_is_registered_checked_and_pulled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files go through the server's artifact proxy, as they do where the store is not this machine's."""
-    from tests.pipelines.test_tracking import Server
+    from tests.support.servers import MlflowServer
 
-    server = Server(tmp_path)
+    server = MlflowServer(tmp_path)
     server.start()
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.outcome import Outcome
-from tests.pipelines.small import MODEL, environment
+from tests.support.small import MODEL, environment
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")

@@ -16,7 +16,7 @@ from pipelines.config import PromoteConfig, load_config
 from pipelines.promotion import Check, Decision, decide
 from pipelines.registration import identity_of, promote
 from pipelines.registry import crown, promote_version, rollback, settle
-from tests.pipelines.registered import NAME, PROTOCOL, Registry
+from tests.support.registry import NAME, PROTOCOL, Registry
 
 
 class Version:

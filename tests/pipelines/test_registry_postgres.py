@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.registering import at_once, check_registry, register
+from tests.support.races import at_once, check_registry, register
 
 PROCESSES, OWN, SHARED = 8, 24, 8  # 8 * 24 + 8 = 200 versions
 

@@ -12,7 +12,7 @@ from PIL import Image
 from edt_core.sample_grid import sample_grid
 from pipelines.report import NOTHING, brief, compare_metrics, duration, render_report, scaled, shown
 from pipelines.report_lineage import lineage_graph
-from tests.pipelines.reporting import (
+from tests.support.reports import (
     CLASSES,
     COSTS,
     LINEAGE,

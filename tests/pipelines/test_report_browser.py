@@ -10,9 +10,9 @@ import pytest
 
 from pipelines.outcome import Outcome
 from pipelines.report import render_report
-from tests.pipelines.browser import Browser, Page
-from tests.pipelines.reporting import COSTS, HISTORY, REGISTRY, images, neighbourhood, whole_report_data
-from tests.pipelines.small import MODEL
+from tests.support.browser import Browser, Page
+from tests.support.reports import COSTS, HISTORY, REGISTRY, images, neighbourhood, whole_report_data
+from tests.support.small import MODEL
 
 A4 = 703  # px between the margins
 LONG = ("a class with many words, as ImageNet has them", "Donaudampfschifffahrtsgesellschaft" * 2, "2")

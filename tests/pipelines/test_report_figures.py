@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from pipelines.report_figures import Picture, champion_trend, distance_histogram, timestep_curves, training_curves
-from tests.pipelines.reporting import HISTORY, REGISTRY
+from tests.support.reports import HISTORY, REGISTRY
 
 
 def svg(picture: Picture) -> str:

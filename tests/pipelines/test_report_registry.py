@@ -10,8 +10,8 @@ from pipelines.promotion import Decision
 from pipelines.registry import promote_version, rollback
 from pipelines.report_registry import VersionRecord, record_options, version_record
 from pipelines.summary import VERB, SummaryConfig
-from tests.pipelines.registered import NAME, PROTOCOL, Registry
-from tests.pipelines.reporting import REGISTRY
+from tests.support.registry import NAME, PROTOCOL, Registry
+from tests.support.reports import REGISTRY
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pipelines.cron import Cron, Due
 from pipelines.lease import held, this_process
 from pipelines.schedule import OVERLAP, UNCHANGED, Schedules, State, new_schedule, run_lease
 from pipelines.scheduler import command
-from tests.pipelines import small
+from tests.support import small
 
 LIMIT_S = 300
 SUNDAY, DAY = datetime(2026, 3, 1, tzinfo=UTC), timedelta(days=1)

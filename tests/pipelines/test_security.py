@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.outcome import Outcome
 from tests.pipelines.conftest import CANARY, pipeline
-from tests.pipelines.small import start
+from tests.support.small import start
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_URL, IN_QUERY = "canary-user-31c7", "canary-query-9be2"

@@ -22,8 +22,8 @@ from pipelines.config import load_config
 from pipelines.lease import held, this_process
 from pipelines.schedule import run_lease
 from pipelines.submission import request_for
-from tests.pipelines import small
-from tests.pipelines.small import SMALL
+from tests.support import small
+from tests.support.small import SMALL
 
 HERE, ELSEWHERE = "http://127.0.0.1:8265", "https://ray.example.org"
 SECRET = "canary-8d2e11"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.small import EDT, edt, environment, options
+from tests.support.small import EDT, edt, environment, options
 
 TRAINS = re.compile(r"▸ train edt-tiny-digits-32 +running [━─]* *[1-9]\d*/5000 steps")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

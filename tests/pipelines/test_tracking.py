@@ -1,11 +1,6 @@
 """Delivery to a real MLflow server: what is reported while it is away arrives, once and in order, and blocks nobody."""
 
 import io
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,55 +16,21 @@ from jobs.progress import Board, BoardProgress, Measured
 from pipelines.catalog import Catalog
 from pipelines.run_record import RunRecord
 from pipelines.shipping import Shipper, UndeliveredError, is_refused, patient, quick_http
+from tests.support.servers import MlflowServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
-class Server:
-    """`mlflow server` on a loopback port, with its database in a folder; can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        import requests
-
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--serve-artifacts"]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        until = time.monotonic() + 120
-        while True:
-            try:
-                if requests.get(f"{self.uri}/health", timeout=1).ok:
-                    return
-            except requests.RequestException:
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                assert time.monotonic() < until, "the MLflow server does not answer"
-                time.sleep(0.2)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
     server.start()
     yield server
     server.kill()
 
 
 @pytest.fixture
-def catalog(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Catalog]:
+def catalog(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Catalog]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     with quick_http():
         yield Catalog.open(Folder.at(tmp_path), tmp_path.name)
@@ -105,7 +66,7 @@ def png(level: int) -> bytes:
 
 @pytest.mark.parametrize("outage_s", [4.0, pytest.param(60.0, marks=pytest.mark.slow)])
 def test_a_server_that_is_away_costs_no_metric_and_no_time(
-    outage_s: float, server: Server, catalog: Catalog, board: Any
+    outage_s: float, server: MlflowServer, catalog: Catalog, board: Any
 ) -> None:
     run = catalog.start_run("train", {})
     progress = BoardProgress("train", board)

@@ -14,7 +14,7 @@ from edt_core.errors import UserError
 from pipelines.cli import app
 from pipelines.outcome import Outcome
 from pipelines.ui import DEFAULT_PORT, free_port, has_display, run_link, stop
-from tests.pipelines.small import EDT, environment
+from tests.support.small import EDT, environment
 
 
 def refused(*arguments: str) -> str:

@@ -19,7 +19,7 @@ from pipelines.engine import Workflow
 from pipelines.outcome import Outcome
 from pipelines.terminal import Terminal
 from tests.pipelines.conftest import CANARY, pipeline
-from tests.pipelines.small import MODEL, STEPS, edt, options, start_run
+from tests.support.small import MODEL, STEPS, edt, options, start_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

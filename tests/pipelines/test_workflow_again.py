@@ -21,7 +21,7 @@ from pipelines.plan import PlannedStep, plan
 from pipelines.reproduce import reproduce
 from pipelines.terminal import Terminal
 from tests.pipelines.conftest import pipeline
-from tests.pipelines.small import MODEL, SMALL, options, start
+from tests.support.small import MODEL, SMALL, options, start
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.docs.pages import Command, blocks, pages
-from tests.pipelines.small import MODEL, SMALL
+from tests.support.pages import Command, blocks, pages
+from tests.support.small import MODEL, SMALL
 
 # Large things that the pages name, and what stands for them here.
 STANDS_FOR = (
@@ -95,7 +95,7 @@ class Sandbox:
         """A new one. `images` is a folder of few labelled images."""
         from edt_core.autoencoder import build_autoencoder
         from edt_core.config import AutoencoderConfig
-        from tests.pipelines.test_import import released
+        from tests.support.models import released
 
         (root / "flowers").symlink_to(images)
         (root / "imagenet").mkdir()

@@ -17,7 +17,7 @@ ALIASES = ("candidate", "champion")
 def at_once(work: Callable[..., None], processes: int, *arguments: Any) -> list[Any]:
     """The answers of `work(index, *arguments)` in processes that start together; raises what one of them raised."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["mlflow", "pipelines.registry", "tests.pipelines.registering"])  # imported once
+    context.set_forkserver_preload(["mlflow", "pipelines.registry", "tests.support.races"])  # imported once
     answers, barrier = context.Queue(), context.Barrier(processes)
     started = [
         context.Process(target=_answering, args=(work, index, arguments, answers, barrier), daemon=True)

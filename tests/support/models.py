@@ -1,5 +1,6 @@
 """Small models with weights that were never trained, as what a job takes: enough to tell samples apart."""
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -48,3 +49,19 @@ def classifier_artifact(folder: Path, num_classes: int = 4, feature_dim: int = 8
     model.save(folder / ".made")
     out.add_tree(folder / ".made", "classifier")
     return out.commit({}, {}, {"classes": num_classes, "feature_dim": feature_dim})
+
+
+def weights(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = create_model(name, 32, 4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.state_dict()
+
+
+def released(folder: Path, name: str, seed: int = 0) -> Path:
+    """A file as the authors publish it: of EDT with everything of the training, of DiT and MDT the weights alone."""
+    state = weights(name, seed)
+    whole = {"model": weights(name, seed + 1), "ema": state, "opt": {"state": {}}, "args": argparse.Namespace()}
+    torch.save(whole if name.startswith("EDT") else state, folder / "released.pt")
+    return folder / "released.pt"

@@ -1,0 +1,57 @@
+"""Processes below one, found in /proc; and waiting for something to come true."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def stat(pid: int) -> tuple[int, str, str] | None:
+    """Parent, state and start time of a process; None where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return int(fields[1]), fields[0], fields[19]
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Processes below one, with their start times."""
+    every = {pid: stat(pid) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))}
+    found, line = {}, [root]
+    for parent in line:
+        below = {pid: seen[2] for pid, seen in every.items() if seen is not None and seen[0] == parent}
+        found |= below
+        line += below
+    return found
+
+
+def title(pid: int) -> str:
+    """What a process calls itself; Ray's say what they do."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+    except OSError:
+        return ""
+
+
+def bytes_written(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/io").read_text().split("wchar: ")[1].split()[0])
+    except OSError:
+        return 0
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(ready: Callable[[], Any], seconds: float = 240, pause: float = 0.02) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := ready()):
+        assert time.monotonic() < until, "the moment never came"
+        time.sleep(pause)
+    return found

@@ -1,10 +1,21 @@
-"""Fixtures that several packages' tests share: one Ray session, an S3 server, image folders, sample images."""
+"""Marks, the order of the tests, and what several packages' tests share: one Ray session, an S3 server, images.
+
+Every test has one of the marks `light`, `ray`, `faults`, `extern` (pyproject.toml says what they mean); one that has no
+other is light, and is kept from starting Ray or a Python process.
+"""
+
+# ruff: noqa: E402
+import os
+
+# Before torch is imported, here and in each process that a test starts: small models are done sooner by one thread, and
+# threads that share a core with another process wait for each other most of the time.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are what the tests wait for
 
 import importlib.util
-import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +27,55 @@ from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.environment import quiet_defaults
 from edt_core.progress import Silent
 from edt_core.storage import Folder
+from tests.support.servers import moto_server
 
 quiet_defaults()
 
+HEAVY = ("ray", "faults", "extern", "slow", "gpu")
 S3_SECRET = "test-secret-canary-7f3a9c"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is light, and put the modules in their order: light, one Ray session, sessions of their own, nodes."""
+    turns: dict[str, int] = {}
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in HEAVY):
+            item.add_marker("light")
+        module = item.nodeid.partition("::")[0]
+        turns[module] = max(turns.get(module, 0), _turn(item))
+    items.sort(key=lambda item: turns[item.nodeid.partition("::")[0]])
+
+
+def _turn(item: pytest.Item) -> int:
+    fixtures = getattr(item, "fixturenames", ())
+    if "two_nodes" in fixtures:  # the shared session ends for it
+        return 3
+    if item.get_closest_marker("ray") is None:
+        return 0
+    return 1 if "ray_session" in fixtures else 2
+
+
+@pytest.fixture(autouse=True)
+def _stays_light(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A light test starts neither Ray nor a Python process: both cost seconds, and light tests run side by side."""
+    if request.node.get_closest_marker("light") is None:
+        yield
+        return
+    start = subprocess.Popen.__init__
+
+    def guarded(self: "subprocess.Popen[bytes]", args: object, *rest: object, **named: object) -> None:
+        if isinstance(args, list | tuple) and args and str(args[0]) == sys.executable:
+            pytest.fail("a light test started a Python process; mark it extern, or call what the process does")
+        start(self, args, *rest, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", guarded)
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("a light test started Ray; mark it ray, and use the fixture ray_session")
 
 
 def sample(name: str) -> Path:
@@ -68,28 +123,8 @@ def s3_server() -> Iterator[str]:
     """Endpoint of an S3 server of our own, on loopback, in a process of its own."""
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("s3fs") is None:
         pytest.skip("S3 tests need moto[server] and s3fs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        until = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the S3 server did not start"
-                assert time.monotonic() < until, "the S3 server does not answer"
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
+    with moto_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

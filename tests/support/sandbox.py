@@ -1,16 +1,12 @@
 """A folder in which the commands of the pages run for real: as they stand, with small things in the place of large."""
 
-import contextlib
-import io
-import os
 import re
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.pages import Command, blocks, pages
-from tests.support.small import MODEL, SMALL
+from tests.support.small import MODEL, SMALL, edt
 
 # Large things that the pages name, and what stands for them here.
 STANDS_FOR = (
@@ -150,25 +146,9 @@ class Sandbox:
         return re.sub(r"\bOUT\b", f"./out-{len(self.done)}", small)
 
     def _run(self, text: str) -> Done:
-        from pipelines import cli
-
         words = Command("", 0, text).words
         if words[1] in ("amm-search", "export"):  # several pages name one target, with other options
             there = self.root / words[3]
             shutil.rmtree(there) if there.is_dir() else there.unlink(missing_ok=True)
-        said = io.StringIO()
-        before = os.getcwd(), sys.argv
-        os.chdir(self.root)
-        sys.argv = words
-        try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        finally:
-            os.chdir(before[0])
-            sys.argv = before[1]
-        if code == 130:  # Ctrl-C is meant for the tests as well
-            raise KeyboardInterrupt
-        return Done(code, said.getvalue())
+        done = edt(*words[1:], cwd=self.root)
+        return Done(done.returncode, done.stdout + done.stderr)

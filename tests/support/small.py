@@ -1,9 +1,11 @@
-"""A pipeline on real digits that is smaller than the quickstart only in its numbers, as a process of its own."""
+"""A pipeline on real digits, smaller than the quickstart only in its numbers; `edt` in this process or in its own."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 EDT = [sys.executable, "-m", "pipelines.cli"]
@@ -37,17 +39,56 @@ def options(*assignments: str) -> list[str]:
 
 
 def edt(
-    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float | None = None
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`edt` to its end, in a clean environment unless one is given."""
+    """`edt` to its end in this process, in a clean environment unless one is given: no imports to wait for.
+
+    What it changes of the process is put back. A Ray session that there is, is used.
+    """
+    from pipelines import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with _put_back():
+        os.environ.clear()
+        os.environ.update(env or environment())
+        os.chdir(cwd or os.getcwd())
+        sys.argv = ["edt", *arguments]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    if code == 130:  # Ctrl-C is meant for the tests as well
+        raise KeyboardInterrupt
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _put_back() -> Iterator[None]:
+    """Environment, folder, arguments, threads and MLflow's server are afterwards what they were before."""
+    before, folder, words = dict(os.environ), os.getcwd(), sys.argv
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    try:
+        yield
+    finally:
+        if mlflow := sys.modules.get("mlflow"):
+            mlflow.set_tracking_uri(before.get("MLFLOW_TRACKING_URI"))  # None forgets what `edt` set
+        if torch:
+            torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(before)
+        os.chdir(folder)
+        sys.argv = words
+
+
+def edt_process(
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`edt` to its end as a process: for what only a process shows, as an exit code or what a fresh import costs."""
     return subprocess.run(
-        [*EDT, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=env or environment(),
-        timeout=timeout,
+        [*EDT, *arguments], capture_output=True, text=True, check=False, cwd=cwd, env=env or environment()
     )
 
 

@@ -4,8 +4,20 @@ VENV   := .venv
 PYTHONS ?= 3.11 3.12 3.13
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+NUMERICS := $(addprefix tests/edt_core/test_,models*.py diffusion*.py metrics*.py training*.py solvers.py generation.py \
+    autoencoder.py inception.py extractors.py alignment.py labels.py pipeline.py)
 
-.PHONY: install quickstart test test-light test-ray test-all test-pythons faults check format docs lock wheel notebook bench clean
+# Both halves run, whatever comes of the first.
+define suite
+@failed=0; \
+$(PYTEST) $(PARALLEL) -m "$(1) not ray" || failed=1; \
+$(PYTEST) -m "$(1) ray" || failed=1; \
+exit $$failed
+endef
+
+.PHONY: install quickstart test test-light test-ray test-all test-numerics test-pythons coverage faults check format docs lock wheel notebook bench clean
 
 install: $(READY)
 
@@ -19,17 +31,27 @@ $(READY): requirements.lock pyproject.toml
 quickstart: install            ## digits -> shards -> latents -> EDT -> metrics -> registry -> report
 	$(BIN)/edt run
 
-test: install                  ## the whole suite but what is marked slow
-	$(BIN)/python -m pytest -m "not slow"
+test: install                  ## the suite, but for what is marked slow: first side by side, then what shares one Ray session
+	$(call suite,not slow and)
 
-test-light: install            ## the tests that start no Ray
-	$(BIN)/python -m pytest -m "not slow and not ray"
+test-light: install            ## the tests that start no Ray, side by side
+	$(PYTEST) $(PARALLEL) -m "not slow and not ray"
 
-test-ray: install              ## those that do
-	$(BIN)/python -m pytest -m "not slow and ray"
+test-ray: install              ## those that do, one after another
+	$(PYTEST) -m "not slow and ray"
 
-test-all: install              ## the slow tests as well
-	$(BIN)/python -m pytest
+test-all: install              ## with all repetitions, nightly: CONTRIBUTING.md says how long it takes
+	$(call suite,)
+
+test-numerics: install         ## the numerical tests with the kernels of an older processor
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	    $(PYTEST) $(PARALLEL) -m "light and not slow" $(NUMERICS)
+
+coverage: install              ## branches that `make test` takes, in subprocesses and Ray's workers too
+	rm -f .coverage .coverage.*
+	COVERAGE_FILE=$(CURDIR)/.coverage $(MAKE) --no-print-directory test PYTEST="$(BIN)/python -m coverage run -m pytest"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort=cover
 
 test-pythons:                  ## the tests that start no Ray, in each of $(PYTHONS) that is here
 	@for version in $(PYTHONS); do \
@@ -38,7 +60,7 @@ test-pythons:                  ## the tests that start no Ray, in each of $(PYTH
 	done
 
 faults: install                ## kills at every step boundary and in every step, double starts, lost nodes: half an hour
-	$(BIN)/python -m pytest -m slow -s tests/pipelines/test_faults.py
+	$(PYTEST) -m slow -s tests/pipelines/test_faults.py
 
 check: install                 ## lint, format, types
 	$(BIN)/ruff check .

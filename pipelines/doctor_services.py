@@ -245,6 +245,7 @@ def _probed(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, A
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        env={"RAY_NUM_REDIS_GET_RETRIES": "1", **os.environ},  # Ray's own 20 take longer than anybody waits here
     )
     try:
         lines = process.communicate(timeout=_RAY_SECONDS)[0].strip().splitlines()

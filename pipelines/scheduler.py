@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,14 @@ _STATUS = {"failed": "FAILED", "lost": "FAILED", "stopped": "KILLED"}
 class Server:
     """Attends to every schedule of a store until it is told to stop. Raises Taken where another server does."""
 
-    def __init__(self, schedules: Schedules, say: Callable[[str], None], poll_s: float | None = None) -> None:
-        self.schedules, self.say = schedules, say
+    def __init__(
+        self,
+        schedules: Schedules,
+        say: Callable[[str], None],
+        poll_s: float | None = None,
+        now: Callable[[], datetime] | None = None,
+    ) -> None:
+        self.schedules, self.say, self.now = schedules, say, now or partial(datetime.now, UTC)
         self.poll_s = poll_s or (1.0 if schedules.store.local else 10.0)
         self.stopping = threading.Event()
         self.environment = dict(os.environ)
@@ -108,7 +115,7 @@ class Server:
         """Handle the ticks whose time has come, as one. Returns whether there were any."""
         if name not in self.schedules.names() or (schedule := self.schedules.read(name)).paused:
             return False
-        state, now = self.schedules.state(name), datetime.now(UTC)
+        state, now = self.schedules.state(name), self.now()
         due = schedule.times.due(max(state.handled or schedule.since, schedule.since), now)
         if due is None:
             return False
@@ -204,7 +211,7 @@ class Server:
 
     def _finish(self, name: str, tick: Tick) -> None:
         """Write down what became of a tick, here and in MLflow."""
-        tick = tick.model_copy(update={"ended": datetime.now(UTC)})
+        tick = tick.model_copy(update={"ended": self.now()})
         state = self.schedules.state(name)
         # What was cut off by the end of a server is due again for the next one.
         again = tick.outcome == "stopped" and self.stopping.is_set()

@@ -222,7 +222,7 @@ def _without_addresses() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """The last line of what the cluster says: before it there may be a traceback of its own."""
     text = str(error).strip().removesuffix(".").replace("\\n", "\n")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip(" .")]  # Ray puts a full stop after a traceback
     return lines[-1][:500] if lines else type(error).__name__
 
 

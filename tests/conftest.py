@@ -19,6 +19,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -28,6 +29,11 @@ from edt_core.environment import quiet_defaults
 from edt_core.progress import Silent
 from edt_core.storage import Folder
 from tests.support.servers import moto_server
+from tests.support.small import CANARY, pipeline
+
+if TYPE_CHECKING:
+    from pipelines.outcome import Outcome
+    from tests.support.cluster import Nodes
 
 quiet_defaults()
 
@@ -104,6 +110,30 @@ def ray_session() -> Iterator[None]:
     connect(min_cpus=2)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of `first`. Who changes what is in it takes a copy (`tests.support.small.copy_store`)."""
+    return tmp_path_factory.mktemp("store") / "edt-store"
+
+
+@pytest.fixture(scope="session")
+def first(store: Path, ray_session: None) -> "Outcome":
+    """One whole run of the small pipeline, for every test that looks at what a run leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return pipeline(store)
+
+
+@pytest.fixture(scope="session")
+def two_nodes() -> Iterator["Nodes"]:
+    """A cluster whose worker nodes come and go, most often two with a CPU each; the shared Ray session ends for it."""
+    from tests.support.cluster import cluster_of_nodes
+
+    with cluster_of_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="session")

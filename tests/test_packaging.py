@@ -1,5 +1,6 @@
 """What is distributed: a wheel with the three packages and nothing else, and what it says of itself."""
 
+import json
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -18,15 +19,19 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.small import MODEL, STEPS, environment, options
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("edt_core", "jobs", "pipelines")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+pytestmark = pytest.mark.extern
+
 HEAVY = {"ray", "mlflow", "diffusers", "torch", "transformers", "pyarrow", "matplotlib", "sklearn", "pandas", "numpy"}
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, env: Mapping[str, str] = os.environ) -> str:
     """Standard output of a command in an environment where no package is on the path but those installed."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env = {key: value for key, value in env.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
@@ -97,21 +102,43 @@ def test_the_metadata_names_extras_versions_and_license(metadata: Message, conte
     ]
 
 
-def test_it_installs_and_edt_runs_from_there(wheel: Path, tmp_path: Path) -> None:
-    """In a new environment, which sees the libraries of this one and none of this project's files."""
-    home = tmp_path / "venv"
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the wheel, which sees the libraries of this one and none of this project's files."""
+    home = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(home, symlinks=True)
-    python, edt = home / "bin" / "python", home / "bin" / "edt"
     (site,) = (home / "lib").glob("python*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))  # the .pth files in there are not followed
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel)
+    pip = (sys.executable, "-m", "pip", "--python", home / "bin" / "python")
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
+    return home
 
+
+def test_it_installs_and_edt_answers_from_there(installed: Path, tmp_path: Path) -> None:
+    home = installed
+    python, edt = home / "bin" / "python", home / "bin" / "edt"
     where = run(python, "-c", "import edt_core, jobs, pipelines; print(pipelines.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(home)
     assert "edt" in run(edt, "--help", cwd=tmp_path)
     assert run(edt, "--version", cwd=tmp_path).split() == ["edt", PROJECT["version"]]
     shipped = "from pipelines.config import load_config; print(load_config('quickstart').train.model)"
     assert run(python, "-c", shipped, cwd=tmp_path).split() == ["EDT-Tiny/2"]
+
+
+@pytest.mark.ray
+def test_the_installed_edt_runs_a_pipeline(installed: Path, tmp_path: Path) -> None:
+    """The quickstart with a training of 30 steps, in an empty folder, from images to a registered model."""
+    home = installed
+    told = run(home / "bin" / "edt", "run", "--json", *options("train.max_steps=30"), cwd=tmp_path, env=environment())
+    outcome = json.loads(told)
+    assert (outcome["status"], outcome["executed"], outcome["failures"]) == ("finished", STEPS, {})
+    assert Path(outcome["models"][MODEL]["report"]).is_relative_to(tmp_path)
+    code = (
+        "import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1]); "
+        f"print(mlflow.MlflowClient().get_model_version_by_alias({MODEL!r}, 'champion').version)"
+    )
+    uri = f"sqlite:///{tmp_path / 'edt-store' / 'mlflow.db'}"
+    assert run(home / "bin" / "python", "-c", code, uri, cwd=tmp_path).split()[-1] == "1"
 
 
 def test_every_requirement_is_met_by_the_lock() -> None:

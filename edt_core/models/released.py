@@ -13,6 +13,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,10 +107,14 @@ class _Fit:
 
 def _identify(path: Path, state: Mapping[str, Tensor]) -> ModelConfig:
     """The configuration whose state dict has just these keys and shapes. Raises UserError naming the closest one."""
-    fits = [_fit(name, state) for name in MODEL_NAMES]
-    best = min(fits, key=lambda fit: len(fit.differences))
-    if not best.differences:
-        return best.config
+    best: _Fit | None = None
+    for name in MODEL_NAMES:
+        fit = _fit(name, state)
+        if not fit.differences:
+            return fit.config
+        if best is None or len(fit.differences) < len(best.differences):
+            best = fit
+    assert best is not None
     config, more = best.config, len(best.differences) - 1
     raise UserError(
         f"{path} fits no known model ({', '.join(MODEL_NAMES)}). The closest is {config.name} at {config.image_size} "
@@ -122,8 +127,7 @@ def _identify(path: Path, state: Mapping[str, Tensor]) -> ModelConfig:
 def _fit(name: str, state: Mapping[str, Tensor]) -> _Fit:
     """The model of this name with the state dict's own resolution, classes and channels, and where it differs."""
     config = _config_like(name, state)
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in build_model(config).state_dict().items()}
+    expected = _shapes(config)
     found = {key: tuple(value.shape) for key, value in state.items()}
     differences = [
         f"{key!r} is missing" if key not in found else f"{key!r} has shape {list(found[key])}, not {list(shape)}"
@@ -132,6 +136,13 @@ def _fit(name: str, state: Mapping[str, Tensor]) -> _Fit:
     ]
     differences += [f"{key!r} is not a key of it" for key in found if key not in expected]
     return _Fit(config, tuple(differences))
+
+
+@lru_cache(maxsize=64)
+def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The keys and shapes of a model's state dict, in its order."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in build_model(config).state_dict().items()}
 
 
 def _config_like(name: str, state: Mapping[str, Tensor]) -> ModelConfig:

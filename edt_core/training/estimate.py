@@ -4,6 +4,7 @@ Legend: m micro-batch, the samples that a worker takes at once.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -75,21 +76,20 @@ def _size(number: int) -> str:
 
 def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Estimate:
     """What training a model on so many images takes."""
-    model = shadow(model_config).train()
-    parameters = count_parameters(model)
+    parameters, macs = _numbers(model_config)
     weights = 4 * parameters
     optimizer = weights * _OPTIMIZER_STATES[config.optimizer]
     ema = weights * len(config.ema_decays)
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
         parameters=parameters,
-        macs=count_macs(model),
+        macs=macs,
         flops_per_image=training_flops(model_config, masked=config.masked_loss),
         weights=weights,
         gradients=weights,
         optimizer=optimizer,
         ema=ema,
-        activations=_activations(model, config),
+        activations=_activations(model_config, config),
         checkpoint=weights + ema + optimizer,
         micro_batch=config.micro_batch(),
         images=images,
@@ -98,16 +98,31 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     )
 
 
-def _activations(model: DiffusionTransformer, config: TrainConfig) -> int:
+@lru_cache(maxsize=64)
+def _numbers(config: ModelConfig) -> tuple[int, int]:
+    """Parameters and multiply-accumulates of a model."""
+    model = shadow(config)
+    return count_parameters(model), count_macs(model)
+
+
+def _activations(model_config: ModelConfig, config: TrainConfig) -> int:
     """Bytes that the backward pass keeps of a micro-batch.
 
     In bf16 everything is taken to be in half precision, where autocast keeps norms and losses in float32. The scores of
     attention are counted, which a GPU's fused kernels do not keep: there it is a sixth less.
     """
-    model.activation_checkpointing = config.activation_checkpointing
-    one, two = (saved_bytes(model, samples, config.passes) for samples in (1, 2))
-    total = one + (two - one) * (config.micro_batch() - 1)
+    first, further = _sample_bytes(model_config, config.activation_checkpointing, config.passes)
+    total = first + further * (config.micro_batch() - 1)
     return total // 2 if config.precision == "bf16" else total
+
+
+@lru_cache(maxsize=64)  # tracing a large model takes seconds, and `edt init` asks for several micro-batches of one
+def _sample_bytes(config: ModelConfig, checkpointing: bool, passes: int) -> tuple[int, int]:
+    """Bytes that the backward pass keeps of the first sample of a micro-batch, and of each further one."""
+    model = shadow(config).train()
+    model.activation_checkpointing = checkpointing
+    first, both = (saved_bytes(model, samples, passes) for samples in (1, 2))
+    return first, both - first
 
 
 def saved_bytes(model: DiffusionTransformer, samples: int, passes: int) -> int:

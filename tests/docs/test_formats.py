@@ -83,7 +83,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, n
 
 
 @dataclass(frozen=True)
-class Store:
+class Artifacts:
     """The artifacts of a run by kind, the newest of each."""
 
     root: Path
@@ -99,12 +99,12 @@ class Store:
 
 
 @pytest.fixture(scope="module")
-def store(small_store: Path) -> Store:
-    return Store(small_store)
+def artifacts(store: Path, first: object) -> Artifacts:
+    return Artifacts(store)
 
 
-def test_every_manifest_agrees_with_the_page(store: Store) -> None:
-    kinds = {path.parent.parent.name for path in store.root.glob("*/*/manifest.json")}
+def test_every_manifest_agrees_with_the_page(artifacts: Artifacts) -> None:
+    kinds = {path.parent.parent.name for path in artifacts.root.glob("*/*/manifest.json")}
     page = PAGE.read_text()
     assert kinds == {
         *("images", "autoencoder", "latents", "classifier", "checkpoint"),
@@ -112,7 +112,7 @@ def test_every_manifest_agrees_with_the_page(store: Store) -> None:
     }
     for kind in kinds:
         assert f"`{kind}`" in page
-        for folder in store.folders(kind):
+        for folder in artifacts.folders(kind):
             _, manifest = read_artifact(folder)
             assert (manifest["kind"], manifest["fingerprint"]) == (kind, folder.name)
             assert not [field for field in manifest if f"`{field}`" not in page]
@@ -121,8 +121,8 @@ def test_every_manifest_agrees_with_the_page(store: Store) -> None:
             assert kind == "report" or identity == folder.name
 
 
-def test_latents_are_rows_of_the_images_in_the_layout_of_the_page(store: Store) -> None:
-    (images_root, images), (root, latents) = store.read("images"), store.read("latents")
+def test_latents_are_rows_of_the_images_in_the_layout_of_the_page(artifacts: Artifacts) -> None:
+    (images_root, images), (root, latents) = artifacts.read("images"), artifacts.read("latents")
     classes = json.loads((images_root / "classes.json").read_text())
     assert len(classes) == images["counts"]["classes"]
     rows = 0
@@ -145,8 +145,8 @@ def test_latents_are_rows_of_the_images_in_the_layout_of_the_page(store: Store) 
     assert rows == images["counts"]["images"] == latents["counts"]["images"]
 
 
-def test_a_checkpoint_holds_what_the_page_says(store: Store) -> None:
-    root, manifest = store.read("checkpoint")
+def test_a_checkpoint_holds_what_the_page_says(artifacts: Artifacts) -> None:
+    root, manifest = artifacts.read("checkpoint")
     counts = manifest["counts"]
     stated, tensors = read_checkpoint(root / counts["final"])
     assert counts["final"] == f"checkpoints/step-{stated['step']:08d}"
@@ -167,17 +167,17 @@ def test_a_checkpoint_holds_what_the_page_says(store: Store) -> None:
     assert [row["step"] for row in history][-1] == stated["step"]
 
 
-def test_features_and_reference_are_tensors_of_the_names_of_the_page(store: Store) -> None:
-    root, features = store.read("features")
+def test_features_and_reference_are_tensors_of_the_names_of_the_page(artifacts: Artifacts) -> None:
+    root, features = artifacts.read("features")
     units = [load_file(path) for path in sorted(root.glob("unit-*.safetensors"))]
     assert np.concatenate([unit["indices"] for unit in units]).tolist() == list(range(features["counts"]["samples"]))
     size = features["counts"]["image_size"]
     assert units[0]["images"].dtype == np.uint8
     assert units[0]["images"].shape[1:] == (size, size, 3)
-    reference = load_file(store.read("reference")[0] / "reference.safetensors")
+    reference = load_file(artifacts.read("reference")[0] / "reference.safetensors")
     rows = reference["classifier.features"].astype(np.float64)
     assert int(reference["classifier.count"].item()) == len(rows), "of so few images all features are kept"
     np.testing.assert_allclose(reference["classifier.mean"], rows.mean(axis=0), rtol=1e-9)
     np.testing.assert_allclose(reference["classifier.covariance"], np.cov(rows.T), rtol=1e-6, atol=1e-9)
-    metrics = json.loads((store.read("evaluation")[0] / "metrics.json").read_text())
+    metrics = json.loads((artifacts.read("evaluation")[0] / "metrics.json").read_text())
     assert set(metrics) == {"metrics", "protocol", "repeats", "warnings"}

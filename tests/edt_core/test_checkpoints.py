@@ -109,7 +109,7 @@ def test_what_is_written_is_the_training_at_the_moment_of_saving(
     slowly = checkpoints.save_file
 
     def waiting(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        assert go.wait(30)
+        assert go.wait(600)
         slowly(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", waiting)

@@ -24,7 +24,13 @@ from edt_core.published import PUBLISHED, published_gflops
 TINY = model_config("EDT-Tiny/2", 32, 10)
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+# The sizes of a family differ in numbers alone.
+ONE_OF_A_FAMILY = ("EDT-XL/2", "DiT-S/2", "DiT-S/8", "MDTv2-S/2")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ONE_OF_A_FAMILY else pytest.param(name, marks=pytest.mark.slow) for name in MODEL_NAMES]
+)
 def test_parts_add_up_to_the_whole(name: str) -> None:
     config = model_config(name)
     parts = macs_by_part(config)
@@ -69,7 +75,7 @@ def test_a_masked_pass_costs_as_many_tokens_as_its_encoder_sees() -> None:
     tokens, dim = config.grid**2, config.cond_dim
     side = 12 * tokens * dim**2 + 2 * tokens**2 * dim + 6 * dim**2
     assert masked(0.0) == pytest.approx(once + 3 * 2 * side, rel=1e-3)
-    costs = [masked(ratio) for ratio in (0.0, 0.25, 0.5, 0.75)]
+    costs = [masked(ratio) for ratio in (0.0, 0.5, 0.75)]
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1] + 0.3 * once, "of 12 blocks, 6 are the encoder's"
     assert training_flops(config, masked=True) == once + masked(0.4), "at the mean of its ratios, 0.3..0.5"

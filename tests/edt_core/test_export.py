@@ -151,6 +151,7 @@ def test_an_interrupted_export_leaves_nothing_and_the_next_one_works(form: str, 
     assert np.array_equal(READERS[form](tmp_path / "samples")[0], PIXELS)
 
 
+@pytest.mark.faults
 def test_a_killed_export_leaves_a_hidden_folder_that_the_next_one_removes(tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib, numpy as np\n"

@@ -438,6 +438,7 @@ def test_an_unknown_space_is_refused() -> None:
         load_extractor("clip", "anywhere")
 
 
+@pytest.mark.extern
 def test_the_package_imports_with_torch_and_numpy_alone() -> None:
     absent = ["pydantic", "transformers", "safetensors", "fsspec", "filelock", "pyarrow", "PIL", "diffusers", "ray"]
     code = (

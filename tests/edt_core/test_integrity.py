@@ -272,6 +272,7 @@ def test_verify_on_its_own(artifact: Artifact, capsys: pytest.CaptureFixture[str
     assert shown.count("is not in the manifest") == 10
 
 
+@pytest.mark.extern
 def test_verify_imports_no_ray(artifact: Artifact) -> None:
     import sys
 
@@ -295,6 +296,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.faults
 def test_a_full_disk_loses_nothing_and_publishes_nothing(small_disk: Path) -> None:
     out = ArtifactWriter(Folder.at(small_disk / "store"), "images", "0" * 64, "a1")
     out.write_bytes("one.bin", bytes(1000))

@@ -20,6 +20,7 @@ from edt_core.data.loader import LatentBatch, LatentLoader, latent_batches, requ
 from edt_core.data.order import epoch_order
 from edt_core.data.prefetch import prefetched
 from edt_core.errors import UserError
+from tests.support.processes import wait_for
 
 SIZES = (300, 5, 260)
 TOTAL = sum(SIZES)
@@ -224,10 +225,8 @@ def test_no_more_than_depth_items_are_ahead() -> None:
     assert made == []  # nothing before the first next
     for taken in range(1, 6):
         next(items)
-        deadline = time.monotonic() + 5
-        while len(made) < taken + 3 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.01)
+        wait_for(lambda taken=taken: len(made) >= taken + 3, pause=0.001)
+        time.sleep(0.01)  # in which it could go on, and must not
         assert len(made) == taken + 3
     items.close()
 
@@ -266,6 +265,7 @@ def test_closing_closes_the_producer_too() -> None:
     assert closed == ["edt-prefetch"]
 
 
+@pytest.mark.extern
 def test_an_interpreter_exits_in_the_middle(paths: list[Path]) -> None:
     code = (
         "import sys; from pathlib import Path; from edt_core.data.latents import LatentDataset\n"
@@ -278,7 +278,7 @@ def test_an_interpreter_exits_in_the_middle(paths: list[Path]) -> None:
         [sys.executable, "-c", code, *map(str, paths)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
         cwd=Path(__file__).parents[2],
     )

@@ -19,6 +19,22 @@ from edt_core.training.step import StepInputs, accumulate_gradient
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ["EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"]
+# Each case traces for seconds. Those that pair what others have apart are repetitions.
+slow = pytest.mark.slow
+SAMPLING = [
+    *(pytest.param(name, False, "fp32", id=f"{name}-plain-fp32") for name in TINY),
+    *(pytest.param(name, True, "bf16", id=f"{name}-AMM-bf16") for name in TINY),
+    *(pytest.param(name, False, "bf16", id=f"{name}-plain-bf16", marks=slow) for name in TINY),
+    *(pytest.param(name, True, "fp32", id=f"{name}-AMM-fp32", marks=slow) for name in TINY),
+]
+TRAINING = [
+    ("EDT-Tiny/2", "fp32"),
+    ("EDT-Tiny/2", "bf16"),
+    ("MDTv2-Tiny/2", "bf16"),
+    ("DiT-Tiny/2", "fp32"),
+    pytest.param("MDTv2-Tiny/2", "fp32", marks=slow),
+    pytest.param("DiT-Tiny/2", "bf16", marks=slow),
+]
 
 
 class Backend:
@@ -57,9 +73,7 @@ def largest_error(actual: Tensor, expected: Tensor) -> float:
     return float(((actual - expected).abs().max() / expected.abs().max()).detach())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("modulated", [False, True], ids=["plain", "AMM"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "modulated", "precision"), SAMPLING)
 def test_sampling_is_compiled_once_for_all_sizes(
     name: str, modulated: bool, precision: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,8 +90,7 @@ def test_sampling_is_compiled_once_for_all_sizes(
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "precision"), TRAINING)
 def test_training_is_compiled_once_for_all_steps(
     name: str, precision: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +115,7 @@ def test_training_is_compiled_once_for_all_steps(
         assert largest_error(ours.grad, theirs.grad) < bound
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["EDT-Tiny/2", "MDTv2-Tiny/2", pytest.param("DiT-Tiny/2", marks=slow)])
 def test_a_compiled_model_computes_the_same(name: str) -> None:
     """Through all but code generation: the graph, its gradient, and decompositions."""
     torch._dynamo.reset()

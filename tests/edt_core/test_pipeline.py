@@ -66,6 +66,7 @@ def test_every_architecture_loads_by_both_doors(folder: Path, tmp_path: Path, na
     assert np.array_equal(*images)
 
 
+@pytest.mark.extern
 def test_the_package_gives_the_pipeline_without_being_heavy() -> None:
     code = "import sys, edt_core; assert 'torch' not in sys.modules; print(edt_core.EDTPipeline.__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.errors import UserError
 from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
-from jobs.verify import verify
+from jobs.verify import main, verify
 
 
 def writer(uri: str, attempt: str = "a1", previous: tuple[str, ...] = ()) -> ArtifactWriter:
@@ -152,6 +152,7 @@ def test_a_folder_lists_walks_and_forgets(s3: str) -> None:
     assert folder.walk() == {"x": 3}
 
 
+@pytest.mark.extern
 def test_a_folder_works_after_a_pickle_and_in_another_process(s3: str) -> None:
     folder = Folder.at(f"{s3}/a")
     folder.write_bytes("x", b"123")
@@ -231,14 +232,17 @@ def test_the_secret_is_written_nowhere(s3: str, tmp_path: Path) -> None:
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and secret in p.read_bytes()]
 
 
-def test_verify_as_a_command_on_s3(s3: str) -> None:
+def test_verify_as_a_command_on_s3(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = committed(s3)
-    command = [sys.executable, "-m", "jobs.verify", artifact.folder.uri, "--deep"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 1, "")
+    arguments = [artifact.folder.uri, "--deep"]
+    main(arguments)
+    out, err = capsys.readouterr()
+    assert (len(out.splitlines()), err) == (1, "")
     overwrite(artifact, "images-00001.tar", b"\1" * 999 + b"\2")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: s3://")
-    assert "another sha256" in done.stderr
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith("error: s3://")
+    assert "another sha256" in err
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in out + err

@@ -104,12 +104,19 @@ def test_every_option_trains_and_resumes(
         assert contents(place(tmp_path / "a", last)) == contents(place(tmp_path / "b", last))
 
 
+@pytest.fixture(scope="module")
+def plain(speck: ModelConfig, dataset: LatentDataset, tmp_path_factory: pytest.TempPathFactory) -> TrainState:
+    """A training with the options of SHORT alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edt_core.training.loop.matmul_rate", lambda *_: 1e9)
+        return train(SHORT, speck, dataset, LocalContext(tmp_path_factory.mktemp("plain")))
+
+
 @pytest.mark.parametrize("options", OPTIONS[:10], ids=str)
 def test_every_option_makes_a_difference(
-    options: dict[str, object], speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+    options: dict[str, object], plain: TrainState, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
 ) -> None:
     """tf32 alone makes none: it is of GPUs."""
-    plain = train(SHORT, speck, dataset, LocalContext(tmp_path / "plain"))
     other = train(with_options(options), speck, dataset, LocalContext(tmp_path / "other"))
     if "ema_decay" in options:
         assert len(other.ema.averages) == 3

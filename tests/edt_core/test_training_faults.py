@@ -383,6 +383,7 @@ def _train_and_be_killed(folder: Path, paths: list[Path], seed: int) -> None:
     print(json.dumps(statuses))
 
 
+@pytest.mark.faults
 def test_a_training_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(
     latents_artifact: Artifact, tmp_path: Path
 ) -> None:
@@ -391,7 +392,7 @@ def test_a_training_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(
         [sys.executable, "-m", "tests.edt_core.test_training_faults", str(tmp_path), *paths],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
         check=False,
         cwd=Path(__file__).parents[2],
     )

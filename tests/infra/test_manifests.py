@@ -44,7 +44,7 @@ def _built(folder: Path) -> str:
     command = next((words for words in commands if shutil.which(words[0])), None)
     if command is None:
         pytest.skip("neither kubectl nor kustomize is installed: the manifests cannot be rendered")
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -10,17 +10,15 @@ import pytest
 import torch
 
 from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.config import ChainConfig, PreprocessConfig, SourceConfig
+from edt_core.config import ChainConfig
 from edt_core.generation import LatentSampler
 from edt_core.schema import EMA_WEIGHTS, MODEL_CONFIG
 from edt_core.storage import Folder
-from jobs import amm_search, evaluation, preprocess
+from jobs import amm_search, evaluation
 from jobs.amm_search import Placement, SearchConfig, paired_gain, search, settings
 from jobs.models import open_model, write_modulated
 from jobs.sample import averaged_model
-from jobs.verb import image_source
-from tests.support.jobs import execute
-from tests.support.models import classifier_artifact, made_model, opened, pipeline_folder
+from tests.support.models import made_model, opened
 
 Effect = Callable[[Placement], float]
 
@@ -120,13 +118,6 @@ def test_a_model_is_sampled_with_the_placement_that_was_written_into_it(name: st
 # --- by its command
 
 
-@pytest.fixture(scope="module")
-def images(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
-    source = image_source(SourceConfig(path=str(digits_folder)))
-    folder = tmp_path_factory.mktemp("images")
-    return execute(preprocess.VERB, PreprocessConfig(image_size=32, images_per_shard=12), folder, source=source)
-
-
 def called(main: Callable[..., None], capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Exit code, output and errors of a command."""
     code = 0
@@ -140,15 +131,13 @@ def called(main: Callable[..., None], capfd: pytest.CaptureFixture[str], *argume
 SAMPLING = ["--num-samples", "12", "--unit-size", "12", "--num-sampling-steps", "2", "--num-cpus-per-worker", "0"]
 
 
-@pytest.mark.ray
+@pytest.mark.usefixtures("here")
 def test_what_is_found_is_a_model_that_is_evaluated_with_it(
-    images: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    images: Artifact, folder: Path, judge: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = pipeline_folder(tmp_path / "pipeline", made_model())
-    judge = classifier_artifact(tmp_path / "classifier").folder.uri
     out = tmp_path / "out"
-    common = ["--images", images.folder.uri, "--classifier", judge, *SAMPLING]
-    call = [model, out, *common, "--repeats", 2, "--blocks", "1,4", "--top", 1, "--radii", "2"]
+    common = ["--images", images.folder.uri, "--classifier", judge.folder.uri, *SAMPLING]
+    call = [folder, out, *common, "--repeats", 2, "--blocks", "1,4", "--top", 1, "--radii", "2"]
     code, told, errors = called(amm_search.main, capfd, *call)
     assert code == 0, errors
     assert "up to 6 settings of 2 x 12 samples, 144 samples in all" in errors
@@ -160,7 +149,7 @@ def test_what_is_found_is_a_model_that_is_evaluated_with_it(
     assert len(set(values.values())) == len(values), "modulation in other blocks makes other samples"
 
     work = Folder.at(tmp_path / "work")
-    found, source = open_model(str(out), work), open_model(str(model), work)
+    found, source = open_model(str(out), work), open_model(str(folder), work)
     final = found.checkpoint.counts["final"]
     config = found.checkpoint.read_json(f"{final}/{MODEL_CONFIG}")
     assert config["amm_blocks"] == results["amm_blocks"] == found.checkpoint.counts["amm_search"]["amm_blocks"]
@@ -177,7 +166,7 @@ def test_what_is_found_is_a_model_that_is_evaluated_with_it(
     assert "another configuration" in errors
 
 
-@pytest.mark.ray
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -187,11 +176,16 @@ def test_what_is_found_is_a_model_that_is_evaluated_with_it(
     ],
 )
 def test_what_cannot_be_searched_is_one_message(
-    options: list[str], message: str, images: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    images: Artifact,
+    folder: Path,
+    judge: Artifact,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    model = pipeline_folder(tmp_path / "pipeline", made_model())
-    judge = classifier_artifact(tmp_path / "classifier").folder.uri
-    call = [model, tmp_path / "out", "--images", images.folder.uri, "--classifier", judge, *SAMPLING, *options]
+    common = ["--images", images.folder.uri, "--classifier", judge.folder.uri, *SAMPLING]
+    call = [folder, tmp_path / "out", *common, *options]
     code, _, errors = called(amm_search.main, capfd, *call)
     assert code == 2
     assert message in errors

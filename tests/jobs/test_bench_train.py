@@ -12,6 +12,7 @@ from edt_core.training.state import initial_state
 from jobs.benchmark import train as bench
 from jobs.benchmark.authors import PlainStep, plain_model
 from jobs.benchmark.command import main
+from jobs.benchmark.table import Row
 from jobs.benchmark.train import BareStep, Subject, bench_train, ready_inputs
 
 CPU = torch.device("cpu")
@@ -56,6 +57,7 @@ def test_the_plain_model_shares_nothing_with_ours() -> None:
 
 def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_seconds_of_workers", lambda config, *_: float(config.worker_range[1]))
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, precision: 1e10)
     subject = Subject("EDT-Tiny/2", 32, batch_size=2)
     rows = [row for part in bench_train(tmp_path, subject, ("fp32", "bf16"), turns=1) for row in part]
     assert [row.what.split(",")[0] for row in rows] == [*["step"] * 4, "training loop", "checkpoint", "2 workers"]
@@ -68,14 +70,23 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert rows[-1].ratio == pytest.approx(1.0)
 
 
-def test_workers_make_the_same_steps() -> None:
+@pytest.mark.extern
+def test_the_steps_of_several_processes_are_timed() -> None:
     config = SUBJECT.train_config("fp32", num_workers=2)
     assert bench._seconds_of_workers(config, SUBJECT.model_config, "cpu", 1) > 0
 
 
 def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench, "_seconds_of_workers", lambda *_: 1.0)
+    seen: list[tuple[Subject, tuple[str, ...], int]] = []
+
+    def measured(work: Path, subject: Subject, precisions: tuple[str, ...], turns: int) -> list[list[Row]]:
+        assert work.is_dir()
+        seen.append((subject, precisions, turns))
+        return [[Row("step", "1", "plain", 1.5)], [Row("training loop", "2", "bare", 1.0)]]
+
+    monkeypatch.setattr(bench, "bench_train", measured)
     main(["train", "--model", "EDT-Tiny/2", "--image-size", "32", "--precision", "fp32", "--scale", "0.1"])
-    printed = capsys.readouterr().out
-    assert printed.count("\n| step, EDT-Tiny/2 at 32, fp32, batch 2 |") == 2
-    assert "| training loop, EDT-Tiny/2" in printed
+    assert "| step | 1 | plain | 1.50 |  |\n| training loop | 2 | bare | 1.00 |" in capsys.readouterr().out
+    ((subject, precisions, turns),) = seen
+    assert (subject.model, subject.image_size, subject.batch_size) == ("EDT-Tiny/2", 32, 2)
+    assert (precisions, turns) == (("fp32",), 1)

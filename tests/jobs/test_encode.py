@@ -1,5 +1,6 @@
-"""encode: every kind of autoencoder, any batch size, lower precision with its error, and no wrong byte."""
+"""encode, in this process: every kind of autoencoder, any batch size, lower precision with its error, no wrong byte."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,17 @@ import pytest
 
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.autoencoder import build_autoencoder, load_autoencoder
-from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, SourceConfig
+from edt_core.config import AutoencoderConfig, EncodeConfig
 from edt_core.data.latents import LatentShard
 from edt_core.data.shards import read_image_shard, read_tar
 from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.storage import Folder
-from jobs import encode, preprocess
+from jobs import encode
 from jobs.autoencoder import published_artifact
 from jobs.encode import Encoder
-from jobs.verb import image_source
 
 BATCH_TOLERANCE = 1e-5  # of the latents' standard deviation, in fp32: what another batch size may change
-
-
-@pytest.fixture(scope="module")
-def images(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
-    """32 real digits at 32 px in shards of 12, 12 and 8."""
-    config = PreprocessConfig(image_size=32, images_per_shard=12)
-    source = image_source(SourceConfig(path=str(digits_folder)))
-    out = ArtifactWriter(Folder.at(tmp_path_factory.mktemp("images")), "images", "1" * 64)
-    return preprocess.VERB.execute(config, {"source": source}, out, Silent())
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +47,6 @@ def encoded(images: Artifact, vae: Artifact, folder: Path, **fields: Any) -> lis
     return [LatentShard(folder / f"latents-{k:05d}.arrow").posterior() for k in shards]
 
 
-pytestmark = pytest.mark.ray
-
-
 def test_latents_are_the_posterior_of_image_and_mirror(images: Artifact, vae: Artifact, tmp_path: Path) -> None:
     import torch
 
@@ -80,7 +68,7 @@ def test_the_batch_size_moves_nothing_beyond_rounding(images: Artifact, vae: Art
     assert np.abs(one - many).max() < BATCH_TOLERANCE * deviation
 
 
-def test_the_manifest_has_mean_and_std_by_channel(images: Artifact, vae: Artifact, tmp_path: Path) -> None:
+def test_the_manifest_has_mean_and_std_by_channel(images: Artifact, vae: Artifact, tmp_path: Path, here: None) -> None:
     latents = encode.VERB.execute(EncodeConfig(), {"images": images, "autoencoder": vae}, writer(tmp_path), Silent())
     rows = np.concatenate([LatentShard(path).posterior() for path in latents.paths("latents-*.arrow")])
     mean, std = rows[:, 0, 0].astype(np.float64), rows[:, 0, 1].astype(np.float64)
@@ -96,7 +84,7 @@ def test_the_manifest_has_mean_and_std_by_channel(images: Artifact, vae: Artifac
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 5e-2), ("fp16", 5e-3)])
 def test_lower_precision_tells_its_error(
-    precision: str, bound: float, images: Artifact, vae: Artifact, tmp_path: Path
+    precision: str, bound: float, images: Artifact, vae: Artifact, tmp_path: Path, here: None
 ) -> None:
     inputs = {"images": images, "autoencoder": vae}
     latents = encode.VERB.execute(EncodeConfig(precision=precision), inputs, writer(tmp_path / "low"), Silent())
@@ -142,12 +130,9 @@ def test_the_webdataset_twin_has_the_same_rows_and_only_npy_and_json(
         assert np.array_equal(np.stack(arrays), shard.posterior())
 
 
-def test_an_image_shard_with_one_flipped_bit_is_not_encoded(
-    digits_folder: Path, vae: Artifact, tmp_path: Path, ray_session: None
-) -> None:
-    source = image_source(SourceConfig(path=str(digits_folder)))
-    out = ArtifactWriter(Folder.at(tmp_path / "i"), "images", "1" * 64)
-    images = preprocess.VERB.execute(PreprocessConfig(image_size=32), {"source": source}, out, Silent())
+def test_an_image_shard_with_one_flipped_bit_is_not_encoded(images: Artifact, vae: Artifact, tmp_path: Path) -> None:
+    assert images.folder.local is not None
+    images = Artifact.open(str(shutil.copytree(images.folder.local, tmp_path / "i")))
     path = images.paths("images-*.tar")[0]
     data = bytearray(path.read_bytes())
     data[700] ^= 4
@@ -172,7 +157,7 @@ def test_an_image_size_that_does_not_fit_is_refused_with_the_numbers(images: Art
         encode.encode(EncodeConfig(), {"images": odd, "autoencoder": vae}, writer(Path("/nowhere")), Silent())
 
 
-def test_finished_latent_shards_are_taken_over(images: Artifact, vae: Artifact, tmp_path: Path) -> None:
+def test_finished_latent_shards_are_taken_over(images: Artifact, vae: Artifact, tmp_path: Path, here: None) -> None:
     dead = replace(writer(tmp_path), attempt="a1")
     encoder = Encoder(EncodeConfig(), {"images": images, "autoencoder": vae}, dead, Silent(), "cpu")
     encoder.work(1)
@@ -194,8 +179,6 @@ def test_an_output_folder_keeps_to_one_autoencoder(vae_folder: Path, tmp_path: P
 
 
 def test_weights_that_are_not_all_there_are_refused(vae_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(vae_folder, tmp_path / "vae")

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from edt_core.artifact import Artifact
-from edt_core.config import PreprocessConfig, SampleConfig
+from edt_core.config import SampleConfig
 from edt_core.errors import UserError
 from edt_core.schema import EMA_WEIGHTS
 from edt_core.storage import Folder
-from jobs import evaluation, export, preprocess
+from jobs import evaluation, export
 from jobs.models import open_model
 from jobs.sweep import Result, grid, parse_axis, plot, results_table
-from jobs.verb import image_source
 from tests.support.jobs import execute
-from tests.support.models import classifier_artifact, made_model, opened, pipeline_folder
+from tests.support.models import made_model, opened, pipeline_folder
+from tests.support.registry import write_empty_mlflow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -124,35 +124,27 @@ def test_a_model_is_the_same_in_every_form(tmp_path: Path) -> None:
     assert weights(first.checkpoint) == weights(of_step.checkpoint) == weights(of_file.checkpoint)
 
 
-def test_what_is_no_model_is_refused_with_the_forms(tmp_path: Path) -> None:
-    import mlflow
-
-    judge = classifier_artifact(tmp_path / "classifier")
+def test_what_is_no_model_is_refused_with_the_forms(judge: Artifact, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds classifier, and a model is needed"):
         open_model(judge.folder.uri, Folder.at(tmp_path / "work"))
     with pytest.raises(UserError, match=r"there is no model at .*NAME@ALIAS"):
         open_model(str(tmp_path / "nothing"), Folder.at(tmp_path / "work"))
+
+
+def test_a_model_that_mlflow_does_not_have_is_refused(tmp_path: Path) -> None:
+    import mlflow
+
+    write_empty_mlflow(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    for unknown in ("edt-none@champion", f"runs:/{'0' * 32}"):
-        with pytest.raises(UserError, match=f"has no model {unknown}"):
-            open_model(unknown, Folder.at(tmp_path / "work"))
+    try:
+        for unknown in ("edt-none@champion", f"runs:/{'0' * 32}"):
+            with pytest.raises(UserError, match=f"has no model {unknown}"):
+                open_model(unknown, Folder.at(tmp_path / "work"))
+    finally:
+        mlflow.set_tracking_uri(None)
 
 
 # --- the whole evaluation, by its command
-
-
-@pytest.fixture(scope="module")
-def images(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
-    from edt_core.config import SourceConfig
-
-    source = image_source(SourceConfig(path=str(digits_folder)))
-    folder = tmp_path_factory.mktemp("images")
-    return execute(preprocess.VERB, PreprocessConfig(image_size=32, images_per_shard=12), folder, source=source)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline_folder(tmp_path_factory.mktemp("model") / "pipeline", made_model())
 
 
 COMMON = ["--num-samples", "12", "--unit-size", "4", "--num-sampling-steps", "3", "--num-cpus-per-worker", "0"]
@@ -168,13 +160,12 @@ def evaluate(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     return code, *capfd.readouterr()
 
 
-@pytest.mark.ray
+@pytest.mark.usefixtures("here")
 def test_a_sweep_is_measured_plotted_and_reused(
-    images: Artifact, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    images: Artifact, folder: Path, judge: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    judge = classifier_artifact(tmp_path / "classifier").folder.uri
     out = tmp_path / "out"
-    call = [model, out, "--images", images.folder.uri, "--classifier", judge, *COMMON, "--repeats", 2]
+    call = [folder, out, "--images", images.folder.uri, "--classifier", judge.folder.uri, *COMMON, "--repeats", 2]
     code, told, errors = evaluate(capfd, *call, "--sweep", "cfg=1,3")
     assert code == 0, errors
     assert "| cfg | fd_classifier | kid_classifier |" in told
@@ -197,9 +188,9 @@ def test_a_sweep_is_measured_plotted_and_reused(
     assert {path: path.stat().st_ino for path in out.rglob("unit-*.safetensors")} == made
 
 
-@pytest.mark.ray
+@pytest.mark.usefixtures("here")
 def test_inception_against_published_statistics_and_samples_for_other_tools(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from PIL import Image
 
@@ -215,7 +206,7 @@ def test_inception_against_published_statistics_and_samples_for_other_tools(
         sigma_s=np.eye(2023),
     )
     out = tmp_path / "out"
-    call = [model, out, "--statistics", published, "--inception-weights", inception, *COMMON]
+    call = [folder, out, "--statistics", published, "--inception-weights", inception, *COMMON]
     code, _, errors = evaluate(capfd, *call)
     assert code == 2
     assert "12 generated samples in 2,048 dimensions" in errors
@@ -225,9 +216,9 @@ def test_inception_against_published_statistics_and_samples_for_other_tools(
     assert {"fid", "sfid", "inception_score", "kid", "precision", "recall"} <= result["metrics"].keys()
     assert result["protocol"]["reference_source"] == "published statistics"
     assert "| fid |" in told
-    (folder,) = out.glob("samples-*-png")
+    (png,) = out.glob("samples-*-png")
     (npz,) = out.glob("samples-*.npz")
-    pictures = sorted(folder.iterdir())
+    pictures = sorted(png.iterdir())
     arrays = np.load(npz)
     assert len(pictures) == 12
     assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in pictures]), arrays["arr_0"])
@@ -267,11 +258,15 @@ def inception_weights(folder: Path) -> Path:
     ],
 )
 def test_what_cannot_be_evaluated_is_one_message(
-    options: list[str], message: str, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    folder: Path,
+    judge: Artifact,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    judge = classifier_artifact(tmp_path / "classifier").folder.uri
-    given = [option.format(tmp=tmp_path, classifier=judge) for option in options]
-    code, _, errors = evaluate(capfd, model, tmp_path / "out", *given)
+    given = [option.format(tmp=tmp_path, classifier=judge.folder.uri) for option in options]
+    code, _, errors = evaluate(capfd, folder, tmp_path / "out", *given)
     assert code == 2
     assert message in errors
     assert "Traceback" not in errors
@@ -288,15 +283,13 @@ def test_samples_whose_pixels_were_not_kept_are_not_exported(tmp_path: Path) -> 
         export.export_features(features, "png", tmp_path / "png", Silent())
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_a_guide_and_a_prior_of_labels(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("here")
+def test_a_guide_and_a_prior_of_labels(judge: Artifact, tmp_path: Path) -> None:
     """Autoguidance moves the samples; a model from elsewhere knows no prior, and says so."""
     from jobs import sample
 
     base = opened(tmp_path / "model", made_model())
     guide = opened(tmp_path / "guide", made_model(seed=1))
-    judge = classifier_artifact(tmp_path / "classifier")
     assert base.autoencoder is not None
     inputs = {"checkpoint": base.checkpoint, "autoencoder": base.autoencoder, "classifier": judge}
     config = SampleConfig(num_samples=4, num_sampling_steps=3, cfg_scale=2.0, num_cpus_per_worker=0)

@@ -1,61 +1,46 @@
 """The jobs on Ray, on real digits: each stage feeds the next, and says clearly what it cannot do."""
 
+import io
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import (
     AutoencoderConfig,
-    ClassifierConfig,
-    EncodeConfig,
     EvaluateConfig,
-    PreprocessConfig,
     ReferenceConfig,
     SampleConfig,
-    SourceConfig,
     TrainConfig,
 )
 from edt_core.data.images import center_crop, decode_rgb
-from edt_core.data.latents import LatentDataset, LatentShard
+from edt_core.data.latents import LatentShard
 from edt_core.data.shards import read_image_shard, read_tar
 from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.storage import Folder
-from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs import autoencoder, evaluate, reference, sample, train
 from jobs.train_context import CLOCK
-from jobs.verb import image_source
-from tests.support.jobs import execute
-
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+from tests.support.jobs import STAGES, TRAIN, Chain, execute, made_stage
+from tests.support.local_ray import local_ray
 
 
-@pytest.fixture(scope="module")
-def chain(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """Images, autoencoder, latents and classifier of 32 real digits."""
-    root = tmp_path_factory.mktemp("chain")
-    source = image_source(SourceConfig(path=str(digits_folder)))
-    images = execute(preprocess.VERB, PreprocessConfig(image_size=32, images_per_shard=12), root / "i", source=source)
-    vae = execute(
-        autoencoder.VERB,
-        AutoencoderConfig(downsample_factor=4, base_channels=8, steps=4, batch_size=8),
-        root / "a",
-        images=images,
-    )
-    latents = execute(
-        encode.VERB, EncodeConfig(batch_size=5, write_webdataset=True), root / "l", images=images, autoencoder=vae
-    )
-    judge = execute(
-        classifier.VERB, ClassifierConfig(steps=8, base_channels=4, feature_dim=8), root / "c", images=images
-    )
-    return {"source": source, "images": images, "autoencoder": vae, "latents": latents, "classifier": judge}
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", STAGES)
+def test_rays_workers_make_what_one_process_makes(kind: str, chain: Chain, tmp_path: Path, ray_session: None) -> None:
+    """Byte for byte: what was made in this process, made by Ray's tasks and actors."""
+    made = made_stage(kind, chain, tmp_path)
+    assert made.fingerprint == chain[kind].fingerprint
+    assert made.manifest.digest == chain[kind].manifest.digest
 
 
-def test_image_shards_hold_every_image_once_and_cropped(chain: dict[str, Artifact], digits_folder: Path) -> None:
+def test_image_shards_hold_every_image_once_and_cropped(chain: Chain, digits_folder: Path) -> None:
     images = chain["images"]
     assert [entry.rows for entry in images.entries("images-*.tar")] == [12, 12, 8]
     found = [sample for path in images.paths("images-*.tar") for sample in read_image_shard(path)]
@@ -68,17 +53,7 @@ def test_image_shards_hold_every_image_once_and_cropped(chain: dict[str, Artifac
     assert images.read_json("classes.json") == ["0", "1", "2", "3"]
 
 
-def test_preprocess_gives_the_same_bytes_again(chain: dict[str, Artifact], tmp_path: Path) -> None:
-    again = execute(
-        preprocess.VERB,
-        PreprocessConfig(image_size=32, images_per_shard=12),
-        tmp_path,
-        source=chain["source"],
-    )
-    assert again.manifest.digest == chain["images"].manifest.digest
-
-
-def test_latent_shards_follow_the_image_shards_row_by_row(chain: dict[str, Artifact]) -> None:
+def test_latent_shards_follow_the_image_shards_row_by_row(chain: Chain) -> None:
     latents, images = chain["latents"], chain["images"]
     shards = [LatentShard(path) for path in latents.paths("latents-*.arrow")]
     assert [entry.rows for entry in latents.entries("*.arrow")] == [12, 12, 8]
@@ -91,60 +66,105 @@ def test_latent_shards_follow_the_image_shards_row_by_row(chain: dict[str, Artif
         assert shard.info.scaling_factor == chain["autoencoder"].counts["scaling_factor"]
 
 
-TRAIN = TrainConfig(
-    model="EDT-Tiny/2",
-    global_batch_size=8,
-    max_steps=6,
-    log_every=2,
-    checkpoint_every=3,
-    num_workers=2,
-    lr=1e-3,
-)
+class Told(Silent):
+    """Leaves what it hears in files: Ray's workers have a copy of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        with (self.folder / "steps").open("a") as file:
+            file.write(f"{step}\n")
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        (self.folder / f"{name}-{step}.png").write_bytes(png)
+
+    def checkpoints(self, kept: Mapping[int, tuple[str, str]]) -> None:
+        lines = [f"{step} {uri.rsplit('/', 1)[-1]} {digest}\n" for step, (uri, digest) in sorted(kept.items())]
+        (self.folder / f"checkpoints-{max(kept)}").write_text("".join(lines))
+
+    def warn(self, message: str) -> None:
+        with (self.folder / "warnings").open("a") as file:
+            file.write(f"{message}\n")
 
 
 @pytest.fixture(scope="module")
-def trained(chain: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return execute(train.VERB, TRAIN, tmp_path_factory.mktemp("t"), latents=chain["latents"])
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what the training by two workers tells."""
+    return tmp_path_factory.mktemp("told")
 
 
-def test_two_ddp_workers_train_what_one_process_trains(
-    chain: dict[str, Artifact], trained: Artifact, tmp_path: Path
-) -> None:
-    from edt_core.training.checkpoint import ema_model
-    from edt_core.training.context import LocalContext
-    from edt_core.training.loop import train as loop
+@pytest.fixture(scope="module")
+def by_two(chain: Chain, told: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
+    """A training by two workers of Ray Train, with pictures on the way."""
+    config = TRAIN.model_copy(update={"preview_every": 3})
+    inputs = {role: chain[role] for role in ("latents", "autoencoder")}
+    return execute(train.VERB, config, tmp_path_factory.mktemp("t"), Told(told), **inputs)
 
-    dataset = LatentDataset(chain["latents"].paths("*.arrow"))
-    alone = loop(TRAIN, train.config_of(TRAIN.model, chain["latents"].counts), dataset, LocalContext(tmp_path))
-    rows = [json.loads(line) for line in trained.path("history.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 6]
-    for one, two in zip(alone.history.rows, rows, strict=True):
+
+@pytest.mark.ray
+def test_two_ddp_workers_train_what_one_process_trains(by_two: Artifact, trained: Artifact) -> None:
+    alone, rows = train.history(trained), train.history(by_two)
+    assert [row["step"] for row in alone] == [row["step"] for row in rows] == [2, 4, 6]
+    for one, two in zip(alone, rows, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    together = ema_model(trained.directory(trained.counts["final"])).state_dict()
-    for name, value in alone.ema.averages[0].items():
+    together, apart = (sample.averaged_model(made, "cpu").state_dict() for made in (by_two, trained))
+    for name, value in apart.items():
         assert np.allclose(together[name].numpy(), value.numpy(), atol=2e-5), name
 
 
-def test_a_training_leaves_its_checkpoints_and_no_debris(trained: Artifact) -> None:
-    assert trained.counts["checkpoints"] == ["step-00000003", "step-00000006"]
-    assert trained.counts["final"] == "checkpoints/step-00000006"
-    assert trained.counts["parameters"] > 0
-    names = [path.name for path in trained.data.local.rglob("*")]
+@pytest.mark.ray
+def test_a_training_leaves_its_checkpoints_and_no_debris(by_two: Artifact) -> None:
+    assert by_two.counts["checkpoints"] == ["step-00000003", "step-00000006"]
+    assert by_two.counts["final"] == "checkpoints/step-00000006"
+    assert by_two.counts["parameters"] > 0
+    names = [path.name for path in by_two.data.local.rglob("*")]
     debris = (".ray-train", ".verdict", ".staging", ".journal", ".device_time")
     assert not [name for name in names if name.startswith(debris)]
 
 
-def test_what_a_training_took_is_counted(chain: dict[str, Artifact], trained: Artifact) -> None:
+@pytest.mark.ray
+def test_pictures_metrics_and_checkpoints_are_told_on_the_way(chain: Chain, by_two: Artifact, told: Path) -> None:
+    assert by_two.manifest.inputs == {"latents": chain["latents"].fingerprint}
+    assert (told / "steps").read_text().split() == ["2", "4", "6"]
+    for step in (3, 6):
+        assert Image.open(io.BytesIO((told / f"samples-{step}.png").read_bytes())).size == (128, 128)
+    lines = (told / "checkpoints-6").read_text().splitlines()
+    assert [line.split()[:2] for line in lines] == [["3", "step-00000003"], ["6", "step-00000006"]]
+    assert by_two.counts["best"] in by_two.counts["checkpoints"]
+    assert by_two.counts["steps"] == 6
+
+
+@pytest.mark.ray
+def test_what_a_training_took_is_counted(chain: Chain, by_two: Artifact) -> None:
     from edt_core.models import training_flops
 
-    counts, config = trained.counts, train.config_of(TRAIN.model, chain["latents"].counts)
+    counts, config = by_two.counts, train.config_of(TRAIN.model, chain["latents"].counts)
     assert counts["images_seen"] == 6 * TRAIN.global_batch_size
     assert counts["training_flops"] == counts["images_seen"] * training_flops(config, masked=True)
-    assert 0 < counts["device_hours"] < trained.manifest.duration_s * TRAIN.num_workers / 3600
+    assert 0 < counts["device_hours"] < by_two.manifest.duration_s * TRAIN.num_workers / 3600
+
+
+@pytest.mark.ray
+def test_no_worker_makes_a_step_on_a_damaged_shard(chain: Chain, tmp_path: Path, ray_session: None) -> None:
+    """Ray Train's worker is started, opens the latents, and that is all it does."""
+    name = chain["latents"].entries("*.arrow")[1].path
+    shutil.copytree(chain["latents"].folder.local, tmp_path / "latents")
+    data = bytearray((tmp_path / "latents" / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "latents" / name).write_bytes(data)
+    damaged = Artifact.open(str(tmp_path / "latents"))
+    config = TRAIN.model_copy(update={"num_workers": 1, "max_failures": 0, "checkpoint_every": 1})
+    with pytest.raises(UserError, match=rf"{name} has .* another sha256"):
+        execute(train.VERB, config, tmp_path / "out", Told(tmp_path / "told"), latents=damaged)
+    assert not (tmp_path / "told" / "steps").exists()
+    assert not list((tmp_path / "out").rglob("step-*"))
+    assert not list((tmp_path / "out").rglob("manifest.json"))
 
 
 def test_a_training_goes_on_from_an_earlier_attempt(
-    chain: dict[str, Artifact], trained: Artifact, tmp_path: Path
+    chain: Chain, trained: Artifact, tmp_path: Path, training_here: None
 ) -> None:
     """What a killed driver leaves: a first attempt with one checkpoint, half of another, and no manifest."""
     identity = train.VERB.fingerprint(TRAIN, {"latents": chain["latents"].fingerprint})
@@ -154,16 +174,8 @@ def test_a_training_goes_on_from_an_earlier_attempt(
     killed.data.write_bytes(CLOCK, b"7200.0")
     out = ArtifactWriter(Folder.at(tmp_path), "checkpoint", identity, "a2", ("a1",))
 
-    class Told(Silent):
-        def __init__(self) -> None:
-            self.folder = str(tmp_path / "told")
-
-        def metrics(self, values, step) -> None:
-            with open(self.folder, "a") as file:
-                file.write(f"{step}\n")
-
-    artifact = train.VERB.execute(TRAIN, {"latents": chain["latents"]}, out, Told())
-    assert (tmp_path / "told").read_text().split() == ["4", "6"]  # not 2: steps 1 to 3 were not trained again
+    artifact = train.VERB.execute(TRAIN, {"latents": chain["latents"]}, out, Told(tmp_path / "told"))
+    assert (tmp_path / "told" / "steps").read_text().split() == ["4", "6"]  # not 2: steps 1 to 3 were not trained again
     name = f"{artifact.counts['final']}/ema.safetensors"
     assert artifact.path(name).read_bytes() == trained.path(name).read_bytes()
     assert 2 < artifact.counts["device_hours"] < 3, "the time of the attempt that was killed is part of it"
@@ -171,7 +183,7 @@ def test_a_training_goes_on_from_an_earlier_attempt(
 
 
 @pytest.mark.parametrize("model", ["EDT-Tiny/2", "DiT-Tiny/2"])
-def test_no_steps_is_the_untrained_model(model: str, chain: dict[str, Artifact], tmp_path: Path) -> None:
+def test_no_steps_is_the_untrained_model(model: str, chain: Chain, tmp_path: Path) -> None:
     """Also of a DiT, which has no masked pass to train with, by the default recipe."""
     untrained = execute(train.VERB, TrainConfig(model=model, max_steps=0), tmp_path, latents=chain["latents"])
     assert untrained.counts["final"] == "checkpoints/step-00000000"
@@ -182,21 +194,23 @@ def test_no_steps_is_the_untrained_model(model: str, chain: dict[str, Artifact],
 SAMPLE = SampleConfig(num_samples=22, num_sampling_steps=3, cfg_scale=1.5, unit_size=3, keep_images=10, num_workers=1)
 
 
-@pytest.fixture(scope="module")
-def features(chain: dict[str, Artifact], trained: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return execute(sample.VERB, SAMPLE, tmp_path_factory.mktemp("f"), checkpoint=trained, **models(chain))
+@pytest.fixture(scope="session")
+def features(chain: Chain, trained: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    with local_ray():
+        return execute(sample.VERB, SAMPLE, tmp_path_factory.mktemp("f"), checkpoint=trained, **models(chain))
 
 
-def models(chain: dict[str, Artifact]) -> dict[str, Artifact]:
+def models(chain: Chain) -> dict[str, Artifact]:
     return {role: chain[role] for role in ("autoencoder", "classifier")}
 
 
+@pytest.mark.ray
 def test_features_do_not_hang_on_the_number_of_workers(
-    chain: dict[str, Artifact], trained: Artifact, features: Artifact, tmp_path: Path
+    chain: Chain, trained: Artifact, features: Artifact, tmp_path: Path, ray_session: None
 ) -> None:
-    """Nor on the order of units: seven workers finish them as they come."""
-    seven = SAMPLE.model_copy(update={"num_workers": 7, "num_cpus_per_worker": 0})
-    again = execute(sample.VERB, seven, tmp_path, checkpoint=trained, **models(chain))
+    """Nor on the order of units: two workers, two units at once in each, finish them as they come."""
+    two = SAMPLE.model_copy(update={"num_workers": 2, "num_cpus_per_worker": 0})
+    again = execute(sample.VERB, two, tmp_path, checkpoint=trained, **models(chain))
     assert len(again.manifest.files) == 8
     assert again.fingerprint == features.fingerprint
     assert again.manifest.digest == features.manifest.digest
@@ -233,16 +247,15 @@ def test_a_flipped_bit_of_a_unit_is_found(features: Artifact, tmp_path: Path) ->
         sample.load_units(Artifact.open(copy))
 
 
+@pytest.mark.ray
 def test_metrics_come_from_the_kept_features_with_their_protocol(
-    chain: dict[str, Artifact], features: Artifact, tmp_path: Path
+    chain: Chain, features: Artifact, tmp_path: Path, ray_session: None
 ) -> None:
-    real = execute(
-        reference.VERB,
-        ReferenceConfig(),
-        tmp_path / "r",
-        images=chain["images"],
-        classifier=chain["classifier"],
-    )
+    inputs = {"images": chain["images"], "classifier": chain["classifier"]}
+    real = execute(reference.VERB, ReferenceConfig(), tmp_path / "r", **inputs)
+    with local_ray():
+        alone = execute(reference.VERB, ReferenceConfig(), tmp_path / "alone", **inputs)
+    assert real.manifest.digest == alone.manifest.digest
     result = execute(evaluate.VERB, EvaluateConfig(), tmp_path / "e", features=features, reference=real)
     metrics, protocol = result.counts["metrics"], result.counts["protocol"]
     names = {"fd", "kid", "precision", "recall", "accuracy"}
@@ -261,7 +274,7 @@ def test_metrics_come_from_the_kept_features_with_their_protocol(
         execute(evaluate.VERB, EvaluateConfig(), tmp_path / "x", features=features, reference=other)
 
 
-def test_a_published_autoencoder_from_a_local_folder(chain: dict[str, Artifact], tmp_path: Path) -> None:
+def test_a_published_autoencoder_from_a_local_folder(chain: Chain, tmp_path: Path) -> None:
     folder = chain["autoencoder"].directory("autoencoder")
     config = AutoencoderConfig(pretrained=str(folder), downsample_factor=4)
     published = autoencoder.published_source(config)

@@ -23,6 +23,7 @@ from edt_core.storage import Folder
 from jobs import preprocess
 from jobs.verb import image_source
 from tests.support.images import reference_crop
+from tests.support.local_ray import local_ray
 
 SHARDS = "images-*.tar"
 
@@ -49,12 +50,13 @@ def samples(artifact: Artifact) -> dict[str, np.ndarray]:
     return {s.source: s.pixels() for path in artifact.paths(SHARDS) for s in read_image_shard(path)}
 
 
+@pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [256, 64])
-def test_every_sample_photo_is_cropped_as_adm_does(photos: Path, size: int) -> None:
+def test_every_sample_photo_is_cropped_as_adm_does(photos: Path, size: int, each: int) -> None:
     """Bit for bit: our decode, crop and lossless formats against the formula applied with Pillow to the same pixels."""
     paths = sorted(photos.glob("*/*.JPEG"))
     assert len(paths) == 250
-    for path in paths:
+    for path in paths[::each]:
         expected = reference_crop(Image.open(path).convert("RGB"), size)
         image = center_crop(decode_rgb(path.read_bytes()), size)
         for image_format in ("webp", "png"):
@@ -141,11 +143,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def taken(hostile: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
-    return run(hostile, tmp_path_factory.mktemp("taken"), images_per_shard=4)
-
-
-pytestmark = pytest.mark.ray
+def taken(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    with local_ray():
+        return run(hostile, tmp_path_factory.mktemp("taken"), images_per_shard=4)
 
 
 def test_every_hostile_image_is_taken_or_quarantined_with_its_reason(taken: Artifact) -> None:
@@ -177,14 +177,14 @@ def test_strange_images_are_handled_as_documented(taken: Artifact, hostile: Path
     assert np.array_equal(found["twin-1.png"], found["twin-2.png"])
 
 
-def test_photos_can_be_turned_upright(hostile: Path, tmp_path: Path, ray_session: None) -> None:
+def test_photos_can_be_turned_upright(hostile: Path, tmp_path: Path, here: None) -> None:
     turned = samples(run(hostile, tmp_path / "o", rotate_by_exif=True))
     upright = decode_rgb(STRANGE["rotated.jpg"]).transpose(Image.Transpose.ROTATE_270)
     name = next(name for name in turned if name.endswith("rotated.jpg"))
     assert np.array_equal(turned[name], reference_crop(upright, 32))
 
 
-def test_too_many_fail_the_step_and_the_first_ten_are_listed(hostile: Path, tmp_path: Path, ray_session: None) -> None:
+def test_too_many_fail_the_step_and_the_first_ten_are_listed(hostile: Path, tmp_path: Path, here: None) -> None:
     for k in range(8):
         path = hostile / "b" / f"bad-{k}.png"
         path.write_bytes(b"bad")
@@ -201,13 +201,19 @@ def test_too_many_fail_the_step_and_the_first_ten_are_listed(hostile: Path, tmp_
     assert not (tmp_path / "o" / "manifest.json").exists()
 
 
-def test_names_and_bytes_do_not_depend_on_who_works(hostile: Path, taken: Artifact, tmp_path: Path) -> None:
-    """Each shard made here, in one process and in reverse order, is byte for byte what the Ray tasks made."""
+@pytest.mark.ray
+def test_names_and_bytes_do_not_depend_on_who_works(
+    hostile: Path, taken: Artifact, tmp_path: Path, ray_session: None
+) -> None:
+    """Each shard made in one process, in order and in reverse, is byte for byte what the Ray tasks make."""
     config = PreprocessConfig(image_size=32, images_per_shard=4)
     plans = preprocess.plan_shards(list_source(SourceConfig(path=str(hostile))), config)
-    out = ArtifactWriter(Folder.at(tmp_path), "images", "0" * 64)
+    out = ArtifactWriter(Folder.at(tmp_path / "reverse"), "images", "0" * 64)
     for plan in reversed(plans):
         preprocess.build_shard(plan, config, out, lambda done: None)
+    by_tasks = run(hostile, tmp_path / "ray", images_per_shard=4)
+    assert by_tasks.manifest.digest == taken.manifest.digest
+    assert by_tasks.counts == taken.counts
     made = {entry.path: entry for entry in out.written()}
     kept = {entry.path: entry for entry in taken.manifest.files if entry.path != "classes.json"}
     assert made == kept
@@ -239,7 +245,7 @@ def test_shards_are_cut_by_bytes_as_well_as_by_count(digits_folder: Path, tmp_pa
         preprocess.images_per_shard(PreprocessConfig(image_size=4096, max_shard_bytes=1 << 20))
 
 
-def test_jpeg_shards_say_what_they_are(digits_folder: Path, tmp_path: Path, ray_session: None) -> None:
+def test_jpeg_shards_say_what_they_are(digits_folder: Path, tmp_path: Path, here: None) -> None:
     heard = Heard()
     lossy = run(digits_folder, tmp_path / "o", heard, image_format="jpeg", jpeg_quality=80)
     assert lossy.counts["lossless"] is False
@@ -249,7 +255,7 @@ def test_jpeg_shards_say_what_they_are(digits_folder: Path, tmp_path: Path, ray_
     assert Image.open(io.BytesIO(member)).format == "JPEG"
 
 
-def test_a_faster_decoder_is_in_the_manifest_and_close(photos: Path, tmp_path: Path, ray_session: None) -> None:
+def test_a_faster_decoder_is_in_the_manifest_and_close(photos: Path, tmp_path: Path, here: None) -> None:
     pytest.importorskip("simplejpeg", reason="simplejpeg is an extra")
     folder = tmp_path / "s"
     for path in sorted(photos.glob("*/*.JPEG"))[:6]:
@@ -272,9 +278,7 @@ def test_a_sample_tells_what_it_was_made_from(taken: Artifact, hostile: Path) ->
             assert item.sha256 == hashlib.sha256((hostile / item.source).read_bytes()).hexdigest()
 
 
-def test_a_source_that_changes_while_it_is_read_is_refused(
-    digits_folder: Path, tmp_path: Path, ray_session: None
-) -> None:
+def test_a_source_that_changes_while_it_is_read_is_refused(digits_folder: Path, tmp_path: Path, here: None) -> None:
     source = image_source(SourceConfig(path=str(digits_folder)))
     stale = Source(source.location, "0" * 64, source.selection)
     with pytest.raises(UserError, match="changed while they were read"):
@@ -288,7 +292,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
 
 
 def test_finished_shards_are_taken_over_and_a_spoiled_one_is_not(
-    digits_folder: Path, tmp_path: Path, ray_session: None
+    digits_folder: Path, tmp_path: Path, here: None
 ) -> None:
     config = PreprocessConfig(image_size=32, images_per_shard=8)
     source = image_source(SourceConfig(path=str(digits_folder)))
@@ -311,7 +315,7 @@ def test_finished_shards_are_taken_over_and_a_spoiled_one_is_not(
 
 
 def test_a_stricter_bound_holds_for_what_was_made_before_and_a_laxer_one_keeps_the_work(
-    hostile: Path, tmp_path: Path, ray_session: None
+    hostile: Path, tmp_path: Path, here: None
 ) -> None:
     with pytest.raises(UserError, match="what is finished is kept"):
         run(hostile, tmp_path, max_bad_fraction=0.1, images_per_shard=100)

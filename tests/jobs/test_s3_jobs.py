@@ -16,7 +16,7 @@ import pytest
 from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.autoencoder import build_autoencoder
 from edt_core.cache import cache_folder
-from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, Section, SourceConfig, TrainConfig
+from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, SourceConfig, TrainConfig
 from edt_core.data.shards import read_image_shard
 from edt_core.progress import Silent
 from edt_core.schema import MANIFEST_NAME
@@ -24,11 +24,15 @@ from edt_core.storage import Folder
 from edt_core.training.store import CheckpointStore
 from jobs import encode, preprocess, train
 from jobs.autoencoder import published_artifact
-from jobs.verb import Input, Verb, image_source
+from jobs.verb import image_source
 from tests.conftest import S3_SECRET
+from tests.support.jobs import command, execute
+from tests.support.local_ray import local_ray
 from tests.support.sources import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
+from tests.support.trainings import narrow
 
-pytestmark = pytest.mark.ray
+# Each test has an S3 server, a process of its own; those that are Ray's as well say so.
+pytestmark = pytest.mark.extern
 
 PER_CLASS, SIZE, IMAGES_PER_SHARD = 20, 32, 24
 PREPROCESS = PreprocessConfig(image_size=SIZE, images_per_shard=IMAGES_PER_SHARD)
@@ -86,26 +90,8 @@ def store(s3: str, ray_on_s3: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 # --- what is made on the local disk
 
 
-def execute(verb: Verb, config: Section, location: str | Path, **inputs: Input) -> Artifact:
-    identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
-    return verb.execute(config, inputs, ArtifactWriter(Folder.at(location), verb.kind, identity), Silent())
-
-
 def preprocessed(source: str, out: str | Path) -> Artifact:
     return execute(preprocess.VERB, PREPROCESS, out, source=image_source(SourceConfig(path=source)))
-
-
-@contextmanager
-def encoding_here() -> Iterator[None]:
-    """Encode's worker without its Ray actor: to start one costs the seconds of importing torch and diffusers."""
-
-    def pooled(make: Any, size: int, items: Any, *arguments: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
-        worker = make(*arguments)
-        yield from ((item, worker.work(item)) for item in items)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "pooled", pooled)
-        yield
 
 
 @dataclass(frozen=True)
@@ -130,13 +116,14 @@ def pictures(cifar: Path) -> Images:
 
 
 @pytest.fixture(scope="module")
-def made(pictures: Images, tmp_path_factory: pytest.TempPathFactory, ray_on_s3: Path) -> Made:
+def made(pictures: Images, tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("local")
-    images = preprocessed(put(image_folder(pictures)[0], str(root / "source")), root / "images")
+    with local_ray():
+        images = preprocessed(put(image_folder(pictures)[0], str(root / "source")), root / "images")
     assert [entry.rows for entry in images.entries("images-*.tar")] == [24, 24, 12]
     build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), SIZE).save_pretrained(root / "vae")
     vae = published_artifact(str(root / "vae"), Folder.at(root / "autoencoder"))
-    with encoding_here():
+    with local_ray():
         latents = execute(encode.VERB, ENCODE, root / "latents", images=images, autoencoder=vae)
     return Made(root / "source", images, root / "vae", vae, latents)
 
@@ -191,6 +178,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- preprocess
 
 
+@pytest.mark.ray
 def test_preprocess_from_store_to_store_is_that_of_the_disk(store: str, pictures: Images, made: Made) -> None:
     source = put(image_folder(pictures)[0], f"{store}/source")
     images = preprocessed(source, f"{store}/images")
@@ -199,21 +187,22 @@ def test_preprocess_from_store_to_store_is_that_of_the_disk(store: str, pictures
     assert images.fingerprint != made.images.fingerprint  # a store's word for what is in it is a version, not a digest
     assert images.problems(deep=True) == []
     assert ".journal" not in images.data.names()
-    assert preprocessed(source, f"{store}/again").fingerprint == images.fingerprint
+    listed = image_source(SourceConfig(path=source)).fingerprint
+    assert preprocess.VERB.fingerprint(PREPROCESS, {"source": listed}) == images.fingerprint
 
 
 @pytest.mark.parametrize("layout", [shards, parquet_folder, train_tar])
 def test_preprocess_of_every_archive_is_that_of_the_disk(
-    store: str, pictures: Images, made: Made, layout: Any, tmp_path: Path
+    s3: str, pictures: Images, made: Made, layout: Any, tmp_path: Path, here: None
 ) -> None:
     files, inside = layout(pictures)
-    here, there = (
+    on_disk, in_store = (
         preprocessed(f"{put(files, root)}/{inside}".rstrip("/"), tmp_path / out)
-        for root, out in ((str(tmp_path / "source"), "here"), (f"{store}/source", "there"))
+        for root, out in ((str(tmp_path / "source"), "disk"), (f"{s3}/source", "store"))
     )
-    assert there.manifest.digest == here.manifest.digest
-    assert there.counts == here.counts
-    for (key, label, pixels), (_, expected, original) in zip(samples(there), samples(made.images), strict=True):
+    assert in_store.manifest.digest == on_disk.manifest.digest
+    assert in_store.counts == on_disk.counts
+    for (key, label, pixels), (_, expected, original) in zip(samples(in_store), samples(made.images), strict=True):
         assert label == expected, key
         assert np.array_equal(pixels, original), key
 
@@ -228,6 +217,7 @@ def encoder_inputs(store: str, made: Made) -> dict[str, Artifact]:
     return {"images": uploaded(made.images, f"{store}/images"), "autoencoder": vae}
 
 
+@pytest.mark.ray
 def test_encode_from_store_to_store_is_that_of_the_disk(store: str, made: Made) -> None:
     inputs = encoder_inputs(store, made)
     latents = execute(encode.VERB, ENCODE, f"{store}/latents", **inputs)
@@ -239,20 +229,19 @@ def test_encode_from_store_to_store_is_that_of_the_disk(store: str, made: Made) 
     latents.folder.remove(MANIFEST_NAME)
     with pytest.raises(ManifestError, match=r"has no manifest\.json"):
         Artifact.open(f"{store}/latents")
-    with encoding_here():
+    with local_ray():
         again = execute(encode.VERB, ENCODE, f"{store}/latents", **inputs)
     assert again.manifest.digest == made.latents.manifest.digest
 
 
-def test_encode_goes_on_from_the_journal_in_the_store(store: str, made: Made) -> None:
+def test_encode_goes_on_from_the_journal_in_the_store(s3: str, made: Made, here: None) -> None:
     """Before its manifest a job was killed: whole shards stay, one half noted and one spoiled are made again."""
     import fsspec
 
-    inputs = encoder_inputs(store, made)
+    inputs = encoder_inputs(s3, made)
     identity = encode.VERB.fingerprint(ENCODE, {role: item.fingerprint for role, item in inputs.items()})
-    out = ArtifactWriter(Folder.at(f"{store}/latents"), "latents", identity)
-    with encoding_here():
-        encode.encode(ENCODE, inputs, out, Silent())
+    out = ArtifactWriter(Folder.at(f"{s3}/latents"), "latents", identity)
+    encode.encode(ENCODE, inputs, out, Silent())
     assert [entry.path for entry in out.written()] == LATENTS
     out.data.remove(".journal/latents-00001.arrow.json")  # killed between the shard and its entry
     data = bytearray(out.data.read_bytes("latents-00002.tar"))
@@ -260,10 +249,9 @@ def test_encode_goes_on_from_the_journal_in_the_store(store: str, made: Made) ->
     out.data.write_bytes("latents-00002.tar", bytes(data))
     files = fsspec.filesystem("s3")
     for name in LATENTS:  # a mark on the object itself, which a write takes away
-        files.setxattr(f"{store}/latents/{name}", mark="kept")
-    with encoding_here():
-        latents = encode.VERB.execute(ENCODE, inputs, out, Silent())
-    kept = [name for name in LATENTS if files.getxattr(f"{store}/latents/{name}", "mark") == "kept"]
+        files.setxattr(f"{s3}/latents/{name}", mark="kept")
+    latents = encode.VERB.execute(ENCODE, inputs, out, Silent())
+    kept = [name for name in LATENTS if files.getxattr(f"{s3}/latents/{name}", "mark") == "kept"]
     assert kept == [name for name in LATENTS if name not in ("latents-00001.arrow", "latents-00002.tar")]
     assert latents.manifest.digest == made.latents.manifest.digest
     assert latents.problems(deep=True) == []
@@ -337,7 +325,7 @@ def trained_into(latents: Artifact, out: ArtifactWriter) -> None:
     context = LocalContext(Path())
     context.store = CheckpointStore(out, 2, print)
     dataset = train.open_latents(config, latents, Silent())
-    loop(config, train.config_of(config.model, latents.counts), dataset, context)
+    loop(config, narrow(), dataset, context)
 
 
 @pytest.mark.parametrize("reader", ["arrow", "webdataset"])
@@ -373,25 +361,6 @@ def test_a_training_in_the_store_goes_on_as_on_the_disk(s3: str, made: Made, tmp
 # --- by the command line
 
 
-def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "AWS_MAX_ATTEMPTS": "1", **variables}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, env=environment
-    )
-
-
-@pytest.fixture
-def on_the_session(ray_on_s3: Path) -> dict[str, str]:
-    """Variables with which a command joins this module's session: one of its own would cost seconds.
-
-    Its workers got theirs in the same way as those of a command's own session would: by `connect` in an environment
-    that knows the store.
-    """
-    import ray
-
-    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-
-
 def holding_the_secret(store: str, *folders: Path) -> list[str]:
     """Objects of the bucket and files below the folders in which the secret key stands."""
     import fsspec
@@ -405,18 +374,28 @@ def holding_the_secret(store: str, *folders: Path) -> list[str]:
 OPTIONS = ("--image-size", str(SIZE))  # one shard, so one worker to start
 
 
+@pytest.mark.ray
 def test_the_commands_on_the_store_as_a_user_gives_them(
-    s3: str, pictures: Images, made: Made, on_the_session: dict[str, str], tmp_path: Path
+    store: str, pictures: Images, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    source = put(image_folder(pictures)[0], f"{s3}/source")
-    done = command("jobs.preprocess", source, f"{s3}/images", *OPTIONS, **on_the_session)
-    assert (done.returncode, done.stdout.split()[:1]) == (0, [f"{s3}/images"]), done.stderr
-    checked = command("jobs.verify", f"{s3}/images", "--deep")
+    """The first as a process, which joins this module's session: one of its own would cost seconds."""
+    import ray
+
+    from jobs import cluster
+
+    source = put(image_folder(pictures)[0], f"{store}/source")
+    preprocessing = (source, f"{store}/images", *OPTIONS)
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    program = [sys.executable, "-m", "jobs.preprocess", *preprocessing]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout.split()[:1]) == (0, [f"{store}/images"]), done.stderr
+    checked = command("verify", f"{store}/images", "--deep")
     assert (checked.returncode, checked.stderr) == (0, "")
-    again = command("jobs.preprocess", source, f"{s3}/images", *OPTIONS)  # found made: no Ray is started or joined
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("what is found made needs no Ray"))
+    again = command("preprocess", *preprocessing)
     assert again.returncode == 0
     assert "reused, nothing has changed" in again.stderr
-    images = Artifact.open(f"{s3}/images")
+    images = Artifact.open(f"{store}/images")
     for (_, label, pixels), (_, expected, original) in zip(samples(images), samples(made.images), strict=True):
         assert label == expected
         assert np.array_equal(pixels, original)
@@ -424,7 +403,7 @@ def test_the_commands_on_the_store_as_a_user_gives_them(
     for text in (done.stdout, done.stderr, checked.stdout, again.stdout, again.stderr):
         assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
     assert len([path for path in cache_folder().rglob("*") if path.is_file()]) > len(images.manifest.files)
-    assert holding_the_secret(s3, cache_folder(), tmp_path) == []
+    assert holding_the_secret(store, cache_folder(), tmp_path) == []
 
 
 @contextmanager
@@ -454,6 +433,16 @@ def refused(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stderr
 
 
+@pytest.fixture
+def asked_once(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is asked once where it refuses: to ask again takes seconds."""
+    import fsspec
+
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.mark.usefixtures("asked_once")
 def test_wrong_credentials_are_one_message(
     s3: str, s3_server: str, pictures: Images, made: Made, tmp_path: Path
 ) -> None:
@@ -462,9 +451,9 @@ def test_wrong_credentials_are_one_message(
     uploaded(made.images, f"{s3}/images")
     with keys_are_checked(s3_server):
         for arguments, uri in (
-            (("jobs.preprocess", f"{s3}/source", str(tmp_path / "out")), f"{s3}/source"),
-            (("jobs.preprocess", str(made.source), f"{s3}/out"), f"{s3}/out"),
-            (("jobs.verify", f"{s3}/images"), f"{s3}/images"),
+            (("preprocess", f"{s3}/source", str(tmp_path / "out")), f"{s3}/source"),
+            (("preprocess", str(made.source), f"{s3}/out"), f"{s3}/out"),
+            (("verify", f"{s3}/images"), f"{s3}/images"),
         ):
             # 403 of a HEAD, which has no body to say more, or the code in the answer to a PUT
             refused(command(*arguments), f"cannot use {uri}: access denied (")
@@ -472,13 +461,12 @@ def test_wrong_credentials_are_one_message(
     assert holding_the_secret(s3, cache_folder(), tmp_path) == []
 
 
-def test_a_missing_bucket_is_one_message(
-    store: str, made: Made, on_the_session: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("asked_once", "here")
+def test_a_missing_bucket_is_one_message(s3: str, made: Made, tmp_path: Path) -> None:
     nowhere = "s3://no-such-bucket-here"
-    refused(command("jobs.preprocess", f"{nowhere}/source", str(tmp_path / "out")), f"{nowhere}/source")
-    done = command("jobs.preprocess", str(made.source), f"{nowhere}/out", **on_the_session)
+    refused(command("preprocess", f"{nowhere}/source", str(tmp_path / "out")), f"{nowhere}/source")
+    done = command("preprocess", str(made.source), f"{nowhere}/out")
     refused(done, "there is no such bucket; create it, or")
-    refused(command("jobs.verify", f"{nowhere}/images"), f"cannot use {nowhere}/images: there is no such bucket")
+    refused(command("verify", f"{nowhere}/images"), f"cannot use {nowhere}/images: there is no such bucket")
     assert not (tmp_path / "out").exists()
-    assert holding_the_secret(store, cache_folder(), tmp_path) == []
+    assert holding_the_secret(s3, cache_folder(), tmp_path) == []

@@ -1,7 +1,8 @@
 """Kills, a full disk and a double start in train: the weights, files and history of an undisturbed training.
 
-Drivers are real ones, `python -m jobs.train` with a Ray session each, and victims are found below them in /proc. The
-suite takes one moment a victim; the slow tests take twenty, drawn over the life of the victim.
+Drivers that are killed are real ones, `python -m jobs.train` with a Ray session each, and victims are found below them
+in /proc. The undisturbed training is one in this process. The suite takes one moment a victim; the slow tests take
+twenty, drawn over the life of the victim.
 """
 
 import os
@@ -9,31 +10,39 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from edt_core.artifact import Artifact
+from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import TrainConfig
-from edt_core.data.latents import LatentDataset
+from edt_core.data.latents import LatentInfo, LatentShardWriter
+from edt_core.errors import UserError
 from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS, HISTORY_NAME, MANIFEST_NAME, STEP_PREFIX
+from edt_core.storage import Folder
 from jobs import train
-from jobs.cluster import use_threads
+from jobs.cluster import cause_of
 from tests.support.disk import small_tmpfs
+from tests.support.local_training import checkpoint_steps, contents, is_whole, trained, trained_here
 from tests.support.processes import bytes_written, descendants, kill, stat, title, wait_for
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(1800)]
 
 WORKER, CONTROLLER, DRIVER = "RayTrainWorker", "TrainController", "driver"
 MANY, KILLS_A_RUN, DEBRIS = 20, 5, (".ray-train", ".verdict", ".staging", ".journal")
 _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-RECIPE = {"model": "EDT-Tiny/2", "global_batch_size": 8, "log_every": 2}
-STEPS = 90
+RECIPE = {"model": "EDT-Tiny/2", "global_batch_size": 8, "micro_batch_size": 4, "log_every": 2}
+STEPS, MANY_STEPS = 45, 90
 TWO_WORKERS = {**RECIPE, "max_steps": STEPS, "checkpoint_every": 5, "num_workers": 2, "max_failures": 10}
+LONG = {**TWO_WORKERS, "max_steps": MANY_STEPS}
+# Ray Train looks after its workers often, and starts no process that watches for nodes about to go.
+QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 # --- a driver and what is below it
@@ -49,13 +58,17 @@ class Driver:
     steps_seen: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.began = checkpoint_steps(self.out)
+        self.begins()
         command = [sys.executable, "-m", "jobs.train", self.latents.folder.uri, str(self.out)]
-        for name, value in self.options.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        command += arguments(self.options)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | QUICK
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def begins(self) -> None:
+        """What it finds now must not be trained again."""
+        self.began = checkpoint_steps(self.out)
+        self.steps_seen.clear()
 
     @property
     def log_path(self) -> Path:
@@ -97,7 +110,7 @@ class Driver:
             now = stat(pid)
             return now is not None and now[1] != "Z" and now[2] == family[pid]
 
-        wait_for(lambda: all(title(pid) in _AGENTS for pid in filter(left, family)), 30, pause=0.1)
+        wait_for(lambda: all(title(pid) in _AGENTS for pid in filter(left, family)), pause=0.1)
         for pid in filter(left, family):
             kill(pid)
 
@@ -116,14 +129,9 @@ class Driver:
             self.kill()
 
 
-def checkpoint_steps(out: Path, *, whole: bool = True) -> set[int]:
-    """Steps of the checkpoints in a folder."""
-    places = out.glob(f"{CHECKPOINTS}/{STEP_PREFIX}*")
-    return {int(place.name[len(STEP_PREFIX) :]) for place in places if not whole or is_whole(place)}
-
-
-def is_whole(place: Path) -> bool:
-    return (place / CHECKPOINT_MANIFEST).exists()
+def arguments(options: dict[str, Any]) -> list[str]:
+    """A configuration on the command line."""
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def writing(out: Path) -> bool:
@@ -149,25 +157,27 @@ def start(latents_artifact: Artifact, tmp_path: Path) -> Iterator[Callable[..., 
 # --- what an undisturbed training makes
 
 
+@pytest.fixture(scope="module")
+def whole(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The training in this process: a batch of two micro-batches is what two workers have in one each."""
+    return trained_here(TrainConfig(**TWO_WORKERS), latents_artifact, tmp_path_factory.mktemp("whole"))
+
+
 @dataclass(frozen=True)
-class Whole:
+class Timed:
     artifact: Artifact
-    logs: tuple[str, str]
     seconds: float
 
 
 @pytest.fixture(scope="module")
-def whole(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """A training whose command was started twice at once, and not disturbed otherwise."""
-    out, began = tmp_path_factory.mktemp("whole") / "out", time.monotonic()
-    pair = [Driver(latents_artifact, out) for _ in range(2)]
+def long_whole(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Timed:
+    """A longer training by a driver that nothing happens to, and how long that takes."""
+    began = time.monotonic()
+    driver = Driver(latents_artifact, tmp_path_factory.mktemp("whole") / "out", LONG)
     try:
-        artifacts = [driver.finish() for driver in pair]
+        return Timed(driver.finish(), time.monotonic() - began)
     finally:
-        for driver in pair:
-            driver.close()
-    assert artifacts[0] == artifacts[1]
-    return Whole(artifacts[0], (pair[0].log, pair[1].log), time.monotonic() - began)
+        driver.close()
 
 
 def assert_same(artifact: Artifact, whole: Artifact) -> None:
@@ -185,16 +195,6 @@ def assert_same(artifact: Artifact, whole: Artifact) -> None:
 
 def debris(out: Path) -> list[str]:
     return sorted(str(path.relative_to(out)) for path in out.rglob(".*") if path.name.startswith(DEBRIS))
-
-
-def test_a_training_started_twice_at_once_is_done_once(whole: Whole) -> None:
-    reused = [log for log in whole.logs if "train: reused, nothing has changed" in log]
-    assert len(reused) == 1
-    assert "another process is at work in" in reused[0]
-    assert "steps" not in reused[0]
-    assert [row["step"] for row in train.history(whole.artifact)] == list(range(2, STEPS + 1, 2))
-    assert whole.artifact.data.local is not None
-    assert debris(whole.artifact.data.local) == []
 
 
 # --- kills
@@ -225,25 +225,54 @@ def killed_while(true: Callable[[], bool], pid: int) -> bool:
     return hit
 
 
-def test_a_driver_then_a_worker_then_a_controller_are_killed(
-    whole: Whole, start: Callable[..., Driver], tmp_path: Path
+def test_drivers_a_worker_and_a_controller_of_one_training_lose_nothing(
+    whole: Artifact, start: Callable[..., Driver], tmp_path: Path
 ) -> None:
-    """The driver and the worker in the middle of a checkpoint; of the last two the same driver recovers by itself."""
+    """Three drivers start at once. The one that trains is killed, and one that waited for it takes its place.
+
+    That one recovers by itself from the loss of a worker and of Ray Train's controller, and the third finds all done.
+    The driver and the worker are killed in the middle of a checkpoint.
+    """
     out = tmp_path / "out"
-    assert kill_in_mid_checkpoint(start(out), DRIVER, 10)
+    drivers = [start(out) for _ in range(3)]
+    first = one_that_trains(drivers)
+    waiting = [driver for driver in drivers if driver is not first]
+    wait_for(lambda: all("another process is at work in" in driver.log for driver in waiting))
+    assert kill_in_mid_checkpoint(first, DRIVER, 10)
     assert not (out / MANIFEST_NAME).exists()
     assert max(checkpoint_steps(out)) >= 10
+    for driver in waiting:
+        driver.begins()
 
-    again = start(out)
-    assert kill_in_mid_checkpoint(again, WORKER, 25)
-    left = set(again.named(WORKER))  # which Ray Train ends, to start all of them again
-    wait_for(lambda: again.ended() or len(set(again.named(WORKER)) - left) == 2)
-    assert not again.ended(), again.log
-    (controller,) = again.named(CONTROLLER)
+    second = one_that_trains(waiting)
+    (third,) = (driver for driver in waiting if driver is not second)
+    assert kill_in_mid_checkpoint(second, WORKER, 25)
+    left = set(second.named(WORKER))  # which Ray Train ends, to start all of them again
+    wait_for(lambda: second.ended() or len(set(second.named(WORKER)) - left) == 2)
+    assert not second.ended(), second.log
+    (controller,) = second.named(CONTROLLER)
     kill(controller)
-    artifact = again.finish()
-    assert again.log.count("Ray Train's controller was lost") == 1
-    assert_same(artifact, whole.artifact)
+    artifact = second.finish()
+    assert second.log.count("Ray Train's controller was lost") == 1
+    assert_same(artifact, whole)
+    assert_reused(third)
+
+
+def one_that_trains(drivers: list[Driver]) -> Driver:
+    """The one of several drivers that has workers; there is one at most."""
+    training = wait_for(lambda: [driver for driver in drivers if driver.ended() or driver.named(WORKER)], pause=0.1)
+    assert not any(driver.ended() for driver in drivers), [driver.log for driver in drivers]
+    (driver,) = training
+    return driver
+
+
+def assert_reused(driver: Driver) -> None:
+    """It waited for another one, and made no step of its own."""
+    wait_for(driver.ended)
+    assert driver.process.returncode == 0, driver.log
+    assert driver.log.count("train: reused, nothing has changed") == 1
+    assert "another process is at work in" in driver.log
+    assert "steps" not in driver.log
 
 
 LIFE = {DRIVER: 1.0, CONTROLLER: 0.65, WORKER: 0.45}  # of the time that an undisturbed training takes
@@ -266,50 +295,48 @@ def killed_at_random(driver: Driver, victim: str, after_s: float, rng: random.Ra
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("victim", [WORKER, CONTROLLER, DRIVER])
-def test_killed_at_twenty_moments(
-    victim: str, whole: Whole, latents_artifact: Artifact, start: Callable[..., Driver], tmp_path: Path
-) -> None:
+def test_killed_at_twenty_moments(victim: str, long_whole: Timed, start: Callable[..., Driver], tmp_path: Path) -> None:
     rng, kills, runs = random.Random(victim), 0, 0
     while kills < MANY:
         out, here = tmp_path / f"out-{runs}", 0
-        driver = start(out)
+        driver = start(out, **LONG)
         while here < KILLS_A_RUN and not driver.ended():
-            moment = rng.uniform(0, LIFE[victim] * whole.seconds)
+            moment = rng.uniform(0, LIFE[victim] * long_whole.seconds)
             if killed_at_random(driver, victim, moment, rng):
                 here += 1
                 newest = max(checkpoint_steps(out), default=None)
                 print(f"{victim}: run {runs}, killed after {moment:.1f} s, newest checkpoint {newest}", flush=True)
                 if victim == DRIVER:
-                    driver = start(out)
+                    driver = start(out, **LONG)
                 else:
                     time.sleep(1.0)  # until Ray has seen it
-        assert_same(driver.finish(), whole.artifact)
+        assert_same(driver.finish(), long_whole.artifact)
         kills, runs = kills + here, runs + 1
         assert runs <= MANY, f"only {kills} kills in {runs} runs"
-    print(f"{victim}: {kills} kills in {runs} runs, an undisturbed one takes {whole.seconds:.0f} s", flush=True)
+    print(f"{victim}: {kills} kills in {runs} runs, an undisturbed one takes {long_whole.seconds:.0f} s", flush=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("victim", [WORKER, DRIVER])
 def test_killed_in_the_middle_of_twenty_checkpoints(
-    victim: str, whole: Whole, start: Callable[..., Driver], tmp_path: Path
+    victim: str, long_whole: Timed, start: Callable[..., Driver], tmp_path: Path
 ) -> None:
     kills, runs = 0, 0
     while kills < MANY:
         out = tmp_path / f"out-{runs}"
-        driver = start(out)
-        for step in range(5, STEPS - 10, STEPS // KILLS_A_RUN):
+        driver = start(out, **LONG)
+        for step in range(5, MANY_STEPS - 10, MANY_STEPS // KILLS_A_RUN):
             if not kill_in_mid_checkpoint(driver, victim, max({step, *checkpoint_steps(out)})):
                 break
             kills += 1
             newest = max(checkpoint_steps(out))
             print(f"{victim}: run {runs}, killed while checkpoint after {newest} was written", flush=True)
             if victim == DRIVER:
-                driver = start(out)
+                driver = start(out, **LONG)
             else:
                 time.sleep(1.0)
-        assert_same(driver.finish(), whole.artifact)
+        assert_same(driver.finish(), long_whole.artifact)
         runs += 1
     print(f"{victim}: {kills} kills in {runs} runs", flush=True)
 
@@ -324,31 +351,32 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def checkpoint_digests(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_disk_that_fills_up_in_mid_checkpoint_is_said_and_got_over(
-    latents_artifact: Artifact, start: Callable[..., Driver], small_disk: Path, tmp_path: Path
+    ray_session: None,
+    latents_artifact: Artifact,
+    small_disk: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = small_disk / "out"
     options = {**RECIPE, "max_steps": 40, "checkpoint_every": 10, "num_to_keep": 10}
-    full = start(out, **options)
-    wait_for(full.ended)
-    assert full.process.returncode == 2, full.log
-    assert "Traceback" not in full.log
-    (message,) = [line for line in full.log.splitlines() if line.startswith("error: ")]
+    with pytest.raises(SystemExit) as ended:
+        train.VERB.main([latents_artifact.folder.uri, str(out), *arguments(options)])
+    text = "".join(capsys.readouterr())
+    assert ended.value.code == 2, text
+    assert "Traceback" not in text
+    (message,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert "no space is left on the device" in message
     kept = {step: inode(out, step) for step in checkpoint_steps(out)}
     assert sorted(kept) == [10, 20]
     assert not (out / MANIFEST_NAME).exists()
 
     subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
-    artifact = start(out, **options).finish()
+    artifact = trained_here(TrainConfig(**options), latents_artifact, out)
     assert {step: inode(out, step) for step in kept} == kept, "a checkpoint that was whole was written again"
     assert debris(out) == []
-    undisturbed(latents_artifact, options, tmp_path / "alone")
-    assert checkpoint_digests(artifact.directory(CHECKPOINTS)) == checkpoint_digests(tmp_path / "alone" / CHECKPOINTS)
+    undisturbed = trained_here(TrainConfig(**options), latents_artifact, tmp_path / "alone")
+    assert contents(artifact.directory(CHECKPOINTS)) == contents(undisturbed.directory(CHECKPOINTS))
     assert [row["step"] for row in artifact_rows(artifact)] == list(range(2, 41, 2))
 
 
@@ -361,17 +389,64 @@ def artifact_rows(artifact: Artifact) -> list[dict[str, float]]:
     return train.history(artifact)
 
 
-def undisturbed(latents: Artifact, options: dict[str, Any], folder: Path) -> None:
-    """The same training of one worker, in this process."""
-    import torch
+# --- a user's mistake
 
-    from edt_core.training.context import LocalContext
-    from edt_core.training.loop import train as loop
 
-    config, threads = TrainConfig(**options), torch.get_num_threads()
-    use_threads(config.num_cpus_per_worker)
-    try:
-        dataset = LatentDataset(latents.paths("*.arrow"))
-        loop(config, train.config_of(config.model, latents.counts), dataset, LocalContext(folder))
-    finally:
-        torch.set_num_threads(threads)
+def write_latents(folder: Path, spoilt: int | None = None) -> Artifact:
+    """96 made-up latents; those of one row are not finite."""
+    posterior = np.random.default_rng(0).normal(size=(96, 2, 2, 4, 8, 8)).astype(np.float32)
+    if spoilt is not None:
+        posterior[spoilt] = np.nan
+
+    def write(path: Path) -> int:
+        with LatentShardWriter(path, LatentInfo("test", 0.5, 32, (4, 8, 8), "images-00000.tar")) as writer:
+            writer.write([f"{i:04d}" for i in range(96)], np.arange(96) % 4, posterior)
+        return writer.rows
+
+    out = ArtifactWriter(Folder.at(folder), "latents", "f" * 64)
+    out.write("latents-00000.arrow", write)
+    counts = {"images": 96, "classes": 4, "image_size": 32, "latent_shape": [4, 8, 8], "scaling_factor": 0.5}
+    return out.commit({}, {}, {**counts, "autoencoder_digest": "0" * 64})
+
+
+@pytest.fixture
+def workers_seen() -> Iterator[set[int]]:
+    """Processes of Ray Train's workers below this one that were not there before."""
+    before, seen = set(train_workers()), set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.1):
+            seen.update(set(train_workers()) - before)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    yield seen
+    over.set()
+    thread.join()
+
+
+def train_workers() -> list[int]:
+    return [pid for pid in descendants(os.getpid()) if title(pid).startswith(f"ray::{WORKER}")]
+
+
+@pytest.mark.parametrize("kind", ["one worker's batch", pytest.param("every worker's shard", marks=pytest.mark.slow)])
+def test_a_users_mistake_is_not_tried_three_times(
+    kind: str, ray_session: None, workers_seen: set[int], tmp_path: Path
+) -> None:
+    """In the first case one worker raises, and the other waits for it in the middle of a step."""
+    if kind == "one worker's batch":
+        latents, message = write_latents(tmp_path / "latents", spoilt=50), r"1 latents of step \d+ are not finite"
+    else:
+        latents, message = write_latents(tmp_path / "latents"), r"latents is damaged, 1 problem: latents-00000\.arrow"
+        path = tmp_path / "latents" / "latents-00000.arrow"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    config = TrainConfig(**{**TWO_WORKERS, "max_failures": 3})
+    with pytest.raises(UserError, match=message) as raised:
+        trained(config, latents, tmp_path / "out")
+    assert cause_of(raised.value) is raised.value
+    assert 2 <= len(workers_seen) <= 4, "the workers were started again more than once"
+    names = [path.name for path in (tmp_path / "out").rglob(".*")]
+    assert not [name for name in names if name.startswith(".verdict")]

@@ -85,11 +85,11 @@ def opened(latents: Artifact, **fields: Any) -> Any:
     return train.open_latents(TrainConfig.model_validate({**CONFIG.model_dump(), **fields}), latents, Silent())
 
 
-def run_verb(latents: Artifact, folder: Path, progress: Silent | None = None, **fields: Any) -> Artifact:
+def run_verb(latents: Artifact, folder: Path, **fields: Any) -> Artifact:
     config = TrainConfig.model_validate({**CONFIG.model_dump(), **fields})
     identity = train.VERB.fingerprint(config, {"latents": latents.fingerprint})
     out = ArtifactWriter(Folder.at(folder), "checkpoint", identity)
-    return train.VERB.execute(config, {"latents": latents}, out, progress or Silent())
+    return train.VERB.execute(config, {"latents": latents}, out, Silent())
 
 
 def rewritten(path: Path, change: Callable[[bytearray], object]) -> None:
@@ -190,6 +190,7 @@ def test_digests_are_compared_once_on_a_node(latents: Artifact, digested: list[s
     assert len(digested) == SHARDS
 
 
+@pytest.mark.extern
 def test_another_process_on_the_node_digests_nothing_again(latents: Artifact) -> None:
     """Each rank of a training is a process; one EDT_CACHE_DIR is what makes them one node."""
     opened(latents)
@@ -280,24 +281,3 @@ def test_the_streaming_reader_looks_at_names_and_sizes_before_it_starts(latents:
         shutil.copyfile(tar, tar.with_name("latents-00003.tar"))
     with pytest.raises(UserError, match=r"latents-0000[13]\.tar"):
         opened(latents, reader="webdataset")
-
-
-@pytest.mark.ray
-def test_no_worker_makes_a_step_on_a_damaged_shard(latents: Artifact, tmp_path: Path, ray_session: None) -> None:
-    """Ray Train's worker is started, opens the latents, and that is all it does."""
-
-    class Told(Silent):
-        def __init__(self) -> None:
-            self.file = str(tmp_path / "told")
-
-        def metrics(self, values: object, step: int) -> None:
-            with open(self.file, "a") as file:
-                file.write(f"{step}\n")
-
-    flip(latents.path(NAMES[1]), 50_000)
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match=rf"{NAMES[1]} has .* another sha256"):
-        run_verb(latents, out, Told(), max_failures=0, checkpoint_every=1)
-    assert not (tmp_path / "told").exists()
-    assert not list(out.rglob("step-*"))
-    assert not list(out.rglob("manifest.json"))

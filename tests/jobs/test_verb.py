@@ -1,5 +1,6 @@
 """The verbs on their own: `python -m jobs.<verb>`."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from edt_core.config import PreprocessConfig, Section, TrainConfig, result_fields
 from edt_core.errors import UserError
 from jobs.verb import parse_assignment, validated
+from tests.support.jobs import command
 
 VERBS = ["preprocess", "autoencoder", "encode", "classifier", "reference", "train", "sample", "evaluate"]
 
@@ -41,14 +43,22 @@ def test_values_are_read_as_yaml() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str) -> None:
-    done = subprocess.run([sys.executable, "-m", f"jobs.{verb}", "--help"], capture_output=True, text=True, check=True)
+    done = command(verb, "--help")
+    assert done.returncode == 0
     assert f"python -m jobs.{verb}" in done.stdout
     assert "out" in done.stdout
 
 
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m jobs.preprocess` as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.preprocess", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.extern
 def test_a_verb_alone_fails_with_one_message_and_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.preprocess", str(tmp_path / "none"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = process(str(tmp_path / "none"), str(tmp_path / "out"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: the source ")
     assert "Traceback" not in done.stderr
@@ -56,14 +66,25 @@ def test_a_verb_alone_fails_with_one_message_and_code_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_verb_alone_makes_an_artifact_and_reuses_it(digits_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.preprocess", str(digits_folder), str(tmp_path / "out")]
-    command += ["--image-size", "32"]
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_a_verb_alone_makes_an_artifact_and_reuses_it(
+    digits_folder: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process, which joins the tests' Ray session: one of its own would cost seconds."""
+    import ray
+
+    from jobs import cluster
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    arguments = [str(digits_folder), str(tmp_path / "out"), "--image-size", "32"]
+    first = process(*arguments)
+    assert first.returncode == 0, first.stderr
     assert "digest" in first.stdout
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("what is reused needs no Ray"))
+    again = command("preprocess", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == first.stdout
     assert "reused" in again.stderr
-    other = subprocess.run([*command, "--set", "image_size=16"], capture_output=True, text=True, check=False)
+    other = command("preprocess", *arguments, "--set", "image_size=16")
     assert other.returncode == 2
     assert "already holds an artifact" in other.stderr
 
@@ -74,11 +95,6 @@ def test_sections_are_frozen() -> None:
     config: Section = PreprocessConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.image_size = 1  # type: ignore[attr-defined]
-
-
-def run_verb(verb: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"jobs.{verb}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
@@ -93,13 +109,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("out", ["images", "images/out", "."])
 def test_an_output_among_the_input_is_refused_before_anything_is_written(
-    out: str, digits_folder: Path, tmp_path: Path
+    out: str, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(digits_folder, tmp_path / "images")
     before = files(tmp_path)
-    assert_refused(run_verb("preprocess", "images", out, cwd=tmp_path), "lie in one another")
+    assert_refused(command("preprocess", "images", out), "lie in one another")
     assert files(tmp_path) == before
 
 
@@ -128,7 +143,7 @@ def test_files_of_others_in_the_output_stay_as_they_are(digits_folder: Path, tmp
 
 def test_an_input_of_the_wrong_kind_is_named(latents_artifact: object, tmp_path: Path) -> None:
     latents = latents_artifact.folder.uri  # type: ignore[attr-defined]
-    done = run_verb("encode", latents, str(tmp_path / "out"), "--autoencoder", latents)
+    done = command("encode", latents, str(tmp_path / "out"), "--autoencoder", latents)
     assert_refused(done, "holds latents, and images is what is needed here")
 
 

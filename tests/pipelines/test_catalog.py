@@ -1,36 +1,22 @@
 """The catalog under races: what SQLite refuses once is tried again, what it always refuses is told."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from edt_core.storage import Folder
 from pipelines.catalog import Catalog, flatten, retried
-
-RACE = """
-import sys
-from edt_core.storage import Folder
-from pipelines.catalog import Catalog
-catalog = Catalog.open(Folder.at(sys.argv[1]), "race")
-run = catalog.start_run("child", {})
-catalog.log_params(run, {"lr": 0.1, "model": {"dim": int(sys.argv[2])}})
-for step in range(3):
-    catalog.log_metrics(run, {"loss": 1.0 / (step + 1)}, step)
-catalog.end_run(run, "FINISHED")
-"""
+from tests.support.races import at_once, log_run
 
 
-def test_processes_that_open_one_new_store_at_once_all_succeed(tmp_path: Path) -> None:
-    commands = [[sys.executable, "-c", RACE, str(tmp_path), str(number)] for number in range(8)]
-    racers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [racer.communicate()[1] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0] * 8, errors
+@pytest.mark.extern
+@pytest.mark.parametrize("processes", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_processes_that_open_one_new_store_at_once_all_succeed(tmp_path: Path, processes: int) -> None:
+    at_once(log_run, processes, tmp_path)
     catalog = Catalog.open(Folder.at(tmp_path), "race")
     runs = catalog.client.search_runs([catalog.experiment_id])
-    assert [run.info.status for run in runs] == ["FINISHED"] * 8
-    assert {run.data.params["model.dim"] for run in runs} == set("01234567")
+    assert [run.info.status for run in runs] == ["FINISHED"] * processes
+    assert {run.data.params["model.dim"] for run in runs} == set(map(str, range(processes)))
     for run in runs:
         assert [m.step for m in catalog.client.get_metric_history(run.info.run_id, "loss")] == [0, 1, 2]
 

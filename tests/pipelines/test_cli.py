@@ -68,8 +68,12 @@ def test_verify_tells_whole_from_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_path: Path, ray_session: None) -> None:
     import shutil
+
+    from edt_core.storage import Folder
+    from pipelines.catalog import Catalog
+    from pipelines.runs import run_rows
 
     shutil.copytree(digits_folder, tmp_path / "images")
     for path in sorted((tmp_path / "images").glob("*/*.png"))[:5]:
@@ -80,6 +84,9 @@ def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_
     assert len([line for line in done.stdout.splitlines() if ".png: Unidentified" in line]) == 5
     assert "Traceback" not in done.stdout + done.stderr
     assert not list((tmp_path / "store").rglob("manifest.json"))
+    (row,) = run_rows(Catalog.existing(Folder.at(tmp_path / "store")), None, 2)
+    assert row["status"] == "FAILED"
+    assert "5 of 32 images" in row["failed"]
 
 
 def test_a_dry_run_tells_what_it_would_take_and_does_nothing(digits_folder: Path, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """edt doctor: each check alone, no traceback whatever happens, a limit on what does not answer, and no debris."""
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +18,11 @@ from pipelines.config import PipelineConfig, load_config
 from pipelines.disk import disk_needs
 from pipelines.doctor import Finding, Patient, examine
 from pipelines.hardware import Hardware
+from tests.support.registry import NAME, Registry
 from tests.support.small import edt
 
 LAPTOP = Hardware(cpus=2, memory=16 << 30, torch="2.13")
+PATIENCE_S = 500  # a check that is to answer is not cut off on a busy machine
 IMAGENET = ["source.path=/data", "inception.weights=/nowhere.pth"]
 
 
@@ -38,7 +42,7 @@ def patient(
 
 def asked(check: Callable[[Patient], tuple[str, str, str]], who: Patient) -> Finding:
     """What one check finds, as `edt doctor` tells it."""
-    (finding,) = examine(who, {"it": (check, 60)})  # type: ignore[dict-item]
+    (finding,) = examine(who, {"it": (check, PATIENCE_S)})  # type: ignore[dict-item]
     return finding
 
 
@@ -61,9 +65,9 @@ def test_a_check_that_hangs_or_breaks_leaves_the_others_alone(tmp_path: Path) ->
 
     checks = {
         "hangs": (hangs, 0.01),
-        "breaks": (breaks, 60),
-        "refuses": (refuses, 60),
-        "good": (lambda who: ("ok", "fine", ""), 60),
+        "breaks": (breaks, PATIENCE_S),
+        "refuses": (refuses, PATIENCE_S),
+        "good": (lambda who: ("ok", "fine", ""), PATIENCE_S),
     }
     try:
         found = list(examine(patient(digits(tmp_path)), checks))  # type: ignore[arg-type]
@@ -102,7 +106,8 @@ def test_a_remote_store_is_written_and_read_and_wants_a_server(s3: str) -> None:
     assert "no such bucket" in asked(doctor_checks.store, nowhere).found + asked(doctor_checks.store, nowhere).remedy
 
 
-def test_disk_is_held_against_what_the_configuration_makes(tmp_path: Path) -> None:
+def test_disk_is_held_against_what_the_configuration_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=10**11))
     assert asked(doctor_checks.disk, patient(digits(tmp_path))).status == "ok"
     full = asked(doctor_checks.disk, patient(digits(tmp_path), images=(10**13, 10)))
     assert full.status == "fail"
@@ -178,14 +183,13 @@ def test_an_autoencoder_of_another_shape_is_told_with_the_fields_to_set(tmp_path
     assert "AutoencoderKL and AutoencoderTiny" in found(_class_name="UNet").found + found(_class_name="UNet").remedy
 
 
-@pytest.mark.ray
-def test_mlflow_is_asked_and_nothing_is_left_in_it(first: object, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines.catalog import Catalog
-
-    catalog = Catalog.existing(doctor_services.Folder.at(store))
-    before = {model.name for model in catalog.client.search_registered_models()}
+def test_mlflow_is_asked_and_nothing_is_left_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    registry = Registry(tmp_path / "store")
+    registry.add("a", 5.0)
+    store, client = registry.root, registry.catalog.client
     assert asked(doctor_services.mlflow, patient(digits(store))).status == "ok"
-    assert {model.name for model in catalog.client.search_registered_models()} == before
+    assert [model.name for model in client.search_registered_models()] == [NAME]
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret-word@127.0.0.1:{closed.getsockname()[1]}")
@@ -194,13 +198,23 @@ def test_mlflow_is_asked_and_nothing_is_left_in_it(first: object, store: Path, m
     assert "secret-word" not in refused.found + refused.remedy
 
 
-def test_a_ray_that_cannot_be_joined_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.extern
+def test_a_ray_that_cannot_be_joined_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("py_gcs_connect_timeout_s", "gcs_rpc_server_connect_timeout_s"):
+        monkeypatch.setenv(f"RAY_{name}", "1")  # in all Ray waits for 40 s
+    monkeypatch.setattr(doctor_services, "_RAY_SECONDS", PATIENCE_S)
     found = asked(doctor_services.ray, patient(digits(tmp_path), address="127.0.0.1:1"))
     assert (found.status, len(found.found.splitlines())) == ("fail", 1)
+    assert "no Ray cluster answers at 127.0.0.1:1" in found.found
     assert asked(doctor_services.ray, patient(digits(tmp_path))).found == "not started (--quick)"
 
 
-def test_the_command_tells_all_as_json_and_by_its_exit_code(digits_folder: Path, tmp_path: Path) -> None:
+def test_the_command_tells_all_as_json_and_by_its_exit_code(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient_checks = {name: (check, PATIENCE_S) for name, (check, _) in doctor_checks.CHECKS.items()}
+    monkeypatch.setattr(doctor_checks, "CHECKS", patient_checks)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=10**11))
     given = ("--quick", "--json", "--store", str(tmp_path / "store"), "--set", "source.kind=auto")
     done = edt("doctor", *given, "--set", f"source.path={digits_folder}", cwd=tmp_path)
     found = {row["check"]: row for row in json.loads(done.stdout)}

@@ -13,6 +13,7 @@ from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
 from pipelines.garbage import collect, remove, roots, survey
 from pipelines.runs import step_tag
+from tests.support.registry import write_empty_mlflow
 
 
 @pytest.fixture
@@ -21,8 +22,9 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def catalog(store: Store, monkeypatch: pytest.MonkeyPatch) -> Catalog:
+def catalog(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_empty_mlflow(tmp_path / "store")
     return Catalog.open(store.root, "gc")
 
 
@@ -109,12 +111,12 @@ def test_nothing_goes_while_a_run_uses_the_store(store: Store, catalog: Catalog)
     def use() -> None:
         with store.in_use():
             began.set()
-            over.wait(30)
+            over.wait()
 
     thread = threading.Thread(target=use)
     thread.start()
     try:
-        assert began.wait(30)
+        assert began.wait(300)
         assert len(collect(store, catalog, keep_runs=1, dry_run=True)) == 5
         with pytest.raises(UserError, match="a run is going on in"):
             collect(store, catalog, keep_runs=1, dry_run=False)

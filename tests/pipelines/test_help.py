@@ -1,6 +1,5 @@
 """What `edt` says of itself: one line a command, examples that the parsers take, completion, exit codes."""
 
-import os
 import shlex
 import subprocess
 import sys
@@ -12,9 +11,9 @@ import typer
 
 from pipelines.cli import app
 from pipelines.commands import verbs
+from tests.support.small import edt, environment
 
 ROOT: Any = typer.main.get_command(app)
-EDT = [sys.executable, "-m", "pipelines.cli"]
 
 
 def commands(group: Any = ROOT, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -83,17 +82,12 @@ def test_a_wrong_example_would_be_found() -> None:
 )
 def test_the_shell_completes(typed: str, offered: str) -> None:
     words = typed.split()
-    env = {"_EDT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
-    code = "import sys; sys.argv = ['edt']; from pipelines.cli import app; app(prog_name='edt')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **env}
-    )
-    assert offered in done.stdout.split()
+    asked = {"_EDT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    assert offered in edt(env=environment(**asked)).stdout.split()
 
 
 def test_version() -> None:
-    done = subprocess.run([*EDT, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[0] == "edt"
+    assert edt("--version").stdout.split()[0] == "edt"
 
 
 def run_command(body: str) -> "subprocess.CompletedProcess[str]":
@@ -101,6 +95,7 @@ def run_command(body: str) -> "subprocess.CompletedProcess[str]":
     code = f"""
 import os, signal, sys, time
 from pipelines import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
 cli.app.command("added")({body})
 sys.argv = ["edt", "added"]
 cli.main()
@@ -108,6 +103,7 @@ cli.main()
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.extern
 def test_a_fault_of_the_program_is_one_message_and_exit_code_1() -> None:
     done = run_command("lambda: {}['nothing']")
     assert done.returncode == 1
@@ -115,7 +111,8 @@ def test_a_fault_of_the_program_is_one_message_and_exit_code_1() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.extern
 def test_ctrl_c_leaves_with_130() -> None:
-    done = run_command("lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)) and None")
+    done = run_command("lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(600)) and None")
     assert done.returncode == 130
     assert "Traceback" not in done.stderr

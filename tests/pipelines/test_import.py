@@ -20,7 +20,7 @@ from pipelines.cli import app
 from pipelines.versions import find
 from tests.support.models import made_model, pipeline_folder, released, weights
 from tests.support.registry import Registry
-from tests.support.small import edt as edt_process
+from tests.support.small import edt
 
 NAMES = ("EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2")
 
@@ -185,9 +185,9 @@ def test_an_autoencoder_of_another_factor_is_refused(registry: Registry, tmp_pat
         imported(registry, released(tmp_path, "EDT-Tiny/2"), other)
 
 
-def test_as_a_process_it_is_one_message_and_exit_code_2(vae: Path, tmp_path: Path) -> None:
+def test_as_a_command_it_is_one_message_and_exit_code_2(vae: Path, tmp_path: Path) -> None:
     path = bad_file(tmp_path, "truncated")
-    done = edt_process("import", str(path), "--autoencoder", str(vae), "--store", str(tmp_path / "s"))
+    done = edt("import", str(path), "--autoencoder", str(vae), "--store", str(tmp_path / "s"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: ")
     assert not (tmp_path / "s").exists()

@@ -3,12 +3,15 @@
 import os
 import pty
 import subprocess
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from pipelines.cli import app
 from pipelines.config import load_config
@@ -53,28 +56,39 @@ def written(answers: Answers, machine: Hardware, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", [32, 64, 96, 256, 288, 512])
-@pytest.mark.parametrize("model", ["EDT-Tiny/2", "EDT-XL/2", "DiT-B/4", "MDTv2-S/2"])
-@pytest.mark.parametrize("gpus", [0, 1, 8])
-def test_every_answer_makes_a_configuration_that_loads(size: int, model: str, gpus: int, tmp_path: Path) -> None:
-    machine = SERVER if gpus else LAPTOP
-    path = written(Answers(images(8000), "mine", size, gpus, model), machine, tmp_path)
-    config = load_config(str(path))
-    (name,) = config.models
-    train = config.train_of(name)
-    assert (train.model, train.use_gpu, train.worker_range[1]) == (model, gpus > 0, gpus or 2)
-    assert config.preprocess.image_size == size
-    assert config.model_of(name, 10).latent_size == size // config.autoencoder.downsample_factor
-    assert train.precision == ("bf16" if gpus else "fp32")
+@pytest.fixture
+def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate of memory that grows with the samples: tracing a model of this size takes seconds."""
+
+    def estimate(train: TrainConfig, *arguments: object) -> SimpleNamespace:
+        return SimpleNamespace(memory=train.micro_batch() << 31)
+
+    monkeypatch.setattr("edt_core.training.estimate.estimate", estimate)
 
 
-@pytest.mark.parametrize("name", ["a b: c #d", 'it\'s "quoted"', "ünïcode", "- 1", "null", "{x}", "x" * 200])
-def test_a_path_is_read_back_as_it_was(name: str, tmp_path: Path) -> None:
-    answers = Answers(images(5000, path=f"/data/{name}"), "mine", 256, 1, "EDT-S/2", name, f"/w/{name}.pth")
-    config = load_config(str(written(answers, SERVER, tmp_path)))
-    assert config.source.path == f"/data/{name}"
-    assert (config.autoencoder.pretrained, config.inception.weights) == (name, f"/w/{name}.pth")
-    assert (config.extractors, config.promote.metric) == (("inception",), "fid")
+def test_every_answer_makes_a_configuration_that_loads(estimated: None, tmp_path: Path) -> None:
+    sizes, names = (32, 64, 96, 256, 288, 512), ("EDT-Tiny/2", "EDT-XL/2", "DiT-B/4", "MDTv2-S/2")
+    for size, model, gpus in product(sizes, names, (0, 1, 8)):
+        machine = SERVER if gpus else LAPTOP
+        path = written(Answers(images(8000), "mine", size, gpus, model), machine, tmp_path)
+        config = load_config(str(path))
+        (name,) = config.models
+        train = config.train_of(name)
+        assert (train.model, train.use_gpu, train.worker_range[1]) == (model, gpus > 0, gpus or 2)
+        assert config.preprocess.image_size == size
+        assert config.model_of(name, 10).latent_size == size // config.autoencoder.downsample_factor
+        assert train.precision == ("bf16" if gpus else "fp32")
+        # 2 GiB a sample: 32 of them are what 80 % of a GPU of 80 GiB has room for.
+        assert train.micro_batch_size == {0: None, 1: 32, 8: None}[gpus]
+
+
+def test_a_path_is_read_back_as_it_was(estimated: None, tmp_path: Path) -> None:
+    for name in ("a b: c #d", 'it\'s "quoted"', "ünïcode", "- 1", "null", "{x}", "x" * 200):
+        answers = Answers(images(5000, path=f"/data/{name}"), "mine", 256, 1, "EDT-S/2", name, f"/w/{name}.pth")
+        config = load_config(str(written(answers, SERVER, tmp_path)))
+        assert config.source.path == f"/data/{name}"
+        assert (config.autoencoder.pretrained, config.inception.weights) == (name, f"/w/{name}.pth")
+        assert (config.extractors, config.promote.metric) == (("inception",), "fid")
 
 
 def test_a_small_gpu_takes_its_share_in_parts(tmp_path: Path) -> None:
@@ -178,6 +192,7 @@ def test_nothing_is_written_of_a_wrong_request(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.extern
 def test_on_a_terminal_it_asks_and_asks_again(digits_folder: Path, tmp_path: Path) -> None:
     """Answers are typed ahead: the first folder is none, and a size does not divide; the rest is taken as suggested."""
     ours, theirs = pty.openpty()

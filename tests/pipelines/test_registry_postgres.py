@@ -8,15 +8,15 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import wait_for
 from tests.support.races import at_once, check_registry, register
 
-PROCESSES, OWN, SHARED = 8, 24, 8  # 8 * 24 + 8 = 200 versions
+PROCESSES = 8
 
 
 def _binary(name: str) -> str | None:
@@ -24,7 +24,7 @@ def _binary(name: str) -> str | None:
     return found[-1] if found else shutil.which(name)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def postgres() -> Iterator[str]:
     """URI of an empty database. The server runs as `postgres` where we are root, which it refuses to be."""
     initdb, server = _binary("initdb"), _binary("postgres")
@@ -62,7 +62,7 @@ def postgres() -> Iterator[str]:
         yield uri
     finally:
         running.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown: it does not wait for its clients
-        running.wait(30)
+        running.wait()
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -70,26 +70,31 @@ def _wait_for(uri: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(uri)
-    until = time.monotonic() + 60
-    while True:
+
+    def answers() -> bool:
+        assert server.poll() is None, log.read_text()
         try:
             engine.connect().close()
-            engine.dispose()
-            return
         except sqlalchemy.exc.OperationalError:
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.1)
+            return False
+        return True
+
+    wait_for(answers, pause=0.1)
+    engine.dispose()
 
 
-def test_eight_processes_at_postgresql(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They make the tables of an empty database at once, then register 200 versions and move aliases at once."""
+@pytest.mark.extern
+@pytest.mark.parametrize(("own", "shared"), [(2, 4), pytest.param(24, 8, marks=pytest.mark.slow)])
+def test_eight_processes_at_postgresql(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int, shared: int
+) -> None:
+    """They make the tables of an empty database at once, then register versions and move aliases at once."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres)
-    answers = at_once(register, PROCESSES, tmp_path, postgres, OWN, SHARED)
+    answers = at_once(register, PROCESSES, tmp_path, postgres, own, shared)
     opening, slowest = (max(answer[key] for answer in answers) for key in ("opening", "seconds"))
     retries = sum(answer["retries"] for answer in answers)
     first = min(answer["opening"] for answer in answers)
-    wanted = PROCESSES * OWN + SHARED
+    wanted = PROCESSES * own + shared
     print(f"set up {first:.1f} s, all open after {opening:.1f} s; {wanted} versions {slowest:.1f} s, {retries} retries")
     assert len({answer["experiment"] for answer in answers}) == 1
     assert len({number for answer in answers for number in answer["made"].values()}) == wanted
@@ -108,9 +113,12 @@ def test_a_database_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch
     assert "canary" not in str(told.value)
 
 
-def test_four_processes_at_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.extern
+@pytest.mark.parametrize(("own", "shared"), [(2, 4), pytest.param(8, 4, marks=pytest.mark.slow)])
+def test_four_processes_at_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int, shared: int) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    answers = at_once(register, 4, tmp_path, None, 8, 4)
-    print(f"36 versions, {sum(answer['retries'] for answer in answers)} retries")
-    assert len({number for answer in answers for number in answer["made"].values()}) == 36
+    answers = at_once(register, 4, tmp_path, None, own, shared)
+    wanted = 4 * own + shared
+    print(f"{wanted} versions, {sum(answer['retries'] for answer in answers)} retries")
+    assert len({number for answer in answers for number in answer["made"].values()}) == wanted
     check_registry(tmp_path, answers)

@@ -14,6 +14,8 @@ from tests.support.browser import Browser, Page
 from tests.support.reports import COSTS, HISTORY, REGISTRY, images, neighbourhood, whole_report_data
 from tests.support.small import MODEL
 
+pytestmark = pytest.mark.extern
+
 A4 = 703  # px between the margins
 LONG = ("a class with many words, as ImageNet has them", "Donaudampfschifffahrtsgesellschaft" * 2, "2")
 

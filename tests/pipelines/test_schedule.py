@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -17,15 +19,20 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from edt_core.errors import UserError
+from pipelines import scheduler
 from pipelines.cron import Cron, Due
 from pipelines.lease import held, this_process
-from pipelines.schedule import OVERLAP, UNCHANGED, Schedules, State, new_schedule, run_lease
-from pipelines.scheduler import command
+from pipelines.schedule import OVERLAP, UNCHANGED, Schedules, State, Tick, new_schedule, run_lease
+from pipelines.scheduler import Server, command
 from tests.support import small
+from tests.support.processes import wait_for
+from tests.support.registry import write_empty_mlflow
 
-LIMIT_S = 300
 SUNDAY, DAY = datetime(2026, 3, 1, tzinfo=UTC), timedelta(days=1)
 NAMES = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
+
+NOW, EVERY_MINUTE = SUNDAY + timedelta(hours=12, seconds=30), "* * * * *"
+NEW_YEAR = "0 0 1 1 *"  # a tick that does not come again while a test runs
 
 # A server whose runs are a process that does as it is told: the mechanics of a run without its minutes.
 SERVER = """
@@ -39,9 +46,9 @@ RUN = """
 import pathlib, signal, sys, time
 from pipelines.schedule import tell_scheduler
 here = pathlib.Path({here!r})
-with (here / "started").open("a") as file:
-    file.write("run\\n")
 try:
+    with (here / "started").open("a") as file:
+        file.write("run\\n")
     while not (here / "go").exists():
         time.sleep(0.05)
 except KeyboardInterrupt:
@@ -49,6 +56,9 @@ except KeyboardInterrupt:
     sys.exit(130)
 tell_scheduler("finished", "run-id")
 """
+# The same in a shell, which starts at once, for servers in the test's own process.
+FINISHES = """echo run >> {here}/started; printf '{{"outcome": "finished", "run": "run-id"}}' > $EDT_SCHEDULE_RESULT"""
+FAILS = "echo run >> {here}/started; echo 'error: the source is gone'; echo 'and more'; exit 2"
 
 
 def ticks(expression: str, start: datetime, count: int, zone: str = "UTC") -> list[datetime]:
@@ -191,37 +201,49 @@ def edt(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedPro
     return small.edt(*arguments, cwd=cwd, env={**os.environ, **variables})
 
 
-def make_due(store: Path) -> None:
-    """As if the schedule had been there for more than a year: a tick was missed, whatever its times."""
-    schedules = Schedules.at(str(store))
-    long_ago = datetime.now(UTC) - 400 * DAY
-    schedules.write(schedules.read("quickstart").model_copy(update={"since": long_ago}))
-
-
-def schedule(store: Path, cron: str = "* * * * *", *assignments: str, name: str | None = None, **more: bool) -> None:
-    """As `edt schedule quickstart --no-serve`, without the start of a process."""
-    store.mkdir(parents=True, exist_ok=True)
+def schedule(store: Path, cron: str = EVERY_MINUTE, *assignments: str, name: str | None = None, **more: bool) -> None:
+    """As `edt schedule quickstart --no-serve`, without the start of a process, and with MLflow's tables made."""
+    if not (store / "mlflow.db").exists():
+        write_empty_mlflow(store)
     Schedules.at(str(store)).put(new_schedule(name, "quickstart", assignments, str(store), cron, "UTC", **more))
 
 
-def missed_a_tick(store: Path, name: str = "quickstart", **state: Any) -> None:
-    """As of a server that was down for three minutes and a half."""
-    schedules, long_ago = Schedules.at(str(store)), datetime.now(UTC) - timedelta(minutes=3, seconds=30)
-    schedules.write(schedules.read(name).model_copy(update={"since": long_ago}))
-    schedules.write_state(name, State(handled=long_ago, **state))
+def missed(store: Path, since: datetime, name: str = "quickstart", **state: Any) -> None:
+    """As of a server that was down since then."""
+    schedules = Schedules.at(str(store))
+    schedules.write(schedules.read(name).model_copy(update={"since": since}))
+    schedules.write_state(name, State(handled=since, **state))
+
+
+def missed_minutes(store: Path, name: str = "quickstart", **state: Any) -> None:
+    """As of a server that was down for three minutes and a half when it is `NOW`."""
+    missed(store, NOW - timedelta(minutes=3, seconds=30), name, **state)
+
+
+def missed_new_year(store: Path, **state: Any) -> None:
+    """As of a server that was down for more than a year, whatever the time is."""
+    missed(store, datetime.now(UTC) - 400 * DAY, **state)
 
 
 def state_of(store: Path, name: str = "quickstart") -> State:
     return Schedules.at(str(store)).state(name)
 
 
+def last_of(store: Path) -> Tick:
+    last = state_of(store).last
+    assert last is not None
+    return last
+
+
 def eventually(ready: Callable[[], Any], *processes: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not ready():
-        assert time.monotonic() < until, "the moment never came"
+    """Wait until something is so, while these processes live."""
+
+    def looked() -> Any:
         for process in processes:
             assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+        return ready()
+
+    wait_for(looked)
 
 
 @pytest.fixture
@@ -245,6 +267,57 @@ def start(store: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     for server in servers:
         server.kill()
         server.wait()
+
+
+def started_run(store: Path, server: subprocess.Popen[str], number: int = 1) -> int:
+    """Process of a server's run, once it is at work and the server has written it down."""
+    eventually(lambda: starts(store) == number, server)
+    eventually(lambda: (running := state_of(store).running) and running.pid, server)
+    running = state_of(store).running
+    assert running is not None
+    assert running.pid is not None
+    return running.pid
+
+
+@pytest.fixture
+def run_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets what a run of a server in this process does: a shell's script."""
+
+    def command_is(script: str) -> None:
+        text = script.format(here=shlex.quote(str(store.parent)))
+        monkeypatch.setattr(scheduler, "command", lambda schedule: ["sh", "-c", text])
+
+    command_is(FINISHES)
+    return command_is
+
+
+def server_here(store: Path, say: Callable[[str], None] = print, now: datetime | None = None) -> Server:
+    """A server of this process, which takes it to be `now`."""
+    clock = {} if now is None else {"now": lambda: now}
+    return Server(Schedules.at(str(store)), say, 0.02, **clock)
+
+
+def attend(store: Path, now: datetime | None = NOW) -> str:
+    """Do what is due as a server does, and return what it said."""
+    told: list[str] = []
+    server_here(store, told.append, now).attend("quickstart")
+    return "\n".join(told)
+
+
+@contextmanager
+def serving(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server in a thread, for as long as the block lasts; it is `NOW` all the time, and no signal is for it."""
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # for the main thread alone
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # which it sets, and is so put back
+    server = server_here(store, now=NOW)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    try:
+        wait_for((store / ".leases" / "schedules" / "0000000001.json").exists)
+        yield
+    finally:
+        server.stopping.set()
+        thread.join()
 
 
 def starts(store: Path) -> int:
@@ -334,7 +407,7 @@ def test_a_file_is_remembered_by_its_whole_path(store: Path, tmp_path: Path, mon
 
 def test_resumed_ticks_are_not_made_up_for(store: Path) -> None:
     schedule(store)
-    missed_a_tick(store)
+    missed_minutes(store)
     schedules = Schedules.at(str(store))
     schedules.pause("quickstart")
     schedules.resume("quickstart")
@@ -342,126 +415,125 @@ def test_resumed_ticks_are_not_made_up_for(store: Path) -> None:
     assert schedules.read("quickstart").times.due(since, since) is None
 
 
-def test_missed_ticks_are_one_run_and_one_record(store: Path, start: Callable[[], subprocess.Popen[str]]) -> None:
+def test_missed_ticks_are_one_run_and_one_record(store: Path, run_is: Callable[[str], None]) -> None:
     schedule(store)
-    missed_a_tick(store)
-    (store.parent / "go").touch()
-    server = start()
-    eventually(lambda: state_of(store).last and not state_of(store).unrecorded, server)
-    server.send_signal(signal.SIGTERM)
-    output, _ = server.communicate()
-    assert server.returncode == 128 + signal.SIGTERM
-    last = state_of(store).last
-    assert last is not None
-    assert (starts(store), last.outcome, last.run) == (1, "finished", "run-id"), output
+    missed_minutes(store)
+    told = attend(store)
+    last = last_of(store)
+    assert (starts(store), last.outcome, last.run) == (1, "finished", "run-id"), told
+    assert (last.tick, last.missed, last.ended) == (NOW.replace(second=0), 2, NOW)
     (run,) = recorded(store)
     tags = run.data.tags
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "quickstart"
     assert tags["edt.schedule"] == "quickstart"
     assert (tags["edt.outcome"], tags["edt.run"]) == ("finished", "run-id")
-    assert int(tags["edt.missed"]) >= 2
-    assert datetime.fromisoformat(tags["edt.tick"]).second == 0
+    assert (tags["edt.tick"], tags["edt.missed"]) == ("2026-03-01T12:00:00+00:00", "2")
     assert list(store.glob("mlartifacts/**/*.log"))
+    attend(store)
+    assert starts(store) == 1  # nothing more is due
+    attend(store, NOW + timedelta(minutes=1))
+    assert (starts(store), last_of(store).missed) == (2, 0)
 
 
+@pytest.mark.faults
 def test_a_killed_server_is_followed_by_one_that_starts_nothing_twice(
     store: Path, start: Callable[[], subprocess.Popen[str]]
 ) -> None:
-    schedule(store, "0 0 1 1 *")
-    make_due(store)
+    schedule(store, NEW_YEAR)
+    missed_new_year(store)
     first = start()
-    eventually(lambda: starts(store) == 1, first)
-    eventually(lambda: (running := state_of(store).running) and running.pid, first)
+    started_run(store, first)
     first.kill()
     first.wait()
-    second = start()
-    assert second.stdout is not None
-    eventually(lambda: "goes on (process" in second.stdout.readline(), second)
-    assert starts(store) == 1
-    (store.parent / "go").touch()
-    eventually(lambda: state_of(store).last and not state_of(store).unrecorded, second)
-    last = state_of(store).last
-    assert last is not None
+    waited = []
+
+    def say(text: str) -> None:
+        if "goes on (process" in text:
+            waited.append(starts(store))
+            (store.parent / "go").touch()
+
+    server_here(store, say).attend("quickstart")
+    assert waited == [1]
+    last = last_of(store)
     assert (last.outcome, last.run, state_of(store).running, starts(store)) == ("finished", "run-id", None, 1)
+    assert not state_of(store).unrecorded
     assert len(recorded(store)) == 1
 
 
+@pytest.mark.faults
 def test_a_run_that_was_lost_with_its_server_is_made_again_once(
     store: Path, start: Callable[[], subprocess.Popen[str]]
 ) -> None:
     """As when the machine crashes; a run that brings the machine down does not do so for ever."""
-    schedule(store, "0 0 1 1 *")
-    make_due(store)
+    schedule(store, NEW_YEAR)
+    missed_new_year(store)
     for attempt in (1, 2):
         server = start()
-        eventually(lambda n=attempt: starts(store) == n, server)
-        eventually(lambda: (running := state_of(store).running) and running.pid, server)
-        running = state_of(store).running
-        assert running is not None
-        assert running.pid is not None
+        run = started_run(store, server, attempt)
         server.kill()
         server.wait()
-        os.kill(running.pid, signal.SIGKILL)
-    server = start()
-    eventually(lambda: state_of(store).handled is not None and not state_of(store).unrecorded, server)
+        os.kill(run, signal.SIGKILL)
+    told = attend(store, now=None)
+    assert state_of(store).handled == last_of(store).tick, told
     assert starts(store) == 2
     assert [run.data.tags["edt.outcome"] for run in recorded(store)] == ["lost", "lost"]
     assert {run.info.status for run in recorded(store)} == {"FAILED"}
 
 
+@pytest.mark.extern
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_server_that_is_stopped_stops_its_run_and_the_next_one_goes_on(
-    number: signal.Signals, store: Path, start: Callable[[], subprocess.Popen[str]]
+    number: signal.Signals,
+    store: Path,
+    start: Callable[[], subprocess.Popen[str]],
+    run_is: Callable[[str], None],
 ) -> None:
-    schedule(store)
-    missed_a_tick(store)
+    schedule(store, NEW_YEAR)
+    missed_new_year(store)
     server = start()
-    eventually(lambda: starts(store) == 1, server)
-    time.sleep(0.5)  # let the run come to its loop
+    started_run(store, server)
     server.send_signal(number)
-    output, _ = server.communicate(timeout=LIMIT_S)
+    output, _ = server.communicate()
     assert server.returncode == 128 + number
     assert "stopping 1 run(s)" in output
     assert "Traceback" not in output
     (run,) = recorded(store)
     assert (run.info.status, run.data.tags["edt.outcome"]) == ("KILLED", "stopped")
-    (store.parent / "go").touch()
-    second = start()
-    eventually(lambda: starts(store) == 2, second)
+    attend(store, now=None)
+    assert (starts(store), last_of(store).outcome) == (2, "finished")
 
 
-def test_the_folder_is_followed_while_serving(store: Path, start: Callable[[], subprocess.Popen[str]]) -> None:
-    (store.parent / "go").touch()
-    store.mkdir()
-    server = start()
-    eventually((store / ".leases" / "schedules" / "0000000001.json").exists, server)
-    schedule(store, name="late")
-    schedule(store, name="paused")
-    Schedules.at(str(store)).pause("paused")
-    missed_a_tick(store, "paused")
-    missed_a_tick(store, "late")
-    eventually(lambda: state_of(store, "late").last, server)
-    assert state_of(store, "paused").last is None
-    before = starts(store)
-    Schedules.at(str(store)).resume("paused")
-    missed_a_tick(store, "paused")
-    eventually(lambda: state_of(store, "paused").last, server)
-    assert starts(store) > before
+def test_the_folder_is_followed_while_serving(
+    store: Path, run_is: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_empty_mlflow(store)
+    with serving(store, monkeypatch):
+        schedule(store, name="late")
+        schedule(store, name="paused")
+        Schedules.at(str(store)).pause("paused")
+        missed_minutes(store, "paused")
+        missed_minutes(store, "late")
+        wait_for(lambda: state_of(store, "late").last)
+        assert state_of(store, "paused").last is None
+        assert starts(store) == 1
+        Schedules.at(str(store)).resume("paused")
+        missed_minutes(store, "paused")
+        wait_for(lambda: state_of(store, "paused").last)
+        assert starts(store) == 2
 
 
-def test_one_server_a_store(store: Path, start: Callable[[], subprocess.Popen[str]]) -> None:
+def test_one_server_a_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule(store, "0 3 * * 0")
-    server = start()
-    eventually((store / ".leases" / "schedules" / "0000000001.json").exists, server)
-    done = edt("schedule", "serve", "--store", str(store), cwd=store)
-    assert done.returncode == 2
-    assert f"served already (process {server.pid} on" in done.stderr
-    options = ("--cron", "0 4 * * 0", "--timezone", "UTC", "--store", str(store))
-    done = edt("schedule", "quickstart", *options, cwd=store)
-    assert done.returncode == 0
-    assert "is changed" in done.stdout
-    assert f"a server is at work already (process {server.pid} on" in done.stdout
+    with serving(store, monkeypatch):
+        done = edt("schedule", "serve", "--store", str(store), cwd=store)
+        assert done.returncode == 2
+        assert f"served already (process {os.getpid()} on" in done.stderr
+        options = ("--cron", "0 4 * * 0", "--timezone", "UTC", "--store", str(store))
+        done = edt("schedule", "quickstart", *options, cwd=store)
+        assert done.returncode == 0
+        assert "is changed" in done.stdout
+        assert f"a server is at work already (process {os.getpid()} on" in done.stdout
 
 
 def serve_until_recorded(store: Path, **variables: str) -> str:
@@ -474,75 +546,73 @@ def serve_until_recorded(store: Path, **variables: str) -> str:
         env={**os.environ, **variables},
     )
     try:
-        eventually(lambda: state_of(store).handled and state_of(store).last, server)
+        eventually(lambda: state_of(store).last and not state_of(store).unrecorded, server)
     finally:
         server.send_signal(signal.SIGTERM)
-        output, _ = server.communicate(timeout=LIMIT_S)
+        output, _ = server.communicate()
     assert "Traceback" not in output
     return output
 
 
+@pytest.mark.extern
 def test_a_run_that_goes_on_elsewhere_is_left_alone(store: Path) -> None:
+    """With the commands that a person gives, each in its own process."""
     from edt_core.storage import Folder
 
-    schedule(store)
-    missed_a_tick(store)
+    schedule(store, NEW_YEAR)
+    missed_new_year(store)
     with held(Folder.at(store), run_lease("quickstart"), this_process()):
         done = edt("run", "quickstart", "--no-overlap", "--store", str(store), cwd=store)
         assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done
         assert f"is going on (process {os.getpid()} on" in done.stdout
         serve_until_recorded(store)
-    last = state_of(store).last
-    assert last is not None
-    assert last.outcome == OVERLAP
+    assert last_of(store).outcome == OVERLAP
     (run,) = recorded(store)
     assert (run.info.status, run.data.tags["edt.outcome"]) == ("FINISHED", OVERLAP)
     assert "edt.run" not in run.data.tags
 
 
-def test_a_failed_run_is_recorded_with_its_reason(store: Path) -> None:
-    schedule(store, "* * * * *", "source.kind=image_folder", f"source.path={store}/none")
-    missed_a_tick(store)
-    serve_until_recorded(store)
+def test_a_failed_run_is_recorded_with_its_reason(store: Path, run_is: Callable[[str], None]) -> None:
+    schedule(store)
+    missed_minutes(store)
+    run_is(FAILS)
+    attend(store)
     (run,) = recorded(store)
     assert (run.info.status, run.data.tags["edt.outcome"]) == ("FAILED", "failed")
-    assert "exit code 2: error: the source" in run.data.tags["edt.error"]
+    assert run.data.tags["edt.error"] == "exit code 2: error: the source is gone"
 
 
-def test_unchanged_data_starts_nothing(store: Path, digits_folder: Path) -> None:
+def test_unchanged_data_starts_nothing(store: Path, digits_folder: Path, run_is: Callable[[str], None]) -> None:
     from edt_core.config import SourceConfig
     from jobs.verb import image_source
 
     same = image_source(SourceConfig(kind="image_folder", path=str(digits_folder))).fingerprint
     images = ("source.kind=image_folder", f"source.path={digits_folder}")
-    schedule(store, "* * * * *", *images, when_data_changed=True)
-    missed_a_tick(store, source=same)
-    serve_until_recorded(store)
+    schedule(store, EVERY_MINUTE, *images, when_data_changed=True)
+    missed_minutes(store, source=same)
+    attend(store)
     (run,) = recorded(store)
     assert (run.info.status, run.data.tags["edt.outcome"]) == ("FINISHED", UNCHANGED)
     assert run.data.tags["edt.source"] == same
-    assert not list(store.rglob("manifest.json"))
+    assert starts(store) == 0
+    missed_minutes(store, source="0" * 64)
+    attend(store)
+    assert (starts(store), last_of(store).outcome, state_of(store).source) == (1, "finished", same)
 
 
 def test_an_mlflow_that_is_away_does_not_stop_the_server(
-    store: Path, start: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+    store: Path, run_is: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tick is recorded later, when the server is back."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     schedule(store)
-    missed_a_tick(store)
-    (store.parent / "go").touch()
-    server = start()
-    assert server.stdout is not None
-    eventually(lambda: "MLflow cannot be written" in server.stdout.readline(), server)
-    assert len(state_of(store).unrecorded) == 1
-    server.kill()
-    server.wait()
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    missed_a_tick(store, unrecorded=state_of(store).unrecorded)
-    server = start()
-    eventually(lambda: not state_of(store).unrecorded, server)
+    missed_minutes(store)
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        assert "MLflow cannot be written" in attend(store)
+    assert (last_of(store).outcome, len(state_of(store).unrecorded)) == ("finished", 1)
+    attend(store, NOW + timedelta(minutes=1))
+    assert not state_of(store).unrecorded
     assert [run.data.tags["edt.outcome"] for run in recorded(store)] == ["finished", "finished"]
 
 
@@ -552,11 +622,10 @@ def test_a_missed_tick_trains_a_model_and_the_next_finds_the_data_unchanged(stor
     """The whole way, with a real pipeline of a few steps."""
     from mlflow import MlflowClient
 
-    schedule(store, "* * * * *", *small.SMALL, when_data_changed=True)
-    missed_a_tick(store)
+    schedule(store, NEW_YEAR, *small.SMALL, when_data_changed=True)
+    missed_new_year(store)
     serve_until_recorded(store)
-    last = state_of(store).last
-    assert last is not None
+    last = last_of(store)
     assert last.outcome == "finished", Path(str(last.log)).read_text()
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
     parent = client.get_run(str(last.run))
@@ -564,6 +633,6 @@ def test_a_missed_tick_trains_a_model_and_the_next_finds_the_data_unchanged(stor
     (run,) = recorded(store)
     assert run.data.tags["edt.run"] == last.run
     assert run.data.tags["edt.source"] == parent.data.tags["edt.source"]
-    missed_a_tick(store, source=state_of(store).source)
+    missed_new_year(store, source=state_of(store).source)
     serve_until_recorded(store)
     assert sorted(run.data.tags["edt.outcome"] for run in recorded(store)) == ["finished", UNCHANGED]

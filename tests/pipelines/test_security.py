@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.outcome import Outcome
-from tests.pipelines.conftest import CANARY, pipeline
-from tests.support.small import start
+from tests.support.small import CANARY, edt, pipeline, start
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_URL, IN_QUERY = "canary-user-31c7", "canary-query-9be2"
@@ -43,29 +42,31 @@ def test_secrets_of_environment_and_configuration_are_recorded_nowhere(
     assert holding(logs, *canaries) == []
 
 
+@pytest.mark.extern
 def test_a_password_in_the_tracking_uri_is_shown_to_nobody() -> None:
     """Of a server that is away: one message with the place and without the password."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         uri = f"http://me:{IN_URL}@127.0.0.1:{free.getsockname()[1]}"
         process = start("runs", "--tracking-uri", uri)
-        told = process.communicate(timeout=120)[0]
+        told = process.communicate()[0]
     assert process.returncode == 2, told
     assert told.startswith("error: ")
     assert "Traceback" not in told
     assert IN_URL not in told
 
 
-def test_weights_that_cannot_be_downloaded_do_not_tell_their_signature(tmp_path: Path) -> None:
+@pytest.mark.ray
+def test_weights_that_cannot_be_downloaded_do_not_tell_their_signature(tmp_path: Path, ray_session: None) -> None:
     config = tmp_path / "pipeline.yaml"
     shipped = ROOT / "pipelines" / "configs" / "quickstart.yaml"
     weights = (
         f"extractors: [inception]\ninception: {{weights: '{URL}', sha256: {'a' * 64}}}\npromote: {{metric: fid}}\n"
     )
     config.write_text(shipped.read_text() + weights)
-    process = start("run", str(config), "--store", str(tmp_path / "store"))
-    told = process.communicate(timeout=300)[0]
-    assert process.returncode == 2, told
+    done = edt("run", str(config), "--store", str(tmp_path / "store"))
+    told = done.stdout + done.stderr
+    assert done.returncode == 2, told
     assert "127.0.0.1:9/weights.pth" in told
     assert "Traceback" not in told
     assert not any(canary in told for canary in (IN_URL, IN_QUERY))

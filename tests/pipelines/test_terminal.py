@@ -15,6 +15,7 @@ from jobs.progress import Board, Shown
 from pipelines.run_log import RunLog
 from pipelines.step_tree import StepTree, clock
 from pipelines.terminal import Terminal
+from tests.support.small import edt
 
 CALLS = (
     ("preprocess", ("source",)),
@@ -192,6 +193,7 @@ print(log.path)
 """
 
 
+@pytest.mark.extern
 @pytest.mark.parametrize("stream", ["out", "err"])
 def test_all_that_others_print_goes_into_the_log_and_no_secret_stays_there(stream: str, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -248,9 +250,8 @@ def test_a_view_that_is_not_that_of_the_process_is_left_where_it_is(
 
 
 def test_an_unknown_option_or_a_user_error_is_no_traceback() -> None:
-    command = [sys.executable, "-m", "pipelines.cli"]
     for arguments in (["run", "--nonsense"], ["nonsense"], ["run", "no-such-configuration"]):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        done = edt(*arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
     assert issubclass(UserError, Exception)

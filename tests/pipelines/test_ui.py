@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from edt_core.errors import UserError
 from pipelines.cli import app
-from pipelines.outcome import Outcome
 from pipelines.ui import DEFAULT_PORT, free_port, has_display, run_link, stop
+from tests.support.registry import Registry
 from tests.support.small import EDT, environment
 
 
@@ -70,11 +70,8 @@ def test_a_browser_is_opened_only_where_it_is_seen(monkeypatch: pytest.MonkeyPat
 
 def test_a_server_is_ended_with_its_children() -> None:
     """Also those that ignore SIGTERM. The output ends when the last process that could write to it is gone."""
-    code = (
-        "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-        "subprocess.Popen(['sleep', '600']); print('ready', flush=True); time.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    script = "trap '' TERM; sleep 600 & echo ready; wait"
+    process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     stop(process, seconds=0.2)
@@ -82,8 +79,10 @@ def test_a_server_is_ended_with_its_children() -> None:
     assert process.stdout.read() == b""
 
 
-@pytest.mark.ray
-def test_a_store_s_runs_are_served_until_ctrl_c(first: Outcome, store: Path) -> None:
+@pytest.mark.extern
+def test_a_store_s_runs_are_served_until_ctrl_c(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run_id, _ = Registry(store).run()
     before = {path.name for path in store.iterdir()}
     process = subprocess.Popen(
         [*EDT, "ui", "--no-open", "--store", str(store), "--port", "0"],
@@ -99,12 +98,12 @@ def test_a_store_s_runs_are_served_until_ctrl_c(first: Outcome, store: Path) -> 
         if line.startswith("Ctrl-C"):
             break
     url = told[0]
-    with urllib.request.urlopen(url, timeout=60) as page:
+    with urllib.request.urlopen(url) as page:
         assert b"<html" in page.read().lower()
-    assert any(line.endswith(f"/runs/{first.run_id}") and url in line for line in told)
+    assert any(line.endswith(f"/runs/{run_id}") and url in line for line in told)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 0
     host, _, port = url.removeprefix("http://").rpartition(":")
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((host, int(port)), timeout=5)
+        socket.create_connection((host, int(port)))
     assert {path.name for path in store.iterdir()} - before <= {"mlartifacts"}

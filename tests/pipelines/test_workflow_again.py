@@ -2,26 +2,29 @@
 
 import json
 import os
+import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+from safetensors.torch import load, save
 
 from edt_core.artifact import ArtifactWriter
 from edt_core.errors import UserError
-from edt_core.schema import KINDS
+from edt_core.schema import EMA_WEIGHTS, KINDS, MANIFEST_NAME
 from edt_core.storage import Folder
+from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
 from pipelines.commands.options import catalog_if_any
 from pipelines.config import load_config
 from pipelines.outcome import Outcome
 from pipelines.plan import PlannedStep, plan
-from pipelines.reproduce import reproduce
+from pipelines.reproduce import Comparison, compare, reproduce
+from pipelines.runs import read_record, run_rows, steps_of
 from pipelines.terminal import Terminal
-from tests.pipelines.conftest import pipeline
-from tests.support.small import MODEL, SMALL, options, start
+from tests.support.small import MODEL, SMALL, copy_store, edt, options, pipeline
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -76,50 +79,74 @@ def test_a_plan_tells_what_is_gone_on_with(first: Outcome, store: Path, tmp_path
 
 
 def test_the_commands_tell_the_same(first: Outcome, store: Path) -> None:
-    process = start("plan", "--store", str(store), "--json", *options("train.lr=0.25"))
-    rows = json.loads(process.communicate()[0])
+    where = ["--store", str(store)]
+    rows = json.loads(edt("plan", *where, "--json", *options("train.lr=0.25")).stdout)
     assert {row["step"]: row["action"] for row in rows}[f"train {MODEL}"] == "run"
-    runs = json.loads(start("runs", "--store", str(store), "--json").communicate()[0])
+    runs = json.loads(edt("runs", *where, "--json").stdout)
     (row,) = (row for row in runs if row["run"] == first.run_id)
     assert (row["status"], row["pipeline"], row["executed"], row["reused"]) == ("FINISHED", "quickstart", 12, 0)
-    listed = start("artifacts", "--store", str(store), "--kind", "latents").communicate()[0].splitlines()
+    listed = edt("artifacts", *where, "--kind", "latents").stdout.splitlines()
     assert len(listed) == 2
     assert listed[1].startswith("latents")
-    told = start("gc", "--dry-run", "--keep-runs", "50", "--json", "--store", str(store)).communicate()[0]
+    told = edt("gc", "--dry-run", "--keep-runs", "50", "--json", *where).stdout
     going = {item["fingerprint"] for item in json.loads(told) if not item["attempt"]}
     assert not going & set(row["steps"].values())
 
 
-def test_a_run_is_reproduced_from_its_record_digest_by_digest(first: Outcome, tmp_path: Path) -> None:
-    catalog = Catalog(first.tracking_uri, "")
-    with Terminal() as terminal:
-        outcome, rows = reproduce(first.run_id, catalog, str(tmp_path / "again"), terminal)
-    assert outcome.failures == {}
+def test_a_run_is_reproduced_from_its_record_digest_by_digest(first: Outcome, store: Path, tmp_path: Path) -> None:
+    done = edt("reproduce", first.run_id, "--store", str(store), "--into", str(tmp_path / "again"), "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
     assert len(rows) == STEPS
-    assert [row.step for row in rows if not row.equal] == []
-    assert outcome.tracking_uri != first.tracking_uri  # the registry of the record gets no second version
+    assert [row["step"] for row in rows if not row["equal"] or row["recorded"] != row["now"]] == []
+    (made,) = run_rows(Catalog.existing(Folder.at(tmp_path / "again")), None, 2)
+    assert (made["status"], made["executed"]) == ("FINISHED", STEPS + 1)  # nothing of it comes from the first store
+    catalog = Catalog(first.tracking_uri, "")  # and its registry gets no second version
     assert len(catalog.client.search_model_versions(f"run_id = '{first.run_id}'")) == 1
 
 
-def test_what_differs_from_the_record_is_told_with_numbers(
-    first: Outcome, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another learning rate stands for whatever makes results differ: other weights, other metrics."""
-    from pipelines import reproduce as module
-    from pipelines.artifacts import Store
-    from pipelines.runs import read_record, steps_of
-
+def compared(first: Outcome, store: Path, steps: Mapping[str, str]) -> dict[str, Comparison]:
+    """What the record of the first run says beside artifacts of a store."""
     catalog = Catalog(first.tracking_uri, "")
-    record = read_record(catalog, first.run_id)
-    other = pipeline(store, "train.lr=0.003")
-    steps = steps_of(catalog.client.get_run(other.run_id).data.tags)
-    rows = {row.step: row for row in module.compare(record, catalog, Store.open(str(store)), steps)}
+    rows = compare(read_record(catalog, first.run_id), catalog, Store.open(str(store)), steps)
+    return {row.step: row for row in rows}
+
+
+def test_what_differs_from_the_record_is_told_with_numbers(first: Outcome, resampled: Outcome, store: Path) -> None:
+    """Another number of sampling steps makes other samples and other metrics of the same weights."""
+    catalog = Catalog(first.tracking_uri, "")
+    rows = compared(first, store, steps_of(catalog.client.get_run(resampled.run_id).data.tags))
+    sampled, evaluated = rows[f"sample.{MODEL}"], rows[f"evaluate.{MODEL}"]
     assert rows["encode"].equal
-    assert rows[f"untrained.sample.{MODEL}"].equal
-    trained, evaluated = rows[f"train.{MODEL}"], rows[f"evaluate.{MODEL}"]
-    assert not trained.equal
-    assert "files differ by up to" in trained.how
-    assert "metrics.fd_classifier" in evaluated.how
+    assert rows[f"train.{MODEL}"].equal
+    assert not sampled.equal
+    assert "files differ by up to" in sampled.how
+    assert re.search(r"metrics\.fd_classifier \S+ -> \S+", evaluated.how)
+
+
+def test_weights_that_differ_are_told_by_how_much(first: Outcome, store: Path, tmp_path: Path) -> None:
+    trained = Store.open(str(store)).find("checkpoint", planned(store)[f"train {MODEL}"].fingerprint)
+    assert trained is not None
+    out = ArtifactWriter(Folder.at(tmp_path / "checkpoint" / trained.fingerprint), "checkpoint", trained.fingerprint)
+    moved = f"{trained.counts['final']}/{EMA_WEIGHTS}"
+    for entry in trained.manifest.files:
+        data = trained.path(entry.path).read_bytes()
+        out.write_bytes(entry.path, with_a_weight_moved(data, 0.25) if entry.path == moved else data, entry.rows)
+    out.commit(trained.manifest.config, trained.manifest.inputs, trained.counts)
+    rows = compared(first, tmp_path, {f"train.{MODEL}": trained.fingerprint})
+    differing = rows.pop(f"train.{MODEL}")
+    assert not differing.equal
+    assert differing.how == f"1 of {len(trained.manifest.files)} files differ by up to 0.25"
+    assert {row.how for row in rows.values()} == {"not made"}
+
+
+def with_a_weight_moved(data: bytes, distance: float) -> bytes:
+    """A safetensors file with the first number of its first tensor moved by a distance."""
+    tensors = load(data)
+    name = min(tensors)
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[0] += distance
+    return save(tensors)
 
 
 def test_another_code_version_or_other_images_are_refused(
@@ -142,25 +169,29 @@ def test_another_code_version_or_other_images_are_refused(
         reproduce("0" * 32, catalog, str(tmp_path / "none"), terminal)
 
 
-def test_a_failed_branch_is_gone_on_with_alone_and_sizes_train_side_by_side(
+def test_failed_branches_are_gone_on_with_alone_and_sizes_train_side_by_side(
     first: Outcome, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three architectures: an EDT, a DiT and an MDTv2."""
-    dit, mdt = "models.dit={model: DiT-Tiny/2, masked_loss: false}", "models.mdtv2.model=MDTv2-Tiny/2"
-    branches = (dit, mdt, "models.lost.lr=0.007")
-    blocked = store / "checkpoint" / planned(store, *branches)["train lost"].fingerprint
-    blocked.write_text("in the way")
+    """Three architectures: the EDT, which is there, and a DiT and an MDTv2, whose trainings fail as they begin."""
+    branches = ("models.dit={model: DiT-Tiny/2, masked_loss: false}", "models.mdtv2.model=MDTv2-Tiny/2")
+    steps = planned(store, *branches)
+    blocked = [store / "checkpoint" / steps[f"train {name}"].fingerprint for name in ("dit", "mdtv2")]
+    for path in blocked:
+        path.write_text("in the way")
     failed = pipeline(store, *branches)
-    assert set(failed.failures) == {"train lost"}
-    assert set(failed.decisions) == {MODEL, "dit", "mdtv2"}
-    assert "failed    train lost" in capsys.readouterr().out
-    blocked.unlink()
+    assert set(failed.failures) == {"train dit", "train mdtv2"}
+    assert set(failed.decisions) == {MODEL}
+    assert "failed    train dit" in capsys.readouterr().out
+    for path in blocked:
+        path.unlink()
     again = pipeline(store, *branches)
     assert again.failures == {}
-    assert again.decisions.keys() == {MODEL, "dit", "mdtv2", "lost"}
+    assert again.decisions.keys() == {MODEL, "dit", "mdtv2"}
     ran = Catalog(first.tracking_uri, "").client.get_run(again.run_id).data.tags["edt.executed"].split(", ")
-    assert {name for name in ran if not name.startswith("report")} == {"train lost", "sample lost", "evaluate lost"}
-    one, other = (_training(failed, name) for name in ("dit", "mdtv2"))
+    assert {name for name in ran if not name.startswith("report")} == {
+        f"{step} {model}" for step in ("train", "sample", "evaluate") for model in ("dit", "mdtv2")
+    }
+    one, other = (_training(again, name) for name in ("dit", "mdtv2"))
     assert max(one[0], other[0]) < min(one[1], other[1]), "the two trainings had one CPU each and did not overlap"
 
 
@@ -172,36 +203,25 @@ def _training(outcome: Outcome, model: str) -> tuple[int, int]:
     return run.info.start_time, run.info.end_time
 
 
-def test_dates_of_files_decide_nothing(first: Outcome, store: Path) -> None:
+def test_dates_of_files_decide_nothing(first: Outcome, store: Path, tmp_path: Path) -> None:
     """As after the clock was set back: every file, and every folder, comes from the year 2100."""
-    future = 4102444800
-    for path in sorted(store.rglob("*")):
+    copy, future = tmp_path / "store", 4102444800
+    copy_store(store, copy)
+    for path in sorted(copy.rglob("*")):
         if path.suffix != ".db":
             os.utime(path, (future, future))
-    assert {step.action for step in planned(store).values()} == {"reuse"}
+    assert {step.action for step in planned(copy).values()} == {"reuse"}
     assert time.time() < future
 
 
-@pytest.mark.parametrize("cut", range(0, 100, 2))
-def test_a_manifest_cut_short_is_never_trusted(first: Outcome, store: Path, tmp_path: Path, cut: int) -> None:
-    from edt_core.schema import MANIFEST_NAME
-    from pipelines.artifacts import Store
-
-    step = planned_once(store)["encode"]
+def test_a_manifest_cut_short_is_never_trusted(first: Outcome, store: Path, tmp_path: Path) -> None:
+    step = planned(store)["encode"]
     folder = tmp_path / step.kind / step.fingerprint
     shutil.copytree(store / step.kind / step.fingerprint, folder)
     text = (folder / MANIFEST_NAME).read_bytes()
-    warned: list[str] = []
     assert Store.open(str(tmp_path)).find(step.kind, step.fingerprint) is not None
-    (folder / MANIFEST_NAME).write_bytes(text[: len(text) * cut // 100])
-    assert Store.open(str(tmp_path)).find(step.kind, step.fingerprint, warned.append) is None
-    assert "its step runs again" in warned[0]
-
-
-_PLANNED: dict[Path, Any] = {}
-
-
-def planned_once(store: Path) -> dict[str, PlannedStep]:
-    if store not in _PLANNED:
-        _PLANNED[store] = planned(store)
-    return _PLANNED[store]
+    for length in range(0, len(text), max(1, len(text) // 50)):
+        warned: list[str] = []
+        (folder / MANIFEST_NAME).write_bytes(text[:length])
+        assert Store.open(str(tmp_path)).find(step.kind, step.fingerprint, warned.append) is None, length
+        assert "its step runs again" in warned[0]

@@ -1,14 +1,73 @@
-"""A verb run as a step of a workflow runs it."""
+"""A verb run as a step of a workflow or by its command, and the chain of small artifacts that verbs take."""
 
+import io
+import subprocess
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.config import Section
-from edt_core.progress import Silent
+from edt_core.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    EncodeConfig,
+    PreprocessConfig,
+    Section,
+    SourceConfig,
+    TrainConfig,
+)
+from edt_core.progress import Progress, Silent
 from edt_core.storage import Folder
-from jobs.verb import Input, Verb
+from jobs import autoencoder, classifier, encode, preprocess
+from jobs.verb import Input, Verb, image_source
+
+# The stages of the chain: what makes each, by which configuration, of which others.
+STAGES: dict[str, tuple[Verb, Section, tuple[str, ...]]] = {
+    "images": (preprocess.VERB, PreprocessConfig(image_size=32, images_per_shard=12), ("source",)),
+    "autoencoder": (
+        autoencoder.VERB,
+        AutoencoderConfig(downsample_factor=4, base_channels=8, steps=4, batch_size=8),
+        ("images",),
+    ),
+    "latents": (encode.VERB, EncodeConfig(batch_size=5, write_webdataset=True), ("images", "autoencoder")),
+    "classifier": (classifier.VERB, ClassifierConfig(steps=8, base_channels=4, feature_dim=8), ("images",)),
+}
+TRAIN = TrainConfig(
+    model="EDT-Tiny/2", global_batch_size=8, max_steps=6, log_every=2, checkpoint_every=3, num_workers=2, lr=1e-3
+)
+Chain = dict[str, Artifact]  # and "source", which is a Source
 
 
-def execute(verb: Verb, config: Section, folder: Path, **inputs: Input) -> Artifact:
+def execute(
+    verb: Verb, config: Section, folder: Path | str, progress: Progress | None = None, **inputs: Input
+) -> Artifact:
+    """Run a verb into a folder or at a URI."""
     identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
-    return verb.execute(config, inputs, ArtifactWriter(Folder.at(folder), verb.kind, identity), Silent())
+    return verb.execute(config, inputs, ArtifactWriter(Folder.at(folder), verb.kind, identity), progress or Silent())
+
+
+def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m jobs.NAME` does with these arguments, done in this process: no imports to wait for."""
+    module = import_module(f"jobs.{name}")
+    main = module.VERB.main if hasattr(module, "VERB") else module.main
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
+
+
+def made_stage(kind: str, chain: Chain, folder: Path) -> Artifact:
+    """A stage of the chain from those before it."""
+    verb, config, roles = STAGES[kind]
+    return execute(verb, config, folder, None, **{role: chain[role] for role in roles})
+
+
+def made_chain(images: Path, folder: Path) -> Chain:
+    """All stages, from an image folder."""
+    chain: dict[str, Input] = {"source": image_source(SourceConfig(path=str(images)))}
+    for kind in STAGES:
+        chain[kind] = made_stage(kind, chain, folder / kind)  # type: ignore[arg-type]
+    return chain  # type: ignore[return-value]

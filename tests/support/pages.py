@@ -2,9 +2,10 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).parents[2]
 HISTORY = ("docs/decisions.md", "CHANGELOG.md")  # tell of commands as they were
@@ -27,6 +28,7 @@ _TOOL = re.compile(rf"(?:\w+=\S+ )*(?:\.venv/bin/)?({'|'.join(TOOLS)})(?: |$)")
 _ASSIGNED = re.compile(r"\w+=\$\(")  # name=$(kubectl ...)
 _FENCE = re.compile(r"```(\w*)")
 _SHELLS = ("", "bash", "console", "sh", "shell")
+Case = TypeVar("Case")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,17 @@ class Block:
     def is_of_commands(self) -> bool:
         """Whether somebody is to type it: what begins with a command does, in every line."""
         return self.language in _SHELLS and bool(self.lines) and is_command(self.lines[0])
+
+
+def failures(cases: Iterable[Case], check: Callable[[Case], object]) -> str:
+    """What `check` raises of each case, a paragraph a case; nothing where it raises nothing."""
+    found = []
+    for case in cases:
+        try:
+            check(case)
+        except Exception as error:  # of options the parsers raise what they like
+            found.append(f"{case}\n  {type(error).__name__}: {error}")
+    return "\n\n".join(found)
 
 
 def is_command(text: str) -> bool:

@@ -49,7 +49,8 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def wait_for(ready: Callable[[], Any], seconds: float = 240, pause: float = 0.02) -> Any:
+def wait_for(ready: Callable[[], Any], seconds: float = 600, pause: float = 0.02) -> Any:
+    """What `ready` answers once it is true. The limit is for what never comes: slow machines are given time."""
     until = time.monotonic() + seconds
     while not (found := ready()):
         assert time.monotonic() < until, "the moment never came"

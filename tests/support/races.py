@@ -12,12 +12,19 @@ from typing import Any
 
 NAME = "edt-race"
 ALIASES = ("candidate", "champion")
+PRELOAD = [  # imported once, and not by each process
+    "pipelines.registry",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "alembic.command",
+    "tests.support.races",
+]
 
 
 def at_once(work: Callable[..., None], processes: int, *arguments: Any) -> list[Any]:
     """The answers of `work(index, *arguments)` in processes that start together; raises what one of them raised."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["mlflow", "pipelines.registry", "tests.support.races"])  # imported once
+    context.set_forkserver_preload(PRELOAD)
     answers, barrier = context.Queue(), context.Barrier(processes)
     started = [
         context.Process(target=_answering, args=(work, index, arguments, answers, barrier), daemon=True)
@@ -41,6 +48,20 @@ def _answering(
         answers.put(work(index, *arguments))
     except Exception as error:
         answers.put(RuntimeError(f"process {index}: {type(error).__name__}: {error}"))
+
+
+def log_run(index: int, store: Path) -> None:
+    """A run with parameters and metrics. The first that comes makes MLflow's tables."""
+    from edt_core.storage import Folder
+    from pipelines.catalog import Catalog
+
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # it is that of the fork server's start
+    catalog = Catalog.open(Folder.at(store), "race")
+    run = catalog.start_run("child", {})
+    catalog.log_params(run, {"lr": 0.1, "model": {"dim": index}})
+    for step in range(3):
+        catalog.log_metrics(run, {"loss": 1.0 / (step + 1)}, step)
+    catalog.end_run(run, "FINISHED")
 
 
 def register(index: int, store: Path, uri: str | None, own: int, shared: int) -> dict[str, Any]:

@@ -27,6 +27,12 @@ PROTOCOL = {"num_samples": 500, "cfg_scale": 1.75, "repeats": 1}
 SOURCE = sha256(b"source").hexdigest()
 
 
+def write_empty_mlflow(root: Path) -> None:
+    """Put an MLflow of no runs into the folder of a store, where `Catalog.open` finds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "mlflow.db").write_bytes(_empty_mlflow())
+
+
 @cache
 def _empty_mlflow() -> bytes:
     """A SQLite file with MLflow's tables and nothing in them: to make them takes seconds."""
@@ -45,7 +51,7 @@ class Registry:
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            (self.root / "mlflow.db").write_bytes(_empty_mlflow())
+            write_empty_mlflow(self.root)
         self.catalog = Catalog.open(Folder.at(self.root), "test")
 
     @property

@@ -3,10 +3,16 @@
 import contextlib
 import io
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.outcome import Outcome
 
 EDT = [sys.executable, "-m", "pipelines.cli"]
 MODEL = "edt-tiny-digits-32"
@@ -24,6 +30,7 @@ SMALL = (
     "encode.num_workers=1",
     "sample.num_workers=1",
 )
+CANARY = "canary-5e1f0d"  # a secret in the environment of the run that tests share: nothing may keep it
 STEPS = 12  # preprocess, autoencoder, encode, classifier, reference, 2 x (train, sample, evaluate), report
 
 
@@ -36,6 +43,33 @@ def environment(**more: str) -> dict[str, str]:
 def options(*assignments: str) -> list[str]:
     """`--set` for the small pipeline and these assignments."""
     return [part for text in (*SMALL, *assignments) for part in ("--set", text)]
+
+
+def pipeline(store: Path, *assignments: str) -> "Outcome":
+    """Run the small pipeline in this process, on the session's Ray."""
+    from pipelines.config import load_config
+    from pipelines.terminal import Terminal
+    from pipelines.workflows import run
+
+    with Terminal() as terminal:
+        return run(load_config("quickstart", [*SMALL, *assignments], str(store)), terminal)
+
+
+def copy_store(store: Path, to: Path) -> None:
+    """Copy a store, so that what is done to the copy leaves it alone.
+
+    Artifacts know no path; MLflow's database has absolute ones, and they are changed to those of the copy.
+    """
+    shutil.copytree(store, to, ignore=shutil.ignore_patterns("mlflow.db*"))
+    before, after = (contextlib.closing(sqlite3.connect(place / "mlflow.db")) for place in (store, to))
+    with before as original, after as database:
+        original.backup(database)
+        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            for _, column, kind, *_ in database.execute(f"PRAGMA table_info({table})").fetchall():
+                if kind.startswith(("VARCHAR", "TEXT")):
+                    changed = f"UPDATE {table} SET {column} = replace({column}, ?, ?) WHERE instr({column}, ?)"
+                    database.execute(changed, (str(store), str(to), str(store)))
+        database.commit()
 
 
 def edt(

@@ -1,0 +1,81 @@
+"""What a run of the small pipeline leaves in its store and in MLflow's database, while it is at work and afterwards."""
+
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
+
+from edt_core.artifact import Artifact
+from edt_core.schema import MANIFEST_NAME
+from pipelines.artifacts import Store
+from pipelines.catalog import Catalog
+from pipelines.config import load_config
+from pipelines.outcome import Outcome
+from pipelines.plan import plan
+from tests.support.small import MODEL, SMALL, STEPS, start_run
+
+AMPLE_S = 1200  # more than any run of the small pipeline takes
+_FOLDERS: dict[str, str] = {}
+
+
+def count(database: Path, table: str, where: str = "1") -> int:
+    """Rows of a table of MLflow's SQLite file; 0 while there is none."""
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)) as open_file,
+    ):
+        return int(open_file.execute(f"SELECT COUNT(*) FROM {table} WHERE {where}").fetchone()[0])
+    return 0
+
+
+def has_tag(key: str, value: str) -> str:
+    """The condition that a row of `tags` is this one."""
+    return f"key = '{key}' AND value = '{value}'"
+
+
+def versions(store: Path, model: str = MODEL) -> int:
+    """Versions that are registered of a model."""
+    return count(store / "mlflow.db", "model_versions", f"name = '{model}' AND current_stage != 'Deleted_Internal'")
+
+
+def folders() -> dict[str, str]:
+    """`<kind>/<fingerprint>` of each step, as a plan tells it."""
+    if not _FOLDERS:
+        for step in plan(load_config("quickstart", SMALL, "/nowhere/edt-store")):
+            _FOLDERS[step.step] = f"{step.kind}/{step.fingerprint}"
+    return _FOLDERS
+
+
+def finish(store: Path, *assignments: str, **env: str) -> str:
+    """Run to the end in a process; returns what it printed."""
+    process = start_run(store, *assignments, **env)
+    text = process.communicate(timeout=AMPLE_S)[0]
+    assert process.returncode == 0, text
+    assert "Traceback" not in text, text
+    return text
+
+
+def digests(store: Path) -> dict[str, str]:
+    """Content digest by kind and fingerprint; the report tells runs and times and is left out."""
+    found = Store.open(str(store)).artifacts()
+    return {f"{a.manifest.kind}/{a.fingerprint}": a.manifest.digest for a in found if a.manifest.kind != "report"}
+
+
+def digests_of_run(run: Outcome, store: Path) -> dict[str, str]:
+    """The same of one run whose store others may have used as well."""
+    tags = Catalog(run.tracking_uri, "").client.get_run(run.run_id).data.tags
+    own = {value for key, value in tags.items() if key.startswith("edt.step.")}
+    found = {name: digest for name, digest in digests(store).items() if name.partition("/")[2] in own}
+    assert len(found) == STEPS - 1
+    return found
+
+
+def assert_once(store: Path, restarted: bool = False, model: str = MODEL) -> None:
+    """Every artifact is whole and was made by one finished MLflow run; one version is registered."""
+    for path in store.glob(f"*/*/{MANIFEST_NAME}"):
+        artifact = Artifact.open(str(path.parent))
+        assert artifact.problems(deep=True) == []
+        if not restarted:
+            assert len([p for p in path.parent.iterdir() if p.is_dir()]) == 1, "a second attempt was made"
+        made = f"run_uuid IN (SELECT run_uuid FROM tags WHERE {has_tag('edt.fingerprint', artifact.fingerprint)})"
+        assert count(store / "mlflow.db", "runs", f"status = 'FINISHED' AND {made}") == 1, artifact.manifest.kind
+    assert versions(store, model) == 1

@@ -12,6 +12,7 @@ import os
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are what the tests wait for
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how often Ray Train looks whether its workers ended
 
 import importlib.util
 import subprocess
@@ -77,10 +78,10 @@ def _stays_light(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         start(self, args, *rest, **named)  # type: ignore[call-overload]
 
     monkeypatch.setattr(subprocess.Popen, "__init__", guarded)
+    before = _ray_runs()  # where light tests come after others in one process
     yield
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        ray.shutdown()
+    if _ray_runs() and not before:
+        sys.modules["ray"].shutdown()
         pytest.fail("a light test started Ray; mark it ray, and use the fixture ray_session")
 
 
@@ -90,6 +91,11 @@ def sample(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the sample images are not here ({folder})")
     return folder
+
+
+def _ray_runs() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 @pytest.fixture(scope="session", autouse=True)

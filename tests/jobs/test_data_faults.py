@@ -57,6 +57,11 @@ class Step:
             self.config, self.inputs, ArtifactWriter(Folder.at(out), self.verb.kind, identity), Silent()
         )
 
+    def alone(self) -> "Step":
+        """With one worker where the config has a number of them: each is a process that loads torch."""
+        fewer = {"num_workers": 1} if "num_workers" in type(self.config).model_fields else {}
+        return replace(self, config=self.config.model_copy(update=fewer))
+
     def start(self, out: Path) -> subprocess.Popen[str]:
         """The same by its command, as a driver of its own on the session's cluster."""
         import ray
@@ -109,7 +114,7 @@ def step(request: pytest.FixtureRequest) -> Step:
 
 def undisturbed(step: Step, folder: Path) -> Step:
     """The step with what it makes when nothing goes wrong."""
-    return replace(step, artifact=step.run(folder))
+    return replace(step, artifact=step.alone().run(folder))
 
 
 def sampling(root: Path) -> Step:
@@ -269,9 +274,9 @@ def fill_up(step: Step, disk: Path) -> Path:
 
 
 def test_a_disk_that_fills_up_in_mid_shard_is_said_and_got_over(encode_step: Step, small_disk: Path) -> None:
-    out = fill_up(encode_step, small_disk)
+    out = fill_up(encode_step.alone(), small_disk)
     assert inodes(out), "no shard was finished"
-    assert_continued(encode_step, out)
+    assert_continued(encode_step.alone(), out)
 
 
 def test_a_disk_that_fills_up_and_then_a_killed_task_lose_nothing(preprocess_step: Step, small_disk: Path) -> None:

@@ -19,6 +19,7 @@ from pipelines.artifacts import Store
 from pipelines.catalog import Catalog
 from pipelines.engine import Workflow
 from pipelines.terminal import Terminal
+from tests.support.small import copy_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -58,9 +59,20 @@ FOLLOWS = Verb("follows", "latents", 1, Section, make, roles=("images",))
 MAKES = Verb("makes", "images", 1, Section, make, roles=("source",))
 
 
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with MLflow's tables, which take seconds to make."""
+    root = tmp_path_factory.mktemp("new") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        Catalog.open(Store.open(str(root)).root, "stopping")
+    return root
+
+
 @pytest.fixture
-def workflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workflow:
+def workflow(new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workflow:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    copy_store(new_store, tmp_path / "store")
     store = Store.open(str(tmp_path / "store"))
     return again(store, Catalog.open(store.root, "stopping"))
 

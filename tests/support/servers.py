@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,15 +30,16 @@ class MlflowServer:
         command += ["--artifacts-destination", str(self.folder / "artifacts"), "--serve-artifacts"]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        until = time.monotonic() + 120
-        while True:
+
+        def answers() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
             try:
-                if requests.get(f"{self.uri}/health", timeout=1).ok:
-                    return
+                return requests.get(f"{self.uri}/health", timeout=60).ok
             except requests.RequestException:
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                assert time.monotonic() < until, "the MLflow server does not answer"
-                time.sleep(0.2)
+                return False
+
+        wait_for(answers, pause=0.2)
 
     def kill(self) -> None:
         if self.process is not None:

@@ -60,7 +60,7 @@ test-pythons:                  ## the tests that start no Ray, in each of $(PYTH
 	done
 
 faults: install                ## kills at every step boundary and in every step, double starts, lost nodes: half an hour
-	$(PYTEST) -m slow -s tests/pipelines/test_faults.py
+	$(PYTEST) -m slow -s tests/pipelines/test_faults.py tests/pipelines/test_lost_nodes.py
 
 check: install                 ## lint, format, types
 	$(BIN)/ruff check .

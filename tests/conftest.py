@@ -13,8 +13,10 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are what the tests wait for
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how often Ray Train looks whether its workers ended
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more; the cluster of nodes has it
 
 import importlib.util
+import signal
 import subprocess
 import sys
 import uuid
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from tests.support.cluster import Nodes
 
 quiet_defaults()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background: tests send it to their processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HEAVY = ("ray", "faults", "extern", "slow", "gpu")
 S3_SECRET = "test-secret-canary-7f3a9c"

@@ -23,6 +23,7 @@ _SYSTEM = {
 }
 _TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often the controller looks after its workers
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",  # how often it asks which nodes will be taken away
     # How long it tries to place workers before it counts the nodes again; a worker is missed sooner than its node.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3",

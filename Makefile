@@ -1,7 +1,7 @@
 # Each target does all of its own set-up: it needs python3 (3.11 or newer), make and nothing else.
 PYTHON ?= python3
 VENV   := .venv
-PYTHONS ?= 3.11 3.12 3.13
+PYTHONS ?= 3.12 3.13
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
@@ -17,7 +17,7 @@ $(PYTEST) -m "$(1) ray" || failed=1; \
 exit $$failed
 endef
 
-.PHONY: install quickstart test test-light test-ray test-all test-numerics test-pythons coverage faults check format docs lock wheel notebook bench clean
+.PHONY: install quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check format docs lock wheel notebook bench clean
 
 install: $(READY)
 
@@ -53,10 +53,13 @@ coverage: install              ## branches that `make test` takes, in subprocess
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 
-test-pythons:                  ## the tests that start no Ray, in each of $(PYTHONS) that is here
+test-core: install             ## the tests of edt_core, side by side
+	$(PYTEST) $(PARALLEL) -m "not slow and not ray" tests/edt_core
+
+test-pythons:                  ## the tests of edt_core, in each of $(PYTHONS) that is here
 	@for version in $(PYTHONS); do \
 	    python$$version --version 2>/dev/null || { echo "python$$version is not here"; continue; }; \
-	    $(MAKE) --no-print-directory test-light PYTHON=python$$version VENV=.venv-$$version || exit 1; \
+	    $(MAKE) --no-print-directory test-core PYTHON=python$$version VENV=.venv-$$version || exit 1; \
 	done
 
 faults: install                ## kills at every step boundary and in every step, double starts, lost nodes: half an hour

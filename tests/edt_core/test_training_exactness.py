@@ -5,7 +5,6 @@ Run as a module, this file is one of the processes of a data-parallel training o
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state, restore
 from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
 from edt_core.training.store import CheckpointStore
+from tests.support.servers import free_port
 from tests.support.trainings import contents, cut_back, narrow, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread")
@@ -305,9 +305,7 @@ def _work(rank: int, port: int, folder: Path, paths: list[Path]) -> None:
 def processes(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder in which three processes have done their trainings."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     paths = [str(path) for path in latents_artifact.paths("*.arrow")]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     logs = [folder / f"log.{rank}.txt" for rank in range(3)]

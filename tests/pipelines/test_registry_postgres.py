@@ -5,7 +5,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 
 from tests.support.processes import wait_for
 from tests.support.races import at_once, check_registry, register
+from tests.support.servers import free_port
 
 PROCESSES = 8
 
@@ -49,9 +49,7 @@ def postgres() -> Iterator[str]:
         cwd=home,
         **own,
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off"}
     given = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
     with (home / "log").open("wb") as log:

@@ -31,6 +31,7 @@ from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.environment import quiet_defaults
 from edt_core.progress import Silent
 from edt_core.storage import Folder
+from tests.support.local_ray import local_ray, local_ray_train
 from tests.support.servers import moto_server
 from tests.support.small import CANARY, pipeline
 
@@ -122,6 +123,20 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def here() -> Iterator[None]:
+    """What is Ray's is done in this process."""
+    with local_ray():
+        yield
+
+
+@pytest.fixture
+def training_here() -> Iterator[None]:
+    """What is Ray's or Ray Train's is done in this process, by one worker."""
+    with local_ray_train():
+        yield
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of `first`. Who changes what is in it takes a copy (`tests.support.small.copy_store`)."""
@@ -129,9 +144,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def first(store: Path, ray_session: None) -> "Outcome":
-    """One whole run of the small pipeline, for every test that looks at what a run leaves."""
-    with pytest.MonkeyPatch.context() as patch:
+def first(store: Path) -> "Outcome":
+    """One whole run of the small pipeline in this process, for every test that looks at what a run leaves.
+
+    tests/pipelines/test_on_ray.py shows that a run on Ray leaves the same.
+    """
+    with local_ray_train(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         return pipeline(store)

@@ -47,7 +47,7 @@ def reason(command: Command) -> str | None:
 RUN = [command for command in COMMANDS if reason(command) is None]
 
 
-@pytest.mark.ray
+@pytest.mark.usefixtures("training_here")
 @pytest.mark.parametrize("command", RUN, ids=str)
 def test_a_command_runs(command: Command, sandbox: Sandbox) -> None:
     assert command.words[0] == "edt", f"{command} is neither run nor listed as checked"

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
-pytestmark = pytest.mark.ray
 
 
 # --- the reader

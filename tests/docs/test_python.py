@@ -25,7 +25,7 @@ PYTHON = [
 ]
 
 
-@pytest.mark.ray
+@pytest.mark.usefixtures("training_here")
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}:{block.line}")
 def test_python_of_a_page_runs(
     block: Block, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, one_thread: None

@@ -1,6 +1,5 @@
 """Small models and artifacts that the jobs take, made once in this process and never written to."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,20 +26,6 @@ def folder(model: DiffusionTransformer, tmp_path_factory: pytest.TempPathFactory
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """An unfitted classifier."""
     return classifier_artifact(tmp_path_factory.mktemp("judge") / "classifier")
-
-
-@pytest.fixture
-def here() -> Iterator[None]:
-    """What is Ray's is done in this process."""
-    with local_ray():
-        yield
-
-
-@pytest.fixture
-def training_here() -> Iterator[None]:
-    """What is Ray's or Ray Train's is done in this process, by one worker."""
-    with local_ray_train():
-        yield
 
 
 @pytest.fixture(scope="session")

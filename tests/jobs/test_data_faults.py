@@ -31,6 +31,7 @@ from jobs.autoencoder import published_artifact
 from jobs.cluster import cause_of
 from jobs.verb import Input, Verb, image_source
 from tests.support.disk import small_tmpfs
+from tests.support.local_ray import local_ray
 from tests.support.models import classifier_artifact, made_model, opened
 from tests.support.processes import stat, wait_for
 
@@ -56,11 +57,6 @@ class Step:
         return self.verb.execute(
             self.config, self.inputs, ArtifactWriter(Folder.at(out), self.verb.kind, identity), Silent()
         )
-
-    def alone(self) -> "Step":
-        """With one worker where the config has a number of them: each is a process that loads torch."""
-        fewer = {"num_workers": 1} if "num_workers" in type(self.config).model_fields else {}
-        return replace(self, config=self.config.model_copy(update=fewer))
 
     def start(self, out: Path) -> subprocess.Popen[str]:
         """The same by its command, as a driver of its own on the session's cluster."""
@@ -113,8 +109,9 @@ def step(request: pytest.FixtureRequest) -> Step:
 
 
 def undisturbed(step: Step, folder: Path) -> Step:
-    """The step with what it makes when nothing goes wrong."""
-    return replace(step, artifact=step.alone().run(folder))
+    """The step with what it makes, in this process, when nothing goes wrong."""
+    with local_ray():
+        return replace(step, artifact=step.run(folder))
 
 
 def sampling(root: Path) -> Step:
@@ -268,15 +265,17 @@ def fill_up(step: Step, disk: Path) -> Path:
     assert isinstance(cause, UserError)
     assert "no space is left on the device" in str(cause)
     assert not (disk / "out" / MANIFEST_NAME).exists()
-    wait_for(lambda: not busy_workers())
+    wait_for(lambda: not busy_workers())  # where they are Ray's
     subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
     return disk / "out"
 
 
-def test_a_disk_that_fills_up_in_mid_shard_is_said_and_got_over(encode_step: Step, small_disk: Path) -> None:
-    out = fill_up(encode_step.alone(), small_disk)
+def test_a_disk_that_fills_up_in_mid_shard_is_said_and_got_over(
+    encode_step: Step, small_disk: Path, here: None
+) -> None:
+    out = fill_up(encode_step, small_disk)
     assert inodes(out), "no shard was finished"
-    assert_continued(encode_step.alone(), out)
+    assert_continued(encode_step, out)
 
 
 def test_a_disk_that_fills_up_and_then_a_killed_task_lose_nothing(preprocess_step: Step, small_disk: Path) -> None:

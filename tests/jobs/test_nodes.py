@@ -153,7 +153,7 @@ def soon_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.train, "ScalingConfig", often)
 
 
-def test_nodes_that_are_lost_and_that_come_in_mid_epoch_cost_no_step(
+def test_nodes_that_are_taken_away_lost_and_that_come_in_mid_epoch_cost_no_step(
     two_nodes: Nodes,
     soon_resized: None,
     begin: Callable[[int], Run],
@@ -161,18 +161,26 @@ def test_nodes_that_are_lost_and_that_come_in_mid_epoch_cost_no_step(
     undisturbed: Artifact,
     tmp_path: Path,
 ) -> None:
-    """Two workers, one, two, and after a wish to stop another attempt with one."""
+    """Two workers, one after a notice, two, one without, and after a wish to stop another attempt with one."""
     first, second = two_nodes.have(2)
-    run = begin(EVERY + 5)
+    run = begin(EVERY + 1)
     run.reached(EVERY)
     run.on(first, second)
+
+    two_nodes.drain(second, AMPLE_S)  # before a node is taken away a checkpoint is written
+    run.wait((tmp_path / "warned").exists)
+    run.until(2 * EVERY - 1, seconds=2 * LOOK_S)
+    (saved,) = run.wait(lambda: [manifest for manifest in manifests(run.folder) if not manifest.regular])
+    assert saved.step % EVERY
     two_nodes.lose(second)
+    run.until(2 * EVERY + 3)  # the worker that is left finds the other one gone, and ends
     run.on(first)
 
-    run.until(2 * EVERY + 3)
     run.reached(2 * EVERY)
+    third = two_nodes.add()
+    run.on(first, third)
+    two_nodes.lose(third)
     run.on(first)
-    run.on(first, two_nodes.add())
 
     (tmp_path / "stop").touch()
     run.until(STEPS + 1, seconds=2 * LOOK_S)
@@ -182,25 +190,6 @@ def test_nodes_that_are_lost_and_that_come_in_mid_epoch_cost_no_step(
     assert 2 * EVERY < step < STEPS
     assert checkpoint_steps(run.folder) >= {step}
     assert_same(trained_here(CONFIG, latents_artifact, tmp_path / "out", "a2", ("a1",)), undisturbed)
-
-
-def test_before_a_node_is_taken_away_a_checkpoint_is_written(
-    two_nodes: Nodes, begin: Callable[[int], Run], undisturbed: Artifact, tmp_path: Path
-) -> None:
-    first, second = two_nodes.have(2)
-    run = begin(EVERY + 1)
-    run.reached(EVERY)
-    run.on(first, second)
-    two_nodes.drain(second, AMPLE_S)
-    run.wait((tmp_path / "warned").exists)
-    run.until(2 * EVERY - 1, seconds=2 * LOOK_S)
-    (saved,) = run.wait(lambda: [manifest for manifest in manifests(run.folder) if not manifest.regular])
-    assert saved.step % EVERY
-    two_nodes.lose(second)
-    run.until(2 * EVERY + 5)  # the worker that is left finds the other one gone, and ends
-    run.on(first)
-    run.until(STEPS + 1)
-    assert_same(run.result.result(timeout=AMPLE_S), undisturbed)
 
 
 def manifests(folder: Path) -> list[CheckpointManifest]:

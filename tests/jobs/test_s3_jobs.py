@@ -25,7 +25,6 @@ from edt_core.training.store import CheckpointStore
 from jobs import encode, preprocess, train
 from jobs.autoencoder import published_artifact
 from jobs.verb import image_source
-from tests.conftest import S3_SECRET
 from tests.support.jobs import command, execute
 from tests.support.local_ray import local_ray
 from tests.support.sources import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
@@ -38,53 +37,6 @@ PER_CLASS, SIZE, IMAGES_PER_SHARD = 20, 32, 24
 PREPROCESS = PreprocessConfig(image_size=SIZE, images_per_shard=IMAGES_PER_SHARD)
 ENCODE = EncodeConfig(batch_size=8, write_webdataset=True, num_workers=1)
 LATENTS = [f"latents-{k:05d}.{kind}" for k in range(3) for kind in ("arrow", "tar")]
-
-
-# --- a Ray session that knows the store
-
-
-@pytest.fixture(scope="module")
-def ray_on_s3(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Ray session whose workers have the S3 server's variables, and this node's cache for them.
-
-    Workers inherit the environment that their raylet was started with, as on a cluster of one's own. The session that
-    other modules share was started before there were such variables, and a driver that sets them afterwards does not
-    hand them on. So this module has a session of its own. Should the shared one be up, it is taken down for the time
-    and another one put in its place: `ray_session` promises a session, not one and the same (nothing of another module
-    lives in it between two tests). Should it not be up yet, `ray_session` starts it when somebody asks for it.
-    """
-    import ray
-
-    from jobs.cluster import connect
-
-    cache = tmp_path_factory.mktemp("node") / "edt-cache"
-    shared = ray.is_initialized()
-    ray.shutdown()
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
-            patch.delenv(variable, raising=False)
-        for variable, value in {
-            "AWS_ACCESS_KEY_ID": "test-access-key",
-            "AWS_SECRET_ACCESS_KEY": S3_SECRET,  # as the `s3` fixture says to the driver
-            "AWS_ENDPOINT_URL": s3_server,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": str(cache.with_name("no-aws-config")),
-            "AWS_SHARED_CREDENTIALS_FILE": str(cache.with_name("no-aws-credentials")),
-            "EDT_CACHE_DIR": str(cache),
-        }.items():
-            patch.setenv(variable, value)
-        connect(min_cpus=2)
-    yield cache
-    ray.shutdown()
-    if shared:
-        connect(min_cpus=2)
-
-
-@pytest.fixture
-def store(s3: str, ray_on_s3: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URI of a new bucket; driver and workers are one node, with one cache."""
-    monkeypatch.setenv("EDT_CACHE_DIR", str(ray_on_s3))
-    return s3
 
 
 # --- what is made on the local disk
@@ -178,10 +130,9 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- preprocess
 
 
-@pytest.mark.ray
-def test_preprocess_from_store_to_store_is_that_of_the_disk(store: str, pictures: Images, made: Made) -> None:
-    source = put(image_folder(pictures)[0], f"{store}/source")
-    images = preprocessed(source, f"{store}/images")
+def test_preprocess_from_store_to_store_is_that_of_the_disk(s3: str, pictures: Images, made: Made, here: None) -> None:
+    source = put(image_folder(pictures)[0], f"{s3}/source")
+    images = preprocessed(source, f"{s3}/images")
     assert images.manifest.digest == made.images.manifest.digest
     assert images.counts == made.images.counts
     assert images.fingerprint != made.images.fingerprint  # a store's word for what is in it is a version, not a digest
@@ -217,10 +168,9 @@ def encoder_inputs(store: str, made: Made) -> dict[str, Artifact]:
     return {"images": uploaded(made.images, f"{store}/images"), "autoencoder": vae}
 
 
-@pytest.mark.ray
-def test_encode_from_store_to_store_is_that_of_the_disk(store: str, made: Made) -> None:
-    inputs = encoder_inputs(store, made)
-    latents = execute(encode.VERB, ENCODE, f"{store}/latents", **inputs)
+def test_encode_from_store_to_store_is_that_of_the_disk(s3: str, made: Made, here: None) -> None:
+    inputs = encoder_inputs(s3, made)
+    latents = execute(encode.VERB, ENCODE, f"{s3}/latents", **inputs)
     assert latents.manifest.digest == made.latents.manifest.digest
     assert latents.counts == made.latents.counts
     assert latents.fingerprint == made.latents.fingerprint  # artifacts are known by what is in them, wherever they lie
@@ -228,9 +178,8 @@ def test_encode_from_store_to_store_is_that_of_the_disk(store: str, made: Made) 
     # Without its manifest the artifact is none, and is made again: the journal went when it was committed.
     latents.folder.remove(MANIFEST_NAME)
     with pytest.raises(ManifestError, match=r"has no manifest\.json"):
-        Artifact.open(f"{store}/latents")
-    with local_ray():
-        again = execute(encode.VERB, ENCODE, f"{store}/latents", **inputs)
+        Artifact.open(f"{s3}/latents")
+    again = execute(encode.VERB, ENCODE, f"{s3}/latents", **inputs)
     assert again.manifest.digest == made.latents.manifest.digest
 
 
@@ -376,26 +325,24 @@ OPTIONS = ("--image-size", str(SIZE))  # one shard, so one worker to start
 
 @pytest.mark.ray
 def test_the_commands_on_the_store_as_a_user_gives_them(
-    store: str, pictures: Images, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    s3: str, pictures: Images, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The first as a process, which joins this module's session: one of its own would cost seconds."""
-    import ray
-
+    """The first as a process with a Ray session of its own, whose workers have the variables of the store from it."""
     from jobs import cluster
 
-    source = put(image_folder(pictures)[0], f"{store}/source")
-    preprocessing = (source, f"{store}/images", *OPTIONS)
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    source = put(image_folder(pictures)[0], f"{s3}/source")
+    preprocessing = (source, f"{s3}/images", *OPTIONS)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     program = [sys.executable, "-m", "jobs.preprocess", *preprocessing]
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
-    assert (done.returncode, done.stdout.split()[:1]) == (0, [f"{store}/images"]), done.stderr
-    checked = command("verify", f"{store}/images", "--deep")
+    assert (done.returncode, done.stdout.split()[:1]) == (0, [f"{s3}/images"]), done.stderr
+    checked = command("verify", f"{s3}/images", "--deep")
     assert (checked.returncode, checked.stderr) == (0, "")
     monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("what is found made needs no Ray"))
     again = command("preprocess", *preprocessing)
     assert again.returncode == 0
     assert "reused, nothing has changed" in again.stderr
-    images = Artifact.open(f"{store}/images")
+    images = Artifact.open(f"{s3}/images")
     for (_, label, pixels), (_, expected, original) in zip(samples(images), samples(made.images), strict=True):
         assert label == expected
         assert np.array_equal(pixels, original)
@@ -403,7 +350,7 @@ def test_the_commands_on_the_store_as_a_user_gives_them(
     for text in (done.stdout, done.stderr, checked.stdout, again.stdout, again.stderr):
         assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
     assert len([path for path in cache_folder().rglob("*") if path.is_file()]) > len(images.manifest.files)
-    assert holding_the_secret(store, cache_folder(), tmp_path) == []
+    assert holding_the_secret(s3, cache_folder(), tmp_path) == []
 
 
 @contextmanager

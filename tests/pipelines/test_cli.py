@@ -67,8 +67,7 @@ def test_verify_tells_whole_from_damaged(tmp_path: Path) -> None:
     assert_user_error(edt("verify", str(tmp_path), "--deep"), "another sha256")
 
 
-@pytest.mark.ray
-def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_path: Path, ray_session: None) -> None:
+def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_path: Path, here: None) -> None:
     import shutil
 
     from edt_core.storage import Folder

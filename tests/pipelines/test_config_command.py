@@ -132,7 +132,6 @@ def test_shown_whole_as_yaml_and_json_and_listed(tmp_path: Path) -> None:
     assert [row["name"] for row in json.loads(invoke("config", "list", "--json")[1])] == config_names()
 
 
-@pytest.mark.ray
 def test_a_run_is_compared_by_its_record(first: Outcome, store: Path) -> None:
     """With what it was run as it has no difference but the store; with another rate, its training is made anew."""
     given = [*options("train.lr=0.5"), "--store", str(store), "--tracking-uri", first.tracking_uri]

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,8 +19,10 @@ from pipelines.config import PipelineConfig, load_config
 from pipelines.disk import disk_needs
 from pipelines.doctor import Finding, Patient, examine
 from pipelines.hardware import Hardware
+from pipelines.outcome import Outcome
 from tests.support.registry import NAME, Registry
-from tests.support.small import edt
+from tests.support.runs import artifacts_of
+from tests.support.small import SMALL, edt
 
 LAPTOP = Hardware(cpus=2, memory=16 << 30, torch="2.13")
 PATIENCE_S = 500  # a check that is to answer is not cut off on a busy machine
@@ -123,13 +126,9 @@ def test_imagenet_takes_what_the_page_on_data_says() -> None:
     assert needs["images"] / 1_281_167 == pytest.approx(97_000 + 4096, rel=0.01)
 
 
-@pytest.mark.ray
-def test_the_small_run_takes_no_more_disk_than_was_told(first: object, store: Path) -> None:
-    from pipelines.artifacts import Store
-    from tests.support.small import SMALL
-
-    made = {artifact.manifest.kind: 0 for artifact in Store.open(str(store)).artifacts()}
-    for artifact in Store.open(str(store)).artifacts():
+def test_the_small_run_takes_no_more_disk_than_was_told(first: Outcome, store: Path) -> None:
+    made: Counter[str] = Counter()
+    for artifact in artifacts_of(first, store):
         made[artifact.manifest.kind] += sum(entry.bytes for entry in artifact.manifest.files)
     needs = disk_needs(load_config("quickstart", SMALL), NUM_DIGITS, 10)
     assert needs["latents"] == pytest.approx(made["latents"], rel=0.1)

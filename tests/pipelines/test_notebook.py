@@ -48,7 +48,6 @@ def asked_for(model: str, notebook: Any) -> list[Any]:
     return [name, *(nbformat.v4.new_code_cell(cell["source"]) for cell in cells if cell["cell_type"] == "code")]
 
 
-@pytest.mark.ray
 @pytest.mark.extern
 def test_it_looks_up_loads_samples_and_plots_and_says_what_there_is(
     first: Outcome, store: Path, tmp_path: Path

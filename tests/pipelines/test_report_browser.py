@@ -76,7 +76,6 @@ def test_a_page_of_long_names_is_readable_at_any_width(browser: Browser, long_pa
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.ray
 def test_the_report_of_a_run_is_readable(browser: Browser, first: Outcome, width: int) -> None:
     page = browser.open(first.reports[MODEL].path("report.html"), width)
     check(page)

@@ -20,7 +20,7 @@ from pipelines.shipping import Shipper, UndeliveredError, is_refused, patient, q
 from tests.support.processes import wait_for
 from tests.support.servers import MlflowServer
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.extern, pytest.mark.usefixtures("here")]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,10 @@ def catalog(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def board(ray_session: None) -> Iterator[Any]:
+def board(here: None) -> Any:
     import ray
 
-    actor = ray.remote(Board).options(num_cpus=0).remote()
-    yield actor
-    ray.kill(actor)
+    return ray.remote(Board).options(num_cpus=0).remote()
 
 
 def history(catalog: Catalog, run: str, name: str) -> list[tuple[int, float]]:

@@ -17,17 +17,15 @@ from pipelines.catalog import Catalog
 from pipelines.engine import Workflow
 from pipelines.outcome import Outcome
 from pipelines.terminal import Terminal
+from tests.support.runs import artifacts_of
 from tests.support.small import CANARY, MODEL, STEPS, edt, options, pipeline
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.usefixtures("training_here")
 
 
 def test_the_first_run_makes_every_artifact(first: Outcome, store: Path) -> None:
     assert (first.executed, first.reused, first.failures) == (STEPS, 0, {})
-    tags = Catalog(first.tracking_uri, "").client.get_run(first.run_id).data.tags
-    own = {value for key, value in tags.items() if key.startswith("edt.step.")}  # other tests add to the store
-    found = [artifact for artifact in Store.open(str(store)).artifacts() if artifact.fingerprint in own]
-    kinds = sorted(artifact.manifest.kind for artifact in found)
+    kinds = sorted(artifact.manifest.kind for artifact in artifacts_of(first, store))
     assert kinds == sorted(
         ["images", "autoencoder", "latents", "classifier", "reference", "report"]
         + 2 * ["checkpoint", "features", "evaluation"]

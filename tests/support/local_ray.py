@@ -1,13 +1,20 @@
-"""Ray's calls done in this process, each at once: for tests of what the jobs make, not of how Ray makes it.
+"""Ray's calls done in this process, each at once: for tests of what is made, not of how Ray makes it.
 
-Each task and each actor of Ray is a process that imports torch, a session and a Ray Train job cost seconds more.
+Each task and each actor of Ray is a process that imports torch; a session and a Ray Train job cost seconds more. What a
+call gets and gives is pickled here too, so that what cannot go to a worker fails, and nobody changes what is another's.
 """
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
+
+_ACTORS: "WeakValueDictionary[int, Actor]" = WeakValueDictionary()
 
 
 class Reference:
@@ -17,34 +24,50 @@ class Reference:
         self.value: Any = None
         self.error: Exception | None = None
         try:
-            self.value = call()
+            self.value = _sent(call())
         except Exception as error:
             self.error = error
 
+    def get(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
 
 class Actor:
-    """A handle whose methods have `remote`."""
+    """A handle whose methods have `remote`; one call at a time. Pickled, it stays the handle of the same worker."""
 
     def __init__(self, worker: Any) -> None:
-        self._worker = worker
+        self._worker, self._turn = worker, threading.RLock()
+        _ACTORS[id(self)] = self
+
+    def __reduce__(self) -> Any:
+        return _actor, (id(self),)
 
     def __getattr__(self, name: str) -> "Remote":
-        return Remote(getattr(self._worker, name))
+        return Remote(getattr(self._worker, name), self._turn)
+
+
+def _actor(number: int) -> Actor:
+    return _ACTORS[number]
 
 
 class Remote:
     """A function, class or method with `remote`."""
 
-    def __init__(self, target: Callable[..., Any]) -> None:
-        self.target = target
+    def __init__(self, target: Callable[..., Any], turn: "threading.RLock | None" = None) -> None:
+        self.target, self.turn = target, turn or threading.RLock()
 
     def options(self, **_: object) -> "Remote":
         return self
 
     def remote(self, *arguments: Any, **named: Any) -> Any:
-        if isinstance(self.target, type):
-            return Actor(self.target(*arguments, **named))
-        return Reference(lambda: self.target(*arguments, **named))
+        def call() -> Any:
+            here = [item.get() if isinstance(item, Reference) else _sent(item) for item in arguments]
+            with self.turn:
+                return self.target(*here, **_sent(named))
+
+        return Actor(call()) if isinstance(self.target, type) else Reference(call)
 
 
 class Trainer:
@@ -73,10 +96,11 @@ def _remote(*target: Any, **_: object) -> Any:
     return Remote(*target) if target else Remote
 
 
-def _get(reference: Reference) -> Any:
-    if reference.error is not None:
-        raise reference.error
-    return reference.value
+def _sent(value: Any) -> Any:
+    """What arrives of it in another process."""
+    from ray import cloudpickle
+
+    return cloudpickle.loads(cloudpickle.dumps(value))
 
 
 def _wait(references: Sequence[Reference], num_returns: int = 1, timeout: float | None = None) -> Any:
@@ -91,20 +115,23 @@ def local_ray() -> Iterator[None]:
 
     calls: dict[str, Any] = {
         "remote": _remote,
-        "get": _get,
+        "get": Reference.get,
         "wait": _wait,
         "kill": lambda actor: None,
         "cancel": lambda reference: None,
         "is_initialized": lambda: True,
         "cluster_resources": dict,
+        "get_runtime_context": lambda: SimpleNamespace(get_node_id=lambda: "0" * 56),
     }
-    threads = torch.get_num_threads()
+    threads, environment = torch.get_num_threads(), dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         for name, call in calls.items():
             patch.setattr(ray, name, call)
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
     torch.set_num_threads(threads)
+    os.environ.clear()  # a step sets MLFLOW_TRACKING_URI for what it calls
+    os.environ.update(environment)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from pipelines.plan import plan
 from tests.support.small import MODEL, SMALL, STEPS, start_run
 
 AMPLE_S = 1200  # more than any run of the small pipeline takes
+IN_URL, IN_QUERY = "canary-user-31c7", "canary-query-9be2"  # secrets in a configuration
+URL = f"https://me:{IN_URL}@127.0.0.1:9/weights.pth?X-Amz-Signature={IN_QUERY}"
 _FOLDERS: dict[str, str] = {}
 
 
@@ -60,10 +62,16 @@ def digests(store: Path) -> dict[str, str]:
     return {f"{a.manifest.kind}/{a.fingerprint}": a.manifest.digest for a in found if a.manifest.kind != "report"}
 
 
-def digests_of_run(run: Outcome, store: Path) -> dict[str, str]:
-    """The same of one run whose store others may have used as well."""
+def artifacts_of(run: Outcome, store: Path) -> list[Artifact]:
+    """What one run made or reused, of a store that others may have used as well."""
     tags = Catalog(run.tracking_uri, "").client.get_run(run.run_id).data.tags
     own = {value for key, value in tags.items() if key.startswith("edt.step.")}
+    return [artifact for artifact in Store.open(str(store)).artifacts() if artifact.fingerprint in own]
+
+
+def digests_of_run(run: Outcome, store: Path) -> dict[str, str]:
+    """The digests of one run."""
+    own = {artifact.fingerprint for artifact in artifacts_of(run, store)}
     found = {name: digest for name, digest in digests(store).items() if name.partition("/")[2] in own}
     assert len(found) == STEPS - 1
     return found
@@ -79,3 +87,10 @@ def assert_once(store: Path, restarted: bool = False, model: str = MODEL) -> Non
         made = f"run_uuid IN (SELECT run_uuid FROM tags WHERE {has_tag('edt.fingerprint', artifact.fingerprint)})"
         assert count(store / "mlflow.db", "runs", f"status = 'FINISHED' AND {made}") == 1, artifact.manifest.kind
     assert versions(store, model) == 1
+
+
+def holding(folder: Path, *canaries: str) -> list[Path]:
+    """Files below a folder that hold one of these texts."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 3, f"{folder} holds nothing to look at"
+    return [path for path in files if any(canary.encode() in path.read_bytes() for canary in canaries)]

@@ -34,6 +34,7 @@ def quiet_defaults() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+@cache  # a search of the whole path, and every manifest asks
 def _installed(package: str) -> str | None:
     try:
         return version(package)

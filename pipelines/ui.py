@@ -66,7 +66,9 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
     log = artifacts.with_name(".mlflow-ui.log")
     with log.open("wb") as told:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
-        process = subprocess.Popen(command, stdout=told, stderr=told, cwd=artifacts.parent, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=told, stderr=told, cwd=artifacts.parent, env=server_environment(), start_new_session=True
+        )
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"
     try:
         _await(url, process, log)
@@ -74,6 +76,11 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
     finally:
         stop(process)
         log.unlink(missing_ok=True)
+
+
+def server_environment() -> dict[str, str]:
+    """Of a server that shows runs: without the processes for MLflow's own jobs, which take seconds to start."""
+    return {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
 
 
 def _await(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -48,25 +48,47 @@ S3_SECRET = "test-secret-canary-7f3a9c"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+# Tests of one process side by side (pytest-xdist), and the first of these that a module needs is the whole module's:
+# those that share a Ray session or what a whole run of a pipeline left. Every other module is a group of its own.
+SHARED = {
+    "two_nodes": "ray",
+    "ray_session": "ray",
+    "first": "store",
+    "resampled": "store",
+    "chain": "chain",
+    "trained": "chain",
+}
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is light, and put the modules in their order: light, one Ray session, sessions of their own, nodes."""
-    turns: dict[str, int] = {}
+    """Mark what is light, put Ray's tests first, for they wait the most, and say which tests one process runs."""
+    modules: dict[str, list[pytest.Item]] = {}
     for item in items:
         if not any(item.get_closest_marker(name) for name in HEAVY):
             item.add_marker("light")
-        module = item.nodeid.partition("::")[0]
-        turns[module] = max(turns.get(module, 0), _turn(item))
-    items.sort(key=lambda item: turns[item.nodeid.partition("::")[0]])
+        modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    for module, tests in modules.items():
+        for item in tests:
+            item.add_marker(pytest.mark.xdist_group(_group(item, module, tests)))
+    items.sort(key=_turn)
+
+
+def _group(item: pytest.Item, module: str, tests: list[pytest.Item]) -> str:
+    if item.get_closest_marker("ray"):
+        return "ray"
+    used = {name for other in tests for name in getattr(other, "fixturenames", ())}
+    return next((group for name, group in SHARED.items() if group != "ray" and name in used), module)
 
 
 def _turn(item: pytest.Item) -> int:
+    """Ray's shared session, sessions of their own, and nodes, for which the shared session ends; then the others."""
     fixtures = getattr(item, "fixturenames", ())
-    if "two_nodes" in fixtures:  # the shared session ends for it
-        return 3
     if item.get_closest_marker("ray") is None:
-        return 0
-    return 1 if "ray_session" in fixtures else 2
+        return 3
+    if "two_nodes" in fixtures:
+        return 2
+    return 0 if "ray_session" in fixtures else 1
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +169,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first(store: Path) -> "Outcome":
     """One whole run of the small pipeline in this process, for every test that looks at what a run leaves.
 
-    tests/pipelines/test_on_ray.py shows that a run on Ray leaves the same.
+    tests/test_packaging.py shows that a run on Ray leaves the same.
     """
     with local_ray_train(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)

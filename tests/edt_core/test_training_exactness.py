@@ -24,7 +24,7 @@ from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require
 from edt_core.data.order import batch_indices
 from edt_core.diffusion import LossSecondMomentSampler, linear_schedule
 from edt_core.errors import Stopped
-from edt_core.models import ModelConfig, model_config
+from edt_core.models import ModelConfig
 from edt_core.training import loop
 from edt_core.training.checkpoint import Checkpoint, load_checkpoint
 from edt_core.training.context import LocalContext, Request
@@ -49,10 +49,6 @@ CONFIG = TrainConfig(
     checkpoint_every=4,
 )
 ELASTIC = CONFIG.model_copy(update={"log_every": 1, "num_workers": (1, 2), "preview_every": 6})
-
-
-def tiny() -> ModelConfig:
-    return model_config("EDT-Tiny/2", 32, 4)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +247,7 @@ class _Worker:
         self.samples.clear()
         stopped = ""
         try:
-            train(config, tiny(), self.dataset, context)
+            train(config, narrow(), self.dataset, context)
         except Stopped as error:
             stopped = str(error)
         told = {

@@ -5,17 +5,11 @@ PYTHONS ?= 3.12 3.13
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+# Of Ray's tests, which one process runs, some wait: there is one process more than there are cores.
+PARALLEL := -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 8 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 9 ))) \
+    --dist loadgroup --no-loadscope-reorder
 NUMERICS := $(addprefix tests/edt_core/test_,models*.py diffusion*.py metrics*.py training*.py solvers.py generation.py \
     autoencoder.py inception.py extractors.py alignment.py labels.py pipeline.py)
-
-# Both halves run, whatever comes of the first.
-define suite
-@failed=0; \
-$(PYTEST) $(PARALLEL) -m "$(1) not ray" || failed=1; \
-$(PYTEST) -m "$(1) ray" || failed=1; \
-exit $$failed
-endef
 
 .PHONY: install quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check format docs lock wheel notebook bench clean
 
@@ -31,17 +25,17 @@ $(READY): requirements.lock pyproject.toml
 quickstart: install            ## digits -> shards -> latents -> EDT -> metrics -> registry -> report
 	$(BIN)/edt run
 
-test: install                  ## the suite, but for what is marked slow: first side by side, then what shares one Ray session
-	$(call suite,not slow and)
+test: install                  ## the suite, but for what is marked slow
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
-test-light: install            ## the tests that start no Ray, side by side
+test-light: install            ## the tests that start no Ray
 	$(PYTEST) $(PARALLEL) -m "not slow and not ray"
 
-test-ray: install              ## those that do, one after another
+test-ray: install              ## those that do
 	$(PYTEST) -m "not slow and ray"
 
 test-all: install              ## with all repetitions, nightly: CONTRIBUTING.md says how long it takes
-	$(call suite,)
+	$(PYTEST) $(PARALLEL)
 
 test-numerics: install         ## the numerical tests with the kernels of an older processor
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \

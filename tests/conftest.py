@@ -48,16 +48,9 @@ S3_SECRET = "test-secret-canary-7f3a9c"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-# Tests of one process side by side (pytest-xdist), and the first of these that a module needs is the whole module's:
-# those that share a Ray session or what a whole run of a pipeline left. Every other module is a group of its own.
-SHARED = {
-    "two_nodes": "ray",
-    "ray_session": "ray",
-    "first": "store",
-    "resampled": "store",
-    "chain": "chain",
-    "trained": "chain",
-}
+# Side by side (pytest-xdist) all tests of a module are done by one process, and so are all that share one Ray session,
+# and all modules that share what takes long to make: by the fixture that makes it.
+SHARED = {"first": "store", "resampled": "store", "sandbox": "store", "chain": "chain", "trained": "chain"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks
@@ -77,18 +70,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _group(item: pytest.Item, module: str, tests: list[pytest.Item]) -> str:
     if item.get_closest_marker("ray"):
         return "ray"
-    used = {name for other in tests for name in getattr(other, "fixturenames", ())}
-    return next((group for name, group in SHARED.items() if group != "ray" and name in used), module)
+    used = set().union(*map(_fixtures, tests))
+    return next((group for name, group in SHARED.items() if name in used), module)
 
 
 def _turn(item: pytest.Item) -> int:
     """Ray's shared session, sessions of their own, and nodes, for which the shared session ends; then the others."""
-    fixtures = getattr(item, "fixturenames", ())
+    fixtures = _fixtures(item)
     if item.get_closest_marker("ray") is None:
-        return 3
+        return 3 if SHARED.keys() & fixtures else 4
     if "two_nodes" in fixtures:
         return 2
     return 0 if "ray_session" in fixtures else 1
+
+
+def _fixtures(item: pytest.Item) -> set[str]:
+    return set(item._fixtureinfo.name2fixturedefs) - set(getattr(getattr(item, "callspec", None), "params", ()))
 
 
 @pytest.fixture(autouse=True)

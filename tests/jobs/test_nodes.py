@@ -54,6 +54,7 @@ class Held(Silent):
     folder: Path
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
+        (self.folder / f"step-{done}").touch()
         time.sleep(self._until()[1])
         while done >= self._until()[0]:
             self._note_warning()
@@ -89,6 +90,10 @@ class Run:
     def reached(self, step: int) -> None:
         """Wait for a checkpoint of this step or a later one."""
         self.wait(lambda: max(checkpoint_steps(self.folder), default=0) >= step)
+
+    def trained(self, step: int) -> None:
+        """Wait until it has come to a step or further."""
+        self.wait(lambda: any(int(mark.name.split("-")[1]) >= step for mark in self.marks.glob("step-*")))
 
     def on(self, *nodes: Any) -> None:
         """Wait for a group of one worker on each of these nodes."""
@@ -179,7 +184,10 @@ def test_nodes_that_are_taken_away_lost_and_that_come_in_mid_epoch_cost_no_step(
     run.reached(2 * EVERY)
     third = two_nodes.add()
     run.on(first, third)
+    run.until(2 * EVERY + 5)  # both are at work, and not only about to be
+    run.trained(2 * EVERY + 5)
     two_nodes.lose(third)
+    run.until(2 * EVERY + 7)
     run.on(first)
 
     (tmp_path / "stop").touch()

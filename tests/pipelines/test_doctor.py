@@ -130,7 +130,9 @@ def test_the_small_run_takes_no_more_disk_than_was_told(first: Outcome, store: P
     made: Counter[str] = Counter()
     for artifact in artifacts_of(first, store):
         made[artifact.manifest.kind] += sum(entry.bytes for entry in artifact.manifest.files)
-    needs = disk_needs(load_config("quickstart", SMALL), NUM_DIGITS, 10)
+    config = load_config("quickstart", SMALL)
+    assert config.source.limit
+    needs = disk_needs(config, config.source.limit, 10)
     assert needs["latents"] == pytest.approx(made["latents"], rel=0.1)
     assert made["checkpoint"] <= needs["checkpoints"]
 

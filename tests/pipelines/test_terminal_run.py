@@ -48,7 +48,7 @@ def test_ctrl_c_on_a_terminal_leaves_a_training_that_goes_on(first: Outcome, sto
     copy_store(store, tmp_path / "store")
     arguments = ["--store", str(tmp_path / "store"), *OPTIONS]
     ours, theirs = pty.openpty()
-    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 240, 0, 0))
     process = subprocess.Popen(
         [*EDT, "run", *arguments],
         stdin=theirs,
@@ -60,13 +60,13 @@ def test_ctrl_c_on_a_terminal_leaves_a_training_that_goes_on(first: Outcome, sto
     )
     os.close(theirs)
     shown = read_until(ours, TRAINS)
-    assert "= preprocess" in shown
-    assert "· evaluate" in shown
-    assert re.search(r"log  \S+/store/logs/run-\S+\.log", shown)
     os.write(ours, b"\x03")
     shown += read_until(ours, None)
     os.close(ours)
     assert process.wait() == 130
+    assert "= preprocess" in shown
+    assert "· evaluate" in shown
+    assert re.search(r"log  \S+/store/logs/run-\S+\.log", shown)
     assert "the training writes a checkpoint" in shown
     assert re.search(r"train edt-tiny-digits-32 +stopped +stopped at step [1-9]", shown)
     told = " ".join(shown.partition("To go on:")[2].split())

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EDT = [sys.executable, "-m", "pipelines.cli"]
 MODEL = "edt-tiny-digits-32"
 SMALL = (
+    "source.limit=400",
     "autoencoder.steps=8",
     "classifier.steps=20",
     "classifier.feature_dim=16",  # fewer than the samples: a Fréchet distance of fewer is refused

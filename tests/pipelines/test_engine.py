@@ -1,4 +1,7 @@
-"""Ctrl-C during a workflow: who listens stops where it can go on, who does not is left, and the record says so."""
+"""Steps of a workflow on Ray: side by side where neither needs the other, and at Ctrl-C.
+
+Who listens stops where it can go on, who does not is left, and the record says so.
+"""
 
 import os
 import signal
@@ -48,6 +51,16 @@ def linger(config: Section, inputs: Mapping[str, Any], out: ArtifactWriter, prog
     return {}
 
 
+def meet(config: Section, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> dict[str, Any]:
+    """Come to the place that its source names, and wait there for another one."""
+    place, until = Path(inputs["source"].location), time.monotonic() + LIMIT_S
+    (place / out.fingerprint).touch()
+    while len(list(place.iterdir())) < 2:
+        assert time.monotonic() < until, "nobody came"
+        time.sleep(0.02)
+    return {}
+
+
 def make(config: Section, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> dict[str, Any]:
     out.write_bytes("a.bin", b"abc")
     return {"number": 3}
@@ -55,6 +68,7 @@ def make(config: Section, inputs: Mapping[str, Any], out: ArtifactWriter, progre
 
 LISTENS = Verb("listens", "images", 1, Section, listen, roles=("source",))
 LINGERS = Verb("lingers", "reference", 1, Section, linger, roles=("source",))
+MEETS = Verb("meets", "images", 1, Section, meet, roles=("source",))
 FOLLOWS = Verb("follows", "latents", 1, Section, make, roles=("images",))
 MAKES = Verb("makes", "images", 1, Section, make, roles=("source",))
 
@@ -103,6 +117,17 @@ def interrupt_when(ready: Callable[[], bool]) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def test_steps_that_do_not_need_each_other_are_done_side_by_side(workflow: Workflow, tmp_path: Path) -> None:
+    """Each ends only once the other has begun."""
+    place = tmp_path / "place"
+    place.mkdir()
+    steps = [
+        workflow.step(name, MEETS, Section(), source=Source(str(place), digest * 64)) for name, digest in ("a1", "b2")
+    ]
+    assert all(workflow.wait(step) for step in steps)
+    assert workflow.failures == {}
 
 
 def test_who_listens_stops_and_what_waits_for_it_is_not_run(

@@ -36,8 +36,12 @@ STEPS = 12  # preprocess, autoencoder, encode, classifier, reference, 2 x (train
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of this process, without what would lead to somebody's cluster or tracking server."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    """Of this process, without what would lead to somebody's cluster or tracking server, or tell a terminal's size.
+
+    Importing readline puts LINES and COLUMNS where every child finds them, pytest-xdist's workers among them.
+    """
+    left_out = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "LINES", "COLUMNS")
+    kept = {key: value for key, value in os.environ.items() if key not in left_out}
     return {**kept, **more}
 
 

@@ -45,6 +45,10 @@ class SourceConfig(Section):
     )
     classes: tuple[str, ...] = Field((), description="names of the classes to take; none for all")
     limit: int | None = Field(None, ge=1, description="take this many images, at even distances")
+    class_folder: Literal["first", "last"] | None = Field(
+        None, description="of root/a/b/image: 'first' takes class a, 'last' class a/b; first where that is plain"
+    )
+    allow_empty_classes: bool = Field(False, description="take folders without an image for classes that have none")
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -63,6 +63,7 @@ class EDTPipeline(DiffusionPipeline):
         scheduler: DDPMScheduler,
         classes: list[str] | None = None,
         protocol: dict[str, Any] | None = None,
+        class_counts: list[int] | None = None,
     ) -> None:
         super().__init__()
         align_weights(transformer)  # diffusers maps their files
@@ -70,7 +71,8 @@ class EDTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # A folder of an older version has fewer fields; they get the values that were fixed then.
         kept = chain_config(protocol or {}).model_dump(mode="json")
-        self.register_to_config(classes=list(classes or []), protocol=kept)
+        counts = None if class_counts is None else list(class_counts)
+        self.register_to_config(classes=list(classes or []), protocol=kept, class_counts=counts)
 
     @torch.no_grad()
     def __call__(
@@ -114,8 +116,12 @@ def save_pipeline(
     num_timesteps: int,
     classes: Sequence[str],
     protocol: dict[str, Any],
+    class_counts: Sequence[int] | None = None,
 ) -> None:
-    """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and how the model was sampled."""
+    """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and how the model was sampled.
+
+    `class_counts` [K]: images of each class in the training, where that is known.
+    """
     transformer = EDTTransformer(edt_config=edt.built_config.to_dict())
     transformer.edt.load_state_dict(edt.state_dict())
     scheduler = DDPMScheduler(
@@ -126,7 +132,8 @@ def save_pipeline(
         variance_type="learned_range",
         clip_sample=False,
     )
-    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol)
+    counts = None if class_counts is None else list(class_counts)
+    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts)
     pipeline.save_pretrained(folder, safe_serialization=True)
     # What DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder) imports.
     (folder / _PIPELINE_FILE).write_text(_PIPELINE_CODE)

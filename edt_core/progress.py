@@ -50,6 +50,16 @@ class Silent:
 
 
 @dataclass
+class Told(Silent):
+    """Keeps what it is warned of."""
+
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@dataclass
 class Count:
     """Units done, added up over the parts of one phase of a job; another `total` or `note` begins a new phase."""
 

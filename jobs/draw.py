@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.dra
 def run(options: argparse.Namespace, progress: Progress) -> str:
     """Draw what the options ask for; returns what to tell of it. Raises UserError."""
     from edt_core.class_names import class_labels, class_names
+    from edt_core.diffusion.labels import trained_classes
     from edt_core.generation import LatentSampler
     from edt_core.precision import use_precision
     from edt_core.sample_grid import MAX_CLASSES, sample_grid
@@ -67,8 +68,11 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
     loaded = load_model(options.model)
     num_classes = loaded.model.config.num_classes
     names = class_names(loaded.classes, num_classes)
-    asked = _spread(num_classes) if options.classes is None else options.classes.split(",")
+    trained = trained_classes(num_classes, loaded.class_counts).tolist()
+    asked = _spread(trained) if options.classes is None else options.classes.split(",")
     labels = class_labels(asked, names)
+    if untrained := sorted(set(labels) - set(trained)):
+        progress.warn(f"the model had no images of {', '.join(names[label][0] for label in untrained)} to learn from")
     if len(labels) > MAX_CLASSES:
         raise UserError(f"{len(labels)} classes are more than the {MAX_CLASSES} rows of a picture; draw them in parts")
     chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **given_fields(options, ChainConfig)})
@@ -157,10 +161,10 @@ def _decoder(loaded: Loaded, location: str | None, model: str) -> Any:
     return decoder
 
 
-def _spread(num_classes: int) -> list[str]:
-    """Indices of a few classes at even distances."""
-    count = min(_CLASSES, num_classes)
-    return [str(place * num_classes // count) for place in range(count)]
+def _spread(classes: Sequence[int]) -> list[str]:
+    """Indices of a few of the classes at even distances."""
+    count = min(_CLASSES, len(classes))
+    return [str(classes[place * len(classes) // count]) for place in range(count)]
 
 
 if __name__ == "__main__":

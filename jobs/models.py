@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,8 @@ class Opened:
 class Loaded:
     """A model in memory, in evaluation mode, and what is known of its use.
 
-    `classes` are the names of its classes, and `protocol` fields of ChainConfig: how it was evaluated.
+    `classes` are the names of its classes, `protocol` fields of ChainConfig: how it was evaluated, and `class_counts`
+    the images of each class in its training.
     """
 
     model: "DiffusionTransformer"
@@ -66,6 +67,7 @@ class Loaded:
     autoencoder: Any | None
     classes: tuple[str, ...] = ()
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    class_counts: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class _Found:
     autoencoder: Path | None = None
     classes: tuple[str, ...] = ()
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    class_counts: Sequence[int] | None = None
 
 
 def open_model(location: str, work: Folder) -> Opened:
@@ -99,7 +102,7 @@ def load_model(location: str) -> Loaded:
         if isinstance(found, Artifact):
             return _loaded(_in_store(found))
         vae = None if found.autoencoder is None else load_autoencoder(found.autoencoder)
-        return Loaded(found.model, found.num_timesteps, vae, found.classes, found.protocol)
+        return Loaded(found.model, found.num_timesteps, vae, found.classes, found.protocol, found.class_counts)
 
 
 def _is_of_mlflow(location: str) -> bool:
@@ -216,7 +219,7 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
     timesteps = pipeline.scheduler.config.num_train_timesteps
     digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
     config = pipeline.config
-    known = tuple(config.classes), dict(config.protocol)
+    known = tuple(config.classes), dict(config.protocol), config.class_counts
     return _Found(pipeline.transformer.edt.eval(), timesteps, 0, digest, origin, folder / "vae", *known)
 
 
@@ -245,7 +248,7 @@ def _made(found: _Found, work: Folder) -> Opened:
             "model": found.model.config.name,
             "steps": found.steps,
             "autoencoder_digest": None if vae is None else vae.manifest.digest,
-            "class_counts": None,
+            "class_counts": None if found.class_counts is None else list(found.class_counts),
             "parameters": count_parameters(found.model),
             "macs": count_macs(found.model),
             "final": final,
@@ -333,6 +336,7 @@ def _loaded(opened: Opened) -> Loaded:
         checkpoint.manifest.config["num_timesteps"],
         None if vae is None else load_autoencoder(vae.directory(autoencoder.FOLDER)),
         () if images is None else tuple(images.read_json(CLASSES_NAME)),
+        class_counts=checkpoint.counts.get("class_counts"),
     )
 
 

@@ -8,11 +8,16 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edt_core.artifact import ArtifactWriter, Source
 from edt_core.config import PreprocessConfig
 from edt_core.data.images import center_crop, decode_rgb, encode_image
 from edt_core.data.shards import ImageSample, write_image_shard
 from edt_core.data.sources import UNREADABLE, Listing, combine_identity, image_digest, list_source
+from edt_core.data.sources.classes import without_images
+from edt_core.data.sources.files import as_text
 from edt_core.errors import UserError
 from edt_core.integrity import listing as listed
 from edt_core.progress import Progress
@@ -175,6 +180,14 @@ def _counts(
     quarantined = [item for report in reports for item in report.reasons]
     unique = len({digest for report in reports for digest in report.kept()})
     rows = sum(report.rows for report in reports)
+    class_counts = _class_counts(listing, reports)
+    if lost := [listing.classes[label] for label in np.flatnonzero((class_counts == 0) & (listing.class_counts > 0))]:
+        progress.warn(f"after unreadable images were left out {without_images(lost, len(listing.classes))}")
+    if several := _under_several_classes(listing, reports):
+        progress.warn(
+            f"{len(several)} images lie under more than one class, byte for byte the same, and are kept in each:"
+            f"\n  {listed(several, chr(10) + '  ')}"
+        )
     assert rows + len(quarantined) == len(listing), "an image was lost or doubled"
     if quarantined:
         progress.warn(f"{len(quarantined)} of {len(listing)} images could not be read:{_listed(quarantined)}")
@@ -184,10 +197,43 @@ def _counts(
         "quarantined": len(quarantined),
         "quarantined_images": [{"path": path, "reason": reason} for path, reason in quarantined[:_KEPT]],
         "duplicates": rows - unique,  # kept: published data sets hold some as well
+        "under_several_classes": len(several),
+        "left_out": dict(listing.left_out),  # files that are no images, by extension
         "classes": len(listing.classes),
+        "class_counts": class_counts.tolist(),
         "image_size": config.image_size,
         "lossless": config.image_format != "jpeg",
     }
+
+
+def _class_counts(listing: Listing, reports: Sequence[ShardReport]) -> NDArray[np.int64]:
+    """Images that were written, of each class [K]."""
+    labels = np.asarray(listing.table["label"])
+    return np.bincount(labels[_places_kept(reports)], minlength=len(listing.classes))
+
+
+def _places_kept(reports: Sequence[ShardReport]) -> NDArray[np.int64]:
+    """Places in the listing of the images that were written."""
+    kept, first = [], 0
+    for report in reports:
+        places = np.ones(report.looked_at, dtype=bool)
+        places[[place for place, _, _ in report.quarantined]] = False
+        kept.append(first + np.flatnonzero(places))
+        first += report.looked_at
+    return np.concatenate(kept)
+
+
+def _under_several_classes(listing: Listing, reports: Sequence[ShardReport]) -> list[str]:
+    """`<name> = <name>` for each image that is written under another class too, by the digest of its original."""
+    places = _places_kept(reports).tolist()
+    labels = np.asarray(listing.table["label"])
+    first: dict[bytes, int] = {}
+    found: dict[bytes, int] = {}
+    for place, digest in zip(places, (digest for report in reports for digest in report.kept()), strict=True):
+        if labels[first.setdefault(digest, place)] != labels[place]:
+            found.setdefault(digest, place)
+    names = listing.table["name"]
+    return [" = ".join(as_text(names[at].as_py()) for at in (first[digest], place)) for digest, place in found.items()]
 
 
 def _check_source(listing: Listing, reports: Sequence[ShardReport], source: Source) -> None:

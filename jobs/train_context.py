@@ -96,7 +96,8 @@ class RayContext:
         from edt_core.training.preview import Preview
 
         folder = self.inputs["autoencoder"].directory(autoencoder.FOLDER)
-        return Preview(self.inputs["model_config"], self.config.num_timesteps, folder, self.ranks.device)
+        counts = self.inputs["latents"].counts.get("class_counts")
+        return Preview(self.inputs["model_config"], self.config.num_timesteps, folder, self.ranks.device, counts)
 
     def has_news(self) -> bool:
         return self.ranks.rank == 0 and time.monotonic() - self._looked > _LOOK_EVERY_S

@@ -7,12 +7,15 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
 from pipelines.config import PipelineConfig
 from pipelines.hardware import Hardware, this_machine
+
+if TYPE_CHECKING:
+    from pipelines.dry_run import SourceCounts
 
 Status = Literal["ok", "warn", "fail"]
 Result = TypeVar("Result")
@@ -40,7 +43,7 @@ class Patient:
     address: str | None
     tracking_uri: str | None
     quick: bool
-    images: "Future[tuple[int, int]]"
+    images: "Future[SourceCounts]"
     machine: "Future[Hardware]"
 
 

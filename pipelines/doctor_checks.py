@@ -133,18 +133,23 @@ def memory(patient: Patient) -> Found:
 def counts(patient: Patient) -> tuple[int, int]:
     """Images and classes. Raises NotKnown: the check of the images says why."""
     try:
-        return patient.images.result()
+        found = patient.images.result()
     except Exception as error:
         raise NotKnown("not known without the images") from error
+    return found.images, found.classes
 
 
 def images(patient: Patient) -> Found:
     """The source: listed, not read."""
-    number, classes = patient.images.result()
+    found = patient.images.result()
+    number, classes = found.images, found.classes
     source = patient.config.source
     told = f"{number:,} images of {classes} classes ({source.kind}{f', {source.path}' if source.path else ''})"
+    told = ". ".join([told, *found.remarks])
     if number < 1000:
         return "warn", told, "a model of any size learns so few by heart; good for a trial"
+    if found.remarks:
+        return "warn", told, "see whether that is what is meant"
     return "ok", told, ""
 
 

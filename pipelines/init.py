@@ -34,6 +34,7 @@ class Images:
     images: int
     classes: int
     sides: tuple[int, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def side(self) -> int:
@@ -63,16 +64,18 @@ def look_at(path: str) -> Images:
     from edt_core.config import SourceConfig
     from edt_core.data.sources import detect_kind, list_source
     from edt_core.data.sources.places import locate
+    from edt_core.progress import Told
     from edt_core.storage import Folder
 
     if not path.strip():
         raise UserError("no folder was given; name the one that holds <class>/<image>, or an archive, or a URI")
     place = path if "://" in path or any(mark in path for mark in "*?[{") else Folder.at(path).uri
     kind = detect_kind(locate(place))
-    listing = list_source(SourceConfig.model_validate({"kind": kind, "path": place}))
+    told = Told()
+    listing = list_source(SourceConfig.model_validate({"kind": kind, "path": place}), told)
     chosen = np.unique(np.linspace(0, len(listing) - 1, min(_MEASURED, len(listing))).astype(np.int64))
     sides = [side for image in listing.take(chosen).images() if (side := _shorter_side(image.data))]
-    return Images(place, kind, len(listing), len(listing.classes), tuple(sides))
+    return Images(place, kind, len(listing), len(listing.classes), tuple(sides), tuple(told.warnings))
 
 
 def _shorter_side(data: bytes | None) -> int | None:
@@ -169,7 +172,7 @@ def check_autoencoder(text: str, image_size: int, model: str) -> str | None:
 
 def notes(answers: Answers, machine: Hardware) -> list[str]:
     """What the answers make doubtful, though it can be tried."""
-    told = []
+    told = list(answers.images.remarks)
     if answers.images.images < _FEW_IMAGES:
         told.append(f"{answers.images.images} images are few: a model of any size learns them by heart")
     if answers.images.sides and answers.image_size > answers.images.side:

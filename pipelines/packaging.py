@@ -110,6 +110,7 @@ def write_pipeline(folder: Path, name: str, config: PromoteConfig, entry: Entry,
         num_timesteps=num_timesteps,
         classes=entry.images.read_json(CLASSES_NAME),
         protocol=protocol,
+        class_counts=entry.checkpoint.counts.get("class_counts"),
     )
     (folder / README).write_text(redacted(card_of(name, model, config, entry, source).text()))
     if config.torch_export:

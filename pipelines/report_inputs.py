@@ -41,16 +41,18 @@ class Samples:
     measured: Array | None = None
 
 
-def read_samples(features: Artifact, num_classes: int, space: str | None = None) -> Samples:
+def read_samples(features: Artifact, drawn: Array, space: str | None = None) -> Samples:
     """Up to PER_CLASS kept images of each of the first classes of a features artifact, of its first repeat.
 
-    num_classes: that there are. With `space` also their features there, and those of the first _MOST_MEASURED samples.
+    drawn: the classes that samples are drawn of. With `space` also their features there, and those of the first
+    _MOST_MEASURED samples.
     """
     from safetensors import safe_open
 
     shown: list[tuple[Array, Array, Array | None]] = []  # images, labels and features of each unit
     measured: list[Array] = []
-    taken = np.zeros(min(num_classes, MAX_CLASSES), dtype=np.int64)
+    taken = np.full(MAX_CLASSES, PER_CLASS)
+    taken[drawn[drawn < MAX_CLASSES]] = 0
     for path in _units(features):
         with safe_open(path, "numpy") as file:
             images = file.get_tensor("images") if "images" in file.keys() else None  # noqa: SIM118  it is no dict

@@ -5,6 +5,8 @@ from typing import Any
 
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import Section
+from edt_core.data.sources.files import some
+from edt_core.diffusion.labels import trained_classes
 from edt_core.metrics import metric_space
 from edt_core.progress import Progress
 from edt_core.protocol import protocol_differences
@@ -58,9 +60,11 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
     images, evaluation, checkpoint = (inputs[role] for role in ("images", "evaluation", "checkpoint"))
     space = metric_space(config.registry.metric)
     classes = tuple(images.read_json(CLASSES_NAME))
-    trained = read_samples(inputs["features"], len(classes), space)
-    untrained = read_samples(inputs["untrained_features"], len(classes))
-    real, real_labels = real_images(images, checkpoint.counts.get("class_counts"))
+    counts = checkpoint.counts.get("class_counts")
+    drawn = trained_classes(len(classes), counts)
+    trained = read_samples(inputs["features"], drawn, space)
+    untrained = read_samples(inputs["untrained_features"], drawn)
+    real, real_labels = real_images(images, counts)
     facts = {
         "architecture": checkpoint.counts["model"],
         "parameters": checkpoint.counts["parameters"],
@@ -69,6 +73,8 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         "image_size": images.counts["image_size"],
         "images": images.counts["images"],
     }
+    if empty := [name for name, count in zip(classes, counts or (), strict=bool(counts)) if not count]:
+        facts["classes_without_images"] = f"{len(empty)} of {len(classes)}: {some(empty)}"
     if "classifier" in inputs:
         facts["classifier_holdout_accuracy"] = inputs["classifier"].counts["holdout_accuracy"]
     return ReportData(

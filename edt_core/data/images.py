@@ -1,8 +1,10 @@
 """Encoded images to pixels and back, and the ADM center crop."""
 
+import importlib
 import io
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,35 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: 268 MB once decoded
+# Pillow tells these without decoding them; EPS is a program, which it would have Ghostscript run.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@cache
+def image_formats() -> dict[str, tuple[str, ...]]:
+    """Extensions, in lower case, of each format that the installed Pillow decodes, in the order in which it tries them.
+
+    HEIC, JPEG XL and an older Pillow's AVIF are among them where their plugin is installed: pillow-heif,
+    pillow-jxl-plugin, pillow-avif-plugin.
+    """
+    for plugin in ("pillow_heif", "pillow_jxl", "pillow_avif"):
+        with suppress(ImportError):
+            module = importlib.import_module(plugin)
+            if plugin == "pillow_heif":  # the others do it as they are imported
+                module.register_heif_opener()
+    Image.preinit()  # the usual formats, which are tried first
+    Image.init()
+    by_format: dict[str, list[str]] = {name: [] for name in Image.ID if name not in _NOT_DECODED}
+    for extension, name in Image.registered_extensions().items():
+        if name in by_format:
+            by_format[name].append(extension)
+    return {name: tuple(sorted(extensions)) for name, extensions in by_format.items()}
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Extensions with their dot, in lower case, of the files that are taken for images."""
+    return frozenset(extension for extensions in image_formats().values() for extension in extensions)
 
 
 def decode_rgb(data: bytes, decoder: str = "pillow", rotate_by_exif: bool = False) -> Image.Image:
@@ -35,7 +66,7 @@ def decode_rgb(data: bytes, decoder: str = "pillow", rotate_by_exif: bool = Fals
 
 def _opened(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=tuple(image_formats()))
     except UnidentifiedImageError:  # its own words hold a memory address, another one on every run
         raise UnidentifiedImageError(f"{len(data)} bytes that are no image in a format Pillow knows") from None
 

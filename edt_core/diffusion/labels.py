@@ -25,8 +25,9 @@ def sample_labels(
     """The classes of the samples of the given indices, int64 [n] in 0..K-1.
 
     "balanced": classes in turn, index mod K, whatever the seed. "uniform": each class as likely as any other. "prior":
-    as often as in training, in proportion to `class_counts` [K]. A drawn label depends on (seed, index) and the classes
-    alone. Raises UserError for an unknown policy, for counts that are missing or do not fit, and for negative indices.
+    as often as in training, in proportion to `class_counts` [K]. A class that these have no image of is never drawn.
+    A drawn label depends on (seed, index) and the classes alone. Raises UserError for an unknown policy, for counts
+    that are missing or do not fit, and for negative indices.
     """
     chosen = np.asarray(indices, dtype=np.int64)
     if num_classes < 1 or seed < 0 or np.any(chosen < 0):
@@ -34,10 +35,11 @@ def sample_labels(
             f"labels of seed {seed} for indices from {chosen.min(initial=0)} and {num_classes} classes: "
             "seed and indices must not be negative, and there must be a class. Count samples from 0."
         )
+    trained = trained_classes(num_classes, class_counts)
     if policy == "balanced":
-        return chosen % num_classes
+        return trained[chosen % len(trained)]
     if policy == "uniform":
-        weights = np.ones(num_classes)
+        weights = np.bincount(trained, minlength=num_classes).astype(np.float64)
     elif policy == "prior":
         weights = _prior(class_counts, num_classes)
     else:
@@ -47,6 +49,13 @@ def sample_labels(
     return np.searchsorted(cumulative / cumulative[-1], _uniforms(seed, chosen), side="right").astype(np.int64)
 
 
+def trained_classes(
+    num_classes: int, class_counts: Sequence[int] | NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """The classes 0..K-1 with images, int64: all of them where there are no counts. Raises UserError as `_counts`."""
+    return np.arange(num_classes) if class_counts is None else np.flatnonzero(_counts(class_counts, num_classes))
+
+
 def _uniforms(seed: int, indices: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) for each sample, from a generator of its own."""
     sequences = (np.random.SeedSequence(seed, spawn_key=(index, LABEL_DRAW)) for index in indices.tolist())
@@ -54,17 +63,23 @@ def _uniforms(seed: int, indices: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _prior(class_counts: Sequence[int] | NDArray[np.int64] | None, num_classes: int) -> NDArray[np.float64]:
-    remedy = "Choose label_policy balanced or uniform, which need no counts."
     if class_counts is None:
-        raise UserError(f"label_policy prior: the model's record has no class counts of its training. {remedy}")
+        raise UserError(
+            "label_policy prior: the model's record has no class counts of its training. Choose label_policy balanced "
+            "or uniform, which need no counts."
+        )
+    return _counts(class_counts, num_classes)
+
+
+def _counts(class_counts: Sequence[int] | NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
     counts = np.asarray(class_counts, dtype=np.float64)
     if counts.shape != (num_classes,):
         raise UserError(
-            f"label_policy prior: the model's record has {counts.size} class counts for {num_classes} classes. {remedy}"
+            f"the model's record has {counts.size} class counts for {num_classes} classes: it is that of another model"
         )
     if not np.all(np.isfinite(counts) & (counts >= 0)) or not counts.any():
         raise UserError(
-            f"label_policy prior: the model's class counts, from {counts.min()} to {counts.max()}, must be 0 or more "
-            f"and not all 0. {remedy}"
+            f"the class counts in the model's record, from {counts.min()} to {counts.max()}, must be 0 or more and not "
+            "all 0"
         )
     return counts

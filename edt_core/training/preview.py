@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.diffusion import SampleNoise, linear_schedule, respace, sample
+from edt_core.diffusion.labels import trained_classes
 from edt_core.models import ModelConfig, build_model
 
 _IMAGES, _STEPS, _SEED = 16, 25, 0
@@ -19,10 +20,18 @@ _IMAGES, _STEPS, _SEED = 16, 25, 0
 class Preview:
     """Draws the same noise and labels each time, so that grids of different steps can be laid side by side.
 
-    25 steps of DDIM without guidance; it takes no random numbers from the training.
+    25 steps of DDIM without guidance; it takes no random numbers from the training. Classes that `class_counts` [K]
+    have no image of are left out.
     """
 
-    def __init__(self, model_config: ModelConfig, num_timesteps: int, autoencoder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        num_timesteps: int,
+        autoencoder: Path,
+        device: torch.device,
+        class_counts: Sequence[int] | None = None,
+    ) -> None:
         from edt_core.autoencoder import load_autoencoder
 
         self.model = build_model(model_config).to(device).eval().requires_grad_(False)
@@ -30,7 +39,8 @@ class Preview:
         self.schedule = respace(linear_schedule(num_timesteps), min(_STEPS, num_timesteps))
         shape = (model_config.in_channels, model_config.latent_size, model_config.latent_size)
         self.noise = SampleNoise(_SEED, range(_IMAGES), shape, str(device))
-        self.labels = torch.arange(_IMAGES, device=device) * model_config.num_classes // _IMAGES
+        trained = trained_classes(model_config.num_classes, class_counts)
+        self.labels = torch.from_numpy(trained[np.arange(_IMAGES) * len(trained) // _IMAGES]).to(device)
 
     def png(self, weights: Mapping[str, Tensor]) -> bytes:
         """The grid as PNG, 4 x 4 images of classes at even distances."""

@@ -13,6 +13,16 @@ COUNTS = [5, 0, 1, 4]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_classes_without_images_are_never_drawn(policy: LabelPolicy) -> None:
+    assert set(sample_labels(policy, 0, range(60), 4, COUNTS).tolist()) == {0, 2, 3}
+    assert set(sample_labels(policy, 0, range(60), 4, [1] * 4).tolist()) == {0, 1, 2, 3}
+
+
+def test_classes_in_turn_leave_out_those_without_images() -> None:
+    assert sample_labels("balanced", 9, range(7), 4, COUNTS).tolist() == [0, 2, 3, 0, 2, 3, 0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_label_is_a_function_of_seed_and_index(policy: LabelPolicy) -> None:
     whole = sample_labels(policy, 3, range(40), 4, COUNTS)
     assert whole.dtype == np.int64
@@ -26,7 +36,9 @@ def test_balanced_takes_classes_in_turn() -> None:
     assert sample_labels("balanced", 9, range(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
-@pytest.mark.parametrize(("policy", "shares"), [("uniform", [0.25] * 4), ("prior", [0.5, 0.0, 0.1, 0.4])])
+@pytest.mark.parametrize(
+    ("policy", "shares"), [("uniform", [1 / 3, 0.0, 1 / 3, 1 / 3]), ("prior", [0.5, 0.0, 0.1, 0.4])]
+)
 def test_drawn_labels_have_their_shares(policy: LabelPolicy, shares: list[float]) -> None:
     drawn = np.bincount(sample_labels(policy, 0, range(4000), 4, COUNTS), minlength=4)
     expected = 4000 * np.array(shares)
@@ -57,18 +69,19 @@ def test_a_class_without_images_is_never_drawn(edge: int) -> None:
     assert set(sample_labels("prior", 1, range(200), 4, counts).tolist()) == {edge}
 
 
+def test_a_prior_needs_counts() -> None:
+    with pytest.raises(UserError, match=r"no class counts.*balanced or uniform"):
+        sample_labels("prior", 0, range(3), 4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [
-        (None, "no class counts"),
-        ([1, 2], "2 class counts for 4 classes"),
-        ([0] * 4, "not all 0"),
-        ([1, 1, 1, -1], "-1"),
-    ],
+    [([1, 2], "2 class counts for 4 classes"), ([0] * 4, "not all 0"), ([1, 1, 1, -1], "-1")],
 )
-def test_a_prior_needs_counts(counts: list[int] | None, message: str) -> None:
-    with pytest.raises(UserError, match=rf"{message}.*balanced or uniform"):
-        sample_labels("prior", 0, range(3), 4, counts)
+def test_counts_that_do_not_fit_are_refused(policy: LabelPolicy, counts: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample_labels(policy, 0, range(3), 4, counts)
 
 
 def test_what_makes_no_label_is_refused() -> None:

@@ -137,8 +137,8 @@ def test_every_format_of_names(tmp_path: Path, tar_format: int) -> None:
         ([*sample("a", 0), ("b.jpg", JPEG), ("b.cls", b"cat")], "'b.cls' in s.tar holds b'cat'"),
         ([*sample("a", 0), ("b.jpg", JPEG), ("b.json", b'{"label": true}')], "'b.json' in s.tar holds True"),
         ([*sample("a", 0), ("b.jpg", JPEG), ("b.json", b"{")], "'b.json' in s.tar holds"),
-        ([*sample("a", 0), *sample("b", -1)], "1 of 2 images in .* have the label -1"),
-        ([*sample("a", 0), *sample("b", 1 << 30)], "go up to 1073741824"),
+        ([*sample("a", 0), *sample("b", -1)], "1 of 2 images in .* have a label below 0, such as -1"),
+        ([*sample("a", 0), *sample("b", 1), ("b.json", b'{"label": 2}')], "'b' in s.tar has the labels 1 and 2"),
         ([*sample("a", 0), *sample("b", 0)], "only one class .*'0', 2 images"),
         ([("a.txt", b"x")], "1 of 1 samples .* have no image"),
         ([], "no images in"),
@@ -163,7 +163,7 @@ def test_links_and_compressed_archives_are_refused(tmp_path: Path) -> None:
 
 def test_class_names_beside_the_shards(tmp_path: Path) -> None:
     (tmp_path / "s.tar").write_bytes(tar_bytes([*sample("a", 0), *sample("b", 2)]))
-    assert listed(tmp_path).classes == ("0", "1", "2")
+    assert listed(tmp_path).classes == ("0", "2")
     (tmp_path / "classes.json").write_text(json.dumps(["cat", "dog", "emu"]))
     assert listed(tmp_path).classes == ("cat", "dog", "emu")
     (tmp_path / "classes.json").write_text(json.dumps(["cat", "dog"]))
@@ -211,7 +211,7 @@ def test_parquet_with_plain_columns_reads_only_what_is_listed(photos: Path, tmp_
 
 def test_parquet_integers_and_dictionaries(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", {"img": [JPEG, JPEG], "fine_label": pa.array([0, 3], pa.uint8())})
-    assert listed(path).classes == ("0", "1", "2", "3")
+    assert listed(path).classes == ("0", "3")
     write_parquet(path, {"img": [JPEG, None], "label": pa.array(["b", "a"]).dictionary_encode()})
     listing = listed(path)
     assert (listing.classes, listing.table["label"].to_pylist()) == (("a", "b"), [1, 0])
@@ -221,7 +221,7 @@ def test_parquet_integers_and_dictionaries(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": [JPEG] * 3, "label": [0, 1, -1]}, "1 of 3 images in .* have the label -1.*train-"),
+        ({"image": [JPEG] * 3, "label": [0, 1, -1]}, "1 of 3 images in .* have a label below 0, such as -1.*train-"),
         ({"image": [JPEG] * 3, "label": [0, 1, None]}, "1 of 3 rows of x.parquet have no label"),
         ({"image": [JPEG] * 2, "label": [0.5, 1.0]}, "'label' of x.parquet holds double"),
         ({"image": ["a", "b"], "label": [0, 1]}, "x.parquet has the columns image, label; an image column"),

@@ -18,7 +18,7 @@ from edt_core.data.images import MAX_PIXELS, center_crop, decode_rgb, encode_ima
 from edt_core.data.shards import read_image_shard
 from edt_core.data.sources import list_source
 from edt_core.errors import UserError
-from edt_core.progress import Silent
+from edt_core.progress import Silent, Told
 from edt_core.storage import Folder
 from jobs import preprocess
 from jobs.verb import image_source
@@ -26,16 +26,6 @@ from tests.support.images import reference_crop
 from tests.support.local_ray import local_ray
 
 SHARDS = "images-*.tar"
-
-
-class Heard(Silent):
-    """Keeps the warnings of a job."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def run(folder: Path, out: Path, progress: Silent | None = None, **fields: object) -> Artifact:
@@ -246,7 +236,7 @@ def test_shards_are_cut_by_bytes_as_well_as_by_count(digits_folder: Path, tmp_pa
 
 
 def test_jpeg_shards_say_what_they_are(digits_folder: Path, tmp_path: Path, here: None) -> None:
-    heard = Heard()
+    heard = Told()
     lossy = run(digits_folder, tmp_path / "o", heard, image_format="jpeg", jpeg_quality=80)
     assert lossy.counts["lossless"] is False
     assert lossy.manifest.config["jpeg_quality"] == 80
@@ -326,3 +316,23 @@ def test_a_stricter_bound_holds_for_what_was_made_before_and_a_laxer_one_keeps_t
     with pytest.raises(UserError, match="more than max_bad_fraction"):
         preprocess.VERB.accept(strict, artifact.counts)
     assert preprocess.VERB.fingerprint(strict, {}) == preprocess.VERB.fingerprint(PreprocessConfig(image_size=32), {})
+
+
+def test_classes_that_lose_all_images_and_images_of_two_classes_are_told(tmp_path: Path, here: None) -> None:
+    for name, data in {
+        "ant/1.png": saved(picture(size=(33, 32)), "PNG"),
+        "ant/2.png": saved(picture(size=(34, 32)), "PNG"),
+        "bee/1.png": b"no image",
+        "cat/1.png": saved(picture(size=(33, 32)), "PNG"),
+        "cat/note.txt": b"x",
+    }.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    told = Told()
+    counts = run(tmp_path / "in", tmp_path / "out", told, images_per_shard=2).manifest.counts
+    assert (counts["images"], counts["quarantined"], counts["class_counts"]) == (3, 1, [2, 0, 1])
+    assert (counts["under_several_classes"], counts["left_out"]) == (1, {".txt": 1})
+    text = "\n".join(told.warnings)
+    assert "1 of 3 classes have no images: 'bee'" in text
+    assert "1 images lie under more than one class" in text
+    assert "ant/1.png = cat/1.png" in text

@@ -103,21 +103,21 @@ def test_kept_rows_are_those_that_the_jobs_keep(total: int, limit: int) -> None:
 def test_samples_are_the_first_of_each_class_with_their_features(tmp_path: Path, opened: list[str]) -> None:
     made = np.arange(120, dtype=np.float32).reshape(40, 3)
     artifact = features_of(tmp_path / "some", made)
-    found = read_samples(artifact, 3, "dinov2")
+    found = read_samples(artifact, np.arange(3), "dinov2")
     assert found.labels.tolist() == [0, 1, 2] * 4
     assert found.images[:, 0, 0, 0].tolist() == list(range(100, 112))
     assert found.features is not None
     np.testing.assert_array_equal(found.features, made[:12])
     np.testing.assert_array_equal(found.measured, made)
     opened.clear()
-    np.testing.assert_array_equal(read_samples(artifact, 3).images, found.images)
+    np.testing.assert_array_equal(read_samples(artifact, np.arange(3)).images, found.images)
     assert opened == [FEATURE_UNIT.format(k) for k in range(3)]  # the third has no pixels any more
-    every = read_samples(features_of(tmp_path / "all", made, keep_images=40), 3, "dinov2")
+    every = read_samples(features_of(tmp_path / "all", made, keep_images=40), np.arange(3), "dinov2")
     assert np.bincount(every.labels).tolist() == [PER_CLASS] * 3
     assert every.features is not None
     np.testing.assert_array_equal(every.features[:, 0] / 3 + 100, every.images[:, 0, 0, 0])
     opened.clear()
-    read_samples(features_of(tmp_path / "many", made, keep_images=40), 2)
+    read_samples(features_of(tmp_path / "many", made, keep_images=40), np.arange(2))
     assert opened == [FEATURE_UNIT.format(k) for k in range(3)]  # by then there are eight of both classes
 
 
@@ -139,7 +139,7 @@ def test_neighbours_are_those_of_a_search_through_all_that_is_kept(
     monkeypatch.setattr(report_inputs, "_MOST_MEASURED", 20)
     made = np.random.default_rng(1).normal(size=(40, 3)).astype(np.float32)
     made[1] = FEATURES[kept_rows(NUMBER, keep)[0]] if searched > NUMBER else made[1]  # a copy
-    samples = read_samples(features_of(tmp_path / "features", made), 3, "dinov2")
+    samples = read_samples(features_of(tmp_path / "features", made), np.arange(3), "dinov2")
     reference = reference_of(tmp_path / "reference", images, keep)
     found = find_neighbours("dinov2", samples, reference, images)
 
@@ -162,7 +162,10 @@ def test_neighbours_are_those_of_a_search_through_all_that_is_kept(
 
 def test_where_there_are_no_neighbours_it_is_said_why(images: Artifact, tmp_path: Path) -> None:
     features = features_of(tmp_path / "features", FEATURES)
-    samples, reference = read_samples(features, 3, "dinov2"), reference_of(tmp_path / "reference", images, 30)
+    samples, reference = (
+        read_samples(features, np.arange(3), "dinov2"),
+        reference_of(tmp_path / "reference", images, 30),
+    )
     assert no_neighbours("dinov2", samples, features, reference, images) == ""
     assert "different networks" in no_neighbours("inception", samples, features, reference, images)
     counts = {**reference.counts, "source": "published statistics"}

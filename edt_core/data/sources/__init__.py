@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from edt_core.data.sources.classes import select
-from edt_core.data.sources.files import EXTENSIONS, Entry, as_text, entries, is_image, one_file, opened, some
+from edt_core.data.sources.classes import refuse_alike, remarks, select
+from edt_core.data.sources.files import Entry, as_text, entries, is_image, one_file, opened, some
 from edt_core.data.sources.folder import list_image_folder
 from edt_core.data.sources.ilsvrc import CLASS_TAR, TRAIN_TAR, list_ilsvrc
 from edt_core.data.sources.labels import LABEL_FILES, list_labels
+from edt_core.data.sources.layouts import packed
 from edt_core.data.sources.listing import (
     UNREADABLE,
     Listing,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from edt_core.config import SourceConfig
 
 __all__ = [
-    "EXTENSIONS",
     "UNREADABLE",
     "Listing",
     "RawImage",
@@ -43,8 +43,9 @@ __all__ = [
     "source_identity",
 ]
 
-_LISTERS: dict[str, Callable[[Place, Progress], Listing]] = {
+_LISTERS: dict[str, Callable[[Place, "SourceConfig", Progress], Listing]] = {
     "image_folder": list_image_folder,
+    "labels": list_labels,
     "ilsvrc2012": list_ilsvrc,
     "webdataset": list_webdataset,
     "parquet": list_parquet,
@@ -64,10 +65,14 @@ def list_source(config: "SourceConfig", progress: Progress = _SILENT) -> Listing
     place = locate(config.path)
     refuse_compressed(str(place))
     kind = config.kind if config.kind != "auto" else detect_kind(place, config.labels)
-    listing = list_labels(place, config.labels, progress) if kind == "labels" else _LISTERS[kind](place, progress)
+    listing = _LISTERS[kind](place, config, progress)
     if twice := duplicates(listing.table["name"]):
         raise UserError(f"{len(twice)} names in {place} occur twice: {some(twice)}; rename or remove one of each")
-    return select(listing, place, config.classes, config.limit)
+    refuse_alike(listing.classes, place)
+    listing = select(listing, place, config.classes, config.limit)
+    for message in remarks(listing, place):
+        progress.warn(message)
+    return listing
 
 
 def detect_kind(place: Place, labels: str | None = None) -> str:
@@ -111,6 +116,7 @@ def detect_kind(place: Place, labels: str | None = None) -> str:
     raise UserError(
         f"no images in {place}: {len(files)} other files and 0 class folders found ({some(files)}); "
         "give a folder with one sub-folder a class, a folder with labels.csv, tar archives or parquet files"
+        f"{packed(files)}"
     )
 
 
@@ -136,9 +142,9 @@ def _kind_of_file(place: Place) -> str:
 
 
 def _kind_by_extension(names: Sequence[bytes]) -> str | None:
-    if any(name.endswith(b".tar") for name in names):
+    if any(name.lower().endswith(b".tar") for name in names):
         return "webdataset"
-    return "parquet" if any(name.endswith(b".parquet") for name in names) else None
+    return "parquet" if any(name.lower().endswith(b".parquet") for name in names) else None
 
 
 def _peek(place: Place, folders: Sequence[Entry]) -> list[Entry]:

@@ -1,41 +1,123 @@
 """Class names and indices, and the choice of classes and images that a user makes."""
 
 import difflib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from edt_core.data.sources.files import SHOWN, some
+from edt_core.data.sources.files import SHOWN, as_text, by_extension, some
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
 
 MAX_CLASSES = 1_000_000
+Name = TypeVar("Name", str, bytes)
 
 
-def by_name(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names sorted, and the class index (int32) of each of `names`."""
-    classes, labels = np.unique(np.array(names, dtype=object), return_inverse=True)
-    return tuple(classes.tolist()), labels.astype(np.int32)
+_NUMBER = re.compile("[0-9]{1,18}")
+_ESCAPED = re.compile(r"\\x[0-9a-f]{2}")  # as `as_text` writes bytes that are no UTF-8
 
 
-def by_index(labels: np.ndarray, names: tuple[str, ...] | None, where: object) -> tuple[str, ...]:
-    """Class names for labels that are class indices: those given, or the numbers 0 to the largest label.
+def natural(names: Iterable[Name]) -> list[Name]:
+    """Distinct names in order of their text; where all are whole numbers, of their value."""
+    distinct = sorted(set(names))
+    texts = [as_text(name) if isinstance(name, bytes) else name for name in distinct]
+    return sorted(distinct, key=int) if all(map(_NUMBER.fullmatch, texts)) else distinct
 
-    Raises UserError for labels below 0, beyond the names, or too large to be class indices.
+
+def by_name(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names in natural order, and the class index (int32) of each of `names`."""
+    classes = natural(names)
+    index = {name: place for place, name in enumerate(classes)}
+    return tuple(classes), np.fromiter((index[name] for name in names), np.int32, len(names))
+
+
+def by_number(labels: np.ndarray, names: tuple[str, ...] | None, where: object) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names, and the class index (int32) of each image, for labels that are whole numbers.
+
+    With `names` a label is the place of its name. Without, the labels that occur are the classes, in order, as names
+    would be. Raises UserError for labels below 0, beyond the names, or too many to be classes.
     """
-    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-    if low < 0:
+    if len(labels) and labels.min() < 0:
         raise UserError(
-            f"{int((labels < 0).sum())} of {len(labels)} images in {where} have the label {low}, which stands for none "
-            "(test splits have it); take the files that are labelled, by a pattern such as train-*"
+            f"{int((labels < 0).sum())} of {len(labels)} images in {where} have a label below 0, such as "
+            f"{labels.min()}, which stands for none (test splits have it); take the images that are labelled, where "
+            "they are in files of their own by a pattern such as train-*"
         )
-    if names is None and high >= MAX_CLASSES:
-        raise UserError(f"the labels in {where} go up to {high}: these are no class indices; number the classes from 0")
-    if names is not None and high >= len(names):
-        raise UserError(f"the label {high} in {where} is beyond the {len(names)} class names that come with it")
-    return names if names is not None else tuple(str(index) for index in range(high + 1))
+    if names is None:
+        distinct, places = np.unique(labels, return_inverse=True)
+        if len(distinct) >= MAX_CLASSES:
+            raise UserError(f"{where} has {len(distinct)} labels, up to {distinct[-1]}: these are no classes")
+        return tuple(map(str, distinct.tolist())), places.astype(np.int32)
+    if len(labels) and labels.max() >= len(names):
+        raise UserError(
+            f"the label {labels.max()} in {where} is beyond the {len(names)} class names that come with it; the first "
+            "name is that of the label 0"
+        )
+    return names, labels.astype(np.int32)
+
+
+def refuse_alike(classes: Sequence[str], place: Place) -> None:
+    """Raise UserError for class names that look the same: those that differ in blanks or in Unicode normal form alone.
+
+    Format: Unicode Standard Annex 15; a name with an accent is one code point on most systems and two on macOS.
+    """
+    alike = _groups(classes, lambda name: " ".join(unicodedata.normalize("NFC", name).split()))
+    if alike:
+        raise UserError(
+            f"{len(alike)} names in {place} stand for several classes, and look the same: {_alike(alike)}; give "
+            "the images of each class one name"
+        )
+
+
+def remarks(listing: Listing, place: Place) -> list[str]:
+    """What a person should know of a source that is read without a fault."""
+    told = []
+    classes = listing.classes
+    empty = [name for name, count in zip(classes, listing.class_counts.tolist(), strict=True) if not count]
+    if empty:
+        told.append(without_images(empty, len(classes)))
+    renumbered = all(map(_NUMBER.fullmatch, classes)) and [int(name) for name in classes] != list(range(len(classes)))
+    if renumbered:
+        told.append(
+            f"the classes of {place} are named by numbers that are not their indices: the indices 0 to "
+            f"{len(classes) - 1} stand for {some(classes)}"
+        )
+    if alike := _groups(classes, str.casefold):
+        told.append(f"classes of {place} differ in upper and lower case alone: {_alike(alike)}")
+    if escaped := [name for name in classes if _ESCAPED.search(name)]:
+        told.append(f"names of classes of {place} are not UTF-8, and other bytes are written as \\x..: {some(escaped)}")
+    if listing.left_out:
+        number = sum(listing.left_out.values())
+        told.append(f"{number} files in {place} are no images and are left out: {by_extension(listing.left_out)}")
+    return told
+
+
+def without_images(names: Sequence[str], classes: int) -> str:
+    """Says that these of so many classes have no images."""
+    return (
+        f"{len(names)} of {classes} classes have no images: {some(names)}; the model keeps their places, and samples "
+        "are neither drawn of them nor evaluated"
+    )
+
+
+def _groups(names: Sequence[str], key: Callable[[str], str]) -> list[list[str]]:
+    """The names that share a key with another."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _alike(groups: Sequence[Sequence[str]]) -> str:
+    """The first of the groups, in characters that show a difference."""
+    return "; ".join(" and ".join(map(ascii, group)) for group in groups[:SHOWN])
 
 
 def select(listing: Listing, place: Place, classes: tuple[str, ...], limit: int | None) -> Listing:
@@ -71,4 +153,4 @@ def _of_classes(listing: Listing, place: Place, wanted: tuple[str, ...]) -> List
     table = listing.table.set_column(column, "label", labels.cast(pa.int32())).filter(pc.is_valid(labels))
     if not len(table):
         raise UserError(f"the classes {some(wanted)} have no images in {place}")
-    return Listing(listing.root, tuple(known[index] for index in kept), table, listing.access)
+    return replace(listing, classes=tuple(known[index] for index in kept), table=table)

@@ -6,7 +6,8 @@ File names are bytes, relative to the folder of the source and with `/`: a Linux
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,16 +15,18 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
+from edt_core.data.images import image_extensions
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.redaction import redacted
 from edt_core.storage import Folder
 from edt_core.store_errors import clear_remote_errors
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+IMAGES = "files with an extension that the installed Pillow decodes, such as .jpg, .png, .webp or .avif"
 THREADS = 8
 SHOWN = 10  # names that a message lists
-_SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
+# What systems put into folders by themselves: macOS's archiver, Synology's thumbnails, Windows, ext4.
+_OF_THE_SYSTEM = {b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"}
 CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)\S*@")  # user:password@; not a port, nor a container of Azure's
 _TOKENS = ("ETag", "etag", "checksum", "md5Hash", "content_md5")  # s3fs, gcsfs and adlfs, fsspec's own, gcsfs, adlfs
 
@@ -45,8 +48,21 @@ def some(names: Sequence[bytes | str]) -> str:
     return f"{first} and {len(names) - SHOWN} more" if len(names) > SHOWN else first
 
 
+def extension(name: bytes) -> str:
+    """Of a file name, in lower case and with its dot; empty where there is none."""
+    stem, dot, end = name.rpartition(b"/")[2].rpartition(b".")
+    return as_text(dot + end.lower()) if stem else ""
+
+
 def is_image(name: bytes) -> bool:
-    return name.lower().endswith(_SUFFIXES)
+    return extension(name) in image_extensions()
+
+
+def by_extension(counted: Mapping[str, int]) -> str:
+    """`12 .txt, 3 without extension`: counts of files for a message, the most frequent first."""
+    ordered = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+    first = ", ".join(f"{count} {ending or 'without extension'}" for ending, count in ordered[:SHOWN])
+    return f"{first} and {len(ordered) - SHOWN} other extensions" if len(ordered) > SHOWN else first
 
 
 class Entry(NamedTuple):
@@ -62,11 +78,17 @@ class Entry(NamedTuple):
 class Files:
     """Table of name (binary), size (int64) and, where remote, version (string), sorted by name.
 
-    `others` counts the files that were found and not kept.
+    `others` counts the files that were found and not kept, by extension, for each folder directly in the source that
+    was looked into; of those beside them, for the empty name.
     """
 
     table: pa.Table
-    others: int
+    others: dict[bytes, Counter[str]]
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Files not kept, by extension."""
+        return sum(self.others.values(), Counter())
 
     @property
     def names(self) -> list[bytes]:
@@ -115,11 +137,15 @@ def entries(root: Folder, folder: bytes = b"") -> list[Entry]:
     return sorted(_remote_entries(fs, base, found))
 
 
+def _hidden(name: bytes) -> bool:
+    return name.startswith(b".") or name in _OF_THE_SYSTEM
+
+
 def _disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
     try:
         with os.scandir(os.path.join(root, folder)) as found:
             for item in found:
-                if item.name.startswith(b"."):
+                if _hidden(item.name):
                     continue
                 name = folder + b"/" + item.name if folder else item.name
                 if item.is_dir():
@@ -140,11 +166,10 @@ def _disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
 def _remote_entries(fs: Any, base: str, found: Sequence[dict[str, Any]]) -> Iterator[Entry]:
     for info in found:
         path = str(info["name"]).rstrip("/")
-        name = path.removeprefix(base).lstrip("/")
-        if not path.startswith(f"{base}/") or any(part.startswith(".") for part in name.split("/")):
+        encoded = path.removeprefix(base).lstrip("/").encode("utf-8", "surrogateescape")
+        if not path.startswith(f"{base}/") or any(map(_hidden, encoded.split(b"/"))):
             continue  # the folder's own marker, and dotfiles
         is_folder = info["type"] == "directory"
-        encoded = name.encode("utf-8", "surrogateescape")
         if is_folder or not str(info["name"]).endswith("/"):
             version = "" if is_folder else _version(fs, info)
             yield Entry(encoded, is_folder, int(info.get("size") or 0), version)
@@ -177,13 +202,13 @@ def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress,
     top = entries(root)
     folders = [entry.name for entry in top if entry.is_folder] if recursive else []
 
-    def part(files: Iterator[Entry]) -> tuple[pa.Table, int]:
-        kept, others = [], 0
+    def part(files: Iterator[Entry]) -> tuple[pa.Table, Counter[str]]:
+        kept, others = [], Counter[str]()
         for entry in files:
             if keep(entry.name):
                 kept.append(entry)
             else:
-                others += 1
+                others[extension(entry.name)] += 1
         return _table(kept, with_version=root.local is None), others
 
     parts = [part(entry for entry in top if not entry.is_folder)]
@@ -192,7 +217,7 @@ def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress,
             parts.append(found)
             progress.update(done, len(folders), "folders listed")
     table = pa.concat_tables([table for table, _ in parts]).sort_by("name")
-    return Files(table, sum(others for _, others in parts))
+    return Files(table, {folder: others for folder, (_, others) in zip([b"", *folders], parts, strict=True)})
 
 
 def one_file(root: Folder, name: bytes) -> Files:
@@ -203,7 +228,7 @@ def one_file(root: Folder, name: bytes) -> Files:
         else:
             fs, base = remote(root)
             found = list(_remote_entries(fs, base, [fs.info(remote_path(base, name))]))
-    return Files(_table(found, with_version=root.local is None), 0)
+    return Files(_table(found, with_version=root.local is None), {})
 
 
 def _table(found: Sequence[Entry], with_version: bool) -> pa.Table:

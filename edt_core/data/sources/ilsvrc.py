@@ -4,12 +4,13 @@ Format: image-net.org, ILSVRC2012: `n01440764.tar` holds `n01440764_10026.JPEG`;
 """
 
 import re
+from collections import Counter
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from edt_core.data.sources.files import as_text, files_below, is_image, opened, some
+from edt_core.data.sources.files import as_text, extension, files_below, is_image, opened, some
 from edt_core.data.sources.folder import list_image_folder
 from edt_core.data.sources.listing import Listing, archive_table, encode_repeats
 from edt_core.data.sources.places import Place, matching
@@ -18,6 +19,9 @@ from edt_core.data.sources.tars import BLOCK_SIZE, members
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.storage import Folder
+
+if TYPE_CHECKING:
+    from edt_core.config import SourceConfig
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 CLASS_TAR = re.compile(rb"(?:.*/)?(n\d{8})\.tar")
@@ -32,7 +36,7 @@ class ClassTar(NamedTuple):
     stop: int
 
 
-def list_ilsvrc(place: Place, progress: Progress) -> Listing:
+def list_ilsvrc(place: Place, config: "SourceConfig", progress: Progress) -> Listing:
     """The images in order of `<wnid>/<name>`, as in the extracted folder; class index by sorted wnid.
 
     `place` is the train tar, a folder with it, with its class tars, or with the extracted class folders. Raises
@@ -45,7 +49,7 @@ def list_ilsvrc(place: Place, progress: Progress) -> Listing:
     else:
         found = files_below(place.root, lambda name: bool(CLASS_TAR.fullmatch(name)), progress)
     if not found.table.num_rows:
-        return list_image_folder(place, progress)
+        return list_image_folder(place, config, progress)
     tars: list[ClassTar] = []
     for entry in found.table.to_pylist():
         name, size, version = entry["name"], entry["size"], entry.get("version")
@@ -59,13 +63,14 @@ def list_ilsvrc(place: Place, progress: Progress) -> Listing:
     if not tars:
         raise UserError(f"no class tars such as n01440764.tar in {place}; is it {TRAIN_TAR}, or a folder with it?")
     tars.sort()
-    tables = []
-    for done, table in enumerate(ahead(lambda tar: _class_table(place.root, tar), tars), 1):
+    tables, left_out = [], Counter[str]() + found.left_out
+    for done, (table, others) in enumerate(ahead(lambda tar: _class_table(place.root, tar), tars), 1):
+        left_out += others
         label = pa.repeat(pa.scalar(done - 1, pa.int32()), len(table))
         tables.append(table.set_column(1, "label", label))
         progress.update(done, len(tars), "class archives listed")
     table = encode_repeats(pa.concat_tables(tables))
-    return Listing(place.root, tuple(as_text(wnid) for wnid in wnids), table, "range")
+    return Listing(place.root, tuple(as_text(wnid) for wnid in wnids), table, "range", dict(left_out))
 
 
 def _inside(root: Folder, name: bytes, version: str | None, size: int) -> list[ClassTar]:
@@ -78,13 +83,15 @@ def _inside(root: Folder, name: bytes, version: str | None, size: int) -> list[C
         ]
 
 
-def _class_table(root: Folder, tar: ClassTar) -> pa.Table:
-    """The images of one class tar, sorted by name; labels are still 0."""
+def _class_table(root: Folder, tar: ClassTar) -> tuple[pa.Table, Counter[str]]:
+    """The images of one class tar, sorted by name, with label 0 for now; and its other members, by extension."""
     where = f"{as_text(tar.wnid)}.tar" + ("" if CLASS_TAR.fullmatch(tar.file) else f" in {as_text(tar.file)}")
     with opened(root, tar.file, BLOCK_SIZE) as file:
-        images = sorted(member for member in members(file, where, tar.start, tar.stop) if is_image(member.name))
+        found = sorted(members(file, where, tar.start, tar.stop))
+    images = [member for member in found if is_image(member.name)]
+    others = Counter(extension(member.name) for member in found if not is_image(member.name))
     if not images:
         raise UserError(f"no images in {where}; it should hold {as_text(tar.wnid)}_*.JPEG")
     names = [tar.wnid + b"/" + member.name for member in images]
     offsets, sizes = [member.offset for member in images], [member.size for member in images]
-    return archive_table(tar.file, tar.version, names, [0] * len(images), sizes, offsets)
+    return archive_table(tar.file, tar.version, names, [0] * len(images), sizes, offsets), others

@@ -1,24 +1,28 @@
-"""A folder of images and a file that says which class each of them has: CSV, JSON or JSON lines."""
+"""A folder of images and a file that says which class each of them has: CSV, TSV, a list, JSON or JSON lines."""
 
 import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from edt_core.data.sources.classes import by_name
-from edt_core.data.sources.files import as_text, files_below, is_image, read_errors, shown, some
+from edt_core.data.sources.files import as_text, extension, files_below, is_image, read_errors, shown, some
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.storage import Folder
+
+if TYPE_CHECKING:
+    from edt_core.config import SourceConfig
 
 LABEL_FILES = ("labels.csv", "labels.json", "metadata.csv", "metadata.jsonl", "dataset.json")
 _FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
@@ -28,12 +32,13 @@ _SHAPES = (
     '{"labels": [[file, label], ...]}'
 )
 
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_NEGATIVE = re.compile(r"-[0-9]+")
+_DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?(nan|inf)", re.IGNORECASE)
 
 Pairs = Iterator[tuple[Any, Any]]
 
 
-def list_labels(place: Place, labels: str | None, progress: Progress) -> Listing:
+def list_labels(place: Place, config: "SourceConfig", progress: Progress) -> Listing:
     """The images that the labels file names, in order of their names.
 
     Labels that are all whole numbers keep their order as classes, others are sorted names. Raises UserError for a
@@ -41,7 +46,7 @@ def list_labels(place: Place, labels: str | None, progress: Progress) -> Listing
     """
     if place.pattern:
         raise UserError(f"{place} is no folder; give the folder of the images and its labels file as source.labels")
-    where, data = _read(place.root, labels)
+    where, data = _read(place.root, config.labels)
     given = _unique(parse_labels(data, where), where, place.root)
     files = files_below(place.root, lambda name: True, progress).table
     names = pa.array(list(given), pa.binary())
@@ -52,14 +57,15 @@ def list_labels(place: Place, labels: str | None, progress: Progress) -> Listing
             "them or take them off the list (source.kind=image_folder takes the classes from sub-folders instead)"
         )
     places = pc.index_in(files["name"], names).combine_chunks()
-    unlisted = [name for name in files.filter(pc.is_null(places))["name"].to_pylist() if is_image(name)]
+    others = [name for name in files.filter(pc.is_null(places))["name"].to_pylist() if as_text(name) != where]
+    unlisted = [name for name in others if is_image(name)]
     if unlisted:
         progress.warn(f"{len(unlisted)} images in {place} are not in {where} and are left out: {some(unlisted)}")
     classes, indices = _classes(list(given.values()), where)
     table = files.filter(pc.is_valid(places))
-    return Listing(
-        place.root, classes, table.add_column(1, "label", pa.array(indices[np.asarray(places.drop_null())])), "file"
-    )
+    table = table.add_column(1, "label", pa.array(indices[np.asarray(places.drop_null())]))
+    left_out = Counter(extension(name) for name in others if not is_image(name))
+    return Listing(place.root, classes, table, "file", dict(left_out))
 
 
 def _read(root: Folder, labels: str | None) -> tuple[str, bytes]:
@@ -90,20 +96,37 @@ def parse_labels(data: bytes, where: str) -> Pairs:
     """(file, label) of each entry. Formats: see `_SHAPES` (the last is StyleGAN's dataset.json), and CSV."""
     text = data.decode("utf-8-sig", "surrogateescape")
     name = where.lower()
+    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+        raise UserError(f"the labels file {where} is UTF-16; save it as UTF-8, as by iconv -f utf-16 -t utf-8")
     if name.endswith(".csv"):
-        yield from _csv(text, where)
+        yield from _csv(text, where, ",")
+    elif name.endswith(".tsv"):
+        yield from _csv(text, where, "\t")
+    elif name.endswith(".txt"):
+        yield from _lines(text, where)
     elif name.endswith((".jsonl", ".ndjson")):
         lines = [_json(line, f"{where}, line {k}") for k, line in enumerate(text.splitlines(), 1) if line.strip()]
         yield from _objects(lines, where)
     elif name.endswith(".json"):
         yield from _shape(_json(text, where), where)
     else:
-        raise UserError(f"the labels file {where} is neither .csv nor .json nor .jsonl; convert or rename it")
+        raise UserError(f"the labels file {where} is none of .csv, .tsv, .txt, .json and .jsonl; convert or rename it")
 
 
-def _csv(text: str, where: str) -> Pairs:
+def _lines(text: str, where: str) -> Pairs:
+    """`<file> <label>` a line, as Caffe's lists and Places have it; the file may hold blanks, the label may not."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if parts := line.rsplit(maxsplit=1):
+            if len(parts) < 2:
+                raise UserError(
+                    f"{where}, line {number} is {line!r}: a file and a label are needed, with a blank between"
+                )
+            yield parts[0].strip(), parts[1]
+
+
+def _csv(text: str, where: str, delimiter: str) -> Pairs:
     try:
-        found = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+        found = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
     except csv.Error as error:
         raise UserError(f"{where} is not a whole CSV file: {error}; mend it") from error
     if not found:
@@ -118,7 +141,7 @@ def _csv(text: str, where: str) -> Pairs:
         if len(row) <= max(columns):
             raise UserError(
                 f"{where}, row {number} has {len(row)} columns ({', '.join(row)}): a file and a label are needed, "
-                "separated by a comma"
+                f"separated by {'a comma' if delimiter == ',' else 'a tab'}"
             )
         yield row[columns[0]], row[columns[1]].strip()
 
@@ -142,6 +165,11 @@ def _json(text: str, where: str) -> Any:
 
 
 def _shape(value: Any, where: str) -> Pairs:
+    if isinstance(value, dict) and set(value) >= {"images", "annotations"}:
+        raise UserError(
+            f"{where} has the annotations of objects in images, as COCO does: several classes an image. A labels file "
+            f"says one class for each image; write one, {_SHAPES}"
+        )
     if isinstance(value, dict) and set(value) >= {"labels"} and not isinstance(value["labels"], str | int):
         value = value["labels"]
     if isinstance(value, dict):
@@ -174,7 +202,7 @@ def _unique(pairs: Pairs, where: str, root: Folder) -> dict[bytes, str | int]:
         if label == "":
             raise UserError(f"{where}: {file!r} has no label; give it one or take it off the list")
         name = file.removeprefix(inside) if inside else file
-        key = _bytes(name.removeprefix("./"))
+        key = _bytes(name.removeprefix("./").lstrip("/"))  # Places writes /a/airfield/00000001.jpg
         if given.setdefault(key, label) != label:
             twice.append(key)
     if twice:
@@ -194,14 +222,14 @@ def _bytes(text: str) -> bytes:
 
 def _classes(labels: list[str | int], where: str) -> tuple[tuple[str, ...], np.ndarray]:
     texts = [as_text(_bytes(str(label))) for label in labels]
-    if not all(map(_NUMBER.fullmatch, texts)):
-        return by_name(texts)
-    numbers = [int(text) for text in texts]
-    if min(numbers) < 0:
+    if negative := [text for text in texts if _NEGATIVE.fullmatch(text)]:
         raise UserError(
-            f"{where} has {sum(number < 0 for number in numbers)} labels below 0, such as {min(numbers)}, which stands "
-            "for none; take those images off the list"
+            f"{where} has {len(negative)} labels below 0, such as {negative[0]}, which stands for none; take those "
+            "images off the list"
         )
-    distinct = sorted(set(numbers))
-    index = {number: k for k, number in enumerate(distinct)}
-    return tuple(map(str, distinct)), np.array([index[number] for number in numbers], dtype=np.int32)
+    if decimal := [text for text in texts if _DECIMAL.fullmatch(text)]:
+        raise UserError(
+            f"{where} has {len(decimal)} labels with a decimal point or of no number, such as {decimal[0]}: a class is "
+            "a name or a whole number (pandas writes whole numbers so where some are missing: .astype(int))"
+        )
+    return by_name(texts)

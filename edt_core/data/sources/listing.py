@@ -2,8 +2,8 @@
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -41,9 +41,15 @@ class Listing:
     classes: tuple[str, ...]  # in order of class index
     table: pa.Table
     access: Access
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files that were found and are no images, by extension
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """Images of each class [K], int64: 0 for a class that the source names and has no image of."""
+        return np.bincount(np.asarray(self.table["label"]), minlength=len(self.classes))
 
     @property
     def remote(self) -> bool:
@@ -54,12 +60,12 @@ class Listing:
         """Images [start, stop), in buffers of their own: pickling an Arrow slice would send the whole listing."""
         start, stop = max(start, 0), min(max(stop, start, 0), len(self))
         part = self.table.slice(start, stop - start)  # a view first: taking from the whole would join its chunks anew
-        return Listing(self.root, self.classes, part, self.access).take(np.arange(stop - start))
+        return replace(self, table=part, left_out={}).take(np.arange(stop - start))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Listing":
         """The images at these places, in this order."""
         table = self.table.take(pa.array(np.asarray(indices, dtype=np.int64)))
-        return Listing(self.root, self.classes, encode_repeats(decode_repeats(table)).combine_chunks(), self.access)
+        return replace(self, table=encode_repeats(decode_repeats(table)).combine_chunks())
 
     def images(self) -> Iterator[RawImage]:
         """The encoded images in order, read ahead by eight threads (parquet: streamed by one).
@@ -74,9 +80,9 @@ class Listing:
 
 def decode_repeats(table: pa.Table) -> pa.Table:
     """Dictionary columns as plain ones."""
-    for index, field in enumerate(table.schema):
-        if pa.types.is_dictionary(field.type):
-            table = table.set_column(index, field.name, table[field.name].cast(field.type.value_type))
+    for index, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            table = table.set_column(index, column.name, table[column.name].cast(column.type.value_type))
     return table
 
 

@@ -6,13 +6,13 @@ metadata under `huggingface`.
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from edt_core.data.sources.classes import by_index, by_name
+from edt_core.data.sources.classes import by_name, by_number
 from edt_core.data.sources.files import as_text, opened
 from edt_core.data.sources.listing import Listing, archive_table, encode_repeats
 from edt_core.data.sources.places import Place, matching, warn_of_splits
@@ -20,6 +20,9 @@ from edt_core.data.sources.reading import ahead, image_column
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.storage import Folder
+
+if TYPE_CHECKING:
+    from edt_core.config import SourceConfig
 
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "class_name", "category", "target")
 
@@ -33,7 +36,7 @@ class _Part(NamedTuple):
     names: tuple[str, ...] | None
 
 
-def list_parquet(place: Place, progress: Progress) -> Listing:
+def list_parquet(place: Place, config: "SourceConfig", progress: Progress) -> Listing:
     """The rows in order of file name, then of row; only their labels are read.
 
     Raises UserError for files that are not whole parquet, have no image or label column, disagree on their classes, or
@@ -52,7 +55,8 @@ def list_parquet(place: Place, progress: Progress) -> Listing:
         stop = start + len(part.labels)
         tables.append(_table(part, labels[start:stop]))
         start = stop
-    return Listing(place.root, classes, encode_repeats(pa.concat_tables(tables)), "parquet")
+    table = encode_repeats(pa.concat_tables(tables))
+    return Listing(place.root, classes, table, "parquet", dict(files.left_out))
 
 
 def _part(root: Folder, file: bytes, version: str | None) -> _Part:
@@ -109,7 +113,7 @@ def _labels(place: Place, parts: Sequence[_Part]) -> tuple[tuple[str, ...], np.n
     if _is_text(first.labels.type):
         return by_name([label for part in parts for label in part.labels.to_pylist()])
     labels = np.concatenate([part.labels.cast(pa.int64()).to_numpy() for part in parts])
-    return by_index(labels, first.names, place), labels.astype(np.int32)
+    return by_number(labels, first.names, place)
 
 
 def _table(part: _Part, labels: np.ndarray) -> pa.Table:

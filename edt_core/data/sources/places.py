@@ -93,7 +93,7 @@ def matching(place: Place, suffix: str, progress: Progress) -> Files:
     else:
         files = _by_pattern(place, progress)
     if not files.table.num_rows:
-        raise UserError(f"no {suffix} files in {place}: {files.others} other files found")
+        raise UserError(f"no {suffix} files in {place}: {files.left_out.total()} other files found")
     return files
 
 

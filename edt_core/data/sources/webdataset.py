@@ -4,15 +4,17 @@ Format: github.com/webdataset/webdataset, "The WebDataset Format". Members are l
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from edt_core.data.sources.classes import by_index
-from edt_core.data.sources.files import EXTENSIONS, as_text, opened, some
+from edt_core.data.images import image_extensions
+from edt_core.data.sources.classes import by_number
+from edt_core.data.sources.files import IMAGES, as_text, opened, some
 from edt_core.data.sources.listing import Listing, archive_table, encode_repeats
 from edt_core.data.sources.places import Place, matching, warn_of_splits
 from edt_core.data.sources.reading import ahead
@@ -22,7 +24,9 @@ from edt_core.progress import Progress
 from edt_core.schema import CLASS_MEMBER, CLASSES_NAME, JSON_MEMBER
 from edt_core.storage import Folder
 
-_IMAGES = tuple(extension.removeprefix(".").encode() for extension in EXTENSIONS)
+if TYPE_CHECKING:
+    from edt_core.config import SourceConfig
+
 _PICKLES = (b"pyd", b"pkl", b"pickle", b"pth", b"pt")
 _MAX_LABEL_BYTES = 1 << 20
 
@@ -38,9 +42,10 @@ class _Shard(NamedTuple):
     keys: list[bytes]
     without_image: list[bytes]
     without_label: list[bytes]
+    left_out: Counter[str]  # members that are neither image nor label, by extension
 
 
-def list_webdataset(place: Place, progress: Progress) -> Listing:
+def list_webdataset(place: Place, config: "SourceConfig", progress: Progress) -> Listing:
     """The samples in order of shard name, then as they lie in it. Class names from classes.json beside the shards.
 
     Raises UserError for archives that are not whole, members that would have to be unpickled, samples without an image
@@ -56,13 +61,17 @@ def list_webdataset(place: Place, progress: Progress) -> Listing:
     _refuse(place, shards)
     table = encode_repeats(pa.concat_tables([shard.table for shard in shards]))
     names = _class_names(place.root, files.names)
-    return Listing(place.root, by_index(np.asarray(table["label"]), names, place), table, "range")
+    classes, labels = by_number(np.asarray(table["label"]), names, place)
+    table = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels))
+    beside = files.left_out - Counter({".json": 1} if names is not None else {})
+    left_out = sum((shard.left_out for shard in shards), beside)
+    return Listing(place.root, classes, table, "range", dict(left_out))
 
 
 def _shard(root: Folder, entry: dict[str, Any]) -> _Shard:
     name, size = entry["name"], entry["size"]
     with opened(root, name, BLOCK_SIZE) as file:
-        samples = list(_samples(file, as_text(name), size))
+        samples = list(_samples(file, as_text(name), size, left_out := Counter[str]()))
     whole = [(s.key, s.image, s.label) for s in samples if s.image is not None and s.label is not None]
     table = archive_table(
         name,
@@ -73,10 +82,11 @@ def _shard(root: Folder, entry: dict[str, Any]) -> _Shard:
         [image.offset for _, image, _ in whole],
     )
     without_image = [s.key for s in samples if s.image is None]
-    return _Shard(table, [s.key for s in samples], without_image, [s.key for s in samples if s.label is None])
+    without_label = [s.key for s in samples if s.label is None]
+    return _Shard(table, [s.key for s in samples], without_image, without_label, left_out)
 
 
-def _samples(file: BinaryIO, where: str, size: int) -> Iterator[_Sample]:
+def _samples(file: BinaryIO, where: str, size: int, left_out: Counter[str]) -> Iterator[_Sample]:
     def located() -> Iterator[tuple[bytes, bytes, Member, int | None]]:
         """(key, extension, member, label if it says one); small members are read while the file is at them."""
         for member in members(file, where, 0, size):
@@ -91,19 +101,30 @@ def _samples(file: BinaryIO, where: str, size: int) -> Iterator[_Sample]:
             if extension in (CLASS_MEMBER.encode(), JSON_MEMBER.encode()):
                 file.seek(member.offset)
                 label = _label(extension, file.read(min(member.size, _MAX_LABEL_BYTES)), member, where)
+            elif not _is_image(extension):
+                left_out[f".{as_text(extension)}"] += 1
             yield folder + slash + base[: len(stem)], extension, member, label
 
     for key, group in groupby(located(), key=lambda part: part[0]):
         parts = list(group)
-        images = [member for _, extension, member, _ in parts if extension in _IMAGES]
+        images = [member for _, extension, member, _ in parts if _is_image(extension)]
         if len(images) > 1:
             raise UserError(
                 f"the sample {as_text(key)!r} in {where} has {len(images)} images "
                 f"({some([image.name for image in images])}); keep one of them, and each key once"
             )
         labels = {extension: label for _, extension, _, label in parts if label is not None}
-        label = labels.get(CLASS_MEMBER.encode(), labels.get(JSON_MEMBER.encode()))
+        if len(set(labels.values())) > 1:
+            raise UserError(
+                f"the sample {as_text(key)!r} in {where} has the labels {' and '.join(map(str, labels.values()))} in "
+                "its .cls and .json members; remove the one that is wrong"
+            )
+        label = next(iter(labels.values()), None)
         yield _Sample(key, images[0] if images else None, label)
+
+
+def _is_image(extension: bytes) -> bool:
+    return f".{as_text(extension)}" in image_extensions()
 
 
 def _label(extension: bytes, data: bytes, member: Member, where: str) -> int | None:
@@ -132,7 +153,7 @@ def _refuse(place: Place, shards: Sequence[_Shard]) -> None:
             "whole source, whose members lie next to each other"
         )
     for what, bad in (
-        ("image (" + ", ".join(EXTENSIONS) + ")", [key for shard in shards for key in shard.without_image]),
+        (f"image ({IMAGES})", [key for shard in shards for key in shard.without_image]),
         ('label (.cls, or .json with a number as "label")', [key for shard in shards for key in shard.without_label]),
     ):
         if bad:

@@ -1,0 +1,113 @@
+"""Folders that hold a data set in a layout of its own, which would be read as classes that it does not have."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from edt_core.data.sources.files import as_text, some
+from edt_core.data.sources.places import Place
+from edt_core.errors import UserError
+
+_SPLIT = re.compile(
+    r"(train|training|train_?val|val|valid|validation|dev|test|testing|unlabell?ed|extra)"
+    r"([-_ ]?(\d{2,4}|set|data|images?|img|large|standard|val|std))*",
+    re.IGNORECASE,
+)
+_PART = re.compile(
+    r"images?\d*|imgs?|jpe?gs?|pngs?|jpegimages|photos?|annotations?|labels?|masks?|trimaps?|bbox(es)?|meta(data)?"
+    r"|segmentations?|segmentation(class|object)|segmim|imagesets?|ground_?truth|gt|thumb(nail)?s?",
+    re.IGNORECASE,
+)
+# What files of other programs hold images in, by a pattern of their names, and how it is told.
+_PACKED = (
+    (r"data_batch_\d+(\.bin)?|test_batch(\.bin)?|(coarse|fine)_label_names(\.txt)?", "batches of CIFAR"),
+    (r".*\.bin", "binary files, as of STL-10"),
+    (r".*-ubyte(\.gz)?", "IDX files, as of MNIST"),
+    (r".*\.(npz|npy)", "NumPy arrays"),
+    (r".*\.mat", "MATLAB files"),
+    (r".*\.(h5|hdf5|hdf)", "HDF5 files"),
+    (r".*\.(pkl|pickle|pt|pth)", "pickles"),
+    (r".*\.(tfrecords?|tfrecord-.*|rec|beton|mds)", "records of another loader"),
+    (r".*\.(mdb|lmdb)", "an LMDB database"),
+    (r".*\.(zip|7z|rar)", "archives that are not tar"),
+)
+
+
+class Nested(NamedTuple):
+    """A folder directly in the source: how many images it has, and in which folders right below it they are."""
+
+    name: bytes
+    images: int
+    inner: tuple[bytes, ...]
+    direct: int
+
+
+def nesting(names: pa.ChunkedArray) -> list[Nested]:
+    """The folders directly in a source, sorted, from the names of its images (binary, each `<folder>/.../<file>`)."""
+    parts = pc.split_pattern(names, b"/", max_splits=2)
+    first = pc.list_element(parts, 0).cast(pa.binary())
+    second = pc.if_else(pc.greater(pc.list_value_length(parts), 2), pc.list_element(parts, 1), pa.scalar(b""))
+    grouped = pa.table({"first": first, "second": second}).group_by(["first", "second"]).aggregate([([], "count_all")])
+    found: dict[bytes, dict[bytes, int]] = {}
+    for row in grouped.to_pylist():
+        found.setdefault(row["first"], {})[row["second"]] = row["count_all"]
+    return [
+        Nested(name, sum(inner.values()), tuple(sorted(key for key in inner if key)), inner.get(b"", 0))
+        for name, inner in sorted(found.items())
+    ]
+
+
+def refuse_other_layouts(place: Place, folders: Sequence[Nested]) -> None:
+    """Raise UserError where the folders directly in a source are no classes, with the folder to give instead.
+
+    These are splits (ImageNet as Kaggle has it, COCO), parts of a data set beside each other (images and annotations),
+    and one folder around those of the classes.
+    """
+    names = [as_text(folder.name) for folder in folders]
+    deeper = [folder for folder in folders if len(folder.inner) > 1]
+    told = "splits" if all(map(_SPLIT.fullmatch, names)) else "parts"
+    if all(_SPLIT.fullmatch(name) or _PART.fullmatch(name) for name in names) and (deeper or len(names) > 1):
+        what = f"the folders of {place} with images ({some(names)}) are {told} of a data set, not classes"
+    elif len(folders) == 1 and deeper:
+        what = f"all images in {place} are in its folder {names[0]!r}, which holds {len(deeper[0].inner)} folders"
+    else:
+        return
+    remedy = (
+        f"give the folder of the classes, as {place}/{as_text(_preferred(deeper).name)}"
+        if deeper
+        else "their images lie side by side, and nothing says their classes: write labels.csv with the columns "
+        "file_name,label, or sort them into one folder a class"
+    )
+    raise UserError(f"{what}; {remedy} (where they are classes, name them with source.classes)")
+
+
+def _preferred(folders: Sequence[Nested]) -> Nested:
+    """The folder to train on: the one that is called so, or that with the most images."""
+    return max(folders, key=lambda folder: (folder.name.lower().startswith(b"train"), folder.images))
+
+
+def refuse_two_levels(place: Place, folders: Sequence[Nested]) -> None:
+    """Raise UserError where every folder holds folders of images and nothing else: either could be the classes."""
+    if folders and all(len(folder.inner) > 1 and not folder.direct for folder in folders):
+        inner = sum(len(folder.inner) for folder in folders)
+        first = folders[0]
+        raise UserError(
+            f"the {len(folders)} folders of {place} hold {inner} folders of images, as "
+            f"{as_text(first.name)}/{as_text(first.inner[0])}, and nothing says which are the classes; choose with "
+            "source.class_folder (--class-folder): first takes the outer ones, last those that the images lie in"
+        )
+
+
+def packed(names: Sequence[bytes]) -> str:
+    """What to do about files that hold images in a form that is not read; empty where there are none."""
+    for pattern, what in _PACKED:
+        found = [name for name in names if re.fullmatch(pattern, as_text(name), re.IGNORECASE)]
+        if found:
+            return (
+                f". {len(found)} of the files are {what}, which are not read: take the data set as Parquet files, as "
+                "the Hugging Face Hub has the well-known ones, or write its images as files, one folder a class"
+            )
+    return ""

@@ -82,8 +82,10 @@ def _shorter_side(data: bytes | None) -> int | None:
     """Of an encoded image, by its header alone; None for what is no image."""
     from PIL import Image
 
+    from edt_core.data.images import image_formats
+
     try:
-        with Image.open(io.BytesIO(data or b"")) as image:
+        with Image.open(io.BytesIO(data or b""), formats=tuple(image_formats())) as image:
             return min(image.size)
     except Exception:  # Pillow's decoders raise whatever they like on hostile bytes
         return None

@@ -114,12 +114,19 @@ def _eight_bit() -> NDArray[np.uint8]:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's center crop to size x size: halve by box filter while twice too large, bicubic to size, crop the middle.
 
-    Source: Dhariwal & Nichol 2021 (arXiv 2105.05233), the preparation of their ImageNet data.
+    Source: Dhariwal & Nichol 2021 (arXiv 2105.05233), the preparation of their ImageNet data. Raises ValueError for a
+    strip so narrow that it would have more than MAX_PIXELS on the way.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
+    largest = max(width * image.height, size * height)
+    if largest > MAX_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels would have {largest:,} on the way to {size} x {size}, more than "
+            f"{MAX_PIXELS:,}: the strip is too narrow"
+        )
     left, top = (width - size) // 2, (height - size) // 2
     # Pillow resamples columns, then rows, with 8-bit levels between. Done one by one, rows are made of the columns that
     # are kept alone, and every level is the same.

@@ -60,3 +60,16 @@ def test_the_digits_are_written_once_and_whole(tmp_path: Path) -> None:
     identity = source_identity(listing)
     next(root.glob("3/*.png")).unlink()
     assert source_identity(list_source(SourceConfig(path=str(write_digits(root))))) == identity
+
+
+@pytest.mark.parametrize("shape", [(30, 9000), (9000, 30)])
+def test_strips_are_cropped_as_adm_does(shape: tuple[int, int]) -> None:
+    image = Image.effect_noise(shape, 60).convert("RGB")
+    assert np.array_equal(np.asarray(center_crop(image, 256)), reference_crop(image, 256))
+
+
+@pytest.mark.parametrize("shape", [(1, 30_000), (2, 89_000)])
+def test_a_strip_that_would_grow_beyond_all_bounds_is_refused(shape: tuple[int, int]) -> None:
+    """30,000 pixels in a column would be 1,966,080,000 on the way to 256 x 256, 8 GB."""
+    with pytest.raises(ValueError, match=r"on the way to 256 x 256, more than 89,478,485: the strip is too narrow"):
+        center_crop(Image.new("RGB", shape), 256)

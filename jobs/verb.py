@@ -270,9 +270,12 @@ def split_digest(location: str) -> tuple[str, str | None]:
 
 def image_source(config: SourceConfig, progress: Progress | None = None) -> Source:
     """The images of a configuration and the identity of what they are. Raises UserError where there are none."""
-    from edt_core.data.sources import list_source, source_identity
+    from edt_core.data.sources import list_source, remarks, source_identity
 
     told = progress or Silent()
     if config.path is None or config.kind == "digits":
         raise UserError("the digits come with the pipeline (edt run quickstart); here, give images of your own")
-    return Source(config.path, source_identity(list_source(config, told), told), config)
+    listing = list_source(config, told)
+    for remark in remarks(listing):
+        told.warn(remark)
+    return Source(config.path, source_identity(listing, told), config)

@@ -33,10 +33,10 @@ class SourceCounts:
 def source_counts(config: SourceConfig) -> SourceCounts:
     """Lists a source, without reading its images. Raises UserError where there is none that can be trained on."""
     from edt_core.data.digits import NUM_DIGITS
-    from edt_core.data.sources import list_source
+    from edt_core.data.sources import list_source, remarks
 
     if config.kind == "digits":
         return SourceCounts(min(NUM_DIGITS, config.limit or NUM_DIGITS), len(config.classes) or 10)
     told = Told()
     listing = list_source(config, told)
-    return SourceCounts(len(listing), len(listing.classes), tuple(told.warnings))
+    return SourceCounts(len(listing), len(listing.classes), (*told.warnings, *remarks(listing)))

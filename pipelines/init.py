@@ -62,7 +62,7 @@ class Answers:
 def look_at(path: str) -> Images:
     """List the images at a path or URI and measure some. Raises UserError where there are none to train on."""
     from edt_core.config import SourceConfig
-    from edt_core.data.sources import detect_kind, list_source
+    from edt_core.data.sources import detect_kind, list_source, remarks
     from edt_core.data.sources.places import locate
     from edt_core.progress import Told
     from edt_core.storage import Folder
@@ -75,7 +75,7 @@ def look_at(path: str) -> Images:
     listing = list_source(SourceConfig.model_validate({"kind": kind, "path": place}), told)
     chosen = np.unique(np.linspace(0, len(listing) - 1, min(_MEASURED, len(listing))).astype(np.int64))
     sides = [side for image in listing.take(chosen).images() if (side := _shorter_side(image.data))]
-    return Images(place, kind, len(listing), len(listing.classes), tuple(sides), tuple(told.warnings))
+    return Images(place, kind, len(listing), len(listing.classes), tuple(sides), (*told.warnings, *remarks(listing)))
 
 
 def _shorter_side(data: bytes | None) -> int | None:

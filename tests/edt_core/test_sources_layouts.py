@@ -14,14 +14,18 @@ from PIL import Image
 
 from edt_core.config import SourceConfig
 from edt_core.data.images import decode_rgb, image_extensions, image_formats
-from edt_core.data.sources import Listing, list_source, source_identity
+from edt_core.data.sources import Listing, list_source, remarks, source_identity
 from edt_core.errors import UserError
 from edt_core.progress import Silent, Told
 from tests.support.sources import tar_bytes
 
 
 def listed(path: Path, told: Told | None = None, **options: Any) -> Listing:
-    return list_source(SourceConfig(path=str(path), **options), told or Silent())
+    """The listing of a source, and what is remarked of it."""
+    listing = list_source(SourceConfig(path=str(path), **options), told or Silent())
+    if told is not None:
+        told.warnings += remarks(listing)
+    return listing
 
 
 def write(root: Path, *names: str) -> Path:

@@ -18,6 +18,7 @@ from pipelines import doctor_checks, doctor_services
 from pipelines.config import PipelineConfig, load_config
 from pipelines.disk import disk_needs
 from pipelines.doctor import Finding, Patient, examine
+from pipelines.dry_run import SourceCounts
 from pipelines.hardware import Hardware
 from pipelines.outcome import Outcome
 from tests.support.registry import NAME, Registry
@@ -32,9 +33,9 @@ IMAGENET = ["source.path=/data", "inception.weights=/nowhere.pth"]
 def patient(
     config: PipelineConfig, *, images: object = (NUM_DIGITS, 10), machine: Hardware = LAPTOP, address: str | None = None
 ) -> Patient:
-    counted: Future[tuple[int, int]] = Future()
+    counted: Future[SourceCounts] = Future()
     if isinstance(images, tuple):
-        counted.set_result(images)
+        counted.set_result(SourceCounts(*images))
     else:
         assert isinstance(images, Exception)
         counted.set_exception(images)

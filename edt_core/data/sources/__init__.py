@@ -40,6 +40,7 @@ __all__ = [
     "detect_kind",
     "image_digest",
     "list_source",
+    "remarks",
     "source_identity",
 ]
 
@@ -69,10 +70,7 @@ def list_source(config: "SourceConfig", progress: Progress = _SILENT) -> Listing
     if twice := duplicates(listing.table["name"]):
         raise UserError(f"{len(twice)} names in {place} occur twice: {some(twice)}; rename or remove one of each")
     refuse_alike(listing.classes, place)
-    listing = select(listing, place, config.classes, config.limit)
-    for message in remarks(listing, place):
-        progress.warn(message)
-    return listing
+    return select(listing, place, config.classes, config.limit)
 
 
 def detect_kind(place: Place, labels: str | None = None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from edt_core.data.sources.files import SHOWN, as_text, by_extension, some
+from edt_core.data.sources.files import SHOWN, as_text, by_extension, shown, some
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
@@ -76,9 +76,9 @@ def refuse_alike(classes: Sequence[str], place: Place) -> None:
         )
 
 
-def remarks(listing: Listing, place: Place) -> list[str]:
+def remarks(listing: Listing) -> list[str]:
     """What a person should know of a source that is read without a fault."""
-    told = []
+    told, place = [], shown(listing.root.uri)
     classes = listing.classes
     empty = [name for name, count in zip(classes, listing.class_counts.tolist(), strict=True) if not count]
     if empty:

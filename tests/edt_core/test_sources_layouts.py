@@ -234,6 +234,11 @@ def test_numbers_with_leading_zeros_are_names_of_their_own(tmp_path: Path) -> No
         # Places, small images, with its splits beside each other
         (["data_256/a/abbey/1.png", "data_256/b/bay/1.png"], "all images .*give .*/data_256"),
         (["val_256/1.png", "test_256/1.png"], "splits .*labels.csv"),
+        # Dogs vs. Cats as Kaggle has it, Intel's scenes
+        (["train/cat.0.png", "train/dog.0.png", "test1/1.png"], "splits .*labels.csv"),
+        (["seg_train/seg_train/a/1.png", "seg_pred/seg_pred/1.png"], "splits .*labels.csv"),
+        # ImageNet as Kaggle has it, the folder above all
+        (["ILSVRC/Data/CLS-LOC/train/n01/1.png", "ILSVRC/Data/CLS-LOC/val/1.png"], "give .*/ILSVRC/Data/CLS-LOC"),
     ],
 )
 def test_folders_of_well_known_data_sets_that_are_no_classes(names: list[str], message: str, tmp_path: Path) -> None:
@@ -290,6 +295,7 @@ def test_annotations_of_objects_are_no_labels(tmp_path: Path) -> None:
         ("a.png,-1\nb.png,cat\n", "1 labels below 0, such as -1"),
         ("a.png,cat\na.png,dog\nb.png,dog\n", "two different labels to 1 files: 'a.png'"),
         ('a.png,"caf\u00e9"\nb.png,"cafe\u0301"\n', "look the same: .*u0301.* and .*e9"),
+        ("file,class,label\na.png,cat,0\nb.png,dog,1\n", "the columns label and class, and only one"),
         ("a.png,ice  cream\nb.png,ice cream\n", "look the same"),
     ],
 )

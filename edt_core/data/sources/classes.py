@@ -21,6 +21,8 @@ Name = TypeVar("Name", str, bytes)
 
 
 _NUMBER = re.compile("[0-9]{1,18}")
+_NEGATIVE = re.compile(r"-[0-9]+")
+_DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?(nan|inf)", re.IGNORECASE)
 _ESCAPED = re.compile(r"\\x[0-9a-f]{2}")  # as `as_text` writes bytes that are no UTF-8
 
 
@@ -31,8 +33,21 @@ def natural(names: Iterable[Name]) -> list[Name]:
     return sorted(distinct, key=int) if all(map(_NUMBER.fullmatch, texts)) else distinct
 
 
-def by_name(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names in natural order, and the class index (int32) of each of `names`."""
+def by_name(names: Sequence[str], where: object) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names in natural order, and the class index (int32) of each image, for labels that are text.
+
+    Raises UserError for numbers that are no classes: below 0, or with a decimal point.
+    """
+    if negative := [name for name in names if _NEGATIVE.fullmatch(name)]:
+        raise UserError(
+            f"{where} has {len(negative)} labels below 0, such as {negative[0]}, which stands for none; take those "
+            "images off the list"
+        )
+    if decimal := [name for name in names if _DECIMAL.fullmatch(name)]:
+        raise UserError(
+            f"{where} has {len(decimal)} labels with a decimal point or of no number, such as {decimal[0]}: a class is "
+            "a name or a whole number (pandas writes whole numbers so where some are missing: .astype(int))"
+        )
     classes = natural(names)
     index = {name: place for place, name in enumerate(classes)}
     return tuple(classes), np.fromiter((index[name] for name in names), np.int32, len(names))

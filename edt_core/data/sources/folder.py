@@ -43,7 +43,7 @@ def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) 
         progress.warn(f"{loose} images directly in {place} have no class folder and are left out")
     folders = nesting(table["name"])
     if not config.classes:
-        refuse_other_layouts(place, folders)
+        refuse_other_layouts(place, folders, table["name"])
     if config.class_folder is None:
         refuse_two_levels(place, folders)
     empty = sorted(files.others.keys() - {b""} - {folder.name for folder in folders})

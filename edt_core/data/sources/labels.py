@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,9 +31,6 @@ _SHAPES = (
     '{"labels": [[file, label], ...]}'
 )
 
-_NEGATIVE = re.compile(r"-[0-9]+")
-_DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?(nan|inf)", re.IGNORECASE)
-
 Pairs = Iterator[tuple[Any, Any]]
 
 
@@ -61,7 +57,7 @@ def list_labels(place: Place, config: "SourceConfig", progress: Progress) -> Lis
     unlisted = [name for name in others if is_image(name)]
     if unlisted:
         progress.warn(f"{len(unlisted)} images in {place} are not in {where} and are left out: {some(unlisted)}")
-    classes, indices = _classes(list(given.values()), where)
+    classes, indices = by_name([as_text(_bytes(str(label))) for label in given.values()], where)
     table = files.filter(pc.is_valid(places))
     table = table.add_column(1, "label", pa.array(indices[np.asarray(places.drop_null())]))
     left_out = Counter(extension(name) for name in others if not is_image(name))
@@ -132,7 +128,7 @@ def _csv(text: str, where: str, delimiter: str) -> Pairs:
     if not found:
         return
     header = [column.strip().lower() for column in found[0]]
-    file, label = _column(header, _FILE_COLUMNS), _column(header, _LABEL_COLUMNS)
+    file, label = _column(header, _FILE_COLUMNS, where), _column(header, _LABEL_COLUMNS, where)
     if (file is None) != (label is None):
         raise _unknown_columns(found[0], where)
     columns = (0, 1) if file is None or label is None else (header.index(file), header.index(label))
@@ -146,14 +142,18 @@ def _csv(text: str, where: str, delimiter: str) -> Pairs:
         yield row[columns[0]], row[columns[1]].strip()
 
 
-def _column(names: Sequence[str], known: Sequence[str]) -> str | None:
-    return next((name for name in known if name in names), None)
+def _column(names: Sequence[str], known: Sequence[str], where: str) -> str | None:
+    found = [name for name in known if name in names]
+    if len(found) > 1:
+        raise UserError(f"{where} has the columns {' and '.join(found)}, and only one is expected; remove the others")
+    return found[0] if found else None
 
 
 def _unknown_columns(names: Sequence[str], where: str) -> UserError:
     return UserError(
         f"{where} has the columns {', '.join(names)}; one of {', '.join(_FILE_COLUMNS)} and one of "
-        f"{', '.join(_LABEL_COLUMNS)} are needed: rename the ones that are meant"
+        f"{', '.join(_LABEL_COLUMNS)} are needed: rename the ones that are meant "
+        "(source.kind=image_folder takes the classes from sub-folders instead)"
     )
 
 
@@ -185,7 +185,7 @@ def _shape(value: Any, where: str) -> Pairs:
 def _objects(values: Sequence[Any], where: str) -> Pairs:
     for value in values:
         keys = list(value) if isinstance(value, dict) else []
-        file, label = _column(keys, _FILE_COLUMNS), _column(keys, _LABEL_COLUMNS)
+        file, label = _column(keys, _FILE_COLUMNS, where), _column(keys, _LABEL_COLUMNS, where)
         if file is None or label is None:
             raise _unknown_columns(keys, where)
         yield value[file], value[label]
@@ -218,18 +218,3 @@ def _bytes(text: str) -> bytes:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "backslashreplace")
-
-
-def _classes(labels: list[str | int], where: str) -> tuple[tuple[str, ...], np.ndarray]:
-    texts = [as_text(_bytes(str(label))) for label in labels]
-    if negative := [text for text in texts if _NEGATIVE.fullmatch(text)]:
-        raise UserError(
-            f"{where} has {len(negative)} labels below 0, such as {negative[0]}, which stands for none; take those "
-            "images off the list"
-        )
-    if decimal := [text for text in texts if _DECIMAL.fullmatch(text)]:
-        raise UserError(
-            f"{where} has {len(decimal)} labels with a decimal point or of no number, such as {decimal[0]}: a class is "
-            "a name or a whole number (pandas writes whole numbers so where some are missing: .astype(int))"
-        )
-    return by_name(texts)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -12,10 +13,11 @@ from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
 
 _SPLIT = re.compile(
-    r"(train|training|train_?val|val|valid|validation|dev|test|testing|unlabell?ed|extra)"
-    r"([-_ ]?(\d{2,4}|set|data|images?|img|large|standard|val|std))*",
+    r"(train(ing|_?val)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?|pred(iction)?|holdout|query|gallery"
+    r"|unlabell?ed|extra)(set|data)?\d*",
     re.IGNORECASE,
 )
+_FILLER = re.compile(r"\d*|(data)?set|data|images?|imgs?|large|small|standard|std|seg|single|raw|full", re.IGNORECASE)
 _PART = re.compile(
     r"images?\d*|imgs?|jpe?gs?|pngs?|jpegimages|photos?|annotations?|labels?|masks?|trimaps?|bbox(es)?|meta(data)?"
     r"|segmentations?|segmentation(class|object)|segmim|imagesets?|ground_?truth|gt|thumb(nail)?s?",
@@ -60,28 +62,42 @@ def nesting(names: pa.ChunkedArray) -> list[Nested]:
     ]
 
 
-def refuse_other_layouts(place: Place, folders: Sequence[Nested]) -> None:
+def refuse_other_layouts(place: Place, folders: Sequence[Nested], images: pa.ChunkedArray) -> None:
     """Raise UserError where the folders directly in a source are no classes, with the folder to give instead.
 
     These are splits (ImageNet as Kaggle has it, COCO), parts of a data set beside each other (images and annotations),
-    and one folder around those of the classes.
+    and one folder around those of the classes. `images`: names of the images, sorted.
     """
     names = [as_text(folder.name) for folder in folders]
     deeper = [folder for folder in folders if len(folder.inner) > 1]
-    told = "splits" if all(map(_SPLIT.fullmatch, names)) else "parts"
-    if all(_SPLIT.fullmatch(name) or _PART.fullmatch(name) for name in names) and (deeper or len(names) > 1):
-        what = f"the folders of {place} with images ({some(names)}) are {told} of a data set, not classes"
-    elif len(folders) == 1 and deeper:
-        what = f"all images in {place} are in its folder {names[0]!r}, which holds {len(deeper[0].inner)} folders"
+    what = "splits" if all(map(_is_split, names)) else "parts"
+    below = as_text(_preferred(deeper).name) if deeper else ""
+    if all(_is_split(name) or _PART.fullmatch(name) for name in names) and (deeper or len(names) > 1):
+        problem = f"the folders of {place} with images ({some(names)}) are {what} of a data set, not classes"
+    elif len(folders) == 1 and (below := as_text(_common_folder(images))):
+        problem = f"all images in {place} lie below its folder {below!r}, in several folders"
     else:
         return
     remedy = (
-        f"give the folder of the classes, as {place}/{as_text(_preferred(deeper).name)}"
-        if deeper
+        f"give the folder of the classes, as {place}/{below}"
+        if below
         else "their images lie side by side, and nothing says their classes: write labels.csv with the columns "
         "file_name,label, or sort them into one folder a class"
     )
-    raise UserError(f"{what}; {remedy} (where they are classes, name them with source.classes)")
+    raise UserError(f"{problem}; {remedy} (where they are classes, name them with source.classes)")
+
+
+def _is_split(name: str) -> bool:
+    """Whether a folder is called as splits are: `train`, `val2017`, `test_set`, `seg_pred`."""
+    words = [word for word in re.split(r"[-_ .]", name) if not _FILLER.fullmatch(word)]
+    return bool(words) and all(map(_SPLIT.fullmatch, words))
+
+
+def _common_folder(images: pa.ChunkedArray) -> bytes:
+    """The deepest folder that all of these sorted names are in, if their folders differ below it; else empty."""
+    first, last = (images[place].as_py().split(b"/")[:-1] for place in (0, len(images) - 1))
+    common = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+    return b"/".join(common) if len(common) < max(len(first), len(last)) else b""
 
 
 def _preferred(folders: Sequence[Nested]) -> Nested:

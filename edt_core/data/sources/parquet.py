@@ -111,7 +111,7 @@ def _labels(place: Place, parts: Sequence[_Part]) -> tuple[tuple[str, ...], np.n
                 "sets: give a folder or a pattern with one of them"
             )
     if _is_text(first.labels.type):
-        return by_name([label for part in parts for label in part.labels.to_pylist()])
+        return by_name([label for part in parts for label in part.labels.to_pylist()], place)
     labels = np.concatenate([part.labels.cast(pa.int64()).to_numpy() for part in parts])
     return by_number(labels, first.names, place)
 

@@ -78,6 +78,7 @@ def board(ray_session: None) -> Iterator[Any]:
     import ray
 
     actor = ray.remote(Board).options(num_cpus=0).remote()
+    ray.get(actor.read.remote())  # a worker does not wait for long, and on a busy machine a board starts slowly
     yield actor
     ray.kill(actor)
 

@@ -115,7 +115,10 @@ class LatentSampler:
 
 
 def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ...]:
-    """The blocks whose attention is modulated: those given, the paper's for this model and guidance, or the model's."""
+    """The blocks whose attention is modulated: those given, the published ones for model and guidance, or the model's.
+
+    Raises UserError for 'paper' where no placement is published.
+    """
     if chain.amm_blocks == "model":
         return model.amm_blocks
     if chain.amm_blocks == "paper":

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edt_core.artifact import Artifact, Source
 from edt_core.config import (
@@ -29,8 +29,11 @@ from jobs.export import export_features
 from jobs.models import DEFAULT_STORE, Opened, open_model, use_mlflow
 from jobs.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.progress import Bar
-from jobs.sweep import Result, grid, parse_axis, plot, results_table
+from jobs.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
 from jobs.verb import Verb, add_role, exit_code, open_input
+
+if TYPE_CHECKING:
+    from edt_core.models import ModelConfig
 
 RESULTS = "results"
 Inputs = Mapping[str, Artifact | Source]
@@ -52,11 +55,18 @@ class Subject:
         return features, make(evaluate.VERB, config, judged, self.out, progress)
 
 
-def prepared(options: argparse.Namespace, sampling: SampleConfig, out: Folder, bar: Progress) -> Subject:
-    """What the options of `add_subject` name. Raises UserError for what is missing, or is not what it should be."""
+def prepared(
+    options: argparse.Namespace, sampling: SampleConfig, out: Folder, bar: Progress, points: Sequence[Point] = ()
+) -> Subject:
+    """What the options of `add_subject` name. Raises UserError for what is missing, or is not what it should be.
+
+    `points`: settings to check against the model before the reference is computed, which can take hours.
+    """
     use_mlflow(options.model, options.tracking_uri, options.store)
     judges = _extractors(options, out, bar)
     opened = open_model(options.model, out)
+    if points:
+        check_settings(points, _config_of(opened))
     inputs: dict[str, Artifact | Source] = {
         "checkpoint": opened.checkpoint,
         "autoencoder": _autoencoder(options, opened, out, bar),
@@ -65,6 +75,12 @@ def prepared(options: argparse.Namespace, sampling: SampleConfig, out: Folder, b
     if options.guide:
         inputs["guide"] = open_model(options.guide, out).checkpoint
     return Subject(opened, inputs, _reference(options, opened, judges, sampling, out, bar), out)
+
+
+def _config_of(opened: Opened) -> "ModelConfig":
+    from edt_core.models import ModelConfig
+
+    return ModelConfig.from_dict(sample.model_config_of(opened.checkpoint))
 
 
 def make(verb: Verb, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
@@ -77,12 +93,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.eva
     """Evaluate a model: MODEL OUT. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("evaluate") as bar:
-        results = run(options, bar)
+        run(options, bar)
         if options.as_json:
             print(Path(options.out, f"{RESULTS}.json").read_text(), end="")
             return
-        print(results_table(results) if options.sweep else _told(results[0]))
-        print(f"\n{options.out}/{RESULTS}.json")
+        print(Path(options.out, f"{RESULTS}.md").read_text())
+        print(f"{options.out}/{RESULTS}.json")
 
 
 def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
@@ -96,7 +112,8 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     points = list(grid(base, [parse_axis(text) for text in options.sweep]))
     if options.export and len(points) > 1:
         raise UserError(f"--export is of one set of samples, and --sweep asks for {len(points)}; leave one of them out")
-    subject = prepared(options, base, out, bar)
+    subject = prepared(options, base, out, bar, points)
+    notes = repeated_settings(points, _config_of(subject.model))
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
     results = []
     for point in points:
@@ -104,7 +121,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
         results.append(Result(point.settings, made.counts["metrics"], made.counts["protocol"]))
         for form in options.export:
             export_features(features, form, out.local / f"samples-{features.fingerprint[:12]}-{form}", bar)
-    _write(results, options.model, out)
+    _write(results, options.model, out, notes)
     return results
 
 
@@ -219,11 +236,11 @@ def _told(result: Result) -> str:
     return f"{table}\n\nprotocol\n" + "\n".join(f"  {name}: {value}" for name, value in result.protocol.items())
 
 
-def _write(results: Sequence[Result], model: str, out: Folder) -> None:
+def _write(results: Sequence[Result], model: str, out: Folder, notes: Sequence[str]) -> None:
     told: list[dict[str, Any]] = [{"model": model, **asdict(result)} for result in results]
     out.write_bytes(f"{RESULTS}.json", f"{json.dumps(told, indent=1, default=dict)}\n".encode())
     swept = bool(results[0].settings)
-    out.write_bytes(f"{RESULTS}.md", f"{results_table(results) if swept else _told(results[0])}\n".encode())
+    out.write_bytes(f"{RESULTS}.md", f"{results_table(results, notes) if swept else _told(results[0])}\n".encode())
     if swept:
         out.write_bytes(f"{RESULTS}.png", plot(results))
 

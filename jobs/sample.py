@@ -164,6 +164,8 @@ def sample_features(
 def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None:
     """Refuse, before any worker is started, what would be refused in each of them."""
     from edt_core.diffusion.labels import sample_labels
+    from edt_core.generation import resolved_amm_blocks
+    from edt_core.models import ModelConfig
 
     checkpoint = artifact(inputs, "checkpoint")
     check_autoencoder(inputs)
@@ -172,8 +174,9 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
             f"there is no network of features: give at least one of {', '.join(EXTRACTORS)}, or keep_images=all to "
             "draw samples for other tools alone"
         )
-    num_classes = model_config_of(checkpoint)["num_classes"]
-    sample_labels(config.label_policy, config.seed, [0], num_classes, checkpoint.counts.get("class_counts"))
+    model = ModelConfig.from_dict(model_config_of(checkpoint))
+    resolved_amm_blocks(config, model)
+    sample_labels(config.label_policy, config.seed, [0], model.num_classes, checkpoint.counts.get("class_counts"))
 
 
 def check_autoencoder(inputs: Mapping[str, Artifact | Source]) -> None:

@@ -3,14 +3,17 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from itertools import combinations, product
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from edt_core.config import SampleConfig
 from edt_core.errors import UserError
 from jobs.options import validated
+
+if TYPE_CHECKING:
+    from edt_core.models import ModelConfig
 
 _SHORT = {
     "cfg": "cfg_scale",
@@ -90,6 +93,62 @@ def grid(base: SampleConfig, axes: Sequence[Axis]) -> Iterator[Point]:
         yield Point({axis.name: axis.texts[place] for axis, place in chosen}, config)
 
 
+def check_settings(points: Sequence[Point], model: "ModelConfig") -> None:
+    """Refuse settings that a model does not support, and two values of an axis that never differ in their effect.
+
+    Raises UserError: 'paper' where no placement of AMM is published; `amm=off,model` of a model without a placement.
+    """
+    effects = [effective(point.config, model) for point in points]
+    for name in points[0].settings:
+        by_value: dict[str, list[SampleConfig]] = {}  # the others' values come in the same order for each value
+        for point, effect in zip(points, effects, strict=True):
+            by_value.setdefault(point.settings[name], []).append(effect)
+        for (first, its), (second, others) in combinations(by_value.items(), 2):
+            if its == others:
+                field = _SHORT.get(name, name)
+                raise UserError(
+                    f"--sweep {name}={first},{second}: both have the same effect on {model.name} "
+                    f"({field} {_plain(getattr(its[0], field))}), so the sweep would compare a setting with itself. "
+                    "Leave one of them out, or change the settings that make them equal."
+                )
+
+
+def repeated_settings(points: Sequence[Point], model: "ModelConfig") -> list[str]:
+    """A sentence for each place of the grid that has the effect of an earlier one."""
+    first_with: dict[str, Point] = {}
+    notes = []
+    for point in points:
+        first = first_with.setdefault(effective(point.config, model).model_dump_json(), point)
+        if first is not point:
+            notes.append(f"{_named(point)} has the same effect as {_named(first)}.")
+    return notes
+
+
+def effective(config: SampleConfig, model: "ModelConfig") -> SampleConfig:
+    """The configuration with AMM resolved for a model, and with fields that have no effect set to null.
+
+    Raises UserError for 'paper' where no placement is published.
+    """
+    from edt_core.generation import resolved_amm_blocks
+
+    blocks = tuple(sorted(set(resolved_amm_blocks(config, model))))
+    radius = model.amm_radius if config.amm_blocks == "model" and config.amm_radius is None else config.amm_radius
+    update: dict[str, Any] = {"amm_blocks": blocks, "amm_radius": None, "amm_kernel": None}
+    if blocks:
+        update |= {"amm_radius": radius, "amm_kernel": config.amm_kernel or model.amm_kernel}
+    if config.cfg_scale == 1.0:
+        update |= {"cfg_power": None, "guidance_channels": None, "guidance_interval": None}
+    return config.model_copy(update=update)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _named(point: Point) -> str:
+    return " ".join(f"{name}={text}" for name, text in point.settings.items())
+
+
 def shown_metrics(results: Sequence[Result]) -> list[str]:
     """Names of the metrics in order, without their standard deviations."""
     from edt_core.metrics import in_order
@@ -98,8 +157,8 @@ def shown_metrics(results: Sequence[Result]) -> list[str]:
     return [name for name in names if not (name.endswith("_std") and name.removesuffix("_std") in names)]
 
 
-def results_table(results: Sequence[Result]) -> str:
-    """A Markdown table, one row a place of the grid, and in words what its rows do not have in common."""
+def results_table(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
+    """A Markdown table, one row a place of the grid; below it what its rows do not have in common, and the notes."""
     from edt_core.protocol import protocol_differences
 
     axes, metrics = list(results[0].settings), shown_metrics(results)
@@ -112,7 +171,7 @@ def results_table(results: Sequence[Result]) -> str:
         for difference in protocol_differences(results[0].protocol, result.protocol)
     )
     told = f"The rows are of one protocol but for {', '.join(sorted(others))}." if others else "All of one protocol."
-    return "\n".join([*lines, "", told])
+    return "\n".join([*lines, "", told, *notes])
 
 
 def _row(cells: Sequence[str]) -> str:

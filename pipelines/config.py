@@ -25,7 +25,7 @@ from edt_core.config import (
 )
 from edt_core.errors import UserError
 from edt_core.metrics import metric_name, space_metrics
-from edt_core.models import ModelConfig, check_masked_loss, model_config
+from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks
 from edt_core.redaction import redacted_values
 from jobs.options import parse_assignment, read_yaml, validated
 
@@ -98,8 +98,7 @@ class PipelineConfig(Section):
                 raise ValueError(f"the model name {name!r} is no registry name; use letters, digits, '.', '_' and '-'")
             train = self.train_of(name)
             check_masked_loss(self.model_of(name, 2), train.masked_loss)
-            blocks = () if isinstance(sample.amm_blocks, str) else sample.amm_blocks
-            self.model_of(name, 2, blocks)
+            self.model_of(name, 2, self._amm_blocks(train.model))
             if sample.num_sampling_steps > train.num_timesteps:
                 raise ValueError(
                     f"sample.num_sampling_steps {sample.num_sampling_steps} is more than the {train.num_timesteps} "
@@ -143,6 +142,13 @@ class PipelineConfig(Section):
                     "choose one of these, or add it to evaluate.metrics and its space to extractors"
                 )
         return self
+
+    def _amm_blocks(self, model: str) -> tuple[int, ...]:
+        """Blocks that sampling modulates in a named model; none for 'model'. Raises UserError as `paper_amm_blocks`."""
+        blocks = self.sample.amm_blocks
+        if blocks == "paper":
+            return paper_amm_blocks(model, self.sample.cfg_scale, self.preprocess.image_size)
+        return () if blocks == "model" else blocks
 
     def train_of(self, model: str) -> TrainConfig:
         """The training section of one registered model: the shared section with that model's fields."""

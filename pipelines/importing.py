@@ -23,7 +23,7 @@ from pipelines.registry import CANDIDATE, find_version, move_alias, set_tags
 from pipelines.versions import ORIGIN
 
 if TYPE_CHECKING:
-    from edt_core.models import DiffusionTransformer
+    from edt_core.models import DiffusionTransformer, ModelConfig
     from edt_core.models.released import WeightsName
 
 SETTLED_TAG = "edt.imported"  # when the alias had been moved: what is before that is done again
@@ -125,6 +125,16 @@ def _register(
     return add_logged(catalog, name, run_id, logged, {**tags, "edt.code_version": code_version()}, identity)
 
 
+def _protocol(config: "ModelConfig") -> ChainConfig:
+    """How a released model is sampled; where no placement of AMM is published for it, by its own configuration."""
+    from edt_core.models import has_paper_amm_blocks
+
+    protocol = _PROTOCOLS[config.architecture]
+    if protocol.amm_blocks == "paper" and not has_paper_amm_blocks(config.name, config.image_size):
+        return protocol.model_copy(update={"amm_blocks": "model"})
+    return protocol
+
+
 def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str], license: str | None) -> None:
     """The diffusers folder of a released model, with its card."""
     from edt_core.model_card import README, ModelCard
@@ -132,7 +142,7 @@ def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str
     from edt_core.pipeline import save_pipeline
 
     model = released.model
-    protocol = _PROTOCOLS[model.config.architecture].model_dump(mode="json")
+    protocol = _protocol(model.config).model_dump(mode="json")
     save_pipeline(folder, model, released.autoencoder, num_timesteps=_NUM_TIMESTEPS, classes=(), protocol=protocol)
     card = ModelCard(
         name=name,

@@ -9,7 +9,14 @@ from edt_core.models.masking import MaskSite, check_masked_loss, draw_mask_ratio
 from edt_core.models.mdt import MDTv2
 from edt_core.models.positions import amm_matrix
 from edt_core.models.released import load_released
-from edt_core.models.zoo import MODEL_NAMES, build_model, create_model, model_config, paper_amm_blocks
+from edt_core.models.zoo import (
+    MODEL_NAMES,
+    build_model,
+    create_model,
+    has_paper_amm_blocks,
+    model_config,
+    paper_amm_blocks,
+)
 
 __all__ = [
     "EDT",
@@ -33,6 +40,7 @@ __all__ = [
     "create_model",
     "draw_mask_ratios",
     "draw_masks",
+    "has_paper_amm_blocks",
     "load_released",
     "macs_by_part",
     "mask_sites",

@@ -9,42 +9,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edt_core.errors import UserError
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig
 from edt_core.models.dit import DiT
 from edt_core.models.edt import EDT
 from edt_core.models.mdt import MDTv2
+from edt_core.published import AMM_PLACEMENTS, LARGE_IMAGE_SIZE
 
-_LARGE_IMAGE_SIZE = 512  # from here on the authors modulate attention with another kernel, in another block
 _MODELS: dict[type[ModelConfig], type[DiffusionTransformer]] = {EDTConfig: EDT, DiTConfig: DiT, MDTv2Config: MDTv2}
 
 
 @dataclass(frozen=True)
 class _Size:
-    """What a name stands for: `numbers` of its configuration. The AMM placements are for low and for high guidance."""
+    """What a name means: `numbers` of its configuration."""
 
     config: type[ModelConfig]
     numbers: Mapping[str, Any] = field(default_factory=dict)
     autoencoder_factor: int = 8
-    amm_low_cfg: tuple[int, ...] = ()
-    amm_high_cfg: tuple[int, ...] = ()
-    amm_large_image: tuple[int, ...] = ()
 
 
 _EDT: dict[str, _Size] = {
     "EDT-S/2": _Size(
         EDTConfig,
         {"depths": (2, 2, 2, 3, 3), "dims": (312, 416, 520, 416, 312), "num_heads": (6, 8, 10, 8, 6)},
-        amm_low_cfg=(7, 10),
-        amm_high_cfg=(8,),
-        amm_large_image=(10,),
     ),
     "EDT-B/2": _Size(
         EDTConfig,
         {"depths": (2, 2, 2, 3, 3), "dims": (624, 832, 1040, 832, 624), "num_heads": (12, 16, 20, 16, 12)},
-        amm_low_cfg=(7, 10),
-        amm_high_cfg=(8,),
-        amm_large_image=(10,),
     ),
     "EDT-XL/2": _Size(
         EDTConfig,
@@ -54,9 +46,6 @@ _EDT: dict[str, _Size] = {
             "num_heads": (18, 24, 30, 24, 18),
             "mid_mask_block": 4,
         },
-        amm_low_cfg=(23, 25),
-        amm_high_cfg=(23, 25),
-        amm_large_image=(23, 25),
     ),
     "EDT-Tiny/2": _Size(
         EDTConfig,
@@ -67,7 +56,10 @@ _EDT: dict[str, _Size] = {
 
 # Depth, width and heads: table 1 of arXiv 2212.09748, which MDTv2 takes over.
 _WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-_DECODE_DEPTHS = {"S": 6}  # of MDTv2, by its authors' training command; 4 is their default
+# Blocks of MDTv2's decoder. The configurations of github.com/sail-sg/MDT do not set the number: it is an option of
+# training, 6 in the authors' command for S and 4 in the one for XL. For B and L no number is in their code; the
+# option's default, 4, stands in for it.
+_DECODE_DEPTHS = {"S": 6, "B": 4, "L": 4, "XL": 4}
 
 
 def _of_one_width(
@@ -86,7 +78,7 @@ _SIZES: dict[str, _Size] = {
     },
     "DiT-Tiny/2": _of_one_width(DiTConfig, (6, 60, 5), 4),
     **{
-        f"MDTv2-{size}/2": _of_one_width(MDTv2Config, width, decode_depth=_DECODE_DEPTHS.get(size, 4))
+        f"MDTv2-{size}/2": _of_one_width(MDTv2Config, width, decode_depth=_DECODE_DEPTHS[size])
         for size, width in _WIDTHS.items()
     },
     "MDTv2-Tiny/2": _of_one_width(MDTv2Config, (6, 56, 4), 4, decode_depth=2),
@@ -134,7 +126,7 @@ def model_config(
             f"Use a multiple of {factor * patch * 2 ** (len(depths) // 2)}."
         )
     if amm_kernel is None:
-        amm_kernel = "cos" if image_size >= _LARGE_IMAGE_SIZE else "exp_cos"
+        amm_kernel = "cos" if image_size >= LARGE_IMAGE_SIZE else "exp_cos"
     return size.config(
         name=name,
         latent_size=image_size // factor,
@@ -177,17 +169,29 @@ def create_model(
 
 
 def paper_amm_blocks(name: str, cfg_scale: float, image_size: int = 256) -> tuple[int, ...]:
-    """Blocks whose attention the paper modulates for a model, a guidance scale and a resolution.
+    """Blocks whose attention EDT's authors modulate in a model, for a guidance scale and an image size in pixels.
 
-    S and B: blocks 7 and 10 up to guidance 1.5, block 8 alone from 2. Nothing is published in between, where
-    scales below 2 count as 1.5. At 512 pixels and more, block 10 alone (published for S, taken for B too).
-    XL: blocks 23 and 25 at every scale and, for want of a published setting, also at 512. For Tiny, DiT and MDTv2
-    nothing is published: the empty tuple leaves AMM off.
+    They are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S: `edt_core.published.AMM_PLACEMENTS`.
 
     Raises:
+        UserError: no placement is published for the model, the guidance scale and the image size.
         ValueError: an unknown name.
     """
-    size = _size(name)
-    if image_size >= _LARGE_IMAGE_SIZE:
-        return size.amm_large_image
-    return size.amm_low_cfg if cfg_scale < 2.0 else size.amm_high_cfg
+    _size(name)
+    for placement in AMM_PLACEMENTS:
+        if placement.fits(name, cfg_scale, image_size):
+            return placement.blocks
+    known = "; ".join(str(placement) for placement in AMM_PLACEMENTS if placement.model == name)
+    models = ", ".join(dict.fromkeys(placement.model for placement in AMM_PLACEMENTS))
+    raise UserError(
+        f"amm_blocks is 'paper', but no placement is published for {name} at {image_size} px with cfg_scale "
+        f"{cfg_scale:g}. Published for {f'{name}: {known}' if known else f'other models only: {models}'}. Search for a "
+        "placement with `edt amm-search` and use amm_blocks 'model', give block numbers, or turn AMM off "
+        "(amm_blocks [], in a sweep amm=off)."
+    )
+
+
+def has_paper_amm_blocks(name: str, image_size: int = 256) -> bool:
+    """Whether a placement is published for a model and an image size in pixels, at one guidance scale at least."""
+    large = image_size >= LARGE_IMAGE_SIZE
+    return any((placement.model, placement.large) == (name, large) for placement in AMM_PLACEMENTS)

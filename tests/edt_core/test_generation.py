@@ -121,8 +121,8 @@ def test_blocks_of_the_paper_follow_model_guidance_and_resolution() -> None:
     for scale, size, blocks in [(1.0, 256, (7, 10)), (2.0, 256, (8,)), (2.0, 512, (10,))]:
         chain = ChainConfig(amm_blocks="paper", cfg_scale=scale)
         assert resolved_amm_blocks(chain, model_config("EDT-S/2", size)) == blocks
-    sampler = LatentSampler(tiny(), ChainConfig(amm_blocks="paper"), 1000)
-    assert sampler.amm_blocks == ()
+    with pytest.raises(UserError, match=r"no placement is published for EDT-Tiny/2"):
+        LatentSampler(tiny(), ChainConfig(amm_blocks="paper"), 1000)
     assert LatentSampler(tiny(), ChainConfig(amm_blocks=(1, 2)), 1000).amm_blocks == (1, 2)
 
 

@@ -21,12 +21,14 @@ from edt_core.models import (
     create_model,
     draw_mask_ratios,
     draw_masks,
+    has_paper_amm_blocks,
     mask_sites,
     model_config,
     paper_amm_blocks,
     slice_masks,
 )
 from edt_core.models.layers import merge_tokens, split_tokens
+from edt_core.published import AMM_PLACEMENTS
 
 CLASSES = 10
 
@@ -302,14 +304,53 @@ class TestAmm:
             ("EDT-S/2", 1.5, 512, (10,)),
             ("EDT-XL/2", 1.0, 256, (23, 25)),
             ("EDT-XL/2", 4.0, 256, (23, 25)),
-            ("EDT-Tiny/2", 2.0, 32, ()),
+            ("EDT-S/2", 1.0, 128, (7, 10)),
+            ("EDT-B/2", 4.0, 512, (10,)),
+            ("DiT-S/2", 1.0, 256, (8, 10)),
+            ("DiT-S/2", 1.5, 256, (8, 10)),
+            ("DiT-XL/2", 1.0, 256, (15, 17, 19, 22, 24)),
+            ("MDTv2-S/2", 1.0, 256, (8,)),
+            ("MDTv2-S/2", 3.8, 256, (8,)),
         ],
     )
     def test_placement_of_the_paper(
         self, name: str, cfg_scale: float, image_size: int, blocks: tuple[int, ...]
     ) -> None:
         assert paper_amm_blocks(name, cfg_scale, image_size) == blocks
+        assert has_paper_amm_blocks(name, image_size)
         model_config(name, image_size, amm_blocks=blocks)
+
+    def test_every_published_placement_fits_its_model(self) -> None:
+        for placement in AMM_PLACEMENTS:
+            config = model_config(placement.model, 512 if placement.large else 256, amm_blocks=placement.blocks)
+            assert paper_amm_blocks(config.name, placement.cfg_scales[0], config.image_size) == placement.blocks
+            assert placement.cfg_scales[0] <= placement.cfg_scales[1]
+
+    @pytest.mark.parametrize(
+        ("name", "cfg_scale", "image_size", "published"),
+        [
+            ("EDT-Tiny/2", 2.0, 32, "other models only: EDT-S/2, EDT-B/2, EDT-XL/2, DiT-S/2, DiT-XL/2, MDTv2-S/2"),
+            ("DiT-B/2", 1.0, 256, "other models only"),
+            ("DiT-S/4", 1.0, 256, "other models only"),
+            ("MDTv2-XL/2", 1.0, 256, "other models only"),
+            ("DiT-XL/2", 1.5, 256, r"DiT-XL/2: blocks \[15, 17, 19, 22, 24\] for cfg_scale 1 and less than 512 px"),
+            ("DiT-S/2", 2.0, 256, r"DiT-S/2: blocks \[8, 10\] for cfg_scale 1 to 1\.5"),
+            ("MDTv2-S/2", 4.0, 256, r"MDTv2-S/2: blocks \[8\] for cfg_scale 1 to 3\.8"),
+            ("DiT-XL/2", 1.0, 512, "DiT-XL/2: blocks"),
+            ("EDT-XL/2", 1.0, 512, "EDT-XL/2: blocks"),
+        ],
+    )
+    def test_a_placement_that_is_not_published_is_refused(
+        self, name: str, cfg_scale: float, image_size: int, published: str
+    ) -> None:
+        message = rf"for {name} at {image_size} px with cfg_scale {cfg_scale:g}\. Published for {published}.*amm-search"
+        with pytest.raises(UserError, match=message):
+            paper_amm_blocks(name, cfg_scale, image_size)
+
+    def test_which_models_have_a_published_placement(self) -> None:
+        models = {name for name in MODEL_NAMES if has_paper_amm_blocks(name)}
+        assert models == {"EDT-S/2", "EDT-B/2", "EDT-XL/2", "DiT-S/2", "DiT-XL/2", "MDTv2-S/2"}
+        assert {name for name in MODEL_NAMES if has_paper_amm_blocks(name, 512)} == {"EDT-S/2", "EDT-B/2"}
 
 
 class TestMasking:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,16 @@ def test_a_masked_pass_is_not_modulated() -> None:
     plain = model(*inputs(model.config), masks)
     model.set_amm((0, 1))  # of the encoder
     assert torch.equal(model(*inputs(model.config), masks), plain)
+
+
+def test_decoder_depths_are_those_of_the_authors_training_commands() -> None:
+    depths = {
+        name: config.decode_depth for name in MODEL_NAMES if isinstance(config := model_config(name), MDTv2Config)
+    }
+    assert (depths["MDTv2-S/2"], depths["MDTv2-XL/2"]) == (6, 4)
+    # Not published: the default of the authors' option, which is also the default here.
+    default = {field.name: field.default for field in fields(MDTv2Config)}["decode_depth"]
+    assert (depths["MDTv2-B/2"], depths["MDTv2-L/2"], default) == (4, 4, 4)
 
 
 @torch.no_grad()

@@ -11,11 +11,12 @@ import torch
 from edt_core.artifact import Artifact
 from edt_core.config import SampleConfig
 from edt_core.errors import UserError
+from edt_core.models import model_config
 from edt_core.schema import EMA_WEIGHTS
 from edt_core.storage import Folder
 from jobs import evaluation, export
 from jobs.models import open_model
-from jobs.sweep import Result, grid, parse_axis, plot, results_table
+from jobs.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
 from tests.support.jobs import execute
 from tests.support.models import made_model, opened, pipeline_folder
 from tests.support.registry import write_empty_mlflow
@@ -57,6 +58,40 @@ def test_a_grid_has_every_setting_once() -> None:
 def test_a_grid_that_is_none_is_refused(texts: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(grid(SampleConfig(), [parse_axis(text) for text in texts]))
+
+
+def points_of(*texts: str) -> list[Point]:
+    return list(grid(SampleConfig(), [parse_axis(text) for text in texts]))
+
+
+@pytest.mark.parametrize(
+    ("model", "texts", "message"),
+    [
+        ("DiT-S/2", ["amm=off,model"], r"amm=off,model: both have the same effect on DiT-S/2 \(amm_blocks \[\]\)"),
+        ("DiT-S/2", ["amm=paper,10+8", "cfg=1,1.5"], r"amm=paper,10\+8: .*\(amm_blocks \[8, 10\]\)"),
+        ("DiT-S/2", ["radius=2,4"], r"radius=2,4: both"),  # AMM is off
+        ("EDT-S/2", ["interval=all,200-800"], "interval=all,200-800: both"),  # guidance is off
+        ("DiT-B/2", ["amm=off,paper"], "no placement is published for DiT-B/2"),
+        ("DiT-XL/2", ["cfg=1,1.5", "amm=off,paper"], r"published for DiT-XL/2 at 256 px with cfg_scale 1\.5"),
+    ],
+)
+def test_a_sweep_that_would_compare_a_setting_with_itself_is_refused(
+    model: str, texts: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_settings(points_of(*texts), model_config(model))
+
+
+def test_settings_that_are_equal_at_some_places_are_reported() -> None:
+    model = model_config("EDT-S/2")
+    for texts in (["cfg=1,1.5,2", "amm=off,paper"], ["amm=off,model"]):
+        placed = model_config("EDT-S/2", amm_blocks=(3,))
+        check_settings(points_of(*texts), placed)
+        assert repeated_settings(points_of(*texts), placed) == []
+    points = points_of("cfg=1,2", "amm=paper,8")
+    check_settings(points, model)
+    assert repeated_settings(points, model) == ["cfg=2 amm=8 has the same effect as cfg=2 amm=paper."]
+    assert results_table(RESULTS, ["A note."]).endswith("\nA note.")
 
 
 RESULTS = [
@@ -253,6 +288,9 @@ def inception_weights(folder: Path) -> Path:
         (["--classifier", "{classifier}", "--images", "a", "--statistics", "b"], "--images and --statistics are two"),
         (["--classifier", "{classifier}", "--statistics", "{tmp}/none.npz"], "no reference statistics"),
         (["--classifier", "{classifier}", "--export", "png", "--sweep", "cfg=1,2"], "--export is of one set"),
+        (["--classifier", "{classifier}", "--amm-blocks", "paper"], "no placement is published for"),
+        (["--classifier", "{classifier}", "--sweep", "amm=off,paper"], "Search for a placement with `edt amm-search`"),
+        (["--classifier", "{classifier}", "--sweep", "amm=off,model"], "--sweep amm=off,model: both have the same"),
         (["--classifier", "{classifier}", "--num-samples", "1"], "num_samples"),
         (["--classifier", "{classifier}", "--guidance-interval", "800,200"], "from < to"),
     ],

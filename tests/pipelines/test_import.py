@@ -17,6 +17,7 @@ from edt_core.storage import Folder
 from jobs.models import load_model, open_model
 from jobs.registry_files import pull
 from pipelines.cli import app
+from pipelines.importing import _protocol
 from pipelines.versions import find
 from tests.support.models import made_model, pipeline_folder, released, weights
 from tests.support.registry import Registry
@@ -61,7 +62,7 @@ def test_an_imported_model_is_a_candidate_that_loads_as_it_was(
     assert there.model.config == model_config(name, 32, 4)
     assert all(torch.equal(value, state[key]) for key, value in there.model.state_dict().items())
     assert (there.num_timesteps, there.classes) == (1000, ())
-    assert there.protocol["amm_blocks"] == ("paper" if name.startswith("EDT") else "model")
+    assert there.protocol["amm_blocks"] == "model"  # nothing is published for small models
     assert there.protocol["cfg_power"] == (4.0 if name.startswith("MDT") else None)
     opened = open_model(f"{registered}@candidate", Folder.at(tmp_path / "work"))  # as `edt evaluate` takes it
     assert (opened.checkpoint.counts["model"], opened.autoencoder is None) == (name, False)
@@ -71,6 +72,14 @@ def test_an_imported_model_is_a_candidate_that_loads_as_it_was(
     assert card.data.license == "cc-by-nc-4.0"
     assert "https://example.org/released.pt" in card.text
     assert "Not measured" in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "amm_blocks"),
+    [("EDT-S/2", 512, "paper"), ("EDT-XL/2", 256, "paper"), ("EDT-XL/2", 512, "model"), ("DiT-XL/2", 256, "model")],
+)
+def test_the_placement_of_the_paper_is_kept_where_there_is_one(name: str, image_size: int, amm_blocks: str) -> None:
+    assert _protocol(model_config(name, image_size)).amm_blocks == amm_blocks
 
 
 def test_it_is_shown_listed_traced_and_drawn_from(registry: Registry, vae: Path, tmp_path: Path) -> None:

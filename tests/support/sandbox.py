@@ -27,7 +27,8 @@ STANDS_FOR = (
     (r"mdt_xl2_v2_ckpt\.pt", "mdt.pt"),
     (r"\b(EDT|DiT|MDTv2)-(S|B|L|XL)/[248]", r"\1-Tiny/2"),
     (r"train\.max_steps=\d+", "train.max_steps=6"),
-    (r"cfg=1,1\.5,2 amm", "cfg=1 amm"),
+    (r"cfg=1,1\.5,2 amm=off,paper", "cfg=1 amm=off,1"),  # no placement is published for small models
+    (r"--amm-blocks paper", "--amm-blocks 1"),
     (r"\bNAME/VERSION\b", f"{MODEL}/2"),
     (r"\bNAME\b", MODEL),
     (r"\bDIR\b", "./model"),

@@ -308,7 +308,8 @@ class ChainConfig(Section):
         None, description="timesteps [from, to) of training in which guidance acts; null for all"
     )
     amm_blocks: tuple[int, ...] | Literal["paper", "model"] = Field(
-        (), description="0-based blocks; 'paper' by cfg_scale, 'model' as its own configuration says"
+        (),
+        description="0-based blocks; 'paper': published ones for model and cfg_scale, 'model': its own configuration's",
     )
     amm_radius: float | None = Field(None, gt=0, description="tokens beyond which attention is cut; null as the paper")
     amm_kernel: Literal["exp_cos", "cos"] | None = Field(None, description="fall with distance; null as the paper")

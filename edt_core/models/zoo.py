@@ -1,5 +1,7 @@
 """The named models: EDT, DiT and MDTv2 in their papers' sizes, tiny ones for small latents, and the placement of AMM.
 
+The depth of the decoder of MDTv2-B and -L is not in its authors' code; see `_DECODE_DEPTHS`.
+
 Legend: `cfg_scale` is the classifier-free guidance scale (1 means no guidance); `image_size` is in pixels.
 """
 

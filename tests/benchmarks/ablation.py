@@ -1,4 +1,4 @@
-"""The ablation of arXiv 2410.23788, table 4, in miniature: what masking and AMM do, and DiT and MDTv2 of equal MACs.
+"""A small comparison: EDT with and without masking, DiT and MDTv2 at equal MACs, one training each; AMM on each.
 
     python tests/benchmarks/ablation.py IMAGES [--store FOLDER] [--plot docs/ablation.png]
 

@@ -215,8 +215,8 @@ class DiTConfig(ModelConfig):
 class MDTv2Config(DiTConfig):
     """A DiT in an encoder, with skips from its first half to its second, and a decoder (MDTv2, arXiv 2303.14389).
 
-    The last `decode_depth` of the `depth` blocks are the decoder's; 4 is the default of its authors' code. In the masked pass of training a share of tokens
-    from the range `mask_ratio` is taken away before the encoder.
+    The last `decode_depth` of the `depth` blocks are the decoder's; 4 is the default of its authors' code. In the
+    masked pass of training a share of tokens from the range `mask_ratio` is taken away before the encoder.
     """
 
     architecture: ClassVar[str] = "mdtv2"

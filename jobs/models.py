@@ -5,6 +5,7 @@ use for artifacts.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ from jobs.verb import alone_in, made_before
 if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer
 
+_log = logging.getLogger(__name__)
 DEFAULT_STORE = "./edt-store"
 _VERSION = 1
 _REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
@@ -224,10 +226,13 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
 
 
 def _of_released(path: Path) -> _Found:
-    """The authors' released file; its averaged weights, as they sample from."""
-    from edt_core.models.released import load_released
+    """The authors' released file; its averaged weights where it has them, as they sample from."""
+    from edt_core.models.released import read_released_model
 
-    return _Found(load_released(path), 1000, 0, sha256_file(path), str(path.absolute()))
+    read = read_released_model(path)
+    for note in read.notes:
+        _log.warning("%s: %s", path, note)
+    return _Found(read.model, 1000, 0, sha256_file(path), str(path.absolute()))
 
 
 def _made(found: _Found, work: Folder) -> Opened:

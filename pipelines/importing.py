@@ -24,7 +24,7 @@ from pipelines.versions import ORIGIN
 
 if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer, ModelConfig
-    from edt_core.models.released import WeightsName
+    from edt_core.models.released import ReleasedModel, WeightsName
 
 SETTLED_TAG = "edt.imported"  # when the alias had been moved: what is before that is done again
 _PROTOCOLS = {  # what the authors' samplers have of their own; cfg_scale and the number of steps are the user's
@@ -40,10 +40,20 @@ class Released:
     """A released checkpoint, read and checked, with the autoencoder that decodes it."""
 
     path: Path
-    model: "DiffusionTransformer"
+    read: "ReleasedModel"
     weights: "WeightsName"
     autoencoder: Any
     autoencoder_location: str
+
+    @property
+    def model(self) -> "DiffusionTransformer":
+        """The model, in evaluation mode on the CPU."""
+        return self.read.model
+
+    @property
+    def taken(self) -> str:
+        """Which weights of the file these are, for a message."""
+        return f"{self.weights} weights" if self.read.label else "weights"
 
     @property
     def default_name(self) -> str:
@@ -53,16 +63,18 @@ class Released:
 
 
 def read_released(
-    path: Path, weights: "WeightsName", autoencoder: str, model: str | None = None, image_size: int | None = None
+    path: Path, weights: "WeightsName | None", autoencoder: str, model: str | None = None, image_size: int | None = None
 ) -> Released:
     """Read a checkpoint file and the autoencoder at a location. `model` and `image_size` are what it is to be.
 
+    `weights` None takes the averaged weights where the file has them.
+
     Raises UserError: nothing that can be read safely, another model than asked for, an autoencoder that does not fit.
     """
-    from edt_core.models import load_released
+    from edt_core.models import read_released_model
 
-    read = load_released(path, weights)
-    config = read.config
+    read = read_released_model(path, weights)
+    config = read.model.config
     if model not in (None, config.name) or image_size not in (None, config.image_size):
         raise UserError(
             f"{path} is {config.name} at {config.image_size} px with {config.num_classes} classes; give --model "
@@ -70,7 +82,9 @@ def read_released(
         )
     decoder = read_autoencoder(autoencoder)
     check_decoder(config, decoder)
-    return Released(path, read, weights, decoder, autoencoder)
+    # A single set without a name counts as what was asked for; the papers' authors release averages.
+    taken: WeightsName = (weights or "ema") if not read.label else ("ema" if read.is_average else "model")
+    return Released(path, read, taken, decoder, autoencoder)
 
 
 def import_released(

@@ -71,7 +71,8 @@ def split_output(model_output: Tensor, num_channels: int) -> tuple[Tensor, Tenso
         raise ValueError(
             f"the model's output has shape {tuple(model_output.shape)}, but {num_channels}-channel "
             f"latents need {2 * num_channels} channels, the noise and the variance. "
-            "Build the model with learn_sigma=True."
+            f"Use a model that predicts both and was made for these latents: create_model(NAME, latent_channels="
+            f"{num_channels})."
         )
     eps, v = model_output.float().split(num_channels, dim=1)
     return eps, v

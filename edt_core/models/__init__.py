@@ -8,7 +8,7 @@ from edt_core.models.edt import EDT
 from edt_core.models.masking import MaskSite, check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, slice_masks
 from edt_core.models.mdt import MDTv2
 from edt_core.models.positions import amm_matrix
-from edt_core.models.released import load_released
+from edt_core.models.released import load_released, read_released_model
 from edt_core.models.zoo import (
     MODEL_NAMES,
     build_model,
@@ -46,6 +46,7 @@ __all__ = [
     "mask_sites",
     "model_config",
     "paper_amm_blocks",
+    "read_released_model",
     "shadow",
     "slice_masks",
     "training_flops",

@@ -1,100 +1,136 @@
 """Read checkpoints that the authors of EDT, DiT and MDTv2 released: which model they hold, and its weights.
 
-A file is a `torch.save` of a dict with `model`, `ema`, `opt` and `args`, or of a bare state dict, as those of DiT and
-MDTv2 are. Which of the named models it is follows from keys and shapes alone. Nothing in a file is executed: PyTorch's
-reader of plain weights is allowed `argparse.Namespace`, which holds the training's options, and no other class.
+Which of the named models it is follows from keys and shapes alone. Those do not say what the model predicts; the
+options of the training say it where the file has them, and else the rows of the output that only a variance trains.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from edt_core.errors import UserError
 from edt_core.models.base import DiffusionTransformer
+from edt_core.models.checkpoint_file import (
+    WeightSet,
+    WeightsName,
+    check_dtypes,
+    check_finite,
+    choose_weights,
+    other_tensors,
+    read_checkpoint,
+    weight_sets,
+)
 from edt_core.models.config import MDTv2Config, ModelConfig
+from edt_core.models.training_options import (
+    TrainingOptions,
+    check_against_config,
+    check_objective,
+    option_notes,
+)
 from edt_core.models.zoo import MODEL_NAMES, build_model, model_config
 
-WeightsName = Literal["ema", "model"]
-
-_WRAPPER = "module."  # what data-parallel training puts before each key
-_REFUSED = ("unsupported global", "unsupported class", "call reduce")  # what PyTorch's reader says of code
 _POSITIONS, _LABELS, _PATCHES = "pos_embed", "y_embedder.embedding_table.weight", "x_embedder.proj.weight"
+_OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
+_NO_VARIANCE = ": the model predicts no variance (it was built with learn_sigma=False), which is not supported"
 _DECODER = "de_blocks."  # of MDTv2
 _PAIRS = ".relative_position_index"  # of MDTv2: integers that follow from the grid
 
 
-def load_released(path: Path | str, weights: WeightsName = "ema") -> DiffusionTransformer:
-    """The model of a checkpoint file, in evaluation mode on the CPU, its weights float32.
+@dataclass(frozen=True)
+class ReleasedModel:
+    """A model of a checkpoint file, in evaluation mode on the CPU, its weights float32.
 
-    `weights`: the averaged ones that the paper samples with, or those being trained; a bare state dict has one set.
-    Raises UserError: no checkpoint, code in it, other weights than asked for, or keys and shapes of no known model.
+    `label` is the part of the file that its weights were taken from, empty for a bare state dict. `notes` are what was
+    assumed or left aside.
+    """
+
+    model: DiffusionTransformer
+    label: str
+    is_average: bool
+    notes: tuple[str, ...]
+
+
+def load_released(path: Path | str, weights: WeightsName | None = None) -> DiffusionTransformer:
+    """The model of a checkpoint file; see `read_released_model`, which also tells what was assumed."""
+    return read_released_model(path, weights).model
+
+
+def read_released_model(path: Path | str, weights: WeightsName | None = None) -> ReleasedModel:
+    """Read a checkpoint file and check that its weights mean what they are taken for.
+
+    `weights`: the averaged ones (ema) that the papers sample with, or those being trained (model); None is the average
+    where the file has one. A bare state dict has one set.
+
+    Raises:
+        UserError: no checkpoint, code in it, other weights than asked for, another objective than noise prediction,
+            keys and shapes of no known model, options of another model, weights that are not finite.
     """
     path = Path(path)
-    content = _read(path)
-    state = _state_dict(path, content, weights)
-    config = _identify(path, state)
-    _check_null_class(path, config, content.get("args"))
+    content = read_checkpoint(path)
+    options = TrainingOptions.of(content)
+    check_objective(path, options)
+    sets = weight_sets(path, content)
+    chosen = choose_weights(path, sets, weights)
+    config = _identify(path, chosen.tensors)
+    check_against_config(path, options, config)
     model = build_model(config)
+    _load(path, model, chosen.tensors)
+    notes = _weight_notes(chosen, sets, weights, other_tensors(content, sets)) + option_notes(options, config)
+    notes += _check_variance(path, model, options)
+    return ReleasedModel(model.eval(), chosen.label, chosen.is_average, tuple(notes))
+
+
+def _load(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:
+    """Put checked weights into a model whose keys and shapes they have."""
+    own = model.state_dict()
+    check_dtypes(path, state, own)
     _check_pairs(path, model, state)
-    model.load_state_dict(state)
-    return model.eval()
+    model.load_state_dict({key: own[key] if key.endswith(_PAIRS) else value for key, value in state.items()})
+    check_finite(path, model.state_dict())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a checkpoint file holds, without executing anything."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give the checkpoint (.pt) that the authors released")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped where the format allows it: the optimizer's state, most of the file, is never read.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if line := _line_with(error, _REFUSED):
-            raise UserError(
-                f"{path} asks for code to be run when it is read ({line}), which weights do not need; nothing was run. "
-                "Get the file from its authors, or have its state dict alone saved."
-            ) from error
-        raise _not_a_checkpoint(path, _line_with(error, ("unsupported",)) or "it is no pickle") from error
-    except Exception as error:  # a reader of arbitrary bytes fails in arbitrary ways
-        raise _not_a_checkpoint(path, type(error).__name__) from error
-    if not isinstance(content, dict) or not content:
-        raise _not_a_checkpoint(path, f"it holds a {type(content).__name__} without weights")
-    return content
+def _weight_notes(
+    chosen: WeightSet, sets: list[WeightSet], weights: WeightsName | None, others: list[str]
+) -> list[str]:
+    notes = []
+    if weights is None and chosen.label and not chosen.is_average:
+        notes.append(f"the file has no averaged (EMA) weights; the trained weights {chosen.label!r} were taken")
+    elif len(sets) > 1 or chosen.label not in ("", "ema", "model"):
+        left = ", ".join(repr(s.label) for s in sets if s is not chosen)
+        kind = "averaged (EMA)" if chosen.is_average else "trained"
+        notes.append(f"the {kind} weights {chosen.label!r} were taken" + (f", not {left}" if left else ""))
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        notes.append(f"other tensors of the file were ignored: {', '.join(others[:5])}{more}")
+    return notes
 
 
-def _not_a_checkpoint(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is not a checkpoint of the authors' code, or not whole: {reason}; fetch it again")
+def _check_variance(path: Path, model: DiffusionTransformer, options: TrainingOptions) -> list[str]:
+    """Raise UserError where the outputs for the variance were never trained, as in a SiT; a note where that is stated.
 
-
-def _line_with(error: Exception, words: tuple[str, ...]) -> str:
-    """The line of a message of PyTorch's reader with one of the words; its other lines advise to read unsafely."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line[:200].rstrip(".") for line in lines if any(word in line.lower() for word in words)), "")
-
-
-def _state_dict(path: Path, content: dict[str, Any], weights: WeightsName) -> dict[str, Tensor]:
-    """The state dict asked for, with the keys of EDT."""
-    sets = [name for name in ("ema", "model") if isinstance(content.get(name), Mapping)]
-    if sets and weights not in sets:
-        raise UserError(f"{path} has no {weights!r} weights, only {sets[0]!r}; ask for weights {sets[0]!r}")
-    state = content[weights] if sets else content
-    wrong = [str(key) for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if wrong or not state:
-        raise _not_a_checkpoint(path, f"{len(wrong)} of its {len(state)} entries are no tensors, as {wrong[:3]}")
-    if all(key.startswith(_WRAPPER) for key in state):
-        return {key.removeprefix(_WRAPPER): value for key, value in state.items()}
-    return dict(state)
+    All these models start with an output layer of zeros. A training that discards the second half of the channels
+    gives their rows no gradient, so they stay exactly 0, in the average too.
+    """
+    channels, state = model.config.in_channels, model.state_dict()
+    halves = [state[key].unflatten(0, (-1, 2, channels)) for key in _OUTPUT]  # [patch², 2, C, ...]
+    has_noise, has_variance = (any(bool(half[:, i].any()) for half in halves) for i in range(2))
+    if has_variance or not has_noise:
+        return []
+    if options.state_noise:
+        return ["the model's variance was not trained; it is halfway between the two bounds of the learned range"]
+    raise UserError(
+        f"{path}: the output layer's rows for the variance are all 0, so they were never trained. A SiT or another "
+        "model that predicts a velocity is like that; it has the keys of a "
+        f"{model.config.name}, but must not be sampled as one. edt samples models that predict noise (epsilon) and a "
+        "variance; other objectives are not supported. Give a checkpoint of such a model."
+    )
 
 
 @dataclass(frozen=True)
@@ -120,8 +156,15 @@ def _identify(path: Path, state: Mapping[str, Tensor]) -> ModelConfig:
         f"{path} fits no known model ({', '.join(MODEL_NAMES)}). The closest is {config.name} at {config.image_size} "
         f"pixels with {config.num_classes} classes, but {best.differences[0]}"
         + (f", and {more} more keys differ" if more else "")
+        + (_NO_VARIANCE if _lacks_variance(best, state) else "")
         + ". Give a checkpoint of one of these models, or train one here."
     )
+
+
+def _lacks_variance(fit: _Fit, state: Mapping[str, Tensor]) -> bool:
+    """Whether an output layer of half the size is all that differs."""
+    rows = fit.config.patch_size**2 * fit.config.in_channels
+    return len(fit.differences) == len(_OUTPUT) and all(_shape(state, key)[:1] == (rows,) for key in _OUTPUT)
 
 
 def _fit(name: str, state: Mapping[str, Tensor]) -> _Fit:
@@ -174,15 +217,6 @@ def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
 def _check_pairs(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:
     """Bias tables with another order of pairs would be read as if they had ours."""
     for key, value in model.state_dict().items():
-        if key.endswith(_PAIRS) and not torch.equal(state[key], value):
+        # Half precision rounds large indices; ours are rounded the same way to compare.
+        if key.endswith(_PAIRS) and not torch.equal(state[key].double(), value.to(state[key].dtype).double()):
             raise UserError(f"{path}: {key!r} has other pairs of tokens than {model.config.name}; fetch the file again")
-
-
-def _check_null_class(path: Path, config: ModelConfig, options: Any) -> None:
-    """A training that never dropped labels has a row a class and no more; the options, where kept, tell."""
-    classes = getattr(options, "num_classes", None)
-    if isinstance(classes, int) and classes != config.num_classes:
-        raise UserError(
-            f"{path}: its label table has {config.num_classes + 1} rows for {classes} classes, where {classes + 1} are "
-            "needed, the last one for the null class of guidance. Give a checkpoint of a training with class dropout."
-        )

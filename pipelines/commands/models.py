@@ -218,7 +218,9 @@ def import_model(
     ],
     model: Annotated[str | None, typer.Option(help="what it is to be, as DiT-XL/2  \\[default: what it is]")] = None,
     image_size: Annotated[int | None, typer.Option(help="pixels it is to be for  \\[default: what it is for]")] = None,
-    weights: Annotated[Weights, typer.Option(help="of a file with both")] = Weights.ema,
+    weights: Annotated[
+        Weights | None, typer.Option(help="of a file with both  \\[default: ema, the average, where the file has it]")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="registered model  \\[default: as edt-xl-2-256]")] = None,
     source: Annotated[str | None, typer.Option(help="where the file came from, for the record")] = None,
     license: Annotated[str | None, typer.Option(help="of the weights, for the model card")] = None,
@@ -240,7 +242,11 @@ def import_model(
     from pipelines.importing import import_released, read_released
     from pipelines.registry import alone
 
-    released = read_released(Path(checkpoint).expanduser(), weights.value, autoencoder, model, image_size)
+    released = read_released(
+        Path(checkpoint).expanduser(), None if weights is None else weights.value, autoencoder, model, image_size
+    )
+    for note in released.read.notes:
+        typer.echo(f"note: {note}", err=True)
     place = Folder.at(store)
     place.check_writable()
     with alone(store, name or released.default_name):
@@ -248,7 +254,7 @@ def import_model(
     config = released.model.config
     typer.echo(
         f"{title(version)} is {config.name} at {config.image_size} px with {config.num_classes} classes, "
-        f"{weights.value} weights of {checkpoint}{'' if is_new else ' (imported before)'}"
+        f"{released.taken} of {checkpoint}{'' if is_new else ' (imported before)'}"
     )
 
 

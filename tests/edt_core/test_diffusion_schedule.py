@@ -168,5 +168,5 @@ def test_sampling_refuses_what_it_cannot_do(short: Schedule) -> None:
         sample(stand_in_model, x, short, eta=0.5, noise=torch.ones_like)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none was given"):
         sample(stand_in_model, x, short)
-    with pytest.raises(ValueError, match=r"need 8 channels.*learn_sigma"):
+    with pytest.raises(ValueError, match=r"need 8 channels.*create_model\(NAME, latent_channels=4\)"):
         sample(lambda x, t: x, x, short, "ddim")

@@ -1,0 +1,281 @@
+"""The options that a released checkpoint carries, and whether its weights mean here what they meant there.
+
+Keys and shapes do not say what a model predicts: a SiT has those of a DiT, and predicts a velocity. The sampler here is
+that of DiT, EDT and MDTv2: the model predicts noise (epsilon) and a variance in the learned range, at 1,000 timesteps
+of the linear schedule. Names of options are those of the authors' code (facebookresearch/DiT, xinwangChen/EDT,
+sail-sg/MDT, willisma/SiT) and common ones of other trainings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edt_core.errors import UserError
+from edt_core.models.checkpoint_file import METADATA
+from edt_core.models.config import ModelConfig
+from edt_core.models.zoo import MODEL_NAMES
+
+_CONTAINERS = ("args", "config", "cfg", "hparams", "hyper_parameters", "options", "opts", "model_args", METADATA)
+_NOISE = ("epsilon", "eps", "noise", "pred_noise", "pred_eps", "epsilon_prediction", "modelmeantype.epsilon")
+_NEEDED = (
+    "edt samples models that predict noise (epsilon) and a variance at 1,000 timesteps of the linear schedule, as "
+    "the released EDT, DiT and MDTv2 do. Other objectives are not supported; import a model that was trained that way."
+)
+_OBJECTIVE = ("prediction", "prediction_type", "prediction_target", "parameterization", "objective", "model_mean_type")
+_OFF = ("predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "velocity_prediction", "flow_matching")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The values of an option with which the weights mean what they mean here, and what the others do."""
+
+    accepted: tuple[Any, ...]
+    otherwise: str
+
+
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(_OBJECTIVE, _Rule(_NOISE, "the model does not predict noise")),
+    **dict.fromkeys(_OFF, _Rule((False,), "the model does not predict noise")),
+    **dict.fromkeys(
+        ("path_type", "sample_eps", "train_eps", "interpolant", "transport", "sigma_data"),
+        _Rule((), "it was trained on a continuous path from data to noise, as a SiT is, not on a noise schedule"),
+    ),
+    **dict.fromkeys(("noise_schedule", "beta_schedule"), _Rule(("linear",), "the noise schedule is another one")),
+    "beta_start": _Rule((0.0001,), "the noise schedule is another one"),
+    "beta_end": _Rule((0.02,), "the noise schedule is another one"),
+    **dict.fromkeys(
+        ("zero_terminal_snr", "rescale_betas_zero_snr"), _Rule((False,), "the noise schedule is another one")
+    ),
+    **dict.fromkeys(
+        ("diffusion_steps", "num_timesteps", "num_train_timesteps", "num_diffusion_steps", "timesteps"),
+        _Rule((1000,), "the noise schedule has another number of timesteps"),
+    ),
+    "timestep_respacing": _Rule((1000, ""), "it was trained on a part of the timesteps only"),
+    "learn_sigma": _Rule((True,), "the model predicts no variance"),
+    "class_cond": _Rule((True,), "the model takes no class labels"),
+    "class_dropout_prob": _Rule((), ""),  # see _accepts: any share above 0
+    **dict.fromkeys(("use_rope", "rope"), _Rule((False,), "attention rotates its queries and keys by position")),
+}
+# Data, optimiser, loss weights, speed and logs; masking and the choice of timesteps in training; sampling.
+_HARMLESS_NAMES = """
+    amm amp atol batch_size cfg_scale checkpoint_path ckpt ckpt_every data_dir data_path device diffusion_form
+    diffusion_norm dist_backend dist_on_itp dist_url distributed ema_decay ema_rate epochs feature_path features_path
+    format fp16_scale_growth global_batch_size global_seed gpu grad_clip init_lr last_step last_step_size learning_rate
+    likelihood local_rank log_every log_interval loss_type loss_weight lr lr_anneal_steps mask_ratio max_grad_norm
+    max_steps microbatch mini_batch_size mixed_precision name num_classes num_workers output_dir precision rank
+    rescale_learned_sigmas rescale_timesteps results_dir resume resume_checkpoint resume_step reverse rtol sample_every
+    sampling_method save_interval schedule_sampler seed sigma_small tf32 use_fp16 use_kl wandb weight_decay workers
+    world_size
+"""
+_HARMLESS = frozenset(_HARMLESS_NAMES.split())
+_LATENT_SPACE = ("vae", "vae_path", "vae_model", "autoencoder", "first_stage_model", "scale_factor", "scaling_factor")
+_USUAL_SPACE = re.compile(r"ema|mse|0\.18215|.*sd-vae-ft-(ema|mse).*")
+_FIELDS = {  # options that a model's configuration answers
+    **dict.fromkeys(("image_size", "resolution", "img_size"), "image_size"),
+    **dict.fromkeys(("input_size", "latent_size"), "latent_size"),
+    **dict.fromkeys(("in_channels", "latent_channels"), "in_channels"),
+    **dict.fromkeys(("decode_layer", "decode_layers"), "decode_depth"),
+    **{name: name for name in ("patch_size", "depth", "num_heads", "mlp_ratio")},
+    "hidden_size": "dim",
+}
+_MODEL_PARTS = frozenset(("model", "net", "network", "denoiser", "transformer", "params", "init_args", *_CONTAINERS))
+_MAX_DEPTH = 4
+_SIT = re.compile(r"(?<![a-z])sit(?![a-z])", re.IGNORECASE)
+
+
+class Option(NamedTuple):
+    """One option of a training, known by the last part of its name. `of_model`: not of a data set, autoencoder, ..."""
+
+    name: str
+    value: Any
+    of_model: bool
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options in a checkpoint; a name may occur more than once."""
+
+    entries: tuple[Option, ...]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> TrainingOptions:
+        """The options in a file's content; none in a bare state dict."""
+        return cls(tuple(entry for name in _CONTAINERS for entry in _flat(content.get(name))))
+
+    @property
+    def state_noise(self) -> bool:
+        """Whether they say in so many words that the model predicts noise."""
+        return any(
+            value is not None and _accepts(name, value)
+            for name, value, _ in self.entries
+            if name in (*_OBJECTIVE, "predict_xstart")
+        )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The values of `model` that are text."""
+        return tuple(
+            option.value for option in self.entries if option.name == "model" and isinstance(option.value, str)
+        )
+
+
+def check_objective(path: Path, options: TrainingOptions) -> None:
+    """Raise UserError where the options, or the file's name, say that the weights are of another objective."""
+    wrong = [(name, value) for name, value, _ in options.entries if not _accepts(name, value)]
+    sit = [name for name in options.model_names if _SIT.search(name)]
+    if wrong or sit:
+        given = ", ".join([*(f"model={name!r}" for name in sit), *(f"{n}={_short(v)}" for n, v in wrong)])
+        reasons = dict.fromkeys(["it is a SiT, which predicts a velocity"] if sit else [])
+        reasons |= dict.fromkeys(_RULES[name].otherwise or "there is no null class for guidance" for name, _ in wrong)
+        raise UserError(f"{path}: its training options have {given}: {'; '.join(reasons)}. {_NEEDED}")
+    if _SIT.search(path.name) and not options.state_noise and not _known_models(options):
+        raise UserError(
+            f"{path}: the file's name says SiT, and nothing in the file says otherwise. A SiT has the keys of a DiT "
+            f"but predicts a velocity. {_NEEDED} If the file is no SiT, rename it."
+        )
+
+
+def check_against_config(path: Path, options: TrainingOptions, config: ModelConfig) -> None:
+    """Raise UserError where the options describe another model than keys and shapes do."""
+    for name, value, of_model in options.entries:
+        if not of_model:
+            continue
+        expected = getattr(config, _FIELDS.get(name, ""), None)
+        if name in _FIELDS and None not in (value, expected) and not _same(value, expected):
+            raise UserError(
+                f"{path}: its training options have {name}={_short(value)}, but the weights fit {config.name} at "
+                f"{config.image_size} pixels, with {name}={_short(expected)}. {_REMEDIES.get(name, _OTHER)}"
+            )
+        if name in ("num_classes", "n_classes"):
+            _check_classes(path, value, config)
+    other = [name for name in _known_models(options) if _plain(name) != _plain(config.name)]
+    if other:
+        raise UserError(
+            f"{path}: its training options have model={other[0]!r}, but the weights fit {config.name}. {_OTHER}"
+        )
+
+
+def option_notes(options: TrainingOptions, config: ModelConfig) -> list[str]:
+    """What a user should know of the options: what is assumed, and what was not looked at."""
+    notes = []
+    if not options.state_noise and not _known_models(options):
+        notes.append(
+            "the file does not say what its model predicts; noise (epsilon) prediction and 1,000 timesteps of the "
+            f"linear schedule are assumed, as in the released {_FAMILIES[config.architecture]}"
+        )
+    known = _known_models(options)
+    notes += [
+        f"the file names its model {_short(name)}, which is not known here; its weights fit {config.name}"
+        for name in dict.fromkeys(options.model_names)
+        if name not in known
+    ]
+    notes += [
+        f"it was trained on latents with {name}={_short(value)}; check that --autoencoder makes the same latents"
+        for name, value, _ in options.entries
+        if name in _LATENT_SPACE and value is not None and not _USUAL_SPACE.fullmatch(str(value).lower())
+    ]
+    if unknown := _unknown(options):
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        notes.append(f"training options that are not known here and were ignored: {', '.join(unknown[:10])}{more}")
+    return notes
+
+
+_FAMILIES = {"edt": "EDT", "dit": "DiT", "mdtv2": "MDTv2"}
+_OTHER = "Give a file whose options and weights belong together."
+_FACTOR = "Models are read for an autoencoder of the factor that their paper has; no other factor is supported."
+_REMEDIES = dict.fromkeys(("image_size", "resolution", "img_size"), _FACTOR)
+
+
+def _flat(value: Any, of_model: bool = True, depth: int = 0) -> Iterator[Option]:
+    """All options in nested namespaces, dicts and JSON text."""
+    for key, inner in _members(value).items():
+        name = str(key).rsplit(".", 1)[-1].lower().replace("-", "_")
+        if _members(inner):
+            if depth < _MAX_DEPTH:
+                yield from _flat(inner, of_model and name in _MODEL_PARTS, depth + 1)
+        else:
+            yield Option(name, _as_value(inner), of_model)
+
+
+def _members(value: Any) -> Mapping[Any, Any]:
+    """What a namespace, a dict, or a dict as JSON text holds; nothing for any other value."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _as_value(value: Any) -> Any:
+    """Text that means a truth value, a number or nothing, as that: safetensors and some trainings keep only text."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.lower() in ("true", "false", "none", "null"):
+        return {"true": True, "false": False}.get(text.lower())
+    try:
+        return float(text) if re.fullmatch(r"[-+.\d][-+.\deE]*", text) else text
+    except ValueError:
+        return text
+
+
+def _accepts(name: str, value: Any) -> bool:
+    """Whether an option leaves the meaning of the weights as it is here. An option without a value does."""
+    if name not in _RULES or value is None:
+        return True
+    if name == "class_dropout_prob":
+        return not isinstance(value, int | float) or value > 0
+    return any(_same(value, accepted) for accepted in _RULES[name].accepted)
+
+
+def _same(value: Any, expected: Any) -> bool:
+    if isinstance(value, str) and isinstance(expected, str):
+        return value.lower() == expected
+    if isinstance(value, bool) != isinstance(expected, bool):
+        return bool(value == expected and value in (0, 1)) if isinstance(value, int) else False
+    return bool((tuple(value) if isinstance(value, list) else value) == expected)
+
+
+def _check_classes(path: Path, value: Any, config: ModelConfig) -> None:
+    """A training that never dropped labels has a row a class and no more."""
+    if value is None or _same(value, config.num_classes):
+        return
+    if _same(value, config.num_classes + 1):
+        raise UserError(
+            f"{path}: its label table has {config.num_classes + 1} rows for {value:.0f} classes, where {value + 1:.0f} "
+            "are needed, the last one for the null class of guidance. Give a checkpoint of a training with class "
+            "dropout."
+        )
+    raise UserError(
+        f"{path}: its training options have num_classes={_short(value)}, but its label table has "
+        f"{config.num_classes + 1} rows, for {config.num_classes} classes and the null class. {_OTHER}"
+    )
+
+
+def _known_models(options: TrainingOptions) -> list[str]:
+    known = {_plain(name) for name in MODEL_NAMES}
+    return [name for name in options.model_names if _plain(name) in known]
+
+
+def _plain(name: str) -> str:
+    """`MDTv2_S_2` and `MDTv2-S/2` are one name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def _unknown(options: TrainingOptions) -> list[str]:
+    known = {*_RULES, *_HARMLESS, *_LATENT_SPACE, *_FIELDS, "model", "num_classes", "n_classes"}
+    return sorted({name[:40] for name, value, _ in options.entries if name not in known and value is not None})
+
+
+def _short(value: Any) -> str:
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return repr(value)[:60]

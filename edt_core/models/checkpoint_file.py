@@ -148,7 +148,7 @@ def other_tensors(content: Mapping[str, Any], sets: Sequence[WeightSet]) -> list
     labels = [s.label for s in sets]
     if "" in labels:
         return []
-    names = {}
+    names: dict[str, None] = {}
     for key, _ in islice(_flat(content), _MAX_TENSORS):
         parts = [part for part in key.split(".") if part not in _WRAPPERS]
         inside = any(".".join(parts).startswith(f"{label}.") for label in labels)

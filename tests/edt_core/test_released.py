@@ -10,10 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edt_core.errors import UserError
-from edt_core.models import EDT, build_model, create_model, load_released, model_config, shadow
+from edt_core.models import (
+    EDT,
+    DiT,
+    build_model,
+    create_model,
+    load_released,
+    model_config,
+    read_released_model,
+    shadow,
+)
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "golden" / "edt_manifest.json").read_text())
 TINY = ("EDT-Tiny/2", 64, 7)
@@ -40,7 +50,7 @@ def save(path: Path, content: Any) -> Path:
 def published(ema: dict[str, Tensor], model: dict[str, Tensor] | None = None, **options: Any) -> dict[str, Any]:
     """A checkpoint as the authors' training writes it."""
     optimizer = {"state": {0: {"exp_avg": torch.ones(2), "step": 3}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
-    args = argparse.Namespace(model="EDT-S/2", image_size=256, results_dir="results", **options)
+    args = argparse.Namespace(results_dir="results", **options)
     return {"model": model or ema, "ema": ema, "opt": optimizer, "args": args}
 
 
@@ -63,9 +73,19 @@ def test_a_bare_state_dict(tiny: EDT, tmp_path: Path, wrap: Any, zipped: bool) -
     assert same(load_released(path), tiny)
 
 
-def test_weights_of_half_precision_become_float32(tiny: EDT, tmp_path: Path) -> None:
-    half = {key: value.half() for key, value in tiny.state_dict().items()}
-    assert load_released(save(tmp_path / "a.pt", half)).pos_embed.dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_float32(tiny: EDT, tmp_path: Path, dtype: torch.dtype) -> None:
+    other = {key: value.to(dtype) for key, value in tiny.state_dict().items()}
+    loaded = load_released(save(tmp_path / "a.bin", other))
+    assert loaded.pos_embed.dtype == torch.float32
+    assert torch.equal(loaded.pos_embed, other["pos_embed"].float())
+
+
+def test_indices_in_half_precision_are_those_of_the_model(tmp_path: Path) -> None:
+    model = create_model("MDTv2-Tiny/2", 32, 4)
+    half = {key: value.half() for key, value in model.state_dict().items()}
+    key = "de_blocks.0.attn.rel_pos_bias.relative_position_index"
+    assert torch.equal(load_released(save(tmp_path / "a.pt", half)).state_dict()[key], model.state_dict()[key])
 
 
 @pytest.mark.parametrize("image_size", [256, 512])
@@ -73,7 +93,8 @@ def test_the_published_keys_are_those_of_a_named_model(image_size: int, tmp_path
     """Tensors of one number each on disk, in the published shapes."""
     keys = MANIFEST[f"EDT-S/2@{image_size}"]["keys"]
     state = {key: torch.full((1,), 0.5).expand(shape) for key, shape in keys.items()}
-    loaded = load_released(save(tmp_path / "a.pt", published(state)))
+    path = save(tmp_path / "a.pt", published(state, model="EDT-S/2", image_size=image_size))
+    loaded = load_released(path)
     assert (loaded.config.name, loaded.config.image_size, loaded.config.num_classes) == ("EDT-S/2", image_size, 1000)
     assert all(bool((value == 0.5).all()) for value in loaded.state_dict().values())
 
@@ -147,7 +168,15 @@ def test_code_in_a_file_is_refused_and_not_run(tiny: EDT, tmp_path: Path, how: s
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not a checkpoint at all", b"PK\x03\x04 broken", b"\x80\x02}q\x00.", pickle.dumps([1, 2], 2)]
+    "content",
+    [
+        b"",
+        b"not a checkpoint at all",
+        b"<!DOCTYPE html><p>Sign in",
+        b"PK\x03\x04 broken",
+        b"\x80\x02}q\x00.",
+        pickle.dumps([1, 2], 2),
+    ],
 )
 def test_what_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
@@ -172,8 +201,9 @@ def test_other_things_that_are_saved(tiny: EDT, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is not a checkpoint"):
             load_released(path)
     save(path, {"model": tiny.state_dict(), "args": None})
-    with pytest.raises(UserError, match="no 'ema' weights, only 'model'"):
-        load_released(path)
+    with pytest.raises(UserError, match=r"no 'ema' weights, only 'model'; ask for .* \(--weights model\)"):
+        load_released(path, "ema")
+    assert same(load_released(path), tiny)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +230,144 @@ def test_position_embeddings_of_no_square(tiny: EDT, tmp_path: Path, shape: tupl
     state = {**tiny.state_dict(), "pos_embed": torch.zeros(shape)}
     with pytest.raises(UserError, match="closest is EDT-Tiny/2"):
         load_released(save(tmp_path / "a.pt", state))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.to(torch.int8), r"'blocks.0.attn.qkv.bias' is torch.int8. Weights must be dense"),
+        (lambda v: v.to(torch.complex64), r"is torch.complex64"),
+        (lambda v: v.bool(), r"is torch.bool"),
+        (lambda v: v.to_sparse(), r"is torch.sparse_coo"),
+        (
+            lambda v: v.index_fill(0, torch.tensor([1, 5]), torch.nan),
+            r"2 of the 192 values of 'blocks.0.attn.qkv.bias'",
+        ),
+        (lambda v: v.index_fill(0, torch.tensor([3]), -torch.inf), r"1 of the 192 values .* are not finite"),
+        (lambda v: v.double() + 1e300, r"192 of the 192 values .* not finite float32 numbers"),
+    ],
+    ids=["int8", "complex", "bool", "sparse", "nan", "infinite", "too large"],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(tiny: EDT, tmp_path: Path, change: Any, message: str) -> None:
+    key = "blocks.0.attn.qkv.bias"
+    state = {**tiny.state_dict(), key: change(tiny.state_dict()[key])}
+    with pytest.raises(UserError, match=message):
+        load_released(save(tmp_path / "a.pt", state))
+
+
+def test_all_tensors_that_are_not_finite_are_counted(tiny: EDT, tmp_path: Path) -> None:
+    state = {key: value.clone().fill_(torch.nan) for key, value in tiny.state_dict().items()}
+    message = f"'pos_embed' are not finite .* and {len(state) - 1} more tensors too"
+    with pytest.raises(UserError, match=message):
+        load_released(save(tmp_path / "a.pt", state))
+
+
+def trained(objective: str) -> DiT:
+    """A small DiT after a few steps of training. Of a velocity, the second half of the output is thrown away."""
+    torch.manual_seed(0)
+    model = create_model("DiT-Tiny/2", 32, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(3):
+        x, noise, t, y = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 1])
+        output = model(x, t, y)
+        first, second = output.chunk(2, dim=1)
+        loss = (first - (x - noise)).square().mean() if objective == "velocity" else (output - 1).square().mean()
+        assert second.shape == x.shape
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert isinstance(model, DiT)
+    return model
+
+
+def test_a_bare_state_dict_whose_variance_was_never_trained_is_refused(tmp_path: Path) -> None:
+    """It has the keys of a DiT; but no gradient ever reached the rows that the training discards."""
+    velocity = trained("velocity").state_dict()
+    assert bool(velocity["final_layer.linear.weight"].any())
+    path = save(tmp_path / "a.pt", velocity)
+    with pytest.raises(UserError, match=r"variance are all 0.* A SiT or another model that predicts a velocity"):
+        load_released(path)
+    save(path, {"model": velocity, "args": argparse.Namespace(model="DiT-Tiny/2")})
+    with pytest.raises(UserError, match="variance are all 0"):
+        load_released(path)
+    save(path, {"model": velocity, "args": argparse.Namespace(prediction="noise")})
+    assert any("variance was not trained" in note for note in read_released_model(path).notes)
+    loaded = read_released_model(save(path, trained("noise and variance").state_dict()))
+    assert [note for note in loaded.notes if "assumed" in note] == list(loaded.notes)
+
+
+def test_a_released_sit_is_refused_whatever_is_known_of_it(tmp_path: Path) -> None:
+    state = {key: value + 0.1 for key, value in create_model("DiT-Tiny/2", 32, 4).state_dict().items()}
+    args = argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity", loss_weight=None)
+    with pytest.raises(UserError, match=r"model='SiT-XL/2', path_type='Linear', prediction='velocity': it is a SiT"):
+        load_released(save(tmp_path / "a.pt", published(state, **vars(args))))
+    for name in ("SiT-XL-2-256.pt", "last_sit.ckpt"):
+        with pytest.raises(UserError, match="the file's name says SiT"):
+            load_released(save(tmp_path / name, state))
+    assert load_released(save(tmp_path / "composite.pt", state)).config.name == "DiT-Tiny/2"
+    stated = published(state, model="DiT-Tiny/2")
+    assert load_released(save(tmp_path / "not-sit.pt", stated)).config.name == "DiT-Tiny/2"
+
+
+def test_an_output_without_a_variance_is_named(tmp_path: Path) -> None:
+    state = create_model("DiT-Tiny/2", 32, 4).state_dict()
+    half = {key: value[:16] if key.startswith("final_layer.linear") else value for key, value in state.items()}
+    with pytest.raises(UserError, match=r"closest is DiT-Tiny/2 .* predicts no variance \(.*learn_sigma=False\)"):
+        load_released(save(tmp_path / "a.pt", half))
+
+
+@pytest.mark.parametrize("options", [{"image_size": 256}, {"num_classes": 1000}, {"model": "EDT-S/2"}])
+def test_options_of_another_model_are_refused(tiny: EDT, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="its training options have .*, but"):
+        load_released(save(tmp_path / "a.pt", published(tiny.state_dict(), **options)))
+
+
+def test_lightning_takes_the_average_and_says_so(tiny: EDT, tmp_path: Path) -> None:
+    state, other = tiny.state_dict(), {key: value + 1 for key, value in tiny.state_dict().items()}
+    content = {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": {
+            **{f"model._orig_mod.{key}": value for key, value in other.items()},
+            **{f"ema_model.module.{key}": value for key, value in state.items()},
+            "vae.decoder.conv_in.weight": torch.ones(2),
+        },
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+        "hyper_parameters": {"model": "EDT-Tiny/2", "lr": 1e-4},
+    }
+    loaded = read_released_model(save(tmp_path / "last.ckpt", content))
+    assert same(loaded.model, tiny)
+    assert (loaded.label, loaded.is_average) == ("state_dict.ema_model", True)
+    assert loaded.notes == (
+        "the averaged (EMA) weights 'state_dict.ema_model' were taken, not 'state_dict.model'",
+        "other tensors of the file were ignored: state_dict.vae",
+    )
+    assert torch.equal(load_released(tmp_path / "last.ckpt", "model").pos_embed, tiny.pos_embed + 1)
+
+
+def test_a_distributed_checkpoint_loads_once_converted(tiny: EDT, tmp_path: Path) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    state = tiny.state_dict()
+    content = {"model": {key: value + 1 for key, value in state.items()}, "ema": state, "step": 3}
+    checkpoint.save(content, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(UserError, match="Convert it with `python -m .*format_utils dcp_to_torch"):
+        load_released(tmp_path / "dcp")
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "a.pt")
+    assert same(load_released(tmp_path / "a.pt"), tiny)
+
+
+def test_safetensors_with_metadata(tiny: EDT, tmp_path: Path) -> None:
+    state, path = tiny.state_dict(), tmp_path / "model.safetensors"
+    save_file(state, path, metadata={"format": "pt"})
+    assert same(load_released(path), tiny)
+    save_file(state, path, metadata={"args": json.dumps({"prediction": "v", "model": "EDT-Tiny/2"})})
+    with pytest.raises(UserError, match="prediction='v': the model does not predict noise"):
+        load_released(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="as a safetensors file it is damaged or cut short"):
+        load_released(path)
 
 
 def test_a_label_table_without_a_null_class(tiny: EDT, tmp_path: Path) -> None:

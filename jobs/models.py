@@ -43,7 +43,7 @@ _RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
 _INDEX = "model_index.json"  # by which diffusers knows a pipeline's folder
 _FORMS = (
     "a registered model (NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one of its "
-    "checkpoints/step-... folders, a diffusers folder, or the authors' .pt file"
+    "checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
 )
 
 

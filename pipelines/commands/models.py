@@ -212,7 +212,7 @@ def pull(
 
 
 def import_model(
-    checkpoint: Annotated[str, typer.Argument(help="file that the authors of EDT, DiT or MDT released (.pt)")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint of an EDT, DiT or MDTv2 (.pt, .ckpt, .safetensors)")],
     autoencoder: Annotated[
         str, typer.Option(help="what decodes it, as stabilityai/sd-vae-ft-ema: hub id, folder, artifact, MLflow URI")
     ],

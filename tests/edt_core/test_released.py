@@ -47,11 +47,11 @@ def save(path: Path, content: Any) -> Path:
     return path
 
 
-def published(ema: dict[str, Tensor], model: dict[str, Tensor] | None = None, **options: Any) -> dict[str, Any]:
+def published(ema: dict[str, Tensor], last: dict[str, Tensor] | None = None, **options: Any) -> dict[str, Any]:
     """A checkpoint as the authors' training writes it."""
     optimizer = {"state": {0: {"exp_avg": torch.ones(2), "step": 3}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
     args = argparse.Namespace(results_dir="results", **options)
-    return {"model": model or ema, "ema": ema, "opt": optimizer, "args": args}
+    return {"model": last or ema, "ema": ema, "opt": optimizer, "args": args}
 
 
 def test_a_published_file_gives_the_weights_asked_for(tiny: EDT, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def trained(objective: str) -> DiT:
     model = create_model("DiT-Tiny/2", 32, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     for _ in range(3):
-        x, noise, t, y = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 1])
+        x, noise, t, y = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
         output = model(x, t, y)
         first, second = output.chunk(2, dim=1)
         loss = (first - (x - noise)).square().mean() if objective == "velocity" else (output - 1).square().mean()
@@ -318,7 +318,7 @@ def test_an_output_without_a_variance_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"image_size": 256}, {"num_classes": 1000}, {"model": "EDT-S/2"}])
 def test_options_of_another_model_are_refused(tiny: EDT, tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="its training options have .*, but"):
+    with pytest.raises(UserError, match=r"its training options have .*, but"):
         load_released(save(tmp_path / "a.pt", published(tiny.state_dict(), **options)))
 
 
@@ -352,7 +352,7 @@ def test_a_distributed_checkpoint_loads_once_converted(tiny: EDT, tmp_path: Path
     state = tiny.state_dict()
     content = {"model": {key: value + 1 for key, value in state.items()}, "ema": state, "step": 3}
     checkpoint.save(content, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    with pytest.raises(UserError, match="Convert it with `python -m .*format_utils dcp_to_torch"):
+    with pytest.raises(UserError, match=r"Convert it with `python -m .*format_utils dcp_to_torch"):
         load_released(tmp_path / "dcp")
     dcp_to_torch_save(tmp_path / "dcp", tmp_path / "a.pt")
     assert same(load_released(tmp_path / "a.pt"), tiny)

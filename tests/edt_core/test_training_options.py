@@ -52,7 +52,7 @@ AUTHORS: dict[str, tuple[str, dict[str, Any]]] = {  # as their training scripts 
             "model": "MDTv2_S_2",
             "image_size": 256,
             "mask_ratio": 0.3,
-            "decode_layer": 4,
+            "decode_layer": 6,
             "class_cond": True,
             "use_fp16": False,
             "learn_sigma": True,
@@ -149,7 +149,7 @@ def test_nested_options_and_options_as_text_are_looked_at() -> None:
         (DIT, {"model": "DiT-B/2"}, "model='DiT-B/2', but the weights fit DiT-S/2"),
         (DIT, {"num_heads": 12}, "num_heads=12, .* with num_heads=6"),
         (DIT, {"patch_size": 4}, "patch_size=4, .* with patch_size=2"),
-        (MDT, {"decode_layer": 2}, "decode_layer=2, .* with decode_layer=4"),
+        (MDT, {"decode_layer": 2}, "decode_layer=2, .* with decode_layer=6"),
     ],
 )
 def test_options_of_another_model_are_refused(config: Any, values: dict[str, Any], message: str) -> None:

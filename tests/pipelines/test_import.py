@@ -1,5 +1,6 @@
 """`edt import`: a released checkpoint becomes a version that everything else takes."""
 
+import argparse
 import json
 import os
 import pickle
@@ -53,7 +54,9 @@ def test_an_imported_model_is_a_candidate_that_loads_as_it_was(
     path = released(tmp_path, name)
     registered = name.lower().replace("/", "-") + "-32"
     told = imported(registry, path, vae, "--source", "https://example.org/released.pt", "--license", "cc-by-nc-4.0")
-    assert f"{registered} version 1 is {name} at 32 px with 4 classes, ema weights of" in told
+    taken = "ema weights" if name.startswith("EDT") else "weights"  # a bare state dict does not say which they are
+    assert f"{registered} version 1 is {name} at 32 px with 4 classes, {taken} of" in told
+    assert "note: the file does not say what its model predicts; noise (epsilon) prediction" in told
     version = find(registry.catalog, f"{registered}@candidate")
     assert "champion" not in registry.catalog.client.get_registered_model(registered).aliases
 
@@ -155,6 +158,14 @@ def bad_file(folder: Path, damage: str) -> Path:
     elif damage == "other shapes":
         state = weights("EDT-Tiny/2")
         torch.save({**state, "final_layer.linear.bias": torch.zeros(3)}, path)
+    elif damage == "of a velocity":
+        args = argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")
+        torch.save({"model": weights("DiT-Tiny/2"), "ema": weights("DiT-Tiny/2"), "args": args}, path)
+    elif damage == "not finite":
+        state = weights("EDT-Tiny/2")
+        torch.save({**state, "final_layer.linear.bias": state["final_layer.linear.bias"] * torch.nan}, path)
+    elif damage == "empty":
+        torch.save({}, path)
     elif damage == "gone":
         path.unlink()
     return path
@@ -166,6 +177,9 @@ def bad_file(folder: Path, damage: str) -> Path:
         ("truncated", [], "is not a checkpoint of the authors' code, or not whole"),
         ("code", [], "asks for code to be run"),
         ("other shapes", [], "The closest is EDT-Tiny/2 at 32 pixels with 4 classes, but 'final_layer.linear.bias'"),
+        ("of a velocity", [], "model='SiT-XL/2', path_type='Linear', prediction='velocity': it is a SiT"),
+        ("not finite", [], "32 of the 32 values of 'final_layer.linear.bias' are not finite"),
+        ("empty", [], "it holds a dict without weights"),
         ("gone", [], "is not a file"),
         (
             "",
@@ -194,8 +208,27 @@ def test_an_autoencoder_of_another_factor_is_refused(registry: Registry, tmp_pat
         imported(registry, released(tmp_path, "EDT-Tiny/2"), other)
 
 
-def test_as_a_command_it_is_one_message_and_exit_code_2(vae: Path, tmp_path: Path) -> None:
-    path = bad_file(tmp_path, "truncated")
+@pytest.mark.parametrize("weights_name", [None, "model"])
+def test_which_weights_were_taken_is_told(
+    registry: Registry, vae: Path, tmp_path: Path, weights_name: str | None
+) -> None:
+    path = tmp_path / "last.ckpt"
+    state = {f"{part}.{key}": v for part in ("net", "ema_net") for key, v in weights("DiT-Tiny/2").items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"prediction": "epsilon"}}, path)
+    options = [] if weights_name is None else ["--weights", weights_name]
+    told = imported(registry, path, vae, "--name", "lightning", *options)
+    if weights_name is None:
+        assert "note: the averaged (EMA) weights 'state_dict.ema_net' were taken, not 'state_dict.net'" in told
+        assert ", ema weights of" in told
+    else:
+        assert "note: the trained weights 'state_dict.net' were taken, not 'state_dict.ema_net'" in told
+        assert ", model weights of" in told
+    assert "assumed" not in told
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of a velocity"])
+def test_as_a_command_it_is_one_message_and_exit_code_2(vae: Path, tmp_path: Path, damage: str) -> None:
+    path = bad_file(tmp_path, damage)
     done = edt("import", str(path), "--autoencoder", str(vae), "--store", str(tmp_path / "s"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: ")

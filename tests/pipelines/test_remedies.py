@@ -71,7 +71,7 @@ def test_configuration_fields_that_messages_name_exist() -> None:
     }
     seen = 0
     for place, text in messages():
-        for section, field in re.findall(rf"(?<![\w./])({'|'.join(fields)})\.([a-z_]+)", text):
+        for section, field in re.findall(rf"(?<![\w./])({'|'.join(fields)})\.([a-z_][a-z0-9_]*)", text):
             assert field in fields[section], f"{place} names {section}.{field}"
             seen += 1
     assert seen > 15

@@ -116,10 +116,11 @@ def choose_weights(path: Path, sets: Sequence[WeightSet], weights: WeightsName |
 def check_dtypes(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise UserError for weights that are not plain floating-point numbers, such as quantised ones."""
     wrong = [
-        f"{key!r} is {value.dtype if value.layout == torch.strided else value.layout}"
+        f"{key!r} is {_kind(value)}"
         for key, value in state.items()
         if value.layout != torch.strided
         or value.is_quantized
+        or value.is_meta  # a shape without values
         or (expected[key].is_floating_point() and value.dtype not in _FLOATS)
     ]
     if wrong:
@@ -158,6 +159,8 @@ def other_tensors(content: Mapping[str, Any], sets: Sequence[WeightSet]) -> list
 
 
 def _read_pickle(path: Path) -> Any:
+    if path.suffix == ".safetensors":  # PyTorch's reader goes by the name
+        raise not_a_checkpoint(path, "its name ends in .safetensors, but it is no safetensors file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped where the format allows it: the optimizer's state, most of the file, is never read.
@@ -208,7 +211,7 @@ def _known_content(path: Path) -> str:
 
 def _line_with(error: Exception, words: tuple[str, ...]) -> str:
     """The line of a message of PyTorch's reader with one of the words; its other lines advise to read unsafely."""
-    lines = (line.strip() for line in str(error).splitlines())
+    lines = (line.strip().partition(" Please use ")[0] for line in str(error).splitlines())
     return next((line[:200].rstrip(".") for line in lines if any(word in line.lower() for word in words)), "")
 
 
@@ -248,6 +251,12 @@ def _names_average(prefix: str) -> bool:
 
 def _labels(sets: Sequence[WeightSet]) -> str:
     return ", ".join(repr(s.label) for s in sets) or "none"
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_meta:
+        return "a shape without values (device meta)"
+    return str(value.dtype if value.layout == torch.strided else value.layout)
 
 
 def _all_finite(value: Tensor) -> bool:

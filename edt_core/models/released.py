@@ -101,7 +101,9 @@ def _weight_notes(
 ) -> list[str]:
     notes = []
     if weights is None and chosen.label and not chosen.is_average:
-        notes.append(f"the file has no averaged (EMA) weights; the trained weights {chosen.label!r} were taken")
+        notes.append(
+            f"no averaged (EMA) weights were found by their keys; the trained weights {chosen.label!r} were taken"
+        )
     elif len(sets) > 1 or chosen.label not in ("", "ema", "model"):
         left = ", ".join(repr(s.label) for s in sets if s is not chosen)
         kind = "averaged (EMA)" if chosen.is_average else "trained"

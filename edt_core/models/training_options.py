@@ -216,9 +216,14 @@ def _members(value: Any) -> Mapping[Any, Any]:
 
 
 def _as_value(value: Any) -> Any:
-    """Text that means a truth value, a number or nothing, as that: safetensors and some trainings keep only text."""
+    """An option's value in plain types. Text that means a truth value, a number or nothing becomes that.
+
+    The metadata of safetensors and some trainings hold text only.
+    """
+    if isinstance(value, list | tuple) and value and all(type(item) is int and item == value[0] for item in value):
+        return value[0]  # an image size as height and width
     if not isinstance(value, str):
-        return value
+        return value if isinstance(value, bool | int | float | list | tuple | None) else repr(value)
     text = value.strip()
     if text.lower() in ("true", "false", "none", "null"):
         return {"true": True, "false": False}.get(text.lower())

@@ -165,6 +165,7 @@ def test_code_in_a_file_is_refused_and_not_run(tiny: EDT, tmp_path: Path, how: s
     assert str(path) in str(refused.value)
     assert "asks for code to be run" in str(refused.value)
     assert "weights_only" not in str(refused.value)  # PyTorch's own message advises to run it
+    assert "safe_globals" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +240,7 @@ def test_position_embeddings_of_no_square(tiny: EDT, tmp_path: Path, shape: tupl
         (lambda v: v.to(torch.complex64), r"is torch.complex64"),
         (lambda v: v.bool(), r"is torch.bool"),
         (lambda v: v.to_sparse(), r"is torch.sparse_coo"),
+        (lambda v: v.to("meta"), r"is a shape without values"),
         (
             lambda v: v.index_fill(0, torch.tensor([1, 5]), torch.nan),
             r"2 of the 192 values of 'blocks.0.attn.qkv.bias'",
@@ -246,7 +248,7 @@ def test_position_embeddings_of_no_square(tiny: EDT, tmp_path: Path, shape: tupl
         (lambda v: v.index_fill(0, torch.tensor([3]), -torch.inf), r"1 of the 192 values .* are not finite"),
         (lambda v: v.double() + 1e300, r"192 of the 192 values .* not finite float32 numbers"),
     ],
-    ids=["int8", "complex", "bool", "sparse", "nan", "infinite", "too large"],
+    ids=["int8", "complex", "bool", "sparse", "meta", "nan", "infinite", "too large"],
 )
 def test_weights_that_are_no_finite_numbers_are_refused(tiny: EDT, tmp_path: Path, change: Any, message: str) -> None:
     key = "blocks.0.attn.qkv.bias"
@@ -365,6 +367,9 @@ def test_safetensors_with_metadata(tiny: EDT, tmp_path: Path) -> None:
     save_file(state, path, metadata={"args": json.dumps({"prediction": "v", "model": "EDT-Tiny/2"})})
     with pytest.raises(UserError, match="prediction='v': the model does not predict noise"):
         load_released(path)
+    torch.save(state, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"its name ends in \.safetensors, but"):
+        load_released(tmp_path / "other.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="as a safetensors file it is damaged or cut short"):
         load_released(path)

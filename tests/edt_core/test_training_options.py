@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from edt_core.errors import UserError
 from edt_core.models import model_config
@@ -163,6 +164,13 @@ def test_numbers_of_other_parts_are_not_those_of_the_model() -> None:
     content["hyper_parameters"]["model"] = {"in_channels": 16}
     with pytest.raises(UserError, match="in_channels=16"):
         check_against_config(PATH, TrainingOptions.of(content), DIT)
+
+
+def test_values_of_any_type_are_compared() -> None:
+    check_against_config(PATH, options(image_size=[256, 256], num_classes="1000", mlp_ratio=4, model=["DiT-S/2"]), DIT)
+    for value in ([256, 512], torch.ones(3), "large", True):
+        with pytest.raises(UserError, match="image_size="):
+            check_against_config(PATH, options(image_size=value), DIT)
 
 
 def test_what_is_assumed_and_what_is_ignored_is_told() -> None:

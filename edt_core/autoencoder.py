@@ -5,6 +5,7 @@ Three stages, each with its range: pixels uint8 0..255 -> images float32 -1..1 -
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.alignment import align_weights
+from edt_core.autoencoder_config import check_config, check_folder, hub_pipeline, pickled
 from edt_core.config import AutoencoderConfig
 from edt_core.data.images import to_model_range
+from edt_core.data.scale import scale_of
 from edt_core.errors import UserError
 from edt_core.precision import use_precision
 
@@ -85,39 +88,62 @@ def fit_autoencoder(
 def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -> Any:
     """A published or stored AutoencoderKL or AutoencoderTiny by local folder or hub id, in evaluation mode.
 
-    Raises UserError where there is none to be had.
+    Raises UserError where there is none, and for one whose configuration asks for what is not supported.
     """
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    import diffusers
 
+    if Path(location).is_dir():
+        check_folder(Path(location))
+    config = _load_config(location)
+    check_config(str(location), config)
+    make: Any = getattr(diffusers, config["_class_name"])
     try:
-        name = AutoencoderKL.load_config(str(location))["_class_name"]
-        if name not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ValueError(f"it is a {name}, and AutoencoderKL and AutoencoderTiny are what can be used.")
-        make = AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL
         model, loading = make.from_pretrained(
             str(location), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
         if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
             raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first.")
-        if model.config.in_channels != 3 or not isinstance(model.config.scaling_factor, float | int):
-            channels, factor = model.config.in_channels, model.config.scaling_factor
-            raise ValueError(f"it has {channels} image channels and scaling factor {factor}, not 3 and a number.")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"no autoencoder at {location!s}: {str(error).splitlines()[0]} Give a hub id that this machine can reach, "
-            "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "
-            "autoencoder.pretrained, or null there to fit one on the images."
-        ) from error
+        if not Path(location).is_dir() and "does not appear to have a file named" in str(error):
+            target = str(location).rpartition("/")[2]
+            raise UserError(pickled(str(location), make.__name__, f"./{target}")) from error
+        raise _no_autoencoder(location, error) from error
     return align_weights(model).to(device).eval().requires_grad_(False)
 
 
+def _load_config(location: str | Path) -> dict[str, Any]:
+    """The diffusers configuration at a local folder or hub id. Raises UserError."""
+    from diffusers import AutoencoderKL, DiffusionPipeline
+
+    try:
+        return dict(AutoencoderKL.load_config(str(location)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        is_pipeline = False
+        with suppress(Exception):  # whatever is wrong there, the first error is the one to report
+            is_pipeline = not Path(location).is_dir() and bool(DiffusionPipeline.load_config(str(location)))
+        if is_pipeline:
+            raise UserError(hub_pipeline(str(location))) from error
+        raise _no_autoencoder(location, error) from error
+
+
+def _no_autoencoder(location: str | Path, error: Exception) -> UserError:
+    return UserError(
+        f"no autoencoder at {location!s}: {str(error).splitlines()[0]} Give a hub id that this machine can reach, "
+        "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "
+        "autoencoder.pretrained, or null there to fit one on the images."
+    )
+
+
 def autoencoder_facts(model: Any) -> dict[str, Any]:
-    """Downsample factor, latent channels and scaling factor of an AutoencoderKL or AutoencoderTiny."""
+    """Downsample factor, latent channels and scale of an AutoencoderKL or AutoencoderTiny.
+
+    The scale is `scaling_factor`, and where the configuration has them `shift_factor`, `latents_mean`, `latents_std`.
+    """
     levels = model.config.get("block_out_channels") or model.config.encoder_block_out_channels
     return {
         "downsample_factor": 2 ** (len(levels) - 1),
         "latent_channels": int(model.config.latent_channels),
-        "scaling_factor": float(model.config.scaling_factor),
+        **scale_of(model).record(),
     }
 
 
@@ -191,7 +217,7 @@ def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision
 @torch.inference_mode()
 def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
     """uint8 [N, S, S, 3] of scaled latents [N, C, h, h]; rounded without bias: truncation of 127.5 x + 128."""
-    images = model.decode((latents / model.config.scaling_factor).to(model.dtype)).sample.float()
+    images = model.decode(scale_of(model).to_raw(latents).to(model.dtype)).sample.float()
     levels = (images * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from edt_core.alignment import align_weights
 from edt_core.autoencoder import decode_to_pixels
 from edt_core.config import ChainConfig
+from edt_core.data.scale import LatentScale, scale_of
 from edt_core.errors import UserError
 from edt_core.generation import LatentSampler
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
@@ -64,8 +65,10 @@ class EDTPipeline(DiffusionPipeline):
         classes: list[str] | None = None,
         protocol: dict[str, Any] | None = None,
         class_counts: list[int] | None = None,
+        latent_scale: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        _check_scale(vae, latent_scale)
         align_weights(transformer)  # diffusers maps their files
         align_weights(vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -73,6 +76,8 @@ class EDTPipeline(DiffusionPipeline):
         kept = chain_config(protocol or {}).model_dump(mode="json")
         counts = None if class_counts is None else list(class_counts)
         self.register_to_config(classes=list(classes or []), protocol=kept, class_counts=counts)
+        if latent_scale is not None:
+            self.register_to_config(latent_scale=dict(latent_scale))
 
     @torch.no_grad()
     def __call__(
@@ -91,6 +96,26 @@ class EDTPipeline(DiffusionPipeline):
         latents = sampler(class_labels, seed, range(len(class_labels)))
         pixels = decode_to_pixels(self.vae, latents)
         return EDTPipelineOutput(images=pixels if output_type == "np" else [Image.fromarray(p) for p in pixels])
+
+
+def _check_scale(vae: AutoencoderKL | AutoencoderTiny, trained: Mapping[str, Any] | None) -> None:
+    """Raise UserError unless the latents of a model are centred as its autoencoder's configuration says.
+
+    `trained` is what `save_pipeline` wrote of that. Folders of versions that ignored it have nothing.
+    """
+    scale = scale_of(vae)
+    if LatentScale.of({**(trained or {}), "scaling_factor": scale.scaling_factor}) == scale:
+        return
+    if trained is None:
+        raise UserError(
+            f"the autoencoder of this pipeline has {scale.beyond_factor()}, which the version that trained the model "
+            "ignored: decoded with it, its images would be wrong. Remove these settings from vae/config.json to "
+            "decode as the model was trained, or train it again"
+        )
+    raise UserError(
+        f"the model was trained on latents with {dict(trained)}, and the autoencoder of this pipeline has "
+        f"{scale.record()}; use the autoencoder of its training"
+    )
 
 
 def chain_config(fields: Mapping[str, Any]) -> ChainConfig:
@@ -133,7 +158,9 @@ def save_pipeline(
         clip_sample=False,
     )
     counts = None if class_counts is None else list(class_counts)
-    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts)
+    scale = scale_of(vae)
+    centred = None if scale.is_plain else scale.record()
+    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred)
     pipeline.save_pretrained(folder, safe_serialization=True)
     # What DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder) imports.
     (folder / _PIPELINE_FILE).write_text(_PIPELINE_CODE)

@@ -31,6 +31,8 @@ REPORT_OF_SHARD = "reports/{}.json"  # what became of the images of a shard, ori
 LATENT_SHARD = "latents-{:05d}.arrow"
 LATENT_TAR_SHARD = "latents-{:05d}.tar"
 LATENT_SCHEMA_VERSION = "2"
+# Of shards whose latents are also centred (shift_factor, latents_mean): a reader of version 2 would scale them wrong.
+CENTRED_LATENT_SCHEMA_VERSION = "3"
 LATENT_ROWS_PER_BATCH = 256  # rows of an Arrow record batch; the last of a shard may have fewer
 KEY, LABEL = "key", "label"
 POSTERIOR_COLUMNS = ("posterior", "mirror_posterior")  # float32[2*C*h*w] each: mean, then std

@@ -17,6 +17,7 @@ from jobs.cluster import device_name, require, use_threads
 from jobs.verb import Verb, alone_in, made_before
 
 if TYPE_CHECKING:
+    from edt_core.data.scale import LatentScale
     from edt_core.models import ModelConfig
 
 FOLDER = "autoencoder"
@@ -159,6 +160,40 @@ def read_autoencoder(location: str) -> Any:
     if artifact.manifest.kind != "autoencoder":
         raise UserError(f"{location} holds {artifact.manifest.kind}, and autoencoder is what is needed here")
     return load_autoencoder(artifact.directory(FOLDER))
+
+
+def stored_scale(artifact: Artifact) -> "LatentScale":
+    """The scale of an autoencoder artifact's latents.
+
+    Read from the configuration: counts of older artifacts have the scaling factor alone.
+    """
+    from edt_core.data.scale import LatentScale
+
+    return LatentScale.of({**artifact.read_json(f"{FOLDER}/config.json"), **artifact.counts})
+
+
+def check_trained_scale(made: Mapping[str, Any], scale: "LatentScale", what: str, remedy: str) -> None:
+    """Raise UserError unless the counts of latents or of a checkpoint state how an autoencoder's latents are centred.
+
+    Older versions ignored shift_factor, latents_mean and latents_std: a model of such latents would be decoded wrong.
+    """
+    from edt_core.data.scale import LatentScale
+
+    stated = LatentScale.of({**made, "scaling_factor": scale.scaling_factor})
+    if stated != scale:
+        raise UserError(
+            f"{what} was made with {stated.beyond_factor() or 'scaling_factor alone'}, and its autoencoder has "
+            f"{scale.beyond_factor() or 'scaling_factor alone'} (older versions ignored shift_factor, latents_mean and "
+            f"latents_std); {remedy}"
+        )
+
+
+def check_checkpoint_scale(checkpoint: Artifact, source: Artifact) -> None:
+    """Raise UserError unless a model was trained on latents that are centred as those of its autoencoder artifact."""
+    if checkpoint.counts["autoencoder_digest"] is None:  # brought from elsewhere: its files do not say
+        return
+    remedy = f"remove the artifacts of its latents and {checkpoint.folder.uri}, encode and train again"
+    check_trained_scale(checkpoint.counts, stored_scale(source), "the model", remedy)
 
 
 def check_decoder(config: "ModelConfig", decoder: Any) -> None:

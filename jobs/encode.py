@@ -17,7 +17,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import LATENT_SHARD, LATENT_TAR_SHARD
 from edt_core.storage import sha256_file
-from jobs.autoencoder import FOLDER, IMAGE_SHARDS
+from jobs.autoencoder import FOLDER, IMAGE_SHARDS, stored_scale
 from jobs.cluster import device_name, pooled, require, use_threads
 from jobs.verb import Verb
 
@@ -49,7 +49,7 @@ class Encoder:
         size, factor = self.images.counts["image_size"], source.counts["downsample_factor"]
         self.info = LatentInfo(
             autoencoder=f"{source.counts['source']}@{source.manifest.digest}",
-            scaling_factor=source.counts["scaling_factor"],
+            scale=stored_scale(source),
             image_size=size,
             latent_shape=(source.counts["latent_channels"], size // factor, size // factor),
         )
@@ -186,7 +186,7 @@ def encode(
         "class_counts": sum(part["labels"] for part in parts.values()).tolist(),
         "image_size": size,
         "latent_shape": [source.counts["latent_channels"], side, side],
-        "scaling_factor": source.counts["scaling_factor"],
+        **stored_scale(source).record(),
         "autoencoder_digest": source.manifest.digest,
         "channel_mean": mean.tolist(),
         "channel_std": _deviation(mean, square).tolist(),

@@ -216,6 +216,8 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
     logging.disable_progress_bar()
     try:
         pipeline = EDTPipeline.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder} is no diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
     timesteps = pipeline.scheduler.config.num_train_timesteps
@@ -253,6 +255,7 @@ def _made(found: _Found, work: Folder) -> Opened:
             "model": found.model.config.name,
             "steps": found.steps,
             "autoencoder_digest": None if vae is None else vae.manifest.digest,
+            **({} if vae is None else autoencoder.stored_scale(vae).beyond_factor()),
             "class_counts": None if found.class_counts is None else list(found.class_counts),
             "parameters": count_parameters(found.model),
             "macs": count_macs(found.model),
@@ -336,6 +339,8 @@ def _loaded(opened: Opened) -> Loaded:
     from edt_core.training.checkpoint import ema_model
 
     checkpoint, vae, images = opened.checkpoint, opened.autoencoder, opened.images
+    if vae is not None:
+        autoencoder.check_checkpoint_scale(checkpoint, vae)
     return Loaded(
         ema_model(checkpoint.directory(checkpoint.counts["final"])),
         checkpoint.manifest.config["num_timesteps"],

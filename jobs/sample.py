@@ -193,6 +193,7 @@ def check_autoencoder(inputs: Mapping[str, Artifact | Source]) -> None:
             "another, or made anew with other weights; give the one of the training, or remove the manifests of "
             "latents and checkpoint to make them anew"
         )
+    autoencoder.check_checkpoint_scale(artifact(inputs, "checkpoint"), artifact(inputs, "autoencoder"))
 
 
 def model_config_of(checkpoint: Artifact) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from edt_core.errors import Stopped, UserError
 from edt_core.integrity import damaged
 from edt_core.progress import Progress
 from edt_core.schema import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
+from jobs.autoencoder import check_trained_scale, stored_scale
 from jobs.cluster import MAX_RETRIES, free_place_of, require, use_threads
 from jobs.verb import Verb
 
@@ -52,6 +53,7 @@ def train(
     Raises Stopped when it was asked to stop and has left a checkpoint, RuntimeError where losses or gradients stay not
     finite after `max_rollbacks` rollbacks, UserError for latents or resources that will not do.
     """
+    from edt_core.data.scale import LatentScale
     from edt_core.models import count_macs, count_parameters, shadow, training_flops
     from edt_core.training.checkpoint import checkpoint_name
     from edt_core.training.store import CheckpointStore, best_step
@@ -60,6 +62,9 @@ def train(
     latents = inputs["latents"]
     model_config = config_of(config.model, latents.counts)
     _check(config, model_config, latents)
+    if "autoencoder" in inputs:
+        remedy = f"remove the artifact {latents.folder.uri} and encode again"
+        check_trained_scale(latents.counts, stored_scale(inputs["autoencoder"]), "the latents artifact", remedy)
     if config.preview_every is not None and "autoencoder" not in inputs:
         progress.warn("preview_every is set, but nothing decodes its samples: give an autoencoder (--autoencoder)")
     store = CheckpointStore(out, config.num_to_keep, progress.warn)
@@ -80,6 +85,7 @@ def train(
         "model": config.model,
         "steps": kept[-1],
         "autoencoder_digest": latents.counts["autoencoder_digest"],
+        **LatentScale.of(latents.counts).beyond_factor(),
         "class_counts": latents.counts.get("class_counts"),  # what the label policy "prior" draws from
         "parameters": count_parameters(model),
         "macs": count_macs(model),
@@ -237,6 +243,7 @@ def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> 
     and where there is none for the reader.
     """
     from edt_core.data.latents import LatentDataset
+    from edt_core.data.scale import LatentScale
     from edt_core.data.streaming import LatentStream, TarShard
 
     if config.reader == "arrow":
@@ -245,8 +252,8 @@ def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> 
     if problems := latents.problems():
         raise damaged(latents.folder, problems)
     shards = tuple(TarShard(latents.data, e.path, e.rows or 0, e.sha256) for e in _tars(latents))
-    shape, factor = tuple(latents.counts["latent_shape"]), latents.counts["scaling_factor"]
-    return LatentStream(shards, shape, factor, config.shuffle_buffer)
+    shape, scale = tuple(latents.counts["latent_shape"]), LatentScale.of(latents.counts)
+    return LatentStream(shards, shape, scale, config.shuffle_buffer)
 
 
 def _tars(latents: Artifact) -> list[FileEntry]:

@@ -77,7 +77,7 @@ def autoencoder(patient: Patient) -> Found:
         return "ok", f"{config.pretrained} is registered", ""
     folder = Path(config.pretrained).expanduser()
     values = _local_config(folder) if folder.is_dir() else _hub_config(config.pretrained)
-    found = _shape(values)
+    found = _shape(config.pretrained, values)
     wanted = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}
     wrong = [
         f"{name} is {found[name]}, the configuration says {value}"
@@ -91,20 +91,20 @@ def autoencoder(patient: Patient) -> Found:
     return "ok", f"{config.pretrained} ({place}), factor {found['downsample_factor']}", ""
 
 
-def _shape(values: dict[str, Any]) -> dict[str, Any]:
-    """Downsample factor and latent channels out of a diffusers configuration."""
+def _shape(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Downsample factor and latent channels out of a diffusers configuration. Raises UserError for what is refused."""
     from diffusers.configuration_utils import FrozenDict
 
     from edt_core.autoencoder import autoencoder_facts
+    from edt_core.autoencoder_config import check_config
 
-    try:
-        return autoencoder_facts(SimpleNamespace(config=FrozenDict({"scaling_factor": 1.0, **values})))
-    except (AttributeError, KeyError, TypeError) as error:
-        name = values.get("_class_name", "nothing that diffusers knows")
-        raise UserError(f"it is {name}; AutoencoderKL and AutoencoderTiny are what can be used") from error
+    return autoencoder_facts(SimpleNamespace(config=FrozenDict(check_config(where, values))))
 
 
 def _local_config(folder: Path) -> dict[str, Any]:
+    from edt_core.autoencoder_config import check_folder
+
+    check_folder(folder)
     try:
         values = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -120,6 +120,7 @@ def _hub_config(hub_id: str) -> dict[str, Any]:
     """config.json of a hub id, from this machine's cache or the hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -134,7 +135,12 @@ def _hub_config(hub_id: str) -> dict[str, Any]:
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(f"the hub has no {hub_id}, or hides it; mend the id, or set HF_TOKEN") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(
+                f"{hub_id} has no config.json, so it is no autoencoder; of a diffusers pipeline use the vae subfolder: "
+                f"hf download {hub_id} --include 'vae/*' --local-dir FOLDER, and set autoencoder.pretrained=FOLDER/vae"
+            ) from error
         raise UserError(
             f"{hub_id} is not in this machine's cache, and the hub does not answer; download it elsewhere and give its "
             "folder, set HTTPS_PROXY, or fit one (autoencoder.pretrained=null)"

@@ -3,6 +3,7 @@
 It has no metrics, so it becomes `candidate` and never `champion`.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -172,7 +173,11 @@ def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str
 
 def _digest(autoencoder: Any) -> str:
     """sha256 of an autoencoder's weights and scale, wherever it was loaded from."""
+    from edt_core.data.scale import scale_of
+
     found = sha256(repr(autoencoder.config.scaling_factor).encode())
+    if centred := scale_of(autoencoder).beyond_factor():
+        found.update(json.dumps(centred, sort_keys=True).encode())
     for key, value in sorted(autoencoder.state_dict().items()):
         found.update(key.encode())
         found.update(value.contiguous().numpy().tobytes())

@@ -98,8 +98,9 @@ def write_pipeline(folder: Path, name: str, config: PromoteConfig, entry: Entry,
     from edt_core.pipeline import chain_config, save_pipeline
     from edt_core.program import PROGRAM, save_program
     from edt_core.training.checkpoint import ema_model
-    from jobs.autoencoder import FOLDER
+    from jobs.autoencoder import FOLDER, check_checkpoint_scale
 
+    check_checkpoint_scale(entry.checkpoint, entry.autoencoder)
     protocol = _protocol(entry)
     model = ema_model(entry.checkpoint.directory(entry.checkpoint.counts["final"]))
     num_timesteps = entry.checkpoint.manifest.config["num_timesteps"]

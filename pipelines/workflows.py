@@ -114,9 +114,8 @@ def _call_branch(
     called = dict(shared)
     for prefix, train_config in (("", trained), ("untrained_", untrained)):
         label = prefix.replace("_", " ")
-        inputs = {"latents": shared["latents"]}
-        if train_config.preview_every is not None:
-            inputs["autoencoder"] = shared["autoencoder"]
+        # The autoencoder draws previews, and shows whether latents of an older version are scaled as it asks.
+        inputs = {"latents": shared["latents"], "autoencoder": shared["autoencoder"]}
         checkpoint = steps.step(f"{label}train {name}", train.VERB, train_config, **inputs)
         features = steps.step(
             f"{label}sample {name}",

@@ -274,11 +274,12 @@ def silent() -> Silent:
 def latents_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """96 made-up latents 4x8x8 of 4 classes in two shards, committed as an artifact."""
     from edt_core.data.latents import LatentInfo, LatentShardWriter
+    from edt_core.data.scale import LatentScale
 
     out = ArtifactWriter(Folder.at(tmp_path_factory.mktemp("latents")), "latents", "f" * 64)
     rng = np.random.default_rng(0)
     for k, rows in enumerate((40, 56)):
-        info = LatentInfo("test", 0.5, 32, (4, 8, 8), f"images-{k:05d}.tar")
+        info = LatentInfo("test", LatentScale(0.5), 32, (4, 8, 8), f"images-{k:05d}.tar")
         labels = rng.integers(0, 4, rows)
         mean = rng.normal(size=(rows, 4, 8, 8)) + labels[:, None, None, None]
         std = np.full_like(mean, 0.1)

@@ -3,7 +3,7 @@
 Format: Arrow IPC *file* format, never the stream format (a stream cut at a message boundary reads short in silence).
 Columns: `key` string, `label` int64, and `posterior`, `mirror_posterior`, fixed-size lists float32[2*C*h*h]: mean, then
 std, of the autoencoder before scaling. Record batches hold LATENT_ROWS_PER_BATCH rows, the last one the rest. The
-schema's metadata says which autoencoder, scaling factor, image size, latent shape and source shard.
+schema's metadata says which autoencoder, scale (see `edt_core.data.scale`), image size, latent shape and source shard.
 
 Legend: N rows of a shard, n rows asked for, C latent channels, h latent height and width, W = 2*C*h*h.
 A row's posterior is float32 [2, 2, C, h, h]: side (image, mirror image), then (mean, std).
@@ -11,20 +11,22 @@ A row's posterior is float32 [2, 2, C, h, h]: side (image, mirror image), then (
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from edt_core.data.scale import SCALE_FIELDS, LatentScale
 from edt_core.data.shards import npy_bytes, write_tar
 from edt_core.errors import UserError
 from edt_core.schema import (
+    CENTRED_LATENT_SCHEMA_VERSION,
     JSON_MEMBER,
     KEY,
     LABEL,
@@ -42,35 +44,49 @@ class LatentInfo:
     """What a latent shard's metadata says."""
 
     autoencoder: str
-    scaling_factor: float
+    scale: LatentScale
     image_size: int
     latent_shape: tuple[int, int, int]  # C, h, h
     source_shard: str = ""
-    schema_version: str = LATENT_SCHEMA_VERSION
+
+    @property
+    def schema_version(self) -> str:
+        return LATENT_SCHEMA_VERSION if self.scale.is_plain else CENTRED_LATENT_SCHEMA_VERSION
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        return {name.encode(): json.dumps(value).encode() for name, value in asdict(self).items()}
+        values = {
+            "autoencoder": self.autoencoder,
+            "scaling_factor": self.scale.scaling_factor,
+            "image_size": self.image_size,
+            "latent_shape": self.latent_shape,
+            "source_shard": self.source_shard,
+            "schema_version": self.schema_version,
+            **self.scale.beyond_factor(),
+        }
+        return {name.encode(): json.dumps(value).encode() for name, value in values.items()}
 
     @classmethod
     def from_metadata(cls, metadata: dict[bytes, bytes] | None, where: str) -> "LatentInfo":
         """Raises UserError where the metadata is not a latent shard's, or one of another schema version."""
         try:
             values = {name.decode(): json.loads(value) for name, value in (metadata or {}).items()}
+            version = values.pop("schema_version")
+            scale = LatentScale.of({name: values.pop(name, None) for name in SCALE_FIELDS})
             values["latent_shape"] = tuple(values["latent_shape"])
-            info = cls(**values)
+            info = cls(scale=scale, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where} is no latent shard: its Arrow schema lacks {error}; encode the images") from error
-        if info.schema_version != LATENT_SCHEMA_VERSION:
+        if version != info.schema_version:
             raise UserError(
-                f"{where} has latent schema {info.schema_version}, this code reads "
-                f"{LATENT_SCHEMA_VERSION}; encode again"
+                f"{where} has latent schema {version}, this code reads {LATENT_SCHEMA_VERSION}, and "
+                f"{CENTRED_LATENT_SCHEMA_VERSION} where latents are centred; encode again"
             )
         return info
 
     @property
-    def encoding(self) -> tuple[str, float, int, tuple[int, int, int]]:
+    def encoding(self) -> tuple[str, dict[str, Any], int, tuple[int, int, int]]:
         """What the shards of one artifact have in common."""
-        return self.autoencoder, self.scaling_factor, self.image_size, self.latent_shape
+        return self.autoencoder, self.scale.record(), self.image_size, self.latent_shape
 
 
 def latent_schema(info: LatentInfo) -> pa.Schema:
@@ -254,8 +270,8 @@ class LatentDataset:
         return len(self.labels)
 
     @property
-    def scaling_factor(self) -> float:
-        return self.info.scaling_factor
+    def scale(self) -> LatentScale:
+        return self.info.scale
 
     def gather(
         self, indices: NDArray[np.int64], mirror: NDArray[np.bool_], out: NDArray[np.float32] | None = None

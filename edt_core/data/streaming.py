@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from edt_core.data.loader import BatchPlan, Buffers, LatentBatch
 from edt_core.data.prefetch import prefetched
+from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
 from edt_core.schema import JSON_MEMBER, KEY, LABEL, LATENT_TAR_MEMBER
 from edt_core.storage import Folder
@@ -104,7 +105,7 @@ class LatentStream:
 
     shards: tuple[TarShard, ...]
     latent_shape: tuple[int, int, int]  # C, h, h
-    scaling_factor: float
+    scale: LatentScale
     shuffle_buffer: int = 10_000  # samples, of 16*C*h*h bytes each: 640 MiB a rank at 4 x 32 x 32
 
     def __len__(self) -> int:

@@ -187,7 +187,7 @@ def _step(training: Training, batch: LatentBatch, drawn: StepDraws) -> float:
     timesteps, weights = state.timesteps.draw(draws.uniforms.numpy())
     mine = training.share
     inputs = StepInputs(
-        latents=sampled_latents(batch, draws.posterior_noise, training.dataset.scaling_factor),
+        latents=sampled_latents(batch, draws.posterior_noise, training.dataset.scale),
         labels=batch.labels.to(device, non_blocking=True),
         timesteps=torch.from_numpy(timesteps[mine]).to(device, non_blocking=True),
         weights=torch.from_numpy(weights[mine]).to(device, non_blocking=True),

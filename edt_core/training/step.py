@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edt_core.config import TrainConfig
 from edt_core.data.loader import LatentBatch
 from edt_core.data.order import share
+from edt_core.data.scale import LatentScale
 from edt_core.diffusion import Losses, Schedule, q_sample, training_losses
 from edt_core.training.draws import StepDraws
 
@@ -37,10 +38,10 @@ class StepInputs:
         )
 
 
-def sampled_latents(batch: LatentBatch, noise: Tensor, scaling_factor: float) -> Tensor:
+def sampled_latents(batch: LatentBatch, noise: Tensor, scale: LatentScale) -> Tensor:
     """Scaled latents float32 [N, C, h, h] on the device of `noise` [N, C, h, h]: a draw of each row's posterior."""
     mean, std = batch.posterior.to(noise.device, non_blocking=True).unbind(1)
-    return (mean + std * noise) * scaling_factor
+    return scale.to_model(mean + std * noise)
 
 
 def step_losses(

@@ -80,10 +80,11 @@ def _write_npy(folder: Path, values: NDArray[Any]) -> None:
 
 def _write_shards(work: Path, values: NDArray[np.float32]) -> list[Path]:
     from edt_core.data.latents import LatentInfo, LatentShardWriter
+    from edt_core.data.scale import LatentScale
 
     paths = []
     for k, rows in enumerate(np.array_split(np.arange(len(values)), 8)):
-        info = LatentInfo("benchmark", 1.0, 256, (4, 32, 32), f"images-{k:05d}.tar")
+        info = LatentInfo("benchmark", LatentScale(1.0), 256, (4, 32, 32), f"images-{k:05d}.tar")
         paths.append(work / f"latents-{k:05d}.arrow")
         with LatentShardWriter(paths[-1], info) as writer:
             for cut in np.array_split(rows, max(1, len(rows) // 256)):

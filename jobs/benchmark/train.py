@@ -19,6 +19,7 @@ from torch import Tensor
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.order import share
+from edt_core.data.scale import LatentScale
 from edt_core.diffusion import linear_schedule
 from edt_core.models import ModelConfig, model_config, training_flops
 from edt_core.precision import use_precision
@@ -215,7 +216,9 @@ def _latents(folder: Path, model: ModelConfig, rows: int) -> Path:
     folder.mkdir(parents=True)
     path = folder / "latents-00000.arrow"
     values = np.random.default_rng(0).random((rows, 2, 2, *shape), dtype=np.float32)  # of image and mirror: mean, std
-    with LatentShardWriter(path, LatentInfo("benchmark", 1.0, model.image_size, shape, "images-00000.tar")) as writer:
+    with LatentShardWriter(
+        path, LatentInfo("benchmark", LatentScale(1.0), model.image_size, shape, "images-00000.tar")
+    ) as writer:
         writer.write([f"{i:08d}" for i in range(rows)], np.arange(rows) % model.num_classes, values)
     return path
 

@@ -17,12 +17,13 @@ from edt_core.data.latents import (
     latent_schema,
     write_latent_tar,
 )
+from edt_core.data.scale import LatentScale
 from edt_core.data.shards import read_tar
 from edt_core.errors import UserError
 from edt_core.schema import LATENT_ROWS_PER_BATCH, LATENT_TAR_MEMBER
 
 SHAPE = (4, 2, 2)
-INFO = LatentInfo("vae@0", 0.7, 16, SHAPE, "images-00000.tar")
+INFO = LatentInfo("vae@0", LatentScale(0.7), 16, SHAPE, "images-00000.tar")
 ROWS = 2 * LATENT_ROWS_PER_BATCH + 44  # the last record batch is not full
 
 
@@ -144,9 +145,10 @@ def test_the_stream_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
-    schema = latent_schema(LatentInfo("vae", 0.7, 16, SHAPE, schema_version="1"))
+    schema = latent_schema(INFO)
+    schema = schema.with_metadata({**schema.metadata, b"schema_version": b'"1"'})
     write_batches(tmp_path / "l.arrow", schema, batch_of(3, schema))
-    with pytest.raises(UserError, match="has latent schema 1, this code reads 2; encode again"):
+    with pytest.raises(UserError, match="has latent schema 1, this code reads 2, and 3 where .*; encode again"):
         LatentShard(tmp_path / "l.arrow")
 
 
@@ -159,7 +161,7 @@ def test_an_arrow_file_of_something_else_is_refused(tmp_path: Path) -> None:
     write_batches(tmp_path / "swapped.arrow", swapped, batch_of(3, swapped))
     with pytest.raises(UserError, match=r"has the columns label int64, key string"):
         LatentShard(tmp_path / "swapped.arrow")
-    wider = schema.with_metadata(LatentInfo("vae", 0.7, 16, (8, 2, 2)).to_metadata())
+    wider = schema.with_metadata(LatentInfo("vae", LatentScale(0.7), 16, (8, 2, 2)).to_metadata())
     write_batches(tmp_path / "wider.arrow", wider, batch_of(3, wider))
     with pytest.raises(UserError, match=r"\[32\].*a latent shard has.*\[64\]"):
         LatentShard(tmp_path / "wider.arrow")
@@ -184,7 +186,7 @@ def test_empty_cells_are_refused(tmp_path: Path) -> None:
 def shards(tmp_path: Path, *sizes: int) -> tuple[list[Path], np.ndarray]:
     """Shards of these sizes, and the posterior of all their rows."""
     paths = [tmp_path / f"{k}.arrow" for k in range(len(sizes))]
-    infos = [LatentInfo("vae@0", 0.7, 16, SHAPE, f"images-{k:05d}.tar") for k in range(len(sizes))]
+    infos = [LatentInfo("vae@0", LatentScale(0.7), 16, SHAPE, f"images-{k:05d}.tar") for k in range(len(sizes))]
     made = [write_shard(path, size, k, infos[k]) for k, (path, size) in enumerate(zip(paths, sizes, strict=True))]
     return paths, np.concatenate(made)
 
@@ -216,7 +218,7 @@ def test_a_row_that_is_not_there_is_refused(tmp_path: Path, row: int) -> None:
 
 def test_shards_of_two_autoencoders_do_not_mix(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.arrow", 3)
-    write_shard(tmp_path / "1.arrow", 3, info=LatentInfo("other", 0.7, 16, SHAPE, "images-00001.tar"))
+    write_shard(tmp_path / "1.arrow", 3, info=LatentInfo("other", LatentScale(0.7), 16, SHAPE, "images-00001.tar"))
     with pytest.raises(UserError, match="was encoded as"):
         LatentDataset([tmp_path / "0.arrow", tmp_path / "1.arrow"])
 

@@ -19,6 +19,7 @@ from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.loader import LatentBatch, LatentLoader, latent_batches, require_finite
 from edt_core.data.order import epoch_order
 from edt_core.data.prefetch import prefetched
+from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
 from tests.support.processes import wait_for
 
@@ -36,7 +37,9 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         posterior = np.empty((size, 2, 2, 4, 2, 2), np.float32)
         posterior[:, 0], posterior[:, 1] = rows[:, None, None, None, None], -rows[:, None, None, None, None]
         paths.append(folder / f"{k}.arrow")
-        with LatentShardWriter(paths[-1], LatentInfo("vae", 0.5, 16, (4, 2, 2), f"images-{k}.tar")) as writer:
+        with LatentShardWriter(
+            paths[-1], LatentInfo("vae", LatentScale(0.5), 16, (4, 2, 2), f"images-{k}.tar")
+        ) as writer:
             writer.write([str(row) for row in rows], rows, posterior)
         start += size
     return paths

@@ -12,6 +12,7 @@ import pytest
 
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShard, LatentShardWriter, write_latent_tar
 from edt_core.data.loader import BatchPlan, LatentBatch
+from edt_core.data.scale import LatentScale
 from edt_core.data.shards import npy_bytes, write_tar
 from edt_core.data.streaming import LatentStream, TarShard, stream_latents
 from edt_core.errors import UserError
@@ -39,7 +40,7 @@ def tars(folder: Path, *sizes: int, buffer: int = 16) -> LatentStream:
         write_latent_tar(folder / f"latents-{k:05d}.tar", zip(*shard_rows(starts[k], size), strict=True))
     place = Folder.at(folder)
     shards = tuple(tar_shard(place, f"latents-{k:05d}.tar", size) for k, size in enumerate(sizes))
-    return LatentStream(shards, SHAPE, 0.5, buffer)
+    return LatentStream(shards, SHAPE, LatentScale(0.5), buffer)
 
 
 def take(stream: LatentStream, steps: int, start_step: int = 0, seed: int = 0, **options: int) -> list[LatentBatch]:
@@ -57,11 +58,11 @@ def labels(batches: list[LatentBatch]) -> list[int]:
 def test_samples_are_those_of_the_arrow_shards(tmp_path: Path) -> None:
     paths = [tmp_path / f"{k}.arrow" for k in range(2)]
     for k, (path, rows) in enumerate(zip(paths, (13, 300), strict=True)):
-        with LatentShardWriter(path, LatentInfo("vae", 0.5, 16, SHAPE, f"images-{k}.tar")) as writer:
+        with LatentShardWriter(path, LatentInfo("vae", LatentScale(0.5), 16, SHAPE, f"images-{k}.tar")) as writer:
             writer.write(*shard_rows(13 * k, rows))
         write_latent_tar(path.with_suffix(".tar"), LatentShard(path))
     place = Folder.at(tmp_path)
-    stream = LatentStream((tar_shard(place, "0.tar", 13), tar_shard(place, "1.tar", 300)), SHAPE, 0.5, 50)
+    stream = LatentStream((tar_shard(place, "0.tar", 13), tar_shard(place, "1.tar", 300)), SHAPE, LatentScale(0.5), 50)
     dataset = LatentDataset(paths)
     for batch in take(stream, 40):
         expected, _ = dataset.gather(batch.labels.numpy(), batch.mirror)  # row i has label i
@@ -118,7 +119,9 @@ def test_shards_of_an_object_store_are_read_the_same_way(tmp_path: Path) -> None
     remote = fsspec.filesystem("memory")
     remote.put(str(tmp_path), "/edt-streaming", recursive=True)
     place = Folder.at("memory://edt-streaming")
-    other = LatentStream(tuple(TarShard(place, s.name, s.rows, s.sha256) for s in stream.shards), SHAPE, 0.5, 16)
+    other = LatentStream(
+        tuple(TarShard(place, s.name, s.rows, s.sha256) for s in stream.shards), SHAPE, LatentScale(0.5), 16
+    )
     assert labels(take(other, 8)) == labels(take(stream, 8))
     remote.rm("/edt-streaming", recursive=True)
 
@@ -134,7 +137,7 @@ def test_a_shard_of_another_number_of_rows_is_refused(tmp_path: Path, stated: in
     stream = tars(tmp_path, 10)
     shards = (replace(stream.shards[0], rows=stated),)
     with pytest.raises(UserError, match=f"holds 10 samples, its manifest says {stated}"):
-        take(LatentStream(shards, SHAPE, 0.5), 5)
+        take(LatentStream(shards, SHAPE, LatentScale(0.5)), 5)
 
 
 def test_a_cut_tar_is_never_read_short(tmp_path: Path) -> None:
@@ -168,7 +171,7 @@ def test_a_flipped_bit_is_found_at_the_end_of_its_shard(tmp_path: Path) -> None:
 
 def one_tar(folder: Path, members: dict[str, bytes]) -> LatentStream:
     write_tar(folder / "latents-00000.tar", [("00000000", members)])
-    return LatentStream((tar_shard(Folder.at(folder), "latents-00000.tar", 1),), SHAPE, 0.5)
+    return LatentStream((tar_shard(Folder.at(folder), "latents-00000.tar", 1),), SHAPE, LatentScale(0.5))
 
 
 GOOD = {"posterior.npy": npy_bytes(shard_rows(0, 1)[2][0]), "json": b'{"key": "00000000", "label": 3}'}
@@ -215,7 +218,7 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
     write_tar(tmp_path / "latents-00000.tar", twice())
     with pytest.raises(UserError, match="not a whole latent tar"):
-        take(LatentStream((tar_shard(Folder.at(tmp_path), "latents-00000.tar", 2),), SHAPE, 0.5), 1)
+        take(LatentStream((tar_shard(Folder.at(tmp_path), "latents-00000.tar", 2),), SHAPE, LatentScale(0.5)), 1)
 
 
 def test_leaving_a_stream_closes_its_files(tmp_path: Path) -> None:

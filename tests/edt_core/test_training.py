@@ -12,6 +12,7 @@ import torch
 from edt_core.artifact import Artifact
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
+from edt_core.data.scale import LatentScale
 from edt_core.data.streaming import LatentStream, TarShard
 from edt_core.errors import Stopped, UserError
 from edt_core.models import EDT, ModelConfig, mask_sites, model_config
@@ -55,7 +56,7 @@ def stream(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory)
     for path in latents_artifact.paths("*.arrow"):
         rows = write_latent_tar(folder / f"{path.stem}.tar", LatentShard(path))
         shards.append(TarShard(Folder.at(folder), f"{path.stem}.tar", rows, sha256_file(folder / f"{path.stem}.tar")))
-    return LatentStream(tuple(shards), (4, 8, 8), 0.5, shuffle_buffer=64)
+    return LatentStream(tuple(shards), (4, 8, 8), LatentScale(0.5), shuffle_buffer=64)
 
 
 def steps_on_disk(folder: Path) -> list[int]:

@@ -185,7 +185,7 @@ def test_gradients_of_any_cut_are_those_of_the_whole(
     draws = draw_step(config, 5, edt)
     timesteps, _ = state.timesteps.draw(draws.uniforms.numpy())
     inputs = StepInputs(
-        sampled_latents(batch, draws.posterior_noise, dataset.scaling_factor),
+        sampled_latents(batch, draws.posterior_noise, dataset.scale),
         batch.labels,
         torch.from_numpy(timesteps),
         torch.rand(16) + 0.5,

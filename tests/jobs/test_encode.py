@@ -79,7 +79,7 @@ def test_the_manifest_has_mean_and_std_by_channel(images: Artifact, vae: Artifac
     info = LatentShard(latents.paths("latents-*.arrow")[1]).info
     assert info.autoencoder.endswith(f"@{vae.manifest.digest}")
     assert (info.image_size, info.source_shard) == (32, "images-00001.tar")
-    assert info.scaling_factor == latents.counts["scaling_factor"] == vae.counts["scaling_factor"]
+    assert info.scale.scaling_factor == latents.counts["scaling_factor"] == vae.counts["scaling_factor"]
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 5e-2), ("fp16", 5e-3)])

@@ -54,7 +54,7 @@ def test_latent_shards_follow_the_image_shards_row_by_row(chain: Chain) -> None:
         keys = [sample.key for sample in read_image_shard(image_path)]
         assert shard.keys.to_pylist() == keys == [json.loads(m["json"])["key"] for _, m in read_tar(twin)]
         assert shard.info.source_shard == image_path.name
-        assert shard.info.scaling_factor == chain["autoencoder"].counts["scaling_factor"]
+        assert shard.info.scale.scaling_factor == chain["autoencoder"].counts["scaling_factor"]
 
 
 class Told(Silent):

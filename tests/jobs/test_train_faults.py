@@ -23,6 +23,7 @@ import pytest
 from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentInfo, LatentShardWriter
+from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
 from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS, HISTORY_NAME, MANIFEST_NAME, STEP_PREFIX
 from edt_core.storage import Folder
@@ -399,7 +400,7 @@ def write_latents(folder: Path, spoilt: int | None = None) -> Artifact:
         posterior[spoilt] = np.nan
 
     def write(path: Path) -> int:
-        with LatentShardWriter(path, LatentInfo("test", 0.5, 32, (4, 8, 8), "images-00000.tar")) as writer:
+        with LatentShardWriter(path, LatentInfo("test", LatentScale(0.5), 32, (4, 8, 8), "images-00000.tar")) as writer:
             writer.write([f"{i:04d}" for i in range(96)], np.arange(96) % 4, posterior)
         return writer.rows
 

@@ -14,6 +14,7 @@ import pytest
 from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShard, LatentShardWriter, write_latent_tar
+from edt_core.data.scale import LatentScale
 from edt_core.data.streaming import LatentStream
 from edt_core.errors import UserError
 from edt_core.progress import Silent
@@ -37,7 +38,7 @@ def write_latents(folder: Path, tars: bool = True) -> Artifact:
     """Three shards of the same number of rows and of bytes: only their digests tell them apart."""
     out, rng = ArtifactWriter(Folder.at(folder), "latents", "f" * 64), np.random.default_rng(0)
     for k, name in enumerate(NAMES):
-        info = LatentInfo("test", 0.5, 32, (4, 8, 8), f"images-{k:05d}.tar")
+        info = LatentInfo("test", LatentScale(0.5), 32, (4, 8, 8), f"images-{k:05d}.tar")
         posterior = rng.normal(size=(ROWS, 2, 2, 4, 8, 8)).astype(np.float32)
         rows = [f"{k}-{i:04d}" for i in range(ROWS)], rng.integers(0, 4, ROWS), posterior
 

@@ -47,11 +47,12 @@ def test_a_loss_that_stays_not_finite_fails_with_its_story(tmp_path: Path, train
     import numpy as np
 
     from edt_core.data.latents import LatentInfo, LatentShardWriter
+    from edt_core.data.scale import LatentScale
 
     out = ArtifactWriter(Folder.at(tmp_path / "latents"), "latents", "e" * 64)
 
     def write(path: Path) -> int:
-        with LatentShardWriter(path, LatentInfo("test", 1.0, 32, (4, 8, 8), "images-00000.tar")) as writer:
+        with LatentShardWriter(path, LatentInfo("test", LatentScale(1.0), 32, (4, 8, 8), "images-00000.tar")) as writer:
             huge = np.full((16, 2, 2, 4, 8, 8), 1e30, np.float32)
             writer.write([str(i) for i in range(16)], np.arange(16) % 4, huge)
         return 16

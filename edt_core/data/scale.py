@@ -1,0 +1,92 @@
+"""Raw latents of an autoencoder <-> latents that a model is trained on and samples: every crossing goes through here.
+
+The settings are those of diffusers autoencoders, and so are their equations (pipelines of Flux and Stable Diffusion XL):
+
+    scaling_factor alone           latents = z * scaling_factor
+    with shift_factor              latents = (z - shift_factor) * scaling_factor
+    with latents_mean, latents_std latents = (z - latents_mean) * scaling_factor / latents_std, by channel
+
+Legend: N samples, C latent channels, h side of the latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How raw latents are centred and scaled. `latents_mean` and `latents_std` [C] are given both or not at all."""
+
+    scaling_factor: float
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "LatentScale":
+        """The scale in a diffusers configuration, or in a record that `record` wrote. Other keys are ignored.
+
+        Settings that change nothing (no shift, mean 0 with standard deviation 1) are left out, so that equal scales
+        compare equal and latents keep the bits that the factor alone gives them. Raises KeyError without a factor.
+        """
+        mean, std = values.get("latents_mean"), values.get("latents_std")
+        if mean is None or std is None or (not any(mean) and all(value == 1 for value in std)):
+            mean = std = None
+        return cls(
+            float(values["scaling_factor"]),
+            float(values.get("shift_factor") or 0.0),
+            None if mean is None else tuple(map(float, mean)),
+            None if std is None else tuple(map(float, std)),
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scaling_factor is all there is to it."""
+        return self == LatentScale(self.scaling_factor)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON values, by their names in diffusers; those that change nothing are left out."""
+        values = {
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor or None,
+            "latents_mean": None if self.latents_mean is None else list(self.latents_mean),
+            "latents_std": None if self.latents_std is None else list(self.latents_std),
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def beyond_factor(self) -> dict[str, Any]:
+        """The record without its scaling_factor: empty for a plain scale."""
+        return {name: value for name, value in self.record().items() if name != "scaling_factor"}
+
+    def to_model(self, raw: Tensor) -> Tensor:
+        """Latents [N, C, h, h] for the model, of raw ones."""
+        if self.latents_mean is not None and self.latents_std is not None:
+            mean, std = _by_channel(self.latents_mean, raw), _by_channel(self.latents_std, raw)
+            return (raw - mean) * self.scaling_factor / std
+        # No subtraction of 0: scaled latents of a plain autoencoder keep their bits.
+        return (raw - self.shift_factor if self.shift_factor else raw) * self.scaling_factor
+
+    def to_raw(self, latents: Tensor) -> Tensor:
+        """Raw latents [N, C, h, h] for the decoder, of the model's."""
+        if self.latents_mean is not None and self.latents_std is not None:
+            mean, std = _by_channel(self.latents_mean, latents), _by_channel(self.latents_std, latents)
+            return latents * std / self.scaling_factor + mean
+        raw = latents / self.scaling_factor
+        return raw + self.shift_factor if self.shift_factor else raw
+
+
+def scale_of(model: Any) -> LatentScale:
+    """The scale in the configuration of an AutoencoderKL or AutoencoderTiny."""
+    return LatentScale.of({name: getattr(model.config, name, None) for name in SCALE_FIELDS})
+
+
+def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """[C, 1, 1] on the device of a tensor [N, C, h, h]; the copy does not make the host wait for the device."""
+    channels = torch.tensor(values, dtype=like.dtype).view(-1, 1, 1)
+    return channels.to(like.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Raw latents of an autoencoder <-> latents that a model is trained on and samples: every crossing goes through here.
+"""Raw latents of an autoencoder <-> latents that a model is trained on and draws: every crossing goes through here.
 
 The settings are those of diffusers autoencoders, and so are their equations (pipelines of Flux and Stable Diffusion XL):
 

@@ -148,7 +148,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     schema = latent_schema(INFO)
     schema = schema.with_metadata({**schema.metadata, b"schema_version": b'"1"'})
     write_batches(tmp_path / "l.arrow", schema, batch_of(3, schema))
-    with pytest.raises(UserError, match="has latent schema 1, this code reads 2, and 3 where .*; encode again"):
+    with pytest.raises(UserError, match=r"has latent schema 1, this code reads 2, and 3 where .*; encode again"):
         LatentShard(tmp_path / "l.arrow")
 
 

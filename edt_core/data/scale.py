@@ -1,10 +1,10 @@
-"""Raw latents of an autoencoder <-> latents that a model is trained on and draws: every crossing goes through here.
+"""Raw latents of an autoencoder <-> latents of the model: all code that scales either way goes through here.
 
-The settings are those of diffusers autoencoders, and so are their equations (pipelines of Flux and Stable Diffusion XL):
+The settings are those of diffusers autoencoders, the equations those of its Flux and Stable Diffusion XL pipelines:
 
-    scaling_factor alone           latents = z * scaling_factor
-    with shift_factor              latents = (z - shift_factor) * scaling_factor
-    with latents_mean, latents_std latents = (z - latents_mean) * scaling_factor / latents_std, by channel
+    scaling_factor alone:            latents = z * scaling_factor
+    with shift_factor:               latents = (z - shift_factor) * scaling_factor
+    with latents_mean, latents_std:  latents = (z - latents_mean) * scaling_factor / latents_std, by channel
 
 Legend: N samples, C latent channels, h side of the latents.
 """
@@ -21,7 +21,10 @@ SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 @dataclass(frozen=True)
 class LatentScale:
-    """How raw latents are centred and scaled. `latents_mean` and `latents_std` [C] are given both or not at all."""
+    """How raw latents are centred and scaled: the four settings of diffusers.
+
+    `latents_mean` and `latents_std` [C] are given both or not at all.
+    """
 
     scaling_factor: float
     shift_factor: float = 0.0
@@ -47,7 +50,7 @@ class LatentScale:
 
     @property
     def is_plain(self) -> bool:
-        """Whether scaling_factor is all there is to it."""
+        """Whether there is a scaling factor alone."""
         return self == LatentScale(self.scaling_factor)
 
     def record(self) -> dict[str, Any]:

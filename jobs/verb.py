@@ -264,8 +264,8 @@ def open_input(role: str, location: str, out: Folder, options: argparse.Namespac
 
 def split_digest(location: str) -> tuple[str, str | None]:
     """`LOCATION#sha256=HEX` in its two parts; None where no digest is stated."""
-    place, separator, digest = location.partition("#sha256=")
-    return (place, digest) if separator else (location, None)
+    place, separator, digest = location.rpartition("#sha256=")
+    return (place, digest) if separator and "/" not in digest else (location, None)  # else it is a folder's name
 
 
 def image_source(config: SourceConfig, progress: Progress | None = None) -> Source:

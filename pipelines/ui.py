@@ -11,24 +11,25 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
+from jobs.registry_files import sqlite_path
 
 DEFAULT_PORT = 5000
 _TRIED = 100  # ports from the default one on
 _START_SECONDS = 300  # a person waits, and can end it; a full machine is slow
 _STOP_SECONDS = 10
-_SQLITE = "sqlite:///"
 
 
 def run_link(tracking_uri: str, experiment_id: str, run_id: str) -> str:
     """Where a person sees a run: its page on an MLflow server, or the command that shows it from a SQLite file."""
     if tracking_uri.startswith(("http://", "https://")):
         return f"{redacted(tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    if tracking_uri.startswith(_SQLITE):
-        return f"edt ui --store {Path(tracking_uri.removeprefix(_SQLITE)).parent} --run {run_id}"
+    if (database := sqlite_path(tracking_uri)) is not None:
+        return f"edt ui --store {quote(str(database.parent))} --run {run_id}"
     return f"run {run_id} in {redacted(tracking_uri)}"
 
 
@@ -62,7 +63,7 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
     Raises UserError where it does not come up, with its last words.
     """
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
-    command += ["--artifacts-destination", str(artifacts), "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--artifacts-destination", artifacts.as_uri(), "--host", host, "--port", str(port), "--workers", "1"]
     log = artifacts.with_name(".mlflow-ui.log")
     with log.open("wb") as told:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.

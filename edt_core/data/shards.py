@@ -55,11 +55,13 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) ->
 
 def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (key, {extension: bytes}) in the order of the file. Members are streamed, never extracted or unpickled."""
-    from webdataset import WebDataset
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    for sample in WebDataset(str(path), shardshuffle=False, empty_check=False):
-        members = {name: data for name, data in sample.items() if not name.startswith("__")}
-        yield sample["__key__"], members
+    # Opened here: webdataset takes a path for a URL, and cuts it at a `#` or `?` in the name of a folder.
+    with path.open("rb") as file:
+        for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
+            members = {name: data for name, data in sample.items() if not name.startswith("__")}
+            yield sample["__key__"], members
 
 
 def write_image_shard(path: Path, samples: Iterable[ImageSample], image_format: str) -> int:

@@ -65,9 +65,10 @@ def _folder(tracking_uri: str, store: str) -> Path:
     """Where the server works: beside its SQLite file, or, with another database, in the store."""
     from edt_core.errors import UserError
     from edt_core.storage import Folder
+    from jobs.registry_files import sqlite_path
 
-    if tracking_uri.startswith("sqlite:///"):
-        return Path(tracking_uri.removeprefix("sqlite:///")).parent
+    if (database := sqlite_path(tracking_uri)) is not None:
+        return database.parent
     if (root := Folder.at(store).local) is None or not root.is_dir():
         raise UserError(f"no server is at {tracking_uri}, and {store} is no local folder to start one in; give --store")
     return root

@@ -24,7 +24,20 @@ _PARAMETER = re.compile(
 
 
 def redacted(text: str) -> str:
-    """A text without credentials: `https://me:pw@host/w.pth?sig=1` becomes `https://<redacted>@host/w.pth?<redacted>`."""
+    """A text without credentials: `https://me:pw@host/w.pth?sig=1` becomes `https://<redacted>@host/w.pth?<redacted>`.
+
+    Bytes of a file name that are not UTF-8 become `\\udcff`: no record and no terminal takes them as they are.
+    """
+    return _without_credentials(text).encode("utf-8", "backslashreplace").decode()
+
+
+def holds_parameters(text: str) -> str | None:
+    """The first `?token=...` or alike of a text, which `redacted` leaves out; None where there is none."""
+    found = _PARAMETER.search(text)
+    return None if found is None else found[0]
+
+
+def _without_credentials(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _SECRET_NAME.search(name.upper()):
             text = text.replace(value, f"<{name}>")
@@ -34,9 +47,9 @@ def redacted(text: str) -> str:
 
 
 def redacted_values(value: Any) -> Any:
-    """JSON values with every text in them redacted."""
+    """JSON values without credentials. File names that are not UTF-8 stay: JSON and YAML can write them."""
     if isinstance(value, str):
-        return redacted(value)
+        return _without_credentials(value)
     if isinstance(value, Mapping):
         return {key: redacted_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

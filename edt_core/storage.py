@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edt_core.errors import UserError
+from edt_core.place_names import check_store_name, is_local, typed_path
 from edt_core.redaction import redacted
 from edt_core.store_errors import (
     clear_disk_errors,
@@ -88,7 +89,7 @@ class Folder:
     def at(cls, location: str | os.PathLike[str]) -> "Folder":
         """Folder at a URI or a local path; a local path is made absolute, because workers start elsewhere."""
         text = os.fspath(location)
-        return cls(text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute()))
+        return cls(str(typed_path(text).absolute()) if is_local(text) else text.rstrip("/"))
 
     @property
     def local(self) -> Path | None:
@@ -285,7 +286,9 @@ class Folder:
                 shutil.rmtree(staging, ignore_errors=True)
 
     def check_writable(self) -> None:
-        """Raise UserError unless a file can be written here."""
+        """Raise UserError unless a file can be written here, and records can hold the folder's path."""
+        if (root := self.local) is not None:
+            check_store_name(root)
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.write_bytes(probe, b"")

@@ -10,6 +10,7 @@ import ray
 from edt_core.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 from edt_core.progress import Progress, Silent
 from edt_core.schema import IMAGE_SHARD, MANIFEST_NAME
 from edt_core.storage import Folder, sha256_file
@@ -75,7 +76,7 @@ def published_source(config: AutoencoderConfig, tracking_uri: str | None = None)
             mlflow.set_tracking_uri(tracking_uri)
         version = _registered(location)
         return Source(version, version)
-    folder = Path(location).expanduser().absolute()
+    folder = typed_path(location).absolute()
     if not folder.is_dir():
         return Source(location, location)
     digests = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
@@ -89,7 +90,7 @@ def published_artifact(location: str, folder: Folder) -> Artifact:
     """
     from edt_core.autoencoder import autoencoder_facts, load_autoencoder
 
-    path = Path(location).expanduser()
+    path = typed_path(location)
     location = str(path.resolve()) if path.is_dir() else location  # one folder has one name in the records
     facts = autoencoder_facts(load_autoencoder(resolve(location)))
     config = AutoencoderConfig(

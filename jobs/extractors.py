@@ -7,6 +7,7 @@ from typing import Any
 from edt_core.artifact import Artifact, Source
 from edt_core.config import EXTRACTORS
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 from jobs import classifier
 from jobs.autoencoder import MLFLOW_SCHEMES, downloaded
 
@@ -72,7 +73,7 @@ def _tracking_server() -> bool:
 
 def _absolute(location: str) -> str:
     """A local path by its absolute name, so that workers find it too; a hub id stays as it is."""
-    path = Path(location).expanduser()
+    path = typed_path(location)
     return str(path.absolute()) if path.exists() else location
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from edt_core.artifact import Artifact, ArtifactWriter, fingerprint, sha256_json
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 from edt_core.schema import (
     CHECKPOINT_MANIFEST,
     CHECKPOINTS,
@@ -110,7 +111,7 @@ def load_model(location: str) -> Loaded:
 def _is_of_mlflow(location: str) -> bool:
     """Whether a location is looked up in MLflow: a registered version, or a run."""
     named = _RUN.fullmatch(location) or _REGISTERED.fullmatch(location)
-    return named is not None and not Path(location).expanduser().exists()
+    return named is not None and not typed_path(location).exists()
 
 
 def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
@@ -129,7 +130,7 @@ def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
 @contextmanager
 def _found(location: str) -> Iterator[Artifact | _Found]:
     """What is at a location; the files of a registered version lie here only meanwhile."""
-    path = Path(location).expanduser()
+    path = typed_path(location)
     if _is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
         yield artifact
     elif _is_of_mlflow(location) and (version := _of_registry(location)) is not None:

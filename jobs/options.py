@@ -80,6 +80,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"--set takes key=value, as train.max_steps=50; got {text!r}")
+    if value.startswith(("/", "./", "../", "~/")):
+        return key.strip(), value  # a path: as YAML, `/data/my: set` would be a mapping
     if " #" in value and not value.lstrip().startswith(('"', "'", "[", "{")):
         return key.strip(), value.strip()  # a path with a number sign, not YAML with a comment
     try:

@@ -16,6 +16,7 @@ from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.config import EXTRACTORS, ReferenceConfig
 from edt_core.data.order import at_even_distances
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 from edt_core.progress import Progress
 from edt_core.schema import REFERENCE_NAME
 from edt_core.storage import sha256_file
@@ -259,7 +260,7 @@ def _extract_published(
 
 def statistics_source(location: str) -> Source:
     """ADM's file of reference statistics, known by its bytes. Raises UserError where it is not there."""
-    path = Path(location).expanduser().absolute()
+    path = typed_path(location).absolute()
     if not path.is_file():
         raise UserError(
             f"there are no reference statistics at {location}; get VIRTUAL_imagenet256_labeled.npz where "

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -235,7 +236,7 @@ def _staging(folder: Path) -> Iterator[Path]:
     import fcntl
 
     prefix = f".{folder.name}.pull-"
-    for old in folder.parent.glob(f"{prefix}*"):
+    for old in folder.parent.glob(f"{escape(prefix)}*"):
         with suppress(OSError), _opened(old) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its pull is alive
             shutil.rmtree(old, ignore_errors=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from edt_core.config import (
     AutoencoderConfig,
@@ -26,8 +26,11 @@ from edt_core.config import (
 from edt_core.errors import UserError
 from edt_core.metrics import metric_name, space_metrics
 from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks
+from edt_core.place_names import check_store_name
 from edt_core.redaction import redacted_values
+from edt_core.storage import Folder
 from jobs.options import parse_assignment, read_yaml, validated
+from jobs.registry_files import own_uri
 
 DEFAULT_CONFIG = "quickstart"
 _SHIPPED = Path(__file__).with_name("configs")
@@ -89,6 +92,15 @@ class PipelineConfig(Section):
     models: dict[str, dict[str, Any]] = Field(
         min_length=1, description="registry name -> fields of `train` in which this model differs"
     )
+
+    @field_validator("store")
+    @classmethod
+    def _can_be_recorded(cls, store: str) -> str:
+        folder = Folder.at(store)
+        if folder.local is not None:
+            check_store_name(folder.local)
+        own_uri(folder)
+        return store
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "PipelineConfig":

@@ -14,6 +14,7 @@ from typing import Any
 
 from edt_core.config import PUBLISHED_SPACES, ExtractorConfig
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 from edt_core.redaction import redacted
 from edt_core.storage import Folder
 from jobs.autoencoder import MLFLOW_SCHEMES
@@ -75,7 +76,7 @@ def autoencoder(patient: Patient) -> Found:
 
         published_source(config, patient.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
         return "ok", f"{config.pretrained} is registered", ""
-    folder = Path(config.pretrained).expanduser()
+    folder = typed_path(config.pretrained)
     values = _local_config(folder) if folder.is_dir() else _hub_config(config.pretrained)
     found = _shape(config.pretrained, values)
     wanted = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}

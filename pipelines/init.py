@@ -69,7 +69,9 @@ def look_at(path: str) -> Images:
 
     if not path.strip():
         raise UserError("no folder was given; name the one that holds <class>/<image>, or an archive, or a URI")
-    place = path if "://" in path or any(mark in path for mark in "*?[{") else Folder.at(path).uri
+    folder = Folder.at(path)
+    is_pattern = any(mark in path for mark in "*?[{") and not (folder.local and folder.local.exists())
+    place = path if is_pattern or folder.local is None else folder.uri
     kind = detect_kind(locate(place))
     told = Told()
     listing = list_source(SourceConfig.model_validate({"kind": kind, "path": place}), told)

@@ -15,6 +15,7 @@ from edt_core.artifact import Artifact, Source
 from edt_core.config import AutoencoderConfig
 from edt_core.environment import code_version, environment
 from edt_core.errors import UserError
+from edt_core.place_names import check_store_name
 from edt_core.storage import Folder
 from jobs.autoencoder import resolve
 from jobs.options import validated
@@ -71,6 +72,7 @@ def _empty(store: str, run_id: str) -> Folder:
     folder = Folder.at(store)
     if folder.local is None:
         raise UserError(f"a run is reproduced into a local folder, and {store} is none; give one with --into")
+    check_store_name(folder.local)
     mark = f".reproduces-{run_id}"
     if folder.names() and not folder.exists(mark):
         raise UserError(f"{folder.uri} is not empty; give an empty folder with --into")

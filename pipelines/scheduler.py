@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 from edt_core.redaction import redacted
 from pipelines.lease import held, this_process
 from pipelines.schedule import (
@@ -144,7 +145,7 @@ class Server:
         config = load_config(schedule.config, schedule.assignments, schedule.store)
         source = config.source
         if source.path is not None and "://" not in source.path:
-            path = Path(schedule.folder) / Path(source.path).expanduser()
+            path = Path(schedule.folder) / typed_path(source.path)
             source = source.model_copy(update={"path": str(path)})
         return prepare_source(source, self.schedules.store, Terminal()).fingerprint
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edt_core.errors import UserError
 from edt_core.manifest import sha256_json
+from edt_core.place_names import typed_path
 from edt_core.storage import Folder, fsync_file, in_threads, sha256_file
 from edt_core.store_errors import clear_disk_errors, clear_read_errors
 
@@ -48,7 +49,7 @@ def published_weights(name: str, location: str | None, sha256: str | None = None
         raise UserError(f"{name}.sha256 is {sha256!r}; a sha256 is 64 digits 0-9 and a-f")
     if "://" in location and not location.startswith("file://"):
         return _of_url(name, location, sha256)
-    path = Path(location.removeprefix("file://")).expanduser().absolute()
+    path = typed_path(location.removeprefix("file://")).absolute()
     if not path.exists():
         if name == "dinov2" and HUB_ID.fullmatch(location):
             return _of_hub(location, sha256)

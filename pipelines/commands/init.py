@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 
 if TYPE_CHECKING:
     from pipelines.init import Answers
@@ -96,11 +97,11 @@ def _answers(
     fits = partial(first.check_autoencoder, image_size=size, model=network)
     vae = asked.of("--autoencoder", how, autoencoder, usual, fits)
     named = asked.of("--name", "Which name?", name, first.suggested_name(found.path), first.check_name)
-    if inception_weights is not None and not Path(inception_weights).expanduser().is_file():
+    if inception_weights is not None and not typed_path(inception_weights).is_file():
         raise UserError(
             f"--inception-weights {inception_weights} is no file; give it, or leave it out and do without FID"
         )
-    weights = None if inception_weights is None else str(Path(inception_weights).expanduser().absolute())
+    weights = None if inception_weights is None else str(typed_path(inception_weights).absolute())
     return first.Answers(found, named, size, gpus, network, vae, weights)
 
 

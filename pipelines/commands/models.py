@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -234,7 +235,6 @@ def import_model(
       edt import EDT-S-2-256x256.pt --autoencoder stabilityai/sd-vae-ft-ema
       edt import DiT-XL-2-256x256.pt --model DiT-XL/2 --autoencoder ./vae
     """
-    from pathlib import Path
 
     from edt_core.storage import Folder
     from jobs.registry_files import title
@@ -242,9 +242,8 @@ def import_model(
     from pipelines.importing import import_released, read_released
     from pipelines.registry import alone
 
-    released = read_released(
-        Path(checkpoint).expanduser(), None if weights is None else weights.value, autoencoder, model, image_size
-    )
+    wanted = None if weights is None else weights.value
+    released = read_released(typed_path(checkpoint), wanted, autoencoder, model, image_size)
     for note in released.read.notes:
         typer.echo(f"note: {note}", err=True)
     place = Folder.at(store)

@@ -5,7 +5,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from edt_core.data.sources.files import as_text, extension, files_below, is_imag
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
+from edt_core.place_names import typed_path
 from edt_core.progress import Progress
 from edt_core.storage import Folder
 
@@ -73,7 +73,7 @@ def _read(root: Folder, labels: str | None) -> tuple[str, bytes]:
                 f"no labels file in {shown(root.uri)}: looked for {', '.join(LABEL_FILES)}; name it with source.labels"
             )
         labels = names[0]
-    outside = "://" in labels or Path(labels).expanduser().is_absolute()
+    outside = "://" in labels or typed_path(labels).is_absolute()
     folder, name = root, labels
     if outside:
         parent, _, name = Folder.at(labels).uri.rpartition("/")

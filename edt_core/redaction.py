@@ -32,9 +32,9 @@ def redacted(text: str) -> str:
 
 
 def holds_parameters(text: str) -> str | None:
-    """The first `?token=...` or alike of a text, which `redacted` leaves out; None where there is none."""
+    """The name of the first parameter whose value `redacted` leaves out, as `?token=`; None where there is none."""
     found = _PARAMETER.search(text)
-    return None if found is None else found[0]
+    return None if found is None else found[1]
 
 
 def _without_credentials(text: str) -> str:

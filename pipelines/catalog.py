@@ -53,8 +53,10 @@ class Catalog:
             )
         # Several processes that create the tables of one new SQLite file at once fail; after that they get along.
         with FileLock(root / ".mlflow.lock"):
-            uri = own_uri(store)
-            return cls(uri, _experiment(uri, experiment, (root / "mlartifacts").as_uri()))
+            uri, artifacts = own_uri(store), (root / "mlartifacts").as_uri()
+            if not (root / SQLITE).exists():
+                _set_up(uri, artifacts)
+            return cls(uri, _experiment(uri, experiment, artifacts))
 
     @classmethod
     def existing(cls, store: Folder, tracking_uri: str | None = None) -> "Catalog":
@@ -249,11 +251,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _client(uri: str) -> "MlflowClient":
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _quiet()
     from mlflow import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)
+
+
+def _quiet() -> None:
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @contextmanager
@@ -278,6 +284,18 @@ def _alone_at(uri: str) -> Iterator[None]:
     with opened as connection:
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _SETUP_LOCK})
         yield
+
+
+def _set_up(uri: str, artifacts: str) -> None:
+    """Make the tables of a new SQLite file, with artifacts in the store.
+
+    MLflow's client would take the working folder for them, and put its name into SQL as it is: a quote or a colon in it
+    is an error.
+    """
+    _quiet()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(uri, artifacts)
 
 
 def _experiment(uri: str, name: str, artifact_location: str | None) -> str:

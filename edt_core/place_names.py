@@ -29,13 +29,13 @@ def check_store_name(path: Path) -> None:
     if (character := next(filter(_is_refused, text), None)) is not None:
         part = next(part for part in text.split("/") if character in part)
         raise UserError(
-            f"the store {text!r} cannot be used: the name {part!r} holds {_described(character)}, which MLflow does "
-            "not record. Rename that folder, or give a store elsewhere (--store)"
+            f"the store {text!r} cannot be used: the name {part!r} holds {_described(character)}. MLflow cannot "
+            "record such a path. Rename that folder, or give a store elsewhere (--store)"
         )
     if parameter := holds_parameters(text):
         raise UserError(
-            f"the store {text!r} cannot be used: {parameter!r} in its path looks like a credential in a URL, which is "
-            "left out of every record, so that no artifact would be found again. Rename that folder, or give a store "
+            f"the store {text!r} cannot be used: {parameter!r} in its path looks like a credential in a URL. Records "
+            "leave such a value out, and no artifact would be found again. Rename that folder, or give a store "
             "elsewhere (--store)"
         )
 

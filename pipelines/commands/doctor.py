@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import nullcontext
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,7 +54,7 @@ def doctor(
     if as_json:
         print_json([finding.as_row() for finding in found])
     else:
-        after = f"edt run {config}" if not failed else "mend what failed, and ask again"
+        after = f"edt run {quote(config)}" if not failed else "mend what failed, and ask again"
         console.print(f"\n{len(found)} checks, {failed} failed. Next: {escape(after)}")
     if any(finding.unanswered for finding in found):  # a thread that hangs would keep Python from ending
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -61,11 +62,12 @@ def init(
     for note in notes(answers, machine):
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"\nwrote {out}. Next:")
+    file = quote(str(out))
     for command, why in (
-        (f"edt doctor {out}", "does this machine have what it needs"),
-        (f"edt run {out} --dry-run", "what it takes: memory, steps"),
-        (f"edt plan {out}", "which steps there are"),
-        (f"edt run {out}", "all of it; Ctrl-C and run again as you like"),
+        (f"edt doctor {file}", "does this machine have what it needs"),
+        (f"edt run {file} --dry-run", "what it takes: memory, steps"),
+        (f"edt plan {file}", "which steps there are"),
+        (f"edt run {file}", "all of it; Ctrl-C and run again as you like"),
     ):
         typer.echo(f"  {command:<32} # {why}")
 

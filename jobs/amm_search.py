@@ -24,6 +24,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import METRICS_NAME
 from edt_core.storage import Folder
+from jobs.cluster_address import check_named
 from jobs.evaluation import RESULTS, Subject, add_subject, prepared
 from jobs.models import write_modulated
 from jobs.options import add_fields, add_json, given_fields, parser_of, validated
@@ -183,6 +184,7 @@ def run(options: argparse.Namespace, bar: Progress) -> Artifact:
     if out.local is None:
         raise UserError(f"{options.out} is remote; search into a local folder")
     config: SearchConfig = validated(SearchConfig, given_fields(options, SearchConfig))
+    check_named()
     subject = prepared(options, config, out.child(_WORK), bar)
     metric, judged = _metric(config, subject)
     grids = _grids(subject)

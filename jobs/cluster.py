@@ -11,6 +11,7 @@ import ray
 import ray.exceptions
 
 from edt_core.errors import Stopped, UserError
+from jobs.cluster_address import check_answers, named_address
 
 _OWN = "edt_own_session"  # a resource that marks a session that `connect` started
 MAX_RETRIES = 8  # of a task or actor whose process was lost: nodes go, but what always crashes must end
@@ -23,13 +24,15 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
 
     A session of our own offers at least `min_cpus` CPUs, so that two training workers fit on one core as well.
     With `show_workers` what workers print is printed here too: for a caller that sends all of that to a log.
-    Returns True where the cluster is shared with others. Raises UserError where there is none at the address.
+    Returns True where the cluster is shared with others. Raises UserError, within seconds, where none answers at the
+    address.
     """
-    shared = bool(address or os.environ.get("RAY_ADDRESS"))
+    named = named_address(address)
+    shared = named is not None
     if ray.is_initialized():
         return shared
     quiet: dict[str, Any] = {"log_to_driver": show_workers, "logging_level": logging.ERROR, "namespace": "edt"}
-    if not shared:
+    if named is None:
         cpus = max(os.cpu_count() or 1, min_cpus)
         # "local": never a cluster that `ray start` left on this machine.
         ray.init(
@@ -41,12 +44,19 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
             **quiet,
         )
         return False
+    check_answers(named)
     try:
         ray.init(address=address, **quiet)
-    except ConnectionError as error:
-        where = address or os.environ["RAY_ADDRESS"]
-        raise UserError(f"no Ray cluster answers at {where}: {error}; start one, or leave the address out") from error
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"the Ray cluster at {named} answers, but cannot be joined: {_first_line(error)}. Use its versions of Ray "
+            "and Python, and start this on one of its machines (from elsewhere: edt submit)"
+        ) from error
     return True
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def require(stage: str, **wanted: float) -> None:

@@ -25,6 +25,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.storage import Folder
 from jobs import evaluate, reference, sample
+from jobs.cluster_address import check_named
 from jobs.export import export_features
 from jobs.models import DEFAULT_STORE, Opened, open_model, use_mlflow
 from jobs.options import add_fields, add_json, given_fields, parser_of, validated
@@ -112,6 +113,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     points = list(grid(base, [parse_axis(text) for text in options.sweep]))
     if options.export and len(points) > 1:
         raise UserError(f"--export is of one set of samples, and --sweep asks for {len(points)}; leave one of them out")
+    check_named()
     subject = prepared(options, base, out, bar, points)
     notes = repeated_settings(points, _config_of(subject.model))
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))

@@ -16,6 +16,7 @@ from edt_core.errors import Stopped, UserError
 from edt_core.progress import Progress, Silent
 from edt_core.schema import MANIFEST_NAME
 from edt_core.storage import Folder
+from jobs.cluster_address import check_named
 from jobs.failure import tell_failure
 from jobs.options import add_fields, given_fields, parse_assignment, parser_of, read_yaml, validated
 from jobs.progress import Bar, relayed
@@ -124,6 +125,7 @@ class Verb:
     def _run_alone(self, options: argparse.Namespace) -> Artifact:
         config, folder = self._given_config(options), Folder.at(options.out)
         check_place(folder, [getattr(options, role) for role in self.roles])
+        check_named()
         given = [*self.roles, *(role for role in (*self.optional, *self.extras) if getattr(options, role))]
         with Bar(self.name) as bar:
             return self.make(config, self._inputs(options, given, bar), folder, bar)

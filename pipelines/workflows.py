@@ -13,6 +13,7 @@ from edt_core.environment import environment
 from edt_core.errors import Stopped
 from edt_core.storage import Folder
 from jobs import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.cluster_address import check_named
 from jobs.extractors import extractor_source
 from jobs.verb import image_source
 from pipelines import summary
@@ -165,6 +166,7 @@ def _run(
     published: Published | None,
     tracking_uri: str | None,
 ) -> Outcome:
+    check_named(address)
     from jobs.cluster import connect
 
     started = time.monotonic()

@@ -107,7 +107,9 @@ def bench(part: str, images: str | None, scale: float, work_in: str | None = Non
 def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
     """The rows of the data plane, part by part, with a word about each while it is measured."""
     from jobs.cluster import connect
+    from jobs.cluster_address import check_named
 
+    check_named()
     parts: dict[str, Callable[[Path], list[Row]]] = {
         "latents": lambda folder: bench_latents(folder, int(20_000 * scale)),
         "planning": lambda folder: bench_planning(folder, int(1_300_000 * scale)),

@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +57,15 @@ JOURNAL = ".journal"
 
 @dataclass(frozen=True)
 class Source:
-    """What a pipeline starts from and has not made: where it is, what is in it, and for images how they are listed."""
+    """What a pipeline starts from and has not made: where it is, what is in it, and for images how they are listed.
+
+    `images`: how many were listed, where that is known.
+    """
 
     location: str
     fingerprint: str
     selection: "SourceConfig | None" = None
+    images: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from edt_core.data.images import to_model_range
 from edt_core.data.scale import scale_of
 from edt_core.errors import UserError
 from edt_core.precision import use_precision
+from edt_core.training.optim import one_cycle
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -59,7 +60,7 @@ def fit_autoencoder(
     """
     model = build_autoencoder(config, pixels.shape[1]).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
+    schedule = one_cycle(optimizer, config.lr, config.steps)
     mse = float("nan")
     for step in range(config.steps):
         batch = np.random.default_rng([config.seed, step]).integers(0, len(pixels), config.batch_size)

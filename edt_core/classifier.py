@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from edt_core.config import ClassifierConfig
 from edt_core.data.images import to_model_range
+from edt_core.training.optim import one_cycle
 
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
 
@@ -86,7 +87,7 @@ def fit_classifier(
         torch.manual_seed(config.seed)
         model = Classifier(num_classes, config.base_channels, config.feature_dim).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
+    schedule = one_cycle(optimizer, config.lr, config.steps)
     for step in range(config.steps):
         rng = np.random.default_rng([config.seed, step])
         batch = rng.choice(fitted, min(config.batch_size, len(fitted)), replace=False)

@@ -187,6 +187,7 @@ def run(options: argparse.Namespace, bar: Progress) -> Artifact:
     check_named()
     subject = prepared(options, config, out.child(_WORK), bar)
     metric, judged = _metric(config, subject)
+    subject.check_sizes(config.sampling(Placement(), config.seed), judged)
     grids = _grids(subject)
     blocks = _blocks(config, len(grids))
     parents = {role: item.fingerprint for role, item in {**subject.inputs, "reference": subject.real}.items()}

@@ -14,6 +14,7 @@ from edt_core.schema import METRICS_NAME
 from jobs.cluster import use_threads
 from jobs.reference import evenly_spaced, load_reference
 from jobs.sample import load_units
+from jobs.sizes import wanted_metrics
 from jobs.verb import Verb
 
 # How the work is cut up and what is kept of it: two results that differ in these alone are comparable.
@@ -84,26 +85,12 @@ def _metrics(config: EvaluateConfig, samples: Mapping[str, Any], real: Mapping[s
             spatial=samples.get(f"{space}.spatial"),
             probabilities=samples.get(f"{space}.probabilities"),
         )
-        wanted = _wanted(config, space, len(features))
+        wanted = wanted_metrics(config, space, len(features))
         found |= compute_metrics(made, reference, wanted, space=space, allow_rank_deficient=config.allow_rank_deficient)
         if space == "classifier":
             right = samples["classifier.probabilities"].argmax(1) == samples["labels"]
             found["accuracy_classifier"] = float(right.mean())
     return found
-
-
-def _wanted(config: EvaluateConfig, space: str, num_samples: int) -> tuple[str, ...] | None:
-    """The metrics to compute in a space; None for all. Beside a Fréchet distance of few samples there is kid."""
-    from edt_core.metrics.sample_size import UNBIASED_FROM
-
-    if config.metrics is None:
-        return None
-    wanted: tuple[str, ...] = config.metrics
-    if space != "inception":  # only Inception's features make these two
-        wanted = tuple(name for name in wanted if name not in ("sfid", "inception_score"))
-    if "fid" in wanted and "kid" not in wanted and num_samples < UNBIASED_FROM:
-        wanted = (*wanted, "kid")
-    return wanted
 
 
 def _over_repeats(repeats: list[dict[str, float]]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from jobs.export import export_features
 from jobs.models import DEFAULT_STORE, Opened, open_model, use_mlflow
 from jobs.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.progress import Bar
+from jobs.sizes import check_sizes
 from jobs.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
 from jobs.verb import Verb, add_role, exit_code, open_input
 
@@ -48,6 +49,16 @@ class Subject:
     inputs: Inputs
     real: Artifact
     out: Folder
+
+    def check_sizes(self, sampling: SampleConfig, config: EvaluateConfig) -> None:
+        """Raise UserError for a metric that there are too few samples or images for: before any is drawn."""
+        classifier = self.inputs.get("classifier")
+        dims = {"classifier": classifier.manifest.config.get("feature_dim")} if isinstance(classifier, Artifact) else {}
+        spaces = {space: dims.get(space) for space in EXTRACTORS if space in self.inputs}
+        # Published statistics do not state how many images they are of, and some come with images for kid alone.
+        images = self.real.counts["images"] if self.real.counts["source"] == "images" else None
+        kept = self.real.manifest.config["keep_features"]
+        check_sizes(config, spaces, sampling.num_samples, images, kept)
 
     def measure(self, sampling: SampleConfig, config: EvaluateConfig, progress: Progress) -> tuple[Artifact, Artifact]:
         """The features and the evaluation artifact of one protocol, made now or found in the store."""
@@ -117,6 +128,8 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     subject = prepared(options, base, out, bar, points)
     notes = repeated_settings(points, _config_of(subject.model))
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
+    for point in points:
+        subject.check_sizes(point.config, config)
     results = []
     for point in points:
         features, made = subject.measure(point.config, config, bar)

@@ -280,4 +280,4 @@ def image_source(config: SourceConfig, progress: Progress | None = None) -> Sour
     listing = list_source(config, told)
     for remark in remarks(listing):
         told.warn(remark)
-    return Source(config.path, source_identity(listing, told), config)
+    return Source(config.path, source_identity(listing, told), config, len(listing))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
@@ -298,11 +299,22 @@ def _set_up(uri: str, artifacts: str) -> None:
     SqlAlchemyStore(uri, artifacts)
 
 
+def _deleted(uri: str, name: str, experiment_id: str) -> str:
+    """What to do about an experiment that MLflow keeps as deleted: its name stays taken."""
+    return (
+        f"the MLflow experiment {name!r} (id {experiment_id}) was deleted, so it takes no runs. Restore it:\n"
+        f"  MLFLOW_TRACKING_URI={quote(redacted(uri))} mlflow experiments restore --experiment-id {experiment_id}\n"
+        "or give the pipeline another name (--set name=...)"
+    )
+
+
 def _experiment(uri: str, name: str, artifact_location: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
     client = _client(uri)
     if found := client.get_experiment_by_name(name):
+        if found.lifecycle_stage == "deleted":
+            raise UserError(_deleted(uri, name, str(found.experiment_id)))
         return str(found.experiment_id)
     try:
         return str(client.create_experiment(name, artifact_location))

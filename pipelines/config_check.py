@@ -14,6 +14,7 @@ from edt_core.errors import UserError
 from edt_core.redaction import redacted
 from jobs.options import validated
 from pipelines.config import PipelineConfig, load_config
+from pipelines.size_check import size_problems
 
 _LONGEST = 60  # characters of a value that are shown
 _ALIKE = 0.75  # of `difflib`: from here on one name may be meant by another
@@ -47,13 +48,13 @@ def problems(name_or_path: str, assignments: Sequence[str] = ()) -> list[Problem
     Sizes are checked against each other, model by model, once every field is right by itself.
     """
     try:
-        load_config(name_or_path, assignments)
+        config = load_config(name_or_path, assignments)
     except UserError as error:
         cause = error.__cause__
         if not isinstance(cause, ValidationError):
             return [Problem(name_or_path, "", None, str(error))]
         return _located(_problems_of(name_or_path, cause))
-    return []
+    return [Problem(name_or_path, "", None, text) for text in size_problems(config)]
 
 
 def _problems_of(name: str, error: ValidationError) -> list[Problem]:

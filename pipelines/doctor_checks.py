@@ -153,6 +153,19 @@ def images(patient: Patient) -> Found:
     return "ok", told, ""
 
 
+def sizes(patient: Patient) -> Found:
+    """Samples and images against what the metrics need: a run would learn it after the training."""
+    from pipelines.size_check import size_problems
+
+    number, _ = counts(patient)
+    problems = size_problems(patient.config, number)
+    if problems:
+        told, _, remedy = problems[0].partition(". ")
+        more = f" (and {len(problems) - 1} more: edt plan lists all)" if len(problems) > 1 else ""
+        return "fail", f"{told}{more}", remedy
+    return "ok", f"{patient.config.sample.num_samples:,} samples and {number:,} images are enough for the metrics", ""
+
+
 def store(patient: Patient) -> Found:
     """A file written to the store, read back and removed; folders that this made go again."""
     folder = Folder.at(patient.config.store)
@@ -218,6 +231,7 @@ CHECKS: dict[str, tuple[Check, float]] = {
     "device": (device, 90),
     "memory": (memory, 120),
     "images": (images, 120),
+    "sizes": (sizes, 120),
     "store": (store, 60),
     "disk": (disk, 120),
     "/dev/shm": (shared_memory, 20),

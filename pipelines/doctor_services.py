@@ -18,12 +18,14 @@ from edt_core.place_names import typed_path
 from edt_core.redaction import redacted
 from edt_core.storage import Folder
 from jobs.autoencoder import MLFLOW_SCHEMES
+from jobs.cluster_address import check_answers, named_address
 from pipelines.doctor import Patient, Status
 
 Found = tuple[Status, str, str]
 
 _HUB_SECONDS = 15
 _RAY_SECONDS = 100
+_END_SECONDS = 5
 _PROBE = "edt-doctor-"
 
 
@@ -188,9 +190,15 @@ def _weights(space: str, config: ExtractorConfig) -> str:
 
 def ray(patient: Patient) -> Found:
     """A Ray session here, or the cluster at the address: it starts, runs a task, and has what the steps ask for."""
-    config, address = patient.config, patient.address or os.environ.get("RAY_ADDRESS")
+    config, address = patient.config, named_address(patient.address)
     if patient.quick and not address:
         return "ok", "not started (--quick)", ""
+    if address:
+        try:
+            check_answers(address)
+        except UserError as error:
+            found, _, remedy = str(error).partition(". ")
+            return "fail", found, remedy
     store = Folder.at(config.store).local
     places = [config.source.path, *([config.store] if address and store and store.exists() else [])]
     local = [
@@ -245,7 +253,7 @@ def _short_of(config: Any, there: dict[str, float]) -> str:
 
 def _probed(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, Any]:
     """What `pipelines.ray_probe` says, from a process of its own that is gone afterwards."""
-    asked = json.dumps({"address": address, "min_cpus": min_cpus, "paths": paths})
+    asked = json.dumps({"address": address, "min_cpus": min_cpus, "paths": paths, "parent": os.getpid()})
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.ray_probe", asked],
         stdout=subprocess.PIPE,
@@ -262,5 +270,10 @@ def _probed(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, A
     except (IndexError, ValueError):
         return {"error": f"Ray ended with code {process.returncode} and said nothing"}
     finally:
+        if process.poll() is None:  # let it end the session that it began; what hangs is killed below
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

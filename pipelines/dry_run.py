@@ -6,11 +6,13 @@ from edt_core.config import SourceConfig
 from edt_core.progress import Told
 from edt_core.training.estimate import estimate
 from pipelines.config import PipelineConfig
+from pipelines.size_check import check_pipeline_sizes
 
 
 def dry_run(config: PipelineConfig) -> str:
     """For each model of a pipeline: parameters, MACs, memory, steps per epoch. Raises UserError for a bad source."""
     source = source_counts(config.source)
+    check_pipeline_sizes(config, source.images)
     told = [f"note: {remark}" for remark in source.remarks]
     for name in config.models:
         train = config.train_of(name)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -202,7 +203,7 @@ def config_text(answers: Answers, machine: Hardware, file: str) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["scalar"] = _scalar
-    text = environment.get_template("config.yaml.j2").render(file=file, **_values(answers, machine))
+    text = environment.get_template("config.yaml.j2").render(file=quote(file), **_values(answers, machine))
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 

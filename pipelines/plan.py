@@ -15,6 +15,7 @@ from jobs.verb import Verb
 from pipelines.artifacts import Store
 from pipelines.catalog import Catalog, flatten
 from pipelines.config import PipelineConfig
+from pipelines.size_check import check_pipeline_sizes
 from pipelines.step import StepFuture, input_fingerprints, needs_of
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def plan(config: PipelineConfig, catalog: Catalog | None = None) -> list[Planned
     with tempfile.TemporaryDirectory() as folder, Terminal(to_stderr=True) as terminal:
         source = prepare_source(config.source, Folder.at(folder), terminal)
         published = Published.of(config, catalog.tracking_uri if catalog else None)
+        check_pipeline_sizes(config, source.images, published.statistics)
         for branch in call_steps(planner, config, source, published):
             _plan_end(planner, config, branch, catalog)
     return list(planner.steps.values())

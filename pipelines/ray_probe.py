@@ -4,7 +4,11 @@ A process of its own, because Ray may hang where it cannot start, and such a pro
 """
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from edt_core.environment import quiet_defaults
 from edt_core.errors import UserError
 
 _SECONDS = 30  # for the answer of every node
+_LOOK_SECONDS = 0.5
 
 
 def probe(address: str | None, min_cpus: int, paths: Sequence[str]) -> dict[str, Any]:
@@ -50,10 +55,18 @@ def missing(paths: list[str]) -> list[str]:
     return [path for path in paths if not Path(path).exists()]
 
 
+def _end_with(parent: int) -> None:
+    """Kill this process, and what it started, once the process that asked is gone: nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """Print what was found, or {"error"}, as the last line."""
     quiet_defaults()
     asked = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with, args=(asked["parent"],), daemon=True).start()
     try:
         told = probe(asked["address"], asked["min_cpus"], asked["paths"])
     except Exception as error:  # whatever Ray raises, it is the finding

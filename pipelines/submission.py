@@ -34,6 +34,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
 _PATHS = (("source", "path"), ("autoencoder", "pretrained"), ("inception", "weights"), ("dinov2", "weights"))
 _RECONNECTS = 5
+_ANSWER_SECONDS = 7.0
+_NO_DASHBOARD = "start the cluster with its dashboard, forward its port (8265), or give another --address"
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,33 @@ class Cluster:
         from ray.job_submission import JobSubmissionClient
 
         self.address = address.rstrip("/")
+        self._check_answers()
         with self._clear_errors(), _without_addresses():
             self.client = JobSubmissionClient(self.address)
+
+    def _check_answers(self, seconds: float = _ANSWER_SECONDS) -> None:
+        """Raise UserError where nothing answers in time: Ray's client would wait for ever for what is silent.
+
+        Whatever the answer is, Ray's client judges it.
+        """
+        import requests
+
+        from pipelines.doctor import in_background
+
+        def ask() -> None:
+            with requests.get(f"{self.address}/api/version", timeout=seconds, stream=True):
+                pass
+
+        try:
+            in_background(ask).result(seconds)  # requests has no limit for looking up a name
+        except (TimeoutError, requests.exceptions.Timeout):
+            raise UserError(f"no answer in {seconds:g} s from {self.address}; {_NO_DASHBOARD}") from None
+        except requests.exceptions.ConnectionError as error:
+            raise UserError(f"no Ray dashboard answers at {self.address}; {_NO_DASHBOARD}") from error
+        except (requests.exceptions.RequestException, ValueError) as error:
+            raise UserError(
+                f"{self.address!r} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
+            ) from error
 
     def submit(self, request: Request, job_id: str | None) -> str:
         """Start the job and return its id."""
@@ -196,10 +223,7 @@ class Cluster:
                 "RAY_AUTH_TOKEN_PATH) to those of the cluster"
             ) from error
         except (ConnectionError, OSError) as error:
-            raise UserError(
-                f"no Ray dashboard answers at {self.address}; start the cluster with its dashboard, forward its port "
-                "(8265), or give another --address"
-            ) from error
+            raise UserError(f"no Ray dashboard answers at {self.address}; {_NO_DASHBOARD}") from error
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the cluster at {self.address} refuses: {_reason(error)}") from error
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,7 +12,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from edt_core.errors import UserError
@@ -29,7 +29,7 @@ def run_link(tracking_uri: str, experiment_id: str, run_id: str) -> str:
     if tracking_uri.startswith(("http://", "https://")):
         return f"{redacted(tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
     if (database := sqlite_path(tracking_uri)) is not None:
-        return f"edt ui --store {quote(str(database.parent))} --run {run_id}"
+        return shlex.join(["edt", "ui", "--store", str(database.parent), "--run", run_id])
     return f"run {run_id} in {redacted(tracking_uri)}"
 
 

@@ -26,6 +26,7 @@ from pipelines.promotion import Decision
 from pipelines.registration import entry_of, promote
 from pipelines.report_registry import version_record
 from pipelines.runs import step_tag
+from pipelines.size_check import check_pipeline_sizes
 from pipelines.step import StepFuture, Steps
 from pipelines.terminal import Terminal
 from pipelines.ui import run_link
@@ -171,6 +172,7 @@ def _run(
 
     started = time.monotonic()
     source = prepare_source(config.source, store.root, terminal)
+    check_pipeline_sizes(config, source.images)
 
     def join() -> bool:
         return connect(address, min_cpus=config.workers, show_workers=terminal.log is not None)
@@ -182,6 +184,7 @@ def _run(
             join()
         catalog = opened.result()
     published = published or Published.of(config, catalog.tracking_uri)
+    check_pipeline_sizes(config, source.images, published.statistics)
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
     outcome = Outcome(run_id, catalog.tracking_uri, run_link(catalog.tracking_uri, catalog.experiment_id, run_id))
     terminal.say(f"MLflow    {outcome.link}", "dim")

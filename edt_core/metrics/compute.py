@@ -14,6 +14,7 @@ from edt_core.metrics.inception_score import inception_score
 from edt_core.metrics.kernel import kernel_distance
 from edt_core.metrics.manifold import precision_recall
 from edt_core.metrics.names import INCEPTION, check_metric, metric_name, space_metrics
+from edt_core.metrics.sample_size import NEIGHBOURS
 from edt_core.metrics.sets import FeatureSet
 from edt_core.metrics.statistics import Gaussian
 
@@ -26,7 +27,7 @@ def compute_metrics(
     which: Sequence[str] | None = None,
     *,
     space: str = INCEPTION,
-    k: int = 3,
+    k: int = NEIGHBOURS,
     split_size: int = 5000,
     allow_rank_deficient: bool = False,
     block_size: int = 2048,

@@ -1,10 +1,54 @@
-"""What too few samples do to a metric, in words for the user."""
+"""How many samples and images a metric needs, and what too few do to it, in words for the user."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from edt_core.metrics.names import is_frechet
+from edt_core.metrics.names import INCEPTION, is_frechet, metric_name
 
 UNBIASED_FROM = 10_000  # samples: the least that the field reports; the usual 50,000 are biased a little, too
+NEIGHBOURS = 3  # the neighbour of precision and recall, where none is given
+INCEPTION_DIMENSIONS = {"fid": 2048, "sfid": 2023}
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A metric, by its reported name, that one side of a comparison is too small for."""
+
+    metric: str
+    side: str  # generated or reference
+    have: int
+    need: int
+    dimensions: int | None = None  # of the features, where a covariance of full rank is what needs so many
+
+
+def shortfalls(
+    metrics: Iterable[str],
+    space: str,
+    dimensions: int | None,
+    generated: int,
+    reference: int | None,
+    *,
+    generated_kept: int,
+    reference_kept: int | None,
+    allow_rank_deficient: bool = False,
+) -> Iterator[Shortfall]:
+    """What `compute_metrics` would refuse for their numbers alone: known before anything is computed.
+
+    metrics: of `METRICS`. dimensions: of the space's features, None where not known; Inception's are.
+    generated, reference: numbers of samples and of real images; None where not known, or not a limit.
+    generated_kept, reference_kept: of how many of them there are features to compare in pairs.
+    """
+    for metric in metrics:
+        dims = INCEPTION_DIMENSIONS.get(metric) if space == INCEPTION else dimensions if metric == "fid" else None
+        if metric in ("fid", "sfid"):
+            sides = ((generated, "generated"), (reference, "reference"))
+            need = 0 if allow_rank_deficient or dims is None else dims + 1
+        else:
+            sides = ((generated_kept, "generated"), (reference_kept, "reference"))
+            need = {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "kid": 2}.get(metric, 0)
+        for have, side in sides:
+            if have is not None and have < need:
+                yield Shortfall(metric_name(metric, space), side, have, need, dims)
 
 
 def bias_warning(metric_names: Iterable[str], num_samples: int) -> str | None:

@@ -1,9 +1,9 @@
 """edt doctor: what a run would stumble over, and what to do about each."""
 
 import os
+import shlex
 import sys
 from contextlib import nullcontext
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,11 +40,16 @@ def doctor(
 
     loaded = load_config(config, assignments, store)
     quiet_defaults()
+    from jobs.cluster_address import named_address
     from pipelines.doctor import examine, patient_of
     from pipelines.doctor_checks import CHECKS
 
+    options = [part for text in assignments for part in ("--set", text)]
+    options += [part for name, value in (("--store", store), ("--address", address)) if value for part in (name, value)]
+    # Of a named cluster the verdict comes first: a session of this machine takes longest to start.
+    checks = {"ray": CHECKS["ray"], **CHECKS} if named_address(address) else CHECKS
     found, console = [], Console(highlight=False, soft_wrap=True)
-    examined = examine(patient_of(loaded, address, tracking_uri, quick), CHECKS)
+    examined = examine(patient_of(loaded, address, tracking_uri, quick), checks)
     with nullcontext() if as_json else console.status("looking; Ray takes longest"):
         for finding in examined:
             found.append(finding)
@@ -54,7 +59,7 @@ def doctor(
     if as_json:
         print_json([finding.as_row() for finding in found])
     else:
-        after = f"edt run {quote(config)}" if not failed else "mend what failed, and ask again"
+        after = "mend what failed, and ask again" if failed else shlex.join(["edt", "run", config, *options])
         console.print(f"\n{len(found)} checks, {failed} failed. Next: {escape(after)}")
     if any(finding.unanswered for finding in found):  # a thread that hangs would keep Python from ending
         sys.stdout.flush()

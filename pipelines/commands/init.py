@@ -1,11 +1,11 @@
 """edt init: a first configuration, by questions or by flags."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -62,7 +62,7 @@ def init(
     for note in notes(answers, machine):
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"\nwrote {out}. Next:")
-    file = quote(str(out))
+    file = shlex.quote(str(out))
     for command, why in (
         (f"edt doctor {file}", "does this machine have what it needs"),
         (f"edt run {file} --dry-run", "what it takes: memory, steps"),

@@ -1,6 +1,7 @@
 """Pipelines as jobs of a Ray cluster: edt submit."""
 
 import os
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -79,7 +80,5 @@ def _follow(cluster: "Cluster", job: str) -> None:
 
 
 def _how_to_return(job: str, address: str) -> str:
-    return (
-        f"come back   edt submit --follow {job} --address {address}\n"
-        f"stop it     edt submit --stop {job} --address {address}"
-    )
+    follow, stop = (shlex.join(["edt", "submit", what, job, "--address", address]) for what in ("--follow", "--stop"))
+    return f"come back   {follow}\nstop it     {stop}"

@@ -3,6 +3,7 @@
 File names are bytes, relative to the folder of the source and with `/`: a Linux name need not be UTF-8.
 """
 
+import errno
 import os
 import re
 import stat
@@ -148,7 +149,7 @@ def _disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
                 if _hidden(item.name):
                     continue
                 name = folder + b"/" + item.name if folder else item.name
-                if item.is_dir():
+                if _is_folder(root, name, item):
                     yield Entry(name, True, 0, "")
                     continue
                 try:
@@ -159,8 +160,46 @@ def _disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
                 if stat.S_ISREG(about.st_mode):
                     yield Entry(name, False, about.st_size, "")
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(_loop(root, folder, "leads back to itself")) from error
         where = as_text(os.path.join(root, folder))
-        raise UserError(f"cannot read the folder {where}: {error.strerror}; mend its permissions") from error
+        remedy = "mend its permissions" if isinstance(error, PermissionError) else "see to the address and the disk"
+        raise UserError(f"cannot read the folder {where}: {error.strerror}; {remedy}") from error
+
+
+def _is_folder(root: bytes, name: bytes, item: "os.DirEntry[bytes]") -> bool:
+    """Whether it is a folder, or a link to one. Raises UserError for a link that the walk would not come out of."""
+    try:
+        found = item.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(_loop(root, name, "leads back to itself")) from error
+        raise
+    if found and item.is_symlink():
+        _check_no_loop(root, name)
+    return found
+
+
+def _check_no_loop(root: bytes, name: bytes) -> None:
+    """Raise UserError for a link to a folder that the link lies in: the walk would never end."""
+    target, folder = _identity(os.path.join(root, name)), name
+    while folder:
+        folder = os.path.dirname(folder)
+        above = os.path.join(root, folder)
+        if _identity(above) == target:
+            raise UserError(_loop(root, name, f"leads to {as_text(above.rstrip(b'/'))}, which it lies in"))
+
+
+def _identity(path: bytes) -> tuple[int, int]:
+    about = os.stat(path)
+    return about.st_dev, about.st_ino
+
+
+def _loop(root: bytes, name: bytes, what: str) -> str:
+    """A loop of symbolic links in words, by the link that closes it."""
+    path = os.path.join(root, name).rstrip(b"/")
+    to = f" -> {as_text(os.readlink(path))}" if os.path.islink(path) else ""
+    return f"a loop of symbolic links in the source: {as_text(path)}{to} {what}; remove the link, or change its target"
 
 
 def _remote_entries(fs: Any, base: str, found: Sequence[dict[str, Any]]) -> Iterator[Entry]:

@@ -8,6 +8,8 @@ from edt_core.errors import UserError
 
 SILENCE_S = 5.0  # without a word of gRPC in this time nobody answers
 BUSY_S = 60.0  # for the answer of a server that speaks gRPC: it is alive, and may have much to do
+_GREETED_S = 0.5  # for gRPC to say what it knows already
+_WATCHED: list[Any] = []  # gRPC's thread that watches a channel goes on for a moment, and fails if the channel is gone
 _REMEDY = "Start the cluster, give another --address or RAY_ADDRESS, or unset RAY_ADDRESS to use this machine alone."
 _TOKEN_REMEDY = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token of the cluster."
 _HTTP_REMEDY = "A head listens on port 6379 as a rule; the dashboard's address (port 8265) is for `edt submit`."
@@ -71,26 +73,35 @@ def _ask(address: str, place: str, kind: str, silence_s: float) -> None:
     from ray._private.gcs_utils import create_gcs_channel  # with the cluster's TLS and token, and without HTTP proxies
     from ray.exceptions import AuthenticationError
 
-    states: list[Any] = []
     channel = create_gcs_channel(place)
-    channel.subscribe(states.append)
+    ask = channel.unary_unary(_METHODS[kind])
     try:
-        call = channel.unary_unary(_METHODS[kind]).future(b"", timeout=BUSY_S)
         try:
-            call.result(silence_s)
-        except grpc.FutureTimeoutError:
-            if not states or states[-1] is not grpc.ChannelConnectivity.READY:
-                call.cancel()
+            ask(b"", timeout=silence_s)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            if not _speaks_grpc(channel):
                 raise UserError(
                     f"no Ray cluster answers at {_both(address, place)}: no answer in {silence_s:g} s. {_REMEDY}"
-                ) from None
-            call.result()
+                ) from error
+            ask(b"", timeout=BUSY_S)
     except AuthenticationError as error:  # of this process: it was told to send a token, and has none
         raise UserError(f"the Ray cluster at {address} was not asked: {_first_line(error)}. {_TOKEN_REMEDY}") from error
     except grpc.RpcError as error:
         _judge(address, place, kind, error.code(), str(error.details()))
-    finally:
-        channel.unsubscribe(states.append)  # closing it would upset gRPC's thread that watches the state
+
+
+def _speaks_grpc(channel: Any) -> bool:
+    """Whether the other side has greeted as a gRPC server does: it is alive, and the answer may come yet."""
+    import grpc
+
+    _WATCHED.append(channel)
+    try:
+        grpc.channel_ready_future(channel).result(_GREETED_S)
+    except grpc.FutureTimeoutError:
+        return False
+    return True
 
 
 def _judge(address: str, place: str, kind: str, code: Any, details: str) -> None:

@@ -34,6 +34,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
 _PATHS = (("source", "path"), ("autoencoder", "pretrained"), ("inception", "weights"), ("dinov2", "weights"))
 _RECONNECTS = 5
+_NO_ADDRESS = f"{{!r}} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
 _ANSWER_SECONDS = 7.0
 _NO_DASHBOARD = "start the cluster with its dashboard, forward its port (8265), or give another --address"
 
@@ -111,7 +112,7 @@ class Cluster:
 
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
-            raise UserError(f"{address!r} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}")
+            raise UserError(_NO_ADDRESS.format(address))
         logging.getLogger("ray").setLevel(logging.ERROR)
         from ray.job_submission import JobSubmissionClient
 
@@ -140,9 +141,7 @@ class Cluster:
         except requests.exceptions.ConnectionError as error:
             raise UserError(f"no Ray dashboard answers at {self.address}; {_NO_DASHBOARD}") from error
         except (requests.exceptions.RequestException, ValueError) as error:
-            raise UserError(
-                f"{self.address!r} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
-            ) from error
+            raise UserError(_NO_ADDRESS.format(self.address)) from error
 
     def submit(self, request: Request, job_id: str | None) -> str:
         """Start the job and return its id."""

@@ -22,8 +22,13 @@ _METHODS = {
 
 
 def named_address(address: str | None) -> str | None:
-    """The address that was given, or that of RAY_ADDRESS; None where Ray starts on this machine."""
-    return address or os.environ.get("RAY_ADDRESS") or None
+    """The address that was given, or that of RAY_ADDRESS; None where Ray starts on this machine.
+
+    RAY_ADDRESS goes before a given "auto", as in `ray.init`.
+    """
+    if address and address != "auto":
+        return address
+    return os.environ.get("RAY_ADDRESS") or address or None
 
 
 def check_named(address: str | None = None) -> None:
@@ -54,12 +59,12 @@ def _place(address: str) -> str | None:
     if address.startswith(("http://", "https://")):
         raise UserError(f"{address} is no address of a Ray head: it begins with http. {_HTTP_REMEDY}")
     if address.startswith(_CLIENT):
-        place = address.removeprefix(_CLIENT).partition("?")[0].rstrip("/")
-        return place if ":" in place else f"{place}:10001"
+        server = address.removeprefix(_CLIENT).partition("?")[0].rstrip("/")
+        return server if ":" in server else f"{server}:10001"
     if "://" in address:
         return None
     try:
-        # Public functions of Ray look "auto" up only while they join. RAY_ADDRESS goes before "auto", as in `ray.init`.
+        # Public functions of Ray look "auto" up only while they join.
         place = canonicalize_bootstrap_address(address)
     except (ConnectionError, ValueError) as error:
         what = "no cluster runs on this machine" if isinstance(error, ConnectionError) else "HOST:PORT was expected"

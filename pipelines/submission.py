@@ -121,7 +121,7 @@ class Cluster:
         with self._clear_errors(), _without_addresses():
             self.client = JobSubmissionClient(self.address)
 
-    def _check_answers(self, seconds: float = _ANSWER_SECONDS) -> None:
+    def _check_answers(self) -> None:
         """Raise UserError where nothing answers in time: Ray's client would wait for ever for what is silent.
 
         Whatever the answer is, Ray's client judges it.
@@ -129,6 +129,8 @@ class Cluster:
         import requests
 
         from pipelines.doctor import in_background
+
+        seconds = _ANSWER_SECONDS
 
         def ask() -> None:
             with requests.get(f"{self.address}/api/version", timeout=seconds, stream=True):

@@ -89,6 +89,40 @@ def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
     assert images[2].error == "FileNotFoundError: No such file or directory"
 
 
+@pytest.mark.parametrize("up", [".", "..", "../.."])
+def test_a_link_to_a_folder_that_it_lies_in_is_refused(tmp_path: Path, up: str) -> None:
+    write(tmp_path, "a/b/1.png", "c/2.png")
+    link = tmp_path / "a" / "b" / "loop"
+    link.symlink_to(up)
+    with pytest.raises(UserError, match="a loop of symbolic links") as caught:
+        listed(tmp_path)
+    assert f"{link} -> {up} leads to {(link.parent / up).resolve()}" in str(caught.value)
+
+
+def test_folders_that_link_to_each_other_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.png", "c/2.png")
+    (tmp_path / "a" / "c").symlink_to("../c")
+    (tmp_path / "c" / "a").symlink_to("../a")
+    with pytest.raises(UserError, match=r"a loop of symbolic links in the source: .* -> \.\./[ac] "):
+        listed(tmp_path)
+
+
+def test_a_link_that_leads_to_itself_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.png", "c/2.png")
+    (tmp_path / "a" / "self").symlink_to("self")
+    with pytest.raises(UserError, match="a/self -> self leads back to itself; remove the link") as caught:
+        listed(tmp_path)
+    assert "permissions" not in str(caught.value)
+
+
+def test_one_folder_may_be_linked_to_from_several_places(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "1.png")
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "more").symlink_to(tmp_path / "elsewhere")
+    assert names(listed(tmp_path / "images")) == ["a/more/1.png", "b/more/1.png"]
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     write(tmp_path, b"a/\xff.png", b"b\xe4/1.png", "b\u00e4/\u65e5\u672c.png")
     listing = listed(tmp_path)

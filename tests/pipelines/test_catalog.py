@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from edt_core.errors import UserError
 from edt_core.storage import Folder
 from pipelines.catalog import Catalog, flatten, retried
 from tests.support.races import at_once, log_run
@@ -41,6 +42,22 @@ def test_a_remote_store_needs_a_tracking_server(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ValueError, match=r"memory://store is remote.*set it to your MLflow server"):
         Catalog.open(Folder.at("memory://store"), "x")
+
+
+def test_a_deleted_experiment_is_told_with_the_command_that_restores_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = Folder.at(tmp_path / "my store")
+    (tmp_path / "my store").mkdir()
+    catalog = Catalog.open(folder, "mine")
+    catalog.client.delete_experiment(catalog.experiment_id)
+    with pytest.raises(UserError, match="the MLflow experiment 'mine'") as caught:
+        Catalog.open(folder, "mine")
+    command = f"mlflow experiments restore --experiment-id {catalog.experiment_id}"
+    assert f"MLFLOW_TRACKING_URI='{catalog.tracking_uri}' {command}" in str(caught.value)
+    catalog.client.restore_experiment(catalog.experiment_id)
+    assert Catalog.open(folder, "mine") == catalog
 
 
 def test_nested_values_become_dotted_names() -> None:

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import signal
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +16,14 @@ import pytest
 
 from edt_core.data.digits import NUM_DIGITS
 from edt_core.errors import UserError
-from pipelines import doctor_checks, doctor_services
+from pipelines import doctor_checks, doctor_services, ray_probe
 from pipelines.config import PipelineConfig, load_config
 from pipelines.disk import disk_needs
 from pipelines.doctor import Finding, Patient, examine
 from pipelines.dry_run import SourceCounts
 from pipelines.hardware import Hardware
 from pipelines.outcome import Outcome
+from tests.support.processes import wait_for
 from tests.support.registry import NAME, Registry
 from tests.support.runs import artifacts_of
 from tests.support.small import SMALL, edt
@@ -200,15 +203,45 @@ def test_mlflow_is_asked_and_nothing_is_left_in_it(tmp_path: Path, monkeypatch: 
     assert "secret-word" not in refused.found + refused.remedy
 
 
-@pytest.mark.extern
-def test_a_ray_that_cannot_be_joined_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("py_gcs_connect_timeout_s", "gcs_rpc_server_connect_timeout_s"):
-        monkeypatch.setenv(f"RAY_{name}", "1")  # in all Ray waits for 40 s
-    monkeypatch.setattr(doctor_services, "_RAY_SECONDS", PATIENCE_S)
+def test_a_ray_that_cannot_be_joined_is_one_line(tmp_path: Path) -> None:
     found = asked(doctor_services.ray, patient(digits(tmp_path), address="127.0.0.1:1"))
     assert (found.status, len(found.found.splitlines())) == ("fail", 1)
     assert "no Ray cluster answers at 127.0.0.1:1" in found.found
     assert asked(doctor_services.ray, patient(digits(tmp_path))).found == "not started (--quick)"
+
+
+def test_no_probe_outlives_the_process_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own session would keep it, and what it started, after Ctrl-C or a time limit."""
+    parents, killed = iter([7, 7, 1]), []
+    monkeypatch.setattr(ray_probe, "_LOOK_SECONDS", 0)
+    monkeypatch.setattr("os.getppid", lambda: next(parents))
+    monkeypatch.setattr("os.killpg", lambda group, number: killed.append((group, number)))
+    ray_probe._end_with(7)
+    assert killed == [(0, signal.SIGKILL)]
+    assert list(parents) == []
+
+
+def test_a_probe_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also one that does not listen to SIGTERM, with what it started."""
+    hangs = tmp_path / "hangs.sh"
+    hangs.write_text(f"#!/bin/sh\ntrap '' TERM\nsleep 600 &\necho $$ > {tmp_path / 'pid'}\nwait; wait; sleep 600\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(hangs))
+    monkeypatch.setattr(doctor_services, "_RAY_SECONDS", 2)
+    monkeypatch.setattr(doctor_services, "_END_SECONDS", 0.2)
+    assert doctor_services._probed(None, 1, []) == {"error": "no answer in 2 s"}
+    wait_for(lambda: not group_of(int((tmp_path / "pid").read_text())))
+
+
+def group_of(pid: int) -> list[int]:
+    """The processes of a group that are more than zombies."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == pid and state != "Z":
+                alive.append(int(stat.parent.name))
+    return alive
 
 
 def test_the_command_tells_all_as_json_and_by_its_exit_code(
@@ -217,12 +250,25 @@ def test_the_command_tells_all_as_json_and_by_its_exit_code(
     patient_checks = {name: (check, PATIENCE_S) for name, (check, _) in doctor_checks.CHECKS.items()}
     monkeypatch.setattr(doctor_checks, "CHECKS", patient_checks)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=10**11))
-    given = ("--quick", "--json", "--store", str(tmp_path / "store"), "--set", "source.kind=auto")
+    given = (
+        "--quick",
+        "--json",
+        "--store",
+        str(tmp_path / "store"),
+        "--set",
+        "source.kind=auto",
+        "--set",
+        "classifier.feature_dim=16",
+    )
     done = edt("doctor", *given, "--set", f"source.path={digits_folder}", cwd=tmp_path)
     found = {row["check"]: row for row in json.loads(done.stdout)}
     assert (done.returncode, set(found)) == (0, set(doctor_checks.CHECKS)), done.stdout + done.stderr
     assert "32 images of 4 classes" in found["images"]["found"]
     assert list(tmp_path.iterdir()) == []
+    settings = (*given[:1], *given[2:], "--set", f"source.path={digits_folder}", "--set", "name=of $HOME")
+    told = edt("doctor", *settings, cwd=tmp_path).stdout
+    assert "Next: edt run quickstart --set source.kind=auto --set classifier.feature_dim=16 --set source.path=" in told
+    assert f"--set 'name=of $HOME' --store {tmp_path / 'store'}" in told
     failed = edt("doctor", *given, "--set", "source.path=/nowhere", cwd=tmp_path)
     assert (failed.returncode, "Traceback" in failed.stdout + failed.stderr) == (1, False)
     assert edt("doctor", "--set", "train.lr=-1").returncode == 2

@@ -162,6 +162,15 @@ def test_by_flags_a_dry_run_and_a_plan_of_the_file_work(
     assert len([line for line in Path("edt.yaml").read_text().splitlines() if "#" in line]) > 10
 
 
+def test_the_next_commands_are_quoted_for_a_shell(digits_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my $first #1.yaml"
+    told = init("--images", str(digits_folder), "--hardware", "cpu", "--yes", "--out", str(out))
+    for command in ("edt doctor", "edt plan", "edt run"):
+        assert f"{command} '{out}'" in told
+    assert f"edt config show '{out.name}'" in out.read_text()
+    load_config(str(out))
+
+
 def test_a_file_is_written_over_only_when_it_is_asked_for(digits_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine.yaml"
     out.write_text("kept")

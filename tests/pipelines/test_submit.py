@@ -16,6 +16,7 @@ import yaml
 
 from edt_core.errors import UserError
 from edt_core.storage import Folder
+from pipelines.commands.submit import _how_to_return
 from pipelines.config import load_config
 from pipelines.lease import held, this_process
 from pipelines.schedule import run_lease
@@ -255,6 +256,25 @@ def test_without_its_token_the_cluster_answers_nobody(
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done
         assert "wants another token" in done.stderr
         assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("speaks", [False, True], ids=["closed", "silent"])
+def test_a_dashboard_that_says_nothing_is_given_up(speaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.submission._ANSWER_SECONDS", 0.5)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        if speaks:
+            port.listen()
+        address = f"http://127.0.0.1:{port.getsockname()[1]}"
+        reason = "no answer in 0.5 s from" if speaks else "no Ray dashboard answers at"
+        with pytest.raises(UserError, match=f"{reason} {address}; start the cluster"):
+            Cluster(address)
+
+
+def test_the_commands_that_come_back_to_a_job_are_quoted() -> None:
+    told = _how_to_return("my job", "http://host:8265/a?b=1&c")
+    assert "edt submit --follow 'my job' --address 'http://host:8265/a?b=1&c'" in told
+    assert "edt submit --stop 'my job' --address" in told
 
 
 @pytest.mark.ray

@@ -27,6 +27,7 @@ def test_a_run_s_link_is_its_page_or_the_command_that_shows_it() -> None:
     assert run_link("http://host:5000/", "3", "abc") == "http://host:5000/#/experiments/3/runs/abc"
     assert "secret" not in run_link("https://me:secret@host", "3", "abc")
     assert run_link("sqlite:////data/my-store/mlflow.db", "3", "abc") == "edt ui --store /data/my-store --run abc"
+    assert run_link("sqlite:////my store/mlflow.db", "3", "a") == "edt ui --store '/my store' --run a"
     assert "secret" not in run_link("postgresql://me:secret@host/db", "3", "abc")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from edt_core.errors import UserError
 
-SILENCE_S = 5.0  # without a word of gRPC in this time nobody answers
+SILENCE_S = 3.5  # without a word of gRPC in this time nobody answers
 BUSY_S = 60.0  # for the answer of a server that speaks gRPC: it is alive, and may have much to do
 _GREETED_S = 0.5  # for gRPC to say what it knows already
 _WATCHED: list[Any] = []  # gRPC's thread that watches a channel goes on for a moment, and fails if the channel is gone
@@ -127,9 +127,7 @@ def _judge(address: str, place: str, kind: str, code: Any, details: str) -> None
         )
     # `ray.init("auto")` finds the token of this machine by itself; with another address it does not look for it.
     if code is StatusCode.UNAUTHENTICATED and address != "auto":
-        raise UserError(
-            f"the Ray cluster at {address} rejects the token of this process, or its lack of one. {_TOKEN_REMEDY}"
-        )
+        raise UserError(f"the Ray cluster at {both} rejects this process's token, or wants one. {_TOKEN_REMEDY}")
 
 
 def _reason(place: str, details: str) -> str:

@@ -35,7 +35,7 @@ _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
 _PATHS = (("source", "path"), ("autoencoder", "pretrained"), ("inception", "weights"), ("dinov2", "weights"))
 _RECONNECTS = 5
 _NO_ADDRESS = f"{{!r}} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
-_ANSWER_SECONDS = 7.0
+_ANSWER_SECONDS = 6.0
 _NO_DASHBOARD = "start the cluster with its dashboard, forward its port (8265), or give another --address"
 
 

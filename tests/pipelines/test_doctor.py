@@ -221,6 +221,7 @@ def test_no_probe_outlives_the_process_that_asked(monkeypatch: pytest.MonkeyPatc
     assert list(parents) == []
 
 
+@pytest.mark.extern
 def test_a_probe_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also one that does not listen to SIGTERM, with what it started."""
     hangs = tmp_path / "hangs.sh"

@@ -242,8 +242,9 @@ def import_model(
     from pipelines.importing import import_released, read_released
     from pipelines.registry import alone
 
-    wanted = None if weights is None else weights.value
-    released = read_released(typed_path(checkpoint), wanted, autoencoder, model, image_size)
+    released = read_released(
+        typed_path(checkpoint), None if weights is None else weights.value, autoencoder, model, image_size
+    )
     for note in released.read.notes:
         typer.echo(f"note: {note}", err=True)
     place = Folder.at(store)

@@ -18,7 +18,8 @@ def folder_with(root: Path, *names: str) -> Path:
 
 
 def from_folder(path: Path) -> list[str]:
-    return ["--set", "source.kind=image_folder", "--set", f"source.path={path}"]
+    fields = ("source.kind=image_folder", f"source.path={path}", "classifier.feature_dim=16")  # for 32 images
+    return [part for field in fields for part in ("--set", field)]
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,9 @@ def bad_file(folder: Path, damage: str) -> Path:
     ],
 )
 def test_what_cannot_be_imported_leaves_nothing(
-    vae: Path, tmp_path: Path, damage: str, options: list[str], message: str
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, options: list[str], message: str
 ) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # other tests of the process may have left it
     registry = Registry(tmp_path / "store")
     with pytest.raises(UserError) as refused:
         imported(registry, bad_file(tmp_path, damage), vae, *options)

@@ -15,13 +15,11 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
+from edt_core.config import SourceConfig
 from edt_core.data import export
 from edt_core.data.export import EXPORT_FORMATS, Batch, export_samples
-from edt_core.data.sources.places import Place
-from edt_core.data.sources.webdataset import list_webdataset
+from edt_core.data.sources import list_source
 from edt_core.errors import UserError
-from edt_core.progress import Silent
-from edt_core.storage import Folder
 
 COUNT, SIDE = 23, 12
 PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
@@ -119,7 +117,7 @@ def test_the_shards_are_a_source_of_labelled_images(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(export, "_SHARD_SAMPLES", 10)
     export_samples("webdataset", batches(), COUNT, tmp_path / "w")
     assert sorted(path.name for path in (tmp_path / "w").iterdir()) == [f"samples-{k:05d}.tar" for k in range(3)]
-    listing = list_webdataset(Place(Folder.at(tmp_path / "w")), Silent())
+    listing = list_source(SourceConfig(path=str(tmp_path / "w")))
     assert listing.table["name"].to_pylist() == [b"%06d.png" % index for index in range(COUNT)]
     assert np.array_equal(read_webdataset(tmp_path / "w")[0], PIXELS)
 

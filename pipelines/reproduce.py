@@ -18,7 +18,6 @@ from edt_core.errors import UserError
 from edt_core.place_names import check_store_name
 from edt_core.storage import Folder
 from jobs.autoencoder import resolve
-from jobs.cluster_address import check_named
 from jobs.options import validated
 from jobs.registry_files import own_uri
 from pipelines.artifacts import Store
@@ -59,7 +58,6 @@ def reproduce(
     Raises UserError, before anything is computed, where the record is not whole, the code is another one (unless
     `other_code`), the images are not those of the record, or the folder is not empty. Warns of other weights.
     """
-    check_named(address)
     record = read_record(catalog, run_id)
     folder = _empty(store, run_id)
     check_code(record, terminal, other_code)

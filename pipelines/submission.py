@@ -10,8 +10,10 @@ import logging
 import os
 import shlex
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -113,11 +115,11 @@ class Cluster:
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
             raise UserError(_NO_ADDRESS.format(address))
+        self.address = address.rstrip("/")
+        self._check_answers()  # before the import below, which takes seconds
         logging.getLogger("ray").setLevel(logging.ERROR)
         from ray.job_submission import JobSubmissionClient
 
-        self.address = address.rstrip("/")
-        self._check_answers()
         with self._clear_errors(), _without_addresses():
             self.client = JobSubmissionClient(self.address)
 
@@ -128,16 +130,19 @@ class Cluster:
         """
         import requests
 
-        from pipelines.doctor import in_background
-
         seconds = _ANSWER_SECONDS
+        answer: Future[None] = Future()
 
         def ask() -> None:
-            with requests.get(f"{self.address}/api/version", timeout=seconds, stream=True):
-                pass
+            try:
+                requests.get(f"{self.address}/api/version", timeout=seconds, stream=True).close()
+                answer.set_result(None)
+            except Exception as error:
+                answer.set_exception(error)
 
+        threading.Thread(target=ask, daemon=True).start()
         try:
-            in_background(ask).result(seconds)  # requests has no limit for looking up a name
+            answer.result(seconds)  # requests has no limit for looking up a name
         except (TimeoutError, requests.exceptions.Timeout):
             raise UserError(f"no answer in {seconds:g} s from {self.address}; {_NO_DASHBOARD}") from None
         except requests.exceptions.ConnectionError as error:

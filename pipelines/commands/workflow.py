@@ -52,9 +52,8 @@ def run(
       edt run imagenet256-edt-s --set source.path=/data/imagenet/train --dry-run
       edt run edt.yaml --set train.max_steps=5000 --store /shared/edt-store --address auto
     """
+    from jobs.cluster_address import check_named
     from pipelines.config import load_config
-    from pipelines.schedule import tell_scheduler
-    from pipelines.workflows import run as run_pipeline
 
     loaded = load_config(config, assignments, store)
     if dry_run:
@@ -62,6 +61,10 @@ def run(
 
         typer.echo(told(loaded))
         return
+    check_named(address)  # before the imports below, which take seconds
+    from pipelines.schedule import tell_scheduler
+    from pipelines.workflows import run as run_pipeline
+
     with _alone(loaded, no_overlap), _logged(loaded.store, "run", to_stderr=as_json) as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
         try:
@@ -250,6 +253,9 @@ def reproduce(
       edt reproduce 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --into ./again
       edt reproduce 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --tracking-uri http://mlflow:5000 --json
     """
+    from jobs.cluster_address import check_named
+
+    check_named(address)
     from pipelines.reproduce import reproduce as reproduced
 
     catalog = open_catalog(store, tracking_uri)

@@ -22,11 +22,8 @@ def check_folder(folder: Path) -> None:
         if (folder / _PIPELINE_INDEX).is_file():
             raise UserError(_pipeline_folder(folder))
         return
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles and not any(folder.glob("*.safetensors")):
-        name = _class_name(folder)
-        if name not in SUPPORTED:
-            name = SUPPORTED[0]
+    name, pickles = _class_name(folder), sorted(path.name for path in folder.glob("*.bin"))
+    if name in SUPPORTED and pickles and not any(folder.glob("*.safetensors")):
         raise UserError(pickled(str(folder), name, f"{folder}-safetensors", f"{pickles[0]} is"))
 
 

@@ -6,7 +6,7 @@ One Ray task makes one shard, so names and bytes are the same with any number of
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from jobs.cluster import MAX_RETRIES, finished
 from jobs.verb import Verb
 
 _KEPT = 10_000  # quarantined images in the manifest; all of them are in the shards' reports
+_EXAMPLES = 10
+_LINE = "\n  "
 _TAR_BYTES = 5 << 10  # headers and padding of a sample's three members, and its small ones
 
 
@@ -62,11 +64,11 @@ class ShardReport:
     def looked_at(self) -> int:
         return len(self.digests) // len(UNREADABLE)
 
-    def kept(self) -> list[bytes]:
-        """The digests of the originals that were written."""
-        lost = {place for place, _, _ in self.quarantined}
-        size = len(UNREADABLE)
-        return [self.digests[i * size : (i + 1) * size] for i in range(self.looked_at) if i not in lost]
+    def kept(self) -> NDArray[np.bool_]:
+        """Whether each image that was looked at was written."""
+        kept = np.ones(self.looked_at, dtype=np.bool_)
+        kept[[place for place, _, _ in self.quarantined]] = False
+        return kept
 
     def to_json(self) -> dict[str, Any]:
         return {"rows": self.rows, "quarantined": self.quarantined, "digests": self.digests.hex()}
@@ -178,15 +180,19 @@ def _counts(
     config: PreprocessConfig, listing: Listing, reports: Sequence[ShardReport], progress: Progress
 ) -> dict[str, Any]:
     quarantined = [item for report in reports for item in report.reasons]
-    unique = len({digest for report in reports for digest in report.kept()})
     rows = sum(report.rows for report in reports)
-    class_counts = _class_counts(listing, reports)
+    kept = np.concatenate([report.kept() for report in reports])
+    labels = np.asarray(listing.table["label"])[kept]
+    class_counts = np.bincount(labels, minlength=len(listing.classes))
+    repeats = _repeats(b"".join(report.digests for report in reports), kept, labels)
     if lost := [listing.classes[label] for label in np.flatnonzero((class_counts == 0) & (listing.class_counts > 0))]:
         progress.warn(f"after unreadable images were left out {without_images(lost, len(listing.classes))}")
-    if several := _under_several_classes(listing, reports):
+    if repeats.under_several_classes:
+        names = listing.table["name"].take(np.flatnonzero(kept)[np.ravel(repeats.examples)]).to_pylist()
+        pairs = [f"{as_text(one)} = {as_text(other)}" for one, other in zip(names[::2], names[1::2], strict=True)]
         progress.warn(
-            f"{len(several)} images lie under more than one class, byte for byte the same, and are kept in each:"
-            f"\n  {listed(several, chr(10) + '  ')}"
+            f"{repeats.under_several_classes} images are in more than one class, byte for byte the same, and are kept "
+            f"in each, such as\n  {listed(pairs, _LINE)}"
         )
     assert rows + len(quarantined) == len(listing), "an image was lost or doubled"
     if quarantined:
@@ -196,8 +202,8 @@ def _counts(
         "found": len(listing),
         "quarantined": len(quarantined),
         "quarantined_images": [{"path": path, "reason": reason} for path, reason in quarantined[:_KEPT]],
-        "duplicates": rows - unique,  # kept: published data sets hold some as well
-        "under_several_classes": len(several),
+        "duplicates": repeats.duplicates,  # kept: published data sets hold some as well
+        "under_several_classes": repeats.under_several_classes,
         "left_out": dict(listing.left_out),  # files that are no images, by extension
         "classes": len(listing.classes),
         "class_counts": class_counts.tolist(),
@@ -206,34 +212,28 @@ def _counts(
     }
 
 
-def _class_counts(listing: Listing, reports: Sequence[ShardReport]) -> NDArray[np.int64]:
-    """Images that were written, of each class [K]."""
-    labels = np.asarray(listing.table["label"])
-    return np.bincount(labels[_places_kept(reports)], minlength=len(listing.classes))
+class _Repeats(NamedTuple):
+    """Images that are byte for byte the same as another one.
+
+    duplicates: all but one of each. under_several_classes: different images that are in two classes or more; of the
+    first ten of them two places [n, 2] each, among the images that were written.
+    """
+
+    duplicates: int
+    under_several_classes: int
+    examples: NDArray[np.int64]
 
 
-def _places_kept(reports: Sequence[ShardReport]) -> NDArray[np.int64]:
-    """Places in the listing of the images that were written."""
-    kept, first = [], 0
-    for report in reports:
-        places = np.ones(report.looked_at, dtype=bool)
-        places[[place for place, _, _ in report.quarantined]] = False
-        kept.append(first + np.flatnonzero(places))
-        first += report.looked_at
-    return np.concatenate(kept)
-
-
-def _under_several_classes(listing: Listing, reports: Sequence[ShardReport]) -> list[str]:
-    """`<name> = <name>` for each image that is written under another class too, by the digest of its original."""
-    places = _places_kept(reports).tolist()
-    labels = np.asarray(listing.table["label"])
-    first: dict[bytes, int] = {}
-    found: dict[bytes, int] = {}
-    for place, digest in zip(places, (digest for report in reports for digest in report.kept()), strict=True):
-        if labels[first.setdefault(digest, place)] != labels[place]:
-            found.setdefault(digest, place)
-    names = listing.table["name"]
-    return [" = ".join(as_text(names[at].as_py()) for at in (first[digest], place)) for digest, place in found.items()]
+def _repeats(digests: bytes, kept: NDArray[np.bool_], labels: NDArray[np.int32]) -> _Repeats:
+    """Repeats among the images that were written, of which `labels` are the classes; `digests` are of all images."""
+    words = np.frombuffer(digests, dtype=np.uint64).reshape(len(kept), -1)[kept]
+    order = np.lexsort((labels, *words.T))
+    same = (words[order[1:]] == words[order[:-1]]).all(axis=1)
+    mixed = np.flatnonzero(same & (labels[order[1:]] != labels[order[:-1]]))
+    image = np.cumsum(~same)[mixed]  # the number of the different image that each pair is of
+    _, first = np.unique(image, return_index=True)
+    places = mixed[first[:_EXAMPLES]]
+    return _Repeats(int(same.sum()), len(first), np.stack([order[places], order[places + 1]], axis=1))
 
 
 def _check_source(listing: Listing, reports: Sequence[ShardReport], source: Source) -> None:
@@ -270,7 +270,7 @@ def accept(config: PreprocessConfig, counts: Mapping[str, Any]) -> None:
 
 
 def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
-    return "\n  " + listed([f"{path}: {reason}" for path, reason in sorted(quarantined)], "\n  ")
+    return _LINE + listed([f"{path}: {reason}" for path, reason in sorted(quarantined)], _LINE)
 
 
 VERB = Verb(

@@ -290,9 +290,9 @@ def test_annotations_of_objects_are_no_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("a.png,1.0\nb.png,2.0\n", "2 labels with a decimal point .* 1.0: .*astype"),
-        ("a.png,cat\nb.png,nan\n", "1 labels with a decimal point or of no number, such as nan"),
-        ("a.png,-1\nb.png,cat\n", "1 labels below 0, such as -1"),
+        ("a.png,1.0\nb.png,2.0\n", "2 labels with a decimal point .*'1.0', '2.0'.*astype"),
+        ("a.png,cat\nb.png,nan\n", "1 labels with a decimal point or without a value .'nan'"),
+        ("a.png,-1\nb.png,cat\n", "1 labels below 0 .'-1'"),
         ("a.png,cat\na.png,dog\nb.png,dog\n", "two different labels to 1 files: 'a.png'"),
         ('a.png,"caf\u00e9"\nb.png,"cafe\u0301"\n', "look the same: .*u0301.* and .*e9"),
         ("file,class,label\na.png,cat,0\nb.png,dog,1\n", "the columns label and class, and only one"),

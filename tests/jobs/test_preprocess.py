@@ -1,5 +1,6 @@
 """preprocess on real photos and on hostile ones: exact pixels, nothing lost, nothing silently wrong."""
 
+import hashlib
 import io
 import json
 import os
@@ -334,5 +335,24 @@ def test_classes_that_lose_all_images_and_images_of_two_classes_are_told(tmp_pat
     assert (counts["under_several_classes"], counts["left_out"]) == (1, {".txt": 1})
     text = "\n".join(told.warnings)
     assert "1 of 3 classes have no images: 'bee'" in text
-    assert "1 images lie under more than one class" in text
+    assert "1 images are in more than one class" in text
     assert "ant/1.png = cat/1.png" in text
+
+
+def test_repeats_are_counted_as_sets_count_them() -> None:
+    rng = np.random.default_rng(0)
+    for images in (2, 5, 60):
+        which = rng.integers(0, images, 100)
+        kept, labels = rng.random(100) < 0.8, rng.integers(0, 3, 100).astype(np.int32)
+        digests = [hashlib.sha256(bytes([number])).digest() for number in which]
+        found = preprocess._repeats(b"".join(digests), kept, labels[kept])
+        by_digest: dict[bytes, set[int]] = {}
+        for digest, label in zip(np.array(digests, dtype=object)[kept], labels[kept], strict=True):
+            by_digest.setdefault(digest, set()).add(int(label))
+        several = [digest for digest, classes in by_digest.items() if len(classes) > 1]
+        assert found.duplicates == kept.sum() - len(by_digest)
+        assert found.under_several_classes == len(several)
+        assert len(found.examples) == min(10, len(several))
+        for one, other in found.examples:
+            assert which[kept][one] == which[kept][other]
+            assert labels[kept][one] != labels[kept][other]

@@ -38,19 +38,24 @@ def by_name(names: Sequence[str], where: object) -> tuple[tuple[str, ...], np.nd
 
     Raises UserError for numbers that are no classes: below 0, or with a decimal point.
     """
-    if negative := [name for name in names if _NEGATIVE.fullmatch(name)]:
-        raise UserError(
-            f"{where} has {len(negative)} labels below 0, such as {negative[0]}, which stands for none; take those "
-            "images off the list"
-        )
-    if decimal := [name for name in names if _DECIMAL.fullmatch(name)]:
-        raise UserError(
-            f"{where} has {len(decimal)} labels with a decimal point or of no number, such as {decimal[0]}: a class is "
-            "a name or a whole number (pandas writes whole numbers so where some are missing: .astype(int))"
-        )
     classes = natural(names)
+    if negative := [name for name in classes if _NEGATIVE.fullmatch(name)]:
+        raise UserError(
+            f"{where} has {_count(names, negative)} labels below 0 ({some(negative)}), which mean that an image has "
+            "none; remove those images from the list"
+        )
+    if decimal := [name for name in classes if _DECIMAL.fullmatch(name)]:
+        raise UserError(
+            f"{where} has {_count(names, decimal)} labels with a decimal point or without a value ({some(decimal)}): a "
+            "class is a name or a whole number (pandas writes whole numbers so where some are missing: .astype(int))"
+        )
     index = {name: place for place, name in enumerate(classes)}
     return tuple(classes), np.fromiter((index[name] for name in names), np.int32, len(names))
+
+
+def _count(names: Sequence[str], wanted: Sequence[str]) -> int:
+    chosen = set(wanted)
+    return sum(name in chosen for name in names)
 
 
 def by_number(labels: np.ndarray, names: tuple[str, ...] | None, where: object) -> tuple[tuple[str, ...], np.ndarray]:

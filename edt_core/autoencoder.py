@@ -104,7 +104,7 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
         )
         if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
             raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first.")
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ArithmeticError) as error:
         if not Path(location).is_dir() and "does not appear to have a file named" in str(error):
             target = str(location).rpartition("/")[2]
             raise UserError(pickled(str(location), make.__name__, f"./{target}")) from error

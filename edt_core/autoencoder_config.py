@@ -1,7 +1,6 @@
 """What is refused of a diffusers autoencoder before its weights are read: by its folder, or by its configuration."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from edt_core.data.scale import SCALE_FIELDS
 from edt_core.errors import UserError
 
+_LARGEST = 1e30  # of a scale; whole numbers of JSON have no bound
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")
 _PIPELINE_INDEX, _CONFIG = "model_index.json", "config.json"
 # What AutoencoderTiny.save_pretrained writes beside the arguments of its constructor.
@@ -111,24 +111,26 @@ def _channel_problems(settings: Mapping[str, Any]) -> Iterator[str]:
 def _level_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Lists of levels that differ: the downsample factor is counted from one of them."""
     levels = ("block_out_channels", "down_block_types", "up_block_types")
-    counts = {key: len(config[key]) for key in levels if key in config}
-    if len(set(counts.values())) > 1:
-        yield f"levels differ: {', '.join(f'{key} has {count}' for key, count in counts.items())}"
+    yield from _differing_levels({key: config[key] for key in levels if key in config})
+
+
+def _differing_levels(lists: Mapping[str, Any]) -> Iterator[str]:
+    if bad := [key for key, value in lists.items() if not isinstance(value, list | tuple) or not value]:
+        yield from (f"{key} is {lists[key]!r}, not a list of levels" for key in bad)
+        return
+    if len({len(value) for value in lists.values()}) > 1:
+        yield f"levels differ: {', '.join(f'{key} has {len(value)}' for key, value in lists.items())}"
 
 
 def _tiny_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     """The decoder must enlarge as often as the encoder halves, and each time by 2."""
     if settings["upsampling_scaling_factor"] != 2:
         yield f"upsampling_scaling_factor is {settings['upsampling_scaling_factor']!r}, and 2 is supported"
-    levels = {
-        key: len(settings[key])
-        for key in (
-            *("encoder_block_out_channels", "decoder_block_out_channels"),
-            *("num_encoder_blocks", "num_decoder_blocks"),
-        )
-    }
-    if len(set(levels.values())) > 1:
-        yield f"levels differ: {', '.join(f'{key} has {count}' for key, count in levels.items())}"
+    levels = (
+        *("encoder_block_out_channels", "decoder_block_out_channels"),
+        *("num_encoder_blocks", "num_decoder_blocks"),
+    )
+    yield from _differing_levels({key: settings[key] for key in levels})
 
 
 def _scale_problems(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -155,4 +157,6 @@ def _scale_problems(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -_LARGEST < value < _LARGEST  # and no NaN

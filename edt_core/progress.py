@@ -60,6 +60,16 @@ class Told(Silent):
 
 
 @dataclass
+class Counts(Silent):
+    """Passes counts on, and no warnings."""
+
+    progress: Progress
+
+    def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
+        self.progress.update(done, total, note, part, detail)
+
+
+@dataclass
 class Count:
     """Units done, added up over the parts of one phase of a job; another `total` or `note` begins a new phase."""
 

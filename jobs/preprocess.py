@@ -20,7 +20,7 @@ from edt_core.data.sources.classes import without_images
 from edt_core.data.sources.files import as_text
 from edt_core.errors import UserError
 from edt_core.integrity import listing as listed
-from edt_core.progress import Progress
+from edt_core.progress import Counts, Progress
 from edt_core.schema import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
 from jobs.cluster import MAX_RETRIES, finished
 from jobs.verb import Verb
@@ -144,7 +144,7 @@ def preprocess(
 
     source = inputs["source"]
     assert source.selection is not None
-    listing = list_source(source.selection, progress)
+    listing = list_source(source.selection, Counts(progress))  # what there is to warn of was said with its identity
     plans = plan_shards(listing, config)
     task = ray.remote(_shard_task).options(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
     pending = {task.remote(plan, config, out, progress, len(listing)): plan.index for plan in plans}

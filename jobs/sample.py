@@ -6,6 +6,7 @@ result. Each unit is one file, so a killed run goes on where it was. Repeat r ha
 
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,7 +176,7 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
             "draw samples for other tools alone"
         )
     model = ModelConfig.from_dict(model_config_of(checkpoint))
-    resolved_amm_blocks(config, model)
+    replace(model, amm_blocks=resolved_amm_blocks(config, model))  # refuses blocks that the model does not have
     sample_labels(config.label_policy, config.seed, [0], model.num_classes, checkpoint.counts.get("class_counts"))
 
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,10 @@ def parse_axis(text: str) -> Axis:
     texts = tuple(part.strip() for part in listed.split(","))
     if len(set(texts)) != len(texts):
         raise UserError(f"--sweep {text}: a value stands there twice")
-    return Axis(name, field, texts, tuple(_value(field, part) for part in texts))
+    try:
+        return Axis(name, field, texts, tuple(_value(field, part) for part in texts))
+    except yaml.YAMLError as error:
+        raise UserError(f"--sweep {text}: a value is not understood ({str(error).splitlines()[0]})") from error
 
 
 def _value(field: str, text: str) -> Any:
@@ -127,11 +130,12 @@ def repeated_settings(points: Sequence[Point], model: "ModelConfig") -> list[str
 def effective(config: SampleConfig, model: "ModelConfig") -> SampleConfig:
     """The configuration with AMM resolved for a model, and with fields that have no effect set to null.
 
-    Raises UserError for 'paper' where no placement is published.
+    Raises UserError for 'paper' where no placement is published, and for blocks that the model does not have.
     """
     from edt_core.generation import resolved_amm_blocks
 
     blocks = tuple(sorted(set(resolved_amm_blocks(config, model))))
+    replace(model, amm_blocks=blocks)  # refuses blocks that the model does not have
     radius = model.amm_radius if config.amm_blocks == "model" and config.amm_radius is None else config.amm_radius
     update: dict[str, Any] = {"amm_blocks": blocks, "amm_radius": None, "amm_kernel": None}
     if blocks:

@@ -47,8 +47,8 @@ _RULES: dict[str, _Rule] = {
         _Rule((), "it was trained on a continuous path from data to noise, as a SiT is, not on a noise schedule"),
     ),
     **dict.fromkeys(("noise_schedule", "beta_schedule"), _Rule(("linear",), "the noise schedule is another one")),
-    "beta_start": _Rule((0.0001,), "the noise schedule is another one"),
-    "beta_end": _Rule((0.02,), "the noise schedule is another one"),
+    **dict.fromkeys(("beta_start", "linear_start"), _Rule((0.0001,), "the noise schedule is another one")),
+    **dict.fromkeys(("beta_end", "linear_end"), _Rule((0.02,), "the noise schedule is another one")),
     **dict.fromkeys(
         ("zero_terminal_snr", "rescale_betas_zero_snr"), _Rule((False,), "the noise schedule is another one")
     ),
@@ -85,6 +85,9 @@ _FIELDS = {  # options that a model's configuration answers
     "hidden_size": "dim",
 }
 _MODEL_PARTS = frozenset(("model", "net", "network", "denoiser", "transformer", "params", "init_args", *_CONTAINERS))
+_OF_SAMPLING = frozenset(  # sections that say how the model is used, not how it was trained
+    ("eval", "evaluation", "val", "validation", "test", "sample", "sampling", "sampler", "inference")
+)
 _MAX_DEPTH = 4
 _SIT = re.compile(r"(?<![a-z])sit(?![a-z])", re.IGNORECASE)
 
@@ -197,7 +200,7 @@ def _flat(value: Any, of_model: bool = True, depth: int = 0) -> Iterator[Option]
     for key, inner in _members(value).items():
         name = str(key).rsplit(".", 1)[-1].lower().replace("-", "_")
         if _members(inner):
-            if depth < _MAX_DEPTH:
+            if depth < _MAX_DEPTH and name not in _OF_SAMPLING:
                 yield from _flat(inner, of_model and name in _MODEL_PARTS, depth + 1)
         else:
             yield Option(name, _as_value(inner), of_model)

@@ -65,6 +65,8 @@ def test_the_tiny_autoencoder_is_supported_as_diffusers_saves_it(tiny_config: di
         ({"out_channels": 4}, "out_channels is 4, and images have 3 channels"),
         ({"scaling_factor": None}, "scaling_factor is None, not a positive number"),
         ({"scaling_factor": 0}, "scaling_factor is 0, not a positive number"),
+        ({"scaling_factor": 10**400}, "scaling_factor is 1000+, not a positive number"),
+        ({"block_out_channels": 5}, "block_out_channels is 5, not a list of levels"),
         ({"shift_factor": "a"}, "shift_factor is 'a', not a number"),
         ({"shift_factor": float("nan")}, "shift_factor is nan, not a number"),
         ({"latents_mean": [0.0] * 4}, "latents_mean is given without latents_std"),
@@ -94,6 +96,7 @@ def test_settings_that_are_refused_by_name(kl_config: dict[str, Any], values: di
     ("values", "message"),
     [
         ({"upsampling_scaling_factor": 4}, "upsampling_scaling_factor is 4, and 2 is supported"),
+        ({"num_encoder_blocks": 3}, "num_encoder_blocks is 3, not a list of levels"),
         ({"num_decoder_blocks": [1, 1, 1]}, "levels differ: .*num_decoder_blocks has 3"),
         ({"latents_mean": [0.0] * 4}, r"latents_mean is \[.*\], which diffusers .* ignores"),
     ],

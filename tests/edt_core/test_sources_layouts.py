@@ -97,7 +97,7 @@ def test_what_is_left_out_is_counted_by_extension(tmp_path: Path) -> None:
     listing = listed(tmp_path, told)
     assert listing.left_out == {".txt": 3, "": 1, ".unknown": 1}
     assert len(listing) == 2
-    assert "5 files in" in told.warnings[0]
+    assert "5 other files in" in told.warnings[0]
     assert "3 .txt, 1 without extension, 1 .unknown" in told.warnings[0]
 
 
@@ -117,11 +117,11 @@ def test_a_class_folder_without_an_image_is_refused_by_name(tmp_path: Path) -> N
     write(tmp_path, "ant/1.png", "bee/1.heix", "bee/2.heix", "cat/1.png", "dog/1.png")
     (tmp_path / "eel").mkdir()
     with pytest.raises(
-        UserError, match=r"2 of the folders .* no image: 'bee' \(2 .heix\), 'eel' \(no file\).*allow-emp"
+        UserError, match=r"2 of the class folders .* no image: 'bee' \(2 .heix\), 'eel' \(no file\).*allow-emp"
     ):
         listed(tmp_path)
     assert listed(tmp_path, classes=("ant", "cat")).classes == ("ant", "cat")
-    with pytest.raises(UserError, match=r"1 of the folders .*'bee'"):
+    with pytest.raises(UserError, match=r"1 of the class folders .*'bee'"):
         listed(tmp_path, classes=("ant", "bee"))
 
 
@@ -200,11 +200,11 @@ def test_a_limit_below_the_number_of_classes_is_told(tmp_path: Path) -> None:
 
 
 def test_numbers_with_leading_zeros_are_names_of_their_own(tmp_path: Path) -> None:
-    write(tmp_path, "010/a.png", "2/b.png", "01/c.png", "1/d.png")
-    assert listed(tmp_path).classes == ("01", "1", "2", "010")
-    write(tmp_path / "flat", *(f"{name}.png" for name in "abcd"))
-    (tmp_path / "flat" / "labels.csv").write_text("a.png,010\nb.png,2\nc.png,01\nd.png,1\n")
-    assert listed(tmp_path / "flat").classes == ("01", "1", "2", "010")
+    write(tmp_path, "010/a.png", "2/b.png", "01/c.png")
+    assert listed(tmp_path).classes == ("01", "2", "010")
+    write(tmp_path / "flat", *(f"{name}.png" for name in "abc"))
+    (tmp_path / "flat" / "labels.csv").write_text("a.png,010\nb.png,2\nc.png,01\n")
+    assert listed(tmp_path / "flat").classes == ("01", "2", "010")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,8 @@ def test_numbers_with_leading_zeros_are_names_of_their_own(tmp_path: Path) -> No
         # Places, small images, with its splits beside each other
         (["data_256/a/abbey/1.png", "data_256/b/bay/1.png"], "all images .*give .*/data_256"),
         (["val_256/1.png", "test_256/1.png"], "splits .*labels.csv"),
+        # splits beside something else
+        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png", "docs/logo.png"], "'val'.* splits .*/train"),
         # Dogs vs. Cats as Kaggle has it, Intel's scenes
         (["train/cat.0.png", "train/dog.0.png", "test1/1.png"], "splits .*labels.csv"),
         (["seg_train/seg_train/a/1.png", "seg_pred/seg_pred/1.png"], "splits .*labels.csv"),
@@ -258,8 +260,58 @@ def test_two_levels_of_folders(tmp_path: Path) -> None:
     write(tmp_path, "a/hall/1.png", "a/bar/in/1.png", "b/hall/1.png", "b/bay/1.png")
     assert listed(tmp_path, class_folder="first").classes == ("a", "b")
     assert listed(tmp_path, class_folder="last").classes == ("a/bar/in", "a/hall", "b/bay", "b/hall")
+    assert listed(tmp_path, classes=("a", "b")).classes == ("a", "b")
     write(tmp_path, "b/2.png")
     assert listed(tmp_path).classes == ("a", "b")  # an image directly in a class folder says which are the classes
+
+
+def test_one_folder_around_all_is_no_fault_where_the_last_folder_is_the_class(tmp_path: Path) -> None:
+    write(tmp_path, "data/ant/1.png", "data/bee/1.png")
+    assert listed(tmp_path, class_folder="last").classes == ("data/ant", "data/bee")
+
+
+def test_an_inner_class_folder_without_an_image_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, "g/a/1.png", "g/c/1.heix", "g/list.txt", "h/b/1.png")
+    with pytest.raises(UserError, match=r"1 of the class folders .* no image: 'g/c' \(1 .heix\)"):
+        listed(tmp_path, class_folder="last")
+    assert listed(tmp_path, class_folder="last", allow_empty_classes=True).classes == ("g/a", "g/c", "h/b")
+
+
+@pytest.mark.parametrize("place", ["", "ant/"])
+@pytest.mark.parametrize("name", ["more.tar", "table.parquet"])
+def test_archives_beside_images_need_a_choice(place: str, name: str, tmp_path: Path) -> None:
+    write(tmp_path, "ant/1.png", "bee/1.png", f"{place}{name}")
+    with pytest.raises(UserError, match=r"holds both .* and images in files .*source.kind"):
+        listed(tmp_path)
+    listing = listed(tmp_path, kind="image_folder")
+    assert (listing.classes, listing.left_out) == (("ant", "bee"), {f".{name.split('.')[1]}": 1})
+
+
+def test_declared_names_that_occur_twice_keep_their_places(tmp_path: Path) -> None:
+    """ImageNet has two classes `crane`."""
+    members = [(f"{k}.{end}", b"%d" % label) for k, label in enumerate((0, 1, 2)) for end in ("png", "cls")]
+    (tmp_path / "s.tar").write_bytes(tar_bytes(members))
+    (tmp_path / "classes.json").write_text('["crane", "dog", "crane"]')
+    told = Told()
+    listing = listed(tmp_path, told)
+    assert listing.classes == ("crane", "dog", "crane")
+    assert listing.class_counts.tolist() == [1, 1, 1]
+    assert "1 names of" in told.warnings[0]
+
+
+def test_labels_of_parquet_beyond_all_numbers_are_refused(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"image": [b"a", b"b"], "label": pa.array([0, 1 << 63], pa.uint64())}), tmp_path / "x.parquet"
+    )
+    with pytest.raises(UserError, match="are no classes"):
+        listed(tmp_path)
+
+
+def test_a_name_that_occurs_twice_in_a_json_object_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", "b.png")
+    (tmp_path / "labels.json").write_text('{"a.png": "x", "a.png": "y", "b.png": "x"}')
+    with pytest.raises(UserError, match=r"names 'a.png' twice, with 'x' and 'y'"):
+        listed(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +346,10 @@ def test_annotations_of_objects_are_no_labels(tmp_path: Path) -> None:
         ("a.png,cat\nb.png,nan\n", "1 labels with a decimal point or without a value .'nan'"),
         ("a.png,-1\nb.png,cat\n", "1 labels below 0 .'-1'"),
         ("a.png,cat\na.png,dog\nb.png,dog\n", "two different labels to 1 files: 'a.png'"),
-        ('a.png,"caf\u00e9"\nb.png,"cafe\u0301"\n', "look the same: .*u0301.* and .*e9"),
+        ('a.png,"caf\u00e9"\nb.png,"cafe\u0301"\n', "mean the same: .*u0301.* and .*e9"),
         ("file,class,label\na.png,cat,0\nb.png,dog,1\n", "the columns label and class, and only one"),
-        ("a.png,ice  cream\nb.png,ice cream\n", "look the same"),
+        ("a.png,ice  cream\nb.png,ice cream\n", "mean the same"),
+        ("a.png,01\nb.png,1\n", "mean the same"),
     ],
 )
 def test_labels_that_would_make_other_classes_are_refused(labels: str, message: str, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_the_options_of_the_authors_are_all_known(family: str) -> None:
         ({"noise_schedule": "cosine"}, "noise schedule is another"),
         ({"noise_schedule": "squaredcos_cap_v2"}, "noise schedule is another"),
         ({"beta_end": 0.012}, "noise schedule is another"),
+        ({"linear_start": 0.0015}, "noise schedule is another"),
         ({"rescale_betas_zero_snr": True}, "noise schedule is another"),
         ({"diffusion_steps": 4000}, "another number of timesteps"),
         ({"timestep_respacing": "ddim250"}, "part of the timesteps"),
@@ -121,6 +122,7 @@ def test_options_that_change_what_the_weights_mean_are_refused(changed: dict[str
         {"path_type": None, "noise_schedule": None},
         {"timestep_respacing": "1000", "diffusion_steps": "1000"},
         {"class_dropout_prob": 0.1},
+        {"eval": {"timesteps": 50}, "sampling": {"timestep_respacing": "250"}},
     ],
 )
 def test_options_with_the_supported_values_pass(values: dict[str, Any]) -> None:

@@ -71,6 +71,7 @@ def points_of(*texts: str) -> list[Point]:
         ("DiT-S/2", ["amm=paper,10+8", "cfg=1,1.5"], r"amm=paper,10\+8: .*\(amm_blocks \[8, 10\]\)"),
         ("DiT-S/2", ["radius=2,4"], r"radius=2,4: both"),  # AMM is off
         ("EDT-S/2", ["interval=all,200-800"], "interval=all,200-800: both"),  # guidance is off
+        ("EDT-S/2", ["amm=99"], "99"),
         ("DiT-B/2", ["amm=off,paper"], "no placement is published for DiT-B/2"),
         ("DiT-XL/2", ["cfg=1,1.5", "amm=off,paper"], r"published for DiT-XL/2 at 256 px with cfg_scale 1\.5"),
     ],

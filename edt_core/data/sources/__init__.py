@@ -80,12 +80,11 @@ def detect_kind(place: Place, labels: str | None = None) -> str:
        member is, a class tar (n01440764.tar), else webdataset;
     2. `source.labels` given -> labels;
     3. a folder with ILSVRC2012_img_train.tar or class tars -> ilsvrc2012;
-    4. with any other `.tar` -> webdataset; with `.parquet` -> parquet;
+    4. with any other `.tar`, there or in the first sub-folder with files -> webdataset; with `.parquet` -> parquet;
     5. with labels.csv, labels.json, metadata.csv, metadata.jsonl or dataset.json -> labels;
-    6. with sub-folders -> what the first file found in them is: archives -> webdataset, parquet -> parquet, and
-       otherwise image_folder.
+    6. with sub-folders -> image_folder.
 
-    Raises UserError where nothing fits, with what was found.
+    Raises UserError where nothing fits, or where archives lie beside images, with what was found.
     """
     if place.pattern:
         return _kind_of_file(place)
@@ -95,14 +94,20 @@ def detect_kind(place: Place, labels: str | None = None) -> str:
     files = [entry.name for entry in found if not entry.is_folder]
     if any(CLASS_TAR.fullmatch(name) or name == TRAIN_TAR.encode() for name in files):
         return "ilsvrc2012"
-    if kind := _kind_by_extension(files):
+    folders = [entry for entry in found if entry.is_folder]
+    inside = [entry.name for entry in _peek(place, folders)]
+    if kind := _kind_by_extension(files) or _kind_by_extension(inside):
+        if images := sum(map(is_image, [*files, *inside])):
+            raise UserError(
+                f"{place} holds both {'.tar archives' if kind == 'webdataset' else '.parquet files'} and images in "
+                f"files ({images} in the folders looked into); say with source.kind (--kind) which are the images to "
+                f"train on: {kind}, or image_folder or labels"
+            )
         return kind
     if any(as_text(name) in LABEL_FILES for name in files):
         return "labels"
-    folders = [entry for entry in found if entry.is_folder]
     if folders:
-        inside = [entry.name for entry in _peek(place, folders)]
-        return _kind_by_extension(inside) or "image_folder"
+        return "image_folder"
     for name in files:
         refuse_compressed(as_text(name))
     images = sum(map(is_image, files))

@@ -3,6 +3,7 @@
 import difflib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -39,6 +40,8 @@ def by_name(names: Sequence[str], where: object) -> tuple[tuple[str, ...], np.nd
     Raises UserError for numbers that are no classes: below 0, or with a decimal point.
     """
     classes = natural(names)
+    if "" in map(str.strip, classes):
+        raise UserError(f"{where} has an empty label; give each image a class, or take it off the list")
     if negative := [name for name in classes if _NEGATIVE.fullmatch(name)]:
         raise UserError(
             f"{where} has {_count(names, negative)} labels below 0 ({some(negative)}), which mean that an image has "
@@ -84,16 +87,23 @@ def by_number(labels: np.ndarray, names: tuple[str, ...] | None, where: object) 
 
 
 def refuse_alike(classes: Sequence[str], place: Place) -> None:
-    """Raise UserError for class names that look the same: those that differ in blanks or in Unicode normal form alone.
+    """Raise UserError for class names that differ in blanks, Unicode normal form or leading zeros alone.
 
+    A name that is there twice was declared so, for labels that are its places: ImageNet has two classes `crane`.
     Format: Unicode Standard Annex 15; a name with an accent is one code point on most systems and two on macOS.
     """
-    alike = _groups(classes, lambda name: " ".join(unicodedata.normalize("NFC", name).split()))
+    alike = _groups(list(dict.fromkeys(classes)), _meaning)
     if alike:
         raise UserError(
-            f"{len(alike)} names in {place} stand for several classes, and look the same: {_alike(alike)}; give "
-            "the images of each class one name"
+            f"several classes of {place} have names that mean the same: {_alike(alike)}; give the images of each class "
+            "one name"
         )
+
+
+def _meaning(name: str) -> str:
+    """What a name is to a reader: without blanks that are not seen, and a number without its leading zeros."""
+    plain = " ".join(unicodedata.normalize("NFC", name).split())
+    return str(int(plain)) if _NUMBER.fullmatch(plain) else plain
 
 
 def remarks(listing: Listing) -> list[str]:
@@ -109,13 +119,15 @@ def remarks(listing: Listing) -> list[str]:
             f"the classes of {place} are named by numbers that are not their indices: the indices 0 to "
             f"{len(classes) - 1} stand for {some(classes)}"
         )
-    if alike := _groups(classes, str.casefold):
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        told.append(f"{len(twice)} names of {place} are those of several classes: {some(twice)}")
+    if alike := _groups(list(dict.fromkeys(classes)), str.casefold):
         told.append(f"classes of {place} differ in upper and lower case alone: {_alike(alike)}")
     if escaped := [name for name in classes if _ESCAPED.search(name)]:
         told.append(f"names of classes of {place} are not UTF-8, and other bytes are written as \\x..: {some(escaped)}")
     if listing.left_out:
         number = sum(listing.left_out.values())
-        told.append(f"{number} files in {place} are no images and are left out: {by_extension(listing.left_out)}")
+        told.append(f"{number} other files in {place} are left out: {by_extension(listing.left_out)}")
     return told
 
 

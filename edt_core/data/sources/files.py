@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -56,7 +57,13 @@ def extension(name: bytes) -> str:
 
 
 def is_image(name: bytes) -> bool:
-    return extension(name) in image_extensions()
+    """Asked of every file of a source, so it does no more than it must."""
+    return name[name.rfind(b".") :].lower() in _image_endings()
+
+
+@cache
+def _image_endings() -> frozenset[bytes]:
+    return frozenset(ending.encode() for ending in image_extensions())
 
 
 def by_extension(counted: Mapping[str, int]) -> str:
@@ -79,8 +86,8 @@ class Entry(NamedTuple):
 class Files:
     """Table of name (binary), size (int64) and, where remote, version (string), sorted by name.
 
-    `others` counts the files that were found and not kept, by extension, for each folder directly in the source that
-    was looked into; of those beside them, for the empty name.
+    `others` counts the files that were found and not kept, by extension, for each folder that they lie in; a folder
+    directly in the source is there even if it holds none. The source itself has the empty name.
     """
 
     table: pa.Table
@@ -241,22 +248,22 @@ def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress,
     top = entries(root)
     folders = [entry.name for entry in top if entry.is_folder] if recursive else []
 
-    def part(files: Iterator[Entry]) -> tuple[pa.Table, Counter[str]]:
-        kept, others = [], Counter[str]()
+    def part(folder: bytes, files: Iterator[Entry]) -> tuple[pa.Table, dict[bytes, Counter[str]]]:
+        kept, others = [], {folder: Counter[str]()}
         for entry in files:
             if keep(entry.name):
                 kept.append(entry)
             else:
-                others[extension(entry.name)] += 1
+                others.setdefault(entry.name.rpartition(b"/")[0], Counter())[extension(entry.name)] += 1
         return _table(kept, with_version=root.local is None), others
 
-    parts = [part(entry for entry in top if not entry.is_folder)]
+    parts = [part(b"", (entry for entry in top if not entry.is_folder))]
     with ThreadPoolExecutor(THREADS) as pool:
-        for done, found in enumerate(pool.map(lambda folder: part(_walk(root, folder)), folders), 1):
+        for done, found in enumerate(pool.map(lambda folder: part(folder, _walk(root, folder)), folders), 1):
             parts.append(found)
             progress.update(done, len(folders), "folders listed")
     table = pa.concat_tables([table for table, _ in parts]).sort_by("name")
-    return Files(table, {folder: others for folder, (_, others) in zip([b"", *folders], parts, strict=True)})
+    return Files(table, {folder: counted for _, others in parts for folder, counted in others.items()})
 
 
 def one_file(root: Folder, name: bytes) -> Files:

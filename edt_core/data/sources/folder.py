@@ -1,5 +1,6 @@
 """An image folder: `root/<class>/**/<image>`, or `root/**/<class>/<image>`."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -42,17 +43,19 @@ def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) 
     if loose:
         progress.warn(f"{loose} images directly in {place} have no class folder and are left out")
     folders = nesting(table["name"])
+    last = config.class_folder == "last"
     if not config.classes:
-        refuse_other_layouts(place, folders, table["name"])
-    if config.class_folder is None:
-        refuse_two_levels(place, folders)
-    empty = sorted(files.others.keys() - {b""} - {folder.name for folder in folders})
-    if config.classes:
-        empty = [folder for folder in empty if as_text(folder) in config.classes]
+        if not (last and len(folders) == 1):  # a folder around all is no matter where the inner ones are the classes
+            refuse_other_layouts(place, folders, table["name"])
+        if config.class_folder is None:
+            refuse_two_levels(place, folders)
+    folder = _class_folders(table["name"], last)
+    with_images = pc.unique(folder).to_pylist()
+    others = _by_class_folder(files.others, with_images, last)
+    empty = [name for name in sorted(others) if not config.classes or as_text(name) in config.classes]
     if empty and not config.allow_empty_classes:
-        raise _empty(place, empty, files.others)
-    folder = _class_folders(table["name"], config.class_folder == "last")
-    names = natural([*pc.unique(folder).to_pylist(), *empty])
+        raise _empty(place, empty, others)
+    names = natural([*with_images, *empty])
     labels = pc.index_in(folder, pa.array(names, pa.binary())).cast(pa.int32())
     table = table.add_column(1, "label", labels)
     return Listing(place.root, tuple(map(as_text, names)), table, "file", dict(files.left_out))
@@ -64,10 +67,22 @@ def _class_folders(names: pa.ChunkedArray, last: bool) -> pa.ChunkedArray:
     return pc.list_element(pc.split_pattern(names, "/", max_splits=1), 0)
 
 
+def _by_class_folder(
+    others: Mapping[bytes, Counter[str]], with_images: Sequence[bytes], last: bool
+) -> dict[bytes, Counter[str]]:
+    """The class folders without images, with the files that they hold by extension."""
+    above = {name[: at.start()] for name in with_images for at in re.finditer(b"/", name)} if last else set()
+    found: dict[bytes, Counter[str]] = {}
+    for folder, counted in others.items():
+        name = folder if last else folder.partition(b"/")[0]
+        found.setdefault(name, Counter()).update(counted)
+    return {name: counted for name, counted in found.items() if name not in {b"", *with_images, *above}}
+
+
 def _empty(place: Place, folders: Sequence[bytes], others: Mapping[bytes, Counter[str]]) -> UserError:
     told = [f"{as_text(folder)!r} ({by_extension(others[folder]) or 'no file'})" for folder in folders]
     return UserError(
-        f"{len(folders)} of the folders directly in {place} hold no image: {listed(told, ', ')}; bring their images "
+        f"{len(folders)} of the class folders in {place} hold no image: {listed(told, ', ')}; bring their images "
         f"({IMAGES}), remove them, or take them for classes without images with source.allow_empty_classes "
         "(--allow-empty-classes)"
     )

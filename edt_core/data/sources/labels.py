@@ -159,9 +159,20 @@ def _unknown_columns(names: Sequence[str], where: str) -> UserError:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=lambda pairs: _distinct(pairs, where))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); mend it") from error
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """The pairs of a JSON object, of which Python alone would keep the last of those with one name."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if found.setdefault(name, value) != value:
+            raise UserError(f"{where} names {name!r} twice, with {found[name]!r} and {value!r}; remove one of them")
+    return found
 
 
 def _shape(value: Any, where: str) -> Pairs:

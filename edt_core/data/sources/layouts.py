@@ -70,10 +70,15 @@ def refuse_other_layouts(place: Place, folders: Sequence[Nested], images: pa.Chu
     """
     names = [as_text(folder.name) for folder in folders]
     deeper = [folder for folder in folders if len(folder.inner) > 1]
+    splits = [folder for folder in deeper if _is_split(as_text(folder.name)) and not folder.direct]
     what = "splits" if all(map(_is_split, names)) else "parts"
     below = as_text(_preferred(deeper).name) if deeper else ""
     if all(_is_split(name) or _PART.fullmatch(name) for name in names) and (deeper or len(names) > 1):
         problem = f"the folders of {place} with images ({some(names)}) are {what} of a data set, not classes"
+    elif len(splits) > 1:
+        shown = some([folder.name for folder in splits])
+        problem = f"folders of {place} ({shown}) hold folders of images and are called as the splits of a data set"
+        below = as_text(_preferred(splits).name)
     elif len(folders) == 1 and (below := as_text(_common_folder(images))):
         problem = f"all images in {place} lie below its folder {below!r}, in several folders"
     else:

@@ -112,7 +112,10 @@ def _labels(place: Place, parts: Sequence[_Part]) -> tuple[tuple[str, ...], np.n
             )
     if _is_text(first.labels.type):
         return by_name([label for part in parts for label in part.labels.to_pylist()], place)
-    labels = np.concatenate([part.labels.cast(pa.int64()).to_numpy() for part in parts])
+    try:
+        labels = np.concatenate([part.labels.cast(pa.int64()).to_numpy() for part in parts])
+    except pa.ArrowInvalid as error:
+        raise UserError(f"the labels in {place} are no classes: {error}") from error
     return by_number(labels, first.names, place)
 
 

@@ -36,6 +36,7 @@ class Images:
     classes: int
     sides: tuple[int, ...]
     remarks: tuple[str, ...] = ()
+    allow_empty_classes: bool = False
 
     @property
     def side(self) -> int:
@@ -60,7 +61,7 @@ class Answers:
     inception: str | None = None
 
 
-def look_at(path: str) -> Images:
+def look_at(path: str, allow_empty_classes: bool = False) -> Images:
     """List the images at a path or URI and measure some. Raises UserError where there are none to train on."""
     from edt_core.config import SourceConfig
     from edt_core.data.sources import detect_kind, list_source, remarks
@@ -75,10 +76,12 @@ def look_at(path: str) -> Images:
     place = path if is_pattern or folder.local is None else folder.uri
     kind = detect_kind(locate(place))
     told = Told()
-    listing = list_source(SourceConfig.model_validate({"kind": kind, "path": place}), told)
+    fields = {"kind": kind, "path": place, "allow_empty_classes": allow_empty_classes}
+    listing = list_source(SourceConfig.model_validate(fields), told)
     chosen = np.unique(np.linspace(0, len(listing) - 1, min(_MEASURED, len(listing))).astype(np.int64))
     sides = [side for image in listing.take(chosen).images() if (side := _shorter_side(image.data))]
-    return Images(place, kind, len(listing), len(listing.classes), tuple(sides), (*told.warnings, *remarks(listing)))
+    told_of = (*told.warnings, *remarks(listing))
+    return Images(place, kind, len(listing), len(listing.classes), tuple(sides), told_of, allow_empty_classes)
 
 
 def _shorter_side(data: bytes | None) -> int | None:
@@ -226,6 +229,7 @@ def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
         "images": images.images,
         "classes": images.classes,
         "kind": images.kind,
+        "allow_empty_classes": images.allow_empty_classes,
         "path": images.path,
         "image_size": answers.image_size,
         "model": answers.model,

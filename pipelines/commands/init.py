@@ -14,7 +14,7 @@ from edt_core.errors import UserError
 from edt_core.place_names import typed_path
 
 if TYPE_CHECKING:
-    from pipelines.init import Answers
+    from pipelines.init import Answers, Images
 
 Answer = TypeVar("Answer")
 
@@ -30,6 +30,9 @@ def init(
     inception_weights: Annotated[
         str | None, typer.Option(help="file of Inception's weights, for FID  \\[default: a fitted classifier instead]")
     ] = None,
+    allow_empty_classes: Annotated[
+        bool, typer.Option("--allow-empty-classes", help="take class folders without images for classes")
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="of the pipeline and in its model's  \\[default: the folder's]")
     ] = None,
@@ -46,14 +49,15 @@ def init(
       edt init --images s3://bucket/imagenet/train --image-size 256 --hardware gpu-8 --out imagenet.yaml --yes
     """
     from pipelines.hardware import this_machine
-    from pipelines.init import config_text, notes, summary
+    from pipelines.init import config_text, look_at, notes, summary
 
     if out.exists() and not force:
         raise UserError(f"{out} is there already; give another --out, or --force to write over it")
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out {out} is no .yaml file, and configurations are known by that; give one, as {out}.yaml")
     asked = _Asked(not yes and sys.stdin.isatty(), yes)
-    answers = _answers(asked, images, image_size, hardware, model, autoencoder, inception_weights, name)
+    look = partial(look_at, allow_empty_classes=allow_empty_classes)
+    answers = _answers(asked, look, images, image_size, hardware, model, autoencoder, inception_weights, name)
     machine = this_machine()
     text = config_text(answers, machine, out.name)
     _write(out, text)
@@ -74,6 +78,7 @@ def init(
 
 def _answers(
     asked: "_Asked",
+    look_at: Callable[[str], "Images"],
     images: str | None,
     image_size: str | None,
     hardware: str | None,
@@ -86,7 +91,7 @@ def _answers(
     from pipelines import init as first
     from pipelines.hardware import this_machine
 
-    found = asked.of("--images", "Where are the images (folder, archive or URI)?", images, None, first.look_at, str)
+    found = asked.of("--images", "Where are the images (folder, archive or URI)?", images, None, look_at, str)
     machine = this_machine()
     here = first.hardware_name(len(machine.gpus))
     what = f"Which hardware (cpu, gpu, gpu-N; here: {machine})?"

@@ -342,6 +342,26 @@ def test_a_guide_and_a_prior_of_labels(judge: Artifact, tmp_path: Path) -> None:
         execute(sample.VERB, config.model_copy(update={"label_policy": "prior"}), tmp_path / "x", **inputs)
 
 
+@pytest.mark.parametrize("policy", ["balanced", "uniform", "prior"])
+def test_no_sample_is_of_a_class_that_the_training_had_no_images_of(
+    policy: str, judge: Artifact, tmp_path: Path
+) -> None:
+    """The counts come with the registered folder."""
+    from safetensors.numpy import load_file
+
+    from jobs import sample
+
+    folder = pipeline_folder(tmp_path / "pipeline", made_model(), class_counts=[3, 0, 2, 9])
+    model = open_model(str(folder), Folder.at(tmp_path / "work"))
+    assert model.autoencoder is not None
+    inputs = {"checkpoint": model.checkpoint, "autoencoder": model.autoencoder, "classifier": judge}
+    config = SampleConfig(num_samples=24, num_sampling_steps=2, label_policy=policy, num_cpus_per_worker=0)
+    made = execute(sample.VERB, config, tmp_path / "samples", **inputs)
+    labels = np.concatenate([load_file(path)["labels"] for path in made.paths(sample.FEATURE_UNITS)])
+    assert len(labels) == 24
+    assert set(labels.tolist()) <= {0, 2, 3}
+
+
 def test_one_unit_is_sampled_while_the_one_before_is_finished(tmp_path: Path) -> None:
     """The first unit's end waits for the beginning of the second one: apart they would wait for ever."""
     import threading

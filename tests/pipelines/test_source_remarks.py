@@ -7,6 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from edt_core.config import SourceConfig
+from edt_core.errors import UserError
 from pipelines import doctor_checks
 from pipelines.cli import app
 from pipelines.config import load_config
@@ -47,6 +48,15 @@ def test_init_and_the_doctor_report_them(folder: Path, tmp_path: Path) -> None:
     counts = source_counts(SourceConfig(path=str(folder), allow_empty_classes=True))
     assert (counts.images, counts.classes) == (20, 3)
     assert any(EMPTY in remark for remark in counts.remarks)
+    config = tmp_path / "edt.yaml"
+    arguments = ["init", "--images", str(folder), "--yes", "--out", str(config)]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, UserError)
+    assert "'bee' (1 .txt)" in str(refused.exception)
+    done = CliRunner().invoke(app, [*arguments, "--allow-empty-classes"])
+    assert done.exit_code == 0, done.output
+    assert EMPTY in done.output
+    assert load_config(str(config)).source.allow_empty_classes
     (folder / "bee").rename(tmp_path / "bee")
     (folder / "ant" / "notes.txt").write_text("later")
     assert any(LEFT_OUT in remark for remark in look_at(str(folder)).remarks)

@@ -27,11 +27,13 @@ def made_model(
     return model.eval()
 
 
-def pipeline_folder(folder: Path, model: DiffusionTransformer, factor: int = 4) -> Path:
+def pipeline_folder(
+    folder: Path, model: DiffusionTransformer, factor: int = 4, class_counts: list[int] | None = None
+) -> Path:
     """A diffusers folder of a model and an unfitted autoencoder."""
     vae = build_autoencoder(AutoencoderConfig(downsample_factor=factor, base_channels=8), model.config.image_size)
     names = [f"class {label}" for label in range(model.config.num_classes)]
-    save_pipeline(folder, model, vae, num_timesteps=1000, classes=names, protocol={})
+    save_pipeline(folder, model, vae, num_timesteps=1000, classes=names, protocol={}, class_counts=class_counts)
     return folder
 
 

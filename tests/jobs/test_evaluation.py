@@ -342,6 +342,7 @@ def test_a_guide_and_a_prior_of_labels(judge: Artifact, tmp_path: Path) -> None:
         execute(sample.VERB, config.model_copy(update={"label_policy": "prior"}), tmp_path / "x", **inputs)
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("policy", ["balanced", "uniform", "prior"])
 def test_no_sample_is_of_a_class_that_the_training_had_no_images_of(
     policy: str, judge: Artifact, tmp_path: Path

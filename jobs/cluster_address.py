@@ -63,6 +63,9 @@ def _place(address: str) -> str | None:
         return server if ":" in server else f"{server}:10001"
     if "://" in address:
         return None
+    host, _, port = address.rpartition(":")
+    if address not in ("auto", "local") and not (host and port.isdecimal() and int(port) < 1 << 16):
+        raise UserError(f"no Ray cluster at {address}: HOST:PORT was expected. {_REMEDY}")
     try:
         # Public functions of Ray look "auto" up only while they join.
         place = canonicalize_bootstrap_address(address)

@@ -38,6 +38,7 @@ _WRAPPERS = frozenset(  # key parts added by torch.compile, data-parallel traini
 _COUNTER = "n_averaged"  # torch.optim.swa_utils.AveragedModel counts its updates in it
 _OPTIMIZER = frozenset(("opt", "optim", "optimizer", "optimizers", "optimizer_states", "callbacks", "loops", "scaler"))
 _REFUSED = ("unsupported global", "unsupported class", "call reduce")  # PyTorch's reader's words for code
+_MAX_EXPANDED = 100_000_000  # values of a weight that the file holds fewer of
 _MAX_DEPTH, _MAX_TENSORS = 8, 1_000_000
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -129,6 +130,18 @@ def check_dtypes(path: Path, state: Mapping[str, Tensor], expected: Mapping[str,
             f"{path}: {wrong[0]}{_and_more(len(wrong))}. Weights must be dense and of dtype {known}; give the "
             "checkpoint from before it was quantised or converted."
         )
+
+
+def check_storage(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError for weights that repeat fewer values than they have: a small file could ask for any memory."""
+    for key, value in state.items():
+        if value.layout == torch.strided and value.device.type != "meta":
+            stored = value.untyped_storage().nbytes() // value.element_size()
+            if value.numel() > max(stored, _MAX_EXPANDED):
+                raise UserError(
+                    f"{path}: {key!r} has {value.numel():,} values, and the file holds {stored:,} of them: it was "
+                    "expanded. Save contiguous tensors (.contiguous()), and import that file."
+                )
 
 
 def check_finite(path: Path, loaded: Mapping[str, Tensor]) -> None:

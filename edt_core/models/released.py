@@ -22,6 +22,7 @@ from edt_core.models.checkpoint_file import (
     WeightsName,
     check_dtypes,
     check_finite,
+    check_storage,
     choose_weights,
     other_tensors,
     read_checkpoint,
@@ -78,6 +79,7 @@ def read_released_model(path: Path | str, weights: WeightsName | None = None) ->
     check_objective(path, options)
     sets = weight_sets(path, content)
     chosen = choose_weights(path, sets, weights)
+    check_storage(path, chosen.tensors)
     config = _identify(path, chosen.tensors)
     check_against_config(path, options, config)
     model = build_model(config)

@@ -257,6 +257,15 @@ def test_weights_that_are_no_finite_numbers_are_refused(tiny: EDT, tmp_path: Pat
         load_released(save(tmp_path / "a.pt", state))
 
 
+def test_an_expanded_table_asks_for_no_memory(tiny: EDT, tmp_path: Path) -> None:
+    """A file of a few kilobytes can state any number of rows."""
+    state = dict(tiny.state_dict())
+    row = state["y_embedder.embedding_table.weight"][:1].clone()
+    torch.save({**state, "y_embedder.embedding_table.weight": row.expand(10**9, -1)}, tmp_path / "large.pt")
+    with pytest.raises(UserError, match=r"embedding_table.weight' has .* values, and the file holds .*expanded"):
+        load_released(tmp_path / "large.pt")
+
+
 def test_all_tensors_that_are_not_finite_are_counted(tiny: EDT, tmp_path: Path) -> None:
     state = {key: value.clone().fill_(torch.nan) for key, value in tiny.state_dict().items()}
     message = f"'pos_embed' are not finite .* and {len(state) - 1} more tensors too"

@@ -96,6 +96,8 @@ def test_what_is_no_cluster_is_refused_with_its_address(server: Any, reason: str
         ("ray://no-such-host.invalid", "the name no-such-host.invalid does not resolve"),
         ("http://127.0.0.1:8265", "begins with http"),
         ("nonsense", "HOST:PORT was expected"),
+        (":6379", "HOST:PORT was expected"),
+        ("localhost:abc", "HOST:PORT was expected"),
     ],
 )
 def test_addresses_that_lead_nowhere(address: str, reason: str) -> None:

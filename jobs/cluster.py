@@ -11,7 +11,7 @@ import ray
 import ray.exceptions
 
 from edt_core.errors import Stopped, UserError
-from jobs.cluster_address import check_answers, named_address
+from jobs.cluster_address import check_answers, first_line, named_address
 
 _OWN = "edt_own_session"  # a resource that marks a session that `connect` started
 MAX_RETRIES = 8  # of a task or actor whose process was lost: nodes go, but what always crashes must end
@@ -49,14 +49,10 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
-            f"the Ray cluster at {named} answers, but cannot be joined: {_first_line(error)}. Use its versions of Ray "
+            f"the Ray cluster at {named} answers, but cannot be joined: {first_line(error)}. Use its versions of Ray "
             "and Python, and start this on one of its machines (from elsewhere: edt submit)"
         ) from error
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def require(stage: str, **wanted: float) -> None:

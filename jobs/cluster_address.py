@@ -95,7 +95,7 @@ def _ask(address: str, place: str, kind: str, silence_s: float) -> None:
                 ) from error
             ask(b"", timeout=BUSY_S)
     except AuthenticationError as error:  # of this process: it was told to send a token, and has none
-        raise UserError(f"the Ray cluster at {address} was not asked: {_first_line(error)}. {_TOKEN_REMEDY}") from error
+        raise UserError(f"the Ray cluster at {address} was not asked: {first_line(error)}. {_TOKEN_REMEDY}") from error
     except grpc.RpcError as error:
         _judge(address, place, kind, error.code(), str(error.details()))
 
@@ -151,5 +151,5 @@ def _both(address: str, place: str) -> str:
     return address if address.removeprefix(_CLIENT) == place else f"{address} ({place})"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)

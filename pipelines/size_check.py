@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from edt_core.artifact import Source
 from edt_core.errors import UserError
 from edt_core.metrics import metric_name, space_metrics
-from edt_core.metrics.sample_size import Shortfall
+from edt_core.metrics.sample_size import PAIRWISE, Shortfall
+from edt_core.place_names import typed_path
 from jobs.sizes import shortfall_text, size_shortfalls, wanted_metrics
 from pipelines.config import PipelineConfig
 
@@ -41,7 +41,7 @@ def _dimensions(config: PipelineConfig) -> dict[str, int | None]:
 
 def _hidden_size(weights: str | None) -> int | None:
     """Dimensions of DINOv2's features, where its weights are a folder here."""
-    path = Path(weights).expanduser() / "config.json" if weights and "://" not in weights else None
+    path = typed_path(weights) / "config.json" if weights and "://" not in weights else None
     try:
         size = json.loads(path.read_text())["hidden_size"] if path is not None and path.is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -91,8 +91,7 @@ def _published_problems(config: PipelineConfig, statistics: Source | None) -> It
     adm = read_adm(statistics.location)
     images = adm.image_shape[0] if adm.image_shape else 0
     lacking = {} if adm.spatial_statistics is not None else {"sfid": "spatial statistics"}
-    pairs = {"kid": 2, "precision": 4, "recall": 4}
-    lacking |= {metric: "images" for metric, need in pairs.items() if images < need}
+    lacking |= {metric: "images" for metric, need in PAIRWISE.items() if images < need}
     wanted = wanted_metrics(config.evaluate, "inception", config.sample.num_samples)
     asked = dict.fromkeys(wanted or (), "evaluate.metrics")
     asked |= dict.fromkeys(config.promote.require, "promote.require") | {config.promote.metric: "promote.metric"}

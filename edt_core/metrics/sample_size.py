@@ -7,6 +7,7 @@ from edt_core.metrics.names import INCEPTION, is_frechet, metric_name
 
 UNBIASED_FROM = 10_000  # samples: the least that the field reports; the usual 50,000 are biased a little, too
 NEIGHBOURS = 3  # the neighbour of precision and recall, where none is given
+PAIRWISE = {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "kid": 2}  # images that a metric compares in pairs
 INCEPTION_DIMENSIONS = {"fid": 2048, "sfid": 2023}
 
 
@@ -45,7 +46,7 @@ def shortfalls(
             need = 0 if allow_rank_deficient or dims is None else dims + 1
         else:
             sides = ((generated_kept, "generated"), (reference_kept, "reference"))
-            need = {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "kid": 2}.get(metric, 0)
+            need = PAIRWISE.get(metric, 0)
         for have, side in sides:
             if have is not None and have < need:
                 yield Shortfall(metric_name(metric, space), side, have, need, dims)

@@ -180,11 +180,10 @@ def test_numbers_that_occur_are_the_classes_in_every_layout(layout: str, numbers
 
 
 def test_names_that_come_with_the_labels_keep_their_places(tmp_path: Path) -> None:
-    members = [(f"{k}.{end}", b"%d" % label) for k, label in enumerate((0, 2, 2)) for end in ("png", "cls")]
-    (tmp_path / "s.tar").write_bytes(tar_bytes(members))
-    (tmp_path / "classes.json").write_text('["cat", "dog", "emu"]')
+    folder = write_numbered(tmp_path / "source", "webdataset", [0, 2, 2])
+    (folder / "classes.json").write_text('["cat", "dog", "emu"]')
     told = Told()
-    listing = listed(tmp_path, told)
+    listing = listed(folder, told)
     assert listing.classes == ("cat", "dog", "emu")
     assert listing.class_counts.tolist() == [1, 0, 2]
     assert "1 of 3 classes have no images: 'dog'" in told.warnings[0]
@@ -289,11 +288,10 @@ def test_archives_beside_images_need_a_choice(place: str, name: str, tmp_path: P
 
 def test_declared_names_that_occur_twice_keep_their_places(tmp_path: Path) -> None:
     """ImageNet has two classes `crane`."""
-    members = [(f"{k}.{end}", b"%d" % label) for k, label in enumerate((0, 1, 2)) for end in ("png", "cls")]
-    (tmp_path / "s.tar").write_bytes(tar_bytes(members))
-    (tmp_path / "classes.json").write_text('["crane", "dog", "crane"]')
+    folder = write_numbered(tmp_path / "source", "webdataset", [0, 1, 2])
+    (folder / "classes.json").write_text('["crane", "dog", "crane"]')
     told = Told()
-    listing = listed(tmp_path, told)
+    listing = listed(folder, told)
     assert listing.classes == ("crane", "dog", "crane")
     assert listing.class_counts.tolist() == [1, 1, 1]
     assert "1 names of" in told.warnings[0]

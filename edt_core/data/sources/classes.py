@@ -108,27 +108,29 @@ def _meaning(name: str) -> str:
 
 def remarks(listing: Listing) -> list[str]:
     """What a person should know of a source that is read without a fault."""
-    told, place = [], shown(listing.root.uri)
+    messages, place = [], shown(listing.root.uri)
     classes = listing.classes
     empty = [name for name, count in zip(classes, listing.class_counts.tolist(), strict=True) if not count]
     if empty:
-        told.append(without_images(empty, len(classes)))
+        messages.append(without_images(empty, len(classes)))
     renumbered = all(map(_NUMBER.fullmatch, classes)) and [int(name) for name in classes] != list(range(len(classes)))
     if renumbered:
-        told.append(
+        messages.append(
             f"the classes of {place} are named by numbers that are not their indices: the indices 0 to "
             f"{len(classes) - 1} stand for {some(classes)}"
         )
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
-        told.append(f"{len(twice)} names of {place} are those of several classes: {some(twice)}")
+        messages.append(f"{len(twice)} names of {place} are those of several classes: {some(twice)}")
     if alike := _groups(list(dict.fromkeys(classes)), str.casefold):
-        told.append(f"classes of {place} differ in upper and lower case alone: {_alike(alike)}")
+        messages.append(f"classes of {place} differ in upper and lower case alone: {_alike(alike)}")
     if escaped := [name for name in classes if _ESCAPED.search(name)]:
-        told.append(f"names of classes of {place} are not UTF-8, and other bytes are written as \\x..: {some(escaped)}")
+        messages.append(
+            f"names of classes of {place} are not UTF-8, and other bytes are written as \\x..: {some(escaped)}"
+        )
     if listing.left_out:
         number = sum(listing.left_out.values())
-        told.append(f"{number} other files in {place} are left out: {by_extension(listing.left_out)}")
-    return told
+        messages.append(f"{number} other files in {place} are left out: {by_extension(listing.left_out)}")
+    return messages
 
 
 def without_images(names: Sequence[str], classes: int) -> str:

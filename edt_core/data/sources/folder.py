@@ -71,12 +71,14 @@ def _by_class_folder(
     others: Mapping[bytes, Counter[str]], with_images: Sequence[bytes], last: bool
 ) -> dict[bytes, Counter[str]]:
     """The class folders without images, with the files that they hold by extension."""
-    above = {name[: at.start()] for name in with_images for at in re.finditer(b"/", name)} if last else set()
+    taken = {b"", *with_images}
+    if last:  # folders of class folders
+        taken |= {name[: at.start()] for name in with_images for at in re.finditer(b"/", name)}
     found: dict[bytes, Counter[str]] = {}
     for folder, counted in others.items():
         name = folder if last else folder.partition(b"/")[0]
         found.setdefault(name, Counter()).update(counted)
-    return {name: counted for name, counted in found.items() if name not in {b"", *with_images, *above}}
+    return {name: counted for name, counted in found.items() if name not in taken}
 
 
 def _empty(place: Place, folders: Sequence[bytes], others: Mapping[bytes, Counter[str]]) -> UserError:

@@ -152,4 +152,5 @@ def _both(address: str, place: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not blank, or the name of its class."""
     return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What a stranger tries, and what must come of it: one file an attack; docs/security.md lists them with their outcome."""
+"""What a stranger tries, and what must come of it: one file an attack. docs/security.md lists them with the outcome."""
 
 import pytest
 

@@ -32,7 +32,7 @@ from edt_core.store_errors import (
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_STAGING = ".staging-"
+STAGING = ".staging-"
 _CHUNK = 8 << 20
 _THREADS = 8  # files read, digested or moved at once: hashing and waiting both free the interpreter
 _NO_CONDITIONAL_WRITE = {"NotImplemented", "501", "MethodNotAllowed"}
@@ -227,7 +227,7 @@ class Folder:
                 staging = Path(tempfile.mkdtemp(prefix="edt-"))
             else:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
-                staging = (root / name).parent / f"{_STAGING}{uuid.uuid4().hex}"
+                staging = (root / name).parent / f"{STAGING}{uuid.uuid4().hex}"
                 staging.mkdir()
         try:
             with clear_space_errors(where):
@@ -282,7 +282,7 @@ class Folder:
     def sweep(self) -> None:
         """Remove what writers that were killed have left staged; for a folder that nobody writes to any more."""
         if (root := self.local) is not None:
-            for staging in root.rglob(f"{_STAGING}*"):
+            for staging in root.rglob(f"{STAGING}*"):
                 shutil.rmtree(staging, ignore_errors=True)
 
     def check_writable(self) -> None:

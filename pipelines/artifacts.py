@@ -1,7 +1,5 @@
 """The store: artifacts by kind and fingerprint, `<root>/<kind>/<fingerprint>/manifest.json`, a folder an attempt."""
 
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from edt_core.errors import UserError
 from edt_core.manifest import Manifest
 from edt_core.schema import KINDS, MANIFEST_NAME
 from edt_core.storage import Folder
+from pipelines.layout import stamped_name
 
 if TYPE_CHECKING:
     from filelock import ReadWriteLock
@@ -50,8 +49,7 @@ class Store:
     def writer(self, kind: str, fingerprint: str) -> ArtifactWriter:
         """A writer for a new attempt that can take over what earlier attempts finished."""
         folder = self.folder(kind, fingerprint)
-        attempt = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
-        return ArtifactWriter(folder, kind, fingerprint, attempt, tuple(_attempts(folder)))
+        return ArtifactWriter(folder, kind, fingerprint, stamped_name(), tuple(_attempts(folder)))
 
     def begun(self, kind: str, fingerprint: str) -> set[str]:
         """Names of the files that attempts at an artifact have finished, which its step takes over."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands import config, cost, doctor, init, models, schedule, store, submit, ui, verbs, workflow
+from pipelines.commands import config, cost, doctor, gc, init, models, schedule, store, submit, ui, verbs, workflow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,7 +18,7 @@ app = typer.Typer(
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Begin": (init.init, doctor.doctor),
     "Pipeline": (workflow.plan, workflow.run, submit.submit),
-    "Found again": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, store.gc),
+    "Found again": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
     "Models": (models.lineage, cost.compare, cost.cost),
 }
 VERBS: tuple[Callable[[typer.Context], None], ...] = (

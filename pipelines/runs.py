@@ -49,11 +49,14 @@ def workflow_runs(catalog: Catalog) -> Iterator[Any]:
     return search(catalog, "tags.`edt.workflow` LIKE '%'")
 
 
-def search(catalog: Catalog, wanted: str) -> Iterator[Any]:
-    """The runs of all experiments that an MLflow filter lets pass, the newest first."""
+def search(catalog: Catalog, wanted: str, deleted: bool = False) -> Iterator[Any]:
+    """The runs of all experiments that an MLflow filter lets pass, the newest first; with `deleted`, those as well."""
+    from mlflow.entities import ViewType
+
     order, where = ["attributes.start_time DESC"], experiments(catalog)
+    view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
     ask = catalog.client.search_runs
-    return paged(lambda token: ask(where, wanted, max_results=_PAGE, order_by=order, page_token=token))
+    return paged(lambda token: ask(where, wanted, view, max_results=_PAGE, order_by=order, page_token=token))
 
 
 def experiments(catalog: Catalog) -> list[str]:

@@ -1,10 +1,10 @@
-"""Commands on the artifacts of a store: artifacts, gc, verify."""
+"""Commands on the artifacts of a store: artifacts, verify."""
 
 from typing import Annotated
 
 import typer
 
-from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, TrackingUri, open_catalog, print_rows
+from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, print_rows
 
 
 def verify(
@@ -62,29 +62,3 @@ def artifacts(
     ]
     columns = ("kind", "fingerprint", "files", "MB", "made", "seconds", "run")
     print_rows(rows, columns, as_json, none=f"no artifacts in {place.root.uri}")
-
-
-def gc(
-    store: StoreOption = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
-    keep_runs: Annotated[int, typer.Option(min=1, help="keep what each pipeline's last runs are about")] = 5,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what would go, and remove nothing")] = False,
-    force: Annotated[bool, typer.Option("--force", help="on a remote store, whatever MLflow says is running")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Remove what no registered model and none of the last runs needs.
-
-    \b
-    Examples:
-      edt gc --dry-run
-      edt gc --keep-runs 5
-    """
-    from pipelines.artifacts import Store
-    from pipelines.garbage import collect
-
-    catalog = open_catalog(store, tracking_uri)
-    rows = [item.as_row() for item in collect(Store.open(store), catalog, keep_runs, dry_run, force)]
-    print_rows(rows, ("kind", "fingerprint", "bytes", "why", "attempt"), as_json, none="nothing to remove")
-    if not as_json and rows:
-        total = sum(row["bytes"] for row in rows) / 1e6
-        typer.echo(f"{total:.1f} MB in {len(rows)} folders {'would go' if dry_run else 'removed'}")

@@ -89,7 +89,7 @@ def test_the_commands_tell_the_same(first: Outcome, store: Path) -> None:
     assert len(listed) == 2
     assert listed[1].startswith("latents")
     told = edt("gc", "--dry-run", "--keep-runs", "50", "--json", *where).stdout
-    going = {item["fingerprint"] for item in json.loads(told) if not item["attempt"]}
+    going = {item["fingerprint"] for item in json.loads(told)["garbage"] if not item["attempt"]}
     assert not going & set(row["steps"].values())
 
 

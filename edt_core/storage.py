@@ -198,8 +198,8 @@ class Folder:
         ):
             return _sha256(source, file)
 
-    def write_bytes(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
-        """Write a whole file or nothing; its name appears last.
+    def write_bytes(self, name: str, data: bytes, *, exclusive: bool = False, private: bool = False) -> bool:
+        """Write a whole file or nothing; its name appears last. With `private`, a local one is for its owner alone.
 
         With `exclusive`, an existing file stays as it is and False is returned. That holds between processes on local
         file systems, and on object stores that know conditional writes (S3, GCS); on others the last writer wins.
@@ -207,6 +207,7 @@ class Folder:
         root = self.local
         if root is not None:
             with clear_disk_errors(self.uri), self.staged(name) as staged:
+                staged.touch(mode=0o600 if private else 0o666)
                 staged.write_bytes(data)
                 return _publish(staged, root / name, exclusive)
         with clear_remote_errors(self.uri):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+import ray.job_config
 
 from edt_core.errors import Stopped, UserError
 from jobs.cluster_address import check_answers, first_line, named_address
@@ -17,6 +19,20 @@ _OWN = "edt_own_session"  # a resource that marks a session that `connect` start
 MAX_RETRIES = 8  # of a task or actor whose process was lost: nodes go, but what always crashes must end
 _NO_JOB = -1  # for counting the actors that are lost before they have done anything
 _OBJECT_STORE_BYTES = 512 << 20  # artifacts go through the store on disk; Ray's objects here are small
+
+
+class _JobConfig(ray.job_config.JobConfig):
+    """Workers import from the folders that the driver imports from, and from no others.
+
+    Ray puts the driver's working directory first on the path of its workers, even where it is not on the driver's own.
+    A `torch.py` among somebody's data would then run in every worker.
+    """
+
+    def _serialize(self) -> str:
+        own = {os.path.realpath(entry or os.getcwd()) for entry in sys.path}
+        self._py_driver_sys_path = [path for path in self._py_driver_sys_path if os.path.realpath(path) in own]
+        serialized: Any = super()._serialize()
+        return serialized
 
 
 def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = False) -> bool:
@@ -31,7 +47,9 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
     shared = named is not None
     if ray.is_initialized():
         return shared
-    quiet: dict[str, Any] = {"log_to_driver": show_workers, "logging_level": logging.ERROR, "namespace": "edt"}
+    common: dict[str, Any] = {"log_to_driver": show_workers, "logging_level": logging.ERROR, "namespace": "edt"}
+    if not (named or "").startswith("ray://"):  # there, the server makes the job's configuration
+        common["job_config"] = _JobConfig()
     if named is None:
         cpus = max(os.cpu_count() or 1, min_cpus)
         # "local": never a cluster that `ray start` left on this machine.
@@ -41,12 +59,12 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
             resources={_OWN: 1},
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
-            **quiet,
+            **common,
         )
         return False
     check_answers(named)
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
             f"the Ray cluster at {named} answers, but cannot be joined: {first_line(error)}. Use its versions of Ray "

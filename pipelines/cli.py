@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from edt_core.child_process import protect_children
 from pipelines.commands import config, cost, doctor, gc, init, models, schedule, store, submit, ui, verbs, workflow
 
 app = typer.Typer(
@@ -62,6 +63,7 @@ def options(
 
 def main() -> None:
     """Entry point. Exits with 0 done, 1 something failed, 2 the request was wrong, 130 interrupted."""
+    protect_children()
     try:
         app()
     except Exception as error:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import urllib.request
 import uuid
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from edt_core.child_process import child_environment, python_command
 from edt_core.config import PUBLISHED_SPACES, ExtractorConfig
 from edt_core.errors import UserError
 from edt_core.place_names import typed_path
@@ -255,12 +255,13 @@ def _probed(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, A
     """What `pipelines.ray_probe` says, from a process of its own that is gone afterwards."""
     asked = json.dumps({"address": address, "min_cpus": min_cpus, "paths": paths, "parent": os.getpid()})
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.ray_probe", asked],
+        python_command("-m", "pipelines.ray_probe", asked),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
-        env={"RAY_NUM_REDIS_GET_RETRIES": "1", **os.environ},  # Ray's own 20 take longer than anybody waits here
+        # Ray's own 20 retries take longer than anybody waits here.
+        env=child_environment({"RAY_NUM_REDIS_GET_RETRIES": "1", **os.environ}),
     )
     try:
         lines = process.communicate(timeout=_RAY_SECONDS)[0].strip().splitlines()

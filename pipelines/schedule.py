@@ -12,8 +12,11 @@ from typing import Annotated, TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from edt_core.errors import UserError
+from edt_core.redaction import redacted_values
 from edt_core.storage import Folder
+from edt_core.store_errors import clear_read_errors
 from pipelines.cron import Cron
+from pipelines.private_files import make_private, read_own
 
 OVERLAP = "skipped: a run is going on"
 UNCHANGED = "skipped: data unchanged"
@@ -108,15 +111,15 @@ class Schedules:
         return [name.removesuffix(".json") for name in self.folder.names() if name.endswith(".json")]
 
     def read(self, name: str) -> Schedule:
-        """Raises UserError where there is no such schedule, or its file is not one."""
+        """Raises UserError where there is no such schedule, its file is not one, or may be of somebody else."""
         found = _read(self.folder, f"{name}.json", Schedule)
         if found is None:
-            there = ", ".join(self.names()) or "none"
-            raise UserError(f"no schedule {name!r} in {self.store.uri}; there are: {there}")
+            raise self._unknown(name)
+        self._check_own(name, found)
         return found
 
     def write(self, schedule: Schedule) -> None:
-        self.folder.write_bytes(f"{schedule.name}.json", _bytes(schedule))
+        self._write(f"{schedule.name}.json", schedule)
 
     def put(self, schedule: Schedule) -> str:
         """Record a schedule under its name, and return what that was: new, changed or unchanged.
@@ -144,7 +147,9 @@ class Schedules:
             self.write(schedule.model_copy(update={"paused": False, "since": datetime.now(UTC)}))
 
     def remove(self, name: str) -> None:
-        self.read(name)
+        """Remove a schedule, also one that is refused. Raises UserError where there is none."""
+        if name not in self.names():
+            raise self._unknown(name)
         self.folder.remove(f"{name}.json")
         self.folder.remove(f"state/{name}.json")
 
@@ -152,7 +157,32 @@ class Schedules:
         return _read(self.folder, f"state/{name}.json", State) or State()
 
     def write_state(self, name: str, state: State) -> None:
-        self.folder.write_bytes(f"state/{name}.json", _bytes(state))
+        self._write(f"state/{name}.json", state)
+
+    def log(self, tick: "Tick") -> Path | None:
+        """The log of a tick: a file of the workplace, whatever folder the record names."""
+        return None if tick.log is None else self.workplace / Path(tick.log).name
+
+    def _write(self, name: str, record: BaseModel) -> None:
+        """Write a file for this user alone: a record says what the server runs, and where."""
+        if (root := self.folder.local) is not None:
+            for folder in (root, (root / name).parent):
+                make_private(folder)
+        self.folder.write_bytes(name, _bytes(record), private=True)
+
+    def _check_own(self, name: str, schedule: Schedule) -> None:
+        """Raise UserError for a record that was copied here from another schedule or another store."""
+        where = f"{self.folder.uri}/{name}.json"
+        if schedule.name != name:
+            raise UserError(f"{where} is the record of the schedule {schedule.name!r}; remove it, or rename it")
+        if _place(schedule.store) != _place(self.store.uri):
+            raise UserError(
+                f"{where} runs in another store, {schedule.store}; remove the file and give `edt schedule` again with "
+                f"--store {self.store.uri}"
+            )
+
+    def _unknown(self, name: str) -> UserError:
+        return UserError(f"no schedule {name!r} in {self.store.uri}; there are: {', '.join(self.names()) or 'none'}")
 
 
 def new_schedule(
@@ -174,7 +204,7 @@ def new_schedule(
         raise UserError(f"{name!r} cannot name a schedule; use letters, digits, '.', '_' and '-', as --name weekly")
     times = Cron(cron, timezone or _local_timezone())
     path = Path(config)
-    return Schedule(
+    schedule = Schedule(
         name=name,
         config=str(path.absolute()) if path.is_file() else config,
         assignments=tuple(assignments),
@@ -186,6 +216,22 @@ def new_schedule(
         when_data_changed=when_data_changed,
         since=datetime.now(UTC),
     )
+    _check_no_secret(schedule)
+    return schedule
+
+
+def _check_no_secret(schedule: Schedule) -> None:
+    """Raise UserError where the record would hold a credential."""
+    given = [("--set", text) for text in schedule.assignments]
+    given += [("--store", schedule.store), ("--address", schedule.address or ""), ("CONFIG", schedule.config)]
+    for option, text in given:
+        if redacted_values(text) != text:
+            what = f"--set {text.partition('=')[0]}" if option == "--set" else option
+            raise UserError(
+                f"{what} holds a credential, and the record of a schedule would keep it: {text}. Leave it out, and set "
+                "it in the environment of `edt schedule serve`, where its client reads it (S3: AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY; MLflow: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+            )
 
 
 def run_lease(pipeline: str) -> str:
@@ -197,7 +243,8 @@ def tell_scheduler(outcome: str, run: str | None = None) -> None:
     """Tell the scheduler that started this process what the run came to; with none, do nothing."""
     if path := os.environ.get(_RESULT_FILE):
         target = Path(path)
-        Folder.at(target.parent).write_bytes(target.name, _bytes(RunResult(outcome=outcome, run=run)))
+        result = _bytes(RunResult(outcome=outcome, run=run))
+        Folder.at(target.parent).write_bytes(target.name, result, private=True)
 
 
 def result_environment(path: Path) -> dict[str, str]:
@@ -217,13 +264,28 @@ def _local_timezone() -> str:
     return str(name) if name else "UTC"
 
 
+def _place(store: str) -> str:
+    """A store's URI, by which the ways to one local folder are the same."""
+    local = Folder.at(store).local
+    return store if local is None else os.path.realpath(local)
+
+
 def _bytes(record: BaseModel) -> bytes:
     return (json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
 
 def _read(folder: Folder, name: str, kind: type[Record]) -> Record | None:
+    """A record, or None where there is none. Raises UserError where it is damaged, or may be of somebody else.
+
+    Only a local folder says who wrote a file; for others it is the bucket's policy that does.
+    """
     try:
-        return kind.model_validate_json(folder.read_bytes(name))
+        if (root := folder.local) is None:
+            data = folder.read_bytes(name)
+        else:
+            with clear_read_errors(folder.uri):
+                data = read_own(root / name)
+        return kind.model_validate_json(data)
     except FileNotFoundError:
         return None
     except ValidationError as error:

@@ -19,10 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edt_core.child_process import child_environment, python_command
 from edt_core.errors import UserError
 from edt_core.place_names import typed_path
 from edt_core.redaction import redacted
 from pipelines.lease import held, this_process
+from pipelines.private_files import FILE_MODE, make_private, private_opener
 from pipelines.schedule import (
     OVERLAP,
     SERVER_LEASE,
@@ -56,6 +58,7 @@ class Server:
         self.environment = dict(os.environ)
         self._pids: dict[str, int] = {}  # runs that go on, by schedule
         self._known: dict[str, str] = {}
+        self._refused: dict[str, str] = {}  # why a schedule is not served, as it was last said
         self._interrupted: set[int] = set()
         self._signals: list[int] = []
 
@@ -104,8 +107,11 @@ class Server:
                 schedule = self.schedules.read(name)
                 trigger = schedule.times.trigger
             except UserError as error:
-                self._tell(name, str(error))
+                if self._refused.get(name) != str(error):
+                    self._refused[name] = str(error)
+                    self._tell(name, f"refused: {error}")
                 continue
+            self._refused.pop(name, None)
             if self._known.get(name) != (text := schedule.model_dump_json()):
                 self._known[name] = text
                 options = {"max_instances": 1, "coalesce": True, "misfire_grace_time": None, "replace_existing": True}
@@ -152,20 +158,21 @@ class Server:
     def _run(self, schedule: Schedule, state: State, tick: Tick) -> Tick:
         """Run the pipeline of a tick in its own process, wait for it, and return what became of it."""
         work = self.schedules.workplace
-        work.mkdir(parents=True, exist_ok=True)
+        make_private(work)
         stem = f"{schedule.name}-{tick.tick.astimezone(UTC):%Y%m%dT%H%M%SZ}-{state.lost + 1}"
         tick = tick.model_copy(update={"log": str(work / f"{stem}.log")})
         state = state.model_copy(update={"running": tick})
         self.schedules.write_state(schedule.name, state)
-        _result_path(tick).unlink(missing_ok=True)
-        with _Alive(self._alive_path(schedule.name)) as alive, open(str(tick.log), "ab") as log:
+        self._result_path(tick).unlink(missing_ok=True)
+        log_path = str(tick.log)
+        with _Alive(self._alive_path(schedule.name)) as alive, open(log_path, "ab", opener=private_opener) as log:
             child = subprocess.Popen(
                 command(schedule),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=schedule.folder,
-                env={**self.environment, **result_environment(_result_path(tick))},
+                env=child_environment(self.environment, **result_environment(self._result_path(tick))),
                 start_new_session=True,  # Ctrl-C of the server's terminal is not meant for the run
                 pass_fds=(alive,),
             )
@@ -182,7 +189,7 @@ class Server:
 
     def _ended(self, tick: Tick, code: int | None) -> Tick:
         """A tick whose run has ended, by what the run told, or else by its exit code."""
-        result = read_result(_result_path(tick))
+        result = read_result(self._result_path(tick))
         if result is not None:
             outcome: str = result.outcome
         elif code is None:
@@ -190,9 +197,9 @@ class Server:
         else:
             stopped = code in (130, -signal.SIGINT) or tick.pid in self._interrupted
             outcome = "finished" if code == 0 else "stopped" if stopped else "failed"
-        error = f"exit code {code}: {_reason(tick.log)}" if outcome == "failed" else None
+        error = f"exit code {code}: {_reason(self.schedules.log(tick))}" if outcome == "failed" else None
         run = result.run if result else None
-        _result_path(tick).unlink(missing_ok=True)
+        self._result_path(tick).unlink(missing_ok=True)
         return tick.model_copy(update={"outcome": outcome, "run": run, "error": error})
 
     def _settle(self, name: str) -> None:
@@ -276,6 +283,10 @@ class Server:
     def _alive_path(self, name: str) -> Path:
         return self.schedules.workplace / f"{name}.alive"
 
+    def _result_path(self, tick: Tick) -> Path:
+        """Where the run of a tick, which has a log, tells what it came to."""
+        return (self.schedules.log(tick) or Path(os.devnull)).with_suffix(".result.json")
+
     def _prune_logs(self) -> None:
         logs = sorted(self.schedules.workplace.glob("*.log"), key=lambda path: path.stat().st_mtime)
         for path in logs[:-_LOGS]:
@@ -289,8 +300,8 @@ def command(schedule: Schedule) -> list[str]:
     """What a person would type for one run of a schedule."""
     options = [part for text in schedule.assignments for part in ("--set", text)]
     address = ["--address", schedule.address] if schedule.address else []
-    line = ["run", schedule.config, "--no-overlap", "--store", schedule.store, *options, *address]
-    return [sys.executable, "-m", "pipelines.cli", *line]
+    line = ["run", "--no-overlap", "--store", schedule.store, *options, *address, "--", schedule.config]
+    return python_command("-m", "pipelines.cli", *line)
 
 
 def record(schedules: Schedules, name: str, tick: Tick) -> None:
@@ -311,8 +322,8 @@ def record(schedules: Schedules, name: str, tick: Tick) -> None:
     began, ended = (int(moment.timestamp() * 1000) for moment in (tick.started, tick.ended or tick.started))
     told = {key: redacted(value) for key, value in tags.items() if value is not None}
     run = catalog.client.create_run(catalog.experiment_id, began, told, name)
-    if tick.log and Path(tick.log).exists():
-        catalog.client.log_artifact(run.info.run_id, tick.log)
+    if (log := schedules.log(tick)) is not None and log.exists():
+        catalog.client.log_artifact(run.info.run_id, str(log))
     catalog.client.set_terminated(run.info.run_id, _STATUS.get(tick.outcome or "", "FINISHED"), ended)
 
 
@@ -325,7 +336,7 @@ class _Alive:
     def __enter__(self) -> int:
         import fcntl
 
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, FILE_MODE)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
@@ -348,14 +359,11 @@ def _is_held(path: Path) -> bool:
         return True
 
 
-def _result_path(tick: Tick) -> Path:
-    return Path(str(tick.log)).with_suffix(".result.json")
-
-
-def _reason(log: str | None) -> str:
+def _reason(log: Path | None) -> str:
     """The last error that a run's log tells of, or its last line where it tells of none."""
     with suppress(OSError):
-        lines = [line for line in Path(str(log)).read_text(errors="replace").split("\n") if line.strip()]
+        text = "" if log is None else log.read_text(errors="replace")
+        lines = [line for line in text.split("\n") if line.strip()]
         return next((line for line in reversed(lines) if line.startswith("error:")), "".join(lines[-1:]))[:1000]
     return ""
 

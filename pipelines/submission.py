@@ -59,7 +59,7 @@ def request_for(config: "PipelineConfig", address: str, environment: Mapping[str
     here = urlsplit(address).hostname in _LOOPBACK
     config, notes = _with_places(config, here)
     variables, unsent = _travelling(environment, here)
-    line = ["python", "-m", "pipelines.cli", "run", "config.yaml", "--no-overlap", "--store", config.store]
+    line = ["python", "-P", "-m", "pipelines.cli", "run", "config.yaml", "--no-overlap", "--store", config.store]
     metadata = {"edt.pipeline": config.name, "edt.store": config.store}
     text = as_yaml(config)
     if REDACTED in text:

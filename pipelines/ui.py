@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from edt_core.child_process import child_environment, python_command
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
 from jobs.registry_files import sqlite_path
@@ -62,26 +64,27 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
 
     Raises UserError where it does not come up, with its last words.
     """
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
+    command = python_command("-m", "mlflow", "server", "--backend-store-uri", tracking_uri)
     command += ["--artifacts-destination", artifacts.as_uri(), "--host", host, "--port", str(port), "--workers", "1"]
-    log = artifacts.with_name(".mlflow-ui.log")
-    with log.open("wb") as told:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
-        process = subprocess.Popen(
-            command, stdout=told, stderr=told, cwd=artifacts.parent, env=server_environment(), start_new_session=True
-        )
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"
-    try:
-        _await(url, process, log)
-        yield url, process
-    finally:
-        stop(process)
-        log.unlink(missing_ok=True)
+    # An empty folder of this user: uvicorn and gunicorn put the folder that they work in on their path themselves.
+    with tempfile.TemporaryDirectory(prefix="edt-ui-") as folder:
+        log = Path(folder) / "server.log"
+        with log.open("wb") as told:
+            # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
+            process = subprocess.Popen(
+                command, stdout=told, stderr=told, cwd=folder, env=server_environment(), start_new_session=True
+            )
+        try:
+            _await(url, process, log)
+            yield url, process
+        finally:
+            stop(process)
 
 
 def server_environment() -> dict[str, str]:
     """Of a server that shows runs: without the processes for MLflow's own jobs, which take seconds to start."""
-    return {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    return child_environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ})
 
 
 def _await(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from itertools import cycle, islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edt_core.artifact import Artifact, ArtifactWriter, Source
+from edt_core.child_process import child_environment, python_command
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.errors import UserError
 from edt_core.progress import Silent
@@ -130,9 +130,8 @@ def bench_planning(work: Path, number: int, classes: int = 1000) -> list[Row]:
         folder.mkdir(parents=True)
         for i in range(number // classes):
             os.close(os.open(folder / f"n{k:08d}_{i}.JPEG", os.O_CREAT))
-    done = subprocess.run(
-        [sys.executable, "-c", _PLAN, str(work / "paths")], check=True, capture_output=True, text=True
-    )
+    command = python_command("-c", _PLAN, str(work / "paths"))
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=child_environment())
     seconds, peak, shards = (float(value) for value in done.stdout.split())
     what = f"planning {number:,} paths into {shards:.0f} shards"
     return [

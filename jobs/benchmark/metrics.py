@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edt_core.child_process import child_environment, python_command
 from edt_core.metrics import Gaussian, frechet_distance, kernel_distance, precision_recall
 from edt_core.metrics.statistics import FeatureStatistics
 from jobs.benchmark.table import Row, mib, timed
@@ -75,8 +76,8 @@ def _frechet_by_sqrtm(first: Gaussian, second: Gaussian) -> float:
 
 def _in_a_fresh_process(metric: str, generated: int, reference: int, dimensions: int) -> tuple[float, float, int]:
     """Seconds, processor seconds, and the process's highest resident bytes, features and libraries included."""
-    command = [sys.executable, "-m", "jobs.benchmark.metrics", metric, str(generated), str(reference), str(dimensions)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = python_command("-m", "jobs.benchmark.metrics", metric, str(generated), str(reference), str(dimensions))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     seconds, processor_s, peak = json.loads(done.stdout)

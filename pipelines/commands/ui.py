@@ -68,7 +68,7 @@ def _folder(tracking_uri: str, store: str) -> Path:
     from jobs.registry_files import sqlite_path
 
     if (database := sqlite_path(tracking_uri)) is not None:
-        return database.parent
+        return database.parent.absolute()
     if (root := Folder.at(store).local) is None or not root.is_dir():
         raise UserError(f"no server is at {tracking_uri}, and {store} is no local folder to start one in; give --store")
     return root

@@ -130,7 +130,7 @@ def edt(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedPro
 def test_the_whole_configuration_travels_and_the_entrypoint_names_no_path_of_ours() -> None:
     config = load_config("quickstart", ["train.max_steps=7"], "s3://bucket/store")
     request = request_for(config, ELSEWHERE, {})
-    assert request.entrypoint == ("python -m pipelines.cli run config.yaml --no-overlap --store s3://bucket/store")
+    assert request.entrypoint == ("python -P -m pipelines.cli run config.yaml --no-overlap --store s3://bucket/store")
     assert yaml.safe_load(request.config_yaml)["train"]["max_steps"] == 7
     assert load_config_text(request.config_yaml) == config
     assert request.notes == ()

@@ -1,0 +1,51 @@
+"""Files of one user: written for nobody else to read, and read only where nobody else can have written them."""
+
+import os
+import stat
+from pathlib import Path
+
+from edt_core.errors import UserError
+
+FILE_MODE, FOLDER_MODE = 0o600, 0o700
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that this user alone can enter, or take the rights of others from one that is there.
+
+    Raises UserError where it belongs to somebody else.
+    """
+    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    _check_owner(folder, folder.stat())
+    if stat.S_IMODE(folder.stat().st_mode) & ~FOLDER_MODE:
+        folder.chmod(FOLDER_MODE)
+
+
+def read_own(path: Path) -> bytes:
+    """A file that this user or root owns, and no one else can write, in such a folder.
+
+    Raises FileNotFoundError where there is none, and UserError where somebody else may have written it.
+    """
+    with path.open("rb") as file:
+        for place, status in ((path, os.fstat(file.fileno())), (path.parent, path.parent.stat())):
+            _check_owner(place, status)
+            if status.st_mode & _OTHERS_WRITE:
+                mode = FOLDER_MODE if place == path.parent else FILE_MODE
+                raise UserError(
+                    f"{place} is not used: other users can write it (mode {stat.S_IMODE(status.st_mode):04o}). Check "
+                    f"what it holds, then run `chmod {mode:o} {place}`"
+                )
+        return file.read()
+
+
+def private_opener(path: str, flags: int) -> int:
+    """An opener for `open`: a new file is for this user alone."""
+    return os.open(path, flags, FILE_MODE)
+
+
+def _check_owner(place: Path, status: os.stat_result) -> None:
+    if status.st_uid not in (os.geteuid(), 0):
+        raise UserError(
+            f"{place} is not used: it belongs to user {status.st_uid}, and this process runs as user {os.geteuid()}. "
+            "Run this as that user, or remove it and give `edt schedule` again as this one"
+        )

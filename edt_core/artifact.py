@@ -34,6 +34,7 @@ from edt_core.manifest import (
 from edt_core.progress import Progress, Silent
 from edt_core.redaction import redacted_values
 from edt_core.schema import MANIFEST_NAME
+from edt_core.small_files import UnusableFileError, parse_json, read_json
 from edt_core.storage import Folder, in_threads, is_hidden, sha256_file
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class Artifact:
             raise ManifestError(
                 f"{folder.uri} has no {MANIFEST_NAME}: it is not an artifact, or its step never finished"
             ) from error
+        except UnusableFileError as error:
+            raise ManifestError(f"{error}; or remove it and run the step again") from error
         return cls(folder, Manifest.from_json(text, f"{folder.uri}/{MANIFEST_NAME}"))
 
     @classmethod
@@ -149,7 +152,7 @@ class Artifact:
         return root
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.path(name).read_bytes())
+        return read_json(self.path(name))
 
     def problems(self, deep: bool = False, progress: Progress | None = None) -> list[str]:
         """What differs from the manifest: missing, resized and extra files; with `deep`, files whose sha256 differs.
@@ -333,7 +336,8 @@ class ArtifactWriter:
 
     def _journalled(self, folder: Folder, name: str) -> FileEntry | None:
         try:
-            record = json.loads(folder.read_bytes(f"{JOURNAL}/{_flat(name)}.json"))
+            place = f"{JOURNAL}/{_flat(name)}.json"
+            record = parse_json(folder.read_bytes(place), place)
             same = record.pop("fingerprint") == self.fingerprint
             return FileEntry(**record) if same else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):

@@ -1,6 +1,5 @@
 """What is refused of a diffusers autoencoder before its weights are read: by its folder, or by its configuration."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from edt_core.data.scale import SCALE_FIELDS
 from edt_core.errors import UserError
+from edt_core.small_files import read_json_object
 
 _LARGEST = 1e30  # of a scale; whole numbers of JSON have no bound
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")
@@ -40,8 +40,8 @@ def _pipeline_folder(folder: Path) -> str:
 
 def _class_name(folder: Path) -> str:
     """The diffusers class that the config.json of a folder names; "" where there is none."""
-    with suppress(OSError, ValueError, AttributeError):
-        return str(json.loads((folder / _CONFIG).read_text()).get("_class_name", ""))
+    with suppress(OSError, ValueError):
+        return str(read_json_object(folder / _CONFIG).get("_class_name", ""))
     return ""
 
 

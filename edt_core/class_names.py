@@ -21,7 +21,7 @@ _MOST_SHOWN = 5
 @cache
 def imagenet_names() -> tuple[Names, ...]:
     """Names of the 1,000 classes of ILSVRC 2012, in the order of their sorted WordNet ids."""
-    return tuple(tuple(line.split(", ")) for line in _FILE.read_text().splitlines())
+    return tuple(tuple(line.split(", ")) for line in _FILE.read_text(encoding="utf-8").splitlines())
 
 
 def class_names(own: Sequence[str], num_classes: int) -> tuple[Names, ...]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from edt_core.config import ClassifierConfig
 from edt_core.data.images import to_model_range
+from edt_core.small_files import read_json_object
 from edt_core.training.optim import one_cycle
 
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
@@ -49,11 +50,11 @@ class Classifier(nn.Module):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(self.sizes, sort_keys=True))
+        (folder / CONFIG).write_text(json.dumps(self.sizes, sort_keys=True), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Classifier":
-        model = cls(**json.loads((folder / CONFIG).read_bytes()))
+        model = cls(**read_json_object(folder / CONFIG))
         model.load_state_dict(load_file(folder / WEIGHTS))
         return model.to(device).eval()
 

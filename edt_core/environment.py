@@ -2,7 +2,10 @@
 
 import os
 import platform
+import pwd
+import stat
 import subprocess
+import tempfile
 import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,14 +27,42 @@ RECORDED_PACKAGES = (
 def quiet_defaults() -> None:
     """Usage reporting of Ray and MLflow off unless the user asked for it. Call before importing either.
 
-    WDS_SECURE makes webdataset refuse pickles and `pipe:` URLs.
+    WDS_SECURE makes webdataset refuse pickles and `pipe:` URLs. A user id without an account gets a home.
     """
+    _complete_user()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("WDS_SECURE", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _complete_user() -> None:
+    """A user name and a home for a user id that has no account, as containers run with: libraries ask for both."""
+    user = os.getuid()
+    try:
+        pwd.getpwuid(user)
+        return
+    except KeyError:
+        pass
+    os.environ.setdefault("LOGNAME", f"uid-{user}")
+    home = os.environ.get("HOME", "")
+    if not home or (home == "/" and not os.access(home, os.W_OK)):
+        os.environ["HOME"] = _temporary_home(user)
+
+
+def _temporary_home(user: int) -> str:
+    """A folder of this user alone: the same one each time, unless somebody else has taken its name."""
+    home = Path(tempfile.gettempdir()) / f"edt-home-{user}"
+    try:
+        home.mkdir(mode=0o700, exist_ok=True)
+        about = home.lstat()
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == user and not about.st_mode & 0o022:
+            return str(home)
+    except OSError:
+        pass
+    return tempfile.mkdtemp(prefix="edt-home-")
 
 
 @cache  # a search of the whole path, and every manifest asks
@@ -73,5 +104,5 @@ def code_version() -> str:
 
 def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(
-        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=10
+        ["git", "-C", str(root), *arguments], check=True, capture_output=True, encoding="utf-8", timeout=10
     ).stdout.strip()

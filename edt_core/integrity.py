@@ -19,6 +19,7 @@ from filelock import FileLock
 from edt_core.cache import cache_folder
 from edt_core.manifest import FileEntry, ManifestError
 from edt_core.progress import Progress
+from edt_core.small_files import read_json
 from edt_core.storage import Folder, in_threads, is_hidden
 
 _RUN_AGAIN = "run its step again, or remove what is not in its manifest"
@@ -142,7 +143,7 @@ class Stamp:
     def verified(self) -> dict[str, Stat]:
         """What was stamped; nothing where the stamp is not there or not whole."""
         try:
-            stamped = json.loads(self.path.read_bytes())
+            stamped = read_json(self.path)
             return stamped if isinstance(stamped, dict) else {}
         except (OSError, ValueError):
             return {}
@@ -159,5 +160,5 @@ class Stamp:
         }
         staged = self.path.with_name(f".{self.path.name}.{os.getpid()}-{time.time_ns()}")
         with suppress(OSError):  # without a stamp the files are digested again, and that is all
-            staged.write_text(json.dumps({**self.verified(), **settled}))
+            staged.write_text(json.dumps({**self.verified(), **settled}), encoding="utf-8")
             staged.replace(self.path)

@@ -163,4 +163,4 @@ def save_pipeline(
     pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred)
     pipeline.save_pretrained(folder, safe_serialization=True)
     # What DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder) imports.
-    (folder / _PIPELINE_FILE).write_text(_PIPELINE_CODE)
+    (folder / _PIPELINE_FILE).write_text(_PIPELINE_CODE, encoding="utf-8")

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from edt_core.errors import UserError
 from edt_core.place_names import check_store_name, is_local, typed_path
 from edt_core.redaction import redacted
+from edt_core.small_files import MAX_RECORD_BYTES, read_bounded, within
 from edt_core.store_errors import (
     clear_disk_errors,
     clear_read_errors,
@@ -169,13 +170,16 @@ class Folder:
                 if info["type"] == "file" and name not in ("", path) and name[-1] != "/" and not is_hidden(name)
             }
 
-    def read_bytes(self, name: str) -> bytes:
-        """A whole file. Raises FileNotFoundError where there is none."""
+    def read_bytes(self, name: str, limit: int = MAX_RECORD_BYTES) -> bytes:
+        """A whole file of at most `limit` bytes.
+
+        Raises FileNotFoundError where there is none, and UnusableFileError for what is larger or no regular file.
+        """
         with self._clear_errors():
             if (root := self.local) is not None:
-                return (root / name).read_bytes()
+                return read_bounded(root / name, limit)
             fs, path = self.filesystem()
-            return bytes(fs.cat_file(f"{path}/{name}"))
+            return within(_beginning(fs, f"{path}/{name}", limit + 1), f"{self.uri}/{name}", limit)
 
     def digest(self, name: str) -> str:
         """Hex sha256 of a file's bytes where they lie: a remote file is streamed, never taken from a cache.
@@ -329,6 +333,18 @@ def _walk_local(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
         else:
             with suppress(FileNotFoundError):  # a link to nothing, or a file that went away: as if it were not there
                 yield prefix + entry.name, entry.stat().st_size
+
+
+def _beginning(fs: Any, path: str, count: int) -> bytes:
+    """The first `count` bytes of a remote file, or all that it has."""
+    try:
+        return bytes(fs.cat_file(path, start=0, end=count))
+    except FileNotFoundError:
+        raise
+    except Exception:  # stores refuse a range of an empty file, each in words of its own
+        if fs.size(path) != 0:
+            raise
+        return b""
 
 
 def _create(fs: Any, target: str, data: bytes) -> bool:

@@ -19,6 +19,11 @@ _PLACE = {
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.EEXIST: "a part of this path is a file; choose another",
 }
+UNUSABLE_PATHS = {
+    errno.ENAMETOOLONG: "the path, or a name in it, is longer than the file system takes; give a shorter one",
+    errno.ELOOP: "a loop of symbolic links; remove the link, or change its target",
+    errno.EISDIR: "it is a folder, and a file is expected; give the file",
+}
 _NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -47,7 +52,7 @@ def clear_disk_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = {**_SPACE, **_PLACE}.get(error.errno or 0)
+        reason = {**UNUSABLE_PATHS, **_SPACE, **_PLACE}.get(error.errno or 0)
         if reason is None:
             raise
         raise UserError(f"cannot write to {where}: {reason}") from error
@@ -55,11 +60,16 @@ def clear_disk_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def clear_read_errors(where: str) -> Iterator[None]:
-    """Turn a local file that may not be read into UserError."""
+    """Turn a local file that may not be read, or a path that no file can have, into UserError."""
     try:
         yield
     except PermissionError as error:
         raise UserError(f"cannot read {where}: permission denied; run as somebody who may") from error
+    except OSError as error:
+        reason = UNUSABLE_PATHS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise UserError(f"cannot read {where}: {reason}") from error
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from edt_core.config import EXTRACTORS, EvaluateConfig, SampleConfig, result_fie
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import METRICS_NAME
+from edt_core.small_files import read_text
 from edt_core.storage import Folder
 from jobs.cluster_address import check_named
 from jobs.evaluation import RESULTS, Subject, add_subject, prepared
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.amm
         if options.as_json:
             print(json.dumps({"folder": made.folder.uri, **made.read_json(f"{RESULTS}.json")}, indent=1))
             return
-        print(made.path(f"{RESULTS}.md").read_text())
+        print(read_text(made.path(f"{RESULTS}.md")))
         print(made.folder.uri)
 
 

@@ -23,6 +23,7 @@ from edt_core.config import (
 from edt_core.data.export import EXPORT_FORMATS
 from edt_core.errors import UserError
 from edt_core.progress import Progress
+from edt_core.small_files import read_text
 from edt_core.storage import Folder
 from jobs import evaluate, reference, sample
 from jobs.cluster_address import check_named
@@ -107,9 +108,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.eva
     with exit_code(), Bar("evaluate") as bar:
         run(options, bar)
         if options.as_json:
-            print(Path(options.out, f"{RESULTS}.json").read_text(), end="")
+            print(read_text(Path(options.out, f"{RESULTS}.json")), end="")
             return
-        print(Path(options.out, f"{RESULTS}.md").read_text())
+        print(read_text(Path(options.out, f"{RESULTS}.md")))
         print(f"{options.out}/{RESULTS}.json")
 
 

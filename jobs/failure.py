@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
+from edt_core.store_errors import UNUSABLE_PATHS
 
 _LONGEST = 400  # characters of a cause: some libraries put a page into a message
 _GO_ON = "what is finished is kept: the same command goes on from there"
@@ -39,7 +40,9 @@ def kept_traceback(error: BaseException, folder: Path | None = None) -> Path:
     """Write the whole traceback of an error to a new file in `folder` (one for temporary files) and return its path."""
     text = redacted("".join(traceback.format_exception(error)))
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    with tempfile.NamedTemporaryFile("w", prefix=f"edt-{stamp}-", suffix=".log", dir=folder, delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix=f"edt-{stamp}-", suffix=".log", dir=folder, delete=False
+    ) as file:
         file.write(text)
     return Path(file.name)
 
@@ -51,6 +54,9 @@ def tell_failure(error: BaseException, raised: BaseException | None = None) -> i
     The traceback, that of `raised` where the error came wrapped, goes into a file.
     """
     failure = explained(error)
+    if isinstance(error, OSError) and (reason := UNUSABLE_PATHS.get(error.errno or 0)):
+        print(f"error: cannot use {redacted(str(error.filename))[:_LONGEST]}: {reason}", file=sys.stderr)
+        return 2
     if _from_mlflow(error):
         print(f"error: MLflow does not answer, or refuses: {failure.cause}; {failure.remedy}", file=sys.stderr)
         return 2

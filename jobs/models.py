@@ -28,6 +28,7 @@ from edt_core.schema import (
     MODEL_CONFIG,
     TRAIN_STATE,
 )
+from edt_core.small_files import read_json
 from edt_core.storage import Folder, sha256_file
 from jobs import autoencoder
 from jobs.registry_files import SQLITE, fetch_version, own_uri
@@ -204,7 +205,7 @@ def _of_checkpoint(folder: Path) -> _Found:
         manifest = check_checkpoint(folder)
     except CheckpointError as error:
         raise UserError(f"{error}; give another checkpoint") from error
-    config = json.loads((folder / TRAIN_STATE).read_bytes())["config"]
+    config = read_json(folder / TRAIN_STATE)["config"]
     return _Found(ema_model(folder), config["num_timesteps"], manifest.step, manifest.seal, str(folder.absolute()))
 
 

@@ -12,8 +12,11 @@ from pydantic.fields import FieldInfo
 
 from edt_core.config import Section
 from edt_core.errors import UserError
+from edt_core.small_files import MAX_CONFIG_BYTES, read_text
+from edt_core.yaml_text import parse_yaml
 
 _EXAMPLES = "examples:"
+_LONGEST = 200  # characters of a value that are shown
 
 
 def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()) -> None:
@@ -63,7 +66,7 @@ def _value(schema: type[Section], name: str, text: str) -> Any:
     if schema.model_fields[name].annotation in (str, str | None, tuple[str, ...]) and text != "null":
         return text
     value = parse_assignment(f"{name}={text}")[1]
-    return yaml.safe_load(f"[{text}]") if _is_bare_list(schema.model_fields[name].annotation, value) else value
+    return parse_yaml(f"[{text}]") if _is_bare_list(schema.model_fields[name].annotation, value) else value
 
 
 def _is_bare_list(annotation: Any, value: Any) -> bool:
@@ -85,7 +88,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if " #" in value and not value.lstrip().startswith(('"', "'", "[", "{")):
         return key.strip(), value.strip()  # a path with a number sign, not YAML with a comment
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), parse_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {key}: {value!r} is not a YAML value; quote it as in --set '{key}=\"text\"'") from error
 
@@ -93,7 +96,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises UserError."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(read_text(path, MAX_CONFIG_BYTES))
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -119,7 +122,9 @@ def _problem(schema: type[Section], problem: Any) -> str:
         meant = f"; did you mean {near[0]}?" if near else ""
         return f"unknown configuration key {where!r}; known keys here: {', '.join(known)}{meant}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"configuration {where!r}: {message} (got {problem['input']!r})" if problem["loc"] else message
+    value = repr(problem["input"])
+    value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+    return f"configuration {where!r}: {message} (got {value})" if problem["loc"] else message
 
 
 def _known_keys(schema: type[Section], path: Sequence[Any]) -> list[str]:

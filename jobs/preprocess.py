@@ -22,6 +22,7 @@ from edt_core.errors import UserError
 from edt_core.integrity import listing as listed
 from edt_core.progress import Counts, Progress
 from edt_core.schema import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
+from edt_core.small_files import parse_json
 from jobs.cluster import MAX_RETRIES, finished
 from jobs.verb import Verb
 
@@ -169,10 +170,8 @@ def preprocess(
 def _shard_task(
     plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, progress: Progress, total: int
 ) -> ShardReport:
-    import json
-
     if out.recover(plan.name) and out.recover(plan.report):
-        return ShardReport.from_json(json.loads(out.data.read_bytes(plan.report)))
+        return ShardReport.from_json(parse_json(out.data.read_bytes(plan.report), plan.report))
     return build_shard(plan, config, out, lambda done: progress.update(done, total, "images", part=plan.index))
 
 

@@ -4,7 +4,6 @@ Beside the diffusers folder of a version lies `digests.json`, {name: sha256}, an
 the version: who can change files in the store but not the registry is found out.
 """
 
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from urllib.parse import quote
 from edt_core.artifact import canonical_json, check_name
 from edt_core.errors import UserError
 from edt_core.integrity import listing
+from edt_core.small_files import parse_json, read_bounded
 from edt_core.storage import Folder, in_threads, sha256_file
 
 if TYPE_CHECKING:
@@ -202,10 +202,10 @@ def _stated_digests(remote: _Remote, needed: bool) -> dict[str, str] | None:
     with tempfile.TemporaryDirectory(prefix="edt-") as folder:
         path = Path(folder) / DIGESTS
         remote.download(DIGESTS, path)
-        text = path.read_bytes()
+        text = read_bounded(path)
     if sha256(text).hexdigest() != remote.tag:
         raise UserError(f"{remote.title} is damaged: {DIGESTS} has another sha256 than its tag {DIGEST_TAG} says")
-    return {safe_name(name): str(digest) for name, digest in json.loads(text).items()}
+    return {safe_name(name): str(digest) for name, digest in parse_json(text, DIGESTS).items()}
 
 
 def _compare_names(there: set[str], stated: set[str]) -> list[str]:

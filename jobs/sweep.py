@@ -10,6 +10,7 @@ import yaml
 
 from edt_core.config import SampleConfig
 from edt_core.errors import UserError
+from edt_core.yaml_text import parse_yaml
 from jobs.options import validated
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def _value(field: str, text: str) -> Any:
     if text in ("off", "none", "all"):
         return _OFF.get(field)
     if field == "amm_blocks" and text not in ("paper", "model"):
-        return tuple(yaml.safe_load(part) for part in text.split("+"))
+        return tuple(parse_yaml(part) for part in text.split("+"))
     if field == "guidance_interval":
-        return tuple(yaml.safe_load(part) for part in text.split("-"))
-    return yaml.safe_load(text)
+        return tuple(parse_yaml(part) for part in text.split("-"))
+    return parse_yaml(text)
 
 
 def grid(base: SampleConfig, axes: Sequence[Axis]) -> Iterator[Point]:

@@ -14,6 +14,7 @@ from edt_core.errors import Stopped, UserError
 from edt_core.integrity import damaged
 from edt_core.progress import Progress
 from edt_core.schema import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
+from edt_core.small_files import read_text
 from jobs.autoencoder import check_trained_scale, stored_scale
 from jobs.cluster import MAX_RETRIES, free_place_of, require, use_threads
 from jobs.verb import Verb
@@ -269,7 +270,7 @@ def _tars(latents: Artifact) -> list[FileEntry]:
 
 def history(checkpoint: Artifact) -> list[dict[str, float]]:
     """Rows of a checkpoint artifact's loss history, one every `log_every` steps; empty for an untrained model."""
-    return [json.loads(line) for line in checkpoint.path(HISTORY_NAME).read_text().splitlines()]
+    return [json.loads(line) for line in read_text(checkpoint.path(HISTORY_NAME)).splitlines()]
 
 
 VERB = Verb(

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from edt_core.config import Section
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
+from edt_core.small_files import MAX_CONFIG_BYTES, read_text
+from edt_core.yaml_text import compose_yaml, parse_yaml
 from jobs.options import validated
 from pipelines.config import PipelineConfig, load_config
 from pipelines.size_check import size_problems
@@ -131,7 +133,7 @@ def _located(found: list[Problem]) -> list[Problem]:
     path = Path(found[0].config)
     if not path.is_file():
         return found
-    root = yaml.compose(path.read_text())
+    root = compose_yaml(read_text(path, MAX_CONFIG_BYTES))
     located = [replace(problem, line=_line(root, problem)) for problem in found]
     return sorted(located, key=lambda problem: (problem.line is None, problem.line))
 
@@ -147,5 +149,5 @@ def _line(root: yaml.Node | None, problem: Problem) -> int | None:
         line, node = found[0].start_mark.line + 1, found[1]
     if not isinstance(node, yaml.ScalarNode) or problem.value is None:
         return line
-    written = redacted(repr(yaml.safe_load(node.value or "null")))
+    written = redacted(repr(parse_yaml(node.value or "null")))
     return line if written == problem.value else None  # --set says something else

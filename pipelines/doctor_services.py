@@ -16,6 +16,7 @@ from edt_core.config import PUBLISHED_SPACES, ExtractorConfig
 from edt_core.errors import UserError
 from edt_core.place_names import typed_path
 from edt_core.redaction import redacted
+from edt_core.small_files import read_json_object
 from edt_core.storage import Folder
 from jobs.autoencoder import MLFLOW_SCHEMES
 from jobs.cluster_address import check_answers, named_address
@@ -109,7 +110,7 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
     check_folder(folder)
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = read_json_object(folder / "config.json")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} holds no config.json of diffusers; give a folder that save_pretrained wrote"
@@ -131,7 +132,7 @@ def _hub_config(hub_id: str) -> dict[str, Any]:
     )
 
     try:
-        return dict(json.loads(Path(hf_hub_download(hub_id, "config.json", etag_timeout=_HUB_SECONDS)).read_text()))
+        return read_json_object(Path(hf_hub_download(hub_id, "config.json", etag_timeout=_HUB_SECONDS)))
     except HFValidationError as error:
         raise UserError(
             f"{hub_id} is neither a folder that is there nor a hub id; mend autoencoder.pretrained"
@@ -258,7 +259,8 @@ def _probed(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, A
         python_command("-m", "pipelines.ray_probe", asked),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
         # Ray's own 20 retries take longer than anybody waits here.
         env=child_environment({"RAY_NUM_REDIS_GET_RETRIES": "1", **os.environ}),

@@ -73,7 +73,7 @@ def _asked(command: Sequence[str]) -> list[str]:
     if shutil.which(command[0]) is None:
         return []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PROBE_SECONDS)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=_PROBE_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return []
     return done.stdout.strip().splitlines()

@@ -168,7 +168,7 @@ def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str
         license=license,
         origin=origin,
     )
-    (folder / README).write_text(redacted(card.text()))
+    (folder / README).write_text(redacted(card.text()), encoding="utf-8")
 
 
 def _digest(autoencoder: Any) -> str:

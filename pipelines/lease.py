@@ -255,5 +255,5 @@ def _owner(folder: Folder) -> dict[str, Any]:
 def _kernel() -> str:
     """What processes under one kernel share, and with it their locks on files."""
     with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return socket.gethostname()

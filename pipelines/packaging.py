@@ -14,6 +14,7 @@ from edt_core.config import ChainConfig
 from edt_core.model_card import README, ModelCard
 from edt_core.redaction import redacted
 from edt_core.schema import CLASSES_NAME
+from edt_core.small_files import read_bounded
 from jobs.registry_files import DIGESTS, PIPELINE, digests_text, folder_digests
 from pipelines.catalog import Catalog
 from pipelines.config import PromoteConfig
@@ -67,7 +68,7 @@ def log_pipeline(catalog: Catalog, run_id: str, name: str, write: Callable[[Path
             signature=_signature(),
             **known,
         )
-        return Logged(info.model_uri, info.model_id, sha256(digests.read_bytes()).hexdigest())
+        return Logged(info.model_uri, info.model_id, sha256(read_bounded(digests)).hexdigest())
 
 
 def _signature() -> Any:
@@ -113,7 +114,7 @@ def write_pipeline(folder: Path, name: str, config: PromoteConfig, entry: Entry,
         protocol=protocol,
         class_counts=entry.checkpoint.counts.get("class_counts"),
     )
-    (folder / README).write_text(redacted(card_of(name, model, config, entry, source).text()))
+    (folder / README).write_text(redacted(card_of(name, model, config, entry, source).text()), encoding="utf-8")
     if config.torch_export:
         save_program(folder / PROGRAM, model, chain_config(protocol), num_timesteps)
 

@@ -1,16 +1,16 @@
 """What MLflow says of workflow runs: the list of them, and the record by which one is done again."""
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from edt_core.environment import utc
 from edt_core.errors import UserError
+from edt_core.small_files import read_json, read_text
+from edt_core.yaml_text import parse_yaml
 from pipelines.catalog import Catalog, paged
 
 _STEP = "edt.step."
@@ -121,7 +121,7 @@ def read_record(catalog: Catalog, run_id: str) -> Record:
         with tempfile.TemporaryDirectory(prefix="edt-") as folder:
             # By the client: an address of a server's artifacts means the server of this catalog, not the process's own.
             paths = [catalog.client.download_artifacts(run_id, name, folder) for name in _RECORDED]
-            config, environment = yaml.safe_load(Path(paths[0]).read_text()), json.loads(Path(paths[1]).read_text())
+            config, environment = parse_yaml(read_text(paths[0])), read_json(paths[1])
     except (MlflowException, OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"the run {run_id} has no whole config.yaml and environment.json among its artifacts ({error}); it was "

@@ -362,7 +362,7 @@ def _is_held(path: Path) -> bool:
 def _reason(log: Path | None) -> str:
     """The last error that a run's log tells of, or its last line where it tells of none."""
     with suppress(OSError):
-        text = "" if log is None else log.read_text(errors="replace")
+        text = "" if log is None else log.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.split("\n") if line.strip()]
         return next((line for line in reversed(lines) if line.startswith("error:")), "".join(lines[-1:]))[:1000]
     return ""

@@ -1,6 +1,5 @@
 """What a configuration's numbers are too small for: known before the first step, and refused by the last ones."""
 
-import json
 from collections.abc import Iterator
 
 from edt_core.artifact import Source
@@ -8,6 +7,7 @@ from edt_core.errors import UserError
 from edt_core.metrics import metric_name, space_metrics
 from edt_core.metrics.sample_size import PAIRWISE, Shortfall
 from edt_core.place_names import typed_path
+from edt_core.small_files import read_json
 from jobs.sizes import shortfall_text, size_shortfalls, wanted_metrics
 from pipelines.config import PipelineConfig
 
@@ -43,7 +43,7 @@ def _hidden_size(weights: str | None) -> int | None:
     """Dimensions of DINOv2's features, where its weights are a folder here."""
     path = typed_path(weights) / "config.json" if weights and "://" not in weights else None
     try:
-        size = json.loads(path.read_text())["hidden_size"] if path is not None and path.is_file() else None
+        size = read_json(path)["hidden_size"] if path is not None and path.is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # loading the network says what is wrong with it
     return size if isinstance(size, int) else None

@@ -153,7 +153,7 @@ class Cluster:
     def submit(self, request: Request, job_id: str | None) -> str:
         """Start the job and return its id."""
         with tempfile.TemporaryDirectory(prefix="edt-submit-") as folder, self._clear_errors():
-            (Path(folder) / "config.yaml").write_text(request.config_yaml)
+            (Path(folder) / "config.yaml").write_text(request.config_yaml, encoding="utf-8")
             return str(
                 self.client.submit_job(
                     entrypoint=request.entrypoint,

@@ -98,7 +98,7 @@ def _await(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
             return
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
-    words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    words = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     ended = "did not answer" if process.poll() is None else f"ended with code {process.returncode}"
     raise UserError(f"the MLflow server {ended}: {redacted((words or ['it said nothing'])[-1])[:500]}")
 

@@ -74,7 +74,7 @@ class LatentInfo:
             scale = LatentScale.of({name: values.pop(name, None) for name in SCALE_FIELDS})
             values["latent_shape"] = tuple(values["latent_shape"])
             info = cls(scale=scale, **values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{where} is no latent shard: its Arrow schema lacks {error}; encode the images") from error
         if version != info.schema_version:
             raise UserError(

@@ -18,6 +18,7 @@ from edt_core.data.images import decode_rgb
 from edt_core.data.order import at_even_distances
 from edt_core.errors import UserError
 from edt_core.schema import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
+from edt_core.small_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read_image_shard(path: Path) -> Iterator[ImageSample]:
                 f"sample {key} of {path} has only the members {sorted(members)}: it is no image shard, or damaged; "
                 "run preprocess again"
             )
-        about = json.loads(members[JSON_MEMBER])
+        about = parse_json(members[JSON_MEMBER], f"sample {key} of {path}")
         yield ImageSample(key, image, int(members[CLASS_MEMBER]), about["source"], about["sha256"])
 
 

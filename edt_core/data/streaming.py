@@ -54,7 +54,7 @@ class TarShard:
     def uri(self) -> str:
         return f"{self.folder.uri}/{self.name}"
 
-    def open(self) -> "_Digested":
+    def stream(self) -> "_Digested":
         """The tar as a stream whose first bytes are here."""
         try:
             if (root := self.folder.local) is not None:
@@ -176,7 +176,7 @@ def _samples(
 def _read(shards: Sequence[TarShard], latent_shape: tuple[int, int, int]) -> Generator[_Sample, None, None]:
     """The samples of the shards in order; the next shard is opened while one is read."""
     with ExitStack() as files:
-        opened = ((shard, files.enter_context(shard.open())) for shard in shards)
+        opened = ((shard, files.enter_context(shard.stream())) for shard in shards)
         with closing(prefetched(opened, 1)) as ahead:
             for shard, file in ahead:
                 yield from _read_shard(shard, file, latent_shape)
@@ -219,7 +219,7 @@ def _decode(shard: TarShard, members: dict[str, Any], latent_shape: tuple[int, i
         about = json.loads(members[JSON_MEMBER])
         posterior = np.lib.format.read_array(io.BytesIO(members[LATENT_TAR_MEMBER]), allow_pickle=False)
         sample = _Sample(str(about[KEY]), int(about[LABEL]), posterior)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:  # a header may state any shape
         raise UserError(f"sample {members['__key__']} of {shard.uri} cannot be read ({error}); {_REMEDY}") from error
     if posterior.shape != (2, 2, *latent_shape) or posterior.dtype != np.float32:
         raise UserError(

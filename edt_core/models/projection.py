@@ -25,7 +25,7 @@ def mkl_is_held_back() -> bool:
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    with Path("/proc/cpuinfo").open() as processors:
+    with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as processors:
         return "AuthenticAMD" in processors.read(200)
 
 

@@ -23,6 +23,7 @@ from edt_core.schema import (
     STEP_PREFIX,
     TRAIN_STATE,
 )
+from edt_core.small_files import UnusableFileError, parse_json, read_bounded, read_json
 from edt_core.storage import sha256_file
 
 WriteFile = Callable[[str, Callable[[Path], int | None]], FileEntry]  # as `ArtifactWriter.write`
@@ -95,7 +96,7 @@ def _saving(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
 
 def _writing(text: str) -> Callable[[Path], None]:
     def write_to(path: Path) -> None:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
     return write_to
 
@@ -103,7 +104,7 @@ def _writing(text: str) -> Callable[[Path], None]:
 def read_manifest(data: bytes, where: str) -> CheckpointManifest:
     """A checkpoint's manifest from its bytes. Raises CheckpointError where it is not whole or of another version."""
     try:
-        stated = json.loads(data)
+        stated = parse_json(data, f"{where}/{CHECKPOINT_MANIFEST}")
         seal = stated.pop("seal")
         if seal != sha256_json(stated):
             raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} has been changed: it differs from its seal")
@@ -117,7 +118,9 @@ def read_manifest(data: bytes, where: str) -> CheckpointManifest:
 def check_checkpoint(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint all of whose files have their digests. Raises CheckpointError with the reason."""
     try:
-        manifest = read_manifest((folder / CHECKPOINT_MANIFEST).read_bytes(), str(folder))
+        manifest = read_manifest(read_bounded(folder / CHECKPOINT_MANIFEST), str(folder))
+    except UnusableFileError as error:
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{folder} has no {CHECKPOINT_MANIFEST}: it was not finished ({error})") from error
     for name, digest in manifest.files.items():
@@ -135,8 +138,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(
         step=manifest.step,
         tensors={name: load_file(folder / name) for name in manifest.files if name.endswith(".safetensors")},
-        state=json.loads((folder / TRAIN_STATE).read_bytes()),
-        model_config=json.loads((folder / MODEL_CONFIG).read_bytes()),
+        state=read_json(folder / TRAIN_STATE),
+        model_config=read_json(folder / MODEL_CONFIG),
         score=manifest.score,
         regular=manifest.regular,
     )
@@ -173,6 +176,6 @@ class HostMemory:
 
 def ema_model(folder: Path, device: torch.device | str = "cpu") -> DiffusionTransformer:
     """The model of a folder with `model_config.json` and `ema.safetensors`, in evaluation mode."""
-    model = build_model(ModelConfig.from_dict(json.loads((folder / MODEL_CONFIG).read_bytes())))
+    model = build_model(ModelConfig.from_dict(read_json(folder / MODEL_CONFIG)))
     model.load_state_dict(load_file(folder / EMA_WEIGHTS), strict=True)
     return model.to(device).eval()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edt_core.artifact import ArtifactWriter
 from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS, STEP_PREFIX
+from edt_core.small_files import UnusableFileError
 from edt_core.storage import Folder
 from edt_core.training.checkpoint import (
     Checkpoint,
@@ -74,7 +75,7 @@ class CheckpointStore:
                 found[step] = read_manifest(place.read_bytes(CHECKPOINT_MANIFEST), place.uri)
             except FileNotFoundError:  # it was being written, or removed, when its writer ended
                 continue
-            except CheckpointError as error:
+            except (CheckpointError, UnusableFileError) as error:
                 (reasons if reasons is not None else []).append(str(error))
         return found
 

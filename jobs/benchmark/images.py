@@ -131,7 +131,7 @@ def bench_planning(work: Path, number: int, classes: int = 1000) -> list[Row]:
         for i in range(number // classes):
             os.close(os.open(folder / f"n{k:08d}_{i}.JPEG", os.O_CREAT))
     command = python_command("-c", _PLAN, str(work / "paths"))
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=child_environment())
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=child_environment())
     seconds, peak, shards = (float(value) for value in done.stdout.split())
     what = f"planning {number:,} paths into {shards:.0f} shards"
     return [

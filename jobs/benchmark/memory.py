@@ -49,7 +49,7 @@ def peak_of_workers(interval_s: float = 0.2) -> Iterator[list[int]]:
 def _worker_peaks() -> Iterator[int]:
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
-            fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+            fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
         except OSError:  # it ended
             continue
         if fields["Name"].strip().startswith("ray::") and "VmHWM" in fields:

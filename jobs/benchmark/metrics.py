@@ -77,7 +77,7 @@ def _frechet_by_sqrtm(first: Gaussian, second: Gaussian) -> float:
 def _in_a_fresh_process(metric: str, generated: int, reference: int, dimensions: int) -> tuple[float, float, int]:
     """Seconds, processor seconds, and the process's highest resident bytes, features and libraries included."""
     command = python_command("-m", "jobs.benchmark.metrics", metric, str(generated), str(reference), str(dimensions))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=child_environment())
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     seconds, processor_s, peak = json.loads(done.stdout)
@@ -93,7 +93,7 @@ def _measure(metric: str, generated: int, reference: int, dimensions: int) -> tu
         (precision_recall if metric == "precision_recall" else kernel_distance)(made, real)
     processor_s = time.process_time() - processor_s
     # Not `getrusage`: its ru_maxrss starts at what the parent had when it started this process.
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return seconds[0], processor_s, int(status.split("VmHWM:")[1].split()[0]) << 10
 
 

@@ -268,5 +268,5 @@ def _free_memory(device: torch.device) -> int:
     information = Path("/proc/meminfo")
     if not information.exists():
         return sys.maxsize
-    lines = dict(line.split(":") for line in information.read_text().splitlines())
+    lines = dict(line.split(":") for line in information.read_text(encoding="utf-8").splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024

@@ -46,7 +46,8 @@ def hardware() -> str:
     """What the figures were measured on, and by which code."""
     import torch
 
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": CPU")
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line for line in lines if "model name" in line), ": CPU")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no accelerator"
     versions = {name: number for name, number in environment().items() if name in ("python", "torch", "ray", "pillow")}
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())

@@ -277,7 +277,7 @@ def _seconds_of_workers(config: TrainConfig, model: ModelConfig, device: str, tu
     world_size = config.worker_range[1]
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_worker, (config, model, device, turns, folder), nprocs=world_size)
-        return float(Path(folder, "seconds").read_text())
+        return float(Path(folder, "seconds").read_text(encoding="utf-8"))
 
 
 def _worker(rank: int, config: TrainConfig, model: ModelConfig, device: str, turns: int, folder: str) -> None:
@@ -294,5 +294,5 @@ def _worker(rank: int, config: TrainConfig, model: ModelConfig, device: str, tur
     step = BareStep(config, model, inputs, Ranks(rank, world_size, here))
     seconds = in_turns({"step": step}, turns, here)["step"]
     if rank == 0:
-        Path(folder, "seconds").write_text(str(seconds))
+        Path(folder, "seconds").write_text(str(seconds), encoding="utf-8")
     dist.destroy_process_group()

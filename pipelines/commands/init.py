@@ -157,7 +157,7 @@ def _write(out: Path, text: str) -> None:
     staged = out.with_name(f".{out.stem}.partial.yaml")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text)
+        staged.write_text(text, encoding="utf-8")
         load_config(str(staged))
         staged.replace(out)
     except OSError as error:

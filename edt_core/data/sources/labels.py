@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
 from edt_core.place_names import typed_path
 from edt_core.progress import Progress
+from edt_core.small_files import MAX_LABELS_BYTES, parse_json
 from edt_core.storage import Folder
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _read(root: Folder, labels: str | None) -> tuple[str, bytes]:
     where = shown(labels)
     try:
         with read_errors(f"{folder.uri}/{name}"):
-            return where, folder.read_bytes(name)
+            return where, folder.read_bytes(name, MAX_LABELS_BYTES)
     except UserError as error:
         raise UserError(
             f"{error} (source.labels is a name inside the folder of the images, an absolute path or a URI)"
@@ -158,12 +158,7 @@ def _unknown_columns(names: Sequence[str], where: str) -> UserError:
 
 
 def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _distinct(pairs, where))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); mend it") from error
+    return parse_json(text, where, lambda pairs: _distinct(pairs, where))
 
 
 def _distinct(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from edt_core.data.sources.tars import BLOCK_SIZE, Member, members
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import CLASS_MEMBER, CLASSES_NAME, JSON_MEMBER
+from edt_core.small_files import parse_json
 from edt_core.storage import Folder
 
 if TYPE_CHECKING:
@@ -169,10 +170,7 @@ def _class_names(root: Folder, files: Sequence[bytes]) -> tuple[str, ...] | None
         name = f"{folder}/{CLASSES_NAME}" if folder else CLASSES_NAME
         if not root.exists(name):
             continue
-        try:
-            names = json.loads(root.read_bytes(name))
-        except ValueError as error:
-            raise UserError(f"{name} beside the archives is not JSON ({error}); mend or remove it") from error
+        names = parse_json(root.read_bytes(name), f"{name} beside the archives")
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
             raise UserError(f"{name} beside the archives is not a list of class names; mend or remove it")
         return tuple(names)

@@ -1,0 +1,91 @@
+"""YAML of configurations and options: plain values alone, and never more of them than a small text should have.
+
+PyYAML's safe loader runs no code. What it leaves open is closed here: aliases that repeat aliases (nine lines of them
+are a billion values once they are written out), lists in lists without end, whole numbers of thousands of digits, and a
+key that stands in a mapping twice.
+"""
+
+from typing import Any
+
+import yaml
+
+_MAX_VALUES = 20_000  # of a text, each alias counted as all that it repeats
+_MAX_DEPTH = 50
+_MAX_INTEGER = 1 << 64
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises yaml.YAMLError, with the line, for what is not YAML or is refused."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def compose_yaml(text: str) -> yaml.Node | None:
+    """The nodes of a YAML text, with their lines. Raises yaml.YAMLError as `parse_yaml`."""
+    loader = _Loader(text)
+    try:
+        node: yaml.Node | None = loader.get_single_node()
+        return node
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._counts: dict[int, int] = {}  # values of each node that is complete, by identity
+        self._open: list[int] = [0]  # values so far of each node that is being composed
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias = self.check_event(yaml.AliasEvent)
+        mark = self.peek_event().start_mark
+        if self._depth >= _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {_MAX_DEPTH} levels deep", mark)
+        self._depth += 1
+        self._open.append(1)
+        node = super().compose_node(parent, index)
+        count = self._open.pop()
+        self._depth -= 1
+        if alias:
+            if id(node) not in self._counts:
+                raise yaml.composer.ComposerError(None, None, "an alias is inside of what it repeats", mark)
+            count = self._counts[id(node)]
+        self._counts[id(node)] = count
+        self._open[-1] += count
+        if self._open[-1] > _MAX_VALUES:
+            what = "its aliases repeat" if alias else "it has"
+            raise yaml.composer.ComposerError(None, None, f"{what} more than {_MAX_VALUES:,} values", mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        _refuse_repeated_keys(node)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except ValueError as error:  # 2024-13-01, or a number with more digits than Python reads
+            raise _refused(str(error), node.start_mark) from error
+        if isinstance(value, int) and abs(value) >= _MAX_INTEGER:
+            raise _refused("a whole number has more than 64 bits", node.start_mark)
+        return value
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    """Raise where a key of a mapping stands in it twice: Python would keep the last one only. `<<` may be repeated."""
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if (name := (key.tag, key.value)) in lines:
+            raise _refused(f"the key {key.value!r} stands twice, first in line {lines[name]}", key.start_mark)
+        lines[name] = key.start_mark.line + 1
+
+
+def _refused(problem: str, mark: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)

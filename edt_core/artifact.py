@@ -35,7 +35,7 @@ from edt_core.progress import Progress, Silent
 from edt_core.redaction import redacted_values
 from edt_core.schema import MANIFEST_NAME
 from edt_core.small_files import UnusableFileError, parse_json, read_json
-from edt_core.storage import Folder, in_threads, is_hidden, sha256_file
+from edt_core.storage import Folder, in_threads, is_hidden, is_staged, sha256_file
 
 if TYPE_CHECKING:
     from edt_core.config import SourceConfig
@@ -316,7 +316,9 @@ class ArtifactWriter:
     def check_own(self) -> None:
         """Raise UserError where files lie here that no earlier run of this very fingerprint has left."""
         ours = {name for name in self._journal_names() if self._journalled(self.data, name)}
-        if foreign := sorted(set(self.data.walk()) - ours):
+        notes = self.data.child(JOURNAL).names()  # this folder goes with the commit
+        odd = {f"{JOURNAL}/{name}" for name in notes if not name.endswith(".json") and not is_staged(name)}
+        if foreign := sorted((set(self.data.walk()) - ours) | odd):
             raise UserError(
                 f"{self.data.uri} holds {len(foreign)} files that are not of this run ({', '.join(foreign[:3])}"
                 f"{', ...' if len(foreign) > 3 else ''}): your own, or of a run with another configuration or other "

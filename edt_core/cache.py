@@ -37,6 +37,7 @@ from edt_core.store_errors import clear_disk_errors
 DIRECTORY_VARIABLE, BYTES_VARIABLE = "EDT_CACHE_DIR", "EDT_CACHE_BYTES"
 # An object's time of modification, as in the Nix store: any later write through the file system changes it.
 _SEALED_NS = 1_000_000_000
+_SHA256, _URI_KEY, _PART = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{16}"), re.compile(r"\.(.+)\.part")
 _ROUNDS = 3  # downloads again of what another process' call evicted meanwhile
 _MIB = 1 << 20
 _UNITS = {unit: factor for k, u in enumerate("KMGTP", 1) for unit, factor in ((u, 1000**k), (f"{u}I", 1024**k))}
@@ -197,8 +198,8 @@ class Cache:
                     status = path.stat()
                 except FileNotFoundError:
                     continue
-                if path.suffix == ".part":
-                    target = path.with_name(path.name.removeprefix(".").removesuffix(".part"))
+                if path.name.startswith("."):
+                    target = _target_of(path)
                     left = self._remove_if_left(path, target)
                     used += 0 if left or target in wanted else status.st_size
                 elif path not in wanted:
@@ -212,9 +213,24 @@ class Cache:
                 used -= size
 
     def _files(self) -> Iterator[Path]:
+        """The cache's own files and parts of files: EDT_CACHE_DIR may name a folder that holds other things as well."""
         for tree in ("objects", "files"):
             for folder, _, names in os.walk(self.root / tree):
-                yield from (Path(folder, name) for name in names if not name.startswith(".") or name.endswith(".part"))
+                yield from (path for name in names if self._is_own(path := Path(folder, name)))
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether the cache has put a file here. A file of another name, a link, and one written to since is not."""
+        target = _target_of(path)
+        if path.is_symlink() or (path.name.startswith(".") and target is path):
+            return False
+        tree, *folders, name = target.relative_to(self.root).parts
+        if tree == "objects":
+            return _SHA256.fullmatch(name) is not None and folders == [name[:2]]
+        if not folders or _URI_KEY.fullmatch(folders[0]) is None:
+            return False
+        with suppress(FileNotFoundError):  # another process' call has evicted it
+            return path != target or path.stat().st_mtime_ns == _SEALED_NS
+        return False
 
     def _remove_if_left(self, part: Path, target: Path) -> bool:
         """Remove the part of a download that was killed: nobody holds the lock of its target."""
@@ -231,6 +247,12 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(target.relative_to(self.root).as_posix().encode()).hexdigest()[:3]
         return FileLock(folder / f"{name}.lock")
+
+
+def _target_of(path: Path) -> Path:
+    """The file that a hidden `.part` is to become; any other path itself."""
+    part = _PART.fullmatch(path.name)
+    return path.with_name(part[1]) if part else path
 
 
 def _use(path: Path, size: int) -> bool:

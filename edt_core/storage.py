@@ -7,6 +7,7 @@ is asked for anew at each use, so a Folder survives pickling and forks.
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -33,7 +34,8 @@ from edt_core.store_errors import (
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-STAGING = ".staging-"
+_STAGING = ".staging-"
+_STAGED = re.compile(rf"{re.escape(_STAGING)}[0-9a-f]{{32}}")
 _CHUNK = 8 << 20
 _THREADS = 8  # files read, digested or moved at once: hashing and waiting both free the interpreter
 _NO_CONDITIONAL_WRITE = {"NotImplemented", "501", "MethodNotAllowed"}
@@ -232,7 +234,7 @@ class Folder:
                 staging = Path(tempfile.mkdtemp(prefix="edt-"))
             else:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
-                staging = (root / name).parent / f"{STAGING}{uuid.uuid4().hex}"
+                staging = (root / name).parent / f"{_STAGING}{uuid.uuid4().hex}"
                 staging.mkdir()
         try:
             with clear_space_errors(where):
@@ -272,10 +274,10 @@ class Folder:
         return Cache.of_node().copy(self, list(self.walk()))
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder if it is there."""
+        """Remove a file or a folder if it is there; of a link the link, and not what it leads to."""
         if (root := self.local) is not None:
             target = root / name
-            if target.is_dir():
+            if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target, ignore_errors=True)
             else:
                 target.unlink(missing_ok=True)
@@ -287,8 +289,9 @@ class Folder:
     def sweep(self) -> None:
         """Remove what writers that were killed have left staged; for a folder that nobody writes to any more."""
         if (root := self.local) is not None:
-            for staging in root.rglob(f"{STAGING}*"):
-                shutil.rmtree(staging, ignore_errors=True)
+            for staging in root.rglob(f"{_STAGING}*"):
+                if is_staged(staging.name):
+                    shutil.rmtree(staging, ignore_errors=True)
 
     def check_writable(self) -> None:
         """Raise UserError unless a file can be written here, and records can hold the folder's path."""
@@ -313,6 +316,11 @@ class Folder:
 
     def _clear_errors(self) -> AbstractContextManager[None]:
         return clear_read_errors(self.uri) if self.local is not None else clear_remote_errors(self.uri)
+
+
+def is_staged(name: str) -> bool:
+    """Whether a name is of a folder that `Folder.staged` made."""
+    return _STAGED.fullmatch(name) is not None
 
 
 def is_hidden(name: str) -> bool:

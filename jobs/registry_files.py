@@ -236,10 +236,11 @@ def _staging(folder: Path) -> Iterator[Path]:
     import fcntl
 
     prefix = f".{folder.name}.pull-"
-    for old in folder.parent.glob(f"{escape(prefix)}*"):
+    for old in folder.parent.glob(f"{escape(prefix)}????????"):
         with suppress(OSError), _opened(old) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its pull is alive
-            shutil.rmtree(old, ignore_errors=True)
+            if {path.name for path in old.iterdir()} <= {folder.name}:  # what else lies there, no pull has left
+                shutil.rmtree(old, ignore_errors=True)
     staged = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         with _opened(staged) as handle:
@@ -253,7 +254,7 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         yield handle
     finally:

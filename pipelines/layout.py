@@ -13,11 +13,10 @@ from pathlib import Path
 
 from edt_core.manifest import Manifest
 from edt_core.schema import KINDS, MANIFEST_NAME
-from edt_core.storage import STAGING, Folder, is_hidden
+from edt_core.storage import Folder, is_hidden, is_staged
 
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 _ATTEMPT = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")  # of `stamped_name`
-_STAGED = re.compile(rf"{re.escape(STAGING)}[0-9a-f]{{32}}")
 Identity = tuple[str, str]  # kind, fingerprint
 
 
@@ -59,7 +58,7 @@ def foreign_names(folder: Folder, committed: str) -> dict[str, str]:
         if name == MANIFEST_NAME:
             if _is_link(folder, name):
                 found[name] = "a link"
-        elif name != committed and not is_stamped(name) and not _STAGED.fullmatch(name):
+        elif name != committed and not is_stamped(name) and not is_staged(name):
             found[name] = "no attempt"
         elif reason := _not_a_folder(folder.child(name)):
             found[name] = reason

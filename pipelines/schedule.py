@@ -112,7 +112,7 @@ class Schedules:
 
     def read(self, name: str) -> Schedule:
         """Raises UserError where there is no such schedule, its file is not one, or may be of somebody else."""
-        found = _read(self.folder, f"{name}.json", Schedule)
+        found = _read(self.folder, f"{name}.json", Schedule) if _NAME.fullmatch(name) else None
         if found is None:
             raise self._unknown(name)
         self._check_own(name, found)

@@ -7,6 +7,7 @@ lives, which tells the next server whether a run it did not start goes on.
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from pipelines.schedule import (
 )
 
 _ATTEMPTS = 2  # to make a run of a tick that was lost together with its server
+_LOG = re.compile(r".+-\d{8}T\d{6}Z-\d+\.log")
 _LOGS = 50  # kept, of all schedules together
 _STATUS = {"failed": "FAILED", "lost": "FAILED", "stopped": "KILLED"}
 
@@ -288,8 +290,8 @@ class Server:
         return (self.schedules.log(tick) or Path(os.devnull)).with_suffix(".result.json")
 
     def _prune_logs(self) -> None:
-        logs = sorted(self.schedules.workplace.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        for path in logs[:-_LOGS]:
+        found = (path for path in self.schedules.workplace.glob("*.log") if _LOG.fullmatch(path.name))
+        for path in sorted(found, key=lambda path: path.stat().st_mtime)[:-_LOGS]:
             path.unlink(missing_ok=True)
 
     def _tell(self, name: str, text: str) -> None:

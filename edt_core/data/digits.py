@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edt_core.data.images import write_image_folder
+from edt_core.errors import UserError
 
 NUM_DIGITS = 1797
 
@@ -19,7 +20,8 @@ NUM_DIGITS = 1797
 def write_digits(root: Path) -> Path:
     """Write the digits (8x8, 17 grey levels) as an image folder, one folder a class, unless they are there.
 
-    Returns `root`. The folder appears whole: a writer that dies leaves nothing at `root`.
+    Returns `root`. The folder appears whole: a writer that dies leaves nothing at `root`. One from which digits are
+    missing is written anew; raises UserError where it holds anything else.
     """
     if _complete(root):
         return root
@@ -31,12 +33,32 @@ def write_digits(root: Path) -> Path:
     try:
         write_image_folder(staging, pixels, [str(label) for label in digits.target])
         if root.exists() and not _complete(root):
+            _check_same(root, staging)
             shutil.rmtree(root)
         with suppress(OSError):  # another run was first: its folder is the same
             os.replace(staging, root)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return root
+
+
+def _check_same(root: Path, whole: Path) -> None:
+    """Raise UserError where a folder that is to be replaced holds a file that the whole one does not."""
+    found = [path for path in root.rglob("*") if not _is_folder(path)] if _is_folder(root) else [root]
+    others = sorted(path for path in found if not _is_same(path, whole / path.relative_to(root)))
+    if others:
+        raise UserError(
+            f"{root} is where the digits are written, and {len(others)} other files are there (as {others[0]}); move "
+            "them elsewhere and run again"
+        )
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return not path.is_symlink() and other.is_file() and path.read_bytes() == other.read_bytes()
 
 
 def _complete(root: Path) -> bool:

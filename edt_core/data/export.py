@@ -29,6 +29,7 @@ Batch = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]  # indice
 Sample = tuple[int, int, NDArray[np.uint8]]  # index, label, image [S, S, 3]
 
 _SHARD, _SHARD_SAMPLES = "samples-{:05d}.tar", 10_000
+_OWN = {"lock", "whole"}  # of the hidden folder that an export is written to
 _DIGITS = 6  # of a sample's name, or more where there are more samples: names in order are samples in order
 _AGAIN = "make the samples again, or give the number that there is"
 
@@ -181,6 +182,7 @@ def _staged(target: Path, outputs: Sequence[Path]) -> Iterator[Path]:
 
     _refuse_existing(outputs)
     hidden = target.with_name(f".{target.name}.exporting")
+    _refuse_foreign(hidden)
     with clear_disk_errors(str(target)):
         hidden.mkdir(parents=True, exist_ok=True)
         lock = FileLock(hidden / "lock")
@@ -219,6 +221,15 @@ def _refuse_existing(outputs: Iterable[Path]) -> None:
     for output in outputs:
         if os.path.lexists(output):  # a link to nothing is somebody's, too
             raise UserError(f"{output} is there already and stays as it is; give another target, or remove it")
+
+
+def _refuse_foreign(hidden: Path) -> None:
+    """Raise UserError where the hidden folder of an export, which goes at its end, holds what no export has left."""
+    if hidden.is_symlink() or (hidden.exists() and (not hidden.is_dir() or {p.name for p in hidden.iterdir()} - _OWN)):
+        raise UserError(
+            f"{hidden} is where this export would be written first, and it is not of an export; move it elsewhere, or "
+            "give another target"
+        )
 
 
 _WRITERS: dict[str, Callable[[Iterator[Batch], int, Path], None]] = {

@@ -105,9 +105,14 @@ class CheckpointStore:
         return load_checkpoint(self._local(step))
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint, its manifest first: what is interrupted half-way is not taken for one."""
+        """Remove a checkpoint, its manifest first: what is interrupted half-way is not taken for one.
+
+        Of a checkpoint that somebody moved elsewhere and linked, the link goes.
+        """
         name = f"{CHECKPOINTS}/{checkpoint_name(step)}"
-        self.out.data.remove(f"{name}/{CHECKPOINT_MANIFEST}")
+        local = self.folder.child(checkpoint_name(step)).local
+        if local is None or not local.is_symlink():
+            self.out.data.remove(f"{name}/{CHECKPOINT_MANIFEST}")
         self.out.discard(name)
 
     def prune(self, *, at_end: bool = False) -> list[int]:

@@ -1,7 +1,9 @@
 """edt init: a first configuration, by questions or by flags."""
 
+import os
 import shlex
 import sys
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -51,7 +53,7 @@ def init(
     from pipelines.hardware import this_machine
     from pipelines.init import config_text, look_at, notes, summary
 
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:  # a link to nothing is somebody's, too
         raise UserError(f"{out} is there already; give another --out, or --force to write over it")
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out {out} is no .yaml file, and configurations are known by that; give one, as {out}.yaml")
@@ -154,7 +156,7 @@ def _write(out: Path, text: str) -> None:
     """Write the file and read it as a configuration. Raises UserError, without a file, where it is none."""
     from pipelines.config import load_config
 
-    staged = out.with_name(f".{out.stem}.partial.yaml")
+    staged = out.with_name(f".{out.stem}.{uuid.uuid4().hex}.yaml")  # no file of anybody's
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staged.write_text(text, encoding="utf-8")

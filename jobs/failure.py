@@ -103,7 +103,10 @@ _REMEDIES: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
         _named("WorkerGroupError", "ControllerError", "TrainingFailedError"),
         f"training workers failed: the log has what each of them raised; {_GO_ON}",
     ),
-    (_disk_full, f"free space on that disk (`edt gc --dry-run` lists what no model needs), then run again: {_GO_ON}"),
+    (
+        _disk_full,
+        f"free space on that disk (`edt gc` moves what no model needs to a trash, `edt gc --empty-trash` deletes it), then run again: {_GO_ON}",
+    ),
     (
         _named("PermissionError"),
         "give the user that runs this the right to read and write there, or name another folder",

@@ -105,7 +105,8 @@ _REMEDIES: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
     ),
     (
         _disk_full,
-        f"free space on that disk (`edt gc` moves what no model needs to a trash, `edt gc --empty-trash` deletes it), then run again: {_GO_ON}",
+        "free space on that disk (`edt gc` moves what no model needs to a trash, `edt gc --empty-trash` deletes that), "
+        f"then run again: {_GO_ON}",
     ),
     (
         _named("PermissionError"),

@@ -205,7 +205,10 @@ def disk(patient: Patient) -> Found:
     free = shutil.disk_usage(there).free
     told = f"{told}, {size_text(free)} free at {what}"
     if need * _SLACK > free:
-        remedy = "free some (edt gc, then edt gc --empty-trash), give another --store, or lower source.limit, sample.num_samples, train.num_to_keep"
+        remedy = (
+            "free some (edt gc, then edt gc --empty-trash), give another --store, or lower source.limit, "
+            "sample.num_samples, train.num_to_keep"
+        )
         return "fail" if need > free else "warn", told, remedy
     return "ok", told, ""
 

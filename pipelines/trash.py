@@ -46,8 +46,8 @@ class Trash:
         trash = cls(root.local)
         if os.path.lexists(trash.root) and (trash.root.is_symlink() or not trash.root.is_dir()):
             raise UserError(
-                f"{trash.root} is a link or a file, and `edt gc` keeps there what it removes; move it away, and a "
-                "folder is made in its place"
+                f"{trash.root} is a link or a file, and gc keeps there what it removes; move it away, and a folder is "
+                "made in its place"
             )
         return trash
 

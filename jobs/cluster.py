@@ -14,6 +14,7 @@ import ray.job_config
 
 from edt_core.errors import Stopped, UserError
 from jobs.cluster_address import check_answers, first_line, named_address
+from jobs.loopback import on_loopback
 
 _OWN = "edt_own_session"  # a resource that marks a session that `connect` started
 MAX_RETRIES = 8  # of a task or actor whose process was lost: nodes go, but what always crashes must end
@@ -53,14 +54,15 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
     if named is None:
         cpus = max(os.cpu_count() or 1, min_cpus)
         # "local": never a cluster that `ray start` left on this machine.
-        ray.init(
-            "local",
-            num_cpus=cpus,
-            resources={_OWN: 1},
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **common,
-        )
+        with on_loopback():
+            ray.init(
+                "local",
+                num_cpus=cpus,
+                resources={_OWN: 1},
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **common,
+            )
         return False
     check_answers(named)
     try:
@@ -73,14 +75,19 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
     return True
 
 
+def is_own() -> bool:
+    """Whether the session is one that `connect` started: all of it on this machine, and on loopback."""
+    return _OWN in ray.cluster_resources()
+
+
 def require(stage: str, **wanted: float) -> None:
     """Raise UserError where a session of our own can never give what a stage wants: it would wait for ever.
 
     A cluster that others run may grow, and shows what waits for resources itself.
     """
-    there = ray.cluster_resources()
-    if _OWN not in there:
+    if not is_own():
         return
+    there = ray.cluster_resources()
     for kind, number in wanted.items():
         if number > there.get(kind, 0):
             raise UserError(

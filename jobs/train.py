@@ -16,7 +16,7 @@ from edt_core.progress import Progress
 from edt_core.schema import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
 from edt_core.small_files import read_text
 from jobs.autoencoder import check_trained_scale, stored_scale
-from jobs.cluster import MAX_RETRIES, free_place_of, require, use_threads
+from jobs.cluster import MAX_RETRIES, free_place_of, is_own, require, use_threads
 from jobs.verb import Verb
 
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
@@ -163,10 +163,13 @@ def _trainer(config: TrainConfig, job: dict[str, Any], name: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from jobs.one_machine import OneMachineConfig
+
     resources = {"CPU": config.num_cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
     return TorchTrainer(
         _worker,
         train_loop_config=job,
+        torch_config=OneMachineConfig() if is_own() else None,
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]  # a range is not in its annotations
             use_gpu=config.use_gpu,

@@ -3,6 +3,7 @@
 Each ratio is against something measured in the same run, in turns with it: a shared machine's speed drifts.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -33,6 +34,7 @@ from edt_core.training.state import initial_state, to_checkpoint
 from edt_core.training.step import StepInputs, accumulate_gradient
 from jobs.benchmark.authors import PlainStep
 from jobs.benchmark.table import Row, mib
+from jobs.loopback import INTERFACES
 
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
 _STEPS_BETWEEN_CHECKPOINTS = 1000
@@ -283,6 +285,7 @@ def _seconds_of_workers(config: TrainConfig, model: ModelConfig, device: str, tu
 def _worker(rank: int, config: TrainConfig, model: ModelConfig, device: str, turns: int, folder: str) -> None:
     """One process; rank 0 writes the seconds of its steps, which end when gradients are exchanged, to a file."""
     world_size = config.worker_range[1]
+    os.environ.update(INTERFACES)
     if device == "cpu":
         torch.set_num_threads(1)
         here, backend = torch.device("cpu"), "gloo"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from edt_core.errors import UserError
 from pipelines.cli import app
 from pipelines.ui import DEFAULT_PORT, free_port, has_display, run_link, stop
+from tests.support.processes import beyond_loopback, listeners
 from tests.support.registry import Registry
 from tests.support.small import EDT, environment
 
@@ -101,6 +102,8 @@ def test_a_store_s_runs_are_served_until_ctrl_c(tmp_path: Path) -> None:
     url = told[0]
     with urllib.request.urlopen(url) as page:
         assert b"<html" in page.read().lower()
+    assert len(found := listeners(process.pid)) > 0
+    assert beyond_loopback(found) == []
     assert any(line.endswith(f"/runs/{run_id}") and url in line for line in told)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 0

@@ -2,8 +2,9 @@
 
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,30 @@ def descendants(root: int) -> dict[int, str]:
         found |= below
         line += below
     return found
+
+
+def listeners(root: int) -> set[tuple[str, str, int]]:
+    """What a process and those below it listen on, TCP and UDP: (title, address, port)."""
+    import psutil
+
+    found = set()
+    for pid in [root, *descendants(root)]:
+        with suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(pid).net_connections("inet"):
+                if one.status == psutil.CONN_LISTEN or (one.type == socket.SOCK_DGRAM and not one.raddr):
+                    found.add((title(pid), one.laddr.ip, one.laddr.port))
+    return found
+
+
+def beyond_loopback(found: Iterable[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Those of `listeners` that other machines can reach."""
+    import ipaddress
+
+    def inner(text: str) -> bool:
+        address = ipaddress.ip_address(text)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+    return sorted(one for one in found if not inner(one[1]))
 
 
 def title(pid: int) -> str:

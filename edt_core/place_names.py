@@ -16,8 +16,14 @@ def is_local(location: str) -> bool:
 
 
 def typed_path(text: str | os.PathLike[str]) -> Path:
-    """The path that was typed, `~` at its start expanded. A `~name` that is no user, or comes after `./`, is a name."""
-    return Path(os.path.expanduser(os.fspath(text)))
+    """The path that was typed, `~` at its start expanded. A `~name` that is no user, or comes after `./`, is a name.
+
+    Raises UserError for a NUL, which no path can hold.
+    """
+    path = os.path.expanduser(os.fspath(text))
+    if "\0" in path:
+        raise UserError(f"the path {path!r} holds a NUL character, which no file can have in its name; remove it")
+    return Path(path)
 
 
 def check_store_name(path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from edt_core.errors import UserError
+from edt_core.small_files import UnusableFileError
 
 VARIABLES = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL"
 
@@ -69,7 +70,7 @@ def clear_read_errors(where: str) -> Iterator[None]:
         reason = UNUSABLE_PATHS.get(error.errno or 0)
         if reason is None:
             raise
-        raise UserError(f"cannot read {where}: {reason}") from error
+        raise UnusableFileError(f"cannot read {where}: {reason}") from error
 
 
 @contextmanager

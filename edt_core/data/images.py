@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: 268 MB once decoded
+MAX_IMAGE_BYTES = 4 * MAX_PIXELS  # of one encoded image: the largest in 8-bit RGBA without any compression
 # Pillow tells these without decoding them; EPS is a program, which it would have Ghostscript run.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 

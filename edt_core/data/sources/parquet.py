@@ -24,6 +24,8 @@ from edt_core.storage import Folder
 if TYPE_CHECKING:
     from edt_core.config import SourceConfig
 
+_MAX_ROWS = 10_000_000  # of one file: encoded as repeats, a billion rows take a few bytes
+_MAX_LABEL_BYTES = 4096  # of a class name in a file
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "class_name", "category", "target")
 
 
@@ -73,18 +75,32 @@ def _part(root: Folder, file: bytes, version: str | None) -> _Part:
                     f"{where} has the columns {', '.join(schema.names)}; an image column (image: binary, or a struct "
                     f"with bytes) and a label column (one of {', '.join(_LABELS)}) are needed"
                 )
-            labels = parquet.read(columns=[column], use_threads=False)[column]
+            if (count := parquet.metadata.num_rows) > _MAX_ROWS:
+                raise UserError(f"{where} has {count:,} rows, and at most {_MAX_ROWS:,} are read of one file; split it")
+            # As a dictionary where they are text: decoded, each row would be a copy of its name.
+            labels = pq.ParquetFile(source, read_dictionary=[column]).read(columns=[column], use_threads=False)[column]
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # of the disk or the store; pyarrow's own have no number
                 raise
             raise UserError(f"{where} is not a whole parquet file ({error}); copy or download it again") from error
     if pa.types.is_dictionary(labels.type):
+        _check_names(labels, where)
         labels = labels.cast(labels.type.value_type)
     if labels.null_count:
         raise UserError(f"{labels.null_count} of {len(labels)} rows of {where} have no label; remove them")
     if not (pa.types.is_integer(labels.type) or _is_text(labels.type)):
         raise UserError(f"the column {column!r} of {where} holds {labels.type}; labels are whole numbers or names")
     return _Part(file, version, labels, _stated_names(schema, column))
+
+
+def _check_names(labels: pa.ChunkedArray, where: str) -> None:
+    """Raise UserError for names that are too long: as values of a dictionary they can stand in every row."""
+    for chunk in labels.chunks:
+        if (
+            _is_text(chunk.dictionary.type)
+            and (pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0) > _MAX_LABEL_BYTES
+        ):
+            raise UserError(f"{where} has labels of more than {_MAX_LABEL_BYTES:,} bytes; a label is a class name")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -96,7 +112,7 @@ def _stated_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     try:
         about: Any = json.loads((schema.metadata or {})[b"huggingface"])
         names = about["info"]["features"][column]["names"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 

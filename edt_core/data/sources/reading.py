@@ -12,15 +12,20 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from edt_core.data.prefetch import in_batches
+from edt_core.data.images import MAX_IMAGE_BYTES
 from edt_core.data.sources.files import THREADS, as_text, open_file, remote, remote_path, shown
 from edt_core.errors import UserError
 from edt_core.storage import Folder
 from edt_core.store_errors import clear_remote_errors
 
 _HANDFUL = 4  # images a thread reads in a row: a switch of threads for each one costs as much as reading it
+_HANDFUL_BYTES, _AHEAD_BYTES = 16 << 20, 128 << 20  # of images that are read in a row, and of all that wait
 _ROWS_PER_READ = 1024  # rows of the listing that are Python objects at a time
-_PARQUET_ROWS = 16  # images of a parquet file in memory at a time
+_PARQUET_ROWS = 16  # images of a parquet file in memory at a time, of a large row group one
+_LARGE_GROUP = 16 << 20  # bytes of the image column: a dictionary can repeat all of them in each row
+_MAX_EXPANSION = 100  # bytes of the image column for each byte in the file; images hardly shrink
+_MAX_ONE_ROW = MAX_IMAGE_BYTES + (1 << 20)  # bytes of a row group of one row: the image, and what its page takes
+_MAX_EXPANDED = 256 << 20  # bytes that a row group may have whatever its expansion
 _LOCAL_BUFFER, _REMOTE_BUFFER = 1 << 20, 8 << 20  # bytes of a parquet file that are asked for at once
 _REASONS = {PermissionError: "Permission denied", FileNotFoundError: "No such file or directory"}
 
@@ -53,6 +58,19 @@ class Row(NamedTuple):
         reason = next(text for kind, text in _REASONS.items() if isinstance(error, kind))
         return RawImage(as_text(self.name), self.label, None, f"{type(error).__name__}: {reason}")
 
+    def image(self, data: bytes | None) -> RawImage:
+        """The image of these bytes; None for a row that holds none."""
+        if data is None:
+            return RawImage(as_text(self.name), self.label, None, "ValueError: the row holds no image")
+        return self.too_large(len(data)) if len(data) > MAX_IMAGE_BYTES else self._whole(data)
+
+    def _whole(self, data: bytes) -> RawImage:
+        return RawImage(as_text(self.name), self.label, data)
+
+    def too_large(self, size: int) -> RawImage:
+        reason = f"ValueError: {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} that one image may have"
+        return RawImage(as_text(self.name), self.label, None, reason)
+
 
 def rows(table: pa.Table) -> Iterator[Row]:
     """The rows of a listing's table as Python values, a thousand at a time."""
@@ -70,42 +88,70 @@ def rows(table: pa.Table) -> Iterator[Row]:
         )
 
 
-def ahead(work: Callable[[Item], Made], items: Iterable[Item], handful: int = 1) -> Iterator[Made]:
-    """`work` of each item, in order, made ahead by eight threads that take a `handful` of items at a time."""
+def ahead(
+    work: Callable[[Item], Made],
+    items: Iterable[Item],
+    handful: int = 1,
+    size: Callable[[Item], int] = lambda item: 0,
+) -> Iterator[Made]:
+    """`work` of each item, in order, made ahead by eight threads that take a `handful` of items at a time.
 
-    def several(batch: tuple[Item, ...]) -> list[Made]:
+    `size` is the bytes that an item takes: items of more than 128 MiB together are not made ahead.
+    """
+
+    def several(batch: list[Item]) -> list[Made]:
         return [work(item) for item in batch]
 
     with ThreadPoolExecutor(THREADS) as pool:
-        pending: deque[Future[list[Made]]] = deque()
+        pending: deque[tuple[Future[list[Made]], int]] = deque()
+        waiting = 0
         try:
-            for batch in in_batches(items, handful):
-                pending.append(pool.submit(several, batch))
-                if len(pending) >= THREADS:
-                    yield from pending.popleft().result()
+            for batch, taken in _handfuls(items, handful, size):
+                while pending and (len(pending) >= THREADS or waiting + taken > _AHEAD_BYTES):
+                    yield from pending[0][0].result()
+                    waiting -= pending.popleft()[1]
+                pending.append((pool.submit(several, batch), taken))
+                waiting += taken
             while pending:
-                yield from pending.popleft().result()
+                yield from pending.popleft()[0].result()
         finally:  # the reader may stop early
-            for future in pending:
+            for future, _ in pending:
                 future.cancel()
+
+
+def _handfuls(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> Iterator[tuple[list[Item], int]]:
+    """Items in lists of at most `most`, which end where they take 16 MiB, and the bytes that each list takes."""
+    batch: list[Item] = []
+    taken = 0
+    for item in items:
+        if batch and (len(batch) == most or taken + size(item) > _HANDFUL_BYTES):
+            yield batch, taken
+            batch, taken = [], 0
+        batch.append(item)
+        taken += size(item)
+    if batch:
+        yield batch, taken
 
 
 def read_files(root: Folder, table: pa.Table, ranges: bool, made: Callable[[RawImage], Made]) -> Iterator[Made]:
     """`made` of each image, in order; it runs in the reading threads. `ranges`: images are parts of larger files.
 
-    Raises UserError for a file that has become shorter, and OSError for a fault of the disk or the network.
+    What has more than MAX_IMAGE_BYTES is not read. Raises UserError for a file whose size has changed since it was
+    listed, and OSError for a fault of the disk or the network.
     """
     read = _disk_reader(root) if root.local is not None else _remote_reader(root)
 
     def image(row: Row) -> Made:
+        if row.size > MAX_IMAGE_BYTES:
+            return made(row.too_large(row.size))
         with clear_remote_errors(shown(root.uri)) if root.local is None else nullcontext():
             try:
                 data = read(row, ranges)
             except (PermissionError, FileNotFoundError) as error:
                 return made(row.unreadable(error))
-        return made(RawImage(as_text(row.name), row.label, data))
+        return made(row.image(data))
 
-    return ahead(image, rows(table), _HANDFUL)
+    return ahead(image, rows(table), _HANDFUL, lambda row: row.size if row.size <= MAX_IMAGE_BYTES else 0)
 
 
 def _disk_reader(root: Folder) -> Callable[[Row, bool], bytes]:
@@ -114,7 +160,7 @@ def _disk_reader(root: Folder) -> Callable[[Row, bool], bytes]:
     def read(row: Row, ranges: bool) -> bytes:
         with open(os.path.join(base, row.file), "rb") as file:
             if not ranges:
-                return file.read()
+                return _whole(file.read(row.size + 1), row)  # one byte more shows that the file has grown
             file.seek(row.offset)
             return _whole(file.read(row.size), row)
 
@@ -205,22 +251,39 @@ def _parquet_images(file: Any, is_remote: bool, part: pa.Table) -> Iterator[RawI
         stop = start + parquet.metadata.row_group(group).num_rows
         low, high = np.searchsorted(wanted, [start, stop])
         if low < high:
-            data = _group_values(parquet, group, column, wanted[low:high] - start)
-            for row, value in zip(rows(part.slice(low, high - low)), data, strict=True):
-                error = None if value is not None else "ValueError: the row holds no image"
-                yield RawImage(as_text(row.name), row.label, value, error)
+            listed = rows(part.slice(low, high - low))
+            size = _group_bytes(parquet, group, column, part)
+            if stop - start == 1 and size > _MAX_ONE_ROW:
+                yield next(listed).too_large(size)
+            else:
+                at_once = _PARQUET_ROWS if size <= _LARGE_GROUP else 1
+                data = _group_values(parquet, group, column, wanted[low:high] - start, at_once)
+                yield from (row.image(value) for row, value in zip(listed, data, strict=True))
         start = stop
     if wanted[-1] >= start:
         raise _changed(next(rows(part)), f"{start} rows instead of {wanted[-1] + 1} or more")
 
 
-def _group_values(parquet: Any, group: int, column: str, wanted: np.ndarray) -> Iterator[bytes | None]:
-    """Values of a binary column at these rows of a row group."""
+def _group_bytes(parquet: Any, group: int, column: str, part: pa.Table) -> int:
+    """Bytes of the image column in a row group. Raises UserError for a decompression bomb."""
+    about = parquet.metadata.row_group(group)
+    chunk = next(c for c in map(about.column, range(about.num_columns)) if c.path_in_schema == column)
+    size, stored = int(chunk.total_uncompressed_size), int(chunk.total_compressed_size)
+    if size > _MAX_EXPANDED and size > _MAX_EXPANSION * stored:
+        raise UserError(
+            f"{as_text(next(rows(part)).file)}: the images of row group {group} would be {size:,} bytes, made of "
+            f"{stored:,} in the file: a decompression bomb; remove the file, or write it again without compression"
+        )
+    return size
+
+
+def _group_values(parquet: Any, group: int, column: str, wanted: np.ndarray, at_once: int) -> Iterator[bytes | None]:
+    """Values of a binary column at these rows of a row group, `at_once` rows in memory."""
     import pyarrow.compute as pc
 
     name, _, leaf = column.partition(".")
     start = 0
-    batches = parquet.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[column], use_threads=False)
+    batches = parquet.iter_batches(at_once, row_groups=[group], columns=[column], use_threads=False)
     for batch in batches:
         low, high = np.searchsorted(wanted, [start, start + len(batch)])
         if low < high:

@@ -15,6 +15,14 @@ BLOCK_SIZE = 4 << 20  # bytes a remote tar is read by: images are smaller, so it
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _BLOCK = 512
+_MAX_HEADER = 1 << 20  # bytes of a pax header or a long name, which tarfile reads whole
+_READ_WHOLE = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 class Member(NamedTuple):
@@ -23,6 +31,16 @@ class Member(NamedTuple):
     name: bytes
     offset: int
     size: int
+
+
+class _Info(tarfile.TarInfo):
+    """A member whose own header is small."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _READ_WHOLE and self.size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        info: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # documented in tarfile's source
+        return info
 
 
 def refuse_compressed(name: str) -> None:
@@ -43,7 +61,7 @@ def members(file: BinaryIO, where: str, start: int, stop: int) -> Iterator[Membe
     file.seek(start)
     at = start
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Info, encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all
                 after = info.offset_data + info.size

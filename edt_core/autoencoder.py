@@ -217,9 +217,19 @@ def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision
 
 @torch.inference_mode()
 def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
-    """uint8 [N, S, S, 3] of scaled latents [N, C, h, h]; rounded without bias: truncation of 127.5 x + 128."""
-    images = model.decode(scale_of(model).to_raw(latents).to(model.dtype)).sample.float()
-    levels = (images * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
+    """uint8 [N, S, S, 3] of scaled latents [N, C, h, h]."""
+    return to_pixels(decode(model, latents))
+
+
+def decode(model: Any, latents: Tensor) -> Tensor:
+    """Images [N, 3, S, S] in about -1..1, in the autoencoder's dtype, of scaled latents [N, C, h, h]."""
+    images: Tensor = model.decode(scale_of(model).to_raw(latents).to(model.dtype)).sample
+    return images
+
+
+def to_pixels(images: Tensor) -> NDArray[np.uint8]:
+    """uint8 [N, S, S, 3] of images [N, 3, S, S] in -1..1; rounded without bias: truncation of 127.5 x + 128."""
+    levels = (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

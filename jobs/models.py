@@ -214,6 +214,7 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
     from diffusers.utils import logging
 
     from edt_core.pipeline import EDTPipeline
+    from edt_core.schedulers import is_training_scheduler
 
     logging.disable_progress_bar()
     try:
@@ -222,11 +223,15 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder} is no diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
-    timesteps = pipeline.scheduler.config.num_train_timesteps
+    if not is_training_scheduler(pipeline.scheduler, pipeline.config.num_timesteps):
+        _log.warning(
+            "%s: its scheduler, %s, is not used; choose the sampler by the option sampler",
+            *(folder, type(pipeline.scheduler).__name__),
+        )
     digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
     config = pipeline.config
     known = tuple(config.classes), dict(config.protocol), config.class_counts
-    return _Found(pipeline.transformer.edt.eval(), timesteps, 0, digest, origin, folder / "vae", *known)
+    return _Found(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *known)
 
 
 def _of_released(path: Path) -> _Found:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import mlflow
 import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 
@@ -22,11 +24,20 @@ class PyfuncEDT(PythonModel):
 
     # MLflow reads type hints of `predict` as a schema and knows no arrays; the logged signature says what goes in.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Images, uint8 [N, S, S, 3], for class labels, an integer array [N]. Parameters of 0 are as evaluated."""
+        """Images, uint8 [N, S, S, 3], for class labels, an integer array [N]. Parameters of 0 are as evaluated.
+
+        Raises MlflowException, which a server answers with status 400, for labels and parameters that do not fit.
+        """
+        from edt_core.errors import UserError
+
         labels: Sequence[int] = np.asarray(model_input).reshape(-1).astype(int).tolist()
         given = {name: value for name, value in (params or {}).items() if value or name == "seed"}
-        images: NDArray[np.uint8] = self.pipeline(labels, output_type="np", **given).images
-        return images
+        try:
+            images = self.pipeline(labels, **given).images
+        except UserError as error:  # for a server any other exception is an error of its own
+            raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from error
+        pixels: NDArray[np.uint8] = np.stack(images)
+        return pixels
 
 
 mlflow.models.set_model(PyfuncEDT())

@@ -38,7 +38,7 @@ class SwitchedModel:
     outside: ModelFn
     interval: tuple[float, float]
 
-    def at(self, timestep: int) -> ModelFn:
+    def at(self, timestep: float) -> ModelFn:
         """The model function of a timestep."""
         return self.inside if self.interval[0] <= timestep < self.interval[1] else self.outside
 

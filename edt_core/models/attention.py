@@ -74,8 +74,12 @@ class Attention(nn.Module):
 
     def set_amm(self, kernel: AmmKernel | None, radius: float | None = None) -> None:
         """Modulate with `kernel` from now on, up to `radius` tokens (None: the paper's); kernel None ends it."""
-        device = self.qkv.weight.device
-        self.amm = None if kernel is None else amm_matrix(self.grid, kernel, radius).to(device)
+        if kernel is None:
+            self.amm = None
+            return
+        amm, device = amm_matrix(self.grid, kernel, radius), self.qkv.weight.device
+        # Weights on "meta" have their values still to come (accelerate loads so); those of the matrix would be lost.
+        self.amm = amm if device.type == "meta" else amm.to(device)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """Attend: [N, T, D] -> [N, T, D]; of the grid's tokens those in `kept`, int64 [N, T], where it is given."""

@@ -345,7 +345,7 @@ def test_a_registered_model_is_pulled_and_loads_by_every_door(
     assert [check.passed for check in real.decision.checks] == [True] * 5
     folder = tmp_path / "pulled"
     edt(registry, "models", "pull", f"{REAL}@champion", str(folder))
-    own = EDTPipeline.from_pretrained(folder)(LABELS, output_type="np").images
+    own = np.stack(EDTPipeline.from_pretrained(folder)(LABELS).images)
     general = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
     mlflow.set_tracking_uri(registry.catalog.tracking_uri)
     served = mlflow.pyfunc.load_model(f"models:/{REAL}@champion").predict(np.array(LABELS))
@@ -360,7 +360,7 @@ def test_a_registered_model_is_pulled_and_loads_by_every_door(
         expected = EDTPipeline.from_pretrained(folder).transformer.eval()(*inputs)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert own.shape == (3, 32, 32, 3)
-    assert np.array_equal(own, general(LABELS, output_type="np").images)
+    assert np.array_equal(own, np.stack(general(LABELS).images))
     assert np.array_equal(own, served)
 
 

@@ -187,7 +187,7 @@ def test_the_registered_version_loads_with_pyfunc_and_diffusers(first: Outcome, 
     assert images.dtype == np.uint8
     pulled = mlflow.artifacts.download_artifacts(f"models:/{MODEL}/1", dst_path=str(tmp_path))
     own = EDTPipeline.from_pretrained(next(Path(pulled).rglob("model_index.json")).parent)
-    assert np.array_equal(own([3, 1, 4], output_type="np").images, images)
+    assert np.array_equal(np.stack(own([3, 1, 4]).images), images)
 
 
 def test_another_protocol_makes_a_candidate_and_no_champion(first: Outcome, resampled: Outcome) -> None:

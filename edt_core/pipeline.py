@@ -234,10 +234,10 @@ class EDTPipeline(DiffusionPipeline):
         Raises UserError where a `pipeline.py` of somebody else is there.
         """
         file = Path(save_directory) / _PIPELINE_FILE
-        if file.exists() and _IMPORT not in file.read_text(errors="replace"):
+        if file.exists() and _IMPORT not in file.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{file} is another program, and the pipeline writes its own there; save to another folder")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(_PIPELINE_CODE)  # what custom_pipeline=folder imports
+        file.write_text(_PIPELINE_CODE, encoding="utf-8")  # what custom_pipeline=folder imports
         with _without_origin([self, self.transformer, self.vae, self.scheduler]):
             super().save_pretrained(save_directory, *args, **kwargs)
 

@@ -43,6 +43,7 @@ _VERSION = 1
 _REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
 _RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
 _INDEX = "model_index.json"  # by which diffusers knows a pipeline's folder
+_COMPONENTS, _LIBRARIES = {"transformer", "vae", "scheduler"}, ("diffusers", "edt_core.pipeline")
 _FORMS = (
     "a registered model (NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one of its "
     "checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
@@ -217,6 +218,7 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
     from edt_core.schedulers import is_training_scheduler
 
     logging.disable_progress_bar()
+    _check_components(folder)
     try:
         pipeline = EDTPipeline.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)
     except UserError:
@@ -232,6 +234,25 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
     config = pipeline.config
     known = tuple(config.classes), dict(config.protocol), config.class_counts
     return _Found(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *known)
+
+
+def _check_components(folder: Path) -> None:
+    """Raise UserError where the index of a folder names a module that is not ours or diffusers': loading it runs it.
+
+    diffusers before 0.42 imports whatever module the index names, and a component's folder may bring one.
+    """
+    try:
+        index = dict(json.loads((folder / _INDEX).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return  # no pipeline: who loads it says so
+    for component in _COMPONENTS & index.keys():
+        entry = index[component]
+        library = str(entry[0] if isinstance(entry, list) and entry else entry)
+        if library not in _LIBRARIES or (folder / component / f"{library}.py").exists():
+            raise UserError(
+                f"{folder / _INDEX} takes {component} from {entry}, and a folder's own code is not run; its modules "
+                f"may be {' and '.join(_LIBRARIES)}"
+            )
 
 
 def _of_released(path: Path) -> _Found:

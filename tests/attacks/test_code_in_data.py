@@ -230,6 +230,37 @@ def test_the_walk_finds_a_child_without_the_helper(source: str, tmp_path: Path) 
     assert list(python_children(tmp_path / "module.py"))
 
 
+@pytest.mark.parametrize(
+    ("component", "entry", "module"),
+    [
+        ("vae", ["diffusers", "AutoencoderKL"], "vae/diffusers.py"),
+        ("vae", ["evil", "AutoencoderKL"], "vae/evil.py"),
+        ("transformer", ["trapped_module", "EDTTransformer"], "trapped_module.py"),
+        ("scheduler", ["os", "system"], "pipeline.py"),
+    ],
+)
+def test_a_model_s_folder_brings_no_code(
+    component: str, entry: list[str], module: str, tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its index; diffusers before 0.42 imports what that names."""
+    from jobs.models import load_model
+
+    index = {
+        "_class_name": "EDTPipeline",
+        "transformer": ["edt_core.pipeline", "EDTTransformer"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    folder = tmp_path / "model"
+    (folder / module).parent.mkdir(parents=True)
+    (folder / module).write_text(f"open({str(canary)!r}, 'w')\n")
+    (folder / "model_index.json").write_text(json.dumps({**index, component: entry}))
+    monkeypatch.syspath_prepend(folder)  # as for somebody who is in that folder
+    with pytest.raises(UserError, match="a folder's own code is not run"):
+        load_model(str(folder))
+    assert not canary.exists()
+
+
 # A schedule's record says what the server runs, and where.
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from edt_core.cache import cache_folder
+from edt_core.console import on_one_line
 from edt_core.manifest import FileEntry, ManifestError
 from edt_core.progress import Progress
 from edt_core.small_files import read_json
@@ -40,7 +41,7 @@ def damaged(folder: Folder, problems: Sequence[str], remedy: str = _RUN_AGAIN) -
 def listing(problems: Sequence[str], separator: str = "; ") -> str:
     """The first ten problems and the number of the others."""
     more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    return separator.join([*problems[:_SHOWN], *more])
+    return separator.join([*map(on_one_line, problems[:_SHOWN]), *more])
 
 
 def difference(entry: FileEntry, sha256: str | None) -> str:

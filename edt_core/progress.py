@@ -1,10 +1,11 @@
 """What a job tells while it works. Jobs see only this; a terminal, MLflow or nothing stands behind it."""
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from edt_core.console import say
 
 
 class Progress(Protocol):
@@ -112,7 +113,7 @@ class Printed(Silent):
         rate = (done - self._first) / max(now - self._started, 1e-9)  # what an earlier run finished is no speed
         left = (total - done) / rate if rate else 0.0
         line = f"{self.verb}: {done}/{total} {note}, {rate:.1f}/s, {left:.0f} s left"
-        print(f"{line}, {detail}" if detail else line, file=sys.stderr)
+        say(f"{line}, {detail}" if detail else line, err=True)
 
     def warn(self, message: str) -> None:
-        print(f"{self.verb}: warning: {message}", file=sys.stderr)
+        say(f"{self.verb}: warning: {message}", err=True)

@@ -9,7 +9,6 @@ better there by more than chance. The modulation itself is that of arXiv 2410.23
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -20,6 +19,7 @@ from pydantic import Field
 
 from edt_core.artifact import Artifact, ArtifactWriter, fingerprint
 from edt_core.config import EXTRACTORS, EvaluateConfig, SampleConfig, result_fields
+from edt_core.console import say
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import METRICS_NAME
@@ -173,10 +173,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.amm
     with exit_code(), Bar("amm-search") as bar:
         made = run(options, bar)
         if options.as_json:
-            print(json.dumps({"folder": made.folder.uri, **made.read_json(f"{RESULTS}.json")}, indent=1))
+            say(json.dumps({"folder": made.folder.uri, **made.read_json(f"{RESULTS}.json")}, indent=1))
             return
-        print(read_text(made.path(f"{RESULTS}.md")))
-        print(made.folder.uri)
+        say(read_text(made.path(f"{RESULTS}.md")))
+        say(made.folder.uri)
 
 
 def run(options: argparse.Namespace, bar: Progress) -> Artifact:
@@ -200,7 +200,7 @@ def run(options: argparse.Namespace, bar: Progress) -> Artifact:
             return made
         writer = ArtifactWriter(out, "checkpoint", identity)
         writer.check_own()
-        print(_budget(config, len(blocks)), file=sys.stderr)
+        say(_budget(config, len(blocks)), err=True)
         found = search(_measure(config, subject, metric, judged, bar), blocks, _radii(config, grids), config.top)
         return writer.commit(made_by, parents, _write(found, metric, config, subject, writer))
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import ChainConfig
+from edt_core.console import say
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.storage import Folder
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.dra
     """Draw a picture: MODEL --out PICTURE. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("sample") as bar:
-        print(run(options, bar))
+        say(run(options, bar))
 
 
 def run(options: argparse.Namespace, progress: Progress) -> str:

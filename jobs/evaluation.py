@@ -20,6 +20,7 @@ from edt_core.config import (
     SampleConfig,
     Section,
 )
+from edt_core.console import say
 from edt_core.data.export import EXPORT_FORMATS
 from edt_core.errors import UserError
 from edt_core.progress import Progress
@@ -108,10 +109,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.eva
     with exit_code(), Bar("evaluate") as bar:
         run(options, bar)
         if options.as_json:
-            print(read_text(Path(options.out, f"{RESULTS}.json")), end="")
+            say(read_text(Path(options.out, f"{RESULTS}.json")), nl=False)
             return
-        print(read_text(Path(options.out, f"{RESULTS}.md")))
-        print(f"{options.out}/{RESULTS}.json")
+        say(read_text(Path(options.out, f"{RESULTS}.md")))
+        say(f"{options.out}/{RESULTS}.json")
 
 
 def run(options: argparse.Namespace, bar: Progress) -> list[Result]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edt_core.artifact import Artifact
 from edt_core.config import ChainConfig, SampleConfig
+from edt_core.console import say
 from edt_core.data.export import EXPORT_FORMATS, export_samples
 from edt_core.errors import UserError
 from edt_core.progress import Progress
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.exp
     """The verb on its own. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("export") as bar:
-        print(_exported(options, bar))
+        say(str(_exported(options, bar)))
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:

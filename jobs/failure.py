@@ -1,7 +1,6 @@
 """Why something failed, in one sentence, and what to do about it: a traceback is for the log."""
 
 import errno
-import sys
 import tempfile
 import time
 import traceback
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edt_core.console import printable, say
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
 from edt_core.store_errors import UNUSABLE_PATHS
@@ -38,7 +38,7 @@ def explained(error: BaseException) -> Failure:
 
 def kept_traceback(error: BaseException, folder: Path | None = None) -> Path:
     """Write the whole traceback of an error to a new file in `folder` (one for temporary files) and return its path."""
-    text = redacted("".join(traceback.format_exception(error)))
+    text = printable(redacted("".join(traceback.format_exception(error))))
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", prefix=f"edt-{stamp}-", suffix=".log", dir=folder, delete=False
@@ -55,15 +55,15 @@ def tell_failure(error: BaseException, raised: BaseException | None = None) -> i
     """
     failure = explained(error)
     if isinstance(error, OSError) and (reason := UNUSABLE_PATHS.get(error.errno or 0)):
-        print(f"error: cannot use {redacted(str(error.filename))[:_LONGEST]}: {reason}", file=sys.stderr)
+        say(f"error: cannot use {redacted(str(error.filename))[:_LONGEST]}: {reason}", err=True)
         return 2
     if _from_mlflow(error):
-        print(f"error: MLflow does not answer, or refuses: {failure.cause}; {failure.remedy}", file=sys.stderr)
+        say(f"error: MLflow does not answer, or refuses: {failure.cause}; {failure.remedy}", err=True)
         return 2
-    print(f"error: {failure.cause}", file=sys.stderr)
+    say(f"error: {failure.cause}", err=True)
     if isinstance(error, UserError):
         return 2
-    print(f"       {failure.remedy}\n       log: {kept_traceback(raised or error)}", file=sys.stderr)
+    say(f"       {failure.remedy}\n       log: {kept_traceback(raised or error)}", err=True)
     return 1
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edt_core.artifact import Artifact, ArtifactWriter, fingerprint, sha256_json
+from edt_core.console import on_one_line
 from edt_core.errors import UserError
 from edt_core.place_names import typed_path
 from edt_core.schema import (
@@ -261,7 +262,7 @@ def _of_released(path: Path) -> _Found:
 
     read = read_released_model(path)
     for note in read.notes:
-        _log.warning("%s: %s", path, note)
+        _log.warning("%s: %s", on_one_line(str(path)), on_one_line(note))
     return _Found(read.model, 1000, 0, sha256_file(path), str(path.absolute()))
 
 

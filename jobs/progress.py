@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from edt_core.console import say
 from edt_core.progress import Count, Printed, Progress
 
 _INTERVAL_S = 0.5
@@ -217,8 +218,8 @@ class Bar(Printed):
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
-            columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
-            columns += (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())  # type: ignore[assignment]
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(30), MofNCompleteColumn())
+            columns += (TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn())  # type: ignore[assignment]
             self._bars = Bars(*columns, console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> "Bar":
@@ -262,7 +263,7 @@ def relayed(verb: str, shown: Progress) -> Iterator[BoardProgress]:
         counts, warnings, listening = ray.get(board.read.remote())
         interrupts.heard_by(listening)
         if interrupts.passed_on(board):
-            print(STOPPING, file=sys.stderr)
+            say(STOPPING, err=True)
         for _, message in warnings[warned:]:
             shown.warn(message)
         warned = len(warnings)

@@ -12,6 +12,7 @@ from typing import Any
 
 from edt_core.artifact import Artifact, ArtifactWriter, ManifestError, Source, fingerprint
 from edt_core.config import PUBLISHED_SPACES, Section, SourceConfig, result_fields
+from edt_core.console import say
 from edt_core.errors import Stopped, UserError
 from edt_core.progress import Progress, Silent
 from edt_core.schema import MANIFEST_NAME
@@ -79,11 +80,11 @@ class Verb:
         verb: Verb = import_module(f"jobs.{self.name}").VERB
         with exit_code():
             if getattr(options, "dry_run", False):
-                print(verb._planned(options))
+                say(verb._planned(options))
                 return
             artifact = verb._run_alone(options)
             digest = artifact.manifest.digest[:12]
-            print(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
+            say(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
 
     def make_parser(self, prog: str) -> argparse.ArgumentParser:
         """Reads what `main` is given."""
@@ -136,7 +137,7 @@ class Verb:
         with alone_in(folder):
             if (made := made_before(folder, identity)) is not None:
                 self.accept(config, made.counts)
-                print(f"{self.name}: reused, nothing has changed", file=sys.stderr)
+                say(f"{self.name}: reused, nothing has changed", err=True)
                 return made
             from jobs.cluster import connect
 
@@ -176,7 +177,7 @@ def exit_code() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped; what is finished is kept, run the same command again to go on", file=sys.stderr)
+        say("stopped; what is finished is kept, run the same command again to go on", err=True)
         sys.exit(130)
     except Exception as error:
         cause: BaseException = error
@@ -185,7 +186,7 @@ def exit_code() -> Iterator[None]:
 
             cause = cause_of(error)
         if isinstance(cause, Stopped):
-            print(f"{cause}; run the same command again to go on", file=sys.stderr)
+            say(f"{cause}; run the same command again to go on", err=True)
             sys.exit(130)
         sys.exit(tell_failure(cause, raised=error))
 
@@ -219,7 +220,7 @@ def alone_in(folder: Folder) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process is at work in {folder.uri}; waiting for it", file=sys.stderr)
+        say(f"another process is at work in {folder.uri}; waiting for it", err=True)
         lock.acquire()
     try:
         yield

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from edt_core.artifact import Artifact
+from edt_core.console import say
 from edt_core.errors import UserError
 from edt_core.integrity import listing
 from edt_core.progress import Progress
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--deep", action="store_true", help="digest every file, not only its size")
     options = parser.parse_args(arguments)
     with exit_code(), Bar("verify") as bar:
-        print(verify(options.artifact, options.deep, bar))
+        say(verify(options.artifact, options.deep, bar))
 
 
 if __name__ == "__main__":

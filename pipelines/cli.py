@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from edt_core.child_process import protect_children
+from edt_core.console import say
 from pipelines.commands import config, cost, doctor, gc, init, models, schedule, store, submit, ui, verbs, workflow
 
 app = typer.Typer(
@@ -48,7 +49,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"edt {version('edt-pipeline')}")
+        say(f"edt {version('edt-pipeline')}")
         raise typer.Exit
 
 

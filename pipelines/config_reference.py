@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from edt_core.config import Section
+from edt_core.console import say
 from pipelines.config import PipelineConfig
 
 _INTRODUCTION = """\
@@ -130,4 +131,4 @@ def _default(info: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    say(reference(), nl=False)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edt_core.console import say
 from edt_core.environment import quiet_defaults
 from edt_core.errors import UserError
 
@@ -71,7 +72,7 @@ def main() -> None:
         told = probe(asked["address"], asked["min_cpus"], asked["paths"])
     except Exception as error:  # whatever Ray raises, it is the finding
         told = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
-    print(json.dumps(told))
+    say(json.dumps(told))
 
 
 if __name__ == "__main__":

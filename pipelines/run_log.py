@@ -1,7 +1,6 @@
 """The log of a run: what Ray, MLflow and other libraries print, in a file and not over what a person looks at."""
 
 import os
-import re
 import sys
 import tempfile
 import time
@@ -10,11 +9,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
+from edt_core.console import printable, without_colours
 from edt_core.redaction import redacted
 from edt_core.storage import Folder
 
 FOLDER = "logs"
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _MOST_CHARS = 2_000_000  # of a log that is put into the run's record: its end
 
 
@@ -73,7 +72,7 @@ class RunLog:
     def write(self, text: str) -> None:
         """Add a line or more of our own."""
         with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:  # a full disk is the run's to tell
-            file.write(f"{redacted(text)}\n")
+            file.write(f"{printable(redacted(text))}\n")
 
     def text(self) -> str:
         """What it holds so far, without credentials: the end of it, where it is long."""
@@ -110,10 +109,16 @@ def _flush() -> None:
 def _readable(text: str) -> str:
     """Without colours and credentials, and a line that comes again and again once, with how often."""
     told = []
-    for line, same in groupby(redacted(_COLOUR.sub("", text)).splitlines()):
+    for line, same in groupby(_lines(text)):
         number = sum(1 for _ in same)
         told.append(line if number == 1 or not line else f"{line} [{number} times]")
     return "".join(f"{line}\n" for line in told)
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of what was printed; what a carriage return begins counts as one, as a bar of progress does."""
+    plain = without_colours(text).replace("\r", "\n")
+    return printable(redacted(plain)).splitlines()
 
 
 def _is_descriptor(stream: TextIO, descriptor: int) -> bool:

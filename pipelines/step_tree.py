@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from edt_core.console import on_one_line
 from jobs.progress import Shown
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Node:
         if self.shown is None:
             return ""
         counted = f"{self.shown.done}/{self.shown.total} {self.shown.note}".strip()
-        return ", ".join(part for part in (counted, self.pace(), self.shown.detail) if part)
+        return on_one_line(", ".join(part for part in (counted, self.pace(), self.shown.detail) if part))
 
 
 class StepTree:
@@ -163,7 +164,7 @@ def _tail(node: Node, with_bar: bool, unicode: bool) -> Any:
     from rich.text import Text
 
     if node.state != "running" or node.shown is None:
-        return Text(node.note, "dim" if node.state in ("waiting", *_ENDED) else _STYLES[node.state])
+        return Text(on_one_line(node.note), "dim" if node.state in ("waiting", *_ENDED) else _STYLES[node.state])
     text = Text()
     if with_bar and node.shown.total:
         filled = min(_BAR, _BAR * node.shown.done // node.shown.total)

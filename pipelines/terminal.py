@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from edt_core.console import on_one_line, printable
 from edt_core.progress import Silent
 from edt_core.redaction import redacted
 from jobs.failure import explained
@@ -62,7 +63,7 @@ class Terminal:
         """A line of its own, above the tree while that is shown."""
         from rich.markup import escape
 
-        text = redacted(text)
+        text = printable(redacted(text))
         self.console.print(f"[{style}]{escape(text)}[/]" if style else escape(text))
         self._note(text)
 
@@ -144,7 +145,7 @@ class Terminal:
 
     def _end(self, step: str, state: Any, reason: str) -> None:
         node = self.tree.get(step)
-        node.state, node.note = state, redacted(reason).splitlines()[0] if reason else ""
+        node.state, node.note = state, on_one_line(redacted(reason).splitlines()[0]) if reason else ""
         self._line(node, node.note[:100], "red" if state == "failed" else "yellow")
 
     def _line(self, node: Node, told: str, style: str) -> None:
@@ -192,4 +193,4 @@ class Terminal:
         foot = [f"{self.tree.tally()}  {clock(time.monotonic() - self._began)}"]
         foot += [f"log  {self.log.path}"] if self.log is not None else []
         tree = self.tree.render(size.width, size.height - len(foot) - 1, unicode)
-        return Group(tree, *(Text(line, "dim", no_wrap=True, overflow="ellipsis") for line in foot))
+        return Group(tree, *(Text(on_one_line(line), "dim", no_wrap=True, overflow="ellipsis") for line in foot))

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from edt_core.console import say
 from edt_core.errors import UserError
 from jobs.benchmark.encode import bench_encode
 from jobs.benchmark.images import bench_planning, bench_preprocess, made_photos, photos_in
@@ -46,7 +46,7 @@ def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
         processor_time=options.processor_time,
     )
     for rows in bench_models(measured):
-        print(table(rows).partition("\n")[2], file=sys.stderr)  # an hour's rows should not be lost with the last one
+        say(table(rows).partition("\n")[2], err=True)  # an hour's rows should not be lost with the last one
         yield from rows
 
 
@@ -66,7 +66,7 @@ def bench_of_training(options: argparse.Namespace) -> Iterator[Row]:
     precisions = options.precision or PRECISIONS[device]
     with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=options.work_in) as folder:
         for rows in bench_train(Path(folder), subject, precisions, turns=max(1, int(10 * options.scale))):
-            print(f"bench: measured {rows[0].what}", file=sys.stderr)
+            say(f"bench: measured {rows[0].what}", err=True)
             yield from rows
 
 
@@ -81,9 +81,9 @@ def bench_of_evaluation(options: argparse.Namespace) -> Iterator[Row]:
     subject = EvalSubject.on(device, options.model, _one_size(options), options.num_images, options.scale)
     with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=options.work_in) as folder:
         for rows in bench_eval(Path(folder), subject, turns=max(1, int(10 * options.scale))):
-            print(f"bench: measured {rows[0].what}", file=sys.stderr)
+            say(f"bench: measured {rows[0].what}", err=True)
             yield from rows
-    print("bench: the metrics", file=sys.stderr)
+    say("bench: the metrics", err=True)
     yield from bench_metrics(options.scale)
 
 
@@ -117,7 +117,7 @@ def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
         "memory": lambda folder: bench_memory(folder, photos, int(50_000 * scale)),
     }
     for number, (name, measure) in enumerate(parts.items(), 1):
-        print(f"bench: {name}, part {number} of {len(parts)}; all take some 6 minutes on 2 cores", file=sys.stderr)
+        say(f"bench: {name}, part {number} of {len(parts)}; all take some 6 minutes on 2 cores", err=True)
         if name == "preprocess":
             connect(min_cpus=2)
         (work / name).mkdir()
@@ -191,6 +191,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.ben
         else:
             rows = bench(options.part, options.images, options.scale, options.work_in)
         if options.as_json:
-            print(json.dumps({"hardware": hardware(), "rows": [asdict(row) for row in rows]}, indent=1))
+            say(json.dumps({"hardware": hardware(), "rows": [asdict(row) for row in rows]}, indent=1))
         else:
-            print(f"{hardware()}\n\n{table(rows)}")
+            say(f"{hardware()}\n\n{table(rows)}")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.child_process import child_environment, python_command
+from edt_core.console import say
 from edt_core.metrics import Gaussian, frechet_distance, kernel_distance, precision_recall
 from edt_core.metrics.statistics import FeatureStatistics
 from jobs.benchmark.table import Row, mib, timed
@@ -98,4 +99,4 @@ def _measure(metric: str, generated: int, reference: int, dimensions: int) -> tu
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(sys.argv[1], *map(int, sys.argv[2:5]))))
+    say(json.dumps(_measure(sys.argv[1], *map(int, sys.argv[2:5]))))

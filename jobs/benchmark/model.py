@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edt_core.config import TrainConfig
+from edt_core.console import say
 from edt_core.diffusion import linear_schedule
 from edt_core.models import (
     DiffusionTransformer,
@@ -257,7 +258,7 @@ def _left_out(bench: ModelBench, memory: int, flops_per_image: int) -> str:
     seconds = flops_per_image * bench.batch_size * (bench.turns + _UNCOUNTED_TURNS) / rate
     if seconds > bench.limit_s:
         return f"left out: takes about {seconds:,.0f} s; --limit-s is {bench.limit_s:g}"
-    print(f"bench: the next rows take about {seconds:,.0f} s", file=sys.stderr)
+    say(f"bench: the next rows take about {seconds:,.0f} s", err=True)
     return ""
 
 

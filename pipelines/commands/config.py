@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edt_core.console import say
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -61,7 +62,7 @@ def show(
     if as_json:
         print_json(redacted_values(loaded.model_dump(mode="json")))
     else:
-        typer.echo(as_yaml(loaded), nl=False)
+        say(as_yaml(loaded), nl=False)
 
 
 @app.command()
@@ -84,9 +85,9 @@ def validate(
         print_json([problem.as_row() for wrong in found.values() for problem in wrong])
     else:
         for config, wrong in found.items():
-            typer.echo(f"{config}: {_counted(wrong)}")
+            say(f"{config}: {_counted(wrong)}")
             for problem in wrong:
-                typer.echo(f"  {problem}".replace("\n", "\n    "))
+                say(f"  {problem}".replace("\n", "\n    "))
     if any(found.values()):
         raise typer.Exit(2)
 
@@ -128,7 +129,7 @@ def diff(
     print_rows(shown, ("field", "a", "b", "made anew"), as_json, none="no field differs")
     if not as_json and rows:
         anew = made_anew(*sides)
-        typer.echo(f"\n{len(anew)} of {len(outline(sides[1].config))} steps are made anew where A has been run")
+        say(f"\n{len(anew)} of {len(outline(sides[1].config))} steps are made anew where A has been run")
 
 
 def _shown(row: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:

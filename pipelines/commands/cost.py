@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edt_core.console import say
 from edt_core.errors import UserError
 from pipelines.commands.options import (
     DEFAULT_STORE,
@@ -50,7 +51,7 @@ def cost(
     rows = [_row(config) for config in configs]
     print_rows(rows if as_json else [_shown(row) for row in rows], _COLUMNS, as_json)
     if not as_json:
-        typer.echo("GMACs of a forward pass are what papers call Gflops; training: forward and backward, an image")
+        say("GMACs of a forward pass are what papers call Gflops; training: forward and backward, an image")
 
 
 def _row(config: Any) -> dict[str, Any]:
@@ -134,6 +135,6 @@ def compare(
         return
     print_rows(found.rows(), ("version", "model", "steps", *AXES, found.metric), False)
     for note in found.notes:
-        typer.echo(note)
+        say(note)
     if out is not None:
-        typer.echo(out)
+        say(out)

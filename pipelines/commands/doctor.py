@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from edt_core.console import printable
 from pipelines.commands.options import AsJson, Assignments, Config, ConfigStore, TrackingUri, print_json
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def doctor(
         print_json([finding.as_row() for finding in found])
     else:
         after = "mend what failed, and ask again" if failed else shlex.join(["edt", "run", config, *options])
-        console.print(f"\n{len(found)} checks, {failed} failed. Next: {escape(after)}")
+        console.print(f"\n{len(found)} checks, {failed} failed. Next: {escape(printable(after))}")
     if any(finding.unanswered for finding in found):  # a thread that hangs would keep Python from ending
         sys.stdout.flush()
         os._exit(1)
@@ -69,6 +70,6 @@ def doctor(
 
 def _show(finding: "Finding", console: Console) -> None:
     colour = _COLOURS[finding.status]
-    console.print(f"[{colour}]{finding.status:<5}[/] {finding.check:<12} {escape(finding.found)}")
+    console.print(f"[{colour}]{finding.status:<5}[/] {finding.check:<12} {escape(printable(finding.found))}")
     if finding.remedy:
-        console.print(f"{'':<18} -> {escape(finding.remedy)}", style=colour)
+        console.print(f"{'':<18} -> {escape(printable(finding.remedy))}", style=colour)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edt_core.console import on_one_line, say
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
 from pipelines.commands.options import (
@@ -97,15 +98,15 @@ def _show(planned: "Plan", as_json: bool) -> None:
         return
     _show_folders(planned)
     if planned.garbage:
-        typer.echo(f"{_count(planned.garbage)} would go")
+        say(f"{_count(planned.garbage)} would go")
     if planned.discarded:
-        typer.echo(f"{_count(planned.discarded)} would be deleted from the trash")
+        say(f"{_count(planned.discarded)} would be deleted from the trash")
 
 
 def _show_removed(done: "Removed", as_json: bool, seen: bool) -> None:
     """What went; `seen`: the folders were listed before."""
     for path, reason in done.failed.items():
-        typer.echo(f"not removed: {_shown(path)}: {_shown(reason)}", err=True)
+        say(f"not removed: {_shown(path)}: {_shown(reason)}", err=True)
     if as_json:
         print_json({**_as_json(done), "trash": done.trash if done.garbage else None})
         return
@@ -113,18 +114,18 @@ def _show_removed(done: "Removed", as_json: bool, seen: bool) -> None:
         _show_folders(done)
     if done.garbage:
         where = "deleted" if done.trash is None else f"moved to {_shown(done.trash)}; gc deletes it after a day"
-        typer.echo(f"{_count(done.garbage)} {where}")
+        say(f"{_count(done.garbage)} {where}")
     if done.discarded:
-        typer.echo(f"{_count(done.discarded)} deleted from the trash")
+        say(f"{_count(done.discarded)} deleted from the trash")
 
 
 def _show_folders(found: "Plan") -> None:
     rows = [item.as_row() for item in found.garbage]
     print_rows(rows, ("kind", "fingerprint", "bytes", "why", "attempt"), False, none="nothing to remove")
     if found.left_alone:
-        typer.echo("left alone:")
+        say("left alone:")
     for path, reason in found.left_alone.items():
-        typer.echo(f"  {_shown(path)}: {_shown(reason)}")
+        say(f"  {_shown(path)}: {_shown(reason)}")
 
 
 def _as_json(found: "Plan") -> dict[str, Any]:
@@ -144,4 +145,4 @@ def _count(items: "Sequence[Garbage] | Sequence[Discarded]") -> str:
 
 def _shown(text: str) -> str:
     """A name as a terminal can take it: control characters are escaped."""
-    return redacted(text if text.isprintable() else repr(text)[1:-1])
+    return redacted(on_one_line(text))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from edt_core.console import printable, say
 from edt_core.errors import UserError
 from edt_core.place_names import typed_path
 
@@ -64,10 +65,10 @@ def init(
     text = config_text(answers, machine, out.name)
     _write(out, text)
     for key, value in summary(answers).items():
-        typer.echo(f"{key:<12} {value}")
+        say(f"{key:<12} {value}")
     for note in notes(answers, machine):
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(f"\nwrote {out}. Next:")
+        say(f"note: {note}", err=True)
+    say(f"\nwrote {out}. Next:")
     file = shlex.quote(str(out))
     for command, why in (
         (f"edt doctor {file}", "does this machine have what it needs"),
@@ -75,7 +76,7 @@ def init(
         (f"edt plan {file}", "which steps there are"),
         (f"edt run {file}", "all of it; Ctrl-C and run again as you like"),
     ):
-        typer.echo(f"  {command:<32} # {why}")
+        say(f"  {command:<32} # {why}")
 
 
 def _answers(
@@ -138,11 +139,11 @@ class _Asked:
             try:
                 return read(text)
             except UserError as error:
-                raise typer.BadParameter(str(error)) from error
+                raise typer.BadParameter(printable(str(error))) from error
 
         answer: Answer = typer.prompt(question, default=suggested, value_proc=checked)
         if tell is not None:
-            typer.echo(f"  {tell(answer)}")
+            say(f"  {tell(answer)}")
         return answer
 
     def _unasked(self, flag: str, suggested: str | None) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edt_core.console import say
 from edt_core.errors import UserError
 from edt_core.place_names import typed_path
 from pipelines.commands.options import (
@@ -96,12 +97,12 @@ def show(
     if as_json:
         print_json(facts)
         return
-    typer.echo(f"{facts['name']} version {facts['version']}  {', '.join(facts['aliases'])}".rstrip())
+    say(f"{facts['name']} version {facts['version']}  {', '.join(facts['aliases'])}".rstrip())
     undecided = "imported, not measured here" if facts["origin"] else "registered, not yet decided on"
-    typer.echo(f"  {facts['decision_text'] or undecided}")
+    say(f"  {facts['decision_text'] or undecided}")
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:
-            typer.echo(f"  {name:<16} {facts[name]}")
+            say(f"  {name:<16} {facts[name]}")
     for section in ("origin", "metrics", "protocol", "data", "parents", "config"):
         _echo_section(section, facts[section])
 
@@ -132,11 +133,11 @@ def compare(
     rows = [{"metric": r["metric"], names[0]: r["first"], names[1]: r["second"], **r} for r in found["metrics"]]
     print_rows(rows, ("metric", *dict.fromkeys(names), "difference"), False, none="no metrics")
     if found["same_protocol"]:
-        typer.echo("measured by one protocol")
+        say("measured by one protocol")
     else:
-        typer.echo("NOT comparable, measured by different protocols:")
+        say("NOT comparable, measured by different protocols:")
         for line in found["protocol"] or ["(not recorded in words)"]:
-            typer.echo(f"  {line}")
+            say(f"  {line}")
     _echo_section("config", {name: " / ".join(map(str, pair)) for name, pair in found["config"].items()})
     _echo_section("recorded", {name: " / ".join(map(str, pair)) for name, pair in found["recorded"].items()})
 
@@ -161,7 +162,7 @@ def promote(
     found = find(catalog, version if "@" in version or "/" in version else f"{version}@{CANDIDATE}")
     with alone(store, found.name):
         decision = promote_version(catalog, found, force)
-    typer.echo(f"{decision.name} version {decision.version}  {decision}")
+    say(f"{decision.name} version {decision.version}  {decision}")
     if not decision.became_champion:
         raise typer.Exit(1)
 
@@ -184,7 +185,7 @@ def rollback(
     catalog = open_catalog(store, tracking_uri)
     with alone(store, name):
         left, back = rolled_back(catalog, name)
-    typer.echo(f"{name}: champion is version {back.version} again, no longer version {left.version}")
+    say(f"{name}: champion is version {back.version} again, no longer version {left.version}")
 
 
 @app.command()
@@ -209,7 +210,7 @@ def pull(
     catalog = open_catalog(store, tracking_uri)
     found = find(catalog, version)
     new = pulled(catalog.client, found, Path(folder))
-    typer.echo(f"{title(found)} is {'' if new else 'already '}at {folder}, every file checked")
+    say(f"{title(found)} is {'' if new else 'already '}at {folder}, every file checked")
 
 
 def import_model(
@@ -246,13 +247,13 @@ def import_model(
         typed_path(checkpoint), None if weights is None else weights.value, autoencoder, model, image_size
     )
     for note in released.read.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     place = Folder.at(store)
     place.check_writable()
     with alone(store, name or released.default_name):
         version, is_new = import_released(Catalog.open(place, "imports", tracking_uri), released, name, source, license)
     config = released.model.config
-    typer.echo(
+    say(
         f"{title(version)} is {config.name} at {config.image_size} px with {config.num_classes} classes, "
         f"{released.taken} of {checkpoint}{'' if is_new else ' (imported before)'}"
     )
@@ -278,12 +279,12 @@ def lineage(
     if as_json:
         print_json(found.to_dict())
     else:
-        typer.echo("\n".join(found.lines()))
+        say("\n".join(found.lines()))
 
 
 def _echo_section(name: str, values: dict[str, Any]) -> None:
     if values:
-        typer.echo(f"{name}:")
+        say(f"{name}:")
         width = max(map(len, values))
         for key, value in values.items():
-            typer.echo(f"  {key:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+            say(f"  {key:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edt_core.console import on_one_line, say
+
 if TYPE_CHECKING:
     from pipelines.catalog import Catalog
 
@@ -63,20 +65,20 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_jso
         print_json(list(rows))
         return
     if not rows:
-        typer.echo(none)
+        say(none)
         return
     cells = [list(columns), *([_text(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
     for line in cells:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def print_json(value: Any) -> None:
     """Any value as JSON for programs: sorted keys, one field a line."""
-    typer.echo(json.dumps(value, indent=1, sort_keys=True))
+    say(json.dumps(value, indent=1, sort_keys=True))
 
 
 def _text(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else on_one_line(str(value))

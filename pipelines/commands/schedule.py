@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from edt_core.console import say
 from edt_core.errors import UserError
 from pipelines.commands.options import (
     DEFAULT_STORE,
@@ -80,13 +81,13 @@ def add(
     schedules = Schedules.at(schedule.store)
     done = schedules.put(schedule)
     kept = schedules.read(schedule.name)
-    typer.echo(f"schedule {schedule.name} is {done}; {'it is paused' if kept.paused else f'next {_next(kept)}'}")
+    say(f"schedule {schedule.name} is {done}; {'it is paused' if kept.paused else f'next {_next(kept)}'}")
     if no_serve:
         return
     try:
         _serve(schedules)
     except Taken as taken:
-        typer.echo(f"a server is at work already ({taken})")
+        say(f"a server is at work already ({taken})")
 
 
 @app.command("list")
@@ -166,7 +167,7 @@ def serve(store: StoreOption = DEFAULT_STORE) -> None:
 def _serve(schedules: "Schedules") -> None:
     from pipelines.scheduler import Server
 
-    raise typer.Exit(Server(schedules, lambda text: print(text, flush=True)).serve())
+    raise typer.Exit(Server(schedules, lambda text: say(text)).serve())
 
 
 def _next(schedule: Any) -> str:

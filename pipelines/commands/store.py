@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from edt_core.console import say
 from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, print_rows
 
 
@@ -21,7 +22,7 @@ def verify(
     from edt_core.progress import Printed
     from jobs.verify import verify as verified
 
-    typer.echo(verified(artifact, deep, Printed("verify")))
+    say(verified(artifact, deep, Printed("verify")))
 
 
 def artifacts(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edt_core.console import say, without_colours
 from edt_core.errors import UserError
 from pipelines.commands.options import AsJson, Assignments, ConfigStore, print_rows
 
@@ -50,18 +51,18 @@ def submit(
         request = request_for(load_config(config, assignments, store), address, os.environ)
         cluster = Cluster(address)
         for note in request.notes:
-            typer.echo(f"note: {note}", err=True)
+            say(f"note: {note}", err=True)
         job = cluster.submit(request, job_id)
-        typer.echo(f"submitted {job}")
+        say(f"submitted {job}")
         if detach:
-            typer.echo(_how_to_return(job, address))
+            say(_how_to_return(job, address))
         else:
             _follow(cluster, job)
     elif follow is not None:
         _follow(Cluster(address), follow)
     elif stop is not None:
         was_running = Cluster(address).stop(stop)
-        typer.echo(f"{stop} stops; what is finished is kept" if was_running else f"{stop} had ended already")
+        say(f"{stop} stops; what is finished is kept" if was_running else f"{stop} had ended already")
     else:
         print_rows(Cluster(address).jobs(), _COLUMNS, as_json, "no pipelines were submitted to this cluster")
 
@@ -69,13 +70,13 @@ def submit(
 def _follow(cluster: "Cluster", job: str) -> None:
     """Show a job's log to its end; the exit code is 0 where it succeeded."""
     try:
-        status, message = cluster.follow(job, lambda text: typer.echo(text, nl=False))
+        status, message = cluster.follow(job, lambda text: say(without_colours(text), nl=False))
     except KeyboardInterrupt:
-        typer.echo(f"\n{job} goes on without you\n{_how_to_return(job, cluster.address)}")
+        say(f"\n{job} goes on without you\n{_how_to_return(job, cluster.address)}")
         raise typer.Exit(130) from None
     succeeded = status == "SUCCEEDED"
     reason = "" if succeeded else f": {message.strip().splitlines()[0] if message.strip() else 'no reason given'}"
-    typer.echo(f"{job} {status}{reason}")
+    say(f"{job} {status}{reason}")
     raise typer.Exit(0 if succeeded else 1)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edt_core.console import say
 from pipelines.commands.options import DEFAULT_STORE, StoreOption, TrackingUri, open_catalog
 
 _RUNS = 5
@@ -38,23 +39,21 @@ def ui(
         return
     chosen = free_port(host, port)
     if port is None and chosen != DEFAULT_PORT:
-        typer.echo(f"port {DEFAULT_PORT} is taken: using {chosen}", err=True)
+        say(f"port {DEFAULT_PORT} is taken: using {chosen}", err=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
-        typer.echo(
-            f"warning: whoever reaches {host}:{chosen} can read and change all of it: MLflow asks nobody", err=True
-        )
+        say(f"warning: whoever reaches {host}:{chosen} can read and change all of it: MLflow asks nobody", err=True)
     folder = _folder(catalog.tracking_uri, store)
-    typer.echo("starting MLflow ...", err=True)
+    say("starting MLflow ...", err=True)
     signal.signal(signal.SIGTERM, _interrupt)  # `kill` ends the server too
     try:
         with served(catalog.tracking_uri, folder / "mlartifacts", host, chosen) as (url, process):
             _tell(url, catalog, run, experiment, not no_open)
-            typer.echo("Ctrl-C ends it")
+            say("Ctrl-C ends it")
             code = process.wait()
-            typer.echo(f"the MLflow server ended by itself with code {code}", err=True)
+            say(f"the MLflow server ended by itself with code {code}", err=True)
             raise typer.Exit(1)
     except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
+        say("stopped", err=True)
 
 
 def _interrupt(*_: object) -> None:
@@ -82,8 +81,8 @@ def _tell(url: str, catalog: Any, run: str | None, experiment: str | None, wante
     from pipelines.ui import has_display, last_runs, run_link
 
     first = run_link(url, experiment, run) if run and experiment else redacted(url)
-    typer.echo(first)
+    say(first)
     for row in [] if run else last_runs(catalog, _RUNS):
-        typer.echo(f"  {row['pipeline']} {row['status']}  {run_link(url, row['experiment'], row['run'])}")
+        say(f"  {row['pipeline']} {row['status']}  {run_link(url, row['experiment'], row['run'])}")
     if wanted and has_display():
         webbrowser.open(first)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edt_core.console import say
 from edt_core.errors import UserError
 from pipelines.commands.options import (
     DEFAULT_STORE,
@@ -59,7 +60,7 @@ def run(
     if dry_run:
         from pipelines.dry_run import dry_run as told
 
-        typer.echo(told(loaded))
+        say(told(loaded))
         return
     check_named(address)  # before the imports below, which take seconds
     from pipelines.schedule import tell_scheduler
@@ -121,12 +122,12 @@ def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
             yield
     except Taken as taken:
         tell_scheduler(OVERLAP)
-        typer.echo(f"a run of {config.name} in {config.store} is going on ({taken}); nothing was started")
+        say(f"a run of {config.name} in {config.store} is going on ({taken}); nothing was started")
         raise typer.Exit(0) from None
 
 
 def _warn_of_loss() -> None:
-    typer.echo("warning: this run was taken for dead, and another one of its pipeline may go on beside it", err=True)
+    say("warning: this run was taken for dead, and another one of its pipeline may go on beside it", err=True)
 
 
 def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
@@ -271,6 +272,6 @@ def reproduce(
     shown = [{**row, "equal": "yes" if row["equal"] else "NO", **_short(row, "recorded", "now")} for row in rows]
     print_rows(rows if as_json else shown, ("step", "recorded", "now", "equal", "how"), as_json)
     if not as_json:
-        typer.echo(f"{sum(row['equal'] for row in rows)} of {len(rows)} artifacts have the recorded content")
+        say(f"{sum(row['equal'] for row in rows)} of {len(rows)} artifacts have the recorded content")
     if outcome.failures or not all(row["equal"] for row in rows):
         raise typer.Exit(1)

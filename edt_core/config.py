@@ -187,7 +187,9 @@ class TrainConfig(Section):
         "loss-second-moment",
         description="timesteps in proportion to the second moment of their losses, or each as likely as any other",
     )
-    num_timesteps: int = Field(1000, ge=1, description="timesteps of the noise schedule")
+    num_timesteps: int = Field(
+        1000, gt=20, description="timesteps of the noise schedule; its last beta is 20 / num_timesteps, less than 1"
+    )
     min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weight of the squared error; null for none")
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32", description="of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32"

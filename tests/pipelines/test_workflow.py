@@ -237,11 +237,19 @@ def test_a_damaged_artifact_is_made_again_with_the_same_content(first: Outcome, 
     assert Artifact.open(artifact.folder).manifest.digest == artifact.manifest.digest
 
 
-def test_one_failed_branch_leaves_the_others_alone(first: Outcome, store: Path) -> None:
+def test_one_failed_branch_leaves_the_others_alone(
+    first: Outcome, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of the others is reused, and one has work to do: a model of no steps, which need no trainer."""
-    outcome = pipeline(store, "models.broken.num_timesteps=10", "models.fresh={max_steps: 0}")
+
+    def check(num_timesteps: int) -> None:
+        if num_timesteps == 30:
+            raise UserError("num_timesteps is 30")
+
+    monkeypatch.setattr("edt_core.diffusion.linear_schedule", check)  # what training checks before it starts workers
+    outcome = pipeline(store, "models.broken.num_timesteps=30", "models.fresh={max_steps: 0}")
     assert set(outcome.failures) == {"train broken", "untrained train broken"}
-    assert "num_timesteps is 10" in str(outcome.failures["train broken"])
+    assert "num_timesteps is 30" in str(outcome.failures["train broken"])
     assert outcome.reports.keys() == outcome.decisions.keys() == {MODEL, "fresh"}
     assert {"train fresh", "sample fresh", "evaluate fresh"} <= executed(outcome)
 

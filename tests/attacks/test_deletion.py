@@ -458,15 +458,18 @@ def test_what_cannot_be_moved_stays_and_is_told(
     assert not (root_of(store) / ".trash").exists()
 
 
+@pytest.mark.parametrize("bucket", ["memory://{}", pytest.param("s3", marks=pytest.mark.extern)])
 def test_an_object_store_has_no_trash_and_the_manifest_goes_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_empty_mlflow(tmp_path / "mlflow")
     catalog = Catalog.open(Folder.at(tmp_path / "mlflow"), "gc")
-    store = Store.open(f"memory://{tmp_path.name}/store")
+    root = request.getfixturevalue("s3") if bucket == "s3" else bucket.format(tmp_path.name)
+    store = Store.open(f"{root}/store")
     images, latents = made(store, catalog, "images", 1), made(store, catalog, "latents", 1)
     store.root.write_bytes("images/notes.txt", b"mine")
     store.root.write_bytes("images/mine/a.jpg", b"mine")
+    store.root.write_bytes(f"images/{'d' * 64}", b"mine")
     begun(store, catalog, "features", "a" * 64)
     assert len(plan(store, catalog, Request(1)).garbage) == 3
     whole, killed_once = Folder.remove, []
@@ -484,9 +487,10 @@ def test_an_object_store_has_no_trash_and_the_manifest_goes_first(
     assert there(store) == {latents.fingerprint}
     done = collect(store, catalog, Request(1))
     assert ({item.fingerprint for item in done.garbage}, done.trash) == ({*names([images, latents]), "a" * 64}, None)
-    assert done.left_alone.keys() == {"images/notes.txt", "images/mine"}
+    assert done.left_alone.keys() == {"images/notes.txt", "images/mine", f"images/{'d' * 64}"}
     left = {name for name in store.root.walk() if not name.startswith(".")}
-    assert left == {"images/notes.txt", "images/mine/a.jpg"}
+    assert left == {"images/notes.txt", "images/mine/a.jpg", f"images/{'d' * 64}"}
+    assert collect(store, catalog, Request(1, force=True)).garbage == []
 
 
 # --- what else deletes

@@ -45,7 +45,7 @@ _KEY = r"(?:pass(?:word|wd|phrase)|secret|credentials?|(?:api|access|private|aut
 _KEY = rf"(?:{_KEY}|(?:access|auth|session|refresh|bearer|security|api|id|hf)[_-]token|(?<![\w.])(?<![\w.]-)token)"
 _NAME = rf"(?:[\w.-]{{0,80}}{_KEY})"
 _WORD = r"(?:(?![,;)\]}](?:\s|$))[^\s'\"<>]|['\"](?=[^\s,;:)\]}>]))+"  # with quotes, but not the closing one
-_VALUE = rf"(?:'(?:\\.|''|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|{_WORD})"
+_VALUE = rf"(?:'(?!\s)(?:\\.|''|[^'\\\n])*'|\"(?!\s)(?:\\.|[^\"\\\n])*\"|{_WORD})"
 _NAMED = (
     re.compile(
         r"([?&#;](?:[\w-]*(?:token|signature|secret|password|credential|api_?key|access_?key)[\w-]*|sig)=)"
@@ -61,7 +61,6 @@ _NAMED = (
     re.compile(r"(\b(?:set-)?cookie\\?['\"]?: *\\?['\"]?)[^\r\n'\"<>\\]+", re.IGNORECASE),
     re.compile(r"(\bbearer +)(?=\S*\d)[\w.~+/=-]{8,}", re.IGNORECASE),
 )
-_PARAMETER = _NAMED[0]
 _SECRET_KEY = re.compile(_NAME, re.IGNORECASE)
 
 
@@ -74,9 +73,8 @@ def redacted(text: str) -> str:
 
 
 def holds_parameters(text: str) -> str | None:
-    """The name of the first parameter whose value `redacted` leaves out, as `?token=`; None where there is none."""
-    found = _PARAMETER.search(text)
-    return None if found is None else found[1]
+    """The name of a parameter whose value `redacted` leaves out, as `?token=`; None where there is none."""
+    return next((found[1] for pattern in _NAMED if (found := pattern.search(text))), None)
 
 
 def redacted_values(value: Any) -> Any:

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Iterator
@@ -181,6 +183,9 @@ def store(patient: Patient) -> Found:
                 path.rmdir()
     if not same:
         return "fail", f"{folder.uri} gives back other bytes than were written", "use another store"
+    if (root := folder.local) is not None and root.is_dir() and root.stat().st_mode & stat.S_IWOTH:
+        told = f"every user of this machine can write to {folder.uri}, and so replace its artifacts and records"
+        return "warn", told, f"run `chmod o-w {shlex.quote(str(root))}`"
     return "ok", f"{folder.uri} is written and read{' (it is new)' if made else ''}", ""
 
 

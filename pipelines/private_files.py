@@ -13,9 +13,11 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def make_private(folder: Path) -> None:
     """Make a folder that this user alone can enter, or take the rights of others from one that is there.
 
-    Raises UserError where it belongs to somebody else.
+    Raises UserError where it belongs to somebody else, or is a link: that may lead to any folder of this user.
     """
     folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise UserError(f"{folder} is not used: it is a link, and a folder was expected. Remove it")
     _check_owner(folder, folder.stat())
     if stat.S_IMODE(folder.stat().st_mode) & ~FOLDER_MODE:
         folder.chmod(FOLDER_MODE)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TextIO
 
 from edt_core.console import printable, without_colours
+from edt_core.errors import UserError
 from edt_core.redaction import redacted
 from edt_core.storage import Folder
+from pipelines.private_files import FILE_MODE, make_private
 
 FOLDER = "logs"
 _MOST_CHARS = 2_000_000  # of a log that is put into the run's record: its end
@@ -37,13 +39,17 @@ class RunLog:
         root = Folder.at(store).local
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         file = f"{name}-{stamp}-{os.getpid()}.log"
-        for folder in (root / FOLDER if root is not None else None, Path(tempfile.gettempdir()) / "edt-logs"):
+        # The temporary folder is everybody's: there, a folder of our own, which nobody else can fill with links.
+        own = Path(tempfile.gettempdir()) / f"edt-logs-{os.getuid()}"
+        for folder in (root / FOLDER if root is not None else None, own):
             if folder is None:
                 continue
             try:
+                if folder == own:
+                    make_private(folder)
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / file).touch(mode=0o600)
-            except OSError:
+                (folder / file).touch(mode=FILE_MODE, exist_ok=False)
+            except (OSError, UserError):
                 continue
             return cls(folder / file, to_stderr)
         return cls(Path(os.devnull), to_stderr)
@@ -92,7 +98,8 @@ class RunLog:
     def _replace(self, text: str) -> None:
         """Write it anew, whole or not at all."""
         cleaned = self.path.with_suffix(".cleaned")
-        cleaned.touch(mode=0o600)
+        cleaned.unlink(missing_ok=True)
+        cleaned.touch(mode=FILE_MODE, exist_ok=False)
         try:
             cleaned.write_text(text, encoding="utf-8")
             cleaned.replace(self.path)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from edt_core.errors import UserError
-from edt_core.redaction import REDACTED
+from edt_core.redaction import REDACTED, redacted_values
 from edt_core.storage import Folder
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _travelling(environment: Mapping[str, str], here: bool) -> tuple[dict[str, s
         if not (value := environment.get(name)):
             continue
         parts = urlsplit(value)
-        if parts.username or parts.password or parts.query or "@" in parts.netloc:
+        if parts.query or "@" in parts.netloc or redacted_values(value) != value:
             notes.append(f"{name} may hold a password and is not sent; the cluster's own environment has to set it")
         elif not here and (parts.hostname in _LOOPBACK or parts.scheme in ("sqlite", "file")):
             notes.append(f"{name} is a place of this machine and is not sent; the cluster's own environment counts")

@@ -64,8 +64,10 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
 
     Raises UserError where it does not come up, with its last words.
     """
-    command = python_command("-m", "mlflow", "server", "--backend-store-uri", tracking_uri)
-    command += ["--artifacts-destination", artifacts.as_uri(), "--host", host, "--port", str(port), "--workers", "1"]
+    command = python_command("-m", "mlflow", "server", "--artifacts-destination", artifacts.as_uri())
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    # Not on the command line, which every user of the machine can read: a database's URI may have a password.
+    environment = {**server_environment(), "MLFLOW_BACKEND_STORE_URI": tracking_uri}
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"
     # An empty folder of this user: uvicorn and gunicorn put the folder that they work in on their path themselves.
     with tempfile.TemporaryDirectory(prefix="edt-ui-") as folder:
@@ -73,7 +75,7 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
         with log.open("wb") as told:
             # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
             process = subprocess.Popen(
-                command, stdout=told, stderr=told, cwd=folder, env=server_environment(), start_new_session=True
+                command, stdout=told, stderr=told, cwd=folder, env=environment, start_new_session=True
             )
         try:
             _await(url, process, log)

@@ -236,7 +236,7 @@ def test_a_store_that_takes_no_log_leaves_it_with_the_temporary_files(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "file").write_text("no folder")
     log = RunLog.new(store.format(file=tmp_path / "file"), "run")
-    assert log.path.parent == tmp_path / "edt-logs"
+    assert log.path.parent == tmp_path / f"edt-logs-{os.getuid()}"
 
 
 def test_a_view_that_is_not_that_of_the_process_is_left_where_it_is(

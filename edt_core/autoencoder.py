@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.alignment import align_weights
+from edt_core.answers import hub_is_silent, hub_silence
 from edt_core.autoencoder_config import check_config, check_folder, hub_pipeline, pickled
 from edt_core.config import AutoencoderConfig
 from edt_core.data.images import to_model_range
@@ -95,12 +96,17 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
 
     if Path(location).is_dir():
         check_folder(Path(location))
-    config = _load_config(location)
+    silent = not Path(location).is_dir() and hub_is_silent()
+    config = _load_config(location, silent)
     check_config(str(location), config)
     make: Any = getattr(diffusers, config["_class_name"])
     try:
         model, loading = make.from_pretrained(
-            str(location), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            str(location),
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            local_files_only=silent,  # this machine may have it in its cache
         )
         if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
             raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first.")
@@ -108,28 +114,30 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
         if not Path(location).is_dir() and "does not appear to have a file named" in str(error):
             target = str(location).rpartition("/")[2]
             raise UserError(pickled(str(location), make.__name__, f"./{target}")) from error
-        raise _no_autoencoder(location, error) from error
+        raise _no_autoencoder(location, error, silent) from error
     return align_weights(model).to(device).eval().requires_grad_(False)
 
 
-def _load_config(location: str | Path) -> dict[str, Any]:
-    """The diffusers configuration at a local folder or hub id. Raises UserError."""
+def _load_config(location: str | Path, silent: bool) -> dict[str, Any]:
+    """The diffusers configuration at a local folder or hub id, of a silent hub in the cache. Raises UserError."""
     from diffusers import AutoencoderKL, DiffusionPipeline
 
     try:
-        return dict(AutoencoderKL.load_config(str(location)))
+        return dict(AutoencoderKL.load_config(str(location), local_files_only=silent))
     except (OSError, ValueError, KeyError, TypeError) as error:
         is_pipeline = False
         with suppress(Exception):  # whatever is wrong there, the first error is the one to report
-            is_pipeline = not Path(location).is_dir() and bool(DiffusionPipeline.load_config(str(location)))
+            is_remote = not (silent or Path(location).is_dir())
+            is_pipeline = is_remote and bool(DiffusionPipeline.load_config(str(location)))
         if is_pipeline:
             raise UserError(hub_pipeline(str(location))) from error
-        raise _no_autoencoder(location, error) from error
+        raise _no_autoencoder(location, error, silent) from error
 
 
-def _no_autoencoder(location: str | Path, error: Exception) -> UserError:
+def _no_autoencoder(location: str | Path, error: Exception, silent: bool) -> UserError:
+    reason = hub_silence() if silent else str(error).splitlines()[0]
     return UserError(
-        f"no autoencoder at {location!s}: {str(error).splitlines()[0]} Give a hub id that this machine can reach, "
+        f"no autoencoder at {location!s}: {reason} Give a hub id that this machine can reach, "
         "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "
         "autoencoder.pretrained, or null there to fit one on the images."
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edt_core.answers import check_s3
 from edt_core.errors import UserError
 from edt_core.place_names import check_store_name, is_local, typed_path
 from edt_core.redaction import redacted
@@ -102,9 +103,13 @@ class Folder:
         return None if "://" in self.uri else Path(self.uri)
 
     def filesystem(self) -> tuple[Any, str]:
-        """The fsspec file system of a URI, and the folder's path on it."""
+        """The fsspec file system of a URI, and the folder's path on it. Raises UserError for a silent S3 endpoint."""
         import fsspec
 
+        if self.uri.startswith(("s3://", "s3a://")):
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            if endpoint:
+                check_s3(endpoint)
         try:
             return fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
         except (ImportError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from edt_core.answers import check_mlflow
 from edt_core.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
@@ -15,6 +16,7 @@ from edt_core.progress import Progress, Silent
 from edt_core.schema import IMAGE_SHARD, MANIFEST_NAME
 from edt_core.storage import Folder, sha256_file
 from jobs.cluster import device_name, require, use_threads
+from jobs.registry_files import mlflow_client
 from jobs.verb import Verb, alone_in, made_before
 
 if TYPE_CHECKING:
@@ -110,14 +112,14 @@ def published_artifact(location: str, folder: Folder) -> Artifact:
 
 def _registered(location: str) -> str:
     """`models:/NAME/VERSION` of a `models:/NAME@ALIAS`; other URIs name one thing for ever and stay."""
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     name, _, alias = location.removeprefix("models:/").partition("@")
     if not alias:
         return location
+    client = mlflow_client()
     try:
-        return f"models:/{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}"
+        return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
     except MlflowException as error:
         raise UserError(f"MLflow has no autoencoder at {location} ({error}); look it up in the registry") from error
 
@@ -214,6 +216,7 @@ def downloaded(location: str, what: str) -> Path:
     """What MLflow keeps at a URI, on this machine. Raises UserError, which says `what`, where there is nothing."""
     import mlflow
 
+    check_mlflow(mlflow.get_tracking_uri())
     try:
         return Path(mlflow.artifacts.download_artifacts(location))
     except Exception as error:

@@ -32,7 +32,7 @@ from edt_core.schema import (
 from edt_core.small_files import read_json
 from edt_core.storage import Folder, sha256_file
 from jobs import autoencoder
-from jobs.registry_files import SQLITE, fetch_version, own_uri
+from jobs.registry_files import SQLITE, fetch_version, mlflow_client, own_uri
 from jobs.verb import alone_in, made_before
 
 if TYPE_CHECKING:
@@ -155,10 +155,9 @@ def _of_run(location: str) -> Artifact | None:
     """The checkpoint artifact of a training's MLflow run."""
     if (match := _RUN.fullmatch(location)) is None:
         return None
-    import mlflow
-
+    client = mlflow_client()
     try:
-        tags = mlflow.MlflowClient().get_run(match[1]).data.tags
+        tags = client.get_run(match[1]).data.tags
     except Exception as error:
         raise _unknown(location, error) from error
     if tags.get("edt.kind") != "checkpoint" or "edt.uri" not in tags:
@@ -170,11 +169,9 @@ def _of_registry(location: str) -> Any | None:
     """The registered version at a location."""
     if (match := _REGISTERED.fullmatch(location)) is None:
         return None
-    import mlflow
-
     name, alias, number = match.groups()
+    client = mlflow_client()
     try:
-        client = mlflow.MlflowClient()
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except Exception as error:
         raise _unknown(location, error) from error
@@ -183,10 +180,8 @@ def _of_registry(location: str) -> Any | None:
 @contextmanager
 def _fetched(version: Any) -> Iterator[Path]:
     """The diffusers folder of a registered version, which is checked as it comes."""
-    import mlflow
-
     with tempfile.TemporaryDirectory(prefix="edt-") as folder:
-        fetch_version(mlflow.MlflowClient(), version, Path(folder), need_digests=False)
+        fetch_version(mlflow_client(), version, Path(folder), need_digests=False)
         yield Path(folder)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from edt_core.answers import check_mlflow
 from edt_core.artifact import canonical_json, check_name
 from edt_core.errors import UserError
 from edt_core.integrity import listing
@@ -32,6 +33,14 @@ _SQLITE_SCHEME = "sqlite:///"
 _ARTIFACTS = "artifacts"  # where MLflow puts what a pyfunc model is logged with
 _MOST_FILES, _DEEPEST = 10_000, 10  # a listing beyond these is none of ours
 _DRIVE = re.compile("[A-Za-z]:")
+
+
+def mlflow_client() -> "MlflowClient":
+    """A client of the MLflow that this process looks models up in. Raises UserError where that is silent."""
+    import mlflow
+
+    check_mlflow(mlflow.get_tracking_uri())
+    return mlflow.MlflowClient()
 
 
 def own_uri(store: Folder) -> str:

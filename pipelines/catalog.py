@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from edt_core.answers import check_connects, check_mlflow
 from edt_core.artifact import Artifact, canonical_json
 from edt_core.environment import code_version
 from edt_core.errors import UserError
@@ -27,6 +28,10 @@ _MAX_PARAM = 500  # characters MLflow keeps of a parameter on every back end
 _SETUP_LOCK = int.from_bytes(b"edt", "big")  # the key of PostgreSQL's advisory lock
 _log = logging.getLogger(__name__)
 DATASET_KINDS = ("images", "latents")
+
+
+class NoRecordError(UserError):
+    """A store has no MLflow record yet, and no server is named."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Catalog:
         """
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if uri and uri != own_uri(store):
+            check_mlflow(uri)
             with _alone_at(uri):
                 return cls(uri, _experiment(uri, experiment, None))
         if (root := store.local) is None:
@@ -63,12 +69,14 @@ class Catalog:
     def existing(cls, store: Folder, tracking_uri: str | None = None) -> "Catalog":
         """MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, or else the SQLite file that is in the store already.
 
-        For look-ups over all experiments: it makes nothing. Raises UserError where there is no MLflow.
+        For look-ups over all experiments: it makes nothing. Raises NoRecordError where there is no MLflow, and
+        UserError for one that is silent.
         """
         if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+            check_tracking(uri)
             return cls(uri, "")
         if (root := store.local) is None or not (root / SQLITE).exists():
-            raise UserError(
+            raise NoRecordError(
                 f"there is no MLflow record in the store {store.uri}; give the store of your runs with --store, or "
                 "your MLflow server with --tracking-uri or MLFLOW_TRACKING_URI"
             )
@@ -269,22 +277,44 @@ def _alone_at(uri: str) -> Iterator[None]:
 
     The first makes the tables; two that make them at once both fail. The lock goes with its connection.
     """
-    if not uri.startswith("postgresql"):
+    if not _is_postgresql(uri):
         yield
         return
-    from sqlalchemy import create_engine, text
+    from sqlalchemy import text
+
+    with _connected(uri) as connection:
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _SETUP_LOCK})
+        yield
+
+
+def check_tracking(tracking_uri: str | None = None) -> None:
+    """Raise UserError where the MLflow that is named, here or by MLFLOW_TRACKING_URI, is silent; without one, nothing.
+
+    A server that refuses connections is waited for by its client; a database that does is a UserError.
+    """
+    if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        check_mlflow(uri)
+        if _is_postgresql(uri):
+            _connected(uri).close()
+
+
+def _is_postgresql(uri: str) -> bool:
+    return uri.startswith("postgresql")
+
+
+def _connected(uri: str) -> Any:
+    """A connection to a database. Raises UserError where it does not answer, or not in time."""
+    from sqlalchemy import create_engine
     from sqlalchemy.exc import OperationalError
     from sqlalchemy.pool import NullPool
 
     # Without a transaction: one that is open for long would hold up migrations.
     engine = create_engine(uri, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    remedy = "start the database, or mend MLFLOW_TRACKING_URI (--tracking-uri)"
     try:
-        opened = engine.connect()
+        return check_connects(engine.connect, uri, "a PostgreSQL database", remedy)
     except OperationalError as error:
         raise UserError(f"the database of MLFLOW_TRACKING_URI does not answer: {error.orig}") from error
-    with opened as connection:
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _SETUP_LOCK})
-        yield
 
 
 def _set_up(uri: str, artifacts: str) -> None:

@@ -1,24 +1,24 @@
 """What a run would stumble over, found before it: checks that stand alone, each with a time limit."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
+from edt_core.answers import in_background
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
 from pipelines.config import PipelineConfig
 from pipelines.hardware import Hardware, this_machine
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from pipelines.dry_run import SourceCounts
 
 Status = Literal["ok", "warn", "fail"]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,3 @@ def patient_of(config: PipelineConfig, address: str | None, tracking_uri: str | 
 
     images = in_background(lambda: source_counts(config.source))
     return Patient(config, address, tracking_uri, quick, images, in_background(this_machine))
-
-
-def in_background(work: Callable[[], Result]) -> "Future[Result]":
-    """Have a thread do something; one that never ends does not keep the process from ending."""
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from edt_core.answers import answer_seconds, hub_is_silent
 from edt_core.child_process import child_environment, python_command
 from edt_core.config import PUBLISHED_SPACES, ExtractorConfig
 from edt_core.errors import UserError
@@ -24,7 +25,6 @@ from pipelines.doctor import Patient, Status
 
 Found = tuple[Status, str, str]
 
-_HUB_SECONDS = 15
 _RAY_SECONDS = 100
 _END_SECONDS = 5
 _PROBE = "edt-doctor-"
@@ -45,8 +45,9 @@ def mlflow(patient: Patient) -> Found:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow.exceptions import MlflowException
 
-    from pipelines.catalog import Catalog
+    from pipelines.catalog import Catalog, check_tracking
 
+    check_tracking(uri)
     try:
         client = Catalog(uri, "").client
         client.search_experiments(max_results=1)
@@ -131,8 +132,9 @@ def _hub_config(hub_id: str) -> dict[str, Any]:
         RepositoryNotFoundError,
     )
 
+    silent = hub_is_silent()
     try:
-        return read_json_object(Path(hf_hub_download(hub_id, "config.json", etag_timeout=_HUB_SECONDS)))
+        return read_json_object(Path(hf_hub_download(hub_id, "config.json", local_files_only=silent)))
     except HFValidationError as error:
         raise UserError(
             f"{hub_id} is neither a folder that is there nor a hub id; mend autoencoder.pretrained"
@@ -180,7 +182,7 @@ def _weights(space: str, config: ExtractorConfig) -> str:
     if location.startswith(MLFLOW_SCHEMES):
         return f"{space} from MLflow ({location}), which the run fetches"
     if location.startswith(("http://", "https://")) and config.sha256:
-        with urllib.request.urlopen(urllib.request.Request(location, method="HEAD"), timeout=_HUB_SECONDS):
+        with urllib.request.urlopen(urllib.request.Request(location, method="HEAD"), timeout=answer_seconds()):
             return f"{space} at its URL, downloaded once and checked"
     path, digest = published_weights(space, config.weights, config.sha256)
     if Path(path).exists():

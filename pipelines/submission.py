@@ -10,17 +10,17 @@ import logging
 import os
 import shlex
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from edt_core.answers import answer_seconds, check_connects, no_answer
 from edt_core.errors import UserError
 from edt_core.redaction import REDACTED, redacted_values
 from edt_core.storage import Folder
@@ -37,7 +37,8 @@ _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
 _PATHS = (("source", "path"), ("autoencoder", "pretrained"), ("inception", "weights"), ("dinov2", "weights"))
 _RECONNECTS = 5
 _NO_ADDRESS = f"{{!r}} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
-_ANSWER_SECONDS = 6.0
+_BUSY_SECONDS = 120.0
+_DASHBOARD = "a Ray dashboard"
 _NO_DASHBOARD = "start the cluster with its dashboard, forward its port (8265), or give another --address"
 
 
@@ -122,6 +123,8 @@ class Cluster:
 
         with self._clear_errors(), _without_addresses():
             self.client = JobSubmissionClient(self.address)
+        # Ray's client sets no limit; some requests make the cluster start a process first.
+        self.client._do_request = partial(self.client._do_request, timeout=_BUSY_SECONDS)  # type: ignore[method-assign]
 
     def _check_answers(self) -> None:
         """Raise UserError where nothing answers in time: Ray's client would wait for ever for what is silent.
@@ -130,21 +133,15 @@ class Cluster:
         """
         import requests
 
-        seconds = _ANSWER_SECONDS
-        answer: Future[None] = Future()
-
         def ask() -> None:
-            try:
-                requests.get(f"{self.address}/api/version", timeout=seconds, stream=True).close()
-                answer.set_result(None)
-            except Exception as error:
-                answer.set_exception(error)
+            requests.get(f"{self.address}/api/version", timeout=answer_seconds(), stream=True).close()
 
-        threading.Thread(target=ask, daemon=True).start()
         try:
-            answer.result(seconds)  # requests has no limit for looking up a name
-        except (TimeoutError, requests.exceptions.Timeout):
-            raise UserError(f"no answer in {seconds:g} s from {self.address}; {_NO_DASHBOARD}") from None
+            check_connects(ask, self.address, _DASHBOARD, _NO_DASHBOARD)  # requests looks names up without a limit
+        except UserError:
+            raise
+        except requests.exceptions.Timeout as error:
+            raise no_answer(self.address, _DASHBOARD, _NO_DASHBOARD) from error
         except requests.exceptions.ConnectionError as error:
             raise UserError(f"no Ray dashboard answers at {self.address}; {_NO_DASHBOARD}") from error
         except (requests.exceptions.RequestException, ValueError) as error:

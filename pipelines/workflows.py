@@ -18,7 +18,7 @@ from jobs.extractors import extractor_source
 from jobs.verb import image_source
 from pipelines import summary
 from pipelines.artifacts import Store
-from pipelines.catalog import Catalog, tracking_kept
+from pipelines.catalog import Catalog, check_tracking, tracking_kept
 from pipelines.config import PipelineConfig, as_yaml
 from pipelines.engine import Workflow
 from pipelines.outcome import Outcome
@@ -168,6 +168,7 @@ def _run(
     tracking_uri: str | None,
 ) -> Outcome:
     check_named(address)
+    check_tracking(tracking_uri)  # a Ray session takes longer to start
     from jobs.cluster import connect
 
     started = time.monotonic()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edt_core.alignment import align_weights
+from edt_core.answers import hub_is_silent, hub_silence
 from edt_core.errors import UserError
 from edt_core.extractors.pixels import exact_fp32, images_on, on_host
 from edt_core.extractors.weights import SOURCES
@@ -71,6 +72,8 @@ class Dinov2:
         except ImportError as error:
             raise UserError("DINOv2 needs transformers; pip install edt-pipeline[dinov2]") from error
         place, local = str(location), Path(location).is_dir()
+        silent = not local and hub_is_silent()
+        local |= silent  # this machine may have it in its cache
         try:
             kind = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=False).model_type
             if kind != "dinov2":
@@ -82,7 +85,8 @@ class Dinov2:
             if missing := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
                 raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            told = hub_silence() if silent else (str(error).splitlines() or [type(error).__name__])[0]
+            reason = told.rstrip(".")
             raise UserError(f"no DINOv2 at {place}: {reason}. Needed are {SOURCES['dinov2']}") from error
         return cls(align_weights(model), device)
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from edt_core.answers import check_connects
 from edt_core.errors import UserError
 from edt_core.manifest import sha256_json
 from edt_core.place_names import typed_path
@@ -30,9 +31,9 @@ SOURCES = {
     "can read it, or give its hub id where the hub can be reached, and set dinov2.weights (--dinov2-weights)",
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-TIMEOUT_SECONDS = 60
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CHUNK = 1 << 20
+_PAUSE_S = 60  # between two pieces of a download that has begun
 
 
 def published_weights(name: str, location: str | None, sha256: str | None = None) -> tuple[str, str]:
@@ -125,8 +126,9 @@ def _download(url: str, place: str, target: Path) -> str:
         if urlsplit(url).scheme not in ("http", "https"):
             parent, _, file_name = url.rpartition("/")
             return Folder.at(parent).fetch(file_name, target)
-        digest = hashlib.sha256()
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as source, target.open("wb") as file:
+        digest, remedy = hashlib.sha256(), "check the URL and the network, or download it elsewhere and give its path"
+        opened = check_connects(lambda: urllib.request.urlopen(url, timeout=_PAUSE_S), place, "a file", remedy)
+        with opened as source, target.open("wb") as file:
             while chunk := source.read(_CHUNK):
                 digest.update(chunk)
                 file.write(chunk)

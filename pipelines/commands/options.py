@@ -39,23 +39,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a ta
 
 
 def open_catalog(store: str, tracking_uri: str | None) -> "Catalog":
-    """The MLflow that a look-up reads. Raises UserError where there is none."""
+    """The MLflow that a look-up reads. Raises UserError where there is none, or a silent one."""
     import os
 
     from edt_core.storage import Folder
     from pipelines.catalog import Catalog
 
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a person waits; the default tries for minutes
+    # A person waits; the defaults try for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     return Catalog.existing(Folder.at(store), tracking_uri)
 
 
 def catalog_if_any(store: str) -> "Catalog | None":
     """The MLflow of a store that may be new."""
-    from edt_core.errors import UserError
+    from pipelines.catalog import NoRecordError
 
     try:
         return open_catalog(store, None)
-    except UserError:
+    except NoRecordError:
         return None
 
 

@@ -260,14 +260,15 @@ def test_without_its_token_the_cluster_answers_nobody(
 
 @pytest.mark.parametrize("speaks", [False, True], ids=["closed", "silent"])
 def test_a_dashboard_that_says_nothing_is_given_up(speaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.submission._ANSWER_SECONDS", 0.5)
+    monkeypatch.setenv("EDT_ANSWER_S", "0.5")
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
         if speaks:
             port.listen()
         address = f"http://127.0.0.1:{port.getsockname()[1]}"
-        reason = "no answer in 0.5 s from" if speaks else "no Ray dashboard answers at"
-        with pytest.raises(UserError, match=f"{reason} {address}; start the cluster"):
+        silence = f"no answer in 0.5 s from {address}, where a Ray dashboard was expected"
+        reason = silence if speaks else f"no Ray dashboard answers at {address}"
+        with pytest.raises(UserError, match=f"{reason}; start the cluster"):
             Cluster(address)
 
 

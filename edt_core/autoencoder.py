@@ -22,6 +22,7 @@ from edt_core.data.images import to_model_range
 from edt_core.data.scale import scale_of
 from edt_core.errors import UserError
 from edt_core.precision import use_precision
+from edt_core.tensor_files import check_folder_headers
 from edt_core.training.optim import one_cycle
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
 
     if Path(location).is_dir():
         check_folder(Path(location))
+        check_folder_headers(Path(location))
     silent = not Path(location).is_dir() and hub_is_silent()
     config = _load_config(location, silent)
     check_config(str(location), config)

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edt_core.config import ClassifierConfig
 from edt_core.data.images import to_model_range
 from edt_core.small_files import read_json_object
+from edt_core.tensor_files import load_state
 from edt_core.training.optim import one_cycle
 
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
@@ -55,7 +56,7 @@ class Classifier(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Classifier":
         model = cls(**read_json_object(folder / CONFIG))
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        load_state(model, folder / WEIGHTS)
         return model.to(device).eval()
 
 

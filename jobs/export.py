@@ -13,6 +13,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import FEATURE_UNIT
 from edt_core.storage import Folder
+from edt_core.tensor_files import opened_tensors
 from jobs.models import DEFAULT_STORE, load_model, use_mlflow
 from jobs.options import add_fields, given_fields, parser_of, validated
 from jobs.progress import Bar
@@ -50,11 +51,9 @@ def export_features(features: Artifact, form: str, target: Path, progress: Progr
 
 
 def _batches(features: Artifact, config: SampleConfig, repeat: int) -> Iterator[tuple[Any, Any, Any]]:
-    from safetensors import safe_open
-
     first = repeat * units_per_repeat(config)
     for number in range(first, first + units_per_repeat(config)):
-        with safe_open(features.path(FEATURE_UNIT.format(number)), "numpy") as unit:
+        with opened_tensors(features.path(FEATURE_UNIT.format(number)), "numpy") as unit:
             yield tuple(unit.get_tensor(name) for name in ("indices", "labels", "images"))
 
 

@@ -29,8 +29,9 @@ from edt_core.schema import (
     MODEL_CONFIG,
     TRAIN_STATE,
 )
-from edt_core.small_files import read_json
+from edt_core.small_files import read_json, read_json_object
 from edt_core.storage import Folder, sha256_file
+from edt_core.tensor_files import check_folder_headers
 from jobs import autoencoder
 from jobs.registry_files import SQLITE, fetch_version, mlflow_client, own_uri
 from jobs.verb import alone_in, made_before
@@ -215,6 +216,8 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
 
     logging.disable_progress_bar()
     _check_components(folder)
+    for part in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
+        check_folder_headers(part)
     try:
         pipeline = EDTPipeline.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)
     except UserError:
@@ -238,8 +241,8 @@ def _check_components(folder: Path) -> None:
     diffusers before 0.42 imports whatever module the index names, and a component's folder may bring one.
     """
     try:
-        index = dict(json.loads((folder / _INDEX).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        index = read_json_object(folder / _INDEX)
+    except (OSError, ValueError):
         return  # no pipeline: who loads it says so
     for component in _COMPONENTS & index.keys():
         entry = index[component]

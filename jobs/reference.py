@@ -20,6 +20,7 @@ from edt_core.place_names import typed_path
 from edt_core.progress import Progress
 from edt_core.schema import REFERENCE_NAME
 from edt_core.storage import sha256_file
+from edt_core.tensor_files import load_tensors, opened_tensors
 from jobs import extractors
 from jobs.autoencoder import IMAGE_SHARDS
 from jobs.cluster import device_name, pooled, require, use_threads
@@ -180,13 +181,13 @@ def _of_images(
 
 def _merge(parts: int, out: ArtifactWriter) -> None:
     """Join the parts in their order: sums of floats hang on it."""
-    from safetensors.numpy import load_file, save
+    from safetensors.numpy import save
 
     from edt_core.metrics import FeatureStatistics
 
     sums, features = Sums(), dict[str, list[NDArray[np.float32]]]()
     for number in range(parts):
-        tensors = load_file(out.data.local_copy(_PART.format(number)))
+        tensors = load_tensors(out.data.local_copy(_PART.format(number)), "numpy")
         for key in [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]:
             arrays = {name: tensors[f"{key}.{name}"] for name in ("count", "mean", "scatter")}
             sums.merge(key, FeatureStatistics.from_arrays(arrays))
@@ -271,12 +272,10 @@ def statistics_source(location: str) -> Source:
 
 def load_reference(reference: Artifact, space: str) -> Any:
     """The reference side of a comparison in one space, a FeatureSet."""
-    from safetensors import safe_open
-
     from edt_core.metrics import FeatureSet, Gaussian
 
     reference.verify_once(REFERENCE_NAME)
-    with safe_open(reference.path(REFERENCE_NAME), "numpy") as file:
+    with opened_tensors(reference.path(REFERENCE_NAME), "numpy") as file:
         names = set(file.keys())
 
         def gaussian(key: str) -> Any:

@@ -17,6 +17,7 @@ from edt_core.config import EXTRACTORS, SampleConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.schema import FEATURE_UNIT
+from edt_core.tensor_files import load_tensors
 from jobs import autoencoder, extractors
 from jobs.cluster import device_name, pooled, require, use_threads
 from jobs.verb import Verb
@@ -226,14 +227,12 @@ def load_units(features: Artifact, repeat: int = 0) -> dict[str, NDArray[Any]]:
 
 
 def _units(features: Artifact, config: SampleConfig, repeat: int) -> Iterator[dict[str, NDArray[Any]]]:
-    from safetensors.numpy import load_file
-
     first = repeat * units_per_repeat(config)
     wanted = {FEATURE_UNIT.format(first + number) for number in range(units_per_repeat(config))}
     features.verify_once(FEATURE_UNITS)
     for entry in features.entries(FEATURE_UNITS):
         if entry.path in wanted:
-            yield load_file(features.path(entry.path))
+            yield load_tensors(features.path(entry.path), "numpy")
 
 
 VERB = Verb(

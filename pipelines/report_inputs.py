@@ -15,6 +15,7 @@ from edt_core.artifact import Artifact
 from edt_core.config import SampleConfig
 from edt_core.sample_grid import MAX_CLASSES
 from edt_core.schema import FEATURE_UNIT, REFERENCE_NAME, TIMESTEP_STATE
+from edt_core.tensor_files import load_tensors, opened_tensors
 from jobs.autoencoder import IMAGE_SHARDS
 from jobs.sample import FEATURE_UNITS, units_per_repeat
 
@@ -47,14 +48,12 @@ def read_samples(features: Artifact, drawn: Array, space: str | None = None) -> 
     drawn: the classes that samples are drawn of. With `space` also their features there, and those of the first
     _MOST_MEASURED samples.
     """
-    from safetensors import safe_open
-
     shown: list[tuple[Array, Array, Array | None]] = []  # images, labels and features of each unit
     measured: list[Array] = []
     taken = np.full(MAX_CLASSES, PER_CLASS)
     taken[drawn[drawn < MAX_CLASSES]] = 0
     for path in _units(features):
-        with safe_open(path, "numpy") as file:
+        with opened_tensors(path, "numpy") as file:
             images = file.get_tensor("images") if "images" in file.keys() else None  # noqa: SIM118  it is no dict
             found = file.get_tensor(f"{space}.features") if space else None
             labels = file.get_tensor("labels")
@@ -199,20 +198,16 @@ class _RealFeatures:
 
     @classmethod
     def of(cls, reference: Artifact, space: str) -> "_RealFeatures":
-        from safetensors import safe_open
-
         reference.verify_once(REFERENCE_NAME)
         path, name = reference.path(REFERENCE_NAME), f"{space}.features"
-        with safe_open(path, "numpy") as file:
+        with opened_tensors(path, "numpy") as file:
             stored = file.get_slice(name).get_shape()[0]
         rows = kept_rows(stored, _MOST_REAL)
         return cls(path, name, rows, kept_rows(reference.counts["images"], stored)[rows])
 
     def blocks(self) -> Iterator[Array]:
         """The rows that are searched, [m, D] at a time."""
-        from safetensors import safe_open
-
-        with safe_open(self.path, "numpy") as file:
+        with opened_tensors(self.path, "numpy") as file:
             features = file.get_slice(self.name)
             stored = features.get_shape()[0]
             for start in range(0, stored, _BLOCK):
@@ -263,9 +258,9 @@ def timestep_losses(checkpoint: Artifact) -> NDArray[np.float64] | None:
     They are those of the full and the masked pass together, without importance weights. None where the sampler keeps
     none: a uniform one, or that of a model that was not trained.
     """
-    from safetensors.numpy import load_file
-
-    state: Mapping[str, Array] = load_file(checkpoint.path(f"{checkpoint.counts['final']}/{TIMESTEP_STATE}"))
+    state: Mapping[str, Array] = load_tensors(
+        checkpoint.path(f"{checkpoint.counts['final']}/{TIMESTEP_STATE}"), "numpy"
+    )
     if "losses" not in state or not state["counts"].any():
         return None
     seen = np.minimum(state["counts"], state["losses"].shape[1])

@@ -17,6 +17,7 @@ from edt_core.environment import code_version, environment
 from edt_core.errors import UserError
 from edt_core.place_names import check_store_name
 from edt_core.storage import Folder
+from edt_core.tensor_files import load_tensors
 from jobs.autoencoder import resolve
 from jobs.options import validated
 from jobs.registry_files import own_uri
@@ -185,9 +186,7 @@ def _files(before: Artifact, made: Artifact) -> str:
 
 def _tensor_distance(before: Path, made: Path) -> float:
     """Largest absolute difference of two safetensors files; inf where they hold other tensors."""
-    from safetensors.torch import load_file
-
-    then, now = load_file(before), load_file(made)
+    then, now = load_tensors(before), load_tensors(made)
     if {name: value.shape for name, value in then.items()} != {name: value.shape for name, value in now.items()}:
         return float("inf")
     distances = [float((then[name].double() - now[name].double()).abs().max()) for name in then if then[name].numel()]

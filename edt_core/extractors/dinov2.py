@@ -17,6 +17,7 @@ from edt_core.answers import hub_is_silent, hub_silence
 from edt_core.errors import UserError
 from edt_core.extractors.pixels import exact_fp32, images_on, on_host
 from edt_core.extractors.weights import SOURCES
+from edt_core.tensor_files import check_folder_headers
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
@@ -75,6 +76,8 @@ class Dinov2:
         silent = not local and hub_is_silent()
         local |= silent  # this machine may have it in its cache
         try:
+            if local:
+                check_folder_headers(Path(location))
             kind = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=False).model_type
             if kind != "dinov2":
                 raise ValueError(f"it is a {kind}")

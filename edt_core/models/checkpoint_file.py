@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from edt_core.errors import UserError
+from edt_core.tensor_files import opened_tensors
 
 WeightsName = Literal["ema", "model"]
 
@@ -200,10 +201,8 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
     try:
-        with safe_open(path, "pt") as file:
+        with opened_tensors(path) as file:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
     except Exception as error:  # as above

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edt_core.manifest import FileEntry, sha256_json
@@ -25,6 +25,7 @@ from edt_core.schema import (
 )
 from edt_core.small_files import UnusableFileError, parse_json, read_bounded, read_json
 from edt_core.storage import sha256_file
+from edt_core.tensor_files import load_state, load_tensors
 
 WriteFile = Callable[[str, Callable[[Path], int | None]], FileEntry]  # as `ArtifactWriter.write`
 
@@ -137,7 +138,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     manifest = check_checkpoint(folder)
     return Checkpoint(
         step=manifest.step,
-        tensors={name: load_file(folder / name) for name in manifest.files if name.endswith(".safetensors")},
+        tensors={name: load_tensors(folder / name) for name in manifest.files if name.endswith(".safetensors")},
         state=read_json(folder / TRAIN_STATE),
         model_config=read_json(folder / MODEL_CONFIG),
         score=manifest.score,
@@ -177,5 +178,5 @@ class HostMemory:
 def ema_model(folder: Path, device: torch.device | str = "cpu") -> DiffusionTransformer:
     """The model of a folder with `model_config.json` and `ema.safetensors`, in evaluation mode."""
     model = build_model(ModelConfig.from_dict(read_json(folder / MODEL_CONFIG)))
-    model.load_state_dict(load_file(folder / EMA_WEIGHTS), strict=True)
+    load_state(model, folder / EMA_WEIGHTS)
     return model.to(device).eval()

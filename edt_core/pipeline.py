@@ -40,12 +40,13 @@ from edt_core.schedulers import (
 __all__ = ["PROTOCOL", "EDTPipeline", "EDTPipelineOutput", "EDTTransformer", "chain_config", "save_pipeline"]
 
 _PIPELINE_FILE = "pipeline.py"
-_IMPORT = "from edt_core.pipeline import EDTPipeline"
-# Without the package diffusers would tell to install "edt_core", which is no package's name; it leaves a try alone.
-_PIPELINE_CODE = f'''"""The class of this folder."""
+# Of an import statement diffusers would say to run "pip install edt_core", and that is no name of this package.
+_PIPELINE_CODE = '''"""The class of this folder."""
+
+import importlib
 
 try:
-    {_IMPORT}
+    EDTPipeline = importlib.import_module("edt_core.pipeline").EDTPipeline
 except ModuleNotFoundError as error:
     if error.name != "edt_core":
         raise
@@ -54,6 +55,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["EDTPipeline"]
 '''
+_OURS = "edt_core.pipeline"  # in every version of that file
 
 
 class EDTTransformer(ModelMixin, ConfigMixin):
@@ -234,7 +236,7 @@ class EDTPipeline(DiffusionPipeline):
         Raises UserError where a `pipeline.py` of somebody else is there.
         """
         file = Path(save_directory) / _PIPELINE_FILE
-        if file.exists() and _IMPORT not in file.read_text(encoding="utf-8", errors="replace"):
+        if file.exists() and _OURS not in file.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{file} is another program, and the pipeline writes its own there; save to another folder")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(_PIPELINE_CODE, encoding="utf-8")  # what custom_pipeline=folder imports

@@ -26,6 +26,15 @@ def typed_path(text: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def place_for_others(location: str) -> str:
+    """A location as it is shown to others: of an absolute path the last part alone, because folders may name people.
+
+    URIs, hub ids and relative paths stay as they are.
+    """
+    path = location.removeprefix("file://")
+    return Path(path).name if is_local(path) and path.startswith(("/", "~")) else location
+
+
 def check_store_name(path: Path) -> None:
     """Raise UserError where MLflow cannot record the path of a local store, before anything is written there.
 

@@ -33,6 +33,7 @@ def save_program(path: Path, model: DiffusionTransformer, chain: ChainConfig, nu
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch to itself, while it traces
         program = torch.export.export(denoiser, _inputs(denoiser, _TRACED), dynamic_shapes=({0: batch},) * 3)
+        _forget_places(program)
         with path.open("wb") as file:
             torch.export.save(program, file, extra_files={_FACTS: json.dumps(denoiser.config.to_dict())})
     try:
@@ -40,6 +41,13 @@ def save_program(path: Path, model: DiffusionTransformer, chain: ChainConfig, nu
     except BaseException:
         path.unlink()
         raise
+
+
+def _forget_places(program: torch.export.ExportedProgram) -> None:
+    """Remove from each operation the lines of source it comes from, with the paths they have on this machine."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
 
 
 def _check(path: Path, denoiser: DiffusionTransformer) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edt_core.config import ChainConfig
 from edt_core.environment import code_version, utc
 from edt_core.errors import UserError
+from edt_core.place_names import place_for_others
 from edt_core.redaction import redacted
 from edt_core.storage import sha256_file
 from jobs.autoencoder import check_decoder, read_autoencoder
@@ -166,7 +167,7 @@ def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str
         macs=count_macs(model),
         sampling=protocol,
         license=license,
-        origin=origin,
+        origin={key: place_for_others(value) for key, value in origin.items()},
     )
     (folder / README).write_text(redacted(card.text()), encoding="utf-8")
 

@@ -7,6 +7,7 @@ from typing import Any
 from edt_core.artifact import Artifact, canonical_json, sha256_json
 from edt_core.environment import code_version
 from edt_core.errors import UserError
+from edt_core.place_names import place_for_others
 from jobs.registry_files import DIGEST_TAG, stored_problems
 from pipelines.catalog import Catalog, artifact_tags
 from pipelines.config import PromoteConfig
@@ -66,7 +67,7 @@ def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, en
     run = catalog.client.get_run(run_id).data
     counts = entry.checkpoint.counts
     told = (run.params.get(f"source.{field}") for field in ("kind", "path"))
-    source = " ".join(text for text in told if text not in (None, "None"))
+    source = " ".join(place_for_others(text) for text in told if text not in (None, "None"))
     logged = log_pipeline(
         catalog,
         run_id,

@@ -3,8 +3,6 @@
 `mlflow.pyfunc.load_model("models:/NAME@champion").predict(numpy.array([3, 3, 7]))` gives uint8 images [N, S, S, 3].
 """
 
-from collections.abc import Sequence
-
 import mlflow
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -30,7 +28,7 @@ class PyfuncEDT(PythonModel):
         """
         from edt_core.errors import UserError
 
-        labels: Sequence[int] = np.asarray(model_input).reshape(-1).astype(int).tolist()
+        labels = np.asarray(model_input).reshape(-1)
         given = {name: value for name, value in (params or {}).items() if value or name == "seed"}
         try:
             images = self.pipeline(labels, **given).images

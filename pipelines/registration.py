@@ -59,6 +59,12 @@ def identity_of(entry: Entry, config: PromoteConfig) -> dict[str, str]:
     }
 
 
+def source_of(params: Mapping[str, str]) -> str:
+    """Where the images of a run came from, as its model card says: what they are, and their place."""
+    told = (params.get(f"source.{field}") for field in ("kind", "path"))
+    return " ".join(place_for_others(text) for text in told if text not in (None, "None"))
+
+
 def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, entry: Entry) -> Any:
     """Log the diffusers folder as an MLflow model of the run, and register it. Returns the version.
 
@@ -66,8 +72,7 @@ def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, en
     """
     run = catalog.client.get_run(run_id).data
     counts = entry.checkpoint.counts
-    told = (run.params.get(f"source.{field}") for field in ("kind", "path"))
-    source = " ".join(place_for_others(text) for text in told if text not in (None, "None"))
+    source = source_of(run.params)
     logged = log_pipeline(
         catalog,
         run_id,

@@ -75,6 +75,7 @@ def test_an_imported_model_is_a_candidate_that_loads_as_it_was(
     assert card.data.license == "cc-by-nc-4.0"
     assert "https://example.org/released.pt" in card.text
     assert "Not measured" in card.text
+    assert str(tmp_path.parent) not in card.text  # the autoencoder's folder lies there
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import sysconfig
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +20,7 @@ import torch
 from huggingface_hub import ModelCard as HubCard
 from typer.testing import CliRunner
 
+import edt_core
 from edt_core.artifact import Artifact
 from edt_core.config import ChainConfig
 from edt_core.errors import UserError
@@ -24,7 +29,7 @@ from edt_core.storage import Folder
 from jobs.registry_files import pull, safe_name
 from pipelines.cli import app
 from pipelines.config import PromoteConfig
-from pipelines.registration import Entry, promote
+from pipelines.registration import Entry, promote, source_of
 from pipelines.versions import config_of, find, record_of
 from tests.support.models import made_model, opened
 from tests.support.registry import NAME, PROTOCOL, Registry
@@ -362,6 +367,35 @@ def test_a_registered_model_is_pulled_and_loads_by_every_door(
     assert own.shape == (3, 32, 32, 3)
     assert np.array_equal(own, np.stack(general(LABELS).images))
     assert np.array_equal(own, served)
+
+
+def test_a_registered_folder_tells_nothing_of_the_machine_that_made_it(
+    registry: Registry, real: SimpleNamespace, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pulled"
+    edt(registry, "models", "pull", f"{REAL}@champion", str(folder))
+    secrets = {
+        str(Path(edt_core.__file__).parents[1]),
+        str(registry.root.parent),
+        str(Path.home()),
+        socket.gethostname(),
+    }
+    secrets |= {tempfile.gettempdir(), sys.prefix, sysconfig.get_path("purelib")}
+    texts = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with zipfile.ZipFile(folder / "denoiser.pt2") as program:
+        texts |= {f"denoiser.pt2/{name}": program.read(name) for name in program.namelist()}
+    assert len(texts) > 15
+    for name, text in texts.items():
+        assert not [secret for secret in secrets if len(secret) > 4 and secret.encode() in text], name
+    assert b"_name_or_path" not in texts["vae/config.json"]
+
+
+def test_a_card_names_no_folders_of_the_machine() -> None:
+    for path in ("/home/somebody/birds", "~somebody/birds", "file:///home/somebody/birds"):
+        assert source_of({"source.kind": "folder", "source.path": path}) == "folder birds"
+    for path in ("birds", "data/birds", "s3://bucket/birds"):
+        assert source_of({"source.kind": "folder", "source.path": path}) == f"folder {path}"
+    assert source_of({"source.kind": "digits", "source.path": "None"}) == "digits"
 
 
 def test_a_job_takes_a_registered_model_through_the_same_checks(

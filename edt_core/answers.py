@@ -90,34 +90,3 @@ def check_mlflow(uri: str) -> None:
 def check_s3(endpoint: str) -> None:
     """Raise UserError where the S3 server at an endpoint is silent. Asked once in a process."""
     check_http(endpoint, "an S3 server", "start the server, or mend AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3")
-
-
-def hub_is_silent() -> bool:
-    """Whether the Hugging Face hub, or its mirror of HF_ENDPOINT, gives no answer in time.
-
-    Its client would try for minutes, for each file. A hub that cannot be reached otherwise is for its client to tell.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        _ask_hub(constants.ENDPOINT)
-    except UserError:
-        return True
-    return False
-
-
-@cache  # an error is not kept
-def _ask_hub(endpoint: str) -> None:
-    check_http(endpoint, "a Hugging Face hub", "")
-
-
-def hub_silence() -> str:
-    """What to say of a silent hub, as a sentence, where this machine's cache has not all that is needed either."""
-    from huggingface_hub import constants
-
-    return (
-        f"the hub at {redacted(constants.ENDPOINT)} gave no answer in {answer_seconds():g} s, and this machine's cache "
-        f"has not all of it ({_WAITS_LONGER})."
-    )

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.alignment import align_weights
-from edt_core.answers import hub_is_silent, hub_silence
 from edt_core.autoencoder_config import check_config, check_folder, hub_pipeline, pickled
 from edt_core.config import AutoencoderConfig
 from edt_core.data.images import to_model_range
 from edt_core.data.scale import scale_of
 from edt_core.errors import UserError
+from edt_core.hub import hub_absence, hub_is_away
 from edt_core.precision import use_precision
 from edt_core.tensor_files import check_folder_headers
 from edt_core.training.optim import one_cycle
@@ -98,8 +98,8 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
     if Path(location).is_dir():
         check_folder(Path(location))
         check_folder_headers(Path(location))
-    silent = not Path(location).is_dir() and hub_is_silent()
-    config = _load_config(location, silent)
+    away = hub_is_away(location)
+    config = _load_config(location, away)
     check_config(str(location), config)
     make: Any = getattr(diffusers, config["_class_name"])
     try:
@@ -108,7 +108,7 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
             use_safetensors=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
-            local_files_only=silent,  # this machine may have it in its cache
+            local_files_only=away,  # this machine may have it in its cache
         )
         if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
             raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first.")
@@ -116,28 +116,28 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
         if not Path(location).is_dir() and "does not appear to have a file named" in str(error):
             target = str(location).rpartition("/")[2]
             raise UserError(pickled(str(location), make.__name__, f"./{target}")) from error
-        raise _no_autoencoder(location, error, silent) from error
+        raise _no_autoencoder(location, error, away) from error
     return align_weights(model).to(device).eval().requires_grad_(False)
 
 
-def _load_config(location: str | Path, silent: bool) -> dict[str, Any]:
-    """The diffusers configuration at a local folder or hub id, of a silent hub in the cache. Raises UserError."""
+def _load_config(location: str | Path, away: bool) -> dict[str, Any]:
+    """The diffusers configuration at a local folder or hub id; with `away` in the hub's cache. Raises UserError."""
     from diffusers import AutoencoderKL, DiffusionPipeline
 
     try:
-        return dict(AutoencoderKL.load_config(str(location), local_files_only=silent))
+        return dict(AutoencoderKL.load_config(str(location), local_files_only=away))
     except (OSError, ValueError, KeyError, TypeError) as error:
         is_pipeline = False
         with suppress(Exception):  # whatever is wrong there, the first error is the one to report
-            is_remote = not (silent or Path(location).is_dir())
+            is_remote = not (away or Path(location).is_dir())
             is_pipeline = is_remote and bool(DiffusionPipeline.load_config(str(location)))
         if is_pipeline:
             raise UserError(hub_pipeline(str(location))) from error
-        raise _no_autoencoder(location, error, silent) from error
+        raise _no_autoencoder(location, error, away) from error
 
 
-def _no_autoencoder(location: str | Path, error: Exception, silent: bool) -> UserError:
-    reason = hub_silence() if silent else str(error).splitlines()[0]
+def _no_autoencoder(location: str | Path, error: Exception, away: bool) -> UserError:
+    reason = hub_absence() if away and isinstance(error, OSError) else str(error).splitlines()[0]
     return UserError(
         f"no autoencoder at {location!s}: {reason} Give a hub id that this machine can reach, "
         "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 EDT_PAPER, DIT_PAPER, MDT_PAPER = "arXiv 2410.23788", "arXiv 2212.09748", "arXiv 2303.14389"
 EDT_CODE = "github.com/xinwangChen/EDT"
+AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # of the published checkpoints of all three papers
+AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS = 8, 4
 LARGE_IMAGE_SIZE = 512  # from this image size on, EDT's authors modulate another block, with another kernel
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from edt_core.answers import answer_seconds, hub_is_silent
+from edt_core.answers import answer_seconds
 from edt_core.child_process import child_environment, python_command
 from edt_core.config import PUBLISHED_SPACES, ExtractorConfig
 from edt_core.errors import UserError
+from edt_core.hub import hub_is_away
 from edt_core.place_names import typed_path
 from edt_core.redaction import redacted
 from edt_core.small_files import read_json_object
@@ -132,9 +133,9 @@ def _hub_config(hub_id: str) -> dict[str, Any]:
         RepositoryNotFoundError,
     )
 
-    silent = hub_is_silent()
+    away = hub_is_away(hub_id)
     try:
-        return read_json_object(Path(hf_hub_download(hub_id, "config.json", local_files_only=silent)))
+        return read_json_object(Path(hf_hub_download(hub_id, "config.json", local_files_only=away)))
     except HFValidationError as error:
         raise UserError(
             f"{hub_id} is neither a folder that is there nor a hub id; mend autoencoder.pretrained"

@@ -15,9 +15,11 @@ from edt_core.config import ChainConfig
 from edt_core.environment import code_version, utc
 from edt_core.errors import UserError
 from edt_core.place_names import place_for_others
+from edt_core.published import AUTOENCODER, AUTOENCODER_CHANNELS, AUTOENCODER_FACTOR
 from edt_core.redaction import redacted
 from edt_core.storage import sha256_file
 from jobs.autoencoder import check_decoder, read_autoencoder
+from jobs.cluster_address import first_line
 from pipelines.catalog import Catalog
 from pipelines.packaging import log_pipeline
 from pipelines.registration import add_logged
@@ -46,6 +48,7 @@ class Released:
     weights: "WeightsName"
     autoencoder: Any
     autoencoder_location: str
+    is_default_autoencoder: bool = False
 
     @property
     def model(self) -> "DiffusionTransformer":
@@ -65,11 +68,16 @@ class Released:
 
 
 def read_released(
-    path: Path, weights: "WeightsName | None", autoencoder: str, model: str | None = None, image_size: int | None = None
+    path: Path,
+    weights: "WeightsName | None",
+    autoencoder: str | None = None,
+    model: str | None = None,
+    image_size: int | None = None,
 ) -> Released:
     """Read a checkpoint file and the autoencoder at a location. `model` and `image_size` are what it is to be.
 
-    `weights` None takes the averaged weights where the file has them.
+    `autoencoder` None takes that of the papers, where the model was made for its latents. `weights` None takes the
+    averaged weights where the file has them.
 
     Raises UserError: nothing that can be read safely, another model than asked for, an autoencoder that does not fit.
     """
@@ -82,11 +90,38 @@ def read_released(
             f"{path} is {config.name} at {config.image_size} px with {config.num_classes} classes; give --model "
             f"{config.name} --image-size {config.image_size}, or leave them out"
         )
-    decoder = read_autoencoder(autoencoder)
+    location = autoencoder or AUTOENCODER
+    decoder = _default_autoencoder(path, read) if autoencoder is None else read_autoencoder(autoencoder)
     check_decoder(config, decoder)
     # A single set without a name counts as what was asked for; the papers' authors release averages.
     taken: WeightsName = (weights or "ema") if not read.label else ("ema" if read.is_average else "model")
-    return Released(path, read, taken, decoder, autoencoder)
+    return Released(path, read, taken, decoder, location, autoencoder is None)
+
+
+def _default_autoencoder(path: Path, read: "ReleasedModel") -> Any:
+    """The papers' autoencoder. Raises UserError for a model of other latents, and where it cannot be loaded."""
+    config, missing = read.model.config, "--autoencoder is missing"
+    latents = config.autoencoder_factor, config.in_channels
+    if latents != (AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS):
+        raise UserError(
+            f"{missing}: {path} is {config.name} for latents of factor {latents[0]} with {latents[1]} channels, and "
+            f"the default, {AUTOENCODER}, has factor {AUTOENCODER_FACTOR} and {AUTOENCODER_CHANNELS} channels. Give "
+            "the autoencoder of the model's training: --autoencoder FOLDER_OR_HUB_ID"
+        )
+    if read.other_latents:
+        raise UserError(
+            f"{missing}: {path} was trained on latents with {', '.join(read.other_latents)}, and the default is "
+            f"{AUTOENCODER}. Give the autoencoder of the model's training: --autoencoder FOLDER_OR_HUB_ID"
+        )
+    try:
+        return read_autoencoder(AUTOENCODER)
+    except UserError as error:
+        raise UserError(
+            f"{missing}, and the default, {AUTOENCODER}, could not be loaded: "
+            f"{first_line(error.__cause__ or error)}. "
+            f"Where there is a network, run hf download {AUTOENCODER} --local-dir sd-vae-ft-ema; then copy the folder "
+            "here and give --autoencoder ./sd-vae-ft-ema"
+        ) from error
 
 
 def import_released(
@@ -109,6 +144,7 @@ def import_released(
         "file": released.path.name,
         **{key.removeprefix(ORIGIN): value for key, value in identity.items()},
         "autoencoder": released.autoencoder_location,
+        **({"autoencoder_choice": "default"} if released.is_default_autoencoder else {}),
         **({"source": source} if source else {}),
     }
     version = find_version(catalog, name, identity)

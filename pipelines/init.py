@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from edt_core.errors import UserError
+from edt_core.published import AUTOENCODER
 from pipelines.hardware import Hardware
 
-PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 FIT = "fit"  # the answer that means: fit an autoencoder on the images
 SIZES = (32, 64, 128, 256, 512)
 _MEASURED = 64  # images whose size is looked at
@@ -128,7 +128,7 @@ def suggested_model(images: Images, gpus: int) -> str:
 
 def suggested_autoencoder(image_size: int, gpus: int) -> str:
     """A published one where there are GPUs to run it and pixels enough that it keeps what is seen."""
-    return PUBLISHED_AUTOENCODER if gpus and image_size >= 128 else FIT
+    return AUTOENCODER if gpus and image_size >= 128 else FIT
 
 
 def suggested_name(path: str) -> str:

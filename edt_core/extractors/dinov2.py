@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edt_core.alignment import align_weights
-from edt_core.answers import hub_is_silent, hub_silence
 from edt_core.errors import UserError
 from edt_core.extractors.pixels import exact_fp32, images_on, on_host
 from edt_core.extractors.weights import SOURCES
+from edt_core.hub import hub_absence, hub_is_away
 from edt_core.tensor_files import check_folder_headers
 
 SIDE = 224
@@ -72,11 +72,10 @@ class Dinov2:
             from transformers import AutoConfig, Dinov2Model
         except ImportError as error:
             raise UserError("DINOv2 needs transformers; pip install edt-pipeline[dinov2]") from error
-        place, local = str(location), Path(location).is_dir()
-        silent = not local and hub_is_silent()
-        local |= silent  # this machine may have it in its cache
+        place, away = str(location), hub_is_away(location)
+        local = away or Path(location).is_dir()  # the hub's cache on this machine may have it
         try:
-            if local:
+            if Path(location).is_dir():
                 check_folder_headers(Path(location))
             kind = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=False).model_type
             if kind != "dinov2":
@@ -88,7 +87,11 @@ class Dinov2:
             if missing := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
                 raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-            told = hub_silence() if silent else (str(error).splitlines() or [type(error).__name__])[0]
+            told = (
+                hub_absence()
+                if away and isinstance(error, OSError)
+                else (str(error).splitlines() or [type(error).__name__])[0]
+            )
             reason = told.rstrip(".")
             raise UserError(f"no DINOv2 at {place}: {reason}. Needed are {SOURCES['dinov2']}") from error
         return cls(align_weights(model), device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edt_core.answers import check_connects
 from edt_core.errors import UserError
+from edt_core.hub import HUB_ID
 from edt_core.manifest import sha256_json
 from edt_core.place_names import typed_path
 from edt_core.storage import Folder, fsync_file, in_threads, sha256_file
@@ -30,7 +31,6 @@ SOURCES = {
     "github.com/facebookresearch/dinov2, with config.json and model.safetensors); put its folder where this machine "
     "can read it, or give its hub id where the hub can be reached, and set dinov2.weights (--dinov2-weights)",
 }
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CHUNK = 1 << 20
 _PAUSE_S = 60  # between two pieces of a download that has begun

@@ -49,13 +49,14 @@ class ReleasedModel:
     """A model of a checkpoint file, in evaluation mode on the CPU, its weights float32.
 
     `label` is the part of the file that its weights were taken from, empty for a bare state dict. `notes` are what was
-    assumed or left aside.
+    assumed or left aside. `other_latents` are the file's options of another autoencoder than the papers'.
     """
 
     model: DiffusionTransformer
     label: str
     is_average: bool
     notes: tuple[str, ...]
+    other_latents: tuple[str, ...] = ()
 
 
 def load_released(path: Path | str, weights: WeightsName | None = None) -> DiffusionTransformer:
@@ -86,7 +87,7 @@ def read_released_model(path: Path | str, weights: WeightsName | None = None) ->
     _load(path, model, chosen.tensors)
     notes = _weight_notes(chosen, sets, weights, other_tensors(content, sets)) + option_notes(options, config)
     notes += _check_variance(path, model, options)
-    return ReleasedModel(model.eval(), chosen.label, chosen.is_average, tuple(notes))
+    return ReleasedModel(model.eval(), chosen.label, chosen.is_average, tuple(notes), options.other_latents)
 
 
 def _load(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:

@@ -121,6 +121,15 @@ class TrainingOptions:
         )
 
     @property
+    def other_latents(self) -> tuple[str, ...]:
+        """The options, as name=value, that say that the latents are not those of the papers' autoencoder."""
+        return tuple(
+            f"{name}={_short(value)}"
+            for name, value, _ in self.entries
+            if name in _LATENT_SPACE and value is not None and not _USUAL_SPACE.fullmatch(str(value).lower())
+        )
+
+    @property
     def model_names(self) -> tuple[str, ...]:
         """The values of `model` that are text."""
         return tuple(
@@ -179,9 +188,8 @@ def option_notes(options: TrainingOptions, config: ModelConfig) -> list[str]:
         if name not in known
     ]
     notes += [
-        f"it was trained on latents with {name}={_short(value)}; check that --autoencoder makes the same latents"
-        for name, value, _ in options.entries
-        if name in _LATENT_SPACE and value is not None and not _USUAL_SPACE.fullmatch(str(value).lower())
+        f"it was trained on latents with {setting}; check that --autoencoder makes the same latents"
+        for setting in options.other_latents
     ]
     if unknown := _unknown(options):
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""

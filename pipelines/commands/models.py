@@ -216,8 +216,11 @@ def pull(
 def import_model(
     checkpoint: Annotated[str, typer.Argument(help="checkpoint of an EDT, DiT or MDTv2 (.pt, .ckpt, .safetensors)")],
     autoencoder: Annotated[
-        str, typer.Option(help="what decodes it, as stabilityai/sd-vae-ft-ema: hub id, folder, artifact, MLflow URI")
-    ],
+        str | None,
+        typer.Option(
+            help="what decodes it: hub id, folder, artifact or MLflow URI  \\[default: stabilityai/sd-vae-ft-ema]"
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="what it is to be, as DiT-XL/2  \\[default: what it is]")] = None,
     image_size: Annotated[int | None, typer.Option(help="pixels it is to be for  \\[default: what it is for]")] = None,
     weights: Annotated[
@@ -233,7 +236,7 @@ def import_model(
 
     \b
     Examples:
-      edt import EDT-S-2-256x256.pt --autoencoder stabilityai/sd-vae-ft-ema
+      edt import EDT-S-2-256x256.pt
       edt import DiT-XL-2-256x256.pt --model DiT-XL/2 --autoencoder ./vae
     """
 
@@ -248,6 +251,11 @@ def import_model(
     )
     for note in released.read.notes:
         say(f"note: {note}", err=True)
+    if released.is_default_autoencoder:
+        say(
+            f"note: {released.autoencoder_location} decodes it: the papers' default, as no --autoencoder was given",
+            err=True,
+        )
     place = Folder.at(store)
     place.check_writable()
     with alone(store, name or released.default_name):

@@ -4,10 +4,12 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 from huggingface_hub import ModelCard as HubCard
 from typer.testing import CliRunner
@@ -18,8 +20,8 @@ from edt_core.storage import Folder
 from jobs.models import load_model, open_model
 from jobs.registry_files import pull
 from pipelines.cli import app
-from pipelines.importing import _protocol
-from pipelines.versions import find
+from pipelines.importing import _protocol, read_released
+from pipelines.versions import find, origin_of
 from tests.support.models import made_model, pipeline_folder, released, weights
 from tests.support.registry import Registry
 from tests.support.small import edt
@@ -208,6 +210,86 @@ def test_an_autoencoder_of_another_factor_is_refused(registry: Registry, tmp_pat
     other = pipeline_folder(tmp_path / "p", made_model(image_size=64, factor=8), factor=8) / "vae"
     with pytest.raises(UserError, match="the autoencoder has factor 8 and 4 latent channels, and EDT-Tiny/2"):
         imported(registry, released(tmp_path, "EDT-Tiny/2"), other)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a model whose latents are those of the papers' autoencoder."""
+    path = tmp_path_factory.mktemp("published") / "DiT-S-8.pt"
+    torch.save(made_model(name="DiT-S/8", image_size=64, factor=8).state_dict(), path)
+    return path
+
+
+def hub_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache of this test's own; the hub itself is not asked."""
+    for name, value in {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": True}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("diffusers.configuration_utils.HF_HUB_CACHE", str(folder), raising=False)
+    return folder
+
+
+def put_in_cache(cache: Path, vae: Path, hub_id: str = "stabilityai/sd-vae-ft-ema") -> None:
+    """What a download of a model leaves in the hub's cache."""
+    place = cache / f"models--{hub_id.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(vae, place / "snapshots" / ("0" * 40))
+
+
+def test_without_an_autoencoder_it_is_that_of_the_papers_and_the_record_says_so(
+    registry: Registry, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pipeline_folder(tmp_path / "p", made_model(name="DiT-S/8", image_size=64, factor=8), factor=8) / "vae"
+    put_in_cache(hub_cache(tmp_path / "hub", monkeypatch), folder)
+    arguments = ["import", str(published), "--name", "by-default", *registry.arguments]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "so stabilityai/sd-vae-ft-ema decodes it" in done.output
+    assert "by-default version 1 is DiT-S/8 at 64 px" in done.output
+    origin = origin_of(find(registry.catalog, "by-default@candidate"))
+    assert (origin["autoencoder"], origin["autoencoder_choice"]) == ("stabilityai/sd-vae-ft-ema", "default")
+    assert "(imported before)" in imported(registry, published, folder, "--name", "by-default")  # the same weights
+
+
+def test_a_default_that_cannot_be_loaded_is_one_message_with_the_remedy(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_cache(tmp_path / "hub", monkeypatch)
+    done = edt("import", str(published), "--store", str(tmp_path / "s"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the default, stabilityai/sd-vae-ft-ema, could not be loaded: it is not complete in this" in done.stderr
+    assert "give --autoencoder ./sd-vae-ft-ema" in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_cache(tmp_path / "hub", monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    asked: list[str] = []
+
+    def refused(url: str, **options: Any) -> Any:
+        asked.append(url)
+        raise requests.exceptions.ConnectionError
+
+    monkeypatch.setattr(requests, "get", refused)
+    with pytest.raises(UserError, match="could not be loaded: it is not complete in this machine's hub cache"):
+        read_released(published, None)
+    assert asked == ["http://127.0.0.1:1"]
+
+
+@pytest.mark.parametrize("damage", ["another factor", "another autoencoder"])
+def test_a_model_of_other_latents_needs_its_autoencoder(published: Path, tmp_path: Path, damage: str) -> None:
+    path = released(tmp_path, "EDT-Tiny/2")
+    message = r"--autoencoder is missing: .* is EDT-Tiny/2 for latents of factor 4 with 4 channels, and the default"
+    if damage == "another autoencoder":
+        path = tmp_path / "trained.pt"
+        args = argparse.Namespace(vae="stabilityai/sdxl-vae")
+        torch.save({"model": torch.load(published, weights_only=True), "args": args}, path)
+        message = r"--autoencoder is missing: .* was trained on latents with vae='stabilityai/sdxl-vae'"
+    with pytest.raises(UserError, match=message):
+        read_released(path, None)
 
 
 @pytest.mark.parametrize("weights_name", [None, "model"])

@@ -15,6 +15,8 @@ from tests.support.small import MODEL, SMALL, copy_store, edt
 
 # Large things that the pages name, and what stands for them here.
 STANDS_FOR = (
+    # The default is for models of factor 8; here they are of factor 4.
+    (r"edt import (\S+)(?=\s|$)(?! --autoencoder)", r"edt import \1 --autoencoder {root}/vae"),
     (r"/data/(flowers|imagenet/train|imagenet|cifar10_sample)\b", "{root}/digits"),
     (r"stabilityai/sd-vae-ft-ema|/models/sd-vae-ft-ema", "{root}/vae"),
     (r"--inception-weights \S+", "--classifier classifier"),  # FID's weights are 90 MB that are not ours to ship
@@ -23,7 +25,7 @@ STANDS_FOR = (
     (r"\b(edt|dit)-(s|xl)-2-256\b", MODEL),
     (r"--classes (otter,207|'golden retriever,360,macaw')", "--classes 3,1"),
     (r"(EDT-XL-2-256|EDT-S)\.pt", "edt.pt"),
-    (r"DiT-XL-2-256x256\.pt(?= --a)", "dit.pt"),
+    (r"(?<!/)DiT-XL-2-256x256\.pt", "dit.pt"),
     (r"mdt_xl2_v2_ckpt\.pt", "mdt.pt"),
     (r"\b(EDT|DiT|MDTv2)-(S|B|L|XL)/[248]", r"\1-Tiny/2"),
     (r"train\.max_steps=\d+", "train.max_steps=6"),

@@ -116,7 +116,8 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
         if not Path(location).is_dir() and "does not appear to have a file named" in str(error):
             target = str(location).rpartition("/")[2]
             raise UserError(pickled(str(location), make.__name__, f"./{target}")) from error
-        raise _no_autoencoder(location, error, away) from error
+        cause = _cause(error, away)
+        raise _no_autoencoder(location, cause) from cause
     return align_weights(model).to(device).eval().requires_grad_(False)
 
 
@@ -133,13 +134,18 @@ def _load_config(location: str | Path, away: bool) -> dict[str, Any]:
             is_pipeline = is_remote and bool(DiffusionPipeline.load_config(str(location)))
         if is_pipeline:
             raise UserError(hub_pipeline(str(location))) from error
-        raise _no_autoencoder(location, error, away) from error
+        cause = _cause(error, away)
+        raise _no_autoencoder(location, cause) from cause
 
 
-def _no_autoencoder(location: str | Path, error: Exception, away: bool) -> UserError:
-    reason = hub_absence() if away and isinstance(error, OSError) else str(error).splitlines()[0]
+def _cause(error: Exception, away: bool) -> Exception:
+    """Why a model cannot be loaded; where the hub is away, its client only says that files are missing."""
+    return ConnectionError(hub_absence()) if away and isinstance(error, OSError) else error
+
+
+def _no_autoencoder(location: str | Path, cause: Exception) -> UserError:
     return UserError(
-        f"no autoencoder at {location!s}: {reason} Give a hub id that this machine can reach, "
+        f"no autoencoder at {location!s}: {str(cause).splitlines()[0]} Give a hub id that this machine can reach, "
         "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "
         "autoencoder.pretrained, or null there to fit one on the images."
     )

@@ -105,6 +105,11 @@ class ModelCard:
             "from edt_core import EDTPipeline\n\n"
             'pipeline = EDTPipeline.from_pretrained("FOLDER")    # this folder\n'
             "images = pipeline([0, 1], seed=0).images            # an image a class label\n\n"
+            "import torch\n"
+            "from diffusers import DiffusionPipeline             # or so, here with half the memory\n\n"
+            "pipeline = DiffusionPipeline.from_pretrained(\n"
+            '    "FOLDER", custom_pipeline="FOLDER", trust_remote_code=True, torch_dtype=torch.bfloat16\n'
+            ")\n\n"
             "import mlflow, numpy\n\n"
             f'mlflow.pyfunc.load_model("models:/{self.name}/VERSION").predict(numpy.array([0, 1]))\n'
             "```\n\n"

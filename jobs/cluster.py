@@ -15,6 +15,7 @@ import ray.job_config
 from edt_core.errors import Stopped, UserError
 from jobs.cluster_address import check_answers, first_line, named_address
 from jobs.loopback import on_loopback
+from jobs.termination import term_kept
 
 _OWN = "edt_own_session"  # a resource that marks a session that `connect` started
 MAX_RETRIES = 8  # of a task or actor whose process was lost: nodes go, but what always crashes must end
@@ -54,7 +55,7 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
     if named is None:
         cpus = max(os.cpu_count() or 1, min_cpus)
         # "local": never a cluster that `ray start` left on this machine.
-        with on_loopback():
+        with on_loopback(), term_kept():
             ray.init(
                 "local",
                 num_cpus=cpus,
@@ -66,7 +67,8 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
         return False
     check_answers(named)
     try:
-        ray.init(address=address, **common)
+        with term_kept():
+            ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
             f"the Ray cluster at {named} answers, but cannot be joined: {first_line(error)}. Use its versions of Ray "

@@ -21,6 +21,7 @@ from jobs.cluster_address import check_named
 from jobs.failure import tell_failure
 from jobs.options import add_fields, given_fields, parse_assignment, parser_of, read_yaml, validated
 from jobs.progress import Bar, relayed
+from jobs.termination import term_interrupts
 
 Input = Artifact | Source
 Job = Callable[[Any, Mapping[str, Any], ArtifactWriter, Progress], dict[str, Any]]
@@ -172,10 +173,13 @@ def add_role(parser: Any, role: str) -> None:
 def exit_code() -> Iterator[None]:
     """A user's mistake becomes one message and exit code 2; an interrupt, or a job that was asked to stop, 130.
 
+    SIGTERM is an interrupt too.
+
     Anything else is a failure, exit code 1: the cause, the remedy, and the file that the traceback is in.
     """
     try:
-        yield
+        with term_interrupts():
+            yield
     except KeyboardInterrupt:
         say("stopped; what is finished is kept, run the same command again to go on", err=True)
         sys.exit(130)

@@ -8,6 +8,7 @@ import typer
 
 from edt_core.child_process import protect_children
 from edt_core.console import say
+from jobs.termination import term_interrupts
 from pipelines.commands import config, cost, doctor, gc, init, models, schedule, store, submit, ui, verbs, workflow
 
 app = typer.Typer(
@@ -63,10 +64,11 @@ def options(
 
 
 def main() -> None:
-    """Entry point. Exits with 0 done, 1 something failed, 2 the request was wrong, 130 interrupted."""
+    """Entry point. Exits with 0 done, 1 something failed, 2 the request was wrong, 130 interrupted (SIGTERM too)."""
     protect_children()
     try:
-        app()
+        with term_interrupts():
+            app()
     except Exception as error:
         from jobs.failure import tell_failure
 

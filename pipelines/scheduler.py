@@ -197,7 +197,7 @@ class Server:
         elif code is None:
             outcome = "lost"
         else:
-            stopped = code in (130, -signal.SIGINT) or tick.pid in self._interrupted
+            stopped = code in (130, -signal.SIGINT, -signal.SIGTERM) or tick.pid in self._interrupted
             outcome = "finished" if code == 0 else "stopped" if stopped else "failed"
         error = f"exit code {code}: {_reason(self.schedules.log(tick))}" if outcome == "failed" else None
         run = result.run if result else None

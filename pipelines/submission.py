@@ -6,6 +6,7 @@ token of a cluster with token authentication is read from the environment by Ray
 """
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 
 from edt_core.answers import answer_seconds, check_connects, no_answer
 from edt_core.errors import UserError
-from edt_core.redaction import REDACTED, redacted_values
+from edt_core.redaction import REDACTED, redacted, redacted_values
 from edt_core.storage import Folder
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ TRAVELS = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AW
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Ray's own are SIGTERM and 3 s, which is SIGKILL for a training that writes a checkpoint.
-_STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
+_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+_STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", _WAIT: "600"}
+_JOB_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a job
+_COMMAND = "edt.command"  # the same in the job's metadata
+GO_ON = "EDT_GO_ON"  # in a job's environment: the command that goes on with it, of whoever submitted it
 _PATHS = (("source", "path"), ("autoencoder", "pretrained"), ("inception", "weights"), ("dinov2", "weights"))
 _RECONNECTS = 5
 _NO_ADDRESS = f"{{!r}} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
@@ -53,8 +58,13 @@ class Request:
     notes: tuple[str, ...]  # what a person should know of it
 
 
-def request_for(config: "PipelineConfig", address: str, environment: Mapping[str, str]) -> Request:
-    """The job of a pipeline on the cluster at this address. Raises UserError for what cannot work there."""
+def request_for(
+    config: "PipelineConfig", address: str, environment: Mapping[str, str], go_on: str | None = None
+) -> Request:
+    """The job of a pipeline on the cluster at this address. Raises UserError for what cannot work there.
+
+    `go_on` is the command that the submitter would give to go on after a stop.
+    """
     from pipelines.config import as_yaml
 
     here = urlsplit(address).hostname in _LOOPBACK
@@ -62,6 +72,8 @@ def request_for(config: "PipelineConfig", address: str, environment: Mapping[str
     variables, unsent = _travelling(environment, here)
     line = ["python", "-P", "-m", "pipelines.cli", "run", "config.yaml", "--no-overlap", "--store", config.store]
     metadata = {"edt.pipeline": config.name, "edt.store": config.store}
+    if go_on is not None:
+        variables[GO_ON] = metadata[_COMMAND] = redacted(go_on)
     text = as_yaml(config)
     if REDACTED in text:
         raise UserError(
@@ -108,6 +120,16 @@ def _travelling(environment: Mapping[str, str], here: bool) -> tuple[dict[str, s
         else:
             sent[name] = value
     return sent, notes
+
+
+def stopped_too_soon(environment: Mapping[str, str]) -> str | None:
+    """What to warn of in a job of Ray that is killed before a training can write its checkpoint; None elsewhere."""
+    if _JOB_OF_RAY not in environment or _WAIT in environment:
+        return None
+    return (
+        f"Ray kills this job 3 s after it is asked to stop, and what a training did since its last checkpoint is lost; "
+        f"submit it with `edt submit`, or with --runtime-env-json '{{\"env_vars\": {json.dumps(_STOPPING)}}}'"
+    )
 
 
 class Cluster:
@@ -176,6 +198,11 @@ class Cluster:
         """Ask a job to stop; False where it had ended."""
         with self._clear_errors():
             return bool(self.client.stop_job(job_id))
+
+    def go_on(self, job_id: str) -> str | None:
+        """The command that goes on with a job after its end; None where whoever submitted it left none."""
+        with self._clear_errors():
+            return (self.client.get_job_info(job_id).metadata or {}).get(_COMMAND)
 
     def jobs(self) -> list[dict[str, Any]]:
         """The pipelines that were submitted to this cluster, the newest first."""

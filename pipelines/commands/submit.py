@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,7 +49,8 @@ def submit(
     if sum(asked) != 1:
         raise UserError("give one of CONFIG, --follow JOB, --stop JOB and --list")
     if config is not None:
-        request = request_for(load_config(config, assignments, store), address, os.environ)
+        go_on = _command(config, assignments, store, address)
+        request = request_for(load_config(config, assignments, store), address, os.environ, go_on)
         cluster = Cluster(address)
         for note in request.notes:
             say(f"note: {note}", err=True)
@@ -61,8 +63,10 @@ def submit(
     elif follow is not None:
         _follow(Cluster(address), follow)
     elif stop is not None:
-        was_running = Cluster(address).stop(stop)
+        cluster = Cluster(address)
+        was_running = cluster.stop(stop)
         say(f"{stop} stops; what is finished is kept" if was_running else f"{stop} had ended already")
+        _tell_go_on(cluster, stop)
     else:
         print_rows(Cluster(address).jobs(), _COLUMNS, as_json, "no pipelines were submitted to this cluster")
 
@@ -77,7 +81,21 @@ def _follow(cluster: "Cluster", job: str) -> None:
     succeeded = status == "SUCCEEDED"
     reason = "" if succeeded else f": {message.strip().splitlines()[0] if message.strip() else 'no reason given'}"
     say(f"{job} {status}{reason}")
+    if not succeeded:
+        _tell_go_on(cluster, job)
     raise typer.Exit(0 if succeeded else 1)
+
+
+def _command(config: str, assignments: Sequence[str], store: str | None, address: str) -> str:
+    """What submits the same pipeline again. Without the job's name, which Ray takes only once."""
+    options = [part for text in assignments for part in ("--set", text)]
+    options += ["--store", store] if store is not None else []
+    return shlex.join(["edt", "submit", config, *options, "--address", address])
+
+
+def _tell_go_on(cluster: "Cluster", job: str) -> None:
+    if command := cluster.go_on(job):
+        say(f"to go on    {command}")
 
 
 def _how_to_return(job: str, address: str) -> str:

@@ -1,6 +1,5 @@
 """edt ui: the runs, metrics and models of a store in a browser."""
 
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +43,6 @@ def ui(
         say(f"warning: whoever reaches {host}:{chosen} can read and change all of it: MLflow asks nobody", err=True)
     folder = _folder(catalog.tracking_uri, store)
     say("starting MLflow ...", err=True)
-    signal.signal(signal.SIGTERM, _interrupt)  # `kill` ends the server too
     try:
         with served(catalog.tracking_uri, folder / "mlartifacts", host, chosen) as (url, process):
             _tell(url, catalog, run, experiment, not no_open)
@@ -54,10 +52,6 @@ def ui(
             raise typer.Exit(1)
     except KeyboardInterrupt:
         say("stopped", err=True)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _folder(tracking_uri: str, store: str) -> Path:

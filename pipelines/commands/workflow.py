@@ -1,5 +1,6 @@
 """Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -64,10 +65,13 @@ def run(
         return
     check_named(address)  # before the imports below, which take seconds
     from pipelines.schedule import tell_scheduler
+    from pipelines.submission import stopped_too_soon
     from pipelines.workflows import run as run_pipeline
 
     with _alone(loaded, no_overlap), _logged(loaded.store, "run", to_stderr=as_json) as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
+        if warning := stopped_too_soon(os.environ):
+            terminal.warn(warning)
         try:
             outcome = run_pipeline(loaded, terminal, address)
         except KeyboardInterrupt:
@@ -173,9 +177,12 @@ def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None
 
 
 def tell_stopped(terminal: "Terminal", how: str) -> None:
-    """Say that a run was stopped, and the command that goes on with it."""
+    """Say that a run was stopped, and the command that goes on with it: of a submitted job, that of its submitter."""
+    from pipelines.submission import GO_ON
+
     terminal.freeze()
-    terminal.say(f"\n{how}; what is finished is kept. To go on:\n  {shlex.join(['edt', *sys.argv[1:]])}", "yellow")
+    command = os.environ.get(GO_ON) or shlex.join(["edt", *sys.argv[1:]])
+    terminal.say(f"\n{how}; what is finished is kept. To go on:\n  {command}", "yellow")
 
 
 def exit_code(outcome: "Outcome") -> int:

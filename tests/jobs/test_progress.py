@@ -265,8 +265,11 @@ sys.exit(code)
 
 @pytest.mark.ray
 def test_ctrl_c_in_the_terminal_of_a_verb(tmp_path: Path) -> None:
-    """Of work that listens, of work that does not, and twice of work that is slow to stop: three verbs, one session."""
-    command = [sys.executable, "-c", STOPPABLE, str(tmp_path), "soon", "never", "slowly"]
+    """Of work that listens, of work that does not, and twice of work that is slow to stop: verbs of one session.
+
+    Before these, SIGTERM, which Ray takes for itself as a session starts.
+    """
+    command = [sys.executable, "-c", STOPPABLE, str(tmp_path), "terminated", "soon", "never", "slowly"]
     with (tmp_path / "errors").open("w") as errors:
         process = subprocess.Popen(command, stderr=errors, start_new_session=True)
     said = (tmp_path / "errors").read_text
@@ -277,6 +280,8 @@ def test_ctrl_c_in_the_terminal_of_a_verb(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
 
     try:
+        wait_for(lambda: (tmp_path / "heard-terminated").exists() or process.poll() is not None)
+        process.terminate()
         interrupt_after((tmp_path / "heard-soon").exists)
         interrupt_after((tmp_path / "began-never").exists)
         interrupt_after((tmp_path / "heard-slowly").exists)
@@ -284,7 +289,10 @@ def test_ctrl_c_in_the_terminal_of_a_verb(tmp_path: Path) -> None:
         assert process.wait(240) == 130, said()
     finally:
         process.kill()
-    soon, slowly = said().split("soon ended with 130")
+    terminated, soon = said().split("terminated ended with 130")
+    assert "stopped at step 7" in terminated
+    assert STOPPING in terminated
+    soon, slowly = soon.split("soon ended with 130")
     never, slowly = slowly.split("never ended with 130")
     assert "stopped at step 7" in soon
     assert all("run the same command again" in text for text in (never, slowly))

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,10 +18,11 @@ import yaml
 from edt_core.errors import UserError
 from edt_core.storage import Folder
 from pipelines.commands.submit import _how_to_return
+from pipelines.commands.workflow import tell_stopped
 from pipelines.config import load_config
 from pipelines.lease import held, this_process
 from pipelines.schedule import run_lease
-from pipelines.submission import Cluster, request_for
+from pipelines.submission import Cluster, request_for, stopped_too_soon
 from tests.support import small
 from tests.support.processes import wait_for
 from tests.support.small import SMALL
@@ -325,6 +327,34 @@ def test_a_pipeline_is_submitted_left_come_back_to_and_succeeds(cluster: str, tm
     assert "12 run, 0 failed" in back.stdout
     assert "small SUCCEEDED" in back.stdout
     assert "had ended already" in edt("submit", "--stop", "small", "--address", cluster, cwd=tmp_path).stdout
+
+
+def test_the_submitter_is_told_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's own, `edt run config.yaml`, is about a file that they do not have."""
+    from pipelines.commands.submit import _command
+
+    told = _command("my run.yaml", ["train.lr=0.1"], "s3://b/s", HERE)
+    assert told == f"edt submit 'my run.yaml' --set train.lr=0.1 --store s3://b/s --address {HERE}"
+    request = request_for(
+        load_config("quickstart", [], "s3://b/s"), HERE, {}, f"{told} --set source.path=http://me:{SECRET}@h/x"
+    )
+    assert told in request.variables["EDT_GO_ON"]
+    assert request.metadata["edt.command"] == request.variables["EDT_GO_ON"]
+    assert SECRET not in str(request)
+    said: list[str] = []
+    monkeypatch.setenv("EDT_GO_ON", told)
+    tell_stopped(SimpleNamespace(freeze=lambda: None, say=lambda text, style: said.append(text)), "stopped")
+    assert said == [f"\nstopped; what is finished is kept. To go on:\n  {told}"]
+
+
+def test_a_job_that_ray_would_kill_too_soon_is_warned() -> None:
+    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    ours = request_for(load_config("quickstart", [], "s3://b/s"), HERE, {}).variables
+    assert stopped_too_soon({}) is None
+    assert stopped_too_soon({**job, **ours}) is None
+    warning = stopped_too_soon(job)
+    assert warning is not None
+    assert '--runtime-env-json \'{"env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT"' in warning
 
 
 def test_credentials_in_a_url_do_not_travel() -> None:

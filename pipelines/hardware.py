@@ -4,10 +4,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 _PROBE_SECONDS = 10
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,21 @@ def _cpus() -> int:
 
 
 def _memory() -> int:
+    """Bytes that this process may use: those of the machine, or of its container where that has a limit."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):  # not every system tells it this way
         return 0
+    return min([whole, *_memory_limits()])
+
+
+def _memory_limits() -> list[int]:
+    """The limits of a container, from the files of cgroups of either version; a limit that is none is "max"."""
+    found = []
+    for path in _CGROUP_LIMITS:
+        with suppress(OSError, ValueError):
+            found.append(int(Path(path).read_text(encoding="ascii")))
+    return [limit for limit in found if limit > 0]
 
 
 def driver() -> str | None:

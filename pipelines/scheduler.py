@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from pipelines.schedule import (
 
 _ATTEMPTS = 2  # to make a run of a tick that was lost together with its server
 _LOG = re.compile(r".+-\d{8}T\d{6}Z-\d+\.log")
+_CLOCK_SET_BACK = timedelta(days=1)  # by less, what was handled is not due again
 _LOGS = 50  # kept, of all schedules together
 _STATUS = {"failed": "FAILED", "lost": "FAILED", "stopped": "KILLED"}
 
@@ -125,7 +126,12 @@ class Server:
         if name not in self.schedules.names() or (schedule := self.schedules.read(name)).paused:
             return False
         state, now = self.schedules.state(name), self.now()
-        due = schedule.times.due(max(state.handled or schedule.since, schedule.since), now)
+        handled = max(state.handled or schedule.since, schedule.since)
+        if handled - now > _CLOCK_SET_BACK:
+            self._tell(name, f"warning: the clock was set back, from {_iso(handled)} or later; ticks count from now on")
+            handled = now
+            self._restart_from(schedule, state, now)
+        due = schedule.times.due(handled, now)
         if due is None:
             return False
         tick = Tick(tick=due.tick, missed=due.missed, started=now)
@@ -143,6 +149,11 @@ class Server:
             tick = tick.model_copy(update={"outcome": "failed", "error": told})
         self._finish(name, tick)
         return True
+
+    def _restart_from(self, schedule: Schedule, state: State, now: datetime) -> None:
+        """Forget ticks of a time that has not come: nothing would be due until then."""
+        self.schedules.write(schedule.model_copy(update={"since": min(schedule.since, now)}))
+        self._write_state(schedule.name, state.model_copy(update={"handled": now}))
 
     def _source(self, schedule: Schedule) -> str:
         """Identity of the images as they are now."""

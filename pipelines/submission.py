@@ -34,6 +34,7 @@ TRAVELS = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AW
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Ray's own are SIGTERM and 3 s, which is SIGKILL for a training that writes a checkpoint.
+_RAY_WAIT_S = 3
 _WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", _WAIT: "600"}
 _JOB_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a job
@@ -127,8 +128,8 @@ def stopped_too_soon(environment: Mapping[str, str]) -> str | None:
     if _JOB_OF_RAY not in environment or _WAIT in environment:
         return None
     return (
-        f"Ray kills this job 3 s after it is asked to stop, and what a training did since its last checkpoint is lost; "
-        f"submit it with `edt submit`, or with --runtime-env-json '{{\"env_vars\": {json.dumps(_STOPPING)}}}'"
+        f"Ray kills this job {_RAY_WAIT_S} s after it is asked to stop, and what a training did since its last "
+        f"checkpoint is lost; submit it with `edt submit`, or with --runtime-env-json '{{\"env_vars\": {json.dumps(_STOPPING)}}}'"
     )
 
 

@@ -278,3 +278,23 @@ def test_the_command_tells_all_as_json_and_by_its_exit_code(
     failed = edt("doctor", *given, "--set", "source.path=/nowhere", cwd=tmp_path)
     assert (failed.returncode, "Traceback" in failed.stdout + failed.stderr) == (1, False)
     assert edt("doctor", "--set", "train.lr=-1").returncode == 2
+
+
+def test_a_container_s_small_shared_memory_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MB are Docker's default; Ray then keeps its objects on the disk."""
+    for size, status in ((64 << 20, "warn"), (2 << 30, "ok")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, size=size: SimpleNamespace(total=size, free=size))
+        found = asked(doctor_checks.shared_memory, patient(digits(tmp_path)))
+        assert found.status == status
+        assert ("--shm-size" in found.remedy) == (status == "warn")
+
+
+def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import hardware
+
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(hardware, "_CGROUP_LIMITS", (str(limit), str(tmp_path / "of-the-other-version")))
+    whole = hardware._memory()
+    for text, memory in (("1073741824\n", 1 << 30), ("max\n", whole), (f"{1 << 62}\n", whole)):
+        limit.write_text(text)
+        assert hardware._memory() == memory

@@ -130,14 +130,24 @@ def test_the_least_of_every_number_at_once(tmp_path: Path, base: tuple[str, ...]
     ends_well(tmp_path / "store", base, chosen)
 
 
+STREAMED_DIT = (
+    "train.model=DiT-Tiny/2",
+    "train.masked_loss=false",
+    "train.reader=webdataset",
+    "encode.write_webdataset=true",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("others", [(), ("train.model=DiT-Tiny/2", "train.reader=webdataset")])
+@pytest.mark.parametrize("others", [(), STREAMED_DIT])
 @pytest.mark.usefixtures("training_here")
 def test_every_small_number_that_is_allowed(tmp_path: Path, base: tuple[str, ...], others: Sequence[str]) -> None:
     """DiT takes images of 8 pixels; the streaming reader has numbers of its own."""
-    streamed = ("encode.write_webdataset=true",) if others else ()
-    for number, chosen in enumerate(packed((*base, *others, *streamed), all_settings())):
-        ends_well(tmp_path / str(number), (*base, *others, *streamed), chosen)
+    pairs, tried = all_settings(), 0
+    for number, chosen in enumerate(packed((*base, *others), pairs)):
+        ends_well(tmp_path / str(number), (*base, *others), chosen)
+        tried += len(chosen)
+    assert tried > 0.75 * len(pairs)
 
 
 def test_a_refusal_is_told_with_its_field_and_its_value(base: tuple[str, ...]) -> None:

@@ -127,9 +127,10 @@ def stopped_too_soon(environment: Mapping[str, str]) -> str | None:
     """What to warn of in a job of Ray that is killed before a training can write its checkpoint; None elsewhere."""
     if _JOB_OF_RAY not in environment or _WAIT in environment:
         return None
+    variables = json.dumps({"env_vars": _STOPPING})
     return (
         f"Ray kills this job {_RAY_WAIT_S} s after it is asked to stop, and what a training did since its last "
-        f"checkpoint is lost; submit it with `edt submit`, or with --runtime-env-json '{{\"env_vars\": {json.dumps(_STOPPING)}}}'"
+        f"checkpoint is lost; submit it with `edt submit`, or with --runtime-env-json '{variables}'"
     )
 
 

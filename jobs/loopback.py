@@ -16,6 +16,8 @@ _UNLESS_SET = {"RAY_enable_metrics_collection": "0"}
 def on_loopback() -> Iterator[None]:
     """Inside, `ray.init("local")` starts a session whose processes listen on loopback alone and serve no metrics.
 
+    All but the number of nodes that Ray's autoscaler knows, on port 44217 of loopback: for that Ray has no switch.
+
     Each server of Ray binds to loopback where the address of its node is 127.0.0.1, and to every interface otherwise.
     Ray puts the machine's own address in the place of a `_node_ip_address="127.0.0.1"`, unless clusters are switched
     off, as they are by default on macOS and Windows. The processes that are started inside keep the variables; in this

@@ -7,6 +7,7 @@ installed packages for `-m` and `-c`, and so a `mlflow/` or a `torch.py` in it w
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 _SAFE_PATH = "PYTHONSAFEPATH"
 _PATHS = "PYTHONPATH"
@@ -22,13 +23,25 @@ def child_environment(variables: Mapping[str, str] | None = None, **more: str) -
 
     It keeps the working directory off the path of that child and of the Python processes that the child starts.
     Entries of PYTHONPATH are made absolute, because the child may work in another folder; empty ones, which Python
-    takes for the working directory, are left out.
+    takes for the working directory, are left out. A checkout that this process runs from is added.
     """
     environment = {**(os.environ if variables is None else variables), **more, _SAFE_PATH: "1"}
-    if _PATHS in environment:
-        entries = filter(None, environment[_PATHS].split(os.pathsep))
-        environment[_PATHS] = os.pathsep.join(map(os.path.abspath, entries))
+    entries = [os.path.abspath(entry) for entry in environment.get(_PATHS, "").split(os.pathsep) if entry]
+    if (checkout := _checkout()) and checkout not in map(os.path.realpath, entries):
+        entries.append(checkout)
+    if entries or _PATHS in environment:
+        environment[_PATHS] = os.pathsep.join(entries)
     return environment
+
+
+def _checkout() -> str | None:
+    """The folder of a checkout that is not installed, which `python -m pipelines.cli` in it has put on the path.
+
+    Its children would not find this package without it. None for an installed package.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    installed = folder.name in ("site-packages", "dist-packages")
+    return str(folder) if not installed and str(folder) in map(os.path.realpath, sys.path) else None
 
 
 def protect_children() -> None:

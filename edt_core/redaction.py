@@ -44,11 +44,12 @@ _QUERY = re.compile(
 _KEY = r"(?:pass(?:word|wd|phrase)|secret|credentials?|(?:api|access|private|auth|secret)[_-]?key)"
 _KEY = rf"(?:{_KEY}|(?:access|auth|session|refresh|bearer|security|api|id|hf)[_-]token|(?<![\w.])(?<![\w.]-)token)"
 _NAME = rf"(?:[\w.-]{{0,80}}{_KEY})"
+_MORE = r"[\w-]{0,80}"  # of a name; without a bound, what strings names together would take the square of its length
 _WORD = r"(?:(?![,;)\]}](?:\s|$))[^\s'\"<>]|['\"](?=[^\s,;:)\]}>]))+"  # with quotes, but not the closing one
 _VALUE = rf"(?:'(?!\s)(?:\\.|''|[^'\\\n])*'|\"(?!\s)(?:\\.|[^\"\\\n])*\"|{_WORD})"
 _NAMED = (
     re.compile(
-        r"([?&#;](?:[\w-]*(?:token|signature|secret|password|credential|api_?key|access_?key)[\w-]*|sig)=)"
+        rf"([?&#;](?:{_MORE}(?:token|signature|secret|password|credential|api_?key|access_?key){_MORE}|sig)=)"
         r"[^&\s#'\"<>]+",
         re.IGNORECASE,
     ),
@@ -57,7 +58,7 @@ _NAMED = (
     re.compile(rf"((['\"])--{_NAME}\2, *(['\"]))(?:\\.|(?!\3)[^\\\n])+", re.IGNORECASE),
     re.compile(rf"((['\"]){_NAME}\\?\2\s*:\s*\\?(['\"]))(?:\\.|(?!\3)[^\\\n])+", re.IGNORECASE),
     re.compile(r"(\b(?:proxy-)?authorization\b\\?['\"]?\s*[:=]\s*\\?['\"]?)(?:[a-z][\w-]*[ ]+)?[^\s'\"<>,\\]+", re.I),
-    re.compile(r"(\bx-[\w-]*(?:key|token|secret)\b\\?['\"]?\s*:\s*\\?['\"]?)[^\s'\"<>,\\]+", re.IGNORECASE),
+    re.compile(rf"(\bx-{_MORE}(?:key|token|secret)\b\\?['\"]?\s*:\s*\\?['\"]?)[^\s'\"<>,\\]+", re.IGNORECASE),
     re.compile(r"(\b(?:set-)?cookie\\?['\"]?: *\\?['\"]?)[^\r\n'\"<>\\]+", re.IGNORECASE),
     re.compile(r"(\bbearer +)(?=\S*\d)[\w.~+/=-]{8,}", re.IGNORECASE),
 )

@@ -81,6 +81,7 @@ def test_a_child_and_its_children_import_nothing_from_their_folder(paths: str, t
 
 def test_relative_entries_of_a_path_are_those_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["/usr/lib/python"])  # this package is installed
     paths = os.pathsep.join(["lib", "", "/usr/lib/mine"])
     told = child_environment({"PYTHONPATH": paths}, MORE="1")
     assert told == {
@@ -89,6 +90,18 @@ def test_relative_entries_of_a_path_are_those_of_this_process(tmp_path: Path, mo
         "MORE": "1",
     }
     assert "PYTHONPATH" not in child_environment({})
+
+
+@pytest.mark.parametrize("paths", [{}, {"PYTHONPATH": "/usr/lib/mine"}, {"PYTHONPATH": str(ROOT)}])
+def test_children_of_a_checkout_that_is_not_installed_find_the_package(
+    paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of `python -m pipelines.cli schedule serve` there: it is on the path by being the working directory."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", ["", "/usr/lib/python"])
+    entries = child_environment(paths)["PYTHONPATH"].split(os.pathsep)
+    assert entries[: len(paths)] == list(paths.values())
+    assert entries.count(str(ROOT)) == 1
 
 
 @pytest.mark.extern

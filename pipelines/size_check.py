@@ -22,7 +22,7 @@ def check_pipeline_sizes(config: PipelineConfig, images: int | None, statistics:
 
 
 def size_problems(config: PipelineConfig, images: int | None = None) -> list[str]:
-    """Each metric that samples or images do not suffice for, with the fields to change."""
+    """Each metric or reader that samples, images or shards do not suffice for, with the fields to change."""
     real = None if config.reference_statistics is not None else images
     told = [
         shortfall_text(shortfall, _remedies(config, shortfall))
@@ -30,7 +30,7 @@ def size_problems(config: PipelineConfig, images: int | None = None) -> list[str
             config.evaluate, _dimensions(config), config.sample.num_samples, real, config.reference.keep_features
         )
     ]
-    return [*told, *_classifier_problems(config, images)]
+    return [*told, *_classifier_problems(config, images), *_shard_problems(config, images)]
 
 
 def _dimensions(config: PipelineConfig) -> dict[str, int | None]:
@@ -80,6 +80,26 @@ def _classifier_problems(config: PipelineConfig, images: int | None) -> Iterator
             f"classifier.holdout_fraction {config.classifier.holdout_fraction:g} keeps all of {taken} images from the "
             "fit. Lower it, or use more images (source.limit, classifier.max_images)."
         )
+
+
+def _shard_problems(config: PipelineConfig, images: int | None) -> Iterator[str]:
+    """A shard that is too small for one image, and workers of a streaming reader that would have no shard."""
+    from jobs.preprocess import images_per_shard
+
+    try:
+        size = images_per_shard(config.preprocess)
+    except UserError as error:
+        yield str(error)
+        return
+    for name in config.models if images is not None else ():
+        train, shards = config.train_of(name), -(-(images or 0) // size)
+        workers = train.worker_range[1]
+        if train.reader == "webdataset" and shards < workers:
+            yield (
+                f"train.num_workers of {name} is {workers}, and train.reader webdataset needs a shard for each worker: "
+                f"{images} images make {shards}, of up to {size} images. Use at most {shards} workers, a smaller "
+                "preprocess.images_per_shard, or train.reader=arrow."
+            )
 
 
 def _published_problems(config: PipelineConfig, statistics: Source | None) -> Iterator[str]:

@@ -41,12 +41,12 @@ def test_duckdb_counts_them(images: Images, latent_shards: list[Path]) -> None:
     """Through Arrow's data sets: DuckDB itself has no reader of the format."""
     import pyarrow.dataset
 
-    duckdb = pytest.importorskip("duckdb")
+    connection = pytest.importorskip("duckdb").connect()
     latents = pyarrow.dataset.dataset([str(path) for path in latent_shards], format="ipc")
-    found = duckdb.query_df if latents is None else duckdb.sql  # DuckDB finds `latents` by its name
-    rows = found("SELECT label, count(*) FROM latents GROUP BY label ORDER BY label").fetchall()
+    connection.register("latents", latents)
+    rows = connection.sql("SELECT label, count(*) FROM latents GROUP BY label ORDER BY label").fetchall()
     assert rows == list(zip(*(part.tolist() for part in np.unique(images.labels, return_counts=True)), strict=True))
-    means = found("SELECT posterior[1] FROM latents ORDER BY key").fetchall()
+    means = connection.sql("SELECT posterior[1] FROM latents ORDER BY key").fetchall()
     assert [mean for (mean,) in means] == first_means(latent_shards)
 
 

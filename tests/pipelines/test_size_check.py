@@ -20,6 +20,9 @@ from pipelines.size_check import check_pipeline_sizes, size_problems
 from tests.support.small import edt
 
 
+STREAMED = ("encode.write_webdataset=true", "train.reader=webdataset")  # in shards of 300 images
+
+
 def configured(*assignments: str) -> PipelineConfig:
     return load_config("quickstart", assignments)
 
@@ -61,6 +64,10 @@ def test_what_is_refused_before_is_what_the_metrics_refuse(
         (["sample.num_samples=3", "evaluate.metrics=[precision,fid]"], 1797, ["leave precision out"]),
         (["extractors=[inception]", "promote.metric=fid", "source.limit=100"], 100, ["2,049 real images", "limit"]),
         (["classifier.holdout_fraction=0.9", "evaluate.allow_rank_deficient=true"], 5, []),
+        (["preprocess.max_shard_bytes=65536", "preprocess.image_size=256"], 1797, ["max_shard_bytes 65536 is less"]),
+        ([*STREAMED, "train.num_workers=7"], 1797, ["num_workers of edt-tiny-digits-32 is 7", "1797 images make 6"]),
+        ([*STREAMED, "train.num_workers=6"], 1797, []),
+        ([*STREAMED, "train.num_workers=[1,7]"], 1797, ["Use at most 6 workers"]),
         (["classifier.holdout_fraction=0.95"], 5, ["classifier.holdout_fraction 0.95 keeps all of 5 images"]),
     ],
 )

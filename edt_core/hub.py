@@ -16,8 +16,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def hub_is_away(location: str | Path) -> bool:
     """Whether the hub, or its mirror of HF_ENDPOINT, gives no answer in time, or must not be asked (HF_HUB_OFFLINE).
 
-    False for a location that is no hub id, for which nobody is asked.
+    False for a location that is no hub id, for which nobody is asked, and where it is this question that fails: the
+    hub's client has other certificates (SSL_CERT_FILE) and other proxies than the library that asks.
     """
+    import requests
     from huggingface_hub import constants
 
     if Path(location).is_dir() or not HUB_ID.fullmatch(str(location)):
@@ -26,6 +28,8 @@ def hub_is_away(location: str | Path) -> bool:
         return True
     try:
         _ask(constants.ENDPOINT)
+    except (requests.exceptions.SSLError, requests.exceptions.InvalidSchema):
+        return False
     except Exception:  # of the HTTP library, or for the time-out
         return True
     return False

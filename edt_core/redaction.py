@@ -14,7 +14,8 @@ redacts more is taken, with these limits:
 - White space belongs to the password where no `@` comes before it, or where what follows that `@` is a word alone and
   another `@` comes in the line. A password that begins with up to five digits and white space reads like a port.
 - Without a colon, what stands before an `@` is a token if no `/ ? #`, quote or white space is in it. Hence
-  `s3://bucket/a@b.png`, `hf://datasets/x@main/y`, `git@host:path` and `me@example.org` stay.
+  `s3://bucket/a@b.png`, `hf://datasets/x@main/y`, `git@host:path` and `me@example.org` stay. So does what Azure puts
+  there, as `abfss://container@account.dfs.core.windows.net/path`.
 - A URL in quotes ends at the quote that closes it: a host must stand before that quote, and no letter after it.
 """
 
@@ -31,6 +32,8 @@ _SCHEME = re.compile(r"\b[a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)
 _END = re.compile(r"[\r\n]|[\s'\"<>(\[{,;|=][a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)  # of the line, or the next URL
 _USER = re.compile(r"(?:[^\s/?#:'\"<>]|['\"](?=\w))*:(?=\S)")
 _TOKEN = re.compile(r"[^\s/?#'\"<>]+@")
+# Azure's `container@account`; an account's key never stands in such a URL.
+_CONTAINER = re.compile(r"(?:abfs|wasb|az)s?://[a-z0-9$-]{3,63}@[a-z0-9-]+\.(?:dfs|blob)\.", re.IGNORECASE)
 _PORT = re.compile(r"\d{1,5}(?=$|[\s/?#'\"<>,;.)\]}\\|&])|(?=$|/)")
 _PLAIN_HOST = re.compile(r"(?:.*@)?(?:localhost|\[[0-9a-f:.]+\]|[\w-]+(?:\.[\w-]+)+)", re.IGNORECASE)
 _IPV6 = re.compile(r"\[[0-9a-f:.]+\](?::\d+)?(?![^\s/?#'\"])", re.IGNORECASE)
@@ -114,7 +117,9 @@ def _without_users(text: str) -> str:
         start = found.end()
         end = _END.search(text, start, start + _LONGEST)
         rest = text[start : end.start() if end else start + _LONGEST]
-        length = _user_length(_unquoted(rest, text[found.start() - 1 : found.start()]))
+        length = 0
+        if not _CONTAINER.match(text, found.start()):
+            length = _user_length(_unquoted(rest, text[found.start() - 1 : found.start()]))
         parts += [text[done:start], f"{REDACTED}@" if length else ""]
         done = start + length
     return "".join([*parts, text[done:]])

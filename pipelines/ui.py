@@ -18,7 +18,7 @@ from typing import Any
 from edt_core.child_process import child_environment, python_command
 from edt_core.errors import UserError
 from edt_core.redaction import redacted
-from jobs.registry_files import sqlite_path
+from jobs.registry_files import sqlite_path, sqlite_uri
 
 DEFAULT_PORT = 5000
 _TRIED = 100  # ports from the default one on
@@ -66,6 +66,8 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
     """
     command = python_command("-m", "mlflow", "server", "--artifacts-destination", artifacts.as_uri())
     command += ["--host", host, "--port", str(port), "--workers", "1"]
+    if (database := sqlite_path(tracking_uri)) is not None and not database.is_absolute():
+        tracking_uri = sqlite_uri(database.absolute())  # the server works in another folder
     # Not on the command line, which every user of the machine can read: a database's URI may have a password.
     environment = {**server_environment(), "MLFLOW_BACKEND_STORE_URI": tracking_uri}
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"

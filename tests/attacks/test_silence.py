@@ -182,3 +182,26 @@ def test_a_limit_that_is_none_is_told(text: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("EDT_ANSWER_S", text)
     with pytest.raises(UserError, match=f"EDT_ANSWER_S is '{text}'; a number of seconds above 0 was expected"):
         check_http("http://127.0.0.1:1", "a server", "start it")
+
+
+def test_a_hub_is_not_away_where_only_the_question_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client reads SSL_CERT_FILE and a SOCKS proxy, which `requests` does not know: it must be let try."""
+    import requests
+
+    from edt_core.hub import hub_is_away
+
+    raised: list[Exception] = []
+
+    def ask(*_: object, **__: object) -> None:
+        raise raised[0]
+
+    monkeypatch.setattr(requests, "get", ask)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for error, away in [
+        (requests.exceptions.SSLError("self-signed certificate"), False),
+        (requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support."), False),
+        (requests.exceptions.ConnectionError("refused"), True),
+        (requests.exceptions.ProxyError("refused"), True),
+    ]:
+        raised[:] = [error]
+        assert hub_is_away("nobody/vae") is away, error

@@ -56,12 +56,19 @@ def test_credentials_and_what_is_left(text: str, expected: str) -> None:
     assert redacted(expected) == expected
 
 
+@pytest.mark.parametrize("user", ["me:pw-canary", "pw_canary+", "a.pw-canary", "images:pw-canary@x"])
+def test_what_is_no_container_of_azure_is_left_out(user: str) -> None:
+    assert "canary" not in redacted(f"abfss://{user}@account.dfs.core.windows.net/x")
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "s3://bucket/path@v1/x",
         "s3://bucket/a@b.png",
         "hf://datasets/x@main/a.parquet",
+        "abfss://images@account.dfs.core.windows.net/a@b.png",
+        "az://images@account.blob.core.windows.net",
         "models:/edt-s-2-256@champion",
         "git@host:path",
         "/data/me@work/a:b@c.png",

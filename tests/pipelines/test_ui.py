@@ -6,11 +6,14 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from edt_core.errors import UserError
+from pipelines import ui
 from pipelines.cli import app
 from pipelines.ui import DEFAULT_PORT, free_port, has_display, run_link, stop
 from tests.support.processes import beyond_loopback, listeners
@@ -79,6 +82,26 @@ def test_a_server_is_ended_with_its_children() -> None:
     stop(process, seconds=0.2)
     assert process.returncode == -signal.SIGKILL
     assert process.stdout.read() == b""
+
+
+def test_a_relative_database_is_that_of_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server works in a folder of its own, where it would make an empty one."""
+    started: dict[str, Any] = {}
+
+    def start(command: list[str], **options: Any) -> SimpleNamespace:
+        started.update(options["env"])
+        return SimpleNamespace(pid=0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(ui, "_await", lambda *given: None)
+    monkeypatch.setattr(ui, "stop", lambda process: None)
+    for given, served in [
+        ("sqlite:///mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"),
+        ("sqlite:////data/mlflow.db?timeout=9", "sqlite:////data/mlflow.db?timeout=9"),
+    ]:
+        with ui.served(given, tmp_path / "mlartifacts", "127.0.0.1", 5000):
+            assert started["MLFLOW_BACKEND_STORE_URI"] == served
 
 
 @pytest.mark.extern

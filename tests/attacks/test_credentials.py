@@ -197,7 +197,7 @@ def test_a_text_of_a_server_is_searched_in_linear_time(text: str) -> None:
 def test_a_container_of_azure_is_no_credential(tmp_path: Path) -> None:
     """A schedule of such images was refused, and a job of them as well."""
     images = "abfss://images@account.dfs.core.windows.net/train"
-    options = ["source.kind=folder", f"source.path={images}"]
+    options = ["source.kind=image_folder", f"source.path={images}"]
     made = new_schedule("weekly", "quickstart", options, str(tmp_path), "0 3 * * 0", "UTC")
     assert made.assignments[1].endswith(images)
     request = request_for(load_config("quickstart", options, "s3://bucket/store"), "http://cluster:8265", {})

@@ -19,7 +19,6 @@ from pipelines.plan import plan
 from pipelines.size_check import check_pipeline_sizes, size_problems
 from tests.support.small import edt
 
-
 STREAMED = ("encode.write_webdataset=true", "train.reader=webdataset")  # in shards of 300 images
 
 

@@ -33,7 +33,7 @@ from jobs.verb import Input, Verb, image_source
 from tests.support.disk import small_tmpfs
 from tests.support.local_ray import local_ray
 from tests.support.models import classifier_artifact, made_model, opened
-from tests.support.processes import stat, wait_for
+from tests.support.processes import joining, stat, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.usefixtures("ray_session")]
 
@@ -60,14 +60,12 @@ class Step:
 
     def start(self, out: Path) -> subprocess.Popen[str]:
         """The same by its command, as a driver of its own on the session's cluster."""
-        import ray
-
         return subprocess.Popen(
             [sys.executable, "-m", *(part.format(out=out) for part in self.command)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+            env={**os.environ, **joining()},
         )
 
 

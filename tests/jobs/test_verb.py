@@ -11,6 +11,7 @@ from edt_core.config import PreprocessConfig, Section, TrainConfig, result_field
 from edt_core.errors import UserError
 from jobs.verb import parse_assignment, validated
 from tests.support.jobs import command
+from tests.support.processes import joining
 
 VERBS = ["preprocess", "autoencoder", "encode", "classifier", "reference", "train", "sample", "evaluate"]
 
@@ -70,11 +71,10 @@ def test_a_verb_alone_makes_an_artifact_and_reuses_it(
     digits_folder: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a process, which joins the tests' Ray session: one of its own would cost seconds."""
-    import ray
-
     from jobs import cluster
 
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    for name, value in joining().items():
+        monkeypatch.setenv(name, value)
     arguments = [str(digits_folder), str(tmp_path / "out"), "--image-size", "32"]
     first = process(*arguments)
     assert first.returncode == 0, first.stderr

@@ -23,7 +23,7 @@ from edt_core.artifact import Artifact
 from edt_core.schema import MANIFEST_NAME
 from pipelines.outcome import Outcome
 from tests.support.disk import small_tmpfs
-from tests.support.processes import wait_for
+from tests.support.processes import joining, wait_for
 from tests.support.runs import AMPLE_S, assert_once, count, digests, digests_of_run, finish, folders, has_tag, versions
 from tests.support.small import MODEL, STEPS, copy_store, edt, environment, options, start_run
 
@@ -127,19 +127,17 @@ def test_a_driver_is_killed_while_it_trains_and_two_at_once_make_the_rest_once(
     first: Outcome, store: Path, tmp_path: Path
 ) -> None:
     """All on one cluster that is there: the drivers meet at the actor that holds a fingerprint."""
-    import ray
-
-    here, address = tmp_path / "store", ray.get_runtime_context().gcs_address
+    here, joined = tmp_path / "store", joining()
     copy_untrained(store, here)
-    chain = Chain(here, OTHER, {"RAY_ADDRESS": address})
+    chain = Chain(here, OTHER, joined)
     chain.kill(TRAINED[0], "middle")
     assert (chain.kills, chain.met) == (1, 1)
     assert len(chain.finished) >= STEPS - len(TRAINED)
 
     begun = count(here / "mlflow.db", "runs")
-    process = start_run(here, *named(OTHER), RAY_ADDRESS=address)
+    process = start_run(here, *named(OTHER), **joined)
     wait_for(lambda: process.poll() is not None or count(here / "mlflow.db", "runs") > begun)
-    finish_here(here, OTHER, RAY_ADDRESS=address)
+    finish_here(here, OTHER, **joined)
     text = process.communicate(timeout=AMPLE_S)[0]
     assert process.returncode == 0, text
     assert_nothing_lost(chain, digests(store))
@@ -190,9 +188,7 @@ def test_the_same_run_started_twice_at_once_on_one_cluster(
     undisturbed: dict[str, str], tmp_path: Path, ray_session: None
 ) -> None:
     """On a new store: they meet at every step."""
-    import ray
-
-    assert_twice_at_once(tmp_path / "store", {"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
+    assert_twice_at_once(tmp_path / "store", joining())
     assert digests(tmp_path / "store") == undisturbed
 
 

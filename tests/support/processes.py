@@ -81,3 +81,13 @@ def wait_for(ready: Callable[[], Any], seconds: float = 600, pause: float = 0.02
         assert time.monotonic() < until, "the moment never came"
         time.sleep(pause)
     return found
+
+
+def joining() -> dict[str, str]:
+    """Variables for a process that joins this process's Ray session, which is on loopback.
+
+    Without the second one Ray takes the machine's own address for 127.0.0.1, where nothing of the session listens.
+    """
+    import ray
+
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from edt_core.errors import UserError
 
-MAX_CONFIG_BYTES = 256 << 10  # of a configuration in YAML: the largest that ships has 3 KiB
+MAX_CONFIG_BYTES = 4 << 20  # of a configuration in YAML: the names of ImageNet-21k's classes take about 600 KiB
 MAX_RECORD_BYTES = 128 << 20  # of a manifest or another record: 10,000 quarantined images take about 2 MiB
 MAX_LABELS_BYTES = 1 << 30  # of a labels file: the 14 million images of ImageNet-21k take about 800 MiB
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from edt_core.answers import answer_seconds, check_connects, no_answer
 from edt_core.errors import UserError
-from edt_core.redaction import REDACTED, redacted, redacted_values
+from edt_core.redaction import redacted, redacted_values
 from edt_core.storage import Folder
 
 if TYPE_CHECKING:
@@ -75,13 +75,14 @@ def request_for(
     metadata = {"edt.pipeline": config.name, "edt.store": config.store}
     if go_on is not None:
         variables[GO_ON] = metadata[_COMMAND] = redacted(go_on)
-    text = as_yaml(config)
-    if REDACTED in text:
+    values = config.model_dump(mode="json")
+    if redacted_values(values) != values:
         raise UserError(
-            "the configuration has credentials in a URL, and they do not travel; put them into the cluster's own "
-            "environment, or the file on a place that the cluster reads without them"
+            "the configuration has credentials in a URL, or the value of a secret variable of this environment, and "
+            "they do not travel; put them into the cluster's own environment, or the file on a place that the cluster "
+            "reads without them"
         )
-    return Request(shlex.join(line), text, {**variables, **_STOPPING}, metadata, (*notes, *unsent))
+    return Request(shlex.join(line), as_yaml(config), {**variables, **_STOPPING}, metadata, (*notes, *unsent))
 
 
 def _with_places(config: "PipelineConfig", here: bool) -> tuple["PipelineConfig", list[str]]:

@@ -177,7 +177,11 @@ def _next(schedule: Any) -> str:
 
 
 def _row(schedules: "Schedules", name: str) -> Mapping[str, Any]:
-    schedule, state = schedules.read(name), schedules.state(name)
+    try:
+        schedule, state = schedules.read(name), schedules.state(name)
+    except UserError as error:  # the others are served
+        say(f"{name} is refused: {error}", err=True)
+        return {"name": name, "state": "refused", "error": str(error)}
     if schedule.paused:
         status = "paused"
     elif state.running:

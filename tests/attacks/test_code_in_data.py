@@ -20,6 +20,7 @@ from pipelines import doctor_services, scheduler
 from pipelines.schedule import Schedules, new_schedule
 from pipelines.submission import request_for
 from tests.support.registry import Registry, write_empty_mlflow
+from tests.support.small import edt
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("edt_core", "jobs", "pipelines")
@@ -320,6 +321,16 @@ def test_a_record_that_others_can_write_is_refused(place: str, mode: int, schedu
     assert "chmod" in told
     with pytest.raises(UserError, match="other users can write it"):
         schedules.pause("one")  # it would be written anew, and be ours
+
+
+def test_the_list_has_the_others_and_says_which_is_refused(schedules: Schedules) -> None:
+    record(schedules).chmod(0o666)
+    done = edt("schedule", "list", "--store", schedules.store.uri)
+    assert done.returncode == 0
+    assert "one is refused: " in done.stderr
+    one, two = done.stdout.splitlines()[1:]
+    assert {"one", "refused"} <= set(one.split())
+    assert {"two", "quickstart"} <= set(two.split())
 
 
 def test_a_record_of_another_user_is_refused(schedules: Schedules, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,5 +359,13 @@ def test_a_job_that_ray_would_kill_too_soon_is_warned() -> None:
 
 def test_credentials_in_a_url_do_not_travel() -> None:
     weights = "inception.weights=https://me:secret@example.com/weights.pth"
-    with pytest.raises(UserError, match="has credentials in a URL, and they do not travel"):
+    with pytest.raises(UserError, match=r"has credentials in a URL.* they do not travel"):
         request_for(load_config("quickstart", [weights], "s3://bucket/store"), "http://ray:8265", {})
+
+
+def test_a_path_that_is_the_value_of_a_secret_is_not_sent_in_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records have the variable's name in its place, and the job would read images from there."""
+    monkeypatch.setenv("MINIO_ACCESS_KEY", "imagenet")
+    images = ["source.kind=image_folder", "source.path=s3://imagenet/train"]
+    with pytest.raises(UserError, match="or the value of a secret variable of this environment"):
+        request_for(load_config("quickstart", images, "s3://bucket/store"), "http://ray:8265", {})

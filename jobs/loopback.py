@@ -16,7 +16,7 @@ _UNLESS_SET = {"RAY_enable_metrics_collection": "0"}
 def on_loopback() -> Iterator[None]:
     """Inside, `ray.init("local")` starts a session whose processes listen on loopback alone and serve no metrics.
 
-    All but the number of nodes that Ray's autoscaler knows, on port 44217 of loopback: for that Ray has no switch.
+    Ray has no switch for the metrics of its autoscaler and of its head process, on ports 44217 and 44227 of loopback.
 
     Each server of Ray binds to loopback where the address of its node is 127.0.0.1, and to every interface otherwise.
     Ray puts the machine's own address in the place of a `_node_ip_address="127.0.0.1"`, unless clusters are switched

@@ -126,11 +126,7 @@ class Server:
         if name not in self.schedules.names() or (schedule := self.schedules.read(name)).paused:
             return False
         state, now = self.schedules.state(name), self.now()
-        handled = max(state.handled or schedule.since, schedule.since)
-        if handled - now > _CLOCK_SET_BACK:
-            self._tell(name, f"warning: the clock was set back, from {_iso(handled)} or later; ticks count from now on")
-            handled = now
-            self._restart_from(schedule, state, now)
+        handled = self._handled(schedule, state, now)
         due = schedule.times.due(handled, now)
         if due is None:
             return False
@@ -150,10 +146,20 @@ class Server:
         self._finish(name, tick)
         return True
 
-    def _restart_from(self, schedule: Schedule, state: State, now: datetime) -> None:
-        """Forget ticks of a time that has not come: nothing would be due until then."""
-        self.schedules.write(schedule.model_copy(update={"since": min(schedule.since, now)}))
+    def _handled(self, schedule: Schedule, state: State, now: datetime) -> datetime:
+        """The time up to which ticks are handled.
+
+        One that has not come, of a clock that was days ahead, is left out: nothing would be due until then. Of these
+        the state is written and never the record, which a person may pause or change at this moment.
+        """
+        latest = now + _CLOCK_SET_BACK
+        known = [time for time in (state.handled, schedule.since) if time is not None and time <= latest]
+        if (state.handled is None and known) or state.handled in known:
+            return max(known)
+        told = _iso(state.handled or schedule.since)
+        self._tell(schedule.name, f"warning: the clock was set back, from {told} or later; ticks count from now on")
         self._write_state(schedule.name, state.model_copy(update={"handled": now}))
+        return now
 
     def _source(self, schedule: Schedule) -> str:
         """Identity of the images as they are now."""

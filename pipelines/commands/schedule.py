@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.schedule import Schedules
 
 _COLUMNS = ("name", "config", "cron", "timezone", "next", "state", "tick", "outcome", "run")
+_REFUSED = "refused"
 
 
 class _WithDefault(TyperGroup):
@@ -101,7 +102,10 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
     from pipelines.schedule import Schedules
 
     schedules = Schedules.at(store)
-    print_rows([_row(schedules, name) for name in schedules.names()], _COLUMNS, as_json, "no schedules")
+    rows = [_row(schedules, name) for name in schedules.names()]
+    print_rows(rows, _COLUMNS, as_json, "no schedules")
+    if any(row["state"] == _REFUSED for row in rows):
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -181,7 +185,7 @@ def _row(schedules: "Schedules", name: str) -> Mapping[str, Any]:
         schedule, state = schedules.read(name), schedules.state(name)
     except UserError as error:  # the others are served
         say(f"{name} is refused: {error}", err=True)
-        return {"name": name, "state": "refused", "error": str(error)}
+        return {"name": name, "state": _REFUSED, "error": str(error)}
     if schedule.paused:
         status = "paused"
     elif state.running:

@@ -326,7 +326,7 @@ def test_a_record_that_others_can_write_is_refused(place: str, mode: int, schedu
 def test_the_list_has_the_others_and_says_which_is_refused(schedules: Schedules) -> None:
     record(schedules).chmod(0o666)
     done = edt("schedule", "list", "--store", schedules.store.uri)
-    assert done.returncode == 0
+    assert done.returncode == 2
     assert "one is refused: " in done.stderr
     one, two = done.stdout.splitlines()[1:]
     assert {"one", "refused"} <= set(one.split())

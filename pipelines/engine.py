@@ -99,8 +99,9 @@ class Workflow:
 
         if self._board is None:
             self._shared = self.connect()
-            # Beside the driver: on a worker node it would go with that node, and the run with it.
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            # Beside the driver: on a worker node it would go with that node, and the run with it. With soft affinity
+            # Ray puts what takes no CPU on any node.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         return self.store, self.catalog, self.run_id, self._board, self._shared
 

@@ -2,10 +2,8 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
 
 from edt_core.schema import MANIFEST_NAME
 from pipelines.outcome import Outcome
@@ -15,17 +13,6 @@ from tests.support.runs import AMPLE_S, assert_once, digests, digests_of_run, fo
 from tests.support.small import MODEL, start_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(3600)]
-
-
-def oldest_without_the_driver(nodes: Nodes) -> Any:
-    """The oldest worker node that the run's driver is not attached to.
-
-    All nodes of this cluster are one machine's, and Ray sometimes attaches a driver of it to a worker node: it would
-    end with that node, as any driver does whose machine is lost.
-    """
-    actors = ray._private.state.actors().values()
-    drivers = {actor["OwnerAddress"]["NodeID"] for actor in actors if actor["ActorClassName"] == "Board"}
-    return next(node for node in nodes.workers if node.node_id not in drivers)
 
 
 @pytest.mark.usefixtures("first")  # before the shared session ends for the cluster
@@ -41,7 +28,7 @@ def test_worker_nodes_that_are_removed_in_every_kind_of_step(
         folder = here / folders()[step]
         wait_for(lambda: process.poll() is not None or (folder.exists() and any(folder.iterdir())))  # noqa: B023
         assert process.poll() is None, process.communicate()[0]
-        two_nodes.lose(oldest_without_the_driver(two_nodes))
+        two_nodes.lose(two_nodes.workers[0])
         removed += not (folder / MANIFEST_NAME).exists()
         two_nodes.add(num_cpus=2)
     text = process.communicate(timeout=AMPLE_S)[0]

@@ -77,6 +77,17 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
     return True
 
 
+def start_beside(target: type, **arguments: Any) -> Any:
+    """An actor that takes no CPU, on the node of this process: elsewhere it would be lost with a worker node.
+
+    The affinity is hard. With a soft one Ray puts what takes no CPU on any node.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(target).options(num_cpus=0, scheduling_strategy=here).remote(**arguments)
+
+
 def is_own() -> bool:
     """Whether the session is one that `connect` started: all of it on this machine, and on loopback."""
     return _OWN in ray.cluster_resources()

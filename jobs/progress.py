@@ -253,7 +253,9 @@ def relayed(verb: str, shown: Progress) -> Iterator[BoardProgress]:
     import ray
     import ray.exceptions
 
-    board: Any = ray.remote(Board).options(num_cpus=0).remote(recorded=False)
+    from jobs.cluster import start_beside
+
+    board: Any = start_beside(Board, recorded=False)
     stop = threading.Event()
     interrupts = Interrupts()
     warned = 0

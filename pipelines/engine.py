@@ -94,15 +94,11 @@ class Workflow:
         return {name: f.result() for name, f in self.futures.items() if name in self._done or f.reused}
 
     def _surroundings(self) -> tuple[Store, Catalog, str, Any, bool]:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from jobs.cluster import start_beside
 
         if self._board is None:
             self._shared = self.connect()
-            # Beside the driver: on a worker node it would go with that node, and the run with it. With soft affinity
-            # Ray puts what takes no CPU on any node.
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+            self._board = start_beside(Board)
         return self.store, self.catalog, self.run_id, self._board, self._shared
 
     def _submit(self, task: StepTask, inputs: Mapping[str, StepFuture | Source]) -> Any:

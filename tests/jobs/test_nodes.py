@@ -158,6 +158,22 @@ def soon_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.train, "ScalingConfig", often)
 
 
+def test_what_is_started_beside_the_driver_is_not_on_a_node_that_may_go(two_nodes: Nodes) -> None:
+    import ray
+
+    from jobs.cluster import start_beside
+
+    class Place:
+        def node(self) -> str:
+            return ray.get_runtime_context().get_node_id()
+
+    two_nodes.have(2)
+    places = [start_beside(Place) for _ in range(6)]
+    assert set(ray.get([place.node.remote() for place in places])) == {ray.get_runtime_context().get_node_id()}
+    for place in places:
+        ray.kill(place)
+
+
 def test_nodes_that_are_taken_away_lost_and_that_come_in_mid_epoch_cost_no_step(
     two_nodes: Nodes,
     soon_resized: None,

@@ -29,13 +29,22 @@ class UnusableFileError(UserError):
     """A file that is not a regular one, is too large, or does not hold the text that is expected."""
 
 
-def read_bounded(path: str | os.PathLike[str], limit: int = MAX_RECORD_BYTES) -> bytes:
-    """The bytes of a regular file. Raises UnusableFileError for anything else or more than `limit` bytes; OSError."""
+def read_bounded(
+    path: str | os.PathLike[str],
+    limit: int = MAX_RECORD_BYTES,
+    check: Callable[[os.stat_result], None] = lambda about: None,
+) -> bytes:
+    """The bytes of a regular file. Raises UnusableFileError for anything else or more than `limit` bytes; OSError.
+
+    `check` gets the status of the file that is open, before its bytes are read, and raises to refuse it.
+    """
     check_regular(path, os.stat(path), limit)
     # A FIFO that takes the file's place meanwhile is opened without waiting, and refused.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(handle, "rb") as file:
-        check_regular(path, os.fstat(handle), limit)
+        about = os.fstat(handle)
+        check_regular(path, about, limit)
+        check(about)
         return within(file.read(limit + 1), path, limit)
 
 

@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 from edt_core.errors import UserError
+from edt_core.small_files import read_bounded
 
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -26,18 +27,24 @@ def make_private(folder: Path) -> None:
 def read_own(path: Path) -> bytes:
     """A file that this user or root owns, and no one else can write, in such a folder.
 
-    Raises FileNotFoundError where there is none, and UserError where somebody else may have written it.
+    Raises FileNotFoundError where there is none, and UserError where somebody else may have written it, or where it is
+    no regular file.
     """
-    with path.open("rb") as file:
-        for place, status in ((path, os.fstat(file.fileno())), (path.parent, path.parent.stat())):
-            _check_owner(place, status)
-            if status.st_mode & _OTHERS_WRITE:
-                mode = FOLDER_MODE if place == path.parent else FILE_MODE
-                raise UserError(
-                    f"{place} is not used: other users can write it (mode {stat.S_IMODE(status.st_mode):04o}). Check "
-                    f"what it holds, then run `chmod {mode:o} {place}`"
-                )
-        return file.read()
+
+    def check(status: os.stat_result) -> None:
+        _check_not_others(path, status, FILE_MODE)
+        _check_not_others(path.parent, path.parent.stat(), FOLDER_MODE)
+
+    return read_bounded(path, check=check)
+
+
+def _check_not_others(place: Path, status: os.stat_result, mode: int) -> None:
+    _check_owner(place, status)
+    if status.st_mode & _OTHERS_WRITE:
+        raise UserError(
+            f"{place} is not used: other users can write it (mode {stat.S_IMODE(status.st_mode):04o}). Check "
+            f"what it holds, then run `chmod {mode:o} {place}`"
+        )
 
 
 def private_opener(path: str, flags: int) -> int:

@@ -333,6 +333,15 @@ def test_the_list_has_the_others_and_says_which_is_refused(schedules: Schedules)
     assert {"two", "quickstart"} <= set(two.split())
 
 
+def test_a_record_that_is_a_fifo_does_not_stop_the_others(schedules: Schedules) -> None:
+    path = record(schedules)
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    served, told = synced(schedules)
+    assert served == ["two"]
+    assert "is a FIFO, and a regular file is expected" in told
+
+
 def test_a_record_of_another_user_is_refused(schedules: Schedules, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:
         os.chown(record(schedules), 12345, 12345)

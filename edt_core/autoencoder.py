@@ -20,7 +20,7 @@ from edt_core.config import AutoencoderConfig
 from edt_core.data.images import to_model_range
 from edt_core.data.scale import scale_of
 from edt_core.errors import UserError
-from edt_core.hub import hub_absence, hub_is_away
+from edt_core.hub import hub_is_away, loading_failure
 from edt_core.precision import use_precision
 from edt_core.tensor_files import check_folder_headers
 from edt_core.training.optim import one_cycle
@@ -116,7 +116,7 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
         if not Path(location).is_dir() and "does not appear to have a file named" in str(error):
             target = str(location).rpartition("/")[2]
             raise UserError(pickled(str(location), make.__name__, f"./{target}")) from error
-        cause = _cause(error, away)
+        cause = loading_failure(error, away)
         raise _no_autoencoder(location, cause) from cause
     return align_weights(model).to(device).eval().requires_grad_(False)
 
@@ -134,13 +134,8 @@ def _load_config(location: str | Path, away: bool) -> dict[str, Any]:
             is_pipeline = is_remote and bool(DiffusionPipeline.load_config(str(location)))
         if is_pipeline:
             raise UserError(hub_pipeline(str(location))) from error
-        cause = _cause(error, away)
+        cause = loading_failure(error, away)
         raise _no_autoencoder(location, cause) from cause
-
-
-def _cause(error: Exception, away: bool) -> Exception:
-    """Why a model cannot be loaded; where the hub is away, its client only says that files are missing."""
-    return ConnectionError(hub_absence()) if away and isinstance(error, OSError) else error
 
 
 def _no_autoencoder(location: str | Path, cause: Exception) -> UserError:

@@ -19,11 +19,11 @@ def hub_is_away(location: str | Path) -> bool:
     False for a location that is no hub id, for which nobody is asked, and where it is this question that fails: the
     hub's client has other certificates (SSL_CERT_FILE) and other proxies than the library that asks.
     """
+    if Path(location).is_dir() or not HUB_ID.fullmatch(str(location)):
+        return False
     import requests
     from huggingface_hub import constants
 
-    if Path(location).is_dir() or not HUB_ID.fullmatch(str(location)):
-        return False
     if constants.HF_HUB_OFFLINE:
         return True
     try:
@@ -45,7 +45,12 @@ def _ask(endpoint: str) -> None:
     check_connects(ask, endpoint, "a Hugging Face hub", "")
 
 
-def hub_absence() -> str:
+def loading_failure(error: Exception, away: bool) -> Exception:
+    """Why a model cannot be loaded; where the hub is away, its client only says that files are missing."""
+    return ConnectionError(_absence()) if away and isinstance(error, OSError) else error
+
+
+def _absence() -> str:
     """A sentence for a model that neither the hub nor this machine's cache of it can give."""
     from huggingface_hub import constants
 

@@ -16,7 +16,7 @@ from edt_core.alignment import align_weights
 from edt_core.errors import UserError
 from edt_core.extractors.pixels import exact_fp32, images_on, on_host
 from edt_core.extractors.weights import SOURCES
-from edt_core.hub import hub_absence, hub_is_away
+from edt_core.hub import hub_is_away, loading_failure
 from edt_core.tensor_files import check_folder_headers
 
 SIDE = 224
@@ -87,12 +87,8 @@ class Dinov2:
             if missing := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
                 raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-            told = (
-                hub_absence()
-                if away and isinstance(error, OSError)
-                else (str(error).splitlines() or [type(error).__name__])[0]
-            )
-            reason = told.rstrip(".")
+            cause = loading_failure(error, away)
+            reason = (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
             raise UserError(f"no DINOv2 at {place}: {reason}. Needed are {SOURCES['dinov2']}") from error
         return cls(align_weights(model), device)
 

@@ -98,9 +98,9 @@ def require(stage: str, **wanted: float) -> None:
 
     A cluster that others run may grow, and shows what waits for resources itself.
     """
-    if not is_own():
-        return
     there = ray.cluster_resources()
+    if _OWN not in there:
+        return
     for kind, number in wanted.items():
         if number > there.get(kind, 0):
             raise UserError(

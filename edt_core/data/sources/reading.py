@@ -124,11 +124,12 @@ def _handfuls(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> 
     batch: list[Item] = []
     taken = 0
     for item in items:
-        if batch and (len(batch) == most or taken + size(item) > _HANDFUL_BYTES):
+        more = size(item)
+        if batch and (len(batch) == most or taken + more > _HANDFUL_BYTES):
             yield batch, taken
             batch, taken = [], 0
         batch.append(item)
-        taken += size(item)
+        taken += more
     if batch:
         yield batch, taken
 

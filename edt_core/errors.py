@@ -1,6 +1,6 @@
 """The errors a user is meant to see."""
 
-from edt_core.redaction import redacted
+from edt_core.printing.redaction import redacted
 
 
 class UserError(ValueError):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from edt_core.console import say
+from edt_core.printing.console import say
 
 
 class Progress(Protocol):

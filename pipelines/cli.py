@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from edt_core.child_process import protect_children
-from edt_core.console import say
-from jobs.termination import term_interrupts
+from edt_core.printing.console import say
+from jobs.runtime.termination import term_interrupts
 from pipelines.commands import config, cost, doctor, gc, init, models, schedule, store, submit, ui, verbs, workflow
 
 app = typer.Typer(
@@ -70,7 +70,7 @@ def main() -> None:
         with term_interrupts():
             app()
     except Exception as error:
-        from jobs.failure import tell_failure
+        from jobs.runtime.failure import tell_failure
 
         sys.exit(tell_failure(error))
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from edt_core.artifact import Artifact
-from edt_core.redaction import redacted
-from edt_core.schema import REPORT_NAME
-from jobs.failure import explained
-from pipelines.promotion import Decision
+from edt_core.printing.redaction import redacted
+from edt_core.store.artifact import Artifact
+from edt_core.store.layout import REPORT_NAME
+from jobs.runtime.failure import explained
+from pipelines.registry.gate import Decision
 
 
 @dataclass

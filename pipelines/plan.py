@@ -6,20 +6,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edt_core.artifact import Source
 from edt_core.config import Section, result_fields
-from edt_core.manifest import Manifest
-from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS
-from edt_core.storage import Folder
-from jobs.verb import Verb
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog, flatten
-from pipelines.config import PipelineConfig
-from pipelines.size_check import check_pipeline_sizes
-from pipelines.step import StepFuture, input_fingerprints, needs_of
+from edt_core.store.artifact import Source
+from edt_core.store.folder import Folder
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS
+from edt_core.store.manifest import Manifest
+from edt_core.store.store import Store
+from jobs.stages.stage import Verb
+from pipelines.config.schema import PipelineConfig
+from pipelines.config.size_check import check_pipeline_sizes
+from pipelines.engine.step import StepFuture, input_fingerprints, needs_of
+from pipelines.tracking.catalog import Catalog, flatten
 
 if TYPE_CHECKING:
-    from pipelines.workflows import Branch
+    from pipelines.pipeline import Branch
 
 Action = Literal["reuse", "resume", "run"]
 _SHOWN = 3  # differences that are named
@@ -88,8 +88,8 @@ def plan(config: PipelineConfig, catalog: Catalog | None = None) -> list[Planned
     `catalog`: the MLflow of the run, None where it has none yet. Raises UserError for a source or published weights
     that are not there.
     """
-    from pipelines.terminal import Terminal
-    from pipelines.workflows import Published, call_steps, prepare_source
+    from pipelines.pipeline import Published, call_steps, prepare_source
+    from pipelines.terminal.terminal import Terminal
 
     store = Store(Folder.at(config.store))
     planner = Planner(store)
@@ -104,9 +104,9 @@ def plan(config: PipelineConfig, catalog: Catalog | None = None) -> list[Planned
 
 def _plan_end(planner: Planner, config: PipelineConfig, branch: "Branch", catalog: Catalog | None) -> None:
     """The promotion and the report of one model: known where all that they rest on is made."""
-    from pipelines import summary
-    from pipelines.registration import entry_of, registered
-    from pipelines.workflows import report_config
+    from pipelines.pipeline import report_config
+    from pipelines.registry.registration import entry_of, registered
+    from pipelines.report import step as summary
 
     promotion, report = f"promote {branch.name}", f"report {branch.name}"
     version = None

@@ -11,24 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from edt_core.artifact import Artifact, Source
 from edt_core.config import AutoencoderConfig
 from edt_core.environment import code_version, environment
 from edt_core.errors import UserError
-from edt_core.place_names import check_store_name
-from edt_core.storage import Folder
-from edt_core.tensor_files import load_tensors
-from jobs.autoencoder import resolve
-from jobs.options import validated
-from jobs.registry_files import own_uri
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog, flatten
-from pipelines.config import PipelineConfig
+from edt_core.files.place_names import check_store_name
+from edt_core.files.tensor_files import load_tensors
+from edt_core.store.artifact import Artifact, Source
+from edt_core.store.folder import Folder
+from edt_core.store.store import Store
+from jobs.commands.options import validated
+from jobs.models.registry_files import own_uri
+from jobs.stages.autoencoder import resolve
+from pipelines.config.schema import PipelineConfig
 from pipelines.outcome import Outcome
+from pipelines.pipeline import Published, call_steps, prepare_source, run
 from pipelines.plan import Planner
-from pipelines.runs import Record, artifact_runs, read_record, step_tag, steps_of
-from pipelines.terminal import Terminal
-from pipelines.workflows import Published, call_steps, prepare_source, run
+from pipelines.terminal.terminal import Terminal
+from pipelines.tracking.catalog import Catalog, flatten
+from pipelines.tracking.runs import Record, artifact_runs, read_record, step_tag, steps_of
 
 REPORT = "report."  # reports name runs, places and times; they are written again, and not compared
 

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.environment import quiet_defaults
 from edt_core.progress import Silent
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact, ArtifactWriter, Source
+from edt_core.store.folder import Folder
 from tests.support.local_ray import local_ray, local_ray_train
 from tests.support.servers import moto_server
 from tests.support.small import CANARY, pipeline
@@ -135,7 +135,7 @@ def ray_session() -> Iterator[None]:
     """One Ray session for all tests: starting it costs seconds."""
     import ray
 
-    from jobs.cluster import connect
+    from jobs.runtime.cluster import connect
 
     connect(min_cpus=2)
     yield
@@ -300,6 +300,6 @@ def latents_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.fixture
 def source(digits_folder: Path) -> Source:
     from edt_core.config import SourceConfig
-    from jobs.verb import image_source
+    from jobs.stages.stage import image_source
 
     return image_source(SourceConfig(path=str(digits_folder)))

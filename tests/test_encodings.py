@@ -16,7 +16,7 @@ _PROCESSES = {"run", "Popen", "check_output"}
 def _without_encoding(tree: ast.Module) -> Iterator[str]:
     """The calls that would read or write text in the encoding of the locale."""
     ours = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-            and node.module == "edt_core.small_files" for alias in node.names}  # fmt: skip
+            and node.module == "edt_core.files.small_files" for alias in node.names}  # fmt: skip
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue

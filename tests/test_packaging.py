@@ -124,7 +124,7 @@ def test_it_installs_and_edt_answers_from_there(installed: Path, tmp_path: Path)
     assert Path(where.strip()).is_relative_to(home)
     assert "edt" in run(edt, "--help", cwd=tmp_path)
     assert run(edt, "--version", cwd=tmp_path).split() == ["edt", PROJECT["version"]]
-    shipped = "from pipelines.config import load_config; print(load_config('quickstart').train.model)"
+    shipped = "from pipelines.config.schema import load_config; print(load_config('quickstart').train.model)"
     assert run(python, "-c", shipped, cwd=tmp_path).split() == ["EDT-Tiny/2"]
 
 
@@ -199,4 +199,4 @@ def test_an_import_brings_no_more_than_it_needs(statement: str, absent: Sequence
 
 
 def test_what_is_imported_is_seen() -> None:
-    assert "numpy" in imported("import edt_core.sample_grid")
+    assert "numpy" in imported("import edt_core.sampling.grid")

@@ -21,9 +21,9 @@ from edt_core.data.images import encode_png
 from edt_core.data.shards import write_tar
 from edt_core.data.sources.reading import ahead
 from edt_core.errors import UserError
-from edt_core.schema import CLASS_MEMBER, IMAGE_MEMBERS
-from edt_core.storage import fsync_file, in_threads
-from edt_core.store_errors import clear_disk_errors, clear_space_errors
+from edt_core.store.errors import clear_disk_errors, clear_space_errors
+from edt_core.store.folder import fsync_file, in_threads
+from edt_core.store.layout import CLASS_MEMBER, IMAGE_MEMBERS
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]  # indices [n], labels [n], images [n, S, S, 3]
 Sample = tuple[int, int, NDArray[np.uint8]]  # index, label, image [S, S, 3]

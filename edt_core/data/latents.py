@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from edt_core.data.scale import SCALE_FIELDS, LatentScale
 from edt_core.data.shards import npy_bytes, write_tar
 from edt_core.errors import UserError
-from edt_core.schema import (
+from edt_core.store.layout import (
     CENTRED_LATENT_SCHEMA_VERSION,
     JSON_MEMBER,
     KEY,

@@ -19,7 +19,7 @@ from edt_core.data.latents import LatentDataset
 from edt_core.data.order import batch_indices, mirror_draws, share
 from edt_core.data.prefetch import prefetched
 from edt_core.errors import UserError
-from edt_core.integrity import listing
+from edt_core.store.digests import listing
 
 STATE_VERSION = 1
 

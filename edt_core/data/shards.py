@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from edt_core.data.images import decode_rgb
 from edt_core.data.order import at_even_distances
 from edt_core.errors import UserError
-from edt_core.schema import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
-from edt_core.small_files import parse_json
+from edt_core.files.small_files import parse_json
+from edt_core.store.layout import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from edt_core.data.loader import BatchPlan, Buffers, LatentBatch
 from edt_core.data.prefetch import prefetched
 from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
-from edt_core.schema import JSON_MEMBER, KEY, LABEL, LATENT_TAR_MEMBER
-from edt_core.storage import Folder
+from edt_core.store.folder import Folder
+from edt_core.store.layout import JSON_MEMBER, KEY, LABEL, LATENT_TAR_MEMBER
 
 _READ_BYTES = 1 << 20
 _REMEDY = "remove the latents artifact and encode again with encode.write_webdataset=true"

@@ -1,7 +1,6 @@
 """Gaussian diffusion as EDT uses it: linear schedule, predicted noise, learned range of the variance."""
 
 from edt_core.diffusion.guidance import guided
-from edt_core.diffusion.labels import LabelPolicy, sample_labels
 from edt_core.diffusion.losses import Losses, q_sample, training_losses
 from edt_core.diffusion.noise import SampleNoise, sample_noise
 from edt_core.diffusion.sampling import SwitchedModel, sample, sampling_schedule
@@ -12,6 +11,7 @@ from edt_core.diffusion.timesteps import (
     TimestepSampler,
     UniformSampler,
 )
+from edt_core.sampling.labels import LabelPolicy, sample_labels
 
 __all__ = [
     "LabelPolicy",

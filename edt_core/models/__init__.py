@@ -3,12 +3,12 @@
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig, StageSpec
 from edt_core.models.cost import PartCost, count_macs, count_parameters, macs_by_part, shadow, training_flops
-from edt_core.models.dit import DiT
-from edt_core.models.edt import EDT
+from edt_core.models.families.dit import DiT
+from edt_core.models.families.edt import EDT
+from edt_core.models.families.mdtv2 import MDTv2
+from edt_core.models.import_released import load_released, read_released_model
 from edt_core.models.masking import MaskSite, check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, slice_masks
-from edt_core.models.mdt import MDTv2
 from edt_core.models.positions import amm_matrix
-from edt_core.models.released import load_released, read_released_model
 from edt_core.models.zoo import (
     MODEL_NAMES,
     build_model,

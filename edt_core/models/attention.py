@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edt_core.models.config import AmmKernel
-from edt_core.models.constants import made_once
+from edt_core.models.kernels import project_tokens
 from edt_core.models.layers import AdaptiveLayerNorm, FeedForward, adaln_projection
 from edt_core.models.positions import amm_matrix, relative_offsets
-from edt_core.models.projection import project_tokens
+from edt_core.models.weight_memo import made_once
 
 _FUSED_FROM = 256  # tokens, from which on modulated attention on a CPU is faster without its scores written out
 _NEVER = -1e4  # added to a score: its weight is 0 in float32, and no kernel makes NaN of a whole tile of them

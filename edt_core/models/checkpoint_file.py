@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from edt_core.errors import UserError
-from edt_core.tensor_files import opened_tensors
+from edt_core.files.tensor_files import opened_tensors
 
 WeightsName = Literal["ema", "model"]
 

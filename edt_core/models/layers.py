@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edt_core.models.kernels import TokenLinear
 from edt_core.models.positions import sincos_position_embedding, timestep_embedding
-from edt_core.models.projection import TokenLinear
 
 _FREQUENCY_DIM = 256  # width of the sinusoidal timestep embedding, as in DiT
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edt_core.errors import UserError
+from edt_core.evaluation.published import AMM_PLACEMENTS, LARGE_IMAGE_SIZE
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig
-from edt_core.models.dit import DiT
-from edt_core.models.edt import EDT
-from edt_core.models.mdt import MDTv2
-from edt_core.published import AMM_PLACEMENTS, LARGE_IMAGE_SIZE
+from edt_core.models.families.dit import DiT
+from edt_core.models.families.edt import EDT
+from edt_core.models.families.mdtv2 import MDTv2
 
 _MODELS: dict[type[ModelConfig], type[DiffusionTransformer]] = {EDTConfig: EDT, DiTConfig: DiT, MDTv2Config: MDTv2}
 
@@ -173,7 +173,7 @@ def create_model(
 def paper_amm_blocks(name: str, cfg_scale: float, image_size: int = 256) -> tuple[int, ...]:
     """Blocks whose attention EDT's authors modulate in a model, for a guidance scale and an image size in pixels.
 
-    They are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S: `edt_core.published.AMM_PLACEMENTS`.
+    They are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S: `edt_core.evaluation.published.AMM_PLACEMENTS`.
 
     Raises:
         UserError: no placement is published for the model, the guidance scale and the image size.

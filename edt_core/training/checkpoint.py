@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edt_core.manifest import FileEntry, sha256_json
+from edt_core.files.small_files import UnusableFileError, parse_json, read_bounded, read_json
+from edt_core.files.tensor_files import load_state, load_tensors
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
-from edt_core.schema import (
+from edt_core.store.folder import sha256_file
+from edt_core.store.layout import (
     CHECKPOINT_MANIFEST,
     CHECKPOINT_VERSION,
     EMA_WEIGHTS,
@@ -23,9 +25,7 @@ from edt_core.schema import (
     STEP_PREFIX,
     TRAIN_STATE,
 )
-from edt_core.small_files import UnusableFileError, parse_json, read_bounded, read_json
-from edt_core.storage import sha256_file
-from edt_core.tensor_files import load_state, load_tensors
+from edt_core.store.manifest import FileEntry, sha256_json
 
 WriteFile = Callable[[str, Callable[[Path], int | None]], FileEntry]  # as `ArtifactWriter.write`
 

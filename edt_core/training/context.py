@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from edt_core.artifact import ArtifactWriter
-from edt_core.storage import Folder
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.folder import Folder
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.ranks import Ranks
 from edt_core.training.store import CheckpointStore

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from edt_core.models.projection import project_tokens
+from edt_core.models.kernels import project_tokens
 
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.diffusion import SampleNoise, linear_schedule, respace, sample
-from edt_core.diffusion.labels import trained_classes
 from edt_core.models import ModelConfig, build_model
+from edt_core.sampling.labels import trained_classes
 
 _IMAGES, _STEPS, _SEED = 16, 25, 0
 
@@ -32,7 +32,7 @@ class Preview:
         device: torch.device,
         class_counts: Sequence[int] | None = None,
     ) -> None:
-        from edt_core.autoencoder import load_autoencoder
+        from edt_core.autoencoders.autoencoder import load_autoencoder
 
         self.model = build_model(model_config).to(device).eval().requires_grad_(False)
         self.autoencoder = load_autoencoder(autoencoder, str(device))
@@ -46,7 +46,7 @@ class Preview:
         """The grid as PNG, 4 x 4 images of classes at even distances."""
         from PIL import Image
 
-        from edt_core.autoencoder import decode_to_pixels
+        from edt_core.autoencoders.autoencoder import decode_to_pixels
 
         self.model.load_state_dict(weights)
         latents = sample(lambda x, t: self.model(x, t, self.labels), self.noise.initial(), self.schedule, "ddim")

@@ -10,7 +10,7 @@ from edt_core.config import TrainConfig, result_fields
 from edt_core.diffusion import LossSecondMomentSampler, TimestepSampler, UniformSampler
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
-from edt_core.schema import EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE, OTHER_EMA_WEIGHTS, TIMESTEP_STATE
+from edt_core.store.layout import EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE, OTHER_EMA_WEIGHTS, TIMESTEP_STATE
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.ema import EMA
 from edt_core.training.history import History

@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edt_core.artifact import ArtifactWriter
-from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS, STEP_PREFIX
-from edt_core.small_files import UnusableFileError
-from edt_core.storage import Folder
+from edt_core.files.small_files import UnusableFileError
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS, STEP_PREFIX
 from edt_core.training.checkpoint import (
     Checkpoint,
     CheckpointError,

@@ -16,7 +16,7 @@ from edt_core.config import TrainConfig
 from edt_core.diffusion import linear_schedule, q_sample, training_losses
 from edt_core.models import DiffusionTransformer
 from edt_core.models.attention import Attention
-from edt_core.models.projection import TokenLinear
+from edt_core.models.kernels import TokenLinear
 from edt_core.precision import use_precision
 from edt_core.training.step import StepInputs
 

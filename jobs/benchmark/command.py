@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from edt_core.console import say
 from edt_core.errors import UserError
+from edt_core.printing.console import say
 from jobs.benchmark.encode import bench_encode
 from jobs.benchmark.images import bench_planning, bench_preprocess, made_photos, photos_in
 from jobs.benchmark.latents import bench_latents
 from jobs.benchmark.memory import bench_memory
 from jobs.benchmark.table import Row, hardware, table
-from jobs.options import add_json, parser_of
-from jobs.verb import exit_code
+from jobs.commands.options import add_json, parser_of
+from jobs.stages.stage import exit_code
 
 
 def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
@@ -106,8 +106,8 @@ def bench(part: str, images: str | None, scale: float, work_in: str | None = Non
 
 def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
     """The rows of the data plane, part by part, with a word about each while it is measured."""
-    from jobs.cluster import connect
-    from jobs.cluster_address import check_named
+    from jobs.runtime.cluster import connect
+    from jobs.runtime.cluster_address import check_named
 
     check_named()
     parts: dict[str, Callable[[Path], list[Row]]] = {

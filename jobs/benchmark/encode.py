@@ -9,11 +9,11 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import EncodeConfig, PreprocessConfig
 from edt_core.progress import Silent
-from edt_core.schema import IMAGE_SHARD, MANIFEST_NAME
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import IMAGE_SHARD, MANIFEST_NAME
 from jobs.benchmark.table import Row, timed
 
 
@@ -24,8 +24,8 @@ def bench_encode(work: Path, photos: list[Path], number: int, batch_size: int, p
     """
     import torch
 
-    from edt_core.autoencoder import encode_posterior
-    from jobs.encode import IMAGE_SHARDS, Encoder
+    from edt_core.autoencoders.autoencoder import encode_posterior
+    from jobs.stages.encode import IMAGE_SHARDS, Encoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = _image_shards(work / "images", photos, number)
@@ -72,7 +72,7 @@ def _image_shards(folder: Path, photos: list[Path], number: int) -> Artifact:
     """Image shards of 256 px written here, without Ray."""
     from edt_core.data.prefetch import in_batches
     from edt_core.data.shards import ImageSample, write_image_shard
-    from jobs.preprocess import prepare
+    from jobs.stages.preprocess import prepare
 
     out = ArtifactWriter(Folder.at(folder), "images", "0" * 64)
     data = [prepare(photo.read_bytes(), PreprocessConfig()) for photo in photos[:256]]
@@ -83,8 +83,8 @@ def _image_shards(folder: Path, photos: list[Path], number: int) -> Artifact:
 
 
 def stored_autoencoder(folder: Path, build: Callable[[], Any]) -> Artifact:
-    from edt_core.autoencoder import autoencoder_facts
-    from jobs.autoencoder import FOLDER
+    from edt_core.autoencoders.autoencoder import autoencoder_facts
+    from jobs.stages.autoencoder import FOLDER
 
     if (folder / MANIFEST_NAME).exists():
         return Artifact.open(str(folder))

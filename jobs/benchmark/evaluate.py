@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edt_core.artifact import ArtifactWriter
-from edt_core.autoencoder import decode_to_pixels
+from edt_core.autoencoders.autoencoder import decode_to_pixels
 from edt_core.diffusion import linear_schedule, sampling_schedule
-from edt_core.generation import LatentSampler
 from edt_core.models import DiffusionTransformer
 from edt_core.precision import use_precision
-from edt_core.storage import Folder
+from edt_core.sampling.sampler import LatentSampler
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.folder import Folder
 from jobs.benchmark.authors import plain_model
 from jobs.benchmark.networks import (
     FULL_STEPS,
@@ -35,7 +35,7 @@ from jobs.benchmark.networks import (
 from jobs.benchmark.plain import PlainChain, PlainEvaluation, Stages, of_all, plain_precision
 from jobs.benchmark.table import Row, timed
 from jobs.benchmark.train import in_turns
-from jobs.sample import Sampler, unit_of, units_per_repeat
+from jobs.stages.sample import Sampler, unit_of, units_per_repeat
 
 _STEPS_ALONE = 3  # of the chains that are compared with bare calls
 _PRECISIONS = ("fp32", "bf16")

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.child_process import child_environment, python_command
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.errors import UserError
 from edt_core.progress import Silent
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact, ArtifactWriter, Source
+from edt_core.store.folder import Folder
 from jobs.benchmark.table import Row, mib, timed
 
 
@@ -43,7 +43,7 @@ def made_photos(folder: Path, number: int = 64) -> list[Path]:
 
 def linked_folder(photos: list[Path], root: Path, number: int, classes: int = 10) -> Source:
     """An image folder of `number` links to the photos, `classes` classes."""
-    from jobs.verb import image_source
+    from jobs.stages.stage import image_source
 
     for k in range(classes):
         (root / f"class{k}").mkdir(parents=True)
@@ -101,7 +101,7 @@ def bench_preprocess(work: Path, photos: list[Path], number: int) -> list[Row]:
 
 
 def run_preprocess(config: PreprocessConfig, source: Source, out: Path) -> Artifact:
-    from jobs.preprocess import VERB
+    from jobs.stages.preprocess import VERB
 
     return execute(VERB, config, out, source=source)
 
@@ -116,7 +116,7 @@ _PLAN = """
 import resource, sys, time
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.sources import list_source
-from jobs.preprocess import plan_shards
+from jobs.stages.preprocess import plan_shards
 started = time.perf_counter()
 plans = plan_shards(list_source(SourceConfig(kind="image_folder", path=sys.argv[1])), PreprocessConfig())
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, len(plans))

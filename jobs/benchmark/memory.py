@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edt_core.artifact import Artifact
 from edt_core.config import EncodeConfig, PreprocessConfig
-from jobs import encode
+from edt_core.store.artifact import Artifact
 from jobs.benchmark.encode import stored_autoencoder
 from jobs.benchmark.images import execute, linked_folder, run_preprocess
 from jobs.benchmark.table import Row, mib
+from jobs.stages import encode
 
 
 def bench_memory(work: Path, photos: list[Path], number: int) -> list[Row]:
@@ -58,7 +58,7 @@ def _worker_peaks() -> Iterator[int]:
 
 def _small_autoencoder(folder: Path, size: int) -> Artifact:
     """An unfitted small autoencoder: what it makes of images does not matter here."""
-    from edt_core.autoencoder import build_autoencoder
+    from edt_core.autoencoders.autoencoder import build_autoencoder
     from edt_core.config import AutoencoderConfig
 
     return stored_autoencoder(folder, lambda: build_autoencoder(AutoencoderConfig(base_channels=8), size))

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.child_process import child_environment, python_command
-from edt_core.console import say
-from edt_core.metrics import Gaussian, frechet_distance, kernel_distance, precision_recall
-from edt_core.metrics.statistics import FeatureStatistics
+from edt_core.evaluation.metrics import Gaussian, frechet_distance, kernel_distance, precision_recall
+from edt_core.evaluation.metrics.statistics import FeatureStatistics
+from edt_core.printing.console import say
 from jobs.benchmark.table import Row, mib, timed
 
 GENERATED, REFERENCE, DIMENSIONS = 50_000, 10_000, 2048

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from edt_core.config import TrainConfig
-from edt_core.console import say
 from edt_core.diffusion import linear_schedule
 from edt_core.models import (
     DiffusionTransformer,
@@ -27,8 +26,9 @@ from edt_core.models import (
     shadow,
     training_flops,
 )
-from edt_core.models.projection import project_tokens
+from edt_core.models.kernels import project_tokens
 from edt_core.precision import use_precision
+from edt_core.printing.console import say
 from edt_core.training.draws import draw_step
 from edt_core.training.estimate import saved_bytes
 from edt_core.training.meter import matmul_rate

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.config import ChainConfig, SampleConfig
-from edt_core.extractors.inception import InceptionNetwork
+from edt_core.evaluation.extractors.inception import InceptionNetwork
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model, model_config
-from edt_core.schema import EMA_WEIGHTS, MODEL_CONFIG
-from edt_core.storage import Folder, sha256_file
-from jobs.autoencoder import FOLDER
+from edt_core.store.artifact import Artifact, ArtifactWriter, Source
+from edt_core.store.folder import Folder, sha256_file
+from edt_core.store.layout import EMA_WEIGHTS, MODEL_CONFIG
+from jobs.stages.autoencoder import FOLDER
 
 FULL_STEPS = 250  # of a published evaluation
 NUM_TIMESTEPS = 1000

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edt_core.data.scale import scale_of
 from edt_core.diffusion import Schedule, linear_schedule, sampling_schedule
-from edt_core.extractors.inception import SPATIAL_CHANNELS, tf1_resize
+from edt_core.evaluation.extractors.inception import SPATIAL_CHANNELS, tf1_resize
 from edt_core.models import DiffusionTransformer
 from edt_core.precision import use_precision
 from jobs.benchmark.authors import plain_model

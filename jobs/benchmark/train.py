@@ -34,7 +34,7 @@ from edt_core.training.state import initial_state, to_checkpoint
 from edt_core.training.step import StepInputs, accumulate_gradient
 from jobs.benchmark.authors import PlainStep
 from jobs.benchmark.table import Row, mib
-from jobs.loopback import INTERFACES
+from jobs.runtime.loopback import INTERFACES
 
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
 _STEPS_BETWEEN_CHECKPOINTS = 1000

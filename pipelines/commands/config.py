@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edt_core.console import say
+from edt_core.printing.console import say
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -32,7 +32,7 @@ def list_configs(as_json: AsJson = False) -> None:
       edt config list
       edt config list --json
     """
-    from pipelines.config import config_names, load_config
+    from pipelines.config.schema import config_names, load_config
 
     rows = []
     for name in config_names():
@@ -55,8 +55,8 @@ def show(
       edt config show imagenet256-edt-s
       edt config show edt.yaml --set train.lr=0.002 --json
     """
-    from edt_core.redaction import redacted_values
-    from pipelines.config import as_yaml, load_config
+    from edt_core.printing.redaction import redacted_values
+    from pipelines.config.schema import as_yaml, load_config
 
     loaded = load_config(config, assignments)
     if as_json:
@@ -78,7 +78,7 @@ def validate(
       edt config validate edt.yaml
       edt config validate edt.yaml imagenet256-edt-s --set train.num_workers=8
     """
-    from pipelines.config_check import problems
+    from pipelines.config.check import problems
 
     found = {config: problems(config, assignments) for config in configs}
     if as_json:
@@ -116,7 +116,7 @@ def diff(
       edt config diff 3f2a9c41d0e84b6fa1c2d3e4f5a6b7c8 edt.yaml --store ./edt-store
     """
     from edt_core.errors import UserError
-    from pipelines.config_diff import differences, is_run_id, made_anew, outline, read_side
+    from pipelines.diff import differences, is_run_id, made_anew, outline, read_side
 
     if b is None and not assignments:
         raise UserError(f"{a} is alone: give a second configuration, or --set KEY=VALUE for {a} with that changed")
@@ -133,7 +133,7 @@ def diff(
 
 
 def _shown(row: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:
-    from pipelines.config_diff import shown
+    from pipelines.diff import shown
 
     steps = dict.fromkeys(_role(step, models) for step in row["steps"])
     more = f" and {len(steps) - _STEPS_SHOWN} more" if len(steps) > _STEPS_SHOWN else ""

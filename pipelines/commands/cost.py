@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from edt_core.console import say
 from edt_core.errors import UserError
+from edt_core.printing.console import say
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -55,8 +55,8 @@ def cost(
 
 
 def _row(config: Any) -> dict[str, Any]:
+    from edt_core.evaluation.published import published_gflops
     from edt_core.models import count_macs, count_parameters, shadow, training_flops
-    from edt_core.published import published_gflops
 
     model = shadow(config)
     return {
@@ -118,14 +118,14 @@ def compare(
     """
     from pathlib import Path
 
-    from pipelines.compare import AXES
-    from pipelines.compare import compare as compared
-    from pipelines.versions import record_of
+    from pipelines.registry.compare import AXES
+    from pipelines.registry.compare import compare as compared
+    from pipelines.registry.lookup import record_of
 
     catalog = open_catalog(store, tracking_uri)
     found = compared([record_of(catalog, text) for text in models], metric, published)
     if out is not None:
-        from pipelines.compare_figure import draw
+        from pipelines.registry.compare_figure import draw
 
         target = Path(out)
         target.parent.mkdir(parents=True, exist_ok=True)

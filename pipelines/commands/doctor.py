@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from edt_core.console import printable
+from edt_core.printing.console import printable
 from pipelines.commands.options import AsJson, Assignments, Config, ConfigStore, TrackingUri, print_json
 
 if TYPE_CHECKING:
-    from pipelines.doctor import Finding
+    from pipelines.setup.doctor import Finding
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -37,13 +37,13 @@ def doctor(
       edt doctor edt.yaml --store s3://bucket/edt --json
     """
     from edt_core.environment import quiet_defaults
-    from pipelines.config import load_config
+    from pipelines.config.schema import load_config
 
     loaded = load_config(config, assignments, store)
     quiet_defaults()
-    from jobs.cluster_address import named_address
-    from pipelines.doctor import examine, patient_of
-    from pipelines.doctor_checks import CHECKS
+    from jobs.runtime.cluster_address import named_address
+    from pipelines.setup.doctor import examine, patient_of
+    from pipelines.setup.doctor_checks import CHECKS
 
     options = [part for text in assignments for part in ("--set", text)]
     options += [part for name, value in (("--store", store), ("--address", address)) if value for part in (name, value)]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edt_core.console import on_one_line, say
 from edt_core.errors import UserError
-from edt_core.redaction import redacted
+from edt_core.printing.console import on_one_line, say
+from edt_core.printing.redaction import redacted
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -21,10 +21,10 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.artifacts import Store
-    from pipelines.cleaning import Plan, Removed
-    from pipelines.garbage import Garbage
-    from pipelines.trash import Discarded
+    from edt_core.store.store import Store
+    from edt_core.store.trash import Discarded
+    from pipelines.registry.cleaning import Plan, Removed
+    from pipelines.registry.garbage import Garbage
 
 
 def gc(
@@ -57,8 +57,8 @@ def gc(
       edt gc --keep-runs 5 --yes
       edt gc --empty-trash --yes
     """
-    from pipelines.artifacts import Store
-    from pipelines.cleaning import Request, collect, plan
+    from edt_core.store.store import Store
+    from pipelines.registry.cleaning import Request, collect, plan
 
     if not (dry_run or yes or sys.stdin.isatty()):
         raise UserError(
@@ -138,7 +138,7 @@ def _as_json(found: "Plan") -> dict[str, Any]:
 
 
 def _count(items: "Sequence[Garbage] | Sequence[Discarded]") -> str:
-    from pipelines.disk import size_text
+    from pipelines.setup.disk import size_text
 
     return f"{len(items)} folder{'s' if len(items) > 1 else ''} ({size_text(sum(item.bytes for item in items))})"
 

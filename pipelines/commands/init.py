@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from edt_core.console import printable, say
 from edt_core.errors import UserError
-from edt_core.place_names import typed_path
+from edt_core.files.place_names import typed_path
+from edt_core.printing.console import printable, say
 
 if TYPE_CHECKING:
-    from pipelines.init import Answers, Images
+    from pipelines.setup.init import Answers, Images
 
 Answer = TypeVar("Answer")
 
@@ -51,8 +51,8 @@ def init(
       edt init --images /data/flowers --yes
       edt init --images s3://bucket/imagenet/train --image-size 256 --hardware gpu-8 --out imagenet.yaml --yes
     """
-    from pipelines.hardware import this_machine
-    from pipelines.init import config_text, look_at, notes, summary
+    from pipelines.setup.hardware import this_machine
+    from pipelines.setup.init import config_text, look_at, notes, summary
 
     if os.path.lexists(out) and not force:  # a link to nothing is somebody's, too
         raise UserError(f"{out} is there already; give another --out, or --force to write over it")
@@ -91,8 +91,8 @@ def _answers(
     name: str | None,
 ) -> "Answers":
     """Every answer in turn: of its flag, or asked, or as suggested. Each is looked at before the next question."""
-    from pipelines import init as first
-    from pipelines.hardware import this_machine
+    from pipelines.setup import init as first
+    from pipelines.setup.hardware import this_machine
 
     found = asked.of("--images", "Where are the images (folder, archive or URI)?", images, None, look_at, str)
     machine = this_machine()
@@ -155,7 +155,7 @@ class _Asked:
 
 def _write(out: Path, text: str) -> None:
     """Write the file and read it as a configuration. Raises UserError, without a file, where it is none."""
-    from pipelines.config import load_config
+    from pipelines.config.schema import load_config
 
     staged = out.with_name(f".{out.stem}.{uuid.uuid4().hex}.yaml")  # no file of anybody's
     try:

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from edt_core.console import say
 from edt_core.errors import UserError
-from edt_core.place_names import typed_path
+from edt_core.files.place_names import typed_path
+from edt_core.printing.console import say
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -71,7 +71,7 @@ def list_versions(
       edt models list --name edt-s-2-256 --metric 'fid<20'
       edt models list --data 3f2a9b --json
     """
-    from pipelines.versions import select
+    from pipelines.registry.lookup import select
 
     found = select(open_catalog(store, tracking_uri), name, data, config, metric, commit, as_json)
     if as_json:
@@ -91,7 +91,7 @@ def show(
       edt models show edt-s-2-256@champion
       edt models show edt-s-2-256/3 --json
     """
-    from pipelines.versions import record_of
+    from pipelines.registry.lookup import record_of
 
     facts = record_of(open_catalog(store, tracking_uri), version).to_dict()
     if as_json:
@@ -121,8 +121,8 @@ def compare(
     Examples:
       edt models compare edt-s-2-256@champion edt-s-2-256@candidate
     """
-    from pipelines.versions import compare as compared
-    from pipelines.versions import record_of
+    from pipelines.registry.lookup import compare as compared
+    from pipelines.registry.lookup import record_of
 
     catalog = open_catalog(store, tracking_uri)
     found = compared(record_of(catalog, first), record_of(catalog, second))
@@ -155,8 +155,8 @@ def promote(
     Examples:
       edt models promote edt-s-2-256@candidate
     """
-    from pipelines.registry import CANDIDATE, alone, promote_version
-    from pipelines.versions import find
+    from pipelines.registry.aliases import CANDIDATE, alone, promote_version
+    from pipelines.registry.lookup import find
 
     catalog = open_catalog(store, tracking_uri)
     found = find(catalog, version if "@" in version or "/" in version else f"{version}@{CANDIDATE}")
@@ -179,8 +179,8 @@ def rollback(
     Examples:
       edt models rollback edt-s-2-256
     """
-    from pipelines.registry import alone
-    from pipelines.registry import rollback as rolled_back
+    from pipelines.registry.aliases import alone
+    from pipelines.registry.aliases import rollback as rolled_back
 
     catalog = open_catalog(store, tracking_uri)
     with alone(store, name):
@@ -203,9 +203,9 @@ def pull(
     """
     from pathlib import Path
 
-    from jobs.registry_files import pull as pulled
-    from jobs.registry_files import title
-    from pipelines.versions import find
+    from jobs.models.registry_files import pull as pulled
+    from jobs.models.registry_files import title
+    from pipelines.registry.lookup import find
 
     catalog = open_catalog(store, tracking_uri)
     found = find(catalog, version)
@@ -240,11 +240,11 @@ def import_model(
       edt import DiT-XL-2-256x256.pt --model DiT-XL/2 --autoencoder ./vae
     """
 
-    from edt_core.storage import Folder
-    from jobs.registry_files import title
-    from pipelines.catalog import Catalog
-    from pipelines.importing import import_released, read_released
-    from pipelines.registry import alone
+    from edt_core.store.folder import Folder
+    from jobs.models.registry_files import title
+    from pipelines.registry.aliases import alone
+    from pipelines.registry.importing import import_released, read_released
+    from pipelines.tracking.catalog import Catalog
 
     released = read_released(
         typed_path(checkpoint), None if weights is None else weights.value, autoencoder, model, image_size
@@ -280,8 +280,8 @@ def lineage(
       edt lineage edt-s-2-256@champion
       edt lineage edt-s-2-256/3 --json
     """
-    from edt_core.storage import Folder
-    from pipelines.lineage import lineage as traced
+    from edt_core.store.folder import Folder
+    from pipelines.registry.lineage import lineage as traced
 
     found = traced(open_catalog(store, tracking_uri), version, Folder.at(store))
     if as_json:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edt_core.console import on_one_line, say
+from edt_core.printing.console import on_one_line, say
 
 if TYPE_CHECKING:
-    from pipelines.catalog import Catalog
+    from pipelines.tracking.catalog import Catalog
 
 DEFAULT_STORE = "./edt-store"
 
@@ -42,8 +42,8 @@ def open_catalog(store: str, tracking_uri: str | None) -> "Catalog":
     """The MLflow that a look-up reads. Raises UserError where there is none, or a silent one."""
     import os
 
-    from edt_core.storage import Folder
-    from pipelines.catalog import Catalog
+    from edt_core.store.folder import Folder
+    from pipelines.tracking.catalog import Catalog
 
     # A person waits; the defaults try for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -53,7 +53,7 @@ def open_catalog(store: str, tracking_uri: str | None) -> "Catalog":
 
 def catalog_if_any(store: str) -> "Catalog | None":
     """The MLflow of a store that may be new."""
-    from pipelines.catalog import NoRecordError
+    from pipelines.tracking.catalog import NoRecordError
 
     try:
         return open_catalog(store, None)

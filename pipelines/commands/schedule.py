@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edt_core.console import say
 from edt_core.errors import UserError
+from edt_core.printing.console import say
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -19,7 +19,7 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.schedule import Schedules
+    from pipelines.schedule.record import Schedules
 
 _COLUMNS = ("name", "config", "cron", "timezone", "next", "state", "tick", "outcome", "run")
 _REFUSED = "refused"
@@ -73,9 +73,9 @@ def add(
       edt schedule quickstart --cron '0 3 * * 0' --when-data-changed
       edt schedule edt.yaml --cron '30 1 * * *' --timezone Europe/Berlin --name nightly --no-serve
     """
-    from pipelines.artifacts import Store
-    from pipelines.lease import Taken
-    from pipelines.schedule import Schedules, new_schedule
+    from edt_core.store.store import Store
+    from pipelines.schedule.lease import Taken
+    from pipelines.schedule.record import Schedules, new_schedule
 
     schedule = new_schedule(name, config, assignments, store, cron, timezone, when_data_changed, address)
     Store.open(schedule.store)
@@ -99,7 +99,7 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
     Examples:
       edt schedule list --json
     """
-    from pipelines.schedule import Schedules
+    from pipelines.schedule.record import Schedules
 
     schedules = Schedules.at(store)
     rows = [_row(schedules, name) for name in schedules.names()]
@@ -116,7 +116,7 @@ def pause(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
     Examples:
       edt schedule pause nightly
     """
-    from pipelines.schedule import Schedules
+    from pipelines.schedule.record import Schedules
 
     Schedules.at(store).pause(name)
 
@@ -129,7 +129,7 @@ def resume(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
     Examples:
       edt schedule resume nightly
     """
-    from pipelines.schedule import Schedules
+    from pipelines.schedule.record import Schedules
 
     Schedules.at(store).resume(name)
 
@@ -142,7 +142,7 @@ def remove(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
     Examples:
       edt schedule remove nightly
     """
-    from pipelines.schedule import Schedules
+    from pipelines.schedule.record import Schedules
 
     Schedules.at(store).remove(name)
 
@@ -155,9 +155,9 @@ def serve(store: StoreOption = DEFAULT_STORE) -> None:
     Examples:
       edt schedule serve --store /shared/edt-store
     """
-    from pipelines.artifacts import Store
-    from pipelines.lease import Taken
-    from pipelines.schedule import Schedules
+    from edt_core.store.store import Store
+    from pipelines.schedule.lease import Taken
+    from pipelines.schedule.record import Schedules
 
     Store.open(store)
     try:
@@ -169,7 +169,7 @@ def serve(store: StoreOption = DEFAULT_STORE) -> None:
 
 
 def _serve(schedules: "Schedules") -> None:
-    from pipelines.scheduler import Server
+    from pipelines.schedule.server import Server
 
     raise typer.Exit(Server(schedules, lambda text: say(text)).serve())
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from edt_core.console import say
+from edt_core.printing.console import say
 from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, print_rows
 
 
@@ -20,7 +20,7 @@ def verify(
       edt verify ./edt-store/latents/3f2a --deep
     """
     from edt_core.progress import Printed
-    from jobs.verify import verify as verified
+    from jobs.commands.verify import verify as verified
 
     say(verified(artifact, deep, Printed("verify")))
 
@@ -38,9 +38,9 @@ def artifacts(
       edt artifacts --kind checkpoint --json
     """
     from edt_core.errors import UserError
-    from edt_core.schema import KINDS
-    from edt_core.storage import Folder
-    from pipelines.artifacts import Store
+    from edt_core.store.folder import Folder
+    from edt_core.store.layout import KINDS
+    from edt_core.store.store import Store
     from pipelines.plan import in_order
 
     if kind not in (None, *KINDS):

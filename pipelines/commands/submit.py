@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edt_core.console import say, without_colours
 from edt_core.errors import UserError
+from edt_core.printing.console import say, without_colours
 from pipelines.commands.options import AsJson, Assignments, ConfigStore, print_rows
 
 if TYPE_CHECKING:
-    from pipelines.submission import Cluster
+    from pipelines.cluster.submission import Cluster
 
 _COLUMNS = ("job", "pipeline", "status", "started", "ended", "store")
 
@@ -42,8 +42,8 @@ def submit(
       edt submit quickstart --address http://127.0.0.1:8265
       edt submit --list --address http://127.0.0.1:8265
     """
-    from pipelines.config import load_config
-    from pipelines.submission import Cluster, request_for
+    from pipelines.cluster.submission import Cluster, request_for
+    from pipelines.config.schema import load_config
 
     asked = [config is not None, follow is not None, stop is not None, list_]
     if sum(asked) != 1:

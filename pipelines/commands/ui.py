@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edt_core.console import say
+from edt_core.printing.console import say
 from pipelines.commands.options import DEFAULT_STORE, StoreOption, TrackingUri, open_catalog
 
 _RUNS = 5
@@ -29,7 +29,7 @@ def ui(
       edt ui --store /data/edt-store --port 5001
       edt ui --run 3f2a9c41d0e84b6fa1c2d3e4f5a6b7c8 --no-open
     """
-    from pipelines.ui import DEFAULT_PORT, experiment_of, free_port, served
+    from pipelines.cluster.ui import DEFAULT_PORT, experiment_of, free_port, served
 
     catalog = open_catalog(store, tracking_uri)
     experiment = experiment_of(catalog, run) if run else None
@@ -57,8 +57,8 @@ def ui(
 def _folder(tracking_uri: str, store: str) -> Path:
     """Where the server works: beside its SQLite file, or, with another database, in the store."""
     from edt_core.errors import UserError
-    from edt_core.storage import Folder
-    from jobs.registry_files import sqlite_path
+    from edt_core.store.folder import Folder
+    from jobs.models.registry_files import sqlite_path
 
     if (database := sqlite_path(tracking_uri)) is not None:
         return database.parent.absolute()
@@ -71,8 +71,8 @@ def _tell(url: str, catalog: Any, run: str | None, experiment: str | None, wante
     """Print the links, and open a browser at the one that was asked for."""
     import webbrowser
 
-    from edt_core.redaction import redacted
-    from pipelines.ui import has_display, last_runs, run_link
+    from edt_core.printing.redaction import redacted
+    from pipelines.cluster.ui import has_display, last_runs, run_link
 
     first = run_link(url, experiment, run) if run and experiment else redacted(url)
     say(first)

@@ -8,13 +8,13 @@ import typer
 from typer.core import TyperCommand
 
 _MODULES = {
-    "preprocess": "jobs.preprocess",
-    "encode": "jobs.encode",
-    "train": "jobs.train",
-    "evaluate": "jobs.evaluation",
-    "amm-search": "jobs.amm_search",
-    "sample": "jobs.draw",
-    "export": "jobs.export",
+    "preprocess": "jobs.stages.preprocess",
+    "encode": "jobs.stages.encode",
+    "train": "jobs.stages.train",
+    "evaluate": "jobs.commands.evaluate_model",
+    "amm-search": "jobs.commands.amm_search",
+    "sample": "jobs.commands.draw",
+    "export": "jobs.commands.export",
     "bench": "jobs.benchmark.command",
 }
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edt_core.console import say
 from edt_core.errors import UserError
+from edt_core.printing.console import say
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -26,9 +26,9 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.config import PipelineConfig
+    from pipelines.config.schema import PipelineConfig
     from pipelines.outcome import Outcome
-    from pipelines.terminal import Terminal
+    from pipelines.terminal.terminal import Terminal
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join  \\[default: RAY_ADDRESS, or this machine]")]
 
@@ -54,19 +54,19 @@ def run(
       edt run imagenet256-edt-s --set source.path=/data/imagenet/train --dry-run
       edt run edt.yaml --set train.max_steps=5000 --store /shared/edt-store --address auto
     """
-    from jobs.cluster_address import check_named
-    from pipelines.config import load_config
+    from jobs.runtime.cluster_address import check_named
+    from pipelines.config.schema import load_config
 
     loaded = load_config(config, assignments, store)
     if dry_run:
-        from pipelines.dry_run import dry_run as told
+        from pipelines.setup.dry_run import dry_run as told
 
         say(told(loaded))
         return
     check_named(address)  # before the imports below, which take seconds
-    from pipelines.schedule import tell_scheduler
-    from pipelines.submission import stopped_too_soon
-    from pipelines.workflows import run as run_pipeline
+    from pipelines.cluster.submission import stopped_too_soon
+    from pipelines.pipeline import run as run_pipeline
+    from pipelines.schedule.record import tell_scheduler
 
     with _alone(loaded, no_overlap), _logged(loaded.store, "run", to_stderr=as_json) as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
@@ -90,8 +90,8 @@ def run(
 @contextmanager
 def _logged(store: str, name: str, to_stderr: bool) -> Iterator["Terminal"]:
     """A terminal whose log takes what libraries print, the last words of a Ray session begun here included."""
-    from pipelines.run_log import RunLog
-    from pipelines.terminal import Terminal
+    from pipelines.terminal.run_log import RunLog
+    from pipelines.terminal.terminal import Terminal
 
     before = _on_ray()
     with RunLog.new(store, name, to_stderr) as log, Terminal(to_stderr, log) as terminal:
@@ -113,13 +113,13 @@ def _on_ray() -> bool:
 @contextmanager
 def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
     """Where it is wanted, keep other runs of the pipeline away from its store, or leave with exit code 0 for theirs."""
-    from pipelines.lease import Taken, held, this_process
-    from pipelines.schedule import OVERLAP, run_lease, tell_scheduler
+    from pipelines.schedule.lease import Taken, held, this_process
+    from pipelines.schedule.record import OVERLAP, run_lease, tell_scheduler
 
     if not wanted:
         yield
         return
-    from pipelines.artifacts import Store
+    from edt_core.store.store import Store
 
     try:
         with held(Store.open(config.store).root, run_lease(config.name), this_process(), on_lost=_warn_of_loss):
@@ -136,7 +136,7 @@ def _warn_of_loss() -> None:
 
 def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     """The end of a run: what is registered and where everything is; of what failed, cause, remedy and log."""
-    from edt_core.schema import REPORT_NAME, SAMPLES_NAME
+    from edt_core.store.layout import REPORT_NAME, SAMPLES_NAME
 
     counts = f"{outcome.reused} steps reused, {outcome.executed} run, {len(outcome.failures)} failed"
     terminal.say(f"\n{counts} in {outcome.seconds:.0f} s")
@@ -155,7 +155,7 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
 
 
 def _show_metrics(before: Mapping[str, float], after: Mapping[str, float], terminal: "Terminal") -> None:
-    from edt_core.metrics import in_order
+    from edt_core.evaluation.metrics import in_order
 
     for metric in in_order(after):
         if metric.endswith("_std") and metric.removesuffix("_std") in after:
@@ -165,7 +165,7 @@ def _show_metrics(before: Mapping[str, float], after: Mapping[str, float], termi
 
 
 def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None:
-    from jobs.failure import explained
+    from jobs.runtime.failure import explained
 
     failure = explained(error)
     terminal.say("")
@@ -178,7 +178,7 @@ def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None
 
 def tell_stopped(terminal: "Terminal", how: str) -> None:
     """Say that a run was stopped, and the command that goes on with it: of a submitted job, that of its submitter."""
-    from pipelines.submission import GO_ON
+    from pipelines.cluster.submission import GO_ON
 
     terminal.freeze()
     command = os.environ.get(GO_ON) or shlex.join(["edt", *sys.argv[1:]])
@@ -210,7 +210,7 @@ def plan(
       edt plan quickstart --set train.lr=0.001
       edt plan edt.yaml --json
     """
-    from pipelines.config import load_config
+    from pipelines.config.schema import load_config
     from pipelines.plan import plan as planned
 
     loaded = load_config(config, assignments, store)
@@ -235,7 +235,7 @@ def runs(
       edt runs
       edt runs quickstart --limit 5 --json
     """
-    from pipelines.runs import run_rows
+    from pipelines.tracking.runs import run_rows
 
     rows = run_rows(open_catalog(store, tracking_uri), pipeline, limit)
     columns = ("run", "pipeline", "status", "started", "seconds", "reused", "executed", "failed")
@@ -261,7 +261,7 @@ def reproduce(
       edt reproduce 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --into ./again
       edt reproduce 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --tracking-uri http://mlflow:5000 --json
     """
-    from jobs.cluster_address import check_named
+    from jobs.runtime.cluster_address import check_named
 
     check_named(address)
     from pipelines.reproduce import reproduce as reproduced

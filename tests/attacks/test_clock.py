@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.schedule import Schedule, Schedules, State, Tick
-from pipelines.scheduler import Server
+from pipelines.schedule.record import Schedule, Schedules, State, Tick
+from pipelines.schedule.server import Server
 
 NOW = datetime(2026, 3, 1, 12, 0, 30, tzinfo=UTC)
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
@@ -30,7 +30,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
         return tick.model_copy(update={"outcome": "finished"})
 
     monkeypatch.setattr(Server, "_run", run)
-    monkeypatch.setattr("pipelines.scheduler.record", lambda *_: None)
+    monkeypatch.setattr("pipelines.schedule.server.record", lambda *_: None)
     return made
 
 

@@ -16,9 +16,10 @@ import pytest
 
 from edt_core.child_process import child_environment, protect_children, python_command
 from edt_core.errors import UserError
-from pipelines import doctor_services, scheduler
-from pipelines.schedule import Schedules, new_schedule
-from pipelines.submission import request_for
+from pipelines.cluster.submission import request_for
+from pipelines.schedule import server as scheduler
+from pipelines.schedule.record import Schedules, new_schedule
+from pipelines.setup import doctor_services
 from tests.support.registry import Registry, write_empty_mlflow
 from tests.support.small import edt
 
@@ -128,7 +129,7 @@ def test_a_store_s_mlflow_folder_is_not_the_server_that_shows_it(
     tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`edt ui`, whose server starts one more that puts the folder it works in on its path."""
-    from pipelines.ui import free_port, served
+    from pipelines.cluster.ui import free_port, served
 
     store = tmp_path / "store"
     Registry(store).run()
@@ -161,7 +162,7 @@ def test_the_doctor_and_ray_s_workers_run_nothing_of_the_folder_they_are_asked_i
 @pytest.mark.ray
 def test_a_worker_imports_from_the_driver_s_folders_alone(trapped: Path, canary: Path) -> None:
     code = (
-        "import json, sys, ray; from jobs.cluster import connect; connect()\n"
+        "import json, sys, ray; from jobs.runtime.cluster import connect; connect()\n"
         "look = ray.remote(lambda: __import__('sys').path)\n"
         "print(json.dumps(ray.get(look.remote()))); ray.shutdown()"
     )
@@ -202,7 +203,7 @@ def test_a_tick_runs_nothing_of_the_folder_that_its_schedule_was_made_in(
 
 
 def test_a_submitted_job_does_not_import_from_its_working_directory() -> None:
-    from pipelines.config import load_config
+    from pipelines.config.schema import load_config
 
     request = request_for(load_config("quickstart", [], "s3://bucket/store"), "http://cluster:8265", {})
     assert request.entrypoint.startswith("python -P -m pipelines.cli ")
@@ -257,11 +258,11 @@ def test_a_model_s_folder_brings_no_code(
     component: str, entry: list[str], module: str, tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its index; diffusers before 0.42 imports what that names."""
-    from jobs.models import load_model
+    from jobs.models.open import load_model
 
     index = {
         "_class_name": "EDTPipeline",
-        "transformer": ["edt_core.pipeline", "EDTTransformer"],
+        "transformer": ["edt_core.sampling.diffusers_pipeline", "EDTTransformer"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from edt_core.environment import quiet_defaults
-from edt_core.small_files import MAX_CONFIG_BYTES
-from pipelines.config import as_yaml, load_config
+from edt_core.files.small_files import MAX_CONFIG_BYTES
+from pipelines.config.schema import as_yaml, load_config
 from tests.support.small import EDT, edt, environment
 
 _VALID = "name: n\nsource: {kind: digits}\nmodels: {a: {}}\n"
@@ -176,7 +176,7 @@ def test_the_locale_decides_nothing(tmp_path: Path) -> None:
             [*EDT, *command, str(path)], capture_output=True, check=False, env=settings, cwd=tmp_path, timeout=600
         )
         assert done.returncode == 0, done.stderr
-    code = "import sys; from pathlib import Path; from pipelines.config import load_config; "
+    code = "import sys; from pathlib import Path; from pipelines.config.schema import load_config; "
     code += "sys.exit(load_config(sys.argv[1]).name != 'caf' + chr(233))"
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False, env=settings).returncode == 0
     assert "caf" in as_yaml(load_config(str(path)))

@@ -14,12 +14,21 @@ from typing import Any
 import pytest
 
 from edt_core.errors import UserError
-from edt_core.redaction import redacted
-from pipelines import doctor_checks, scheduler, ui
-from pipelines.config import load_config
-from pipelines.run_log import RunLog
-from pipelines.schedule import RunResult, Schedules, new_schedule, read_result, result_environment, tell_scheduler
-from pipelines.submission import TRAVELS, request_for
+from edt_core.printing.redaction import redacted
+from pipelines.cluster import ui
+from pipelines.cluster.submission import TRAVELS, request_for
+from pipelines.config.schema import load_config
+from pipelines.schedule import server as scheduler
+from pipelines.schedule.record import (
+    RunResult,
+    Schedules,
+    new_schedule,
+    read_result,
+    result_environment,
+    tell_scheduler,
+)
+from pipelines.setup import doctor_checks
+from pipelines.terminal.run_log import RunLog
 from tests.support import small
 from tests.support.registry import write_empty_mlflow
 

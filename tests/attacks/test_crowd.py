@@ -30,8 +30,8 @@ def crowd(index: int, root: Path) -> list[tuple[int, str]]:
 
     Returns exit code and messages of each command.
     """
-    from edt_core.storage import Folder
-    from pipelines.catalog import Catalog
+    from edt_core.store.folder import Folder
+    from pipelines.tracking.catalog import Catalog
     from tests.support.small import edt
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)

@@ -12,21 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.cache import Cache
 from edt_core.data.digits import NUM_DIGITS, write_digits
 from edt_core.errors import UserError
-from edt_core.schema import MANIFEST_NAME
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.cache import Cache
+from edt_core.store.contents import stamped_name
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.store import Store
+from edt_core.store.trash import DAY_S
 from edt_core.training.store import CheckpointStore
-from jobs.registry_files import pull
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
-from pipelines.cleaning import Request, collect, plan
-from pipelines.layout import stamped_name
-from pipelines.schedule import Schedules
-from pipelines.scheduler import Server
-from pipelines.trash import DAY_S
+from jobs.models.registry_files import pull
+from pipelines.registry.cleaning import Request, collect, plan
+from pipelines.schedule.record import Schedules
+from pipelines.schedule.server import Server
+from pipelines.tracking.catalog import Catalog
 from tests.support.garbage import begun, chain, made, names, register, run_about, there
 from tests.support.registry import Registry, write_empty_mlflow
 from tests.support.small import edt, environment
@@ -431,7 +431,7 @@ def test_killed_while_the_trash_is_emptied_nothing_half_can_be_put_back(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.trash.shutil.rmtree", killed)
+        patch.setattr("edt_core.store.trash.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             collect(store, catalog, Request(1))
     (path,) = trashed(store)

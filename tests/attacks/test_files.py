@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from edt_core.artifact import Artifact, ManifestError
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.images import MAX_IMAGE_BYTES, encode_png
 from edt_core.data.sources import list_source, reading, source_identity
 from edt_core.errors import UserError
-from edt_core.manifest import Manifest
-from edt_core.schema import MANIFEST_NAME
-from edt_core.small_files import MAX_RECORD_BYTES, UnusableFileError, parse_json, read_bounded
-from edt_core.storage import Folder
-from jobs.preprocess import prepare
-from pipelines.artifacts import Store
+from edt_core.files.small_files import MAX_RECORD_BYTES, UnusableFileError, parse_json, read_bounded
+from edt_core.store.artifact import Artifact, ManifestError
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.manifest import Manifest
+from edt_core.store.store import Store
+from jobs.stages.preprocess import prepare
 from tests.support.small import edt
 from tests.support.sources import tar_bytes
 

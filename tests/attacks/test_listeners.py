@@ -84,8 +84,8 @@ def test_workers_of_a_training_on_one_machine_listen_on_loopback_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's TCP store would listen on every interface, and let anybody change what the workers agree on."""
-    from edt_core.storage import Folder
-    from jobs import train
+    from edt_core.store.folder import Folder
+    from jobs.stages import train
 
     class Out:
         data = Folder.at(tmp_path / "out")

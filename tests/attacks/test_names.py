@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edt_core.artifact import ArtifactWriter
 from edt_core.config import PreprocessConfig, SourceConfig
-from edt_core.console import on_one_line, printable, say
 from edt_core.data.images import encode_png
 from edt_core.errors import UserError
-from edt_core.integrity import listing
+from edt_core.printing.console import on_one_line, printable, say
 from edt_core.progress import Printed, Told
-from edt_core.storage import Folder
-from jobs.failure import kept_traceback, tell_failure
-from jobs.preprocess import VERB
-from jobs.progress import Shown
-from jobs.verb import image_source
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.digests import listing
+from edt_core.store.folder import Folder
+from jobs.runtime.failure import kept_traceback, tell_failure
+from jobs.runtime.progress import Shown
+from jobs.stages.preprocess import VERB
+from jobs.stages.stage import image_source
 from pipelines.commands.options import print_rows
-from pipelines.run_log import RunLog
-from pipelines.terminal import Terminal
+from pipelines.terminal.run_log import RunLog
+from pipelines.terminal.terminal import Terminal
 from tests.support.small import edt
 
 EVIL = {

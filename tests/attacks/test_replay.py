@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact
 from edt_core.errors import UserError
-from edt_core.storage import Folder
-from jobs.registry_files import pull
-from pipelines.artifacts import Store
-from pipelines.promotion import Decision
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder
+from edt_core.store.store import Store
+from jobs.models.registry_files import pull
+from pipelines.registry.gate import Decision
 from tests.support.registry import NAME, Registry
 
 

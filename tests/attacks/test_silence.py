@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from edt_core.answers import check_http
 from edt_core.errors import UserError
-from edt_core.storage import Folder
+from edt_core.network.answers import check_http
+from edt_core.store.folder import Folder
 from pipelines.cli import app
 
 LIMIT_S = "0.4"
@@ -60,7 +60,7 @@ def test_a_silent_mlflow_is_given_up(
 def test_a_model_of_a_silent_mlflow_is_given_up(
     silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.draw import main
+    from jobs.commands.draw import main
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{silent}")
     monkeypatch.setattr("sys.argv", ["edt draw", "models:/edt@champion", "--out", str(tmp_path / "picture.png")])
@@ -73,7 +73,7 @@ def test_a_model_of_a_silent_mlflow_is_given_up(
 
 def test_a_silent_postgresql_is_given_up(silent: str, tmp_path: Path) -> None:
     pytest.importorskip("psycopg2")
-    from pipelines.catalog import Catalog
+    from pipelines.tracking.catalog import Catalog
 
     uri = f"postgresql+psycopg2://me:canary-word@{silent}/mlflow"
     for opened in (
@@ -96,7 +96,7 @@ def test_a_silent_s3_server_is_given_up(silent: str, monkeypatch: pytest.MonkeyP
 
 
 def test_a_silent_download_is_given_up(silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edt_core.extractors.weights import published_weights
+    from edt_core.evaluation.extractors.weights import published_weights
 
     monkeypatch.setenv("EDT_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=silence(f"http://{silent}/w.pth", "a file")):
@@ -115,8 +115,8 @@ def hub(silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_silent_hub_is_given_up(hub: Path, silent: str) -> None:
-    from edt_core.autoencoder import load_autoencoder
-    from edt_core.extractors import load_extractor
+    from edt_core.autoencoders.autoencoder import load_autoencoder
+    from edt_core.evaluation.extractors import load_extractor
 
     said = "it is not complete in this machine's hub cache, "
     said += re.escape(f"and the hub at http://{silent} gave no answer in {LIMIT_S} s")
@@ -128,7 +128,7 @@ def test_a_silent_hub_is_given_up(hub: Path, silent: str) -> None:
 
 
 def test_what_the_cache_holds_does_without_a_silent_hub(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edt_core.autoencoder import _load_config
+    from edt_core.autoencoders.autoencoder import _load_config
 
     revision = "0" * 40
     snapshot = hub / "models--nobody--vae" / "snapshots" / revision
@@ -188,7 +188,7 @@ def test_a_hub_is_not_away_where_only_the_question_fails(monkeypatch: pytest.Mon
     """The hub's client reads SSL_CERT_FILE and a SOCKS proxy, which `requests` does not know: it must be let try."""
     import requests
 
-    from edt_core.hub import hub_is_away
+    from edt_core.network.hub import hub_is_away
 
     raised: list[Exception] = []
 

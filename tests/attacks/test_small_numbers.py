@@ -17,9 +17,9 @@ import torch
 from edt_core.config import Section, SourceConfig
 from edt_core.errors import UserError
 from edt_core.training.optim import one_cycle
-from jobs.verb import image_source
-from pipelines.config import PipelineConfig, load_config
-from pipelines.size_check import check_pipeline_sizes
+from jobs.stages.stage import image_source
+from pipelines.config.schema import PipelineConfig, load_config
+from pipelines.config.size_check import check_pipeline_sizes
 from tests.support.small import SMALL, edt, pipeline
 
 NUMBERS = (1, 2, 3, 5, 9, 10, 11)

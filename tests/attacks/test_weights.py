@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edt_core.errors import UserError
-from edt_core.tensor_files import MAX_HEADER_BYTES, check_header, load_tensors
+from edt_core.files.tensor_files import MAX_HEADER_BYTES, check_header, load_tensors
 from tests.support.small import edt
 
 _HUGE = MAX_HEADER_BYTES + 1
@@ -102,8 +102,8 @@ def test_every_command_that_takes_a_file_or_a_folder_of_weights(kind: str, tmp_p
         done = edt(*arguments, cwd=tmp_path)
         assert done.returncode == 2, (arguments, done.stderr)
         assert "fault of the program" not in done.stderr
-    from edt_core.autoencoder import load_autoencoder
-    from edt_core.extractors import load_extractor
+    from edt_core.autoencoders.autoencoder import load_autoencoder
+    from edt_core.evaluation.extractors import load_extractor
 
     with pytest.raises(UserError, match="is no whole safetensors file"):
         load_autoencoder(tmp_path / "vae")
@@ -113,7 +113,7 @@ def test_every_command_that_takes_a_file_or_a_folder_of_weights(kind: str, tmp_p
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"num_classes": 1e400}', "\0", ""])
 def test_a_classifier_of_odd_json_is_refused(text: str, tmp_path: Path) -> None:
-    from edt_core.extractors import load_extractor
+    from edt_core.evaluation.extractors import load_extractor
 
     (tmp_path / "classifier.json").write_text(text)
     (tmp_path / "classifier.safetensors").write_bytes(file_of({"a": _tensor([0, 4])}, bytes(4)))
@@ -124,7 +124,7 @@ def test_a_classifier_of_odd_json_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", SOME)
 def test_the_weights_of_an_own_checkpoint(kind: str, tmp_path: Path) -> None:
     from edt_core.models import model_config
-    from edt_core.schema import EMA_WEIGHTS, MODEL_CONFIG
+    from edt_core.store.layout import EMA_WEIGHTS, MODEL_CONFIG
     from edt_core.training.checkpoint import ema_model
 
     config = model_config("EDT-Tiny/2", 32, 4)

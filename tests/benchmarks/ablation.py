@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edt_core.artifact import Artifact
 from edt_core.environment import code_version
+from edt_core.store.artifact import Artifact
 from jobs.benchmark.table import hardware
 
 EDT = [sys.executable, "-m", "pipelines.cli"]

@@ -32,9 +32,9 @@ def run_once(store: str, assignments: Sequence[str]) -> dict[str, float]:
     """One run in this process, by parts [s]."""
     began = time.perf_counter()
     parts: dict[str, float] = defaultdict(float)
-    from pipelines import workflows
-    from pipelines.config import load_config
-    from pipelines.terminal import Terminal
+    from pipelines import pipeline as workflows
+    from pipelines.config.schema import load_config
+    from pipelines.terminal.terminal import Terminal
 
     parts["imports (torch, ray, mlflow)"] = time.perf_counter() - began
     for name, attribute in (
@@ -57,7 +57,7 @@ def ray_start() -> dict[str, float]:
     """Ray's own start, and a first task [s]."""
     import ray
 
-    from jobs.cluster import connect
+    from jobs.runtime.cluster import connect
 
     began = time.perf_counter()
     connect(min_cpus=2)

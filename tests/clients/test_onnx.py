@@ -9,7 +9,7 @@ import torch
 
 from edt_core.config import ChainConfig
 from edt_core.models import build_model, model_config
-from edt_core.program import PROGRAM, save_program
+from edt_core.sampling.torch_export import PROGRAM, save_program
 
 DEPTHS = {"EDT-Tiny/2": {"depths": (1, 1, 1, 1, 1)}, "DiT-Tiny/2": {"depth": 3}, "MDTv2-Tiny/2": {"depth": 4}}
 TOLERANCE = 1e-4  # of the largest value: ONNX Runtime has kernels of its own

@@ -21,7 +21,7 @@ def sandbox(
     """The folder, with images and a store of its own; `edt doctor` waits for its checks on a busy machine as well."""
     import torch
 
-    from pipelines import doctor_checks
+    from pipelines.setup import doctor_checks
 
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ import pytest
 from typer.main import get_command
 
 from pipelines.cli import app
-from pipelines.config import config_names, load_config
+from pipelines.config.schema import config_names, load_config
 from tests.support.pages import ROOT, Command, commands, failures, named, pages
 from tests.support.sandbox import Sandbox
 

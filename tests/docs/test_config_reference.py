@@ -6,8 +6,8 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from edt_core.config import Section
-from pipelines.config import PipelineConfig
-from pipelines.config_reference import reference, unit_of
+from pipelines.config.reference import reference, unit_of
+from pipelines.config.schema import PipelineConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 # Numbers without a unit: shares, rates, weights, scales, counts of what the name says.
@@ -53,7 +53,7 @@ def test_a_number_has_a_unit_or_is_known_to_have_none() -> None:
     names = {name.rpartition(".")[2] for name, words in kinds.items() if "int" in words or "float" in words}
     assert names >= PURE
     wrong = [name for name in names if (unit_of(name) is None) != (name in PURE)]
-    assert not wrong, f"give their units in pipelines/config_reference.py: {wrong}"
+    assert not wrong, f"give their units in pipelines/config/reference.py: {wrong}"
 
 
 def test_every_field_says_what_it_is() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from edt_core.artifact import Artifact
 from edt_core.data.latents import LatentDataset
+from edt_core.store.artifact import Artifact
 
 
 @pytest.fixture(scope="module")

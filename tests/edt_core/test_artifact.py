@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter, Manifest, ManifestError, check_name, fingerprint
 from edt_core.errors import UserError
-from edt_core.schema import MANIFEST_NAME
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact, ArtifactWriter, Manifest, ManifestError, check_name, fingerprint
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
 
 
 def writer(folder: Path, attempt: str = "a1", previous: tuple[str, ...] = ()) -> ArtifactWriter:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.autoencoder import (
+from edt_core.autoencoders.autoencoder import (
     autoencoder_facts,
     decode_to_pixels,
     encode_posterior,
@@ -15,10 +15,10 @@ from edt_core.autoencoder import (
     measure_scaling_factor,
     precision_error,
 )
-from edt_core.classifier import Classifier, classify, fit_classifier, split_holdout
 from edt_core.config import AutoencoderConfig, ClassifierConfig
 from edt_core.data.images import center_crop, decode_rgb
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors.classifier import Classifier, classify, fit_classifier, split_holdout
 
 CONFIG = AutoencoderConfig(downsample_factor=4, base_channels=8, steps=100, batch_size=16, lr=1e-2)
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from edt_core.autoencoder import build_autoencoder, load_autoencoder
-from edt_core.autoencoder_config import check_config
+from edt_core.autoencoders.autoencoder import build_autoencoder, load_autoencoder
+from edt_core.autoencoders.check import check_config
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
-from edt_core.cache import Cache, parse_bytes
 from edt_core.errors import UserError
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.store.cache import Cache, parse_bytes
+from edt_core.store.folder import Folder
 
 SIZE = 1000
 Fetch = Callable[[Folder, str, Path], str]
@@ -186,8 +186,8 @@ def test_threads_that_want_one_file_download_it_once(cache: Path, tmp_path: Path
 
 PROCESS = """
 import os, signal, sys, time
-from edt_core.artifact import Artifact
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder
 
 uri, log, kill = sys.argv[1:]
 fetch = Folder.fetch

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.artifact import ArtifactWriter
-from edt_core.schema import CHECKPOINT_MANIFEST, EMA_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS, OPTIMIZER_STATE, TRAIN_STATE
-from edt_core.storage import Folder
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import (
+    CHECKPOINT_MANIFEST,
+    EMA_WEIGHTS,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    OPTIMIZER_STATE,
+    TRAIN_STATE,
+)
 from edt_core.training import checkpoint as checkpoints
 from edt_core.training.checkpoint import (
     Checkpoint,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.class_names import class_labels, class_names, imagenet_names
 from edt_core.errors import UserError
+from edt_core.sampling.class_names import class_labels, class_names, imagenet_names
 
 KNOWN = {
     0: "tench",

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from edt_core.evaluation.published import PUBLISHED, published_gflops
 from edt_core.models import (
     MODEL_NAMES,
     EDTConfig,
@@ -19,7 +20,6 @@ from edt_core.models import (
     shadow,
     training_flops,
 )
-from edt_core.published import PUBLISHED, published_gflops
 
 TINY = model_config("EDT-Tiny/2", 32, 10)
 

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.classifier import Classifier, classify
 from edt_core.errors import UserError
-from edt_core.extractors import check_pixels, load_extractor
-from edt_core.extractors.dinov2 import Dinov2, resized_positions, to_dinov2_range
-from edt_core.extractors.pixels import exact_fp32
-from edt_core.extractors.weights import load_tensors, published_weights
-from edt_core.manifest import sha256_json
+from edt_core.evaluation.extractors import check_pixels, load_extractor
+from edt_core.evaluation.extractors.classifier import Classifier, classify
+from edt_core.evaluation.extractors.dinov2 import Dinov2, resized_positions, to_dinov2_range
+from edt_core.evaluation.extractors.pixels import exact_fp32
+from edt_core.evaluation.extractors.weights import load_tensors, published_weights
+from edt_core.store.manifest import sha256_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = b"weights" * 1000
@@ -443,8 +443,8 @@ def test_the_package_imports_with_torch_and_numpy_alone() -> None:
     absent = ["pydantic", "transformers", "safetensors", "fsspec", "filelock", "pyarrow", "PIL", "diffusers", "ray"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-        "import edt_core.extractors, edt_core.extractors.inception, edt_core.extractors.dinov2\n"
-        "import edt_core.extractors.weights"
+        "import edt_core.evaluation.extractors, edt_core.evaluation.extractors.inception, edt_core.evaluation.extractors.dinov2\n"
+        "import edt_core.evaluation.extractors.weights"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

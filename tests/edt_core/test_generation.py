@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from edt_core.config import ChainConfig
 from edt_core.errors import UserError
-from edt_core.generation import LatentSampler, SamplesNotFiniteError, resolved_amm_blocks
 from edt_core.models import EDT, model_config
+from edt_core.sampling.sampler import LatentSampler, SamplesNotFiniteError, resolved_amm_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from edt_core.errors import UserError
-from edt_core.extractors import load_extractor
-from edt_core.extractors.inception import Inception, InceptionNetwork, inception_network, tf1_resize
+from edt_core.evaluation.extractors import load_extractor
+from edt_core.evaluation.extractors.inception import Inception, InceptionNetwork, inception_network, tf1_resize
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 BOUND = 1e-5  # of the largest value; the worst measured on a CPU is 1.5e-6

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.errors import UserError
-from edt_core.schema import MANIFEST_NAME
-from edt_core.storage import Folder
-from jobs.verify import main, verify
+from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
+from jobs.commands.verify import main, verify
 
 TRIALS = 200
 ROWS, VALUES = 64, 2 * 4 * 8 * 8
@@ -276,9 +276,7 @@ def test_verify_on_its_own(artifact: Artifact, capsys: pytest.CaptureFixture[str
 def test_verify_imports_no_ray(artifact: Artifact) -> None:
     import sys
 
-    code = (
-        "import sys; from jobs.verify import main; main(sys.argv[1:]); assert not {'ray', 'torch'} & set(sys.modules)"
-    )
+    code = "import sys; from jobs.commands.verify import main; main(sys.argv[1:]); assert not {'ray', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, artifact.folder.uri, "--deep"], check=True, capture_output=True)
 
 

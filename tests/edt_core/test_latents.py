@@ -20,7 +20,7 @@ from edt_core.data.latents import (
 from edt_core.data.scale import LatentScale
 from edt_core.data.shards import read_tar
 from edt_core.errors import UserError
-from edt_core.schema import LATENT_ROWS_PER_BATCH, LATENT_TAR_MEMBER
+from edt_core.store.layout import LATENT_ROWS_PER_BATCH, LATENT_TAR_MEMBER
 
 SHAPE = (4, 2, 2)
 INFO = LatentInfo("vae@0", LatentScale(0.7), 16, SHAPE, "images-00000.tar")

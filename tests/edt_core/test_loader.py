@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.artifact import Artifact
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.loader import LatentBatch, LatentLoader, latent_batches, require_finite
 from edt_core.data.order import epoch_order
 from edt_core.data.prefetch import prefetched
 from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
+from edt_core.store.artifact import Artifact
 from tests.support.processes import wait_for
 
 SIZES = (300, 5, 260)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edt_core.metrics import (
+from edt_core.evaluation.metrics import (
     FEATURE_METRICS,
     METRICS,
     FeatureStatistics,

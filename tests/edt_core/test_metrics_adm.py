@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edt_core.errors import UserError
-from edt_core.metrics import FeatureSet, adm, compute_metrics, count_images, read_adm, read_images
+from edt_core.evaluation.metrics import FeatureSet, adm, compute_metrics, count_images, read_adm, read_images
 
 
 def a_covariance(size: int, seed: int = 0) -> NDArray[np.float64]:

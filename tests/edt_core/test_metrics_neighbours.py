@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edt_core.errors import UserError
-from edt_core.metrics import nearest_neighbours
+from edt_core.evaluation.metrics import nearest_neighbours
 
 RNG = np.random.default_rng(0)
 CANDIDATES = RNG.normal(size=(57, 5)).astype(np.float32)

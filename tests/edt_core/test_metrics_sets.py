@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edt_core.errors import UserError
-from edt_core.metrics import (
+from edt_core.evaluation.metrics import (
     FeatureSet,
     FeatureStatistics,
     Gaussian,

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import ModelCard as HubCard
 
 from edt_core.config import ChainConfig
-from edt_core.model_card import ModelCard
 from edt_core.models import model_config
+from pipelines.registry.model_card import ModelCard
 
 CARD = ModelCard(
     name="edt-s-2-256",

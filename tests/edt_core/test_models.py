@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt_core.errors import UserError
+from edt_core.evaluation.published import AMM_PLACEMENTS
 from edt_core.models import (
     EDT,
     MODEL_NAMES,
@@ -28,7 +29,6 @@ from edt_core.models import (
     slice_masks,
 )
 from edt_core.models.layers import merge_tokens, split_tokens
-from edt_core.published import AMM_PLACEMENTS
 
 CLASSES = 10
 

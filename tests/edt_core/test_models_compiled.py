@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 
 from edt_core.config import TrainConfig
 from edt_core.diffusion import linear_schedule
-from edt_core.models import DiffusionTransformer, build_model, draw_masks, model_config, projection
+from edt_core.models import DiffusionTransformer, build_model, draw_masks, model_config
+from edt_core.models import kernels as projection
 from edt_core.training.draws import draw_step
 from edt_core.training.step import StepInputs, accumulate_gradient
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from edt_core.config import ChainConfig
-from edt_core.generation import LatentSampler
-from edt_core.models import DiffusionTransformer, constants, create_model
+from edt_core.models import DiffusionTransformer, create_model
+from edt_core.models import weight_memo as constants
 from edt_core.models.attention import RelativePositionBias
-from edt_core.models.constants import constant_weights
+from edt_core.models.weight_memo import constant_weights
+from edt_core.sampling.sampler import LatentSampler
 from edt_core.training.ema import EMA
 
 pytestmark = pytest.mark.usefixtures("one_thread")

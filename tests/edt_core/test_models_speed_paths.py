@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edt_core.models import DiffusionTransformer, amm_matrix, attention, create_model, draw_masks, projection
+from edt_core.models import DiffusionTransformer, amm_matrix, attention, create_model, draw_masks
+from edt_core.models import kernels as projection
 from edt_core.models.attention import (
     Attention,
     RelativePositionBias,

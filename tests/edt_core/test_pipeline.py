@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 import edt_core
-from edt_core.autoencoder import build_autoencoder
+from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig, ChainConfig
 from edt_core.errors import UserError
 from edt_core.models import model_config
-from edt_core.pipeline import PROTOCOL, EDTPipeline, save_pipeline
+from edt_core.sampling.diffusers_pipeline import PROTOCOL, EDTPipeline, save_pipeline
 from edt_core.training.state import initial_model
 
 
@@ -76,7 +76,7 @@ def test_every_architecture_loads_by_both_doors(folder: Path, tmp_path: Path, na
 def test_the_package_gives_the_pipeline_without_being_heavy() -> None:
     code = "import sys, edt_core; assert 'torch' not in sys.modules; print(edt_core.EDTPipeline.__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "edt_core.pipeline\n", done.stderr
+    assert done.stdout == "edt_core.sampling.diffusers_pipeline\n", done.stderr
     with pytest.raises(AttributeError, match="has no attribute 'EDTPipelin'"):
         edt_core.EDTPipelin  # noqa: B018
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edt_core.autoencoder import build_autoencoder
+from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig
 from edt_core.models import EDT, model_config
 from edt_core.training.preview import Preview, grid

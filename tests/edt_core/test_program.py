@@ -13,7 +13,7 @@ import torch
 from edt_core.config import ChainConfig
 from edt_core.models import DiffusionTransformer, build_model, model_config
 from edt_core.precision import use_precision
-from edt_core.program import TOLERANCE, save_program
+from edt_core.sampling.torch_export import TOLERANCE, save_program
 
 
 def shallow(name: str, **depths: object) -> DiffusionTransformer:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from edt_core.protocol import comparison_table, protocol_differences, same_protocol
+from edt_core.evaluation.protocol import comparison_table, protocol_differences, same_protocol
 
 PROTOCOL: dict[str, Any] = {
     "cfg_scale": 1.5,

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from edt_core.errors import UserError
-from edt_core.redaction import redacted, redacted_values
+from edt_core.printing.redaction import redacted, redacted_values
 
 CASES = 1000
 UNSPACED = string.ascii_letters + string.digits + string.punctuation + "éü語"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.errors import UserError
-from edt_core.schema import MANIFEST_NAME
-from edt_core.storage import Folder
-from jobs.verify import main, verify
+from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
+from jobs.commands.verify import main, verify
 
 
 def writer(uri: str, attempt: str = "a1", previous: tuple[str, ...] = ()) -> ArtifactWriter:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.autoencoder import build_autoencoder, encode_posterior
+from edt_core.autoencoders.autoencoder import build_autoencoder, encode_posterior
 from edt_core.config import AutoencoderConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.loader import LatentBatch

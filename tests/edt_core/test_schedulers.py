@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DPMSolverMultis
 from torch import Tensor, nn
 
 from edt_core.errors import UserError
-from edt_core.pipeline import EDTPipeline, save_pipeline
-from edt_core.schedulers import SUPPORTED
+from edt_core.sampling.diffusers_pipeline import EDTPipeline, save_pipeline
+from edt_core.sampling.schedulers import SUPPORTED
 from tests.support.pipelines import quiet, small_pipeline
 
 LABELS = [3, 1, 0]
@@ -198,9 +198,9 @@ def test_a_sampler_and_a_scheduler_exclude_each_other(pipeline: EDTPipeline) -> 
 def test_verbs_say_that_they_do_not_use_it(
     pipeline: EDTPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from jobs.models import load_model
+    from jobs.models.open import load_model
 
     assigned(pipeline, "EulerDiscreteScheduler").save_pretrained(tmp_path / "p")
-    with caplog.at_level("WARNING", logger="jobs.models"):
+    with caplog.at_level("WARNING", logger="jobs.models.open"):
         assert load_model(str(tmp_path / "p")).num_timesteps == 1000
     assert "its scheduler, EulerDiscreteScheduler, is not used; choose the sampler by the option sampler" in caplog.text

@@ -16,7 +16,7 @@ from edt_core.data.scale import LatentScale
 from edt_core.data.shards import npy_bytes, write_tar
 from edt_core.data.streaming import LatentStream, TarShard, stream_latents
 from edt_core.errors import UserError
-from edt_core.storage import Folder, sha256_file
+from edt_core.store.folder import Folder, sha256_file
 
 SHAPE = (4, 2, 2)
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.artifact import Artifact
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
 from edt_core.data.scale import LatentScale
 from edt_core.data.streaming import LatentStream, TarShard
 from edt_core.errors import Stopped, UserError
 from edt_core.models import EDT, ModelConfig, mask_sites, model_config
-from edt_core.storage import Folder, sha256_file
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder, sha256_file
 from edt_core.training.checkpoint import ema_model, load_checkpoint
 from edt_core.training.context import LocalContext, Request
 from edt_core.training.loop import train

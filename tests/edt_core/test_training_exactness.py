@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from edt_core.artifact import Artifact
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
@@ -25,6 +24,7 @@ from edt_core.data.order import batch_indices
 from edt_core.diffusion import LossSecondMomentSampler, linear_schedule
 from edt_core.errors import Stopped
 from edt_core.models import ModelConfig
+from edt_core.store.artifact import Artifact
 from edt_core.training import loop
 from edt_core.training.checkpoint import Checkpoint, load_checkpoint
 from edt_core.training.context import LocalContext, Request

@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core import storage
-from edt_core.artifact import Artifact
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
 from edt_core.data.order import epoch_order
@@ -28,7 +26,9 @@ from edt_core.data.scale import LatentScale
 from edt_core.data.streaming import LatentStream, TarShard
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig
-from edt_core.storage import Folder, sha256_file
+from edt_core.store import folder as storage
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder, sha256_file
 from edt_core.training import checkpoint as checkpoints
 from edt_core.training import loop
 from edt_core.training.checkpoint import load_checkpoint

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.config import PipelineConfig, load_config
+from pipelines.config.schema import PipelineConfig, load_config
 from tests.support.manifests import (
     GPU,
     KUBERAY,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact
 from edt_core.models import DiffusionTransformer
+from edt_core.store.artifact import Artifact
 from tests.support.jobs import TRAIN, Chain, execute, made_chain
 from tests.support.local_ray import local_ray, local_ray_train
 from tests.support.models import classifier_artifact, made_model, pipeline_folder
@@ -44,7 +44,7 @@ def images(chain: Chain) -> Artifact:
 @pytest.fixture(scope="session")
 def trained(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A training of six steps by one worker."""
-    from jobs import train
+    from jobs.stages import train
 
     with local_ray_train():
         return execute(train.VERB, TRAIN, tmp_path_factory.mktemp("trained"), latents=chain["latents"])

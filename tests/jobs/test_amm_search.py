@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import ChainConfig
-from edt_core.generation import LatentSampler
-from edt_core.schema import EMA_WEIGHTS, MODEL_CONFIG
-from edt_core.storage import Folder
-from jobs import amm_search, evaluation
-from jobs.amm_search import Placement, SearchConfig, paired_gain, search, settings
-from jobs.models import open_model, write_modulated
-from jobs.sample import averaged_model
+from edt_core.sampling.sampler import LatentSampler
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import EMA_WEIGHTS, MODEL_CONFIG
+from jobs.commands import amm_search
+from jobs.commands import evaluate_model as evaluation
+from jobs.commands.amm_search import Placement, SearchConfig, paired_gain, search, settings
+from jobs.models.open import open_model, write_modulated
+from jobs.stages.sample import averaged_model
 from tests.support.models import made_model, opened
 
 Effect = Callable[[Placement], float]

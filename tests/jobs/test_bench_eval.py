@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from edt_core.diffusion import SampleNoise, linear_schedule, sampling_schedule
-from edt_core.extractors.inception import Inception, inception_network
-from edt_core.generation import LatentSampler
+from edt_core.evaluation.extractors.inception import Inception, inception_network
+from edt_core.sampling.sampler import LatentSampler
 from jobs.benchmark import command, evaluate, metrics
 from jobs.benchmark.authors import plain_model
 from jobs.benchmark.evaluate import bench_eval

@@ -13,23 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.autoencoder import build_autoencoder, decode_to_pixels, load_autoencoder
+from edt_core.autoencoders.autoencoder import build_autoencoder, decode_to_pixels, load_autoencoder
 from edt_core.config import AutoencoderConfig, EncodeConfig, SampleConfig, TrainConfig
 from edt_core.data.latents import LatentDataset, LatentShard
 from edt_core.data.loader import LatentBatch
 from edt_core.data.scale import LatentScale
 from edt_core.data.shards import read_image_shard
 from edt_core.errors import UserError
-from edt_core.generation import LatentSampler
-from edt_core.pipeline import EDTPipeline, chain_config, save_pipeline
 from edt_core.progress import Silent
-from edt_core.storage import Folder
+from edt_core.sampling.diffusers_pipeline import EDTPipeline, chain_config, save_pipeline
+from edt_core.sampling.sampler import LatentSampler
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
 from edt_core.training.step import sampled_latents
-from jobs import encode, sample, train
-from jobs.autoencoder import FOLDER, published_artifact
-from jobs.models import load_model, open_model
-from pipelines.importing import _digest
+from jobs.models.open import load_model, open_model
+from jobs.stages import encode, sample, train
+from jobs.stages.autoencoder import FOLDER, published_artifact
+from pipelines.registry.importing import _digest
 from tests.support.local_ray import local_ray
 from tests.support.models import made_model
 

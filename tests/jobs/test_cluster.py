@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edt_core.errors import UserError
-from jobs.cluster import cause_of, pooled, require
+from jobs.runtime.cluster import cause_of, pooled, require
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

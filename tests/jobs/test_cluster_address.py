@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from edt_core.errors import UserError
-from jobs.cluster_address import check_answers, check_named
+from jobs.runtime.cluster_address import check_answers, check_named
 from tests.support.small import environment
 
 EVERYWHERE = "0.0.0.0"  # Ray takes this machine's outward address for localhost
@@ -131,7 +131,7 @@ def test_a_head_that_is_busy_is_waited_for() -> None:
 def test_only_a_named_cluster_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("jobs.cluster_address.check_answers", asked.append)
+    monkeypatch.setattr("jobs.runtime.cluster_address.check_answers", asked.append)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     check_named()
     assert asked == []

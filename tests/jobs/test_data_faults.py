@@ -19,17 +19,17 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.autoencoder import build_autoencoder
+from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, SampleConfig, Section, SourceConfig
 from edt_core.errors import UserError
 from edt_core.progress import Silent
-from edt_core.schema import MANIFEST_NAME
-from edt_core.storage import Folder
-from jobs import encode, preprocess, sample
-from jobs.autoencoder import published_artifact
-from jobs.cluster import cause_of
-from jobs.verb import Input, Verb, image_source
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
+from jobs.runtime.cluster import cause_of
+from jobs.stages import encode, preprocess, sample
+from jobs.stages.autoencoder import published_artifact
+from jobs.stages.stage import Input, Verb, image_source
 from tests.support.disk import small_tmpfs
 from tests.support.local_ray import local_ray
 from tests.support.models import classifier_artifact, made_model, opened
@@ -79,7 +79,7 @@ def preprocess_step(photos: Path, tmp_path_factory: pytest.TempPathFactory, ray_
     config = PreprocessConfig(image_size=64, images_per_shard=PER_SHARD)
     options = ("--image-size", "64", "--images-per-shard", str(PER_SHARD))
     source = image_source(SourceConfig(path=str(root)))
-    step = Step(preprocess.VERB, config, {"source": source}, ("jobs.preprocess", str(root), "{out}", *options))
+    step = Step(preprocess.VERB, config, {"source": source}, ("jobs.stages.preprocess", str(root), "{out}", *options))
     return undisturbed(step, tmp_path_factory.mktemp("images"))
 
 
@@ -89,7 +89,7 @@ def encode_step(preprocess_step: Step, tmp_path_factory: pytest.TempPathFactory)
     assert images is not None
     build_autoencoder(AutoencoderConfig(downsample_factor=8, base_channels=8), 64).save_pretrained(root / "vae")
     vae = published_artifact(str(root / "vae"), Folder.at(root / "autoencoder"))
-    command = ("jobs.encode", images.folder.uri, "{out}", "--autoencoder", str(root / "autoencoder"))
+    command = ("jobs.stages.encode", images.folder.uri, "{out}", "--autoencoder", str(root / "autoencoder"))
     step = Step(encode.VERB, EncodeConfig(), {"images": images, "autoencoder": vae}, command)
     return undisturbed(step, tmp_path_factory.mktemp("latents"))
 
@@ -122,7 +122,7 @@ def sampling(root: Path) -> Step:
     given = [f"--{role}={inputs[role].folder.uri}" for role in ("autoencoder", "classifier")]
     fields = ("num_samples", "unit_size", "num_sampling_steps", "num_workers")
     options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in fields]
-    command = ("jobs.sample", model.checkpoint.folder.uri, "{out}", *given, *options)
+    command = ("jobs.stages.sample", model.checkpoint.folder.uri, "{out}", *given, *options)
     return Step(sample.VERB, config, inputs, command)
 
 

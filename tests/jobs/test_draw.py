@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from edt_core.models import EDT
-from edt_core.storage import Folder
-from jobs import draw
-from jobs.draw import main
-from jobs.models import open_model
+from edt_core.store.folder import Folder
+from jobs.commands import draw
+from jobs.commands.draw import main
+from jobs.models.open import open_model
 from tests.support.models import made_model, pipeline_folder
 from tests.support.small import edt
 

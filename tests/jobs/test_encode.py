@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.autoencoder import build_autoencoder, load_autoencoder
+from edt_core.autoencoders.autoencoder import build_autoencoder, load_autoencoder
 from edt_core.config import AutoencoderConfig, EncodeConfig
 from edt_core.data.latents import LatentShard
 from edt_core.data.shards import read_image_shard, read_tar
 from edt_core.errors import UserError
 from edt_core.progress import Silent
-from edt_core.storage import Folder
-from jobs import encode
-from jobs.autoencoder import published_artifact
-from jobs.encode import Encoder
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from jobs.stages import encode
+from jobs.stages.autoencoder import published_artifact
+from jobs.stages.encode import Encoder
 
 BATCH_TOLERANCE = 1e-5  # of the latents' standard deviation, in fp32: what another batch size may change
 

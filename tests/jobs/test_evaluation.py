@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from edt_core.artifact import Artifact
 from edt_core.config import SampleConfig
 from edt_core.errors import UserError
 from edt_core.models import model_config
-from edt_core.schema import EMA_WEIGHTS
-from edt_core.storage import Folder
-from jobs import evaluation, export
-from jobs.models import open_model
-from jobs.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder
+from edt_core.store.layout import EMA_WEIGHTS
+from jobs.commands import evaluate_model as evaluation
+from jobs.commands import export
+from jobs.commands.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
+from jobs.models.open import open_model
 from tests.support.jobs import execute
 from tests.support.models import made_model, opened, pipeline_folder
 from tests.support.registry import write_empty_mlflow
@@ -313,9 +314,9 @@ def test_what_cannot_be_evaluated_is_one_message(
 
 
 def test_samples_whose_pixels_were_not_kept_are_not_exported(tmp_path: Path) -> None:
-    from edt_core.artifact import ArtifactWriter
     from edt_core.config import result_fields
     from edt_core.progress import Silent
+    from edt_core.store.artifact import ArtifactWriter
 
     out = ArtifactWriter(Folder.at(tmp_path / "features"), "features", "f" * 64)
     features = out.commit(result_fields(SampleConfig(num_samples=200)), {}, {})
@@ -326,7 +327,7 @@ def test_samples_whose_pixels_were_not_kept_are_not_exported(tmp_path: Path) -> 
 @pytest.mark.usefixtures("here")
 def test_a_guide_and_a_prior_of_labels(judge: Artifact, tmp_path: Path) -> None:
     """Autoguidance moves the samples; a model from elsewhere knows no prior, and says so."""
-    from jobs import sample
+    from jobs.stages import sample
 
     base = opened(tmp_path / "model", made_model())
     guide = opened(tmp_path / "guide", made_model(seed=1))
@@ -350,7 +351,7 @@ def test_no_sample_is_of_a_class_that_the_training_had_no_images_of(
     """The counts come with the registered folder."""
     from safetensors.numpy import load_file
 
-    from jobs import sample
+    from jobs.stages import sample
 
     folder = pipeline_folder(tmp_path / "pipeline", made_model(), class_counts=[3, 0, 2, 9])
     model = open_model(str(folder), Folder.at(tmp_path / "work"))
@@ -368,8 +369,8 @@ def test_one_unit_is_sampled_while_the_one_before_is_finished(tmp_path: Path) ->
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
-    from edt_core.artifact import ArtifactWriter
-    from jobs.sample import Sampler, Unit
+    from edt_core.store.artifact import ArtifactWriter
+    from jobs.stages.sample import Sampler, Unit
 
     second_began = threading.Event()
 

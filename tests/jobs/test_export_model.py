@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edt_core.models import EDT
-from jobs.export import main
+from jobs.commands.export import main
 
 
 def test_a_model_with_the_modulation_that_is_asked_for(

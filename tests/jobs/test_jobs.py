@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import (
     AutoencoderConfig,
     EvaluateConfig,
@@ -24,9 +23,10 @@ from edt_core.data.latents import LatentShard
 from edt_core.data.shards import read_image_shard, read_tar
 from edt_core.errors import UserError
 from edt_core.progress import Silent
-from edt_core.storage import Folder
-from jobs import autoencoder, evaluate, reference, sample, train
-from jobs.train_context import CLOCK
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from jobs.stages import autoencoder, evaluate, reference, sample, train
+from jobs.stages.train_context import CLOCK
 from tests.support.jobs import TRAIN, Chain, execute
 from tests.support.local_ray import local_ray
 

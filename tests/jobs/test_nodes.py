@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import SampleConfig, TrainConfig
 from edt_core.errors import Stopped
 from edt_core.progress import Silent
-from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS
 from edt_core.training.checkpoint import CheckpointManifest, read_manifest
-from jobs import sample, train
+from jobs.stages import sample, train
 from tests.support.cluster import Nodes
 from tests.support.local_training import checkpoint_steps, contents, trained, trained_here
 from tests.support.models import classifier_artifact, made_model, opened
@@ -161,7 +161,7 @@ def soon_resized(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_started_beside_the_driver_is_not_on_a_node_that_may_go(two_nodes: Nodes) -> None:
     import ray
 
-    from jobs.cluster import start_beside
+    from jobs.runtime.cluster import start_beside
 
     class Place:
         def node(self) -> str:

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edt_core.artifact import Artifact, ArtifactWriter, Source
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.images import MAX_PIXELS, center_crop, decode_rgb, encode_image
 from edt_core.data.shards import read_image_shard
 from edt_core.data.sources import list_source
 from edt_core.errors import UserError
 from edt_core.progress import Silent, Told
-from edt_core.storage import Folder
-from jobs import preprocess
-from jobs.verb import image_source
+from edt_core.store.artifact import Artifact, ArtifactWriter, Source
+from edt_core.store.folder import Folder
+from jobs.stages import preprocess
+from jobs.stages.stage import image_source
 from tests.support.images import reference_crop
 from tests.support.local_ray import local_ray
 

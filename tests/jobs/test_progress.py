@@ -14,10 +14,10 @@ import pytest
 
 from edt_core.errors import Stopped, UserError
 from edt_core.progress import Printed
-from jobs import progress as progress_module
-from jobs.cluster import cause_of
-from jobs.progress import STOPPING, Bar, Board, BoardProgress, Interrupts, Kept, Measured, Picture, Warned
-from jobs.verb import exit_code
+from jobs.runtime import progress as progress_module
+from jobs.runtime.cluster import cause_of
+from jobs.runtime.progress import STOPPING, Bar, Board, BoardProgress, Interrupts, Kept, Measured, Picture, Warned
+from jobs.stages.stage import exit_code
 from tests.support.processes import wait_for
 
 
@@ -228,9 +228,9 @@ import sys, time
 import ray
 from edt_core.errors import Stopped
 from edt_core.progress import Silent
-from jobs import progress
-from jobs.cluster import connect
-from jobs.verb import exit_code
+from jobs.runtime import progress
+from jobs.runtime.cluster import connect
+from jobs.stages.stage import exit_code
 
 class Watched(progress.Interrupts):
     def heard_by(self, steps):

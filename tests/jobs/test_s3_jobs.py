@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
-from edt_core.autoencoder import build_autoencoder
-from edt_core.cache import cache_folder
+from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, SourceConfig, TrainConfig
 from edt_core.data.shards import read_image_shard
 from edt_core.progress import Silent
-from edt_core.schema import MANIFEST_NAME
-from edt_core.storage import Folder
+from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.store.cache import cache_folder
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
 from edt_core.training.store import CheckpointStore
-from jobs import encode, preprocess, train
-from jobs.autoencoder import published_artifact
-from jobs.verb import image_source
+from jobs.stages import encode, preprocess, train
+from jobs.stages.autoencoder import published_artifact
+from jobs.stages.stage import image_source
 from tests.support.jobs import command, execute
 from tests.support.local_ray import local_ray
 from tests.support.sources import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
@@ -225,7 +225,7 @@ def test_latents_are_downloaded_once_a_node(s3: str, made: Made, fetched: list[s
     manifest = latents.folder.read_bytes(MANIFEST_NAME)
     latents.folder.remove("")
     latents.folder.write_bytes(MANIFEST_NAME, manifest)
-    code = "import sys; from edt_core.artifact import Artifact as A; print(len(A.read(sys.argv[1]).paths()))"
+    code = "import sys; from edt_core.store.artifact import Artifact as A; print(len(A.read(sys.argv[1]).paths()))"
     done = subprocess.run([sys.executable, "-c", code, latents.folder.uri], capture_output=True, text=True, check=True)
     assert done.stdout == f"{len(LATENTS)}\n"
     with pytest.raises(ManifestError, match=r"is damaged, 6 problems: latents-00000\.arrow is missing"):
@@ -328,7 +328,7 @@ def test_the_commands_on_the_store_as_a_user_gives_them(
     s3: str, pictures: Images, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The first as a process with a Ray session of its own, whose workers have the variables of the store from it."""
-    from jobs import cluster
+    from jobs.runtime import cluster
 
     source = put(image_folder(pictures)[0], f"{s3}/source")
     preprocessing = (source, f"{s3}/images", *OPTIONS)

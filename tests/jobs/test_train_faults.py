@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentInfo, LatentShardWriter
 from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
-from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS, HISTORY_NAME, MANIFEST_NAME, STEP_PREFIX
-from edt_core.storage import Folder
-from jobs import train
-from jobs.cluster import cause_of
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS, HISTORY_NAME, MANIFEST_NAME, STEP_PREFIX
+from jobs.runtime.cluster import cause_of
+from jobs.stages import train
 from tests.support.disk import small_tmpfs
 from tests.support.local_training import checkpoint_steps, contents, is_whole, trained, trained_here
 from tests.support.processes import bytes_written, descendants, kill, stat, title, wait_for

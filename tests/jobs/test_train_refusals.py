@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShard, LatentShardWriter, write_latent_tar
 from edt_core.data.scale import LatentScale
 from edt_core.data.streaming import LatentStream
 from edt_core.errors import UserError
 from edt_core.progress import Silent
-from edt_core.storage import Folder
-from jobs import train
+from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.store.folder import Folder
+from jobs.stages import train
 
 SHARDS, ROWS = 3, 24
 NAMES = [f"latents-{k:05d}.arrow" for k in range(SHARDS)]
@@ -197,11 +197,11 @@ def test_another_process_on_the_node_digests_nothing_again(latents: Artifact) ->
     opened(latents)
     code = """
 import os, sys
-from edt_core.artifact import Artifact
+from edt_core.store.artifact import Artifact
 from edt_core.config import TrainConfig
 from edt_core.progress import Silent
-from edt_core.storage import Folder
-from jobs.train import open_latents
+from edt_core.store.folder import Folder
+from jobs.stages.train import open_latents
 names, digest = [], Folder.digest
 Folder.digest = lambda self, name: names.append(name) or digest(self, name)
 for node in (os.environ["EDT_CACHE_DIR"], os.environ["EDT_CACHE_DIR"] + "-of-another-node"):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from edt_core.progress import Silent
-from edt_core.storage import Folder
-from jobs import train
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from jobs.stages import train
 from tests.support.jobs import Chain, command
 
 CONFIG = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, max_steps=4, log_every=2, checkpoint_every=2)

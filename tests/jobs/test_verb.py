@@ -9,7 +9,7 @@ import pytest
 
 from edt_core.config import PreprocessConfig, Section, TrainConfig, result_fields
 from edt_core.errors import UserError
-from jobs.verb import parse_assignment, validated
+from jobs.stages.stage import parse_assignment, validated
 from tests.support.jobs import command
 from tests.support.processes import joining
 
@@ -71,7 +71,7 @@ def test_a_verb_alone_makes_an_artifact_and_reuses_it(
     digits_folder: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a process, which joins the tests' Ray session: one of its own would cost seconds."""
-    from jobs import cluster
+    from jobs.runtime import cluster
 
     for name, value in joining().items():
         monkeypatch.setenv(name, value)
@@ -120,8 +120,8 @@ def test_an_output_among_the_input_is_refused_before_anything_is_written(
 
 def test_an_output_inside_another_artifact_is_refused(latents_artifact: object, tmp_path: Path) -> None:
     from edt_core.errors import UserError
-    from edt_core.storage import Folder
-    from jobs.verb import check_place
+    from edt_core.store.folder import Folder
+    from jobs.stages.stage import check_place
 
     inside = Path(latents_artifact.folder.uri) / "a" / "b"  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="lies inside the artifact"):
@@ -130,8 +130,8 @@ def test_an_output_inside_another_artifact_is_refused(latents_artifact: object, 
 
 
 def test_files_of_others_in_the_output_stay_as_they_are(digits_folder: Path, tmp_path: Path) -> None:
-    from edt_core.artifact import ArtifactWriter
-    from edt_core.storage import Folder
+    from edt_core.store.artifact import ArtifactWriter
+    from edt_core.store.folder import Folder
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images-00000.tar").write_text("precious")
@@ -151,7 +151,7 @@ def test_text_options_are_taken_as_they_are() -> None:
     import argparse
 
     from edt_core.config import SourceConfig
-    from jobs.options import given_fields
+    from jobs.commands.options import given_fields
 
     options = argparse.Namespace(classes="010,8", labels="my #1.csv", limit="1_0", kind="labels", path=None)
     given = given_fields(options, SourceConfig)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from edt_core.errors import UserError
-from edt_core.storage import Folder
-from pipelines.catalog import Catalog, flatten, retried
+from edt_core.store.folder import Folder
+from pipelines.tracking.catalog import Catalog, flatten, retried
 from tests.support.races import at_once, log_run
 
 

@@ -56,8 +56,8 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
 
 
 def test_verify_tells_whole_from_damaged(tmp_path: Path) -> None:
-    from edt_core.artifact import ArtifactWriter
-    from edt_core.storage import Folder
+    from edt_core.store.artifact import ArtifactWriter
+    from edt_core.store.folder import Folder
 
     out = ArtifactWriter(Folder.at(tmp_path), "images", "0" * 64)
     out.write_bytes("a.bin", b"abc")
@@ -71,9 +71,9 @@ def test_verify_tells_whole_from_damaged(tmp_path: Path) -> None:
 def test_unreadable_images_are_listed_with_exit_code_2(digits_folder: Path, tmp_path: Path, here: None) -> None:
     import shutil
 
-    from edt_core.storage import Folder
-    from pipelines.catalog import Catalog
-    from pipelines.runs import run_rows
+    from edt_core.store.folder import Folder
+    from pipelines.tracking.catalog import Catalog
+    from pipelines.tracking.runs import run_rows
 
     shutil.copytree(digits_folder, tmp_path / "images")
     for path in sorted((tmp_path / "images").glob("*/*.png"))[:5]:
@@ -103,7 +103,7 @@ def test_a_dry_run_tells_what_it_would_take_and_does_nothing(digits_folder: Path
 
 
 def test_every_imagenet_configuration_of_edt_has_the_paper_s_recipe() -> None:
-    from pipelines.config import config_names, load_config
+    from pipelines.config.schema import config_names, load_config
 
     names = [name for name in config_names() if name.startswith("imagenet") and "-edt-" in name]
     assert names == ["imagenet256-edt-b", "imagenet256-edt-s", "imagenet256-edt-xl", "imagenet512-edt-s"]

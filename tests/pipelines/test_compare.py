@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from edt_core.artifact import ArtifactWriter
 from edt_core.config import TrainConfig, result_fields
 from edt_core.errors import UserError
 from edt_core.models import count_macs, model_config, shadow, training_flops
-from edt_core.schema import MODEL_CONFIG
-from edt_core.storage import Folder
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MODEL_CONFIG
 from pipelines.cli import app
-from pipelines.compare import compare, costs_of
-from pipelines.compare_figure import draw
-from pipelines.versions import record_of
+from pipelines.registry.compare import compare, costs_of
+from pipelines.registry.compare_figure import draw
+from pipelines.registry.lookup import record_of
 from tests.support.registry import PROTOCOL, Registry
 
 

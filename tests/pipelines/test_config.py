@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from edt_core.errors import UserError
-from pipelines.config import as_yaml, config_names, load_config
+from pipelines.config.schema import as_yaml, config_names, load_config
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -129,7 +129,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 
 
 def test_the_quickstart_states_only_what_differs_from_the_defaults() -> None:
-    from pipelines import config as module
+    from pipelines.config import schema as module
 
     stated = yaml.safe_load((Path(module.__file__).with_name("configs") / "quickstart.yaml").read_text())
     assert stated["source"] == {"kind": "digits"}

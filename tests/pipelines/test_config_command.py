@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from edt_core.errors import UserError
 from pipelines.cli import app
-from pipelines.config import as_yaml, config_names, load_config
-from pipelines.config_check import field_names, meant_by, problems
-from pipelines.config_diff import ABSENT, Side, differences, made_anew, outline, read_side
+from pipelines.config.check import field_names, meant_by, problems
+from pipelines.config.schema import as_yaml, config_names, load_config
+from pipelines.diff import ABSENT, Side, differences, made_anew, outline, read_side
 from pipelines.outcome import Outcome
 from tests.support.small import MODEL, options
 

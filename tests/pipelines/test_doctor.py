@@ -16,13 +16,13 @@ import pytest
 
 from edt_core.data.digits import NUM_DIGITS
 from edt_core.errors import UserError
-from pipelines import doctor_checks, doctor_services, ray_probe
-from pipelines.config import PipelineConfig, load_config
-from pipelines.disk import disk_needs
-from pipelines.doctor import Finding, Patient, examine
-from pipelines.dry_run import SourceCounts
-from pipelines.hardware import Hardware
+from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.outcome import Outcome
+from pipelines.setup import doctor_checks, doctor_services, ray_probe
+from pipelines.setup.disk import disk_needs
+from pipelines.setup.doctor import Finding, Patient, examine
+from pipelines.setup.dry_run import SourceCounts
+from pipelines.setup.hardware import Hardware
 from tests.support.processes import wait_for
 from tests.support.registry import NAME, Registry
 from tests.support.runs import artifacts_of
@@ -290,7 +290,7 @@ def test_a_container_s_small_shared_memory_is_warned_of(tmp_path: Path, monkeypa
 
 
 def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines import hardware
+    from pipelines.setup import hardware
 
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(hardware, "_CGROUP_LIMITS", (str(limit), str(tmp_path / "of-the-other-version")))

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from edt_core.artifact import ArtifactWriter, Source
 from edt_core.config import Section
 from edt_core.errors import Stopped
 from edt_core.progress import Progress
-from jobs.verb import Verb
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
-from pipelines.engine import Workflow
-from pipelines.terminal import Terminal
+from edt_core.store.artifact import ArtifactWriter, Source
+from edt_core.store.store import Store
+from jobs.stages.stage import Verb
+from pipelines.engine.workflow import Workflow
+from pipelines.terminal.terminal import Terminal
+from pipelines.tracking.catalog import Catalog
 from tests.support.small import copy_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

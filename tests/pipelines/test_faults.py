@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact
-from edt_core.schema import MANIFEST_NAME
+from edt_core.store.artifact import Artifact
+from edt_core.store.layout import MANIFEST_NAME
 from pipelines.outcome import Outcome
 from tests.support.disk import small_tmpfs
 from tests.support.processes import joining, wait_for

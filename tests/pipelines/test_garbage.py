@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Artifact
 from edt_core.errors import UserError
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
-from pipelines.cleaning import Plan, Request, collect, plan
-from pipelines.garbage import roots
-from pipelines.runs import step_tag
+from edt_core.store.artifact import Artifact
+from edt_core.store.store import Store
+from pipelines.registry.cleaning import Plan, Request, collect, plan
+from pipelines.registry.garbage import roots
+from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.runs import step_tag
 from tests.support.garbage import begun, chain, made, names, register, run_about, there
 from tests.support.registry import write_empty_mlflow
 
@@ -112,7 +112,7 @@ def test_the_record_says_what_was_removed(store: Store, catalog: Catalog) -> Non
 
 
 def test_a_store_without_a_record_is_left_alone(tmp_path: Path) -> None:
-    from edt_core.storage import Folder
+    from edt_core.store.folder import Folder
 
     with pytest.raises(UserError, match="there is no MLflow record in the store"):
         Catalog.existing(Folder.at(tmp_path))

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from edt_core.errors import UserError
 from edt_core.models import model_config
-from edt_core.storage import Folder
-from jobs.models import load_model, open_model
-from jobs.registry_files import pull
+from edt_core.store.folder import Folder
+from jobs.models.open import load_model, open_model
+from jobs.models.registry_files import pull
 from pipelines.cli import app
-from pipelines.importing import _protocol, read_released
-from pipelines.versions import find, origin_of
+from pipelines.registry.importing import _protocol, read_released
+from pipelines.registry.lookup import find, origin_of
 from tests.support.models import made_model, pipeline_folder, released, weights
 from tests.support.registry import Registry
 from tests.support.small import edt
@@ -133,7 +133,7 @@ def test_killed_before_the_alias_moved_it_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.importing.move_alias", killed)
+        patch.setattr("pipelines.registry.importing.move_alias", killed)
         with pytest.raises(BaseException):  # noqa: B017, PT011  whatever the runner makes of it
             imported(registry, path, vae, "--name", "killed")
     with pytest.raises(UserError, match="no alias 'candidate'"):

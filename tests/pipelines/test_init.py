@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from pipelines.cli import app
-from pipelines.config import load_config
-from pipelines.hardware import Hardware
-from pipelines.init import (
+from pipelines.config.schema import load_config
+from pipelines.setup.hardware import Hardware
+from pipelines.setup.init import (
     Answers,
     Images,
     check_autoencoder,
@@ -148,8 +148,8 @@ def test_doubts_are_said() -> None:
 def test_by_flags_a_dry_run_and_a_plan_of_the_file_work(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.dry_run import dry_run
     from pipelines.plan import plan
+    from pipelines.setup.dry_run import dry_run
 
     monkeypatch.chdir(tmp_path)
     told = init("--images", str(digits_folder), "--hardware", "cpu", "--yes")

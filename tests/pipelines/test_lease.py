@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from edt_core.storage import Folder
-from pipelines import lease as leases
-from pipelines.lease import Taken, held, this_process, try_hold
+from edt_core.store.folder import Folder
+from pipelines.schedule import lease as leases
+from pipelines.schedule.lease import Taken, held, this_process, try_hold
 from tests.support.processes import wait_for
 
 BEAT_S = 0.25
@@ -26,9 +26,9 @@ FOR_EVER = 100_000  # looks at a holder that lives: however slowly it beats, it 
 # Holds until its standard input is closed.
 HOLDER = """
 import sys, threading, time
-from edt_core.storage import Folder
-from pipelines import lease as leases
-from pipelines.lease import Taken, this_process, try_hold
+from edt_core.store.folder import Folder
+from pipelines.schedule import lease as leases
+from pipelines.schedule.lease import Taken, this_process, try_hold
 uri, every_s = sys.argv[1], float(sys.argv[2])
 leases._LOOKS = leases._TRIES = int(sys.argv[3])
 try:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from edt_core.artifact import Artifact
 from edt_core.errors import UserError
-from edt_core.storage import Folder
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder
+from edt_core.store.store import Store
 from pipelines.cli import app
-from pipelines.lineage import lineage
+from pipelines.registry.lineage import lineage
+from pipelines.tracking.catalog import Catalog
 from tests.support.registry import NAME, SOURCE, Registry
 
 KINDS = ["images", "autoencoder", "latents", "checkpoint", "reference", "features", "evaluation"]

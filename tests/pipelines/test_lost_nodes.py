@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.schema import MANIFEST_NAME
+from edt_core.store.layout import MANIFEST_NAME
 from pipelines.outcome import Outcome
 from tests.support.cluster import Nodes
 from tests.support.processes import wait_for

@@ -21,16 +21,16 @@ from huggingface_hub import ModelCard as HubCard
 from typer.testing import CliRunner
 
 import edt_core
-from edt_core.artifact import Artifact
 from edt_core.config import ChainConfig
 from edt_core.errors import UserError
-from edt_core.schema import CLASSES_NAME
-from edt_core.storage import Folder
-from jobs.registry_files import pull, safe_name
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder
+from edt_core.store.layout import CLASSES_NAME
+from jobs.models.registry_files import pull, safe_name
 from pipelines.cli import app
-from pipelines.config import PromoteConfig
-from pipelines.registration import Entry, promote, source_of
-from pipelines.versions import config_of, find, record_of
+from pipelines.config.schema import PromoteConfig
+from pipelines.registry.lookup import config_of, find, record_of
+from pipelines.registry.registration import Entry, promote, source_of
 from tests.support.models import made_model, opened
 from tests.support.registry import NAME, PROTOCOL, Registry
 
@@ -289,7 +289,7 @@ def test_names_that_stay_inside() -> None:
 def test_killed_halfway_nothing_is_there_and_the_next_pull_cleans_up(fresh: Registry, tmp_path: Path) -> None:
     target = tmp_path / "target"
     code = (
-        "import signal, jobs.registry_files as files\n"
+        "import signal, jobs.models.registry_files as files\n"
         "from pipelines.cli import main\n"
         "bring = files._Remote.download\n"
         "def slow(self, name, target):\n"
@@ -344,7 +344,7 @@ def test_a_registered_model_is_pulled_and_loads_by_every_door(
     import mlflow
     from diffusers import DiffusionPipeline
 
-    from edt_core.pipeline import EDTPipeline
+    from edt_core.sampling.diffusers_pipeline import EDTPipeline
 
     assert str(real.decision) == "first champion: fd_classifier 3"
     assert [check.passed for check in real.decision.checks] == [True] * 5
@@ -402,7 +402,7 @@ def test_a_job_takes_a_registered_model_through_the_same_checks(
     registry: Registry, real: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edt_core.training.checkpoint import ema_model
-    from jobs.models import open_model
+    from jobs.models.open import open_model
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.catalog.tracking_uri)
     found = open_model(f"{REAL}@champion", Folder.at(tmp_path / "work")).checkpoint
@@ -419,7 +419,7 @@ def test_a_model_that_two_drivers_log_at_once_is_kept_once(
     registry: Registry, real: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second driver looked before the first had registered; its version and its logged model go again."""
-    from pipelines import registration
+    from pipelines.registry import registration
 
     monkeypatch.setattr(registration, "find_version", lambda *arguments: None)
     before = {m.model_id for m in registry.catalog.client.search_logged_models([registry.catalog.experiment_id])}

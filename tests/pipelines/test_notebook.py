@@ -95,8 +95,8 @@ def _spread(png: str) -> float:
 
 def _lineage(outcome: Outcome) -> set[str]:
     """Fingerprints of the run's steps that are behind the registered version."""
-    from pipelines.catalog import Catalog
-    from pipelines.lineage import lineage
+    from pipelines.registry.lineage import lineage
+    from pipelines.tracking.catalog import Catalog
 
     nodes = lineage(Catalog(outcome.tracking_uri, ""), f"{MODEL}/1").nodes
     found = {name for name, node in nodes.items() if node.kind in ("images", "autoencoder", "latents", "checkpoint")}

@@ -11,12 +11,12 @@ import yaml
 
 from edt_core.data.digits import write_digits
 from edt_core.errors import UserError
-from edt_core.storage import Folder
-from jobs.preprocess import VERB as PREPROCESS
-from jobs.registry_files import SQLITE, own_uri, sqlite_path
-from pipelines.catalog import Catalog
-from pipelines.config import as_yaml, load_config
-from pipelines.ui import run_link
+from edt_core.store.folder import Folder
+from jobs.models.registry_files import SQLITE, own_uri, sqlite_path
+from jobs.stages.preprocess import VERB as PREPROCESS
+from pipelines.cluster.ui import run_link
+from pipelines.config.schema import as_yaml, load_config
+from pipelines.tracking.catalog import Catalog
 from tests.support.small import MODEL, STEPS, edt, options
 
 MARKS = " #%20?;:&=@+'\"\\*[a]{b,c}$HOME~!|<é日😀>"  # all at once

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from edt_core.artifact import Source
 from edt_core.config import Section
-from jobs.verb import Verb
-from pipelines.config import load_config
-from pipelines.step import StepFuture, input_fingerprints
-from pipelines.workflows import call_steps
+from edt_core.store.artifact import Source
+from jobs.stages.stage import Verb
+from pipelines.config.schema import load_config
+from pipelines.engine.step import StepFuture, input_fingerprints
+from pipelines.pipeline import call_steps
 
 SHARED = ["preprocess", "autoencoder", "encode", "classifier", "reference"]
 OWN = ["train", "sample", "evaluate"]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from edt_core.artifact import sha256_json
 from edt_core.errors import UserError
+from edt_core.store.artifact import sha256_json
 from pipelines.cli import app
-from pipelines.config import PromoteConfig, load_config
-from pipelines.promotion import Check, Decision, decide
-from pipelines.registration import identity_of, promote
-from pipelines.registry import crown, promote_version, rollback, settle
+from pipelines.config.schema import PromoteConfig, load_config
+from pipelines.registry.aliases import crown, promote_version, rollback, settle
+from pipelines.registry.gate import Check, Decision, decide
+from pipelines.registry.registration import identity_of, promote
 from tests.support.registry import NAME, PROTOCOL, Registry
 
 
@@ -277,7 +277,7 @@ def test_two_drivers_that_register_one_model_at_once_leave_one_version(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second comes between the first's look and its creation, as on two machines without a lock."""
-    from pipelines import registry as module
+    from pipelines.registry import aliases as module
 
     run, config = registry.run()
     entry = registry.entry("a", {"fd_classifier": 5.0}, PROTOCOL, run)

@@ -101,8 +101,8 @@ def test_eight_processes_at_postgresql(
 
 def test_a_database_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from edt_core.errors import UserError
-    from edt_core.storage import Folder
-    from pipelines.catalog import Catalog
+    from edt_core.store.folder import Folder
+    from pipelines.tracking.catalog import Catalog
 
     pytest.importorskip("psycopg2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://edt:canary-9d2@127.0.0.1:1/nothing")

@@ -9,7 +9,7 @@ from typer.main import get_command
 
 from edt_core.config import Section
 from pipelines.cli import app
-from pipelines.config import PipelineConfig
+from pipelines.config.schema import PipelineConfig
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {

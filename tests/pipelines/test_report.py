@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edt_core.sample_grid import sample_grid
-from pipelines.report import NOTHING, brief, compare_metrics, duration, render_report, scaled, shown
-from pipelines.report_lineage import lineage_graph
+from edt_core.sampling.grid import sample_grid
+from pipelines.report.lineage import lineage_graph
+from pipelines.report.page import NOTHING, brief, compare_metrics, duration, render_report, scaled, shown
 from tests.support.reports import (
     CLASSES,
     COSTS,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.outcome import Outcome
-from pipelines.report import render_report
+from pipelines.report.page import render_report
 from tests.support.browser import Browser, Page
 from tests.support.reports import COSTS, HISTORY, REGISTRY, images, neighbourhood, whole_report_data
 from tests.support.small import MODEL

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from pipelines.report_figures import Picture, champion_trend, distance_histogram, timestep_curves, training_curves
+from pipelines.report.figures import Picture, champion_trend, distance_histogram, timestep_curves, training_curves
 from tests.support.reports import HISTORY, REGISTRY
 
 

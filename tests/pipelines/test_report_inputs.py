@@ -10,16 +10,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import ReferenceConfig, SampleConfig
 from edt_core.data.order import at_even_distances
 from edt_core.data.shards import ImageSample, write_image_shard
 from edt_core.diffusion.timesteps import LossSecondMomentSampler
-from edt_core.schema import FEATURE_UNIT, IMAGE_SHARD, REFERENCE_NAME, TIMESTEP_STATE
-from edt_core.storage import Folder
-from pipelines import report_inputs
-from pipelines.report_costs import step_cost
-from pipelines.report_inputs import (
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import FEATURE_UNIT, IMAGE_SHARD, REFERENCE_NAME, TIMESTEP_STATE
+from pipelines.report import inputs as report_inputs
+from pipelines.report.costs import step_cost
+from pipelines.report.inputs import (
     PER_CLASS,
     find_neighbours,
     kept_rows,

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import report_registry
-from pipelines.config import PromoteConfig
-from pipelines.promotion import Decision
-from pipelines.registry import promote_version, rollback
-from pipelines.report_registry import VersionRecord, record_options, version_record
-from pipelines.summary import VERB, SummaryConfig
+from pipelines.config.schema import PromoteConfig
+from pipelines.registry.aliases import promote_version, rollback
+from pipelines.registry.gate import Decision
+from pipelines.report import history as report_registry
+from pipelines.report.history import VersionRecord, record_options, version_record
+from pipelines.report.step import VERB, SummaryConfig
 from tests.support.registry import NAME, PROTOCOL, Registry
 from tests.support.reports import REGISTRY
 
@@ -71,7 +71,7 @@ def test_another_protocol_is_told_with_what_differs(registry: Registry) -> None:
 
 
 def test_the_run_is_found_in_the_store_or_on_the_server(registry: Registry, tmp_path: Path) -> None:
-    from pipelines.catalog import Catalog
+    from pipelines.tracking.catalog import Catalog
 
     store = tmp_path / "with space"
     assert record_options(registry.catalog, str(registry.root)) == f"--store {registry.root}"

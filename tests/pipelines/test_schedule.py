@@ -19,11 +19,11 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from edt_core.errors import UserError
-from pipelines import scheduler
-from pipelines.cron import Cron, Due
-from pipelines.lease import held, this_process
-from pipelines.schedule import OVERLAP, UNCHANGED, Schedules, State, Tick, new_schedule, run_lease
-from pipelines.scheduler import Server, command
+from pipelines.schedule import server as scheduler
+from pipelines.schedule.cron import Cron, Due
+from pipelines.schedule.lease import held, this_process
+from pipelines.schedule.record import OVERLAP, UNCHANGED, Schedules, State, Tick, new_schedule, run_lease
+from pipelines.schedule.server import Server, command
 from tests.support import small
 from tests.support.processes import wait_for
 from tests.support.registry import write_empty_mlflow
@@ -37,14 +37,14 @@ NEW_YEAR = "0 0 1 1 *"  # a tick that does not come again while a test runs
 # A server whose runs are a process that does as it is told: the mechanics of a run without its minutes.
 SERVER = """
 import sys
-from pipelines import scheduler
-from pipelines.schedule import Schedules
+from pipelines.schedule import server as scheduler
+from pipelines.schedule.record import Schedules
 scheduler.command = lambda schedule: [sys.executable, "-c", sys.argv[2]]
 sys.exit(scheduler.Server(Schedules.at(sys.argv[1]), lambda text: print(text, flush=True), 0.1).serve())
 """
 RUN = """
 import pathlib, signal, sys, time
-from pipelines.schedule import tell_scheduler
+from pipelines.schedule.record import tell_scheduler
 here = pathlib.Path({here!r})
 try:
     with (here / "started").open("a") as file:
@@ -555,7 +555,7 @@ def serve_until_recorded(store: Path, **variables: str) -> str:
 @pytest.mark.extern
 def test_a_run_that_goes_on_elsewhere_is_left_alone(store: Path) -> None:
     """With the commands that a person gives, each in its own process."""
-    from edt_core.storage import Folder
+    from edt_core.store.folder import Folder
 
     schedule(store, NEW_YEAR)
     missed_new_year(store)
@@ -582,7 +582,7 @@ def test_a_failed_run_is_recorded_with_its_reason(store: Path, run_is: Callable[
 
 def test_unchanged_data_starts_nothing(store: Path, digits_folder: Path, run_is: Callable[[str], None]) -> None:
     from edt_core.config import SourceConfig
-    from jobs.verb import image_source
+    from jobs.stages.stage import image_source
 
     same = image_source(SourceConfig(kind="image_folder", path=str(digits_folder))).fingerprint
     images = ("source.kind=image_folder", f"source.path={digits_folder}")

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.artifact import Source
-from edt_core.classifier import fit_classifier
 from edt_core.config import ClassifierConfig, EvaluateConfig
 from edt_core.errors import UserError
-from edt_core.metrics import compute_metrics, space_metrics
-from edt_core.metrics.sample_size import shortfalls
-from jobs.sizes import check_sizes
-from pipelines.config import PipelineConfig, load_config
-from pipelines.config_check import problems
+from edt_core.evaluation.extractors.classifier import fit_classifier
+from edt_core.evaluation.metrics import compute_metrics, space_metrics
+from edt_core.evaluation.metrics.sample_size import shortfalls
+from edt_core.store.artifact import Source
+from jobs.stages.sizes import check_sizes
+from pipelines.config.check import problems
+from pipelines.config.schema import PipelineConfig, load_config
+from pipelines.config.size_check import check_pipeline_sizes, size_problems
 from pipelines.plan import plan
-from pipelines.size_check import check_pipeline_sizes, size_problems
 from tests.support.small import edt
 
 STREAMED = ("encode.write_webdataset=true", "train.reader=webdataset")  # in shards of 300 images
@@ -104,7 +104,7 @@ def test_published_statistics_without_images_give_no_kid(
         image_shape = None
         spatial_statistics = None
 
-    monkeypatch.setattr("edt_core.metrics.read_adm", lambda path: Statistics())
+    monkeypatch.setattr("edt_core.evaluation.metrics.read_adm", lambda path: Statistics())
     settings = ["extractors=[inception]", "promote.metric=fid", "reference_statistics=/ref.npz", field]
     config = configured(*settings, "sample.num_samples=3000")
     with pytest.raises(UserError, match=f"{name} asks for kid, and /ref.npz holds no images"):
@@ -129,8 +129,8 @@ def test_a_run_is_refused_before_it_begins(tmp_path: Path) -> None:
 
 
 def test_doctor_has_a_check_of_it(tmp_path: Path) -> None:
-    from pipelines.doctor import patient_of
-    from pipelines.doctor_checks import CHECKS
+    from pipelines.setup.doctor import patient_of
+    from pipelines.setup.doctor_checks import CHECKS
 
     def found(*assignments: str) -> Any:
         return CHECKS["sizes"][0](patient_of(configured(*assignments), None, None, True))

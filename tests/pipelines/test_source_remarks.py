@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 from edt_core.config import SourceConfig
 from edt_core.errors import UserError
-from pipelines import doctor_checks
 from pipelines.cli import app
-from pipelines.config import load_config
-from pipelines.doctor import patient_of
-from pipelines.dry_run import source_counts
-from pipelines.init import look_at
+from pipelines.config.schema import load_config
+from pipelines.setup import doctor_checks
+from pipelines.setup.doctor import patient_of
+from pipelines.setup.dry_run import source_counts
+from pipelines.setup.init import look_at
 
 
 @pytest.fixture

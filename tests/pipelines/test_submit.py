@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from edt_core.errors import UserError
-from edt_core.storage import Folder
+from edt_core.store.folder import Folder
+from pipelines.cluster.submission import Cluster, request_for, stopped_too_soon
 from pipelines.commands.submit import _how_to_return
 from pipelines.commands.workflow import tell_stopped
-from pipelines.config import load_config
-from pipelines.lease import held, this_process
-from pipelines.schedule import run_lease
-from pipelines.submission import Cluster, request_for, stopped_too_soon
+from pipelines.config.schema import load_config
+from pipelines.schedule.lease import held, this_process
+from pipelines.schedule.record import run_lease
 from tests.support import small
 from tests.support.processes import wait_for
 from tests.support.small import SMALL

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from edt_core.errors import UserError
-from jobs.progress import Board, Shown
-from pipelines.run_log import RunLog
-from pipelines.step_tree import StepTree, clock
-from pipelines.terminal import Terminal
+from jobs.runtime.progress import Board, Shown
+from pipelines.terminal.run_log import RunLog
+from pipelines.terminal.step_tree import StepTree, clock
+from pipelines.terminal.terminal import Terminal
 from tests.support.small import edt
 
 CALLS = (
@@ -172,8 +172,8 @@ def test_without_a_terminal_there_is_a_line_at_each_turn(capsys: pytest.CaptureF
 CHATTER = """
 import logging, os, subprocess, sys, warnings
 from pathlib import Path
-from pipelines.run_log import RunLog
-from pipelines.terminal import Terminal
+from pipelines.terminal.run_log import RunLog
+from pipelines.terminal.terminal import Terminal
 with RunLog.new(sys.argv[1], "run", to_stderr="err" in sys.argv) as log, Terminal("err" in sys.argv, log) as terminal:
     print("printed by Python")
     os.write(1, b"written by C to 1\\n")

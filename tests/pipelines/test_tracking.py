@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.schema import HISTORY_NAME
-from edt_core.storage import Folder
-from jobs.progress import Board, BoardProgress, Measured
-from pipelines import shipping
-from pipelines.catalog import Catalog
-from pipelines.run_record import RunRecord
-from pipelines.shipping import Shipper, UndeliveredError, is_refused, patient, quick_http
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import HISTORY_NAME
+from jobs.runtime.progress import Board, BoardProgress, Measured
+from pipelines.engine import delivery as shipping
+from pipelines.engine.delivery import Shipper, UndeliveredError, is_refused, patient, quick_http
+from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.run_record import RunRecord
 from tests.support.processes import wait_for
 from tests.support.servers import MlflowServer
 

@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from edt_core.errors import UserError
-from pipelines import ui
 from pipelines.cli import app
-from pipelines.ui import DEFAULT_PORT, free_port, has_display, run_link, stop
+from pipelines.cluster import ui
+from pipelines.cluster.ui import DEFAULT_PORT, free_port, has_display, run_link, stop
 from tests.support.processes import beyond_loopback, listeners
 from tests.support.registry import Registry
 from tests.support.small import EDT, environment

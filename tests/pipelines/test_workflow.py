@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edt_core.artifact import Artifact
 from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
-from edt_core.schema import MANIFEST_NAME
-from edt_core.storage import Folder
-from jobs import autoencoder
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
-from pipelines.engine import Workflow
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.store import Store
+from jobs.stages import autoencoder
+from pipelines.engine.workflow import Workflow
 from pipelines.outcome import Outcome
-from pipelines.terminal import Terminal
+from pipelines.terminal.terminal import Terminal
+from pipelines.tracking.catalog import Catalog
 from tests.support.runs import artifacts_of
 from tests.support.small import CANARY, MODEL, STEPS, edt, options, pipeline
 
@@ -62,7 +62,7 @@ def test_a_registered_model_is_sampled_to_the_same_bytes(
     first: Outcome, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By its name in the registry and by the run of its training, as the pipeline sampled it."""
-    from jobs import evaluation
+    from jobs.commands import evaluate_model as evaluation
 
     artifacts = list(Store.open(str(store)).artifacts())
     of_kind = {artifact.manifest.kind: artifact for artifact in artifacts}
@@ -88,7 +88,7 @@ def test_weights_that_mlflow_keeps_are_found(first: Outcome, tmp_path: Path) -> 
 
     from mlflow import MlflowClient
 
-    from jobs.extractors import extractor_source
+    from jobs.stages.extractors import extractor_source
 
     weights = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     weights.write_bytes(b"weights")
@@ -172,7 +172,7 @@ def _experiment(outcome: Outcome) -> str:
 def test_the_registered_version_loads_with_pyfunc_and_diffusers(first: Outcome, tmp_path: Path) -> None:
     import mlflow
 
-    from edt_core.pipeline import EDTPipeline
+    from edt_core.sampling.diffusers_pipeline import EDTPipeline
 
     mlflow.set_tracking_uri(first.tracking_uri)
     catalog = Catalog(first.tracking_uri, _experiment(first))

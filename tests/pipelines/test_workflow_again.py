@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load, save
 
-from edt_core.artifact import ArtifactWriter
 from edt_core.errors import UserError
-from edt_core.schema import EMA_WEIGHTS, KINDS, MANIFEST_NAME
-from edt_core.storage import Folder
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import EMA_WEIGHTS, KINDS, MANIFEST_NAME
+from edt_core.store.store import Store
 from pipelines.commands.options import catalog_if_any
-from pipelines.config import load_config
+from pipelines.config.schema import load_config
 from pipelines.outcome import Outcome
 from pipelines.plan import PlannedStep, plan
 from pipelines.reproduce import Comparison, compare, reproduce
-from pipelines.runs import read_record, run_rows, steps_of
-from pipelines.terminal import Terminal
+from pipelines.terminal.terminal import Terminal
+from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.runs import read_record, run_rows, steps_of
 from tests.support.small import MODEL, SMALL, copy_store, edt, options, pipeline
 
 pytestmark = pytest.mark.usefixtures("training_here")

@@ -93,7 +93,7 @@ def alive() -> set[str]:
 @contextmanager
 def cluster_of_nodes() -> Iterator[Nodes]:
     """A cluster with this process as its driver, in place of the Ray session that there may be."""
-    from jobs.cluster import connect
+    from jobs.runtime.cluster import connect
 
     ray.shutdown()
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": _SYSTEM}

@@ -1,10 +1,10 @@
 """Small artifacts with runs of their own, for what cleans a store: real files and manifests, no training."""
 
-from edt_core.artifact import Artifact, ArtifactWriter
-from edt_core.manifest import fingerprint
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
-from pipelines.runs import step_tag
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.manifest import fingerprint
+from edt_core.store.store import Store
+from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.runs import step_tag
 
 
 def made(store: Store, catalog: Catalog | None, kind: str, number: int, **inputs: Artifact) -> Artifact:

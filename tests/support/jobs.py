@@ -6,7 +6,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import (
     AutoencoderConfig,
     ClassifierConfig,
@@ -17,9 +16,10 @@ from edt_core.config import (
     TrainConfig,
 )
 from edt_core.progress import Progress, Silent
-from edt_core.storage import Folder
-from jobs import autoencoder, classifier, encode, preprocess
-from jobs.verb import Input, Verb, image_source
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from jobs.stages import autoencoder, classifier, encode, preprocess
+from jobs.stages.stage import Input, Verb, image_source
 
 # The stages of the chain: what makes each, by which configuration, of which others.
 STAGES: dict[str, tuple[Verb, Section, tuple[str, ...]]] = {

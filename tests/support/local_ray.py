@@ -77,7 +77,7 @@ class Trainer:
         self.job = job
 
     def fit(self) -> None:
-        from jobs import train
+        from jobs.stages import train
 
         train._worker(self.job)
 
@@ -136,12 +136,12 @@ def local_ray() -> Iterator[None]:
 
 @contextmanager
 def local_ray_train() -> Iterator[None]:
-    """Inside, what `jobs.train` leaves to Ray Train is done here by one worker."""
+    """Inside, what `jobs.stages.train` leaves to Ray Train is done here by one worker."""
     import ray.train
     import ray.train.torch
     import torch
 
-    from jobs import train
+    from jobs.stages import train
 
     with local_ray(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_trainer", Trainer)

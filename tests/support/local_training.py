@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from edt_core.artifact import Artifact, ArtifactWriter
 from edt_core.config import TrainConfig
 from edt_core.progress import Progress, Silent
-from edt_core.schema import CHECKPOINT_MANIFEST, CHECKPOINTS, STEP_PREFIX
-from edt_core.storage import Folder
-from jobs import train
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.folder import Folder
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS, STEP_PREFIX
+from jobs.stages import train
 from tests.support.local_ray import local_ray_train
 
 

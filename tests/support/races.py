@@ -13,7 +13,7 @@ from typing import Any
 NAME = "edt-race"
 ALIASES = ("candidate", "champion")
 PRELOAD = [  # imported once, and not by each process
-    "pipelines.registry",
+    "pipelines.registry.aliases",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
     "alembic.command",
@@ -52,8 +52,8 @@ def _answering(
 
 def log_run(index: int, store: Path) -> None:
     """A run with parameters and metrics. The first that comes makes MLflow's tables."""
-    from edt_core.storage import Folder
-    from pipelines.catalog import Catalog
+    from edt_core.store.folder import Folder
+    from pipelines.tracking.catalog import Catalog
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)  # it is that of the fork server's start
     catalog = Catalog.open(Folder.at(store), "race")
@@ -69,16 +69,16 @@ def register(index: int, store: Path, uri: str | None, own: int, shared: int) ->
 
     The first that comes makes MLflow's tables.
     """
-    from edt_core.storage import Folder
-    from pipelines.catalog import Catalog
-    from pipelines.registry import add_version, move_alias
+    from edt_core.store.folder import Folder
+    from pipelines.registry.aliases import add_version, move_alias
+    from pipelines.tracking.catalog import Catalog
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)  # it is that of the fork server's start
     if uri is not None:
         os.environ["MLFLOW_TRACKING_URI"] = uri
     retries = _Counting()
-    logging.getLogger("pipelines.catalog").addHandler(retries)
-    logging.getLogger("pipelines.catalog").setLevel(logging.DEBUG)
+    logging.getLogger("pipelines.tracking.catalog").addHandler(retries)
+    logging.getLogger("pipelines.tracking.catalog").setLevel(logging.DEBUG)
     came = time.monotonic()
     catalog = Catalog.open(Folder.at(store), "race")
     began = time.monotonic()
@@ -101,9 +101,9 @@ class _Counting(logging.Handler):
 
 def check_registry(store: Path, answers: list[dict[str, Any]]) -> None:
     """Every version that a process was given is there under its number, none twice, and aliases point at versions."""
-    from edt_core.storage import Folder
-    from pipelines.catalog import Catalog
-    from pipelines.registry import search
+    from edt_core.store.folder import Folder
+    from pipelines.registry.aliases import search
+    from pipelines.tracking.catalog import Catalog
 
     catalog = Catalog.open(Folder.at(store), "race")
     there = {int(v.version): v.tags["edt.checkpoint"] for v in search(catalog, f"name = '{NAME}'")}

@@ -11,16 +11,16 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
-from edt_core.artifact import Artifact, ArtifactWriter, fingerprint
 from edt_core.config import ChainConfig
-from edt_core.schema import CLASSES_NAME
-from edt_core.storage import Folder
-from jobs.registry_files import DIGEST_TAG, DIGESTS, digests_text, folder_digests, stored_problems
-from pipelines.catalog import Catalog, artifact_tags
-from pipelines.config import PipelineConfig, PromoteConfig, load_config
-from pipelines.promotion import Decision
-from pipelines.registration import Entry, identity_of, version_tags
-from pipelines.registry import add_version, settle
+from edt_core.store.artifact import Artifact, ArtifactWriter, fingerprint
+from edt_core.store.folder import Folder
+from edt_core.store.layout import CLASSES_NAME
+from jobs.models.registry_files import DIGEST_TAG, DIGESTS, digests_text, folder_digests, stored_problems
+from pipelines.config.schema import PipelineConfig, PromoteConfig, load_config
+from pipelines.registry.aliases import add_version, settle
+from pipelines.registry.gate import Decision
+from pipelines.registry.registration import Entry, identity_of, version_tags
+from pipelines.tracking.catalog import Catalog, artifact_tags
 
 NAME = "edt-small"
 PROTOCOL = {"num_samples": 500, "cfg_scale": 1.75, "repeats": 1}

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.report import ReportData
-from pipelines.report_costs import StepCost
-from pipelines.report_inputs import Neighbourhood
-from pipelines.report_lineage import LineageRow
-from pipelines.report_registry import Champion, VersionRecord
+from pipelines.report.costs import StepCost
+from pipelines.report.history import Champion, VersionRecord
+from pipelines.report.inputs import Neighbourhood
+from pipelines.report.lineage import LineageRow
+from pipelines.report.page import ReportData
 
 CLASSES = ("ant", "bee", "cat")
 

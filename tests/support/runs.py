@@ -4,13 +4,13 @@ import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 
-from edt_core.artifact import Artifact
-from edt_core.schema import MANIFEST_NAME
-from pipelines.artifacts import Store
-from pipelines.catalog import Catalog
-from pipelines.config import load_config
+from edt_core.store.artifact import Artifact
+from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.store import Store
+from pipelines.config.schema import load_config
 from pipelines.outcome import Outcome
 from pipelines.plan import plan
+from pipelines.tracking.catalog import Catalog
 from tests.support.small import MODEL, SMALL, STEPS, start_run
 
 AMPLE_S = 1200  # more than any run of the small pipeline takes

@@ -100,7 +100,7 @@ class Sandbox:
     @classmethod
     def made(cls, root: Path, images: Path, store: Path) -> "Sandbox":
         """A new one. `images` is a folder of few labelled images, `store` one with a run of the small quickstart."""
-        from edt_core.autoencoder import build_autoencoder
+        from edt_core.autoencoders.autoencoder import build_autoencoder
         from edt_core.config import AutoencoderConfig
         from tests.support.models import released
 

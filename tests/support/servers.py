@@ -30,7 +30,7 @@ class MlflowServer:
     def start(self) -> None:
         import requests
 
-        from pipelines.ui import server_environment
+        from pipelines.cluster.ui import server_environment
 
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]

@@ -52,9 +52,9 @@ def options(*assignments: str) -> list[str]:
 
 def pipeline(store: Path, *assignments: str) -> "Outcome":
     """Run the small pipeline in this process, on the session's Ray."""
-    from pipelines.config import load_config
-    from pipelines.terminal import Terminal
-    from pipelines.workflows import run
+    from pipelines.config.schema import load_config
+    from pipelines.pipeline import run
+    from pipelines.terminal.terminal import Terminal
 
     with Terminal() as terminal:
         return run(load_config("quickstart", [*SMALL, *assignments], str(store)), terminal)

@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from edt_core.data.images import image_extensions
 from edt_core.errors import UserError
+from edt_core.printing.redaction import redacted
 from edt_core.progress import Progress
-from edt_core.redaction import redacted
-from edt_core.storage import Folder
-from edt_core.store_errors import clear_remote_errors
+from edt_core.store.errors import clear_remote_errors
+from edt_core.store.folder import Folder
 
 IMAGES = "files with an extension that the installed Pillow decodes, such as .jpg, .png, .webp or .avif"
 THREADS = 8

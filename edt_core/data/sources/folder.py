@@ -14,8 +14,8 @@ from edt_core.data.sources.layouts import nesting, packed, refuse_other_layouts,
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
-from edt_core.integrity import listing as listed
 from edt_core.progress import Progress
+from edt_core.store.digests import listing as listed
 
 if TYPE_CHECKING:
     from edt_core.config import SourceConfig

@@ -18,7 +18,7 @@ from edt_core.data.sources.reading import ahead
 from edt_core.data.sources.tars import BLOCK_SIZE, members
 from edt_core.errors import UserError
 from edt_core.progress import Progress
-from edt_core.storage import Folder
+from edt_core.store.folder import Folder
 
 if TYPE_CHECKING:
     from edt_core.config import SourceConfig

@@ -15,10 +15,10 @@ from edt_core.data.sources.files import as_text, extension, files_below, is_imag
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
 from edt_core.errors import UserError
-from edt_core.place_names import typed_path
+from edt_core.files.place_names import typed_path
+from edt_core.files.small_files import MAX_LABELS_BYTES, parse_json
 from edt_core.progress import Progress
-from edt_core.small_files import MAX_LABELS_BYTES, parse_json
-from edt_core.storage import Folder
+from edt_core.store.folder import Folder
 
 if TYPE_CHECKING:
     from edt_core.config import SourceConfig

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from edt_core.data.sources.files import as_text
 from edt_core.data.sources.reading import RawImage, Row, read_files, read_parquet, rows
 from edt_core.progress import Progress, Silent
-from edt_core.storage import Folder
+from edt_core.store.folder import Folder
 
 UNREADABLE = hashlib.sha256(b"unreadable").digest()  # stands for the bytes of an image that cannot be read
 _FORMAT = b"edt-source-1"

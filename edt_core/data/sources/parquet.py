@@ -19,7 +19,7 @@ from edt_core.data.sources.places import Place, matching, warn_of_splits
 from edt_core.data.sources.reading import ahead, image_column
 from edt_core.errors import UserError
 from edt_core.progress import Progress
-from edt_core.storage import Folder
+from edt_core.store.folder import Folder
 
 if TYPE_CHECKING:
     from edt_core.config import SourceConfig

@@ -19,7 +19,7 @@ from edt_core.data.sources.files import (
 )
 from edt_core.errors import UserError
 from edt_core.progress import Progress
-from edt_core.storage import Folder
+from edt_core.store.folder import Folder
 
 _META = re.compile(r"[*?\[{]")
 

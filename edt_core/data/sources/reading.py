@@ -15,8 +15,8 @@ import pyarrow as pa
 from edt_core.data.images import MAX_IMAGE_BYTES
 from edt_core.data.sources.files import THREADS, as_text, open_file, remote, remote_path, shown
 from edt_core.errors import UserError
-from edt_core.storage import Folder
-from edt_core.store_errors import clear_remote_errors
+from edt_core.store.errors import clear_remote_errors
+from edt_core.store.folder import Folder
 
 _HANDFUL = 4  # images a thread reads in a row: a switch of threads for each one costs as much as reading it
 _HANDFUL_BYTES, _AHEAD_BYTES = 16 << 20, 128 << 20  # of images that are read in a row, and of all that wait

@@ -20,10 +20,10 @@ from edt_core.data.sources.places import Place, matching, warn_of_splits
 from edt_core.data.sources.reading import ahead
 from edt_core.data.sources.tars import BLOCK_SIZE, Member, members
 from edt_core.errors import UserError
+from edt_core.files.small_files import parse_json
 from edt_core.progress import Progress
-from edt_core.schema import CLASS_MEMBER, CLASSES_NAME, JSON_MEMBER
-from edt_core.small_files import parse_json
-from edt_core.storage import Folder
+from edt_core.store.folder import Folder
+from edt_core.store.layout import CLASS_MEMBER, CLASSES_NAME, JSON_MEMBER
 
 if TYPE_CHECKING:
     from edt_core.config import SourceConfig

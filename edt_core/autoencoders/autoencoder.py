@@ -1,0 +1,265 @@
+"""The image autoencoder: fit a small one, read a published one, and cross between pixels and latents.
+
+Legend: N images, S image side in pixels, C latent channels, h latent side (S / downsample factor).
+Three stages, each with its range: pixels uint8 0..255 -> images float32 -1..1 -> posterior (mean, std) of raw latents.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edt_core.autoencoders.check import check_config, check_folder, hub_pipeline, pickled
+from edt_core.config import AutoencoderConfig
+from edt_core.data.images import to_model_range
+from edt_core.data.scale import scale_of
+from edt_core.errors import UserError
+from edt_core.files.tensor_files import check_folder_headers
+from edt_core.models.alignment import align_weights
+from edt_core.network.hub import hub_is_away, loading_failure
+from edt_core.precision import use_precision
+from edt_core.training.optim import one_cycle
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+def build_autoencoder(config: AutoencoderConfig, image_size: int) -> "AutoencoderKL":
+    """An unfitted AutoencoderKL: each level after the first halves the side and doubles the channels."""
+    from diffusers import AutoencoderKL
+
+    levels = config.downsample_factor.bit_length()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=config.latent_channels,
+            block_out_channels=tuple(config.base_channels * 2**level for level in range(levels)),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=8,
+            sample_size=image_size,
+        )
+
+
+def fit_autoencoder(
+    config: AutoencoderConfig,
+    pixels: NDArray[np.uint8],
+    device: torch.device | str = "cpu",
+    report: Callable[[int, float], None] = lambda step, mse: None,
+) -> tuple["AutoencoderKL", dict[str, float]]:
+    """Fit on uint8 [N, S, S, 3] by squared error and a small KL term (Rombach et al. 2022, without the adversary).
+
+    Returns the autoencoder, its measured scaling factor in its config, and {"mse", "scaling_factor"}. Batches and
+    posterior draws are functions of (seed, step).
+    """
+    model = build_autoencoder(config, pixels.shape[1]).to(device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, foreach=True)
+    schedule = one_cycle(optimizer, config.lr, config.steps)
+    mse = float("nan")
+    for step in range(config.steps):
+        batch = np.random.default_rng([config.seed, step]).integers(0, len(pixels), config.batch_size)
+        images = torch.from_numpy(to_model_range(pixels[batch])).to(device)
+        posterior = model.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(config.seed + step))
+        decoded = model.decode(posterior.mean + posterior.std * noise.to(device)).sample
+        error = (decoded - images).square().mean()
+        loss = error + config.kl_weight * posterior.kl().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        mse = float(error.detach())
+        report(step + 1, mse)
+    if not np.isfinite(mse):
+        raise UserError(
+            f"the autoencoder's error is {mse} after {config.steps} steps; lower autoencoder.lr ({config.lr})"
+        )
+    model.eval()
+    factor = measure_scaling_factor(model, pixels, config.batch_size)
+    model.register_to_config(scaling_factor=factor)
+    return model, {"mse": mse, "scaling_factor": factor}
+
+
+def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -> Any:
+    """A published or stored AutoencoderKL or AutoencoderTiny by local folder or hub id, in evaluation mode.
+
+    Raises UserError where there is none, and for one whose configuration asks for what is not supported.
+    """
+    import diffusers
+
+    if Path(location).is_dir():
+        check_folder(Path(location))
+        check_folder_headers(Path(location))
+    away = hub_is_away(location)
+    config = _load_config(location, away)
+    check_config(str(location), config)
+    make: Any = getattr(diffusers, config["_class_name"])
+    try:
+        model, loading = make.from_pretrained(
+            str(location),
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            local_files_only=away,  # this machine may have it in its cache
+        )
+        if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+            raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first.")
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ArithmeticError) as error:
+        if not Path(location).is_dir() and "does not appear to have a file named" in str(error):
+            target = str(location).rpartition("/")[2]
+            raise UserError(pickled(str(location), make.__name__, f"./{target}")) from error
+        cause = loading_failure(error, away)
+        raise _no_autoencoder(location, cause) from cause
+    return align_weights(model).to(device).eval().requires_grad_(False)
+
+
+def _load_config(location: str | Path, away: bool) -> dict[str, Any]:
+    """The diffusers configuration at a local folder or hub id; with `away` in the hub's cache. Raises UserError."""
+    from diffusers import AutoencoderKL, DiffusionPipeline
+
+    try:
+        return dict(AutoencoderKL.load_config(str(location), local_files_only=away))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        is_pipeline = False
+        with suppress(Exception):  # whatever is wrong there, the first error is the one to report
+            is_remote = not (away or Path(location).is_dir())
+            is_pipeline = is_remote and bool(DiffusionPipeline.load_config(str(location)))
+        if is_pipeline:
+            raise UserError(hub_pipeline(str(location))) from error
+        cause = loading_failure(error, away)
+        raise _no_autoencoder(location, cause) from cause
+
+
+def _no_autoencoder(location: str | Path, cause: Exception) -> UserError:
+    return UserError(
+        f"no autoencoder at {location!s}: {str(cause).splitlines()[0]} Give a hub id that this machine can reach, "
+        "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "
+        "autoencoder.pretrained, or null there to fit one on the images."
+    )
+
+
+def autoencoder_facts(model: Any) -> dict[str, Any]:
+    """Downsample factor, latent channels and scale of an AutoencoderKL or AutoencoderTiny.
+
+    The scale is `scaling_factor`, and where the configuration has them `shift_factor`, `latents_mean`, `latents_std`.
+    """
+    levels = model.config.get("block_out_channels") or model.config.encoder_block_out_channels
+    return {
+        "downsample_factor": 2 ** (len(levels) - 1),
+        "latent_channels": int(model.config.latent_channels),
+        **scale_of(model).record(),
+    }
+
+
+@torch.inference_mode()
+def encode_posterior(model: Any, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
+    """Posterior float32 [N, 2, C, h, h], mean and std, of pixels uint8 [N, S, S, 3].
+
+    AutoencoderTiny has no posterior: its latents are the mean, and the std is 0.
+    """
+    levels = torch.as_tensor(pixels).to(model.device, non_blocking=True)
+    images = levels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+    if len(images) == 1:  # PyTorch convolves a single image by another algorithm: its rounding is not that of a batch
+        images = images.expand(2, -1, -1, -1).contiguous()
+    encoded = model.encode(images.to(model.dtype))
+    tiny = hasattr(encoded, "latents")
+    mean = encoded.latents if tiny else encoded.latent_dist.mean
+    std = torch.zeros_like(mean) if tiny else encoded.latent_dist.std
+    return torch.stack([mean.float(), std.float()], dim=1)[: len(levels)]
+
+
+@torch.inference_mode()
+def encode_both_sides(
+    model: Any, batches: Iterable[tuple[Any, NDArray[np.uint8]]]
+) -> Iterator[tuple[Any, NDArray[np.float32]]]:
+    """Yield (tag, posterior float32 [N, 2, 2, C, h, h]) for each (tag, pixels uint8 [N, S, S, 3]).
+
+    The second axis is (image, mirror image), the third (mean, std). A batch's results are fetched after the next batch
+    was handed to the accelerator, so that it never waits for the host.
+    """
+    on_cuda = model.device.type == "cuda"
+    waiting: tuple[Any, Tensor, Any] | None = None
+
+    def fetched(tag: Any, posterior: Tensor, ready: Any) -> tuple[Any, NDArray[np.float32]]:
+        if ready is not None:
+            ready.synchronize()
+        return tag, posterior.numpy()
+
+    for tag, pixels in batches:
+        levels = torch.from_numpy(pixels)
+        if on_cuda:
+            levels = levels.pin_memory().to(model.device, non_blocking=True)
+        sides = [encode_posterior(model, view) for view in (levels, levels.flip(2))]
+        posterior, ready = torch.stack(sides, dim=1), None
+        if on_cuda:
+            host = torch.empty(posterior.shape, dtype=posterior.dtype, pin_memory=True)
+            posterior = host.copy_(posterior, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        if waiting is not None:
+            yield fetched(*waiting)
+        waiting = (tag, posterior, ready)
+    if waiting is not None:
+        yield fetched(*waiting)
+
+
+def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision: str) -> dict[str, float]:
+    """How far posterior means in a lower precision are from those in fp32, in standard deviations of the latter.
+
+    `model` has the weights in that precision, `exact` in fp32.
+    """
+    low = encode_posterior(model, pixels)[:, 0].cpu().double()
+    use_precision("fp32")
+    try:
+        full = encode_posterior(exact, pixels)[:, 0].cpu().double()
+    finally:
+        use_precision(precision)
+    error = (low - full) / full.std().clamp(min=torch.finfo(torch.float64).tiny)  # 0 where all latents are equal
+    return {"max": float(error.abs().max()), "rms": float(error.square().mean().sqrt())}
+
+
+@torch.inference_mode()
+def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
+    """uint8 [N, S, S, 3] of scaled latents [N, C, h, h]."""
+    return to_pixels(decode(model, latents))
+
+
+def decode(model: Any, latents: Tensor) -> Tensor:
+    """Images [N, 3, S, S] in about -1..1, in the autoencoder's dtype, of scaled latents [N, C, h, h]."""
+    images: Tensor = model.decode(scale_of(model).to_raw(latents).to(model.dtype)).sample
+    return images
+
+
+def to_pixels(images: Tensor) -> NDArray[np.uint8]:
+    """uint8 [N, S, S, 3] of images [N, 3, S, S] in -1..1; rounded without bias: truncation of 127.5 x + 128."""
+    levels = (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def measure_scaling_factor(model: Any, pixels: NDArray[np.uint8], batch_size: int) -> float:
+    """1 / standard deviation of the latents of uint8 [N, S, S, 3]: scaled latents have unit variance.
+
+    Raises UserError for latents that do not vary.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(pixels), batch_size):
+        mean, std = encode_posterior(model, pixels[start : start + batch_size]).double().unbind(1)
+        count += mean.numel()
+        total += float(mean.sum())
+        squares += float((mean.square() + std.square()).sum())
+    mean_square, mean_of_all = squares / count, total / count
+    variance = mean_square - mean_of_all**2
+    if not variance > count * np.finfo(np.float64).eps * mean_square:  # rounding may leave a little, also below 0
+        raise UserError(
+            f"the autoencoder's latents do not vary: their variance is {variance:.3g} around {mean_of_all:.3g}. "
+            "Use more steps (autoencoder.steps), a lower learning rate (autoencoder.lr), or images that differ"
+        )
+    return 1.0 / float(np.sqrt(variance))

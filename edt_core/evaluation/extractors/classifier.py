@@ -1,0 +1,119 @@
+"""A small image classifier fitted on the data set itself: the feature space of `fd_classifier`.
+
+It stands in where no published network fits the domain or none is at hand. Its Fréchet distance is never called FID.
+Legend: N images, S image side in pixels, D features, K classes.
+"""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edt_core.config import ClassifierConfig
+from edt_core.data.images import to_model_range
+from edt_core.files.small_files import read_json_object
+from edt_core.files.tensor_files import load_state
+from edt_core.training.optim import one_cycle
+
+WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
+
+
+class Classifier(nn.Module):
+    """Three convolutions of stride 2, a mean over space, D features, K logits."""
+
+    def __init__(self, num_classes: int, base_channels: int = 16, feature_dim: int = 64) -> None:
+        super().__init__()
+        self.sizes = {"num_classes": num_classes, "base_channels": base_channels, "feature_dim": feature_dim}
+        widths = [3, base_channels, 2 * base_channels, 4 * base_channels]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(4 if width % 4 == 0 else 1, width) for width in widths[1:])
+        self.features = nn.Linear(16 * widths[-1], feature_dim)
+        self.logits = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images float32 [N, 3, S, S] in -1..1 -> features [N, D] and logits [N, K]."""
+        x = images
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = F.silu(norm(convolution(x)))
+        x = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        features = self.features(x)
+        return features, self.logits(F.silu(features))
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(self.sizes, sort_keys=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Classifier":
+        model = cls(**read_json_object(folder / CONFIG))
+        load_state(model, folder / WEIGHTS)
+        return model.to(device).eval()
+
+
+@torch.inference_mode()
+def classify(model: Classifier, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Features float32 [N, D] and class probabilities float32 [N, K] of uint8 [N, S, S, 3]."""
+    images = torch.from_numpy(to_model_range(pixels)).to(next(model.parameters()).device)
+    features, logits = model(images)
+    return features.float().cpu().numpy(), logits.float().softmax(1).cpu().numpy()
+
+
+def split_holdout(num_images: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices to fit on and indices to measure on: a random split that is a function of the seed."""
+    order = np.random.default_rng([seed, num_images]).permutation(num_images)
+    held = max(1, round(num_images * fraction))
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def fit_classifier(
+    config: ClassifierConfig,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[Classifier, dict[str, float]]:
+    """Fit on uint8 [N, S, S, 3] and labels [N]; returns the classifier and its accuracy on images kept from the fit."""
+    fitted, held = split_holdout(len(pixels), config.holdout_fraction, config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Classifier(num_classes, config.base_channels, config.feature_dim).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01, foreach=True)
+    schedule = one_cycle(optimizer, config.lr, config.steps)
+    for step in range(config.steps):
+        rng = np.random.default_rng([config.seed, step])
+        batch = rng.choice(fitted, min(config.batch_size, len(fitted)), replace=False)
+        images = torch.from_numpy(to_model_range(_shifted(pixels[batch], rng))).to(device)
+        loss = F.cross_entropy(model(images)[1], torch.from_numpy(labels[batch]).to(device), label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        report(step + 1, float(loss.detach()))
+    model.eval()
+    probabilities = np.concatenate(
+        [classify(model, pixels[part])[1] for part in np.array_split(held, -(-len(held) // 256))]
+    )
+    return model, {
+        "holdout_accuracy": float((probabilities.argmax(1) == labels[held]).mean()),
+        "holdout": len(held),
+    }
+
+
+def _shifted(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The batch moved by up to a sixteenth of its side, edges repeated: features should not hang on the exact place."""
+    reach = max(1, pixels.shape[1] // 16)
+    dy, dx = rng.integers(-reach, reach + 1, 2)
+    padded = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
+    side = pixels.shape[1]
+    return padded[:, reach + dy : reach + dy + side, reach + dx : reach + dx + side]

@@ -1,0 +1,100 @@
+"""DINOv2 as a network of features, by the convention of FD-DINOv2 (Stein et al. 2023, Karras et al. 2024).
+
+Legend: N images, S image side in pixels, D features, G x G patches.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edt_core.errors import UserError
+from edt_core.evaluation.extractors.pixels import exact_fp32, images_on, on_host
+from edt_core.evaluation.extractors.weights import SOURCES
+from edt_core.files.tensor_files import check_folder_headers
+from edt_core.models.alignment import align_weights
+from edt_core.network.hub import hub_is_away, loading_failure
+
+SIDE = 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
+
+
+def to_dinov2_range(images: Tensor) -> Tensor:
+    """float32 [N, 3, 224, 224] of uint8 [N, 3, S, S]: bicubic with antialiasing, then ImageNet's mean and std.
+
+    What overshoots 0..255 stays, as Karras et al. have it.
+    """
+    resized = F.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (resized / 255 - mean) / std
+
+
+def resized_positions(positions: Tensor, grid: int) -> Tensor:
+    """Position embeddings [1, 1 + grid², D] of [1, 1 + G², D], resized as DINOv2's authors do; the class token's stays.
+
+    Their code scales by (grid + 0.1) / G (facebookresearch/dinov2, dinov2/models/vision_transformer.py), transformers
+    to `grid` exactly. The features differ, and published values of FD-DINOv2 come from the authors' code.
+    """
+    side = round((positions.shape[1] - 1) ** 0.5)
+    if side == grid:
+        return positions
+    patches = positions[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = (grid + 0.1) / side
+    patches = F.interpolate(patches, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([positions[:, :1].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+class Dinov2:
+    """The class token after the last layer norm, of images at 224 x 224 pixels."""
+
+    space = "dinov2"
+
+    def __init__(self, model: Any, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        embeddings = model.embeddings
+        positions = resized_positions(embeddings.position_embeddings.detach(), SIDE // model.config.patch_size)
+        embeddings.position_embeddings = nn.Parameter(positions)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, location: str | Path, device: torch.device | str = "cpu") -> "Dinov2":
+        """From a folder or hub id in the format of transformers, with its weights in safetensors.
+
+        Raises UserError without transformers, where there is no such model, and for a model of another kind.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            from transformers import AutoConfig, Dinov2Model
+        except ImportError as error:
+            raise UserError("DINOv2 needs transformers; pip install edt-pipeline[dinov2]") from error
+        place, away = str(location), hub_is_away(location)
+        local = away or Path(location).is_dir()  # the hub's cache on this machine may have it
+        try:
+            if Path(location).is_dir():
+                check_folder_headers(Path(location))
+            kind = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=False).model_type
+            if kind != "dinov2":
+                raise ValueError(f"it is a {kind}")
+            load: Any = Dinov2Model.from_pretrained
+            model, loading = load(
+                place, local_files_only=local, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            if missing := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
+                raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first")
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+            cause = loading_failure(error, away)
+            reason = (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
+            raise UserError(f"no DINOv2 at {place}: {reason}. Needed are {SOURCES['dinov2']}") from error
+        return cls(align_weights(model), device)
+
+    def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
+        """uint8 [N, S, S, 3] -> features [N, D]; D is 1024 for DINOv2 large."""
+        images = images_on(self.device, pixels)
+        with exact_fp32(self.device):
+            tokens = self.model(pixel_values=to_dinov2_range(images)).last_hidden_state
+            return on_host({"features": tokens[:, 0]})

@@ -1,0 +1,128 @@
+"""MDTv2, the Masked Diffusion Transformer (arXiv 2303.14389, version 2): an encoder with long skips, and a decoder.
+
+In the masked pass of training the encoder sees some of the tokens, and the side-interpolater, a block of its own, fills
+in the others before the decoder. Sampling has no use for it.
+
+Legend: N = batch, M = masked rows of it, C = latent channels, h = side of the latents, n = grid side, T = n² tokens,
+k = tokens that are kept, D = width, K = width of the conditioning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from edt_core.models.attention import Attention, Block, RelativePositionBias
+from edt_core.models.base import DiffusionTransformer
+from edt_core.models.config import MDTv2Config
+from edt_core.models.kernels import TokenLinear
+from edt_core.models.layers import FinalLayer, patches_to_image
+from edt_core.models.masking import check_masks
+from edt_core.models.positions import sincos_position_embedding
+
+_SPARE_ROWS = 3  # of the bias table, for pairs with a class token, which there is none of
+
+
+class TableAndIndex(RelativePositionBias):
+    """The bias as published checkpoints hold it: with rows to spare, and the index [T, T] of all pairs."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, grid: int, num_heads: int) -> None:
+        super().__init__(grid, num_heads)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(self.span**2 + _SPARE_ROWS, num_heads))
+        self.register_buffer("relative_position_index", self.pairs(torch.arange(grid**2)))
+
+
+class SkipBlock(Block):
+    """A block whose input is joined with that of a long skip."""
+
+    def __init__(self, attention: Attention, cond_dim: int, mlp_ratio: float) -> None:
+        super().__init__(attention, cond_dim, mlp_ratio)
+        dim = attention.proj.in_features
+        self.skip_linear = TokenLinear(2 * dim, dim)
+
+    def forward(self, x: Tensor, c: Tensor, kept: Tensor | None, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """Join and mix: x and skip [N, T, D], c [N, K] -> [N, T, D]."""
+        return super().forward(self.skip_linear(torch.cat([x, skip], dim=-1)), c, kept)
+
+
+class MDTv2(DiffusionTransformer):
+    """See `DiffusionTransformer`. Its mask: the indices of the tokens that are kept, int64 [M, k]."""
+
+    config: MDTv2Config
+
+    def __init__(self, config: MDTv2Config) -> None:
+        super().__init__(config)
+        half = (config.depth - config.decode_depth) // 2
+        self.pos_embed = nn.Parameter(sincos_position_embedding(config.dim, config.grid))  # trained, unlike DiT's
+        self.en_inblocks = nn.ModuleList(_block(config, Block) for _ in range(half))
+        self.en_outblocks = nn.ModuleList(_block(config, SkipBlock) for _ in range(half))
+        self.de_blocks = nn.ModuleList(_block(config, SkipBlock) for _ in range(config.decode_depth))
+        self.sideblocks = nn.ModuleList([_block(config, Block)])
+        self.final_layer = FinalLayer(config.dim, config.patch_size**2 * config.out_channels, config.dim)
+        self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(config.dim, config.grid))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.finish()
+
+    def initialize_weights(self) -> None:
+        """As DiT, and a small random mask token."""
+        super().initialize_weights()
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def masking_parameters(self) -> Iterator[nn.Parameter]:
+        """The side-interpolater's."""
+        yield from self.sideblocks.parameters()
+        yield self.mask_token
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
+        """Noise and variance [N, 2C, h, h] of latents x [N, C, h, h] at timesteps t [N] for labels y [N]."""
+        self.check_inputs(x, t, y)
+        image = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        if masks is None:
+            x = self._encode(image, c) + self.decoder_pos_embed
+        else:
+            check_masks(self.config, masks, x.shape[0])
+            x = self._encode_masked(image, c, masks[0])
+        for block in self.de_blocks:
+            x = self.run_block(block, x, c, None, image)
+        return patches_to_image(self.final_layer(x, c), self.config.grid, self.config.patch_size)
+
+    def _encode_masked(self, image: Tensor, c: Tensor, kept: Tensor) -> Tensor:
+        """The decoder's input [N, T, D]: the last M rows are encoded from the tokens that are kept, int64 [M, k]."""
+        whole = len(image) - len(kept)
+        places = kept.unsqueeze(-1).expand(-1, -1, image.shape[-1])
+        encoded = self._encode(image[whole:].gather(1, places), c[whole:], kept)
+        masked = self._interpolate(encoded, c[whole:], places)
+        if whole == 0:
+            return masked
+        return torch.cat([self._encode(image[:whole], c[:whole]) + self.decoder_pos_embed, masked])
+
+    def _encode(self, x: Tensor, c: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The encoder on all tokens, or on those that are kept: [N, k, D] -> [N, k, D]."""
+        skips = []
+        for block in self.en_inblocks:
+            x = self.run_block(block, x, c, kept)
+            skips.append(x)
+        for block in self.en_outblocks:
+            x = self.run_block(block, x, c, kept, skips.pop())
+        return x
+
+    def _interpolate(self, x: Tensor, c: Tensor, places: Tensor) -> Tensor:
+        """All tokens from those kept, x [M, k, D] at places [M, k, D]: -> [M, T, D].
+
+        The side-interpolater sees the mask token where none was kept; what was kept passes by it.
+        """
+        size = (x.shape[0], self.decoder_pos_embed.shape[1], x.shape[-1])
+        filled = self.mask_token.to(x.dtype).expand(size).scatter(1, places, x) + self.decoder_pos_embed
+        is_kept = torch.zeros(size, dtype=torch.bool, device=x.device).scatter(1, places, True)
+        (side,) = self.sideblocks
+        return torch.where(is_kept, filled, self.run_block(side, filled, c))
+
+
+def _block(config: MDTv2Config, kind: type[Block]) -> Block:
+    bias = TableAndIndex(config.grid, config.num_heads)
+    return kind(Attention(config.dim, config.num_heads, config.grid, bias), config.dim, config.mlp_ratio)

@@ -1,0 +1,316 @@
+"""An EDT as a diffusers pipeline: the folder that is registered, pulled, and loaded elsewhere.
+
+`EDTPipeline.from_pretrained(folder)`, or `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder,
+trust_remote_code=True)`.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from edt_core.autoencoders.autoencoder import decode, to_pixels
+from edt_core.config import ChainConfig
+from edt_core.data.scale import LatentScale, scale_of
+from edt_core.errors import UserError
+from edt_core.models import DiffusionTransformer, ModelConfig, build_model
+from edt_core.models.alignment import align_weights
+from edt_core.sampling.pipeline_options import (
+    PROTOCOL,
+    CallNoise,
+    call_chain,
+    call_noise,
+    chain_config,
+    check_output_type,
+)
+from edt_core.sampling.sampler import LatentSampler, checked_labels
+from edt_core.sampling.schedulers import (
+    Generators,
+    SchedulerChain,
+    check_scheduler,
+    is_training_scheduler,
+    training_scheduler,
+)
+
+__all__ = ["PROTOCOL", "EDTPipeline", "EDTPipelineOutput", "EDTTransformer", "chain_config", "save_pipeline"]
+
+_PIPELINE_FILE = "pipeline.py"
+# Of an import statement diffusers would say to run "pip install edt_core", and that is no name of this package.
+_PIPELINE_CODE = '''"""The class of this folder."""
+
+import importlib
+
+try:
+    EDTPipeline = importlib.import_module("edt_core.sampling.diffusers_pipeline").EDTPipeline
+except ModuleNotFoundError as error:
+    if error.name != "edt_core":
+        raise
+    message = "this pipeline is a class of the package edt-pipeline; install its wheel (edt_pipeline-*.whl)"
+    raise ImportError(message) from error
+
+__all__ = ["EDTPipeline"]
+'''
+_OURS = "edt_core.sampling.diffusers_pipeline"  # in every version of that file
+
+
+class EDTTransformer(ModelMixin, ConfigMixin):
+    """A model that diffusers can store: its ModelConfig as the diffusers config, its weights below `edt.`.
+
+    Loaded or moved with a dtype, all weights have that dtype, and so do the position embeddings that are added to
+    activations: a sum with float32 ones would be float32. What must be exact is computed in float32 at each call
+    whatever the dtype: the embedding of the timestep, and the matrix of attention modulation.
+    """
+
+    # diffusers would otherwise take the file's tensors as they are where the first one has the dtype of the model's,
+    # and that is a buffer: weights would keep the file's dtype.
+    _supports_param_buffer_assignment = False
+
+    @register_to_config
+    def __init__(self, edt_config: dict[str, Any]) -> None:
+        super().__init__()
+        self.edt = build_model(ModelConfig.from_dict(edt_config))
+        # diffusers sets the default dtype to the one asked for, which parameters have and buffers do not.
+        self.edt.to(next(self.edt.parameters()).dtype)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """latents [N, C, h, h], timesteps [N], labels [N] -> noise and variance [N, 2C, h, h]."""
+        output: Tensor = self.edt(x, t, y)
+        return output
+
+
+@dataclass
+class EDTPipelineOutput(BaseOutput):
+    """`images` by `output_type`, N of them with S pixels a side:
+
+    "pil": PIL images. "np": float32 [N, S, S, 3] in 0..1. "pt": a tensor [N, 3, S, S] in 0..1, in the autoencoder's
+    dtype. "latent": the latents before the decoder, float32 [N, C, h, h], on the model's scale (about unit variance);
+    the autoencoder's own are these divided by its scaling_factor, see `edt_core.data.scale`.
+    """
+
+    images: list[Image.Image] | NDArray[np.float32] | Tensor
+
+
+class EDTPipeline(DiffusionPipeline):
+    """Class labels -> images, with the sampler the model was evaluated with.
+
+    With the scheduler that it was written with, a pipeline samples by `protocol` and its `sampler`. Any other supported
+    scheduler of diffusers that is assigned takes the sampler's place. One that does not fit the model is refused.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        transformer: EDTTransformer,
+        vae: AutoencoderKL | AutoencoderTiny,
+        scheduler: Any,
+        classes: list[str] | None = None,
+        protocol: dict[str, Any] | None = None,
+        class_counts: list[int] | None = None,
+        latent_scale: dict[str, Any] | None = None,
+        num_timesteps: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_scale(vae, latent_scale)
+        timesteps = int(scheduler.config.num_train_timesteps if num_timesteps is None else num_timesteps)
+        if not is_training_scheduler(scheduler, timesteps):
+            check_scheduler(scheduler, timesteps)
+        align_weights(transformer)  # diffusers maps their files
+        align_weights(vae)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        # A folder of an older version has fewer fields; they get the values that were fixed then.
+        kept = chain_config(protocol or {}).model_dump(mode="json")
+        counts = None if class_counts is None else list(class_counts)
+        self.register_to_config(
+            classes=list(classes or []), protocol=kept, class_counts=counts, num_timesteps=timesteps
+        )
+        if latent_scale is not None:
+            self.register_to_config(latent_scale=dict(latent_scale))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign; raises UserError for a scheduler that cannot sample from the model."""
+        if name == "scheduler" and name in self.__dict__:
+            self._check_scheduler(value)
+        super().__setattr__(name, value)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All that the constructor takes: the modules, and what else makes the same pictures."""
+        known = ("classes", "protocol", "class_counts", "latent_scale", "num_timesteps")
+        return {**super().components, **{name: self.config[name] for name in known if name in self.config}}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        *,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        seed: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **protocol: Any,
+    ) -> EDTPipelineOutput | tuple[Any]:
+        """One image a label. Noise i is a function of (seed, i) alone, and image i of that and its label.
+
+        The noise is equal to the last bit whatever else is in the call. The image is so up to rounding: kernels round
+        by the size of the batch, which changes single values of an image by a level of 255.
+
+        `protocol`: fields of ChainConfig, as sampler, cfg_scale or amm_blocks; what is not given is as the model was
+        evaluated. diffusers' names are taken too: `num_inference_steps` for num_sampling_steps, `guidance_scale` for
+        cfg_scale (up to 1 is no guidance).
+        Noise is that of `seed`, 0 unless given; or drawn from `generator`, a torch.Generator or a list with one for
+        each image; `latents` [N, C, h, h] are what the chain starts from in place of noise.
+        `output_type` is "pil", "np", "pt" or "latent", see `EDTPipelineOutput`; with return_dict=False the images come
+        as a tuple of one.
+        Raises UserError, a ValueError, for labels that the model does not have, for options that do not exist, do not
+        fit or contradict each other, and for results that are not finite.
+        """
+        check_output_type(output_type)
+        chain = call_chain(self.config.protocol, guidance_scale, num_inference_steps, protocol)
+        sampler = self._sampler(chain)
+        given = class_labels.cpu().numpy() if isinstance(class_labels, Tensor) else np.asarray(class_labels)
+        labels = checked_labels(given, given.size, sampler.model.config.num_classes)
+        noise = call_noise(seed, generator, latents, (len(labels), *sampler.latent_shape), sampler.device)
+        solver = self._solver(chain, noise, "sampler" in protocol)
+        with self.progress_bar(total=chain.num_sampling_steps if solver is None else len(solver)) as bar:
+            sampled = sampler.from_noise(labels, noise, range(len(labels)), lambda _done, _all: bar.update(), solver)
+        images = self._images(sampled, output_type)
+        self.maybe_free_model_hooks()
+        return EDTPipelineOutput(images=images) if return_dict else (images,)
+
+    def _sampler(self, chain: ChainConfig) -> LatentSampler:
+        device = self._execution_device
+        if device.type == "meta":
+            raise UserError(
+                "the weights of this pipeline are on the device meta, which holds no values; load it again with "
+                "EDTPipeline.from_pretrained"
+            )
+        # The transformer is called, and not the model within it: it may be compiled, or have hooks that move it.
+        timesteps = self.config.num_timesteps
+        return LatentSampler(self.transformer.edt, chain, timesteps, network=self.transformer, device=device)
+
+    def _solver(self, chain: ChainConfig, noise: CallNoise, sampler_given: bool) -> SchedulerChain | None:
+        """The chain of a scheduler that was assigned; None where it is the one that means our samplers."""
+        self._check_scheduler(self.scheduler)  # its configuration may have been changed since
+        if is_training_scheduler(self.scheduler, self.config.num_timesteps):
+            return None
+        if sampler_given:
+            raise UserError(
+                f"sampler is {chain.sampler!r}, but the pipeline was given a {type(self.scheduler).__name__}, which "
+                "takes its place; leave the option out, or load the pipeline again for its own scheduler"
+            )
+        return SchedulerChain(self.scheduler, chain.num_sampling_steps, noise.device, noise.generators())
+
+    def _check_scheduler(self, scheduler: Any) -> None:
+        if not is_training_scheduler(scheduler, self.config.num_timesteps):
+            check_scheduler(scheduler, self.config.num_timesteps)
+
+    def _images(self, latents: Tensor, output_type: str) -> list[Image.Image] | NDArray[np.float32] | Tensor:
+        if output_type == "latent":
+            return latents
+        decoded = decode(self.vae, latents)
+        if not torch.isfinite(decoded).all():
+            raise UserError(
+                f"the autoencoder decodes to numbers that are not finite in {decoded.dtype}; use more range: "
+                "pipeline.vae.to(torch.float32) or torch.bfloat16"
+            )
+        if output_type == "pil":
+            return [Image.fromarray(pixels) for pixels in to_pixels(decoded)]
+        images = (decoded / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array: NDArray[np.float32] = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        return array
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the folder as diffusers does, with its `pipeline.py` and without the places it was loaded from.
+
+        Raises UserError where a `pipeline.py` of somebody else is there.
+        """
+        file = Path(save_directory) / _PIPELINE_FILE
+        if file.exists() and _OURS not in file.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{file} is another program, and the pipeline writes its own there; save to another folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(_PIPELINE_CODE, encoding="utf-8")  # what custom_pipeline=folder imports
+        with _without_origin([self, self.transformer, self.vae, self.scheduler]):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: raises UserError. Attention reads weights of layers that it does not call."""
+        raise UserError(
+            "enable_sequential_cpu_offload is not supported by this pipeline; use enable_model_cpu_offload, which "
+            "moves the transformer and the autoencoder as wholes"
+        )
+
+
+@contextmanager
+def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
+    """Within, the configurations do not say from where diffusers loaded them: a path of this machine."""
+    modules = [getattr(part, "_orig_mod", part) for part in parts]  # of what is compiled
+    before = [module._internal_dict for module in modules]
+    try:
+        for module, config in zip(modules, before, strict=True):
+            module._internal_dict = FrozenDict({name: v for name, v in config.items() if name != "_name_or_path"})
+        yield
+    finally:
+        for module, config in zip(modules, before, strict=True):
+            module._internal_dict = config
+
+
+def _check_scale(vae: AutoencoderKL | AutoencoderTiny, trained: Mapping[str, Any] | None) -> None:
+    """Raise UserError unless the latents of a model are centred as its autoencoder's configuration says.
+
+    `trained` is what `save_pipeline` wrote of that. Folders of versions that ignored it have nothing.
+    """
+    scale = scale_of(vae)
+    if LatentScale.of({**(trained or {}), "scaling_factor": scale.scaling_factor}) == scale:
+        return
+    if trained is None:
+        raise UserError(
+            f"the autoencoder of this pipeline has {scale.beyond_factor()}, which the version that trained the model "
+            "ignored: decoded with it, its images would be wrong. Remove these settings from vae/config.json to "
+            "decode as the model was trained, or train it again"
+        )
+    raise UserError(
+        f"the model was trained on latents with {dict(trained)}, and the autoencoder of this pipeline has "
+        f"{scale.record()}; use the autoencoder of its training"
+    )
+
+
+def save_pipeline(
+    folder: Path,
+    edt: DiffusionTransformer,
+    vae: AutoencoderKL | AutoencoderTiny,
+    *,
+    num_timesteps: int,
+    classes: Sequence[str],
+    protocol: dict[str, Any],
+    class_counts: Sequence[int] | None = None,
+) -> None:
+    """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and how the model was sampled.
+
+    `class_counts` [K]: images of each class in the training, where that is known.
+    """
+    transformer = EDTTransformer(edt_config=edt.built_config.to_dict())
+    transformer.edt.load_state_dict(edt.state_dict())
+    counts = None if class_counts is None else list(class_counts)
+    scale = scale_of(vae)
+    centred = None if scale.is_plain else scale.record()
+    scheduler = training_scheduler(num_timesteps)
+    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred, num_timesteps)
+    pipeline.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,232 @@
+"""The one way from a model and a chain's configuration to latents, for jobs, pipelines and benchmarks alike.
+
+Shapes: N samples, C latent channels, h side of the latents.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edt_core.config import ChainConfig
+from edt_core.diffusion import SampleNoise, guided, linear_schedule, sample, sampling_schedule
+from edt_core.diffusion.guidance import ClassModel
+from edt_core.diffusion.sampling import ModelFn, SwitchedModel
+from edt_core.errors import UserError
+from edt_core.models import DiffusionTransformer, ModelConfig, paper_amm_blocks
+from edt_core.models.weight_memo import constant_weights
+
+
+class SamplesNotFiniteError(UserError):
+    """A chain came out as infinity or not-a-number."""
+
+
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+# (model function, start [N, C, h, h] float32, progress) -> latents, in place of the chain's own sampler
+Solver = Callable[[ModelFn | SwitchedModel, Tensor, Progress | None], Tensor]
+
+
+class Noise(Protocol):
+    """Where a chain starts, and the noises of its steps, float32 [N, C, h, h] each: a `SampleNoise`, for example."""
+
+    def initial(self) -> Tensor:
+        """The chain's start."""
+
+    def ahead(self, count: int) -> AbstractContextManager[Callable[[int], Tensor]]:
+        """The noises of steps 0..count - 1, asked for in order."""
+
+
+class LatentSampler:
+    """A model bound to a chain: labels and indices -> latents.
+
+    With a `guide` the model is pushed away from that weaker model instead of from its own prediction without a label;
+    the guide's attention is never modulated. Both models are put into evaluation mode.
+    `network` is what is called in place of the model: the same one compiled, or with hooks. It computes on `device`,
+    by default where the model's weights are.
+    Raises UserError where the chain, the model and the guide do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionTransformer,
+        chain: ChainConfig,
+        num_timesteps: int,
+        guide: DiffusionTransformer | None = None,
+        *,
+        network: ClassModel | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.model, self.guide, self.chain = model, guide, chain
+        self.network: ClassModel = model if network is None else network
+        self._device = device
+        _check_guidance(chain, model.config, num_timesteps)
+        self.growth = None if chain.cfg_power is None else (chain.cfg_power, num_timesteps)
+        if guide is not None:
+            _check_guide(chain, model, guide)
+        full = linear_schedule(num_timesteps)
+        self.schedule = sampling_schedule(full, chain.num_sampling_steps, chain.sampler)
+        self.amm_blocks = resolved_amm_blocks(chain, model.built_config)
+        self._set_modes()
+
+    def __call__(
+        self,
+        labels: Sequence[int] | NDArray[np.int64],
+        seed: int,
+        indices: Sequence[int] | NDArray[np.int64],
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Scaled latents of the samples of these labels and indices, float32 [N, C, h, h] on the model's device.
+
+        A sample's noise is a function of (seed, index). progress(done, total) is called after each step of the chain.
+        Raises UserError for labels that the model does not have, SamplesNotFiniteError for a result that is no number.
+        """
+        indices = [int(index) for index in indices]
+        noise = SampleNoise(seed, indices, self.latent_shape, self.device)
+        return self.from_noise(labels, noise, indices, progress)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """The shape of one sample, (C, h, h)."""
+        config = self.model.config
+        return config.in_channels, config.latent_size, config.latent_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the chain runs."""
+        return next(self.model.parameters()).device if self._device is None else self._device
+
+    def from_noise(
+        self,
+        labels: Sequence[int] | NDArray[np.int64],
+        noise: Noise,
+        indices: Sequence[int],
+        progress: Progress | None = None,
+        solver: Solver | None = None,
+    ) -> Tensor:
+        """As calling the sampler, from any noise; the indices are only named in errors. A solver replaces the chain."""
+        y = torch.from_numpy(checked_labels(labels, len(indices), self.model.config.num_classes)).to(self.device)
+        self._set_modes()
+        # Nothing of the chain itself is autocast. The outer context is there for its end alone, which is when copies of
+        # the weights in bf16 are thrown away: without it they would be made anew at each step.
+        with constant_weights(), self._autocast(), torch.autocast(self.device.type, enabled=False):
+            latents = self._run(y, noise, progress, solver)
+        _check_finite(latents, indices)
+        return latents
+
+    def _run(self, y: Tensor, noise: Noise, progress: Progress | None, solver: Solver | None) -> Tensor:
+        chain = self.chain
+        model_fn = guided(
+            self._computed(self.network, self.model),
+            y,
+            self.model.config.num_classes,
+            chain.cfg_scale,
+            chain.guidance_channels,
+            interval=chain.guidance_interval,
+            growth=self.growth,
+            guide=None if self.guide is None else self._computed(self.guide, self.guide),
+        )
+        initial = noise.initial()
+        if solver is not None:
+            return solver(model_fn, initial, progress)
+        if chain.sampler != "ancestral":
+            return sample(model_fn, initial, self.schedule, chain.sampler, progress=progress)
+        with noise.ahead(self.schedule.num_timesteps - 1) as coming:  # the last step takes none
+            return sample(model_fn, initial, self.schedule, noise=coming, progress=progress)
+
+    def _computed(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
+        """The network in the chain's precision; weights that are not float32 take latents of their own dtype."""
+        dtype = next(model.parameters()).dtype
+
+        def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with self._autocast():
+                output: Tensor = network(x.to(dtype), t, y)
+            return output
+
+        return call
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.chain.precision == "bf16")
+
+    def _set_modes(self) -> None:
+        """Evaluation mode, and the chain's AMM: another sampler of the same model may have set its own."""
+        kernel, radius = self.chain.amm_kernel, self.chain.amm_radius
+        if self.chain.amm_blocks == "model" and radius is None:
+            radius = self.model.built_config.amm_radius
+        self.model.eval().set_amm(self.amm_blocks, radius=radius, kernel=kernel)
+        if self.guide is not None:
+            self.guide.eval().set_amm(())
+
+
+def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ...]:
+    """The blocks whose attention is modulated: those given, the published ones for model and guidance, or the model's.
+
+    Raises UserError for 'paper' where no placement is published.
+    """
+    if chain.amm_blocks == "model":
+        return model.amm_blocks
+    if chain.amm_blocks == "paper":
+        return paper_amm_blocks(model.name, chain.cfg_scale, model.image_size)
+    return chain.amm_blocks
+
+
+def _check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -> None:
+    channels, interval = chain.guidance_channels, chain.guidance_interval
+    if chain.cfg_scale != 1.0 and channels is not None and channels > model.in_channels:
+        raise UserError(
+            f"guidance_channels is {channels}, but the latents of {model.name} have {model.in_channels} channels; "
+            f"use up to {model.in_channels}, or null for all"
+        )
+    if interval is not None and interval[0] >= num_timesteps:
+        raise UserError(
+            f"guidance_interval {list(interval)} begins after the last timestep: the model was trained with "
+            f"0..{num_timesteps - 1}; begin below that, or use cfg_scale 1 for no guidance"
+        )
+
+
+def _check_guide(chain: ChainConfig, model: DiffusionTransformer, guide: DiffusionTransformer) -> None:
+    if guide is model:
+        raise UserError(f"the guide is {model.config.name} itself, which does nothing; give a weaker model as guide")
+    if chain.cfg_scale == 1.0:
+        raise UserError("a guide with cfg_scale 1 does nothing; set cfg_scale above 1, or leave the guide out")
+    ours, theirs = _interface(model.config), _interface(guide.config)
+    if ours != theirs:
+        raise UserError(
+            f"the guide {guide.config.name} takes {theirs}, but {model.config.name} takes {ours}; "
+            "use a guide that was trained on the same latents and classes"
+        )
+
+
+def _interface(config: ModelConfig) -> str:
+    side = config.latent_size
+    return f"latents of {config.in_channels} x {side} x {side} and {config.num_classes} classes"
+
+
+def checked_labels(labels: Sequence[int] | NDArray[np.int64], count: int, num_classes: int) -> NDArray[np.int64]:
+    """Labels as int64 [count]. Raises UserError."""
+    given = np.asarray(labels)
+    if given.size == 0 or given.ndim != 1 or given.dtype.kind not in "iu":
+        raise UserError(
+            f"class labels {given.tolist()}: the model has 0..{num_classes - 1}; give a list of at least one"
+        )
+    wrong = given[(given < 0) | (given >= num_classes)]
+    if wrong.size:
+        raise UserError(f"class labels {wrong[:10].tolist()}: the model has 0..{num_classes - 1}")
+    if len(given) != count:
+        raise UserError(f"{len(given)} class labels for {count} samples; give one label for each index")
+    return given.astype(np.int64)
+
+
+def _check_finite(latents: Tensor, indices: Sequence[int]) -> None:
+    """Raises SamplesNotFiniteError. The host waits for the device here, and nowhere before in a chain."""
+    finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
+    bad = [index for index, good in zip(indices, finite, strict=True) if not good]
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise SamplesNotFiniteError(
+            f"{len(bad)} of {len(indices)} samples ({shown}) are not finite: the model predicts no numbers for them; "
+            "try precision fp32, a lower cfg_scale, or another checkpoint"
+        )

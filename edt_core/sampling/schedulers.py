@@ -1,0 +1,130 @@
+"""Schedulers of diffusers in a pipeline: the one a folder is written with, and others that a user may assign.
+
+The one it is written with means the samplers of this package. Any other one runs its own chain here.
+Shapes: N samples, C latent channels, h side of the latents.
+"""
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from edt_core.diffusion import linear_schedule
+from edt_core.diffusion.equations import split_output
+from edt_core.diffusion.sampling import METHODS, ModelFn, SwitchedModel
+from edt_core.errors import UserError
+from edt_core.sampling.sampler import Progress
+
+# Each of these is tested. All predict from epsilon and draw noise, if any, from the generator of a call.
+SUPPORTED = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+_SAMPLERS = ", ".join(map(repr, METHODS))
+_LEARNED = ("learned", "learned_range")
+_TOLERANCE = 1e-4  # of alphas_cumprod: diffusers computes it in float32, by one of several formulas
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def training_scheduler(num_timesteps: int) -> DDPMScheduler:
+    """The scheduler that a pipeline is written with: the noise schedule of the training, for diffusers."""
+    return DDPMScheduler(
+        num_train_timesteps=num_timesteps,
+        beta_schedule="linear",
+        beta_start=0.0001 * 1000 / num_timesteps,
+        beta_end=0.02 * 1000 / num_timesteps,
+        variance_type="learned_range",
+        clip_sample=False,
+    )
+
+
+def is_training_scheduler(scheduler: Any, num_timesteps: int) -> bool:
+    """Whether a scheduler is that of `training_scheduler`: then a pipeline samples by its own samplers."""
+    if type(scheduler) is not DDPMScheduler:
+        return False
+    return all(scheduler.config.get(name) == value for name, value in _training_config(num_timesteps).items())
+
+
+@lru_cache(maxsize=16)
+def _training_config(num_timesteps: int) -> dict[str, Any]:
+    return {name: value for name, value in training_scheduler(num_timesteps).config.items() if name[0] != "_"}
+
+
+def check_scheduler(scheduler: Any, num_timesteps: int) -> None:
+    """Raise UserError for a scheduler that cannot sample from a model of this training."""
+    name = type(scheduler).__name__
+    config = getattr(scheduler, "config", {})
+    problem = None
+    if name not in SUPPORTED:
+        problem = f"it is not one of {', '.join(SUPPORTED)}"
+    elif config.get("prediction_type") != "epsilon":
+        problem = f"its prediction_type is {config.get('prediction_type')!r}, and the model predicts 'epsilon'"
+    elif on := [field for field in ("clip_sample", "thresholding") if config.get(field)]:
+        problem = f"{on[0]} is True, and latents have no fixed range: they would be cut off"
+    elif not _has_schedule_of(scheduler, num_timesteps):
+        problem = f"its noise schedule is not the linear one of {num_timesteps} timesteps that the model was trained on"
+    if problem is not None:
+        raise UserError(
+            f"{name} cannot sample from this model: {problem}. Make it from the pipeline's own, "
+            f"SCHEDULER.from_config(pipeline.scheduler.config), or leave the scheduler and choose by the option "
+            f"sampler, one of {_SAMPLERS}: pipeline(labels, sampler='dpmsolver++')"
+        )
+
+
+def _has_schedule_of(scheduler: Any, num_timesteps: int) -> bool:
+    expected = linear_schedule(num_timesteps).alphas_cumprod
+    given = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
+    return given.shape == expected.shape and np.allclose(given, expected, rtol=_TOLERANCE, atol=0)
+
+
+class SchedulerChain:
+    """One chain of a scheduler of diffusers, a `Solver` of `LatentSampler.from_noise`.
+
+    It has a copy of the scheduler, which stays as it is. Schedulers with noise draw it from `generator`: one for the
+    batch, or one for each sample.
+    """
+
+    def __init__(self, scheduler: Any, num_steps: int, device: torch.device, generator: Generators) -> None:
+        self._generator = generator
+        self._takes_variance = scheduler.config.get("variance_type") in _LEARNED and type(scheduler) is DDPMScheduler
+        # DPM's solvers, which use no learned variance, would cut the noise to three channels to be rid of it.
+        unused = "variance_type" in scheduler.config and type(scheduler) is not DDPMScheduler
+        self._scheduler = type(scheduler).from_config(scheduler.config, **({"variance_type": None} if unused else {}))
+        self._scheduler.set_timesteps(num_steps, device=device)
+
+    def __len__(self) -> int:
+        return len(self._scheduler.timesteps)
+
+    def __call__(self, model_fn: ModelFn | SwitchedModel, initial: Tensor, progress: Progress | None = None) -> Tensor:
+        """Latents, float32 [N, C, h, h], of standard normal noise [N, C, h, h].
+
+        A DDPMScheduler that asks for the model's learned variance gets it.
+        """
+        scheduler = self._scheduler
+        drawn = "generator" in inspect.signature(scheduler.step).parameters
+        known = {"generator": self._generator} if drawn else {}
+        x = initial.float() * scheduler.init_noise_sigma
+        for done, t in enumerate(scheduler.timesteps, start=1):
+            model_at = model_fn.at(float(t)) if isinstance(model_fn, SwitchedModel) else model_fn
+            output = model_at(scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)))
+            eps, v = split_output(output, x.shape[1])
+            predicted = torch.cat([eps, v], dim=1) if self._takes_variance else eps
+            x = scheduler.step(predicted, t, x, return_dict=False, **known)[0]
+            if progress is not None:
+                progress(done, len(self))
+        return x

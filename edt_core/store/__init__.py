@@ -1,0 +1,1 @@
+"""Folders and object stores, digests, manifests, and the artifacts made of them."""

@@ -1,0 +1,378 @@
+"""Artifacts: files and the manifest that makes them trustworthy.
+
+A step writes its files into an attempt folder and `manifest.json` last. A reader trusts nothing that no manifest names.
+While a step is under way each finished file has a journal entry (`.journal/<name>.json`, with bytes and sha256), so
+that a later attempt at the same fingerprint can take over what was finished.
+
+Opening an artifact compares names and sizes with one listing. Digests are compared by `problems(deep=True)` where the
+files lie, by `verify_once` once on each node, and whenever a remote file is downloaded.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edt_core.environment import code_version, environment, utc
+from edt_core.errors import UserError
+from edt_core.files.small_files import UnusableFileError, parse_json, read_json
+from edt_core.printing.redaction import redacted_values
+from edt_core.progress import Progress, Silent
+from edt_core.store.digests import compare_digests, compare_sizes, damaged, difference, digest_once, listing
+from edt_core.store.folder import Folder, in_threads, is_hidden, is_staged, sha256_file
+from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.manifest import (
+    FileEntry,
+    Manifest,
+    ManifestError,
+    canonical_json,
+    check_name,
+    fingerprint,
+    sha256_json,
+)
+
+if TYPE_CHECKING:
+    from edt_core.config import SourceConfig
+
+__all__ = [
+    "Artifact",
+    "ArtifactWriter",
+    "FileEntry",
+    "Manifest",
+    "ManifestError",
+    "Source",
+    "canonical_json",
+    "check_name",
+    "fingerprint",
+    "sha256_json",
+]
+
+JOURNAL = ".journal"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a pipeline starts from and has not made: where it is, what is in it, and for images how they are listed.
+
+    `images`: how many were listed, where that is known.
+    """
+
+    location: str
+    fingerprint: str
+    selection: "SourceConfig | None" = None
+    images: int | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact: its folder and its manifest."""
+
+    folder: Folder
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, location: str | Folder) -> "Artifact":
+        """An artifact by its manifest alone; its files are not looked at. Raises ManifestError."""
+        folder = location if isinstance(location, Folder) else Folder.at(location)
+        try:
+            text = folder.read_bytes(MANIFEST_NAME)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ManifestError(
+                f"{folder.uri} has no {MANIFEST_NAME}: it is not an artifact, or its step never finished"
+            ) from error
+        except UnusableFileError as error:
+            raise ManifestError(f"{error}; or remove it and run the step again") from error
+        return cls(folder, Manifest.from_json(text, f"{folder.uri}/{MANIFEST_NAME}"))
+
+    @classmethod
+    def open(cls, location: str | Folder) -> "Artifact":
+        """Open a committed artifact and check that its files, and no others, are there with the bytes stated.
+
+        Raises ManifestError if there is no manifest, it is not whole, or a file is missing, of another size, or extra.
+        """
+        artifact = cls.read(location)
+        if problems := artifact.problems():
+            raise damaged(artifact.folder, problems)
+        return artifact
+
+    @property
+    def data(self) -> Folder:
+        return self.folder.child(self.manifest.attempt)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        return self.manifest.counts
+
+    def entries(self, pattern: str = "*") -> list[FileEntry]:
+        """Files whose name matches, in order of name."""
+        return sorted((f for f in self.manifest.files if fnmatch(f.path, pattern)), key=lambda f: f.path)
+
+    def path(self, name: str) -> Path:
+        """A file as a local path, from this node's cache if the store is remote. Raises ManifestError as `paths`."""
+        found = [entry for entry in self.manifest.files if entry.path == name]
+        if not found:
+            raise ManifestError(f"{self.folder.uri} lists no file {name!r}")
+        return self._in_place(found) / name
+
+    def paths(self, pattern: str = "*", progress: Progress | None = None) -> list[Path]:
+        """Matching files as local paths, in order of name.
+
+        Of a remote store, what this node's cache has not is downloaded, in parallel, and verified on the way: raises
+        ManifestError where bytes differ from the manifest, UserError where the cache cannot hold them.
+        """
+        entries = self.entries(pattern)
+        root = self._in_place(entries, progress)
+        return [root / entry.path for entry in entries]
+
+    def directory(self, name: str) -> Path:
+        """A folder inside the artifact as a local path, all of its listed files in place. Raises as `paths`."""
+        entries = self.entries(f"{name}/*")
+        if not entries:
+            raise ManifestError(f"{self.folder.uri} lists no folder {name!r}")
+        return self._in_place(entries) / name
+
+    def _in_place(self, entries: Sequence[FileEntry], progress: Progress | None = None) -> Path:
+        """A local folder that has these files under their names."""
+        if (root := self.data.local) is None:
+            from edt_core.store.cache import Cache
+
+            return Cache.of_node().view(self.data, entries, self.manifest.digest, progress)
+        if gone := [entry.path for entry in entries if not (root / entry.path).exists()]:
+            raise damaged(self.folder, [f"{name} is missing" for name in gone])
+        return root
+
+    def read_json(self, name: str) -> Any:
+        return read_json(self.path(name))
+
+    def problems(self, deep: bool = False, progress: Progress | None = None) -> list[str]:
+        """What differs from the manifest: missing, resized and extra files; with `deep`, files whose sha256 differs.
+
+        Remote files are digested as they stream from the store, whatever the cache holds. `progress` counts MiB.
+        """
+        sizes = self.data.walk()
+        if self.data == self.folder:
+            sizes.pop(MANIFEST_NAME, None)
+        found, whole = compare_sizes(self.data, self.entries(), sizes)
+        if deep:
+            differing = compare_digests(self.data, whole, progress or Silent())
+            found += [difference(*pair) for pair in differing.items()]
+        return found
+
+    def verify_once(self, pattern: str = "*", progress: Progress | None = None) -> None:
+        """Compare the sha256 of matching files with the manifest, once on each node as long as they stay untouched.
+
+        A local or shared file system is digested in threads and stamped in this node's cache; other processes on the
+        node wait for the first and then return at once. A remote store's files are brought into this node's cache,
+        which verifies them as they come. Raises ManifestError naming the files that differ, are missing, or are not in
+        the manifest.
+        """
+        if problems := self.problems():
+            raise damaged(self.folder, problems)
+        if self.data.local is None:
+            self.paths(pattern, progress)
+        elif differing := digest_once(self.data, self.entries(pattern), self.manifest.digest, progress or Silent()):
+            remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and run its step again"
+            raise damaged(self.folder, [difference(*pair) for pair in differing.items()], remedy)
+
+
+@dataclass(frozen=True)
+class ArtifactWriter:
+    """Where a job puts its files. Picklable: every Ray task of a job writes through a copy of the same writer.
+
+    `folder` will hold the manifest, `attempt` is the sub-folder of this attempt's files ("" for none) and `previous`
+    are sub-folders of earlier attempts at the same fingerprint, newest first.
+    """
+
+    folder: Folder
+    kind: str
+    fingerprint: str
+    attempt: str = ""
+    previous: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> Folder:
+        return self.folder.child(self.attempt)
+
+    def write(self, name: str, write_to: Callable[[Path], int | None]) -> FileEntry:
+        """Create one file whole: `write_to(path)` fills a staged file and returns its number of rows."""
+        with self.data.staged(check_name(name)) as staged:
+            rows = write_to(staged)
+            return self._publish(staged, name, rows)
+
+    def write_json(self, name: str, value: Any) -> FileEntry:
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+        return self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes, rows: int | None = None) -> FileEntry:
+        """Create one file of these bytes."""
+
+        def write_to(path: Path) -> int | None:
+            path.write_bytes(data)
+            return rows
+
+        return self.write(name, write_to)
+
+    def add_tree(self, source: Path, name: str) -> list[FileEntry]:
+        """Copy every file below a local folder to `name/` of the artifact; names that start with a dot are not data."""
+        found = (path for path in source.rglob("*") if path.is_file())
+        files = sorted(path for path in found if not is_hidden(path.relative_to(source).as_posix()))
+
+        def copied(path: Path) -> FileEntry:
+            inside = f"{name}/{path.relative_to(source).as_posix()}"
+            return self.write(inside, lambda target: _copy(path, target))
+
+        return [copied(path) for path in files]
+
+    def recover(self, name: str) -> FileEntry | None:
+        """Take over a file that an earlier attempt, or this one before a crash, finished; None if there is none.
+
+        The bytes are digested again: what the journal states but the file no longer holds is not taken.
+        """
+        for attempt in (self.attempt, *self.previous):
+            folder = self.folder.child(attempt)
+            entry = self._journalled(folder, name)
+            if entry is None or folder.size(name) != entry.bytes:
+                continue
+            if attempt == self.attempt:
+                if folder.digest(name) == entry.sha256:
+                    return entry
+                continue
+            with self.data.staged(name) as staged:
+                if _bring(folder, name, staged) == entry.sha256:
+                    return self._publish(staged, name, entry.rows)
+        return None
+
+    def discard(self, name: str) -> None:
+        """Remove a folder of this attempt's files. Interrupted, it leaves a journal by which it is known for ours."""
+        self.data.remove(name)
+        for entry in self.begun(name):
+            self.data.remove(f"{JOURNAL}/{_flat(entry)}.json")
+
+    def begun(self, name: str) -> list[str]:
+        """Files of this attempt below a folder that are finished, or were about to be when it ended."""
+        return [entry for entry in self._journal_names() if entry.startswith(f"{name}/")]
+
+    def written(self) -> list[FileEntry]:
+        """Files of this attempt that are finished, in order of name."""
+        found = in_threads(lambda name: self._journalled(self.data, name), self._journal_names())
+        entries = [entry for _, entry in found]
+        if None in entries:
+            raise ManifestError(
+                f"{self.data.uri}/{JOURNAL} has an entry that is not ours or not whole; run the step again"
+            )
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.path)
+
+    def commit(
+        self,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        counts: Mapping[str, Any],
+        *,
+        step_version: int = 1,
+        started: float | None = None,
+        mlflow_run_id: str | None = None,
+    ) -> Artifact:
+        """Write the manifest, last of all. If another writer committed this fingerprint first, theirs is returned."""
+        manifest = Manifest(
+            kind=self.kind,
+            fingerprint=self.fingerprint,
+            config=redacted_values(config),
+            inputs=inputs,
+            files=tuple(self.written()),
+            counts=redacted_values(counts),
+            attempt=self.attempt,
+            step_version=step_version,
+            duration_s=round(time.time() - started, 3) if started else 0.0,
+            created_at=utc(),
+            code_version=code_version(),
+            environment=environment(),
+            mlflow_run_id=mlflow_run_id,
+        )
+        if problems := Artifact(self.folder, manifest).problems():
+            raise ManifestError(
+                f"not committing {self.folder.uri}, {len(problems)} problems: {listing(problems)}; "
+                "run the step again, into an empty folder"
+            )
+        text = manifest.to_json().encode()
+        if not self.folder.write_bytes(MANIFEST_NAME, text, exclusive=True):
+            try:
+                return Artifact.open(self.folder)
+            except ManifestError:  # what stands there is damaged, and this attempt is its repair
+                self.folder.write_bytes(MANIFEST_NAME, text)
+        self.data.remove(JOURNAL)
+        self.data.sweep()
+        return Artifact.open(self.folder)
+
+    def check_own(self) -> None:
+        """Raise UserError where files lie here that no earlier run of this very fingerprint has left."""
+        ours = {name for name in self._journal_names() if self._journalled(self.data, name)}
+        notes = self.data.child(JOURNAL).names()  # this folder goes with the commit
+        odd = {f"{JOURNAL}/{name}" for name in notes if not name.endswith(".json") and not is_staged(name)}
+        if foreign := sorted((set(self.data.walk()) - ours) | odd):
+            raise UserError(
+                f"{self.data.uri} holds {len(foreign)} files that are not of this run ({', '.join(foreign[:3])}"
+                f"{', ...' if len(foreign) > 3 else ''}): your own, or of a run with another configuration or other "
+                "inputs; give an empty folder"
+            )
+
+    def _publish(self, staged: Path, name: str, rows: int | None) -> FileEntry:
+        """The journal first: a file without an entry would not be known for ours after a crash between the two."""
+        entry = FileEntry(name, staged.stat().st_size, sha256_file(staged), rows)
+        record = {**asdict(entry), "fingerprint": self.fingerprint}
+        self.data.write_bytes(f"{JOURNAL}/{_flat(name)}.json", canonical_json(record).encode())
+        self.data.publish(staged, name)
+        return entry
+
+    def _journal_names(self) -> Iterator[str]:
+        return journalled(self.data)
+
+    def _journalled(self, folder: Folder, name: str) -> FileEntry | None:
+        try:
+            place = f"{JOURNAL}/{_flat(name)}.json"
+            record = parse_json(folder.read_bytes(place), place)
+            same = record.pop("fingerprint") == self.fingerprint
+            return FileEntry(**record) if same else None
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+
+
+def journalled(attempt: Folder) -> Iterator[str]:
+    """Names of the files that an attempt has finished, or was about to when it ended."""
+    for name in attempt.child(JOURNAL).names():
+        if name.endswith(".json"):
+            yield _unflat(name.removesuffix(".json"))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A second name for the same bytes where the file system allows it: artifact files never change."""
+    try:
+        os.link(source.resolve(), target)  # a view of the node's cache is made of symbolic links
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _bring(folder: Folder, name: str, target: Path) -> str:
+    """Copy a folder's file to a local path and return the sha256 of its bytes."""
+    if (root := folder.local) is None:
+        return folder.fetch(name, target)
+    _copy(root / name, target)
+    return sha256_file(target)
+
+
+def _flat(name: str) -> str:
+    """File name as one path component: `%` and `/` percent-encoded."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def _unflat(name: str) -> str:
+    return re.sub("%2F|%25", lambda match: "/" if match[0] == "%2F" else "%", name)

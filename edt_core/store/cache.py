@@ -1,0 +1,276 @@
+"""This node's cache of remote files: bounded, shared by its processes, and verified as it is filled.
+
+    <EDT_CACHE_DIR, or ~/.cache/edt>/
+        objects/<ab>/<sha256>     a file of any artifact, by its digest: its bytes were digested as they came
+        views/<digest>/<name>     one artifact's names, as symbolic links to objects
+        files/<uri>/<name>        files without a known digest (checkpoints of a run under way), by URI and version
+        verified/                 what `Artifact.verify_once` has digested on this node
+        locks/                    one writer a file; the operating system frees a lock when its holder dies
+
+A cached file is read-only and appears under its name when it is whole, so a killed download leaves a `.part` and no
+more; the next call that needs room or that file removes it. EDT_CACHE_BYTES bounds what is kept (half of the file
+system unless set): before a download the least recently used files make room, never one that the call itself needs. A
+file that another process has open or memory-mapped is unlinked under it, which POSIX allows: it reads on, and the space
+is free when it closes. Calls that download different files at the same moment may pass the bound together until they
+end.
+"""
+
+import glob
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from edt_core.errors import UserError
+from edt_core.progress import Progress, Silent
+from edt_core.store.errors import clear_disk_errors
+from edt_core.store.folder import Folder, fsync_file, in_threads
+from edt_core.store.manifest import FileEntry, ManifestError
+
+DIRECTORY_VARIABLE, BYTES_VARIABLE = "EDT_CACHE_DIR", "EDT_CACHE_BYTES"
+# An object's time of modification, as in the Nix store: any later write through the file system changes it.
+_SEALED_NS = 1_000_000_000
+_SHA256, _URI_KEY, _PART = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{16}"), re.compile(r"\.(.+)\.part")
+_ROUNDS = 3  # downloads again of what another process' call evicted meanwhile
+_MIB = 1 << 20
+_UNITS = {unit: factor for k, u in enumerate("KMGTP", 1) for unit, factor in ((u, 1000**k), (f"{u}I", 1024**k))}
+
+
+def cache_folder() -> Path:
+    """Where this node's cache is: EDT_CACHE_DIR, or ~/.cache/edt."""
+    return Path(os.environ.get(DIRECTORY_VARIABLE) or "~/.cache/edt").expanduser().absolute()
+
+
+def parse_bytes(text: str) -> int:
+    """A positive number of bytes, plain or with a unit: 200GB is decimal, 1TiB binary. Raises UserError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGTP]I?)?B?)\s*", text.upper())
+    value = int(float(found[1]) * _UNITS.get(found[2] or "", 1)) if found else 0
+    if value <= 0:
+        raise UserError(f"{BYTES_VARIABLE} is {text!r}; give a number of bytes, as 200GB, 1TiB or 50000000000")
+    return value
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache below `root`, which keeps `bound` bytes at most."""
+
+    root: Path
+    bound: int
+
+    @classmethod
+    def of_node(cls) -> "Cache":
+        """This node's cache as the environment sets it. Raises UserError where it cannot be written."""
+        root = cache_folder()
+        with clear_disk_errors(f"the cache {root} (set {DIRECTORY_VARIABLE})"):
+            root.mkdir(parents=True, exist_ok=True)
+        stated = os.environ.get(BYTES_VARIABLE)
+        return cls(root, parse_bytes(stated) if stated else shutil.disk_usage(root).total // 2)
+
+    def view(self, folder: Folder, entries: Sequence[FileEntry], key: str, progress: Progress | None = None) -> Path:
+        """A local folder with `entries` of a remote `folder` under their names; `key` is their artifact's digest.
+
+        What is missing is downloaded, in parallel. Raises ManifestError where a file is missing or its bytes have
+        another digest (nothing of it is kept), UserError where `entries` are larger than the bound or the disk is full.
+        """
+        root = self.root / "views" / key
+        targets = {self._object(entry.sha256): entry for entry in entries}
+        wanted = {target: entry.bytes for target, entry in targets.items()}
+        self._fill(folder, wanted, lambda target: self._download(folder, targets[target], target), progress)
+        with clear_disk_errors(f"the cache {self.root}"):
+            for entry in entries:
+                link = root / entry.path
+                if not link.is_symlink():
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    _link(os.path.relpath(self._object(entry.sha256), link.parent), link)
+        return root
+
+    def copy(self, folder: Folder, names: Sequence[str]) -> Path:
+        """A local folder with copies of these files of a remote one, as they are there now; digests are not known.
+
+        Raises FileNotFoundError where one is not there, UserError as `view`.
+        """
+        root = self.root / "files" / hashlib.sha256(folder.uri.encode()).hexdigest()[:16]
+        fs, path = folder.filesystem()
+        sizes, versions = {}, {}
+        for name in names:
+            size = folder.size(name)
+            if size is None:
+                raise FileNotFoundError(f"{folder.uri}/{name}")
+            sizes[root / name] = size
+            # The store's own note of the version (ETag, generation, time), as a part of a hidden file's name.
+            version = fs.ukey(f"{path}/{name}")
+            versions[root / name] = (root / name).with_name(f".{Path(name).name}.{version[:16]}")
+        for target, version in versions.items():
+            if not version.exists():
+                target.unlink(missing_ok=True)
+
+        def download(target: Path) -> None:
+            name = target.relative_to(root).as_posix()
+            with self._lock(target):
+                if not _use(target, sizes[target]):
+                    for old in target.parent.glob(f".{glob.escape(target.name)}.*"):
+                        old.unlink(missing_ok=True)
+                    self._receive(target, lambda part: folder.fetch(name, part))
+                    versions[target].touch()
+
+        self._fill(folder, sizes, download, None)
+        root.mkdir(parents=True, exist_ok=True)
+        return root
+
+    def _object(self, sha256: str) -> Path:
+        return self.root / "objects" / sha256[:2] / sha256
+
+    def _fill(
+        self, folder: Folder, wanted: Mapping[Path, int], download: Callable[[Path], None], progress: Progress | None
+    ) -> None:
+        """Have every file of `wanted` (path -> bytes) in place; `download` brings one."""
+        progress = progress or Silent()
+        total = sum(wanted.values())
+        if total > self.bound:
+            raise UserError(
+                f"{len(wanted)} files of {folder.uri} are {total:,} bytes, the cache {self.root} keeps {self.bound:,} "
+                f"at most; raise {BYTES_VARIABLE} (a disk of that size in {DIRECTORY_VARIABLE}), "
+                "or train with train.reader=webdataset, which streams its shards"
+            )
+        for _ in range(_ROUNDS):
+            missing = [path for path, size in wanted.items() if not _use(path, size)]
+            if not missing:
+                return
+            done = total - sum(wanted[path] for path in missing)
+            self._make_room(wanted)
+            for path, _nothing in in_threads(download, missing):
+                done += wanted[path]
+                progress.update(-(-done // _MIB), -(-total // _MIB), "MiB downloaded")
+            self._make_room(wanted)
+        raise UserError(
+            f"other processes on this node need the room of the cache {self.root} ({self.bound:,} bytes) at the same "
+            f"time as {folder.uri}; raise {BYTES_VARIABLE} to hold what runs together"
+        )
+
+    def _download(self, folder: Folder, entry: FileEntry, target: Path) -> None:
+        """Bring an object that is missing, unless another process has brought it while this one waited."""
+
+        def receive(part: Path) -> None:
+            try:
+                digest = folder.fetch(entry.path, part)
+            except FileNotFoundError as error:
+                raise ManifestError(f"{folder.uri}/{entry.path} is missing; run its step again") from error
+            if digest != entry.sha256:
+                raise ManifestError(
+                    f"{folder.uri}/{entry.path} came with {part.stat().st_size} bytes of sha256 {digest[:12]}, its "
+                    f"manifest says {entry.bytes} of {entry.sha256[:12]}; it is damaged: remove its artifact's "
+                    "manifest.json and run its step again"
+                )
+
+        with self._lock(target):
+            if not _use(target, entry.bytes):
+                self._receive(target, receive)
+
+    def _receive(self, target: Path, receive: Callable[[Path], object]) -> None:
+        """Let `receive(part)` write a file and give it its name when it is whole. The target's lock is held."""
+        with clear_disk_errors(f"the cache {self.root} (set {DIRECTORY_VARIABLE}, or lower {BYTES_VARIABLE})"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            part.unlink(missing_ok=True)  # of a download that was killed
+            try:
+                receive(part)
+                part.chmod(0o444)
+                os.utime(part, ns=(time.time_ns(), _SEALED_NS))
+                fsync_file(part)
+                part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
+
+    def _make_room(self, wanted: Mapping[Path, int]) -> None:
+        """Evict the least recently used files that are not wanted, until what is wanted fits with what stays."""
+        with self._lock(self.root / "room"):
+            used = 0
+            others: list[tuple[int, int, Path]] = []
+            for path in self._files():
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue
+                if path.name.startswith("."):
+                    target = _target_of(path)
+                    left = self._remove_if_left(path, target)
+                    used += 0 if left or target in wanted else status.st_size
+                elif path not in wanted:
+                    used += status.st_size
+                    others.append((status.st_atime_ns, status.st_size, path))
+            needed = sum(wanted.values())
+            for _, size, path in sorted(others):
+                if used + needed <= self.bound:
+                    break
+                path.unlink(missing_ok=True)
+                used -= size
+
+    def _files(self) -> Iterator[Path]:
+        """The cache's own files and parts of files: EDT_CACHE_DIR may name a folder that holds other things as well."""
+        for tree in ("objects", "files"):
+            for folder, _, names in os.walk(self.root / tree):
+                yield from (path for name in names if self._is_own(path := Path(folder, name)))
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether the cache has put a file here. A file of another name, a link, and one written to since is not."""
+        target = _target_of(path)
+        if path.is_symlink() or (path.name.startswith(".") and target is path):
+            return False
+        tree, *folders, name = target.relative_to(self.root).parts
+        if tree == "objects":
+            return _SHA256.fullmatch(name) is not None and folders == [name[:2]]
+        if not folders or _URI_KEY.fullmatch(folders[0]) is None:
+            return False
+        with suppress(FileNotFoundError):  # another process' call has evicted it
+            return path != target or path.stat().st_mtime_ns == _SEALED_NS
+        return False
+
+    def _remove_if_left(self, part: Path, target: Path) -> bool:
+        """Remove the part of a download that was killed: nobody holds the lock of its target."""
+        try:
+            with self._lock(target).acquire(timeout=0):
+                part.unlink(missing_ok=True)
+                return True
+        except Timeout:
+            return False
+
+    def _lock(self, target: Path) -> FileLock:
+        """The lock of a file; a few thousand in all, so that they need no removing, which would be a race."""
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(target.relative_to(self.root).as_posix().encode()).hexdigest()[:3]
+        return FileLock(folder / f"{name}.lock")
+
+
+def _target_of(path: Path) -> Path:
+    """The file that a hidden `.part` is to become; any other path itself."""
+    part = _PART.fullmatch(path.name)
+    return path.with_name(part[1]) if part else path
+
+
+def _use(path: Path, size: int) -> bool:
+    """Whether a cached file is there as it was put there; it is then the most recently used.
+
+    The time of access is the time of use. The time of modification is the seal: nobody wrote to the file since.
+    """
+    try:
+        status = path.stat()
+        if status.st_size != size or status.st_mtime_ns != _SEALED_NS:
+            return False
+        with suppress(PermissionError):  # another user's file in a cache that is shared
+            os.utime(path, ns=(time.time_ns(), _SEALED_NS))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _link(target: str, link: Path) -> None:
+    with suppress(FileExistsError):  # another process made the same link
+        link.symlink_to(target)

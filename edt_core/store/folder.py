@@ -1,0 +1,399 @@
+"""A folder by URI: local path, `s3://`, `gs://`, or whatever else fsspec opens. Picklable, so Ray tasks can take it.
+
+Credentials and endpoints come from the environment, as the store's own client reads it (for S3: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3); nothing here holds them. The file system
+is asked for anew at each use, so a Folder survives pickling and forks.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edt_core.errors import UserError
+from edt_core.files.place_names import check_store_name, is_local, typed_path
+from edt_core.files.small_files import MAX_RECORD_BYTES, read_bounded, within
+from edt_core.network.answers import check_s3
+from edt_core.printing.redaction import redacted
+from edt_core.store.errors import (
+    clear_disk_errors,
+    clear_read_errors,
+    clear_remote_errors,
+    clear_space_errors,
+    error_code,
+)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_STAGING = ".staging-"
+_STAGED = re.compile(rf"{re.escape(_STAGING)}[0-9a-f]{{32}}")
+_CHUNK = 8 << 20
+_THREADS = 8  # files read, digested or moved at once: hashing and waiting both free the interpreter
+_NO_CONDITIONAL_WRITE = {"NotImplemented", "501", "MethodNotAllowed"}
+_CONFLICTS = 50
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a local file's bytes."""
+    with path.open("rb") as file:
+        return _sha256(file)
+
+
+def _sha256(source: Any, target: Any = None) -> str:
+    """Hex sha256 of an open file's bytes, which are written to `target` on the way if there is one."""
+    digest = hashlib.sha256()
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        if target is not None:
+            target.write(chunk)
+    return digest.hexdigest()
+
+
+def fsync_file(path: Path) -> None:
+    """Ask the disk for the bytes of `path` and then for its name in the folder."""
+    for target in (path, path.parent):
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, `work(item)`) as they finish. The first error ends it; what had not begun is not begun."""
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        futures = {pool.submit(work, item): item for item in items}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder at `uri`. Names are relative paths with `/`.
+
+    Every method raises UserError where the disk or the store refuses: no space, no rights, no bucket, no credentials.
+    """
+
+    uri: str
+
+    @classmethod
+    def at(cls, location: str | os.PathLike[str]) -> "Folder":
+        """Folder at a URI or a local path; a local path is made absolute, because workers start elsewhere."""
+        text = os.fspath(location)
+        return cls(str(typed_path(text).absolute()) if is_local(text) else text.rstrip("/"))
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a local path, or None where it is remote."""
+        if self.uri.startswith("file://"):
+            return Path(self.uri.removeprefix("file://"))
+        return None if "://" in self.uri else Path(self.uri)
+
+    def filesystem(self) -> tuple[Any, str]:
+        """The fsspec file system of a URI, and the folder's path on it. Raises UserError for a silent S3 endpoint."""
+        import fsspec
+
+        if self.uri.startswith(("s3://", "s3a://")):
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            if endpoint:
+                check_s3(endpoint)
+        try:
+            return fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"cannot open {self.uri}: {error}; install the extra for it, as edt-pipeline[s3] or [gcs]"
+            ) from error
+
+    @property
+    def name(self) -> str:
+        return self.uri.rsplit("/", 1)[-1]
+
+    def child(self, name: str) -> "Folder":
+        return Folder(f"{self.uri}/{name}") if name else self
+
+    def exists(self, name: str) -> bool:
+        with self._clear_errors():
+            if (root := self.local) is not None:
+                return (root / name).exists()
+            fs, path = self.filesystem()
+            return bool(fs.exists(f"{path}/{name}"))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is none."""
+        with self._clear_errors():
+            try:
+                if (root := self.local) is not None:
+                    return (root / name).stat().st_size
+                fs, path = self.filesystem()
+                return int(fs.size(f"{path}/{name}"))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if error_code(error) == "NoSuchBucket":
+                    raise
+                return None
+
+    def names(self) -> list[str]:
+        """Names directly inside, sorted; empty where the folder does not exist."""
+        with self._clear_errors():
+            if (root := self.local) is not None:
+                return sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+            fs, path = self.filesystem()
+            try:
+                return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+            except FileNotFoundError as error:
+                if error_code(error) == "NoSuchBucket":
+                    raise
+                return []
+
+    def walk(self) -> dict[str, int]:
+        """Name -> bytes of every file below, by one listing; nothing whose name or folder starts with a dot."""
+        with self._clear_errors():
+            if (root := self.local) is not None:
+                return dict(_walk_local(root, ""))
+            fs, path = self.filesystem()
+            try:
+                found = fs.find(path, detail=True)
+            except FileNotFoundError as error:
+                if error_code(error) == "NoSuchBucket":
+                    raise
+                return {}
+            sizes = {key.removeprefix(f"{path}/"): info for key, info in found.items()}
+            return {
+                name: int(info["size"])
+                for name, info in sizes.items()
+                # a name with a slash at its end is how some clients note an empty folder
+                if info["type"] == "file" and name not in ("", path) and name[-1] != "/" and not is_hidden(name)
+            }
+
+    def read_bytes(self, name: str, limit: int = MAX_RECORD_BYTES) -> bytes:
+        """A whole file of at most `limit` bytes.
+
+        Raises FileNotFoundError where there is none, and UnusableFileError for what is larger or no regular file.
+        """
+        with self._clear_errors():
+            if (root := self.local) is not None:
+                return read_bounded(root / name, limit)
+            fs, path = self.filesystem()
+            return within(_beginning(fs, f"{path}/{name}", limit + 1), f"{self.uri}/{name}", limit)
+
+    def digest(self, name: str) -> str:
+        """Hex sha256 of a file's bytes where they lie: a remote file is streamed, never taken from a cache.
+
+        Raises FileNotFoundError where there is none.
+        """
+        with self._clear_errors(), self._open(name) as source:
+            return _sha256(source)
+
+    def fetch(self, name: str, target: Path) -> str:
+        """Write a file's bytes to a local path and return their sha256, taken on the way.
+
+        Raises FileNotFoundError where there is none.
+        """
+        with (
+            self._clear_errors(),
+            self._open(name) as source,
+            clear_space_errors(str(target)),
+            target.open("wb") as file,
+        ):
+            return _sha256(source, file)
+
+    def write_bytes(self, name: str, data: bytes, *, exclusive: bool = False, private: bool = False) -> bool:
+        """Write a whole file or nothing; its name appears last. With `private`, a local one is for its owner alone.
+
+        With `exclusive`, an existing file stays as it is and False is returned. That holds between processes on local
+        file systems, and on object stores that know conditional writes (S3, GCS); on others the last writer wins.
+        """
+        root = self.local
+        if root is not None:
+            with clear_disk_errors(self.uri), self.staged(name) as staged:
+                staged.touch(mode=0o600 if private else 0o666)
+                staged.write_bytes(data)
+                return _publish(staged, root / name, exclusive)
+        with clear_remote_errors(self.uri):
+            fs, path = self.filesystem()
+            target = f"{path}/{name}"
+            if not exclusive:
+                fs.pipe_file(target, data)
+                return True
+            return not fs.exists(target) and _create(fs, target, data)
+
+    @contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """A local path to write to, gone afterwards: on the folder's file system, or in TMPDIR if that is remote."""
+        root = self.local
+        where = self.uri if root is not None else f"the temporary folder {tempfile.gettempdir()} (set TMPDIR)"
+        with clear_disk_errors(where):
+            if root is None:
+                staging = Path(tempfile.mkdtemp(prefix="edt-"))
+            else:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                staging = (root / name).parent / f"{_STAGING}{uuid.uuid4().hex}"
+                staging.mkdir()
+        try:
+            with clear_space_errors(where):
+                yield staging / Path(name).name
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def publish(self, staged: Path, name: str) -> None:
+        """Move a staged file to its name, after its bytes are on the disk, or upload it whole."""
+        if (root := self.local) is not None:
+            with clear_disk_errors(self.uri):
+                _publish(staged, root / name, exclusive=False)
+        else:
+            with clear_remote_errors(self.uri):
+                fs, path = self.filesystem()
+                fs.put_file(str(staged), f"{path}/{name}")
+
+    def local_copy(self, name: str) -> Path:
+        """The file as a local path: itself, or a copy in this node's cache, made again when the file has changed.
+
+        Its digest is not known here and not checked. Raises FileNotFoundError where there is none.
+        """
+        if (root := self.local) is not None:
+            if not (root / name).exists():
+                raise FileNotFoundError(root / name)
+            return root / name
+        from edt_core.store.cache import Cache
+
+        return Cache.of_node().copy(self, [name]) / name
+
+    def local_directory(self) -> Path:
+        """The folder's files as a local folder: itself, or copies in this node's cache."""
+        if (root := self.local) is not None:
+            return root
+        from edt_core.store.cache import Cache
+
+        return Cache.of_node().copy(self, list(self.walk()))
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder if it is there; of a link the link, and not what it leads to."""
+        if (root := self.local) is not None:
+            target = root / name
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target, ignore_errors=True)
+            else:
+                target.unlink(missing_ok=True)
+            return
+        with clear_remote_errors(self.uri), suppress(FileNotFoundError):
+            fs, path = self.filesystem()
+            fs.rm(f"{path}/{name}", recursive=True)
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed have left staged; for a folder that nobody writes to any more."""
+        if (root := self.local) is not None:
+            for staging in root.rglob(f"{_STAGING}*"):
+                if is_staged(staging.name):
+                    shutil.rmtree(staging, ignore_errors=True)
+
+    def check_writable(self) -> None:
+        """Raise UserError unless a file can be written here, and records can hold the folder's path."""
+        if (root := self.local) is not None:
+            check_store_name(root)
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.write_bytes(probe, b"")
+        except UserError:
+            raise
+        except Exception as error:  # object stores have exceptions of their own
+            raise UserError(
+                f"cannot write to {self.uri}: {redacted(str(error))}; choose another folder or mend the access"
+            ) from error
+        self.remove(probe)
+
+    def _open(self, name: str) -> Any:
+        if (root := self.local) is not None:
+            return (root / name).open("rb")
+        fs, path = self.filesystem()
+        return fs.open(f"{path}/{name}", "rb", block_size=_CHUNK, cache_type="none")
+
+    def _clear_errors(self) -> AbstractContextManager[None]:
+        return clear_read_errors(self.uri) if self.local is not None else clear_remote_errors(self.uri)
+
+
+def is_staged(name: str) -> bool:
+    """Whether a name is of a folder that `Folder.staged` made."""
+    return _STAGED.fullmatch(name) is not None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative name or a folder of it starts with a dot: journals, staging, locks; never a published file."""
+    return name.startswith(".") or "/." in name
+
+
+def _walk_local(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/")
+        else:
+            with suppress(FileNotFoundError):  # a link to nothing, or a file that went away: as if it were not there
+                yield prefix + entry.name, entry.stat().st_size
+
+
+def _beginning(fs: Any, path: str, count: int) -> bytes:
+    """The first `count` bytes of a remote file, or all that it has."""
+    try:
+        return bytes(fs.cat_file(path, start=0, end=count))
+    except FileNotFoundError:
+        raise
+    except Exception:  # stores refuse a range of an empty file, each in words of its own
+        if fs.size(path) != 0:
+            raise
+        return b""
+
+
+def _create(fs: Any, target: str, data: bytes) -> bool:
+    """Write an object unless it is there, as one conditional write where the store has them."""
+    for _ in range(_CONFLICTS):
+        try:
+            fs.pipe_file(target, data, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except (NotImplementedError, TypeError):  # a file system without conditional writes, or without `mode`
+            break
+        except OSError as error:
+            if error_code(error) in _NO_CONDITIONAL_WRITE:
+                break
+            if error_code(error) != "ConditionalRequestConflict":
+                raise
+            time.sleep(0.1)  # another write of this name is under way
+            if fs.exists(target):
+                return False
+    fs.pipe_file(target, data)
+    return True
+
+
+def _publish(staged: Path, target: Path, exclusive: bool) -> bool:
+    fsync_file(staged)
+    if not exclusive:
+        staged.replace(target)
+    else:
+        try:
+            os.link(staged, target)
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links here (SMB, exFAT): look and then rename, exclusive but for a moment
+            if target.exists():
+                return False
+            staged.replace(target)
+    fsync_file(target)
+    return True

@@ -1,0 +1,128 @@
+"""The store: artifacts by kind and fingerprint, `<root>/<kind>/<fingerprint>/manifest.json`, a folder an attempt."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edt_core.errors import UserError
+from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError, journalled
+from edt_core.store.contents import stamped_name
+from edt_core.store.folder import Folder
+from edt_core.store.layout import KINDS, MANIFEST_NAME
+from edt_core.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from filelock import ReadWriteLock
+
+
+@dataclass(frozen=True)
+class Store:
+    """All artifacts below one folder or URI. Picklable."""
+
+    root: Folder
+
+    @classmethod
+    def open(cls, location: str) -> "Store":
+        """The store at a folder or URI, made if it is not there. Raises UserError where it cannot be written."""
+        store = cls(Folder.at(location))
+        store.root.check_writable()
+        return store
+
+    def folder(self, kind: str, fingerprint: str) -> Folder:
+        return self.root.child(f"{kind}/{fingerprint}")
+
+    def find(self, kind: str, fingerprint: str, warn: Callable[[str], None] = lambda message: None) -> Artifact | None:
+        """The committed artifact, or None. One that is damaged counts as missing, with a warning."""
+        folder = self.folder(kind, fingerprint)
+        if not folder.exists(MANIFEST_NAME):
+            return None
+        try:
+            artifact = Artifact.open(folder)
+            if artifact.fingerprint != fingerprint:
+                raise ManifestError(f"{folder.uri} holds the artifact {artifact.fingerprint}: it was moved")
+            return artifact
+        except ManifestError as error:
+            warn(f"not reusing a damaged artifact, its step runs again: {error}")
+            return None
+
+    def writer(self, kind: str, fingerprint: str) -> ArtifactWriter:
+        """A writer for a new attempt that can take over what earlier attempts finished."""
+        folder = self.folder(kind, fingerprint)
+        return ArtifactWriter(folder, kind, fingerprint, stamped_name(), tuple(_attempts(folder)))
+
+    def begun(self, kind: str, fingerprint: str) -> set[str]:
+        """Names of the files that attempts at an artifact have finished, which its step takes over."""
+        folder = self.folder(kind, fingerprint)
+        return {name for attempt in _attempts(folder) for name in journalled(folder.child(attempt))}
+
+    def lock(self, kind: str, fingerprint: str) -> AbstractContextManager[object]:
+        """Held while a step runs: of two Ray sessions that share a local store, one computes and the other waits.
+
+        The operating system frees it when its holder dies. A remote store has none: there one manifest wins.
+        """
+        from filelock import FileLock
+
+        if (root := self.root.local) is None:
+            return nullcontext()
+        folder = root / ".locks"
+        folder.mkdir(exist_ok=True)
+        return FileLock(folder / f"{kind}-{fingerprint}.lock")
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Held while a workflow runs on a local store; several may. What it has found there must not be removed."""
+        from filelock import Timeout
+
+        if (lock := self._users()) is None:
+            yield
+            return
+        try:
+            with lock.read_lock():
+                yield
+        except Timeout as error:
+            raise UserError(f"{self.root.uri} is being cleaned by `edt gc`; run again when it is done") from error
+
+    @contextmanager
+    def to_itself(self) -> Iterator[None]:
+        """Held while a local store is cleaned. Raises UserError while a workflow runs on it."""
+        from filelock import Timeout
+
+        if (lock := self._users(timeout=0)) is None:
+            yield
+            return
+        try:
+            with lock.write_lock():
+                yield
+        except Timeout as error:
+            raise UserError(
+                f"a run is going on in {self.root.uri}, and what it has found there must stay; clean up when it "
+                "has ended"
+            ) from error
+
+    def _users(self, timeout: float = 60) -> "ReadWriteLock | None":
+        from filelock import ReadWriteLock
+
+        if (root := self.root.local) is None:
+            return None
+        (root / ".locks").mkdir(exist_ok=True)
+        return ReadWriteLock(root / ".locks" / "users.db", timeout=timeout, is_singleton=False)
+
+    def manifests(self, kind: str) -> dict[str, Manifest]:
+        """The manifests of a kind by the name of their folder; what is damaged or not finished is left out."""
+        found = {}
+        for name in self.root.child(kind).names():
+            with suppress(ManifestError):
+                found[name] = Artifact.read(self.folder(kind, name)).manifest
+        return found
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every committed artifact that is whole."""
+        for kind in KINDS:
+            for fingerprint in self.root.child(kind).names():
+                if artifact := self.find(kind, fingerprint):
+                    yield artifact
+
+
+def _attempts(folder: Folder) -> list[str]:
+    return sorted((name for name in folder.names() if name != MANIFEST_NAME and not name.startswith(".")), reverse=True)

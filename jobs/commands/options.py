@@ -1,0 +1,136 @@
+"""Configuration from the command line: fields as options, `--set key=value`, YAML files, and clear refusals."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from edt_core.config import Section
+from edt_core.errors import UserError
+from edt_core.files.small_files import MAX_CONFIG_BYTES, read_text
+from edt_core.files.yaml_text import parse_yaml
+
+_EXAMPLES = "examples:"
+_LONGEST = 200  # characters of a value that are shown
+
+
+def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()) -> None:
+    """An option `--field-name VALUE` for each field of a section; values are read as YAML."""
+    for name, info in schema.model_fields.items():
+        if name not in leave_out:
+            choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+            metavar = "|".join(map(str, choices)) or name.split("_")[-1].upper()
+            parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=metavar, help=_help(info))
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """argparse's, but for the lines of examples, which stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option `--json` of a verb that prints a table."""
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of a table")
+
+
+def parser_of(prog: str, description: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser whose help ends with these examples: what comes after the program's name, a line each."""
+    lines = "\n".join([_EXAMPLES, *(f"  {prog} {example}" for example in examples)])
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog=lines if examples else None, formatter_class=_HelpFormatter
+    )
+
+
+def _help(info: FieldInfo) -> str:
+    shown = str(info.default).lower() if isinstance(info.default, bool) else info.default
+    shown = None if shown == () else shown
+    default = "" if shown is None else f"  [default: {shown}]"
+    return f"{info.description or ''}{default}".strip().replace("%", "%%")
+
+
+def given_fields(options: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
+    """The fields of a section that were given as options."""
+    given = {name: getattr(options, name, None) for name in schema.model_fields}
+    return {name: _value(schema, name, value) for name, value in given.items() if value is not None}
+
+
+def _value(schema: type[Section], name: str, text: str) -> Any:
+    """Text fields take the option as it is: read as YAML, 010 would be 8, and a path would end at ` #`."""
+    if schema.model_fields[name].annotation in (str, str | None, tuple[str, ...]) and text != "null":
+        return text
+    value = parse_assignment(f"{name}={text}")[1]
+    return parse_yaml(f"[{text}]") if _is_bare_list(schema.model_fields[name].annotation, value) else value
+
+
+def _is_bare_list(annotation: Any, value: Any) -> bool:
+    """Whether an option, as `7,10` or `fid`, is the items of a list without its brackets."""
+    kinds = get_args(annotation) or (annotation,)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    listed = any(get_origin(kind) is tuple for kind in (annotation, *kinds))
+    plain = any(isinstance(kind, type) and isinstance(value, kind) for kind in kinds if get_origin(kind) is None)
+    return listed and not isinstance(value, list) and not plain and value is not None and value not in words
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key=value` with the value as YAML. Raises UserError."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set takes key=value, as train.max_steps=50; got {text!r}")
+    if value.startswith(("/", "./", "../", "~/")):
+        return key.strip(), value  # a path: as YAML, `/data/my: set` would be a mapping
+    if " #" in value and not value.lstrip().startswith(('"', "'", "[", "{")):
+        return key.strip(), value.strip()  # a path with a number sign, not YAML with a comment
+    try:
+        return key.strip(), parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: {value!r} is not a YAML value; quote it as in --set '{key}=\"text\"'") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises UserError."""
+    try:
+        values = parse_yaml(read_text(path, MAX_CONFIG_BYTES))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no configuration: a mapping of fields is expected")
+    return values
+
+
+def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:
+    """Validate fields against a schema. Raises UserError: a line a problem, with the known keys for an unknown one."""
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
+        raise UserError("\n".join(_problem(schema, problem) for problem in error.errors())) from error
+
+
+def _problem(schema: type[Section], problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or schema.__name__
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(schema, problem["loc"][:-1])
+        near = get_close_matches(str(problem["loc"][-1]), known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown configuration key {where!r}; known keys here: {', '.join(known)}{meant}"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = repr(problem["input"])
+    value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+    return f"configuration {where!r}: {message} (got {value})" if problem["loc"] else message
+
+
+def _known_keys(schema: type[Section], path: Sequence[Any]) -> list[str]:
+    for part in path:
+        field = schema.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            break
+        schema = field.annotation
+    return sorted(schema.model_fields)

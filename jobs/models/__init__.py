@@ -1,0 +1,1 @@
+"""Models of any form, opened by name, URI or folder."""

@@ -1,0 +1,396 @@
+"""Any model as the artifacts that a job takes: of the registry, a training, a diffusers folder, or a released file.
+
+What is not a checkpoint artifact already becomes one, with EMA weights and configuration alone. `load_model` has no
+use for artifacts.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edt_core.errors import UserError
+from edt_core.files.place_names import typed_path
+from edt_core.files.small_files import read_json, read_json_object
+from edt_core.files.tensor_files import check_folder_headers
+from edt_core.printing.console import on_one_line
+from edt_core.store.artifact import Artifact, ArtifactWriter, fingerprint, sha256_json
+from edt_core.store.folder import Folder, sha256_file
+from edt_core.store.layout import (
+    CHECKPOINT_MANIFEST,
+    CHECKPOINTS,
+    CLASSES_NAME,
+    EMA_WEIGHTS,
+    MANIFEST_NAME,
+    MODEL_CONFIG,
+    TRAIN_STATE,
+)
+from jobs.models.registry_files import SQLITE, fetch_version, mlflow_client, own_uri
+from jobs.stages import autoencoder
+from jobs.stages.stage import alone_in, made_before
+
+if TYPE_CHECKING:
+    from edt_core.models import DiffusionTransformer
+
+_log = logging.getLogger(__name__)
+DEFAULT_STORE = "./edt-store"
+_VERSION = 1
+_REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
+_RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
+_INDEX = "model_index.json"  # by which diffusers knows a pipeline's folder
+_COMPONENTS, _LIBRARIES = {"transformer", "vae", "scheduler"}, ("diffusers", "edt_core.sampling.diffusers_pipeline")
+_FORMS = (
+    "a registered model (NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one of its "
+    "checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, and what it was made with as far as that is known: its autoencoder and the images of its training."""
+
+    checkpoint: Artifact
+    autoencoder: Artifact | None
+    images: Artifact | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, in evaluation mode, and what is known of its use.
+
+    `classes` are the names of its classes, `protocol` fields of ChainConfig: how it was evaluated, and `class_counts`
+    the images of each class in its training.
+    """
+
+    model: "DiffusionTransformer"
+    num_timesteps: int
+    autoencoder: Any | None
+    classes: tuple[str, ...] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    class_counts: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A model that is no artifact yet."""
+
+    model: "DiffusionTransformer"
+    num_timesteps: int
+    steps: int
+    digest: str  # of what it was read from
+    origin: str
+    autoencoder: Path | None = None
+    classes: tuple[str, ...] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    class_counts: Sequence[int] | None = None
+
+
+def open_model(location: str, work: Folder) -> Opened:
+    """The model at a location; what has to be made an artifact goes into the store `work`.
+
+    Raises UserError where there is no model, or nothing that can be read safely.
+    """
+    with _found(location) as found:
+        return _in_store(found) if isinstance(found, Artifact) else _made(found, work)
+
+
+def load_model(location: str) -> Loaded:
+    """The model at a location, in memory. Raises UserError as `open_model`."""
+    from edt_core.autoencoders.autoencoder import load_autoencoder
+
+    with _found(location) as found:
+        if isinstance(found, Artifact):
+            return _loaded(_in_store(found))
+        vae = None if found.autoencoder is None else load_autoencoder(found.autoencoder)
+        return Loaded(found.model, found.num_timesteps, vae, found.classes, found.protocol, found.class_counts)
+
+
+def _is_of_mlflow(location: str) -> bool:
+    """Whether a location is looked up in MLflow: a registered version, or a run."""
+    named = _RUN.fullmatch(location) or _REGISTERED.fullmatch(location)
+    return named is not None and not typed_path(location).exists()
+
+
+def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
+    """Have a model of MLflow looked up at `tracking_uri` or MLFLOW_TRACKING_URI, or in the SQLite file of a store."""
+    if not (tracking_uri or _is_of_mlflow(location)):
+        return
+    import mlflow
+
+    folder = Folder.at(store)
+    if tracking_uri is None and "MLFLOW_TRACKING_URI" not in os.environ and folder.exists(SQLITE):
+        tracking_uri = own_uri(folder)
+    if tracking_uri:
+        mlflow.set_tracking_uri(tracking_uri)
+
+
+@contextmanager
+def _found(location: str) -> Iterator[Artifact | _Found]:
+    """What is at a location; the files of a registered version lie here only meanwhile."""
+    path = typed_path(location)
+    if _is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
+        yield artifact
+    elif _is_of_mlflow(location) and (version := _of_registry(location)) is not None:
+        with _fetched(version) as folder:
+            yield _of_pipeline(folder, location)
+    elif Folder.at(location).exists(MANIFEST_NAME):
+        yield Artifact.open(location)
+    elif (path / CHECKPOINT_MANIFEST).exists():
+        yield _of_checkpoint(path)
+    elif (path / _INDEX).exists():
+        yield _of_pipeline(path, str(path.absolute()))
+    elif path.is_file():
+        yield _of_released(path)
+    else:
+        raise UserError(f"there is no model at {location}; give {_FORMS}")
+
+
+def _of_run(location: str) -> Artifact | None:
+    """The checkpoint artifact of a training's MLflow run."""
+    if (match := _RUN.fullmatch(location)) is None:
+        return None
+    client = mlflow_client()
+    try:
+        tags = client.get_run(match[1]).data.tags
+    except Exception as error:
+        raise _unknown(location, error) from error
+    if tags.get("edt.kind") != "checkpoint" or "edt.uri" not in tags:
+        raise UserError(f"the MLflow run {match[1]} made no checkpoint artifact; give the run of a train step")
+    return Artifact.open(tags["edt.uri"])
+
+
+def _of_registry(location: str) -> Any | None:
+    """The registered version at a location."""
+    if (match := _REGISTERED.fullmatch(location)) is None:
+        return None
+    name, alias, number = match.groups()
+    client = mlflow_client()
+    try:
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except Exception as error:
+        raise _unknown(location, error) from error
+
+
+@contextmanager
+def _fetched(version: Any) -> Iterator[Path]:
+    """The diffusers folder of a registered version, which is checked as it comes."""
+    with tempfile.TemporaryDirectory(prefix="edt-") as folder:
+        fetch_version(mlflow_client(), version, Path(folder), need_digests=False)
+        yield Path(folder)
+
+
+def _unknown(location: str, error: Exception) -> UserError:
+    import mlflow
+
+    return UserError(
+        f"MLflow at {mlflow.get_tracking_uri()} has no model {location} ({error}); set MLFLOW_TRACKING_URI "
+        "or --tracking-uri, as sqlite:///edt-store/mlflow.db"
+    )
+
+
+def _of_checkpoint(folder: Path) -> _Found:
+    """One checkpoint of a training, checked against its own manifest."""
+    from edt_core.training.checkpoint import CheckpointError, check_checkpoint, ema_model
+
+    try:
+        manifest = check_checkpoint(folder)
+    except CheckpointError as error:
+        raise UserError(f"{error}; give another checkpoint") from error
+    config = read_json(folder / TRAIN_STATE)["config"]
+    return _Found(ema_model(folder), config["num_timesteps"], manifest.step, manifest.seal, str(folder.absolute()))
+
+
+def _of_pipeline(folder: Path, origin: str) -> _Found:
+    """A diffusers folder that `edt_core.sampling.diffusers_pipeline` wrote. Code and pickles in it are not run."""
+    from diffusers.utils import logging
+
+    from edt_core.sampling.diffusers_pipeline import EDTPipeline
+    from edt_core.sampling.schedulers import is_training_scheduler
+
+    logging.disable_progress_bar()
+    _check_components(folder)
+    for part in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
+        check_folder_headers(part)
+    try:
+        pipeline = EDTPipeline.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{folder} is no diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
+    if not is_training_scheduler(pipeline.scheduler, pipeline.config.num_timesteps):
+        _log.warning(
+            "%s: its scheduler, %s, is not used; choose the sampler by the option sampler",
+            *(folder, type(pipeline.scheduler).__name__),
+        )
+    digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
+    config = pipeline.config
+    known = tuple(config.classes), dict(config.protocol), config.class_counts
+    return _Found(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *known)
+
+
+def _check_components(folder: Path) -> None:
+    """Raise UserError where the index of a folder names a module that is not ours or diffusers': loading it runs it.
+
+    diffusers before 0.42 imports whatever module the index names, and a component's folder may bring one.
+    """
+    try:
+        index = read_json_object(folder / _INDEX)
+    except (OSError, ValueError):
+        return  # no pipeline: who loads it says so
+    for component in _COMPONENTS & index.keys():
+        entry = index[component]
+        library = str(entry[0] if isinstance(entry, list) and entry else entry)
+        if library not in _LIBRARIES or (folder / component / f"{library}.py").exists():
+            raise UserError(
+                f"{folder / _INDEX} takes {component} from {entry}, and a folder's own code is not run; its modules "
+                f"may be {' and '.join(_LIBRARIES)}"
+            )
+
+
+def _of_released(path: Path) -> _Found:
+    """The authors' released file; its averaged weights where it has them, as they sample from."""
+    from edt_core.models.import_released import read_released_model
+
+    read = read_released_model(path)
+    for note in read.notes:
+        _log.warning("%s: %s", on_one_line(str(path)), on_one_line(note))
+    return _Found(read.model, 1000, 0, sha256_file(path), str(path.absolute()))
+
+
+def _made(found: _Found, work: Folder) -> Opened:
+    """The model, and the autoencoder that came with it, as artifacts of the store `work`, each made once."""
+    from safetensors.torch import save_file
+
+    from edt_core.models import count_macs, count_parameters
+    from edt_core.training.checkpoint import checkpoint_name
+
+    vae = None if found.autoencoder is None else _made_autoencoder(found.autoencoder, found, work)
+    config = {"num_timesteps": found.num_timesteps}
+    final = f"{CHECKPOINTS}/{checkpoint_name(found.steps)}"
+
+    def write(out: ArtifactWriter) -> dict[str, Any]:
+        weights = {name: value.contiguous() for name, value in found.model.state_dict().items()}
+        _write_model(out, final, found.model.config.to_dict(), lambda path: save_file(weights, path))
+        return {
+            "model": found.model.config.name,
+            "steps": found.steps,
+            "autoencoder_digest": None if vae is None else vae.manifest.digest,
+            **({} if vae is None else autoencoder.stored_scale(vae).beyond_factor()),
+            "class_counts": None if found.class_counts is None else list(found.class_counts),
+            "parameters": count_parameters(found.model),
+            "macs": count_macs(found.model),
+            "final": final,
+            "origin": found.origin,
+        }
+
+    return Opened(_once("checkpoint", config, found.digest, work, write), vae)
+
+
+def _write_model(
+    out: ArtifactWriter, final: str, config: Mapping[str, Any], write_weights: Callable[[Path], None]
+) -> None:
+    """The two files that a checkpoint is sampled from, in its folder `final` of an artifact."""
+    out.write_bytes(f"{final}/{MODEL_CONFIG}", json.dumps(config, indent=1, sort_keys=True).encode())
+    out.write(f"{final}/{EMA_WEIGHTS}", write_weights)
+
+
+def write_modulated(opened: Opened, amm: Mapping[str, Any], out: ArtifactWriter) -> dict[str, Any]:
+    """Write the model with other fields `amm_...` in its configuration; returns the counts of such an artifact.
+
+    Its autoencoder and images are found again where they lie now.
+    """
+    checkpoint, final = opened.checkpoint, opened.checkpoint.counts["final"]
+    config = {**checkpoint.read_json(f"{final}/{MODEL_CONFIG}"), **amm}
+    _write_model(out, final, config, lambda path: _copy(checkpoint.path(f"{final}/{EMA_WEIGHTS}"), path))
+    kept = {name: value for name, value in checkpoint.counts.items() if name not in ("checkpoints", "best")}
+    beside = {"autoencoder": opened.autoencoder, "images": opened.images}
+    return {
+        **kept,
+        "origin": checkpoint.folder.uri,
+        "beside": {role: [a.folder.uri, a.manifest.digest] for role, a in beside.items() if a is not None},
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _made_autoencoder(folder: Path, found: _Found, work: Folder) -> Artifact:
+    from edt_core.autoencoders.autoencoder import autoencoder_facts, load_autoencoder
+
+    facts = autoencoder_facts(load_autoencoder(folder))
+
+    def write(out: ArtifactWriter) -> dict[str, Any]:
+        out.add_tree(folder, autoencoder.FOLDER)
+        return {**facts, "source": found.origin}
+
+    return _once("autoencoder", {}, found.digest, work, write)
+
+
+def _once(
+    kind: str, config: dict[str, Any], digest: str, work: Folder, write: Callable[[ArtifactWriter], dict[str, Any]]
+) -> Artifact:
+    """The artifact of a store that stands for something known by its digest: found there, or written now."""
+    inputs = {"model": digest}
+    identity = fingerprint(kind, _VERSION, config, inputs)
+    folder = work.child(f"{kind}/{identity}")
+    with alone_in(folder):
+        if (made := made_before(folder, identity)) is not None:
+            return made
+        out = ArtifactWriter(folder, kind, identity)
+        return out.commit(config, inputs, write(out))
+
+
+def _in_store(checkpoint: Artifact) -> Opened:
+    """A checkpoint artifact, and what it was made from where it lies in a store with that."""
+    if checkpoint.manifest.kind != "checkpoint":
+        raise UserError(
+            f"{checkpoint.folder.uri} holds {checkpoint.manifest.kind}, and a model is needed; give {_FORMS}"
+        )
+    latents = _parent(checkpoint, "latents")
+    if latents is None:
+        return Opened(checkpoint, _beside(checkpoint, "autoencoder"), _beside(checkpoint, "images"))
+    return Opened(checkpoint, _parent(latents, "autoencoder"), _parent(latents, "images"))
+
+
+def _loaded(opened: Opened) -> Loaded:
+    """A checkpoint artifact's averaged weights, with the autoencoder and the class names of its training."""
+    from edt_core.autoencoders.autoencoder import load_autoencoder
+    from edt_core.training.checkpoint import ema_model
+
+    checkpoint, vae, images = opened.checkpoint, opened.autoencoder, opened.images
+    if vae is not None:
+        autoencoder.check_checkpoint_scale(checkpoint, vae)
+    return Loaded(
+        ema_model(checkpoint.directory(checkpoint.counts["final"])),
+        checkpoint.manifest.config["num_timesteps"],
+        None if vae is None else load_autoencoder(vae.directory(autoencoder.FOLDER)),
+        () if images is None else tuple(images.read_json(CLASSES_NAME)),
+        class_counts=checkpoint.counts.get("class_counts"),
+    )
+
+
+def _parent(artifact: Artifact, kind: str) -> Artifact | None:
+    """What an artifact of a store (`<root>/<kind>/<fingerprint>`) was made from, if that is there and whole."""
+    inputs: Mapping[str, str] = artifact.manifest.inputs
+    *root, there, name = artifact.folder.uri.split("/")
+    if (there, name) != (artifact.manifest.kind, artifact.fingerprint) or kind not in inputs:
+        return None
+    folder = Folder.at("/".join(root)).child(f"{kind}/{inputs[kind]}")
+    return Artifact.open(folder) if folder.exists(MANIFEST_NAME) else None
+
+
+def _beside(checkpoint: Artifact, role: str) -> Artifact | None:
+    """What `write_modulated` noted, if it is there and the same."""
+    uri, digest = checkpoint.counts.get("beside", {}).get(role, (None, None))
+    if uri is None or not Folder.at(uri).exists(MANIFEST_NAME):
+        return None
+    artifact = Artifact.open(uri)
+    return artifact if artifact.manifest.digest == digest else None

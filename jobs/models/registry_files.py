@@ -1,0 +1,270 @@
+"""The files of a registered version: listed, downloaded and checked by our own code, whatever their store says.
+
+Beside the diffusers folder of a version lies `digests.json`, {name: sha256}, and the sha256 of that file is a tag of
+the version: who can change files in the store but not the registry is found out.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from glob import escape
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from edt_core.errors import UserError
+from edt_core.files.small_files import parse_json, read_bounded
+from edt_core.network.answers import check_mlflow
+from edt_core.store.artifact import canonical_json, check_name
+from edt_core.store.digests import listing
+from edt_core.store.folder import Folder, in_threads, sha256_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DIGESTS, PIPELINE = "digests.json", "pipeline"  # names below `artifacts/` of the logged model
+DIGEST_TAG = "edt.pipeline_digest"
+SQLITE = "mlflow.db"  # in a local store, where no MLflow server is named
+_SQLITE_SCHEME = "sqlite:///"
+_ARTIFACTS = "artifacts"  # where MLflow puts what a pyfunc model is logged with
+_MOST_FILES, _DEEPEST = 10_000, 10  # a listing beyond these is none of ours
+_DRIVE = re.compile("[A-Za-z]:")
+
+
+def mlflow_client() -> "MlflowClient":
+    """A client of the MLflow that this process looks models up in. Raises UserError where that is silent."""
+    import mlflow
+
+    check_mlflow(mlflow.get_tracking_uri())
+    return mlflow.MlflowClient()
+
+
+def own_uri(store: Folder) -> str:
+    """The tracking URI of the SQLite file in a local store; "" for a remote one, where none can be."""
+    return "" if (root := store.local) is None else sqlite_uri(root / SQLITE)
+
+
+def sqlite_uri(path: Path) -> str:
+    """The URI of a SQLite file, whatever its folders are called; `sqlite_path` is the inverse.
+
+    SQLAlchemy ends the path at a `?`, and from 2.1 on decodes `%20`: such a path is quoted, its slashes too, because
+    MLflow creates the folders of the path as it is written. Raises UserError where no form means this file.
+    """
+    text = str(path)
+    if not {"?", "%"} & set(text):
+        return f"{_SQLITE_SCHEME}{text}"
+    from sqlalchemy import __version__
+    from sqlalchemy.engine import make_url
+
+    for written in (text, quote(text, safe="")):
+        if make_url(f"{_SQLITE_SCHEME}{written}").database == text:
+            return f"{_SQLITE_SCHEME}{written}"
+    raise UserError(
+        f"the folder {path.parent} has '?' in its name, and SQLAlchemy {__version__} cannot open a database in such a "
+        "folder; rename the folder, or install SQLAlchemy 2.1 or later"
+    )
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The SQLite file that a tracking URI names; None for another kind of URI."""
+    if not uri.startswith(_SQLITE_SCHEME):
+        return None
+    from sqlalchemy.engine import make_url
+
+    return Path(make_url(uri).database or "")
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of every file below a folder. Raises UserError for a link or what else is no plain file."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a link or no plain file; a model's folder holds files alone")
+        if path.is_file():
+            found[path.relative_to(folder).as_posix()] = sha256_file(path)
+    return found
+
+
+def digests_text(digests: Mapping[str, str]) -> bytes:
+    """The text of `digests.json`."""
+    return canonical_json(dict(digests)).encode()
+
+
+def safe_name(name: str) -> str:
+    """A name that stays below its folder on every system, or UserError."""
+    check_name(name)
+    if str(PurePosixPath(name)) != name or _DRIVE.match(name) or any(ord(letter) < 32 for letter in name):
+        raise UserError(f"the file name {name!r} is not a plain relative name")
+    return name
+
+
+def fetch_version(client: "MlflowClient", version: Any, target: Path, need_digests: bool = True) -> None:
+    """Download the diffusers folder of a version into the folder `target`, new or empty, and check it.
+
+    Raises UserError naming the files that differ, are missing or too many, or whose names lead out of the folder; and
+    for a version without digests, unless those are not needed.
+    """
+    remote = _Remote(client, version)
+    names = remote.names()
+    digests = _stated_digests(remote, need_digests)
+    if digests is not None and (problems := _compare_names(names, set(digests))):
+        raise _damaged(version, problems)
+    if not names:
+        raise UserError(f"{title(version)} holds no diffusers folder: it was not registered by edt")
+    for _ in in_threads(lambda name: remote.download(f"{PIPELINE}/{name}", target / name), sorted(names)):
+        pass
+    # What lies there is looked at again as it lies there: no file more, none less, no links.
+    if digests is not None and (problems := _compare(folder_digests(target), digests)):
+        raise _damaged(version, problems)
+
+
+def pull(client: "MlflowClient", version: Any, folder: Path) -> bool:
+    """Put the diffusers folder of a version at `folder`, whole or not at all; False if it is there already.
+
+    Raises UserError where something else lies there, and as `fetch_version`.
+    """
+    folder = folder.expanduser().absolute()
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is a file or a link; give a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        _check_pulled(client, version, folder)
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _staging(folder) as staged:
+        fetch_version(client, version, staged)
+        try:
+            staged.rename(folder)
+        except OSError:  # another pull was faster: the same version, or something else
+            _check_pulled(client, version, folder)
+            return False
+    return True
+
+
+def stored_problems(client: "MlflowClient", version: Any) -> list[str]:
+    """What is wrong with the files of a version in its store; every one is read."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="edt-") as folder:
+            fetch_version(client, version, Path(folder))
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def title(version: Any) -> str:
+    return f"{version.name} version {version.version}"
+
+
+class _Remote:
+    """The files below `artifacts/` of a version's logged model. Every name from outside is checked before its use."""
+
+    def __init__(self, client: "MlflowClient", version: Any) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        self.title = title(version)
+        self.tag: str | None = version.tags.get(DIGEST_TAG)
+        location = client.get_model_version_download_uri(version.name, version.version)
+        self._repository: Any = get_artifact_repository(location, tracking_uri=client.tracking_uri)
+
+    def names(self) -> set[str]:
+        """Names of the files of the diffusers folder, relative to it."""
+        root = f"{_ARTIFACTS}/{PIPELINE}"
+        return {name.removeprefix(f"{root}/") for name in self._walk(root)}
+
+    def download(self, name: str, target: Path) -> None:
+        """Bring one file to `target`."""
+        source = safe_name(f"{_ARTIFACTS}/{name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".edt-", dir=target.parent) as staging:
+            try:
+                got = Path(self._repository.download_artifacts(source, staging))
+            except Exception as error:  # every kind of store has its own
+                raise UserError(f"{self.title}: {name} cannot be downloaded ({error})") from error
+            got.replace(target)
+
+    def _walk(self, folder: str, depth: int = 0) -> Iterator[str]:
+        try:
+            found = self._repository.list_artifacts(folder)
+        except Exception as error:
+            raise UserError(f"{self.title}: its files cannot be listed ({error})") from error
+        if depth > _DEEPEST or len(found) > _MOST_FILES:
+            raise UserError(f"{self.title} lists more files or folders than any model has; register it anew")
+        for info in found:
+            name = safe_name(info.path)
+            if PurePosixPath(name).parent != PurePosixPath(folder):
+                raise UserError(f"{self.title}: the store lists {name!r} in {folder!r}; register it anew")
+            if info.is_dir:
+                yield from self._walk(name, depth + 1)
+            else:
+                yield name
+
+
+def _stated_digests(remote: _Remote, needed: bool) -> dict[str, str] | None:
+    """`digests.json` of a version, itself checked against the tag; None for a version from before there was one."""
+    if remote.tag is None:
+        if not needed:
+            return None
+        raise UserError(f"{remote.title} was registered without digests, so nobody can check its files; register anew")
+    with tempfile.TemporaryDirectory(prefix="edt-") as folder:
+        path = Path(folder) / DIGESTS
+        remote.download(DIGESTS, path)
+        text = read_bounded(path)
+    if sha256(text).hexdigest() != remote.tag:
+        raise UserError(f"{remote.title} is damaged: {DIGESTS} has another sha256 than its tag {DIGEST_TAG} says")
+    return {safe_name(name): str(digest) for name, digest in parse_json(text, DIGESTS).items()}
+
+
+def _compare_names(there: set[str], stated: set[str]) -> list[str]:
+    missing = [f"{name} is missing" for name in sorted(stated - there)]
+    return missing + [f"{name} is not in {DIGESTS}" for name in sorted(there - stated)]
+
+
+def _compare(there: Mapping[str, str], stated: Mapping[str, str]) -> list[str]:
+    differing = [f"{name} has another sha256" for name in sorted(there.keys() & stated) if there[name] != stated[name]]
+    return differing + _compare_names(set(there), set(stated))
+
+
+def _damaged(version: Any, problems: list[str]) -> UserError:
+    return UserError(f"{title(version)} is damaged: {listing(problems)}; take another version or register it anew")
+
+
+def _check_pulled(client: "MlflowClient", version: Any, folder: Path) -> None:
+    """Raise UserError unless the folder holds this very version and nothing else."""
+    stated = _stated_digests(_Remote(client, version), True)
+    assert stated is not None
+    if problems := _compare(folder_digests(folder), stated):
+        raise UserError(f"{folder} holds something else than {title(version)}: {listing(problems)}; give a new folder")
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to fill and rename. It is locked while its process lives; dead ones are removed."""
+    import fcntl
+
+    prefix = f".{folder.name}.pull-"
+    for old in folder.parent.glob(f"{escape(prefix)}????????"):
+        with suppress(OSError), _opened(old) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its pull is alive
+            if {path.name for path in old.iterdir()} <= {folder.name}:  # what else lies there, no pull has left
+                shutil.rmtree(old, ignore_errors=True)
+    staged = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        with _opened(staged) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            inner = staged / folder.name  # made with the permissions that folders get here, unlike `staged`
+            inner.mkdir(parents=True)
+            yield inner
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
+    finally:
+        os.close(handle)

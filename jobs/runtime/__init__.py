@@ -1,0 +1,1 @@
+"""The Ray session, progress, and how failures are reported."""

@@ -1,0 +1,55 @@
+"""classifier: fit a small classifier on the image shards; its features stand in where Inception's are not at hand."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from edt_core.config import ClassifierConfig
+from edt_core.progress import Progress
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.stages.autoencoder import IMAGE_SHARDS
+from jobs.stages.stage import Verb
+
+FOLDER = "classifier"
+
+
+def classifier(
+    config: ClassifierConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """Fit on `inputs["images"]`, store weights and sizes, and count the accuracy on images kept from the fit."""
+    require("the fit", CPU=config.num_cpus, GPU=config.num_gpus)
+    task = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(_fit)
+    return ray.get(task.remote(config, dict(inputs), out, progress))
+
+
+def _fit(
+    config: ClassifierConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    from edt_core.data.shards import load_images
+    from edt_core.evaluation.extractors.classifier import fit_classifier
+
+    use_threads(config.num_cpus)
+    images = inputs["images"]
+    pixels, labels = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
+
+    def report(step: int, loss: float) -> None:
+        progress.update(step, config.steps, "steps", detail=f"loss {loss:.3f}")
+        if step % 50 == 0 or step == config.steps:
+            progress.metrics({"loss": loss}, step)
+
+    device = device_name(config.num_gpus)
+    model, facts = fit_classifier(config, pixels, labels, images.counts["classes"], device, report)
+    with tempfile.TemporaryDirectory() as folder:
+        model.cpu().save(Path(folder))
+        out.add_tree(Path(folder), FOLDER)
+    return {**facts, "classes": images.counts["classes"], "feature_dim": config.feature_dim}
+
+
+VERB = Verb("classifier", "classifier", 1, ClassifierConfig, classifier, roles=("images",))
+
+if __name__ == "__main__":
+    VERB.main()

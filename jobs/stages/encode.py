@@ -1,0 +1,214 @@
+"""encode: image shards -> Arrow latent shards (posterior of image and mirror image), WebDataset twins on request."""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edt_core.config import EncodeConfig
+from edt_core.data.prefetch import in_batches
+from edt_core.data.shards import ImageSample, read_image_shard
+from edt_core.errors import UserError
+from edt_core.progress import Progress
+from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
+from edt_core.store.folder import sha256_file
+from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD
+from jobs.runtime.cluster import device_name, pooled, require, use_threads
+from jobs.stages.autoencoder import FOLDER, IMAGE_SHARDS, stored_scale
+from jobs.stages.stage import Verb
+
+_PROBES = 16  # images on which the error of a lower precision is measured, whatever the batch size
+_AHEAD = 3  # decoded batches that wait for the autoencoder
+
+
+class Encoder:
+    """Loads the autoencoder once, then turns one image shard after the other into a latent shard."""
+
+    def __init__(
+        self,
+        config: EncodeConfig,
+        inputs: Mapping[str, Artifact],
+        out: ArtifactWriter,
+        progress: Progress,
+        device: str | None = None,
+    ) -> None:
+        from edt_core.autoencoders.autoencoder import load_autoencoder
+        from edt_core.data.latents import LatentInfo
+        from edt_core.precision import use_precision
+
+        use_threads(config.num_cpus_per_worker)
+        self.config, self.images, self.out, self.progress = config, inputs["images"], out, progress
+        source = inputs["autoencoder"]
+        self.location = source.directory(FOLDER)
+        self.device = device or device_name(config.num_gpus_per_worker)
+        self.model: Any = load_autoencoder(self.location, self.device).to(use_precision(config.precision))
+        size, factor = self.images.counts["image_size"], source.counts["downsample_factor"]
+        self.info = LatentInfo(
+            autoencoder=f"{source.counts['source']}@{source.manifest.digest}",
+            scale=stored_scale(source),
+            image_size=size,
+            latent_shape=(source.counts["latent_channels"], size // factor, size // factor),
+        )
+
+    def work(self, shard: int) -> dict[str, Any]:
+        """Encode shard number `shard`: rows, and sums and sums of squares of the latents by channel.
+
+        Shard 0 also tells the error of a precision below fp32.
+        """
+        from dataclasses import replace
+
+        from edt_core.data.latents import LatentShard, LatentShardWriter, write_latent_tar
+
+        source = self.images.entries(IMAGE_SHARDS)[shard]
+        name, twin = LATENT_SHARD.format(shard), LATENT_TAR_SHARD.format(shard)
+        if not self.out.recover(name):
+
+            def write_to(path: Path) -> int:
+                with LatentShardWriter(path, replace(self.info, source_shard=source.path)) as writer:
+                    for keys, labels, posterior in self._posteriors(shard, source):
+                        writer.write(keys, labels, posterior)
+                return writer.rows
+
+            self.out.write(name, write_to)
+        latents = LatentShard(self.out.data.local_copy(name))
+        if self.config.write_webdataset and not self.out.recover(twin):
+            self.out.write(twin, lambda path: write_latent_tar(path, latents))
+        if len(latents) != source.rows:
+            raise UserError(
+                f"{source.path} holds {len(latents)} images, its manifest says {source.rows}; preprocess again"
+            )
+        return {
+            "rows": len(latents),
+            **_sums(latents),
+            "labels": np.bincount(latents.labels, minlength=self.images.counts["classes"]),
+            "error": self._precision_error(source) if shard == 0 else None,
+        }
+
+    def _posteriors(self, shard: int, source: FileEntry) -> Iterator[tuple[Any, ...]]:
+        """(keys, labels int64 [n], posterior float32 [n, 2, 2, C, h, h]) of a shard, batch by batch."""
+        from edt_core.autoencoders.autoencoder import encode_both_sides
+        from edt_core.data.prefetch import prefetched
+
+        done = 0
+        with ThreadPoolExecutor(self.config.num_decode_threads) as pool:
+            ahead = prefetched(self._decoded(source, pool), _AHEAD)
+            for samples, posterior in encode_both_sides(self.model, ahead):
+                if not np.isfinite(posterior).all():
+                    exact = self.config.precision == "fp32"
+                    remedy = (
+                        "its weights are damaged or not of its configuration" if exact else "set encode.precision=fp32"
+                    )
+                    raise UserError(
+                        f"the autoencoder gives latents of {source.path} that are not finite in "
+                        f"{self.config.precision}; {remedy}"
+                    )
+                yield [s.key for s in samples], np.array([s.label for s in samples], dtype=np.int64), posterior
+                done += len(samples)
+                self.progress.update(done, self.images.counts["images"], "images", part=shard)
+
+    def _decoded(
+        self, source: FileEntry, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[tuple[ImageSample, ...], NDArray[np.uint8]]]:
+        """Batches of a shard's samples and their pixels, uint8 [n, S, S, 3]. Digested first: encode no wrong byte."""
+        path = self.images.path(source.path)
+        if sha256_file(path) != source.sha256:
+            raise UserError(f"{path} is not what its manifest says (another sha256); run preprocess again")
+        for samples in in_batches(read_image_shard(path), self.config.batch_size):
+            yield samples, np.stack(list(pool.map(ImageSample.pixels, samples)))
+
+    def _precision_error(self, source: FileEntry) -> dict[str, float] | None:
+        from edt_core.autoencoders.autoencoder import load_autoencoder, precision_error
+
+        if self.config.precision == "fp32" or not source.rows:
+            return None
+        first = islice(read_image_shard(self.images.path(source.path)), _PROBES)
+        exact = load_autoencoder(self.location, self.device)
+        pixels = np.stack([sample.pixels() for sample in first])
+        return precision_error(self.model, exact, pixels, self.config.precision)
+
+
+def _sums(latents: Any) -> dict[str, NDArray[np.float64]]:
+    """Sum and sum of squares by channel, of the latents as training draws them: the posterior's variance included."""
+    channels = latents.info.latent_shape[0]
+    total, squares = np.zeros(channels), np.zeros(channels)
+    for side, _ in latents.chunks:
+        posterior = side.reshape(-1, 2, *latents.info.latent_shape).astype(np.float64)
+        mean, std = posterior[:, 0], posterior[:, 1]
+        total += mean.sum((0, 2, 3))
+        squares += (mean**2 + std**2).sum((0, 2, 3))
+    return {"total": total, "squares": squares}
+
+
+def encode(
+    config: EncodeConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """Encode image shards into latent shards: the autoencoder's posterior of each image and its mirror image.
+
+    Makes one shard for each of `inputs["images"]`, with `inputs["autoencoder"]`.
+    The counts hold mean and standard deviation by channel of the raw latents, posterior variance included.
+    Raises UserError where the image size does not fit the autoencoder, or a shard is not what its manifest says.
+    """
+    images, source = inputs["images"], inputs["autoencoder"]
+    size, factor = images.counts["image_size"], source.counts["downsample_factor"]
+    if size % factor:
+        raise UserError(
+            f"images of {size} px do not fit an autoencoder that divides the side by {factor}; use a multiple of "
+            f"{factor} for preprocess.image_size"
+        )
+    require("encode", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
+    shards = range(len(images.entries(IMAGE_SHARDS)))
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    work = pooled(Encoder, config.num_workers, shards, config, dict(inputs), out, progress, **resources)
+    parts: dict[int, dict[str, Any]] = {}
+    for shard, part in work:
+        parts[shard] = part
+        progress.update(part["rows"], images.counts["images"], "images", part=shard)
+    rows = sum(part["rows"] for part in parts.values())
+    if rows != images.counts["images"]:
+        raise UserError(
+            f"encoded {rows} images, the image shards state {images.counts['images']}; run preprocess again"
+        )
+    side = size // factor
+    # In order of shard: sums of floats hang on their order, and the manifest must not hang on who was first.
+    mean, square = (sum(parts[k][name] for k in shards) / (rows * side * side) for name in ("total", "squares"))
+    if error := parts[0]["error"]:
+        progress.warn(
+            f"{config.precision} moves the latents by {error['rms']:.2e} (rms) and {error['max']:.2e} (largest) of "
+            "their standard deviation against fp32"
+        )
+    return {
+        "images": rows,
+        "classes": images.counts["classes"],
+        "class_counts": sum(part["labels"] for part in parts.values()).tolist(),
+        "image_size": size,
+        "latent_shape": [source.counts["latent_channels"], side, side],
+        **stored_scale(source).record(),
+        "autoencoder_digest": source.manifest.digest,
+        "channel_mean": mean.tolist(),
+        "channel_std": _deviation(mean, square).tolist(),
+        **({"precision_error": error} if error else {}),
+    }
+
+
+def _deviation(mean: NDArray[np.float64], square: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard deviations [C] of means [C] of values and of their squares; 0 where rounding leaves less than that."""
+    variance = np.maximum(square - mean**2, 0.0)
+    return np.sqrt(variance)
+
+
+VERB = Verb(
+    "encode",
+    "latents",
+    2,
+    EncodeConfig,
+    encode,
+    roles=("images", "autoencoder"),
+    examples=("./images ./latents --autoencoder stabilityai/sd-vae-ft-ema --num-gpus-per-worker 1 --precision bf16",),
+)
+
+if __name__ == "__main__":
+    VERB.main()

@@ -1,0 +1,138 @@
+"""evaluate: every metric from kept features, with the protocol that gave them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import ray
+
+from edt_core.config import EvaluateConfig, SampleConfig, result_fields
+from edt_core.errors import UserError
+from edt_core.progress import Progress
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.layout import METRICS_NAME
+from jobs.runtime.cluster import use_threads
+from jobs.stages.reference import evenly_spaced, load_reference
+from jobs.stages.sample import load_units
+from jobs.stages.sizes import wanted_metrics
+from jobs.stages.stage import Verb
+
+# How the work is cut up and what is kept of it: two results that differ in these alone are comparable.
+_NOT_OF_THE_PROTOCOL = ("keep_images", "unit_size")
+
+
+def evaluate(
+    config: EvaluateConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """Compare `inputs["features"]` with `inputs["reference"]` in each of their feature spaces.
+
+    Of several repeats the metrics are means, with `<metric>_std` beside them. Raises UserError where the two come from
+    different extractors, for metrics that cannot be had, and for samples that are not whole.
+    """
+    counts = ray.get(ray.remote(num_cpus=config.num_cpus)(_compare).remote(config, dict(inputs), out, progress))
+    for warning in counts["warnings"]:  # told here: the last word of a task may come when nobody listens any more
+        progress.warn(warning)
+    return counts
+
+
+def _compare(
+    config: EvaluateConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    use_threads(config.num_cpus)
+    features, reference = inputs["features"], inputs["reference"]
+    spaces = _common_spaces(features, reference)
+    sampling = SampleConfig.model_validate(features.manifest.config)
+    real = {space: load_reference(reference, space) for space in spaces}
+    repeats = []
+    for number in range(sampling.repeats):
+        samples = load_units(features, number)
+        repeats.append(_metrics(config, samples, real))
+        progress.update(number + 1, sampling.repeats, "repeats")
+    metrics = repeats[0] if len(repeats) == 1 else _over_repeats(repeats)
+    protocol = _protocol(config, features, reference)
+    warnings = _warnings(metrics, sampling.num_samples, real)
+    out.write_json(METRICS_NAME, {"metrics": metrics, "protocol": protocol, "repeats": repeats, "warnings": warnings})
+    return {"metrics": metrics, "protocol": protocol, "warnings": warnings}
+
+
+def _common_spaces(features: Artifact, reference: Artifact) -> list[str]:
+    """The spaces of the generated features. Raises UserError for a reference of other networks or other images."""
+    made, real = features.counts["extractors"], reference.counts["extractors"]
+    if not made:
+        raise UserError(f"{features.folder.uri} holds samples without features; sample with a network of features")
+    if differing := {space: (digest, real.get(space)) for space, digest in made.items() if real.get(space) != digest}:
+        told = "; ".join(f"{space}: {a[:12]} and {(b or 'none')[:12]}" for space, (a, b) in differing.items())
+        raise UserError(f"features and reference come from different extractors ({told}); make both with one")
+    size, real_size = features.counts["image_size"], reference.counts["image_size"]
+    if real_size not in (size, None):
+        raise UserError(
+            f"the samples are images of {size} px and the reference of {real_size} px: features hang on the size; "
+            f"preprocess the real images with --image-size {size}"
+        )
+    return list(made)
+
+
+def _metrics(config: EvaluateConfig, samples: Mapping[str, Any], real: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of one repeat, those of all spaces together."""
+    from edt_core.evaluation.metrics import FeatureSet, FeatureStatistics, compute_metrics
+
+    found: dict[str, float] = {}
+    for space, reference in real.items():
+        features = samples[f"{space}.features"]
+        made = FeatureSet(
+            features=features[evenly_spaced(0, len(features), len(features), config.pairwise_limit)],
+            statistics=FeatureStatistics.from_features(features, "generated").gaussian,
+            spatial=samples.get(f"{space}.spatial"),
+            probabilities=samples.get(f"{space}.probabilities"),
+        )
+        wanted = wanted_metrics(config, space, len(features))
+        found |= compute_metrics(made, reference, wanted, space=space, allow_rank_deficient=config.allow_rank_deficient)
+        if space == "classifier":
+            right = samples["classifier.probabilities"].argmax(1) == samples["labels"]
+            found["accuracy_classifier"] = float(right.mean())
+    return found
+
+
+def _over_repeats(repeats: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and sample standard deviation of each metric over the repeats, in place of that over splits."""
+    found: dict[str, float] = {}
+    for name in (name for name in repeats[0] if not name.endswith("_std")):
+        values = np.array([repeat[name] for repeat in repeats])
+        found |= {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
+    return found
+
+
+def _protocol(config: EvaluateConfig, features: Artifact, reference: Artifact) -> dict[str, Any]:
+    """Everything that has to be equal for two results to be compared."""
+    from edt_core.evaluation.protocol import UINT8_RULE
+
+    sampling = SampleConfig.model_validate(features.manifest.config)
+    fields = {name: value for name, value in result_fields(sampling).items() if name not in _NOT_OF_THE_PROTOCOL}
+    return {
+        **fields,
+        "guide": features.counts["guide_digest"],
+        "extractors": features.counts["extractors"],
+        "reference": reference.counts["content"],
+        "reference_source": reference.counts["source"],
+        "reference_images": reference.counts["images"],
+        "reference_features": reference.manifest.config["keep_features"],
+        "pairwise_limit": config.pairwise_limit,
+        "autoencoder": features.counts["autoencoder_digest"],
+        "uint8_rule": UINT8_RULE,
+    }
+
+
+def _warnings(metrics: Mapping[str, float], num_samples: int, real: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers should know: few samples bias distances, and fewer than dimensions decide them."""
+    from edt_core.evaluation.metrics import bias_warning, in_order, rank_warning
+
+    told = [bias_warning(in_order(metrics), num_samples)]
+    if any(told):
+        told += [rank_warning(num_samples, side.gaussian(space).dimensions) for space, side in real.items()]
+    return [warning for warning in told if warning]
+
+
+VERB = Verb("evaluate", "evaluation", 2, EvaluateConfig, evaluate, roles=("features", "reference"))
+
+if __name__ == "__main__":
+    VERB.main()

@@ -1,0 +1,304 @@
+"""reference: what the real images look like in each feature space, the other side of every metric.
+
+The Gaussian of all images, and the features of some at even distances for kid, precision and recall. Published
+statistics of ADM stand in for the images where they are given.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edt_core.config import EXTRACTORS, ReferenceConfig
+from edt_core.data.order import at_even_distances
+from edt_core.errors import UserError
+from edt_core.files.place_names import typed_path
+from edt_core.files.tensor_files import load_tensors, opened_tensors
+from edt_core.progress import Progress
+from edt_core.store.artifact import Artifact, ArtifactWriter, Source
+from edt_core.store.folder import sha256_file
+from edt_core.store.layout import REFERENCE_NAME
+from jobs.runtime.cluster import device_name, pooled, require, use_threads
+from jobs.stages import extractors
+from jobs.stages.autoencoder import IMAGE_SHARDS
+from jobs.stages.stage import Verb
+
+_PARTS, _PART = "parts", "parts/part-{:05d}.safetensors"
+_MOST_PARTS = 64  # a part holds a matrix of D² for each space, 34 MB for Inception, until all are merged
+_ADM_CHUNK = 64
+
+Tensors = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some image shards, one after the other, and the number of the first image among all."""
+
+    shards: tuple[str, ...]
+    first: int
+
+
+def parts_of(images: Artifact) -> list[Part]:
+    """The shards in at most _MOST_PARTS runs: a function of the artifact alone, so results do not move."""
+    shards = images.entries(IMAGE_SHARDS)
+    size = -(-len(shards) // _MOST_PARTS)
+    starts = np.concatenate([[0], np.cumsum([shard.rows or 0 for shard in shards])])
+    return [
+        Part(tuple(shard.path for shard in shards[k : k + size]), int(starts[k])) for k in range(0, len(shards), size)
+    ]
+
+
+class Extraction:
+    """Loads every network once, then takes one part after the other."""
+
+    def __init__(
+        self,
+        config: ReferenceConfig,
+        inputs: Mapping[str, Artifact | Source],
+        parts: list[Part],
+        out: ArtifactWriter,
+        progress: Progress,
+    ) -> None:
+        from edt_core.precision import use_precision
+
+        use_threads(config.num_cpus_per_worker)
+        use_precision("fp32")
+        self.config, self.out, self.parts, self.progress = config, out, parts, progress
+        images = inputs["images"]
+        assert isinstance(images, Artifact)
+        self.images, self.total = images, images.counts["images"]
+        device = device_name(config.num_gpus_per_worker)
+        self.extractors = {
+            space: extractors.load(space, inputs[space], device) for space in extractors.spaces_of(inputs)
+        }
+
+    def work(self, number: int) -> int:
+        """Extract part `number` unless it is there; returns its number of images."""
+        from safetensors.numpy import save
+
+        name = _PART.format(number)
+        entry = self.out.recover(name)
+        if entry is None:
+            tensors, rows = self._extract(number)
+            entry = self.out.write_bytes(name, save(tensors), rows)
+        return entry.rows or 0
+
+    def _extract(self, number: int) -> tuple[Tensors, int]:
+        from edt_core.data.prefetch import in_batches, prefetched
+
+        done, part = 0, self.parts[number]
+        sums = Sums()
+        kept: dict[str, list[NDArray[np.float32]]] = {space: [] for space in self.extractors}
+        for pixels in prefetched((np.stack(b) for b in in_batches(self._pixels(part), self.config.batch_size)), 1):
+            rows = evenly_spaced(part.first + done, len(pixels), self.total, self.config.keep_features)
+            for space, extract in self.extractors.items():
+                found = extract(pixels)
+                sums.add(space, found)
+                kept[space].append(found["features"][rows])
+            done += len(pixels)
+            self.progress.update(done, self.total, "images", part=number)
+        features = {f"{space}.features": np.concatenate(blocks) for space, blocks in kept.items()}
+        return {**sums.tensors(), **features}, done
+
+    def _pixels(self, part: Part) -> Iterator[NDArray[np.uint8]]:
+        from edt_core.data.shards import read_image_shard
+
+        for path in part.shards:
+            for sample in read_image_shard(self.images.path(path)):
+                yield sample.pixels()
+
+
+class Sums:
+    """Mergeable statistics by key: `<space>` of a space's features, `<space>.spatial` of its spatial ones."""
+
+    def __init__(self) -> None:
+        self.statistics: dict[str, Any] = {}
+
+    def add(self, space: str, found: Mapping[str, NDArray[np.float32]]) -> None:
+        """Add what an extractor gave for a batch."""
+        from edt_core.evaluation.metrics import FeatureStatistics
+
+        for name, key in (("features", space), ("spatial", f"{space}.spatial")):
+            if name in found:
+                self.merge(key, FeatureStatistics.from_features(found[name], f"{space} reference"))
+
+    def merge(self, key: str, statistics: Any) -> None:
+        there = self.statistics.get(key)
+        self.statistics[key] = statistics if there is None else there.merge(statistics)
+
+    def tensors(self) -> Tensors:
+        """The sums as named arrays."""
+        return {f"{key}.{n}": v for key, sums in self.statistics.items() for n, v in sums.to_arrays().items()}
+
+
+def evenly_spaced(first: int, count: int, total: int, limit: int) -> list[int]:
+    """Of rows first..first+count-1 among `total`, the places, from 0, of those that `limit` even distances take."""
+    return [place for place in range(count) if at_even_distances(first + place, total, limit)]
+
+
+def reference(
+    config: ReferenceConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """Statistics and features of every image of `inputs["images"]`, or of ADM's .npz there, for each extractor.
+
+    Raises UserError where there is no extractor, or none that the published statistics are of.
+    """
+    spaces = extractors.spaces_of(inputs)
+    if not spaces:
+        raise UserError(f"there is no network of features: give at least one of {', '.join(EXTRACTORS)}")
+    require("reference", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
+    if isinstance(inputs["images"], Source):
+        facts = _published(config, inputs, out, progress)
+    else:
+        facts = _of_images(config, inputs, out, progress)
+    return {**facts, "extractors": extractors.digests_of(inputs)}
+
+
+def _of_images(
+    config: ReferenceConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    images = inputs["images"]
+    assert isinstance(images, Artifact)
+    if not images.counts["lossless"]:
+        progress.warn("the image shards are JPEG: distances to them are not those of the original images")
+    parts, total = parts_of(images), images.counts["images"]
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    if out.recover(REFERENCE_NAME) is None:
+        arguments = (config, dict(inputs), parts, out, progress)
+        rows = dict(pooled(Extraction, config.num_workers, range(len(parts)), *arguments, **resources))
+        if sum(rows.values()) != total:
+            raise UserError(
+                f"the image shards hold {sum(rows.values())} images where {total} are stated; run preprocess again"
+            )
+        _merge(len(parts), out)
+    out.discard(_PARTS)
+    size = images.counts["image_size"]
+    return {"images": total, "image_size": size, "source": "images", "content": images.manifest.digest}
+
+
+def _merge(parts: int, out: ArtifactWriter) -> None:
+    """Join the parts in their order: sums of floats hang on it."""
+    from safetensors.numpy import save
+
+    from edt_core.evaluation.metrics import FeatureStatistics
+
+    sums, features = Sums(), dict[str, list[NDArray[np.float32]]]()
+    for number in range(parts):
+        tensors = load_tensors(out.data.local_copy(_PART.format(number)), "numpy")
+        for key in [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]:
+            arrays = {name: tensors[f"{key}.{name}"] for name in ("count", "mean", "scatter")}
+            sums.merge(key, FeatureStatistics.from_arrays(arrays))
+        for name, value in tensors.items():
+            if name.endswith(".features"):
+                features.setdefault(name, []).append(value)
+    joined = {name: np.concatenate(blocks) for name, blocks in features.items()}
+    gaussians = {key: statistics.gaussian for key, statistics in sums.statistics.items()}
+    out.write_bytes(REFERENCE_NAME, save({**_arrays(gaussians), **joined}), len(next(iter(joined.values()))))
+
+
+def _arrays(gaussians: Mapping[str, Any]) -> Tensors:
+    return {
+        name: value
+        for key, gaussian in gaussians.items()
+        for name, value in (
+            (f"{key}.mean", gaussian.mean),
+            (f"{key}.covariance", gaussian.covariance),
+            (f"{key}.count", np.array([gaussian.count or 0], dtype=np.int64)),  # 0 where nobody states it
+        )
+    }
+
+
+def _published(
+    config: ReferenceConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    import ray
+
+    statistics, spaces = inputs["images"], extractors.spaces_of(inputs)
+    assert isinstance(statistics, Source)
+    if spaces != ["inception"]:
+        raise UserError(
+            f"{statistics.location} are statistics of Inception features, and {', '.join(spaces)} is asked for; give "
+            "the Inception weights alone, or images in place of the statistics"
+        )
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    task: Any = ray.remote(_extract_published).options(**resources)
+    facts: dict[str, Any] = ray.get(task.remote(config, statistics, inputs["inception"], out, progress))
+    return {**facts, "source": "published statistics", "content": statistics.fingerprint}
+
+
+def _extract_published(
+    config: ReferenceConfig, statistics: Source, weights: Source, out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """ADM's Gaussians as they are, and the features of the images that come with them; returns facts of those."""
+    from safetensors.numpy import save
+
+    from edt_core.evaluation.metrics.adm import read_adm, read_images
+
+    use_threads(config.num_cpus_per_worker)
+    path = Path(statistics.location)
+    if sha256_file(path) != statistics.fingerprint:
+        raise UserError(f"{path} has changed since the run was started; run again with the file at rest")
+    adm = read_adm(path)
+    total = adm.image_shape[0] if adm.image_shape else 0
+    extract = extractors.load("inception", weights, device_name(config.num_gpus_per_worker))
+    features, done = [], 0
+    for pixels in read_images(path, _ADM_CHUNK):
+        rows = evenly_spaced(done, len(pixels), total, config.keep_features)
+        if rows:
+            features.append(extract(pixels[rows])["features"])
+        done += len(pixels)
+        progress.update(done, total, "images")
+    gaussians = {"inception": adm.statistics}
+    if adm.spatial_statistics is not None:
+        gaussians["inception.spatial"] = adm.spatial_statistics
+    kept = {"inception.features": np.concatenate(features)} if features else {}
+    out.write_bytes(REFERENCE_NAME, save({**_arrays(gaussians), **kept}), done)
+    return {"images": total, "image_size": adm.image_shape[1] if adm.image_shape else None}
+
+
+def statistics_source(location: str) -> Source:
+    """ADM's file of reference statistics, known by its bytes. Raises UserError where it is not there."""
+    path = typed_path(location).absolute()
+    if not path.is_file():
+        raise UserError(
+            f"there are no reference statistics at {location}; get VIRTUAL_imagenet256_labeled.npz where "
+            "github.com/openai/guided-diffusion/tree/main/evaluations says, or give images instead"
+        )
+    return Source(str(path), sha256_file(path))
+
+
+def load_reference(reference: Artifact, space: str) -> Any:
+    """The reference side of a comparison in one space, a FeatureSet."""
+    from edt_core.evaluation.metrics import FeatureSet, Gaussian
+
+    reference.verify_once(REFERENCE_NAME)
+    with opened_tensors(reference.path(REFERENCE_NAME), "numpy") as file:
+        names = set(file.keys())
+
+        def gaussian(key: str) -> Any:
+            if f"{key}.mean" not in names:
+                return None
+            count = int(file.get_tensor(f"{key}.count")[0])
+            return Gaussian(file.get_tensor(f"{key}.mean"), file.get_tensor(f"{key}.covariance"), count or None)
+
+        features = file.get_tensor(f"{space}.features") if f"{space}.features" in names else None
+        return FeatureSet(
+            features=features, statistics=gaussian(space), spatial_statistics=gaussian(f"{space}.spatial")
+        )
+
+
+VERB = Verb(
+    "reference",
+    "reference",
+    2,
+    ReferenceConfig,
+    reference,
+    roles=("images",),
+    optional=EXTRACTORS,
+)
+
+if __name__ == "__main__":
+    VERB.main()

@@ -1,0 +1,295 @@
+"""train: a Ray Train DDP job that fits an EDT to latent shards and leaves its checkpoints.
+
+The loop is `edt_core.training.loop.train`; this file gives it ranks, a place for checkpoints, and somebody to tell.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edt_core.config import TrainConfig
+from edt_core.errors import Stopped, UserError
+from edt_core.files.small_files import read_text
+from edt_core.progress import Progress
+from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
+from edt_core.store.digests import damaged
+from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
+from jobs.runtime.cluster import MAX_RETRIES, free_place_of, is_own, require, use_threads
+from jobs.stages.autoencoder import check_trained_scale, stored_scale
+from jobs.stages.stage import Verb
+
+LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
+LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
+# Ray Train's own folder and what a training ended with, inside the attempt; gone when the artifact is committed.
+_RAY_RUN, _VERDICT = ".ray-train", ".verdict.json"
+_FINAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Stopped": Stopped, "NotFinite": RuntimeError}
+
+
+def config_of(name: str, latents: Mapping[str, Any]) -> Any:
+    """The ModelConfig of a named model that fits the counts of a latents artifact. Raises UserError."""
+    from edt_core.models import model_config
+
+    channels, side, _ = latents["latent_shape"]
+    try:
+        return model_config(
+            name,
+            latents["image_size"],
+            latents["classes"],
+            autoencoder_factor=latents["image_size"] // side,
+            latent_channels=channels,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def train(
+    config: TrainConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """Train on `inputs["latents"]`. With max_steps 0 the artifact is the untrained model of this seed.
+
+    Goes on from the newest whole checkpoint that an earlier attempt at the same fingerprint left. With an autoencoder
+    among the inputs, and `preview_every`, sample grids are drawn on the way.
+
+    Raises Stopped when it was asked to stop and has left a checkpoint, RuntimeError where losses or gradients stay not
+    finite after `max_rollbacks` rollbacks, UserError for latents or resources that will not do.
+    """
+    from edt_core.data.scale import LatentScale
+    from edt_core.models import count_macs, count_parameters, shadow, training_flops
+    from edt_core.training.checkpoint import checkpoint_name
+    from edt_core.training.store import CheckpointStore, best_step
+    from jobs.stages.train_context import device_seconds, remove_clock
+
+    latents = inputs["latents"]
+    model_config = config_of(config.model, latents.counts)
+    _check(config, model_config, latents)
+    if "autoencoder" in inputs:
+        remedy = f"remove the artifact {latents.folder.uri} and encode again"
+        check_trained_scale(latents.counts, stored_scale(inputs["autoencoder"]), "the latents artifact", remedy)
+    if config.preview_every is not None and "autoencoder" not in inputs:
+        progress.warn("preview_every is set, but nothing decodes its samples: give an autoencoder (--autoencoder)")
+    store = CheckpointStore(out, config.num_to_keep, progress.warn)
+    store.adopt()
+    if config.max_steps == 0:
+        _store_untrained(config, model_config, store)
+    else:
+        _fit(config, {**inputs, "model_config": model_config}, out, progress)
+    kept = store.prune(at_end=True)
+    final = f"{CHECKPOINTS}/{checkpoint_name(kept[-1])}"
+    _write_history(json.loads(out.data.read_bytes(f"{final}/{TRAIN_STATE}"))["history"]["rows"], out)
+    best = best_step(store.manifests())
+    model = shadow(model_config)
+    images = kept[-1] * config.global_batch_size
+    seconds = device_seconds(out)
+    remove_clock(out)
+    return {
+        "model": config.model,
+        "steps": kept[-1],
+        "autoencoder_digest": latents.counts["autoencoder_digest"],
+        **LatentScale.of(latents.counts).beyond_factor(),
+        "class_counts": latents.counts.get("class_counts"),  # what the label policy "prior" draws from
+        "parameters": count_parameters(model),
+        "macs": count_macs(model),
+        "images_seen": images,
+        "training_flops": images * training_flops(model_config, masked=config.masked_loss) if images else 0,
+        "device_hours": seconds / 3600,  # of workers that were killed, without what they did after their last row
+        "checkpoints": [checkpoint_name(step) for step in kept],
+        "final": final,
+        "best": None if best is None else checkpoint_name(best),
+    }
+
+
+def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
+    """What training on `inputs["latents"]` would take."""
+    from edt_core.training.estimate import estimate
+
+    latents = inputs["latents"]
+    model_config = config_of(config.model, latents.counts)
+    _check(config, model_config, latents)
+    return str(estimate(config, model_config, latents.counts["images"]))
+
+
+def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
+    """Refuse, before any worker is started, what would be refused in each of them."""
+    from edt_core.data.streaming import check_shards
+    from edt_core.diffusion import linear_schedule
+    from edt_core.models import check_masked_loss
+
+    if config.max_steps > 0:  # an untrained model has no loss; that of any recipe is one
+        check_masked_loss(model_config, config.masked_loss)
+    if config.reader == "webdataset":
+        check_shards(len(_tars(latents)), config.worker_range[1])
+    linear_schedule(config.num_timesteps)
+
+
+def _store_untrained(config: TrainConfig, model_config: Any, store: Any) -> None:
+    from edt_core.training.state import initial_state, to_checkpoint
+
+    store.save(to_checkpoint(initial_state(config, model_config), config, 0))
+    store.flush()
+
+
+def _write_history(rows: list[dict[str, float]], out: ArtifactWriter) -> None:
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    out.write_bytes(HISTORY_NAME, lines.encode(), len(rows))
+
+
+def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> None:
+    """Run the loop on Ray Train's workers. A lost controller is started again, as Ray Train does with workers."""
+    from ray.exceptions import ActorDiedError
+
+    fewest, gpus = config.worker_range[0], float(config.use_gpu)
+    require("train", CPU=fewest * config.num_cpus_per_worker, GPU=fewest * gpus)
+    job = {"config": config, "inputs": inputs, "out": out, "progress": progress}
+    out.data.remove(_VERDICT)
+    for run in range(1 + MAX_RETRIES):
+        out.data.remove(_RAY_RUN)
+        try:
+            _in_thread(_trainer(config, job, f"run-{run}").fit)
+            break
+        except ActorDiedError as error:
+            if run == MAX_RETRIES:
+                raise
+            progress.warn(f"Ray Train's controller was lost ({str(error).splitlines()[0]}); going on with a new one")
+            free_place_of(error.actor_id)
+        except Exception:
+            _raise_verdict(out)
+            raise
+    out.data.remove(_RAY_RUN)
+    _raise_verdict(out)
+
+
+def _trainer(config: TrainConfig, job: dict[str, Any], name: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from jobs.runtime.one_machine import OneMachineConfig
+
+    resources = {"CPU": config.num_cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
+    return TorchTrainer(
+        _worker,
+        train_loop_config=job,
+        torch_config=OneMachineConfig() if is_own() else None,
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,  # type: ignore[arg-type]  # a range is not in its annotations
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=job["out"].data.child(_RAY_RUN).uri,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+
+
+def _in_thread(call: Callable[[], Any]) -> None:
+    """Call in another thread and wait: in the main one Ray Train would take Ctrl-C for itself, and abort."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="edt-ray-train", daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def _worker(job: Mapping[str, Any]) -> None:
+    """The training function of each Ray Train worker.
+
+    What another attempt cannot mend is written down before it is raised: Ray Train starts the workers again whatever
+    the error, and they find it and end.
+    """
+    from edt_core.training.loop import NotFiniteError
+    from edt_core.training.loop import train as train_loop
+    from jobs.stages.train_context import RayContext
+
+    config, inputs, out, progress = job["config"], job["inputs"], job["out"], job["progress"]
+    if out.data.exists(_VERDICT):
+        return
+    use_threads(config.num_cpus_per_worker)
+    try:
+        context = RayContext(config, inputs, out, progress)
+        latents = open_latents(config, inputs["latents"], progress)
+        train_loop(config, inputs["model_config"], latents, context)
+    except (Stopped, NotFiniteError) as error:  # on every rank at the same step
+        _write_verdict(out, "Stopped" if isinstance(error, Stopped) else "NotFinite", error)
+    except UserError as error:  # on this rank, while others may wait for it
+        _write_verdict(out, "UserError", error)
+        raise
+
+
+def _write_verdict(out: ArtifactWriter, kind: str, error: Exception) -> None:
+    out.data.write_bytes(_VERDICT, json.dumps({"kind": kind, "message": str(error)}).encode())
+
+
+def _raise_verdict(out: ArtifactWriter) -> None:
+    """Raise what a worker wrote down."""
+    try:
+        verdict = json.loads(out.data.read_bytes(_VERDICT))
+    except FileNotFoundError:
+        return
+    out.data.remove(_VERDICT)
+    raise _FINAL_ERRORS[verdict["kind"]](verdict["message"])
+
+
+def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
+    """The latents behind `config.reader`, mapped or as a stream.
+
+    What is mapped is compared with the manifest's digests first, once on each node; what is streamed is digested as it
+    comes. Raises UserError for a shard that is missing, extra or resized, or, if mapped, swapped, doubled or changed,
+    and where there is none for the reader.
+    """
+    from edt_core.data.latents import LatentDataset
+    from edt_core.data.scale import LatentScale
+    from edt_core.data.streaming import LatentStream, TarShard
+
+    if config.reader == "arrow":
+        latents.verify_once(LATENT_SHARDS, progress)
+        return LatentDataset(latents.paths(LATENT_SHARDS))
+    if problems := latents.problems():
+        raise damaged(latents.folder, problems)
+    shards = tuple(TarShard(latents.data, e.path, e.rows or 0, e.sha256) for e in _tars(latents))
+    shape, scale = tuple(latents.counts["latent_shape"]), LatentScale.of(latents.counts)
+    return LatentStream(shards, shape, scale, config.shuffle_buffer)
+
+
+def _tars(latents: Artifact) -> list[FileEntry]:
+    """The WebDataset shards of a latents artifact. Raises UserError where it has none."""
+    entries = latents.entries(LATENT_TARS)
+    if not entries:
+        raise UserError(
+            f"train.reader is webdataset, but {latents.folder.uri} has no {LATENT_TARS}: encode again with "
+            "encode.write_webdataset=true, or train with train.reader=arrow"
+        )
+    return entries
+
+
+def history(checkpoint: Artifact) -> list[dict[str, float]]:
+    """Rows of a checkpoint artifact's loss history, one every `log_every` steps; empty for an untrained model."""
+    return [json.loads(line) for line in read_text(checkpoint.path(HISTORY_NAME)).splitlines()]
+
+
+VERB = Verb(
+    "train",
+    "checkpoint",
+    2,
+    TrainConfig,
+    train,
+    roles=("latents",),
+    extras=("autoencoder",),
+    plan=plan,
+    examples=(
+        "./latents ./checkpoint --model EDT-S/2 --dry-run",
+        "./latents ./checkpoint --model EDT-S/2 --num-workers 8 --use-gpu true --precision bf16",
+    ),
+)
+
+if __name__ == "__main__":
+    VERB.main()

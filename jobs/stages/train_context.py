@@ -1,0 +1,122 @@
+"""A training loop's view of the world in a Ray Train worker."""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+from edt_core.config import TrainConfig
+from edt_core.progress import Progress
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.training.checkpoint import checkpoint_name
+from edt_core.training.context import Request
+from edt_core.training.ranks import Ranks
+from edt_core.training.store import CheckpointStore
+from jobs.stages import autoencoder
+
+_LOOK_EVERY_S = 2.0
+CLOCK = ".device_time.json"
+
+
+class DeviceClock:
+    """Seconds that devices were held for a training, those of all workers and of all attempts together.
+
+    They are written down with each row of the history: of a worker that was killed, what came after is lost.
+    """
+
+    def __init__(self, out: ArtifactWriter, workers: int) -> None:
+        self._out, self._workers = out, workers
+        self._before, self._started = device_seconds(out), time.monotonic()
+
+    def write(self) -> None:
+        seconds = self._before + self._workers * (time.monotonic() - self._started)
+        with suppress(Exception):  # no training ends for want of its clock; what cannot be written, checkpoints tell
+            self._out.data.write_bytes(CLOCK, json.dumps(seconds).encode())
+
+
+def device_seconds(out: ArtifactWriter) -> float:
+    """What the clock of this attempt stands at, or else that of the newest one before it, which it goes on from."""
+    for attempt in (out.attempt, *out.previous):
+        try:
+            return float(json.loads(out.folder.child(attempt).read_bytes(CLOCK)))
+        except FileNotFoundError:
+            continue
+    return 0.0
+
+
+def remove_clock(out: ArtifactWriter) -> None:
+    """Remove it from an attempt that is done."""
+    out.data.remove(CLOCK)
+
+
+class RayContext:
+    """A `TrainContext` in a Ray Train worker. Checkpoints go straight into the artifact that is being made.
+
+    Ray Train does not know of them: its own record is not written atomically, and a run whose record is cut cannot be
+    started again. A restarted worker asks our store, which trusts digests alone.
+    """
+
+    def __init__(self, config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> None:
+        import ray.train
+        import ray.train.torch
+
+        worker = ray.train.get_context()
+        device = ray.train.torch.get_device()
+        self.ranks = Ranks(worker.get_world_rank(), worker.get_world_size(), device)
+        self.config, self.inputs, self.progress = config, inputs, progress
+        self.store = CheckpointStore(out, config.num_to_keep, progress.warn, self._tell_checkpoints)
+        self._clock = DeviceClock(out, worker.get_world_size())
+        self._last_checkpoint = ""
+        self._looked = time.monotonic()
+        self._saved_for: Any = None  # the preemption that a checkpoint was written for
+
+    def step_done(self, step: int, total_steps: int, loss: float) -> None:
+        self.progress.update(step, total_steps, "steps", detail=f"loss {loss:.4f}{self._last_checkpoint}")
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        self._clock.write()
+        self.progress.metrics({name: value for name, value in metrics.items() if name != "step"}, step)
+
+    def warn(self, message: str) -> None:
+        self.progress.warn(message)
+
+    def preview(self, weights: Mapping[str, Any], step: int) -> None:
+        """A picture must not end a training: where it cannot be drawn, that is told."""
+        if "autoencoder" not in self.inputs:
+            return
+        try:
+            self.progress.image("samples", self._preview.png(weights), step)
+        except Exception as error:
+            self.warn(f"no sample grid at step {step}: {error}")
+
+    @cached_property
+    def _preview(self) -> Any:
+        from edt_core.training.preview import Preview
+
+        folder = self.inputs["autoencoder"].directory(autoencoder.FOLDER)
+        counts = self.inputs["latents"].counts.get("class_counts")
+        return Preview(self.inputs["model_config"], self.config.num_timesteps, folder, self.ranks.device, counts)
+
+    def has_news(self) -> bool:
+        return self.ranks.rank == 0 and time.monotonic() - self._looked > _LOOK_EVERY_S
+
+    def look(self) -> Request:
+        """Whether somebody asked to stop, or a node of ours is about to be taken away."""
+        import ray.train
+
+        preemption = ray.train.get_preemption_info()
+        wanted = Request.NOTHING
+        if preemption is not None and preemption != self._saved_for:
+            self._saved_for, wanted = preemption, Request.SAVE
+        if self.ranks.rank == 0 and self.progress.stopping():
+            wanted = Request.STOP
+        self._looked = time.monotonic()
+        return Request(self.ranks.agree(wanted.value))
+
+    def _tell_checkpoints(self, store: CheckpointStore) -> None:
+        manifests = store.manifests()
+        self._last_checkpoint = f", checkpoint {max(manifests)}"
+        places = {step: store.folder.child(checkpoint_name(step)).uri for step in manifests}
+        self.progress.checkpoints({step: (places[step], manifest.seal) for step, manifest in manifests.items()})

@@ -1,0 +1,1 @@
+"""Commands that talk to a cluster or a server from outside."""

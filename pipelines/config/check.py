@@ -1,0 +1,153 @@
+"""What is wrong with a configuration: every field at once, with its place in the file and the field that was meant."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+from pydantic import ValidationError
+
+from edt_core.config import Section
+from edt_core.errors import UserError
+from edt_core.files.small_files import MAX_CONFIG_BYTES, read_text
+from edt_core.files.yaml_text import compose_yaml, parse_yaml
+from edt_core.printing.redaction import redacted
+from jobs.commands.options import validated
+from pipelines.config.schema import PipelineConfig, load_config
+from pipelines.config.size_check import size_problems
+
+_LONGEST = 60  # characters of a value that are shown
+_ALIKE = 0.75  # of `difflib`: from here on one name may be meant by another
+_MOST_MEANT = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to mend. `field` is "" for what concerns no field alone, `line` None for what is in no line of it."""
+
+    config: str
+    field: str
+    value: str | None
+    problem: str
+    meant: tuple[str, ...] = ()
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = f"line {self.line}: " if self.line else ""
+        field = f"{self.field} = {self.value}: " if self.field and self.value is not None else self.field
+        told = f"{place}{field}{': ' if field and self.value is None else ''}{self.problem}"
+        return f"{told}; did you mean {' or '.join(self.meant)}?" if self.meant else told
+
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def problems(name_or_path: str, assignments: Sequence[str] = ()) -> list[Problem]:
+    """Everything that keeps a configuration from being used; empty for a good one.
+
+    Sizes are checked against each other, model by model, once every field is right by itself.
+    """
+    try:
+        config = load_config(name_or_path, assignments)
+    except UserError as error:
+        cause = error.__cause__
+        if not isinstance(cause, ValidationError):
+            return [Problem(name_or_path, "", None, str(error))]
+        return _located(_problems_of(name_or_path, cause))
+    return [Problem(name_or_path, "", None, text) for text in size_problems(config)]
+
+
+def _problems_of(name: str, error: ValidationError) -> list[Problem]:
+    found = error.errors()
+    whole = [entry for entry in found if not entry["loc"]]
+    if whole and isinstance(whole[0]["input"], Mapping):  # of the models together only the first one's is told
+        return [Problem(name, "", None, text) for text in _of_each_model(whole[0]["input"])]
+    by_field: dict[str, list[Any]] = {}
+    for entry in found:
+        by_field.setdefault(_field_of(entry["loc"]), []).append(entry)
+    return [_problem(name, field, entries) for field, entries in by_field.items()]
+
+
+def _of_each_model(values: Mapping[str, Any]) -> list[str]:
+    """What does not fit together, each said once, whatever the number of models that it is true of."""
+    told: dict[str, None] = {}
+    for model, fields in values["models"].items():
+        try:
+            validated(PipelineConfig, {**values, "models": {model: fields}})
+        except UserError as error:
+            told |= dict.fromkeys(str(error).splitlines())
+    return list(told)
+
+
+def _problem(name: str, field: str, entries: Sequence[Any]) -> Problem:
+    first = entries[0]
+    if first["type"] == "missing":
+        return Problem(name, field, None, "it is missing, and has no default")
+    value = redacted(repr(first["input"]))
+    value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+    if first["type"] == "extra_forbidden":
+        return Problem(name, field, value, "there is no such field", meant_by(field))
+    told = dict.fromkeys(redacted(entry["msg"]).removeprefix("Value error, ") for entry in entries)
+    return Problem(name, field, value, ", or: ".join(told))
+
+
+def _field_of(location: Sequence[Any]) -> str:
+    """The dotted name of the field that an error is of: without the branches of a union that pydantic tried."""
+    parts: list[str] = []
+    schema: Any = PipelineConfig
+    for part in location:
+        parts.append(str(part))
+        field = schema.model_fields.get(str(part))
+        if field is None or not _is_section(field.annotation):
+            break
+        schema = field.annotation
+    return ".".join(parts)
+
+
+def field_names(schema: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every field of a configuration, sections included."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        if _is_section(section := field.annotation):
+            yield from field_names(section, f"{prefix}{name}.")
+
+
+def meant_by(field: str) -> tuple[str, ...]:
+    """The fields that a wrong name may stand for: the nearest of its own section, or those of that name elsewhere."""
+    names = list(field_names())
+    section, _, last = field.rpartition(".")
+    beside = [name for name in names if name.rpartition(".")[0] == section]
+    elsewhere = [name for name in names if name.rpartition(".")[2] == last]
+    near = get_close_matches(field, beside, 1, _ALIKE) or elsewhere[:_MOST_MEANT]
+    return tuple(near or get_close_matches(field, names, 1, _ALIKE))
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _located(found: list[Problem]) -> list[Problem]:
+    """The same, with their lines in a file; what `--set` or a base says is in none."""
+    path = Path(found[0].config)
+    if not path.is_file():
+        return found
+    root = compose_yaml(read_text(path, MAX_CONFIG_BYTES))
+    located = [replace(problem, line=_line(root, problem)) for problem in found]
+    return sorted(located, key=lambda problem: (problem.line is None, problem.line))
+
+
+def _line(root: yaml.Node | None, problem: Problem) -> int | None:
+    """The line on which a field stands, from 1."""
+    node, line = root, None
+    for part in problem.field.split("."):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = next(((key, value) for key, value in pairs if key.value == part), None)
+        if found is None:
+            return None
+        line, node = found[0].start_mark.line + 1, found[1]
+    if not isinstance(node, yaml.ScalarNode) or problem.value is None:
+        return line
+    written = redacted(repr(parse_yaml(node.value or "null")))
+    return line if written == problem.value else None  # --set says something else

@@ -1,0 +1,134 @@
+"""docs/config.md, made from the schemas: `python -m pipelines.config_reference > docs/config.md`."""
+
+import json
+import types
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from edt_core.config import Section
+from edt_core.printing.console import say
+from pipelines.config.schema import PipelineConfig
+
+_INTRODUCTION = """\
+# Configuration
+Made from the schemas by `python -m pipelines.config_reference > docs/config.md`; a test fails where the two differ.
+Do not edit it.
+
+A configuration is a YAML file with these sections, given to `edt run` by path, or by name if it ships with the package.
+What is left out has the default. `base: NAME_OR_PATH` takes another configuration and puts what stands here on top,
+section by section, but `models` as a whole. On the command line `--set train.lr=0.001` sets one field, and `edt train`
+and the other verbs take the fields of their section as options (`--lr 0.001`). Unknown fields are refused.
+
+*Result* says whether a change makes another artifact. Where it is "no", the field says how a step runs or where
+something lies: it is no part of a fingerprint, and what was made before is reused. Of `source` and of published weights
+only what is in them counts, not where they lie.
+"""
+
+# The unit of a number, by its name: the first pattern that fits.
+_UNITS = (
+    ("image_size", "pixels"),
+    ("max_hours", "hours"),
+    ("max_epochs", "epochs"),
+    ("*_bytes", "bytes"),
+    ("num_timesteps", "timesteps"),
+    ("*steps", "steps"),
+    ("*_every", "steps"),
+    ("*batch_size", "samples"),
+    ("guidance_interval", "timesteps"),
+    ("amm_radius", "tokens"),
+    ("num_cpus*", "CPUs"),
+    ("num_gpus*", "GPUs"),
+    ("*_images", "images"),
+    ("images_per_shard", "images"),
+    ("limit", "images"),
+    ("num_samples", "samples"),
+    ("unit_size", "samples"),
+    ("shuffle_buffer", "samples"),
+    ("keep_features", "features"),
+    ("pairwise_limit", "features"),
+    ("*_channels", "channels"),
+    ("feature_dim", "dimensions"),
+    ("num_workers", "processes"),
+    ("num_decode_threads", "threads"),
+    ("num_to_keep", "checkpoints"),
+)
+_BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "a multiple of"))
+_SHOWN_BELOW = 1 << 31  # a bound at the end of an integer's range tells nobody anything
+
+
+def reference() -> str:
+    """The whole page, as Markdown."""
+    own = [(name, info) for name, info in PipelineConfig.model_fields.items() if _section(info) is None]
+    parts = [_INTRODUCTION, "## The pipeline\n" + _table(own)]
+    for name, section in _sections():
+        about = (section.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("  ", " ")
+        parts.append(f"## {name}\n{about}\n\n{_table(list(section.model_fields.items()))}")
+    return "\n".join(parts)
+
+
+def unit_of(name: str) -> str | None:
+    """The unit in which a field of this name counts; None for what is a pure number, or no number."""
+    return next((unit for pattern, unit in _UNITS if fnmatchcase(name, pattern)), None)
+
+
+def _sections() -> Iterator[tuple[str, type[Section]]]:
+    for name, info in PipelineConfig.model_fields.items():
+        if (section := _section(info)) is not None:
+            yield name, section
+
+
+def _section(info: FieldInfo) -> type[Section] | None:
+    kind = info.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _table(fields: list[tuple[str, FieldInfo]]) -> str:
+    rows = [("field", "type", "default", "unit", "result", "description")]
+    rows += [(f"`{name}`", *_cells(name, info)) for name, info in fields]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def _cells(name: str, info: FieldInfo) -> tuple[str, str, str, str, str]:
+    kind = _kind(info.annotation)
+    unit = (unit_of(name) or "") if "number" in kind or "integer" in kind else ""
+    changes = "no" if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("runtime") else "yes"
+    nothing = " or `null`" if kind.endswith(" or `null`") else ""
+    bounded = kind.removesuffix(nothing) + _bounds(info) + nothing
+    return bounded, _default(info), unit, changes, info.description or ""
+
+
+def _kind(annotation: Any) -> str:
+    """A type in words, as a person writes its values in YAML."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{word}`" for word in inner)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(kind) for kind in inner)
+    if origin is tuple and inner[-1] is Ellipsis:
+        of = _kind(inner[0])
+        return f"list of ({of})" if "," in of else f"list of {of}"
+    if origin is tuple:
+        return f"[{', '.join(_kind(kind) for kind in inner)}]"
+    if origin is dict:
+        return f"mapping of {_kind(inner[0])} to {_kind(inner[1])}"
+    names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", type(None): "`null`", Any: "value"}
+    return names[annotation]
+
+
+def _bounds(info: FieldInfo) -> str:
+    found = {word: getattr(rule, key, None) for rule in info.metadata for key, word in _BOUNDS if hasattr(rule, key)}
+    shown = [f"{word} {value:g}" for word, value in found.items() if value is not None and abs(value) < _SHOWN_BELOW]
+    return f" {', '.join(shown)}" if shown else ""
+
+
+def _default(info: FieldInfo) -> str:
+    return "required" if info.default is PydanticUndefined else f"`{json.dumps(info.default)}`"
+
+
+if __name__ == "__main__":
+    say(reference(), nl=False)

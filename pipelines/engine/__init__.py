@@ -1,0 +1,1 @@
+"""The workflow engine: steps and how they are run and delivered."""

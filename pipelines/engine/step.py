@@ -1,0 +1,162 @@
+"""The durable step: computed once, found again by its fingerprint.
+
+A step runs as a Ray task. Two runs that want the same artifact at the same time compute it once: on a shared cluster
+they meet at a Ray actor named after the fingerprint, and where the store is a local folder at a file lock as well.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayActorError
+
+from edt_core.config import Section, result_fields
+from edt_core.errors import Stopped
+from edt_core.store.artifact import Artifact, Source
+from edt_core.store.store import Store
+from jobs.runtime.cluster import cause_of
+from jobs.runtime.progress import BoardProgress
+from jobs.stages.stage import Input, Verb
+from pipelines.engine.delivery import Shipper, patient, quick_http
+from pipelines.tracking.catalog import DATASET_KINDS, Catalog
+from pipelines.tracking.run_record import RunRecord
+
+_LAST_WORD_S = 30.0  # how long a step that failed waits for a server that is away, to have that in its run
+
+
+@dataclass(frozen=True)
+class StepTask:
+    """All that a worker needs to run one step, but for its input artifacts, which arrive when they are made."""
+
+    name: str
+    verb: Verb
+    config: Section
+    fingerprint: str
+    store: Store
+    catalog: Catalog
+    parent_run: str
+    board: Any
+    shared_cluster: bool
+
+    @property
+    def kind(self) -> str:
+        return self.verb.kind
+
+
+@dataclass(frozen=True)
+class StepFuture:
+    """An artifact that is there (`artifact`) or being made (`ref`). Passed to a next step as its input."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    needs: tuple[str, ...] = ()  # names of the steps its inputs come from
+    artifact: Artifact | None = None
+    ref: Any = None
+
+    @property
+    def reused(self) -> bool:
+        return self.artifact is not None
+
+    def result(self) -> Artifact:
+        """The artifact, once it is made. Raises what its step, or one before it, raised."""
+        found: Artifact = self.artifact if self.artifact is not None else ray.get(self.ref)
+        return found
+
+
+class Steps(Protocol):
+    """Whatever steps are called on: a Workflow, which has them run, or a Planner, which only looks."""
+
+    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+        """Call one step. Returns at once."""
+
+
+def run_step(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
+    """Make one step's artifact, or wait for the run that is at it and take what it made."""
+    with task.store.lock(task.kind, task.fingerprint), _lease(task):
+        return task.store.find(task.kind, task.fingerprint) or _execute(task, inputs)
+
+
+class _Holder:
+    """The Ray actor whose name is the lease. It lives as long as the process that made it, or until it is killed."""
+
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
+
+
+@contextmanager
+def _lease(task: StepTask) -> Iterator[None]:
+    """Hold the fingerprint on this cluster. A Ray session of our own needs no lease: nobody else is in it."""
+    if not task.shared_cluster:
+        yield
+        return
+    name = f"edt-{task.kind}-{task.fingerprint}"
+    holder: Any = None
+    while holder is None:
+        try:
+            holder = ray.remote(_Holder).options(name=name, num_cpus=0).remote()
+        except ValueError:  # the name is taken: wait until its actor is gone, by release or by death
+            try:
+                ray.get(ray.get_actor(name).wait.remote())
+            except (ValueError, RayActorError):
+                continue
+    try:
+        yield
+    finally:
+        ray.kill(holder)
+
+
+def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
+    """Do the work under an MLflow child run, commit the artifact, and record it."""
+    catalog = task.catalog
+    os.environ["MLFLOW_TRACKING_URI"] = catalog.tracking_uri  # for `models:/` URIs inside the job
+    with quick_http():
+        run_id = patient(lambda: catalog.step_run(task.name, task.kind, task.fingerprint, task.parent_run))
+        try:
+            patient(lambda: _record_start(task, run_id, inputs))
+            progress = BoardProgress(task.name, task.board)
+            with Shipper(task.board, task.name, RunRecord(catalog, run_id)):
+                out = task.store.writer(task.kind, task.fingerprint)
+                artifact = task.verb.execute(task.config, inputs, out, progress, mlflow_run_id=run_id)
+            patient(lambda: close_run(catalog, run_id, artifact))
+        except BaseException as error:
+            cause = cause_of(error)
+            with suppress(Exception):  # the step's own error is the one to raise
+                patient(lambda: _close_unmade(catalog, run_id, cause), _LAST_WORD_S)
+            raise
+    return artifact
+
+
+def _record_start(task: StepTask, run_id: str, inputs: Mapping[str, Input]) -> None:
+    """Log the step's parameters and inputs."""
+    task.catalog.log_params(run_id, result_fields(task.config))
+    for item in inputs.values():
+        if isinstance(item, Artifact) and item.manifest.kind in DATASET_KINDS:
+            task.catalog.record_input(run_id, item)
+
+
+def close_run(catalog: Catalog, run_id: str, artifact: Artifact) -> None:
+    """Record what a step made, and end its run."""
+    catalog.record_artifact(run_id, artifact)
+    catalog.end_run(run_id, "FINISHED")
+
+
+def _close_unmade(catalog: Catalog, run_id: str, error: BaseException) -> None:
+    """End the run of a step that made nothing: KILLED where it was asked to stop, FAILED otherwise."""
+    stopped = isinstance(error, Stopped)
+    tags = {"edt.stopped": str(error)} if stopped else {"edt.error": f"{type(error).__name__}: {error}"}
+    catalog.set_tags(run_id, {key: value[:4000] for key, value in tags.items()})
+    catalog.end_run(run_id, "KILLED" if stopped else "FAILED")
+
+
+def needs_of(inputs: Mapping[str, "StepFuture | Source"]) -> tuple[str, ...]:
+    """The names of the steps that inputs come from."""
+    return tuple(item.name if isinstance(item, StepFuture) else "source" for item in inputs.values())
+
+
+def input_fingerprints(inputs: Mapping[str, "StepFuture | Source"]) -> dict[str, str]:
+    return {role: item.fingerprint for role, item in inputs.items()}

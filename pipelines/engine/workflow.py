@@ -1,0 +1,170 @@
+"""A workflow is plain Python that calls steps; a call returns a future, and futures go into the next calls."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edt_core.config import Section
+from edt_core.errors import Stopped
+from edt_core.store.artifact import Artifact, Source
+from edt_core.store.store import Store
+from jobs.runtime.cluster import cause_of
+from jobs.runtime.progress import STOPPING, Board, Interrupts
+from jobs.stages.stage import Verb
+from pipelines.engine.step import StepFuture, StepTask, close_run, input_fingerprints, needs_of, run_step
+from pipelines.terminal.terminal import Terminal
+from pipelines.tracking.catalog import Catalog
+
+_POLL_S = 0.5
+_MAX_RETRIES = 3  # of a step whose process or node was lost; what it raises itself is not tried again
+
+
+@dataclass
+class Workflow:
+    """One run of a workflow: submits what is not committed yet, and knows what became of every step."""
+
+    store: Store
+    catalog: Catalog
+    run_id: str
+    terminal: Terminal
+    connect: Callable[[], bool]  # joins or starts Ray when the first step has to run; True for a shared cluster
+    futures: dict[str, StepFuture] = field(default_factory=dict)
+    failures: dict[str, BaseException] = field(default_factory=dict)
+    stopped: dict[str, BaseException] = field(default_factory=dict)  # steps that were asked to stop, or wait for one
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    _unfinished: set[str] | None = None  # MLflow runs of steps that did not end
+    _done: set[str] = field(default_factory=set)
+    _board: Any = None
+    _shared: bool = False
+
+    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+        """Reuse the artifact of this fingerprint, or have it made when its inputs are. Never waits."""
+        fingerprint = verb.fingerprint(config, input_fingerprints(inputs))
+        needs = needs_of(inputs)
+        self.terminal.called(name, needs)
+        found = self.store.find(verb.kind, fingerprint, self.terminal.warn)
+        if found is not None:
+            verb.accept(config, found.counts)
+            self._mend_record(found)
+            future = StepFuture(name, verb.kind, fingerprint, needs, artifact=found)
+            self.terminal.reused(name, fingerprint)
+        else:
+            ref = self._submit(StepTask(name, verb, config, fingerprint, *self._surroundings()), inputs)
+            future = StepFuture(name, verb.kind, fingerprint, needs, ref=ref)
+        self.futures[name] = future
+        return future
+
+    def wait(self, *futures: StepFuture) -> bool:
+        """Wait for steps while showing the progress of all; True if every one of them made its artifact.
+
+        Raises Stopped when the steps that heard the first Ctrl-C are settled.
+        """
+        import ray
+
+        waiting = [future for future in self.futures.values() if self._pending(future)]
+        wanted = {future.name for future in futures}
+        while any(future.name in wanted for future in waiting):
+            ray.wait([future.ref for future in waiting], num_returns=1, timeout=_POLL_S)
+            self._show()
+            for future in waiting:
+                if ray.wait([future.ref], timeout=0)[0]:
+                    self._settle(future)
+            waiting = [future for future in waiting if self._pending(future)]
+            if self.interrupts.asked and not any(self._settles_soon(future) for future in waiting):
+                raise Stopped("stopped")
+        return not any(future.name in self.failures or future.name in self.stopped for future in futures)
+
+    def wait_all(self) -> None:
+        """Wait for every step that was called."""
+        self.wait(*self.futures.values())
+
+    def culprits(self) -> dict[str, BaseException]:
+        """The failures that no earlier failure explains."""
+        return self._first_of(self.failures)
+
+    def where_stopped(self) -> dict[str, BaseException]:
+        """The steps that stopped themselves, with what they say of it."""
+        return self._first_of(self.stopped)
+
+    def _first_of(self, errors: Mapping[str, BaseException]) -> dict[str, BaseException]:
+        return {n: e for n, e in errors.items() if not any(need in errors for need in self.futures[n].needs)}
+
+    def artifacts(self) -> dict[str, Artifact]:
+        """The artifacts that are there so far, by step."""
+        return {name: f.result() for name, f in self.futures.items() if name in self._done or f.reused}
+
+    def _surroundings(self) -> tuple[Store, Catalog, str, Any, bool]:
+        from jobs.runtime.cluster import start_beside
+
+        if self._board is None:
+            self._shared = self.connect()
+            self._board = start_beside(Board)
+        return self.store, self.catalog, self.run_id, self._board, self._shared
+
+    def _submit(self, task: StepTask, inputs: Mapping[str, StepFuture | Source]) -> Any:
+        import ray
+
+        # Ray resolves futures that are arguments, not those inside a container: roles and values go side by side.
+        values = [item.ref or item.artifact if isinstance(item, StepFuture) else item for item in inputs.values()]
+        # A step may be started again on another node: what it finished it takes over, and its record it goes on with.
+        return ray.remote(_run).options(num_cpus=0, max_retries=_MAX_RETRIES).remote(task, list(inputs), *values)
+
+    def _mend_record(self, artifact: Artifact) -> None:
+        """Complete the MLflow run of an artifact whose maker was lost between the commit and the end of the record."""
+        if self._unfinished is None:
+            self._unfinished = self.catalog.unfinished_runs()
+        run_id, manifest = artifact.manifest.mlflow_run_id, artifact.manifest
+        if run_id is None or run_id not in self._unfinished:
+            return
+        with self.store.lock(manifest.kind, artifact.fingerprint):  # its maker may be alive, and at it
+            if run_id in self.catalog.unfinished_runs():
+                close_run(self.catalog, run_id, artifact)
+
+    def _pending(self, future: StepFuture) -> bool:
+        return not future.reused and not any(
+            future.name in ended for ended in (self._done, self.failures, self.stopped)
+        )
+
+    def _settles_soon(self, future: StepFuture) -> bool:
+        """Whether a step is stopping, or cannot begin any more."""
+        ended = self.failures.keys() | self.stopped.keys()
+        return future.name in self.interrupts.listening or not ended.isdisjoint(future.needs)
+
+    def _settle(self, future: StepFuture) -> None:
+        try:
+            artifact = future.result()
+        except Exception as error:
+            cause = cause_of(error)
+            stopped = isinstance(cause, Stopped)
+            ended, word = (self.stopped, "stopped") if stopped else (self.failures, "failed")
+            ended[future.name] = cause
+            waited = [name for name in future.needs if name in ended]
+            reason = f"not run, {waited[0]} {word}" if waited else ""
+            if stopped:
+                self.terminal.stopped(future.name, reason or str(cause))
+            else:
+                self.terminal.failed(future.name, reason or cause, raised=error)
+        else:
+            self._done.add(future.name)
+            self.terminal.finished(future.name, artifact.manifest.duration_s, future.fingerprint, _headline(artifact))
+
+    def _show(self) -> None:
+        import ray
+
+        counts, warnings, listening = ray.get(self._board.read.remote())
+        self.interrupts.heard_by(name for name in listening if self._pending(self.futures[name]))
+        if self.interrupts.passed_on(self._board):
+            self.terminal.say(STOPPING, "yellow")
+        self.terminal.show(counts, warnings)
+
+
+def _headline(artifact: Artifact) -> str:
+    """The first metric of an evaluation, as `fid 34.27`; nothing for other artifacts."""
+    from edt_core.evaluation.metrics import in_order
+
+    metrics = artifact.counts["metrics"] if artifact.manifest.kind == "evaluation" else {}
+    return next((f"{name} {metrics[name]:.4g}" for name in in_order(metrics)), "")
+
+
+def _run(task: StepTask, roles: list[str], *values: Any) -> Artifact:
+    return run_step(task, dict(zip(roles, values, strict=True)))

@@ -1,0 +1,293 @@
+"""The workflow: labelled images to registered, evaluated models, one branch a model."""
+
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edt_core.config import PUBLISHED_SPACES, SourceConfig, TrainConfig
+from edt_core.environment import environment
+from edt_core.errors import Stopped
+from edt_core.store.artifact import Source
+from edt_core.store.folder import Folder
+from edt_core.store.store import Store
+from jobs.runtime.cluster_address import check_named
+from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.stages.extractors import extractor_source
+from jobs.stages.stage import image_source
+from pipelines.cluster.ui import run_link
+from pipelines.config.schema import PipelineConfig, as_yaml
+from pipelines.config.size_check import check_pipeline_sizes
+from pipelines.engine.step import StepFuture, Steps
+from pipelines.engine.workflow import Workflow
+from pipelines.outcome import Outcome
+from pipelines.registry.gate import Decision
+from pipelines.registry.registration import entry_of, promote
+from pipelines.report import step as summary
+from pipelines.report.history import version_record
+from pipelines.terminal.terminal import Terminal
+from pipelines.tracking.catalog import Catalog, check_tracking, tracking_kept
+from pipelines.tracking.runs import step_tag
+
+_CACHE = "~/.cache/edt"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The steps of one model, by role: what all models share, and its own training and evaluation."""
+
+    name: str
+    train: TrainConfig
+    steps: Mapping[str, StepFuture]
+
+
+def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal) -> Source:
+    """The images and the identity of what they are. Raises UserError where there are none to train on."""
+    from edt_core.data.digits import write_digits
+
+    if config.kind == "digits":
+        root = store.local or Path(_CACHE).expanduser()
+        path = write_digits(root / "sources" / "digits")
+        config = SourceConfig(kind="image_folder", path=str(path), classes=config.classes, limit=config.limit)
+    return image_source(config, terminal.source_progress())
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a pipeline takes from elsewhere beside the images: each by what it holds at this moment."""
+
+    autoencoder: Source | None = None
+    extractors: Mapping[str, Source] = field(default_factory=dict)
+    statistics: Source | None = None
+
+    @classmethod
+    def of(cls, config: PipelineConfig, tracking_uri: str | None) -> "Published":
+        """What the configuration names. Raises UserError for what is not there, with where people get it."""
+        spaces = {space: getattr(config, space) for space in PUBLISHED_SPACES if space in config.extractors}
+        statistics = config.reference_statistics
+        return cls(
+            autoencoder.published_source(config.autoencoder, tracking_uri),
+            {space: extractor_source(space, s.weights, s.sha256, tracking_uri) for space, s in spaces.items()},
+            None if statistics is None else reference.statistics_source(statistics),
+        )
+
+
+def images_fingerprint(config: PipelineConfig, source: Source) -> str:
+    """Identity of the image shards, on which everything else rests."""
+    return preprocess.VERB.fingerprint(config.preprocess, {"source": source.fingerprint})
+
+
+def call_steps(
+    steps: Steps, config: PipelineConfig, source: Source, published: "Published | None" = None
+) -> list[Branch]:
+    """Call every step up to the evaluations. Nothing here waits: branches run side by side where there is room."""
+    step, published = steps.step, published or Published()
+    images = step("preprocess", preprocess.VERB, config.preprocess, source=source)
+    if config.autoencoder.pretrained is None:
+        vae = step("autoencoder", autoencoder.VERB, config.autoencoder, images=images)
+    else:
+        assert published.autoencoder is not None
+        vae = step("autoencoder", autoencoder.VERB, config.autoencoder.published(), published=published.autoencoder)
+    latents = step("encode", encode.VERB, config.encode, images=images, autoencoder=vae)
+    judges: dict[str, StepFuture | Source] = {**published.extractors}
+    shared = {"images": images, "autoencoder": vae, "latents": latents}
+    if "classifier" in config.extractors:
+        judges["classifier"] = shared["classifier"] = step(
+            "classifier", classifier.VERB, config.classifier, images=images
+        )
+    real = {"images": published.statistics or images, **judges}
+    shared["reference"] = step("reference", reference.VERB, config.reference, **real)
+    return [_call_branch(steps, config, name, shared, judges) for name in config.models]
+
+
+def _call_branch(
+    steps: Steps,
+    config: PipelineConfig,
+    name: str,
+    shared: Mapping[str, StepFuture],
+    judges: Mapping[str, StepFuture | Source],
+) -> Branch:
+    """Train, sample and evaluate one model, and the untrained model of the same seed beside it."""
+    trained = config.train_of(name)
+    # Only what shapes the initial weights and the chain: another learning rate has the same untrained model.
+    untrained = TrainConfig(model=trained.model, max_steps=0, seed=trained.seed, num_timesteps=trained.num_timesteps)
+    called = dict(shared)
+    for prefix, train_config in (("", trained), ("untrained_", untrained)):
+        label = prefix.replace("_", " ")
+        # The autoencoder draws previews, and shows whether latents of an older version are scaled as it asks.
+        inputs = {"latents": shared["latents"], "autoencoder": shared["autoencoder"]}
+        checkpoint = steps.step(f"{label}train {name}", train.VERB, train_config, **inputs)
+        features = steps.step(
+            f"{label}sample {name}",
+            sample.VERB,
+            config.sample,
+            checkpoint=checkpoint,
+            autoencoder=shared["autoencoder"],
+            **judges,
+        )
+        evaluation = steps.step(
+            f"{label}evaluate {name}",
+            evaluate.VERB,
+            config.evaluate,
+            features=features,
+            reference=shared["reference"],
+        )
+        made = {"checkpoint": checkpoint, "features": features, "evaluation": evaluation}
+        called |= {f"{prefix}{role}": future for role, future in made.items()}
+    return Branch(name, trained, called)
+
+
+def run(
+    config: PipelineConfig,
+    terminal: Terminal,
+    address: str | None = None,
+    published: Published | None = None,
+    tracking_uri: str | None = None,
+) -> Outcome:
+    """Run the whole pipeline; finished artifacts are reused. Failures of steps are in the outcome, not raised.
+
+    The first Ctrl-C asks a training to stop, and is in the outcome as well; where none is at work it is raised.
+    `published`, what the configuration names from elsewhere where that is known already; `tracking_uri`, another
+    MLflow than the environment's or the store's own.
+
+    Raises UserError, before anything is computed, for a store or a source that cannot be used.
+    """
+    store = Store.open(config.store)
+    with store.in_use(), tracking_kept():
+        return _run(config, store, terminal, address, published, tracking_uri)
+
+
+def _run(
+    config: PipelineConfig,
+    store: Store,
+    terminal: Terminal,
+    address: str | None,
+    published: Published | None,
+    tracking_uri: str | None,
+) -> Outcome:
+    check_named(address)
+    check_tracking(tracking_uri)  # a Ray session takes longer to start
+    from jobs.runtime.cluster import connect
+
+    started = time.monotonic()
+    source = prepare_source(config.source, store.root, terminal)
+    check_pipeline_sizes(config, source.images)
+
+    def join() -> bool:
+        return connect(address, min_cpus=config.workers, show_workers=terminal.log is not None)
+
+    # On a new store MLflow makes its tables for about as long as Ray starts: the one need not wait for the other.
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(Catalog.open, store.root, config.name, tracking_uri)
+        if store.find(preprocess.VERB.kind, images_fingerprint(config, source)) is None:
+            join()
+        catalog = opened.result()
+    published = published or Published.of(config, catalog.tracking_uri)
+    check_pipeline_sizes(config, source.images, published.statistics)
+    run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
+    outcome = Outcome(run_id, catalog.tracking_uri, run_link(catalog.tracking_uri, catalog.experiment_id, run_id))
+    terminal.say(f"MLflow    {outcome.link}", "dim")
+    workflow = Workflow(store, catalog, run_id, terminal, connect=join)
+    status = "KILLED"
+    try:
+        with workflow.interrupts.handled():
+            _record_start(catalog, run_id, config)
+            branches = call_steps(workflow, config, source, published)
+            _record_steps(workflow)  # now: a driver that is killed leaves what it was about
+            for branch in branches:
+                _finish_branch(workflow, config, branch, outcome)
+            workflow.wait_all()
+        if not workflow.stopped:
+            status = "FAILED" if workflow.culprits() or outcome.failures else "FINISHED"
+    except Stopped as stopped:
+        outcome.stopped = str(stopped)
+    finally:
+        outcome.failures |= workflow.culprits()
+        told = "; ".join(f"{name}: {error}" for name, error in workflow.where_stopped().items())
+        outcome.stopped = told or outcome.stopped
+        _record(workflow, outcome, status)
+        outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _identities(source: Source, published: Published) -> dict[str, str]:
+    """What a run starts from, by content: an alias may move, and the files at a path change."""
+    elsewhere = {**published.extractors, "autoencoder": published.autoencoder, "statistics": published.statistics}
+    found = {f"edt.{role}": item.fingerprint for role, item in elsewhere.items() if item is not None}
+    return {"edt.source": source.fingerprint, **found}
+
+
+def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None:
+    """Write into the parent run what is needed to find it and to do it again: configuration and versions."""
+    catalog.log_text(run_id, as_yaml(config), "config.yaml")
+    catalog.log_text(run_id, json.dumps(environment(), indent=1, sort_keys=True), "environment.json")
+    catalog.log_params(run_id, config.model_dump(mode="json", exclude={"store", "name"}))
+
+
+def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, outcome: Outcome) -> None:
+    """Wait for one model's artifacts, register it, and write its report. A failed branch leaves the others alone."""
+    if not workflow.wait(*branch.steps.values()):
+        return
+    made = {role: future.result() for role, future in branch.steps.items()}
+    entry, promoting = entry_of(made), f"promote {branch.name}"
+    workflow.terminal.called(promoting, (branch.steps["evaluation"].name,))
+    began = time.monotonic()
+    try:
+        with workflow.store.lock("promote", branch.name):
+            decision = promote(workflow.catalog, workflow.run_id, branch.name, config.promote, entry)
+        told = report_config(config, branch, decision, workflow.catalog)
+    except Exception as error:  # whatever MLflow raises, the other branches go on
+        outcome.failures[promoting] = error
+        workflow.terminal.failed(promoting, error)
+        return
+    workflow.terminal.finished(promoting, time.monotonic() - began, "", f"version {decision.version}: {decision}")
+    before, after = (made[role].counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
+    outcome.decisions[branch.name], outcome.metrics[branch.name] = decision, (before, after)
+    report = workflow.step(f"report {branch.name}", summary.VERB, told, **branch.steps)
+    if workflow.wait(report):
+        outcome.reports[branch.name] = report.result()
+
+
+def report_config(
+    config: PipelineConfig, branch: Branch, decision: Decision, catalog: Catalog
+) -> summary.SummaryConfig:
+    """What the report of a model says that no artifact does."""
+    aliases = ["candidate", *(["champion"] if decision.became_champion else [])]
+
+    def short(step: str) -> str:
+        return step.removesuffix(f" {branch.name}")
+
+    return summary.SummaryConfig(
+        title=f"{branch.name} version {decision.version}",
+        pipeline=config.name,
+        model={"name": branch.name, "version": decision.version, "aliases": aliases},
+        decision=str(decision),
+        registry=version_record(catalog, decision, config.store),
+        lineage={role: (short(f.name), tuple(map(short, f.needs))) for role, f in branch.steps.items()},
+        config_yaml=as_yaml(config.model_copy(update={"store": "."})),
+    )
+
+
+def _record_steps(workflow: Workflow) -> None:
+    """Write into the parent run which artifacts it is about: by these `edt gc` and `edt reproduce` know them."""
+    tags = {step_tag(name): future.fingerprint for name, future in workflow.futures.items()}
+    workflow.catalog.set_tags(workflow.run_id, tags)
+
+
+def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
+    """Write into the parent run which steps were reused and which ran, and what failed."""
+    reused = sorted(name for name, future in workflow.futures.items() if future.reused)
+    ran = sorted(set(workflow.artifacts()) - set(reused))
+    outcome.executed, outcome.reused = len(ran), len(reused)
+    failed = "; ".join(f"{name}: {error}" for name, error in outcome.failures.items())[:4000]
+    tags = {"edt.reused": ", ".join(reused), "edt.executed": ", ".join(ran), "edt.failed": failed}
+    tags["edt.stopped"] = outcome.stopped[:4000]
+    workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in tags.items() if v})
+    if workflow.terminal.log is not None:
+        workflow.catalog.log_text(workflow.run_id, workflow.terminal.log.text(), "log.txt")
+    _record_steps(workflow)
+    workflow.catalog.end_run(workflow.run_id, status)
+    if status == "KILLED":
+        workflow.catalog.end_children(workflow.run_id, status)

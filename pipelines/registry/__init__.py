@@ -1,0 +1,1 @@
+"""Registered models: gate, aliases, lookup, lineage, import, comparison, clean-up."""

@@ -1,0 +1,221 @@
+"""Import: a checkpoint that its authors released becomes a registered version, with an autoencoder and its origin.
+
+It has no metrics, so it becomes `candidate` and never `champion`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edt_core.config import ChainConfig
+from edt_core.environment import code_version, utc
+from edt_core.errors import UserError
+from edt_core.evaluation.published import AUTOENCODER, AUTOENCODER_CHANNELS, AUTOENCODER_FACTOR
+from edt_core.files.place_names import place_for_others
+from edt_core.printing.redaction import redacted
+from edt_core.store.folder import sha256_file
+from jobs.runtime.cluster_address import first_line
+from jobs.stages.autoencoder import check_decoder, read_autoencoder
+from pipelines.registry.aliases import CANDIDATE, find_version, move_alias, set_tags
+from pipelines.registry.lookup import ORIGIN
+from pipelines.registry.packaging import log_pipeline
+from pipelines.registry.registration import add_logged
+from pipelines.tracking.catalog import Catalog
+
+if TYPE_CHECKING:
+    from edt_core.models import DiffusionTransformer, ModelConfig
+    from edt_core.models.import_released import ReleasedModel, WeightsName
+
+SETTLED_TAG = "edt.imported"  # when the alias had been moved: what is before that is done again
+_PROTOCOLS = {  # what the authors' samplers have of their own; cfg_scale and the number of steps are the user's
+    "edt": ChainConfig(amm_blocks="paper"),
+    "dit": ChainConfig(amm_blocks="model"),
+    "mdtv2": ChainConfig(amm_blocks="model", cfg_power=4.0),
+}
+_NUM_TIMESTEPS = 1000  # of all three papers
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released checkpoint, read and checked, with the autoencoder that decodes it."""
+
+    path: Path
+    read: "ReleasedModel"
+    weights: "WeightsName"
+    autoencoder: Any
+    autoencoder_location: str
+    is_default_autoencoder: bool = False
+
+    @property
+    def model(self) -> "DiffusionTransformer":
+        """The model, in evaluation mode on the CPU."""
+        return self.read.model
+
+    @property
+    def taken(self) -> str:
+        """Which weights of the file these are, for a message."""
+        return f"{self.weights} weights" if self.read.label else "weights"
+
+    @property
+    def default_name(self) -> str:
+        """The registry's name of it: model and resolution."""
+        config = self.model.config
+        return f"{config.name.lower().replace('/', '-')}-{config.image_size}"
+
+
+def read_released(
+    path: Path,
+    weights: "WeightsName | None",
+    autoencoder: str | None = None,
+    model: str | None = None,
+    image_size: int | None = None,
+) -> Released:
+    """Read a checkpoint file and the autoencoder at a location. `model` and `image_size` are what it is to be.
+
+    `autoencoder` None takes that of the papers, where the model was made for its latents. `weights` None takes the
+    averaged weights where the file has them.
+
+    Raises UserError: nothing that can be read safely, another model than asked for, an autoencoder that does not fit.
+    """
+    from edt_core.models import read_released_model
+
+    read = read_released_model(path, weights)
+    config = read.model.config
+    if model not in (None, config.name) or image_size not in (None, config.image_size):
+        raise UserError(
+            f"{path} is {config.name} at {config.image_size} px with {config.num_classes} classes; give --model "
+            f"{config.name} --image-size {config.image_size}, or leave them out"
+        )
+    location = autoencoder or AUTOENCODER
+    decoder = _default_autoencoder(path, read) if autoencoder is None else read_autoencoder(autoencoder)
+    check_decoder(config, decoder)
+    # A single set without a name counts as what was asked for; the papers' authors release averages.
+    taken: WeightsName = (weights or "ema") if not read.label else ("ema" if read.is_average else "model")
+    return Released(path, read, taken, decoder, location, autoencoder is None)
+
+
+def _default_autoencoder(path: Path, read: "ReleasedModel") -> Any:
+    """The papers' autoencoder. Raises UserError for a model of other latents, and where it cannot be loaded."""
+    config, missing = read.model.config, "--autoencoder is missing"
+    latents = config.autoencoder_factor, config.in_channels
+    if latents != (AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS):
+        raise UserError(
+            f"{missing}: {path} is {config.name} for latents of factor {latents[0]} with {latents[1]} channels, and "
+            f"the default, {AUTOENCODER}, has factor {AUTOENCODER_FACTOR} and {AUTOENCODER_CHANNELS} channels. Give "
+            "the autoencoder of the model's training: --autoencoder FOLDER_OR_HUB_ID"
+        )
+    if read.other_latents:
+        raise UserError(
+            f"{missing}: {path} was trained on latents with {', '.join(read.other_latents)}, and the default is "
+            f"{AUTOENCODER}. Give the autoencoder of the model's training: --autoencoder FOLDER_OR_HUB_ID"
+        )
+    try:
+        return read_autoencoder(AUTOENCODER)
+    except UserError as error:
+        raise UserError(
+            f"{missing}, and the default, {AUTOENCODER}, could not be loaded: "
+            f"{first_line(error.__cause__ or error)}. "
+            f"Where there is a network, run hf download {AUTOENCODER} --local-dir sd-vae-ft-ema; then copy the folder "
+            "here and give --autoencoder ./sd-vae-ft-ema"
+        ) from error
+
+
+def import_released(
+    catalog: Catalog, released: Released, name: str | None, source: str | None = None, license: str | None = None
+) -> tuple[Any, bool]:
+    """Register a released checkpoint as a version of `name`, and move `candidate` to it. Returns it, and if it is new.
+
+    The same weights with the same autoencoder are found again, and the aliases then stay as they are. Killed anywhere,
+    it can be done again.
+    """
+    name = name or released.default_name
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"the model name {name!r} is no registry name; use letters, digits, '.', '_' and '-'")
+    identity = {
+        f"{ORIGIN}sha256": sha256_file(released.path),
+        f"{ORIGIN}weights": released.weights,
+        f"{ORIGIN}autoencoder_digest": _digest(released.autoencoder),
+    }
+    origin = {
+        "file": released.path.name,
+        **{key.removeprefix(ORIGIN): value for key, value in identity.items()},
+        "autoencoder": released.autoencoder_location,
+        **({"autoencoder_choice": "default"} if released.is_default_autoencoder else {}),
+        **({"source": source} if source else {}),
+    }
+    version = find_version(catalog, name, identity)
+    is_new = version is None
+    if version is None:
+        version = _register(catalog, released, name, identity, origin, license)
+    if SETTLED_TAG not in version.tags:
+        move_alias(catalog, version, CANDIDATE)
+        set_tags(catalog, version, {SETTLED_TAG: utc()})
+    return version, is_new
+
+
+def _register(
+    catalog: Catalog,
+    released: Released,
+    name: str,
+    identity: Mapping[str, str],
+    origin: Mapping[str, str],
+    license: str | None,
+) -> Any:
+    tags = {f"{ORIGIN}{key}": value for key, value in origin.items()}
+    run_id = catalog.start_run(f"import {name}", tags)
+    logged = log_pipeline(
+        catalog,
+        run_id,
+        name,
+        lambda folder: _write(folder, released, name, origin, license),
+        params={"architecture": released.model.config.name},
+    )
+    return add_logged(catalog, name, run_id, logged, {**tags, "edt.code_version": code_version()}, identity)
+
+
+def _protocol(config: "ModelConfig") -> ChainConfig:
+    """How a released model is sampled; where no placement of AMM is published for it, by its own configuration."""
+    from edt_core.models import has_paper_amm_blocks
+
+    protocol = _PROTOCOLS[config.architecture]
+    if protocol.amm_blocks == "paper" and not has_paper_amm_blocks(config.name, config.image_size):
+        return protocol.model_copy(update={"amm_blocks": "model"})
+    return protocol
+
+
+def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str], license: str | None) -> None:
+    """The diffusers folder of a released model, with its card."""
+    from edt_core.models import count_macs, count_parameters
+    from edt_core.sampling.diffusers_pipeline import save_pipeline
+    from pipelines.registry.model_card import README, ModelCard
+
+    model = released.model
+    protocol = _protocol(model.config).model_dump(mode="json")
+    save_pipeline(folder, model, released.autoencoder, num_timesteps=_NUM_TIMESTEPS, classes=(), protocol=protocol)
+    card = ModelCard(
+        name=name,
+        config=model.config,
+        parameters=count_parameters(model),
+        macs=count_macs(model),
+        sampling=protocol,
+        license=license,
+        origin={key: place_for_others(value) for key, value in origin.items()},
+    )
+    (folder / README).write_text(redacted(card.text()), encoding="utf-8")
+
+
+def _digest(autoencoder: Any) -> str:
+    """sha256 of an autoencoder's weights and scale, wherever it was loaded from."""
+    from edt_core.data.scale import scale_of
+
+    found = sha256(repr(autoencoder.config.scaling_factor).encode())
+    if centred := scale_of(autoencoder).beyond_factor():
+        found.update(json.dumps(centred, sort_keys=True).encode())
+    for key, value in sorted(autoencoder.state_dict().items()):
+        found.update(key.encode())
+        found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,141 @@
+"""The model card: README.md of a registered model, for people and, in its front matter, for model hubs.
+
+The front matter is the hubs' metadata of a model (https://huggingface.co/docs/hub/model-cards): license, library, task,
+tags, and `model-index` with the metrics.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edt_core.evaluation.metrics import in_order
+from edt_core.evaluation.protocol import comparison_table
+from edt_core.evaluation.published import DIT_PAPER, EDT_PAPER, MDT_PAPER
+from edt_core.models import ModelConfig
+
+README = "README.md"
+_TASK = "unconditional-image-generation"  # hubs have no task of their own for images of a class
+_NAMES = {
+    "edt": ("Efficient Diffusion Transformer", EDT_PAPER),
+    "dit": ("Diffusion Transformer", DIT_PAPER),
+    "mdtv2": ("Masked Diffusion Transformer, version 2", MDT_PAPER),
+}
+_UNKNOWN_LICENSE = (
+    "Not stated. Set `promote.license` in the configuration of the run, or `--license` of `edt import`, to the "
+    "identifier of a license, as apache-2.0. Images that the model was trained on, its autoencoder and published "
+    "weights may have licenses of their own."
+)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """All that a card tells. Sections of which nothing is known are left out; license and metrics say so instead.
+
+    `data`, `training` and `origin` are facts by name, shown as they are; `sampling` are fields of ChainConfig.
+    """
+
+    name: str
+    config: ModelConfig
+    parameters: int
+    macs: int
+    sampling: Mapping[str, Any]
+    license: str | None = None
+    dataset: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """The whole card as Markdown with YAML front matter."""
+        sections = [self._model(), self._metrics(), *self._facts(), self._use(), self._license()]
+        return "\n\n".join([self._front_matter(), f"# {self.name}", *sections]) + "\n"
+
+    def _front_matter(self) -> str:
+        import yaml
+
+        architecture = self.config.architecture
+        paper = _NAMES[architecture][1].replace("arXiv ", "arxiv:")
+        fields: dict[str, Any] = {
+            "license": self.license or "unknown",
+            "library_name": "diffusers",
+            "pipeline_tag": _TASK,
+            "tags": ["class-conditional", "diffusion-transformer", architecture, paper],
+        }
+        if self.metrics:
+            result = {
+                "task": {"type": _TASK},
+                "dataset": {"name": self.dataset or "not stated", "type": "images"},
+                "metrics": [
+                    {"type": name, "value": float(self.metrics[name]), "name": name} for name in in_order(self.metrics)
+                ],
+            }
+            fields["model-index"] = [{"name": self.name, "results": [result]}]
+        return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+    def _model(self) -> str:
+        name, paper = _NAMES[self.config.architecture]
+        size, latent = self.config.image_size, self.config.latent_size
+        facts = {
+            "architecture": f"{self.config.name}: {name} ({paper})",
+            "parameters": f"{self.parameters:,}",
+            "multiply-accumulates": f"{self.macs:,} for one image and step",
+            "images": f"{size} x {size} px of {self.config.num_classes:,} classes",
+            "latents": f"{self.config.in_channels} x {latent} x {latent}, a factor of {self.config.autoencoder_factor}",
+        }
+        return f"Images of a class, by diffusion in the latents of an autoencoder.\n\n{_table(facts)}"
+
+    def _metrics(self) -> str:
+        if not self.metrics:
+            return "## Metrics\n\nNot measured. `edt evaluate` measures any model."
+        metrics = {name: self.metrics[name] for name in in_order(self.metrics)}
+        table = comparison_table({"value": {"metrics": metrics, "protocol": self.protocol}}).partition("\n\n")[0]
+        protocol = _table(self.protocol) if self.protocol else "No protocol is stated."
+        return f"## Metrics\n\n{table}\n\nOnly values of one protocol compare:\n\n{protocol}"
+
+    def _facts(self) -> list[str]:
+        told = {"Data": self.data, "Training": self.training, "Origin": self.origin}
+        return [f"## {heading}\n\n{_table(facts)}" for heading, facts in told.items() if facts]
+
+    def _use(self) -> str:
+        return (
+            "## Use\n\n"
+            "```python\n"
+            "from edt_core import EDTPipeline\n\n"
+            'pipeline = EDTPipeline.from_pretrained("FOLDER")    # this folder\n'
+            "images = pipeline([0, 1], seed=0).images            # an image a class label\n\n"
+            "import torch\n"
+            "from diffusers import DiffusionPipeline             # or so, here with half the memory\n\n"
+            "pipeline = DiffusionPipeline.from_pretrained(\n"
+            '    "FOLDER", custom_pipeline="FOLDER", trust_remote_code=True, torch_dtype=torch.bfloat16\n'
+            ")\n\n"
+            "import mlflow, numpy\n\n"
+            f'mlflow.pyfunc.load_model("models:/{self.name}/VERSION").predict(numpy.array([0, 1]))\n'
+            "```\n\n"
+            f"    edt sample {self.name}/VERSION --num 4 --out samples.png\n\n"
+            "Sampled as follows unless told otherwise; the same is in `model_index.json`:\n\n"
+            f"{_table(self.sampling)}"
+        )
+
+    def _license(self) -> str:
+        return f"## License\n\n{self.license or _UNKNOWN_LICENSE}"
+
+
+def _table(facts: Mapping[str, Any]) -> str:
+    """Facts as a Markdown table: what is None is "not set", nested facts have dotted names."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _flat(facts).items())])
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not set"
+    text = ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")

@@ -1,0 +1,82 @@
+"""What each step of a run took and did: time, throughput, operations, and room in the store."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edt_core.config import SampleConfig
+from edt_core.store.artifact import Artifact
+
+# kind -> what its work is counted in, and where the number is: "counts.<name>" or "config.<name>" of the manifest
+_WORK = {
+    "images": ("images", "counts", "images"),
+    "autoencoder": ("steps", "config", "steps"),
+    "latents": ("images", "counts", "images"),
+    "classifier": ("steps", "config", "steps"),
+    "reference": ("images", "counts", "images"),
+    "checkpoint": ("images", "counts", "images_seen"),
+    "features": ("samples", "counts", "samples"),
+}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step. None where it is not known or means nothing.
+
+    seconds: from start to commit, waiting for cores included. work: how many `unit`s it went through. flops: of the
+    diffusion transformer. device_seconds: of all workers that trained, together. bytes: of the files it left.
+    """
+
+    step: str
+    seconds: float
+    work: int | None
+    unit: str
+    flops: int | None
+    device_seconds: float | None
+    bytes: int
+
+    @property
+    def rate(self) -> float | None:
+        """Work a second."""
+        return self.work / self.seconds if self.work and self.seconds else None
+
+
+def step_cost(step: str, artifact: Artifact, macs: int) -> StepCost:
+    """The cost of the step that made an artifact. `macs`: multiply-accumulates of a forward pass for one image."""
+    manifest = artifact.manifest
+    unit, place, name = _WORK.get(manifest.kind, ("", "counts", ""))
+    work = (manifest.config if place == "config" else manifest.counts).get(name)
+    if manifest.kind == "autoencoder" and manifest.counts.get("source") != "fitted":
+        work = None
+    hours = manifest.counts.get("device_hours")
+    return StepCost(
+        step=step,
+        seconds=manifest.duration_s,
+        work=work or None,
+        unit=unit,
+        flops=_FLOPS.get(manifest.kind, lambda *_: None)(manifest.config, manifest.counts, macs),
+        device_seconds=hours * 3600 if hours else None,
+        bytes=sum(entry.bytes for entry in manifest.files),
+    )
+
+
+def _training(config: Mapping[str, Any], counts: Mapping[str, Any], macs: int) -> int | None:
+    return counts.get("training_flops") or None
+
+
+def _sampling(config: Mapping[str, Any], counts: Mapping[str, Any], macs: int) -> int | None:
+    """2 a multiply-accumulate, a forward pass a step of the chain, and under guidance two.
+
+    None where another model guides, or guidance acts in an interval: how many passes those take is not recorded.
+    """
+    chain = SampleConfig.model_validate(config)
+    if counts.get("guide_digest") or chain.guidance_interval is not None:
+        return None
+    passes = chain.num_sampling_steps * (1 if chain.cfg_scale == 1 else 2)
+    return 2 * macs * passes * int(counts["samples"])
+
+
+_FLOPS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], int], int | None]] = {
+    "checkpoint": _training,
+    "features": _sampling,
+}

@@ -1,0 +1,260 @@
+"""The figures of a report, by matplotlib as SVG: losses, distances to neighbours, and earlier champions.
+
+Each comes twice, for a light and a dark page, on a transparent background. Text stays text, in the reader's font.
+"""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.report.history import Champion
+
+MAX_CURVE_POINTS = 500  # a longer history is averaged over bins, so that the page stays small
+_TIMESTEP_BINS = 50
+_ONE_ROW = 60  # characters of labels in a legend
+_LOG_FROM = 20  # largest value by smallest, from which on an axis is logarithmic
+
+Array = NDArray[Any]
+_INK, _BLACK, _BLUE, _ORANGE, _TEAL, _VIOLET = "#57606a", "#24292f", "#0b62c4", "#b35000", "#0f766e", "#7c3aed"
+_ON_DARK = {
+    _INK: "#a9b3be",
+    _BLACK: "#e6edf3",
+    _BLUE: "#6cb0ff",
+    _ORANGE: "#ffab5e",
+    _TEAL: "#4fd1c0",
+    _VIOLET: "#c4a5ff",
+}
+
+_CURVES = {  # column of the history -> (label, colour)
+    "loss": ("total", _BLACK),
+    "loss_full": ("full pass", _BLUE),
+    "loss_masked": ("masked pass", _ORANGE),
+    "lr": ("learning rate", _TEAL),
+    "grad_norm": ("gradient norm", _VIOLET),
+    "loss_t0": ("1st quarter (least noise)", _BLUE),
+    "loss_t1": ("2nd", _TEAL),
+    "loss_t2": ("3rd", _ORANGE),
+    "loss_t3": ("4th (most noise)", _VIOLET),
+}
+_QUARTERS = ("loss_t0", "loss_t1", "loss_t2", "loss_t3")
+
+
+def data_uri(media_type: str, content: bytes) -> str:
+    """Content as an address that holds it."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure in two themes, as data URIs of SVG, and the words for who cannot see it."""
+
+    light: str
+    dark: str
+    description: str
+
+
+Paint = Callable[[list[Any]], None]  # draws on axes, in the colours of a light page
+
+
+def _drawn(description: str, paint: Paint, panels: int = 1) -> Picture:
+    """What `paint` draws on so many axes, one above the other."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with rc_context(_look()):
+        figure = Figure(figsize=(4.8, 3.1), facecolor="none", layout="constrained")
+        axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+        paint(axes)
+        for axis in axes:
+            handles, labels = axis.get_legend_handles_labels()
+            if len(labels) > 1:  # below, where it is in nothing's way
+                columns = len(labels) if sum(map(len, labels)) < _ONE_ROW else 2
+                figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        buffer = io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", buffer.getvalue().decode())
+    dark = re.sub("|".join(_ON_DARK), lambda found: _ON_DARK[found[0]], svg)
+    light_uri, dark_uri = (data_uri("image/svg+xml", text.encode()) for text in (svg, dark))
+    return Picture(light_uri, dark_uri, description)
+
+
+def _look() -> Any:
+    """matplotlib's settings for all figures. Ids are salted, so that they are the same in every run."""
+    look: dict[str, Any] = {"svg.hashsalt": "edt", "svg.fonttype": "none", "font.size": 9, "axes.facecolor": "none"}
+    look |= {"axes.titlelocation": "left", "axes.titlesize": 9, "axes.axisbelow": True, "axes.grid": True}
+    look |= {"grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8}
+    look |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+    look |= {f"{axis}tick.{part}.size": 0 for axis in "xy" for part in ("major", "minor")}
+    inked = ("axes.titlecolor", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
+    return look | dict.fromkeys((*inked, "legend.labelcolor"), _INK)
+
+
+def _log_where_wide(axis: Any, values: Array) -> None:
+    positive = values[values > 0]
+    if len(positive) and positive.max() > _LOG_FROM * positive.min():
+        axis.set_yscale("log")
+
+
+# Training
+
+
+def training_curves(history: Sequence[Mapping[str, float]]) -> list[Picture]:
+    """A figure of the losses, and one of learning rate and gradient norm, as far as they were recorded."""
+    table = _history_table(history)
+    pictures = []
+    for panels in ((("loss", "loss_full", "loss_masked"),), (("lr",), ("grad_norm",))):
+        present = [[name for name in panel if name in table] for panel in panels]
+        if shown := [names for names in present if names]:
+            pictures.append(_curves(table, shown))
+    return pictures
+
+
+def _history_table(history: Sequence[Mapping[str, float]]) -> dict[str, Array]:
+    """Columns float64 [rows], at most MAX_CURVE_POINTS rows, each the mean of a bin of consecutive rows."""
+    table = {}
+    for name in ("step", *_CURVES):
+        column = np.array([row.get(name, math.nan) for row in history], dtype=np.float64)
+        if np.isfinite(column).any():
+            bins = np.array_split(column, min(len(column), MAX_CURVE_POINTS))
+            table[name] = np.array([_mean(part) for part in bins])
+    return table
+
+
+def _mean(values: Array) -> float:
+    """Of those that are finite; NaN where none is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def _curves(table: Mapping[str, Array], panels: Sequence[Sequence[str]], title: str = "training loss") -> Picture:
+    """Panels one above the other over the same steps."""
+
+    def paint(axes: list[Any]) -> None:
+        for axis, names in zip(axes, panels, strict=True):
+            for name in names:
+                label, colour = _CURVES[name]
+                marker = "o" if len(table["step"]) == 1 else None
+                axis.plot(table["step"], table[name], label=label, color=colour, linewidth=1.6, marker=marker)
+            if names[0] == "lr":
+                axis.set_ylim(bottom=0)
+            else:
+                _log_where_wide(axis, np.concatenate([table[name] for name in names]))
+            alone = len(names) == 1 and not names[0].startswith("loss")
+            axis.set_title(_CURVES[names[0]][0] if alone else title)
+        axes[-1].set_xlabel("optimizer step")
+
+    described = "; ".join(_describe(table, name) for names in panels for name in names)
+    return _drawn(described, paint, len(panels))
+
+
+def _describe(table: Mapping[str, Array], name: str) -> str:
+    finite = np.isfinite(table[name])
+    values, steps = table[name][finite], table["step"][finite]
+    label = _CURVES[name][0] + (" loss" if name.startswith("loss") else "")
+    first, last = (f"{values[i]:.3g} at step {steps[i]:,.0f}" for i in (0, -1))
+    return f"{label} from {first} to {last}"
+
+
+def timestep_curves(
+    history: Sequence[Mapping[str, float]], final: Array | None, num_timesteps: int
+) -> tuple[Picture | None, Picture | None]:
+    """The loss at the end by timestep, and that of each quarter of the timesteps as training went on.
+
+    final: mean of the last losses at each timestep, [T], NaN where there is none; None where only quarters are known.
+    """
+    table = _history_table(history)
+    quarters = [name for name in _QUARTERS if name in table]
+    over_time = _curves(table, [quarters], "loss by quarter of the timesteps") if quarters else None
+    if final is not None:
+        edges = np.linspace(0, len(final), min(_TIMESTEP_BINS, len(final)) + 1).round().astype(int)
+        return _final_losses(edges, [_mean(part) for part in np.split(final, edges[1:-1])]), over_time
+    if quarters:
+        edges = np.linspace(0, num_timesteps, len(_QUARTERS) + 1).round().astype(int)
+        return _final_losses(edges, [_last(table, name) for name in _QUARTERS]), over_time
+    return None, None
+
+
+def _last(table: Mapping[str, Array], name: str) -> float:
+    """Of a column, the mean of its last tenth."""
+    column = table.get(name, np.array([math.nan]))
+    return _mean(column[-max(1, len(column) // 10) :])
+
+
+def _final_losses(edges: Array, losses: Sequence[float]) -> Picture:
+    values = np.asarray(losses)
+
+    def paint(axes: list[Any]) -> None:
+        axes[0].stairs(values, edges, baseline=None, color=_BLUE, linewidth=1.6)
+        _log_where_wide(axes[0], values)
+        axes[0].set_title("loss at the end of training")
+        axes[0].set_xlabel("timestep (0: least noise)")
+
+    finite = np.flatnonzero(np.isfinite(values))
+    told = "; ".join(f"{values[i]:.3g} at timesteps {edges[i]} to {edges[i + 1] - 1}" for i in finite[[0, -1]])
+    return _drawn(f"loss by timestep: {told}", paint)
+
+
+# Neighbours and champions
+
+
+def distance_histogram(generated: Array, real: Array) -> Picture:
+    """Distances to the nearest real image: of generated images, and of real ones to another."""
+    edges = np.histogram_bin_edges(np.concatenate([generated, real]), bins=30)
+    sets = (("generated to real", generated, _BLUE), ("real to another real", real, _ORANGE))
+
+    def paint(axes: list[Any]) -> None:
+        for label, values, colour in sets:
+            share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
+            axes[0].stairs(share, edges, label=label, color=colour, linewidth=1.6)
+        axes[0].set_xlim(left=0)
+        axes[0].set_title("share of images, %")
+        axes[0].set_xlabel("distance to the nearest real image")
+
+    told = "; ".join(f"{label}: half are within {np.median(values):.3g}" for label, values, _ in sets)
+    return _drawn(f"distances to the nearest real image; {told}", paint)
+
+
+def champion_trend(
+    champions: Sequence[Champion], version: str, value: float, spread: float | None, metric: str, crowned: bool
+) -> Picture:
+    """The metric of earlier champions, oldest first, and of this version, which is one too where it was `crowned`.
+
+    Those that were measured by another protocol are hollow, and no line leads to them.
+    """
+    measured = [(place, champion) for place, champion in enumerate(champions) if champion.value is not None]
+    like = [(place, champion.value, champion.spread) for place, champion in measured if champion.comparable]
+    unlike = [(place, champion.value, champion.spread) for place, champion in measured if not champion.comparable]
+    here = (len(champions), value, spread)
+    names = [*(f"v{champion.version}" for champion in champions), f"v{version}"]
+
+    def paint(axes: list[Any]) -> None:
+        axis = axes[0]
+        line = [*like, here] if crowned else like
+        axis.plot([p for p, *_ in line], [v for _, v, _ in line], color=_BLUE, linewidth=1.4)
+        sets = (
+            ("champion", like, "o", _BLUE, _BLUE),
+            ("other protocol, not comparable", unlike, "o", _INK, "none"),
+            ("this version", [here], "D", _ORANGE, _ORANGE),
+        )
+        for label, points, marker, colour, face in sets:
+            if points:
+                places, values, spreads = zip(*points, strict=True)
+                error = [s or 0.0 for s in spreads]
+                axis.errorbar(places, values, error, fmt=marker, color=colour, mfc=face, capsize=3, label=label, ms=6)
+        every = max(1, math.ceil(len(names) / 10))
+        ticks = range((len(names) - 1) % every, len(names), every)  # this version's is among them
+        axis.set_xticks(list(ticks), [names[place] for place in ticks])
+        axis.margins(x=0.1, y=0.2)
+        _log_where_wide(axis, np.array([v for _, v, _ in (*like, *unlike, here)]))
+        axis.set_title(metric, parse_math=False)
+
+    told = [f"version {c.version} {c.value:.4g}{'' if c.comparable else ' by another protocol'}" for _, c in measured]
+    return _drawn(f"{metric} of champions: {', '.join([*told, f'this version {version} {value:.4g}'])}", paint)

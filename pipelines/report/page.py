@@ -1,0 +1,235 @@
+"""report: one self-contained HTML page on a registered model.
+
+Pure rendering: the same data gives the same bytes, and the page asks for nothing from outside itself.
+Shapes: N images, S image size, T timesteps; images are uint8 RGB [N, S, S, 3] with labels int [N], indices into
+`classes`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edt_core.sampling.grid import PIXELATED_UP_TO, encodable
+from pipelines.report.costs import StepCost
+from pipelines.report.figures import Picture, champion_trend, timestep_curves, training_curves
+from pipelines.report.history import VersionRecord
+from pipelines.report.images import Origin, display_size, gallery, neighbour_view
+from pipelines.report.inputs import Neighbourhood
+from pipelines.report.lineage import LineageRow, lineage_graph
+
+NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+TIMES, DIVIDED = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """What a report shows. `model`, `protocol` and `environment` may have any keys and keep their order."""
+
+    title: str
+    config_name: str
+    model: Mapping[str, Any]
+    decision: str  # "<outcome>: <why>"
+    classes: tuple[str, ...]
+    samples: Array
+    sample_labels: Array
+    untrained: Array | None
+    untrained_labels: Array | None
+    real: Array
+    real_labels: Array
+    history: Sequence[Mapping[str, float]]  # step, and any of loss, loss_full, loss_masked, loss_t0.., lr, grad_norm
+    metrics_before: Mapping[str, float] | None  # of the untrained model
+    metrics_after: Mapping[str, float]
+    protocol: Mapping[str, Any]
+    lineage: Sequence[LineageRow]
+    config_yaml: str
+    environment: Mapping[str, str]
+    protocol_differences: Sequence[str] = ()  # in which the untrained model was measured by another protocol
+    registry: VersionRecord | None = None
+    crowned: bool = False  # the version became champion
+    neighbours: Neighbourhood | str = ""  # or why there are none
+    final_losses: Array | None = None  # mean of the last losses at each timestep, [T]
+    num_timesteps: int = 1000
+    costs: Sequence[StepCost] = ()
+
+
+def render_report(data: ReportData) -> str:
+    """The report as one HTML page: no script, no external address, everything inlined.
+
+    Raises ValueError for images or labels of the wrong shape, for two lineage rows of one name, and for a
+    lineage that runs in a circle.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pipelines", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(shown=shown, duration=duration, scaled=scaled, brief=brief)
+    environment.tests["digest"] = lambda value: bool(re.fullmatch("[0-9a-f]{32,}", str(value)))
+    image_size = data.samples.shape[1]
+    found = data.neighbours
+    page = environment.get_template("report.html.j2").render(
+        data=data,
+        image_size=image_size,
+        gallery=gallery(data.classes, _origins(data)),
+        display_px=display_size(image_size),
+        pixelated=image_size <= PIXELATED_UP_TO,
+        metrics=compare_metrics(data.metrics_before or {}, data.metrics_after),
+        own_space="classifier" if any(name.endswith("_classifier") for name in data.metrics_after) else None,
+        trend=_trend(data),
+        neighbours=neighbour_view(found, data.classes) if isinstance(found, Neighbourhood) else None,
+        curves=training_curves(data.history),
+        by_timestep=timestep_curves(data.history, data.final_losses, data.num_timesteps),
+        graph=lineage_graph(data.lineage, data.title),
+        total_seconds=sum(cost.seconds for cost in data.costs),
+        longest_seconds=max((cost.seconds for cost in data.costs), default=0.0),
+    )
+    return encodable(page)
+
+
+def _origins(data: ReportData) -> list[Origin]:
+    """Generated images first, then real ones, then the untrained model's."""
+    origins = [
+        Origin("Generated", "generated images", data.samples, data.sample_labels, (7, 5)),
+        Origin("Real", "real images", data.real, data.real_labels, (4, 3)),
+    ]
+    if data.untrained is not None and data.untrained_labels is not None and len(data.untrained):
+        origins.append(
+            Origin("Untrained", "images of the untrained model", data.untrained, data.untrained_labels, (3, 2))
+        )
+    return origins
+
+
+def _trend(data: ReportData) -> Picture | None:
+    """The figure of earlier champions; None where there is none that could be drawn, or no value to put beside them."""
+    registry = data.registry
+    value = data.metrics_after.get(registry.metric, math.nan) if registry else math.nan
+    if registry is None or not math.isfinite(value) or all(c.value is None for c in registry.champions):
+        return None
+    spread, version = data.metrics_after.get(f"{registry.metric}_std"), str(data.model.get("version", ""))
+    return champion_trend(registry.champions, version, value, spread, registry.metric, data.crowned)
+
+
+# Text
+
+
+def shown(value: Any) -> str:
+    """A value as a reader wants it: grouped digits, at most four significant ones, lists joined."""
+    if value is None or value == "" or (isinstance(value, list | tuple) and not value):
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | np.integer):
+        return f"{int(value):,}"
+    if isinstance(value, float | np.floating):
+        value = float(value)
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value), ensure_ascii=False, default=str)
+    if isinstance(value, list | tuple):
+        return ", ".join(shown(item) for item in value)
+    return str(value)
+
+
+def duration(seconds: float | None) -> str:
+    """0.42 s, 38 s, 4 min 05 s, 2 h 07 min."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 9.95:
+        return f"{seconds:.2g} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def brief(value: float | None) -> str:
+    """At most three significant digits: 0.253, 14, 1,930."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+
+
+def scaled(value: float | None, unit: str) -> str:
+    """With a prefix: 4.2e12, "FLOP" -> 4.2 TFLOP."""
+    if value is None:
+        return NOTHING
+    step = 0 if value < 1 else min(int(math.log10(value) // 3), len(_PREFIXES) - 1)
+    return f"{value / 1000**step:.3g} {_PREFIXES[step]}{unit}"
+
+
+# Metrics
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric, untrained and trained. verdict: better, worse, same, or "" where nothing can be said.
+
+    spread: standard deviation of `after`, None where there is none.
+    """
+
+    name: str
+    meaning: str
+    lower_is_better: bool | None
+    before: float | None
+    after: float | None
+    change: str
+    verdict: str
+    spread: float | None = None
+
+
+# prefix of the name -> (what it measures, whether lower is better)
+_METRIC_MEANINGS = (
+    ("fid", "Fréchet distance in Inception's feature space", True),
+    ("sfid", "Fréchet distance in Inception's spatial features", True),
+    ("fd_", "Fréchet distance between generated and real features", True),
+    ("kid", "squared maximum mean discrepancy of the features, cubic kernel", True),
+    ("precision", "share of generated images that lie among the real ones", False),
+    ("recall", "share of real images that lie among the generated ones", False),
+    ("accuracy", "share of generated images classified as the class that was asked for", False),
+    ("inception_score", "confidence and variety of Inception's class predictions", False),
+)
+
+
+def compare_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[MetricRow]:
+    """A row for every metric of `after`, then for those of `before` alone, each with its factor of change."""
+    rows = []
+    for name in dict.fromkeys((*after, *before)):
+        if name.endswith("_std") and name.removesuffix("_std") in after:
+            continue
+        known = next((entry for entry in _METRIC_MEANINGS if name.startswith(entry[0])), None)
+        meaning, lower = known[1:] if known else ("", None)
+        change, verdict = _change(before.get(name), after.get(name), lower)
+        spread = after.get(f"{name}_std")
+        rows.append(MetricRow(name, meaning, lower, before.get(name), after.get(name), change, verdict, spread))
+    return rows
+
+
+def _change(before: float | None, after: float | None, lower: bool | None) -> tuple[str, str]:
+    if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return "", ""
+    if before == after:
+        return "none", "same"
+    if before > 0 and after > 0:
+        factor = max(before, after) / min(before, after)
+        sign = DIVIDED if after < before else TIMES
+        text = f"{sign} {shown(factor) if factor >= 1000 else f'{factor:.3g}'}"
+    else:  # an unbiased kernel distance may be negative, where a factor means nothing
+        text = f"{after - before:+.3g}".replace("-", MINUS)
+    verdict = "" if lower is None else "better" if (after < before) == lower else "worse"
+    return text, verdict

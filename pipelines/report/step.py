@@ -1,0 +1,134 @@
+"""summary: gathers from the artifacts what the report shows, and writes the page and the sample grid."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from edt_core.config import Section
+from edt_core.data.sources.files import some
+from edt_core.evaluation.metrics import metric_space
+from edt_core.evaluation.protocol import protocol_differences
+from edt_core.progress import Progress
+from edt_core.sampling.grid import sample_grid
+from edt_core.sampling.labels import trained_classes
+from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.layout import CLASSES_NAME, REPORT_NAME, SAMPLES_NAME
+from jobs.stages.stage import Verb
+from jobs.stages.train import history
+from pipelines.report.costs import step_cost
+from pipelines.report.history import VersionRecord
+from pipelines.report.inputs import (
+    PER_CLASS,
+    Neighbourhood,
+    Samples,
+    find_neighbours,
+    no_neighbours,
+    read_samples,
+    real_images,
+    timestep_losses,
+)
+from pipelines.report.lineage import LineageRow
+from pipelines.report.page import ReportData, render_report
+
+REGISTERED = ("checkpoint", "evaluation")  # roles whose artifacts a registered version names
+
+
+class SummaryConfig(Section):
+    """What the report says that no artifact does. `lineage`: each input's role -> (step, steps it was made from)."""
+
+    title: str
+    pipeline: str
+    model: dict[str, Any]
+    decision: str
+    registry: VersionRecord
+    lineage: dict[str, tuple[str, tuple[str, ...]]]
+    config_yaml: str
+
+
+def summarize(
+    config: SummaryConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """Write the report of one registered model from all artifacts of its branch."""
+    data = gather(config, inputs)
+    out.write_bytes(REPORT_NAME, render_report(data).encode())
+    grid = sample_grid(data.samples, data.sample_labels, data.classes, per_class=PER_CLASS)
+    out.write_bytes(SAMPLES_NAME, grid)
+    return {"metrics": dict(data.metrics_after)}
+
+
+def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
+    """The report's data out of the artifacts of a branch, by role."""
+    images, evaluation, checkpoint = (inputs[role] for role in ("images", "evaluation", "checkpoint"))
+    space = metric_space(config.registry.metric)
+    classes = tuple(images.read_json(CLASSES_NAME))
+    counts = checkpoint.counts.get("class_counts")
+    drawn = trained_classes(len(classes), counts)
+    trained = read_samples(inputs["features"], drawn, space)
+    untrained = read_samples(inputs["untrained_features"], drawn)
+    real, real_labels = real_images(images, counts)
+    facts = {
+        "architecture": checkpoint.counts["model"],
+        "parameters": checkpoint.counts["parameters"],
+        "macs": checkpoint.counts["macs"],
+        "steps": checkpoint.counts["steps"],
+        "image_size": images.counts["image_size"],
+        "images": images.counts["images"],
+    }
+    if empty := [name for name, count in zip(classes, counts or (), strict=bool(counts)) if not count]:
+        facts["classes_without_images"] = f"{len(empty)} of {len(classes)}: {some(empty)}"
+    if "classifier" in inputs:
+        facts["classifier_holdout_accuracy"] = inputs["classifier"].counts["holdout_accuracy"]
+    return ReportData(
+        title=config.title,
+        config_name=config.pipeline,
+        model={**config.model, **facts},
+        decision=config.decision,
+        classes=classes,
+        samples=trained.images,
+        sample_labels=trained.labels,
+        untrained=untrained.images,
+        untrained_labels=untrained.labels,
+        real=real,
+        real_labels=real_labels,
+        history=history(checkpoint),
+        metrics_before=inputs["untrained_evaluation"].counts["metrics"],
+        metrics_after=evaluation.counts["metrics"],
+        protocol=evaluation.counts["protocol"],
+        lineage=[_row(role, config, inputs[role]) for role in config.lineage],
+        config_yaml=config.config_yaml,
+        environment=checkpoint.manifest.environment,
+        protocol_differences=protocol_differences(
+            inputs["untrained_evaluation"].counts["protocol"], evaluation.counts["protocol"]
+        ),
+        registry=config.registry,
+        crowned="champion" in config.model["aliases"],
+        neighbours=_neighbours(space, trained, inputs),
+        final_losses=timestep_losses(checkpoint),
+        num_timesteps=checkpoint.manifest.config["num_timesteps"],
+        costs=[step_cost(step, inputs[role], facts["macs"]) for role, (step, _) in config.lineage.items()],
+    )
+
+
+def _neighbours(space: str, samples: Samples, inputs: Mapping[str, Artifact]) -> Neighbourhood | str:
+    """The nearest real images of some samples, or why there are none."""
+    if why := no_neighbours(space, samples, inputs["features"], inputs["reference"], inputs["images"]):
+        return why
+    return find_neighbours(space, samples, inputs["reference"], inputs["images"])
+
+
+def _row(role: str, config: SummaryConfig, artifact: Artifact) -> LineageRow:
+    step, needs = config.lineage[role]
+    manifest = artifact.manifest
+    return LineageRow(
+        step=step,
+        kind=manifest.kind,
+        fingerprint=manifest.fingerprint,
+        digest=manifest.digest,
+        inputs=needs,
+        uri=artifact.folder.uri,
+        run_id=manifest.mlflow_run_id,
+        code_version=manifest.code_version,
+        registered=role in REGISTERED,
+    )
+
+
+VERB = Verb("report", "report", 2, SummaryConfig, summarize, roles=())

@@ -1,0 +1,1 @@
+"""Schedules: records, the server, the lease."""

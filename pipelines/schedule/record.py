@@ -1,0 +1,294 @@
+"""Schedules: which pipeline runs when, a JSON file each in `<store>/.schedules/`, and what became of their ticks."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from edt_core.errors import UserError
+from edt_core.files.private_files import make_private, read_own
+from edt_core.printing.redaction import redacted_values
+from edt_core.store.errors import clear_read_errors
+from edt_core.store.folder import Folder
+from pipelines.schedule.cron import Cron
+
+OVERLAP = "skipped: a run is going on"
+UNCHANGED = "skipped: data unchanged"
+SERVER_LEASE = "schedules"
+_RESULT_FILE = "EDT_SCHEDULE_RESULT"  # names the file in which a run tells its scheduler what it came to
+_NAME = re.compile(r"\w[\w.-]*")
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Schedule(_Record):
+    """What runs when. The configuration is read at each tick: a file under version control counts as it is then."""
+
+    name: Annotated[str, StringConstraints(pattern=f"^{_NAME.pattern}$")]
+    config: str
+    assignments: tuple[str, ...] = ()
+    store: str
+    address: str | None = None
+    folder: str = Field(description="where the run starts: relative paths of the configuration count from here")
+    cron: str
+    timezone: str
+    when_data_changed: bool = False
+    paused: bool = False
+    since: AwareDatetime = Field(description="ticks up to then are nobody's: made, changed or resumed at that time")
+
+    @property
+    def times(self) -> Cron:
+        return Cron(self.cron, self.timezone)
+
+
+class Tick(_Record):
+    """One tick, from its beginning to its end."""
+
+    tick: AwareDatetime
+    missed: int = 0
+    started: AwareDatetime
+    ended: AwareDatetime | None = None
+    outcome: str | None = Field(None, description="finished, failed, stopped, lost, OVERLAP or UNCHANGED")
+    run: str | None = None
+    source: str | None = None
+    error: str | None = None
+    log: str | None = None
+    pid: int | None = None
+
+
+class State(_Record):
+    """What the server knows of a schedule from one tick to the next, and after a restart."""
+
+    handled: AwareDatetime | None = None
+    source: str | None = Field(None, description="identity of the images of the last finished tick")
+    last: Tick | None = None
+    running: Tick | None = None
+    lost: int = Field(0, description="times in a row that a run was lost together with its server")
+    unrecorded: tuple[Tick, ...] = Field((), description="ended while MLflow was away")
+
+
+class RunResult(_Record):
+    """What a run tells its scheduler."""
+
+    outcome: str
+    run: str | None = None
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedules of one store."""
+
+    store: Folder
+
+    @classmethod
+    def at(cls, location: str) -> "Schedules":
+        return cls(Folder.at(location))
+
+    @property
+    def folder(self) -> Folder:
+        return self.store.child(".schedules")
+
+    @property
+    def workplace(self) -> Path:
+        """A folder of this machine for logs and locks: in a local store, or in this user's cache."""
+        from hashlib import sha256
+
+        local = self.folder.local
+        cache = Path("~/.cache/edt/schedules").expanduser() / sha256(self.store.uri.encode()).hexdigest()[:16]
+        return (cache if local is None else local) / "work"
+
+    def names(self) -> list[str]:
+        return [name.removesuffix(".json") for name in self.folder.names() if name.endswith(".json")]
+
+    def read(self, name: str) -> Schedule:
+        """Raises UserError where there is no such schedule, its file is not one, or may be of somebody else."""
+        found = _read(self.folder, f"{name}.json", Schedule) if _NAME.fullmatch(name) else None
+        if found is None:
+            raise self._unknown(name)
+        self._check_own(name, found)
+        return found
+
+    def write(self, schedule: Schedule) -> None:
+        self._write(f"{schedule.name}.json", schedule)
+
+    def put(self, schedule: Schedule) -> str:
+        """Record a schedule under its name, and return what that was: new, changed or unchanged.
+
+        It stays paused if it was, and ticks that are due already stay due, unless it comes at other times now.
+        """
+        if schedule.name not in self.names():
+            self.write(schedule)
+            return "new"
+        old = self.read(schedule.name)
+        same_times = (old.cron, old.timezone) == (schedule.cron, schedule.timezone)
+        kept = {"paused": old.paused, **({"since": old.since} if same_times else {})}
+        schedule = schedule.model_copy(update=kept)
+        if schedule == old:
+            return "unchanged"
+        self.write(schedule)
+        return "changed"
+
+    def pause(self, name: str) -> None:
+        self.write(self.read(name).model_copy(update={"paused": True}))
+
+    def resume(self, name: str) -> None:
+        """Let a paused schedule run again, from its next tick on: those that came meanwhile are not made up for."""
+        if (schedule := self.read(name)).paused:
+            self.write(schedule.model_copy(update={"paused": False, "since": datetime.now(UTC)}))
+
+    def remove(self, name: str) -> None:
+        """Remove a schedule, also one that is refused. Raises UserError where there is none."""
+        if name not in self.names():
+            raise self._unknown(name)
+        self.folder.remove(f"{name}.json")
+        self.folder.remove(f"state/{name}.json")
+
+    def state(self, name: str) -> State:
+        return _read(self.folder, f"state/{name}.json", State) or State()
+
+    def write_state(self, name: str, state: State) -> None:
+        self._write(f"state/{name}.json", state)
+
+    def log(self, tick: "Tick") -> Path | None:
+        """The log of a tick: a file of the workplace, whatever folder the record names."""
+        return None if tick.log is None else self.workplace / Path(tick.log).name
+
+    def _write(self, name: str, record: BaseModel) -> None:
+        """Write a file for this user alone: a record says what the server runs, and where."""
+        if (root := self.folder.local) is not None:
+            for folder in (root, (root / name).parent):
+                make_private(folder)
+        self.folder.write_bytes(name, _bytes(record), private=True)
+
+    def _check_own(self, name: str, schedule: Schedule) -> None:
+        """Raise UserError for a record that was copied here from another schedule or another store."""
+        where = f"{self.folder.uri}/{name}.json"
+        if schedule.name != name:
+            raise UserError(f"{where} is the record of the schedule {schedule.name!r}; remove it, or rename it")
+        if _place(schedule.store) != _place(self.store.uri):
+            raise UserError(
+                f"{where} runs in another store, {schedule.store}; remove the file and give `edt schedule` again with "
+                f"--store {self.store.uri}"
+            )
+
+    def _unknown(self, name: str) -> UserError:
+        return UserError(f"no schedule {name!r} in {self.store.uri}; there are: {', '.join(self.names()) or 'none'}")
+
+
+def new_schedule(
+    name: str | None,
+    config: str,
+    assignments: Sequence[str],
+    store: str | None,
+    cron: str,
+    timezone: str | None,
+    when_data_changed: bool = False,
+    address: str | None = None,
+) -> Schedule:
+    """A schedule of what a person gave. Raises UserError for a configuration, a time or a name that cannot be."""
+    from pipelines.config.schema import load_config
+
+    loaded = load_config(config, assignments, store)
+    name = loaded.name if name is None else name
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot name a schedule; use letters, digits, '.', '_' and '-', as --name weekly")
+    times = Cron(cron, timezone or _local_timezone())
+    path = Path(config)
+    schedule = Schedule(
+        name=name,
+        config=str(path.absolute()) if path.is_file() else config,
+        assignments=tuple(assignments),
+        store=Folder.at(loaded.store).uri,
+        address=address,
+        folder=str(Path.cwd()),
+        cron=times.expression,
+        timezone=times.timezone,
+        when_data_changed=when_data_changed,
+        since=datetime.now(UTC),
+    )
+    _check_no_secret(schedule)
+    return schedule
+
+
+def _check_no_secret(schedule: Schedule) -> None:
+    """Raise UserError where the record would hold a credential."""
+    given = [("--set", text) for text in schedule.assignments]
+    given += [("--store", schedule.store), ("--address", schedule.address or ""), ("CONFIG", schedule.config)]
+    for option, text in given:
+        if redacted_values(text) != text:
+            what = f"--set {text.partition('=')[0]}" if option == "--set" else option
+            raise UserError(
+                f"{what} holds a credential, and the record of a schedule would keep it: {text}. Leave it out, and set "
+                "it in the environment of `edt schedule serve`, where its client reads it (S3: AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY; MLflow: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+            )
+
+
+def run_lease(pipeline: str) -> str:
+    """The name of the lease that a run of a pipeline holds."""
+    return f"run-{pipeline}"
+
+
+def tell_scheduler(outcome: str, run: str | None = None) -> None:
+    """Tell the scheduler that started this process what the run came to; with none, do nothing."""
+    if path := os.environ.get(_RESULT_FILE):
+        target = Path(path)
+        result = _bytes(RunResult(outcome=outcome, run=run))
+        Folder.at(target.parent).write_bytes(target.name, result, private=True)
+
+
+def result_environment(path: Path) -> dict[str, str]:
+    """What a run has to find in its environment to tell its scheduler there."""
+    return {_RESULT_FILE: str(path)}
+
+
+def read_result(path: Path) -> RunResult | None:
+    """What a run told, or None where it did not come so far."""
+    return _read(Folder.at(path.parent), path.name, RunResult)
+
+
+def _local_timezone() -> str:
+    from tzlocal import get_localzone_name
+
+    name = get_localzone_name()
+    return str(name) if name else "UTC"
+
+
+def _place(store: str) -> str:
+    """A store's URI, by which the ways to one local folder are the same."""
+    local = Folder.at(store).local
+    return store if local is None else os.path.realpath(local)
+
+
+def _bytes(record: BaseModel) -> bytes:
+    return (json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read(folder: Folder, name: str, kind: type[Record]) -> Record | None:
+    """A record, or None where there is none. Raises UserError where it is damaged, or may be of somebody else.
+
+    Only a local folder says who wrote a file; for others it is the bucket's policy that does.
+    """
+    try:
+        if (root := folder.local) is None:
+            data = folder.read_bytes(name)
+        else:
+            with clear_read_errors(folder.uri):
+                data = read_own(root / name)
+        return kind.model_validate_json(data)
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder.uri}/{name} is not whole: {where} {first['msg']}; mend it or remove it") from error

@@ -1,0 +1,396 @@
+"""The server that starts a store's schedules when their time comes, each run in a process of its own.
+
+A state file a schedule says what was handled and what is going on, so that a server that is killed at any moment is
+followed by one that neither starts a run twice nor forgets a tick. A run keeps a locked file open for as long as it
+lives, which tells the next server whether a run it did not start goes on.
+"""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edt_core.child_process import child_environment, python_command
+from edt_core.errors import UserError
+from edt_core.files.place_names import typed_path
+from edt_core.files.private_files import FILE_MODE, make_private, private_opener
+from edt_core.printing.redaction import redacted
+from pipelines.schedule.lease import held, this_process
+from pipelines.schedule.record import (
+    OVERLAP,
+    SERVER_LEASE,
+    UNCHANGED,
+    Schedule,
+    Schedules,
+    State,
+    Tick,
+    read_result,
+    result_environment,
+)
+
+_ATTEMPTS = 2  # to make a run of a tick that was lost together with its server
+_LOG = re.compile(r".+-\d{8}T\d{6}Z-\d+\.log")
+_CLOCK_SET_BACK = timedelta(days=1)  # by less, what was handled is not due again
+_LOGS = 50  # kept, of all schedules together
+_STATUS = {"failed": "FAILED", "lost": "FAILED", "stopped": "KILLED"}
+
+
+class Server:
+    """Attends to every schedule of a store until it is told to stop. Raises Taken where another server does."""
+
+    def __init__(
+        self,
+        schedules: Schedules,
+        say: Callable[[str], None],
+        poll_s: float | None = None,
+        now: Callable[[], datetime] | None = None,
+    ) -> None:
+        self.schedules, self.say, self.now = schedules, say, now or partial(datetime.now, UTC)
+        self.poll_s = poll_s or (1.0 if schedules.store.local else 10.0)
+        self.stopping = threading.Event()
+        self.environment = dict(os.environ)
+        self._pids: dict[str, int] = {}  # runs that go on, by schedule
+        self._known: dict[str, str] = {}
+        self._refused: dict[str, str] = {}  # why a schedule is not served, as it was last said
+        self._interrupted: set[int] = set()
+        self._signals: list[int] = []
+
+    def serve(self) -> int:
+        """Serve until a signal or the loss of the lease; returns the exit code."""
+        from apscheduler.executors.pool import ThreadPoolExecutor
+        from apscheduler.schedulers.background import BackgroundScheduler
+
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns of ticks that wait; `attend` counts them
+        # A tracking server that is away is tried again with the next tick; a run has its own patience.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        with held(self.schedules.store, SERVER_LEASE, this_process(), on_lost=self._lose):
+            # The only job store is the memory one, which is the default: the files are what lasts.
+            scheduler = BackgroundScheduler(timezone=UTC, executors={"default": ThreadPoolExecutor(64)})
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
+            scheduler.start()
+            self.say(f"serving the schedules of {self.schedules.store.uri}")
+            while not self.stopping.wait(self.poll_s):
+                try:
+                    self._sync(scheduler)
+                except Exception as error:  # a store that is away for a while
+                    self._tell("schedules", f"cannot be read: {error}")
+                scheduler.wakeup()  # a clock that was set, or a machine that slept
+            self._stop_runs()
+            scheduler.shutdown()
+        return 128 + self._signals[0] if self._signals else 1
+
+    def attend(self, name: str) -> None:
+        """Do what is due of a schedule, one run after the other; never raises."""
+        try:
+            self._settle(name)
+            while not self.stopping.is_set() and self._make_due(name):
+                pass
+        except Exception as error:
+            self._tell(name, f"{type(error).__name__}: {error}")
+
+    def _sync(self, scheduler: Any) -> None:
+        """Follow the folder: what was added, changed, resumed or removed."""
+        names = self.schedules.names()
+        for name in self._known.keys() - set(names):
+            scheduler.remove_job(name)
+            del self._known[name]
+        for name in names:
+            try:
+                schedule = self.schedules.read(name)
+                trigger = schedule.times.trigger
+            except UserError as error:
+                if self._refused.get(name) != str(error):
+                    self._refused[name] = str(error)
+                    self._tell(name, f"refused: {error}")
+                continue
+            self._refused.pop(name, None)
+            if self._known.get(name) != (text := schedule.model_dump_json()):
+                self._known[name] = text
+                options = {"max_instances": 1, "coalesce": True, "misfire_grace_time": None, "replace_existing": True}
+                # Now as well: ticks may be due from before.
+                scheduler.add_job(self.attend, trigger, [name], id=name, next_run_time=datetime.now(UTC), **options)
+
+    def _make_due(self, name: str) -> bool:
+        """Handle the ticks whose time has come, as one. Returns whether there were any."""
+        if name not in self.schedules.names() or (schedule := self.schedules.read(name)).paused:
+            return False
+        state, now = self.schedules.state(name), self.now()
+        handled = self._handled(schedule, state, now)
+        due = schedule.times.due(handled, now)
+        if due is None:
+            return False
+        tick = Tick(tick=due.tick, missed=due.missed, started=now)
+        try:
+            source = self._source(schedule) if schedule.when_data_changed else None
+            tick = tick.model_copy(update={"source": source})
+            if source is not None and source == state.source:
+                tick = tick.model_copy(update={"outcome": UNCHANGED})
+            else:
+                tick = self._run(schedule, state, tick)
+        except BlockingIOError:  # a run that no state knows of any more
+            tick = tick.model_copy(update={"outcome": OVERLAP})
+        except Exception as error:
+            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            tick = tick.model_copy(update={"outcome": "failed", "error": told})
+        self._finish(name, tick)
+        return True
+
+    def _handled(self, schedule: Schedule, state: State, now: datetime) -> datetime:
+        """The time up to which ticks are handled.
+
+        One that has not come, of a clock that was days ahead, is left out: nothing would be due until then. Of these
+        the state is written and never the record, which a person may pause or change at this moment.
+        """
+        latest = now + _CLOCK_SET_BACK
+        known = [time for time in (state.handled, schedule.since) if time is not None and time <= latest]
+        if (state.handled is None and known) or state.handled in known:
+            return max(known)
+        told = _iso(state.handled or schedule.since)
+        self._tell(schedule.name, f"warning: the clock was set back, from {told} or later; ticks count from now on")
+        self._write_state(schedule.name, state.model_copy(update={"handled": now}))
+        return now
+
+    def _source(self, schedule: Schedule) -> str:
+        """Identity of the images as they are now."""
+        from pipelines.config.schema import load_config
+        from pipelines.pipeline import prepare_source
+        from pipelines.terminal.terminal import Terminal
+
+        config = load_config(schedule.config, schedule.assignments, schedule.store)
+        source = config.source
+        if source.path is not None and "://" not in source.path:
+            path = Path(schedule.folder) / typed_path(source.path)
+            source = source.model_copy(update={"path": str(path)})
+        return prepare_source(source, self.schedules.store, Terminal()).fingerprint
+
+    def _run(self, schedule: Schedule, state: State, tick: Tick) -> Tick:
+        """Run the pipeline of a tick in its own process, wait for it, and return what became of it."""
+        work = self.schedules.workplace
+        make_private(work)
+        stem = f"{schedule.name}-{tick.tick.astimezone(UTC):%Y%m%dT%H%M%SZ}-{state.lost + 1}"
+        tick = tick.model_copy(update={"log": str(work / f"{stem}.log")})
+        state = state.model_copy(update={"running": tick})
+        self.schedules.write_state(schedule.name, state)
+        self._result_path(tick).unlink(missing_ok=True)
+        log_path = str(tick.log)
+        with _Alive(self._alive_path(schedule.name)) as alive, open(log_path, "ab", opener=private_opener) as log:
+            child = subprocess.Popen(
+                command(schedule),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=schedule.folder,
+                env=child_environment(self.environment, **result_environment(self._result_path(tick))),
+                start_new_session=True,  # Ctrl-C of the server's terminal is not meant for the run
+                pass_fds=(alive,),
+            )
+        self._pids[schedule.name] = child.pid
+        try:
+            running = tick.model_copy(update={"pid": child.pid})
+            self.schedules.write_state(schedule.name, state.model_copy(update={"running": running}))
+            self._tell(schedule.name, f"run started, its log is {tick.log}")
+            if self.stopping.is_set():
+                self._interrupt(child.pid)
+            return self._ended(running, child.wait())
+        finally:
+            del self._pids[schedule.name]
+
+    def _ended(self, tick: Tick, code: int | None) -> Tick:
+        """A tick whose run has ended, by what the run told, or else by its exit code."""
+        result = read_result(self._result_path(tick))
+        if result is not None:
+            outcome: str = result.outcome
+        elif code is None:
+            outcome = "lost"
+        else:
+            stopped = code in (130, -signal.SIGINT, -signal.SIGTERM) or tick.pid in self._interrupted
+            outcome = "finished" if code == 0 else "stopped" if stopped else "failed"
+        error = f"exit code {code}: {_reason(self.schedules.log(tick))}" if outcome == "failed" else None
+        run = result.run if result else None
+        self._result_path(tick).unlink(missing_ok=True)
+        return tick.model_copy(update={"outcome": outcome, "run": run, "error": error})
+
+    def _settle(self, name: str) -> None:
+        """Wait for a run that an earlier server started, and record it; forget one that did not survive."""
+        tick = self.schedules.state(name).running
+        if tick is None:
+            return
+        if _is_held(self._alive_path(name)):
+            self._pids[name] = tick.pid or 0
+            self._tell(name, f"the run of {_iso(tick.tick)} goes on (process {tick.pid})")
+            try:
+                while _is_held(self._alive_path(name)):
+                    time.sleep(min(self.poll_s, 1.0))
+            finally:
+                del self._pids[name]
+        self._finish(name, self._ended(tick, None))
+
+    def _finish(self, name: str, tick: Tick) -> None:
+        """Write down what became of a tick, here and in MLflow."""
+        tick = tick.model_copy(update={"ended": self.now()})
+        state = self.schedules.state(name)
+        # What was cut off by the end of a server is due again for the next one.
+        again = tick.outcome == "stopped" and self.stopping.is_set()
+        lost = state.lost + 1 if tick.outcome == "lost" else 0
+        again = again or 0 < lost < _ATTEMPTS
+        changed: dict[str, Any] = {"last": tick, "running": None, "lost": lost if again else 0}
+        if not again:
+            changed["handled"] = tick.tick
+        if tick.outcome == "finished":
+            changed["source"] = tick.source
+        state = state.model_copy(update={**changed, "unrecorded": (*state.unrecorded, tick)})
+        self._write_state(name, state)
+        self._tell(name, _told(tick))
+        self._record(name, state)
+        self._prune_logs()
+
+    def _record(self, name: str, state: State) -> None:
+        """Write what has ended into MLflow; what cannot be written now is with the next tick."""
+        left = list(state.unrecorded)
+        try:
+            while left:
+                record(self.schedules, name, left[0])
+                del left[0]
+        except Exception as error:
+            self._tell(name, f"warning: MLflow cannot be written, the next tick tries again: {error}")
+        self._write_state(name, state.model_copy(update={"unrecorded": tuple(left)}))
+
+    def _write_state(self, name: str, state: State) -> None:
+        if name in self.schedules.names():  # of one that was removed meanwhile, nothing stays
+            self.schedules.write_state(name, state)
+
+    def _stop_runs(self) -> None:
+        """Ask the runs to stop where they can go on later, and wait for them."""
+        if pids := dict(self._pids):
+            self.say(f"stopping {len(pids)} run(s); the next server goes on with them; once more to leave at once")
+            for pid in pids.values():
+                self._interrupt(pid)
+        while self._pids:
+            time.sleep(0.1)
+        self.say("stopped; no run goes on")
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signals.append(number)
+        self.stopping.set()
+        if len(self._signals) > 1:
+            self.say(f"left; {len(self._pids)} run(s) stop by themselves")
+            sys.stdout.flush()
+            os._exit(128 + number)  # threads wait for these runs
+
+    def _interrupt(self, pid: int) -> None:
+        """Ctrl-C for a run, once: a second one would stop it before its checkpoint is written."""
+        if pid and pid not in self._interrupted:
+            self._interrupted.add(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+
+    def _lose(self) -> None:
+        self._tell("schedules", "another server counted this one as dead and has taken over")
+        self.stopping.set()
+
+    def _alive_path(self, name: str) -> Path:
+        return self.schedules.workplace / f"{name}.alive"
+
+    def _result_path(self, tick: Tick) -> Path:
+        """Where the run of a tick, which has a log, tells what it came to."""
+        return (self.schedules.log(tick) or Path(os.devnull)).with_suffix(".result.json")
+
+    def _prune_logs(self) -> None:
+        found = (path for path in self.schedules.workplace.glob("*.log") if _LOG.fullmatch(path.name))
+        for path in sorted(found, key=lambda path: path.stat().st_mtime)[:-_LOGS]:
+            path.unlink(missing_ok=True)
+
+    def _tell(self, name: str, text: str) -> None:
+        self.say(f"{_iso(datetime.now(UTC))}  {name}  {text}")
+
+
+def command(schedule: Schedule) -> list[str]:
+    """What a person would type for one run of a schedule."""
+    options = [part for text in schedule.assignments for part in ("--set", text)]
+    address = ["--address", schedule.address] if schedule.address else []
+    line = ["run", "--no-overlap", "--store", schedule.store, *options, *address, "--", schedule.config]
+    return python_command("-m", "pipelines.cli", *line)
+
+
+def record(schedules: Schedules, name: str, tick: Tick) -> None:
+    """Write what became of a tick as a run of the MLflow experiment `schedules`."""
+    from pipelines.tracking.catalog import Catalog
+
+    catalog = Catalog.open(schedules.store, "schedules")
+    tags = {
+        "edt.schedule": name,
+        "edt.tick": _iso(tick.tick),
+        "edt.outcome": tick.outcome,
+        "edt.missed": str(tick.missed),
+        "edt.run": tick.run,
+        "edt.source": tick.source,
+        "edt.log": tick.log,
+        "edt.error": tick.error and tick.error[:4000],
+    }
+    began, ended = (int(moment.timestamp() * 1000) for moment in (tick.started, tick.ended or tick.started))
+    told = {key: redacted(value) for key, value in tags.items() if value is not None}
+    run = catalog.client.create_run(catalog.experiment_id, began, told, name)
+    if (log := schedules.log(tick)) is not None and log.exists():
+        catalog.client.log_artifact(run.info.run_id, str(log))
+    catalog.client.set_terminated(run.info.run_id, _STATUS.get(tick.outcome or "", "FINISHED"), ended)
+
+
+class _Alive:
+    """A locked file of which a child inherits the lock: it is free when the child is gone, whoever started it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> int:
+        import fcntl
+
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(self.file)
+            raise
+        return self.file
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.file)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a run that holds this file lives."""
+    if not path.exists():
+        return False
+    try:
+        with _Alive(path):
+            return False
+    except BlockingIOError:
+        return True
+
+
+def _reason(log: Path | None) -> str:
+    """The last error that a run's log tells of, or its last line where it tells of none."""
+    with suppress(OSError):
+        text = "" if log is None else log.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.split("\n") if line.strip()]
+        return next((line for line in reversed(lines) if line.startswith("error:")), "".join(lines[-1:]))[:1000]
+    return ""
+
+
+def _told(tick: Tick) -> str:
+    missed = f", for {tick.missed} earlier ones as well" if tick.missed else ""
+    return f"{tick.outcome} ({_iso(tick.tick)}{missed})" + (f": {tick.error}" if tick.error else "")
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")

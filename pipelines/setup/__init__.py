@@ -1,0 +1,1 @@
+"""What happens before a run: init, doctor, dry run, hardware."""

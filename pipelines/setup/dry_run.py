@@ -1,0 +1,44 @@
+"""What a pipeline's trainings would take, told before anything is started: the sources are listed, nothing is read."""
+
+from dataclasses import dataclass
+
+from edt_core.config import SourceConfig
+from edt_core.progress import Told
+from edt_core.training.estimate import estimate
+from pipelines.config.schema import PipelineConfig
+from pipelines.config.size_check import check_pipeline_sizes
+
+
+def dry_run(config: PipelineConfig) -> str:
+    """For each model of a pipeline: parameters, MACs, memory, steps per epoch. Raises UserError for a bad source."""
+    source = source_counts(config.source)
+    check_pipeline_sizes(config, source.images)
+    told = [f"note: {remark}" for remark in source.remarks]
+    for name in config.models:
+        train = config.train_of(name)
+        fewest, most = train.worker_range
+        workers = str(most) if fewest == most else f"{fewest} to {most}"
+        takes = estimate(train, config.model_of(name, source.classes), source.images)
+        told.append(f"{name}: {takes}\n  {'workers':<24} {workers}")
+    return "\n\n".join(told)
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """Images and classes of a source, and what a person should know of them."""
+
+    images: int
+    classes: int
+    remarks: tuple[str, ...] = ()
+
+
+def source_counts(config: SourceConfig) -> SourceCounts:
+    """Lists a source, without reading its images. Raises UserError where there is none that can be trained on."""
+    from edt_core.data.digits import NUM_DIGITS
+    from edt_core.data.sources import list_source, remarks
+
+    if config.kind == "digits":
+        return SourceCounts(min(NUM_DIGITS, config.limit or NUM_DIGITS), len(config.classes) or 10)
+    told = Told()
+    listing = list_source(config, told)
+    return SourceCounts(len(listing), len(listing.classes), (*told.warnings, *remarks(listing)))

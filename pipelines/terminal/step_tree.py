@@ -1,0 +1,182 @@
+"""The steps of a run as a tree: each beneath the step it needs that lies deepest, with its state and how far it is.
+
+preprocess                 reused
+└ autoencoder              done        51 s
+  └ encode                 running     ━━━━━━╸───────  1200/1797 images  310/s, 2 s left
+    ├ train edt-s          waiting
+"""
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from edt_core.printing.console import on_one_line
+from jobs.runtime.progress import Shown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+State = Literal["waiting", "running", "reused", "done", "failed", "stopped"]
+_STYLES: dict[State, str] = {
+    "waiting": "dim",
+    "running": "bold",
+    "reused": "dim",
+    "done": "green",
+    "failed": "red",
+    "stopped": "yellow",
+}
+_MARKS: dict[State, str] = {"waiting": "·", "running": "▸", "reused": "=", "done": "✓", "failed": "✗", "stopped": "‖"}
+_PLAIN_MARKS: dict[State, str] = {**_MARKS, "waiting": ".", "running": ">", "done": "+", "failed": "x", "stopped": "|"}
+_ENDED = ("reused", "done")
+_BAR = 14  # characters
+_WIDE = 100  # columns from which there is room for bars
+
+
+@dataclass
+class Node:
+    """One step, as it is shown."""
+
+    name: str
+    parent: "Node | None" = None
+    children: list["Node"] = field(default_factory=list)
+    state: State = "waiting"
+    shown: Shown | None = None  # its latest count
+    note: str = ""  # what is said of it once it ended
+    phase: tuple[int, str] = (-1, "")
+    first: int = 0  # what was there before a phase began is no speed
+    began: float = 0.0
+
+    @property
+    def depth(self) -> int:
+        return 0 if self.parent is None else self.parent.depth + 1
+
+    @property
+    def label(self) -> str:
+        """Its name without the words that its parent has too: `sample`, beneath `train edt-s`."""
+        said = self.parent.name.split() if self.parent is not None else []
+        return " ".join(word for word in self.name.split() if word not in said) or self.name
+
+    def count(self, shown: Shown) -> None:
+        """Take the latest count; another total or unit begins a new phase."""
+        if self.state == "waiting":
+            self.state = "running"
+        self.shown = shown
+        if self.phase != (shown.total, shown.note):
+            self.phase, self.first, self.began = (shown.total, shown.note), shown.done, time.monotonic()
+
+    def pace(self) -> str:
+        """Rate and time left of the present phase, empty while nothing can be said."""
+        if self.shown is None:
+            return ""
+        made, seconds = self.shown.done - self.first, time.monotonic() - self.began
+        if made <= 0 or seconds <= 0 or self.shown.done >= self.shown.total:
+            return ""
+        left = seconds / made * (self.shown.total - self.shown.done)
+        return f"{made / seconds:.1f}/s, {clock(left)} left"
+
+    def progress(self) -> str:
+        """Count, pace and detail in one line, as `240/600 steps, 5.3/s, 1:08 left, loss 0.43`."""
+        if self.shown is None:
+            return ""
+        counted = f"{self.shown.done}/{self.shown.total} {self.shown.note}".strip()
+        return on_one_line(", ".join(part for part in (counted, self.pace(), self.shown.detail) if part))
+
+
+class StepTree:
+    """All steps of a run in the order in which they were called."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+
+    def add(self, name: str, needs: Sequence[str] = ()) -> Node:
+        """A step beneath the deepest of those it needs, the first called among equals."""
+        known = [self.nodes[need] for need in needs if need in self.nodes]
+        parent = max(known, key=lambda node: node.depth, default=None)
+        node = self.nodes[name] = Node(name, parent)
+        if parent is not None:
+            parent.children.append(node)
+        return node
+
+    def get(self, name: str) -> Node:
+        """The step, added where nobody called it."""
+        return self.nodes.get(name) or self.add(name)
+
+    def remove(self, name: str) -> None:
+        """Forget a step that has none beneath it."""
+        node = self.nodes.pop(name, None)
+        if node is not None and node.parent is not None:
+            node.parent.children.remove(node)
+
+    def tally(self) -> str:
+        """`5 of 12 steps done, 2 reused, 1 running, 1 failed`."""
+        number = {state: sum(node.state == state for node in self.nodes.values()) for state in _STYLES}
+        ended = number["done"] + number["reused"]
+        more = [f"{number[state]} {state}" for state in ("reused", "running", "failed", "stopped") if number[state]]
+        return ", ".join([f"{ended} of {len(self.nodes)} steps done", *more])
+
+    def lines(self, room: int) -> Iterator[tuple[str, Node]]:
+        """(guides, step) from top to bottom. Where there is no room for all, those that ended are left out first,
+        then those that wait.
+        """
+        every = list(self._walk([node for node in self.nodes.values() if node.parent is None], ""))
+        for hidden in ((), _ENDED, (*_ENDED, "waiting")):
+            kept = [(guides, node) for guides, node in every if node.state not in hidden]
+            if len(kept) <= room:
+                break
+        yield from kept[: max(room, 1)]
+
+    def _walk(self, siblings: Collection[Node], guides: str) -> Iterator[tuple[str, Node]]:
+        for number, node in enumerate(siblings, 1):
+            last = number == len(siblings)
+            root = node.parent is None
+            yield guides if root else f"{guides}{'└' if last else '├'} ", node
+            yield from self._walk(node.children, guides if root else f"{guides}{'  ' if last else '│ '}")
+
+    def render(self, width: int, room: int, unicode: bool = True) -> "Table":
+        """The tree for a screen of that many columns and rows."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 1))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        if not (listed := list(self.lines(room))):
+            return table
+        named = max(len(guides) + len(node.label) for guides, node in listed) + 2
+        for guides, node in listed:
+            style = _STYLES[node.state]
+            name = Text()
+            name.append(guides if unicode else guides.translate(_PLAIN_GUIDES), "dim")
+            name.append((_MARKS if unicode else _PLAIN_MARKS)[node.state], style)
+            name.append(f" {node.label}", style)
+            name.pad_right(max(named - len(name), 0))
+            table.add_row(name, Text(node.state, style), _tail(node, width >= _WIDE, unicode))
+        return table
+
+
+_PLAIN_GUIDES = str.maketrans("└├│", "`|:")
+
+
+def _tail(node: Node, with_bar: bool, unicode: bool) -> Any:
+    """What stands at the right of a step: bar and pace while it runs, a word on how it ended afterwards."""
+    from rich.text import Text
+
+    if node.state != "running" or node.shown is None:
+        return Text(on_one_line(node.note), "dim" if node.state in ("waiting", *_ENDED) else _STYLES[node.state])
+    text = Text()
+    if with_bar and node.shown.total:
+        filled = min(_BAR, _BAR * node.shown.done // node.shown.total)
+        text.append(("━" if unicode else "=") * filled, "cyan")
+        text.append(("─" if unicode else "-") * (_BAR - filled) + " ", "dim")
+    return text.append(node.progress())
+
+
+def clock(seconds: float) -> str:
+    """`48 s`, `1:08`, `2:03:20`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,172 @@
+"""What one step leaves in its MLflow run: metrics by step, pictures, checkpoints, warnings.
+
+Every method brings the run to a state, and called again changes nothing: where an answer of the server was lost, or a
+worker, or the driver, the same is simply written again.
+"""
+
+import io
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edt_core.printing.redaction import redacted
+from edt_core.store.artifact import Artifact
+from edt_core.store.layout import STEP_PREFIX
+from jobs.runtime.progress import Measured, Picture
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel, Metric
+
+    from pipelines.tracking.catalog import Catalog
+
+_MAX_METRICS = 1000  # of one `log_batch`
+_MAX_WARNINGS = 5000  # characters of a tag's value that every MLflow back end keeps
+_PICTURE = re.compile(r"images/(.+)[+%]step[+%](\d+)[+%]timestamp[+%].*[+%]compressed\.webp")  # as `log_image` names it
+
+
+class RunRecord:
+    """Writes to one run. What it has already, from an earlier driver perhaps, is read once, when it is needed."""
+
+    def __init__(self, catalog: "Catalog", run_id: str) -> None:
+        self.catalog, self.run_id = catalog, run_id
+        self._metrics: dict[int, dict[str, Metric]] | None = None  # step -> name -> what the run has
+        self._pictures: set[tuple[str, int]] | None = None
+        self._warnings: list[str] | None = None
+        self._models: dict[int, str] = {}  # step -> id of the checkpoint's logged model
+        self._linked: set[tuple[str, str]] = set()  # (model id, metric name)
+
+    def metrics(self, rows: Sequence[Measured]) -> None:
+        """Log finite values under their step and the time of measuring.
+
+        A step has one value of a name: what a training measures again after a restart is not logged again.
+        """
+        from mlflow.entities import Metric
+
+        there = self._known_metrics()
+        new: dict[tuple[int, str], Metric] = {}
+        for row in rows:
+            for name, value in row.values.items():
+                if math.isfinite(value) and name not in there.get(row.step, {}):
+                    new.setdefault((row.step, name), Metric(name, float(value), row.time_ms, row.step))
+        for batch in _batches(list(new.values())):
+            self.catalog.client.log_batch(self.run_id, metrics=batch)
+            for metric in batch:
+                there.setdefault(metric.step, {})[metric.key] = metric
+        self._link({row.step for row in rows})
+
+    def picture(self, picture: Picture) -> None:
+        """Log a PNG so that MLflow's run page shows it by its step. Raises MlflowException for what is no image."""
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
+
+        key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", picture.name)
+        image, client = _decoded(picture), self.catalog.client
+        if (key, picture.step) in self._known_pictures():
+            client.set_tag(self.run_id, MLFLOW_LOGGED_IMAGES, True)  # the last part of `log_image`, perhaps not done
+            return
+        self._pictures = None  # after an error the run may have it or not
+        client.log_image(self.run_id, image, key=key, step=picture.step, timestamp=picture.time_ms, synchronous=True)
+
+    def checkpoints(self, kept: Mapping[int, tuple[str, str]]) -> None:
+        """Have exactly these checkpoints, step -> (URI, digest), as logged models, with the metrics of their step."""
+        there: dict[int, LoggedModel] = {}
+        for model in self._checkpoint_models():
+            step = int(model.params["step"])
+            if step not in kept or step in there:
+                self.catalog.client.delete_logged_model(model.model_id)
+            else:
+                there[step] = model
+        self._models = {step: self._model(step, *kept[step], there.get(step)) for step in sorted(kept)}
+        self._link(kept)
+
+    def warnings(self, messages: Iterable[str]) -> None:
+        """Append lines to the tag `edt.warnings`; of too many the last are kept."""
+        if self._warnings is None:
+            told = self.catalog.client.get_run(self.run_id).data.tags.get("edt.warnings", "")
+            self._warnings = told.splitlines()
+        lines = [*self._warnings, *(" ".join(message.split()) for message in messages)]
+        text = "\n".join(lines)
+        if len(text) > _MAX_WARNINGS:
+            text = "...\n" + text[len(text) - _MAX_WARNINGS + 4 :].partition("\n")[2]
+        self.catalog.set_tags(self.run_id, {"edt.warnings": text})
+        self._warnings = lines
+
+    def complete(self, artifact: Artifact) -> None:
+        """Log what a checkpoint artifact's history has and the run has not, and have its checkpoints and no others."""
+        from jobs.stages.train import history
+
+        now = int(time.time() * 1000)
+        rows = [dict(row) for row in history(artifact)]
+        self.metrics([Measured(row, int(row.pop("step")), now) for row in rows])
+        names = {int(name.removeprefix(STEP_PREFIX)): name for name in artifact.counts["checkpoints"]}
+        uri, digest = artifact.data.uri, artifact.manifest.digest
+        self.checkpoints({step: (f"{uri}/checkpoints/{name}", digest) for step, name in names.items()})
+
+    def _model(self, step: int, uri: str, digest: str, there: "LoggedModel | None") -> str:
+        client, tags = self.catalog.client, {"edt.uri": redacted(uri), "edt.digest": digest}
+        model = there or client.create_logged_model(
+            self.catalog.experiment_id,
+            name=f"{STEP_PREFIX}{step:08d}",
+            source_run_id=self.run_id,
+            tags=tags,
+            params={"step": str(step)},
+        )
+        if any(model.tags.get(key) != value for key, value in tags.items()):
+            client.set_logged_model_tags(model.model_id, tags)
+        if str(model.status) != "READY":
+            client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
+    def _link(self, steps: Iterable[int]) -> None:
+        """Log the metrics of checkpoints' steps for their logged models as well."""
+        from mlflow.entities import Metric
+
+        for step in steps:
+            model = self._models.get(step)
+            if model is None:
+                continue
+            new = [m for name, m in self._known_metrics().get(step, {}).items() if (model, name) not in self._linked]
+            for batch in _batches(new):
+                linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model) for m in batch]
+                self.catalog.client.log_batch(self.run_id, metrics=linked)
+                self._linked |= {(model, metric.key) for metric in batch}
+
+    def _known_metrics(self) -> "dict[int, dict[str, Metric]]":
+        if self._metrics is None:
+            client, there = self.catalog.client, dict[int, dict[str, "Metric"]]()
+            for name in client.get_run(self.run_id).data.metrics:
+                for metric in client.get_metric_history(self.run_id, name):
+                    there.setdefault(metric.step, {})[name] = metric
+            self._metrics = there
+        return self._metrics
+
+    def _known_pictures(self) -> set[tuple[str, int]]:
+        if self._pictures is None:
+            paths = [file.path for file in self.catalog.client.list_artifacts(self.run_id, "images")]
+            found = [match for path in paths if (match := _PICTURE.fullmatch(path))]
+            self._pictures = {(match[1].replace("~", "/"), int(match[2])) for match in found}
+        return self._pictures
+
+    def _checkpoint_models(self) -> "list[LoggedModel]":
+        """The logged models of this run that are checkpoints."""
+        from pipelines.tracking.catalog import paged
+
+        ours, search = f"source_run_id = '{self.run_id}'", self.catalog.client.search_logged_models
+        models = paged(lambda token: search([self.catalog.experiment_id], ours, page_token=token))
+        return [model for model in models if "step" in model.params]
+
+
+def _batches(metrics: "list[Metric]") -> "Iterable[list[Metric]]":
+    return (metrics[start : start + _MAX_METRICS] for start in range(0, len(metrics), _MAX_METRICS))
+
+
+def _decoded(picture: Picture) -> Any:
+    """A PIL image in RGB."""
+    from mlflow.exceptions import MlflowException
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(picture.png)).convert("RGB")
+    except OSError as error:
+        raise MlflowException.invalid_parameter_value(f"{picture.name} is no image: {error}") from error

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edt_core.sampling.diffusers_pipeline import EDTPipeline
+    from edt_core.pipeline import EDTPipeline
 
 __all__ = ["EDTPipeline"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """EDTPipeline, imported when it is asked for: diffusers takes seconds."""
     if name != "EDTPipeline":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from edt_core.sampling.diffusers_pipeline import EDTPipeline
+    from edt_core.pipeline import EDTPipeline
 
     return EDTPipeline

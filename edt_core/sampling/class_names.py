@@ -13,7 +13,7 @@ from edt_core.errors import UserError
 
 Names = tuple[str, ...]  # of one class; the first is the one to show
 
-_FILE = Path(__file__).parent / "data" / "imagenet_classes.txt"  # a class a line, its names divided by commas
+_FILE = Path(__file__).parents[1] / "data" / "imagenet_classes.txt"  # a class a line, its names divided by commas
 _WNID = re.compile(r"n\d{8}")
 _MOST_SHOWN = 5
 

@@ -53,7 +53,7 @@ _PIPELINE_CODE = '''"""The class of this folder."""
 import importlib
 
 try:
-    EDTPipeline = importlib.import_module("edt_core.sampling.diffusers_pipeline").EDTPipeline
+    EDTPipeline = importlib.import_module("edt_core.pipeline").EDTPipeline
 except ModuleNotFoundError as error:
     if error.name != "edt_core":
         raise
@@ -62,7 +62,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["EDTPipeline"]
 '''
-_OURS = "edt_core.sampling.diffusers_pipeline"  # in every version of that file
+_OURS = "edt_core.pipeline"  # the module that folders name, in every version of that file
 
 
 class EDTTransformer(ModelMixin, ConfigMixin):
@@ -270,6 +270,10 @@ def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
     finally:
         for module, config in zip(modules, before, strict=True):
             module._internal_dict = config
+
+
+# The formats model_index.json and pipeline.py name the classes by this module, wherever their code lies.
+EDTTransformer.__module__ = EDTPipeline.__module__ = _OURS
 
 
 def _check_scale(vae: AutoencoderKL | AutoencoderTiny, trained: Mapping[str, Any] | None) -> None:

@@ -167,7 +167,7 @@ def settings(blocks: int, radii: int, top: int) -> int:
     return 1 + blocks + math.comb(min(top, blocks), 2) + radii + 2
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.amm_search") -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "edt amm-search") -> None:
     """Search for a placement of AMM: MODEL OUT. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("amm-search") as bar:
@@ -298,7 +298,3 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add_fields(parser.add_argument_group("search"), SearchConfig, leave_out=tuple(SampleConfig.model_fields))
     add_fields(parser.add_argument_group("sampling"), SearchConfig, leave_out=(*SearchConfig.LEFT_OUT, *searched))
     return parser
-
-
-if __name__ == "__main__":
-    main()

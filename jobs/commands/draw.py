@@ -47,7 +47,7 @@ def draw(
     return np.stack(rows)
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.draw") -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "edt sample") -> None:
     """Draw a picture: MODEL --out PICTURE. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("sample") as bar:
@@ -166,7 +166,3 @@ def _spread(classes: Sequence[int]) -> list[str]:
     """Indices of a few of the classes at even distances."""
     count = min(_CLASSES, len(classes))
     return [str(classes[place * len(classes) // count]) for place in range(count)]
-
-
-if __name__ == "__main__":
-    main()

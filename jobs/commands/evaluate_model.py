@@ -103,7 +103,7 @@ def make(verb: Verb, config: Section, inputs: Inputs, out: Folder, progress: Pro
     return verb.make(config, inputs, out.child(f"{verb.kind}/{identity}"), progress)
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.evaluation") -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "edt evaluate") -> None:
     """Evaluate a model: MODEL OUT. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("evaluate") as bar:
@@ -260,7 +260,3 @@ def _write(results: Sequence[Result], model: str, out: Folder, notes: Sequence[s
     out.write_bytes(f"{RESULTS}.md", f"{results_table(results, notes) if swept else _told(results[0])}\n".encode())
     if swept:
         out.write_bytes(f"{RESULTS}.png", plot(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -78,7 +78,7 @@ def export_model(location: str, target: Path, given: Mapping[str, Any]) -> Path:
     return target
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.export") -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "edt export") -> None:
     """The verb on its own. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("export") as bar:
@@ -113,7 +113,3 @@ def _exported(options: argparse.Namespace, progress: Progress) -> Path:
     if options.format == "npz" and target.suffix == ".npz":
         target = target.with_suffix("")
     return export_features(Artifact.open(options.what), options.format, target, progress, options.repeat)
-
-
-if __name__ == "__main__":
-    main()

@@ -36,13 +36,9 @@ def verify(location: str, deep: bool = False, progress: Progress | None = None) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The verb on its own. Exits with 0, 2 where the artifact is damaged, or 130."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.verify", description="Check an artifact against its manifest")
+    parser = argparse.ArgumentParser(prog="edt verify", description="Check an artifact against its manifest")
     parser.add_argument("artifact", help="artifact folder or URI: the one that holds manifest.json")
     parser.add_argument("--deep", action="store_true", help="digest every file, not only its size")
     options = parser.parse_args(arguments)
     with exit_code(), Bar("verify") as bar:
         say(verify(options.artifact, options.deep, bar))
-
-
-if __name__ == "__main__":
-    main()

@@ -45,7 +45,7 @@ _VERSION = 1
 _REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
 _RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
 _INDEX = "model_index.json"  # by which diffusers knows a pipeline's folder
-_COMPONENTS, _LIBRARIES = {"transformer", "vae", "scheduler"}, ("diffusers", "edt_core.sampling.diffusers_pipeline")
+_COMPONENTS, _LIBRARIES = {"transformer", "vae", "scheduler"}, ("diffusers", "edt_core.pipeline")
 _FORMS = (
     "a registered model (NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one of its "
     "checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
@@ -208,7 +208,7 @@ def _of_checkpoint(folder: Path) -> _Found:
 
 
 def _of_pipeline(folder: Path, origin: str) -> _Found:
-    """A diffusers folder that `edt_core.sampling.diffusers_pipeline` wrote. Code and pickles in it are not run."""
+    """A diffusers folder that `save_pipeline` wrote. Code and pickles in it are not run."""
     from diffusers.utils import logging
 
     from edt_core.sampling.diffusers_pipeline import EDTPipeline

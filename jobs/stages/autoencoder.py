@@ -230,6 +230,3 @@ def _store(model: Any, out: ArtifactWriter) -> None:
 
 
 VERB = Verb("autoencoder", "autoencoder", 1, AutoencoderConfig, autoencoder, roles=("images",))
-
-if __name__ == "__main__":
-    VERB.main()

@@ -50,6 +50,3 @@ def _fit(
 
 
 VERB = Verb("classifier", "classifier", 1, ClassifierConfig, classifier, roles=("images",))
-
-if __name__ == "__main__":
-    VERB.main()

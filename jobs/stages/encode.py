@@ -209,6 +209,3 @@ VERB = Verb(
     roles=("images", "autoencoder"),
     examples=("./images ./latents --autoencoder stabilityai/sd-vae-ft-ema --num-gpus-per-worker 1 --precision bf16",),
 )
-
-if __name__ == "__main__":
-    VERB.main()

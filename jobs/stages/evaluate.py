@@ -133,6 +133,3 @@ def _warnings(metrics: Mapping[str, float], num_samples: int, real: Mapping[str,
 
 
 VERB = Verb("evaluate", "evaluation", 2, EvaluateConfig, evaluate, roles=("features", "reference"))
-
-if __name__ == "__main__":
-    VERB.main()

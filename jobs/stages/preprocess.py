@@ -285,6 +285,3 @@ VERB = Verb(
         "s3://bucket/imagenet/train s3://bucket/images --image-size 512",
     ),
 )
-
-if __name__ == "__main__":
-    VERB.main()

@@ -299,6 +299,3 @@ VERB = Verb(
     roles=("images",),
     optional=EXTRACTORS,
 )
-
-if __name__ == "__main__":
-    VERB.main()

@@ -244,6 +244,3 @@ VERB = Verb(
     roles=("checkpoint", "autoencoder"),
     optional=(*EXTRACTORS, "guide"),
 )
-
-if __name__ == "__main__":
-    VERB.main()

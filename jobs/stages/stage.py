@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +76,11 @@ class Verb:
         """The verb alone: `INPUT OUT` and an option for each further input and field. Exits with 0, 1, 2 or 130."""
         parser = self.make_parser(prog or f"python -m jobs.{self.name}")
         options = parser.parse_args(arguments)
-        # What lives in `__main__` is pickled by value, and an actor of it cannot be restarted: run the module's own.
-        verb: Verb = import_module(f"jobs.{self.name}").VERB
         with exit_code():
             if getattr(options, "dry_run", False):
-                say(verb._planned(options))
+                say(self._planned(options))
                 return
-            artifact = verb._run_alone(options)
+            artifact = self._run_alone(options)
             digest = artifact.manifest.digest[:12]
             say(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
 

@@ -290,6 +290,3 @@ VERB = Verb(
         "./latents ./checkpoint --model EDT-S/2 --num-workers 8 --use-gpu true --precision bf16",
     ),
 )
-
-if __name__ == "__main__":
-    VERB.main()

@@ -33,7 +33,7 @@ from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.models.registry_files import own_uri
 
 DEFAULT_CONFIG = "quickstart"
-_SHIPPED = Path(__file__).with_name("configs")
+_SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 class PromoteConfig(Section):

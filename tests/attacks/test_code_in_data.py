@@ -262,7 +262,7 @@ def test_a_model_s_folder_brings_no_code(
 
     index = {
         "_class_name": "EDTPipeline",
-        "transformer": ["edt_core.sampling.diffusers_pipeline", "EDTTransformer"],
+        "transformer": ["edt_core.pipeline", "EDTTransformer"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }

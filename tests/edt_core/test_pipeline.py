@@ -76,7 +76,7 @@ def test_every_architecture_loads_by_both_doors(folder: Path, tmp_path: Path, na
 def test_the_package_gives_the_pipeline_without_being_heavy() -> None:
     code = "import sys, edt_core; assert 'torch' not in sys.modules; print(edt_core.EDTPipeline.__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "edt_core.sampling.diffusers_pipeline\n", done.stderr
+    assert done.stdout == "edt_core.pipeline\n", done.stderr
     with pytest.raises(AttributeError, match="has no attribute 'EDTPipelin'"):
         edt_core.EDTPipelin  # noqa: B018
 

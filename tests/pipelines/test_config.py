@@ -131,6 +131,6 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 def test_the_quickstart_states_only_what_differs_from_the_defaults() -> None:
     from pipelines.config import schema as module
 
-    stated = yaml.safe_load((Path(module.__file__).with_name("configs") / "quickstart.yaml").read_text())
+    stated = yaml.safe_load((Path(module.__file__).parents[1] / "configs" / "quickstart.yaml").read_text())
     assert stated["source"] == {"kind": "digits"}
     assert set(stated) <= set(module.PipelineConfig.model_fields)

@@ -4,6 +4,7 @@ import io
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from edt_core.config import (
@@ -48,7 +49,8 @@ def execute(
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """What `python -m jobs.NAME` does with these arguments, done in this process: no imports to wait for."""
-    module = import_module(f"jobs.{name}")
+    room = "stages" if find_spec(f"jobs.stages.{name}") else "commands"
+    module = import_module(f"jobs.{room}.{name}")
     main = module.VERB.main if hasattr(module, "VERB") else module.main
     code, out, err = 0, io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):

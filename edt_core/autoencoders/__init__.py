@@ -1,0 +1,1 @@
+"""Between pixels and latents: autoencoders fitted here, and published ones."""

@@ -1,0 +1,1 @@
+"""Servers asked whether they answer before their clients wait for them."""

@@ -20,14 +20,19 @@ def runtime(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"runtime": True}, **constraints)
 
 
+def added(default: Any, **constraints: Any) -> Any:
+    """A field that came after artifacts were made: at its default it counts as absent, and they are reused."""
+    return Field(default, json_schema_extra={"added": True}, **constraints)
+
+
 def result_fields(section: Section) -> dict[str, Any]:
     """The section as JSON values, without its runtime fields: what a fingerprint is made of."""
     fields: dict[str, Any] = {}
     for name, info in type(section).model_fields.items():
-        extra = info.json_schema_extra
-        if isinstance(extra, dict) and extra.get("runtime"):
-            continue
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         value = getattr(section, name)
+        if extra.get("runtime") or (extra.get("added") and value == info.default):
+            continue
         fields[name] = result_fields(value) if isinstance(value, Section) else value
     return section.model_validate(fields).model_dump(mode="json", include=set(fields))
 

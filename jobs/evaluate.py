@@ -1,6 +1,7 @@
 """`python -m jobs.evaluate`."""
 
+from jobs.commands.stage import main
 from jobs.stages.evaluate import VERB
 
 if __name__ == "__main__":
-    VERB.main()
+    main(VERB)

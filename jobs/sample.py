@@ -1,6 +1,7 @@
 """`python -m jobs.sample`."""
 
+from jobs.commands.stage import main
 from jobs.stages.sample import VERB
 
 if __name__ == "__main__":
-    VERB.main()
+    main(VERB)

@@ -16,7 +16,7 @@ from edt_core.store.store import Store
 from jobs.runtime.cluster_address import check_named
 from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
 from jobs.stages.extractors import extractor_source
-from jobs.stages.stage import image_source
+from jobs.stages.preprocess import image_source
 from pipelines.cluster.ui import run_link
 from pipelines.config.schema import PipelineConfig, as_yaml
 from pipelines.config.size_check import check_pipeline_sizes

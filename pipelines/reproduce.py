@@ -20,7 +20,7 @@ from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
 from jobs.commands.options import validated
-from jobs.models.registry_files import own_uri
+from jobs.runtime.tracking import own_uri
 from jobs.stages.autoencoder import resolve
 from pipelines.config.schema import PipelineConfig
 from pipelines.outcome import Outcome

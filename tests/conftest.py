@@ -300,6 +300,6 @@ def latents_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.fixture
 def source(digits_folder: Path) -> Source:
     from edt_core.config import SourceConfig
-    from jobs.stages.stage import image_source
+    from jobs.stages.preprocess import image_source
 
     return image_source(SourceConfig(path=str(digits_folder)))

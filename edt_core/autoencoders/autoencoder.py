@@ -22,8 +22,8 @@ from edt_core.errors import UserError
 from edt_core.files.tensor_files import check_folder_headers
 from edt_core.models.alignment import align_weights
 from edt_core.network.hub import hub_is_away, loading_failure
+from edt_core.one_cycle import one_cycle
 from edt_core.precision import use_precision
-from edt_core.training.optim import one_cycle
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

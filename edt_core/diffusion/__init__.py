@@ -11,10 +11,8 @@ from edt_core.diffusion.timesteps import (
     TimestepSampler,
     UniformSampler,
 )
-from edt_core.sampling.labels import LabelPolicy, sample_labels
 
 __all__ = [
-    "LabelPolicy",
     "LossSecondMomentSampler",
     "Losses",
     "SampleNoise",
@@ -28,7 +26,6 @@ __all__ = [
     "q_sample",
     "respace",
     "sample",
-    "sample_labels",
     "sample_noise",
     "sampling_schedule",
     "training_losses",

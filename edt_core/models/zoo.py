@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edt_core.errors import UserError
-from edt_core.evaluation.published import AMM_PLACEMENTS, LARGE_IMAGE_SIZE
+from edt_core.models.amm_placements import AMM_PLACEMENTS, LARGE_IMAGE_SIZE
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig
 from edt_core.models.families.dit import DiT
@@ -173,7 +173,7 @@ def create_model(
 def paper_amm_blocks(name: str, cfg_scale: float, image_size: int = 256) -> tuple[int, ...]:
     """Blocks whose attention EDT's authors modulate in a model, for a guidance scale and an image size in pixels.
 
-    They are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S: `edt_core.evaluation.published.AMM_PLACEMENTS`.
+    They are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S: `edt_core.models.amm_placements`.
 
     Raises:
         UserError: no placement is published for the model, the guidance scale and the image size.

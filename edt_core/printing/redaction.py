@@ -1,9 +1,9 @@
 """Credentials out of texts: whatever is recorded or shown goes through here first.
 
-Known are: the values of environment variables whose names say that they are secret (`edt_core.printing.secret_values`); what a
-URL carries beside its place, which is a user and password before the `@`, and its query, where signed URLs have their
-signature; and the usual ways to write a credential with its name (`password=...`, `--token ...`, `"api_key": "..."`,
-`Authorization: Bearer ...`).
+Known are: the values of environment variables whose names say that they are secret
+(`edt_core.printing.secret_values`); what a URL carries beside its place, which is a user and password before the `@`,
+and its query, where signed URLs have their signature; and the usual ways to write a credential with its name
+(`password=...`, `--token ...`, `"api_key": "..."`, `Authorization: Bearer ...`).
 
 A password in a URL should be percent-encoded, and often is not. Where a text can be read in two ways, the one that
 redacts more is taken, with these limits:

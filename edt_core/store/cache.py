@@ -57,6 +57,23 @@ def parse_bytes(text: str) -> int:
     return value
 
 
+def local_copy(folder: Folder, name: str) -> Path:
+    """A file as a local path: itself, or a copy in this node's cache, made again when the file has changed.
+
+    Its digest is not known here and not checked. Raises FileNotFoundError where there is none.
+    """
+    if (root := folder.local) is not None:
+        if not (root / name).exists():
+            raise FileNotFoundError(root / name)
+        return root / name
+    return Cache.of_node().copy(folder, [name]) / name
+
+
+def local_directory(folder: Folder) -> Path:
+    """A folder's files as a local folder: itself, or copies in this node's cache."""
+    return folder.local or Cache.of_node().copy(folder, list(folder.walk()))
+
+
 @dataclass(frozen=True)
 class Cache:
     """The cache below `root`, which keeps `bound` bytes at most."""

@@ -257,27 +257,6 @@ class Folder:
                 fs, path = self.filesystem()
                 fs.put_file(str(staged), f"{path}/{name}")
 
-    def local_copy(self, name: str) -> Path:
-        """The file as a local path: itself, or a copy in this node's cache, made again when the file has changed.
-
-        Its digest is not known here and not checked. Raises FileNotFoundError where there is none.
-        """
-        if (root := self.local) is not None:
-            if not (root / name).exists():
-                raise FileNotFoundError(root / name)
-            return root / name
-        from edt_core.store.cache import Cache
-
-        return Cache.of_node().copy(self, [name]) / name
-
-    def local_directory(self) -> Path:
-        """The folder's files as a local folder: itself, or copies in this node's cache."""
-        if (root := self.local) is not None:
-            return root
-        from edt_core.store.cache import Cache
-
-        return Cache.of_node().copy(self, list(self.walk()))
-
     def remove(self, name: str) -> None:
         """Remove a file or a folder if it is there; of a link the link, and not what it leads to."""
         if (root := self.local) is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edt_core.files.small_files import UnusableFileError
 from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.cache import local_directory
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS, STEP_PREFIX
 from edt_core.training.checkpoint import (
@@ -164,7 +165,7 @@ class CheckpointStore:
         self.changed(self)
 
     def _local(self, step: int) -> Path:
-        return self.folder.child(checkpoint_name(step)).local_directory()
+        return local_directory(self.folder.child(checkpoint_name(step)))
 
 
 def to_keep(manifests: dict[int, CheckpointManifest], num_to_keep: int, *, at_end: bool = False) -> set[int]:

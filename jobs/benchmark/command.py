@@ -15,7 +15,7 @@ from jobs.benchmark.latents import bench_latents
 from jobs.benchmark.memory import bench_memory
 from jobs.benchmark.table import Row, hardware, table
 from jobs.commands.options import add_json, parser_of
-from jobs.stages.stage import exit_code
+from jobs.runtime.exit_code import exit_code
 
 
 def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:

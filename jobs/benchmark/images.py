@@ -43,7 +43,7 @@ def made_photos(folder: Path, number: int = 64) -> list[Path]:
 
 def linked_folder(photos: list[Path], root: Path, number: int, classes: int = 10) -> Source:
     """An image folder of `number` links to the photos, `classes` classes."""
-    from jobs.stages.stage import image_source
+    from jobs.stages.preprocess import image_source
 
     for k in range(classes):
         (root / f"class{k}").mkdir(parents=True)

@@ -29,9 +29,10 @@ from jobs.commands.evaluate_model import RESULTS, Subject, add_subject, prepared
 from jobs.commands.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.models.open import write_modulated
 from jobs.runtime.cluster_address import check_named
+from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.sample import model_config_of
-from jobs.stages.stage import alone_in, exit_code, made_before
+from jobs.stages.stage import alone_in, made_before
 
 _VERSION = 1
 _WORK = ".search"  # features and evaluations of the placements, within the artifact's folder

@@ -14,9 +14,9 @@ from edt_core.progress import Progress
 from edt_core.store.folder import Folder
 from jobs.commands.options import add_fields, given_fields, parser_of, validated
 from jobs.models.open import DEFAULT_STORE, Loaded, load_model, use_mlflow
+from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.autoencoder import check_decoder, read_autoencoder
-from jobs.stages.stage import exit_code
 
 if TYPE_CHECKING:
     from edt_core.sampling.sampler import LatentSampler

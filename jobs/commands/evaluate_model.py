@@ -27,14 +27,16 @@ from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
 from jobs.commands.export import export_features
+from jobs.commands.inputs import add_role, open_input
 from jobs.commands.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.commands.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
 from jobs.models.open import DEFAULT_STORE, Opened, open_model, use_mlflow
 from jobs.runtime.cluster_address import check_named
+from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages import evaluate, reference, sample
 from jobs.stages.sizes import check_sizes
-from jobs.stages.stage import Verb, add_role, exit_code, open_input
+from jobs.stages.stage import Verb
 
 if TYPE_CHECKING:
     from edt_core.models import ModelConfig

@@ -16,9 +16,9 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import FEATURE_UNIT
 from jobs.commands.options import add_fields, given_fields, parser_of, validated
 from jobs.models.open import DEFAULT_STORE, load_model, use_mlflow
+from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.sample import FEATURE_UNITS, units_per_repeat
-from jobs.stages.stage import exit_code
 
 PROGRAM_FORMAT = "torch-export"
 _SUFFIX = {"npz": ".npz"}

@@ -9,8 +9,8 @@ from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact
 from edt_core.store.digests import listing
 from edt_core.store.layout import MANIFEST_NAME
+from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
-from jobs.stages.stage import exit_code
 
 
 def verify(location: str, deep: bool = False, progress: Progress | None = None) -> str:

@@ -32,7 +32,8 @@ from edt_core.store.layout import (
     MODEL_CONFIG,
     TRAIN_STATE,
 )
-from jobs.models.registry_files import SQLITE, fetch_version, mlflow_client, own_uri
+from jobs.models.registry_files import fetch_version
+from jobs.runtime.tracking import SQLITE, mlflow_client, own_uri
 from jobs.stages import autoencoder
 from jobs.stages.stage import alone_in, made_before
 

@@ -14,68 +14,21 @@ from glob import escape
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from edt_core.errors import UserError
 from edt_core.files.small_files import parse_json, read_bounded
-from edt_core.network.answers import check_mlflow
 from edt_core.store.artifact import canonical_json, check_name
 from edt_core.store.digests import listing
-from edt_core.store.folder import Folder, in_threads, sha256_file
+from edt_core.store.folder import in_threads, sha256_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DIGESTS, PIPELINE = "digests.json", "pipeline"  # names below `artifacts/` of the logged model
 DIGEST_TAG = "edt.pipeline_digest"
-SQLITE = "mlflow.db"  # in a local store, where no MLflow server is named
-_SQLITE_SCHEME = "sqlite:///"
 _ARTIFACTS = "artifacts"  # where MLflow puts what a pyfunc model is logged with
 _MOST_FILES, _DEEPEST = 10_000, 10  # a listing beyond these is none of ours
 _DRIVE = re.compile("[A-Za-z]:")
-
-
-def mlflow_client() -> "MlflowClient":
-    """A client of the MLflow that this process looks models up in. Raises UserError where that is silent."""
-    import mlflow
-
-    check_mlflow(mlflow.get_tracking_uri())
-    return mlflow.MlflowClient()
-
-
-def own_uri(store: Folder) -> str:
-    """The tracking URI of the SQLite file in a local store; "" for a remote one, where none can be."""
-    return "" if (root := store.local) is None else sqlite_uri(root / SQLITE)
-
-
-def sqlite_uri(path: Path) -> str:
-    """The URI of a SQLite file, whatever its folders are called; `sqlite_path` is the inverse.
-
-    SQLAlchemy ends the path at a `?`, and from 2.1 on decodes `%20`: such a path is quoted, its slashes too, because
-    MLflow creates the folders of the path as it is written. Raises UserError where no form means this file.
-    """
-    text = str(path)
-    if not {"?", "%"} & set(text):
-        return f"{_SQLITE_SCHEME}{text}"
-    from sqlalchemy import __version__
-    from sqlalchemy.engine import make_url
-
-    for written in (text, quote(text, safe="")):
-        if make_url(f"{_SQLITE_SCHEME}{written}").database == text:
-            return f"{_SQLITE_SCHEME}{written}"
-    raise UserError(
-        f"the folder {path.parent} has '?' in its name, and SQLAlchemy {__version__} cannot open a database in such a "
-        "folder; rename the folder, or install SQLAlchemy 2.1 or later"
-    )
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The SQLite file that a tracking URI names; None for another kind of URI."""
-    if not uri.startswith(_SQLITE_SCHEME):
-        return None
-    from sqlalchemy.engine import make_url
-
-    return Path(make_url(uri).database or "")
 
 
 def folder_digests(folder: Path) -> dict[str, str]:

@@ -15,8 +15,8 @@ from edt_core.progress import Progress, Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.store.folder import Folder, sha256_file
 from edt_core.store.layout import IMAGE_SHARD, MANIFEST_NAME
-from jobs.models.registry_files import mlflow_client
 from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.tracking import mlflow_client
 from jobs.stages.stage import Verb, alone_in, made_before
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from edt_core.data.shards import ImageSample, read_image_shard
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
+from edt_core.store.cache import local_copy
 from edt_core.store.folder import sha256_file
 from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD
 from jobs.runtime.cluster import device_name, pooled, require, use_threads
@@ -74,7 +75,7 @@ class Encoder:
                 return writer.rows
 
             self.out.write(name, write_to)
-        latents = LatentShard(self.out.data.local_copy(name))
+        latents = LatentShard(local_copy(self.out.data, name))
         if self.config.write_webdataset and not self.out.recover(twin):
             self.out.write(twin, lambda path: write_latent_tar(path, latents))
         if len(latents) != source.rows:

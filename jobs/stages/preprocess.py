@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edt_core.config import PreprocessConfig
+from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.images import center_crop, decode_rgb, encode_image
 from edt_core.data.shards import ImageSample, write_image_shard
 from edt_core.data.sources import UNREADABLE, Listing, combine_identity, image_digest, list_source
@@ -19,7 +19,7 @@ from edt_core.data.sources.classes import without_images
 from edt_core.data.sources.files import as_text
 from edt_core.errors import UserError
 from edt_core.files.small_files import parse_json
-from edt_core.progress import Counts, Progress
+from edt_core.progress import Counts, Progress, Silent
 from edt_core.store.artifact import ArtifactWriter, Source
 from edt_core.store.digests import listing as listed
 from edt_core.store.layout import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
@@ -270,6 +270,19 @@ def accept(config: PreprocessConfig, counts: Mapping[str, Any]) -> None:
 
 def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
     return _LINE + listed([f"{path}: {reason}" for path, reason in sorted(quarantined)], _LINE)
+
+
+def image_source(config: SourceConfig, progress: Progress | None = None) -> Source:
+    """The images of a configuration and the identity of what they are. Raises UserError where there are none."""
+    from edt_core.data.sources import list_source, remarks, source_identity
+
+    progress = progress or Silent()
+    if config.path is None or config.kind == "digits":
+        raise UserError("the digits come with the pipeline (edt run quickstart); here, give images of your own")
+    listing = list_source(config, progress)
+    for remark in remarks(listing):
+        progress.warn(remark)
+    return Source(config.path, source_identity(listing, progress), config, len(listing))
 
 
 VERB = Verb(

@@ -19,6 +19,7 @@ from edt_core.files.place_names import typed_path
 from edt_core.files.tensor_files import load_tensors, opened_tensors
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
+from edt_core.store.cache import local_copy
 from edt_core.store.folder import sha256_file
 from edt_core.store.layout import REFERENCE_NAME
 from jobs.runtime.cluster import device_name, pooled, require, use_threads
@@ -187,7 +188,7 @@ def _merge(parts: int, out: ArtifactWriter) -> None:
 
     sums, features = Sums(), dict[str, list[NDArray[np.float32]]]()
     for number in range(parts):
-        tensors = load_tensors(out.data.local_copy(_PART.format(number)), "numpy")
+        tensors = load_tensors(local_copy(out.data, _PART.format(number)), "numpy")
         for key in [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]:
             arrays = {name: tensors[f"{key}.{name}"] for name in ("count", "mean", "scatter")}
             sums.merge(key, FeatureStatistics.from_arrays(arrays))

@@ -18,7 +18,7 @@ from typing import Any
 from edt_core.child_process import child_environment, python_command
 from edt_core.errors import UserError
 from edt_core.printing.redaction import redacted
-from jobs.models.registry_files import sqlite_path, sqlite_uri
+from jobs.runtime.tracking import sqlite_path, sqlite_uri
 
 DEFAULT_PORT = 5000
 _TRIED = 100  # ports from the default one on

@@ -58,7 +58,7 @@ def _folder(tracking_uri: str, store: str) -> Path:
     """Where the server works: beside its SQLite file, or, with another database, in the store."""
     from edt_core.errors import UserError
     from edt_core.store.folder import Folder
-    from jobs.models.registry_files import sqlite_path
+    from jobs.runtime.tracking import sqlite_path
 
     if (database := sqlite_path(tracking_uri)) is not None:
         return database.parent.absolute()

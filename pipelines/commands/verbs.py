@@ -42,18 +42,23 @@ SETTINGS: dict[str, Any] = {
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of a verb, by the name of its command."""
-    parser: argparse.ArgumentParser = _job(verb).make_parser(f"edt {verb}")
+    from jobs.commands import stage
+
+    module, prog = import_module(_MODULES[verb]), f"edt {verb}"
+    parser: argparse.ArgumentParser = (
+        stage.make_parser(module.VERB, prog) if hasattr(module, "VERB") else module.make_parser(prog)
+    )
     return parser
 
 
 def _run(verb: str, context: typer.Context) -> None:
-    _job(verb).main(context.args, f"edt {verb}")
+    from jobs.commands import stage
 
-
-def _job(verb: str) -> Any:
-    """What has `main` and `make_parser`: the module of a verb, or the `Verb` in it."""
-    module = import_module(_MODULES[verb])
-    return getattr(module, "VERB", module)
+    module, prog = import_module(_MODULES[verb]), f"edt {verb}"
+    if hasattr(module, "VERB"):
+        stage.main(module.VERB, context.args, prog)
+    else:
+        module.main(context.args, prog)
 
 
 def preprocess(context: typer.Context) -> None:

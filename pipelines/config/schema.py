@@ -30,7 +30,7 @@ from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_
 from edt_core.printing.redaction import redacted_values
 from edt_core.store.folder import Folder
 from jobs.commands.options import parse_assignment, read_yaml, validated
-from jobs.models.registry_files import own_uri
+from jobs.runtime.tracking import own_uri
 
 DEFAULT_CONFIG = "quickstart"
 _SHIPPED = Path(__file__).parents[1] / "configs"

@@ -141,7 +141,7 @@ def _record_start(task: StepTask, run_id: str, inputs: Mapping[str, Input]) -> N
 
 def close_run(catalog: Catalog, run_id: str, artifact: Artifact) -> None:
     """Record what a step made, and end its run."""
-    catalog.record_artifact(run_id, artifact)
+    RunRecord(catalog, run_id).artifact(artifact)
     catalog.end_run(run_id, "FINISHED")
 
 

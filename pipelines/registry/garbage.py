@@ -18,7 +18,7 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
 from edt_core.store.manifest import Manifest, ManifestError
 from edt_core.store.store import Store
-from jobs.models.registry_files import SQLITE, own_uri
+from jobs.runtime.tracking import SQLITE, own_uri
 from pipelines.registry.aliases import search
 from pipelines.tracking import runs
 from pipelines.tracking.catalog import Catalog

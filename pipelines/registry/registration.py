@@ -13,7 +13,8 @@ from pipelines.config.schema import PromoteConfig
 from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, add_version, find_version, settle
 from pipelines.registry.gate import METRIC_TAG, PROTOCOL_FIELDS_TAG, PROTOCOL_TAG, Decision
 from pipelines.registry.packaging import Entry, Logged, log_pipeline, write_pipeline
-from pipelines.tracking.catalog import Catalog, artifact_tags
+from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.run_record import artifact_tags
 
 COST_TAG = "edt.cost."
 COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")

@@ -12,7 +12,7 @@ from typing import Any
 from edt_core.config import Section, runtime
 from edt_core.environment import utc
 from edt_core.store.folder import Folder
-from jobs.models.registry_files import own_uri
+from jobs.runtime.tracking import own_uri
 from pipelines.registry.aliases import BEFORE_TAG, DECISION_TAG, version_at
 from pipelines.registry.gate import Decision, metric_of
 from pipelines.registry.lookup import differences, same_protocol

@@ -33,7 +33,7 @@ _PROBE = "edt-doctor-"
 
 def mlflow(patient: Patient) -> Found:
     """The tracking server or SQLite file: it answers, and takes and gives back an entry of its registry."""
-    from jobs.models.registry_files import SQLITE, own_uri
+    from jobs.runtime.tracking import SQLITE, own_uri
 
     folder = Folder.at(patient.config.store)
     uri = patient.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own_uri(folder)

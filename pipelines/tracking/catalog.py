@@ -19,7 +19,7 @@ from edt_core.network.answers import check_connects, check_mlflow
 from edt_core.printing.redaction import redacted, redacted_values
 from edt_core.store.artifact import Artifact, canonical_json
 from edt_core.store.folder import Folder
-from jobs.models.registry_files import SQLITE, own_uri
+from jobs.runtime.tracking import SQLITE, own_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -167,20 +167,6 @@ class Catalog:
     def log_text(self, run_id: str, text: str, name: str) -> None:
         self.client.log_text(run_id, redacted(text), name)
 
-    def record_artifact(self, run_id: str, artifact: Artifact) -> None:
-        """Tag a run with the artifact it made, and log its counts as metrics.
-
-        Of a checkpoint artifact also what its history has and the run has not, and its checkpoints as logged models.
-        """
-        from pipelines.tracking.run_record import RunRecord
-
-        manifest = artifact.manifest
-        self.set_tags(run_id, artifact_tags(artifact))
-        numbers = {k: v for k, v in flatten(manifest.counts).items() if isinstance(v, int | float)}
-        self.log_metrics(run_id, {**numbers, "duration_s": manifest.duration_s})
-        if manifest.kind == "checkpoint":
-            RunRecord(self, run_id).complete(artifact)
-
     def record_input(self, run_id: str, artifact: Artifact) -> None:
         """Log an images or latents artifact as a dataset that a run read."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -233,17 +219,6 @@ def retried(call: Callable[[], Any], attempts: int = 5) -> Any:
             _log.debug("MLflow is asked again (%s)", error)
             time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1))  # those that met once should not meet again
     raise AssertionError("unreachable")
-
-
-def artifact_tags(artifact: Artifact) -> dict[str, str]:
-    """The tags by which an artifact is found in MLflow."""
-    return {
-        "edt.kind": artifact.manifest.kind,
-        "edt.fingerprint": artifact.fingerprint,
-        "edt.uri": artifact.folder.uri,
-        "edt.digest": artifact.manifest.digest,
-        "edt.inputs": canonical_json(dict(artifact.manifest.inputs)),
-    }
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edt_core.printing.redaction import redacted
-from edt_core.store.artifact import Artifact
+from edt_core.store.artifact import Artifact, canonical_json
 from edt_core.store.layout import STEP_PREFIX
 from jobs.runtime.progress import Measured, Picture
+from pipelines.tracking.catalog import Catalog, flatten, paged
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Metric
 
-    from pipelines.tracking.catalog import Catalog
 
 _MAX_METRICS = 1000  # of one `log_batch`
 _MAX_WARNINGS = 5000  # characters of a tag's value that every MLflow back end keeps
@@ -29,13 +29,25 @@ _PICTURE = re.compile(r"images/(.+)[+%]step[+%](\d+)[+%]timestamp[+%].*[+%]compr
 class RunRecord:
     """Writes to one run. What it has already, from an earlier driver perhaps, is read once, when it is needed."""
 
-    def __init__(self, catalog: "Catalog", run_id: str) -> None:
+    def __init__(self, catalog: Catalog, run_id: str) -> None:
         self.catalog, self.run_id = catalog, run_id
         self._metrics: dict[int, dict[str, Metric]] | None = None  # step -> name -> what the run has
         self._pictures: set[tuple[str, int]] | None = None
         self._warnings: list[str] | None = None
         self._models: dict[int, str] = {}  # step -> id of the checkpoint's logged model
         self._linked: set[tuple[str, str]] = set()  # (model id, metric name)
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Tag the run with the artifact it made, and log its counts as metrics.
+
+        Of a checkpoint artifact also what its history has and the run has not, and its checkpoints as logged models.
+        """
+        manifest = artifact.manifest
+        self.catalog.set_tags(self.run_id, artifact_tags(artifact))
+        numbers = {k: v for k, v in flatten(manifest.counts).items() if isinstance(v, int | float)}
+        self.catalog.log_metrics(self.run_id, {**numbers, "duration_s": manifest.duration_s})
+        if manifest.kind == "checkpoint":
+            self.complete(artifact)
 
     def metrics(self, rows: Sequence[Measured]) -> None:
         """Log finite values under their step and the time of measuring.
@@ -150,11 +162,20 @@ class RunRecord:
 
     def _checkpoint_models(self) -> "list[LoggedModel]":
         """The logged models of this run that are checkpoints."""
-        from pipelines.tracking.catalog import paged
-
         ours, search = f"source_run_id = '{self.run_id}'", self.catalog.client.search_logged_models
         models = paged(lambda token: search([self.catalog.experiment_id], ours, page_token=token))
         return [model for model in models if "step" in model.params]
+
+
+def artifact_tags(artifact: Artifact) -> dict[str, str]:
+    """The tags by which an artifact is found in MLflow."""
+    return {
+        "edt.kind": artifact.manifest.kind,
+        "edt.fingerprint": artifact.fingerprint,
+        "edt.uri": artifact.folder.uri,
+        "edt.digest": artifact.manifest.digest,
+        "edt.inputs": canonical_json(dict(artifact.manifest.inputs)),
+    }
 
 
 def _batches(metrics: "list[Metric]") -> "Iterable[list[Metric]]":

@@ -15,7 +15,7 @@ import pytest
 from edt_core.data.digits import NUM_DIGITS, write_digits
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter
-from edt_core.store.cache import Cache
+from edt_core.store.cache import Cache, local_copy
 from edt_core.store.contents import stamped_name
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
@@ -513,7 +513,7 @@ def test_the_cache_evicts_its_own_files_alone(tmp_path: Path, monkeypatch: pytes
         out.write_bytes("a.bin", bytes([number]) * 2000)
         assert out.commit({}, {}, {}).path("a.bin").read_bytes()[0] == number
         Folder.at(f"memory://{tmp_path.name}/files").write_bytes(f"{number}.bin", bytes([number]) * 2000)
-        Folder.at(f"memory://{tmp_path.name}/files").local_copy(f"{number}.bin")
+        local_copy(Folder.at(f"memory://{tmp_path.name}/files"), f"{number}.bin")
     assert all((tmp_path / "home" / name).read_bytes() == b"mine" * 1000 for name in mine)
     assert (tmp_path / "outside").read_bytes() == b"outside" * 1000
     assert (tmp_path / "home" / "objects" / "ab" / ("ab" * 32)).is_symlink()

@@ -19,8 +19,7 @@ from edt_core.store.digests import listing
 from edt_core.store.folder import Folder
 from jobs.runtime.failure import kept_traceback, tell_failure
 from jobs.runtime.progress import Shown
-from jobs.stages.preprocess import VERB
-from jobs.stages.stage import image_source
+from jobs.stages.preprocess import VERB, image_source
 from pipelines.commands.options import print_rows
 from pipelines.terminal.run_log import RunLog
 from pipelines.terminal.terminal import Terminal

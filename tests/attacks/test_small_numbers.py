@@ -16,8 +16,8 @@ import torch
 
 from edt_core.config import Section, SourceConfig
 from edt_core.errors import UserError
-from edt_core.training.optim import one_cycle
-from jobs.stages.stage import image_source
+from edt_core.one_cycle import one_cycle
+from jobs.stages.preprocess import image_source
 from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.config.size_check import check_pipeline_sizes
 from tests.support.small import SMALL, edt, pipeline

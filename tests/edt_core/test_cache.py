@@ -13,7 +13,7 @@ import pytest
 
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
-from edt_core.store.cache import Cache, parse_bytes
+from edt_core.store.cache import Cache, local_copy, local_directory, parse_bytes
 from edt_core.store.folder import Folder
 
 SIZE = 1000
@@ -270,17 +270,17 @@ def test_files_without_a_digest_are_cached_until_they_change(cache: Path, tmp_pa
     folder = Folder.at(f"memory://{tmp_path.name}/step-00000001")
     folder.write_bytes("a.json", b"1" * 10)
     folder.write_bytes("sub/b.json", b"2" * 10)
-    copy = folder.local_directory()
+    copy = local_directory(folder)
     assert {p.relative_to(copy).as_posix() for p in copy.rglob("*.json")} == {"a.json", "sub/b.json"}
-    assert folder.local_copy("a.json") == copy / "a.json"
+    assert local_copy(folder, "a.json") == copy / "a.json"
     assert sorted(fetched) == ["a.json", "sub/b.json"]
     folder.write_bytes("a.json", b"3" * 10)
-    assert folder.local_copy("a.json").read_bytes() == b"3" * 10
+    assert local_copy(folder, "a.json").read_bytes() == b"3" * 10
     assert len(fetched) == 3
 
 
 def test_an_empty_remote_folder_is_an_empty_local_one(cache: Path, tmp_path: Path) -> None:
-    assert list(Folder.at(f"memory://{tmp_path.name}/nothing").local_directory().iterdir()) == []
+    assert list(local_directory(Folder.at(f"memory://{tmp_path.name}/nothing")).iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_says_which_variable_moves_it(

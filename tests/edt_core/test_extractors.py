@@ -443,7 +443,7 @@ def test_the_package_imports_with_torch_and_numpy_alone() -> None:
     absent = ["pydantic", "transformers", "safetensors", "fsspec", "filelock", "pyarrow", "PIL", "diffusers", "ray"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-        "import edt_core.evaluation.extractors, edt_core.evaluation.extractors.inception, edt_core.evaluation.extractors.dinov2\n"
+        "from edt_core.evaluation.extractors import inception, dinov2\n"
         "import edt_core.evaluation.extractors.weights"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

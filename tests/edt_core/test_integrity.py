@@ -276,7 +276,8 @@ def test_verify_on_its_own(artifact: Artifact, capsys: pytest.CaptureFixture[str
 def test_verify_imports_no_ray(artifact: Artifact) -> None:
     import sys
 
-    code = "import sys; from jobs.commands.verify import main; main(sys.argv[1:]); assert not {'ray', 'torch'} & set(sys.modules)"
+    code = "import sys; from jobs.commands.verify import main; main(sys.argv[1:]); "
+    code += "assert not {'ray', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, artifact.folder.uri, "--deep"], check=True, capture_output=True)
 
 

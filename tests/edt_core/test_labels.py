@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from edt_core.diffusion import sample_labels
 from edt_core.diffusion.noise import LABEL_DRAW, sample_noise
 from edt_core.errors import UserError
-from edt_core.sampling.labels import LabelPolicy
+from edt_core.sampling.labels import LabelPolicy, sample_labels
 
 POLICIES: list[LabelPolicy] = ["balanced", "uniform", "prior"]
 COUNTS = [5, 0, 1, 4]

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt_core.errors import UserError
-from edt_core.evaluation.published import AMM_PLACEMENTS
 from edt_core.models import (
     EDT,
     MODEL_NAMES,
@@ -28,6 +27,7 @@ from edt_core.models import (
     paper_amm_blocks,
     slice_masks,
 )
+from edt_core.models.amm_placements import AMM_PLACEMENTS
 from edt_core.models.layers import merge_tokens, split_tokens
 
 CLASSES = 10

@@ -8,8 +8,8 @@ import pytest
 from edt_core.data.shards import ImageSample, read_image_shard, write_image_shard
 from edt_core.printing.redaction import redacted, redacted_values
 from edt_core.store.folder import Folder
+from jobs.commands.inputs import split_digest
 from jobs.commands.options import parse_assignment
-from jobs.stages.stage import split_digest
 
 
 def test_a_tilde_is_a_home_only_where_a_shell_takes_it_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
+from edt_core.store.cache import local_copy, local_directory
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
 from jobs.commands.verify import main, verify
@@ -141,13 +142,13 @@ def test_a_folder_lists_walks_and_forgets(s3: str) -> None:
     fs.pipe_file(f"{path}/b/", b"")  # how some clients note a folder
     assert folder.walk() == {"x": 3, "b/c/d": 3}
     assert folder.names() == [".journal", "b", "x"]
-    copy = folder.child("b").local_directory()
+    copy = local_directory(folder.child("b"))
     assert (copy / "c" / "d").read_bytes() == b"123"
     folder.write_bytes("b/c/d", b"456")  # same size, another version
-    assert (folder.child("b").local_directory() / "c" / "d").read_bytes() == b"456"
-    assert folder.local_copy("x").read_bytes() == b"123"
+    assert (local_directory(folder.child("b")) / "c" / "d").read_bytes() == b"456"
+    assert local_copy(folder, "x").read_bytes() == b"123"
     with pytest.raises(FileNotFoundError):
-        folder.local_copy("y")
+        local_copy(folder, "y")
     folder.remove("b")
     assert folder.walk() == {"x": 3}
 

@@ -29,7 +29,8 @@ from edt_core.store.layout import MANIFEST_NAME
 from jobs.runtime.cluster import cause_of
 from jobs.stages import encode, preprocess, sample
 from jobs.stages.autoencoder import published_artifact
-from jobs.stages.stage import Input, Verb, image_source
+from jobs.stages.preprocess import image_source
+from jobs.stages.stage import Input, Verb
 from tests.support.disk import small_tmpfs
 from tests.support.local_ray import local_ray
 from tests.support.models import classifier_artifact, made_model, opened

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from edt_core.errors import Stopped, UserError
+from jobs.runtime.exit_code import exit_code
 from jobs.runtime.failure import explained, kept_traceback, tell_failure
-from jobs.stages.stage import exit_code
 
 
 def raised(error: Exception) -> Exception:

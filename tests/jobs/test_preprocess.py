@@ -22,7 +22,7 @@ from edt_core.progress import Silent, Told
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.folder import Folder
 from jobs.stages import preprocess
-from jobs.stages.stage import image_source
+from jobs.stages.preprocess import image_source
 from tests.support.images import reference_crop
 from tests.support.local_ray import local_ray
 

@@ -16,8 +16,8 @@ from edt_core.errors import Stopped, UserError
 from edt_core.progress import Printed
 from jobs.runtime import progress as progress_module
 from jobs.runtime.cluster import cause_of
+from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import STOPPING, Bar, Board, BoardProgress, Interrupts, Kept, Measured, Picture, Warned
-from jobs.stages.stage import exit_code
 from tests.support.processes import wait_for
 
 
@@ -230,7 +230,7 @@ from edt_core.errors import Stopped
 from edt_core.progress import Silent
 from jobs.runtime import progress
 from jobs.runtime.cluster import connect
-from jobs.stages.stage import exit_code
+from jobs.runtime.exit_code import exit_code
 
 class Watched(progress.Interrupts):
     def heard_by(self, steps):

@@ -24,7 +24,7 @@ from edt_core.store.layout import MANIFEST_NAME
 from edt_core.training.store import CheckpointStore
 from jobs.stages import encode, preprocess, train
 from jobs.stages.autoencoder import published_artifact
-from jobs.stages.stage import image_source
+from jobs.stages.preprocess import image_source
 from tests.support.jobs import command, execute
 from tests.support.local_ray import local_ray
 from tests.support.sources import WNIDS, Images, image_folder, parquet_folder, shards, train_tar

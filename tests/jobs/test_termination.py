@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Interrupts
 from jobs.runtime.termination import term_interrupts, term_kept
-from jobs.stages.stage import exit_code
 
 
 @pytest.fixture(autouse=True)

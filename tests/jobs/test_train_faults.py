@@ -27,6 +27,7 @@ from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS, HISTORY_NAME, MANIFEST_NAME, STEP_PREFIX
+from jobs.commands import stage
 from jobs.runtime.cluster import cause_of
 from jobs.stages import train
 from tests.support.disk import small_tmpfs
@@ -362,7 +363,7 @@ def test_a_disk_that_fills_up_in_mid_checkpoint_is_said_and_got_over(
     out = small_disk / "out"
     options = {**RECIPE, "max_steps": 40, "checkpoint_every": 10, "num_to_keep": 10}
     with pytest.raises(SystemExit) as ended:
-        train.VERB.main([latents_artifact.folder.uri, str(out), *arguments(options)])
+        stage.main(train.VERB, [latents_artifact.folder.uri, str(out), *arguments(options)])
     text = "".join(capsys.readouterr())
     assert ended.value.code == 2, text
     assert "Traceback" not in text

@@ -121,7 +121,7 @@ def test_an_output_among_the_input_is_refused_before_anything_is_written(
 def test_an_output_inside_another_artifact_is_refused(latents_artifact: object, tmp_path: Path) -> None:
     from edt_core.errors import UserError
     from edt_core.store.folder import Folder
-    from jobs.stages.stage import check_place
+    from jobs.commands.stage import check_place
 
     inside = Path(latents_artifact.folder.uri) / "a" / "b"  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="lies inside the artifact"):

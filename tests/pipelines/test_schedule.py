@@ -582,7 +582,7 @@ def test_a_failed_run_is_recorded_with_its_reason(store: Path, run_is: Callable[
 
 def test_unchanged_data_starts_nothing(store: Path, digits_folder: Path, run_is: Callable[[str], None]) -> None:
     from edt_core.config import SourceConfig
-    from jobs.stages.stage import image_source
+    from jobs.stages.preprocess import image_source
 
     same = image_source(SourceConfig(kind="image_folder", path=str(digits_folder))).fingerprint
     images = ("source.kind=image_folder", f"source.path={digits_folder}")

@@ -277,7 +277,7 @@ def test_a_recorded_artifact_leaves_no_hole(catalog: Catalog, checkpoint: Artifa
         progress.metrics({"loss": 1 / 6}, 6)
         progress.checkpoints({2: ("old", "x"), 6: ("live", "y")})
     for _ in range(2):  # done twice, it is as if done once
-        catalog.record_artifact(run, checkpoint)
+        RunRecord(catalog, run).artifact(checkpoint)
         assert sorted(history(catalog, run, "loss")) == [(step, 1 / step) for step in (2, 4, 6, 8)]
         models = models_of(catalog, run)
         assert sorted(models) == [6, 8]
@@ -287,7 +287,7 @@ def test_a_recorded_artifact_leaves_no_hole(catalog: Catalog, checkpoint: Artifa
 
 def test_a_recorded_artifact_needs_no_live_report(catalog: Catalog, checkpoint: Artifact) -> None:
     run = catalog.start_run("train", {})
-    catalog.record_artifact(run, checkpoint)
+    RunRecord(catalog, run).artifact(checkpoint)
     assert sorted(models_of(catalog, run)) == [6, 8]
     assert len(history(catalog, run, "loss")) == 4
 

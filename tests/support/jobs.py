@@ -3,8 +3,8 @@
 import io
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from edt_core.config import (
@@ -19,8 +19,10 @@ from edt_core.config import (
 from edt_core.progress import Progress, Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
-from jobs.stages import autoencoder, classifier, encode, preprocess
-from jobs.stages.stage import Input, Verb, image_source
+from jobs.commands import stage
+from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.stages.preprocess import image_source
+from jobs.stages.stage import Input, Verb
 
 # The stages of the chain: what makes each, by which configuration, of which others.
 STAGES: dict[str, tuple[Verb, Section, tuple[str, ...]]] = {
@@ -36,6 +38,9 @@ STAGES: dict[str, tuple[Verb, Section, tuple[str, ...]]] = {
 TRAIN = TrainConfig(
     model="EDT-Tiny/2", global_batch_size=8, max_steps=6, log_every=2, checkpoint_every=3, num_workers=2, lr=1e-3
 )
+STAGE_OF = {
+    v.VERB.name: v.VERB for v in (preprocess, autoencoder, encode, classifier, reference, train, sample, evaluate)
+}
 Chain = dict[str, Artifact]  # and "source", which is a Source
 
 
@@ -49,9 +54,7 @@ def execute(
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """What `python -m jobs.NAME` does with these arguments, done in this process: no imports to wait for."""
-    room = "stages" if find_spec(f"jobs.stages.{name}") else "commands"
-    module = import_module(f"jobs.{room}.{name}")
-    main = module.VERB.main if hasattr(module, "VERB") else module.main
+    main = partial(stage.main, STAGE_OF[name]) if name in STAGE_OF else import_module(f"jobs.commands.{name}").main
     code, out, err = 0, io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:

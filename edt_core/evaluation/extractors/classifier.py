@@ -20,7 +20,7 @@ from edt_core.config import ClassifierConfig
 from edt_core.data.images import to_model_range
 from edt_core.files.small_files import read_json_object
 from edt_core.files.tensor_files import load_state
-from edt_core.training.optim import one_cycle
+from edt_core.one_cycle import one_cycle
 
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
 

@@ -1,0 +1,58 @@
+"""The inputs of a stage from the command line: each by its role, from a folder, a URI, the hub or MLflow."""
+
+import argparse
+from typing import Any
+
+from edt_core.config import PUBLISHED_SPACES, SourceConfig
+from edt_core.errors import UserError
+from edt_core.progress import Progress
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
+from jobs.commands.options import given_fields, validated
+from jobs.stages.autoencoder import published_artifact
+from jobs.stages.extractors import extractor_source
+from jobs.stages.preprocess import image_source
+from jobs.stages.reference import statistics_source
+from jobs.stages.stage import Input
+
+ROLE_HELP = {
+    "source": "labelled images: a folder, file or URI (s3://...)",
+    "autoencoder": "autoencoder artifact, local diffusers folder, hub id, or MLflow URI (models:/NAME@ALIAS)",
+    "images": "images artifact: a folder or URI; for a reference also ADM's .npz of statistics",
+    "statistics": "ADM's .npz of reference statistics, as VIRTUAL_imagenet256_labeled.npz",
+    "classifier": "classifier artifact, for fd_classifier",
+    "inception": "Inception's published weights, for fid and its kin: file, URL#sha256=..., or MLflow URI",
+    "dinov2": "DINOv2 for fd_dinov2: a transformers folder or hub id, or MLflow URI",
+    "guide": "a weaker model to guide away from (autoguidance): a checkpoint artifact",
+}
+_ROLE_OPTIONS = {"inception": "--inception-weights", "dinov2": "--dinov2-weights"}  # named as in a configuration
+
+
+def add_role(parser: Any, role: str) -> None:
+    """The option of an input that may be left out."""
+    parser.add_argument(_ROLE_OPTIONS.get(role, f"--{role}"), dest=role, metavar="INPUT", help=ROLE_HELP[role])
+
+
+def open_input(role: str, location: str, out: Folder, options: argparse.Namespace, progress: Progress) -> Input:
+    """An input by its role: images, an autoencoder from anywhere, else a committed artifact. Raises UserError."""
+    if role == "source":
+        fields = given_fields(options, SourceConfig) | {"path": location}
+        return image_source(validated(SourceConfig, fields), progress)
+    if role == "autoencoder" and not Folder.at(location).exists(MANIFEST_NAME):
+        return published_artifact(location, out.child(".autoencoder"))
+    if role in PUBLISHED_SPACES:
+        return extractor_source(role, *split_digest(location))
+    if role == "statistics" or (role == "images" and location.endswith(".npz")):
+        return statistics_source(location)
+    artifact = Artifact.open(location)
+    kind = "checkpoint" if role == "guide" else role  # else a role is named after the kind of artifact that fills it
+    if artifact.manifest.kind != kind:
+        raise UserError(f"{location} holds {artifact.manifest.kind}, and {kind} is what is needed here")
+    return artifact
+
+
+def split_digest(location: str) -> tuple[str, str | None]:
+    """`LOCATION#sha256=HEX` in its two parts; None where no digest is stated."""
+    place, separator, digest = location.rpartition("#sha256=")
+    return (place, digest) if separator and "/" not in digest else (location, None)  # else it is a folder's name

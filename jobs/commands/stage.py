@@ -1,0 +1,99 @@
+"""A stage by itself, `edt train` or `python -m jobs.train`: `INPUT OUT` and an option for each input and field."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edt_core.config import SourceConfig
+from edt_core.errors import UserError
+from edt_core.printing.console import say
+from edt_core.progress import Progress, Silent
+from edt_core.store.artifact import Artifact
+from edt_core.store.folder import Folder
+from edt_core.store.layout import MANIFEST_NAME
+from jobs.commands.inputs import ROLE_HELP, add_role, open_input
+from jobs.commands.options import add_fields, given_fields, parse_assignment, parser_of, read_yaml, validated
+from jobs.runtime.cluster_address import check_named
+from jobs.runtime.exit_code import exit_code
+from jobs.runtime.progress import Bar
+from jobs.stages.stage import Input, Verb
+
+_OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run to go on with"
+
+
+def main(stage: Verb, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """The verb alone: `INPUT OUT` and an option for each further input and field. Exits with 0, 1, 2 or 130."""
+    parser = make_parser(stage, prog or f"python -m jobs.{stage.name}")
+    options = parser.parse_args(arguments)
+    with exit_code():
+        if getattr(options, "dry_run", False):
+            say(_planned(stage, options))
+            return
+        artifact = _run_alone(stage, options)
+        digest = artifact.manifest.digest[:12]
+        say(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
+
+
+def make_parser(stage: Verb, prog: str) -> argparse.ArgumentParser:
+    """Reads what `main` is given."""
+    first, *others = stage.roles
+    parser = parser_of(prog, (stage.run.__doc__ or "").split("\n")[0], stage.examples)
+    parser.add_argument(first, help=ROLE_HELP.get(first, f"{first} artifact: a folder or URI"))
+    parser.add_argument("out", help=_OUT_HELP)
+    for role in others:
+        text = ROLE_HELP.get(role, f"{role} artifact: a folder or URI")
+        parser.add_argument(f"--{role}", required=True, help=text)
+    for role in stage.optional:
+        add_role(parser, role)
+    for role in stage.extras:
+        parser.add_argument(f"--{role}", help=f"{ROLE_HELP[role]}; for sample grids")
+    if stage.plan is not None:
+        parser.add_argument("--dry-run", action="store_true", help="tell what this would do and take, and do nothing")
+    if first == "source":
+        add_fields(parser.add_argument_group("source"), SourceConfig, leave_out=("path",))
+    add_fields(parser.add_argument_group("fields"), stage.config)
+    parser.add_argument("--config", type=Path, help=f"YAML file with fields of {stage.config.__name__}")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set one field")
+    return parser
+
+
+def _given_config(stage: Verb, options: argparse.Namespace) -> Any:
+    fields: dict[str, Any] = read_yaml(options.config) if options.config else {}
+    fields |= given_fields(options, stage.config) | dict(parse_assignment(text) for text in options.set)
+    return validated(stage.config, fields)
+
+
+def _inputs(options: argparse.Namespace, roles: Sequence[str], progress: Progress) -> dict[str, Input]:
+    out = Folder.at(options.out)
+    return {role: open_input(role, getattr(options, role), out, options, progress) for role in roles}
+
+
+def _planned(stage: Verb, options: argparse.Namespace) -> str:
+    assert stage.plan is not None
+    return stage.plan(_given_config(stage, options), _inputs(options, stage.roles, Silent()))
+
+
+def _run_alone(stage: Verb, options: argparse.Namespace) -> Artifact:
+    config, folder = _given_config(stage, options), Folder.at(options.out)
+    check_place(folder, [getattr(options, role) for role in stage.roles])
+    check_named()
+    given = [*stage.roles, *(role for role in (*stage.optional, *stage.extras) if getattr(options, role))]
+    with Bar(stage.name) as bar:
+        return stage.make(config, _inputs(options, given, bar), folder, bar)
+
+
+def check_place(folder: Folder, inputs: Sequence[str]) -> None:
+    """Raise UserError where files written to a local folder would land among an input's or another artifact's."""
+    if (root := folder.local) is None:
+        return
+    out = root.resolve()
+    for location in inputs:
+        path = Folder.at(location).local
+        if path is None or not path.exists():
+            continue
+        path = path.resolve()
+        if out == path or out in path.parents or path in out.parents:
+            raise UserError(f"the output folder {out} and the input {path} lie in one another; give a folder beside it")
+    if above := next((parent for parent in out.parents if (parent / MANIFEST_NAME).exists()), None):
+        raise UserError(f"the output folder {out} lies inside the artifact {above}; give a folder beside it")

@@ -62,6 +62,7 @@ class CheckpointManifest:
 
 
 def checkpoint_name(step: int) -> str:
+    """The folder of a step's checkpoint; names sort as their steps do."""
     return f"{STEP_PREFIX}{step:08d}"
 
 

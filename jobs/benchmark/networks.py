@@ -63,6 +63,7 @@ class EvalSubject:
 
 
 def chain_config(precision: str, steps: int) -> ChainConfig:
+    """The sampling that the benchmark measures, with this precision and number of steps."""
     return ChainConfig.model_validate(
         {
             "num_sampling_steps": steps,

@@ -42,6 +42,7 @@ class Stages(NamedTuple):
 
 
 def of_all(seconds: Sequence[float], units: float) -> Stages:
+    """Seconds of one unit in each stage, times the number of units."""
     return Stages(*(units * taken for taken in seconds))
 
 

@@ -23,6 +23,7 @@ class Row:
 
 @contextmanager
 def timed(seconds: list[float]) -> Iterator[None]:
+    """Append the seconds that the block takes."""
     started = time.perf_counter()
     yield
     seconds.append(time.perf_counter() - started)

@@ -108,6 +108,7 @@ def stored_problems(client: "MlflowClient", version: Any) -> list[str]:
 
 
 def title(version: Any) -> str:
+    """A registered version as messages name it."""
     return f"{version.name} version {version.version}"
 
 

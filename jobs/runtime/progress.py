@@ -55,6 +55,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Warned:
+    """A warning of a job."""
+
     message: str
 
 

@@ -41,6 +41,7 @@ def unit_of(config: SampleConfig, number: int) -> Unit:
 
 
 def units_per_repeat(config: SampleConfig) -> int:
+    """Units of `unit_size` samples that make `num_samples`; the last one may be smaller."""
     return -(-config.num_samples // config.unit_size)
 
 

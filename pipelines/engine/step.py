@@ -159,4 +159,5 @@ def needs_of(inputs: Mapping[str, "StepFuture | Source"]) -> tuple[str, ...]:
 
 
 def input_fingerprints(inputs: Mapping[str, "StepFuture | Source"]) -> dict[str, str]:
+    """Role -> fingerprint of what fills it."""
     return {role: item.fingerprint for role, item in inputs.items()}

@@ -95,6 +95,7 @@ def champion(catalog: Catalog, name: str) -> Any | None:
 
 
 def version_at(catalog: Catalog, name: str, number: str) -> Any | None:
+    """A registered version by its number, or None."""
     return _or_none(lambda: catalog.client.get_model_version(name, number))
 
 
@@ -153,10 +154,12 @@ def search(catalog: Catalog, wanted: str) -> list[Any]:
 
 
 def move_alias(catalog: Catalog, version: Any, alias: str) -> None:
+    """Point an alias of the registered model at a version."""
     retried(lambda: catalog.client.set_registered_model_alias(version.name, alias, version.version), _ATTEMPTS)
 
 
 def set_tags(catalog: Catalog, version: Any, tags: Mapping[str, str]) -> None:
+    """Set tags of a registered version, without credentials in them."""
     for key, value in tags.items():
         call = partial(catalog.client.set_model_version_tag, version.name, version.version, key, redacted(value))
         retried(call, _ATTEMPTS)

@@ -190,6 +190,7 @@ def metrics_of(version: Any) -> dict[str, float]:
 
 
 def metric_of(version: Any, metric: str) -> float | None:
+    """The value of a metric that a version was registered with, or None."""
     text = version.tags.get(f"{METRIC_TAG}{metric}")
     return None if text is None else float(text)
 

@@ -107,4 +107,5 @@ def _check_end(file: BinaryIO, where: str, start: int, at: int, stop: int) -> No
 
 
 def damaged(where: str, byte: int) -> UserError:
+    """The error of a tar that cannot be read on from a byte."""
     return UserError(f"{where} is cut or damaged at byte {byte}; copy or download it again, and check its checksum")

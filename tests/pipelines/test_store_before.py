@@ -1,0 +1,37 @@
+"""Artifacts of the version before are reused: nothing that moves, is renamed or is added may change a fingerprint.
+
+`store_before.json` has the manifests that the small pipeline left at the commit its `code_version` names. When what a
+step makes changes on purpose, its version rises, and the file is made again from a finished store.
+"""
+
+import json
+from pathlib import Path
+
+from edt_core.store.store import Store
+from pipelines.config.schema import load_config
+from pipelines.plan import plan
+from tests.support.small import SMALL, STEPS
+
+MANIFESTS = json.loads((Path(__file__).parents[1] / "golden" / "store_before.json").read_text())
+
+
+def lay_out(store: Path) -> None:
+    """The artifacts of these manifests, their files of the right sizes and empty."""
+    for manifest in MANIFESTS:
+        folder = store / manifest["kind"] / manifest["fingerprint"]
+        for entry in manifest["files"]:
+            path = folder / manifest["attempt"] / entry["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(entry["bytes"])
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_store_of_the_version_before_is_reused(tmp_path: Path) -> None:
+    lay_out(tmp_path)
+    steps = plan(load_config("quickstart", SMALL, str(tmp_path)))
+    assert len(steps) == STEPS + 1  # and the promotion, which this store has no MLflow to look up in
+    assert {step.step: step.action for step in steps if step.fingerprint} == {
+        step.step: "reuse" for step in steps if step.fingerprint
+    }
+    assert len(list(Store.open(str(tmp_path)).artifacts())) == len(MANIFESTS) == STEPS

@@ -29,7 +29,7 @@ _OUTER_BLOCK = 1 << 16  # class tars are 100 MB each: only their headers are rea
 
 
 class ClassTar(NamedTuple):
-    """The tar of one class inside ILSVRC2012's training tar: its bytes are start to stop, None is a plain file."""
+    """The tar of one class: bytes `start` to `stop` of a file, with the version that its store gives the file."""
 
     wnid: bytes
     file: bytes

@@ -69,7 +69,7 @@ format: install
 	$(BIN)/ruff format .
 
 docs: install                  ## write the page that is made from the schemas
-	$(BIN)/python -m pipelines.config_reference > docs/config.md
+	$(BIN)/python -m pipelines.config.reference > docs/config.md
 
 bench: install                 ## times the quickstart, its second run and the CLI; prints a table
 	$(BIN)/python tests/benchmarks/quickstart.py

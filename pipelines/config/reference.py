@@ -1,4 +1,4 @@
-"""docs/config.md, made from the schemas: `python -m pipelines.config_reference > docs/config.md`."""
+"""docs/config.md, made from the schemas: `python -m pipelines.config.reference > docs/config.md`."""
 
 import json
 import types
@@ -15,7 +15,7 @@ from pipelines.config.schema import PipelineConfig
 
 _INTRODUCTION = """\
 # Configuration
-Made from the schemas by `python -m pipelines.config_reference > docs/config.md`; a test fails where the two differ.
+Made from the schemas by `python -m pipelines.config.reference > docs/config.md`; a test fails where the two differ.
 Do not edit it.
 
 A configuration is a YAML file with these sections, given to `edt run` by path, or by name if it ships with the package.

@@ -259,7 +259,7 @@ def _probed(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, A
     """What `pipelines.setup.ray_probe` says, from a process of its own that is gone afterwards."""
     asked = json.dumps({"address": address, "min_cpus": min_cpus, "paths": paths, "parent": os.getpid()})
     process = subprocess.Popen(
-        python_command("-m", "pipelines.ray_probe", asked),
+        python_command("-m", "pipelines.setup.ray_probe", asked),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="utf-8",

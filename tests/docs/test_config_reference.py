@@ -32,7 +32,7 @@ def fields(section: type[Section] = PipelineConfig) -> dict[str, FieldInfo]:
 
 
 def test_the_page_is_current() -> None:
-    remedy = "python -m pipelines.config_reference > docs/config.md"
+    remedy = "python -m pipelines.config.reference > docs/config.md"
     assert PAGE.read_text() == reference(), f"the schemas have changed since docs/config.md was written: {remedy}"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from edt_core.config import PreprocessConfig, Section, TrainConfig, result_fields
 from edt_core.errors import UserError
-from jobs.stages.stage import parse_assignment, validated
+from jobs.commands.options import parse_assignment, validated
 from tests.support.jobs import command
 from tests.support.processes import joining
 

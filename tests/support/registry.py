@@ -20,7 +20,8 @@ from pipelines.config.schema import PipelineConfig, PromoteConfig, load_config
 from pipelines.registry.aliases import add_version, settle
 from pipelines.registry.gate import Decision
 from pipelines.registry.registration import Entry, identity_of, version_tags
-from pipelines.tracking.catalog import Catalog, artifact_tags
+from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.run_record import artifact_tags
 
 NAME = "edt-small"
 PROTOCOL = {"num_samples": 500, "cfg_scale": 1.75, "repeats": 1}

@@ -1,4 +1,4 @@
-"""What Ray is here: started or joined, looked at, left. `python -m pipelines.setup.ray_probe JSON`, for `edt doctor`."""
+"""Ray started or joined, looked at, left: `python -m pipelines.setup.ray_probe JSON`, for `edt doctor`.
 
 A process of its own, because Ray may hang where it cannot start, and such a process can be ended.
 """

@@ -1,5 +1,16 @@
-"""The module that stored diffusers folders name: it stays, so that all of them load."""
+"""The diffusers pipeline, by the module name that stored folders and registered models give: it stays.
 
-from edt_core.sampling.diffusers_pipeline import EDTPipeline, EDTTransformer
+diffusers loads a folder's components from this module, and only where it has been imported: import the pipeline from
+here, not from where its code lies.
+"""
 
-__all__ = ["EDTPipeline", "EDTTransformer"]
+from edt_core.sampling.diffusers_pipeline import (
+    PROTOCOL,
+    EDTPipeline,
+    EDTPipelineOutput,
+    EDTTransformer,
+    chain_config,
+    save_pipeline,
+)
+
+__all__ = ["PROTOCOL", "EDTPipeline", "EDTPipelineOutput", "EDTTransformer", "chain_config", "save_pipeline"]

@@ -212,7 +212,7 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
     """A diffusers folder that `save_pipeline` wrote. Code and pickles in it are not run."""
     from diffusers.utils import logging
 
-    from edt_core.sampling.diffusers_pipeline import EDTPipeline
+    from edt_core.pipeline import EDTPipeline
     from edt_core.sampling.schedulers import is_training_scheduler
 
     logging.disable_progress_bar()

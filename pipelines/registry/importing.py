@@ -190,7 +190,7 @@ def _protocol(config: "ModelConfig") -> ChainConfig:
 def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str], license: str | None) -> None:
     """The diffusers folder of a released model, with its card."""
     from edt_core.models import count_macs, count_parameters
-    from edt_core.sampling.diffusers_pipeline import save_pipeline
+    from edt_core.pipeline import save_pipeline
     from pipelines.registry.model_card import README, ModelCard
 
     model = released.model

@@ -96,7 +96,7 @@ def write_pipeline(folder: Path, name: str, config: PromoteConfig, entry: Entry,
     `source` says where the images came from. With `promote.torch_export` also the denoiser as a program.
     """
     from edt_core.autoencoders.autoencoder import load_autoencoder
-    from edt_core.sampling.diffusers_pipeline import chain_config, save_pipeline
+    from edt_core.pipeline import chain_config, save_pipeline
     from edt_core.sampling.torch_export import PROGRAM, save_program
     from edt_core.training.checkpoint import ema_model
     from jobs.stages.autoencoder import FOLDER, check_checkpoint_scale

@@ -15,7 +15,7 @@ class PyfuncEDT(PythonModel):
     """Class labels to images. Parameters: num_inference_steps, cfg_scale, seed."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from edt_core.sampling.diffusers_pipeline import EDTPipeline
+        from edt_core.pipeline import EDTPipeline
 
         self.pipeline = EDTPipeline.from_pretrained(context.artifacts["pipeline"], low_cpu_mem_usage=False)
         self.pipeline.set_progress_bar_config(disable=True)

@@ -9,7 +9,7 @@ from torch import nn
 from edt_core.autoencoders.autoencoder import build_autoencoder, load_autoencoder
 from edt_core.config import AutoencoderConfig
 from edt_core.models.alignment import ALIGNMENT, align_weights
-from edt_core.sampling.diffusers_pipeline import EDTPipeline
+from edt_core.pipeline import EDTPipeline
 from tests.support.models import made_model, pipeline_folder
 
 

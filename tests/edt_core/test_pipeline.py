@@ -17,7 +17,7 @@ from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig, ChainConfig
 from edt_core.errors import UserError
 from edt_core.models import model_config
-from edt_core.sampling.diffusers_pipeline import PROTOCOL, EDTPipeline, save_pipeline
+from edt_core.pipeline import PROTOCOL, EDTPipeline, save_pipeline
 from edt_core.training.state import initial_model
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edt_core.data.scale import scale_of
 from edt_core.errors import UserError
-from edt_core.sampling.diffusers_pipeline import EDTPipeline, EDTTransformer, save_pipeline
+from edt_core.pipeline import EDTPipeline, EDTTransformer, save_pipeline
 from tests.support.pipelines import quiet, small_pipeline, tensors
 
 LABELS = [3, 1, 0]

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DPMSolverMultis
 from torch import Tensor, nn
 
 from edt_core.errors import UserError
-from edt_core.sampling.diffusers_pipeline import EDTPipeline, save_pipeline
+from edt_core.pipeline import EDTPipeline, save_pipeline
 from edt_core.sampling.schedulers import SUPPORTED
 from tests.support.pipelines import quiet, small_pipeline
 

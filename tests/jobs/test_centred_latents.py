@@ -20,8 +20,8 @@ from edt_core.data.loader import LatentBatch
 from edt_core.data.scale import LatentScale
 from edt_core.data.shards import read_image_shard
 from edt_core.errors import UserError
+from edt_core.pipeline import EDTPipeline, chain_config, save_pipeline
 from edt_core.progress import Silent
-from edt_core.sampling.diffusers_pipeline import EDTPipeline, chain_config, save_pipeline
 from edt_core.sampling.sampler import LatentSampler
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder

@@ -344,7 +344,7 @@ def test_a_registered_model_is_pulled_and_loads_by_every_door(
     import mlflow
     from diffusers import DiffusionPipeline
 
-    from edt_core.sampling.diffusers_pipeline import EDTPipeline
+    from edt_core.pipeline import EDTPipeline
 
     assert str(real.decision) == "first champion: fd_classifier 3"
     assert [check.passed for check in real.decision.checks] == [True] * 5

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.sampling.diffusers_pipeline import EDTPipeline
+from edt_core.pipeline import EDTPipeline
 from pipelines.registry.packaging import log_pipeline
 from tests.support.pipelines import quiet, small_pipeline
 from tests.support.registry import Registry

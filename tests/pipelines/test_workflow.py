@@ -172,7 +172,7 @@ def _experiment(outcome: Outcome) -> str:
 def test_the_registered_version_loads_with_pyfunc_and_diffusers(first: Outcome, tmp_path: Path) -> None:
     import mlflow
 
-    from edt_core.sampling.diffusers_pipeline import EDTPipeline
+    from edt_core.pipeline import EDTPipeline
 
     mlflow.set_tracking_uri(first.tracking_uri)
     catalog = Catalog(first.tracking_uri, _experiment(first))

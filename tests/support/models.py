@@ -9,7 +9,7 @@ from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig
 from edt_core.evaluation.extractors.classifier import Classifier
 from edt_core.models import DiffusionTransformer, create_model
-from edt_core.sampling.diffusers_pipeline import save_pipeline
+from edt_core.pipeline import save_pipeline
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from jobs.models.open import Opened, open_model

@@ -10,7 +10,7 @@ from torch import Tensor
 from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig
 from edt_core.models import model_config
-from edt_core.sampling.diffusers_pipeline import EDTPipeline, save_pipeline
+from edt_core.pipeline import EDTPipeline, save_pipeline
 from edt_core.training.state import initial_model
 
 

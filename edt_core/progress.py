@@ -51,7 +51,7 @@ class Silent:
 
 
 @dataclass
-class Told(Silent):
+class CollectedWarnings(Silent):
     """Keeps what it is warned of."""
 
     warnings: list[str] = field(default_factory=list)

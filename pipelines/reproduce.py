@@ -159,11 +159,11 @@ def _distance(run: Any, made: Artifact | None) -> str:
         return "not made"
     if run is None:
         return "the record has no such artifact"
-    told = []
+    differences = []
     if (before := _still_there(run.data.tags["edt.uri"])) is not None:
-        told.append(_files(before, made))
-    told += _numbers(run.data.metrics, made)
-    return ", ".join(told) or "other content, the same counts"
+        differences.append(_files(before, made))
+    differences += _numbers(run.data.metrics, made)
+    return ", ".join(differences) or "other content, the same counts"
 
 
 def _still_there(uri: str) -> Artifact | None:

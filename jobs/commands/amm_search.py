@@ -154,8 +154,8 @@ def search(measure: Measure, blocks: Sequence[int], radii: Radii, top: int) -> F
     tried("confirm", [best.placement], off, fresh=True)
     gain = trials[-1].gain
     assert gain is not None
-    told = f"{best.placement} gains {gain} on seeds that chose nothing, where chance gives up to {gain.least:.2g}"
-    return Found(tuple(trials), best.placement if gain.real else Placement(), told)
+    summary = f"{best.placement} gains {gain} on seeds that chose nothing, where chance gives up to {gain.least:.2g}"
+    return Found(tuple(trials), best.placement if gain.real else Placement(), summary)
 
 
 def _by_gain(trial: Trial) -> float:

@@ -43,10 +43,10 @@ def export_features(features: Artifact, form: str, target: Path, progress: Progr
     target = target.with_name(target.name + _SUFFIX.get(form, ""))
     features.verify_once(FEATURE_UNITS)
 
-    def told(done: int) -> None:
+    def report(done: int) -> None:
         progress.update(done, config.num_samples, "images")
 
-    export_samples(form, _batches(features, config, repeat), config.num_samples, target, told)
+    export_samples(form, _batches(features, config, repeat), config.num_samples, target, report)
     return target
 
 

@@ -175,8 +175,8 @@ def results_table(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
         for result in results[1:]
         for difference in protocol_differences(results[0].protocol, result.protocol)
     )
-    told = f"The rows are of one protocol but for {', '.join(sorted(others))}." if others else "All of one protocol."
-    return "\n".join([*lines, "", told, *notes])
+    note = f"The rows are of one protocol but for {', '.join(sorted(others))}." if others else "All of one protocol."
+    return "\n".join([*lines, "", note, *notes])
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -214,15 +214,15 @@ class Cluster:
         return [
             {
                 "job": job.submission_id,
-                "pipeline": told["edt.pipeline"],
-                "store": told.get("edt.store"),
+                "pipeline": details["edt.pipeline"],
+                "store": details.get("edt.store"),
                 "status": str(job.status),
                 "started": _time(job.start_time),
                 "ended": _time(job.end_time),
                 "message": job.message,
             }
-            for job, told in sorted(jobs, key=lambda pair: -(pair[0].start_time or 0))
-            if "edt.pipeline" in told
+            for job, details in sorted(jobs, key=lambda pair: -(pair[0].start_time or 0))
+            if "edt.pipeline" in details
         ]
 
     async def _follow(self, job_id: str, write: Callable[[str], None]) -> None:

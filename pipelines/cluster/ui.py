@@ -74,10 +74,10 @@ def served(tracking_uri: str, artifacts: Path, host: str, port: int) -> Iterator
     # An empty folder of this user: uvicorn and gunicorn put the folder that they work in on their path themselves.
     with tempfile.TemporaryDirectory(prefix="edt-ui-") as folder:
         log = Path(folder) / "server.log"
-        with log.open("wb") as told:
+        with log.open("wb") as output:
             # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
             process = subprocess.Popen(
-                command, stdout=told, stderr=told, cwd=folder, env=environment, start_new_session=True
+                command, stdout=output, stderr=output, cwd=folder, env=environment, start_new_session=True
             )
         try:
             _await(url, process, log)

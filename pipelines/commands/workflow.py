@@ -59,9 +59,9 @@ def run(
 
     loaded = load_config(config, assignments, store)
     if dry_run:
-        from pipelines.setup.dry_run import dry_run as told
+        from pipelines.setup.dry_run import training_needs
 
-        say(told(loaded))
+        say(training_needs(loaded))
         return
     check_named(address)  # before the imports below, which take seconds
     from pipelines.cluster.submission import stopped_too_soon

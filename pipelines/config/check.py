@@ -37,8 +37,8 @@ class Problem:
     def __str__(self) -> str:
         place = f"line {self.line}: " if self.line else ""
         field = f"{self.field} = {self.value}: " if self.field and self.value is not None else self.field
-        told = f"{place}{field}{': ' if field and self.value is None else ''}{self.problem}"
-        return f"{told}; did you mean {' or '.join(self.meant)}?" if self.meant else told
+        message = f"{place}{field}{': ' if field and self.value is None else ''}{self.problem}"
+        return f"{message}; did you mean {' or '.join(self.meant)}?" if self.meant else message
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,13 +72,13 @@ def _problems_of(name: str, error: ValidationError) -> list[Problem]:
 
 def _of_each_model(values: Mapping[str, Any]) -> list[str]:
     """What does not fit together, each said once, whatever the number of models that it is true of."""
-    told: dict[str, None] = {}
+    messages: dict[str, None] = {}
     for model, fields in values["models"].items():
         try:
             validated(PipelineConfig, {**values, "models": {model: fields}})
         except UserError as error:
-            told |= dict.fromkeys(str(error).splitlines())
-    return list(told)
+            messages |= dict.fromkeys(str(error).splitlines())
+    return list(messages)
 
 
 def _problem(name: str, field: str, entries: Sequence[Any]) -> Problem:
@@ -89,8 +89,8 @@ def _problem(name: str, field: str, entries: Sequence[Any]) -> Problem:
     value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
     if first["type"] == "extra_forbidden":
         return Problem(name, field, value, "there is no such field", meant_by(field))
-    told = dict.fromkeys(redacted(entry["msg"]).removeprefix("Value error, ") for entry in entries)
-    return Problem(name, field, value, ", or: ".join(told))
+    messages = dict.fromkeys(redacted(entry["msg"]).removeprefix("Value error, ") for entry in entries)
+    return Problem(name, field, value, ", or: ".join(messages))
 
 
 def _field_of(location: Sequence[Any]) -> str:

@@ -24,13 +24,13 @@ def check_pipeline_sizes(config: PipelineConfig, images: int | None, statistics:
 def size_problems(config: PipelineConfig, images: int | None = None) -> list[str]:
     """Each metric or reader that samples, images or shards do not suffice for, with the fields to change."""
     real = None if config.reference_statistics is not None else images
-    told = [
+    problems = [
         shortfall_text(shortfall, _remedies(config, shortfall))
         for shortfall in size_shortfalls(
             config.evaluate, _dimensions(config), config.sample.num_samples, real, config.reference.keep_features
         )
     ]
-    return [*told, *_classifier_problems(config, images), *_shard_problems(config, images)]
+    return [*problems, *_classifier_problems(config, images), *_shard_problems(config, images)]
 
 
 def _dimensions(config: PipelineConfig) -> dict[str, int | None]:

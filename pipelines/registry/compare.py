@@ -76,8 +76,8 @@ def compare(records: Sequence[Record], metric: str | None = None, with_published
     metric = metric or gate_of(first).metric
     costs = [costs_of(record.version) for record in records]
     points = tuple(_point(record, metric, cost, first) for record, cost in zip(records, costs, strict=True))
-    published, told = _published(metric, [cost.get("image_size") for cost in costs], first, with_published)
-    notes = [*_unlike(records), *_unknown(points), told]
+    published, note = _published(metric, [cost.get("image_size") for cost in costs], first, with_published)
+    notes = [*_unlike(records), *_unknown(points), note]
     return Comparison(metric, points, published, tuple(note for note in notes if note))
 
 

@@ -93,11 +93,13 @@ class Decision:
         if self.improvement is None:
             return [f"champion {self.champion_before} was measured by another protocol"]
         against = f"version {self.champion_before} has {self.champion_value:.4g}"
-        told = f"better by {self.improvement:.3g}" if self.improvement > 0 else f"worse by {-self.improvement:.3g}"
+        difference = (
+            f"better by {self.improvement:.3g}" if self.improvement > 0 else f"worse by {-self.improvement:.3g}"
+        )
         if self.improvement == 0:
-            told = "the same"
+            difference = "the same"
         needed = "" if self.required is None else f", required {self.required:.3g} ({self.required_from})"
-        return [f"{against}, {told}{needed}"]
+        return [f"{against}, {difference}{needed}"]
 
 
 def decide(

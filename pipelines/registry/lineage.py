@@ -55,16 +55,16 @@ class Lineage:
 
     def lines(self) -> Iterator[str]:
         """The tree, an artifact a line; what stands further up already is named and not told again."""
-        told: set[str] = set()
+        shown: set[str] = set()
 
         def walk(role: str, name: str, depth: int) -> Iterator[str]:
             node = self.nodes[name]
             kind = node.kind if role in (node.kind, "") else f"{role} ({node.kind})"
             start = f"{'  ' * depth}{kind} {name if depth == 0 else name[:_SHORT]}"
-            if name in told:
+            if name in shown:
                 yield f"{start}  (above)"
                 return
-            told.add(name)
+            shown.add(name)
             yield "  ".join([start, *_told(node)])
             for inner, needed in node.inputs.items():
                 yield from walk(inner, needed, depth + 1)
@@ -119,8 +119,8 @@ class _Walk:
             if {"edt.inputs", "edt.digest", "edt.uri"} <= tags.keys():
                 self.remember(tags["edt.uri"])
                 inputs = json.loads(tags["edt.inputs"])
-                told = tags["edt.digest"], tags["edt.uri"], run.info.run_id, dict(run.data.params)
-                return Node(tags["edt.kind"], fingerprint, inputs, *told)
+                facts = tags["edt.digest"], tags["edt.uri"], run.info.run_id, dict(run.data.params)
+                return Node(tags["edt.kind"], fingerprint, inputs, *facts)
         return self._of_manifest([kind] if kind else KINDS, fingerprint)
 
     def remember(self, uri: str) -> None:
@@ -136,8 +136,8 @@ class _Walk:
             except (UserError, OSError):
                 continue
             manifest = artifact.manifest
-            told = dict(manifest.inputs), manifest.digest, folder.uri, manifest.mlflow_run_id
-            return Node(manifest.kind, fingerprint, *told, flatten(manifest.config), "manifest")
+            facts = dict(manifest.inputs), manifest.digest, folder.uri, manifest.mlflow_run_id
+            return Node(manifest.kind, fingerprint, *facts, flatten(manifest.config), "manifest")
         return None
 
     def _input(self, node: Node, role: str, fingerprint: str) -> Node:
@@ -204,11 +204,11 @@ def _told(node: Node) -> list[str]:
         return [node.uri] if node.uri else []
     if node.known_from == "nothing":
         return ["no record of it in MLflow or the store"]
-    told = [f"digest {node.digest[:_SHORT]}"] if node.digest else []
-    told += [f"run {node.run}"] if node.run else []
-    told += ["(from its manifest, its run is gone)"] if node.known_from == "manifest" else []
+    details = [f"digest {node.digest[:_SHORT]}"] if node.digest else []
+    details += [f"run {node.run}"] if node.run else []
+    details += ["(from its manifest, its run is gone)"] if node.known_from == "manifest" else []
     changed = _changed(node)
-    return told + ([", ".join(f"{name}={value}" for name, value in changed.items())] if changed else [])
+    return details + ([", ".join(f"{name}={value}" for name, value in changed.items())] if changed else [])
 
 
 def _changed(node: Node) -> dict[str, str]:

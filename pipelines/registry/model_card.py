@@ -95,8 +95,8 @@ class ModelCard:
         return f"## Metrics\n\n{table}\n\nOnly values of one protocol compare:\n\n{protocol}"
 
     def _facts(self) -> list[str]:
-        told = {"Data": self.data, "Training": self.training, "Origin": self.origin}
-        return [f"## {heading}\n\n{_table(facts)}" for heading, facts in told.items() if facts]
+        tables = {"Data": self.data, "Training": self.training, "Origin": self.origin}
+        return [f"## {heading}\n\n{_table(facts)}" for heading, facts in tables.items() if facts]
 
     def _use(self) -> str:
         return (

@@ -62,8 +62,8 @@ def identity_of(entry: Entry, config: PromoteConfig) -> dict[str, str]:
 
 def source_of(params: Mapping[str, str]) -> str:
     """Where the images of a run came from, as its model card says: what they are, and their place."""
-    told = (params.get(f"source.{field}") for field in ("kind", "path"))
-    return " ".join(place_for_others(text) for text in told if text not in (None, "None"))
+    parts = (params.get(f"source.{field}") for field in ("kind", "path"))
+    return " ".join(place_for_others(text) for text in parts if text not in (None, "None"))
 
 
 def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, entry: Entry) -> Any:

@@ -198,8 +198,8 @@ def _final_losses(edges: Array, losses: Sequence[float]) -> Picture:
         axes[0].set_xlabel("timestep (0: least noise)")
 
     finite = np.flatnonzero(np.isfinite(values))
-    told = "; ".join(f"{values[i]:.3g} at timesteps {edges[i]} to {edges[i + 1] - 1}" for i in finite[[0, -1]])
-    return _drawn(f"loss by timestep: {told}", paint)
+    summary = "; ".join(f"{values[i]:.3g} at timesteps {edges[i]} to {edges[i + 1] - 1}" for i in finite[[0, -1]])
+    return _drawn(f"loss by timestep: {summary}", paint)
 
 
 # Neighbours and champions
@@ -218,8 +218,8 @@ def distance_histogram(generated: Array, real: Array) -> Picture:
         axes[0].set_title("share of images, %")
         axes[0].set_xlabel("distance to the nearest real image")
 
-    told = "; ".join(f"{label}: half are within {np.median(values):.3g}" for label, values, _ in sets)
-    return _drawn(f"distances to the nearest real image; {told}", paint)
+    summary = "; ".join(f"{label}: half are within {np.median(values):.3g}" for label, values, _ in sets)
+    return _drawn(f"distances to the nearest real image; {summary}", paint)
 
 
 def champion_trend(
@@ -256,5 +256,7 @@ def champion_trend(
         _log_where_wide(axis, np.array([v for _, v, _ in (*like, *unlike, here)]))
         axis.set_title(metric, parse_math=False)
 
-    told = [f"version {c.version} {c.value:.4g}{'' if c.comparable else ' by another protocol'}" for _, c in measured]
-    return _drawn(f"{metric} of champions: {', '.join([*told, f'this version {version} {value:.4g}'])}", paint)
+    versions = [
+        f"version {c.version} {c.value:.4g}{'' if c.comparable else ' by another protocol'}" for _, c in measured
+    ]
+    return _drawn(f"{metric} of champions: {', '.join([*versions, f'this version {version} {value:.4g}'])}", paint)

@@ -141,8 +141,8 @@ class Server:
         except BlockingIOError:  # a run that no state knows of any more
             tick = tick.model_copy(update={"outcome": OVERLAP})
         except Exception as error:
-            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            tick = tick.model_copy(update={"outcome": "failed", "error": told})
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            tick = tick.model_copy(update={"outcome": "failed", "error": message})
         self._finish(name, tick)
         return True
 
@@ -156,8 +156,8 @@ class Server:
         known = [time for time in (state.handled, schedule.since) if time is not None and time <= latest]
         if (state.handled is None and known) or state.handled in known:
             return max(known)
-        told = _iso(state.handled or schedule.since)
-        self._tell(schedule.name, f"warning: the clock was set back, from {told} or later; ticks count from now on")
+        since = _iso(state.handled or schedule.since)
+        self._tell(schedule.name, f"warning: the clock was set back, from {since} or later; ticks count from now on")
         self._write_state(schedule.name, state.model_copy(update={"handled": now}))
         return now
 
@@ -339,8 +339,8 @@ def record(schedules: Schedules, name: str, tick: Tick) -> None:
         "edt.error": tick.error and tick.error[:4000],
     }
     began, ended = (int(moment.timestamp() * 1000) for moment in (tick.started, tick.ended or tick.started))
-    told = {key: redacted(value) for key, value in tags.items() if value is not None}
-    run = catalog.client.create_run(catalog.experiment_id, began, told, name)
+    safe_tags = {key: redacted(value) for key, value in tags.items() if value is not None}
+    run = catalog.client.create_run(catalog.experiment_id, began, safe_tags, name)
     if (log := schedules.log(tick)) is not None and log.exists():
         catalog.client.log_artifact(run.info.run_id, str(log))
     catalog.client.set_terminated(run.info.run_id, _STATUS.get(tick.outcome or "", "FINISHED"), ended)

@@ -42,10 +42,10 @@ def _floats(config: PipelineConfig, space: str, classes: int) -> int:
 def _checkpoints(config: PipelineConfig, name: str, images: int, classes: int) -> int:
     """Of one model: what a training keeps, the untrained model, and the registered weights."""
     train: TrainConfig = config.train_of(name)
-    told = estimate(train, config.model_of(name, classes), images)
-    kept = min(train.num_to_keep + _SPARE_CHECKPOINTS, -(-told.steps // train.checkpoint_every) + 1)
-    exported = told.weights if config.promote.torch_export else 0
-    return told.checkpoint * (kept + 1) + told.weights + exported
+    estimated = estimate(train, config.model_of(name, classes), images)
+    kept = min(train.num_to_keep + _SPARE_CHECKPOINTS, -(-estimated.steps // train.checkpoint_every) + 1)
+    exported = estimated.weights if config.promote.torch_export else 0
+    return estimated.checkpoint * (kept + 1) + estimated.weights + exported
 
 
 def size_text(number: int) -> str:

@@ -63,8 +63,10 @@ def examine(patient: Patient, checks: Mapping[str, tuple[Check, float]]) -> Iter
             left = max(0.0, started + seconds - time.monotonic())
             yield _finding(name, *running[name].result(timeout=left))
         except FutureTimeout:
-            told = f"no answer in {seconds:.0f} s"
-            yield Finding(name, "fail", told, "see whether the network and the disks behind it answer", unanswered=True)
+            message = f"no answer in {seconds:.0f} s"
+            yield Finding(
+                name, "fail", message, "see whether the network and the disks behind it answer", unanswered=True
+            )
         except NotKnown as error:
             yield _finding(name, "warn", str(error), "mend what is said of that, and ask again")
         except UserError as error:

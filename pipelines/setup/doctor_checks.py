@@ -33,8 +33,8 @@ _EXTRAS = {
 def python(patient: Patient) -> Found:
     """The version, and those of what results depend on."""
     found = environment()
-    told = ", ".join(f"{name} {found[name]}" for name in ("torch", "ray", "mlflow", "diffusers") if name in found)
-    version = f"Python {platform.python_version()} ({told})"
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "ray", "mlflow", "diffusers") if name in found)
+    version = f"Python {platform.python_version()} ({versions})"
     if sys.version_info < _OLDEST_PYTHON:
         return "fail", version, "install Python 3.11 or newer and make the virtual environment anew"
     return "ok", version, ""
@@ -92,18 +92,22 @@ def device(patient: Patient) -> Found:
             f"NCCL {machine.nccl}" if machine.nccl else "",
         ]
         parts += ["bf16" if machine.bf16 else "no bf16"]
-    told = ", ".join(part for part in parts if part)
+    summary = ", ".join(part for part in parts if part)
     elsewhere = bool(patient.address or os.environ.get("RAY_ADDRESS"))
     low = {patient.config.train_of(name).precision for name in patient.config.models} & {"bf16"}
     if wanted > len(machine.gpus) and elsewhere:
-        return "ok", f"{told}; the GPUs are the cluster's", ""
+        return "ok", f"{summary}; the GPUs are the cluster's", ""
     if wanted > len(machine.gpus):
-        return "fail", f"{told}; the configuration wants {wanted} GPUs", _no_gpu(machine.cuda)
+        return "fail", f"{summary}; the configuration wants {wanted} GPUs", _no_gpu(machine.cuda)
     if low and machine.gpus and not machine.bf16:
-        return "warn", told, "these GPUs have no bf16 in hardware: set train.precision=fp32"
+        return "warn", summary, "these GPUs have no bf16 in hardware: set train.precision=fp32"
     if low and not wanted:
-        return "warn", f"{told}; train.precision is bf16", "on CPUs that is slower than fp32: set train.precision=fp32"
-    return "ok", told, ""
+        return (
+            "warn",
+            f"{summary}; train.precision is bf16",
+            "on CPUs that is slower than fp32: set train.precision=fp32",
+        )
+    return "ok", summary, ""
 
 
 def _no_gpu(cuda: str | None) -> str:
@@ -118,18 +122,18 @@ def memory(patient: Patient) -> Found:
 
     images, classes = counts(patient)
     machine, config = patient.machine.result(), patient.config
-    worst, told = 0.0, []
+    worst, needs = 0.0, []
     for name in config.models:
         train = config.train_of(name)
         workers = 1 if train.use_gpu else train.worker_range[1]
         need = workers * estimate(train, config.model_of(name, classes), images).memory
         there = machine.gpu_memory if train.use_gpu else machine.memory
-        told.append(f"{name} about {size_text(need)} of {size_text(there) if there else 'GPUs that are not here'}")
+        needs.append(f"{name} about {size_text(need)} of {size_text(there) if there else 'GPUs that are not here'}")
         worst = max(worst, need / there if there else 0.0)
     remedy = "lower train.micro_batch_size, or set train.activation_checkpointing=true"
     if worst > 1:
-        return "fail", "; ".join(told), remedy
-    return ("warn", "; ".join(told), f"it is tight: {remedy}") if worst > 0.8 else ("ok", "; ".join(told), "")
+        return "fail", "; ".join(needs), remedy
+    return ("warn", "; ".join(needs), f"it is tight: {remedy}") if worst > 0.8 else ("ok", "; ".join(needs), "")
 
 
 def counts(patient: Patient) -> tuple[int, int]:
@@ -146,13 +150,13 @@ def images(patient: Patient) -> Found:
     found = patient.images.result()
     number, classes = found.images, found.classes
     source = patient.config.source
-    told = f"{number:,} images of {classes} classes ({source.kind}{f', {source.path}' if source.path else ''})"
-    told = ". ".join([told, *found.remarks])
+    summary = f"{number:,} images of {classes} classes ({source.kind}{f', {source.path}' if source.path else ''})"
+    summary = ". ".join([summary, *found.remarks])
     if number < 1000:
-        return "warn", told, "a model of any size learns so few by heart; good for a trial"
+        return "warn", summary, "a model of any size learns so few by heart; good for a trial"
     if found.remarks:
-        return "warn", told, "see whether that is what is meant"
-    return "ok", told, ""
+        return "warn", summary, "see whether that is what is meant"
+    return "ok", summary, ""
 
 
 def sizes(patient: Patient) -> Found:
@@ -162,9 +166,9 @@ def sizes(patient: Patient) -> Found:
     number, _ = counts(patient)
     problems = size_problems(patient.config, number)
     if problems:
-        told, _, remedy = problems[0].partition(". ")
+        summary, _, remedy = problems[0].partition(". ")
         more = f" (and {len(problems) - 1} more: edt plan lists all)" if len(problems) > 1 else ""
-        return "fail", f"{told}{more}", remedy
+        return "fail", f"{summary}{more}", remedy
     return "ok", f"{patient.config.sample.num_samples:,} samples and {number:,} images are enough for the metrics", ""
 
 
@@ -184,8 +188,8 @@ def store(patient: Patient) -> Found:
     if not same:
         return "fail", f"{folder.uri} gives back other bytes than were written", "use another store"
     if (root := folder.local) is not None and root.is_dir() and root.stat().st_mode & stat.S_IWOTH:
-        told = f"every user of this machine can write to {folder.uri}, and so replace its artifacts and records"
-        return "warn", told, f"run `chmod o-w {shlex.quote(str(root))}`"
+        summary = f"every user of this machine can write to {folder.uri}, and so replace its artifacts and records"
+        return "warn", summary, f"run `chmod o-w {shlex.quote(str(root))}`"
     return "ok", f"{folder.uri} is written and read{' (it is new)' if made else ''}", ""
 
 
@@ -198,24 +202,24 @@ def _missing_folders(folder: Folder) -> list[Path]:
 def disk(patient: Patient) -> Found:
     """Room for everything that the configuration makes; for a remote store, room for this node's copies."""
     needs, folder = disk_needs(patient.config, *counts(patient)), Folder.at(patient.config.store)
-    told = f"{size_text(sum(needs.values()))} at most ({largest_first(needs)})"
+    summary = f"{size_text(sum(needs.values()))} at most ({largest_first(needs)})"
     if folder.local is None:
         from edt_core.store.cache import DIRECTORY_VARIABLE, cache_folder
 
         there, need, what = cache_folder(), needs["latents"], f"the cache (set {DIRECTORY_VARIABLE})"
-        told += f"; of it {size_text(need)} of latents on each node"
+        summary += f"; of it {size_text(need)} of latents on each node"
     else:
         there, need, what = folder.local, sum(needs.values()), "the store"
     there = next(path for path in (there, *there.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    told = f"{told}, {size_text(free)} free at {what}"
+    summary = f"{summary}, {size_text(free)} free at {what}"
     if need * _SLACK > free:
         remedy = (
             "free some (edt gc, then edt gc --empty-trash), give another --store, or lower source.limit, "
             "sample.num_samples, train.num_to_keep"
         )
-        return "fail" if need > free else "warn", told, remedy
-    return "ok", told, ""
+        return "fail" if need > free else "warn", summary, remedy
+    return "ok", summary, ""
 
 
 def shared_memory(patient: Patient) -> Found:
@@ -224,10 +228,14 @@ def shared_memory(patient: Patient) -> Found:
     if not place.is_dir():
         return "ok", "this system has no /dev/shm", ""
     size = shutil.disk_usage(place).total
-    told = f"/dev/shm has {size_text(size)}"
+    summary = f"/dev/shm has {size_text(size)}"
     if size < _SHARED_MEMORY:
-        return "warn", told, "Ray falls back to the disk, and NCCL may fail: docker run --shm-size=2g, or an emptyDir"
-    return "ok", told, ""
+        return (
+            "warn",
+            summary,
+            "Ray falls back to the disk, and NCCL may fail: docker run --shm-size=2g, or an emptyDir",
+        )
+    return "ok", summary, ""
 
 
 # Seconds are generous: several checks import torch, MLflow or diffusers at once.

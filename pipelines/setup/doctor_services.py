@@ -164,14 +164,14 @@ def _in_cache(hub_id: str) -> str:
 def features(patient: Patient) -> Found:
     """The networks that samples are compared in: weights that are there, have the stated digest and load."""
     config = patient.config
-    told = [_weights(space, getattr(config, space)) for space in config.extractors if space in PUBLISHED_SPACES]
-    told += ["a classifier fitted on the images"] if "classifier" in config.extractors else []
+    sources = [_weights(space, getattr(config, space)) for space in config.extractors if space in PUBLISHED_SPACES]
+    sources += ["a classifier fitted on the images"] if "classifier" in config.extractors else []
     if config.reference_statistics is not None:
         from jobs.stages.reference import statistics_source
 
         statistics_source(config.reference_statistics)
-        told.append(f"statistics {config.reference_statistics}")
-    return "ok", "; ".join(told), ""
+        sources.append(f"statistics {config.reference_statistics}")
+    return "ok", "; ".join(sources), ""
 
 
 def _weights(space: str, config: ExtractorConfig) -> str:
@@ -208,16 +208,14 @@ def ray(patient: Patient) -> Found:
     local = [
         str(path) for place in places if place and (path := Folder.at(place).local) and not set("*?[{") & set(place)
     ]
-    told = _probed(patient.address, config.workers, local)
-    if "error" in told:
-        return "fail", redacted(told["error"]), _RAY_REMEDY[bool(address)]
-    there = told["resources"]
-    what = (
-        f"{there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs on {told['nodes']} node{'s' * (told['nodes'] > 1)}"
-    )
+    probed = _probed(patient.address, config.workers, local)
+    if "error" in probed:
+        return "fail", redacted(probed["error"]), _RAY_REMEDY[bool(address)]
+    there, nodes = probed["resources"], probed["nodes"]
+    what = f"{there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs on {nodes} node{'s' * (nodes > 1)}"
     what = f"{'joined ' + address if address else 'starts here'}: {what}"
-    if lost := {path: number for path, number in told["missing"].items() if number}:
-        paths = ", ".join(f"{path} (on {number} of {told['nodes']} nodes)" for path, number in lost.items())
+    if lost := {path: number for path, number in probed["missing"].items() if number}:
+        paths = ", ".join(f"{path} (on {number} of {nodes} nodes)" for path, number in lost.items())
         return "fail", f"{what}; not there: {paths}", "give a folder that every node reaches, as NFS, or a URI"
     if short := _short_of(config, there):
         status: Status = "warn" if address else "fail"

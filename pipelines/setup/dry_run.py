@@ -3,24 +3,24 @@
 from dataclasses import dataclass
 
 from edt_core.config import SourceConfig
-from edt_core.progress import Told
+from edt_core.progress import CollectedWarnings
 from edt_core.training.estimate import estimate
 from pipelines.config.schema import PipelineConfig
 from pipelines.config.size_check import check_pipeline_sizes
 
 
-def dry_run(config: PipelineConfig) -> str:
+def training_needs(config: PipelineConfig) -> str:
     """For each model of a pipeline: parameters, MACs, memory, steps per epoch. Raises UserError for a bad source."""
     source = source_counts(config.source)
     check_pipeline_sizes(config, source.images)
-    told = [f"note: {remark}" for remark in source.remarks]
+    lines = [f"note: {remark}" for remark in source.remarks]
     for name in config.models:
         train = config.train_of(name)
         fewest, most = train.worker_range
         workers = str(most) if fewest == most else f"{fewest} to {most}"
         takes = estimate(train, config.model_of(name, source.classes), source.images)
-        told.append(f"{name}: {takes}\n  {'workers':<24} {workers}")
-    return "\n\n".join(told)
+        lines.append(f"{name}: {takes}\n  {'workers':<24} {workers}")
+    return "\n\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,6 @@ def source_counts(config: SourceConfig) -> SourceCounts:
 
     if config.kind == "digits":
         return SourceCounts(min(NUM_DIGITS, config.limit or NUM_DIGITS), len(config.classes) or 10)
-    told = Told()
-    listing = list_source(config, told)
-    return SourceCounts(len(listing), len(listing.classes), (*told.warnings, *remarks(listing)))
+    notes = CollectedWarnings()
+    listing = list_source(config, notes)
+    return SourceCounts(len(listing), len(listing.classes), (*notes.warnings, *remarks(listing)))

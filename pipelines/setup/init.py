@@ -66,7 +66,7 @@ def look_at(path: str, allow_empty_classes: bool = False) -> Images:
     from edt_core.config import SourceConfig
     from edt_core.data.sources import detect_kind, list_source, remarks
     from edt_core.data.sources.places import locate
-    from edt_core.progress import Told
+    from edt_core.progress import CollectedWarnings
     from edt_core.store.folder import Folder
 
     if not path.strip():
@@ -75,12 +75,12 @@ def look_at(path: str, allow_empty_classes: bool = False) -> Images:
     is_pattern = any(mark in path for mark in "*?[{") and not (folder.local and folder.local.exists())
     place = path if is_pattern or folder.local is None else folder.uri
     kind = detect_kind(locate(place))
-    told = Told()
+    notes = CollectedWarnings()
     fields = {"kind": kind, "path": place, "allow_empty_classes": allow_empty_classes}
-    listing = list_source(SourceConfig.model_validate(fields), told)
+    listing = list_source(SourceConfig.model_validate(fields), notes)
     chosen = np.unique(np.linspace(0, len(listing) - 1, min(_MEASURED, len(listing))).astype(np.int64))
     sides = [side for image in listing.take(chosen).images() if (side := _shorter_side(image.data))]
-    told_of = (*told.warnings, *remarks(listing))
+    told_of = (*notes.warnings, *remarks(listing))
     return Images(place, kind, len(listing), len(listing.classes), tuple(sides), told_of, allow_empty_classes)
 
 
@@ -134,8 +134,8 @@ def suggested_autoencoder(image_size: int, gpus: int) -> str:
 def suggested_name(path: str) -> str:
     """A name for the pipeline after the folder of its images."""
     words = [re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in re.split(r"[/\\]", path)]
-    told = [word for word in words if word and word not in ("train", "images", "data")]
-    return re.sub(r"-(tar|parquet)$", "", told[-1])[:40].strip("-") if told else "mine"
+    parts = [word for word in words if word and word not in ("train", "images", "data")]
+    return re.sub(r"-(tar|parquet)$", "", parts[-1])[:40].strip("-") if parts else "mine"
 
 
 def check_name(name: str) -> str:
@@ -180,18 +180,20 @@ def check_autoencoder(text: str, image_size: int, model: str) -> str | None:
 
 def notes(answers: Answers, machine: Hardware) -> list[str]:
     """What the answers make doubtful, though it can be tried."""
-    told = list(answers.images.remarks)
+    remarks = list(answers.images.remarks)
     if answers.images.images < _FEW_IMAGES:
-        told.append(f"{answers.images.images} images are few: a model of any size learns them by heart")
+        remarks.append(f"{answers.images.images} images are few: a model of any size learns them by heart")
     if answers.images.sides and answers.image_size > answers.images.side:
-        told.append(f"most images are smaller than {answers.image_size} px ({answers.images.side}): they are enlarged")
+        remarks.append(
+            f"most images are smaller than {answers.image_size} px ({answers.images.side}): they are enlarged"
+        )
     if not answers.gpus and answers.model.rpartition("-")[2] != "Tiny/2":
-        told.append(f"{answers.model} on CPUs takes weeks; EDT-Tiny/2 is made for them")
+        remarks.append(f"{answers.model} on CPUs takes weeks; EDT-Tiny/2 is made for them")
     if answers.gpus > len(machine.gpus):
-        told.append(
+        remarks.append(
             f"this machine has {len(machine.gpus)} GPUs of the {answers.gpus}: run it on a cluster that has them"
         )
-    return told
+    return remarks
 
 
 def config_text(answers: Answers, machine: Hardware, file: str) -> str:

@@ -40,12 +40,12 @@ def probe(address: str | None, min_cpus: int, paths: Sequence[str]) -> dict[str,
             look.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(list(paths)) for place in pinned
         ]
         try:
-            told = ray.get(asked, timeout=_SECONDS)
+            answers = ray.get(asked, timeout=_SECONDS)
         except ray.exceptions.GetTimeoutError as error:
             raise UserError(
                 f"not all of {len(nodes)} nodes ran a task within {_SECONDS} s; see `ray status`"
             ) from error
-        absent = {path: sum(path in found for found in told) for path in paths}
+        absent = {path: sum(path in found for found in answers) for path in paths}
         return {"resources": ray.cluster_resources(), "nodes": len(nodes), "missing": absent}
     finally:
         ray.shutdown()
@@ -69,10 +69,10 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     threading.Thread(target=_end_with, args=(asked["parent"],), daemon=True).start()
     try:
-        told = probe(asked["address"], asked["min_cpus"], asked["paths"])
+        answer = probe(asked["address"], asked["min_cpus"], asked["paths"])
     except Exception as error:  # whatever Ray raises, it is the finding
-        told = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
-    say(json.dumps(told))
+        answer = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
+    say(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -115,11 +115,11 @@ def _flush() -> None:
 
 def _readable(text: str) -> str:
     """Without colours and credentials, and a line that comes again and again once, with how often."""
-    told = []
+    output = []
     for line, same in groupby(_lines(text)):
         number = sum(1 for _ in same)
-        told.append(line if number == 1 or not line else f"{line} [{number} times]")
-    return "".join(f"{line}\n" for line in told)
+        output.append(line if number == 1 or not line else f"{line} [{number} times]")
+    return "".join(f"{line}\n" for line in output)
 
 
 def _lines(text: str) -> list[str]:

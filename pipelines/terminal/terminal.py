@@ -124,8 +124,8 @@ class Terminal:
         """A step that was made in this run; `headline` is its result in a word, as a metric."""
         node = self.tree.get(step)
         last = node.shown.detail if node.shown is not None else ""
-        told = ", ".join(part for part in (clock(seconds), headline or last) if part)
-        node.state, node.note = "done", told
+        note = ", ".join(part for part in (clock(seconds), headline or last) if part)
+        node.state, node.note = "done", note
         self._line(node, f"{fingerprint[:12]}  {seconds:6.1f} s  {headline or last}".rstrip(), "green")
 
     def stopped(self, step: str, reason: str) -> None:
@@ -148,9 +148,9 @@ class Terminal:
         node.state, node.note = state, on_one_line(redacted(reason).splitlines()[0]) if reason else ""
         self._line(node, node.note[:100], "red" if state == "failed" else "yellow")
 
-    def _line(self, node: Node, told: str, style: str) -> None:
+    def _line(self, node: Node, note: str, style: str) -> None:
         """Say how a step ended: its line in the tree does on a terminal, and the log has it there."""
-        text = f"  {node.state:<9} {node.name:<40} {told}".rstrip()
+        text = f"  {node.state:<9} {node.name:<40} {note}".rstrip()
         if self.console.is_terminal:
             self._note(text)
         else:

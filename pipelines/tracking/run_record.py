@@ -95,8 +95,8 @@ class RunRecord:
     def warnings(self, messages: Iterable[str]) -> None:
         """Append lines to the tag `edt.warnings`; of too many the last are kept."""
         if self._warnings is None:
-            told = self.catalog.client.get_run(self.run_id).data.tags.get("edt.warnings", "")
-            self._warnings = told.splitlines()
+            warnings = self.catalog.client.get_run(self.run_id).data.tags.get("edt.warnings", "")
+            self._warnings = warnings.splitlines()
         lines = [*self._warnings, *(" ".join(message.split()) for message in messages)]
         text = "\n".join(lines)
         if len(text) > _MAX_WARNINGS:

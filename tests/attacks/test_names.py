@@ -13,7 +13,7 @@ from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.images import encode_png
 from edt_core.errors import UserError
 from edt_core.printing.console import on_one_line, printable, say
-from edt_core.progress import Printed, Told
+from edt_core.progress import CollectedWarnings, Printed
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.digests import listing
 from edt_core.store.folder import Folder
@@ -144,7 +144,7 @@ def test_a_source_of_evil_names_is_prepared_and_told(
 ) -> None:
     root = _evil_folder(tmp_path / "data")
     source = image_source(SourceConfig(path=str(root)), Printed("source"))
-    told = Told()
+    told = CollectedWarnings()
     out = ArtifactWriter(Folder.at(tmp_path / "out"), "images", "f" * 64)
     artifact = VERB.execute(PreprocessConfig(image_size=32, max_bad_fraction=0.5), {"source": source}, out, told)
     assert (artifact.counts["images"], artifact.counts["quarantined"]) == (8, 2)

@@ -16,11 +16,11 @@ from edt_core.config import SourceConfig
 from edt_core.data.images import decode_rgb, image_extensions, image_formats
 from edt_core.data.sources import Listing, list_source, remarks, source_identity
 from edt_core.errors import UserError
-from edt_core.progress import Silent, Told
+from edt_core.progress import CollectedWarnings, Silent
 from tests.support.sources import tar_bytes
 
 
-def listed(path: Path, told: Told | None = None, **options: Any) -> Listing:
+def listed(path: Path, told: CollectedWarnings | None = None, **options: Any) -> Listing:
     """The listing of a source, and what is remarked of it."""
     listing = list_source(SourceConfig(path=str(path), **options), told or Silent())
     if told is not None:
@@ -93,7 +93,7 @@ def test_postscript_is_never_run() -> None:
 def test_what_is_left_out_is_counted_by_extension(tmp_path: Path) -> None:
     write(tmp_path, "a/1.png", "a/1.txt", "a/2.txt", "b/1.png", "b/list", "b/x.unknown", "notes.TXT")
     write(tmp_path, "a/.hidden/1.png", "__MACOSX/a/1.png", "a/@eaDir/1.png/THUMB.jpg")
-    told = Told()
+    told = CollectedWarnings()
     listing = listed(tmp_path, told)
     assert listing.left_out == {".txt": 3, "": 1, ".unknown": 1}
     assert len(listing) == 2
@@ -127,7 +127,7 @@ def test_a_class_folder_without_an_image_is_refused_by_name(tmp_path: Path) -> N
 
 def test_empty_classes_keep_their_place_where_that_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path, "ant/1.png", "bee/1.txt", "cat/1.png")
-    told = Told()
+    told = CollectedWarnings()
     listing = listed(tmp_path, told, allow_empty_classes=True)
     assert listing.classes == ("ant", "bee", "cat")
     assert listing.class_counts.tolist() == [1, 0, 1]
@@ -167,7 +167,7 @@ LAYOUTS = ["folder", "webdataset", "parquet", "labels.csv", "labels.json", "labe
 def test_numbers_that_occur_are_the_classes_in_every_layout(layout: str, numbers: Any, tmp_path: Path) -> None:
     """Numbered in order of their value, named by themselves, none without images."""
     labels = [*numbers, *reversed(numbers)]
-    told = Told()
+    told = CollectedWarnings()
     options = {"labels": layout} if layout.endswith(("tsv", "txt")) else {}
     listing = listed(write_numbered(tmp_path / "source", layout, labels), told, **options)
     assert listing.classes == tuple(map(str, numbers))
@@ -182,7 +182,7 @@ def test_numbers_that_occur_are_the_classes_in_every_layout(layout: str, numbers
 def test_names_that_come_with_the_labels_keep_their_places(tmp_path: Path) -> None:
     folder = write_numbered(tmp_path / "source", "webdataset", [0, 2, 2])
     (folder / "classes.json").write_text('["cat", "dog", "emu"]')
-    told = Told()
+    told = CollectedWarnings()
     listing = listed(folder, told)
     assert listing.classes == ("cat", "dog", "emu")
     assert listing.class_counts.tolist() == [1, 0, 2]
@@ -192,7 +192,7 @@ def test_names_that_come_with_the_labels_keep_their_places(tmp_path: Path) -> No
 
 def test_a_limit_below_the_number_of_classes_is_told(tmp_path: Path) -> None:
     write(tmp_path, *(f"c{k}/{i}.png" for k in range(4) for i in range(4)))
-    told = Told()
+    told = CollectedWarnings()
     listing = listed(tmp_path, told, limit=3)
     assert listing.classes == ("c0", "c1", "c2", "c3")
     assert "1 of 4 classes have no images: 'c3'" in told.warnings[0]
@@ -290,7 +290,7 @@ def test_declared_names_that_occur_twice_keep_their_places(tmp_path: Path) -> No
     """ImageNet has two classes `crane`."""
     folder = write_numbered(tmp_path / "source", "webdataset", [0, 1, 2])
     (folder / "classes.json").write_text('["crane", "dog", "crane"]')
-    told = Told()
+    told = CollectedWarnings()
     listing = listed(folder, told)
     assert listing.classes == ("crane", "dog", "crane")
     assert listing.class_counts.tolist() == [1, 1, 1]
@@ -366,7 +366,7 @@ def test_labels_in_another_encoding_are_refused(tmp_path: Path) -> None:
 
 def test_classes_that_differ_in_case_are_told(tmp_path: Path) -> None:
     write(tmp_path, "Cat/1.png", "cat/1.png", "dog/1.png")
-    told = Told()
+    told = CollectedWarnings()
     assert listed(tmp_path, told).classes == ("Cat", "cat", "dog")
     assert "upper and lower case alone: 'Cat' and 'cat'" in told.warnings[0]
 

@@ -18,7 +18,7 @@ from edt_core.data.images import MAX_PIXELS, center_crop, decode_rgb, encode_ima
 from edt_core.data.shards import read_image_shard
 from edt_core.data.sources import list_source
 from edt_core.errors import UserError
-from edt_core.progress import Silent, Told
+from edt_core.progress import CollectedWarnings, Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.folder import Folder
 from jobs.stages import preprocess
@@ -237,7 +237,7 @@ def test_shards_are_cut_by_bytes_as_well_as_by_count(digits_folder: Path, tmp_pa
 
 
 def test_jpeg_shards_say_what_they_are(digits_folder: Path, tmp_path: Path, here: None) -> None:
-    heard = Told()
+    heard = CollectedWarnings()
     lossy = run(digits_folder, tmp_path / "o", heard, image_format="jpeg", jpeg_quality=80)
     assert lossy.counts["lossless"] is False
     assert lossy.manifest.config["jpeg_quality"] == 80
@@ -329,7 +329,7 @@ def test_classes_that_lose_all_images_and_images_of_two_classes_are_told(tmp_pat
     }.items():
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(data)
-    told = Told()
+    told = CollectedWarnings()
     counts = run(tmp_path / "in", tmp_path / "out", told, images_per_shard=2).manifest.counts
     assert (counts["images"], counts["quarantined"], counts["class_counts"]) == (3, 1, [2, 0, 1])
     assert (counts["under_several_classes"], counts["left_out"]) == (1, {".txt": 1})

@@ -149,7 +149,7 @@ def test_by_flags_a_dry_run_and_a_plan_of_the_file_work(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines.plan import plan
-    from pipelines.setup.dry_run import dry_run
+    from pipelines.setup.dry_run import training_needs
 
     monkeypatch.chdir(tmp_path)
     told = init("--images", str(digits_folder), "--hardware", "cpu", "--yes")
@@ -157,7 +157,7 @@ def test_by_flags_a_dry_run_and_a_plan_of_the_file_work(
     assert "edt doctor edt.yaml" in told
     assert [path.name for path in tmp_path.iterdir()] == ["edt.yaml"]
     config = load_config("edt.yaml")
-    assert "EDT-Tiny/2, 32 px, 4 classes" in dry_run(config)
+    assert "EDT-Tiny/2, 32 px, 4 classes" in training_needs(config)
     assert {step.action for step in plan(config)} == {"run"}
     assert len([line for line in Path("edt.yaml").read_text().splitlines() if "#" in line]) > 10
 

@@ -34,10 +34,10 @@ def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) 
     table = files.table.filter(pc.match_substring(files.table["name"], "/"))
     loose = len(files.table) - len(table)
     if not len(table):
-        told = f" ({by_extension(files.left_out)})" if files.left_out else ""
+        extensions = f" ({by_extension(files.left_out)})" if files.left_out else ""
         raise UserError(
-            f"no images in {place}'s class folders: {files.left_out.total()} other files{told} and {loose} images "
-            f"outside of any class folder found; expected {place}/<class>/<image>, {IMAGES}"
+            f"no images in {place}'s class folders: {files.left_out.total()} other files{extensions} and {loose} "
+            f"images outside of any class folder found; expected {place}/<class>/<image>, {IMAGES}"
             f"{packed([entry.name for entry in entries(place.root)])}"
         )
     if loose:
@@ -82,9 +82,9 @@ def _by_class_folder(
 
 
 def _empty(place: Place, folders: Sequence[bytes], others: Mapping[bytes, Counter[str]]) -> UserError:
-    told = [f"{as_text(folder)!r} ({by_extension(others[folder]) or 'no file'})" for folder in folders]
+    names = [f"{as_text(folder)!r} ({by_extension(others[folder]) or 'no file'})" for folder in folders]
     return UserError(
-        f"{len(folders)} of the class folders in {place} hold no image: {listed(told, ', ')}; bring their images "
+        f"{len(folders)} of the class folders in {place} hold no image: {listed(names, ', ')}; bring their images "
         f"({IMAGES}), remove them, or take them for classes without images with source.allow_empty_classes "
         "(--allow-empty-classes)"
     )

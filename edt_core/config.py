@@ -219,7 +219,7 @@ class TrainConfig(Section):
     num_to_keep: int = runtime(2, ge=1, description="newest checkpoints that are kept, beside the one of least loss")
     preview_every: int | None = runtime(None, ge=1, description="steps between two sample grids; null for none")
     num_workers: int | tuple[int, int] = runtime(
-        1, description="data-parallel workers, or [fewest, most] to go on with as many as the cluster has"
+        1, description="data-parallel workers, or [fewest, most] to continue with as many as the cluster has"
     )
     micro_batch_size: int | None = runtime(
         None, ge=1, description="most samples a worker takes at once; null for its share among the most workers"

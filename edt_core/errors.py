@@ -14,4 +14,4 @@ class UserError(ValueError):
 
 
 class Stopped(RuntimeError):  # noqa: N818  not an error, but a way to end
-    """A job was asked to stop and did, where it can go on later. The message says where; the exit code is 130."""
+    """A job was asked to stop and can be resumed. The message says from where; the exit code is 130."""

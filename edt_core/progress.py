@@ -30,7 +30,7 @@ class Progress(Protocol):
         """Something a person should read that does not stop the job."""
 
     def stopping(self) -> bool:
-        """Whether somebody asked the job to stop where it can go on later. Cheap: answers from what is known."""
+        """Whether the job is asked to stop, at a point from which it can resume. Cheap: nothing is looked up."""
 
 
 class Silent:

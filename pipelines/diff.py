@@ -1,6 +1,6 @@
-"""In which fields two configurations differ, and which steps of a run each of these changes makes anew.
+"""In which fields two configurations differ, and which steps of a run each of these changes rebuilds.
 
-A step is made anew where its fingerprint moves. Fingerprints follow from the configurations alone, but for what lies
+A step is rebuilt if its fingerprint changes. Fingerprints follow from the configurations alone, but for what lies
 outside them: of images and published weights at another place it is taken that they are others.
 """
 
@@ -41,7 +41,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """One field, its JSON value on either side, and the steps that the change makes anew."""
+    """One field, its JSON value on either side, and the steps that the change rebuilds."""
 
     field: str
     a: Any

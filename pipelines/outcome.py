@@ -23,7 +23,7 @@ class Outcome:
     reports: dict[str, Artifact] = field(default_factory=dict)
     metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(default_factory=dict)  # before, after
     failures: dict[str, BaseException] = field(default_factory=dict)
-    stopped: str = ""  # where the run was stopped to go on later, if it was
+    stopped: str = ""  # where the run was stopped, to be resumed later
     executed: int = 0
     reused: int = 0
 

@@ -79,7 +79,7 @@ class Planner:
             return f"no {verb.kind} was made here before"
         nearest = min(told, key=len)
         more = f" and {len(nearest) - _SHOWN} more" if len(nearest) > _SHOWN else ""
-        return (", ".join(nearest[:_SHOWN]) or "it is there no more") + more
+        return (", ".join(nearest[:_SHOWN]) or "the artifact is gone") + more
 
 
 def plan(config: PipelineConfig, catalog: Catalog | None = None) -> list[PlannedStep]:

@@ -21,7 +21,7 @@ def write_digits(root: Path) -> Path:
     """Write the digits (8x8, 17 grey levels) as an image folder, one folder a class, unless they are there.
 
     Returns `root`. The folder appears whole: a writer that dies leaves nothing at `root`. One from which digits are
-    missing is written anew; raises UserError where it holds anything else.
+    missing is rewritten; raises UserError where it holds anything else.
     """
     if _complete(root):
         return root

@@ -1,6 +1,6 @@
 """Latent shards: an image's and its mirror image's posterior, one Arrow row an image.
 
-Format: Arrow IPC *file* format, never the stream format (a stream cut at a message boundary reads short in silence).
+Format: Arrow IPC *file* format, never the stream format (a stream cut at a message boundary reads short silently).
 Columns: `key` string, `label` int64, and `posterior`, `mirror_posterior`, fixed-size lists float32[2*C*h*h]: mean, then
 std, of the autoencoder before scaling. Record batches hold LATENT_ROWS_PER_BATCH rows, the last one the rest. The
 schema's metadata says which autoencoder, scale (see `edt_core.data.scale`), image size, latent shape and source shard.
@@ -247,7 +247,7 @@ class LatentDataset:
     """All latent shards of an artifact as one indexable table, in order of shard and row.
 
     Raises UserError for shards of different encodings, for one given twice, and for shards out of order: the order of
-    training data is one of row numbers, and would be another in silence.
+    training data is one of row numbers, and would silently be another.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:

@@ -166,7 +166,7 @@ class LatentLoader:
             self._ahead = prefetched(latent_batches(self.dataset, self.plan, self.step), self.prefetch)
         try:
             batch = next(self._ahead)
-        except BaseException:  # a generator that raised is spent: asked again, it would end the training in silence
+        except BaseException:  # a generator that raised is spent: asked again, it would silently end the training
             self.close()
             raise
         self.step = batch.step + 1
@@ -185,7 +185,7 @@ class LatentLoader:
         ]
         if different:
             raise UserError(
-                f"the loader's state has {', '.join(different)}: going on would repeat and miss samples; resume with "
+                f"the loader's state has {', '.join(different)}: resuming would repeat and miss samples; resume with "
                 "the seed, batch and latents of the interrupted run, or start a new one"
             )
         self.close()

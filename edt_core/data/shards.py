@@ -80,7 +80,7 @@ def write_image_shard(path: Path, samples: Iterable[ImageSample], image_format: 
 def read_image_shard(path: Path) -> Iterator[ImageSample]:
     """Yield the samples of an image shard in order, one in memory at a time.
 
-    Raises UserError where a sample lacks a member. A tar that was cut may end early in silence: check the digest before
+    Raises UserError where a sample lacks a member. A tar that was cut may end early silently: check the digest before
     or the number of samples after.
     """
     for key, members in read_tar(path):
@@ -100,7 +100,7 @@ def load_images(
     """The images of the shards in memory: uint8 [N, S, S, 3] and labels int64 [N].
 
     Above `limit` images, that many are taken at even distances: shards are sorted by class. Raises UserError if the
-    shards do not hold the `stated` number: a tar that was cut reads short in silence.
+    shards do not hold the `stated` number: a tar that was cut reads short silently.
     """
     wanted = stated if limit is None else limit
     pixels: list[NDArray[np.uint8]] = []

@@ -3,7 +3,7 @@
 It promises less than `latent_batches` does:
 - Each epoch takes each sample once, over all ranks, but a rank shuffles only the order of its shards and, within a
   buffer, their samples. Samples of one shard stay near each other.
-- The order hangs on the number of ranks as well as on the seed. Ranks whose shards hold more samples are in an earlier
+- The order depends on the number of ranks and on the seed. Ranks whose shards hold more samples are in an earlier
   epoch than the others at the same step.
 - A shard is known to be whole only once it was read to its end: the step that finds damage fails, but steps before it
   may have used samples of the damaged shard.

@@ -22,7 +22,7 @@ class DiffusionTransformer(nn.Module, ABC):
     """Predicts noise and variance of noised latents, given timestep and label.
 
     The keys and shapes of the state dict are those of the authors' published checkpoints. A model draws no
-    random numbers in `forward`: labels are dropped, and masks drawn, by whoever trains it.
+    random numbers in `forward`: labels are dropped, and masks drawn, by the training.
 
     `config` tells how AMM is set now, `built_config` how it was when the model was built. With
     `activation_checkpointing` set, training keeps the input of each block and computes the rest again in the

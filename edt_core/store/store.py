@@ -96,7 +96,7 @@ class Store:
                 yield
         except Timeout as error:
             raise UserError(
-                f"a run is going on in {self.root.uri}, and what it has found there must stay; clean up when it "
+                f"a run is in progress in {self.root.uri}, and what it has found there must stay; clean up when it "
                 "has ended"
             ) from error
 

@@ -36,10 +36,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a training needs to go on: `step` steps are done.
+    """Everything a training needs to resume: `step` steps are done.
 
     `tensors` are named tensors by file name, `state` is plain JSON. `score` is the mean loss since the checkpoint
-    before; a checkpoint is `regular` if an uninterrupted training writes it too, and not only a place to go on from.
+    before; a checkpoint is `regular` if an uninterrupted training writes it too, and not only a place to resume from.
     """
 
     step: int

@@ -19,7 +19,7 @@ class Request(Enum):
     """What the world wants of a training between two steps."""
 
     NOTHING = 0
-    SAVE = 1  # a node is about to go: write a checkpoint and go on
+    SAVE = 1  # a node is about to go: write a checkpoint and continue
     STOP = 2  # write a checkpoint and end
 
 

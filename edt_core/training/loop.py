@@ -274,7 +274,7 @@ def _roll_back(training: Training, trouble: NotFiniteError) -> None:
     state.rollbacks, state.skipped, state.seconds = rollbacks, skipped, seconds
     if context.ranks.rank == 0:
         context.warn(
-            f"{trouble}; rolled back to step {state.step}, going on without step {trouble.step} "
+            f"{trouble}; rolled back to step {state.step}, continuing without step {trouble.step} "
             f"(rollback {rollbacks} of at most {config.max_rollbacks})"
         )
         context.report({"rollbacks": float(rollbacks)}, trouble.step)

@@ -136,6 +136,6 @@ def _require_same(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     ]
     if different:
         raise UserError(
-            f"the checkpoint is of a training with {', '.join(different)}: going on would be neither the one nor the "
+            f"the checkpoint is of a training with {', '.join(different)}: resuming would be neither the one nor the "
             "other; resume with its configuration, or start a new training"
         )

@@ -98,7 +98,7 @@ class CheckpointStore:
                 self.remove(step)
         instead = "the start" if found is None else f"{self.folder.uri}/{checkpoint_name(found)}"
         for reason in reasons:
-            self.warn(f"a checkpoint cannot be used: {reason}; going on from {instead} instead")
+            self.warn(f"a checkpoint cannot be used: {reason}; resuming from {instead} instead")
         return found
 
     def load(self, step: int) -> Checkpoint:

@@ -1,7 +1,7 @@
 """A model measured from end to end: samples, reference, metrics; once, or over a grid of sampling settings.
 
 Everything is an artifact of the folder that is given, by kind and fingerprint: what is there already is reused, and
-what was killed goes on where it was.
+what was killed resumes where it was.
 """
 
 import argparse

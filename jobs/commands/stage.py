@@ -19,7 +19,7 @@ from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.stage import Input, Verb
 
-_OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run to go on with"
+_OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run to resume"
 
 
 def main(stage: Verb, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -145,11 +145,11 @@ class _Remote:
         except Exception as error:
             raise UserError(f"{self.title}: its files cannot be listed ({error})") from error
         if depth > _DEEPEST or len(found) > _MOST_FILES:
-            raise UserError(f"{self.title} lists more files or folders than any model has; register it anew")
+            raise UserError(f"{self.title} lists more files or folders than any model has; register it again")
         for info in found:
             name = safe_name(info.path)
             if PurePosixPath(name).parent != PurePosixPath(folder):
-                raise UserError(f"{self.title}: the store lists {name!r} in {folder!r}; register it anew")
+                raise UserError(f"{self.title}: the store lists {name!r} in {folder!r}; register it again")
             if info.is_dir:
                 yield from self._walk(name, depth + 1)
             else:
@@ -161,7 +161,9 @@ def _stated_digests(remote: _Remote, needed: bool) -> dict[str, str] | None:
     if remote.tag is None:
         if not needed:
             return None
-        raise UserError(f"{remote.title} was registered without digests, so nobody can check its files; register anew")
+        raise UserError(
+            f"{remote.title} was registered without digests, so nobody can check its files; register it again"
+        )
     with tempfile.TemporaryDirectory(prefix="edt-") as folder:
         path = Path(folder) / DIGESTS
         remote.download(DIGESTS, path)
@@ -182,7 +184,7 @@ def _compare(there: Mapping[str, str], stated: Mapping[str, str]) -> list[str]:
 
 
 def _damaged(version: Any, problems: list[str]) -> UserError:
-    return UserError(f"{title(version)} is damaged: {listing(problems)}; take another version or register it anew")
+    return UserError(f"{title(version)} is damaged: {listing(problems)}; take another version or register it again")
 
 
 def _check_pulled(client: "MlflowClient", version: Any, folder: Path) -> None:

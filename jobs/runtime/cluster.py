@@ -204,8 +204,8 @@ def pooled(
 
     An item goes to an actor that has its place and has room, so one placed actor is enough to finish: pools that share
     a full cluster do not wait for each other, nor for a node that does not come back. The items of a lost actor are
-    done by whoever has room, and another actor takes its place when there is one. With a `depth` above 1 an actor has
-    that many items at once, each in a thread: their stages overlap.
+    done by an actor that has room, and another actor takes its place when there is one. With a `depth` above 1 an actor
+    has that many items at once, each in a thread: their stages overlap.
     Raises what `work` raises, and RayActorError for an item whose actor was lost more than MAX_RETRIES times.
     """
     pool = _Pool(lambda: ray.remote(_Holder).options(max_concurrency=depth, **options).remote(make, arguments), depth)

@@ -22,7 +22,7 @@ def exit_code() -> Iterator[None]:
         with term_interrupts():
             yield
     except KeyboardInterrupt:
-        say("stopped; what is finished is kept, run the same command again to go on", err=True)
+        say("stopped; finished work is kept. Rerun the same command to resume", err=True)
         sys.exit(130)
     except Exception as error:
         cause: BaseException = error
@@ -31,6 +31,6 @@ def exit_code() -> Iterator[None]:
 
             cause = cause_of(error)
         if isinstance(cause, Stopped):
-            say(f"{cause}; run the same command again to go on", err=True)
+            say(f"{cause}; rerun the same command to resume", err=True)
             sys.exit(130)
         sys.exit(tell_failure(cause, raised=error))

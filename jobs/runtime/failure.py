@@ -14,7 +14,7 @@ from edt_core.printing.redaction import redacted
 from edt_core.store.errors import UNUSABLE_PATHS
 
 _LONGEST = 400  # characters of a cause: some libraries put a page into a message
-_GO_ON = "what is finished is kept: the same command goes on from there"
+_GO_ON = "finished work is kept: rerun the same command to resume"
 
 
 @dataclass(frozen=True)

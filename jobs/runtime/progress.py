@@ -1,4 +1,4 @@
-"""Progress across processes: workers report to a Ray actor, and whoever waits shows what it holds."""
+"""Progress across processes: workers report to a Ray actor, and the process that waits shows what it holds."""
 
 import signal
 import sys
@@ -19,7 +19,7 @@ STOPPING = "stopping: the training writes a checkpoint; Ctrl-C again to stop at 
 
 
 class Shown(NamedTuple):
-    """How far one step is, for whoever shows it."""
+    """How far one step is, for the program that shows it."""
 
     done: int
     total: int
@@ -250,7 +250,7 @@ class Bar(Printed):
 def relayed(verb: str, shown: Progress) -> Iterator[BoardProgress]:
     """A `Progress` for jobs whose workers are other processes; what they tell is shown here.
 
-    The first Ctrl-C asks a job that listens to stop where it can go on later.
+    The first Ctrl-C asks a job that listens to stop at a point from which it can resume.
     """
     import ray
     import ray.exceptions

@@ -1,7 +1,7 @@
 """sample: draw labelled images from a checkpoint's EMA weights and keep their features, in units of fixed size.
 
 Label and noise of sample i are functions of (seed, i): neither the number of workers nor the order of units moves a
-result. Each unit is one file, so a killed run goes on where it was. Repeat r has the samples of seed + r.
+result. Each unit is one file, so a killed run resumes where it was. Repeat r has the samples of seed + r.
 """
 
 import threading
@@ -193,8 +193,8 @@ def check_autoencoder(inputs: Mapping[str, Artifact | Source]) -> None:
     if trained_with not in (here, None):
         raise UserError(
             f"the checkpoint was trained on latents of autoencoder {trained_with[:12]}, but this one is {here[:12]}: "
-            "another, or made anew with other weights; give the one of the training, or remove the manifests of "
-            "latents and checkpoint to make them anew"
+            "another, or rebuilt with other weights; give the one of the training, or remove the manifests of "
+            "latents and checkpoint to rebuild them"
         )
     autoencoder.check_checkpoint_scale(artifact(inputs, "checkpoint"), artifact(inputs, "autoencoder"))
 

@@ -150,7 +150,7 @@ def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, pr
         except ActorDiedError as error:
             if run == MAX_RETRIES:
                 raise
-            progress.warn(f"Ray Train's controller was lost ({str(error).splitlines()[0]}); going on with a new one")
+            progress.warn(f"Ray Train's controller was lost ({str(error).splitlines()[0]}); continuing with a new one")
             free_place_of(error.actor_id)
         except Exception:
             _raise_verdict(out)

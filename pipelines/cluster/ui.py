@@ -1,4 +1,4 @@
-"""The MLflow UI of a store: links to runs, and a server that is started for it and goes with whoever asked."""
+"""The MLflow UI of a store: links to runs, and a server that is started for it and ends with the process that asked."""
 
 import errno
 import os
@@ -119,7 +119,7 @@ def stop(process: "subprocess.Popen[bytes]", seconds: float = _STOP_SECONDS) -> 
 
 
 def has_display() -> bool:
-    """Whether a browser can be shown to whoever sits here."""
+    """Whether a browser can be opened on this machine."""
     if os.environ.get("SSH_CONNECTION"):
         return False
     if sys.platform in ("darwin", "win32"):

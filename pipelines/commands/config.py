@@ -107,7 +107,7 @@ def diff(
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell in which fields two differ, and which steps each change makes anew.
+    """Tell in which fields two differ, and which steps each change rebuilds.
 
     \b
     Examples:
@@ -126,10 +126,10 @@ def diff(
     rows = [difference.as_row() for difference in differences(*sides)]
     models = {model for side in sides for model in side.config.models}
     shown = rows if as_json else [_shown(row, models) for row in rows]
-    print_rows(shown, ("field", "a", "b", "made anew"), as_json, none="no field differs")
+    print_rows(shown, ("field", "a", "b", "rebuilt"), as_json, none="no field differs")
     if not as_json and rows:
         anew = made_anew(*sides)
-        say(f"\n{len(anew)} of {len(outline(sides[1].config))} steps are made anew where A has been run")
+        say(f"\n{len(anew)} of {len(outline(sides[1].config))} steps are rebuilt if A has been run")
 
 
 def _shown(row: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:
@@ -138,7 +138,7 @@ def _shown(row: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:
     steps = dict.fromkeys(_role(step, models) for step in row["steps"])
     more = f" and {len(steps) - _STEPS_SHOWN} more" if len(steps) > _STEPS_SHOWN else ""
     anew = ", ".join([*steps][:_STEPS_SHOWN]) + more if steps else "nothing"
-    return {"field": row["field"], "a": shown(row["a"]), "b": shown(row["b"]), "made anew": anew}
+    return {"field": row["field"], "a": shown(row["a"]), "b": shown(row["b"]), "rebuilt": anew}
 
 
 def _role(step: str, models: Collection[str]) -> str:

@@ -123,7 +123,7 @@ def pause(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def resume(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
-    """Let a paused schedule go on with its next tick.
+    """Resume a paused schedule at its next tick.
 
     \b
     Examples:
@@ -136,7 +136,7 @@ def resume(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def remove(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
-    """Forget a schedule; a run that goes on and the records of its ticks stay.
+    """Forget a schedule; a run in progress and the records of its ticks stay.
 
     \b
     Examples:

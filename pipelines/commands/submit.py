@@ -31,7 +31,7 @@ def submit(
     follow: Annotated[
         str | None, typer.Option(metavar="JOB", help="come back to a job: its log from the start")
     ] = None,
-    stop: Annotated[str | None, typer.Option(metavar="JOB", help="stop a job where it can go on later")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="stop a job so that it can be resumed")] = None,
     list_: Annotated[bool, typer.Option("--list", help="list the pipelines submitted to this cluster")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,7 +76,7 @@ def _follow(cluster: "Cluster", job: str) -> None:
     try:
         status, message = cluster.follow(job, lambda text: say(without_colours(text), nl=False))
     except KeyboardInterrupt:
-        say(f"\n{job} goes on without you\n{_how_to_return(job, cluster.address)}")
+        say(f"\n{job} continues in the cluster\n{_how_to_return(job, cluster.address)}")
         raise typer.Exit(130) from None
     succeeded = status == "SUCCEEDED"
     reason = "" if succeeded else f": {message.strip().splitlines()[0] if message.strip() else 'no reason given'}"
@@ -95,7 +95,7 @@ def _command(config: str, assignments: Sequence[str], store: str | None, address
 
 def _tell_go_on(cluster: "Cluster", job: str) -> None:
     if command := cluster.go_on(job):
-        say(f"to go on    {command}")
+        say(f"to resume   {command}")
 
 
 def _how_to_return(job: str, address: str) -> str:

@@ -40,7 +40,7 @@ def ui(
     if port is None and chosen != DEFAULT_PORT:
         say(f"port {DEFAULT_PORT} is taken: using {chosen}", err=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
-        say(f"warning: whoever reaches {host}:{chosen} can read and change all of it: MLflow asks nobody", err=True)
+        say(f"warning: anyone who reaches {host}:{chosen} can read and change all of it: MLflow asks nobody", err=True)
     folder = _folder(catalog.tracking_uri, store)
     say("starting MLflow ...", err=True)
     try:

@@ -42,7 +42,8 @@ def run(
         bool, typer.Option("--dry-run", help="tell what the trainings would take, and start nothing")
     ] = False,
     no_overlap: Annotated[
-        bool, typer.Option("--no-overlap", help="start nothing while a run of this pipeline goes on in this store")
+        bool,
+        typer.Option("--no-overlap", help="start nothing while a run of this pipeline is in progress in this store"),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -126,12 +127,12 @@ def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
             yield
     except Taken as taken:
         tell_scheduler(OVERLAP)
-        say(f"a run of {config.name} in {config.store} is going on ({taken}); nothing was started")
+        say(f"a run of {config.name} in {config.store} is in progress ({taken}); nothing was started")
         raise typer.Exit(0) from None
 
 
 def _warn_of_loss() -> None:
-    say("warning: this run was taken for dead, and another one of its pipeline may go on beside it", err=True)
+    say("warning: this run was taken for dead, and another run of its pipeline may be in progress", err=True)
 
 
 def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
@@ -182,7 +183,7 @@ def tell_stopped(terminal: "Terminal", how: str) -> None:
 
     terminal.freeze()
     command = os.environ.get(GO_ON) or shlex.join(["edt", *sys.argv[1:]])
-    terminal.say(f"\n{how}; what is finished is kept. To go on:\n  {command}", "yellow")
+    terminal.say(f"\n{how}; finished work is kept. To resume:\n  {command}", "yellow")
 
 
 def exit_code(outcome: "Outcome") -> int:
@@ -251,7 +252,9 @@ def reproduce(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     address: Address = None,
-    other_code: Annotated[bool, typer.Option("--other-code", help="go on where the code is another version")] = False,
+    other_code: Annotated[
+        bool, typer.Option("--other-code", help="continue although the code is another version")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Do a run again from its MLflow record alone, and compare every artifact.

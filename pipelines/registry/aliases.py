@@ -73,7 +73,7 @@ def rollback(catalog: Catalog, name: str) -> tuple[Any, Any]:
 
 
 def alone(store: str, name: str) -> AbstractContextManager[object]:
-    """Held by whoever moves the aliases of a model, of all that share a local store."""
+    """Held by the process that moves the aliases of a model, of all that share a local store."""
     from edt_core.store.folder import Folder
     from edt_core.store.store import Store
 

@@ -112,6 +112,6 @@ def _check_ended(store: Store, catalog: Catalog, request: Request) -> None:
     going = [run.info.run_id for run in workflow_runs(catalog) if run.info.status == "RUNNING"]
     if going:
         raise UserError(
-            f"{len(going)} runs are going on or were killed ({', '.join(going[:3])}), and a remote store cannot "
+            f"{len(going)} runs are in progress or were killed ({', '.join(going[:3])}), and a remote store cannot "
             "tell who uses it; wait for them, or give --force if none is"
         )

@@ -1,7 +1,7 @@
 """What the registry tells a report: the version's own record, and the champions that were before it.
 
 All of it goes into the report's fingerprint. So only what stays is taken: decisions as they were recorded, values, and
-times of registration; a version that was deleted since is missed, and the report written anew.
+times of registration; a version that was deleted since is missed, and the report is rewritten.
 """
 
 import math

@@ -18,7 +18,7 @@ from edt_core.store.errors import clear_read_errors
 from edt_core.store.folder import Folder
 from pipelines.schedule.cron import Cron
 
-OVERLAP = "skipped: a run is going on"
+OVERLAP = "skipped: a run is in progress"
 UNCHANGED = "skipped: data unchanged"
 SERVER_LEASE = "schedules"
 _RESULT_FILE = "EDT_SCHEDULE_RESULT"  # names the file in which a run tells its scheduler what it came to

@@ -1,6 +1,6 @@
 """The server that starts a store's schedules when their time comes, each run in a process of its own.
 
-A state file a schedule says what was handled and what is going on, so that a server that is killed at any moment is
+A state file a schedule says what was handled and what is in progress, so that a server that is killed at any moment is
 followed by one that neither starts a run twice nor forgets a tick. A run keeps a locked file open for as long as it
 lives, which tells the next server whether a run it did not start goes on.
 """
@@ -228,7 +228,7 @@ class Server:
             return
         if _is_held(self._alive_path(name)):
             self._pids[name] = tick.pid or 0
-            self._tell(name, f"the run of {_iso(tick.tick)} goes on (process {tick.pid})")
+            self._tell(name, f"the run of {_iso(tick.tick)} continues (process {tick.pid})")
             try:
                 while _is_held(self._alive_path(name)):
                     time.sleep(min(self.poll_s, 1.0))
@@ -271,14 +271,16 @@ class Server:
             self.schedules.write_state(name, state)
 
     def _stop_runs(self) -> None:
-        """Ask the runs to stop where they can go on later, and wait for them."""
+        """Ask the runs to stop at a point from which they can resume, and wait for them."""
         if pids := dict(self._pids):
-            self.say(f"stopping {len(pids)} run(s); the next server goes on with them; once more to leave at once")
+            self.say(
+                f"stopping {len(pids)} run(s); the next server takes them over; press Ctrl-C again to leave immediately"
+            )
             for pid in pids.values():
                 self._interrupt(pid)
         while self._pids:
             time.sleep(0.1)
-        self.say("stopped; no run goes on")
+        self.say("stopped; no run is in progress")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signals.append(number)

@@ -36,7 +36,7 @@ def python(patient: Patient) -> Found:
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "ray", "mlflow", "diffusers") if name in found)
     version = f"Python {platform.python_version()} ({versions})"
     if sys.version_info < _OLDEST_PYTHON:
-        return "fail", version, "install Python 3.11 or newer and make the virtual environment anew"
+        return "fail", version, "install Python 3.11 or newer and recreate the virtual environment"
     return "ok", version, ""
 
 
@@ -153,7 +153,7 @@ def images(patient: Patient) -> Found:
     summary = f"{number:,} images of {classes} classes ({source.kind}{f', {source.path}' if source.path else ''})"
     summary = ". ".join([summary, *found.remarks])
     if number < 1000:
-        return "warn", summary, "a model of any size learns so few by heart; good for a trial"
+        return "warn", summary, "a model of any size memorises so few images; good for a trial"
     if found.remarks:
         return "warn", summary, "see whether that is what is meant"
     return "ok", summary, ""

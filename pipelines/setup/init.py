@@ -182,7 +182,7 @@ def notes(answers: Answers, machine: Hardware) -> list[str]:
     """What the answers make doubtful, though it can be tried."""
     remarks = list(answers.images.remarks)
     if answers.images.images < _FEW_IMAGES:
-        remarks.append(f"{answers.images.images} images are few: a model of any size learns them by heart")
+        remarks.append(f"{answers.images.images} images are few: a model of any size memorises them")
     if answers.images.sides and answers.image_size > answers.images.side:
         remarks.append(
             f"most images are smaller than {answers.image_size} px ({answers.images.side}): they are enlarged"
@@ -329,7 +329,7 @@ def _micro_batch(answers: Answers, machine: Hardware, batch: int) -> int | None:
 
 
 def summary(answers: Answers) -> Mapping[str, str]:
-    """The answers in a few words, for whoever did not look into the file."""
+    """The answers in a few words, for a reader who did not open the file."""
     return {
         "images": str(answers.images),
         "model": f"{answers.model} at {answers.image_size} px on {hardware_name(answers.gpus)}",

@@ -1,1 +1,1 @@
-"""What a person sees while a run goes on, and its log."""
+"""What a person sees during a run, and its log."""

@@ -96,7 +96,7 @@ class RunLog:
                 self._replace(clean)
 
     def _replace(self, text: str) -> None:
-        """Write it anew, whole or not at all."""
+        """Rewrite it atomically."""
         cleaned = self.path.with_suffix(".cleaned")
         cleaned.unlink(missing_ok=True)
         cleaned.touch(mode=FILE_MODE, exist_ok=False)

@@ -238,7 +238,7 @@ def test_where_all_are_damaged_it_is_the_start(tmp_path: Path) -> None:
         flipped(place(tmp_path, step) / EMA_WEIGHTS)
     assert store.newest() is None
     assert [step for step in (4, 8) if any(checkpoint_name(step) in warning for warning in warnings)] == [4, 8]
-    assert all("going on from the start instead" in warning for warning in warnings)
+    assert all("resuming from the start instead" in warning for warning in warnings)
     assert store.steps() == []
     assert journalled_steps(tmp_path) == set()
 

@@ -259,7 +259,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
     with pytest.raises(UserError, match=f"training with {name} .* instead of") as caught:
         train(with_options({name: value}), speck, dataset, LocalContext(tmp_path))
     others = set(TrainConfig.model_fields) - {name}
-    assert not [other for other in others if f"{other} " in str(caught.value).split("going on")[0]]
+    assert not [other for other in others if f"{other} " in str(caught.value).split("resuming")[0]]
     assert {step: contents(place(tmp_path, step)) for step in steps_on_disk(tmp_path)} == before
 
 

@@ -74,4 +74,4 @@ def test_a_loss_that_stays_not_finite_fails_with_its_story(tmp_path: Path, train
     assert not isinstance(caught.value, UserError)
     warnings = heard.read_text()
     assert "the loss of step 0 is not finite for 8 of 8 samples: rows " in warnings
-    assert "rolled back to step 0, going on without step 0 (rollback 1 of at most 1)" in warnings
+    assert "rolled back to step 0, continuing without step 0 (rollback 1 of at most 1)" in warnings

@@ -82,7 +82,7 @@ def test_nothing_goes_while_a_run_uses_the_store(store: Store, catalog: Catalog)
     try:
         assert began.wait(300)
         assert len(plan(store, catalog, Request(1)).garbage) == 5
-        with pytest.raises(UserError, match="a run is going on in"):
+        with pytest.raises(UserError, match="a run is in progress in"):
             gc(store, catalog)
         with store.in_use():  # two runs do not mind each other
             pass

@@ -447,7 +447,7 @@ def test_a_killed_server_is_followed_by_one_that_starts_nothing_twice(
     waited = []
 
     def say(text: str) -> None:
-        if "goes on (process" in text:
+        if "continues (process" in text:
             waited.append(starts(store))
             (store.parent / "go").touch()
 
@@ -562,7 +562,7 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(store: Path) -> None:
     with held(Folder.at(store), run_lease("quickstart"), this_process()):
         done = edt("run", "quickstart", "--no-overlap", "--store", str(store), cwd=store)
         assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done
-        assert f"is going on (process {os.getpid()} on" in done.stdout
+        assert f"is in progress (process {os.getpid()} on" in done.stdout
         serve_until_recorded(store)
     assert last_of(store).outcome == OVERLAP
     (run,) = recorded(store)

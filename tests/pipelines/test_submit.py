@@ -295,7 +295,7 @@ def test_a_run_that_goes_on_is_not_started_again_by_a_job(cluster: str, tmp_path
     with held(Folder.at(tmp_path / "s"), run_lease("quickstart"), this_process()):
         done = edt("submit", "quickstart", *options, cwd=tmp_path, RAY_ADDRESS="http://127.0.0.1:9")
     assert done.returncode == 0, done
-    assert "is going on" in done.stdout
+    assert "is in progress" in done.stdout
 
 
 @pytest.mark.ray
@@ -319,7 +319,7 @@ def test_a_pipeline_is_submitted_left_come_back_to_and_succeeds(cluster: str, tm
     follower.send_signal(signal.SIGINT)
     rest = follower.communicate()[0]
     assert follower.returncode == 130
-    assert "small goes on without you" in rest
+    assert "small continues in the cluster" in rest
     listed = edt("submit", "--list", "--address", cluster, cwd=tmp_path).stdout
     assert re.search(r"^small +quickstart +RUNNING", listed, re.MULTILINE), listed
     back = edt("submit", "--follow", "small", "--address", cluster, cwd=tmp_path)
@@ -344,7 +344,7 @@ def test_the_submitter_is_told_the_command_that_goes_on(monkeypatch: pytest.Monk
     said: list[str] = []
     monkeypatch.setenv("EDT_GO_ON", told)
     tell_stopped(SimpleNamespace(freeze=lambda: None, say=lambda text, style: said.append(text)), "stopped")
-    assert said == [f"\nstopped; what is finished is kept. To go on:\n  {told}"]
+    assert said == [f"\nstopped; finished work is kept. To resume:\n  {told}"]
 
 
 def test_a_job_that_ray_would_kill_too_soon_is_warned() -> None:

@@ -69,7 +69,7 @@ def test_ctrl_c_on_a_terminal_leaves_a_training_that_goes_on(first: Outcome, sto
     assert re.search(r"log  \S+/store/logs/run-\S+\.log", shown)
     assert "the training writes a checkpoint" in shown
     assert re.search(r"train edt-tiny-digits-32 +stopped +stopped at step [1-9]", shown)
-    told = " ".join(shown.partition("To go on:")[2].split())
+    told = " ".join(shown.partition("To resume:")[2].split())
     assert shlex.join(["edt", "run", *arguments[:2]]) in told
     assert not re.search(r"Traceback|raylet|\(\w+ pid=", shown)
     plan = edt("plan", *arguments)

@@ -42,7 +42,7 @@ def doctor(
     loaded = load_config(config, assignments, store)
     quiet_defaults()
     from jobs.runtime.cluster_address import named_address
-    from pipelines.setup.doctor import examine, patient_of
+    from pipelines.setup.doctor import examine, setup_of
     from pipelines.setup.doctor_checks import CHECKS
 
     options = [part for text in assignments for part in ("--set", text)]
@@ -50,7 +50,7 @@ def doctor(
     # Of a named cluster the verdict comes first: a session of this machine takes longest to start.
     checks = {"ray": CHECKS["ray"], **CHECKS} if named_address(address) else CHECKS
     found, console = [], Console(highlight=False, soft_wrap=True)
-    examined = examine(patient_of(loaded, address, tracking_uri, quick), checks)
+    examined = examine(setup_of(loaded, address, tracking_uri, quick), checks)
     with nullcontext() if as_json else console.status("looking; Ray takes longest"):
         for finding in examined:
             found.append(finding)

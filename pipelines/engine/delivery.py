@@ -28,7 +28,7 @@ class UndeliveredError(RuntimeError):
     """What a step reported could not be written to MLflow."""
 
 
-class Shipper:
+class Delivery:
     """Takes what a step reported from the board to the step's run, in order, from entry to exit of its context.
 
     While the server is away everything waits on the board. The exit waits until all is delivered, for `patience_s` at
@@ -43,7 +43,7 @@ class Shipper:
         self._trouble: Exception | None = None
         self._thread = threading.Thread(target=self._follow, name=f"shipper of {step}", daemon=True)
 
-    def __enter__(self) -> "Shipper":
+    def __enter__(self) -> "Delivery":
         self._thread.start()
         return self
 
@@ -146,7 +146,7 @@ def is_refused(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
 
 
-def patient(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+def with_patience(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
     """Call MLflow until it answers, for `patience_s` at most; then, or where it refuses, its error is raised.
 
     The call must be one that can be repeated: that an answer is lost does not say that nothing was done.

@@ -21,7 +21,7 @@ from edt_core.store.store import Store
 from jobs.runtime.cluster import cause_of
 from jobs.runtime.progress import BoardProgress
 from jobs.stages.stage import Input, Verb
-from pipelines.engine.delivery import Shipper, patient, quick_http
+from pipelines.engine.delivery import Delivery, quick_http, with_patience
 from pipelines.tracking.catalog import DATASET_KINDS, Catalog
 from pipelines.tracking.run_record import RunRecord
 
@@ -115,18 +115,18 @@ def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
     catalog = task.catalog
     os.environ["MLFLOW_TRACKING_URI"] = catalog.tracking_uri  # for `models:/` URIs inside the job
     with quick_http():
-        run_id = patient(lambda: catalog.step_run(task.name, task.kind, task.fingerprint, task.parent_run))
+        run_id = with_patience(lambda: catalog.step_run(task.name, task.kind, task.fingerprint, task.parent_run))
         try:
-            patient(lambda: _record_start(task, run_id, inputs))
+            with_patience(lambda: _record_start(task, run_id, inputs))
             progress = BoardProgress(task.name, task.board)
-            with Shipper(task.board, task.name, RunRecord(catalog, run_id)):
+            with Delivery(task.board, task.name, RunRecord(catalog, run_id)):
                 out = task.store.writer(task.kind, task.fingerprint)
                 artifact = task.verb.execute(task.config, inputs, out, progress, mlflow_run_id=run_id)
-            patient(lambda: close_run(catalog, run_id, artifact))
+            with_patience(lambda: close_run(catalog, run_id, artifact))
         except BaseException as error:
             cause = cause_of(error)
             with suppress(Exception):  # the step's own error is the one to raise
-                patient(lambda: _close_unmade(catalog, run_id, cause), _LAST_WORD_S)
+                with_patience(lambda: _close_unmade(catalog, run_id, cause), _LAST_WORD_S)
             raise
     return artifact
 

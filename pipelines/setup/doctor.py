@@ -36,7 +36,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Patient:
+class Setup:
     """What is examined. `images` and `machine` are looked at once, for all checks that ask."""
 
     config: PipelineConfig
@@ -47,17 +47,17 @@ class Patient:
     machine: "Future[Hardware]"
 
 
-Check = Callable[[Patient], tuple[Status, str, str]]
+Check = Callable[[Setup], tuple[Status, str, str]]
 
 
 class NotKnown(Exception):  # noqa: N818  no error: what it rests on is told by another check
     """A check rests on something that could not be found out."""
 
 
-def examine(patient: Patient, checks: Mapping[str, tuple[Check, float]]) -> Iterator[Finding]:
+def examine(setup: Setup, checks: Mapping[str, tuple[Check, float]]) -> Iterator[Finding]:
     """Run checks (name -> check, seconds it may take) side by side, and yield what each found, in their order."""
     started = time.monotonic()
-    running = {name: in_background(partial(check, patient)) for name, (check, _) in checks.items()}
+    running = {name: in_background(partial(check, setup)) for name, (check, _) in checks.items()}
     for name, (_, seconds) in checks.items():
         try:
             left = max(0.0, started + seconds - time.monotonic())
@@ -81,9 +81,9 @@ def _finding(name: str, status: Status, found: str, remedy: str) -> Finding:
     return Finding(name, status, redacted(found), redacted(remedy))
 
 
-def patient_of(config: PipelineConfig, address: str | None, tracking_uri: str | None, quick: bool) -> Patient:
+def setup_of(config: PipelineConfig, address: str | None, tracking_uri: str | None, quick: bool) -> Setup:
     """Somebody's pipeline on this machine; images and machine are being looked at when this returns."""
     from pipelines.setup.dry_run import source_counts
 
     images = in_background(lambda: source_counts(config.source))
-    return Patient(config, address, tracking_uri, quick, images, in_background(this_machine))
+    return Setup(config, address, tracking_uri, quick, images, in_background(this_machine))

@@ -15,7 +15,7 @@ from edt_core.environment import environment
 from edt_core.store.folder import Folder
 from pipelines.config.schema import PipelineConfig
 from pipelines.setup.disk import disk_needs, largest_first, size_text
-from pipelines.setup.doctor import Check, NotKnown, Patient, Status
+from pipelines.setup.doctor import Check, NotKnown, Setup, Status
 from pipelines.setup.doctor_services import autoencoder, features, mlflow, ray
 
 Found = tuple[Status, str, str]
@@ -30,7 +30,7 @@ _EXTRAS = {
 }
 
 
-def python(patient: Patient) -> Found:
+def python(setup: Setup) -> Found:
     """The version, and those of what results depend on."""
     found = environment()
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "ray", "mlflow", "diffusers") if name in found)
@@ -40,9 +40,9 @@ def python(patient: Patient) -> Found:
     return "ok", version, ""
 
 
-def packages(patient: Patient) -> Found:
+def packages(setup: Setup) -> Found:
     """Packages that this configuration needs and a plain installation leaves out."""
-    needed = dict(_needed(patient.config, patient.tracking_uri))
+    needed = dict(_needed(setup.config, setup.tracking_uri))
     missing = {name: extra for name, extra in needed.items() if importlib.util.find_spec(name) is None}
     if missing:
         extras = ",".join(sorted(set(missing.values())))
@@ -78,11 +78,11 @@ def wanted_gpus(config: PipelineConfig) -> int:
     )
 
 
-def device(patient: Patient) -> Found:
+def device(setup: Setup) -> Found:
     """What torch computes on here, against what the configuration wants."""
     from pipelines.setup.hardware import driver
 
-    machine, wanted = patient.machine.result(), wanted_gpus(patient.config)
+    machine, wanted = setup.machine.result(), wanted_gpus(setup.config)
     parts = [f"torch {machine.torch}", str(machine)]
     if machine.gpus:
         number = driver()
@@ -93,8 +93,8 @@ def device(patient: Patient) -> Found:
         ]
         parts += ["bf16" if machine.bf16 else "no bf16"]
     summary = ", ".join(part for part in parts if part)
-    elsewhere = bool(patient.address or os.environ.get("RAY_ADDRESS"))
-    low = {patient.config.train_of(name).precision for name in patient.config.models} & {"bf16"}
+    elsewhere = bool(setup.address or os.environ.get("RAY_ADDRESS"))
+    low = {setup.config.train_of(name).precision for name in setup.config.models} & {"bf16"}
     if wanted > len(machine.gpus) and elsewhere:
         return "ok", f"{summary}; the GPUs are the cluster's", ""
     if wanted > len(machine.gpus):
@@ -116,12 +116,12 @@ def _no_gpu(cuda: str | None) -> str:
     return "run it where they are (--address, edt submit), or set train.use_gpu=false and num_gpus_per_worker=0"
 
 
-def memory(patient: Patient) -> Found:
+def memory(setup: Setup) -> Found:
     """Memory of a training worker, as the dry run estimates it, against what a GPU or this machine has."""
     from edt_core.training.estimate import estimate
 
-    images, classes = counts(patient)
-    machine, config = patient.machine.result(), patient.config
+    images, classes = counts(setup)
+    machine, config = setup.machine.result(), setup.config
     worst, needs = 0.0, []
     for name in config.models:
         train = config.train_of(name)
@@ -136,20 +136,20 @@ def memory(patient: Patient) -> Found:
     return ("warn", "; ".join(needs), f"it is tight: {remedy}") if worst > 0.8 else ("ok", "; ".join(needs), "")
 
 
-def counts(patient: Patient) -> tuple[int, int]:
+def counts(setup: Setup) -> tuple[int, int]:
     """Images and classes. Raises NotKnown: the check of the images says why."""
     try:
-        found = patient.images.result()
+        found = setup.images.result()
     except Exception as error:
         raise NotKnown("not known without the images") from error
     return found.images, found.classes
 
 
-def images(patient: Patient) -> Found:
+def images(setup: Setup) -> Found:
     """The source: listed, not read."""
-    found = patient.images.result()
+    found = setup.images.result()
     number, classes = found.images, found.classes
-    source = patient.config.source
+    source = setup.config.source
     summary = f"{number:,} images of {classes} classes ({source.kind}{f', {source.path}' if source.path else ''})"
     summary = ". ".join([summary, *found.remarks])
     if number < 1000:
@@ -159,22 +159,22 @@ def images(patient: Patient) -> Found:
     return "ok", summary, ""
 
 
-def sizes(patient: Patient) -> Found:
+def sizes(setup: Setup) -> Found:
     """Samples and images against what the metrics need: a run would learn it after the training."""
     from pipelines.config.size_check import size_problems
 
-    number, _ = counts(patient)
-    problems = size_problems(patient.config, number)
+    number, _ = counts(setup)
+    problems = size_problems(setup.config, number)
     if problems:
         summary, _, remedy = problems[0].partition(". ")
         more = f" (and {len(problems) - 1} more: edt plan lists all)" if len(problems) > 1 else ""
         return "fail", f"{summary}{more}", remedy
-    return "ok", f"{patient.config.sample.num_samples:,} samples and {number:,} images are enough for the metrics", ""
+    return "ok", f"{setup.config.sample.num_samples:,} samples and {number:,} images are enough for the metrics", ""
 
 
-def store(patient: Patient) -> Found:
+def store(setup: Setup) -> Found:
     """A file written to the store, read back and removed; folders that this made go again."""
-    folder = Folder.at(patient.config.store)
+    folder = Folder.at(setup.config.store)
     made = _missing_folders(folder)
     name, data = f".doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
@@ -199,9 +199,9 @@ def _missing_folders(folder: Folder) -> list[Path]:
     return [] if root is None else [path for path in (root, *root.parents) if not path.exists()]
 
 
-def disk(patient: Patient) -> Found:
+def disk(setup: Setup) -> Found:
     """Room for everything that the configuration makes; for a remote store, room for this node's copies."""
-    needs, folder = disk_needs(patient.config, *counts(patient)), Folder.at(patient.config.store)
+    needs, folder = disk_needs(setup.config, *counts(setup)), Folder.at(setup.config.store)
     summary = f"{size_text(sum(needs.values()))} at most ({largest_first(needs)})"
     if folder.local is None:
         from edt_core.store.cache import DIRECTORY_VARIABLE, cache_folder
@@ -222,7 +222,7 @@ def disk(patient: Patient) -> Found:
     return "ok", summary, ""
 
 
-def shared_memory(patient: Patient) -> Found:
+def shared_memory(setup: Setup) -> Found:
     """/dev/shm, where Ray and NCCL keep what processes share."""
     place = Path("/dev/shm")
     if not place.is_dir():

@@ -22,7 +22,7 @@ from edt_core.printing.redaction import redacted
 from edt_core.store.folder import Folder
 from jobs.runtime.cluster_address import check_answers, named_address
 from jobs.stages.autoencoder import MLFLOW_SCHEMES
-from pipelines.setup.doctor import Patient, Status
+from pipelines.setup.doctor import Setup, Status
 
 Found = tuple[Status, str, str]
 
@@ -31,12 +31,12 @@ _END_SECONDS = 5
 _PROBE = "edt-doctor-"
 
 
-def mlflow(patient: Patient) -> Found:
+def mlflow(setup: Setup) -> Found:
     """The tracking server or SQLite file: it answers, and takes and gives back an entry of its registry."""
     from jobs.runtime.tracking import SQLITE, own_uri
 
-    folder = Folder.at(patient.config.store)
-    uri = patient.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own_uri(folder)
+    folder = Folder.at(setup.config.store)
+    uri = setup.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own_uri(folder)
     if not uri:
         remedy = "set MLFLOW_TRACKING_URI to your MLflow server: a SQLite file cannot live in an object store"
         return "fail", f"the store {folder.uri} is remote, and no MLflow server is named", remedy
@@ -71,15 +71,15 @@ def _server_version(uri: str) -> str:
     return ""
 
 
-def autoencoder(patient: Patient) -> Found:
+def autoencoder(setup: Setup) -> Found:
     """A published autoencoder: there, and of the shape that the configuration says; its weights are not loaded."""
-    config = patient.config.autoencoder
+    config = setup.config.autoencoder
     if config.pretrained is None:
         return "ok", f"fitted on the images, {config.steps:,} steps", ""
     if config.pretrained.startswith(MLFLOW_SCHEMES):
         from jobs.stages.autoencoder import published_source
 
-        published_source(config, patient.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        published_source(config, setup.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
         return "ok", f"{config.pretrained} is registered", ""
     folder = typed_path(config.pretrained)
     values = _local_config(folder) if folder.is_dir() else _hub_config(config.pretrained)
@@ -161,9 +161,9 @@ def _in_cache(hub_id: str) -> str:
     return "in this machine's cache" if isinstance(weights, str) else "on the hub, downloaded once"
 
 
-def features(patient: Patient) -> Found:
+def features(setup: Setup) -> Found:
     """The networks that samples are compared in: weights that are there, have the stated digest and load."""
-    config = patient.config
+    config = setup.config
     sources = [_weights(space, getattr(config, space)) for space in config.extractors if space in PUBLISHED_SPACES]
     sources += ["a classifier fitted on the images"] if "classifier" in config.extractors else []
     if config.reference_statistics is not None:
@@ -192,10 +192,10 @@ def _weights(space: str, config: ExtractorConfig) -> str:
     return f"{space} {path} of the hub"
 
 
-def ray(patient: Patient) -> Found:
+def ray(setup: Setup) -> Found:
     """A Ray session here, or the cluster at the address: it starts, runs a task, and has what the steps ask for."""
-    config, address = patient.config, named_address(patient.address)
-    if patient.quick and not address:
+    config, address = setup.config, named_address(setup.address)
+    if setup.quick and not address:
         return "ok", "not started (--quick)", ""
     if address:
         try:
@@ -208,7 +208,7 @@ def ray(patient: Patient) -> Found:
     local = [
         str(path) for place in places if place and (path := Folder.at(place).local) and not set("*?[{") & set(place)
     ]
-    probed = _probed(patient.address, config.workers, local)
+    probed = _probed(setup.address, config.workers, local)
     if "error" in probed:
         return "fail", redacted(probed["error"]), _RAY_REMEDY[bool(address)]
     there, nodes = probed["resources"], probed["nodes"]

@@ -20,7 +20,7 @@ from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.outcome import Outcome
 from pipelines.setup import doctor_checks, doctor_services, ray_probe
 from pipelines.setup.disk import disk_needs
-from pipelines.setup.doctor import Finding, Patient, examine
+from pipelines.setup.doctor import Finding, Setup, examine
 from pipelines.setup.dry_run import SourceCounts
 from pipelines.setup.hardware import Hardware
 from tests.support.processes import wait_for
@@ -33,9 +33,9 @@ PATIENCE_S = 500  # a check that is to answer is not cut off on a busy machine
 IMAGENET = ["source.path=/data", "inception.weights=/nowhere.pth"]
 
 
-def patient(
+def setup(
     config: PipelineConfig, *, images: object = (NUM_DIGITS, 10), machine: Hardware = LAPTOP, address: str | None = None
-) -> Patient:
+) -> Setup:
     counted: Future[SourceCounts] = Future()
     if isinstance(images, tuple):
         counted.set_result(SourceCounts(*images))
@@ -44,10 +44,10 @@ def patient(
         counted.set_exception(images)
     found: Future[Hardware] = Future()
     found.set_result(machine)
-    return Patient(config, address, None, True, counted, found)
+    return Setup(config, address, None, True, counted, found)
 
 
-def asked(check: Callable[[Patient], tuple[str, str, str]], who: Patient) -> Finding:
+def asked(check: Callable[[Setup], tuple[str, str, str]], who: Setup) -> Finding:
     """What one check finds, as `edt doctor` tells it."""
     (finding,) = examine(who, {"it": (check, PATIENCE_S)})  # type: ignore[dict-item]
     return finding
@@ -60,14 +60,14 @@ def digits(store: Path, *assignments: str) -> PipelineConfig:
 def test_a_check_that_hangs_or_breaks_leaves_the_others_alone(tmp_path: Path) -> None:
     free = threading.Event()
 
-    def hangs(who: Patient) -> tuple[str, str, str]:
+    def hangs(who: Setup) -> tuple[str, str, str]:
         free.wait()
         return "ok", "", ""
 
-    def breaks(who: Patient) -> tuple[str, str, str]:
+    def breaks(who: Setup) -> tuple[str, str, str]:
         raise RuntimeError("first line\nsecond line")
 
-    def refuses(who: Patient) -> tuple[str, str, str]:
+    def refuses(who: Setup) -> tuple[str, str, str]:
         raise UserError("it is full; free some")
 
     checks = {
@@ -77,7 +77,7 @@ def test_a_check_that_hangs_or_breaks_leaves_the_others_alone(tmp_path: Path) ->
         "good": (lambda who: ("ok", "fine", ""), PATIENCE_S),
     }
     try:
-        found = list(examine(patient(digits(tmp_path)), checks))  # type: ignore[arg-type]
+        found = list(examine(setup(digits(tmp_path)), checks))  # type: ignore[arg-type]
     finally:
         free.set()
     assert [finding.check for finding in found] == list(checks)
@@ -93,33 +93,33 @@ def test_a_check_that_hangs_or_breaks_leaves_the_others_alone(tmp_path: Path) ->
 
 def test_the_store_is_left_as_it_was(tmp_path: Path) -> None:
     new = tmp_path / "a" / "b"
-    assert "it is new" in asked(doctor_checks.store, patient(digits(new))).found
+    assert "it is new" in asked(doctor_checks.store, setup(digits(new))).found
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "kept").write_text("x")
-    assert asked(doctor_checks.store, patient(digits(tmp_path))).status == "ok"
+    assert asked(doctor_checks.store, setup(digits(tmp_path))).status == "ok"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    refused = asked(doctor_checks.store, patient(digits(Path("/dev/null/store"))))
+    refused = asked(doctor_checks.store, setup(digits(Path("/dev/null/store"))))
     assert (refused.status, bool(refused.remedy)) == ("fail", True)
 
 
 def test_a_remote_store_is_written_and_read_and_wants_a_server(s3: str) -> None:
     import fsspec
 
-    who = patient(load_config("quickstart", [], f"{s3}/edt"))
+    who = setup(load_config("quickstart", [], f"{s3}/edt"))
     assert asked(doctor_checks.store, who).status == "ok"
     assert fsspec.filesystem("s3").find(s3) == []
     assert "MLFLOW_TRACKING_URI" in asked(doctor_services.mlflow, who).remedy
-    nowhere = patient(load_config("quickstart", [], "s3://no-such-bucket-here/edt"))
+    nowhere = setup(load_config("quickstart", [], "s3://no-such-bucket-here/edt"))
     assert "no such bucket" in asked(doctor_checks.store, nowhere).found + asked(doctor_checks.store, nowhere).remedy
 
 
 def test_disk_is_held_against_what_the_configuration_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=10**11))
-    assert asked(doctor_checks.disk, patient(digits(tmp_path))).status == "ok"
-    full = asked(doctor_checks.disk, patient(digits(tmp_path), images=(10**13, 10)))
+    assert asked(doctor_checks.disk, setup(digits(tmp_path))).status == "ok"
+    full = asked(doctor_checks.disk, setup(digits(tmp_path), images=(10**13, 10)))
     assert full.status == "fail"
     assert "source.limit" in full.remedy
-    unknown = asked(doctor_checks.disk, patient(digits(tmp_path), images=UserError("none")))
+    unknown = asked(doctor_checks.disk, setup(digits(tmp_path), images=UserError("none")))
     assert (unknown.status, unknown.found) == ("warn", "not known without the images")
 
 
@@ -143,14 +143,14 @@ def test_the_small_run_takes_no_more_disk_than_was_told(first: Outcome, store: P
 
 def test_gpus_that_are_wanted_and_not_here_are_told(tmp_path: Path) -> None:
     config = load_config("imagenet256-edt-s", IMAGENET)
-    here = asked(doctor_checks.device, patient(config))
+    here = asked(doctor_checks.device, setup(config))
     assert (here.status, "wants 4 GPUs" in here.found) == ("fail", True)
-    assert asked(doctor_checks.device, patient(config, address="auto")).status == "ok"
+    assert asked(doctor_checks.device, setup(config, address="auto")).status == "ok"
     gpus = Hardware(64, 1 << 39, ("H100",) * 8, 80 << 30, True, "13.0", "2.28", "2.13")
-    assert asked(doctor_checks.device, patient(config, machine=gpus)).status == "ok"
-    assert asked(doctor_checks.memory, patient(config, images=(10**6, 1000), machine=gpus)).status == "ok"
+    assert asked(doctor_checks.device, setup(config, machine=gpus)).status == "ok"
+    assert asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=gpus)).status == "ok"
     small = Hardware(8, 1 << 35, ("RTX",) * 4, 1 << 30, True, "13.0", None, "2.13")
-    tight = asked(doctor_checks.memory, patient(config, images=(10**6, 1000), machine=small))
+    tight = asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=small))
     assert (tight.status, "micro_batch_size" in tight.remedy) == ("fail", True)
 
 
@@ -163,21 +163,21 @@ def test_what_a_cluster_has_is_held_against_the_stages() -> None:
 
 
 def test_published_weights_are_looked_for(tmp_path: Path) -> None:
-    missing = asked(doctor_services.features, patient(load_config("imagenet256-edt-s", IMAGENET)))
+    missing = asked(doctor_services.features, setup(load_config("imagenet256-edt-s", IMAGENET)))
     assert missing.status == "fail"
     assert "pt_inception-2015-12-05-6726825d.pth" in missing.found + missing.remedy
     wrong = tmp_path / "weights.pth"
     wrong.write_bytes(b"no tensors")
     config = load_config("imagenet256-edt-s", ["source.path=/data", f"inception.weights={wrong}"])
-    assert asked(doctor_services.features, patient(config)).status == "fail"
-    assert asked(doctor_services.features, patient(digits(tmp_path))).status == "ok"
+    assert asked(doctor_services.features, setup(config)).status == "fail"
+    assert asked(doctor_services.features, setup(digits(tmp_path))).status == "ok"
 
 
 def test_an_autoencoder_of_another_shape_is_told_with_the_fields_to_set(tmp_path: Path) -> None:
     def found(**values: object) -> Finding:
         (tmp_path / "config.json").write_text(json.dumps(values))
         config = load_config("imagenet256-edt-s", [*IMAGENET, f"autoencoder.pretrained={tmp_path}"])
-        return asked(doctor_services.autoencoder, patient(config))
+        return asked(doctor_services.autoencoder, setup(config))
 
     shape = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [8, 8, 8, 8]}
     assert "no .safetensors" in found(**shape).found
@@ -198,21 +198,21 @@ def test_mlflow_is_asked_and_nothing_is_left_in_it(tmp_path: Path, monkeypatch: 
     registry = Registry(tmp_path / "store")
     registry.add("a", 5.0)
     store, client = registry.root, registry.catalog.client
-    assert asked(doctor_services.mlflow, patient(digits(store))).status == "ok"
+    assert asked(doctor_services.mlflow, setup(digits(store))).status == "ok"
     assert [model.name for model in client.search_registered_models()] == [NAME]
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret-word@127.0.0.1:{closed.getsockname()[1]}")
-        refused = asked(doctor_services.mlflow, patient(digits(store)))
+        refused = asked(doctor_services.mlflow, setup(digits(store)))
     assert refused.status == "fail"
     assert "secret-word" not in refused.found + refused.remedy
 
 
 def test_a_ray_that_cannot_be_joined_is_one_line(tmp_path: Path) -> None:
-    found = asked(doctor_services.ray, patient(digits(tmp_path), address="127.0.0.1:1"))
+    found = asked(doctor_services.ray, setup(digits(tmp_path), address="127.0.0.1:1"))
     assert (found.status, len(found.found.splitlines())) == ("fail", 1)
     assert "no Ray cluster answers at 127.0.0.1:1" in found.found
-    assert asked(doctor_services.ray, patient(digits(tmp_path))).found == "not started (--quick)"
+    assert asked(doctor_services.ray, setup(digits(tmp_path))).found == "not started (--quick)"
 
 
 def test_no_probe_outlives_the_process_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_a_container_s_small_shared_memory_is_warned_of(tmp_path: Path, monkeypa
     """64 MB are Docker's default; Ray then keeps its objects on the disk."""
     for size, status in ((64 << 20, "warn"), (2 << 30, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, size=size: SimpleNamespace(total=size, free=size))
-        found = asked(doctor_checks.shared_memory, patient(digits(tmp_path)))
+        found = asked(doctor_checks.shared_memory, setup(digits(tmp_path)))
         assert found.status == status
         assert ("--shm-size" in found.remedy) == (status == "warn")
 

@@ -129,11 +129,11 @@ def test_a_run_is_refused_before_it_begins(tmp_path: Path) -> None:
 
 
 def test_doctor_has_a_check_of_it(tmp_path: Path) -> None:
-    from pipelines.setup.doctor import patient_of
+    from pipelines.setup.doctor import setup_of
     from pipelines.setup.doctor_checks import CHECKS
 
     def found(*assignments: str) -> Any:
-        return CHECKS["sizes"][0](patient_of(configured(*assignments), None, None, True))
+        return CHECKS["sizes"][0](setup_of(configured(*assignments), None, None, True))
 
     assert found()[0] == "ok"
     status, told, remedy = found("source.limit=12")

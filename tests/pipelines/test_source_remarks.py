@@ -11,7 +11,7 @@ from edt_core.errors import UserError
 from pipelines.cli import app
 from pipelines.config.schema import load_config
 from pipelines.setup import doctor_checks
-from pipelines.setup.doctor import patient_of
+from pipelines.setup.doctor import setup_of
 from pipelines.setup.dry_run import source_counts
 from pipelines.setup.init import look_at
 
@@ -62,7 +62,7 @@ def test_init_and_the_doctor_report_them(folder: Path, tmp_path: Path) -> None:
     assert any(LEFT_OUT in remark for remark in look_at(str(folder)).remarks)
     (tmp_path / "bee").rename(folder / "bee")
     choices = ["source.kind=auto", f"source.path={folder}", "source.allow_empty_classes=true"]
-    patient = patient_of(load_config("quickstart", choices, str(tmp_path / "store")), None, None, True)
-    status, found, _ = doctor_checks.images(patient)
+    setup = setup_of(load_config("quickstart", choices, str(tmp_path / "store")), None, None, True)
+    status, found, _ = doctor_checks.images(setup)
     assert status == "warn"
     assert EMPTY in found

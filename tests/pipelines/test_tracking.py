@@ -13,8 +13,8 @@ from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import HISTORY_NAME
 from jobs.runtime.progress import Board, BoardProgress, Measured
-from pipelines.engine import delivery as shipping
-from pipelines.engine.delivery import Shipper, UndeliveredError, is_refused, patient, quick_http
+from pipelines.engine import delivery
+from pipelines.engine.delivery import Delivery, UndeliveredError, is_refused, quick_http, with_patience
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import RunRecord
 from tests.support.processes import wait_for
@@ -34,8 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two looks at the board, and two tries of a server."""
-    monkeypatch.setattr(shipping, "_INTERVAL_S", 0.02)
-    monkeypatch.setattr(shipping, "_LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(delivery, "_INTERVAL_S", 0.02)
+    monkeypatch.setattr(delivery, "_LONGEST_PAUSE_S", 0.5)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_server_that_is_away_costs_no_metric_and_holds_up_no_report(
             step += 1
             progress.metrics({"loss": 1 / step, "lr": step * 1e-3}, step)
 
-    with Shipper(board, "train", RunRecord(catalog, run)):
+    with Delivery(board, "train", RunRecord(catalog, run)):
         produce()
         wait_for(lambda: len(history(catalog, run, "loss")) == step)
         server.kill()
@@ -133,13 +133,13 @@ def test_the_end_of_a_step_does_not_wait_for_ever(tmp_path: Path, board: Any) ->
     with (
         quick_http(),
         pytest.raises(UndeliveredError, match=r"127\.0\.0\.1:9 did not take .* 'train' in 1 s"),
-        Shipper(board, "train", RunRecord(catalog, "run"), patience_s=1.0),
+        Delivery(board, "train", RunRecord(catalog, "run"), patience_s=1.0),
     ):
         pass
     with (
         quick_http(),
         pytest.raises(RuntimeError, match="its own"),
-        Shipper(board, "train", RunRecord(catalog, "run"), patience_s=1.0),
+        Delivery(board, "train", RunRecord(catalog, "run"), patience_s=1.0),
     ):
         raise RuntimeError("its own")
 
@@ -147,10 +147,10 @@ def test_the_end_of_a_step_does_not_wait_for_ever(tmp_path: Path, board: Any) ->
 def test_what_a_restart_measures_again_is_there_once(catalog: Catalog, board: Any) -> None:
     run = catalog.start_run("train", {})
     progress = BoardProgress("train", board)
-    with Shipper(board, "train", RunRecord(catalog, run)):
+    with Delivery(board, "train", RunRecord(catalog, run)):
         for step in (1, 2, 3, 2, 3, 4):
             progress.metrics({"loss": 1 / step, "bad": float("nan")}, step)
-    with Shipper(board, "train", RunRecord(catalog, run)):  # of another driver
+    with Delivery(board, "train", RunRecord(catalog, run)):  # of another driver
         for step in (3, 4, 5):
             progress.metrics({"loss": 1 / step}, step)
     assert history(catalog, run, "loss") == [(k, 1 / k) for k in range(1, 6)]
@@ -189,10 +189,10 @@ def test_pictures_arrive_by_step_and_can_be_downloaded(catalog: Catalog, board: 
 
     run = catalog.start_run("train", {})
     progress = BoardProgress("train", board)
-    with Shipper(board, "train", RunRecord(catalog, run)):
+    with Delivery(board, "train", RunRecord(catalog, run)):
         for step in (10, 20):
             progress.image("sample grid/ema", png(step), step)
-    with Shipper(board, "train", RunRecord(catalog, run)):  # a restart makes the last one again
+    with Delivery(board, "train", RunRecord(catalog, run)):  # a restart makes the last one again
         progress.image("sample grid/ema", png(20), 20)
     paths = sorted(file.path for file in catalog.client.list_artifacts(run, "images") if file.path.endswith(".png"))
     assert [path.split("+")[2] for path in paths] == ["10", "20"]
@@ -204,7 +204,7 @@ def test_pictures_arrive_by_step_and_can_be_downloaded(catalog: Catalog, board: 
 def test_what_is_refused_is_told_and_holds_up_nothing(catalog: Catalog, board: Any) -> None:
     run = catalog.start_run("train", {})
     progress = BoardProgress("train", board)
-    with Shipper(board, "train", RunRecord(catalog, run)):
+    with Delivery(board, "train", RunRecord(catalog, run)):
         progress.metrics({"loss": 1.0}, 1)
         progress.metrics({"no[name]": 1.0}, 1)
         progress.image("samples", b"no image", 1)
@@ -219,11 +219,11 @@ def test_what_is_refused_is_told_and_holds_up_nothing(catalog: Catalog, board: A
 def test_warnings_become_a_tag_of_bounded_length(catalog: Catalog, board: Any) -> None:
     run = catalog.start_run("train", {})
     progress = BoardProgress("train", board)
-    with Shipper(board, "train", RunRecord(catalog, run)):
+    with Delivery(board, "train", RunRecord(catalog, run)):
         progress.warn("first\nof two lines")
         progress.warn("second")
     assert catalog.client.get_run(run).data.tags["edt.warnings"] == "first of two lines\nsecond"
-    with Shipper(board, "train", RunRecord(catalog, run)):
+    with Delivery(board, "train", RunRecord(catalog, run)):
         for number in range(500):
             progress.warn(f"warning number {number}")
     text = catalog.client.get_run(run).data.tags["edt.warnings"]
@@ -236,7 +236,7 @@ def test_logged_models_are_the_checkpoints_that_there_are(catalog: Catalog, boar
     run = catalog.start_run("train", {})
     progress = BoardProgress("train", board)
     record = RunRecord(catalog, run)
-    with Shipper(board, "train", record):
+    with Delivery(board, "train", record):
         progress.metrics({"loss": 0.5}, 10)
         progress.checkpoints({10: ("uri-10", "a")})
         wait_for(lambda: list(models_of(catalog, run)) == [10])
@@ -271,7 +271,7 @@ def checkpoint(tmp_path: Path) -> Artifact:
 
 def test_a_recorded_artifact_leaves_no_hole(catalog: Catalog, checkpoint: Artifact, board: Any) -> None:
     run = catalog.start_run("train", {})
-    with Shipper(board, "train", RunRecord(catalog, run)):
+    with Delivery(board, "train", RunRecord(catalog, run)):
         progress = BoardProgress("train", board)
         progress.metrics({"loss": 1 / 2}, 2)
         progress.metrics({"loss": 1 / 6}, 6)
@@ -325,10 +325,10 @@ def test_a_refusal_is_not_tried_again_and_a_silence_is() -> None:
             raise MlflowException("API request failed")
         return "done"
 
-    assert patient(answers_late) == "done"
+    assert with_patience(answers_late) == "done"
     refusal = MlflowException.invalid_parameter_value("no")
     assert is_refused(refusal)
     with pytest.raises(MlflowException, match="no"):
-        patient(lambda: (_ for _ in ()).throw(refusal))
+        with_patience(lambda: (_ for _ in ()).throw(refusal))
     with pytest.raises(ConnectionError):
-        patient(lambda: (_ for _ in ()).throw(ConnectionError()), patience_s=0)
+        with_patience(lambda: (_ for _ in ()).throw(ConnectionError()), patience_s=0)

@@ -18,7 +18,8 @@ from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.store.cache import local_copy
 from edt_core.store.folder import sha256_file
 from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD
-from jobs.runtime.cluster import device_name, pooled, require, use_threads
+from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.pool import pooled
 from jobs.stages.autoencoder import FOLDER, IMAGE_SHARDS, stored_scale
 from jobs.stages.stage import Verb
 

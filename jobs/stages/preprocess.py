@@ -23,7 +23,7 @@ from edt_core.progress import Counts, Progress, Silent
 from edt_core.store.artifact import ArtifactWriter, Source
 from edt_core.store.digests import listing as listed
 from edt_core.store.layout import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
-from jobs.runtime.cluster import MAX_RETRIES, finished
+from jobs.runtime.pool import MAX_RETRIES, finished
 from jobs.stages.stage import Verb
 
 _KEPT = 10_000  # quarantined images in the manifest; all of them are in the shards' reports

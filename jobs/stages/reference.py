@@ -22,7 +22,8 @@ from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.cache import local_copy
 from edt_core.store.folder import sha256_file
 from edt_core.store.layout import REFERENCE_NAME
-from jobs.runtime.cluster import device_name, pooled, require, use_threads
+from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.pool import pooled
 from jobs.stages import extractors
 from jobs.stages.autoencoder import IMAGE_SHARDS
 from jobs.stages.stage import Verb

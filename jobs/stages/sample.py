@@ -18,7 +18,8 @@ from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.layout import FEATURE_UNIT
-from jobs.runtime.cluster import device_name, pooled, require, use_threads
+from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.pool import pooled
 from jobs.stages import autoencoder, extractors
 from jobs.stages.stage import Verb
 

@@ -15,7 +15,8 @@ from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.store.digests import damaged
 from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
-from jobs.runtime.cluster import MAX_RETRIES, free_place_of, is_own, require, use_threads
+from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
+from jobs.runtime.pool import MAX_RETRIES
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.stage import Verb
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
-from jobs.runtime.progress import Kept, Measured, Picture, Report, Warned
+from jobs.runtime.board import Kept, Measured, Picture, Report, Warned
 from pipelines.tracking.run_record import RunRecord
 
 T = TypeVar("T")

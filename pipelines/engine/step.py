@@ -18,8 +18,8 @@ from edt_core.config import Section, result_fields
 from edt_core.errors import Stopped
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.store import Store
+from jobs.runtime.board import BoardProgress
 from jobs.runtime.cluster import cause_of
-from jobs.runtime.progress import BoardProgress
 from jobs.stages.stage import Input, Verb
 from pipelines.engine.delivery import Delivery, quick_http, with_patience
 from pipelines.tracking.catalog import DATASET_KINDS, Catalog

@@ -8,8 +8,9 @@ from edt_core.config import Section
 from edt_core.errors import Stopped
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.store import Store
+from jobs.runtime.board import Board
 from jobs.runtime.cluster import cause_of
-from jobs.runtime.progress import STOPPING, Board, Interrupts
+from jobs.runtime.progress import STOPPING, Interrupts
 from jobs.stages.stage import Verb
 from pipelines.engine.step import StepFuture, StepTask, close_run, input_fingerprints, needs_of, run_step
 from pipelines.terminal.terminal import Terminal

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from edt_core.printing.console import on_one_line
-from jobs.runtime.progress import Shown
+from jobs.runtime.board import Shown
 
 if TYPE_CHECKING:
     from rich.table import Table

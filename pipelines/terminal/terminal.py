@@ -9,8 +9,8 @@ from typing import Any
 from edt_core.printing.console import on_one_line, printable
 from edt_core.printing.redaction import redacted
 from edt_core.progress import Silent
+from jobs.runtime.board import Shown
 from jobs.runtime.failure import explained
-from jobs.runtime.progress import Shown
 from pipelines.terminal.run_log import RunLog
 from pipelines.terminal.step_tree import Node, StepTree, clock
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edt_core.printing.redaction import redacted
 from edt_core.store.artifact import Artifact, canonical_json
 from edt_core.store.layout import STEP_PREFIX
-from jobs.runtime.progress import Measured, Picture
+from jobs.runtime.board import Measured, Picture
 from pipelines.tracking.catalog import Catalog, flatten, paged
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from edt_core.progress import CollectedWarnings, Printed
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.digests import listing
 from edt_core.store.folder import Folder
+from jobs.runtime.board import Shown
 from jobs.runtime.failure import kept_traceback, tell_failure
-from jobs.runtime.progress import Shown
 from jobs.stages.preprocess import VERB, image_source
 from pipelines.commands.options import print_rows
 from pipelines.terminal.run_log import RunLog

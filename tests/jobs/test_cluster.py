@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from edt_core.errors import UserError
-from jobs.runtime.cluster import cause_of, pooled, require
+from jobs.runtime.cluster import cause_of, require
+from jobs.runtime.pool import pooled
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

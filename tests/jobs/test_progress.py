@@ -14,10 +14,11 @@ import pytest
 
 from edt_core.errors import Stopped, UserError
 from edt_core.progress import Printed
-from jobs.runtime import progress as progress_module
+from jobs.runtime import board as board_module
+from jobs.runtime.board import Board, BoardProgress, Kept, Measured, Picture, Warned
 from jobs.runtime.cluster import cause_of
 from jobs.runtime.exit_code import exit_code
-from jobs.runtime.progress import STOPPING, Bar, Board, BoardProgress, Interrupts, Kept, Measured, Picture, Warned
+from jobs.runtime.progress import STOPPING, Bar, Interrupts
 from tests.support.processes import wait_for
 
 
@@ -140,7 +141,7 @@ def test_to_ask_the_board_is_never_to_wait_for_its_answer(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", lambda reference: pytest.fail("it waits"))
-    monkeypatch.setattr(progress_module, "_INTERVAL_S", 0.0)
+    monkeypatch.setattr(board_module, "_INTERVAL_S", 0.0)
     progress = BoardProgress("train", Stub)
     assert not any(progress.stopping() for _ in range(3))
     assert asked
@@ -150,7 +151,7 @@ def test_to_ask_the_board_is_never_to_wait_for_its_answer(monkeypatch: pytest.Mo
 def test_nobody_is_stopped_by_a_board_that_is_gone(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    monkeypatch.setattr(progress_module, "_INTERVAL_S", 0.0)  # every call asks anew
+    monkeypatch.setattr(board_module, "_INTERVAL_S", 0.0)  # every call asks anew
     board = ray.remote(Board).options(num_cpus=0).remote()
     progress = BoardProgress("train", board)
     assert not progress.stopping()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edt_core.errors import UserError
-from jobs.runtime.progress import Board, Shown
+from jobs.runtime.board import Board, Shown
 from pipelines.terminal.run_log import RunLog
 from pipelines.terminal.step_tree import StepTree, clock
 from pipelines.terminal.terminal import Terminal

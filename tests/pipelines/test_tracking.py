@@ -12,7 +12,7 @@ import pytest
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import HISTORY_NAME
-from jobs.runtime.progress import Board, BoardProgress, Measured
+from jobs.runtime.board import Board, BoardProgress, Measured
 from pipelines.engine import delivery
 from pipelines.engine.delivery import Delivery, UndeliveredError, is_refused, quick_http, with_patience
 from pipelines.tracking.catalog import Catalog

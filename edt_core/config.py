@@ -161,7 +161,8 @@ class TrainConfig(Section):
     """The training recipe; defaults are the paper's for EDT-S and EDT-B (arXiv 2410.23788, appendix)."""
 
     model: str = Field(
-        "EDT-S/2", description="EDT-{S,B,XL}/2, DiT-{S,B,L,XL}/{2,4,8}, MDTv2-{S,B,L,XL}/2; each has a Tiny/2"
+        "EDT-S/2",
+        description="name of a model, as EDT-S/2 or DiT-XL/4; `edt cost` lists them, and each family has a Tiny/2",
     )
     global_batch_size: int = Field(256, ge=1, description="samples of a step, whatever the number of workers")
     max_steps: int = Field(400_000, ge=0, description="0 leaves the untrained model of this seed")
@@ -186,7 +187,8 @@ class TrainConfig(Section):
     )
     mirror_prob: float = Field(0.5, ge=0, le=1, description="share of mirror images; 0 where left and right matter")
     masked_loss: bool = Field(
-        True, description="add the masked loss to the full one; false is the paper's EDT*, and all that DiT has"
+        True,
+        description="add the masked loss to the full one; false is the paper's EDT*, and for models without masks",
     )
     timestep_sampler: Literal["loss-second-moment", "uniform"] = Field(
         "loss-second-moment",

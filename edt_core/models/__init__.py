@@ -1,13 +1,15 @@
 """EDT (arXiv 2410.23788), DiT and MDTv2, and what training and sampling ask of them."""
 
 from edt_core.models.base import DiffusionTransformer
-from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig, StageSpec
+from edt_core.models.config import AmmKernel, ModelConfig
 from edt_core.models.cost import PartCost, count_macs, count_parameters, macs_by_part, shadow, training_flops
-from edt_core.models.families.dit import DiT
-from edt_core.models.families.edt import EDT
-from edt_core.models.families.mdtv2 import MDTv2
+from edt_core.models.families import FAMILIES
+from edt_core.models.families.dit import DiT, DiTConfig
+from edt_core.models.families.edt import EDT, EDTConfig, StageSpec
+from edt_core.models.families.mdtv2 import MDTv2, MDTv2Config
 from edt_core.models.import_released import load_released, read_released_model
-from edt_core.models.masking import MaskSite, check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, slice_masks
+from edt_core.models.mask_form import MaskSite
+from edt_core.models.masking import check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, slice_masks
 from edt_core.models.positions import amm_matrix
 from edt_core.models.zoo import (
     MODEL_NAMES,
@@ -20,6 +22,7 @@ from edt_core.models.zoo import (
 
 __all__ = [
     "EDT",
+    "FAMILIES",
     "MODEL_NAMES",
     "AmmKernel",
     "DiT",

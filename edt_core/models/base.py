@@ -1,4 +1,4 @@
-"""What EDT, DiT and MDTv2 have in common: what goes in and comes out, how they begin, and where AMM acts.
+"""What all families have in common: what goes in and comes out, how they begin, and where AMM acts.
 
 Legend: N = batch, C = latent channels, h = side of the latents, T = tokens.
 """
@@ -13,9 +13,8 @@ from itertools import islice
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from edt_core.models.attention import Attention, Block, RelativePositionBias
+from edt_core.models.attention import Attention
 from edt_core.models.config import AmmKernel, ModelConfig
-from edt_core.models.layers import FinalLayer, LabelEmbedding, PatchEmbedding, TimestepEmbedding
 
 
 class DiffusionTransformer(nn.Module, ABC):
@@ -31,15 +30,11 @@ class DiffusionTransformer(nn.Module, ABC):
 
     config: ModelConfig
     built_config: ModelConfig
-    final_layer: FinalLayer
     activation_checkpointing: bool = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = self.built_config = config
-        self.x_embedder = PatchEmbedding(config.in_channels, config.patch_size, config.cond_dim)
-        self.t_embedder = TimestepEmbedding(config.cond_dim)
-        self.y_embedder = LabelEmbedding(config.num_classes, config.cond_dim)
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
@@ -63,29 +58,9 @@ class DiffusionTransformer(nn.Module, ABC):
         self.initialize_weights()
         self.set_amm(self.config.amm_blocks, radius=self.config.amm_radius)
 
+    @abstractmethod
     def initialize_weights(self) -> None:
-        """DiT's initialisation: every block starts as the identity, and the output as zero.
-
-        The adaptive norms of EDT's down-sampling and skip modules have no gate to close and stay Xavier, as in
-        the published model.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RelativePositionBias):
-                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-        patch_weight, patch_bias = self.x_embedder.proj.parameters()
-        nn.init.xavier_uniform_(patch_weight.detach().flatten(1))  # as the linear layer that it is
-        nn.init.zeros_(patch_bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for name in ("0.weight", "2.weight"):
-            nn.init.normal_(self.t_embedder.mlp.get_parameter(name), std=0.02)
-        for module in self.modules():
-            if isinstance(module, Block | FinalLayer):
-                _zero(module.adaLN_modulation[-1])
-        _zero(self.final_layer.linear)
+        """Draw the initial weights from PyTorch's global generator."""
 
     def set_amm(self, blocks: Sequence[int], *, radius: float | None = None, kernel: AmmKernel | None = None) -> None:
         """Modulate attention in `blocks` (0-based, over all blocks) and nowhere else; () turns AMM off.
@@ -112,6 +87,10 @@ class DiffusionTransformer(nn.Module, ABC):
         """Parameters that only a masked pass uses: without one they have no gradient."""
         return iter(())
 
+    def place(self, module: str) -> str:
+        """The part of the forward pass that a module is of, by its name in `named_modules()`, for a table of costs."""
+        return "blocks" if module.startswith("blocks.") else "ends"
+
     def run_block(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """A block's output; in training with `activation_checkpointing` nothing but its inputs is kept."""
         if not (self.activation_checkpointing and self.training):
@@ -136,9 +115,3 @@ class DiffusionTransformer(nn.Module, ABC):
                 f"{config.name} takes one timestep and one label a sample: for a batch of {x.shape[0]}, t and y "
                 f"must have shape [{x.shape[0]}], but have {list(t.shape)} and {list(y.shape)}."
             )
-
-
-def _zero(layer: nn.Module) -> None:
-    """Set weight and bias to zero."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)

@@ -2,8 +2,8 @@
 
 A file is a `torch.save` (any name: .pt, .pth, .bin, .ckpt) or a safetensors file. PyTorch's reader of plain weights is
 allowed `argparse.Namespace`, which holds a training's options, and no other class. A set of weights is known by the
-keys that all models here share, wherever it lies: at the top, under `ema` and `model` as the authors save it, under
-`state_dict` with a prefix as Lightning saves it, or in the nested dict that `dcp_to_torch_save` writes.
+keys that all models of a family share, wherever it lies: at the top, under `ema` and `model` as the authors save it,
+under `state_dict` with a prefix as Lightning saves it, or in the nested dict that `dcp_to_torch_save` writes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ from torch import Tensor
 
 from edt_core.errors import UserError
 from edt_core.files.tensor_files import opened_tensors
+from edt_core.models.families import FAMILIES
 
 WeightsName = Literal["ema", "model"]
 
 METADATA = "metadata"  # where the text in a safetensors header is put
-_ANCHORS = (  # one of these keys marks a set of weights; what precedes it is the set's prefix
-    "x_embedder.proj.weight",
-    "t_embedder.mlp.0.weight",
-    "y_embedder.embedding_table.weight",
-    "final_layer.linear.weight",
-)
+# One of these keys marks a set of weights; what precedes it is the set's prefix.
+_ANCHORS = tuple(dict.fromkeys(mark for family in FAMILIES.values() for mark in family.released.marks))
 _WRAPPERS = frozenset(  # key parts added by torch.compile, data-parallel training, FSDP, activation checkpointing
     ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 )

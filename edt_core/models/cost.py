@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt_core.models.base import DiffusionTransformer
-from edt_core.models.config import EDTConfig, MDTv2Config, ModelConfig
+from edt_core.models.config import ModelConfig
 from edt_core.models.masking import mask_sites
 from edt_core.models.zoo import build_model
 
@@ -63,8 +63,9 @@ def count_macs(model: DiffusionTransformer) -> int:
 def macs_by_part(config: ModelConfig) -> list[PartCost]:
     """Where the multiply-accumulates of `count_macs` go: by kind of module in each stage, in forward order."""
     parts: Counter[tuple[str, str]] = Counter()
+    place = shadow(config).place
     for module, macs in _forward_macs(config).items():
-        parts[_place(config, module), _kind(module)] += macs
+        parts[place(module), _kind(module)] += macs
     return [PartCost(place, kind, macs) for (place, kind), macs in parts.items()]
 
 
@@ -88,11 +89,11 @@ def training_flops(config: ModelConfig, *, masked: bool) -> int:
 
 def _masks(config: ModelConfig) -> list[Tensor]:
     """What `draw_masks` draws for one image, at the mean mask ratio."""
-    sites = mask_sites(config)
-    if isinstance(config, MDTv2Config):
-        kept = [int(site.tokens * (1 - sum(site.ratio_range) / 2)) for site in sites]
-        return [torch.empty(1, tokens, dtype=torch.int64, device="meta") for tokens in kept]
-    return [torch.empty(1, site.tokens, dtype=torch.bool, device="meta") for site in sites]
+    form = config.mask_form
+    if form is None:
+        return []
+    columns = [form.columns(site.tokens, sum(site.ratio_range) / 2) for site in mask_sites(config)]
+    return [torch.empty(1, count, dtype=form.dtype, device="meta") for count in columns]
 
 
 @lru_cache(maxsize=64)
@@ -135,21 +136,3 @@ def _count(
 
 def _kind(module: str) -> str:
     return next((kind for part, kind in _KINDS.items() if part in module), "other")
-
-
-def _place(config: ModelConfig, module: str) -> str:
-    """The part of the forward pass that a module is of; of modules between two stages, down is of the one before."""
-    group, _, rest = module.partition(".")
-    if isinstance(config, EDTConfig) and rest[:1].isdigit():
-        return _stage(config, group, int(rest.partition(".")[0]))
-    places = {"blocks": "blocks", "en_inblocks": "encoder", "en_outblocks": "encoder", "de_blocks": "decoder"}
-    return places.get(group, "ends")
-
-
-def _stage(config: EDTConfig, group: str, number: int) -> str:
-    if group == "blocks":
-        number = next(i for i, stage in enumerate(config.stages) if number in stage.blocks)
-    elif group != "down_blocks":
-        number += config.num_merges + 1
-    grid = config.stages[number].grid
-    return f"stage {number} ({grid}x{grid})"

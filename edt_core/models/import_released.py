@@ -1,4 +1,4 @@
-"""Read checkpoints that the authors of EDT, DiT and MDTv2 released: which model they hold, and its weights.
+"""Read checkpoints that the authors of a family released: which model they hold, and its weights.
 
 Which of the named models it is follows from keys and shapes alone. Those do not say what the model predicts; the
 options of the training say it where the file has them, and else the rows of the output that only a variance trains.
@@ -6,7 +6,6 @@ options of the training say it where the file has them, and else the rows of the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,20 +27,18 @@ from edt_core.models.checkpoint_file import (
     read_checkpoint,
     weight_sets,
 )
-from edt_core.models.config import MDTv2Config, ModelConfig
+from edt_core.models.config import ModelConfig
+from edt_core.models.families import FAMILIES
+from edt_core.models.families.family import ReleasedFormat, shape_of
 from edt_core.models.training_options import (
     TrainingOptions,
     check_against_config,
     check_objective,
     option_notes,
 )
-from edt_core.models.zoo import MODEL_NAMES, build_model, model_config
+from edt_core.models.zoo import MODEL_NAMES, build_model, family_of, model_config
 
-_POSITIONS, _LABELS, _PATCHES = "pos_embed", "y_embedder.embedding_table.weight", "x_embedder.proj.weight"
-_OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 _NO_VARIANCE = ": the model predicts no variance (it was built with learn_sigma=False), which is not supported"
-_DECODER = "de_blocks."  # of MDTv2
-_PAIRS = ".relative_position_index"  # of MDTv2: integers that follow from the grid
 
 
 @dataclass(frozen=True)
@@ -92,10 +89,10 @@ def read_released_model(path: Path | str, weights: WeightsName | None = None) ->
 
 def _load(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:
     """Put checked weights into a model whose keys and shapes they have."""
-    own = model.state_dict()
+    own, is_derived = model.state_dict(), _format(model.config).is_derived
     check_dtypes(path, state, own)
-    _check_pairs(path, model, state)
-    model.load_state_dict({key: own[key] if key.endswith(_PAIRS) else value for key, value in state.items()})
+    _check_derived(path, model, state)
+    model.load_state_dict({key: own[key] if is_derived(key) else value for key, value in state.items()})
     check_finite(path, model.state_dict())
 
 
@@ -124,7 +121,7 @@ def _check_variance(path: Path, model: DiffusionTransformer, options: TrainingOp
     gives their rows no gradient, so they stay exactly 0, in the average too.
     """
     channels, state = model.config.in_channels, model.state_dict()
-    halves = [state[key].unflatten(0, (-1, 2, channels)) for key in _OUTPUT]  # [patch², 2, C, ...]
+    halves = [state[key].unflatten(0, (-1, 2, channels)) for key in _format(model.config).output]  # [patch², 2, C, ...]
     has_noise, has_variance = (any(bool(half[:, i].any()) for half in halves) for i in range(2))
     if has_variance or not has_noise:
         return []
@@ -169,7 +166,8 @@ def _identify(path: Path, state: Mapping[str, Tensor]) -> ModelConfig:
 def _lacks_variance(fit: _Fit, state: Mapping[str, Tensor]) -> bool:
     """Whether an output layer of half the size is all that differs."""
     rows = fit.config.patch_size**2 * fit.config.in_channels
-    return len(fit.differences) == len(_OUTPUT) and all(_shape(state, key)[:1] == (rows,) for key in _OUTPUT)
+    output = _format(fit.config).output
+    return len(fit.differences) == len(output) and all(shape_of(state, key)[:1] == (rows,) for key in output)
 
 
 def _fit(name: str, state: Mapping[str, Tensor]) -> _Fit:
@@ -195,33 +193,25 @@ def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 def _config_like(name: str, state: Mapping[str, Tensor]) -> ModelConfig:
     """A named model with what the shapes say; what they do not say, or what makes no model, is as published."""
-    published = model_config(name)
-    positions, labels, patches = (_shape(state, key) for key in (_POSITIONS, _LABELS, _PATCHES))
-    grid = math.isqrt(positions[1]) if len(positions) == 3 else 0
-    num_classes = labels[0] - 1 if labels and labels[0] > 1 else published.num_classes  # the last row is the null class
-    channels = patches[1] if len(patches) == 4 and patches[1] else published.in_channels
+    published, released = model_config(name), family_of(name).released
+    num_classes = released.num_classes(state) or published.num_classes
+    channels = released.channels(state) or published.in_channels
     try:
-        image_size = grid * published.patch_size * published.autoencoder_factor
-        return _with_decoder(model_config(name, image_size, num_classes, latent_channels=channels), state)
+        image_size = released.grid(state) * published.patch_size * published.autoencoder_factor
+        config = model_config(name, image_size, num_classes, latent_channels=channels)
+        return replace(config, **released.numbers(state))
     except ValueError:
         return model_config(name, published.image_size, num_classes, latent_channels=channels)
 
 
-def _with_decoder(config: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
-    """An MDTv2 with as many blocks in its decoder as the keys say: the authors' code takes the number as an option."""
-    if not isinstance(config, MDTv2Config):
-        return config
-    blocks = {key.split(".")[1] for key in state if key.startswith(_DECODER)}
-    return replace(config, decode_depth=len(blocks)) if blocks else config
+def _format(config: ModelConfig) -> ReleasedFormat:
+    return FAMILIES[config.architecture].released
 
 
-def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    return tuple(state[key].shape) if key in state else ()
-
-
-def _check_pairs(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:
+def _check_derived(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:
     """Bias tables with another order of pairs would be read as if they had ours."""
+    is_derived = _format(model.config).is_derived
     for key, value in model.state_dict().items():
         # Half precision rounds large indices; ours are rounded the same way to compare.
-        if key.endswith(_PAIRS) and not torch.equal(state[key].double(), value.to(state[key].dtype).double()):
+        if is_derived(key) and not torch.equal(state[key].double(), value.to(state[key].dtype).double()):
             raise UserError(f"{path}: {key!r} has other pairs of tokens than {model.config.name}; fetch the file again")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from edt_core.errors import UserError
 from edt_core.models.checkpoint_file import METADATA
 from edt_core.models.config import ModelConfig
+from edt_core.models.families import FAMILIES
 from edt_core.models.zoo import MODEL_NAMES
 
 _CONTAINERS = ("args", "config", "cfg", "hparams", "hyper_parameters", "options", "opts", "model_args", METADATA)
@@ -179,7 +180,7 @@ def option_notes(options: TrainingOptions, config: ModelConfig) -> list[str]:
     if not options.state_noise and not _known_models(options):
         notes.append(
             "the file does not say what its model predicts; noise (epsilon) prediction and 1,000 timesteps of the "
-            f"linear schedule are assumed, as in the released {_FAMILIES[config.architecture]}"
+            f"linear schedule are assumed, as in the released {FAMILIES[config.architecture].title}"
         )
     known = _known_models(options)
     notes += [
@@ -197,7 +198,6 @@ def option_notes(options: TrainingOptions, config: ModelConfig) -> list[str]:
     return notes
 
 
-_FAMILIES = {"edt": "EDT", "dit": "DiT", "mdtv2": "MDTv2"}
 _OTHER = "Give a file whose options and weights belong together."
 _FACTOR = "Models are read for an autoencoder of the factor that their paper has; no other factor is supported."
 _REMEDIES = dict.fromkeys(("image_size", "resolution", "img_size"), _FACTOR)

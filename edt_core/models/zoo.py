@@ -1,98 +1,31 @@
-"""The named models: EDT, DiT and MDTv2 in their papers' sizes, tiny ones for small latents, and the placement of AMM.
-
-The depth of the decoder of MDTv2-B and -L is not in its authors' code; see `_DECODE_DEPTHS`.
+"""The named models: all families in their papers' sizes, tiny ones for small latents, and the placement of AMM.
 
 Legend: `cfg_scale` is the classifier-free guidance scale (1 means no guidance); `image_size` is in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from edt_core.errors import UserError
-from edt_core.models.amm_placements import AMM_PLACEMENTS, LARGE_IMAGE_SIZE
 from edt_core.models.base import DiffusionTransformer
-from edt_core.models.config import AmmKernel, DiTConfig, EDTConfig, MDTv2Config, ModelConfig
-from edt_core.models.families.dit import DiT
-from edt_core.models.families.edt import EDT
-from edt_core.models.families.mdtv2 import MDTv2
+from edt_core.models.config import AmmKernel, ModelConfig
+from edt_core.models.families import FAMILIES
+from edt_core.models.families.amm_placements import LARGE_IMAGE_SIZE, AmmPlacement
+from edt_core.models.families.family import Family
 
-_MODELS: dict[type[ModelConfig], type[DiffusionTransformer]] = {EDTConfig: EDT, DiTConfig: DiT, MDTv2Config: MDTv2}
-
-
-@dataclass(frozen=True)
-class _Size:
-    """What a name means: `numbers` of its configuration."""
-
-    config: type[ModelConfig]
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-    autoencoder_factor: int = 8
+_FAMILY_OF: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.sizes}
+MODEL_NAMES: tuple[str, ...] = tuple(_FAMILY_OF)
+AMM_PLACEMENTS: tuple[AmmPlacement, ...] = tuple(
+    placement for family in FAMILIES.values() for placement in family.amm_placements
+)
 
 
-_EDT: dict[str, _Size] = {
-    "EDT-S/2": _Size(
-        EDTConfig,
-        {"depths": (2, 2, 2, 3, 3), "dims": (312, 416, 520, 416, 312), "num_heads": (6, 8, 10, 8, 6)},
-    ),
-    "EDT-B/2": _Size(
-        EDTConfig,
-        {"depths": (2, 2, 2, 3, 3), "dims": (624, 832, 1040, 832, 624), "num_heads": (12, 16, 20, 16, 12)},
-    ),
-    "EDT-XL/2": _Size(
-        EDTConfig,
-        {
-            "depths": (6, 4, 4, 7, 7),
-            "dims": (936, 1248, 1560, 1248, 936),
-            "num_heads": (18, 24, 30, 24, 18),
-            "mid_mask_block": 4,
-        },
-    ),
-    "EDT-Tiny/2": _Size(
-        EDTConfig,
-        {"depths": (2, 1, 1, 1, 2), "dims": (64, 80, 96, 80, 64), "num_heads": (4, 5, 6, 5, 4)},
-        autoencoder_factor=4,
-    ),
-}
-
-# Depth, width and heads: table 1 of arXiv 2212.09748, which MDTv2 takes over.
-_WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-# Blocks of MDTv2's decoder. The configurations of github.com/sail-sg/MDT do not set the number: it is an option of
-# training, 6 in the authors' command for S and 4 in the one for XL. For B and L no number is in their code; the
-# option's default, 4, stands in for it.
-_DECODE_DEPTHS = {"S": 6, "B": 4, "L": 4, "XL": 4}
-
-
-def _of_one_width(
-    config: type[ModelConfig], width: tuple[int, int, int], autoencoder_factor: int = 8, **numbers: int
-) -> _Size:
-    depth, dim, num_heads = width
-    return _Size(config, {"depth": depth, "dim": dim, "num_heads": num_heads, **numbers}, autoencoder_factor)
-
-
-_SIZES: dict[str, _Size] = {
-    **_EDT,
-    **{
-        f"DiT-{size}/{patch}": _of_one_width(DiTConfig, width, patch_size=patch)
-        for size, width in _WIDTHS.items()
-        for patch in (2, 4, 8)
-    },
-    "DiT-Tiny/2": _of_one_width(DiTConfig, (6, 60, 5), 4),
-    **{
-        f"MDTv2-{size}/2": _of_one_width(MDTv2Config, width, decode_depth=_DECODE_DEPTHS[size])
-        for size, width in _WIDTHS.items()
-    },
-    "MDTv2-Tiny/2": _of_one_width(MDTv2Config, (6, 56, 4), 4, decode_depth=2),
-}
-
-MODEL_NAMES: tuple[str, ...] = tuple(_SIZES)
-
-
-def _size(name: str) -> _Size:
-    if name not in _SIZES:
+def family_of(name: str) -> Family:
+    """The family of a named model. Raises ValueError for an unknown name."""
+    if name not in _FAMILY_OF:
         raise ValueError(f"Unknown model {name!r}. Known models: {', '.join(MODEL_NAMES)}.")
-    return _SIZES[name]
+    return _FAMILY_OF[name]
 
 
 def model_config(
@@ -119,7 +52,8 @@ def model_config(
     Raises:
         ValueError: an unknown name, an image size that does not fit, or an AMM block that does not exist.
     """
-    size = _size(name)
+    family = family_of(name)
+    size = family.sizes[name]
     factor = size.autoencoder_factor if autoencoder_factor is None else autoencoder_factor
     if image_size % factor:
         patch, depths = size.numbers.get("patch_size", 2), size.numbers.get("depths", ())
@@ -129,7 +63,7 @@ def model_config(
         )
     if amm_kernel is None:
         amm_kernel = "cos" if image_size >= LARGE_IMAGE_SIZE else "exp_cos"
-    return size.config(
+    return family.config(
         name=name,
         latent_size=image_size // factor,
         in_channels=latent_channels,
@@ -143,7 +77,7 @@ def model_config(
 
 def build_model(config: ModelConfig) -> DiffusionTransformer:
     """A freshly initialised model of any configuration."""
-    return _MODELS[type(config)](config)
+    return FAMILIES[config.architecture].model(config)
 
 
 def create_model(
@@ -173,17 +107,17 @@ def create_model(
 def paper_amm_blocks(name: str, cfg_scale: float, image_size: int = 256) -> tuple[int, ...]:
     """Blocks whose attention EDT's authors modulate in a model, for a guidance scale and an image size in pixels.
 
-    They are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S: `edt_core.models.amm_placements`.
+    They are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S: `AMM_PLACEMENTS`.
 
     Raises:
         UserError: no placement is published for the model, the guidance scale and the image size.
         ValueError: an unknown name.
     """
-    _size(name)
-    for placement in AMM_PLACEMENTS:
+    published = family_of(name).amm_placements
+    for placement in published:
         if placement.fits(name, cfg_scale, image_size):
             return placement.blocks
-    known = "; ".join(str(placement) for placement in AMM_PLACEMENTS if placement.model == name)
+    known = "; ".join(str(placement) for placement in published if placement.model == name)
     models = ", ".join(dict.fromkeys(placement.model for placement in AMM_PLACEMENTS))
     raise UserError(
         f"amm_blocks is 'paper', but no placement is published for {name} at {image_size} px with cfg_scale "

@@ -214,7 +214,9 @@ def pull(
 
 
 def import_model(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint of an EDT, DiT or MDTv2 (.pt, .ckpt, .safetensors)")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="checkpoint of a model family of docs/models.md (.pt, .pth, .ckpt, .safetensors)")
+    ],
     autoencoder: Annotated[
         str | None,
         typer.Option(

@@ -31,12 +31,7 @@ if TYPE_CHECKING:
     from edt_core.models.import_released import ReleasedModel, WeightsName
 
 SETTLED_TAG = "edt.imported"  # when the alias had been moved: what is before that is done again
-_PROTOCOLS = {  # what the authors' samplers have of their own; cfg_scale and the number of steps are the user's
-    "edt": ChainConfig(amm_blocks="paper"),
-    "dit": ChainConfig(amm_blocks="model"),
-    "mdtv2": ChainConfig(amm_blocks="model", cfg_power=4.0),
-}
-_NUM_TIMESTEPS = 1000  # of all three papers
+_NUM_TIMESTEPS = 1000  # of all papers
 
 
 @dataclass(frozen=True)
@@ -178,10 +173,13 @@ def _register(
 
 
 def _protocol(config: "ModelConfig") -> ChainConfig:
-    """How a released model is sampled; where no placement of AMM is published for it, by its own configuration."""
-    from edt_core.models import has_paper_amm_blocks
+    """How a released model is sampled: what its authors' sampler has of its own; cfg_scale and steps are the user's.
 
-    protocol = _PROTOCOLS[config.architecture]
+    Where no placement of AMM is published for it, that of its own configuration acts.
+    """
+    from edt_core.models import FAMILIES, has_paper_amm_blocks
+
+    protocol = ChainConfig(**FAMILIES[config.architecture].released_sampling)
     if protocol.amm_blocks == "paper" and not has_paper_amm_blocks(config.name, config.image_size):
         return protocol.model_copy(update={"amm_blocks": "model"})
     return protocol

@@ -10,16 +10,10 @@ from typing import Any
 
 from edt_core.evaluation.metrics import in_order
 from edt_core.evaluation.protocol import comparison_table
-from edt_core.evaluation.published import DIT_PAPER, EDT_PAPER, MDT_PAPER
-from edt_core.models import ModelConfig
+from edt_core.models import FAMILIES, ModelConfig
 
 README = "README.md"
 _TASK = "unconditional-image-generation"  # hubs have no task of their own for images of a class
-_NAMES = {
-    "edt": ("Efficient Diffusion Transformer", EDT_PAPER),
-    "dit": ("Diffusion Transformer", DIT_PAPER),
-    "mdtv2": ("Masked Diffusion Transformer, version 2", MDT_PAPER),
-}
 _UNKNOWN_LICENSE = (
     "Not stated. Set `promote.license` in the configuration of the run, or `--license` of `edt import`, to the "
     "identifier of a license, as apache-2.0. Images that the model was trained on, its autoencoder and published "
@@ -56,7 +50,7 @@ class ModelCard:
         import yaml
 
         architecture = self.config.architecture
-        paper = _NAMES[architecture][1].replace("arXiv ", "arxiv:")
+        paper = FAMILIES[architecture].paper.replace("arXiv ", "arxiv:")
         fields: dict[str, Any] = {
             "license": self.license or "unknown",
             "library_name": "diffusers",
@@ -75,10 +69,10 @@ class ModelCard:
         return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
     def _model(self) -> str:
-        name, paper = _NAMES[self.config.architecture]
+        family = FAMILIES[self.config.architecture]
         size, latent = self.config.image_size, self.config.latent_size
         facts = {
-            "architecture": f"{self.config.name}: {name} ({paper})",
+            "architecture": f"{self.config.name}: {family.long_name} ({family.paper})",
             "parameters": f"{self.parameters:,}",
             "multiply-accumulates": f"{self.macs:,} for one image and step",
             "images": f"{size} x {size} px of {self.config.num_classes:,} classes",

@@ -221,6 +221,8 @@ def _scalar(value: str) -> str:
 
 def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
     """Everything that the template says."""
+    from edt_core.models import model_config
+
     images, gpus = answers.images, answers.gpus
     cpus_per_gpu = max(1, min(4, machine.cpus // max(gpus, 1))) if gpus <= len(machine.gpus) else 4
     recipe = _gpu_recipe(answers) if gpus else _cpu_recipe(answers)
@@ -246,7 +248,7 @@ def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
         "inception": answers.inception,
         "metric": "fid" if answers.inception else "fd_classifier",
         "feature_dim": _feature_dim(images.images),
-        "masked": not answers.model.startswith("DiT"),
+        "masked": model_config(answers.model).is_masked,
         "precision": "bf16" if machine.bf16 or gpus > len(machine.gpus) else "fp32",
         "micro_batch": _micro_batch(answers, machine, recipe["global_batch_size"]),
         **recipe,
@@ -316,7 +318,7 @@ def _micro_batch(answers: Answers, machine: Hardware, batch: int) -> int | None:
     times = factor(answers.image_size, answers.autoencoder is not None)
     network = model_config(answers.model, answers.image_size, answers.images.classes, autoencoder_factor=times)
     precision: Literal["bf16", "fp32"] = "bf16" if machine.bf16 else "fp32"
-    masked = not answers.model.startswith("DiT")
+    masked = network.is_masked
     share = micro = math.ceil(batch / answers.gpus)
 
     def needs(samples: int) -> int:

@@ -1,6 +1,5 @@
 """An exported denoiser as ONNX: what somebody does who runs it without PyTorch."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +7,21 @@ import pytest
 import torch
 
 from edt_core.config import ChainConfig
-from edt_core.models import build_model, model_config
+from edt_core.models import build_model
 from edt_core.sampling.torch_export import PROGRAM, save_program
+from tests.support.models import TINY, shallow_config
 
-DEPTHS = {"EDT-Tiny/2": {"depths": (1, 1, 1, 1, 1)}, "DiT-Tiny/2": {"depth": 3}, "MDTv2-Tiny/2": {"depth": 4}}
 TOLERANCE = 1e-4  # of the largest value: ONNX Runtime has kernels of its own
 
 
 @pytest.mark.extern
-@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("name", TINY)
 def test_onnx_runtime_computes_what_the_program_computes(name: str, tmp_path: Path) -> None:
     """From the file of `edt export --format torch-export`, for any batch, attention modulation included."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = build_model(replace(model_config(name, 32, 4), **DEPTHS[name]))
+    model = build_model(shallow_config(name))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     save_program(tmp_path / PROGRAM, model.eval(), ChainConfig(amm_blocks=(1,)), 1000)

@@ -20,12 +20,13 @@ from edt_core.models import (
     shadow,
     training_flops,
 )
+from tests.support.models import TINY as ALL_TINY
 
 TINY = model_config("EDT-Tiny/2", 32, 10)
 
 
 # The sizes of a family differ in numbers alone.
-ONE_OF_A_FAMILY = ("EDT-XL/2", "DiT-S/2", "DiT-S/8", "MDTv2-S/2")
+ONE_OF_A_FAMILY = ("EDT-XL/2", "DiT-S/2", "DiT-S/8", "MDTv2-S/2", *ALL_TINY)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_masked_pass_costs_as_many_tokens_as_its_encoder_sees() -> None:
 
 def test_what_is_counted_is_what_runs() -> None:
     """The counter on real tensors. CPU's fused attention it has no rule for: attention is written out."""
-    for name in ("EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"):
+    for name in ALL_TINY:
         config = model_config(name, 32, 10)
         if config.is_masked and "MDT" in name:
             config = replace(config, mask_ratio=(0.4, 0.4))

@@ -27,8 +27,8 @@ from edt_core.models import (
     paper_amm_blocks,
     slice_masks,
 )
-from edt_core.models.amm_placements import AMM_PLACEMENTS
 from edt_core.models.layers import merge_tokens, split_tokens
+from edt_core.models.zoo import AMM_PLACEMENTS
 
 CLASSES = 10
 

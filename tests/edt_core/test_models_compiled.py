@@ -4,8 +4,6 @@ The graphs are traced and not made into code, which takes minutes.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,14 +12,14 @@ from torch.fx import GraphModule
 
 from edt_core.config import TrainConfig
 from edt_core.diffusion import linear_schedule
-from edt_core.models import DiffusionTransformer, build_model, draw_masks, model_config
+from edt_core.models import DiffusionTransformer, build_model, draw_masks
 from edt_core.models import kernels as projection
 from edt_core.training.draws import draw_step
 from edt_core.training.step import StepInputs, accumulate_gradient
+from tests.support.models import BESIDE_EDT, TINY, shallow_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = ["EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"]
 # Each case traces for seconds. Those that pair what others have apart are repetitions.
 slow = pytest.mark.slow
 SAMPLING = [
@@ -34,7 +32,7 @@ TRAINING = [
     ("EDT-Tiny/2", "fp32"),
     ("EDT-Tiny/2", "bf16"),
     ("MDTv2-Tiny/2", "bf16"),
-    ("DiT-Tiny/2", "fp32"),
+    *((name, "fp32") for name in BESIDE_EDT if not name.startswith("MDTv2")),
     pytest.param("MDTv2-Tiny/2", "fp32", marks=slow),
     pytest.param("DiT-Tiny/2", "bf16", marks=slow),
 ]
@@ -58,16 +56,8 @@ def backend() -> Iterator[Backend]:
     torch._dynamo.reset()
 
 
-# Every kind of block that a model has, and few of each: tracing takes as long as there are blocks.
-SHALLOW: dict[str, dict[str, Any]] = {
-    "EDT-Tiny/2": {"depths": (1, 1, 1, 1, 1)},
-    "DiT-Tiny/2": {"depth": 2},
-    "MDTv2-Tiny/2": {"depth": 3, "decode_depth": 1},
-}
-
-
 def tiny(name: str, *, training: bool) -> DiffusionTransformer:
-    model = build_model(replace(model_config(name, 64, 10), **SHALLOW[name]))
+    model = build_model(shallow_config(name, 64, 10))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,12 +111,12 @@ def test_training_is_compiled_once_for_all_steps(
         ours, theirs = (accumulate_gradient(model, config, schedule, ready, 10) for model in (compiled, eager))
         assert largest_error(ours, theirs) < bound
     assert backend.graphs == 1
-    assert len(kept) == {"EDT-Tiny/2": 2, "DiT-Tiny/2": 0, "MDTv2-Tiny/2": 3}[name]
+    assert len(kept) == {"EDT-Tiny/2": 2, "MDTv2-Tiny/2": 3}.get(name, 0)
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         assert largest_error(ours.grad, theirs.grad) < bound
 
 
-@pytest.mark.parametrize("name", ["EDT-Tiny/2", "MDTv2-Tiny/2", pytest.param("DiT-Tiny/2", marks=slow)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[slow] if name.startswith("DiT") else []) for name in TINY])
 def test_a_compiled_model_computes_the_same(name: str) -> None:
     """Through all but code generation: the graph, its gradient, and decompositions."""
     torch._dynamo.reset()

@@ -16,10 +16,9 @@ from edt_core.models.attention import RelativePositionBias
 from edt_core.models.weight_memo import constant_weights
 from edt_core.sampling.sampler import LatentSampler
 from edt_core.training.ema import EMA
+from tests.support.models import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = ["EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"]
 
 
 def tiny(name: str = "MDTv2-Tiny/2", seed: int = 0) -> DiffusionTransformer:

@@ -21,8 +21,8 @@ from edt_core.models.attention import (
     written_out_attention,
 )
 from edt_core.models.config import AMM_KERNELS, AmmKernel
+from tests.support.models import TINY
 
-TINY = ["EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"]
 GRID, HEADS, HEAD_DIM = 4, 3, 20  # heads of 20 channels, as 52 no multiple of 8
 
 

@@ -19,6 +19,7 @@ from edt_core.errors import UserError
 from edt_core.models import model_config
 from edt_core.pipeline import PROTOCOL, EDTPipeline, save_pipeline
 from edt_core.training.state import initial_model
+from tests.support.models import BESIDE_EDT
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_it_loads_by_its_own_class_and_by_diffusers(folder: Path) -> None:
     assert np.array_equal(*images)
 
 
-@pytest.mark.parametrize("name", ["DiT-Tiny/2", "MDTv2-Tiny/2"])
+@pytest.mark.parametrize("name", BESIDE_EDT)
 def test_every_architecture_loads_by_both_doors(folder: Path, tmp_path: Path, name: str) -> None:
     from diffusers import DiffusionPipeline
 

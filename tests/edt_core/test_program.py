@@ -4,22 +4,21 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from edt_core.config import ChainConfig
-from edt_core.models import DiffusionTransformer, build_model, model_config
+from edt_core.models import DiffusionTransformer, build_model
 from edt_core.precision import use_precision
 from edt_core.sampling.torch_export import TOLERANCE, save_program
+from tests.support.models import BESIDE_EDT, shallow_config
 
 
-def shallow(name: str, **depths: object) -> DiffusionTransformer:
-    """A model with every kind of block and few of each: exporting takes as long as there are blocks."""
+def shallow(name: str) -> DiffusionTransformer:
     torch.manual_seed(0)
-    model = build_model(replace(model_config(name, 32, 4), **depths))
+    model = build_model(shallow_config(name))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
@@ -27,7 +26,7 @@ def shallow(name: str, **depths: object) -> DiffusionTransformer:
 
 @pytest.fixture(scope="module")
 def model() -> DiffusionTransformer:
-    return shallow("EDT-Tiny/2", depths=(1, 1, 1, 1, 1))
+    return shallow("EDT-Tiny/2")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +56,9 @@ def test_it_does_as_the_model_does_with_its_modulation(model: DiffusionTransform
         assert (found - plain).abs().max() > 100 * TOLERANCE * expected.abs().max(), size
 
 
-@pytest.mark.parametrize(("name", "depths"), [("DiT-Tiny/2", {"depth": 3}), ("MDTv2-Tiny/2", {"depth": 4})])
-def test_every_architecture_takes_any_batch(name: str, depths: dict[str, int], tmp_path: Path) -> None:
-    model = shallow(name, **depths)
+@pytest.mark.parametrize("name", BESIDE_EDT)
+def test_every_architecture_takes_any_batch(name: str, tmp_path: Path) -> None:
+    model = shallow(name)
     use_precision("fp32")  # as where images were drawn before
     save_program(tmp_path / "a.pt2", model, ChainConfig(amm_blocks=(2,)), 1000)
     inputs = batch(7)

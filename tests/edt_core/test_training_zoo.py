@@ -1,6 +1,5 @@
-"""The training loop with DiT and MDTv2: it learns, goes on where it was, and does not mind how the batch is cut."""
+"""The training loop with the families beside EDT: it learns, goes on, and does not mind how the batch is cut."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,14 +7,13 @@ import torch
 
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
-from edt_core.models import ModelConfig, model_config
+from edt_core.models import ModelConfig
 from edt_core.training.context import LocalContext
 from edt_core.training.loop import train
+from tests.support.models import BESIDE_EDT, shallow_config
 from tests.support.trainings import contents, cut_back, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread")
-
-MODELS = ("DiT-Tiny/2", "MDTv2-Tiny/2")
 
 
 def recipe(name: str, **changes: object) -> TrainConfig:
@@ -35,18 +33,17 @@ def recipe(name: str, **changes: object) -> TrainConfig:
 
 def small(name: str) -> ModelConfig:
     """With every kind of block, and few of each."""
-    depths = {"DiT-Tiny/2": {"depth": 2}, "MDTv2-Tiny/2": {"depth": 3, "decode_depth": 1}}
-    return replace(model_config(name, 32, 4), **depths[name])
+    return shallow_config(name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BESIDE_EDT)
 def test_the_loss_falls(name: str, dataset: LatentDataset, tmp_path: Path) -> None:
     config = recipe(name, max_steps=80, checkpoint_every=80, timestep_sampler="uniform", global_batch_size=16)
     losses = [row["loss_full"] for row in train(config, small(name), dataset, LocalContext(tmp_path)).history.rows]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BESIDE_EDT)
 def test_a_resumed_training_equals_an_uninterrupted_one(name: str, dataset: LatentDataset, tmp_path: Path) -> None:
     state = train(recipe(name), small(name), dataset, LocalContext(tmp_path / "whole"))
     resumed = train(recipe(name), small(name), dataset, cut_back(tmp_path / "whole", tmp_path / "copy", 2))
@@ -54,7 +51,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(name: str, dataset: Late
     assert contents(place(tmp_path / "copy", 6)) == contents(place(tmp_path / "whole", 6))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BESIDE_EDT)
 @pytest.mark.parametrize("most", [5, 1])
 def test_any_cut_of_the_batch_trains_the_same(name: str, most: int, dataset: LatentDataset, tmp_path: Path) -> None:
     config = recipe(name, max_steps=3)
@@ -70,7 +67,7 @@ def test_indices_in_the_state_are_not_averaged(dataset: LatentDataset, tmp_path:
     state = train(config, small("MDTv2-Tiny/2"), dataset, LocalContext(tmp_path))
     (average,) = state.ema.averages
     indices = [name for name in average if name.endswith("relative_position_index")]
-    assert len(indices) == 4  # three blocks and the side-interpolater
+    assert len(indices) == 5  # four blocks and the side-interpolater
     for name in indices:
         assert average[name].dtype == torch.int64
         assert torch.equal(average[name], state.model.state_dict()[name])

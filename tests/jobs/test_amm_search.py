@@ -19,7 +19,7 @@ from jobs.commands import evaluate_model as evaluation
 from jobs.commands.amm_search import Placement, SearchConfig, paired_gain, search, settings
 from jobs.models.open import open_model, write_modulated
 from jobs.stages.sample import averaged_model
-from tests.support.models import made_model, opened
+from tests.support.models import TINY, made_model, opened
 
 Effect = Callable[[Placement], float]
 
@@ -96,7 +96,7 @@ def test_the_protocol_of_a_placement_is_the_search_s_but_for_amm_and_seed() -> N
     assert (one.cfg_scale, one.num_samples, one.repeats, one.seed) == (1.5, 30, 4, 3)
 
 
-@pytest.mark.parametrize("name", ["EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2"])
+@pytest.mark.parametrize("name", TINY)
 def test_a_model_is_sampled_with_the_placement_that_was_written_into_it(name: str, tmp_path: Path) -> None:
     source = opened(tmp_path, made_model(name=name))
     amm = {"amm_blocks": [1, 4], "amm_radius": 2.0, "amm_kernel": "cos"}

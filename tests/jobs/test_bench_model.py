@@ -11,12 +11,12 @@ from jobs.benchmark.authors import plain_model
 from jobs.benchmark.model import ModelBench, bench_models
 from jobs.benchmark.networks import made_model
 from jobs.benchmark.table import Row
+from tests.support.models import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 PAIR = ("EDT-Tiny/2", "MDTv2-Tiny/2")
-TINY = ("EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2")
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -22,11 +22,9 @@ from jobs.models.registry_files import pull
 from pipelines.cli import app
 from pipelines.registry.importing import _protocol, read_released
 from pipelines.registry.lookup import find, origin_of
-from tests.support.models import made_model, pipeline_folder, released, weights
+from tests.support.models import TINY, made_model, pipeline_folder, released, weights
 from tests.support.registry import Registry
 from tests.support.small import edt
-
-NAMES = ("EDT-Tiny/2", "DiT-Tiny/2", "MDTv2-Tiny/2")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def imported(registry: Registry, path: Path, vae: Path, *options: str) -> str:
     return done.output
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TINY)
 def test_an_imported_model_is_a_candidate_that_loads_as_it_was(
     registry: Registry, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -1,6 +1,7 @@
 """Small models with weights that were never trained, as what a job takes: enough to tell samples apart."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,11 +9,27 @@ import torch
 from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig
 from edt_core.evaluation.extractors.classifier import Classifier
-from edt_core.models import DiffusionTransformer, create_model
+from edt_core.models import MODEL_NAMES, DiffusionTransformer, EDTConfig, ModelConfig, create_model, model_config
 from edt_core.pipeline import save_pipeline
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from jobs.models.open import Opened, open_model
+
+TINY = tuple(name for name in MODEL_NAMES if "-Tiny/" in name)  # one of each family
+BESIDE_EDT = tuple(name for name in TINY if not name.startswith("EDT"))
+
+
+def shallow_config(name: str, image_size: int = 32, num_classes: int = 4) -> ModelConfig:
+    """A tiny model with every kind of block and few of each: tracing takes as long as there are blocks."""
+    config = model_config(name, image_size, num_classes)
+    if isinstance(config, EDTConfig):
+        return replace(config, depths=(1,) * len(config.depths))
+    for depth in range(3, config.num_blocks + 1):
+        try:
+            return replace(config, depth=depth)
+        except ValueError:  # a family that wants an odd or an even number
+            continue
+    return config
 
 
 def made_model(

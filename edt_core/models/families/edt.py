@@ -5,20 +5,122 @@ Legend: N = batch, C = latent channels, h = side of the latents, T = tokens of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from edt_core.models.attention import Attention, Block, RelativePositionBias
-from edt_core.models.base import DiffusionTransformer
-from edt_core.models.config import EDTConfig, StageSpec
+from edt_core.models.config import ModelConfig, check_ratios, check_width
+from edt_core.models.families.adaln import AdaLNTransformer
+from edt_core.models.families.amm_placements import ANY_SCALE, AmmPlacement
+from edt_core.models.families.family import Family, ModelSize
 from edt_core.models.layers import DownSample, FinalLayer, SkipConnection, UpSample, patches_to_image
+from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
 from edt_core.models.masking import check_masks
 from edt_core.models.positions import sincos_position_embedding
 
 
-class EDT(DiffusionTransformer):
+class KeptFlags(MaskForm):
+    """Boolean [N, T], True where a token is kept: where its uniform number is at least the ratio."""
+
+    dtype = torch.bool
+    described = "boolean masks of"
+
+    def draw(self, uniform: Tensor, ratio: Tensor) -> Tensor:
+        """Flags of the tokens that are kept."""
+        return uniform >= ratio
+
+    def columns(self, tokens: int, ratio: float) -> int:
+        """A masked token is zeroed and not left out."""
+        return tokens
+
+    def fits(self, columns: int, tokens: int) -> bool:
+        """One flag a token."""
+        return columns == tokens
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of the hourglass: `depth` blocks of width `dim` on a grid x grid square of tokens."""
+
+    depth: int
+    dim: int
+    num_heads: int
+    grid: int
+    first_block: int
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the stage's blocks among all blocks of the model."""
+        return range(self.first_block, self.first_block + self.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDTConfig(ModelConfig):
+    """An hourglass (arXiv 2410.23788).
+
+    `dims`, `num_heads` and `depths` have one entry a stage. Of an odd number of stages, those before the middle one
+    each end in a module that halves the grid, those after it begin by doubling it. `down_mask_ratios` has a range of
+    mask ratios for each down-sampling module; `mid_mask_block`, if not None, is the block of the first stage whose
+    input is masked too, with a ratio from `mid_mask_ratio` (a ratio is the share of tokens taken away, in 0..1).
+    """
+
+    architecture: ClassVar[str] = "edt"
+    mask_form: ClassVar[MaskForm | None] = KeptFlags()
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    down_mask_ratios: tuple[RatioRange, ...] = ((0.4, 0.5), (0.1, 0.2))
+    mid_mask_block: int | None = None
+    mid_mask_ratio: RatioRange = (0.15, 0.25)
+
+    def __post_init__(self) -> None:
+        """Check that the numbers make an hourglass."""
+        _check_hourglass(self)
+        super().__post_init__()
+        _check_masks(self)
+
+    @property
+    def cond_dim(self) -> int:
+        """Width of the conditioning vector, which is that of the first stage."""
+        return self.dims[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all stages together."""
+        return sum(self.depths)
+
+    @property
+    def num_merges(self) -> int:
+        """How many times the hourglass halves its grid."""
+        return len(self.depths) // 2
+
+    @property
+    def mask_sites(self) -> tuple[MaskSite, ...]:
+        """The block of the first stage, if any, then the down-sampling modules."""
+        sites = []
+        if self.mid_mask_block is not None:
+            sites.append(MaskSite(f"blocks.{self.mid_mask_block}", self.stages[0].grid ** 2, self.mid_mask_ratio))
+        for index, ratio_range in enumerate(self.down_mask_ratios):
+            sites.append(MaskSite(f"down_blocks.{index}", self.stages[index].grid ** 2, ratio_range))
+        return tuple(sites)
+
+    @property
+    def stages(self) -> tuple[StageSpec, ...]:
+        """The stages in forward order."""
+        last = len(self.depths) - 1
+        return tuple(
+            StageSpec(depth, dim, heads, self.grid >> min(i, last - i), sum(self.depths[:i]))
+            for i, (depth, dim, heads) in enumerate(zip(self.depths, self.dims, self.num_heads, strict=True))
+        )
+
+
+class EDT(AdaLNTransformer):
     """Three stages that merge tokens, two that split them, long skips between; see `DiffusionTransformer`.
 
     Its masks: one boolean [M, T] per masking site in forward order (see `mask_sites`), True where a token is kept.
@@ -68,6 +170,19 @@ class EDT(DiffusionTransformer):
 
         return patches_to_image(self.final_layer(x, c), self.up_stages[-1].grid, self.config.patch_size)
 
+    def place(self, module: str) -> str:
+        """The stage that a module is of; of modules between two stages, down is of the one before."""
+        group, _, rest = module.partition(".")
+        if not rest[:1].isdigit():
+            return super().place(module)
+        number = int(rest.partition(".")[0])
+        if group == "blocks":
+            number = next(i for i, stage in enumerate(self.config.stages) if number in stage.blocks)
+        elif group != "down_blocks":
+            number += self.config.num_merges + 1
+        grid = self.config.stages[number].grid
+        return f"stage {number} ({grid}x{grid})"
+
     def _run_stage(self, stage: StageSpec, x: Tensor, c: Tensor, mid_keep: Tensor | None = None) -> Tensor:
         """One stage's blocks; before `mid_mask_block`, a masked token gives way to its position embedding."""
         for index in stage.blocks:
@@ -92,3 +207,84 @@ class EDT(DiffusionTransformer):
 def _block(stage: StageSpec, config: EDTConfig) -> Block:
     bias = RelativePositionBias(stage.grid, stage.num_heads)
     return Block(Attention(stage.dim, stage.num_heads, stage.grid, bias), config.cond_dim, config.mlp_ratio)
+
+
+def _check_hourglass(config: EDTConfig) -> None:
+    lengths = {len(config.depths), len(config.dims), len(config.num_heads)}
+    if len(lengths) != 1 or len(config.depths) % 2 == 0 or len(config.depths) < 3:
+        raise ValueError(
+            f"{config.name}: depths {config.depths}, dims {config.dims} and num_heads {config.num_heads} "
+            "must have the same odd number of entries, one a stage, 3 or more."
+        )
+    if config.dims != config.dims[::-1]:
+        raise ValueError(
+            f"{config.name}: dims {config.dims} must read the same from both ends, since a long skip "
+            "joins the stages that mirror each other."
+        )
+    for dim, heads in zip(config.dims, config.num_heads, strict=True):
+        check_width(config.name, dim, heads)
+
+
+def _check_masks(config: EDTConfig) -> None:
+    if len(config.down_mask_ratios) != config.num_merges:
+        raise ValueError(
+            f"{config.name}: {len(config.down_mask_ratios)} ranges in down_mask_ratios for "
+            f"{config.num_merges} down-sampling modules; give one range for each."
+        )
+    check_ratios(config.name, [*config.down_mask_ratios, config.mid_mask_ratio])
+    if config.mid_mask_block is not None and not 0 <= config.mid_mask_block < config.depths[0]:
+        raise ValueError(
+            f"{config.name}: mid_mask_block is {config.mid_mask_block}, but a masked token is replaced by "
+            "the first stage's position embedding, so it must be one of that stage's blocks "
+            f"0..{config.depths[0] - 1}."
+        )
+
+
+# The files of github.com/xinwangChen/EDT give settings as comments. EDT-S and -B share theirs: [7, 10] "when cfg=1,
+# cfg=1.25 or cfg=1.5", [8] "when cfg=2 or cfg>=3"; scales between 1.5 and 2 count as 1.5. The comment on 512 px names
+# EDT-S alone, and the file says that S and B have the same arrangement. For XL no scale is named. The file has a second
+# line for XL, block 24 alone, without any condition; it is not used here.
+_FILE = "models_edt.py"
+_PLACEMENTS = (
+    *(
+        placement
+        for model in ("EDT-S/2", "EDT-B/2")
+        for placement in (
+            AmmPlacement(model, (8,), (2.0, math.inf), _FILE),
+            AmmPlacement(model, (7, 10), (1.0, 2.0), _FILE),
+            AmmPlacement(model, (10,), ANY_SCALE, _FILE, large=True),
+        )
+    ),
+    AmmPlacement("EDT-XL/2", (23, 25), ANY_SCALE, _FILE),
+)
+
+
+EDT_FAMILY = Family(
+    title="EDT",
+    long_name="Efficient Diffusion Transformer",
+    paper="arXiv 2410.23788",
+    config=EDTConfig,
+    model=EDT,
+    sizes={
+        "EDT-S/2": ModelSize(
+            {"depths": (2, 2, 2, 3, 3), "dims": (312, 416, 520, 416, 312), "num_heads": (6, 8, 10, 8, 6)}
+        ),
+        "EDT-B/2": ModelSize(
+            {"depths": (2, 2, 2, 3, 3), "dims": (624, 832, 1040, 832, 624), "num_heads": (12, 16, 20, 16, 12)}
+        ),
+        "EDT-XL/2": ModelSize(
+            {
+                "depths": (6, 4, 4, 7, 7),
+                "dims": (936, 1248, 1560, 1248, 936),
+                "num_heads": (18, 24, 30, 24, 18),
+                "mid_mask_block": 4,
+            }
+        ),
+        "EDT-Tiny/2": ModelSize(
+            {"depths": (2, 1, 1, 1, 2), "dims": (64, 80, 96, 80, 64), "num_heads": (4, 5, 6, 5, 4)},
+            autoencoder_factor=4,
+        ),
+    },
+    amm_placements=_PLACEMENTS,
+    released_sampling={"amm_blocks": "paper"},
+)

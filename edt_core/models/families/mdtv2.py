@@ -9,20 +9,77 @@ k = tokens that are kept, D = width, K = width of the conditioning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from edt_core.models.attention import Attention, Block, RelativePositionBias
-from edt_core.models.base import DiffusionTransformer
-from edt_core.models.config import MDTv2Config
+from edt_core.models.config import OneWidthConfig, check_ratios
+from edt_core.models.families.adaln import AdaLNTransformer
+from edt_core.models.families.amm_placements import AmmPlacement
+from edt_core.models.families.dit import DIT_WIDTHS
+from edt_core.models.families.family import Family, ReleasedFormat, one_width
 from edt_core.models.kernels import TokenLinear
 from edt_core.models.layers import FinalLayer, patches_to_image
+from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
 from edt_core.models.masking import check_masks
 from edt_core.models.positions import sincos_position_embedding
 
 _SPARE_ROWS = 3  # of the bias table, for pairs with a class token, which there is none of
+
+
+class KeptIndices(MaskForm):
+    """Indices int64 [N, k] in rising order of the tokens that are kept, as many in every row."""
+
+    dtype = torch.int64
+    described = "int64 masks of at most"
+
+    def draw(self, uniform: Tensor, ratio: Tensor) -> Tensor:
+        """Indices of the least numbers of each row."""
+        count = max(1, self.columns(uniform.shape[1], float(ratio)))
+        return uniform.argsort(dim=1)[:, :count].sort(dim=1).values
+
+    def columns(self, tokens: int, ratio: float) -> int:
+        """The tokens that are kept."""
+        return int(tokens * (1 - ratio))
+
+    def fits(self, columns: int, tokens: int) -> bool:
+        """Any number of indices."""
+        return columns <= tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MDTv2Config(OneWidthConfig):
+    """A DiT in an encoder, with skips from its first half to its second, and a decoder (MDTv2, arXiv 2303.14389).
+
+    The last `decode_depth` of the `depth` blocks are the decoder's; 4 is the default of its authors' code. In the
+    masked pass of training a share of tokens from the range `mask_ratio` is taken away before the encoder.
+    """
+
+    architecture: ClassVar[str] = "mdtv2"
+    mask_form: ClassVar[MaskForm | None] = KeptIndices()
+
+    decode_depth: int = 4
+    mask_ratio: RatioRange = (0.3, 0.5)
+
+    def __post_init__(self) -> None:
+        """Check that the numbers make a model."""
+        super().__post_init__()
+        encoder = self.depth - self.decode_depth
+        if self.decode_depth < 1 or encoder < 2 or encoder % 2:
+            raise ValueError(
+                f"{self.name}: {self.depth} blocks with a decoder of {self.decode_depth} leave {encoder} for the "
+                "encoder, whose first half is joined to its second: leave an even number from 2 on."
+            )
+        check_ratios(self.name, [self.mask_ratio])
+
+    @property
+    def mask_sites(self) -> tuple[MaskSite, ...]:
+        """The encoder runs on the tokens that are kept."""
+        return (MaskSite("en_inblocks.0", self.grid**2, self.mask_ratio),)
 
 
 class TableAndIndex(RelativePositionBias):
@@ -49,7 +106,7 @@ class SkipBlock(Block):
         return super().forward(self.skip_linear(torch.cat([x, skip], dim=-1)), c, kept)
 
 
-class MDTv2(DiffusionTransformer):
+class MDTv2(AdaLNTransformer):
     """See `DiffusionTransformer`. Its mask: the indices of the tokens that are kept, int64 [M, k]."""
 
     config: MDTv2Config
@@ -91,6 +148,11 @@ class MDTv2(DiffusionTransformer):
             x = self.run_block(block, x, c, None, image)
         return patches_to_image(self.final_layer(x, c), self.config.grid, self.config.patch_size)
 
+    def place(self, module: str) -> str:
+        """Encoder or decoder; the embeddings and the last layer are the ends."""
+        group = module.partition(".")[0]
+        return {"en_inblocks": "encoder", "en_outblocks": "encoder", "de_blocks": "decoder"}.get(group, "ends")
+
     def _encode_masked(self, image: Tensor, c: Tensor, kept: Tensor) -> Tensor:
         """The decoder's input [N, T, D]: the last M rows are encoded from the tokens that are kept, int64 [M, k]."""
         whole = len(image) - len(kept)
@@ -126,3 +188,39 @@ class MDTv2(DiffusionTransformer):
 def _block(config: MDTv2Config, kind: type[Block]) -> Block:
     bias = TableAndIndex(config.grid, config.num_heads)
     return kind(Attention(config.dim, config.num_heads, config.grid, bias), config.dim, config.mlp_ratio)
+
+
+class _Format(ReleasedFormat):
+    """The authors' code takes the depth of the decoder as an option, and stores the index of all pairs of tokens."""
+
+    derived = ".relative_position_index"
+
+    def numbers(self, state: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """As many blocks in the decoder as the keys say."""
+        blocks = {key.split(".")[1] for key in state if key.startswith("de_blocks.")}
+        return {"decode_depth": len(blocks)} if blocks else {}
+
+
+# Blocks of the decoder. The configurations of github.com/sail-sg/MDT do not set the number: it is an option of
+# training, 6 in the authors' command for S and 4 in the one for XL. For B and L no number is in their code; the
+# option's default, 4, stands in for it.
+_DECODE_DEPTHS = {"S": 6, "B": 4, "L": 4, "XL": 4}
+
+MDTV2_FAMILY = Family(
+    title="MDTv2",
+    long_name="Masked Diffusion Transformer, version 2",
+    paper="arXiv 2303.14389",
+    config=MDTv2Config,
+    model=MDTv2,
+    sizes={
+        **{
+            f"MDTv2-{size}/2": one_width(width, decode_depth=_DECODE_DEPTHS[size]) for size, width in DIT_WIDTHS.items()
+        },
+        "MDTv2-Tiny/2": one_width((6, 56, 4), autoencoder_factor=4, decode_depth=2),
+    },
+    amm_placements=(  # 400k steps, "when cfg=1 or cfg=3.8" (power-cosine); none for 512 px
+        AmmPlacement("MDTv2-S/2", (8,), (1.0, 3.8), "other_models/models_mdt_with_amm.py"),
+    ),
+    released=_Format(),
+    released_sampling={"amm_blocks": "model", "cfg_power": 4.0},
+)

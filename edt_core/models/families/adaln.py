@@ -1,0 +1,52 @@
+"""What EDT, DiT and MDTv2 have in common: timestep and label act through adaptive norms (adaLN-Zero)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from edt_core.models.attention import Block, RelativePositionBias
+from edt_core.models.base import DiffusionTransformer
+from edt_core.models.config import ModelConfig
+from edt_core.models.layers import FinalLayer, LabelEmbedding, PatchEmbedding, TimestepEmbedding
+
+
+class AdaLNTransformer(DiffusionTransformer):
+    """Embeddings of latents, timestep and label with the names that they have in DiT, and DiT's initial weights."""
+
+    final_layer: FinalLayer
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.x_embedder = PatchEmbedding(config.in_channels, config.patch_size, config.cond_dim)
+        self.t_embedder = TimestepEmbedding(config.cond_dim)
+        self.y_embedder = LabelEmbedding(config.num_classes, config.cond_dim)
+
+    def initialize_weights(self) -> None:
+        """DiT's initialisation: every block starts as the identity, and the output as zero.
+
+        The adaptive norms of EDT's down-sampling and skip modules have no gate to close and stay Xavier, as in
+        the published model.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RelativePositionBias):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        patch_weight, patch_bias = self.x_embedder.proj.parameters()
+        nn.init.xavier_uniform_(patch_weight.detach().flatten(1))  # as the linear layer that it is
+        nn.init.zeros_(patch_bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for name in ("0.weight", "2.weight"):
+            nn.init.normal_(self.t_embedder.mlp.get_parameter(name), std=0.02)
+        for module in self.modules():
+            if isinstance(module, Block | FinalLayer):
+                _zero(module.adaLN_modulation[-1])
+        _zero(self.final_layer.linear)
+
+
+def _zero(layer: nn.Module) -> None:
+    """Set weight and bias to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -1,0 +1,47 @@
+"""Where a model masks tokens, and what its masks look like; each family that has masks states both.
+
+Legend: N = batch, T = tokens at a site.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+RatioRange = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MaskSite:
+    """A place in the forward pass that masks tokens.
+
+    `module` is the name of the module that masks its input, as in `named_modules()`; `ratio_range` bounds the
+    share of its `tokens` that is taken away.
+    """
+
+    module: str
+    tokens: int
+    ratio_range: RatioRange
+
+
+class MaskForm(ABC):
+    """What the masks of a family hold. `described` completes "takes 2 ... [256, 64] tokens" in a message."""
+
+    dtype: ClassVar[torch.dtype]
+    described: ClassVar[str]
+
+    @abstractmethod
+    def draw(self, uniform: Tensor, ratio: Tensor) -> Tensor:
+        """The mask of a site from uniform numbers [N, T] in 0..1, for a mask ratio [] that is taken away."""
+
+    @abstractmethod
+    def columns(self, tokens: int, ratio: float) -> int:
+        """Columns of a mask of so many tokens at a mask ratio."""
+
+    @abstractmethod
+    def fits(self, columns: int, tokens: int) -> bool:
+        """Whether a mask of so many columns can be one of a site of so many tokens."""

@@ -57,20 +57,32 @@ class Attention(nn.Module):
     """Multi-head self-attention among the tokens of a grid, with a position bias or without.
 
     With a modulation matrix set, in evaluation mode and among all tokens only, the soft-maxed scores are multiplied by
-    it and not normalised again (Attention Modulation Matrix, arXiv 2410.23788).
+    it and not normalised again (Attention Modulation Matrix, arXiv 2410.23788). `extra_tokens` stand before those of
+    the grid and have no place on it; AMM takes them to be at distance 0 from every token.
     """
 
     amm: Tensor | None
 
-    def __init__(self, dim: int, num_heads: int, grid: int, position_bias: RelativePositionBias | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: int,
+        position_bias: RelativePositionBias | None = None,
+        *,
+        extra_tokens: int = 0,
+        qkv_bias: bool = True,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.grid = grid
+        self.extra_tokens = extra_tokens
         self.rel_pos_bias = position_bias
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.register_buffer("amm", None, persistent=False)  # [T, T], or None where AMM does not act
+        # [T, T], the extra tokens among the T, or None where AMM does not act.
+        self.register_buffer("amm", None, persistent=False)
 
     def set_amm(self, kernel: AmmKernel | None, radius: float | None = None) -> None:
         """Modulate with `kernel` from now on, up to `radius` tokens (None: the paper's); kernel None ends it."""
@@ -78,6 +90,8 @@ class Attention(nn.Module):
             self.amm = None
             return
         amm, device = amm_matrix(self.grid, kernel, radius), self.qkv.weight.device
+        if extra := self.extra_tokens:
+            amm = F.pad(amm, (extra, 0, extra, 0), value=float(amm[0, 0]))
         # Weights on "meta" have their values still to come (accelerate loads so); those of the matrix would be lost.
         self.amm = amm if device.type == "meta" else amm.to(device)
 
@@ -109,7 +123,7 @@ class Attention(nn.Module):
             return position_bias(kept).to(dtype)
         return made_once((position_bias, dtype), lambda: position_bias().to(dtype))
 
-    def weights(self, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    def weights(self, padding: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Weights of qkv, bias of qkv and weights of proj for heads that are wider by `padding` channels of zeros.
 
         Queries, keys and values get zero channels, which proj ignores: the result is the same, whatever the heads'
@@ -122,7 +136,7 @@ class Attention(nn.Module):
         columns = (self.num_heads, self.head_dim)
         return (
             F.pad(qkv_weight.unflatten(0, rows), (0, 0, 0, padding)).flatten(0, 1),
-            F.pad(qkv_bias.unflatten(0, rows), (0, padding)).flatten(),
+            None if qkv_bias is None else F.pad(qkv_bias.unflatten(0, rows), (0, padding)).flatten(),
             F.pad(proj_weight.unflatten(1, columns), (0, padding)).flatten(1),
         )
 

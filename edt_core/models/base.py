@@ -6,9 +6,10 @@ Legend: N = batch, C = latent channels, h = side of the latents, T = tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +32,17 @@ class DiffusionTransformer(nn.Module, ABC):
     config: ModelConfig
     built_config: ModelConfig
     activation_checkpointing: bool = False
+    kinds: ClassVar[Mapping[str, str]] = {  # the kind of a module, by the first of these that is in its name
+        "embedder": "embeddings",
+        "adaLN_modulation": "adaLN",
+        "attn": "attention",
+        "mlp": "feed-forward",
+        "down_blocks": "down",
+        "up_blocks": "up",
+        "concat_blocks": "skip",
+        "skip_linear": "skip",
+        "final_layer": "final",
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,6 +102,10 @@ class DiffusionTransformer(nn.Module, ABC):
     def place(self, module: str) -> str:
         """The part of the forward pass that a module is of, by its name in `named_modules()`, for a table of costs."""
         return "blocks" if module.startswith("blocks.") else "ends"
+
+    def kind(self, module: str) -> str:
+        """What a module does, by its name in `named_modules()`, for a table of costs."""
+        return next((kind for part, kind in self.kinds.items() if part in module), "other")
 
     def run_block(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """A block's output; in training with `activation_checkpointing` nothing but its inputs is kept."""

@@ -21,19 +21,6 @@ from edt_core.models.config import ModelConfig
 from edt_core.models.masking import mask_sites
 from edt_core.models.zoo import build_model
 
-# The part of a model that a module belongs to, by the first of these that is in its name.
-_KINDS = {
-    "embedder": "embeddings",
-    "adaLN_modulation": "adaLN",
-    "attn": "attention",
-    "mlp": "feed-forward",
-    "down_blocks": "down",
-    "up_blocks": "up",
-    "concat_blocks": "skip",
-    "skip_linear": "skip",
-    "final_layer": "final",
-}
-
 
 @dataclass(frozen=True)
 class PartCost:
@@ -63,9 +50,9 @@ def count_macs(model: DiffusionTransformer) -> int:
 def macs_by_part(config: ModelConfig) -> list[PartCost]:
     """Where the multiply-accumulates of `count_macs` go: by kind of module in each stage, in forward order."""
     parts: Counter[tuple[str, str]] = Counter()
-    place = shadow(config).place
+    model = shadow(config)
     for module, macs in _forward_macs(config).items():
-        parts[place(module), _kind(module)] += macs
+        parts[model.place(module), model.kind(module)] += macs
     return [PartCost(place, kind, macs) for (place, kind), macs in parts.items()]
 
 
@@ -132,7 +119,3 @@ def _count(
         if backward:
             output.sum().backward()
     return counter
-
-
-def _kind(module: str) -> str:
-    return next((kind for part, kind in _KINDS.items() if part in module), "other")

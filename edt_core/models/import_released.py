@@ -31,6 +31,7 @@ from edt_core.models.config import ModelConfig
 from edt_core.models.families import FAMILIES
 from edt_core.models.families.family import ReleasedFormat, shape_of
 from edt_core.models.training_options import (
+    NEEDED,
     TrainingOptions,
     check_against_config,
     check_objective,
@@ -39,6 +40,7 @@ from edt_core.models.training_options import (
 from edt_core.models.zoo import MODEL_NAMES, build_model, family_of, model_config
 
 _NO_VARIANCE = ": the model predicts no variance (it was built with learn_sigma=False), which is not supported"
+_HALFWAY = "it is halfway between the two bounds of the learned range"
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,11 @@ def read_released_model(path: Path | str, weights: WeightsName | None = None) ->
     check_storage(path, chosen.tensors)
     config = _identify(path, chosen.tensors)
     check_against_config(path, options, config)
+    _check_schedule(path, config, chosen.tensors, options)
     model = build_model(config)
-    _load(path, model, chosen.tensors)
+    _load(path, model, _format(config).completed(chosen.tensors))
     notes = _weight_notes(chosen, sets, weights, other_tensors(content, sets)) + option_notes(options, config)
-    notes += _check_variance(path, model, options)
+    notes += _check_variance(path, model, chosen.tensors, options)
     return ReleasedModel(model.eval(), chosen.label, chosen.is_average, tuple(notes), options.other_latents)
 
 
@@ -114,19 +117,30 @@ def _weight_notes(
     return notes
 
 
-def _check_variance(path: Path, model: DiffusionTransformer, options: TrainingOptions) -> list[str]:
+def _check_schedule(path: Path, config: ModelConfig, state: Mapping[str, Tensor], options: TrainingOptions) -> None:
+    """Raise UserError where keys and shapes are those of another noise schedule, and no option says otherwise."""
+    objection = _format(config).schedule_objection(state)
+    if objection and not options.state_schedule:
+        raise UserError(f"{path}: it is a {config.name}, but {objection}. {NEEDED}")
+
+
+def _check_variance(
+    path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor], options: TrainingOptions
+) -> list[str]:
     """Raise UserError where the outputs for the variance were never trained, as in a SiT; a note where that is stated.
 
-    All these models start with an output layer of zeros. A training that discards the second half of the channels
-    gives their rows no gradient, so they stay exactly 0, in the average too.
+    `state` is what the file holds. Models with adaptive norms start with an output layer of zeros. A training that
+    discards the second half of the channels gives their rows no gradient, so they stay exactly 0, in the average too.
     """
-    channels, state = model.config.in_channels, model.state_dict()
-    halves = [state[key].unflatten(0, (-1, 2, channels)) for key in _format(model.config).output]  # [patch², 2, C, ...]
+    if _format(model.config).lacks_variance(state):
+        return [f"the model predicts no variance, and none was trained; {_HALFWAY}"]
+    channels, own = model.config.in_channels, model.state_dict()
+    halves = [own[key].unflatten(0, (-1, 2, channels)) for key in _format(model.config).output]  # [patch², 2, C, ...]
     has_noise, has_variance = (any(bool(half[:, i].any()) for half in halves) for i in range(2))
     if has_variance or not has_noise:
         return []
     if options.state_noise:
-        return ["the model's variance was not trained; it is halfway between the two bounds of the learned range"]
+        return [f"the model's variance was not trained; {_HALFWAY}"]
     raise UserError(
         f"{path}: the output layer's rows for the variance are all 0, so they were never trained. A SiT or another "
         "model that predicts a velocity is like that; it has the keys of a "
@@ -174,7 +188,7 @@ def _fit(name: str, state: Mapping[str, Tensor]) -> _Fit:
     """The model of this name with the state dict's own resolution, classes and channels, and where it differs."""
     config = _config_like(name, state)
     expected = _shapes(config)
-    found = {key: tuple(value.shape) for key, value in state.items()}
+    found = {key: tuple(value.shape) for key, value in _format(config).completed(state).items()}
     differences = [
         f"{key!r} is missing" if key not in found else f"{key!r} has shape {list(found[key])}, not {list(shape)}"
         for key, shape in expected.items()

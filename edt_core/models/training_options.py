@@ -24,11 +24,12 @@ from edt_core.models.zoo import MODEL_NAMES
 
 _CONTAINERS = ("args", "config", "cfg", "hparams", "hyper_parameters", "options", "opts", "model_args", METADATA)
 _NOISE = ("epsilon", "eps", "noise", "pred_noise", "pred_eps", "epsilon_prediction", "modelmeantype.epsilon")
-_NEEDED = (
+NEEDED = (
     "edt samples models that predict noise (epsilon) and a variance at 1,000 timesteps of the linear schedule, as "
     "the released EDT, DiT and MDTv2 do. Other objectives are not supported; import a model that was trained that way."
 )
 _OBJECTIVE = ("prediction", "prediction_type", "prediction_target", "parameterization", "objective", "model_mean_type")
+_SCHEDULE = ("noise_schedule", "beta_schedule")
 _OFF = ("predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "velocity_prediction", "flow_matching")
 
 
@@ -47,7 +48,7 @@ _RULES: dict[str, _Rule] = {
         ("path_type", "sample_eps", "train_eps", "interpolant", "transport", "sigma_data"),
         _Rule((), "it was trained on a continuous path from data to noise, as a SiT is, not on a noise schedule"),
     ),
-    **dict.fromkeys(("noise_schedule", "beta_schedule"), _Rule(("linear",), "the noise schedule is another one")),
+    **dict.fromkeys(_SCHEDULE, _Rule(("linear",), "the noise schedule is another one")),
     **dict.fromkeys(("beta_start", "linear_start"), _Rule((0.0001,), "the noise schedule is another one")),
     **dict.fromkeys(("beta_end", "linear_end"), _Rule((0.02,), "the noise schedule is another one")),
     **dict.fromkeys(
@@ -122,6 +123,11 @@ class TrainingOptions:
         )
 
     @property
+    def state_schedule(self) -> bool:
+        """Whether they say in so many words that the noise schedule is the linear one."""
+        return any(value is not None and _accepts(name, value) for name, value, _ in self.entries if name in _SCHEDULE)
+
+    @property
     def other_latents(self) -> tuple[str, ...]:
         """The options, as name=value, that say that the latents are not those of the papers' autoencoder."""
         return tuple(
@@ -146,11 +152,11 @@ def check_objective(path: Path, options: TrainingOptions) -> None:
         given = ", ".join([*(f"model={name!r}" for name in sit), *(f"{n}={_short(v)}" for n, v in wrong)])
         reasons = dict.fromkeys(["it is a SiT, which predicts a velocity"] if sit else [])
         reasons |= dict.fromkeys(_RULES[name].otherwise or "there is no null class for guidance" for name, _ in wrong)
-        raise UserError(f"{path}: its training options have {given}: {'; '.join(reasons)}. {_NEEDED}")
+        raise UserError(f"{path}: its training options have {given}: {'; '.join(reasons)}. {NEEDED}")
     if _SIT.search(path.name) and not options.state_noise and not _known_models(options):
         raise UserError(
             f"{path}: the file's name says SiT, and nothing in the file says otherwise. A SiT has the keys of a DiT "
-            f"but predicts a velocity. {_NEEDED} If the file is no SiT, rename it."
+            f"but predicts a velocity. {NEEDED} If the file is no SiT, rename it."
         )
 
 

@@ -66,6 +66,18 @@ class ReleasedFormat:
         """Further numbers of the configuration that the state says."""
         return {}
 
+    def lacks_variance(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether the model was made without an output for the variance, and `completed` adds one."""
+        return False
+
+    def completed(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The state dict with all that the model here has: an output of 0 for a variance that is lacking."""
+        return state
+
+    def schedule_objection(self, state: Mapping[str, Tensor]) -> str:
+        """Why the weights are not of the linear noise schedule, where their keys and shapes show it; else empty."""
+        return ""
+
     def is_derived(self, key: str) -> bool:
         """Whether a tensor follows from the configuration alone."""
         return self.derived is not None and key.endswith(self.derived)

@@ -37,6 +37,19 @@ def result_fields(section: Section) -> dict[str, Any]:
     return section.model_validate(fields).model_dump(mode="json", include=set(fields))
 
 
+def without_added(section: Section) -> dict[str, Any]:
+    """The section as JSON values, without what came after artifacts were made and is at its default."""
+    values = section.model_dump(mode="json")
+    for name, info in type(section).model_fields.items():
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            values[name] = without_added(value)
+        elif extra.get("added") and value == info.default:
+            del values[name]
+    return values
+
+
 SourceKind = Literal["auto", "digits", "image_folder", "labels", "ilsvrc2012", "webdataset", "parquet"]
 
 
@@ -198,6 +211,9 @@ class TrainConfig(Section):
         1000, gt=20, description="timesteps of the noise schedule; its last beta is 20 / num_timesteps, less than 1"
     )
     min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weight of the squared error; null for none")
+    objective: str = added(
+        "epsilon", description="what the model learns to predict: epsilon, the noise, or another of docs/training.md"
+    )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32", description="of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32"
     )

@@ -266,7 +266,7 @@ def report_config(
         decision=str(decision),
         registry=version_record(catalog, decision, config.store),
         lineage={role: (short(f.name), tuple(map(short, f.needs))) for role, f in branch.steps.items()},
-        config_yaml=as_yaml(config.model_copy(update={"store": "."})),
+        config_yaml=as_yaml(config.model_copy(update={"store": "."}), added=False),
     )
 
 

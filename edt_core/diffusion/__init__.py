@@ -1,8 +1,9 @@
-"""Gaussian diffusion as EDT uses it: linear schedule, predicted noise, learned range of the variance."""
+"""Diffusion as EDT uses it: linear schedule, objectives, samplers."""
 
 from edt_core.diffusion.guidance import guided
-from edt_core.diffusion.losses import Losses, q_sample, training_losses
 from edt_core.diffusion.noise import SampleNoise, sample_noise
+from edt_core.diffusion.objective import Losses, Objective
+from edt_core.diffusion.objectives import OBJECTIVES, objective_of, objective_of_model, with_objective
 from edt_core.diffusion.sampling import SwitchedModel, sample, sampling_schedule
 from edt_core.diffusion.schedule import Schedule, linear_schedule, respace
 from edt_core.diffusion.timesteps import (
@@ -13,8 +14,10 @@ from edt_core.diffusion.timesteps import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "LossSecondMomentSampler",
     "Losses",
+    "Objective",
     "SampleNoise",
     "Schedule",
     "SwitchedModel",
@@ -23,10 +26,11 @@ __all__ = [
     "UniformSampler",
     "guided",
     "linear_schedule",
-    "q_sample",
+    "objective_of",
+    "objective_of_model",
     "respace",
     "sample",
     "sample_noise",
     "sampling_schedule",
-    "training_losses",
+    "with_objective",
 ]

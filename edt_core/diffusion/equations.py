@@ -1,7 +1,6 @@
 """The equations of Gaussian diffusion that training and sampling share, one a function.
 
-Shapes: x, noise, eps [N, C, H, W]; c holds floats or [N, 1, 1, 1] tensors. eps is the noise that the model
-predicts.
+Shapes: x, noise, eps [N, C, H, W]; c holds floats or [N, 1, 1, 1] tensors. eps is a predicted noise.
 References: Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672).
 """
 
@@ -63,16 +62,16 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 def split_output(model_output: Tensor, num_channels: int) -> tuple[Tensor, Tensor]:
-    """A model's output [N, 2C, H, W] as float32 (eps, v), each [N, C, H, W].
+    """A model's output [N, 2C, H, W] as float32, the predicted value and the variance, each [N, C, H, W].
 
     Raises ValueError where it has not twice the channels of the latents.
     """
     if model_output.ndim < 2 or model_output.shape[1] != 2 * num_channels:
         raise ValueError(
             f"the model's output has shape {tuple(model_output.shape)}, but {num_channels}-channel "
-            f"latents need {2 * num_channels} channels, the noise and the variance. "
+            f"latents need {2 * num_channels} channels, the predicted value and the variance. "
             f"Use a model that predicts both and was made for these latents: create_model(NAME, latent_channels="
             f"{num_channels})."
         )
-    eps, v = model_output.float().split(num_channels, dim=1)
-    return eps, v
+    value, variance = model_output.float().split(num_channels, dim=1)
+    return value, variance

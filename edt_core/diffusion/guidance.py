@@ -33,7 +33,8 @@ def guided(
     The guided noise is eps_null + cfg_scale (eps_y - eps_null), which is eq. 6 of Ho & Salimans with cfg_scale =
     1 + w. It replaces the first `channels` channels of the noise, or all of them where `channels` is None;
     the others, and the variance, are the conditional ones. Three is what published results of DiT and EDT
-    use.
+    use. Whatever else a model predicts, as v, is guided in the same way, and means the same noise: at a given x_t
+    the noise is an affine function of it.
     Both halves go through the model in one call, the labelled half first. With cfg_scale 1 there is
     nothing to push: the model is called with y alone.
     `guide`: a weaker model of the same latents and classes, whose eps_guide takes the place of eps_null (Karras 2024,

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from edt_core.diffusion import equations
+from edt_core.diffusion.objective import Objective, Prediction
 from edt_core.diffusion.schedule import Schedule, respace
 from edt_core.diffusion.solvers import SolverName, multistep
 from edt_core.errors import UserError
 
-ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t int64 [N]) -> [N, 2C, H, W]
+ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t int64 [N]) -> what the objective has it predict
 NoiseFn = Callable[[int], Tensor]  # step -> standard normal noise [N, C, H, W]
 SamplingMethod = Literal["ancestral", "ddim"] | SolverName
 METHODS: tuple[str, ...] = ("ancestral", "ddim", *get_args(SolverName))
 
-# (index of the schedule, x_t, eps, v, noise or None) -> x_{t-1}
-_Step = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# (index of the schedule, x_t, what is predicted, noise or None) -> x_{t-1}
+_Step = Callable[[int, Tensor, Prediction, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def sample(
     schedule: Schedule,
     method: SamplingMethod = "ancestral",
     *,
+    objective: Objective,
     noise: NoiseFn | None = None,
     eta: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
@@ -68,7 +70,8 @@ def sample(
     """Run the whole chain from `initial`, standard normal [N, C, H, W], and return x_0, float32 [N, C, H, W].
 
     The steps are those of `schedule`, for which see `sampling_schedule`; model_fn gets the timesteps the model was
-    trained on, not the indices of a respaced schedule.
+    trained on, not the indices of a respaced schedule. `objective` is what the model was trained for: it reads the
+    model's output.
     noise(step) gives the noise of a step, counted from 0 at the noisiest; the last step needs none. DDIM asks
     for it only where `eta` (0: deterministic, 1: as random as the ancestral chain) is above 0, the solvers never.
     progress(done, total) is called after each step.
@@ -78,47 +81,58 @@ def sample(
     _check_method(method, noise, eta)
     x = initial.float()
     total = schedule.num_timesteps
-    step_fn = _step_of(schedule, method, eta)
+    step_fn = _step_of(objective, schedule, method, eta)
     random = method == "ancestral" or eta > 0.0
     for step in range(total):
         index = total - 1 - step
         timestep = int(schedule.timestep_map[index])
         model_at = model_fn.at(timestep) if isinstance(model_fn, SwitchedModel) else model_fn
         t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
-        eps, v = equations.split_output(model_at(x, t), x.shape[1])
+        prediction = objective.split(model_at(x, t), x.shape[1])
         step_noise = noise(step).to(x) if noise is not None and random and index > 0 else None
-        x = step_fn(index, x, eps, v, step_noise)
+        x = step_fn(index, x, prediction, step_noise)
         if progress is not None:
             progress(step + 1, total)
     return x
 
 
-def _step_of(schedule: Schedule, method: SamplingMethod, eta: float) -> _Step:
+def _step_of(objective: Objective, schedule: Schedule, method: SamplingMethod, eta: float) -> _Step:
     """One step of a method; a solver's is good for one chain only, since it remembers the steps before."""
     if method == "ancestral":
-        return lambda index, x, eps, v, noise: ancestral_step(schedule, index, x, eps, v, noise)
+        return lambda index, x, prediction, noise: ancestral_step(objective, schedule, index, x, prediction, noise)
     if method == "ddim":
-        return lambda index, x, eps, v, noise: ddim_step(schedule, index, x, eps, eta, noise)
-    solver_step = multistep(schedule, method)
-    return lambda index, x, eps, v, noise: solver_step(x, eps)
+        return lambda index, x, prediction, noise: ddim_step(objective, schedule, index, x, prediction, eta, noise)
+    solver_step = multistep(schedule, method, objective.prediction_type)
+    return lambda index, x, prediction, noise: solver_step(x, prediction.value)
 
 
-def ancestral_step(schedule: Schedule, index: int, x_t: Tensor, eps: Tensor, v: Tensor, noise: Tensor | None) -> Tensor:
-    """A draw of p(x_{t-1} | x_t) with the learned variance (Ho 2020, algorithm 2); its mean without noise."""
+def ancestral_step(
+    objective: Objective, schedule: Schedule, index: int, x_t: Tensor, prediction: Prediction, noise: Tensor | None
+) -> Tensor:
+    """A draw of p(x_{t-1} | x_t) with the model's variance (Ho 2020, algorithm 2); its mean without noise."""
     c = schedule.at(index)
-    mean = equations.posterior_mean(equations.predict_x_start(x_t, eps, c), x_t, c)
+    mean = equations.posterior_mean(objective.x_start(prediction.value, x_t, c), x_t, c)
     if noise is None:
         return mean
-    return mean + torch.exp(0.5 * equations.learned_range_log_variance(v, c)) * noise
+    return mean + torch.exp(0.5 * objective.log_variance(prediction, c)) * noise
 
 
-def ddim_step(schedule: Schedule, index: int, x_t: Tensor, eps: Tensor, eta: float, noise: Tensor | None) -> Tensor:
+def ddim_step(
+    objective: Objective,
+    schedule: Schedule,
+    index: int,
+    x_t: Tensor,
+    prediction: Prediction,
+    eta: float,
+    noise: Tensor | None,
+) -> Tensor:
     """One step of DDIM (Song 2021, eq. 12); without noise, its mean."""
+    c = schedule.at(index)
     ab_prev = float(schedule.alphas_cumprod_prev[index])
     sigma = ddim_sigma(schedule, index, eta)
-    x_start = equations.predict_x_start(x_t, eps, schedule.at(index))
+    x_start = objective.x_start(prediction.value, x_t, c)
     direction = math.sqrt(max(1.0 - ab_prev - sigma**2, 0.0))
-    x = math.sqrt(ab_prev) * x_start + direction * eps
+    x = math.sqrt(ab_prev) * x_start + direction * objective.noise(prediction.value, x_t, c)
     return x if noise is None else x + sigma * noise
 
 

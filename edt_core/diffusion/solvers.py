@@ -14,27 +14,28 @@ from edt_core.diffusion.schedule import Schedule
 SolverName = Literal["dpmsolver++", "unipc"]
 
 
-def multistep(schedule: Schedule, method: SolverName) -> Callable[[Tensor, Tensor], Tensor]:
-    """The steps of one chain over `schedule`, noisiest first: (x_t, eps), both float32 [N, C, H, W], -> x_{t-1}.
+def multistep(schedule: Schedule, method: SolverName, prediction_type: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The steps of one chain over `schedule`, noisiest first: (x_t, value), both float32 [N, C, H, W], -> x_{t-1}.
 
-    The last of schedule.num_timesteps calls gives x_0. It remembers earlier calls: make one for each chain. The
-    learned variance is not used and x_0 is neither clipped nor thresholded. The steps' noise levels are on the CPU;
-    with UniPC each step copies a few of them to the device and solves a 2 x 2 system there.
+    The value is what an objective predicts, and `prediction_type` what diffusers calls that. The last of
+    schedule.num_timesteps calls gives x_0. It remembers earlier calls: make one for each chain. The learned variance is
+    not used and x_0 is neither clipped nor thresholded. The steps' noise levels are on the CPU; with UniPC each step
+    copies a few of them to the device and solves a 2 x 2 system there.
     """
-    scheduler = _scheduler(schedule, method)
+    scheduler = _scheduler(schedule, method, prediction_type)
     timesteps = scheduler.timesteps.tolist()
     done = 0
 
-    def step(x: Tensor, eps: Tensor) -> Tensor:
+    def step(x: Tensor, value: Tensor) -> Tensor:
         nonlocal done
-        before: Tensor = scheduler.step(eps, timesteps[done], x, return_dict=False)[0]
+        before: Tensor = scheduler.step(value, timesteps[done], x, return_dict=False)[0]
         done += 1
         return before
 
     return step
 
 
-def _scheduler(schedule: Schedule, method: SolverName) -> Any:
+def _scheduler(schedule: Schedule, method: SolverName, prediction_type: str) -> Any:
     """A scheduler of diffusers that visits every timestep of `schedule`, which has been respaced before.
 
     diffusers can respace too, but counts with floats: for 62 of the numbers of steps below 1000 its "trailing" visits a
@@ -47,7 +48,7 @@ def _scheduler(schedule: Schedule, method: SolverName) -> Any:
         "num_train_timesteps": steps,
         "trained_betas": schedule.betas.tolist(),
         "solver_order": 2,
-        "prediction_type": "epsilon",
+        "prediction_type": prediction_type,
         "thresholding": False,
         "timestep_spacing": "trailing",  # of `steps` out of `steps`: all
         "final_sigmas_type": "zero",  # the last step ends at the data, not at the least noise of the training

@@ -19,7 +19,7 @@ from edt_core.models.config import AmmKernel, ModelConfig
 
 
 class DiffusionTransformer(nn.Module, ABC):
-    """Predicts noise and variance of noised latents, given timestep and label.
+    """Predicts noise and variance of noised latents, or what else its objective needs, given timestep and label.
 
     The keys and shapes of the state dict are those of the authors' published checkpoints. A model draws no
     random numbers in `forward`: labels are dropped, and masks drawn, by the training.
@@ -50,7 +50,7 @@ class DiffusionTransformer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
-        """Predict noise (first C channels) and the interpolation of the variance (last C channels).
+        """Predict what the objective needs; today the noise or v (C channels) and the variance (the last C channels).
 
         Args:
             x: noised latents [N, C, h, h], scaled to about unit variance.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from edt_core.errors import UserError
 from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
 
 AmmKernel = Literal["exp_cos", "cos"]
+_ADDED = ("objective", "outputs")
 
 AMM_KERNELS: tuple[AmmKernel, ...] = ("exp_cos", "cos")
 _ARCHITECTURES: dict[str, type[ModelConfig]] = {}  # by the name that a stored configuration has
@@ -29,7 +30,9 @@ class ModelConfig(ABC):
     for a family without a masked forward pass.
 
     `latent_size` is the side of the square latents. `amm_blocks` are 0-based indices over all blocks in forward order,
-    `amm_radius` is in tokens of a block's grid, None for the paper's (see `amm_matrix`).
+    `amm_radius` is in tokens of a block's grid, None for the paper's (see `amm_matrix`). `objective` is what the model
+    was trained to predict, a name of `edt_core.diffusion.objectives`, and `outputs` the number of tensors of the
+    latents' shape that this takes: both are the objective's choice.
 
     Raises:
         ValueError: the numbers do not make a model; the message says which, and what would.
@@ -48,6 +51,8 @@ class ModelConfig(ABC):
     amm_blocks: tuple[int, ...] = ()
     amm_kernel: AmmKernel = "exp_cos"
     amm_radius: float | None = None
+    objective: str = "epsilon"
+    outputs: int = 2
 
     def __init_subclass__(cls) -> None:
         """Know a family's configuration by its architecture."""
@@ -59,6 +64,8 @@ class ModelConfig(ABC):
         """Check that the numbers make a model."""
         if self.num_classes < 1:
             raise ValueError(f"{self.name}: num_classes is {self.num_classes}; it must be at least 1.")
+        if self.outputs < 1:
+            raise ValueError(f"{self.name}: outputs is {self.outputs}; a model has at least 1.")
         _check_latent_size(self)
         _check_amm(self)
 
@@ -69,8 +76,8 @@ class ModelConfig(ABC):
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: predicted noise, and interpolation of the variance (learned sigma)."""
-        return 2 * self.in_channels
+        """Channels of the output, as many as the objective needs."""
+        return self.outputs * self.in_channels
 
     @property
     def grid(self) -> int:
@@ -103,8 +110,17 @@ class ModelConfig(ABC):
         return self.mask_form is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON keeps (tuples become lists there; `from_dict` turns them back)."""
-        return {"architecture": self.architecture, **asdict(self)}
+        """Plain values that JSON keeps (tuples become lists there; `from_dict` turns them back).
+
+        What came after models were written is left out at its default: their configurations stay as they were.
+        """
+        left_out = {field.name for field in fields(self) if field.name in _ADDED and _is_default(self, field)}
+        values = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return {"architecture": self.architecture, **values}
+
+    def objective_record(self) -> dict[str, str]:
+        """`{"objective": its name}`, for what is recorded of a model; empty for epsilon, which older records mean."""
+        return {} if self.objective == "epsilon" else {"objective": self.objective}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -153,6 +169,10 @@ class OneWidthConfig(ModelConfig):
     def num_blocks(self) -> int:
         """Blocks in the forward pass."""
         return self.depth
+
+
+def _is_default(config: ModelConfig, field: Field[Any]) -> bool:
+    return bool(getattr(config, field.name) == field.default)
 
 
 def _as_tuple(value: Any) -> Any:

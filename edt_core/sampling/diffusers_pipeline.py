@@ -24,6 +24,7 @@ from torch import Tensor
 from edt_core.autoencoders.autoencoder import decode, to_pixels
 from edt_core.config import ChainConfig
 from edt_core.data.scale import LatentScale, scale_of
+from edt_core.diffusion import Objective, objective_of_model
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.models.alignment import align_weights
@@ -85,7 +86,7 @@ class EDTTransformer(ModelMixin, ConfigMixin):
         self.edt.to(next(self.edt.parameters()).dtype)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """latents [N, C, h, h], timesteps [N], labels [N] -> noise and variance [N, 2C, h, h]."""
+        """latents [N, C, h, h], timesteps [N], labels [N] -> what the objective has it predict, [N, 2C, h, h]."""
         output: Tensor = self.edt(x, t, y)
         return output
 
@@ -125,8 +126,9 @@ class EDTPipeline(DiffusionPipeline):
         super().__init__()
         _check_scale(vae, latent_scale)
         timesteps = int(scheduler.config.num_train_timesteps if num_timesteps is None else num_timesteps)
-        if not is_training_scheduler(scheduler, timesteps):
-            check_scheduler(scheduler, timesteps)
+        objective = objective_of_model(transformer.edt.config)
+        if not is_training_scheduler(scheduler, timesteps, objective):
+            check_scheduler(scheduler, timesteps, objective)
         align_weights(transformer)  # diffusers maps their files
         align_weights(vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -150,6 +152,11 @@ class EDTPipeline(DiffusionPipeline):
         """All that the constructor takes: the modules, and what else makes the same pictures."""
         known = ("classes", "protocol", "class_counts", "latent_scale", "num_timesteps")
         return {**super().components, **{name: self.config[name] for name in known if name in self.config}}
+
+    @property
+    def objective(self) -> Objective:
+        """What the transformer was trained for."""
+        return objective_of_model(self.transformer.edt.config)
 
     @torch.no_grad()
     def __call__(
@@ -207,18 +214,20 @@ class EDTPipeline(DiffusionPipeline):
     def _solver(self, chain: ChainConfig, noise: CallNoise, sampler_given: bool) -> SchedulerChain | None:
         """The chain of a scheduler that was assigned; None where it is the one that means our samplers."""
         self._check_scheduler(self.scheduler)  # its configuration may have been changed since
-        if is_training_scheduler(self.scheduler, self.config.num_timesteps):
+        if is_training_scheduler(self.scheduler, self.config.num_timesteps, self.objective):
             return None
         if sampler_given:
             raise UserError(
                 f"sampler is {chain.sampler!r}, but the pipeline was given a {type(self.scheduler).__name__}, which "
                 "takes its place; leave the option out, or load the pipeline again for its own scheduler"
             )
-        return SchedulerChain(self.scheduler, chain.num_sampling_steps, noise.device, noise.generators())
+        return SchedulerChain(
+            self.scheduler, self.objective, chain.num_sampling_steps, noise.device, noise.generators()
+        )
 
     def _check_scheduler(self, scheduler: Any) -> None:
-        if not is_training_scheduler(scheduler, self.config.num_timesteps):
-            check_scheduler(scheduler, self.config.num_timesteps)
+        if not is_training_scheduler(scheduler, self.config.num_timesteps, self.objective):
+            check_scheduler(scheduler, self.config.num_timesteps, self.objective)
 
     def _images(self, latents: Tensor, output_type: str) -> list[Image.Image] | NDArray[np.float32] | Tensor:
         if output_type == "latent":
@@ -315,6 +324,6 @@ def save_pipeline(
     counts = None if class_counts is None else list(class_counts)
     scale = scale_of(vae)
     centred = None if scale.is_plain else scale.record()
-    scheduler = training_scheduler(num_timesteps)
+    scheduler = training_scheduler(num_timesteps, objective_of_model(edt.config))
     pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred, num_timesteps)
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.config import ChainConfig
-from edt_core.diffusion import SampleNoise, guided, linear_schedule, sample, sampling_schedule
+from edt_core.diffusion import SampleNoise, guided, objective_of_model, sample, sampling_schedule
 from edt_core.diffusion.guidance import ClassModel
 from edt_core.diffusion.sampling import ModelFn, SwitchedModel
 from edt_core.errors import UserError
@@ -67,7 +67,8 @@ class LatentSampler:
         self.growth = None if chain.cfg_power is None else (chain.cfg_power, num_timesteps)
         if guide is not None:
             _check_guide(chain, model, guide)
-        full = linear_schedule(num_timesteps)
+        self.objective = objective_of_model(model.config)
+        full = self.objective.schedule(num_timesteps)
         self.schedule = sampling_schedule(full, chain.num_sampling_steps, chain.sampler)
         self.amm_blocks = resolved_amm_blocks(chain, model.built_config)
         self._set_modes()
@@ -132,10 +133,11 @@ class LatentSampler:
         initial = noise.initial()
         if solver is not None:
             return solver(model_fn, initial, progress)
+        known = {"objective": self.objective, "progress": progress}
         if chain.sampler != "ancestral":
-            return sample(model_fn, initial, self.schedule, chain.sampler, progress=progress)
+            return sample(model_fn, initial, self.schedule, chain.sampler, **known)
         with noise.ahead(self.schedule.num_timesteps - 1) as coming:  # the last step takes none
-            return sample(model_fn, initial, self.schedule, noise=coming, progress=progress)
+            return sample(model_fn, initial, self.schedule, noise=coming, **known)
 
     def _computed(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
         """The network in the chain's precision; weights that are not float32 take latents of their own dtype."""
@@ -197,6 +199,11 @@ def _check_guide(chain: ChainConfig, model: DiffusionTransformer, guide: Diffusi
         raise UserError(
             f"the guide {guide.config.name} takes {theirs}, but {model.config.name} takes {ours}; "
             "use a guide that was trained on the same latents and classes"
+        )
+    if (own := model.config.objective) != (other := guide.config.objective):
+        raise UserError(
+            f"the guide {guide.config.name} predicts {other}, but {model.config.name} predicts {own}, and guidance "
+            "takes the difference of the two; use a guide that was trained with the same train.objective"
         )
 
 

@@ -13,13 +13,12 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from edt_core.diffusion import linear_schedule
-from edt_core.diffusion.equations import split_output
+from edt_core.diffusion import Objective
 from edt_core.diffusion.sampling import METHODS, ModelFn, SwitchedModel
 from edt_core.errors import UserError
 from edt_core.sampling.sampler import Progress
 
-# Each of these is tested. All predict from epsilon and draw noise, if any, from the generator of a call.
+# Each of these is tested. All draw noise, if any, from the generator of a call.
 SUPPORTED = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -41,42 +40,46 @@ _TOLERANCE = 1e-4  # of alphas_cumprod: diffusers computes it in float32, by one
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def training_scheduler(num_timesteps: int) -> DDPMScheduler:
-    """The scheduler that a pipeline is written with: the noise schedule of the training, for diffusers."""
+def training_scheduler(num_timesteps: int, objective: Objective) -> DDPMScheduler:
+    """The scheduler that a pipeline is written with: noise schedule and objective of the training, for diffusers."""
     return DDPMScheduler(
         num_train_timesteps=num_timesteps,
         beta_schedule="linear",
         beta_start=0.0001 * 1000 / num_timesteps,
         beta_end=0.02 * 1000 / num_timesteps,
         variance_type="learned_range",
+        prediction_type=objective.prediction_type,
         clip_sample=False,
     )
 
 
-def is_training_scheduler(scheduler: Any, num_timesteps: int) -> bool:
+def is_training_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) -> bool:
     """Whether a scheduler is that of `training_scheduler`: then a pipeline samples by its own samplers."""
     if type(scheduler) is not DDPMScheduler:
         return False
-    return all(scheduler.config.get(name) == value for name, value in _training_config(num_timesteps).items())
+    expected = _training_config(num_timesteps, objective)
+    return all(scheduler.config.get(name) == value for name, value in expected.items())
 
 
 @lru_cache(maxsize=16)
-def _training_config(num_timesteps: int) -> dict[str, Any]:
-    return {name: value for name, value in training_scheduler(num_timesteps).config.items() if name[0] != "_"}
+def _training_config(num_timesteps: int, objective: Objective) -> dict[str, Any]:
+    config = training_scheduler(num_timesteps, objective).config
+    return {name: value for name, value in config.items() if name[0] != "_"}
 
 
-def check_scheduler(scheduler: Any, num_timesteps: int) -> None:
+def check_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) -> None:
     """Raise UserError for a scheduler that cannot sample from a model of this training."""
     name = type(scheduler).__name__
     config = getattr(scheduler, "config", {})
+    given, predicted = config.get("prediction_type"), objective.prediction_type
     problem = None
     if name not in SUPPORTED:
         problem = f"it is not one of {', '.join(SUPPORTED)}"
-    elif config.get("prediction_type") != "epsilon":
-        problem = f"its prediction_type is {config.get('prediction_type')!r}, and the model predicts 'epsilon'"
+    elif given != predicted:
+        problem = f"its prediction_type is {given!r}, and the model predicts {predicted!r}"
     elif on := [field for field in ("clip_sample", "thresholding") if config.get(field)]:
         problem = f"{on[0]} is True, and latents have no fixed range: they would be cut off"
-    elif not _has_schedule_of(scheduler, num_timesteps):
+    elif not _has_schedule_of(scheduler, num_timesteps, objective):
         problem = f"its noise schedule is not the linear one of {num_timesteps} timesteps that the model was trained on"
     if problem is not None:
         raise UserError(
@@ -86,8 +89,8 @@ def check_scheduler(scheduler: Any, num_timesteps: int) -> None:
         )
 
 
-def _has_schedule_of(scheduler: Any, num_timesteps: int) -> bool:
-    expected = linear_schedule(num_timesteps).alphas_cumprod
+def _has_schedule_of(scheduler: Any, num_timesteps: int, objective: Objective) -> bool:
+    expected = objective.schedule(num_timesteps).alphas_cumprod
     given = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
     return given.shape == expected.shape and np.allclose(given, expected, rtol=_TOLERANCE, atol=0)
 
@@ -99,7 +102,10 @@ class SchedulerChain:
     batch, or one for each sample.
     """
 
-    def __init__(self, scheduler: Any, num_steps: int, device: torch.device, generator: Generators) -> None:
+    def __init__(
+        self, scheduler: Any, objective: Objective, num_steps: int, device: torch.device, generator: Generators
+    ) -> None:
+        self._objective = objective
         self._generator = generator
         self._takes_variance = scheduler.config.get("variance_type") in _LEARNED and type(scheduler) is DDPMScheduler
         # DPM's solvers, which use no learned variance, would cut the noise to three channels to be rid of it.
@@ -122,8 +128,10 @@ class SchedulerChain:
         for done, t in enumerate(scheduler.timesteps, start=1):
             model_at = model_fn.at(float(t)) if isinstance(model_fn, SwitchedModel) else model_fn
             output = model_at(scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)))
-            eps, v = split_output(output, x.shape[1])
-            predicted = torch.cat([eps, v], dim=1) if self._takes_variance else eps
+            prediction = self._objective.split(output, x.shape[1])
+            predicted = prediction.value
+            if self._takes_variance and prediction.variance is not None:
+                predicted = torch.cat([predicted, prediction.variance], dim=1)
             x = scheduler.step(predicted, t, x, return_dict=False, **known)[0]
             if progress is not None:
                 progress(done, len(self))

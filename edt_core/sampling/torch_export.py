@@ -1,7 +1,8 @@
 """A model's denoiser as a `torch.export` program: one file that runs without this package.
 
 `torch.export.load(path).module()(x, t, y)`: latents [N, C, h, h] and timesteps [N] in float32, labels int64 [N] ->
-noise and variance [N, 2C, h, h], for any N. Loading unpickles: take a program from nobody whose code you would not run.
+what the model's objective has it predict [N, 2C, h, h], for any N: noise and variance, unless the configuration in the
+file names another objective. Loading unpickles: take a program from nobody whose code you would not run.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -60,21 +61,20 @@ class History:
 
 
 def named_losses(
-    mse: NDArray[np.float64],
-    vb: NDArray[np.float64],
+    terms: Mapping[str, NDArray[np.float64]],
     timesteps: NDArray[np.int64],
     weights: NDArray[np.float64],
     num_timesteps: int,
 ) -> dict[str, float]:
-    """The losses of a step by name, for mse and vb [passes, B] of the global batch, timesteps and weights [B].
+    """The losses of a step by name, for terms of the loss [passes, B] of the global batch, timesteps and weights [B].
 
-    loss = loss_full + loss_masked is what is trained on; mse and vb are those of the full pass; loss_t0 .. loss_t3 are
+    loss = loss_full + loss_masked is what is trained on; the terms are those of the full pass; loss_t0 .. loss_t3 are
     the full pass's by quartile of the timesteps, from the least noise to the most. All are weighted by importance.
     """
-    total = mse + vb
+    total = reduce(np.add, terms.values())
     means = (total * weights).mean(axis=1)
     losses = {"loss": float(means.sum()), **dict(zip(("loss_full", "loss_masked"), means.tolist(), strict=False))}
-    losses |= {"mse": float((mse[0] * weights).mean()), "vb": float((vb[0] * weights).mean())}
+    losses |= {name: float((term[0] * weights).mean()) for name, term in terms.items()}
     quartile = timesteps * QUARTILES // num_timesteps
     for number in range(QUARTILES):
         inside = quartile == number

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
 
 import numpy as np
@@ -19,7 +20,7 @@ from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require
 from edt_core.data.order import share
 from edt_core.data.prefetch import prefetched
 from edt_core.data.streaming import LatentStream, stream_latents
-from edt_core.diffusion import Schedule, linear_schedule
+from edt_core.diffusion import Schedule, objective_of
 from edt_core.errors import Stopped
 from edt_core.models import ModelConfig, training_flops
 from edt_core.precision import use_precision
@@ -134,7 +135,7 @@ def _begin(
         total_steps=total_steps,
         last_step=state.step if ended else total_steps,
         model=ranks.wrap(state.model),
-        schedule=linear_schedule(config.num_timesteps),
+        schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak),
     )
 
@@ -203,9 +204,10 @@ def _step(training: Training, batch: LatentBatch, drawn: StepDraws) -> float:
         clip_gradients(state.model.parameters(), norm, config.max_grad_norm)
     state.optimizer.step()
     state.ema.update()
-    mse, vb = np.split(everyones, 2)
-    state.timesteps.update(timesteps, (mse + vb).sum(axis=0))
-    named = named_losses(mse, vb, timesteps, weights.astype(np.float64), config.num_timesteps)
+    names = objective_of(config.objective).terms
+    terms = dict(zip(names, np.split(everyones, len(names)), strict=True))
+    state.timesteps.update(timesteps, reduce(np.add, terms.values()).sum(axis=0))
+    named = named_losses(terms, timesteps, weights.astype(np.float64), config.num_timesteps)
     state.history.add({**named, "grad_norm": norm})
     if training.ranks.rank == 0:
         training.context.store.check()
@@ -214,7 +216,7 @@ def _step(training: Training, batch: LatentBatch, drawn: StepDraws) -> float:
 
 
 def _exchanged(training: Training, losses: Tensor) -> tuple[np.ndarray, float, float]:
-    """Losses float64 [2 * passes, B] of the global batch, the highest flag, and the norm of the gradient.
+    """Losses float64 [terms * passes, B] of the global batch, the highest flag, and the norm of the gradient.
 
     The one place in a step where the host waits for the device.
     """

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.diffusion import SampleNoise, linear_schedule, respace, sample
+from edt_core.diffusion import SampleNoise, objective_of_model, respace, sample
 from edt_core.models import ModelConfig, build_model
 from edt_core.sampling.labels import trained_classes
 
@@ -36,7 +36,8 @@ class Preview:
 
         self.model = build_model(model_config).to(device).eval().requires_grad_(False)
         self.autoencoder = load_autoencoder(autoencoder, str(device))
-        self.schedule = respace(linear_schedule(num_timesteps), min(_STEPS, num_timesteps))
+        self.objective = objective_of_model(model_config)
+        self.schedule = respace(self.objective.schedule(num_timesteps), min(_STEPS, num_timesteps))
         shape = (model_config.in_channels, model_config.latent_size, model_config.latent_size)
         self.noise = SampleNoise(_SEED, range(_IMAGES), shape, str(device))
         trained = trained_classes(model_config.num_classes, class_counts)
@@ -49,7 +50,13 @@ class Preview:
         from edt_core.autoencoders.autoencoder import decode_to_pixels
 
         self.model.load_state_dict(weights)
-        latents = sample(lambda x, t: self.model(x, t, self.labels), self.noise.initial(), self.schedule, "ddim")
+        latents = sample(
+            lambda x, t: self.model(x, t, self.labels),
+            self.noise.initial(),
+            self.schedule,
+            "ddim",
+            objective=self.objective,
+        )
         out = io.BytesIO()
         Image.fromarray(grid(decode_to_pixels(self.autoencoder, latents))).save(out, "PNG")
         return out.getvalue()

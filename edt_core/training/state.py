@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from edt_core.config import TrainConfig, result_fields
-from edt_core.diffusion import LossSecondMomentSampler, TimestepSampler, UniformSampler
+from edt_core.diffusion import TimestepSampler, objective_of, with_objective
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.store.layout import EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE, OTHER_EMA_WEIGHTS, TIMESTEP_STATE
@@ -44,16 +44,20 @@ def initial_model(config: ModelConfig, seed: int) -> DiffusionTransformer:
 
 
 def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu") -> TrainState:
-    """The state before the first step."""
+    """The state before the first step. Raises UserError where the model is of another objective than the training."""
+    if with_objective(model_config, config.objective) != model_config:
+        raise UserError(
+            f"train.objective is {config.objective!r}, but the model has objective {model_config.objective!r} and "
+            f"{model_config.outputs} outputs; make its configuration with with_objective(config, {config.objective!r})"
+        )
     model = initial_model(model_config, config.seed).to(device).train()
     for parameter in model.masking_parameters():
         parameter.requires_grad_(config.masked_loss)  # DDP waits for the gradient of every parameter that wants one
-    sampler = LossSecondMomentSampler if config.timestep_sampler == "loss-second-moment" else UniformSampler
     return TrainState(
         model=model,
         ema=EMA(model, config.ema_decays),
         optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad)),
-        timesteps=sampler(config.num_timesteps),
+        timesteps=objective_of(config.objective).times(config.timestep_sampler, config.num_timesteps),
     )
 
 
@@ -130,9 +134,16 @@ def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_
     state.rollbacks, state.seconds = checkpoint.state["rollbacks"], checkpoint.state["seconds"]
 
 
+def _text(fields: dict[str, Any], name: str) -> str:
+    return repr(fields[name]) if name in fields else "at its default"
+
+
 def _require_same(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    # A field at its default may be left out on either side, so the fields of both are compared.
     different = [
-        f"{name} {saved.get(name)!r} instead of {value!r}" for name, value in wanted.items() if saved.get(name) != value
+        f"{name} {_text(saved, name)} instead of {_text(wanted, name)}"
+        for name in dict.fromkeys([*wanted, *saved])
+        if name not in saved or name not in wanted or saved[name] != wanted[name]
     ]
     if different:
         raise UserError(

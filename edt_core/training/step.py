@@ -14,7 +14,7 @@ from edt_core.config import TrainConfig
 from edt_core.data.loader import LatentBatch
 from edt_core.data.order import share
 from edt_core.data.scale import LatentScale
-from edt_core.diffusion import Losses, Schedule, q_sample, training_losses
+from edt_core.diffusion import Losses, Schedule, objective_of
 from edt_core.training.draws import StepDraws
 
 
@@ -52,18 +52,18 @@ def step_losses(
     Both passes go through the model as one batch, whose last rows are masked: one call, one gradient exchange. Each has
     its own noise and label dropout, and they share their timesteps.
     """
-    draws, passes = inputs.draws, config.passes
+    draws, passes, objective = inputs.draws, config.passes, objective_of(config.objective)
     y = torch.where(draws.drop_label[:passes], null_label, inputs.labels).flatten()
     x_start, t = inputs.latents.repeat(passes, 1, 1, 1), inputs.timesteps.repeat(passes)
     noise = draws.noise[:passes].flatten(0, 1)
-    x_t = q_sample(schedule, x_start, t, noise)
+    x_t = objective.noised(schedule, x_start, t, noise)
     masks = draws.masks if config.masked_loss else None
     if config.compile and masks is not None:
         _mark_lengths(masks)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         output = model(x_t, t, y, masks)
-    losses = training_losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
-    return Losses(mse=losses.mse.view(passes, -1), vb=losses.vb.view(passes, -1))
+    losses = objective.losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
+    return Losses({name: term.view(passes, -1) for name, term in losses.terms.items()})
 
 
 def _mark_lengths(masks: Sequence[Tensor]) -> None:
@@ -76,7 +76,7 @@ def _mark_lengths(masks: Sequence[Tensor]) -> None:
 def accumulate_gradient(
     model: nn.Module, config: TrainConfig, schedule: Schedule, inputs: StepInputs, null_label: int
 ) -> Tensor:
-    """Add this step's gradient to the parameters'; returns the losses without it, [2 * passes, N]: mse, then vb.
+    """Add this step's gradient to the parameters'; returns the losses without it, [terms * passes, N]: term by term.
 
     Samples go through in micro-batches. The loss is the sum over them divided by the *global* batch, each weighted by
     its timestep's importance: gradients add up to that of the whole batch, however it is cut.
@@ -88,7 +88,7 @@ def accumulate_gradient(
         with _gradient_exchange(model, last=number == len(cuts)):
             losses = step_losses(model, config, schedule, part, null_label)
             ((losses.loss * part.weights).sum() / config.global_batch_size).backward()
-        parts.append(torch.cat([losses.mse, losses.vb]).detach())
+        parts.append(torch.cat(list(losses.terms.values())).detach())
     return torch.cat(parts, dim=1)
 
 

@@ -13,7 +13,7 @@ from pytorch_optimizer import Adan
 from torch import Tensor, nn
 
 from edt_core.config import TrainConfig
-from edt_core.diffusion import linear_schedule, q_sample, training_losses
+from edt_core.diffusion import linear_schedule, objective_of
 from edt_core.models import DiffusionTransformer
 from edt_core.models.attention import Attention
 from edt_core.models.kernels import TokenLinear
@@ -95,9 +95,10 @@ class PlainStep:
         """The losses of one pass, [N]: with noise and dropped labels of its own."""
         inputs, draws = self.inputs, self.inputs.draws
         y = torch.where(draws.drop_label[number], self.null_label, inputs.labels)
-        x_t = q_sample(self.schedule, inputs.latents, inputs.timesteps, draws.noise[number])
+        objective = objective_of("epsilon")
+        x_t = objective.noised(self.schedule, inputs.latents, inputs.timesteps, draws.noise[number])
         output = self.model(x_t, inputs.timesteps, y, masks)
-        return training_losses(
+        return objective.losses(
             self.schedule,
             output,
             inputs.latents,

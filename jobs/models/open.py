@@ -225,7 +225,7 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder} is no diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
-    if not is_training_scheduler(pipeline.scheduler, pipeline.config.num_timesteps):
+    if not is_training_scheduler(pipeline.scheduler, pipeline.config.num_timesteps, pipeline.objective):
         _log.warning(
             "%s: its scheduler, %s, is not used; choose the sampler by the option sampler",
             *(folder, type(pipeline.scheduler).__name__),
@@ -281,6 +281,7 @@ def _made(found: _Found, work: Folder) -> Opened:
         _write_model(out, final, found.model.config.to_dict(), lambda path: save_file(weights, path))
         return {
             "model": found.model.config.name,
+            **found.model.config.objective_record(),
             "steps": found.steps,
             "autoencoder_digest": None if vae is None else vae.manifest.digest,
             **({} if vae is None else autoencoder.stored_scale(vae).beyond_factor()),

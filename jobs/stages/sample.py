@@ -156,6 +156,7 @@ def sample_features(
         "units": units,
         "checkpoint_steps": checkpoint.counts["steps"],
         "model": checkpoint.counts["model"],
+        **model.objective_record(),
         "extractors": extractors.digests_of(inputs),
         "autoencoder_digest": artifact(inputs, "autoencoder").manifest.digest,
         "guide_digest": artifact(inputs, "guide").manifest.digest if "guide" in inputs else None,

@@ -27,14 +27,15 @@ _RAY_RUN, _VERDICT = ".ray-train", ".verdict.json"
 _FINAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Stopped": Stopped, "NotFinite": RuntimeError}
 
 
-def config_of(name: str, latents: Mapping[str, Any]) -> Any:
-    """The ModelConfig of a named model that fits the counts of a latents artifact. Raises UserError."""
+def config_of(config: TrainConfig, latents: Mapping[str, Any]) -> Any:
+    """The ModelConfig of a training that fits the counts of a latents artifact. Raises UserError."""
+    from edt_core.diffusion import with_objective
     from edt_core.models import model_config
 
     channels, side, _ = latents["latent_shape"]
     try:
-        return model_config(
-            name,
+        model = model_config(
+            config.model,
             latents["image_size"],
             latents["classes"],
             autoencoder_factor=latents["image_size"] // side,
@@ -42,6 +43,7 @@ def config_of(name: str, latents: Mapping[str, Any]) -> Any:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    return with_objective(model, config.objective)
 
 
 def train(
@@ -62,7 +64,7 @@ def train(
     from jobs.stages.train_context import device_seconds, remove_clock
 
     latents = inputs["latents"]
-    model_config = config_of(config.model, latents.counts)
+    model_config = config_of(config, latents.counts)
     _check(config, model_config, latents)
     if "autoencoder" in inputs:
         remedy = f"remove the artifact {latents.folder.uri} and encode again"
@@ -85,6 +87,7 @@ def train(
     remove_clock(out)
     return {
         "model": config.model,
+        **model_config.objective_record(),
         "steps": kept[-1],
         "autoencoder_digest": latents.counts["autoencoder_digest"],
         **LatentScale.of(latents.counts).beyond_factor(),
@@ -105,7 +108,7 @@ def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
     from edt_core.training.estimate import estimate
 
     latents = inputs["latents"]
-    model_config = config_of(config.model, latents.counts)
+    model_config = config_of(config, latents.counts)
     _check(config, model_config, latents)
     return str(estimate(config, model_config, latents.counts["images"]))
 
@@ -113,14 +116,14 @@ def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
 def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     """Refuse, before any worker is started, what would be refused in each of them."""
     from edt_core.data.streaming import check_shards
-    from edt_core.diffusion import linear_schedule
+    from edt_core.diffusion import objective_of
     from edt_core.models import check_masked_loss
 
     if config.max_steps > 0:  # an untrained model has no loss; that of any recipe is one
         check_masked_loss(model_config, config.masked_loss)
     if config.reader == "webdataset":
         check_shards(len(_tars(latents)), config.worker_range[1])
-    linear_schedule(config.num_timesteps)
+    objective_of(config.objective).schedule(config.num_timesteps)
 
 
 def _store_untrained(config: TrainConfig, model_config: Any, store: Any) -> None:

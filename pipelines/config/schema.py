@@ -22,7 +22,9 @@ from edt_core.config import (
     SourceConfig,
     TrainConfig,
     runtime,
+    without_added,
 )
+from edt_core.diffusion import with_objective
 from edt_core.errors import UserError
 from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.files.place_names import check_store_name
@@ -169,14 +171,16 @@ class PipelineConfig(Section):
 
     def model_of(self, model: str, num_classes: int, amm_blocks: Sequence[int] = ()) -> ModelConfig:
         """The EDT of one registered model. Raises ValueError where the sizes do not fit each other."""
-        return model_config(
-            self.train_of(model).model,
+        train = self.train_of(model)
+        config = model_config(
+            train.model,
             self.preprocess.image_size,
             num_classes,
             amm_blocks,
             autoencoder_factor=self.autoencoder.downsample_factor,
             latent_channels=self.autoencoder.latent_channels,
         )
+        return with_objective(config, train.objective)
 
     @property
     def workers(self) -> int:
@@ -242,7 +246,11 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def as_yaml(config: PipelineConfig) -> str:
-    """The whole configuration, defaults included, as YAML. Credentials in it are left out."""
-    dumped: Mapping[str, Any] = redacted_values(config.model_dump(mode="json"))
+def as_yaml(config: PipelineConfig, *, added: bool = True) -> str:
+    """The whole configuration, defaults included, as YAML. Credentials in it are left out.
+
+    Without `added`, as for a text that is part of a fingerprint, newer fields are left out at their default.
+    """
+    values = config.model_dump(mode="json") if added else without_added(config)
+    dumped: Mapping[str, Any] = redacted_values(values)
     return yaml.safe_dump(dict(dumped), sort_keys=False)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edt_core.diffusion import objective_of_model
 from edt_core.evaluation.metrics import in_order
 from edt_core.evaluation.protocol import comparison_table
 from edt_core.models import FAMILIES, ModelConfig
@@ -69,10 +70,11 @@ class ModelCard:
         return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
     def _model(self) -> str:
-        family = FAMILIES[self.config.architecture]
+        family, objective = FAMILIES[self.config.architecture], objective_of_model(self.config)
         size, latent = self.config.image_size, self.config.latent_size
         facts = {
             "architecture": f"{self.config.name}: {family.long_name} ({family.paper})",
+            "predicts": f"{objective.meaning} (prediction type {objective.prediction_type})",
             "parameters": f"{self.parameters:,}",
             "multiply-accumulates": f"{self.macs:,} for one image and step",
             "images": f"{size} x {size} px of {self.config.num_classes:,} classes",

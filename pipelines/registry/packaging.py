@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 # Fields of a training's configuration that its card tells; all of them are in the record of the run.
-_TRAINING = ("global_batch_size", "lr", "ema_decay", "masked_loss", "class_dropout_prob", "num_timesteps", "seed")
+_TRAINING = (
+    "objective",
+    "global_batch_size",
+    "lr",
+    "ema_decay",
+    "masked_loss",
+    "class_dropout_prob",
+    "num_timesteps",
+    "seed",
+)
 
 
 @dataclass(frozen=True)

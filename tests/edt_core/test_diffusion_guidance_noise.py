@@ -1,15 +1,18 @@
 """Guidance, and the noise of evaluation."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from edt_core.diffusion import SampleNoise, guided, linear_schedule, respace, sample, sample_noise
+from edt_core import diffusion
+from edt_core.diffusion import SampleNoise, guided, linear_schedule, objective_of, respace, sample_noise
 from edt_core.diffusion.guidance import power_cosine_scale
 
 NULL = 10
+sample = partial(diffusion.sample, objective=objective_of("epsilon"))
 
 
 class RecordingModel:

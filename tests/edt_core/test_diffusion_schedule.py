@@ -1,6 +1,7 @@
 """The schedule, its respacing, and the chains that run over it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from edt_core.diffusion import Schedule, linear_schedule, respace, sample
+from edt_core import diffusion
+from edt_core.diffusion import Schedule, linear_schedule, objective_of, respace
 from edt_core.diffusion.sampling import ddim_sigma
 from edt_core.diffusion.schedule import spaced_timesteps
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "diffusion.npz")
+sample = partial(diffusion.sample, objective=objective_of("epsilon"))
 
 
 def stand_in_model(x: Tensor, t: Tensor) -> Tensor:

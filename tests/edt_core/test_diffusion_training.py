@@ -11,14 +11,14 @@ from edt_core.diffusion import (
     LossSecondMomentSampler,
     UniformSampler,
     linear_schedule,
-    q_sample,
-    training_losses,
+    objective_of,
 )
-from edt_core.diffusion.losses import min_snr_weight
+from edt_core.diffusion.gaussian import Epsilon
 from edt_core.diffusion.timesteps import draw_timesteps
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "diffusion.npz")
 SCHEDULE = linear_schedule()
+EPSILON = objective_of("epsilon")
 
 
 def golden(name: str) -> Tensor:
@@ -31,16 +31,16 @@ def golden_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def test_losses_meet_the_reference() -> None:
     x_start, x_t, noise, t = golden_inputs()
-    torch.testing.assert_close(q_sample(SCHEDULE, x_start, t, noise), x_t, rtol=1e-6, atol=1e-6)
-    losses = training_losses(SCHEDULE, golden("model_output"), *golden_inputs())
-    for name in ("mse", "vb", "loss"):
-        torch.testing.assert_close(getattr(losses, name), golden(name), rtol=1e-5, atol=0)
+    torch.testing.assert_close(EPSILON.noised(SCHEDULE, x_start, t, noise), x_t, rtol=1e-6, atol=1e-6)
+    losses = EPSILON.losses(SCHEDULE, golden("model_output"), *golden_inputs())
+    for name, value in {**losses.terms, "loss": losses.loss}.items():
+        torch.testing.assert_close(value, golden(name), rtol=1e-5, atol=0)
 
 
 def test_a_sample_has_the_same_loss_in_any_batch() -> None:
-    whole = training_losses(SCHEDULE, golden("model_output"), *golden_inputs()).loss
+    whole = EPSILON.losses(SCHEDULE, golden("model_output"), *golden_inputs()).loss
     alone = [
-        training_losses(SCHEDULE, golden("model_output")[i : i + 1], *(v[i : i + 1] for v in golden_inputs())).loss
+        EPSILON.losses(SCHEDULE, golden("model_output")[i : i + 1], *(v[i : i + 1] for v in golden_inputs())).loss
         for i in range(len(whole))
     ]
     torch.testing.assert_close(torch.cat(alone), whole, rtol=1e-6, atol=0)
@@ -48,9 +48,9 @@ def test_a_sample_has_the_same_loss_in_any_batch() -> None:
 
 def test_the_bound_trains_the_variance_and_the_squared_error_the_noise() -> None:
     output = golden("model_output").requires_grad_()
-    losses = training_losses(SCHEDULE, output, *golden_inputs())
-    (from_bound,) = torch.autograd.grad(losses.vb.sum(), output, retain_graph=True)
-    (from_mse,) = torch.autograd.grad(losses.mse.sum(), output)
+    losses = EPSILON.losses(SCHEDULE, output, *golden_inputs())
+    (from_bound,) = torch.autograd.grad(losses["vb"].sum(), output, retain_graph=True)
+    (from_mse,) = torch.autograd.grad(losses["mse"].sum(), output)
     assert torch.count_nonzero(from_bound[:, :4]) == 0
     assert torch.count_nonzero(from_mse[:, 4:]) == 0
     assert torch.isfinite(from_bound).all()
@@ -61,24 +61,24 @@ def test_the_bound_trains_the_variance_and_the_squared_error_the_noise() -> None
 def test_the_true_noise_has_no_squared_error_and_the_posterior_variance_no_bound() -> None:
     x_start, x_t, noise, t = golden_inputs()
     output = torch.cat([noise, torch.full_like(noise, -1.0)], dim=1)
-    losses = training_losses(SCHEDULE, output, x_start, x_t, noise, t)
-    assert torch.count_nonzero(losses.mse) == 0
-    torch.testing.assert_close(losses.vb[t > 0], torch.zeros(5), rtol=0, atol=1e-5)
+    losses = EPSILON.losses(SCHEDULE, output, x_start, x_t, noise, t)
+    assert torch.count_nonzero(losses["mse"]) == 0
+    torch.testing.assert_close(losses["vb"][t > 0], torch.zeros(5), rtol=0, atol=1e-5)
 
 
 def test_losses_are_float32_under_autocast_and_for_a_half_precision_output() -> None:
     rounded = golden("model_output").bfloat16()
-    plain = training_losses(SCHEDULE, rounded.float(), *golden_inputs())
+    plain = EPSILON.losses(SCHEDULE, rounded.float(), *golden_inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = training_losses(SCHEDULE, rounded, *golden_inputs())
+        cast = EPSILON.losses(SCHEDULE, rounded, *golden_inputs())
     assert cast.loss.dtype == torch.float32
     assert torch.equal(cast.loss, plain.loss)
 
 
 def test_min_snr_weight_caps_easy_timesteps_only() -> None:
     snr = torch.tensor([0.01, 5.0, 10.0, 500.0])
-    torch.testing.assert_close(min_snr_weight(snr, 5.0), torch.tensor([1.0, 1.0, 0.5, 0.01]))
-    unweighted = training_losses(SCHEDULE, golden("model_output"), *golden_inputs(), min_snr_gamma=None).mse
+    torch.testing.assert_close(Epsilon().min_snr_weight(snr, 5.0), torch.tensor([1.0, 1.0, 0.5, 0.01]))
+    unweighted = EPSILON.losses(SCHEDULE, golden("model_output"), *golden_inputs(), min_snr_gamma=None)["mse"]
     expected = (golden("noise") - golden("model_output")[:, :4]).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(unweighted, expected)
 
@@ -86,9 +86,9 @@ def test_min_snr_weight_caps_easy_timesteps_only() -> None:
 def test_losses_refuse_shapes_that_do_not_fit() -> None:
     x_start, x_t, noise, t = golden_inputs()
     with pytest.raises(ValueError, match=r"\(6, 4, 8, 8\).*need 8 channels"):
-        training_losses(SCHEDULE, noise, x_start, x_t, noise, t)
+        EPSILON.losses(SCHEDULE, noise, x_start, x_t, noise, t)
     with pytest.raises(ValueError, match=r"noise \(3, 4, 8, 8\)"):
-        training_losses(SCHEDULE, golden("model_output"), x_start, x_t, noise[:3], t)
+        EPSILON.losses(SCHEDULE, golden("model_output"), x_start, x_t, noise[:3], t)
 
 
 def warmed_sampler(rounds: int = 13) -> LossSecondMomentSampler:

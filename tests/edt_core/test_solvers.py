@@ -1,6 +1,7 @@
 """The multistep solvers, against data whose exact prediction and exact trajectory are known."""
 
 import math
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from edt_core.diffusion import Schedule, linear_schedule, sample, sampling_schedule
+from edt_core import diffusion
+from edt_core.diffusion import Schedule, linear_schedule, objective_of, sampling_schedule
 from edt_core.diffusion.sampling import SamplingMethod
 from edt_core.diffusion.schedule import spaced_timesteps
 from edt_core.diffusion.solvers import SolverName
 
 FULL = linear_schedule()
+sample = partial(diffusion.sample, objective=objective_of("epsilon"))
 SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
 MEAN, STD = 0.3, 0.5  # data is N(MEAN, STD²), every number on its own
 START = torch.randn(64, 4, 2, 2, generator=torch.Generator().manual_seed(0))

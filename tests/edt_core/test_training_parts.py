@@ -295,7 +295,7 @@ def test_losses_by_name_are_what_their_names_say(passes: int) -> None:
     rng = np.random.default_rng(passes)
     for batch in (1, 3, 16, 64):
         mse, vb, timesteps, weights = drawn_losses(rng, passes, batch)
-        losses = named_losses(mse, vb, timesteps, weights, 1000)
+        losses = named_losses({"mse": mse, "vb": vb}, timesteps, weights, 1000)
 
         def mean(values: list[float], batch: int = batch) -> float:
             return sum(values) / batch
@@ -323,7 +323,7 @@ def test_losses_by_name_are_what_their_names_say(passes: int) -> None:
 def test_quartiles_join_to_the_full_loss() -> None:
     """Each weighted by the importance that its timesteps have, they are the full loss."""
     mse, vb, timesteps, weights = drawn_losses(np.random.default_rng(7), 2, 64)
-    losses = named_losses(mse, vb, timesteps, weights, 1000)
+    losses = named_losses({"mse": mse, "vb": vb}, timesteps, weights, 1000)
     parts = [
         losses[f"loss_t{q}"] * weights[timesteps // 250 == q].sum() for q in range(4) if (timesteps // 250 == q).any()
     ]
@@ -334,7 +334,7 @@ def test_quartiles_join_to_the_full_loss() -> None:
 def test_every_timestep_is_in_one_quartile(num_timesteps: int) -> None:
     for timestep in range(num_timesteps):
         one = np.ones((1, 1))
-        losses = named_losses(one, one, np.array([timestep]), np.ones(1), num_timesteps)
+        losses = named_losses({"mse": one, "vb": one}, np.array([timestep]), np.ones(1), num_timesteps)
         assert [name for name in losses if name.startswith("loss_t")] == [f"loss_t{timestep * 4 // num_timesteps}"]
 
 

@@ -131,7 +131,7 @@ def test_pictures_metrics_and_checkpoints_are_told_on_the_way(chain: Chain, by_t
 def test_what_a_training_took_is_counted(chain: Chain, by_two: Artifact) -> None:
     from edt_core.models import training_flops
 
-    counts, config = by_two.counts, train.config_of(TRAIN.model, chain["latents"].counts)
+    counts, config = by_two.counts, train.config_of(TRAIN, chain["latents"].counts)
     assert counts["images_seen"] == 6 * TRAIN.global_batch_size
     assert counts["training_flops"] == counts["images_seen"] * training_flops(config, masked=True)
     assert 0 < counts["device_hours"] < by_two.manifest.duration_s * TRAIN.num_workers / 3600

@@ -259,7 +259,7 @@ def trained(latents: Artifact, folder: Path, reader: str) -> dict[str, Any]:
     config = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, max_steps=3, log_every=1, lr=1e-3, reader=reader)
     context = LocalContext(folder)
     dataset = train.open_latents(config, latents, Silent())
-    state = loop(config, train.config_of(config.model, latents.counts), dataset, context)
+    state = loop(config, train.config_of(config, latents.counts), dataset, context)
     assert [row["step"] for row in state.history.rows] == [1, 2, 3]
     assert all(np.isfinite(row["loss"]) for row in state.history.rows)
     return {name: value.numpy() for name, value in state.model.state_dict().items()}

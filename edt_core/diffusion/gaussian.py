@@ -1,0 +1,126 @@
+"""Objectives of Gaussian diffusion: a value that implies x_0 and the noise, and a variance in the learned range.
+
+The loss is EDT's: the min-SNR weighted squared error of the value, plus the variational bound.
+Shapes: x_start, noise, x_t [N, C, H, W]; model_output [N, 2C, H, W]; t int64 [N], indices of the schedule.
+"""
+
+import math
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from edt_core.diffusion import equations
+from edt_core.diffusion.objective import Losses, Objective, Prediction
+from edt_core.diffusion.schedule import Coefficients, Schedule
+
+MIN_SNR_GAMMA = 5.0
+
+
+def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_start with the noise of timestep t, float32 [N, C, H, W] (Ho 2020, eq. 4)."""
+    return equations.diffuse(x_start.float(), noise.float(), schedule.gather(t, x_start.ndim))
+
+
+class GaussianObjective(Objective):
+    """What all objectives on one noise schedule share; one of them says what its value is, and how it is weighted.
+
+    The terms of the loss, which add up to a hybrid objective like Nichol & Dhariwal 2021, eq. 16:
+    mse: mean squared error of the value times the min-SNR weight.
+    vb: this timestep's term of the variational bound, in bits a dimension, at weight 1.
+    """
+
+    outputs: ClassVar[int] = 2
+    terms: ClassVar[tuple[str, ...]] = ("mse", "vb")
+
+    @abstractmethod
+    def target(self, x_start: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
+        """What the model is to predict, [N, C, H, W]."""
+
+    @abstractmethod
+    def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
+        """The factor on the squared error of the value [N] that is min(SNR, gamma) on that of x_0 (arXiv 2303.09556).
+
+        Easy, hardly noisy timesteps count less. snr: [N].
+        """
+
+    def noised(self, schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """As `q_sample`."""
+        return q_sample(schedule, x_start, t, noise)
+
+    def losses(
+        self,
+        schedule: Schedule,
+        model_output: Tensor,
+        x_start: Tensor,
+        x_t: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        *,
+        min_snr_gamma: float | None = MIN_SNR_GAMMA,
+    ) -> Losses:
+        """The losses of each sample for what the model made of (x_t, t).
+
+        All is computed in float32, whatever the dtype of the output and also under autocast, which leaves elementwise
+        operations on float32 alone. The variational bound trains the variance only: the predicted mean enters it
+        without gradient (Nichol & Dhariwal 2021, section 3.1).
+        `min_snr_gamma=None` gives the unweighted squared error. Raises ValueError for a shape that does not fit.
+        """
+        if not x_start.shape == x_t.shape == noise.shape:
+            raise ValueError(
+                f"x_start {tuple(x_start.shape)}, x_t {tuple(x_t.shape)} and noise {tuple(noise.shape)} must "
+                "have one shape. Draw one noise tensor like x_start and make x_t from it with q_sample."
+            )
+        prediction = self.split(model_output, x_start.shape[1])
+        x_start, x_t, noise = x_start.float(), x_t.float(), noise.float()
+        c = schedule.gather(t, x_start.ndim)
+
+        squared_error = (self.target(x_start, noise, c) - prediction.value).square().flatten(1).mean(1)
+        bound = self._bound_term(prediction, x_start, x_t, t, c)
+        if min_snr_gamma is not None:
+            squared_error = squared_error * self.min_snr_weight(torch.as_tensor(c.snr).flatten(), min_snr_gamma)
+        return Losses(dict(zip(self.terms, (squared_error, bound), strict=True)))
+
+    def split(self, model_output: Tensor, num_channels: int) -> Prediction:
+        """The value, and the variance in the learned range."""
+        return Prediction(*equations.split_output(model_output, num_channels))
+
+    def log_variance(self, prediction: Prediction, c: Coefficients) -> Tensor:
+        """That of the learned range."""
+        assert prediction.variance is not None  # `split` gives one
+        return equations.learned_range_log_variance(prediction.variance, c)
+
+    def _bound_term(self, prediction: Prediction, x_start: Tensor, x_t: Tensor, t: Tensor, c: Coefficients) -> Tensor:
+        """L_t of the variational bound in bits a dimension, [N] (Ho 2020, eq. 5; eq. 13 at t = 0)."""
+        true_mean = equations.posterior_mean(x_start, x_t, c)
+        mean = equations.posterior_mean(self.x_start(prediction.value.detach(), x_t, c), x_t, c)
+        log_variance = self.log_variance(prediction, c)
+        kl = equations.gaussian_kl(true_mean - mean, c.log_posterior_variance, log_variance)
+        nll = equations.decoder_nll(x_start, mean, log_variance)
+        at_data = (t == 0).reshape(-1, *(1,) * (x_start.ndim - 1))
+        return torch.where(at_data, nll, kl).flatten(1).mean(1) / math.log(2.0)
+
+
+class Epsilon(GaussianObjective):
+    """The model predicts the noise (Ho 2020, eq. 14), as EDT, DiT and MDTv2 do."""
+
+    name = "epsilon"
+    meaning = "noise, and a variance in the learned range"
+    prediction_type = "epsilon"
+
+    def target(self, x_start: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
+        """The noise itself."""
+        return noise
+
+    def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
+        """min(SNR, gamma) / SNR: where SNR <= gamma it is 1."""
+        return (gamma / snr).clamp(max=1.0)
+
+    def x_start(self, prediction: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """Of Ho 2020, eq. 15."""
+        return equations.predict_x_start(x_t, prediction, c)
+
+    def noise(self, prediction: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """The value itself."""
+        return prediction

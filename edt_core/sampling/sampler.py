@@ -5,6 +5,7 @@ Shapes: N samples, C latent channels, h side of the latents.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -133,11 +134,11 @@ class LatentSampler:
         initial = noise.initial()
         if solver is not None:
             return solver(model_fn, initial, progress)
-        known = {"objective": self.objective, "progress": progress}
+        draw = partial(sample, model_fn, initial, self.schedule, objective=self.objective, progress=progress)
         if chain.sampler != "ancestral":
-            return sample(model_fn, initial, self.schedule, chain.sampler, **known)
+            return draw(chain.sampler)
         with noise.ahead(self.schedule.num_timesteps - 1) as coming:  # the last step takes none
-            return sample(model_fn, initial, self.schedule, noise=coming, **known)
+            return draw(noise=coming)
 
     def _computed(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
         """The network in the chain's precision; weights that are not float32 take latents of their own dtype."""

@@ -37,17 +37,17 @@ def result_fields(section: Section) -> dict[str, Any]:
     return section.model_validate(fields).model_dump(mode="json", include=set(fields))
 
 
-def without_added(section: Section) -> dict[str, Any]:
-    """The section as JSON values, without what came after artifacts were made and is at its default."""
-    values = section.model_dump(mode="json")
+def recorded_fields(section: Section) -> dict[str, Any]:
+    """The section as JSON values, without added fields at their default: what a record of a configuration holds."""
+    fields: dict[str, Any] = section.model_dump(mode="json")
     for name, info in type(section).model_fields.items():
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         value = getattr(section, name)
-        if isinstance(value, Section):
-            values[name] = without_added(value)
-        elif extra.get("added") and value == info.default:
-            del values[name]
-    return values
+        if extra.get("added") and value == info.default:
+            del fields[name]
+        elif isinstance(value, Section):
+            fields[name] = recorded_fields(value)
+    return fields
 
 
 SourceKind = Literal["auto", "digits", "image_folder", "labels", "ilsvrc2012", "webdataset", "parquet"]
@@ -296,23 +296,6 @@ class TrainConfig(Section):
         return min(self.max_steps, math.ceil(self.max_epochs * num_samples / self.global_batch_size))
 
 
-EXTRACTORS = ("classifier", "inception", "dinov2")  # feature spaces; each is the role of the network that spans it
-PUBLISHED_SPACES = EXTRACTORS[1:]  # those of published weights
-ExtractorName = Literal["classifier", "inception", "dinov2"]
-MetricName = Literal["fid", "sfid", "inception_score", "kid", "precision", "recall"]
-
-
-class ExtractorConfig(Section):
-    """A published network of features: Inception or DINOv2. What its weights hold counts, not where they lie."""
-
-    weights: str | None = runtime(
-        None, description="file (DINOv2: folder or hub id), URL with sha256, or MLflow URI of the published weights"
-    )
-    sha256: str | None = runtime(
-        None, pattern="^[0-9a-f]{64}$", description="digest that the weights file must have; needed with a URL"
-    )
-
-
 class ChainConfig(Section):
     """How a model is sampled from: part of every metric's meaning, and kept with a registered model."""
 
@@ -385,19 +368,3 @@ class ReferenceConfig(Section):
     num_workers: int = runtime(1, ge=1, description="each loads the networks once and takes part after part")
     num_cpus_per_worker: float = runtime(1, ge=0, description="CPUs, and threads, of a worker")
     num_gpus_per_worker: float = runtime(0, ge=0, description="GPUs of a worker; several share one by parts of it")
-
-
-class EvaluateConfig(Section):
-    """The metrics to compute from kept features.
-
-    The cost of kid, precision and recall grows with the product of the two sets' sizes; the Fréchet distance takes all.
-    """
-
-    metrics: tuple[MetricName, ...] | None = Field(None, description="null for all that the feature space gives")
-    pairwise_limit: int = Field(
-        50_000, ge=4, description="kid, precision and recall take this many features of a set, at even distances"
-    )
-    allow_rank_deficient: bool = Field(
-        False, description="Fréchet distances also of fewer samples than the features have dimensions"
-    )
-    num_cpus: float = runtime(1, ge=0, description="CPUs of the computation; 0 runs beside whatever else does")

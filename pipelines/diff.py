@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edt_core.config import PUBLISHED_SPACES, Section, result_fields
+from edt_core.config import Section, result_fields
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.printing.redaction import redacted_values
 from edt_core.store.artifact import Source
 from edt_core.store.manifest import sha256_json
@@ -154,7 +155,7 @@ def _images(config: PipelineConfig) -> Source:
 
 def _published(config: PipelineConfig) -> Published:
     """What lies elsewhere, each by its stated digest, or else by its place."""
-    weights = {space: getattr(config, space) for space in PUBLISHED_SPACES if space in config.extractors}
+    weights = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
     pretrained, statistics = config.autoencoder.pretrained, config.reference_statistics
     return Published(
         None if pretrained is None else Source(pretrained, sha256_json(pretrained)),

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edt_core.config import PUBLISHED_SPACES, SourceConfig, TrainConfig
+from edt_core.config import SourceConfig, TrainConfig
 from edt_core.environment import environment
 from edt_core.errors import Stopped
+from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.store.artifact import Source
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
@@ -18,7 +19,7 @@ from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, r
 from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
 from pipelines.cluster.ui import run_link
-from pipelines.config.schema import PipelineConfig, as_yaml
+from pipelines.config.schema import PipelineConfig, as_yaml, recorded_yaml
 from pipelines.config.size_check import check_pipeline_sizes
 from pipelines.engine.step import StepFuture, Steps
 from pipelines.engine.workflow import Workflow
@@ -65,7 +66,7 @@ class Published:
     @classmethod
     def of(cls, config: PipelineConfig, tracking_uri: str | None) -> "Published":
         """What the configuration names. Raises UserError for what is not there, with where people get it."""
-        spaces = {space: getattr(config, space) for space in PUBLISHED_SPACES if space in config.extractors}
+        spaces = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
         statistics = config.reference_statistics
         return cls(
             autoencoder.published_source(config.autoencoder, tracking_uri),
@@ -266,7 +267,7 @@ def report_config(
         decision=str(decision),
         registry=version_record(catalog, decision, config.store),
         lineage={role: (short(f.name), tuple(map(short, f.needs))) for role, f in branch.steps.items()},
-        config_yaml=as_yaml(config.model_copy(update={"store": "."}), added=False),
+        config_yaml=recorded_yaml(config.model_copy(update={"store": "."})),
     )
 
 

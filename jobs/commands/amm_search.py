@@ -17,8 +17,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from edt_core.config import EXTRACTORS, EvaluateConfig, SampleConfig, result_fields
+from edt_core.config import SampleConfig, result_fields
 from edt_core.errors import UserError
+from edt_core.evaluation.config import EvaluateConfig
+from edt_core.evaluation.extractors import EXTRACTORS
 from edt_core.files.small_files import read_text
 from edt_core.printing.console import say
 from edt_core.progress import Progress

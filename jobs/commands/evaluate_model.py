@@ -12,15 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edt_core.config import (
-    EXTRACTORS,
-    EvaluateConfig,
-    ReferenceConfig,
-    SampleConfig,
-    Section,
-)
+from edt_core.config import ReferenceConfig, SampleConfig, Section
 from edt_core.data.export import EXPORT_FORMATS
 from edt_core.errors import UserError
+from edt_core.evaluation.config import EvaluateConfig
+from edt_core.evaluation.extractors import EXTRACTORS, FITTED_SPACES, PUBLISHED_SPACES, extractor_spec
 from edt_core.files.small_files import read_text
 from edt_core.printing.console import say
 from edt_core.progress import Progress
@@ -200,10 +196,8 @@ def _extractors(options: argparse.Namespace, out: Folder, bar: Progress) -> dict
     given = [space for space in EXTRACTORS if getattr(options, space)]
     judges = {space: open_input(space, getattr(options, space), out, options, bar) for space in given}
     if not judges:
-        raise UserError(
-            "there is no network of features to compare in: give --inception-weights for FID (pt_inception-2015-12-05-"
-            "6726825d.pth from github.com/mseitzer/pytorch-fid/releases), --dinov2-weights, or --classifier"
-        )
+        *first, last = [extractor_spec(space).suggestion for space in (*PUBLISHED_SPACES, *FITTED_SPACES)]
+        raise UserError(f"there is no network of features to compare in: give {', '.join(first)}, or {last}")
     return judges
 
 

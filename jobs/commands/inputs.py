@@ -3,8 +3,9 @@
 import argparse
 from typing import Any
 
-from edt_core.config import PUBLISHED_SPACES, SourceConfig
+from edt_core.config import SourceConfig
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import EXTRACTORS, PUBLISHED_SPACES, extractor_spec
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
@@ -21,17 +22,17 @@ ROLE_HELP = {
     "autoencoder": "autoencoder artifact, local diffusers folder, hub id, or MLflow URI (models:/NAME@ALIAS)",
     "images": "images artifact: a folder or URI; for a reference also ADM's .npz of statistics",
     "statistics": "ADM's .npz of reference statistics, as VIRTUAL_imagenet256_labeled.npz",
-    "classifier": "classifier artifact, for fd_classifier",
-    "inception": "Inception's published weights, for fid and its kin: file, URL#sha256=..., or MLflow URI",
-    "dinov2": "DINOv2 for fd_dinov2: a transformers folder or hub id, or MLflow URI",
     "guide": "a weaker model to guide away from (autoguidance): a checkpoint artifact",
 }
-_ROLE_OPTIONS = {"inception": "--inception-weights", "dinov2": "--dinov2-weights"}  # named as in a configuration
 
 
 def add_role(parser: Any, role: str) -> None:
     """The option of an input that may be left out."""
-    parser.add_argument(_ROLE_OPTIONS.get(role, f"--{role}"), dest=role, metavar="INPUT", help=ROLE_HELP[role])
+    if role in EXTRACTORS:
+        spec = extractor_spec(role)
+        parser.add_argument(spec.option, dest=role, metavar="INPUT", help=spec.help)
+    else:
+        parser.add_argument(f"--{role}", dest=role, metavar="INPUT", help=ROLE_HELP[role])
 
 
 def open_input(role: str, location: str, out: Folder, options: argparse.Namespace, progress: Progress) -> Input:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from edt_core.config import EvaluateConfig, SampleConfig, result_fields
+from edt_core.config import SampleConfig, result_fields
 from edt_core.errors import UserError
+from edt_core.evaluation.config import EvaluateConfig
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.layout import METRICS_NAME

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edt_core.config import EXTRACTORS
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import EXTRACTORS
 from edt_core.files.place_names import typed_path
 from edt_core.store.artifact import Artifact, Source
 from jobs.stages import classifier
@@ -17,7 +17,7 @@ Inputs = Mapping[str, Artifact | Source]
 def extractor_source(
     space: str, location: str | None, sha256: str | None = None, tracking_uri: str | None = None
 ) -> Source:
-    """Published weights, "inception" or "dinov2", and the digest of what they hold now.
+    """Published weights of a feature space, and the digest of what they hold now.
 
     Raises UserError where there are none: the message says which file it is and where people get it.
     """

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edt_core.config import EXTRACTORS, ReferenceConfig
+from edt_core.config import ReferenceConfig
 from edt_core.data.order import at_even_distances
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import EXTRACTORS, INCEPTION
 from edt_core.files.place_names import typed_path
 from edt_core.files.tensor_files import load_tensors, opened_tensors
 from edt_core.progress import Progress
@@ -220,14 +221,14 @@ def _published(
 
     statistics, spaces = inputs["images"], extractors.spaces_of(inputs)
     assert isinstance(statistics, Source)
-    if spaces != ["inception"]:
+    if spaces != [INCEPTION]:
         raise UserError(
             f"{statistics.location} are statistics of Inception features, and {', '.join(spaces)} is asked for; give "
             "the Inception weights alone, or images in place of the statistics"
         )
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     task: Any = ray.remote(_extract_published).options(**resources)
-    facts: dict[str, Any] = ray.get(task.remote(config, statistics, inputs["inception"], out, progress))
+    facts: dict[str, Any] = ray.get(task.remote(config, statistics, inputs[INCEPTION], out, progress))
     return {**facts, "source": "published statistics", "content": statistics.fingerprint}
 
 
@@ -245,7 +246,7 @@ def _extract_published(
         raise UserError(f"{path} has changed since the run was started; run again with the file at rest")
     adm = read_adm(path)
     total = adm.image_shape[0] if adm.image_shape else 0
-    extract = extractors.load("inception", weights, device_name(config.num_gpus_per_worker))
+    extract = extractors.load(INCEPTION, weights, device_name(config.num_gpus_per_worker))
     features, done = [], 0
     for pixels in read_images(path, _ADM_CHUNK):
         rows = evenly_spaced(done, len(pixels), total, config.keep_features)
@@ -253,10 +254,10 @@ def _extract_published(
             features.append(extract(pixels[rows])["features"])
         done += len(pixels)
         progress.update(done, total, "images")
-    gaussians = {"inception": adm.statistics}
+    gaussians = {INCEPTION: adm.statistics}
     if adm.spatial_statistics is not None:
-        gaussians["inception.spatial"] = adm.spatial_statistics
-    kept = {"inception.features": np.concatenate(features)} if features else {}
+        gaussians[f"{INCEPTION}.spatial"] = adm.spatial_statistics
+    kept = {f"{INCEPTION}.features": np.concatenate(features)} if features else {}
     out.write_bytes(REFERENCE_NAME, save({**_arrays(gaussians), **kept}), done)
     return {"images": total, "image_size": adm.image_shape[1] if adm.image_shape else None}
 

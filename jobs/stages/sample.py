@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edt_core.config import EXTRACTORS, SampleConfig
+from edt_core.config import SampleConfig
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import EXTRACTORS
 from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source

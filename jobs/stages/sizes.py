@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from edt_core.config import EvaluateConfig
 from edt_core.errors import UserError
+from edt_core.evaluation.config import EvaluateConfig
 from edt_core.evaluation.metrics import space_metrics
 from edt_core.evaluation.metrics.sample_size import UNBIASED_FROM, Shortfall, shortfalls
 
@@ -12,9 +12,7 @@ def wanted_metrics(config: EvaluateConfig, space: str, num_samples: int) -> tupl
     """The metrics to compute in a space; None for all. Beside a Fréchet distance of few samples there is kid."""
     if config.metrics is None:
         return None
-    wanted: tuple[str, ...] = config.metrics
-    if space != "inception":  # only Inception's features make these two
-        wanted = tuple(name for name in wanted if name not in ("sfid", "inception_score"))
+    wanted = tuple(name for name in config.metrics if name in space_metrics(space))
     if "fid" in wanted and "kid" not in wanted and num_samples < UNBIASED_FROM:
         wanted = (*wanted, "kid")
     return wanted

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.network.answers import answer_seconds, check_connects, no_answer
 from edt_core.printing.redaction import redacted, redacted_values
 from edt_core.store.folder import Folder
@@ -40,7 +41,7 @@ _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", _WAIT: "600"}
 _JOB_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a job
 _COMMAND = "edt.command"  # the same in the job's metadata
 GO_ON = "EDT_GO_ON"  # in a job's environment: the command that goes on with it, of whoever submitted it
-_PATHS = (("source", "path"), ("autoencoder", "pretrained"), ("inception", "weights"), ("dinov2", "weights"))
+_PATHS = (("source", "path"), ("autoencoder", "pretrained"), *((space, "weights") for space in PUBLISHED_SPACES))
 _RECONNECTS = 5
 _NO_ADDRESS = f"{{!r}} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
 _BUSY_SECONDS = 120.0

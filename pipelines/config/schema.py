@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -12,20 +12,19 @@ from edt_core.config import (
     AutoencoderConfig,
     ClassifierConfig,
     EncodeConfig,
-    EvaluateConfig,
-    ExtractorConfig,
-    ExtractorName,
     PreprocessConfig,
     ReferenceConfig,
     SampleConfig,
     Section,
     SourceConfig,
     TrainConfig,
+    recorded_fields,
     runtime,
-    without_added,
 )
 from edt_core.diffusion import with_objective
 from edt_core.errors import UserError
+from edt_core.evaluation.config import EvaluateConfig
+from edt_core.evaluation.extractors import INCEPTION
 from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.files.place_names import check_store_name
 from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks
@@ -33,6 +32,7 @@ from edt_core.printing.redaction import redacted_values
 from edt_core.store.folder import Folder
 from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.runtime.tracking import own_uri
+from pipelines.config.networks import ExtractorConfig, ExtractorName, with_networks
 
 DEFAULT_CONFIG = "quickstart"
 _SHIPPED = Path(__file__).parents[1] / "configs"
@@ -68,8 +68,8 @@ class PromoteConfig(Section):
         return self
 
 
-class PipelineConfig(Section):
-    """One pipeline: images to registered models."""
+class _UpToTheNetworks(Section):
+    """The fields of a pipeline that stand before the sections of published networks of features."""
 
     name: str = runtime(..., description="by which runs are listed, schedules and --no-overlap tell pipelines apart")
     store: str = runtime("./edt-store", description="folder or URI of all artifacts")
@@ -81,8 +81,17 @@ class PipelineConfig(Section):
         ("classifier",), min_length=1, description="feature spaces in which samples and real images are compared"
     )
     classifier: ClassifierConfig = ClassifierConfig()
-    inception: ExtractorConfig = ExtractorConfig()
-    dinov2: ExtractorConfig = ExtractorConfig()
+
+
+if TYPE_CHECKING:
+    _WithNetworks = _UpToTheNetworks
+else:
+    _WithNetworks = with_networks(_UpToTheNetworks)
+
+
+class PipelineConfig(_WithNetworks):
+    """One pipeline: images to registered models."""
+
     reference: ReferenceConfig = ReferenceConfig()
     reference_statistics: str | None = runtime(
         None, description="ADM's .npz of Inception statistics (VIRTUAL_imagenet256_labeled.npz), in place of the images"
@@ -118,7 +127,7 @@ class PipelineConfig(Section):
                     f"sample.num_sampling_steps {sample.num_sampling_steps} is more than the {train.num_timesteps} "
                     f"timesteps that {name} is trained with; use at most that"
                 )
-        if self.reference_statistics is not None and self.extractors != ("inception",):
+        if self.reference_statistics is not None and self.extractors != (INCEPTION,):
             raise ValueError(
                 f"reference_statistics are of Inception features, and extractors are {list(self.extractors)}; set "
                 "extractors to [inception], or compare with the images (reference_statistics: null)"
@@ -181,6 +190,11 @@ class PipelineConfig(Section):
             latent_channels=self.autoencoder.latent_channels,
         )
         return with_objective(config, train.objective)
+
+    def network(self, space: str) -> ExtractorConfig:
+        """The section of a published network of features."""
+        section: ExtractorConfig = getattr(self, space)
+        return section
 
     @property
     def workers(self) -> int:
@@ -246,11 +260,19 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def as_yaml(config: PipelineConfig, *, added: bool = True) -> str:
-    """The whole configuration, defaults included, as YAML. Credentials in it are left out.
+def as_yaml(config: PipelineConfig) -> str:
+    """The whole configuration, defaults included, as YAML. Credentials in it are left out."""
+    return _yaml(config.model_dump(mode="json"))
 
-    Without `added`, as for a text that is part of a fingerprint, newer fields are left out at their default.
+
+def recorded_yaml(config: PipelineConfig) -> str:
+    """The same without fields that came after artifacts were made, where they are at their default.
+
+    A report made of it keeps its fingerprint when the configuration gets a field.
     """
-    values = config.model_dump(mode="json") if added else without_added(config)
-    dumped: Mapping[str, Any] = redacted_values(values)
-    return yaml.safe_dump(dict(dumped), sort_keys=False)
+    return _yaml(recorded_fields(config))
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    shown: Mapping[str, Any] = redacted_values(values)
+    return yaml.safe_dump(dict(shown), sort_keys=False)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import INCEPTION, PUBLISHED_SPACES
+from edt_core.evaluation.extractors.weights import feature_dimensions
 from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.evaluation.metrics.sample_size import PAIRWISE, Shortfall
-from edt_core.files.place_names import typed_path
-from edt_core.files.small_files import read_json
 from edt_core.store.artifact import Source
 from jobs.stages.sizes import shortfall_text, size_shortfalls, wanted_metrics
 from pipelines.config.schema import PipelineConfig
@@ -34,19 +34,13 @@ def size_problems(config: PipelineConfig, images: int | None = None) -> list[str
 
 
 def _dimensions(config: PipelineConfig) -> dict[str, int | None]:
-    """Of the features of each space; Inception's are fixed."""
-    known = {"classifier": config.classifier.feature_dim, "dinov2": _hidden_size(config.dinov2.weights)}
-    return {space: known.get(space) for space in config.extractors}
-
-
-def _hidden_size(weights: str | None) -> int | None:
-    """Dimensions of DINOv2's features, where its weights are a folder here."""
-    path = typed_path(weights) / "config.json" if weights and "://" not in weights else None
-    try:
-        size = read_json(path)["hidden_size"] if path is not None and path.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # loading the network says what is wrong with it
-    return size if isinstance(size, int) else None
+    """Of the features of each space; None where they are not known before the weights are loaded."""
+    return {
+        space: feature_dimensions(space, config.network(space).weights)
+        if space in PUBLISHED_SPACES
+        else config.classifier.feature_dim
+        for space in config.extractors
+    }
 
 
 def _remedies(config: PipelineConfig, shortfall: Shortfall) -> list[str]:
@@ -112,11 +106,11 @@ def _published_problems(config: PipelineConfig, statistics: Source | None) -> It
     images = adm.image_shape[0] if adm.image_shape else 0
     lacking = {} if adm.spatial_statistics is not None else {"sfid": "spatial statistics"}
     lacking |= {metric: "images" for metric, need in PAIRWISE.items() if images < need}
-    wanted = wanted_metrics(config.evaluate, "inception", config.sample.num_samples)
+    wanted = wanted_metrics(config.evaluate, INCEPTION, config.sample.num_samples)
     asked = dict.fromkeys(wanted or (), "evaluate.metrics")
     asked |= dict.fromkeys(config.promote.require, "promote.require") | {config.promote.metric: "promote.metric"}
     for metric, field in asked.items():
-        if metric in lacking and metric in space_metrics("inception"):
+        if metric in lacking and metric in space_metrics(INCEPTION):
             yield (
                 f"{field} asks for {metric}, and {statistics.location} holds no {lacking[metric]} for it. Give the "
                 "file that has them, name other metrics, or compare with images (reference_statistics: null)."

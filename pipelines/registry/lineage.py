@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.layout import KINDS
@@ -24,8 +25,7 @@ _SHORT = 12  # digits of a fingerprint that people read
 _LOCATIONS = {
     "source": "source.path",
     "published": "autoencoder.pretrained",
-    "inception": "inception.weights",
-    "dinov2": "dinov2.weights",
+    **{space: f"{space}.weights" for space in PUBLISHED_SPACES},
 }
 
 
@@ -214,6 +214,7 @@ def _told(node: Node) -> list[str]:
 def _changed(node: Node) -> dict[str, str]:
     """The fields of a step's configuration that are not as they are by default."""
     from edt_core import config as sections
+    from edt_core.evaluation.config import EvaluateConfig
 
     section = {
         "images": sections.PreprocessConfig,
@@ -223,7 +224,7 @@ def _changed(node: Node) -> dict[str, str]:
         "checkpoint": sections.TrainConfig,
         "reference": sections.ReferenceConfig,
         "features": sections.SampleConfig,
-        "evaluation": sections.EvaluateConfig,
+        "evaluation": EvaluateConfig,
     }.get(node.kind)
     if section is None:
         return {}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edt_core.evaluation.metrics.registry import REGISTRY
 from edt_core.sampling.grid import PIXELATED_UP_TO, encodable
 from pipelines.report.costs import StepCost
 from pipelines.report.figures import Picture, champion_trend, timestep_curves, training_curves
@@ -195,14 +196,9 @@ class MetricRow:
 
 # prefix of the name -> (what it measures, whether lower is better)
 _METRIC_MEANINGS = (
-    ("fid", "Fréchet distance in Inception's feature space", True),
-    ("sfid", "Fréchet distance in Inception's spatial features", True),
+    *((metric.name, metric.meaning, metric.lower_is_better) for metric in REGISTRY.values()),
     ("fd_", "Fréchet distance between generated and real features", True),
-    ("kid", "squared maximum mean discrepancy of the features, cubic kernel", True),
-    ("precision", "share of generated images that lie among the real ones", False),
-    ("recall", "share of real images that lie among the generated ones", False),
     ("accuracy", "share of generated images classified as the class that was asked for", False),
-    ("inception_score", "confidence and variety of Inception's class predictions", False),
 )
 
 

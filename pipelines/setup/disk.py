@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from edt_core.config import TrainConfig
+from edt_core.evaluation.extractors import extractor_spec
 from edt_core.training.estimate import estimate
 from pipelines.config.schema import PipelineConfig
 
 _BYTES_PER_PIXEL = {"webp": 1.48, "png": 1.82, "jpeg": 0.63}  # of ImageNet photos at 256 px
 _TAR_BYTES = 4 << 10  # headers and padding of a sample's members
 _PUBLISHED_AUTOENCODER = 335 << 20  # Stable Diffusion's, in float32
-_FLOATS = {"inception": 2048 + 2023 + 1008, "dinov2": 1024}  # kept of a sample
 _SPARE_CHECKPOINTS = 2  # the one of least loss, and the one being written
 
 
@@ -36,7 +36,8 @@ def disk_needs(config: PipelineConfig, images: int, classes: int) -> dict[str, i
 
 def _floats(config: PipelineConfig, space: str, classes: int) -> int:
     """Numbers that are kept of a sample in a feature space."""
-    return config.classifier.feature_dim + classes if space == "classifier" else _FLOATS[space]
+    kept = extractor_spec(space).kept
+    return config.classifier.feature_dim + classes if kept is None else kept
 
 
 def _checkpoints(config: PipelineConfig, name: str, images: int, classes: int) -> int:

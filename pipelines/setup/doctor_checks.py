@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edt_core.environment import environment
+from edt_core.evaluation.extractors import PUBLISHED_SPACES, extractor_spec
 from edt_core.store.folder import Folder
 from pipelines.config.schema import PipelineConfig
 from pipelines.setup.disk import disk_needs, largest_first, size_text
@@ -52,15 +53,17 @@ def packages(setup: Setup) -> Found:
 
 def _needed(config: PipelineConfig, tracking_uri: str | None) -> Iterator[tuple[str, str]]:
     """(package, extra) of everything optional that a configuration uses."""
-    places = [config.store, config.source.path, config.inception.weights, config.reference_statistics]
+    weights = [config.network(space).weights for space in PUBLISHED_SPACES]
+    places = [config.store, config.source.path, *weights, config.reference_statistics]
     for place in [*places, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")]:
         for scheme, (names, extra) in _EXTRAS.items():
             if place and place.startswith(scheme):
                 yield from ((name, extra) for name in names)
     if config.preprocess.decoder == "simplejpeg":
         yield "simplejpeg", "simplejpeg"
-    if "dinov2" in config.extractors:
-        yield "transformers", "dinov2"
+    for spec in map(extractor_spec, config.extractors):
+        if spec.package and spec.extra:
+            yield spec.package, spec.extra
 
 
 def wanted_gpus(config: PipelineConfig) -> int:

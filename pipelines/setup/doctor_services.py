@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from edt_core.child_process import child_environment, python_command
-from edt_core.config import PUBLISHED_SPACES, ExtractorConfig
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.files.place_names import typed_path
 from edt_core.files.small_files import read_json_object
 from edt_core.network.answers import answer_seconds
@@ -22,6 +22,7 @@ from edt_core.printing.redaction import redacted
 from edt_core.store.folder import Folder
 from jobs.runtime.cluster_address import check_answers, named_address
 from jobs.stages.autoencoder import MLFLOW_SCHEMES
+from pipelines.config.networks import ExtractorConfig
 from pipelines.setup.doctor import Setup, Status
 
 Found = tuple[Status, str, str]
@@ -164,7 +165,7 @@ def _in_cache(hub_id: str) -> str:
 def features(setup: Setup) -> Found:
     """The networks that samples are compared in: weights that are there, have the stated digest and load."""
     config = setup.config
-    sources = [_weights(space, getattr(config, space)) for space in config.extractors if space in PUBLISHED_SPACES]
+    sources = [_weights(space, config.network(space)) for space in config.extractors if space in PUBLISHED_SPACES]
     sources += ["a classifier fitted on the images"] if "classifier" in config.extractors else []
     if config.reference_statistics is not None:
         from jobs.stages.reference import statistics_source

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from edt_core.errors import UserError
-from edt_core.evaluation.extractors import check_pixels, load_extractor
+from edt_core.evaluation.extractors import load_extractor
 from edt_core.evaluation.extractors.classifier import Classifier, classify
 from edt_core.evaluation.extractors.dinov2 import Dinov2, resized_positions, to_dinov2_range
-from edt_core.evaluation.extractors.pixels import exact_fp32
+from edt_core.evaluation.extractors.pixels import check_pixels, exact_fp32
 from edt_core.evaluation.extractors.weights import load_tensors, published_weights
 from edt_core.store.manifest import sha256_json
 
@@ -218,15 +218,15 @@ def test_a_file_that_is_no_weights_file_is_refused(tmp_path: Path, data: bytes) 
     path = tmp_path / "w.pth"
     path.write_bytes(data)
     with pytest.raises(UserError, match="is not a file of tensors"):
-        load_tensors(path)
+        load_tensors(path, "the published file")
 
 
 def test_tensors_without_names_and_no_file_at_all_are_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "w.pth")
     with pytest.raises(UserError, match="holds a list, not tensors by name"):
-        load_tensors(tmp_path / "w.pth")
+        load_tensors(tmp_path / "w.pth", "the published file")
     with pytest.raises(UserError, match=r"there is no file .*--inception-weights"):
-        load_tensors(tmp_path / "none.pth")
+        load_extractor("inception", tmp_path / "none.pth")
 
 
 # What every extractor takes.
@@ -434,8 +434,8 @@ def test_what_is_no_classifier_is_refused(classifier_folder: Path, tmp_path: Pat
 
 
 def test_an_unknown_space_is_refused() -> None:
-    with pytest.raises(UserError, match="no feature space 'clip'; there are inception, dinov2, classifier"):
-        load_extractor("clip", "anywhere")
+    with pytest.raises(UserError, match="no feature space 'pixels'; there are classifier, inception, dinov2"):
+        load_extractor("pixels", "anywhere")
 
 
 @pytest.mark.extern

@@ -13,7 +13,6 @@ from PIL import Image
 
 from edt_core.config import (
     AutoencoderConfig,
-    EvaluateConfig,
     ReferenceConfig,
     SampleConfig,
     TrainConfig,
@@ -22,6 +21,7 @@ from edt_core.data.images import center_crop, decode_rgb
 from edt_core.data.latents import LatentShard
 from edt_core.data.shards import read_image_shard, read_tar
 from edt_core.errors import UserError
+from edt_core.evaluation.config import EvaluateConfig
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder

@@ -87,7 +87,7 @@ def test_a_path_is_read_back_as_it_was(estimated: None, tmp_path: Path) -> None:
         answers = Answers(images(5000, path=f"/data/{name}"), "mine", 256, 1, "EDT-S/2", name, f"/w/{name}.pth")
         config = load_config(str(written(answers, SERVER, tmp_path)))
         assert config.source.path == f"/data/{name}"
-        assert (config.autoencoder.pretrained, config.inception.weights) == (name, f"/w/{name}.pth")
+        assert (config.autoencoder.pretrained, config.network("inception").weights) == (name, f"/w/{name}.pth")
         assert (config.extractors, config.promote.metric) == (("inception",), "fid")
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.config import ClassifierConfig, EvaluateConfig
+from edt_core.config import ClassifierConfig
 from edt_core.errors import UserError
+from edt_core.evaluation.config import EvaluateConfig
 from edt_core.evaluation.extractors.classifier import fit_classifier
 from edt_core.evaluation.metrics import compute_metrics, space_metrics
 from edt_core.evaluation.metrics.sample_size import shortfalls

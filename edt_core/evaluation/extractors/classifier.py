@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from edt_core.config import ClassifierConfig
 from edt_core.data.images import to_model_range
+from edt_core.errors import UserError
+from edt_core.evaluation.extractors.pixels import check_pixels, exact_fp32
+from edt_core.evaluation.extractors.spec import ExtractorSpec
 from edt_core.files.small_files import read_json_object
 from edt_core.files.tensor_files import load_state
 from edt_core.one_cycle import one_cycle
@@ -117,3 +120,44 @@ def _shifted(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.
     padded = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
     side = pixels.shape[1]
     return padded[:, reach + dy : reach + dy + side, reach + dx : reach + dx + side]
+
+
+class ClassifierExtractor:
+    """The small classifier that was fitted on the data set itself."""
+
+    space = "classifier"
+
+    def __init__(self, model: Classifier) -> None:
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, location: str | Path, device: torch.device | str = "cpu") -> "ClassifierExtractor":
+        """From the folder of a classifier artifact. Raises UserError for what is not one."""
+        from safetensors import SafetensorError
+
+        try:
+            return cls(Classifier.load(Path(location), device))
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
+            raise UserError(
+                f"no classifier at {location}: {reason}; give the folder of a classifier artifact, or run its step "
+                "again"
+            ) from error
+
+    def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
+        """uint8 [N, S, S, 3] -> features [N, D] and probabilities [N, K]."""
+        check_pixels(pixels)
+        levels = pixels.cpu().numpy() if isinstance(pixels, Tensor) else pixels
+        with exact_fp32(self.device):
+            features, probabilities = classify(self.model, levels)
+        return {"features": features, "probabilities": probabilities}
+
+
+SPEC = ExtractorSpec(
+    name="classifier",
+    title="classifier",
+    help="classifier artifact, for fd_classifier",
+    suggestion="--classifier",
+    load=ClassifierExtractor.load,
+)

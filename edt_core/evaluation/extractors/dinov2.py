@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edt_core.errors import UserError
 from edt_core.evaluation.extractors.pixels import exact_fp32, images_on, on_host
-from edt_core.evaluation.extractors.weights import SOURCES
-from edt_core.files.tensor_files import check_folder_headers
-from edt_core.models.alignment import align_weights
-from edt_core.network.hub import hub_is_away, loading_failure
+from edt_core.evaluation.extractors.pretrained import load_pretrained
+from edt_core.evaluation.extractors.spec import ExtractorSpec
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
@@ -66,31 +63,7 @@ class Dinov2:
 
         Raises UserError without transformers, where there is no such model, and for a model of another kind.
         """
-        from safetensors import SafetensorError
-
-        try:
-            from transformers import AutoConfig, Dinov2Model
-        except ImportError as error:
-            raise UserError("DINOv2 needs transformers; pip install edt-pipeline[dinov2]") from error
-        place, away = str(location), hub_is_away(location)
-        local = away or Path(location).is_dir()  # the hub's cache on this machine may have it
-        try:
-            if Path(location).is_dir():
-                check_folder_headers(Path(location))
-            kind = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=False).model_type
-            if kind != "dinov2":
-                raise ValueError(f"it is a {kind}")
-            load: Any = Dinov2Model.from_pretrained
-            model, loading = load(
-                place, local_files_only=local, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-            if missing := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
-                raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first")
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-            cause = loading_failure(error, away)
-            reason = (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
-            raise UserError(f"no DINOv2 at {place}: {reason}. Needed are {SOURCES['dinov2']}") from error
-        return cls(align_weights(model), device)
+        return cls(load_pretrained(SPEC, location, "Dinov2Model", ("dinov2",)), device)
 
     def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
         """uint8 [N, S, S, 3] -> features [N, D]; D is 1024 for DINOv2 large."""
@@ -98,3 +71,21 @@ class Dinov2:
         with exact_fp32(self.device):
             tokens = self.model(pixel_values=to_dinov2_range(images)).last_hidden_state
             return on_host({"features": tokens[:, 0]})
+
+
+SPEC = ExtractorSpec(
+    name="dinov2",
+    title="DINOv2",
+    help="DINOv2 for fd_dinov2: a transformers folder or hub id, or MLflow URI",
+    suggestion="--dinov2-weights",
+    load=Dinov2.load,
+    source="the weights of DINOv2 (facebook/dinov2-large of the Hugging Face hub, the model of "
+    "github.com/facebookresearch/dinov2, with config.json and model.safetensors); put its folder where this machine "
+    "can read it, or give its hub id where the hub can be reached",
+    is_folder=True,
+    package="transformers",
+    extra="dinov2",
+    dimension_field="hidden_size",
+    kept=1024,
+    always_recorded=True,
+)

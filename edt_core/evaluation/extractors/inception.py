@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors.pixels import exact_fp32, images_on, on_host
+from edt_core.evaluation.extractors.spec import ExtractorSpec
 from edt_core.evaluation.extractors.weights import load_tensors
 from edt_core.models.alignment import align_weights
 
-SIDE, FEATURE_DIM, NUM_LOGITS = 299, 2048, 1008
+SIDE, FEATURE_DIM, NUM_LOGITS, SPATIAL_DIM = 299, 2048, 1008, 2023
 SPATIAL_CHANNELS = 7  # of 17 x 17: 2023 numbers, about as many as there are pooled features (Nash et al. 2021)
 NORM_EPS = 1e-3
 
@@ -243,9 +244,9 @@ class Inception:
         self.network = network.to(self.device)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Inception":
+    def load(cls, location: str | Path, device: torch.device | str = "cpu") -> "Inception":
         """From a public weights file. Raises UserError for what is not one."""
-        return cls(inception_network(load_tensors(path)), device)
+        return cls(inception_network(load_tensors(Path(location), SPEC.needed)), device)
 
     def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
         """uint8 [N, S, S, 3] -> features [N, 2048], probabilities [N, 1008], spatial [N, 2023]."""
@@ -254,3 +255,21 @@ class Inception:
             scaled = (tf1_resize(images) - 128) / 128
             features, logits, spatial = self.network(scaled.contiguous(memory_format=torch.channels_last))
             return on_host({"features": features, "probabilities": logits.softmax(1), "spatial": spatial})
+
+
+SPEC = ExtractorSpec(
+    name="inception",
+    title="Inception",
+    help="Inception's published weights, for fid and its kin: file, URL#sha256=..., or MLflow URI",
+    suggestion="--inception-weights for FID (pt_inception-2015-12-05-6726825d.pth from "
+    "github.com/mseitzer/pytorch-fid/releases)",
+    load=Inception.load,
+    source="the weights of the FID's Inception (pt_inception-2015-12-05-6726825d.pth of "
+    "github.com/mseitzer/pytorch-fid/releases, or weights-inception-2015-12-05-6726825d.pth of "
+    "github.com/toshas/torch-fidelity/releases); put the file where this machine can read it",
+    dimensions=FEATURE_DIM,
+    spatial_dimensions=SPATIAL_DIM,
+    kept=FEATURE_DIM + SPATIAL_DIM + NUM_LOGITS,
+    metrics=("fid", "sfid", "inception_score", "kid", "precision", "recall"),
+    always_recorded=True,
+)

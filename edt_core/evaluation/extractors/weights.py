@@ -15,22 +15,15 @@ import torch
 from torch import Tensor
 
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import ExtractorSpec, extractor_spec
 from edt_core.files.place_names import typed_path
+from edt_core.files.small_files import read_json
 from edt_core.network.answers import check_connects
 from edt_core.network.hub import HUB_ID
 from edt_core.store.errors import clear_disk_errors, clear_read_errors
 from edt_core.store.folder import Folder, fsync_file, in_threads, sha256_file
 from edt_core.store.manifest import sha256_json
 
-SOURCES = {
-    "inception": "the weights of the FID's Inception (pt_inception-2015-12-05-6726825d.pth of "
-    "github.com/mseitzer/pytorch-fid/releases, or weights-inception-2015-12-05-6726825d.pth of "
-    "github.com/toshas/torch-fidelity/releases); put the file where this machine can read it and set "
-    "inception.weights (--inception-weights)",
-    "dinov2": "the weights of DINOv2 (facebook/dinov2-large of the Hugging Face hub, the model of "
-    "github.com/facebookresearch/dinov2, with config.json and model.safetensors); put its folder where this machine "
-    "can read it, or give its hub id where the hub can be reached, and set dinov2.weights (--dinov2-weights)",
-}
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CHUNK = 1 << 20
 _PAUSE_S = 60  # between two pieces of a download that has begun
@@ -39,53 +32,67 @@ _PAUSE_S = 60  # between two pieces of a download that has begun
 def published_weights(name: str, location: str | None, sha256: str | None = None) -> tuple[str, str]:
     """(local path or hub id, digest) of what the option `<name>.weights` says; `sha256` must be its digest if stated.
 
-    `name` is "inception" or "dinov2". The digest is the sha256 of the file; of a DINOv2 folder, that of the JSON of its
-    files' names and digests; of a hub id, "hub:<id>". What a URL holds is kept in this node's cache and checked at each
-    use.
+    The digest is the sha256 of the file; of a folder, that of the JSON of its files' names and digests; of a hub id,
+    "hub:<id>". What a URL holds is kept in this node's cache and checked at each use.
     Raises UserError where there is nothing, or something else than what was stated.
     """
+    spec = extractor_spec(name)
     if not location:
-        raise UserError(f"{name}.weights is not set. Needed are {SOURCES[name]}")
+        raise UserError(f"{name}.weights is not set. Needed are {spec.needed}")
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise UserError(f"{name}.sha256 is {sha256!r}; a sha256 is 64 digits 0-9 and a-f")
     if "://" in location and not location.startswith("file://"):
-        return _of_url(name, location, sha256)
+        return _of_url(spec, location, sha256)
     path = typed_path(location.removeprefix("file://")).absolute()
     if not path.exists():
-        if name == "dinov2" and HUB_ID.fullmatch(location):
-            return _of_hub(location, sha256)
-        raise UserError(f"{name}.weights is {location}, and there is nothing. Needed are {SOURCES[name]}")
-    if path.is_dir() != (name == "dinov2"):
-        kind, needed = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
-        raise UserError(f"{name}.weights is {location}, which is {kind}, not {needed}. Needed are {SOURCES[name]}")
+        if spec.is_folder and HUB_ID.fullmatch(location):
+            return _of_hub(name, location, sha256)
+        raise UserError(f"{name}.weights is {location}, and there is nothing. Needed are {spec.needed}")
+    if path.is_dir() != spec.is_folder:
+        kind, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise UserError(f"{name}.weights is {location}, which is {kind}, not {wanted}. Needed are {spec.needed}")
     with clear_read_errors(str(path)):
-        digest = _folder_digest(path) if path.is_dir() else sha256_file(path)
+        digest = _folder_digest(spec, path) if path.is_dir() else sha256_file(path)
     if sha256 not in (None, digest):
         raise UserError(_mismatch(name, str(path), digest, str(sha256)))
     return str(path), digest
 
 
-def _folder_digest(folder: Path) -> str:
+def feature_dimensions(name: str, location: str | None) -> int | None:
+    """How many features the network of published weights has; None where only loading it tells."""
+    spec = extractor_spec(name)
+    if spec.dimensions is not None or spec.dimension_field is None or not location or "://" in location:
+        return spec.dimensions
+    path = typed_path(location) / "config.json"
+    try:
+        size = read_json(path)[spec.dimension_field] if path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # loading the network says what is wrong with it
+    return size if isinstance(size, int) else None
+
+
+def _folder_digest(spec: ExtractorSpec, folder: Path) -> str:
     names = Folder.at(folder).walk()
     if "config.json" not in names:
-        raise UserError(f"dinov2.weights is {folder}, which holds no config.json. Needed are {SOURCES['dinov2']}")
+        raise UserError(f"{spec.name}.weights is {folder}, which holds no config.json. Needed are {spec.needed}")
     return sha256_json(dict(in_threads(lambda name: sha256_file(folder / name), names)))
 
 
-def _of_hub(hub_id: str, sha256: str | None) -> tuple[str, str]:
+def _of_hub(name: str, hub_id: str, sha256: str | None) -> tuple[str, str]:
     if sha256 is not None:
         raise UserError(
-            f"dinov2.sha256 cannot be checked for the hub id {hub_id}; leave it out, or download the files and give "
+            f"{name}.sha256 cannot be checked for the hub id {hub_id}; leave it out, or download the files and give "
             "their folder"
         )
     return hub_id, f"hub:{hub_id}"
 
 
-def _of_url(name: str, url: str, sha256: str | None) -> tuple[str, str]:
+def _of_url(spec: ExtractorSpec, url: str, sha256: str | None) -> tuple[str, str]:
     """The file of a URL in this node's cache, downloaded unless it is there; processes of a node take turns."""
     place = f"{urlsplit(url).scheme}://{urlsplit(url).netloc.rpartition('@')[2]}{urlsplit(url).path}"  # without tokens
-    if name == "dinov2":
-        raise UserError(f"dinov2.weights is {place}, one file; a DINOv2 is a folder. Needed are {SOURCES[name]}")
+    name = spec.name
+    if spec.is_folder:
+        raise UserError(f"{name}.weights is {place}, one file; a {spec.title} is a folder. Needed are {spec.needed}")
     if sha256 is None:
         raise UserError(
             f"{name}.weights is {place} without {name}.sha256: what a URL gives can change from one "
@@ -147,13 +154,14 @@ def _mismatch(name: str, place: str, digest: str, stated: str) -> str:
     )
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path, needed: str) -> dict[str, Tensor]:
     """The tensors of a `.pth` file, by name, in memory of the CPU. No code of the file is run.
 
+    `needed`: what to get where the file is missing, as a spec says.
     Raises UserError for a file that is missing, is damaged, or holds anything but named tensors.
     """
     if not path.is_file():
-        raise UserError(f"there is no file {path}. Needed are {SOURCES['inception']}")
+        raise UserError(f"there is no file {path}. Needed are {needed}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its three formats raise

@@ -1,20 +1,15 @@
 """Metrics of generated samples against real ones, computed from features and class probabilities."""
 
+from edt_core.evaluation.extractors import FEATURE_METRICS
 from edt_core.evaluation.metrics.adm import AdmReference, count_images, read_adm, read_images
 from edt_core.evaluation.metrics.compute import available_metrics, compute_metrics
 from edt_core.evaluation.metrics.frechet import frechet_distance
 from edt_core.evaluation.metrics.inception_score import InceptionScore, inception_score
 from edt_core.evaluation.metrics.kernel import kernel_distance
 from edt_core.evaluation.metrics.manifold import PrecisionRecall, precision_recall
-from edt_core.evaluation.metrics.names import (
-    FEATURE_METRICS,
-    METRICS,
-    in_order,
-    metric_name,
-    metric_space,
-    space_metrics,
-)
+from edt_core.evaluation.metrics.names import in_order, metric_name, metric_space, space_metrics
 from edt_core.evaluation.metrics.neighbours import Neighbours, nearest_neighbours
+from edt_core.evaluation.metrics.registry import METRICS
 from edt_core.evaluation.metrics.sample_size import UNBIASED_FROM, bias_warning, rank_warning
 from edt_core.evaluation.metrics.sets import FeatureSet
 from edt_core.evaluation.metrics.statistics import FeatureStatistics, Gaussian

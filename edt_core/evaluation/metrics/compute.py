@@ -11,10 +11,9 @@ from edt_core.errors import UserError
 from edt_core.evaluation.metrics.features import check_same_dimensions, checked_pair
 from edt_core.evaluation.metrics.frechet import frechet_distance
 from edt_core.evaluation.metrics.inception_score import inception_score
-from edt_core.evaluation.metrics.kernel import kernel_distance
 from edt_core.evaluation.metrics.manifold import precision_recall
 from edt_core.evaluation.metrics.names import INCEPTION, check_metric, metric_name, space_metrics
-from edt_core.evaluation.metrics.sample_size import NEIGHBOURS
+from edt_core.evaluation.metrics.registry import NEIGHBOURS, REGISTRY
 from edt_core.evaluation.metrics.sets import FeatureSet
 from edt_core.evaluation.metrics.statistics import Gaussian
 
@@ -40,14 +39,15 @@ def compute_metrics(
     The inception score is two values, inception_score and inception_score_std over splits of `split_size`.
     space: the feature space, which decides the names. k: the neighbour of precision and recall.
     allow_rank_deficient: take Fréchet distances of fewer samples than a covariance of full rank needs.
-    block_size, device: in what portions and where kid, precision and recall are computed, in float64.
+    block_size, device: in what portions and where features are compared in pairs, in float64.
     Raises UserError for an unknown metric or one that the sets cannot give, for features that are not finite or do
     not fit each other, and for too few samples: below two, below k + 1 for precision and recall, or for full rank.
     """
     made, real = _as_set(generated), _as_set(reference)
     metrics = _checked_metrics(which, made, real, space)
     of_neighbours = "precision" in metrics or "recall" in metrics
-    if of_neighbours or "kid" in metrics:  # what would fail after minutes fails now
+    distances = {metric: distance for metric in metrics if (distance := REGISTRY[metric].distance) is not None}
+    if of_neighbours or distances:  # what would fail after minutes fails now
         pair = checked_pair(_given(made.features), _given(real.features), k + 1 if of_neighbours else 2)
     values: dict[str, float] = {}
     if "fid" in metrics:
@@ -58,8 +58,8 @@ def compute_metrics(
     if "inception_score" in metrics:
         score = inception_score(_given(made.probabilities), split_size=split_size)
         values |= {"inception_score": score.mean, "inception_score_std": score.std}
-    if "kid" in metrics:
-        values["kid"] = kernel_distance(*pair, block_size=block_size, device=device)
+    for metric, distance in distances.items():
+        values[metric] = distance(*pair, block_size=block_size, device=device)
     if of_neighbours:
         values |= precision_recall(*pair, k=k, block_size=block_size, device=device)._asdict()
     named: dict[str, float] = {}

@@ -2,23 +2,22 @@
 
 A name says what was computed and in which feature space: in Inception's they are the field's own (fid, kid), in any
 other they carry the space (fd_dinov2, kid_dinov2, precision_classifier), for values of two spaces are not comparable.
+A metric of one space alone, as sfid, needs no space in its name.
 """
 
 from collections.abc import Iterable
 
 from edt_core.errors import UserError
-
-METRICS = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
-FEATURE_METRICS = ("fid", "kid", "precision", "recall")  # those that features alone give, in any space
-INCEPTION = "inception"
+from edt_core.evaluation.extractors import FEATURE_METRICS, INCEPTION, PUBLISHED_SPACES, extractor_spec
+from edt_core.evaluation.metrics.registry import METRICS
 
 
 def space_metrics(space: str) -> tuple[str, ...]:
-    """The metrics that exist in a space, of `METRICS`.
+    """The metrics that exist in a space, of `METRICS`. Raises UserError where there is no such space.
 
     Only Inception's probabilities make an inception score, only its spatial layer an sFID.
     """
-    return METRICS if space == INCEPTION else FEATURE_METRICS
+    return extractor_spec(space).metrics
 
 
 def metric_name(metric: str, space: str) -> str:
@@ -27,7 +26,7 @@ def metric_name(metric: str, space: str) -> str:
     Raises UserError for an unknown metric, and for one that does not exist in the space.
     """
     check_metric(metric, space)
-    if space == INCEPTION:
+    if space == INCEPTION or metric not in FEATURE_METRICS:
         return metric
     return f"{'fd' if metric == 'fid' else metric}_{space}"
 
@@ -36,8 +35,13 @@ def metric_space(name: str) -> str:
     """The feature space of a reported name: fid_std -> inception, accuracy_classifier -> classifier."""
     metric = name.removesuffix("_std")
     if metric in METRICS:
-        return INCEPTION
+        return _home(metric)
     return metric.rpartition("_")[2]
+
+
+def _home(metric: str) -> str:
+    """The space in which a metric has its bare name: the only one that it exists in, or Inception's."""
+    return next(space for space in (INCEPTION, *PUBLISHED_SPACES) if metric in space_metrics(space))
 
 
 def check_metric(metric: str, space: str) -> None:
@@ -45,9 +49,10 @@ def check_metric(metric: str, space: str) -> None:
     if metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}. Choose from {list(METRICS)}.")
     if metric not in space_metrics(space):
+        home = extractor_spec(_home(metric))
         raise UserError(
-            f"{metric} is made of the Inception network's outputs, the space {space!r} has none. "
-            f"Choose from {list(space_metrics(space))}, or evaluate in the space {INCEPTION!r}."
+            f"{metric} is made of the {home.title} network's outputs, the space {space!r} has none. "
+            f"Choose from {list(space_metrics(space))}, or evaluate in the space {home.name!r}."
         )
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from edt_core.evaluation.metrics.names import INCEPTION, is_frechet, metric_name
+from edt_core.evaluation.extractors import extractor_spec
+from edt_core.evaluation.metrics.names import is_frechet, metric_name
+from edt_core.evaluation.metrics.registry import REGISTRY
 
 UNBIASED_FROM = 10_000  # samples: the least that the field reports; the usual 50,000 are biased a little, too
-NEIGHBOURS = 3  # the neighbour of precision and recall, where none is given
-PAIRWISE = {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "kid": 2}  # images that a metric compares in pairs
-INCEPTION_DIMENSIONS = {"fid": 2048, "sfid": 2023}
+# metric -> images that it compares in pairs, at least
+PAIRWISE = {name: metric.least_pairs for name, metric in REGISTRY.items() if metric.least_pairs}
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ def shortfalls(
 ) -> Iterator[Shortfall]:
     """What `compute_metrics` would refuse for their numbers alone: known before anything is computed.
 
-    metrics: of `METRICS`. dimensions: of the space's features, None where not known; Inception's are.
+    metrics: of `METRICS`. dimensions: of the space's features, None where not known; those of its spec are.
     generated, reference: numbers of samples and of real images; None where not known, or not a limit.
     generated_kept, reference_kept: of how many of them there are features to compare in pairs.
     """
+    spec = extractor_spec(space)
+    known = {"fid": spec.dimensions or dimensions, "sfid": spec.spatial_dimensions}
     for metric in metrics:
-        dims = INCEPTION_DIMENSIONS.get(metric) if space == INCEPTION else dimensions if metric == "fid" else None
+        dims = known.get(metric)
         if metric in ("fid", "sfid"):
             sides = ((generated, "generated"), (reference, "reference"))
             need = 0 if allow_rank_deficient or dims is None else dims + 1

@@ -1,0 +1,29 @@
+"""Configuration of an evaluation: the metrics that there are decide what may be asked for."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from edt_core.config import Section, runtime
+from edt_core.evaluation.metrics.registry import METRICS
+
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[METRICS]
+
+
+class EvaluateConfig(Section):
+    """The metrics to compute from kept features.
+
+    The cost of kid, precision and recall grows with the product of the two sets' sizes; the Fréchet distance takes all.
+    """
+
+    metrics: tuple[MetricName, ...] | None = Field(None, description="null for all that the feature space gives")
+    pairwise_limit: int = Field(
+        50_000, ge=4, description="kid, precision and recall take this many features of a set, at even distances"
+    )
+    allow_rank_deficient: bool = Field(
+        False, description="Fréchet distances also of fewer samples than the features have dimensions"
+    )
+    num_cpus: float = runtime(1, ge=0, description="CPUs of the computation; 0 runs beside whatever else does")

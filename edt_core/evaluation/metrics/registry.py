@@ -1,0 +1,40 @@
+"""All metrics: one `Metric` for each, which is what the rest of the project knows of it.
+
+To register one is to add it to `REGISTERED`, and its name to the spec of each feature space that it exists in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edt_core.evaluation.metrics.kernel import kernel_distance
+
+NEIGHBOURS = 3  # the neighbour of precision and recall, where none is given
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric by its name in `evaluate.metrics`.
+
+    meaning: what it measures, for the reader of a report. lower_is_better: whether it is a distance.
+    least_pairs: features of each side that it needs to compare them in pairs; 0 where it does not.
+    distance: computes it from generated features [N, D] and reference features [M, D], with the keywords `block_size`
+    and `device` of `kernel_distance`; None where it takes more than these, and `compute_metrics` knows how.
+    """
+
+    name: str
+    meaning: str
+    lower_is_better: bool
+    least_pairs: int = 0
+    distance: Callable[..., float] | None = None
+
+
+REGISTERED = (
+    Metric("fid", "Fréchet distance in Inception's feature space", True),
+    Metric("sfid", "Fréchet distance in Inception's spatial features", True),
+    Metric("inception_score", "confidence and variety of Inception's class predictions", False),
+    Metric("kid", "squared maximum mean discrepancy of the features, cubic kernel", True, 2, kernel_distance),
+    Metric("precision", "share of generated images that lie among the real ones", False, NEIGHBOURS + 1),
+    Metric("recall", "share of real images that lie among the generated ones", False, NEIGHBOURS + 1),
+)
+REGISTRY = {metric.name: metric for metric in REGISTERED}
+METRICS = tuple(REGISTRY)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.autoencoders.check import check_config, check_folder, hub_pipeline, pickled
+from edt_core.autoencoders.kinds import kind_of, scale_of
 from edt_core.config import AutoencoderConfig
 from edt_core.data.images import to_model_range
-from edt_core.data.scale import scale_of
 from edt_core.errors import UserError
 from edt_core.files.tensor_files import check_folder_headers
 from edt_core.models.alignment import align_weights
@@ -89,7 +89,7 @@ def fit_autoencoder(
 
 
 def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -> Any:
-    """A published or stored AutoencoderKL or AutoencoderTiny by local folder or hub id, in evaluation mode.
+    """A published or stored autoencoder of a supported kind by local folder or hub id, in evaluation mode.
 
     Raises UserError where there is none, and for one whose configuration asks for what is not supported.
     """
@@ -147,32 +147,24 @@ def _no_autoencoder(location: str | Path, cause: Exception) -> UserError:
 
 
 def autoencoder_facts(model: Any) -> dict[str, Any]:
-    """Downsample factor, latent channels and scale of an AutoencoderKL or AutoencoderTiny.
+    """Downsample factor, latent channels and scale of a loaded autoencoder.
 
     The scale is `scaling_factor`, and where the configuration has them `shift_factor`, `latents_mean`, `latents_std`.
     """
-    levels = model.config.get("block_out_channels") or model.config.encoder_block_out_channels
-    return {
-        "downsample_factor": 2 ** (len(levels) - 1),
-        "latent_channels": int(model.config.latent_channels),
-        **scale_of(model).record(),
-    }
+    return kind_of(model).facts(model.config)
 
 
 @torch.inference_mode()
 def encode_posterior(model: Any, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
     """Posterior float32 [N, 2, C, h, h], mean and std, of pixels uint8 [N, S, S, 3].
 
-    AutoencoderTiny has no posterior: its latents are the mean, and the std is 0.
+    The latents of a deterministic encoder are the mean, and the std is 0.
     """
     levels = torch.as_tensor(pixels).to(model.device, non_blocking=True)
     images = levels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
     if len(images) == 1:  # PyTorch convolves a single image by another algorithm: its rounding is not that of a batch
         images = images.expand(2, -1, -1, -1).contiguous()
-    encoded = model.encode(images.to(model.dtype))
-    tiny = hasattr(encoded, "latents")
-    mean = encoded.latents if tiny else encoded.latent_dist.mean
-    std = torch.zeros_like(mean) if tiny else encoded.latent_dist.std
+    mean, std = kind_of(model).encode(model, images.to(model.dtype))
     return torch.stack([mean.float(), std.float()], dim=1)[: len(levels)]
 
 
@@ -234,8 +226,7 @@ def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
 
 def decode(model: Any, latents: Tensor) -> Tensor:
     """Images [N, 3, S, S] in about -1..1, in the autoencoder's dtype, of scaled latents [N, C, h, h]."""
-    images: Tensor = model.decode(scale_of(model).to_raw(latents).to(model.dtype)).sample
-    return images
+    return kind_of(model).decode(model, scale_of(model).to_raw(latents).to(model.dtype))
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:

@@ -5,15 +5,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from edt_core.autoencoders.kinds import KINDS, supported
 from edt_core.data.scale import SCALE_FIELDS
 from edt_core.errors import UserError
 from edt_core.files.small_files import read_json_object
 
 _LARGEST = 1e30  # of a scale; whole numbers of JSON have no bound
-SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")
 _PIPELINE_INDEX, _CONFIG = "model_index.json", "config.json"
-# What AutoencoderTiny.save_pretrained writes beside the arguments of its constructor.
-_ALSO_SAVED = {"AutoencoderKL": frozenset[str](), "AutoencoderTiny": frozenset({"block_out_channels"})}
 
 
 def check_folder(folder: Path) -> None:
@@ -23,17 +21,17 @@ def check_folder(folder: Path) -> None:
             raise UserError(_pipeline_folder(folder))
         return
     name, pickles = _class_name(folder), sorted(path.name for path in folder.glob("*.bin"))
-    if name in SUPPORTED and pickles and not any(folder.glob("*.safetensors")):
+    if name in KINDS and pickles and not any(folder.glob("*.safetensors")):
         raise UserError(pickled(str(folder), name, f"{folder}-safetensors", f"{pickles[0]} is"))
 
 
 def _pipeline_folder(folder: Path) -> str:
-    found = [path for path in sorted(folder.iterdir()) if _class_name(path) in SUPPORTED]
+    found = [path for path in sorted(folder.iterdir()) if _class_name(path) in KINDS]
     first = sorted(found, key=lambda path: path.name != "vae")[:1]
     remedy = (
         f"use its {first[0].name} subfolder: {first[0]}"
         if first
-        else f"use a pipeline whose vae subfolder holds an {' or '.join(SUPPORTED)}, and give that subfolder"
+        else f"use a pipeline whose vae subfolder holds an {supported('or')}, and give that subfolder"
     )
     return f"{folder} is the folder of a diffusers pipeline ({_PIPELINE_INDEX}), not of an autoencoder; {remedy}"
 
@@ -75,22 +73,23 @@ def check_config(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
     import diffusers
 
     name = config.get("_class_name")
-    if name not in SUPPORTED:
+    if name not in KINDS:
         what = f"it is {name}" if name else f"its {_CONFIG} names no class of diffusers (_class_name)"
-        raise UserError(f"{where} cannot be used as autoencoder: {what}; {' and '.join(SUPPORTED)} are supported")
+        raise UserError(f"{where} cannot be used as autoencoder: {what}; {supported('and')} are supported")
+    kind = KINDS[name]
     arguments = inspect.signature(getattr(diffusers, name).__init__).parameters
     defaults = {key: argument.default for key, argument in arguments.items() if key != "self"}
     unknown = {
         key: value
         for key, value in config.items()
-        if not key.startswith("_") and value is not None and key not in {*defaults, *_ALSO_SAVED[name]}
+        if not key.startswith("_") and value is not None and key not in {*defaults, *kind.also_saved}
     }
     settings = {**defaults, **config}
     problems = [
         *(f"{key} is {value!r}, which diffusers {diffusers.__version__} ignores" for key, value in unknown.items()),
-        *_channel_problems(settings),
-        *(_tiny_problems(settings) if name == "AutoencoderTiny" else _level_problems(config)),
-        *_scale_problems(settings),
+        *_channel_problems(settings, kind.channels_setting),
+        *kind.problems(settings, config),
+        *_scale_problems(settings, settings[kind.channels_setting]),
     ]
     if problems:
         raise UserError(
@@ -100,40 +99,16 @@ def check_config(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _channel_problems(settings: Mapping[str, Any]) -> Iterator[str]:
+def _channel_problems(settings: Mapping[str, Any], latent_channels: str) -> Iterator[str]:
+    """Channels of images, under each name that the class has for them, and of latents, which are in a setting."""
     for key in ("in_channels", "out_channels"):
-        if settings[key] != 3:
+        if settings.get(key, 3) != 3:
             yield f"{key} is {settings[key]!r}, and images have 3 channels"
-    if not isinstance(settings["latent_channels"], int) or settings["latent_channels"] < 1:
-        yield f"latent_channels is {settings['latent_channels']!r}, not a number of channels"
+    if not isinstance(settings[latent_channels], int) or settings[latent_channels] < 1:
+        yield f"{latent_channels} is {settings[latent_channels]!r}, not a number of channels"
 
 
-def _level_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Lists of levels that differ: the downsample factor is counted from one of them."""
-    levels = ("block_out_channels", "down_block_types", "up_block_types")
-    yield from _differing_levels({key: config[key] for key in levels if key in config})
-
-
-def _differing_levels(lists: Mapping[str, Any]) -> Iterator[str]:
-    if bad := [key for key, value in lists.items() if not isinstance(value, list | tuple) or not value]:
-        yield from (f"{key} is {lists[key]!r}, not a list of levels" for key in bad)
-        return
-    if len({len(value) for value in lists.values()}) > 1:
-        yield f"levels differ: {', '.join(f'{key} has {len(value)}' for key, value in lists.items())}"
-
-
-def _tiny_problems(settings: Mapping[str, Any]) -> Iterator[str]:
-    """The decoder must enlarge as often as the encoder halves, and each time by 2."""
-    if settings["upsampling_scaling_factor"] != 2:
-        yield f"upsampling_scaling_factor is {settings['upsampling_scaling_factor']!r}, and 2 is supported"
-    levels = (
-        *("encoder_block_out_channels", "decoder_block_out_channels"),
-        *("num_encoder_blocks", "num_decoder_blocks"),
-    )
-    yield from _differing_levels({key: settings[key] for key in levels})
-
-
-def _scale_problems(settings: Mapping[str, Any]) -> Iterator[str]:
+def _scale_problems(settings: Mapping[str, Any], channels: Any) -> Iterator[str]:
     """Problems of scaling_factor, shift_factor, latents_mean and latents_std (see `edt_core.data.scale`)."""
     factor: Any
     factor, shift, mean, std = (settings.get(name) for name in SCALE_FIELDS)
@@ -144,7 +119,6 @@ def _scale_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     if (mean is None) != (std is None):
         there, missing = ("latents_std", "latents_mean") if mean is None else ("latents_mean", "latents_std")
         yield f"{there} is given without {missing}"
-    channels = settings["latent_channels"]
     for key, values, positive in (("latents_mean", mean, False), ("latents_std", std, True)):
         if values is None:
             continue

@@ -84,11 +84,6 @@ class LatentScale:
         return raw + self.shift_factor if self.shift_factor else raw
 
 
-def scale_of(model: Any) -> LatentScale:
-    """The scale in the configuration of an AutoencoderKL or AutoencoderTiny."""
-    return LatentScale.of({name: getattr(model.config, name, None) for name in SCALE_FIELDS})
-
-
 def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
     """[C, 1, 1] on the device of a tensor [N, C, h, h]; the copy does not make the host wait for the device."""
     channels = torch.tensor(values, dtype=like.dtype).view(-1, 1, 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from edt_core.autoencoders.autoencoder import decode, to_pixels
+from edt_core.autoencoders.kinds import scale_of
 from edt_core.config import ChainConfig
-from edt_core.data.scale import LatentScale, scale_of
+from edt_core.data.scale import LatentScale
 from edt_core.diffusion import Objective, objective_of_model
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
@@ -115,7 +116,7 @@ class EDTPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: EDTTransformer,
-        vae: AutoencoderKL | AutoencoderTiny,
+        vae: ModelMixin,
         scheduler: Any,
         classes: list[str] | None = None,
         protocol: dict[str, Any] | None = None,
@@ -285,7 +286,7 @@ def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
 EDTTransformer.__module__ = EDTPipeline.__module__ = _OURS
 
 
-def _check_scale(vae: AutoencoderKL | AutoencoderTiny, trained: Mapping[str, Any] | None) -> None:
+def _check_scale(vae: ModelMixin, trained: Mapping[str, Any] | None) -> None:
     """Raise UserError unless the latents of a model are centred as its autoencoder's configuration says.
 
     `trained` is what `save_pipeline` wrote of that. Folders of versions that ignored it have nothing.
@@ -308,7 +309,7 @@ def _check_scale(vae: AutoencoderKL | AutoencoderTiny, trained: Mapping[str, Any
 def save_pipeline(
     folder: Path,
     edt: DiffusionTransformer,
-    vae: AutoencoderKL | AutoencoderTiny,
+    vae: ModelMixin,
     *,
     num_timesteps: int,
     classes: Sequence[str],

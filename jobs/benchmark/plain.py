@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edt_core.data.scale import scale_of
+from edt_core.autoencoders.kinds import scale_of
 from edt_core.diffusion import Schedule, linear_schedule, sampling_schedule
 from edt_core.evaluation.extractors.inception import SPATIAL_CHANNELS, tf1_resize
 from edt_core.models import DiffusionTransformer

@@ -170,9 +170,10 @@ def stored_scale(artifact: Artifact) -> "LatentScale":
 
     Read from the configuration: counts of older artifacts have the scaling factor alone.
     """
-    from edt_core.data.scale import LatentScale
+    from edt_core.autoencoders.kinds import KINDS
 
-    return LatentScale.of({**artifact.read_json(f"{FOLDER}/config.json"), **artifact.counts})
+    settings = artifact.read_json(f"{FOLDER}/config.json")
+    return KINDS[settings["_class_name"]].scale({**settings, **artifact.counts})
 
 
 def check_trained_scale(made: Mapping[str, Any], scale: "LatentScale", what: str, remedy: str) -> None:

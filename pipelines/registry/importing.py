@@ -208,7 +208,7 @@ def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str
 
 def _digest(autoencoder: Any) -> str:
     """sha256 of an autoencoder's weights and scale, wherever it was loaded from."""
-    from edt_core.data.scale import scale_of
+    from edt_core.autoencoders.kinds import scale_of
 
     found = sha256(repr(autoencoder.config.scaling_factor).encode())
     if centred := scale_of(autoencoder).beyond_factor():

@@ -8,7 +8,6 @@ import urllib.request
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from edt_core.child_process import child_environment, python_command
@@ -100,12 +99,11 @@ def autoencoder(setup: Setup) -> Found:
 
 def _shape(where: str, values: dict[str, Any]) -> dict[str, Any]:
     """Downsample factor and latent channels out of a diffusers configuration. Raises UserError for what is refused."""
-    from diffusers.configuration_utils import FrozenDict
-
-    from edt_core.autoencoders.autoencoder import autoencoder_facts
     from edt_core.autoencoders.check import check_config
+    from edt_core.autoencoders.kinds import KINDS
 
-    return autoencoder_facts(SimpleNamespace(config=FrozenDict(check_config(where, values))))
+    settings = check_config(where, values)
+    return KINDS[settings["_class_name"]].facts(settings)
 
 
 def _local_config(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from edt_core.autoencoders.autoencoder import (
     autoencoder_facts,
@@ -52,10 +53,13 @@ def test_scaled_latents_have_unit_variance(fitted, digits: tuple[np.ndarray, np.
     assert model.config.scaling_factor == facts["scaling_factor"]
 
 
-class Constant:
+class Constant(AutoencoderTiny):
     """An autoencoder to which every image is the same."""
 
     device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self) -> None:
+        """Make no networks."""
 
     def encode(self, images: torch.Tensor):
         return type("Encoded", (), {"latents": torch.full((len(images), 4, 4, 4), 7.1)})
@@ -96,13 +100,14 @@ def test_the_fit_is_a_function_of_its_seed(digits: tuple[np.ndarray, np.ndarray]
 
 
 def test_decoded_pixels_are_rounded_without_bias(fitted) -> None:
-    class Identity:
+    class Identity(AutoencoderTiny):
         """A decoder that hands its latents on."""
 
         dtype = torch.float32
+        config = {"scaling_factor": 1.0}  # noqa: RUF012
 
-        class config:  # noqa: N801
-            scaling_factor = 1.0
+        def __init__(self) -> None:
+            """Make no networks."""
 
         def decode(self, latents: torch.Tensor):
             return type("Output", (), {"sample": latents})

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import check_imports
 from torch import Tensor
 
-from edt_core.data.scale import scale_of
+from edt_core.autoencoders.kinds import scale_of
 from edt_core.errors import UserError
 from edt_core.pipeline import EDTPipeline, EDTTransformer, save_pipeline
 from tests.support.pipelines import quiet, small_pipeline, tensors

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from edt_core.autoencoders.autoencoder import build_autoencoder, encode_posterior
+from edt_core.autoencoders.kinds import scale_of
 from edt_core.config import AutoencoderConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.loader import LatentBatch
-from edt_core.data.scale import LatentScale, scale_of
+from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
 from edt_core.training.step import sampled_latents
 

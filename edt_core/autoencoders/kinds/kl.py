@@ -1,0 +1,27 @@
+"""AutoencoderKL of diffusers (Rombach et al. 2022): the encoder gives a normal distribution of latents."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from edt_core.autoencoders.kinds.kind import AutoencoderKind, Settings, differing_levels
+
+_LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
+
+
+def _encode(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    posterior = model.encode(images).latent_dist
+    return posterior.mean, posterior.std
+
+
+def _problems(_settings: Settings, given: Settings) -> Iterator[str]:
+    yield from differing_levels({key: given[key] for key in _LEVELS if key in given})
+
+
+KL = AutoencoderKind(
+    class_name="AutoencoderKL",
+    encode=_encode,
+    downsample_factor=lambda settings: 2 ** (len(settings["block_out_channels"]) - 1),
+    problems=_problems,
+)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edt_core.config import Section, result_fields
+from edt_core.config import Section
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.printing.redaction import redacted_values
@@ -20,7 +20,8 @@ from jobs.commands.options import validated
 from jobs.stages.stage import Verb
 from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.engine.step import StepFuture, input_fingerprints
-from pipelines.pipeline import Published, call_steps
+from pipelines.engine.steps import D, Promotion
+from pipelines.pipeline import Published, call_promotion, call_steps
 
 if TYPE_CHECKING:
     from pipelines.tracking.catalog import Catalog
@@ -131,10 +132,7 @@ def outline(config: PipelineConfig) -> dict[str, str]:
     """Step -> a fingerprint that moves where the configuration makes it move, promotions included."""
     outlined = _Outline()
     for branch in call_steps(outlined, config, _images(config), _published(config)):
-        role = {name: step.fingerprint for name, step in branch.steps.items()}
-        judged = {name: role[name] for name in ("checkpoint", "evaluation", "untrained_evaluation")}
-        gate = {"model": branch.name, **result_fields(config.promote)}
-        outlined.steps[f"promote {branch.name}"] = sha256_json({**judged, "gate": gate})
+        call_promotion(outlined, config, branch)
     return outlined.steps
 
 
@@ -147,6 +145,10 @@ class _Outline:
     def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         self.steps[name] = verb.fingerprint(config, input_fingerprints(inputs))
         return StepFuture(name, verb.kind, self.steps[name])
+
+    def promote(self, promotion: Promotion[D]) -> D | None:
+        self.steps[promotion.name] = promotion.fingerprint
+        return None
 
 
 def _images(config: PipelineConfig) -> Source:

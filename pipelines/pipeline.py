@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edt_core.config import SourceConfig, TrainConfig
+from edt_core.config import SourceConfig, TrainConfig, result_fields
 from edt_core.environment import environment
 from edt_core.errors import Stopped
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
-from edt_core.store.artifact import Source
+from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
+from edt_core.store.manifest import sha256_json
 from edt_core.store.store import Store
 from jobs.runtime.cluster_address import check_named
 from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
@@ -21,13 +22,14 @@ from jobs.stages.preprocess import image_source
 from pipelines.cluster.ui import run_link
 from pipelines.config.schema import PipelineConfig, as_yaml, recorded_yaml
 from pipelines.config.size_check import check_pipeline_sizes
-from pipelines.engine.step import StepFuture, Steps
+from pipelines.engine.step import StepFuture
+from pipelines.engine.steps import Promotion, Steps
 from pipelines.engine.workflow import Workflow
 from pipelines.outcome import Outcome
 from pipelines.registry.gate import Decision
-from pipelines.registry.registration import entry_of, promote
+from pipelines.registry.registration import entry_of, promote, registered
 from pipelines.report import step as summary
-from pipelines.report.history import version_record
+from pipelines.report.history import VersionRecord, version_record
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog, check_tracking, tracking_kept
 from pipelines.tracking.runs import step_tag
@@ -140,6 +142,68 @@ def _call_branch(
     return Branch(name, trained, called)
 
 
+@dataclass(frozen=True)
+class Promoted:
+    """What was decided of a model, and what the registry tells its report."""
+
+    decision: Decision
+    record: VersionRecord
+
+    @property
+    def version(self) -> str:
+        return self.decision.version
+
+    def __str__(self) -> str:
+        return str(self.decision)
+
+
+def call_promotion(steps: Steps, config: PipelineConfig, branch: Branch) -> tuple[Promoted, StepFuture] | None:
+    """Call the promotion of one model, and the report where it is decided. None where it is not, or not yet."""
+    report = f"report {branch.name}"
+    promoted = steps.promote(_promotion(config, branch, report))
+    if promoted is None:
+        return None
+    return promoted, steps.step(report, summary.VERB, _report_config(config, branch, promoted), **branch.steps)
+
+
+def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion[Promoted]:
+    """The promotion of one model: by the gate of the configuration, from the artifacts that its version names."""
+
+    def told(catalog: Catalog, decision: Decision) -> Promoted:
+        return Promoted(decision, version_record(catalog, decision, config.store))
+
+    def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
+        return told(catalog, promote(catalog, run_id, branch.name, config.promote, entry_of(artifacts)))
+
+    def find(catalog: Catalog, artifacts: Mapping[str, Artifact]) -> tuple[Promoted, str] | None:
+        found = registered(catalog, branch.name, config.promote, entry_of(artifacts))
+        return None if found is None else (told(catalog, found[0]), found[1])
+
+    judged = {role: branch.steps[role].fingerprint for role in ("checkpoint", "evaluation", "untrained_evaluation")}
+    gate = {"model": branch.name, **result_fields(config.promote)}
+    identity = sha256_json({**judged, "gate": gate})
+    return Promotion(branch.name, identity, branch.steps, branch.steps["evaluation"].name, report, decide, find)
+
+
+def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -> summary.SummaryConfig:
+    """What the report of a model says that no artifact does."""
+    decision = promoted.decision
+    aliases = ["candidate", *(["champion"] if decision.became_champion else [])]
+
+    def short(step: str) -> str:
+        return step.removesuffix(f" {branch.name}")
+
+    return summary.SummaryConfig(
+        title=f"{branch.name} version {decision.version}",
+        pipeline=config.name,
+        model={"name": branch.name, "version": decision.version, "aliases": aliases},
+        decision=str(decision),
+        registry=promoted.record,
+        lineage={role: (short(f.name), tuple(map(short, f.needs))) for role, f in branch.steps.items()},
+        config_yaml=recorded_yaml(config.model_copy(update={"store": "."})),
+    )
+
+
 def run(
     config: PipelineConfig,
     terminal: Terminal,
@@ -228,47 +292,15 @@ def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None
 
 
 def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, outcome: Outcome) -> None:
-    """Wait for one model's artifacts, register it, and write its report. A failed branch leaves the others alone."""
-    if not workflow.wait(*branch.steps.values()):
+    """Register one model and have its report written, once its artifacts are there, and note what came of it."""
+    called = call_promotion(workflow, config, branch)
+    if called is None:
         return
-    made = {role: future.result() for role, future in branch.steps.items()}
-    entry, promoting = entry_of(made), f"promote {branch.name}"
-    workflow.terminal.called(promoting, (branch.steps["evaluation"].name,))
-    began = time.monotonic()
-    try:
-        with workflow.store.lock("promote", branch.name):
-            decision = promote(workflow.catalog, workflow.run_id, branch.name, config.promote, entry)
-        told = report_config(config, branch, decision, workflow.catalog)
-    except Exception as error:  # whatever MLflow raises, the other branches go on
-        outcome.failures[promoting] = error
-        workflow.terminal.failed(promoting, error)
-        return
-    workflow.terminal.finished(promoting, time.monotonic() - began, "", f"version {decision.version}: {decision}")
-    before, after = (made[role].counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
-    outcome.decisions[branch.name], outcome.metrics[branch.name] = decision, (before, after)
-    report = workflow.step(f"report {branch.name}", summary.VERB, told, **branch.steps)
+    promoted, report = called
+    before, after = (branch.steps[role].result().counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
+    outcome.decisions[branch.name], outcome.metrics[branch.name] = promoted.decision, (before, after)
     if workflow.wait(report):
         outcome.reports[branch.name] = report.result()
-
-
-def report_config(
-    config: PipelineConfig, branch: Branch, decision: Decision, catalog: Catalog
-) -> summary.SummaryConfig:
-    """What the report of a model says that no artifact does."""
-    aliases = ["candidate", *(["champion"] if decision.became_champion else [])]
-
-    def short(step: str) -> str:
-        return step.removesuffix(f" {branch.name}")
-
-    return summary.SummaryConfig(
-        title=f"{branch.name} version {decision.version}",
-        pipeline=config.name,
-        model={"name": branch.name, "version": decision.version, "aliases": aliases},
-        decision=str(decision),
-        registry=version_record(catalog, decision, config.store),
-        lineage={role: (short(f.name), tuple(map(short, f.needs))) for role, f in branch.steps.items()},
-        config_yaml=recorded_yaml(config.model_copy(update={"store": "."})),
-    )
 
 
 def _record_steps(workflow: Workflow) -> None:

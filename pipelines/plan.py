@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from edt_core.config import Section, result_fields
 from edt_core.store.artifact import Source
@@ -16,10 +16,8 @@ from jobs.stages.stage import Verb
 from pipelines.config.schema import PipelineConfig
 from pipelines.config.size_check import check_pipeline_sizes
 from pipelines.engine.step import StepFuture, input_fingerprints, needs_of
+from pipelines.engine.steps import D, Promotion
 from pipelines.tracking.catalog import Catalog, flatten
-
-if TYPE_CHECKING:
-    from pipelines.pipeline import Branch
 
 Action = Literal["reuse", "resume", "run"]
 _SHOWN = 3  # differences that are named
@@ -43,9 +41,13 @@ class PlannedStep:
 
 @dataclass
 class Planner:
-    """Stands where a Workflow does: takes the calls of the steps and runs none."""
+    """Stands where a Workflow does: takes the calls of the steps and runs none.
+
+    `catalog`: the MLflow that knows what is registered; None where there is none yet.
+    """
 
     store: Store
+    catalog: Catalog | None = None
     steps: dict[str, PlannedStep] = field(default_factory=dict)
     _made: dict[str, list[Manifest]] = field(default_factory=dict)  # kind -> manifests in the store, newest last
 
@@ -68,6 +70,22 @@ class Planner:
         self.steps[name] = planned
         return StepFuture(name, verb.kind, fingerprint, needs_of(inputs), artifact=found)
 
+    def promote(self, promotion: Promotion[D]) -> D | None:
+        """Find out what was decided of the branch: known where all that it rests on is made."""
+        found = None
+        if self.catalog is not None and all(step.reused for step in promotion.steps.values()):
+            artifacts = {role: step.result() for role, step in promotion.steps.items()}
+            found = promotion.find(self.catalog, artifacts)
+        if found is None:
+            why = "no version of this checkpoint and evaluation is registered"
+            self.steps[promotion.name] = PlannedStep(promotion.name, "version", "", "run", why)
+            self.steps[promotion.then] = PlannedStep(promotion.then, "report", "", "run", "it follows the promotion")
+            return None
+        decided, run_id = found
+        why = f"version {decided.version}"
+        self.steps[promotion.name] = PlannedStep(promotion.name, "version", "", "reuse", why, run_id)
+        return decided
+
     def _why(self, verb: Verb, config: Section, inputs: Mapping[str, str]) -> str:
         """What differs from the artifact of this kind that comes nearest."""
         if verb.kind not in self._made:
@@ -88,40 +106,18 @@ def plan(config: PipelineConfig, catalog: Catalog | None = None) -> list[Planned
     `catalog`: the MLflow of the run, None where it has none yet. Raises UserError for a source or published weights
     that are not there.
     """
-    from pipelines.pipeline import Published, call_steps, prepare_source
+    from pipelines.pipeline import Published, call_promotion, call_steps, prepare_source
     from pipelines.terminal.terminal import Terminal
 
     store = Store(Folder.at(config.store))
-    planner = Planner(store)
+    planner = Planner(store, catalog)
     with tempfile.TemporaryDirectory() as folder, Terminal(to_stderr=True) as terminal:
         source = prepare_source(config.source, Folder.at(folder), terminal)
         published = Published.of(config, catalog.tracking_uri if catalog else None)
         check_pipeline_sizes(config, source.images, published.statistics)
         for branch in call_steps(planner, config, source, published):
-            _plan_end(planner, config, branch, catalog)
+            call_promotion(planner, config, branch)
     return list(planner.steps.values())
-
-
-def _plan_end(planner: Planner, config: PipelineConfig, branch: "Branch", catalog: Catalog | None) -> None:
-    """The promotion and the report of one model: known where all that they rest on is made."""
-    from pipelines.pipeline import report_config
-    from pipelines.registry.registration import entry_of, registered
-    from pipelines.report import step as summary
-
-    promotion, report = f"promote {branch.name}", f"report {branch.name}"
-    version = None
-    if catalog is not None and all(step.reused for step in branch.steps.values()):
-        made = {role: step.result() for role, step in branch.steps.items()}
-        version = registered(catalog, branch.name, config.promote, entry_of(made))
-    if version is None:
-        why = "no version of this checkpoint and evaluation is registered"
-        planner.steps[promotion] = PlannedStep(promotion, "version", "", "run", why)
-        planner.steps[report] = PlannedStep(report, "report", "", "run", "it follows the promotion")
-        return
-    assert catalog is not None
-    decision, run_id = version
-    planner.steps[promotion] = PlannedStep(promotion, "version", "", "reuse", f"version {decision.version}", run_id)
-    planner.step(report, summary.VERB, report_config(config, branch, decision, catalog), **branch.steps)
 
 
 def in_order(found: Mapping[str, Manifest]) -> list[Manifest]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
@@ -66,13 +66,6 @@ class StepFuture:
         """The artifact, once it is made. Raises what its step, or one before it, raised."""
         found: Artifact = self.artifact if self.artifact is not None else ray.get(self.ref)
         return found
-
-
-class Steps(Protocol):
-    """Whatever steps are called on: a Workflow, which has them run, or a Planner, which only looks."""
-
-    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
-        """Call one step. Returns at once."""
 
 
 def run_step(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:

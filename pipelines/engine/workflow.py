@@ -1,5 +1,6 @@
 """A workflow is plain Python that calls steps; a call returns a future, and futures go into the next calls."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from jobs.runtime.cluster import cause_of
 from jobs.runtime.progress import STOPPING, Interrupts
 from jobs.stages.stage import Verb
 from pipelines.engine.step import StepFuture, StepTask, close_run, input_fingerprints, needs_of, run_step
+from pipelines.engine.steps import D, Promotion
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
 
@@ -55,6 +57,27 @@ class Workflow:
         self.futures[name] = future
         return future
 
+    def promote(self, promotion: Promotion[D]) -> D | None:
+        """Wait for the branch, then register its model. None where a step of the branch, or MLflow, failed.
+
+        A failed branch leaves the others alone. Raises Stopped as `wait` does.
+        """
+        if not self.wait(*promotion.steps.values()):
+            return None
+        artifacts = {role: future.result() for role, future in promotion.steps.items()}
+        self.terminal.called(promotion.name, (promotion.after,))
+        began = time.monotonic()
+        try:
+            with self.store.lock("promote", promotion.model):
+                decided = promotion.decide(self.catalog, self.run_id, artifacts)
+        except Exception as error:  # whatever MLflow raises, the other branches go on
+            self.failures[promotion.name] = error
+            self.terminal.failed(promotion.name, error)
+            return None
+        told = f"version {decided.version}: {decided}"
+        self.terminal.finished(promotion.name, time.monotonic() - began, "", told)
+        return decided
+
     def wait(self, *futures: StepFuture) -> bool:
         """Wait for steps while showing the progress of all; True if every one of them made its artifact.
 
@@ -88,7 +111,10 @@ class Workflow:
         return self._first_of(self.stopped)
 
     def _first_of(self, errors: Mapping[str, BaseException]) -> dict[str, BaseException]:
-        return {n: e for n, e in errors.items() if not any(need in errors for need in self.futures[n].needs)}
+        needs = {
+            name: future.needs for name, future in self.futures.items()
+        }  # a promotion begins only without failures
+        return {n: e for n, e in errors.items() if not any(need in errors for need in needs.get(n, ()))}
 
     def artifacts(self) -> dict[str, Artifact]:
         """The artifacts that are there so far, by step."""

@@ -10,6 +10,7 @@ from edt_core.store.artifact import Source
 from jobs.stages.stage import Verb
 from pipelines.config.schema import load_config
 from pipelines.engine.step import StepFuture, input_fingerprints
+from pipelines.engine.steps import D, Promotion
 from pipelines.pipeline import call_steps
 
 SHARED = ["preprocess", "autoencoder", "encode", "classifier", "reference"]
@@ -25,6 +26,9 @@ class Planned:
     def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         self.fingerprints[name] = verb.fingerprint(config, input_fingerprints(inputs))
         return StepFuture(name, verb.kind, self.fingerprints[name])
+
+    def promote(self, promotion: Promotion[D]) -> D | None:
+        raise AssertionError(f"{promotion.name} was called with the steps before it")
 
 
 def plan(*assignments: str, source: str = "s") -> dict[str, str]:

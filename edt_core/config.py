@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -29,25 +30,31 @@ def result_fields(section: Section) -> dict[str, Any]:
     """The section as JSON values, without its runtime fields: what a fingerprint is made of."""
     fields: dict[str, Any] = {}
     for name, info in type(section).model_fields.items():
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         value = getattr(section, name)
-        if extra.get("runtime") or (extra.get("added") and value == info.default):
+        if _marked(info, "runtime") or (_marked(info, "added") and value == info.default):
             continue
         fields[name] = result_fields(value) if isinstance(value, Section) else value
     return section.model_validate(fields).model_dump(mode="json", include=set(fields))
 
 
 def recorded_fields(section: Section) -> dict[str, Any]:
-    """The section as JSON values, without added fields at their default: what a record of a configuration holds."""
+    """The section as JSON values, as a record keeps it: an added field that is at its default is left out.
+
+    So the record of an earlier version and one of now are equal where they ask for the same.
+    """
     fields: dict[str, Any] = section.model_dump(mode="json")
     for name, info in type(section).model_fields.items():
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         value = getattr(section, name)
-        if extra.get("added") and value == info.default:
+        if _marked(info, "added") and value == info.default:
             del fields[name]
         elif isinstance(value, Section):
             fields[name] = recorded_fields(value)
     return fields
+
+
+def _marked(info: FieldInfo, mark: str) -> bool:
+    """Whether a field was made with `runtime` or `added`."""
+    return isinstance(info.json_schema_extra, dict) and bool(info.json_schema_extra.get(mark))
 
 
 SourceKind = Literal["auto", "digits", "image_folder", "labels", "ilsvrc2012", "webdataset", "parquet"]

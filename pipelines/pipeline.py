@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edt_core.config import SourceConfig, TrainConfig, result_fields
+from edt_core.config import SourceConfig, TrainConfig, recorded_fields, result_fields
 from edt_core.environment import environment
 from edt_core.errors import Stopped
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
@@ -27,7 +27,7 @@ from pipelines.engine.steps import Promotion, Steps
 from pipelines.engine.workflow import Workflow
 from pipelines.outcome import Outcome
 from pipelines.registry.gate import Decision
-from pipelines.registry.registration import entry_of, promote, registered
+from pipelines.registry.registration import ENTRY_ROLES, entry_of, promote, registered
 from pipelines.report import step as summary
 from pipelines.report.history import VersionRecord, version_record
 from pipelines.terminal.terminal import Terminal
@@ -182,7 +182,8 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
     judged = {role: branch.steps[role].fingerprint for role in ("checkpoint", "evaluation", "untrained_evaluation")}
     gate = {"model": branch.name, **result_fields(config.promote)}
     identity = sha256_json({**judged, "gate": gate})
-    return Promotion(branch.name, identity, branch.steps, branch.steps["evaluation"].name, report, decide, find)
+    after = branch.steps["evaluation"].name
+    return Promotion(branch.name, identity, branch.steps, ENTRY_ROLES, after, report, decide, find)
 
 
 def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -> summary.SummaryConfig:
@@ -288,7 +289,8 @@ def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None
     """Write into the parent run what is needed to find it and to do it again: configuration and versions."""
     catalog.log_text(run_id, as_yaml(config), "config.yaml")
     catalog.log_text(run_id, json.dumps(environment(), indent=1, sort_keys=True), "environment.json")
-    catalog.log_params(run_id, config.model_dump(mode="json", exclude={"store", "name"}))
+    fields = recorded_fields(config)
+    catalog.log_params(run_id, {name: value for name, value in fields.items() if name not in ("store", "name")})
 
 
 def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, outcome: Outcome) -> None:

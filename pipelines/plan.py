@@ -73,9 +73,8 @@ class Planner:
     def promote(self, promotion: Promotion[D]) -> D | None:
         """Find out what was decided of the branch: known where all that it rests on is made."""
         found = None
-        if self.catalog is not None and all(step.reused for step in promotion.steps.values()):
-            artifacts = {role: step.result() for role, step in promotion.steps.items()}
-            found = promotion.find(self.catalog, artifacts)
+        if self.catalog is not None and all(step.reused for step in promotion.named.values()):
+            found = promotion.find(self.catalog, {role: step.result() for role, step in promotion.named.items()})
         if found is None:
             why = "no version of this checkpoint and evaluation is registered"
             self.steps[promotion.name] = PlannedStep(promotion.name, "version", "", "run", why)

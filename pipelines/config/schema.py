@@ -266,13 +266,10 @@ def as_yaml(config: PipelineConfig) -> str:
 
 
 def recorded_yaml(config: PipelineConfig) -> str:
-    """The same without fields that came after artifacts were made, where they are at their default.
-
-    A report made of it keeps its fingerprint when the configuration gets a field.
-    """
+    """The configuration as a record that is compared: as `as_yaml`, but for added fields that are at their default."""
     return _yaml(recorded_fields(config))
 
 
-def _yaml(values: dict[str, Any]) -> str:
+def _yaml(values: Mapping[str, Any]) -> str:
     shown: Mapping[str, Any] = redacted_values(values)
     return yaml.safe_dump(dict(shown), sort_keys=False)

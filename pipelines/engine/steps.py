@@ -26,8 +26,9 @@ D = TypeVar("D", bound=Decided)
 class Promotion(Generic[D]):
     """The step that makes no artifact: the driver registers what a branch made, and decides on it.
 
-    `steps` are those of the branch by role, and all of them end before. `after` is the one that it is shown beneath,
-    `then` the step that rests on the decision. `fingerprint` moves where another configuration may decide otherwise.
+    `steps` are those of the branch by role, and all of them end before; the decision rests on those in `roles`.
+    `after` is the step that it is shown beneath, `then` the one that rests on it. `fingerprint` moves where another
+    configuration may decide otherwise.
     `decide(catalog, run_id, artifacts)` registers the artifacts, by role, and decides; it raises what MLflow raises.
     `find(catalog, artifacts)` is what was decided of them before, and the MLflow run that did; None where none did.
     """
@@ -35,6 +36,7 @@ class Promotion(Generic[D]):
     model: str
     fingerprint: str
     steps: Mapping[str, StepFuture]
+    roles: tuple[str, ...]
     after: str
     then: str
     decide: Callable[[Catalog, str, Mapping[str, Artifact]], D]
@@ -43,6 +45,11 @@ class Promotion(Generic[D]):
     @property
     def name(self) -> str:
         return f"promote {self.model}"
+
+    @property
+    def named(self) -> dict[str, StepFuture]:
+        """The steps whose artifacts the decision rests on, by role."""
+        return {role: self.steps[role] for role in self.roles}
 
 
 class Steps(Protocol):

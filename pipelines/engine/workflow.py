@@ -64,7 +64,7 @@ class Workflow:
         """
         if not self.wait(*promotion.steps.values()):
             return None
-        artifacts = {role: future.result() for role, future in promotion.steps.items()}
+        artifacts = {role: future.result() for role, future in promotion.named.items()}
         self.terminal.called(promotion.name, (promotion.after,))
         began = time.monotonic()
         try:

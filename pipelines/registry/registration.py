@@ -16,6 +16,7 @@ from pipelines.registry.packaging import Entry, Logged, log_pipeline, write_pipe
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import artifact_tags
 
+ENTRY_ROLES = tuple(field.name for field in fields(Entry))
 COST_TAG = "edt.cost."
 COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")
 _MOST_TEXT = 20_000  # characters of a tag; MLflow keeps 100,000 and MySQL 65,535
@@ -40,7 +41,7 @@ def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, ent
 
 def entry_of(made: Mapping[str, Artifact]) -> Entry:
     """The entry out of a branch's artifacts by role."""
-    return Entry(**{field.name: made[field.name] for field in fields(Entry)})
+    return Entry(**{role: made[role] for role in ENTRY_ROLES})
 
 
 def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry) -> tuple[Decision, str] | None:

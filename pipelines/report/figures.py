@@ -22,26 +22,26 @@ _ONE_ROW = 60  # characters of labels in a legend
 _LOG_FROM = 20  # largest value by smallest, from which on an axis is logarithmic
 
 Array = NDArray[Any]
-_INK, _BLACK, _BLUE, _ORANGE, _TEAL, _VIOLET = "#57606a", "#24292f", "#0b62c4", "#b35000", "#0f766e", "#7c3aed"
+INK, BLACK, BLUE, ORANGE, TEAL, VIOLET = "#57606a", "#24292f", "#0b62c4", "#b35000", "#0f766e", "#7c3aed"
 _ON_DARK = {
-    _INK: "#a9b3be",
-    _BLACK: "#e6edf3",
-    _BLUE: "#6cb0ff",
-    _ORANGE: "#ffab5e",
-    _TEAL: "#4fd1c0",
-    _VIOLET: "#c4a5ff",
+    INK: "#a9b3be",
+    BLACK: "#e6edf3",
+    BLUE: "#6cb0ff",
+    ORANGE: "#ffab5e",
+    TEAL: "#4fd1c0",
+    VIOLET: "#c4a5ff",
 }
 
 _CURVES = {  # column of the history -> (label, colour)
-    "loss": ("total", _BLACK),
-    "loss_full": ("full pass", _BLUE),
-    "loss_masked": ("masked pass", _ORANGE),
-    "lr": ("learning rate", _TEAL),
-    "grad_norm": ("gradient norm", _VIOLET),
-    "loss_t0": ("1st quarter (least noise)", _BLUE),
-    "loss_t1": ("2nd", _TEAL),
-    "loss_t2": ("3rd", _ORANGE),
-    "loss_t3": ("4th (most noise)", _VIOLET),
+    "loss": ("total", BLACK),
+    "loss_full": ("full pass", BLUE),
+    "loss_masked": ("masked pass", ORANGE),
+    "lr": ("learning rate", TEAL),
+    "grad_norm": ("gradient norm", VIOLET),
+    "loss_t0": ("1st quarter (least noise)", BLUE),
+    "loss_t1": ("2nd", TEAL),
+    "loss_t2": ("3rd", ORANGE),
+    "loss_t3": ("4th (most noise)", VIOLET),
 }
 _QUARTERS = ("loss_t0", "loss_t1", "loss_t2", "loss_t3")
 
@@ -63,8 +63,8 @@ class Picture:
 Paint = Callable[[list[Any]], None]  # draws on axes, in the colours of a light page
 
 
-def _drawn(description: str, paint: Paint, panels: int = 1) -> Picture:
-    """What `paint` draws on so many axes, one above the other."""
+def drawn(description: str, paint: Paint, panels: int = 1) -> Picture:
+    """What `paint` draws on so many axes, one above the other, in this module's colours."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def _look() -> Any:
     look |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
     look |= {f"{axis}tick.{part}.size": 0 for axis in "xy" for part in ("major", "minor")}
     inked = ("axes.titlecolor", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
-    return look | dict.fromkeys((*inked, "legend.labelcolor"), _INK)
+    return look | dict.fromkeys((*inked, "legend.labelcolor"), INK)
 
 
 def _log_where_wide(axis: Any, values: Array) -> None:
@@ -152,7 +152,7 @@ def _curves(table: Mapping[str, Array], panels: Sequence[Sequence[str]], title: 
         axes[-1].set_xlabel("optimizer step")
 
     described = "; ".join(_describe(table, name) for names in panels for name in names)
-    return _drawn(described, paint, len(panels))
+    return drawn(described, paint, len(panels))
 
 
 def _describe(table: Mapping[str, Array], name: str) -> str:
@@ -192,14 +192,14 @@ def _final_losses(edges: Array, losses: Sequence[float]) -> Picture:
     values = np.asarray(losses)
 
     def paint(axes: list[Any]) -> None:
-        axes[0].stairs(values, edges, baseline=None, color=_BLUE, linewidth=1.6)
+        axes[0].stairs(values, edges, baseline=None, color=BLUE, linewidth=1.6)
         _log_where_wide(axes[0], values)
         axes[0].set_title("loss at the end of training")
         axes[0].set_xlabel("timestep (0: least noise)")
 
     finite = np.flatnonzero(np.isfinite(values))
     summary = "; ".join(f"{values[i]:.3g} at timesteps {edges[i]} to {edges[i + 1] - 1}" for i in finite[[0, -1]])
-    return _drawn(f"loss by timestep: {summary}", paint)
+    return drawn(f"loss by timestep: {summary}", paint)
 
 
 # Neighbours and champions
@@ -208,7 +208,7 @@ def _final_losses(edges: Array, losses: Sequence[float]) -> Picture:
 def distance_histogram(generated: Array, real: Array) -> Picture:
     """Distances to the nearest real image: of generated images, and of real ones to another."""
     edges = np.histogram_bin_edges(np.concatenate([generated, real]), bins=30)
-    sets = (("generated to real", generated, _BLUE), ("real to another real", real, _ORANGE))
+    sets = (("generated to real", generated, BLUE), ("real to another real", real, ORANGE))
 
     def paint(axes: list[Any]) -> None:
         for label, values, colour in sets:
@@ -219,7 +219,7 @@ def distance_histogram(generated: Array, real: Array) -> Picture:
         axes[0].set_xlabel("distance to the nearest real image")
 
     summary = "; ".join(f"{label}: half are within {np.median(values):.3g}" for label, values, _ in sets)
-    return _drawn(f"distances to the nearest real image; {summary}", paint)
+    return drawn(f"distances to the nearest real image; {summary}", paint)
 
 
 def champion_trend(
@@ -238,11 +238,11 @@ def champion_trend(
     def paint(axes: list[Any]) -> None:
         axis = axes[0]
         line = [*like, here] if crowned else like
-        axis.plot([p for p, *_ in line], [v for _, v, _ in line], color=_BLUE, linewidth=1.4)
+        axis.plot([p for p, *_ in line], [v for _, v, _ in line], color=BLUE, linewidth=1.4)
         sets = (
-            ("champion", like, "o", _BLUE, _BLUE),
-            ("other protocol, not comparable", unlike, "o", _INK, "none"),
-            ("this version", [here], "D", _ORANGE, _ORANGE),
+            ("champion", like, "o", BLUE, BLUE),
+            ("other protocol, not comparable", unlike, "o", INK, "none"),
+            ("this version", [here], "D", ORANGE, ORANGE),
         )
         for label, points, marker, colour, face in sets:
             if points:
@@ -259,4 +259,4 @@ def champion_trend(
     versions = [
         f"version {c.version} {c.value:.4g}{'' if c.comparable else ' by another protocol'}" for _, c in measured
     ]
-    return _drawn(f"{metric} of champions: {', '.join([*versions, f'this version {version} {value:.4g}'])}", paint)
+    return drawn(f"{metric} of champions: {', '.join([*versions, f'this version {version} {value:.4g}'])}", paint)

@@ -47,7 +47,8 @@ def promotion(step: StepFuture, decide: Deciding, found: str | None = None) -> P
     def find(catalog: Any, artifacts: Mapping[str, Artifact]) -> tuple[Decision, str] | None:
         return None if found is None else (Decision(found), "run of then")
 
-    return Promotion("edt", "f" * 64, {"evaluation": step}, step.name, "report edt", decide, find)
+    steps = {"evaluation": step, "other": StepFuture("other edt", "images", "e" * 64)}  # not made, and not asked for
+    return Promotion("edt", "f" * 64, steps, ("evaluation",), step.name, "report edt", decide, find)
 
 
 def never(catalog: Any, run_id: str, artifacts: Mapping[str, Artifact]) -> Decision:

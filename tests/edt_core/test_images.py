@@ -1,5 +1,6 @@
 """Decoding, the ADM crop, and the digits."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,14 @@ def test_the_digits_are_written_once_and_whole(tmp_path: Path) -> None:
     identity = source_identity(listing)
     next(root.glob("3/*.png")).unlink()
     assert source_identity(list_source(SourceConfig(path=str(write_digits(root))))) == identity
+
+
+def test_the_digits_are_those_of_scikit_learn(tmp_path: Path) -> None:
+    """The digest of names and pixels was taken when scikit-learn's loader still made them."""
+    digest, root = hashlib.sha256(), write_digits(tmp_path / "digits")
+    for path in sorted(root.glob("*/*.png")):
+        digest.update(path.relative_to(root).as_posix().encode() + np.asarray(Image.open(path)).tobytes())
+    assert digest.hexdigest() == "e20cc921cb3f93b34c50a68debf9fb1d394019c81f2da635ad23e8c9cf52cc60"
 
 
 @pytest.mark.parametrize("shape", [(30, 9000), (9000, 30)])

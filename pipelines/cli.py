@@ -68,7 +68,7 @@ def main() -> None:
     protect_children()
     try:
         with term_interrupts():
-            app()
+            app(prog_name="edt")  # however it is started: completion asks for its name
     except Exception as error:
         from jobs.runtime.failure import tell_failure
 

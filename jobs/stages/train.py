@@ -210,8 +210,8 @@ def _worker(job: Mapping[str, Any]) -> None:
     What another attempt cannot mend is written down before it is raised: Ray Train starts the workers again whatever
     the error, and they find it and end.
     """
-    from edt_core.training.loop import NotFiniteError
     from edt_core.training.loop import train as train_loop
+    from edt_core.training.trainer import NotFiniteError
     from jobs.stages.train_context import RayContext
 
     config, inputs, out, progress = job["config"], job["inputs"], job["out"], job["progress"]

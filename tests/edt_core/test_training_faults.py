@@ -30,11 +30,12 @@ from edt_core.store import folder as storage
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder, sha256_file
 from edt_core.training import checkpoint as checkpoints
-from edt_core.training import loop
+from edt_core.training import loop, trainer
 from edt_core.training.checkpoint import load_checkpoint
 from edt_core.training.context import LocalContext
-from edt_core.training.loop import NotFiniteError, train
+from edt_core.training.loop import train
 from edt_core.training.state import TrainState, initial_state
+from edt_core.training.trainer import NotFiniteError
 from tests.support.trainings import contents, cut_back, narrow, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread", "no_thread_stays")
@@ -187,7 +188,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Though all losses are finite; that of step 6, in one place of one parameter."""
-    accumulate, calls = loop.accumulate_gradient, []
+    accumulate, calls = trainer.accumulate_gradient, []
 
     def spoiling(model: torch.nn.Module, *inputs: object) -> torch.Tensor:
         losses = accumulate(model, *inputs)  # type: ignore[arg-type]
@@ -196,7 +197,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(
             list(model.parameters())[-3].grad.view(-1)[1] = value  # type: ignore[union-attr]
         return losses
 
-    monkeypatch.setattr(loop, "accumulate_gradient", spoiling)
+    monkeypatch.setattr(trainer, "accumulate_gradient", spoiling)
     context = LocalContext(tmp_path)
     state = train(with_options(**options), edt, dataset, context)
     assert all(torch.isfinite(losses).all() for losses in calls)

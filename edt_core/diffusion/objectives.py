@@ -4,10 +4,11 @@ from dataclasses import replace
 
 from edt_core.diffusion.gaussian import Epsilon
 from edt_core.diffusion.objective import Objective
+from edt_core.diffusion.v_prediction import VPrediction
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig
 
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (Epsilon(),)}
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (Epsilon(), VPrediction())}
 
 
 def objective_of(name: str) -> Objective:

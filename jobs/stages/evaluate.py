@@ -53,7 +53,9 @@ def _compare(
     protocol = _protocol(config, features, reference)
     warnings = _warnings(metrics, sampling.num_samples, real)
     out.write_json(METRICS_NAME, {"metrics": metrics, "protocol": protocol, "repeats": repeats, "warnings": warnings})
-    return {"metrics": metrics, "protocol": protocol, "warnings": warnings}
+    # Not of the protocol: models of different objectives are compared by what they draw.
+    objective = {name: value for name, value in features.counts.items() if name == "objective"}
+    return {"metrics": metrics, "protocol": protocol, "warnings": warnings, **objective}
 
 
 def _common_spaces(features: Artifact, reference: Artifact) -> list[str]:

@@ -23,7 +23,7 @@ from jobs.stages.autoencoder import check_decoder, read_autoencoder
 from pipelines.registry.aliases import CANDIDATE, find_version, move_alias, set_tags
 from pipelines.registry.lookup import ORIGIN
 from pipelines.registry.packaging import log_pipeline
-from pipelines.registry.registration import add_logged
+from pipelines.registry.registration import OBJECTIVE_TAG, add_logged
 from pipelines.tracking.catalog import Catalog
 
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ def _register(
     license: str | None,
 ) -> Any:
     tags = {f"{ORIGIN}{key}": value for key, value in origin.items()}
+    if (objective := released.model.config.objective_record().get("objective")) is not None:
+        tags[OBJECTIVE_TAG] = objective
     run_id = catalog.start_run(f"import {name}", tags)
     logged = log_pipeline(
         catalog,

@@ -18,6 +18,7 @@ from pipelines.tracking.run_record import artifact_tags
 
 ENTRY_ROLES = tuple(field.name for field in fields(Entry))
 COST_TAG = "edt.cost."
+OBJECTIVE_TAG = "edt.objective"  # of models that predict something else than noise
 COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")
 _MOST_TEXT = 20_000  # characters of a tag; MLflow keeps 100,000 and MySQL 65,535
 
@@ -104,12 +105,13 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
 
     With these alone it can be found, compared, checked and promoted, without its run or its store.
     """
-    counts = entry.evaluation.counts
+    counts, counts_of_model = entry.evaluation.counts, entry.checkpoint.counts
     metrics = {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in counts["metrics"].items()}
     protocol = canonical_json(counts["protocol"])
-    spent = {**entry.images.counts, **entry.checkpoint.counts}
+    spent = {**entry.images.counts, **counts_of_model}
     tags = {
         **artifact_tags(entry.checkpoint),
+        OBJECTIVE_TAG: counts_of_model.get("objective", ""),
         "edt.code_version": code_version(),
         "edt.evaluation.uri": entry.evaluation.folder.uri,
         "edt.evaluation.digest": entry.evaluation.manifest.digest,

@@ -1,5 +1,6 @@
 """Objectives: what they say of x_0 and noise, chains over them against diffusers, and where they are mixed up."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from torch import Tensor
 
-from edt_core.config import ChainConfig, TrainConfig, result_fields
+from edt_core.autoencoders.autoencoder import build_autoencoder, decode_to_pixels
+from edt_core.config import AutoencoderConfig, ChainConfig, TrainConfig, result_fields
 from edt_core.data.latents import LatentDataset
 from edt_core.diffusion import (
     OBJECTIVES,
@@ -41,8 +45,10 @@ from edt_core.store.folder import Folder
 from edt_core.training.checkpoint import ema_model
 from edt_core.training.context import LocalContext
 from edt_core.training.loop import train
+from edt_core.training.preview import Preview, grid
 from edt_core.training.state import initial_model, initial_state
 from jobs.models.open import load_model, open_model
+from pipelines.config.schema import as_yaml, load_config
 from pipelines.registry.model_card import ModelCard
 from tests.support.pipelines import quiet, small_pipeline
 from tests.support.trainings import cut_back, narrow, place, same
@@ -282,6 +288,17 @@ def test_at_its_default_an_objective_is_left_out_of_what_is_stored_and_digested(
     assert result_fields(CONFIG)["objective"] == "v_prediction"
 
 
+def test_fields_of_newer_versions_are_left_out_of_a_yaml_that_is_digested() -> None:
+    noise, v = (load_config(assignments=[f"train.objective={name}"]) for name in ("epsilon", "v_prediction"))
+    assert "objective" not in yaml.safe_load(as_yaml(noise, added=False))["train"]
+    assert yaml.safe_load(as_yaml(v, added=False))["train"]["objective"] == "v_prediction"
+    assert yaml.safe_load(as_yaml(noise))["train"]["objective"] == "epsilon"
+    assert yaml.safe_load(as_yaml(noise, added=False))["sample"] == yaml.safe_load(as_yaml(noise))["sample"]
+    assert v.model_of(next(iter(v.models)), 4).objective == "v_prediction"
+    with pytest.raises(UserError, match=r"unknown objective 'flow'; choose one of epsilon, v_prediction"):
+        load_config(assignments=["train.objective=flow"])
+
+
 def test_an_objective_that_does_not_exist_or_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"unknown objective 'flow'; choose one of epsilon, v_prediction"):
         with_objective(narrow(), "flow")
@@ -354,6 +371,19 @@ def test_an_exported_program_says_what_it_predicts(trained: tuple[Path, Any], tm
     said = {"model.json": ""}
     torch.export.load(tmp_path / "a.pt2", extra_files=said)
     assert json.loads(said["model.json"])["objective"] == "v_prediction"
+
+
+def test_a_preview_draws_what_the_sampler_draws(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    vae = build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32)
+    vae.save_pretrained(tmp_path)
+    state = trained[1]
+    preview = Preview(with_objective(narrow(), "v_prediction"), 1000, tmp_path, torch.device("cpu"))
+    picture = np.asarray(Image.open(io.BytesIO(preview.png(state.model.state_dict()))))
+    latents = LatentSampler(state.model, ChainConfig(sampler="ddim", num_sampling_steps=25), 1000)(
+        np.arange(16) // 4, 0, range(16)
+    )
+    expected = grid(decode_to_pixels(vae.eval(), latents))
+    assert np.abs(picture.astype(int) - expected).max() <= 1  # kernels round by the size of the batch
 
 
 def test_a_model_card_says_what_the_model_predicts() -> None:

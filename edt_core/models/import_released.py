@@ -82,7 +82,8 @@ def read_released_model(path: Path | str, weights: WeightsName | None = None) ->
     check_storage(path, chosen.tensors)
     config = _identify(path, chosen.tensors)
     check_against_config(path, options, config)
-    _check_schedule(path, config, chosen.tensors, options)
+    if objection := _format(config).objection(chosen.tensors, options.state_schedule):
+        raise UserError(f"{path}: it is a {config.name}, but {objection}. {NEEDED}")
     model = build_model(config)
     _load(path, model, _format(config).completed(chosen.tensors))
     notes = _weight_notes(chosen, sets, weights, other_tensors(content, sets)) + option_notes(options, config)
@@ -115,13 +116,6 @@ def _weight_notes(
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         notes.append(f"other tensors of the file were ignored: {', '.join(others[:5])}{more}")
     return notes
-
-
-def _check_schedule(path: Path, config: ModelConfig, state: Mapping[str, Tensor], options: TrainingOptions) -> None:
-    """Raise UserError where keys and shapes are those of another noise schedule, and no option says otherwise."""
-    objection = _format(config).schedule_objection(state)
-    if objection and not options.state_schedule:
-        raise UserError(f"{path}: it is a {config.name}, but {objection}. {NEEDED}")
 
 
 def _check_variance(

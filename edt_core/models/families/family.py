@@ -32,7 +32,8 @@ class ReleasedFormat:
     """How the checkpoints that a family's authors release are known and read: by default as DiT's.
 
     Any one of `marks` is a key of a set of weights. `output` are the keys of the last layer, whose rows are noise and
-    variance in turn. Keys that end in `derived` follow from the configuration alone and are checked, not loaded.
+    variance in turn, where that layer begins as zero, so that rows of zeros were never trained; else (). Keys that end
+    in `derived` follow from the configuration alone and are checked, not loaded.
     """
 
     marks: ClassVar[tuple[str, ...]] = (
@@ -74,8 +75,11 @@ class ReleasedFormat:
         """The state dict with all that the model here has: an output of 0 for a variance that is lacking."""
         return state
 
-    def schedule_objection(self, state: Mapping[str, Tensor]) -> str:
-        """Why the weights are not of the linear noise schedule, where their keys and shapes show it; else empty."""
+    def objection(self, state: Mapping[str, Tensor], is_linear: bool) -> str:
+        """Why these weights cannot be sampled here, where keys and shapes show it; else empty.
+
+        `is_linear`: options in the file say that they were trained on the linear noise schedule.
+        """
         return ""
 
     def is_derived(self, key: str) -> bool:

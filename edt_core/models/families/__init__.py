@@ -7,5 +7,8 @@ from edt_core.models.families.dit import DIT_FAMILY
 from edt_core.models.families.edt import EDT_FAMILY
 from edt_core.models.families.family import Family
 from edt_core.models.families.mdtv2 import MDTV2_FAMILY
+from edt_core.models.families.uvit import UVIT_FAMILY
 
-FAMILIES: dict[str, Family] = {family.config.architecture: family for family in (EDT_FAMILY, DIT_FAMILY, MDTV2_FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.config.architecture: family for family in (EDT_FAMILY, DIT_FAMILY, MDTV2_FAMILY, UVIT_FAMILY)
+}

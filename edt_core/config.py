@@ -369,7 +369,9 @@ class ReferenceConfig(Section):
     """Features of the real images, or ADM's published statistics of them."""
 
     keep_features: int = Field(
-        10_000, ge=4, description="rows kept for kid, precision and recall, at even distances; statistics are of all"
+        10_000,
+        ge=4,
+        description="rows kept for metrics that compare pairs, at even distances; statistics are of all",
     )
     batch_size: int = runtime(64, ge=1, description="images that an extractor takes at once")
     num_workers: int = runtime(1, ge=1, description="each loads the networks once and takes part after part")

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from edt_core.config import Section, runtime
 from edt_core.evaluation.metrics.registry import METRICS
+from edt_core.evaluation.metrics.sample_size import PAIRWISE
 
 if TYPE_CHECKING:
     MetricName = str
@@ -16,12 +17,15 @@ else:
 class EvaluateConfig(Section):
     """The metrics to compute from kept features.
 
-    The cost of kid, precision and recall grows with the product of the two sets' sizes; the Fréchet distance takes all.
+    The cost of metrics that compare pairs grows with the product of the two sets' sizes; the Fréchet
+    distance takes all.
     """
 
     metrics: tuple[MetricName, ...] | None = Field(None, description="null for all that the feature space gives")
     pairwise_limit: int = Field(
-        50_000, ge=4, description="kid, precision and recall take this many features of a set, at even distances"
+        50_000,
+        ge=4,
+        description=f"{', '.join(PAIRWISE)}, which compare pairs, take this many features of a set, at even distances",
     )
     allow_rank_deficient: bool = Field(
         False, description="Fréchet distances also of fewer samples than the features have dimensions"

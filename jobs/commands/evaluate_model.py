@@ -17,6 +17,7 @@ from edt_core.data.export import EXPORT_FORMATS
 from edt_core.errors import UserError
 from edt_core.evaluation.config import EvaluateConfig
 from edt_core.evaluation.extractors import EXTRACTORS, FITTED_SPACES, PUBLISHED_SPACES, extractor_spec
+from edt_core.evaluation.extractors.weights import feature_dimensions
 from edt_core.files.small_files import read_text
 from edt_core.printing.console import say
 from edt_core.progress import Progress
@@ -52,9 +53,7 @@ class Subject:
 
     def check_sizes(self, sampling: SampleConfig, config: EvaluateConfig) -> None:
         """Raise UserError for a metric that there are too few samples or images for: before any is drawn."""
-        classifier = self.inputs.get("classifier")
-        dims = {"classifier": classifier.manifest.config.get("feature_dim")} if isinstance(classifier, Artifact) else {}
-        spaces = {space: dims.get(space) for space in EXTRACTORS if space in self.inputs}
+        spaces = {space: _dimensions(space, self.inputs[space]) for space in EXTRACTORS if space in self.inputs}
         # Published statistics do not state how many images they are of, and some come with images for kid alone.
         images = self.real.counts["images"] if self.real.counts["source"] == "images" else None
         kept = self.real.manifest.config["keep_features"]
@@ -87,6 +86,14 @@ def prepared(
     if options.guide:
         inputs["guide"] = open_model(options.guide, out).checkpoint
     return Subject(opened, inputs, _reference(options, opened, judges, sampling, out, bar), out)
+
+
+def _dimensions(space: str, network: Artifact | Source) -> int | None:
+    """Of the features of a network, None where only loading it tells."""
+    if isinstance(network, Artifact):
+        size: int | None = network.manifest.config.get("feature_dim")
+        return size
+    return feature_dimensions(space, network.location)
 
 
 def _config_of(opened: Opened) -> "ModelConfig":

@@ -1,7 +1,7 @@
 """reference: what the real images look like in each feature space, the other side of every metric.
 
-The Gaussian of all images, and the features of some at even distances for kid, precision and recall. Published
-statistics of ADM stand in for the images where they are given.
+The Gaussian of all images, and the features of some at even distances for the metrics that compare pairs, as kid.
+Published statistics of ADM stand in for the images where they are given.
 """
 
 from collections.abc import Iterator, Mapping

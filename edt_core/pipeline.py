@@ -4,6 +4,8 @@ diffusers loads a folder's components from this module, and only where it has be
 here, not from where its code lies.
 """
 
+from diffusers import DiffusionPipeline, ModelMixin  # diffusers looks for the bases of the components here
+
 from edt_core.sampling.diffusers_pipeline import (
     PROTOCOL,
     EDTPipeline,
@@ -13,4 +15,13 @@ from edt_core.sampling.diffusers_pipeline import (
     save_pipeline,
 )
 
-__all__ = ["PROTOCOL", "EDTPipeline", "EDTPipelineOutput", "EDTTransformer", "chain_config", "save_pipeline"]
+__all__ = [
+    "PROTOCOL",
+    "DiffusionPipeline",
+    "EDTPipeline",
+    "EDTPipelineOutput",
+    "EDTTransformer",
+    "ModelMixin",
+    "chain_config",
+    "save_pipeline",
+]

@@ -377,3 +377,10 @@ class ReferenceConfig(Section):
     num_workers: int = runtime(1, ge=1, description="each loads the networks once and takes part after part")
     num_cpus_per_worker: float = runtime(1, ge=0, description="CPUs, and threads, of a worker")
     num_gpus_per_worker: float = runtime(0, ge=0, description="GPUs of a worker; several share one by parts of it")
+
+
+class ValidateConfig(Section):
+    """How often the classifier takes samples, and real images, to be of their own class."""
+
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals of all accuracies (Wilson's)")
+    num_cpus: float = runtime(1, ge=0, description="CPUs of the computation; 0 runs beside whatever else does")

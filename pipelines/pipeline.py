@@ -16,7 +16,7 @@ from edt_core.store.folder import Folder
 from edt_core.store.manifest import sha256_json
 from edt_core.store.store import Store
 from jobs.runtime.cluster_address import check_named
-from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
 from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
 from pipelines.cluster.ui import run_link
@@ -139,6 +139,9 @@ def _call_branch(
         )
         made = {"checkpoint": checkpoint, "features": features, "evaluation": evaluation}
         called |= {f"{prefix}{role}": future for role, future in made.items()}
+    if config.validation.enabled:
+        judged = {"features": called["features"], "classifier": shared["classifier"], "images": shared["images"]}
+        called["validation"] = steps.step(f"validate {name}", validate.VERB, config.validation, **judged)
     return Branch(name, trained, called)
 
 

@@ -15,6 +15,7 @@ KINDS = (
     "reference",
     "features",
     "evaluation",
+    "validation",
     "report",
 )
 
@@ -58,5 +59,9 @@ FEATURE_UNIT = "unit-{:05d}.safetensors"
 # `.count` int64 [1] (0 where it is not known), and `<space>.features` float32 [m, D] of images at even distances.
 REFERENCE_NAME = "reference.safetensors"
 METRICS_NAME = "metrics.json"
+# Validation: the numbers by class, and for samples and real images a confusion as safetensors with `labels`,
+# `predictions` and `counts` int64 [m]: the pairs of classes that occur.
+VALIDATION_NAME = "validation.json"
+SAMPLE_CONFUSION, REAL_CONFUSION = "confusion-samples.safetensors", "confusion-real.safetensors"
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.png"

@@ -18,6 +18,8 @@ from edt_core.config import (
     Section,
     SourceConfig,
     TrainConfig,
+    ValidateConfig,
+    added,
     recorded_fields,
     runtime,
 )
@@ -68,6 +70,12 @@ class PromoteConfig(Section):
         return self
 
 
+class ValidationConfig(ValidateConfig):
+    """How often the classifier takes samples, and real images, to be of their own class: a step beside `evaluate`."""
+
+    enabled: bool = runtime(False, description="whether the step is called; it needs `classifier` in extractors")
+
+
 class _UpToTheNetworks(Section):
     """The fields of a pipeline that stand before the sections of published networks of features."""
 
@@ -99,6 +107,7 @@ class PipelineConfig(_WithNetworks):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    validation: ValidationConfig = added(ValidationConfig())  # pydantic's sections have a method `validate`
     promote: PromoteConfig = PromoteConfig()
     models: dict[str, dict[str, Any]] = Field(
         min_length=1, description="registry name -> fields of `train` in which this model differs"
@@ -164,6 +173,15 @@ class PipelineConfig(_WithNetworks):
                     f"promote.{field} {metric!r} is not among what is measured: {', '.join(measured)}; "
                     "choose one of these, or add it to evaluate.metrics and its space to extractors"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_classifier_validates(self) -> "PipelineConfig":
+        if self.validation.enabled and "classifier" not in self.extractors:
+            raise ValueError(
+                f"validation.enabled is true, and extractors are {list(self.extractors)}: the classifier of the run is "
+                "what validates the samples; add classifier to extractors, or set validation.enabled=false"
+            )
         return self
 
     def _amm_blocks(self, model: str) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from pipelines.report.history import VersionRecord
 from pipelines.report.images import Origin, display_size, gallery, neighbour_view
 from pipelines.report.inputs import Neighbourhood
 from pipelines.report.lineage import LineageRow, lineage_graph
+from pipelines.report.validation import Validation, validation_view
 
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 TIMES, DIVIDED = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
@@ -60,6 +61,7 @@ class ReportData:
     final_losses: Array | None = None  # mean of the last losses at each timestep, [T]
     num_timesteps: int = 1000
     costs: Sequence[StepCost] = ()
+    validation: Validation | None = None
 
 
 def render_report(data: ReportData) -> str:
@@ -89,6 +91,7 @@ def render_report(data: ReportData) -> str:
         pixelated=image_size <= PIXELATED_UP_TO,
         metrics=compare_metrics(data.metrics_before or {}, data.metrics_after),
         own_space="classifier" if any(name.endswith("_classifier") for name in data.metrics_after) else None,
+        validation=None if data.validation is None else validation_view(data.validation),
         trend=_trend(data),
         neighbours=neighbour_view(found, data.classes) if isinstance(found, Neighbourhood) else None,
         curves=training_curves(data.history),

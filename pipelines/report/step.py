@@ -28,6 +28,7 @@ from pipelines.report.inputs import (
 )
 from pipelines.report.lineage import LineageRow
 from pipelines.report.page import ReportData, render_report
+from pipelines.report.validation import read_validation
 
 REGISTERED = ("checkpoint", "evaluation")  # roles whose artifacts a registered version names
 
@@ -104,6 +105,7 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         neighbours=_neighbours(space, trained, inputs),
         final_losses=timestep_losses(checkpoint),
         num_timesteps=checkpoint.manifest.config["num_timesteps"],
+        validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
         costs=[step_cost(step, inputs[role], facts["macs"]) for role, (step, _) in config.lineage.items()],
     )
 

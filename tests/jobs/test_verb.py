@@ -13,7 +13,7 @@ from jobs.commands.options import parse_assignment, validated
 from tests.support.jobs import command
 from tests.support.processes import joining
 
-VERBS = ["preprocess", "autoencoder", "encode", "classifier", "reference", "train", "sample", "evaluate"]
+VERBS = ["preprocess", "autoencoder", "encode", "classifier", "reference", "train", "sample", "evaluate", "validate"]
 
 
 def test_what_does_not_change_the_result_is_not_in_the_fields() -> None:

@@ -20,7 +20,7 @@ from edt_core.progress import Progress, Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from jobs.commands import stage
-from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train
+from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
 from jobs.stages.preprocess import image_source
 from jobs.stages.stage import Input, Verb
 
@@ -39,7 +39,8 @@ TRAIN = TrainConfig(
     model="EDT-Tiny/2", global_batch_size=8, max_steps=6, log_every=2, checkpoint_every=3, num_workers=2, lr=1e-3
 )
 STAGE_OF = {
-    v.VERB.name: v.VERB for v in (preprocess, autoencoder, encode, classifier, reference, train, sample, evaluate)
+    v.VERB.name: v.VERB
+    for v in (preprocess, autoencoder, encode, classifier, reference, train, sample, evaluate, validate)
 }
 Chain = dict[str, Artifact]  # and "source", which is a Source
 

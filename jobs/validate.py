@@ -1,0 +1,7 @@
+"""`python -m jobs.validate`."""
+
+from jobs.commands.stage import main
+from jobs.stages.validate import VERB
+
+if __name__ == "__main__":
+    main(VERB)

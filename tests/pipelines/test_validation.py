@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.evaluation.confusion import Confusion
+from edt_core.evaluation.confusion import Accuracy, Confusion
 from edt_core.store.artifact import Artifact
 from edt_core.store.store import Store
 from pipelines.commands.options import catalog_if_any
@@ -162,18 +162,23 @@ def made_up(num_classes: int, wrong: dict[int, float], images: int = 10) -> Vali
         places = np.flatnonzero(labels == label)[: round(share * images)]
         predictions[places] = (label - 1) % num_classes
     found = Confusion.of(labels, predictions, num_classes)
-    side = {"images": images, "right": images, "accuracy": 1.0, "low": 0.7, "high": 1.0}
     rows = [
         {
             "name": f"class <{label}> $x",
-            "samples": {**side, "right": accuracy.right, "accuracy": accuracy.value},
-            "real": side if label % 2 else {**side, "images": 0, "right": 0, "accuracy": None},
+            "samples": numbers(accuracy),
+            "real": numbers(Accuracy(20, 19) if label % 2 else Accuracy(0, 0)),
             "mistaken_for": [[f"class <{other}> $x", count] for other, count in found.mistakes(label, 3)],
         }
         for label, accuracy in enumerate(found.by_class())
     ]
-    whole = {**side, "images": len(labels), "mean_over_classes": found.mean_over_classes(), "classes": num_classes}
-    return Validation({"confidence": 0.95, "samples": whole, "real": whole, "classes": rows}, found)
+    samples = {**numbers(found.overall()), "mean_over_classes": found.mean_over_classes(), "classes": num_classes}
+    real = {**numbers(Accuracy(100, 95)), "mean_over_classes": 0.95, "classes": num_classes // 2}
+    return Validation({"confidence": 0.95, "samples": samples, "real": real, "classes": rows}, found)
+
+
+def numbers(accuracy: Accuracy) -> dict[str, Any]:
+    low, high = accuracy.interval(0.95)
+    return {"images": accuracy.images, "right": accuracy.right, "accuracy": accuracy.value, "low": low, "high": high}
 
 
 def test_of_many_classes_the_worst_are_shown() -> None:
@@ -200,8 +205,7 @@ def test_names_of_classes_are_text_in_the_page() -> None:
 
 def test_a_class_without_samples_is_counted_and_not_listed() -> None:
     found = made_up(4, {1: 0.5})
-    nothing = {"images": 0, "right": 0, "accuracy": None, "low": 0.0, "high": 1.0}
-    found.facts["classes"][2]["samples"] = nothing
+    found.facts["classes"][2]["samples"] = numbers(Accuracy(0, 0))
     view = validation_view(found)
     assert [row.number for row in view.rows] == [1, 0, 3]
     assert (view.sampled, view.classes) == (3, 4)

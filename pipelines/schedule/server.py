@@ -5,7 +5,6 @@ followed by one that neither starts a run twice nor forgets a tick. A run keeps 
 lives, which tells the next server whether a run it did not start goes on.
 """
 
-import logging
 import os
 import re
 import signal
@@ -14,11 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edt_core.child_process import child_environment, python_command
 from edt_core.errors import UserError
@@ -41,8 +41,17 @@ from pipelines.schedule.record import (
 _ATTEMPTS = 2  # to make a run of a tick that was lost together with its server
 _LOG = re.compile(r".+-\d{8}T\d{6}Z-\d+\.log")
 _CLOCK_SET_BACK = timedelta(days=1)  # by less, what was handled is not due again
+_SIDE_BY_SIDE = 64  # schedules that are attended to at once
 _LOGS = 50  # kept, of all schedules together
 _STATUS = {"failed": "FAILED", "lost": "FAILED", "stopped": "KILLED"}
+
+
+class _Look(NamedTuple):
+    """The last time that a schedule was attended to, and when its next tick comes."""
+
+    schedule: Schedule
+    at: datetime
+    next: datetime
 
 
 class Server:
@@ -60,34 +69,29 @@ class Server:
         self.stopping = threading.Event()
         self.environment = dict(os.environ)
         self._pids: dict[str, int] = {}  # runs that go on, by schedule
-        self._known: dict[str, str] = {}
+        self._looks: dict[str, _Look] = {}
+        self._attended: dict[str, Future[None]] = {}
         self._refused: dict[str, str] = {}  # why a schedule is not served, as it was last said
         self._interrupted: set[int] = set()
         self._signals: list[int] = []
 
     def serve(self) -> int:
         """Serve until a signal or the loss of the lease; returns the exit code."""
-        from apscheduler.executors.pool import ThreadPoolExecutor
-        from apscheduler.schedulers.background import BackgroundScheduler
-
-        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns of ticks that wait; `attend` counts them
         # A tracking server that is away is tried again with the next tick; a run has its own patience.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        with held(self.schedules.store, SERVER_LEASE, this_process(), on_lost=self._lose):
-            # The only job store is the memory one, which is the default: the files are what lasts.
-            scheduler = BackgroundScheduler(timezone=UTC, executors={"default": ThreadPoolExecutor(64)})
+        with (
+            held(self.schedules.store, SERVER_LEASE, this_process(), on_lost=self._lose),
+            ThreadPoolExecutor(_SIDE_BY_SIDE) as pool,
+        ):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
-            scheduler.start()
             self.say(f"serving the schedules of {self.schedules.store.uri}")
             while not self.stopping.wait(self.poll_s):
                 try:
-                    self._sync(scheduler)
+                    self._sync(pool)
                 except Exception as error:  # a store that is away for a while
                     self._tell("schedules", f"cannot be read: {error}")
-                scheduler.wakeup()  # a clock that was set, or a machine that slept
             self._stop_runs()
-            scheduler.shutdown()
         return 128 + self._signals[0] if self._signals else 1
 
     def attend(self, name: str) -> None:
@@ -99,27 +103,28 @@ class Server:
         except Exception as error:
             self._tell(name, f"{type(error).__name__}: {error}")
 
-    def _sync(self, scheduler: Any) -> None:
-        """Follow the folder: what was added, changed, resumed or removed."""
+    def _sync(self, pool: ThreadPoolExecutor) -> None:
+        """Follow the folder: attend to what was added, changed or resumed, or has a tick whose time has come."""
         names = self.schedules.names()
-        for name in self._known.keys() - set(names):
-            scheduler.remove_job(name)
-            del self._known[name]
+        for name in self._looks.keys() - set(names):
+            del self._looks[name]
         for name in names:
             try:
-                schedule = self.schedules.read(name)
-                trigger = schedule.times.trigger
+                self._look(name, pool)
+                self._refused.pop(name, None)
             except UserError as error:
                 if self._refused.get(name) != str(error):
                     self._refused[name] = str(error)
                     self._tell(name, f"refused: {error}")
-                continue
-            self._refused.pop(name, None)
-            if self._known.get(name) != (text := schedule.model_dump_json()):
-                self._known[name] = text
-                options = {"max_instances": 1, "coalesce": True, "misfire_grace_time": None, "replace_existing": True}
-                # Now as well: ticks may be due from before.
-                scheduler.add_job(self.attend, trigger, [name], id=name, next_run_time=datetime.now(UTC), **options)
+
+    def _look(self, name: str, pool: ThreadPoolExecutor) -> None:
+        schedule, now, last = self.schedules.read(name), self.now(), self._looks.get(name)
+        if last is not None and last.schedule == schedule and last.at <= now < last.next:  # not so: a clock set back
+            return
+        look = _Look(schedule, now, schedule.times.after(now))
+        if name not in self._attended or self._attended[name].done():
+            self._looks[name] = look
+            self._attended[name] = pool.submit(self.attend, name)
 
     def _make_due(self, name: str) -> bool:
         """Handle the ticks whose time has come, as one. Returns whether there were any."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -296,18 +297,13 @@ def record(schedules: Schedules, name: str = "one") -> Path:
 def synced(schedules: Schedules) -> tuple[list[str], str]:
     """The names of schedules that a server serves, and what it says, after two looks at the folder."""
 
-    class Jobs:
-        def __init__(self) -> None:
-            self.names: list[str] = []
-
-        def add_job(self, *given: object, id: str, **options: object) -> None:
-            self.names.append(id)
-
-    told: list[str] = []
-    server, jobs = scheduler.Server(schedules, told.append), Jobs()
-    server._sync(jobs)
-    server._sync(jobs)
-    return jobs.names, "\n".join(told)
+    now, told, served = datetime.now(UTC), [], []
+    server = scheduler.Server(schedules, told.append, now=lambda: now)
+    server.attend = served.append
+    with ThreadPoolExecutor(1) as pool:
+        server._sync(pool)
+        server._sync(pool)
+    return served, "\n".join(told)
 
 
 @pytest.mark.parametrize("mode", [0o602, 0o620, 0o666, 0o777])

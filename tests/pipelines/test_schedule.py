@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -145,6 +146,8 @@ def test_months_and_macros() -> None:
         ("٣ 3 * * *", "minute"),
         ("0 0 30 2 *", "never comes"),
         ("0 0 31 4,6 *", "never comes"),
+        ("0 0 */30 2 1L", "never comes"),
+        ("1" * 5000 + " * * * *", "minute '11111"),
     ],
 )
 def test_expressions_that_cron_would_refuse(expression: str, message: str) -> None:
@@ -169,6 +172,12 @@ def test_a_fixed_time_comes_once_a_day_whatever_the_clocks_do() -> None:
     assert [after - before for before, after in pairwise(seconds)] == [3600] * 3
 
 
+def test_a_tick_never_comes_before_the_moment_it_is_asked_for() -> None:
+    """02:15 comes twice on 25 October 2026 in Berlin: after the second, 02:30 of the first is over."""
+    second = datetime(2026, 10, 25, 2, 15, fold=1, tzinfo=ZoneInfo("Europe/Berlin"))
+    assert Cron("30 2 * * *", "Europe/Berlin").after(second).date() == (second + DAY).date()
+
+
 @pytest.mark.parametrize(
     ("handled", "now", "due"),
     [
@@ -188,6 +197,7 @@ def test_very_many_missed_ticks_are_counted_up_to_a_thousand_and_the_last_is_rig
     assert Cron("* * * * *", "UTC").due(SUNDAY - 1000 * DAY, now) == Due(SUNDAY, 999)
     last = SUNDAY - DAY + timedelta(hours=3, minutes=59)
     assert Cron("* 3 * * *", "UTC").due(SUNDAY - 1000 * DAY, now) == Due(last, 999)
+    assert Cron("* * * * *", "Europe/Berlin").due(SUNDAY - 1000 * DAY, SUNDAY) == Due(SUNDAY, 999)
 
 
 @pytest.fixture
@@ -507,18 +517,37 @@ def test_the_folder_is_followed_while_serving(
 ) -> None:
     write_empty_mlflow(store)
     with serving(store, monkeypatch):
-        schedule(store, name="late")
-        schedule(store, name="paused")
-        Schedules.at(str(store)).pause("paused")
-        missed_minutes(store, "paused")
-        missed_minutes(store, "late")
+        schedules = Schedules.at(str(store))
+        since = NOW - timedelta(minutes=3, seconds=30)
+        for name in ("paused", "late"):
+            made = new_schedule(name, "quickstart", [], str(store), EVERY_MINUTE, "UTC")
+            schedules.write_state(name, State(handled=since))
+            schedules.write(made.model_copy(update={"since": since, "paused": name == "paused"}))
         wait_for(lambda: state_of(store, "late").last)
         assert state_of(store, "paused").last is None
         assert starts(store) == 1
-        Schedules.at(str(store)).resume("paused")
-        missed_minutes(store, "paused")
+        schedules.write(schedules.read("paused").model_copy(update={"paused": False}))
         wait_for(lambda: state_of(store, "paused").last)
         assert starts(store) == 2
+
+
+def test_a_server_sees_a_tick_come_and_a_clock_that_is_set_back(
+    store: Path, run_is: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at while nothing changes in the folder: once when it starts, and once for each tick that comes."""
+    schedule(store)
+    clock = [NOW]
+    server = Server(Schedules.at(str(store)), print, now=lambda: clock[0])
+    looks: list[datetime] = []
+    monkeypatch.setattr(server, "attend", lambda name: looks.append(clock[0]))
+    half, ahead = timedelta(seconds=30), NOW + 400 * DAY
+    with ThreadPoolExecutor(1) as pool:
+        for moment in (NOW, NOW + half / 2, NOW + half, NOW + half, ahead, NOW + half, NOW + half):
+            clock[0] = moment
+            server._sync(pool)
+            for attended in server._attended.values():
+                attended.result()
+    assert looks == [NOW, NOW + half, ahead, NOW + half]
 
 
 def test_one_server_a_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

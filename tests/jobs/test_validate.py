@@ -13,7 +13,7 @@ from edt_core.config import ClassifierConfig, SampleConfig, ValidateConfig, resu
 from edt_core.data.shards import load_images
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors.classifier import Classifier, classify, split_holdout
-from edt_core.progress import Silent, Told
+from edt_core.progress import Silent, CollectedWarnings
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import FEATURE_UNIT, REAL_CONFUSION, SAMPLE_CONFUSION, VALIDATION_NAME
@@ -126,7 +126,7 @@ def test_classes_without_a_real_image_kept_back_are_told(chain: Chain, tmp_path:
     judge = chain["classifier"]  # it keeps 3 images of 32 back, and there are 4 classes
     features = planted(tmp_path / "features", judge)
     inputs = {"features": features, "classifier": judge, "images": chain["images"]}
-    progress = Told()
+    progress = CollectedWarnings()
     made = execute(VERB, ValidateConfig(), tmp_path / "made", progress, **inputs)
     lacking = 4 - made.counts["real_classes"]
     assert lacking > 0

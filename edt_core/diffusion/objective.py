@@ -56,6 +56,8 @@ class Objective(ABC):
     name: what `train.objective` and a model's configuration call it.
     meaning: what the model predicts, in a few words, for the model card.
     prediction_type: what diffusers' schedulers call it.
+    words: how the training options of a checkpoint from elsewhere name it, in lower case: the value of an option such
+        as `prediction_type`, or an option that is true. Those of epsilon are known to `edt_core.models`.
     outputs: how many tensors of the latents' shape the model's output holds, one after the other along the channels.
     terms: names of the terms of its loss.
     """
@@ -63,6 +65,7 @@ class Objective(ABC):
     name: ClassVar[str]
     meaning: ClassVar[str]
     prediction_type: ClassVar[str]
+    words: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[int]
     terms: ClassVar[tuple[str, ...]]
 

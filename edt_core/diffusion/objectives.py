@@ -30,6 +30,11 @@ def objective_of_model(config: ModelConfig) -> Objective:
     return objective
 
 
+def objective_words() -> dict[str, str]:
+    """How the training options of a checkpoint from elsewhere name the objectives: word -> name."""
+    return {word: objective.name for objective in OBJECTIVES.values() for word in objective.words}
+
+
 def with_objective(config: ModelConfig, name: str) -> ModelConfig:
     """The configuration of a model whose output is that of an objective. Raises UserError for an unknown name."""
     return replace(config, objective=name, outputs=objective_of(name).outputs)

@@ -36,7 +36,7 @@ class Coefficients(NamedTuple):
 class Schedule:
     """A diffusion chain. Index 0 is the least noisy timestep, index T - 1 the noisiest.
 
-    betas: float64 [T], in (0, 1).
+    betas: float64 [T], in (0, 1); the last one may be 1, and the chain then begins with noise alone.
     timestep_map: int64 [T], each index's timestep in the schedule the model was trained on.
     """
 

@@ -49,6 +49,8 @@ def _scheduler(schedule: Schedule, method: SolverName, prediction_type: str) -> 
         "trained_betas": schedule.betas.tolist(),
         "solver_order": 2,
         "prediction_type": prediction_type,
+        # Of a schedule that already ends in noise alone it changes one thing: the last noise level stays finite.
+        "rescale_betas_zero_snr": bool(schedule.alphas_cumprod[-1] == 0),
         "thresholding": False,
         "timestep_spacing": "trailing",  # of `steps` out of `steps`: all
         "final_sigmas_type": "zero",  # the last step ends at the data, not at the least noise of the training

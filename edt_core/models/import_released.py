@@ -31,10 +31,12 @@ from edt_core.models.config import ModelConfig
 from edt_core.models.families import FAMILIES
 from edt_core.models.families.family import ReleasedFormat, shape_of
 from edt_core.models.training_options import (
-    NEEDED,
+    NO_WORDS,
     TrainingOptions,
+    Words,
     check_against_config,
     check_objective,
+    needed,
     option_notes,
 )
 from edt_core.models.zoo import MODEL_NAMES, build_model, family_of, model_config
@@ -63,31 +65,34 @@ def load_released(path: Path | str, weights: WeightsName | None = None) -> Diffu
     return read_released_model(path, weights).model
 
 
-def read_released_model(path: Path | str, weights: WeightsName | None = None) -> ReleasedModel:
+def read_released_model(path: Path | str, weights: WeightsName | None = None, words: Words = NO_WORDS) -> ReleasedModel:
     """Read a checkpoint file and check that its weights mean what they are taken for.
 
     `weights`: the averaged ones (ema) that the papers sample with, or those being trained (model); None is the average
     where the file has one. A bare state dict has one set.
 
+    `words`: how training options name the objectives beside noise prediction that may be read; the model's
+    configuration gets the one that they name.
+
     Raises:
-        UserError: no checkpoint, code in it, other weights than asked for, another objective than noise prediction,
+        UserError: no checkpoint, code in it, other weights than asked for, an objective that may not be read,
             keys and shapes of no known model, options of another model, weights that are not finite.
     """
     path = Path(path)
     content = read_checkpoint(path)
     options = TrainingOptions.of(content)
-    check_objective(path, options)
+    objective = check_objective(path, options, words)
     sets = weight_sets(path, content)
     chosen = choose_weights(path, sets, weights)
     check_storage(path, chosen.tensors)
-    config = _identify(path, chosen.tensors)
+    config = replace(_identify(path, chosen.tensors), objective=objective)
     check_against_config(path, options, config)
     if objection := _format(config).objection(chosen.tensors, options.state_schedule):
-        raise UserError(f"{path}: it is a {config.name}, but {objection}. {NEEDED}")
+        raise UserError(f"{path}: it is a {config.name}, but {objection}. {needed(words)}")
     model = build_model(config)
     _load(path, model, _format(config).completed(chosen.tensors))
-    notes = _weight_notes(chosen, sets, weights, other_tensors(content, sets)) + option_notes(options, config)
-    notes += _check_variance(path, model, chosen.tensors, options)
+    notes = _weight_notes(chosen, sets, weights, other_tensors(content, sets)) + option_notes(options, config, words)
+    notes += _check_variance(path, model, chosen.tensors, bool(options.objectives(words)))
     return ReleasedModel(model.eval(), chosen.label, chosen.is_average, tuple(notes), options.other_latents)
 
 
@@ -118,10 +123,9 @@ def _weight_notes(
     return notes
 
 
-def _check_variance(
-    path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor], options: TrainingOptions
-) -> list[str]:
-    """Raise UserError where the outputs for the variance were never trained, as in a SiT; a note where that is stated.
+def _check_variance(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor], is_stated: bool) -> list[str]:
+    """Raise UserError where the outputs for the variance were never trained, as in a SiT; a note where an objective of
+    ours is stated.
 
     `state` is what the file holds. Models with adaptive norms start with an output layer of zeros. A training that
     discards the second half of the channels gives their rows no gradient, so they stay exactly 0, in the average too.
@@ -133,7 +137,7 @@ def _check_variance(
     has_noise, has_variance = (any(bool(half[:, i].any()) for half in halves) for i in range(2))
     if has_variance or not has_noise:
         return []
-    if options.state_noise:
+    if is_stated:
         return [f"the model's variance was not trained; {_HALFWAY}"]
     raise UserError(
         f"{path}: the output layer's rows for the variance are all 0, so they were never trained. A SiT or another "

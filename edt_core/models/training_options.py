@@ -24,10 +24,8 @@ from edt_core.models.zoo import MODEL_NAMES
 
 _CONTAINERS = ("args", "config", "cfg", "hparams", "hyper_parameters", "options", "opts", "model_args", METADATA)
 _NOISE = ("epsilon", "eps", "noise", "pred_noise", "pred_eps", "epsilon_prediction", "modelmeantype.epsilon")
-NEEDED = (
-    "edt samples models that predict noise (epsilon) and a variance at 1,000 timesteps of the linear schedule, as "
-    "the released EDT, DiT and MDTv2 do. Other objectives are not supported; import a model that was trained that way."
-)
+Words = Mapping[str, str]  # how options name an objective beside noise prediction -> the objective's name
+NO_WORDS: Words = {}
 _OBJECTIVE = ("prediction", "prediction_type", "prediction_target", "parameterization", "objective", "model_mean_type")
 _SCHEDULE = ("noise_schedule", "beta_schedule")
 _OFF = ("predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "velocity_prediction", "flow_matching")
@@ -113,14 +111,12 @@ class TrainingOptions:
         """The options in a file's content; none in a bare state dict."""
         return cls(tuple(entry for name in _CONTAINERS for entry in _flat(content.get(name))))
 
-    @property
-    def state_noise(self) -> bool:
-        """Whether they say in so many words that the model predicts noise."""
-        return any(
-            value is not None and _accepts(name, value)
-            for name, value, _ in self.entries
-            if name in (*_OBJECTIVE, "predict_xstart")
-        )
+    def objectives(self, words: Words = NO_WORDS) -> list[str]:
+        """The objectives that they name in so many words, each once; more than one contradict each other."""
+        named = [_named(name, value, words) for name, value, _ in self.entries]
+        found = list(dict.fromkeys(name for name in named if name is not None))
+        stated = any(name == "predict_xstart" and value is not None for name, value, _ in self.entries)
+        return found or (["epsilon"] if stated else [])  # of DiT's code; where it is true, it is refused
 
     @property
     def state_schedule(self) -> bool:
@@ -144,20 +140,44 @@ class TrainingOptions:
         )
 
 
-def check_objective(path: Path, options: TrainingOptions) -> None:
-    """Raise UserError where the options, or the file's name, say that the weights are of another objective."""
-    wrong = [(name, value) for name, value, _ in options.entries if not _accepts(name, value)]
+def check_objective(path: Path, options: TrainingOptions, words: Words = NO_WORDS) -> str:
+    """The objective of the weights, noise prediction where nothing else is said.
+
+    Raises UserError where the options, or the file's name, say that it is one that `words` does not have.
+    """
+    named = options.objectives(words)
+    wrong = [
+        (name, value)
+        for name, value, _ in options.entries
+        if not _accepts(name, value) and _named(name, value, words) is None
+    ]
     sit = [name for name in options.model_names if _SIT.search(name)]
     if wrong or sit:
         given = ", ".join([*(f"model={name!r}" for name in sit), *(f"{n}={_short(v)}" for n, v in wrong)])
         reasons = dict.fromkeys(["it is a SiT, which predicts a velocity"] if sit else [])
         reasons |= dict.fromkeys(_RULES[name].otherwise or "there is no null class for guidance" for name, _ in wrong)
-        raise UserError(f"{path}: its training options have {given}: {'; '.join(reasons)}. {NEEDED}")
-    if _SIT.search(path.name) and not options.state_noise and not _known_models(options):
+        raise UserError(f"{path}: its training options have {given}: {'; '.join(reasons)}. {needed(words)}")
+    if len(named) > 1:
+        raise UserError(
+            f"{path}: its training options name {len(named)} objectives, {' and '.join(named)}: nobody can tell what "
+            "the model predicts. Remove the wrong option from the file."
+        )
+    if _SIT.search(path.name) and not named and not _known_models(options):
         raise UserError(
             f"{path}: the file's name says SiT, and nothing in the file says otherwise. A SiT has the keys of a DiT "
-            f"but predicts a velocity. {NEEDED} If the file is no SiT, rename it."
+            f"but predicts a velocity. {needed(words)} If the file is no SiT, rename it."
         )
+    return named[0] if named else "epsilon"
+
+
+def needed(words: Words) -> str:
+    """What a checkpoint must be."""
+    others = ", ".join(dict.fromkeys(words.values()))
+    return (
+        f"edt samples models that predict noise (epsilon{f', or {others} where the options say so' if others else ''}) "
+        "and a variance at 1,000 timesteps of the linear schedule, as the released EDT, DiT and MDTv2 do. Other "
+        "objectives are not supported; import a model that was trained that way."
+    )
 
 
 def check_against_config(path: Path, options: TrainingOptions, config: ModelConfig) -> None:
@@ -180,10 +200,10 @@ def check_against_config(path: Path, options: TrainingOptions, config: ModelConf
         )
 
 
-def option_notes(options: TrainingOptions, config: ModelConfig) -> list[str]:
+def option_notes(options: TrainingOptions, config: ModelConfig, words: Words = NO_WORDS) -> list[str]:
     """What a user should know of the options: what is assumed, and what was not looked at."""
     notes = []
-    if not options.state_noise and not _known_models(options):
+    if not options.objectives(words) and not _known_models(options):
         notes.append(
             "the file does not say what its model predicts; noise (epsilon) prediction and 1,000 timesteps of the "
             f"linear schedule are assumed, as in the released {FAMILIES[config.architecture].title}"
@@ -257,6 +277,14 @@ def _accepts(name: str, value: Any) -> bool:
     if name == "class_dropout_prob":
         return not isinstance(value, int | float) or value > 0
     return any(_same(value, accepted) for accepted in _RULES[name].accepted)
+
+
+def _named(name: str, value: Any, words: Words) -> str | None:
+    """The objective that an option names."""
+    if name in _OBJECTIVE:
+        text = str(value).lower()
+        return words.get(text) or ("epsilon" if text in _NOISE else None)
+    return words.get(name) if name in _OFF and _same(value, True) else None
 
 
 def _same(value: Any, expected: Any) -> bool:

@@ -257,9 +257,10 @@ def _check_components(folder: Path) -> None:
 
 def _of_released(path: Path) -> _Found:
     """The authors' released file; its averaged weights where it has them, as they sample from."""
+    from edt_core.diffusion import objective_words
     from edt_core.models.import_released import read_released_model
 
-    read = read_released_model(path)
+    read = read_released_model(path, words=objective_words())
     for note in read.notes:
         _log.warning("%s: %s", on_one_line(str(path)), on_one_line(note))
     return _Found(read.model, 1000, 0, sha256_file(path), str(path.absolute()))

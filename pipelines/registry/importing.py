@@ -76,9 +76,10 @@ def read_released(
 
     Raises UserError: nothing that can be read safely, another model than asked for, an autoencoder that does not fit.
     """
+    from edt_core.diffusion import objective_words
     from edt_core.models import read_released_model
 
-    read = read_released_model(path, weights)
+    read = read_released_model(path, weights, objective_words())
     config = read.model.config
     if model not in (None, config.name) or image_size not in (None, config.image_size):
         raise UserError(

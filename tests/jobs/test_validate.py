@@ -13,7 +13,7 @@ from edt_core.config import ClassifierConfig, SampleConfig, ValidateConfig, resu
 from edt_core.data.shards import load_images
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors.classifier import Classifier, classify, split_holdout
-from edt_core.progress import Silent, CollectedWarnings
+from edt_core.progress import CollectedWarnings, Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import FEATURE_UNIT, REAL_CONFUSION, SAMPLE_CONFUSION, VALIDATION_NAME

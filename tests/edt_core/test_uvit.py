@@ -169,6 +169,26 @@ def test_a_checkpoint_of_pixels_is_refused(tmp_path: Path) -> None:
         read(tmp_path, state)
 
 
+def test_the_table_of_the_docs_is_counted() -> None:
+    page = (GOLDEN.parents[1] / "docs" / "models.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "| UViT-" in line]
+    assert {name for name, *_ in rows} == {"UViT-S/2", "UViT-M/2", "UViT-L/2", "UViT-H/2", "UViT-L/4", "UViT-H/4"}
+    for name, numbers, parameters, _, image_size, macs in rows:
+        model = shadow(config := config_of(name, int(image_size)))
+        assert numbers == f"{config.depth}, {config.dim}, {config.num_heads}"
+        assert (parameters, macs) == (f"{count_parameters(model) / 1e6:.1f}", f"{count_macs(model) / 1e9:.2f}")
+
+
+def test_padded_heads_without_a_bias_attend_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose kernels want heads of a multiple of 8 channels."""
+    attention = UViT(config_of("UViT-Tiny/2", 32, 4)).eval().mid_block.attn
+    x = torch.randn(2, 18, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = attention(x)
+        monkeypatch.setattr("edt_core.models.attention.head_padding", lambda *_: 8)
+        torch.testing.assert_close(attention(x), plain)
+
+
 def drawn(model: DiffusionTransformer, **chain: Any) -> Tensor:
     latents: Tensor = LatentSampler(model, ChainConfig(num_sampling_steps=4, **chain), 1000)([0, 1], 0, [0, 3])
     return latents

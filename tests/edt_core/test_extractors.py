@@ -24,12 +24,13 @@ from edt_core.evaluation.extractors.dinov2 import Dinov2, resized_positions, to_
 from edt_core.evaluation.extractors.pixels import check_pixels, exact_fp32
 from edt_core.evaluation.extractors.weights import load_tensors, published_weights
 from edt_core.store.manifest import sha256_json
+from tests.support.models import clip_folder as made_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = b"weights" * 1000
 DIGEST = hashlib.sha256(DATA).hexdigest()
 OTHER = "0" * 64
-EXTRACTORS = ["dinov2", "classifier"]
+EXTRACTORS = ["dinov2", "clip", "classifier"]
 
 
 class Touch:
@@ -269,6 +270,12 @@ def dinov2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers", reason="transformers, the extra [clip], is not installed")
+    return made_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
 def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     with torch.random.fork_rng(devices=[]):
@@ -434,7 +441,7 @@ def test_what_is_no_classifier_is_refused(classifier_folder: Path, tmp_path: Pat
 
 
 def test_an_unknown_space_is_refused() -> None:
-    with pytest.raises(UserError, match="no feature space 'pixels'; there are classifier, inception, dinov2"):
+    with pytest.raises(UserError, match="no feature space 'pixels'; there are classifier, inception, dinov2, clip"):
         load_extractor("pixels", "anywhere")
 
 
@@ -443,7 +450,7 @@ def test_the_package_imports_with_torch_and_numpy_alone() -> None:
     absent = ["pydantic", "transformers", "safetensors", "fsspec", "filelock", "pyarrow", "PIL", "diffusers", "ray"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-        "from edt_core.evaluation.extractors import inception, dinov2\n"
+        "from edt_core.evaluation.extractors import clip, inception, dinov2\n"
         "import edt_core.evaluation.extractors.weights"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

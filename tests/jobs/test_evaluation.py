@@ -19,7 +19,7 @@ from jobs.commands import export
 from jobs.commands.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
 from jobs.models.open import open_model
 from tests.support.jobs import execute
-from tests.support.models import made_model, opened, pipeline_folder
+from tests.support.models import clip_folder, made_model, opened, pipeline_folder
 from tests.support.registry import write_empty_mlflow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -261,6 +261,33 @@ def test_inception_against_published_statistics_and_samples_for_other_tools(
     assert len(pictures) == 12
     assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in pictures]), arrays["arr_0"])
     assert arrays["arr_1"].tolist() == [i % 4 for i in range(12)]
+
+
+@pytest.mark.usefixtures("here")
+def test_clip_beside_a_classifier(
+    images: Artifact, folder: Path, judge: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its values are those of the features that reference and samples keep."""
+    from edt_core.evaluation.metrics.cmmd import cmmd
+    from jobs.stages.reference import load_reference
+    from jobs.stages.sample import load_units
+
+    pytest.importorskip("transformers", reason="transformers, the extra [clip], is not installed")
+    out, networks = tmp_path / "out", ["--classifier", judge.folder.uri, "--clip-weights", clip_folder(tmp_path / "c")]
+    call = [folder, out, "--images", images.folder.uri, *networks, *COMMON]
+    code, _, errors = evaluate(capfd, *call)
+    assert code == 2
+    assert "fd_clip needs at least 13 samples" in errors, "12 dimensions are known from its folder"
+    code, told, errors = evaluate(capfd, *call, "--metrics", "cmmd,precision")
+    assert code == 0, errors
+    assert "| cmmd |" in told
+    (result,) = json.loads((out / "results.json").read_text())
+    assert set(result["metrics"]) == {"precision_classifier", "accuracy_classifier", "precision_clip", "cmmd"}
+    (features,) = (Artifact.open(path.parent) for path in out.glob("features/*/manifest.json"))
+    (real,) = (Artifact.open(path.parent) for path in out.glob("reference/*/manifest.json"))
+    assert set(result["protocol"]["extractors"]) == {"classifier", "clip"}
+    expected = cmmd(load_units(features)["clip.features"], load_reference(real, "clip").features)
+    assert result["metrics"]["cmmd"] == expected > 0
 
 
 def inception_weights(folder: Path) -> Path:

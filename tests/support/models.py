@@ -1,8 +1,10 @@
 """Small models with weights that were never trained, as what a job takes: enough to tell samples apart."""
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,3 +86,38 @@ def released(folder: Path, name: str, seed: int = 0) -> Path:
     whole = {"model": weights(name, seed + 1), "ema": state, "opt": {"state": {}}, "args": argparse.Namespace()}
     torch.save(whole if name.startswith("EDT") else state, folder / "released.pt")
     return folder / "released.pt"
+
+
+def clip_folder(folder: Path, whole: bool = False, **preprocessor: Any) -> Path:
+    """A small CLIP image encoder with random weights, as transformers saves it; `whole`: with its text encoder.
+
+    `preprocessor`: settings for its preprocessor_config.json, which is left out where there are none.
+    """
+    import transformers
+
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 40,
+        "patch_size": 8,
+        "projection_dim": 12,
+    }
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**vision))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        if whole:
+            config = transformers.CLIPConfig(
+                text_config={**text, "vocab_size": 50}, vision_config=vision, projection_dim=12
+            )
+            both = transformers.CLIPModel(config)
+            both.load_state_dict(model.state_dict(), strict=False)
+            model = both
+    model.save_pretrained(folder)
+    if preprocessor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder

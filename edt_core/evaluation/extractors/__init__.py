@@ -12,7 +12,7 @@ from edt_core.errors import UserError
 from edt_core.evaluation.extractors.spec import FEATURE_METRICS, Extractor, ExtractorSpec
 
 FITTED_SPACES = ("classifier",)  # of networks that a step of the pipeline makes
-PUBLISHED_SPACES = ("inception", "dinov2")  # of published weights
+PUBLISHED_SPACES = ("inception", "dinov2", "clip")  # of published weights
 EXTRACTORS = (*FITTED_SPACES, *PUBLISHED_SPACES)  # feature spaces; each is the role of the network that spans it
 INCEPTION = "inception"  # metrics in its space have the field's own names, and ADM's published statistics are of it
 

@@ -6,6 +6,7 @@ To register one is to add it to `REGISTERED`, and its name to the spec of each f
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edt_core.evaluation.metrics.cmmd import cmmd
 from edt_core.evaluation.metrics.kernel import kernel_distance
 
 NEIGHBOURS = 3  # the neighbour of precision and recall, where none is given
@@ -35,6 +36,7 @@ REGISTERED = (
     Metric("kid", "squared maximum mean discrepancy of the features, cubic kernel", True, 2, kernel_distance),
     Metric("precision", "share of generated images that lie among the real ones", False, NEIGHBOURS + 1),
     Metric("recall", "share of real images that lie among the generated ones", False, NEIGHBOURS + 1),
+    Metric("cmmd", "squared maximum mean discrepancy of CLIP's features, Gaussian kernel, times 1,000", True, 2, cmmd),
 )
 REGISTRY = {metric.name: metric for metric in REGISTERED}
 METRICS = tuple(REGISTRY)

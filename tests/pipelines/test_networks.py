@@ -53,7 +53,7 @@ def test_published_weights_have_a_section_a_place_and_a_remedy(space: str) -> No
 
 
 def test_no_other_file_of_the_product_names_a_network() -> None:
-    """Two apart: Inception, of which statistics are published, and the classifier, which a step of the pipeline fits."""
+    """Two apart: Inception, of which statistics are published, and the classifier, which a step of a pipeline fits."""
     apart = {space for space in PUBLISHED_SPACES if space != "inception"}
     named = {
         str(path.relative_to(ROOT))

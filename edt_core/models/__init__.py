@@ -17,6 +17,7 @@ from edt_core.models.zoo import (
     create_model,
     has_paper_amm_blocks,
     model_config,
+    models_for,
     paper_amm_blocks,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "macs_by_part",
     "mask_sites",
     "model_config",
+    "models_for",
     "paper_amm_blocks",
     "read_released_model",
     "shadow",

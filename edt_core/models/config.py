@@ -22,6 +22,10 @@ _ARCHITECTURES: dict[str, type[ModelConfig]] = {}  # by the name that a stored c
 _FIRST_ARCHITECTURE = "edt"  # that of stored configurations without a name
 
 
+class LatentSizeError(ValueError):
+    """Latents whose side a model cannot be cut into patches for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ABC):
     """What every model has; the families add their own numbers, and nothing else is needed to build one.
@@ -193,7 +197,7 @@ def _check_latent_size(config: ModelConfig) -> None:
     multiple = config.patch_size * 2**config.num_merges
     if config.latent_size < multiple or config.latent_size % multiple:
         merged = f" and merged {config.num_merges} times by 2" if config.num_merges else ""
-        raise ValueError(
+        raise LatentSizeError(
             f"{config.name}: latents of {config.latent_size}x{config.latent_size} cannot be cut into "
             f"patches of {config.patch_size}{merged}. Use a multiple of "
             f"{multiple}, that is an image size that is a multiple of {multiple * config.autoencoder_factor}."

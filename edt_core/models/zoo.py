@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from edt_core.errors import UserError
 from edt_core.models.base import DiffusionTransformer
-from edt_core.models.config import AmmKernel, ModelConfig
+from edt_core.models.config import AmmKernel, LatentSizeError, ModelConfig
 from edt_core.models.families import FAMILIES
 from edt_core.models.families.amm_placements import LARGE_IMAGE_SIZE, AmmPlacement
 from edt_core.models.families.family import Family
@@ -26,6 +26,20 @@ def family_of(name: str) -> Family:
     if name not in _FAMILY_OF:
         raise ValueError(f"Unknown model {name!r}. Known models: {', '.join(MODEL_NAMES)}.")
     return _FAMILY_OF[name]
+
+
+def models_for(latent_size: int) -> tuple[str, ...]:
+    """The models that latents of a side can be cut into patches for."""
+    return tuple(name for name in MODEL_NAMES if _fits(name, latent_size))
+
+
+def _fits(name: str, latent_size: int) -> bool:
+    family = family_of(name)
+    try:
+        family.config(name=name, latent_size=latent_size, **family.sizes[name].numbers)
+    except LatentSizeError:
+        return False
+    return True
 
 
 def model_config(
@@ -63,16 +77,21 @@ def model_config(
         )
     if amm_kernel is None:
         amm_kernel = "cos" if image_size >= LARGE_IMAGE_SIZE else "exp_cos"
-    return family.config(
-        name=name,
-        latent_size=image_size // factor,
-        in_channels=latent_channels,
-        autoencoder_factor=factor,
-        num_classes=num_classes,
-        amm_blocks=tuple(amm_blocks),
-        amm_kernel=amm_kernel,
-        **size.numbers,
-    )
+    try:
+        return family.config(
+            name=name,
+            latent_size=image_size // factor,
+            in_channels=latent_channels,
+            autoencoder_factor=factor,
+            num_classes=num_classes,
+            amm_blocks=tuple(amm_blocks),
+            amm_kernel=amm_kernel,
+            **size.numbers,
+        )
+    except LatentSizeError as error:
+        side = image_size // factor
+        fitting = f"Models for {side}x{side}: {', '.join(models_for(side)) or 'none'}."
+        raise LatentSizeError(f"{error} {fitting}") from None
 
 
 def build_model(config: ModelConfig) -> DiffusionTransformer:

@@ -27,6 +27,7 @@ from edt_core.models import (
     draw_masks,
     mask_sites,
     model_config,
+    models_for,
     shadow,
 )
 from edt_core.training.state import initial_state
@@ -226,3 +227,33 @@ def test_numbers_that_make_no_model() -> None:
         model_config("DiT-S/8", 272)
     with pytest.raises(ValueError, match=r"unknown architecture 'unet'; known: .*dit, edt, mdtv2"):
         ModelConfig.from_dict({"architecture": "unet"})
+
+
+def test_a_size_that_does_not_fit_is_answered_with_the_models_that_do() -> None:
+    """256 px and factor 32 give 8 x 8 latents: patches of 2 halved twice leave one token, patches of 8 are one."""
+    assert set(models_for(8)) == set(MODEL_NAMES)
+    assert models_for(1) == ()
+    with pytest.raises(ValueError, match=r"latents of 4x4 cannot be cut.* multiple of 256. Models for 4x4: ") as raised:
+        model_config("EDT-S/2", 128, autoencoder_factor=32, latent_channels=32)
+    named = str(raised.value).rpartition(": ")[2].removesuffix(".").split(", ")
+    assert {"DiT-S/2", "DiT-S/4", "MDTv2-S/2"} <= set(named)
+    assert not [name for name in named if name.startswith("EDT") or name.endswith("/8")]
+    for name in named:
+        assert model_config(name, 128, autoencoder_factor=32, latent_channels=32).grid >= 1
+
+
+@pytest.mark.parametrize("name", ["EDT-Tiny/2", "DiT-S/8", "MDTv2-Tiny/2"])
+def test_latents_of_factor_32_go_through_both_passes(name: str) -> None:
+    model = create_model(name, 256, 4, autoencoder_factor=32, latent_channels=32)
+    rng = torch.Generator().manual_seed(0)
+    masks = draw_masks(model.config, 2, rng) if model.config.is_masked else None
+    x, t, y = torch.randn(2, 32, 8, 8, generator=rng), torch.tensor([3, 900]), torch.tensor([0, 4])
+    assert model.train()(x, t, y, masks).shape == (2, 64, 8, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05, generator=rng)
+    for blocks in ((), range(model.config.num_blocks)):  # modulation in stages of one token, too
+        model.eval().set_amm(blocks)
+        output = model(x, t, y)
+        assert torch.isfinite(output).all()
+        assert output.std() > 0

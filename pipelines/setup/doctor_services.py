@@ -14,14 +14,13 @@ from edt_core.child_process import child_environment, python_command
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.files.place_names import typed_path
-from edt_core.files.small_files import read_json_object
 from edt_core.network.answers import answer_seconds
-from edt_core.network.hub import hub_is_away
 from edt_core.printing.redaction import redacted
 from edt_core.store.folder import Folder
 from jobs.runtime.cluster_address import check_answers, named_address
 from jobs.stages.autoencoder import MLFLOW_SCHEMES
 from pipelines.config.networks import ExtractorConfig
+from pipelines.setup.autoencoder_facts import published_facts
 from pipelines.setup.doctor import Setup, Status
 
 Found = tuple[Status, str, str]
@@ -81,9 +80,7 @@ def autoencoder(setup: Setup) -> Found:
 
         published_source(config, setup.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
         return "ok", f"{config.pretrained} is registered", ""
-    folder = typed_path(config.pretrained)
-    values = _local_config(folder) if folder.is_dir() else _hub_config(config.pretrained)
-    found = _shape(config.pretrained, values)
+    found = published_facts(config.pretrained)
     wanted = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}
     wrong = [
         f"{name} is {found[name]}, the configuration says {value}"
@@ -93,64 +90,8 @@ def autoencoder(setup: Setup) -> Found:
     if wrong:
         changes = " ".join(f"--set autoencoder.{name}={found[name]}" for name in wanted)
         return "fail", f"{config.pretrained}: {'; '.join(wrong)}", f"say what it has: {changes}"
-    place = "a local folder" if folder.is_dir() else _in_cache(config.pretrained)
+    place = "a local folder" if typed_path(config.pretrained).is_dir() else _in_cache(config.pretrained)
     return "ok", f"{config.pretrained} ({place}), factor {found['downsample_factor']}", ""
-
-
-def _shape(where: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Downsample factor and latent channels out of a diffusers configuration. Raises UserError for what is refused."""
-    from edt_core.autoencoders.check import check_config
-    from edt_core.autoencoders.kinds import KINDS
-
-    settings = check_config(where, values)
-    return KINDS[settings["_class_name"]].facts(settings)
-
-
-def _local_config(folder: Path) -> dict[str, Any]:
-    from edt_core.autoencoders.check import check_folder
-
-    check_folder(folder)
-    try:
-        values = read_json_object(folder / "config.json")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} holds no config.json of diffusers; give a folder that save_pretrained wrote"
-        ) from error
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no .safetensors; give a folder that save_pretrained wrote")
-    return dict(values)
-
-
-def _hub_config(hub_id: str) -> dict[str, Any]:
-    """config.json of a hub id, from this machine's cache or the hub."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    away = hub_is_away(hub_id)
-    try:
-        return read_json_object(Path(hf_hub_download(hub_id, "config.json", local_files_only=away)))
-    except HFValidationError as error:
-        raise UserError(
-            f"{hub_id} is neither a folder that is there nor a hub id; mend autoencoder.pretrained"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no {hub_id}, or hides it; mend the id, or set HF_TOKEN") from error
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise UserError(
-                f"{hub_id} has no config.json, so it is no autoencoder; of a diffusers pipeline use the vae subfolder: "
-                f"hf download {hub_id} --include 'vae/*' --local-dir FOLDER, and set autoencoder.pretrained=FOLDER/vae"
-            ) from error
-        raise UserError(
-            f"{hub_id} is not in this machine's cache, and the hub does not answer; download it elsewhere and give its "
-            "folder, set HTTPS_PROXY, or fit one (autoencoder.pretrained=null)"
-        ) from error
 
 
 def _in_cache(hub_id: str) -> str:

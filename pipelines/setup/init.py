@@ -8,13 +8,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
 
 from edt_core.errors import UserError
-from edt_core.evaluation.published import AUTOENCODER
+from edt_core.evaluation.published import AUTOENCODER, AUTOENCODER_CHANNELS, AUTOENCODER_FACTOR
+from edt_core.files.place_names import typed_path
+from edt_core.network.hub import HUB_ID
+from pipelines.setup.autoencoder_facts import published_facts
 from pipelines.setup.hardware import Hardware
 
 FIT = "fit"  # the answer that means: fit an autoencoder on the images
@@ -171,8 +175,9 @@ def check_autoencoder(text: str, image_size: int, model: str) -> str | None:
     if not text.strip():
         raise UserError(f"no autoencoder is named; give a hub id, a folder or models:/NAME@ALIAS, or {FIT!r}")
     published = None if text == FIT else text
+    factor, channels = latents_of(published, image_size)
     try:
-        model_config(model, image_size, autoencoder_factor=factor(image_size, published is not None))
+        model_config(model, image_size, autoencoder_factor=factor, latent_channels=channels)
     except ValueError as error:
         raise UserError(f"{model} does not fit: {error} Or take another autoencoder ({FIT!r}).") from error
     return published
@@ -192,6 +197,11 @@ def notes(answers: Answers, machine: Hardware) -> list[str]:
     if answers.gpus > len(machine.gpus):
         remarks.append(
             f"this machine has {len(machine.gpus)} GPUs of the {answers.gpus}: run it on a cluster that has them"
+        )
+    if answers.autoencoder is not None and _known_latents(answers.autoencoder) is None:
+        remarks.append(
+            f"the configuration of {answers.autoencoder} cannot be read here: factor {AUTOENCODER_FACTOR} and "
+            f"{AUTOENCODER_CHANNELS} channels are assumed. Correct both fields under `autoencoder:` if it has others"
         )
     return remarks
 
@@ -227,6 +237,7 @@ def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
     cpus_per_gpu = max(1, min(4, machine.cpus // max(gpus, 1))) if gpus <= len(machine.gpus) else 4
     recipe = _gpu_recipe(answers) if gpus else _cpu_recipe(answers)
     workers = gpus or min(2, machine.cpus)
+    factor, channels = latents_of(answers.autoencoder, answers.image_size)
     return {
         "name": answers.name,
         "registered": f"{answers.model.split('/')[0].lower()}-{answers.name}-{answers.image_size}",
@@ -244,7 +255,8 @@ def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
         "pool": f", num_gpus_per_worker: 1, num_cpus_per_worker: {cpus_per_gpu}" if gpus else "",
         "images_per_shard": max(1, min(4096, math.ceil(images.images / (2 * workers)))),
         "autoencoder": answers.autoencoder,
-        "factor": factor(answers.image_size, answers.autoencoder is not None),
+        "factor": factor,
+        "channels": channels,
         "inception": answers.inception,
         "metric": "fid" if answers.inception else "fd_classifier",
         "feature_dim": _feature_dim(images.images),
@@ -255,11 +267,34 @@ def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
     }
 
 
-def factor(image_size: int, published: bool) -> int:
-    """Image side / latent side: 8 for a published autoencoder; for a fitted one so that small images keep detail."""
-    if published or (image_size >= 256 and image_size % 64 == 0):
-        return 8
-    return 2 if image_size <= 32 else 4
+def latents_of(autoencoder: str | None, image_size: int) -> tuple[int, int]:
+    """Image side / latent side, and channels of the latents, with a published autoencoder or a fitted one (None).
+
+    A fitted one has a factor with which small images keep detail. A published one whose configuration cannot be read
+    here counts as the papers'. Raises UserError for a local folder that is refused.
+    """
+    if autoencoder is not None:
+        return _known_latents(autoencoder) or (AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS)
+    if image_size >= 256 and image_size % 64 == 0:
+        return 8, 4
+    return (2 if image_size <= 32 else 4), 4
+
+
+@cache
+def _known_latents(autoencoder: str) -> tuple[int, int] | None:
+    """Factor and channels of a published autoencoder; None where its configuration cannot be read here."""
+    if autoencoder == AUTOENCODER:
+        return AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS
+    is_folder = typed_path(autoencoder).is_dir()
+    if not is_folder and not HUB_ID.fullmatch(autoencoder):
+        return None
+    try:
+        facts = published_facts(autoencoder)
+    except UserError:
+        if is_folder:
+            raise
+        return None
+    return facts["downsample_factor"], facts["latent_channels"]
 
 
 def _feature_dim(images: int) -> int:
@@ -315,8 +350,14 @@ def _micro_batch(answers: Answers, machine: Hardware, batch: int) -> int | None:
     from edt_core.models import model_config
     from edt_core.training.estimate import estimate
 
-    times = factor(answers.image_size, answers.autoencoder is not None)
-    network = model_config(answers.model, answers.image_size, answers.images.classes, autoencoder_factor=times)
+    factor, channels = latents_of(answers.autoencoder, answers.image_size)
+    network = model_config(
+        answers.model,
+        answers.image_size,
+        answers.images.classes,
+        autoencoder_factor=factor,
+        latent_channels=channels,
+    )
     precision: Literal["bf16", "fp32"] = "bf16" if machine.bf16 else "fp32"
     masked = network.is_masked
     share = micro = math.ceil(batch / answers.gpus)

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from edt_core.config import TrainConfig
 from edt_core.errors import UserError
+from edt_core.evaluation.published import AUTOENCODER
 from pipelines.cli import app
 from pipelines.config.schema import load_config
+from pipelines.setup.autoencoder_facts import published_facts
 from pipelines.setup.hardware import Hardware
 from pipelines.setup.init import (
     Answers,
@@ -24,6 +26,7 @@ from pipelines.setup.init import (
     check_name,
     check_size,
     config_text,
+    latents_of,
     look_at,
     notes,
     parse_hardware,
@@ -136,6 +139,41 @@ def test_an_autoencoder_whose_latents_do_not_fit_is_refused_when_it_is_named() -
     with pytest.raises(UserError, match=r"EDT-Tiny/2 does not fit.*'fit'"):
         check_autoencoder("stabilityai/sd-vae-ft-ema", 32, "EDT-Tiny/2")
     assert check_autoencoder("fit", 32, "EDT-Tiny/2") is None
+
+
+def test_a_folders_own_factor_and_channels_are_written(
+    estimated: None, tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKL
+
+    folder, levels = tmp_path / "kl16", 5
+    AutoencoderKL(
+        latent_channels=16,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=8,
+        shift_factor=0.1,
+    ).save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    given = ("--images", str(digits_folder), "--hardware", "cpu", "--yes", "--autoencoder", str(folder))
+    assert "EDT-Tiny/2 does not fit" in init(*given, "--image-size", "64")  # 4 x 4 latents
+    output = init(*given, "--image-size", "128")
+    assert "are assumed" not in output
+    section = load_config("edt.yaml").autoencoder
+    assert (section.downsample_factor, section.latent_channels) == (16, 16)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no \.safetensors"):
+        published_facts(str(folder))
+
+
+def test_a_hub_id_that_cannot_be_read_is_assumed_to_be_as_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    answers = Answers(images(5000), "a", 256, 1, "EDT-S/2", "somebody/no-such-autoencoder")
+    assert latents_of(answers.autoencoder, 256) == (8, 4)
+    (remark,) = notes(answers, SERVER)
+    assert "factor 8 and 4 channels are assumed" in remark
+    assert notes(Answers(images(5000), "a", 256, 1, "EDT-S/2", AUTOENCODER), SERVER) == []
 
 
 def test_doubts_are_said() -> None:

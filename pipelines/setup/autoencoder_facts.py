@@ -1,0 +1,69 @@
+"""What the configuration of a published autoencoder says, without its weights: for `edt init` and `edt doctor`."""
+
+from pathlib import Path
+from typing import Any
+
+from edt_core.errors import UserError
+from edt_core.files.place_names import typed_path
+from edt_core.files.small_files import read_json_object
+from edt_core.network.hub import hub_is_away
+
+
+def published_facts(location: str) -> dict[str, Any]:
+    """Downsample factor, latent channels and scale of the autoencoder in a local folder or at a hub id.
+
+    Raises UserError where there is none, and for one that is refused.
+    """
+    from edt_core.autoencoders.check import check_config
+    from edt_core.autoencoders.kinds import KINDS
+
+    folder = typed_path(location)
+    settings = check_config(location, _local_config(folder) if folder.is_dir() else _hub_config(location))
+    return KINDS[settings["_class_name"]].facts(settings)
+
+
+def _local_config(folder: Path) -> dict[str, Any]:
+    from edt_core.autoencoders.check import check_folder
+
+    check_folder(folder)
+    try:
+        values = read_json_object(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no config.json of diffusers; give a folder that save_pretrained wrote"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no .safetensors; give a folder that save_pretrained wrote")
+    return dict(values)
+
+
+def _hub_config(hub_id: str) -> dict[str, Any]:
+    """config.json of a hub id, from this machine's cache or the hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    away = hub_is_away(hub_id)
+    try:
+        return read_json_object(Path(hf_hub_download(hub_id, "config.json", local_files_only=away)))
+    except HFValidationError as error:
+        raise UserError(
+            f"{hub_id} is neither a folder that is there nor a hub id; mend autoencoder.pretrained"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"the hub has no {hub_id}, or hides it; mend the id, or set HF_TOKEN") from error
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(
+                f"{hub_id} has no config.json, so it is no autoencoder; of a diffusers pipeline use the vae subfolder: "
+                f"hf download {hub_id} --include 'vae/*' --local-dir FOLDER, and set autoencoder.pretrained=FOLDER/vae"
+            ) from error
+        raise UserError(
+            f"{hub_id} is not in this machine's cache, and the hub does not answer; download it elsewhere and give its "
+            "folder, set HTTPS_PROXY, or fit one (autoencoder.pretrained=null)"
+        ) from error

@@ -1,13 +1,12 @@
-"""Global batches of a training's latents, cut to one rank's share and prepared ahead of the step.
+"""Global batches of a training's latents, cut to one rank's share.
 
 Legend: B global batch, n this rank's share of it (about B / world size), C latent channels, h latent height and width.
 """
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,8 @@ from torch import Tensor
 
 from edt_core.data.latents import LatentDataset
 from edt_core.data.order import batch_indices, mirror_draws, share
-from edt_core.data.prefetch import prefetched
 from edt_core.errors import UserError
 from edt_core.store.digests import listing
-
-STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -133,84 +129,3 @@ def latent_batches(dataset: LatentDataset, plan: BatchPlan, start_step: int = 0)
         _, labels = dataset.gather(indices, mirror, posterior.numpy())
         yield LatentBatch(step, indices, mirror, posterior, torch.from_numpy(labels))
         step += 1
-
-
-class LatentLoader:
-    """Iterates over `latent_batches` for ever, `prefetch` of them ahead in a thread, and can be resumed at any step.
-
-    A context manager: leaving it, or `close()`, ends the thread; iterating goes on after it where it stopped.
-    """
-
-    def __init__(
-        self,
-        dataset: LatentDataset,
-        *,
-        seed: int,
-        global_batch_size: int,
-        mirror_prob: float,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        prefetch: int = 2,
-    ) -> None:
-        self.dataset, self.prefetch = dataset, prefetch
-        self.plan = BatchPlan(seed, global_batch_size, mirror_prob, rank, world_size, torch.device(device))
-        self.step = 0  # of the next batch to be handed out
-        self._ahead: Generator[LatentBatch, None, None] | None = None
-
-    def __iter__(self) -> Iterator[LatentBatch]:
-        return self
-
-    def __next__(self) -> LatentBatch:
-        if self._ahead is None:
-            self._ahead = prefetched(latent_batches(self.dataset, self.plan, self.step), self.prefetch)
-        try:
-            batch = next(self._ahead)
-        except BaseException:  # a generator that raised is spent: asked again, it would silently end the training
-            self.close()
-            raise
-        self.step = batch.step + 1
-        return batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the next batch starts; batches that were prepared but not handed out are not counted."""
-        return {"step": self.step, "epoch": self.step * self.plan.global_batch_size // len(self.dataset), **self._fixed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a state, of this or another number of workers. Raises UserError for one of another order."""
-        different = [
-            f"{name} {state.get(name)} instead of {value}"
-            for name, value in self._fixed.items()
-            if state.get(name) != value
-        ]
-        if different:
-            raise UserError(
-                f"the loader's state has {', '.join(different)}: resuming would repeat and miss samples; resume with "
-                "the seed, batch and latents of the interrupted run, or start a new one"
-            )
-        self.close()
-        self.step = state["step"]
-
-    def close(self) -> None:
-        """End the thread. What it had prepared is prepared again if iterating goes on."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
-
-    def __enter__(self) -> "LatentLoader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def _fixed(self) -> dict[str, int]:
-        plan = self.plan
-        return {
-            "version": STATE_VERSION,
-            "seed": plan.seed,
-            "global_batch_size": plan.global_batch_size,
-            "num_samples": len(self.dataset),
-        }

@@ -1,8 +1,9 @@
-"""Latents read for training: the loader, a DataLoader over .npy files, and bare numpy."""
+"""Latents read for training: our reader, a DataLoader over .npy files, and bare numpy."""
 
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jobs.benchmark.table import Row
 
 
 def bench_latents(work: Path, rows: int, batch_size: int = 256, seconds: float = 4.0) -> list[Row]:
-    """Rows a second, shuffled, one process, warm cache: our loader, DataLoaders over .npy files, and bare numpy.
+    """Rows a second, shuffled, one process, warm cache: our reader, DataLoaders over .npy files, and bare numpy.
 
     Our row is what a training step takes of an image: posterior mean and std, float32 [2, 4, 32, 32], 32 KB. The .npy
     files are as the authors' code has them, one of a drawn latent, float32 [1, 4, 32, 32], and one of its label; and,
@@ -23,7 +24,8 @@ def bench_latents(work: Path, rows: int, batch_size: int = 256, seconds: float =
     import torch
 
     from edt_core.data.latents import LatentDataset
-    from edt_core.data.loader import LatentLoader
+    from edt_core.data.loader import BatchPlan, latent_batches
+    from edt_core.data.prefetch import prefetched
 
     batch_size = min(batch_size, rows)
     values = np.random.default_rng(0).standard_normal((rows, 2, 4, 32, 32), dtype=np.float32)
@@ -41,8 +43,9 @@ def bench_latents(work: Path, rows: int, batch_size: int = 256, seconds: float =
     rng = np.random.default_rng(1)
     orders = cycle([rng.permutation(rows)[:batch_size] for _ in range(200)])
     memory = values.reshape(rows, -1)
-    with LatentLoader(LatentDataset(shards), seed=0, global_batch_size=batch_size, mirror_prob=0.5) as loader:
-        ours = _rate((batch.posterior for batch in loader), batch_size, seconds)
+    plan = BatchPlan(seed=0, global_batch_size=batch_size, mirror_prob=0.5)
+    with closing(prefetched(latent_batches(LatentDataset(shards), plan), 2)) as batches:
+        ours = _rate((batch.posterior for batch in batches), batch_size, seconds)
     authors = _rate(files("latents", "labels"), batch_size, seconds)
     same = _rate(files("rows"), batch_size, seconds)
     bare = _rate((memory[order] for order in orders), batch_size, seconds)

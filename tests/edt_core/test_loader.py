@@ -1,4 +1,4 @@
-"""The loader: each epoch a permutation, the same batches at any world size and depth, resume equals uninterrupted."""
+"""Batches of latents: each epoch a permutation, the same at any world size and depth, resume equals uninterrupted."""
 
 import gc
 import subprocess
@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
-from edt_core.data.loader import LatentBatch, LatentLoader, latent_batches, require_finite
+from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
 from edt_core.data.order import epoch_order
 from edt_core.data.prefetch import prefetched
 from edt_core.data.scale import LatentScale
@@ -61,9 +62,16 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "edt-prefetch"]
 
 
-def take(dataset: LatentDataset, steps: int, **options: object) -> list[LatentBatch]:
-    with LatentLoader(dataset, **{**OPTIONS, **options}) as loader:
-        return list(islice(loader, steps))
+def loaded(
+    dataset: LatentDataset, start_step: int = 0, prefetch: int = 2, **options: int
+) -> Generator[LatentBatch, None, None]:
+    """Batches as a training takes them, without end."""
+    return prefetched(latent_batches(dataset, BatchPlan(**{**OPTIONS, **options}), start_step), prefetch)
+
+
+def take(dataset: LatentDataset, steps: int, **options: int) -> list[LatentBatch]:
+    with closing(loaded(dataset, **options)) as batches:
+        return list(islice(batches, steps))
 
 
 def same(a: LatentBatch, b: LatentBatch) -> bool:
@@ -118,50 +126,22 @@ def test_the_depth_changes_nothing(dataset: LatentDataset, prefetch: int) -> Non
 
 
 @pytest.mark.parametrize("stop", [0, 1, 11, 23, 24, 40])  # an epoch ends within batch 23
-def test_a_resumed_loader_equals_an_uninterrupted_one(dataset: LatentDataset, stop: int) -> None:
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_resumed_training_s_batches_equal_an_uninterrupted_one_s(
+    dataset: LatentDataset, stop: int, before: int
+) -> None:
+    """Also where another number of workers began it."""
     whole = take(dataset, 60)
-    with LatentLoader(dataset, **OPTIONS) as first:
-        list(islice(first, stop))
-        time.sleep(0.01)  # the thread runs ahead of what was handed out, which the state must not count
-        state = first.state_dict()
-    assert (state["step"], state["epoch"]) == (stop, stop * 24 // TOTAL)
-    with LatentLoader(dataset, **OPTIONS) as second:
-        next(second)  # and a loader that has begun elsewhere goes where the state says
-        second.load_state_dict(state)
-        assert all(same(a, b) for a, b in zip(islice(second, 60 - stop), whole[stop:], strict=True))
+    begun = [take(dataset, stop, rank=rank, world_size=before) for rank in range(before)]
+    rest = take(dataset, 60 - stop, start_step=stop)
+    indices = [np.concatenate([batches[step].indices for batches in begun]) for step in range(stop)]
+    assert all(np.array_equal(ours, batch.indices) for ours, batch in zip(indices, whole[:stop], strict=True))
+    assert all(same(a, b) for a, b in zip(rest, whole[stop:], strict=True))
 
 
-def test_a_resumed_loader_may_have_another_world_size(dataset: LatentDataset) -> None:
-    with LatentLoader(dataset, **OPTIONS, rank=0, world_size=2) as loader:
-        list(islice(loader, 5))
-        state = loader.state_dict()
-    with LatentLoader(dataset, **OPTIONS) as alone:
-        alone.load_state_dict(state)
-        assert same(next(alone), take(dataset, 6)[5])
-
-
-def test_iterating_goes_on_after_close(dataset: LatentDataset) -> None:
-    with LatentLoader(dataset, **OPTIONS) as loader:
-        begun = list(islice(loader, 3))
-        loader.close()
-        assert threads() == []
-        begun += islice(loader, 3)
-    assert all(same(a, b) for a, b in zip(begun, take(dataset, 6), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("seed", 4), ("global_batch_size", 12), ("num_samples", 9), ("version", 0)]
-)
-def test_a_state_of_another_order_is_refused(dataset: LatentDataset, name: str, value: int) -> None:
-    with LatentLoader(dataset, **OPTIONS) as loader:
-        state = loader.state_dict()
-        with pytest.raises(UserError, match=f"{name} {value} instead of {state[name]}"):
-            loader.load_state_dict({**state, name: value})
-
-
-def test_a_batch_with_less_than_a_sample_for_each_worker_is_refused(dataset: LatentDataset) -> None:
+def test_a_batch_with_less_than_a_sample_for_each_worker_is_refused() -> None:
     with pytest.raises(UserError, match="24 samples has not one for each of 25 workers; use fewer workers"):
-        LatentLoader(dataset, **OPTIONS, world_size=25)
+        BatchPlan(**OPTIONS, world_size=25)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -189,11 +169,11 @@ def test_infinities_that_cancel_are_found() -> None:
         require_finite(LatentBatch(0, np.arange(4), np.zeros(4, bool), posterior, torch.zeros(4)))
 
 
-def test_a_loader_that_is_dropped_ends_its_thread(dataset: LatentDataset) -> None:
-    loader = LatentLoader(dataset, **OPTIONS)
-    next(loader)
+def test_batches_that_are_dropped_end_their_thread(dataset: LatentDataset) -> None:
+    batches = loaded(dataset)
+    next(batches)
     assert len(threads()) == 1
-    del loader
+    del batches
     gc.collect()
     assert threads() == []
 
@@ -203,16 +183,14 @@ class _Failing(LatentDataset):
         raise OSError("the disk is gone")
 
 
-def test_an_error_in_the_thread_does_not_end_the_data_in_silence(paths: list[Path]) -> None:
-    loader = LatentLoader(_Failing(paths), **OPTIONS)
-    for _ in range(2):  # asked again, it fails again
-        with pytest.raises(OSError, match="the disk is gone"):
-            next(loader)
+def test_an_error_in_the_thread_reaches_the_training(paths: list[Path]) -> None:
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(loaded(_Failing(paths)))
 
 
 def test_batches_are_their_consumer_s(dataset: LatentDataset) -> None:
     """A batch keeps its values while later ones are made."""
-    batches = list(islice(latent_batches(dataset, LatentLoader(dataset, **OPTIONS).plan), 20))
+    batches = list(islice(latent_batches(dataset, BatchPlan(**OPTIONS)), 20))
     assert len({batch.posterior.data_ptr() for batch in batches}) == 20
 
 
@@ -272,10 +250,11 @@ def test_closing_closes_the_producer_too() -> None:
 def test_an_interpreter_exits_in_the_middle(paths: list[Path]) -> None:
     code = (
         "import sys; from pathlib import Path; from edt_core.data.latents import LatentDataset\n"
-        "from edt_core.data.loader import LatentLoader\n"
-        "loader = LatentLoader(LatentDataset([Path(p) for p in sys.argv[1:]]), seed=0, global_batch_size=8,"
-        " mirror_prob=0.5)\n"
-        "print(next(loader).step)"
+        "from edt_core.data.loader import BatchPlan, latent_batches\n"
+        "from edt_core.data.prefetch import prefetched\n"
+        "plan = BatchPlan(seed=0, global_batch_size=8, mirror_prob=0.5)\n"
+        "batches = prefetched(latent_batches(LatentDataset([Path(p) for p in sys.argv[1:]]), plan), 2)\n"
+        "print(next(batches).step)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)],
@@ -291,9 +270,9 @@ def test_an_interpreter_exits_in_the_middle(paths: list[Path]) -> None:
 def test_a_batch_that_is_held_is_never_overwritten(latents_artifact: Artifact) -> None:
     """Buffers are used again, but not while the batch, or a view of it, is in use."""
     dataset = LatentDataset(latents_artifact.paths("*.arrow"))
-    with LatentLoader(dataset, seed=0, global_batch_size=8, mirror_prob=0.5) as loader:
+    with closing(loaded(dataset, seed=0, global_batch_size=8)) as batches:
         views, copies, places = [], [], set()
-        for batch in islice(loader, 40):
+        for batch in islice(batches, 40):
             if batch.step % 4 == 0:
                 views.append(batch.posterior[:, 0])
                 copies.append(views[-1].clone())

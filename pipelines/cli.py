@@ -24,16 +24,6 @@ COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Found again": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
     "Models": (models.lineage, cost.compare, cost.cost),
 }
-VERBS: tuple[Callable[[typer.Context], None], ...] = (
-    verbs.preprocess,
-    verbs.encode,
-    verbs.train,
-    verbs.evaluate,
-    verbs.amm_search,
-    verbs.sample,
-    verbs.export,
-    verbs.bench,
-)
 
 for panel, commands in COMMANDS.items():
     for command in commands:
@@ -42,8 +32,7 @@ app.add_typer(config.app, name="config", rich_help_panel="Begin")
 app.add_typer(schedule.app, name="schedule", rich_help_panel="Pipeline")
 app.add_typer(models.app, name="models", rich_help_panel="Models")
 app.command("import", rich_help_panel="Models")(models.import_model)
-for verb in VERBS:
-    app.command(rich_help_panel="Single steps", **verbs.SETTINGS)(verb)
+verbs.add_verbs(app, "Single steps")
 
 
 def _print_version(wanted: bool) -> None:

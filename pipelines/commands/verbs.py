@@ -7,15 +7,19 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-_MODULES = {
-    "preprocess": "jobs.stages.preprocess",
-    "encode": "jobs.stages.encode",
-    "train": "jobs.stages.train",
-    "evaluate": "jobs.commands.evaluate_model",
-    "amm-search": "jobs.commands.amm_search",
-    "sample": "jobs.commands.draw",
-    "export": "jobs.commands.export",
-    "bench": "jobs.benchmark.command",
+# The module of a command and the line that `edt --help` has of it.
+_VERBS = {
+    "preprocess": ("jobs.stages.preprocess", "Turn labelled images into image shards: SOURCE OUT."),
+    "encode": ("jobs.stages.encode", "Turn image shards into latent shards: IMAGES OUT --autoencoder PATH_OR_ID."),
+    "train": ("jobs.stages.train", "Train a model on latent shards: LATENTS OUT --model EDT-S/2."),
+    "evaluate": ("jobs.commands.evaluate_model", "Sample from any model and measure it: MODEL OUT --images IMAGES."),
+    "amm-search": (
+        "jobs.commands.amm_search",
+        "Find where to modulate a model's attention: MODEL OUT --images IMAGES.",
+    ),
+    "sample": ("jobs.commands.draw", "Draw images of chosen classes into one picture: MODEL --classes otter,207."),
+    "export": ("jobs.commands.export", "Write samples or a model for other tools: WHAT TARGET --format FORMAT."),
+    "bench": ("jobs.benchmark.command", "Measure this machine: data, encode, model, train or eval."),
 }
 
 
@@ -32,70 +36,37 @@ class VerbCommand(TyperCommand):
         return found
 
 
-# A verb prints its own help.
-SETTINGS: dict[str, Any] = {
-    "cls": VerbCommand,
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
-    "add_help_option": False,
-}
+def add_verbs(app: typer.Typer, panel: str) -> None:
+    """Add the verbs to the command line. A verb reads its own arguments and prints its own help."""
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    for verb, (_, line) in _VERBS.items():
+        add = app.command(
+            verb, cls=VerbCommand, help=line, rich_help_panel=panel, context_settings=settings, add_help_option=False
+        )
+        add(_run)
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of a verb, by the name of its command."""
     from jobs.commands import stage
 
-    module, prog = import_module(_MODULES[verb]), f"edt {verb}"
+    module, prog = _found(verb)
     parser: argparse.ArgumentParser = (
         stage.make_parser(module.VERB, prog) if hasattr(module, "VERB") else module.make_parser(prog)
     )
     return parser
 
 
-def _run(verb: str, context: typer.Context) -> None:
+def _run(context: typer.Context) -> None:
     from jobs.commands import stage
 
-    module, prog = import_module(_MODULES[verb]), f"edt {verb}"
+    module, prog = _found(context.command.name or "")
     if hasattr(module, "VERB"):
         stage.main(module.VERB, context.args, prog)
     else:
         module.main(context.args, prog)
 
 
-def preprocess(context: typer.Context) -> None:
-    """Turn labelled images into image shards: SOURCE OUT."""
-    _run("preprocess", context)
-
-
-def encode(context: typer.Context) -> None:
-    """Turn image shards into latent shards: IMAGES OUT --autoencoder PATH_OR_ID."""
-    _run("encode", context)
-
-
-def train(context: typer.Context) -> None:
-    """Train a model on latent shards: LATENTS OUT --model EDT-S/2."""
-    _run("train", context)
-
-
-def evaluate(context: typer.Context) -> None:
-    """Sample from any model and measure it: MODEL OUT --images IMAGES."""
-    _run("evaluate", context)
-
-
-def amm_search(context: typer.Context) -> None:
-    """Find where to modulate a model's attention: MODEL OUT --images IMAGES."""
-    _run("amm-search", context)
-
-
-def sample(context: typer.Context) -> None:
-    """Draw images of chosen classes into one picture: MODEL --classes otter,207."""
-    _run("sample", context)
-
-
-def export(context: typer.Context) -> None:
-    """Write samples or a model for other tools: WHAT TARGET --format FORMAT."""
-    _run("export", context)
-
-
-def bench(context: typer.Context) -> None:
-    """Measure this machine: data, encode, model, train or eval."""
-    _run("bench", context)
+def _found(verb: str) -> tuple[Any, str]:
+    """The module of a verb, and what its help calls the program."""
+    return import_module(_VERBS[verb][0]), f"edt {verb}"

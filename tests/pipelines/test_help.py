@@ -29,7 +29,7 @@ COMMANDS = dict(commands())
 
 
 def examples(name: str) -> list[str]:
-    if name in verbs._MODULES:
+    if name in verbs._VERBS:
         text = verbs.make_parser(name).epilog or ""
     else:
         text = (COMMANDS[name].help or "").partition("Examples:")[2]
@@ -45,7 +45,7 @@ def read_by_parsers(words: list[str]) -> None:
         if not hasattr(command, "commands"):
             break
         name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-    if name in verbs._MODULES:
+    if name in verbs._VERBS:
         verbs.make_parser(name).parse_args(context.args)
 
 

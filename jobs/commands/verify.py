@@ -1,16 +1,10 @@
 """verify: check an artifact against its manifest, where it lies. Needs no Ray and no cluster."""
 
-import argparse
-from collections.abc import Sequence
-
 from edt_core.errors import UserError
-from edt_core.printing.console import say
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact
 from edt_core.store.digests import listing
 from edt_core.store.layout import MANIFEST_NAME
-from jobs.runtime.exit_code import exit_code
-from jobs.runtime.progress import Bar
 
 
 def verify(location: str, deep: bool = False, progress: Progress | None = None) -> str:
@@ -32,13 +26,3 @@ def verify(location: str, deep: bool = False, progress: Progress | None = None) 
     size = sum(entry.bytes for entry in manifest.files)
     checked = "sha256 of every file" if deep else "size of every file"
     return f"{manifest.kind} {manifest.digest[:12]}: {len(manifest.files)} files, {size:,} bytes, {checked} as stated"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The verb on its own. Exits with 0, 2 where the artifact is damaged, or 130."""
-    parser = argparse.ArgumentParser(prog="edt verify", description="Check an artifact against its manifest")
-    parser.add_argument("artifact", help="artifact folder or URI: the one that holds manifest.json")
-    parser.add_argument("--deep", action="store_true", help="digest every file, not only its size")
-    options = parser.parse_args(arguments)
-    with exit_code(), Bar("verify") as bar:
-        say(verify(options.artifact, options.deep, bar))

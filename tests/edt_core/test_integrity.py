@@ -18,7 +18,8 @@ from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
-from jobs.commands.verify import main, verify
+from jobs.commands.verify import verify
+from tests.support.small import edt
 
 TRIALS = 200
 ROWS, VALUES = 64, 2 * 4 * 8 * 8
@@ -255,17 +256,15 @@ def test_without_a_place_for_stamps_files_are_still_verified(
     assert len(digested) == 4
 
 
-def test_verify_on_its_own(artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
-    main([artifact.folder.uri, "--deep"])
-    assert "4 files" in capsys.readouterr().out
+def test_verify_as_a_command(artifact: Artifact) -> None:
+    assert "4 files" in edt("verify", artifact.folder.uri, "--deep").stdout
     data = artifact.data.local
     assert data is not None
     for k in range(12):
         (data / f"extra-{k:02d}").write_bytes(b"")
-    with pytest.raises(SystemExit) as ended:
-        main([artifact.folder.uri])
-    assert ended.value.code == 2
-    shown = capsys.readouterr().err
+    done = edt("verify", artifact.folder.uri)
+    assert done.returncode == 2
+    shown = done.stderr
     assert shown.startswith("error: ")
     assert "12 problems in 4 files" in shown
     assert "and 2 more" in shown
@@ -276,9 +275,11 @@ def test_verify_on_its_own(artifact: Artifact, capsys: pytest.CaptureFixture[str
 def test_verify_imports_no_ray(artifact: Artifact) -> None:
     import sys
 
-    code = "import sys; from jobs.commands.verify import main; main(sys.argv[1:]); "
+    code = "import sys; from pipelines.cli import app; app(sys.argv[1:], standalone_mode=False); "
     code += "assert not {'ray', 'torch'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code, artifact.folder.uri, "--deep"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, "verify", artifact.folder.uri, "--deep"], check=True, capture_output=True
+    )
 
 
 @pytest.fixture

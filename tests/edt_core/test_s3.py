@@ -15,7 +15,8 @@ from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.store.cache import local_copy, local_directory
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
-from jobs.commands.verify import main, verify
+from jobs.commands.verify import verify
+from tests.support.small import edt
 
 
 def writer(uri: str, attempt: str = "a1", previous: tuple[str, ...] = ()) -> ArtifactWriter:
@@ -233,17 +234,14 @@ def test_the_secret_is_written_nowhere(s3: str, tmp_path: Path) -> None:
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and secret in p.read_bytes()]
 
 
-def test_verify_as_a_command_on_s3(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_as_a_command_on_s3(s3: str) -> None:
     artifact = committed(s3)
-    arguments = [artifact.folder.uri, "--deep"]
-    main(arguments)
-    out, err = capsys.readouterr()
-    assert (len(out.splitlines()), err) == (1, "")
+    arguments = ["verify", artifact.folder.uri, "--deep"]
+    done = edt(*arguments, env=os.environ)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
     overwrite(artifact, "images-00001.tar", b"\1" * 999 + b"\2")
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out) == (2, "")
-    assert err.startswith("error: s3://")
-    assert "another sha256" in err
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in out + err
+    done = edt(*arguments, env=os.environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: s3://")
+    assert "another sha256" in done.stderr
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stderr

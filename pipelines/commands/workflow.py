@@ -114,7 +114,7 @@ def _on_ray() -> bool:
 @contextmanager
 def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
     """Where it is wanted, keep other runs of the pipeline away from its store, or leave with exit code 0 for theirs."""
-    from pipelines.schedule.lease import Taken, held, this_process
+    from pipelines.schedule.lease import Taken, hold, this_process
     from pipelines.schedule.record import OVERLAP, run_lease, tell_scheduler
 
     if not wanted:
@@ -123,7 +123,7 @@ def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
     from edt_core.store.store import Store
 
     try:
-        with held(Store.open(config.store).root, run_lease(config.name), this_process(), on_lost=_warn_of_loss):
+        with hold(Store.open(config.store).root, run_lease(config.name), this_process(), on_lost=_warn_of_loss):
             yield
     except Taken as taken:
         tell_scheduler(OVERLAP)

@@ -29,8 +29,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,7 +69,7 @@ def this_process(**more: Any) -> dict[str, Any]:
 
 
 @dataclass
-class Lease:
+class Lease(AbstractContextManager["Lease"]):
     """A lease that is held until `release`, or until it is lost: another counted this holder as dead."""
 
     folder: Folder
@@ -102,6 +102,9 @@ class Lease:
         if self.guard is not None:
             self.guard.release()
 
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def _beat(self) -> None:
         while not self._over.wait(self.record["every_s"]) and not self._lost:
             with suppress(Exception):  # a store that is away for a moment: the next beat tries again
@@ -116,30 +119,16 @@ class Lease:
             self.on_lost()
 
 
-@contextmanager
-def held(
-    store: Folder,
-    name: str,
-    owner: Mapping[str, Any],
-    every_s: float = EVERY_S,
-    on_lost: Callable[[], None] = lambda: None,
-) -> Iterator[Lease]:
-    """Hold the lease `name` of a store within the block. Raises Taken, which says who holds it."""
-    lease = try_hold(store, name, owner, every_s, on_lost)
-    try:
-        yield lease
-    finally:
-        lease.release()
-
-
-def try_hold(
+def hold(
     store: Folder,
     name: str,
     owner: Mapping[str, Any],
     every_s: float = EVERY_S,
     on_lost: Callable[[], None] = lambda: None,
 ) -> Lease:
-    """Take the lease, which the caller releases. Raises Taken at the holder's next beat at the latest.
+    """Take the lease `name` of a store, for a `with` block or until `release`.
+
+    Raises Taken, which says who holds it, at the holder's next beat at the latest.
 
     A dead holder is outwaited: some of its beats in an object store, no time in a local store of this machine.
     `on_lost` is called in another thread when the lease is lost.

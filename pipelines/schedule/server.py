@@ -25,7 +25,7 @@ from edt_core.errors import UserError
 from edt_core.files.place_names import typed_path
 from edt_core.files.private_files import FILE_MODE, make_private, private_opener
 from edt_core.printing.redaction import redacted
-from pipelines.schedule.lease import held, this_process
+from pipelines.schedule.lease import hold, this_process
 from pipelines.schedule.record import (
     OVERLAP,
     SERVER_LEASE,
@@ -80,7 +80,7 @@ class Server:
         # A tracking server that is away is tried again with the next tick; a run has its own patience.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         with (
-            held(self.schedules.store, SERVER_LEASE, this_process(), on_lost=self._lose),
+            hold(self.schedules.store, SERVER_LEASE, this_process(), on_lost=self._lose),
             ThreadPoolExecutor(_SIDE_BY_SIDE) as pool,
         ):
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,7 +16,7 @@ import pytest
 
 from edt_core.store.folder import Folder
 from pipelines.schedule import lease as leases
-from pipelines.schedule.lease import Taken, held, this_process, try_hold
+from pipelines.schedule.lease import Taken, hold, this_process
 from tests.support.processes import wait_for
 
 BEAT_S = 0.25
@@ -28,11 +28,11 @@ HOLDER = """
 import sys, threading, time
 from edt_core.store.folder import Folder
 from pipelines.schedule import lease as leases
-from pipelines.schedule.lease import Taken, this_process, try_hold
+from pipelines.schedule.lease import Taken, this_process, hold
 uri, every_s = sys.argv[1], float(sys.argv[2])
 leases._LOOKS = leases._TRIES = int(sys.argv[3])
 try:
-    lease = try_hold(Folder.at(uri), "run", this_process(), every_s)
+    lease = hold(Folder.at(uri), "run", this_process(), every_s)
 except Taken as taken:
     print("taken", taken.owner["pid"], flush=True)
     sys.exit()
@@ -74,7 +74,7 @@ def owner_of(store: Folder) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leases, "_LOOKS", FOR_EVER)
         with pytest.raises(Taken) as taken:
-            try_hold(store, "run", this_process(), BEAT_S)
+            hold(store, "run", this_process(), BEAT_S)
     return taken.value.owner
 
 
@@ -132,7 +132,7 @@ def test_of_many_threads_one_holds_each_generation(s3: str, monkeypatch: pytest.
     def contend() -> None:
         for _ in range(6):
             try:
-                with held(store, "run", this_process(), 0.05) as lease:
+                with hold(store, "run", this_process(), 0.05) as lease:
                     inside.append(lease)
                     most[0] = max(most[0], len(inside))
                     took.append(lease.generation)
@@ -152,11 +152,11 @@ def test_of_many_threads_one_holds_each_generation(s3: str, monkeypatch: pytest.
 
 
 def test_who_holds_is_told_and_a_release_is_seen_at_once(local: Folder) -> None:
-    with held(local, "run", {"host": "here", "pid": 7, "since": "then"}):
+    with hold(local, "run", {"host": "here", "pid": 7, "since": "then"}):
         with pytest.raises(Taken, match="process 7 on here, since then"):
-            try_hold(local, "run", this_process())
-        try_hold(local, "another/name", this_process()).release()
-    lease = try_hold(local, "run", this_process())
+            hold(local, "run", this_process())
+        hold(local, "another/name", this_process()).release()
+    lease = hold(local, "run", this_process())
     assert lease.generation == 2
     lease.release()
     assert len(generations(local)) == 1
@@ -168,7 +168,7 @@ def test_a_killed_holder_is_replaced_at_once_on_a_disk(local: Folder, monkeypatc
         process.kill()
         process.wait()
         monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
-        try_hold(local, "run", this_process()).release()
+        hold(local, "run", this_process()).release()
 
 
 @pytest.mark.faults
@@ -178,7 +178,7 @@ def test_a_killed_holder_is_outwaited_in_an_object_store(s3: str) -> None:
         assert owner_of(store)["pid"] == process.pid
         process.kill()
         process.wait()
-        lease = try_hold(store, "run", this_process(), BEAT_S)
+        lease = hold(store, "run", this_process(), BEAT_S)
         assert lease.generation == 2
         lease.release()
 
@@ -192,7 +192,7 @@ def test_a_holder_under_another_kernel_is_told_by_its_beats(local: Folder, monke
         assert owner_of(local)["pid"] == process.pid
         process.kill()
         process.wait()
-        try_hold(local, "run", this_process(), BEAT_S).release()
+        hold(local, "run", this_process(), BEAT_S).release()
 
 
 @pytest.mark.faults
@@ -200,7 +200,7 @@ def test_a_paused_holder_that_wakes_up_learns_that_it_lost(s3: str) -> None:
     store = Folder.at(s3)
     with holder(store) as process:
         process.send_signal(signal.SIGSTOP)
-        lease = try_hold(store, "run", this_process(), BEAT_S)
+        lease = hold(store, "run", this_process(), BEAT_S)
         process.send_signal(signal.SIGCONT)
         assert process.stdout is not None
         assert process.stdout.readline() == "lost\n"
@@ -216,7 +216,7 @@ def test_a_holder_learns_of_a_successor_that_is_gone_already(s3: str) -> None:
     store = Folder.at(s3)
     with holder(store) as process:
         process.send_signal(signal.SIGSTOP)
-        try_hold(store, "run", this_process(), BEAT_S).release()
+        hold(store, "run", this_process(), BEAT_S).release()
         process.send_signal(signal.SIGCONT)
         assert process.stdout is not None
         assert process.stdout.readline() == "lost\n"
@@ -225,20 +225,20 @@ def test_a_holder_learns_of_a_successor_that_is_gone_already(s3: str) -> None:
 def test_a_taker_that_stalls_between_look_and_write_withdraws(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others take the next generations and sweep the one that it then creates."""
     store = Folder.at(s3)
-    try_hold(store, "run", this_process(), BEAT_S).release()
+    hold(store, "run", this_process(), BEAT_S).release()
     write, stalled = Folder.write_bytes, []
 
     def stalls(folder: Folder, name: str, data: bytes, *, exclusive: bool = False) -> bool:
         if exclusive and not stalled:
             stalled.append(name)
-            try_hold(store, "run", this_process(), BEAT_S).release()
-            stalled.append(try_hold(store, "run", {"pid": 5}, BEAT_S))
+            hold(store, "run", this_process(), BEAT_S).release()
+            stalled.append(hold(store, "run", {"pid": 5}, BEAT_S))
         return write(folder, name, data, exclusive=exclusive)
 
     monkeypatch.setattr(Folder, "write_bytes", stalls)
     monkeypatch.setattr(leases, "_LOOKS", FOR_EVER)
     with pytest.raises(Taken, match="process 5 "):
-        try_hold(store, "run", this_process(), BEAT_S)
+        hold(store, "run", this_process(), BEAT_S)
     name, third = stalled
     assert (name, third.generation) == ("0000000002.json", 3)
     assert generations(store) == ["0000000003.json"]
@@ -248,7 +248,7 @@ def test_a_taker_that_stalls_between_look_and_write_withdraws(s3: str, monkeypat
 
 def test_the_loser_is_called(s3: str) -> None:
     store, called = Folder.at(s3), threading.Event()
-    lease = try_hold(store, "run", this_process(), BEAT_S, on_lost=called.set)
+    lease = hold(store, "run", this_process(), BEAT_S, on_lost=called.set)
     store.child(".leases/run").write_bytes(f"{lease.generation + 1:010d}.json", b"{}")
     assert called.wait(240)
     assert lease.lost
@@ -267,7 +267,7 @@ def test_no_clock_of_the_wall_decides(s3: str, monkeypatch: pytest.MonkeyPatch) 
         process.kill()
         process.wait()
         monkeypatch.setattr(time, "time", lambda: real() - 2 * 86400)
-        try_hold(store, "run", this_process(), BEAT_S).release()
+        hold(store, "run", this_process(), BEAT_S).release()
 
 
 @pytest.mark.extern
@@ -290,7 +290,7 @@ def test_a_store_that_is_away_for_some_beats_costs_nothing(local: Folder, monkey
         return write(folder, name, data, exclusive=exclusive)
 
     monkeypatch.setattr(Folder, "write_bytes", refuses)
-    with held(local, "run", this_process(), 0.02) as lease:
+    with hold(local, "run", this_process(), 0.02) as lease:
         file = Path(local.uri) / ".leases" / "run" / "0000000001.json"
         wait_for(lambda: json.loads(file.read_text())["beat"] > 3)
         assert not lease.lost

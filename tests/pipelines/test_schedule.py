@@ -22,7 +22,7 @@ import pytest
 from edt_core.errors import UserError
 from pipelines.schedule import server as scheduler
 from pipelines.schedule.cron import Cron, Due
-from pipelines.schedule.lease import held, this_process
+from pipelines.schedule.lease import hold, this_process
 from pipelines.schedule.record import OVERLAP, UNCHANGED, Schedules, State, Tick, new_schedule, run_lease
 from pipelines.schedule.server import Server, command
 from tests.support import small
@@ -588,7 +588,7 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(store: Path) -> None:
 
     schedule(store, NEW_YEAR)
     missed_new_year(store)
-    with held(Folder.at(store), run_lease("quickstart"), this_process()):
+    with hold(Folder.at(store), run_lease("quickstart"), this_process()):
         done = edt("run", "quickstart", "--no-overlap", "--store", str(store), cwd=store)
         assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done
         assert f"is in progress (process {os.getpid()} on" in done.stdout

@@ -21,7 +21,7 @@ from pipelines.cluster.submission import Cluster, request_for, stopped_too_soon
 from pipelines.commands.submit import _how_to_return
 from pipelines.commands.workflow import tell_stopped
 from pipelines.config.schema import load_config
-from pipelines.schedule.lease import held, this_process
+from pipelines.schedule.lease import hold, this_process
 from pipelines.schedule.record import run_lease
 from tests.support import small
 from tests.support.processes import wait_for
@@ -292,7 +292,7 @@ def test_a_token_of_the_environment_is_taken(head: str, tmp_path: Path) -> None:
 def test_a_run_that_goes_on_is_not_started_again_by_a_job(cluster: str, tmp_path: Path) -> None:
     """The given address counts, whatever Ray's own variables say."""
     options = ["--store", str(tmp_path / "s"), "--address", cluster]
-    with held(Folder.at(tmp_path / "s"), run_lease("quickstart"), this_process()):
+    with hold(Folder.at(tmp_path / "s"), run_lease("quickstart"), this_process()):
         done = edt("submit", "quickstart", *options, cwd=tmp_path, RAY_ADDRESS="http://127.0.0.1:9")
     assert done.returncode == 0, done
     assert "is in progress" in done.stdout

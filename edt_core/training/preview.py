@@ -63,10 +63,6 @@ class Preview:
 
 
 def grid(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Images uint8 [N, S, S, 3] row by row in about a square, uint8 [rows * S, columns * S, 3]; the rest is black."""
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = -(-len(images) // columns)
-    cells = np.zeros((rows * columns, *images.shape[1:]), np.uint8)
-    cells[: len(images)] = images
-    side = images.shape[1]
-    return cells.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3)
+    """A square number of images uint8 [R * R, S, S, 3], row by row in a square, uint8 [R * S, R * S, 3]."""
+    rows, side = math.isqrt(len(images)), images.shape[1]
+    return images.reshape(rows, rows, side, side, 3).swapaxes(1, 2).reshape(rows * side, rows * side, 3)

@@ -40,7 +40,7 @@ def test_other_weights_give_another_picture(preview: Preview) -> None:
 
 
 def test_cells_stand_row_by_row() -> None:
-    images = np.stack([np.full((2, 2, 3), i + 1, np.uint8) for i in range(5)])
+    images = np.stack([np.full((2, 2, 3), i + 1, np.uint8) for i in range(9)])
     laid = grid(images)
-    assert laid.shape == (4, 6, 3)
-    assert laid[::2, ::2, 0].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert laid.shape == (6, 6, 3)
+    assert laid[::2, ::2, 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]

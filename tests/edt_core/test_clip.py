@@ -101,7 +101,7 @@ def test_a_folder_is_named_by_its_files_and_its_dimensions_are_known(folder: Pat
         ({"crop_size": {"height": 224, "width": 224}}, r"crop_size .*224.*takes 40 x 40 pixels"),
         ({"crop_size": 224}, r"crop_size 224, and the network takes 40 x 40 pixels"),
         ({"image_mean": [0.5, 0.5]}, r"image_mean \[0\.5, 0\.5\]; three numbers"),
-        ({"image_mean": 0.5}, "preprocessor_config|float"),
+        ({"image_mean": 0.5}, r"image_mean 0\.5; three numbers"),
         ({"image_std": [0.2, 0.0, 0.2]}, r"image_std \[0\.2, 0\.0, 0\.2\]; above 0"),
         ({"image_std": [0.2, float("nan"), 0.2]}, "three numbers are needed"),
     ],
@@ -135,6 +135,27 @@ def test_other_networks_and_damaged_folders_are_refused(folder: Path, tmp_path: 
     weights.unlink()
     with pytest.raises(UserError, match=r"no CLIP at .*--clip-weights"):
         Clip.load(other)
+
+
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_a_hub_id_is_loaded_from_this_machines_cache(
+    has_settings: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of the hub's reach. Its settings may be on the hub: without them the usual ones do not take their place."""
+    import huggingface_hub.constants
+
+    commit, model = "0" * 40, tmp_path / "models--someone--clip"
+    clip_folder(model / "snapshots" / commit, **(OTHERS if has_settings else {}))
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    if has_settings:
+        assert Clip.load("someone/clip").preprocess == ClipInput(40, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    else:
+        with pytest.raises(UserError, match=r"no CLIP at someone/clip: .*--clip-weights"):
+            Clip.load("someone/clip")
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

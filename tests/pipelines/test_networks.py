@@ -16,6 +16,7 @@ from pipelines.config.networks import ExtractorConfig
 from pipelines.config.schema import PipelineConfig, as_yaml, load_config, recorded_yaml
 from pipelines.config.size_check import size_problems
 from pipelines.pipeline import Published
+from pipelines.report.page import compare_metrics
 from pipelines.setup.disk import disk_needs
 from pipelines.setup.doctor_checks import _needed
 from pipelines.setup.doctor_services import _weights
@@ -79,6 +80,14 @@ def test_clip_is_one_of_a_pipelines_networks(tmp_path: Path) -> None:
         load_config("imagenet256-edt-s", ["source.path=/data", "extractors=[clip]", "promote.metric=fid"])
     with pytest.raises(UserError, match=r"evaluate\.metrics\.0"):
         load_config("imagenet256-edt-s", [*CLIP, "evaluate.metrics=[clip_score]"])
+
+
+def test_a_report_says_what_its_metrics_mean() -> None:
+    before, after = {"cmmd": 2.0, "fd_clip": 3.0}, {"cmmd": 0.5, "cmmd_std": 0.1, "fd_clip": 4.0}
+    found, distance = compare_metrics(before, after)
+    assert (found.name, found.verdict, found.spread) == ("cmmd", "better", 0.1)
+    assert "Gaussian kernel" in found.meaning
+    assert (distance.name, distance.verdict) == ("fd_clip", "worse")
 
 
 def test_a_network_that_came_later_is_not_in_records_made_without_it() -> None:

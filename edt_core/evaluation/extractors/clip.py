@@ -42,8 +42,7 @@ class ClipInput:
     def of(cls, side: int, settings: dict[str, Any]) -> "ClipInput":
         """With the mean and std of a preprocessor's settings. Raises ValueError for another side and for no numbers."""
         crop = settings.get("crop_size", side)
-        crops = set(crop.values()) if isinstance(crop, dict) else {crop}
-        if crops - {side}:
+        if any(length != side for length in (crop.values() if isinstance(crop, dict) else [crop])):
             raise ValueError(f"{_PREPROCESSOR} has crop_size {crop}, and the network takes {side} x {side} pixels")
         mean, std = (
             _triple(settings, name, usual) for name, usual in (("image_mean", cls.mean), ("image_std", cls.std))
@@ -75,7 +74,11 @@ def pillow_bicubic(images: Tensor, side: int) -> Tensor:
 
 def _triple(settings: dict[str, Any], name: str, usual: Triple) -> Triple:
     values = settings.get(name, usual)
-    if len(values) != 3 or not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
+    if not (
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(value, float | int) and math.isfinite(value) for value in values)
+    ):
         raise ValueError(f"{_PREPROCESSOR} has {name} {values}; three numbers are needed")
     return (float(values[0]), float(values[1]), float(values[2]))
 
@@ -99,7 +102,7 @@ class Clip:
         model = load_pretrained(SPEC, location, "CLIPVisionModelWithProjection", _MODEL_TYPES)
         try:
             preprocess = ClipInput.of(model.config.image_size, _preprocessor(location))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(f"no CLIP at {location}: {reason}. Needed are {SPEC.needed}") from error
         return cls(model, preprocess, device)

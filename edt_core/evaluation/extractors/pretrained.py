@@ -18,8 +18,6 @@ def load_pretrained(spec: ExtractorSpec, location: str | Path, model_class: str,
 
     Raises UserError without transformers, where there is no such model, and for a model of another kind.
     """
-    from safetensors import SafetensorError
-
     try:
         import transformers
     except ImportError as error:
@@ -39,7 +37,7 @@ def load_pretrained(spec: ExtractorSpec, location: str | Path, model_class: str,
         )
         if missing := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
             raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first")
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises whatever its libraries do for what they cannot read
         cause = loading_failure(error, away)
         reason = (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise UserError(f"no {spec.title} at {place}: {reason}. Needed are {spec.needed}") from error

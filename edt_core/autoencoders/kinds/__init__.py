@@ -2,13 +2,14 @@
 
 from typing import Any
 
+from edt_core.autoencoders.kinds.dc import DC
 from edt_core.autoencoders.kinds.kind import AutoencoderKind
 from edt_core.autoencoders.kinds.kl import KL
 from edt_core.autoencoders.kinds.tiny import TINY
 from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
 
-KINDS: dict[str, AutoencoderKind] = {kind.class_name: kind for kind in (KL, TINY)}
+KINDS: dict[str, AutoencoderKind] = {kind.class_name: kind for kind in (KL, TINY, DC)}
 
 
 def supported(conjunction: str) -> str:

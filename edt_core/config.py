@@ -115,7 +115,7 @@ class AutoencoderConfig(Section):
 
     pretrained: str | None = Field(
         None,
-        description="hub id, local folder or MLflow URI (models:/NAME@ALIAS) of a diffusers AutoencoderKL",
+        description="hub id, local folder or MLflow URI (models:/NAME@ALIAS) of a diffusers autoencoder",
     )
     downsample_factor: int = Field(8, description="image side / latent side; must be that of `pretrained` where given")
     latent_channels: int = Field(

@@ -115,7 +115,8 @@ def _call_branch(
     """Train, sample and evaluate one model, and the untrained model of the same seed beside it."""
     trained = config.train_of(name)
     # Only what shapes the initial weights and the chain: another learning rate has the same untrained model.
-    untrained = TrainConfig(model=trained.model, max_steps=0, seed=trained.seed, num_timesteps=trained.num_timesteps)
+    kept = {field: getattr(trained, field) for field in ("model", "seed", "num_timesteps", "objective")}
+    untrained = TrainConfig(max_steps=0, **kept)
     called = dict(shared)
     for prefix, train_config in (("", trained), ("untrained_", untrained)):
         label = prefix.replace("_", " ")

@@ -10,7 +10,7 @@ from pathlib import Path
 from edt_core.store.store import Store
 from pipelines.config.schema import load_config
 from pipelines.plan import plan
-from tests.support.small import SMALL, STEPS
+from tests.support.small import MODEL, SMALL, STEPS
 
 MANIFESTS = json.loads((Path(__file__).parents[1] / "golden" / "store_before.json").read_text())
 
@@ -35,3 +35,12 @@ def test_a_store_of_the_version_before_is_reused(tmp_path: Path) -> None:
         step.step: "reuse" for step in steps if step.fingerprint
     }
     assert len(list(Store.open(str(tmp_path)).artifacts())) == len(MANIFESTS) == STEPS
+
+
+def test_another_objective_is_another_model_trained_or_not_of_the_same_data(tmp_path: Path) -> None:
+    lay_out(tmp_path)
+    steps = plan(load_config("quickstart", [*SMALL, "train.objective=v_prediction"], str(tmp_path)))
+    actions = {step.step: step.action for step in steps if step.fingerprint}
+    assert {actions["encode"], actions["reference"], actions["classifier"]} == {"reuse"}
+    for prefix in ("", "untrained "):
+        assert actions[f"{prefix}train {MODEL}"] != "reuse", prefix

@@ -13,7 +13,7 @@ from edt_core.evaluation.extractors import EXTRACTORS, PUBLISHED_SPACES, extract
 from edt_core.evaluation.metrics import METRICS, metric_name, space_metrics
 from jobs.commands import evaluate_model
 from pipelines.config.networks import ExtractorConfig
-from pipelines.config.schema import PipelineConfig, as_yaml, load_config, recorded_yaml
+from pipelines.config.schema import as_yaml, load_config, recorded_yaml
 from pipelines.config.size_check import size_problems
 from pipelines.pipeline import Published
 from pipelines.report.page import compare_metrics
@@ -95,7 +95,7 @@ def test_a_network_that_came_later_is_not_in_records_made_without_it() -> None:
     config = load_config("quickstart")
     assert "clip" in yaml.safe_load(as_yaml(config))
     record = yaml.safe_load(recorded_yaml(config))
-    assert list(record) == [name for name in PipelineConfig.model_fields if name != "clip"]
+    assert "clip" not in record
     assert {"inception", "dinov2"} <= set(record)
     given = config.model_copy(update={"clip": type(config.network("clip"))(weights="/w")})
     assert recorded_fields(given)["clip"] == {"weights": "/w", "sha256": None}

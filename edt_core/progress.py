@@ -93,10 +93,10 @@ class Count:
 
 
 class Printed(Silent):
-    """A line on standard error at most every `interval_s` seconds, for the verbs on their own."""
+    """A line on standard error at most every `interval_s` seconds, for a command on its own."""
 
-    def __init__(self, verb: str, interval_s: float = 5.0) -> None:
-        self.verb, self.interval_s = verb, interval_s
+    def __init__(self, title: str, interval_s: float = 5.0) -> None:
+        self.title, self.interval_s = title, interval_s
         self.count = Count()
         self._started = self._last = time.monotonic()
         self._first = 0
@@ -112,8 +112,8 @@ class Printed(Silent):
         self._last = now
         rate = (done - self._first) / max(now - self._started, 1e-9)  # what an earlier run finished is no speed
         left = (total - done) / rate if rate else 0.0
-        line = f"{self.verb}: {done}/{total} {note}, {rate:.1f}/s, {left:.0f} s left"
+        line = f"{self.title}: {done}/{total} {note}, {rate:.1f}/s, {left:.0f} s left"
         say(f"{line}, {detail}" if detail else line, err=True)
 
     def warn(self, message: str) -> None:
-        say(f"{self.verb}: warning: {message}", err=True)
+        say(f"{self.title}: warning: {message}", err=True)

@@ -1,7 +1,7 @@
 """`python -m jobs.autoencoder`."""
 
 from jobs.commands.stage import main
-from jobs.stages.autoencoder import VERB
+from jobs.stages.autoencoder import STAGE
 
 if __name__ == "__main__":
-    main(VERB)
+    main(STAGE)

@@ -1,7 +1,7 @@
 """`python -m jobs.classifier`."""
 
 from jobs.commands.stage import main
-from jobs.stages.classifier import VERB
+from jobs.stages.classifier import STAGE
 
 if __name__ == "__main__":
-    main(VERB)
+    main(STAGE)

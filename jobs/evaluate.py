@@ -1,7 +1,7 @@
 """`python -m jobs.evaluate`."""
 
 from jobs.commands.stage import main
-from jobs.stages.evaluate import VERB
+from jobs.stages.evaluate import STAGE
 
 if __name__ == "__main__":
-    main(VERB)
+    main(STAGE)

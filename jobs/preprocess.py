@@ -1,7 +1,7 @@
 """`python -m jobs.preprocess`."""
 
 from jobs.commands.stage import main
-from jobs.stages.preprocess import VERB
+from jobs.stages.preprocess import STAGE
 
 if __name__ == "__main__":
-    main(VERB)
+    main(STAGE)

@@ -1,7 +1,7 @@
 """`python -m jobs.reference`."""
 
 from jobs.commands.stage import main
-from jobs.stages.reference import VERB
+from jobs.stages.reference import STAGE
 
 if __name__ == "__main__":
-    main(VERB)
+    main(STAGE)

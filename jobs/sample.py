@@ -1,7 +1,7 @@
 """`python -m jobs.sample`."""
 
 from jobs.commands.stage import main
-from jobs.stages.sample import VERB
+from jobs.stages.sample import STAGE
 
 if __name__ == "__main__":
-    main(VERB)
+    main(STAGE)

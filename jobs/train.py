@@ -1,7 +1,7 @@
 """`python -m jobs.train`."""
 
 from jobs.commands.stage import main
-from jobs.stages.train import VERB
+from jobs.stages.train import STAGE
 
 if __name__ == "__main__":
-    main(VERB)
+    main(STAGE)

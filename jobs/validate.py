@@ -1,7 +1,7 @@
 """`python -m jobs.validate`."""
 
 from jobs.commands.stage import main
-from jobs.stages.validate import VERB
+from jobs.stages.validate import STAGE
 
 if __name__ == "__main__":
-    main(VERB)
+    main(STAGE)

@@ -17,7 +17,7 @@ from edt_core.printing.redaction import redacted_values
 from edt_core.store.artifact import Source
 from edt_core.store.manifest import sha256_json
 from jobs.commands.options import validated
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.engine.step import StepFuture, input_fingerprints
 from pipelines.engine.steps import D, Promotion
@@ -142,9 +142,9 @@ class _Outline:
     def __init__(self) -> None:
         self.steps: dict[str, str] = {}
 
-    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
-        self.steps[name] = verb.fingerprint(config, input_fingerprints(inputs))
-        return StepFuture(name, verb.kind, self.steps[name])
+    def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+        self.steps[name] = stage.fingerprint(config, input_fingerprints(inputs))
+        return StepFuture(name, stage.kind, self.steps[name])
 
     def promote(self, promotion: Promotion[D]) -> D | None:
         self.steps[promotion.name] = promotion.fingerprint

@@ -79,7 +79,7 @@ class Published:
 
 def images_fingerprint(config: PipelineConfig, source: Source) -> str:
     """Identity of the image shards, on which everything else rests."""
-    return preprocess.VERB.fingerprint(config.preprocess, {"source": source.fingerprint})
+    return preprocess.STAGE.fingerprint(config.preprocess, {"source": source.fingerprint})
 
 
 def call_steps(
@@ -87,21 +87,21 @@ def call_steps(
 ) -> list[Branch]:
     """Call every step up to the evaluations. Nothing here waits: branches run side by side where there is room."""
     step, published = steps.step, published or Published()
-    images = step("preprocess", preprocess.VERB, config.preprocess, source=source)
+    images = step("preprocess", preprocess.STAGE, config.preprocess, source=source)
     if config.autoencoder.pretrained is None:
-        vae = step("autoencoder", autoencoder.VERB, config.autoencoder, images=images)
+        vae = step("autoencoder", autoencoder.STAGE, config.autoencoder, images=images)
     else:
         assert published.autoencoder is not None
-        vae = step("autoencoder", autoencoder.VERB, config.autoencoder.published(), published=published.autoencoder)
-    latents = step("encode", encode.VERB, config.encode, images=images, autoencoder=vae)
+        vae = step("autoencoder", autoencoder.STAGE, config.autoencoder.published(), published=published.autoencoder)
+    latents = step("encode", encode.STAGE, config.encode, images=images, autoencoder=vae)
     judges: dict[str, StepFuture | Source] = {**published.extractors}
     shared = {"images": images, "autoencoder": vae, "latents": latents}
     if "classifier" in config.extractors:
         judges["classifier"] = shared["classifier"] = step(
-            "classifier", classifier.VERB, config.classifier, images=images
+            "classifier", classifier.STAGE, config.classifier, images=images
         )
     real = {"images": published.statistics or images, **judges}
-    shared["reference"] = step("reference", reference.VERB, config.reference, **real)
+    shared["reference"] = step("reference", reference.STAGE, config.reference, **real)
     return [_call_branch(steps, config, name, shared, judges) for name in config.models]
 
 
@@ -122,10 +122,10 @@ def _call_branch(
         label = prefix.replace("_", " ")
         # The autoencoder draws previews, and shows whether latents of an older version are scaled as it asks.
         inputs = {"latents": shared["latents"], "autoencoder": shared["autoencoder"]}
-        checkpoint = steps.step(f"{label}train {name}", train.VERB, train_config, **inputs)
+        checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
         features = steps.step(
             f"{label}sample {name}",
-            sample.VERB,
+            sample.STAGE,
             config.sample,
             checkpoint=checkpoint,
             autoencoder=shared["autoencoder"],
@@ -133,7 +133,7 @@ def _call_branch(
         )
         evaluation = steps.step(
             f"{label}evaluate {name}",
-            evaluate.VERB,
+            evaluate.STAGE,
             config.evaluate,
             features=features,
             reference=shared["reference"],
@@ -142,7 +142,7 @@ def _call_branch(
         called |= {f"{prefix}{role}": future for role, future in made.items()}
     if config.validation.enabled:
         judged = {"features": called["features"], "classifier": shared["classifier"], "images": shared["images"]}
-        called["validation"] = steps.step(f"validate {name}", validate.VERB, config.validation, **judged)
+        called["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **judged)
     return Branch(name, trained, called)
 
 
@@ -167,7 +167,7 @@ def call_promotion(steps: Steps, config: PipelineConfig, branch: Branch) -> tupl
     promoted = steps.promote(_promotion(config, branch, report))
     if promoted is None:
         return None
-    return promoted, steps.step(report, summary.VERB, _report_config(config, branch, promoted), **branch.steps)
+    return promoted, steps.step(report, summary.STAGE, _report_config(config, branch, promoted), **branch.steps)
 
 
 def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion[Promoted]:
@@ -251,7 +251,7 @@ def _run(
     # On a new store MLflow makes its tables for about as long as Ray starts: the one need not wait for the other.
     with ThreadPoolExecutor(1) as pool:
         opened = pool.submit(Catalog.open, store.root, config.name, tracking_uri)
-        if store.find(preprocess.VERB.kind, images_fingerprint(config, source)) is None:
+        if store.find(preprocess.STAGE.kind, images_fingerprint(config, source)) is None:
             join()
         catalog = opened.result()
     published = published or Published.of(config, catalog.tracking_uri)

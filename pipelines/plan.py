@@ -12,7 +12,7 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS
 from edt_core.store.manifest import Manifest
 from edt_core.store.store import Store
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 from pipelines.config.schema import PipelineConfig
 from pipelines.config.size_check import check_pipeline_sizes
 from pipelines.engine.step import StepFuture, input_fingerprints, needs_of
@@ -51,24 +51,24 @@ class Planner:
     steps: dict[str, PlannedStep] = field(default_factory=dict)
     _made: dict[str, list[Manifest]] = field(default_factory=dict)  # kind -> manifests in the store, newest last
 
-    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+    def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         """Find out what a run would do with this step. Raises UserError where it would refuse."""
         fingerprints = input_fingerprints(inputs)
-        fingerprint = verb.fingerprint(config, fingerprints)
+        fingerprint = stage.fingerprint(config, fingerprints)
         warnings: list[str] = []
-        found = self.store.find(verb.kind, fingerprint, warnings.append)
+        found = self.store.find(stage.kind, fingerprint, warnings.append)
         if found is not None:
-            verb.accept(config, found.counts)
+            stage.accept(config, found.counts)
             made = found.manifest
             why = f"made {made.created_at} in {made.duration_s:.0f} s"
-            planned = PlannedStep(name, verb.kind, fingerprint, "reuse", why, made.mlflow_run_id)
+            planned = PlannedStep(name, stage.kind, fingerprint, "reuse", why, made.mlflow_run_id)
         else:
-            finished = progress_of(self.store.begun(verb.kind, fingerprint))
-            why = warnings[0] if warnings else self._why(verb, config, fingerprints)
+            finished = progress_of(self.store.begun(stage.kind, fingerprint))
+            why = warnings[0] if warnings else self._why(stage, config, fingerprints)
             action: Action = "resume" if finished else "run"
-            planned = PlannedStep(name, verb.kind, fingerprint, action, f"{finished}; {why}" if finished else why)
+            planned = PlannedStep(name, stage.kind, fingerprint, action, f"{finished}; {why}" if finished else why)
         self.steps[name] = planned
-        return StepFuture(name, verb.kind, fingerprint, needs_of(inputs), artifact=found)
+        return StepFuture(name, stage.kind, fingerprint, needs_of(inputs), artifact=found)
 
     def promote(self, promotion: Promotion[D]) -> D | None:
         """Find out what was decided of the branch: known where all that it rests on is made."""
@@ -85,15 +85,15 @@ class Planner:
         self.steps[promotion.name] = PlannedStep(promotion.name, "version", "", "reuse", why, run_id)
         return decided
 
-    def _why(self, verb: Verb, config: Section, inputs: Mapping[str, str]) -> str:
+    def _why(self, stage: Stage, config: Section, inputs: Mapping[str, str]) -> str:
         """What differs from the artifact of this kind that comes nearest."""
-        if verb.kind not in self._made:
-            self._made[verb.kind] = in_order(self.store.manifests(verb.kind))
-        counted = {role: value for role, value in inputs.items() if role not in verb.extras}
+        if stage.kind not in self._made:
+            self._made[stage.kind] = in_order(self.store.manifests(stage.kind))
+        counted = {role: value for role, value in inputs.items() if role not in stage.extras}
         wanted = flatten(result_fields(config))
-        told = [differences(made, wanted, counted, verb.version) for made in reversed(self._made[verb.kind])]
+        told = [differences(made, wanted, counted, stage.version) for made in reversed(self._made[stage.kind])]
         if not told:
-            return f"no {verb.kind} was made here before"
+            return f"no {stage.kind} was made here before"
         nearest = min(told, key=len)
         more = f" and {len(nearest) - _SHOWN} more" if len(nearest) > _SHOWN else ""
         return (", ".join(nearest[:_SHOWN]) or "the artifact is gone") + more

@@ -102,15 +102,15 @@ def bench_preprocess(work: Path, photos: list[Path], number: int) -> list[Row]:
 
 def run_preprocess(config: PreprocessConfig, source: Source, out: Path) -> Artifact:
     """The images artifact of a source, made in a folder."""
-    from jobs.stages.preprocess import VERB
+    from jobs.stages.preprocess import STAGE
 
-    return execute(VERB, config, out, source=source)
+    return execute(STAGE, config, out, source=source)
 
 
-def execute(verb: Any, config: Any, out: Path, **inputs: Any) -> Artifact:
+def execute(stage: Any, config: Any, out: Path, **inputs: Any) -> Artifact:
     """What a stage makes of its inputs, in a folder, without a report of progress."""
-    identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
-    artifact: Artifact = verb.execute(config, inputs, ArtifactWriter(Folder.at(out), verb.kind, identity), Silent())
+    identity = stage.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+    artifact: Artifact = stage.execute(config, inputs, ArtifactWriter(Folder.at(out), stage.kind, identity), Silent())
     return artifact
 
 

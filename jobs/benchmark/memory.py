@@ -23,7 +23,7 @@ def bench_memory(work: Path, photos: list[Path], number: int) -> list[Row]:
         rows.append(Row(f"memory of a preprocess worker, {count:,} images", mib(peak[0]), "", None, "under 1,536 MiB"))
         vae = _small_autoencoder(work / "autoencoder", 64)
         with peak_of_workers() as peak:
-            execute(encode.VERB, EncodeConfig(), work / f"latents-{count}", images=images, autoencoder=vae)
+            execute(encode.STAGE, EncodeConfig(), work / f"latents-{count}", images=images, autoencoder=vae)
         rows.append(Row(f"memory of an encode worker, {count:,} images", mib(peak[0]), "", None, "under 1,536 MiB"))
     return rows
 

@@ -33,7 +33,7 @@ from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages import evaluate, reference, sample
 from jobs.stages.sizes import check_sizes
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 if TYPE_CHECKING:
     from edt_core.models import ModelConfig
@@ -61,9 +61,9 @@ class Subject:
 
     def measure(self, sampling: SampleConfig, config: EvaluateConfig, progress: Progress) -> tuple[Artifact, Artifact]:
         """The features and the evaluation artifact of one protocol, made now or found in the store."""
-        features = make(sample.VERB, sampling, self.inputs, self.out, progress)
+        features = make(sample.STAGE, sampling, self.inputs, self.out, progress)
         judged = {"features": features, "reference": self.real}
-        return features, make(evaluate.VERB, config, judged, self.out, progress)
+        return features, make(evaluate.STAGE, config, judged, self.out, progress)
 
 
 def prepared(
@@ -102,10 +102,10 @@ def _config_of(opened: Opened) -> "ModelConfig":
     return ModelConfig.from_dict(sample.model_config_of(opened.checkpoint))
 
 
-def make(verb: Verb, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
+def make(stage: Stage, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
     """An artifact in its place of a store, `<kind>/<fingerprint>`."""
-    identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
-    return verb.make(config, inputs, out.child(f"{verb.kind}/{identity}"), progress)
+    identity = stage.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+    return stage.make(config, inputs, out.child(f"{stage.kind}/{identity}"), progress)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "edt evaluate") -> None:
@@ -243,7 +243,7 @@ def _reference(
         )
     shared = {name: getattr(base, name) for name in _SHARED}
     config = validated(ReferenceConfig, {**given_fields(options, ReferenceConfig), **shared})
-    return make(reference.VERB, config, {"images": images, **judges}, out, bar)
+    return make(reference.STAGE, config, {"images": images, **judges}, out, bar)
 
 
 def _told(result: Result) -> str:

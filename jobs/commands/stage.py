@@ -17,13 +17,13 @@ from jobs.commands.options import add_fields, given_fields, parse_assignment, pa
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
-from jobs.stages.stage import Input, Verb
+from jobs.stages.stage import Input, Stage
 
 _OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run to resume"
 
 
-def main(stage: Verb, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """The verb alone: `INPUT OUT` and an option for each further input and field. Exits with 0, 1, 2 or 130."""
+def main(stage: Stage, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """The stage alone: `INPUT OUT` and an option for each further input and field. Exits with 0, 1, 2 or 130."""
     parser = make_parser(stage, prog or f"python -m jobs.{stage.name}")
     options = parser.parse_args(arguments)
     with exit_code():
@@ -35,7 +35,7 @@ def main(stage: Verb, arguments: Sequence[str] | None = None, prog: str | None =
         say(f"{artifact.folder.uri}  {len(artifact.manifest.files)} files  digest {digest}")
 
 
-def make_parser(stage: Verb, prog: str) -> argparse.ArgumentParser:
+def make_parser(stage: Stage, prog: str) -> argparse.ArgumentParser:
     """Reads what `main` is given."""
     first, *others = stage.roles
     parser = parser_of(prog, (stage.run.__doc__ or "").split("\n")[0], stage.examples)
@@ -58,7 +58,7 @@ def make_parser(stage: Verb, prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _given_config(stage: Verb, options: argparse.Namespace) -> Any:
+def _given_config(stage: Stage, options: argparse.Namespace) -> Any:
     fields: dict[str, Any] = read_yaml(options.config) if options.config else {}
     fields |= given_fields(options, stage.config) | dict(parse_assignment(text) for text in options.set)
     return validated(stage.config, fields)
@@ -69,12 +69,12 @@ def _inputs(options: argparse.Namespace, roles: Sequence[str], progress: Progres
     return {role: open_input(role, getattr(options, role), out, options, progress) for role in roles}
 
 
-def _planned(stage: Verb, options: argparse.Namespace) -> str:
+def _planned(stage: Stage, options: argparse.Namespace) -> str:
     assert stage.plan is not None
     return stage.plan(_given_config(stage, options), _inputs(options, stage.roles, Silent()))
 
 
-def _run_alone(stage: Verb, options: argparse.Namespace) -> Artifact:
+def _run_alone(stage: Stage, options: argparse.Namespace) -> Artifact:
     config, folder = _given_config(stage, options), Folder.at(options.out)
     check_place(folder, [getattr(options, role) for role in stage.roles])
     check_named()

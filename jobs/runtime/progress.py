@@ -11,7 +11,7 @@ from edt_core.printing.console import say
 from edt_core.progress import Printed, Progress
 from jobs.runtime.board import Board, BoardProgress
 
-_REDRAWN_S = 0.5  # the bar of a verb
+_REDRAWN_S = 0.5  # the bar of a command
 STOPPING = "stopping: the training writes a checkpoint; Ctrl-C again to stop at once"
 
 
@@ -60,8 +60,8 @@ class Interrupts:
 class Bar(Printed):
     """A bar with rate and time left where standard error is a terminal; lines elsewhere."""
 
-    def __init__(self, verb: str) -> None:
-        super().__init__(verb)
+    def __init__(self, title: str) -> None:
+        super().__init__(title)
         self._bars: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -88,14 +88,14 @@ class Bar(Printed):
         if self.count.put(done, total, note, part) or not self._bars.tasks:
             for task in self._bars.task_ids:
                 self._bars.remove_task(task)
-            self._bars.add_task(self.verb, total=total, completed=self.count.done, rate="")
+            self._bars.add_task(self.title, total=total, completed=self.count.done, rate="")
         (task,) = self._bars.tasks
         rate = f"{note} {task.speed or 0:.0f}/s"
         self._bars.update(task.id, completed=self.count.done, rate=f"{rate}, {detail}" if detail else rate)
 
 
 @contextmanager
-def relayed(verb: str, shown: Progress) -> Iterator[BoardProgress]:
+def relayed(name: str, shown: Progress) -> Iterator[BoardProgress]:
     """A `Progress` for jobs whose workers are other processes; what they tell is shown here.
 
     The first Ctrl-C asks a job that listens to stop at a point from which it can resume.
@@ -131,7 +131,7 @@ def relayed(verb: str, shown: Progress) -> Iterator[BoardProgress]:
     thread.start()
     try:
         with interrupts.handled():
-            yield BoardProgress(verb, board)
+            yield BoardProgress(name, board)
     finally:
         stop.set()
         thread.join()

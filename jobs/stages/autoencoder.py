@@ -17,7 +17,7 @@ from edt_core.store.folder import Folder, sha256_file
 from edt_core.store.layout import IMAGE_SHARD, MANIFEST_NAME
 from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.runtime.tracking import mlflow_client
-from jobs.stages.stage import Verb, alone_in, made_before
+from jobs.stages.stage import Stage, alone_in, made_before
 
 if TYPE_CHECKING:
     from edt_core.data.scale import LatentScale
@@ -102,12 +102,12 @@ def published_artifact(location: str, folder: Folder) -> Artifact:
     ).published()
     published = published_source(config)
     assert published is not None
-    identity = VERB.fingerprint(config, {"published": published.fingerprint})
+    identity = STAGE.fingerprint(config, {"published": published.fingerprint})
     refusal = f"holds another autoencoder than {location}, and their latents do not mix; give another output folder"
     with alone_in(folder):
         if (made := made_before(folder, identity, refusal)) is not None:
             return made
-        return VERB.execute(config, {"published": published}, ArtifactWriter(folder, VERB.kind, identity), Silent())
+        return STAGE.execute(config, {"published": published}, ArtifactWriter(folder, STAGE.kind, identity), Silent())
 
 
 def _registered(location: str) -> str:
@@ -230,4 +230,4 @@ def _store(model: Any, out: ArtifactWriter) -> None:
         out.add_tree(Path(folder), FOLDER)
 
 
-VERB = Verb("autoencoder", "autoencoder", 1, AutoencoderConfig, autoencoder, roles=("images",))
+STAGE = Stage("autoencoder", "autoencoder", 1, AutoencoderConfig, autoencoder, roles=("images",))

@@ -12,7 +12,7 @@ from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.stages.autoencoder import IMAGE_SHARDS
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 FOLDER = "classifier"
 
@@ -49,4 +49,4 @@ def _fit(
     return {**facts, "classes": images.counts["classes"], "feature_dim": config.feature_dim}
 
 
-VERB = Verb("classifier", "classifier", 1, ClassifierConfig, classifier, roles=("images",))
+STAGE = Stage("classifier", "classifier", 1, ClassifierConfig, classifier, roles=("images",))

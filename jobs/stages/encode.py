@@ -21,7 +21,7 @@ from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD
 from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.runtime.pool import pooled
 from jobs.stages.autoencoder import FOLDER, IMAGE_SHARDS, stored_scale
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 _PROBES = 16  # images on which the error of a lower precision is measured, whatever the batch size
 _AHEAD = 3  # decoded batches that wait for the autoencoder
@@ -202,7 +202,7 @@ def _deviation(mean: NDArray[np.float64], square: NDArray[np.float64]) -> NDArra
     return np.sqrt(variance)
 
 
-VERB = Verb(
+STAGE = Stage(
     "encode",
     "latents",
     2,

@@ -16,7 +16,7 @@ from jobs.runtime.cluster import use_threads
 from jobs.stages.reference import evenly_spaced, load_reference
 from jobs.stages.sample import load_units
 from jobs.stages.sizes import wanted_metrics
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 # How the work is cut up and what is kept of it: two results that differ in these alone are comparable.
 _NOT_OF_THE_PROTOCOL = ("keep_images", "unit_size")
@@ -135,4 +135,4 @@ def _warnings(metrics: Mapping[str, float], num_samples: int, real: Mapping[str,
     return [warning for warning in told if warning]
 
 
-VERB = Verb("evaluate", "evaluation", 2, EvaluateConfig, evaluate, roles=("features", "reference"))
+STAGE = Stage("evaluate", "evaluation", 2, EvaluateConfig, evaluate, roles=("features", "reference"))

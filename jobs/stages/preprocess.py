@@ -24,7 +24,7 @@ from edt_core.store.artifact import ArtifactWriter, Source
 from edt_core.store.digests import listing as listed
 from edt_core.store.layout import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
 from jobs.runtime.pool import MAX_RETRIES, finished
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 _KEPT = 10_000  # quarantined images in the manifest; all of them are in the shards' reports
 _EXAMPLES = 10
@@ -285,7 +285,7 @@ def image_source(config: SourceConfig, progress: Progress | None = None) -> Sour
     return Source(config.path, source_identity(listing, progress), config, len(listing))
 
 
-VERB = Verb(
+STAGE = Stage(
     "preprocess",
     "images",
     2,

@@ -27,7 +27,7 @@ from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.runtime.pool import pooled
 from jobs.stages import extractors
 from jobs.stages.autoencoder import IMAGE_SHARDS
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 _PARTS, _PART = "parts", "parts/part-{:05d}.safetensors"
 _MOST_PARTS = 64  # a part holds a matrix of D² for each space, 34 MB for Inception, until all are merged
@@ -293,7 +293,7 @@ def load_reference(reference: Artifact, space: str) -> Any:
         )
 
 
-VERB = Verb(
+STAGE = Stage(
     "reference",
     "reference",
     2,

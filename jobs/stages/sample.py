@@ -22,7 +22,7 @@ from edt_core.store.layout import FEATURE_UNIT
 from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.runtime.pool import pooled
 from jobs.stages import autoencoder, extractors
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
 _AT_ONCE = 2  # units of a worker under way: one is sampled while the one before is decoded and its features extracted
@@ -239,7 +239,7 @@ def _units(features: Artifact, config: SampleConfig, repeat: int) -> Iterator[di
             yield load_tensors(features.path(entry.path), "numpy")
 
 
-VERB = Verb(
+STAGE = Stage(
     "sample",
     "features",
     2,

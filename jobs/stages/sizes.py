@@ -65,7 +65,7 @@ def check_sizes(
     images: int | None,
     keep_features: int,
 ) -> None:
-    """Raise UserError, in the options of a verb, for a metric that a number is too small for."""
+    """Raise UserError, in the options of a stage, for a metric that a number is too small for."""
     lines = []
     for shortfall in size_shortfalls(config, dimensions, num_samples, images, keep_features):
         more = f"set --num-samples {shortfall.need}" if shortfall.side == "generated" else "compare with more images"

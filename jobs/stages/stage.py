@@ -1,4 +1,4 @@
-"""A verb: a job with what it takes and makes. A workflow runs it as a step, `python -m jobs.<verb>` by itself."""
+"""A stage: a job with what it takes and makes. A workflow runs it as a step, `python -m jobs.<stage>` by itself."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ Job = Callable[[Any, Mapping[str, Any], ArtifactWriter, Progress], dict[str, Any
 
 
 @dataclass(frozen=True)
-class Verb:
+class Stage:
     """`run(config, inputs, out, progress)` makes an artifact of `kind` from inputs of the named roles.
 
     `accept(config, counts)` raises UserError for an artifact, made before, that the configuration does not let pass.
@@ -43,7 +43,7 @@ class Verb:
     examples: tuple[str, ...] = ()
 
     def fingerprint(self, config: Section, inputs: Mapping[str, str]) -> str:
-        """Identity of what this verb makes of a configuration and its inputs' fingerprints."""
+        """Identity of what this stage makes of a configuration and its inputs' fingerprints."""
         return fingerprint(self.kind, self.version, result_fields(config), self._counted(inputs))
 
     def _counted(self, inputs: Mapping[str, str]) -> dict[str, str]:
@@ -87,7 +87,7 @@ _ANOTHER = "already holds an artifact made from another configuration or other i
 
 @contextmanager
 def alone_in(folder: Folder) -> Iterator[None]:
-    """Held while a verb works on a local folder: started twice, one makes the artifact and the other waits for it."""
+    """Held while a stage works on a local folder: started twice, one makes the artifact and the other waits for it."""
     from filelock import FileLock, Timeout
 
     folder.check_writable()

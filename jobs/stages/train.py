@@ -18,7 +18,7 @@ from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATEN
 from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
 from jobs.runtime.pool import MAX_RETRIES
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
 LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
@@ -280,7 +280,7 @@ def history(checkpoint: Artifact) -> list[dict[str, float]]:
     return [json.loads(line) for line in read_text(checkpoint.path(HISTORY_NAME)).splitlines()]
 
 
-VERB = Verb(
+STAGE = Stage(
     "train",
     "checkpoint",
     2,

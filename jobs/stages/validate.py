@@ -23,7 +23,7 @@ from jobs.runtime.cluster import require, use_threads
 from jobs.stages import extractors
 from jobs.stages.autoencoder import IMAGE_SHARDS
 from jobs.stages.sample import load_units
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 
 _BATCH = 64  # real images that are classified at once
 _MOST_MISTAKES = 3  # other classes that are named for a class
@@ -190,4 +190,4 @@ def _metrics(about: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-VERB = Verb("validate", "validation", 1, ValidateConfig, validate, roles=("features", "classifier", "images"))
+STAGE = Stage("validate", "validation", 1, ValidateConfig, validate, roles=("features", "classifier", "images"))

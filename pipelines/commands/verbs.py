@@ -52,7 +52,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
 
     module, prog = _found(verb)
     parser: argparse.ArgumentParser = (
-        stage.make_parser(module.VERB, prog) if hasattr(module, "VERB") else module.make_parser(prog)
+        stage.make_parser(module.STAGE, prog) if hasattr(module, "STAGE") else module.make_parser(prog)
     )
     return parser
 
@@ -61,8 +61,8 @@ def _run(context: typer.Context) -> None:
     from jobs.commands import stage
 
     module, prog = _found(context.command.name or "")
-    if hasattr(module, "VERB"):
-        stage.main(module.VERB, context.args, prog)
+    if hasattr(module, "STAGE"):
+        stage.main(module.STAGE, context.args, prog)
     else:
         module.main(context.args, prog)
 

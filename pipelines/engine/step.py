@@ -20,7 +20,7 @@ from edt_core.store.artifact import Artifact, Source
 from edt_core.store.store import Store
 from jobs.runtime.board import BoardProgress
 from jobs.runtime.cluster import cause_of
-from jobs.stages.stage import Input, Verb
+from jobs.stages.stage import Input, Stage
 from pipelines.engine.delivery import Delivery, quick_http, with_patience
 from pipelines.tracking.catalog import DATASET_KINDS, Catalog
 from pipelines.tracking.run_record import RunRecord
@@ -33,7 +33,7 @@ class StepTask:
     """All that a worker needs to run one step, but for its input artifacts, which arrive when they are made."""
 
     name: str
-    verb: Verb
+    stage: Stage
     config: Section
     fingerprint: str
     store: Store
@@ -44,7 +44,7 @@ class StepTask:
 
     @property
     def kind(self) -> str:
-        return self.verb.kind
+        return self.stage.kind
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
             progress = BoardProgress(task.name, task.board)
             with Delivery(task.board, task.name, RunRecord(catalog, run_id)):
                 out = task.store.writer(task.kind, task.fingerprint)
-                artifact = task.verb.execute(task.config, inputs, out, progress, mlflow_run_id=run_id)
+                artifact = task.stage.execute(task.config, inputs, out, progress, mlflow_run_id=run_id)
             with_patience(lambda: close_run(catalog, run_id, artifact))
         except BaseException as error:
             cause = cause_of(error)

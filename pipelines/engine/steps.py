@@ -6,7 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from edt_core.config import Section
 from edt_core.store.artifact import Artifact, Source
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 from pipelines.engine.step import StepFuture
 from pipelines.tracking.catalog import Catalog
 
@@ -55,7 +55,7 @@ class Promotion(Generic[D]):
 class Steps(Protocol):
     """Whatever steps are called on: a Workflow has them run, a Planner and an outline only look."""
 
-    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+    def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         """Call one step. Returns at once."""
 
     def promote(self, promotion: Promotion[D]) -> D | None:

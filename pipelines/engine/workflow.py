@@ -12,7 +12,7 @@ from edt_core.store.store import Store
 from jobs.runtime.board import Board
 from jobs.runtime.cluster import cause_of
 from jobs.runtime.progress import STOPPING, Interrupts
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 from pipelines.engine.step import StepFuture, StepTask, close_run, input_fingerprints, needs_of, run_step
 from pipelines.engine.steps import D, Promotion
 from pipelines.terminal.terminal import Terminal
@@ -40,20 +40,20 @@ class Workflow:
     _board: Any = None
     _shared: bool = False
 
-    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+    def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         """Reuse the artifact of this fingerprint, or have it made when its inputs are. Never waits."""
-        fingerprint = verb.fingerprint(config, input_fingerprints(inputs))
+        fingerprint = stage.fingerprint(config, input_fingerprints(inputs))
         needs = needs_of(inputs)
         self.terminal.called(name, needs)
-        found = self.store.find(verb.kind, fingerprint, self.terminal.warn)
+        found = self.store.find(stage.kind, fingerprint, self.terminal.warn)
         if found is not None:
-            verb.accept(config, found.counts)
+            stage.accept(config, found.counts)
             self._mend_record(found)
-            future = StepFuture(name, verb.kind, fingerprint, needs, artifact=found)
+            future = StepFuture(name, stage.kind, fingerprint, needs, artifact=found)
             self.terminal.reused(name, fingerprint)
         else:
-            ref = self._submit(StepTask(name, verb, config, fingerprint, *self._surroundings()), inputs)
-            future = StepFuture(name, verb.kind, fingerprint, needs, ref=ref)
+            ref = self._submit(StepTask(name, stage, config, fingerprint, *self._surroundings()), inputs)
+            future = StepFuture(name, stage.kind, fingerprint, needs, ref=ref)
         self.futures[name] = future
         return future
 

@@ -12,7 +12,7 @@ from edt_core.sampling.grid import sample_grid
 from edt_core.sampling.labels import trained_classes
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.layout import CLASSES_NAME, REPORT_NAME, SAMPLES_NAME
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 from jobs.stages.train import history
 from pipelines.report.costs import step_cost
 from pipelines.report.history import VersionRecord
@@ -133,4 +133,4 @@ def _row(role: str, config: SummaryConfig, artifact: Artifact) -> LineageRow:
     )
 
 
-VERB = Verb("report", "report", 2, SummaryConfig, summarize, roles=())
+STAGE = Stage("report", "report", 2, SummaryConfig, summarize, roles=())

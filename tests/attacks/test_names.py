@@ -19,7 +19,7 @@ from edt_core.store.digests import listing
 from edt_core.store.folder import Folder
 from jobs.runtime.board import Shown
 from jobs.runtime.failure import kept_traceback, tell_failure
-from jobs.stages.preprocess import VERB, image_source
+from jobs.stages.preprocess import STAGE, image_source
 from pipelines.commands.options import print_rows
 from pipelines.terminal.run_log import RunLog
 from pipelines.terminal.terminal import Terminal
@@ -146,7 +146,7 @@ def test_a_source_of_evil_names_is_prepared_and_told(
     source = image_source(SourceConfig(path=str(root)), Printed("source"))
     told = CollectedWarnings()
     out = ArtifactWriter(Folder.at(tmp_path / "out"), "images", "f" * 64)
-    artifact = VERB.execute(PreprocessConfig(image_size=32, max_bad_fraction=0.5), {"source": source}, out, told)
+    artifact = STAGE.execute(PreprocessConfig(image_size=32, max_bad_fraction=0.5), {"source": source}, out, told)
     assert (artifact.counts["images"], artifact.counts["quarantined"]) == (8, 2)
     assert artifact.read_json("classes.json") == ["0\x1b[31mred\n", "1[bold]\u202e"], "records hold names as they are"
     terminal = Terminal()

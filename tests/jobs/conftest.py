@@ -47,4 +47,4 @@ def trained(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     from jobs.stages import train
 
     with local_ray_train():
-        return execute(train.VERB, TRAIN, tmp_path_factory.mktemp("trained"), latents=chain["latents"])
+        return execute(train.STAGE, TRAIN, tmp_path_factory.mktemp("trained"), latents=chain["latents"])

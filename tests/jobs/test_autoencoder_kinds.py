@@ -66,13 +66,13 @@ def made(request: pytest.FixtureRequest, digits_folder: Path, tmp_path_factory: 
     config = TrainConfig(global_batch_size=8, max_steps=2, checkpoint_every=2, num_workers=1, lr=1e-3, **model)
     drawn = SampleConfig(num_samples=4, num_sampling_steps=2, keep_images="all", cfg_scale=1.5, unit_size=4)
     with local_ray():
-        images = execute(preprocess.VERB, PreprocessConfig(image_size=64), work / "images", source=source)
+        images = execute(preprocess.STAGE, PreprocessConfig(image_size=64), work / "images", source=source)
         vae = published_artifact(str(work / "vae"), Folder.at(work / "autoencoder"))
-        latents = execute(encode.VERB, EncodeConfig(), work / "latents", images=images, autoencoder=vae)
+        latents = execute(encode.STAGE, EncodeConfig(), work / "latents", images=images, autoencoder=vae)
     with local_ray_train():
-        checkpoint = execute(train.VERB, config, work / "checkpoint", latents=latents, autoencoder=vae)
+        checkpoint = execute(train.STAGE, config, work / "checkpoint", latents=latents, autoencoder=vae)
     with local_ray():
-        samples = execute(sample.VERB, drawn, work / "samples", checkpoint=checkpoint, autoencoder=vae)
+        samples = execute(sample.STAGE, drawn, work / "samples", checkpoint=checkpoint, autoencoder=vae)
     trained = ema_model(checkpoint.directory(checkpoint.counts["final"]))
     protocol = drawn.model_dump(mode="json", include={"num_sampling_steps", "cfg_scale"})
     save_pipeline(

@@ -41,7 +41,7 @@ UNTRAINED = TrainConfig(model="EDT-Tiny/2", max_steps=0)
 def encoded(folder: Path, images: Artifact, vae: Artifact) -> Artifact:
     out, inputs = ArtifactWriter(Folder.at(folder), "latents", "2" * 64), {"images": images, "autoencoder": vae}
     with local_ray():
-        return encode.VERB.execute(EncodeConfig(write_webdataset=True), inputs, out, Silent())
+        return encode.STAGE.execute(EncodeConfig(write_webdataset=True), inputs, out, Silent())
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_training_records_the_centre_and_refuses_latents_without_it(
 
     def trained(latents: Artifact, folder: str) -> Artifact:
         out = ArtifactWriter(Folder.at(tmp_path / folder), "checkpoint", "3" * 64)
-        return train.VERB.execute(UNTRAINED, {"latents": latents, "autoencoder": source}, out, Silent())
+        return train.STAGE.execute(UNTRAINED, {"latents": latents, "autoencoder": source}, out, Silent())
 
     checkpoint = trained(latents, "new")
     named = {"shift_factor", "latents_mean", "latents_std"}

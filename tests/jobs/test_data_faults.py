@@ -30,7 +30,7 @@ from jobs.runtime.cluster import cause_of
 from jobs.stages import encode, preprocess, sample
 from jobs.stages.autoencoder import published_artifact
 from jobs.stages.preprocess import image_source
-from jobs.stages.stage import Input, Verb
+from jobs.stages.stage import Input, Stage
 from tests.support.disk import small_tmpfs
 from tests.support.local_ray import local_ray
 from tests.support.models import classifier_artifact, made_model, opened
@@ -47,7 +47,7 @@ VERBS = ("preprocess", "encode", "sample")
 class Step:
     """A verb on real input; `artifact` is what it makes when nothing goes wrong."""
 
-    verb: Verb
+    verb: Stage
     config: Section
     inputs: dict[str, Input]
     command: tuple[str, ...]  # `python -m jobs.<verb>` with {out} for the folder
@@ -80,7 +80,7 @@ def preprocess_step(photos: Path, tmp_path_factory: pytest.TempPathFactory, ray_
     config = PreprocessConfig(image_size=64, images_per_shard=PER_SHARD)
     options = ("--image-size", "64", "--images-per-shard", str(PER_SHARD))
     source = image_source(SourceConfig(path=str(root)))
-    step = Step(preprocess.VERB, config, {"source": source}, ("jobs.stages.preprocess", str(root), "{out}", *options))
+    step = Step(preprocess.STAGE, config, {"source": source}, ("jobs.stages.preprocess", str(root), "{out}", *options))
     return undisturbed(step, tmp_path_factory.mktemp("images"))
 
 
@@ -91,7 +91,7 @@ def encode_step(preprocess_step: Step, tmp_path_factory: pytest.TempPathFactory)
     build_autoencoder(AutoencoderConfig(downsample_factor=8, base_channels=8), 64).save_pretrained(root / "vae")
     vae = published_artifact(str(root / "vae"), Folder.at(root / "autoencoder"))
     command = ("jobs.stages.encode", images.folder.uri, "{out}", "--autoencoder", str(root / "autoencoder"))
-    step = Step(encode.VERB, EncodeConfig(), {"images": images, "autoencoder": vae}, command)
+    step = Step(encode.STAGE, EncodeConfig(), {"images": images, "autoencoder": vae}, command)
     return undisturbed(step, tmp_path_factory.mktemp("latents"))
 
 
@@ -124,7 +124,7 @@ def sampling(root: Path) -> Step:
     fields = ("num_samples", "unit_size", "num_sampling_steps", "num_workers")
     options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in fields]
     command = ("jobs.stages.sample", model.checkpoint.folder.uri, "{out}", *given, *options)
-    return Step(sample.VERB, config, inputs, command)
+    return Step(sample.STAGE, config, inputs, command)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def test_the_batch_size_moves_nothing_beyond_rounding(images: Artifact, vae: Art
 
 
 def test_the_manifest_has_mean_and_std_by_channel(images: Artifact, vae: Artifact, tmp_path: Path, here: None) -> None:
-    latents = encode.VERB.execute(EncodeConfig(), {"images": images, "autoencoder": vae}, writer(tmp_path), Silent())
+    latents = encode.STAGE.execute(EncodeConfig(), {"images": images, "autoencoder": vae}, writer(tmp_path), Silent())
     rows = np.concatenate([LatentShard(path).posterior() for path in latents.paths("latents-*.arrow")])
     mean, std = rows[:, 0, 0].astype(np.float64), rows[:, 0, 1].astype(np.float64)
     assert np.allclose(latents.counts["channel_mean"], mean.mean((0, 2, 3)), rtol=1e-9)
@@ -87,7 +87,7 @@ def test_lower_precision_tells_its_error(
     precision: str, bound: float, images: Artifact, vae: Artifact, tmp_path: Path, here: None
 ) -> None:
     inputs = {"images": images, "autoencoder": vae}
-    latents = encode.VERB.execute(EncodeConfig(precision=precision), inputs, writer(tmp_path / "low"), Silent())
+    latents = encode.STAGE.execute(EncodeConfig(precision=precision), inputs, writer(tmp_path / "low"), Silent())
     error = latents.counts["precision_error"]
     assert 0 < error["rms"] < error["max"] < bound * 10
     assert error["rms"] < bound
@@ -163,7 +163,7 @@ def test_finished_latent_shards_are_taken_over(images: Artifact, vae: Artifact, 
     encoder.work(1)
     before = (tmp_path / "a1" / "latents-00001.arrow").stat().st_ino
     new = replace(dead, attempt="a2", previous=("a1",))
-    latents = encode.VERB.execute(EncodeConfig(), {"images": images, "autoencoder": vae}, new, Silent())
+    latents = encode.STAGE.execute(EncodeConfig(), {"images": images, "autoencoder": vae}, new, Silent())
     assert (tmp_path / "a2" / "latents-00001.arrow").stat().st_ino == before
     assert latents.counts["images"] == 32
 

@@ -361,13 +361,13 @@ def test_a_guide_and_a_prior_of_labels(judge: Artifact, tmp_path: Path) -> None:
     assert base.autoencoder is not None
     inputs = {"checkpoint": base.checkpoint, "autoencoder": base.autoencoder, "classifier": judge}
     config = SampleConfig(num_samples=4, num_sampling_steps=3, cfg_scale=2.0, num_cpus_per_worker=0)
-    plain = execute(sample.VERB, config, tmp_path / "plain", **inputs)
-    guided = execute(sample.VERB, config, tmp_path / "guided", **inputs, guide=guide.checkpoint)
+    plain = execute(sample.STAGE, config, tmp_path / "plain", **inputs)
+    guided = execute(sample.STAGE, config, tmp_path / "guided", **inputs, guide=guide.checkpoint)
     assert plain.fingerprint != guided.fingerprint
     assert plain.manifest.digest != guided.manifest.digest
     assert guided.counts["guide_digest"] == guide.checkpoint.manifest.digest
     with pytest.raises(UserError, match="label_policy prior: the model's record has no class counts"):
-        execute(sample.VERB, config.model_copy(update={"label_policy": "prior"}), tmp_path / "x", **inputs)
+        execute(sample.STAGE, config.model_copy(update={"label_policy": "prior"}), tmp_path / "x", **inputs)
 
 
 @pytest.mark.usefixtures("here")
@@ -385,7 +385,7 @@ def test_no_sample_is_of_a_class_that_the_training_had_no_images_of(
     assert model.autoencoder is not None
     inputs = {"checkpoint": model.checkpoint, "autoencoder": model.autoencoder, "classifier": judge}
     config = SampleConfig(num_samples=24, num_sampling_steps=2, label_policy=policy, num_cpus_per_worker=0)
-    made = execute(sample.VERB, config, tmp_path / "samples", **inputs)
+    made = execute(sample.STAGE, config, tmp_path / "samples", **inputs)
     labels = np.concatenate([load_file(path)["labels"] for path in made.paths(sample.FEATURE_UNITS)])
     assert len(labels) == 24
     assert set(labels.tolist()) <= {0, 2, 3}

@@ -91,7 +91,7 @@ def by_two(chain: Chain, told: Path, tmp_path_factory: pytest.TempPathFactory, r
     """A training by two workers of Ray Train, with pictures on the way."""
     config = TRAIN.model_copy(update={"preview_every": 3})
     inputs = {role: chain[role] for role in ("latents", "autoencoder")}
-    return execute(train.VERB, config, tmp_path_factory.mktemp("t"), Told(told), **inputs)
+    return execute(train.STAGE, config, tmp_path_factory.mktemp("t"), Told(told), **inputs)
 
 
 @pytest.mark.ray
@@ -147,7 +147,7 @@ def test_no_worker_makes_a_step_on_a_damaged_shard(chain: Chain, tmp_path: Path,
     damaged = Artifact.open(str(tmp_path / "latents"))
     config = TRAIN.model_copy(update={"num_workers": 1, "max_failures": 0, "checkpoint_every": 1})
     with pytest.raises(UserError, match=rf"{name} has .* another sha256"):
-        execute(train.VERB, config, tmp_path / "out", Told(tmp_path / "told"), latents=damaged)
+        execute(train.STAGE, config, tmp_path / "out", Told(tmp_path / "told"), latents=damaged)
     assert not (tmp_path / "told" / "steps").exists()
     assert not list((tmp_path / "out").rglob("step-*"))
     assert not list((tmp_path / "out").rglob("manifest.json"))
@@ -157,14 +157,14 @@ def test_a_training_goes_on_from_an_earlier_attempt(
     chain: Chain, trained: Artifact, tmp_path: Path, training_here: None
 ) -> None:
     """What a killed driver leaves: a first attempt with one checkpoint, half of another, and no manifest."""
-    identity = train.VERB.fingerprint(TRAIN, {"latents": chain["latents"].fingerprint})
+    identity = train.STAGE.fingerprint(TRAIN, {"latents": chain["latents"].fingerprint})
     killed = ArtifactWriter(Folder.at(tmp_path), "checkpoint", identity, "a1")
     killed.add_tree(trained.directory("checkpoints/step-00000003"), "checkpoints/step-00000003")
     killed.write_bytes("checkpoints/step-00000005/model.safetensors", b"half a checkpoint")
     killed.data.write_bytes(CLOCK, b"7200.0")
     out = ArtifactWriter(Folder.at(tmp_path), "checkpoint", identity, "a2", ("a1",))
 
-    artifact = train.VERB.execute(TRAIN, {"latents": chain["latents"]}, out, Told(tmp_path / "told"))
+    artifact = train.STAGE.execute(TRAIN, {"latents": chain["latents"]}, out, Told(tmp_path / "told"))
     assert (tmp_path / "told" / "steps").read_text().split() == ["4", "6"]  # not 2: steps 1 to 3 were not trained again
     name = f"{artifact.counts['final']}/ema.safetensors"
     assert artifact.path(name).read_bytes() == trained.path(name).read_bytes()
@@ -175,7 +175,7 @@ def test_a_training_goes_on_from_an_earlier_attempt(
 @pytest.mark.parametrize("model", ["EDT-Tiny/2", "DiT-Tiny/2"])
 def test_no_steps_is_the_untrained_model(model: str, chain: Chain, tmp_path: Path) -> None:
     """Also of a DiT, which has no masked pass to train with, by the default recipe."""
-    untrained = execute(train.VERB, TrainConfig(model=model, max_steps=0), tmp_path, latents=chain["latents"])
+    untrained = execute(train.STAGE, TrainConfig(model=model, max_steps=0), tmp_path, latents=chain["latents"])
     assert untrained.counts["final"] == "checkpoints/step-00000000"
     assert untrained.path("history.jsonl").read_bytes() == b""
     assert (untrained.counts["images_seen"], untrained.counts["training_flops"]) == (0, 0)
@@ -187,7 +187,7 @@ SAMPLE = SampleConfig(num_samples=22, num_sampling_steps=3, cfg_scale=1.5, unit_
 @pytest.fixture(scope="session")
 def features(chain: Chain, trained: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     with local_ray():
-        return execute(sample.VERB, SAMPLE, tmp_path_factory.mktemp("f"), checkpoint=trained, **models(chain))
+        return execute(sample.STAGE, SAMPLE, tmp_path_factory.mktemp("f"), checkpoint=trained, **models(chain))
 
 
 def models(chain: Chain) -> dict[str, Artifact]:
@@ -200,7 +200,7 @@ def test_features_do_not_hang_on_the_number_of_workers(
 ) -> None:
     """Nor on the order of units: two workers, two units at once in each, finish them as they come."""
     two = SAMPLE.model_copy(update={"num_workers": 2, "num_cpus_per_worker": 0})
-    again = execute(sample.VERB, two, tmp_path, checkpoint=trained, **models(chain))
+    again = execute(sample.STAGE, two, tmp_path, checkpoint=trained, **models(chain))
     assert len(again.manifest.files) == 8
     assert again.fingerprint == features.fingerprint
     assert again.manifest.digest == features.manifest.digest
@@ -241,8 +241,8 @@ def test_metrics_come_from_the_kept_features_with_their_protocol(
     chain: Chain, features: Artifact, tmp_path: Path, here: None
 ) -> None:
     inputs = {"images": chain["images"], "classifier": chain["classifier"]}
-    real = execute(reference.VERB, ReferenceConfig(), tmp_path / "r", **inputs)
-    result = execute(evaluate.VERB, EvaluateConfig(), tmp_path / "e", features=features, reference=real)
+    real = execute(reference.STAGE, ReferenceConfig(), tmp_path / "r", **inputs)
+    result = execute(evaluate.STAGE, EvaluateConfig(), tmp_path / "e", features=features, reference=real)
     metrics, protocol = result.counts["metrics"], result.counts["protocol"]
     names = {"fd", "kid", "precision", "recall", "accuracy"}
     assert set(metrics) == {f"{name}_classifier" for name in names}
@@ -255,9 +255,9 @@ def test_metrics_come_from_the_kept_features_with_their_protocol(
     other = replace(real, manifest=replace(real.manifest, counts=foreign))
     larger = replace(real, manifest=replace(real.manifest, counts={**real.counts, "image_size": 64}))
     with pytest.raises(UserError, match="samples are images of 32 px and the reference of 64 px"):
-        execute(evaluate.VERB, EvaluateConfig(), tmp_path / "y", features=features, reference=larger)
+        execute(evaluate.STAGE, EvaluateConfig(), tmp_path / "y", features=features, reference=larger)
     with pytest.raises(UserError, match="different extractors"):
-        execute(evaluate.VERB, EvaluateConfig(), tmp_path / "x", features=features, reference=other)
+        execute(evaluate.STAGE, EvaluateConfig(), tmp_path / "x", features=features, reference=other)
 
 
 def test_a_published_autoencoder_from_a_local_folder(chain: Chain, tmp_path: Path) -> None:
@@ -265,10 +265,10 @@ def test_a_published_autoencoder_from_a_local_folder(chain: Chain, tmp_path: Pat
     config = AutoencoderConfig(pretrained=str(folder), downsample_factor=4)
     published = autoencoder.published_source(config)
     assert published is not None
-    taken = execute(autoencoder.VERB, config, tmp_path / "a", published=published)
+    taken = execute(autoencoder.STAGE, config, tmp_path / "a", published=published)
     assert taken.counts["scaling_factor"] == chain["autoencoder"].counts["scaling_factor"]
     with pytest.raises(UserError, match=r"'downsample_factor': 4.*'downsample_factor': 8"):
-        execute(autoencoder.VERB, AutoencoderConfig(pretrained=str(folder)), tmp_path / "b", published=published)
+        execute(autoencoder.STAGE, AutoencoderConfig(pretrained=str(folder)), tmp_path / "b", published=published)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     config = AutoencoderConfig(pretrained=str(copy), downsample_factor=4)

@@ -237,14 +237,14 @@ def test_a_node_that_is_lost_while_sampling_costs_no_sample(two_nodes: Nodes, tm
     config = SampleConfig(num_samples=36, unit_size=3, num_sampling_steps=60, num_workers=2)
 
     def writer(folder: Path) -> ArtifactWriter:
-        identity = sample.VERB.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
+        identity = sample.STAGE.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
         return ArtifactWriter(Folder.at(folder), "features", identity)
 
     def units() -> int:
         return len(list((tmp_path / "out").glob("unit-*.safetensors")))
 
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(sample.VERB.execute, config, inputs, writer(tmp_path / "out"), Silent())
+        result = pool.submit(sample.STAGE.execute, config, inputs, writer(tmp_path / "out"), Silent())
         wait_for(lambda: result.done() or (units() >= 2 and ray.available_resources().get("CPU", 0) == 0))
         assert not result.done(), result.exception()
         two_nodes.lose(second)

@@ -32,9 +32,9 @@ SHARDS = "images-*.tar"
 def run(folder: Path, out: Path, progress: Silent | None = None, **fields: object) -> Artifact:
     config = PreprocessConfig.model_validate({"image_size": 32, "max_bad_fraction": 1, **fields})
     source = image_source(SourceConfig(path=str(folder)))
-    identity = preprocess.VERB.fingerprint(config, {"source": source.fingerprint})
+    identity = preprocess.STAGE.fingerprint(config, {"source": source.fingerprint})
     writer = ArtifactWriter(Folder.at(out), "images", identity)
-    return preprocess.VERB.execute(config, {"source": source}, writer, progress or Silent())
+    return preprocess.STAGE.execute(config, {"source": source}, writer, progress or Silent())
 
 
 def samples(artifact: Artifact) -> dict[str, np.ndarray]:
@@ -273,7 +273,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(digits_folder: Path, 
     source = image_source(SourceConfig(path=str(digits_folder)))
     stale = Source(source.location, "0" * 64, source.selection)
     with pytest.raises(UserError, match="changed while they were read"):
-        preprocess.VERB.execute(
+        preprocess.STAGE.execute(
             PreprocessConfig(image_size=32),
             {"source": stale},
             ArtifactWriter(Folder.at(tmp_path), "images", "1" * 64),
@@ -287,7 +287,7 @@ def test_finished_shards_are_taken_over_and_a_spoiled_one_is_not(
 ) -> None:
     config = PreprocessConfig(image_size=32, images_per_shard=8)
     source = image_source(SourceConfig(path=str(digits_folder)))
-    identity = preprocess.VERB.fingerprint(config, {"source": source.fingerprint})
+    identity = preprocess.STAGE.fingerprint(config, {"source": source.fingerprint})
     dead = ArtifactWriter(Folder.at(tmp_path), "images", identity, "a1")
     plans = preprocess.plan_shards(list_source(SourceConfig(path=str(digits_folder))), config)
     for plan in plans[:3]:
@@ -298,7 +298,7 @@ def test_finished_shards_are_taken_over_and_a_spoiled_one_is_not(
     data[1000] ^= 1
     spoiled.write_bytes(data)
     new = replace(dead, attempt="a2", previous=("a1",))
-    artifact = preprocess.VERB.execute(config, {"source": source}, new, Silent())
+    artifact = preprocess.STAGE.execute(config, {"source": source}, new, Silent())
     taken = [(tmp_path / "a2" / plan.name).stat().st_ino == inode for plan, inode in zip(plans, inodes, strict=False)]
     assert taken == [True, False, True]
     assert artifact.manifest.digest == run(digits_folder, tmp_path / "whole", images_per_shard=8).manifest.digest
@@ -315,8 +315,8 @@ def test_a_stricter_bound_holds_for_what_was_made_before_and_a_laxer_one_keeps_t
     assert [path.stat().st_ino for path in artifact.paths(SHARDS)] == [before]
     strict = PreprocessConfig(image_size=32, max_bad_fraction=0.1)
     with pytest.raises(UserError, match="more than max_bad_fraction"):
-        preprocess.VERB.accept(strict, artifact.counts)
-    assert preprocess.VERB.fingerprint(strict, {}) == preprocess.VERB.fingerprint(PreprocessConfig(image_size=32), {})
+        preprocess.STAGE.accept(strict, artifact.counts)
+    assert preprocess.STAGE.fingerprint(strict, {}) == preprocess.STAGE.fingerprint(PreprocessConfig(image_size=32), {})
 
 
 def test_classes_that_lose_all_images_and_images_of_two_classes_are_told(tmp_path: Path, here: None) -> None:

@@ -43,7 +43,7 @@ LATENTS = [f"latents-{k:05d}.{kind}" for k in range(3) for kind in ("arrow", "ta
 
 
 def preprocessed(source: str, out: str | Path) -> Artifact:
-    return execute(preprocess.VERB, PREPROCESS, out, source=image_source(SourceConfig(path=source)))
+    return execute(preprocess.STAGE, PREPROCESS, out, source=image_source(SourceConfig(path=source)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def made(pictures: Images, tmp_path_factory: pytest.TempPathFactory) -> Made:
     build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), SIZE).save_pretrained(root / "vae")
     vae = published_artifact(str(root / "vae"), Folder.at(root / "autoencoder"))
     with local_ray():
-        latents = execute(encode.VERB, ENCODE, root / "latents", images=images, autoencoder=vae)
+        latents = execute(encode.STAGE, ENCODE, root / "latents", images=images, autoencoder=vae)
     return Made(root / "source", images, root / "vae", vae, latents)
 
 
@@ -139,7 +139,7 @@ def test_preprocess_from_store_to_store_is_that_of_the_disk(s3: str, pictures: I
     assert images.problems(deep=True) == []
     assert ".journal" not in images.data.names()
     listed = image_source(SourceConfig(path=source)).fingerprint
-    assert preprocess.VERB.fingerprint(PREPROCESS, {"source": listed}) == images.fingerprint
+    assert preprocess.STAGE.fingerprint(PREPROCESS, {"source": listed}) == images.fingerprint
 
 
 @pytest.mark.parametrize("layout", [shards, parquet_folder, train_tar])
@@ -170,7 +170,7 @@ def encoder_inputs(store: str, made: Made) -> dict[str, Artifact]:
 
 def test_encode_from_store_to_store_is_that_of_the_disk(s3: str, made: Made, here: None) -> None:
     inputs = encoder_inputs(s3, made)
-    latents = execute(encode.VERB, ENCODE, f"{s3}/latents", **inputs)
+    latents = execute(encode.STAGE, ENCODE, f"{s3}/latents", **inputs)
     assert latents.manifest.digest == made.latents.manifest.digest
     assert latents.counts == made.latents.counts
     assert latents.fingerprint == made.latents.fingerprint  # artifacts are known by what is in them, wherever they lie
@@ -179,7 +179,7 @@ def test_encode_from_store_to_store_is_that_of_the_disk(s3: str, made: Made, her
     latents.folder.remove(MANIFEST_NAME)
     with pytest.raises(ManifestError, match=r"has no manifest\.json"):
         Artifact.open(f"{s3}/latents")
-    again = execute(encode.VERB, ENCODE, f"{s3}/latents", **inputs)
+    again = execute(encode.STAGE, ENCODE, f"{s3}/latents", **inputs)
     assert again.manifest.digest == made.latents.manifest.digest
 
 
@@ -188,7 +188,7 @@ def test_encode_goes_on_from_the_journal_in_the_store(s3: str, made: Made, here:
     import fsspec
 
     inputs = encoder_inputs(s3, made)
-    identity = encode.VERB.fingerprint(ENCODE, {role: item.fingerprint for role, item in inputs.items()})
+    identity = encode.STAGE.fingerprint(ENCODE, {role: item.fingerprint for role, item in inputs.items()})
     out = ArtifactWriter(Folder.at(f"{s3}/latents"), "latents", identity)
     encode.encode(ENCODE, inputs, out, Silent())
     assert [entry.path for entry in out.written()] == LATENTS
@@ -199,7 +199,7 @@ def test_encode_goes_on_from_the_journal_in_the_store(s3: str, made: Made, here:
     files = fsspec.filesystem("s3")
     for name in LATENTS:  # a mark on the object itself, which a write takes away
         files.setxattr(f"{s3}/latents/{name}", mark="kept")
-    latents = encode.VERB.execute(ENCODE, inputs, out, Silent())
+    latents = encode.STAGE.execute(ENCODE, inputs, out, Silent())
     kept = [name for name in LATENTS if files.getxattr(f"{s3}/latents/{name}", "mark") == "kept"]
     assert kept == [name for name in LATENTS if name not in ("latents-00001.arrow", "latents-00002.tar")]
     assert latents.manifest.digest == made.latents.manifest.digest

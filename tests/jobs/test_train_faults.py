@@ -363,7 +363,7 @@ def test_a_disk_that_fills_up_in_mid_checkpoint_is_said_and_got_over(
     out = small_disk / "out"
     options = {**RECIPE, "max_steps": 40, "checkpoint_every": 10, "num_to_keep": 10}
     with pytest.raises(SystemExit) as ended:
-        stage.main(train.VERB, [latents_artifact.folder.uri, str(out), *arguments(options)])
+        stage.main(train.STAGE, [latents_artifact.folder.uri, str(out), *arguments(options)])
     text = "".join(capsys.readouterr())
     assert ended.value.code == 2, text
     assert "Traceback" not in text

@@ -88,9 +88,9 @@ def opened(latents: Artifact, **fields: Any) -> Any:
 
 def run_verb(latents: Artifact, folder: Path, **fields: Any) -> Artifact:
     config = TrainConfig.model_validate({**CONFIG.model_dump(), **fields})
-    identity = train.VERB.fingerprint(config, {"latents": latents.fingerprint})
+    identity = train.STAGE.fingerprint(config, {"latents": latents.fingerprint})
     out = ArtifactWriter(Folder.at(folder), "checkpoint", identity)
-    return train.VERB.execute(config, {"latents": latents}, out, Silent())
+    return train.STAGE.execute(config, {"latents": latents}, out, Silent())
 
 
 def rewritten(path: Path, change: Callable[[bytearray], object]) -> None:

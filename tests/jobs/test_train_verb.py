@@ -37,9 +37,9 @@ def test_a_dry_run_refuses_what_a_run_would(latents_artifact: Artifact, tmp_path
 
 def test_an_autoencoder_for_pictures_is_no_part_of_the_identity(latents_artifact: Artifact, chain: Chain) -> None:
     latents = {"latents": latents_artifact.fingerprint}
-    alone = train.VERB.fingerprint(CONFIG, latents)
-    assert train.VERB.fingerprint(CONFIG, {**latents, "autoencoder": chain["autoencoder"].fingerprint}) == alone
-    assert train.VERB.fingerprint(CONFIG, {"latents": "0" * 64}) != alone
+    alone = train.STAGE.fingerprint(CONFIG, latents)
+    assert train.STAGE.fingerprint(CONFIG, {**latents, "autoencoder": chain["autoencoder"].fingerprint}) == alone
+    assert train.STAGE.fingerprint(CONFIG, {"latents": "0" * 64}) != alone
 
 
 def test_a_loss_that_stays_not_finite_fails_with_its_story(tmp_path: Path, training_here: None) -> None:
@@ -68,9 +68,9 @@ def test_a_loss_that_stays_not_finite_fails_with_its_story(tmp_path: Path, train
                 file.write(f"{message}\n")
 
     config = CONFIG.model_copy(update={"max_rollbacks": 1})
-    target = ArtifactWriter(Folder.at(tmp_path / "out"), "checkpoint", train.VERB.fingerprint(config, {}))
+    target = ArtifactWriter(Folder.at(tmp_path / "out"), "checkpoint", train.STAGE.fingerprint(config, {}))
     with pytest.raises(RuntimeError, match=r"step 1 is not finite for 8 of 8 samples; max_rollbacks is 1") as caught:
-        train.VERB.execute(config, {"latents": latents}, target, Told())
+        train.STAGE.execute(config, {"latents": latents}, target, Told())
     assert not isinstance(caught.value, UserError)
     warnings = heard.read_text()
     assert "the loss of step 0 is not finite for 8 of 8 samples: rows " in warnings

@@ -19,7 +19,7 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import FEATURE_UNIT, REAL_CONFUSION, SAMPLE_CONFUSION, VALIDATION_NAME
 from edt_core.store.store import Store
 from jobs.stages import classifier, extractors
-from jobs.stages.validate import VERB
+from jobs.stages.validate import STAGE
 from tests.support.jobs import Chain, command, execute
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -79,7 +79,7 @@ def test_planted_samples_are_counted_class_by_class(chain: Chain, tmp_path: Path
     judge = stubborn(tmp_path, images)
     features = planted(tmp_path / "features", judge)
     inputs = {"features": features, "classifier": judge, "images": images}
-    made = execute(VERB, ValidateConfig(), tmp_path / "made", **inputs)
+    made = execute(STAGE, ValidateConfig(), tmp_path / "made", **inputs)
     facts, confusions = files(made)
     assert confusions["samples"] == PAIRS
     assert sum(PAIRS.values()) == made.counts["samples"] == facts["samples"]["images"] == 14
@@ -108,7 +108,7 @@ def test_the_ceiling_is_the_accuracy_of_the_hold_out(chain: Chain, tmp_path: Pat
     """Of a classifier that was fitted; an independent count of the same images, all of them in memory."""
     judge, images = chain["classifier"], chain["images"]
     features = planted(tmp_path / "features", judge)
-    made = execute(VERB, ValidateConfig(), tmp_path / "made", features=features, classifier=judge, images=images)
+    made = execute(STAGE, ValidateConfig(), tmp_path / "made", features=features, classifier=judge, images=images)
     assert made.counts["real_images"] == judge.counts["holdout"]
     assert made.counts["metrics"]["real_conditional_accuracy"] == pytest.approx(judge.counts["holdout_accuracy"])
     pixels, labels = load_images(images.paths("images-*.tar"), 32)
@@ -127,7 +127,7 @@ def test_classes_without_a_real_image_kept_back_are_told(chain: Chain, tmp_path:
     features = planted(tmp_path / "features", judge)
     inputs = {"features": features, "classifier": judge, "images": chain["images"]}
     progress = CollectedWarnings()
-    made = execute(VERB, ValidateConfig(), tmp_path / "made", progress, **inputs)
+    made = execute(STAGE, ValidateConfig(), tmp_path / "made", progress, **inputs)
     lacking = 4 - made.counts["real_classes"]
     assert lacking > 0
     assert progress.warnings == [f"{lacking} of 4 classes have no real image kept from the classifier's fit"]
@@ -143,7 +143,7 @@ def test_what_does_not_belong_together_is_refused(chain: Chain, tmp_path: Path) 
             "classifier": judge,
             "images": images,
         }
-        execute(VERB, ValidateConfig(), tmp_path / "made", **{**inputs, **changed})
+        execute(STAGE, ValidateConfig(), tmp_path / "made", **{**inputs, **changed})
 
     with pytest.raises(
         UserError, match=r"were classified by classifier \w{12}, and the classifier given is .* sampled with"
@@ -163,17 +163,17 @@ def test_what_an_earlier_attempt_has_finished_is_taken_over(
 ) -> None:
     store, judge = Store(Folder.at(tmp_path / "store")), chain["classifier"]
     inputs = {"features": planted(tmp_path / "f", judge), "classifier": judge, "images": chain["images"]}
-    identity = VERB.fingerprint(ValidateConfig(), {role: item.fingerprint for role, item in inputs.items()})
-    whole = execute(VERB, ValidateConfig(), tmp_path / "made", **inputs)
-    store.writer(VERB.kind, identity).write_bytes(REAL_CONFUSION, whole.path(REAL_CONFUSION).read_bytes())
+    identity = STAGE.fingerprint(ValidateConfig(), {role: item.fingerprint for role, item in inputs.items()})
+    whole = execute(STAGE, ValidateConfig(), tmp_path / "made", **inputs)
+    store.writer(STAGE.kind, identity).write_bytes(REAL_CONFUSION, whole.path(REAL_CONFUSION).read_bytes())
 
     def never(*_: object) -> None:
         raise AssertionError("the real images are classified again")
 
     monkeypatch.setattr(extractors, "load", never)
-    again = VERB.execute(ValidateConfig(), inputs, store.writer(VERB.kind, identity), Silent())
+    again = STAGE.execute(ValidateConfig(), inputs, store.writer(STAGE.kind, identity), Silent())
     assert again.manifest.digest == whole.manifest.digest
-    assert store.find(VERB.kind, identity) is not None
+    assert store.find(STAGE.kind, identity) is not None
 
 
 def test_the_verb_alone_makes_it_once(chain: Chain, tmp_path: Path) -> None:

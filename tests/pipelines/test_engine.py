@@ -18,7 +18,7 @@ from edt_core.errors import Stopped
 from edt_core.progress import Progress
 from edt_core.store.artifact import ArtifactWriter, Source
 from edt_core.store.store import Store
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 from pipelines.engine.workflow import Workflow
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
@@ -66,11 +66,11 @@ def make(config: Section, inputs: Mapping[str, Any], out: ArtifactWriter, progre
     return {"number": 3}
 
 
-LISTENS = Verb("listens", "images", 1, Section, listen, roles=("source",))
-LINGERS = Verb("lingers", "reference", 1, Section, linger, roles=("source",))
-MEETS = Verb("meets", "images", 1, Section, meet, roles=("source",))
-FOLLOWS = Verb("follows", "latents", 1, Section, make, roles=("images",))
-MAKES = Verb("makes", "images", 1, Section, make, roles=("source",))
+LISTENS = Stage("listens", "images", 1, Section, listen, roles=("source",))
+LINGERS = Stage("lingers", "reference", 1, Section, linger, roles=("source",))
+MEETS = Stage("meets", "images", 1, Section, meet, roles=("source",))
+FOLLOWS = Stage("follows", "latents", 1, Section, make, roles=("images",))
+MAKES = Stage("makes", "images", 1, Section, make, roles=("source",))
 
 
 @pytest.fixture(scope="module")

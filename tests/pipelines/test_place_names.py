@@ -13,7 +13,7 @@ from edt_core.data.digits import write_digits
 from edt_core.errors import UserError
 from edt_core.store.folder import Folder
 from jobs.runtime.tracking import SQLITE, own_uri, sqlite_path
-from jobs.stages.preprocess import VERB as PREPROCESS
+from jobs.stages.preprocess import STAGE as PREPROCESS
 from pipelines.cluster.ui import run_link
 from pipelines.config.schema import as_yaml, load_config
 from pipelines.tracking.catalog import Catalog

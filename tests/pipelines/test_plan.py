@@ -7,7 +7,7 @@ import pytest
 
 from edt_core.config import Section
 from edt_core.store.artifact import Source
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 from pipelines.config.schema import load_config
 from pipelines.engine.step import StepFuture, input_fingerprints
 from pipelines.engine.steps import D, Promotion
@@ -23,7 +23,7 @@ class Planned:
 
     fingerprints: dict[str, str] = field(default_factory=dict)
 
-    def step(self, name: str, verb: Verb, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+    def step(self, name: str, verb: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         self.fingerprints[name] = verb.fingerprint(config, input_fingerprints(inputs))
         return StepFuture(name, verb.kind, self.fingerprints[name])
 

@@ -11,7 +11,7 @@ from edt_core.config import Section
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
-from jobs.stages.stage import Verb
+from jobs.stages.stage import Stage
 from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Promotion
 from pipelines.engine.workflow import Workflow
@@ -19,7 +19,7 @@ from pipelines.plan import Planner
 from pipelines.terminal.terminal import Terminal
 
 Deciding = Callable[[Any, str, Mapping[str, Artifact]], "Decision"]
-VERB = Verb("make", "images", 1, Section, lambda *_: {}, roles=("source",))
+STAGE = Stage("make", "images", 1, Section, lambda *_: {}, roles=("source",))
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def store(tmp_path: Path) -> Store:
 
 def artifact(store: Store) -> Artifact:
     """What an earlier run has made."""
-    identity = VERB.fingerprint(Section(), {"source": "5" * 64})
-    out = store.writer(VERB.kind, identity)
+    identity = STAGE.fingerprint(Section(), {"source": "5" * 64})
+    out = store.writer(STAGE.kind, identity)
     out.write_bytes("file", b"x")
     return out.commit({}, {"source": "5" * 64}, {}, step_version=1)
 
@@ -66,7 +66,7 @@ def workflow(store: Store) -> Workflow:
 def test_a_run_decides_on_the_artifacts_of_the_branch(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     made = artifact(store)
     running = workflow(store)
-    step = running.step("evaluate edt", VERB, Section(), source=Source("", "5" * 64))
+    step = running.step("evaluate edt", STAGE, Section(), source=Source("", "5" * 64))
     given: list[Any] = []
 
     def decide(catalog: Any, run_id: str, artifacts: Mapping[str, Artifact]) -> Decision:
@@ -82,7 +82,7 @@ def test_a_run_decides_on_the_artifacts_of_the_branch(store: Store, capsys: pyte
 def test_a_registry_that_fails_is_the_failure_of_the_promotion(store: Store) -> None:
     artifact(store)
     running = workflow(store)
-    step = running.step("evaluate edt", VERB, Section(), source=Source("", "5" * 64))
+    step = running.step("evaluate edt", STAGE, Section(), source=Source("", "5" * 64))
     error = OSError("the server is away")
 
     def decide(catalog: Any, run_id: str, artifacts: Mapping[str, Artifact]) -> Decision:
@@ -96,7 +96,7 @@ def test_a_registry_that_fails_is_the_failure_of_the_promotion(store: Store) -> 
 def test_a_branch_that_failed_is_not_promoted(store: Store) -> None:
     artifact(store)
     running = workflow(store)
-    step = running.step("evaluate edt", VERB, Section(), source=Source("", "5" * 64))
+    step = running.step("evaluate edt", STAGE, Section(), source=Source("", "5" * 64))
     running.failures[step.name] = error = OSError("no room")
     assert running.promote(promotion(step, never)) is None
     assert running.culprits() == {"evaluate edt": error}
@@ -117,7 +117,7 @@ def test_a_plan_knows_a_promotion_by_what_is_registered(
     if made:
         artifact(store)
     planner = Planner(store, object() if known else None)  # type: ignore[arg-type]
-    step = planner.step("evaluate edt", VERB, Section(), source=Source("", "5" * 64))
+    step = planner.step("evaluate edt", STAGE, Section(), source=Source("", "5" * 64))
     decided = planner.promote(promotion(step, never, found))
     assert decided == (Decision("3") if actions["promote edt"][0] == "reuse" else None)
     told = {name: row for name, row in planner.steps.items() if name != "evaluate edt"}

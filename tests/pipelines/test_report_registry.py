@@ -9,7 +9,7 @@ from pipelines.registry.aliases import promote_version, rollback
 from pipelines.registry.gate import Decision
 from pipelines.report import history as report_registry
 from pipelines.report.history import VersionRecord, record_options, version_record
-from pipelines.report.step import VERB, SummaryConfig
+from pipelines.report.step import STAGE, SummaryConfig
 from tests.support.registry import NAME, PROTOCOL, Registry
 from tests.support.reports import REGISTRY
 
@@ -93,7 +93,7 @@ def test_where_the_record_lies_does_not_change_the_report_and_champions_do() -> 
             lineage={},
             config_yaml="",
         )
-        return VERB.fingerprint(config, {})
+        return STAGE.fingerprint(config, {})
 
     assert identity(found_with="--store /moved") == identity()
     assert identity(champions=REGISTRY.champions[:1]) != identity()

@@ -220,7 +220,7 @@ def test_a_registered_model_gives_its_autoencoder_to_a_workflow(first: Outcome, 
     published = autoencoder.published_source(config, first.tracking_uri)
     assert published is not None
     assert published.fingerprint == f"models:/{MODEL}/1"  # the alias may move, the version does not
-    future = workflow.step("autoencoder", autoencoder.VERB, config.published(), published=published)
+    future = workflow.step("autoencoder", autoencoder.STAGE, config.published(), published=published)
     assert workflow.wait(future), workflow.failures
     fitted = next(a for a in Store.open(str(store)).artifacts() if a.counts.get("source") == "fitted")
     assert future.result().counts["scaling_factor"] == fitted.counts["scaling_factor"]

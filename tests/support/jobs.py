@@ -22,31 +22,31 @@ from edt_core.store.folder import Folder
 from jobs.commands import stage
 from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
 from jobs.stages.preprocess import image_source
-from jobs.stages.stage import Input, Verb
+from jobs.stages.stage import Input, Stage
 
 # The stages of the chain: what makes each, by which configuration, of which others.
-STAGES: dict[str, tuple[Verb, Section, tuple[str, ...]]] = {
-    "images": (preprocess.VERB, PreprocessConfig(image_size=32, images_per_shard=12), ("source",)),
+STAGES: dict[str, tuple[Stage, Section, tuple[str, ...]]] = {
+    "images": (preprocess.STAGE, PreprocessConfig(image_size=32, images_per_shard=12), ("source",)),
     "autoencoder": (
-        autoencoder.VERB,
+        autoencoder.STAGE,
         AutoencoderConfig(downsample_factor=4, base_channels=8, steps=4, batch_size=8),
         ("images",),
     ),
-    "latents": (encode.VERB, EncodeConfig(batch_size=5, write_webdataset=True), ("images", "autoencoder")),
-    "classifier": (classifier.VERB, ClassifierConfig(steps=8, base_channels=4, feature_dim=8), ("images",)),
+    "latents": (encode.STAGE, EncodeConfig(batch_size=5, write_webdataset=True), ("images", "autoencoder")),
+    "classifier": (classifier.STAGE, ClassifierConfig(steps=8, base_channels=4, feature_dim=8), ("images",)),
 }
 TRAIN = TrainConfig(
     model="EDT-Tiny/2", global_batch_size=8, max_steps=6, log_every=2, checkpoint_every=3, num_workers=2, lr=1e-3
 )
 STAGE_OF = {
-    v.VERB.name: v.VERB
+    v.STAGE.name: v.STAGE
     for v in (preprocess, autoencoder, encode, classifier, reference, train, sample, evaluate, validate)
 }
 Chain = dict[str, Artifact]  # and "source", which is a Source
 
 
 def execute(
-    verb: Verb, config: Section, folder: Path | str, progress: Progress | None = None, **inputs: Input
+    verb: Stage, config: Section, folder: Path | str, progress: Progress | None = None, **inputs: Input
 ) -> Artifact:
     """Run a verb into a folder or at a URI."""
     identity = verb.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})

@@ -21,9 +21,9 @@ def trained(
     progress: Progress | None = None,
 ) -> Artifact:
     """What the train verb makes of a configuration, as a step of a workflow runs it."""
-    identity = train.VERB.fingerprint(config, {"latents": latents.fingerprint})
+    identity = train.STAGE.fingerprint(config, {"latents": latents.fingerprint})
     out = ArtifactWriter(Folder.at(folder), "checkpoint", identity, attempt, previous)
-    return train.VERB.execute(config, {"latents": latents}, out, progress or Silent())
+    return train.STAGE.execute(config, {"latents": latents}, out, progress or Silent())
 
 
 def trained_here(config: TrainConfig, latents: Artifact, folder: Path, *attempts: Any) -> Artifact:

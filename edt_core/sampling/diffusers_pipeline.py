@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -22,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from edt_core.autoencoders.autoencoder import decode, to_pixels
-from edt_core.autoencoders.kinds import scale_of
+from edt_core.autoencoders.kinds import KINDS, scale_of
 from edt_core.config import ChainConfig
 from edt_core.data.scale import LatentScale
 from edt_core.diffusion import Objective, objective_of_model
@@ -47,6 +50,11 @@ from edt_core.sampling.schedulers import (
 )
 
 __all__ = ["PROTOCOL", "EDTPipeline", "EDTPipelineOutput", "EDTTransformer", "chain_config", "save_pipeline"]
+
+if TYPE_CHECKING:
+    Autoencoder: TypeAlias = ModelMixin
+else:  # from_pipe of diffusers takes over a part alone whose very class the annotation names
+    Autoencoder = reduce(or_, (getattr(diffusers, name) for name in KINDS))
 
 _PIPELINE_FILE = "pipeline.py"
 # Of an import statement diffusers would say to run "pip install edt_core", and that is no name of this package.
@@ -116,7 +124,7 @@ class EDTPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: EDTTransformer,
-        vae: ModelMixin,
+        vae: Autoencoder,
         scheduler: Any,
         classes: list[str] | None = None,
         protocol: dict[str, Any] | None = None,
@@ -286,7 +294,7 @@ def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
 EDTTransformer.__module__ = EDTPipeline.__module__ = _OURS
 
 
-def _check_scale(vae: ModelMixin, trained: Mapping[str, Any] | None) -> None:
+def _check_scale(vae: Autoencoder, trained: Mapping[str, Any] | None) -> None:
     """Raise UserError unless the latents of a model are centred as its autoencoder's configuration says.
 
     `trained` is what `save_pipeline` wrote of that. Folders of versions that ignored it have nothing.
@@ -309,7 +317,7 @@ def _check_scale(vae: ModelMixin, trained: Mapping[str, Any] | None) -> None:
 def save_pipeline(
     folder: Path,
     edt: DiffusionTransformer,
-    vae: ModelMixin,
+    vae: Autoencoder,
     *,
     num_timesteps: int,
     classes: Sequence[str],

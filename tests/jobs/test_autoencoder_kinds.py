@@ -132,6 +132,8 @@ def test_the_pipeline_decodes_as_diffusers_does(made: Made) -> None:
     expected = (decoded * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert images.shape == (2, 64, 64, 3)
     assert np.array_equal(images, expected)
+    copy = EDTPipeline.from_pipe(pipeline)  # a part of a class that the pipeline does not name would be left out
+    assert copy.vae is pipeline.vae
 
 
 def test_the_verbs_open_the_folder_with_its_autoencoder(made: Made) -> None:

@@ -80,7 +80,7 @@ def preprocess_step(photos: Path, tmp_path_factory: pytest.TempPathFactory, ray_
     config = PreprocessConfig(image_size=64, images_per_shard=PER_SHARD)
     options = ("--image-size", "64", "--images-per-shard", str(PER_SHARD))
     source = image_source(SourceConfig(path=str(root)))
-    step = Step(preprocess.STAGE, config, {"source": source}, ("jobs.stages.preprocess", str(root), "{out}", *options))
+    step = Step(preprocess.STAGE, config, {"source": source}, ("jobs.preprocess", str(root), "{out}", *options))
     return undisturbed(step, tmp_path_factory.mktemp("images"))
 
 
@@ -90,7 +90,7 @@ def encode_step(preprocess_step: Step, tmp_path_factory: pytest.TempPathFactory)
     assert images is not None
     build_autoencoder(AutoencoderConfig(downsample_factor=8, base_channels=8), 64).save_pretrained(root / "vae")
     vae = published_artifact(str(root / "vae"), Folder.at(root / "autoencoder"))
-    command = ("jobs.stages.encode", images.folder.uri, "{out}", "--autoencoder", str(root / "autoencoder"))
+    command = ("jobs.encode", images.folder.uri, "{out}", "--autoencoder", str(root / "autoencoder"))
     step = Step(encode.STAGE, EncodeConfig(), {"images": images, "autoencoder": vae}, command)
     return undisturbed(step, tmp_path_factory.mktemp("latents"))
 
@@ -123,7 +123,7 @@ def sampling(root: Path) -> Step:
     given = [f"--{role}={inputs[role].folder.uri}" for role in ("autoencoder", "classifier")]
     fields = ("num_samples", "unit_size", "num_sampling_steps", "num_workers")
     options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in fields]
-    command = ("jobs.stages.sample", model.checkpoint.folder.uri, "{out}", *given, *options)
+    command = ("jobs.sample", model.checkpoint.folder.uri, "{out}", *given, *options)
     return Step(sample.STAGE, config, inputs, command)
 
 

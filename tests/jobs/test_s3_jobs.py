@@ -27,6 +27,7 @@ from jobs.stages.autoencoder import published_artifact
 from jobs.stages.preprocess import image_source
 from tests.support.jobs import command, execute
 from tests.support.local_ray import local_ray
+from tests.support.small import edt
 from tests.support.sources import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
 from tests.support.trainings import narrow
 
@@ -336,7 +337,7 @@ def test_the_commands_on_the_store_as_a_user_gives_them(
     program = [sys.executable, "-m", "jobs.preprocess", *preprocessing]
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout.split()[:1]) == (0, [f"{s3}/images"]), done.stderr
-    checked = command("verify", f"{s3}/images", "--deep")
+    checked = edt("verify", f"{s3}/images", "--deep")
     assert (checked.returncode, checked.stderr) == (0, "")
     monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("what is found made needs no Ray"))
     again = command("preprocess", *preprocessing)
@@ -414,6 +415,6 @@ def test_a_missing_bucket_is_one_message(s3: str, made: Made, tmp_path: Path) ->
     refused(command("preprocess", f"{nowhere}/source", str(tmp_path / "out")), f"{nowhere}/source")
     done = command("preprocess", str(made.source), f"{nowhere}/out")
     refused(done, "there is no such bucket; create it, or")
-    refused(command("verify", f"{nowhere}/images"), f"cannot use {nowhere}/images: there is no such bucket")
+    refused(edt("verify", f"{nowhere}/images"), f"cannot use {nowhere}/images: there is no such bucket")
     assert not (tmp_path / "out").exists()
     assert holding_the_secret(s3, cache_folder(), tmp_path) == []

@@ -69,7 +69,7 @@ FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marsh
 FORBIDDEN_CALLS = {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "tar.extract", "torch.export.load"}
 ALLOWED = {
     "checkpoint_file.py": ["pickle"],  # the name of an error that torch.load raises
-    "program.py": ["torch.export.load"],  # of the file that it has just written
+    "torch_export.py": ["torch.export.load"],  # of the file that it has just written
 }
 FORBIDDEN_METHODS = {"extractall"}
 

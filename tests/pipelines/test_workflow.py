@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from edt_core.config import AutoencoderConfig
+from edt_core.diffusion import Schedule, linear_schedule
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
@@ -242,11 +243,13 @@ def test_one_failed_branch_leaves_the_others_alone(
 ) -> None:
     """One of the others is reused, and one has work to do: a model of no steps, which need no trainer."""
 
-    def check(num_timesteps: int) -> None:
+    def check(num_timesteps: int) -> Schedule:
         if num_timesteps == 30:
             raise UserError("num_timesteps is 30")
+        return linear_schedule(num_timesteps)
 
-    monkeypatch.setattr("edt_core.diffusion.linear_schedule", check)  # what training checks before it starts workers
+    # What training checks before it starts workers.
+    monkeypatch.setattr("edt_core.diffusion.objective.linear_schedule", check)
     outcome = pipeline(store, "models.broken.num_timesteps=30", "models.fresh={max_steps: 0}")
     assert set(outcome.failures) == {"train broken", "untrained train broken"}
     assert "num_timesteps is 30" in str(outcome.failures["train broken"])

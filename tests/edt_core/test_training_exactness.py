@@ -131,7 +131,7 @@ def test_a_sampler_that_has_learned_is_resumed_too(
     def forgetful(num_timesteps: int) -> LossSecondMomentSampler:
         return LossSecondMomentSampler(num_timesteps, history=1)
 
-    monkeypatch.setattr("edt_core.training.state.LossSecondMomentSampler", forgetful)
+    monkeypatch.setattr("edt_core.diffusion.objective.LossSecondMomentSampler", forgetful)
     config = CONFIG.model_copy(update={"num_timesteps": 21})
     state = train(config, edt, dataset, LocalContext(tmp_path / "a"))
     checkpoint = load_checkpoint(place(tmp_path / "a", 8))

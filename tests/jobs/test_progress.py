@@ -296,6 +296,6 @@ def test_ctrl_c_in_the_terminal_of_a_verb(tmp_path: Path) -> None:
     soon, slowly = soon.split("soon ended with 130")
     never, slowly = slowly.split("never ended with 130")
     assert "stopped at step 7" in soon
-    assert all("ame command to resume" in text for text in (never, slowly))
+    assert all("erun the same command to resume" in text for text in (never, slowly))
     assert [STOPPING in text for text in (soon, never, slowly)] == [True, False, True]
     assert "slowly ended with 130" in slowly

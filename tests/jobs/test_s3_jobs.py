@@ -404,7 +404,8 @@ def test_wrong_credentials_are_one_message(
             (("verify", f"{s3}/images"), f"{s3}/images"),
         ):
             # 403 of a HEAD, which has no body to say more, or the code in the answer to a PUT
-            refused(command(*arguments), f"cannot use {uri}: access denied (")
+            run = edt if arguments[0] == "verify" else command
+            refused(run(*arguments), f"cannot use {uri}: access denied (")
     assert not (tmp_path / "out").exists()
     assert holding_the_secret(s3, cache_folder(), tmp_path) == []
 

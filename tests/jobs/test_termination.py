@@ -47,7 +47,7 @@ def test_a_verb_that_is_terminated_ends_with_130(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as ended, exit_code():
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 130
-    assert "rerun the same command to resume" in capsys.readouterr().err
+    assert "Rerun the same command to resume" in capsys.readouterr().err
 
 
 def test_what_ray_does_on_sigterm_is_undone_where_somebody_handles_it() -> None:

@@ -12,8 +12,9 @@ import yaml
 from edt_core.data.digits import write_digits
 from edt_core.errors import UserError
 from edt_core.store.folder import Folder
+from jobs.commands import stage
 from jobs.runtime.tracking import SQLITE, own_uri, sqlite_path
-from jobs.stages.preprocess import STAGE as PREPROCESS
+from jobs.stages import preprocess
 from pipelines.cluster.ui import run_link
 from pipelines.config.schema import as_yaml, load_config
 from pipelines.tracking.catalog import Catalog
@@ -124,7 +125,7 @@ def test_a_step_alone_refuses_such_an_output_folder(
     tmp_path: Path, digits_folder: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        PREPROCESS.main([str(digits_folder), f"{tmp_path}/{name}"])
+        stage.main(preprocess.STAGE, [str(digits_folder), f"{tmp_path}/{name}"])
     assert ended.value.code == 2
     assert "cannot be used" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []

@@ -60,7 +60,7 @@ def export_samples(
     target = target.expanduser().absolute()
     outputs = [_labels_beside(target), target] if format == "png" else [target]  # what tells that all is there is last
     with _staged(target, outputs) as staging:
-        with clear_space_errors(str(target)):  # any other error may be of whoever makes the batches
+        with clear_space_errors(str(target)):  # any other error may come from the code that makes the batches
             _WRITERS[format](_checked(batches, count, progress), count, staging / target.name)
             for _ in in_threads(fsync_file, [path for path in staging.rglob("*") if path.is_file()]):
                 pass

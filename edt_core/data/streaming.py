@@ -7,7 +7,7 @@ It promises less than `latent_batches` does:
   epoch than the others at the same step.
 - A shard is known to be whole only once it was read to its end: the step that finds damage fails, but steps before it
   may have used samples of the damaged shard.
-- A resumed stream draws the epoch of its step anew, and starts that epoch at its first sample: samples of the
+- A resumed stream draws the epoch of its step again, and starts that epoch at its first sample: samples of the
   interrupted epoch may come a second time, and others not at all.
 Mirror images are drawn by (seed, step) as with the other reader.
 

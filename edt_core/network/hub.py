@@ -1,6 +1,6 @@
 """Whether the Hugging Face hub answers, asked once: its client tries for minutes, for each file of a model.
 
-Where the hub is away, models are loaded from this machine's hub cache alone (`local_files_only`).
+If the hub cannot be reached, models are loaded from this machine's hub cache alone (`local_files_only`).
 """
 
 import re
@@ -46,7 +46,7 @@ def _ask(endpoint: str) -> None:
 
 
 def loading_failure(error: Exception, away: bool) -> Exception:
-    """Why a model cannot be loaded; where the hub is away, its client only says that files are missing."""
+    """Why a model cannot be loaded; if the hub cannot be reached, its client only says that files are missing."""
     return ConnectionError(_absence()) if away and isinstance(error, OSError) else error
 
 

@@ -113,7 +113,7 @@ class LatentSampler:
         y = torch.from_numpy(checked_labels(labels, len(indices), self.model.config.num_classes)).to(self.device)
         self._set_modes()
         # Nothing of the chain itself is autocast. The outer context is there for its end alone, which is when copies of
-        # the weights in bf16 are thrown away: without it they would be made anew at each step.
+        # the weights in bf16 are thrown away: without it they would be rebuilt at each step.
         with constant_weights(), self._autocast(), torch.autocast(self.device.type, enabled=False):
             latents = self._run(y, noise, progress, solver)
         _check_finite(latents, indices)

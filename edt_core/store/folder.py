@@ -2,7 +2,7 @@
 
 Credentials and endpoints come from the environment, as the store's own client reads it (for S3: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3); nothing here holds them. The file system
-is asked for anew at each use, so a Folder survives pickling and forks.
+is requested at each use, so a Folder survives pickling and forks.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The manifest: what an artifact holds, under two checks of its own.
 
 `digest` is over names, sizes and digests of the files, and names the content. `seal` is over everything else in
-`manifest.json` and finds edits and flipped bits. Neither is a signature: whoever edits on purpose can seal again.
+`manifest.json` and finds edits and flipped bits. Neither is a signature: a deliberate edit can be sealed again.
 """
 
 import hashlib

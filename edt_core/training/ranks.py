@@ -25,7 +25,7 @@ class Ranks:
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device] if self.device.type == "cuda" else None
-        # After a process's first step DDP lays its buckets out anew, unless parameters may be unused. From three ranks
+        # After a process's first step DDP rebuilds its buckets, unless parameters may be unused. From three ranks
         # on gloo's order of summation depends on an element's place: a resumed training would end with other bits.
         fixed_layout = self.device.type == "cpu" and self.world_size > 2
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know

@@ -31,7 +31,7 @@ _PANELS_A_ROW = 3
 
 @dataclass(frozen=True)
 class Axis:
-    """One field of the grid: its name and values as they were given, and the field and values they stand for."""
+    """One field of the grid: its name and values as they were given, and the field and values they mean."""
 
     name: str
     field: str

@@ -340,7 +340,7 @@ def _made_autoencoder(folder: Path, found: _Found, work: Folder) -> Artifact:
 def _once(
     kind: str, config: dict[str, Any], digest: str, work: Folder, write: Callable[[ArtifactWriter], dict[str, Any]]
 ) -> Artifact:
-    """The artifact of a store that stands for something known by its digest: found there, or written now."""
+    """The artifact of a store of something known by its digest: found there, or written now."""
     inputs = {"model": digest}
     identity = fingerprint(kind, _VERSION, config, inputs)
     folder = work.child(f"{kind}/{identity}")

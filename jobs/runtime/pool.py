@@ -113,7 +113,7 @@ class _Pool:
     def lose(self, ref: Any) -> list[tuple[int, Any]]:
         """Forget the actor of a reference; returns the jobs that it had."""
         actor = self.working[ref][1] if ref in self.working else self.placing.pop(ref)
-        ray.kill(actor)  # one that is out of reach only must not go on
+        ray.kill(actor)  # one that is only out of reach must not continue
         jobs = {other: job for other, (job, holder) in self.working.items() if holder is actor}
         for other in jobs:
             del self.working[other]

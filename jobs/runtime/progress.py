@@ -124,7 +124,7 @@ def relayed(name: str, shown: Progress) -> Iterator[BoardProgress]:
 
     def follow() -> None:
         while not stop.wait(_REDRAWN_S):
-            with suppress(ray.exceptions.RayError):  # the bar may stop; the job, and its own error, go on
+            with suppress(ray.exceptions.RayError):  # the bar may stop; the job, and its own error, continue
                 show()
 
     thread = threading.Thread(target=follow, daemon=True)

@@ -40,7 +40,7 @@ _WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", _WAIT: "600"}
 _JOB_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a job
 _COMMAND = "edt.command"  # the same in the job's metadata
-GO_ON = "EDT_GO_ON"  # in a job's environment: the command that goes on with it, of whoever submitted it
+GO_ON = "EDT_GO_ON"  # in a job's environment: the command that resumes it, of its submitter
 _PATHS = (("source", "path"), ("autoencoder", "pretrained"), *((space, "weights") for space in PUBLISHED_SPACES))
 _RECONNECTS = 5
 _NO_ADDRESS = f"{{!r}} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
@@ -65,7 +65,7 @@ def request_for(
 ) -> Request:
     """The job of a pipeline on the cluster at this address. Raises UserError for what cannot work there.
 
-    `go_on` is the command that the submitter would give to go on after a stop.
+    `go_on` is the command that the submitter would give to resume after a stop.
     """
     from pipelines.config.schema import as_yaml
 
@@ -189,7 +189,7 @@ class Cluster:
     def follow(self, job_id: str, write: Callable[[str], None]) -> tuple[str, str]:
         """Write the job's log from its beginning until it ends; returns its status and Ray's message to it.
 
-        After a broken connection it goes on where it was.
+        After a broken connection it continues where it was.
         """
         with self._clear_errors():
             self.client.get_job_info(job_id)
@@ -204,7 +204,7 @@ class Cluster:
             return bool(self.client.stop_job(job_id))
 
     def go_on(self, job_id: str) -> str | None:
-        """The command that goes on with a job after its end; None where whoever submitted it left none."""
+        """The command that goes on with a job after its end; None where its submitter left none."""
         with self._clear_errors():
             return (self.client.get_job_info(job_id).metadata or {}).get(_COMMAND)
 

@@ -178,7 +178,7 @@ def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None
 
 
 def tell_stopped(terminal: "Terminal", how: str) -> None:
-    """Say that a run was stopped, and the command that goes on with it: of a submitted job, that of its submitter."""
+    """Say that a run was stopped, and the command that resumes it: of a submitted job, that of its submitter."""
     from pipelines.cluster.submission import GO_ON
 
     terminal.freeze()

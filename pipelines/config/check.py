@@ -115,7 +115,7 @@ def field_names(schema: type[Section] = PipelineConfig, prefix: str = "") -> Ite
 
 
 def meant_by(field: str) -> tuple[str, ...]:
-    """The fields that a wrong name may stand for: the nearest of its own section, or those of that name elsewhere."""
+    """The fields that a wrong name may mean: the nearest of its own section, or those of that name elsewhere."""
     names = list(field_names())
     section, _, last = field.rpartition(".")
     beside = [name for name in names if name.rpartition(".")[0] == section]

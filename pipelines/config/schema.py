@@ -244,7 +244,7 @@ def load_config(
 
 
 def _read_yaml(name_or_path: str, before: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A configuration's values. `base: NAME_OR_PATH` in it stands for that configuration's, with these on top."""
+    """A configuration's values. `base: NAME_OR_PATH` in it takes that configuration's values, with these on top."""
     if name_or_path in before:
         raise UserError(f"a configuration has itself as base: {' -> '.join([*before, name_or_path])}")
     path = Path(name_or_path)

@@ -17,10 +17,10 @@ from pipelines.tracking.run_record import RunRecord
 
 T = TypeVar("T")
 
-PATIENCE_S = 600.0  # how long the end of a step waits for a server that is away
+PATIENCE_S = 600.0  # how long the end of a step waits for a server that is down
 _INTERVAL_S = 0.5
 _LONGEST_PAUSE_S = 5.0
-_OUTAGE_S = 10.0  # a server that is away for longer is worth a warning
+_OUTAGE_S = 10.0  # a server that is down for longer is worth a warning
 _HTTP = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
@@ -31,7 +31,7 @@ class UndeliveredError(RuntimeError):
 class Delivery:
     """Takes what a step reported from the board to the step's run, in order, from entry to exit of its context.
 
-    While the server is away everything waits on the board. The exit waits until all is delivered, for `patience_s` at
+    While the server is down everything waits on the board. The exit waits until all is delivered, for `patience_s` at
     most, and then raises UndeliveredError, or, where the step failed itself, leaves a warning.
     """
 
@@ -88,7 +88,7 @@ class Delivery:
                 self._closing.wait(pause)
 
     def _ship(self) -> bool:
-        """Deliver the oldest reports. False where there were none; raises what MLflow raises while it is away."""
+        """Deliver the oldest reports. False where there were none; raises what MLflow raises while it is down."""
         if not self._parcel:
             written, self._written = self._written, 0
             self._parcel.extend(ray.get(self.board.waiting.remote(self.step, written)))
@@ -105,7 +105,7 @@ class Delivery:
         return there
 
     def _deliver(self, group: list[Report]) -> None:
-        """Write reports of one kind. What MLflow refuses for good is told and left out, that the rest may go on."""
+        """Write reports of one kind. What MLflow refuses for good is told and left out, so that the rest continues."""
         try:
             self._write(group)
         except Exception as error:
@@ -129,7 +129,7 @@ class Delivery:
             self.record.warnings(report.message for report in group if isinstance(report, Warned))
 
     def _warn_of_outage(self, since: float | None, error: Exception) -> float:
-        """Tell, once an outage, that the server is away. `since` is when it began, inf once it is told."""
+        """Report, once an outage, that the server is down. `since` is when it began, inf once it is told."""
         if since is None:
             return time.monotonic()
         if time.monotonic() - since < _OUTAGE_S:

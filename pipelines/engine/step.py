@@ -25,7 +25,7 @@ from pipelines.engine.delivery import Delivery, quick_http, with_patience
 from pipelines.tracking.catalog import DATASET_KINDS, Catalog
 from pipelines.tracking.run_record import RunRecord
 
-_LAST_WORD_S = 30.0  # how long a step that failed waits for a server that is away, to have that in its run
+_LAST_WORD_S = 30.0  # how long a step that failed waits for a server that is down, to have that in its run
 
 
 @dataclass(frozen=True)

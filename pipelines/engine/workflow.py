@@ -70,7 +70,7 @@ class Workflow:
         try:
             with self.store.lock("promote", promotion.model):
                 decided = promotion.decide(self.catalog, self.run_id, artifacts)
-        except Exception as error:  # whatever MLflow raises, the other branches go on
+        except Exception as error:  # whatever MLflow raises, the other branches continue
             self.failures[promotion.name] = error
             self.terminal.failed(promotion.name, error)
             return None
@@ -133,7 +133,7 @@ class Workflow:
 
         # Ray resolves futures that are arguments, not those inside a container: roles and values go side by side.
         values = [item.ref or item.artifact if isinstance(item, StepFuture) else item for item in inputs.values()]
-        # A step may be started again on another node: what it finished it takes over, and its record it goes on with.
+        # A step may be started again on another node: what it finished it takes over, and it continues its record.
         return ray.remote(_run).options(num_cpus=0, max_retries=_MAX_RETRIES).remote(task, list(inputs), *values)
 
     def _mend_record(self, artifact: Artifact) -> None:

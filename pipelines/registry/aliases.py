@@ -28,7 +28,7 @@ def settle(catalog: Catalog, version: Any, config: PromoteConfig, by: str, files
     move_alias(catalog, version, CANDIDATE)
     if decision.became_champion:
         crown(catalog, version, decision.champion_before, by)
-    # Last: a version without its decision is not yet settled, and a rerun goes on with it.
+    # Last: a version without its decision is not yet settled, and a rerun continues with it.
     set_tags(catalog, version, {DECISION_TAG: decision.to_json()})
     return decision
 
@@ -67,7 +67,7 @@ def rollback(catalog: Catalog, name: str) -> tuple[Any, Any]:
         raise UserError(f"version {number} of {name}, champion before version {now.version}, was deleted")
     set_tags(catalog, now, {ROLLED_BACK_TAG: f"{utc()} to version {number}"})
     move_alias(catalog, before, CHAMPION)
-    # It is champion no more, so nothing is before it; a second rollback goes on from the other.
+    # It is no longer champion, so nothing is before it; a second rollback continues from the other.
     retried(lambda: catalog.client.delete_model_version_tag(name, now.version, BEFORE_TAG), _ATTEMPTS)
     return now, before
 
@@ -120,7 +120,7 @@ def add_version(
     identity: Mapping[str, str],
     model_id: str | None = None,
 ) -> Any:
-    """Create the version that `identity` stands for, or take the one that another driver created at the same time.
+    """Create the version of `identity`, or take the one that another driver created at the same time.
 
     Whoever comes second sees the first, whose number is lower, and withdraws its own: a lost answer of a server, after
     which the call is repeated, is mended the same way.

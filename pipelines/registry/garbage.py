@@ -198,7 +198,7 @@ def _check_readable(contents: Contents, needed: set[str]) -> None:
 
 
 def _attempts_given_up(store: Store, contents: Contents, identity: Identity, found: Survey) -> None:
-    """Add the other attempts at an artifact that is committed. What has no manifest goes on in the next run."""
+    """Add the other attempts at an artifact that is committed. What has no manifest is continued by the next run."""
     manifest = contents.made.get(identity)
     if manifest is None or not manifest.attempt:
         return

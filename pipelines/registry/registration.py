@@ -26,7 +26,7 @@ _MOST_TEXT = 20_000  # characters of a tag; MLflow keeps 100,000 and MySQL 65,53
 def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, entry: Entry) -> Decision:
     """Register the model of `entry` as a version of `name`, move `candidate`, and `champion` if it passes the gate.
 
-    A version that stands for the same checkpoint and evaluation is found again, with its decision as it was: where it
+    A version of the same checkpoint and evaluation is found again, with its decision as it was: where it
     was rolled back since, it stays so. Raises UserError where the evaluation lacks the metric that decides.
     """
     measured = entry.evaluation.counts["metrics"]

@@ -107,7 +107,7 @@ class Lease(AbstractContextManager["Lease"]):
 
     def _beat(self) -> None:
         while not self._over.wait(self.record["every_s"]) and not self._lost:
-            with suppress(Exception):  # a store that is away for a moment: the next beat tries again
+            with suppress(Exception):  # a store that cannot be reached for a moment: the next beat tries again
                 self._write(beat=self.record["beat"] + 1)
 
     def _write(self, **changed: Any) -> None:

@@ -2,7 +2,7 @@
 
 A state file a schedule says what was handled and what is in progress, so that a server that is killed at any moment is
 followed by one that neither starts a run twice nor forgets a tick. A run keeps a locked file open for as long as it
-lives, which tells the next server whether a run it did not start goes on.
+lives, which tells the next server whether a run it did not start is still in progress.
 """
 
 import os
@@ -68,7 +68,7 @@ class Server:
         self.poll_s = poll_s or (1.0 if schedules.store.local else 10.0)
         self.stopping = threading.Event()
         self.environment = dict(os.environ)
-        self._pids: dict[str, int] = {}  # runs that go on, by schedule
+        self._pids: dict[str, int] = {}  # runs in progress, by schedule
         self._looks: dict[str, _Look] = {}
         self._attended: dict[str, Future[None]] = {}
         self._refused: dict[str, str] = {}  # why a schedule is not served, as it was last said
@@ -77,7 +77,7 @@ class Server:
 
     def serve(self) -> int:
         """Serve until a signal or the loss of the lease; returns the exit code."""
-        # A tracking server that is away is tried again with the next tick; a run has its own patience.
+        # A tracking server that is down is tried again with the next tick; a run has its own patience.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         with (
             hold(self.schedules.store, SERVER_LEASE, this_process(), on_lost=self._lose),
@@ -89,7 +89,7 @@ class Server:
             while not self.stopping.wait(self.poll_s):
                 try:
                     self._sync(pool)
-                except Exception as error:  # a store that is away for a while
+                except Exception as error:  # a store that cannot be reached for a while
                     self._tell("schedules", f"cannot be read: {error}")
             self._stop_runs()
         return 128 + self._signals[0] if self._signals else 1
@@ -354,7 +354,7 @@ def record(schedules: Schedules, name: str, tick: Tick) -> None:
 
 
 class _Alive:
-    """A locked file of which a child inherits the lock: it is free when the child is gone, whoever started it."""
+    """A locked file of which a child inherits the lock: it is free when the child is gone, not its parent."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""The catalog: what ran, from what, to what, in MLflow. Runs are opened by id, never by process: a restart goes on."""
+"""The catalog: what ran, from what, to what, in MLflow. Runs are opened by id, never by process: restarts continue."""
 
 import logging
 import os

@@ -155,7 +155,7 @@ def _alike(groups: Sequence[Sequence[str]]) -> str:
 
 
 def select(listing: Listing, place: Place, classes: tuple[str, ...], limit: int | None) -> Listing:
-    """The images of the classes wanted, numbered anew in the order of the full list, and `limit` of those."""
+    """The images of the classes wanted, renumbered in the order of the full list, and `limit` of those."""
     if not len(listing):
         raise UserError(f"no images in {place}: the files that were found hold none")
     if classes:

@@ -59,7 +59,7 @@ class Listing:
     def slice(self, start: int, stop: int) -> "Listing":
         """Images [start, stop), in buffers of their own: pickling an Arrow slice would send the whole listing."""
         start, stop = max(start, 0), min(max(stop, start, 0), len(self))
-        part = self.table.slice(start, stop - start)  # a view first: taking from the whole would join its chunks anew
+        part = self.table.slice(start, stop - start)  # a view first: taking from the whole would join its chunks again
         return replace(self, table=part, left_out={}).take(np.arange(stop - start))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Listing":

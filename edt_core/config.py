@@ -219,7 +219,7 @@ class TrainConfig(Section):
     )
     min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weight of the squared error; null for none")
     objective: str = added(
-        "epsilon", description="what the model learns to predict: epsilon, the noise, or another of docs/training.md"
+        "epsilon", description="what the model learns to predict: epsilon (the noise) or v_prediction"
     )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32", description="of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32"

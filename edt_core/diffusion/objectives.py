@@ -13,7 +13,7 @@ OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (
 
 def objective_of(name: str) -> Objective:
     """The objective of a name. Raises UserError for one that does not exist."""
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:  # it may come from a file
         raise UserError(f"unknown objective {name!r}; choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
 

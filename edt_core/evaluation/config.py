@@ -25,7 +25,7 @@ class EvaluateConfig(Section):
     pairwise_limit: int = Field(
         50_000,
         ge=4,
-        description=f"{', '.join(PAIRWISE)}, which compare pairs, take this many features of a set, at even distances",
+        description=f"{' and '.join(PAIRWISE)}, which compare pairs, take this many features of a set, evenly spaced",
     )
     allow_rank_deficient: bool = Field(
         False, description="Fréchet distances also of fewer samples than the features have dimensions"

@@ -92,7 +92,7 @@ def read_released_model(path: Path | str, weights: WeightsName | None = None, wo
     model = build_model(config)
     _load(path, model, _format(config).completed(chosen.tensors))
     notes = _weight_notes(chosen, sets, weights, other_tensors(content, sets)) + option_notes(options, config, words)
-    notes += _check_variance(path, model, chosen.tensors, bool(options.objectives(words)))
+    notes += _check_variance(path, model, chosen.tensors, options.objectives(words) == ["epsilon"])
     return ReleasedModel(model.eval(), chosen.label, chosen.is_average, tuple(notes), options.other_latents)
 
 
@@ -124,8 +124,8 @@ def _weight_notes(
 
 
 def _check_variance(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor], is_stated: bool) -> list[str]:
-    """Raise UserError where the outputs for the variance were never trained, as in a SiT; a note where an objective of
-    ours is stated.
+    """Raise UserError where the outputs for the variance were never trained, as in a SiT; a note where noise prediction
+    is stated.
 
     `state` is what the file holds. Models with adaptive norms start with an output layer of zeros. A training that
     discards the second half of the channels gives their rows no gradient, so they stay exactly 0, in the average too.

@@ -113,7 +113,8 @@ class TrainingOptions:
 
     def objectives(self, words: Words = NO_WORDS) -> list[str]:
         """The objectives that they name in so many words, each once; more than one contradict each other."""
-        named = [_named(name, value, words) for name, value, _ in self.entries]
+        # A word beside noise counts among the model's own options alone: other sections have a `prediction` of theirs.
+        named = [_named(name, value, words if of_model else NO_WORDS) for name, value, of_model in self.entries]
         found = list(dict.fromkeys(name for name in named if name is not None))
         stated = any(name == "predict_xstart" and value is not None for name, value, _ in self.entries)
         return found or (["epsilon"] if stated else [])  # of DiT's code; where it is true, it is refused
@@ -148,8 +149,8 @@ def check_objective(path: Path, options: TrainingOptions, words: Words = NO_WORD
     named = options.objectives(words)
     wrong = [
         (name, value)
-        for name, value, _ in options.entries
-        if not _accepts(name, value) and _named(name, value, words) is None
+        for name, value, of_model in options.entries
+        if not _accepts(name, value) and _named(name, value, words if of_model else NO_WORDS) is None
     ]
     sit = [name for name in options.model_names if _SIT.search(name)]
     if wrong or sit:
@@ -162,7 +163,8 @@ def check_objective(path: Path, options: TrainingOptions, words: Words = NO_WORD
             f"{path}: its training options name {len(named)} objectives, {' and '.join(named)}: nobody can tell what "
             "the model predicts. Remove the wrong option from the file."
         )
-    if _SIT.search(path.name) and not named and not _known_models(options):
+    # Whoever names a velocity may call it v too.
+    if _SIT.search(path.name) and named != ["epsilon"] and not _known_models(options):
         raise UserError(
             f"{path}: the file's name says SiT, and nothing in the file says otherwise. A SiT has the keys of a DiT "
             f"but predicts a velocity. {needed(words)} If the file is no SiT, rename it."

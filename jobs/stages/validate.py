@@ -98,6 +98,11 @@ def _of_samples(features: Artifact, num_classes: int) -> Confusion:
     ]
     labels = np.concatenate([units["labels"] for units in repeats])
     predictions = np.concatenate([units["classifier.probabilities"].argmax(1) for units in repeats])
+    if len(labels) and labels.max() >= num_classes:
+        raise UserError(
+            f"the samples have labels up to {labels.max()}, and the classifier knows {num_classes} classes; give "
+            "samples of a model of these classes, or the classifier of the model's own images"
+        )
     return Confusion.of(labels, predictions, num_classes)
 
 

@@ -27,6 +27,7 @@ _FIELDS = {
     "day of week": "numbers 0 to 7, or names as sun",
 }
 _UNTIL_SUNDAY = re.compile(r"-sun\b", re.IGNORECASE)  # for cronsim Sunday is the first day only: fri-sun is fri-7
+_ONE_VALUE = re.compile(r"(?<!\w)(\w+)-\1/0*[1-9]\d*(?!\w)", re.IGNORECASE)  # cronsim takes 5-5/2 for 5/2
 _COUNTED = 1000
 
 
@@ -83,7 +84,8 @@ class Cron:
 
     @cached_property
     def _text(self) -> str:
-        return _UNTIL_SUNDAY.sub("-7", _MACROS.get(self.expression.strip().lower(), self.expression))
+        text = _MACROS.get(self.expression.strip().lower(), self.expression)
+        return _UNTIL_SUNDAY.sub("-7", _ONE_VALUE.sub(r"\1", text))
 
     def _check(self) -> None:
         """Raise UserError that names the field which cronsim cannot read."""

@@ -160,6 +160,8 @@ def test_inception_score_leaves_no_small_split() -> None:
 
 
 def test_names_say_the_feature_space() -> None:
+    own = compute_metrics(GENERATED, REFERENCE, ("fid", "kid"), space="swav")  # of a network of the caller's
+    assert own.keys() == {"fd_swav", "kid_swav"}
     metrics = compute_metrics(GENERATED, REFERENCE, ("recall", "kid", "fid"), space="classifier")
     assert list(metrics) == ["recall_classifier", "kid_classifier", "fd_classifier"]
     assert metric_name("fid", "dinov2") == "fd_dinov2"

@@ -359,6 +359,24 @@ def test_options_of_a_checkpoint_that_contradict_themselves_or_go_further_are_re
         check_objective(Path("a.pt"), TrainingOptions.of({"args": options}), objective_words())
 
 
+def test_a_velocity_that_its_authors_call_v_is_not_taken_for_one(tmp_path: Path) -> None:
+    """A SiT has DiT's keys; its file may name its prediction v, and its rows for the variance were never trained."""
+    config = create_model("DiT-Tiny/2", 32, 4).config
+    state = {key: value + 0.1 for key, value in create_model("DiT-Tiny/2", 32, 4).state_dict().items()}
+    for options, message in (({"prediction": "v"}, "never trained"), ({"loss": {"prediction": "v"}}, "prediction='v'")):
+        untrained = dict(state)
+        for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            rows = state[key].unflatten(0, (-1, 2, config.in_channels)).clone()
+            rows[:, 1] = 0
+            untrained[key] = rows.flatten(0, 2)
+        torch.save({"ema": untrained, "args": options}, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=message):
+            read_released_model(tmp_path / "a.pt", words=objective_words())
+    torch.save({"ema": state, "args": {"prediction": "v"}}, tmp_path / "SiT-XL-2-256.pt")
+    with pytest.raises(UserError, match="the file's name says SiT"):
+        read_released_model(tmp_path / "SiT-XL-2-256.pt", words=objective_words())
+
+
 def test_opened_and_stored_again_a_model_of_v_stays_one(folder: Path, tmp_path: Path) -> None:
     opened = open_model(str(folder), Folder.at(tmp_path))
     assert opened.checkpoint.counts["objective"] == "v_prediction"

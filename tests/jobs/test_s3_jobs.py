@@ -27,7 +27,7 @@ from jobs.stages.autoencoder import published_artifact
 from jobs.stages.preprocess import image_source
 from tests.support.jobs import command, execute
 from tests.support.local_ray import local_ray
-from tests.support.small import edt
+from tests.support.small import edt, edt_process
 from tests.support.sources import WNIDS, Images, image_folder, parquet_folder, shards, train_tar
 from tests.support.trainings import narrow
 
@@ -337,8 +337,8 @@ def test_the_commands_on_the_store_as_a_user_gives_them(
     program = [sys.executable, "-m", "jobs.preprocess", *preprocessing]
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout.split()[:1]) == (0, [f"{s3}/images"]), done.stderr
-    checked = edt("verify", f"{s3}/images", "--deep")
-    assert (checked.returncode, checked.stderr) == (0, "")
+    checked = edt_process("verify", f"{s3}/images", "--deep", env=environment)
+    assert (checked.returncode, checked.stderr) == (0, ""), checked.stderr
     monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("what is found made needs no Ray"))
     again = command("preprocess", *preprocessing)
     assert again.returncode == 0

@@ -18,7 +18,7 @@ from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import FEATURE_UNIT, REAL_CONFUSION, SAMPLE_CONFUSION, VALIDATION_NAME
 from edt_core.store.store import Store
-from jobs.stages import classifier, extractors
+from jobs.stages import classifier, extractors, validate
 from jobs.stages.validate import STAGE
 from tests.support.jobs import Chain, command, execute
 
@@ -156,6 +156,12 @@ def test_what_does_not_belong_together_is_refused(chain: Chain, tmp_path: Path) 
     with pytest.raises(UserError, match="were classified by no classifier"):
         run(features=out.commit({}, {}, {"extractors": {"inception": "a" * 64}}))
     assert not (tmp_path / "made").exists()
+
+
+def test_samples_of_more_classes_than_the_classifier_knows_are_refused(chain: Chain, tmp_path: Path) -> None:
+    features = planted(tmp_path / "features", chain["classifier"])
+    with pytest.raises(UserError, match="labels up to 3, and the classifier knows 3 classes"):
+        validate._of_samples(features, 3)
 
 
 def test_what_an_earlier_attempt_has_finished_is_taken_over(

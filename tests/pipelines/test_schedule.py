@@ -82,6 +82,7 @@ def ticks(expression: str, start: datetime, count: int, zone: str = "UTC") -> li
         ("0-7/3", "Sun Wed Sat"),
         ("1,3,sat", "Mon Wed Sat"),
         ("mon-fri", "Mon Tue Wed Thu Fri"),
+        ("mon-mon/2", "Mon"),
         ("Fri-Sun", "Fri Sat Sun"),
         ("sun-tue", "Sun Mon Tue"),
         ("*", "Sun Mon Tue Wed Thu Fri Sat"),

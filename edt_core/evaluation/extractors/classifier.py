@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edt_core.config import ClassifierConfig
 from edt_core.data.images import to_model_range
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors.pixels import check_pixels, exact_fp32
@@ -24,6 +24,9 @@ from edt_core.evaluation.extractors.spec import ExtractorSpec
 from edt_core.files.small_files import read_json_object
 from edt_core.files.tensor_files import load_state
 from edt_core.one_cycle import one_cycle
+
+if TYPE_CHECKING:
+    from edt_core.config import ClassifierConfig
 
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
 
@@ -79,7 +82,7 @@ def split_holdout(num_images: int, fraction: float, seed: int) -> tuple[NDArray[
 
 
 def fit_classifier(
-    config: ClassifierConfig,
+    config: "ClassifierConfig",
     pixels: NDArray[np.uint8],
     labels: NDArray[np.int64],
     num_classes: int,

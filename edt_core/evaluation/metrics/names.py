@@ -8,16 +8,16 @@ A metric of one space alone, as sfid, needs no space in its name.
 from collections.abc import Iterable
 
 from edt_core.errors import UserError
-from edt_core.evaluation.extractors import FEATURE_METRICS, INCEPTION, PUBLISHED_SPACES, extractor_spec
+from edt_core.evaluation.extractors import EXTRACTORS, FEATURE_METRICS, INCEPTION, PUBLISHED_SPACES, extractor_spec
 from edt_core.evaluation.metrics.registry import METRICS
 
 
 def space_metrics(space: str) -> tuple[str, ...]:
-    """The metrics that exist in a space, of `METRICS`. Raises UserError where there is no such space.
+    """The metrics that exist in a space, of `METRICS`; in a space of the caller's own those that features alone give.
 
     Only Inception's probabilities make an inception score, only its spatial layer an sFID.
     """
-    return extractor_spec(space).metrics
+    return extractor_spec(space).metrics if space in EXTRACTORS else FEATURE_METRICS
 
 
 def metric_name(metric: str, space: str) -> str:

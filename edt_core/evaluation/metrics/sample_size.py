@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from edt_core.evaluation.extractors import extractor_spec
+from edt_core.evaluation.extractors import EXTRACTORS, extractor_spec
 from edt_core.evaluation.metrics.names import is_frechet, metric_name
 from edt_core.evaluation.metrics.registry import REGISTRY
 
@@ -40,8 +40,10 @@ def shortfalls(
     generated, reference: numbers of samples and of real images; None where not known, or not a limit.
     generated_kept, reference_kept: of how many of them there are features to compare in pairs.
     """
-    spec = extractor_spec(space)
-    known = {"fid": spec.dimensions or dimensions, "sfid": spec.spatial_dimensions}
+    spec = extractor_spec(space) if space in EXTRACTORS else None
+    known = {"fid": dimensions, "sfid": None}
+    if spec is not None:
+        known = {"fid": spec.dimensions or dimensions, "sfid": spec.spatial_dimensions}
     for metric in metrics:
         dims = known.get(metric)
         if metric in ("fid", "sfid"):

@@ -25,7 +25,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
-from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.layout import MANIFEST_NAME, REPORT_OF_SHARD
 from jobs.runtime.cluster import cause_of
 from jobs.stages import encode, preprocess, sample
 from jobs.stages.autoencoder import published_artifact
@@ -177,10 +177,14 @@ def is_ours(pid: int) -> bool:
 
 
 def inodes(out: Path) -> dict[str, int]:
-    """The shards that a killed attempt finished, by the inode that shows whether they are written again."""
+    """The shards that a killed attempt finished, by the inode that shows whether they are written again.
+
+    Image shards have a report beside them, written after them: one that found the disk full has none, and is redone.
+    """
     names = (path.name.removesuffix(".json") for path in (out / ".journal").glob("*.json"))
     shards = [name for name in names if name.endswith((".tar", ".arrow", ".safetensors"))]
-    return {name: (out / name).stat().st_ino for name in shards if (out / name).exists()}  # the journal comes first
+    done = [name for name in shards if not name.startswith("images-") or (out / REPORT_OF_SHARD.format(name)).exists()]
+    return {name: (out / name).stat().st_ino for name in done if (out / name).exists()}  # the journal comes first
 
 
 def assert_whole(artifact: Artifact, step: Step) -> None:

@@ -112,7 +112,7 @@ class Server:
             try:
                 self._look(name, pool)
                 self._refused.pop(name, None)
-            except UserError as error:
+            except (UserError, OSError) as error:  # the others have their ticks
                 if self._refused.get(name) != str(error):
                     self._refused[name] = str(error)
                     self._tell(name, f"refused: {error}")

@@ -551,6 +551,27 @@ def test_a_server_sees_a_tick_come_and_a_clock_that_is_set_back(
     assert looks == [NOW, NOW + half, ahead, NOW + half]
 
 
+def test_a_record_that_cannot_be_read_holds_up_no_other(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        schedule(store, name=name)
+    lines: list[str] = []
+    server = Server(Schedules.at(str(store)), lines.append, now=lambda: NOW)
+    read, attended = Schedules.read, []
+
+    def failing(self: Schedules, name: str) -> Any:
+        if name == "first":
+            raise OSError("input/output error")
+        return read(self, name)
+
+    monkeypatch.setattr(Schedules, "read", failing)
+    monkeypatch.setattr(server, "attend", attended.append)
+    with ThreadPoolExecutor(1) as pool:
+        server._sync(pool)
+        server._sync(pool)
+    assert attended == ["second"]
+    assert len([line for line in lines if "input/output error" in line]) == 1
+
+
 def test_one_server_a_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule(store, "0 3 * * 0")
     with serving(store, monkeypatch):

@@ -1,7 +1,7 @@
 """What a job tells while it works. Jobs see only this; a terminal, MLflow or nothing stands behind it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -90,6 +90,17 @@ class Count:
     @property
     def done(self) -> int:
         return sum(self.parts.values())
+
+
+def fit_report(progress: Progress, steps: int, name: str, digits: int) -> Callable[[int, float], None]:
+    """What a small fit calls after each step with its error: counts steps, and keeps every fiftieth and the last."""
+
+    def report(step: int, value: float) -> None:
+        progress.update(step, steps, "steps", detail=f"{name} {value:.{digits}f}")
+        if step % 50 == 0 or step == steps:
+            progress.metrics({name: value}, step)
+
+    return report
 
 
 class Printed(Silent):

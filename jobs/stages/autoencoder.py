@@ -11,7 +11,7 @@ from edt_core.config import AutoencoderConfig
 from edt_core.errors import UserError
 from edt_core.files.place_names import typed_path
 from edt_core.network.answers import check_mlflow
-from edt_core.progress import Progress, Silent
+from edt_core.progress import Progress, Silent, fit_report
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.store.folder import Folder, sha256_file
 from edt_core.store.layout import IMAGE_SHARD, MANIFEST_NAME
@@ -52,18 +52,14 @@ def _fit(
     images = inputs["images"]
     pixels, _ = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
 
-    def report(step: int, mse: float) -> None:
-        progress.update(step, config.steps, "steps", detail=f"mse {mse:.4f}")
-        if step % 50 == 0 or step == config.steps:
-            progress.metrics({"mse": mse}, step)
-
+    report = fit_report(progress, config.steps, "mse", 4)
     model, facts = fit_autoencoder(config, pixels, device_name(config.num_gpus), report)
     _store(model, out)
     return {**autoencoder_facts(model), **facts, "images": len(pixels), "source": "fitted"}
 
 
 def published_source(config: AutoencoderConfig, tracking_uri: str | None = None) -> Source | None:
-    """What `pretrained` stands for at this moment: an alias may move, and a folder be written anew.
+    """What `pretrained` means at this moment: an alias may move, and a folder be rewritten.
 
     The fingerprint is the digest of a local folder's files, a registered model's version, or a hub id as it is: give a
     hub id that does not change. None where the autoencoder is fitted. Raises UserError where MLflow does not know it.

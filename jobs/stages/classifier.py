@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from edt_core.config import ClassifierConfig
-from edt_core.progress import Progress
+from edt_core.progress import Progress, fit_report
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.stages.autoencoder import IMAGE_SHARDS
@@ -36,11 +36,7 @@ def _fit(
     images = inputs["images"]
     pixels, labels = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
 
-    def report(step: int, loss: float) -> None:
-        progress.update(step, config.steps, "steps", detail=f"loss {loss:.3f}")
-        if step % 50 == 0 or step == config.steps:
-            progress.metrics({"loss": loss}, step)
-
+    report = fit_report(progress, config.steps, "loss", 3)
     device = device_name(config.num_gpus)
     model, facts = fit_classifier(config, pixels, labels, images.counts["classes"], device, report)
     with tempfile.TemporaryDirectory() as folder:

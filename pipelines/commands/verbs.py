@@ -1,6 +1,8 @@
 """The verbs of `jobs/` as commands. Each has its own parser, one option a field of its configuration."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -48,25 +50,20 @@ def add_verbs(app: typer.Typer, panel: str) -> None:
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of a verb, by the name of its command."""
-    from jobs.commands import stage
-
-    module, prog = _found(verb)
-    parser: argparse.ArgumentParser = (
-        stage.make_parser(module.STAGE, prog) if hasattr(module, "STAGE") else module.make_parser(prog)
-    )
+    parser: argparse.ArgumentParser = _called(verb, "make_parser")(f"edt {verb}")
     return parser
 
 
 def _run(context: typer.Context) -> None:
+    verb = context.command.name or ""
+    _called(verb, "main")(context.args, f"edt {verb}")
+
+
+def _called(verb: str, function: str) -> Callable[..., Any]:
+    """A function of a verb's module; of a stage, the one that all stages share."""
+    module = import_module(_VERBS[verb][0])
+    if not hasattr(module, "STAGE"):
+        return getattr(module, function)
     from jobs.commands import stage
 
-    module, prog = _found(context.command.name or "")
-    if hasattr(module, "STAGE"):
-        stage.main(module.STAGE, context.args, prog)
-    else:
-        module.main(context.args, prog)
-
-
-def _found(verb: str) -> tuple[Any, str]:
-    """The module of a verb, and what its help calls the program."""
-    return import_module(_VERBS[verb][0]), f"edt {verb}"
+    return partial(getattr(stage, function), module.STAGE)

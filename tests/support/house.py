@@ -148,10 +148,7 @@ def hidden_for_a_circle(everything: list[Module]) -> list[str]:
     """Imports in functions which, at the top of their module, would close a circle."""
     top, deep = _edges(everything, False), _edges(everything, True)
     return sorted(
-        f"{name} -> {other}"
-        for name in deep
-        for other in deep[name] - top[name]
-        if name in _reachable(top, other) or name in _reachable(deep, other)
+        f"{name} -> {other}" for name in deep for other in deep[name] - top[name] if name in _reachable(deep, other)
     )
 
 

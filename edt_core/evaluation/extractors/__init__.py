@@ -25,16 +25,21 @@ __all__ = [
     "Extractor",
     "ExtractorSpec",
     "extractor_spec",
+    "known_spec",
     "load_extractor",
 ]
 
 
 def extractor_spec(space: str) -> ExtractorSpec:
     """The spec of a feature space, by its name. Raises UserError where there is none."""
-    if space not in EXTRACTORS:
+    if (spec := known_spec(space)) is None:
         raise UserError(f"there is no feature space {space!r}; there are {', '.join(EXTRACTORS)}")
-    spec: ExtractorSpec = import_module(f"{__name__}.{space}").SPEC
     return spec
+
+
+def known_spec(space: str) -> ExtractorSpec | None:
+    """The spec of a feature space; None for a space of the caller's own."""
+    return import_module(f"{__name__}.{space}").SPEC if space in EXTRACTORS else None
 
 
 def load_extractor(space: str, location: str | Path, device: Any = "cpu") -> Extractor:

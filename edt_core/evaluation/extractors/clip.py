@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edt_core.errors import UserError
-from edt_core.evaluation.extractors.pixels import exact_fp32, images_on, on_host
+from edt_core.evaluation.extractors.pixels import exact_fp32, images_on, on_host, standardised
 from edt_core.evaluation.extractors.pretrained import load_pretrained
 from edt_core.evaluation.extractors.spec import FEATURE_METRICS, ExtractorSpec
 from edt_core.files.small_files import read_json_object
@@ -53,9 +53,7 @@ class ClipInput:
 
     def __call__(self, images: Tensor) -> Tensor:
         """float32 [N, 3, I, I] of uint8 [N, 3, S, S]."""
-        levels = pillow_bicubic(images, self.side)
-        mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        return (levels / 255 - mean) / std
+        return standardised(pillow_bicubic(images, self.side), self.mean, self.std)
 
 
 def pillow_bicubic(images: Tensor, side: int) -> Tensor:

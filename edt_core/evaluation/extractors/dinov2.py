@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edt_core.evaluation.extractors.pixels import exact_fp32, images_on, on_host
+from edt_core.evaluation.extractors.pixels import exact_fp32, images_on, on_host, standardised
 from edt_core.evaluation.extractors.pretrained import load_pretrained
 from edt_core.evaluation.extractors.spec import ExtractorSpec
 
@@ -26,8 +26,7 @@ def to_dinov2_range(images: Tensor) -> Tensor:
     What overshoots 0..255 stays, as Karras et al. have it.
     """
     resized = F.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
-    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return (resized / 255 - mean) / std
+    return standardised(resized, MEAN, STD)
 
 
 def resized_positions(positions: Tensor, grid: int) -> Tensor:

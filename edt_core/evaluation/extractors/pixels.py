@@ -3,7 +3,7 @@
 Legend: N images, S image side in pixels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -42,6 +42,12 @@ def images_on(device: torch.device, pixels: NDArray[np.uint8] | Tensor) -> Tenso
     if device.type == "cuda" and pixels.device.type == "cpu":
         pixels = pixels.pin_memory()
     return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+def standardised(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """float32 [N, 3, S, S] of levels 0..255: as 0..1, less a mean and by a deviation of each channel."""
+    centre, width = (torch.tensor(values, device=levels.device).view(1, 3, 1, 1) for values in (mean, std))
+    return (levels / 255 - centre) / width
 
 
 def on_host(outputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from edt_core.evaluation.metrics.features import checked_pair
+from edt_core.evaluation.metrics.kernel import sum_between, sum_within
 from edt_core.evaluation.metrics.manifold import squared_distances
 
 SIGMA = 10.0  # width of the kernel, for embeddings of length 1
@@ -31,8 +32,8 @@ def cmmd(
     """
     pair = checked_pair(generated, reference)
     x, y = (torch.from_numpy(np.ascontiguousarray(features)).to(device) for features in pair)
-    between = sum(_fall(a, b).sum() for a in x.split(block_size) for b in y.split(block_size))
-    within = _within(x, block_size) + _within(y, block_size)
+    between = sum_between(_fall, x, y, block_size)
+    within = sum(sum_within(_fall, side, block_size) / len(side) ** 2 for side in (x, y))
     # Of the ones that were taken off the kernels two come back and two go.
     return max(float(SCALE * (within - 2.0 * between / (len(x) * len(y)))), 0.0)
 
@@ -40,14 +41,3 @@ def cmmd(
 def _fall(x: Tensor, y: Tensor) -> Tensor:
     """k - 1 for all pairs of [n, D] and [m, D], float64 [n, m]: k is so near 1 that the difference is what counts."""
     return torch.expm1(squared_distances(x, y) / (-2.0 * SIGMA**2))
-
-
-def _within(x: Tensor, block_size: int) -> Tensor:
-    """Mean of k - 1 over all pairs of [N, D]; blocks above the diagonal count for those below it."""
-    blocks = x.split(block_size)
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for i, rows in enumerate(blocks):
-        total += _fall(rows, rows).sum()
-        for columns in blocks[i + 1 :]:
-            total += 2.0 * _fall(rows, columns).sum()
-    return total / len(x) ** 2

@@ -8,7 +8,7 @@ A metric of one space alone, as sfid, needs no space in its name.
 from collections.abc import Iterable
 
 from edt_core.errors import UserError
-from edt_core.evaluation.extractors import EXTRACTORS, FEATURE_METRICS, INCEPTION, PUBLISHED_SPACES, extractor_spec
+from edt_core.evaluation.extractors import FEATURE_METRICS, INCEPTION, PUBLISHED_SPACES, extractor_spec, known_spec
 from edt_core.evaluation.metrics.registry import METRICS
 
 
@@ -17,7 +17,7 @@ def space_metrics(space: str) -> tuple[str, ...]:
 
     Only Inception's probabilities make an inception score, only its spatial layer an sFID.
     """
-    return extractor_spec(space).metrics if space in EXTRACTORS else FEATURE_METRICS
+    return FEATURE_METRICS if (spec := known_spec(space)) is None else spec.metrics
 
 
 def metric_name(metric: str, space: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from edt_core.evaluation.extractors import EXTRACTORS, extractor_spec
+from edt_core.evaluation.extractors import known_spec
 from edt_core.evaluation.metrics.names import is_frechet, metric_name
 from edt_core.evaluation.metrics.registry import REGISTRY
 
@@ -40,7 +40,7 @@ def shortfalls(
     generated, reference: numbers of samples and of real images; None where not known, or not a limit.
     generated_kept, reference_kept: of how many of them there are features to compare in pairs.
     """
-    spec = extractor_spec(space) if space in EXTRACTORS else None
+    spec = known_spec(space)
     known = {"fid": dimensions, "sfid": None}
     if spec is not None:
         known = {"fid": spec.dimensions or dimensions, "sfid": spec.spatial_dimensions}

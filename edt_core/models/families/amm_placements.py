@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-EDT_CODE = "github.com/xinwangChen/EDT"
 ANY_SCALE = (1.0, math.inf)
 LARGE_IMAGE_SIZE = 512  # from this image size on, another block, with another kernel
 
@@ -19,7 +18,7 @@ class AmmPlacement:
     model: str
     blocks: tuple[int, ...]
     cfg_scales: tuple[float, float]
-    source: str  # a file of EDT_CODE
+    source: str  # a file of github.com/xinwangChen/EDT
     large: bool = False
 
     def fits(self, model: str, cfg_scale: float, image_size: int) -> bool:

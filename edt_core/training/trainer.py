@@ -162,7 +162,7 @@ class Trainer:
         self.state.ema.update()
 
     def _record(self, exchanged: Exchanged, timesteps: Timesteps) -> None:
-        """The losses, for the sampler of timesteps, the history and whoever watches."""
+        """The losses, for the sampler of timesteps, the history and the progress that is shown."""
         state, names = self.state, objective_of(self.config.objective).terms
         terms = dict(zip(names, np.split(exchanged.losses, len(names)), strict=True))
         state.timesteps.update(timesteps.steps, reduce(np.add, terms.values()).sum(axis=0))

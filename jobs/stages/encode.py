@@ -175,7 +175,7 @@ def encode(
             f"encoded {rows} images, the image shards state {images.counts['images']}; run preprocess again"
         )
     side = size // factor
-    # In order of shard: sums of floats hang on their order, and the manifest must not hang on who was first.
+    # In order of shard: sums of floats depend on their order, and the manifest must not depend on who was first.
     mean, square = (sum(parts[k][name] for k in shards) / (rows * side * side) for name in ("total", "squares"))
     if error := parts[0]["error"]:
         progress.warn(

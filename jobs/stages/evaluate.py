@@ -31,7 +31,7 @@ def evaluate(
     different extractors, for metrics that cannot be had, and for samples that are not whole.
     """
     counts = ray.get(ray.remote(num_cpus=config.num_cpus)(_compare).remote(config, dict(inputs), out, progress))
-    for warning in counts["warnings"]:  # told here: the last word of a task may come when nobody listens any more
+    for warning in counts["warnings"]:  # here: what a task reports last may come too late
         progress.warn(warning)
     return counts
 
@@ -64,8 +64,8 @@ def _common_spaces(features: Artifact, reference: Artifact) -> list[str]:
     if not made:
         raise UserError(f"{features.folder.uri} holds samples without features; sample with a network of features")
     if differing := {space: (digest, real.get(space)) for space, digest in made.items() if real.get(space) != digest}:
-        told = "; ".join(f"{space}: {a[:12]} and {(b or 'none')[:12]}" for space, (a, b) in differing.items())
-        raise UserError(f"features and reference come from different extractors ({told}); make both with one")
+        digests = "; ".join(f"{space}: {a[:12]} and {(b or 'none')[:12]}" for space, (a, b) in differing.items())
+        raise UserError(f"features and reference come from different extractors ({digests}); make both with one")
     size, real_size = features.counts["image_size"], reference.counts["image_size"]
     if real_size not in (size, None):
         raise UserError(
@@ -129,10 +129,10 @@ def _warnings(metrics: Mapping[str, float], num_samples: int, real: Mapping[str,
     """What a reader of the numbers should know: few samples bias distances, and fewer than dimensions decide them."""
     from edt_core.evaluation.metrics import bias_warning, in_order, rank_warning
 
-    told = [bias_warning(in_order(metrics), num_samples)]
-    if any(told):
-        told += [rank_warning(num_samples, side.gaussian(space).dimensions) for space, side in real.items()]
-    return [warning for warning in told if warning]
+    warnings = [bias_warning(in_order(metrics), num_samples)]
+    if any(warnings):
+        warnings += [rank_warning(num_samples, side.gaussian(space).dimensions) for space, side in real.items()]
+    return [warning for warning in warnings if warning]
 
 
 STAGE = Stage("evaluate", "evaluation", 2, EvaluateConfig, evaluate, roles=("features", "reference"))

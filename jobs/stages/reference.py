@@ -183,7 +183,7 @@ def _of_images(
 
 
 def _merge(parts: int, out: ArtifactWriter) -> None:
-    """Join the parts in their order: sums of floats hang on it."""
+    """Join the parts in their order: sums of floats depend on it."""
     from safetensors.numpy import save
 
     from edt_core.evaluation.metrics import FeatureStatistics

@@ -117,7 +117,7 @@ def fit_classifier(
 
 
 def _shifted(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The batch moved by up to a sixteenth of its side, edges repeated: features should not hang on the exact place."""
+    """The batch moved by up to a sixteenth of its side, edges repeated: features should not depend on the place."""
     reach = max(1, pixels.shape[1] // 16)
     dy, dx = rng.integers(-reach, reach + 1, 2)
     padded = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how a table is printed."""
+"""Arguments and options that several commands share, and the printing of tables."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ DEFAULT_STORE = "./edt-store"
 
 
 def shipped(incomplete: str) -> list[str]:
-    """Names of shipped configurations, for the shell. Asks the package's files alone: it has to be quick."""
+    """Names of shipped configurations for shell completion. It only lists the package's files, which is quick."""
     from importlib.resources import files
 
     names = (entry.name.removesuffix(".yaml") for entry in files("pipelines").joinpath("configs").iterdir())
@@ -25,7 +25,7 @@ def shipped(incomplete: str) -> list[str]:
 Config = Annotated[str, typer.Argument(help="name of a shipped configuration, or a YAML file", autocompletion=shipped)]
 Assignments = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="set one field, as train.max_steps=50; repeatable"),
+    typer.Option("--set", metavar="KEY=VALUE", help="set one field, such as train.max_steps=50; repeatable"),
 ]
 ConfigStore = Annotated[
     str | None, typer.Option("--store", help=f"folder or URI of the artifacts  \\[default: {DEFAULT_STORE}]")
@@ -39,20 +39,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a ta
 
 
 def open_catalog(store: str, tracking_uri: str | None) -> "Catalog":
-    """The MLflow that a look-up reads. Raises UserError where there is none, or a silent one."""
+    """The MLflow of a store or server, for reading. Raises UserError if it is missing or does not answer."""
     import os
 
     from edt_core.store.folder import Folder
     from pipelines.tracking.catalog import Catalog
 
-    # A person waits; the defaults try for minutes.
+    # The defaults retry for minutes while a person waits.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     return Catalog.existing(Folder.at(store), tracking_uri)
 
 
 def catalog_if_any(store: str) -> "Catalog | None":
-    """The MLflow of a store that may be new."""
+    """The MLflow of a store, or None if the store has none yet."""
     from pipelines.tracking.catalog import NoRecordError
 
     try:
@@ -62,7 +62,7 @@ def catalog_if_any(store: str) -> "Catalog | None":
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, none: str = "none") -> None:
-    """Rows as a table of these columns, or all that they hold as a JSON list. `none` is said where there are none."""
+    """Print rows as a table of these columns, or as a JSON list of all fields. Without rows, the table is `none`."""
     if as_json:
         print_json(list(rows))
         return
@@ -70,13 +70,13 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_jso
         say(none)
         return
     cells = [list(columns), *([_text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
     for line in cells:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def print_json(value: Any) -> None:
-    """Any value as JSON for programs: sorted keys, one field a line."""
+    """Print a value as JSON for programs, with sorted keys and one field a line."""
     say(json.dumps(value, indent=1, sort_keys=True))
 
 

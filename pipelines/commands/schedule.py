@@ -1,4 +1,4 @@
-"""Commands on schedules: record one, list, pause, resume and remove them, and serve a store's."""
+"""Commands on schedules: record, list, pause, resume and remove them, and serve those of a store."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,7 @@ _REFUSED = "refused"
 
 
 class _WithDefault(TyperGroup):
-    """`edt schedule CONFIG ...` is `edt schedule add CONFIG ...`."""
+    """A group in which `edt schedule CONFIG ...` means `edt schedule add CONFIG ...`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -38,7 +38,7 @@ app = typer.Typer(
     cls=_WithDefault,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run a pipeline at times of a cron expression: CONFIG --cron '0 3 * * 0'.",
+    help="Run a pipeline at the times of a cron expression: CONFIG --cron '0 3 * * 0'.",
 )
 Name = Annotated[str, typer.Argument(help="name of the schedule")]
 
@@ -46,27 +46,27 @@ Name = Annotated[str, typer.Argument(help="name of the schedule")]
 @app.command()
 def add(
     config: Config,
-    cron: Annotated[str, typer.Option("--cron", help="minute hour day-of-month month day-of-week, as '0 3 * * 0'")],
+    cron: Annotated[
+        str, typer.Option("--cron", help="minute hour day-of-month month day-of-week, such as '0 3 * * 0'")
+    ],
     timezone: Annotated[
         str | None,
-        typer.Option(help="as Europe/Berlin; the cron expression is read in it  \\[default: this machine's]"),
+        typer.Option(help="time zone of the cron expression, such as Europe/Berlin  \\[default: this machine's]"),
     ] = None,
     when_data_changed: Annotated[
-        bool, typer.Option("--when-data-changed", help="run only if the images are not those of the last finished run")
+        bool, typer.Option("--when-data-changed", help="run only if the images changed since the last finished run")
     ] = False,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     store: ConfigStore = None,
     name: Annotated[
-        str | None, typer.Option(help="name of the schedule  \\[default: that of the configuration]")
+        str | None, typer.Option(help="name of the schedule  \\[default: name of the configuration]")
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster that the runs join  \\[default: RAY_ADDRESS, or this machine]")
     ] = None,
-    no_serve: Annotated[
-        bool, typer.Option("--no-serve", help="only record it, and leave the serving to others")
-    ] = False,
+    no_serve: Annotated[bool, typer.Option("--no-serve", help="only record the schedule; do not serve it")] = False,
 ) -> None:
-    """Record a schedule (`add` may be left out) and serve the store's schedules.
+    """Record a schedule (the word `add` is optional) and serve those of the store.
 
     \b
     Examples:
@@ -80,20 +80,20 @@ def add(
     schedule = new_schedule(name, config, assignments, store, cron, timezone, when_data_changed, address)
     Store.open(schedule.store)
     schedules = Schedules.at(schedule.store)
-    done = schedules.put(schedule)
-    kept = schedules.read(schedule.name)
-    say(f"schedule {schedule.name} is {done}; {'it is paused' if kept.paused else f'next {_next(kept)}'}")
+    change = schedules.put(schedule)
+    recorded = schedules.read(schedule.name)
+    say(f"schedule {schedule.name} is {change}; {'it is paused' if recorded.paused else f'next {_next(recorded)}'}")
     if no_serve:
         return
     try:
         _serve(schedules)
-    except Taken as taken:
-        say(f"a server is at work already ({taken})")
+    except Taken as error:
+        say(f"a server is already running ({error})")
 
 
 @app.command("list")
 def list_(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
-    """List schedules: when they come next, and what became of their last tick.
+    """List schedules: their next tick, and the outcome of the last one.
 
     \b
     Examples:
@@ -110,7 +110,7 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 @app.command()
 def pause(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
-    """Let no tick of a schedule start a run until it is resumed.
+    """Pause a schedule: it starts no runs until it is resumed.
 
     \b
     Examples:
@@ -136,7 +136,7 @@ def resume(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def remove(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
-    """Forget a schedule; a run in progress and the records of its ticks stay.
+    """Remove a schedule. A run in progress and the records of its ticks stay.
 
     \b
     Examples:
@@ -149,7 +149,7 @@ def remove(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def serve(store: StoreOption = DEFAULT_STORE) -> None:
-    """Run all schedules of a store, in the foreground, until Ctrl-C or SIGTERM.
+    """Run all schedules of a store in the foreground until Ctrl-C or SIGTERM.
 
     \b
     Examples:
@@ -162,9 +162,9 @@ def serve(store: StoreOption = DEFAULT_STORE) -> None:
     Store.open(store)
     try:
         _serve(Schedules.at(store))
-    except Taken as taken:
+    except Taken as error:
         raise UserError(
-            f"the schedules of {store} are served already ({taken}); stop that server first, or leave it to it"
+            f"another server already serves the schedules of {store} ({error}); stop it first, or let it run"
         ) from None
 
 
@@ -183,7 +183,7 @@ def _next(schedule: Any) -> str:
 def _row(schedules: "Schedules", name: str) -> Mapping[str, Any]:
     try:
         schedule, state = schedules.read(name), schedules.state(name)
-    except UserError as error:  # the others are served
+    except UserError as error:  # the other schedules are still served
         say(f"{name} is refused: {error}", err=True)
         return {"name": name, "state": _REFUSED, "error": str(error)}
     if schedule.paused:

@@ -1,4 +1,4 @@
-"""The verbs of `jobs/` as commands. Each has its own parser, one option a field of its configuration."""
+"""The verbs of `jobs/` as commands. Each has its own parser, with one option for each field of its configuration."""
 
 import argparse
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-# The module of a command and the line that `edt --help` has of it.
+# The module of a command, and its line in `edt --help`.
 _VERBS = {
     "preprocess": ("jobs.stages.preprocess", "Turn labelled images into image shards: SOURCE OUT."),
     "encode": ("jobs.stages.encode", "Turn image shards into latent shards: IMAGES OUT --autoencoder PATH_OR_ID."),
@@ -17,25 +17,25 @@ _VERBS = {
     "evaluate": ("jobs.commands.evaluate_model", "Sample from any model and measure it: MODEL OUT --images IMAGES."),
     "amm-search": (
         "jobs.commands.amm_search",
-        "Find where to modulate a model's attention: MODEL OUT --images IMAGES.",
+        "Find the blocks in which attention modulation helps: MODEL OUT --images IMAGES.",
     ),
-    "sample": ("jobs.commands.draw", "Draw images of chosen classes into one picture: MODEL --classes otter,207."),
+    "sample": ("jobs.commands.draw", "Generate images of chosen classes in one picture: MODEL --classes otter,207."),
     "export": ("jobs.commands.export", "Write samples or a model for other tools: WHAT TARGET --format FORMAT."),
     "bench": ("jobs.benchmark.command", "Measure this machine: data, encode, model, train or eval."),
 }
 
 
 class VerbCommand(TyperCommand):
-    """A command that a job's own parser reads, of which the shell learns its options."""
+    """A command with a job's own parser, whose options the shell can complete."""
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        # Typer brings a click of its own in newer versions: the class is that of whichever it builds on.
+        # Newer versions of Typer vendor click, so the class comes from the click that Typer uses.
         package = TyperCommand.__mro__[1].__module__.rpartition(".")[0]
         item = import_module(f"{package}.shell_completion").CompletionItem
-        found = super().shell_complete(ctx, incomplete)
+        items = super().shell_complete(ctx, incomplete)
         for action in make_parser(self.name or "")._actions:
-            found += [item(name, help=action.help) for name in action.option_strings if name.startswith(incomplete)]
-        return found
+            items += [item(name, help=action.help) for name in action.option_strings if name.startswith(incomplete)]
+        return items
 
 
 def add_verbs(app: typer.Typer, panel: str) -> None:
@@ -49,21 +49,21 @@ def add_verbs(app: typer.Typer, panel: str) -> None:
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
-    """The parser of a verb, by the name of its command."""
-    parser: argparse.ArgumentParser = _called(verb, "make_parser")(f"edt {verb}")
+    """The parser of a verb, given the name of its command."""
+    parser: argparse.ArgumentParser = _function(verb, "make_parser")(f"edt {verb}")
     return parser
 
 
 def _run(context: typer.Context) -> None:
     verb = context.command.name or ""
-    _called(verb, "main")(context.args, f"edt {verb}")
+    _function(verb, "main")(context.args, f"edt {verb}")
 
 
-def _called(verb: str, function: str) -> Callable[..., Any]:
-    """A function of a verb's module; of a stage, the one that all stages share."""
+def _function(verb: str, name: str) -> Callable[..., Any]:
+    """A function of a verb's module. All stages share the functions of `jobs.commands.stage`."""
     module = import_module(_VERBS[verb][0])
     if not hasattr(module, "STAGE"):
-        return getattr(module, function)
+        return getattr(module, name)
     from jobs.commands import stage
 
-    return partial(getattr(stage, function), module.STAGE)
+    return partial(getattr(stage, name), module.STAGE)

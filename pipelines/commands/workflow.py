@@ -1,4 +1,4 @@
-"""Commands that run a pipeline, or tell what a run would do or did: run, plan, runs, reproduce."""
+"""Commands that run a pipeline, or show what a run would do or did: run, plan, runs, reproduce."""
 
 import os
 import shlex
@@ -39,15 +39,15 @@ def run(
     store: ConfigStore = None,
     address: Address = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="tell what the trainings would take, and start nothing")
+        bool, typer.Option("--dry-run", help="show the resources that training needs, and start nothing")
     ] = False,
     no_overlap: Annotated[
         bool,
-        typer.Option("--no-overlap", help="start nothing while a run of this pipeline is in progress in this store"),
+        typer.Option("--no-overlap", help="start nothing if a run of this pipeline is in progress in this store"),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the whole pipeline; what is already made is reused.
+    """Run the whole pipeline, and reuse existing artifacts.
 
     \b
     Examples:
@@ -67,18 +67,18 @@ def run(
     check_named(address)  # before the imports below, which take seconds
     from pipelines.cluster.submission import stopped_too_soon
     from pipelines.pipeline import run as run_pipeline
-    from pipelines.schedule.record import tell_scheduler
+    from pipelines.schedule.record import report_to_scheduler
 
-    with _alone(loaded, no_overlap), _logged(loaded.store, "run", to_stderr=as_json) as terminal:
+    with _overlap_guard(loaded, no_overlap), _logged(loaded.store, "run", to_stderr=as_json) as terminal:
         terminal.say(f"edt run {loaded.name}", "bold")
         if warning := stopped_too_soon(os.environ):
             terminal.warn(warning)
         try:
             outcome = run_pipeline(loaded, terminal, address)
         except KeyboardInterrupt:
-            tell_stopped(terminal, "stopped")
+            show_stopped(terminal, "stopped")
             raise typer.Exit(130) from None
-        tell_scheduler(outcome.status, outcome.run_id)
+        report_to_scheduler(outcome.status, outcome.run_id)
         terminal.freeze()
         show_outcome(outcome, terminal)
     if as_json:
@@ -90,34 +90,34 @@ def run(
 
 @contextmanager
 def _logged(store: str, name: str, to_stderr: bool) -> Iterator["Terminal"]:
-    """A terminal whose log takes what libraries print, the last words of a Ray session begun here included."""
+    """A terminal whose log captures what libraries print, including the end of a Ray session started here."""
     from pipelines.terminal.run_log import RunLog
     from pipelines.terminal.terminal import Terminal
 
-    before = _on_ray()
+    had_session = _on_ray()
     with RunLog.new(store, name, to_stderr) as log, Terminal(to_stderr, log) as terminal:
         try:
             yield terminal
         finally:
             terminal.freeze()
-            if _on_ray() and not before:
+            if _on_ray() and not had_session:
                 import ray
 
                 ray.shutdown()
 
 
 def _on_ray() -> bool:
-    """Whether this process has joined a Ray session; asks without importing Ray, which takes a second."""
+    """Whether this process is in a Ray session, without an import of Ray, which takes a second."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 @contextmanager
-def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
-    """Where it is wanted, keep other runs of the pipeline away from its store, or leave with exit code 0 for theirs."""
+def _overlap_guard(config: "PipelineConfig", no_overlap: bool) -> Iterator[None]:
+    """With `no_overlap`, hold the lease on the pipeline in its store, or exit with code 0 if another run holds it."""
     from pipelines.schedule.lease import Taken, hold, this_process
-    from pipelines.schedule.record import OVERLAP, run_lease, tell_scheduler
+    from pipelines.schedule.record import OVERLAP, report_to_scheduler, run_lease
 
-    if not wanted:
+    if not no_overlap:
         yield
         return
     from edt_core.store.store import Store
@@ -125,18 +125,18 @@ def _alone(config: "PipelineConfig", wanted: bool) -> Iterator[None]:
     try:
         with hold(Store.open(config.store).root, run_lease(config.name), this_process(), on_lost=_warn_of_loss):
             yield
-    except Taken as taken:
-        tell_scheduler(OVERLAP)
-        say(f"a run of {config.name} in {config.store} is in progress ({taken}); nothing was started")
+    except Taken as error:
+        report_to_scheduler(OVERLAP)
+        say(f"a run of {config.name} in {config.store} is in progress ({error}); nothing was started")
         raise typer.Exit(0) from None
 
 
 def _warn_of_loss() -> None:
-    say("warning: this run was taken for dead, and another run of its pipeline may be in progress", err=True)
+    say("warning: this run lost its lease after a long pause; another run of its pipeline may be in progress", err=True)
 
 
 def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
-    """The end of a run: what is registered and where everything is; of what failed, cause, remedy and log."""
+    """Print the end of a run: registered models, paths and links, and for each failure cause, remedy and log."""
     from edt_core.store.layout import REPORT_NAME, SAMPLES_NAME
 
     counts = f"{outcome.reused} steps reused, {outcome.executed} run, {len(outcome.failures)} failed"
@@ -152,7 +152,7 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     for name, error in outcome.failures.items():
         _show_failure(name, error, terminal)
     if outcome.stopped:
-        tell_stopped(terminal, outcome.stopped)
+        show_stopped(terminal, outcome.stopped)
 
 
 def _show_metrics(before: Mapping[str, float], after: Mapping[str, float], terminal: "Terminal") -> None:
@@ -177,8 +177,8 @@ def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None
         terminal.say(f"       log: {terminal.log.path}")
 
 
-def tell_stopped(terminal: "Terminal", how: str) -> None:
-    """Say that a run was stopped, and the command that resumes it: of a submitted job, that of its submitter."""
+def show_stopped(terminal: "Terminal", how: str) -> None:
+    """Print that a run was stopped, and the command that resumes it. A submitted job shows its submitter's command."""
     from pipelines.cluster.submission import GO_ON
 
     terminal.freeze()
@@ -187,7 +187,7 @@ def tell_stopped(terminal: "Terminal", how: str) -> None:
 
 
 def exit_code(outcome: "Outcome") -> int:
-    """130 where it was stopped, 2 where the request was wrong and nothing came of it, 1 where a step failed, or 0."""
+    """130 if the run was stopped, 2 for user errors alone and no registered model, 1 if a step failed, or 0."""
     if outcome.stopped:
         return 130
     wrong = all(isinstance(error, UserError) for error in outcome.failures.values())
@@ -204,7 +204,7 @@ def plan(
     store: ConfigStore = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell which steps a run would reuse, resume or run, and why; start nothing.
+    """Show which steps a run would reuse, resume or run, and why; start nothing.
 
     \b
     Examples:
@@ -222,14 +222,14 @@ def plan(
 
 def runs(
     pipeline: Annotated[
-        str | None, typer.Argument(help="of this pipeline only, by the name in its configuration")
+        str | None, typer.Argument(help="list only this pipeline, by the name in its configuration")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
-    limit: Annotated[int, typer.Option(min=1, help="this many, the newest")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="number of newest runs to list")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs of pipelines: what each reused and made, and what failed.
+    """List pipeline runs: steps reused, steps executed, and failures.
 
     \b
     Examples:
@@ -245,19 +245,17 @@ def runs(
 
 
 def reproduce(
-    run_id: Annotated[str, typer.Argument(help="MLflow id of a pipeline's run, as `edt runs` lists them")],
+    run_id: Annotated[str, typer.Argument(help="MLflow id of a pipeline run, as listed by `edt runs`")],
     into: Annotated[
-        str | None, typer.Option(help="empty folder of the new store  \\[default: ./edt-reproduced-<run>]")
+        str | None, typer.Option(help="empty folder for the new store  \\[default: ./edt-reproduced-<run>]")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     address: Address = None,
-    other_code: Annotated[
-        bool, typer.Option("--other-code", help="continue although the code is another version")
-    ] = False,
+    other_code: Annotated[bool, typer.Option("--other-code", help="continue even if the code version differs")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Do a run again from its MLflow record alone, and compare every artifact.
+    """Repeat a run from its MLflow record alone, and compare every artifact.
 
     \b
     Examples:
@@ -272,13 +270,13 @@ def reproduce(
     catalog = open_catalog(store, tracking_uri)
     folder = into or f"./edt-reproduced-{run_id[:8]}"
     with _logged(store, "reproduce", to_stderr=True) as terminal:
-        outcome, found = reproduced(run_id, catalog, folder, terminal, address, other_code)
+        outcome, comparisons = reproduced(run_id, catalog, folder, terminal, address, other_code)
         if outcome.stopped:
-            tell_stopped(terminal, outcome.stopped)
+            show_stopped(terminal, outcome.stopped)
             raise typer.Exit(130)
         for name, error in outcome.failures.items():
             _show_failure(name, error, terminal)
-    rows = [comparison.as_row() for comparison in found]
+    rows = [comparison.as_row() for comparison in comparisons]
     shown = [{**row, "equal": "yes" if row["equal"] else "NO", **_short(row, "recorded", "now")} for row in rows]
     print_rows(rows if as_json else shown, ("step", "recorded", "now", "equal", "how"), as_json)
     if not as_json:

@@ -1,1 +1,1 @@
-"""The configuration of a pipeline: schema, checks, the reference page."""
+"""The configuration of a pipeline: its schema, its checks and its reference page."""

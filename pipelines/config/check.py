@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: every field at once, with its place in the file and the field that was meant."""
+"""All problems of a configuration at once, each with its line in the file and a suggested field."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,14 +18,14 @@ from jobs.commands.options import validated
 from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.config.size_check import size_problems
 
-_LONGEST = 60  # characters of a value that are shown
-_ALIKE = 0.75  # of `difflib`: from here on one name may be meant by another
-_MOST_MEANT = 3
+_MAX_SHOWN = 60  # characters of a value
+_ALIKE = 0.75  # of `difflib`: least similarity of a suggested name
+_MAX_SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend. `field` is "" for what concerns no field alone, `line` None for what is in no line of it."""
+    """One problem. `field` is "" if several fields are involved; `line` is None if the value is not in the file."""
 
     config: str
     field: str
@@ -45,9 +45,9 @@ class Problem:
 
 
 def problems(name_or_path: str, assignments: Sequence[str] = ()) -> list[Problem]:
-    """Everything that keeps a configuration from being used; empty for a good one.
+    """Every problem of a configuration; empty if it is valid.
 
-    Sizes are checked against each other, model by model, once every field is right by itself.
+    Sizes are checked against each other, for each model, once every single field is valid.
     """
     try:
         config = load_config(name_or_path, assignments)
@@ -60,18 +60,18 @@ def problems(name_or_path: str, assignments: Sequence[str] = ()) -> list[Problem
 
 
 def _problems_of(name: str, error: ValidationError) -> list[Problem]:
-    found = error.errors()
-    whole = [entry for entry in found if not entry["loc"]]
-    if whole and isinstance(whole[0]["input"], Mapping):  # of the models together only the first one's is told
+    errors = error.errors()
+    whole = [entry for entry in errors if not entry["loc"]]
+    if whole and isinstance(whole[0]["input"], Mapping):  # pydantic stops at the first model with a problem
         return [Problem(name, "", None, text) for text in _of_each_model(whole[0]["input"])]
     by_field: dict[str, list[Any]] = {}
-    for entry in found:
+    for entry in errors:
         by_field.setdefault(_field_of(entry["loc"]), []).append(entry)
     return [_problem(name, field, entries) for field, entries in by_field.items()]
 
 
 def _of_each_model(values: Mapping[str, Any]) -> list[str]:
-    """What does not fit together, each said once, whatever the number of models that it is true of."""
+    """Problems between fields, each listed once even if several models have it."""
     messages: dict[str, None] = {}
     for model, fields in values["models"].items():
         try:
@@ -84,17 +84,17 @@ def _of_each_model(values: Mapping[str, Any]) -> list[str]:
 def _problem(name: str, field: str, entries: Sequence[Any]) -> Problem:
     first = entries[0]
     if first["type"] == "missing":
-        return Problem(name, field, None, "it is missing, and has no default")
+        return Problem(name, field, None, "required, but missing")
     value = redacted(repr(first["input"]))
-    value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+    value = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
     if first["type"] == "extra_forbidden":
-        return Problem(name, field, value, "there is no such field", meant_by(field))
+        return Problem(name, field, value, "unknown field", meant_by(field))
     messages = dict.fromkeys(redacted(entry["msg"]).removeprefix("Value error, ") for entry in entries)
     return Problem(name, field, value, ", or: ".join(messages))
 
 
 def _field_of(location: Sequence[Any]) -> str:
-    """The dotted name of the field that an error is of: without the branches of a union that pydantic tried."""
+    """The dotted name of the field of an error, without the branches of a union that pydantic tried."""
     parts: list[str] = []
     schema: Any = PipelineConfig
     for part in location:
@@ -107,7 +107,7 @@ def _field_of(location: Sequence[Any]) -> str:
 
 
 def field_names(schema: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every field of a configuration, sections included."""
+    """The dotted name of every field and section of a configuration."""
     for name, field in schema.model_fields.items():
         yield prefix + name
         if _is_section(section := field.annotation):
@@ -115,12 +115,12 @@ def field_names(schema: type[Section] = PipelineConfig, prefix: str = "") -> Ite
 
 
 def meant_by(field: str) -> tuple[str, ...]:
-    """The fields that a wrong name may mean: the nearest of its own section, or those of that name elsewhere."""
+    """Suggestions for an unknown field: the most similar one of its section, or fields of that name elsewhere."""
     names = list(field_names())
     section, _, last = field.rpartition(".")
-    beside = [name for name in names if name.rpartition(".")[0] == section]
+    siblings = [name for name in names if name.rpartition(".")[0] == section]
     elsewhere = [name for name in names if name.rpartition(".")[2] == last]
-    near = get_close_matches(field, beside, 1, _ALIKE) or elsewhere[:_MOST_MEANT]
+    near = get_close_matches(field, siblings, 1, _ALIKE) or elsewhere[:_MAX_SUGGESTIONS]
     return tuple(near or get_close_matches(field, names, 1, _ALIKE))
 
 
@@ -128,26 +128,26 @@ def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _located(found: list[Problem]) -> list[Problem]:
-    """The same, with their lines in a file; what `--set` or a base says is in none."""
-    path = Path(found[0].config)
+def _located(unplaced: list[Problem]) -> list[Problem]:
+    """The same problems with their lines in the file. A value from `--set` or a base has no line."""
+    path = Path(unplaced[0].config)
     if not path.is_file():
-        return found
+        return unplaced
     root = compose_yaml(read_text(path, MAX_CONFIG_BYTES))
-    located = [replace(problem, line=_line(root, problem)) for problem in found]
+    located = [replace(problem, line=_line(root, problem)) for problem in unplaced]
     return sorted(located, key=lambda problem: (problem.line is None, problem.line))
 
 
 def _line(root: yaml.Node | None, problem: Problem) -> int | None:
-    """The line on which a field stands, from 1."""
+    """The line of a field, counted from 1."""
     node, line = root, None
     for part in problem.field.split("."):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        found = next(((key, value) for key, value in pairs if key.value == part), None)
-        if found is None:
+        pair = next(((key, value) for key, value in pairs if key.value == part), None)
+        if pair is None:
             return None
-        line, node = found[0].start_mark.line + 1, found[1]
+        line, node = pair[0].start_mark.line + 1, pair[1]
     if not isinstance(node, yaml.ScalarNode) or problem.value is None:
         return line
     written = redacted(repr(parse_yaml(node.value or "null")))
-    return line if written == problem.value else None  # --set says something else
+    return line if written == problem.value else None  # otherwise --set replaces it

@@ -1,4 +1,4 @@
-"""docs/config.md, made from the schemas: `python -m pipelines.config.reference > docs/config.md`."""
+"""Generate docs/config.md from the schemas: `python -m pipelines.config.reference > docs/config.md`."""
 
 import json
 import types
@@ -15,20 +15,21 @@ from pipelines.config.schema import PipelineConfig
 
 _INTRODUCTION = """\
 # Configuration
-Made from the schemas by `python -m pipelines.config.reference > docs/config.md`; a test fails where the two differ.
+Generated from the schemas by `python -m pipelines.config.reference > docs/config.md`; a test fails if the two differ.
 Do not edit it.
 
-A configuration is a YAML file with these sections, given to `edt run` by path, or by name if it ships with the package.
-What is left out has the default. `base: NAME_OR_PATH` takes another configuration and puts what stands here on top,
-section by section, but `models` as a whole. On the command line `--set train.lr=0.001` sets one field, and `edt train`
-and the other verbs take the fields of their section as options (`--lr 0.001`). Unknown fields are refused.
+A configuration is a YAML file with these sections. `edt run` takes its path, or its name if it ships with the package.
+Omitted fields have their defaults. `base: NAME_OR_PATH` starts from another configuration: the fields of the file
+replace those of the base section by section, but `models` as a whole. On the command line, `--set train.lr=0.001` sets
+one field; `edt train` and the other verbs take the fields of their section as options (`--lr 0.001`). Unknown fields
+are errors.
 
-*Result* says whether a change makes another artifact. Where it is "no", the field says how a step runs or where
-something lies: it is no part of a fingerprint, and what was made before is reused. Of `source` and of published weights
-only what is in them counts, not where they lie.
+*Result* shows whether a change leads to another artifact. "no" marks a field that only says how a step runs or where
+something is: it is not part of the fingerprint, and existing artifacts are reused. Of `source` and of published weights
+only the content counts, not the location.
 """
 
-# The unit of a number, by its name: the first pattern that fits.
+# Units of numbers by field name. The first matching pattern applies.
 _UNITS = (
     ("image_size", "pixels"),
     ("max_hours", "hours"),
@@ -57,7 +58,7 @@ _UNITS = (
     ("num_to_keep", "checkpoints"),
 )
 _BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "a multiple of"))
-_SHOWN_BELOW = 1 << 31  # a bound at the end of an integer's range tells nobody anything
+_SHOWN_BELOW = 1 << 31  # a bound at the end of an integer's range is not worth showing
 
 
 def reference() -> str:
@@ -65,13 +66,13 @@ def reference() -> str:
     own = [(name, info) for name, info in PipelineConfig.model_fields.items() if _section(info) is None]
     parts = [_INTRODUCTION, "## The pipeline\n" + _table(own)]
     for name, section in _sections():
-        about = (section.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("  ", " ")
-        parts.append(f"## {name}\n{about}\n\n{_table(list(section.model_fields.items()))}")
+        summary = (section.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("  ", " ")
+        parts.append(f"## {name}\n{summary}\n\n{_table(list(section.model_fields.items()))}")
     return "\n".join(parts)
 
 
 def unit_of(name: str) -> str | None:
-    """The unit in which a field of this name counts; None for what is a pure number, or no number."""
+    """The unit of a field of this name; None for a pure number or another type."""
     return next((unit for pattern, unit in _UNITS if fnmatchcase(name, pattern)), None)
 
 
@@ -96,14 +97,14 @@ def _table(fields: list[tuple[str, FieldInfo]]) -> str:
 def _cells(name: str, info: FieldInfo) -> tuple[str, str, str, str, str]:
     kind = _kind(info.annotation)
     unit = (unit_of(name) or "") if "number" in kind or "integer" in kind else ""
-    changes = "no" if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("runtime") else "yes"
+    in_result = "no" if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("runtime") else "yes"
     nothing = " or `null`" if kind.endswith(" or `null`") else ""
-    bounded = kind.removesuffix(nothing) + _bounds(info) + nothing
-    return bounded, _default(info), unit, changes, info.description or ""
+    text = kind.removesuffix(nothing) + _bounds(info) + nothing
+    return text, _default(info), unit, in_result, info.description or ""
 
 
 def _kind(annotation: Any) -> str:
-    """A type in words, as a person writes its values in YAML."""
+    """A type in words, as its values are written in YAML."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{word}`" for word in inner)
@@ -121,8 +122,8 @@ def _kind(annotation: Any) -> str:
 
 
 def _bounds(info: FieldInfo) -> str:
-    found = {word: getattr(rule, key, None) for rule in info.metadata for key, word in _BOUNDS if hasattr(rule, key)}
-    shown = [f"{word} {value:g}" for word, value in found.items() if value is not None and abs(value) < _SHOWN_BELOW]
+    bounds = {word: getattr(rule, key, None) for rule in info.metadata for key, word in _BOUNDS if hasattr(rule, key)}
+    shown = [f"{word} {value:g}" for word, value in bounds.items() if value is not None and abs(value) < _SHOWN_BELOW]
     return f" {', '.join(shown)}" if shown else ""
 
 

@@ -1,4 +1,4 @@
-"""PipelineConfig: the sections of every stage in one frozen schema, read from YAML files and `--set`."""
+"""PipelineConfig: one frozen schema with the sections of all stages, read from YAML files and `--set`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -41,76 +41,77 @@ _SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 class PromoteConfig(Section):
-    """When a new version becomes champion, and what is written of it."""
+    """When a new version becomes champion, and what is published with it."""
 
     metric: str = Field("fd_classifier", description="the metric that decides")
-    lower_is_better: bool = Field(
-        True, description="whether the metric is a distance; false for precision, recall and scores"
-    )
+    lower_is_better: bool = Field(True, description="true for a distance; false for precision, recall and scores")
     margin: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="how much better than the champion, as a part of its value; null for more than two standard "
-        "deviations of the repeats, or 0.01 where there is one repeat",
+        description="required improvement over the champion, as a fraction of its value; null for more than two "
+        "standard deviations of the repeats, or 0.01 if there is only one repeat",
     )
     require: dict[str, tuple[float | None, float | None]] = Field(
-        {}, description="metric -> [least, most] that every new champion keeps, null for no limit"
+        {}, description="metric -> [least, most] allowed for every new champion; null for no limit"
     )
-    license: str | None = Field(None, description="of the model, for its card: an identifier, as apache-2.0")
+    license: str | None = Field(None, description="license of the model for its card: an identifier such as apache-2.0")
     torch_export: bool = Field(
-        False, description="keep the denoiser as a torch.export program as well: its weights a second time"
+        False, description="also store the denoiser as a torch.export program, which stores its weights a second time"
     )
 
     @model_validator(mode="after")
     def _limits_can_be_kept(self) -> "PromoteConfig":
         for metric, (least, most) in self.require.items():
             if least is not None and most is not None and least > most:
-                raise ValueError(f"promote.require of {metric}: nothing is at least {least:g} and at most {most:g}")
+                raise ValueError(
+                    f"promote.require of {metric} is [{least:g}, {most:g}]: the least is above the most; swap them"
+                )
         return self
 
 
 class ValidationConfig(ValidateConfig):
-    """How often the classifier takes samples, and real images, to be of their own class: a step beside `evaluate`."""
+    """How often the classifier predicts the right class of samples and of real images: a step beside `evaluate`."""
 
-    enabled: bool = runtime(False, description="whether the step is called; it needs `classifier` in extractors")
+    enabled: bool = runtime(False, description="run this step; it requires `classifier` in extractors")
 
 
-class _UpToTheNetworks(Section):
-    """The fields of a pipeline that stand before the sections of published networks of features."""
+class _FieldsBeforeNetworks(Section):
+    """The fields of a pipeline before the sections of published feature networks."""
 
-    name: str = runtime(..., description="by which runs are listed, schedules and --no-overlap tell pipelines apart")
+    name: str = runtime(..., description="name of the pipeline in lists of runs, in schedules and for --no-overlap")
     store: str = runtime("./edt-store", description="folder or URI of all artifacts")
     source: SourceConfig
     preprocess: PreprocessConfig = PreprocessConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     encode: EncodeConfig = EncodeConfig()
     extractors: tuple[ExtractorName, ...] = Field(
-        ("classifier",), min_length=1, description="feature spaces in which samples and real images are compared"
+        ("classifier",), min_length=1, description="feature spaces in which samples are compared with real images"
     )
     classifier: ClassifierConfig = ClassifierConfig()
 
 
 if TYPE_CHECKING:
-    _WithNetworks = _UpToTheNetworks
+    _WithNetworks = _FieldsBeforeNetworks
 else:
-    _WithNetworks = with_networks(_UpToTheNetworks)
+    _WithNetworks = with_networks(_FieldsBeforeNetworks)
 
 
 class PipelineConfig(_WithNetworks):
-    """One pipeline: images to registered models."""
+    """One pipeline, from images to registered models."""
 
     reference: ReferenceConfig = ReferenceConfig()
     reference_statistics: str | None = runtime(
-        None, description="ADM's .npz of Inception statistics (VIRTUAL_imagenet256_labeled.npz), in place of the images"
+        None,
+        description="ADM's .npz of Inception statistics (VIRTUAL_imagenet256_labeled.npz), used instead of the images",
     )
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    validation: ValidationConfig = added(ValidationConfig())  # pydantic's sections have a method `validate`
+    validation: ValidationConfig = added(ValidationConfig())  # `validate` is a method of pydantic's models
     promote: PromoteConfig = PromoteConfig()
     models: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="registry name -> fields of `train` in which this model differs"
+        min_length=1, description="registry name -> the fields of `train` that differ for this model"
     )
 
     @field_validator("store")
@@ -127,39 +128,41 @@ class PipelineConfig(_WithNetworks):
         channels, sample = self.autoencoder.latent_channels, self.sample
         for name in self.models:
             if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"the model name {name!r} is no registry name; use letters, digits, '.', '_' and '-'")
+                raise ValueError(
+                    f"the model name {name!r} is no valid registry name; use letters, digits, '.', '_' and '-'"
+                )
             train = self.train_of(name)
             check_masked_loss(self.model_of(name, 2), train.masked_loss)
             self.model_of(name, 2, self._amm_blocks(train.model))
             if sample.num_sampling_steps > train.num_timesteps:
                 raise ValueError(
                     f"sample.num_sampling_steps {sample.num_sampling_steps} is more than the {train.num_timesteps} "
-                    f"timesteps that {name} is trained with; use at most that"
+                    f"timesteps of {name} (train.num_timesteps); use at most that many"
                 )
         if self.reference_statistics is not None and self.extractors != (INCEPTION,):
             raise ValueError(
-                f"reference_statistics are of Inception features, and extractors are {list(self.extractors)}; set "
+                f"reference_statistics are of Inception features, but extractors is {list(self.extractors)}; set "
                 "extractors to [inception], or compare with the images (reference_statistics: null)"
             )
         if (sample.guidance_channels or 1) > channels:
             raise ValueError(
                 f"sample.guidance_channels {sample.guidance_channels} is more than the {channels} latent channels; "
-                "use fewer, or null for all"
+                f"use at most {channels}, or null for all"
             )
         return self
 
     @model_validator(mode="after")
-    def _the_reader_finds_its_shards(self) -> "PipelineConfig":
+    def _reader_has_shards(self) -> "PipelineConfig":
         streamed = [name for name in self.models if self.train_of(name).reader == "webdataset"]
         if streamed and not self.encode.write_webdataset:
             raise ValueError(
-                f"train.reader of {streamed[0]} is webdataset, and encode.write_webdataset is false: there would be no "
-                "tar to read; set encode.write_webdataset=true, or train.reader=arrow"
+                f"train.reader of {streamed[0]} is webdataset, but encode.write_webdataset is false, so there are no "
+                "tar shards to read; set encode.write_webdataset=true or train.reader=arrow"
             )
         return self
 
     @model_validator(mode="after")
-    def _the_deciding_metric_is_measured(self) -> "PipelineConfig":
+    def _required_metrics_are_measured(self) -> "PipelineConfig":
         measured = [
             metric_name(metric, space)
             for space in self.extractors
@@ -170,34 +173,34 @@ class PipelineConfig(_WithNetworks):
         for field, metric in (("metric", self.promote.metric), *(("require", m) for m in self.promote.require)):
             if metric not in measured:
                 raise ValueError(
-                    f"promote.{field} {metric!r} is not among what is measured: {', '.join(measured)}; "
-                    "choose one of these, or add it to evaluate.metrics and its space to extractors"
+                    f"promote.{field} {metric!r} is not measured; measured are: {', '.join(measured)}. "
+                    "Choose one of these, or add the metric to evaluate.metrics and its space to extractors"
                 )
         return self
 
     @model_validator(mode="after")
-    def _the_classifier_validates(self) -> "PipelineConfig":
+    def _validation_has_classifier(self) -> "PipelineConfig":
         if self.validation.enabled and "classifier" not in self.extractors:
             raise ValueError(
-                f"validation.enabled is true, and extractors are {list(self.extractors)}: the classifier of the run is "
-                "what validates the samples; add classifier to extractors, or set validation.enabled=false"
+                f"validation.enabled is true, but extractors is {list(self.extractors)}: validation uses the "
+                "classifier of the run; add classifier to extractors, or set validation.enabled=false"
             )
         return self
 
     def _amm_blocks(self, model: str) -> tuple[int, ...]:
-        """Blocks that sampling modulates in a named model; none for 'model'. Raises UserError as `paper_amm_blocks`."""
+        """Blocks that sampling modulates in a model; empty for 'model'. Raises UserError as `paper_amm_blocks`."""
         blocks = self.sample.amm_blocks
         if blocks == "paper":
             return paper_amm_blocks(model, self.sample.cfg_scale, self.preprocess.image_size)
         return () if blocks == "model" else blocks
 
     def train_of(self, model: str) -> TrainConfig:
-        """The training section of one registered model: the shared section with that model's fields."""
+        """The training section of one registered model: the shared section with the model's own fields on top."""
         train: TrainConfig = validated(TrainConfig, {**self.train.model_dump(), **self.models[model]})
         return train
 
     def model_of(self, model: str, num_classes: int, amm_blocks: Sequence[int] = ()) -> ModelConfig:
-        """The EDT of one registered model. Raises ValueError where the sizes do not fit each other."""
+        """The configuration of one registered model. Raises ValueError if the sizes do not fit together."""
         train = self.train_of(model)
         config = model_config(
             train.model,
@@ -210,13 +213,13 @@ class PipelineConfig(_WithNetworks):
         return with_objective(config, train.objective)
 
     def network(self, space: str) -> ExtractorConfig:
-        """The section of a published network of features."""
+        """The section of a published feature network."""
         section: ExtractorConfig = getattr(self, space)
         return section
 
     @property
     def workers(self) -> int:
-        """CPU workers that the largest stage wants at once."""
+        """The number of CPU workers of the largest stage."""
         train_workers = [self.train_of(name).worker_range[1] for name in self.models]
         return max(*train_workers, self.sample.num_workers, self.encode.num_workers, self.reference.num_workers)
 
@@ -231,7 +234,7 @@ def load_config(
 ) -> PipelineConfig:
     """A shipped configuration by name, or a YAML file, with `a.b=value` assignments on top.
 
-    Raises UserError: no such configuration, not YAML, unknown keys, values that do not fit.
+    Raises UserError if there is no such configuration, it is not YAML, a key is unknown, or a value is invalid.
     """
     values = _read_yaml(name_or_path)
     for text in assignments:
@@ -243,25 +246,27 @@ def load_config(
     return config
 
 
-def _read_yaml(name_or_path: str, before: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A configuration's values. `base: NAME_OR_PATH` in it takes that configuration's values, with these on top."""
-    if name_or_path in before:
-        raise UserError(f"a configuration has itself as base: {' -> '.join([*before, name_or_path])}")
+def _read_yaml(name_or_path: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a configuration, on top of those of its `base: NAME_OR_PATH`."""
+    if name_or_path in chain:
+        raise UserError(
+            f"configurations are based on each other: {' -> '.join([*chain, name_or_path])}; remove one `base`"
+        )
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.exists():
         values = read_yaml(path)
     elif name_or_path in config_names():
         values = read_yaml(_SHIPPED / f"{name_or_path}.yaml")
     else:
-        known = ", ".join(config_names())
-        raise UserError(f"no configuration {name_or_path!r}: it is neither a file nor one of {known}")
+        names = ", ".join(config_names())
+        raise UserError(f"no configuration {name_or_path!r}: it is neither a file nor one of {names}")
     if (base := values.pop("base", None)) is None:
         return values
-    return _on_top(_read_yaml(str(base), (*before, name_or_path)), values)
+    return _on_top(_read_yaml(str(base), (*chain, name_or_path)), values)
 
 
 def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A base with other values on top: sections field by field, but the models as a whole."""
+    """A base with other values on top: field by field in sections, but `models` as a whole."""
     merged = base | values
     for name, section in values.items():
         if isinstance(section, dict) and isinstance(base.get(name), dict) and name != "models":
@@ -279,12 +284,12 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def as_yaml(config: PipelineConfig) -> str:
-    """The whole configuration, defaults included, as YAML. Credentials in it are left out."""
+    """The whole configuration as YAML, including defaults but no credentials."""
     return _yaml(config.model_dump(mode="json"))
 
 
 def recorded_yaml(config: PipelineConfig) -> str:
-    """The configuration as a record that is compared: as `as_yaml`, but for added fields that are at their default."""
+    """`as_yaml` without added fields that have their defaults, for records that are compared."""
     return _yaml(recorded_fields(config))
 
 

@@ -1,4 +1,4 @@
-"""What a configuration's numbers are too small for: known before the first step, and refused by the last ones."""
+"""Checks before the first step for numbers that are too small for the last steps of a pipeline."""
 
 from collections.abc import Iterator
 
@@ -13,16 +13,16 @@ from pipelines.config.schema import PipelineConfig
 
 
 def check_pipeline_sizes(config: PipelineConfig, images: int | None, statistics: Source | None = None) -> None:
-    """Raise UserError, with every problem, for numbers that would fail a run after its training.
+    """Raise UserError, with every problem, if numbers would make a run fail after its training.
 
-    `images`, how many the source has (preprocess may leave some out, and adds none); None where it was not listed.
+    `images` is the number of source images, of which preprocess may skip some; None if the source was not listed.
     """
     if problems := [*size_problems(config, images), *_published_problems(config, statistics)]:
         raise UserError("\n".join(problems))
 
 
 def size_problems(config: PipelineConfig, images: int | None = None) -> list[str]:
-    """Each metric or reader that samples, images or shards do not suffice for, with the fields to change."""
+    """Each metric or reader with too few samples, images or shards, with the fields to change."""
     real = None if config.reference_statistics is not None else images
     problems = [
         shortfall_text(shortfall, _remedies(config, shortfall))
@@ -34,7 +34,7 @@ def size_problems(config: PipelineConfig, images: int | None = None) -> list[str
 
 
 def _dimensions(config: PipelineConfig) -> dict[str, int | None]:
-    """Of the features of each space; None where they are not known before the weights are loaded."""
+    """Feature dimensions of each space; None if they are unknown until the weights are loaded."""
     return {
         space: feature_dimensions(space, config.network(space).weights)
         if space in PUBLISHED_SPACES
@@ -64,20 +64,20 @@ def _kid(config: PipelineConfig) -> str:
 
 
 def _classifier_problems(config: PipelineConfig, images: int | None) -> Iterator[str]:
-    """A classifier that no image would be left to fit on."""
+    """A classifier without images to fit on."""
     if images is None or "classifier" not in config.extractors:
         return
-    taken = min(images, config.classifier.max_images)
-    held = max(1, round(taken * config.classifier.holdout_fraction))
-    if held >= taken:
+    total = min(images, config.classifier.max_images)
+    holdout = max(1, round(total * config.classifier.holdout_fraction))
+    if holdout >= total:
         yield (
-            f"classifier.holdout_fraction {config.classifier.holdout_fraction:g} keeps all of {taken} images from the "
-            "fit. Lower it, or use more images (source.limit, classifier.max_images)."
+            f"classifier.holdout_fraction {config.classifier.holdout_fraction:g} holds out all {total} images, so none "
+            "are left to fit on. Lower it, or use more images (source.limit, classifier.max_images)."
         )
 
 
 def _shard_problems(config: PipelineConfig, images: int | None) -> Iterator[str]:
-    """A shard that is too small for one image, and workers of a streaming reader that would have no shard."""
+    """A shard too small for one image, and workers of a streaming reader without a shard."""
     from jobs.stages.preprocess import images_per_shard
 
     try:
@@ -90,14 +90,14 @@ def _shard_problems(config: PipelineConfig, images: int | None) -> Iterator[str]
         workers = train.worker_range[1]
         if train.reader == "webdataset" and shards < workers:
             yield (
-                f"train.num_workers of {name} is {workers}, and train.reader webdataset needs a shard for each worker: "
-                f"{images} images make {shards}, of up to {size} images. Use at most {shards} workers, a smaller "
+                f"train.num_workers of {name} is {workers}, but train.reader webdataset needs a shard for each worker: "
+                f"{images} images make {shards} shards of up to {size} images. Use at most {shards} workers, a smaller "
                 "preprocess.images_per_shard, or train.reader=arrow."
             )
 
 
 def _published_problems(config: PipelineConfig, statistics: Source | None) -> Iterator[str]:
-    """What published statistics cannot give, and evaluation or promotion asks for."""
+    """Metrics of evaluation or promotion that the published statistics do not allow."""
     if statistics is None:
         return
     from edt_core.evaluation.metrics import read_adm
@@ -106,12 +106,12 @@ def _published_problems(config: PipelineConfig, statistics: Source | None) -> It
     images = adm.image_shape[0] if adm.image_shape else 0
     lacking = {} if adm.spatial_statistics is not None else {"sfid": "spatial statistics"}
     lacking |= {metric: "images" for metric, need in PAIRWISE.items() if images < need}
-    wanted = wanted_metrics(config.evaluate, INCEPTION, config.sample.num_samples)
-    asked = dict.fromkeys(wanted or (), "evaluate.metrics")
-    asked |= dict.fromkeys(config.promote.require, "promote.require") | {config.promote.metric: "promote.metric"}
-    for metric, field in asked.items():
+    evaluated = wanted_metrics(config.evaluate, INCEPTION, config.sample.num_samples)
+    fields = dict.fromkeys(evaluated or (), "evaluate.metrics")
+    fields |= dict.fromkeys(config.promote.require, "promote.require") | {config.promote.metric: "promote.metric"}
+    for metric, field in fields.items():
         if metric in lacking and metric in space_metrics(INCEPTION):
             yield (
-                f"{field} asks for {metric}, and {statistics.location} holds no {lacking[metric]} for it. Give the "
-                "file that has them, name other metrics, or compare with images (reference_statistics: null)."
+                f"{field} requests {metric}, but {statistics.location} contains no {lacking[metric]} for it. Use a "
+                "file that has them, choose other metrics, or compare with images (reference_statistics: null)."
             )

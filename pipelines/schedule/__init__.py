@@ -1,1 +1,1 @@
-"""Schedules: records, the server, the lease."""
+"""Schedules: their records, the server that runs them, and the lease on a store."""

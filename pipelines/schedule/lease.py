@@ -1,25 +1,27 @@
-"""A lease on a name in a store: of all processes, on this machine or another, one holds it. No clock decides anything.
+"""A lease on a name in a store: at most one process, on any machine, holds it. No decision depends on a clock.
 
-The lease is the file `.leases/<name>/<generation>.json` of the highest generation. Its holder writes it again with a
-higher beat every few seconds; `released` in it says that nobody holds. Whoever wants it looks at it once a beat: if the
-bytes change, the holder lives; if they do not change in several looks, it counts as dead. A dead or a released
-generation is followed by the next one, created by a conditional write (a hard link on a disk).
+The lease is the file `.leases/<name>/<generation>.json` with the highest generation. Its holder rewrites it with a
+higher beat every few seconds; `released` in it means that no process holds the lease. A process that wants the lease
+reads the file once a beat. If the bytes change, the holder is alive; if several reads show no change, it counts as
+dead. A dead or released generation is followed by the next one, which is created by a conditional write (a hard link
+on a disk).
 
-Why at most one holds:
-- The file of the highest generation is never removed, only followed by a higher one; so the highest generation never
-  goes down. Takers remove lower ones, so that one small file stays.
-- Two takers create the same next generation: the conditional write lets one through.
-- A taker that stalls between look and write may create a generation that others have left behind. It lists after its
-  write and finds a higher one, because that was there before its own could be free again: it withdraws.
-- A holder that was paused until it counted as dead writes, at most, its own lower file again. It lists after each beat,
-  finds the higher generation, removes its file, and knows that it has lost.
-- A release during a watch is a change of bytes with `released` in them: the watcher takes the next generation.
-- Looks are counted, not seconds: a watcher that was itself paused together with the holder is not misled.
-What is left is the time between a holder's pause and its next beat, when it does not know yet; artifacts are safe then
-as well, by their manifests.
+Why at most one process holds it:
+- The file of the highest generation is never removed, only followed by a higher one, so the highest generation never
+  decreases. Takers remove lower ones, so one small file remains.
+- Two takers create the same next generation: the conditional write lets only one of them succeed.
+- A taker that stalls between read and write may create a generation that is already superseded. It lists the folder
+  after its write and finds a higher one, because that one existed before its own could be free again. It withdraws.
+- A holder that was paused until it counted as dead can only rewrite its own lower file. It lists the folder after each
+  beat, finds the higher generation, removes its file, and knows that it has lost the lease.
+- A release during a watch changes the bytes and sets `released`: the watcher takes the next generation.
+- Reads are counted, not seconds: a watcher that was paused together with the holder is not misled.
+One gap remains: a paused holder does not know of its loss until its next beat. Artifacts are safe even then, because
+of their manifests.
 
-In a local store a lock of the operating system is held beside it: it is free at the moment its holder dies, so there
-one need not wait. Another kernel (a network disk without shared locks) is told by its beats, as in an object store.
+In a local store the holder also has a lock of the operating system. It is released when the holder dies, so nobody
+has to wait. A holder under another kernel (a network disk without shared locks) is recognised by its beats, as in an
+object store.
 """
 
 import json
@@ -43,14 +45,14 @@ from edt_core.store.errors import clear_disk_errors
 from edt_core.store.folder import Folder
 
 EVERY_S = 5.0
-_LOOKS = 4  # without a beat, after which a holder counts as dead
+_LOOKS = 4  # reads without a new beat, after which a holder counts as dead
 _MAX_EVERY_S = 60.0
 _TRIES = 20
 _GENERATION = re.compile(r"(\d{10})\.json")
 
 
-class Taken(Exception):  # noqa: N818  not an error, but an answer
-    """Somebody holds the lease: `owner` is what they said of themselves."""
+class Taken(Exception):  # noqa: N818  a result, not an error
+    """Another process holds the lease: `owner` is its description of itself."""
 
     def __init__(self, owner: Mapping[str, Any]) -> None:
         self.owner = dict(owner)
@@ -58,19 +60,19 @@ class Taken(Exception):  # noqa: N818  not an error, but an answer
 
 
 def who(owner: Mapping[str, Any]) -> str:
-    """An owner for people."""
+    """One line that describes an owner."""
     return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, since {owner.get('since', '?')}"
 
 
 def this_process(**more: Any) -> dict[str, Any]:
-    """What a process says of itself; the time is for people to read."""
+    """This process's description of itself; the time is for people only."""
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, **more}
 
 
 @dataclass
 class Lease(AbstractContextManager["Lease"]):
-    """A lease that is held until `release`, or until it is lost: another counted this holder as dead."""
+    """A lease that is held until `release`, or until it is lost because another process counted the holder as dead."""
 
     folder: Folder
     generation: int
@@ -83,7 +85,7 @@ class Lease(AbstractContextManager["Lease"]):
 
     @property
     def lost(self) -> bool:
-        """Whether another holds it by now, as of the last beat."""
+        """Whether another process held the lease at the last beat."""
         return self._lost
 
     def start(self) -> "Lease":
@@ -92,7 +94,7 @@ class Lease(AbstractContextManager["Lease"]):
         return self
 
     def release(self) -> None:
-        """Give it back, so that the next one need not wait. Does not raise: a lease that stays behind is outwaited."""
+        """Release the lease, so that the next holder need not wait. Never raises."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
@@ -107,7 +109,7 @@ class Lease(AbstractContextManager["Lease"]):
 
     def _beat(self) -> None:
         while not self._over.wait(self.record["every_s"]) and not self._lost:
-            with suppress(Exception):  # a store that cannot be reached for a moment: the next beat tries again
+            with suppress(Exception):  # the store may be unreachable for a moment: the next beat tries again
                 self._write(beat=self.record["beat"] + 1)
 
     def _write(self, **changed: Any) -> None:
@@ -128,10 +130,9 @@ def hold(
 ) -> Lease:
     """Take the lease `name` of a store, for a `with` block or until `release`.
 
-    Raises Taken, which says who holds it, at the holder's next beat at the latest.
-
-    A dead holder is outwaited: some of its beats in an object store, no time in a local store of this machine.
-    `on_lost` is called in another thread when the lease is lost.
+    Raises Taken, with the holder, at the holder's next beat at the latest. If the holder is dead, the call waits for
+    some of its beats in an object store, and not at all in a local store of this machine. `on_lost` is called in
+    another thread when the lease is lost.
     """
     folder = store.child(f".leases/{quote(name, safe='')}")
     guard = _guard(folder)
@@ -152,15 +153,15 @@ def hold(
 
 
 def _take(folder: Folder, record: Mapping[str, Any]) -> int:
-    """Create the generation after a free or dead one, and return it."""
+    """Create the generation that follows a free or dead one, and return it."""
     for _ in range(_TRIES):
-        found = _newest(folder)
-        if found is not None and not _is_free(folder, found) and not _is_dead(folder, found):
+        newest = _newest(folder)
+        if newest is not None and not _is_free(folder, newest) and not _is_dead(folder, newest):
             continue
-        generation, data = (found[0] if found else 0) + 1, _bytes(record)
+        generation, data = (newest[0] if newest else 0) + 1, _bytes(record)
         if not folder.write_bytes(_file(generation), data, exclusive=True):
             continue
-        # Read back: on a store without conditional writes, the last of two writers has it.
+        # Read back: on a store without conditional writes, the last writer has the lease.
         if max(_generations(folder)) == generation and folder.read_bytes(_file(generation)) == data:
             for older in _generations(folder):
                 if older < generation:
@@ -171,18 +172,18 @@ def _take(folder: Folder, record: Mapping[str, Any]) -> int:
     raise Taken(_read(_newest(folder)).get("owner", {}))
 
 
-def _is_free(folder: Folder, found: tuple[int, bytes]) -> bool:
-    """Whether nobody holds a generation. Of this kernel's processes, its lock tells: it is ours by now."""
-    record = _read(found)
+def _is_free(folder: Folder, newest: tuple[int, bytes]) -> bool:
+    """Whether no process holds the newest generation: it is released, or of this kernel, whose lock we have by now."""
+    record = _read(newest)
     return bool(record.get("released")) or (folder.local is not None and record.get("kernel") == _kernel())
 
 
-def _is_dead(folder: Folder, found: tuple[int, bytes]) -> bool:
-    """Look at a holder for some of its beats: True if it shows none, False if it releases. Raises Taken if it lives."""
-    every_s = min(max(float(_read(found).get("every_s", EVERY_S)), 0.01), _MAX_EVERY_S)
+def _is_dead(folder: Folder, newest: tuple[int, bytes]) -> bool:
+    """Watch a holder for some beats: True if none comes, False if it releases. Raises Taken if it is alive."""
+    every_s = min(max(float(_read(newest).get("every_s", EVERY_S)), 0.01), _MAX_EVERY_S)
     for _ in range(_LOOKS):
         time.sleep(every_s)
-        if (now := _newest(folder)) != found:
+        if (now := _newest(folder)) != newest:
             if now is None or _read(now).get("released"):
                 return False
             raise Taken(_read(now).get("owner", {}))
@@ -192,7 +193,7 @@ def _is_dead(folder: Folder, found: tuple[int, bytes]) -> bool:
 def _newest(folder: Folder) -> tuple[int, bytes] | None:
     """The highest generation and its bytes."""
     while generations := _generations(folder):
-        with suppress(FileNotFoundError):  # followed by a higher one since the listing
+        with suppress(FileNotFoundError):  # removed since the listing: there is a higher one
             return max(generations), folder.read_bytes(_file(max(generations)))
     return None
 
@@ -209,16 +210,16 @@ def _bytes(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, sort_keys=True).encode()
 
 
-def _read(found: tuple[int, bytes] | None) -> dict[str, Any]:
+def _read(newest: tuple[int, bytes] | None) -> dict[str, Any]:
     try:
-        value = json.loads(found[1]) if found else {}
+        value = json.loads(newest[1]) if newest else {}
     except ValueError:
         value = {}
     return value if isinstance(value, dict) else {}
 
 
 def _guard(folder: Folder) -> FileLock | None:
-    """The lock of the operating system in a local store. Raises Taken where a living process holds it."""
+    """The operating system's lock in a local store, None elsewhere. Raises Taken if a living process holds it."""
     if (root := folder.local) is None:
         return None
     with clear_disk_errors(folder.uri):
@@ -232,7 +233,7 @@ def _guard(folder: Folder) -> FileLock | None:
 
 
 def _owner(folder: Folder) -> dict[str, Any]:
-    """What the holder of the guard says of itself: it takes the guard first, and writes a moment later."""
+    """The description of the guard's holder, which takes the guard first and writes its record a moment later."""
     for _ in range(_TRIES):
         record = _read(_newest(folder))
         if record and not record.get("released"):
@@ -242,7 +243,7 @@ def _owner(folder: Folder) -> dict[str, Any]:
 
 
 def _kernel() -> str:
-    """What processes under one kernel share, and with it their locks on files."""
+    """An identity of the running kernel. Processes under one kernel share locks on files."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return socket.gethostname()

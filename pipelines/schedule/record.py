@@ -1,4 +1,4 @@
-"""Schedules: which pipeline runs when, a JSON file each in `<store>/.schedules/`, and what became of their ticks."""
+"""Schedules, one JSON file each in `<store>/.schedules/`: which pipeline runs when, and the results of its ticks."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from pipelines.schedule.cron import Cron
 OVERLAP = "skipped: a run is in progress"
 UNCHANGED = "skipped: data unchanged"
 SERVER_LEASE = "schedules"
-_RESULT_FILE = "EDT_SCHEDULE_RESULT"  # names the file in which a run tells its scheduler what it came to
+_RESULT_FILE = "EDT_SCHEDULE_RESULT"  # path of the file to which a run writes its outcome
 _NAME = re.compile(r"\w[\w.-]*")
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -32,19 +32,23 @@ class _Record(BaseModel):
 
 
 class Schedule(_Record):
-    """What runs when. The configuration is read at each tick: a file under version control counts as it is then."""
+    """What runs when. The configuration is read at each tick, so later changes of the file take effect."""
 
     name: Annotated[str, StringConstraints(pattern=f"^{_NAME.pattern}$")]
     config: str
     assignments: tuple[str, ...] = ()
     store: str
     address: str | None = None
-    folder: str = Field(description="where the run starts: relative paths of the configuration count from here")
+    folder: str = Field(
+        description="working directory of the run, from which relative paths of the configuration count"
+    )
     cron: str
     timezone: str
     when_data_changed: bool = False
     paused: bool = False
-    since: AwareDatetime = Field(description="ticks up to then are nobody's: made, changed or resumed at that time")
+    since: AwareDatetime = Field(
+        description="when the schedule was created, changed or resumed; earlier ticks are ignored"
+    )
 
     @property
     def times(self) -> Cron:
@@ -52,7 +56,7 @@ class Schedule(_Record):
 
 
 class Tick(_Record):
-    """One tick, from its beginning to its end."""
+    """One tick: its time, its run and its outcome."""
 
     tick: AwareDatetime
     missed: int = 0
@@ -67,18 +71,18 @@ class Tick(_Record):
 
 
 class State(_Record):
-    """What the server knows of a schedule from one tick to the next, and after a restart."""
+    """What the server remembers of a schedule between ticks and across restarts."""
 
     handled: AwareDatetime | None = None
     source: str | None = Field(None, description="identity of the images of the last finished tick")
     last: Tick | None = None
     running: Tick | None = None
-    lost: int = Field(0, description="times in a row that a run was lost together with its server")
-    unrecorded: tuple[Tick, ...] = Field((), description="ended while MLflow was away")
+    lost: int = Field(0, description="number of consecutive runs that were lost together with their server")
+    unrecorded: tuple[Tick, ...] = Field((), description="ended while MLflow was unavailable")
 
 
 class RunResult(_Record):
-    """What a run tells its scheduler."""
+    """What a run reports to its scheduler."""
 
     outcome: str
     run: str | None = None
@@ -100,7 +104,7 @@ class Schedules:
 
     @property
     def workplace(self) -> Path:
-        """A folder of this machine for logs and locks: in a local store, or in this user's cache."""
+        """A local folder for logs and locks: in the store if that is local, otherwise in this user's cache."""
         from hashlib import sha256
 
         local = self.folder.local
@@ -111,28 +115,29 @@ class Schedules:
         return [name.removesuffix(".json") for name in self.folder.names() if name.endswith(".json")]
 
     def read(self, name: str) -> Schedule:
-        """Raises UserError where there is no such schedule, its file is not one, or may be of somebody else."""
-        found = _read(self.folder, f"{name}.json", Schedule) if _NAME.fullmatch(name) else None
-        if found is None:
+        """The schedule of a name. Raises UserError if it is missing or damaged, or another user may have written it."""
+        schedule = _read(self.folder, f"{name}.json", Schedule) if _NAME.fullmatch(name) else None
+        if schedule is None:
             raise self._unknown(name)
-        self._check_own(name, found)
-        return found
+        self._check_own(name, schedule)
+        return schedule
 
     def write(self, schedule: Schedule) -> None:
         self._write(f"{schedule.name}.json", schedule)
 
     def put(self, schedule: Schedule) -> str:
-        """Record a schedule under its name, and return what that was: new, changed or unchanged.
+        """Record a schedule under its name, and return "new", "changed" or "unchanged".
 
-        It stays paused if it was, and ticks that are due already stay due, unless it comes at other times now.
+        A paused schedule stays paused. Ticks that are already due stay due, unless the cron expression or the time
+        zone changes.
         """
         if schedule.name not in self.names():
             self.write(schedule)
             return "new"
         old = self.read(schedule.name)
         same_times = (old.cron, old.timezone) == (schedule.cron, schedule.timezone)
-        kept = {"paused": old.paused, **({"since": old.since} if same_times else {})}
-        schedule = schedule.model_copy(update=kept)
+        fields = {"paused": old.paused, **({"since": old.since} if same_times else {})}
+        schedule = schedule.model_copy(update=fields)
         if schedule == old:
             return "unchanged"
         self.write(schedule)
@@ -142,12 +147,12 @@ class Schedules:
         self.write(self.read(name).model_copy(update={"paused": True}))
 
     def resume(self, name: str) -> None:
-        """Let a paused schedule run again, from its next tick on: those that came meanwhile are not made up for."""
+        """Resume a paused schedule at its next tick. Ticks during the pause are skipped."""
         if (schedule := self.read(name)).paused:
             self.write(schedule.model_copy(update={"paused": False, "since": datetime.now(UTC)}))
 
     def remove(self, name: str) -> None:
-        """Remove a schedule, also one that is refused. Raises UserError where there is none."""
+        """Remove a schedule, even an invalid one. Raises UserError if there is none of this name."""
         if name not in self.names():
             raise self._unknown(name)
         self.folder.remove(f"{name}.json")
@@ -160,29 +165,31 @@ class Schedules:
         self._write(f"state/{name}.json", state)
 
     def log(self, tick: "Tick") -> Path | None:
-        """The log of a tick: a file of the workplace, whatever folder the record names."""
+        """The log of a tick: always a file of the workplace, whatever folder the record names."""
         return None if tick.log is None else self.workplace / Path(tick.log).name
 
     def _write(self, name: str, record: BaseModel) -> None:
-        """Write a file for this user alone: a record says what the server runs, and where."""
+        """Write a file that only this user can read: a record decides what the server runs, and where."""
         if (root := self.folder.local) is not None:
             for folder in (root, (root / name).parent):
                 make_private(folder)
         self.folder.write_bytes(name, _bytes(record), private=True)
 
     def _check_own(self, name: str, schedule: Schedule) -> None:
-        """Raise UserError for a record that was copied here from another schedule or another store."""
+        """Raise UserError if a record was copied from another schedule or another store."""
         where = f"{self.folder.uri}/{name}.json"
         if schedule.name != name:
-            raise UserError(f"{where} is the record of the schedule {schedule.name!r}; remove it, or rename it")
+            raise UserError(f"{where} is the record of the schedule {schedule.name!r}; remove or rename the file")
         if _place(schedule.store) != _place(self.store.uri):
             raise UserError(
-                f"{where} runs in another store, {schedule.store}; remove the file and give `edt schedule` again with "
-                f"--store {self.store.uri}"
+                f"{where} runs in another store, {schedule.store}; remove the file and run `edt schedule` again "
+                f"with --store {self.store.uri}"
             )
 
     def _unknown(self, name: str) -> UserError:
-        return UserError(f"no schedule {name!r} in {self.store.uri}; there are: {', '.join(self.names()) or 'none'}")
+        return UserError(
+            f"no schedule {name!r} in {self.store.uri}; its schedules: {', '.join(self.names()) or 'none'}"
+        )
 
 
 def new_schedule(
@@ -195,13 +202,15 @@ def new_schedule(
     when_data_changed: bool = False,
     address: str | None = None,
 ) -> Schedule:
-    """A schedule of what a person gave. Raises UserError for a configuration, a time or a name that cannot be."""
+    """A schedule from command-line values. Raises UserError if the configuration, the times or the name are invalid."""
     from pipelines.config.schema import load_config
 
     loaded = load_config(config, assignments, store)
     name = loaded.name if name is None else name
     if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} cannot name a schedule; use letters, digits, '.', '_' and '-', as --name weekly")
+        raise UserError(
+            f"{name!r} is no valid schedule name; use letters, digits, '.', '_' and '-', as in --name weekly"
+        )
     times = Cron(cron, timezone or _local_timezone())
     path = Path(config)
     schedule = Schedule(
@@ -221,26 +230,26 @@ def new_schedule(
 
 
 def _check_no_secret(schedule: Schedule) -> None:
-    """Raise UserError where the record would hold a credential."""
-    given = [("--set", text) for text in schedule.assignments]
-    given += [("--store", schedule.store), ("--address", schedule.address or ""), ("CONFIG", schedule.config)]
-    for option, text in given:
+    """Raise UserError if the record would contain a credential."""
+    values = [("--set", text) for text in schedule.assignments]
+    values += [("--store", schedule.store), ("--address", schedule.address or ""), ("CONFIG", schedule.config)]
+    for option, text in values:
         if redacted_values(text) != text:
-            what = f"--set {text.partition('=')[0]}" if option == "--set" else option
+            origin = f"--set {text.partition('=')[0]}" if option == "--set" else option
             raise UserError(
-                f"{what} holds a credential, and the record of a schedule would keep it: {text}. Leave it out, and set "
-                "it in the environment of `edt schedule serve`, where its client reads it (S3: AWS_ACCESS_KEY_ID and "
+                f"{origin} contains a credential, and the record of a schedule would store it: {text}. Leave it out, "
+                "and set it in the environment of `edt schedule serve` (S3: AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY; MLflow: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
             )
 
 
 def run_lease(pipeline: str) -> str:
-    """The name of the lease that a run of a pipeline holds."""
+    """The name of the lease for runs of a pipeline."""
     return f"run-{pipeline}"
 
 
-def tell_scheduler(outcome: str, run: str | None = None) -> None:
-    """Tell the scheduler that started this process what the run came to; with none, do nothing."""
+def report_to_scheduler(outcome: str, run: str | None = None) -> None:
+    """Report the outcome of a run to the scheduler that started this process, if one did."""
     if path := os.environ.get(_RESULT_FILE):
         target = Path(path)
         result = _bytes(RunResult(outcome=outcome, run=run))
@@ -248,12 +257,12 @@ def tell_scheduler(outcome: str, run: str | None = None) -> None:
 
 
 def result_environment(path: Path) -> dict[str, str]:
-    """What a run has to find in its environment to tell its scheduler there."""
+    """Environment variables that make a run report its outcome to this file."""
     return {_RESULT_FILE: str(path)}
 
 
 def read_result(path: Path) -> RunResult | None:
-    """What a run told, or None where it did not come so far."""
+    """What a run reported, or None if it did not get that far."""
     return _read(Folder.at(path.parent), path.name, RunResult)
 
 
@@ -265,7 +274,7 @@ def _local_timezone() -> str:
 
 
 def _place(store: str) -> str:
-    """A store's URI, by which the ways to one local folder are the same."""
+    """A store's URI, or the real path of a local store, which is the same for every link to it."""
     local = Folder.at(store).local
     return store if local is None else os.path.realpath(local)
 
@@ -275,9 +284,9 @@ def _bytes(record: BaseModel) -> bytes:
 
 
 def _read(folder: Folder, name: str, kind: type[Record]) -> Record | None:
-    """A record, or None where there is none. Raises UserError where it is damaged, or may be of somebody else.
+    """A record, or None if there is none. Raises UserError if it is damaged, or another user may have written it.
 
-    Only a local folder says who wrote a file; for others it is the bucket's policy that does.
+    Only a local folder shows who can write a file; in a bucket its policy decides that.
     """
     try:
         if (root := folder.local) is None:
@@ -290,5 +299,5 @@ def _read(folder: Folder, name: str, kind: type[Record]) -> Record | None:
         return None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{folder.uri}/{name} is not whole: {where} {first['msg']}; mend it or remove it") from error
+        problem = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise UserError(f"{folder.uri}/{name} is invalid: {problem}; correct or remove the file") from error

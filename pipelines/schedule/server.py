@@ -1,8 +1,8 @@
-"""The server that starts a store's schedules when their time comes, each run in a process of its own.
+"""The server that starts the due runs of a store's schedules, each in a separate process.
 
-A state file a schedule says what was handled and what is in progress, so that a server that is killed at any moment is
-followed by one that neither starts a run twice nor forgets a tick. A run keeps a locked file open for as long as it
-lives, which tells the next server whether a run it did not start is still in progress.
+A state file for each schedule records which ticks are handled and which run is in progress. So a server can be killed
+at any moment: the next one neither starts a run twice nor forgets a tick. A run keeps a locked file open while it is
+alive, which shows the next server whether a run that it did not start is still in progress.
 """
 
 import os
@@ -38,16 +38,16 @@ from pipelines.schedule.record import (
     result_environment,
 )
 
-_ATTEMPTS = 2  # to make a run of a tick that was lost together with its server
+_ATTEMPTS = 2  # at a tick whose run is lost together with its server
 _LOG = re.compile(r".+-\d{8}T\d{6}Z-\d+\.log")
-_CLOCK_SET_BACK = timedelta(days=1)  # by less, what was handled is not due again
-_SIDE_BY_SIDE = 64  # schedules that are attended to at once
-_LOGS = 50  # kept, of all schedules together
+_CLOCK_SET_BACK = timedelta(days=1)  # a smaller step back does not make handled ticks due again
+_SIDE_BY_SIDE = 64  # schedules that are handled at once
+_LOGS = 50  # kept, for all schedules together
 _STATUS = {"failed": "FAILED", "lost": "FAILED", "stopped": "KILLED"}
 
 
 class _Look(NamedTuple):
-    """The last time that a schedule was attended to, and when its next tick comes."""
+    """The last time that a schedule was checked, and when its next tick comes."""
 
     schedule: Schedule
     at: datetime
@@ -55,7 +55,7 @@ class _Look(NamedTuple):
 
 
 class Server:
-    """Attends to every schedule of a store until it is told to stop. Raises Taken where another server does."""
+    """Runs every schedule of a store until it is stopped. Raises Taken if another server runs them."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class Server:
         self.environment = dict(os.environ)
         self._pids: dict[str, int] = {}  # runs in progress, by schedule
         self._looks: dict[str, _Look] = {}
-        self._attended: dict[str, Future[None]] = {}
-        self._refused: dict[str, str] = {}  # why a schedule is not served, as it was last said
+        self._futures: dict[str, Future[None]] = {}  # the last `attend` of each schedule
+        self._problems: dict[str, str] = {}  # the last message about each schedule that cannot be served
         self._interrupted: set[int] = set()
         self._signals: list[int] = []
 
     def serve(self) -> int:
-        """Serve until a signal or the loss of the lease; returns the exit code."""
-        # A tracking server that is down is tried again with the next tick; a run has its own patience.
+        """Serve until a signal or the loss of the lease, and return the exit code."""
+        # The next tick tries again if MLflow is down; runs have their own number of retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         with (
             hold(self.schedules.store, SERVER_LEASE, this_process(), on_lost=self._lose),
@@ -89,45 +89,47 @@ class Server:
             while not self.stopping.wait(self.poll_s):
                 try:
                     self._sync(pool)
-                except Exception as error:  # a store that cannot be reached for a while
-                    self._tell("schedules", f"cannot be read: {error}")
+                except Exception as error:  # the store may be unreachable for a while
+                    self._log("schedules", f"cannot be read: {error}")
             self._stop_runs()
         return 128 + self._signals[0] if self._signals else 1
 
     def attend(self, name: str) -> None:
-        """Do what is due of a schedule, one run after the other; never raises."""
+        """Run what is due of a schedule, one run after another. Never raises."""
         try:
             self._settle(name)
             while not self.stopping.is_set() and self._make_due(name):
                 pass
         except Exception as error:
-            self._tell(name, f"{type(error).__name__}: {error}")
+            self._log(name, f"{type(error).__name__}: {error}")
 
     def _sync(self, pool: ThreadPoolExecutor) -> None:
-        """Follow the folder: attend to what was added, changed or resumed, or has a tick whose time has come."""
+        """Handle the schedules that were added, changed or resumed, or that have a due tick."""
         names = self.schedules.names()
         for name in self._looks.keys() - set(names):
             del self._looks[name]
         for name in names:
             try:
                 self._look(name, pool)
-                self._refused.pop(name, None)
-            except (UserError, OSError) as error:  # the others have their ticks
-                if self._refused.get(name) != str(error):
-                    self._refused[name] = str(error)
-                    self._tell(name, f"refused: {error}")
+                self._problems.pop(name, None)
+            except (UserError, OSError) as error:  # other schedules continue
+                if self._problems.get(name) != str(error):
+                    self._problems[name] = str(error)
+                    self._log(name, f"refused: {error}")
 
     def _look(self, name: str, pool: ThreadPoolExecutor) -> None:
         schedule, now, last = self.schedules.read(name), self.now(), self._looks.get(name)
-        if last is not None and last.schedule == schedule and last.at <= now < last.next:  # not so: a clock set back
+        if (
+            last is not None and last.schedule == schedule and last.at <= now < last.next
+        ):  # `last.at > now`: the clock was set back
             return
         look = _Look(schedule, now, schedule.times.after(now))
-        if name not in self._attended or self._attended[name].done():
+        if name not in self._futures or self._futures[name].done():
             self._looks[name] = look
-            self._attended[name] = pool.submit(self.attend, name)
+            self._futures[name] = pool.submit(self.attend, name)
 
     def _make_due(self, name: str) -> bool:
-        """Handle the ticks whose time has come, as one. Returns whether there were any."""
+        """Handle all due ticks with one run. Returns whether there were any."""
         if name not in self.schedules.names() or (schedule := self.schedules.read(name)).paused:
             return False
         state, now = self.schedules.state(name), self.now()
@@ -143,7 +145,7 @@ class Server:
                 tick = tick.model_copy(update={"outcome": UNCHANGED})
             else:
                 tick = self._run(schedule, state, tick)
-        except BlockingIOError:  # a run that no state knows of any more
+        except BlockingIOError:  # a run that is no longer in the state file
             tick = tick.model_copy(update={"outcome": OVERLAP})
         except Exception as error:
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -154,20 +156,20 @@ class Server:
     def _handled(self, schedule: Schedule, state: State, now: datetime) -> datetime:
         """The time up to which ticks are handled.
 
-        One that has not come, of a clock that was days ahead, is left out: nothing would be due until then. Of these
-        the state is written and never the record, which a person may pause or change at this moment.
+        A recorded time in the future, from a clock that was days ahead, is ignored: nothing would be due until then.
+        The correction goes to the state and not to the record, which a person may pause or change at this moment.
         """
         latest = now + _CLOCK_SET_BACK
-        known = [time for time in (state.handled, schedule.since) if time is not None and time <= latest]
-        if (state.handled is None and known) or state.handled in known:
-            return max(known)
+        past = [time for time in (state.handled, schedule.since) if time is not None and time <= latest]
+        if (state.handled is None and past) or state.handled in past:
+            return max(past)
         since = _iso(state.handled or schedule.since)
-        self._tell(schedule.name, f"warning: the clock was set back, from {since} or later; ticks count from now on")
+        self._log(schedule.name, f"warning: the clock was set back, from {since} or later; earlier ticks are skipped")
         self._write_state(schedule.name, state.model_copy(update={"handled": now}))
         return now
 
     def _source(self, schedule: Schedule) -> str:
-        """Identity of the images as they are now."""
+        """The identity of the current images."""
         from pipelines.config.schema import load_config
         from pipelines.pipeline import prepare_source
         from pipelines.terminal.terminal import Terminal
@@ -180,7 +182,7 @@ class Server:
         return prepare_source(source, self.schedules.store, Terminal()).fingerprint
 
     def _run(self, schedule: Schedule, state: State, tick: Tick) -> Tick:
-        """Run the pipeline of a tick in its own process, wait for it, and return what became of it."""
+        """Run the pipeline of a tick in a separate process, wait for it, and return the tick with its outcome."""
         work = self.schedules.workplace
         make_private(work)
         stem = f"{schedule.name}-{tick.tick.astimezone(UTC):%Y%m%dT%H%M%SZ}-{state.lost + 1}"
@@ -197,22 +199,22 @@ class Server:
                 stderr=subprocess.STDOUT,
                 cwd=schedule.folder,
                 env=child_environment(self.environment, **result_environment(self._result_path(tick))),
-                start_new_session=True,  # Ctrl-C of the server's terminal is not meant for the run
+                start_new_session=True,  # Ctrl-C in the server's terminal must not reach the run
                 pass_fds=(alive,),
             )
         self._pids[schedule.name] = child.pid
         try:
             running = tick.model_copy(update={"pid": child.pid})
             self.schedules.write_state(schedule.name, state.model_copy(update={"running": running}))
-            self._tell(schedule.name, f"run started, its log is {tick.log}")
+            self._log(schedule.name, f"run started; log: {tick.log}")
             if self.stopping.is_set():
                 self._interrupt(child.pid)
-            return self._ended(running, child.wait())
+            return self._with_outcome(running, child.wait())
         finally:
             del self._pids[schedule.name]
 
-    def _ended(self, tick: Tick, code: int | None) -> Tick:
-        """A tick whose run has ended, by what the run told, or else by its exit code."""
+    def _with_outcome(self, tick: Tick, code: int | None) -> Tick:
+        """The tick of a run that has ended, with the outcome that the run reported, or else that of its exit code."""
         result = read_result(self._result_path(tick))
         if result is not None:
             outcome: str = result.outcome
@@ -227,59 +229,59 @@ class Server:
         return tick.model_copy(update={"outcome": outcome, "run": run, "error": error})
 
     def _settle(self, name: str) -> None:
-        """Wait for a run that an earlier server started, and record it; forget one that did not survive."""
+        """Wait for a run that an earlier server started, and record it. A run that died with its server is lost."""
         tick = self.schedules.state(name).running
         if tick is None:
             return
         if _is_held(self._alive_path(name)):
             self._pids[name] = tick.pid or 0
-            self._tell(name, f"the run of {_iso(tick.tick)} continues (process {tick.pid})")
+            self._log(name, f"the run of {_iso(tick.tick)} continues (process {tick.pid})")
             try:
                 while _is_held(self._alive_path(name)):
                     time.sleep(min(self.poll_s, 1.0))
             finally:
                 del self._pids[name]
-        self._finish(name, self._ended(tick, None))
+        self._finish(name, self._with_outcome(tick, None))
 
     def _finish(self, name: str, tick: Tick) -> None:
-        """Write down what became of a tick, here and in MLflow."""
+        """Record the outcome of a tick in the state file and in MLflow."""
         tick = tick.model_copy(update={"ended": self.now()})
         state = self.schedules.state(name)
-        # What was cut off by the end of a server is due again for the next one.
+        # The next server resumes a run that stopped because this server ends.
         again = tick.outcome == "stopped" and self.stopping.is_set()
         lost = state.lost + 1 if tick.outcome == "lost" else 0
         again = again or 0 < lost < _ATTEMPTS
-        changed: dict[str, Any] = {"last": tick, "running": None, "lost": lost if again else 0}
+        fields: dict[str, Any] = {"last": tick, "running": None, "lost": lost if again else 0}
         if not again:
-            changed["handled"] = tick.tick
+            fields["handled"] = tick.tick
         if tick.outcome == "finished":
-            changed["source"] = tick.source
-        state = state.model_copy(update={**changed, "unrecorded": (*state.unrecorded, tick)})
+            fields["source"] = tick.source
+        state = state.model_copy(update={**fields, "unrecorded": (*state.unrecorded, tick)})
         self._write_state(name, state)
-        self._tell(name, _told(tick))
+        self._log(name, _outcome_text(tick))
         self._record(name, state)
         self._prune_logs()
 
     def _record(self, name: str, state: State) -> None:
-        """Write what has ended into MLflow; what cannot be written now is with the next tick."""
-        left = list(state.unrecorded)
+        """Write the ended ticks to MLflow. If that fails, the next tick tries again."""
+        ticks = list(state.unrecorded)
         try:
-            while left:
-                record(self.schedules, name, left[0])
-                del left[0]
+            while ticks:
+                record(self.schedules, name, ticks[0])
+                del ticks[0]
         except Exception as error:
-            self._tell(name, f"warning: MLflow cannot be written, the next tick tries again: {error}")
-        self._write_state(name, state.model_copy(update={"unrecorded": tuple(left)}))
+            self._log(name, f"warning: cannot write to MLflow; the next tick tries again: {error}")
+        self._write_state(name, state.model_copy(update={"unrecorded": tuple(ticks)}))
 
     def _write_state(self, name: str, state: State) -> None:
-        if name in self.schedules.names():  # of one that was removed meanwhile, nothing stays
+        if name in self.schedules.names():  # a removed schedule leaves no state behind
             self.schedules.write_state(name, state)
 
     def _stop_runs(self) -> None:
-        """Ask the runs to stop at a point from which they can resume, and wait for them."""
+        """Interrupt the runs, which stop where they can resume, and wait for them."""
         if pids := dict(self._pids):
             self.say(
-                f"stopping {len(pids)} run(s); the next server takes them over; press Ctrl-C again to leave immediately"
+                f"stopping {len(pids)} run(s), which the next server resumes; press Ctrl-C again to exit immediately"
             )
             for pid in pids.values():
                 self._interrupt(pid)
@@ -291,39 +293,39 @@ class Server:
         self._signals.append(number)
         self.stopping.set()
         if len(self._signals) > 1:
-            self.say(f"left; {len(self._pids)} run(s) stop by themselves")
+            self.say(f"exiting now; {len(self._pids)} run(s) stop on their own")
             sys.stdout.flush()
-            os._exit(128 + number)  # threads wait for these runs
+            os._exit(128 + number)  # a normal exit would wait for the threads of these runs
 
     def _interrupt(self, pid: int) -> None:
-        """Ctrl-C for a run, once: a second one would stop it before its checkpoint is written."""
+        """Send a run one Ctrl-C. A second one would stop it before its checkpoint is written."""
         if pid and pid not in self._interrupted:
             self._interrupted.add(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGINT)
 
     def _lose(self) -> None:
-        self._tell("schedules", "another server counted this one as dead and has taken over")
+        self._log("schedules", "another server considered this one dead and has taken over")
         self.stopping.set()
 
     def _alive_path(self, name: str) -> Path:
         return self.schedules.workplace / f"{name}.alive"
 
     def _result_path(self, tick: Tick) -> Path:
-        """Where the run of a tick, which has a log, tells what it came to."""
+        """The file to which the run of a tick reports its outcome. The tick must have a log."""
         return (self.schedules.log(tick) or Path(os.devnull)).with_suffix(".result.json")
 
     def _prune_logs(self) -> None:
-        found = (path for path in self.schedules.workplace.glob("*.log") if _LOG.fullmatch(path.name))
-        for path in sorted(found, key=lambda path: path.stat().st_mtime)[:-_LOGS]:
+        logs = (path for path in self.schedules.workplace.glob("*.log") if _LOG.fullmatch(path.name))
+        for path in sorted(logs, key=lambda path: path.stat().st_mtime)[:-_LOGS]:
             path.unlink(missing_ok=True)
 
-    def _tell(self, name: str, text: str) -> None:
+    def _log(self, name: str, text: str) -> None:
         self.say(f"{_iso(datetime.now(UTC))}  {name}  {text}")
 
 
 def command(schedule: Schedule) -> list[str]:
-    """What a person would type for one run of a schedule."""
+    """The command line of one run of a schedule."""
     options = [part for text in schedule.assignments for part in ("--set", text)]
     address = ["--address", schedule.address] if schedule.address else []
     line = ["run", "--no-overlap", "--store", schedule.store, *options, *address, "--", schedule.config]
@@ -331,7 +333,7 @@ def command(schedule: Schedule) -> list[str]:
 
 
 def record(schedules: Schedules, name: str, tick: Tick) -> None:
-    """Write what became of a tick as a run of the MLflow experiment `schedules`."""
+    """Write the outcome of a tick as a run of the MLflow experiment `schedules`."""
     from pipelines.tracking.catalog import Catalog
 
     catalog = Catalog.open(schedules.store, "schedules")
@@ -345,16 +347,16 @@ def record(schedules: Schedules, name: str, tick: Tick) -> None:
         "edt.log": tick.log,
         "edt.error": tick.error and tick.error[:4000],
     }
-    began, ended = (int(moment.timestamp() * 1000) for moment in (tick.started, tick.ended or tick.started))
+    start, end = (int(moment.timestamp() * 1000) for moment in (tick.started, tick.ended or tick.started))
     safe_tags = {key: redacted(value) for key, value in tags.items() if value is not None}
-    run = catalog.client.create_run(catalog.experiment_id, began, safe_tags, name)
+    run = catalog.client.create_run(catalog.experiment_id, start, safe_tags, name)
     if (log := schedules.log(tick)) is not None and log.exists():
         catalog.client.log_artifact(run.info.run_id, str(log))
-    catalog.client.set_terminated(run.info.run_id, _STATUS.get(tick.outcome or "", "FINISHED"), ended)
+    catalog.client.set_terminated(run.info.run_id, _STATUS.get(tick.outcome or "", "FINISHED"), end)
 
 
 class _Alive:
-    """A locked file of which a child inherits the lock: it is free when the child is gone, not its parent."""
+    """A locked file whose lock a child process inherits: it is released when the child ends, not the parent."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -375,7 +377,7 @@ class _Alive:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a run that holds this file lives."""
+    """Whether a living run holds this file."""
     if not path.exists():
         return False
     try:
@@ -386,7 +388,7 @@ def _is_held(path: Path) -> bool:
 
 
 def _reason(log: Path | None) -> str:
-    """The last error that a run's log tells of, or its last line where it tells of none."""
+    """The last error in a run's log, or its last line if there is none."""
     with suppress(OSError):
         text = "" if log is None else log.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.split("\n") if line.strip()]
@@ -394,8 +396,8 @@ def _reason(log: Path | None) -> str:
     return ""
 
 
-def _told(tick: Tick) -> str:
-    missed = f", for {tick.missed} earlier ones as well" if tick.missed else ""
+def _outcome_text(tick: Tick) -> str:
+    missed = f", also for {tick.missed} earlier ones" if tick.missed else ""
     return f"{tick.outcome} ({_iso(tick.tick)}{missed})" + (f": {tick.error}" if tick.error else "")
 
 

@@ -24,8 +24,8 @@ from pipelines.schedule.record import (
     Schedules,
     new_schedule,
     read_result,
+    report_to_scheduler,
     result_environment,
-    tell_scheduler,
 )
 from pipelines.setup import doctor_checks
 from pipelines.terminal.run_log import RunLog
@@ -84,7 +84,7 @@ def test_what_a_run_tells_its_scheduler_is_its_owner_s_alone(
     path.parent.mkdir(mode=0o700)
     for name, value in result_environment(path).items():
         monkeypatch.setenv(name, value)
-    tell_scheduler("finished", "run-id")
+    report_to_scheduler("finished", "run-id")
     assert f"{mode(path):04o}" == "0600"
     assert read_result(path) == RunResult(outcome="finished", run="run-id")
 
@@ -113,7 +113,7 @@ def test_a_schedule_with_a_secret_is_refused_with_the_way_to_give_it(
     options += ["--cron", "0 3 * * 0", "--timezone", "UTC", "--store", str(tmp_path / "store"), "--no-serve"]
     done = small.edt("schedule", "quickstart", *options, cwd=tmp_path, env=dict(os.environ))
     assert done.returncode == 2, done
-    assert "holds a credential" in done.stderr
+    assert "contains a credential" in done.stderr
     assert "in the environment of `edt schedule serve`" in done.stderr
     assert "a-secret-of-mine" not in done.stderr
     check_hidden(done.stdout + done.stderr)

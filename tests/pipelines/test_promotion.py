@@ -142,7 +142,7 @@ def test_decisions_are_kept_whole_and_those_of_older_versions_are_read() -> None
 def test_limits_are_checked_when_they_are_configured() -> None:
     given = "promote.require={accuracy_classifier: [0.9, null]}"
     assert load_config("quickstart", [given]).promote.require == {"accuracy_classifier": (0.9, None)}
-    with pytest.raises(UserError, match=r"promote\.require 'fidd' is not among what is measured"):
+    with pytest.raises(UserError, match=r"promote\.require 'fidd' is not measured"):
         load_config("quickstart", ["promote.require={fidd: [0, 1]}"])
     with pytest.raises(UserError, match="at least 2 and at most 1"):
         load_config("quickstart", ["promote.require={accuracy_classifier: [2, 1]}"])

@@ -45,7 +45,7 @@ sys.exit(scheduler.Server(Schedules.at(sys.argv[1]), lambda text: print(text, fl
 """
 RUN = """
 import pathlib, signal, sys, time
-from pipelines.schedule.record import tell_scheduler
+from pipelines.schedule.record import report_to_scheduler
 here = pathlib.Path({here!r})
 try:
     with (here / "started").open("a") as file:
@@ -53,9 +53,9 @@ try:
     while not (here / "go").exists():
         time.sleep(0.05)
 except KeyboardInterrupt:
-    tell_scheduler("stopped", "run-id")
+    report_to_scheduler("stopped", "run-id")
     sys.exit(130)
-tell_scheduler("finished", "run-id")
+report_to_scheduler("finished", "run-id")
 """
 # The same in a shell, which starts at once, for servers in the test's own process.
 FINISHES = """echo run >> {here}/started; printf '{{"outcome": "finished", "run": "run-id"}}' > $EDT_SCHEDULE_RESULT"""
@@ -139,15 +139,15 @@ def test_months_and_macros() -> None:
         ("0 3 * 13 *", "month '13'"),
         ("0 3 * * 8", "day of week '8'"),
         ("0 3 * * -1", "day of week '-1'"),
-        ("0 3 * * x", "names as sun"),
+        ("0 3 * * x", "names such as sun"),
         ("0 3 * janx *", "month 'janx'"),
-        ("0 3 * * 5-1", "runs backwards"),
-        ("*/0 3 * * *", "a step of 0"),
+        ("0 3 * * 5-1", "ascending"),
+        ("*/0 3 * * *", "at least 1"),
         ("1,,2 3 * * *", "minute '1,,2'"),
         ("٣ 3 * * *", "minute"),
-        ("0 0 30 2 *", "never comes"),
-        ("0 0 31 4,6 *", "never comes"),
-        ("0 0 */30 2 1L", "never comes"),
+        ("0 0 30 2 *", "never matches"),
+        ("0 0 31 4,6 *", "never matches"),
+        ("0 0 */30 2 1L", "never matches"),
         ("1" * 5000 + " * * * *", "minute '11111"),
     ],
 )
@@ -383,7 +383,7 @@ def test_recorded_once_changed_by_name_paused_resumed_removed(store: Path) -> No
         (["quickstart", "--cron", "0 3 * * 9"], "day of week '9'"),
         (["quickstart", "--cron", "0 3 * * 0", "--timezone", "Nowhere"], "no time zone 'Nowhere'"),
         (["quickstart", "--cron", "0 3 * * 0", "--set", "train.max_step=5"], "unknown configuration key"),
-        (["quickstart", "--cron", "0 3 * * 0", "--name", "../x"], "cannot name a schedule"),
+        (["quickstart", "--cron", "0 3 * * 0", "--name", "../x"], "no valid schedule name"),
         (["no-such-config", "--cron", "0 3 * * 0"], "no configuration"),
         (["quickstart", "--cron", "0 3 * * 0", "--store", "/dev/null/store"], "cannot write to /dev/null/store"),
         (["remove", "nothing"], "no schedule 'nothing'"),
@@ -402,7 +402,7 @@ def test_a_damaged_file_is_told(store: Path) -> None:
     (store / ".schedules" / "quickstart.json").write_text("{}")
     done = edt("schedule", "list", "--store", str(store), cwd=store)
     assert done.returncode == 2
-    assert "mend it or remove it" in done.stderr
+    assert "correct or remove the file" in done.stderr
 
 
 def test_a_file_is_remembered_by_its_whole_path(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,8 +546,8 @@ def test_a_server_sees_a_tick_come_and_a_clock_that_is_set_back(
         for moment in (NOW, NOW + half / 2, NOW + half, NOW + half, ahead, NOW + half, NOW + half):
             clock[0] = moment
             server._sync(pool)
-            for attended in server._attended.values():
-                attended.result()
+            for future in server._futures.values():
+                future.result()
     assert looks == [NOW, NOW + half, ahead, NOW + half]
 
 
@@ -577,12 +577,12 @@ def test_one_server_a_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with serving(store, monkeypatch):
         done = edt("schedule", "serve", "--store", str(store), cwd=store)
         assert done.returncode == 2
-        assert f"served already (process {os.getpid()} on" in done.stderr
+        assert f"already serves the schedules of {store} (process {os.getpid()} on" in done.stderr
         options = ("--cron", "0 4 * * 0", "--timezone", "UTC", "--store", str(store))
         done = edt("schedule", "quickstart", *options, cwd=store)
         assert done.returncode == 0
         assert "is changed" in done.stdout
-        assert f"a server is at work already (process {os.getpid()} on" in done.stdout
+        assert f"a server is already running (process {os.getpid()} on" in done.stdout
 
 
 def serve_until_recorded(store: Path, **variables: str) -> str:
@@ -658,7 +658,7 @@ def test_an_mlflow_that_is_away_does_not_stop_the_server(
     with monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        assert "MLflow cannot be written" in attend(store)
+        assert "cannot write to MLflow" in attend(store)
     assert (last_of(store).outcome, len(state_of(store).unrecorded)) == ("finished", 1)
     attend(store, NOW + timedelta(minutes=1))
     assert not state_of(store).unrecorded

@@ -68,7 +68,7 @@ def test_what_is_refused_before_is_what_the_metrics_refuse(
         ([*STREAMED, "train.num_workers=7"], 1797, ["num_workers of edt-tiny-digits-32 is 7", "1797 images make 6"]),
         ([*STREAMED, "train.num_workers=6"], 1797, []),
         ([*STREAMED, "train.num_workers=[1,7]"], 1797, ["Use at most 6 workers"]),
-        (["classifier.holdout_fraction=0.95"], 5, ["classifier.holdout_fraction 0.95 keeps all of 5 images"]),
+        (["classifier.holdout_fraction=0.95"], 5, ["classifier.holdout_fraction 0.95 holds out all 5 images"]),
     ],
 )
 def test_the_message_names_the_field(assignments: list[str], images: int, parts: list[str]) -> None:
@@ -108,7 +108,7 @@ def test_published_statistics_without_images_give_no_kid(
     monkeypatch.setattr("edt_core.evaluation.metrics.read_adm", lambda path: Statistics())
     settings = ["extractors=[inception]", "promote.metric=fid", "reference_statistics=/ref.npz", field]
     config = configured(*settings, "sample.num_samples=3000")
-    with pytest.raises(UserError, match=f"{name} asks for kid, and /ref.npz holds no images"):
+    with pytest.raises(UserError, match=f"{name} requests kid, but /ref.npz contains no images"):
         check_pipeline_sizes(config, 40, Source("/ref.npz", "0" * 64))
 
 

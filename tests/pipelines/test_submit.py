@@ -19,7 +19,7 @@ from edt_core.errors import UserError
 from edt_core.store.folder import Folder
 from pipelines.cluster.submission import Cluster, request_for, stopped_too_soon
 from pipelines.commands.submit import _how_to_return
-from pipelines.commands.workflow import tell_stopped
+from pipelines.commands.workflow import show_stopped
 from pipelines.config.schema import load_config
 from pipelines.schedule.lease import hold, this_process
 from pipelines.schedule.record import run_lease
@@ -343,7 +343,7 @@ def test_the_submitter_is_told_the_command_that_goes_on(monkeypatch: pytest.Monk
     assert SECRET not in str(request)
     said: list[str] = []
     monkeypatch.setenv("EDT_GO_ON", told)
-    tell_stopped(SimpleNamespace(freeze=lambda: None, say=lambda text, style: said.append(text)), "stopped")
+    show_stopped(SimpleNamespace(freeze=lambda: None, say=lambda text, style: said.append(text)), "stopped")
     assert said == [f"\nstopped; finished work is kept. To resume:\n  {told}"]
 
 

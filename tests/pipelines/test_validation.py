@@ -53,7 +53,7 @@ def test_a_comparison_knows_the_step_that_it_adds() -> None:
 def test_without_a_classifier_it_is_refused_by_one_message() -> None:
     other = ("extractors=[inception]", "promote.metric=fid", "evaluate.allow_rank_deficient=true")
     (problem,) = problems("quickstart", (*other, ON))
-    assert "validation.enabled is true, and extractors are ['inception']" in problem.problem
+    assert "validation.enabled is true, but extractors is ['inception']" in problem.problem
     assert "add classifier to extractors, or set validation.enabled=false" in problem.problem
     assert problems("quickstart", other) == []
     done = edt("run", "quickstart", *(part for text in (*other, ON) for part in ("--set", text)))

@@ -39,7 +39,7 @@ _CACHE = "~/.cache/edt"
 
 @dataclass(frozen=True)
 class Branch:
-    """The steps of one model, by role: what all models share, and its own training and evaluation."""
+    """The steps of one model, by role: those that all models share, and its own training and evaluation."""
 
     name: str
     train: TrainConfig
@@ -47,7 +47,7 @@ class Branch:
 
 
 def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal) -> Source:
-    """The images and the identity of what they are. Raises UserError where there are none to train on."""
+    """The source images and their fingerprint. Raises UserError if there are no images to train on."""
     from edt_core.data.digits import write_digits
 
     if config.kind == "digits":
@@ -59,7 +59,7 @@ def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal) -> S
 
 @dataclass(frozen=True)
 class Published:
-    """What a pipeline takes from elsewhere beside the images: each by what it holds at this moment."""
+    """The published inputs of a pipeline besides the images, each identified by its present content."""
 
     autoencoder: Source | None = None
     extractors: Mapping[str, Source] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Published:
 
     @classmethod
     def of(cls, config: PipelineConfig, tracking_uri: str | None) -> "Published":
-        """What the configuration names. Raises UserError for what is not there, with where people get it."""
+        """The inputs that the configuration names. Raises UserError if one is missing, with where to get it."""
         spaces = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
         statistics = config.reference_statistics
         return cls(
@@ -78,14 +78,14 @@ class Published:
 
 
 def images_fingerprint(config: PipelineConfig, source: Source) -> str:
-    """Identity of the image shards, on which everything else rests."""
+    """The fingerprint of the image shards, on which all other artifacts depend."""
     return preprocess.STAGE.fingerprint(config.preprocess, {"source": source.fingerprint})
 
 
 def call_steps(
     steps: Steps, config: PipelineConfig, source: Source, published: "Published | None" = None
 ) -> list[Branch]:
-    """Call every step up to the evaluations. Nothing here waits: branches run side by side where there is room."""
+    """Call every step up to the evaluations, without waiting. Branches run in parallel if resources allow."""
     step, published = steps.step, published or Published()
     images = step("preprocess", preprocess.STAGE, config.preprocess, source=source)
     if config.autoencoder.pretrained is None:
@@ -94,15 +94,15 @@ def call_steps(
         assert published.autoencoder is not None
         vae = step("autoencoder", autoencoder.STAGE, config.autoencoder.published(), published=published.autoencoder)
     latents = step("encode", encode.STAGE, config.encode, images=images, autoencoder=vae)
-    judges: dict[str, StepFuture | Source] = {**published.extractors}
+    feature_networks: dict[str, StepFuture | Source] = {**published.extractors}
     shared = {"images": images, "autoencoder": vae, "latents": latents}
     if "classifier" in config.extractors:
-        judges["classifier"] = shared["classifier"] = step(
+        feature_networks["classifier"] = shared["classifier"] = step(
             "classifier", classifier.STAGE, config.classifier, images=images
         )
-    real = {"images": published.statistics or images, **judges}
-    shared["reference"] = step("reference", reference.STAGE, config.reference, **real)
-    return [_call_branch(steps, config, name, shared, judges) for name in config.models]
+    reference_inputs = {"images": published.statistics or images, **feature_networks}
+    shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
+    return [_call_branch(steps, config, name, shared, feature_networks) for name in config.models]
 
 
 def _call_branch(
@@ -110,17 +110,17 @@ def _call_branch(
     config: PipelineConfig,
     name: str,
     shared: Mapping[str, StepFuture],
-    judges: Mapping[str, StepFuture | Source],
+    feature_networks: Mapping[str, StepFuture | Source],
 ) -> Branch:
-    """Train, sample and evaluate one model, and the untrained model of the same seed beside it."""
+    """Train, sample and evaluate one model, and the untrained model of the same seed."""
     trained = config.train_of(name)
-    # Only what shapes the initial weights and the chain: another learning rate has the same untrained model.
-    kept = {field: getattr(trained, field) for field in ("model", "seed", "num_timesteps", "objective")}
-    untrained = TrainConfig(max_steps=0, **kept)
-    called = dict(shared)
+    # Only the fields that shape the initial weights and the chain: a learning rate does not change the untrained model.
+    initial = {field: getattr(trained, field) for field in ("model", "seed", "num_timesteps", "objective")}
+    untrained = TrainConfig(max_steps=0, **initial)
+    branch_steps = dict(shared)
     for prefix, train_config in (("", trained), ("untrained_", untrained)):
         label = prefix.replace("_", " ")
-        # The autoencoder draws previews, and shows whether latents of an older version are scaled as it asks.
+        # The autoencoder decodes previews. It also shows whether latents of an older version have the right scale.
         inputs = {"latents": shared["latents"], "autoencoder": shared["autoencoder"]}
         checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
         features = steps.step(
@@ -129,7 +129,7 @@ def _call_branch(
             config.sample,
             checkpoint=checkpoint,
             autoencoder=shared["autoencoder"],
-            **judges,
+            **feature_networks,
         )
         evaluation = steps.step(
             f"{label}evaluate {name}",
@@ -138,17 +138,17 @@ def _call_branch(
             features=features,
             reference=shared["reference"],
         )
-        made = {"checkpoint": checkpoint, "features": features, "evaluation": evaluation}
-        called |= {f"{prefix}{role}": future for role, future in made.items()}
+        outputs = {"checkpoint": checkpoint, "features": features, "evaluation": evaluation}
+        branch_steps |= {f"{prefix}{role}": future for role, future in outputs.items()}
     if config.validation.enabled:
-        judged = {"features": called["features"], "classifier": shared["classifier"], "images": shared["images"]}
-        called["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **judged)
-    return Branch(name, trained, called)
+        inputs = {"features": branch_steps["features"], "classifier": shared["classifier"], "images": shared["images"]}
+        branch_steps["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **inputs)
+    return Branch(name, trained, branch_steps)
 
 
 @dataclass(frozen=True)
 class Promoted:
-    """What was decided of a model, and what the registry tells its report."""
+    """The decision about a model, and the registry's record of its version for the report."""
 
     decision: Decision
     record: VersionRecord
@@ -162,7 +162,7 @@ class Promoted:
 
 
 def call_promotion(steps: Steps, config: PipelineConfig, branch: Branch) -> tuple[Promoted, StepFuture] | None:
-    """Call the promotion of one model, and the report where it is decided. None where it is not, or not yet."""
+    """Call the promotion of one model, then its report. None if there is no decision yet, or the branch failed."""
     report = f"report {branch.name}"
     promoted = steps.promote(_promotion(config, branch, report))
     if promoted is None:
@@ -171,27 +171,27 @@ def call_promotion(steps: Steps, config: PipelineConfig, branch: Branch) -> tupl
 
 
 def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion[Promoted]:
-    """The promotion of one model: by the gate of the configuration, from the artifacts that its version names."""
+    """The promotion of one model, from the artifacts of its branch, by the gate in the configuration."""
 
-    def told(catalog: Catalog, decision: Decision) -> Promoted:
+    def with_record(catalog: Catalog, decision: Decision) -> Promoted:
         return Promoted(decision, version_record(catalog, decision, config.store))
 
     def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
-        return told(catalog, promote(catalog, run_id, branch.name, config.promote, entry_of(artifacts)))
+        return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry_of(artifacts)))
 
     def find(catalog: Catalog, artifacts: Mapping[str, Artifact]) -> tuple[Promoted, str] | None:
-        found = registered(catalog, branch.name, config.promote, entry_of(artifacts))
-        return None if found is None else (told(catalog, found[0]), found[1])
+        previous = registered(catalog, branch.name, config.promote, entry_of(artifacts))
+        return None if previous is None else (with_record(catalog, previous[0]), previous[1])
 
-    judged = {role: branch.steps[role].fingerprint for role in ("checkpoint", "evaluation", "untrained_evaluation")}
+    artifacts = {role: branch.steps[role].fingerprint for role in ("checkpoint", "evaluation", "untrained_evaluation")}
     gate = {"model": branch.name, **result_fields(config.promote)}
-    identity = sha256_json({**judged, "gate": gate})
+    identity = sha256_json({**artifacts, "gate": gate})
     after = branch.steps["evaluation"].name
     return Promotion(branch.name, identity, branch.steps, ENTRY_ROLES, after, report, decide, find)
 
 
 def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -> summary.SummaryConfig:
-    """What the report of a model says that no artifact does."""
+    """The configuration of a model's report: the facts that are in no artifact."""
     decision = promoted.decision
     aliases = ["candidate", *(["champion"] if decision.became_champion else [])]
 
@@ -216,13 +216,13 @@ def run(
     published: Published | None = None,
     tracking_uri: str | None = None,
 ) -> Outcome:
-    """Run the whole pipeline; finished artifacts are reused. Failures of steps are in the outcome, not raised.
+    """Run the whole pipeline and reuse finished artifacts. Failures of steps are in the outcome, not raised.
 
-    The first Ctrl-C asks a training to stop, and is in the outcome as well; where none is at work it is raised.
-    `published`, what the configuration names from elsewhere where that is known already; `tracking_uri`, another
-    MLflow than the environment's or the store's own.
+    The first Ctrl-C requests a running training to stop, which is in the outcome as well. Without a running training,
+    it is raised. `published`: the published inputs, if the caller has them already. `tracking_uri`: an MLflow to use
+    instead of that of the environment or the store.
 
-    Raises UserError, before anything is computed, for a store or a source that cannot be used.
+    Raises UserError, before anything is computed, if the store or the source is unusable.
     """
     store = Store.open(config.store)
     with store.in_use(), tracking_kept():
@@ -248,7 +248,7 @@ def _run(
     def join() -> bool:
         return connect(address, min_cpus=config.workers, show_workers=terminal.log is not None)
 
-    # On a new store MLflow makes its tables for about as long as Ray starts: the one need not wait for the other.
+    # On a new store, MLflow creates its tables for about as long as Ray takes to start: do both in parallel.
     with ThreadPoolExecutor(1) as pool:
         opened = pool.submit(Catalog.open, store.root, config.name, tracking_uri)
         if store.find(preprocess.STAGE.kind, images_fingerprint(config, source)) is None:
@@ -265,7 +265,7 @@ def _run(
         with workflow.interrupts.handled():
             _record_start(catalog, run_id, config)
             branches = call_steps(workflow, config, source, published)
-            _record_steps(workflow)  # now: a driver that is killed leaves what it was about
+            _record_steps(workflow)  # already now: the record must exist if the driver is killed
             for branch in branches:
                 _finish_branch(workflow, config, branch, outcome)
             workflow.wait_all()
@@ -275,22 +275,22 @@ def _run(
         outcome.stopped = str(stopped)
     finally:
         outcome.failures |= workflow.culprits()
-        told = "; ".join(f"{name}: {error}" for name, error in workflow.where_stopped().items())
-        outcome.stopped = told or outcome.stopped
+        reasons = "; ".join(f"{name}: {error}" for name, error in workflow.where_stopped().items())
+        outcome.stopped = reasons or outcome.stopped
         _record(workflow, outcome, status)
         outcome.seconds = time.monotonic() - started
     return outcome
 
 
 def _identities(source: Source, published: Published) -> dict[str, str]:
-    """What a run starts from, by content: an alias may move, and the files at a path change."""
-    elsewhere = {**published.extractors, "autoencoder": published.autoencoder, "statistics": published.statistics}
-    found = {f"edt.{role}": item.fingerprint for role, item in elsewhere.items() if item is not None}
-    return {"edt.source": source.fingerprint, **found}
+    """Tags with the fingerprints of a run's inputs: an alias can move, and the files at a path can change."""
+    inputs = {**published.extractors, "autoencoder": published.autoencoder, "statistics": published.statistics}
+    tags = {f"edt.{role}": item.fingerprint for role, item in inputs.items() if item is not None}
+    return {"edt.source": source.fingerprint, **tags}
 
 
 def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None:
-    """Write into the parent run what is needed to find it and to do it again: configuration and versions."""
+    """Record in the parent run what is needed to find and reproduce it: configuration and versions."""
     catalog.log_text(run_id, as_yaml(config), "config.yaml")
     catalog.log_text(run_id, json.dumps(environment(), indent=1, sort_keys=True), "environment.json")
     fields = recorded_fields(config)
@@ -298,11 +298,11 @@ def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None
 
 
 def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, outcome: Outcome) -> None:
-    """Register one model and have its report written, once its artifacts are there, and note what came of it."""
-    called = call_promotion(workflow, config, branch)
-    if called is None:
+    """Wait for the branch of one model, register it, write its report, and add the results to the outcome."""
+    promotion = call_promotion(workflow, config, branch)
+    if promotion is None:
         return
-    promoted, report = called
+    promoted, report = promotion
     before, after = (branch.steps[role].result().counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
     outcome.decisions[branch.name], outcome.metrics[branch.name] = promoted.decision, (before, after)
     if workflow.wait(report):
@@ -310,13 +310,13 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
 
 
 def _record_steps(workflow: Workflow) -> None:
-    """Write into the parent run which artifacts it is about: by these `edt gc` and `edt reproduce` know them."""
+    """Record in the parent run the fingerprints of its steps. `edt gc` and `edt reproduce` read them."""
     tags = {step_tag(name): future.fingerprint for name, future in workflow.futures.items()}
     workflow.catalog.set_tags(workflow.run_id, tags)
 
 
 def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
-    """Write into the parent run which steps were reused and which ran, and what failed."""
+    """Record in the parent run which steps were reused, which ran, and which failed."""
     reused = sorted(name for name, future in workflow.futures.items() if future.reused)
     ran = sorted(set(workflow.artifacts()) - set(reused))
     outcome.executed, outcome.reused = len(ran), len(reused)

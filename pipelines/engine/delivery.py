@@ -1,4 +1,4 @@
-"""Delivery of what a step reports to its MLflow run, by a thread that no worker waits for."""
+"""Delivery of a step's reports to its MLflow run, in a thread, so that no worker waits for MLflow."""
 
 import os
 import threading
@@ -20,28 +20,28 @@ T = TypeVar("T")
 PATIENCE_S = 600.0  # how long the end of a step waits for a server that is down
 _INTERVAL_S = 0.5
 _LONGEST_PAUSE_S = 5.0
-_OUTAGE_S = 10.0  # a server that is down for longer is worth a warning
+_OUTAGE_S = 10.0  # a longer outage causes a warning
 _HTTP = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
 class UndeliveredError(RuntimeError):
-    """What a step reported could not be written to MLflow."""
+    """The reports of a step could not be written to MLflow."""
 
 
 class Delivery:
-    """Takes what a step reported from the board to the step's run, in order, from entry to exit of its context.
+    """Moves the reports of a step from the board to the step's run, in order, from entry to exit of its context.
 
-    While the server is down everything waits on the board. The exit waits until all is delivered, for `patience_s` at
-    most, and then raises UndeliveredError, or, where the step failed itself, leaves a warning.
+    While the server is down, the reports wait on the board. The exit waits until all are delivered, at most
+    `patience_s`. After that it raises UndeliveredError, or only warns if the step itself failed.
     """
 
     def __init__(self, board: Any, step: str, record: RunRecord, patience_s: float = PATIENCE_S) -> None:
         self.board, self.step, self.record, self.patience_s = board, step, record, patience_s
-        self._parcel: deque[Report] = deque()
-        self._written = 0  # of the parcel before, for the board to forget
-        self._closing, self._given_up = threading.Event(), threading.Event()
-        self._trouble: Exception | None = None
-        self._thread = threading.Thread(target=self._follow, name=f"shipper of {step}", daemon=True)
+        self._batch: deque[Report] = deque()
+        self._written = 0  # reports of the batch before, which the board may now drop
+        self._closing, self._cancelled = threading.Event(), threading.Event()
+        self._last_error: Exception | None = None
+        self._thread = threading.Thread(target=self._follow, name=f"delivery of {step}", daemon=True)
 
     def __enter__(self) -> "Delivery":
         self._thread.start()
@@ -59,53 +59,54 @@ class Delivery:
         """Wait until everything is delivered. Raises UndeliveredError."""
         self._closing.set()
         self._thread.join(self.patience_s)
-        self._given_up.set()
-        if self._thread.is_alive() or self._trouble is not None:
+        self._cancelled.set()
+        if self._thread.is_alive() or self._last_error is not None:
             raise UndeliveredError(
-                f"MLflow at {self.record.catalog.place} did not take all of the record of {self.step!r} in "
-                f"{self.patience_s:.0f} s ({self._trouble}); see to the server and run again: what is made is kept"
+                f"MLflow at {self.record.catalog.place} did not accept the whole record of {self.step!r} within "
+                f"{self.patience_s:.0f} s ({self._last_error}). Repair the server and run again: finished artifacts "
+                "are reused"
             )
 
     def _follow(self) -> None:
-        pause, away_since = _INTERVAL_S, None
-        while not self._given_up.is_set():
+        pause, down_since = _INTERVAL_S, None
+        while not self._cancelled.is_set():
             closing = self._closing.is_set()
             try:
-                if not self._ship() and closing:
+                if not self._deliver_batch() and closing:
                     return
             except ray.exceptions.RayError as error:  # the board is gone, and the run with it
-                self._trouble = error
+                self._last_error = error
                 return
             except Exception as error:
-                self._trouble = error
-                away_since = self._warn_of_outage(away_since, error)
+                self._last_error = error
+                down_since = self._warn_of_outage(down_since, error)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             else:
-                self._trouble, away_since, pause = None, None, _INTERVAL_S
-            if self._trouble is not None:
-                self._given_up.wait(pause)
-            elif not self._parcel:
+                self._last_error, down_since, pause = None, None, _INTERVAL_S
+            if self._last_error is not None:
+                self._cancelled.wait(pause)
+            elif not self._batch:
                 self._closing.wait(pause)
 
-    def _ship(self) -> bool:
-        """Deliver the oldest reports. False where there were none; raises what MLflow raises while it is down."""
-        if not self._parcel:
+    def _deliver_batch(self) -> bool:
+        """Deliver the oldest reports. False if there were none. Raises MLflow's error while the server is down."""
+        if not self._batch:
             written, self._written = self._written, 0
-            self._parcel.extend(ray.get(self.board.waiting.remote(self.step, written)))
-        there = bool(self._parcel)
-        while self._parcel:
-            kind = type(self._parcel[0])
-            group = list(takewhile(lambda report: type(report) is kind, self._parcel))  # noqa: B023  used here only
+            self._batch.extend(ray.get(self.board.waiting.remote(self.step, written)))
+        has_reports = bool(self._batch)
+        while self._batch:
+            kind = type(self._batch[0])
+            group = list(takewhile(lambda report: type(report) is kind, self._batch))  # noqa: B023  used here only
             if kind is Picture:
                 group = group[:1]
             self._deliver(group)
             for _ in group:
-                self._parcel.popleft()
+                self._batch.popleft()
             self._written += len(group)
-        return there
+        return has_reports
 
     def _deliver(self, group: list[Report]) -> None:
-        """Write reports of one kind. What MLflow refuses for good is told and left out, so that the rest continues."""
+        """Write reports of one kind. A report that MLflow rejects causes a warning and is skipped."""
         try:
             self._write(group)
         except Exception as error:
@@ -115,7 +116,7 @@ class Delivery:
                 for half in (group[: len(group) // 2], group[len(group) // 2 :]):
                     self._deliver(half)
             elif not isinstance(group[0], Warned):
-                self.board.warn.remote(self.step, f"MLflow refuses a {type(group[0]).__name__}: {error}")
+                self.board.warn.remote(self.step, f"MLflow rejected a {type(group[0]).__name__}: {error}")
 
     def _write(self, group: list[Report]) -> None:
         first, last = group[0], group[-1]
@@ -123,33 +124,33 @@ class Delivery:
             self.record.metrics([report for report in group if isinstance(report, Measured)])
         elif isinstance(first, Picture):
             self.record.picture(first)
-        elif isinstance(last, Kept):  # each says all that there is: only the newest counts
+        elif isinstance(last, Kept):  # each lists all checkpoints: only the newest counts
             self.record.checkpoints(last.checkpoints)
         else:
             self.record.warnings(report.message for report in group if isinstance(report, Warned))
 
     def _warn_of_outage(self, since: float | None, error: Exception) -> float:
-        """Report, once an outage, that the server is down. `since` is when it began, inf once it is told."""
+        """Warn once per outage. `since` and the result: when the outage began, or inf after the warning."""
         if since is None:
             return time.monotonic()
         if time.monotonic() - since < _OUTAGE_S:
             return since
-        text = f"MLflow at {self.record.catalog.place} does not answer; metrics wait until it does ({error})"
+        text = f"MLflow at {self.record.catalog.place} does not answer; metrics are delivered when it does ({error})"
         self.board.warn.remote(self.step, text)
         return float("inf")
 
 
 def is_refused(error: Exception) -> bool:
-    """Whether MLflow will never take it, however often it is tried."""
+    """Whether MLflow rejects the request for good, so that a retry is useless."""
     from mlflow.exceptions import MlflowException
 
     return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
 
 
 def with_patience(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
-    """Call MLflow until it answers, for `patience_s` at most; then, or where it refuses, its error is raised.
+    """Call MLflow until it answers, for at most `patience_s`. Raises its error after that, or if it rejects the call.
 
-    The call must be one that can be repeated: that an answer is lost does not say that nothing was done.
+    The call must be safe to repeat: MLflow may have executed a call whose answer was lost.
     """
     from mlflow.exceptions import MlflowException
 
@@ -166,9 +167,9 @@ def with_patience(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
 
 @contextmanager
 def quick_http() -> Iterator[None]:
-    """Have MLflow's client give up on a server after one retry: it would try for minutes, and not notice its return.
+    """Limit MLflow's client to one retry. By default it retries for minutes and does not notice the server's return.
 
-    What the environment says already stands.
+    Values that the environment sets already are not changed.
     """
     ours = {key: value for key, value in _HTTP.items() if key not in os.environ}
     os.environ.update(ours)

@@ -1,7 +1,7 @@
-"""The durable step: computed once, found again by its fingerprint.
+"""The durable step: computed once, then reused by its fingerprint.
 
-A step runs as a Ray task. Two runs that want the same artifact at the same time compute it once: on a shared cluster
-they meet at a Ray actor named after the fingerprint, and where the store is a local folder at a file lock as well.
+A step runs as a Ray task. Two runs that need the same artifact at the same time compute it once. On a shared cluster,
+a Ray actor named after the fingerprint is the lock. In a local store, a file lock is used as well.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from pipelines.engine.delivery import Delivery, quick_http, with_patience
 from pipelines.tracking.catalog import DATASET_KINDS, Catalog
 from pipelines.tracking.run_record import RunRecord
 
-_LAST_WORD_S = 30.0  # how long a step that failed waits for a server that is down, to have that in its run
+_RECORD_FAILURE_S = 30.0  # how long a failed step waits for a server that is down, to record the failure
 
 
 @dataclass(frozen=True)
 class StepTask:
-    """All that a worker needs to run one step, but for its input artifacts, which arrive when they are made."""
+    """Everything a worker needs to run one step, except its input artifacts, which arrive when they are finished."""
 
     name: str
     stage: Stage
@@ -49,12 +49,12 @@ class StepTask:
 
 @dataclass(frozen=True)
 class StepFuture:
-    """An artifact that is there (`artifact`) or being made (`ref`). Passed to a next step as its input."""
+    """An artifact that exists (`artifact`) or is being computed (`ref`). An input of the steps that need it."""
 
     name: str
     kind: str
     fingerprint: str
-    needs: tuple[str, ...] = ()  # names of the steps its inputs come from
+    needs: tuple[str, ...] = ()  # names of the steps that its inputs come from
     artifact: Artifact | None = None
     ref: Any = None
 
@@ -63,19 +63,19 @@ class StepFuture:
         return self.artifact is not None
 
     def result(self) -> Artifact:
-        """The artifact, once it is made. Raises what its step, or one before it, raised."""
-        found: Artifact = self.artifact if self.artifact is not None else ray.get(self.ref)
-        return found
+        """Wait for the artifact. Raises the error of its step, or of an earlier step."""
+        artifact: Artifact = self.artifact if self.artifact is not None else ray.get(self.ref)
+        return artifact
 
 
 def run_step(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
-    """Make one step's artifact, or wait for the run that is at it and take what it made."""
+    """Compute one step's artifact. If another run is computing it, wait for that run and reuse the artifact."""
     with task.store.lock(task.kind, task.fingerprint), _lease(task):
         return task.store.find(task.kind, task.fingerprint) or _execute(task, inputs)
 
 
 class _Holder:
-    """The Ray actor whose name is the lease. It lives as long as the process that made it, or until it is killed."""
+    """The Ray actor whose name is the lease. It lives until it is killed or the process that created it ends."""
 
     async def wait(self) -> None:
         await asyncio.Event().wait()
@@ -83,7 +83,7 @@ class _Holder:
 
 @contextmanager
 def _lease(task: StepTask) -> Iterator[None]:
-    """Hold the fingerprint on this cluster. A Ray session of our own needs no lease: nobody else is in it."""
+    """Hold the lease of a fingerprint on a shared cluster. A private Ray session has no other user, so no lease."""
     if not task.shared_cluster:
         yield
         return
@@ -92,7 +92,7 @@ def _lease(task: StepTask) -> Iterator[None]:
     while holder is None:
         try:
             holder = ray.remote(_Holder).options(name=name, num_cpus=0).remote()
-        except ValueError:  # the name is taken: wait until its actor is gone, by release or by death
+        except ValueError:  # the name is in use: wait until its actor ends
             try:
                 ray.get(ray.get_actor(name).wait.remote())
             except (ValueError, RayActorError):
@@ -104,7 +104,7 @@ def _lease(task: StepTask) -> Iterator[None]:
 
 
 def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
-    """Do the work under an MLflow child run, commit the artifact, and record it."""
+    """Compute the artifact under an MLflow child run, commit it, and record it."""
     catalog = task.catalog
     os.environ["MLFLOW_TRACKING_URI"] = catalog.tracking_uri  # for `models:/` URIs inside the job
     with quick_http():
@@ -118,8 +118,8 @@ def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
             with_patience(lambda: close_run(catalog, run_id, artifact))
         except BaseException as error:
             cause = cause_of(error)
-            with suppress(Exception):  # the step's own error is the one to raise
-                with_patience(lambda: _close_unmade(catalog, run_id, cause), _LAST_WORD_S)
+            with suppress(Exception):  # the step's own error is raised instead
+                with_patience(lambda: _close_failed(catalog, run_id, cause), _RECORD_FAILURE_S)
             raise
     return artifact
 
@@ -133,13 +133,13 @@ def _record_start(task: StepTask, run_id: str, inputs: Mapping[str, Input]) -> N
 
 
 def close_run(catalog: Catalog, run_id: str, artifact: Artifact) -> None:
-    """Record what a step made, and end its run."""
+    """Record the artifact of a step, and end its run."""
     RunRecord(catalog, run_id).artifact(artifact)
     catalog.end_run(run_id, "FINISHED")
 
 
-def _close_unmade(catalog: Catalog, run_id: str, error: BaseException) -> None:
-    """End the run of a step that made nothing: KILLED where it was asked to stop, FAILED otherwise."""
+def _close_failed(catalog: Catalog, run_id: str, error: BaseException) -> None:
+    """End the run of a step without an artifact: KILLED if it stopped on request, otherwise FAILED."""
     stopped = isinstance(error, Stopped)
     tags = {"edt.stopped": str(error)} if stopped else {"edt.error": f"{type(error).__name__}: {error}"}
     catalog.set_tags(run_id, {key: value[:4000] for key, value in tags.items()})
@@ -152,5 +152,5 @@ def needs_of(inputs: Mapping[str, "StepFuture | Source"]) -> tuple[str, ...]:
 
 
 def input_fingerprints(inputs: Mapping[str, "StepFuture | Source"]) -> dict[str, str]:
-    """Role -> fingerprint of what fills it."""
+    """Role -> fingerprint of the input."""
     return {role: item.fingerprint for role, item in inputs.items()}

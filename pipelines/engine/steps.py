@@ -1,4 +1,4 @@
-"""What a graph of steps is called on, so that it is written once: to be run, to be planned, to be compared."""
+"""The protocol that runs, plans and compares a graph of steps. So the graph is written once."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from pipelines.tracking.catalog import Catalog
 
 
 class Decided(Protocol):
-    """What comes of a promotion. As text it is "<outcome>: <why>"."""
+    """The result of a promotion. Its text is "<outcome>: <why>"."""
 
     @property
     def version(self) -> str:
-        """The version that was registered, or found again."""
+        """The number of the new or existing version."""
 
 
 D = TypeVar("D", bound=Decided)
@@ -24,13 +24,13 @@ D = TypeVar("D", bound=Decided)
 
 @dataclass(frozen=True)
 class Promotion(Generic[D]):
-    """The step that makes no artifact: the driver registers what a branch made, and decides on it.
+    """The step without an artifact: the driver registers the model of a branch and decides whether it is champion.
 
-    `steps` are those of the branch by role, and all of them end before; the decision rests on those in `roles`.
-    `after` is the step that it is shown beneath, `then` the one that rests on it. `fingerprint` moves where another
-    configuration may decide otherwise.
-    `decide(catalog, run_id, artifacts)` registers the artifacts, by role, and decides; it raises what MLflow raises.
-    `find(catalog, artifacts)` is what was decided of them before, and the MLflow run that did; None where none did.
+    `steps` are the steps of the branch by role; all of them end first. The decision depends on those in `roles`.
+    `after` is the step that the promotion is shown beneath, `then` the step that depends on it. `fingerprint` changes
+    if the configuration can change the decision.
+    `decide(catalog, run_id, artifacts)` registers the artifacts, by role, and decides. It raises MLflow's errors.
+    `find(catalog, artifacts)` returns the earlier decision about them and its MLflow run, or None.
     """
 
     model: str
@@ -48,18 +48,18 @@ class Promotion(Generic[D]):
 
     @property
     def named(self) -> dict[str, StepFuture]:
-        """The steps whose artifacts the decision rests on, by role."""
+        """The steps whose artifacts the decision depends on, by role."""
         return {role: self.steps[role] for role in self.roles}
 
 
 class Steps(Protocol):
-    """Whatever steps are called on: a Workflow has them run, a Planner and an outline only look."""
+    """Takes the calls of steps: a Workflow runs them, a Planner plans them, an Outline records their fingerprints."""
 
     def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         """Call one step. Returns at once."""
 
     def promote(self, promotion: Promotion[D]) -> D | None:
-        """Call the promotion of one model. Returns the decision; None where there is none, or none yet.
+        """Call the promotion of one model. Returns the decision, or None if there is none yet.
 
-        What rests on the decision is then not called.
+        Without a decision, the steps that depend on it are not called.
         """

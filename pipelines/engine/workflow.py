@@ -1,4 +1,4 @@
-"""A workflow is plain Python that calls steps; a call returns a future, and futures go into the next calls."""
+"""A workflow is plain Python that calls steps. A call returns a future; futures are the inputs of later calls."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
 
 _POLL_S = 0.5
-_MAX_RETRIES = 3  # of a step whose process or node was lost; what it raises itself is not tried again
+_MAX_RETRIES = 3  # of a step whose process or node was lost; an error that the step raises is not retried
 
 
 @dataclass
 class Workflow:
-    """One run of a workflow: submits what is not committed yet, and knows what became of every step."""
+    """One run of a workflow: submits the steps without an artifact and tracks the state of every step."""
 
     store: Store
     catalog: Catalog
@@ -33,23 +33,23 @@ class Workflow:
     connect: Callable[[], bool]  # joins or starts Ray when the first step has to run; True for a shared cluster
     futures: dict[str, StepFuture] = field(default_factory=dict)
     failures: dict[str, BaseException] = field(default_factory=dict)
-    stopped: dict[str, BaseException] = field(default_factory=dict)  # steps that were asked to stop, or wait for one
+    stopped: dict[str, BaseException] = field(default_factory=dict)  # on request, or by an input that did
     interrupts: Interrupts = field(default_factory=Interrupts)
-    _unfinished: set[str] | None = None  # MLflow runs of steps that did not end
+    _unfinished: set[str] | None = None  # ids of MLflow runs of steps that did not end
     _done: set[str] = field(default_factory=set)
     _board: Any = None
     _shared: bool = False
 
     def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
-        """Reuse the artifact of this fingerprint, or have it made when its inputs are. Never waits."""
+        """Reuse the artifact of this fingerprint, or submit the step. Never waits."""
         fingerprint = stage.fingerprint(config, input_fingerprints(inputs))
         needs = needs_of(inputs)
         self.terminal.called(name, needs)
-        found = self.store.find(stage.kind, fingerprint, self.terminal.warn)
-        if found is not None:
-            stage.accept(config, found.counts)
-            self._mend_record(found)
-            future = StepFuture(name, stage.kind, fingerprint, needs, artifact=found)
+        artifact = self.store.find(stage.kind, fingerprint, self.terminal.warn)
+        if artifact is not None:
+            stage.accept(config, artifact.counts)
+            self._complete_record(artifact)
+            future = StepFuture(name, stage.kind, fingerprint, needs, artifact=artifact)
             self.terminal.reused(name, fingerprint)
         else:
             ref = self._submit(StepTask(name, stage, config, fingerprint, *self._surroundings()), inputs)
@@ -58,9 +58,9 @@ class Workflow:
         return future
 
     def promote(self, promotion: Promotion[D]) -> D | None:
-        """Wait for the branch, then register its model. None where a step of the branch, or MLflow, failed.
+        """Wait for the branch, then register its model. None if a step of the branch, or MLflow, failed.
 
-        A failed branch leaves the others alone. Raises Stopped as `wait` does.
+        A failed branch does not affect the others. Raises Stopped as `wait` does.
         """
         if not self.wait(*promotion.steps.values()):
             return None
@@ -69,25 +69,25 @@ class Workflow:
         began = time.monotonic()
         try:
             with self.store.lock("promote", promotion.model):
-                decided = promotion.decide(self.catalog, self.run_id, artifacts)
-        except Exception as error:  # whatever MLflow raises, the other branches continue
+                decision = promotion.decide(self.catalog, self.run_id, artifacts)
+        except Exception as error:  # after any error of MLflow, the other branches continue
             self.failures[promotion.name] = error
             self.terminal.failed(promotion.name, error)
             return None
-        told = f"version {decided.version}: {decided}"
-        self.terminal.finished(promotion.name, time.monotonic() - began, "", told)
-        return decided
+        headline = f"version {decision.version}: {decision}"
+        self.terminal.finished(promotion.name, time.monotonic() - began, "", headline)
+        return decision
 
     def wait(self, *futures: StepFuture) -> bool:
-        """Wait for steps while showing the progress of all; True if every one of them made its artifact.
+        """Wait for steps and show the progress of all. True if each of them finished its artifact.
 
-        Raises Stopped when the steps that heard the first Ctrl-C are settled.
+        After the first Ctrl-C, raises Stopped when the steps that can stop have stopped.
         """
         import ray
 
         waiting = [future for future in self.futures.values() if self._pending(future)]
-        wanted = {future.name for future in futures}
-        while any(future.name in wanted for future in waiting):
+        names = {future.name for future in futures}
+        while any(future.name in names for future in waiting):
             ray.wait([future.ref for future in waiting], num_returns=1, timeout=_POLL_S)
             self._show()
             for future in waiting:
@@ -103,11 +103,11 @@ class Workflow:
         self.wait(*self.futures.values())
 
     def culprits(self) -> dict[str, BaseException]:
-        """The failures that no earlier failure explains."""
+        """The failures that are not caused by an earlier failure."""
         return self._first_of(self.failures)
 
     def where_stopped(self) -> dict[str, BaseException]:
-        """The steps that stopped themselves, with what they say of it."""
+        """The steps that stopped on request, with their messages."""
         return self._first_of(self.stopped)
 
     def _first_of(self, errors: Mapping[str, BaseException]) -> dict[str, BaseException]:
@@ -117,7 +117,7 @@ class Workflow:
         return {n: e for n, e in errors.items() if not any(need in errors for need in needs.get(n, ()))}
 
     def artifacts(self) -> dict[str, Artifact]:
-        """The artifacts that are there so far, by step."""
+        """The finished artifacts so far, by step."""
         return {name: f.result() for name, f in self.futures.items() if name in self._done or f.reused}
 
     def _surroundings(self) -> tuple[Store, Catalog, str, Any, bool]:
@@ -131,19 +131,19 @@ class Workflow:
     def _submit(self, task: StepTask, inputs: Mapping[str, StepFuture | Source]) -> Any:
         import ray
 
-        # Ray resolves futures that are arguments, not those inside a container: roles and values go side by side.
+        # Ray resolves futures that are arguments, not those inside a container: pass roles and values separately.
         values = [item.ref or item.artifact if isinstance(item, StepFuture) else item for item in inputs.values()]
-        # A step may be started again on another node: what it finished it takes over, and it continues its record.
+        # Ray may restart a step on another node. The step then reuses its finished parts and continues its record.
         return ray.remote(_run).options(num_cpus=0, max_retries=_MAX_RETRIES).remote(task, list(inputs), *values)
 
-    def _mend_record(self, artifact: Artifact) -> None:
-        """Complete the MLflow run of an artifact whose maker was lost between the commit and the end of the record."""
+    def _complete_record(self, artifact: Artifact) -> None:
+        """Complete the MLflow run of an artifact whose process was lost between the commit and the end of the run."""
         if self._unfinished is None:
             self._unfinished = self.catalog.unfinished_runs()
         run_id, manifest = artifact.manifest.mlflow_run_id, artifact.manifest
         if run_id is None or run_id not in self._unfinished:
             return
-        with self.store.lock(manifest.kind, artifact.fingerprint):  # its maker may be alive, and at it
+        with self.store.lock(manifest.kind, artifact.fingerprint):  # its process may be alive and still writing
             if run_id in self.catalog.unfinished_runs():
                 close_run(self.catalog, run_id, artifact)
 
@@ -153,7 +153,7 @@ class Workflow:
         )
 
     def _settles_soon(self, future: StepFuture) -> bool:
-        """Whether a step is stopping, or cannot begin any more."""
+        """Whether a step is stopping, or can no longer begin."""
         ended = self.failures.keys() | self.stopped.keys()
         return future.name in self.interrupts.listening or not ended.isdisjoint(future.needs)
 
@@ -165,8 +165,8 @@ class Workflow:
             stopped = isinstance(cause, Stopped)
             ended, word = (self.stopped, "stopped") if stopped else (self.failures, "failed")
             ended[future.name] = cause
-            waited = [name for name in future.needs if name in ended]
-            reason = f"not run, {waited[0]} {word}" if waited else ""
+            culprits = [name for name in future.needs if name in ended]
+            reason = f"not run, {culprits[0]} {word}" if culprits else ""
             if stopped:
                 self.terminal.stopped(future.name, reason or str(cause))
             else:

@@ -132,7 +132,7 @@ def test_the_end_of_a_step_does_not_wait_for_ever(tmp_path: Path, board: Any) ->
     BoardProgress("train", board).metrics({"loss": 1.0}, 1)
     with (
         quick_http(),
-        pytest.raises(UndeliveredError, match=r"127\.0\.0\.1:9 did not take .* 'train' in 1 s"),
+        pytest.raises(UndeliveredError, match=r"127\.0\.0\.1:9 did not accept .* 'train' within 1 s"),
         Delivery(board, "train", RunRecord(catalog, "run"), patience_s=1.0),
     ):
         pass

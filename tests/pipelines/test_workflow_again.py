@@ -75,7 +75,7 @@ def test_a_plan_tells_what_is_gone_on_with(first: Outcome, store: Path, tmp_path
     ArtifactWriter(Folder.at(folder), step.kind, step.fingerprint, "first").write_bytes("unit-00000.safetensors", b"x")
     again = planned(store, "sample.seed=77")[f"sample {MODEL}"]
     shutil.rmtree(folder)
-    assert (again.action, again.why.split(";")[0]) == ("resume", "1 finished files are taken over")
+    assert (again.action, again.why.split(";")[0]) == ("resume", "1 finished files are reused")
 
 
 def test_the_commands_tell_the_same(first: Outcome, store: Path) -> None:

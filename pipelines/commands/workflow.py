@@ -64,12 +64,18 @@ def run(
 
         say(training_needs(loaded))
         return
-    check_named(address)  # before the imports below, which take seconds
+    with _failures_notified(loaded):
+        check_named(address)  # before the imports below, which take seconds
     from pipelines.cluster.submission import stopped_too_soon
+    from pipelines.notification import notify, of_outcome
     from pipelines.pipeline import run as run_pipeline
     from pipelines.schedule.record import report_to_scheduler
 
-    with _overlap_guard(loaded, no_overlap), _logged(loaded.store, "run", to_stderr=as_json) as terminal:
+    with (
+        _failures_notified(loaded),
+        _overlap_guard(loaded, no_overlap),
+        _logged(loaded.store, "run", to_stderr=as_json) as terminal,
+    ):
         terminal.say(f"edt run {loaded.name}", "bold")
         if warning := stopped_too_soon(os.environ):
             terminal.warn(warning)
@@ -81,11 +87,25 @@ def run(
         report_to_scheduler(outcome.status, outcome.run_id)
         terminal.freeze()
         show_outcome(outcome, terminal)
+        notify(loaded.notify, of_outcome(loaded.name, outcome), terminal.warn)
     if as_json:
         log_path = str(terminal.log.path) if terminal.log is not None else None
         print_json({**outcome.to_dict(), "log": log_path})
     if code := exit_code(outcome):
         raise typer.Exit(code)
+
+
+@contextmanager
+def _failures_notified(config: "PipelineConfig") -> Iterator[None]:
+    """Send a notification of an error that ends the command before the run has an outcome."""
+    try:
+        yield
+    except (UserError, OSError, RuntimeError) as error:
+        if not isinstance(error, typer.Exit):
+            from pipelines.notification import notify, of_error
+
+            notify(config.notify, [of_error(config.name, error)], lambda text: say(f"warning: {text}", err=True))
+        raise
 
 
 @contextmanager

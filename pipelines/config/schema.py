@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -76,6 +76,22 @@ class ValidationConfig(ValidateConfig):
     enabled: bool = runtime(False, description="run this step; it requires `classifier` in extractors")
 
 
+Event = Literal["failed", "promoted", "refused", "data_changed", "nothing_to_do"]
+
+
+class NotifyConfig(Section):
+    """Which events of a run are sent, and which environment variable has the addresses. No record holds an address."""
+
+    variable: str = runtime(
+        "EDT_NOTIFY_URLS",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable with addresses, separated by spaces: https://... receives the notification "
+        "as JSON; any other URL is a service of Apprise, as slack://...",
+    )
+    events: tuple[Event, ...] = runtime(get_args(Event), description="events that are sent")
+    timeout_s: float = runtime(10.0, gt=0, le=120, description="seconds to wait for an address")
+
+
 class _FieldsBeforeNetworks(Section):
     """The fields of a pipeline before the sections of published feature networks."""
 
@@ -110,6 +126,7 @@ class PipelineConfig(_WithNetworks):
     evaluate: EvaluateConfig = EvaluateConfig()
     validation: ValidationConfig = added(ValidationConfig())  # `validate` is a method of pydantic's models
     promote: PromoteConfig = PromoteConfig()
+    notify: NotifyConfig = added(NotifyConfig())
     models: dict[str, dict[str, Any]] = Field(
         min_length=1, description="registry name -> the fields of `train` that differ for this model"
     )

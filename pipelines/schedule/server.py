@@ -26,6 +26,7 @@ from edt_core.files.place_names import typed_path
 from edt_core.files.private_files import FILE_MODE, make_private, private_opener
 from edt_core.printing.redaction import redacted
 from pipelines.schedule.lease import hold, this_process
+from pipelines.schedule.notice import notify_of_tick
 from pipelines.schedule.record import (
     OVERLAP,
     SERVER_LEASE,
@@ -260,6 +261,8 @@ class Server:
         self._write_state(name, state)
         self._log(name, _outcome_text(tick))
         self._record(name, state)
+        if not again and name in self.schedules.names():
+            notify_of_tick(self.schedules.read(name), tick, lambda text: self._log(name, f"warning: {text}"))
         self._prune_logs()
 
     def _record(self, name: str, state: State) -> None:

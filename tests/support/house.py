@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"__init__", "tracking", "config", "terminal"}),
         frozenset({"registry", "engine", "cluster", "setup"}),
         frozenset({"report", "outcome"}),
-        frozenset({"pipeline"}),
+        frozenset({"pipeline", "notification"}),
         frozenset({"plan", "schedule", "diff"}),
         frozenset({"reproduce"}),
         frozenset({"commands"}),

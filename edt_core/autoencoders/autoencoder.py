@@ -1,7 +1,7 @@
-"""The image autoencoder: fit a small one, read a published one, and cross between pixels and latents.
+"""The image autoencoder: fit a small one, load a published one, and convert between pixels and latents.
 
 Legend: N images, S image side in pixels, C latent channels, h latent side (S / downsample factor).
-Three stages, each with its range: pixels uint8 0..255 -> images float32 -1..1 -> posterior (mean, std) of raw latents.
+Encoding: pixels uint8 0..255 -> images float32 -1..1 -> posterior (mean, std) of raw latents.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -57,8 +57,8 @@ def fit_autoencoder(
 ) -> tuple["AutoencoderKL", dict[str, float]]:
     """Fit on uint8 [N, S, S, 3] by squared error and a small KL term (Rombach et al. 2022, without the adversary).
 
-    Returns the autoencoder, its measured scaling factor in its config, and {"mse", "scaling_factor"}. Batches and
-    posterior draws are functions of (seed, step).
+    Returns the autoencoder, with its measured scaling factor in its config, and {"mse", "scaling_factor"}. Batches and
+    posterior draws depend on (seed, step) only.
     """
     model = build_autoencoder(config, pixels.shape[1]).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, foreach=True)
@@ -89,9 +89,9 @@ def fit_autoencoder(
 
 
 def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -> Any:
-    """A published or stored autoencoder of a supported kind by local folder or hub id, in evaluation mode.
+    """Load an autoencoder of a supported kind from a local folder or hub id, in evaluation mode.
 
-    Raises UserError where there is none, and for one whose configuration asks for what is not supported.
+    Raises UserError if there is none, and for a configuration with unsupported settings.
     """
     import diffusers
 
@@ -101,35 +101,35 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
     away = hub_is_away(location)
     config = _load_config(location, away)
     check_config(str(location), config)
-    make: Any = getattr(diffusers, config["_class_name"])
+    model_class: Any = getattr(diffusers, config["_class_name"])
     try:
-        model, loading = make.from_pretrained(
+        model, loading = model_class.from_pretrained(
             str(location),
             use_safetensors=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
-            local_files_only=away,  # this machine may have it in its cache
+            local_files_only=away,  # without the hub, its cache on this machine may have the model
         )
         if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
             raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first.")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ArithmeticError) as error:
         if not Path(location).is_dir() and "does not appear to have a file named" in str(error):
             target = str(location).rpartition("/")[2]
-            raise UserError(pickled(str(location), make.__name__, f"./{target}")) from error
+            raise UserError(pickled(str(location), model_class.__name__, f"./{target}")) from error
         cause = loading_failure(error, away)
         raise _no_autoencoder(location, cause) from cause
     return align_weights(model).to(device).eval().requires_grad_(False)
 
 
 def _load_config(location: str | Path, away: bool) -> dict[str, Any]:
-    """The diffusers configuration at a local folder or hub id; with `away` in the hub's cache. Raises UserError."""
+    """The diffusers configuration at a local folder or hub id (if `away`, in the hub's cache). Raises UserError."""
     from diffusers import AutoencoderKL, DiffusionPipeline
 
     try:
         return dict(AutoencoderKL.load_config(str(location), local_files_only=away))
     except (OSError, ValueError, KeyError, TypeError) as error:
         is_pipeline = False
-        with suppress(Exception):  # whatever is wrong there, the first error is the one to report
+        with suppress(Exception):  # the first error is the one to report
             is_remote = not (away or Path(location).is_dir())
             is_pipeline = is_remote and bool(DiffusionPipeline.load_config(str(location)))
         if is_pipeline:
@@ -140,16 +140,16 @@ def _load_config(location: str | Path, away: bool) -> dict[str, Any]:
 
 def _no_autoencoder(location: str | Path, cause: Exception) -> UserError:
     return UserError(
-        f"no autoencoder at {location!s}: {str(cause).splitlines()[0]} Give a hub id that this machine can reach, "
-        "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, "
-        "autoencoder.pretrained, or null there to fit one on the images."
+        f"no autoencoder at {location!s}: {str(cause).splitlines()[0]} Use a hub id that this machine can reach, "
+        "a local folder written by save_pretrained, or an MLflow URI (models:/NAME@ALIAS); in a pipeline, set "
+        "autoencoder.pretrained to it, or to null to fit an autoencoder on the images."
     )
 
 
 def autoencoder_facts(model: Any) -> dict[str, Any]:
     """Downsample factor, latent channels and scale of a loaded autoencoder.
 
-    The scale is `scaling_factor`, and where the configuration has them `shift_factor`, `latents_mean`, `latents_std`.
+    The scale is `scaling_factor` and, if the configuration has them, `shift_factor`, `latents_mean`, `latents_std`.
     """
     return kind_of(model).facts(model.config)
 
@@ -158,11 +158,11 @@ def autoencoder_facts(model: Any) -> dict[str, Any]:
 def encode_posterior(model: Any, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
     """Posterior float32 [N, 2, C, h, h], mean and std, of pixels uint8 [N, S, S, 3].
 
-    The latents of a deterministic encoder are the mean, and the std is 0.
+    For a deterministic encoder the mean is its latents, and the std is 0.
     """
     levels = torch.as_tensor(pixels).to(model.device, non_blocking=True)
     images = levels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-    if len(images) == 1:  # PyTorch convolves a single image by another algorithm: its rounding is not that of a batch
+    if len(images) == 1:  # PyTorch convolves a single image by another algorithm, with other rounding than a batch
         images = images.expand(2, -1, -1, -1).contiguous()
     mean, std = kind_of(model).encode(model, images.to(model.dtype))
     return torch.stack([mean.float(), std.float()], dim=1)[: len(levels)]
@@ -175,10 +175,10 @@ def encode_both_sides(
     """Yield (tag, posterior float32 [N, 2, 2, C, h, h]) for each (tag, pixels uint8 [N, S, S, 3]).
 
     The second axis is (image, mirror image), the third (mean, std). A batch's results are fetched after the next batch
-    was handed to the accelerator, so that it never waits for the host.
+    was submitted to the accelerator, so that it never waits for the host.
     """
     on_cuda = model.device.type == "cuda"
-    waiting: tuple[Any, Tensor, Any] | None = None
+    pending: tuple[Any, Tensor, Any] | None = None
 
     def fetched(tag: Any, posterior: Tensor, ready: Any) -> tuple[Any, NDArray[np.float32]]:
         if ready is not None:
@@ -196,17 +196,17 @@ def encode_both_sides(
             posterior = host.copy_(posterior, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        if waiting is not None:
-            yield fetched(*waiting)
-        waiting = (tag, posterior, ready)
-    if waiting is not None:
-        yield fetched(*waiting)
+        if pending is not None:
+            yield fetched(*pending)
+        pending = (tag, posterior, ready)
+    if pending is not None:
+        yield fetched(*pending)
 
 
 def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision: str) -> dict[str, float]:
-    """How far posterior means in a lower precision are from those in fp32, in standard deviations of the latter.
+    """The error ("max", "rms") of posterior means in a lower precision, in standard deviations of those in fp32.
 
-    `model` has the weights in that precision, `exact` in fp32.
+    `model` has weights in `precision`, `exact` in fp32.
     """
     low = encode_posterior(model, pixels)[:, 0].cpu().double()
     use_precision("fp32")
@@ -214,13 +214,13 @@ def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision
         full = encode_posterior(exact, pixels)[:, 0].cpu().double()
     finally:
         use_precision(precision)
-    error = (low - full) / full.std().clamp(min=torch.finfo(torch.float64).tiny)  # 0 where all latents are equal
+    error = (low - full) / full.std().clamp(min=torch.finfo(torch.float64).tiny)  # the std is 0 for constant latents
     return {"max": float(error.abs().max()), "rms": float(error.square().mean().sqrt())}
 
 
 @torch.inference_mode()
 def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
-    """uint8 [N, S, S, 3] of scaled latents [N, C, h, h]."""
+    """Pixels uint8 [N, S, S, 3] of scaled latents [N, C, h, h]."""
     return to_pixels(decode(model, latents))
 
 
@@ -230,7 +230,7 @@ def decode(model: Any, latents: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """uint8 [N, S, S, 3] of images [N, 3, S, S] in -1..1; rounded without bias: truncation of 127.5 x + 128."""
+    """Pixels uint8 [N, S, S, 3] of images [N, 3, S, S] in -1..1; rounded without bias: truncation of 127.5 x + 128."""
     levels = (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -248,7 +248,7 @@ def measure_scaling_factor(model: Any, pixels: NDArray[np.uint8], batch_size: in
         squares += float((mean.square() + std.square()).sum())
     mean_square, mean_of_all = squares / count, total / count
     variance = mean_square - mean_of_all**2
-    if not variance > count * np.finfo(np.float64).eps * mean_square:  # rounding may leave a little, also below 0
+    if not variance > count * np.finfo(np.float64).eps * mean_square:  # constant latents: rounding errors remain
         raise UserError(
             f"the autoencoder's latents do not vary: their variance is {variance:.3g} around {mean_of_all:.3g}. "
             "Use more steps (autoencoder.steps), a lower learning rate (autoencoder.lr), or images that differ"

@@ -1,4 +1,4 @@
-"""What is refused of a diffusers autoencoder before its weights are read: by its folder, or by its configuration."""
+"""Checks of a diffusers autoencoder's folder and configuration before its weights are loaded."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -10,12 +10,12 @@ from edt_core.data.scale import SCALE_FIELDS
 from edt_core.errors import UserError
 from edt_core.files.small_files import read_json_object
 
-_LARGEST = 1e30  # of a scale; whole numbers of JSON have no bound
+_LARGEST = 1e30  # bound of a scale's values; integers in JSON are unbounded
 _PIPELINE_INDEX, _CONFIG = "model_index.json", "config.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError, with what to do, for a local folder of a diffusers pipeline or of pickled weights alone."""
+    """Raise UserError, with the remedy, for a local folder of a diffusers pipeline or with only pickled weights."""
     if not (folder / _CONFIG).is_file():
         if (folder / _PIPELINE_INDEX).is_file():
             raise UserError(_pipeline_folder(folder))
@@ -26,32 +26,32 @@ def check_folder(folder: Path) -> None:
 
 
 def _pipeline_folder(folder: Path) -> str:
-    found = [path for path in sorted(folder.iterdir()) if _class_name(path) in KINDS]
-    first = sorted(found, key=lambda path: path.name != "vae")[:1]
+    subfolders = [path for path in sorted(folder.iterdir()) if _class_name(path) in KINDS]
+    first = sorted(subfolders, key=lambda path: path.name != "vae")[:1]
     remedy = (
         f"use its {first[0].name} subfolder: {first[0]}"
         if first
-        else f"use a pipeline whose vae subfolder holds an {supported('or')}, and give that subfolder"
+        else f"use the vae subfolder of a pipeline with an {supported('or')}"
     )
     return f"{folder} is the folder of a diffusers pipeline ({_PIPELINE_INDEX}), not of an autoencoder; {remedy}"
 
 
 def _class_name(folder: Path) -> str:
-    """The diffusers class that the config.json of a folder names; "" where there is none."""
+    """The diffusers class in a folder's config.json; "" if there is none."""
     with suppress(OSError, ValueError):
         return str(read_json_object(folder / _CONFIG).get("_class_name", ""))
     return ""
 
 
-def pickled(location: str, class_name: str, target: str, found: str = "its weights are") -> str:
+def pickled(location: str, class_name: str, target: str, subject: str = "its weights are") -> str:
     """The message for weights that are not safetensors, with the command that converts them."""
     code = (
         f"from diffusers import {class_name}; "
         f"{class_name}.from_pretrained({location!r}, use_safetensors=False).save_pretrained({target!r})"
     )
     return (
-        f"{location} has no safetensors weights: {found} a pickle, which can run code when it is loaded. If you trust "
-        f'its source, convert it and give {target}:\n  python -c "{code}"'
+        f"{location} has no safetensors weights: {subject} a pickle, which can run code when it is loaded. If you "
+        f'trust its source, convert it and use {target}:\n  python -c "{code}"'
     )
 
 
@@ -59,14 +59,14 @@ def hub_pipeline(hub_id: str) -> str:
     """The message for a hub id of a diffusers pipeline."""
     return (
         f"{hub_id} is a diffusers pipeline ({_PIPELINE_INDEX}), not an autoencoder; use its vae subfolder: "
-        f"hf download {hub_id} --include 'vae/*' --local-dir FOLDER, and give FOLDER/vae"
+        f"hf download {hub_id} --include 'vae/*' --local-dir FOLDER, and use FOLDER/vae"
     )
 
 
 def check_config(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a diffusers configuration, its class's defaults included.
+    """The settings of a diffusers configuration, including its class's defaults.
 
-    Raises UserError that names each setting which is not supported, or which the class itself would ignore.
+    Raises UserError with each setting that is not supported, or that the class itself would ignore.
     """
     import inspect
 
@@ -74,8 +74,8 @@ def check_config(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
     name = config.get("_class_name")
     if name not in KINDS:
-        what = f"it is {name}" if name else f"its {_CONFIG} names no class of diffusers (_class_name)"
-        raise UserError(f"{where} cannot be used as autoencoder: {what}; {supported('and')} are supported")
+        problem = f"it is {name}" if name else f"its {_CONFIG} has no diffusers class (_class_name)"
+        raise UserError(f"{where} cannot be used as autoencoder: {problem}; {supported('and')} are supported")
     kind = KINDS[name]
     arguments = inspect.signature(getattr(diffusers, name).__init__).parameters
     defaults = {key: argument.default for key, argument in arguments.items() if key != "self"}
@@ -100,10 +100,10 @@ def check_config(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _channel_problems(settings: Mapping[str, Any], latent_channels: str) -> Iterator[str]:
-    """Channels of images, under each name that the class has for them, and of latents, which are in a setting."""
+    """Problems of the channels of images, and of the latent channels, whose setting is named `latent_channels`."""
     for key in ("in_channels", "out_channels"):
         if settings.get(key, 3) != 3:
-            yield f"{key} is {settings[key]!r}, and images have 3 channels"
+            yield f"{key} is {settings[key]!r}, but images have 3 channels"
     if not isinstance(settings[latent_channels], int) or settings[latent_channels] < 1:
         yield f"{latent_channels} is {settings[latent_channels]!r}, not a number of channels"
 
@@ -117,20 +117,20 @@ def _scale_problems(settings: Mapping[str, Any], channels: Any) -> Iterator[str]
     if shift is not None and not _is_number(shift):
         yield f"shift_factor is {shift!r}, not a number"
     if (mean is None) != (std is None):
-        there, missing = ("latents_std", "latents_mean") if mean is None else ("latents_mean", "latents_std")
-        yield f"{there} is given without {missing}"
+        present, missing = ("latents_std", "latents_mean") if mean is None else ("latents_mean", "latents_std")
+        yield f"{present} is set without {missing}"
     for key, values, positive in (("latents_mean", mean, False), ("latents_std", std, True)):
         if values is None:
             continue
         if not isinstance(values, list | tuple) or len(values) != channels or not all(map(_is_number, values)):
-            yield f"{key} is {values!r}, not a number for each of the {channels} latent channels"
+            yield f"{key} is {values!r}, not one number for each of the {channels} latent channels"
         elif positive and min(values) <= 0:
-            yield f"{key} has the value {min(values)!r}, and standard deviations are above 0"
+            yield f"{key} has the value {min(values)!r}, but standard deviations are above 0"
     if mean is not None and shift:
-        yield f"shift_factor is {shift!r} and there is a latents_mean as well: which one centres is not defined"
+        yield f"shift_factor is {shift!r} and latents_mean is set too: only one of them can centre the latents"
 
 
 def _is_number(value: Any) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return -_LARGEST < value < _LARGEST  # and no NaN
+    return -_LARGEST < value < _LARGEST  # False for NaN

@@ -1,4 +1,4 @@
-"""The numbers that define a model: its blocks, where attention is modulated and where tokens are masked.
+"""The configuration of a model: its blocks, where attention is modulated and where tokens are masked.
 
 Legend: a *grid* is the side of a square of tokens, so a stage has grid² tokens.
 """
@@ -18,28 +18,28 @@ AmmKernel = Literal["exp_cos", "cos"]
 _ADDED = ("objective", "outputs")
 
 AMM_KERNELS: tuple[AmmKernel, ...] = ("exp_cos", "cos")
-_ARCHITECTURES: dict[str, type[ModelConfig]] = {}  # by the name that a stored configuration has
-_FIRST_ARCHITECTURE = "edt"  # that of stored configurations without a name
+_ARCHITECTURES: dict[str, type[ModelConfig]] = {}  # by the name in a stored configuration
+_FIRST_ARCHITECTURE = "edt"  # of stored configurations without a name
 
 
 class LatentSizeError(ValueError):
-    """Latents whose side a model cannot be cut into patches for."""
+    """The side of the latents cannot be divided into a model's patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ABC):
-    """What every model has; the families add their own numbers, and nothing else is needed to build one.
+    """The fields that every model has; families add their own. A configuration is all that is needed to build a model.
 
-    A family's configuration is known to `from_dict` by its `architecture`. `mask_form` is what its masks hold, None
+    `from_dict` selects a family's configuration by its `architecture`. `mask_form` is the content of its masks, None
     for a family without a masked forward pass.
 
-    `latent_size` is the side of the square latents. `amm_blocks` are 0-based indices over all blocks in forward order,
+    `latent_size` is the side of the square latents. `amm_blocks` are 0-based indices over all blocks in forward order.
     `amm_radius` is in tokens of a block's grid, None for the paper's (see `amm_matrix`). `objective` is what the model
-    was trained to predict, a name of `edt_core.diffusion.objectives`, and `outputs` the number of tensors of the
-    latents' shape that this takes: both are the objective's choice.
+    was trained to predict, a name of `edt_core.diffusion.objectives`; `outputs` is the number of tensors of the
+    latents' shape that the objective needs. `with_objective` sets both.
 
     Raises:
-        ValueError: the numbers do not make a model; the message says which, and what would.
+        ValueError: the values do not define a model; the message says which ones, and what is expected.
     """
 
     architecture: ClassVar[str]
@@ -59,17 +59,17 @@ class ModelConfig(ABC):
     outputs: int = 2
 
     def __init_subclass__(cls) -> None:
-        """Know a family's configuration by its architecture."""
+        """Register a family's configuration by its architecture."""
         super().__init_subclass__()
         if "architecture" in cls.__dict__:
             _ARCHITECTURES[cls.architecture] = cls
 
     def __post_init__(self) -> None:
-        """Check that the numbers make a model."""
+        """Check the values."""
         if self.num_classes < 1:
             raise ValueError(f"{self.name}: num_classes is {self.num_classes}; it must be at least 1.")
         if self.outputs < 1:
-            raise ValueError(f"{self.name}: outputs is {self.outputs}; a model has at least 1.")
+            raise ValueError(f"{self.name}: outputs is {self.outputs}; it must be at least 1.")
         _check_latent_size(self)
         _check_amm(self)
 
@@ -80,27 +80,27 @@ class ModelConfig(ABC):
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output, as many as the objective needs."""
+        """Channels of the output."""
         return self.outputs * self.in_channels
 
     @property
     def grid(self) -> int:
-        """Side of the square of tokens that the latents are cut into."""
+        """Side of the square of tokens that the latents are divided into."""
         return self.latent_size // self.patch_size
 
     @property
     @abstractmethod
     def cond_dim(self) -> int:
-        """Width of the conditioning vector, which is that of the first tokens."""
+        """Width of the conditioning vector, equal to that of the first tokens."""
 
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Blocks in the forward pass."""
+        """Number of blocks in the forward pass."""
 
     @property
     def num_merges(self) -> int:
-        """How many times the grid is halved."""
+        """Number of times the grid is halved."""
         return 0
 
     @property
@@ -110,43 +110,43 @@ class ModelConfig(ABC):
 
     @property
     def is_masked(self) -> bool:
-        """Whether the model has a masked forward pass to train with."""
+        """Whether the model has a masked forward pass for training."""
         return self.mask_form is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON keeps (tuples become lists there; `from_dict` turns them back).
+        """Plain values for JSON, which turns tuples into lists; `from_dict` turns them back.
 
-        What came after models were written is left out at its default: their configurations stay as they were.
+        Fields that were added later are left out at their defaults, so that stored configurations stay equal.
         """
         left_out = {field.name for field in fields(self) if field.name in _ADDED and _is_default(self, field)}
         values = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {"architecture": self.architecture, **values}
 
     def objective_record(self) -> dict[str, str]:
-        """`{"objective": its name}`, for what is recorded of a model; empty for epsilon, which older records mean."""
+        """`{"objective": its name}` for a model's records; empty for epsilon, since older records have no objective."""
         return {} if self.objective == "epsilon" else {"objective": self.objective}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`, also after a trip through JSON. Without an architecture, as of old, it is an EDT.
+        """Inverse of `to_dict`, also for values read from JSON. Old values without an architecture are of an EDT.
 
         Raises:
-            ValueError: unknown keys, missing keys, or numbers that do not fit.
+            ValueError: unknown keys, missing keys, or invalid values.
         """
-        given = dict(values)
-        architecture = given.pop("architecture", _FIRST_ARCHITECTURE)
+        settings = dict(values)
+        architecture = settings.pop("architecture", _FIRST_ARCHITECTURE)
         if architecture not in _ARCHITECTURES:
             raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(sorted(_ARCHITECTURES))}")
-        made = _ARCHITECTURES[architecture]
-        known = {field.name: field for field in fields(made)}
-        unknown = sorted(set(given) - set(known))
-        missing = sorted(name for name, field in known.items() if field.default is MISSING and name not in given)
+        config_class = _ARCHITECTURES[architecture]
+        by_name = {field.name: field for field in fields(config_class)}
+        unknown = sorted(set(settings) - set(by_name))
+        missing = sorted(name for name, field in by_name.items() if field.default is MISSING and name not in settings)
         if unknown or missing:
             raise ValueError(
-                f"This is not a {made.__name__}: unknown keys {unknown}, missing keys {missing}. "
-                f"Known keys are {sorted(known)}."
+                f"This is not a {config_class.__name__}: unknown keys {unknown}, missing keys {missing}. "
+                f"Known keys are {sorted(by_name)}."
             )
-        return made(**{key: _as_tuple(value) for key, value in given.items()})
+        return config_class(**{key: _as_tuple(value) for key, value in settings.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class OneWidthConfig(ModelConfig):
     num_heads: int
 
     def __post_init__(self) -> None:
-        """Check that the numbers make a model."""
+        """Check the values."""
         check_width(self.name, self.dim, self.num_heads)
         if self.depth < 1:
             raise ValueError(f"{self.name}: depth is {self.depth}; it must be at least 1.")
@@ -166,12 +166,12 @@ class OneWidthConfig(ModelConfig):
 
     @property
     def cond_dim(self) -> int:
-        """Width of the conditioning vector, which is that of the tokens."""
+        """Width of the conditioning vector, equal to that of the tokens."""
         return self.dim
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in the forward pass."""
+        """Number of blocks in the forward pass."""
         return self.depth
 
 
@@ -185,7 +185,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def check_width(name: str, dim: int, heads: int) -> None:
-    """Raise ValueError unless blocks of a width can have so many heads and a position embedding."""
+    """Raise ValueError unless the width is divisible by the heads, and by 4 for the position embedding."""
     if dim < 1 or heads < 1 or dim % heads or dim % 4:
         raise ValueError(
             f"{name}: blocks of width {dim} with {heads} heads; the width must be a multiple of "
@@ -215,7 +215,7 @@ def _check_amm(config: ModelConfig) -> None:
 
 
 def check_amm_blocks(config: ModelConfig, blocks: Sequence[int]) -> None:
-    """Raise UserError unless every index in `blocks` names a block of the model."""
+    """Raise UserError unless every index in `blocks` is that of a block of the model."""
     outside = [block for block in blocks if not 0 <= block < config.num_blocks]
     if outside:
         raise UserError(

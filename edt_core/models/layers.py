@@ -17,9 +17,9 @@ _FREQUENCY_DIM = 256  # width of the sinusoidal timestep embedding, as in DiT
 
 
 def merge_tokens(x: Tensor, grid: int) -> Tensor:
-    """Every 2x2 cell of tokens into one: [N, T, C] -> [N, T/4, 4C]. Mirror image of `split_tokens`.
+    """Merge every 2x2 cell of tokens into one: [N, T, C] -> [N, T/4, 4C]. Counterpart of `split_tokens`.
 
-    The four vectors of a cell stand in the order (row, column) = (0,0), (1,0), (0,1), (1,1).
+    The four vectors of a cell are in the order (row, column) = (0,0), (1,0), (0,1), (1,1).
     """
     half = grid // 2
     cells = x.reshape(-1, half, 2, half, 2, x.shape[-1])  # N, row, row in cell, column, column in cell, C
@@ -27,10 +27,10 @@ def merge_tokens(x: Tensor, grid: int) -> Tensor:
 
 
 def split_tokens(x: Tensor, grid: int) -> Tensor:
-    """Every token into a 2x2 cell of tokens: [N, T, 4C] -> [N, 4T, C]. Mirror image of `merge_tokens`.
+    """Split every token into a 2x2 cell of tokens: [N, T, 4C] -> [N, 4T, C]. Counterpart of `merge_tokens`.
 
-    The four vectors stand in the order (row, column) = (0,0), (0,1), (1,0), (1,1), so splitting what was
-    merged gives every cell transposed; the linear layers around the two learn either order alike.
+    The four vectors are in the order (row, column) = (0,0), (0,1), (1,0), (1,1), so splitting merged tokens
+    transposes every cell; the linear layers around the two can learn either order.
     """
     width = x.shape[-1] // 4
     cells = x.reshape(-1, grid, grid, 2, 2, width)  # N, row, column, row in cell, column in cell, C
@@ -43,12 +43,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def adaln_projection(cond_dim: int, out_dim: int) -> nn.Sequential:
-    """From the conditioning to the shifts, scales and gates of one module: [N, K] -> [N, out_dim]."""
+    """Projection of the conditioning to the shifts, scales and gates of one module: [N, K] -> [N, out_dim]."""
     return nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, out_dim))
 
 
 class AdaptiveLayerNorm(nn.LayerNorm):
-    """Layer norm whose shift and scale come with the input."""
+    """Layer norm whose shift and scale are inputs."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-6, elementwise_affine=False)
@@ -59,7 +59,7 @@ class AdaptiveLayerNorm(nn.LayerNorm):
 
 
 class PatchEmbedding(nn.Module):
-    """Latents to tokens, one a patch."""
+    """Latents to tokens, one per patch."""
 
     def __init__(self, in_channels: int, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class DownSample(nn.Module):
     """Merge 2x2 tokens into one of width D'.
 
     Adaptive layer norm before the projection (token information enhancement), a position embedding after it
-    (positional encoding supplement). A masked token's vector is zeroed between norm and projection, when the
+    (positional encoding supplement). A masked token's vector is zeroed between norm and projection, after the
     blocks of the stage have mixed all tokens (token relation-enhanced masking). Source: arXiv 2410.23788.
     """
 
@@ -117,7 +117,7 @@ class DownSample(nn.Module):
         self.register_buffer("pos_embed", sincos_position_embedding(out_dim, grid // 2))
 
     def forward(self, x: Tensor, c: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Merge: x [N, T, D], c [N, K], keep [N, T] bool (True: the token stays) -> [N, T/4, D']."""
+        """Merge: x [N, T, D], c [N, K], keep [N, T] bool (False: the token is masked) -> [N, T/4, D']."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         merged: Tensor = self.norm(merge_tokens(x, self.grid), shift, scale)
         if keep is not None:

@@ -1,4 +1,4 @@
-"""Where tokens are: sine-cosine embeddings, relative offsets, and the attention modulation matrix.
+"""Token positions: sine-cosine embeddings, relative offsets, and the attention modulation matrix.
 
 Legend: n = grid side, T = n² tokens in row-major order, D = width.
 """
@@ -23,7 +23,7 @@ def _sincos(positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def sincos_position_embedding(dim: int, grid: int) -> Tensor:
-    """Fixed embedding of places, [1, T, D] float32: D/2 channels for the column, then D/2 for the row.
+    """Fixed position embedding, [1, T, D] float32: D/2 channels for the column, then D/2 for the row.
 
     Pair i of sine and cosine has frequency 10000^(-4i/D), as in MAE (arXiv 2111.06377).
     """
@@ -44,30 +44,30 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def relative_offsets(grid: int) -> Tensor:
-    """Signed distance along one axis between two places, counted from 0: [n, n] int64 in 0..2n-2.
+    """Signed distances between positions along one axis, shifted to start at 0: [n, n] int64 in 0..2n-2.
 
-    A relative position bias table of (2n-1)² rows is looked up at `row offset * (2n-1) + column offset`
+    The row of a relative position bias table with (2n-1)² rows is `row offset * (2n-1) + column offset`
     (Swin, arXiv 2103.14030).
     """
-    places = torch.arange(grid)
-    return places[:, None] - places[None, :] + grid - 1
+    positions = torch.arange(grid)
+    return positions[:, None] - positions[None, :] + grid - 1
 
 
 def amm_matrix(grid: int, kernel: AmmKernel = "exp_cos", radius: float | None = None) -> Tensor:
-    """Attention modulation matrix [T, T], float32: the factor of each score by the distance d of its tokens.
+    """Attention modulation matrix [T, T], float32: a factor for each score, by the distance d of its two tokens.
 
     The factor is exp(cos(f·d))/2 ("exp_cos") or 1.3·cos(f·d) ("cos"), where the grid's diagonal is a quarter
     of the cosine's period. Beyond `radius` tokens it is 0; None is the paper's radius sqrt(2² + (n-1)²), the distance
     from the first token to the last one two rows below it. Source: arXiv 2410.23788, Attention Modulation Matrix.
     """
-    places = torch.arange(grid)
-    row, column = places.repeat_interleave(grid), places.repeat(grid)
+    positions = torch.arange(grid)
+    row, column = positions.repeat_interleave(grid), positions.repeat(grid)
     squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
     distance = squared.double().sqrt()
     diagonal = (grid - 1) * math.sqrt(2.0)
-    # The diagonal is a quarter of the period only to the last bit: its cosine may come out as -2e-16.
+    # The diagonal is a quarter of the period only up to rounding: its cosine may be -2e-16.
     cosine = torch.cos(distance * (math.pi / 2 / max(diagonal, 1.0))).clamp(min=0.0)
     factor = cosine.exp() / 2 if kernel == "exp_cos" else _COS_GAIN * cosine
-    # The paper's radius in integers, so that it is exact.
+    # The paper's radius is compared in integers, which is exact.
     within = squared <= 4 + (grid - 1) ** 2 if radius is None else distance <= radius
     return torch.where(within, factor, 0.0).float()

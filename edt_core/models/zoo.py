@@ -1,4 +1,4 @@
-"""The named models: all families in their papers' sizes, tiny ones for small latents, and the placement of AMM.
+"""The named models: all families in their papers' sizes, tiny ones for small latents, and their AMM placements.
 
 Legend: `cfg_scale` is the classifier-free guidance scale (1 means no guidance); `image_size` is in pixels.
 """
@@ -29,7 +29,7 @@ def family_of(name: str) -> Family:
 
 
 def models_for(latent_size: int) -> tuple[str, ...]:
-    """The models that latents of a side can be cut into patches for."""
+    """The models for latents of side `latent_size`."""
     return tuple(name for name in MODEL_NAMES if _fits(name, latent_size))
 
 
@@ -59,9 +59,9 @@ def model_config(
         image_size: side of the images in pixels; the latents' side is `image_size / autoencoder_factor`.
         num_classes: number of classes; the label `num_classes` itself is the null class of guidance.
         amm_blocks: blocks whose attention is modulated in evaluation, see `paper_amm_blocks`.
-        autoencoder_factor: pixels a latent covers in each direction; 8 but for Tiny, 4.
+        autoencoder_factor: pixels that a latent covers in each direction; None is 8, and 4 for Tiny.
         latent_channels: channels of the latents.
-        amm_kernel: how attention falls with distance; the paper's for the resolution if None.
+        amm_kernel: how attention decreases with distance; None is the paper's for the resolution.
 
     Raises:
         ValueError: an unknown name, an image size that does not fit, or an AMM block that does not exist.
@@ -72,7 +72,7 @@ def model_config(
     if image_size % factor:
         patch, depths = size.numbers.get("patch_size", 2), size.numbers.get("depths", ())
         raise ValueError(
-            f"{name}: images of {image_size} pixels do not divide by the autoencoder's factor {factor}. "
+            f"{name}: the image size of {image_size} pixels is not divisible by the autoencoder's factor {factor}. "
             f"Use a multiple of {factor * patch * 2 ** (len(depths) // 2)}."
         )
     if amm_kernel is None:
@@ -109,7 +109,7 @@ def create_model(
     latent_channels: int = 4,
     amm_kernel: AmmKernel | None = None,
 ) -> DiffusionTransformer:
-    """A freshly initialised model by name; the arguments, and what is raised, are those of `model_config`."""
+    """A freshly initialised model by name. Arguments and errors are those of `model_config`."""
     return build_model(
         model_config(
             name,
@@ -124,9 +124,9 @@ def create_model(
 
 
 def paper_amm_blocks(name: str, cfg_scale: float, image_size: int = 256) -> tuple[int, ...]:
-    """Blocks whose attention EDT's authors modulate in a model, for a guidance scale and an image size in pixels.
+    """Blocks in which EDT's authors modulate attention, for a model, a guidance scale and an image size in pixels.
 
-    They are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S: `AMM_PLACEMENTS`.
+    Placements are published for EDT-S, -B and -XL, DiT-S/2 and -XL/2, and MDTv2-S (`AMM_PLACEMENTS`).
 
     Raises:
         UserError: no placement is published for the model, the guidance scale and the image size.
@@ -136,17 +136,17 @@ def paper_amm_blocks(name: str, cfg_scale: float, image_size: int = 256) -> tupl
     for placement in published:
         if placement.fits(name, cfg_scale, image_size):
             return placement.blocks
-    known = "; ".join(str(placement) for placement in published if placement.model == name)
+    own = "; ".join(str(placement) for placement in published if placement.model == name)
     models = ", ".join(dict.fromkeys(placement.model for placement in AMM_PLACEMENTS))
     raise UserError(
         f"amm_blocks is 'paper', but no placement is published for {name} at {image_size} px with cfg_scale "
-        f"{cfg_scale:g}. Published for {f'{name}: {known}' if known else f'other models only: {models}'}. Search for a "
-        "placement with `edt amm-search` and use amm_blocks 'model', give block numbers, or turn AMM off "
+        f"{cfg_scale:g}. Published for {f'{name}: {own}' if own else f'other models only: {models}'}. Search for a "
+        "placement with `edt amm-search` and use amm_blocks 'model', list block numbers, or turn AMM off "
         "(amm_blocks [], in a sweep amm=off)."
     )
 
 
 def has_paper_amm_blocks(name: str, image_size: int = 256) -> bool:
-    """Whether a placement is published for a model and an image size in pixels, at one guidance scale at least."""
+    """Whether a placement is published for a model and an image size in pixels, at any guidance scale."""
     large = image_size >= LARGE_IMAGE_SIZE
     return any((placement.model, placement.large) == (name, large) for placement in AMM_PLACEMENTS)

@@ -1,1 +1,1 @@
-"""The training loop and what it is made of; runs without Ray."""
+"""The training loop and its parts; it runs without Ray."""

@@ -1,6 +1,6 @@
 """One training checkpoint: a folder of safetensors and JSON, with digests in a manifest that is written last.
 
-Loading never unpickles, and never takes a folder whose manifest is missing or disagrees with a file.
+Loading never unpickles, and rejects a folder whose manifest is missing or does not match a file.
 """
 
 import json
@@ -31,15 +31,15 @@ WriteFile = Callable[[str, Callable[[Path], int | None]], FileEntry]  # as `Arti
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is not whole."""
+    """A checkpoint is incomplete, damaged, or of another version."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a training needs to resume: `step` steps are done.
+    """Everything a training needs to resume after `step` completed steps.
 
-    `tensors` are named tensors by file name, `state` is plain JSON. `score` is the mean loss since the checkpoint
-    before; a checkpoint is `regular` if an uninterrupted training writes it too, and not only a place to resume from.
+    `tensors` are named tensors by file name, `state` is plain JSON. `score` is the mean loss since the previous
+    checkpoint. A checkpoint is `regular` if an uninterrupted training writes it too.
     """
 
     step: int
@@ -52,7 +52,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """What a checkpoint's manifest says; `files` are sha256 by name, `seal` is that of the manifest itself."""
+    """The content of a checkpoint's manifest. `files`: sha256 by name; `seal`: sha256 of the other fields."""
 
     step: int
     regular: bool
@@ -62,12 +62,12 @@ class CheckpointManifest:
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of a step's checkpoint; names sort as their steps do."""
+    """The folder name of a step's checkpoint; names sort by step."""
     return f"{STEP_PREFIX}{step:08d}"
 
 
 def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointManifest:
-    """Write the files of a checkpoint whose tensors are in the host's memory; the manifest last."""
+    """Write the files of a checkpoint whose tensors are in host memory, the manifest last."""
     files: dict[str, str] = {}
     for name, tensors in checkpoint.tensors.items():
         files[name] = write(name, _saving(dict(tensors))).sha256
@@ -77,15 +77,15 @@ def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointMani
     }
     for name, text in texts.items():
         files[name] = write(name, _writing(text)).sha256
-    stated = {
+    fields = {
         "version": CHECKPOINT_VERSION,
         "step": checkpoint.step,
         "regular": checkpoint.regular,
         "score": checkpoint.score,
         "files": files,
     }
-    seal = sha256_json(stated)
-    write(CHECKPOINT_MANIFEST, _writing(json.dumps({**stated, "seal": seal}, indent=1, sort_keys=True)))
+    seal = sha256_json(fields)
+    write(CHECKPOINT_MANIFEST, _writing(json.dumps({**fields, "seal": seal}, indent=1, sort_keys=True)))
     return CheckpointManifest(checkpoint.step, checkpoint.regular, checkpoint.score, files, seal)
 
 
@@ -104,33 +104,33 @@ def _writing(text: str) -> Callable[[Path], None]:
 
 
 def read_manifest(data: bytes, where: str) -> CheckpointManifest:
-    """A checkpoint's manifest from its bytes. Raises CheckpointError where it is not whole or of another version."""
+    """A checkpoint's manifest from its bytes. Raises CheckpointError if it is invalid or of another version."""
     try:
-        stated = parse_json(data, f"{where}/{CHECKPOINT_MANIFEST}")
-        seal = stated.pop("seal")
-        if seal != sha256_json(stated):
-            raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} has been changed: it differs from its seal")
-        if stated.pop("version") != CHECKPOINT_VERSION:
-            raise CheckpointError(f"{where} was written by another version; this code reads {CHECKPOINT_VERSION}")
-        return CheckpointManifest(**stated, seal=seal)
+        fields = parse_json(data, f"{where}/{CHECKPOINT_MANIFEST}")
+        seal = fields.pop("seal")
+        if seal != sha256_json(fields):
+            raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} was changed: it does not match its seal")
+        if (version := fields.pop("version")) != CHECKPOINT_VERSION:
+            raise CheckpointError(f"{where} has checkpoint version {version}; this code reads {CHECKPOINT_VERSION}")
+        return CheckpointManifest(**fields, seal=seal)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} is not whole ({error})") from error
+        raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} is invalid ({error})") from error
 
 
 def check_checkpoint(folder: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint all of whose files have their digests. Raises CheckpointError with the reason."""
+    """The manifest of a checkpoint whose files all match their digests. Raises CheckpointError with the reason."""
     try:
         manifest = read_manifest(read_bounded(folder / CHECKPOINT_MANIFEST), str(folder))
     except UnusableFileError as error:
         raise CheckpointError(str(error)) from error
     except OSError as error:
-        raise CheckpointError(f"{folder} has no {CHECKPOINT_MANIFEST}: it was not finished ({error})") from error
+        raise CheckpointError(f"{folder} has no {CHECKPOINT_MANIFEST}: it is incomplete ({error})") from error
     for name, digest in manifest.files.items():
         path = folder / Path(name).name
         if not path.exists():
             raise CheckpointError(f"{folder}/{name} is missing")
         if sha256_file(path) != digest:
-            raise CheckpointError(f"{folder}/{name} differs from its digest")
+            raise CheckpointError(f"{folder}/{name} does not match its digest")
     return manifest
 
 
@@ -148,17 +148,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 class HostMemory:
-    """Copies of a checkpoint's tensors in the host's memory, which is kept for the next one.
+    """Copies of a checkpoint's tensors in host memory, which the next checkpoint reuses.
 
-    For a GPU it is page-locked: fresh gigabytes of that would cost more than the copy. What the copies were given to
-    has to be done with them before the next are made.
+    For tensors on a GPU the memory is page-locked; allocating gigabytes of it each time would cost more than the copy.
+    Copies are valid until the next call of `copy`.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def copy(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint as it is now, whatever training does to its tensors afterwards."""
+        """A copy of the checkpoint that later training steps do not change."""
         copies = {
             file: {name: self._copied((file, name), value) for name, value in tensors.items()}
             for file, tensors in checkpoint.tensors.items()
@@ -169,11 +169,11 @@ class HostMemory:
         return replace(checkpoint, tensors=copies)
 
     def _copied(self, key: tuple[str, str], value: Tensor) -> Tensor:
-        kept = self._kept.get(key)
-        if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
-            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self._kept[key] = kept
-        return kept.copy_(value.detach(), non_blocking=True)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[key] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
 
 
 def ema_model(folder: Path, device: torch.device | str = "cpu") -> DiffusionTransformer:

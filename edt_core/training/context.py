@@ -1,4 +1,4 @@
-"""What the training loop sees of the world: its rank, where checkpoints go, and whom to tell. No Ray in sight."""
+"""The training loop's interface to its surroundings: its rank, its checkpoints, its reports. Independent of Ray."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,49 +16,49 @@ from edt_core.training.store import CheckpointStore
 
 
 class Request(Enum):
-    """What the world wants of a training between two steps."""
+    """A request to a training between two steps."""
 
     NOTHING = 0
-    SAVE = 1  # a node is about to go: write a checkpoint and continue
+    SAVE = 1  # a node is about to shut down: write a checkpoint and continue
     STOP = 2  # write a checkpoint and end
 
 
 class TrainContext(Protocol):
-    """One worker's view of what is outside its training. What is collective, all ranks call at the same step."""
+    """One worker's interface to its surroundings. All ranks call a collective method at the same step."""
 
     ranks: Ranks
     store: CheckpointStore  # rank 0 alone writes to it
 
     def step_done(self, step: int, total_steps: int, loss: float) -> None:
-        """A step is done. Rank 0 alone calls it."""
+        """Report that a step is complete. Only rank 0 calls it."""
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
-        """Tell the figures of the steps up to this one. Rank 0 alone calls it."""
+        """Report the metrics of the steps up to this one. Only rank 0 calls it."""
 
     def warn(self, message: str) -> None:
-        """Tell a person. Any rank."""
+        """Show a warning to the user. Any rank may call it."""
 
     def preview(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Show what averaged weights make. Rank 0 alone calls it."""
+        """Show samples from averaged weights. Only rank 0 calls it."""
 
     def has_news(self) -> bool:
-        """Whether it is time that all ranks `look`."""
+        """Whether all ranks should call `look` now."""
 
     def look(self) -> Request:
-        """What is wanted, the same on every rank. Collective."""
+        """The request, the same on every rank. Collective."""
 
 
 @dataclass
 class LocalContext:
-    """A training without a cluster; checkpoints go to `folder/checkpoints/step-NNNNNNNN`.
+    """A training without a cluster; checkpoints are written to `folder/checkpoints/step-NNNNNNNN`.
 
-    `wish`, if given, is asked after each step what is wanted, and rank 0's counts.
+    `request`, if set, is called after each step for the request; rank 0's counts.
     """
 
     folder: Path
     ranks: Ranks = field(default_factory=Ranks)
     num_to_keep: int = 1_000_000
-    wish: Callable[[], Request] | None = None
+    request: Callable[[], Request] | None = None
     reported: list[dict[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     previews: list[int] = field(default_factory=list)
@@ -80,18 +80,18 @@ class LocalContext:
         self.previews.append(step)
 
     def has_news(self) -> bool:
-        return self.wish is not None
+        return self.request is not None
 
     def look(self) -> Request:
-        wanted = self.wish() if self.wish else Request.NOTHING
-        return Request(self.ranks.agree(wanted.value))
+        request = self.request() if self.request else Request.NOTHING
+        return Request(self.ranks.agree(request.value))
 
 
 def latest(context: TrainContext) -> Checkpoint | None:
-    """The newest whole checkpoint, the same on every rank: rank 0 finds it, each checks what it reads. Collective."""
+    """The newest valid checkpoint, the same on every rank: rank 0 finds it, each rank verifies it. Collective."""
     ranks, store = context.ranks, context.store
-    found = (store.newest() if ranks.rank == 0 else None) or 0
-    step = ranks.agree(found)
+    newest = (store.newest() if ranks.rank == 0 else None) or 0
+    step = ranks.agree(newest)
     checkpoint = store.load(step) if step else None
-    ranks.wait()  # rank 0 goes on to write others, and would prune this one under a slow reader
+    ranks.wait()  # otherwise rank 0 could write newer ones and prune this one while a slow rank reads it
     return checkpoint

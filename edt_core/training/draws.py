@@ -1,6 +1,6 @@
-"""The randomness of a training step, a function of (seed, step) for the whole global batch, cut by rank.
+"""The random numbers of a training step: a function of (seed, step) for the whole global batch, sliced by rank.
 
-Which rows, and which of them mirrored, the loader draws in the same way (`edt_core.data.order`).
+The loader draws rows and their mirroring in the same way (`edt_core.data.order`).
 
 Legend: B global batch, C latent channels, h latent height and width.
 """
@@ -32,7 +32,7 @@ class StepDraws:
     masks: tuple[Tensor, ...]
 
     def rows(self, places: slice) -> "StepDraws":
-        """The draws of some samples, as a rank's; `uniforms` stay whole: timesteps are drawn for all at once."""
+        """The draws of some samples, such as a rank's. `uniforms` stays whole: timesteps are drawn for all at once."""
         return StepDraws(
             posterior_noise=self.posterior_noise[places],
             drop_label=self.drop_label[:, places],
@@ -42,14 +42,14 @@ class StepDraws:
         )
 
     def pinned(self, device: torch.device) -> "StepDraws":
-        """The same in page-locked memory, where a copy to a GPU need not wait; itself where `device` is none."""
+        """The same draws in page-locked memory, for asynchronous copies to a GPU; unchanged if `device` is no GPU."""
         if device.type != "cuda":
             return self
         with on_device(device):
             return self._moved(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "StepDraws":
-        """Copy to a device; `uniforms` stay, the host uses them."""
+        """Copy to a device, except `uniforms`, which the host uses."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "StepDraws":

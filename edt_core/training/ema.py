@@ -9,13 +9,13 @@ from torch import Tensor, nn
 class EMA:
     """float32 averages of a model's state, one for each decay: average <- decay * average + (1 - decay) * value.
 
-    `averages[0]` is that of the first decay, whose weights are sampled from. Fixed position embeddings are part of the
-    state dict and average to themselves; what is no floating-point number, as an index, stays as it is.
+    `averages[0]`, of the first decay, is used for sampling. Fixed position embeddings are part of the state dict and
+    average to themselves; tensors that are not floating-point, such as indices, stay unchanged.
     """
 
     def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
         self.decays = tuple(decays)
-        self._values = model.state_dict()  # shares the model's memory: no walk over its modules at each update
+        self._values = model.state_dict()  # shares the model's memory, so that an update need not walk its modules
         self._averaged = [name for name, value in self._values.items() if value.is_floating_point()]
         self.averages = [
             {name: _float32(value.detach()).clone() for name, value in self._values.items()} for _ in self.decays
@@ -23,13 +23,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """One update of each average over all tensors in one fused call."""
+        """Update each average, all its tensors in one fused call."""
         values = [self._values[name].float() for name in self._averaged]
         for decay, average in zip(self.decays, self.averages, strict=True):
             torch._foreach_lerp_([average[name] for name in self._averaged], values, 1.0 - decay)
 
     def load(self, averages: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over averages, one for each decay in order. Raises KeyError unless the names are those of the model."""
+        """Load averages, one for each decay in order. Raises KeyError if a tensor of the model is missing."""
         for average, saved in zip(self.averages, averages, strict=True):
             for name, value in average.items():
                 value.copy_(saved[name])

@@ -1,7 +1,4 @@
-"""What a training will take, told before anything is started: numbers of the model, memory, steps. Nothing is run.
-
-Legend: m micro-batch, the samples that a worker takes at once.
-"""
+"""Estimate of a training's cost before it starts: the model's size, memory, steps. No model is run."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +23,7 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes are those of one worker. `activations` are what the backward pass keeps of one micro-batch."""
+    """The cost of a training. Bytes are those of one worker; `activations` are saved for one micro-batch's backward."""
 
     model: str
     parameters: int
@@ -45,7 +42,7 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """All of them together; what libraries and kernels take beside them is not in it."""
+        """Bytes of all tensors of a worker, without the overhead of libraries and kernels."""
         return self.weights + self.gradients + self.optimizer + self.ema + self.activations
 
     @property
@@ -55,14 +52,14 @@ class Estimate:
     def __str__(self) -> str:
         rows = {
             "parameters": f"{self.parameters:,}",
-            "MACs an image": f"{self.macs / _GIGA:,.3g} G (the paper's GFLOPs)",
-            "training FLOPs an image": f"{self.flops_per_image / _GIGA:,.3g} G",
-            "memory a worker": f"about {_size(self.memory)}: weights {_size(self.weights)}, gradients "
+            "MACs per image": f"{self.macs / _GIGA:,.3g} G (the paper's GFLOPs)",
+            "training FLOPs per image": f"{self.flops_per_image / _GIGA:,.3g} G",
+            "memory per worker": f"about {_size(self.memory)}: weights {_size(self.weights)}, gradients "
             f"{_size(self.gradients)}, optimizer {_size(self.optimizer)}, EMA {_size(self.ema)}, "
             f"activations {_size(self.activations)} (micro-batch {self.micro_batch})",
-            "a checkpoint": _size(self.checkpoint),
+            "checkpoint": _size(self.checkpoint),
             "images": f"{self.images:,}",
-            "steps an epoch": f"{self.steps_per_epoch:,.1f}",
+            "steps per epoch": f"{self.steps_per_epoch:,.1f}",
             "steps": f"{self.steps:,} of {self.global_batch_size} images, "
             f"{self.steps * self.global_batch_size / self.images:,.1f} epochs",
         }
@@ -70,12 +67,12 @@ class Estimate:
 
 
 def _size(number: int) -> str:
-    """Bytes for a person."""
+    """A number of bytes as text, in GiB or MiB."""
     return f"{number / (1 << 30):,.2f} GiB" if number >= 1 << 30 else f"{number / (1 << 20):,.0f} MiB"
 
 
 def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Estimate:
-    """What training a model on so many images takes."""
+    """The cost of training a model on a data set of `images` images."""
     parameters, macs = _numbers(model_config)
     weights = 4 * parameters
     optimizer = weights * _OPTIMIZER_STATES[config.optimizer]
@@ -106,19 +103,19 @@ def _numbers(config: ModelConfig) -> tuple[int, int]:
 
 
 def _activations(model_config: ModelConfig, config: TrainConfig) -> int:
-    """Bytes that the backward pass keeps of a micro-batch.
+    """Bytes saved for the backward pass of a micro-batch.
 
-    In bf16 everything is taken to be in half precision, where autocast keeps norms and losses in float32. The scores of
-    attention are counted, which a GPU's fused kernels do not keep: there it is a sixth less.
+    In bf16 the estimate counts everything in half precision, although autocast computes norms and losses in float32.
+    It includes the attention scores, which a GPU's fused kernels do not save: on a GPU, a sixth less is used.
     """
     first, further = _sample_bytes(model_config, config.activation_checkpointing, config.passes)
     total = first + further * (config.micro_batch() - 1)
     return total // 2 if config.precision == "bf16" else total
 
 
-@lru_cache(maxsize=64)  # tracing a large model takes seconds, and `edt init` asks for several micro-batches of one
+@lru_cache(maxsize=64)  # tracing a large model takes seconds, and `edt init` tries several micro-batches of one model
 def _sample_bytes(config: ModelConfig, checkpointing: bool, passes: int) -> tuple[int, int]:
-    """Bytes that the backward pass keeps of the first sample of a micro-batch, and of each further one."""
+    """Bytes saved for the backward pass of the first sample of a micro-batch, and of each further one."""
     model = shadow(config).train()
     model.activation_checkpointing = checkpointing
     first, both = (saved_bytes(model, samples, passes) for samples in (1, 2))
@@ -126,23 +123,23 @@ def _sample_bytes(config: ModelConfig, checkpointing: bool, passes: int) -> tupl
 
 
 def saved_bytes(model: DiffusionTransformer, samples: int, passes: int) -> int:
-    """Bytes that the backward pass keeps of one forward pass of a model without storage (device "meta").
+    """Bytes that a forward pass saves for the backward pass, measured on a model without storage (device "meta").
 
-    Each saved storage counts once, weights not at all. With two passes the second one is masked.
+    Each saved storage counts once; weights do not count. With two passes the second one is masked.
     """
-    kept: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+            sizes[storage._cdata] = storage.nbytes()
         return tensor
 
     config, rows, device = model.config, samples * passes, torch.device("meta")
     x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size, device=device)
     t, y = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
     masks = draw_masks(config, samples, torch.Generator().manual_seed(0), device) if passes == 2 else None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         model(x, t, y, masks)
-    return sum(kept.values())
+    return sum(sizes.values())

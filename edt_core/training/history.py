@@ -13,10 +13,10 @@ QUARTILES = 4
 
 @dataclass
 class History:
-    """`rows` are means over the steps since the row before, `pending` the losses of the steps since the last one;
-    `score_sum` and `score_steps` are the loss and number of the steps since the last regular checkpoint.
+    """Losses of a training: `rows` are means over the steps since the previous row, `pending` the losses since then.
 
-    No clock is in it: equal trainings have equal histories.
+    `score_sum` and `score_steps` are the summed loss and the number of steps since the last regular checkpoint.
+    The history contains no times, so equal trainings have equal histories.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -25,13 +25,16 @@ class History:
     score_steps: int = 0
 
     def add(self, losses: Mapping[str, float]) -> None:
-        """The losses of one step."""
+        """Add the losses of one step."""
         self.pending.append(dict(losses))
         self.score_sum += losses["loss"]
         self.score_steps += 1
 
     def close_row(self, step: int, lr: float) -> dict[str, float]:
-        """End a row; a loss that not every step has (a quartile without a timestep) is the mean of those that do."""
+        """End a row and return it.
+
+        A loss that some steps lack (a quartile without a timestep) is averaged over the others.
+        """
         row = {"step": float(step), "lr": lr}
         for name in dict.fromkeys(name for losses in self.pending for name in losses):
             values = [losses[name] for losses in self.pending if name in losses]
@@ -41,13 +44,13 @@ class History:
         return row
 
     def take_score(self) -> float | None:
-        """Mean loss of the steps since it was taken last; None where there was none."""
+        """Mean loss of the steps since the previous call; None if there was no step."""
         score = self.score_sum / self.score_steps if self.score_steps else None
         self.score_sum, self.score_steps = 0.0, 0
         return score
 
     def state(self) -> dict[str, Any]:
-        """Plain values that JSON keeps, all of them copies."""
+        """Copies of all values, in types that JSON can store."""
         return {
             "rows": list(self.rows),
             "pending": list(self.pending),
@@ -66,10 +69,10 @@ def named_losses(
     weights: NDArray[np.float64],
     num_timesteps: int,
 ) -> dict[str, float]:
-    """The losses of a step by name, for terms of the loss [passes, B] of the global batch, timesteps and weights [B].
+    """The losses of a step by name, from the loss terms [passes, B] of the global batch, timesteps and weights [B].
 
-    loss = loss_full + loss_masked is what is trained on; the terms are those of the full pass; loss_t0 .. loss_t3 are
-    the full pass's by quartile of the timesteps, from the least noise to the most. All are weighted by importance.
+    The training minimises loss = loss_full + loss_masked. The terms are those of the full pass. loss_t0 .. loss_t3 are
+    the full pass's loss by quartile of the timesteps, from least to most noise. All are weighted by importance.
     """
     total = reduce(np.add, terms.values())
     means = (total * weights).mean(axis=1)

@@ -1,4 +1,4 @@
-"""The training of an EDT: one function over a small context.
+"""The training of a diffusion transformer: one function over a small context.
 
 Legend: B global batch, n this rank's share of it.
 """
@@ -29,21 +29,21 @@ _STEPS_AHEAD = 2
 def train(
     config: TrainConfig, model_config: ModelConfig, dataset: LatentDataset | LatentStream, context: TrainContext
 ) -> TrainState:
-    """Train to the last step, from the newest checkpoint that the context has, and save checkpoints on the way.
+    """Train to the last step, resuming from the context's newest checkpoint, and save checkpoints on the way.
 
-    The step is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
-    importance. A step whose loss or gradient is not finite never reaches the optimizer: the training goes back to its
-    newest checkpoint and leaves that step out.
+    The loss is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
+    importance. A step whose loss or gradient is not finite never reaches the optimizer: the training rolls back to its
+    newest checkpoint and skips that step.
 
-    Raises NotFiniteError where that was in vain `max_rollbacks` times, Stopped when it was asked to stop and has
-    written a checkpoint, and UserError for latents that are not finite and for a checkpoint of another training.
+    Raises NotFiniteError after more than `max_rollbacks` rollbacks, Stopped after a stop request, once a checkpoint is
+    written, and UserError for latents that are not finite and for a checkpoint of another training.
     """
     trainer = _begin(config, model_config, dataset, context)
     try:
         _run_to_the_end(trainer)
     except BaseException:
         if context.ranks.rank == 0:
-            with suppress(Exception):  # the error that came first is the one to tell
+            with suppress(Exception):  # the first error is the one to report
                 context.store.flush()
         raise
     if context.ranks.rank == 0:
@@ -55,8 +55,8 @@ def _run_to_the_end(trainer: Trainer) -> None:
     while True:
         try:
             return _run(trainer)
-        except NotFiniteError as trouble:
-            _roll_back(trainer, trouble)
+        except NotFiniteError as error:
+            _roll_back(trainer, error)
 
 
 def _begin(
@@ -71,7 +71,7 @@ def _begin(
     state.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         state.model.compile(dynamic=False)
-    flops, peak = 0, 1.0  # of the other ranks, whose rates nobody is told
+    flops, peak = 0, 1.0  # placeholders: only rank 0 reports rates
     if ranks.rank == 0:
         flops = training_flops(model_config, masked=config.masked_loss)
         peak = matmul_rate(ranks.device, config.precision) * ranks.world_size
@@ -86,14 +86,14 @@ def _begin(
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak),
     )
-    # A checkpoint out of turn is no end, even if the time was up with its step: one more step ends in a regular one.
+    # If the time was up at an extra checkpoint, one more step is trained: a training ends in a regular checkpoint.
     if checkpoint is not None and checkpoint.regular and trainer.time_is_up:
         trainer.last_step = state.step
     return trainer
 
 
 def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:
-    """This rank's batch and draws of each step from the state's to the last, still on the host.
+    """This rank's batch and draws for each step from the state's step to the last, on the host.
 
     Raises UserError for latents that are not finite.
     """
@@ -102,10 +102,10 @@ def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:
     device = ranks.device
     plan = BatchPlan(config.seed, config.global_batch_size, config.mirror_prob, ranks.rank, ranks.world_size, device)
     if isinstance(dataset, LatentStream):
-        read = stream_latents(dataset, plan, first)
+        source = stream_latents(dataset, plan, first)
     else:
-        read = latent_batches(dataset, plan, first)
-    with closing(read) as batches:
+        source = latent_batches(dataset, plan, first)
+    with closing(source) as batches:
         for batch in islice(batches, max(last - first, 0)):
             require_finite(batch)
             draws = draw_step(config, batch.step, trainer.state.model.config)
@@ -113,7 +113,7 @@ def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:
 
 
 def _run(trainer: Trainer) -> None:
-    """Train from the state's step to the last. A thread reads and draws steps ahead: no accelerator waits for them."""
+    """Train from the state's step to the last. A thread prepares steps ahead, so that no accelerator waits for data."""
     state, context, meter = trainer.state, trainer.context, trainer.meter
     steps = prefetched(prepared_steps(trainer), _STEPS_AHEAD)
     meter.begin()
@@ -129,25 +129,28 @@ def _run(trainer: Trainer) -> None:
                 trainer.last_step = state.step
             _report(trainer)
             if signal is Signal.NEWS and (request := context.look()) is not Request.NOTHING:
-                _answer(trainer, request)
+                _handle(trainer, request)
 
 
 def _count_time(trainer: Trainer) -> None:
     seconds = trainer.meter.step_done()
-    if trainer.config.max_hours is not None:  # else equal trainings would have unequal checkpoints
+    if trainer.config.max_hours is not None:  # otherwise equal trainings would have different checkpoints
         trainer.state.seconds += seconds
 
 
-def _roll_back(trainer: Trainer, trouble: NotFiniteError) -> None:
-    """Go back to the newest checkpoint, or to the start, and leave the step out. Raises it when that is enough."""
+def _roll_back(trainer: Trainer, error: NotFiniteError) -> None:
+    """Return to the newest checkpoint, or to the start, and skip the step.
+
+    Raises NotFiniteError after `max_rollbacks` rollbacks.
+    """
     config, state, context = trainer.config, trainer.state, trainer.context
-    rollbacks, skipped, seconds = state.rollbacks + 1, state.skipped | {trouble.step}, state.seconds
+    rollbacks, skipped, seconds = state.rollbacks + 1, state.skipped | {error.step}, state.seconds
     if rollbacks > config.max_rollbacks:
         raise NotFiniteError(
-            trouble.step,
-            f"{trouble}; max_rollbacks is {config.max_rollbacks}, and this would be one more: lower lr, set "
-            "max_grad_norm, or train in fp32",
-        ) from trouble
+            error.step,
+            f"{error}; no rollback is left (max_rollbacks is {config.max_rollbacks}): lower lr, set max_grad_norm, or "
+            "train in fp32",
+        ) from error
     if (checkpoint := latest(context)) is None:
         restart(state, config)
     else:
@@ -155,14 +158,14 @@ def _roll_back(trainer: Trainer, trouble: NotFiniteError) -> None:
     state.rollbacks, state.skipped, state.seconds = rollbacks, skipped, seconds
     if context.ranks.rank == 0:
         context.warn(
-            f"{trouble}; rolled back to step {state.step}, continuing without step {trouble.step} "
+            f"{error}; rolled back to step {state.step}, continuing without step {error.step} "
             f"(rollback {rollbacks} of at most {config.max_rollbacks})"
         )
-        context.report({"rollbacks": float(rollbacks)}, trouble.step)
+        context.report({"rollbacks": float(rollbacks)}, error.step)
 
 
 def _report(trainer: Trainer) -> None:
-    """The history's row, figures, checkpoint and preview that are due after a step."""
+    """Report the history's row and figures, and write the checkpoint and preview, where they are due after a step."""
     config, state, context = trainer.config, trainer.state, trainer.context
     at_end = state.step == trainer.last_step
     if (state.step % config.log_every == 0 or at_end) and state.history.pending:
@@ -182,8 +185,8 @@ def _save(trainer: Trainer, *, regular: bool) -> None:
         trainer.context.store.save(checkpoint)
 
 
-def _answer(trainer: Trainer, request: Request) -> None:
-    """Write a checkpoint out of turn. Raises Stopped where that was to be the last thing."""
+def _handle(trainer: Trainer, request: Request) -> None:
+    """Write an extra checkpoint. Raises Stopped if the request is to stop."""
     step, context = trainer.state.step, trainer.context
     if step == trainer.last_step:
         return
@@ -192,5 +195,5 @@ def _answer(trainer: Trainer, request: Request) -> None:
     if context.ranks.rank == 0:
         context.store.flush()
     if request is Request.STOP:
-        context.ranks.wait()  # what the other ranks say of the checkpoint is true as well
+        context.ranks.wait()  # so that the message is true on every rank: the checkpoint is written
         raise Stopped(f"stopped at step {step} of {trainer.total_steps}, a checkpoint is written")

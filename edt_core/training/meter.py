@@ -1,4 +1,4 @@
-"""How fast a training goes, and what its device could do."""
+"""Measured speed of a training, and the peak rate of its device."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
 def matmul_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:
-    """Floating-point operations a second of a large square matrix product on a device, the best of several."""
+    """Floating-point operations per second of a large square matrix product on a device, the best of several."""
     side = _MATMUL_SIDE.get(device.type, 1024)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(1, side, side, device=device, dtype=dtype) for _ in range(2))
@@ -28,31 +28,31 @@ def matmul_rate(device: torch.device, precision: str, seconds: float = 0.3) -> f
 
 
 class Meter:
-    """Times of the steps since the last row: rate, share of waiting for data, percentiles, memory, MFU.
+    """Step times since the last row: image rate, share of time spent waiting for data, percentiles, memory, MFU.
 
-    `flops_per_image` and `peak_flops`, of all workers' devices together, give the model FLOPs utilisation.
+    The model FLOPs utilisation is computed from `flops_per_image` and `peak_flops`, the sum of all workers' devices.
     """
 
     def __init__(self, images_per_step: int, device: torch.device, flops_per_image: float, peak_flops: float) -> None:
         self.images_per_step, self.device = images_per_step, device
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
         self._steps: list[float] = []
-        self._waited = self._waiting = 0.0  # for the steps that are done, and for the next one
+        self._waited = self._waiting = 0.0  # seconds, for the completed steps and for the next one
         self._last = time.perf_counter()
 
     def begin(self) -> None:
-        """The next step begins now; what was before is not counted."""
+        """Start the clock of the next step; earlier time is not counted."""
         self._last, self._waiting = time.perf_counter(), 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around waiting for the next batch."""
+        """Context that counts its time as waiting for the next batch."""
         started = time.perf_counter()
         yield
         self._waiting += time.perf_counter() - started
 
     def step_done(self) -> float:
-        """Counts the time since the last step; returns it."""
+        """Count the time since the last step, and return it in seconds."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._steps.append(seconds)
@@ -60,7 +60,7 @@ class Meter:
         return seconds
 
     def row(self) -> dict[str, float]:
-        """The figures since the last row; empty where no step was done."""
+        """The figures since the last row; empty if no step was completed."""
         if not self._steps:
             return {}
         total = sum(self._steps)
@@ -79,7 +79,7 @@ class Meter:
 
 
 def device_memory(device: torch.device) -> int:
-    """Most bytes that this process has had on a device; on the CPU, its resident memory at its highest."""
+    """Peak bytes that this process has allocated on a device; on the CPU, its peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -15,41 +15,41 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> t
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, foreach=True)
     from pytorch_optimizer import Adan
 
-    # foreach by hand: by default the library takes the per-parameter path on CPU, which is 3 times as slow there.
+    # foreach is set because on CPU the library's default is the per-parameter path, which is 3 times as slow.
     return Adan(list(parameters), lr=config.lr, weight_decay=config.weight_decay, foreach=True)
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of a step: from 0 to lr in `warmup_steps`, then from lr to lr_final at the last of `total_steps`.
 
-    The fall is linear, as in the paper, or half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5); with
-    lr_schedule "constant" there is none.
+    The decay is linear, as in the paper, or half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5); with
+    lr_schedule "constant" the rate does not decay.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
+    progress = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
     if config.lr_schedule == "constant":
         return config.lr
     if config.lr_schedule == "cosine":
-        return config.lr_final + (config.lr - config.lr_final) * 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.lr + (config.lr_final - config.lr) * done
+        return config.lr_final + (config.lr - config.lr_final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr + (config.lr_final - config.lr) * progress
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients as one vector, on their device; not finite where any of them is not."""
+    """The norm of all gradients as one vector, on their device; not finite if any gradient is not."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
-    """Scale all gradients, whose norm is `norm`, so that it is `max_norm` at most."""
+    """Scale all gradients, whose norm is `norm`, to a norm of at most `max_norm`."""
     if norm > max_norm:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, max_norm / norm)
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict]]:
-    """Optimizer state as named tensors (`<parameter index>.<state name>`) and JSON-able groups: nothing to unpickle."""
+    """Optimizer state as named tensors (`<parameter index>.<state name>`) and groups that JSON can store: no pickle."""
     state = optimizer.state_dict()
     tensors = {
         f"{index}.{name}": value if torch.is_tensor(value) else torch.tensor(value)

@@ -1,4 +1,4 @@
-"""A small grid of what the averaged weights make, drawn in the midst of a training."""
+"""A small grid of samples from the averaged weights, drawn during training."""
 
 import io
 import math
@@ -18,10 +18,10 @@ _IMAGES, _STEPS, _SEED = 16, 25, 0
 
 
 class Preview:
-    """Draws the same noise and labels each time, so that grids of different steps can be laid side by side.
+    """Samples from the same noise and labels each time, so that grids of different steps can be compared.
 
-    25 steps of DDIM without guidance; it takes no random numbers from the training. Classes that `class_counts` [K]
-    have no image of are left out.
+    It uses 25 steps of DDIM without guidance, and no random numbers of the training. Classes without an image in
+    `class_counts` [K] are left out.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Preview:
         self.labels = torch.from_numpy(trained[np.arange(_IMAGES) * len(trained) // _IMAGES]).to(device)
 
     def png(self, weights: Mapping[str, Tensor]) -> bytes:
-        """The grid as PNG, 4 x 4 images of classes at even distances."""
+        """The grid as PNG: 4 x 4 images of evenly spaced classes."""
         from PIL import Image
 
         from edt_core.autoencoders.autoencoder import decode_to_pixels
@@ -63,6 +63,6 @@ class Preview:
 
 
 def grid(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A square number of images uint8 [R * R, S, S, 3], row by row in a square, uint8 [R * S, R * S, 3]."""
+    """One image uint8 [R * S, R * S, 3] of R * R images uint8 [R * R, S, S, 3], row by row."""
     rows, side = math.isqrt(len(images)), images.shape[1]
     return images.reshape(rows, rows, side, side, 3).swapaxes(1, 2).reshape(rows * side, rows * side, 3)

@@ -1,4 +1,4 @@
-"""The workers of a training and what they tell each other: gradients, losses, and what rank 0 decides."""
+"""The workers of a training and their communication: gradients, losses, and decisions of rank 0."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,23 +12,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Ranks:
-    """This worker among `world_size`, and its device; more than one need torch's process group to be there."""
+    """This worker among `world_size`, and its device. More than one worker requires torch's process group."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model whose backward pass adds up gradients over all ranks; `no_sync()` of it puts that off."""
+        """The model with a backward pass that sums gradients over all ranks; its `no_sync()` defers that."""
         if self.world_size == 1:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device] if self.device.type == "cuda" else None
-        # After a process's first step DDP rebuilds its buckets, unless parameters may be unused. From three ranks
-        # on gloo's order of summation depends on an element's place: a resumed training would end with other bits.
+        # DDP rebuilds its buckets after a process's first step unless find_unused_parameters is set. With three ranks
+        # or more, gloo's order of summation depends on an element's place in its bucket, so a resumed training would
+        # end with different bits.
         fixed_layout = self.device.type == "cpu" and self.world_size > 2
-        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know
+        with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers; 2.11 does not have the new name
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = DistributedDataParallel(
                 model,
@@ -37,15 +38,12 @@ class Ranks:
                 gradient_as_bucket_view=True,
                 find_unused_parameters=fixed_layout,
             )
-        # The losses are divided by the global batch: what ranks of unequal shares bring is to be added, not averaged.
+        # Losses are already divided by the global batch size: gradients of ranks are summed, not averaged.
         wrapped.register_comm_hook(None, _sum)
         return wrapped
 
     def gather(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
-        """float32 [k, sizes[rank]] of each rank, joined in order of rank: [k, sum(sizes)], on the device.
-
-        Collective.
-        """
+        """float32 [k, sum(sizes)] on the device: [k, sizes[rank]] of each rank, concatenated by rank. Collective."""
         if self.world_size == 1:
             return values
         widest = max(sizes)
@@ -55,7 +53,7 @@ class Ranks:
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
     def wait(self) -> None:
-        """Until every rank is here. Collective."""
+        """Wait until every rank has called this. Collective."""
         if self.world_size > 1:
             dist.barrier()
 

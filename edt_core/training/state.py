@@ -1,4 +1,4 @@
-"""What changes while training, and its checkpoint."""
+"""The state that changes while training, and its checkpoint."""
 
 import json
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ from edt_core.training.optim import flatten_state, make_optimizer, restore_state
 
 @dataclass
 class TrainState:
-    """Everything that changes while training; `step` steps are done.
+    """Everything that changes while training; `step` is the number of completed steps.
 
-    `skipped` are steps that are left out because their loss or gradient was not finite, `rollbacks` how often the
-    training went back for one; `seconds` is what it has taken, counted only where max_hours bounds it.
+    `skipped` are steps that are left out because their loss or gradient was not finite, `rollbacks` is the number of
+    rollbacks for such steps. `seconds` is the training time so far, counted only if max_hours is set.
     """
 
     model: DiffusionTransformer
@@ -37,22 +37,23 @@ class TrainState:
 
 
 def initial_model(config: ModelConfig, seed: int) -> DiffusionTransformer:
-    """A fresh model whose weights are a function of the seed, whatever was drawn before."""
+    """A new model whose weights depend on the seed alone, not on the state of the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(config)
 
 
 def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu") -> TrainState:
-    """The state before the first step. Raises UserError where the model is of another objective than the training."""
+    """The state before the first step. Raises UserError if the model and the training have different objectives."""
     if with_objective(model_config, config.objective) != model_config:
         raise UserError(
             f"train.objective is {config.objective!r}, but the model has objective {model_config.objective!r} and "
-            f"{model_config.outputs} outputs; make its configuration with with_objective(config, {config.objective!r})"
+            f"{model_config.outputs} outputs; create its configuration with with_objective(config, "
+            f"{config.objective!r})"
         )
     model = initial_model(model_config, config.seed).to(device).train()
     for parameter in model.masking_parameters():
-        parameter.requires_grad_(config.masked_loss)  # DDP waits for the gradient of every parameter that wants one
+        parameter.requires_grad_(config.masked_loss)  # DDP waits for the gradient of every parameter that requires one
     return TrainState(
         model=model,
         ema=EMA(model, config.ema_decays),
@@ -62,7 +63,7 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
 
 
 def restart(state: TrainState, config: TrainConfig) -> None:
-    """Put the values of the first step back into a state."""
+    """Reset a state to its values before the first step."""
     fresh = initial_state(config, state.model.config)
     restore(state, to_checkpoint(fresh, config, 0), config, 0)
 
@@ -73,9 +74,9 @@ def ema_files(config: TrainConfig) -> list[str]:
 
 
 def to_checkpoint(state: TrainState, config: TrainConfig, num_samples: int, *, regular: bool = True) -> Checkpoint:
-    """What of the state a resumed training needs, tensors not copied; `num_samples` is the size of the data set.
+    """The checkpoint of a state, its tensors not copied; `num_samples` is the size of the data set.
 
-    A regular checkpoint takes the history's score: the next one's begins after it.
+    A regular checkpoint takes the history's score, and the history starts a new one.
     """
     score = state.history.take_score() if regular else None
     optimizer, groups = flatten_state(state.optimizer)
@@ -105,20 +106,20 @@ def to_checkpoint(state: TrainState, config: TrainConfig, num_samples: int, *, r
 
 
 def _plain(config: ModelConfig) -> dict[str, Any]:
-    """The configuration as JSON gives it back: with lists for tuples."""
+    """The configuration as read back from JSON: with lists instead of tuples."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     return plain
 
 
 def _cursor(step: int, config: TrainConfig, num_samples: int) -> dict[str, int]:
-    """Where in the data the next step begins: epochs of `num_samples` are laid end to end."""
+    """The position in the data where the next step begins: epochs of `num_samples` follow one another."""
     position = step * config.global_batch_size
     epoch, place = divmod(position, num_samples) if num_samples else (0, 0)
     return {"position": position, "num_samples": num_samples, "epoch": epoch, "place": place}
 
 
 def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_samples: int) -> None:
-    """Put a checkpoint's values into a state. Raises UserError for one of another configuration or data set."""
+    """Load a checkpoint into a state. Raises UserError for one of another configuration or data set."""
     latents = "number of latents"
     saved = {**_plain(ModelConfig.from_dict(checkpoint.model_config)), **checkpoint.state["config"]}
     saved[latents] = checkpoint.state["cursor"]["num_samples"]
@@ -138,15 +139,15 @@ def _text(fields: dict[str, Any], name: str) -> str:
     return repr(fields[name]) if name in fields else "at its default"
 
 
-def _require_same(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
     # A field at its default may be left out on either side, so the fields of both are compared.
     different = [
-        f"{name} {_text(saved, name)} instead of {_text(wanted, name)}"
-        for name in dict.fromkeys([*wanted, *saved])
-        if name not in saved or name not in wanted or saved[name] != wanted[name]
+        f"{name} {_text(saved, name)} instead of {_text(current, name)}"
+        for name in dict.fromkeys([*current, *saved])
+        if name not in saved or name not in current or saved[name] != current[name]
     ]
     if different:
         raise UserError(
-            f"the checkpoint is of a training with {', '.join(different)}: resuming would be neither the one nor the "
-            "other; resume with its configuration, or start a new training"
+            f"the checkpoint is of a training with {', '.join(different)}; resume with the checkpoint's configuration, "
+            "or start a new training"
         )

@@ -1,4 +1,4 @@
-"""One step of a training: the losses of this rank's samples, and their gradient summed over all.
+"""One step of a training: the losses of this rank's samples, and their gradient summed over all ranks.
 
 Legend: N samples of this rank among the B of the global batch, C latent channels, h latent height and width.
 """
@@ -20,7 +20,7 @@ from edt_core.training.draws import StepDraws
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step takes on the device: latents float32 [N, C, h, h], labels and timesteps int64 [N], weights [N]."""
+    """Inputs of a step on the device: latents float32 [N, C, h, h], labels and timesteps int64 [N], weights [N]."""
 
     latents: Tensor
     labels: Tensor
@@ -39,7 +39,7 @@ class StepInputs:
 
 
 def sampled_latents(batch: LatentBatch, noise: Tensor, scale: LatentScale) -> Tensor:
-    """Scaled latents float32 [N, C, h, h] on the device of `noise` [N, C, h, h]: a draw of each row's posterior."""
+    """Scaled latents float32 [N, C, h, h], a draw from each row's posterior, on the device of `noise` [N, C, h, h]."""
     mean, std = batch.posterior.to(noise.device, non_blocking=True).unbind(1)
     return scale.to_model(mean + std * noise)
 
@@ -47,10 +47,10 @@ def sampled_latents(batch: LatentBatch, noise: Tensor, scale: LatentScale) -> Te
 def step_losses(
     model: nn.Module, config: TrainConfig, schedule: Schedule, inputs: StepInputs, null_label: int
 ) -> Losses:
-    """Unweighted losses [passes, N] of the full and, if it is on, the masked pass (arXiv 2410.23788, section 3.3).
+    """Unweighted losses [passes, N] of the full and, if enabled, the masked pass (arXiv 2410.23788, section 3.3).
 
-    Both passes go through the model as one batch, whose last rows are masked: one call, one gradient exchange. Each has
-    its own noise and label dropout, and they share their timesteps.
+    Both passes go through the model as one batch, whose last rows are masked: one call, one gradient exchange. They
+    share their timesteps; each has its own noise and label dropout.
     """
     draws, passes, objective = inputs.draws, config.passes, objective_of(config.objective)
     y = torch.where(draws.drop_label[:passes], null_label, inputs.labels).flatten()
@@ -67,7 +67,7 @@ def step_losses(
 
 
 def _mark_lengths(masks: Sequence[Tensor]) -> None:
-    """Have a model compiled for any number of tokens that are kept: MDTv2's is another one at each step."""
+    """Mark the number of unmasked tokens as dynamic for torch.compile: for MDTv2 it changes at each step."""
     for mask in masks:
         if mask.dtype == torch.int64:
             torch._dynamo.mark_dynamic(mask, 1)
@@ -76,10 +76,10 @@ def _mark_lengths(masks: Sequence[Tensor]) -> None:
 def accumulate_gradient(
     model: nn.Module, config: TrainConfig, schedule: Schedule, inputs: StepInputs, null_label: int
 ) -> Tensor:
-    """Add this step's gradient to the parameters'; returns the losses without it, [terms * passes, N]: term by term.
+    """Add this step's gradient to that of the parameters; return the detached losses [terms * passes, N], term by term.
 
-    Samples go through in micro-batches. The loss is the sum over them divided by the *global* batch, each weighted by
-    its timestep's importance: gradients add up to that of the whole batch, however it is cut.
+    Samples are processed in micro-batches. The loss is the sum over the samples, each weighted by its timestep's
+    importance, divided by the *global* batch size: gradients add up to that of the whole batch, however it is split.
     """
     cuts = list(micro_batches(len(inputs.latents), config.micro_batch()))
     parts = []
@@ -93,12 +93,12 @@ def accumulate_gradient(
 
 
 def micro_batches(samples: int, most: int) -> Iterator[slice]:
-    """Cuts of about equal size, none with more than `most` samples."""
+    """Slices of about equal size, none with more than `most` samples."""
     number = -(-samples // most)
     return (share(samples, i, number) for i in range(number))
 
 
 def _gradient_exchange(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-    """Ranks exchange gradients once a step, with the last micro-batch."""
-    off = getattr(model, "no_sync", None)
-    return nullcontext() if last or off is None else off()
+    """Context in which ranks exchange gradients only for the last micro-batch: once a step."""
+    no_sync = getattr(model, "no_sync", None)
+    return nullcontext() if last or no_sync is None else no_sync()

@@ -1,7 +1,7 @@
-"""The checkpoints of a training: written behind its back, checked before they are used, and pruned.
+"""The checkpoints of a training: written in the background, verified before use, and pruned.
 
-Kept are the newest few, the one of least loss, and, while it is the newest of all, one that was written out of turn
-(when somebody stopped the training, or its node was about to go).
+Pruning keeps the newest few, the one of least loss, and an extra checkpoint (written when a person stopped the
+training or its node was about to shut down) while it is the newest of all.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ from edt_core.training.checkpoint import (
 
 @dataclass
 class CheckpointStore:
-    """Checkpoints in the folder `checkpoints` of an artifact that is being made. For one process at a time.
+    """Checkpoints in the folder `checkpoints` of an unfinished artifact. For one process at a time.
 
-    `warn` hears of damaged checkpoints; `changed` is called, in the writing thread, when one was written.
+    `warn` is called for damaged checkpoints; `changed` is called in the writing thread after one was written.
     """
 
     out: ArtifactWriter
@@ -47,68 +47,68 @@ class CheckpointStore:
         return self.out.data.child(CHECKPOINTS)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Copy a checkpoint to the host's memory and have a thread write it. Raises what the last one ended with."""
+        """Copy a checkpoint to host memory and write it in a thread. Raises the error of the previous write."""
         self.flush()
         self._writing = self._thread.submit(self._write, self._memory.copy(checkpoint))
 
     def flush(self) -> None:
-        """Wait until the last checkpoint is written. Raises what its writing ended with."""
+        """Wait until the last checkpoint is written. Raises the error of that write."""
         if self._writing is not None:
             self._writing.result()
 
     def check(self) -> None:
-        """Raise what the last checkpoint's writing ended with, if it ended."""
+        """Raise the error of the last checkpoint's write, if it has failed by now. Does not wait."""
         if self._writing is not None and self._writing.done():
             self._writing.result()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints of which anything is there, in order."""
+        """Steps of all checkpoints, also incomplete ones, in order."""
         begun = [name.split("/")[1] for name in self.out.begun(CHECKPOINTS)]
-        found = {name.removeprefix(STEP_PREFIX) for name in (*self.folder.names(), *begun)}
-        return sorted(int(number) for number in found if number.isdecimal())
+        numbers = {name.removeprefix(STEP_PREFIX) for name in (*self.folder.names(), *begun)}
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def manifests(self, reasons: list[str] | None = None) -> dict[int, CheckpointManifest]:
-        """What the manifests say, by step; one that cannot be read is left out, and why is added to `reasons`."""
-        found = {}
+        """The manifests by step. One that cannot be read is left out, and the reason is added to `reasons`."""
+        manifests = {}
         for step in self.steps():
-            place = self.folder.child(checkpoint_name(step))
+            folder = self.folder.child(checkpoint_name(step))
             try:
-                found[step] = read_manifest(place.read_bytes(CHECKPOINT_MANIFEST), place.uri)
-            except FileNotFoundError:  # it was being written, or removed, when its writer ended
+                manifests[step] = read_manifest(folder.read_bytes(CHECKPOINT_MANIFEST), folder.uri)
+            except FileNotFoundError:  # its writer ended while it was writing or removing the checkpoint
                 continue
             except (CheckpointError, UnusableFileError) as error:
                 (reasons if reasons is not None else []).append(str(error))
-        return found
+        return manifests
 
     def newest(self) -> int | None:
-        """The step of the newest whole checkpoint. Newer ones are damaged: they are removed, with a warning."""
+        """The step of the newest valid checkpoint. Newer, damaged ones are removed with a warning."""
         self.flush()
         return self._newest([])
 
     def _newest(self, reasons: list[str]) -> int | None:
-        """The same, with reasons why some are not here at all."""
-        found = None
+        """As `newest`, with warnings also for `reasons`, why other checkpoints cannot be used."""
+        newest = None
         for step in reversed(self.steps()):
             try:
                 check_checkpoint(self._local(step))
-                found = step
+                newest = step
                 break
             except CheckpointError as error:
                 reasons.append(str(error))
                 self.remove(step)
-        instead = "the start" if found is None else f"{self.folder.uri}/{checkpoint_name(found)}"
+        instead = "the start" if newest is None else f"{self.folder.uri}/{checkpoint_name(newest)}"
         for reason in reasons:
             self.warn(f"a checkpoint cannot be used: {reason}; resuming from {instead} instead")
-        return found
+        return newest
 
     def load(self, step: int) -> Checkpoint:
-        """A checkpoint after verifying it. Raises CheckpointError."""
+        """Verify and read a checkpoint. Raises CheckpointError."""
         return load_checkpoint(self._local(step))
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint, its manifest first: what is interrupted half-way is not taken for one.
+        """Remove a checkpoint, its manifest first, so that an interrupted removal does not leave a valid one.
 
-        Of a checkpoint that somebody moved elsewhere and linked, the link goes.
+        If the checkpoint was moved elsewhere and linked, only the link is removed.
         """
         name = f"{CHECKPOINTS}/{checkpoint_name(step)}"
         local = self.folder.child(checkpoint_name(step)).local
@@ -117,50 +117,50 @@ class CheckpointStore:
         self.out.discard(name)
 
     def prune(self, *, at_end: bool = False) -> list[int]:
-        """Remove what is not to be kept; returns the steps that are. At the end only regular ones are."""
+        """Remove the checkpoints that are not in `to_keep`; return the remaining steps."""
         manifests = self.manifests()
-        kept = to_keep(manifests, self.num_to_keep, at_end=at_end)
+        remaining = to_keep(manifests, self.num_to_keep, at_end=at_end)
         for step in self.steps():
-            if step not in kept:
+            if step not in remaining:
                 self.remove(step)
-        return sorted(kept)
+        return sorted(remaining)
 
     def adopt(self) -> None:
-        """Take over what is to be kept of earlier attempts at the same artifact, after verifying it, and prune."""
+        """Recover the checkpoints to keep from earlier attempts at the same artifact, after verifying them; prune."""
         reasons: list[str] = []
-        found: dict[int, tuple[ArtifactWriter, CheckpointManifest]] = {}
+        earlier: dict[int, tuple[ArtifactWriter, CheckpointManifest]] = {}
         for attempt in self.out.previous:  # the newest first
             out = replace(self.out, attempt=attempt, previous=())
             for step, manifest in CheckpointStore(out, self.num_to_keep, self.warn).manifests(reasons).items():
-                found.setdefault(step, (out, manifest))
-        here = self.manifests()
-        while wanted := self._wanted({step: manifest for step, (_, manifest) in found.items()}, here):
-            earlier, manifest = found.pop(max(wanted))
-            if reason := self._take(earlier, manifest):
+                earlier.setdefault(step, (out, manifest))
+        own = self.manifests()
+        while missing := self._missing({step: manifest for step, (_, manifest) in earlier.items()}, own):
+            writer, manifest = earlier.pop(max(missing))
+            if reason := self._recover(writer, manifest):
                 reasons.append(reason)
             else:
-                here[manifest.step] = manifest
+                own[manifest.step] = manifest
         self._newest(reasons)
         self.prune()
 
-    def _wanted(self, there: dict[int, CheckpointManifest], here: dict[int, CheckpointManifest]) -> set[int]:
-        """Steps of those there that are to be kept beside what is here."""
-        return to_keep({**there, **here}, self.num_to_keep) - here.keys()
+    def _missing(self, earlier: dict[int, CheckpointManifest], own: dict[int, CheckpointManifest]) -> set[int]:
+        """Steps of earlier attempts' checkpoints to keep that are not among this attempt's own."""
+        return to_keep({**earlier, **own}, self.num_to_keep) - own.keys()
 
-    def _take(self, earlier: ArtifactWriter, manifest: CheckpointManifest) -> str | None:
-        """Take over an earlier attempt's checkpoint; the reason where it is damaged."""
-        place = f"{CHECKPOINTS}/{checkpoint_name(manifest.step)}"
+    def _recover(self, earlier: ArtifactWriter, manifest: CheckpointManifest) -> str | None:
+        """Recover an earlier attempt's checkpoint; return the reason if it is damaged."""
+        folder = f"{CHECKPOINTS}/{checkpoint_name(manifest.step)}"
         source = replace(self.out, previous=(earlier.attempt,))
         for name in (*manifest.files, CHECKPOINT_MANIFEST):
-            entry = source.recover(f"{place}/{name}")
+            entry = source.recover(f"{folder}/{name}")
             if entry is None or entry.sha256 != manifest.files.get(name, entry.sha256):
                 self.remove(manifest.step)
-                return f"{earlier.data.uri}/{place}/{name} is missing or differs from its digest"
+                return f"{earlier.data.uri}/{folder}/{name} is missing or does not match its digest"
         return None
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        place = f"{CHECKPOINTS}/{checkpoint_name(checkpoint.step)}"
-        write_checkpoint(checkpoint, lambda name, write_to: self.out.write(f"{place}/{name}", write_to))
+        folder = f"{CHECKPOINTS}/{checkpoint_name(checkpoint.step)}"
+        write_checkpoint(checkpoint, lambda name, write_to: self.out.write(f"{folder}/{name}", write_to))
         self.prune()
         self.changed(self)
 
@@ -169,17 +169,17 @@ class CheckpointStore:
 
 
 def to_keep(manifests: dict[int, CheckpointManifest], num_to_keep: int, *, at_end: bool = False) -> set[int]:
-    """The steps to keep: the newest regular ones, the regular one of least loss, and the newest of all."""
+    """The steps to keep: the newest regular ones, the regular one of least loss and, before the end, the newest."""
     regular = sorted(step for step, manifest in manifests.items() if manifest.regular)
-    kept = set(regular[-num_to_keep:])
+    steps = set(regular[-num_to_keep:])
     if (best := best_step(manifests)) is not None:
-        kept.add(best)
+        steps.add(best)
     if manifests and not at_end:
-        kept.add(max(manifests))
-    return kept
+        steps.add(max(manifests))
+    return steps
 
 
 def best_step(manifests: dict[int, CheckpointManifest]) -> int | None:
-    """The regular checkpoint of least loss, the earlier one of two that are equal."""
+    """The step of the regular checkpoint of least loss, the earliest one if several are equal."""
     scored = [(m.score, step) for step, m in manifests.items() if m.regular and m.score is not None]
     return min(scored)[1] if scored else None

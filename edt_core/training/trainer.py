@@ -1,4 +1,4 @@
-"""One training under way, and one step of it: draw, forward and backward, exchange, check, update, record.
+"""A running training, and its step: draw, forward and backward, exchange, check, update, record.
 
 Legend: B global batch, n this rank's share of it.
 """
@@ -30,15 +30,15 @@ from edt_core.training.step import StepInputs, accumulate_gradient, sampled_late
 
 
 class Signal(IntEnum):
-    """What a rank says to the others with the losses of each step; the strongest one counts."""
+    """The signal that a rank sends to the others with the losses of each step; the largest one counts."""
 
     NOTHING = 0
-    NEWS = 1  # something outside the training asks for a look
+    NEWS = 1  # there may be a request from outside the training
     TIME_IS_UP = 2
 
 
 class NotFiniteError(FloatingPointError):
-    """A step whose loss or gradient is not finite; it has not reached the optimizer. `step` counts from 0."""
+    """The loss or gradient of a step is not finite; the optimizer did not use it. `step` counts from 0."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
@@ -46,8 +46,8 @@ class NotFiniteError(FloatingPointError):
 
 
 @dataclass(frozen=True)
-class Exchanged:
-    """What every rank knows after a backward pass: losses float64 [terms * passes, B], norm of the gradient, signal."""
+class StepResult:
+    """A backward pass's result on every rank: losses float64 [terms * passes, B], norm of the gradient, signal."""
 
     losses: NDArray[np.float64]
     norm: float
@@ -64,15 +64,15 @@ class Timesteps:
 
 @dataclass
 class Trainer:
-    """What stays the same through a training, and the state that does not."""
+    """The fixed parts of a training, and its state."""
 
     config: TrainConfig
     dataset: LatentDataset | LatentStream
     context: TrainContext
     state: TrainState
-    total_steps: int  # that the learning rate's fall is laid out for
-    last_step: int  # where to end: before, if the time is up
-    model: nn.Module  # the state's model as this world trains it
+    total_steps: int  # the length of the learning rate schedule
+    last_step: int  # the step to stop at: less than total_steps if the time is up
+    model: nn.Module  # the state's model, wrapped for the gradient exchange
     schedule: Schedule
     meter: Meter
 
@@ -94,24 +94,24 @@ class Trainer:
 
     @property
     def time_is_up(self) -> bool:
-        """Whether the training has had its `max_hours`."""
+        """Whether the training has used up its `max_hours`."""
         hours = self.config.max_hours
         return hours is not None and self.state.seconds >= hours * 3600
 
     def train_step(self, batch: LatentBatch, draws: StepDraws) -> Signal:
-        """One optimizer step; the strongest signal of all ranks. Raises NotFiniteError, the same on every rank."""
+        """Do one optimizer step; return the largest signal of all ranks. Raises NotFiniteError, the same on each rank."""
         inputs, timesteps = self._draw(batch, draws.to(self.ranks.device))
         self.state.optimizer.zero_grad(set_to_none=True)
         null_label = self.state.model.config.num_classes
         losses = accumulate_gradient(self.model, self.config, self.schedule, inputs, null_label)
-        exchanged = self._exchange(losses)
-        self._check(batch, exchanged)
-        self._update(exchanged.norm)
-        self._record(exchanged, timesteps)
-        return exchanged.signal
+        result = self._exchange(losses)
+        self._check(batch, result)
+        self._update(result.norm)
+        self._record(result, timesteps)
+        return result.signal
 
     def _draw(self, batch: LatentBatch, draws: StepDraws) -> tuple[StepInputs, Timesteps]:
-        """What goes through the model on this rank, and the timesteps of the global batch."""
+        """The model's inputs on this rank, and the timesteps of the global batch."""
         device, mine = self.ranks.device, self.share
         timesteps = Timesteps(*self.state.timesteps.draw(draws.uniforms.numpy()))
         inputs = StepInputs(
@@ -123,37 +123,37 @@ class Trainer:
         )
         return inputs, timesteps
 
-    def _exchange(self, losses: Tensor) -> Exchanged:
-        """Losses and signals of all ranks. The one place in a step where the host waits for the device."""
+    def _exchange(self, losses: Tensor) -> StepResult:
+        """Losses and signals of all ranks. Only here in a step does the host wait for the device."""
         signal = torch.full_like(losses[:1], float(self._signal()))
         rows = self.ranks.gather(torch.cat([losses, signal]), self.sizes)
         norm = gradient_norm(self.state.model.parameters())
         host = torch.cat([rows.flatten(), norm.reshape(1)]).cpu().double().numpy()
-        everyones = host[:-1].reshape(len(rows), -1)
-        return Exchanged(everyones[:-1], float(host[-1]), Signal(int(everyones[-1].max())))
+        gathered = host[:-1].reshape(len(rows), -1)
+        return StepResult(gathered[:-1], float(host[-1]), Signal(int(gathered[-1].max())))
 
     def _signal(self) -> Signal:
         if self.ranks.rank == 0 and self.time_is_up:
             return Signal.TIME_IS_UP
         return Signal.NEWS if self.context.has_news() else Signal.NOTHING
 
-    def _check(self, batch: LatentBatch, exchanged: Exchanged) -> None:
+    def _check(self, batch: LatentBatch, result: StepResult) -> None:
         """Raise NotFiniteError for losses or a gradient that are not finite."""
-        bad: NDArray[np.bool_] = np.logical_not(np.isfinite(exchanged.losses).all(axis=0))
+        bad: NDArray[np.bool_] = np.logical_not(np.isfinite(result.losses).all(axis=0))
         if bad.any():
-            what = f"the loss of step {batch.step} is not finite for {int(bad.sum())} of {bad.size} samples"
-            here = np.flatnonzero(bad[self.share])
-        elif not math.isfinite(exchanged.norm):
-            what = f"the gradient of step {batch.step} is not finite"
-            here = np.arange(len(batch.labels))
+            problem = f"the loss of step {batch.step} is not finite for {int(bad.sum())} of {bad.size} samples"
+            rows = np.flatnonzero(bad[self.share])
+        elif not math.isfinite(result.norm):
+            problem = f"the gradient of step {batch.step} is not finite"
+            rows = np.arange(len(batch.labels))
         else:
             return
-        if len(here):
-            self.context.warn(f"{what}: {sample_names(batch, here)} of the latents, on rank {self.ranks.rank}")
-        raise NotFiniteError(batch.step, what)
+        if len(rows):
+            self.context.warn(f"{problem}: {sample_names(batch, rows)} of the latents, on rank {self.ranks.rank}")
+        raise NotFiniteError(batch.step, problem)
 
     def _update(self, norm: float) -> None:
-        """Weights and their averages, one step on."""
+        """Update the weights and their averages."""
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step, self.total_steps)
         if self.config.max_grad_norm is not None:
@@ -161,14 +161,14 @@ class Trainer:
         self.state.optimizer.step()
         self.state.ema.update()
 
-    def _record(self, exchanged: Exchanged, timesteps: Timesteps) -> None:
-        """The losses, for the sampler of timesteps, the history and the progress that is shown."""
+    def _record(self, result: StepResult, timesteps: Timesteps) -> None:
+        """Pass the losses to the timestep sampler, the history and the progress display."""
         state, names = self.state, objective_of(self.config.objective).terms
-        terms = dict(zip(names, np.split(exchanged.losses, len(names)), strict=True))
+        terms = dict(zip(names, np.split(result.losses, len(names)), strict=True))
         state.timesteps.update(timesteps.steps, reduce(np.add, terms.values()).sum(axis=0))
         weights = timesteps.weights.astype(np.float64)
         named = named_losses(terms, timesteps.steps, weights, self.config.num_timesteps)
-        state.history.add({**named, "grad_norm": exchanged.norm})
+        state.history.add({**named, "grad_norm": result.norm})
         if self.ranks.rank == 0:
             self.context.store.check()
             self.context.step_done(state.step + 1, self.total_steps, named["loss"])

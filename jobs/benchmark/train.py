@@ -199,7 +199,7 @@ def _loop(work: Path, subject: Subject, precision: str, device: torch.device, tu
         ended = time.perf_counter()
         return Request.NOTHING
 
-    context = LocalContext(work / "checkpoints", Ranks(device=device), wish=bare_step)
+    context = LocalContext(work / "checkpoints", Ranks(device=device), request=bare_step)
     train(config, model, dataset, context)
     ours, theirs = (statistics.median(seconds[_WARM_UP:]) for seconds in (in_loop, alone))
     waited = statistics.median(row["data_wait_share"] for row in context.reported[_WARM_UP:])

@@ -36,7 +36,7 @@ def disk_needs(config: PipelineConfig, images: int, classes: int) -> dict[str, i
 
 def _floats(config: PipelineConfig, space: str, classes: int) -> int:
     """Numbers that are kept of a sample in a feature space."""
-    kept = extractor_spec(space).kept
+    kept = extractor_spec(space).values_per_sample
     return config.classifier.feature_dim + classes if kept is None else kept
 
 

@@ -61,24 +61,24 @@ def test_the_tiny_autoencoder_is_supported_as_diffusers_saves_it(tiny_config: di
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"in_channels": 1}, "in_channels is 1, and images have 3 channels"),
-        ({"out_channels": 4}, "out_channels is 4, and images have 3 channels"),
+        ({"in_channels": 1}, "in_channels is 1, but images have 3 channels"),
+        ({"out_channels": 4}, "out_channels is 4, but images have 3 channels"),
         ({"scaling_factor": None}, "scaling_factor is None, not a positive number"),
         ({"scaling_factor": 0}, "scaling_factor is 0, not a positive number"),
         ({"scaling_factor": 10**400}, "scaling_factor is 1000+, not a positive number"),
         ({"block_out_channels": 5}, "block_out_channels is 5, not a list of levels"),
         ({"shift_factor": "a"}, "shift_factor is 'a', not a number"),
         ({"shift_factor": float("nan")}, "shift_factor is nan, not a number"),
-        ({"latents_mean": [0.0] * 4}, "latents_mean is given without latents_std"),
-        ({"latents_std": [1.0] * 4}, "latents_std is given without latents_mean"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean is set without latents_std"),
+        ({"latents_std": [1.0] * 4}, "latents_std is set without latents_mean"),
         (
             {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4},
-            r"latents_mean is \[.*, not a number for each of the 4",
+            r"latents_mean is \[.*, not one number for each of the 4",
         ),
         ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std has the value 0.0"),
         (
             {"latents_mean": [1.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1},
-            "shift_factor is 0.1 and there is",
+            "shift_factor is 0.1 and latents_mean is set too",
         ),
         (
             {"down_block_types": ["DownEncoderBlock2D"]},
@@ -95,7 +95,7 @@ def test_settings_that_are_refused_by_name(kl_config: dict[str, Any], values: di
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"upsampling_scaling_factor": 4}, "upsampling_scaling_factor is 4, and 2 is supported"),
+        ({"upsampling_scaling_factor": 4}, "upsampling_scaling_factor is 4, but only 2 is supported"),
         ({"num_encoder_blocks": 3}, "num_encoder_blocks is 3, not a list of levels"),
         ({"num_decoder_blocks": [1, 1, 1]}, "levels differ: .*num_decoder_blocks has 3"),
         ({"latents_mean": [0.0] * 4}, r"latents_mean is \[.*\], which diffusers .* ignores"),
@@ -120,7 +120,7 @@ def test_other_classes_are_refused_by_name(tmp_path: Path, name: str) -> None:
 
 def test_a_configuration_of_no_diffusers_class(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
-    with pytest.raises(UserError, match=r"names no class of diffusers \(_class_name\)"):
+    with pytest.raises(UserError, match=r"has no diffusers class \(_class_name\)"):
         load_autoencoder(tmp_path)
 
 
@@ -138,7 +138,9 @@ def test_a_pipeline_folder_is_answered_with_its_vae_subfolder(tmp_path: Path) ->
 
 def test_a_pipeline_folder_without_an_autoencoder(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="whose vae subfolder holds an AutoencoderKL, AutoencoderTiny or AutoencoderDC"):
+    with pytest.raises(
+        UserError, match="vae subfolder of a pipeline with an AutoencoderKL, AutoencoderTiny or AutoencoderDC"
+    ):
         load_autoencoder(tmp_path)
 
 

@@ -193,7 +193,7 @@ def test_another_version_s_checkpoint_is_refused(tmp_path: Path) -> None:
     stated["version"] += 1
     seal = checkpoints.sha256_json(stated)
     path.write_text(json.dumps({**stated, "seal": seal}))
-    with pytest.raises(CheckpointError, match="another version"):
+    with pytest.raises(CheckpointError, match="checkpoint version"):
         check_checkpoint(place(tmp_path, 4))
 
 

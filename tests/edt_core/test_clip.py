@@ -99,7 +99,7 @@ def test_a_folder_is_named_by_its_files_and_its_dimensions_are_known(folder: Pat
     ("settings", "message"),
     [
         ({"crop_size": {"height": 224, "width": 224}}, r"crop_size .*224.*takes 40 x 40 pixels"),
-        ({"crop_size": 224}, r"crop_size 224, and the network takes 40 x 40 pixels"),
+        ({"crop_size": 224}, r"crop_size 224, but the network takes 40 x 40 pixels"),
         ({"image_mean": [0.5, 0.5]}, r"image_mean \[0\.5, 0\.5\]; three numbers"),
         ({"image_mean": 0.5}, r"image_mean 0\.5; three numbers"),
         ({"image_std": [0.2, 0.0, 0.2]}, r"image_std \[0\.2, 0\.0, 0\.2\]; above 0"),

@@ -303,7 +303,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(
 ) -> None:
     train(SHORT, speck, dataset, LocalContext(tmp_path / "whole"))
     with pytest.raises(Stopped, match=f"step {stop} of 6"):
-        train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", wish=after(stop, Request.STOP)))
+        train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", request=after(stop, Request.STOP)))
     context = LocalContext(tmp_path / "cut")
     assert context.store.newest() == stop
     assert context.store.manifests()[stop].regular == (stop == 3)
@@ -316,7 +316,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(
 def test_a_wish_that_comes_with_the_last_step_changes_nothing(
     speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
 ) -> None:
-    state = train(SHORT, speck, dataset, LocalContext(tmp_path, wish=after(6, Request.STOP)))
+    state = train(SHORT, speck, dataset, LocalContext(tmp_path, request=after(6, Request.STOP)))
     assert state.step == 6
     assert steps_on_disk(tmp_path) == [3, 6]
 
@@ -325,8 +325,8 @@ def test_a_training_can_be_stopped_at_every_step(speck: ModelConfig, dataset: La
     train(SHORT, speck, dataset, LocalContext(tmp_path / "whole"))
     for stop in range(1, 6):
         with pytest.raises(Stopped, match=f"step {stop} of 6"):
-            train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", wish=lambda: Request.STOP))
-    train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", wish=lambda: Request.STOP))
+            train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", request=lambda: Request.STOP))
+    train(SHORT, speck, dataset, LocalContext(tmp_path / "cut", request=lambda: Request.STOP))
     assert contents(place(tmp_path / "cut", 6)) == contents(place(tmp_path / "whole", 6))
 
 
@@ -343,7 +343,7 @@ def test_a_checkpoint_out_of_turn_is_kept_only_while_it_is_the_newest(
         kept[len(kept) + 1] = context.store.steps()
         return wish()
 
-    context.wish = noted
+    context.request = noted
     assert train(SHORT, speck, dataset, context).step == 6
     if at < 5:
         assert at in kept[at + 1]
@@ -356,14 +356,14 @@ def test_one_out_of_turn_at_the_end_is_not_among_the_final_ones(
     speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
-        train(SHORT, speck, dataset, LocalContext(tmp_path, wish=after(5, Request.STOP)))
+        train(SHORT, speck, dataset, LocalContext(tmp_path, request=after(5, Request.STOP)))
     context = LocalContext(tmp_path)
     assert context.store.steps() == [3, 5]
     assert context.store.prune(at_end=True) == [3]
 
 
 def test_a_wish_of_nothing_writes_nothing(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
-    train(SHORT, speck, dataset, LocalContext(tmp_path, wish=lambda: Request.NOTHING))
+    train(SHORT, speck, dataset, LocalContext(tmp_path, request=lambda: Request.NOTHING))
     assert steps_on_disk(tmp_path) == [3, 6]
 
 
@@ -401,7 +401,7 @@ def test_it_ends_when_its_time_is_up(speck: ModelConfig, dataset: LatentDataset,
 def test_time_counts_over_restarts(speck: ModelConfig, dataset: LatentDataset, tmp_path: Path) -> None:
     config = with_options({"max_hours": 1.0})
     with pytest.raises(Stopped):
-        train(config, speck, dataset, LocalContext(tmp_path, wish=after(3, Request.STOP)))
+        train(config, speck, dataset, LocalContext(tmp_path, request=after(3, Request.STOP)))
     first = load_checkpoint(place(tmp_path, 3)).state["seconds"]
     state = train(config, speck, dataset, LocalContext(tmp_path))
     assert 0 < first < state.seconds < 3600
@@ -495,7 +495,7 @@ def test_a_checkpoint_s_score_is_the_mean_loss_since_the_one_before(
 ) -> None:
     """Also where one out of turn lies between."""
     config = with_options({"log_every": 1})
-    context = LocalContext(tmp_path, wish=after(4, Request.SAVE))
+    context = LocalContext(tmp_path, request=after(4, Request.SAVE))
     losses = [row["loss"] for row in train(config, speck, dataset, context).history.rows]
     found = context.store.manifests()
     assert found[3].score == pytest.approx(np.mean(losses[:3]), rel=1e-12)
@@ -534,7 +534,7 @@ def test_a_stop_in_the_last_moment_of_the_time_leaves_something_to_keep(
     """The time is up with the very step after which somebody stops it: its checkpoint is no regular one."""
     config = with_options({"max_hours": 1e-9})
     with pytest.raises(Stopped):
-        train(config, speck, dataset, LocalContext(tmp_path, wish=lambda: Request.STOP))
+        train(config, speck, dataset, LocalContext(tmp_path, request=lambda: Request.STOP))
     context = LocalContext(tmp_path)
     state = train(config, speck, dataset, context)
     assert state.step == 2

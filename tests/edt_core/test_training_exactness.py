@@ -241,7 +241,7 @@ class _Worker:
             asked.append(None)
             return Request.STOP if len(asked) + first == stop else Request.NOTHING
 
-        context = LocalContext(self.folder / name, ranks, wish=wish if stop and mine else None)
+        context = LocalContext(self.folder / name, ranks, request=wish if stop and mine else None)
         context.store = store = _Observed(context.store.out, context.num_to_keep, context.warn)
         first = (context.store.newest() or 0) if ranks.rank == 0 else 0
         self.samples.clear()

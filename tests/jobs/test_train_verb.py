@@ -24,8 +24,8 @@ def test_a_dry_run_tells_what_it_would_take(latents_artifact: Artifact, tmp_path
     told = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in done.stdout.splitlines()[1:]}
     assert told["images"] == "96"
     assert told["steps"] == "2 of 256 images, 5.3 epochs"
-    assert told["memory a worker"].startswith("about ")
-    assert {"parameters", "MACs an image", "training FLOPs an image", "a checkpoint", "steps an epoch"} <= told.keys()
+    assert told["memory per worker"].startswith("about ")
+    assert {"parameters", "MACs per image", "training FLOPs per image", "checkpoint", "steps per epoch"} <= told.keys()
     assert not out.exists()
 
 
@@ -69,7 +69,7 @@ def test_a_loss_that_stays_not_finite_fails_with_its_story(tmp_path: Path, train
 
     config = CONFIG.model_copy(update={"max_rollbacks": 1})
     target = ArtifactWriter(Folder.at(tmp_path / "out"), "checkpoint", train.STAGE.fingerprint(config, {}))
-    with pytest.raises(RuntimeError, match=r"step 1 is not finite for 8 of 8 samples; max_rollbacks is 1") as caught:
+    with pytest.raises(RuntimeError, match=r"step 1 is not finite for 8 of 8 samples; no rollback is left") as caught:
         train.STAGE.execute(config, {"latents": latents}, target, Told())
     assert not isinstance(caught.value, UserError)
     warnings = heard.read_text()

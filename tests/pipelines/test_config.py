@@ -82,7 +82,7 @@ def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
         (["preprocess.image_size=36"], r"latents of 9x9 .*Use a multiple of 8, .* multiple of 32"),
         (
             ["preprocess.image_size=30"],
-            r"30 pixels do not divide by the autoencoder's factor 4.*multiple of 32",
+            r"30 pixels is not divisible by the autoencoder's factor 4.*multiple of 32",
         ),
         (["train.global_batch_size=1"], r"global_batch_size 1 has no sample for each of 2 workers"),
         (["train.num_workers=[3, 2]"], r"num_workers \(3, 2\) must be a number from 1 on, or \[fewest, most\]"),

@@ -185,7 +185,7 @@ def test_an_autoencoder_of_another_shape_is_told_with_the_fields_to_set(tmp_path
     assert found(**shape).status == "ok"
     other = found(**{**shape, "block_out_channels": [8, 8, 8]})
     assert (other.status, "autoencoder.downsample_factor=4" in other.remedy) == ("fail", True)
-    assert "latents_std is given without latents_mean" in found(**shape, latents_std=[1.0] * 4).found
+    assert "latents_std is set without latents_mean" in found(**shape, latents_std=[1.0] * 4).found
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "diffusion_pytorch_model.bin")
     pickled = found(**shape)
     assert "use_safetensors=False" in pickled.found + pickled.remedy

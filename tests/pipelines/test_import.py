@@ -175,12 +175,12 @@ def bad_file(folder: Path, damage: str) -> Path:
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [
-        ("truncated", [], "is not a checkpoint of the authors' code, or not whole"),
-        ("code", [], "asks for code to be run"),
+        ("truncated", [], "is not a checkpoint of the authors' code, or is damaged"),
+        ("code", [], "needs code to be run"),
         ("other shapes", [], "The closest is EDT-Tiny/2 at 32 pixels with 4 classes, but 'final_layer.linear.bias'"),
         ("of a velocity", [], "model='SiT-XL/2', path_type='Linear', prediction='velocity': it is a SiT"),
         ("not finite", [], "32 of the 32 values of 'final_layer.linear.bias' are not finite"),
-        ("empty", [], "it holds a dict without weights"),
+        ("empty", [], "it contains a dict without weights"),
         ("gone", [], "is not a file"),
         (
             "",

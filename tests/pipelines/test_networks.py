@@ -45,7 +45,7 @@ def test_published_weights_have_a_section_a_place_and_a_remedy(space: str) -> No
     assert config.network(space).weights == "/w"
     weights = type(config.network(space)).model_fields["weights"]
     assert spec.title in str(weights.description)
-    assert spec.kept
+    assert spec.values_per_sample
     asked = load_config("quickstart", [f"extractors=[{space}]", f"promote.metric={metric_name('fid', space)}"])
     assert disk_needs(asked, 1000, 10)["reference"] > 0
     with pytest.raises(UserError, match=re.escape(f"{space}.weights is not set. Needed are {spec.source}")):

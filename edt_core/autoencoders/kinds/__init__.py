@@ -1,4 +1,4 @@
-"""The kinds of autoencoders that can be used, by their class in diffusers: one file a kind, and its name in KINDS."""
+"""The supported kinds of autoencoders, by their class in diffusers: one file for each kind, registered in KINDS."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ KINDS: dict[str, AutoencoderKind] = {kind.class_name: kind for kind in (KL, TINY
 
 
 def supported(conjunction: str) -> str:
-    """The class names as a list for a message, the last one after `conjunction`: "and" or "or"."""
+    """The class names as a list for a message, with `conjunction` ("and" or "or") before the last one."""
     *names, last = KINDS
     return f"{', '.join(names)} {conjunction} {last}"
 
 
 def kind_of(model: Any) -> AutoencoderKind:
     """The kind of a loaded autoencoder, compiled or not. Raises UserError for a class that is not supported."""
-    loaded = getattr(model, "_orig_mod", model)  # of what is compiled
+    loaded = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     for base in type(loaded).__mro__:
         if base.__name__ in KINDS:
             return KINDS[base.__name__]
@@ -28,5 +28,5 @@ def kind_of(model: Any) -> AutoencoderKind:
 
 
 def scale_of(model: Any) -> LatentScale:
-    """The scale in the configuration of a loaded autoencoder. Raises UserError as `kind_of`."""
+    """The scale in the configuration of a loaded autoencoder. Raises as `kind_of`."""
     return kind_of(model).scale(model.config)

@@ -1,7 +1,7 @@
-"""What differs between the classes of autoencoders of diffusers, and the checks that several of them share.
+"""The differences between diffusers' autoencoder classes, and the checks that several of them share.
 
-Legend: N images, S image side in pixels, C latent channels, h latent side (S / downsample factor). Settings are those
-of a config.json by their names in diffusers.
+Legend: N images, S image side in pixels, C latent channels, h latent side (S / downsample factor). Settings are the
+entries of a config.json, with their names in diffusers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,24 +16,24 @@ Settings: TypeAlias = Mapping[str, Any]
 
 
 def decoded_sample(model: Any, raw: Tensor) -> Tensor:
-    """Images [N, 3, S, S] in about -1..1 of raw latents [N, C, h, h], as most classes of diffusers decode."""
+    """Images [N, 3, S, S] in about -1..1 of raw latents [N, C, h, h], by the interface of most diffusers classes."""
     images: Tensor = model.decode(raw).sample
     return images
 
 
 @dataclass(frozen=True)
 class AutoencoderKind:
-    """A class of autoencoders of diffusers: how it is called, and how its configuration is read.
+    """A diffusers class of autoencoders: how to call it, and how to read its configuration.
 
-    encode: mean and standard deviation of the raw latents, [N, C, h, h] each, of images [N, 3, S, S] in -1..1. A
-        deterministic encoder gives its latents and zeros.
-    downsample_factor: image side / latent side, of the settings.
-    problems: what is not supported in a configuration, of all settings (the class's defaults included) and of those
-        that the file itself has. Checks that hold for every kind are in `edt_core.autoencoders.check`.
-    decode: images in about -1..1 of raw latents.
-    scale: how raw latents become those of the model, of the settings. Raises KeyError without a scaling factor.
-    channels_setting: the setting that holds C.
-    also_saved: what `save_pretrained` writes beside the arguments of the constructor.
+    encode: (model, images [N, 3, S, S] in -1..1) -> mean and standard deviation of the raw latents, [N, C, h, h] each.
+        A deterministic encoder returns its latents and zeros.
+    downsample_factor: settings -> image side / latent side.
+    problems: (settings with the class's defaults, settings in the file) -> messages about unsupported settings. Checks
+        for all kinds are in `edt_core.autoencoders.check`.
+    decode: (model, raw latents) -> images in about -1..1.
+    scale: settings -> the scale between raw latents and those of the model. Raises KeyError without a scaling factor.
+    channels_setting: name of the setting with C.
+    also_saved: settings that `save_pretrained` writes beside the arguments of the constructor.
     """
 
     class_name: str
@@ -46,7 +46,7 @@ class AutoencoderKind:
     also_saved: frozenset[str] = frozenset()
 
     def facts(self, settings: Settings) -> dict[str, Any]:
-        """Downsample factor, latent channels and scale, as they are recorded of an autoencoder."""
+        """Downsample factor, latent channels and scale, in the form of an autoencoder's record."""
         return {
             "downsample_factor": self.downsample_factor(settings),
             "latent_channels": int(settings[self.channels_setting]),
@@ -55,7 +55,7 @@ class AutoencoderKind:
 
 
 def differing_levels(lists: Settings) -> Iterator[str]:
-    """Problems of lists that must have an entry for each level: the downsample factor is counted from one of them."""
+    """Problems of lists that need one entry per level, since the downsample factor is computed from one of them."""
     if bad := [key for key, value in lists.items() if not isinstance(value, list | tuple) or not value]:
         yield from (f"{key} is {lists[key]!r}, not a list of levels" for key in bad)
         return

@@ -1,4 +1,4 @@
-"""AutoencoderKL of diffusers (Rombach et al. 2022): the encoder gives a normal distribution of latents."""
+"""AutoencoderKL of diffusers (Rombach et al. 2022): the encoder returns a normal distribution of latents."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +15,8 @@ def _encode(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean, posterior.std
 
 
-def _problems(_settings: Settings, given: Settings) -> Iterator[str]:
-    yield from differing_levels({key: given[key] for key in _LEVELS if key in given})
+def _problems(_settings: Settings, config: Settings) -> Iterator[str]:
+    yield from differing_levels({key: config[key] for key in _LEVELS if key in config})
 
 
 KL = AutoencoderKind(

@@ -1,4 +1,4 @@
-"""AutoencoderTiny of diffusers (TAESD): small, and without a distribution of latents."""
+"""AutoencoderTiny of diffusers (TAESD): small and deterministic."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,10 +16,10 @@ def _encode(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return latents, torch.zeros_like(latents)
 
 
-def _problems(settings: Settings, _given: Settings) -> Iterator[str]:
-    """The decoder must enlarge as often as the encoder halves, and each time by 2."""
+def _problems(settings: Settings, _config: Settings) -> Iterator[str]:
+    """Settings for which the decoder does not double the side as often as the encoder halves it."""
     if settings["upsampling_scaling_factor"] != 2:
-        yield f"upsampling_scaling_factor is {settings['upsampling_scaling_factor']!r}, and 2 is supported"
+        yield f"upsampling_scaling_factor is {settings['upsampling_scaling_factor']!r}, but only 2 is supported"
     yield from differing_levels({key: settings[key] for key in _LEVELS})
 
 

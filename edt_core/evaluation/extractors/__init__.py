@@ -1,7 +1,7 @@
-"""Networks of features behind one call: pixels in, what a metric is computed from out.
+"""Feature networks: from pixels to the features that metrics are computed from.
 
-Each network is a module of this package, named as its feature space, with its `SPEC`. To register one is to add its
-name here. Nothing heavy is imported for the names.
+Each network is a module of this package with a `SPEC`, named as its feature space. To register a network, add its name
+here. Modules are imported when they are needed.
 """
 
 from importlib import import_module
@@ -11,10 +11,10 @@ from typing import Any
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors.spec import FEATURE_METRICS, Extractor, ExtractorSpec
 
-FITTED_SPACES = ("classifier",)  # of networks that a step of the pipeline makes
-PUBLISHED_SPACES = ("inception", "dinov2", "clip")  # of published weights
-EXTRACTORS = (*FITTED_SPACES, *PUBLISHED_SPACES)  # feature spaces; each is the role of the network that spans it
-INCEPTION = "inception"  # metrics in its space have the field's own names, and ADM's published statistics are of it
+FITTED_SPACES = ("classifier",)  # of networks that a step of the pipeline fits
+PUBLISHED_SPACES = ("inception", "dinov2", "clip")  # of networks with published weights
+EXTRACTORS = (*FITTED_SPACES, *PUBLISHED_SPACES)  # feature spaces; also the names of the networks as inputs
+INCEPTION = "inception"  # its metrics have the usual names (fid, kid), and ADM's published statistics are in its space
 
 __all__ = [
     "EXTRACTORS",
@@ -31,20 +31,20 @@ __all__ = [
 
 
 def extractor_spec(space: str) -> ExtractorSpec:
-    """The spec of a feature space, by its name. Raises UserError where there is none."""
+    """The spec of a feature space, by its name. Raises UserError for an unknown one."""
     if (spec := known_spec(space)) is None:
-        raise UserError(f"there is no feature space {space!r}; there are {', '.join(EXTRACTORS)}")
+        raise UserError(f"unknown feature space {space!r}; known: {', '.join(EXTRACTORS)}")
     return spec
 
 
 def known_spec(space: str) -> ExtractorSpec | None:
-    """The spec of a feature space; None for a space of the caller's own."""
+    """The spec of a feature space; None if it is not registered here, such as a caller's own space."""
     return import_module(f"{__name__}.{space}").SPEC if space in EXTRACTORS else None
 
 
 def load_extractor(space: str, location: str | Path, device: Any = "cpu") -> Extractor:
-    """The network of a feature space, from its weights: a file, a folder or a hub id, as its spec says.
+    """The network of a feature space, from its weights: a file, a folder or a hub id, depending on its spec.
 
-    Raises UserError where there is none, or it is something else.
+    Raises UserError for missing or unsuitable weights.
     """
     return extractor_spec(space).load(location, device)

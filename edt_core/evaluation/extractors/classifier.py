@@ -1,6 +1,6 @@
 """A small image classifier fitted on the data set itself: the feature space of `fd_classifier`.
 
-It stands in where no published network fits the domain or none is at hand. Its Fréchet distance is never called FID.
+It is used if no published network suits the domain or none is available. Its Fréchet distance is never called FID.
 Legend: N images, S image side in pixels, D features, K classes.
 """
 
@@ -32,7 +32,7 @@ WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
 
 
 class Classifier(nn.Module):
-    """Three convolutions of stride 2, a mean over space, D features, K logits."""
+    """Three convolutions of stride 2, average pooling to 4 x 4, D features, K logits."""
 
     def __init__(self, num_classes: int, base_channels: int = 16, feature_dim: int = 64) -> None:
         super().__init__()
@@ -75,10 +75,10 @@ def classify(model: Classifier, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.f
 
 
 def split_holdout(num_images: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices to fit on and indices to measure on: a random split that is a function of the seed."""
+    """Indices to fit on and indices held out for measuring: a random split that depends on the seed."""
     order = np.random.default_rng([seed, num_images]).permutation(num_images)
-    held = max(1, round(num_images * fraction))
-    return np.sort(order[held:]), np.sort(order[:held])
+    size = max(1, round(num_images * fraction))
+    return np.sort(order[size:]), np.sort(order[:size])
 
 
 def fit_classifier(
@@ -89,8 +89,8 @@ def fit_classifier(
     device: torch.device | str = "cpu",
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[Classifier, dict[str, float]]:
-    """Fit on uint8 [N, S, S, 3] and labels [N]; returns the classifier and its accuracy on images kept from the fit."""
-    fitted, held = split_holdout(len(pixels), config.holdout_fraction, config.seed)
+    """Fit on uint8 [N, S, S, 3] and labels [N]; return the classifier and its accuracy on held-out images."""
+    training, holdout = split_holdout(len(pixels), config.holdout_fraction, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Classifier(num_classes, config.base_channels, config.feature_dim).to(device)
@@ -98,7 +98,7 @@ def fit_classifier(
     schedule = one_cycle(optimizer, config.lr, config.steps)
     for step in range(config.steps):
         rng = np.random.default_rng([config.seed, step])
-        batch = rng.choice(fitted, min(config.batch_size, len(fitted)), replace=False)
+        batch = rng.choice(training, min(config.batch_size, len(training)), replace=False)
         images = torch.from_numpy(to_model_range(_shifted(pixels[batch], rng))).to(device)
         loss = F.cross_entropy(model(images)[1], torch.from_numpy(labels[batch]).to(device), label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
@@ -108,16 +108,16 @@ def fit_classifier(
         report(step + 1, float(loss.detach()))
     model.eval()
     probabilities = np.concatenate(
-        [classify(model, pixels[part])[1] for part in np.array_split(held, -(-len(held) // 256))]
+        [classify(model, pixels[part])[1] for part in np.array_split(holdout, -(-len(holdout) // 256))]
     )
     return model, {
-        "holdout_accuracy": float((probabilities.argmax(1) == labels[held]).mean()),
-        "holdout": len(held),
+        "holdout_accuracy": float((probabilities.argmax(1) == labels[holdout]).mean()),
+        "holdout": len(holdout),
     }
 
 
 def _shifted(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The batch moved by up to a sixteenth of its side, edges repeated: features should not depend on the place."""
+    """The batch shifted by up to a sixteenth of its side, edges repeated, so that features ignore the position."""
     reach = max(1, pixels.shape[1] // 16)
     dy, dx = rng.integers(-reach, reach + 1, 2)
     padded = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
@@ -136,7 +136,7 @@ class ClassifierExtractor:
 
     @classmethod
     def load(cls, location: str | Path, device: torch.device | str = "cpu") -> "ClassifierExtractor":
-        """From the folder of a classifier artifact. Raises UserError for what is not one."""
+        """Load from the folder of a classifier artifact. Raises UserError for any other folder."""
         from safetensors import SafetensorError
 
         try:
@@ -144,8 +144,7 @@ class ClassifierExtractor:
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
             raise UserError(
-                f"no classifier at {location}: {reason}; give the folder of a classifier artifact, or run its step "
-                "again"
+                f"no classifier at {location}: {reason}; use the folder of a classifier artifact, or rerun its step"
             ) from error
 
     def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:

@@ -1,4 +1,4 @@
-"""CLIP's image encoder as a network of features, by the convention of CMMD (Jayasumana et al. 2024, arXiv 2401.09603).
+"""CLIP's image encoder as a feature network, by the convention of CMMD (Jayasumana et al. 2024, arXiv 2401.09603).
 
 Legend: N images, S image side in pixels, I side of the network's input, D features.
 """
@@ -22,14 +22,14 @@ from edt_core.files.small_files import read_json_object
 from edt_core.network.hub import hub_is_away
 
 _PREPROCESSOR = "preprocessor_config.json"
-_MODEL_TYPES = ("clip", "clip_vision_model")  # a whole CLIP, of which the image encoder is taken, or the encoder alone
+_MODEL_TYPES = ("clip", "clip_vision_model")  # a whole CLIP, of which the image encoder is used, or only the encoder
 
 Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class ClipInput:
-    """What the network takes: images of `side` pixels, less `mean`, by `std` (of levels in 0..1, by channel).
+    """The network's preprocessing: images of `side` pixels, standardised by `mean` and `std` (levels 0..1, by channel).
 
     The defaults are OpenAI's, for folders without a preprocessor_config.json.
     """
@@ -40,27 +40,28 @@ class ClipInput:
 
     @classmethod
     def of(cls, side: int, settings: dict[str, Any]) -> "ClipInput":
-        """With the mean and std of a preprocessor's settings. Raises ValueError for another side and for no numbers."""
+        """The preprocessing with the mean and std of `settings`. Raises ValueError for another side or bad values."""
         crop = settings.get("crop_size", side)
         if any(length != side for length in (crop.values() if isinstance(crop, dict) else [crop])):
-            raise ValueError(f"{_PREPROCESSOR} has crop_size {crop}, and the network takes {side} x {side} pixels")
+            raise ValueError(f"{_PREPROCESSOR} has crop_size {crop}, but the network takes {side} x {side} pixels")
         mean, std = (
-            _triple(settings, name, usual) for name, usual in (("image_mean", cls.mean), ("image_std", cls.std))
+            _triple(settings, name, default) for name, default in (("image_mean", cls.mean), ("image_std", cls.std))
         )
         if min(std) <= 0:
-            raise ValueError(f"{_PREPROCESSOR} has image_std {list(std)}; above 0 is needed")
+            raise ValueError(f"{_PREPROCESSOR} has image_std {list(std)}; values must be above 0")
         return cls(side, mean, std)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """float32 [N, 3, I, I] of uint8 [N, 3, S, S]."""
+        """Preprocess uint8 [N, 3, S, S] -> float32 [N, 3, I, I]."""
         return standardised(pillow_bicubic(images, self.side), self.mean, self.std)
 
 
 def pillow_bicubic(images: Tensor, side: int) -> Tensor:
-    """Levels 0..255, float32 [N, C, side, side], of uint8 [N, C, S, S], as Pillow's bicubic filter resizes images.
+    """Levels 0..255, float32 [N, C, side, side], of uint8 [N, C, S, S], resized like Pillow's bicubic filter.
 
-    The authors' code resizes by Pillow: across, then down, with antialiasing, and each time to whole levels. Resized in
-    one go, a fifth of the levels are others; so, 3 of 10,000 are, by one.
+    The authors' code uses Pillow, which resizes rows, then columns, with antialiasing, and rounds to integer levels
+    after each. Resized in both directions at once, a fifth of the levels differ from Pillow's; this way, 3 of 10,000
+    differ, by one level.
     """
     levels = images.float()
     for size in ((images.shape[2], side), (side, side)):
@@ -70,8 +71,8 @@ def pillow_bicubic(images: Tensor, side: int) -> Tensor:
     return levels
 
 
-def _triple(settings: dict[str, Any], name: str, usual: Triple) -> Triple:
-    values = settings.get(name, usual)
+def _triple(settings: dict[str, Any], name: str, default: Triple) -> Triple:
+    values = settings.get(name, default)
     if not (
         isinstance(values, list | tuple)
         and len(values) == 3
@@ -93,9 +94,9 @@ class Clip:
 
     @classmethod
     def load(cls, location: str | Path, device: torch.device | str = "cpu") -> "Clip":
-        """From a folder or hub id in the format of transformers, with its weights in safetensors.
+        """Load from a folder or hub id in the transformers format, with weights in safetensors.
 
-        Raises UserError without transformers, where there is no such model, and for a model of another kind.
+        Raises UserError if transformers or the model is missing, and for a model of another kind.
         """
         model = load_pretrained(SPEC, location, "CLIPVisionModelWithProjection", _MODEL_TYPES)
         try:
@@ -106,7 +107,7 @@ class Clip:
         return cls(model, preprocess, device)
 
     def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
-        """uint8 [N, S, S, 3] -> features [N, D] of length 1; D is 768 for CLIP's large one of 336 pixels."""
+        """uint8 [N, S, S, 3] -> features [N, D] of length 1; D is 768 for CLIP large at 336 pixels."""
         images = images_on(self.device, pixels)
         with exact_fp32(self.device):
             embeddings = self.model(pixel_values=self.preprocess(images)).image_embeds
@@ -114,7 +115,7 @@ class Clip:
 
 
 def _preprocessor(location: str | Path) -> dict[str, Any]:
-    """The settings of a model's preprocessor; none where it has no file of them."""
+    """The settings of a model's preprocessor; empty if the model has no file of them."""
     if (folder := Path(location)).is_dir():
         return read_json_object(folder / _PREPROCESSOR) if (folder / _PREPROCESSOR).is_file() else {}
     from huggingface_hub import hf_hub_download
@@ -125,7 +126,7 @@ def _preprocessor(location: str | Path) -> dict[str, Any]:
             Path(hf_hub_download(str(location), _PREPROCESSOR, local_files_only=hub_is_away(location)))
         )
     except LocalEntryNotFoundError:
-        raise  # the hub may have one
+        raise  # offline: the hub may have the file
     except EntryNotFoundError:
         return {}
 
@@ -137,12 +138,12 @@ SPEC = ExtractorSpec(
     suggestion="--clip-weights",
     load=Clip.load,
     source="the weights of CLIP (openai/clip-vit-large-patch14-336 of the Hugging Face hub, with config.json and "
-    "model.safetensors); put its folder where this machine can read it, or give its hub id where the hub can be "
-    "reached",
+    "model.safetensors); put its folder where this machine can read it, or use its hub id if this machine can reach "
+    "the hub",
     is_folder=True,
     package="transformers",
     extra="clip",
     dimension_field="projection_dim",
-    kept=768,
+    values_per_sample=768,
     metrics=(*FEATURE_METRICS, "cmmd"),
 )

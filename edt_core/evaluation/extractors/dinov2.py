@@ -1,4 +1,4 @@
-"""DINOv2 as a network of features, by the convention of FD-DINOv2 (Stein et al. 2023, Karras et al. 2024).
+"""DINOv2 as a feature network, by the convention of FD-DINOv2 (Stein et al. 2023, Karras et al. 2024).
 
 Legend: N images, S image side in pixels, D features, G x G patches.
 """
@@ -23,17 +23,17 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
 def to_dinov2_range(images: Tensor) -> Tensor:
     """float32 [N, 3, 224, 224] of uint8 [N, 3, S, S]: bicubic with antialiasing, then ImageNet's mean and std.
 
-    What overshoots 0..255 stays, as Karras et al. have it.
+    Values outside 0..255 are not clipped, as in the code of Karras et al.
     """
     resized = F.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
     return standardised(resized, MEAN, STD)
 
 
 def resized_positions(positions: Tensor, grid: int) -> Tensor:
-    """Position embeddings [1, 1 + grid², D] of [1, 1 + G², D], resized as DINOv2's authors do; the class token's stays.
+    """Position embeddings [1, 1 + grid², D] from [1, 1 + G², D], resized as by DINOv2's authors, class token unchanged.
 
-    Their code scales by (grid + 0.1) / G (facebookresearch/dinov2, dinov2/models/vision_transformer.py), transformers
-    to `grid` exactly. The features differ, and published values of FD-DINOv2 come from the authors' code.
+    The authors' code scales by (grid + 0.1) / G (facebookresearch/dinov2, dinov2/models/vision_transformer.py),
+    transformers to `grid` exactly. The features differ; published values of FD-DINOv2 come from the authors' code.
     """
     side = round((positions.shape[1] - 1) ** 0.5)
     if side == grid:
@@ -58,9 +58,9 @@ class Dinov2:
 
     @classmethod
     def load(cls, location: str | Path, device: torch.device | str = "cpu") -> "Dinov2":
-        """From a folder or hub id in the format of transformers, with its weights in safetensors.
+        """Load from a folder or hub id in the transformers format, with weights in safetensors.
 
-        Raises UserError without transformers, where there is no such model, and for a model of another kind.
+        Raises UserError if transformers or the model is missing, and for a model of another kind.
         """
         return cls(load_pretrained(SPEC, location, "Dinov2Model", ("dinov2",)), device)
 
@@ -80,11 +80,11 @@ SPEC = ExtractorSpec(
     load=Dinov2.load,
     source="the weights of DINOv2 (facebook/dinov2-large of the Hugging Face hub, the model of "
     "github.com/facebookresearch/dinov2, with config.json and model.safetensors); put its folder where this machine "
-    "can read it, or give its hub id where the hub can be reached",
+    "can read it, or use its hub id if this machine can reach the hub",
     is_folder=True,
     package="transformers",
     extra="dinov2",
     dimension_field="hidden_size",
-    kept=1024,
+    values_per_sample=1024,
     always_recorded=True,
 )

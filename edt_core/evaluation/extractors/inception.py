@@ -1,8 +1,8 @@
 """The Inception v3 of the FID, as TensorFlow's graph of 2015-12-05 computes it (Heusel et al. 2017).
 
-It is not the Inception v3 of the model zoos: average pools leave the padding out of their count, the last block pools
-by maximum, there are 1008 logits, and images are resized as TensorFlow 1 did. Names of tensors are those of the public
-weights files. Legend: N images, C channels, H and W sides in pixels.
+It differs from the Inception v3 of model zoos: average pools do not count the padding, the last block uses max pooling,
+there are 1008 logits, and images are resized as in TensorFlow 1. Names of tensors are those of the public weights
+files. Legend: N images, C channels, H and W sides in pixels.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ SIDE, FEATURE_DIM, NUM_LOGITS, SPATIAL_DIM = 299, 2048, 1008, 2023
 SPATIAL_CHANNELS = 7  # of 17 x 17: 2023 numbers, about as many as there are pooled features (Nash et al. 2021)
 NORM_EPS = 1e-3
 
-# The convolutions of a block, in the order of their results: name -> (name of the one before it, or "" for the block's
-# input; channels out; kernel height and width). Those that none comes after are the block's output.
+# The convolutions of a block, in the order of their results: name -> (name of the previous one, or "" for the block's
+# input; output channels; kernel height and width). Those without a next one are the block's output.
 Convolutions = dict[str, tuple[str, int, tuple[int, int]]]
 ONE, THREE, FIVE, ROW, COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
 
@@ -64,7 +64,7 @@ BLOCK_E: Convolutions = {
 
 
 def block_c(width: int) -> Convolutions:
-    """The block of 7x7 convolutions factorised in rows and columns, `width` channels inside."""
+    """The block of 7x7 convolutions factorised into rows and columns, with `width` inner channels."""
     return {
         "branch1x1": ("", 192, ONE),
         "branch7x7_1": ("", width, ONE),
@@ -81,14 +81,14 @@ def block_c(width: int) -> Convolutions:
 def tf1_resize(images: Tensor, size: int = SIDE) -> Tensor:
     """float32 [N, C, size, size] of [N, C, H, W] by TensorFlow 1's bilinear resize.
 
-    Output pixel i lies at i x (input side / size): corners are not aligned, and centres are not half a pixel in.
+    Output pixel i is at i x (input side / size): without aligned corners, and without half-pixel centres.
     """
     x = images.float()
     for axis in (3, 2):
-        places = torch.arange(size, device=x.device, dtype=torch.float32) * (x.shape[axis] / size)
-        low = places.floor().long()
+        positions = torch.arange(size, device=x.device, dtype=torch.float32) * (x.shape[axis] / size)
+        low = positions.floor().long()
         high = (low + 1).clamp(max=x.shape[axis] - 1)
-        weight = (places - low).view(-1, *[1] * (3 - axis))
+        weight = (positions - low).view(-1, *[1] * (3 - axis))
         first = x.index_select(axis, low)
         x = first + (x.index_select(axis, high) - first) * weight
     return x
@@ -107,9 +107,9 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self) -> None:
-        """Make the batch norm of evaluation a part of the convolution, by sums in float64.
+        """Fold the batch norm of evaluation into the convolution, computed in float64.
 
-        With kernels laid channels last, a CPU passes 1.6 times the images a second.
+        With kernels in channels-last layout, a CPU processes 1.6 times the images per second.
         """
         norm = {name: tensor.double() for name, tensor in self.bn.state_dict().items()}
         scale = norm["weight"] / (norm["running_var"] + NORM_EPS).sqrt()
@@ -120,19 +120,19 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions and a pool over the same input, their results one after another along the channels.
+    """Branches of convolutions and a pool over the same input, their results concatenated along the channels.
 
     `pool_channels` is the width of a 1x1 convolution after the pool. With 0 there is none, and the block halves the
-    side: its last convolutions and its pool, by maximum, have stride 2 and no padding.
+    side: its last convolutions and its max pool have stride 2 and no padding.
     """
 
     def __init__(self, channels: int, convolutions: Convolutions, pool_channels: int = 0, pool: str = "mean") -> None:
         super().__init__()
-        self.before = {name: before for name, (before, _, _) in convolutions.items()}
-        self.last = [name for name in convolutions if name not in self.before.values()]
+        self.previous = {name: previous for name, (previous, _, _) in convolutions.items()}
+        self.last = [name for name in convolutions if name not in self.previous.values()]
         self.pool = pool if pool_channels else "halve"
-        for name, (before, out, kernel) in convolutions.items():
-            width = convolutions[before][1] if before else channels
+        for name, (previous, out, kernel) in convolutions.items():
+            width = convolutions[previous][1] if previous else channels
             halve = self.pool == "halve" and name in self.last
             self.add_module(name, ConvNorm(width, out, kernel, 2 if halve else 1, padded=not halve))
         if pool_channels:
@@ -141,8 +141,8 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         results = {"": x}
-        for name, before in self.before.items():
-            results[name] = self.get_submodule(name)(results[before])
+        for name, previous in self.previous.items():
+            results[name] = self.get_submodule(name)(results[previous])
         return torch.cat([*(results[name] for name in self.last), self._pooled(x)], dim=1)
 
     def _pooled(self, x: Tensor) -> Tensor:
@@ -179,9 +179,9 @@ class InceptionNetwork(nn.Module):
         self.register_buffer("spatial_kernel", torch.empty(0), persistent=False)
 
     def fold(self) -> "InceptionNetwork":
-        """Fold every batch norm, once the weights are in, for evaluation alone.
+        """Fold every batch norm after the weights are loaded, for evaluation only.
 
-        The spatial features come before a batch norm: their few kernels are kept as they were.
+        The spatial features are taken before a batch norm, so their kernels are copied before the folding.
         """
         branch = self.Mixed_6d.get_submodule("branch1x1")
         assert isinstance(branch, ConvNorm)
@@ -194,7 +194,7 @@ class InceptionNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images float32 [N, 3, 299, 299] in -1..1 -> features [N, 2048], logits [N, 1008], spatial [N, 2023].
 
-        Logits are without the bias of the last layer, as the Inception score of the FID's authors has them. Spatial
+        Logits are without the bias of the last layer, as in the Inception score of the FID's authors. Spatial
         features are the first 7 channels of the 1x1 branch of Mixed_6d before its batch norm, channels last.
         """
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))  # [N, 64, 147, 147]
@@ -208,16 +208,16 @@ class InceptionNetwork(nn.Module):
 
 
 def inception_network(weights: Mapping[str, Tensor]) -> InceptionNetwork:
-    """The folded network with the tensors of a public file. Batches that were counted while training may be missing.
+    """The folded network with the tensors of a public file, in which `num_batches_tracked` may be missing.
 
-    Raises UserError for any other tensor that is missing, has another shape, or does not belong.
+    Raises UserError for any other tensor that is missing, has another shape, or is unexpected.
     """
     with torch.device("meta"):
         network = InceptionNetwork()
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     counters = {name for name in shapes if name.endswith("num_batches_tracked")}
     wrong = [f"{name} is missing" for name in shapes if name not in weights and name not in counters]
-    wrong += [f"{name} does not belong" for name in weights if name not in shapes]
+    wrong += [f"{name} is unexpected" for name in weights if name not in shapes]
     wrong += [
         f"{name} has shape {list(tensor.shape)}, not {list(shapes[name])}"
         for name, tensor in weights.items()
@@ -225,8 +225,8 @@ def inception_network(weights: Mapping[str, Tensor]) -> InceptionNetwork:
     ]
     if wrong:
         raise UserError(
-            f"this is not the FID Inception: {len(wrong)} of its {len(shapes)} tensors are wrong, {wrong[0]}; give the "
-            "file of github.com/mseitzer/pytorch-fid/releases or github.com/toshas/torch-fidelity/releases "
+            f"this is not the Inception of the FID: {len(wrong)} of its {len(shapes)} tensors are wrong ({wrong[0]}); "
+            "use the file of github.com/mseitzer/pytorch-fid/releases or github.com/toshas/torch-fidelity/releases "
             "(inception.weights, --inception-weights)"
         )
     tensors = {name: tensor.float() for name, tensor in weights.items() if name not in counters}
@@ -235,7 +235,7 @@ def inception_network(weights: Mapping[str, Tensor]) -> InceptionNetwork:
 
 
 class Inception:
-    """What FID, KID, precision and recall (features), IS (probabilities) and sFID (spatial) are computed from."""
+    """The feature network of FID, KID, precision and recall (features), IS (probabilities) and sFID (spatial)."""
 
     space = "inception"
 
@@ -245,7 +245,7 @@ class Inception:
 
     @classmethod
     def load(cls, location: str | Path, device: torch.device | str = "cpu") -> "Inception":
-        """From a public weights file. Raises UserError for what is not one."""
+        """Load from a public weights file. Raises UserError for any other file."""
         return cls(inception_network(load_tensors(Path(location), SPEC.needed)), device)
 
     def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
@@ -260,7 +260,7 @@ class Inception:
 SPEC = ExtractorSpec(
     name="inception",
     title="Inception",
-    help="Inception's published weights, for fid and its kin: file, URL#sha256=..., or MLflow URI",
+    help="Inception's published weights, for fid and related metrics: file, URL#sha256=..., or MLflow URI",
     suggestion="--inception-weights for FID (pt_inception-2015-12-05-6726825d.pth from "
     "github.com/mseitzer/pytorch-fid/releases)",
     load=Inception.load,
@@ -269,7 +269,7 @@ SPEC = ExtractorSpec(
     "github.com/toshas/torch-fidelity/releases); put the file where this machine can read it",
     dimensions=FEATURE_DIM,
     spatial_dimensions=SPATIAL_DIM,
-    kept=FEATURE_DIM + SPATIAL_DIM + NUM_LOGITS,
+    values_per_sample=FEATURE_DIM + SPATIAL_DIM + NUM_LOGITS,
     metrics=("fid", "sfid", "inception_score", "kid", "precision", "recall"),
     always_recorded=True,
 )

@@ -1,4 +1,4 @@
-"""What every extractor does with pixels and results: check, carry to the device, compute exactly, carry back.
+"""Shared code of the extractors: check pixels, copy them to the device, compute in float32, copy results back.
 
 Legend: N images, S image side in pixels.
 """
@@ -16,7 +16,7 @@ from edt_core.errors import UserError
 
 
 def check_pixels(pixels: NDArray[Any] | Tensor) -> None:
-    """Raises UserError unless `pixels` are uint8 [N, S, S, 3], levels 0..255 of RGB, N and S at least 1."""
+    """Raise UserError unless `pixels` are uint8 [N, S, S, 3], RGB levels 0..255, N and S at least 1."""
     shape, dtype = tuple(pixels.shape), str(pixels.dtype).removeprefix("torch.")
     if dtype != "uint8":
         problem = "levels 0..255 are needed; convert floats in -1..1 by truncating 127.5 x + 128"
@@ -28,16 +28,16 @@ def check_pixels(pixels: NDArray[Any] | Tensor) -> None:
     elif shape[1] != shape[2]:
         problem = f"{shape[1]} x {shape[2]} pixels are not square; crop them as the training images were"
     elif 0 in shape:
-        problem = "there is no pixel in it; leave empty batches out"
+        problem = "the batch is empty; leave empty batches out"
     else:
         return
-    raise UserError(f"the images are {dtype} {list(shape)}, a feature network needs uint8 [N, S, S, 3]: {problem}")
+    raise UserError(f"the images are {dtype} {list(shape)}, but a feature network needs uint8 [N, S, S, 3]: {problem}")
 
 
 def images_on(device: torch.device, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
-    """uint8 [N, 3, S, S], a view of channels last, on the device, of uint8 [N, S, S, 3]. Raises as `check_pixels`."""
+    """A view uint8 [N, 3, S, S] on the device of pixels uint8 [N, S, S, 3]. Raises as `check_pixels`."""
     check_pixels(pixels)
-    if not isinstance(pixels, Tensor):  # torch takes no negative strides and warns of memory it may not write to
+    if not isinstance(pixels, Tensor):  # torch rejects negative strides and warns of read-only memory
         pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
     if device.type == "cuda" and pixels.device.type == "cpu":
         pixels = pixels.pin_memory()
@@ -45,31 +45,31 @@ def images_on(device: torch.device, pixels: NDArray[np.uint8] | Tensor) -> Tenso
 
 
 def standardised(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """float32 [N, 3, S, S] of levels 0..255: as 0..1, less a mean and by a deviation of each channel."""
+    """Levels 0..255 [N, 3, S, S], scaled to 0..1 and standardised by the channels' mean and std; float32."""
     centre, width = (torch.tensor(values, device=levels.device).view(1, 3, 1, 1) for values in (mean, std))
     return (levels / 255 - centre) / width
 
 
 def on_host(outputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
-    """The tensors as float32 arrays. All copies from an accelerator are under way before the first is waited for."""
-    waiting: dict[str, Tensor] = {}
+    """The tensors as float32 arrays. All copies from an accelerator are started before one is waited for."""
+    copies: dict[str, Tensor] = {}
     for name, tensor in outputs.items():
         values = tensor.detach().float().contiguous()
         if values.is_cuda:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-        waiting[name] = values
+        copies[name] = values
     if any(tensor.is_cuda for tensor in outputs.values()):
         torch.cuda.current_stream(next(iter(outputs.values())).device).synchronize()
-        # Out of the pinned memory: the caller may keep thousands of batches, and it cannot be swapped.
-        return {name: values.numpy().copy() for name, values in waiting.items()}
-    return {name: values.numpy() for name, values in waiting.items()}
+        # Copied out of pinned memory, which cannot be swapped: the caller may store thousands of batches.
+        return {name: values.numpy().copy() for name, values in copies.items()}
+    return {name: values.numpy() for name, values in copies.items()}
 
 
 @contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
-    """Inference in full float32, whatever autocast and TF32 or bfloat16 products are on outside; these come back.
+    """Context of inference in full float32, without autocast, TF32 or bfloat16 products; restores them afterwards.
 
-    A GPU convolves float32 in TF32 unless told otherwise, ten bits of mantissa for twenty-three.
+    By default a GPU convolves float32 in TF32, with ten bits of mantissa instead of twenty-three.
     """
     cudnn, mkldnn = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
     backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]

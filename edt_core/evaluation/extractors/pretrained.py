@@ -1,4 +1,4 @@
-"""Networks of features from a folder or hub id in the format of transformers, their weights in safetensors."""
+"""Load feature networks from a folder or hub id in the transformers format, with weights in safetensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +14,16 @@ from edt_core.network.hub import hub_is_away, loading_failure
 
 
 def load_pretrained(spec: ExtractorSpec, location: str | Path, model_class: str, kinds: Sequence[str]) -> Any:
-    """The model, in float32, that transformers calls `model_class`; `kinds`: the model types that its weights may have.
+    """The model, in float32, of the transformers class `model_class`; `kinds` are the accepted model types.
 
-    Raises UserError without transformers, where there is no such model, and for a model of another kind.
+    Raises UserError if transformers or the model is missing, and for a model of another kind.
     """
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"{spec.title} needs transformers; pip install edt-pipeline[{spec.extra}]") from error
     place, away = str(location), hub_is_away(location)
-    local = away or Path(location).is_dir()  # the hub's cache on this machine may have it
+    local = away or Path(location).is_dir()  # without the hub, its cache on this machine may have the model
     try:
         if Path(location).is_dir():
             check_folder_headers(Path(location))
@@ -37,7 +37,7 @@ def load_pretrained(spec: ExtractorSpec, location: str | Path, model_class: str,
         )
         if missing := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
             raise ValueError(f"{len(missing)} tensors are missing or have another shape, {missing[0]} first")
-    except Exception as error:  # transformers raises whatever its libraries do for what they cannot read
+    except Exception as error:  # the libraries under transformers raise many kinds of errors for unreadable files
         cause = loading_failure(error, away)
         reason = (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise UserError(f"no {spec.title} at {place}: {reason}. Needed are {spec.needed}") from error

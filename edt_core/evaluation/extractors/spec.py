@@ -1,4 +1,4 @@
-"""What the rest of the project knows of a network of features: one `ExtractorSpec` for each, in the network's own file.
+"""The interface of feature networks to the rest of the project: one `ExtractorSpec` each, in the network's file.
 
 Legend: N images, S image side in pixels, D features, K classes.
 """
@@ -13,40 +13,40 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-FEATURE_METRICS = ("fid", "kid", "precision", "recall")  # those that features alone give, in any space
+FEATURE_METRICS = ("fid", "kid", "precision", "recall")  # metrics of features alone, for any feature space
 
 
 class Extractor(Protocol):
-    """A network of features on its device."""
+    """A feature network on its device."""
 
     space: str  # the name of its spec
 
     def __call__(self, pixels: "NDArray[np.uint8] | Tensor") -> "dict[str, NDArray[np.float32]]":
-        """uint8 [N, S, S, 3] -> "features" [N, D] and, where the network has them, "spatial" [N, 2023] and
+        """Outputs by name, of uint8 [N, S, S, 3]: "features" [N, D]; some networks add "spatial" [N, 2023] and
         "probabilities" [N, K].
 
-        Computed in float32 whatever is set outside. Raises UserError for other pixels.
+        Computed in float32, regardless of autocast and TF32 settings. Raises UserError for other pixels.
         """
         ...
 
 
 @dataclass(frozen=True)
 class ExtractorSpec:
-    """A network of features: how people name it, where its weights come from, and what is computed in its space.
+    """A feature network: its names, the source of its weights, and the metrics of its space.
 
-    name: of the feature space, of the role of the network as an input, and of its section of a configuration.
-    title: of the network in a sentence. help: of its command-line option.
+    name: of the feature space, of the network as an input, and of its section of a configuration.
+    title: name of the network in sentences. help: of its command-line option.
     suggestion: the option in the message for an evaluation without any network.
-    load: the network from its weights, on a device. Raises UserError where they are something else.
-    source: which published weights are meant, and where people get them; "" where a step of the pipeline makes them.
-    is_folder: whether the weights are a folder in the format of transformers (or a hub id), or one file.
-    package, extra: the package beyond a plain installation that loads it, and the extra that brings it.
-    dimensions, spatial_dimensions: D of the features and of the spatial ones; None where the weights decide.
-    dimension_field: the entry of the folder's config.json that has D, where the weights decide.
-    kept: numbers that are kept of a sample, with the weights that are usual; None where the configuration decides.
+    load: load the network from its weights onto a device. Raises UserError for unsuitable weights.
+    source: which published weights are expected, and where to get them; "" if a step of the pipeline fits them.
+    is_folder: whether the weights are a folder in the transformers format (or a hub id), or one file.
+    package, extra: the package that loads it, if a plain installation lacks it, and the extra that installs it.
+    dimensions, spatial_dimensions: D of the features and of the spatial ones; None if it depends on the weights.
+    dimension_field: the entry of the folder's config.json with D, if it depends on the weights.
+    values_per_sample: values stored for each sample, with the usual weights; None if the configuration determines it.
     metrics: names of the metrics of its space.
-    always_recorded: whether reports have its section of the configuration also where it says nothing. So it is with
-    the networks of the first version; others would change the fingerprints of reports that were made without them.
+    always_recorded: whether reports record its section of the configuration even if it is empty. True for the networks
+    of the first version only: others would change the fingerprints of existing reports without them.
     """
 
     name: str
@@ -61,23 +61,23 @@ class ExtractorSpec:
     dimensions: int | None = None
     spatial_dimensions: int | None = None
     dimension_field: str | None = None
-    kept: int | None = None
+    values_per_sample: int | None = None
     metrics: tuple[str, ...] = FEATURE_METRICS
     always_recorded: bool = False
 
     @property
     def option(self) -> str:
-        """The command-line option, named as in a configuration."""
+        """The command-line option."""
         return f"--{self.name}-weights" if self.source else f"--{self.name}"
 
     @property
     def needed(self) -> str:
-        """What to get where there are no weights, and how to name them."""
+        """Which weights to get if they are missing, and how to specify them; for messages."""
         return f"{self.source}, and set {self.name}.weights ({self.option})"
 
     @property
     def places(self) -> str:
-        """What the weights may be, for a person."""
+        """The accepted forms of the weights' location, for help texts."""
         if self.is_folder:
-            return f"folder or hub id of {self.title} in the format of transformers, or MLflow URI"
+            return f"folder or hub id of {self.title} in the transformers format, or MLflow URI"
         return f"file of {self.title}'s published weights, URL with sha256, or MLflow URI"

@@ -1,6 +1,6 @@
-"""The verbs of the pipeline, one a file, on Ray. Each is a function of (config, inputs, out, progress).
+"""Jobs of the pipeline, on Ray. A stage is a function of (config, inputs, out, progress).
 
-`inputs` maps roles to committed artifacts, `out` takes the files, and what is returned are the counts of the manifest.
+`inputs` maps roles to committed artifacts, `out` stores the files, and the return value is the manifest's counts.
 """
 
 from edt_core.environment import quiet_defaults

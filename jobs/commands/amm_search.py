@@ -34,7 +34,7 @@ from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.sample import model_config_of
-from jobs.stages.stage import alone_in, made_before
+from jobs.stages.stage import alone_in, existing_artifact
 
 _VERSION = 1
 _WORK = ".search"  # features and evaluations of the placements, within the artifact's folder
@@ -199,7 +199,7 @@ def run(options: argparse.Namespace, bar: Progress) -> Artifact:
     made_by = {"num_timesteps": num_timesteps, "amm_search": result_fields(config)}
     identity = fingerprint("checkpoint", _VERSION, made_by, parents)
     with alone_in(out):
-        if (made := made_before(out, identity)) is not None:
+        if (made := existing_artifact(out, identity)) is not None:
             return made
         writer = ArtifactWriter(out, "checkpoint", identity)
         writer.check_own()

@@ -49,7 +49,7 @@ def open_input(role: str, location: str, out: Folder, options: argparse.Namespac
     artifact = Artifact.open(location)
     kind = "checkpoint" if role == "guide" else role  # else a role is named after the kind of artifact that fills it
     if artifact.manifest.kind != kind:
-        raise UserError(f"{location} holds {artifact.manifest.kind}, and {kind} is what is needed here")
+        raise UserError(f"{location} is an artifact of kind {artifact.manifest.kind}, but {kind} is needed here")
     return artifact
 
 

@@ -35,7 +35,7 @@ from edt_core.store.layout import (
 from jobs.models.registry_files import fetch_version
 from jobs.runtime.tracking import SQLITE, mlflow_client, own_uri
 from jobs.stages import autoencoder
-from jobs.stages.stage import alone_in, made_before
+from jobs.stages.stage import alone_in, existing_artifact
 
 if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer
@@ -345,7 +345,7 @@ def _once(
     identity = fingerprint(kind, _VERSION, config, inputs)
     folder = work.child(f"{kind}/{identity}")
     with alone_in(folder):
-        if (made := made_before(folder, identity)) is not None:
+        if (made := existing_artifact(folder, identity)) is not None:
             return made
         out = ArtifactWriter(folder, kind, identity)
         return out.commit(config, inputs, write(out))

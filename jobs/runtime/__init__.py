@@ -1,1 +1,1 @@
-"""The Ray session, progress, and how failures are reported."""
+"""The Ray session, progress reports and failure reports."""

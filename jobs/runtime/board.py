@@ -1,4 +1,4 @@
-"""The board: an actor that keeps what workers report, until the process that waits has fetched it."""
+"""The board: an actor that stores what workers report until the waiting process has fetched it."""
 
 import time
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from edt_core.progress import Count
 
-_INTERVAL_S = 0.5  # between two reports of a part, and two questions whether to stop
-_HAND_OVER_S = 0.2  # most that a worker waits for a busy board
-_PARCEL = 200  # items that are handed out at once
+_INTERVAL_S = 0.5  # between two reports of a part, and between two checks whether to stop
+_HAND_OVER_S = 0.2  # the longest that a worker waits for a busy board
+_BATCH = 200  # reports per delivery
 
 
 class Shown(NamedTuple):
-    """How far one step is, for the program that shows it."""
+    """Progress of one step, for display."""
 
     done: int
     total: int
@@ -43,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Kept:
-    """All checkpoints that there were at one moment: step number -> (URI, digest)."""
+    """All checkpoints that exist at one moment: step number -> (URI, digest)."""
 
     checkpoints: Mapping[int, tuple[str, str]]
 
@@ -59,10 +59,10 @@ Report = Measured | Picture | Kept | Warned
 
 
 class Board:
-    """A Ray actor that keeps the latest count of every step, the warnings, and whether the work is to stop.
+    """A Ray actor that stores the latest count of every step, the warnings, and whether the work should stop.
 
-    What a step reported for its record waits here, in order, until it is delivered: neither the end of a worker nor
-    that of the one who delivers loses any of it. With `recorded` false nobody delivers, and it is not kept.
+    A step's reports for its record wait here, in order, until they are delivered: none is lost when a worker or the
+    delivering process ends. With `recorded` false nothing delivers them, and they are dropped.
     """
 
     def __init__(self, recorded: bool = True) -> None:
@@ -87,13 +87,13 @@ class Board:
             self.reports.setdefault(step, []).append(report)
 
     def waiting(self, step: str, delivered: int) -> list[Report]:
-        """The oldest reports of a step, after the `delivered` first of those handed out before are forgotten."""
+        """The oldest reports of a step. First drops the `delivered` oldest ones, which an earlier call returned."""
         queue = self.reports.setdefault(step, [])
         del queue[:delivered]
-        return queue[:_PARCEL]
+        return queue[:_BATCH]
 
     def stopping(self, step: str) -> bool:
-        """Whether the work is to stop; whoever asks is taken to be one that will."""
+        """Whether the work should stop. A step that calls this counts as one that can stop."""
         self.listening.add(step)
         return self.stop
 
@@ -101,26 +101,26 @@ class Board:
         self.stop = True
 
     def read(self) -> tuple[dict[str, Shown], list[tuple[str, str]], set[str]]:
-        """What to show by step, the warnings so far, and the steps that would stop if they were asked to."""
+        """Progress by step, the warnings so far, and the steps that can stop on request."""
         shown = {step: Shown(c.done, c.total, c.note, self.details[step]) for step, c in self.counts.items()}
         return shown, self.warnings, self.listening
 
 
 class BoardProgress:
-    """The `Progress` of one step, told to a board. Picklable; each copy speaks at most twice a second of each part."""
+    """The `Progress` of one step, sent to a board. Picklable; each copy reports a part at most twice a second."""
 
     def __init__(self, step: str, board: Any) -> None:
         self.step, self.board = step, board
-        self._told: dict[int | None, float] = {}
-        self._stop, self._asked = False, 0.0
-        self._question: Any = None
+        self._reported_at: dict[int | None, float] = {}
+        self._stop, self._queried_at = False, 0.0
+        self._query: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_question": None}  # an answer is for the process that asked
+        return {**self.__dict__, "_query": None}  # its answer goes to the process that sent it
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
-        if done == total or time.monotonic() - self._told.get(part, 0.0) > _INTERVAL_S:
-            self._told[part] = time.monotonic()
+        if done == total or time.monotonic() - self._reported_at.get(part, 0.0) > _INTERVAL_S:
+            self._reported_at[part] = time.monotonic()
             self.board.update.remote(self.step, done, total, note, part, detail)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -136,25 +136,25 @@ class BoardProgress:
         self.board.warn.remote(self.step, message)
 
     def _hand_over(self, report: Report) -> None:
-        """Wait until the board has it: what is still on its way is lost with this process. Never for long."""
+        """Wait, but not for long, until the board has the report: a report in transit is lost with this process."""
         import ray
 
         ray.wait([self.board.report.remote(self.step, report)], timeout=_HAND_OVER_S)
 
     def stopping(self) -> bool:
-        """What the last answer of the board was; asks again at most twice a second, and never waits or raises."""
+        """The board's last answer. Queries the board at most twice a second; never waits or raises."""
         import ray
         import ray.exceptions
 
         if self._stop:
             return True
-        with suppress(ray.exceptions.RayError):  # a board that is gone asks nobody to stop
-            if self._question is not None and ray.wait([self._question], timeout=0)[0]:
-                answer, self._question = self._question, None
+        with suppress(ray.exceptions.RayError):  # a lost board requests no stop
+            if self._query is not None and ray.wait([self._query], timeout=0)[0]:
+                answer, self._query = self._query, None
                 self._stop = ray.get(answer)
-            if self._question is None and time.monotonic() - self._asked > _INTERVAL_S:
-                self._asked = time.monotonic()
-                self._question = self.board.stopping.remote(self.step)
+            if self._query is None and time.monotonic() - self._queried_at > _INTERVAL_S:
+                self._queried_at = time.monotonic()
+                self._query = self.board.stopping.remote(self.step)
         return self._stop
 
 

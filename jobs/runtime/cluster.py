@@ -1,4 +1,4 @@
-"""The Ray session: join the cluster that is named, or start one on this machine."""
+"""The Ray session: join the named cluster, or start one on this machine."""
 
 import logging
 import os
@@ -21,8 +21,8 @@ _OBJECT_STORE_BYTES = 512 << 20  # artifacts go through the store on disk; Ray's
 class _JobConfig(ray.job_config.JobConfig):
     """Workers import from the folders that the driver imports from, and from no others.
 
-    Ray puts the driver's working directory first on the path of its workers, even where it is not on the driver's own.
-    A `torch.py` among somebody's data would then run in every worker.
+    Ray puts the driver's working directory first on the path of its workers, even if it is not on the driver's own.
+    A `torch.py` in a data folder would then run in every worker.
     """
 
     def _serialize(self) -> str:
@@ -33,11 +33,11 @@ class _JobConfig(ray.job_config.JobConfig):
 
 
 def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = False) -> bool:
-    """Join the cluster at `address` or RAY_ADDRESS; with neither, start Ray on this machine, on loopback.
+    """Join the cluster at `address` or RAY_ADDRESS; without an address, start Ray on this machine, on loopback.
 
-    A session of our own offers at least `min_cpus` CPUs, so that two training workers fit on one core as well.
-    With `show_workers` what workers print is printed here too: for a caller that sends all of that to a log.
-    Returns True where the cluster is shared with others. Raises UserError, within seconds, where none answers at the
+    A session started here offers at least `min_cpus` CPUs, so that two training workers also fit on one core.
+    With `show_workers` the output of workers is printed here too, for a caller that sends it to a log.
+    Returns True if the cluster is shared with others. Raises UserError, within seconds, if no cluster answers at the
     address.
     """
     named = named_address(address)
@@ -45,11 +45,11 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
     if ray.is_initialized():
         return shared
     common: dict[str, Any] = {"log_to_driver": show_workers, "logging_level": logging.ERROR, "namespace": "edt"}
-    if not (named or "").startswith("ray://"):  # there, the server makes the job's configuration
+    if not (named or "").startswith("ray://"):  # a Ray Client server makes the job's configuration itself
         common["job_config"] = _JobConfig()
     if named is None:
         cpus = max(os.cpu_count() or 1, min_cpus)
-        # "local": never a cluster that `ray start` left on this machine.
+        # "local" never joins a cluster that `ray start` left on this machine.
         with on_loopback(), term_kept():
             ray.init(
                 "local",
@@ -66,16 +66,16 @@ def connect(address: str | None = None, min_cpus: int = 1, show_workers: bool = 
             ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
-            f"the Ray cluster at {named} answers, but cannot be joined: {first_line(error)}. Use its versions of Ray "
-            "and Python, and start this on one of its machines (from elsewhere: edt submit)"
+            f"the Ray cluster at {named} answers, but cannot be joined: {first_line(error)}. Use the cluster's "
+            "versions of Ray and Python, and run the command on one of its machines (from elsewhere, use edt submit)"
         ) from error
     return True
 
 
 def start_beside(target: type, **arguments: Any) -> Any:
-    """An actor that takes no CPU, on the node of this process: elsewhere it would be lost with a worker node.
+    """Start an actor that takes no CPU, on the node of this process: on a worker node it would be lost with the node.
 
-    The affinity is hard. With a soft one Ray puts what takes no CPU on any node.
+    The affinity is hard. With a soft one Ray puts an actor that takes no CPU on any node.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -84,62 +84,62 @@ def start_beside(target: type, **arguments: Any) -> Any:
 
 
 def is_own() -> bool:
-    """Whether the session is one that `connect` started: all of it on this machine, and on loopback."""
+    """Whether `connect` started this session: all of it is on this machine, on loopback."""
     return _OWN in ray.cluster_resources()
 
 
-def require(stage: str, **wanted: float) -> None:
-    """Raise UserError where a session of our own can never give what a stage wants: it would wait for ever.
+def require(stage: str, **resources: float) -> None:
+    """Raise UserError if a session started here can never provide a stage's resources: it would wait forever.
 
-    A cluster that others run may grow, and shows what waits for resources itself.
+    A shared cluster may grow, and Ray itself shows there which work waits for resources.
     """
-    there = ray.cluster_resources()
-    if _OWN not in there:
+    available = ray.cluster_resources()
+    if _OWN not in available:
         return
-    for kind, number in wanted.items():
-        if number > there.get(kind, 0):
+    for resource, number in resources.items():
+        if number > available.get(resource, 0):
             raise UserError(
-                f"{stage} wants {number:g} {kind} at once, this machine offers {there.get(kind, 0):g}; lower what the "
-                "configuration asks for, or join a cluster by RAY_ADDRESS or --address"
+                f"{stage} needs {number:g} {resource} at once, but this machine offers {available.get(resource, 0):g}; "
+                "lower the resources in the configuration, or join a cluster with RAY_ADDRESS or --address"
             )
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error that a job raised, out of what Ray and Ray Train wrapped around it.
+    """The error that a job raised, unwrapped from the errors of Ray and Ray Train.
 
-    Of several workers' errors it is one that tells something, if there is one: when one worker gives up, the others
-    often fail for want of it.
+    If several workers failed, a UserError or Stopped is preferred: when one worker gives up, the others often fail as
+    a consequence.
     """
-    seen = error
-    while not _is_told(seen):
-        failures = list((getattr(seen, "worker_failures", None) or {}).values())
+    current = error
+    while not _is_explicit(current):
+        failures = list((getattr(current, "worker_failures", None) or {}).values())
         if failures:
             causes = [cause_of(failure) for failure in failures]
-            return next(filter(_is_told, causes), causes[0])
-        inner = getattr(seen, "cause", None) or seen.__cause__
-        if not isinstance(inner, BaseException) or inner is seen:
-            return seen
-        seen = inner
-    return seen
+            return next(filter(_is_explicit, causes), causes[0])
+        inner = getattr(current, "cause", None) or current.__cause__
+        if not isinstance(inner, BaseException) or inner is current:
+            return current
+        current = inner
+    return current
 
 
-def _is_told(error: BaseException) -> bool:
-    """Whether it is an error with a message for a person, and not a wrapper that Ray made of the same class."""
+def _is_explicit(error: BaseException) -> bool:
+    """Whether the error has a message for the user, and is not a wrapper of the same class that Ray made."""
     return isinstance(error, UserError | Stopped) and not isinstance(error, ray.exceptions.RayError)
 
 
 def device_name(num_gpus: float) -> str:
-    """Where a worker with this share of GPUs computes."""
+    """The torch device of a worker with this share of GPUs."""
     import torch
 
     return "cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu"
 
 
 def use_threads(num_cpus: float) -> None:
-    """Give torch as many threads as the task has CPUs: more only get in each other's way.
+    """Give torch as many threads as the task has CPUs: more threads only slow each other down.
 
-    Every task that computes calls this. Ray reuses processes, so the number would be that of the task before, and with
-    it the last bit of the results.
+    Every task that computes calls this. Ray reuses processes, so the thread count would otherwise be that of the
+    previous task, and the last bit of the results depends on it.
     """
     import torch
 
@@ -147,10 +147,10 @@ def use_threads(num_cpus: float) -> None:
 
 
 def free_place_of(actor_id: str | None) -> None:
-    """Give back what the workers of a lost Ray Train controller hold: the next ones would wait for it, for ever.
+    """Release the resources of a lost Ray Train controller's workers: new workers would wait for them forever.
 
-    Ray Train's own cleaner asks the dashboard whether the controller lives, and a session of our own has none. There is
-    no public call that tells who made a placement group.
+    Ray Train's own cleaner asks the dashboard whether the controller is alive, and a session started here has no
+    dashboard. Ray has no public call that returns the creator of a placement group.
     """
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]

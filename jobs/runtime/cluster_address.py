@@ -1,4 +1,4 @@
-"""Whether a Ray cluster answers at an address: asked before Ray joins it, because Ray waits minutes for a dead one."""
+"""Check that a Ray cluster answers at an address before Ray joins it: Ray itself waits minutes for a dead one."""
 
 import os
 import sys
@@ -6,15 +6,15 @@ from typing import Any
 
 from edt_core.errors import UserError
 
-SILENCE_S = 3.5  # without a word of gRPC in this time nobody answers
-BUSY_S = 60.0  # for the answer of a server that speaks gRPC: it is alive, and may have much to do
-_GREETED_S = 0.5  # for gRPC to say what it knows already
-_WATCHED: list[Any] = []  # gRPC's thread that watches a channel goes on for a moment, and fails if the channel is gone
-_REMEDY = "Start the cluster, give another --address or RAY_ADDRESS, or unset RAY_ADDRESS to use this machine alone."
+SILENCE_S = 3.5  # without a gRPC response in this time, no server answers
+BUSY_S = 60.0  # for the answer of a server that speaks gRPC: it is alive, and may be busy
+_GREETING_S = 0.5  # for gRPC to report a greeting that has arrived
+_WATCHED: list[Any] = []  # gRPC's thread that watches a channel runs on for a moment, and fails if the channel is gone
+_REMEDY = "Start the cluster, set another --address or RAY_ADDRESS, or unset RAY_ADDRESS to use this machine alone."
 _TOKEN_REMEDY = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token of the cluster."
-_HTTP_REMEDY = "A head listens on port 6379 as a rule; the dashboard's address (port 8265) is for `edt submit`."
+_HTTP_REMEDY = "A head usually listens on port 6379; the dashboard's address (port 8265) is for `edt submit`."
 _CLIENT = "ray://"
-# One cheap method of each kind of server, which takes an empty request. Another kind does not implement it.
+# One cheap method of each kind of server that takes an empty request. Other kinds do not implement it.
 _METHODS = {
     "Ray head": "/ray.rpc.NodeInfoGcsService/CheckAlive",
     "Ray Client server": "/ray.rpc.RayletDriver/ClusterInfo",
@@ -22,9 +22,9 @@ _METHODS = {
 
 
 def named_address(address: str | None) -> str | None:
-    """The address that was given, or that of RAY_ADDRESS; None where Ray starts on this machine.
+    """The address of the cluster, from the argument or RAY_ADDRESS; None if Ray should start on this machine.
 
-    RAY_ADDRESS goes before a given "auto", as in `ray.init`.
+    RAY_ADDRESS overrides the argument "auto", as in `ray.init`.
     """
     if address and address != "auto":
         return address
@@ -32,10 +32,10 @@ def named_address(address: str | None) -> str | None:
 
 
 def check_named(address: str | None = None) -> None:
-    """Raise UserError within seconds where a cluster is named, by argument or RAY_ADDRESS, and does not answer.
+    """Raise UserError within seconds if a cluster is named, by argument or RAY_ADDRESS, and does not answer.
 
-    For the start of a command, so that nobody waits for a long listing to learn it. Without a named cluster, and in a
-    process that has joined one, it does nothing, and does not import Ray.
+    Commands call this first, so that the error comes before a long listing. If no cluster is named, or this process has
+    joined one, it does nothing and does not import Ray.
     """
     joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if not joined and (named := named_address(address)) is not None:
@@ -43,21 +43,21 @@ def check_named(address: str | None = None) -> None:
 
 
 def check_answers(address: str, silence_s: float = SILENCE_S) -> None:
-    """Raise UserError where no Ray cluster answers at an address that `ray.init` takes.
+    """Raise UserError if no Ray cluster answers at an address that `ray.init` accepts.
 
-    A live cluster answers in milliseconds. Nothing is joined, and no process is left.
+    A live cluster answers in milliseconds. The check does not join the cluster and leaves no process behind.
     """
     place = _place(address)
     if place is not None:
-        _ask(address, place, "Ray Client server" if address.startswith(_CLIENT) else "Ray head", silence_s)
+        _check_server(address, place, "Ray Client server" if address.startswith(_CLIENT) else "Ray head", silence_s)
 
 
 def _place(address: str) -> str | None:
-    """HOST:PORT of the server that `ray.init` would call; None where it would call none, or Ray alone knows."""
+    """HOST:PORT of the server that `ray.init` would call; None if it would call none, or only Ray knows it."""
     from ray._private.services import canonicalize_bootstrap_address
 
     if address.startswith(("http://", "https://")):
-        raise UserError(f"{address} is no address of a Ray head: it begins with http. {_HTTP_REMEDY}")
+        raise UserError(f"{address} is not the address of a Ray head: it begins with http. {_HTTP_REMEDY}")
     if address.startswith(_CLIENT):
         server = address.removeprefix(_CLIENT).partition("?")[0].rstrip("/")
         return server if ":" in server else f"{server}:10001"
@@ -67,7 +67,7 @@ def _place(address: str) -> str | None:
     if address not in ("auto", "local") and not (host and port.isdecimal() and int(port) < 1 << 16):
         raise UserError(f"no Ray cluster at {address}: HOST:PORT was expected. {_REMEDY}")
     try:
-        # Public functions of Ray look "auto" up only while they join.
+        # Ray's public functions resolve "auto" only while they join.
         place = canonicalize_bootstrap_address(address)
     except (ConnectionError, ValueError) as error:
         what = "no cluster runs on this machine" if isinstance(error, ConnectionError) else "HOST:PORT was expected"
@@ -75,79 +75,79 @@ def _place(address: str) -> str | None:
     return None if place is None else str(place)
 
 
-def _ask(address: str, place: str, kind: str, silence_s: float) -> None:
-    """Call the server's method and judge what comes back."""
+def _check_server(address: str, place: str, kind: str, silence_s: float) -> None:
+    """Call the server's method and check the response."""
     import grpc
     from ray._private.gcs_utils import create_gcs_channel  # with the cluster's TLS and token, and without HTTP proxies
     from ray.exceptions import AuthenticationError
 
     channel = create_gcs_channel(place)
-    ask = channel.unary_unary(_METHODS[kind])
+    call = channel.unary_unary(_METHODS[kind])
     try:
         try:
-            ask(b"", timeout=silence_s)
+            call(b"", timeout=silence_s)
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise
             if not _speaks_grpc(channel):
                 raise UserError(
-                    f"no Ray cluster answers at {_both(address, place)}: no answer in {silence_s:g} s. {_REMEDY}"
+                    f"no Ray cluster answers at {_server(address, place)}: no answer in {silence_s:g} s. {_REMEDY}"
                 ) from error
-            ask(b"", timeout=BUSY_S)
-    except AuthenticationError as error:  # of this process: it was told to send a token, and has none
-        raise UserError(f"the Ray cluster at {address} was not asked: {first_line(error)}. {_TOKEN_REMEDY}") from error
+            call(b"", timeout=BUSY_S)
+    except AuthenticationError as error:  # this process should send a token, and has none
+        raise UserError(f"the Ray cluster at {address} was not called: {first_line(error)}. {_TOKEN_REMEDY}") from error
     except grpc.RpcError as error:
-        _judge(address, place, kind, error.code(), str(error.details()))
+        _check_status(address, place, kind, error.code(), str(error.details()))
 
 
 def _speaks_grpc(channel: Any) -> bool:
-    """Whether the other side has greeted as a gRPC server does: it is alive, and the answer may come yet."""
+    """Whether the server has sent a gRPC greeting: it is alive, and may still answer."""
     import grpc
 
     _WATCHED.append(channel)
     try:
-        grpc.channel_ready_future(channel).result(_GREETED_S)
+        grpc.channel_ready_future(channel).result(_GREETING_S)
     except grpc.FutureTimeoutError:
         return False
     return True
 
 
-def _judge(address: str, place: str, kind: str, code: Any, details: str) -> None:
-    """Raise UserError unless an error shows that a server of this kind is at work."""
+def _check_status(address: str, place: str, kind: str, code: Any, details: str) -> None:
+    """Raise UserError unless the status of a failed call shows that a server of this kind is running."""
     from grpc import StatusCode
 
-    both = _both(address, place)
+    server = _server(address, place)
     if code is StatusCode.UNAVAILABLE:
-        raise UserError(f"no Ray cluster answers at {both}: {_reason(place, details)}")
+        raise UserError(f"no Ray cluster answers at {server}: {_reason(place, details)}")
     if code is StatusCode.DEADLINE_EXCEEDED:
         raise UserError(
-            f"the {kind} at {both} accepts calls and answered none in {BUSY_S:g} s. See its logs, or restart it."
+            f"the {kind} at {server} accepts calls but answered none in {BUSY_S:g} s. Check its logs, or restart it."
         )
     if code is StatusCode.UNIMPLEMENTED:
         raise UserError(
-            f"what listens at {both} is no {kind}. Give HOST:6379 for a head, or ray://HOST:10001 for its Ray "
-            "Client server; the numbers of the ports are Ray's defaults."
+            f"the server at {server} is not a {kind}. Use HOST:6379 for a head, or ray://HOST:10001 for its Ray Client "
+            "server; these ports are Ray's defaults."
         )
-    # `ray.init("auto")` finds the token of this machine by itself; with another address it does not look for it.
+    # `ray.init("auto")` finds the token of this machine; with another address it does not look for one.
     if code is StatusCode.UNAUTHENTICATED and address != "auto":
-        raise UserError(f"the Ray cluster at {both} rejects this process's token, or wants one. {_TOKEN_REMEDY}")
+        raise UserError(f"the Ray cluster at {server} rejects this process's token, or requires one. {_TOKEN_REMEDY}")
 
 
 def _reason(place: str, details: str) -> str:
-    """Why there was no connection, and the remedy, out of gRPC's words."""
-    words = details.lower()
+    """Why the connection failed, and the remedy, from gRPC's details."""
+    text = details.lower()
     host, _, port = place.rpartition(":")
-    if "resolv" in words or "lookup" in words:
+    if "resolv" in text or "lookup" in text:
         return f"the name {host} does not resolve. {_REMEDY}"
-    if "refused" in words:
+    if "refused" in text:
         return f"nothing listens on port {port}. {_REMEDY}"
-    if "http1" in words or "expected settings" in words:
+    if "http1" in text or "expected settings" in text:
         return f"a server of another protocol listens on port {port}. {_HTTP_REMEDY}"
     return f"{details.rpartition('last error: ')[2][:200]}. {_REMEDY}"
 
 
-def _both(address: str, place: str) -> str:
-    """The address as it was given, and where that leads: Ray takes this machine's own for localhost."""
+def _server(address: str, place: str) -> str:
+    """The address, and the server it leads to if that differs: Ray replaces localhost with this machine's address."""
     return address if address.removeprefix(_CLIENT) == place else f"{address} ({place})"
 
 

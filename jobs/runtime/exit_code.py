@@ -1,4 +1,4 @@
-"""What a command ends with: 0, 1, 2 or 130."""
+"""Exit codes of a command: 0, 1, 2 or 130."""
 
 import sys
 from collections.abc import Iterator
@@ -12,11 +12,10 @@ from jobs.runtime.termination import term_interrupts
 
 @contextmanager
 def exit_code() -> Iterator[None]:
-    """A user's mistake becomes one message and exit code 2; an interrupt, or a job that was asked to stop, 130.
+    """Turn a user's mistake into one message and exit code 2, an interrupt or a requested stop into exit code 130.
 
-    SIGTERM is an interrupt too.
-
-    Anything else is a failure, exit code 1: the cause, the remedy, and the file that the traceback is in.
+    SIGTERM is an interrupt too. Any other error is a failure with exit code 1: the message has the cause, the remedy,
+    and the file that contains the traceback.
     """
     try:
         with term_interrupts():
@@ -26,7 +25,7 @@ def exit_code() -> Iterator[None]:
         sys.exit(130)
     except Exception as error:
         cause: BaseException = error
-        if "ray" in sys.modules:  # else nothing can have wrapped it, and Ray takes a second to import
+        if "ray" in sys.modules:  # otherwise Ray cannot have wrapped the error, and its import takes a second
             from jobs.runtime.cluster import cause_of
 
             cause = cause_of(error)

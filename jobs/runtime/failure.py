@@ -1,4 +1,4 @@
-"""Why something failed, in one sentence, and what to do about it: a traceback is for the log."""
+"""The cause of a failure in one sentence, and its remedy. The traceback goes into a log file."""
 
 import errno
 import tempfile
@@ -13,20 +13,20 @@ from edt_core.printing.console import printable, say
 from edt_core.printing.redaction import redacted
 from edt_core.store.errors import UNUSABLE_PATHS
 
-_LONGEST = 400  # characters of a cause: some libraries put a page into a message
-_GO_ON = "finished work is kept: rerun the same command to resume"
+_LONGEST = 400  # characters of a cause: some libraries put a page of text into a message
+_RESUME = "finished work is kept: rerun the same command to resume"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong, and the remedy; the remedy is empty where the cause says it itself, as a UserError does."""
+    """What went wrong, and the remedy; the remedy is empty if the cause contains it, as in a UserError."""
 
     cause: str
     remedy: str = ""
 
 
 def explained(error: BaseException) -> Failure:
-    """The failure in a person's words. Credentials are left out."""
+    """The failure in plain words, without credentials."""
     if isinstance(error, UserError):
         return Failure(redacted(str(error)))
     name = type(error).__name__
@@ -37,7 +37,7 @@ def explained(error: BaseException) -> Failure:
 
 
 def kept_traceback(error: BaseException, folder: Path | None = None) -> Path:
-    """Write the whole traceback of an error to a new file in `folder` (one for temporary files) and return its path."""
+    """Write the full traceback of an error to a new file in `folder` or the temporary folder; return its path."""
     text = printable(redacted("".join(traceback.format_exception(error))))
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     with tempfile.NamedTemporaryFile(
@@ -48,17 +48,17 @@ def kept_traceback(error: BaseException, folder: Path | None = None) -> Path:
 
 
 def tell_failure(error: BaseException, raised: BaseException | None = None) -> int:
-    """Say on standard error what went wrong; returns the exit code: 2 for a user's mistake, 1 for a failure.
+    """Print what went wrong on standard error; return the exit code: 2 for a user's mistake, 1 for a failure.
 
-    An MLflow that does not answer is a wrong request: its address may be, and nothing was begun.
-    The traceback, that of `raised` where the error came wrapped, goes into a file.
+    An MLflow that does not answer counts as a user's mistake: its address may be wrong, and no work was started.
+    The traceback goes into a file: that of `raised`, if the error was unwrapped from it.
     """
     failure = explained(error)
     if isinstance(error, OSError) and (reason := UNUSABLE_PATHS.get(error.errno or 0)):
         say(f"error: cannot use {redacted(str(error.filename))[:_LONGEST]}: {reason}", err=True)
         return 2
     if _from_mlflow(error):
-        say(f"error: MLflow does not answer, or refuses: {failure.cause}; {failure.remedy}", err=True)
+        say(f"error: MLflow does not answer, or rejects the request: {failure.cause}; {failure.remedy}", err=True)
         return 2
     say(f"error: {failure.cause}", err=True)
     if isinstance(error, UserError):
@@ -68,7 +68,7 @@ def tell_failure(error: BaseException, raised: BaseException | None = None) -> i
 
 
 def _named(*names: str) -> Callable[[BaseException], bool]:
-    """Whether an error is of a class of one of these names: its library need not be imported to ask."""
+    """A test whether an error's class has one of these names. It does not import the library of the class."""
     return lambda error: any(cls.__name__ in names for cls in type(error).__mro__)
 
 
@@ -84,7 +84,7 @@ def _disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-_UNKNOWN = f"a fault of the program, or of a library it uses: the traceback in the log says where; {_GO_ON}"
+_UNKNOWN = f"a bug in this program or in a library it uses: the traceback in the log shows where; {_RESUME}"
 
 _REMEDIES: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
     (
@@ -93,29 +93,29 @@ _REMEDIES: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
     ),
     (
         _named("OutOfMemoryError"),
-        "a node had no memory left: lower the step's num_workers or batch size, or give it more memory",
+        "a node ran out of memory: lower the step's num_workers or batch size, or add memory to the node",
     ),
     (
         _named("WorkerCrashedError", "RayActorError", "ActorDiedError", "NodeDiedError"),
-        f"a worker process was lost: the log has its last lines, and memory is the usual cause; {_GO_ON}",
+        f"a worker process was lost, usually for lack of memory: the log has its last lines; {_RESUME}",
     ),
     (
         _named("WorkerGroupError", "ControllerError", "TrainingFailedError"),
-        f"training workers failed: the log has what each of them raised; {_GO_ON}",
+        f"training workers failed: the log has the error of each; {_RESUME}",
     ),
     (
         _disk_full,
-        "free space on that disk (`edt gc` moves what no model needs to a trash, `edt gc --empty-trash` deletes that), "
-        f"then run again: {_GO_ON}",
+        "free space on that disk (`edt gc` moves artifacts that no model needs to a trash, `edt gc --empty-trash` "
+        f"deletes them); {_RESUME}",
     ),
     (
         _named("PermissionError"),
-        "give the user that runs this the right to read and write there, or name another folder",
+        "give the user that runs this command permission to read and write there, or choose another folder",
     ),
-    (_from_mlflow, "see to MLFLOW_TRACKING_URI and the server it names"),
+    (_from_mlflow, "check MLFLOW_TRACKING_URI and the server at that address"),
     (
         _named("ConnectionError", "TimeoutError", "EndpointConnectionError", "ClientError"),
-        f"see to the network and the server; {_GO_ON}",
+        f"check the network and the server; {_RESUME}",
     ),
-    (_named("MemoryError"), "the machine has no memory left: lower the step's num_workers or batch size"),
+    (_named("MemoryError"), "the machine ran out of memory: lower the step's num_workers or batch size"),
 )

@@ -1,4 +1,4 @@
-"""What a Ray session of our own listens on: loopback, so that other machines reach none of its processes."""
+"""Bind a Ray session started here to loopback, so that other machines cannot reach its processes."""
 
 import os
 import sys
@@ -6,22 +6,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 _LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
-# What the processes of a training say to each other; else they listen on the address of the machine's name.
+# For the traffic between training processes. By default they listen on the address of the machine's name.
 INTERFACES = {"GLOO_SOCKET_IFNAME": _LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": _LOOPBACK_INTERFACE}
-# Ray's metrics are served without its token, to every user of the machine.
+# Ray serves its metrics without its token, to every user of the machine.
 _UNLESS_SET = {"RAY_enable_metrics_collection": "0"}
 
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """Inside, `ray.init("local")` starts a session whose processes listen on loopback alone and serve no metrics.
+    """Inside, `ray.init("local")` starts a session whose processes listen only on loopback and serve no metrics.
 
-    Ray has no switch for the metrics of its autoscaler and of its head process, on ports 44217 and 44227 of loopback.
+    The autoscaler and the head process still serve theirs, on ports 44217 and 44227 of loopback: Ray has no switch for
+    them. RAY_enable_metrics_collection=1 turns the other metrics on.
 
-    Each server of Ray binds to loopback where the address of its node is 127.0.0.1, and to every interface otherwise.
-    Ray puts the machine's own address in the place of a `_node_ip_address="127.0.0.1"`, unless clusters are switched
-    off, as they are by default on macOS and Windows. The processes that are started inside keep the variables; in this
-    process they are put back, for it may join a cluster later. RAY_enable_metrics_collection=1 serves the metrics.
+    Each Ray server binds to loopback if the address of its node is 127.0.0.1, and to every interface otherwise.
+    Ray replaces `_node_ip_address="127.0.0.1"` with the machine's own address unless clusters are disabled, as they are
+    by default on macOS and Windows. Processes started inside keep the environment variables; in this process the
+    variables are restored, because it may join a cluster later.
     """
     from ray._private import ray_constants
 
@@ -37,7 +38,7 @@ def on_loopback() -> Iterator[None]:
 
 @contextmanager
 def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, and put them back as they were."""
+    """Set environment variables inside, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

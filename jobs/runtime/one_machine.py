@@ -1,6 +1,6 @@
-"""How the workers of a Ray Train job find each other where all of them are on one machine: by a file.
+"""Rendezvous through a file for the workers of a Ray Train job, if all of them are on one machine.
 
-Ray Train's own ways start PyTorch's TCP store, which listens on every interface and asks nobody for a token.
+Ray Train's own rendezvous starts PyTorch's TCP store, which listens on every interface and requires no token.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch
 
 
 class OneMachineConfig(TorchConfig):
-    """Ray Train's settings of PyTorch, with a file in the place of the TCP store."""
+    """Ray Train's PyTorch settings, with a file instead of the TCP store."""
 
     @property
     def backend_cls(self) -> type["OneMachineBackend"]:
@@ -27,12 +27,12 @@ class OneMachineBackend(_TorchBackend):
         self._folder: str | None = None
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Join the workers of a group that has started: of a training, or of what follows lost workers."""
+        """Join the workers of a started group: at the start of a training, or after lost workers were replaced."""
         self._remove()
         self._folder = tempfile.mkdtemp(prefix="edt-process-group-")
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         worker_group.execute(_set_torch_distributed_env_vars)
-        joining = [
+        pending = [
             worker_group.execute_single_async(
                 rank,
                 _setup_torch_process_group,
@@ -44,10 +44,10 @@ class OneMachineBackend(_TorchBackend):
             )
             for rank in range(len(worker_group))
         ]
-        ray.get(joining)
+        ray.get(pending)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Take the workers apart, and remove the file."""
+        """Shut down the process group, and remove the file."""
         super().on_shutdown(worker_group, backend_config)
         self._remove()
 

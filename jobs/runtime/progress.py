@@ -1,4 +1,4 @@
-"""Progress across processes: workers report to a Ray actor, and the process that waits shows what it holds."""
+"""Progress across processes: workers report to a Ray actor, and the waiting process displays the reports."""
 
 import signal
 import sys
@@ -12,14 +12,15 @@ from edt_core.progress import Printed, Progress
 from jobs.runtime.board import Board, BoardProgress
 
 _REDRAWN_S = 0.5  # the bar of a command
-STOPPING = "stopping: the training writes a checkpoint; Ctrl-C again to stop at once"
+STOPPING = "stopping: training writes a checkpoint first; press Ctrl-C again to stop at once"
 
 
 class Interrupts:
-    """What Ctrl-C does while `handled`: the first asks those who listen to stop, a second one ends everything.
+    """The effect of Ctrl-C while `handled`: the first one requests a stop from listening steps, a second one ends all.
 
-    Where nobody listens, the first one is a KeyboardInterrupt as well. The handler calls nothing: it may run in the
-    middle of anything. Whoever follows the board says who listens (`heard_by`) and passes the wish on (`passed_on`).
+    If no step listens, the first one raises KeyboardInterrupt too. The handler calls nothing, because it may interrupt
+    any code. The process that follows the board sets the listening steps (`heard_by`) and forwards the request
+    (`passed_on`).
     """
 
     def __init__(self) -> None:
@@ -28,11 +29,11 @@ class Interrupts:
         self._passed_on = False
 
     def heard_by(self, steps: Iterable[str]) -> None:
-        """The steps at work that would stop."""
+        """Set the running steps that can stop on request."""
         self.listening = frozenset(steps)
 
     def passed_on(self, board: Any) -> bool:
-        """Tell the board, once, that the work is to stop. True in the one call that does."""
+        """Forward a requested stop to the board, once. Returns True in the call that does."""
         if not self.asked or self._passed_on:
             return False
         self._passed_on = True
@@ -41,7 +42,7 @@ class Interrupts:
 
     @contextmanager
     def handled(self) -> Iterator["Interrupts"]:
-        """Handle SIGINT; in a thread other than the main one, where Python has no signals, change nothing."""
+        """Handle SIGINT. Changes nothing in a thread other than the main one, where Python has no signals."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -58,7 +59,7 @@ class Interrupts:
 
 
 class Bar(Printed):
-    """A bar with rate and time left where standard error is a terminal; lines elsewhere."""
+    """A bar with rate and remaining time if standard error is a terminal; otherwise lines."""
 
     def __init__(self, title: str) -> None:
         super().__init__(title)
@@ -96,9 +97,9 @@ class Bar(Printed):
 
 @contextmanager
 def relayed(name: str, shown: Progress) -> Iterator[BoardProgress]:
-    """A `Progress` for jobs whose workers are other processes; what they tell is shown here.
+    """A `Progress` for jobs whose workers are other processes; their reports are shown here.
 
-    The first Ctrl-C asks a job that listens to stop at a point from which it can resume.
+    The first Ctrl-C requests a listening job to stop at a point from which it can resume.
     """
     import ray
     import ray.exceptions
@@ -108,23 +109,23 @@ def relayed(name: str, shown: Progress) -> Iterator[BoardProgress]:
     board: Any = start_beside(Board, recorded=False)
     stop = threading.Event()
     interrupts = Interrupts()
-    warned = 0
+    num_warnings = 0
 
     def show() -> None:
-        nonlocal warned
+        nonlocal num_warnings
         counts, warnings, listening = ray.get(board.read.remote())
         interrupts.heard_by(listening)
         if interrupts.passed_on(board):
             say(STOPPING, err=True)
-        for _, message in warnings[warned:]:
+        for _, message in warnings[num_warnings:]:
             shown.warn(message)
-        warned = len(warnings)
+        num_warnings = len(warnings)
         for count in counts.values():
             shown.update(count.done, count.total, count.note, detail=count.detail)
 
     def follow() -> None:
         while not stop.wait(_REDRAWN_S):
-            with suppress(ray.exceptions.RayError):  # the bar may stop; the job, and its own error, continue
+            with suppress(ray.exceptions.RayError):  # only the bar stops; the job continues, or raises its own error
                 show()
 
     thread = threading.Thread(target=follow, daemon=True)

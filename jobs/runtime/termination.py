@@ -1,4 +1,4 @@
-"""SIGTERM is Ctrl-C: `ray job stop`, Kubernetes, systemd and batch systems send it to what could go on later."""
+"""Treat SIGTERM as Ctrl-C: `ray job stop`, Kubernetes, systemd and batch systems send it to jobs that can resume."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextmanager
 def term_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does at that moment; in a thread other than the main one, nothing changes."""
+    """Inside, SIGTERM acts like Ctrl-C. Changes nothing in a thread other than the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -21,7 +21,7 @@ def term_interrupts() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Call the handler of Ctrl-C. A process in the background ignores Ctrl-C, and ends all the same."""
+    """Call the handler of Ctrl-C. A background process ignores Ctrl-C, but SIGTERM still ends it."""
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler):  # SIG_IGN or SIG_DFL
         raise KeyboardInterrupt
@@ -30,9 +30,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def term_kept() -> Iterator[None]:
-    """Inside, `ray.init` may take SIGTERM for itself: it would end the process at once. Afterwards it is as before.
+    """Restore the handler of SIGTERM after `ray.init`, whose own handler ends the process at once.
 
-    Where nothing handled SIGTERM before, Ray's handler stays.
+    If nothing handled SIGTERM before, Ray's handler stays.
     """
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -1,4 +1,4 @@
-"""Where MLflow is: the client of this process, and the SQLite file that a local store has."""
+"""Locate MLflow: the client of this process, and the SQLite file of a local store."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,12 @@ from edt_core.store.folder import Folder
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SQLITE = "mlflow.db"  # in a local store, where no MLflow server is named
+SQLITE = "mlflow.db"  # in a local store, if no MLflow server is configured
 _SQLITE_SCHEME = "sqlite:///"
 
 
 def mlflow_client() -> "MlflowClient":
-    """A client of the MLflow that this process looks models up in. Raises UserError where that is silent."""
+    """A client of the MLflow of this process. Raises UserError if it does not answer."""
     import mlflow
 
     check_mlflow(mlflow.get_tracking_uri())
@@ -24,15 +24,15 @@ def mlflow_client() -> "MlflowClient":
 
 
 def own_uri(store: Folder) -> str:
-    """The tracking URI of the SQLite file in a local store; "" for a remote one, where none can be."""
+    """The tracking URI of the SQLite file in a local store; "" for a remote store, which has no such file."""
     return "" if (root := store.local) is None else sqlite_uri(root / SQLITE)
 
 
 def sqlite_uri(path: Path) -> str:
-    """The URI of a SQLite file, whatever its folders are called; `sqlite_path` is the inverse.
+    """The URI of a SQLite file at any path; `sqlite_path` is the inverse.
 
-    SQLAlchemy ends the path at a `?`, and from 2.1 on decodes `%20`: such a path is quoted, its slashes too, because
-    MLflow creates the folders of the path as it is written. Raises UserError where no form means this file.
+    SQLAlchemy ends the path at a `?`, and since 2.1 decodes `%20`. Such a path is quoted, slashes included, because
+    MLflow creates the folders of the path as written. Raises UserError if no form means this file.
     """
     text = str(path)
     if not {"?", "%"} & set(text):
@@ -40,9 +40,9 @@ def sqlite_uri(path: Path) -> str:
     from sqlalchemy import __version__
     from sqlalchemy.engine import make_url
 
-    for written in (text, quote(text, safe="")):
-        if make_url(f"{_SQLITE_SCHEME}{written}").database == text:
-            return f"{_SQLITE_SCHEME}{written}"
+    for form in (text, quote(text, safe="")):
+        if make_url(f"{_SQLITE_SCHEME}{form}").database == text:
+            return f"{_SQLITE_SCHEME}{form}"
     raise UserError(
         f"the folder {path.parent} has '?' in its name, and SQLAlchemy {__version__} cannot open a database in such a "
         "folder; rename the folder, or install SQLAlchemy 2.1 or later"

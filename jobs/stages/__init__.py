@@ -1,1 +1,1 @@
-"""The stages of a pipeline, one a file: what each takes and makes."""
+"""The stages of a pipeline, one per file."""

@@ -1,4 +1,4 @@
-"""autoencoder: fit a small AutoencoderKL on the image shards, or take a published one; both end as save_pretrained."""
+"""autoencoder: fit a small AutoencoderKL on image shards, or take a published one; saved by save_pretrained."""
 
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from edt_core.store.folder import Folder, sha256_file
 from edt_core.store.layout import IMAGE_SHARD, MANIFEST_NAME
 from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.runtime.tracking import mlflow_client
-from jobs.stages.stage import Stage, alone_in, made_before
+from jobs.stages.stage import Stage, alone_in, existing_artifact
 
 if TYPE_CHECKING:
     from edt_core.data.scale import LatentScale
@@ -31,9 +31,10 @@ IMAGE_SHARDS = IMAGE_SHARD.replace("{:05d}", "*")
 def autoencoder(
     config: AutoencoderConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Store the autoencoder of the configuration, fitted on `inputs["images"]` or taken from `inputs["published"]`.
+    """Fit an autoencoder on image shards, or store a published one.
 
-    Raises UserError where a published one cannot be had, or does not have the stated factor and channels.
+    The images are `inputs["images"]`, the published one is `inputs["published"]`. Raises UserError if the published one
+    cannot be loaded, or its factor or channels are not those of the configuration.
     """
     if config.pretrained:
         return _take_published(config, inputs.get("published") or published_source(config), out)
@@ -59,10 +60,11 @@ def _fit(
 
 
 def published_source(config: AutoencoderConfig, tracking_uri: str | None = None) -> Source | None:
-    """What `pretrained` means at this moment: an alias may move, and a folder be rewritten.
+    """The autoencoder that `pretrained` means at this moment: an alias may move, and a folder may be rewritten.
 
-    The fingerprint is the digest of a local folder's files, a registered model's version, or a hub id as it is: give a
-    hub id that does not change. None where the autoencoder is fitted. Raises UserError where MLflow does not know it.
+    The fingerprint is the digest of a local folder's files, the version of a registered model, or the hub id itself:
+    use a hub id whose content does not change. None if the autoencoder is fitted. Raises UserError if MLflow does not
+    have it.
     """
     location = config.pretrained
     if location is None:
@@ -82,14 +84,14 @@ def published_source(config: AutoencoderConfig, tracking_uri: str | None = None)
 
 
 def published_artifact(location: str, folder: Folder) -> Artifact:
-    """The published autoencoder at a hub id, local folder or MLflow URI as an artifact in `folder`; made once.
+    """The published autoencoder at a hub id, local folder or MLflow URI as an artifact in `folder`; made on first use.
 
-    Raises UserError where there is none at the location.
+    Raises UserError if there is none at the location.
     """
     from edt_core.autoencoders.autoencoder import autoencoder_facts, load_autoencoder
 
     path = typed_path(location)
-    location = str(path.resolve()) if path.is_dir() else location  # one folder has one name in the records
+    location = str(path.resolve()) if path.is_dir() else location  # each folder has one name in the records
     facts = autoencoder_facts(load_autoencoder(resolve(location)))
     config = AutoencoderConfig(
         pretrained=location,
@@ -99,15 +101,15 @@ def published_artifact(location: str, folder: Folder) -> Artifact:
     published = published_source(config)
     assert published is not None
     identity = STAGE.fingerprint(config, {"published": published.fingerprint})
-    refusal = f"holds another autoencoder than {location}, and their latents do not mix; give another output folder"
+    refusal = f"contains another autoencoder than {location}; do not mix their latents, use another folder"
     with alone_in(folder):
-        if (made := made_before(folder, identity, refusal)) is not None:
-            return made
+        if (existing := existing_artifact(folder, identity, refusal)) is not None:
+            return existing
         return STAGE.execute(config, {"published": published}, ArtifactWriter(folder, STAGE.kind, identity), Silent())
 
 
 def _registered(location: str) -> str:
-    """`models:/NAME/VERSION` of a `models:/NAME@ALIAS`; other URIs name one thing for ever and stay."""
+    """`models:/NAME/VERSION` of a `models:/NAME@ALIAS`; other URIs have a fixed meaning and are returned as given."""
     from mlflow.exceptions import MlflowException
 
     name, _, alias = location.removeprefix("models:/").partition("@")
@@ -131,21 +133,21 @@ def _take_published(config: AutoencoderConfig, published: Source | None, out: Ar
     stated = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}
     if differing := {name: facts[name] for name, value in stated.items() if facts[name] != value}:
         raise UserError(
-            f"the autoencoder {config.pretrained} has {differing}, the configuration says {stated}; set them under "
-            "`autoencoder:` to what it has"
+            f"the autoencoder {config.pretrained} has {differing}, but the configuration says {stated}; set these "
+            "fields of `autoencoder:` to the values of the autoencoder"
         )
     _store(model, out)
     return {**facts, "source": exact}
 
 
 def resolve(location: str) -> str:
-    """A local folder for an MLflow URI; hub ids and local folders stay as they are."""
+    """A local folder for an MLflow URI; hub ids and local folders are returned as given."""
     if not location.startswith(MLFLOW_SCHEMES):
         return location
     folder = downloaded(location, "autoencoder")
     configs = sorted(folder.rglob("config.json"), key=lambda path: ("vae" not in path.parts, len(path.parts)))
     if not configs:
-        raise UserError(f"{location} holds no diffusers model: no config.json in it")
+        raise UserError(f"{location} is not a diffusers model: it contains no config.json")
     return str(configs[0].parent)
 
 
@@ -157,14 +159,16 @@ def read_autoencoder(location: str) -> Any:
         return load_autoencoder(resolve(location))
     artifact = Artifact.open(location)
     if artifact.manifest.kind != "autoencoder":
-        raise UserError(f"{location} holds {artifact.manifest.kind}, and autoencoder is what is needed here")
+        raise UserError(
+            f"{location} is an artifact of kind {artifact.manifest.kind}, but an autoencoder is needed here"
+        )
     return load_autoencoder(artifact.directory(FOLDER))
 
 
 def stored_scale(artifact: Artifact) -> "LatentScale":
     """The scale of an autoencoder artifact's latents.
 
-    Read from the configuration: counts of older artifacts have the scaling factor alone.
+    It is read from the configuration: the counts of older artifacts contain only the scaling factor.
     """
     from edt_core.autoencoders.kinds import KINDS
 
@@ -172,45 +176,45 @@ def stored_scale(artifact: Artifact) -> "LatentScale":
     return KINDS[settings["_class_name"]].scale({**settings, **artifact.counts})
 
 
-def check_trained_scale(made: Mapping[str, Any], scale: "LatentScale", what: str, remedy: str) -> None:
-    """Raise UserError unless the counts of latents or of a checkpoint state how an autoencoder's latents are centred.
+def check_trained_scale(counts: Mapping[str, Any], scale: "LatentScale", what: str, remedy: str) -> None:
+    """Raise UserError unless the counts of latents or of a checkpoint have the scale of the autoencoder's latents.
 
-    Older versions ignored shift_factor, latents_mean and latents_std: a model of such latents would be decoded wrong.
+    Older versions ignored shift_factor, latents_mean and latents_std: samples of such a model would be decoded wrong.
     """
     from edt_core.data.scale import LatentScale
 
-    stated = LatentScale.of({**made, "scaling_factor": scale.scaling_factor})
+    stated = LatentScale.of({**counts, "scaling_factor": scale.scaling_factor})
     if stated != scale:
         raise UserError(
-            f"{what} was made with {stated.beyond_factor() or 'scaling_factor alone'}, and its autoencoder has "
+            f"{what} was made with {stated.beyond_factor() or 'scaling_factor alone'}, but its autoencoder has "
             f"{scale.beyond_factor() or 'scaling_factor alone'} (older versions ignored shift_factor, latents_mean and "
             f"latents_std); {remedy}"
         )
 
 
 def check_checkpoint_scale(checkpoint: Artifact, source: Artifact) -> None:
-    """Raise UserError unless a model was trained on latents that are centred as those of its autoencoder artifact."""
-    if checkpoint.counts["autoencoder_digest"] is None:  # brought from elsewhere: its files do not say
+    """Raise UserError unless a model was trained on latents of the same scale as those of its autoencoder artifact."""
+    if checkpoint.counts["autoencoder_digest"] is None:  # imported: its files do not state it
         return
     remedy = f"remove the artifacts of its latents and {checkpoint.folder.uri}, encode and train again"
     check_trained_scale(checkpoint.counts, stored_scale(source), "the model", remedy)
 
 
 def check_decoder(config: "ModelConfig", decoder: Any) -> None:
-    """Raise UserError for an autoencoder whose latents are not those that a model was made for."""
+    """Raise UserError if the latents of an autoencoder do not have the factor and channels of a model."""
     from edt_core.autoencoders.autoencoder import autoencoder_facts
 
     facts = autoencoder_facts(decoder)
-    found = facts["downsample_factor"], facts["latent_channels"]
-    if found != (config.autoencoder_factor, config.in_channels):
+    factor, channels = facts["downsample_factor"], facts["latent_channels"]
+    if (factor, channels) != (config.autoencoder_factor, config.in_channels):
         raise UserError(
-            f"the autoencoder has factor {found[0]} and {found[1]} latent channels, and {config.name} was made for "
-            f"factor {config.autoencoder_factor} and {config.in_channels} channels; give the one of its training"
+            f"the autoencoder has factor {factor} and {channels} latent channels, but {config.name} was made for "
+            f"factor {config.autoencoder_factor} and {config.in_channels} channels; use the autoencoder of its training"
         )
 
 
 def downloaded(location: str, what: str) -> Path:
-    """What MLflow keeps at a URI, on this machine. Raises UserError, which says `what`, where there is nothing."""
+    """A local copy of the files at an MLflow URI. Raises UserError, which names `what`, if there are none."""
     import mlflow
 
     check_mlflow(mlflow.get_tracking_uri())

@@ -1,4 +1,4 @@
-"""classifier: fit a small classifier on the image shards; its features stand in where Inception's are not at hand."""
+"""classifier: fit a small classifier on image shards; its features replace Inception's if those are not available."""
 
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +20,10 @@ FOLDER = "classifier"
 def classifier(
     config: ClassifierConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Fit on `inputs["images"]`, store weights and sizes, and count the accuracy on images kept from the fit."""
+    """Fit a classifier on image shards, and measure its accuracy on held-out images.
+
+    The images are `inputs["images"]`. The artifact contains the weights and sizes of the classifier.
+    """
     require("the fit", CPU=config.num_cpus, GPU=config.num_gpus)
     task = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(_fit)
     return ray.get(task.remote(config, dict(inputs), out, progress))

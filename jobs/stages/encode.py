@@ -23,12 +23,12 @@ from jobs.runtime.pool import pooled
 from jobs.stages.autoencoder import FOLDER, IMAGE_SHARDS, stored_scale
 from jobs.stages.stage import Stage
 
-_PROBES = 16  # images on which the error of a lower precision is measured, whatever the batch size
+_PROBES = 16  # images for measuring the error of a lower precision, independent of the batch size
 _AHEAD = 3  # decoded batches that wait for the autoencoder
 
 
 class Encoder:
-    """Loads the autoencoder once, then turns one image shard after the other into a latent shard."""
+    """Loads the autoencoder once, then turns image shards into latent shards, one by one."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class Encoder:
         )
 
     def work(self, shard: int) -> dict[str, Any]:
-        """Encode shard number `shard`: rows, and sums and sums of squares of the latents by channel.
+        """Encode shard number `shard`; return its rows and labels, and sums and sums of squares of latents by channel.
 
-        Shard 0 also tells the error of a precision below fp32.
+        For shard 0 the result also has the error of a precision below fp32.
         """
         from dataclasses import replace
 
@@ -81,7 +81,8 @@ class Encoder:
             self.out.write(twin, lambda path: write_latent_tar(path, latents))
         if len(latents) != source.rows:
             raise UserError(
-                f"{source.path} holds {len(latents)} images, its manifest says {source.rows}; preprocess again"
+                f"{source.path} contains {len(latents)} images, but its manifest says {source.rows}; "
+                "run preprocess again"
             )
         return {
             "rows": len(latents),
@@ -102,11 +103,13 @@ class Encoder:
                 if not np.isfinite(posterior).all():
                     exact = self.config.precision == "fp32"
                     remedy = (
-                        "its weights are damaged or not of its configuration" if exact else "set encode.precision=fp32"
+                        "its weights are damaged or do not match its configuration"
+                        if exact
+                        else "set encode.precision=fp32"
                     )
                     raise UserError(
-                        f"the autoencoder gives latents of {source.path} that are not finite in "
-                        f"{self.config.precision}; {remedy}"
+                        f"the autoencoder's latents of {source.path} are not finite in {self.config.precision}; "
+                        f"{remedy}"
                     )
                 yield [s.key for s in samples], np.array([s.label for s in samples], dtype=np.int64), posterior
                 done += len(samples)
@@ -115,10 +118,10 @@ class Encoder:
     def _decoded(
         self, source: FileEntry, pool: ThreadPoolExecutor
     ) -> Iterator[tuple[tuple[ImageSample, ...], NDArray[np.uint8]]]:
-        """Batches of a shard's samples and their pixels, uint8 [n, S, S, 3]. Digested first: encode no wrong byte."""
+        """Batches of a shard's samples and their pixels, uint8 [n, S, S, 3]. Checks the digest of the shard first."""
         path = self.images.path(source.path)
         if sha256_file(path) != source.sha256:
-            raise UserError(f"{path} is not what its manifest says (another sha256); run preprocess again")
+            raise UserError(f"{path} does not match its manifest (another sha256); run preprocess again")
         for samples in in_batches(read_image_shard(path), self.config.batch_size):
             yield samples, np.stack(list(pool.map(ImageSample.pixels, samples)))
 
@@ -134,7 +137,7 @@ class Encoder:
 
 
 def _sums(latents: Any) -> dict[str, NDArray[np.float64]]:
-    """Sum and sum of squares by channel, of the latents as training draws them: the posterior's variance included."""
+    """Sum and sum of squares by channel of the latents that training draws, the posterior's variance included."""
     channels = latents.info.latent_shape[0]
     total, squares = np.zeros(channels), np.zeros(channels)
     for side, _ in latents.chunks:
@@ -150,16 +153,16 @@ def encode(
 ) -> dict[str, Any]:
     """Encode image shards into latent shards: the autoencoder's posterior of each image and its mirror image.
 
-    Makes one shard for each of `inputs["images"]`, with `inputs["autoencoder"]`.
-    The counts hold mean and standard deviation by channel of the raw latents, posterior variance included.
-    Raises UserError where the image size does not fit the autoencoder, or a shard is not what its manifest says.
+    Makes one latent shard for each shard of `inputs["images"]`, with `inputs["autoencoder"]`.
+    The counts contain mean and standard deviation by channel of the raw latents, posterior variance included.
+    Raises UserError if the image size does not fit the autoencoder, or a shard does not match its manifest.
     """
     images, source = inputs["images"], inputs["autoencoder"]
     size, factor = images.counts["image_size"], source.counts["downsample_factor"]
     if size % factor:
         raise UserError(
-            f"images of {size} px do not fit an autoencoder that divides the side by {factor}; use a multiple of "
-            f"{factor} for preprocess.image_size"
+            f"images of {size} px do not fit an autoencoder that divides the side by {factor}; set "
+            f"preprocess.image_size to a multiple of {factor}"
         )
     require("encode", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
     shards = range(len(images.entries(IMAGE_SHARDS)))
@@ -172,15 +175,15 @@ def encode(
     rows = sum(part["rows"] for part in parts.values())
     if rows != images.counts["images"]:
         raise UserError(
-            f"encoded {rows} images, the image shards state {images.counts['images']}; run preprocess again"
+            f"encoded {rows} images, but the image shards state {images.counts['images']}; run preprocess again"
         )
     side = size // factor
-    # In order of shard: sums of floats depend on their order, and the manifest must not depend on who was first.
+    # In order of shard: sums of floats depend on their order, and the manifest must not depend on the workers' timing.
     mean, square = (sum(parts[k][name] for k in shards) / (rows * side * side) for name in ("total", "squares"))
     if error := parts[0]["error"]:
         progress.warn(
-            f"{config.precision} moves the latents by {error['rms']:.2e} (rms) and {error['max']:.2e} (largest) of "
-            "their standard deviation against fp32"
+            f"{config.precision} changes the latents by {error['rms']:.2e} (rms) and {error['max']:.2e} (maximum) of "
+            "their standard deviation, compared with fp32"
         )
     return {
         "images": rows,
@@ -197,7 +200,7 @@ def encode(
 
 
 def _deviation(mean: NDArray[np.float64], square: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard deviations [C] of means [C] of values and of their squares; 0 where rounding leaves less than that."""
+    """Standard deviations [C] from means [C] of values and of their squares; 0 for a variance below 0 by rounding."""
     variance = np.maximum(square - mean**2, 0.0)
     return np.sqrt(variance)
 

@@ -1,4 +1,4 @@
-"""evaluate: every metric from kept features, with the protocol that gave them."""
+"""evaluate: all metrics from stored features, with the protocol of the evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,20 +18,21 @@ from jobs.stages.sample import load_units
 from jobs.stages.sizes import wanted_metrics
 from jobs.stages.stage import Stage
 
-# How the work is cut up and what is kept of it: two results that differ in these alone are comparable.
+# How work is split, and what is stored of it: results that differ only in these fields are comparable.
 _NOT_OF_THE_PROTOCOL = ("keep_images", "unit_size")
 
 
 def evaluate(
     config: EvaluateConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Compare `inputs["features"]` with `inputs["reference"]` in each of their feature spaces.
+    """Compute the metrics of samples against a reference, in each feature space.
 
-    Of several repeats the metrics are means, with `<metric>_std` beside them. Raises UserError where the two come from
-    different extractors, for metrics that cannot be had, and for samples that are not whole.
+    Compares `inputs["features"]` with `inputs["reference"]`. With several repeats the metrics are means, with
+    `<metric>_std` beside them. Raises UserError if the two come from different extractors, for metrics that cannot be
+    computed, and for incomplete samples.
     """
     counts = ray.get(ray.remote(num_cpus=config.num_cpus)(_compare).remote(config, dict(inputs), out, progress))
-    for warning in counts["warnings"]:  # here: what a task reports last may come too late
+    for warning in counts["warnings"]:  # not in the task: its last report may arrive too late
         progress.warn(warning)
     return counts
 
@@ -53,60 +54,66 @@ def _compare(
     protocol = _protocol(config, features, reference)
     warnings = _warnings(metrics, sampling.num_samples, real)
     out.write_json(METRICS_NAME, {"metrics": metrics, "protocol": protocol, "repeats": repeats, "warnings": warnings})
-    # Not of the protocol: models of different objectives are compared by what they draw.
+    # Not part of the protocol: models of different objectives are compared by their samples.
     objective = {name: value for name, value in features.counts.items() if name == "objective"}
     return {"metrics": metrics, "protocol": protocol, "warnings": warnings, **objective}
 
 
 def _common_spaces(features: Artifact, reference: Artifact) -> list[str]:
-    """The spaces of the generated features. Raises UserError for a reference of other networks or other images."""
-    made, real = features.counts["extractors"], reference.counts["extractors"]
-    if not made:
-        raise UserError(f"{features.folder.uri} holds samples without features; sample with a network of features")
-    if differing := {space: (digest, real.get(space)) for space, digest in made.items() if real.get(space) != digest}:
+    """The spaces of the generated features. Raises UserError if the reference has other networks or image sizes."""
+    generated, real = features.counts["extractors"], reference.counts["extractors"]
+    if not generated:
+        raise UserError(f"{features.folder.uri} contains samples without features; sample again with a feature network")
+    if differing := {
+        space: (digest, real.get(space)) for space, digest in generated.items() if real.get(space) != digest
+    }:
         digests = "; ".join(f"{space}: {a[:12]} and {(b or 'none')[:12]}" for space, (a, b) in differing.items())
-        raise UserError(f"features and reference come from different extractors ({digests}); make both with one")
+        raise UserError(
+            f"features and reference come from different extractors ({digests}); make both with the same extractors"
+        )
     size, real_size = features.counts["image_size"], reference.counts["image_size"]
     if real_size not in (size, None):
         raise UserError(
-            f"the samples are images of {size} px and the reference of {real_size} px: features hang on the size; "
-            f"preprocess the real images with --image-size {size}"
+            f"the samples are images of {size} px, those of the reference have {real_size} px, and features depend on "
+            f"the size; preprocess the real images with --image-size {size}"
         )
-    return list(made)
+    return list(generated)
 
 
 def _metrics(config: EvaluateConfig, samples: Mapping[str, Any], real: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one repeat, those of all spaces together."""
+    """The metrics of one repeat in all spaces."""
     from edt_core.evaluation.metrics import FeatureSet, FeatureStatistics, compute_metrics
 
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for space, reference in real.items():
         features = samples[f"{space}.features"]
-        made = FeatureSet(
+        generated = FeatureSet(
             features=features[evenly_spaced(0, len(features), len(features), config.pairwise_limit)],
             statistics=FeatureStatistics.from_features(features, "generated").gaussian,
             spatial=samples.get(f"{space}.spatial"),
             probabilities=samples.get(f"{space}.probabilities"),
         )
-        wanted = wanted_metrics(config, space, len(features))
-        found |= compute_metrics(made, reference, wanted, space=space, allow_rank_deficient=config.allow_rank_deficient)
+        names = wanted_metrics(config, space, len(features))
+        metrics |= compute_metrics(
+            generated, reference, names, space=space, allow_rank_deficient=config.allow_rank_deficient
+        )
         if space == "classifier":
-            right = samples["classifier.probabilities"].argmax(1) == samples["labels"]
-            found["accuracy_classifier"] = float(right.mean())
-    return found
+            is_correct = samples["classifier.probabilities"].argmax(1) == samples["labels"]
+            metrics["accuracy_classifier"] = float(is_correct.mean())
+    return metrics
 
 
 def _over_repeats(repeats: list[dict[str, float]]) -> dict[str, float]:
-    """Mean and sample standard deviation of each metric over the repeats, in place of that over splits."""
-    found: dict[str, float] = {}
+    """Mean and sample standard deviation of each metric over the repeats; the latter replaces the one over splits."""
+    metrics: dict[str, float] = {}
     for name in (name for name in repeats[0] if not name.endswith("_std")):
         values = np.array([repeat[name] for repeat in repeats])
-        found |= {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
-    return found
+        metrics |= {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
+    return metrics
 
 
 def _protocol(config: EvaluateConfig, features: Artifact, reference: Artifact) -> dict[str, Any]:
-    """Everything that has to be equal for two results to be compared."""
+    """Everything that must be equal for two results to be comparable."""
     from edt_core.evaluation.protocol import UINT8_RULE
 
     sampling = SampleConfig.model_validate(features.manifest.config)
@@ -126,7 +133,7 @@ def _protocol(config: EvaluateConfig, features: Artifact, reference: Artifact) -
 
 
 def _warnings(metrics: Mapping[str, float], num_samples: int, real: Mapping[str, Any]) -> list[str]:
-    """What a reader of the numbers should know: few samples bias distances, and fewer than dimensions decide them."""
+    """Warnings about the metrics: few samples bias distances, and fewer samples than dimensions distort them."""
     from edt_core.evaluation.metrics import bias_warning, in_order, rank_warning
 
     warnings = [bias_warning(in_order(metrics), num_samples)]

@@ -1,6 +1,6 @@
 """preprocess: labelled images -> WebDataset image shards, each a pure function of the plan.
 
-One Ray task makes one shard, so names and bytes are the same with any number of workers and after any crash.
+One Ray task makes one shard, so names and bytes depend neither on the number of workers nor on crashes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,15 +26,15 @@ from edt_core.store.layout import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
 from jobs.runtime.pool import MAX_RETRIES, finished
 from jobs.stages.stage import Stage
 
-_KEPT = 10_000  # quarantined images in the manifest; all of them are in the shards' reports
+_MOST_LISTED = 10_000  # quarantined images in the manifest; all of them are in the shards' reports
 _EXAMPLES = 10
 _LINE = "\n  "
-_TAR_BYTES = 5 << 10  # headers and padding of a sample's three members, and its small ones
+_TAR_BYTES = 5 << 10  # headers and padding of a sample's three members, and the contents of the two small ones
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What one shard holds: a slice of the listing that begins at image `first`."""
+    """The content of one shard: a slice of the listing that begins at image `first`."""
 
     index: int
     first: int
@@ -51,7 +51,7 @@ class ShardPlan:
 
 @dataclass
 class ShardReport:
-    """What became of a shard's images: rows, (place, name, reason) of the quarantined, sha256 of every original."""
+    """The outcome of a shard: rows, (position, name, reason) of quarantined images, sha256 of every original."""
 
     rows: int
     quarantined: list[tuple[int, str, str]]
@@ -62,70 +62,73 @@ class ShardReport:
         return [(name, reason) for _, name, reason in self.quarantined]
 
     @property
-    def looked_at(self) -> int:
+    def num_processed(self) -> int:
         return len(self.digests) // len(UNREADABLE)
 
-    def kept(self) -> NDArray[np.bool_]:
-        """Whether each image that was looked at was written."""
-        kept = np.ones(self.looked_at, dtype=np.bool_)
-        kept[[place for place, _, _ in self.quarantined]] = False
-        return kept
+    def written(self) -> NDArray[np.bool_]:
+        """Whether each processed image was written."""
+        mask = np.ones(self.num_processed, dtype=np.bool_)
+        mask[[position for position, _, _ in self.quarantined]] = False
+        return mask
 
     def to_json(self) -> dict[str, Any]:
         return {"rows": self.rows, "quarantined": self.quarantined, "digests": self.digests.hex()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ShardReport":
-        quarantined = [(place, name, reason) for place, name, reason in values["quarantined"]]
+        quarantined = [(position, name, reason) for position, name, reason in values["quarantined"]]
         return cls(values["rows"], quarantined, bytes.fromhex(values["digests"]))
 
 
 def images_per_shard(config: PreprocessConfig) -> int:
-    """Images in every shard but the last: by count, and by bytes as if no pixel could be compressed."""
+    """Images in every shard except the last: limited by count, and by bytes as if pixels were incompressible.
+
+    Raises UserError if a shard cannot contain one image.
+    """
     worst = config.image_size * (3 * config.image_size + 1) + _TAR_BYTES
     if worst > config.max_shard_bytes:
         raise UserError(
-            f"preprocess.max_shard_bytes {config.max_shard_bytes} is less than one image of {config.image_size} px may "
-            f"take, {worst} bytes; raise it"
+            f"preprocess.max_shard_bytes is {config.max_shard_bytes}, but one image of {config.image_size} px may take "
+            f"{worst} bytes; set at least {worst}"
         )
     return min(config.images_per_shard, config.max_shard_bytes // worst)
 
 
 def plan_shards(listing: Listing, config: PreprocessConfig) -> list[ShardPlan]:
-    """Cut the listing into shards. The key of an image is its place in the whole listing."""
+    """Cut the listing into shards. The key of an image is its position in the whole listing."""
     size = images_per_shard(config)
     cuts = range(0, len(listing), size)
     return [ShardPlan(k, first, listing.slice(first, first + size)) for k, first in enumerate(cuts)]
 
 
 def prepare(data: bytes, config: PreprocessConfig) -> bytes:
-    """One image cropped and encoded. Raises whatever the decoders raise for what is no image."""
+    """Crop and encode one image. Raises any error of the decoders for data that is not an image."""
     image = center_crop(decode_rgb(data, config.decoder, config.rotate_by_exif), config.image_size)
     return encode_image(image, config.image_format, config.jpeg_quality)
 
 
 def build_shard(
-    plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, tell: Callable[[int], None]
+    plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, on_image: Callable[[int], None]
 ) -> ShardReport:
-    """Make one shard and the report beside it. `tell(n)` hears how many images are done."""
+    """Make one shard and the report beside it. `on_image(n)` is called when n images are done."""
     quarantined: list[tuple[int, str, str]] = []
     digests: list[bytes] = []
 
     def samples() -> Iterator[ImageSample]:
-        for place, image in enumerate(plan.listing.images()):
-            tell(place)
+        for position, image in enumerate(plan.listing.images()):
+            on_image(position)
             digests.append(image_digest(image))
             if image.data is None:
-                quarantined.append((place, image.name, image.error or "cannot be read"))
+                quarantined.append((position, image.name, image.error or "cannot be read"))
                 continue
             try:
                 data = prepare(image.data, config)
             except MemoryError:  # the machine's fault, not the image's
                 raise
-            except Exception as error:  # Pillow's decoders raise whatever they like on hostile bytes
-                quarantined.append((place, image.name, f"{type(error).__name__}: {error}"))
+            except Exception as error:  # Pillow's decoders raise errors of any class on malformed data
+                quarantined.append((position, image.name, f"{type(error).__name__}: {error}"))
             else:
-                yield ImageSample(f"{plan.first + place:08d}", data, image.label, image.name, digests[-1].hex())
+                yield ImageSample(f"{plan.first + position:08d}", data, image.label, image.name, digests[-1].hex())
 
     entry = out.write(plan.name, lambda path: write_image_shard(path, samples(), config.image_format))
     report = ShardReport(entry.rows or 0, quarantined, b"".join(digests))
@@ -138,31 +141,31 @@ def preprocess(
 ) -> dict[str, Any]:
     """Crop labelled images to squares and write them as WebDataset shards.
 
-    `inputs["source"]` says where the images are. Raises UserError where there are none, only one class, too many that
-    cannot be read (the first ten are listed), or where they are no longer what `inputs["source"]` was made of.
+    `inputs["source"]` names the location of the images. Raises UserError if there are none, only one class, or too many
+    unreadable ones (ten are listed), and if they changed after `inputs["source"]` was made.
     """
     import ray
 
     source = inputs["source"]
     assert source.selection is not None
-    listing = list_source(source.selection, Counts(progress))  # what there is to warn of was said with its identity
+    listing = list_source(source.selection, Counts(progress))  # its warnings were shown when the source was opened
     plans = plan_shards(listing, config)
     task = ray.remote(_shard_task).options(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
     pending = {task.remote(plan, config, out, progress, len(listing)): plan.index for plan in plans}
     reports: dict[int, ShardReport] = {}
     quarantined: list[tuple[str, str]] = []
-    looked_at = 0
+    processed = 0
     with closing(finished(list(pending))) as done:
         for ref in done:
             reports[pending[ref]] = report = ray.get(ref)
-            progress.update(report.looked_at, len(listing), "images", part=pending[ref])
+            progress.update(report.num_processed, len(listing), "images", part=pending[ref])
             quarantined += report.reasons
-            looked_at += report.looked_at
-            check_quarantined(quarantined, looked_at, len(listing), config.max_bad_fraction)
+            processed += report.num_processed
+            check_quarantined(quarantined, processed, len(listing), config.max_bad_fraction)
     ordered = [reports[k] for k in range(len(plans))]
     _check_source(listing, ordered, source)
     if config.image_format == "jpeg":
-        progress.warn("the shards are JPEG: train on them if you must, but take FID references from lossless ones")
+        progress.warn("the shards are JPEG, which is lossy: make FID references from lossless shards")
     out.write_json(CLASSES_NAME, list(listing.classes))
     return _counts(config, listing, ordered, progress)
 
@@ -180,30 +183,31 @@ def _counts(
 ) -> dict[str, Any]:
     quarantined = [item for report in reports for item in report.reasons]
     rows = sum(report.rows for report in reports)
-    kept = np.concatenate([report.kept() for report in reports])
-    labels = np.asarray(listing.table["label"])[kept]
+    written = np.concatenate([report.written() for report in reports])
+    labels = np.asarray(listing.table["label"])[written]
     class_counts = np.bincount(labels, minlength=len(listing.classes))
-    repeats = _repeats(b"".join(report.digests for report in reports), kept, labels)
-    if lost := [listing.classes[label] for label in np.flatnonzero((class_counts == 0) & (listing.class_counts > 0))]:
-        progress.warn(f"after unreadable images were left out {without_images(lost, len(listing.classes))}")
+    repeats = _repeats(b"".join(report.digests for report in reports), written, labels)
+    is_emptied = (class_counts == 0) & (listing.class_counts > 0)
+    if emptied := [listing.classes[label] for label in np.flatnonzero(is_emptied)]:
+        progress.warn(f"without the unreadable images, {without_images(emptied, len(listing.classes))}")
     if repeats.under_several_classes:
-        names = listing.table["name"].take(np.flatnonzero(kept)[np.ravel(repeats.examples)]).to_pylist()
+        names = listing.table["name"].take(np.flatnonzero(written)[np.ravel(repeats.examples)]).to_pylist()
         pairs = [f"{as_text(one)} = {as_text(other)}" for one, other in zip(names[::2], names[1::2], strict=True)]
         progress.warn(
-            f"{repeats.under_several_classes} images are in more than one class, byte for byte the same, and are kept "
-            f"in each, such as\n  {listed(pairs, _LINE)}"
+            f"{repeats.under_several_classes} images are in more than one class, identical byte for byte, and are kept "
+            f"in each; for example\n  {listed(pairs, _LINE)}"
         )
-    assert rows + len(quarantined) == len(listing), "an image was lost or doubled"
+    assert rows + len(quarantined) == len(listing), "an image was lost or duplicated"
     if quarantined:
         progress.warn(f"{len(quarantined)} of {len(listing)} images could not be read:{_listed(quarantined)}")
     return {
         "images": rows,
         "found": len(listing),
         "quarantined": len(quarantined),
-        "quarantined_images": [{"path": path, "reason": reason} for path, reason in quarantined[:_KEPT]],
-        "duplicates": repeats.duplicates,  # kept: published data sets hold some as well
+        "quarantined_images": [{"path": path, "reason": reason} for path, reason in quarantined[:_MOST_LISTED]],
+        "duplicates": repeats.duplicates,  # kept: published data sets contain some too
         "under_several_classes": repeats.under_several_classes,
-        "left_out": dict(listing.left_out),  # files that are no images, by extension
+        "left_out": dict(listing.left_out),  # files that are not images, by extension
         "classes": len(listing.classes),
         "class_counts": class_counts.tolist(),
         "image_size": config.image_size,
@@ -212,10 +216,10 @@ def _counts(
 
 
 class _Repeats(NamedTuple):
-    """Images that are byte for byte the same as another one.
+    """Images that are identical byte for byte.
 
-    duplicates: all but one of each. under_several_classes: different images that are in two classes or more; of the
-    first ten of them two places [n, 2] each, among the images that were written.
+    duplicates: all except one of each image. under_several_classes: distinct images that are in two classes or more.
+    examples: two positions [n, 2], among the written images, of each of the first ten of those.
     """
 
     duplicates: int
@@ -223,20 +227,23 @@ class _Repeats(NamedTuple):
     examples: NDArray[np.int64]
 
 
-def _repeats(digests: bytes, kept: NDArray[np.bool_], labels: NDArray[np.int32]) -> _Repeats:
-    """Repeats among the images that were written, of which `labels` are the classes; `digests` are of all images."""
-    words = np.frombuffer(digests, dtype=np.uint64).reshape(len(kept), -1)[kept]
+def _repeats(digests: bytes, written: NDArray[np.bool_], labels: NDArray[np.int32]) -> _Repeats:
+    """Repeats among the written images. `labels` are of those; `digests` and `written` are of all images."""
+    words = np.frombuffer(digests, dtype=np.uint64).reshape(len(written), -1)[written]
     order = np.lexsort((labels, *words.T))
     same = (words[order[1:]] == words[order[:-1]]).all(axis=1)
     mixed = np.flatnonzero(same & (labels[order[1:]] != labels[order[:-1]]))
-    image = np.cumsum(~same)[mixed]  # the number of the different image that each pair is of
+    image = np.cumsum(~same)[mixed]  # which distinct image each pair shows
     _, first = np.unique(image, return_index=True)
-    places = mixed[first[:_EXAMPLES]]
-    return _Repeats(int(same.sum()), len(first), np.stack([order[places], order[places + 1]], axis=1))
+    starts = mixed[first[:_EXAMPLES]]
+    return _Repeats(int(same.sum()), len(first), np.stack([order[starts], order[starts + 1]], axis=1))
 
 
 def _check_source(listing: Listing, reports: Sequence[ShardReport], source: Source) -> None:
-    """What was read must be what the fingerprint was made of. A remote listing has only its store's word for it."""
+    """Raise UserError unless the images that were read are those of the fingerprint.
+
+    Remote images are not checked: their fingerprint is made of what the store lists, not of their bytes.
+    """
     if listing.remote:
         return
     names, labels = (listing.table[column].to_pylist() for column in ("name", "label"))
@@ -244,26 +251,26 @@ def _check_source(listing: Listing, reports: Sequence[ShardReport], source: Sour
     if combine_identity(listing.classes, names, labels, digests) != source.fingerprint:
         raise UserError(
             f"the images at {source.location} changed while they were read: files were added, removed or written since "
-            "the run began; let them settle and run again into an empty folder"
+            "the run started; run again into an empty folder once nothing writes to them"
         )
 
 
 def check_quarantined(
-    quarantined: Sequence[tuple[str, str]], looked_at: int, found: int, max_bad_fraction: float
+    quarantined: Sequence[tuple[str, str]], processed: int, total: int, max_bad_fraction: float
 ) -> None:
-    """Raise UserError where more than `max_bad_fraction` of all `found` images could not be read, or none could."""
+    """Raise UserError if more than `max_bad_fraction` of all `total` images could not be read, or all of them."""
     number = len(quarantined)
-    if number and (number > max_bad_fraction * found or number == found):
-        so_far = "" if looked_at == found else f", {looked_at} looked at so far"
+    if number and (number > max_bad_fraction * total or number == total):
+        so_far = "" if processed == total else f", {processed} processed so far"
         raise UserError(
-            f"{number} of {found} images ({number / found:.2%}{so_far}) could not be read, more than max_bad_fraction "
+            f"{number} of {total} images ({number / total:.2%}{so_far}) could not be read, more than max_bad_fraction "
             f"{max_bad_fraction:.2%} allows:{_listed(quarantined)}\n"
-            "Mend or remove them, or raise preprocess.max_bad_fraction: what is finished is kept."
+            "Repair or remove them, or raise preprocess.max_bad_fraction; finished work is kept."
         )
 
 
 def accept(config: PreprocessConfig, counts: Mapping[str, Any]) -> None:
-    """Raise UserError for image shards that were made when more was allowed to be unreadable."""
+    """Raise UserError for existing image shards with more unreadable images than the configuration allows."""
     quarantined = [(row["path"], row["reason"]) for row in counts["quarantined_images"]]
     check_quarantined(quarantined, counts["found"], counts["found"], config.max_bad_fraction)
 
@@ -273,12 +280,12 @@ def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
 
 
 def image_source(config: SourceConfig, progress: Progress | None = None) -> Source:
-    """The images of a configuration and the identity of what they are. Raises UserError where there are none."""
+    """The images of a configuration and their identity. Raises UserError if there are none."""
     from edt_core.data.sources import list_source, remarks, source_identity
 
     progress = progress or Silent()
     if config.path is None or config.kind == "digits":
-        raise UserError("the digits come with the pipeline (edt run quickstart); here, give images of your own")
+        raise UserError("the digits come with the pipeline (edt run quickstart); here, pass your own images")
     listing = list_source(config, progress)
     for remark in remarks(listing):
         progress.warn(remark)

@@ -1,7 +1,7 @@
-"""reference: what the real images look like in each feature space, the other side of every metric.
+"""reference: statistics of the real images in each feature space, which metrics compare samples with.
 
-The Gaussian of all images, and the features of some at even distances for the metrics that compare pairs, as kid.
-Published statistics of ADM stand in for the images where they are given.
+The artifact contains the Gaussian of all images, and the features of an evenly spaced subset for metrics that compare
+pairs, such as kid. Published statistics of ADM can replace the images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ from jobs.stages.autoencoder import IMAGE_SHARDS
 from jobs.stages.stage import Stage
 
 _PARTS, _PART = "parts", "parts/part-{:05d}.safetensors"
-_MOST_PARTS = 64  # a part holds a matrix of D² for each space, 34 MB for Inception, until all are merged
+_MOST_PARTS = 64  # a part contains a D x D matrix of each space, 34 MB for Inception, until all are merged
 _ADM_CHUNK = 64
 
 Tensors = dict[str, NDArray[Any]]
@@ -38,14 +38,14 @@ Tensors = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """Some image shards, one after the other, and the number of the first image among all."""
+    """Some consecutive image shards, and the number of their first image among all."""
 
     shards: tuple[str, ...]
     first: int
 
 
 def parts_of(images: Artifact) -> list[Part]:
-    """The shards in at most _MOST_PARTS runs: a function of the artifact alone, so results do not move."""
+    """The shards in at most _MOST_PARTS parts. They depend only on the artifact, so that results are reproducible."""
     shards = images.entries(IMAGE_SHARDS)
     size = -(-len(shards) // _MOST_PARTS)
     starts = np.concatenate([[0], np.cumsum([shard.rows or 0 for shard in shards])])
@@ -55,7 +55,7 @@ def parts_of(images: Artifact) -> list[Part]:
 
 
 class Extraction:
-    """Loads every network once, then takes one part after the other."""
+    """Loads every network once, then extracts features part by part."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Extraction:
         }
 
     def work(self, number: int) -> int:
-        """Extract part `number` unless it is there; returns its number of images."""
+        """Extract part `number` unless its file exists; return its number of images."""
         from safetensors.numpy import save
 
         name = _PART.format(number)
@@ -94,16 +94,16 @@ class Extraction:
 
         done, part = 0, self.parts[number]
         sums = Sums()
-        kept: dict[str, list[NDArray[np.float32]]] = {space: [] for space in self.extractors}
+        subset: dict[str, list[NDArray[np.float32]]] = {space: [] for space in self.extractors}
         for pixels in prefetched((np.stack(b) for b in in_batches(self._pixels(part), self.config.batch_size)), 1):
             rows = evenly_spaced(part.first + done, len(pixels), self.total, self.config.keep_features)
             for space, extract in self.extractors.items():
-                found = extract(pixels)
-                sums.add(space, found)
-                kept[space].append(found["features"][rows])
+                output = extract(pixels)
+                sums.add(space, output)
+                subset[space].append(output["features"][rows])
             done += len(pixels)
             self.progress.update(done, self.total, "images", part=number)
-        features = {f"{space}.features": np.concatenate(blocks) for space, blocks in kept.items()}
+        features = {f"{space}.features": np.concatenate(blocks) for space, blocks in subset.items()}
         return {**sums.tensors(), **features}, done
 
     def _pixels(self, part: Part) -> Iterator[NDArray[np.uint8]]:
@@ -120,17 +120,17 @@ class Sums:
     def __init__(self) -> None:
         self.statistics: dict[str, Any] = {}
 
-    def add(self, space: str, found: Mapping[str, NDArray[np.float32]]) -> None:
-        """Add what an extractor gave for a batch."""
+    def add(self, space: str, output: Mapping[str, NDArray[np.float32]]) -> None:
+        """Add the output of an extractor for a batch."""
         from edt_core.evaluation.metrics import FeatureStatistics
 
         for name, key in (("features", space), ("spatial", f"{space}.spatial")):
-            if name in found:
-                self.merge(key, FeatureStatistics.from_features(found[name], f"{space} reference"))
+            if name in output:
+                self.merge(key, FeatureStatistics.from_features(output[name], f"{space} reference"))
 
     def merge(self, key: str, statistics: Any) -> None:
-        there = self.statistics.get(key)
-        self.statistics[key] = statistics if there is None else there.merge(statistics)
+        previous = self.statistics.get(key)
+        self.statistics[key] = statistics if previous is None else previous.merge(statistics)
 
     def tensors(self) -> Tensors:
         """The sums as named arrays."""
@@ -138,20 +138,21 @@ class Sums:
 
 
 def evenly_spaced(first: int, count: int, total: int, limit: int) -> list[int]:
-    """Of rows first..first+count-1 among `total`, the places, from 0, of those that `limit` even distances take."""
-    return [place for place in range(count) if at_even_distances(first + place, total, limit)]
+    """Which of rows first..first+count-1 out of `total` are in an evenly spaced subset of `limit`; counted from 0."""
+    return [row for row in range(count) if at_even_distances(first + row, total, limit)]
 
 
 def reference(
     config: ReferenceConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Statistics and features of every image of `inputs["images"]`, or of ADM's .npz there, for each extractor.
+    """Compute the statistics and features of real images, or take ADM's, for each feature network.
 
-    Raises UserError where there is no extractor, or none that the published statistics are of.
+    `inputs["images"]` is an images artifact or ADM's .npz. Raises UserError if there is no feature network, or none
+    that matches the published statistics.
     """
     spaces = extractors.spaces_of(inputs)
     if not spaces:
-        raise UserError(f"there is no network of features: give at least one of {', '.join(EXTRACTORS)}")
+        raise UserError(f"there is no feature network: pass at least one of {', '.join(EXTRACTORS)}")
     require("reference", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
     if isinstance(inputs["images"], Source):
         facts = _published(config, inputs, out, progress)
@@ -166,7 +167,7 @@ def _of_images(
     images = inputs["images"]
     assert isinstance(images, Artifact)
     if not images.counts["lossless"]:
-        progress.warn("the image shards are JPEG: distances to them are not those of the original images")
+        progress.warn("the image shards are JPEG: distances to them differ from distances to the original images")
     parts, total = parts_of(images), images.counts["images"]
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     if out.recover(REFERENCE_NAME) is None:
@@ -174,7 +175,8 @@ def _of_images(
         rows = dict(pooled(Extraction, config.num_workers, range(len(parts)), *arguments, **resources))
         if sum(rows.values()) != total:
             raise UserError(
-                f"the image shards hold {sum(rows.values())} images where {total} are stated; run preprocess again"
+                f"the image shards contain {sum(rows.values())} images, but their manifest states {total}; "
+                "run preprocess again"
             )
         _merge(len(parts), out)
     out.discard(_PARTS)
@@ -183,7 +185,7 @@ def _of_images(
 
 
 def _merge(parts: int, out: ArtifactWriter) -> None:
-    """Join the parts in their order: sums of floats depend on it."""
+    """Join the parts in order, because sums of floats depend on it."""
     from safetensors.numpy import save
 
     from edt_core.evaluation.metrics import FeatureStatistics
@@ -209,7 +211,7 @@ def _arrays(gaussians: Mapping[str, Any]) -> Tensors:
         for name, value in (
             (f"{key}.mean", gaussian.mean),
             (f"{key}.covariance", gaussian.covariance),
-            (f"{key}.count", np.array([gaussian.count or 0], dtype=np.int64)),  # 0 where nobody states it
+            (f"{key}.count", np.array([gaussian.count or 0], dtype=np.int64)),  # 0 if unknown
         )
     }
 
@@ -223,8 +225,8 @@ def _published(
     assert isinstance(statistics, Source)
     if spaces != [INCEPTION]:
         raise UserError(
-            f"{statistics.location} are statistics of Inception features, and {', '.join(spaces)} is asked for; give "
-            "the Inception weights alone, or images in place of the statistics"
+            f"{statistics.location} contains statistics of Inception features, but {', '.join(spaces)} is requested; "
+            "pass only the Inception weights, or images instead of the statistics"
         )
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     task: Any = ray.remote(_extract_published).options(**resources)
@@ -235,7 +237,7 @@ def _published(
 def _extract_published(
     config: ReferenceConfig, statistics: Source, weights: Source, out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """ADM's Gaussians as they are, and the features of the images that come with them; returns facts of those."""
+    """Store ADM's Gaussians unchanged, and the features of its images; return the counts of those images."""
     from safetensors.numpy import save
 
     from edt_core.evaluation.metrics.adm import read_adm, read_images
@@ -243,7 +245,7 @@ def _extract_published(
     use_threads(config.num_cpus_per_worker)
     path = Path(statistics.location)
     if sha256_file(path) != statistics.fingerprint:
-        raise UserError(f"{path} has changed since the run was started; run again with the file at rest")
+        raise UserError(f"{path} has changed since the run was started; run again once nothing writes to the file")
     adm = read_adm(path)
     total = adm.image_shape[0] if adm.image_shape else 0
     extract = extractors.load(INCEPTION, weights, device_name(config.num_gpus_per_worker))
@@ -257,18 +259,18 @@ def _extract_published(
     gaussians = {INCEPTION: adm.statistics}
     if adm.spatial_statistics is not None:
         gaussians[f"{INCEPTION}.spatial"] = adm.spatial_statistics
-    kept = {f"{INCEPTION}.features": np.concatenate(features)} if features else {}
-    out.write_bytes(REFERENCE_NAME, save({**_arrays(gaussians), **kept}), done)
+    tensors = {f"{INCEPTION}.features": np.concatenate(features)} if features else {}
+    out.write_bytes(REFERENCE_NAME, save({**_arrays(gaussians), **tensors}), done)
     return {"images": total, "image_size": adm.image_shape[1] if adm.image_shape else None}
 
 
 def statistics_source(location: str) -> Source:
-    """ADM's file of reference statistics, known by its bytes. Raises UserError where it is not there."""
+    """ADM's file of reference statistics, identified by its sha256. Raises UserError if it does not exist."""
     path = typed_path(location).absolute()
     if not path.is_file():
         raise UserError(
-            f"there are no reference statistics at {location}; get VIRTUAL_imagenet256_labeled.npz where "
-            "github.com/openai/guided-diffusion/tree/main/evaluations says, or give images instead"
+            f"there are no reference statistics at {location}; download VIRTUAL_imagenet256_labeled.npz as described "
+            "at github.com/openai/guided-diffusion/tree/main/evaluations, or pass images instead"
         )
     return Source(str(path), sha256_file(path))
 

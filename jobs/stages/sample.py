@@ -1,7 +1,7 @@
-"""sample: draw labelled images from a checkpoint's EMA weights and keep their features, in units of fixed size.
+"""sample: draw labelled images from a checkpoint's EMA weights and store their features, in units of fixed size.
 
-Label and noise of sample i are functions of (seed, i): neither the number of workers nor the order of units moves a
-result. Each unit is one file, so a killed run resumes where it was. Repeat r has the samples of seed + r.
+Label and noise of sample i are functions of (seed, i): the number of workers and the order of units do not change the
+results. Each unit is one file, so a killed run resumes after its finished units. Repeat r has the samples of seed + r.
 """
 
 import threading
@@ -25,20 +25,20 @@ from jobs.stages import autoencoder, extractors
 from jobs.stages.stage import Stage
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
-_AT_ONCE = 2  # units of a worker under way: one is sampled while the one before is decoded and its features extracted
+_AT_ONCE = 2  # units of a worker: it samples one while it decodes the previous one and extracts features
 
 
 class Unit(NamedTuple):
-    """The samples of one unit of work: which repeat they are of, and their indices in it, int64 [n]."""
+    """The samples of one unit of work: their repeat, and their indices in it, int64 [n]."""
 
     repeat: int
     indices: NDArray[np.int64]
 
 
 def unit_of(config: SampleConfig, number: int) -> Unit:
-    """Unit `number` of all repeats, which are laid end to end."""
-    repeat, place = divmod(number, units_per_repeat(config))
-    first = place * config.unit_size
+    """Unit `number`, counted through all repeats."""
+    repeat, unit = divmod(number, units_per_repeat(config))
+    first = unit * config.unit_size
     return Unit(repeat, np.arange(first, min(first + config.unit_size, config.num_samples)))
 
 
@@ -48,7 +48,7 @@ def units_per_repeat(config: SampleConfig) -> int:
 
 
 class Sampler:
-    """Loads every network once, then makes one unit after the other; two at once, a stage each."""
+    """Loads every network once, then makes units, two at a time: one samples while the other decodes."""
 
     def __init__(self, config: SampleConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter) -> None:
         import torch
@@ -72,11 +72,11 @@ class Sampler:
             space: extractors.load(space, inputs[space], self.device) for space in extractors.spaces_of(inputs)
         }
         self._sampling, self._finishing = threading.Lock(), threading.Lock()
-        # On a GPU a stream beside the one that samples: the two do not wait for each other.
+        # On a GPU, a second stream for decoding: it and the sampling do not wait for each other.
         self._stream = torch.cuda.Stream() if self.device == "cuda" else None
 
     def work(self, number: int) -> int:
-        """Make unit `number` unless it is there; returns its number of samples."""
+        """Make unit `number` unless its file exists; return its number of samples."""
         from safetensors.numpy import save
 
         name, unit = FEATURE_UNIT.format(number), unit_of(self.config, number)
@@ -84,7 +84,7 @@ class Sampler:
             with self._sampling:
                 labels, latents = self._draw(unit)
             with self._finishing:
-                self.out.write_bytes(name, save(self._finished(unit, labels, latents)), len(unit.indices))
+                self.out.write_bytes(name, save(self._tensors(unit, labels, latents)), len(unit.indices))
         return len(unit.indices)
 
     def _draw(self, unit: Unit) -> tuple[NDArray[np.int64], Any]:
@@ -96,28 +96,28 @@ class Sampler:
         labels = sample_labels(policy, seed, indices, self.num_classes, self.class_counts)
         return labels, self.latents(labels, seed, indices)
 
-    def _finished(self, unit: Unit, labels: NDArray[np.int64], latents: Any) -> dict[str, NDArray[Any]]:
-        """The tensors of a unit's file: what the samples are, their features, and the first ones' pixels."""
+    def _tensors(self, unit: Unit, labels: NDArray[np.int64], latents: Any) -> dict[str, NDArray[Any]]:
+        """The tensors of a unit's file: indices, labels, features, and the pixels of the first samples."""
         import torch
 
         from edt_core.autoencoders.autoencoder import decode_to_pixels
 
-        with torch.cuda.stream(self._stream):  # does nothing where there is none
+        with torch.cuda.stream(self._stream):  # does nothing without a stream
             pixels = decode_to_pixels(self.autoencoder, latents)
-            found = {space: extract(pixels) for space, extract in self.extractors.items()}
-        keep = self.config.keep_images
-        kept = pixels if keep == "all" else pixels[unit.indices < keep]
+            outputs = {space: extract(pixels) for space, extract in self.extractors.items()}
+        limit = self.config.keep_images
+        images = pixels if limit == "all" else pixels[unit.indices < limit]
         return {
             "indices": unit.indices,
             "seeds": np.full_like(unit.indices, self.config.seed + unit.repeat),
             "labels": labels,
-            **{f"{space}.{name}": value for space, values in found.items() for name, value in values.items()},
-            **({"images": kept} if len(kept) else {}),
+            **{f"{space}.{name}": value for space, values in outputs.items() for name, value in values.items()},
+            **({"images": images} if len(images) else {}),
         }
 
 
 def artifact(inputs: Mapping[str, Artifact | Source], role: str) -> Artifact:
-    """The artifact that fills a role which only an artifact can fill."""
+    """The input of a role that must be an artifact."""
     item = inputs[role]
     assert isinstance(item, Artifact), role
     return item
@@ -133,10 +133,11 @@ def averaged_model(checkpoint: Artifact, device: str) -> Any:
 def sample_features(
     config: SampleConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Sample from `inputs["checkpoint"]` and keep what each extractor among the inputs sees in the samples.
+    """Draw samples from a checkpoint and store the features of each feature network.
 
-    Decodes with `inputs["autoencoder"]`; a `guide` among the inputs is guided away from. Raises UserError where the
-    inputs do not fit each other or the configuration, and for a class prior that the checkpoint does not have.
+    Samples from `inputs["checkpoint"]`, decodes with `inputs["autoencoder"]`, and guides away from a `guide` among the
+    inputs. Raises UserError if the inputs do not match each other or the configuration, and if the labels need class
+    counts that the checkpoint does not have.
     """
     from edt_core.models import ModelConfig
     from edt_core.sampling.sampler import resolved_amm_blocks
@@ -168,7 +169,7 @@ def sample_features(
 
 
 def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None:
-    """Refuse, before any worker is started, what would be refused in each of them."""
+    """Raise UserError for invalid inputs, before any worker starts."""
     from edt_core.models import ModelConfig
     from edt_core.sampling.labels import sample_labels
     from edt_core.sampling.sampler import resolved_amm_blocks
@@ -177,27 +178,27 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
     check_autoencoder(inputs)
     if not extractors.spaces_of(inputs) and config.keep_images != "all":
         raise UserError(
-            f"there is no network of features: give at least one of {', '.join(EXTRACTORS)}, or keep_images=all to "
-            "draw samples for other tools alone"
+            f"there is no feature network: pass at least one of {', '.join(EXTRACTORS)}, or set keep_images=all to "
+            "draw samples only for other tools"
         )
     model = ModelConfig.from_dict(model_config_of(checkpoint))
-    replace(model, amm_blocks=resolved_amm_blocks(config, model))  # refuses blocks that the model does not have
+    replace(model, amm_blocks=resolved_amm_blocks(config, model))  # raises for blocks that the model does not have
     sample_labels(config.label_policy, config.seed, [0], model.num_classes, checkpoint.counts.get("class_counts"))
 
 
 def check_autoencoder(inputs: Mapping[str, Artifact | Source]) -> None:
-    """Raise UserError unless the latents that were trained on come from the very autoencoder that will decode.
+    """Raise UserError unless the checkpoint was trained on latents of the autoencoder that decodes the samples.
 
-    An autoencoder that was lost and fitted again has its old fingerprint but may have other weights. A model that was
-    brought from elsewhere does not know its autoencoder.
+    An autoencoder that was lost and fitted again has the same fingerprint but may have other weights. An imported model
+    does not record its autoencoder.
     """
     trained_with = artifact(inputs, "checkpoint").counts["autoencoder_digest"]
-    here = artifact(inputs, "autoencoder").manifest.digest
-    if trained_with not in (here, None):
+    digest = artifact(inputs, "autoencoder").manifest.digest
+    if trained_with not in (digest, None):
         raise UserError(
-            f"the checkpoint was trained on latents of autoencoder {trained_with[:12]}, but this one is {here[:12]}: "
-            "another, or rebuilt with other weights; give the one of the training, or remove the manifests of "
-            "latents and checkpoint to rebuild them"
+            f"the checkpoint was trained on latents of autoencoder {trained_with[:12]}, but this one is {digest[:12]}: "
+            "a different one, or rebuilt with other weights; use the autoencoder of the training, or remove the "
+            "manifests of latents and checkpoint to rebuild them"
         )
     autoencoder.check_checkpoint_scale(artifact(inputs, "checkpoint"), artifact(inputs, "autoencoder"))
 
@@ -213,29 +214,29 @@ def model_config_of(checkpoint: Artifact) -> dict[str, Any]:
 def load_units(features: Artifact, repeat: int = 0) -> dict[str, NDArray[Any]]:
     """Every unit of a repeat, joined in order of sample: `indices`, `labels`, `<space>.features`, `images` and so on.
 
-    Raises UserError unless samples 0..n-1 of that repeat's seed are there once each, in order; ManifestError where a
-    file is not what was written.
+    Raises UserError unless it has samples 0..n-1 of that repeat's seed, each once and in order; ManifestError if a file
+    has changed.
     """
     config = SampleConfig.model_validate(features.manifest.config)
     units = list(_units(features, config, repeat))
     names = dict.fromkeys(name for unit in units for name in unit)
     joined = {name: np.concatenate([unit[name] for unit in units if name in unit]) for name in names}
     seeds = np.full(config.num_samples, config.seed + repeat)
-    whole = bool(units) and np.array_equal(joined["indices"], np.arange(config.num_samples))
-    if not whole or not np.array_equal(joined["seeds"], seeds):
+    is_complete = bool(units) and np.array_equal(joined["indices"], np.arange(config.num_samples))
+    if not is_complete or not np.array_equal(joined["seeds"], seeds):
         raise UserError(
-            f"{features.folder.uri} does not hold samples 0..{config.num_samples - 1} of seed {config.seed + repeat} "
-            "once each and in order; run sample again"
+            f"{features.folder.uri} does not contain samples 0..{config.num_samples - 1} of seed "
+            f"{config.seed + repeat}, each once and in order; run sample again"
         )
     return joined
 
 
 def _units(features: Artifact, config: SampleConfig, repeat: int) -> Iterator[dict[str, NDArray[Any]]]:
     first = repeat * units_per_repeat(config)
-    wanted = {FEATURE_UNIT.format(first + number) for number in range(units_per_repeat(config))}
+    names = {FEATURE_UNIT.format(first + number) for number in range(units_per_repeat(config))}
     features.verify_once(FEATURE_UNITS)
     for entry in features.entries(FEATURE_UNITS):
-        if entry.path in wanted:
+        if entry.path in names:
             yield load_tensors(features.path(entry.path), "numpy")
 
 

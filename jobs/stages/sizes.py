@@ -1,4 +1,4 @@
-"""Whether there are enough samples and images for the metrics: asked before anything is computed."""
+"""Check that there are enough samples and images for the metrics, before anything is computed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,13 +9,13 @@ from edt_core.evaluation.metrics.sample_size import UNBIASED_FROM, Shortfall, sh
 
 
 def wanted_metrics(config: EvaluateConfig, space: str, num_samples: int) -> tuple[str, ...] | None:
-    """The metrics to compute in a space; None for all. Beside a Fréchet distance of few samples there is kid."""
+    """The metrics to compute in a space; None for all. For few samples kid is added to a Fréchet distance."""
     if config.metrics is None:
         return None
-    wanted = tuple(name for name in config.metrics if name in space_metrics(space))
-    if "fid" in wanted and "kid" not in wanted and num_samples < UNBIASED_FROM:
-        wanted = (*wanted, "kid")
-    return wanted
+    names = tuple(name for name in config.metrics if name in space_metrics(space))
+    if "fid" in names and "kid" not in names and num_samples < UNBIASED_FROM:
+        names = (*names, "kid")
+    return names
 
 
 def size_shortfalls(
@@ -25,14 +25,14 @@ def size_shortfalls(
     images: int | None,
     keep_features: int,
 ) -> Iterator[Shortfall]:
-    """The metrics that these numbers are too small for.
+    """The metrics for which these numbers are too small.
 
-    dimensions: of each feature space, None where not known. images: real ones, None where not known or not a limit.
+    dimensions: of each feature space, None if unknown. images: number of real images, None if unknown or no limit.
     """
     for space, dims in dimensions.items():
-        wanted = wanted_metrics(config, space, num_samples)
+        names = wanted_metrics(config, space, num_samples)
         yield from shortfalls(
-            space_metrics(space) if wanted is None else wanted,
+            space_metrics(space) if names is None else names,
             space,
             dims,
             num_samples,
@@ -46,9 +46,9 @@ def size_shortfalls(
 def shortfall_text(shortfall: Shortfall, remedies: Sequence[str]) -> str:
     """The problem with its numbers, and what to do about it."""
     what = "samples" if shortfall.side == "generated" else "real images"
-    why = f" (the {shortfall.dimensions:,} dimensions of its features, and one more)" if shortfall.dimensions else ""
+    why = f" (one more than the {shortfall.dimensions:,} dimensions of its features)" if shortfall.dimensions else ""
     return (
-        f"{shortfall.metric} needs at least {shortfall.need:,} {what}{why}, and there are {shortfall.have:,}. "
+        f"{shortfall.metric} needs at least {shortfall.need:,} {what}{why}, but there are only {shortfall.have:,}. "
         f"{_alternatives(remedies)}"
     )
 
@@ -65,11 +65,11 @@ def check_sizes(
     images: int | None,
     keep_features: int,
 ) -> None:
-    """Raise UserError, in the options of a stage, for a metric that a number is too small for."""
+    """Raise UserError for metrics with too few samples or images; the remedies are options of a stage."""
     lines = []
     for shortfall in size_shortfalls(config, dimensions, num_samples, images, keep_features):
         more = f"set --num-samples {shortfall.need}" if shortfall.side == "generated" else "compare with more images"
         allow = ["set --allow-rank-deficient true"] if shortfall.dimensions else []
-        lines.append(shortfall_text(shortfall, [more, *allow, "name other --metrics, as kid"]))
+        lines.append(shortfall_text(shortfall, [more, *allow, "choose other --metrics, such as kid"]))
     if lines:
         raise UserError("\n".join(lines))

@@ -1,4 +1,4 @@
-"""A stage: a job with what it takes and makes. A workflow runs it as a step, `python -m jobs.<stage>` by itself."""
+"""A stage: a job with its inputs and output. A workflow runs it as a step, `python -m jobs.<stage>` runs it alone."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +23,11 @@ Job = Callable[[Any, Mapping[str, Any], ArtifactWriter, Progress], dict[str, Any
 class Stage:
     """`run(config, inputs, out, progress)` makes an artifact of `kind` from inputs of the named roles.
 
-    `accept(config, counts)` raises UserError for an artifact, made before, that the configuration does not let pass.
+    `accept(config, counts)` raises UserError if the configuration does not accept an existing artifact.
     `version` goes up when the same configuration and inputs give another result: old artifacts are then not reused.
-    Inputs of the roles in `optional` may be left out, and count where they are given. So may those in `extras`: they
-    show more of the work, and do not change what it makes.
-    `plan(config, inputs)` tells what the job would do, for `--dry-run`. `examples` are arguments that its help shows.
+    Inputs of the roles in `optional` may be left out, and change the fingerprint if given. Those in `extras` may be
+    left out too: they add to what is shown of the work, and change neither the artifact nor its fingerprint.
+    `plan(config, inputs)` describes what the job would do, for `--dry-run`. `examples` are arguments for the help.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Stage:
     examples: tuple[str, ...] = ()
 
     def fingerprint(self, config: Section, inputs: Mapping[str, str]) -> str:
-        """Identity of what this stage makes of a configuration and its inputs' fingerprints."""
-        return fingerprint(self.kind, self.version, result_fields(config), self._counted(inputs))
+        """Identity of the artifact that this stage makes from a configuration and its inputs' fingerprints."""
+        return fingerprint(self.kind, self.version, result_fields(config), self._without_extras(inputs))
 
-    def _counted(self, inputs: Mapping[str, str]) -> dict[str, str]:
+    def _without_extras(self, inputs: Mapping[str, str]) -> dict[str, str]:
         return {role: identity for role, identity in inputs.items() if role not in self.extras}
 
     def execute(
@@ -57,22 +57,22 @@ class Stage:
         progress: Progress,
         **commit: Any,
     ) -> Artifact:
-        """Run the job and commit what it wrote."""
+        """Run the job and commit the files it wrote."""
         started = time.time()
         counts = self.run(config, inputs, out, progress)
-        fingerprints = self._counted({role: item.fingerprint for role, item in inputs.items()})
+        fingerprints = self._without_extras({role: item.fingerprint for role, item in inputs.items()})
         return out.commit(
             result_fields(config), fingerprints, counts, step_version=self.version, started=started, **commit
         )
 
     def make(self, config: Section, inputs: Mapping[str, Input], folder: Folder, bar: Progress) -> Artifact:
-        """The artifact in a folder of its own: found there, or made now by a Ray session. Raises UserError."""
+        """The artifact in `folder`: reused if it exists, else made by a Ray session. Raises UserError."""
         identity = self.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
         with alone_in(folder):
-            if (made := made_before(folder, identity)) is not None:
-                self.accept(config, made.counts)
+            if (existing := existing_artifact(folder, identity)) is not None:
+                self.accept(config, existing.counts)
                 say(f"{self.name}: reused, nothing has changed", err=True)
-                return made
+                return existing
             from jobs.runtime.cluster import connect
 
             connect(min_cpus=2)
@@ -82,12 +82,12 @@ class Stage:
                 return self.execute(config, inputs, out, progress)
 
 
-_ANOTHER = "already holds an artifact made from another configuration or other inputs; give an empty folder"
+_MISMATCH = "already contains an artifact of another configuration or other inputs; use an empty folder"
 
 
 @contextmanager
 def alone_in(folder: Folder) -> Iterator[None]:
-    """Held while a stage works on a local folder: started twice, one makes the artifact and the other waits for it."""
+    """Lock a local folder while a stage works in it: of two processes, one makes the artifact and the other waits."""
     from filelock import FileLock, Timeout
 
     folder.check_writable()
@@ -98,7 +98,7 @@ def alone_in(folder: Folder) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"another process is at work in {folder.uri}; waiting for it", err=True)
+        say(f"another process is working in {folder.uri}; waiting for it", err=True)
         lock.acquire()
     try:
         yield
@@ -106,14 +106,14 @@ def alone_in(folder: Folder) -> Iterator[None]:
         lock.release()
 
 
-def made_before(folder: Folder, identity: str, refusal: str = _ANOTHER) -> Artifact | None:
-    """The artifact of this identity that is in the folder already. Raises UserError for a damaged or another one."""
+def existing_artifact(folder: Folder, identity: str, refusal: str = _MISMATCH) -> Artifact | None:
+    """The artifact of this identity in a folder, or None. Raises UserError for a damaged or a different artifact."""
     if not folder.exists(MANIFEST_NAME):
         return None
     try:
         artifact = Artifact.open(folder)
     except ManifestError as error:
-        raise UserError(f"{error}; or give another output folder, or remove this one") from error
+        raise UserError(f"{error}; or use another output folder, or remove this one") from error
     if artifact.fingerprint != identity:
         raise UserError(f"{folder.uri} {refusal}")
     return artifact

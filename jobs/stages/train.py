@@ -1,6 +1,6 @@
-"""train: a Ray Train DDP job that fits an EDT to latent shards and leaves its checkpoints.
+"""train: a Ray Train DDP job that trains a model on latent shards and stores its checkpoints.
 
-The loop is `edt_core.training.loop.train`; this file gives it ranks, a place for checkpoints, and somebody to tell.
+The loop is `edt_core.training.loop.train`; this file provides its ranks, its checkpoint store and its progress reports.
 """
 
 import json
@@ -22,13 +22,13 @@ from jobs.stages.stage import Stage
 
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
 LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
-# Ray Train's own folder and what a training ended with, inside the attempt; gone when the artifact is committed.
+# Ray Train's own folder and the final error of a training, inside the attempt; removed before the commit.
 _RAY_RUN, _VERDICT = ".ray-train", ".verdict.json"
 _FINAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Stopped": Stopped, "NotFinite": RuntimeError}
 
 
 def config_of(config: TrainConfig, latents: Mapping[str, Any]) -> Any:
-    """The ModelConfig of a training that fits the counts of a latents artifact. Raises UserError."""
+    """The ModelConfig of a training on latents with these counts. Raises UserError."""
     from edt_core.diffusion import with_objective
     from edt_core.models import model_config
 
@@ -49,13 +49,14 @@ def config_of(config: TrainConfig, latents: Mapping[str, Any]) -> Any:
 def train(
     config: TrainConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Train on `inputs["latents"]`. With max_steps 0 the artifact is the untrained model of this seed.
+    """Train a model on latent shards.
 
-    Goes on from the newest whole checkpoint that an earlier attempt at the same fingerprint left. With an autoencoder
-    among the inputs, and `preview_every`, sample grids are drawn on the way.
+    Trains on `inputs["latents"]`, and resumes from the newest complete checkpoint of an earlier attempt with the same
+    fingerprint. With an autoencoder among the inputs and `preview_every`, sample grids are drawn during training.
+    With max_steps 0 the artifact is the untrained model of this seed.
 
-    Raises Stopped when it was asked to stop and has left a checkpoint, RuntimeError where losses or gradients stay not
-    finite after `max_rollbacks` rollbacks, UserError for latents or resources that will not do.
+    Raises Stopped after a requested stop, once a checkpoint is stored, RuntimeError if losses or gradients are still
+    not finite after `max_rollbacks` rollbacks, UserError for invalid latents or resources.
     """
     from edt_core.data.scale import LatentScale
     from edt_core.models import count_macs, count_parameters, shadow, training_flops
@@ -70,25 +71,27 @@ def train(
         remedy = f"remove the artifact {latents.folder.uri} and encode again"
         check_trained_scale(latents.counts, stored_scale(inputs["autoencoder"]), "the latents artifact", remedy)
     if config.preview_every is not None and "autoencoder" not in inputs:
-        progress.warn("preview_every is set, but nothing decodes its samples: give an autoencoder (--autoencoder)")
+        progress.warn(
+            "preview_every is set, but there is no autoencoder to decode its samples: pass one (--autoencoder)"
+        )
     store = CheckpointStore(out, config.num_to_keep, progress.warn)
     store.adopt()
     if config.max_steps == 0:
         _store_untrained(config, model_config, store)
     else:
         _fit(config, {**inputs, "model_config": model_config}, out, progress)
-    kept = store.prune(at_end=True)
-    final = f"{CHECKPOINTS}/{checkpoint_name(kept[-1])}"
+    steps = store.prune(at_end=True)
+    final = f"{CHECKPOINTS}/{checkpoint_name(steps[-1])}"
     _write_history(json.loads(out.data.read_bytes(f"{final}/{TRAIN_STATE}"))["history"]["rows"], out)
     best = best_step(store.manifests())
     model = shadow(model_config)
-    images = kept[-1] * config.global_batch_size
+    images = steps[-1] * config.global_batch_size
     seconds = device_seconds(out)
     remove_clock(out)
     return {
         "model": config.model,
         **model_config.objective_record(),
-        "steps": kept[-1],
+        "steps": steps[-1],
         "autoencoder_digest": latents.counts["autoencoder_digest"],
         **LatentScale.of(latents.counts).beyond_factor(),
         "class_counts": latents.counts.get("class_counts"),  # what the label policy "prior" draws from
@@ -96,15 +99,15 @@ def train(
         "macs": count_macs(model),
         "images_seen": images,
         "training_flops": images * training_flops(model_config, masked=config.masked_loss) if images else 0,
-        "device_hours": seconds / 3600,  # of workers that were killed, without what they did after their last row
-        "checkpoints": [checkpoint_name(step) for step in kept],
+        "device_hours": seconds / 3600,  # without the time of killed workers after their last row
+        "checkpoints": [checkpoint_name(step) for step in steps],
         "final": final,
         "best": None if best is None else checkpoint_name(best),
     }
 
 
 def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
-    """What training on `inputs["latents"]` would take."""
+    """An estimate of what training on `inputs["latents"]` takes, as text."""
     from edt_core.training.estimate import estimate
 
     latents = inputs["latents"]
@@ -114,12 +117,12 @@ def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
 
 
 def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
-    """Refuse, before any worker is started, what would be refused in each of them."""
+    """Raise UserError for an invalid training, before any worker starts."""
     from edt_core.data.streaming import check_shards
     from edt_core.diffusion import objective_of
     from edt_core.models import check_masked_loss
 
-    if config.max_steps > 0:  # an untrained model has no loss; that of any recipe is one
+    if config.max_steps > 0:  # an untrained model has no loss, so every recipe is valid
         check_masked_loss(model_config, config.masked_loss)
     if config.reader == "webdataset":
         check_shards(len(_tars(latents)), config.worker_range[1])
@@ -139,7 +142,7 @@ def _write_history(rows: list[dict[str, float]], out: ArtifactWriter) -> None:
 
 
 def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> None:
-    """Run the loop on Ray Train's workers. A lost controller is started again, as Ray Train does with workers."""
+    """Run the loop on Ray Train's workers. A lost controller is restarted, as Ray Train restarts workers."""
     from ray.exceptions import ActorDiedError
 
     fewest, gpus = config.worker_range[0], float(config.use_gpu)
@@ -188,27 +191,27 @@ def _trainer(config: TrainConfig, job: dict[str, Any], name: str) -> Any:
 
 
 def _in_thread(call: Callable[[], Any]) -> None:
-    """Call in another thread and wait: in the main one Ray Train would take Ctrl-C for itself, and abort."""
-    raised: list[BaseException] = []
+    """Call in another thread and wait: in the main thread Ray Train would handle Ctrl-C itself, and abort."""
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             call()
         except BaseException as error:
-            raised.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="edt-ray-train", daemon=True)
     thread.start()
     thread.join()
-    if raised:
-        raise raised[0]
+    if errors:
+        raise errors[0]
 
 
 def _worker(job: Mapping[str, Any]) -> None:
     """The training function of each Ray Train worker.
 
-    What another attempt cannot mend is written down before it is raised: Ray Train starts the workers again whatever
-    the error, and they find it and end.
+    An error that another attempt cannot fix is recorded before it is raised: Ray Train restarts the workers after any
+    error, and they find the record and end.
     """
     from edt_core.training.loop import train as train_loop
     from edt_core.training.trainer import NotFiniteError
@@ -234,7 +237,7 @@ def _write_verdict(out: ArtifactWriter, kind: str, error: Exception) -> None:
 
 
 def _raise_verdict(out: ArtifactWriter) -> None:
-    """Raise what a worker wrote down."""
+    """Raise the error that a worker recorded."""
     try:
         verdict = json.loads(out.data.read_bytes(_VERDICT))
     except FileNotFoundError:
@@ -244,11 +247,11 @@ def _raise_verdict(out: ArtifactWriter) -> None:
 
 
 def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
-    """The latents behind `config.reader`, mapped or as a stream.
+    """The latents for `config.reader`, memory-mapped or as a stream.
 
-    What is mapped is compared with the manifest's digests first, once on each node; what is streamed is digested as it
-    comes. Raises UserError for a shard that is missing, extra or resized, or, if mapped, swapped, doubled or changed,
-    and where there is none for the reader.
+    Mapped files are first compared with the digests of the manifest, once on each node; streamed files are digested
+    while they are read. Raises UserError for a shard that is missing, extra or resized, for a mapped one that is
+    swapped, duplicated or changed, and if there are no shards for the reader.
     """
     from edt_core.data.latents import LatentDataset
     from edt_core.data.scale import LatentScale
@@ -265,7 +268,7 @@ def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> 
 
 
 def _tars(latents: Artifact) -> list[FileEntry]:
-    """The WebDataset shards of a latents artifact. Raises UserError where it has none."""
+    """The WebDataset shards of a latents artifact. Raises UserError if it has none."""
     entries = latents.entries(LATENT_TARS)
     if not entries:
         raise UserError(

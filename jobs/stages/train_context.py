@@ -1,4 +1,4 @@
-"""A training loop's view of the world in a Ray Train worker."""
+"""The `TrainContext` of a training loop in a Ray Train worker."""
 
 import json
 import time
@@ -21,9 +21,9 @@ CLOCK = ".device_time.json"
 
 
 class DeviceClock:
-    """Seconds that devices were held for a training, those of all workers and of all attempts together.
+    """Seconds that devices were in use for a training, summed over all workers and attempts.
 
-    They are written down with each row of the history: of a worker that was killed, what came after is lost.
+    They are written with each row of the history: the time of a killed worker after its last row is lost.
     """
 
     def __init__(self, out: ArtifactWriter, workers: int) -> None:
@@ -32,12 +32,12 @@ class DeviceClock:
 
     def write(self) -> None:
         seconds = self._before + self._workers * (time.monotonic() - self._started)
-        with suppress(Exception):  # no training ends for want of its clock; what cannot be written, checkpoints tell
+        with suppress(Exception):  # a failed write must not end training; a full disk fails its checkpoints
             self._out.data.write_bytes(CLOCK, json.dumps(seconds).encode())
 
 
 def device_seconds(out: ArtifactWriter) -> float:
-    """What the clock of this attempt stands at, or else that of the newest one before it, which it goes on from."""
+    """The seconds on the clock of this attempt, or else of the newest earlier attempt that has one; else 0."""
     for attempt in (out.attempt, *out.previous):
         try:
             return float(json.loads(out.folder.child(attempt).read_bytes(CLOCK)))
@@ -47,15 +47,15 @@ def device_seconds(out: ArtifactWriter) -> float:
 
 
 def remove_clock(out: ArtifactWriter) -> None:
-    """Remove it from an attempt that is done."""
+    """Remove the clock from a finished attempt."""
     out.data.remove(CLOCK)
 
 
 class RayContext:
-    """A `TrainContext` in a Ray Train worker. Checkpoints go straight into the artifact that is being made.
+    """A `TrainContext` in a Ray Train worker. Checkpoints are written directly into the unfinished artifact.
 
-    Ray Train does not know of them: its own record is not written atomically, and a run whose record is cut cannot be
-    started again. A restarted worker asks our store, which trusts digests alone.
+    Ray Train does not know about them: it does not write its own record atomically, and a run with a truncated record
+    cannot be restarted. A restarted worker uses our checkpoint store, which trusts only digests.
     """
 
     def __init__(self, config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> None:
@@ -66,11 +66,11 @@ class RayContext:
         device = ray.train.torch.get_device()
         self.ranks = Ranks(worker.get_world_rank(), worker.get_world_size(), device)
         self.config, self.inputs, self.progress = config, inputs, progress
-        self.store = CheckpointStore(out, config.num_to_keep, progress.warn, self._tell_checkpoints)
+        self.store = CheckpointStore(out, config.num_to_keep, progress.warn, self._report_checkpoints)
         self._clock = DeviceClock(out, worker.get_world_size())
         self._last_checkpoint = ""
-        self._looked = time.monotonic()
-        self._saved_for: Any = None  # the preemption that a checkpoint was written for
+        self._polled_at = time.monotonic()
+        self._saved_preemption: Any = None  # the last one that a checkpoint was written for
 
     def step_done(self, step: int, total_steps: int, loss: float) -> None:
         self.progress.update(step, total_steps, "steps", detail=f"loss {loss:.4f}{self._last_checkpoint}")
@@ -83,7 +83,7 @@ class RayContext:
         self.progress.warn(message)
 
     def preview(self, weights: Mapping[str, Any], step: int) -> None:
-        """A picture must not end a training: where it cannot be drawn, that is told."""
+        """Report a sample grid. An error becomes a warning: a grid must not end training."""
         if "autoencoder" not in self.inputs:
             return
         try:
@@ -100,22 +100,22 @@ class RayContext:
         return Preview(self.inputs["model_config"], self.config.num_timesteps, folder, self.ranks.device, counts)
 
     def has_news(self) -> bool:
-        return self.ranks.rank == 0 and time.monotonic() - self._looked > _LOOK_EVERY_S
+        return self.ranks.rank == 0 and time.monotonic() - self._polled_at > _LOOK_EVERY_S
 
     def look(self) -> Request:
-        """Whether somebody asked to stop, or a node of ours is about to be taken away."""
+        """The request to stop, or to save because a node of this training is about to be removed."""
         import ray.train
 
         preemption = ray.train.get_preemption_info()
-        wanted = Request.NOTHING
-        if preemption is not None and preemption != self._saved_for:
-            self._saved_for, wanted = preemption, Request.SAVE
+        request = Request.NOTHING
+        if preemption is not None and preemption != self._saved_preemption:
+            self._saved_preemption, request = preemption, Request.SAVE
         if self.ranks.rank == 0 and self.progress.stopping():
-            wanted = Request.STOP
-        self._looked = time.monotonic()
-        return Request(self.ranks.agree(wanted.value))
+            request = Request.STOP
+        self._polled_at = time.monotonic()
+        return Request(self.ranks.agree(request.value))
 
-    def _tell_checkpoints(self, store: CheckpointStore) -> None:
+    def _report_checkpoints(self, store: CheckpointStore) -> None:
         manifests = store.manifests()
         self._last_checkpoint = f", checkpoint {max(manifests)}"
         places = {step: store.folder.child(checkpoint_name(step)).uri for step in manifests}

@@ -1,6 +1,6 @@
-"""validate: how often the classifier takes a sample to be of the class that it was drawn for, class by class.
+"""validate: how often the classifier assigns a sample to the class that it was drawn for, class by class.
 
-The classifier was fitted on real images; those kept from its fit say how often it is right of real ones.
+The classifier was fitted on real images. Its accuracy on held-out real images is stated for comparison.
 Legend: N images, K classes.
 """
 
@@ -25,42 +25,42 @@ from jobs.stages.autoencoder import IMAGE_SHARDS
 from jobs.stages.sample import load_units
 from jobs.stages.stage import Stage
 
-_BATCH = 64  # real images that are classified at once
-_MOST_MISTAKES = 3  # other classes that are named for a class
+_BATCH = 64  # real images per call of the classifier
+_MOST_MISTAKES = 3  # other classes that are listed for a class
 
 
 def validate(
     config: ValidateConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
-    """Count, by class, how often the classifier takes samples to be of the class that they were drawn for.
+    """Count, by class, how often the classifier assigns samples to the class that they were drawn for.
 
-    Beside it the same of the real images that were kept from the classifier's fit. Raises UserError where samples,
-    classifier and images do not belong together, and for samples that are not whole.
+    The same is counted for held-out real images, which the classifier was not fitted on. Raises UserError if samples,
+    classifier and images do not belong together, and for incomplete samples.
     """
     check(inputs)
     require("validate", CPU=config.num_cpus)
     task = ray.remote(num_cpus=config.num_cpus)(_validate)
     counts: dict[str, Any] = ray.get(task.remote(config, dict(inputs), out, progress))
-    if lacking := counts["classes"] - counts["real_classes"]:  # told here, as a task's last word may come too late
-        progress.warn(f"{lacking} of {counts['classes']} classes have no real image kept from the classifier's fit")
+    if missing := counts["classes"] - counts["real_classes"]:  # not in the task: its last report may arrive too late
+        progress.warn(f"{missing} of {counts['classes']} classes have no held-out real image")
     return counts
 
 
 def check(inputs: Mapping[str, Artifact]) -> None:
-    """Raise UserError for samples without the classifier's predictions, and for a classifier of other images."""
+    """Raise UserError if the samples lack predictions of this classifier, or it was fitted on other images."""
     features, classifier, images = inputs["features"], inputs["classifier"], inputs["images"]
-    digest, own = features.counts["extractors"].get("classifier"), classifier.manifest.digest
-    if digest != own:
+    digest, expected = features.counts["extractors"].get("classifier"), classifier.manifest.digest
+    if digest != expected:
         by = f"classifier {digest[:12]}" if digest else "no classifier"
         raise UserError(
-            f"the samples at {features.folder.uri} were classified by {by}, and the classifier given is {own[:12]}; "
-            "give the classifier that they were sampled with"
+            f"the samples at {features.folder.uri} were classified by {by}, but this classifier is {expected[:12]}; "
+            "pass the classifier that they were sampled with"
         )
     fitted_on = classifier.manifest.inputs.get("images")
     if fitted_on != images.fingerprint:
         raise UserError(
-            f"the classifier at {classifier.folder.uri} was fitted on images {str(fitted_on)[:12]}, and those given "
-            f"are {images.fingerprint[:12]}; give the images that it was fitted on"
+            f"the classifier at {classifier.folder.uri} was fitted on images {str(fitted_on)[:12]}, but these are "
+            f"{images.fingerprint[:12]}; pass the images that it was fitted on"
         )
 
 
@@ -72,7 +72,7 @@ def _validate(
     samples = _of_samples(inputs["features"], len(names))
     if out.recover(SAMPLE_CONFUSION) is None:
         _write(out, SAMPLE_CONFUSION, samples)
-    real = _found(out, REAL_CONFUSION, len(names))
+    real = _recover_confusion(out, REAL_CONFUSION, len(names))
     if real is None:
         real = _of_real(inputs, len(names), progress)
         _write(out, REAL_CONFUSION, real)
@@ -92,7 +92,7 @@ def _validate(
 
 
 def _of_samples(features: Artifact, num_classes: int) -> Confusion:
-    """The samples of all repeats, by the predictions that were kept with their features."""
+    """The confusion of the samples of all repeats, from the predictions stored with their features."""
     repeats = [
         load_units(features, number) for number in range(SampleConfig.model_validate(features.manifest.config).repeats)
     ]
@@ -100,14 +100,14 @@ def _of_samples(features: Artifact, num_classes: int) -> Confusion:
     predictions = np.concatenate([units["classifier.probabilities"].argmax(1) for units in repeats])
     if len(labels) and labels.max() >= num_classes:
         raise UserError(
-            f"the samples have labels up to {labels.max()}, and the classifier knows {num_classes} classes; give "
-            "samples of a model of these classes, or the classifier of the model's own images"
+            f"the samples have labels up to {labels.max()}, but the classifier has {num_classes} classes; pass "
+            "samples of a model with these classes, or the classifier of the model's own images"
         )
     return Confusion.of(labels, predictions, num_classes)
 
 
 def _of_real(inputs: Mapping[str, Artifact], num_classes: int, progress: Progress) -> Confusion:
-    """The real images that were kept from the classifier's fit, classified now."""
+    """The confusion of the held-out real images, which are classified here."""
     from edt_core.data.prefetch import in_batches
     from edt_core.precision import use_precision
 
@@ -122,7 +122,7 @@ def _of_real(inputs: Mapping[str, Artifact], num_classes: int, progress: Progres
         progress.update(len(labels), total, "real images")
     if len(labels) != total:
         raise UserError(
-            f"{len(labels)} real images were kept from the fit where {total} are stated; run classifier again"
+            f"there are {len(labels)} held-out real images, but the classifier states {total}; run classifier again"
         )
     return Confusion.of(np.array(labels, np.int64), np.array(predictions, np.int64), num_classes)
 
@@ -136,13 +136,13 @@ def _held_out(images: Artifact, classifier: Artifact) -> Iterator[Any]:
     fit = ClassifierConfig.model_validate(classifier.manifest.config)
     total = images.counts["images"]
     _, held = split_holdout(min(total, fit.max_images), fit.holdout_fraction, fit.seed)
-    wanted, taken = set(held.tolist()), 0
+    held_out, index = set(held.tolist()), 0
     shards = (read_image_shard(path) for path in images.paths(IMAGE_SHARDS))
     for number, sample in enumerate(chain.from_iterable(shards)):
         if at_even_distances(number, total, fit.max_images):
-            if taken in wanted:
+            if index in held_out:
                 yield sample
-            taken += 1
+            index += 1
 
 
 def _write(out: ArtifactWriter, name: str, confusion: Confusion) -> None:
@@ -151,19 +151,19 @@ def _write(out: ArtifactWriter, name: str, confusion: Confusion) -> None:
     out.write_bytes(name, save(confusion.arrays()), confusion.overall().images)
 
 
-def _found(out: ArtifactWriter, name: str, num_classes: int) -> Confusion | None:
-    """What an earlier attempt has finished."""
+def _recover_confusion(out: ArtifactWriter, name: str, num_classes: int) -> Confusion | None:
+    """The confusion that an earlier attempt stored; None if there is none."""
     if out.recover(name) is None:
         return None
     return Confusion.from_arrays(load_tensors(local_copy(out.data, name), "numpy"), num_classes)
 
 
 def _rows(names: Sequence[str], sides: Mapping[str, Confusion], confidence: float) -> list[dict[str, Any]]:
-    """What is told of each class, in order of its index."""
+    """The results of each class, in order of class index."""
     accuracies = {side: confusion.by_class() for side, confusion in sides.items()}
     rows = []
     for label, name in enumerate(names):
-        numbers = {side: _numbers(found[label], confidence) for side, found in accuracies.items()}
+        numbers = {side: _numbers(classes[label], confidence) for side, classes in accuracies.items()}
         mistakes = sides["samples"].mistakes(label, _MOST_MISTAKES)
         rows.append({"name": name, **numbers, "mistaken_for": [[names[other], count] for other, count in mistakes]})
     return rows
@@ -175,14 +175,14 @@ def _numbers(accuracy: Accuracy, confidence: float) -> dict[str, Any]:
 
 
 def _summary(confusion: Confusion, confidence: float) -> dict[str, Any]:
-    """All images of one side. `classes`: how many have any."""
-    found = sum(accuracy.images > 0 for accuracy in confusion.by_class())
+    """The results over all images of one side. `classes`: how many classes have images."""
+    num_classes = sum(accuracy.images > 0 for accuracy in confusion.by_class())
     mean = confusion.mean_over_classes()
-    return {**_numbers(confusion.overall(), confidence), "mean_over_classes": mean, "classes": found}
+    return {**_numbers(confusion.overall(), confidence), "mean_over_classes": mean, "classes": num_classes}
 
 
 def _metrics(about: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The numbers that MLflow has of the step."""
+    """The metrics of the step for MLflow."""
     return {
         f"{prefix}{name}": about[side][key]
         for side, prefix in (("samples", ""), ("real", "real_"))

@@ -54,7 +54,7 @@ def test_it_is_refused_with_one_message(
     assert done.returncode == 2, done.stderr
     told = done.stdout + done.stderr
     assert message in told
-    assert "fault of the program" not in told
+    assert "bug in this program" not in told
     assert "Traceback" not in told
     assert len(told) < 3000
 
@@ -121,7 +121,7 @@ def test_what_is_no_plain_file_is_not_read(make: object, message: str, tmp_path:
 def test_names_that_no_file_has(name: str, tmp_path: Path) -> None:
     done = edt("run", name, "--dry-run", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "fault of the program" not in done.stderr
+    assert "bug in this program" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["a:b.yaml", "n" * 250 + ".yaml", "ü \u202e.yaml"])
@@ -134,7 +134,7 @@ def test_an_assignment_is_read_as_carefully() -> None:
     for value in ("[" * 3000, "9" * 6000, "{a: 1, a: 2}"):
         done = edt("config", "show", "quickstart", "--set", f"name={value}")
         assert done.returncode == 2
-        assert "fault of the program" not in done.stderr
+        assert "bug in this program" not in done.stderr
 
 
 def test_a_user_without_an_account_has_a_name_and_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -402,4 +402,4 @@ def test_names_as_long_as_a_file_system_takes_are_read(tmp_path: Path) -> None:
 def test_paths_that_no_file_has_are_refused(path: str, command: list[str], tmp_path: Path) -> None:
     done = edt(*[word.replace("PATH", path) for word in command], cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "fault of the program" not in done.stderr
+    assert "bug in this program" not in done.stderr

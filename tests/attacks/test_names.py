@@ -166,4 +166,4 @@ def test_an_error_that_lists_evil_names_is_one_message(tmp_path: Path) -> None:
     assert not _RAW.search(done.stdout + done.stderr)
     done = edt("init", "--images", str(root), "--out", str(tmp_path / "edt.yaml"), "--yes")
     assert not _RAW.search(done.stdout + done.stderr)
-    assert "fault of the program" not in done.stderr
+    assert "bug in this program" not in done.stderr

@@ -101,7 +101,7 @@ def test_every_command_that_takes_a_file_or_a_folder_of_weights(kind: str, tmp_p
     ):
         done = edt(*arguments, cwd=tmp_path)
         assert done.returncode == 2, (arguments, done.stderr)
-        assert "fault of the program" not in done.stderr
+        assert "bug in this program" not in done.stderr
     from edt_core.autoencoders.autoencoder import load_autoencoder
     from edt_core.evaluation.extractors import load_extractor
 

@@ -196,7 +196,7 @@ def test_a_model_opened_from_a_folder_fits_its_autoencoder(folders: dict[str, Pa
     inputs = {"checkpoint": opened.checkpoint, "autoencoder": opened.autoencoder}
     sample.check(SampleConfig(num_samples=4, keep_images="all"), inputs)
     older = replace_counts(opened.checkpoint, "shift_factor", "latents_mean", "latents_std")
-    with pytest.raises(UserError, match=r"the model was made with scaling_factor alone, and its autoencoder has \{"):
+    with pytest.raises(UserError, match=r"the model was made with scaling_factor alone, but its autoencoder has \{"):
         sample.check(SampleConfig(num_samples=4, keep_images="all"), {**inputs, "checkpoint": older})
 
 

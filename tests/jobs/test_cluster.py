@@ -76,7 +76,7 @@ def test_a_lost_worker_is_started_again_and_its_item_done_again(tmp_path: Path) 
 
 def test_what_this_machine_can_never_give_is_refused() -> None:
     require("train", CPU=1)
-    with pytest.raises(UserError, match=r"train wants 4096 CPU at once, this machine offers \d+"):
+    with pytest.raises(UserError, match=r"train needs 4096 CPU at once, but this machine offers \d+"):
         require("train", CPU=4096)
     with pytest.raises(UserError, match="encode wants 1 GPU"):
         require("encode", CPU=1, GPU=1)

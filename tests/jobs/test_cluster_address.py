@@ -76,7 +76,7 @@ def grpc_server(answer: Callable[[], bytes] | None) -> Iterator[int]:
         (closed, "nothing listens on port"),
         (silent, "no answer in 0.5 s"),
         (http, "a server of another protocol listens on port"),
-        (lambda: grpc_server(None), "is no Ray head"),
+        (lambda: grpc_server(None), "is not a Ray head"),
     ],
     ids=["closed", "silent", "http", "another gRPC server"],
 )

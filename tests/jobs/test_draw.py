@@ -124,7 +124,7 @@ def test_autoencoders_that_are_not_known_or_do_not_fit(
     other = pipeline_folder(tmp_path / "other", made_model(image_size=64, factor=8), factor=8)
     for options, message in (
         ([], "does not say which autoencoder decodes it; give --autoencoder"),
-        (["--autoencoder", str(other / "vae")], "the autoencoder has factor 8 and 4 latent channels, and EDT-Tiny/2"),
+        (["--autoencoder", str(other / "vae")], "the autoencoder has factor 8 and 4 latent channels, but EDT-Tiny/2"),
     ):
         with pytest.raises(SystemExit):
             main([str(tmp_path / "a.pt"), "--out", str(tmp_path / "a.png"), *FAST, *options])

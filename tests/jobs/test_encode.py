@@ -174,7 +174,7 @@ def test_an_output_folder_keeps_to_one_autoencoder(vae_folder: Path, tmp_path: P
     build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8, seed=1), 32).save_pretrained(
         tmp_path / "b"
     )
-    with pytest.raises(UserError, match="holds another autoencoder"):
+    with pytest.raises(UserError, match="contains another autoencoder"):
         published_artifact(str(tmp_path / "b"), Folder.at(tmp_path / "a"))
 
 

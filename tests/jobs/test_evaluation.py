@@ -247,7 +247,7 @@ def test_inception_against_published_statistics_and_samples_for_other_tools(
     code, _, errors = evaluate(capfd, *call)
     assert code == 2
     assert "fid needs at least 2,049 samples" in errors
-    assert "there are 12" in errors
+    assert "there are only 12" in errors
     code, told, errors = evaluate(capfd, *call, "--allow-rank-deficient", "true", "--export", "png", "npz")
     assert code == 0, errors
     (result,) = json.loads((out / "results.json").read_text())
@@ -314,7 +314,7 @@ def inception_weights(folder: Path) -> Path:
         (["--inception-weights", "{tmp}/none.pth"], "github.com/mseitzer/pytorch-fid"),
         (["--inception-weights", "{tmp}/none.pth#sha256=beef"], "sha256 is 64 digits"),
         (["--classifier", "{classifier}"], "nothing to compare"),
-        (["--classifier", "{classifier}", "--autoencoder", "{classifier}"], "holds classifier, and autoencoder is"),
+        (["--classifier", "{classifier}", "--autoencoder", "{classifier}"], "but autoencoder is needed"),
         (["--classifier", "{classifier}", "--images", "a", "--statistics", "b"], "--images and --statistics are two"),
         (["--classifier", "{classifier}", "--statistics", "{tmp}/none.npz"], "no reference statistics"),
         (["--classifier", "{classifier}", "--export", "png", "--sweep", "cfg=1,2"], "--export is of one set"),
@@ -412,7 +412,7 @@ def test_one_unit_is_sampled_while_the_one_before_is_finished(tmp_path: Path) ->
                 second_began.set()
             return unit.indices, None
 
-        def _finished(self, unit: Unit, labels: np.ndarray, latents: None) -> dict[str, np.ndarray]:
+        def _tensors(self, unit: Unit, labels: np.ndarray, latents: None) -> dict[str, np.ndarray]:
             assert unit.indices[0] == 4 or second_began.wait(30), "the stages do not overlap"
             return {"indices": unit.indices}
 

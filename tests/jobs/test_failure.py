@@ -32,7 +32,7 @@ def errors() -> list[tuple[Exception, str]]:
         (ray.exceptions.OutOfMemoryError("the node is low on memory"), "num_workers"),
         (ray.exceptions.WorkerCrashedError(), "a worker process was lost"),
         (OSError(errno.ENOSPC, "No space left on device"), "edt gc"),
-        (PermissionError(errno.EACCES, "Permission denied"), "right to read"),
+        (PermissionError(errno.EACCES, "Permission denied"), "permission to read"),
         (ConnectionRefusedError("refused"), "network"),
         (KeyError("loss"), "the traceback in the log"),
     ]
@@ -70,9 +70,9 @@ def test_an_mlflow_that_does_not_answer_is_a_wrong_request(capsys: pytest.Captur
     assert tell_failure(raised(MlflowException("API request to http://me:hunter2@nowhere failed"))) == 2
     told = capsys.readouterr().err
     assert told.startswith(
-        "error: MLflow does not answer, or refuses: MlflowException: API request to http://<redacted>"
+        "error: MLflow does not answer, or rejects the request: MlflowException: API request to http://<redacted>"
     )
-    assert told.endswith("see to MLFLOW_TRACKING_URI and the server it names\n")
+    assert told.endswith("check MLFLOW_TRACKING_URI and the server at that address\n")
 
 
 def test_a_traceback_is_kept_without_credentials(tmp_path: Path) -> None:

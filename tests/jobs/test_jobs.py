@@ -222,7 +222,7 @@ def test_missing_doubled_and_shuffled_units_are_refused(features: Artifact, tmp_
         for name, source in zip(names, order, strict=False):
             out.write_bytes(name, features.path(source).read_bytes())
         broken = out.commit(features.manifest.config, {}, features.counts)
-        with pytest.raises(UserError, match=r"samples 0..21 of seed 0 once each and in order"):
+        with pytest.raises(UserError, match=r"samples 0..21 of seed 0, each once and in order"):
             sample.load_units(broken)
 
 
@@ -254,7 +254,7 @@ def test_metrics_come_from_the_kept_features_with_their_protocol(
     foreign = {**real.counts, "extractors": {"classifier": "f" * 64}}
     other = replace(real, manifest=replace(real.manifest, counts=foreign))
     larger = replace(real, manifest=replace(real.manifest, counts={**real.counts, "image_size": 64}))
-    with pytest.raises(UserError, match="samples are images of 32 px and the reference of 64 px"):
+    with pytest.raises(UserError, match="samples are images of 32 px, those of the reference have 64 px"):
         execute(evaluate.STAGE, EvaluateConfig(), tmp_path / "y", features=features, reference=larger)
     with pytest.raises(UserError, match="different extractors"):
         execute(evaluate.STAGE, EvaluateConfig(), tmp_path / "x", features=features, reference=other)

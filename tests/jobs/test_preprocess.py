@@ -188,7 +188,7 @@ def test_too_many_fail_the_step_and_the_first_ten_are_listed(hostile: Path, tmp_
     text = str(error.value)
     assert len([line for line in text.splitlines() if line.startswith("  ") and ": " in line]) == 10
     assert "and 5 more" in text
-    assert "Mend or remove them" in text
+    assert "Repair or remove them" in text
     assert not (tmp_path / "o" / "manifest.json").exists()
 
 
@@ -232,7 +232,7 @@ def test_shards_are_cut_by_bytes_as_well_as_by_count(digits_folder: Path, tmp_pa
     for image_format in ("webp", "png"):
         preprocess.build_shard(plan, config.model_copy(update={"image_format": image_format}), out, lambda done: None)
         assert (tmp_path / plan.name).stat().st_size <= config.max_shard_bytes
-    with pytest.raises(UserError, match="less than one image of 4096 px"):
+    with pytest.raises(UserError, match="one image of 4096 px may take"):
         preprocess.images_per_shard(PreprocessConfig(image_size=4096, max_shard_bytes=1 << 20))
 
 

@@ -155,11 +155,11 @@ def test_nobody_is_stopped_by_a_board_that_is_gone(ray_session: None, monkeypatc
     board = ray.remote(Board).options(num_cpus=0).remote()
     progress = BoardProgress("train", board)
     assert not progress.stopping()
-    assert progress.__getstate__()["_question"] is None  # which is of this process, and does not travel
+    assert progress.__getstate__()["_query"] is None  # which is of this process, and does not travel
     ray.kill(board)
     for _ in range(5):
-        if progress._question is not None:
-            ray.wait([progress._question])  # that nobody will answer
+        if progress._query is not None:
+            ray.wait([progress._query])  # that nobody will answer
         assert not progress.stopping()
     progress.metrics({"loss": 1.0}, 1)
 

@@ -239,7 +239,7 @@ def test_drivers_a_worker_and_a_controller_of_one_training_lose_nothing(
     drivers = [start(out, **{**TWO_WORKERS, "num_workers": 1}) for _ in range(3)]
     first = one_that_trains(drivers)
     waiting = [driver for driver in drivers if driver is not first]
-    wait_for(lambda: all("another process is at work in" in driver.log for driver in waiting))
+    wait_for(lambda: all("another process is working in" in driver.log for driver in waiting))
     assert kill_in_mid_checkpoint(first, DRIVER, 10)
     assert not (out / MANIFEST_NAME).exists()
     assert max(checkpoint_steps(out)) >= 10
@@ -273,7 +273,7 @@ def assert_reused(driver: Driver) -> None:
     wait_for(driver.ended)
     assert driver.process.returncode == 0, driver.log
     assert driver.log.count("train: reused, nothing has changed") == 1
-    assert "another process is at work in" in driver.log
+    assert "another process is working in" in driver.log
     assert "steps" not in driver.log
 
 

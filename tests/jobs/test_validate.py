@@ -130,7 +130,7 @@ def test_classes_without_a_real_image_kept_back_are_told(chain: Chain, tmp_path:
     made = execute(STAGE, ValidateConfig(), tmp_path / "made", progress, **inputs)
     lacking = 4 - made.counts["real_classes"]
     assert lacking > 0
-    assert progress.warnings == [f"{lacking} of 4 classes have no real image kept from the classifier's fit"]
+    assert progress.warnings == [f"{lacking} of 4 classes have no held-out real image"]
 
 
 def test_what_does_not_belong_together_is_refused(chain: Chain, tmp_path: Path) -> None:
@@ -146,11 +146,11 @@ def test_what_does_not_belong_together_is_refused(chain: Chain, tmp_path: Path) 
         execute(STAGE, ValidateConfig(), tmp_path / "made", **{**inputs, **changed})
 
     with pytest.raises(
-        UserError, match=r"were classified by classifier \w{12}, and the classifier given is .* sampled with"
+        UserError, match=r"were classified by classifier \w{12}, but this classifier is .* sampled with"
     ):
         run(classifier=other)
     out = ArtifactWriter(Folder.at(tmp_path / "others"), "images", "e" * 64)
-    with pytest.raises(UserError, match=r"was fitted on images \w{12}, and those given are eeeeeeeeeeee; give"):
+    with pytest.raises(UserError, match=r"was fitted on images \w{12}, but these are eeeeeeeeeeee; pass"):
         run(images=out.commit({}, {}, dict(images.counts)))
     out = ArtifactWriter(Folder.at(tmp_path / "inception"), "features", "d" * 64)
     with pytest.raises(UserError, match="were classified by no classifier"):
@@ -160,7 +160,7 @@ def test_what_does_not_belong_together_is_refused(chain: Chain, tmp_path: Path) 
 
 def test_samples_of_more_classes_than_the_classifier_knows_are_refused(chain: Chain, tmp_path: Path) -> None:
     features = planted(tmp_path / "features", chain["classifier"])
-    with pytest.raises(UserError, match="labels up to 3, and the classifier knows 3 classes"):
+    with pytest.raises(UserError, match="labels up to 3, but the classifier has 3 classes"):
         validate._of_samples(features, 3)
 
 

@@ -86,7 +86,7 @@ def test_a_verb_alone_makes_an_artifact_and_reuses_it(
     assert "reused" in again.stderr
     other = command("preprocess", *arguments, "--set", "image_size=16")
     assert other.returncode == 2
-    assert "already holds an artifact" in other.stderr
+    assert "already contains an artifact" in other.stderr
 
 
 def test_sections_are_frozen() -> None:
@@ -144,7 +144,7 @@ def test_files_of_others_in_the_output_stay_as_they_are(digits_folder: Path, tmp
 def test_an_input_of_the_wrong_kind_is_named(latents_artifact: object, tmp_path: Path) -> None:
     latents = latents_artifact.folder.uri  # type: ignore[attr-defined]
     done = command("encode", latents, str(tmp_path / "out"), "--autoencoder", latents)
-    assert_refused(done, "holds latents, and images is what is needed here")
+    assert_refused(done, "is an artifact of kind latents, but images is needed here")
 
 
 def test_text_options_are_taken_as_they_are() -> None:

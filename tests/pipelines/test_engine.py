@@ -145,7 +145,7 @@ def test_who_listens_stops_and_what_waits_for_it_is_not_run(
     }
     assert workflow.failures == {}
     out = capsys.readouterr().out
-    assert out.count("stopping: the training writes a checkpoint; Ctrl-C again to stop at once") == 1
+    assert out.count("stopping: training writes a checkpoint first; press Ctrl-C again to stop at once") == 1
     assert "not run, train stopped" in out
     assert "not run, sample stopped" in out
     (run,) = workflow.catalog.client.search_runs([workflow.catalog.experiment_id], "tags.`edt.step` = 'train'")

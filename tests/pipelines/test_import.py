@@ -206,7 +206,7 @@ def test_what_cannot_be_imported_leaves_nothing(
 
 def test_an_autoencoder_of_another_factor_is_refused(registry: Registry, tmp_path: Path) -> None:
     other = pipeline_folder(tmp_path / "p", made_model(image_size=64, factor=8), factor=8) / "vae"
-    with pytest.raises(UserError, match="the autoencoder has factor 8 and 4 latent channels, and EDT-Tiny/2"):
+    with pytest.raises(UserError, match="the autoencoder has factor 8 and 4 latent channels, but EDT-Tiny/2"):
         imported(registry, released(tmp_path, "EDT-Tiny/2"), other)
 
 

@@ -67,7 +67,7 @@ def test_ctrl_c_on_a_terminal_leaves_a_training_that_goes_on(first: Outcome, sto
     assert "= preprocess" in shown
     assert "· evaluate" in shown
     assert re.search(r"log  \S+/store/logs/run-\S+\.log", shown)
-    assert "the training writes a checkpoint" in shown
+    assert "training writes a checkpoint first" in shown
     assert re.search(r"train edt-tiny-digits-32 +stopped +stopped at step [1-9]", shown)
     told = " ".join(shown.partition("To resume:")[2].split())
     assert shlex.join(["edt", "run", *arguments[:2]]) in told

@@ -1,4 +1,4 @@
-"""Encoded images to pixels and back, and the ADM center crop."""
+"""Decoding and encoding of images, and the ADM center crop."""
 
 import importlib
 import io
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: 268 MB once decoded
-MAX_IMAGE_BYTES = 4 * MAX_PIXELS  # of one encoded image: the largest in 8-bit RGBA without any compression
-# Pillow tells these without decoding them; EPS is a program, which it would have Ghostscript run.
+MAX_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: 268 MB when decoded
+MAX_IMAGE_BYTES = 4 * MAX_PIXELS  # of one encoded image: the largest in 8-bit RGBA without compression
+# Pillow recognises these without decoding them; EPS is a program, which it passes to Ghostscript.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
@@ -23,13 +23,13 @@ _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 def image_formats() -> dict[str, tuple[str, ...]]:
     """Extensions, in lower case, of each format that the installed Pillow decodes, in the order in which it tries them.
 
-    HEIC, JPEG XL and an older Pillow's AVIF are among them where their plugin is installed: pillow-heif,
-    pillow-jxl-plugin, pillow-avif-plugin.
+    HEIC, JPEG XL and, with an older Pillow, AVIF need their plugins: pillow-heif, pillow-jxl-plugin,
+    pillow-avif-plugin.
     """
     for plugin in ("pillow_heif", "pillow_jxl", "pillow_avif"):
         with suppress(ImportError):
             module = importlib.import_module(plugin)
-            if plugin == "pillow_heif":  # the others do it as they are imported
+            if plugin == "pillow_heif":  # the others register on import
                 module.register_heif_opener()
     Image.preinit()  # the usual formats, which are tried first
     Image.init()
@@ -42,19 +42,19 @@ def image_formats() -> dict[str, tuple[str, ...]]:
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """Extensions with their dot, in lower case, of the files that are taken for images."""
+    """Extensions, with their dot and in lower case, of the files that count as images."""
     return frozenset(extension for extensions in image_formats().values() for extension in extensions)
 
 
 def decode_rgb(data: bytes, decoder: str = "pillow", rotate_by_exif: bool = False) -> Image.Image:
-    """Decode to 8-bit RGB by content, whatever the file is called; of an animation the first frame.
+    """Decode to 8-bit RGB by content, not by file name; of an animation, the first frame.
 
-    Alpha is dropped and CMYK converted as Pillow does it, like the published preparation of ImageNet; 16-bit grey
-    levels are scaled, where Pillow alone would clip them to white. `decoder="simplejpeg"` takes JPEG in RGB or grey
-    faster, with other pixels at the edges of colours (chroma upsampling). `rotate_by_exif` turns photos upright.
+    Alpha is dropped and CMYK converted by Pillow, as in the published preparation of ImageNet; 16-bit grey levels are
+    scaled, which Pillow alone would clip to white. `decoder="simplejpeg"` decodes RGB or grey JPEG faster, with
+    different pixels at the edges of colours (chroma upsampling). `rotate_by_exif` turns photos upright.
 
-    Raises OSError, ValueError, SyntaxError or another Pillow error for what is no image, is cut short, or has more
-    than MAX_PIXELS.
+    Raises OSError, ValueError, SyntaxError or another Pillow error for data that is not an image, is truncated, or has
+    more than MAX_PIXELS.
     """
     with _opened(data) as image:
         if image.width * image.height > MAX_PIXELS:
@@ -68,11 +68,11 @@ def decode_rgb(data: bytes, decoder: str = "pillow", rotate_by_exif: bool = Fals
 def _opened(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=tuple(image_formats()))
-    except UnidentifiedImageError:  # its own words hold a memory address, another one on every run
-        raise UnidentifiedImageError(f"{len(data)} bytes that are no image in a format Pillow knows") from None
+    except UnidentifiedImageError:  # Pillow's message contains a memory address, which differs in every run
+        raise UnidentifiedImageError(f"{len(data)} bytes that are not an image in a format Pillow decodes") from None
 
 
-# EXIF 2.3, tag 274: how the stored pixels are turned back upright.
+# EXIF 2.3, tag 274: the transposition that turns the stored pixels upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -108,15 +108,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @cache
 def _eight_bit() -> NDArray[np.uint8]:
-    """The 8-bit level of each 16-bit one, rounded: a table needs no wide copy of a large picture."""
+    """The 8-bit level of each 16-bit level, rounded: with a table no wide copy of a large image is needed."""
     return ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's center crop to size x size: halve by box filter while twice too large, bicubic to size, crop the middle.
 
-    Source: Dhariwal & Nichol 2021 (arXiv 2105.05233), the preparation of their ImageNet data. Raises ValueError for a
-    strip so narrow that it would have more than MAX_PIXELS on the way.
+    Source: Dhariwal & Nichol 2021 (arXiv 2105.05233), the preparation of their ImageNet data. Raises ValueError for an
+    image so narrow that an intermediate size would exceed MAX_PIXELS.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -125,15 +125,15 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     largest = max(width * image.height, size * height)
     if largest > MAX_PIXELS:
         raise ValueError(
-            f"{image.width} x {image.height} pixels would have {largest:,} on the way to {size} x {size}, more than "
-            f"{MAX_PIXELS:,}: the strip is too narrow"
+            f"{image.width} x {image.height} pixels: the resize to {size} x {size} would need {largest:,} pixels, more "
+            f"than {MAX_PIXELS:,}; the image is too narrow"
         )
     left, top = (width - size) // 2, (height - size) // 2
-    # Pillow resamples columns, then rows, with 8-bit levels between. Done one by one, rows are made of the columns that
-    # are kept alone, and every level is the same.
+    # Pillow resamples columns, then rows, with 8-bit levels between. As two steps the result is the same, and rows are
+    # computed only for the columns inside the crop.
     columns = image.resize((width, image.height), Image.Resampling.BICUBIC)
-    kept = columns.crop((left, 0, left + size, image.height))
-    return kept.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
+    middle = columns.crop((left, 0, left + size, image.height))
+    return middle.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
 
 
 # On 250 photos at 256 px: WebP 97 kB in 1.7 ms, PNG 119 kB in 3.6 ms; Pillow's default PNG is 117 kB in 12.4 ms.
@@ -158,7 +158,7 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def to_model_range(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 [N, S, S, 3] in 0..255 -> float32 [N, 3, S, S] in -1..1, as the autoencoders take it."""
+    """uint8 [N, S, S, 3] in 0..255 -> float32 [N, 3, S, S] in -1..1, the input of the autoencoders."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0)
 
 

@@ -1,11 +1,11 @@
-"""Latent shards: an image's and its mirror image's posterior, one Arrow row an image.
+"""Latent shards: the posteriors of an image and of its mirror image, one Arrow row per image.
 
-Format: Arrow IPC *file* format, never the stream format (a stream cut at a message boundary reads short silently).
+Format: Arrow IPC *file* format, never the stream format (a stream cut at a message boundary ends early silently).
 Columns: `key` string, `label` int64, and `posterior`, `mirror_posterior`, fixed-size lists float32[2*C*h*h]: mean, then
-std, of the autoencoder before scaling. Record batches hold LATENT_ROWS_PER_BATCH rows, the last one the rest. The
-schema's metadata says which autoencoder, scale (see `edt_core.data.scale`), image size, latent shape and source shard.
+std, of the autoencoder before scaling. Record batches have LATENT_ROWS_PER_BATCH rows, the last one the rest. The
+schema's metadata records autoencoder, scale (see `edt_core.data.scale`), image size, latent shape and source shard.
 
-Legend: N rows of a shard, n rows asked for, C latent channels, h latent height and width, W = 2*C*h*h.
+Legend: N rows of a shard, n requested rows, C latent channels, h latent height and width, W = 2*C*h*h.
 A row's posterior is float32 [2, 2, C, h, h]: side (image, mirror image), then (mean, std).
 """
 
@@ -41,7 +41,7 @@ LatentRow: TypeAlias = tuple[str, int, NDArray[np.float32]]  # key, label, poste
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """What a latent shard's metadata says."""
+    """The metadata of a latent shard."""
 
     autoencoder: str
     scale: LatentScale
@@ -67,7 +67,7 @@ class LatentInfo:
 
     @classmethod
     def from_metadata(cls, metadata: dict[bytes, bytes] | None, where: str) -> "LatentInfo":
-        """Raises UserError where the metadata is not a latent shard's, or one of another schema version."""
+        """Parse the metadata. Raises UserError if it is not a latent shard's, or has another schema version."""
         try:
             values = {name.decode(): json.loads(value) for name, value in (metadata or {}).items()}
             version = values.pop("schema_version")
@@ -75,17 +75,19 @@ class LatentInfo:
             values["latent_shape"] = tuple(values["latent_shape"])
             info = cls(scale=scale, **values)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{where} is no latent shard: its Arrow schema lacks {error}; encode the images") from error
+            raise UserError(
+                f"{where} is not a latent shard: its Arrow schema lacks {error}; encode the images"
+            ) from error
         if version != info.schema_version:
             raise UserError(
-                f"{where} has latent schema {version}, this code reads {LATENT_SCHEMA_VERSION}, and "
-                f"{CENTRED_LATENT_SCHEMA_VERSION} where latents are centred; encode again"
+                f"{where} has latent schema {version}, but this version reads {LATENT_SCHEMA_VERSION}, or "
+                f"{CENTRED_LATENT_SCHEMA_VERSION} for centred latents; encode the images again"
             )
         return info
 
     @property
     def encoding(self) -> tuple[str, dict[str, Any], int, tuple[int, int, int]]:
-        """What the shards of one artifact have in common."""
+        """The values that all shards of one artifact share."""
         return self.autoencoder, self.scale.record(), self.image_size, self.latent_shape
 
 
@@ -99,9 +101,9 @@ def latent_schema(info: LatentInfo) -> pa.Schema:
 class LatentShardWriter:
     """Writes one Arrow shard; a context manager.
 
-    Rows gather in one buffer of LATENT_ROWS_PER_BATCH and leave it as a record batch: memory is bounded whatever the
-    shard's size, and the bytes of the file do not depend on how the rows were cut into calls. Where the block ends with
-    an exception, no file remains.
+    Rows are buffered and written as record batches of LATENT_ROWS_PER_BATCH: memory is bounded for any size of shard,
+    and the bytes of the file do not depend on how the rows were split into calls. If the block ends with an exception,
+    no file remains.
     """
 
     def __init__(self, path: Path, info: LatentInfo) -> None:
@@ -127,11 +129,11 @@ class LatentShardWriter:
         done = 0
         while done < len(keys):
             start = len(self._keys)
-            new = slice(done, done + LATENT_ROWS_PER_BATCH - start)
-            self._keys += keys[new]
-            filled = slice(start, len(self._keys))
-            self._labels[filled] = labels[new]
-            self._sides[:, filled] = sides[:, new]
+            source = slice(done, done + LATENT_ROWS_PER_BATCH - start)
+            self._keys += keys[source]
+            target = slice(start, len(self._keys))
+            self._labels[target] = labels[source]
+            self._sides[:, target] = sides[:, source]
             done += len(self._keys) - start
             if len(self._keys) == LATENT_ROWS_PER_BATCH:
                 self._flush()
@@ -153,23 +155,24 @@ class LatentShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        whole = False
+        complete = False
         try:
             if kind is None:
                 self._flush()
-                self._writer.close()  # writes the footer, without which nobody takes the file for a shard
-                whole = True
+                self._writer.close()  # writes the footer, without which the file cannot be read
+                complete = True
         finally:
             self._sink.close()
-            if not whole:
+            if not complete:
                 self.path.unlink(missing_ok=True)
 
 
 class LatentShard:
-    """A memory-mapped Arrow shard; iterating gives its rows.
+    """A memory-mapped Arrow shard; iterating yields its rows.
 
-    `keys` and `labels` int64 [N] are those of all rows. `chunks[i]` are record batch i's sides (image, mirror image),
-    float32 [rows, W] each, views of the file. Raises UserError for a file that is not a whole shard of this schema.
+    `keys` and `labels` int64 [N] are those of all rows. `chunks[i]` are the sides (image, mirror image) of record batch
+    i, float32 [rows, W] each, as views of the file. Raises UserError for a file that is not a complete shard of this
+    schema.
     """
 
     def __init__(self, path: Path) -> None:
@@ -178,7 +181,7 @@ class LatentShard:
                 reader = pa.ipc.open_file(source)
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a whole Arrow file ({error}); encode the images again") from error
+            raise UserError(f"{path} is not a complete Arrow file ({error}); encode the images again") from error
         self.info = LatentInfo.from_metadata(reader.schema.metadata, str(path))
         _check_layout(path, reader.schema, batches, latent_schema(self.info))
         self.keys = pa.chunked_array([batch.column(KEY) for batch in batches], pa.string())
@@ -208,11 +211,11 @@ class LatentShard:
         return out
 
 
-def _check_layout(path: Path, found: pa.Schema, batches: list[pa.RecordBatch], wanted: pa.Schema) -> None:
-    """Raises UserError unless columns, types and the rows of the record batches are as the writer lays them out."""
-    if not found.equals(wanted):
-        columns, expected = (", ".join(f"{field.name} {field.type}" for field in schema) for schema in (found, wanted))
-        raise UserError(f"{path} has the columns {columns}, a latent shard has {expected}; encode the images again")
+def _check_layout(path: Path, schema: pa.Schema, batches: list[pa.RecordBatch], expected: pa.Schema) -> None:
+    """Raise UserError unless columns, types and the rows of the record batches are as the writer lays them out."""
+    if not schema.equals(expected):
+        columns, right = (", ".join(f"{field.name} {field.type}" for field in each) for each in (schema, expected))
+        raise UserError(f"{path} has the columns {columns}, a latent shard has {right}; encode the images again")
     sizes = [batch.num_rows for batch in batches]
     if any(size != LATENT_ROWS_PER_BATCH for size in sizes[:-1]) or not all(
         0 < size <= LATENT_ROWS_PER_BATCH for size in sizes[-1:]
@@ -231,14 +234,14 @@ def _matrix(column: pa.FixedSizeListArray) -> NDArray[np.float32]:
 
 
 def write_latent_tar(path: Path, rows: Iterable[LatentRow]) -> int:
-    """Write the WebDataset twin of an Arrow shard (or of any rows) row by row; returns the number of rows.
+    """Write rows, such as those of an Arrow shard, as a WebDataset tar; return their number.
 
     A sample has the members `posterior.npy`, float32 [2, 2, C, h, h] without pickle, and `json`: {"key", "label"}.
     """
 
     def members(key: str, label: int, posterior: NDArray[np.float32]) -> dict[str, bytes]:
-        about = json.dumps({KEY: key, LABEL: int(label)}, sort_keys=True)
-        return {LATENT_TAR_MEMBER: npy_bytes(posterior), JSON_MEMBER: about.encode()}
+        record = json.dumps({KEY: key, LABEL: int(label)}, sort_keys=True)
+        return {LATENT_TAR_MEMBER: npy_bytes(posterior), JSON_MEMBER: record.encode()}
 
     return write_tar(path, ((key, members(key, label, posterior)) for key, label, posterior in rows))
 
@@ -246,8 +249,8 @@ def write_latent_tar(path: Path, rows: Iterable[LatentRow]) -> int:
 class LatentDataset:
     """All latent shards of an artifact as one indexable table, in order of shard and row.
 
-    Raises UserError for shards of different encodings, for one given twice, and for shards out of order: the order of
-    training data is one of row numbers, and would silently be another.
+    Raises UserError for shards of different encodings, for a repeated shard, and for shards out of order: the order of
+    training data is defined by row number and would change silently.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -257,14 +260,17 @@ class LatentDataset:
         self.info = shards[0].info
         for path, shard in zip(paths, shards, strict=True):
             if shard.info.encoding != self.info.encoding:
-                raise UserError(f"{path} was encoded as {shard.info.encoding}, {paths[0]} as {self.info.encoding}")
+                raise UserError(
+                    f"{path} was encoded as {shard.info.encoding}, {paths[0]} as {self.info.encoding}; encode the "
+                    "images again"
+                )
         _check_order(paths, [shard.info.source_shard for shard in shards])
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in shards])
         chunks = [chunk for shard in shards for chunk in shard.chunks]
         self._sides = [[chunk[side] for chunk in chunks] for side in range(len(POSTERIOR_COLUMNS))]
         self._starts = np.cumsum([0, *(len(chunk[0]) for chunk in chunks)])  # first row of each chunk, then all rows
         if not len(self):
-            raise UserError(f"the {len(paths)} latent shards hold no rows; encode the images again")
+            raise UserError(f"the {len(paths)} latent shards contain no rows; encode the images again")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -276,9 +282,10 @@ class LatentDataset:
     def gather(
         self, indices: NDArray[np.int64], mirror: NDArray[np.bool_], out: NDArray[np.float32] | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Posterior float32 [n, 2, C, h, h] (mean, std) and labels int64 [n] of rows; mirrored where `mirror`.
+        """Posterior float32 [n, 2, C, h, h] (mean, std) and labels int64 [n] of rows; mirrored where `mirror` is true.
 
-        `out`, C-contiguous and of that shape, takes the posterior where it is given. Raises IndexError.
+        If `out` (C-contiguous, of that shape) is given, the posterior is written to it. Raises IndexError for rows out
+        of range.
         """
         shape = (len(indices), 2, *self.info.latent_shape)
         posterior = np.empty(shape, np.float32) if out is None else out
@@ -291,19 +298,21 @@ class LatentDataset:
             raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)}")
         chunks = np.searchsorted(self._starts, indices, side="right") - 1
         rows = indices - self._starts[chunks]
-        # A list of row views, copied by one call: no pass per shard, and within a sixth of an in-memory gather.
+        # One call copies a list of row views, without a pass per shard: at most a sixth slower than from memory.
         places = zip(mirror.astype(int).tolist(), chunks.tolist(), rows.tolist(), strict=True)
         np.concatenate([self._sides[side][chunk][row] for side, chunk, row in places], out=posterior.reshape(-1))
         return posterior, self.labels[indices]
 
 
 def _check_order(paths: Sequence[Path], sources: list[str]) -> None:
-    for place, (before, source) in enumerate(pairwise(sources), start=1):
-        if source in sources[:place]:
+    for index, (previous, source) in enumerate(pairwise(sources), start=1):
+        if source in sources[:index]:
             twin = paths[sources.index(source)]
-            raise UserError(f"{twin} and {paths[place]} both come from {source!r}: one shard twice; encode again")
-        if source < before:
             raise UserError(
-                f"{paths[place]} comes from {source!r}, {paths[place - 1]} before it from {before!r}: the shards are "
-                "swapped; give them in the order of their image shards, or encode again"
+                f"{twin} and {paths[index]} both come from {source!r}: a repeated shard; encode the images again"
+            )
+        if source < previous:
+            raise UserError(
+                f"{paths[index]} comes from {source!r}, but {paths[index - 1]} before it from {previous!r}: the shards "
+                "are out of order; give them in the order of their image shards, or encode the images again"
             )

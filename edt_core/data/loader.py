@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.data.latents import LatentDataset
-from edt_core.data.order import batch_indices, mirror_draws, share
+from edt_core.data.randomness import batch_indices, mirror_draws
+from edt_core.data.subsets import share
 from edt_core.errors import UserError
 from edt_core.store.digests import listing
 

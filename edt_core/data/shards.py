@@ -1,4 +1,4 @@
-"""WebDataset image shards: written byte for byte the same on every run, read as arrays.
+"""WebDataset image shards: written with identical bytes on every run, read as arrays.
 
 Format: WebDataset tar (github.com/webdataset/webdataset): the members of a sample share the name before the first dot.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.data.images import decode_rgb
-from edt_core.data.order import at_even_distances
+from edt_core.data.subsets import at_even_distances
 from edt_core.errors import UserError
 from edt_core.files.small_files import parse_json
 from edt_core.store.layout import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
@@ -23,9 +23,9 @@ from edt_core.store.layout import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
 
 @dataclass(frozen=True)
 class ImageSample:
-    """One preprocessed image: its encoded bytes (S x S pixels), its class, and what it was made from.
+    """One preprocessed image: its encoded bytes (S x S pixels), its class, and its original.
 
-    `source` is the name of the original in its source, `sha256` the hex digest of the original's bytes.
+    `source` is the name of the original in the data source, `sha256` the hex digest of the original's bytes.
     """
 
     key: str
@@ -40,7 +40,7 @@ class ImageSample:
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Write (key, {extension: bytes}) samples as a WebDataset tar; returns their number.
+    """Write (key, {extension: bytes}) samples as a WebDataset tar; return their number.
 
     Owner, mode and mtime are fixed and members sorted, so equal samples give equal bytes.
     """
@@ -58,7 +58,7 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (key, {extension: bytes}) in the order of the file. Members are streamed, never extracted or unpickled."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    # Opened here: webdataset takes a path for a URL, and cuts it at a `#` or `?` in the name of a folder.
+    # Opened here: webdataset treats a path as a URL, and truncates it at a `#` or `?` in the name of a folder.
     with path.open("rb") as file:
         for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
             members = {name: data for name, data in sample.items() if not name.startswith("__")}
@@ -66,12 +66,12 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def write_image_shard(path: Path, samples: Iterable[ImageSample], image_format: str) -> int:
-    """Write an image shard; returns the number of samples."""
+    """Write an image shard; return the number of samples."""
     image_member = IMAGE_MEMBERS[image_format]
 
     def members(sample: ImageSample) -> dict[str, bytes]:
-        about = {"label": sample.label, "sha256": sample.sha256, "source": sample.source}
-        text = json.dumps(about, sort_keys=True)
+        record = {"label": sample.label, "sha256": sample.sha256, "source": sample.source}
+        text = json.dumps(record, sort_keys=True)
         return {image_member: sample.data, CLASS_MEMBER: b"%d" % sample.label, JSON_MEMBER: text.encode()}
 
     return write_tar(path, ((sample.key, members(sample)) for sample in samples))
@@ -80,39 +80,40 @@ def write_image_shard(path: Path, samples: Iterable[ImageSample], image_format: 
 def read_image_shard(path: Path) -> Iterator[ImageSample]:
     """Yield the samples of an image shard in order, one in memory at a time.
 
-    Raises UserError where a sample lacks a member. A tar that was cut may end early silently: check the digest before
-    or the number of samples after.
+    Raises UserError if a sample lacks a member. A truncated tar may end early silently: check the digest before or the
+    number of samples after.
     """
     for key, members in read_tar(path):
         image = next((members[name] for name in IMAGE_MEMBERS.values() if name in members), None)
         if image is None or CLASS_MEMBER not in members or JSON_MEMBER not in members:
             raise UserError(
-                f"sample {key} of {path} has only the members {sorted(members)}: it is no image shard, or damaged; "
-                "run preprocess again"
+                f"sample {key} of {path} has only the members {sorted(members)}: the file is not an image shard, or it "
+                "is damaged; rerun preprocess"
             )
-        about = parse_json(members[JSON_MEMBER], f"sample {key} of {path}")
-        yield ImageSample(key, image, int(members[CLASS_MEMBER]), about["source"], about["sha256"])
+        record = parse_json(members[JSON_MEMBER], f"sample {key} of {path}")
+        yield ImageSample(key, image, int(members[CLASS_MEMBER]), record["source"], record["sha256"])
 
 
 def load_images(
     paths: Iterable[Path], stated: int, limit: int | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The images of the shards in memory: uint8 [N, S, S, 3] and labels int64 [N].
+    """Load the images of the shards into memory: uint8 [N, S, S, 3] and labels int64 [N].
 
-    Above `limit` images, that many are taken at even distances: shards are sorted by class. Raises UserError if the
-    shards do not hold the `stated` number: a tar that was cut reads short silently.
+    Above `limit` images, `limit` of them are taken at even distances, because shards are sorted by class. Raises
+    UserError if the shards do not contain `stated` images: a truncated tar may end early silently.
     """
-    wanted = stated if limit is None else limit
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []
-    found = 0
+    count = 0
     for sample in chain.from_iterable(read_image_shard(path) for path in paths):
-        if at_even_distances(found, stated, wanted):
+        if at_even_distances(count, stated, stated if limit is None else limit):
             pixels.append(sample.pixels())
             labels.append(sample.label)
-        found += 1
-    if found != stated:
-        raise UserError(f"the image shards hold {found} images where {stated} are stated; run preprocess again")
+        count += 1
+    if count != stated:
+        raise UserError(
+            f"the image shards contain {count} images, but their artifact states {stated}; rerun preprocess"
+        )
     return np.stack(pixels), np.asarray(labels, dtype=np.int64)
 
 

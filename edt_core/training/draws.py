@@ -1,6 +1,6 @@
 """The random numbers of a training step: a function of (seed, step) for the whole global batch, sliced by rank.
 
-The loader draws rows and their mirroring in the same way (`edt_core.data.order`).
+The loader draws rows and their mirroring in the same way (`edt_core.data.randomness`).
 
 Legend: B global batch, C latent channels, h latent height and width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edt_core.config import TrainConfig
 from edt_core.data.loader import on_device
-from edt_core.data.order import generator
+from edt_core.data.randomness import generator
 from edt_core.models import ModelConfig, draw_masks, slice_masks
 
 

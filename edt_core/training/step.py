@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from edt_core.config import TrainConfig
 from edt_core.data.loader import LatentBatch
-from edt_core.data.order import share
 from edt_core.data.scale import LatentScale
+from edt_core.data.subsets import share
 from edt_core.diffusion import Losses, Schedule, objective_of
 from edt_core.training.draws import StepDraws
 

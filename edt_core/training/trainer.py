@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import LatentBatch, sample_names
-from edt_core.data.order import share
 from edt_core.data.streaming import LatentStream
+from edt_core.data.subsets import share
 from edt_core.diffusion import Schedule, objective_of
 from edt_core.training.context import TrainContext
 from edt_core.training.draws import StepDraws

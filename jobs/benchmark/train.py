@@ -19,8 +19,8 @@ from torch import Tensor
 
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
-from edt_core.data.order import share
 from edt_core.data.scale import LatentScale
+from edt_core.data.subsets import share
 from edt_core.diffusion import linear_schedule
 from edt_core.models import ModelConfig, model_config, training_flops
 from edt_core.precision import use_precision

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import ReferenceConfig
-from edt_core.data.order import at_even_distances
+from edt_core.data.subsets import at_even_distances
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import EXTRACTORS, INCEPTION
 from edt_core.files.place_names import typed_path

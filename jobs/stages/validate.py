@@ -129,8 +129,8 @@ def _of_real(inputs: Mapping[str, Artifact], num_classes: int, progress: Progres
 
 def _held_out(images: Artifact, classifier: Artifact) -> Iterator[Any]:
     """The samples of the image shards that the classifier was not fitted on, in order."""
-    from edt_core.data.order import at_even_distances
     from edt_core.data.shards import read_image_shard
+    from edt_core.data.subsets import at_even_distances
     from edt_core.evaluation.extractors.classifier import split_holdout
 
     fit = ClassifierConfig.model_validate(classifier.manifest.config)

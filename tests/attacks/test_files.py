@@ -157,7 +157,7 @@ def test_an_image_file_that_is_too_large_is_quarantined_unread(tmp_path: Path, p
     images = {image.name: image for image in listing.images()}
     assert images["a/huge.png"].data is None
     assert images["a/huge.png"].error == (
-        f"ValueError: 1,500,000,000 bytes, more than the {MAX_IMAGE_BYTES:,} that one image may have"
+        f"ValueError: 1,500,000,000 bytes, more than the limit of {MAX_IMAGE_BYTES:,} for one image"
     )
     assert images["a/good.png"].data == PNG
     assert peak() < 64 * _MIB
@@ -168,7 +168,7 @@ def test_an_image_file_that_is_too_large_is_quarantined_unread(tmp_path: Path, p
 def test_large_images_are_not_read_ahead_all_at_once(
     tmp_path: Path, peak: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_HANDFUL_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "_BATCH_BYTES", 1 << 20)
     monkeypatch.setattr(reading, "_AHEAD_BYTES", 16 << 20)
     root = folder_of(tmp_path / "data")
     for number in range(40):
@@ -220,7 +220,7 @@ def test_a_tar_whose_header_is_gigabytes_is_damaged(kind: bytes, tmp_path: Path,
     path.write_bytes(_with_long_header(kind, 2 << 30))
     with path.open("r+b") as file:
         file.truncate(3 << 30)
-    with pytest.raises(UserError, match="is cut or damaged"):
+    with pytest.raises(UserError, match="is truncated or damaged"):
         list_source(SourceConfig(path=str(path), kind="webdataset"))
     assert peak() < 64 * _MIB
 
@@ -285,7 +285,7 @@ def test_a_row_that_is_too_large_is_quarantined(tmp_path: Path, monkeypatch: pyt
     _write_parquet(path, pa.array([PNG[:900], b"x" * 1001], pa.binary()), pa.array([0, 1]))
     first, second = _images_of(path)
     assert first.data == PNG[:900]
-    assert (second.data, second.error) == (None, "ValueError: 1,001 bytes, more than the 1,000 that one image may have")
+    assert (second.data, second.error) == (None, "ValueError: 1,001 bytes, more than the limit of 1,000 for one image")
     monkeypatch.setattr(reading, "_MAX_ONE_ROW", 1000)
     _write_parquet(path, pa.array([PNG[:900], b"x" * 1001], pa.binary()), pa.array([0, 1]), row_group_size=1)
     assert [image.data is None for image in _images_of(path)] == [False, True]
@@ -298,7 +298,7 @@ def test_labels_that_are_long_or_countless_are_refused(tmp_path: Path, monkeypat
         _images_of(path)
     monkeypatch.setattr("edt_core.data.sources.parquet._MAX_ROWS", 3)
     _write_parquet(path, pa.array([PNG] * 4, pa.binary()), pa.array(["x", "y"] * 2))
-    with pytest.raises(UserError, match="has 4 rows, and at most 3"):
+    with pytest.raises(UserError, match="has 4 rows, but a file may have at most 3"):
         _images_of(path)
 
 
@@ -330,7 +330,7 @@ def test_metadata_of_a_schema_that_is_nested_without_end_is_ignored(tmp_path: Pa
 def test_class_names_of_odd_json_are_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "s.tar").write_bytes(tar_bytes([("a.png", PNG), ("a.cls", b"0"), ("b.png", PNG), ("b.cls", b"1")]))
     (tmp_path / "classes.json").write_bytes(data)
-    with pytest.raises(UserError, match="beside the archives"):
+    with pytest.raises(UserError, match="next to the archives"):
         list_source(SourceConfig(path=str(tmp_path)))
 
 

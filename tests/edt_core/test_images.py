@@ -80,5 +80,7 @@ def test_strips_are_cropped_as_adm_does(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(1, 30_000), (2, 89_000)])
 def test_a_strip_that_would_grow_beyond_all_bounds_is_refused(shape: tuple[int, int]) -> None:
     """30,000 pixels in a column would be 1,966,080,000 on the way to 256 x 256, 8 GB."""
-    with pytest.raises(ValueError, match=r"on the way to 256 x 256, more than 89,478,485: the strip is too narrow"):
+    with pytest.raises(
+        ValueError, match=r"resize to 256 x 256 would need .* more than 89,478,485; the image is too narrow"
+    ):
         center_crop(Image.new("RGB", shape), 256)

@@ -17,8 +17,8 @@ import torch
 
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
-from edt_core.data.order import epoch_order
 from edt_core.data.prefetch import prefetched
+from edt_core.data.randomness import epoch_order
 from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact

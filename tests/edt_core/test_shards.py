@@ -53,5 +53,5 @@ def test_images_are_taken_at_even_distances(tmp_path: Path) -> None:
 
 def test_a_short_shard_is_not_read_in_silence(tmp_path: Path) -> None:
     write_image_shard(tmp_path / "0.tar", samples(9), "webp")
-    with pytest.raises(UserError, match="hold 9 images where 10 are stated"):
+    with pytest.raises(UserError, match="contain 9 images, but their artifact states 10"):
         load_images([tmp_path / "0.tar"], 10)

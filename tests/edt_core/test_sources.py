@@ -138,7 +138,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         ([], "no images in .*0 other files"),
         (["a/readme.txt", "b/notes.md"], "no images in .*2 other files"),
         (["only/1.png", "only/2.png"], "only one class .*'only', 2 images.*at least 2"),
-        (["1.png", "2.png"], "2 images directly in .*labels.csv"),
+        (["1.png", "2.png"], "2 images are directly in .*labels.csv"),
         (["movie.mp4"], "no images in .*1 other files.*'movie.mp4'"),
         (["train.tar.gz"], "train.tar.gz is compressed"),
     ],
@@ -153,7 +153,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, files: list[str], mes
     ("path", "message"),
     [
         ("nowhere", "nowhere does not exist"),
-        ("nowhere-{0..3}.tar", "nothing is there for 4 of them: 'nowhere-0.tar', 'nowhere-1.tar'"),
+        ("nowhere-{0..3}.tar", "4 of them match nothing: 'nowhere-0.tar', 'nowhere-1.tar'"),
         ("no/where/*.tar", "does not exist"),
         ("labels.csv", "is neither .tar nor .parquet"),
         ("x.tgz", "compressed"),
@@ -186,7 +186,7 @@ def test_what_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return scandir(path)
 
     monkeypatch.setattr("os.scandir", scan_or_refuse)
-    with pytest.raises(UserError, match=r"cannot read the folder .*b/c: Permission denied; mend"):
+    with pytest.raises(UserError, match=r"cannot read the folder .*b/c: Permission denied; correct"):
         listed(tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_classes_are_chosen_by_name_and_numbered_in_the_order_of_all(tmp_path: P
     assert names(listing)[5] == "fox/0.png"
     with pytest.raises(UserError, match=r"names 'dgo', .*'dog'"):
         listed(tmp_path, classes=("dgo", "cat"))
-    with pytest.raises(UserError, match="no such class among its 4; there are 'cat', 'dog', 'emu', 'fox'"):
+    with pytest.raises(UserError, match="no such class among its 4; it has 'cat', 'dog', 'emu', 'fox'"):
         listed(tmp_path, classes=("zzz", "cat"))
     with pytest.raises(UserError, match="only one class"):
         listed(tmp_path, classes=("cat",))

@@ -67,7 +67,7 @@ def test_a_cut_archive_is_refused_wherever_it_is_cut(photos: Path, tmp_path: Pat
         headers = [info.offset for info in tar]
     for cut in {0, 1, 511, 512, 700, *headers[1:], *(h + 100 for h in headers), last - 1, last, last + 511}:
         path.write_bytes(whole[:cut])
-        refused(path, "cut or damaged at byte|no .tar files|empty")
+        refused(path, "truncated or damaged at byte|no .tar files|empty")
 
 
 @pytest.mark.parametrize("offset", [0, 130, 156, 300])
@@ -79,12 +79,12 @@ def test_a_damaged_header_is_refused_where_tarfile_stops_in_silence(photos: Path
     (tmp_path / "s.tar").write_bytes(whole)
     with tarfile.open(tmp_path / "s.tar") as tar:
         assert len(tar.getmembers()) == 4
-    refused(tmp_path / "s.tar", f"s.tar is cut or damaged at byte {third}")
+    refused(tmp_path / "s.tar", f"s.tar is truncated or damaged at byte {third}")
 
 
 def test_what_follows_the_end_is_refused(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "s.tar").write_bytes(photo_tar(photos) + tar_bytes(sample("x", 0)))
-    refused(tmp_path / "s.tar", "goes on after its end-of-archive mark")
+    refused(tmp_path / "s.tar", "has data after its end-of-archive mark")
     zeroed = bytearray(photo_tar(photos))
     with tarfile.open(fileobj=io.BytesIO(zeroed)) as tar:
         third = tar.getmembers()[2].offset
@@ -98,12 +98,12 @@ def test_a_cut_class_tar_does_not_run_into_the_next(tmp_path: Path) -> None:
     for cut in (1536, 2048, 1030, 3072, 0):
         outer = tar_bytes([("n00000000.tar", parts["n00000000"][:cut]), ("n00000001.tar", parts["n00000001"])])
         (tmp_path / "train.tar").write_bytes(outer)
-        refused(tmp_path / "train.tar", r"n00000000\.tar in train\.tar is cut or damaged at byte")
+        refused(tmp_path / "train.tar", r"n00000000\.tar in train\.tar is truncated or damaged at byte")
     outer = tar_bytes([(f"{wnid}.tar", data) for wnid, data in parts.items()])
     (tmp_path / "train.tar").write_bytes(outer)
     assert len(listed(tmp_path / "train.tar")) == 6
     (tmp_path / "train.tar").write_bytes(outer[: outer.rindex(b"n00000001_1.JPEG")])
-    refused(tmp_path / "train.tar", "train.tar is cut or damaged at byte")
+    refused(tmp_path / "train.tar", "train.tar is truncated or damaged at byte")
 
 
 def test_a_source_that_becomes_shorter_is_noticed_while_it_is_read(photos: Path, tmp_path: Path) -> None:
@@ -134,9 +134,9 @@ def test_every_format_of_names(tmp_path: Path, tar_format: int) -> None:
         ([*sample("a", 0), ("b.cls", b"1")], "1 of 2 samples in .* have no image .*'b'"),
         ([*sample("a", 0), *sample("b", 1), *sample("a", 1)], "1 of 3 keys .* occur twice: 'a'"),
         ([*sample("a", 0), *sample("b", 1), ("b.png", JPEG)], "'b' in s.tar has 2 images"),
-        ([*sample("a", 0), ("b.jpg", JPEG), ("b.cls", b"cat")], "'b.cls' in s.tar holds b'cat'"),
-        ([*sample("a", 0), ("b.jpg", JPEG), ("b.json", b'{"label": true}')], "'b.json' in s.tar holds True"),
-        ([*sample("a", 0), ("b.jpg", JPEG), ("b.json", b"{")], "'b.json' in s.tar holds"),
+        ([*sample("a", 0), ("b.jpg", JPEG), ("b.cls", b"cat")], "'b.cls' in s.tar contains b'cat'"),
+        ([*sample("a", 0), ("b.jpg", JPEG), ("b.json", b'{"label": true}')], "'b.json' in s.tar contains True"),
+        ([*sample("a", 0), ("b.jpg", JPEG), ("b.json", b"{")], "'b.json' in s.tar contains"),
         ([*sample("a", 0), *sample("b", -1)], "1 of 2 images in .* have a label below 0, such as -1"),
         ([*sample("a", 0), *sample("b", 1), ("b.json", b'{"label": 2}')], "'b' in s.tar has the labels 1 and 2"),
         ([*sample("a", 0), *sample("b", 0)], "only one class .*'0', 2 images"),
@@ -215,7 +215,7 @@ def test_parquet_integers_and_dictionaries(tmp_path: Path) -> None:
     write_parquet(path, {"img": [JPEG, None], "label": pa.array(["b", "a"]).dictionary_encode()})
     listing = listed(path)
     assert (listing.classes, listing.table["label"].to_pylist()) == (("a", "b"), [1, 0])
-    assert [image.error for image in listing.images()] == [None, "ValueError: the row holds no image"]
+    assert [image.error for image in listing.images()] == [None, "ValueError: the row contains no image"]
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_parquet_integers_and_dictionaries(tmp_path: Path) -> None:
     [
         ({"image": [JPEG] * 3, "label": [0, 1, -1]}, "1 of 3 images in .* have a label below 0, such as -1.*train-"),
         ({"image": [JPEG] * 3, "label": [0, 1, None]}, "1 of 3 rows of x.parquet have no label"),
-        ({"image": [JPEG] * 2, "label": [0.5, 1.0]}, "'label' of x.parquet holds double"),
-        ({"image": ["a", "b"], "label": [0, 1]}, "x.parquet has the columns image, label; an image column"),
+        ({"image": [JPEG] * 2, "label": [0.5, 1.0]}, "'label' of x.parquet has the type double"),
+        ({"image": ["a", "b"], "label": [0, 1]}, "x.parquet has the columns image, label; it needs an image column"),
         ({"image": [JPEG] * 2, "text": ["a", "b"]}, "has the columns image, text"),
     ],
 )
@@ -239,7 +239,7 @@ def test_damaged_or_different_parquet_files_are_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     for cut in (0, 3, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
-        refused(path, "a.parquet is not a whole parquet file")
+        refused(path, "a.parquet is not a complete parquet file")
 
 
 def test_a_parquet_file_with_fewer_rows_than_listed(tmp_path: Path) -> None:

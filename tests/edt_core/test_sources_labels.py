@@ -104,7 +104,7 @@ def test_images_that_are_not_listed_are_told(folder: Path) -> None:
     [
         ("labels.csv", "", "is empty"),
         ("labels.csv", "file_name,label\n", "is empty"),
-        ("labels.csv", "file_name,text\n1.png,x\n", "has the columns file_name, text; one of"),
+        ("labels.csv", "file_name,text\n1.png,x\n", "has the columns file_name, text; it needs one of"),
         ("labels.csv", "1.png\n2.png\n", "row 1 has 1 columns"),
         ("labels.csv", "file_name,label\n1.png,\n", "'1.png' has no label"),
         ("labels.csv", "1.png,a\n2.png,b\n9.png,b\n../1.png,a\n", "lists 4 files, and 2 of them .*'9.png', '../1.png'"),
@@ -113,7 +113,7 @@ def test_images_that_are_not_listed_are_told(folder: Path) -> None:
         ("labels.json", '{"labels": null}', "two|whole number|no labels|label None"),
         ("labels.json", '{"1.png": [0, 1]}', r"'1.png' has the label \[0, 1\]"),
         ("labels.json", '{"1.png": 0, "2.png": -1}', "1 labels below 0"),
-        ("labels.json", "[1, 2]", "no labels in a known form"),
+        ("labels.json", "[1, 2]", "no labels in a supported form"),
         ("metadata.jsonl", '{"file_name": "1.png", "label": 1}\n{"x"\n', "line 2 is not JSON"),
         ("metadata.jsonl", '{"file_name": "1.png", "text": 1}\n', "has the columns file_name, text"),
     ],

@@ -1,4 +1,4 @@
-"""What becomes a class and what an image: one rule for all layouts, and data sets whose folders are no classes."""
+"""What becomes a class and what an image: one rule for all layouts, and data sets whose folders cannot be class indices."""
 
 import io
 import json
@@ -86,7 +86,7 @@ def test_a_plugin_for_another_format_is_used_where_it_is_installed(monkeypatch: 
 
 
 def test_postscript_is_never_run() -> None:
-    with pytest.raises(OSError, match="no image in a format"):
+    with pytest.raises(OSError, match="not an image in a format"):
         decode_rgb(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
 
 
@@ -229,7 +229,7 @@ def test_numbers_with_leading_zeros_are_names_of_their_own(tmp_path: Path) -> No
         # Caltech
         (["101_ObjectCategories/ant/1.png", "101_ObjectCategories/bee/1.png"], "all images .*give .*/101_Obj"),
         # Places, as its archive is; iNaturalist 2017
-        (["a/abbey/1.png", "a/alley/1.png", "b/bar/1.png", "b/bay/1.png"], "2 folders .* hold 4 .*class-folder"),
+        (["a/abbey/1.png", "a/alley/1.png", "b/bar/1.png", "b/bay/1.png"], "2 folders .* contain 4 .*class-folder"),
         # Places, small images, with its splits beside each other
         (["data_256/a/abbey/1.png", "data_256/b/bay/1.png"], "all images .*give .*/data_256"),
         (["val_256/1.png", "test_256/1.png"], "splits .*labels.csv"),
@@ -280,7 +280,7 @@ def test_an_inner_class_folder_without_an_image_is_refused_by_name(tmp_path: Pat
 @pytest.mark.parametrize("name", ["more.tar", "table.parquet"])
 def test_archives_beside_images_need_a_choice(place: str, name: str, tmp_path: Path) -> None:
     write(tmp_path, "ant/1.png", "bee/1.png", f"{place}{name}")
-    with pytest.raises(UserError, match=r"holds both .* and images in files .*source.kind"):
+    with pytest.raises(UserError, match=r"contains both .* and image files .*source.kind"):
         listed(tmp_path)
     listing = listed(tmp_path, kind="image_folder")
     assert (listing.classes, listing.left_out) == (("ant", "bee"), {f".{name.split('.')[1]}": 1})
@@ -294,14 +294,14 @@ def test_declared_names_that_occur_twice_keep_their_places(tmp_path: Path) -> No
     listing = listed(folder, told)
     assert listing.classes == ("crane", "dog", "crane")
     assert listing.class_counts.tolist() == [1, 1, 1]
-    assert "1 names of" in told.warnings[0]
+    assert "1 names in" in told.warnings[0]
 
 
 def test_labels_of_parquet_beyond_all_numbers_are_refused(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"image": [b"a", b"b"], "label": pa.array([0, 1 << 63], pa.uint64())}), tmp_path / "x.parquet"
     )
-    with pytest.raises(UserError, match="are no classes"):
+    with pytest.raises(UserError, match="cannot be class indices"):
         listed(tmp_path)
 
 
@@ -316,8 +316,8 @@ def test_a_name_that_occurs_twice_in_a_json_object_is_refused(tmp_path: Path) ->
     ("names", "message"),
     [
         (["data_batch_1", "test_batch", "batches.meta"], "2 of the files are batches of CIFAR.*Parquet"),
-        (["train_X.bin", "train_y.bin", "class_names.txt"], "binary files, as of STL-10"),
-        (["train-images-idx3-ubyte", "train-labels-idx1-ubyte"], "IDX files, as of MNIST"),
+        (["train_X.bin", "train_y.bin", "class_names.txt"], "binary files like those of STL-10"),
+        (["train-images-idx3-ubyte", "train-labels-idx1-ubyte"], "IDX files like those of MNIST"),
         (["imagenet.beton"], "records of another loader"),
         (["images.zip"], "archives that are not tar"),
     ],
@@ -333,7 +333,7 @@ def test_images_packed_in_other_ways_are_refused_with_what_to_do(
 def test_annotations_of_objects_are_no_labels(tmp_path: Path) -> None:
     write(tmp_path, "1.png")
     (tmp_path / "instances.json").write_text('{"images": [], "annotations": [], "categories": []}')
-    with pytest.raises(UserError, match="annotations of objects in images, as COCO"):
+    with pytest.raises(UserError, match="annotations of objects, like COCO"):
         listed(tmp_path, labels="instances.json")
 
 
@@ -345,7 +345,7 @@ def test_annotations_of_objects_are_no_labels(tmp_path: Path) -> None:
         ("a.png,-1\nb.png,cat\n", "1 labels below 0 .'-1'"),
         ("a.png,cat\na.png,dog\nb.png,dog\n", "two different labels to 1 files: 'a.png'"),
         ('a.png,"caf\u00e9"\nb.png,"cafe\u0301"\n', "mean the same: .*u0301.* and .*e9"),
-        ("file,class,label\na.png,cat,0\nb.png,dog,1\n", "the columns label and class, and only one"),
+        ("file,class,label\na.png,cat,0\nb.png,dog,1\n", "the columns label and class, but only one"),
         ("a.png,ice  cream\nb.png,ice cream\n", "mean the same"),
         ("a.png,01\nb.png,1\n", "mean the same"),
     ],
@@ -360,7 +360,7 @@ def test_labels_that_would_make_other_classes_are_refused(labels: str, message: 
 def test_labels_in_another_encoding_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.png", "b.png")
     (tmp_path / "labels.csv").write_bytes("a.png,cat\nb.png,dog\n".encode("utf-16"))
-    with pytest.raises(UserError, match="is UTF-16; save it as UTF-8"):
+    with pytest.raises(UserError, match="is UTF-16; convert it to UTF-8"):
         listed(tmp_path)
 
 
@@ -368,7 +368,7 @@ def test_classes_that_differ_in_case_are_told(tmp_path: Path) -> None:
     write(tmp_path, "Cat/1.png", "cat/1.png", "dog/1.png")
     told = CollectedWarnings()
     assert listed(tmp_path, told).classes == ("Cat", "cat", "dog")
-    assert "upper and lower case alone: 'Cat' and 'cat'" in told.warnings[0]
+    assert "only in upper and lower case: 'Cat' and 'cat'" in told.warnings[0]
 
 
 def test_a_labels_file_in_another_order_is_the_same_source(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
-from edt_core.data.order import batch_indices
+from edt_core.data.randomness import batch_indices
 from edt_core.diffusion import LossSecondMomentSampler, linear_schedule
 from edt_core.errors import Stopped
 from edt_core.models import ModelConfig

@@ -21,7 +21,7 @@ import torch
 
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
-from edt_core.data.order import epoch_order
+from edt_core.data.randomness import epoch_order
 from edt_core.data.scale import LatentScale
 from edt_core.data.streaming import LatentStream, TarShard
 from edt_core.errors import UserError

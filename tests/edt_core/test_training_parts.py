@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edt_core.config import TrainConfig
-from edt_core.data.order import share
+from edt_core.data.subsets import share
 from edt_core.models import ModelConfig, mask_sites, model_config
 from edt_core.training import meter as meters
 from edt_core.training.draws import draw_step

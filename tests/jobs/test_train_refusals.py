@@ -174,12 +174,12 @@ def test_shards_of_one_manifest_that_are_one_shard_twice_are_refused(tmp_path: P
     out = ArtifactWriter(Folder.at(tmp_path / "twice"), "latents", "f" * 64)
     for name, source in (("latents-00000.arrow", NAMES[1]), ("latents-00001.arrow", NAMES[1])):
         out.write_bytes(name, (whole.data.local / source).read_bytes(), ROWS)
-    with pytest.raises(UserError, match="one shard twice"):
+    with pytest.raises(UserError, match="a repeated shard"):
         opened(out.commit({}, {}, COUNTS))
     out = ArtifactWriter(Folder.at(tmp_path / "swapped"), "latents", "f" * 64)
     for name, source in (("latents-00000.arrow", NAMES[1]), ("latents-00001.arrow", NAMES[0])):
         out.write_bytes(name, (whole.data.local / source).read_bytes(), ROWS)
-    with pytest.raises(UserError, match="the shards are swapped"):
+    with pytest.raises(UserError, match="the shards are out of order"):
         opened(out.commit({}, {}, COUNTS))
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.numpy import save
 
 from edt_core.config import ReferenceConfig, SampleConfig
-from edt_core.data.order import at_even_distances
 from edt_core.data.shards import ImageSample, write_image_shard
+from edt_core.data.subsets import at_even_distances
 from edt_core.diffusion.timesteps import LossSecondMomentSampler
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder

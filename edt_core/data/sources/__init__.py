@@ -1,6 +1,6 @@
-"""Labelled images that are there already, in whatever layout: listed in a fixed order, read by slices.
+"""Existing labelled images in any supported layout: listed in a fixed order, read in slices.
 
-`list_source` makes a `Listing`; `source_identity` says what the images in it are.
+`list_source` returns a `Listing`; `source_identity` returns the hash that identifies its images.
 """
 
 import os
@@ -52,56 +52,56 @@ _LISTERS: dict[str, Callable[[Place, "SourceConfig", Progress], Listing]] = {
     "parquet": list_parquet,
 }
 _SILENT = Silent()
-_PEEKED = 5  # sub-folders that are looked into to tell a layout
+_PEEKED = 5  # sub-folders inspected to detect a layout
 
 
 def list_source(config: "SourceConfig", progress: Progress = _SILENT) -> Listing:
     """List the images that `config` selects: those of its classes, then `limit` of them at even distances.
 
-    Raises UserError where there is no source, no image, fewer than two classes, or anything that would leave images
-    out unsaid: archives that are not whole, folders that cannot be read, labels that do not fit.
+    Raises UserError if there is no source, no image or fewer than two classes, and for anything that would drop images
+    silently: incomplete archives, unreadable folders, labels that do not match.
     """
-    assert config.kind != "digits", "the digits are no files to list"
+    assert config.kind != "digits", "the digits have no files to list"
     assert config.path
     place = locate(config.path)
     refuse_compressed(str(place))
     kind = config.kind if config.kind != "auto" else detect_kind(place, config.labels)
     listing = _LISTERS[kind](place, config, progress)
-    if twice := duplicates(listing.table["name"]):
-        raise UserError(f"{len(twice)} names in {place} occur twice: {some(twice)}; rename or remove one of each")
+    if repeated := duplicates(listing.table["name"]):
+        raise UserError(f"{len(repeated)} names in {place} occur twice: {some(repeated)}; rename or remove one of each")
     refuse_alike(listing.classes, place)
     return select(listing, place, config.classes, config.limit)
 
 
 def detect_kind(place: Place, labels: str | None = None) -> str:
-    """The layout of what lies at a place; the first that fits of:
+    """Detect the layout of a place by the first rule that matches:
 
-    1. a file or a pattern by its extension: `.parquet` -> parquet; `.tar` -> ilsvrc2012 where it is, or its first
-       member is, a class tar (n01440764.tar), else webdataset;
-    2. `source.labels` given -> labels;
+    1. a file or a pattern, by its extension: `.parquet` -> parquet; `.tar` -> ilsvrc2012 if it is a class tar
+       (n01440764.tar) or its first member is one, else webdataset;
+    2. `source.labels` is set -> labels;
     3. a folder with ILSVRC2012_img_train.tar or class tars -> ilsvrc2012;
-    4. with any other `.tar`, there or in the first sub-folder with files -> webdataset; with `.parquet` -> parquet;
+    4. with any other `.tar`, in it or in its first sub-folder with files -> webdataset; with `.parquet` -> parquet;
     5. with labels.csv, labels.json, metadata.csv, metadata.jsonl or dataset.json -> labels;
     6. with sub-folders -> image_folder.
 
-    Raises UserError where nothing fits, or where archives lie beside images, with what was found.
+    Raises UserError if no rule matches, or if the folder contains both archives and image files.
     """
     if place.pattern:
         return _kind_of_file(place)
     if labels:
         return "labels"
-    found = entries(place.root)
-    files = [entry.name for entry in found if not entry.is_folder]
+    contents = entries(place.root)
+    files = [entry.name for entry in contents if not entry.is_folder]
     if any(CLASS_TAR.fullmatch(name) or name == TRAIN_TAR.encode() for name in files):
         return "ilsvrc2012"
-    folders = [entry for entry in found if entry.is_folder]
+    folders = [entry for entry in contents if entry.is_folder]
     inside = [entry.name for entry in _peek(place, folders)]
     if kind := _kind_by_extension(files) or _kind_by_extension(inside):
         if images := sum(map(is_image, [*files, *inside])):
             raise UserError(
-                f"{place} holds both {'.tar archives' if kind == 'webdataset' else '.parquet files'} and images in "
-                f"files ({images} in the folders looked into); say with source.kind (--kind) which are the images to "
-                f"train on: {kind}, or image_folder or labels"
+                f"{place} contains both {'.tar archives' if kind == 'webdataset' else '.parquet files'} and image "
+                f"files ({images} in the folders inspected); choose the images to train on with source.kind (--kind): "
+                f"{kind}, image_folder or labels"
             )
         return kind
     if any(as_text(name) in LABEL_FILES for name in files):
@@ -113,12 +113,12 @@ def detect_kind(place: Place, labels: str | None = None) -> str:
     images = sum(map(is_image, files))
     if images:
         raise UserError(
-            f"{images} images directly in {place} and nothing that says their classes; put the images of each class "
-            f"into a sub-folder of its own, or write {LABEL_FILES[0]} with the columns file_name,label"
+            f"{images} images are directly in {place}, and nothing states their classes; put the images of each class "
+            f"into a separate sub-folder, or write {LABEL_FILES[0]} with the columns file_name,label"
         )
     raise UserError(
         f"no images in {place}: {len(files)} other files and 0 class folders found ({some(files)}); "
-        "give a folder with one sub-folder a class, a folder with labels.csv, tar archives or parquet files"
+        "give a folder with one sub-folder per class, a folder with labels.csv, tar archives or parquet files"
         f"{packed(files)}"
     )
 
@@ -130,8 +130,8 @@ def _kind_of_file(place: Place) -> str:
         return "parquet"
     if not name.endswith(".tar"):
         raise UserError(
-            f"{place} is neither .tar nor .parquet; give a folder of images, archives or parquet files (a labels file "
-            "is given as source.labels, beside source.path for the folder)"
+            f"{place} is neither .tar nor .parquet; give a folder of images, archives or parquet files (for a labels "
+            "file set source.labels, and source.path to its folder)"
         )
     if CLASS_TAR.fullmatch(name.encode("utf-8", "surrogateescape")) or name.endswith(TRAIN_TAR):
         return "ilsvrc2012"
@@ -153,9 +153,9 @@ def _kind_by_extension(names: Sequence[bytes]) -> str | None:
 def _peek(place: Place, folders: Sequence[Entry]) -> list[Entry]:
     """The files in the first sub-folder that has any, or in one of its sub-folders."""
     for folder in folders[:_PEEKED]:
-        found = entries(place.root, folder.name)
-        files = [entry for entry in found if not entry.is_folder]
-        files = files or _peek(place, [entry for entry in found if entry.is_folder])
+        contents = entries(place.root, folder.name)
+        files = [entry for entry in contents if not entry.is_folder]
+        files = files or _peek(place, [entry for entry in contents if entry.is_folder])
         if files:
             return files
     return []

@@ -1,4 +1,4 @@
-"""Where a source lies and which files are in it, on a disk or in a store that fsspec opens.
+"""The files of a source, on a disk or in a store that fsspec opens.
 
 File names are bytes, relative to the folder of the source and with `/`: a Linux name need not be UTF-8.
 """
@@ -27,37 +27,37 @@ from edt_core.store.folder import Folder
 IMAGES = "files with an extension that the installed Pillow decodes, such as .jpg, .png, .webp or .avif"
 THREADS = 8
 SHOWN = 10  # names that a message lists
-# What systems put into folders by themselves: macOS's archiver, Synology's thumbnails, Windows, ext4.
+# Folders that systems create: macOS's archiver, Synology's thumbnails, Windows, ext4.
 _OF_THE_SYSTEM = {b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"}
-CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)\S*@")  # user:password@; not a port, nor a container of Azure's
+CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)\S*@")  # user:password@, but not a port or an Azure container
 _TOKENS = ("ETag", "etag", "checksum", "md5Hash", "content_md5")  # s3fs, gcsfs and adlfs, fsspec's own, gcsfs, adlfs
 
 
 def shown(text: str) -> str:
-    """A URI or a message that may hold URIs, without what they carry of credentials: `user:password@` and queries."""
+    """A URI, or a message with URIs, without their credentials: `user:password@` and queries."""
     text = CREDENTIALS.sub("://", text)
     return re.sub(r"(://[^\s?]*)\?[^\s'\"]*", r"\1", text)
 
 
 def as_text(name: bytes) -> str:
-    """A file name as UTF-8 text; bytes that are none as `\\xff`, so that JSON can hold it."""
+    """A file name as UTF-8 text; other bytes as `\\xff`, so that JSON can contain it."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def some(names: Sequence[bytes | str]) -> str:
-    """The first ten names for a message, and how many more there are."""
+    """The first ten names and the number of the others, for a message."""
     first = ", ".join(repr(as_text(name) if isinstance(name, bytes) else name) for name in names[:SHOWN])
     return f"{first} and {len(names) - SHOWN} more" if len(names) > SHOWN else first
 
 
 def extension(name: bytes) -> str:
-    """Of a file name, in lower case and with its dot; empty where there is none."""
+    """The extension of a file name, in lower case and with its dot; empty if there is none."""
     stem, dot, end = name.rpartition(b"/")[2].rpartition(b".")
     return as_text(dot + end.lower()) if stem else ""
 
 
 def is_image(name: bytes) -> bool:
-    """Asked of every file of a source, so it does no more than it must."""
+    """Whether a file name has the extension of an image. It runs for every file of a source, so it does little."""
     return name[name.rfind(b".") :].lower() in _image_endings()
 
 
@@ -66,9 +66,9 @@ def _image_endings() -> frozenset[bytes]:
     return frozenset(ending.encode() for ending in image_extensions())
 
 
-def by_extension(counted: Mapping[str, int]) -> str:
+def by_extension(counts: Mapping[str, int]) -> str:
     """`12 .txt, 3 without extension`: counts of files for a message, the most frequent first."""
-    ordered = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     first = ", ".join(f"{count} {ending or 'without extension'}" for ending, count in ordered[:SHOWN])
     return f"{first} and {len(ordered) - SHOWN} other extensions" if len(ordered) > SHOWN else first
 
@@ -84,10 +84,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """Table of name (binary), size (int64) and, where remote, version (string), sorted by name.
+    """Table of name (binary), size (int64) and, if remote, version (string), sorted by name.
 
-    `others` counts the files that were found and not kept, by extension, for each folder that they lie in; a folder
-    directly in the source is there even if it holds none. The source itself has the empty name.
+    `others` counts the files that were not selected, by extension, for each folder that contains some; a folder
+    directly in the source is listed even without such files. The name of the source itself is empty.
     """
 
     table: pa.Table
@@ -95,7 +95,7 @@ class Files:
 
     @property
     def left_out(self) -> Counter[str]:
-        """Files not kept, by extension."""
+        """Files that were not selected, by extension."""
         return sum(self.others.values(), Counter())
 
     @property
@@ -105,7 +105,7 @@ class Files:
 
 @contextmanager
 def read_errors(where: str) -> Iterator[None]:
-    """Faults of the disk or the store while a source is listed, as UserErrors. `where` is a path or a URI."""
+    """Turn faults of the disk or the store while a source is listed into UserError. `where` is a path or a URI."""
     where = shown(where)
     try:
         with clear_remote_errors(where) if "://" in where else nullcontext():
@@ -114,7 +114,7 @@ def read_errors(where: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise UserError(f"the source {where} does not exist; check the address") from error
-    except Exception as error:  # each store has a family of its own
+    except Exception as error:  # each store has its own exception classes
         if not isinstance(error, OSError | ValueError) and type(error).__module__ == "builtins":
             raise
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {shown(redacted(str(error)))}"
@@ -128,21 +128,21 @@ def remote(folder: Folder) -> tuple[Any, str]:
 
 
 def remote_path(path: str, name: bytes) -> str:
-    """Path of a file in a store. Names in stores are text; an escaped one cannot have come from there."""
+    """Path of a file in a store, where names are always text."""
     return f"{path}/{name.decode('utf-8', 'surrogateescape')}"
 
 
 def entries(root: Folder, folder: bytes = b"") -> list[Entry]:
-    """What lies directly in a folder of the source, sorted by name; names are relative to `root`. Dotfiles are none.
+    """The files and folders directly in a folder of the source, sorted by name, without dotfiles.
 
-    Raises UserError for a folder that cannot be read: what is in it must not just vanish.
+    Names are relative to `root`. Raises UserError for a folder that cannot be read: its images would be lost silently.
     """
     if (path := root.local) is not None:
         return sorted(_disk_entries(os.fsencode(path), folder))
     fs, base = remote(root)
     with read_errors(root.uri):
-        found = fs.ls(remote_path(base, folder).rstrip("/"), detail=True)
-    return sorted(_remote_entries(fs, base, found))
+        infos = fs.ls(remote_path(base, folder).rstrip("/"), detail=True)
+    return sorted(_remote_entries(fs, base, infos))
 
 
 def _hidden(name: bytes) -> bool:
@@ -151,8 +151,8 @@ def _hidden(name: bytes) -> bool:
 
 def _disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
     try:
-        with os.scandir(os.path.join(root, folder)) as found:
-            for item in found:
+        with os.scandir(os.path.join(root, folder)) as items:
+            for item in items:
                 if _hidden(item.name):
                     continue
                 name = folder + b"/" + item.name if folder else item.name
@@ -160,57 +160,57 @@ def _disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
                     yield Entry(name, True, 0, "")
                     continue
                 try:
-                    about = item.stat()
-                except OSError:  # a link to nowhere, or vanished: reading it will say so
+                    status = item.stat()
+                except OSError:  # a broken link, or removed since: reading it reports the error
                     yield Entry(name, False, 0, "")
                     continue
-                if stat.S_ISREG(about.st_mode):
-                    yield Entry(name, False, about.st_size, "")
+                if stat.S_ISREG(status.st_mode):
+                    yield Entry(name, False, status.st_size, "")
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(_loop(root, folder, "leads back to itself")) from error
         where = as_text(os.path.join(root, folder))
-        remedy = "mend its permissions" if isinstance(error, PermissionError) else "see to the address and the disk"
+        remedy = "correct its permissions" if isinstance(error, PermissionError) else "check the address and the disk"
         raise UserError(f"cannot read the folder {where}: {error.strerror}; {remedy}") from error
 
 
 def _is_folder(root: bytes, name: bytes, item: "os.DirEntry[bytes]") -> bool:
-    """Whether it is a folder, or a link to one. Raises UserError for a link that the walk would not come out of."""
+    """Whether it is a folder, or a link to one. Raises UserError for a link that makes the walk endless."""
     try:
-        found = item.is_dir()
+        is_folder = item.is_dir()
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(_loop(root, name, "leads back to itself")) from error
         raise
-    if found and item.is_symlink():
+    if is_folder and item.is_symlink():
         _check_no_loop(root, name)
-    return found
+    return is_folder
 
 
 def _check_no_loop(root: bytes, name: bytes) -> None:
-    """Raise UserError for a link to a folder that the link lies in: the walk would never end."""
+    """Raise UserError for a link to a folder that contains the link: the walk would never end."""
     target, folder = _identity(os.path.join(root, name)), name
     while folder:
         folder = os.path.dirname(folder)
         above = os.path.join(root, folder)
         if _identity(above) == target:
-            raise UserError(_loop(root, name, f"leads to {as_text(above.rstrip(b'/'))}, which it lies in"))
+            raise UserError(_loop(root, name, f"leads to {as_text(above.rstrip(b'/'))}, which contains it"))
 
 
 def _identity(path: bytes) -> tuple[int, int]:
-    about = os.stat(path)
-    return about.st_dev, about.st_ino
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _loop(root: bytes, name: bytes, what: str) -> str:
-    """A loop of symbolic links in words, by the link that closes it."""
+    """The message for a loop of symbolic links; `name` is the link that closes it."""
     path = os.path.join(root, name).rstrip(b"/")
     to = f" -> {as_text(os.readlink(path))}" if os.path.islink(path) else ""
     return f"a loop of symbolic links in the source: {as_text(path)}{to} {what}; remove the link, or change its target"
 
 
-def _remote_entries(fs: Any, base: str, found: Sequence[dict[str, Any]]) -> Iterator[Entry]:
-    for info in found:
+def _remote_entries(fs: Any, base: str, infos: Sequence[dict[str, Any]]) -> Iterator[Entry]:
+    for info in infos:
         path = str(info["name"]).rstrip("/")
         encoded = path.removeprefix(base).lstrip("/").encode("utf-8", "surrogateescape")
         if not path.startswith(f"{base}/") or any(map(_hidden, encoded.split(b"/"))):
@@ -239,56 +239,56 @@ def _walk(root: Folder, folder: bytes) -> Iterator[Entry]:
         return
     fs, base = remote(root)
     with read_errors(root.uri):
-        found = fs.find(remote_path(base, folder), detail=True)
-    yield from (entry for entry in _remote_entries(fs, base, list(found.values())) if not entry.is_folder)
+        infos = fs.find(remote_path(base, folder), detail=True)
+    yield from (entry for entry in _remote_entries(fs, base, list(infos.values())) if not entry.is_folder)
 
 
 def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress, *, recursive: bool = True) -> Files:
-    """The files at any depth whose relative name is kept. One listing a sub-folder, several at a time."""
+    """The files at any depth whose relative name `keep` accepts. Sub-folders are listed in parallel."""
     top = entries(root)
     folders = [entry.name for entry in top if entry.is_folder] if recursive else []
 
     def part(folder: bytes, files: Iterator[Entry]) -> tuple[pa.Table, dict[bytes, Counter[str]]]:
-        kept, others = [], {folder: Counter[str]()}
+        selection, others = [], {folder: Counter[str]()}
         for entry in files:
             if keep(entry.name):
-                kept.append(entry)
+                selection.append(entry)
             else:
                 others.setdefault(entry.name.rpartition(b"/")[0], Counter())[extension(entry.name)] += 1
-        return _table(kept, with_version=root.local is None), others
+        return _table(selection, with_version=root.local is None), others
 
     parts = [part(b"", (entry for entry in top if not entry.is_folder))]
     with ThreadPoolExecutor(THREADS) as pool:
-        for done, found in enumerate(pool.map(lambda folder: part(folder, _walk(root, folder)), folders), 1):
-            parts.append(found)
+        for done, result in enumerate(pool.map(lambda folder: part(folder, _walk(root, folder)), folders), 1):
+            parts.append(result)
             progress.update(done, len(folders), "folders listed")
     table = pa.concat_tables([table for table, _ in parts]).sort_by("name")
-    return Files(table, {folder: counted for _, others in parts for folder, counted in others.items()})
+    return Files(table, {folder: counts for _, others in parts for folder, counts in others.items()})
 
 
 def one_file(root: Folder, name: bytes) -> Files:
-    """A file that is known to be there."""
+    """An existing file as `Files`."""
     with read_errors(f"{root.uri}/{as_text(name)}"):
         if (path := root.local) is not None:
-            found = [Entry(name, False, os.stat(os.path.join(os.fsencode(path), name)).st_size, "")]
+            files = [Entry(name, False, os.stat(os.path.join(os.fsencode(path), name)).st_size, "")]
         else:
             fs, base = remote(root)
-            found = list(_remote_entries(fs, base, [fs.info(remote_path(base, name))]))
-    return Files(_table(found, with_version=root.local is None), {})
+            files = list(_remote_entries(fs, base, [fs.info(remote_path(base, name))]))
+    return Files(_table(files, with_version=root.local is None), {})
 
 
-def _table(found: Sequence[Entry], with_version: bool) -> pa.Table:
+def _table(files: Sequence[Entry], with_version: bool) -> pa.Table:
     columns = {
-        "name": pa.array([entry.name for entry in found], pa.binary()),
-        "size": pa.array([entry.size for entry in found], pa.int64()),
+        "name": pa.array([entry.name for entry in files], pa.binary()),
+        "size": pa.array([entry.size for entry in files], pa.int64()),
     }
     if with_version:
-        columns["version"] = pa.array([entry.version for entry in found], pa.string())
+        columns["version"] = pa.array([entry.version for entry in files], pa.string())
     return pa.table(columns)
 
 
 def open_file(root: Folder, name: bytes, block_size: int = 0) -> BinaryIO:
-    """A file of the source to read from; a remote one by blocks of `block_size`, with 0 exactly what is asked for."""
+    """Open a file of the source. A remote one is read in blocks of `block_size` bytes; 0 reads exactly each request."""
     if (path := root.local) is not None:
         return open(os.path.join(os.fsencode(path), name), "rb")
     fs, base = remote(root)
@@ -299,6 +299,6 @@ def open_file(root: Folder, name: bytes, block_size: int = 0) -> BinaryIO:
 
 @contextmanager
 def opened(root: Folder, name: bytes, block_size: int = 0) -> Iterator[BinaryIO]:
-    """`open_file` while a source is listed: what cannot be read is a UserError."""
+    """`open_file` while a source is listed: raises UserError if the file cannot be read."""
     with read_errors(f"{root.uri}/{as_text(name)}"), open_file(root, name, block_size) as file:
         yield file

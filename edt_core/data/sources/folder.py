@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 
 def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) -> Listing:
-    """Images in order of their path; the class index is the place of the folder's name in natural order.
+    """The images in order of path; the class index is the index of the class folder's name in natural order.
 
-    The folder is the one directly in the source, or with `config.class_folder` "last" the one that the image lies in,
-    named by its whole path. Raises UserError for a file instead of a folder, a folder that cannot be read, folders
-    without an image unless `config.allow_empty_classes`, folders that are no classes, and no image in any of them.
+    The class folder is the one directly in the source, or with `config.class_folder` "last" the one that contains the
+    image, named by its whole path. Raises UserError for a file instead of a folder, a folder that cannot be read,
+    folders without an image unless `config.allow_empty_classes`, folders that are not classes, and a source without
+    images.
     """
     if place.pattern:
-        raise UserError(f"{place} is no folder; an image folder is one that holds a sub-folder a class")
+        raise UserError(
+            f"{place} is not a folder; source.kind=image_folder needs a folder with one sub-folder per class"
+        )
     files = files_below(place.root, is_image, progress)
     table = files.table.filter(pc.match_substring(files.table["name"], "/"))
     loose = len(files.table) - len(table)
@@ -37,15 +40,15 @@ def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) 
         extensions = f" ({by_extension(files.left_out)})" if files.left_out else ""
         raise UserError(
             f"no images in {place}'s class folders: {files.left_out.total()} other files{extensions} and {loose} "
-            f"images outside of any class folder found; expected {place}/<class>/<image>, {IMAGES}"
+            f"images outside any class folder found; expected {place}/<class>/<image>, {IMAGES}"
             f"{packed([entry.name for entry in entries(place.root)])}"
         )
     if loose:
-        progress.warn(f"{loose} images directly in {place} have no class folder and are left out")
+        progress.warn(f"{loose} images directly in {place} have no class folder and are skipped")
     folders = nesting(table["name"])
     last = config.class_folder == "last"
     if not config.classes:
-        if not (last and len(folders) == 1):  # a folder around all is no matter where the inner ones are the classes
+        if not (last and len(folders) == 1):  # with class_folder "last" one folder around all others is fine
             refuse_other_layouts(place, folders, table["name"])
         if config.class_folder is None:
             refuse_two_levels(place, folders)
@@ -70,21 +73,21 @@ def _class_folders(names: pa.ChunkedArray, last: bool) -> pa.ChunkedArray:
 def _by_class_folder(
     others: Mapping[bytes, Counter[str]], with_images: Sequence[bytes], last: bool
 ) -> dict[bytes, Counter[str]]:
-    """The class folders without images, with the files that they hold by extension."""
-    taken = {b"", *with_images}
+    """The class folders without images, with the counts of their files by extension."""
+    excluded = {b"", *with_images}
     if last:  # folders of class folders
-        taken |= {name[: at.start()] for name in with_images for at in re.finditer(b"/", name)}
-    found: dict[bytes, Counter[str]] = {}
-    for folder, counted in others.items():
+        excluded |= {name[: at.start()] for name in with_images for at in re.finditer(b"/", name)}
+    totals: dict[bytes, Counter[str]] = {}
+    for folder, counts in others.items():
         name = folder if last else folder.partition(b"/")[0]
-        found.setdefault(name, Counter()).update(counted)
-    return {name: counted for name, counted in found.items() if name not in taken}
+        totals.setdefault(name, Counter()).update(counts)
+    return {name: counts for name, counts in totals.items() if name not in excluded}
 
 
 def _empty(place: Place, folders: Sequence[bytes], others: Mapping[bytes, Counter[str]]) -> UserError:
     names = [f"{as_text(folder)!r} ({by_extension(others[folder]) or 'no file'})" for folder in folders]
     return UserError(
-        f"{len(folders)} of the class folders in {place} hold no image: {listed(names, ', ')}; bring their images "
-        f"({IMAGES}), remove them, or take them for classes without images with source.allow_empty_classes "
+        f"{len(folders)} of the class folders in {place} contain no image: {listed(names, ', ')}; add images "
+        f"({IMAGES}), remove the folders, or keep them as classes without images with source.allow_empty_classes "
         "(--allow-empty-classes)"
     )

@@ -1,4 +1,4 @@
-"""ImageNet as its authors ship it: ILSVRC2012_img_train.tar, a tar of one tar a class, never extracted.
+"""ImageNet as its authors ship it: ILSVRC2012_img_train.tar, a tar of one tar per class, never extracted.
 
 Format: image-net.org, ILSVRC2012: `n01440764.tar` holds `n01440764_10026.JPEG`; a class is a WordNet id (wnid).
 """
@@ -29,7 +29,7 @@ _OUTER_BLOCK = 1 << 16  # class tars are 100 MB each: only their headers are rea
 
 
 class ClassTar(NamedTuple):
-    """The tar of one class: bytes `start` to `stop` of a file, with the version that its store gives the file."""
+    """The tar of one class: bytes `start` to `stop` of a file, with the store's version token for that file."""
 
     wnid: bytes
     file: bytes
@@ -42,30 +42,30 @@ def list_ilsvrc(place: Place, config: "SourceConfig", progress: Progress) -> Lis
     """The images in order of `<wnid>/<name>`, as in the extracted folder; class index by sorted wnid.
 
     `place` is the train tar, a folder with it, with its class tars, or with the extracted class folders. Raises
-    UserError for archives that are not whole, a class that is there twice, and tars that hold something else.
+    UserError for incomplete archives, a class that occurs twice, and tars with other content.
     """
     if not place.pattern and place.root.exists(TRAIN_TAR):
         place = Place(place.root, TRAIN_TAR, is_file=True)
     if place.pattern:
-        found = matching(place, ".tar", progress)
+        files = matching(place, ".tar", progress)
     else:
-        found = files_below(place.root, lambda name: bool(CLASS_TAR.fullmatch(name)), progress)
-    if not found.table.num_rows:
+        files = files_below(place.root, lambda name: bool(CLASS_TAR.fullmatch(name)), progress)
+    if not files.table.num_rows:
         return list_image_folder(place, config, progress)
     tars: list[ClassTar] = []
-    for entry in found.table.to_pylist():
+    for entry in files.table.to_pylist():
         name, size, version = entry["name"], entry["size"], entry.get("version")
         if match := CLASS_TAR.fullmatch(name):
             tars.append(ClassTar(match[1], name, version, 0, size))
         elif place.is_file:
             tars += _inside(place.root, name, version, size)
     wnids = sorted(tar.wnid for tar in tars)
-    if twice := sorted({a for a, b in pairwise(wnids) if a == b}):
-        raise UserError(f"{len(twice)} classes are in {place} twice: {some(twice)}; keep one tar of each")
+    if repeated := sorted({a for a, b in pairwise(wnids) if a == b}):
+        raise UserError(f"{len(repeated)} classes are in {place} twice: {some(repeated)}; keep one tar of each")
     if not tars:
-        raise UserError(f"no class tars such as n01440764.tar in {place}; is it {TRAIN_TAR}, or a folder with it?")
+        raise UserError(f"no class tars such as n01440764.tar in {place}; give {TRAIN_TAR}, or a folder with it")
     tars.sort()
-    tables, left_out = [], Counter[str]() + found.left_out
+    tables, left_out = [], Counter[str]() + files.left_out
     for done, (table, others) in enumerate(ahead(lambda tar: _class_table(place.root, tar), tars), 1):
         left_out += others
         label = pa.repeat(pa.scalar(done - 1, pa.int32()), len(table))
@@ -89,11 +89,11 @@ def _class_table(root: Folder, tar: ClassTar) -> tuple[pa.Table, Counter[str]]:
     """The images of one class tar, sorted by name, with label 0 for now; and its other members, by extension."""
     where = f"{as_text(tar.wnid)}.tar" + ("" if CLASS_TAR.fullmatch(tar.file) else f" in {as_text(tar.file)}")
     with opened(root, tar.file, BLOCK_SIZE) as file:
-        found = sorted(members(file, where, tar.start, tar.stop))
-    images = [member for member in found if is_image(member.name)]
-    others = Counter(extension(member.name) for member in found if not is_image(member.name))
+        contents = sorted(members(file, where, tar.start, tar.stop))
+    images = [member for member in contents if is_image(member.name)]
+    others = Counter(extension(member.name) for member in contents if not is_image(member.name))
     if not images:
-        raise UserError(f"no images in {where}; it should hold {as_text(tar.wnid)}_*.JPEG")
+        raise UserError(f"no images in {where}; it should contain {as_text(tar.wnid)}_*.JPEG: download it again")
     names = [tar.wnid + b"/" + member.name for member in images]
     offsets, sizes = [member.offset for member in images], [member.size for member in images]
     return archive_table(tar.file, tar.version, names, [0] * len(images), sizes, offsets), others

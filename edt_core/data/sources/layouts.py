@@ -1,4 +1,4 @@
-"""Folders that hold a data set in a layout of its own, which would be read as classes that it does not have."""
+"""Detects folders whose sub-folders are not classes: splits, parts of a data set, packed formats."""
 
 import re
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ _PART = re.compile(
     r"|segmentations?|segmentation(class|object)|segmim|imagesets?|ground_?truth|gt|thumb(nail)?s?",
     re.IGNORECASE,
 )
-# What files of other programs hold images in, by a pattern of their names, and how it is told.
+# Image formats of other programs that are not read: pattern of file names, and the description for messages.
 _PACKED = (
     (r"data_batch_\d+(\.bin)?|test_batch(\.bin)?|(coarse|fine)_label_names(\.txt)?", "batches of CIFAR"),
-    (r".*\.bin", "binary files, as of STL-10"),
-    (r".*-ubyte(\.gz)?", "IDX files, as of MNIST"),
+    (r".*\.bin", "binary files like those of STL-10"),
+    (r".*-ubyte(\.gz)?", "IDX files like those of MNIST"),
     (r".*\.(npz|npy)", "NumPy arrays"),
     (r".*\.mat", "MATLAB files"),
     (r".*\.(h5|hdf5|hdf)", "HDF5 files"),
@@ -39,7 +39,7 @@ _PACKED = (
 
 
 class Nested(NamedTuple):
-    """A folder directly in the source: how many images it has, and in which folders right below it they are."""
+    """A folder directly in the source: its number of images, and the folders right below it that contain them."""
 
     name: bytes
     images: int
@@ -53,20 +53,20 @@ def nesting(names: pa.ChunkedArray) -> list[Nested]:
     first = pc.list_element(parts, 0).cast(pa.binary())
     second = pc.if_else(pc.greater(pc.list_value_length(parts), 2), pc.list_element(parts, 1), pa.scalar(b""))
     grouped = pa.table({"first": first, "second": second}).group_by(["first", "second"]).aggregate([([], "count_all")])
-    found: dict[bytes, dict[bytes, int]] = {}
+    counts: dict[bytes, dict[bytes, int]] = {}
     for row in grouped.to_pylist():
-        found.setdefault(row["first"], {})[row["second"]] = row["count_all"]
+        counts.setdefault(row["first"], {})[row["second"]] = row["count_all"]
     return [
         Nested(name, sum(inner.values()), tuple(sorted(key for key in inner if key)), inner.get(b"", 0))
-        for name, inner in sorted(found.items())
+        for name, inner in sorted(counts.items())
     ]
 
 
 def refuse_other_layouts(place: Place, folders: Sequence[Nested], images: pa.ChunkedArray) -> None:
-    """Raise UserError where the folders directly in a source are no classes, with the folder to give instead.
+    """Raise UserError if the folders directly in a source are not classes; the message names the folder to use instead.
 
-    These are splits (ImageNet as Kaggle has it, COCO), parts of a data set beside each other (images and annotations),
-    and one folder around those of the classes. `images`: names of the images, sorted.
+    Such folders are splits (ImageNet from Kaggle, COCO), parts of a data set side by side (images and annotations),
+    or one folder around the class folders. `images`: names of the images, sorted.
     """
     names = [as_text(folder.name) for folder in folders]
     deeper = [folder for folder in folders if len(folder.inner) > 1]
@@ -77,23 +77,23 @@ def refuse_other_layouts(place: Place, folders: Sequence[Nested], images: pa.Chu
         problem = f"the folders of {place} with images ({some(names)}) are {what} of a data set, not classes"
     elif len(splits) > 1:
         shown = some([folder.name for folder in splits])
-        problem = f"folders of {place} ({shown}) hold folders of images and are called as the splits of a data set"
+        problem = f"folders of {place} ({shown}) contain folders of images and are named like the splits of a data set"
         below = as_text(_preferred(splits).name)
     elif len(folders) == 1 and (below := as_text(_common_folder(images))):
-        problem = f"all images in {place} lie below its folder {below!r}, in several folders"
+        problem = f"all images in {place} are in several folders below its folder {below!r}"
     else:
         return
     remedy = (
-        f"give the folder of the classes, as {place}/{below}"
+        f"give the folder that contains the class folders, such as {place}/{below}"
         if below
-        else "their images lie side by side, and nothing says their classes: write labels.csv with the columns "
-        "file_name,label, or sort them into one folder a class"
+        else "nothing states the classes of their images: write labels.csv with the columns file_name,label, or sort "
+        "the images into one folder per class"
     )
-    raise UserError(f"{problem}; {remedy} (where they are classes, name them with source.classes)")
+    raise UserError(f"{problem}; {remedy} (if these folders are classes, name them with source.classes)")
 
 
 def _is_split(name: str) -> bool:
-    """Whether a folder is called as splits are: `train`, `val2017`, `test_set`, `seg_pred`."""
+    """Whether a folder is named like a split: `train`, `val2017`, `test_set`, `seg_pred`."""
     words = [word for word in re.split(r"[-_ .]", name) if not _FILLER.fullmatch(word)]
     return bool(words) and all(map(_SPLIT.fullmatch, words))
 
@@ -106,29 +106,30 @@ def _common_folder(images: pa.ChunkedArray) -> bytes:
 
 
 def _preferred(folders: Sequence[Nested]) -> Nested:
-    """The folder to train on: the one that is called so, or that with the most images."""
+    """The folder to train on: the first named train..., or else the one with the most images."""
     return max(folders, key=lambda folder: (folder.name.lower().startswith(b"train"), folder.images))
 
 
 def refuse_two_levels(place: Place, folders: Sequence[Nested]) -> None:
-    """Raise UserError where every folder holds folders of images and nothing else: either could be the classes."""
+    """Raise UserError if every folder contains only folders of images: either level could be the classes."""
     if folders and all(len(folder.inner) > 1 and not folder.direct for folder in folders):
         inner = sum(len(folder.inner) for folder in folders)
         first = folders[0]
         raise UserError(
-            f"the {len(folders)} folders of {place} hold {inner} folders of images, as "
-            f"{as_text(first.name)}/{as_text(first.inner[0])}, and nothing says which are the classes; choose with "
-            "source.class_folder (--class-folder): first takes the outer ones, last those that the images lie in"
+            f"the {len(folders)} folders of {place} contain {inner} folders of images, such as "
+            f"{as_text(first.name)}/{as_text(first.inner[0])}, and either level could be the classes; choose with "
+            "source.class_folder (--class-folder): first for the outer folders, last for those that contain the images"
         )
 
 
 def packed(names: Sequence[bytes]) -> str:
-    """What to do about files that hold images in a form that is not read; empty where there are none."""
-    for pattern, what in _PACKED:
-        found = [name for name in names if re.fullmatch(pattern, as_text(name), re.IGNORECASE)]
-        if found:
+    """The remedy for files that contain images in an unsupported format; empty if there are none."""
+    for pattern, description in _PACKED:
+        count = sum(bool(re.fullmatch(pattern, as_text(name), re.IGNORECASE)) for name in names)
+        if count:
             return (
-                f". {len(found)} of the files are {what}, which are not read: take the data set as Parquet files, as "
-                "the Hugging Face Hub has the well-known ones, or write its images as files, one folder a class"
+                f". {count} of the files are {description}, which are not supported: use the data set as Parquet "
+                "files (the Hugging Face Hub has the well-known ones), or write its images as files, one folder per "
+                "class"
             )
     return ""

@@ -1,4 +1,4 @@
-"""Every image of a source in a fixed order, and the identity of what they are."""
+"""Every image of a source in a fixed order, and the hash that identifies the images."""
 
 import hashlib
 import struct
@@ -15,7 +15,7 @@ from edt_core.data.sources.reading import RawImage, Row, read_files, read_parque
 from edt_core.progress import Progress, Silent
 from edt_core.store.folder import Folder
 
-UNREADABLE = hashlib.sha256(b"unreadable").digest()  # stands for the bytes of an image that cannot be read
+UNREADABLE = hashlib.sha256(b"unreadable").digest()  # the digest of every image that cannot be read
 _FORMAT = b"edt-source-1"
 _DIGEST = hashlib.sha256().digest_size
 _UPDATE_EVERY = 256
@@ -28,50 +28,50 @@ Access = Literal["file", "range", "parquet"]
 class Listing:
     """Every image of a labelled source. Picklable; a slice is small enough to send to a worker.
 
-    `table` has one row an image, in order:
+    `table` has one row per image, in order:
         name     binary     unique; file name relative to `root`, member of a tar, or `<parquet file>#<row>`
         label    int32      index into `classes`
-        size     int64      bytes of the encoded image; 0 in parquet files, which do not say it without being read
+        size     int64      bytes of the encoded image; 0 for parquet files, whose image sizes are unknown until read
         file     dictionary of binary: the tar or parquet file; absent with access 'file', where the name is the file
         offset   int64      first byte of the image in its tar, or row of the parquet file; absent with access 'file'
-        version  string (dictionary where `file` is): the store's token for the content of the file; remote only
+        version  string (a dictionary if `file` is one): the store's token for the content of the file; remote only
     """
 
     root: Folder
     classes: tuple[str, ...]  # in order of class index
     table: pa.Table
     access: Access
-    left_out: Mapping[str, int] = field(default_factory=dict)  # files that were found and are no images, by extension
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files of the source that are not images, by extension
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     @property
     def class_counts(self) -> np.ndarray:
-        """Images of each class [K], int64: 0 for a class that the source names and has no image of."""
+        """Images of each class [K], int64: 0 for a class that the source names but has no image of."""
         return np.bincount(np.asarray(self.table["label"]), minlength=len(self.classes))
 
     @property
     def remote(self) -> bool:
-        """Whether the source is in a store, and its identity made of the store's version tokens."""
+        """Whether the source is in a remote store; its identity then comes from the store's version tokens."""
         return self.root.local is None
 
     def slice(self, start: int, stop: int) -> "Listing":
-        """Images [start, stop), in buffers of their own: pickling an Arrow slice would send the whole listing."""
+        """Images [start, stop), in separate buffers: pickling an Arrow slice would send the whole listing."""
         start, stop = max(start, 0), min(max(stop, start, 0), len(self))
-        part = self.table.slice(start, stop - start)  # a view first: taking from the whole would join its chunks again
+        part = self.table.slice(start, stop - start)  # `take` on the whole table would join its chunks each time
         return replace(self, table=part, left_out={}).take(np.arange(stop - start))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Listing":
-        """The images at these places, in this order."""
+        """The images at these indices, in this order."""
         table = self.table.take(pa.array(np.asarray(indices, dtype=np.int64)))
         return replace(self, table=encode_repeats(decode_repeats(table)).combine_chunks())
 
     def images(self) -> Iterator[RawImage]:
         """The encoded images in order, read ahead by eight threads (parquet: streamed by one).
 
-        What may not be read, or has vanished, comes with its error; faults of disk and network raise OSError, and a
-        file that has changed since it was listed UserError.
+        An image without read permission, or that has disappeared, carries its error. Raises OSError for faults of the
+        disk or the network, and UserError for a file that has changed since it was listed.
         """
         if self.access == "parquet":
             return read_parquet(self.root, self.table, lambda image: image)
@@ -87,7 +87,7 @@ def decode_repeats(table: pa.Table) -> pa.Table:
 
 
 def encode_repeats(table: pa.Table) -> pa.Table:
-    """Columns that hold the same value for all images of an archive, as dictionaries."""
+    """Encode the columns that repeat one value for all images of an archive as dictionaries."""
     if "file" in table.schema.names:
         for name in {"file", "version"} & set(table.schema.names):
             encoded = table[name].combine_chunks().dictionary_encode()
@@ -103,7 +103,7 @@ def archive_table(
     sizes: Sequence[int] | np.ndarray,
     offsets: Sequence[int] | np.ndarray,
 ) -> pa.Table:
-    """A listing's rows for the images of one tar or parquet file."""
+    """The rows of a listing for the images of one tar or parquet file."""
     count = len(names)
     columns = {
         "name": pa.array(names, pa.binary()) if not isinstance(names, pa.Array) else names,
@@ -125,7 +125,7 @@ def combine_identity(
 ) -> str:
     """Hex sha256 over the class names and, in order, each image's name, label and 32-byte digest.
 
-    `names` as the table has them, or as `RawImage.name`; `digests` one after another, or joined.
+    `names` are those of the table, or of `RawImage.name`; `digests` are separate, or joined into one bytes object.
     """
     total = hashlib.sha256(_FORMAT)
     total.update(struct.pack("<q", len(classes)))
@@ -146,7 +146,7 @@ def _text(name: bytes | str) -> bytes:
 
 
 def image_digest(image: RawImage) -> bytes:
-    """sha256 of the image's bytes, or UNREADABLE: what `combine_identity` takes of a local source."""
+    """sha256 of the image's bytes, or UNREADABLE: the digest that `combine_identity` takes for a local source."""
     return UNREADABLE if image.data is None else hashlib.sha256(image.data).digest()
 
 
@@ -155,10 +155,10 @@ def _version_digest(row: Row) -> bytes:
 
 
 def source_identity(listing: Listing, progress: Progress = _SILENT) -> str:
-    """What the images are, as hex sha256: `combine_identity` of the listing, whatever sizes and dates say.
+    """Hex sha256 that identifies the images: `combine_identity` of the listing.
 
-    A local source is read whole for it. Of a remote one nothing is read: the digest of an image is that of its size
-    and of the store's version token (an ETag) of the file that holds it.
+    A local source is read completely. A remote one is not read: the digest of an image is computed from its size and
+    the store's version token (an ETag) of its file.
     """
     names, labels = (row.name for row in rows(listing.table)), (row.label for row in rows(listing.table))
     if listing.remote:
@@ -167,10 +167,10 @@ def source_identity(listing: Listing, progress: Progress = _SILENT) -> str:
         digests = read_parquet(listing.root, listing.table, image_digest)
     else:
         digests = read_files(listing.root, listing.table, listing.access == "range", image_digest)
-    return combine_identity(listing.classes, names, labels, _told(digests, len(listing), progress))
+    return combine_identity(listing.classes, names, labels, _reporting(digests, len(listing), progress))
 
 
-def _told(digests: Iterable[bytes], total: int, progress: Progress) -> Iterator[bytes]:
+def _reporting(digests: Iterable[bytes], total: int, progress: Progress) -> Iterator[bytes]:
     for done, digest in enumerate(digests, 1):
         yield digest
         if done % _UPDATE_EVERY == 0 or done == total:
@@ -181,6 +181,6 @@ def duplicates(names: pa.ChunkedArray) -> list[bytes]:
     """Names that occur more than once, sorted."""
     if pc.count_distinct(names).as_py() == len(names):
         return []
-    counted = pc.value_counts(names)
-    twice = counted.filter(pc.greater(pc.struct_field(counted, "counts"), 1))
-    return sorted(pc.struct_field(twice, "values").to_pylist())
+    counts = pc.value_counts(names)
+    repeated = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
+    return sorted(pc.struct_field(repeated, "values").to_pylist())

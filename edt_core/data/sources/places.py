@@ -1,4 +1,4 @@
-"""What `source.path` may name: a folder, a file, or files by a pattern."""
+"""Resolves `source.path`: a folder, a file, or files that match a pattern."""
 
 import os
 import re
@@ -37,18 +37,18 @@ class Place:
 
 
 def locate(location: str) -> Place:
-    """Find what a path or URI names. A name with `*`, `?`, `[` or `{` that exists as it stands is just a name.
+    """Find what a path or URI names. An existing name that contains `*`, `?`, `[` or `{` is not a pattern.
 
-    Raises UserError where there is nothing.
+    Raises UserError if nothing is there.
     """
     if location.startswith("pipe:"):
         raise UserError(
-            f"{location.split()[0]!r} is a command to run; sources are files: give their path or s3:// address"
+            f"source.path {location.split()[0]!r} is a command, which is not supported; give the path or URI of files"
         )
     if CREDENTIALS.search(location):
         raise UserError(
-            f"the address {shown(location)} holds a user and a password, which every record of the run would show; "
-            "give them in the environment (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            f"the address {shown(location)} contains a user name and a password, which every record of the run would "
+            "show; set them in the environment instead (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         )
     folder = Folder.at(location)
     parts = folder.uri.split("/")
@@ -71,7 +71,7 @@ def locate(location: str) -> Place:
 
 
 def _kind(folder: Folder) -> str | None:
-    """'folder', 'file', or None where there is neither."""
+    """'folder', 'file', or None if there is neither."""
     if (path := folder.local) is not None:
         return "folder" if path.is_dir() else "file" if path.exists() else None
     fs, inside = remote(folder)
@@ -84,7 +84,7 @@ def _kind(folder: Folder) -> str | None:
 def matching(place: Place, suffix: str, progress: Progress) -> Files:
     """The files of a place: the one named, those of the pattern, or every `*<suffix>` at any depth of the folder.
 
-    Raises UserError where there is none, or where a part of a brace pattern matches nothing.
+    Raises UserError if there is none, or if a part of a brace pattern matches nothing.
     """
     if not place.pattern:
         files = files_below(place.root, lambda name: name.lower().endswith(suffix.encode()), progress)
@@ -93,25 +93,28 @@ def matching(place: Place, suffix: str, progress: Progress) -> Files:
     else:
         files = _by_pattern(place, progress)
     if not files.table.num_rows:
-        raise UserError(f"no {suffix} files in {place}: {files.left_out.total()} other files found")
+        raise UserError(
+            f"no {suffix} files in {place}: {files.left_out.total()} other files found; check source.path and "
+            "source.kind"
+        )
     return files
 
 
 def _by_pattern(place: Place, progress: Progress) -> Files:
-    wanted = {os.fsencode(glob) for glob in expand_braces(place.pattern)}
-    wild = {glob: _glob(glob) for glob in wanted if _META.search(as_text(glob))}
-    used: set[bytes] = set()
+    globs = {os.fsencode(glob) for glob in expand_braces(place.pattern)}
+    patterns = {glob: _glob(glob) for glob in globs if _META.search(as_text(glob))}
+    matched: set[bytes] = set()
 
     def keep(name: bytes) -> bool:
-        fits = [name] if name in wanted else [glob for glob, pattern in wild.items() if pattern.fullmatch(name)]
-        used.update(fits)
-        return bool(fits)
+        matches = [name] if name in globs else [glob for glob, pattern in patterns.items() if pattern.fullmatch(name)]
+        matched.update(matches)
+        return bool(matches)
 
     files = files_below(place.root, keep, progress, recursive="/" in place.pattern)
-    if missing := sorted(wanted - used):
+    if missing := sorted(globs - matched):
         raise UserError(
-            f"{place} stands for {len(wanted)} files or patterns, and nothing is there for {len(missing)} of them: "
-            f"{some(missing)}; bring them, or give a narrower pattern"
+            f"{place} expands to {len(globs)} files or patterns, and {len(missing)} of them match nothing: "
+            f"{some(missing)}; add the missing files, or give a narrower pattern"
         )
     return files
 
@@ -127,11 +130,11 @@ def expand_braces(pattern: str) -> list[str]:
             choices.append([str(number).zfill(len(low)) for number in range(int(low), int(high) + 1)])
         else:
             choices.append(part[1:-1].split(","))
-    return ["".join(chosen) for chosen in product(*choices)]
+    return ["".join(parts) for parts in product(*choices)]
 
 
 def _glob(glob: bytes) -> re.Pattern[bytes]:
-    """`*` and `?` stay inside one folder, `**/` is any number of folders."""
+    """A glob as a regular expression: `*` and `?` match inside one folder, `**/` any number of folders."""
     text = ""
     for token in re.findall(rb"\*\*/|\*|\?|\[[^]]*\]|[^*?\[]+|\[", glob):
         simple = {b"**/": "(?:.*/)?", b"*": "[^/]*", b"?": "[^/]"}
@@ -145,11 +148,11 @@ def _glob(glob: bytes) -> re.Pattern[bytes]:
 
 
 def warn_of_splits(names: Sequence[bytes], where: object, progress: Progress) -> None:
-    """Say so where files of several splits lie together: a folder of train and test is taken whole."""
+    """Warn if there are files of several splits: all splits in a folder are used together."""
     words = re.compile(rb"(?:^|[-_./])(train|validation|valid|val|test)(?=[-_./])")
     splits = {match[1].decode() for name in names if (match := words.search(name))}
     if len(splits) > 1:
         progress.warn(
-            f"{where} holds files of several splits ({', '.join(sorted(splits))}); all are taken. "
-            "For one of them give a pattern, such as train-*"
+            f"{where} contains files of several splits ({', '.join(sorted(splits))}); all of them are used. "
+            "To use only one, give a pattern such as train-*"
         )

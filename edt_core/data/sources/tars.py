@@ -1,7 +1,7 @@
-"""The members of a tar without extracting it, and proof that the archive is whole.
+"""Lists the members of a tar without extracting it, and checks that the archive is complete.
 
 Format: POSIX.1-2017 pax, ustar interchange format, section "ustar Interchange Format": 512-byte blocks, two of zeros
-at the end. Python's tarfile stops at a damaged header as it stops at the end, and says nothing.
+at the end. Python's tarfile stops silently at a damaged header, as if it were the end.
 """
 
 import tarfile
@@ -11,11 +11,11 @@ from typing import BinaryIO, NamedTuple
 from edt_core.data.sources.files import is_image, shown
 from edt_core.errors import UserError
 
-BLOCK_SIZE = 4 << 20  # bytes a remote tar is read by: images are smaller, so its headers cost reading all of it
+BLOCK_SIZE = 4 << 20  # bytes per read of a remote tar: images are smaller, so listing its headers reads all of it
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _BLOCK = 512
-_MAX_HEADER = 1 << 20  # bytes of a pax header or a long name, which tarfile reads whole
+_MAX_HEADER = 1 << 20  # bytes of a pax header or a long name, which tarfile reads into memory
 _READ_WHOLE = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -26,7 +26,7 @@ _READ_WHOLE = (
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its bytes are [offset, offset + size) of the file that the tar lies in."""
+    """A regular file in a tar: its bytes are [offset, offset + size) of the file that contains the tar."""
 
     name: bytes
     offset: int
@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
 
 class _Info(tarfile.TarInfo):
-    """A member whose own header is small."""
+    """A member whose extended header is small."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _READ_WHOLE and self.size > _MAX_HEADER:
@@ -44,20 +44,24 @@ class _Info(tarfile.TarInfo):
 
 
 def refuse_compressed(name: str) -> None:
-    """Raise UserError for the name of a compressed tar: its members have no place that could be read alone."""
+    """Raise UserError for the name of a compressed tar: its members cannot be read separately."""
     if name.lower().endswith(COMPRESSED):
-        raise UserError(f"{shown(name)} is compressed; decompress it first (images gain nothing from it), as by gunzip")
+        raise _compressed(shown(name))
+
+
+def _compressed(where: str) -> UserError:
+    return UserError(f"{where} is compressed; decompress it first, for example with gunzip (compression saves nothing)")
 
 
 def members(file: BinaryIO, where: str, start: int, stop: int) -> Iterator[Member]:
     """The regular files of the tar in bytes [start, stop) of `file`, in order; a tar in a tar is such a range.
 
-    Dotfiles are left out. The caller may read `file` in between. Raises UserError where the archive is compressed, cut,
-    damaged, or followed by another one, and for members that have no bytes of their own: sparse files and links.
+    Dotfiles are skipped. The caller may read `file` between members. Raises UserError if the archive is compressed,
+    truncated, damaged, or followed by another one, and for members without data in the archive: sparse files and links.
     """
     file.seek(start)
     if file.read(6).startswith(_MAGIC):
-        raise UserError(f"{where} is compressed; decompress it first (images gain nothing from it), as by gunzip")
+        raise _compressed(where)
     file.seek(start)
     at = start
     try:
@@ -84,14 +88,14 @@ def _member(info: tarfile.TarInfo, where: str) -> Member | None:
         return None
     if info.issparse() or ((info.islnk() or info.issym()) and is_image(name)):
         raise UserError(
-            f"{info.name!r} in {where} is a {'sparse file' if info.issparse() else 'link'}, which has no bytes of its "
-            "own in the archive; pack it again with tar --hard-dereference --dereference, without --sparse"
+            f"{info.name!r} in {where} is a {'sparse file' if info.issparse() else 'link'}, so the archive does not "
+            "contain its bytes; pack it again with tar --hard-dereference --dereference, without --sparse"
         )
     return Member(name, info.offset_data, info.size) if info.isreg() else None
 
 
 def _check_end(file: BinaryIO, where: str, start: int, at: int, stop: int) -> None:
-    """Raise UserError unless a block of zeros lies at `at`, right after the last member, and zeros after it."""
+    """Raise UserError unless a block of zeros is at `at`, right after the last member, and only zeros follow it."""
     file.seek(at)
     if file.read(max(min(_BLOCK, stop - at), 0)) != bytes(_BLOCK):
         raise damaged(where, at - start)
@@ -100,12 +104,14 @@ def _check_end(file: BinaryIO, where: str, start: int, at: int, stop: int) -> No
         chunk = file.read(min(1 << 20, stop - at))
         if not chunk or chunk.strip(b"\0"):
             raise UserError(
-                f"{where} goes on after its end-of-archive mark at byte {at - start}: it is damaged, or two archives "
-                "were joined; bring it again, or keep each archive as a file of its own"
+                f"{where} has data after its end-of-archive mark at byte {at - start}: it is damaged, or two archives "
+                "were joined; copy or download it again, or keep each archive in a separate file"
             )
         at += len(chunk)
 
 
 def damaged(where: str, byte: int) -> UserError:
-    """The error of a tar that cannot be read on from a byte."""
-    return UserError(f"{where} is cut or damaged at byte {byte}; copy or download it again, and check its checksum")
+    """The error for a tar that cannot be read beyond a byte."""
+    return UserError(
+        f"{where} is truncated or damaged at byte {byte}; copy or download it again, and check its checksum"
+    )

@@ -1,4 +1,4 @@
-"""WebDataset shards: tars in which the members of a sample lie together and share the name before the first dot.
+"""WebDataset shards: tars in which the members of a sample are adjacent and share the name before the first dot.
 
 Format: github.com/webdataset/webdataset, "The WebDataset Format". Members are located, never extracted or unpickled.
 """
@@ -47,10 +47,10 @@ class _Shard(NamedTuple):
 
 
 def list_webdataset(place: Place, config: "SourceConfig", progress: Progress) -> Listing:
-    """The samples in order of shard name, then as they lie in it. Class names from classes.json beside the shards.
+    """The samples in order of shard name, then of position. Class names come from classes.json next to the shards.
 
-    Raises UserError for archives that are not whole, members that would have to be unpickled, samples without an image
-    or a label, and keys that occur twice.
+    Raises UserError for incomplete archives, members that would have to be unpickled, samples without an image or a
+    label, and keys that occur twice.
     """
     files = matching(place, ".tar", progress)
     warn_of_splits(files.names, place, progress)
@@ -89,13 +89,13 @@ def _shard(root: Folder, entry: dict[str, Any]) -> _Shard:
 
 def _samples(file: BinaryIO, where: str, size: int, left_out: Counter[str]) -> Iterator[_Sample]:
     def located() -> Iterator[tuple[bytes, bytes, Member, int | None]]:
-        """(key, extension, member, label if it says one); small members are read while the file is at them."""
+        """(key, extension, member, label if the member states one). Label members are read during the scan."""
         for member in members(file, where, 0, size):
             folder, slash, base = member.name.rpartition(b"/")
             stem, _, extension = base.lower().partition(b".")
             if extension.rsplit(b".", 1)[-1] in _PICKLES:
                 raise UserError(
-                    f"{as_text(member.name)!r} in {where} is a pickle, which can run any code when it is read; "
+                    f"{as_text(member.name)!r} in {where} is a pickle, which can run arbitrary code when it is read; "
                     "remove such members from the archive"
                 )
             label = None
@@ -129,7 +129,7 @@ def _is_image(extension: bytes) -> bool:
 
 
 def _label(extension: bytes, data: bytes, member: Member, where: str) -> int | None:
-    """The class index that a `.cls` or `.json` member states; None for JSON without one."""
+    """The class index in a `.cls` or `.json` member; None for JSON without one."""
     try:
         value = int(data) if extension == CLASS_MEMBER.encode() else json.loads(data)
         if isinstance(value, dict):
@@ -140,38 +140,39 @@ def _label(extension: bytes, data: bytes, member: Member, where: str) -> int | N
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not -(1 << 31) <= value < 1 << 31:
         raise UserError(
-            f"{as_text(member.name)!r} in {where} holds {value!r}, which is no class index: .cls is a whole number, "
-            '.json an object with "label" as one'
+            f"{as_text(member.name)!r} in {where} contains {value!r}, which is not a class index: a .cls member is a "
+            'whole number, a .json member an object with a whole number as "label"'
         )
     return value
 
 
 def _refuse(place: Place, shards: Sequence[_Shard]) -> None:
     keys = sorted(key for shard in shards for key in shard.keys)
-    if twice := [a for a, b in pairwise(keys) if a == b]:
+    if repeated := [a for a, b in pairwise(keys) if a == b]:
         raise UserError(
-            f"{len(twice)} of {len(keys)} keys in {place} occur twice: {some(twice)}; a key names one sample of the "
-            "whole source, whose members lie next to each other"
+            f"{len(repeated)} of {len(keys)} keys in {place} occur twice: {some(repeated)}; a key must be unique in "
+            "the whole source, and the members of a sample must be adjacent"
         )
-    for what, bad in (
+    for what, incomplete in (
         (f"image ({IMAGES})", [key for shard in shards for key in shard.without_image]),
         ('label (.cls, or .json with a number as "label")', [key for shard in shards for key in shard.without_label]),
     ):
-        if bad:
+        if incomplete:
             raise UserError(
-                f"{len(bad)} of {len(keys)} samples in {place} have no {what}: {some(bad)}; complete or remove them"
+                f"{len(incomplete)} of {len(keys)} samples in {place} have no {what}: {some(incomplete)}; complete or "
+                "remove them"
             )
 
 
 def _class_names(root: Folder, files: Sequence[bytes]) -> tuple[str, ...] | None:
-    """Names of classes.json beside the shards, or None where there is none."""
-    beside = sorted({file.rpartition(b"/")[0] for file in files})
-    for folder in [as_text(folder) for folder in beside]:
+    """The class names in classes.json next to the shards, or None if there is no such file."""
+    folders = sorted({file.rpartition(b"/")[0] for file in files})
+    for folder in map(as_text, folders):
         name = f"{folder}/{CLASSES_NAME}" if folder else CLASSES_NAME
         if not root.exists(name):
             continue
-        names = parse_json(root.read_bytes(name), f"{name} beside the archives")
+        names = parse_json(root.read_bytes(name), f"{name} next to the archives")
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
-            raise UserError(f"{name} beside the archives is not a list of class names; mend or remove it")
+            raise UserError(f"{name} next to the archives is not a list of class names; correct or remove it")
         return tuple(names)
     return None

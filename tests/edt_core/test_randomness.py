@@ -1,10 +1,11 @@
-"""What a training draws, as pure functions."""
+"""Random numbers of a training, and shares of ranks, as pure functions."""
 
 import numpy as np
 import pytest
 import torch
 
-from edt_core.data.order import batch_indices, epoch_order, generator, mirror_draws, share
+from edt_core.data.randomness import batch_indices, epoch_order, generator, mirror_draws
+from edt_core.data.subsets import share
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 97, 1000])

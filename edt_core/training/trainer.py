@@ -99,7 +99,7 @@ class Trainer:
         return hours is not None and self.state.seconds >= hours * 3600
 
     def train_step(self, batch: LatentBatch, draws: StepDraws) -> Signal:
-        """Do one optimizer step; return the largest signal of all ranks. Raises NotFiniteError, the same on each rank."""
+        """Do one optimizer step; return the largest signal of all ranks. Raises NotFiniteError on every rank."""
         inputs, timesteps = self._draw(batch, draws.to(self.ranks.device))
         self.state.optimizer.zero_grad(set_to_none=True)
         null_label = self.state.model.config.num_classes

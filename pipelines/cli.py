@@ -9,7 +9,21 @@ import typer
 from edt_core.child_process import protect_children
 from edt_core.printing.console import say
 from jobs.runtime.termination import term_interrupts
-from pipelines.commands import config, cost, doctor, gc, init, models, schedule, store, submit, ui, verbs, workflow
+from pipelines.commands import (
+    config,
+    cost,
+    doctor,
+    gc,
+    init,
+    models,
+    schedule,
+    store,
+    submit,
+    ui,
+    verbs,
+    webhook,
+    workflow,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +45,7 @@ for panel, commands in COMMANDS.items():
 app.add_typer(config.app, name="config", rich_help_panel="Begin")
 app.add_typer(schedule.app, name="schedule", rich_help_panel="Pipeline")
 app.add_typer(models.app, name="models", rich_help_panel="Models")
+app.add_typer(webhook.app, name="webhook", rich_help_panel="Models")
 app.command("import", rich_help_panel="Models")(models.import_model)
 verbs.add_verbs(app, "Single steps")
 

@@ -4,9 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,43 +17,10 @@ from pipelines.outcome import Outcome
 from pipelines.registry.gate import Decision
 from pipelines.schedule import notice
 from pipelines.schedule.record import UNCHANGED, Tick, new_schedule
+from tests.support.servers import receiver
 from tests.support.small import edt, environment
 
 EVENT = Notification("promoted", "nightly", "digits version 3: new champion", {"model": "digits", "version": "3"})
-
-
-@contextmanager
-def receiver(status: int = 200, headers: dict[str, str] | None = None, wait: threading.Event | None = None):
-    """An HTTP server on a free loopback port; yields its URL and the bodies that were posted to it."""
-    bodies: list[bytes] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-            if wait is not None:
-                wait.wait(60)
-            self.send_response(status)
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_GET = do_POST  # noqa: N815  the name that http.server calls
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", bodies
-    finally:
-        if wait is not None:
-            wait.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture

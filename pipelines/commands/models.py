@@ -265,7 +265,7 @@ def import_model(
     config = released.model.config
     say(
         f"{title(version)} is {config.name} at {config.image_size} px with {config.num_classes} classes, "
-        f"{released.taken} of {checkpoint}{'' if is_new else ' (imported before)'}"
+        f"{released.weights_label} of {checkpoint}{'' if is_new else ' (imported before)'}"
     )
 
 

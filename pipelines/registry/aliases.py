@@ -1,4 +1,4 @@
-"""The registry: versions without doubles, the aliases `candidate` and `champion`, and who moved them."""
+"""The registry: unique versions, the aliases `candidate` and `champion`, and the record of their moves."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,15 +15,15 @@ from pipelines.registry.gate import Decision, decide, metrics_of, run_checks
 from pipelines.tracking.catalog import Catalog, paged, retried
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-GATE_TAG, DECISION_TAG = "edt.gate", "edt.decision"  # the gate's configuration, and what it said
+GATE_TAG, DECISION_TAG = "edt.gate", "edt.decision"  # the gate's configuration and its decision
 BEFORE_TAG = "edt.champion_before"  # of a champion: the version to roll back to, "" for none
 PROMOTED_TAG, ROLLED_BACK_TAG = "edt.promoted", "edt.rolled_back"  # when and by what
 _ATTEMPTS = 10
-_NONE_OF_IT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 
 
 def settle(catalog: Catalog, version: Any, config: PromoteConfig, by: str, files: Callable[[], list[str]]) -> Decision:
-    """Decide on a registered version, move the aliases, and record it all. Killed anywhere, it can be done again."""
+    """Decide on a registered version, move the aliases, and record both. Safe to repeat after a crash at any point."""
     decision = decide(version, config, _champion_before(catalog, version), run_checks(config, version, files))
     move_alias(catalog, version, CANDIDATE)
     if decision.became_champion:
@@ -34,9 +34,9 @@ def settle(catalog: Catalog, version: Any, config: PromoteConfig, by: str, files
 
 
 def promote_version(catalog: Catalog, version: Any, force: bool = False) -> Decision:
-    """Let a registered version through the gate again, against the present champion; `force` opens the gate.
+    """Run the gate again for a registered version, against the present champion. `force` skips the gate.
 
-    The aliases move, and the decision is recorded, only where it becomes champion.
+    Only if the version becomes champion, the alias moves and the decision is recorded.
     """
     before = champion(catalog, version.name)
     if before is not None and before.version == version.version:
@@ -52,28 +52,30 @@ def promote_version(catalog: Catalog, version: Any, force: bool = False) -> Deci
 
 
 def rollback(catalog: Catalog, name: str) -> tuple[Any, Any]:
-    """Give the alias `champion` back to the version that had it before. Returns the version it left, and that one.
+    """Move the alias `champion` back to the previous champion. Returns the champion until now and the previous one.
 
-    Raises UserError where there is no champion, or none before it.
+    Raises UserError if there is no champion, or no previous one.
     """
-    now = champion(catalog, name)
-    if now is None:
+    present = champion(catalog, name)
+    if present is None:
         raise UserError(f"{name} has no champion to roll back; `edt models list --name {name}` shows its versions")
-    number = now.tags.get(BEFORE_TAG)
+    number = present.tags.get(BEFORE_TAG)
     if not number:
-        raise UserError(f"{title(now)} is the first champion, there is none before it to roll back to")
-    before = version_at(catalog, name, number)
-    if before is None:
-        raise UserError(f"version {number} of {name}, champion before version {now.version}, was deleted")
-    set_tags(catalog, now, {ROLLED_BACK_TAG: f"{utc()} to version {number}"})
-    move_alias(catalog, before, CHAMPION)
-    # It is no longer champion, so nothing is before it; a second rollback continues from the other.
-    retried(lambda: catalog.client.delete_model_version_tag(name, now.version, BEFORE_TAG), _ATTEMPTS)
-    return now, before
+        raise UserError(f"{title(present)} is the first champion; there is no previous one to roll back to")
+    previous = version_at(catalog, name, number)
+    if previous is None:
+        raise UserError(
+            f"cannot roll back {title(present)}: the previous champion, version {number} of {name}, was deleted"
+        )
+    set_tags(catalog, present, {ROLLED_BACK_TAG: f"{utc()} to version {number}"})
+    move_alias(catalog, previous, CHAMPION)
+    # A version that is not champion has no predecessor; a second rollback continues from the previous champion.
+    retried(lambda: catalog.client.delete_model_version_tag(name, present.version, BEFORE_TAG), _ATTEMPTS)
+    return present, previous
 
 
 def alone(store: str, name: str) -> AbstractContextManager[object]:
-    """Held by the process that moves the aliases of a model, of all that share a local store."""
+    """The lock for moving the aliases of a model, shared by all processes that use a local store."""
     from edt_core.store.folder import Folder
     from edt_core.store.store import Store
 
@@ -84,13 +86,13 @@ def alone(store: str, name: str) -> AbstractContextManager[object]:
 
 
 def crown(catalog: Catalog, version: Any, before: str | None, by: str) -> None:
-    """Make a version champion. What was before is written first: it must be known whenever the alias has moved."""
+    """Make a version champion. Record the previous champion first: it must be recorded when the alias moves."""
     set_tags(catalog, version, {BEFORE_TAG: before or "", PROMOTED_TAG: f"{utc()} by {by}"})
     move_alias(catalog, version, CHAMPION)
 
 
 def champion(catalog: Catalog, name: str) -> Any | None:
-    """The version that carries the alias `champion`, or None. What MLflow raises for other reasons is raised."""
+    """The version with the alias `champion`, or None. Raises MLflow's other errors."""
     return _or_none(lambda: catalog.client.get_model_version_by_alias(name, CHAMPION))
 
 
@@ -100,13 +102,13 @@ def version_at(catalog: Catalog, name: str, number: str) -> Any | None:
 
 
 def gate_of(version: Any) -> PromoteConfig:
-    """The gate that a version was registered with. One from before that was recorded has the metric and its sense."""
+    """The gate that a version was registered with. Older versions record only the metric and its direction."""
     if text := version.tags.get(GATE_TAG):
         return PromoteConfig.model_validate(json.loads(text))
     metric, _, sense = version.tags.get("edt.promote", "").partition(" ")
     if metric not in metrics_of(version):
         raise UserError(
-            f"{title(version)} was imported, or not registered by edt: no metric is recorded that could decide"
+            f"{title(version)} has no recorded metric to decide by: it was imported, or not registered by edt"
         )
     return PromoteConfig(metric=metric, lower_is_better=sense != "higher")
 
@@ -120,37 +122,37 @@ def add_version(
     identity: Mapping[str, str],
     model_id: str | None = None,
 ) -> Any:
-    """Create the version of `identity`, or take the one that another driver created at the same time.
+    """Create the version of `identity`, or return the one that another driver created at the same time.
 
-    Whoever comes second sees the first, whose number is lower, and withdraws its own: a lost answer of a server, after
-    which the call is repeated, is mended the same way.
+    The second driver sees the first version, which has the lower number, and deletes its own. This also removes the
+    duplicate of a call that was repeated because its answer was lost.
     """
     client = catalog.client
     _ensure_model(catalog, name)
-    both = redacted_values({**tags, **identity})
+    all_tags = redacted_values({**tags, **identity})
 
     def create() -> Any:
-        return client.create_model_version(name, source, run_id=run_id, model_id=model_id, tags=both)
+        return client.create_model_version(name, source, run_id=run_id, model_id=model_id, tags=all_tags)
 
-    made = retried(create, _ATTEMPTS)
+    version = retried(create, _ATTEMPTS)
     first = find_version(catalog, name, identity)
-    if first is None or int(first.version) >= int(made.version):
-        return made
-    retried(lambda: client.delete_model_version(name, made.version), _ATTEMPTS)
+    if first is None or int(first.version) >= int(version.version):
+        return version
+    retried(lambda: client.delete_model_version(name, version.version), _ATTEMPTS)
     return first
 
 
 def find_version(catalog: Catalog, name: str, identity: Mapping[str, str]) -> Any | None:
     """The first version with these tags, or None."""
-    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
-    found = search(catalog, f"name = '{name}' and {wanted}")
-    return min(found, key=lambda version: int(version.version), default=None)
+    conditions = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    versions = search(catalog, f"name = '{name}' and {conditions}")
+    return min(versions, key=lambda version: int(version.version), default=None)
 
 
-def search(catalog: Catalog, wanted: str) -> list[Any]:
-    """All versions that a filter of MLflow lets through."""
-    ask = partial(catalog.client.search_model_versions, wanted, 1000)
-    return list(paged(lambda token: retried(lambda: ask(page_token=token))))
+def search(catalog: Catalog, mlflow_filter: str) -> list[Any]:
+    """All versions that match a filter of MLflow."""
+    request = partial(catalog.client.search_model_versions, mlflow_filter, 1000)
+    return list(paged(lambda token: retried(lambda: request(page_token=token))))
 
 
 def move_alias(catalog: Catalog, version: Any, alias: str) -> None:
@@ -159,18 +161,18 @@ def move_alias(catalog: Catalog, version: Any, alias: str) -> None:
 
 
 def set_tags(catalog: Catalog, version: Any, tags: Mapping[str, str]) -> None:
-    """Set tags of a registered version, without credentials in them."""
+    """Set tags of a registered version. Credentials in the values are redacted."""
     for key, value in tags.items():
         call = partial(catalog.client.set_model_version_tag, version.name, version.version, key, redacted(value))
         retried(call, _ATTEMPTS)
 
 
 def _champion_before(catalog: Catalog, version: Any) -> Any | None:
-    """The champion that a version is compared with. Of one that was crowned and not settled, that is the one before."""
-    now = champion(catalog, version.name)
-    if now is None or now.version != version.version:
-        return now
-    number = now.tags.get(BEFORE_TAG)
+    """The champion to compare a version with: the previous one if this version already has the alias."""
+    present = champion(catalog, version.name)
+    if present is None or present.version != version.version:
+        return present
+    number = present.tags.get(BEFORE_TAG)
     return version_at(catalog, version.name, number) if number else None
 
 
@@ -180,7 +182,7 @@ def _or_none(call: Callable[[], Any]) -> Any | None:
     try:
         return call()
     except MlflowException as error:
-        if error.error_code in _NONE_OF_IT:
+        if error.error_code in _MISSING:
             return None
         raise
 

@@ -1,7 +1,7 @@
-"""compare: what registered versions reached for what their training cost, beside what papers report.
+"""compare: a metric of registered versions against the cost of their training, next to published results.
 
-A version's costs are tags of it, written when it was registered; of one from before there were such tags they are told
-from its checkpoint artifact, if that can still be read.
+Registration writes a version's costs as its tags. For older versions without these tags, the costs come from the
+checkpoint artifact, if that is readable.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from pipelines.registry.registration import COST_TAG, COSTS
 
 AXES = {"training_flops": "training FLOPs", "images_seen": "images seen", "device_hours": "device-hours"}
 _PUBLISHED_METRIC = "fid"
-_PATCHES = "/2"  # of published models: those with larger patches are far from all others
+_PATCHES = "/2"  # of the published models to show: those with larger patches are far off in the figure
 
 
 @dataclass(frozen=True)
 class Point:
-    """One version, or one row of a paper (`source`). Costs are None where nobody recorded them."""
+    """One version, or one row of a paper (`source`). Costs that are not recorded are None."""
 
     label: str
     model: str
@@ -38,13 +38,13 @@ class Point:
 
     @property
     def series(self) -> str:
-        """What points of one line have in common: the registered model, or the paper and the kind of its models."""
+        """The line of the figure that the point is on: the registered model, or the paper and its model family."""
         return self.label.partition("/")[0] if self.source is None else f"{self.model.partition('-')[0]}, {self.source}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Versions in the order they were given, published points, and what a reader has to know of both."""
+    """Versions in the given order, published points, and notes for the reader."""
 
     metric: str
     points: tuple[Point, ...]
@@ -52,7 +52,7 @@ class Comparison:
     notes: tuple[str, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line of a table for each point, versions first."""
+        """One table row per point, versions first."""
         return [self._row(point) for point in (*self.points, *self.published)]
 
     def _row(self, point: Point) -> dict[str, Any]:
@@ -62,15 +62,15 @@ class Comparison:
         return {**fields, "training_flops": None if point.training_flops is None else float(point.training_flops)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """All fields, for JSON."""
         return asdict(self)
 
 
 def compare(records: Sequence[Record], metric: str | None = None, with_published: bool = False) -> Comparison:
-    """Put versions beside each other by a metric; that of the first one's gate if none is given.
+    """Compare versions by a metric, by default the metric of the first version's gate.
 
-    Published FIDs stand beside them where the metric is `fid` and the images are as large; `with_published` shows them
-    all the same. Raises UserError for a metric that one of the versions lacks.
+    Published FIDs are added if the metric is `fid` and the image size is the same; `with_published` always adds them.
+    Raises UserError if one of the versions lacks the metric.
     """
     first = records[0].version
     metric = metric or gate_of(first).metric
@@ -82,7 +82,7 @@ def compare(records: Sequence[Record], metric: str | None = None, with_published
 
 
 def costs_of(version: Any) -> dict[str, Any]:
-    """What is recorded of a version's size and training, under the names `COSTS`; what is not is left out."""
+    """The recorded size and training costs of a version, by the names in `COSTS`, without those not recorded."""
     texts = {name: version.tags[f"{COST_TAG}{name}"] for name in COSTS if f"{COST_TAG}{name}" in version.tags}
     types = {"model": str, "device_hours": float}
     recorded = {name: types.get(name, int)(text) for name, text in texts.items()}
@@ -92,7 +92,7 @@ def costs_of(version: Any) -> dict[str, Any]:
 
 
 def _costs_in_store(uri: str | None) -> dict[str, Any]:
-    """The costs of a training from before they were counted; {} of what cannot be read, or was not trained here."""
+    """The costs of an older training, from its artifact. {} if it is unreadable, or the model was not trained here."""
     from edt_core.models import ModelConfig, training_flops
     from jobs.stages.sample import model_config_of
 
@@ -103,16 +103,16 @@ def _costs_in_store(uri: str | None) -> dict[str, Any]:
         config = ModelConfig.from_dict(model_config_of(artifact))
     except (UserError, OSError, ValueError, KeyError):
         return {}
-    known = {name: artifact.counts[name] for name in COSTS if name in artifact.counts}
+    recorded = {name: artifact.counts[name] for name in COSTS if name in artifact.counts}
     flops = images * training_flops(config, masked=masked)
-    return {"image_size": config.image_size, "images_seen": images, "training_flops": flops, **known}
+    return {"image_size": config.image_size, "images_seen": images, "training_flops": flops, **recorded}
 
 
 def _point(record: Record, metric: str, costs: Mapping[str, Any], first: Any) -> Point:
     value = metric_of(record.version, metric)
     if value is None:
-        known = ", ".join(sorted(metrics_of(record.version))) or "none"
-        raise UserError(f"{record.label} has no metric {metric!r} recorded, but {known}; choose another with --metric")
+        names = ", ".join(sorted(metrics_of(record.version))) or "none"
+        raise UserError(f"{record.label} has no metric {metric!r}; it has {names}. Choose another with --metric")
     return Point(
         record.label,
         str(costs.get("model", "-")),
@@ -124,12 +124,12 @@ def _point(record: Record, metric: str, costs: Mapping[str, Any], first: Any) ->
 
 
 def _unlike(records: Sequence[Record]) -> list[str]:
-    """A note for each version that was measured by another protocol than the first."""
+    """A note for each version whose protocol differs from that of the first."""
     first, *others = (record.version for record in records)
     names = [record.label for record in records]
     return [
         f"* {name} is NOT comparable with {names[0]}, measured by another protocol: "
-        f"{'; '.join(differences(other, first)) or '(not recorded in words)'}"
+        f"{'; '.join(differences(other, first)) or '(details not recorded)'}"
         for name, other in zip(names[1:], others, strict=True)
         if not same_protocol(first, other)
     ]
@@ -137,32 +137,32 @@ def _unlike(records: Sequence[Record]) -> list[str]:
 
 def _unknown(points: Sequence[Point]) -> list[str]:
     """A note on the costs that are not recorded."""
-    lacking = {axis: [point.label for point in points if getattr(point, axis) is None] for axis in AXES}
-    return [f"{AXES[axis]} not recorded: {', '.join(labels)}" for axis, labels in lacking.items() if labels]
+    missing = {axis: [point.label for point in points if getattr(point, axis) is None] for axis in AXES}
+    return [f"{AXES[axis]} not recorded: {', '.join(labels)}" for axis, labels in missing.items() if labels]
 
 
 def _published(
     metric: str, image_sizes: Sequence[int | None], version: Any, forced: bool
 ) -> tuple[tuple[Point, ...], str]:
-    """The published points to show, and what is to be said of them."""
-    known = [row for row in PUBLISHED if row.model.endswith(_PATCHES)]
-    sizes = set(image_sizes) & {row.image_size for row in known}
+    """The published points to show, and a note on them."""
+    candidates = [row for row in PUBLISHED if row.model.endswith(_PATCHES)]
+    sizes = set(image_sizes) & {row.image_size for row in candidates}
     guided = float(protocol_of(version).get("cfg_scale", 1.0)) > 1.0
     if forced:
-        rows = [row for row in known if not sizes or row.image_size in sizes]
-        why = "published: FID-50k of ImageNet, whatever is compared here (--published)"
+        rows = [row for row in candidates if not sizes or row.image_size in sizes]
+        note = "published: FID-50k of ImageNet, shown for any data set and metric (--published)"
     elif metric != _PUBLISHED_METRIC:
-        return (), f"no published values beside {metric}: those are FID-50k; --published shows them all the same"
+        return (), f"no published values for {metric}: only FID-50k is published; --published shows it anyway"
     elif not sizes:
-        return (), "no published values beside images of this size: those are of 256 and 512 px; --published shows them"
+        return (), "no published values for this image size: only 256 and 512 px are; --published shows them anyway"
     else:
-        rows = [row for row in known if row.image_size in sizes and row.guided == guided]
-        why = f"published: FID-50k of ImageNet, {'with' if guided else 'without'} guidance"
-    return tuple(_published_point(row) for row in rows), why
+        rows = [row for row in candidates if row.image_size in sizes and row.guided == guided]
+        note = f"published: FID-50k of ImageNet, {'with' if guided else 'without'} guidance"
+    return tuple(_published_point(row) for row in rows), note
 
 
 def _published_point(row: Published) -> Point:
-    """A paper's row, its training FLOPs as this code counts them for the model of that name."""
+    """The point of a paper's row. Its training FLOPs are counted by this code for the model of that name."""
     from edt_core.models import MODEL_NAMES, model_config, training_flops
 
     flops = None

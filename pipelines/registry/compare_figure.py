@@ -1,4 +1,4 @@
-"""The figure of a comparison: a metric against each cost, versions filled, published points hollow."""
+"""The figure of a comparison: a metric against each cost. Markers of versions are filled, published ones hollow."""
 
 import io
 from typing import Any
@@ -7,14 +7,14 @@ from pipelines.registry.compare import AXES, Comparison, Point
 
 _WIDTH, _HEIGHT, _DPI = 13.5, 5.2, 100  # inches, and pixels of an inch
 _PUBLISHED_MARKERS = {"EDT": "s", "DiT": "^", "MDTv2": "D"}
-_LINEAR_TO = 5  # largest cost by smallest, up to which a logarithmic scale would have no marks to speak of
-_LOG_FROM = 10  # largest value by smallest, from which on the metric is drawn in a logarithmic scale
+_LINEAR_TO = 5  # largest cost / smallest cost: below this, a logarithmic scale has too few ticks
+_LOG_FROM = 10  # largest value / smallest value: above this, the metric has a logarithmic scale
 _GREY = "0.35"
 _PUBLISHED = "published: "
 
 
 def draw(comparison: Comparison) -> bytes:
-    """A PNG with a panel for each cost."""
+    """A PNG with one panel per cost."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
@@ -28,7 +28,7 @@ def draw(comparison: Comparison) -> bytes:
         if min(values) > 0 and max(values) > _LOG_FROM * min(values):
             panel.set_yscale("log")
     panels[0].set_ylabel(comparison.metric)
-    figure.suptitle(f"{comparison.metric} against what the training cost", fontsize=12)
+    figure.suptitle(f"{comparison.metric} against the cost of training", fontsize=12)
     handles: dict[str, Any] = {}
     for panel in panels:
         handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
@@ -40,20 +40,20 @@ def draw(comparison: Comparison) -> bytes:
 
 
 def _panel(panel: Any, points: tuple[Point, ...], axis: str) -> None:
-    """One line a series, in its own colour through all panels; a panel without any cost says so."""
+    """One line per series, in the same colour in all panels. A panel without recorded costs says so."""
     series: dict[str, list[Point]] = {}
     for point in points:
         series.setdefault(point.series, []).append(point)
     drawn = False
     for number, (label, members) in enumerate(series.items()):
-        known = sorted((p for p in members if getattr(p, axis)), key=lambda point: getattr(point, axis))
-        if not known:
+        line = sorted((p for p in members if getattr(p, axis)), key=lambda point: getattr(point, axis))
+        if not line:
             continue
         drawn = True
-        if known[0].source is None:
-            _versions(panel, label, known, axis, f"C{number % 10}")
+        if line[0].source is None:
+            _versions(panel, label, line, axis, f"C{number % 10}")
         else:
-            _published(panel, label, known, axis)
+            _published(panel, label, line, axis)
     if drawn:
         _scale(panel, axis)
     else:
@@ -62,7 +62,7 @@ def _panel(panel: Any, points: tuple[Point, ...], axis: str) -> None:
 
 
 def _scale(panel: Any, axis: str) -> None:
-    """Logarithmic, but linear for costs that are close; images as 200 M, hours as they are, FLOPs in powers of ten."""
+    """Set a logarithmic scale, or a linear one for close costs. Ticks: images as 200 M, hours plain, FLOPs as 10^n."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     panel.margins(x=0.12)
@@ -108,7 +108,7 @@ def _published(panel: Any, label: str, points: list[Point], axis: str) -> None:
         linestyle="none",
         label=f"{_PUBLISHED}{label}, FID-50k",
     )
-    if axis == "training_flops":  # elsewhere many stand in one place
+    if axis == "training_flops":  # on the other axes many labels would overlap
         for point in points:
             size = point.model.partition("-")[2].partition("/")[0]
             place = (getattr(point, axis), point.value)

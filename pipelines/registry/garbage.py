@@ -1,9 +1,7 @@
-"""What of a store nothing needs any more: artifacts that no registered model and no recent run reaches, and the
-attempts that were given up.
+"""The garbage of a store: artifacts that no registered model and no recent run needs, and abandoned attempts.
 
-A store in use is left alone: a workflow holds its store (`Store.in_use`) from before it looks for what is there until
-it ends, and this waits for nobody. So is whatever MLflow cannot speak for: an artifact that was made by a run of
-another MLflow, and everything that is no artifact.
+A store in use is left alone: a workflow locks its store (`Store.in_use`) before it searches for artifacts and until it
+ends. Artifacts that were made by a run of another MLflow, and files that are not artifacts, are left alone as well.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +24,7 @@ from pipelines.tracking.catalog import Catalog
 
 @dataclass(frozen=True)
 class Garbage:
-    """One folder that may go: an artifact with all its attempts, or, with `attempt`, one of them."""
+    """One folder to remove: an artifact with all its attempts, or, with `attempt`, only that attempt."""
 
     kind: str
     fingerprint: str
@@ -52,7 +50,7 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Survey:
-    """What of a store may go, and what stays though nothing needs it: path in the store -> why."""
+    """The garbage of a store, and what is left alone although nothing needs it: path in the store -> why."""
 
     garbage: list[Garbage]
     left_alone: dict[str, str]
@@ -60,19 +58,19 @@ class Survey:
 
 @dataclass
 class Contents:
-    """What the folders of a store's artifacts hold. `unreadable`: why a manifest that is there cannot be read."""
+    """The contents of a store: artifact folders, other files (path -> why), manifests, and unreadable manifests."""
 
     folders: list[Identity]
     others: dict[str, str]
-    made: dict[Identity, Manifest] = field(default_factory=dict)
-    unreadable: dict[Identity, str] = field(default_factory=dict)
+    manifests: dict[Identity, Manifest] = field(default_factory=dict)
+    unreadable: dict[Identity, str] = field(default_factory=dict)  # -> the error
 
     @classmethod
     def of(cls, store: Store) -> "Contents":
         contents = cls(*artifact_folders(store.root))
         for kind, name in contents.folders:
             contents._read(store, kind, name)
-        # A link into the store is not touched, but the artifact behind it may be needed, and all it was made from.
+        # A link in the store is never removed, but the artifact behind it, with its inputs, may be needed.
         for path in contents.others:
             kind, _, other = path.partition("/")
             for name in [other] if other else store.root.child(kind).names():
@@ -83,99 +81,100 @@ class Contents:
         folder = store.folder(kind, name)
         if folder.exists(MANIFEST_NAME):
             try:
-                self.made[kind, name] = Artifact.read(folder).manifest
+                self.manifests[kind, name] = Artifact.read(folder).manifest
             except ManifestError as error:
                 self.unreadable[kind, name] = str(error)
 
 
 def roots(catalog: Catalog, keep_runs: int, running: bool) -> set[str]:
-    """Fingerprints that stay with all they were made from: of registered versions and of each pipeline's last runs.
+    """Fingerprints of the artifacts to keep, with their inputs: of registered versions and each pipeline's last runs.
 
-    With `running`, of every run that MLflow calls RUNNING as well: those that go on, and those that were killed.
+    With `running`, also of every run with the status RUNNING in MLflow: runs in progress, and runs that were killed.
     """
-    kept: set[str] = set()
+    fingerprints: set[str] = set()
     seen: dict[str, int] = {}
     for run in runs.workflow_runs(catalog):
         name = run.data.tags["edt.workflow"]
         seen[name] = seen.get(name, 0) + 1
         if seen[name] <= keep_runs or (running and run.info.status == "RUNNING"):
-            kept |= set(runs.steps_of(run.data.tags).values())
-    return kept | {
+            fingerprints |= set(runs.steps_of(run.data.tags).values())
+    return fingerprints | {
         v.tags[key] for v in search(catalog, "") for key in ("edt.checkpoint", "edt.evaluation") if key in v.tags
     }
 
 
-def reachable(made: Mapping[Identity, Manifest], kept: Iterable[str]) -> set[str]:
-    """The fingerprints of `kept`, of the reports about them, and of all that these were made from."""
-    by_fingerprint = {fingerprint: manifest for (_, fingerprint), manifest in made.items()}
-    waiting, found = list(kept), set[str]()
+def reachable(manifests: Mapping[Identity, Manifest], fingerprints: Iterable[str]) -> set[str]:
+    """The given fingerprints, those of the reports about them, and those of all their inputs."""
+    by_fingerprint = {fingerprint: manifest for (_, fingerprint), manifest in manifests.items()}
+    waiting, visited = list(fingerprints), set[str]()
     while waiting:
         identity = waiting.pop()
-        if identity not in found:
-            found.add(identity)
+        if identity not in visited:
+            visited.add(identity)
             if identity in by_fingerprint:
                 waiting += by_fingerprint[identity].inputs.values()
         if not waiting:
             waiting += [
                 fingerprint
-                for (kind, fingerprint), manifest in made.items()
-                if kind == "report" and fingerprint not in found and _is_about(manifest, found)
+                for (kind, fingerprint), manifest in manifests.items()
+                if kind == "report" and fingerprint not in visited and _is_about(manifest, visited)
             ]
-    return found
+    return visited
 
 
-def _is_about(report: Manifest, found: set[str]) -> bool:
-    return all(report.inputs.get(role) in found for role in ("checkpoint", "evaluation"))
+def _is_about(report: Manifest, fingerprints: set[str]) -> bool:
+    return all(report.inputs.get(role) in fingerprints for role in ("checkpoint", "evaluation"))
 
 
 def survey(store: Store, catalog: Catalog, keep_runs: int, force: bool = False) -> Survey:
-    """All that may go. Nothing is removed. What has no manifest counts as never finished.
+    """Find the garbage of a store. Removes nothing. An artifact without a manifest counts as unfinished.
 
-    With `force` also what this MLflow does not know, and what cannot be read. Without it, raises UserError where MLflow
-    knows none of the store's runs, or where something that is needed cannot be read.
+    With `force`, garbage includes artifacts that this MLflow does not know and those that are unreadable. Without it,
+    raises UserError if MLflow knows none of the store's runs, or if an artifact that is needed is unreadable.
     """
     contents = Contents.of(store)
-    strangers = {} if force else unknown(store, catalog, contents)
-    # A local store tells itself whether it is used; whatever MLflow calls RUNNING otherwise was killed.
-    kept = roots(catalog, keep_runs, running=store.root.local is None)
-    needed = reachable(contents.made, kept)
+    foreign_artifacts = {} if force else unknown(store, catalog, contents)
+    # A local store is locked while it is used, so there a run with the status RUNNING was killed.
+    fingerprints = roots(catalog, keep_runs, running=store.root.local is None)
+    needed = reachable(contents.manifests, fingerprints)
     if not force:
         _check_readable(contents, needed)
-    # Another MLflow may have registered what this one does not know: what that was made from stays as well.
-    needed_elsewhere = reachable(contents.made, kept | {name for _, name in strangers})
-    found = Survey([], dict(contents.others))
+    # Another MLflow may have registered an artifact that this one does not know: keep its inputs as well.
+    needed_elsewhere = reachable(contents.manifests, fingerprints | {name for _, name in foreign_artifacts})
+    result = Survey([], dict(contents.others))
     for identity in contents.folders:
         if identity[1] in needed:
-            _attempts_given_up(store, contents, identity, found)
-        elif reason := strangers.get(identity):
-            found.left_alone["/".join(identity)] = f"{reason}; --force removes it"
+            _add_abandoned_attempts(store, contents, identity, result)
+        elif reason := foreign_artifacts.get(identity):
+            result.left_alone["/".join(identity)] = f"{reason}; --force removes it"
         elif identity[1] not in needed_elsewhere:
-            _not_needed(store, contents, identity, keep_runs, force, found)
-    return found
+            _add_unneeded(store, contents, identity, keep_runs, force, result)
+    return result
 
 
 def unknown(store: Store, catalog: Catalog, contents: Contents) -> dict[Identity, str]:
-    """The artifacts that were made by runs that this MLflow does not know, and a text that says so.
+    """The artifacts of runs that this MLflow does not know, each with a text that says so.
 
-    A run that was deleted in MLflow is known as long as MLflow keeps it. What names no run, as an artifact that was
-    never finished, is looked up by its fingerprint. Raises UserError where not one of the runs is known.
+    A run deleted in MLflow is known as long as MLflow keeps it. An artifact whose run is not recorded, as an unfinished
+    one, is looked up by its fingerprint. Raises UserError if none of the runs is known.
     """
-    named = {manifest.mlflow_run_id for manifest in contents.made.values() if manifest.mlflow_run_id}
-    known = set(runs.runs_of(catalog, named))
-    if named and not known:
-        raise UserError(_nothing_known(store, catalog, len(named)))
+    manifests = contents.manifests
+    run_ids = {manifest.mlflow_run_id for manifest in manifests.values() if manifest.mlflow_run_id}
+    known_ids = set(runs.runs_of(catalog, run_ids))
+    if run_ids and not known_ids:
+        raise UserError(_no_run_known(store, catalog, len(run_ids)))
     tagged = runs.search(catalog, "tags.`edt.fingerprint` LIKE '%'", deleted=True)
     fingerprints = {run.data.tags["edt.fingerprint"] for run in tagged}
-    found = {}
-    for identity in {*contents.folders, *contents.made}:
-        run_id = contents.made[identity].mlflow_run_id if identity in contents.made else None
-        if run_id not in known if run_id else identity[1] not in fingerprints:
-            maker = f"made by the run {run_id}" if run_id else "made by a run"
-            found[identity] = f"{maker} that the MLflow at {catalog.place} does not know"
-    return found
+    reasons = {}
+    for identity in {*contents.folders, *manifests}:
+        run_id = manifests[identity].mlflow_run_id if identity in manifests else None
+        if run_id not in known_ids if run_id else identity[1] not in fingerprints:
+            origin = f"made by the run {run_id}" if run_id else "made by a run"
+            reasons[identity] = f"{origin} that the MLflow at {catalog.place} does not know"
+    return reasons
 
 
-def _nothing_known(store: Store, catalog: Catalog, number: int) -> str:
+def _no_run_known(store: Store, catalog: Catalog, number: int) -> str:
     root, remedy = store.root.local, "give the MLflow of these runs with --tracking-uri or MLFLOW_TRACKING_URI"
     if root is not None and (root / SQLITE).exists() and catalog.tracking_uri != own_uri(store.root):
         remedy += f", or neither for the one in the store ({root / SQLITE})"
@@ -187,39 +186,39 @@ def _nothing_known(store: Store, catalog: Catalog, number: int) -> str:
 
 
 def _check_readable(contents: Contents, needed: set[str]) -> None:
-    """Raise UserError where the manifest of something that is needed cannot be read."""
+    """Raise UserError if the manifest of an artifact that is needed cannot be read."""
     reasons = [reason for (_, name), reason in contents.unreadable.items() if name in needed]
     if reasons:
         raise UserError(
             f"{len(reasons)} artifacts that a registered model or a recent run needs have a manifest that cannot be "
-            f"read, so it is not known what they were made from; nothing was removed. The first: {reasons[0]}. To "
-            "remove what only these may need, give --force"
+            f"read, so their inputs are unknown; nothing was removed. The first: {reasons[0]}. To remove artifacts "
+            "that only these may need, give --force"
         )
 
 
-def _attempts_given_up(store: Store, contents: Contents, identity: Identity, found: Survey) -> None:
-    """Add the other attempts at an artifact that is committed. What has no manifest is continued by the next run."""
-    manifest = contents.made.get(identity)
+def _add_abandoned_attempts(store: Store, contents: Contents, identity: Identity, result: Survey) -> None:
+    """Add the other attempts at a committed artifact. An uncommitted one is resumed by the next run, so it stays."""
+    manifest = contents.manifests.get(identity)
     if manifest is None or not manifest.attempt:
         return
     folder, path = store.folder(*identity), "/".join(identity)
     others = foreign_names(folder, manifest.attempt)
-    found.left_alone.update({f"{path}/{name}": reason for name, reason in others.items()})
+    result.left_alone.update({f"{path}/{name}": reason for name, reason in others.items()})
     for name in folder.names():
         if is_stamped(name) and name != manifest.attempt and name not in others:
             size = sum(files_below(folder.child(name)).values())
-            found.garbage.append(Garbage(*identity, size, "another attempt was committed", name))
+            result.garbage.append(Garbage(*identity, size, "another attempt was committed", name))
 
 
-def _not_needed(
-    store: Store, contents: Contents, identity: Identity, keep_runs: int, force: bool, found: Survey
+def _add_unneeded(
+    store: Store, contents: Contents, identity: Identity, keep_runs: int, force: bool, result: Survey
 ) -> None:
-    """Add an artifact that nothing needs: to what may go, or to what stays since it is not what edt has made."""
-    folder, manifest = store.folder(*identity), contents.made.get(identity)
+    """Add an artifact that nothing needs: to the garbage, or to what is left alone if edt did not make all of it."""
+    folder, manifest = store.folder(*identity), contents.manifests.get(identity)
     why, run_id = f"no registered model and none of the last {keep_runs} runs needs it", None
     if identity in contents.unreadable:
         if not force:
-            found.left_alone["/".join(identity)] = f"{why}, but {contents.unreadable[identity]}; --force removes it"
+            result.left_alone["/".join(identity)] = f"{why}, but {contents.unreadable[identity]}; --force removes it"
             return
         why = f"its manifest cannot be read, and {why}"
     elif manifest is None:
@@ -227,17 +226,17 @@ def _not_needed(
     else:
         run_id = manifest.mlflow_run_id
     if reason := _not_of_edt(folder, manifest, identity):
-        found.left_alone["/".join(identity)] = f"{why}, but {reason}"
+        result.left_alone["/".join(identity)] = f"{why}, but {reason}"
     else:
-        found.garbage.append(Garbage(*identity, sum(files_below(folder).values()), why, run_id=run_id))
+        result.garbage.append(Garbage(*identity, sum(files_below(folder).values()), why, run_id=run_id))
 
 
 def _not_of_edt(folder: Folder, manifest: Manifest | None, identity: Identity) -> str:
-    """Why a folder is not, or not only, an artifact that a workflow has put there; "" where it is."""
+    """Why a folder is not, or not only, an artifact that a workflow wrote there; "" if it is."""
     if manifest is not None and (manifest.kind, manifest.fingerprint) != identity:
         return f"its manifest is of the artifact {manifest.kind}/{manifest.fingerprint[:12]}: it was moved or copied"
     if not folder.names():
         return "it is empty"
     if others := foreign(folder, manifest):
-        return f"it holds what is not of edt: {listing([f'{name} is {reason}' for name, reason in others.items()])}"
+        return f"it contains other files: {listing([f'{name} is {reason}' for name, reason in others.items()])}"
     return ""

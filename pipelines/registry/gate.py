@@ -1,10 +1,10 @@
-"""The gate: whether a version becomes champion. Decided from what is recorded of two versions, and from checks.
+"""The gate: whether a version becomes champion, by the records of both versions and by checks.
 
 With v the value of the new version, c that of the champion and r the required improvement, a version becomes champion
-if both were measured by one protocol, no check failed, and v is better than c by at least r:
+if both have the same protocol, no check failed, and v is better than c by at least r:
 
-    r = margin * |c|                    where `promote.margin` is set
-    r = 2 * max(std of v, std of c)     else, where each is the mean of several repeats; then v is better by more than r
+    r = margin * |c|                    if `promote.margin` is set
+    r = 2 * max(std of v, std of c)     else, if each is the mean of several repeats; v must be better by more than r
     r = 0.01 * |c|                      else
 """
 
@@ -26,7 +26,7 @@ _ROUNDING = 1e-9  # of the required improvement: 4.95 is 1 % better than 5
 
 @dataclass(frozen=True)
 class Check:
-    """Something that every new champion must pass, and whether this one did."""
+    """A check that every new champion must pass, with its result."""
 
     name: str
     passed: bool
@@ -35,17 +35,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate said of a version, with all that it went by."""
+    """The gate's decision about a version, with everything it depends on."""
 
     name: str
     version: str
     metric: str
     value: float
-    champion_before: str | None  # version, None where there was none
-    champion_value: float | None  # None also where the champion was measured by another protocol
+    champion_before: str | None  # version, None if there was none
+    champion_value: float | None  # None also if the champion has another protocol
     became_champion: bool
     lower_is_better: bool = True
-    required: float | None = None  # the improvement, None where there was nothing to compare with
+    required: float | None = None  # the improvement, None if there was nothing to compare with
     required_from: str = ""
     checks: tuple[Check, ...] = ()
     forced: bool = False
@@ -60,7 +60,7 @@ class Decision:
 
     @property
     def improvement(self) -> float | None:
-        """How much better than the champion, negative where worse; None where there is nothing to compare with."""
+        """How much better than the champion; negative if worse, None if there is nothing to compare with."""
         if self.champion_value is None:
             return None
         return (self.champion_value - self.value) * (1 if self.lower_is_better else -1)
@@ -72,9 +72,9 @@ class Decision:
     def from_json(cls, text: str) -> "Decision":
         """A recorded decision, of this or of an older version of the record."""
         values = json.loads(text)
-        known = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)}
         checks = tuple(Check(**check) for check in values.get("checks", ()))
-        return cls(**{**{k: v for k, v in values.items() if k in known}, "checks": checks})
+        return cls(**{**{k: v for k, v in values.items() if k in names}, "checks": checks})
 
     def __str__(self) -> str:
         """ "<outcome>: <why>" in one sentence."""
@@ -83,7 +83,7 @@ class Decision:
             outcome = f"forced, {outcome}" if self.forced else outcome
         else:
             outcome = "candidate only"
-        # What failed goes first where it decided.
+        # Failed checks come before the comparison: they decided.
         failed = [f"failed the check of {check.name}, {check.detail}" for check in self.failed]
         return f"{outcome}: {'; '.join([f'{self.metric} {self.value:.4g}', *failed, *self._comparison()])}"
 
@@ -105,7 +105,7 @@ class Decision:
 def decide(
     version: Any, config: PromoteConfig, before: Any | None, checks: Sequence[Check] = (), force: bool = False
 ) -> Decision:
-    """Compare a version with the champion `before` by their tags: like with like, or not at all."""
+    """Decide on a version, compared with the champion `before` by their tags if both have the same protocol."""
     value = metric_of(version, config.metric)
     if value is None:
         raise UserError(
@@ -115,24 +115,24 @@ def decide(
     passed = all(check.passed for check in checks)
     previous = None if before is None else str(before.version)
     common: dict[str, Any] = {"lower_is_better": config.lower_is_better, "checks": tuple(checks)}
-    known = (str(version.name), str(version.version), config.metric, value, previous)
+    facts = (str(version.name), str(version.version), config.metric, value, previous)
     champion_value = metric_of(before, config.metric) if before is not None and _comparable(version, before) else None
     if before is None or champion_value is None:
         wins = passed and before is None
-        return Decision(*known, None, wins or force, **common, forced=force and not wins)
-    needed = required_improvement(config, champion_value, version, before)
-    wins = passed and needed.by((champion_value - value) * (1 if config.lower_is_better else -1))
-    common |= {"required": needed.value, "required_from": needed.origin}
-    return Decision(*known, champion_value, wins or force, **common, forced=force and not wins)
+        return Decision(*facts, None, wins or force, **common, forced=force and not wins)
+    required = required_improvement(config, champion_value, version, before)
+    wins = passed and required.by((champion_value - value) * (1 if config.lower_is_better else -1))
+    common |= {"required": required.value, "required_from": required.origin}
+    return Decision(*facts, champion_value, wins or force, **common, forced=force and not wins)
 
 
 @dataclass(frozen=True)
 class Required:
-    """How much better than the champion's value a new one has to be, and by which rule."""
+    """The improvement that a new champion needs over the present one's value, and the rule that it comes from."""
 
     value: float
     origin: str
-    exclusive: bool = False  # by more than that
+    exclusive: bool = False  # the improvement must be greater than `value`
 
     def by(self, improvement: float) -> bool:
         if self.exclusive or improvement <= 0:
@@ -141,69 +141,69 @@ class Required:
 
 
 def required_improvement(config: PromoteConfig, champion_value: float, *versions: Any) -> Required:
-    """The rule that holds for these versions, the new one and the champion."""
+    """The required improvement for these versions, the new one and the champion."""
     if config.margin is not None:
         return Required(
             config.margin * abs(champion_value), f"promote.margin {config.margin:g} of the champion's value"
         )
     spreads = [metric_of(version, f"{config.metric}_std") for version in versions]
     repeats = min(repeats_of(version) for version in versions)
-    known = [spread for spread in spreads if spread is not None]
-    if repeats > 1 and len(known) == len(spreads):
+    recorded = [spread for spread in spreads if spread is not None]
+    if repeats > 1 and len(recorded) == len(spreads):
         origin = f"more than {DEVIATIONS} standard deviations of {repeats} repeats"
-        return Required(DEVIATIONS * max(known), origin, exclusive=True)
+        return Required(DEVIATIONS * max(recorded), origin, exclusive=True)
     return Required(DEFAULT_MARGIN * abs(champion_value), f"{DEFAULT_MARGIN:.0%} of the champion's value")
 
 
 def run_checks(config: PromoteConfig, version: Any, problems_of_files: Callable[[], list[str]]) -> tuple[Check, ...]:
-    """Everything that a champion must pass, whatever its metric: numbers, limits, artifacts, and the stored files."""
+    """The checks that a champion must pass besides its metric: finite metrics, limits, artifacts, and stored files."""
     metrics, tags = metrics_of(version), version.tags
-    odd = [f"{name} is {value}" for name, value in sorted(metrics.items()) if not math.isfinite(value)]
-    beyond = [text for name, limits in sorted(config.require.items()) if (text := _beyond(name, limits, metrics))]
+    not_finite = [f"{name} is {value}" for name, value in sorted(metrics.items()) if not math.isfinite(value)]
+    violations = [t for name, limits in sorted(config.require.items()) if (t := _violation(name, limits, metrics))]
     artifacts = {
         "the checkpoint artifact": (tags.get("edt.uri"), tags.get("edt.fingerprint"), tags.get("edt.digest")),
         "the evaluation artifact": tuple(tags.get(f"edt.evaluation{end}") for end in (".uri", "", ".digest")),
     }
-    found = {
-        "the metrics": odd,
-        "the required limits": beyond,
-        **{name: artifact_problems(*where) for name, where in artifacts.items()},
+    problems = {
+        "the metrics": not_finite,
+        "the required limits": violations,
+        **{name: artifact_problems(*identity) for name, identity in artifacts.items()},
         "the registered files": problems_of_files(),
     }
-    return tuple(Check(name, not problems, "; ".join(problems)[:500]) for name, problems in found.items())
+    return tuple(Check(name, not texts, "; ".join(texts)[:500]) for name, texts in problems.items())
 
 
 def artifact_problems(uri: str | None, fingerprint: str | None, digest: str | None) -> list[str]:
-    """What is wrong with an artifact that a version says it was made from; every file is digested."""
+    """The problems of an artifact that a version was made from. Checks the digest of every file."""
     if uri is None or digest is None:
-        return ["it is not recorded where it lies"]
+        return ["its location is not recorded"]
     try:
         artifact = Artifact.read(uri)
         if (artifact.fingerprint, artifact.manifest.digest) != (fingerprint, digest):
-            return [f"{uri} holds another artifact by now"]
+            return [f"{uri} now contains another artifact"]
         return artifact.problems(deep=True)
     except (UserError, OSError) as error:
         return [str(error)]
 
 
 def metrics_of(version: Any) -> dict[str, float]:
-    """The metrics that were recorded of a version."""
+    """The recorded metrics of a version."""
     return {k.removeprefix(METRIC_TAG): float(v) for k, v in version.tags.items() if k.startswith(METRIC_TAG)}
 
 
 def metric_of(version: Any, metric: str) -> float | None:
-    """The value of a metric that a version was registered with, or None."""
+    """The recorded value of a metric of a version, or None."""
     text = version.tags.get(f"{METRIC_TAG}{metric}")
     return None if text is None else float(text)
 
 
 def protocol_of(version: Any) -> Mapping[str, Any]:
-    """The protocol that a version was measured by; empty for a version from before it was recorded in words."""
+    """The protocol of a version's metrics; empty for an older version that records only its digest."""
     return dict(json.loads(version.tags.get(PROTOCOL_FIELDS_TAG, "{}")))
 
 
 def repeats_of(version: Any) -> int:
-    """Sets of samples that the metrics are means of. A spread beside a metric of one set is one over its parts."""
+    """Number of sample sets that the metrics are means of. With one set, a recorded spread is over its parts."""
     return int(protocol_of(version).get("repeats", 1))
 
 
@@ -212,8 +212,8 @@ def _comparable(version: Any, before: Any) -> bool:
     return protocol is not None and protocol == before.tags.get(PROTOCOL_TAG)
 
 
-def _beyond(name: str, limits: tuple[float | None, float | None], metrics: Mapping[str, float]) -> str:
-    """How a metric breaks its limits, or nothing. One that is no number keeps none."""
+def _violation(name: str, limits: tuple[float | None, float | None], metrics: Mapping[str, float]) -> str:
+    """How a metric violates its limits, or "". NaN violates every limit."""
     (least, most), value = limits, metrics.get(name)
     if value is None:
         return f"{name} was not measured"

@@ -1,6 +1,6 @@
-"""Import: a checkpoint that its authors released becomes a registered version, with an autoencoder and its origin.
+"""Import: registers a released checkpoint as a version, with an autoencoder and its origin.
 
-It has no metrics, so it becomes `candidate` and never `champion`.
+The version has no metrics, so it becomes `candidate`, never `champion`.
 """
 
 import json
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer, ModelConfig
     from edt_core.models.import_released import ReleasedModel, WeightsName
 
-SETTLED_TAG = "edt.imported"  # when the alias had been moved: what is before that is done again
+SETTLED_TAG = "edt.imported"  # the time after the alias move; without it, a rerun repeats the move
 _NUM_TIMESTEPS = 1000  # of all papers
 
 
 @dataclass(frozen=True)
 class Released:
-    """A released checkpoint, read and checked, with the autoencoder that decodes it."""
+    """A released checkpoint, read and checked, with the autoencoder for its latents."""
 
     path: Path
     read: "ReleasedModel"
@@ -51,13 +51,13 @@ class Released:
         return self.read.model
 
     @property
-    def taken(self) -> str:
-        """Which weights of the file these are, for a message."""
+    def weights_label(self) -> str:
+        """Which weights of the file these are, for messages."""
         return f"{self.weights} weights" if self.read.label else "weights"
 
     @property
     def default_name(self) -> str:
-        """The registry's name of it: model and resolution."""
+        """The default name in the registry: model and resolution."""
         config = self.model.config
         return f"{config.name.lower().replace('/', '-')}-{config.image_size}"
 
@@ -69,12 +69,12 @@ def read_released(
     model: str | None = None,
     image_size: int | None = None,
 ) -> Released:
-    """Read a checkpoint file and the autoencoder at a location. `model` and `image_size` are what it is to be.
+    """Read a checkpoint file and an autoencoder. `model` and `image_size`, if set, must match the file.
 
-    `autoencoder` None takes that of the papers, where the model was made for its latents. `weights` None takes the
-    averaged weights where the file has them.
+    `autoencoder` None means that of the papers, if the model was trained on its latents. `weights` None means the
+    averaged weights if the file has them.
 
-    Raises UserError: nothing that can be read safely, another model than asked for, an autoencoder that does not fit.
+    Raises UserError if the file cannot be read safely, contains another model, or does not fit the autoencoder.
     """
     from edt_core.diffusion import objective_words
     from edt_core.models import read_released_model
@@ -84,29 +84,29 @@ def read_released(
     if model not in (None, config.name) or image_size not in (None, config.image_size):
         raise UserError(
             f"{path} is {config.name} at {config.image_size} px with {config.num_classes} classes; give --model "
-            f"{config.name} --image-size {config.image_size}, or leave them out"
+            f"{config.name} --image-size {config.image_size}, or omit both"
         )
     location = autoencoder or AUTOENCODER
     decoder = _default_autoencoder(path, read) if autoencoder is None else read_autoencoder(autoencoder)
     check_decoder(config, decoder)
-    # A single set without a name counts as what was asked for; the papers' authors release averages.
-    taken: WeightsName = (weights or "ema") if not read.label else ("ema" if read.is_average else "model")
-    return Released(path, read, taken, decoder, location, autoencoder is None)
+    # A single set of weights without a name counts as the requested one; the papers' authors release averages.
+    weights_name: WeightsName = (weights or "ema") if not read.label else ("ema" if read.is_average else "model")
+    return Released(path, read, weights_name, decoder, location, autoencoder is None)
 
 
 def _default_autoencoder(path: Path, read: "ReleasedModel") -> Any:
-    """The papers' autoencoder. Raises UserError for a model of other latents, and where it cannot be loaded."""
+    """The papers' autoencoder. Raises UserError if the model needs other latents, or if it cannot be loaded."""
     config, missing = read.model.config, "--autoencoder is missing"
     latents = config.autoencoder_factor, config.in_channels
     if latents != (AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS):
         raise UserError(
-            f"{missing}: {path} is {config.name} for latents of factor {latents[0]} with {latents[1]} channels, and "
+            f"{missing}: {path} is {config.name} for latents of factor {latents[0]} with {latents[1]} channels, but "
             f"the default, {AUTOENCODER}, has factor {AUTOENCODER_FACTOR} and {AUTOENCODER_CHANNELS} channels. Give "
             "the autoencoder of the model's training: --autoencoder FOLDER_OR_HUB_ID"
         )
     if read.other_latents:
         raise UserError(
-            f"{missing}: {path} was trained on latents with {', '.join(read.other_latents)}, and the default is "
+            f"{missing}: {path} was trained on latents with {', '.join(read.other_latents)}, but the default is "
             f"{AUTOENCODER}. Give the autoencoder of the model's training: --autoencoder FOLDER_OR_HUB_ID"
         )
     try:
@@ -115,22 +115,22 @@ def _default_autoencoder(path: Path, read: "ReleasedModel") -> Any:
         raise UserError(
             f"{missing}, and the default, {AUTOENCODER}, could not be loaded: "
             f"{first_line(error.__cause__ or error)}. "
-            f"Where there is a network, run hf download {AUTOENCODER} --local-dir sd-vae-ft-ema; then copy the folder "
-            "here and give --autoencoder ./sd-vae-ft-ema"
+            f"On a machine with network access, run hf download {AUTOENCODER} --local-dir sd-vae-ft-ema; then copy the "
+            "folder here and give --autoencoder ./sd-vae-ft-ema"
         ) from error
 
 
 def import_released(
     catalog: Catalog, released: Released, name: str | None, source: str | None = None, license: str | None = None
 ) -> tuple[Any, bool]:
-    """Register a released checkpoint as a version of `name`, and move `candidate` to it. Returns it, and if it is new.
+    """Register a released checkpoint as a version of `name` and move `candidate` to it. Returns (version, is new).
 
-    The same weights with the same autoencoder are found again, and the aliases then stay as they are. Killed anywhere,
-    it can be done again.
+    The same weights with the same autoencoder reuse their version, and no alias moves. Safe to repeat after a crash at
+    any point.
     """
     name = name or released.default_name
     if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"the model name {name!r} is no registry name; use letters, digits, '.', '_' and '-'")
+        raise UserError(f"invalid model name {name!r}; use letters, digits, '.', '_' and '-'")
     identity = {
         f"{ORIGIN}sha256": sha256_file(released.path),
         f"{ORIGIN}weights": released.weights,
@@ -176,9 +176,9 @@ def _register(
 
 
 def _protocol(config: "ModelConfig") -> ChainConfig:
-    """How a released model is sampled: what its authors' sampler has of its own; cfg_scale and steps are the user's.
+    """The sampling settings of a released model that its authors' sampler fixes. cfg_scale and steps are the user's.
 
-    Where no placement of AMM is published for it, that of its own configuration acts.
+    If no AMM placement is published for the model, that of its own configuration is used.
     """
     from edt_core.models import FAMILIES, has_paper_amm_blocks
 
@@ -210,13 +210,13 @@ def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str
 
 
 def _digest(autoencoder: Any) -> str:
-    """sha256 of an autoencoder's weights and scale, wherever it was loaded from."""
+    """sha256 of an autoencoder's weights and scale, independent of its location."""
     from edt_core.autoencoders.kinds import scale_of
 
-    found = sha256(repr(autoencoder.config.scaling_factor).encode())
+    digest = sha256(repr(autoencoder.config.scaling_factor).encode())
     if centred := scale_of(autoencoder).beyond_factor():
-        found.update(json.dumps(centred, sort_keys=True).encode())
+        digest.update(json.dumps(centred, sort_keys=True).encode())
     for key, value in sorted(autoencoder.state_dict().items()):
-        found.update(key.encode())
-        found.update(value.contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(key.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

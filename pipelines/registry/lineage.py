@@ -1,6 +1,7 @@
-"""Where a model comes from: every artifact behind it, back to the raw images and what was published elsewhere.
+"""The lineage of a model: every artifact that it was made from, back to the raw images and published weights.
 
-From MLflow: the run of each step has the fingerprints of its inputs. Where a run is gone, from the store's manifest.
+It comes from MLflow: the run of each step records the fingerprints of its inputs. If a run was deleted, it comes from
+the manifest in the store.
 """
 
 import json
@@ -20,8 +21,8 @@ from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import experiments, runs_of
 
 _FINGERPRINT, _RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
-_SHORT = 12  # digits of a fingerprint that people read
-# Role of what no step made -> the parameter of the workflow run that says where it was.
+_SHORT = 12  # digits of a fingerprint that are shown
+# Role of an input that no step makes -> the parameter of the workflow run with its location.
 _LOCATIONS = {
     "source": "source.path",
     "published": "autoencoder.pretrained",
@@ -31,7 +32,7 @@ _LOCATIONS = {
 
 @dataclass(frozen=True)
 class Node:
-    """An artifact, or what no step has made: images as they came, published weights."""
+    """An artifact, or an input that no step makes: source images, published weights."""
 
     kind: str
     fingerprint: str
@@ -45,7 +46,7 @@ class Node:
 
 @dataclass
 class Lineage:
-    """All that is behind one model or artifact. `root` is a fingerprint, or the name of a version."""
+    """Everything that one model or artifact was made from. `root` is a fingerprint, or the name of a version."""
 
     root: str
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Lineage:
         return {"root": self.root, "nodes": {name: asdict(node) for name, node in self.nodes.items()}}
 
     def lines(self) -> Iterator[str]:
-        """The tree, an artifact a line; what stands further up already is named and not told again."""
+        """The tree, one line per artifact. An artifact that was shown above is only named."""
         shown: set[str] = set()
 
         def walk(role: str, name: str, depth: int) -> Iterator[str]:
@@ -65,9 +66,9 @@ class Lineage:
                 yield f"{start}  (above)"
                 return
             shown.add(name)
-            yield "  ".join([start, *_told(node)])
-            for inner, needed in node.inputs.items():
-                yield from walk(inner, needed, depth + 1)
+            yield "  ".join([start, *_details(node)])
+            for inner, parent in node.inputs.items():
+                yield from walk(inner, parent, depth + 1)
 
         return walk("", self.root, 0)
 
@@ -75,8 +76,8 @@ class Lineage:
 def lineage(catalog: Catalog, text: str, store: Folder | None = None) -> Lineage:
     """The lineage of a version (NAME@ALIAS, NAME/NUMBER, NAME), of a step's run, or of a fingerprint.
 
-    Manifests are looked for in `store` and where the version's artifacts lie. Raises UserError where there is no such
-    thing.
+    Manifests are read from `store` and from the stores of the version's artifacts. Raises UserError if `text` matches
+    nothing.
     """
     walk = _Walk(catalog, experiments(catalog), [] if store is None else [store])
     if _FINGERPRINT.fullmatch(text):
@@ -85,12 +86,12 @@ def lineage(catalog: Catalog, text: str, store: Folder | None = None) -> Lineage
         root = _of_run(catalog, text)
     else:
         return _of_version(walk, find(catalog, text))
-    found = walk.artifact(root.kind, root.fingerprint)
-    if found is None:
-        raise UserError(f"MLflow and the store know no artifact {root.fingerprint}; give a whole fingerprint")
-    walk.params = _parent_params(catalog, found.run)
-    walk.add(found)
-    return Lineage(found.fingerprint, walk.nodes)
+    node = walk.artifact(root.kind, root.fingerprint)
+    if node is None:
+        raise UserError(f"no artifact {root.fingerprint} in MLflow or the store; give the whole fingerprint")
+    walk.params = _parent_params(catalog, node.run)
+    walk.add(node)
+    return Lineage(node.fingerprint, walk.nodes)
 
 
 @dataclass
@@ -104,17 +105,17 @@ class _Walk:
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def add(self, node: Node) -> None:
-        """A node and all that it was made from."""
+        """Add a node and everything it was made from."""
         self.nodes[node.fingerprint] = node
-        for role, needed in node.inputs.items():
-            if needed not in self.nodes:
-                self.add(self._input(node, role, needed))
+        for role, parent in node.inputs.items():
+            if parent not in self.nodes:
+                self.add(self._input(node, role, parent))
 
     def artifact(self, kind: str, fingerprint: str) -> Node | None:
-        """What MLflow, or else a manifest, says of an artifact; of any kind where that is empty."""
-        wanted = f"tags.`edt.fingerprint` = '{fingerprint}' and attributes.status = 'FINISHED'"
-        wanted += f" and tags.`edt.kind` = '{kind}'" if kind else ""
-        for run in self.catalog.client.search_runs(self.experiments, wanted):
+        """The node of an artifact from MLflow, or else from a manifest. An empty `kind` means any."""
+        run_filter = f"tags.`edt.fingerprint` = '{fingerprint}' and attributes.status = 'FINISHED'"
+        run_filter += f" and tags.`edt.kind` = '{kind}'" if kind else ""
+        for run in self.catalog.client.search_runs(self.experiments, run_filter):
             tags = run.data.tags
             if {"edt.inputs", "edt.digest", "edt.uri"} <= tags.keys():
                 self.remember(tags["edt.uri"])
@@ -124,7 +125,7 @@ class _Walk:
         return self._of_manifest([kind] if kind else KINDS, fingerprint)
 
     def remember(self, uri: str) -> None:
-        """The store that an artifact lies in may hold others that have no run any more."""
+        """Add the store of an artifact: it may contain artifacts whose runs were deleted."""
         root = Folder.at(uri.rsplit("/", 2)[0])
         if root not in self.stores:
             self.stores.append(root)
@@ -146,11 +147,11 @@ class _Walk:
             return Node("published statistics", fingerprint, uri=statistics, known_from="given")
         if role in KINDS:
             return self.artifact(role, fingerprint) or Node(role, fingerprint, known_from="nothing")
-        where = self.params.get(_LOCATIONS.get(role, ""), "None")
+        location = self.params.get(_LOCATIONS.get(role, ""), "None")
         if role == "source" and (kind := self.params.get("source.kind")):
-            where = kind if where == "None" else f"{kind} {where}"
+            location = kind if location == "None" else f"{kind} {location}"
         kind = "source" if role == "source" else "published"
-        return Node(kind, fingerprint, uri=None if where == "None" else where, known_from="given")
+        return Node(kind, fingerprint, uri=None if location == "None" else location, known_from="given")
 
 
 def _of_version(walk: _Walk, version: Any) -> Lineage:
@@ -159,7 +160,7 @@ def _of_version(walk: _Walk, version: Any) -> Lineage:
         return _of_import(name, version, origin)
     parents = {role: tags[f"edt.{role}"] for role in ("evaluation", "checkpoint") if f"edt.{role}" in tags}
     if not parents:
-        raise UserError(f"{title(version)} was not registered by edt: it does not say what it was made from")
+        raise UserError(f"{title(version)} was not registered by edt: it does not record its artifacts")
     if "edt.uri" in tags:
         walk.remember(tags["edt.uri"])
     run = runs_of(walk.catalog, [version.run_id]).get(version.run_id) if version.run_id else None
@@ -169,15 +170,15 @@ def _of_version(walk: _Walk, version: Any) -> Lineage:
 
 
 def _of_import(name: str, version: Any, origin: Mapping[str, str]) -> Lineage:
-    """An imported version: the file, and the autoencoder that was put to it."""
+    """The lineage of an imported version: the file and the autoencoder."""
     released, autoencoder = origin["sha256"], origin["autoencoder_digest"]
     inputs = {"released": released, "autoencoder": autoencoder}
     digest = version.tags.get("edt.pipeline_digest")
     model = Node("model", name, inputs, digest, version.source, version.run_id)
-    where = " ".join(filter(None, (origin["file"], origin["weights"], origin.get("source"))))
+    location = " ".join(filter(None, (origin["file"], origin["weights"], origin.get("source"))))
     nodes = [
         model,
-        Node("published", released, uri=where, known_from="given"),
+        Node("published", released, uri=location, known_from="given"),
         Node("published", autoencoder, uri=origin["autoencoder"], known_from="given"),
     ]
     return Lineage(name, {node.fingerprint: node for node in nodes})
@@ -186,7 +187,7 @@ def _of_import(name: str, version: Any, origin: Mapping[str, str]) -> Lineage:
 def _of_run(catalog: Catalog, run_id: str) -> Node:
     tags = {} if (run := runs_of(catalog, [run_id]).get(run_id)) is None else run.data.tags
     if "edt.fingerprint" not in tags:
-        raise UserError(f"the run {run_id} is of no step that made an artifact; give a step's run or a version")
+        raise UserError(f"the run {run_id} has no artifact; give the run of a finished step, or a version")
     return Node(tags["edt.kind"], tags["edt.fingerprint"])
 
 
@@ -194,25 +195,25 @@ def _parent_params(catalog: Catalog, run_id: str | None) -> Mapping[str, str]:
     """The parameters of the workflow run that a step's run belongs to."""
     run = runs_of(catalog, [run_id]).get(run_id) if run_id else None
     parent = None if run is None else run.data.tags.get("mlflow.parentRunId")
-    found = runs_of(catalog, [parent]).get(parent) if parent else None
-    return {} if found is None else found.data.params
+    parent_run = runs_of(catalog, [parent]).get(parent) if parent else None
+    return {} if parent_run is None else parent_run.data.params
 
 
-def _told(node: Node) -> list[str]:
-    """What a line says of a node beside its name."""
+def _details(node: Node) -> list[str]:
+    """The details of a node that its line shows after its name."""
     if node.known_from == "given":
         return [node.uri] if node.uri else []
     if node.known_from == "nothing":
-        return ["no record of it in MLflow or the store"]
+        return ["not recorded in MLflow or the store"]
     details = [f"digest {node.digest[:_SHORT]}"] if node.digest else []
     details += [f"run {node.run}"] if node.run else []
-    details += ["(from its manifest, its run is gone)"] if node.known_from == "manifest" else []
+    details += ["(from its manifest; its run was deleted)"] if node.known_from == "manifest" else []
     changed = _changed(node)
     return details + ([", ".join(f"{name}={value}" for name, value in changed.items())] if changed else [])
 
 
 def _changed(node: Node) -> dict[str, str]:
-    """The fields of a step's configuration that are not as they are by default."""
+    """The fields of a step's configuration that differ from their defaults."""
     from edt_core import config as sections
     from edt_core.evaluation.config import EvaluateConfig
 
@@ -228,5 +229,5 @@ def _changed(node: Node) -> dict[str, str]:
     }.get(node.kind)
     if section is None:
         return {}
-    usual = {name: str(value) for name, value in flatten(sections.result_fields(section())).items()}
-    return {name: str(value) for name, value in node.config.items() if usual.get(name, str(value)) != str(value)}
+    defaults = {name: str(value) for name, value in flatten(sections.result_fields(section())).items()}
+    return {name: str(value) for name, value in node.config.items() if defaults.get(name, str(value)) != str(value)}

@@ -1,4 +1,4 @@
-"""Look-ups in the registry: which versions there are, what one is, and in what two differ. From MLflow alone."""
+"""Look-ups in the registry: list versions, describe one, and compare two. Only MLflow is needed."""
 
 import json
 import operator
@@ -41,7 +41,7 @@ _IDS = ("edt.images", "edt.images.digest", "edt.source")
 
 @dataclass(frozen=True)
 class Record:
-    """A version with what is recorded of it: its aliases, and the parameters of the workflow run that made it."""
+    """A version with its aliases and the parameters of the workflow run that made it."""
 
     version: Any
     aliases: tuple[str, ...]
@@ -57,7 +57,7 @@ class Record:
         return Decision.from_json(text) if text else None
 
     def row(self) -> dict[str, Any]:
-        """One line of a table."""
+        """One table row."""
         tags, decision = self.version.tags, self.decision
         metric = f"{decision.metric} {decision.value:.4g}" if decision else None
         return {
@@ -71,7 +71,7 @@ class Record:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """All fields, for JSON."""
         tags = self.version.tags
         return {
             "name": self.version.name,
@@ -103,29 +103,29 @@ def origin_of(version: Any) -> dict[str, str]:
 
 
 def find(catalog: Catalog, text: str) -> Any:
-    """The version at NAME@ALIAS or NAME/NUMBER; of NAME alone the champion, or else the newest.
+    """The version at NAME@ALIAS or NAME/NUMBER; for NAME alone the champion, or else the newest version.
 
-    Raises UserError saying what there is.
+    Raises UserError that lists what exists.
     """
     if (match := _VERSION.fullmatch(text)) is None:
-        raise UserError(f"{text!r} names no version; give NAME@ALIAS, NAME/NUMBER or NAME")
+        raise UserError(f"{text!r} is not the name of a version; give NAME@ALIAS, NAME/NUMBER or NAME")
     name, alias, number = match.groups()
-    known = all_aliases(catalog)
-    if name not in known:
-        raise UserError(f"there is no registered model {name!r}; {_there_is(name, known, 'models')}")
-    if alias is None and number is None and CHAMPION in known[name]:
+    aliases = all_aliases(catalog)
+    if name not in aliases:
+        raise UserError(f"there is no registered model {name!r}; {_suggestions(name, aliases, 'models')}")
+    if alias is None and number is None and CHAMPION in aliases[name]:
         alias = CHAMPION
-    if alias is not None and alias not in known[name]:
-        raise UserError(f"{name} has no alias {alias!r}; {_there_is(alias, known[name], 'aliases')}")
-    wanted = known[name][alias] if alias is not None else number
-    if wanted is not None and (found := version_at(catalog, name, wanted)) is not None:
-        return found
+    if alias is not None and alias not in aliases[name]:
+        raise UserError(f"{name} has no alias {alias!r}; {_suggestions(alias, aliases[name], 'aliases')}")
+    number = aliases[name][alias] if alias is not None else number
+    if number is not None and (version := version_at(catalog, name, number)) is not None:
+        return version
     versions = {str(version.version): version for version in search(catalog, f"name = '{name}'")}
     if not versions:
         raise UserError(f"{name} has no versions; they were deleted")
-    if wanted is not None:
+    if number is not None:
         numbers = ", ".join(sorted(versions, key=int)[-10:])
-        raise UserError(f"{name} has no version {wanted}; there are {len(versions)}, the newest: {numbers}")
+        raise UserError(f"{name} has no version {number}; there are {len(versions)}, the newest: {numbers}")
     return versions[max(versions, key=int)]
 
 
@@ -138,47 +138,47 @@ def select(
     commit: str | None = None,
     with_config: bool = False,
 ) -> list[Record]:
-    """The versions of which all of this holds, by name and newest first.
+    """The versions that match all conditions, by name, newest first.
 
-    `data` and `commit` are beginnings of a digest or fingerprint, `config` FIELD=VALUE, `metrics` as "fid<5". Raises
-    UserError for a model, field or metric that no version has.
+    `data` and `commit` are prefixes of a digest, fingerprint or commit, `config` FIELD=VALUE, `metrics` as "fid<5".
+    Raises UserError for a model, field or metric that no version has.
     """
-    known = all_aliases(catalog)
-    if name is not None and name not in known:
-        raise UserError(f"there is no registered model {name!r}; {_there_is(name, known, 'models')}")
-    found = search(catalog, f"name = '{name}'" if name else "")
+    aliases = all_aliases(catalog)
+    if name is not None and name not in aliases:
+        raise UserError(f"there is no registered model {name!r}; {_suggestions(name, aliases, 'models')}")
+    versions = search(catalog, f"name = '{name}'" if name else "")
     if commit is not None:
-        found = [v for v in found if v.tags.get("edt.code_version", "").startswith(commit)]
+        versions = [v for v in versions if v.tags.get("edt.code_version", "").startswith(commit)]
     if data is not None:
-        found = [v for v in found if any(v.tags.get(tag, "").startswith(data) for tag in _IDS)]
-    found = _by_metrics(found, metrics)
-    chosen = _by_config(records(catalog, found, known, with_config or bool(config)), config)
-    return sorted(chosen, key=lambda record: (record.version.name, -int(record.version.version)))
+        versions = [v for v in versions if any(v.tags.get(tag, "").startswith(data) for tag in _IDS)]
+    versions = _by_metrics(versions, metrics)
+    selection = _by_config(records(catalog, versions, aliases, with_config or bool(config)), config)
+    return sorted(selection, key=lambda record: (record.version.name, -int(record.version.version)))
 
 
 def records(
     catalog: Catalog, versions: Sequence[Any], aliases: Mapping[str, Mapping[str, str]], with_config: bool = True
 ) -> list[Record]:
-    """Versions with their aliases and, where wanted, the configuration of their runs, asked for in batches."""
+    """Versions with their aliases and, by default, the configuration of their runs, which are requested in batches."""
     runs = runs_of(catalog, {v.run_id for v in versions if v.run_id}) if with_config else {}
 
     def record(version: Any) -> Record:
-        ours = aliases.get(version.name, {}).items()
-        named = tuple(sorted(alias for alias, number in ours if number == str(version.version)))
+        numbers = aliases.get(version.name, {}).items()
+        names = tuple(sorted(alias for alias, number in numbers if number == str(version.version)))
         run = runs.get(version.run_id)
-        return Record(version, named, {} if run is None else config_of(run.data.params, version.name))
+        return Record(version, names, {} if run is None else config_of(run.data.params, version.name))
 
     return [record(version) for version in versions]
 
 
 def record_of(catalog: Catalog, text: str) -> Record:
-    """The version that a text names, with all that is recorded of it. Raises UserError as `find`."""
+    """The record of the version that `text` names. Raises UserError as `find`."""
     (record,) = records(catalog, [find(catalog, text)], all_aliases(catalog))
     return record
 
 
 def compare(first: Record, second: Record) -> dict[str, Any]:
-    """In what two versions differ: every metric side by side, protocol, data, code, and fields of configuration."""
+    """The differences of two versions: protocol, data, code, configuration fields; all metrics side by side."""
     one, two = metrics_of(first.version), metrics_of(second.version)
     rows = [
         {
@@ -207,17 +207,17 @@ def compare(first: Record, second: Record) -> dict[str, Any]:
 
 
 def same_protocol(first: Any, second: Any) -> bool:
-    """Whether the metrics of two versions may be compared."""
+    """Whether the metrics of two versions are comparable."""
     return bool(first.tags.get(PROTOCOL_TAG) == second.tags.get(PROTOCOL_TAG))
 
 
 def differences(first: Any, second: Any) -> list[str]:
-    """In what the protocols of two versions differ; also empty where that is not recorded in words."""
+    """The differences between the protocols of two versions; also empty if only their digests are recorded."""
     return [] if same_protocol(first, second) else protocol_differences(protocol_of(first), protocol_of(second))
 
 
 def config_of(params: Mapping[str, str], model: str) -> dict[str, str]:
-    """The configuration of one model of a run: its own fields in the place of the shared ones of `train`."""
+    """The configuration of one model of a run: its own fields replace the shared fields of `train`."""
     own = f"models.{model}."
     shared = {name: value for name, value in params.items() if not name.startswith("models.")}
     return shared | {f"train.{n.removeprefix(own)}": value for n, value in params.items() if n.startswith(own)}
@@ -237,27 +237,27 @@ def _by_metrics(versions: list[Any], conditions: Sequence[str]) -> list[Any]:
         except ValueError:
             limit = None
         if match is None or limit is None:
-            raise UserError(f"--metric takes a comparison, as 'fid<5'; got {condition!r}")
-        known = {name for version in versions for name in metrics_of(version)}
-        if versions and match[1] not in known:
-            raise UserError(f"no version has a metric {match[1]!r}; {_there_is(match[1], known, 'metrics')}")
+            raise UserError(f"--metric {condition!r} is not a comparison; give one such as 'fid<5'")
+        names = {name for version in versions for name in metrics_of(version)}
+        if versions and match[1] not in names:
+            raise UserError(f"no version has a metric {match[1]!r}; {_suggestions(match[1], names, 'metrics')}")
         holds = _COMPARE[match[2]]
         versions = [v for v in versions if match[1] in (m := metrics_of(v)) and holds(m[match[1]], limit)]
     return versions
 
 
-def _by_config(found: list[Record], assignments: Sequence[str]) -> list[Record]:
+def _by_config(versions: list[Record], assignments: Sequence[str]) -> list[Record]:
     for text in assignments:
         key, value = parse_assignment(text)
-        known = {name for record in found for name in record.config}
-        if found and key not in known:
-            raise UserError(f"no run has a field {key!r} of configuration; {_there_is(key, known, 'fields')}")
-        found = [record for record in found if key in record.config and _same(record.config[key], value)]
-    return found
+        names = {name for record in versions for name in record.config}
+        if versions and key not in names:
+            raise UserError(f"no run has a configuration field {key!r}; {_suggestions(key, names, 'fields')}")
+        versions = [record for record in versions if key in record.config and _same(record.config[key], value)]
+    return versions
 
 
 def _same(recorded: str, value: Any) -> bool:
-    """Whether a parameter, which MLflow keeps as text, is this value: 0.004 is 4e-3."""
+    """Whether a parameter, which MLflow stores as text, equals this value: 0.004 equals 4e-3."""
     if recorded == str(value):
         return True
     try:
@@ -266,9 +266,9 @@ def _same(recorded: str, value: Any) -> bool:
         return False
 
 
-def _there_is(name: str, known: Iterable[str], what: str) -> str:
-    """What somebody who mistyped a name may have meant, or else what there is."""
-    names = sorted(known)
+def _suggestions(name: str, existing: Iterable[str], what: str) -> str:
+    """The existing names that are similar to a mistyped one, or else all of them."""
+    names = sorted(existing)
     if close := get_close_matches(name, names, 3):
         return f"did you mean {' or '.join(close)}?"
     more = ", ..." if len(names) > 20 else ""

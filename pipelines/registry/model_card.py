@@ -1,7 +1,7 @@
-"""The model card: README.md of a registered model, for people and, in its front matter, for model hubs.
+"""The model card: README.md of a registered model, with metadata for model hubs in its front matter.
 
-The front matter is the hubs' metadata of a model (https://huggingface.co/docs/hub/model-cards): license, library, task,
-tags, and `model-index` with the metrics.
+The metadata (https://huggingface.co/docs/hub/model-cards): license, library, task, tags, and `model-index` with the
+metrics.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from edt_core.evaluation.protocol import comparison_table
 from edt_core.models import FAMILIES, ModelConfig
 
 README = "README.md"
-_TASK = "unconditional-image-generation"  # hubs have no task of their own for images of a class
+_TASK = "unconditional-image-generation"  # hubs have no task for class-conditional images
 _UNKNOWN_LICENSE = (
     "Not stated. Set `promote.license` in the configuration of the run, or `--license` of `edt import`, to the "
-    "identifier of a license, as apache-2.0. Images that the model was trained on, its autoencoder and published "
-    "weights may have licenses of their own."
+    "identifier of a license, such as apache-2.0. The training images, the autoencoder and published weights may have "
+    "other licenses."
 )
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that a card tells. Sections of which nothing is known are left out; license and metrics say so instead.
+    """The contents of a card. Empty sections are omitted; a missing license or missing metrics are stated.
 
-    `data`, `training` and `origin` are facts by name, shown as they are; `sampling` are fields of ChainConfig.
+    `data`, `training` and `origin` are facts by name, shown unchanged; `sampling` are fields of ChainConfig.
     """
 
     name: str
@@ -76,19 +76,21 @@ class ModelCard:
             "architecture": f"{self.config.name}: {family.long_name} ({family.paper})",
             "predicts": f"{objective.meaning} (prediction type {objective.prediction_type})",
             "parameters": f"{self.parameters:,}",
-            "multiply-accumulates": f"{self.macs:,} for one image and step",
+            "multiply-accumulates": f"{self.macs:,} per image and step",
             "images": f"{size} x {size} px of {self.config.num_classes:,} classes",
             "latents": f"{self.config.in_channels} x {latent} x {latent}, a factor of {self.config.autoencoder_factor}",
         }
-        return f"Images of a class, by diffusion in the latents of an autoencoder.\n\n{_table(facts)}"
+        return f"Class-conditional images by latent diffusion.\n\n{_table(facts)}"
 
     def _metrics(self) -> str:
         if not self.metrics:
-            return "## Metrics\n\nNot measured. `edt evaluate` measures any model."
+            return "## Metrics\n\nNot measured. `edt evaluate` measures them for any model."
         metrics = {name: self.metrics[name] for name in in_order(self.metrics)}
         table = comparison_table({"value": {"metrics": metrics, "protocol": self.protocol}}).partition("\n\n")[0]
-        protocol = _table(self.protocol) if self.protocol else "No protocol is stated."
-        return f"## Metrics\n\n{table}\n\nOnly values of one protocol compare:\n\n{protocol}"
+        protocol = _table(self.protocol) if self.protocol else "Not recorded."
+        return (
+            f"## Metrics\n\n{table}\n\nValues are comparable only under the same protocol. The protocol:\n\n{protocol}"
+        )
 
     def _facts(self) -> list[str]:
         tables = {"Data": self.data, "Training": self.training, "Origin": self.origin}
@@ -100,9 +102,9 @@ class ModelCard:
             "```python\n"
             "from edt_core import EDTPipeline\n\n"
             'pipeline = EDTPipeline.from_pretrained("FOLDER")    # this folder\n'
-            "images = pipeline([0, 1], seed=0).images            # an image a class label\n\n"
+            "images = pipeline([0, 1], seed=0).images            # one image per class label\n\n"
             "import torch\n"
-            "from diffusers import DiffusionPipeline             # or so, here with half the memory\n\n"
+            "from diffusers import DiffusionPipeline             # or through diffusers, here in bfloat16\n\n"
             "pipeline = DiffusionPipeline.from_pretrained(\n"
             '    "FOLDER", custom_pipeline="FOLDER", trust_remote_code=True, torch_dtype=torch.bfloat16\n'
             ")\n\n"
@@ -110,7 +112,7 @@ class ModelCard:
             f'mlflow.pyfunc.load_model("models:/{self.name}/VERSION").predict(numpy.array([0, 1]))\n'
             "```\n\n"
             f"    edt sample {self.name}/VERSION --num 4 --out samples.png\n\n"
-            "Sampled as follows unless told otherwise; the same is in `model_index.json`:\n\n"
+            "Default sampling settings, which `model_index.json` contains as well:\n\n"
             f"{_table(self.sampling)}"
         )
 
@@ -119,7 +121,7 @@ class ModelCard:
 
 
 def _table(facts: Mapping[str, Any]) -> str:
-    """Facts as a Markdown table: what is None is "not set", nested facts have dotted names."""
+    """Facts as a Markdown table: None is shown as "not set", nested facts have dotted names."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _flat(facts).items())])
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
-# Fields of a training's configuration that its card tells; all of them are in the record of the run.
+# Fields of a training's configuration that the card shows; the run's record has all fields.
 _TRAINING = (
     "objective",
     "global_batch_size",
@@ -49,23 +49,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Logged:
-    """A diffusers folder that was logged as an MLflow model: where, and the sha256 of its list of digests."""
+    """A diffusers folder that was logged as an MLflow model: its URI, and the sha256 of its list of digests."""
 
     uri: str
     model_id: str
     digest: str
 
 
-def log_pipeline(catalog: Catalog, run_id: str, name: str, write: Callable[[Path], None], **known: Any) -> Logged:
-    """Log the diffusers folder that `write(folder)` makes as an MLflow model of a run, with its files' digests.
+def log_pipeline(catalog: Catalog, run_id: str, name: str, write: Callable[[Path], None], **extra: Any) -> Logged:
+    """Log the diffusers folder that `write(folder)` writes as an MLflow model of a run, with its files' digests.
 
-    `known` are further arguments of MLflow's `log_model`.
+    `extra` are further arguments of MLflow's `log_model`.
     """
     import mlflow
 
     mlflow.set_tracking_uri(catalog.tracking_uri)
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that no example came with the model: the signature is stated
+        warnings.simplefilter("ignore", UserWarning)  # about the missing input example: a signature is passed
         pipeline, digests = Path(folder) / PIPELINE, Path(folder) / DIGESTS
         write(pipeline)
         digests.write_bytes(digests_text(folder_digests(pipeline)))
@@ -75,13 +75,13 @@ def log_pipeline(catalog: Catalog, run_id: str, name: str, write: Callable[[Path
             artifacts={"pipeline": str(pipeline), "digests": str(digests)},
             pip_requirements=[f"edt-pipeline=={version('edt-pipeline')}"],
             signature=_signature(),
-            **known,
+            **extra,
         )
         return Logged(info.model_uri, info.model_id, sha256(read_bounded(digests)).hexdigest())
 
 
 def _signature() -> Any:
-    """Labels in, images out, and the parameters that `predict` takes."""
+    """The signature of the model: labels to images, and the parameters of `predict`."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
@@ -100,9 +100,9 @@ def _signature() -> Any:
 
 
 def write_pipeline(folder: Path, name: str, config: PromoteConfig, entry: Entry, source: str) -> None:
-    """The diffusers folder of a trained model: EMA weights, autoencoder, scheduler, class names, protocol, model card.
+    """Write a trained model's diffusers folder: EMA weights, autoencoder, scheduler, class names, protocol, model card.
 
-    `source` says where the images came from. With `promote.torch_export` also the denoiser as a program.
+    `source` describes the training images. With `promote.torch_export`, also writes the denoiser as a torch program.
     """
     from edt_core.autoencoders.autoencoder import load_autoencoder
     from edt_core.pipeline import chain_config, save_pipeline
@@ -157,16 +157,16 @@ def card_of(name: str, model: "DiffusionTransformer", config: PromoteConfig, ent
         dataset=source,
         metrics=evaluation.counts["metrics"],
         protocol=evaluation.counts["protocol"],
-        data=_known(data),
-        training=_known(training),
+        data=_non_empty(data),
+        training=_non_empty(training),
     )
 
 
-def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _non_empty(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value not in (None, "")}
 
 
 def _protocol(entry: Entry) -> dict[str, Any]:
-    """How the model was sampled for its evaluation: fields of ChainConfig."""
+    """The sampling settings of the model's evaluation: fields of ChainConfig."""
     sampling = entry.features.manifest.config
     return {field: sampling[field] for field in ChainConfig.model_fields}

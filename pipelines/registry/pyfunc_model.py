@@ -1,6 +1,6 @@
 """The registered model as an `mlflow.pyfunc` model, logged from this file as code: nothing is pickled.
 
-`mlflow.pyfunc.load_model("models:/NAME@champion").predict(numpy.array([3, 3, 7]))` gives uint8 images [N, S, S, 3].
+`mlflow.pyfunc.load_model("models:/NAME@champion").predict(numpy.array([3, 3, 7]))` returns uint8 images [N, S, S, 3].
 """
 
 import mlflow
@@ -20,19 +20,20 @@ class PyfuncEDT(PythonModel):
         self.pipeline = EDTPipeline.from_pretrained(context.artifacts["pipeline"], low_cpu_mem_usage=False)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    # MLflow reads type hints of `predict` as a schema and knows no arrays; the logged signature says what goes in.
+    # No type hints: MLflow reads those of `predict` as a schema, which has no arrays. The signature is logged instead.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Images, uint8 [N, S, S, 3], for class labels, an integer array [N]. Parameters of 0 are as evaluated.
+        """Images, uint8 [N, S, S, 3], for class labels, an integer array [N]. A parameter of 0 means its default.
 
-        Raises MlflowException, which a server answers with status 400, for labels and parameters that do not fit.
+        The defaults are the settings of the model's evaluation. Raises MlflowException for invalid labels and
+        parameters, which a server answers with status 400.
         """
         from edt_core.errors import UserError
 
         labels = np.asarray(model_input).reshape(-1)
-        given = {name: value for name, value in (params or {}).items() if value or name == "seed"}
+        settings = {name: value for name, value in (params or {}).items() if value or name == "seed"}
         try:
-            images = self.pipeline(labels, **given).images
-        except UserError as error:  # for a server any other exception is an error of its own
+            images = self.pipeline(labels, **settings).images
+        except UserError as error:  # a server answers any other exception with status 500
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from error
         pixels: NDArray[np.uint8] = np.stack(images)
         return pixels

@@ -1,4 +1,4 @@
-"""A trained model as a registered version: its diffusers folder as a logged model, and the tags that tell of it."""
+"""Registration of a trained model: its diffusers folder as a logged model, and the tags of the version."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -18,16 +18,16 @@ from pipelines.tracking.run_record import artifact_tags
 
 ENTRY_ROLES = tuple(field.name for field in fields(Entry))
 COST_TAG = "edt.cost."
-OBJECTIVE_TAG = "edt.objective"  # of models that predict something else than noise
+OBJECTIVE_TAG = "edt.objective"  # of models that do not predict noise
 COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")
-_MOST_TEXT = 20_000  # characters of a tag; MLflow keeps 100,000 and MySQL 65,535
+_MAX_TAG = 20_000  # characters of a tag; the limit of MLflow is 100,000, of MySQL 65,535
 
 
 def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, entry: Entry) -> Decision:
     """Register the model of `entry` as a version of `name`, move `candidate`, and `champion` if it passes the gate.
 
-    A version of the same checkpoint and evaluation is found again, with its decision as it was: where it
-    was rolled back since, it stays so. Raises UserError where the evaluation lacks the metric that decides.
+    An existing version of the same checkpoint and evaluation is reused with its decision, and no alias moves: a
+    rollback stays in effect. Raises UserError if the evaluation lacks the gate's metric.
     """
     measured = entry.evaluation.counts["metrics"]
     if config.metric not in measured:
@@ -40,13 +40,13 @@ def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, ent
     return settle(catalog, version, config, f"run {run_id}", lambda: stored_problems(catalog.client, version))
 
 
-def entry_of(made: Mapping[str, Artifact]) -> Entry:
-    """The entry out of a branch's artifacts by role."""
-    return Entry(**{role: made[role] for role in ENTRY_ROLES})
+def entry_of(artifacts: Mapping[str, Artifact]) -> Entry:
+    """The entry with a branch's artifacts, which are given by role."""
+    return Entry(**{role: artifacts[role] for role in ENTRY_ROLES})
 
 
 def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry) -> tuple[Decision, str] | None:
-    """What was decided of the model of `entry`, and the MLflow run that registered it; None where none did."""
+    """The earlier decision about the model of `entry` and the MLflow run that registered it, or None."""
     version = find_version(catalog, name, identity_of(entry, config))
     if version is None or DECISION_TAG not in version.tags:
         return None
@@ -54,7 +54,7 @@ def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry)
 
 
 def identity_of(entry: Entry, config: PromoteConfig) -> dict[str, str]:
-    """The tags that two registrations of one model have in common and nothing else has."""
+    """The tags that identify a model: registrations with equal values are of the same model."""
     return {
         "edt.checkpoint": entry.checkpoint.fingerprint,
         "edt.evaluation": entry.evaluation.fingerprint,
@@ -63,7 +63,7 @@ def identity_of(entry: Entry, config: PromoteConfig) -> dict[str, str]:
 
 
 def source_of(params: Mapping[str, str]) -> str:
-    """Where the images of a run came from, as its model card says: what they are, and their place."""
+    """The kind and location of a run's source images, for its model card."""
     parts = (params.get(f"source.{field}") for field in ("kind", "path"))
     return " ".join(place_for_others(text) for text in parts if text not in (None, "None"))
 
@@ -71,7 +71,7 @@ def source_of(params: Mapping[str, str]) -> str:
 def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, entry: Entry) -> Any:
     """Log the diffusers folder as an MLflow model of the run, and register it. Returns the version.
 
-    Where another driver has registered the same model meanwhile, its version is returned and this logged model removed.
+    If another driver registers the same model meanwhile, its version is returned and this logged model is deleted.
     """
     run = catalog.client.get_run(run_id).data
     counts = entry.checkpoint.counts
@@ -92,23 +92,26 @@ def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, en
 def add_logged(
     catalog: Catalog, name: str, run_id: str, logged: Logged, tags: Mapping[str, str], identity: Mapping[str, str]
 ) -> Any:
-    """The version of a logged model. Where another driver made one of this identity, its, and the logged one goes."""
+    """Register a logged model and return its version.
+
+    If another driver registered this identity before, return its version and delete this logged model.
+    """
     tags = {**tags, DIGEST_TAG: logged.digest}
-    made = add_version(catalog, name, logged.uri, run_id, tags, identity, logged.model_id)
-    if made.source != logged.uri:
+    version = add_version(catalog, name, logged.uri, run_id, tags, identity, logged.model_id)
+    if version.source != logged.uri:
         catalog.client.delete_logged_model(logged.model_id)
-    return made
+    return version
 
 
 def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entry) -> dict[str, str]:
-    """What is recorded of a version: metrics with their protocol, what it was made from, and the gate it goes through.
+    """The record of a version: its metrics and their protocol, its artifacts, its costs, and its gate.
 
-    With these alone it can be found, compared, checked and promoted, without its run or its store.
+    These tags suffice to find, compare, check and promote the version without its run or its store.
     """
     counts, counts_of_model = entry.evaluation.counts, entry.checkpoint.counts
     metrics = {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in counts["metrics"].items()}
     protocol = canonical_json(counts["protocol"])
-    spent = {**entry.images.counts, **counts_of_model}
+    costs = {**entry.images.counts, **counts_of_model}
     tags = {
         **artifact_tags(entry.checkpoint),
         OBJECTIVE_TAG: counts_of_model.get("objective", ""),
@@ -119,9 +122,9 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
         "edt.images.digest": entry.images.manifest.digest,
         "edt.autoencoder": entry.autoencoder.fingerprint,
         "edt.source": run_tags.get("edt.source", ""),
-        **{f"{COST_TAG}{key}": str(spent[key]) for key in COSTS if key in spent},
+        **{f"{COST_TAG}{key}": str(costs[key]) for key in COSTS if key in costs},
         PROTOCOL_TAG: sha256_json(counts["protocol"]),
-        PROTOCOL_FIELDS_TAG: protocol if len(protocol) <= _MOST_TEXT else "",
+        PROTOCOL_FIELDS_TAG: protocol if len(protocol) <= _MAX_TAG else "",
         GATE_TAG: canonical_json(config.model_dump(mode="json")),
     }
     return {key: value for key, value in {**tags, **metrics}.items() if value}

@@ -1,4 +1,4 @@
-"""The catalog: what ran, from what, to what, in MLflow. Runs are opened by id, never by process: restarts continue."""
+"""The catalog: the record of runs, inputs and outputs in MLflow. Runs are opened by id, so restarts continue them."""
 
 import logging
 import os
@@ -24,14 +24,14 @@ from jobs.runtime.tracking import SQLITE, own_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_MAX_PARAM = 500  # characters MLflow keeps of a parameter on every back end
+_MAX_PARAM = 500  # characters of a parameter that every MLflow back end accepts
 _SETUP_LOCK = int.from_bytes(b"edt", "big")  # the key of PostgreSQL's advisory lock
 _log = logging.getLogger(__name__)
 DATASET_KINDS = ("images", "latents")
 
 
 class NoRecordError(UserError):
-    """A store has no MLflow record yet, and no server is named."""
+    """A store has no MLflow record yet, and no server is configured."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Catalog:
 
     @classmethod
     def open(cls, store: Folder, experiment: str, tracking_uri: str | None = None) -> "Catalog":
-        """MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, or a SQLite file in the store, set up once under a lock.
+        """MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, or else a SQLite file in the store, set up under a lock.
 
-        A server's own database is set up by the server; one that is named here itself (postgresql://), by the first
-        that comes. Raises UserError for a remote store without a tracking server.
+        A server sets up its own database. A database URI (postgresql://) is set up by the first process. Raises
+        UserError for a remote store without a tracking server.
         """
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if uri and uri != own_uri(store):
@@ -55,10 +55,10 @@ class Catalog:
                 return cls(uri, _experiment(uri, experiment, None))
         if (root := store.local) is None:
             raise UserError(
-                f"the store {store.uri} is remote, and MLFLOW_TRACKING_URI is not set: a SQLite file cannot live in an "
-                "object store; set it to your MLflow server"
+                f"the store {store.uri} is remote, and MLFLOW_TRACKING_URI is not set: a SQLite file does not work in "
+                "an object store; set MLFLOW_TRACKING_URI to your MLflow server"
             )
-        # Several processes that create the tables of one new SQLite file at once fail; after that they get along.
+        # Processes that create the tables of one new SQLite file at the same time fail; later they can share it.
         with FileLock(root / ".mlflow.lock"):
             uri, artifacts = own_uri(store), (root / "mlartifacts").as_uri()
             if not (root / SQLITE).exists():
@@ -67,10 +67,10 @@ class Catalog:
 
     @classmethod
     def existing(cls, store: Folder, tracking_uri: str | None = None) -> "Catalog":
-        """MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, or else the SQLite file that is in the store already.
+        """MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, or else the existing SQLite file in the store.
 
-        For look-ups over all experiments: it makes nothing. Raises NoRecordError where there is no MLflow, and
-        UserError for one that is silent.
+        For look-ups over all experiments; creates nothing. Raises NoRecordError if there is no MLflow, and UserError
+        if it does not answer.
         """
         if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
             check_tracking(uri)
@@ -84,7 +84,7 @@ class Catalog:
 
     @property
     def place(self) -> str:
-        """The tracking URI as it may be shown: without a password."""
+        """The tracking URI without its password, for messages."""
         return redacted(self.tracking_uri)
 
     @cached_property
@@ -101,22 +101,22 @@ class Catalog:
         return str(run.info.run_id)
 
     def step_run(self, name: str, kind: str, fingerprint: str, parent: str) -> str:
-        """The run of a step: the unfinished one of its fingerprint, gone on with, or else a new one. Returns its id.
+        """Continue the unfinished run of a step's fingerprint, or else start a new one. Returns its id.
 
-        So a step has one run, whatever the number of times that it was started.
+        So a step has one run, however often it was started.
         """
         tags = {"edt.kind": kind, "edt.fingerprint": fingerprint, "edt.step": name}
         same = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in ("edt.kind", "edt.fingerprint"))
         unfinished = f"{same} and attributes.status != 'FINISHED'"
-        found = self.client.search_runs(
+        runs = self.client.search_runs(
             [self.experiment_id], unfinished, max_results=1, order_by=["attributes.start_time DESC"]
         )
-        if not found:
+        if not runs:
             return self.start_run(name, tags, parent)
-        run_id, there = str(found[0].info.run_id), found[0].data.tags
-        for key in {"edt.error", "edt.stopped"} & set(there):
+        run_id, old_tags = str(runs[0].info.run_id), runs[0].data.tags
+        for key in {"edt.error", "edt.stopped"} & set(old_tags):
             self.client.delete_tag(run_id, key)
-        restarts = str(int(there.get("edt.restarts", "0")) + 1)
+        restarts = str(int(old_tags.get("edt.restarts", "0")) + 1)
         version = {"edt.code_version": code_version(), "edt.restarts": restarts, "mlflow.parentRunId": parent}
         self.set_tags(run_id, {**tags, **version})
         self.client.update_run(run_id, status="RUNNING", name=name)
@@ -124,16 +124,16 @@ class Catalog:
 
     def unfinished_runs(self) -> set[str]:
         """Ids of the runs of steps that are not FINISHED."""
-        wanted = "tags.`edt.fingerprint` LIKE '%' and attributes.status != 'FINISHED'"
-        pages = paged(lambda token: self.client.search_runs([self.experiment_id], wanted, page_token=token))
-        return {str(run.info.run_id) for run in pages}
+        unfinished = "tags.`edt.fingerprint` LIKE '%' and attributes.status != 'FINISHED'"
+        runs = paged(lambda token: self.client.search_runs([self.experiment_id], unfinished, page_token=token))
+        return {str(run.info.run_id) for run in runs}
 
     def end_run(self, run_id: str, status: str) -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
 
     def end_children(self, parent: str, status: str) -> None:
-        """Close the runs of steps that ended with their parent and could not close them."""
+        """Close the runs of steps that ended with their parent run and could not close their own."""
         running = f"tags.mlflow.parentRunId = '{parent}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment_id], running):
             self.end_run(run.info.run_id, status)
@@ -149,12 +149,12 @@ class Catalog:
         self.client.log_batch(run_id, metrics=metrics)
 
     def log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Log a nested mapping as dotted parameters; those that the run has already stay as they are."""
+        """Log a nested mapping as dotted parameters; parameters that the run has already are not changed."""
         from mlflow.entities import Param
 
-        there = self.client.get_run(run_id).data.params
+        logged = self.client.get_run(run_id).data.params
         params = [
-            Param(key, redacted(str(value))[:_MAX_PARAM]) for key, value in flatten(values).items() if key not in there
+            Param(key, redacted(str(value))[:_MAX_PARAM]) for key, value in flatten(values).items() if key not in logged
         ]
         for start in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[start : start + 100])
@@ -179,13 +179,13 @@ class Catalog:
             profile=canonical_json({k: v for k, v in artifact.counts.items() if isinstance(v, int)}),
         )
         tag = InputTag("mlflow.data.context", "input")
-        # Two steps that read one new dataset at the same moment both try to insert it.
+        # Two steps that log the same new dataset at the same time both try to insert it.
         retried(lambda: self.client.log_inputs(run_id, [DatasetInput(dataset, [tag])]))
 
 
 @contextmanager
 def tracking_kept() -> Iterator[None]:
-    """Puts MLFLOW_TRACKING_URI back: `mlflow.set_tracking_uri` sets it for all that comes after in this process."""
+    """Restore MLFLOW_TRACKING_URI on exit: `mlflow.set_tracking_uri` sets it for the rest of the process."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     try:
         yield
@@ -195,11 +195,11 @@ def tracking_kept() -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-def paged(ask: Callable[[str | None], Any]) -> Iterator[Any]:
-    """What MLflow lists page by page: `ask(token)` gives one, `None` the first."""
+def paged(request: Callable[[str | None], Any]) -> Iterator[Any]:
+    """All items of a paged MLflow listing: `request(token)` returns a page, `request(None)` the first."""
     token = None
     while True:
-        page = ask(token)
+        page = request(token)
         yield from page
         token = page.token
         if not token:
@@ -207,7 +207,7 @@ def paged(ask: Callable[[str | None], Any]) -> Iterator[Any]:
 
 
 def retried(call: Callable[[], Any], attempts: int = 5) -> Any:
-    """Call MLflow again after a race with another writer; the last error is raised."""
+    """Call MLflow, and retry after a race with another writer. Raises the last error."""
     from mlflow.exceptions import MlflowException
 
     for attempt in range(attempts):
@@ -216,13 +216,13 @@ def retried(call: Callable[[], Any], attempts: int = 5) -> Any:
         except MlflowException as error:
             if attempt == attempts - 1:
                 raise
-            _log.debug("MLflow is asked again (%s)", error)
-            time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1))  # those that met once should not meet again
+            _log.debug("retrying the call to MLflow (%s)", error)
+            time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1))  # random, to avoid another race
     raise AssertionError("unreachable")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys; lists stay whole."""
+    """Nested mappings as one mapping with dotted keys. Lists are not flattened."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -248,9 +248,10 @@ def _quiet() -> None:
 
 @contextmanager
 def _alone_at(uri: str) -> Iterator[None]:
-    """Of several processes, on any machines, that open one PostgreSQL database, one at a time.
+    """Let only one process at a time, on any machine, open a PostgreSQL database.
 
-    The first makes the tables; two that make them at once both fail. The lock goes with its connection.
+    The first one creates the tables; two that create them at the same time both fail. The lock ends with the
+    connection.
     """
     if not _is_postgresql(uri):
         yield
@@ -263,9 +264,9 @@ def _alone_at(uri: str) -> Iterator[None]:
 
 
 def check_tracking(tracking_uri: str | None = None) -> None:
-    """Raise UserError where the MLflow that is named, here or by MLFLOW_TRACKING_URI, is silent; without one, nothing.
+    """Raise UserError if the MLflow at `tracking_uri` or MLFLOW_TRACKING_URI, if any, does not answer.
 
-    A server that refuses connections is waited for by its client; a database that does is a UserError.
+    If a server refuses connections, its client waits for it; if a database does, this raises UserError.
     """
     if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         check_mlflow(uri)
@@ -278,14 +279,14 @@ def _is_postgresql(uri: str) -> bool:
 
 
 def _connected(uri: str) -> Any:
-    """A connection to a database. Raises UserError where it does not answer, or not in time."""
+    """A connection to a database. Raises UserError if it does not answer in time."""
     from sqlalchemy import create_engine
     from sqlalchemy.exc import OperationalError
     from sqlalchemy.pool import NullPool
 
-    # Without a transaction: one that is open for long would hold up migrations.
+    # Without a transaction: a long one would block migrations.
     engine = create_engine(uri, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    remedy = "start the database, or mend MLFLOW_TRACKING_URI (--tracking-uri)"
+    remedy = "start the database, or correct MLFLOW_TRACKING_URI (--tracking-uri)"
     try:
         return check_connects(engine.connect, uri, "a PostgreSQL database", remedy)
     except OperationalError as error:
@@ -293,10 +294,10 @@ def _connected(uri: str) -> Any:
 
 
 def _set_up(uri: str, artifacts: str) -> None:
-    """Make the tables of a new SQLite file, with artifacts in the store.
+    """Create the tables of a new SQLite file, with artifacts in the store.
 
-    MLflow's client would take the working folder for them, and put its name into SQL as it is: a quote or a colon in it
-    is an error.
+    MLflow's client would use the working folder for artifacts and insert its name into SQL without quoting: a quote or
+    a colon in the name is an error.
     """
     _quiet()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -305,9 +306,9 @@ def _set_up(uri: str, artifacts: str) -> None:
 
 
 def _deleted(uri: str, name: str, experiment_id: str) -> str:
-    """What to do about an experiment that MLflow keeps as deleted: its name stays taken."""
+    """The message about an experiment that MLflow keeps as deleted. Its name stays in use."""
     return (
-        f"the MLflow experiment {name!r} (id {experiment_id}) was deleted, so it takes no runs. Restore it:\n"
+        f"the MLflow experiment {name!r} (id {experiment_id}) was deleted, so it accepts no runs. Restore it:\n"
         f"  MLFLOW_TRACKING_URI={quote(redacted(uri))} mlflow experiments restore --experiment-id {experiment_id}\n"
         "or give the pipeline another name (--set name=...)"
     )
@@ -317,13 +318,13 @@ def _experiment(uri: str, name: str, artifact_location: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
     client = _client(uri)
-    if found := client.get_experiment_by_name(name):
-        if found.lifecycle_stage == "deleted":
-            raise UserError(_deleted(uri, name, str(found.experiment_id)))
-        return str(found.experiment_id)
+    if experiment := client.get_experiment_by_name(name):
+        if experiment.lifecycle_stage == "deleted":
+            raise UserError(_deleted(uri, name, str(experiment.experiment_id)))
+        return str(experiment.experiment_id)
     try:
         return str(client.create_experiment(name, artifact_location))
-    except MlflowException:  # another process made it a moment ago
-        if found := client.get_experiment_by_name(name):
-            return str(found.experiment_id)
+    except MlflowException:  # another process created it a moment ago
+        if experiment := client.get_experiment_by_name(name):
+            return str(experiment.experiment_id)
         raise

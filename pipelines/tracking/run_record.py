@@ -1,7 +1,6 @@
-"""What one step leaves in its MLflow run: metrics by step, pictures, checkpoints, warnings.
+"""The record of one step in its MLflow run: metrics by step, pictures, checkpoints, warnings.
 
-Every method brings the run to a state, and called again changes nothing: where an answer of the server was lost, or a
-worker, or the driver, the same is simply written again.
+Every method is idempotent. After a lost server answer, worker or driver, the same call is repeated.
 """
 
 import io
@@ -22,25 +21,25 @@ if TYPE_CHECKING:
 
 
 _MAX_METRICS = 1000  # of one `log_batch`
-_MAX_WARNINGS = 5000  # characters of a tag's value that every MLflow back end keeps
+_MAX_WARNINGS = 5000  # characters of a tag's value that every MLflow back end accepts
 _PICTURE = re.compile(r"images/(.+)[+%]step[+%](\d+)[+%]timestamp[+%].*[+%]compressed\.webp")  # as `log_image` names it
 
 
 class RunRecord:
-    """Writes to one run. What it has already, from an earlier driver perhaps, is read once, when it is needed."""
+    """Writes to one run. Its existing contents, for example from an earlier driver, are read once, when needed."""
 
     def __init__(self, catalog: Catalog, run_id: str) -> None:
         self.catalog, self.run_id = catalog, run_id
-        self._metrics: dict[int, dict[str, Metric]] | None = None  # step -> name -> what the run has
+        self._metrics: dict[int, dict[str, Metric]] | None = None  # step -> name -> metric in the run
         self._pictures: set[tuple[str, int]] | None = None
         self._warnings: list[str] | None = None
         self._models: dict[int, str] = {}  # step -> id of the checkpoint's logged model
         self._linked: set[tuple[str, str]] = set()  # (model id, metric name)
 
     def artifact(self, artifact: Artifact) -> None:
-        """Tag the run with the artifact it made, and log its counts as metrics.
+        """Tag the run with its artifact, and log the artifact's counts as metrics.
 
-        Of a checkpoint artifact also what its history has and the run has not, and its checkpoints as logged models.
+        For a checkpoint artifact, also add missing metrics from its history, and its checkpoints as logged models.
         """
         manifest = artifact.manifest
         self.catalog.set_tags(self.run_id, artifact_tags(artifact))
@@ -50,50 +49,50 @@ class RunRecord:
             self.complete(artifact)
 
     def metrics(self, rows: Sequence[Measured]) -> None:
-        """Log finite values under their step and the time of measuring.
+        """Log finite values under their step and time of measurement.
 
-        A step has one value of a name: what a training measures again after a restart is not logged again.
+        A step has one value per name: values that a training measures again after a restart are not logged again.
         """
         from mlflow.entities import Metric
 
-        there = self._known_metrics()
+        logged = self._logged_metrics()
         new: dict[tuple[int, str], Metric] = {}
         for row in rows:
             for name, value in row.values.items():
-                if math.isfinite(value) and name not in there.get(row.step, {}):
+                if math.isfinite(value) and name not in logged.get(row.step, {}):
                     new.setdefault((row.step, name), Metric(name, float(value), row.time_ms, row.step))
         for batch in _batches(list(new.values())):
             self.catalog.client.log_batch(self.run_id, metrics=batch)
             for metric in batch:
-                there.setdefault(metric.step, {})[metric.key] = metric
+                logged.setdefault(metric.step, {})[metric.key] = metric
         self._link({row.step for row in rows})
 
     def picture(self, picture: Picture) -> None:
-        """Log a PNG so that MLflow's run page shows it by its step. Raises MlflowException for what is no image."""
+        """Log a PNG so that MLflow's run page shows it by step. Raises MlflowException if it is not an image."""
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", picture.name)
         image, client = _decoded(picture), self.catalog.client
-        if (key, picture.step) in self._known_pictures():
-            client.set_tag(self.run_id, MLFLOW_LOGGED_IMAGES, True)  # the last part of `log_image`, perhaps not done
+        if (key, picture.step) in self._logged_pictures():
+            client.set_tag(self.run_id, MLFLOW_LOGGED_IMAGES, True)  # the last part of `log_image` may be missing
             return
-        self._pictures = None  # after an error the run may have it or not
+        self._pictures = None  # after an error it is unknown whether the run has the picture
         client.log_image(self.run_id, image, key=key, step=picture.step, timestamp=picture.time_ms, synchronous=True)
 
-    def checkpoints(self, kept: Mapping[int, tuple[str, str]]) -> None:
-        """Have exactly these checkpoints, step -> (URI, digest), as logged models, with the metrics of their step."""
-        there: dict[int, LoggedModel] = {}
+    def checkpoints(self, checkpoints: Mapping[int, tuple[str, str]]) -> None:
+        """Make the run's logged models equal to these checkpoints, step -> (URI, digest), with their step's metrics."""
+        models: dict[int, LoggedModel] = {}
         for model in self._checkpoint_models():
             step = int(model.params["step"])
-            if step not in kept or step in there:
+            if step not in checkpoints or step in models:
                 self.catalog.client.delete_logged_model(model.model_id)
             else:
-                there[step] = model
-        self._models = {step: self._model(step, *kept[step], there.get(step)) for step in sorted(kept)}
-        self._link(kept)
+                models[step] = model
+        self._models = {step: self._model(step, *checkpoints[step], models.get(step)) for step in sorted(checkpoints)}
+        self._link(checkpoints)
 
     def warnings(self, messages: Iterable[str]) -> None:
-        """Append lines to the tag `edt.warnings`; of too many the last are kept."""
+        """Append lines to the tag `edt.warnings`. If it is too long, the oldest lines are dropped."""
         if self._warnings is None:
             warnings = self.catalog.client.get_run(self.run_id).data.tags.get("edt.warnings", "")
             self._warnings = warnings.splitlines()
@@ -105,7 +104,7 @@ class RunRecord:
         self._warnings = lines
 
     def complete(self, artifact: Artifact) -> None:
-        """Log what a checkpoint artifact's history has and the run has not, and have its checkpoints and no others."""
+        """Log the metrics of a checkpoint artifact's history that the run lacks, and set the run's checkpoints."""
         from jobs.stages.train import history
 
         now = int(time.time() * 1000)
@@ -115,9 +114,10 @@ class RunRecord:
         uri, digest = artifact.data.uri, artifact.manifest.digest
         self.checkpoints({step: (f"{uri}/checkpoints/{name}", digest) for step, name in names.items()})
 
-    def _model(self, step: int, uri: str, digest: str, there: "LoggedModel | None") -> str:
+    def _model(self, step: int, uri: str, digest: str, existing: "LoggedModel | None") -> str:
+        """The id of a checkpoint's logged model, which is created or completed if necessary."""
         client, tags = self.catalog.client, {"edt.uri": redacted(uri), "edt.digest": digest}
-        model = there or client.create_logged_model(
+        model = existing or client.create_logged_model(
             self.catalog.experiment_id,
             name=f"{STEP_PREFIX}{step:08d}",
             source_run_id=self.run_id,
@@ -131,39 +131,39 @@ class RunRecord:
         return str(model.model_id)
 
     def _link(self, steps: Iterable[int]) -> None:
-        """Log the metrics of checkpoints' steps for their logged models as well."""
+        """Log the metrics of these steps for the logged models of their checkpoints as well."""
         from mlflow.entities import Metric
 
         for step in steps:
             model = self._models.get(step)
             if model is None:
                 continue
-            new = [m for name, m in self._known_metrics().get(step, {}).items() if (model, name) not in self._linked]
+            new = [m for name, m in self._logged_metrics().get(step, {}).items() if (model, name) not in self._linked]
             for batch in _batches(new):
                 linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model) for m in batch]
                 self.catalog.client.log_batch(self.run_id, metrics=linked)
                 self._linked |= {(model, metric.key) for metric in batch}
 
-    def _known_metrics(self) -> "dict[int, dict[str, Metric]]":
+    def _logged_metrics(self) -> "dict[int, dict[str, Metric]]":
         if self._metrics is None:
-            client, there = self.catalog.client, dict[int, dict[str, "Metric"]]()
+            client, metrics = self.catalog.client, dict[int, dict[str, "Metric"]]()
             for name in client.get_run(self.run_id).data.metrics:
                 for metric in client.get_metric_history(self.run_id, name):
-                    there.setdefault(metric.step, {})[name] = metric
-            self._metrics = there
+                    metrics.setdefault(metric.step, {})[name] = metric
+            self._metrics = metrics
         return self._metrics
 
-    def _known_pictures(self) -> set[tuple[str, int]]:
+    def _logged_pictures(self) -> set[tuple[str, int]]:
         if self._pictures is None:
             paths = [file.path for file in self.catalog.client.list_artifacts(self.run_id, "images")]
-            found = [match for path in paths if (match := _PICTURE.fullmatch(path))]
-            self._pictures = {(match[1].replace("~", "/"), int(match[2])) for match in found}
+            matches = [match for path in paths if (match := _PICTURE.fullmatch(path))]
+            self._pictures = {(match[1].replace("~", "/"), int(match[2])) for match in matches}
         return self._pictures
 
     def _checkpoint_models(self) -> "list[LoggedModel]":
         """The logged models of this run that are checkpoints."""
-        ours, search = f"source_run_id = '{self.run_id}'", self.catalog.client.search_logged_models
-        models = paged(lambda token: search([self.catalog.experiment_id], ours, page_token=token))
+        of_run, search = f"source_run_id = '{self.run_id}'", self.catalog.client.search_logged_models
+        models = paged(lambda token: search([self.catalog.experiment_id], of_run, page_token=token))
         return [model for model in models if "step" in model.params]
 
 
@@ -190,4 +190,4 @@ def _decoded(picture: Picture) -> Any:
     try:
         return Image.open(io.BytesIO(picture.png)).convert("RGB")
     except OSError as error:
-        raise MlflowException.invalid_parameter_value(f"{picture.name} is no image: {error}") from error
+        raise MlflowException.invalid_parameter_value(f"{picture.name} is not an image: {error}") from error

@@ -1,4 +1,4 @@
-"""What MLflow says of workflow runs: the list of them, and the record by which one is done again."""
+"""Workflow runs in MLflow: the list of runs, and the record that reproduces one."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from pipelines.tracking.catalog import Catalog, paged
 _STEP = "edt.step."
 _RECORDED = ("config.yaml", "environment.json")  # artifacts of a workflow run
 _PAGE = 500
-_BATCH = 200  # runs asked for by id in one request
+_BATCH = 200  # run ids per request
 
 
 @dataclass(frozen=True)
@@ -35,54 +35,55 @@ class Record:
 
 
 def step_tag(name: str) -> str:
-    """The tag of a workflow run that holds the fingerprint of a step: its name, with dots for spaces."""
+    """The tag of a workflow run with the fingerprint of a step: the step's name, with dots for spaces."""
     return _STEP + name.replace(" ", ".")
 
 
 def steps_of(tags: Mapping[str, str]) -> dict[str, str]:
-    """The fingerprints of a workflow run's steps, out of its tags."""
+    """The fingerprints of a workflow run's steps, from its tags."""
     return {key.removeprefix(_STEP): value for key, value in tags.items() if key.startswith(_STEP)}
 
 
 def workflow_runs(catalog: Catalog) -> Iterator[Any]:
-    """Every workflow run of every experiment, the newest first, as MLflow has it."""
+    """All workflow runs of all experiments, newest first, as MLflow objects."""
     return search(catalog, "tags.`edt.workflow` LIKE '%'")
 
 
-def search(catalog: Catalog, wanted: str, deleted: bool = False) -> Iterator[Any]:
-    """The runs of all experiments that an MLflow filter lets pass, the newest first; with `deleted`, those as well."""
+def search(catalog: Catalog, mlflow_filter: str, deleted: bool = False) -> Iterator[Any]:
+    """The runs of all experiments that match an MLflow filter, newest first; with `deleted`, also deleted runs."""
     from mlflow.entities import ViewType
 
-    order, where = ["attributes.start_time DESC"], experiments(catalog)
+    order, ids = ["attributes.start_time DESC"], experiments(catalog)
     view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
-    ask = catalog.client.search_runs
-    return paged(lambda token: ask(where, wanted, view, max_results=_PAGE, order_by=order, page_token=token))
+    request = catalog.client.search_runs
+    return paged(lambda token: request(ids, mlflow_filter, view, max_results=_PAGE, order_by=order, page_token=token))
 
 
 def experiments(catalog: Catalog) -> list[str]:
-    """Ids of all experiments, those that were deleted as well."""
+    """Ids of all experiments, including deleted ones."""
     from mlflow.entities import ViewType
 
     return [e.experiment_id for e in catalog.client.search_experiments(ViewType.ALL, max_results=10_000)]
 
 
 def runs_of(catalog: Catalog, ids: Iterable[str]) -> dict[str, Any]:
-    """Runs by id, those that were deleted as well; ones that are gone for good are left out."""
+    """Runs by id, including deleted ones, without those that MLflow no longer has."""
     from mlflow.entities import ViewType
 
-    wanted, where = sorted(ids), experiments(catalog)
-    found: dict[str, Any] = {}
-    for start in range(0, len(wanted), _BATCH):
-        named = ", ".join(f"'{run_id}'" for run_id in wanted[start : start + _BATCH])
-        page = catalog.client.search_runs(where, f"attributes.run_id IN ({named})", ViewType.ALL, max_results=_BATCH)
-        found |= {run.info.run_id: run for run in page}
-    return found
+    run_ids, experiment_ids = sorted(ids), experiments(catalog)
+    runs: dict[str, Any] = {}
+    for start in range(0, len(run_ids), _BATCH):
+        quoted = ", ".join(f"'{run_id}'" for run_id in run_ids[start : start + _BATCH])
+        run_filter = f"attributes.run_id IN ({quoted})"
+        page = catalog.client.search_runs(experiment_ids, run_filter, ViewType.ALL, max_results=_BATCH)
+        runs |= {run.info.run_id: run for run in page}
+    return runs
 
 
 def run_rows(catalog: Catalog, pipeline: str | None, limit: int) -> list[dict[str, Any]]:
-    """The newest workflow runs, of one pipeline or all, as rows of a table."""
-    found = (run for run in workflow_runs(catalog) if pipeline in (None, run.data.tags["edt.workflow"]))
-    return [_row(run) for run, _ in zip(found, range(limit), strict=False)]
+    """The newest workflow runs, of one pipeline or all, as table rows."""
+    runs = (run for run in workflow_runs(catalog) if pipeline in (None, run.data.tags["edt.workflow"]))
+    return [_row(run) for run, _ in zip(runs, range(limit), strict=False)]
 
 
 def _row(run: Any) -> dict[str, Any]:
@@ -108,33 +109,33 @@ def _count(names: str | None) -> int:
 
 
 def read_record(catalog: Catalog, run_id: str) -> Record:
-    """The record of a workflow run. Raises UserError where MLflow has none, or not a whole one."""
+    """The record of a workflow run. Raises UserError if MLflow has none, or if it is incomplete."""
     from mlflow.exceptions import MlflowException
 
     try:
         run = catalog.client.get_run(run_id)
     except MlflowException as error:
-        raise UserError(f"MLflow has no run {run_id} ({error.error_code}); `edt runs` lists those it has") from error
+        raise UserError(f"MLflow has no run {run_id} ({error.error_code}); `edt runs` lists the runs") from error
     if "edt.workflow" not in run.data.tags:
-        raise UserError(f"the run {run_id} is none of a whole pipeline; `edt runs` lists those")
+        raise UserError(f"the run {run_id} is not a run of a whole pipeline; `edt runs` lists those")
     try:
         with tempfile.TemporaryDirectory(prefix="edt-") as folder:
-            # By the client: an address of a server's artifacts means the server of this catalog, not the process's own.
+            # With the client: `mlflow-artifacts:` addresses refer to this catalog's server, not the environment's.
             paths = [catalog.client.download_artifacts(run_id, name, folder) for name in _RECORDED]
             config, environment = parse_yaml(read_text(paths[0])), read_json(paths[1])
     except (MlflowException, OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"the run {run_id} has no whole config.yaml and environment.json among its artifacts ({error}); it was "
-            "made by an earlier version, or they were removed, and cannot be reproduced from the record"
+            f"cannot reproduce the run {run_id}: config.yaml or environment.json among its artifacts is missing or "
+            f"invalid ({error}). An earlier version of edt made the run, or the files were removed or damaged"
         ) from error
     return Record(run_id, run.info.status, dict(run.data.tags), config, environment)
 
 
 def artifact_runs(catalog: Catalog, fingerprints: set[str]) -> dict[str, Any]:
-    """The finished MLflow runs that made artifacts, by fingerprint; of several the newest."""
-    found: dict[str, Any] = {}
+    """The newest finished MLflow run of each artifact, by fingerprint."""
+    runs: dict[str, Any] = {}
     for run in search(catalog, "tags.`edt.fingerprint` LIKE '%' and attributes.status = 'FINISHED'"):
         identity = run.data.tags["edt.fingerprint"]
         if identity in fingerprints and "edt.digest" in run.data.tags:
-            found.setdefault(identity, run)
-    return found
+            runs.setdefault(identity, run)
+    return runs

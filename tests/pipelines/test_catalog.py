@@ -40,7 +40,7 @@ def test_a_race_is_tried_again_and_a_real_refusal_is_raised() -> None:
 
 def test_a_remote_store_needs_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ValueError, match=r"memory://store is remote.*set it to your MLflow server"):
+    with pytest.raises(ValueError, match=r"memory://store is remote.*set MLFLOW_TRACKING_URI to your MLflow server"):
         Catalog.open(Folder.at("memory://store"), "x")
 
 

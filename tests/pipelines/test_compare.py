@@ -78,7 +78,7 @@ def test_published_values_stand_beside_fid_of_their_size_and_guidance_alone(regi
     others = compare(records)
     assert others.metric == "fd_classifier"
     assert not others.published
-    assert "no published values beside fd_classifier" in others.notes[-1]
+    assert "no published values for fd_classifier" in others.notes[-1]
     small = [record_of(registry.catalog, "edt-old")]
     assert not compare(small).published
     forced = compare(small, with_published=True).published
@@ -97,7 +97,7 @@ def test_what_is_not_recorded_is_said(registry: Registry) -> None:
     told = edt(registry, "compare", "edt-s/2", "edt-old")
     assert "training FLOPs not recorded: edt-old/1" in told
     assert "device-hours not recorded: edt-old/1" in told
-    with pytest.raises(UserError, match=r"edt-old/1 has no metric 'fid' recorded, but fd_classifier"):
+    with pytest.raises(UserError, match=r"edt-old/1 has no metric 'fid'; it has fd_classifier"):
         edt(registry, "compare", "edt-s/2", "edt-old", "--metric", "fid")
 
 

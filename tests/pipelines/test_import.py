@@ -188,7 +188,7 @@ def bad_file(folder: Path, damage: str) -> Path:
             "is EDT-Tiny/2 at 32 px with 4 classes; give --model EDT-Tiny/2 --image-size 32",
         ),
         ("", ["--image-size", "64"], "is EDT-Tiny/2 at 32 px with 4 classes"),
-        ("", ["--name", "a/b"], "the model name 'a/b' is no registry name"),
+        ("", ["--name", "a/b"], "invalid model name 'a/b'"),
         ("", ["--autoencoder", "/nowhere"], "no autoencoder at /nowhere"),
     ],
 )
@@ -280,7 +280,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(
 @pytest.mark.parametrize("damage", ["another factor", "another autoencoder"])
 def test_a_model_of_other_latents_needs_its_autoencoder(published: Path, tmp_path: Path, damage: str) -> None:
     path = released(tmp_path, "EDT-Tiny/2")
-    message = r"--autoencoder is missing: .* is EDT-Tiny/2 for latents of factor 4 with 4 channels, and the default"
+    message = r"--autoencoder is missing: .* is EDT-Tiny/2 for latents of factor 4 with 4 channels, but the default"
     if damage == "another autoencoder":
         path = tmp_path / "trained.pt"
         args = argparse.Namespace(vae="stabilityai/sdxl-vae")

@@ -161,7 +161,7 @@ def test_compare_puts_metrics_side_by_side_and_says_what_differs(registry: Regis
         ("zzz", f"models are {OTHER}, {NAME}"),
         (f"{NAME}@champoin", "no alias 'champoin'; did you mean champion"),
         (f"{NAME}/77", "no version 77; there are 3, the newest: 1, 2, 3"),
-        ("../x", "names no version"),
+        ("../x", "is not the name of a version"),
     ],
 )
 def test_what_is_not_there_is_told_with_what_is(registry: Registry, text: str, message: str) -> None:
@@ -173,8 +173,8 @@ def test_what_is_not_there_is_told_with_what_is(registry: Registry, text: str, m
     ("arguments", "message"),
     [
         (["--metric", "fd_clasifier<5"], "no version has a metric 'fd_clasifier'; did you mean fd_classifier"),
-        (["--metric", "fd_classifier~5"], "--metric takes a comparison"),
-        (["--config", "train.lrr=5"], r"no run has a field 'train\.lrr' of configuration; did you mean train\.lr"),
+        (["--metric", "fd_classifier~5"], "is not a comparison"),
+        (["--config", "train.lrr=5"], r"no run has a configuration field 'train\.lrr'; did you mean train\.lr"),
         (["--name", "edt-smal"], "did you mean"),
     ],
 )
@@ -459,7 +459,7 @@ def test_a_model_of_an_mlflow_server_is_registered_checked_and_pulled(
             pull(catalog.client, find(catalog, REAL), tmp_path / "again")
         with pytest.raises(UserError, match="has no alias"):
             find(catalog, f"{REAL}@nothing")
-        with pytest.raises(UserError, match="there is none before it"):
+        with pytest.raises(UserError, match="there is no previous one"):
             edt(there, "models", "rollback", REAL)
     finally:
         server.kill()

@@ -175,7 +175,7 @@ def test_champions_follow_each_other_and_roll_back_in_turn(registry: Registry) -
     assert "to version 2" in registry.version("4").tags["edt.rolled_back"]
     rollback(registry.catalog, NAME)
     assert registry.champion() == "1"
-    with pytest.raises(UserError, match="first champion, there is none before it"):
+    with pytest.raises(UserError, match="first champion; there is no previous one"):
         rollback(registry.catalog, NAME)
     with pytest.raises(UserError, match="no-such has no champion"):
         rollback(registry.catalog, "no-such")
@@ -186,7 +186,7 @@ def test_rollbacks_end_whatever_was_promoted_twice(registry: Registry) -> None:
         registry.add(key, value)
     promote_version(registry.catalog, registry.version("1"), force=True)
     assert str(rollback(registry.catalog, NAME)[1].version) == "2"
-    with pytest.raises(UserError, match="none before it"):
+    with pytest.raises(UserError, match="no previous one"):
         list(iter(lambda: rollback(registry.catalog, NAME), None))
 
 

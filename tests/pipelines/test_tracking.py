@@ -213,7 +213,7 @@ def test_what_is_refused_is_told_and_holds_up_nothing(catalog: Catalog, board: A
     warnings = catalog.client.get_run(run).data.tags["edt.warnings"].splitlines()
     assert len(warnings) == 2
     assert "no[name]" in warnings[0]
-    assert "samples is no image" in warnings[1]
+    assert "samples is not an image" in warnings[1]
 
 
 def test_warnings_become_a_tag_of_bounded_length(catalog: Catalog, board: Any) -> None:

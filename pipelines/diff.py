@@ -1,7 +1,7 @@
-"""In which fields two configurations differ, and which steps of a run each of these changes rebuilds.
+"""The differences of two configurations by field, and the steps of a run that each change rebuilds.
 
-A step is rebuilt if its fingerprint changes. Fingerprints follow from the configurations alone, but for what lies
-outside them: of images and published weights at another place it is taken that they are others.
+A step is rebuilt if its fingerprint changes. Fingerprints depend on the configurations and on external files, which
+are not read here: images and published weights at another location count as different.
 """
 
 import json
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 ABSENT = "(absent)"
 _RUN_ID = re.compile("[0-9a-f]{32}")
-_SOURCE = "edt.source"  # the tag of a workflow run that holds the identity of its images
+_SOURCE = "edt.source"  # the tag of a workflow run with the fingerprint of its images
 _RECORDED = {"edt.code_version": "code version", _SOURCE: "content of the images"}
 
 
 @dataclass(frozen=True)
 class Side:
-    """One configuration of a comparison. `recorded`: what a run's record says beside it."""
+    """One configuration of a comparison. `recorded`: the tags of its run, if it is that of a run."""
 
     name: str
     config: PipelineConfig
@@ -43,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """One field, its JSON value on either side, and the steps that the change rebuilds."""
+    """One field, its JSON values on both sides, and the steps that the change rebuilds."""
 
     field: str
     a: Any
@@ -57,13 +57,13 @@ class Difference:
 def read_side(name: str, catalog: "Catalog | None" = None, assignments: tuple[str, ...] = ()) -> Side:
     """A shipped configuration, a YAML file, or the configuration of a workflow's MLflow run, by its id.
 
-    Raises UserError where there is none, or where a run's record has fields that this version does not know.
+    Raises UserError if there is none, or if a run's record has fields that this version does not know.
     """
     if not is_run_id(name):
         return Side(name, load_config(name, assignments))
     assert catalog is not None
     if assignments:
-        raise UserError("--set changes a configuration, and a run's record stays as it is; give its YAML file instead")
+        raise UserError("--set cannot change the recorded configuration of a run; give its YAML file instead")
     from pipelines.tracking.runs import read_record
 
     record = read_record(catalog, name)
@@ -76,22 +76,22 @@ def is_run_id(name: str) -> bool:
 
 
 def differences(a: Side, b: Side) -> list[Difference]:
-    """Every field in which two configurations differ, in the order of the schema, then what the records say."""
+    """The fields in which two configurations differ, in the order of the schema, then differences of the records."""
     before, after = _leaves(a.config), _leaves(b.config)
     names = [*before, *(name for name in after if name not in before)]
     order = {name: at for at, name in enumerate(PipelineConfig.model_fields)}
     changed = [name for name in names if before.get(name, ABSENT) != after.get(name, ABSENT)]
     changed.sort(key=lambda name: order[name.partition(".")[0]])
-    same_images, found = _same_images(a, b), []
+    same_images, rows = _same_images(a, b), []
     for name in changed:
         moved = same_images and name.startswith("source.")
-        steps = () if moved else tuple(_made_anew(a.config, b.config, name, after))
-        found.append(Difference(name, before.get(name, ABSENT), after.get(name, ABSENT), steps))
-    return found + list(_recorded_differences(a, b))
+        steps = () if moved else tuple(_rebuilt_by_field(a.config, b.config, name, after))
+        rows.append(Difference(name, before.get(name, ABSENT), after.get(name, ABSENT), steps))
+    return rows + list(_recorded_differences(a, b))
 
 
 def _recorded_differences(a: Side, b: Side) -> Iterator[Difference]:
-    """What two runs' records say beside the configurations: another code, other images at the same place."""
+    """The differences of two runs' records besides the configurations: code version, images at the same location."""
     for tag, name in _RECORDED.items():
         first, second = a.recorded.get(tag), b.recorded.get(tag)
         if first and second and first != second:
@@ -99,18 +99,18 @@ def _recorded_differences(a: Side, b: Side) -> Iterator[Difference]:
             yield Difference(name, first[:12], second[:12], steps)
 
 
-def _made_anew(a: PipelineConfig, b: PipelineConfig, name: str, after: Mapping[str, Any]) -> list[str]:
-    """The steps of `b` that have another fingerprint where this one field of `a` is what it is in `b`."""
+def _rebuilt_by_field(a: PipelineConfig, b: PipelineConfig, name: str, after: Mapping[str, Any]) -> list[str]:
+    """The steps that are rebuilt if this one field of `a` gets its value in `b`."""
     try:
         changed = _with(a, name, after.get(name, ABSENT))
         before, now = outline(a), outline(changed)
-    except UserError:  # it does not fit without the other changes: then what all of them together make anew
+    except UserError:  # invalid without the other changes: use the steps that all changes together rebuild
         before, now = outline(a), outline(b)
     return _new_in(now, before)
 
 
 def made_anew(a: Side, b: Side) -> list[str]:
-    """The steps that a run of `b` makes anew where a run of `a` has made all of its own."""
+    """The steps that a run of `b` rebuilds after a complete run of `a`."""
     config = b.config
     if _same_images(a, b):
         config = config.model_copy(update={"source": a.config.source})
@@ -118,26 +118,26 @@ def made_anew(a: Side, b: Side) -> list[str]:
 
 
 def _new_in(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
-    """Steps are found again by their fingerprints, whatever the name of their model."""
-    known = set(before.values())
-    return [step for step, fingerprint in now.items() if fingerprint not in known]
+    """The steps with a new fingerprint. Steps are reused by fingerprint, so the name of the model does not matter."""
+    fingerprints = set(before.values())
+    return [step for step, fingerprint in now.items() if fingerprint not in fingerprints]
 
 
 def _same_images(a: Side, b: Side) -> bool:
-    """Whether two records say that the images were the same ones, wherever they lay."""
+    """Whether the images of two recorded runs are the same, at any location."""
     return _SOURCE in a.recorded and a.recorded[_SOURCE] == b.recorded.get(_SOURCE)
 
 
 def outline(config: PipelineConfig) -> dict[str, str]:
-    """Step -> a fingerprint that moves where the configuration makes it move, promotions included."""
-    outlined = _Outline()
-    for branch in call_steps(outlined, config, _images(config), _published(config)):
-        call_promotion(outlined, config, branch)
-    return outlined.steps
+    """Step -> a fingerprint that changes with the configuration, for every step and promotion."""
+    steps = _Outline()
+    for branch in call_steps(steps, config, _images(config), _published(config)):
+        call_promotion(steps, config, branch)
+    return steps.steps
 
 
 class _Outline:
-    """Stands where a Workflow does: takes the calls of the steps and keeps their fingerprints alone."""
+    """Takes the same calls as a Workflow, but only records the fingerprints of the steps."""
 
     def __init__(self) -> None:
         self.steps: dict[str, str] = {}
@@ -156,20 +156,20 @@ def _images(config: PipelineConfig) -> Source:
 
 
 def _published(config: PipelineConfig) -> Published:
-    """What lies elsewhere, each by its stated digest, or else by its place."""
+    """The published inputs, each identified by its configured digest, or else by its location."""
     weights = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
     pretrained, statistics = config.autoencoder.pretrained, config.reference_statistics
     return Published(
         None if pretrained is None else Source(pretrained, sha256_json(pretrained)),
-        {space: Source("", sha256_json(found.sha256 or found.weights)) for space, found in weights.items()},
+        {space: Source("", sha256_json(network.sha256 or network.weights)) for space, network in weights.items()},
         None if statistics is None else Source(statistics, sha256_json(statistics)),
     )
 
 
 def _with(config: PipelineConfig, name: str, value: Any) -> PipelineConfig:
-    """A configuration with one field of a section changed. Sections are not checked against each other.
+    """A configuration with one changed field of a section. Sections are not checked against each other.
 
-    Raises UserError where the value does not fit its own section.
+    Raises UserError if the value is invalid in its section.
     """
     top, _, rest = name.partition(".")
     values: Any = config.model_dump(mode="json")[top]
@@ -194,7 +194,7 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _leaves(config: PipelineConfig) -> dict[str, Any]:
-    """Dotted name -> JSON value of every field, credentials out. A model without fields of its own is one as well."""
+    """Dotted name -> JSON value of every field, credentials redacted. A model without own fields counts as a field."""
     return dict(_walk(redacted_values(config.model_dump(mode="json")), ""))
 
 

@@ -1,7 +1,6 @@
-"""A run done again from its MLflow record: configuration, code version, seeds and inputs, into a store of its own.
+"""Reproduction of a run from its MLflow record: configuration, code version, seeds and inputs, into a new store.
 
-The record says what every artifact's content was (`edt.digest`); what comes out now is compared with
-that, step by step.
+The record has the digest of every artifact (`edt.digest`). The new artifacts are compared with it, step by step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,16 +29,16 @@ from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import Record, artifact_runs, read_record, step_tag, steps_of
 
-REPORT = "report."  # reports name runs, places and times; they are written again, and not compared
+REPORT = "report."  # reports contain runs, locations and times; they are rewritten, but not compared
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One step, then and now. `how`: how far its content is from what the record says; "" for not at all."""
+    """One step, then and now. `how`: how its content differs from the record; "" if it does not."""
 
     step: str
     fingerprint: str
-    recorded: str | None  # digest; None where the step did not end in the recorded run
+    recorded: str | None  # digest; None if the step did not finish in the recorded run
     now: str | None
     how: str = ""
 
@@ -54,10 +53,10 @@ class Comparison:
 def reproduce(
     run_id: str, catalog: Catalog, store: str, terminal: Terminal, address: str | None = None, other_code: bool = False
 ) -> tuple[Outcome, list[Comparison]]:
-    """Run again what a record describes, into the empty local folder `store`, and compare.
+    """Repeat the recorded run in the empty local folder `store`, and compare the artifacts.
 
-    Raises UserError, before anything is computed, where the record is not whole, the code is another one (unless
-    `other_code`), the images are not those of the record, or the folder is not empty. Warns of other weights.
+    Raises UserError, before anything is computed, if the record is incomplete, the code version differs (unless
+    `other_code`), the images differ, or the folder is not empty. Warns if published weights differ.
     """
     record = read_record(catalog, run_id)
     folder = _empty(store, run_id)
@@ -69,10 +68,10 @@ def reproduce(
 
 
 def _empty(store: str, run_id: str) -> Folder:
-    """The folder of the new store: empty, or of an earlier try at the same."""
+    """The folder of the new store: empty, or from an earlier attempt to reproduce the same run."""
     folder = Folder.at(store)
     if folder.local is None:
-        raise UserError(f"a run is reproduced into a local folder, and {store} is none; give one with --into")
+        raise UserError(f"--into {store} is not a local folder; give a new or empty one")
     check_store_name(folder.local)
     mark = f".reproduces-{run_id}"
     if folder.names() and not folder.exists(mark):
@@ -82,23 +81,23 @@ def _empty(store: str, run_id: str) -> Folder:
 
 
 def check_code(record: Record, terminal: Terminal, other_code: bool) -> None:
-    """Refuse another code version, or warn of it, and of other versions of libraries."""
+    """Warn if versions of libraries differ. Raise UserError, or with `other_code` warn, if the code version differs."""
     then, now = record.tags.get("edt.code_version", "unknown"), code_version()
     if then != now:
-        text = f"the run was made by code version {then}, and this is {now}"
+        text = f"the run was made by code version {then}, but this is {now}"
         if not other_code:
-            raise UserError(f"{text}; check that version out, or give --other-code to see what comes out of this one")
+            raise UserError(f"{text}; check out that version, or give --other-code to run this one")
         terminal.warn(text)
     elif then.endswith("+dirty"):
-        terminal.warn(f"the run was made by {then}: with uncommitted changes that no record holds")
-    ours = environment()
-    for name in sorted({*ours, *record.environment}):
-        if (before := record.environment.get(name)) != ours.get(name):
-            terminal.warn(f"{name} was {before} and is {ours.get(name)}: results may differ")
+        terminal.warn(f"the run was made by {then}: its uncommitted changes were not saved, so this code may differ")
+    present = environment()
+    for name in sorted({*present, *record.environment}):
+        if (before := record.environment.get(name)) != present.get(name):
+            terminal.warn(f"{name} was {before} and is {present.get(name)}: results may differ")
 
 
 def restored(record: Record, catalog: Catalog, store: str) -> tuple[PipelineConfig, Published]:
-    """The recorded configuration with another store, and what it named from elsewhere as it was then."""
+    """The recorded configuration with another store, and its published inputs as they were then."""
     config: PipelineConfig = validated(PipelineConfig, {**record.config, "store": store})
     published = Published.of(pinned(config, record), catalog.tracking_uri)
     if (vae := published.autoencoder) is not None:  # the new store's MLflow does not know the registered model
@@ -107,26 +106,26 @@ def restored(record: Record, catalog: Catalog, store: str) -> tuple[PipelineConf
 
 
 def pinned(config: PipelineConfig, record: Record) -> PipelineConfig:
-    """The configuration with a registered autoencoder by its version: the alias may have moved since."""
+    """The configuration with a registered autoencoder by its version, because the alias may have moved."""
     version = record.tags.get("edt.autoencoder", "")
     if not version.startswith("models:/"):
         return config
-    fixed: AutoencoderConfig = config.autoencoder.model_copy(update={"pretrained": version})
-    return config.model_copy(update={"autoencoder": fixed})
+    by_version: AutoencoderConfig = config.autoencoder.model_copy(update={"pretrained": version})
+    return config.model_copy(update={"autoencoder": by_version})
 
 
 def _checked_steps(
     record: Record, config: PipelineConfig, published: Published, folder: Folder, terminal: Terminal
 ) -> dict[str, str]:
-    """The fingerprints of the steps as they would be now; warns of those that are not what they were.
+    """The present fingerprints of the steps. Warns if they differ from the record.
 
-    Raises UserError where the images are others.
+    Raises UserError if the images differ.
     """
     source = prepare_source(config.source, folder, terminal)
     if (then := record.tags.get("edt.source")) != source.fingerprint:
         raise UserError(
-            f"the images at {config.source.path or config.source.kind} are not those of the run: their identity was "
-            f"{str(then)[:12]} and is {source.fingerprint[:12]}; put the images of then in their place"
+            f"the images at {config.source.path or config.source.kind} are not those of the run: their fingerprint was "
+            f"{str(then)[:12]} and is {source.fingerprint[:12]}; restore the images of the run"
         )
     planner = Planner(Store(folder))
     call_steps(planner, config, source, published)
@@ -134,68 +133,68 @@ def _checked_steps(
     differing = [name for name, identity in now.items() if record.steps.get(name, identity) != identity]
     if differing:
         terminal.warn(
-            f"{len(differing)} steps are not those of the record, by this code or other weights: {', '.join(differing)}"
+            f"{len(differing)} steps differ from the record, because of other code or weights: {', '.join(differing)}"
         )
     return now
 
 
 def compare(record: Record, catalog: Catalog, store: Store, steps: Mapping[str, str]) -> Iterator[Comparison]:
-    """What the record says of every step beside what `steps` (step -> fingerprint) have made in a store."""
-    there = {artifact.fingerprint: artifact for artifact in store.artifacts()}
+    """Compare every recorded step with the artifact of its fingerprint in `steps` (step -> fingerprint) in a store."""
+    artifacts = {artifact.fingerprint: artifact for artifact in store.artifacts()}
     then = {name: identity for name, identity in record.steps.items() if not name.startswith(REPORT)}
     runs = artifact_runs(catalog, set(then.values()))
     for name, identity in then.items():
-        made = there.get(steps.get(name, ""))
+        artifact = artifacts.get(steps.get(name, ""))
         run = runs.get(identity)
         recorded = run.data.tags["edt.digest"] if run is not None else None
-        digest = made.manifest.digest if made is not None else None
-        how = "" if recorded == digest else _distance(run, made)
+        digest = artifact.manifest.digest if artifact is not None else None
+        how = "" if recorded == digest else _distance(run, artifact)
         yield Comparison(name, identity, recorded, digest, how)
 
 
-def _distance(run: Any, made: Artifact | None) -> str:
-    """How far an artifact is from the recorded one: files that differ, weights, numbers."""
-    if made is None:
+def _distance(run: Any, artifact: Artifact | None) -> str:
+    """How an artifact differs from the recorded one: files, weights, numbers."""
+    if artifact is None:
         return "not made"
     if run is None:
         return "the record has no such artifact"
     differences = []
-    if (before := _still_there(run.data.tags["edt.uri"])) is not None:
-        differences.append(_files(before, made))
-    differences += _numbers(run.data.metrics, made)
-    return ", ".join(differences) or "other content, the same counts"
+    if (before := _existing(run.data.tags["edt.uri"])) is not None:
+        differences.append(_files(before, artifact))
+    differences += _numbers(run.data.metrics, artifact)
+    return ", ".join(differences) or "different content, equal counts"
 
 
-def _still_there(uri: str) -> Artifact | None:
+def _existing(uri: str) -> Artifact | None:
     try:
         return Artifact.open(uri)
     except (UserError, OSError):
         return None
 
 
-def _files(before: Artifact, made: Artifact) -> str:
-    """How many files differ, and by how much at most where they are tensors."""
+def _files(before: Artifact, after: Artifact) -> str:
+    """How many files differ, and the largest difference between tensors."""
     then = {entry.path: entry.sha256 for entry in before.manifest.files}
-    now = {entry.path: entry.sha256 for entry in made.manifest.files}
+    now = {entry.path: entry.sha256 for entry in after.manifest.files}
     differing = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
     tensors = [n for n in differing if n in then and n in now and n.endswith(".safetensors")]
-    largest = max((_tensor_distance(before.path(name), made.path(name)) for name in tensors), default=None)
+    largest = max((_tensor_distance(before.path(name), after.path(name)) for name in tensors), default=None)
     by = f" by up to {largest:.3g}" if largest is not None else ""
     return f"{len(differing)} of {len({*then, *now})} files differ{by}"
 
 
-def _tensor_distance(before: Path, made: Path) -> float:
-    """Largest absolute difference of two safetensors files; inf where they hold other tensors."""
-    then, now = load_tensors(before), load_tensors(made)
+def _tensor_distance(before: Path, after: Path) -> float:
+    """Largest absolute difference of two safetensors files; inf if their names or shapes differ."""
+    then, now = load_tensors(before), load_tensors(after)
     if {name: value.shape for name, value in then.items()} != {name: value.shape for name, value in now.items()}:
         return float("inf")
     distances = [float((then[name].double() - now[name].double()).abs().max()) for name in then if then[name].numel()]
     return max(distances, default=0.0)
 
 
-def _numbers(recorded: Mapping[str, float], made: Artifact) -> list[str]:
+def _numbers(recorded: Mapping[str, float], artifact: Artifact) -> list[str]:
     """The counts and metrics that differ, as `fd_classifier 4.93 -> 4.95`."""
-    now = {k: v for k, v in flatten(made.counts).items() if isinstance(v, int | float)}
+    now = {k: v for k, v in flatten(artifact.counts).items() if isinstance(v, int | float)}
     return [
         f"{name} {recorded[name]:.6g} -> {value:.6g}"
         for name, value in now.items()

@@ -1,4 +1,4 @@
-"""What each step of a run took and did: time, throughput, operations, and room in the store."""
+"""The cost of each step of a run: time, throughput, operations, and size in the store."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from edt_core.config import SampleConfig
 from edt_core.store.artifact import Artifact
 
-# kind -> what its work is counted in, and where the number is: "counts.<name>" or "config.<name>" of the manifest
+# kind -> the unit of its work, and the field of the manifest with the number: "counts.<name>" or "config.<name>"
 _WORK = {
     "images": ("images", "counts", "images"),
     "autoencoder": ("steps", "config", "steps"),
@@ -21,10 +21,10 @@ _WORK = {
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step. None where it is not known or means nothing.
+    """One step. A value is None if it is unknown or does not apply.
 
-    seconds: from start to commit, waiting for cores included. work: how many `unit`s it went through. flops: of the
-    diffusion transformer. device_seconds: of all workers that trained, together. bytes: of the files it left.
+    seconds: from start to commit, including the wait for cores. work: number of `unit`s. flops: of the diffusion
+    transformer. device_seconds: sum over all training workers. bytes: of the files that it wrote.
     """
 
     step: str
@@ -37,7 +37,7 @@ class StepCost:
 
     @property
     def rate(self) -> float | None:
-        """Work a second."""
+        """Work per second."""
         return self.work / self.seconds if self.work and self.seconds else None
 
 
@@ -65,9 +65,9 @@ def _training(config: Mapping[str, Any], counts: Mapping[str, Any], macs: int) -
 
 
 def _sampling(config: Mapping[str, Any], counts: Mapping[str, Any], macs: int) -> int | None:
-    """2 a multiply-accumulate, a forward pass a step of the chain, and under guidance two.
+    """2 FLOPs per multiply-accumulate; one forward pass per sampling step, with guidance two.
 
-    None where another model guides, or guidance acts in an interval: how many passes those take is not recorded.
+    None if another model guides, or if guidance is limited to an interval: the number of passes is not recorded then.
     """
     chain = SampleConfig.model_validate(config)
     if counts.get("guide_digest") or chain.guidance_interval is not None:

@@ -1,6 +1,6 @@
 """The figures of a report, by matplotlib as SVG: losses, distances to neighbours, and earlier champions.
 
-Each comes twice, for a light and a dark page, on a transparent background. Text stays text, in the reader's font.
+Each has a light and a dark version, on a transparent background. Text stays text, in the reader's font.
 """
 
 import base64
@@ -18,8 +18,8 @@ from pipelines.report.history import Champion
 
 MAX_CURVE_POINTS = 500  # a longer history is averaged over bins, so that the page stays small
 _TIMESTEP_BINS = 50
-_ONE_ROW = 60  # characters of labels in a legend
-_LOG_FROM = 20  # largest value by smallest, from which on an axis is logarithmic
+_ONE_ROW = 60  # characters of the labels in a legend of one row
+_LOG_FROM = 20  # largest value / smallest value: above this, an axis is logarithmic
 
 Array = NDArray[Any]
 INK, BLACK, BLUE, ORANGE, TEAL, VIOLET = "#57606a", "#24292f", "#0b62c4", "#b35000", "#0f766e", "#7c3aed"
@@ -47,13 +47,13 @@ _QUARTERS = ("loss_t0", "loss_t1", "loss_t2", "loss_t3")
 
 
 def data_uri(media_type: str, content: bytes) -> str:
-    """Content as an address that holds it."""
+    """Content as a base64 data URI."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure in two themes, as data URIs of SVG, and the words for who cannot see it."""
+    """One figure in two themes, as data URIs of SVG, with a description for screen readers."""
 
     light: str
     dark: str
@@ -64,7 +64,7 @@ Paint = Callable[[list[Any]], None]  # draws on axes, in the colours of a light 
 
 
 def drawn(description: str, paint: Paint, panels: int = 1) -> Picture:
-    """What `paint` draws on so many axes, one above the other, in this module's colours."""
+    """The figure that `paint` draws on `panels` axes, one above the other, in this module's colours."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -75,19 +75,19 @@ def drawn(description: str, paint: Paint, panels: int = 1) -> Picture:
         paint(axes)
         for axis in axes:
             handles, labels = axis.get_legend_handles_labels()
-            if len(labels) > 1:  # below, where it is in nothing's way
+            if len(labels) > 1:  # below the axes, where the legend covers nothing
                 columns = len(labels) if sum(map(len, labels)) < _ONE_ROW else 2
                 figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         buffer = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", buffer.getvalue().decode())
-    dark = re.sub("|".join(_ON_DARK), lambda found: _ON_DARK[found[0]], svg)
+    dark = re.sub("|".join(_ON_DARK), lambda match: _ON_DARK[match[0]], svg)
     light_uri, dark_uri = (data_uri("image/svg+xml", text.encode()) for text in (svg, dark))
     return Picture(light_uri, dark_uri, description)
 
 
 def _look() -> Any:
-    """matplotlib's settings for all figures. Ids are salted, so that they are the same in every run."""
+    """matplotlib's settings for all figures. The fixed salt makes ids equal in every run."""
     look: dict[str, Any] = {"svg.hashsalt": "edt", "svg.fonttype": "none", "font.size": 9, "axes.facecolor": "none"}
     look |= {"axes.titlelocation": "left", "axes.titlesize": 9, "axes.axisbelow": True, "axes.grid": True}
     look |= {"grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8}
@@ -107,7 +107,7 @@ def _log_where_wide(axis: Any, values: Array) -> None:
 
 
 def training_curves(history: Sequence[Mapping[str, float]]) -> list[Picture]:
-    """A figure of the losses, and one of learning rate and gradient norm, as far as they were recorded."""
+    """A figure of the losses, and one of learning rate and gradient norm, of the columns that were recorded."""
     table = _history_table(history)
     pictures = []
     for panels in ((("loss", "loss_full", "loss_masked"),), (("lr",), ("grad_norm",))):
@@ -129,7 +129,7 @@ def _history_table(history: Sequence[Mapping[str, float]]) -> dict[str, Array]:
 
 
 def _mean(values: Array) -> float:
-    """Of those that are finite; NaN where none is."""
+    """The mean of the finite values; NaN if there are none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else math.nan
 
@@ -166,9 +166,9 @@ def _describe(table: Mapping[str, Array], name: str) -> str:
 def timestep_curves(
     history: Sequence[Mapping[str, float]], final: Array | None, num_timesteps: int
 ) -> tuple[Picture | None, Picture | None]:
-    """The loss at the end by timestep, and that of each quarter of the timesteps as training went on.
+    """The loss at the end of training by timestep, and the loss of each quarter of the timesteps during training.
 
-    final: mean of the last losses at each timestep, [T], NaN where there is none; None where only quarters are known.
+    final: mean of the last losses at each timestep, [T], NaN if there is none; None if only quarters are recorded.
     """
     table = _history_table(history)
     quarters = [name for name in _QUARTERS if name in table]
@@ -183,7 +183,7 @@ def timestep_curves(
 
 
 def _last(table: Mapping[str, Array], name: str) -> float:
-    """Of a column, the mean of its last tenth."""
+    """The mean of the last tenth of a column."""
     column = table.get(name, np.array([math.nan]))
     return _mean(column[-max(1, len(column) // 10) :])
 
@@ -206,7 +206,7 @@ def _final_losses(edges: Array, losses: Sequence[float]) -> Picture:
 
 
 def distance_histogram(generated: Array, real: Array) -> Picture:
-    """Distances to the nearest real image: of generated images, and of real ones to another."""
+    """Histogram of the distances to the nearest real image: of generated images, and between real images."""
     edges = np.histogram_bin_edges(np.concatenate([generated, real]), bins=30)
     sets = (("generated to real", generated, BLUE), ("real to another real", real, ORANGE))
 
@@ -225,9 +225,9 @@ def distance_histogram(generated: Array, real: Array) -> Picture:
 def champion_trend(
     champions: Sequence[Champion], version: str, value: float, spread: float | None, metric: str, crowned: bool
 ) -> Picture:
-    """The metric of earlier champions, oldest first, and of this version, which is one too where it was `crowned`.
+    """The metric of earlier champions, oldest first, and of this version, which is on their line if `crowned`.
 
-    Those that were measured by another protocol are hollow, and no line leads to them.
+    Champions with another protocol have hollow markers, and are not on the line.
     """
     measured = [(place, champion) for place, champion in enumerate(champions) if champion.value is not None]
     like = [(place, champion.value, champion.spread) for place, champion in measured if champion.comparable]
@@ -250,7 +250,7 @@ def champion_trend(
                 error = [s or 0.0 for s in spreads]
                 axis.errorbar(places, values, error, fmt=marker, color=colour, mfc=face, capsize=3, label=label, ms=6)
         every = max(1, math.ceil(len(names) / 10))
-        ticks = range((len(names) - 1) % every, len(names), every)  # this version's is among them
+        ticks = range((len(names) - 1) % every, len(names), every)  # with the tick of this version
         axis.set_xticks(list(ticks), [names[place] for place in ticks])
         axis.margins(x=0.1, y=0.2)
         _log_where_wide(axis, np.array([v for _, v, _ in (*like, *unlike, here)]))

@@ -1,7 +1,7 @@
-"""What the registry tells a report: the version's own record, and the champions that were before it.
+"""The registry's records for a report: the version's own record, and the earlier champions.
 
-All of it goes into the report's fingerprint. So only what stays is taken: decisions as they were recorded, values, and
-times of registration; a version that was deleted since is missed, and the report is rewritten.
+All of it goes into the report's fingerprint. So only facts that do not change are included: recorded decisions, values,
+and times of registration. If an earlier version was deleted, the report is rewritten without it.
 """
 
 import math
@@ -22,26 +22,26 @@ MOST_CHAMPIONS = 30
 
 
 class Champion(Section):
-    """A version that was champion before the one reported on. `value` is of the metric that decided on the latter.
+    """A version that was champion before the reported one. `value` is of the metric that decided on the reported one.
 
-    `differences`: what was measured differently; also empty where nobody recorded that in words.
+    `differences`: the differences of the protocols; also empty if only their digests are recorded.
     """
 
     version: str
     registered: str  # ISO 8601, UTC
-    value: float | None  # None where the metric was not measured, or is no number
+    value: float | None  # None if the metric was not measured, or is not finite
     spread: float | None = None
-    comparable: bool = True  # measured by the protocol of the version reported on
+    comparable: bool = True  # has the protocol of the reported version
     differences: tuple[str, ...] = ()
 
 
 class VersionRecord(Section):
-    """What of a registered version no artifact says. `champions`: oldest first, without the version itself.
+    """The facts about a registered version that are in no artifact. `champions`: oldest first, without itself.
 
-    `lost` is the number of the champion, deleted since, that ends the line; "" where the line is whole.
+    `lost`: the number of a deleted champion, at which the list of champions ends; "" if the list is complete.
     """
 
-    metric: str  # that decided
+    metric: str  # of the gate
     lower_is_better: bool
     registered: str
     run_id: str  # of the run that registered it
@@ -49,54 +49,54 @@ class VersionRecord(Section):
     champions: tuple[Champion, ...] = ()
     lost: str = ""
     cut: bool = False  # there were more champions than `MOST_CHAMPIONS`
-    found_with: str = runtime("")  # options with which `edt` finds the run: where that lies does not change the report
+    found_with: str = runtime("")  # options with which `edt` finds the run; not part of the fingerprint
 
 
 def version_record(catalog: Catalog, decision: Decision, store: str) -> VersionRecord:
-    """The record of the version that was decided on. What MLflow raises is raised."""
+    """The record of the version that the decision is about. Raises MLflow's errors."""
     version = version_at(catalog, decision.name, decision.version)
     assert version is not None, f"{decision.name} version {decision.version}"
-    line, lost = [], ""
-    for number, found in _line(catalog, decision):
-        if found is None:
-            lost = number
+    champions, deleted = [], ""
+    for number, champion in _earlier_champions(catalog, decision):
+        if champion is None:
+            deleted = number
         else:
-            line.append(_champion(found, version, decision.metric))
+            champions.append(_champion(champion, version, decision.metric))
     return VersionRecord(
         metric=decision.metric,
         lower_is_better=decision.lower_is_better,
         registered=_created(version),
         run_id=str(version.run_id or ""),
         code_version=version.tags.get("edt.code_version", ""),
-        champions=tuple(reversed(line[:MOST_CHAMPIONS])),
-        lost=lost,
-        cut=len(line) > MOST_CHAMPIONS,
+        champions=tuple(reversed(champions[:MOST_CHAMPIONS])),
+        lost=deleted,
+        cut=len(champions) > MOST_CHAMPIONS,
         found_with=record_options(catalog, store),
     )
 
 
 def record_options(catalog: Catalog, store: str) -> str:
-    """The options of `edt` that name the MLflow of a run: the store that has it inside, or the server."""
+    """The options of `edt` that select the MLflow of a run: the store that contains it, or the server."""
     folder = Folder.at(store)
     if folder.local is not None and catalog.tracking_uri == own_uri(folder):
         return f"--store {quote(folder.uri)}"
-    if catalog.place != catalog.tracking_uri:  # a password is in it
+    if catalog.place != catalog.tracking_uri:  # it contains a password
         return '--tracking-uri "$MLFLOW_TRACKING_URI"'
     return f"--tracking-uri {quote(catalog.tracking_uri)}"
 
 
-def _line(catalog: Catalog, decision: Decision) -> Iterator[tuple[str, Any | None]]:
-    """The champions before a decision as each was recorded, newest first; None for one that was deleted.
+def _earlier_champions(catalog: Catalog, decision: Decision) -> Iterator[tuple[str, Any | None]]:
+    """The champions before a decision by their records, newest first; None for a deleted one, which ends the list.
 
-    One more than `MOST_CHAMPIONS` at most. A version that came back, by a rollback or by hand, ends the line: what was
-    before it has been told.
+    At most `MOST_CHAMPIONS` + 1. A version that became champion twice, by a rollback or by hand, also ends the list,
+    because its predecessors are in it already.
     """
     seen, number = {decision.version}, decision.champion_before
     while number and number not in seen and len(seen) <= MOST_CHAMPIONS + 1:
         seen.add(number)
-        found = version_at(catalog, decision.name, number)
-        yield number, found
-        number = None if found is None else _before(found)
+        version = version_at(catalog, decision.name, number)
+        yield number, version
+        number = None if version is None else _before(version)
 
 
 def _before(version: Any) -> str | None:
@@ -105,14 +105,14 @@ def _before(version: Any) -> str | None:
     return before or None
 
 
-def _champion(found: Any, version: Any, metric: str) -> Champion:
+def _champion(champion: Any, version: Any, metric: str) -> Champion:
     return Champion(
-        version=str(found.version),
-        registered=_created(found),
-        value=_finite(metric_of(found, metric)),
-        spread=_finite(metric_of(found, f"{metric}_std")),
-        comparable=same_protocol(found, version),
-        differences=tuple(differences(found, version)),
+        version=str(champion.version),
+        registered=_created(champion),
+        value=_finite(metric_of(champion, metric)),
+        spread=_finite(metric_of(champion, f"{metric}_std")),
+        comparable=same_protocol(champion, version),
+        differences=tuple(differences(champion, version)),
     )
 
 

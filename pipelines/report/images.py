@@ -15,15 +15,15 @@ from edt_core.sampling.grid import MAX_CLASSES, PIXELATED_UP_TO, check_images
 from pipelines.report.figures import Picture, data_uri, distance_histogram
 from pipelines.report.inputs import Neighbourhood
 
-THUMBNAIL = 96  # px on the page, twice that in the file for screens with two pixels a px
-_CLOSEST = 1  # per cent of real images whose distance to another real image is taken for suspiciously small
+THUMBNAIL = 96  # CSS px on the page; the file has twice as many pixels, for high-resolution screens
+_CLOSEST = 1  # per cent of real images: the largest of their distances to another real image counts as suspicious
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class GalleryCell:
-    """Images of one class from one origin, as data URIs, and the words for who cannot see them."""
+    """Images of one class from one origin, as data URIs, with a description for screen readers."""
 
     heading: str
     description: str
@@ -32,7 +32,7 @@ class GalleryCell:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Images [N, S, S, 3] with labels [N] of one origin, and how many of a class are shown: small ones, large ones."""
+    """Images [N, S, S, 3] with labels [N] of one origin. `limits`: images shown per class, if small and if large."""
 
     heading: str
     what: str
@@ -42,7 +42,7 @@ class Origin:
 
 
 def gallery(classes: Sequence[str], origins: Sequence[Origin]) -> list[tuple[str, list[GalleryCell]]]:
-    """(class, cells) for the first classes, a cell an origin. Raises ValueError for images of the wrong shape."""
+    """(class, cells) for the first classes, one cell per origin. Raises ValueError for images of the wrong shape."""
     for origin in origins:
         check_images(origin.images, origin.labels, origin.what)
     rows = []
@@ -51,19 +51,19 @@ def gallery(classes: Sequence[str], origins: Sequence[Origin]) -> list[tuple[str
         for origin in origins:
             small, large = origin.limits
             limit = small if origin.images.shape[1] <= PIXELATED_UP_TO else large
-            chosen = tuple(image_uri(image) for image in origin.images[origin.labels == label][:limit])
-            cells.append(GalleryCell(origin.heading, f"{len(chosen)} {origin.what} of class {name}", chosen))
+            uris = tuple(image_uri(image) for image in origin.images[origin.labels == label][:limit])
+            cells.append(GalleryCell(origin.heading, f"{len(uris)} {origin.what} of class {name}", uris))
         rows.append((name, cells))
     return rows
 
 
 def display_size(size: int) -> int:
-    """Side in px at which an image of this size is shown: a whole multiple where it is small."""
+    """Side in px at which an image of this size is shown: an integer multiple if it is small."""
     return size * max(1, PIXELATED_UP_TO // size) if size <= PIXELATED_UP_TO else THUMBNAIL
 
 
 def image_uri(image: Array) -> str:
-    """PNG of a small image as it is; JPEG thumbnail of a larger one."""
+    """A data URI: PNG of a small image, JPEG thumbnail of a larger one."""
     from PIL import Image
 
     picture, buffer = Image.fromarray(image), io.BytesIO()
@@ -80,7 +80,7 @@ def image_uri(image: Array) -> str:
 
 @dataclass(frozen=True)
 class NeighbourRow:
-    """A generated image, and its nearest real ones as (data URI, distance, class name where it is another one)."""
+    """A generated image, and its nearest real images as (data URI, distance, class name if it differs)."""
 
     name: str
     image: str
@@ -89,10 +89,10 @@ class NeighbourRow:
 
 @dataclass(frozen=True)
 class NeighbourView:
-    """What is said and shown of neighbours.
+    """The neighbours as the page shows them.
 
-    closest: the distance within which the closest _CLOSEST per cent of the real images lie to another; `within`: how
-    many of `generated` images lie within that distance of a real one.
+    `closest`: _CLOSEST per cent of the real images have another real image within this distance. `within`: how many of
+    the `generated` images have a real image within this distance.
     """
 
     rows: tuple[NeighbourRow, ...]
@@ -106,23 +106,23 @@ class NeighbourView:
     within: int
 
 
-def neighbour_view(found: Neighbourhood, classes: Sequence[str]) -> NeighbourView:
-    """The rows to show, and how near generated images are to real ones as against those to each other."""
+def neighbour_view(neighbours: Neighbourhood, classes: Sequence[str]) -> NeighbourView:
+    """The rows to show, and distances of generated images to real ones compared with those between real ones."""
     rows = []
-    for place, label in enumerate(found.labels.tolist()):
-        others = [classes[other] if other != label else None for other in found.real_labels[place].tolist()]
-        pictures = [image_uri(image) for image in found.real[place]]
-        real = tuple(zip(pictures, found.distances[place].tolist(), others, strict=True))
-        rows.append(NeighbourRow(classes[label], image_uri(found.samples[place]), real))
-    closest = float(np.percentile(found.real_nearest, _CLOSEST))
+    for place, label in enumerate(neighbours.labels.tolist()):
+        others = [classes[other] if other != label else None for other in neighbours.real_labels[place].tolist()]
+        pictures = [image_uri(image) for image in neighbours.real[place]]
+        real = tuple(zip(pictures, neighbours.distances[place].tolist(), others, strict=True))
+        rows.append(NeighbourRow(classes[label], image_uri(neighbours.samples[place]), real))
+    closest = float(np.percentile(neighbours.real_nearest, _CLOSEST))
     return NeighbourView(
         rows=tuple(rows),
-        histogram=distance_histogram(found.generated_nearest, found.real_nearest),
-        generated=len(found.generated_nearest),
-        real=len(found.real_nearest),
-        generated_median=float(np.median(found.generated_nearest)),
-        real_median=float(np.median(found.real_nearest)),
+        histogram=distance_histogram(neighbours.generated_nearest, neighbours.real_nearest),
+        generated=len(neighbours.generated_nearest),
+        real=len(neighbours.real_nearest),
+        generated_median=float(np.median(neighbours.generated_nearest)),
+        real_median=float(np.median(neighbours.real_nearest)),
         closest_percent=_CLOSEST,
         closest=closest,
-        within=int((found.generated_nearest <= closest).sum()),
+        within=int((neighbours.generated_nearest <= closest).sum()),
     )

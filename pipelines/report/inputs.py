@@ -1,6 +1,6 @@
-"""What a report shows of images and losses, read out of artifacts.
+"""The images and losses of a report, read from artifacts.
 
-However large the data set, only what is shown is kept: files are read one after the other, and no further than needed.
+Only what is shown stays in memory, for a data set of any size: files are read one by one, and only as far as needed.
 Shapes: S image size, D features, T timesteps; images are uint8 RGB [N, S, S, 3] with labels int64 [N].
 """
 
@@ -19,11 +19,11 @@ from edt_core.store.layout import FEATURE_UNIT, REFERENCE_NAME, TIMESTEP_STATE
 from jobs.stages.autoencoder import IMAGE_SHARDS
 from jobs.stages.sample import FEATURE_UNITS, units_per_repeat
 
-PER_CLASS = 8  # images of a class that are shown at most
-NEIGHBOURS = 3  # real images beside a generated one
-_SAMPLES_WITH_NEIGHBOURS = 20  # each neighbour may lie in another shard, and a shard be a download
-_MOST_MEASURED = 1000  # generated and real images whose nearest neighbour's distance is taken
-_MOST_REAL = 50_000  # real images that are searched
+PER_CLASS = 8  # images shown per class, at most
+NEIGHBOURS = 3  # real images shown per generated image
+_SAMPLES_WITH_NEIGHBOURS = 20  # few: each neighbour may be in another shard, and each shard a download
+_MOST_MEASURED = 1000  # generated and real images in the statistics of nearest distances
+_MOST_REAL = 50_000  # real images to search
 _BLOCK = 4096  # rows of features in memory at once
 
 Array = NDArray[Any]
@@ -31,9 +31,9 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The first images of each class in order of sample, and their features [N, D]; `measured`: of the first samples.
+    """The first images of each class in sample order, with features [N, D]. `measured`: those of the first samples.
 
-    Features are None where no space was asked for.
+    Features are None if no space was requested.
     """
 
     images: Array
@@ -43,26 +43,26 @@ class Samples:
 
 
 def read_samples(features: Artifact, drawn: Array, space: str | None = None) -> Samples:
-    """Up to PER_CLASS kept images of each of the first classes of a features artifact, of its first repeat.
+    """Up to PER_CLASS stored images of each of the first classes, from the first repeat of a features artifact.
 
-    drawn: the classes that samples are drawn of. With `space` also their features there, and those of the first
+    drawn: the classes that have samples. With `space`, also their features in that space, and the features of the first
     _MOST_MEASURED samples.
     """
     shown: list[tuple[Array, Array, Array | None]] = []  # images, labels and features of each unit
     measured: list[Array] = []
-    taken = np.full(MAX_CLASSES, PER_CLASS)
-    taken[drawn[drawn < MAX_CLASSES]] = 0
+    counts = np.full(MAX_CLASSES, PER_CLASS)
+    counts[drawn[drawn < MAX_CLASSES]] = 0
     for path in _units(features):
         with opened_tensors(path, "numpy") as file:
             images = file.get_tensor("images") if "images" in file.keys() else None  # noqa: SIM118  it is no dict
-            found = file.get_tensor(f"{space}.features") if space else None
+            unit_features = file.get_tensor(f"{space}.features") if space else None
             labels = file.get_tensor("labels")
         if images is not None:
-            places = _still_wanted(labels[: len(images)], taken)
-            shown.append((images[places], labels[places], None if found is None else found[places]))
-        measured += [] if found is None else [found]
-        all_shown = images is None or (taken == PER_CLASS).all()
-        if all_shown and (found is None or sum(map(len, measured)) >= _MOST_MEASURED):
+            places = _places_to_show(labels[: len(images)], counts)
+            shown.append((images[places], labels[places], None if unit_features is None else unit_features[places]))
+        measured += [] if unit_features is None else [unit_features]
+        all_shown = images is None or (counts == PER_CLASS).all()
+        if all_shown and (unit_features is None or sum(map(len, measured)) >= _MOST_MEASURED):
             break
     pixels, classes, rows = zip(*shown, strict=True)
     if space is None:
@@ -71,18 +71,18 @@ def read_samples(features: Artifact, drawn: Array, space: str | None = None) -> 
     return Samples(np.concatenate(pixels), np.concatenate(classes), np.concatenate(rows), first)
 
 
-def _still_wanted(labels: Array, taken: Array) -> list[int]:
-    """Places of the labels of which fewer than PER_CLASS were taken, which `taken` [classes] counts."""
+def _places_to_show(labels: Array, counts: Array) -> list[int]:
+    """Positions of the labels that have fewer than PER_CLASS images so far. Updates these `counts` [classes]."""
     places = []
     for place, label in enumerate(labels.tolist()):
-        if label < len(taken) and taken[label] < PER_CLASS:
-            taken[label] += 1
+        if label < len(counts) and counts[label] < PER_CLASS:
+            counts[label] += 1
             places.append(place)
     return places
 
 
 def _units(features: Artifact) -> Iterator[Any]:
-    """Local paths of the units of the first repeat, in order of sample."""
+    """Local paths of the units of the first repeat, in sample order."""
     config = SampleConfig.model_validate(features.manifest.config)
     features.verify_once(FEATURE_UNITS)
     for number in range(units_per_repeat(config)):
@@ -90,26 +90,26 @@ def _units(features: Artifact) -> Iterator[Any]:
 
 
 def real_images(images: Artifact, class_counts: Iterable[int] | None = None) -> tuple[Array, Array]:
-    """Up to PER_CLASS images of each of the first classes, in order of class: [N, S, S, 3] and labels [N].
+    """Up to PER_CLASS images of each of the first classes, in class order: [N, S, S, 3] and labels [N].
 
-    With the numbers of images of the classes, reading ends when no more is to come.
+    With `class_counts`, the numbers of images per class, reading stops after the last image to show.
     """
     from edt_core.data.shards import read_image_shard
 
     counts = list(class_counts or [])[:MAX_CLASSES]
     most = {label: min(PER_CLASS, count) for label, count in enumerate(counts)}
     missing = sum(most.values()) if counts else MAX_CLASSES * PER_CLASS
-    taken: dict[int, list[Array]] = {}
+    by_class: dict[int, list[Array]] = {}
     for entry in images.entries(IMAGE_SHARDS):
         if not missing:
             break
         for sample in read_image_shard(images.path(entry.path)):
-            shown = taken.setdefault(sample.label, []) if sample.label < MAX_CLASSES else None
+            shown = by_class.setdefault(sample.label, []) if sample.label < MAX_CLASSES else None
             if shown is not None and len(shown) < most.get(sample.label, PER_CLASS):
                 shown.append(sample.pixels())
                 missing -= 1
-    labels = [label for label, shown in sorted(taken.items()) for _ in shown]
-    return np.stack([pixels for _, shown in sorted(taken.items()) for pixels in shown]), np.asarray(labels)
+    labels = [label for label, shown in sorted(by_class.items()) for _ in shown]
+    return np.stack([pixels for _, shown in sorted(by_class.items()) for pixels in shown]), np.asarray(labels)
 
 
 # Nearest neighbours
@@ -120,8 +120,7 @@ class Neighbourhood:
     """Generated images [n, S, S, 3], each with its k nearest real ones [n, k, S, S, 3], their classes and distances.
 
     generated_nearest, real_nearest: distance to the nearest real image, of the first generated images and of real
-    ones, the image itself not counted. searched, total: the real images that were compared with, and all that there
-    are.
+    images (not to themselves). searched, total: the number of real images that were searched, and of all real images.
     """
 
     space: str
@@ -137,15 +136,15 @@ class Neighbourhood:
 
 
 def no_neighbours(space: str, samples: Samples, features: Artifact, reference: Artifact, images: Artifact) -> str:
-    """Why neighbours cannot be told from the features that are kept; "" where they can."""
+    """Why the stored features do not allow a search for neighbours; "" if they do."""
     if not len(samples.images):
-        return f"None of the samples whose pixels are kept is of one of the first {MAX_CLASSES} classes."
+        return f"No stored sample image belongs to one of the first {MAX_CLASSES} classes."
     if min(images.counts["images"], reference.manifest.config["keep_features"]) < 2:
-        return "There are no two real images to compare with."
+        return "Features of fewer than two real images are stored, so there is nothing to compare with."
     if reference.counts["source"] != "images" or reference.counts["content"] != images.manifest.digest:
         return (
-            f"The metrics' reference is {reference.counts['source']}, which keep no features of the images that the "
-            "model was trained on; with reference_statistics: null it is made of these."
+            f"The metrics' reference is {reference.counts['source']}, without features of the training images. "
+            "With reference_statistics: null, the reference is computed from the training images."
         )
     if features.counts["extractors"].get(space) != reference.counts["extractors"].get(space, ""):
         return f"The features of generated and real images in the space {space} come from different networks."
@@ -153,28 +152,28 @@ def no_neighbours(space: str, samples: Samples, features: Artifact, reference: A
 
 
 def find_neighbours(space: str, samples: Samples, reference: Artifact, images: Artifact) -> Neighbourhood:
-    """The nearest real images of some of the samples, among those whose features the reference artifact keeps."""
+    """The nearest real images of some samples, among those whose features are in the reference artifact."""
     from edt_core.evaluation.metrics import nearest_neighbours
 
     assert samples.features is not None
     assert samples.measured is not None
-    chosen = _first_of_each_class(samples.labels)
+    queried = _first_of_each_class(samples.labels)
     real = _RealFeatures.of(reference, space)
     own = kept_rows(len(real.rows), _MOST_MEASURED)
-    queries = np.concatenate([samples.features[chosen], samples.measured])
-    found = nearest_neighbours(queries, real.blocks(), min(NEIGHBOURS, len(real.rows)))
+    queries = np.concatenate([samples.features[queried], samples.measured])
+    nearest = nearest_neighbours(queries, real.blocks(), min(NEIGHBOURS, len(real.rows)))
     others = nearest_neighbours(real.take(own), real.blocks(), 1, own_rows=own)
-    rows, distances = found.rows[: len(chosen)], found.distances[: len(chosen)]
+    rows, distances = nearest.rows[: len(queried)], nearest.distances[: len(queried)]
     numbers = real.image_numbers[rows]
     pictures = _images_at(images, numbers.ravel())
     return Neighbourhood(
         space=space,
-        samples=samples.images[chosen],
-        labels=samples.labels[chosen],
+        samples=samples.images[queried],
+        labels=samples.labels[queried],
         real=np.stack([np.stack([pictures[number][0] for number in row]) for row in numbers.tolist()]),
         real_labels=np.array([[pictures[number][1] for number in row] for row in numbers.tolist()]),
         distances=distances,
-        generated_nearest=found.distances[len(chosen) :, 0],
+        generated_nearest=nearest.distances[len(queried) :, 0],
         real_nearest=others.distances[:, 0],
         searched=len(real.rows),
         total=reference.counts["images"],
@@ -182,14 +181,14 @@ def find_neighbours(space: str, samples: Samples, reference: Artifact, images: A
 
 
 def kept_rows(total: int, limit: int) -> NDArray[np.int64]:
-    """The rows of 0..total-1 that `at_even_distances` takes, in order."""
-    wanted = min(limit, total)
-    return -(-np.arange(1, wanted + 1) * total // max(1, wanted)) - 1  # rounded up: the first row that makes it k + 1
+    """The rows of 0..total-1 that `at_even_distances` selects, in order."""
+    number = min(limit, total)
+    return -(-np.arange(1, number + 1) * total // max(1, number)) - 1  # rounded up: the first row that makes it k + 1
 
 
 @dataclass(frozen=True, eq=False)
 class _RealFeatures:
-    """Features of real images in a file: the rows of it that are searched, and the number of each one's image."""
+    """Features of real images in a file: the rows to search, and the image number of each."""
 
     path: Any
     name: str
@@ -206,7 +205,7 @@ class _RealFeatures:
         return cls(path, name, rows, kept_rows(reference.counts["images"], stored)[rows])
 
     def blocks(self) -> Iterator[Array]:
-        """The rows that are searched, [m, D] at a time."""
+        """The rows to search, in blocks [m, D]."""
         with opened_tensors(self.path, "numpy") as file:
             features = file.get_slice(self.name)
             stored = features.get_shape()[0]
@@ -216,7 +215,7 @@ class _RealFeatures:
                     yield features[start : min(start + _BLOCK, stored)][inside - start]
 
     def take(self, places: NDArray[np.int64]) -> Array:
-        """The features at some places among those that are searched, in order."""
+        """The features at some positions among the rows to search, in order."""
         first, parts = 0, []
         for block in self.blocks():
             inside = places[(places >= first) & (places < first + len(block))]
@@ -226,37 +225,37 @@ class _RealFeatures:
 
 
 def _first_of_each_class(labels: Array) -> NDArray[np.int64]:
-    """Places of the first samples of each class, by class: two of each, or one where there are many classes."""
+    """Positions of the first samples of each class, by class: two per class, or one if there are many classes."""
     classes = np.unique(labels)
     each = min(2, max(1, _SAMPLES_WITH_NEIGHBOURS // len(classes)))
     return np.concatenate([np.flatnonzero(labels == label)[:each] for label in classes])
 
 
 def _images_at(images: Artifact, numbers: Iterable[int]) -> dict[int, tuple[Array, int]]:
-    """Pixels and class of images by their number among all, in the order of shards."""
+    """Pixels and class of images by image number, which counts in the order of the shards."""
     from edt_core.data.shards import read_image_shard
 
-    wanted, first, found = {int(number) for number in numbers}, 0, dict[int, tuple[Array, int]]()
+    requested, first, pictures = {int(number) for number in numbers}, 0, dict[int, tuple[Array, int]]()
     for entry in images.entries(IMAGE_SHARDS):
-        here = {number - first for number in wanted if first <= number < first + (entry.rows or 0)}
-        if here:
+        places = {number - first for number in requested if first <= number < first + (entry.rows or 0)}
+        if places:
             for place, sample in enumerate(read_image_shard(images.path(entry.path))):
-                if place in here:
-                    found[first + place] = sample.pixels(), sample.label
-                if place == max(here):
+                if place in places:
+                    pictures[first + place] = sample.pixels(), sample.label
+                if place == max(places):
                     break
         first += entry.rows or 0
-    return found
+    return pictures
 
 
 # Losses
 
 
 def timestep_losses(checkpoint: Artifact) -> NDArray[np.float64] | None:
-    """Mean of the last losses at each timestep, [T], NaN where there is none: what the sampler of timesteps keeps.
+    """Mean of the last losses at each timestep, [T], NaN if there is none, from the state of the timestep sampler.
 
-    They are those of the full and the masked pass together, without importance weights. None where the sampler keeps
-    none: a uniform one, or that of a model that was not trained.
+    Losses of the full and the masked pass together, without importance weights. None if the sampler stores no losses:
+    a uniform sampler, or that of an untrained model.
     """
     state: Mapping[str, Array] = load_tensors(
         checkpoint.path(f"{checkpoint.counts['final']}/{TIMESTEP_STATE}"), "numpy"
@@ -264,5 +263,5 @@ def timestep_losses(checkpoint: Artifact) -> NDArray[np.float64] | None:
     if "losses" not in state or not state["counts"].any():
         return None
     seen = np.minimum(state["counts"], state["losses"].shape[1])
-    sums = state["losses"].sum(axis=1)  # places of the ring that nothing was put into are 0
+    sums = state["losses"].sum(axis=1)  # unused places of the ring buffer are 0
     return np.divide(sums, seen, out=np.full(len(sums), np.nan), where=seen > 0)

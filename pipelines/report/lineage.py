@@ -1,7 +1,6 @@
 """The lineage of a report as a layered diagram.
 
-Columns go from left to right. An edge that passes a column keeps a lane of its own there, so that it never runs
-through a box.
+Columns go from left to right. An edge that passes a column has its own lane there, so that it never crosses a box.
 """
 
 import math
@@ -12,16 +11,16 @@ from itertools import pairwise
 
 from edt_core.sampling.grid import shortened
 
-# px: from column to column, a box, from box to box, the room of a passing edge, around all, an arrow's tip
+# px: column distance, box width and height, row distance, lane of a passing edge, outer margin, arrow tip
 _COLUMN, _NODE_WIDTH, _NODE_HEIGHT, _ROW, _LANE, _MARGIN, _TIP = 138, 116, 58, 74, 22, 2, 4
 Slot = tuple[str, int]  # a step, and a column that it or its edge is in
 BoxText = tuple[str, str, tuple[str, str, str]]  # role, tooltip, lines
-_MODEL = "\0model"  # stands for the registered model; no step has this name
+_MODEL = "\0model"  # the registered model; no step has this name
 
 
 @dataclass(frozen=True)
 class LineageRow:
-    """A committed step on the way to the model. `inputs` names the steps, or the source, it was made from."""
+    """A committed step that the model was made from. `inputs`: names of the steps, or the source, of its inputs."""
 
     step: str
     kind: str
@@ -31,7 +30,7 @@ class LineageRow:
     uri: str
     run_id: str | None  # the MLflow run that made it
     code_version: str
-    registered: bool = False  # the registered version stands for this artifact
+    registered: bool = False  # the registered version records this artifact
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,21 @@ class Graph:
 
 
 def lineage_graph(rows: Sequence[LineageRow], model: str) -> Graph:
-    """From the source at the left to the registered model at the right; `model` is what that is called.
+    """The diagram from the source at the left to the registered model at the right. `model`: the model's name.
 
-    A step stands right of all of its inputs. Registered artifacts lead to the model.
-    Raises ValueError where two rows have one name, or where the lineage runs in a circle.
+    A step is to the right of all its inputs. Registered artifacts lead to the model.
+    Raises ValueError if two rows have the same name, or if the lineage is cyclic.
     """
     names = [row.step for row in rows]
     if len(set(names)) < len(names):
-        raise ValueError(f"lineage steps share a name: {names}; inputs go by name, so give each its own")
-    made_from = {row.step: tuple(dict.fromkeys(row.inputs)) for row in rows}
-    made_from[_MODEL] = tuple(row.step for row in rows if row.registered)
+        raise ValueError(f"lineage steps share a name: {names}; inputs go by name, so names must be unique")
+    parents = {row.step: tuple(dict.fromkeys(row.inputs)) for row in rows}
+    parents[_MODEL] = tuple(row.step for row in rows if row.registered)
     column: dict[str, int] = {}
-    for step in TopologicalSorter(made_from).static_order():
-        column[step] = 1 + max((column[name] for name in made_from.get(step, ())), default=-1)
+    for step in TopologicalSorter(parents).static_order():
+        column[step] = 1 + max((column[name] for name in parents.get(step, ())), default=-1)
 
-    centre = _centres(made_from, column)
+    centre = _centres(parents, column)
     boxes = _texts(rows, model)
     nodes = []
     for step, number in column.items():
@@ -80,7 +79,7 @@ def lineage_graph(rows: Sequence[LineageRow], model: str) -> Graph:
         shown = (shortened(lines[0], 13), shortened(lines[1], 16), lines[2])
         top = round(centre[step, number] - _NODE_HEIGHT / 2, 1)
         nodes.append(GraphNode(_MARGIN + number * _COLUMN, top, shown, tooltip, role))
-    paths = [_edge_path(start, end, column, centre) for end, inputs in made_from.items() for start in inputs]
+    paths = [_edge_path(start, end, column, centre) for end, inputs in parents.items() for start in inputs]
     width = 2 * _MARGIN + max(column.values()) * _COLUMN + _NODE_WIDTH
     height = max(centre[slot] + _half_height(slot, column) for slot in centre) + _MARGIN
     return Graph(width, math.ceil(height), _NODE_WIDTH, _NODE_HEIGHT, nodes, paths)
@@ -95,40 +94,40 @@ def _texts(rows: Sequence[LineageRow], model: str) -> dict[str, BoxText]:
 
 
 def _input_text(name: str) -> BoxText:
-    """What no row makes comes from outside: the raw images, or for example a published autoencoder."""
+    """The text of an input that no step makes: the raw images, or for example a published autoencoder."""
     return "source", name, (name, "raw images" if name == "source" else "input", "")
 
 
 def _half_height(slot: Slot, column: Mapping[str, int]) -> float:
-    """Of a box where the step stands in this column, of a line where its edge only passes."""
+    """Half the height of the step's box if it is in this column, else of the line of its passing edge."""
     return _NODE_HEIGHT / 2 if column[slot[0]] == slot[1] else 1.0
 
 
-def _centres(made_from: Mapping[str, Sequence[str]], column: Mapping[str, int]) -> dict[Slot, float]:
-    """y of each (step, column) in which a step has its box or, where its edge runs on, a lane of its own.
+def _centres(parents: Mapping[str, Sequence[str]], column: Mapping[str, int]) -> dict[Slot, float]:
+    """y of each (step, column) in which the step has its box, or a lane for its edge to a later column.
 
-    A slot wants the mean height of what leads to it; slots of a column that want the same place move apart.
+    The preferred height of a slot is the mean height of its predecessors. Slots of a column that overlap move apart.
     """
     reach = dict(column)
-    for end, inputs in made_from.items():
+    for end, inputs in parents.items():
         for start in inputs:
             reach[start] = max(reach[start], column[end] - 1)
     centre: dict[Slot, float] = {}
     for number in range(max(column.values()) + 1):
-        wanted = {}
+        preferred = {}
         for step, first in column.items():
             if first <= number <= reach[step]:
-                before = made_from.get(step, ()) if first == number else (step,)
+                before = parents.get(step, ()) if first == number else (step,)
                 heights = [centre[name, number - 1] for name in before]
-                wanted[step] = sum(heights) / max(1, len(heights))
-        placed: dict[str, float] = {}
+                preferred[step] = sum(heights) / max(1, len(heights))
+        position: dict[str, float] = {}
         below = -math.inf
-        for step in sorted(wanted, key=lambda name: wanted[name]):
+        for step in sorted(preferred, key=lambda name: preferred[name]):
             half = (_ROW if column[step] == number else _LANE) / 2
-            placed[step] = max(wanted[step], below + half)
-            below = placed[step] + half
-        shift = sum(wanted[step] - placed[step] for step in placed) / max(1, len(placed))
-        centre |= {(step, number): y + shift for step, y in placed.items()}
+            position[step] = max(preferred[step], below + half)
+            below = position[step] + half
+        shift = sum(preferred[step] - position[step] for step in position) / max(1, len(position))
+        centre |= {(step, number): y + shift for step, y in position.items()}
     top = min(centre[slot] - _half_height(slot, column) for slot in centre) - _MARGIN
     return {slot: y - top for slot, y in centre.items()}
 

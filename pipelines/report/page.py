@@ -1,6 +1,6 @@
-"""report: one self-contained HTML page on a registered model.
+"""report: one self-contained HTML page about a registered model.
 
-Pure rendering: the same data gives the same bytes, and the page asks for nothing from outside itself.
+Pure rendering: equal data gives equal bytes, and the page loads nothing from other addresses.
 Shapes: N images, S image size, T timesteps; images are uint8 RGB [N, S, S, 3] with labels int [N], indices into
 `classes`.
 """
@@ -34,7 +34,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class ReportData:
-    """What a report shows. `model`, `protocol` and `environment` may have any keys and keep their order."""
+    """The data of a report. `model`, `protocol` and `environment` may have any keys and keep their order."""
 
     title: str
     config_name: str
@@ -54,7 +54,7 @@ class ReportData:
     lineage: Sequence[LineageRow]
     config_yaml: str
     environment: Mapping[str, str]
-    protocol_differences: Sequence[str] = ()  # in which the untrained model was measured by another protocol
+    protocol_differences: Sequence[str] = ()  # between the protocols of the untrained model and of this version
     registry: VersionRecord | None = None
     crowned: bool = False  # the version became champion
     neighbours: Neighbourhood | str = ""  # or why there are none
@@ -67,8 +67,8 @@ class ReportData:
 def render_report(data: ReportData) -> str:
     """The report as one HTML page: no script, no external address, everything inlined.
 
-    Raises ValueError for images or labels of the wrong shape, for two lineage rows of one name, and for a
-    lineage that runs in a circle.
+    Raises ValueError for images or labels of the wrong shape, for two lineage rows of one name, and for a cyclic
+    lineage.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -82,7 +82,7 @@ def render_report(data: ReportData) -> str:
     environment.filters.update(shown=shown, duration=duration, scaled=scaled, brief=brief)
     environment.tests["digest"] = lambda value: bool(re.fullmatch("[0-9a-f]{32,}", str(value)))
     image_size = data.samples.shape[1]
-    found = data.neighbours
+    neighbours = data.neighbours
     page = environment.get_template("report.html.j2").render(
         data=data,
         image_size=image_size,
@@ -93,7 +93,7 @@ def render_report(data: ReportData) -> str:
         own_space="classifier" if any(name.endswith("_classifier") for name in data.metrics_after) else None,
         validation=None if data.validation is None else validation_view(data.validation),
         trend=_trend(data),
-        neighbours=neighbour_view(found, data.classes) if isinstance(found, Neighbourhood) else None,
+        neighbours=neighbour_view(neighbours, data.classes) if isinstance(neighbours, Neighbourhood) else None,
         curves=training_curves(data.history),
         by_timestep=timestep_curves(data.history, data.final_losses, data.num_timesteps),
         graph=lineage_graph(data.lineage, data.title),
@@ -117,7 +117,7 @@ def _origins(data: ReportData) -> list[Origin]:
 
 
 def _trend(data: ReportData) -> Picture | None:
-    """The figure of earlier champions; None where there is none that could be drawn, or no value to put beside them."""
+    """The figure of earlier champions; None if none of them, or not this version, has a value of the metric."""
     registry = data.registry
     value = data.metrics_after.get(registry.metric, math.nan) if registry else math.nan
     if registry is None or not math.isfinite(value) or all(c.value is None for c in registry.champions):
@@ -130,7 +130,7 @@ def _trend(data: ReportData) -> Picture | None:
 
 
 def shown(value: Any) -> str:
-    """A value as a reader wants it: grouped digits, at most four significant ones, lists joined."""
+    """A value for the page: digits in groups, at most four significant ones; lists joined."""
     if value is None or value == "" or (isinstance(value, list | tuple) and not value):
         return NOTHING
     if isinstance(value, bool):
@@ -170,7 +170,7 @@ def brief(value: float | None) -> str:
 
 
 def scaled(value: float | None, unit: str) -> str:
-    """With a prefix: 4.2e12, "FLOP" -> 4.2 TFLOP."""
+    """A value with a unit prefix: 4.2e12, "FLOP" -> 4.2 TFLOP."""
     if value is None:
         return NOTHING
     step = 0 if value < 1 else min(int(math.log10(value) // 3), len(_PREFIXES) - 1)
@@ -182,9 +182,9 @@ def scaled(value: float | None, unit: str) -> str:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric, untrained and trained. verdict: better, worse, same, or "" where nothing can be said.
+    """One metric, untrained and trained. verdict: better, worse, same, or "" if it is unknown.
 
-    spread: standard deviation of `after`, None where there is none.
+    spread: standard deviation of `after`, or None.
     """
 
     name: str
@@ -201,18 +201,18 @@ class MetricRow:
 _METRIC_MEANINGS = (
     *((metric.name, metric.meaning, metric.lower_is_better) for metric in REGISTRY.values()),
     ("fd_", "Fréchet distance between generated and real features", True),
-    ("accuracy", "share of generated images classified as the class that was asked for", False),
+    ("accuracy", "share of generated images classified as the requested class", False),
 )
 
 
 def compare_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[MetricRow]:
-    """A row for every metric of `after`, then for those of `before` alone, each with its factor of change."""
+    """A row for every metric of `after`, then for those only in `before`, each with its factor of change."""
     rows = []
     for name in dict.fromkeys((*after, *before)):
         if name.endswith("_std") and name.removesuffix("_std") in after:
             continue
-        known = next((entry for entry in _METRIC_MEANINGS if name.startswith(entry[0])), None)
-        meaning, lower = known[1:] if known else ("", None)
+        entry = next((entry for entry in _METRIC_MEANINGS if name.startswith(entry[0])), None)
+        meaning, lower = entry[1:] if entry else ("", None)
         change, verdict = _change(before.get(name), after.get(name), lower)
         spread = after.get(f"{name}_std")
         rows.append(MetricRow(name, meaning, lower, before.get(name), after.get(name), change, verdict, spread))
@@ -228,7 +228,7 @@ def _change(before: float | None, after: float | None, lower: bool | None) -> tu
         factor = max(before, after) / min(before, after)
         sign = DIVIDED if after < before else TIMES
         text = f"{sign} {shown(factor) if factor >= 1000 else f'{factor:.3g}'}"
-    else:  # an unbiased kernel distance may be negative, where a factor means nothing
+    else:  # an unbiased kernel distance may be negative, and then a factor is meaningless
         text = f"{after - before:+.3g}".replace("-", MINUS)
     verdict = "" if lower is None else "better" if (after < before) == lower else "worse"
     return text, verdict

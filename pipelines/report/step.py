@@ -1,4 +1,4 @@
-"""summary: gathers from the artifacts what the report shows, and writes the page and the sample grid."""
+"""summary: collects the report's data from the artifacts, and writes the page and the sample grid."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,11 +30,11 @@ from pipelines.report.lineage import LineageRow
 from pipelines.report.page import ReportData, render_report
 from pipelines.report.validation import read_validation
 
-REGISTERED = ("checkpoint", "evaluation")  # roles whose artifacts a registered version names
+REGISTERED = ("checkpoint", "evaluation")  # roles of the artifacts that a registered version records
 
 
 class SummaryConfig(Section):
-    """What the report says that no artifact does. `lineage`: each input's role -> (step, steps it was made from)."""
+    """The report's facts that are in no artifact. `lineage`: role of an input -> (step, steps it was made from)."""
 
     title: str
     pipeline: str
@@ -57,7 +57,7 @@ def summarize(
 
 
 def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
-    """The report's data out of the artifacts of a branch, by role."""
+    """The report's data from the artifacts of a branch, by role."""
     images, evaluation, checkpoint = (inputs[role] for role in ("images", "evaluation", "checkpoint"))
     space = metric_space(config.registry.metric)
     classes = tuple(images.read_json(CLASSES_NAME))
@@ -111,7 +111,7 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
 
 
 def _neighbours(space: str, samples: Samples, inputs: Mapping[str, Artifact]) -> Neighbourhood | str:
-    """The nearest real images of some samples, or why there are none."""
+    """The nearest real images of some samples, or the reason why there are none."""
     if why := no_neighbours(space, samples, inputs["features"], inputs["reference"], inputs["images"]):
         return why
     return find_neighbours(space, samples, inputs["reference"], inputs["images"])

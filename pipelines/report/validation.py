@@ -1,7 +1,4 @@
-"""What a report shows of a validation: how often the samples of a class are taken for it, and real images of it.
-
-Legend: K classes.
-"""
+"""The validation section of a report: how often the classifier recognizes the samples and real images of each class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +12,13 @@ from edt_core.store.artifact import Artifact
 from edt_core.store.layout import SAMPLE_CONFUSION, VALIDATION_NAME
 from pipelines.report.figures import BLUE, INK, ORANGE, Picture, drawn
 
-MOST_ROWS = 20  # classes of the table, those that are recognized least
-MOST_CELLS = 100  # classes whose confusion is drawn whole: of more a cell is no pixel
+MOST_ROWS = 20  # classes in the table: those with the lowest accuracy
+MOST_CELLS = 100  # classes in the confusion figure: with more, a cell is smaller than a pixel
 
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """A validation artifact as it was read: its `validation.json`, and the confusion of the samples."""
+    """The contents of a validation artifact: its `validation.json`, and the confusion of the samples."""
 
     facts: Mapping[str, Any]
     confusion: Confusion
@@ -29,7 +26,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class. Shares are 0..1; None of no images. `mistaken_for`: name of another class -> number of samples."""
+    """One class. Shares are 0..1, None without images. `mistaken_for`: (name of another class, number of samples)."""
 
     number: int
     name: str
@@ -44,7 +41,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class ValidationView:
-    """What the page shows. `rows`: the classes that are recognized least come first; `matrix`: None of many classes.
+    """The validation as the page shows it. `rows`: lowest accuracy first. `matrix`: None if there are many classes.
 
     `sampled` of the `classes` have samples.
     """
@@ -68,12 +65,12 @@ def read_validation(artifact: Artifact) -> Validation:
     )
 
 
-def validation_view(found: Validation) -> ValidationView:
-    """The classes in order of their accuracy, least first, those without samples left out."""
-    classes, facts = found.facts["classes"], found.facts
+def validation_view(validation: Validation) -> ValidationView:
+    """The classes with samples, in order of accuracy, lowest first."""
+    classes, facts = validation.facts["classes"], validation.facts
     rows = [_row(number, row) for number, row in enumerate(classes) if row["samples"]["images"]]
     rows.sort(key=lambda row: (row.accuracy, -row.images, row.number))
-    matrix = _matrix(found.confusion) if len(classes) <= MOST_CELLS else None
+    matrix = _matrix(validation.confusion) if len(classes) <= MOST_CELLS else None
     shown = rows[:MOST_ROWS]
     return ValidationView(
         facts["samples"], facts["real"], facts["confidence"], shown, len(rows), len(classes), _curve(rows), matrix
@@ -96,7 +93,7 @@ def _row(number: int, row: Mapping[str, Any]) -> ClassRow:
 
 
 def _curve(rows: Sequence[ClassRow]) -> Picture:
-    """Accuracy by class, in order, with its interval; real images of the same class beside it."""
+    """The accuracy by class, in order, with its interval, and the accuracy for real images of the class."""
     places = np.arange(1, len(rows) + 1)
     value, low, high = (100 * np.array([getattr(row, key) for row in rows]) for key in ("accuracy", "low", "high"))
     real = 100 * np.array([np.nan if row.real_accuracy is None else row.real_accuracy for row in rows])
@@ -107,20 +104,20 @@ def _curve(rows: Sequence[ClassRow]) -> Picture:
         axis.plot(places, value, "o", color=BLUE, markersize=size, label="samples")
         axis.plot(places, real, "_", color=ORANGE, markersize=size + 4, label="real images")
         axis.set_ylim(-3, 103)
-        axis.set_title("taken to be of their own class, %")
-        axis.set_xlabel("classes, those recognized least first")
+        axis.set_title("recognized as their own class, %")
+        axis.set_xlabel("classes, lowest accuracy first")
         axis.xaxis.get_major_locator().set_params(integer=True)
 
-    told = f"from {value[0]:.3g} % of class {rows[0].number} to {value[-1]:.3g} % of class {rows[-1].number}"
+    extremes = f"from {value[0]:.3g} % of class {rows[0].number} to {value[-1]:.3g} % of class {rows[-1].number}"
     return drawn(
-        f"share of samples that are taken to be of their own class: {told}, half of the classes from "
-        f"{np.median(value):.3g} % on",
+        f"share of samples that are recognized as their own class: {extremes}, median over classes "
+        f"{np.median(value):.3g} %",
         paint,
     )
 
 
 def _matrix(confusion: Confusion) -> Picture:
-    """The share of each class's samples that is taken to be of each class."""
+    """The confusion matrix: the share of each class's samples that is recognized as each class."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     counts = confusion.matrix()
@@ -134,9 +131,9 @@ def _matrix(confusion: Confusion) -> Picture:
         axis.grid(False)
         for side in ("top", "right", "left", "bottom"):
             axis.spines[side].set(visible=True, color=INK)
-        axis.set_title("samples of a class (row) by the class they are taken for")
-        axis.set_xlabel("taken for class")
-        axis.set_ylabel("drawn for class")
+        axis.set_title("samples of a class (row) by recognized class")
+        axis.set_xlabel("recognized as class")
+        axis.set_ylabel("sampled for class")
 
     right = int(np.trace(counts))
     return drawn(f"confusion of {len(counts)} classes: {right} of {int(counts.sum())} samples on the diagonal", paint)

@@ -115,7 +115,7 @@ def test_page_is_whole_without_optional_parts() -> None:
     assert Page(text).open == []
     assert "No training steps were recorded" in text
     assert "No metrics were computed" in text
-    assert "Nearest real images were not looked for" in text
+    assert "Nearest real images were not computed" in text
     assert "There was no champion before this version" in text
     assert "No run is recorded" in text
     assert "Untrained</th>" not in text
@@ -130,11 +130,11 @@ def test_classifier_metrics_are_said_not_to_be_fid() -> None:
 
 def test_neighbours_are_told_with_distance_class_and_how_many_were_searched(whole: str) -> None:
     text = " ".join(whole.split())
-    assert "feature space of the classifier, to 100 of the 1,000, at even distances" in text
+    assert "feature space of the classifier, to 100 evenly spaced images of the 1,000 training images" in text
     assert "<figcaption>0.625</figcaption>" in text
     assert "<figcaption>1.75<br>cat</figcaption>" in text  # asked for a bee
     every = render_report(report_data(neighbours=replace(neighbourhood(), searched=1000)))
-    assert "to all 1,000 images of the training" in " ".join(every.split())
+    assert "to all 1,000 training images" in " ".join(every.split())
     why = "The metrics' reference is published statistics."
     assert "reference is published statistics" in render_report(report_data(neighbours=why))
 
@@ -147,8 +147,8 @@ def test_copies_are_counted() -> None:
         " ".join(render_report(report_data(neighbours=replace(found, generated_nearest=nearest))).split())
         for nearest in (found.generated_nearest + closest, copied)
     )
-    assert "<strong>0</strong> of the generated ones (0&nbsp;%)" in none
-    assert "<strong>20</strong> of the generated ones (40&nbsp;%)" in many
+    assert "<strong>0</strong> of the generated images (0&nbsp;%)" in none
+    assert "<strong>20</strong> of the generated images (40&nbsp;%)" in many
 
 
 def test_champions_measured_otherwise_are_said_not_to_be_comparable(whole: str) -> None:

@@ -199,7 +199,7 @@ def test_names_of_classes_are_text_in_the_page() -> None:
     assert "class &lt;1&gt; $x" in page
     assert "class <1>" not in page
     drawings = [base64.b64decode(text).decode() for text in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", page)]
-    assert any("taken to be of their own class" in drawing for drawing in drawings)
+    assert any("recognized as their own class" in drawing for drawing in drawings)
     assert render_report(whole_report_data(validation=made_up(3, {1: 0.5}))) == page
 
 
@@ -210,4 +210,4 @@ def test_a_class_without_samples_is_counted_and_not_listed() -> None:
     assert [row.number for row in view.rows] == [1, 0, 3]
     assert (view.sampled, view.classes) == (3, 4)
     page = render_report(whole_report_data(validation=found))
-    assert "No sample was drawn for 1 of 4 classes." in " ".join(page.split())
+    assert "1 of 4 classes have no samples." in " ".join(page.split())

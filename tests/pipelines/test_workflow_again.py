@@ -157,7 +157,7 @@ def test_another_code_version_or_other_images_are_refused(
     catalog = Catalog(first.tracking_uri, "")
     with Terminal() as terminal, monkeypatch.context() as patch:
         patch.setattr(module, "code_version", lambda: "0123abc")
-        with pytest.raises(UserError, match=r"was made by code version .*, and this is 0123abc"):
+        with pytest.raises(UserError, match=r"was made by code version .*, but this is 0123abc"):
             reproduce(first.run_id, catalog, str(tmp_path / "code"), terminal)
     with Terminal() as terminal, monkeypatch.context() as patch:
         patch.setattr(module, "prepare_source", lambda *_: type("Other", (), {"fingerprint": "f" * 64})())

@@ -1,4 +1,4 @@
-"""The command line: `edt`. The commands are in `pipelines.commands`; here is what it is made of, and how it ends."""
+"""The command line `edt`: its commands, which are in `pipelines.commands`, and its exit codes."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -33,16 +33,16 @@ app = typer.Typer(
 )
 
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
-    "Begin": (init.init, doctor.doctor),
+    "Get started": (init.init, doctor.doctor),
     "Pipeline": (workflow.plan, workflow.run, submit.submit),
-    "Found again": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
+    "Runs and artifacts": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
     "Models": (models.lineage, cost.compare, cost.cost),
 }
 
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
-app.add_typer(config.app, name="config", rich_help_panel="Begin")
+app.add_typer(config.app, name="config", rich_help_panel="Get started")
 app.add_typer(schedule.app, name="schedule", rich_help_panel="Pipeline")
 app.add_typer(models.app, name="models", rich_help_panel="Models")
 app.add_typer(webhook.app, name="webhook", rich_help_panel="Models")
@@ -50,8 +50,8 @@ app.command("import", rich_help_panel="Models")(models.import_model)
 verbs.add_verbs(app, "Single steps")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         say(f"edt {version('edt-pipeline')}")
@@ -68,11 +68,11 @@ def options(
 
 
 def main() -> None:
-    """Entry point. Exits with 0 done, 1 something failed, 2 the request was wrong, 130 interrupted (SIGTERM too)."""
+    """Entry point. Exit codes: 0 success, 1 a failure, 2 a user error, 130 interrupted (also by SIGTERM)."""
     protect_children()
     try:
         with term_interrupts():
-            app(prog_name="edt")  # however it is started: completion asks for its name
+            app(prog_name="edt")  # shell completion needs this name, however the program is started
     except Exception as error:
         from jobs.runtime.failure import tell_failure
 

@@ -1,4 +1,4 @@
-"""What a run of a workflow came to."""
+"""The outcome of a pipeline run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,17 +13,17 @@ from pipelines.registry.gate import Decision
 
 @dataclass
 class Outcome:
-    """What a run came to."""
+    """The outcome of a run: models, metrics, reports and failures."""
 
     run_id: str
     tracking_uri: str
-    link: str = ""  # where a person sees the run
+    link: str = ""  # to the run in MLflow, or the command that shows it
     seconds: float = 0.0
     decisions: dict[str, Decision] = field(default_factory=dict)
     reports: dict[str, Artifact] = field(default_factory=dict)
     metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(default_factory=dict)  # before, after
     failures: dict[str, BaseException] = field(default_factory=dict)
-    stopped: str = ""  # where the run was stopped, to be resumed later
+    stopped: str = ""  # the message about where the run stopped; "" if it was not stopped
     executed: int = 0
     reused: int = 0
 
@@ -33,7 +33,7 @@ class Outcome:
         return "stopped" if self.stopped else "failed" if self.failures else "finished"
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs: how it ended, and where everything is."""
+        """The outcome as JSON values, for programs."""
         return {
             "run_id": self.run_id,
             "tracking_uri": redacted(self.tracking_uri),

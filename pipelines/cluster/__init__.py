@@ -1,1 +1,1 @@
-"""Commands that talk to a cluster or a server from outside."""
+"""Access to Ray clusters and MLflow servers from outside."""

@@ -1,8 +1,8 @@
-"""Pipelines as jobs of a Ray cluster: submitted over HTTP to its dashboard, followed, left, come back to, stopped.
+"""Pipelines as jobs of a Ray cluster: submit them over HTTP to its dashboard, follow, stop and list them.
 
-What travels: the whole validated configuration as `config.yaml` in the job's working directory, and a few environment
-variables without secrets. The cluster's own environment has the package and the credentials of store and MLflow. The
-token of a cluster with token authentication is read from the environment by Ray itself (RAY_AUTH_MODE, RAY_AUTH_TOKEN).
+A job gets the whole validated configuration as `config.yaml` in its working directory, and a few environment variables
+without secrets. The cluster's own environment must have the package and the credentials of store and MLflow. Ray reads
+the token of a cluster with token authentication from the environment (RAY_AUTH_MODE, RAY_AUTH_TOKEN).
 """
 
 import asyncio
@@ -34,65 +34,65 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TRAVELS = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Ray's own are SIGTERM and 3 s, which is SIGKILL for a training that writes a checkpoint.
+# Ray's defaults are SIGTERM and 3 s. Then SIGKILL hits a training that still writes a checkpoint.
 _RAY_WAIT_S = 3
 _WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", _WAIT: "600"}
 _JOB_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a job
-_COMMAND = "edt.command"  # the same in the job's metadata
-GO_ON = "EDT_GO_ON"  # in a job's environment: the command that resumes it, of its submitter
+RESUME_VARIABLE = "EDT_GO_ON"  # in a job's environment: the submitter's command that resumes it
+_COMMAND = "edt.command"  # the same command in the job's metadata
 _PATHS = (("source", "path"), ("autoencoder", "pretrained"), *((space, "weights") for space in PUBLISHED_SPACES))
 _RECONNECTS = 5
-_NO_ADDRESS = f"{{!r}} is no address of a Ray dashboard; give one as {DEFAULT_ADDRESS}"
+_NO_ADDRESS = f"{{!r}} is no address of a Ray dashboard; use one such as {DEFAULT_ADDRESS}"
 _BUSY_SECONDS = 120.0
 _DASHBOARD = "a Ray dashboard"
-_NO_DASHBOARD = "start the cluster with its dashboard, forward its port (8265), or give another --address"
+_NO_DASHBOARD = "start the cluster with its dashboard, forward its port (8265), or set another --address"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the cluster for one pipeline."""
+    """The job of one pipeline, as submitted to the cluster."""
 
     entrypoint: str
     config_yaml: str
     variables: Mapping[str, str]
     metadata: Mapping[str, str]
-    notes: tuple[str, ...]  # what a person should know of it
+    notes: tuple[str, ...]  # for the person who submits it
 
 
 def request_for(
-    config: "PipelineConfig", address: str, environment: Mapping[str, str], go_on: str | None = None
+    config: "PipelineConfig", address: str, environment: Mapping[str, str], command: str | None = None
 ) -> Request:
-    """The job of a pipeline on the cluster at this address. Raises UserError for what cannot work there.
+    """The job of a pipeline on the cluster at this address. Raises UserError if the configuration cannot work there.
 
-    `go_on` is the command that the submitter would give to resume after a stop.
+    `command` is the command with which the submitter resumes after a stop.
     """
     from pipelines.config.schema import as_yaml
 
     here = urlsplit(address).hostname in _LOOPBACK
-    config, notes = _with_places(config, here)
-    variables, unsent = _travelling(environment, here)
+    config, notes = _with_absolute_paths(config, here)
+    variables, unsent = _variables(environment, here)
     line = ["python", "-P", "-m", "pipelines.cli", "run", "config.yaml", "--no-overlap", "--store", config.store]
     metadata = {"edt.pipeline": config.name, "edt.store": config.store}
-    if go_on is not None:
-        variables[GO_ON] = metadata[_COMMAND] = redacted(go_on)
+    if command is not None:
+        variables[RESUME_VARIABLE] = metadata[_COMMAND] = redacted(command)
     values = config.model_dump(mode="json")
     if redacted_values(values) != values:
         raise UserError(
-            "the configuration has credentials in a URL, or the value of a secret variable of this environment, and "
-            "they do not travel; put them into the cluster's own environment, or the file on a place that the cluster "
-            "reads without them"
+            "the configuration contains credentials in a URL or the value of a secret environment variable, which are "
+            "not sent to the cluster; set them in the cluster's own environment, or move the file to a place that the "
+            "cluster reads without them"
         )
     return Request(shlex.join(line), as_yaml(config), {**variables, **_STOPPING}, metadata, (*notes, *unsent))
 
 
-def _with_places(config: "PipelineConfig", here: bool) -> tuple["PipelineConfig", list[str]]:
-    """The configuration with whole paths: the job starts in another folder, maybe on another machine."""
+def _with_absolute_paths(config: "PipelineConfig", here: bool) -> tuple["PipelineConfig", list[str]]:
+    """The configuration with absolute paths, and notes: the job starts in another folder, maybe on another machine."""
     store = config.store
     if "://" not in store and not here and not Path(store).is_absolute():
         raise UserError(
-            f"the store {store} is a folder of this machine, and the cluster is elsewhere; give a URI as "
-            "--store s3://bucket/store, or the whole path of a folder that all its machines share"
+            f"the store {store} is a relative folder, but the cluster is on other machines; use a URI such as "
+            "--store s3://bucket/store, or the absolute path of a folder that all its machines share"
         )
     values = config.model_dump()
     values["store"] = Folder.at(store).uri
@@ -101,43 +101,43 @@ def _with_places(config: "PipelineConfig", here: bool) -> tuple["PipelineConfig"
         if isinstance(text, str) and "://" not in text and not Path(text).is_absolute() and Path(text).exists():
             if not here:
                 raise UserError(
-                    f"{section}.{field} {text} is a path of this machine, and the cluster is elsewhere; give a URI, or "
-                    f"the whole path of what all its machines share, as --set {section}.{field}=/shared/{text}"
+                    f"{section}.{field} {text} is a relative path, but the cluster is on other machines; use a URI, or "
+                    f"an absolute path that all its machines share, such as --set {section}.{field}=/shared/{text}"
                 )
             values[section][field] = str(Path(text).absolute())
-    notes = [] if "://" in store else [f"the store is the folder {values['store']} of the cluster's machines"]
+    notes = [] if "://" in store else [f"the store is the folder {values['store']} on the cluster's machines"]
     return type(config).model_validate(values), notes
 
 
-def _travelling(environment: Mapping[str, str], here: bool) -> tuple[dict[str, str], list[str]]:
-    """The variables that go with the job, and what is to be said of those that do not. Never a value with a secret."""
+def _variables(environment: Mapping[str, str], here: bool) -> tuple[dict[str, str], list[str]]:
+    """The environment variables for the job, and notes on those that are not sent. No value contains a secret."""
     sent, notes = {}, []
     for name in TRAVELS:
         if not (value := environment.get(name)):
             continue
         parts = urlsplit(value)
         if parts.query or "@" in parts.netloc or redacted_values(value) != value:
-            notes.append(f"{name} may hold a password and is not sent; the cluster's own environment has to set it")
+            notes.append(f"{name} may contain a password and is not sent; set it in the cluster's own environment")
         elif not here and (parts.hostname in _LOOPBACK or parts.scheme in ("sqlite", "file")):
-            notes.append(f"{name} is a place of this machine and is not sent; the cluster's own environment counts")
+            notes.append(f"{name} is an address of this machine and is not sent; the cluster uses its own environment")
         else:
             sent[name] = value
     return sent, notes
 
 
 def stopped_too_soon(environment: Mapping[str, str]) -> str | None:
-    """What to warn of in a job of Ray that is killed before a training can write its checkpoint; None elsewhere."""
+    """A warning in a Ray job that is killed before a training can write its checkpoint; None otherwise."""
     if _JOB_OF_RAY not in environment or _WAIT in environment:
         return None
     variables = json.dumps({"env_vars": _STOPPING})
     return (
-        f"Ray kills this job {_RAY_WAIT_S} s after it is asked to stop, and what a training did since its last "
-        f"checkpoint is lost; submit it with `edt submit`, or with --runtime-env-json '{variables}'"
+        f"Ray kills this job {_RAY_WAIT_S} s after a request to stop, and training since the last checkpoint is "
+        f"lost; submit it with `edt submit`, or with --runtime-env-json '{variables}'"
     )
 
 
 class Cluster:
-    """The jobs of the Ray cluster whose dashboard answers at an address. Raises UserError where none answers."""
+    """The jobs of the Ray cluster with its dashboard at an address. Raises UserError if no dashboard answers."""
 
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
@@ -149,21 +149,21 @@ class Cluster:
 
         with self._clear_errors(), _without_addresses():
             self.client = JobSubmissionClient(self.address)
-        # Ray's client sets no limit; some requests make the cluster start a process first.
+        # Ray's client has no time limit. It is long, because some requests start a process in the cluster.
         self.client._do_request = partial(self.client._do_request, timeout=_BUSY_SECONDS)  # type: ignore[method-assign]
 
     def _check_answers(self) -> None:
-        """Raise UserError where nothing answers in time: Ray's client would wait for ever for what is silent.
+        """Raise UserError if nothing answers in time: Ray's client would wait forever for a silent server.
 
-        Whatever the answer is, Ray's client judges it.
+        Any answer is accepted here; Ray's client checks it.
         """
         import requests
 
-        def ask() -> None:
+        def request() -> None:
             requests.get(f"{self.address}/api/version", timeout=answer_seconds(), stream=True).close()
 
         try:
-            check_connects(ask, self.address, _DASHBOARD, _NO_DASHBOARD)  # requests looks names up without a limit
+            check_connects(request, self.address, _DASHBOARD, _NO_DASHBOARD)  # requests has no time limit for DNS
         except UserError:
             raise
         except requests.exceptions.Timeout as error:
@@ -187,9 +187,9 @@ class Cluster:
             )
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> tuple[str, str]:
-        """Write the job's log from its beginning until it ends; returns its status and Ray's message to it.
+        """Write the job's log from its start to its end; return the job's status and Ray's message.
 
-        After a broken connection it continues where it was.
+        After a broken connection, writing continues at the same place.
         """
         with self._clear_errors():
             self.client.get_job_info(job_id)
@@ -199,17 +199,17 @@ class Cluster:
             return str(info.status), str(info.message or "")
 
     def stop(self, job_id: str) -> bool:
-        """Ask a job to stop; False where it had ended."""
+        """Request that a job stops. Returns False if it has already ended."""
         with self._clear_errors():
             return bool(self.client.stop_job(job_id))
 
-    def go_on(self, job_id: str) -> str | None:
-        """The command that goes on with a job after its end; None where its submitter left none."""
+    def resume_command(self, job_id: str) -> str | None:
+        """The command that resumes a job after its end; None if the submitter recorded none."""
         with self._clear_errors():
             return (self.client.get_job_info(job_id).metadata or {}).get(_COMMAND)
 
     def jobs(self) -> list[dict[str, Any]]:
-        """The pipelines that were submitted to this cluster, the newest first."""
+        """The pipelines that were submitted to this cluster, newest first."""
         with self._clear_errors():
             jobs = [(job, job.metadata or {}) for job in self.client.list_jobs()]
         return [
@@ -244,7 +244,7 @@ class Cluster:
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
-        """Turn what Ray's client raises into UserError."""
+        """Turn errors of Ray's client into UserError."""
         from ray.exceptions import AuthenticationError
 
         try:
@@ -253,13 +253,13 @@ class Cluster:
             raise
         except AuthenticationError as error:
             raise UserError(
-                f"the cluster at {self.address} wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-                "RAY_AUTH_TOKEN_PATH) to those of the cluster"
+                f"the cluster at {self.address} rejects the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH to the token of the cluster"
             ) from error
         except (ConnectionError, OSError) as error:
             raise UserError(f"no Ray dashboard answers at {self.address}; {_NO_DASHBOARD}") from error
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"the cluster at {self.address} refuses: {_reason(error)}") from error
+            raise UserError(f"the cluster at {self.address} rejected the request: {_reason(error)}") from error
 
 
 def _tail(client: Any, job_id: str) -> AsyncIterator[str]:
@@ -269,18 +269,18 @@ def _tail(client: Any, job_id: str) -> AsyncIterator[str]:
 
 @contextmanager
 def _without_addresses() -> Iterator[None]:
-    """Ray's client takes these variables before the address that it is given: here the given one counts."""
-    kept = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
+    """Unset the variables that Ray's client prefers to its address argument."""
+    variables = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(kept)
+        os.environ.update(variables)
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what the cluster says: before it there may be a traceback of its own."""
+    """The last line of the cluster's message, which may begin with a traceback."""
     text = str(error).strip().removesuffix(".").replace("\\n", "\n")
-    lines = [line.strip() for line in text.splitlines() if line.strip(" .")]  # Ray puts a full stop after a traceback
+    lines = [line.strip() for line in text.splitlines() if line.strip(" .")]  # Ray adds a full stop after a traceback
     return lines[-1][:500] if lines else type(error).__name__
 
 

@@ -18,9 +18,9 @@ from pipelines.commands.options import (
     print_rows,
 )
 
-app = typer.Typer(no_args_is_help=True, help="Look at configurations: list, show, validate, diff.")
+app = typer.Typer(no_args_is_help=True, help="Inspect configurations: list, show, validate, diff.")
 
-_STEPS_SHOWN = 4  # of the steps that a change makes anew
+_STEPS_SHOWN = 4  # of the steps that a change rebuilds
 
 
 @app.command("list")
@@ -48,7 +48,7 @@ def show(
     assignments: Assignments = [],  # noqa: B006  typer copies it
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of YAML")] = False,
 ) -> None:
-    """Show a configuration as a run takes it: defaults, `base` and --set resolved.
+    """Show a configuration as a run uses it: with defaults, `base` and --set resolved.
 
     \b
     Examples:
@@ -71,7 +71,7 @@ def validate(
     assignments: Assignments = [],  # noqa: B006  typer copies it
     as_json: AsJson = False,
 ) -> None:
-    """Tell all that is wrong with configurations: field, value, remedy.
+    """Report every problem of configurations: field, value, remedy.
 
     \b
     Examples:
@@ -80,19 +80,19 @@ def validate(
     """
     from pipelines.config.check import problems
 
-    found = {config: problems(config, assignments) for config in configs}
+    by_config = {config: problems(config, assignments) for config in configs}
     if as_json:
-        print_json([problem.as_row() for wrong in found.values() for problem in wrong])
+        print_json([problem.as_row() for entries in by_config.values() for problem in entries])
     else:
-        for config, wrong in found.items():
-            say(f"{config}: {_counted(wrong)}")
-            for problem in wrong:
+        for config, entries in by_config.items():
+            say(f"{config}: {_count_text(entries)}")
+            for problem in entries:
                 say(f"  {problem}".replace("\n", "\n    "))
-    if any(found.values()):
+    if any(by_config.values()):
         raise typer.Exit(2)
 
 
-def _counted(problems: Sequence[object]) -> str:
+def _count_text(problems: Sequence[object]) -> str:
     return "ok" if not problems else f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
 
 
@@ -100,14 +100,14 @@ def _counted(problems: Sequence[object]) -> str:
 def diff(
     a: Annotated[str, typer.Argument(help="shipped configuration, YAML file, or MLflow id of a pipeline's run")],
     b: Annotated[
-        str | None, typer.Argument(help="the other one  \\[default: A with --set]", show_default=False)
+        str | None, typer.Argument(help="the second one  \\[default: A with --set]", show_default=False)
     ] = None,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell in which fields two differ, and which steps each change rebuilds.
+    """Show the fields in which two configurations differ, and the steps each rebuilds.
 
     \b
     Examples:
@@ -119,17 +119,19 @@ def diff(
     from pipelines.diff import differences, is_run_id, made_anew, outline, read_side
 
     if b is None and not assignments:
-        raise UserError(f"{a} is alone: give a second configuration, or --set KEY=VALUE for {a} with that changed")
+        raise UserError(
+            f"nothing to compare {a} with; name a second configuration, or change fields with --set KEY=VALUE"
+        )
     other = a if b is None else b
     catalog = open_catalog(store, tracking_uri) if is_run_id(a) or is_run_id(other) else None
     sides = read_side(a, catalog), read_side(other, catalog, tuple(assignments))
     rows = [difference.as_row() for difference in differences(*sides)]
     models = {model for side in sides for model in side.config.models}
     shown = rows if as_json else [_shown(row, models) for row in rows]
-    print_rows(shown, ("field", "a", "b", "rebuilt"), as_json, none="no field differs")
+    print_rows(shown, ("field", "a", "b", "rebuilt"), as_json, none="no differences")
     if not as_json and rows:
-        anew = made_anew(*sides)
-        say(f"\n{len(anew)} of {len(outline(sides[1].config))} steps are rebuilt if A has been run")
+        rebuilt = made_anew(*sides)
+        say(f"\n{len(rebuilt)} of {len(outline(sides[1].config))} steps are rebuilt if A has been run")
 
 
 def _shown(row: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:
@@ -137,11 +139,11 @@ def _shown(row: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:
 
     steps = dict.fromkeys(_role(step, models) for step in row["steps"])
     more = f" and {len(steps) - _STEPS_SHOWN} more" if len(steps) > _STEPS_SHOWN else ""
-    anew = ", ".join([*steps][:_STEPS_SHOWN]) + more if steps else "nothing"
-    return {"field": row["field"], "a": shown(row["a"]), "b": shown(row["b"]), "rebuilt": anew}
+    rebuilt = ", ".join([*steps][:_STEPS_SHOWN]) + more if steps else "nothing"
+    return {"field": row["field"], "a": shown(row["a"]), "b": shown(row["b"]), "rebuilt": rebuilt}
 
 
 def _role(step: str, models: Collection[str]) -> str:
-    """A step without the name of its model."""
+    """A step's name without that of its model."""
     role, _, model = step.rpartition(" ")
     return role if model in models else step

@@ -1,4 +1,4 @@
-"""Commands on cost: what a model costs by itself, and what registered ones reached for theirs."""
+"""Commands on cost: the cost of models, and the quality that registered models reach for it."""
 
 from typing import Annotated, Any
 
@@ -21,12 +21,12 @@ _PART_COLUMNS = ("place", "module", "GMACs", "share")
 
 
 def cost(
-    models: Annotated[list[str] | None, typer.Argument(help="names of models, as EDT-S/2  \\[default: all]")] = None,
-    image_size: Annotated[str, typer.Option(help="side of the images in pixels, several with commas")] = "256",
-    by_module: Annotated[bool, typer.Option("--by-module", help="where the MACs of one model go")] = False,
+    models: Annotated[list[str] | None, typer.Argument(help="names such as EDT-S/2  \\[default: all]")] = None,
+    image_size: Annotated[str, typer.Option(help="image side in pixels; separate several with commas")] = "256",
+    by_module: Annotated[bool, typer.Option("--by-module", help="list the MACs of each module of one model")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what models cost: parameters, MACs (the papers' GFLOPs), training FLOPs.
+    """Show the cost of models: parameters, MACs (the papers' GFLOPs), training FLOPs.
 
     \b
     Examples:
@@ -38,20 +38,22 @@ def cost(
     names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
     sizes = [int(text) for text in image_size.split(",") if text.strip().isdecimal()]
     if len(sizes) != len(image_size.split(",")):
-        raise UserError(f"--image-size takes pixels, several with commas, as 256,512; got {image_size!r}")
+        raise UserError(f"--image-size is {image_size!r}; use pixels, or several sizes with commas, such as 256,512")
     try:
         configs = [model_config(name, size) for name in names for size in sizes]
     except ValueError as error:
         raise UserError(str(error)) from error
     if by_module:
         if len(configs) != 1:
-            raise UserError(f"--by-module is of one model and size, and these are {len(configs)}; name one")
+            raise UserError(
+                f"--by-module needs one model and one image size, but there are {len(configs)} pairs; name one of each"
+            )
         print_rows(_parts(configs[0], as_json), _PART_COLUMNS, as_json)
         return
     rows = [_row(config) for config in configs]
     print_rows(rows if as_json else [_shown(row) for row in rows], _COLUMNS, as_json)
     if not as_json:
-        say("GMACs of a forward pass are what papers call Gflops; training: forward and backward, an image")
+        say("GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image")
 
 
 def _row(config: Any) -> dict[str, Any]:
@@ -100,17 +102,17 @@ def _parts(config: Any, as_json: bool) -> list[dict[str, Any]]:
 def compare(
     models: Annotated[list[str], typer.Argument(help="versions: NAME@ALIAS, NAME/NUMBER, or NAME for its champion")],
     metric: Annotated[
-        str | None, typer.Option(help="\\[default: the one that the first version's gate goes by]")
+        str | None, typer.Option(help="metric to compare by  \\[default: that of the first version's gate]")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="write the plot here, as compare.png")] = None,
+    out: Annotated[str | None, typer.Option(help="file for the plot, such as compare.png")] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="show published FIDs also beside another metric or image size")
+        bool, typer.Option("--published", help="show published FIDs even next to another metric or image size")
     ] = False,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare registered versions by what they reached for their compute.
+    """Compare registered versions by quality and compute.
 
     \b
     Examples:
@@ -123,18 +125,18 @@ def compare(
     from pipelines.registry.lookup import record_of
 
     catalog = open_catalog(store, tracking_uri)
-    found = compared([record_of(catalog, text) for text in models], metric, published)
+    comparison = compared([record_of(catalog, text) for text in models], metric, published)
     if out is not None:
         from pipelines.registry.compare_figure import draw
 
         target = Path(out)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(draw(found))
+        target.write_bytes(draw(comparison))
     if as_json:
-        print_json(found.to_dict())
+        print_json(comparison.to_dict())
         return
-    print_rows(found.rows(), ("version", "model", "steps", *AXES, found.metric), False)
-    for note in found.notes:
+    print_rows(comparison.rows(), ("version", "model", "steps", *AXES, comparison.metric), False)
+    for note in comparison.notes:
         say(note)
     if out is not None:
         say(out)

@@ -1,4 +1,4 @@
-"""edt doctor: what a run would stumble over, and what to do about each."""
+"""edt doctor: problems that would stop a run, and their remedies."""
 
 import os
 import shlex
@@ -47,22 +47,22 @@ def doctor(
 
     options = [part for text in assignments for part in ("--set", text)]
     options += [part for name, value in (("--store", store), ("--address", address)) if value for part in (name, value)]
-    # Of a named cluster the verdict comes first: a session of this machine takes longest to start.
+    # A named cluster is reported first. A local session takes longest to start, so it stays last.
     checks = {"ray": CHECKS["ray"], **CHECKS} if named_address(address) else CHECKS
-    found, console = [], Console(highlight=False, soft_wrap=True)
-    examined = examine(setup_of(loaded, address, tracking_uri, quick), checks)
-    with nullcontext() if as_json else console.status("looking; Ray takes longest"):
-        for finding in examined:
-            found.append(finding)
+    findings, console = [], Console(highlight=False, soft_wrap=True)
+    results = examine(setup_of(loaded, address, tracking_uri, quick), checks)
+    with nullcontext() if as_json else console.status("checking; Ray takes longest"):
+        for finding in results:
+            findings.append(finding)
             if not as_json:
                 _show(finding, console)
-    failed = sum(finding.status == "fail" for finding in found)
+    failed = sum(finding.status == "fail" for finding in findings)
     if as_json:
-        print_json([finding.as_row() for finding in found])
+        print_json([finding.as_row() for finding in findings])
     else:
-        after = "mend what failed, and ask again" if failed else shlex.join(["edt", "run", config, *options])
-        console.print(f"\n{len(found)} checks, {failed} failed. Next: {escape(printable(after))}")
-    if any(finding.unanswered for finding in found):  # a thread that hangs would keep Python from ending
+        advice = "fix what failed, and run edt doctor again" if failed else shlex.join(["edt", "run", config, *options])
+        console.print(f"\n{len(findings)} checks, {failed} failed. Next: {escape(printable(advice))}")
+    if any(finding.unanswered for finding in findings):  # a hanging thread would keep Python from exiting
         sys.stdout.flush()
         os._exit(1)
     raise typer.Exit(1 if failed else 0)

@@ -1,4 +1,4 @@
-"""edt gc: what goes is listed, agreed on, and then moved to the trash."""
+"""edt gc: list what no model or recent run needs, ask, and move it to the trash."""
 
 import sys
 from collections.abc import Sequence
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 def gc(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
-    keep_runs: Annotated[int, typer.Option(min=1, help="keep what each pipeline's last runs are about")] = 5,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would go, and remove nothing")] = False,
+    keep_runs: Annotated[int, typer.Option(min=1, help="keep what the last N runs of each pipeline use")] = 5,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be removed, and remove nothing")] = False,
     empty_trash: Annotated[
-        bool, typer.Option("--empty-trash", help="delete from the trash what went there less than a day ago, too")
+        bool, typer.Option("--empty-trash", help="also delete from the trash what is there for less than a day")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing: remove what is found")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="remove without asking")] = False,
     force: Annotated[
         bool,
         typer.Option(
             "--force",
-            help="remove also what this MLflow does not know or nobody can read; on a remote store, whatever MLflow "
-            "says is running",
+            help="also remove what this MLflow does not know or what is unreadable; in a remote store, even if MLflow "
+            "shows a running run",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what no registered model and none of the last runs needs.
+    """Remove what neither a registered model nor one of the last runs needs.
 
-    It goes to the folder .trash of a local store, and is deleted by the first gc after a day. From an object store it
-    is deleted at once.
+    A local store moves it to the folder .trash, from which the first gc after a day deletes it. An object store deletes
+    it immediately.
 
     \b
     Examples:
@@ -62,8 +62,8 @@ def gc(
 
     if not (dry_run or yes or sys.stdin.isatty()):
         raise UserError(
-            "gc asks before it removes anything, and this is no terminal to ask on; give --yes to remove what it "
-            "finds, or --dry-run to list it"
+            "gc asks before it removes anything, but there is no terminal; use --yes to remove without asking, or "
+            "--dry-run to list what would be removed"
         )
     catalog, place = open_catalog(store, tracking_uri), Store.open(store)
     request = Request(keep_runs, force, empty_trash)
@@ -77,12 +77,12 @@ def gc(
 
 
 def _ask(planned: "Plan", store: "Store", as_json: bool) -> None:
-    """Ask whether a plan may be carried out, unless it is empty. Where it may not, the process ends with 1."""
+    """Ask for confirmation of a plan, unless it is empty. If the answer is no, exit with 1."""
     if not as_json:
         _show(planned, False)
     parts = []
     if planned.garbage:
-        verb = "delete for good" if store.root.local is None else "move to the trash"
+        verb = "permanently delete" if store.root.local is None else "move to the trash"
         parts.append(f"{verb} {_count(planned.garbage)}")
     if planned.discarded:
         parts.append(f"delete from the trash {_count(planned.discarded)}")
@@ -92,19 +92,19 @@ def _ask(planned: "Plan", store: "Store", as_json: bool) -> None:
 
 
 def _show(planned: "Plan", as_json: bool) -> None:
-    """What would go."""
+    """Print what would be removed."""
     if as_json:
         print_json(_as_json(planned))
         return
     _show_folders(planned)
     if planned.garbage:
-        say(f"{_count(planned.garbage)} would go")
+        say(f"{_count(planned.garbage)} would be removed")
     if planned.discarded:
         say(f"{_count(planned.discarded)} would be deleted from the trash")
 
 
 def _show_removed(done: "Removed", as_json: bool, seen: bool) -> None:
-    """What went; `seen`: the folders were listed before."""
+    """Print what was removed. With `seen`, the folders were already listed."""
     for path, reason in done.failed.items():
         say(f"not removed: {_shown(path)}: {_shown(reason)}", err=True)
     if as_json:
@@ -119,20 +119,20 @@ def _show_removed(done: "Removed", as_json: bool, seen: bool) -> None:
         say(f"{_count(done.discarded)} deleted from the trash")
 
 
-def _show_folders(found: "Plan") -> None:
-    rows = [item.as_row() for item in found.garbage]
+def _show_folders(plan: "Plan") -> None:
+    rows = [item.as_row() for item in plan.garbage]
     print_rows(rows, ("kind", "fingerprint", "bytes", "why", "attempt"), False, none="nothing to remove")
-    if found.left_alone:
+    if plan.left_alone:
         say("left alone:")
-    for path, reason in found.left_alone.items():
+    for path, reason in plan.left_alone.items():
         say(f"  {_shown(path)}: {_shown(reason)}")
 
 
-def _as_json(found: "Plan") -> dict[str, Any]:
+def _as_json(plan: "Plan") -> dict[str, Any]:
     return {
-        "garbage": [item.as_row() for item in found.garbage],
-        "deleted_from_trash": [asdict(item) for item in found.discarded],
-        "left_alone": [{"path": redacted(path), "why": redacted(why)} for path, why in found.left_alone.items()],
+        "garbage": [item.as_row() for item in plan.garbage],
+        "deleted_from_trash": [asdict(item) for item in plan.discarded],
+        "left_alone": [{"path": redacted(path), "why": redacted(why)} for path, why in plan.left_alone.items()],
         "trash": None,
     }
 
@@ -144,5 +144,5 @@ def _count(items: "Sequence[Garbage] | Sequence[Discarded]") -> str:
 
 
 def _shown(text: str) -> str:
-    """A name as a terminal can take it: control characters are escaped."""
+    """Text for a terminal: on one line, control characters escaped, credentials hidden."""
     return redacted(on_one_line(text))

@@ -1,4 +1,4 @@
-"""Commands on the registry: models list, show, compare, promote, rollback, pull; and lineage."""
+"""Commands on the model registry: models list, show, compare, promote, rollback, pull; import and lineage."""
 
 from enum import StrEnum
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from pipelines.commands.options import (
     print_rows,
 )
 
-app = typer.Typer(help="Registered models: look up, compare, promote, roll back, pull.", invoke_without_command=True)
+app = typer.Typer(help="Registered models: list, show, compare, promote, roll back, pull.", invoke_without_command=True)
 
 Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/NUMBER, or NAME for its champion")]
 
@@ -44,27 +44,27 @@ def models(
     if context.invoked_subcommand is None:
         list_versions(store=store, tracking_uri=tracking_uri, as_json=as_json)
     elif (store, tracking_uri, as_json) != (DEFAULT_STORE, None, False):
-        raise UserError(f"give options after the command, as edt models {context.invoked_subcommand} --store ...")
+        raise UserError(f"put options after the command, as in edt models {context.invoked_subcommand} --store ...")
 
 
 @app.command("list")
 def list_versions(
-    name: Annotated[str | None, typer.Option(help="of this model alone")] = None,
+    name: Annotated[str | None, typer.Option(help="list only this model")] = None,
     data: Annotated[
-        str | None, typer.Option(help="trained on these images: start of their digest, or of a fingerprint")
+        str | None, typer.Option(help="trained on these images: start of their digest or fingerprint")
     ] = None,
     config: Annotated[
-        list[str], typer.Option(metavar="FIELD=VALUE", help="configured so, as train.lr=0.004; repeatable")
+        list[str], typer.Option(metavar="FIELD=VALUE", help="with this setting, such as train.lr=0.004; repeatable")
     ] = [],  # noqa: B006  typer copies it
     metric: Annotated[
-        list[str], typer.Option(metavar="CONDITION", help="measured so, as 'fd_classifier<5'; repeatable")
+        list[str], typer.Option(metavar="CONDITION", help="with this metric, such as 'fd_classifier<5'; repeatable")
     ] = [],  # noqa: B006
-    commit: Annotated[str | None, typer.Option(help="made by this code: start of the commit")] = None,
+    commit: Annotated[str | None, typer.Option(help="trained with this code: start of the commit")] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """List versions, newest first; with options those of which all of it holds.
+    """List versions, newest first. Options select versions that match all of them.
 
     \b
     Examples:
@@ -73,18 +73,18 @@ def list_versions(
     """
     from pipelines.registry.lookup import select
 
-    found = select(open_catalog(store, tracking_uri), name, data, config, metric, commit, as_json)
+    records = select(open_catalog(store, tracking_uri), name, data, config, metric, commit, as_json)
     if as_json:
-        print_json([record.to_dict() for record in found])
+        print_json([record.to_dict() for record in records])
     else:
-        print_rows([record.row() for record in found], _COLUMNS, False, none="no such versions")
+        print_rows([record.row() for record in records], _COLUMNS, False, none="no such versions")
 
 
 @app.command()
 def show(
     version: Version, store: StoreOption = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False
 ) -> None:
-    """Tell all that is recorded of a version.
+    """Show everything that is recorded of a version.
 
     \b
     Examples:
@@ -98,7 +98,7 @@ def show(
         print_json(facts)
         return
     say(f"{facts['name']} version {facts['version']}  {', '.join(facts['aliases'])}".rstrip())
-    undecided = "imported, not measured here" if facts["origin"] else "registered, not yet decided on"
+    undecided = "imported, not measured here" if facts["origin"] else "registered, promotion not yet decided"
     say(f"  {facts['decision_text'] or undecided}")
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:
@@ -115,7 +115,7 @@ def compare(
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put two versions side by side: metrics, protocol, configuration, data, code.
+    """Compare two versions: metrics, protocol, configuration, data, code.
 
     \b
     Examples:
@@ -125,31 +125,31 @@ def compare(
     from pipelines.registry.lookup import record_of
 
     catalog = open_catalog(store, tracking_uri)
-    found = compared(record_of(catalog, first), record_of(catalog, second))
+    comparison = compared(record_of(catalog, first), record_of(catalog, second))
     if as_json:
-        print_json(found)
+        print_json(comparison)
         return
-    names = found["versions"]
-    rows = [{"metric": r["metric"], names[0]: r["first"], names[1]: r["second"], **r} for r in found["metrics"]]
+    names = comparison["versions"]
+    rows = [{"metric": r["metric"], names[0]: r["first"], names[1]: r["second"], **r} for r in comparison["metrics"]]
     print_rows(rows, ("metric", *dict.fromkeys(names), "difference"), False, none="no metrics")
-    if found["same_protocol"]:
-        say("measured by one protocol")
+    if comparison["same_protocol"]:
+        say("measured with the same protocol")
     else:
-        say("NOT comparable, measured by different protocols:")
-        for line in found["protocol"] or ["(not recorded in words)"]:
+        say("NOT comparable, measured with different protocols:")
+        for line in comparison["protocol"] or ["(details are not recorded)"]:
             say(f"  {line}")
-    _echo_section("config", {name: " / ".join(map(str, pair)) for name, pair in found["config"].items()})
-    _echo_section("recorded", {name: " / ".join(map(str, pair)) for name, pair in found["recorded"].items()})
+    _echo_section("config", {name: " / ".join(map(str, pair)) for name, pair in comparison["config"].items()})
+    _echo_section("recorded", {name: " / ".join(map(str, pair)) for name, pair in comparison["recorded"].items()})
 
 
 @app.command()
 def promote(
     version: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/NUMBER; NAME for its candidate")],
-    force: Annotated[bool, typer.Option("--force", help="make it champion whatever the gate says")] = False,
+    force: Annotated[bool, typer.Option("--force", help="make it champion even if the gate rejects it")] = False,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Let a version through the gate; exit code 1 where it is refused.
+    """Promote a version to champion if it passes the gate; exit code 1 if it fails.
 
     \b
     Examples:
@@ -159,9 +159,9 @@ def promote(
     from pipelines.registry.lookup import find
 
     catalog = open_catalog(store, tracking_uri)
-    found = find(catalog, version if "@" in version or "/" in version else f"{version}@{CANDIDATE}")
-    with alone(store, found.name):
-        decision = promote_version(catalog, found, force)
+    candidate = find(catalog, version if "@" in version or "/" in version else f"{version}@{CANDIDATE}")
+    with alone(store, candidate.name):
+        decision = promote_version(catalog, candidate, force)
     say(f"{decision.name} version {decision.version}  {decision}")
     if not decision.became_champion:
         raise typer.Exit(1)
@@ -173,7 +173,7 @@ def rollback(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Make the version champion again that was it before the present one.
+    """Make the previous champion of a model champion again.
 
     \b
     Examples:
@@ -195,7 +195,7 @@ def pull(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Download a version's diffusers folder, every file checked against its digest.
+    """Download a version's diffusers folder and check the digest of every file.
 
     \b
     Examples:
@@ -208,9 +208,9 @@ def pull(
     from pipelines.registry.lookup import find
 
     catalog = open_catalog(store, tracking_uri)
-    found = find(catalog, version)
-    new = pulled(catalog.client, found, Path(folder))
-    say(f"{title(found)} is {'' if new else 'already '}at {folder}, every file checked")
+    source = find(catalog, version)
+    new = pulled(catalog.client, source, Path(folder))
+    say(f"{title(source)} is {'' if new else 'already '}at {folder}, every file checked")
 
 
 def import_model(
@@ -220,17 +220,24 @@ def import_model(
     autoencoder: Annotated[
         str | None,
         typer.Option(
-            help="what decodes it: hub id, folder, artifact or MLflow URI  \\[default: stabilityai/sd-vae-ft-ema]"
+            help="autoencoder: hub id, folder, artifact or MLflow URI  \\[default: stabilityai/sd-vae-ft-ema]"
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="what it is to be, as DiT-XL/2  \\[default: what it is]")] = None,
-    image_size: Annotated[int | None, typer.Option(help="pixels it is to be for  \\[default: what it is for]")] = None,
-    weights: Annotated[
-        Weights | None, typer.Option(help="of a file with both  \\[default: ema, the average, where the file has it]")
+    model: Annotated[
+        str | None, typer.Option(help="expected model, such as DiT-XL/2  \\[default: that of the checkpoint]")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="registered model  \\[default: as edt-xl-2-256]")] = None,
-    source: Annotated[str | None, typer.Option(help="where the file came from, for the record")] = None,
-    license: Annotated[str | None, typer.Option(help="of the weights, for the model card")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="expected image size in pixels  \\[default: that of the checkpoint]")
+    ] = None,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(help="weights to import if the file has both  \\[default: ema (the average) if present]"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="name of the registered model  \\[default: like edt-xl-2-256]")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="origin of the file, for the record")] = None,
+    license: Annotated[str | None, typer.Option(help="license of the weights, for the model card")] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
 ) -> None:
@@ -255,7 +262,7 @@ def import_model(
         say(f"note: {note}", err=True)
     if released.is_default_autoencoder:
         say(
-            f"note: {released.autoencoder_location} decodes it: the papers' default, as no --autoencoder was given",
+            f"note: no --autoencoder, so {released.autoencoder_location} decodes the latents: the default",
             err=True,
         )
     place = Folder.at(store)
@@ -275,7 +282,7 @@ def lineage(
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a model was made from, back to the raw images.
+    """Show what a model was made from, back to the raw images.
 
     \b
     Examples:
@@ -285,11 +292,11 @@ def lineage(
     from edt_core.store.folder import Folder
     from pipelines.registry.lineage import lineage as traced
 
-    found = traced(open_catalog(store, tracking_uri), version, Folder.at(store))
+    tree = traced(open_catalog(store, tracking_uri), version, Folder.at(store))
     if as_json:
-        print_json(found.to_dict())
+        print_json(tree.to_dict())
     else:
-        say("\n".join(found.lines()))
+        say("\n".join(tree.lines()))
 
 
 def _echo_section(name: str, values: dict[str, Any]) -> None:

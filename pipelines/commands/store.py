@@ -9,8 +9,8 @@ from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, print
 
 
 def verify(
-    artifact: Annotated[str, typer.Argument(help="artifact folder or URI: the one that holds manifest.json")],
-    deep: Annotated[bool, typer.Option(help="digest every file, not only its size")] = False,
+    artifact: Annotated[str, typer.Argument(help="folder or URI of the artifact, which contains manifest.json")],
+    deep: Annotated[bool, typer.Option(help="compare the digest of every file, not only its size")] = False,
 ) -> None:
     """Check an artifact against its manifest.
 
@@ -27,10 +27,10 @@ def verify(
 
 def artifacts(
     store: StoreOption = DEFAULT_STORE,
-    kind: Annotated[str | None, typer.Option(help="of this kind only, as latents or checkpoint")] = None,
+    kind: Annotated[str | None, typer.Option(help="list only this kind, such as latents or checkpoint")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the artifacts of a store: size, when and by which run each was made.
+    """List the artifacts of a store with size, date and run.
 
     \b
     Examples:
@@ -44,22 +44,22 @@ def artifacts(
     from pipelines.plan import in_order
 
     if kind not in (None, *KINDS):
-        raise UserError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r} of artifact; the kinds are {', '.join(KINDS)}")
     place = Store(Folder.at(store))
     rows = [
         {
-            "kind": made.kind,
-            "fingerprint": made.fingerprint,
-            "files": len(made.files),
-            "MB": round(sum(entry.bytes for entry in made.files) / 1e6, 3),
-            "made": made.created_at,
-            "seconds": made.duration_s,
-            "run": made.mlflow_run_id,
-            "digest": made.digest,
-            "uri": place.folder(made.kind, made.fingerprint).uri,
+            "kind": manifest.kind,
+            "fingerprint": manifest.fingerprint,
+            "files": len(manifest.files),
+            "MB": round(sum(entry.bytes for entry in manifest.files) / 1e6, 3),
+            "made": manifest.created_at,
+            "seconds": manifest.duration_s,
+            "run": manifest.mlflow_run_id,
+            "digest": manifest.digest,
+            "uri": place.folder(manifest.kind, manifest.fingerprint).uri,
         }
         for each in ([kind] if kind else KINDS)
-        for made in in_order(place.manifests(each))
+        for manifest in in_order(place.manifests(each))
     ]
     columns = ("kind", "fingerprint", "files", "MB", "made", "seconds", "run")
     print_rows(rows, columns, as_json, none=f"no artifacts in {place.root.uri}")

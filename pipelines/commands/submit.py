@@ -1,4 +1,4 @@
-"""Pipelines as jobs of a Ray cluster: edt submit."""
+"""edt submit: run pipelines as jobs of a Ray cluster."""
 
 import os
 import shlex
@@ -24,18 +24,18 @@ def submit(
     assignments: Assignments = [],  # noqa: B006  typer copies it
     store: ConfigStore = None,
     address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="the cluster's dashboard")
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="address of the cluster's dashboard")
     ] = "http://127.0.0.1:8265",
-    job_id: Annotated[str | None, typer.Option(help="name of the new job  \\[default: one of Ray's]")] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="submit it, and do not follow its log")] = False,
+    job_id: Annotated[str | None, typer.Option(help="name of the new job  \\[default: chosen by Ray]")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="submit the job without following its log")] = False,
     follow: Annotated[
-        str | None, typer.Option(metavar="JOB", help="come back to a job: its log from the start")
+        str | None, typer.Option(metavar="JOB", help="follow the log of an earlier job from its start")
     ] = None,
     stop: Annotated[str | None, typer.Option(metavar="JOB", help="stop a job so that it can be resumed")] = None,
     list_: Annotated[bool, typer.Option("--list", help="list the pipelines submitted to this cluster")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a pipeline as a job of a Ray cluster and follow its log; Ctrl-C leaves it.
+    """Run a pipeline as a job of a Ray cluster; Ctrl-C stops following, not the job.
 
     \b
     Examples:
@@ -45,12 +45,12 @@ def submit(
     from pipelines.cluster.submission import Cluster, request_for
     from pipelines.config.schema import load_config
 
-    asked = [config is not None, follow is not None, stop is not None, list_]
-    if sum(asked) != 1:
-        raise UserError("give one of CONFIG, --follow JOB, --stop JOB and --list")
+    actions = [config is not None, follow is not None, stop is not None, list_]
+    if sum(actions) != 1:
+        raise UserError("use exactly one of CONFIG, --follow JOB, --stop JOB and --list")
     if config is not None:
-        go_on = _command(config, assignments, store, address)
-        request = request_for(load_config(config, assignments, store), address, os.environ, go_on)
+        command = _command(config, assignments, store, address)
+        request = request_for(load_config(config, assignments, store), address, os.environ, command)
         cluster = Cluster(address)
         for note in request.notes:
             say(f"note: {note}", err=True)
@@ -65,14 +65,14 @@ def submit(
     elif stop is not None:
         cluster = Cluster(address)
         was_running = cluster.stop(stop)
-        say(f"{stop} stops; what is finished is kept" if was_running else f"{stop} had ended already")
-        _tell_go_on(cluster, stop)
+        say(f"{stop} stops; finished work is kept" if was_running else f"{stop} has already ended")
+        _show_resume(cluster, stop)
     else:
         print_rows(Cluster(address).jobs(), _COLUMNS, as_json, "no pipelines were submitted to this cluster")
 
 
 def _follow(cluster: "Cluster", job: str) -> None:
-    """Show a job's log to its end; the exit code is 0 where it succeeded."""
+    """Print a job's log to its end, then exit with 0 if it succeeded and 1 if not."""
     try:
         status, message = cluster.follow(job, lambda text: say(without_colours(text), nl=False))
     except KeyboardInterrupt:
@@ -82,22 +82,22 @@ def _follow(cluster: "Cluster", job: str) -> None:
     reason = "" if succeeded else f": {message.strip().splitlines()[0] if message.strip() else 'no reason given'}"
     say(f"{job} {status}{reason}")
     if not succeeded:
-        _tell_go_on(cluster, job)
+        _show_resume(cluster, job)
     raise typer.Exit(0 if succeeded else 1)
 
 
 def _command(config: str, assignments: Sequence[str], store: str | None, address: str) -> str:
-    """What submits the same pipeline again. Without the job's name, which Ray takes only once."""
+    """The command that submits the same pipeline again, without the job's name, which Ray accepts only once."""
     options = [part for text in assignments for part in ("--set", text)]
     options += ["--store", store] if store is not None else []
     return shlex.join(["edt", "submit", config, *options, "--address", address])
 
 
-def _tell_go_on(cluster: "Cluster", job: str) -> None:
-    if command := cluster.go_on(job):
+def _show_resume(cluster: "Cluster", job: str) -> None:
+    if command := cluster.resume_command(job):
         say(f"to resume   {command}")
 
 
 def _how_to_return(job: str, address: str) -> str:
     follow, stop = (shlex.join(["edt", "submit", what, job, "--address", address]) for what in ("--follow", "--stop"))
-    return f"come back   {follow}\nstop it     {stop}"
+    return f"to follow   {follow}\nto stop     {stop}"

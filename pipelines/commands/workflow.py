@@ -190,19 +190,19 @@ def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None
 
     failure = explained(error)
     terminal.say("")
-    terminal.tell(f"error: {step}: {failure.cause}", "red", indent=7)
+    terminal.say_wrapped(f"error: {step}: {failure.cause}", "red", indent=7)
     if failure.remedy:
-        terminal.tell(f"       {failure.remedy}", indent=7)
+        terminal.say_wrapped(f"       {failure.remedy}", indent=7)
     if terminal.log is not None:
         terminal.say(f"       log: {terminal.log.path}")
 
 
 def show_stopped(terminal: "Terminal", how: str) -> None:
     """Print that a run was stopped, and the command that resumes it. A submitted job shows its submitter's command."""
-    from pipelines.cluster.submission import GO_ON
+    from pipelines.cluster.submission import RESUME_VARIABLE
 
     terminal.freeze()
-    command = os.environ.get(GO_ON) or shlex.join(["edt", *sys.argv[1:]])
+    command = os.environ.get(RESUME_VARIABLE) or shlex.join(["edt", *sys.argv[1:]])
     terminal.say(f"\n{how}; finished work is kept. To resume:\n  {command}", "yellow")
 
 

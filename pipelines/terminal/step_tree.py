@@ -1,4 +1,4 @@
-"""The steps of a run as a tree: each beneath the step it needs that lies deepest, with its state and how far it is.
+"""The steps of a run as a tree, with state and progress. A step is below the deepest of the steps it needs.
 
 preprocess                 reused
 └ autoencoder              done        51 s
@@ -30,22 +30,22 @@ _MARKS: dict[State, str] = {"waiting": "·", "running": "▸", "reused": "=", "d
 _PLAIN_MARKS: dict[State, str] = {**_MARKS, "waiting": ".", "running": ">", "done": "+", "failed": "x", "stopped": "|"}
 _ENDED = ("reused", "done")
 _BAR = 14  # characters
-_WIDE = 100  # columns from which there is room for bars
+_WIDE = 100  # least columns for progress bars
 
 
 @dataclass
 class Node:
-    """One step, as it is shown."""
+    """One step and its display."""
 
     name: str
     parent: "Node | None" = None
     children: list["Node"] = field(default_factory=list)
     state: State = "waiting"
     shown: Shown | None = None  # its latest count
-    note: str = ""  # what is said of it once it ended
+    note: str = ""  # shown after the step ends
     phase: tuple[int, str] = (-1, "")
-    first: int = 0  # what was there before a phase began is no speed
-    began: float = 0.0
+    first: int = 0  # the count at the start of the phase, which does not count for the pace
+    start: float = 0.0
 
     @property
     def depth(self) -> int:
@@ -53,57 +53,57 @@ class Node:
 
     @property
     def label(self) -> str:
-        """Its name without the words that its parent has too: `sample`, beneath `train edt-s`."""
-        said = self.parent.name.split() if self.parent is not None else []
-        return " ".join(word for word in self.name.split() if word not in said) or self.name
+        """The name without words of the parent's name: `sample` below `train edt-s`."""
+        words = self.parent.name.split() if self.parent is not None else []
+        return " ".join(word for word in self.name.split() if word not in words) or self.name
 
     def count(self, shown: Shown) -> None:
-        """Take the latest count; another total or unit begins a new phase."""
+        """Store the latest count. Another total or unit starts a new phase."""
         if self.state == "waiting":
             self.state = "running"
         self.shown = shown
         if self.phase != (shown.total, shown.note):
-            self.phase, self.first, self.began = (shown.total, shown.note), shown.done, time.monotonic()
+            self.phase, self.first, self.start = (shown.total, shown.note), shown.done, time.monotonic()
 
     def pace(self) -> str:
-        """Rate and time left of the present phase, empty while nothing can be said."""
+        """Rate and remaining time of the current phase; "" if they are unknown."""
         if self.shown is None:
             return ""
-        made, seconds = self.shown.done - self.first, time.monotonic() - self.began
-        if made <= 0 or seconds <= 0 or self.shown.done >= self.shown.total:
+        number, seconds = self.shown.done - self.first, time.monotonic() - self.start
+        if number <= 0 or seconds <= 0 or self.shown.done >= self.shown.total:
             return ""
-        left = seconds / made * (self.shown.total - self.shown.done)
-        return f"{made / seconds:.1f}/s, {clock(left)} left"
+        left = seconds / number * (self.shown.total - self.shown.done)
+        return f"{number / seconds:.1f}/s, {clock(left)} left"
 
     def progress(self) -> str:
-        """Count, pace and detail in one line, as `240/600 steps, 5.3/s, 1:08 left, loss 0.43`."""
+        """Count, pace and detail in one line, such as `240/600 steps, 5.3/s, 1:08 left, loss 0.43`."""
         if self.shown is None:
             return ""
-        counted = f"{self.shown.done}/{self.shown.total} {self.shown.note}".strip()
-        return on_one_line(", ".join(part for part in (counted, self.pace(), self.shown.detail) if part))
+        count = f"{self.shown.done}/{self.shown.total} {self.shown.note}".strip()
+        return on_one_line(", ".join(part for part in (count, self.pace(), self.shown.detail) if part))
 
 
 class StepTree:
-    """All steps of a run in the order in which they were called."""
+    """All steps of a run in the order in which they were added."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
 
     def add(self, name: str, needs: Sequence[str] = ()) -> Node:
-        """A step beneath the deepest of those it needs, the first called among equals."""
-        known = [self.nodes[need] for need in needs if need in self.nodes]
-        parent = max(known, key=lambda node: node.depth, default=None)
+        """Add a step below the deepest of those it needs, the first one among equals, and return it."""
+        candidates = [self.nodes[need] for need in needs if need in self.nodes]
+        parent = max(candidates, key=lambda node: node.depth, default=None)
         node = self.nodes[name] = Node(name, parent)
         if parent is not None:
             parent.children.append(node)
         return node
 
     def get(self, name: str) -> Node:
-        """The step, added where nobody called it."""
+        """The step of this name, added if it is new."""
         return self.nodes.get(name) or self.add(name)
 
     def remove(self, name: str) -> None:
-        """Forget a step that has none beneath it."""
+        """Remove a step without children."""
         node = self.nodes.pop(name, None)
         if node is not None and node.parent is not None:
             node.parent.children.remove(node)
@@ -116,15 +116,13 @@ class StepTree:
         return ", ".join([f"{ended} of {len(self.nodes)} steps done", *more])
 
     def lines(self, room: int) -> Iterator[tuple[str, Node]]:
-        """(guides, step) from top to bottom. Where there is no room for all, those that ended are left out first,
-        then those that wait.
-        """
-        every = list(self._walk([node for node in self.nodes.values() if node.parent is None], ""))
+        """(guides, step) from top to bottom. Without room for all, ended steps are omitted first, then waiting ones."""
+        pairs = list(self._walk([node for node in self.nodes.values() if node.parent is None], ""))
         for hidden in ((), _ENDED, (*_ENDED, "waiting")):
-            kept = [(guides, node) for guides, node in every if node.state not in hidden]
-            if len(kept) <= room:
+            visible = [(guides, node) for guides, node in pairs if node.state not in hidden]
+            if len(visible) <= room:
                 break
-        yield from kept[: max(room, 1)]
+        yield from visible[: max(room, 1)]
 
     def _walk(self, siblings: Collection[Node], guides: str) -> Iterator[tuple[str, Node]]:
         for number, node in enumerate(siblings, 1):
@@ -134,7 +132,7 @@ class StepTree:
             yield from self._walk(node.children, guides if root else f"{guides}{'  ' if last else '│ '}")
 
     def render(self, width: int, room: int, unicode: bool = True) -> "Table":
-        """The tree for a screen of that many columns and rows."""
+        """The tree for a screen of this many columns and rows."""
         from rich.table import Table
         from rich.text import Text
 
@@ -144,14 +142,14 @@ class StepTree:
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         if not (listed := list(self.lines(room))):
             return table
-        named = max(len(guides) + len(node.label) for guides, node in listed) + 2
+        name_width = max(len(guides) + len(node.label) for guides, node in listed) + 2
         for guides, node in listed:
             style = _STYLES[node.state]
             name = Text()
             name.append(guides if unicode else guides.translate(_PLAIN_GUIDES), "dim")
             name.append((_MARKS if unicode else _PLAIN_MARKS)[node.state], style)
             name.append(f" {node.label}", style)
-            name.pad_right(max(named - len(name), 0))
+            name.pad_right(max(name_width - len(name), 0))
             table.add_row(name, Text(node.state, style), _tail(node, width >= _WIDE, unicode))
         return table
 
@@ -160,7 +158,7 @@ _PLAIN_GUIDES = str.maketrans("└├│", "`|:")
 
 
 def _tail(node: Node, with_bar: bool, unicode: bool) -> Any:
-    """What stands at the right of a step: bar and pace while it runs, a word on how it ended afterwards."""
+    """The right part of a step: bar and pace while it runs, its note afterwards."""
     from rich.text import Text
 
     if node.state != "running" or node.shown is None:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a tree of its steps on a terminal, a plain line at each turn elsewhere."""
+"""The display of a run: a live tree of its steps on a terminal, plain lines elsewhere."""
 
 import textwrap
 import time
@@ -14,12 +14,12 @@ from jobs.runtime.failure import explained
 from pipelines.terminal.run_log import RunLog
 from pipelines.terminal.step_tree import Node, StepTree, clock
 
-_EVERY_S = 60.0  # how often a running step says how far it is where there is no terminal
+_EVERY_S = 60.0  # between progress lines of a running step without a terminal
 _SOURCE = "source"
 
 
 class SourceProgress(Silent):
-    """The `Progress` of what the driver does itself, under the name `source`."""
+    """The `Progress` of the driver's own work, under the name `source`."""
 
     def __init__(self, terminal: "Terminal") -> None:
         self.terminal = terminal
@@ -34,7 +34,7 @@ class SourceProgress(Silent):
 
 
 class Terminal:
-    """Shows a run. What is said goes into its log as well, if there is one."""
+    """Displays a run. All messages also go to its log, if there is one."""
 
     def __init__(self, to_stderr: bool = False, log: RunLog | None = None) -> None:
         from rich.console import Console
@@ -49,9 +49,9 @@ class Terminal:
         )
         self._live: Any = None
         self._frozen = False
-        self._began = time.monotonic()
-        self._told: dict[str, float] = {}  # when a running step last said how far it is
-        self._warned = 0
+        self._start = time.monotonic()
+        self._last_lines: dict[str, float] = {}  # time of the last progress line of each running step
+        self._warnings = 0  # number of warnings shown
 
     def __enter__(self) -> "Terminal":
         return self
@@ -60,15 +60,15 @@ class Terminal:
         self.freeze()
 
     def say(self, text: str, style: str = "") -> None:
-        """A line of its own, above the tree while that is shown."""
+        """Print a line, above the tree while that is shown."""
         from rich.markup import escape
 
         text = printable(redacted(text))
         self.console.print(f"[{style}]{escape(text)}[/]" if style else escape(text))
         self._note(text)
 
-    def tell(self, text: str, style: str = "", indent: int = 2) -> None:
-        """Sentences, wrapped at words where there is a terminal; lines after the first are indented."""
+    def say_wrapped(self, text: str, style: str = "", indent: int = 2) -> None:
+        """Print sentences, wrapped at words on a terminal, with all lines after the first indented."""
         if self.console.is_terminal:
             text = textwrap.fill(
                 text,
@@ -80,21 +80,21 @@ class Terminal:
         self.say(text, style)
 
     def warn(self, message: str) -> None:
-        self.tell(f"warning: {message}", "yellow")
+        self.say_wrapped(f"warning: {message}", "yellow")
 
     def source_progress(self) -> "SourceProgress":
-        """Where listing and digesting the images tell how far they are, before there is a board."""
+        """The progress of listing and digesting the images, before there is a board."""
         return SourceProgress(self)
 
     def freeze(self) -> None:
-        """Leave the tree on the screen as it is; what is said from now on comes beneath it."""
+        """Stop updating the tree and leave it on the screen. Later messages appear below it."""
         self._frozen = True
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def called(self, step: str, needs: tuple[str, ...]) -> None:
-        """A step that the run is about, and the steps it waits for."""
+        """Add a step of the run, with the steps it waits for."""
         self.tree.add(step, needs)
         self._wake()
 
@@ -104,24 +104,24 @@ class Terminal:
         self._line(node, f"{fingerprint[:12]}", "dim")
 
     def show(self, counts: Mapping[str, Shown], warnings: list[tuple[str, str]]) -> None:
-        """Bring the tree up to the board's state; a step runs from its first count on."""
-        for step, message in warnings[self._warned :]:
+        """Update the tree from the board. A step is running from its first count on."""
+        for step, message in warnings[self._warnings :]:
             self.warn(f"{step}: {message}")
-        self._warned = max(self._warned, len(warnings))
+        self._warnings = max(self._warnings, len(warnings))
         for step, shown in counts.items():
             node = self.tree.get(step)
             if node.state in ("waiting", "running"):
                 node.count(shown)
-                self._tell_pace(node)
+                self._show_pace(node)
         self._wake()
 
     def forget(self, step: str) -> None:
-        """Take a step out of the tree until there is another count."""
+        """Remove a step from the tree until its next count."""
         self.tree.remove(step)
-        self._told.pop(step, None)
+        self._last_lines.pop(step, None)
 
     def finished(self, step: str, seconds: float, fingerprint: str, headline: str = "") -> None:
-        """A step that was made in this run; `headline` is its result in a word, as a metric."""
+        """Show a step as done. `headline` is its result in short, such as a metric."""
         node = self.tree.get(step)
         last = node.shown.detail if node.shown is not None else ""
         note = ", ".join(part for part in (clock(seconds), headline or last) if part)
@@ -129,13 +129,13 @@ class Terminal:
         self._line(node, f"{fingerprint[:12]}  {seconds:6.1f} s  {headline or last}".rstrip(), "green")
 
     def stopped(self, step: str, reason: str) -> None:
-        """A step that was asked to stop, or that waited for one."""
+        """Show a step as stopped: it was interrupted, or waited for one that was."""
         self._end(step, "stopped", reason)
 
     def failed(self, step: str, error: BaseException | str, raised: BaseException | None = None) -> None:
-        """A step that failed, or (with a text) one that could not begin.
+        """Show a step as failed. `error` is a text if the step could not start.
 
-        The traceback is for the log alone: that of `raised`, which holds the error and where in a worker it came up.
+        The traceback goes only to the log. `raised` contains the error and its place in a worker.
         """
         if isinstance(error, str):
             self._end(step, "failed", error)
@@ -149,20 +149,20 @@ class Terminal:
         self._line(node, node.note[:100], "red" if state == "failed" else "yellow")
 
     def _line(self, node: Node, note: str, style: str) -> None:
-        """Say how a step ended: its line in the tree does on a terminal, and the log has it there."""
+        """Print how a step ended. On a terminal the tree shows it, so the line goes only to the log."""
         text = f"  {node.state:<9} {node.name:<40} {note}".rstrip()
         if self.console.is_terminal:
             self._note(text)
         else:
             self.say(text, style)
 
-    def _tell_pace(self, node: Node) -> None:
-        """Where there is no terminal, a line as a step begins and one every minute; of the source, if it takes that."""
+    def _show_pace(self, node: Node) -> None:
+        """Without a terminal, print a line when a step starts and then every minute (the source only the latter)."""
         now = time.monotonic()
         if node.name == _SOURCE:
-            self._told.setdefault(_SOURCE, now)
-        if not self.console.is_terminal and now - self._told.get(node.name, -_EVERY_S) >= _EVERY_S:
-            self._told[node.name] = now
+            self._last_lines.setdefault(_SOURCE, now)
+        if not self.console.is_terminal and now - self._last_lines.get(node.name, -_EVERY_S) >= _EVERY_S:
+            self._last_lines[node.name] = now
             self.say(f"  running   {node.name:<40} {node.progress()}".rstrip())
 
     def _note(self, text: str) -> None:
@@ -170,7 +170,7 @@ class Terminal:
             self.log.write(text)
 
     def _wake(self) -> None:
-        """Show the tree, if there is a terminal to show it on."""
+        """Start the live tree if there is a terminal."""
         if self._live is not None or self._frozen or not self.console.is_terminal or not self.tree.nodes:
             return
         from rich.live import Live
@@ -190,7 +190,7 @@ class Terminal:
 
         size = self.console.size
         unicode = (self.console.encoding or "").lower().startswith("utf")
-        foot = [f"{self.tree.tally()}  {clock(time.monotonic() - self._began)}"]
-        foot += [f"log  {self.log.path}"] if self.log is not None else []
-        tree = self.tree.render(size.width, size.height - len(foot) - 1, unicode)
-        return Group(tree, *(Text(on_one_line(line), "dim", no_wrap=True, overflow="ellipsis") for line in foot))
+        footer = [f"{self.tree.tally()}  {clock(time.monotonic() - self._start)}"]
+        footer += [f"log  {self.log.path}"] if self.log is not None else []
+        tree = self.tree.render(size.width, size.height - len(footer) - 1, unicode)
+        return Group(tree, *(Text(on_one_line(line), "dim", no_wrap=True, overflow="ellipsis") for line in footer))

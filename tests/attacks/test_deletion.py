@@ -309,7 +309,7 @@ def test_it_asks_at_a_terminal_and_refuses_without_one(
     where = ["gc", "--store", str(root_of(store))]
     done = edt(*where)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "give --yes" in done.stderr
+    assert "use --yes" in done.stderr
     for answer in ("n\n", "\n", ""):
         with terminal(answer, monkeypatch):
             done = edt(*where)

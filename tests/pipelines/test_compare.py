@@ -160,8 +160,8 @@ def test_cost_by_module_adds_up() -> None:
         (["EDT-Q/2"], "Unknown model 'EDT-Q/2'"),
         (["EDT-S/2", "--image-size", "250"], "Use a multiple of 64"),
         (["EDT-S/2", "--image-size", "0"], "EDT-S/2: latents of 0x0"),
-        (["EDT-S/2", "--image-size", "256,large"], "takes pixels, several with commas"),
-        (["EDT-S/2", "--image-size", "256,512", "--by-module"], "of one model and size"),
+        (["EDT-S/2", "--image-size", "256,large"], "use pixels, or several sizes with commas"),
+        (["EDT-S/2", "--image-size", "256,512", "--by-module"], "needs one model and one image size"),
     ],
 )
 def test_a_cost_that_cannot_be_told_is_one_message(arguments: list[str], message: str) -> None:

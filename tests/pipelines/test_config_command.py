@@ -119,8 +119,8 @@ def test_a_model_under_another_name_is_trained_no_more_than_once() -> None:
 
 
 def test_one_configuration_alone_is_refused_and_the_same_twice_has_no_difference() -> None:
-    assert "quickstart is alone" in invoke("config", "diff", "quickstart")[1]
-    assert invoke("config", "diff", "quickstart", "quickstart") == (0, "no field differs\n")
+    assert "nothing to compare quickstart with" in invoke("config", "diff", "quickstart")[1]
+    assert invoke("config", "diff", "quickstart", "quickstart") == (0, "no differences\n")
     assert "no configuration 'quick'" in invoke("config", "diff", "quickstart", "quick")[1]
 
 

@@ -241,7 +241,7 @@ def test_without_an_autoencoder_it_is_that_of_the_papers_and_the_record_says_so(
     put_in_cache(hub_cache(tmp_path / "hub", monkeypatch), folder)
     arguments = ["import", str(published), "--name", "by-default", *registry.arguments]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert "note: stabilityai/sd-vae-ft-ema decodes it" in done.output
+    assert "stabilityai/sd-vae-ft-ema decodes the latents" in done.output
     assert "by-default version 1 is DiT-S/8 at 64 px" in done.output
     origin = origin_of(find(registry.catalog, "by-default@candidate"))
     assert (origin["autoencoder"], origin["autoencoder_choice"]) == ("stabilityai/sd-vae-ft-ema", "default")

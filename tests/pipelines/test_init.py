@@ -213,7 +213,7 @@ def test_a_file_is_written_over_only_when_it_is_asked_for(digits_folder: Path, t
     out = tmp_path / "mine.yaml"
     out.write_text("kept")
     given = ("--images", str(digits_folder), "--hardware", "cpu", "--yes", "--out", str(out))
-    assert "is there already" in init(*given)
+    assert "already exists" in init(*given)
     assert out.read_text() == "kept"
     assert "wrote" in init(*given, "--force")
     assert yaml.safe_load(out.read_text())["source"]["path"] == str(digits_folder)
@@ -223,9 +223,9 @@ def test_a_file_is_written_over_only_when_it_is_asked_for(digits_folder: Path, t
     ("arguments", "message"),
     [
         (("--yes",), "--images is missing"),
-        (("--images", "{digits}"), "--hardware is missing.*--yes for what is suggested"),
-        (("--images", "{digits}", "--yes", "--out", "mine.txt"), "is no .yaml file"),
-        (("--images", "{digits}", "--yes", "--out", "/dev/null/mine.yaml"), "cannot write|is there"),
+        (("--images", "{digits}"), "--hardware is missing.*--yes for the suggestion"),
+        (("--images", "{digits}", "--yes", "--out", "mine.txt"), "must end with .yaml"),
+        (("--images", "{digits}", "--yes", "--out", "/dev/null/mine.yaml"), "cannot write|already exists"),
         (("--images", "{digits}", "--yes", "--inception-weights", "nothing.pth"), "is no file"),
     ],
 )

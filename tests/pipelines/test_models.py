@@ -111,7 +111,7 @@ def test_without_a_command_all_versions_are_a_table(registry: Registry) -> None:
 
 
 def test_options_before_the_command_are_not_lost_in_silence(registry: Registry) -> None:
-    with pytest.raises(UserError, match="give options after the command, as edt models show"):
+    with pytest.raises(UserError, match="put options after the command, as in edt models show"):
         edt(registry, "models", "--json", "show", NAME)
 
 

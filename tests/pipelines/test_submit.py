@@ -177,23 +177,23 @@ def test_a_password_in_a_uri_does_not_travel_and_that_is_told_without_it(uri: st
     config = load_config("quickstart", [], "s3://bucket/store")
     request = request_for(config, ELSEWHERE, {"MLFLOW_TRACKING_URI": uri})
     assert SECRET not in repr(request)
-    assert any("MLFLOW_TRACKING_URI may hold a password" in note for note in request.notes)
+    assert any("MLFLOW_TRACKING_URI may contain a password" in note for note in request.notes)
 
 
 def test_places_of_this_machine_do_not_go_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     images = ["source.kind=image_folder", "source.path=photos"]
-    with pytest.raises(UserError, match=re.escape("the store ./edt-store is a folder of this machine")):
+    with pytest.raises(UserError, match=re.escape("the store ./edt-store is a relative folder")):
         request_for(load_config("quickstart"), ELSEWHERE, {})
-    with pytest.raises(UserError, match=re.escape("source.path photos is a path of this machine")):
+    with pytest.raises(UserError, match=re.escape("source.path photos is a relative path")):
         request_for(load_config("quickstart", images, "s3://b/s"), ELSEWHERE, {})
     shared = request_for(load_config("quickstart", [], "/mnt/shared/store"), ELSEWHERE, {})
-    assert any("/mnt/shared/store of the cluster's machines" in note for note in shared.notes)
+    assert any("/mnt/shared/store on the cluster's machines" in note for note in shared.notes)
     local = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
     request = request_for(load_config("quickstart", [], "s3://b/s"), ELSEWHERE, local)
     assert "MLFLOW_TRACKING_URI" not in request.variables
-    assert any("is a place of this machine" in note for note in request.notes)
+    assert any("is an address of this machine" in note for note in request.notes)
     here = request_for(load_config("quickstart", images), HERE, local)
     assert here.variables["MLFLOW_TRACKING_URI"] == local["MLFLOW_TRACKING_URI"]
     assert f"--store {tmp_path / 'edt-store'}" in here.entrypoint
@@ -208,8 +208,8 @@ def test_places_of_this_machine_do_not_go_elsewhere(tmp_path: Path, monkeypatch:
         (["--follow", "job"], "no Ray dashboard answers at"),
         (["--stop", "job"], "no Ray dashboard answers at"),
         (["quickstart", "--set", "train.max_step=7"], "unknown configuration key"),
-        (["quickstart", "--list"], "give one of"),
-        ([], "give one of"),
+        (["quickstart", "--list"], "use exactly one of"),
+        ([], "use exactly one of"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_without_its_token_the_cluster_answers_nobody(
         send(token, monkeypatch)
         done = edt("submit", "--list", "--address", head, cwd=tmp_path)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done
-        assert "wants another token" in done.stderr
+        assert "rejects the token" in done.stderr
         assert TOKEN not in done.stdout + done.stderr
 
 
@@ -326,7 +326,7 @@ def test_a_pipeline_is_submitted_left_come_back_to_and_succeeds(cluster: str, tm
     assert back.returncode == 0, back
     assert "12 run, 0 failed" in back.stdout
     assert "small SUCCEEDED" in back.stdout
-    assert "had ended already" in edt("submit", "--stop", "small", "--address", cluster, cwd=tmp_path).stdout
+    assert "has already ended" in edt("submit", "--stop", "small", "--address", cluster, cwd=tmp_path).stdout
 
 
 def test_the_submitter_is_told_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_a_job_that_ray_would_kill_too_soon_is_warned() -> None:
 
 def test_credentials_in_a_url_do_not_travel() -> None:
     weights = "inception.weights=https://me:secret@example.com/weights.pth"
-    with pytest.raises(UserError, match=r"has credentials in a URL.* they do not travel"):
+    with pytest.raises(UserError, match=r"contains credentials in a URL.* not sent to the cluster"):
         request_for(load_config("quickstart", [weights], "s3://bucket/store"), "http://ray:8265", {})
 
 
@@ -367,5 +367,5 @@ def test_a_path_that_is_the_value_of_a_secret_is_not_sent_in_another_form(monkey
     """Records have the variable's name in its place, and the job would read images from there."""
     monkeypatch.setenv("MINIO_ACCESS_KEY", "imagenet")
     images = ["source.kind=image_folder", "source.path=s3://imagenet/train"]
-    with pytest.raises(UserError, match="or the value of a secret variable of this environment"):
+    with pytest.raises(UserError, match="or the value of a secret environment variable"):
         request_for(load_config("quickstart", images, "s3://bucket/store"), "http://ray:8265", {})

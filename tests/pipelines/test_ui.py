@@ -40,7 +40,7 @@ def test_a_port_that_is_taken_is_left_alone() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is in use"):
             free_port("127.0.0.1", port)
     assert free_port("127.0.0.1", 0) > 0
     with socket.socket() as taken:

@@ -1,11 +1,11 @@
-# Each target does all of its own set-up: it needs python3 (3.11 or newer), make and nothing else.
+# Each target does its own set-up. It needs only python3 (3.11 or newer) and make.
 PYTHON ?= python3
 VENV   := .venv
 PYTHONS ?= 3.12 3.13
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
-# Of Ray's tests, which one process runs, some wait: there is one process more than there are cores.
+# One process more than cores, because one process runs Ray's tests, some of which wait.
 PARALLEL := -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 8 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 9 ))) \
     --dist loadgroup --no-loadscope-reorder
 NUMERICS := $(addprefix tests/edt_core/test_,models*.py diffusion*.py metrics*.py training*.py solvers.py generation.py \
@@ -25,34 +25,34 @@ $(READY): requirements.lock pyproject.toml
 quickstart: install            ## digits -> shards -> latents -> EDT -> metrics -> registry -> report
 	$(BIN)/edt run
 
-test: install                  ## the suite, but for what is marked slow
+test: install                  ## the suite, except tests marked slow
 	$(PYTEST) $(PARALLEL) -m "not slow"
 
-test-light: install            ## the tests that start no Ray
+test-light: install            ## the tests that do not start Ray
 	$(PYTEST) $(PARALLEL) -m "not slow and not ray"
 
-test-ray: install              ## those that do
+test-ray: install              ## the tests that start Ray
 	$(PYTEST) -m "not slow and ray"
 
-test-all: install              ## with all repetitions, nightly: CONTRIBUTING.md says how long it takes
+test-all: install              ## all tests with all repetitions: hours, see CONTRIBUTING.md
 	$(PYTEST) $(PARALLEL)
 
 test-numerics: install         ## the numerical tests with the kernels of an older processor
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	    $(PYTEST) $(PARALLEL) -m "light and not slow" $(NUMERICS)
 
-coverage: install              ## branches that `make test` takes, in subprocesses and Ray's workers too
+coverage: install              ## branch coverage of `make test`, including subprocesses and Ray's workers
 	rm -f .coverage .coverage.*
 	COVERAGE_FILE=$(CURDIR)/.coverage $(MAKE) --no-print-directory test PYTEST="$(BIN)/python -m coverage run -m pytest"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 
-test-core: install             ## the tests of edt_core, side by side
+test-core: install             ## the tests of edt_core, in parallel
 	$(PYTEST) $(PARALLEL) -m "not slow and not ray" tests/edt_core
 
-test-pythons:                  ## the tests of edt_core, in each of $(PYTHONS) that is here
+test-pythons:                  ## the tests of edt_core, with each installed version of $(PYTHONS)
 	@for version in $(PYTHONS); do \
-	    python$$version --version 2>/dev/null || { echo "python$$version is not here"; continue; }; \
+	    python$$version --version 2>/dev/null || { echo "python$$version is not installed"; continue; }; \
 	    $(MAKE) --no-print-directory test-core PYTHON=python$$version VENV=.venv-$$version || exit 1; \
 	done
 
@@ -68,19 +68,19 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install                  ## write the page that is made from the schemas
+docs: install                  ## generate docs/config.md from the schemas
 	$(BIN)/python -m pipelines.config.reference > docs/config.md
 
 bench: install                 ## times the quickstart, its second run and the CLI; prints a table
 	$(BIN)/python tests/benchmarks/quickstart.py
 
-wheel: install                 ## dist/: the wheel, and the source it is made from
+wheel: install                 ## dist/: the wheel and the source distribution
 	$(BIN)/python -m build
 
-notebook: install              ## run the notebook on what `make quickstart` left
+notebook: install              ## run the notebook on the results of `make quickstart`
 	$(BIN)/jupyter execute notebooks/explore_model.ipynb --output=explored.ipynb
 
-lock:                          ## resolve pyproject.toml anew and write the pins, but for what torch's CUDA build brings itself
+lock:                          ## resolve pyproject.toml and write the pins, except those of torch's CUDA packages
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install --quiet ".[dev]"
 	.lock-venv/bin/pip freeze --all --exclude edt-pipeline --exclude pip | sed 's/+cpu//' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock

@@ -1,7 +1,7 @@
-# MLflow's server with users (basic auth), PostgreSQL and S3, at the version that the pipeline uses.
+# An MLflow server with users (basic auth), PostgreSQL and S3, in the version that the pipeline uses.
 FROM python:3.11.14-slim-bookworm
 COPY requirements.lock /tmp/
-# requirements.lock has all but Flask-WTF, which only the server's basic auth wants.
+# requirements.lock has all of these except Flask-WTF, which only the server's basic auth needs.
 RUN pip install --no-cache-dir --constraint /tmp/requirements.lock \
         "mlflow[auth]==3.17.2" "Flask-WTF==1.3.0" psycopg2-binary boto3 \
     && useradd --uid 1000 --create-home mlflow

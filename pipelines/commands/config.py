@@ -127,8 +127,8 @@ def diff(
     sides = read_side(a, catalog), read_side(other, catalog, tuple(assignments))
     rows = [difference.as_row() for difference in differences(*sides)]
     models = {model for side in sides for model in side.config.models}
-    shown = rows if as_json else [_shown(row, models) for row in rows]
-    print_rows(shown, ("field", "a", "b", "rebuilt"), as_json, none="no differences")
+    table = rows if as_json else [_shown(row, models) for row in rows]
+    print_rows(table, ("field", "a", "b", "rebuilt"), as_json, none="no differences")
     if not as_json and rows:
         rebuilt = made_anew(*sides)
         say(f"\n{len(rebuilt)} of {len(outline(sides[1].config))} steps are rebuilt if A has been run")

@@ -70,53 +70,53 @@ def gc(
     if dry_run:
         _show(plan(place, catalog, request), as_json)
         return
-    done = collect(place, catalog, request, None if yes else lambda planned: _ask(planned, place, as_json))
-    _show_removed(done, as_json, seen=not yes)
-    if done.failed:
+    removed = collect(place, catalog, request, None if yes else lambda proposal: _ask(proposal, place, as_json))
+    _show_removed(removed, as_json, listed=not yes)
+    if removed.failed:
         raise typer.Exit(1)
 
 
-def _ask(planned: "Plan", store: "Store", as_json: bool) -> None:
+def _ask(proposal: "Plan", store: "Store", as_json: bool) -> None:
     """Ask for confirmation of a plan, unless it is empty. If the answer is no, exit with 1."""
     if not as_json:
-        _show(planned, False)
+        _show(proposal, False)
     parts = []
-    if planned.garbage:
+    if proposal.garbage:
         verb = "permanently delete" if store.root.local is None else "move to the trash"
-        parts.append(f"{verb} {_count(planned.garbage)}")
-    if planned.discarded:
-        parts.append(f"delete from the trash {_count(planned.discarded)}")
+        parts.append(f"{verb} {_count(proposal.garbage)}")
+    if proposal.discarded:
+        parts.append(f"delete from the trash {_count(proposal.discarded)}")
     if parts:
         question = " and ".join(parts)
         typer.confirm(f"{question[0].upper()}{question[1:]} in {store.root.uri}?", abort=True, err=True)
 
 
-def _show(planned: "Plan", as_json: bool) -> None:
+def _show(proposal: "Plan", as_json: bool) -> None:
     """Print what would be removed."""
     if as_json:
-        print_json(_as_json(planned))
+        print_json(_as_json(proposal))
         return
-    _show_folders(planned)
-    if planned.garbage:
-        say(f"{_count(planned.garbage)} would be removed")
-    if planned.discarded:
-        say(f"{_count(planned.discarded)} would be deleted from the trash")
+    _show_folders(proposal)
+    if proposal.garbage:
+        say(f"{_count(proposal.garbage)} would be removed")
+    if proposal.discarded:
+        say(f"{_count(proposal.discarded)} would be deleted from the trash")
 
 
-def _show_removed(done: "Removed", as_json: bool, seen: bool) -> None:
-    """Print what was removed. With `seen`, the folders were already listed."""
-    for path, reason in done.failed.items():
+def _show_removed(removed: "Removed", as_json: bool, listed: bool) -> None:
+    """Print what was removed. With `listed`, the folders were already listed."""
+    for path, reason in removed.failed.items():
         say(f"not removed: {_shown(path)}: {_shown(reason)}", err=True)
     if as_json:
-        print_json({**_as_json(done), "trash": done.trash if done.garbage else None})
+        print_json({**_as_json(removed), "trash": removed.trash if removed.garbage else None})
         return
-    if not seen:
-        _show_folders(done)
-    if done.garbage:
-        where = "deleted" if done.trash is None else f"moved to {_shown(done.trash)}; gc deletes it after a day"
-        say(f"{_count(done.garbage)} {where}")
-    if done.discarded:
-        say(f"{_count(done.discarded)} deleted from the trash")
+    if not listed:
+        _show_folders(removed)
+    if removed.garbage:
+        where = "deleted" if removed.trash is None else f"moved to {_shown(removed.trash)}; gc deletes it after a day"
+        say(f"{_count(removed.garbage)} {where}")
+    if removed.discarded:
+        say(f"{_count(removed.discarded)} deleted from the trash")
 
 
 def _show_folders(plan: "Plan") -> None:

@@ -184,8 +184,8 @@ def rollback(
 
     catalog = open_catalog(store, tracking_uri)
     with alone(store, name):
-        left, back = rolled_back(catalog, name)
-    say(f"{name}: champion is version {back.version} again, no longer version {left.version}")
+        former, champion = rolled_back(catalog, name)
+    say(f"{name}: champion is version {champion.version} again, no longer version {former.version}")
 
 
 @app.command()

@@ -236,8 +236,8 @@ def plan(
 
     loaded = load_config(config, assignments, store)
     rows = [step.as_row() for step in planned(loaded, catalog_if_any(loaded.store))]
-    shown = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in rows]
-    print_rows(rows if as_json else shown, ("action", "step", "fingerprint", "run", "why"), as_json)
+    table = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in rows]
+    print_rows(rows if as_json else table, ("action", "step", "fingerprint", "run", "why"), as_json)
 
 
 def runs(
@@ -260,8 +260,8 @@ def runs(
 
     rows = run_rows(open_catalog(store, tracking_uri), pipeline, limit)
     columns = ("run", "pipeline", "status", "started", "seconds", "reused", "executed", "failed")
-    shown = [{**row, "failed": row["failed"].splitlines()[0][:80] if row["failed"] else ""} for row in rows]
-    print_rows(rows if as_json else shown, columns, as_json, none="no runs")
+    table = [{**row, "failed": row["failed"].splitlines()[0][:80] if row["failed"] else ""} for row in rows]
+    print_rows(rows if as_json else table, columns, as_json, none="no runs")
 
 
 def reproduce(
@@ -297,8 +297,8 @@ def reproduce(
         for name, error in outcome.failures.items():
             _show_failure(name, error, terminal)
     rows = [comparison.as_row() for comparison in comparisons]
-    shown = [{**row, "equal": "yes" if row["equal"] else "NO", **_short(row, "recorded", "now")} for row in rows]
-    print_rows(rows if as_json else shown, ("step", "recorded", "now", "equal", "how"), as_json)
+    table = [{**row, "equal": "yes" if row["equal"] else "NO", **_short(row, "recorded", "now")} for row in rows]
+    print_rows(rows if as_json else table, ("step", "recorded", "now", "equal", "how"), as_json)
     if not as_json:
         say(f"{sum(row['equal'] for row in rows)} of {len(rows)} artifacts have the recorded content")
     if outcome.failures or not all(row["equal"] for row in rows):

@@ -123,8 +123,8 @@ def _kind(annotation: Any) -> str:
 
 def _bounds(info: FieldInfo) -> str:
     bounds = {word: getattr(rule, key, None) for rule in info.metadata for key, word in _BOUNDS if hasattr(rule, key)}
-    shown = [f"{word} {value:g}" for word, value in bounds.items() if value is not None and abs(value) < _SHOWN_BELOW]
-    return f" {', '.join(shown)}" if shown else ""
+    texts = [f"{word} {value:g}" for word, value in bounds.items() if value is not None and abs(value) < _SHOWN_BELOW]
+    return f" {', '.join(texts)}" if texts else ""
 
 
 def _default(info: FieldInfo) -> str:

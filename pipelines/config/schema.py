@@ -311,5 +311,5 @@ def recorded_yaml(config: PipelineConfig) -> str:
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    shown: Mapping[str, Any] = redacted_values(values)
-    return yaml.safe_dump(dict(shown), sort_keys=False)
+    safe_values: Mapping[str, Any] = redacted_values(values)
+    return yaml.safe_dump(dict(safe_values), sort_keys=False)

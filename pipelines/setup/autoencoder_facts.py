@@ -1,4 +1,4 @@
-"""What the configuration of a published autoencoder says, without its weights: for `edt init` and `edt doctor`."""
+"""Facts from the configuration of a published autoencoder, without its weights, for `edt init` and `edt doctor`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from edt_core.network.hub import hub_is_away
 def published_facts(location: str) -> dict[str, Any]:
     """Downsample factor, latent channels and scale of the autoencoder in a local folder or at a hub id.
 
-    Raises UserError where there is none, and for one that is refused.
+    Raises UserError if there is none, or it is not supported.
     """
     from edt_core.autoencoders.check import check_config
     from edt_core.autoencoders.kinds import KINDS
@@ -30,15 +30,15 @@ def _local_config(folder: Path) -> dict[str, Any]:
         values = read_json_object(folder / "config.json")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} holds no config.json of diffusers; give a folder that save_pretrained wrote"
+            f"{folder} contains no config.json of diffusers; use a folder written by save_pretrained"
         ) from error
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no .safetensors; give a folder that save_pretrained wrote")
+        raise UserError(f"{folder} contains no .safetensors; use a folder written by save_pretrained")
     return dict(values)
 
 
 def _hub_config(hub_id: str) -> dict[str, Any]:
-    """config.json of a hub id, from this machine's cache or the hub."""
+    """The config.json of a hub id, from this machine's cache or from the hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -53,17 +53,17 @@ def _hub_config(hub_id: str) -> dict[str, Any]:
         return read_json_object(Path(hf_hub_download(hub_id, "config.json", local_files_only=away)))
     except HFValidationError as error:
         raise UserError(
-            f"{hub_id} is neither a folder that is there nor a hub id; mend autoencoder.pretrained"
+            f"{hub_id} is neither an existing folder nor a hub id; correct autoencoder.pretrained"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no {hub_id}, or hides it; mend the id, or set HF_TOKEN") from error
+        raise UserError(f"the hub has no {hub_id}, or it is private; correct the id, or set HF_TOKEN") from error
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise UserError(
-                f"{hub_id} has no config.json, so it is no autoencoder; of a diffusers pipeline use the vae subfolder: "
+                f"{hub_id} has no config.json, so it is no autoencoder; from a diffusers pipeline use subfolder vae: "
                 f"hf download {hub_id} --include 'vae/*' --local-dir FOLDER, and set autoencoder.pretrained=FOLDER/vae"
             ) from error
         raise UserError(
-            f"{hub_id} is not in this machine's cache, and the hub does not answer; download it elsewhere and give its "
-            "folder, set HTTPS_PROXY, or fit one (autoencoder.pretrained=null)"
+            f"{hub_id} is not in this machine's cache, and the hub does not answer; download it elsewhere and use its "
+            "folder, set HTTPS_PROXY, or fit an autoencoder (autoencoder.pretrained=null)"
         ) from error

@@ -1,4 +1,4 @@
-"""What a run would stumble over, found before it: checks that stand alone, each with a time limit."""
+"""Independent checks for problems that would stop a run, each with a time limit."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,13 +23,13 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to do about it where it is not ok."""
+    """The result of one check, and the remedy if it is not ok."""
 
     check: str
     status: Status
     found: str
     remedy: str = ""
-    unanswered: bool = False  # the check is still at it
+    unanswered: bool = False  # the check is still running
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is examined. `images` and `machine` are looked at once, for all checks that ask."""
+    """What is checked. `images` and `machine` are determined once, for all checks that use them."""
 
     config: PipelineConfig
     address: str | None
@@ -50,12 +50,12 @@ class Setup:
 Check = Callable[[Setup], tuple[Status, str, str]]
 
 
-class NotKnown(Exception):  # noqa: N818  no error: what it rests on is told by another check
-    """A check rests on something that could not be found out."""
+class Undetermined(Exception):  # noqa: N818  not an error: another check reports the cause
+    """A check depends on something that could not be determined."""
 
 
 def examine(setup: Setup, checks: Mapping[str, tuple[Check, float]]) -> Iterator[Finding]:
-    """Run checks (name -> check, seconds it may take) side by side, and yield what each found, in their order."""
+    """Run checks (name -> check, time limit in seconds) in parallel, and yield their findings in order."""
     started = time.monotonic()
     running = {name: in_background(partial(check, setup)) for name, (check, _) in checks.items()}
     for name, (_, seconds) in checks.items():
@@ -64,25 +64,23 @@ def examine(setup: Setup, checks: Mapping[str, tuple[Check, float]]) -> Iterator
             yield _finding(name, *running[name].result(timeout=left))
         except FutureTimeout:
             message = f"no answer in {seconds:.0f} s"
-            yield Finding(
-                name, "fail", message, "see whether the network and the disks behind it answer", unanswered=True
-            )
-        except NotKnown as error:
-            yield _finding(name, "warn", str(error), "mend what is said of that, and ask again")
+            yield Finding(name, "fail", message, "check the network and the disks", unanswered=True)
+        except Undetermined as error:
+            yield _finding(name, "warn", str(error), "fix that problem, and run edt doctor again")
         except UserError as error:
-            found, _, remedy = str(error).partition("; ")
-            yield _finding(name, "fail", found, remedy)
-        except Exception as error:  # a check must not take the others down
+            problem, _, remedy = str(error).partition("; ")
+            yield _finding(name, "fail", problem, remedy)
+        except Exception as error:  # one check must not stop the others
             lines = str(error).strip().splitlines() or [""]
             yield _finding(name, "fail", f"{type(error).__name__}: {lines[0][:300]}", "")
 
 
-def _finding(name: str, status: Status, found: str, remedy: str) -> Finding:
-    return Finding(name, status, redacted(found), redacted(remedy))
+def _finding(name: str, status: Status, summary: str, remedy: str) -> Finding:
+    return Finding(name, status, redacted(summary), redacted(remedy))
 
 
 def setup_of(config: PipelineConfig, address: str | None, tracking_uri: str | None, quick: bool) -> Setup:
-    """Somebody's pipeline on this machine; images and machine are being looked at when this returns."""
+    """A pipeline on this machine. The images and the machine are still being examined when this returns."""
     from pipelines.setup.dry_run import source_counts
 
     images = in_background(lambda: source_counts(config.source))

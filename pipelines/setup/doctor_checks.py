@@ -1,4 +1,4 @@
-"""The checks of `edt doctor`. Each looks at one thing and says (status, what was found, what to do)."""
+"""The checks of `edt doctor`. Each checks one thing and returns (status, summary, remedy)."""
 
 import importlib.util
 import os
@@ -16,14 +16,14 @@ from edt_core.evaluation.extractors import PUBLISHED_SPACES, extractor_spec
 from edt_core.store.folder import Folder
 from pipelines.config.schema import PipelineConfig
 from pipelines.setup.disk import disk_needs, largest_first, size_text
-from pipelines.setup.doctor import Check, NotKnown, Setup, Status
+from pipelines.setup.doctor import Check, Setup, Status, Undetermined
 from pipelines.setup.doctor_services import autoencoder, features, mlflow, ray
 
-Found = tuple[Status, str, str]
+Result = tuple[Status, str, str]
 
 _OLDEST_PYTHON = (3, 11)
-_SHARED_MEMORY = 512 << 20  # Ray's object store of a session of our own; NCCL wants its part beside it
-_SLACK = 1.1  # an estimate of disk that is just met is none
+_SHARED_MEMORY = 512 << 20  # for Ray's object store in a local session, and for NCCL
+_SLACK = 1.1  # a margin on the estimated disk space
 _EXTRAS = {
     "s3://": (("s3fs", "boto3"), "s3"),
     "gs://": (("gcsfs",), "gcs"),
@@ -31,28 +31,30 @@ _EXTRAS = {
 }
 
 
-def python(setup: Setup) -> Found:
-    """The version, and those of what results depend on."""
-    found = environment()
-    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "ray", "mlflow", "diffusers") if name in found)
+def python(setup: Setup) -> Result:
+    """The versions of Python and of the packages that results depend on."""
+    installed = environment()
+    versions = ", ".join(
+        f"{name} {installed[name]}" for name in ("torch", "ray", "mlflow", "diffusers") if name in installed
+    )
     version = f"Python {platform.python_version()} ({versions})"
     if sys.version_info < _OLDEST_PYTHON:
         return "fail", version, "install Python 3.11 or newer and recreate the virtual environment"
     return "ok", version, ""
 
 
-def packages(setup: Setup) -> Found:
-    """Packages that this configuration needs and a plain installation leaves out."""
-    needed = dict(_needed(setup.config, setup.tracking_uri))
-    missing = {name: extra for name, extra in needed.items() if importlib.util.find_spec(name) is None}
+def packages(setup: Setup) -> Result:
+    """Optional packages that this configuration needs."""
+    extras_of = dict(_optional_packages(setup.config, setup.tracking_uri))
+    missing = {name: extra for name, extra in extras_of.items() if importlib.util.find_spec(name) is None}
     if missing:
         extras = ",".join(sorted(set(missing.values())))
         return "fail", f"not installed: {', '.join(missing)}", f"pip install 'edt-pipeline[{extras}]'"
-    return "ok", f"{', '.join(needed)} installed" if needed else "nothing beyond the plain installation is needed", ""
+    return "ok", f"{', '.join(extras_of)} installed" if extras_of else "no optional packages are needed", ""
 
 
-def _needed(config: PipelineConfig, tracking_uri: str | None) -> Iterator[tuple[str, str]]:
-    """(package, extra) of everything optional that a configuration uses."""
+def _optional_packages(config: PipelineConfig, tracking_uri: str | None) -> Iterator[tuple[str, str]]:
+    """(package, extra) of each optional package that a configuration uses."""
     weights = [config.network(space).weights for space in PUBLISHED_SPACES]
     places = [config.store, config.source.path, *weights, config.reference_statistics]
     for place in [*places, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")]:
@@ -66,8 +68,8 @@ def _needed(config: PipelineConfig, tracking_uri: str | None) -> Iterator[tuple[
             yield spec.package, spec.extra
 
 
-def wanted_gpus(config: PipelineConfig) -> int:
-    """GPUs without which some step would wait for ever."""
+def required_gpus(config: PipelineConfig) -> int:
+    """The number of GPUs without which some step would wait forever."""
     stages = [
         config.encode.num_gpus_per_worker,
         config.sample.num_gpus_per_worker,
@@ -81,11 +83,11 @@ def wanted_gpus(config: PipelineConfig) -> int:
     )
 
 
-def device(setup: Setup) -> Found:
-    """What torch computes on here, against what the configuration wants."""
+def device(setup: Setup) -> Result:
+    """The devices of torch here, compared with what the configuration requires."""
     from pipelines.setup.hardware import driver
 
-    machine, wanted = setup.machine.result(), wanted_gpus(setup.config)
+    machine, required = setup.machine.result(), required_gpus(setup.config)
     parts = [f"torch {machine.torch}", str(machine)]
     if machine.gpus:
         number = driver()
@@ -97,30 +99,30 @@ def device(setup: Setup) -> Found:
         parts += ["bf16" if machine.bf16 else "no bf16"]
     summary = ", ".join(part for part in parts if part)
     elsewhere = bool(setup.address or os.environ.get("RAY_ADDRESS"))
-    low = {setup.config.train_of(name).precision for name in setup.config.models} & {"bf16"}
-    if wanted > len(machine.gpus) and elsewhere:
-        return "ok", f"{summary}; the GPUs are the cluster's", ""
-    if wanted > len(machine.gpus):
-        return "fail", f"{summary}; the configuration wants {wanted} GPUs", _no_gpu(machine.cuda)
-    if low and machine.gpus and not machine.bf16:
-        return "warn", summary, "these GPUs have no bf16 in hardware: set train.precision=fp32"
-    if low and not wanted:
+    low_precision = {setup.config.train_of(name).precision for name in setup.config.models} & {"bf16"}
+    if required > len(machine.gpus) and elsewhere:
+        return "ok", f"{summary}; the GPUs are on the cluster", ""
+    if required > len(machine.gpus):
+        return "fail", f"{summary}; the configuration requires {required} GPUs", _no_gpu(machine.cuda)
+    if low_precision and machine.gpus and not machine.bf16:
+        return "warn", summary, "these GPUs do not support bf16 in hardware: set train.precision=fp32"
+    if low_precision and not required:
         return (
             "warn",
             f"{summary}; train.precision is bf16",
-            "on CPUs that is slower than fp32: set train.precision=fp32",
+            "bf16 is slower than fp32 on CPUs: set train.precision=fp32",
         )
     return "ok", summary, ""
 
 
 def _no_gpu(cuda: str | None) -> str:
     if shutil.which("nvidia-smi") and cuda is None:
-        return "this torch is built for CPUs: install the CUDA build of pytorch.org, and see `nvidia-smi`"
-    return "run it where they are (--address, edt submit), or set train.use_gpu=false and num_gpus_per_worker=0"
+        return "this torch is built for CPUs: install the CUDA build from pytorch.org, and check `nvidia-smi`"
+    return "use a cluster with GPUs (--address, edt submit), or set train.use_gpu=false and num_gpus_per_worker=0"
 
 
-def memory(setup: Setup) -> Found:
-    """Memory of a training worker, as the dry run estimates it, against what a GPU or this machine has."""
+def memory(setup: Setup) -> Result:
+    """Estimated memory of training, compared with that of a GPU or this machine."""
     from edt_core.training.estimate import estimate
 
     images, classes = counts(setup)
@@ -130,40 +132,40 @@ def memory(setup: Setup) -> Found:
         train = config.train_of(name)
         workers = 1 if train.use_gpu else train.worker_range[1]
         need = workers * estimate(train, config.model_of(name, classes), images).memory
-        there = machine.gpu_memory if train.use_gpu else machine.memory
-        needs.append(f"{name} about {size_text(need)} of {size_text(there) if there else 'GPUs that are not here'}")
-        worst = max(worst, need / there if there else 0.0)
+        size = machine.gpu_memory if train.use_gpu else machine.memory
+        needs.append(f"{name} about {size_text(need)} of {size_text(size) if size else 'GPUs on other machines'}")
+        worst = max(worst, need / size if size else 0.0)
     remedy = "lower train.micro_batch_size, or set train.activation_checkpointing=true"
     if worst > 1:
         return "fail", "; ".join(needs), remedy
-    return ("warn", "; ".join(needs), f"it is tight: {remedy}") if worst > 0.8 else ("ok", "; ".join(needs), "")
+    return ("warn", "; ".join(needs), f"little room is left: {remedy}") if worst > 0.8 else ("ok", "; ".join(needs), "")
 
 
 def counts(setup: Setup) -> tuple[int, int]:
-    """Images and classes. Raises NotKnown: the check of the images says why."""
+    """Numbers of images and classes. Raises Undetermined if they are unknown; the check `images` reports why."""
     try:
-        found = setup.images.result()
+        source = setup.images.result()
     except Exception as error:
-        raise NotKnown("not known without the images") from error
-    return found.images, found.classes
+        raise Undetermined("unknown without the images") from error
+    return source.images, source.classes
 
 
-def images(setup: Setup) -> Found:
-    """The source: listed, not read."""
-    found = setup.images.result()
-    number, classes = found.images, found.classes
+def images(setup: Setup) -> Result:
+    """The images of the source, which is listed but not read."""
+    listing = setup.images.result()
+    number, classes = listing.images, listing.classes
     source = setup.config.source
     summary = f"{number:,} images of {classes} classes ({source.kind}{f', {source.path}' if source.path else ''})"
-    summary = ". ".join([summary, *found.remarks])
+    summary = ". ".join([summary, *listing.remarks])
     if number < 1000:
-        return "warn", summary, "a model of any size memorises so few images; good for a trial"
-    if found.remarks:
-        return "warn", summary, "see whether that is what is meant"
+        return "warn", summary, "with so few images any model memorises them; use them for a trial only"
+    if listing.remarks:
+        return "warn", summary, "check that this is intended"
     return "ok", summary, ""
 
 
-def sizes(setup: Setup) -> Found:
-    """Samples and images against what the metrics need: a run would learn it after the training."""
+def sizes(setup: Setup) -> Result:
+    """Numbers of samples and images, compared with what the metrics need. A run would fail only after training."""
     from pipelines.config.size_check import size_problems
 
     number, _ = counts(setup)
@@ -175,58 +177,58 @@ def sizes(setup: Setup) -> Found:
     return "ok", f"{setup.config.sample.num_samples:,} samples and {number:,} images are enough for the metrics", ""
 
 
-def store(setup: Setup) -> Found:
-    """A file written to the store, read back and removed; folders that this made go again."""
+def store(setup: Setup) -> Result:
+    """Write, read and remove a file in the store, and the folders that this creates."""
     folder = Folder.at(setup.config.store)
-    made = _missing_folders(folder)
+    new_folders = _missing_folders(folder)
     name, data = f".doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
         folder.write_bytes(name, data)
         same = folder.read_bytes(name) == data
         folder.remove(name)
     finally:
-        for path in made:
+        for path in new_folders:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
     if not same:
-        return "fail", f"{folder.uri} gives back other bytes than were written", "use another store"
+        return "fail", f"{folder.uri} returns other bytes than were written", "use another store"
     if (root := folder.local) is not None and root.is_dir() and root.stat().st_mode & stat.S_IWOTH:
-        summary = f"every user of this machine can write to {folder.uri}, and so replace its artifacts and records"
+        summary = f"every user of this machine can write to {folder.uri} and replace its artifacts and records"
         return "warn", summary, f"run `chmod o-w {shlex.quote(str(root))}`"
-    return "ok", f"{folder.uri} is written and read{' (it is new)' if made else ''}", ""
+    return "ok", f"{folder.uri} is readable and writable{' (it is new)' if new_folders else ''}", ""
 
 
 def _missing_folders(folder: Folder) -> list[Path]:
-    """The folders of a local store that are not there yet, innermost first."""
+    """The missing folders of a local store, innermost first."""
     root = folder.local
     return [] if root is None else [path for path in (root, *root.parents) if not path.exists()]
 
 
-def disk(setup: Setup) -> Found:
-    """Room for everything that the configuration makes; for a remote store, room for this node's copies."""
+def disk(setup: Setup) -> Result:
+    """Space for everything that the configuration makes; for a remote store, space for this node's copies."""
     needs, folder = disk_needs(setup.config, *counts(setup)), Folder.at(setup.config.store)
     summary = f"{size_text(sum(needs.values()))} at most ({largest_first(needs)})"
     if folder.local is None:
         from edt_core.store.cache import DIRECTORY_VARIABLE, cache_folder
 
-        there, need, what = cache_folder(), needs["latents"], f"the cache (set {DIRECTORY_VARIABLE})"
-        summary += f"; of it {size_text(need)} of latents on each node"
+        place, need, name = cache_folder(), needs["latents"], f"the cache (set {DIRECTORY_VARIABLE})"
+        summary += f", including {size_text(need)} of latents on each node"
     else:
-        there, need, what = folder.local, sum(needs.values()), "the store"
-    there = next(path for path in (there, *there.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    summary = f"{summary}, {size_text(free)} free at {what}"
+        place, need, name = folder.local, sum(needs.values()), "the store"
+    place = next(path for path in (place, *place.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    summary = f"{summary}, {size_text(free)} free in {name}"
     if need * _SLACK > free:
         remedy = (
-            "free some (edt gc, then edt gc --empty-trash), give another --store, or lower source.limit, "
+            "free some space (edt gc, then edt gc --empty-trash), set another --store, or lower source.limit, "
             "sample.num_samples, train.num_to_keep"
         )
         return "fail" if need > free else "warn", summary, remedy
     return "ok", summary, ""
 
 
-def shared_memory(setup: Setup) -> Found:
-    """/dev/shm, where Ray and NCCL keep what processes share."""
+def shared_memory(setup: Setup) -> Result:
+    """The size of /dev/shm, the shared memory of Ray and NCCL."""
     place = Path("/dev/shm")
     if not place.is_dir():
         return "ok", "this system has no /dev/shm", ""
@@ -236,12 +238,12 @@ def shared_memory(setup: Setup) -> Found:
         return (
             "warn",
             summary,
-            "Ray falls back to the disk, and NCCL may fail: docker run --shm-size=2g, or an emptyDir",
+            "Ray falls back to the disk, and NCCL may fail: use docker run --shm-size=2g, or an emptyDir",
         )
     return "ok", summary, ""
 
 
-# Seconds are generous: several checks import torch, MLflow or diffusers at once.
+# Time limits are long, because several checks import torch, MLflow or diffusers at once.
 CHECKS: dict[str, tuple[Check, float]] = {
     "python": (python, 20),
     "packages": (packages, 20),

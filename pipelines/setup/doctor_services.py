@@ -1,4 +1,4 @@
-"""The checks of what answers from elsewhere: MLflow, the hub's weights, Ray."""
+"""The checks of `edt doctor` for services: MLflow, published weights, Ray."""
 
 import json
 import os
@@ -23,24 +23,24 @@ from pipelines.config.networks import ExtractorConfig
 from pipelines.setup.autoencoder_facts import published_facts
 from pipelines.setup.doctor import Setup, Status
 
-Found = tuple[Status, str, str]
+Result = tuple[Status, str, str]
 
 _RAY_SECONDS = 100
 _END_SECONDS = 5
 _PROBE = "edt-doctor-"
 
 
-def mlflow(setup: Setup) -> Found:
-    """The tracking server or SQLite file: it answers, and takes and gives back an entry of its registry."""
+def mlflow(setup: Setup) -> Result:
+    """MLflow: the server or SQLite file answers, and can create and remove a registered model."""
     from jobs.runtime.tracking import SQLITE, own_uri
 
     folder = Folder.at(setup.config.store)
     uri = setup.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own_uri(folder)
     if not uri:
-        remedy = "set MLFLOW_TRACKING_URI to your MLflow server: a SQLite file cannot live in an object store"
-        return "fail", f"the store {folder.uri} is remote, and no MLflow server is named", remedy
+        remedy = "set MLFLOW_TRACKING_URI to your MLflow server: an object store cannot contain a SQLite file"
+        return "fail", f"the store {folder.uri} is remote, but no MLflow server is set", remedy
     if uri == own_uri(folder) and folder.local is not None and not (folder.local / SQLITE).exists():
-        return "ok", "a SQLite file in the store, which the first run makes", ""
+        return "ok", "a SQLite file in the store, which the first run creates", ""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow.exceptions import MlflowException
@@ -55,14 +55,14 @@ def mlflow(setup: Setup) -> Found:
         client.create_registered_model(name)
         client.delete_registered_model(name)
     except MlflowException as error:
-        remedy = "see to MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and to the server"
+        remedy = "check MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD and the server"
         return "fail", f"{redacted(uri)}: {str(error).splitlines()[0][:300]}", remedy
     version = _server_version(uri)
-    return "ok", f"{redacted(uri)} answers and takes entries{f', MLflow {version}' if version else ''}", ""
+    return "ok", f"{redacted(uri)} answers and is writable{f', MLflow {version}' if version else ''}", ""
 
 
 def _server_version(uri: str) -> str:
-    """What a server says of itself; "" where it does not, or is none."""
+    """The version of an MLflow server; "" if it is unknown, or there is no server."""
     if not uri.startswith("http"):
         return ""
     with suppress(OSError, ValueError), urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=5) as answer:
@@ -70,8 +70,8 @@ def _server_version(uri: str) -> str:
     return ""
 
 
-def autoencoder(setup: Setup) -> Found:
-    """A published autoencoder: there, and of the shape that the configuration says; its weights are not loaded."""
+def autoencoder(setup: Setup) -> Result:
+    """The autoencoder: a published one exists and has the configured shape. Its weights are not loaded."""
     config = setup.config.autoencoder
     if config.pretrained is None:
         return "ok", f"fitted on the images, {config.steps:,} steps", ""
@@ -80,18 +80,18 @@ def autoencoder(setup: Setup) -> Found:
 
         published_source(config, setup.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
         return "ok", f"{config.pretrained} is registered", ""
-    found = published_facts(config.pretrained)
-    wanted = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}
+    facts = published_facts(config.pretrained)
+    configured = {"downsample_factor": config.downsample_factor, "latent_channels": config.latent_channels}
     wrong = [
-        f"{name} is {found[name]}, the configuration says {value}"
-        for name, value in wanted.items()
-        if found[name] != value
+        f"{name} is {facts[name]}, but {value} in the configuration"
+        for name, value in configured.items()
+        if facts[name] != value
     ]
     if wrong:
-        changes = " ".join(f"--set autoencoder.{name}={found[name]}" for name in wanted)
-        return "fail", f"{config.pretrained}: {'; '.join(wrong)}", f"say what it has: {changes}"
+        changes = " ".join(f"--set autoencoder.{name}={facts[name]}" for name in configured)
+        return "fail", f"{config.pretrained}: {'; '.join(wrong)}", f"use its values: {changes}"
     place = "a local folder" if typed_path(config.pretrained).is_dir() else _in_cache(config.pretrained)
-    return "ok", f"{config.pretrained} ({place}), factor {found['downsample_factor']}", ""
+    return "ok", f"{config.pretrained} ({place}), factor {facts['downsample_factor']}", ""
 
 
 def _in_cache(hub_id: str) -> str:
@@ -101,8 +101,8 @@ def _in_cache(hub_id: str) -> str:
     return "in this machine's cache" if isinstance(weights, str) else "on the hub, downloaded once"
 
 
-def features(setup: Setup) -> Found:
-    """The networks that samples are compared in: weights that are there, have the stated digest and load."""
+def features(setup: Setup) -> Result:
+    """The feature networks: their weights exist, match their digest and load."""
     config = setup.config
     sources = [_weights(space, config.network(space)) for space in config.extractors if space in PUBLISHED_SPACES]
     sources += ["a classifier fitted on the images"] if "classifier" in config.extractors else []
@@ -115,25 +115,25 @@ def features(setup: Setup) -> Found:
 
 
 def _weights(space: str, config: ExtractorConfig) -> str:
-    """Published weights in a few words. Raises UserError where they cannot be used."""
+    """A short description of published weights. Raises UserError if they are unusable."""
     from edt_core.evaluation.extractors import load_extractor
     from edt_core.evaluation.extractors.weights import published_weights
 
     location = config.weights or ""
     if location.startswith(MLFLOW_SCHEMES):
-        return f"{space} from MLflow ({location}), which the run fetches"
+        return f"{space} from MLflow ({location}), which the run downloads"
     if location.startswith(("http://", "https://")) and config.sha256:
         with urllib.request.urlopen(urllib.request.Request(location, method="HEAD"), timeout=answer_seconds()):
-            return f"{space} at its URL, downloaded once and checked"
+            return f"{space} at its URL, downloaded once and verified"
     path, digest = published_weights(space, config.weights, config.sha256)
     if Path(path).exists():
         load_extractor(space, path)
         return f"{space} {path} loads, sha256 {digest[:12]}"
-    return f"{space} {path} of the hub"
+    return f"{space} {path} on the hub"
 
 
-def ray(setup: Setup) -> Found:
-    """A Ray session here, or the cluster at the address: it starts, runs a task, and has what the steps ask for."""
+def ray(setup: Setup) -> Result:
+    """Ray, locally or at the address: it starts, runs a task on each node, and has the resources of the steps."""
     config, address = setup.config, named_address(setup.address)
     if setup.quick and not address:
         return "ok", "not started (--quick)", ""
@@ -141,40 +141,40 @@ def ray(setup: Setup) -> Found:
         try:
             check_answers(address)
         except UserError as error:
-            found, _, remedy = str(error).partition(". ")
-            return "fail", found, remedy
+            problem, _, remedy = str(error).partition(". ")
+            return "fail", problem, remedy
     store = Folder.at(config.store).local
     places = [config.source.path, *([config.store] if address and store and store.exists() else [])]
     local = [
         str(path) for place in places if place and (path := Folder.at(place).local) and not set("*?[{") & set(place)
     ]
-    probed = _probed(setup.address, config.workers, local)
-    if "error" in probed:
-        return "fail", redacted(probed["error"]), _RAY_REMEDY[bool(address)]
-    there, nodes = probed["resources"], probed["nodes"]
-    what = f"{there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs on {nodes} node{'s' * (nodes > 1)}"
-    what = f"{'joined ' + address if address else 'starts here'}: {what}"
-    if lost := {path: number for path, number in probed["missing"].items() if number}:
-        paths = ", ".join(f"{path} (on {number} of {nodes} nodes)" for path, number in lost.items())
-        return "fail", f"{what}; not there: {paths}", "give a folder that every node reaches, as NFS, or a URI"
-    if short := _short_of(config, there):
+    answer = _run_probe(setup.address, config.workers, local)
+    if "error" in answer:
+        return "fail", redacted(answer["error"]), _RAY_REMEDY[bool(address)]
+    resources, nodes = answer["resources"], answer["nodes"]
+    summary = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs on {nodes} node{'s' * (nodes > 1)}"
+    summary = f"{'joined ' + address if address else 'starts here'}: {summary}"
+    if missing := {path: number for path, number in answer["missing"].items() if number}:
+        paths = ", ".join(f"{path} (on {number} of {nodes} nodes)" for path, number in missing.items())
+        return "fail", f"{summary}; missing: {paths}", "use a folder that every node can read, such as NFS, or a URI"
+    if shortage := _shortage(config, resources):
         status: Status = "warn" if address else "fail"
         return (
             status,
-            f"{what}; {short}",
-            "lower what the configuration asks for, or add nodes: a cluster may grow, this machine not",
+            f"{summary}; {shortage}",
+            "lower the resources of this stage in the configuration, or run on a cluster that has them",
         )
-    return "ok", what, ""
+    return "ok", summary, ""
 
 
 _RAY_REMEDY = {
-    True: "see to the address and that the cluster runs this Ray and Python (`ray status`); RAY_ADDRESS names one too",
-    False: "see to /dev/shm, free ports and /tmp of this machine; its logs are in /tmp/ray/session_latest/logs",
+    True: "check the address (--address or RAY_ADDRESS), and that the cluster runs this Ray and Python (`ray status`)",
+    False: "check /dev/shm, free ports and /tmp of this machine; Ray's logs are in /tmp/ray/session_latest/logs",
 }
 
 
-def _short_of(config: Any, there: dict[str, float]) -> str:
-    """The first stage that would wait for ever."""
+def _shortage(config: Any, resources: dict[str, float]) -> str:
+    """The first stage that would wait forever, and what it requires; "" if there is none."""
     stages: dict[str, tuple[float, float]] = {}
     for name in config.models:
         train = config.train_of(name)
@@ -188,22 +188,22 @@ def _short_of(config: Any, there: dict[str, float]) -> str:
     if "classifier" in config.extractors:
         stages["classifier"] = (config.classifier.num_cpus, config.classifier.num_gpus)
     for name, (cpus, gpus) in stages.items():
-        if cpus > there.get("CPU", 0) or gpus > there.get("GPU", 0):
-            return f"{name} wants {cpus:g} CPUs and {gpus:g} GPUs at once"
+        if cpus > resources.get("CPU", 0) or gpus > resources.get("GPU", 0):
+            return f"{name} requires {cpus:g} CPUs and {gpus:g} GPUs at once"
     return ""
 
 
-def _probed(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, Any]:
-    """What `pipelines.setup.ray_probe` says, from a process of its own that is gone afterwards."""
-    asked = json.dumps({"address": address, "min_cpus": min_cpus, "paths": paths, "parent": os.getpid()})
+def _run_probe(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, Any]:
+    """The answer of `pipelines.setup.ray_probe`, which runs in a separate process that ends with this call."""
+    request = json.dumps({"address": address, "min_cpus": min_cpus, "paths": paths, "parent": os.getpid()})
     process = subprocess.Popen(
-        python_command("-m", "pipelines.setup.ray_probe", asked),
+        python_command("-m", "pipelines.setup.ray_probe", request),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
-        # Ray's own 20 retries take longer than anybody waits here.
+        # Ray's default of 20 retries takes longer than the time limit.
         env=child_environment({"RAY_NUM_REDIS_GET_RETRIES": "1", **os.environ}),
     )
     try:
@@ -212,9 +212,9 @@ def _probed(address: str | None, min_cpus: int, paths: list[str]) -> dict[str, A
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {_RAY_SECONDS} s"}
     except (IndexError, ValueError):
-        return {"error": f"Ray ended with code {process.returncode} and said nothing"}
+        return {"error": f"Ray exited with code {process.returncode} and no output"}
     finally:
-        if process.poll() is None:  # let it end the session that it began; what hangs is killed below
+        if process.poll() is None:  # let it end its session; it is killed below if it hangs
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_END_SECONDS)

@@ -1,4 +1,4 @@
-"""What a pipeline's trainings would take, told before anything is started: the sources are listed, nothing is read."""
+"""Estimates of what a pipeline's training needs. The sources are listed, but no images are read."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from pipelines.config.size_check import check_pipeline_sizes
 
 
 def training_needs(config: PipelineConfig) -> str:
-    """For each model of a pipeline: parameters, MACs, memory, steps per epoch. Raises UserError for a bad source."""
+    """Parameters, MACs, memory and steps per epoch of each model. Raises UserError for an invalid source."""
     source = source_counts(config.source)
     check_pipeline_sizes(config, source.images)
     lines = [f"note: {remark}" for remark in source.remarks]
@@ -18,14 +18,14 @@ def training_needs(config: PipelineConfig) -> str:
         train = config.train_of(name)
         fewest, most = train.worker_range
         workers = str(most) if fewest == most else f"{fewest} to {most}"
-        takes = estimate(train, config.model_of(name, source.classes), source.images)
-        lines.append(f"{name}: {takes}\n  {'workers':<24} {workers}")
+        needs = estimate(train, config.model_of(name, source.classes), source.images)
+        lines.append(f"{name}: {needs}\n  {'workers':<24} {workers}")
     return "\n\n".join(lines)
 
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """Images and classes of a source, and what a person should know of them."""
+    """The numbers of images and classes of a source, and remarks for the user."""
 
     images: int
     classes: int
@@ -33,7 +33,7 @@ class SourceCounts:
 
 
 def source_counts(config: SourceConfig) -> SourceCounts:
-    """Lists a source, without reading its images. Raises UserError where there is none that can be trained on."""
+    """List a source without reading its images. Raises UserError if there are no images to train on."""
     from edt_core.data.digits import NUM_DIGITS
     from edt_core.data.sources import list_source, remarks
 

@@ -1,4 +1,4 @@
-"""What a machine has to compute with: CPUs, memory, and the GPUs that torch can use."""
+"""The hardware of a machine: CPUs, memory, and the GPUs that torch can use."""
 
 import os
 import shutil
@@ -15,14 +15,14 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine. `memory` and `gpu_memory` (of the smallest GPU) are in bytes, 0 where they are not known."""
+    """One machine. `memory` and `gpu_memory` (of the smallest GPU) are in bytes, 0 if unknown."""
 
     cpus: int
     memory: int = 0
     gpus: tuple[str, ...] = ()  # names
     gpu_memory: int = 0
     bf16: bool = False  # in hardware, on every GPU
-    cuda: str | None = None  # the version that this torch is built for; None for a build without
+    cuda: str | None = None  # the version for which torch is built; None for a CPU build
     nccl: str | None = None
     torch: str = ""
 
@@ -37,17 +37,17 @@ class Hardware:
 
 
 def this_machine() -> Hardware:
-    """What torch finds here. Importing it takes a second or two."""
+    """The hardware of this machine. The import of torch takes a second or two."""
     import torch
 
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    properties = [torch.cuda.get_device_properties(gpu) for gpu in gpus]
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    properties = [torch.cuda.get_device_properties(device) for device in devices]
     return Hardware(
         cpus=_cpus(),
         memory=_memory(),
-        gpus=tuple(found.name for found in properties),
-        gpu_memory=min((int(found.total_memory) for found in properties), default=0),
-        bf16=bool(properties) and all(found.major >= 8 for found in properties),
+        gpus=tuple(gpu.name for gpu in properties),
+        gpu_memory=min((int(gpu.total_memory) for gpu in properties), default=0),
+        bf16=bool(properties) and all(gpu.major >= 8 for gpu in properties),
         cuda=torch.version.cuda or torch.version.hip,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if properties and torch.version.cuda else None,
         torch=torch.__version__,
@@ -60,30 +60,30 @@ def _cpus() -> int:
 
 
 def _memory() -> int:
-    """Bytes that this process may use: those of the machine, or of its container where that has a limit."""
+    """Bytes that this process may use: those of the machine, or the limit of its container."""
     try:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):  # not every system tells it this way
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # not supported on every system
         return 0
-    return min([whole, *_memory_limits()])
+    return min([total, *_memory_limits()])
 
 
 def _memory_limits() -> list[int]:
-    """The limits of a container, from the files of cgroups of either version; a limit that is none is "max"."""
-    found = []
+    """The memory limits of a container, from cgroup files of version 1 or 2. "max" means no limit and is skipped."""
+    limits = []
     for path in _CGROUP_LIMITS:
         with suppress(OSError, ValueError):
-            found.append(int(Path(path).read_text(encoding="ascii")))
-    return [limit for limit in found if limit > 0]
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+    return [limit for limit in limits if limit > 0]
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver; None where there is none, or it does not answer."""
-    lines = _asked(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    """The version of NVIDIA's driver; None if there is none, or nvidia-smi fails."""
+    lines = _output_lines(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return lines[0].strip() if lines else None
 
 
-def _asked(command: Sequence[str]) -> list[str]:
+def _output_lines(command: Sequence[str]) -> list[str]:
     if shutil.which(command[0]) is None:
         return []
     try:

@@ -1,6 +1,6 @@
-"""A first configuration for somebody's images: what is found of them and of the machine, what that suggests, the file.
+"""A first configuration for a user's images: inspection of the images, suggestions, checks of answers, and the file.
 
-Everything here is a function of what was answered; the questions are asked by `pipelines.commands.init`.
+Everything here depends only on the answers; `pipelines.commands.init` asks the questions.
 """
 
 import io
@@ -21,18 +21,18 @@ from edt_core.network.hub import HUB_ID
 from pipelines.setup.autoencoder_facts import published_facts
 from pipelines.setup.hardware import Hardware
 
-FIT = "fit"  # the answer that means: fit an autoencoder on the images
+FIT = "fit"  # the answer for an autoencoder that is fitted on the images
 SIZES = (32, 64, 128, 256, 512)
-_MEASURED = 64  # images whose size is looked at
+_MEASURED = 64  # number of images whose size is read
 _CPU_SIZES = (32, 64)
 _FEW_IMAGES = 1000
 _HARDWARE = re.compile(r"cpu|gpu(?:-([1-9]\d*))?")
-_ROOM = 0.8  # of a GPU's memory for what the estimate counts; kernels and libraries take the rest
+_ROOM = 0.8  # of a GPU's memory for the estimate; kernels and libraries use the rest
 
 
 @dataclass(frozen=True)
 class Images:
-    """What lies at a path: layout, numbers, and the shorter side in pixels of some of the images."""
+    """The images at a path: layout, numbers, and the shorter side in pixels of some of them."""
 
     path: str
     kind: str
@@ -44,17 +44,17 @@ class Images:
 
     @property
     def side(self) -> int:
-        """The median shorter side; 0 where no image could be read."""
+        """The median shorter side; 0 if no image is readable."""
         return int(np.median(self.sides)) if self.sides else 0
 
     def __str__(self) -> str:
-        sides = f", about {self.side} px" if self.sides else ", none of those looked at can be read"
+        sides = f", about {self.side} px" if self.sides else ", none of the inspected ones is readable"
         return f"{self.images:,} images of {self.classes} classes ({self.kind}){sides}"
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What was asked. `gpus` 0 is a machine without; `autoencoder` None fits one, `inception` None does without FID."""
+    """The answers. `gpus` 0 means CPUs only, `autoencoder` None fits one, `inception` None means no FID."""
 
     images: Images
     name: str
@@ -66,7 +66,7 @@ class Answers:
 
 
 def look_at(path: str, allow_empty_classes: bool = False) -> Images:
-    """List the images at a path or URI and measure some. Raises UserError where there are none to train on."""
+    """List the images at a path or URI and measure some. Raises UserError if there are none to train on."""
     from edt_core.config import SourceConfig
     from edt_core.data.sources import detect_kind, list_source, remarks
     from edt_core.data.sources.places import locate
@@ -74,7 +74,7 @@ def look_at(path: str, allow_empty_classes: bool = False) -> Images:
     from edt_core.store.folder import Folder
 
     if not path.strip():
-        raise UserError("no folder was given; name the one that holds <class>/<image>, or an archive, or a URI")
+        raise UserError("the path is empty; use a folder that contains <class>/<image>, an archive, or a URI")
     folder = Folder.at(path)
     is_pattern = any(mark in path for mark in "*?[{") and not (folder.local and folder.local.exists())
     place = path if is_pattern or folder.local is None else folder.uri
@@ -82,14 +82,14 @@ def look_at(path: str, allow_empty_classes: bool = False) -> Images:
     notes = CollectedWarnings()
     fields = {"kind": kind, "path": place, "allow_empty_classes": allow_empty_classes}
     listing = list_source(SourceConfig.model_validate(fields), notes)
-    chosen = np.unique(np.linspace(0, len(listing) - 1, min(_MEASURED, len(listing))).astype(np.int64))
-    sides = [side for image in listing.take(chosen).images() if (side := _shorter_side(image.data))]
-    told_of = (*notes.warnings, *remarks(listing))
-    return Images(place, kind, len(listing), len(listing.classes), tuple(sides), told_of, allow_empty_classes)
+    indices = np.unique(np.linspace(0, len(listing) - 1, min(_MEASURED, len(listing))).astype(np.int64))
+    sides = [side for image in listing.take(indices).images() if (side := _shorter_side(image.data))]
+    texts = (*notes.warnings, *remarks(listing))
+    return Images(place, kind, len(listing), len(listing.classes), tuple(sides), texts, allow_empty_classes)
 
 
 def _shorter_side(data: bytes | None) -> int | None:
-    """Of an encoded image, by its header alone; None for what is no image."""
+    """The shorter side of an encoded image, from its header; None if it is not an image."""
     from PIL import Image
 
     from edt_core.data.images import image_formats
@@ -97,32 +97,32 @@ def _shorter_side(data: bytes | None) -> int | None:
     try:
         with Image.open(io.BytesIO(data or b""), formats=tuple(image_formats())) as image:
             return min(image.size)
-    except Exception:  # Pillow's decoders raise whatever they like on hostile bytes
+    except Exception:  # Pillow's decoders can raise any exception on corrupt bytes
         return None
 
 
 def suggested_size(images: Images, gpus: int) -> int:
-    """The largest usual size that most images have; on CPUs a small one."""
+    """The largest usual size that most images reach; a small one on CPUs."""
     sizes = SIZES if gpus else _CPU_SIZES
     return max((size for size in sizes if size <= images.side), default=sizes[0])
 
 
 def parse_hardware(text: str) -> int:
-    """The GPUs that `cpu`, `gpu` or `gpu-8` means. Raises UserError."""
-    if not (found := _HARDWARE.fullmatch(text.strip().lower())):
+    """The number of GPUs in `cpu`, `gpu` or `gpu-8`. Raises UserError for other text."""
+    if not (match := _HARDWARE.fullmatch(text.strip().lower())):
         raise UserError(
-            f"the hardware is {text!r}; it takes cpu, gpu (one), or gpu-N with the number of GPUs, as gpu-8"
+            f"the hardware is {text!r}; use cpu, gpu (one GPU), or gpu-N with the number of GPUs, such as gpu-8"
         )
-    return 0 if found[0] == "cpu" else int(found[1] or 1)
+    return 0 if match[0] == "cpu" else int(match[1] or 1)
 
 
 def hardware_name(gpus: int) -> str:
-    """What `parse_hardware` takes for so many GPUs."""
+    """The text from which `parse_hardware` gets this number of GPUs."""
     return "cpu" if not gpus else "gpu" if gpus == 1 else f"gpu-{gpus}"
 
 
 def suggested_model(images: Images, gpus: int) -> str:
-    """A tiny model on CPUs; on GPUs the larger, the more there are, and only for images that it can learn from."""
+    """A tiny model on CPUs; on GPUs, a larger one for more GPUs and more images."""
     if not gpus:
         return "EDT-Tiny/2"
     if images.images < 50 * _FEW_IMAGES or gpus == 1:
@@ -131,7 +131,7 @@ def suggested_model(images: Images, gpus: int) -> str:
 
 
 def suggested_autoencoder(image_size: int, gpus: int) -> str:
-    """A published one where there are GPUs to run it and pixels enough that it keeps what is seen."""
+    """A published autoencoder with GPUs and images that are large enough for its factor, otherwise a fitted one."""
     return AUTOENCODER if gpus and image_size >= 128 else FIT
 
 
@@ -143,60 +143,62 @@ def suggested_name(path: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """A pipeline's name: an MLflow experiment, and the middle of its model's. Raises UserError."""
+    """A valid pipeline name, also used for the MLflow experiment and in the model's name. Raises UserError."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}", name):
-        raise UserError(f"the name is {name!r}; use letters, digits, '.', '_' and '-', 61 at most, a letter first")
+        raise UserError(
+            f"the name is {name!r}; use at most 61 letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
     return name
 
 
 def check_size(text: str) -> int:
-    """A side in pixels that some autoencoder and the models can take. Raises UserError."""
+    """An image side in pixels that autoencoders and models support. Raises UserError."""
     if not text.strip().isdecimal() or not 32 <= int(text) <= 4096 or int(text) % 32:
         raise UserError(
-            f"the image size is {text!r}; it is a multiple of 32 from 32 to 4096, as {', '.join(map(str, SIZES))}"
+            f"the image size is {text!r}; use a multiple of 32 from 32 to 4096, such as {', '.join(map(str, SIZES))}"
         )
     return int(text)
 
 
 def check_model(name: str) -> str:
-    """One of the models there are, by its name in any case. Raises UserError."""
+    """The name of an existing model, given in upper or lower case. Raises UserError."""
     from edt_core.models import MODEL_NAMES
 
-    found = {known.lower(): known for known in MODEL_NAMES}.get(name.strip().lower())
-    if found is None:
-        raise UserError(f"there is no model {name!r}; there are {', '.join(MODEL_NAMES)}")
-    return found
+    model = {known.lower(): known for known in MODEL_NAMES}.get(name.strip().lower())
+    if model is None:
+        raise UserError(f"there is no model {name!r}; the models are {', '.join(MODEL_NAMES)}")
+    return model
 
 
 def check_autoencoder(text: str, image_size: int, model: str) -> str | None:
-    """A published autoencoder, None to fit one. Raises UserError where the model cannot take its latents."""
+    """A published autoencoder, or None to fit one. Raises UserError if the model cannot use its latents."""
     from edt_core.models import model_config
 
     if not text.strip():
-        raise UserError(f"no autoencoder is named; give a hub id, a folder or models:/NAME@ALIAS, or {FIT!r}")
+        raise UserError(f"the autoencoder is empty; use a hub id, a folder, models:/NAME@ALIAS, or {FIT!r}")
     published = None if text == FIT else text
     factor, channels = latents_of(published, image_size)
     try:
         model_config(model, image_size, autoencoder_factor=factor, latent_channels=channels)
     except ValueError as error:
-        raise UserError(f"{model} does not fit: {error} Or take another autoencoder ({FIT!r}).") from error
+        raise UserError(f"{model} does not fit: {error} Or use another autoencoder ({FIT!r}).") from error
     return published
 
 
 def notes(answers: Answers, machine: Hardware) -> list[str]:
-    """What the answers make doubtful, though it can be tried."""
+    """Warnings about answers that are possible but doubtful."""
     remarks = list(answers.images.remarks)
     if answers.images.images < _FEW_IMAGES:
-        remarks.append(f"{answers.images.images} images are few: a model of any size memorises them")
+        remarks.append(f"{answers.images.images} images are few: any model memorises them")
     if answers.images.sides and answers.image_size > answers.images.side:
         remarks.append(
             f"most images are smaller than {answers.image_size} px ({answers.images.side}): they are enlarged"
         )
     if not answers.gpus and answers.model.rpartition("-")[2] != "Tiny/2":
-        remarks.append(f"{answers.model} on CPUs takes weeks; EDT-Tiny/2 is made for them")
+        remarks.append(f"{answers.model} on CPUs takes weeks; EDT-Tiny/2 is made for CPUs")
     if answers.gpus > len(machine.gpus):
         remarks.append(
-            f"this machine has {len(machine.gpus)} GPUs of the {answers.gpus}: run it on a cluster that has them"
+            f"this machine has {len(machine.gpus)} GPUs of the {answers.gpus}: run it on a cluster with that many"
         )
     if answers.autoencoder is not None and _known_latents(answers.autoencoder) is None:
         remarks.append(
@@ -207,7 +209,7 @@ def notes(answers: Answers, machine: Hardware) -> list[str]:
 
 
 def config_text(answers: Answers, machine: Hardware, file: str) -> str:
-    """The configuration as commented YAML that `load_config` takes."""
+    """The configuration as commented YAML for `load_config`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -223,14 +225,14 @@ def config_text(answers: Answers, machine: Hardware, file: str) -> str:
 
 
 def _scalar(value: str) -> str:
-    """A text as YAML reads it back, quoted where it must be."""
+    """Text as a YAML scalar, quoted if necessary."""
     import yaml
 
     return str(yaml.safe_dump(value, width=math.inf, allow_unicode=True)).removesuffix("\n").removesuffix("\n...")
 
 
 def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
-    """Everything that the template says."""
+    """The values of the template."""
     from edt_core.models import model_config
 
     images, gpus = answers.images, answers.gpus
@@ -268,10 +270,10 @@ def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
 
 
 def latents_of(autoencoder: str | None, image_size: int) -> tuple[int, int]:
-    """Image side / latent side, and channels of the latents, with a published autoencoder or a fitted one (None).
+    """Image side / latent side, and latent channels, of a published autoencoder or a fitted one (None).
 
-    A fitted one has a factor with which small images keep detail. A published one whose configuration cannot be read
-    here counts as the papers'. Raises UserError for a local folder that is refused.
+    The factor of a fitted one keeps detail of small images. A published one whose configuration cannot be read here
+    gets the values of the papers' autoencoder. Raises UserError for a local folder that is not supported.
     """
     if autoencoder is not None:
         return _known_latents(autoencoder) or (AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS)
@@ -282,7 +284,7 @@ def latents_of(autoencoder: str | None, image_size: int) -> tuple[int, int]:
 
 @cache
 def _known_latents(autoencoder: str) -> tuple[int, int] | None:
-    """Factor and channels of a published autoencoder; None where its configuration cannot be read here."""
+    """Factor and channels of a published autoencoder; None if its configuration cannot be read here."""
     if autoencoder == AUTOENCODER:
         return AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS
     is_folder = typed_path(autoencoder).is_dir()
@@ -298,12 +300,12 @@ def _known_latents(autoencoder: str) -> tuple[int, int] | None:
 
 
 def _feature_dim(images: int) -> int:
-    """Dimensions of the classifier's features: fewer than there are images, or their covariance has no full rank."""
+    """Dimensions of the classifier's features: fewer than images, because their covariance needs full rank."""
     return next((dim for dim in (64, 32, 16, 8, 4) if images >= 2 * dim), 2)
 
 
 def _cpu_recipe(answers: Answers) -> dict[str, Any]:
-    """The numbers of docs/results.md: minutes on two cores."""
+    """The settings of docs/results.md, which take minutes on two cores."""
     return {
         "base_channels": 8,
         "autoencoder_steps": 400,
@@ -321,7 +323,7 @@ def _cpu_recipe(answers: Answers) -> dict[str, Any]:
 
 
 def _gpu_recipe(answers: Answers) -> dict[str, Any]:
-    """The paper's recipe, shorter where there are fewer images than in ImageNet."""
+    """The paper's recipe, with fewer steps for fewer images than in ImageNet."""
     steps = min(400_000, max(20_000, round(400 * answers.images.images / 256, -4)))
     return {
         "base_channels": 64,
@@ -340,9 +342,9 @@ def _gpu_recipe(answers: Answers) -> dict[str, Any]:
 
 
 def _micro_batch(answers: Answers, machine: Hardware, batch: int) -> int | None:
-    """The largest half, quarter and so on of a worker's share that a GPU has room for; None where all of it fits.
+    """The largest half, quarter and so on of a worker's share that fits on a GPU; None if the whole share fits.
 
-    None as well for GPUs that are not here: their memory is not known.
+    Also None for GPUs of other machines, whose memory is unknown.
     """
     if not answers.gpus or answers.gpus > len(machine.gpus):
         return None
@@ -372,7 +374,7 @@ def _micro_batch(answers: Answers, machine: Hardware, batch: int) -> int | None:
 
 
 def summary(answers: Answers) -> Mapping[str, str]:
-    """The answers in a few words, for a reader who did not open the file."""
+    """A short summary of the answers."""
     return {
         "images": str(answers.images),
         "model": f"{answers.model} at {answers.image_size} px on {hardware_name(answers.gpus)}",

@@ -41,7 +41,7 @@ class Node:
     parent: "Node | None" = None
     children: list["Node"] = field(default_factory=list)
     state: State = "waiting"
-    shown: Shown | None = None  # its latest count
+    latest: Shown | None = None  # the latest count
     note: str = ""  # shown after the step ends
     phase: tuple[int, str] = (-1, "")
     first: int = 0  # the count at the start of the phase, which does not count for the pace
@@ -57,30 +57,30 @@ class Node:
         words = self.parent.name.split() if self.parent is not None else []
         return " ".join(word for word in self.name.split() if word not in words) or self.name
 
-    def count(self, shown: Shown) -> None:
+    def count(self, latest: Shown) -> None:
         """Store the latest count. Another total or unit starts a new phase."""
         if self.state == "waiting":
             self.state = "running"
-        self.shown = shown
-        if self.phase != (shown.total, shown.note):
-            self.phase, self.first, self.start = (shown.total, shown.note), shown.done, time.monotonic()
+        self.latest = latest
+        if self.phase != (latest.total, latest.note):
+            self.phase, self.first, self.start = (latest.total, latest.note), latest.done, time.monotonic()
 
     def pace(self) -> str:
         """Rate and remaining time of the current phase; "" if they are unknown."""
-        if self.shown is None:
+        if self.latest is None:
             return ""
-        number, seconds = self.shown.done - self.first, time.monotonic() - self.start
-        if number <= 0 or seconds <= 0 or self.shown.done >= self.shown.total:
+        number, seconds = self.latest.done - self.first, time.monotonic() - self.start
+        if number <= 0 or seconds <= 0 or self.latest.done >= self.latest.total:
             return ""
-        left = seconds / number * (self.shown.total - self.shown.done)
+        left = seconds / number * (self.latest.total - self.latest.done)
         return f"{number / seconds:.1f}/s, {clock(left)} left"
 
     def progress(self) -> str:
         """Count, pace and detail in one line, such as `240/600 steps, 5.3/s, 1:08 left, loss 0.43`."""
-        if self.shown is None:
+        if self.latest is None:
             return ""
-        count = f"{self.shown.done}/{self.shown.total} {self.shown.note}".strip()
-        return on_one_line(", ".join(part for part in (count, self.pace(), self.shown.detail) if part))
+        count = f"{self.latest.done}/{self.latest.total} {self.latest.note}".strip()
+        return on_one_line(", ".join(part for part in (count, self.pace(), self.latest.detail) if part))
 
 
 class StepTree:
@@ -161,11 +161,11 @@ def _tail(node: Node, with_bar: bool, unicode: bool) -> Any:
     """The right part of a step: bar and pace while it runs, its note afterwards."""
     from rich.text import Text
 
-    if node.state != "running" or node.shown is None:
+    if node.state != "running" or node.latest is None:
         return Text(on_one_line(node.note), "dim" if node.state in ("waiting", *_ENDED) else _STYLES[node.state])
     text = Text()
-    if with_bar and node.shown.total:
-        filled = min(_BAR, _BAR * node.shown.done // node.shown.total)
+    if with_bar and node.latest.total:
+        filled = min(_BAR, _BAR * node.latest.done // node.latest.total)
         text.append(("━" if unicode else "=") * filled, "cyan")
         text.append(("─" if unicode else "-") * (_BAR - filled) + " ", "dim")
     return text.append(node.progress())

@@ -108,10 +108,10 @@ class Terminal:
         for step, message in warnings[self._warnings :]:
             self.warn(f"{step}: {message}")
         self._warnings = max(self._warnings, len(warnings))
-        for step, shown in counts.items():
+        for step, count in counts.items():
             node = self.tree.get(step)
             if node.state in ("waiting", "running"):
-                node.count(shown)
+                node.count(count)
                 self._show_pace(node)
         self._wake()
 
@@ -123,7 +123,7 @@ class Terminal:
     def finished(self, step: str, seconds: float, fingerprint: str, headline: str = "") -> None:
         """Show a step as done. `headline` is its result in short, such as a metric."""
         node = self.tree.get(step)
-        last = node.shown.detail if node.shown is not None else ""
+        last = node.latest.detail if node.latest is not None else ""
         note = ", ".join(part for part in (clock(seconds), headline or last) if part)
         node.state, node.note = "done", note
         self._line(node, f"{fingerprint[:12]}  {seconds:6.1f} s  {headline or last}".rstrip(), "green")

@@ -155,7 +155,7 @@ def test_the_doctor_and_ray_s_workers_run_nothing_of_the_folder_they_are_asked_i
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(trapped)
     monkeypatch.setattr(doctor_services, "_RAY_SECONDS", 600)
-    told = doctor_services._probed(None, 1, [])
+    told = doctor_services._run_probe(None, 1, [])
     assert told["nodes"] == 1, told
     assert not canary.exists(), canary.read_text()
 

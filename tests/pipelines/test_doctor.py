@@ -120,7 +120,7 @@ def test_disk_is_held_against_what_the_configuration_makes(tmp_path: Path, monke
     assert full.status == "fail"
     assert "source.limit" in full.remedy
     unknown = asked(doctor_checks.disk, setup(digits(tmp_path), images=UserError("none")))
-    assert (unknown.status, unknown.found) == ("warn", "not known without the images")
+    assert (unknown.status, unknown.found) == ("warn", "unknown without the images")
 
 
 def test_imagenet_takes_what_the_page_on_data_says() -> None:
@@ -144,7 +144,7 @@ def test_the_small_run_takes_no_more_disk_than_was_told(first: Outcome, store: P
 def test_gpus_that_are_wanted_and_not_here_are_told(tmp_path: Path) -> None:
     config = load_config("imagenet256-edt-s", IMAGENET)
     here = asked(doctor_checks.device, setup(config))
-    assert (here.status, "wants 4 GPUs" in here.found) == ("fail", True)
+    assert (here.status, "requires 4 GPUs" in here.found) == ("fail", True)
     assert asked(doctor_checks.device, setup(config, address="auto")).status == "ok"
     gpus = Hardware(64, 1 << 39, ("H100",) * 8, 80 << 30, True, "13.0", "2.28", "2.13")
     assert asked(doctor_checks.device, setup(config, machine=gpus)).status == "ok"
@@ -155,10 +155,10 @@ def test_gpus_that_are_wanted_and_not_here_are_told(tmp_path: Path) -> None:
 
 
 def test_what_a_cluster_has_is_held_against_the_stages() -> None:
-    short = doctor_services._short_of
+    short = doctor_services._shortage
     config = load_config("imagenet256-edt-s", IMAGENET)
     assert short(config, {"CPU": 64, "GPU": 8}) == ""
-    assert "train edt-s-2-256 wants 16 CPUs and 4 GPUs" in short(config, {"CPU": 64, "GPU": 3})
+    assert "train edt-s-2-256 requires 16 CPUs and 4 GPUs" in short(config, {"CPU": 64, "GPU": 3})
     assert "train" in short(config, {"CPU": 4, "GPU": 8})
 
 
@@ -235,7 +235,7 @@ def test_a_probe_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("sys.executable", str(hangs))
     monkeypatch.setattr(doctor_services, "_RAY_SECONDS", 2)
     monkeypatch.setattr(doctor_services, "_END_SECONDS", 0.2)
-    assert doctor_services._probed(None, 1, []) == {"error": "no answer in 2 s"}
+    assert doctor_services._run_probe(None, 1, []) == {"error": "no answer in 2 s"}
     wait_for(lambda: not group_of(int((tmp_path / "pid").read_text())))
 
 

@@ -122,10 +122,10 @@ def test_what_is_suggested_follows_images_and_hardware() -> None:
         (check_size, "33", "multiple of 32"),
         (check_size, "-32", "multiple of 32"),
         (check_size, "", "multiple of 32"),
-        (check_model, "EDT-Q", "there are EDT-S/2"),
+        (check_model, "EDT-Q", "the models are EDT-S/2"),
         (check_name, "a/b", "letters, digits"),
         (check_name, "", "letters, digits"),
-        (look_at, " ", "no folder was given"),
+        (look_at, " ", "the path is empty"),
         (look_at, "/nowhere/at/all", "does not exist"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_folders_own_factor_and_channels_are_written(
     section = load_config("edt.yaml").autoencoder
     assert (section.downsample_factor, section.latent_channels) == (16, 16)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no \.safetensors"):
+    with pytest.raises(UserError, match=r"contains no \.safetensors"):
         published_facts(str(folder))
 
 

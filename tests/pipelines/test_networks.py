@@ -18,7 +18,7 @@ from pipelines.config.size_check import size_problems
 from pipelines.pipeline import Published
 from pipelines.report.page import compare_metrics
 from pipelines.setup.disk import disk_needs
-from pipelines.setup.doctor_checks import _needed
+from pipelines.setup.doctor_checks import _optional_packages
 from pipelines.setup.doctor_services import _weights
 from tests.support.models import clip_folder
 
@@ -50,7 +50,7 @@ def test_published_weights_have_a_section_a_place_and_a_remedy(space: str) -> No
     assert disk_needs(asked, 1000, 10)["reference"] > 0
     with pytest.raises(UserError, match=re.escape(f"{space}.weights is not set. Needed are {spec.source}")):
         Published.of(asked, None)
-    assert set(_needed(asked, None)) == ({(spec.package, spec.extra)} if spec.package else set())
+    assert set(_optional_packages(asked, None)) == ({(spec.package, spec.extra)} if spec.package else set())
 
 
 def test_no_other_file_of_the_product_names_a_network() -> None:

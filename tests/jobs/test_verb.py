@@ -50,6 +50,17 @@ def test_every_verb_explains_itself(verb: str) -> None:
     assert "out" in done.stdout
 
 
+@pytest.mark.extern
+@pytest.mark.parametrize(
+    ("module", "remedy"), [("train", "jobs.train"), ("sizes", "jobs.preprocess, or another stage")]
+)
+def test_the_module_of_a_stage_names_the_command(module: str, remedy: str) -> None:
+    for option in (["-m", f"jobs.stages.{module}"], [f"-mjobs.stages.{module}"]):
+        done = subprocess.run([sys.executable, *option, "in", "out"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr == f"error: jobs.stages.{module} is not a command; run python -m {remedy}\n"
+
+
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m jobs.preprocess` as a process of its own."""
     return subprocess.run(

@@ -15,15 +15,25 @@ from jobs.stages.autoencoder import published_artifact
 from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
 from jobs.stages.reference import statistics_source
-from jobs.stages.stage import Input
+from jobs.stages.stage import Input, Stage
 
 ROLE_HELP = {
     "source": "labelled images: a folder, file or URI (s3://...)",
     "autoencoder": "autoencoder artifact, local diffusers folder, hub id, or MLflow URI (models:/NAME@ALIAS)",
-    "images": "images artifact: a folder or URI; for a reference also ADM's .npz of statistics",
+    "images": "images artifact: a folder or URI",
     "statistics": "ADM's .npz of reference statistics, as VIRTUAL_imagenet256_labeled.npz",
     "guide": "a weaker model to guide away from (autoguidance): a checkpoint artifact",
 }
+
+
+_REFERENCE_IMAGES = f"{ROLE_HELP['images']}; or ADM's .npz of reference statistics"
+
+
+def role_help(stage: Stage, role: str) -> str:
+    """The help of an input of a stage."""
+    if (stage.name, role) == ("reference", "images"):
+        return _REFERENCE_IMAGES
+    return ROLE_HELP.get(role, f"{role} artifact: a folder or URI")
 
 
 def add_role(parser: Any, role: str) -> None:

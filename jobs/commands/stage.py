@@ -12,7 +12,7 @@ from edt_core.progress import Progress, Silent
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
-from jobs.commands.inputs import ROLE_HELP, add_role, open_input
+from jobs.commands.inputs import add_role, open_input, role_help
 from jobs.commands.options import add_fields, given_fields, parse_assignment, parser_of, read_yaml, validated
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
@@ -39,15 +39,14 @@ def make_parser(stage: Stage, prog: str) -> argparse.ArgumentParser:
     """Reads what `main` is given."""
     first, *others = stage.roles
     parser = parser_of(prog, (stage.run.__doc__ or "").split("\n")[0], stage.examples)
-    parser.add_argument(first, help=ROLE_HELP.get(first, f"{first} artifact: a folder or URI"))
+    parser.add_argument(first, help=role_help(stage, first))
     parser.add_argument("out", help=_OUT_HELP)
     for role in others:
-        text = ROLE_HELP.get(role, f"{role} artifact: a folder or URI")
-        parser.add_argument(f"--{role}", required=True, help=text)
+        parser.add_argument(f"--{role}", required=True, help=role_help(stage, role))
     for role in stage.optional:
         add_role(parser, role)
     for role in stage.extras:
-        parser.add_argument(f"--{role}", help=f"{ROLE_HELP[role]}; for sample grids")
+        parser.add_argument(f"--{role}", help=f"{role_help(stage, role)}; for sample grids")
     if stage.plan is not None:
         parser.add_argument("--dry-run", action="store_true", help="tell what this would do and take, and do nothing")
     if first == "source":

@@ -61,6 +61,11 @@ def test_the_module_of_a_stage_names_the_command(module: str, remedy: str) -> No
         assert done.stderr == f"error: jobs.stages.{module} is not a command; run python -m {remedy}\n"
 
 
+def test_only_a_reference_takes_published_statistics_for_images() -> None:
+    with_file = [verb for verb in VERBS if ".npz" in command(verb, "--help").stdout]
+    assert with_file == ["reference"]
+
+
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m jobs.preprocess` as a process of its own."""
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""benchmark: how fast data, training and evaluation are, each figure beside a plain baseline measured in the same run.
+"""benchmark: speed of data, training and evaluation, each figure beside a plain baseline measured in the same run.
 
 edt bench data [--images FOLDER]     latents read, planning, preprocess, memory
 edt bench encode                     the encoder beside its autoencoder alone

@@ -1,7 +1,8 @@
-"""A plain training step, as the authors of EDT take it (their code is built on DiT): what ours is measured against.
+"""A plain training step to compare ours with, as EDT's authors do it (their code is built on DiT).
 
-The same model and the same losses, eager and in float32 (TF32 on a GPU): scores written out, the relative position
-bias looked up by a precomputed index, two forward passes, an optimizer and an average that go parameter by parameter.
+The same model and the same losses, eager and in float32 (TF32 on a GPU): explicit attention scores, the relative
+position bias looked up by a precomputed index, two forward passes, and an optimizer and an average that go parameter by
+parameter.
 
 Legend: N samples, T tokens, D width, H heads, d = D/H.
 """
@@ -37,7 +38,7 @@ class PlainAttention(nn.Module):
         self.register_buffer("pairs", pairs, persistent=False)  # [T, T], rows of the table
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Attend: [N, T, D] -> [N, T, D]; of the grid's tokens those in `kept`, int64 [N, T], where it is given."""
+        """Attend: [N, T, D] -> [N, T, D]; with `kept`, int64 [N, T], only these tokens of the grid."""
         samples, tokens, width = x.shape
         qkv = self.qkv(x).reshape(samples, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # N, H, T, d each
@@ -69,7 +70,7 @@ def _plain_linear(layer: nn.Linear) -> nn.Linear:
 
 
 class PlainStep:
-    """The step, made again and again on the same inputs; `ema` holds the averages of the parameters."""
+    """The step, repeated on the same inputs; `ema` contains the averages of the parameters."""
 
     def __init__(self, config: TrainConfig, model: DiffusionTransformer, inputs: StepInputs) -> None:
         self.config, self.inputs = config, inputs
@@ -92,7 +93,7 @@ class PlainStep:
         return torch.stack(losses).detach()
 
     def _losses(self, number: int, masks: list[Tensor] | None) -> Tensor:
-        """The losses of one pass, [N]: with noise and dropped labels of its own."""
+        """The losses of one pass, [N], with its own noise and dropped labels."""
         inputs, draws = self.inputs, self.inputs.draws
         y = torch.where(draws.drop_label[number], self.null_label, inputs.labels)
         objective = objective_of("epsilon")

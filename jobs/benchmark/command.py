@@ -19,7 +19,7 @@ from jobs.runtime.exit_code import exit_code
 
 
 def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
-    """Measure models alone; those named, or all."""
+    """Measure passes of models: the named ones, or all."""
     import torch
 
     from edt_core.models import MODEL_NAMES
@@ -28,13 +28,13 @@ def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
 
     names = options.models or MODEL_NAMES
     if unknown := [name for name in names if name not in MODEL_NAMES]:
-        raise UserError(f"--models names {', '.join(unknown)}; known are {', '.join(MODEL_NAMES)}")
+        raise UserError(f"--models: unknown {', '.join(unknown)}; known models: {', '.join(MODEL_NAMES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.processor_time:
         if device.type == "cuda":
-            raise UserError("--processor-time counts nothing of what a GPU does; leave it out")
+            raise UserError("--processor-time does not count the time of a GPU; leave it out")
         torch.set_num_threads(1)
-    measured = ModelBench(
+    settings = ModelBench(
         models=names,
         image_sizes=options.image_size or (256, 512),
         precisions=options.precision or PRECISIONS[device.type],
@@ -45,13 +45,13 @@ def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
         limit_s=options.limit_s,
         processor_time=options.processor_time,
     )
-    for rows in bench_models(measured):
-        say(table(rows).partition("\n")[2], err=True)  # an hour's rows should not be lost with the last one
+    for rows in bench_models(settings):
+        say(table(rows).partition("\n")[2], err=True)  # an interrupt must not lose an hour of rows
         yield from rows
 
 
 def bench_of_training(options: argparse.Namespace) -> Iterator[Row]:
-    """Measure training; `scale` below 1 takes fewer turns of a smaller batch."""
+    """Measure training; a `scale` below 1 means fewer turns and a smaller batch."""
     from jobs.benchmark.train import PRECISIONS, Subject, bench_train
 
     subject = Subject(
@@ -71,7 +71,7 @@ def bench_of_training(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def bench_of_evaluation(options: argparse.Namespace) -> Iterator[Row]:
-    """Measure sampling, whole evaluations and metrics; `scale` below 1 takes fewer images, steps and turns."""
+    """Measure sampling, whole evaluations and metrics; a `scale` below 1 means fewer images, steps and turns."""
     import torch
 
     from jobs.benchmark.evaluate import EvalSubject, bench_eval
@@ -90,12 +90,14 @@ def bench_of_evaluation(options: argparse.Namespace) -> Iterator[Row]:
 def _one_size(options: argparse.Namespace) -> int:
     sizes: tuple[int, ...] = options.image_size or (256,)
     if len(sizes) > 1:
-        raise UserError(f"--image-size {sizes} is several; `edt bench {options.part}` measures one")
+        raise UserError(
+            f"--image-size has several sizes {sizes}, but `edt bench {options.part}` measures one; name one"
+        )
     return sizes[0]
 
 
 def bench(part: str, images: str | None, scale: float, work_in: str | None = None) -> list[Row]:
-    """Measure one part, "data" or "encode"; `scale` below 1 makes it smaller and less exact, for a try."""
+    """Measure one part, "data" or "encode"; a `scale` below 1 makes it smaller and less exact."""
     with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=work_in) as folder:
         work = Path(folder)
         photos = photos_in(Path(images)) if images else made_photos(work / "photos")
@@ -105,7 +107,7 @@ def bench(part: str, images: str | None, scale: float, work_in: str | None = Non
 
 
 def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
-    """The rows of the data plane, part by part, with a word about each while it is measured."""
+    """The rows of the data plane, part by part; prints which part is being measured."""
     from jobs.runtime.cluster import connect
     from jobs.runtime.cluster_address import check_named
 
@@ -117,7 +119,7 @@ def _data(work: Path, photos: list[Path], scale: float) -> Iterator[list[Row]]:
         "memory": lambda folder: bench_memory(folder, photos, int(50_000 * scale)),
     }
     for number, (name, measure) in enumerate(parts.items(), 1):
-        say(f"bench: {name}, part {number} of {len(parts)}; all take some 6 minutes on 2 cores", err=True)
+        say(f"bench: {name}, part {number} of {len(parts)}; all parts take about 6 minutes on 2 cores", err=True)
         if name == "preprocess":
             connect(min_cpus=2)
         (work / name).mkdir()
@@ -134,12 +136,12 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _precisions(text: str) -> tuple[str, ...]:
     if unknown := set(_listed(text)) - {"fp32", "tf32", "bf16"}:
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: known are fp32, tf32, bf16")
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(sorted(unknown))}; known: fp32, tf32, bf16")
     return _listed(text)
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    """Reads what `main` is given."""
+    """The parser for the arguments of `main`."""
     parser = parser_of(
         prog,
         (__doc__ or "").split("\n")[0],
@@ -152,27 +154,35 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         "eval: sampling, whole evaluations, metrics",
     )
     add_json(parser)
-    parser.add_argument("--images", help="folder of JPEG photos to measure with  [default: made ones]")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, as 0.02 for a try")
+    parser.add_argument("--images", help="folder of JPEG photos to measure with  [default: synthetic ones]")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of the full size, such as 0.02 for a short test"
+    )
     parser.add_argument("--work-in", help="folder for some GB of scratch files  [default: the system's]")
     models = parser.add_argument_group("model, train and eval")
-    models.add_argument("--model", default="EDT-S/2", help="name of the model, but of model  [default: EDT-S/2]")
-    models.add_argument("--image-size", type=_sizes, help="side of the images  [default: 256, of model 256,512]")
+    models.add_argument("--model", default="EDT-S/2", help="name of the model, for train and eval  [default: EDT-S/2]")
+    models.add_argument("--image-size", type=_sizes, help="side of the images  [default: 256; for model 256,512]")
     training = parser.add_argument_group("model and train")
-    training.add_argument("--batch-size", type=int, default=8, help="images of a step  [default: 8]")
+    training.add_argument("--batch-size", type=int, default=8, help="images per step  [default: 8]")
     training.add_argument(
-        "--precision", type=_precisions, help="of fp32, tf32, bf16, with commas  [default: the device's two usual ones]"
+        "--precision",
+        type=_precisions,
+        help="fp32, tf32, bf16, separated by commas  [default: two that are usual for the device]",
     )
     training.add_argument("--compile", action="store_true", help="torch.compile the model")
     alone = parser.add_argument_group("model")
-    alone.add_argument("--models", type=_listed, help="names of models, with commas  [default: all]")
-    alone.add_argument("--turns", type=int, default=5, help="how often each pass is measured  [default: 5]")
-    alone.add_argument("--limit-s", type=float, default=120, help="leave out what takes more seconds  [default: 120]")
+    alone.add_argument("--models", type=_listed, help="names of models, separated by commas  [default: all]")
+    alone.add_argument("--turns", type=int, default=5, help="number of measurements of each pass  [default: 5]")
     alone.add_argument(
-        "--processor-time", action="store_true", help="of one thread, not wall time: on a machine that others use"
+        "--limit-s", type=float, default=120, help="leave out rows that take more seconds  [default: 120]"
+    )
+    alone.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="measure processor time of one thread, not wall time, for a shared machine",
     )
     evaluation = parser.add_argument_group("eval")
-    evaluation.add_argument("--num-images", type=int, help="images of a whole evaluation  [default: 8, on a GPU 256]")
+    evaluation.add_argument("--num-images", type=int, help="images of a whole evaluation  [default: 8; on a GPU 256]")
     return parser
 
 
@@ -181,7 +191,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.ben
     options = make_parser(prog).parse_args(arguments)
     with exit_code():
         if options.scale < 0.001:
-            raise UserError(f"--scale is {options.scale:g}; give 0.001 or more")
+            raise UserError(f"--scale is {options.scale:g}; use 0.001 or more")
         if options.part == "model":
             rows = list(bench_of_models(options))
         elif options.part == "train":

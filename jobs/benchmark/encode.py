@@ -83,7 +83,7 @@ def _image_shards(folder: Path, photos: list[Path], number: int) -> Artifact:
 
 
 def stored_autoencoder(folder: Path, build: Callable[[], Any]) -> Artifact:
-    """The artifact of an autoencoder that `build` makes, stored once in a folder."""
+    """The artifact of the autoencoder from `build` in a folder; an existing one is reused."""
     from edt_core.autoencoders.autoencoder import autoencoder_facts
     from jobs.stages.autoencoder import FOLDER
 

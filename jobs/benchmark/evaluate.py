@@ -1,7 +1,7 @@
-"""How fast samples are drawn and judged: the sampler beside bare calls of its model, a whole evaluation beside a plain.
+"""Speed of sampling and evaluation: the sampler beside bare model calls, a whole evaluation beside a plain one.
 
-Each ratio is against something measured in the same run, in turns with it: a shared machine's speed drifts. All weights
-are made at random. Legend: N images, C latent channels, h side of the latents, S image side, T steps of a chain.
+The two sides of a ratio are measured in the same run, in turns, because the speed of a shared machine drifts. All
+weights are random. Legend: N images, C latent channels, h side of the latents, S image side, T steps of a chain.
 """
 
 import itertools
@@ -43,7 +43,7 @@ _WHOLE_TARGETS = {("cpu", "fp32"): "at least 1.5", ("cpu", "bf16"): "at least 1.
 
 
 def bench_eval(work: Path, subject: EvalSubject, turns: int) -> Iterator[list[Row]]:
-    """The rows of each measurement as it is done; chains are drawn `turns` times, whole sets a fifth as often."""
+    """The rows of each measurement once it is done; chains are drawn `turns` times, whole sets a fifth as often."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     networks = made_networks(subject)
     rows, step_s = _sampling(subject, networks.model, device, turns)
@@ -55,14 +55,14 @@ def bench_eval(work: Path, subject: EvalSubject, turns: int) -> Iterator[list[Ro
 
 
 def _sampling(
-    subject: EvalSubject, made: DiffusionTransformer, device: torch.device, turns: int
+    subject: EvalSubject, network: DiffusionTransformer, device: torch.device, turns: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """Rows of chains in both precisions, of a plain chain, and of the model calls of one, at once or half by half.
+    """Rows of chains in both precisions, of a plain chain, and of bare model calls, at once or half by half.
 
-    Also the seconds that a step of each chain takes for an image.
+    Also returns the seconds per step and image of each chain.
     """
     use_precision("fp32")
-    model, count = made.to(device), subject.batch_size
+    model, count = network.to(device), subject.batch_size
     indices = list(range(count))
     labels = [index % model.config.num_classes for index in indices]
     samplers = {name: LatentSampler(model, chain_config(name, _STEPS_ALONE), NUM_TIMESTEPS) for name in _PRECISIONS}
@@ -79,10 +79,10 @@ def _sampling(
         "plain": _plain_run(PlainChain(plain_model(model).eval(), schedule), labels, device),
         "apart": partial(bare_calls, model, timesteps, labels, at_once=False),
     }
-    # What differs by a few percent takes turns with nothing else: what came before, the plain chain most of all, tells
-    # in the time of a run.
+    # Runs that differ by a few percent take turns only with each other: the run before, the plain chain most of all,
+    # affects the time of the next one.
     close, seconds = in_turns(pair, turns, device), in_turns(runs, max(1, turns // 2), device)
-    step_s = {name: taken / (count * _STEPS_ALONE) for name, taken in seconds.items()}
+    step_s = {name: duration / (count * _STEPS_ALONE) for name, duration in seconds.items()}
     return _sampling_rows(subject, close, seconds, moved, plain_precision(device)), step_s
 
 
@@ -90,7 +90,7 @@ def _sampling_rows(
     subject: EvalSubject, close: Mapping[str, float], seconds: Mapping[str, float], moved: float, plain_precision: str
 ) -> list[Row]:
     count = subject.batch_size
-    rate = {name: f"{count / taken:.3f}" for name, taken in seconds.items()}
+    rate = {name: f"{count / duration:.3f}" for name, duration in seconds.items()}
     what = f"{subject.model} at {subject.image_size}, {count} images, guided, {_STEPS_ALONE} steps"
     rows = [
         Row(
@@ -121,7 +121,7 @@ def _sampling_rows(
 
 
 def _plain_run(chain: "PlainChain", labels: Sequence[int], device: torch.device) -> Callable[[], object]:
-    """The plain chain of some labels, in its own precision; then that of the others again."""
+    """Run the plain chain in its own precision, then restore the precision of the other runs."""
     config, y = chain.model.config, torch.tensor(labels, device=device)
 
     def run() -> None:
@@ -136,7 +136,7 @@ def _plain_run(chain: "PlainChain", labels: Sequence[int], device: torch.device)
 def bare_calls(
     model: DiffusionTransformer, timesteps: Sequence[int], labels: Sequence[int], *, at_once: bool
 ) -> Tensor:
-    """The model calls of a guided chain with nothing else: of 2N rows, or twice of N. Returns the last output."""
+    """Only the model calls of a guided chain: one of 2N rows, or two of N, per step. Returns the last output."""
     config, device = model.config, next(model.parameters()).device
     x = torch.randn(2 * len(labels), config.in_channels, config.latent_size, config.latent_size, device=device)
     y = torch.tensor([*labels, *[config.num_classes] * len(labels)], device=device)
@@ -157,13 +157,13 @@ def _relative_rms(x: Tensor, exact: Tensor) -> float:
 
 
 class Measured(NamedTuple):
-    """Median seconds of whole evaluations, and what each of their stages takes alone."""
+    """Median seconds of whole evaluations, and the seconds of each of their stages alone."""
 
     seconds: float
     stages: Stages
 
     def with_more_steps(self, seconds: float) -> "Measured":
-        """With steps that would take some seconds more."""
+        """The same with additional sampling steps that take `seconds`."""
         longer = self.stages._replace(sampling=self.stages.sampling + seconds)
         return Measured(self.seconds + seconds, longer)
 
@@ -178,7 +178,7 @@ def _whole(
 ) -> list[Row]:
     """Rows of an evaluation in each precision beside the plain one, as measured and at FULL_STEPS.
 
-    `step_s` is what a step of each chain takes for an image, in seconds: the missing steps are added at that.
+    `step_s` are the seconds per step and image of each chain: the time of the missing steps is computed from them.
     """
     inputs = as_inputs(networks, work)
     plain = PlainEvaluation(work / "plain", subject, networks, device)
@@ -190,21 +190,21 @@ def _whole(
     rows = [_whole_row(subject, name, measured, plain.precision, device, "") for name in _PRECISIONS]
     if subject.steps < FULL_STEPS:
         missing = subject.num_images * (FULL_STEPS - subject.steps)
-        full = {name: found.with_more_steps(missing * step_s[name]) for name, found in measured.items()}
+        full = {name: side.with_more_steps(missing * step_s[name]) for name, side in measured.items()}
         how = f" (sampling time scaled from {subject.steps} steps)"
         rows += [_whole_row(subject, name, full, plain.precision, device, how) for name in _PRECISIONS]
     return rows
 
 
 def _measured(runs: Mapping[str, "OurEvaluation | PlainEvaluation"], turns: int) -> dict[str, Measured]:
-    """Each once, in a turn; the stages of one unit before, which is the warm-up as well."""
+    """Measure the stages of one unit, which is also the warm-up, then whole runs in turns."""
     stages = {name: run.stages() for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(turns):
         for name, run in runs.items():
             with timed(seconds[name]):
                 run()
-    return {name: Measured(statistics.median(taken), stages[name]) for name, taken in seconds.items()}
+    return {name: Measured(statistics.median(durations), stages[name]) for name, durations in seconds.items()}
 
 
 def _whole_row(
@@ -215,7 +215,7 @@ def _whole_row(
     device: torch.device,
     how: str,
 ) -> Row:
-    """One precision's row. The target is that of FULL_STEPS: with fewer the decoder, the same in both, weighs more."""
+    """The row of one precision. Its target is for FULL_STEPS: with fewer, the decoder, equal in both, weighs more."""
     ours, plain = measured[name], measured["plain"]
     steps = FULL_STEPS if how else subject.steps
     return Row(
@@ -229,7 +229,7 @@ def _whole_row(
 
 
 class OurEvaluation:
-    """The job's worker in this process, with two units at once in threads, as the job gives them to it."""
+    """The job's worker in this process, with two units at once in threads, as in the job."""
 
     def __init__(
         self, work: Path, subject: EvalSubject, precision: str, device: torch.device, inputs: dict[str, Any]
@@ -239,18 +239,18 @@ class OurEvaluation:
         self.sampler = Sampler(self.config, inputs, self._new_writer())
 
     def __call__(self) -> None:
-        """Every unit's file, in a folder of its own."""
+        """Write the files of all units into a new folder."""
         use_precision("fp32")
         self.sampler.out = self._new_writer()
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(self.sampler.work, range(units_per_repeat(self.config))))
 
     def stages(self) -> Stages:
-        """Each stage of one unit by itself, times the number of units."""
+        """The seconds of each stage of one unit alone, times the number of units."""
         use_precision("fp32")
         indices = unit_of(self.config, 0).indices
         seconds: list[float] = []
-        with timed(seconds):  # its end looks at the latents, and so waits for the device
+        with timed(seconds):  # the sampler reads the latents at its end, and so waits for the device
             latents = self.sampler.latents(indices % self.sampler.num_classes, self.config.seed, indices)
         with timed(seconds):
             pixels = decode_to_pixels(self.sampler.autoencoder, latents)

@@ -1,4 +1,4 @@
-"""Images a second of preprocess, and the planning of very many."""
+"""Images a second of preprocess, and the planning of very many images."""
 
 import os
 import subprocess
@@ -19,17 +19,17 @@ from jobs.benchmark.table import Row, mib, timed
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """The JPEG files below a folder. Raises UserError where there is none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not found:
+    """The JPEG files below a folder. Raises UserError if there are none."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
         raise UserError(
-            f"no JPEG files below {folder}; give a folder of photos, or leave --images out to have some made"
+            f"no JPEG files below {folder}; use a folder of photos, or leave --images out to measure synthetic ones"
         )
-    return found
+    return paths
 
 
 def made_photos(folder: Path, number: int = 64) -> list[Path]:
-    """JPEG files of 500 x 375 with the spectrum of photos, where no real ones are given."""
+    """Synthetic JPEG files of 500 x 375 px with the spectrum of photos."""
     from PIL import Image
 
     folder.mkdir(parents=True)
@@ -53,7 +53,7 @@ def linked_folder(photos: list[Path], root: Path, number: int, classes: int = 10
 
 
 def pillow_loop(paths: list[Path], out: Path, size: int, **save: Any) -> float:
-    """Images a second of the plain way: open, ADM crop, save, one after the other in one process."""
+    """Images a second of a plain loop: open, ADM crop, save, one by one in one process."""
     from PIL import Image
 
     out.mkdir()
@@ -87,7 +87,7 @@ def bench_preprocess(work: Path, photos: list[Path], number: int) -> list[Row]:
     ours = number / seconds[0]
     again = pillow_loop(part, work / "loop-again", 256, format="WEBP", **SAVE_OPTIONS["webp"])
     default = pillow_loop(part[: len(part) // 3], work / "loop-png", 256, format="PNG")
-    loop = (same + again) / 2  # before and after: the machine's speed drifts
+    loop = (same + again) / 2  # before and after, because the machine's speed drifts
     return [
         Row(
             "preprocess, 2 workers",
@@ -108,7 +108,7 @@ def run_preprocess(config: PreprocessConfig, source: Source, out: Path) -> Artif
 
 
 def execute(stage: Any, config: Any, out: Path, **inputs: Any) -> Artifact:
-    """What a stage makes of its inputs, in a folder, without a report of progress."""
+    """The artifact of a stage in a folder, made without progress reports."""
     identity = stage.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
     artifact: Artifact = stage.execute(config, inputs, ArtifactWriter(Folder.at(out), stage.kind, identity), Silent())
     return artifact

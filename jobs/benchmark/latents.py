@@ -17,9 +17,9 @@ from jobs.benchmark.table import Row
 def bench_latents(work: Path, rows: int, batch_size: int = 256, seconds: float = 4.0) -> list[Row]:
     """Rows a second, shuffled, one process, warm cache: our reader, DataLoaders over .npy files, and bare numpy.
 
-    Our row is what a training step takes of an image: posterior mean and std, float32 [2, 4, 32, 32], 32 KB. The .npy
-    files are as the authors' code has them, one of a drawn latent, float32 [1, 4, 32, 32], and one of its label; and,
-    the other way to compare, one file of our row without a label.
+    Our row is what a training step reads of an image: posterior mean and std, float32 [2, 4, 32, 32], 32 KB. The .npy
+    files are those of the authors' code, one of a drawn latent, float32 [1, 4, 32, 32], and one of its label; and, for
+    a second comparison, one file of our row without a label.
     """
     import torch
 
@@ -33,7 +33,7 @@ def bench_latents(work: Path, rows: int, batch_size: int = 256, seconds: float =
     _write_npy(work / "latents", values[:, :1])
     _write_npy(work / "rows", values)
     _write_npy(work / "labels", np.zeros((rows, 1), np.int64))
-    os.sync()  # 3 GB that the kernel would write to the disk while we measure
+    os.sync()  # or the kernel would write 3 GB to the disk during the measurement
 
     def files(*folders: str) -> Iterator[Any]:
         data: Any = _NpyFiles([work / folder for folder in folders], rows)

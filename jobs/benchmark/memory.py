@@ -30,7 +30,7 @@ def bench_memory(work: Path, photos: list[Path], number: int) -> list[Row]:
 
 @contextmanager
 def peak_of_workers(interval_s: float = 0.2) -> Iterator[list[int]]:
-    """A list that ends with the highest resident bytes (VmHWM) that any Ray worker of this machine had by then."""
+    """A list whose item becomes the highest resident bytes (VmHWM) of any Ray worker of this machine so far."""
     peak, stop = [0], threading.Event()
 
     def watch() -> None:
@@ -50,14 +50,14 @@ def _worker_peaks() -> Iterator[int]:
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
-        except OSError:  # it ended
+        except OSError:  # the process has ended
             continue
         if fields["Name"].strip().startswith("ray::") and "VmHWM" in fields:
             yield int(fields["VmHWM"].split()[0]) << 10
 
 
 def _small_autoencoder(folder: Path, size: int) -> Artifact:
-    """An unfitted small autoencoder: what it makes of images does not matter here."""
+    """A small autoencoder without fit: its latents do not matter here."""
     from edt_core.autoencoders.autoencoder import build_autoencoder
     from edt_core.config import AutoencoderConfig
 

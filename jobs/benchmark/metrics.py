@@ -1,4 +1,4 @@
-"""Metrics at the sizes of a published evaluation: the Fréchet distance against scipy's, and the cost of all pairs."""
+"""Metrics at the sizes of a published evaluation: Fréchet distance against scipy's, and the cost of all pairs."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def _bench_frechet(dimensions: int) -> list[Row]:
     first, second = (_made_gaussian(seed, dimensions) for seed in (0, 1))
     ours_s: list[float] = []
     sqrtm_s: list[float] = []
-    for _ in range(2):  # the better of two: the libraries' first use is not what is measured
+    for _ in range(2):  # the better of two: the first use of a library takes longer
         with timed(ours_s):
             ours = frechet_distance(first, second)
         with timed(sqrtm_s):
@@ -67,7 +67,7 @@ def _rotation(dimensions: int) -> NDArray[np.float64]:
 
 
 def _frechet_by_sqrtm(first: Gaussian, second: Gaussian) -> float:
-    """As the field's common implementations have it."""
+    """The formula of common implementations."""
     from scipy.linalg import sqrtm
 
     gap = first.mean - second.mean
@@ -87,13 +87,15 @@ def _in_a_fresh_process(metric: str, generated: int, reference: int, dimensions:
 
 def _measure(metric: str, generated: int, reference: int, dimensions: int) -> tuple[float, float, int]:
     rng = np.random.default_rng(0)
-    made, real = (rng.standard_normal((number, dimensions), dtype=np.float32) for number in (generated, reference))
+    generated_features, real = (
+        rng.standard_normal((number, dimensions), dtype=np.float32) for number in (generated, reference)
+    )
     seconds: list[float] = []
     processor_s = time.process_time()
     with timed(seconds):
-        (precision_recall if metric == "precision_recall" else kernel_distance)(made, real)
+        (precision_recall if metric == "precision_recall" else kernel_distance)(generated_features, real)
     processor_s = time.process_time() - processor_s
-    # Not `getrusage`: its ru_maxrss starts at what the parent had when it started this process.
+    # Not `getrusage`: its ru_maxrss starts at the parent's value when this process starts.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return seconds[0], processor_s, int(status.split("VmHWM:")[1].split()[0]) << 10
 

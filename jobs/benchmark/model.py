@@ -1,8 +1,8 @@
-"""How fast the models are: beside plain eager ones, beside the device's matrix products, and EDT beside MDTv2.
+"""Speed of the models: beside plain eager ones, beside the device's matrix products, and EDT beside MDTv2.
 
-Every ratio is of medians of the same run, measured in turns: a shared machine's speed drifts.
+Ratios compare medians of the same run, measured in turns, because the speed of a shared machine drifts.
 
-Legend: MACs are multiply-accumulates, of which a matrix product's rate counts each as two operations.
+Legend: MACs are multiply-accumulates; the rate of matrix products counts each of them as two operations.
 """
 
 import sys
@@ -39,11 +39,11 @@ from jobs.benchmark.plain import plain_precision
 from jobs.benchmark.table import Row
 from jobs.benchmark.train import in_turns
 
-# What EDT-S, -B and -XL are faster than MDTv2 of their size by, in inference and in training (arXiv 2410.23788).
+# Speed of EDT-S, -B and -XL relative to MDTv2 of their size, in inference and in training (arXiv 2410.23788).
 _PAPER = {"S": (2.29, 3.93), "B": (2.29, 2.84), "XL": (2.22, 1.92)}
 _LEAST_INFERENCE, _LEAST_TRAINING = 2.2, 1.92
 _PLAIN_TARGETS = {("cpu", "fp32"): "at least 1.3", ("cuda", "bf16"): "at least 3"}  # of a forward pass of an EDT
-_EXPECTED_SHARE = 0.3  # of the rate of matrix products, to tell beforehand how long a measurement takes
+_EXPECTED_SHARE = 0.3  # of the rate of matrix products, to estimate the time of a measurement
 _UNCOUNTED_TURNS = 2
 
 Passes = dict[str, Callable[[], object]]
@@ -51,7 +51,7 @@ Passes = dict[str, Callable[[], object]]
 
 @dataclass(frozen=True)
 class ModelBench:
-    """What is measured, and on what. What would take longer than `limit_s` seconds, or does not fit, is left out."""
+    """The models to measure, and how. Rows that take longer than `limit_s`, or too much memory, are left out."""
 
     models: tuple[str, ...]
     image_sizes: tuple[int, ...]
@@ -61,7 +61,7 @@ class ModelBench:
     compile: bool = False
     turns: int = 5
     limit_s: float = 120.0
-    processor_time: bool = False  # of this process: on a machine that others use, the time on the wall is theirs too
+    processor_time: bool = False  # of this process; on a shared machine, wall time depends on other processes
 
     @property
     def plain_precision(self) -> str:
@@ -130,10 +130,10 @@ def _row_of_model(
 
 
 def _rows_of_pair(bench: ModelBench, size: str, configs: Sequence[ModelConfig]) -> list[Row]:
-    """How many times an EDT's rate is that of the MDTv2: of forward passes, and of the full and masked training pass.
+    """The speed of an EDT relative to the MDTv2: of forward passes, and of the full and masked training pass.
 
-    A training pass is a step without its optimizer: the gradient of both losses. How many steps it takes to a quality
-    is not in it.
+    A training pass is a step without its optimizer: the gradient of both losses. The number of steps to reach a quality
+    is not part of it.
     """
     edt, mdt = configs
     macs = [count_macs(shadow(config)) for config in configs]
@@ -153,8 +153,8 @@ def _rows_of_pair(bench: ModelBench, size: str, configs: Sequence[ModelConfig]) 
         ("training pass", _training_pass, flops, _PAPER[size][1], _LEAST_TRAINING),
     ):
         for precision in bench.precisions:
-            made = zip(("edt", "mdt"), models, strict=True)
-            rate = _rates(bench, {name: make(bench, model, precision) for name, model in made})
+            pairs = zip(("edt", "mdt"), models, strict=True)
+            rate = _rates(bench, {name: make(bench, model, precision) for name, model in pairs})
             rows.append(
                 Row(
                     bench.what(kind, names, edt.image_size, precision),
@@ -168,7 +168,7 @@ def _rows_of_pair(bench: ModelBench, size: str, configs: Sequence[ModelConfig]) 
 
 
 def _training_pass(bench: ModelBench, model: DiffusionTransformer, precision: str) -> Callable[[], object]:
-    """The gradient of full and masked loss as a training takes it, with the masks of another step each time."""
+    """The gradient of full and masked loss as in training, with the masks of another step each time."""
     config = TrainConfig(
         model=model.config.name, global_batch_size=bench.batch_size, precision=precision, compile=bench.compile
     )
@@ -185,7 +185,7 @@ def _training_pass(bench: ModelBench, model: DiffusionTransformer, precision: st
     return run
 
 
-# --- what is run, and whether
+# --- the passes, and whether they are measured
 
 
 def _inputs(bench: ModelBench, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +199,7 @@ def _forward_of(bench: ModelBench, model: DiffusionTransformer, precision: str) 
 
 
 def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision: str) -> Callable[[], object]:
-    """A pass in evaluation."""
+    """A forward pass in evaluation mode."""
 
     def run() -> None:
         use_precision(precision)
@@ -210,7 +210,7 @@ def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision:
 
 
 def _forward_backward(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision: str) -> Callable[[], object]:
-    """A full pass of training, and its gradient."""
+    """A full training pass with its gradient."""
 
     def run() -> None:
         use_precision(precision)
@@ -242,7 +242,7 @@ def _rates(bench: ModelBench, passes: Passes) -> dict[str, float]:
     """Images a second of each pass, in turns."""
     clock = time.process_time if bench.processor_time else time.perf_counter
     seconds = in_turns(passes, bench.turns, bench.device, clock)
-    return {name: bench.batch_size / taken for name, taken in seconds.items()}
+    return {name: bench.batch_size / duration for name, duration in seconds.items()}
 
 
 def _weight_bytes(config: ModelConfig) -> int:
@@ -250,7 +250,7 @@ def _weight_bytes(config: ModelConfig) -> int:
 
 
 def _left_out(bench: ModelBench, memory: int, flops_per_image: int) -> str:
-    """Why something is not measured: memory in bytes, or time; empty where it is."""
+    """Why a measurement is left out, its memory (bytes) or its time; empty if it is not."""
     free = _free_memory(bench.device)
     if memory > free:
         return f"left out: takes about {memory / (1 << 30):.1f} GiB, and {free / (1 << 30):.1f} GiB are free"
@@ -263,7 +263,7 @@ def _left_out(bench: ModelBench, memory: int, flops_per_image: int) -> str:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be had; on a system that does not say, as many as anyone wants."""
+    """Bytes of free memory; unlimited on a system that does not state them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     information = Path("/proc/meminfo")

@@ -1,4 +1,4 @@
-"""What a benchmark of evaluation is of: its networks, made at random, and the protocol that all sides share."""
+"""The subject of an evaluation benchmark: networks with random weights, and the protocol that all sides share."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +24,9 @@ CFG_SCALE, GUIDED_CHANNELS = 1.5, 3
 
 @dataclass(frozen=True)
 class EvalSubject:
-    """What is evaluated: a named model for images of a size, `num_images` of them in units of `unit_size`.
+    """The subject of a benchmark: a named model at an image size, with `num_images` in units of `unit_size`.
 
-    The sampler alone draws `batch_size` images. The autoencoder's channels are those of Stable Diffusion.
+    Sampling alone is measured with `batch_size` images. The autoencoder has the channels of Stable Diffusion's.
     """
 
     model: str = "EDT-S/2"
@@ -41,10 +41,10 @@ class EvalSubject:
     def on(
         cls, device: str, model: str, image_size: int, num_images: int | None = None, scale: float = 1
     ) -> "EvalSubject":
-        """What takes some minutes on a device; `scale` below 1 takes fewer images and steps."""
+        """A subject that takes some minutes on a device; a `scale` below 1 means fewer images and steps."""
         images, unit, steps = (256, 64, FULL_STEPS) if device == "cuda" else (8, 4, 20)
         images = max(2, int((num_images or images) * min(scale, 1)))
-        unit = min(unit, -(-images // 2))  # two units at least, for their stages to overlap
+        unit = min(unit, -(-images // 2))  # at least two units, so that their stages overlap
         return cls(model, image_size, 2 * unit, images, unit, max(2, int(steps * min(scale, 1))))
 
     @property
@@ -56,7 +56,7 @@ class EvalSubject:
             **chain_config(precision, self.steps).model_dump(),
             num_samples=self.num_images,
             unit_size=self.unit_size,
-            keep_images=1,  # of 50,000 samples the first 100 are kept: next to none
+            keep_images=1,  # almost none, as in an evaluation of 50,000 samples, which keeps 100
             num_cpus_per_worker=torch.get_num_threads(),
             num_gpus_per_worker=float(device.type == "cuda"),
         )
@@ -83,7 +83,7 @@ class Networks(NamedTuple):
 
 
 def made_model(config: ModelConfig) -> DiffusionTransformer:
-    """A model of random weights; where a fresh one's are zero, its output is zero, in whatever precision."""
+    """A model with random weights. Weights that start at zero are drawn too: they make the output zero."""
     model = build_model(config)
     for parameter in model.parameters():
         if not parameter.any():
@@ -92,7 +92,7 @@ def made_model(config: ModelConfig) -> DiffusionTransformer:
 
 
 def made_networks(subject: EvalSubject) -> Networks:
-    """Networks of random weights, the same at each call, for evaluation, on the CPU."""
+    """Networks with random weights, equal at each call, in evaluation mode, on the CPU."""
     from diffusers import AutoencoderKL
 
     levels = len(subject.autoencoder_channels)

@@ -1,4 +1,4 @@
-"""A plain evaluation, as DiT's and EDT's authors sample and as people measure samples: what ours is compared with.
+"""A plain evaluation to compare ours with: sampling as DiT's and EDT's authors do, and the usual way to measure.
 
 Legend: N images, C latent channels, h side of the latents.
 """
@@ -25,12 +25,12 @@ from jobs.benchmark.table import timed
 
 
 def plain_precision(device: torch.device) -> str:
-    """As the authors sample: on a GPU they turn TF32 on."""
+    """The precision of the authors' sampling: on a GPU they turn TF32 on."""
     return "fp32" if device.type == "cpu" else "tf32"
 
 
 class Stages(NamedTuple):
-    """Seconds of each stage by itself, for all images."""
+    """Seconds of each stage alone, for all images."""
 
     sampling: float
     decoding: float
@@ -43,14 +43,14 @@ class Stages(NamedTuple):
 
 def of_all(seconds: Sequence[float], units: float) -> Stages:
     """Seconds of one unit in each stage, times the number of units."""
-    return Stages(*(units * taken for taken in seconds))
+    return Stages(*(units * duration for duration in seconds))
 
 
 class PlainEvaluation:
-    """The way of DiT's and EDT's authors, and of those who measure their samples: one thing after the other, eager.
+    """The way of DiT's and EDT's authors, and the usual way to measure samples: sequential and eager.
 
-    A plain model and chain; each image a PNG; in a second pass every PNG read back, one at a time, for an Inception as
-    it was trained. In float32, as the authors with TF32 on a GPU. All features end in one npz.
+    A plain model and chain write each image as a PNG. A second pass reads every PNG back, one at a time, for an
+    unmodified Inception. In float32; on a GPU with TF32, as the authors. All features end in one npz.
     """
 
     def __init__(self, work: Path, subject: EvalSubject, networks: Networks, device: torch.device) -> None:
@@ -60,16 +60,16 @@ class PlainEvaluation:
         schedule = sampling_schedule(linear_schedule(NUM_TIMESTEPS), subject.steps)
         self.chain = PlainChain(plain_model(networks.model).to(device).eval(), schedule)
         self.autoencoder, self.inception = networks.autoencoder.to(device), networks.inception.to(device)
-        # The spatial features are not used here; the network wants their kernels all the same.
+        # The spatial features are not used here, but the network requires their kernels.
         branch = self.inception.get_submodule("Mixed_6d.branch1x1.conv")
         self.inception.spatial_kernel = branch.get_parameter("weight")[:SPATIAL_CHANNELS]
 
     def __call__(self) -> None:
-        """A PNG of every image, and their features."""
+        """Write a PNG of every image, and their features."""
         self._run(self.subject.num_images)
 
     def stages(self) -> Stages:
-        """The stages of one unit, times the number of units."""
+        """The seconds of each stage of one unit, times the number of units."""
         unit = self.subject.unit_size
         return of_all(self._run(unit), self.subject.num_images / unit)
 
@@ -87,8 +87,8 @@ class PlainEvaluation:
             with timed(decoding):
                 self._write(folder, batch, latents)
         with timed(features):
-            found = [self.features(_read(folder, batch)) for batch in _batches(count, self.subject.unit_size)]
-            np.savez(folder / "features.npz", features=np.concatenate(found))
+            arrays = [self.features(_read(folder, batch)) for batch in _batches(count, self.subject.unit_size)]
+            np.savez(folder / "features.npz", features=np.concatenate(arrays))
         return [sum(sampling), sum(decoding), sum(features)]
 
     def _sample(self, batch: range) -> Tensor:
@@ -97,7 +97,7 @@ class PlainEvaluation:
         labels = torch.tensor([index % config.num_classes for index in batch], device=self.device)
         latents = self.chain(torch.randn(shape, device=self.device), labels)
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # for the clock alone
+            torch.cuda.synchronize(self.device)  # only for the measurement
         return latents
 
     @torch.no_grad()
@@ -112,12 +112,12 @@ class PlainEvaluation:
         """uint8 [N, S, S, 3] -> [N, 2048]."""
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).contiguous()
         pooled, _, _ = self.inception((tf1_resize(images) - 128) / 128)
-        found: NDArray[np.float32] = pooled.cpu().numpy()
-        return found
+        features: NDArray[np.float32] = pooled.cpu().numpy()
+        return features
 
 
 class PlainChain:
-    """The ancestral chain with guidance as DiT's authors write it: both halves of the batch are carried along.
+    """The ancestral chain with guidance as DiT's authors write it: both halves of the batch go through every step.
 
     The coefficients of a step are looked up by sample, from tables that are copied to the device each time.
     """
@@ -147,8 +147,8 @@ class PlainChain:
         log_variance = share * most + (1 - share) * least
         start = _at(self.from_x, t, x) * x - _at(self.from_eps, t, x) * eps
         mean = _at(self.mean_of_start, t, x) * start + _at(self.mean_of_x, t, x) * x
-        goes_on = (t != 0).float().view(-1, 1, 1, 1)
-        return mean + goes_on * torch.exp(0.5 * log_variance) * draw(x)
+        is_not_last = (t != 0).float().view(-1, 1, 1, 1)
+        return mean + is_not_last * torch.exp(0.5 * log_variance) * draw(x)
 
     def _guided(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model on the first half of x with and without its labels, [2N, 2C, h, h]; both halves are guided."""

@@ -1,4 +1,4 @@
-"""What a benchmark gives: rows, and what they were measured on."""
+"""The result of a benchmark: rows, and the hardware of the measurement."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from edt_core.environment import code_version, environment
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `ratio` is `figure` against what `against` names."""
+    """One line of the table. `ratio` compares `figure` with `against`."""
 
     what: str
     figure: str
@@ -44,7 +44,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def hardware() -> str:
-    """What the figures were measured on, and by which code."""
+    """The hardware, the versions and the commit of the measurement."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

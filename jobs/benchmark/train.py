@@ -1,6 +1,6 @@
-"""How fast a training goes: its step alone, beside a plain step, in the whole loop, on several workers; checkpoints.
+"""Speed of training: its step alone, beside a plain step, in the whole loop, on several workers; checkpoints.
 
-Each ratio is against something measured in the same run, in turns with it: a shared machine's speed drifts.
+The two sides of a ratio are measured in the same run, in turns, because the speed of a shared machine drifts.
 """
 
 import os
@@ -38,13 +38,13 @@ from jobs.runtime.loopback import INTERFACES
 
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
 _STEPS_BETWEEN_CHECKPOINTS = 1000
-_WARM_UP = 6  # steps of a loop in which its memory grows
+_WARM_UP = 6  # first steps of a loop, in which its memory grows
 _PLAIN_TARGETS = {("cpu", "fp32"): "at least 1.25", ("cpu", "bf16"): "at least 1.8", ("cuda", "bf16"): "at least 3"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained: a named model for images of a size, in steps of `batch_size` images."""
+    """The subject of a benchmark: a named model at an image size, trained in steps of `batch_size` images."""
 
     model: str = "EDT-S/2"
     image_size: int = 256
@@ -68,7 +68,7 @@ class Subject:
 
 
 def bench_train(work: Path, subject: Subject, precisions: tuple[str, ...], turns: int) -> Iterator[list[Row]]:
-    """The rows of each measurement as it is done; every step is measured `turns` times."""
+    """The rows of each measurement once it is done; every step is measured `turns` times."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, seconds = _steps(subject, precisions, device, turns)
     yield rows
@@ -83,7 +83,7 @@ def bench_train(work: Path, subject: Subject, precisions: tuple[str, ...], turns
 
 
 def ready_inputs(config: TrainConfig, model: ModelConfig, device: torch.device) -> StepInputs:
-    """Made latents, labels and draws of one step, on the device."""
+    """Random latents, labels and draws of one step, on the device."""
     draws = draw_step(config, 0, model)
     rng = torch.Generator().manual_seed(config.seed)
     return StepInputs(
@@ -96,7 +96,7 @@ def ready_inputs(config: TrainConfig, model: ModelConfig, device: torch.device) 
 
 
 class BareStep:
-    """Our training step without loop, loader and logging, made again and again on the same inputs."""
+    """Our training step without loop, loader and logging, repeated on the same inputs."""
 
     def __init__(self, config: TrainConfig, model: ModelConfig, inputs: StepInputs, ranks: Ranks) -> None:
         self.config, self.inputs = config, inputs
@@ -125,14 +125,14 @@ def in_turns(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each step: one of each in a turn, after two that are not counted."""
+    """Median seconds of each step, one of each per turn, after two turns of warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 2):
         for name, step in steps.items():
-            taken = _seconds(step, device, clock)
+            duration = _seconds(step, device, clock)
             if turn >= 2:
-                seconds[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+                seconds[name].append(duration)
+    return {name: statistics.median(durations) for name, durations in seconds.items()}
 
 
 def _seconds(step: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -173,18 +173,18 @@ def _steps(
 
 
 def _peak_memory(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes at the highest during a step; on the CPU, that of the process so far."""
+    """Peak bytes during a step; on the CPU, of the process so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step()
     return device_memory(device)
 
 
-# --- the whole loop, and what a checkpoint costs it
+# --- the whole loop, and the cost of a checkpoint
 
 
 def _loop(work: Path, subject: Subject, precision: str, device: torch.device, turns: int) -> Row:
-    """The loop on latent shards, with a row of history at each step, and a bare step in turns with each of its own."""
+    """The loop on latent shards, with a history row at each step, and a bare step after each of its steps."""
     model, steps = subject.model_config, _WARM_UP + 2 * turns
     dataset = LatentDataset([_latents(work, model, rows=max(4 * subject.batch_size, 64))])
     config = subject.train_config(precision, max_steps=steps, log_every=1, checkpoint_every=steps)
@@ -213,7 +213,7 @@ def _loop(work: Path, subject: Subject, precision: str, device: torch.device, tu
 
 
 def _latents(folder: Path, model: ModelConfig, rows: int) -> Path:
-    """A latent shard of made posteriors that fit the model."""
+    """A latent shard of random posteriors that fit the model."""
     shape = (model.in_channels, model.latent_size, model.latent_size)
     folder.mkdir(parents=True)
     path = folder / "latents-00000.arrow"
@@ -226,12 +226,12 @@ def _latents(folder: Path, model: ModelConfig, rows: int) -> Path:
 
 
 def _checkpoints(work: Path, subject: Subject, precision: str, device: torch.device, step_s: float) -> Row:
-    """What a checkpoint costs at most, if none of its writing went on beside the steps, as a share of these."""
+    """The largest cost of a checkpoint, as if none of its writing overlapped with steps, as a share of the steps."""
     config = subject.train_config(precision)
     state = initial_state(config, subject.model_config, device)
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()  # now it has a state to be written
+    state.optimizer.step()  # creates the state that a checkpoint contains
     context = LocalContext(work, Ranks(device=device), num_to_keep=1)
     waited, written = [], []
     for state.step in range(1, 5):
@@ -240,12 +240,12 @@ def _checkpoints(work: Path, subject: Subject, precision: str, device: torch.dev
         waited.append(time.perf_counter() - started)
         context.store.flush()
         written.append(time.perf_counter() - started)
-    # the first one also takes the memory that the others are copied to
-    stands, whole = statistics.median(waited[1:]), statistics.median(written[1:])
+    # the first one also allocates the memory that the others are copied to
+    blocked, whole = statistics.median(waited[1:]), statistics.median(written[1:])
     between = _STEPS_BETWEEN_CHECKPOINTS * step_s
     return Row(
         f"checkpoint, {subject.model}",
-        f"the loop waits {stands:.3f} s (first time {waited[0]:.3f} s), written in {whole:.2f} s",
+        f"the loop waits {blocked:.3f} s (first time {waited[0]:.3f} s), written in {whole:.2f} s",
         f"{_STEPS_BETWEEN_CHECKPOINTS} steps, {between:.0f} s",
         whole / between,
         "under 0.02",
@@ -256,7 +256,7 @@ def _checkpoints(work: Path, subject: Subject, precision: str, device: torch.dev
 
 
 def _workers(subject: Subject, precision: str, device: torch.device, workers: int, turns: int) -> Row:
-    """The bare step on several workers beside one, the same batch for each; each on a GPU or a thread of its own."""
+    """The bare step on several workers beside one, with the same batch per worker; one GPU or one thread for each."""
     rates: dict[int, list[float]] = {1: [], workers: []}
     for world_size in (1, workers, 1, workers):
         images = world_size * subject.batch_size
@@ -275,7 +275,7 @@ def _workers(subject: Subject, precision: str, device: torch.device, workers: in
 
 
 def _seconds_of_workers(config: TrainConfig, model: ModelConfig, device: str, turns: int) -> float:
-    """Median seconds of a step on the configured number of processes, which are started for it."""
+    """Median seconds of a step on the configured number of processes, which are started here."""
     world_size = config.worker_range[1]
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_worker, (config, model, device, turns, folder), nprocs=world_size)

@@ -1,9 +1,9 @@
-"""amm-search: where to modulate the attention of a model that was made without that, found by sampling alone.
+"""amm-search: find which blocks of an existing model benefit from attention modulation, by sampling alone.
 
-Each placement is sampled from with the labels and noise that the model without modulation gets, in `repeats` sets. So
-its gain is a mean of paired differences, with a standard error. The search goes in stages: single blocks, pairs of the
-best, radii. What it ends with is measured once more, on seeds by which nothing was chosen, and is taken only if it is
-better there by more than chance. The modulation itself is that of arXiv 2410.23788.
+Each placement is sampled with the same labels and noise as the model without modulation, in `repeats` sets. So its gain
+is a mean of paired differences, with a standard error. The search has stages: single blocks, pairs of the best, radii.
+The best placement is measured again on new seeds, and is chosen only if its gain there is more than chance. The
+modulation is that of arXiv 2410.23788.
 """
 
 import argparse
@@ -37,27 +37,28 @@ from jobs.stages.sample import model_config_of
 from jobs.stages.stage import alone_in, existing_artifact
 
 _VERSION = 1
-_WORK = ".search"  # features and evaluations of the placements, within the artifact's folder
-# One-sided 5 % of Student's t at 1, 2, ... degrees of freedom; beyond, the last one is on the safe side.
+_WORK = ".search"  # features and evaluations of the placements, inside the artifact's folder
+# One-sided 5 % of Student's t at 1, 2, ... degrees of freedom; for more, the last one is conservative.
 _STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 
 
 class SearchConfig(SampleConfig):
-    """How placements of AMM are searched for: the sampling of each, and which are tried."""
+    """Settings of a search for placements of AMM: the sampling of each, and which are tried."""
 
-    LEFT_OUT: ClassVar = ("amm_blocks", "amm_radius", "keep_images")  # what is searched for, and what nobody looks at
+    LEFT_OUT: ClassVar = ("amm_blocks", "amm_radius", "keep_images")  # what the search sets, and what it does not need
 
-    num_samples: int = Field(500, ge=2, description="of a repeat; sample i is a function of (seed, i)")
-    repeats: int = Field(4, ge=2, le=1000, description="sets of samples, of which the standard error is made")
+    num_samples: int = Field(500, ge=2, description="samples per repeat; sample i is a function of (seed, i)")
+    repeats: int = Field(4, ge=2, le=1000, description="sets of samples, for the standard error")
     keep_images: int | Literal["all"] = 1
     metric: str | None = Field(
-        None, description="distance that decides, as fid or fd_classifier; kid of the first network of features if null"
+        None,
+        description="distance that decides, such as fid or fd_classifier; null for kid of the first feature network",
     )
     blocks: tuple[int, ...] | None = Field(None, description="blocks to try; null for all of the model")
     radii: tuple[float, ...] | None = Field(
         None, description="radii to try beside the paper's, in tokens; null for 1/4, 1/2 and 3/4 of the grid's side"
     )
-    top: int = Field(3, ge=1, description="single blocks that pairs are made of; 1 for no pairs")
+    top: int = Field(3, ge=1, description="best single blocks to combine into pairs; 1 for no pairs")
 
     def sampling(self, placement: "Placement", seed: int) -> SampleConfig:
         """The protocol of one placement."""
@@ -80,7 +81,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much a placement's distance is below that without AMM: mean of paired differences, and its error."""
+    """How far a placement's distance is below that without AMM: mean of paired differences, and its error."""
 
     mean: float
     error: float
@@ -88,7 +89,7 @@ class Gain:
 
     @property
     def least(self) -> float:
-        """What the mean has to be above not to be chance, at 5 %."""
+        """The mean above which a gain is not chance, at 5 %."""
         return self.error * _STUDENT[min(self.repeats - 1, len(_STUDENT)) - 1]
 
     @property
@@ -100,14 +101,14 @@ class Gain:
 
 
 def paired_gain(off: Sequence[float], values: Sequence[float]) -> Gain:
-    """The gain of distances over those without AMM, each pair of one set of labels and noise."""
+    """The gain of distances over those without AMM; each pair has the same labels and noise."""
     differences = [before - after for before, after in zip(off, values, strict=True)]
     return Gain(fmean(differences), stdev(differences) / math.sqrt(len(differences)), len(differences))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A placement and what it was measured to be, in a stage of the search."""
+    """A placement and its measurement, in a stage of the search."""
 
     stage: str
     placement: Placement
@@ -117,7 +118,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """All trials in order. `chosen` is AMM off where no gain was more than chance."""
+    """All trials in order. `chosen` is AMM off if no gain was more than chance."""
 
     trials: tuple[Trial, ...]
     chosen: Placement
@@ -129,34 +130,33 @@ Radii = Callable[[Placement], Sequence[float]]
 
 
 def search(measure: Measure, blocks: Sequence[int], radii: Radii, top: int) -> Found:
-    """Search in stages, greedily. `measure(placement, fresh)` gives distances, one a repeat, in the same order of sets.
+    """Search in stages, greedily. `measure(placement, fresh)` returns distances, one per repeat, in the order of sets.
 
-    `fresh` asks for sets that are not those of the search: the best of many placements looks better than it is on the
-    sets that it was chosen by.
+    `fresh` requests new sets: on the sets that the search used, the best of many placements looks better than it is.
     """
     trials: list[Trial] = []
 
-    def tried(stage: str, placements: Sequence[Placement], off: Sequence[float], fresh: bool = False) -> None:
+    def run_stage(stage: str, placements: Sequence[Placement], off: Sequence[float], fresh: bool = False) -> None:
         for placement in placements:
             values = measure(placement, fresh)
             trials.append(Trial(stage, placement, fmean(values), paired_gain(off, values)))
 
     off = measure(Placement(), False)
     trials.append(Trial("off", Placement(), fmean(off)))
-    tried("blocks", [Placement((block,)) for block in blocks], off)
+    run_stage("blocks", [Placement((block,)) for block in blocks], off)
     singles = [trial.placement.blocks[0] for trial in sorted(trials[1:], key=_by_gain)[:top]]
-    tried("pairs", [Placement(tuple(sorted(pair))) for pair in combinations(singles, 2)], off)
+    run_stage("pairs", [Placement(tuple(sorted(pair))) for pair in combinations(singles, 2)], off)
     leader = min(trials[1:], key=_by_gain).placement
-    tried("radii", [Placement(leader.blocks, radius) for radius in radii(leader)], off)
+    run_stage("radii", [Placement(leader.blocks, radius) for radius in radii(leader)], off)
     best = min(trials[1:], key=_by_gain)
     if best.gain is None or best.gain.mean <= 0:
         return Found(tuple(trials), Placement(), "no placement is better than AMM off")
     off = measure(Placement(), True)
     trials.append(Trial("confirm", Placement(), fmean(off)))
-    tried("confirm", [best.placement], off, fresh=True)
+    run_stage("confirm", [best.placement], off, fresh=True)
     gain = trials[-1].gain
     assert gain is not None
-    summary = f"{best.placement} gains {gain} on seeds that chose nothing, where chance gives up to {gain.least:.2g}"
+    summary = f"{best.placement} gains {gain} on new seeds, where chance alone gives up to {gain.least:.2g}"
     return Found(tuple(trials), best.placement if gain.real else Placement(), summary)
 
 
@@ -166,7 +166,7 @@ def _by_gain(trial: Trial) -> float:
 
 
 def settings(blocks: int, radii: int, top: int) -> int:
-    """The most settings that a search measures: off, single blocks, pairs, radii, and two to confirm."""
+    """The largest number of settings that a search measures: off, blocks, pairs, radii, and two to confirm."""
     return 1 + blocks + math.comb(min(top, blocks), 2) + radii + 2
 
 
@@ -174,45 +174,45 @@ def main(arguments: Sequence[str] | None = None, prog: str = "edt amm-search") -
     """Search for a placement of AMM: MODEL OUT. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("amm-search") as bar:
-        made = run(options, bar)
+        artifact = run(options, bar)
         if options.as_json:
-            say(json.dumps({"folder": made.folder.uri, **made.read_json(f"{RESULTS}.json")}, indent=1))
+            say(json.dumps({"folder": artifact.folder.uri, **artifact.read_json(f"{RESULTS}.json")}, indent=1))
             return
-        say(read_text(made.path(f"{RESULTS}.md")))
-        say(made.folder.uri)
+        say(read_text(artifact.path(f"{RESULTS}.md")))
+        say(artifact.folder.uri)
 
 
 def run(options: argparse.Namespace, bar: Progress) -> Artifact:
-    """The model of the options as a checkpoint artifact in OUT, with the placement found in its configuration."""
+    """The model as a checkpoint artifact in OUT, with the chosen placement in its configuration."""
     out = Folder.at(options.out)
     if out.local is None:
         raise UserError(f"{options.out} is remote; search into a local folder")
     config: SearchConfig = validated(SearchConfig, given_fields(options, SearchConfig))
     check_named()
     subject = prepared(options, config, out.child(_WORK), bar)
-    metric, judged = _metric(config, subject)
-    subject.check_sizes(config.sampling(Placement(), config.seed), judged)
+    metric, evaluation = _metric(config, subject)
+    subject.check_sizes(config.sampling(Placement(), config.seed), evaluation)
     grids = _grids(subject)
     blocks = _blocks(config, len(grids))
     parents = {role: item.fingerprint for role, item in {**subject.inputs, "reference": subject.real}.items()}
     num_timesteps = subject.model.checkpoint.manifest.config["num_timesteps"]
-    made_by = {"num_timesteps": num_timesteps, "amm_search": result_fields(config)}
-    identity = fingerprint("checkpoint", _VERSION, made_by, parents)
+    recorded = {"num_timesteps": num_timesteps, "amm_search": result_fields(config)}
+    identity = fingerprint("checkpoint", _VERSION, recorded, parents)
     with alone_in(out):
-        if (made := existing_artifact(out, identity)) is not None:
-            return made
+        if (existing := existing_artifact(out, identity)) is not None:
+            return existing
         writer = ArtifactWriter(out, "checkpoint", identity)
         writer.check_own()
         say(_budget(config, len(blocks)), err=True)
-        found = search(_measure(config, subject, metric, judged, bar), blocks, _radii(config, grids), config.top)
-        return writer.commit(made_by, parents, _write(found, metric, config, subject, writer))
+        result = search(_measure(config, subject, metric, evaluation, bar), blocks, _radii(config, grids), config.top)
+        return writer.commit(recorded, parents, _write(result, metric, config, subject, writer))
 
 
-def _measure(config: SearchConfig, subject: Subject, metric: str, judged: EvaluateConfig, bar: Progress) -> Measure:
+def _measure(config: SearchConfig, subject: Subject, metric: str, evaluation: EvaluateConfig, bar: Progress) -> Measure:
     def measure(placement: Placement, fresh: bool) -> Sequence[float]:
         seed = config.seed + (config.repeats if fresh else 0)
-        _, made = subject.measure(config.sampling(placement, seed), judged, bar)
-        return [repeat[metric] for repeat in made.read_json(METRICS_NAME)["repeats"]]
+        _, artifact = subject.measure(config.sampling(placement, seed), evaluation, bar)
+        return [repeat[metric] for repeat in artifact.read_json(METRICS_NAME)["repeats"]]
 
     return measure
 
@@ -222,15 +222,15 @@ def _metric(config: SearchConfig, subject: Subject) -> tuple[str, EvaluateConfig
     from edt_core.evaluation.metrics import metric_name
 
     spaces = [space for space in EXTRACTORS if space in subject.inputs]
-    known = {metric_name(metric, space): metric for space in spaces for metric in ("kid", "fid")}
-    name = config.metric or next(iter(known))
-    if name not in known:
-        raise UserError(f"metric {name!r} cannot decide; with these networks of features take {', '.join(known)}")
-    return name, validated(EvaluateConfig, {"metrics": (known[name],)})
+    metrics = {metric_name(metric, space): metric for space in spaces for metric in ("kid", "fid")}
+    name = config.metric or next(iter(metrics))
+    if name not in metrics:
+        raise UserError(f"metric {name!r} cannot decide; with these feature networks use {', '.join(metrics)}")
+    return name, validated(EvaluateConfig, {"metrics": (metrics[name],)})
 
 
 def _grids(subject: Subject) -> list[int]:
-    """The side of the grid of tokens of each block, in forward order."""
+    """The side of the token grid of each block, in forward order."""
     from edt_core.models import ModelConfig, shadow
 
     model = shadow(ModelConfig.from_dict(model_config_of(subject.model.checkpoint)))
@@ -240,7 +240,7 @@ def _grids(subject: Subject) -> list[int]:
 def _blocks(config: SearchConfig, count: int) -> tuple[int, ...]:
     blocks = tuple(range(count)) if config.blocks is None else tuple(dict.fromkeys(config.blocks))
     if not blocks or not all(0 <= block < count for block in blocks):
-        raise UserError(f"blocks {list(blocks)}: the model has {count} blocks; take some of 0..{count - 1}")
+        raise UserError(f"blocks {list(blocks)}: the model has {count} blocks; use blocks of 0..{count - 1}")
     return blocks
 
 
@@ -261,35 +261,35 @@ def _budget(config: SearchConfig, blocks: int) -> str:
     return f"amm-search: up to {most} settings of {each}, {total:,} samples in all"
 
 
-def _write(found: Found, metric: str, config: SearchConfig, subject: Subject, out: ArtifactWriter) -> dict[str, Any]:
-    amm: dict[str, Any] = {"amm_blocks": list(found.chosen.blocks), "amm_radius": found.chosen.radius}
+def _write(result: Found, metric: str, config: SearchConfig, subject: Subject, out: ArtifactWriter) -> dict[str, Any]:
+    amm: dict[str, Any] = {"amm_blocks": list(result.chosen.blocks), "amm_radius": result.chosen.radius}
     if config.amm_kernel is not None:
         amm["amm_kernel"] = config.amm_kernel
-    decoder = subject.inputs["autoencoder"]  # of a released file it is known by the options alone
+    decoder = subject.inputs["autoencoder"]  # for a released file only the options name it
     model = replace(subject.model, autoencoder=decoder) if isinstance(decoder, Artifact) else subject.model
     counts = write_modulated(model, amm, out)
-    trials = [{**asdict(trial), "placement": str(trial.placement)} for trial in found.trials]
-    out.write_json(f"{RESULTS}.json", {**amm, "metric": metric, "reason": found.reason, "trials": trials})
-    out.write_bytes(f"{RESULTS}.md", f"{_table(found, metric, config)}\n".encode())
-    return {**counts, "amm_search": {**amm, "metric": metric, "cfg_scale": config.cfg_scale, "reason": found.reason}}
+    trials = [{**asdict(trial), "placement": str(trial.placement)} for trial in result.trials]
+    out.write_json(f"{RESULTS}.json", {**amm, "metric": metric, "reason": result.reason, "trials": trials})
+    out.write_bytes(f"{RESULTS}.md", f"{_table(result, metric, config)}\n".encode())
+    return {**counts, "amm_search": {**amm, "metric": metric, "cfg_scale": config.cfg_scale, "reason": result.reason}}
 
 
-def _table(found: Found, metric: str, config: SearchConfig) -> str:
-    """A Markdown table, a trial a row, and what came of it."""
+def _table(result: Found, metric: str, config: SearchConfig) -> str:
+    """A Markdown table with one row per trial, and the result."""
     lines = [f"| stage | blocks | {metric} | gain |", "|---|---|---|---|"]
-    for trial in found.trials:
+    for trial in result.trials:
         lines.append(f"| {trial.stage} | {trial.placement} | {trial.value:.4g} | {trial.gain or ''} |")
     protocol = f"{config.repeats} x {config.num_samples} samples each, cfg_scale {config.cfg_scale:g}"
-    verdict = f"AMM: {found.chosen} ({found.reason}; {protocol})"
+    verdict = f"AMM: {result.chosen} ({result.reason}; {protocol})"
     return "\n".join([*lines, "", verdict])
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    """Reads what `main` is given."""
+    """The parser for the arguments of `main`."""
     parser = parser_of(
         prog,
-        "Search for the blocks and the radius of attention modulation of any model, without training. What it writes "
-        "samples with its placement: edt evaluate OUT ... --amm-blocks model",
+        "Find the blocks and the radius of attention modulation for any model, without training. The model that it "
+        "writes samples with the placement: edt evaluate OUT ... --amm-blocks model",
         [
             "dit-s-2-256@champion ./dit-with-amm --images ./images --cfg-scale 1.5 "
             "--inception-weights pt_inception-2015-12-05-6726825d.pth"

@@ -1,4 +1,4 @@
-"""draw: a few labelled images from any model as one picture. In this process, without Ray."""
+"""draw: a few labelled images of any model as one picture, drawn in this process without Ray."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from jobs.stages.autoencoder import check_decoder, read_autoencoder
 if TYPE_CHECKING:
     from edt_core.sampling.sampler import LatentSampler
 
-_AT_ONCE = {"cpu": 1, "cuda": 8}  # images of a class that a device takes at once, always as many
-_CLASSES = 8  # drawn where none are named
+_AT_ONCE = {"cpu": 1, "cuda": 8}  # batch size on a device, the same for every batch
+_CLASSES = 8  # drawn if none are named
 
 
 def draw(
@@ -30,8 +30,8 @@ def draw(
 ) -> NDArray[np.uint8]:
     """Images uint8 [labels, num, S, S, 3]: image i of a class is a function of (seed, i, label), to the last bit.
 
-    The last bit of a matrix product depends on the size of its batch, and on the place in it. So all batches are of
-    one size and one class, filled up with images that nobody asked for, and image i has its place in them.
+    The last bit of a matrix product depends on the size of its batch, and on the position in it. So every batch has
+    the same size and one class, is filled up with extra images, and has a fixed position for image i.
     """
     from edt_core.autoencoders.autoencoder import decode_to_pixels
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "edt sample") -> No
 
 
 def run(options: argparse.Namespace, progress: Progress) -> str:
-    """Draw what the options ask for; returns what to tell of it. Raises UserError."""
+    """Draw as the options say; return a summary. Raises UserError."""
     from edt_core.precision import use_precision
     from edt_core.sampling.class_names import class_labels, class_names
     from edt_core.sampling.grid import MAX_CLASSES, sample_grid
@@ -70,12 +70,12 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
     num_classes = loaded.model.config.num_classes
     names = class_names(loaded.classes, num_classes)
     trained = trained_classes(num_classes, loaded.class_counts).tolist()
-    asked = _spread(trained) if options.classes is None else options.classes.split(",")
-    labels = class_labels(asked, names)
+    classes = _spread(trained) if options.classes is None else options.classes.split(",")
+    labels = class_labels(classes, names)
     if untrained := sorted(set(labels) - set(trained)):
-        progress.warn(f"the model had no images of {', '.join(names[label][0] for label in untrained)} to learn from")
+        progress.warn(f"the model was trained without images of {', '.join(names[label][0] for label in untrained)}")
     if len(labels) > MAX_CLASSES:
-        raise UserError(f"{len(labels)} classes are more than the {MAX_CLASSES} rows of a picture; draw them in parts")
+        raise UserError(f"{len(labels)} classes do not fit the {MAX_CLASSES} rows of a picture; draw several pictures")
     chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **given_fields(options, ChainConfig)})
     decoder = _decoder(loaded, options.autoencoder, options.model)
     model = loaded.model.to(device)
@@ -92,11 +92,11 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    """Reads what `main` is given."""
+    """The parser for the arguments of `main`."""
     parser = parser_of(
         prog,
-        "Sample from a model into one picture, a row a class. Same seed, same picture on one device: image "
-        "i of a class depends on the seed, i and the class, not on what else is drawn",
+        "Sample from a model into one picture, one row per class. The same seed gives the same picture on one "
+        "device: image i of a class depends only on the seed, i and the class",
         [
             "edt-s-2-256@champion --classes 'golden retriever,360' --num 4 --cfg-scale 4",
             "./model --classes 3,1,4 --seed 7 --out digits.png",
@@ -108,17 +108,19 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--classes",
         metavar="CLASS,...",
-        help="indices or names, ImageNet's for its 1,000 classes; the beginning of a name will do  "
-        f"[default: {_CLASSES} at even distances]",
+        help="indices or names, ImageNet's for its 1,000 classes; the beginning of a name is enough  "
+        f"[default: {_CLASSES} evenly spaced classes]",
     )
     parser.add_argument("--num", type=_positive, default=8, help="images of each class  [default: %(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="[default: %(default)s]")
     parser.add_argument("--out", default="samples.png", metavar="FILE", help="PNG to write  [default: %(default)s]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[default: %(default)s]")
-    parser.add_argument("--autoencoder", metavar="INPUT", help="decodes the images; left out: the model's own")
-    parser.add_argument("--store", default=DEFAULT_STORE, help="store whose registry is asked  [default: %(default)s]")
-    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow to ask  [default: MLFLOW_TRACKING_URI]")
-    add_fields(parser.add_argument_group("sampling (left out: as the model was evaluated, where known)"), ChainConfig)
+    parser.add_argument("--autoencoder", metavar="INPUT", help="decodes the images  [default: the model's own]")
+    parser.add_argument("--store", default=DEFAULT_STORE, help="store with the model registry  [default: %(default)s]")
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow to look models up in  [default: MLFLOW_TRACKING_URI]"
+    )
+    add_fields(parser.add_argument_group("sampling (default: as the model was evaluated, if known)"), ChainConfig)
     return parser
 
 
@@ -130,32 +132,32 @@ def _positive(text: str) -> int:
 
 
 def _target(out: str) -> tuple[Folder, str]:
-    """The folder and the name of the picture. Raises UserError where it cannot be written."""
+    """The folder and the name of the picture. Raises UserError if it cannot be written."""
     place, _, name = out.rpartition("/")
     if not name.lower().endswith(".png"):
-        raise UserError(f"--out {out} is no name of a picture; give one that ends in .png")
+        raise UserError(f"--out {out} does not name a PNG file; use a name that ends in .png")
     folder = Folder.at(place or ("/" if out.startswith("/") else "."))
     if (root := folder.local) is not None and (root / name).is_dir():
-        raise UserError(f"--out {out} is a folder; give a file")
+        raise UserError(f"--out {out} is a folder; use the name of a file")
     folder.check_writable()
     return folder, name
 
 
-def _device(asked: str) -> str:
+def _device(option: str) -> str:
     import torch
 
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and found == "cpu":
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; leave it out, or give cpu")
-    return found if asked == "auto" else asked
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    if option == "cuda" and available == "cpu":
+        raise UserError("--device cuda: PyTorch finds no CUDA device here; leave the option out, or use cpu")
+    return available if option == "auto" else option
 
 
 def _decoder(loaded: Loaded, location: str | None, model: str) -> Any:
-    """The autoencoder at a location, or the model's own. Raises UserError where there is none, or it does not fit."""
+    """The autoencoder at a location, or the model's own. Raises UserError if there is none, or it does not fit."""
     decoder = loaded.autoencoder if location is None else read_autoencoder(location)
     if decoder is None:
         raise UserError(
-            f"{model} does not say which autoencoder decodes it; give --autoencoder, as stabilityai/sd-vae-ft-ema for "
+            f"{model} does not state its autoencoder; pass --autoencoder, for example stabilityai/sd-vae-ft-ema for "
             "the authors' models"
         )
     check_decoder(loaded.model.config, decoder)
@@ -163,6 +165,6 @@ def _decoder(loaded: Loaded, location: str | None, model: str) -> Any:
 
 
 def _spread(classes: Sequence[int]) -> list[str]:
-    """Indices of a few of the classes at even distances."""
+    """Indices of a few evenly spaced classes."""
     count = min(_CLASSES, len(classes))
     return [str(classes[place * len(classes) // count]) for place in range(count)]

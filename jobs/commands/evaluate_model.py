@@ -1,7 +1,7 @@
-"""A model measured from end to end: samples, reference, metrics; once, or over a grid of sampling settings.
+"""Evaluate a model from samples to metrics, once or over a grid of sampling settings.
 
-Everything is an artifact of the folder that is given, by kind and fingerprint: what is there already is reused, and
-what was killed resumes where it was.
+Everything is an artifact in the output folder, by kind and fingerprint: existing artifacts are reused, and a killed
+evaluation resumes.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Inputs = Mapping[str, Artifact | Source]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with all that it takes to measure it, in the store `out`: networks, autoencoder, reference."""
+    """A model with the inputs of its evaluation in the store `out`: feature networks, autoencoder, reference."""
 
     model: Opened
     inputs: Inputs
@@ -52,44 +52,44 @@ class Subject:
     out: Folder
 
     def check_sizes(self, sampling: SampleConfig, config: EvaluateConfig) -> None:
-        """Raise UserError for a metric that there are too few samples or images for: before any is drawn."""
+        """Raise UserError for a metric with too few samples or images. Called before any sample is drawn."""
         spaces = {space: _dimensions(space, self.inputs[space]) for space in EXTRACTORS if space in self.inputs}
-        # Published statistics do not state how many images they are of, and some come with images for kid alone.
+        # Published statistics do not state their number of images, and some contain images only for kid.
         images = self.real.counts["images"] if self.real.counts["source"] == "images" else None
-        kept = self.real.manifest.config["keep_features"]
-        check_sizes(config, spaces, sampling.num_samples, images, kept)
+        keep_features = self.real.manifest.config["keep_features"]
+        check_sizes(config, spaces, sampling.num_samples, images, keep_features)
 
     def measure(self, sampling: SampleConfig, config: EvaluateConfig, progress: Progress) -> tuple[Artifact, Artifact]:
-        """The features and the evaluation artifact of one protocol, made now or found in the store."""
+        """The features and the evaluation artifact of one protocol, reused or made now."""
         features = make(sample.STAGE, sampling, self.inputs, self.out, progress)
-        judged = {"features": features, "reference": self.real}
-        return features, make(evaluate.STAGE, config, judged, self.out, progress)
+        inputs = {"features": features, "reference": self.real}
+        return features, make(evaluate.STAGE, config, inputs, self.out, progress)
 
 
 def prepared(
     options: argparse.Namespace, sampling: SampleConfig, out: Folder, bar: Progress, points: Sequence[Point] = ()
 ) -> Subject:
-    """What the options of `add_subject` name. Raises UserError for what is missing, or is not what it should be.
+    """The subject that the options of `add_subject` name. Raises UserError for missing or invalid inputs.
 
     `points`: settings to check against the model before the reference is computed, which can take hours.
     """
     use_mlflow(options.model, options.tracking_uri, options.store)
-    judges = _extractors(options, out, bar)
+    networks = _extractors(options, out, bar)
     opened = open_model(options.model, out)
     if points:
         check_settings(points, _config_of(opened))
     inputs: dict[str, Artifact | Source] = {
         "checkpoint": opened.checkpoint,
         "autoencoder": _autoencoder(options, opened, out, bar),
-        **judges,
+        **networks,
     }
     if options.guide:
         inputs["guide"] = open_model(options.guide, out).checkpoint
-    return Subject(opened, inputs, _reference(options, opened, judges, sampling, out, bar), out)
+    return Subject(opened, inputs, _reference(options, opened, networks, sampling, out, bar), out)
 
 
 def _dimensions(space: str, network: Artifact | Source) -> int | None:
-    """Of the features of a network, None where only loading it tells."""
+    """The feature dimensions of a network; None if only loading the network shows them."""
     if isinstance(network, Artifact):
         size: int | None = network.manifest.config.get("feature_dim")
         return size
@@ -103,7 +103,7 @@ def _config_of(opened: Opened) -> "ModelConfig":
 
 
 def make(stage: Stage, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
-    """An artifact in its place of a store, `<kind>/<fingerprint>`."""
+    """The artifact of a stage in a store, at `<kind>/<fingerprint>`."""
     identity = stage.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
     return stage.make(config, inputs, out.child(f"{stage.kind}/{identity}"), progress)
 
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "edt evaluate") -> 
 
 
 def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
-    """Evaluate what the options ask for, and write `results.json`, `.md` and, of a sweep, `.png` into the folder."""
+    """Evaluate as the options say, and write `results.json`, `.md` and, for a sweep, `.png` into the folder."""
     out = Folder.at(options.out)
     if out.local is None:
         raise UserError(f"{options.out} is remote; evaluate into a local folder")
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
         base = base.model_copy(update={"keep_images": "all"})
     points = list(grid(base, [parse_axis(text) for text in options.sweep]))
     if options.export and len(points) > 1:
-        raise UserError(f"--export is of one set of samples, and --sweep asks for {len(points)}; leave one of them out")
+        raise UserError(f"--export writes one set of samples, but --sweep makes {len(points)}; use only one of the two")
     check_named()
     subject = prepared(options, base, out, bar, points)
     notes = repeated_settings(points, _config_of(subject.model))
@@ -139,8 +139,8 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
         subject.check_sizes(point.config, config)
     results = []
     for point in points:
-        features, made = subject.measure(point.config, config, bar)
-        results.append(Result(point.settings, made.counts["metrics"], made.counts["protocol"]))
+        features, evaluation = subject.measure(point.config, config, bar)
+        results.append(Result(point.settings, evaluation.counts["metrics"], evaluation.counts["protocol"]))
         for form in options.export:
             export_features(features, form, out.local / f"samples-{features.fingerprint[:12]}-{form}", bar)
     _write(results, options.model, out, notes)
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    """Reads what `main` is given."""
+    """The parser for the arguments of `main`."""
     weights = "--inception-weights pt_inception-2015-12-05-6726825d.pth"
     parser = parser_of(
         prog,
@@ -158,14 +158,14 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
             f"./model ./evaluation --images ./images {weights} --sweep cfg=1,1.5,2 amm=off,paper",
         ],
     )
-    add_subject(parser, "folder for artifacts and results; what it holds already is reused")
+    add_subject(parser, "folder for artifacts and results; existing artifacts in it are reused")
     add_json(parser)
-    asked = parser.add_argument_group("what to do")
-    asked.add_argument(
-        "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="a grid, as cfg=1,1.5,2 amm=off,paper"
+    actions = parser.add_argument_group("what to do")
+    actions.add_argument(
+        "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="a grid, such as cfg=1,1.5,2 amm=off,paper"
     )
-    asked.add_argument(
-        "--export", nargs="+", default=[], choices=EXPORT_FORMATS, help="write the samples for other tools as well"
+    actions.add_argument(
+        "--export", nargs="+", default=[], choices=EXPORT_FORMATS, help="also write the samples for other tools"
     )
     add_fields(parser.add_argument_group("sampling"), SampleConfig)
     add_fields(parser.add_argument_group("metrics"), EvaluateConfig, leave_out=("num_cpus",))
@@ -173,39 +173,39 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def add_subject(parser: argparse.ArgumentParser, out_help: str) -> None:
-    """The arguments MODEL and OUT, and the options that say what a model is measured with."""
+    """Add the arguments MODEL and OUT, and the options for the inputs of an evaluation."""
     parser.add_argument(
         "model", help="NAME@ALIAS or NAME/VERSION of the registry, MLflow run, checkpoint, diffusers folder, or .pt"
     )
     parser.add_argument("out", help=out_help)
-    against = parser.add_argument_group("compared with (left out: the images of the model's training, where known)")
+    against = parser.add_argument_group("compared with (default: the images of the model's training, if known)")
     for role in ("images", "statistics"):
         add_role(against, role)
-    against.add_argument("--reference", metavar="INPUT", help="reference artifact that was made before")
-    networks = parser.add_argument_group("networks of features (at least one)")
+    against.add_argument("--reference", metavar="INPUT", help="an existing reference artifact")
+    networks = parser.add_argument_group("feature networks (at least one)")
     for role in EXTRACTORS:
         add_role(networks, role)
     models = parser.add_argument_group("models")
     add_role(models, "guide")
-    models.add_argument("--autoencoder", metavar="INPUT", help="decodes the samples; left out: the model's own")
-    models.add_argument("--store", default=DEFAULT_STORE, help="store whose registry is asked  [default: %(default)s]")
+    models.add_argument("--autoencoder", metavar="INPUT", help="decodes the samples  [default: the model's own]")
+    models.add_argument("--store", default=DEFAULT_STORE, help="store with the model registry  [default: %(default)s]")
     models.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow to look models up in  [default: MLFLOW_TRACKING_URI]"
     )
     add_fields(parser.add_argument_group("reference"), ReferenceConfig, leave_out=_SHARED)
 
 
-_SHARED = ("num_workers", "num_cpus_per_worker", "num_gpus_per_worker")  # fields of sampling and reference alike
+_SHARED = ("num_workers", "num_cpus_per_worker", "num_gpus_per_worker")  # fields that sampling and reference share
 
 
 def _extractors(options: argparse.Namespace, out: Folder, bar: Progress) -> dict[str, Artifact | Source]:
-    """The networks of features that are given. Raises UserError where there is none, or one is not to be had."""
-    given = [space for space in EXTRACTORS if getattr(options, space)]
-    judges = {space: open_input(space, getattr(options, space), out, options, bar) for space in given}
-    if not judges:
+    """The feature networks of the options. Raises UserError if there is none, or one cannot be opened."""
+    spaces = [space for space in EXTRACTORS if getattr(options, space)]
+    networks = {space: open_input(space, getattr(options, space), out, options, bar) for space in spaces}
+    if not networks:
         *first, last = [extractor_spec(space).suggestion for space in (*PUBLISHED_SPACES, *FITTED_SPACES)]
-        raise UserError(f"there is no network of features to compare in: give {', '.join(first)}, or {last}")
-    return judges
+        raise UserError(f"there is no feature network to compare in: pass {', '.join(first)}, or {last}")
+    return networks
 
 
 def _autoencoder(options: argparse.Namespace, opened: Opened, out: Folder, bar: Progress) -> Artifact | Source:
@@ -214,40 +214,40 @@ def _autoencoder(options: argparse.Namespace, opened: Opened, out: Folder, bar: 
         return open_input("autoencoder", options.autoencoder, place, options, bar)
     if opened.autoencoder is None:
         raise UserError(
-            f"{options.model} does not say which autoencoder decodes it; give --autoencoder, as "
+            f"{options.model} does not state its autoencoder; pass --autoencoder, for example "
             "stabilityai/sd-vae-ft-ema for the authors' models"
         )
     return opened.autoencoder
 
 
 def _reference(
-    options: argparse.Namespace, opened: Opened, judges: Inputs, base: SampleConfig, out: Folder, bar: Progress
+    options: argparse.Namespace, opened: Opened, networks: Inputs, base: SampleConfig, out: Folder, bar: Progress
 ) -> Artifact:
-    """The reference that is given, or that of the images or statistics that are, or of the model's own images."""
-    given = [name for name in ("reference", "images", "statistics") if getattr(options, name)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join('--' + name for name in given)} are two references; give one")
+    """The reference of the options, or one of their images or statistics, or of the model's own images."""
+    names = [name for name in ("reference", "images", "statistics") if getattr(options, name)]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join('--' + name for name in names)} are {len(names)} references; pass one")
     if options.reference:
         artifact = open_input("reference", options.reference, out, options, bar)
         assert isinstance(artifact, Artifact)
         return artifact
     images: Artifact | Source
-    if given:
-        images = open_input(given[0], getattr(options, given[0]), out, options, bar)
+    if names:
+        images = open_input(names[0], getattr(options, names[0]), out, options, bar)
     elif opened.images is not None:
         images = opened.images
     else:
         raise UserError(
-            f"there is nothing to compare {options.model} with: give --images (an artifact of `edt preprocess`), "
+            f"there is nothing to compare {options.model} with: pass --images (an artifact of `edt preprocess`), "
             "--statistics (ADM's .npz) or --reference"
         )
     shared = {name: getattr(base, name) for name in _SHARED}
     config = validated(ReferenceConfig, {**given_fields(options, ReferenceConfig), **shared})
-    return make(reference.STAGE, config, {"images": images, **judges}, out, bar)
+    return make(reference.STAGE, config, {"images": images, **networks}, out, bar)
 
 
-def _told(result: Result) -> str:
-    """One result: its metrics, then what they were measured by."""
+def _summary(result: Result) -> str:
+    """One result as text: its metrics, then their protocol."""
     from edt_core.evaluation.metrics import in_order
     from edt_core.evaluation.protocol import comparison_table
 
@@ -257,9 +257,11 @@ def _told(result: Result) -> str:
 
 
 def _write(results: Sequence[Result], model: str, out: Folder, notes: Sequence[str]) -> None:
-    told: list[dict[str, Any]] = [{"model": model, **asdict(result)} for result in results]
-    out.write_bytes(f"{RESULTS}.json", f"{json.dumps(told, indent=1, default=dict)}\n".encode())
-    swept = bool(results[0].settings)
-    out.write_bytes(f"{RESULTS}.md", f"{results_table(results, notes) if swept else _told(results[0])}\n".encode())
-    if swept:
+    rows: list[dict[str, Any]] = [{"model": model, **asdict(result)} for result in results]
+    out.write_bytes(f"{RESULTS}.json", f"{json.dumps(rows, indent=1, default=dict)}\n".encode())
+    is_sweep = bool(results[0].settings)
+    out.write_bytes(
+        f"{RESULTS}.md", f"{results_table(results, notes) if is_sweep else _summary(results[0])}\n".encode()
+    )
+    if is_sweep:
         out.write_bytes(f"{RESULTS}.png", plot(results))

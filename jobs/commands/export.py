@@ -1,4 +1,4 @@
-"""export: for other people's tools: kept samples as PNG, ADM's .npz or WebDataset shards; a model as a program."""
+"""export: stored samples as PNG, ADM's .npz or WebDataset shards, or a model as a program, for other tools."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,20 +26,22 @@ _NOT_OF_THE_DENOISER = ("sampler", "num_sampling_steps", "guidance_channels", "g
 
 
 def export_features(features: Artifact, form: str, target: Path, progress: Progress, repeat: int = 0) -> Path:
-    """Write the samples of a repeat of a features artifact to `target`, whole or not at all; returns where they are.
+    """Write the samples of a repeat of a features artifact to `target`, complete or not at all; return the path.
 
-    Raises UserError where their pixels were not kept, or something is at the target already.
+    Raises UserError if not all pixels are stored, or the target exists.
     """
     if features.manifest.kind != "features":
-        raise UserError(f"{features.folder.uri} holds {features.manifest.kind}; samples are exported from features")
+        raise UserError(
+            f"{features.folder.uri} is an artifact of kind {features.manifest.kind}; samples are exported from features"
+        )
     config = SampleConfig.model_validate(features.manifest.config)
     if config.keep_images != "all":
         raise UserError(
-            f"{features.folder.uri} keeps the pixels of {config.keep_images} of {config.num_samples} samples; sample "
-            "with keep_images=all"
+            f"{features.folder.uri} has the pixels of {config.keep_images} of {config.num_samples} samples; sample "
+            "again with keep_images=all"
         )
     if not 0 <= repeat < config.repeats:
-        raise UserError(f"--repeat is {repeat}; there are repeats 0 to {config.repeats - 1}")
+        raise UserError(f"--repeat is {repeat}, but the repeats are 0 to {config.repeats - 1}")
     target = target.with_name(target.name + _SUFFIX.get(form, ""))
     features.verify_once(FEATURE_UNITS)
 
@@ -57,21 +59,21 @@ def _batches(features: Artifact, config: SampleConfig, repeat: int) -> Iterator[
             yield tuple(unit.get_tensor(name) for name in ("indices", "labels", "images"))
 
 
-def export_model(location: str, target: Path, given: Mapping[str, Any]) -> Path:
-    """Write the denoiser of a model as a checked `torch.export` program, whole or not at all; returns where it is.
+def export_model(location: str, target: Path, fields: Mapping[str, Any]) -> Path:
+    """Write the denoiser of a model as a checked `torch.export` program, complete or not at all; return its path.
 
-    `given`: fields of ChainConfig, of which those of AMM count; the others are as the model was evaluated.
-    Raises UserError where there is no model, or something is at the target already.
+    `fields`: of ChainConfig; those of AMM matter. Fields that are left out are as the model was evaluated.
+    Raises UserError if there is no model, or the target exists.
     """
     from edt_core.sampling.torch_export import save_program
 
     target = target.with_suffix(".pt2")
     if target.exists():
-        raise UserError(f"{target} is there already; give a new file")
+        raise UserError(f"{target} already exists; use a new file")
     folder = Folder.at(target.parent)
     folder.check_writable()
     loaded = load_model(location)
-    chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **given})
+    chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **fields})
     with folder.staged(target.name) as staged:
         save_program(staged, loaded.model, chain, loaded.num_timesteps)
         folder.publish(staged, target.name)
@@ -79,28 +81,30 @@ def export_model(location: str, target: Path, given: Mapping[str, Any]) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "edt export") -> None:
-    """The verb on its own. Exits with 0, 1, 2 or 130."""
+    """Write samples or a model: WHAT TARGET. Exits with 0, 1, 2 or 130."""
     options = make_parser(prog).parse_args(arguments)
     with exit_code(), Bar("export") as bar:
         say(str(_exported(options, bar)))
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    """Reads what `main` is given."""
+    """The parser for the arguments of `main`."""
     parser = parser_of(
         prog,
-        "Write kept samples, or a model, for other tools",
+        "Write stored samples, or a model, for other tools",
         ["./features ./pngs --format png", f"edt-s-2-256@champion denoiser.pt2 --format {PROGRAM_FORMAT}"],
     )
     parser.add_argument(
-        "what", help="features artifact whose samples were kept (keep_images=all); for torch-export any model"
+        "what", help="features artifact with stored samples (keep_images=all); for torch-export any model"
     )
     parser.add_argument("target", type=Path, help="what to write: a folder for png and webdataset, else a file")
     parser.add_argument("--format", choices=(*EXPORT_FORMATS, PROGRAM_FORMAT), default="png")
-    parser.add_argument("--repeat", type=int, default=0, help="of samples: which repeat  [default: 0]")
-    model = parser.add_argument_group(f"{PROGRAM_FORMAT} (left out: as the model was evaluated, where known)")
-    model.add_argument("--store", default=DEFAULT_STORE, help="store whose registry is asked  [default: %(default)s]")
-    model.add_argument("--tracking-uri", metavar="URI", help="MLflow to ask  [default: MLFLOW_TRACKING_URI]")
+    parser.add_argument("--repeat", type=int, default=0, help="repeat of the samples  [default: 0]")
+    model = parser.add_argument_group(f"{PROGRAM_FORMAT} (default: as the model was evaluated, if known)")
+    model.add_argument("--store", default=DEFAULT_STORE, help="store with the model registry  [default: %(default)s]")
+    model.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow to look models up in  [default: MLFLOW_TRACKING_URI]"
+    )
     add_fields(model, ChainConfig, leave_out=_NOT_OF_THE_DENOISER)
     return parser
 

@@ -1,4 +1,4 @@
-"""The inputs of a stage from the command line: each by its role, from a folder, a URI, the hub or MLflow."""
+"""Open the inputs of a stage from the command line, by role, from a folder, a URI, the hub or MLflow."""
 
 import argparse
 from typing import Any
@@ -21,7 +21,7 @@ ROLE_HELP = {
     "source": "labelled images: a folder, file or URI (s3://...)",
     "autoencoder": "autoencoder artifact, local diffusers folder, hub id, or MLflow URI (models:/NAME@ALIAS)",
     "images": "images artifact: a folder or URI",
-    "statistics": "ADM's .npz of reference statistics, as VIRTUAL_imagenet256_labeled.npz",
+    "statistics": "ADM's .npz of reference statistics, such as VIRTUAL_imagenet256_labeled.npz",
     "guide": "a weaker model to guide away from (autoguidance): a checkpoint artifact",
 }
 
@@ -37,7 +37,7 @@ def role_help(stage: Stage, role: str) -> str:
 
 
 def add_role(parser: Any, role: str) -> None:
-    """The option of an input that may be left out."""
+    """Add the option of an optional input."""
     if role in EXTRACTORS:
         spec = extractor_spec(role)
         parser.add_argument(spec.option, dest=role, metavar="INPUT", help=spec.help)
@@ -46,7 +46,7 @@ def add_role(parser: Any, role: str) -> None:
 
 
 def open_input(role: str, location: str, out: Folder, options: argparse.Namespace, progress: Progress) -> Input:
-    """An input by its role: images, an autoencoder from anywhere, else a committed artifact. Raises UserError."""
+    """Open an input by its role: images, an autoencoder of any form, or a committed artifact. Raises UserError."""
     if role == "source":
         fields = given_fields(options, SourceConfig) | {"path": location}
         return image_source(validated(SourceConfig, fields), progress)
@@ -57,13 +57,13 @@ def open_input(role: str, location: str, out: Folder, options: argparse.Namespac
     if role == "statistics" or (role == "images" and location.endswith(".npz")):
         return statistics_source(location)
     artifact = Artifact.open(location)
-    kind = "checkpoint" if role == "guide" else role  # else a role is named after the kind of artifact that fills it
+    kind = "checkpoint" if role == "guide" else role  # other roles are named after their kind of artifact
     if artifact.manifest.kind != kind:
         raise UserError(f"{location} is an artifact of kind {artifact.manifest.kind}, but {kind} is needed here")
     return artifact
 
 
 def split_digest(location: str) -> tuple[str, str | None]:
-    """`LOCATION#sha256=HEX` in its two parts; None where no digest is stated."""
+    """Split `LOCATION#sha256=HEX` into its two parts; the digest is None if it is not stated."""
     place, separator, digest = location.rpartition("#sha256=")
-    return (place, digest) if separator and "/" not in digest else (location, None)  # else it is a folder's name
+    return (place, digest) if separator and "/" not in digest else (location, None)  # with a slash it is part of a path

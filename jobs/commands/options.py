@@ -1,4 +1,4 @@
-"""Configuration from the command line: fields as options, `--set key=value`, YAML files, and clear refusals."""
+"""Configuration from the command line: fields as options, `--set key=value`, YAML files, and error messages."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -29,19 +29,19 @@ def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's, but for the lines of examples, which stay as they are."""
+    """argparse's formatter, except that it does not wrap the lines of examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """The option `--json` of a verb that prints a table."""
+    """Add the option `--json` of a command that prints a table."""
     parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of a table")
 
 
 def parser_of(prog: str, description: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """A parser whose help ends with these examples: what comes after the program's name, a line each."""
+    """A parser whose help ends with these examples, each of them the arguments after the program's name."""
     lines = "\n".join([_EXAMPLES, *(f"  {prog} {example}" for example in examples)])
     return argparse.ArgumentParser(
         prog=prog, description=description, epilog=lines if examples else None, formatter_class=_HelpFormatter
@@ -56,13 +56,13 @@ def _help(info: FieldInfo) -> str:
 
 
 def given_fields(options: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
-    """The fields of a section that were given as options."""
-    given = {name: getattr(options, name, None) for name in schema.model_fields}
-    return {name: _value(schema, name, value) for name, value in given.items() if value is not None}
+    """The fields of a section that are set by options."""
+    texts = {name: getattr(options, name, None) for name in schema.model_fields}
+    return {name: _value(schema, name, value) for name, value in texts.items() if value is not None}
 
 
 def _value(schema: type[Section], name: str, text: str) -> Any:
-    """Text fields take the option as it is: read as YAML, 010 would be 8, and a path would end at ` #`."""
+    """The value of an option. Text fields keep the text: as YAML, 010 would be 8, and a path would end at ` #`."""
     if schema.model_fields[name].annotation in (str, str | None, tuple[str, ...]) and text != "null":
         return text
     value = parse_assignment(f"{name}={text}")[1]
@@ -70,7 +70,7 @@ def _value(schema: type[Section], name: str, text: str) -> Any:
 
 
 def _is_bare_list(annotation: Any, value: Any) -> bool:
-    """Whether an option, as `7,10` or `fid`, is the items of a list without its brackets."""
+    """Whether an option, such as `7,10` or `fid`, is a list without its brackets."""
     kinds = get_args(annotation) or (annotation,)
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     listed = any(get_origin(kind) is tuple for kind in (annotation, *kinds))
@@ -82,7 +82,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """`key=value` with the value as YAML. Raises UserError."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise UserError(f"--set takes key=value, as train.max_steps=50; got {text!r}")
+        raise UserError(f"--set takes key=value, such as train.max_steps=50; got {text!r}")
     if value.startswith(("/", "./", "../", "~/")):
         return key.strip(), value  # a path: as YAML, `/data/my: set` would be a mapping
     if " #" in value and not value.lstrip().startswith(('"', "'", "[", "{")):
@@ -94,7 +94,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises UserError."""
+    """The mapping in a YAML file. Raises UserError."""
     try:
         values = parse_yaml(read_text(path, MAX_CONFIG_BYTES))
     except OSError as error:
@@ -102,12 +102,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no configuration: a mapping of fields is expected")
+        raise UserError(f"{path} is not a configuration: expected a mapping of fields")
     return values
 
 
 def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:
-    """Validate fields against a schema. Raises UserError: a line a problem, with the known keys for an unknown one."""
+    """The validated section. Raises UserError with one line per problem, and the known keys for an unknown one."""
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
@@ -117,10 +117,10 @@ def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:
 def _problem(schema: type[Section], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or schema.__name__
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(schema, problem["loc"][:-1])
-        near = get_close_matches(str(problem["loc"][-1]), known, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        return f"unknown configuration key {where!r}; known keys here: {', '.join(known)}{meant}"
+        keys = _known_keys(schema, problem["loc"][:-1])
+        near = get_close_matches(str(problem["loc"][-1]), keys, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown configuration key {where!r}; known keys here: {', '.join(keys)}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     value = repr(problem["input"])
     value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."

@@ -1,4 +1,4 @@
-"""A stage by itself, `edt train` or `python -m jobs.train`: `INPUT OUT` and an option for each input and field."""
+"""The command of one stage, such as `edt train`: `INPUT OUT`, and an option for each further input and field."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run
 
 
 def main(stage: Stage, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """The stage alone: `INPUT OUT` and an option for each further input and field. Exits with 0, 1, 2 or 130."""
+    """Run one stage: `INPUT OUT`, and an option for each further input and field. Exits with 0, 1, 2 or 130."""
     parser = make_parser(stage, prog or f"python -m jobs.{stage.name}")
     options = parser.parse_args(arguments)
     with exit_code():
@@ -36,7 +36,7 @@ def main(stage: Stage, arguments: Sequence[str] | None = None, prog: str | None 
 
 
 def make_parser(stage: Stage, prog: str) -> argparse.ArgumentParser:
-    """Reads what `main` is given."""
+    """The parser for the arguments of `main`."""
     first, *others = stage.roles
     parser = parser_of(prog, (stage.run.__doc__ or "").split("\n")[0], stage.examples)
     parser.add_argument(first, help=role_help(stage, first))
@@ -48,7 +48,9 @@ def make_parser(stage: Stage, prog: str) -> argparse.ArgumentParser:
     for role in stage.extras:
         parser.add_argument(f"--{role}", help=f"{role_help(stage, role)}; for sample grids")
     if stage.plan is not None:
-        parser.add_argument("--dry-run", action="store_true", help="tell what this would do and take, and do nothing")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print what this would do and cost, without running it"
+        )
     if first == "source":
         add_fields(parser.add_argument_group("source"), SourceConfig, leave_out=("path",))
     add_fields(parser.add_argument_group("fields"), stage.config)
@@ -57,7 +59,7 @@ def make_parser(stage: Stage, prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _given_config(stage: Stage, options: argparse.Namespace) -> Any:
+def _config(stage: Stage, options: argparse.Namespace) -> Any:
     fields: dict[str, Any] = read_yaml(options.config) if options.config else {}
     fields |= given_fields(options, stage.config) | dict(parse_assignment(text) for text in options.set)
     return validated(stage.config, fields)
@@ -70,20 +72,20 @@ def _inputs(options: argparse.Namespace, roles: Sequence[str], progress: Progres
 
 def _planned(stage: Stage, options: argparse.Namespace) -> str:
     assert stage.plan is not None
-    return stage.plan(_given_config(stage, options), _inputs(options, stage.roles, Silent()))
+    return stage.plan(_config(stage, options), _inputs(options, stage.roles, Silent()))
 
 
 def _run_alone(stage: Stage, options: argparse.Namespace) -> Artifact:
-    config, folder = _given_config(stage, options), Folder.at(options.out)
+    config, folder = _config(stage, options), Folder.at(options.out)
     check_place(folder, [getattr(options, role) for role in stage.roles])
     check_named()
-    given = [*stage.roles, *(role for role in (*stage.optional, *stage.extras) if getattr(options, role))]
+    roles = [*stage.roles, *(role for role in (*stage.optional, *stage.extras) if getattr(options, role))]
     with Bar(stage.name) as bar:
-        return stage.make(config, _inputs(options, given, bar), folder, bar)
+        return stage.make(config, _inputs(options, roles, bar), folder, bar)
 
 
 def check_place(folder: Folder, inputs: Sequence[str]) -> None:
-    """Raise UserError where files written to a local folder would land among an input's or another artifact's."""
+    """Raise UserError if a local output folder contains an input, or is inside an input or another artifact."""
     if (root := folder.local) is None:
         return
     out = root.resolve()
@@ -93,6 +95,6 @@ def check_place(folder: Folder, inputs: Sequence[str]) -> None:
             continue
         path = path.resolve()
         if out == path or out in path.parents or path in out.parents:
-            raise UserError(f"the output folder {out} and the input {path} lie in one another; give a folder beside it")
+            raise UserError(f"the output folder {out} and the input {path} overlap; use a separate folder")
     if above := next((parent for parent in out.parents if (parent / MANIFEST_NAME).exists()), None):
-        raise UserError(f"the output folder {out} lies inside the artifact {above}; give a folder beside it")
+        raise UserError(f"the output folder {out} is inside the artifact {above}; use a separate folder")

@@ -1,4 +1,4 @@
-"""sweep: a grid of sampling settings, as `cfg=1,1.5,2 amm=off,paper`, and its results as a table and a plot."""
+"""sweep: a grid of sampling settings, such as `cfg=1,1.5,2 amm=off,paper`, with a table and a plot of its results."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ _PANELS_A_ROW = 3
 
 @dataclass(frozen=True)
 class Axis:
-    """One field of the grid: its name and values as they were given, and the field and values they mean."""
+    """One field of the grid: its name and values as typed, and the field and values they mean."""
 
     name: str
     field: str
@@ -41,7 +41,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """One place of the grid: what was given for each axis, and the configuration there."""
+    """One point of the grid: the value of each axis as typed, and the configuration."""
 
     settings: Mapping[str, str]
     config: SampleConfig
@@ -49,7 +49,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What a place of the grid gave."""
+    """The result of a point of the grid."""
 
     settings: Mapping[str, str]
     metrics: Mapping[str, float]
@@ -57,22 +57,22 @@ class Result:
 
 
 def parse_axis(text: str) -> Axis:
-    """`name=value,value,...`; off or none for no modulation, interval or limit of channels. Raises UserError.
+    """`name=value,value,...`; off or none means no modulation, interval or limit of channels. Raises UserError.
 
     Blocks are joined by `+` (amm=7+10), the ends of an interval by `-` (interval=200-800).
     """
     name, separator, listed = text.partition("=")
     field = _SHORT.get(name, name)
     if not separator or not listed or field not in SampleConfig.model_fields:
-        known = ", ".join([*_SHORT, *sorted(set(SampleConfig.model_fields) - set(_SHORT.values()))])
-        raise UserError(f"--sweep takes NAME=VALUE,VALUE, as cfg=1,1.5,2; got {text!r}; names: {known}")
+        names = ", ".join([*_SHORT, *sorted(set(SampleConfig.model_fields) - set(_SHORT.values()))])
+        raise UserError(f"--sweep takes NAME=VALUE,VALUE, such as cfg=1,1.5,2; got {text!r}; names: {names}")
     texts = tuple(part.strip() for part in listed.split(","))
     if len(set(texts)) != len(texts):
-        raise UserError(f"--sweep {text}: a value stands there twice")
+        raise UserError(f"--sweep {text}: a value is repeated")
     try:
         return Axis(name, field, texts, tuple(_value(field, part) for part in texts))
     except yaml.YAMLError as error:
-        raise UserError(f"--sweep {text}: a value is not understood ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--sweep {text}: a value is invalid ({str(error).splitlines()[0]})") from error
 
 
 def _value(field: str, text: str) -> Any:
@@ -86,25 +86,25 @@ def _value(field: str, text: str) -> Any:
 
 
 def grid(base: SampleConfig, axes: Sequence[Axis]) -> Iterator[Point]:
-    """Every place of the grid, the last axis fastest. Raises UserError for settings that do not make a protocol."""
+    """Every point of the grid, the last axis fastest. Raises UserError for invalid settings."""
     fields = [axis.field for axis in axes]
     if len(set(fields)) != len(fields):
         raise UserError(f"--sweep names a field twice: {', '.join(fields)}")
-    for places in product(*(range(len(axis.texts)) for axis in axes)):
-        chosen = list(zip(axes, places, strict=True))
-        update = {axis.field: axis.values[place] for axis, place in chosen}
+    for indices in product(*(range(len(axis.texts)) for axis in axes)):
+        pairs = list(zip(axes, indices, strict=True))
+        update = {axis.field: axis.values[index] for axis, index in pairs}
         config = validated(SampleConfig, {**base.model_dump(), **update})
-        yield Point({axis.name: axis.texts[place] for axis, place in chosen}, config)
+        yield Point({axis.name: axis.texts[index] for axis, index in pairs}, config)
 
 
 def check_settings(points: Sequence[Point], model: "ModelConfig") -> None:
-    """Refuse settings that a model does not support, and two values of an axis that never differ in their effect.
+    """Raise UserError for settings that a model does not support, and for two values of an axis with the same effect.
 
-    Raises UserError: 'paper' where no placement of AMM is published; `amm=off,model` of a model without a placement.
+    Examples: 'paper' if no placement of AMM is published; `amm=off,model` for a model without a placement.
     """
     effects = [effective(point.config, model) for point in points]
     for name in points[0].settings:
-        by_value: dict[str, list[SampleConfig]] = {}  # the others' values come in the same order for each value
+        by_value: dict[str, list[SampleConfig]] = {}  # for each value, the other axes are in the same order
         for point, effect in zip(points, effects, strict=True):
             by_value.setdefault(point.settings[name], []).append(effect)
         for (first, its), (second, others) in combinations(by_value.items(), 2):
@@ -118,7 +118,7 @@ def check_settings(points: Sequence[Point], model: "ModelConfig") -> None:
 
 
 def repeated_settings(points: Sequence[Point], model: "ModelConfig") -> list[str]:
-    """A sentence for each place of the grid that has the effect of an earlier one."""
+    """A sentence for each point of the grid that has the same effect as an earlier one."""
     first_with: dict[str, Point] = {}
     notes = []
     for point in points:
@@ -131,12 +131,12 @@ def repeated_settings(points: Sequence[Point], model: "ModelConfig") -> list[str
 def effective(config: SampleConfig, model: "ModelConfig") -> SampleConfig:
     """The configuration with AMM resolved for a model, and with fields that have no effect set to null.
 
-    Raises UserError for 'paper' where no placement is published, and for blocks that the model does not have.
+    Raises UserError for 'paper' if no placement is published, and for blocks that the model does not have.
     """
     from edt_core.sampling.sampler import resolved_amm_blocks
 
     blocks = tuple(sorted(set(resolved_amm_blocks(config, model))))
-    replace(model, amm_blocks=blocks)  # refuses blocks that the model does not have
+    replace(model, amm_blocks=blocks)  # raises for blocks that the model does not have
     radius = model.amm_radius if config.amm_blocks == "model" and config.amm_radius is None else config.amm_radius
     update: dict[str, Any] = {"amm_blocks": blocks, "amm_radius": None, "amm_kernel": None}
     if blocks:
@@ -163,7 +163,7 @@ def shown_metrics(results: Sequence[Result]) -> list[str]:
 
 
 def results_table(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
-    """A Markdown table, one row a place of the grid; below it what its rows do not have in common, and the notes."""
+    """A Markdown table with one row per point of the grid, then the protocol fields that differ, then the notes."""
     from edt_core.evaluation.protocol import protocol_differences
 
     axes, metrics = list(results[0].settings), shown_metrics(results)
@@ -175,7 +175,11 @@ def results_table(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
         for result in results[1:]
         for difference in protocol_differences(results[0].protocol, result.protocol)
     )
-    note = f"The rows are of one protocol but for {', '.join(sorted(others))}." if others else "All of one protocol."
+    note = (
+        f"The rows have the same protocol except for {', '.join(sorted(others))}."
+        if others
+        else "All rows have the same protocol."
+    )
     return "\n".join([*lines, "", note, *notes])
 
 
@@ -191,7 +195,7 @@ def _shown(metrics: Mapping[str, float], name: str) -> str:
 
 
 def plot(results: Sequence[Result]) -> bytes:
-    """A PNG with a panel a metric: the first axis of numbers across, one line for each setting of the others."""
+    """A PNG with one panel per metric: the first numeric axis across, one line for each setting of the others."""
     from matplotlib.figure import Figure
 
     axes = list(results[0].settings)
@@ -210,11 +214,11 @@ def plot(results: Sequence[Result]) -> bytes:
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for place, (metric, panel) in enumerate(zip(metrics, panels, strict=False)):  # the last row may not be full
         for label, line in lines.items():
-            having = [result for result in line if metric in result.metrics]
+            entries = [result for result in line if metric in result.metrics]
             panel.errorbar(
-                [x[result.settings[across]] for result in having],
-                [result.metrics[metric] for result in having],
-                yerr=[result.metrics.get(f"{metric}_std", 0.0) for result in having],
+                [x[result.settings[across]] for result in entries],
+                [result.metrics[metric] for result in entries],
+                yerr=[result.metrics.get(f"{metric}_std", 0.0) for result in entries],
                 marker="o",
                 capsize=2,
                 label=label,

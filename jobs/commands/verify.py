@@ -1,4 +1,4 @@
-"""verify: check an artifact against its manifest, where it lies. Needs no Ray and no cluster."""
+"""verify: check an artifact against its manifest, in place. Needs neither Ray nor a cluster."""
 
 from edt_core.errors import UserError
 from edt_core.progress import Progress
@@ -8,10 +8,10 @@ from edt_core.store.layout import MANIFEST_NAME
 
 
 def verify(location: str, deep: bool = False, progress: Progress | None = None) -> str:
-    """Compare an artifact's files with its manifest and return one line about them.
+    """Compare an artifact's files with its manifest and return a summary in one line.
 
     Names and sizes are compared, with `deep` also the sha256 of every file, read from the disk or store itself.
-    Raises UserError with the first ten problems and their number; ManifestError where there is no whole manifest.
+    Raises UserError with the first ten problems and their number; ManifestError if there is no complete manifest.
     """
     artifact = Artifact.read(location)
     manifest = artifact.manifest

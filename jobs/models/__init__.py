@@ -1,1 +1,1 @@
-"""Models of any form, opened by name, URI or folder."""
+"""Open models of any form, by name, URI or folder."""

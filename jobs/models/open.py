@@ -1,7 +1,7 @@
-"""Any model as the artifacts that a job takes: of the registry, a training, a diffusers folder, or a released file.
+"""Open a model for a job, from the registry, a training, a diffusers folder, or a released file.
 
-What is not a checkpoint artifact already becomes one, with EMA weights and configuration alone. `load_model` has no
-use for artifacts.
+`open_model` returns artifacts: a model that is not a checkpoint artifact becomes one, with only EMA weights and
+configuration. `load_model` reads the model into memory instead.
 """
 
 import json
@@ -45,7 +45,7 @@ DEFAULT_STORE = "./edt-store"
 _VERSION = 1
 _REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
 _RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
-_INDEX = "model_index.json"  # by which diffusers knows a pipeline's folder
+_INDEX = "model_index.json"  # marks the folder of a pipeline for diffusers
 _COMPONENTS, _LIBRARIES = {"transformer", "vae", "scheduler"}, ("diffusers", "edt_core.pipeline")
 _FORMS = (
     "a registered model (NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one of its "
@@ -55,7 +55,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Opened:
-    """A model, and what it was made with as far as that is known: its autoencoder and the images of its training."""
+    """A model and, if known, its autoencoder and the images of its training."""
 
     checkpoint: Artifact
     autoencoder: Artifact | None
@@ -64,10 +64,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory, in evaluation mode, and what is known of its use.
+    """A model in memory, in evaluation mode, and what is known about its use.
 
-    `classes` are the names of its classes, `protocol` fields of ChainConfig: how it was evaluated, and `class_counts`
-    the images of each class in its training.
+    `classes` are the names of its classes, `protocol` the fields of ChainConfig that it was evaluated with, and
+    `class_counts` the images of each class in its training.
     """
 
     model: "DiffusionTransformer"
@@ -79,13 +79,13 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A model that is no artifact yet."""
+class _PlainModel:
+    """A model that is not an artifact yet."""
 
     model: "DiffusionTransformer"
     num_timesteps: int
     steps: int
-    digest: str  # of what it was read from
+    digest: str  # of the files it was read from
     origin: str
     autoencoder: Path | None = None
     classes: tuple[str, ...] = ()
@@ -94,33 +94,33 @@ class _Found:
 
 
 def open_model(location: str, work: Folder) -> Opened:
-    """The model at a location; what has to be made an artifact goes into the store `work`.
+    """The model at a location as artifacts; new artifacts are written to the store `work`.
 
-    Raises UserError where there is no model, or nothing that can be read safely.
+    Raises UserError if there is no model, or it cannot be read safely.
     """
-    with _found(location) as found:
-        return _in_store(found) if isinstance(found, Artifact) else _made(found, work)
+    with _model_at(location) as model:
+        return _in_store(model) if isinstance(model, Artifact) else _store_model(model, work)
 
 
 def load_model(location: str) -> Loaded:
     """The model at a location, in memory. Raises UserError as `open_model`."""
     from edt_core.autoencoders.autoencoder import load_autoencoder
 
-    with _found(location) as found:
-        if isinstance(found, Artifact):
-            return _loaded(_in_store(found))
-        vae = None if found.autoencoder is None else load_autoencoder(found.autoencoder)
-        return Loaded(found.model, found.num_timesteps, vae, found.classes, found.protocol, found.class_counts)
+    with _model_at(location) as model:
+        if isinstance(model, Artifact):
+            return _loaded(_in_store(model))
+        vae = None if model.autoencoder is None else load_autoencoder(model.autoencoder)
+        return Loaded(model.model, model.num_timesteps, vae, model.classes, model.protocol, model.class_counts)
 
 
 def _is_of_mlflow(location: str) -> bool:
-    """Whether a location is looked up in MLflow: a registered version, or a run."""
-    named = _RUN.fullmatch(location) or _REGISTERED.fullmatch(location)
-    return named is not None and not typed_path(location).exists()
+    """Whether a location names a registered version or a run of MLflow."""
+    match = _RUN.fullmatch(location) or _REGISTERED.fullmatch(location)
+    return match is not None and not typed_path(location).exists()
 
 
 def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
-    """Have a model of MLflow looked up at `tracking_uri` or MLFLOW_TRACKING_URI, or in the SQLite file of a store."""
+    """Set where models of MLflow are looked up: `tracking_uri`, MLFLOW_TRACKING_URI, or the SQLite file of a store."""
     if not (tracking_uri or _is_of_mlflow(location)):
         return
     import mlflow
@@ -133,13 +133,13 @@ def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
 
 
 @contextmanager
-def _found(location: str) -> Iterator[Artifact | _Found]:
-    """What is at a location; the files of a registered version lie here only meanwhile."""
+def _model_at(location: str) -> Iterator[Artifact | _PlainModel]:
+    """The model at a location; the files of a registered version exist only inside the context."""
     path = typed_path(location)
     if _is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
         yield artifact
     elif _is_of_mlflow(location) and (version := _of_registry(location)) is not None:
-        with _fetched(version) as folder:
+        with _downloaded(version) as folder:
             yield _of_pipeline(folder, location)
     elif Folder.at(location).exists(MANIFEST_NAME):
         yield Artifact.open(location)
@@ -150,7 +150,7 @@ def _found(location: str) -> Iterator[Artifact | _Found]:
     elif path.is_file():
         yield _of_released(path)
     else:
-        raise UserError(f"there is no model at {location}; give {_FORMS}")
+        raise UserError(f"there is no model at {location}; expected {_FORMS}")
 
 
 def _of_run(location: str) -> Artifact | None:
@@ -161,9 +161,9 @@ def _of_run(location: str) -> Artifact | None:
     try:
         tags = client.get_run(match[1]).data.tags
     except Exception as error:
-        raise _unknown(location, error) from error
+        raise _lookup_error(location, error) from error
     if tags.get("edt.kind") != "checkpoint" or "edt.uri" not in tags:
-        raise UserError(f"the MLflow run {match[1]} made no checkpoint artifact; give the run of a train step")
+        raise UserError(f"the MLflow run {match[1]} has no checkpoint artifact; use the run of a train step")
     return Artifact.open(tags["edt.uri"])
 
 
@@ -176,39 +176,39 @@ def _of_registry(location: str) -> Any | None:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except Exception as error:
-        raise _unknown(location, error) from error
+        raise _lookup_error(location, error) from error
 
 
 @contextmanager
-def _fetched(version: Any) -> Iterator[Path]:
-    """The diffusers folder of a registered version, which is checked as it comes."""
+def _downloaded(version: Any) -> Iterator[Path]:
+    """The diffusers folder of a registered version, downloaded and checked."""
     with tempfile.TemporaryDirectory(prefix="edt-") as folder:
         fetch_version(mlflow_client(), version, Path(folder), need_digests=False)
         yield Path(folder)
 
 
-def _unknown(location: str, error: Exception) -> UserError:
+def _lookup_error(location: str, error: Exception) -> UserError:
     import mlflow
 
     return UserError(
         f"MLflow at {mlflow.get_tracking_uri()} has no model {location} ({error}); set MLFLOW_TRACKING_URI "
-        "or --tracking-uri, as sqlite:///edt-store/mlflow.db"
+        "or --tracking-uri, for example sqlite:///edt-store/mlflow.db"
     )
 
 
-def _of_checkpoint(folder: Path) -> _Found:
+def _of_checkpoint(folder: Path) -> _PlainModel:
     """One checkpoint of a training, checked against its own manifest."""
     from edt_core.training.checkpoint import CheckpointError, check_checkpoint, ema_model
 
     try:
         manifest = check_checkpoint(folder)
     except CheckpointError as error:
-        raise UserError(f"{error}; give another checkpoint") from error
+        raise UserError(f"{error}; use another checkpoint") from error
     config = read_json(folder / TRAIN_STATE)["config"]
-    return _Found(ema_model(folder), config["num_timesteps"], manifest.step, manifest.seal, str(folder.absolute()))
+    return _PlainModel(ema_model(folder), config["num_timesteps"], manifest.step, manifest.seal, str(folder.absolute()))
 
 
-def _of_pipeline(folder: Path, origin: str) -> _Found:
+def _of_pipeline(folder: Path, origin: str) -> _PlainModel:
     """A diffusers folder that `save_pipeline` wrote. Code and pickles in it are not run."""
     from diffusers.utils import logging
 
@@ -224,98 +224,98 @@ def _of_pipeline(folder: Path, origin: str) -> _Found:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{folder} is no diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder} is not a diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
     if not is_training_scheduler(pipeline.scheduler, pipeline.config.num_timesteps, pipeline.objective):
         _log.warning(
-            "%s: its scheduler, %s, is not used; choose the sampler by the option sampler",
+            "%s: its scheduler, %s, is not used; set the sampler with the option sampler",
             *(folder, type(pipeline.scheduler).__name__),
         )
     digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
     config = pipeline.config
-    known = tuple(config.classes), dict(config.protocol), config.class_counts
-    return _Found(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *known)
+    facts = tuple(config.classes), dict(config.protocol), config.class_counts
+    return _PlainModel(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *facts)
 
 
 def _check_components(folder: Path) -> None:
-    """Raise UserError where the index of a folder names a module that is not ours or diffusers': loading it runs it.
+    """Raise UserError if the index of a folder names a module other than ours and diffusers': loading would run it.
 
-    diffusers before 0.42 imports whatever module the index names, and a component's folder may bring one.
+    diffusers before 0.42 imports any module that the index names, and a component's folder may contain one.
     """
     try:
         index = read_json_object(folder / _INDEX)
     except (OSError, ValueError):
-        return  # no pipeline: who loads it says so
+        return  # not a pipeline: loading it reports that
     for component in _COMPONENTS & index.keys():
         entry = index[component]
         library = str(entry[0] if isinstance(entry, list) and entry else entry)
         if library not in _LIBRARIES or (folder / component / f"{library}.py").exists():
             raise UserError(
-                f"{folder / _INDEX} takes {component} from {entry}, and a folder's own code is not run; its modules "
-                f"may be {' and '.join(_LIBRARIES)}"
+                f"{folder / _INDEX} takes {component} from {entry}, but code in a folder is not run; allowed "
+                f"modules are {' and '.join(_LIBRARIES)}"
             )
 
 
-def _of_released(path: Path) -> _Found:
-    """The authors' released file; its averaged weights where it has them, as they sample from."""
+def _of_released(path: Path) -> _PlainModel:
+    """The authors' released file, with the averaged weights if it has them: the authors sample from those."""
     from edt_core.diffusion import objective_words
     from edt_core.models.import_released import read_released_model
 
-    read = read_released_model(path, words=objective_words())
-    for note in read.notes:
+    released = read_released_model(path, words=objective_words())
+    for note in released.notes:
         _log.warning("%s: %s", on_one_line(str(path)), on_one_line(note))
-    return _Found(read.model, 1000, 0, sha256_file(path), str(path.absolute()))
+    return _PlainModel(released.model, 1000, 0, sha256_file(path), str(path.absolute()))
 
 
-def _made(found: _Found, work: Folder) -> Opened:
-    """The model, and the autoencoder that came with it, as artifacts of the store `work`, each made once."""
+def _store_model(plain: _PlainModel, work: Folder) -> Opened:
+    """The model and its autoencoder as artifacts of the store `work`; existing ones are reused."""
     from safetensors.torch import save_file
 
     from edt_core.models import count_macs, count_parameters
     from edt_core.training.checkpoint import checkpoint_name
 
-    vae = None if found.autoencoder is None else _made_autoencoder(found.autoencoder, found, work)
-    config = {"num_timesteps": found.num_timesteps}
-    final = f"{CHECKPOINTS}/{checkpoint_name(found.steps)}"
+    vae = None if plain.autoencoder is None else _store_autoencoder(plain.autoencoder, plain, work)
+    config = {"num_timesteps": plain.num_timesteps}
+    final = f"{CHECKPOINTS}/{checkpoint_name(plain.steps)}"
 
     def write(out: ArtifactWriter) -> dict[str, Any]:
-        weights = {name: value.contiguous() for name, value in found.model.state_dict().items()}
-        _write_model(out, final, found.model.config.to_dict(), lambda path: save_file(weights, path))
+        weights = {name: value.contiguous() for name, value in plain.model.state_dict().items()}
+        _write_model(out, final, plain.model.config.to_dict(), lambda path: save_file(weights, path))
         return {
-            "model": found.model.config.name,
-            **found.model.config.objective_record(),
-            "steps": found.steps,
+            "model": plain.model.config.name,
+            **plain.model.config.objective_record(),
+            "steps": plain.steps,
             "autoencoder_digest": None if vae is None else vae.manifest.digest,
             **({} if vae is None else autoencoder.stored_scale(vae).beyond_factor()),
-            "class_counts": None if found.class_counts is None else list(found.class_counts),
-            "parameters": count_parameters(found.model),
-            "macs": count_macs(found.model),
+            "class_counts": None if plain.class_counts is None else list(plain.class_counts),
+            "parameters": count_parameters(plain.model),
+            "macs": count_macs(plain.model),
             "final": final,
-            "origin": found.origin,
+            "origin": plain.origin,
         }
 
-    return Opened(_once("checkpoint", config, found.digest, work, write), vae)
+    return Opened(_once("checkpoint", config, plain.digest, work, write), vae)
 
 
 def _write_model(
     out: ArtifactWriter, final: str, config: Mapping[str, Any], write_weights: Callable[[Path], None]
 ) -> None:
-    """The two files that a checkpoint is sampled from, in its folder `final` of an artifact."""
+    """Write the two files that sampling needs, into the folder `final` of an artifact."""
     out.write_bytes(f"{final}/{MODEL_CONFIG}", json.dumps(config, indent=1, sort_keys=True).encode())
     out.write(f"{final}/{EMA_WEIGHTS}", write_weights)
 
 
 def write_modulated(opened: Opened, amm: Mapping[str, Any], out: ArtifactWriter) -> dict[str, Any]:
-    """Write the model with other fields `amm_...` in its configuration; returns the counts of such an artifact.
+    """Write the model with other `amm_...` fields in its configuration; return the counts of the artifact.
 
-    Its autoencoder and images are found again where they lie now.
+    The counts record the current location of its autoencoder and images.
     """
     checkpoint, final = opened.checkpoint, opened.checkpoint.counts["final"]
     config = {**checkpoint.read_json(f"{final}/{MODEL_CONFIG}"), **amm}
     _write_model(out, final, config, lambda path: _copy(checkpoint.path(f"{final}/{EMA_WEIGHTS}"), path))
-    kept = {name: value for name, value in checkpoint.counts.items() if name not in ("checkpoints", "best")}
+    counts = {name: value for name, value in checkpoint.counts.items() if name not in ("checkpoints", "best")}
     beside = {"autoencoder": opened.autoencoder, "images": opened.images}
     return {
-        **kept,
+        **counts,
         "origin": checkpoint.folder.uri,
         "beside": {role: [a.folder.uri, a.manifest.digest] for role, a in beside.items() if a is not None},
     }
@@ -325,37 +325,38 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _made_autoencoder(folder: Path, found: _Found, work: Folder) -> Artifact:
+def _store_autoencoder(folder: Path, plain: _PlainModel, work: Folder) -> Artifact:
     from edt_core.autoencoders.autoencoder import autoencoder_facts, load_autoencoder
 
     facts = autoencoder_facts(load_autoencoder(folder))
 
     def write(out: ArtifactWriter) -> dict[str, Any]:
         out.add_tree(folder, autoencoder.FOLDER)
-        return {**facts, "source": found.origin}
+        return {**facts, "source": plain.origin}
 
-    return _once("autoencoder", {}, found.digest, work, write)
+    return _once("autoencoder", {}, plain.digest, work, write)
 
 
 def _once(
     kind: str, config: dict[str, Any], digest: str, work: Folder, write: Callable[[ArtifactWriter], dict[str, Any]]
 ) -> Artifact:
-    """The artifact of a store of something known by its digest: found there, or written now."""
+    """The artifact in a store of content with this digest: reused, or written now."""
     inputs = {"model": digest}
     identity = fingerprint(kind, _VERSION, config, inputs)
     folder = work.child(f"{kind}/{identity}")
     with alone_in(folder):
-        if (made := existing_artifact(folder, identity)) is not None:
-            return made
+        if (existing := existing_artifact(folder, identity)) is not None:
+            return existing
         out = ArtifactWriter(folder, kind, identity)
         return out.commit(config, inputs, write(out))
 
 
 def _in_store(checkpoint: Artifact) -> Opened:
-    """A checkpoint artifact, and what it was made from where it lies in a store with that."""
+    """A checkpoint artifact, with its autoencoder and images if they are in the same store."""
     if checkpoint.manifest.kind != "checkpoint":
         raise UserError(
-            f"{checkpoint.folder.uri} holds {checkpoint.manifest.kind}, and a model is needed; give {_FORMS}"
+            f"{checkpoint.folder.uri} is an artifact of kind {checkpoint.manifest.kind}, but a model is needed: "
+            f"{_FORMS}"
         )
     latents = _parent(checkpoint, "latents")
     if latents is None:
@@ -364,7 +365,7 @@ def _in_store(checkpoint: Artifact) -> Opened:
 
 
 def _loaded(opened: Opened) -> Loaded:
-    """A checkpoint artifact's averaged weights, with the autoencoder and the class names of its training."""
+    """The averaged weights of a checkpoint artifact, with the autoencoder and the class names of its training."""
     from edt_core.autoencoders.autoencoder import load_autoencoder
     from edt_core.training.checkpoint import ema_model
 
@@ -381,17 +382,17 @@ def _loaded(opened: Opened) -> Loaded:
 
 
 def _parent(artifact: Artifact, kind: str) -> Artifact | None:
-    """What an artifact of a store (`<root>/<kind>/<fingerprint>`) was made from, if that is there and whole."""
+    """The input of this kind of an artifact in a store (`<root>/<kind>/<fingerprint>`); None if it is not there."""
     inputs: Mapping[str, str] = artifact.manifest.inputs
-    *root, there, name = artifact.folder.uri.split("/")
-    if (there, name) != (artifact.manifest.kind, artifact.fingerprint) or kind not in inputs:
+    *root, parent, name = artifact.folder.uri.split("/")
+    if (parent, name) != (artifact.manifest.kind, artifact.fingerprint) or kind not in inputs:
         return None
     folder = Folder.at("/".join(root)).child(f"{kind}/{inputs[kind]}")
     return Artifact.open(folder) if folder.exists(MANIFEST_NAME) else None
 
 
 def _beside(checkpoint: Artifact, role: str) -> Artifact | None:
-    """What `write_modulated` noted, if it is there and the same."""
+    """The artifact of a role that `write_modulated` recorded, if it exists unchanged."""
     uri, digest = checkpoint.counts.get("beside", {}).get(role, (None, None))
     if uri is None or not Folder.at(uri).exists(MANIFEST_NAME):
         return None

@@ -1,7 +1,7 @@
-"""The files of a registered version: listed, downloaded and checked by our own code, whatever their store says.
+"""List, download and check the files of a registered version, without trusting their store.
 
-Beside the diffusers folder of a version lies `digests.json`, {name: sha256}, and the sha256 of that file is a tag of
-the version: who can change files in the store but not the registry is found out.
+A version has `digests.json`, {name: sha256}, beside its diffusers folder, and the sha256 of that file is a tag of the
+version. So a change of files in the store is detected unless the registry was changed too.
 """
 
 import os
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 DIGESTS, PIPELINE = "digests.json", "pipeline"  # names below `artifacts/` of the logged model
 DIGEST_TAG = "edt.pipeline_digest"
-_ARTIFACTS = "artifacts"  # where MLflow puts what a pyfunc model is logged with
-_MOST_FILES, _DEEPEST = 10_000, 10  # a listing beyond these is none of ours
+_ARTIFACTS = "artifacts"  # MLflow's folder for the artifacts of a pyfunc model
+_MOST_FILES, _DEEPEST = 10_000, 10  # a listing beyond these limits is not of a model
 _DRIVE = re.compile("[A-Za-z]:")
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of every file below a folder. Raises UserError for a link or what else is no plain file."""
-    found = {}
+    """Name -> sha256 of every file below a folder. Raises UserError for a link or a special file."""
+    digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is a link or no plain file; a model's folder holds files alone")
+            raise UserError(f"{path} is a link or a special file; a model's folder may contain only regular files")
         if path.is_file():
-            found[path.relative_to(folder).as_posix()] = sha256_file(path)
-    return found
+            digests[path.relative_to(folder).as_posix()] = sha256_file(path)
+    return digests
 
 
 def digests_text(digests: Mapping[str, str]) -> bytes:
@@ -56,10 +56,10 @@ def safe_name(name: str) -> str:
 
 
 def fetch_version(client: "MlflowClient", version: Any, target: Path, need_digests: bool = True) -> None:
-    """Download the diffusers folder of a version into the folder `target`, new or empty, and check it.
+    """Download the diffusers folder of a version into `target`, a new or empty folder, and check it.
 
-    Raises UserError naming the files that differ, are missing or too many, or whose names lead out of the folder; and
-    for a version without digests, unless those are not needed.
+    Raises UserError that names the files that differ, are missing or extra, or whose names lead out of the folder; and
+    for a version without digests if `need_digests`.
     """
     remote = _Remote(client, version)
     names = remote.names()
@@ -67,22 +67,22 @@ def fetch_version(client: "MlflowClient", version: Any, target: Path, need_diges
     if digests is not None and (problems := _compare_names(names, set(digests))):
         raise _damaged(version, problems)
     if not names:
-        raise UserError(f"{title(version)} holds no diffusers folder: it was not registered by edt")
+        raise UserError(f"{title(version)} contains no diffusers folder: it was not registered by edt")
     for _ in in_threads(lambda name: remote.download(f"{PIPELINE}/{name}", target / name), sorted(names)):
         pass
-    # What lies there is looked at again as it lies there: no file more, none less, no links.
+    # Check the files on disk: none extra, none missing, no links.
     if digests is not None and (problems := _compare(folder_digests(target), digests)):
         raise _damaged(version, problems)
 
 
 def pull(client: "MlflowClient", version: Any, folder: Path) -> bool:
-    """Put the diffusers folder of a version at `folder`, whole or not at all; False if it is there already.
+    """Put the diffusers folder of a version at `folder`, complete or not at all; False if it already exists.
 
-    Raises UserError where something else lies there, and as `fetch_version`.
+    Raises UserError if something else is there, and as `fetch_version`.
     """
     folder = folder.expanduser().absolute()
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder} is a file or a link; give a new folder")
+        raise UserError(f"{folder} is a file or a link; use a new folder")
     if folder.exists() and any(folder.iterdir()):
         _check_pulled(client, version, folder)
         return False
@@ -98,7 +98,7 @@ def pull(client: "MlflowClient", version: Any, folder: Path) -> bool:
 
 
 def stored_problems(client: "MlflowClient", version: Any) -> list[str]:
-    """What is wrong with the files of a version in its store; every one is read."""
+    """Problems with the files of a version in its store. Reads every file."""
     try:
         with tempfile.TemporaryDirectory(prefix="edt-") as folder:
             fetch_version(client, version, Path(folder))
@@ -113,7 +113,7 @@ def title(version: Any) -> str:
 
 
 class _Remote:
-    """The files below `artifacts/` of a version's logged model. Every name from outside is checked before its use."""
+    """The files below `artifacts/` of a version's logged model. Every name from outside is checked before use."""
 
     def __init__(self, client: "MlflowClient", version: Any) -> None:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -129,24 +129,24 @@ class _Remote:
         return {name.removeprefix(f"{root}/") for name in self._walk(root)}
 
     def download(self, name: str, target: Path) -> None:
-        """Bring one file to `target`."""
+        """Download one file to `target`."""
         source = safe_name(f"{_ARTIFACTS}/{name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".edt-", dir=target.parent) as staging:
             try:
-                got = Path(self._repository.download_artifacts(source, staging))
-            except Exception as error:  # every kind of store has its own
+                path = Path(self._repository.download_artifacts(source, staging))
+            except Exception as error:  # each kind of store raises its own errors
                 raise UserError(f"{self.title}: {name} cannot be downloaded ({error})") from error
-            got.replace(target)
+            path.replace(target)
 
     def _walk(self, folder: str, depth: int = 0) -> Iterator[str]:
         try:
-            found = self._repository.list_artifacts(folder)
+            entries = self._repository.list_artifacts(folder)
         except Exception as error:
             raise UserError(f"{self.title}: its files cannot be listed ({error})") from error
-        if depth > _DEEPEST or len(found) > _MOST_FILES:
+        if depth > _DEEPEST or len(entries) > _MOST_FILES:
             raise UserError(f"{self.title} lists more files or folders than any model has; register it again")
-        for info in found:
+        for info in entries:
             name = safe_name(info.path)
             if PurePosixPath(name).parent != PurePosixPath(folder):
                 raise UserError(f"{self.title}: the store lists {name!r} in {folder!r}; register it again")
@@ -157,12 +157,12 @@ class _Remote:
 
 
 def _stated_digests(remote: _Remote, needed: bool) -> dict[str, str] | None:
-    """`digests.json` of a version, itself checked against the tag; None for a version from before there was one."""
+    """`digests.json` of a version, checked against the tag; None for a version registered before digests existed."""
     if remote.tag is None:
         if not needed:
             return None
         raise UserError(
-            f"{remote.title} was registered without digests, so nobody can check its files; register it again"
+            f"{remote.title} was registered without digests, so its files cannot be checked; register it again"
         )
     with tempfile.TemporaryDirectory(prefix="edt-") as folder:
         path = Path(folder) / DIGESTS
@@ -173,44 +173,48 @@ def _stated_digests(remote: _Remote, needed: bool) -> dict[str, str] | None:
     return {safe_name(name): str(digest) for name, digest in parse_json(text, DIGESTS).items()}
 
 
-def _compare_names(there: set[str], stated: set[str]) -> list[str]:
-    missing = [f"{name} is missing" for name in sorted(stated - there)]
-    return missing + [f"{name} is not in {DIGESTS}" for name in sorted(there - stated)]
+def _compare_names(actual: set[str], stated: set[str]) -> list[str]:
+    missing = [f"{name} is missing" for name in sorted(stated - actual)]
+    return missing + [f"{name} is not in {DIGESTS}" for name in sorted(actual - stated)]
 
 
-def _compare(there: Mapping[str, str], stated: Mapping[str, str]) -> list[str]:
-    differing = [f"{name} has another sha256" for name in sorted(there.keys() & stated) if there[name] != stated[name]]
-    return differing + _compare_names(set(there), set(stated))
+def _compare(actual: Mapping[str, str], stated: Mapping[str, str]) -> list[str]:
+    differing = [
+        f"{name} has another sha256" for name in sorted(actual.keys() & stated) if actual[name] != stated[name]
+    ]
+    return differing + _compare_names(set(actual), set(stated))
 
 
 def _damaged(version: Any, problems: list[str]) -> UserError:
-    return UserError(f"{title(version)} is damaged: {listing(problems)}; take another version or register it again")
+    return UserError(f"{title(version)} is damaged: {listing(problems)}; use another version or register it again")
 
 
 def _check_pulled(client: "MlflowClient", version: Any, folder: Path) -> None:
-    """Raise UserError unless the folder holds this very version and nothing else."""
+    """Raise UserError unless the folder contains exactly this version."""
     stated = _stated_digests(_Remote(client, version), True)
     assert stated is not None
     if problems := _compare(folder_digests(folder), stated):
-        raise UserError(f"{folder} holds something else than {title(version)}: {listing(problems)}; give a new folder")
+        raise UserError(f"{folder} does not contain {title(version)}: {listing(problems)}; use a new folder")
 
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to fill and rename. It is locked while its process lives; dead ones are removed."""
+    """A folder beside `folder` to fill and rename, locked while its process lives. Removes those of dead processes."""
     import fcntl
 
     prefix = f".{folder.name}.pull-"
     for old in folder.parent.glob(f"{escape(prefix)}????????"):
-        with suppress(OSError), _opened(old) as handle:
+        with suppress(OSError), _folder_handle(old) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its pull is alive
-            if {path.name for path in old.iterdir()} <= {folder.name}:  # what else lies there, no pull has left
+            if {path.name for path in old.iterdir()} <= {
+                folder.name
+            }:  # a folder with other files was not left by a pull
                 shutil.rmtree(old, ignore_errors=True)
     staged = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        with _opened(staged) as handle:
+        with _folder_handle(staged) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            inner = staged / folder.name  # made with the permissions that folders get here, unlike `staged`
+            inner = staged / folder.name  # has the default permissions of a folder, unlike `staged`
             inner.mkdir(parents=True)
             yield inner
     finally:
@@ -218,7 +222,7 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def _folder_handle(folder: Path) -> Iterator[int]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         yield handle

@@ -272,7 +272,7 @@ def test_a_model_s_folder_brings_no_code(
     (folder / module).write_text(f"open({str(canary)!r}, 'w')\n")
     (folder / "model_index.json").write_text(json.dumps({**index, component: entry}))
     monkeypatch.syspath_prepend(folder)  # as for somebody who is in that folder
-    with pytest.raises(UserError, match="a folder's own code is not run"):
+    with pytest.raises(UserError, match="but code in a folder is not run"):
         load_model(str(folder))
     assert not canary.exists()
 

@@ -36,7 +36,7 @@ HOSTILE = {
     "a NUL": (f"{_VALID}#\0\n", "special characters are not allowed"),
     "an escape sequence": ("name: \x1b]0;owned\x07\n", "special characters are not allowed"),
     "an object of Python": ("name: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
-    "empty": ("", "a mapping of fields is expected"),
+    "empty": ("", "expected a mapping of fields"),
     "not a number": (f"{_VALID}train: {{lr: .nan}}\n", "train.lr"),
     "infinite": (f"{_VALID}train: {{lr: .inf}}\n", "train.lr"),
     "too large": (f"{_VALID}# {'x' * MAX_CONFIG_BYTES}", "bytes, and at most 4,194,304 are read"),

@@ -613,7 +613,7 @@ def test_a_pull_removes_nothing_that_no_pull_has_left(tmp_path: Path) -> None:
     version, target = registry.version("1"), tmp_path / "pulled" / "model"
     (target / "sub").mkdir(parents=True)
     (target / "sub" / "mine.txt").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"holds something else than .*sub/mine\.txt is not in"):
+    with pytest.raises(UserError, match=r"does not contain .*sub/mine\.txt is not in"):
         pull(registry.catalog.client, version, target)
     assert snapshot(target) == {"sub/mine.txt": b"mine"}
     shutil.rmtree(target)

@@ -171,7 +171,7 @@ def test_what_is_found_is_a_model_that_is_evaluated_with_it(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--blocks", "3,7"], "the model has 7 blocks; take some of 0..6"),
+        (["--blocks", "3,7"], "the model has 7 blocks; use blocks of 0..6"),
         (["--metric", "precision_classifier"], "cannot decide"),
         (["--repeats", "1"], "repeats"),
     ],

@@ -100,9 +100,9 @@ def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model", "--models", "EDT-Q/2"], "--models names EDT-Q/2; known are EDT-S/2, "),
-        (["train", "--image-size", "256,512"], "is several; `edt bench train` measures one"),
-        (["model", "--precision", "fp8"], "fp8: known are fp32, tf32, bf16"),
+        (["model", "--models", "EDT-Q/2"], "--models: unknown EDT-Q/2; known models: EDT-S/2, "),
+        (["train", "--image-size", "256,512"], "but `edt bench train` measures one"),
+        (["model", "--precision", "fp8"], "unknown fp8; known: fp32, tf32, bf16"),
     ],
 )
 def test_what_does_not_exist_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,8 +90,8 @@ def test_every_kind_of_model_gives_one_picture(model: EDT, folder: Path, tmp_pat
         (["--classes", "clas 2"], r"no class is called 'clas 2'; did you mean 2 \(class 2\)"),
         (["--classes", "class"], r"class 'class' may be 0 \(class 0\) or 1 "),
         (["--classes", "4"], r"class 4: the model has 0\.\.3"),
-        (["--classes", ",".join("0" * 21)], "21 classes are more than the 20 rows"),
-        (["--out", "grid.jpg"], r"--out grid.jpg is no name of a picture; give one that ends in \.png"),
+        (["--classes", ",".join("0" * 21)], "21 classes do not fit the 20 rows"),
+        (["--out", "grid.jpg"], r"--out grid.jpg does not name a PNG file; use a name that ends in \.png"),
         (["--out", "/dev/null/grid.png"], "cannot write to /dev/null"),
         (["--cfg-scale", "0.5"], "'cfg_scale': Input should be greater than or equal to 1"),
         (["--amm-blocks", "77"], "77"),
@@ -123,7 +123,7 @@ def test_autoencoders_that_are_not_known_or_do_not_fit(
     torch.save(model.state_dict(), tmp_path / "a.pt")
     other = pipeline_folder(tmp_path / "other", made_model(image_size=64, factor=8), factor=8)
     for options, message in (
-        ([], "does not say which autoencoder decodes it; give --autoencoder"),
+        ([], "does not state its autoencoder; pass --autoencoder"),
         (["--autoencoder", str(other / "vae")], "the autoencoder has factor 8 and 4 latent channels, but EDT-Tiny/2"),
     ):
         with pytest.raises(SystemExit):

@@ -111,7 +111,7 @@ def test_a_table_of_a_grid_says_in_what_its_rows_differ() -> None:
     table = results_table(RESULTS)
     assert "| cfg | amm | fid | precision |" in table
     assert "| 1.5 | paper | 11.67 ± 0.25 | 0.5 |" in table
-    assert table.endswith("The rows are of one protocol but for amm_blocks, cfg_scale.")
+    assert table.endswith("The rows have the same protocol except for amm_blocks, cfg_scale.")
     assert plot(RESULTS).startswith(b"\x89PNG")
     assert plot(RESULTS) == plot(RESULTS)
 
@@ -162,7 +162,7 @@ def test_a_model_is_the_same_in_every_form(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused_with_the_forms(judge: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds classifier, and a model is needed"):
+    with pytest.raises(UserError, match="is an artifact of kind classifier, but a model is needed"):
         open_model(judge.folder.uri, Folder.at(tmp_path / "work"))
     with pytest.raises(UserError, match=r"there is no model at .*NAME@ALIAS"):
         open_model(str(tmp_path / "nothing"), Folder.at(tmp_path / "work"))
@@ -206,7 +206,7 @@ def test_a_sweep_is_measured_plotted_and_reused(
     code, told, errors = evaluate(capfd, *call, "--sweep", "cfg=1,3")
     assert code == 0, errors
     assert "| cfg | fd_classifier | kid_classifier |" in told
-    assert "one protocol but for cfg_scale" in told
+    assert "same protocol except for cfg_scale" in told
     assert "12 samples" in errors, "that few samples bias the distance is said"
     results = json.loads((out / "results.json").read_text())
     assert [result["settings"] for result in results] == [{"cfg": "1"}, {"cfg": "3"}]
@@ -310,14 +310,14 @@ def inception_weights(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give --inception-weights for FID"),
+        ([], "pass --inception-weights for FID"),
         (["--inception-weights", "{tmp}/none.pth"], "github.com/mseitzer/pytorch-fid"),
         (["--inception-weights", "{tmp}/none.pth#sha256=beef"], "sha256 is 64 digits"),
         (["--classifier", "{classifier}"], "nothing to compare"),
         (["--classifier", "{classifier}", "--autoencoder", "{classifier}"], "but autoencoder is needed"),
         (["--classifier", "{classifier}", "--images", "a", "--statistics", "b"], "--images and --statistics are two"),
         (["--classifier", "{classifier}", "--statistics", "{tmp}/none.npz"], "no reference statistics"),
-        (["--classifier", "{classifier}", "--export", "png", "--sweep", "cfg=1,2"], "--export is of one set"),
+        (["--classifier", "{classifier}", "--export", "png", "--sweep", "cfg=1,2"], "--export writes one set"),
         (["--classifier", "{classifier}", "--amm-blocks", "paper"], "no placement is published for"),
         (["--classifier", "{classifier}", "--sweep", "amm=off,paper"], "Search for a placement with `edt amm-search`"),
         (["--classifier", "{classifier}", "--sweep", "amm=off,model"], "--sweep amm=off,model: both have the same"),
@@ -347,7 +347,7 @@ def test_samples_whose_pixels_were_not_kept_are_not_exported(tmp_path: Path) -> 
 
     out = ArtifactWriter(Folder.at(tmp_path / "features"), "features", "f" * 64)
     features = out.commit(result_fields(SampleConfig(num_samples=200)), {}, {})
-    with pytest.raises(UserError, match="keeps the pixels of 100 of 200 samples"):
+    with pytest.raises(UserError, match="has the pixels of 100 of 200 samples"):
         export.export_features(features, "png", tmp_path / "png", Silent())
 
 

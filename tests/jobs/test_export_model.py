@@ -28,7 +28,7 @@ def test_a_model_with_the_modulation_that_is_asked_for(
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("there.pt2", [], "there.pt2 is there already; give a new file"),
+        ("there.pt2", [], "there.pt2 already exists; use a new file"),
         ("/dev/null/a.pt2", [], "cannot write to /dev/null"),
         ("a.pt2", ["--amm-blocks", "9"], r"\[9\] do not exist"),
     ],

@@ -130,7 +130,7 @@ def test_an_output_among_the_input_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(digits_folder, tmp_path / "images")
     before = files(tmp_path)
-    assert_refused(command("preprocess", "images", out), "lie in one another")
+    assert_refused(command("preprocess", "images", out), "overlap; use a separate folder")
     assert files(tmp_path) == before
 
 
@@ -140,7 +140,7 @@ def test_an_output_inside_another_artifact_is_refused(latents_artifact: object, 
     from jobs.commands.stage import check_place
 
     inside = Path(latents_artifact.folder.uri) / "a" / "b"  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="lies inside the artifact"):
+    with pytest.raises(UserError, match="is inside the artifact"):
         check_place(Folder.at(inside), [])
     check_place(Folder.at(tmp_path / "new"), ["s3://bucket/images", "some/hub-id"])
 

@@ -119,7 +119,7 @@ def test_an_unknown_configuration_names_the_known_ones() -> None:
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
-    for text, message in (("a: [", "is not YAML"), ("- 1", "a mapping of fields is expected")):
+    for text, message in (("a: [", "is not YAML"), ("- 1", "expected a mapping of fields")):
         path = tmp_path / "c.yaml"
         path.write_text(text)
         with pytest.raises(UserError, match=message):

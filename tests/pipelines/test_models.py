@@ -199,7 +199,7 @@ def test_pull_brings_the_very_files_and_nothing_else(registry: Registry, tmp_pat
     assert contents(target) == contents(registry.root / "models" / "a" / "artifacts" / "pipeline")
     assert list(target.parent.iterdir()) == [target]
     assert "is already at" in edt(registry, "models", "pull", f"{NAME}/1", str(target))
-    with pytest.raises(UserError, match=r"holds something else than edt-small version 2: .* has another sha256"):
+    with pytest.raises(UserError, match=r"does not contain edt-small version 2: .* has another sha256"):
         edt(registry, "models", "pull", f"{NAME}/2", str(target))
     (target / "own.txt").write_text("mine")
     with pytest.raises(UserError, match=r"own\.txt is not in digests\.json"):

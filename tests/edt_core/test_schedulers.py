@@ -203,4 +203,4 @@ def test_verbs_say_that_they_do_not_use_it(
     assigned(pipeline, "EulerDiscreteScheduler").save_pretrained(tmp_path / "p")
     with caplog.at_level("WARNING", logger="jobs.models.open"):
         assert load_model(str(tmp_path / "p")).num_timesteps == 1000
-    assert "its scheduler, EulerDiscreteScheduler, is not used; choose the sampler by the option sampler" in caplog.text
+    assert "its scheduler, EulerDiscreteScheduler, is not used; set the sampler with the option sampler" in caplog.text

@@ -137,7 +137,7 @@ def test_an_image_shard_with_one_flipped_bit_is_not_encoded(images: Artifact, va
     data = bytearray(path.read_bytes())
     data[700] ^= 4
     path.write_bytes(data)
-    with pytest.raises(UserError, match="not what its manifest says"):
+    with pytest.raises(UserError, match="does not match its manifest"):
         encoded(images, vae, tmp_path / "l")
     assert not list((tmp_path / "l").glob("*.arrow"))
 

@@ -1,4 +1,4 @@
-"""EDT (arXiv 2410.23788), DiT and MDTv2, and what training and sampling ask of them."""
+"""The models (EDT, arXiv 2410.23788, and other diffusion transformers), for training and sampling."""
 
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import AmmKernel, ModelConfig

@@ -1,6 +1,6 @@
-"""Self-attention with a learned relative position bias, EDT's attention modulation, and the block around.
+"""Self-attention with a learned relative position bias, EDT's attention modulation, and the transformer block.
 
-Legend: N = batch, n = grid side, T = n² tokens, k = those that are kept, D = width, H = heads, K = width of the
+Legend: N = batch, n = grid side, T = n² tokens, k = unmasked tokens, D = width, H = heads, K = width of the
 conditioning.
 """
 
@@ -16,12 +16,12 @@ from edt_core.models.layers import AdaptiveLayerNorm, FeedForward, adaln_project
 from edt_core.models.positions import amm_matrix, relative_offsets
 from edt_core.models.weight_memo import made_once
 
-_FUSED_FROM = 256  # tokens, from which on modulated attention on a CPU is faster without its scores written out
-_NEVER = -1e4  # added to a score: its weight is 0 in float32, and no kernel makes NaN of a whole tile of them
+_FUSED_FROM = 256  # tokens from which modulated attention on a CPU is faster in the fused kernel
+_NEVER = -1e4  # added to a score, its weight is 0 in float32; unlike -inf, a whole tile of it gives no NaN
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias for every head and pair of tokens, the same for pairs with the same offset."""
+    """A learned bias for every head and pair of tokens, equal for pairs with the same offset."""
 
     offsets: Tensor
 
@@ -31,17 +31,17 @@ class RelativePositionBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty(self.span**2, num_heads))
         self.register_buffer("offsets", relative_offsets(grid), persistent=False)  # [n, n]
 
-    def forward(self, kept: Tensor | None = None) -> Tensor:
-        """The bias of all pairs, [H, T, T], or of the pairs of each row's tokens that are kept: [N, k] -> [N, H, k, k].
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """The bias of all pairs [H, T, T], or of the pairs of each row's unmasked tokens: [N, k] -> [N, H, k, k].
 
-        index_select over the last dimension: both it and its backward pass are 8 times as fast as table[pairs].
+        It uses index_select over the last dimension: with its backward pass, 8 times as fast as table[pairs].
         """
         table = self.relative_position_bias_table.t()
-        if kept is None:
+        if indices is None:
             pairs = self.offsets[:, None, :, None] * self.span + self.offsets[None, :, None, :]  # [n, n, n, n]
             tokens = len(self.offsets) ** 2
             return table.index_select(1, pairs.flatten()).view(-1, tokens, tokens)
-        pairs = self.pairs(kept)
+        pairs = self.pairs(indices)
         return table.index_select(1, pairs.flatten()).view(-1, *pairs.shape).transpose(0, 1)
 
     def pairs(self, tokens: Tensor) -> Tensor:
@@ -54,11 +54,11 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention among the tokens of a grid, with a position bias or without.
+    """Multi-head self-attention among the tokens of a grid, with or without a position bias.
 
-    With a modulation matrix set, in evaluation mode and among all tokens only, the soft-maxed scores are multiplied by
-    it and not normalised again (Attention Modulation Matrix, arXiv 2410.23788). `extra_tokens` stand before those of
-    the grid and have no place on it; AMM takes them to be at distance 0 from every token.
+    If a modulation matrix is set, in evaluation mode and without masks, the scores after the softmax are multiplied
+    by it and not normalised again (Attention Modulation Matrix, arXiv 2410.23788). `extra_tokens` come before those of
+    the grid and have no position on it; AMM treats them as at distance 0 from every token.
     """
 
     amm: Tensor | None
@@ -81,32 +81,32 @@ class Attention(nn.Module):
         self.rel_pos_bias = position_bias
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        # [T, T], the extra tokens among the T, or None where AMM does not act.
+        # [T, T], where T includes the extra tokens; None if AMM is off.
         self.register_buffer("amm", None, persistent=False)
 
     def set_amm(self, kernel: AmmKernel | None, radius: float | None = None) -> None:
-        """Modulate with `kernel` from now on, up to `radius` tokens (None: the paper's); kernel None ends it."""
+        """Modulate with `kernel`, up to `radius` tokens (None: the paper's radius); kernel None turns AMM off."""
         if kernel is None:
             self.amm = None
             return
         amm, device = amm_matrix(self.grid, kernel, radius), self.qkv.weight.device
         if extra := self.extra_tokens:
             amm = F.pad(amm, (extra, 0, extra, 0), value=float(amm[0, 0]))
-        # Weights on "meta" have their values still to come (accelerate loads so); those of the matrix would be lost.
+        # Weights on "meta" get their values later (accelerate loads that way); the values of the matrix would be lost.
         self.amm = amm if device.type == "meta" else amm.to(device)
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Attend: [N, T, D] -> [N, T, D]; of the grid's tokens those in `kept`, int64 [N, T], where it is given."""
+    def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Attend: [N, T, D] -> [N, T, D]. `indices`, int64 [N, T], are the tokens' positions if some are masked."""
         qkv_weight, qkv_bias, proj_weight = self.weights(head_padding(self.head_dim, x.device))
         heads = project_tokens(x, qkv_weight, qkv_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # N, H, T, D/H each
-        mixed = self._mix(q, k, v, kept)
+        mixed = self._mix(q, k, v, indices)
         return project_tokens(mixed.transpose(1, 2).flatten(2), proj_weight, self.proj.bias)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
-        """The values v, weighted: [N, H, T, D/H] each. The heads may be padded, so the scale is not that of q."""
-        scale, amm = self.head_dim**-0.5, None if self.training or kept is not None else self.amm
-        bias = self._bias(q.dtype, kept)
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor | None) -> Tensor:
+        """The weighted values v, all [N, H, T, D/H]. The scale is set here, since q's heads may be padded."""
+        scale, amm = self.head_dim**-0.5, None if self.training or indices is not None else self.amm
+        bias = self._bias(q.dtype, indices)
         if is_written_out(q, bias, amm):
             return written_out_attention(q, k, v, bias, scale, amm)
         if amm is None:
@@ -115,19 +115,19 @@ class Attention(nn.Module):
         mask = made_once((self, amm, q.dtype), lambda: modulation_mask(amm, bias).to(q.dtype))
         return fused_modulated_attention(q, k, v, mask, scale, amm[0, 0])
 
-    def _bias(self, dtype: torch.dtype, kept: Tensor | None) -> Tensor | None:
+    def _bias(self, dtype: torch.dtype, indices: Tensor | None) -> Tensor | None:
         position_bias = self.rel_pos_bias
         if position_bias is None:
             return None
-        if kept is not None:
-            return position_bias(kept).to(dtype)
+        if indices is not None:
+            return position_bias(indices).to(dtype)
         return made_once((position_bias, dtype), lambda: position_bias().to(dtype))
 
     def weights(self, padding: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Weights of qkv, bias of qkv and weights of proj for heads that are wider by `padding` channels of zeros.
 
-        Queries, keys and values get zero channels, which proj ignores: the result is the same, whatever the heads'
-        width, without a copy of any activation.
+        Queries, keys and values get zero channels, which proj ignores: the result is the same, and no activation is
+        copied.
         """
         qkv_weight, qkv_bias, proj_weight = self.qkv.weight, self.qkv.bias, self.proj.weight
         if padding == 0:
@@ -144,19 +144,19 @@ class Attention(nn.Module):
 def head_padding(head_dim: int, device: torch.device) -> int:
     """Channels of zeros to add to each head.
 
-    On CUDA the fused kernels that take a bias want 16 bytes' worth of channels or a multiple of it, 8 in bf16; without
-    them `scaled_dot_product_attention` writes all scores out. EDT's heads have 52 channels.
+    On CUDA the fused kernels with a bias need a multiple of 16 bytes of channels, 8 channels in bf16; otherwise
+    `scaled_dot_product_attention` stores all scores in memory. EDT's heads have 52 channels.
     """
     return -head_dim % 8 if device.type == "cuda" else 0
 
 
 def is_written_out(q: Tensor, bias: Tensor | None, amm: Tensor | None) -> bool:
-    """Whether to write the scores [N, H, T, T] out, and not to leave them to `scaled_dot_product_attention`.
+    """Whether to compute the scores [N, H, T, T] explicitly instead of with `scaled_dot_product_attention`.
 
     On CPU its fused kernel has no gradient for the bias: in training it falls back to a general path, which takes 1.1
     times as long in fp32 and 3 times in bf16 as the three plain operations (forward and backward, EDT-S at 256 px).
-    Without gradients the fused kernel is the faster one in fp32, 1.3 to 3 times, and needs no memory for the scores;
-    but modulated it has twice the keys, which pays where the scores are too many for the caches.
+    Without gradients the fused kernel is 1.3 to 3 times as fast in fp32, and needs no memory for the scores. With
+    modulation it has twice the keys, which is worth it only if the scores do not fit into the caches.
     """
     if q.device.type != "cpu":
         return False
@@ -170,7 +170,7 @@ def written_out_attention(
 ) -> Tensor:
     """(softmax(scale · q kᵀ + bias) · amm) v: [N, H, T, D/H] each, bias [H, T, T], amm [T, T].
 
-    The softmax sums in float32 also where scores and weights are bf16: PyTorch's kernel does so on CPU.
+    The softmax sums in float32 even if scores and weights are bf16: PyTorch's CPU kernel does so.
     """
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
@@ -182,20 +182,20 @@ def written_out_attention(
 
 
 def fused_modulated_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, peak: Tensor) -> Tensor:
-    """(softmax(scale · q kᵀ + bias) · amm) v without its scores written out: [N, H, T, D/H] each.
+    """(softmax(scale · q kᵀ + bias) · amm) v in a fused kernel, without storing the scores: [N, H, T, D/H] each.
 
-    Every key stands twice, with its value and with zeros for a value, and has the shares A = amm / peak and 1 - A of
-    its weight, where peak is the greatest number in amm. The two add up to the weight, so what the softmax divides by
-    is the same: exact, and nothing is normalised again. The shares come as logarithms in `mask`, [H or 1, T, 2T], see
-    `modulation_mask`.
+    Every key occurs twice, with its value and with a value of zeros, with the shares A = amm / peak and 1 - A of its
+    weight, where peak is the largest number in amm. The two shares add up to the weight, so the softmax's denominator
+    is unchanged: the result is exact, without another normalisation. `mask`, [H or 1, T, 2T], contains the logarithms
+    of the shares, see `modulation_mask`.
     """
     keys, values = torch.cat([k, k], dim=2), torch.cat([v, torch.zeros_like(v)], dim=2)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.unsqueeze(0), scale=scale) * peak.to(v.dtype)
 
 
 def modulation_mask(amm: Tensor, bias: Tensor | None) -> Tensor:
-    """Added to the scores of keys that stand twice: amm [T, T], bias [H, T, T] -> [H or 1, T, 2T] float32."""
-    share = amm.float() / amm[0, 0].float()  # a token's factor for itself is the greatest
+    """The mask to add to the scores of the duplicated keys: amm [T, T], bias [H, T, T] -> [H or 1, T, 2T] float32."""
+    share = amm.float() / amm[0, 0].float()  # a token's factor for itself is the largest
     logarithms = torch.stack([share.log(), (-share).log1p()], dim=1).clamp(min=_NEVER)  # T, 2, T
     mask = logarithms.unsqueeze(0) if bias is None else logarithms + bias.unsqueeze(2)
     return mask.flatten(2)
@@ -213,9 +213,9 @@ class Block(nn.Module):
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = adaln_projection(cond_dim, 6 * dim)
 
-    def forward(self, x: Tensor, c: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Mix tokens x [N, T, D] under the conditioning c [N, K] -> [N, T, D]; `kept` as in `Attention`."""
+    def forward(self, x: Tensor, c: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Mix tokens x [N, T, D] under the conditioning c [N, K] -> [N, T, D]; `indices` as in `Attention`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(self.norm1(x, shift1, scale1), kept)
+        x = x + gate1.unsqueeze(1) * self.attn(self.norm1(x, shift1, scale1), indices)
         out: Tensor = x + gate2.unsqueeze(1) * self.mlp(self.norm2(x, shift2, scale2))
         return out

@@ -1,9 +1,9 @@
-"""What a model costs: parameters, multiply-accumulates, and the operations of its training. Nothing is run.
+"""The cost of a model: parameters, multiply-accumulates, and the operations of its training. Nothing is computed.
 
-The forward pass, and for training the backward pass, are gone through with tensors that have shapes and no memory
-(device "meta"), and PyTorch's own counter adds up the matrix products in them: linear layers, convolutions, and in
-attention T² · D multiply-accumulates each for the scores and for the weighted sum (T tokens of width D). Not counted
-are biases, norms, activations, softmax, modulation, look-ups and gates.
+The forward pass, and for training the backward pass, are traced with tensors that have shapes but no memory (device
+"meta"), and PyTorch's counter sums their matrix products: linear layers, convolutions, and in attention T² · D
+multiply-accumulates each for the scores and for the weighted sum (T tokens of width D). Biases, norms, activations,
+softmax, modulation, look-ups and gates are not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edt_core.models.zoo import build_model
 
 @dataclass(frozen=True)
 class PartCost:
-    """Multiply-accumulates for one image of all that is of one kind at one place of a model."""
+    """Multiply-accumulates for one image of all modules of one kind in one place of a model."""
 
     place: str
     kind: str
@@ -32,7 +32,7 @@ class PartCost:
 
 
 def shadow(config: ModelConfig) -> DiffusionTransformer:
-    """A model whose tensors have shapes and no memory, to count on (device "meta")."""
+    """A model whose tensors have shapes but no memory (device "meta"), for counting."""
     with torch.device("meta"):
         return build_model(config)
 
@@ -43,12 +43,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: DiffusionTransformer) -> int:
-    """Multiply-accumulates of one forward pass for one image; a billion of them is the papers' "GFLOP"."""
+    """Multiply-accumulates of one forward pass for one image; the papers' "GFLOP" is a billion of them."""
     return sum(_forward_macs(model.config).values())
 
 
 def macs_by_part(config: ModelConfig) -> list[PartCost]:
-    """Where the multiply-accumulates of `count_macs` go: by kind of module in each stage, in forward order."""
+    """The multiply-accumulates of `count_macs` by place and kind of module, in forward order."""
     parts: Counter[tuple[str, str]] = Counter()
     model = shadow(config)
     for module, macs in _forward_macs(config).items():
@@ -58,11 +58,11 @@ def macs_by_part(config: ModelConfig) -> list[PartCost]:
 
 @lru_cache(maxsize=64)
 def training_flops(config: ModelConfig, *, masked: bool) -> int:
-    """Floating-point operations, 2 a multiply-accumulate, of training on one image: forward pass and backward pass.
+    """Floating-point operations (2 per multiply-accumulate) of training on one image: forward and backward pass.
 
-    With `masked` also those of the masked pass, at the mean mask ratio: MDTv2's encoder sees the tokens that are kept,
-    while an EDT zeroes the others and leaves none out, so that its masked pass costs what the full one does. What
-    activation checkpointing computes again is not counted.
+    With `masked`, those of the masked pass are included, at the mean mask ratio. MDTv2's encoder processes only the
+    unmasked tokens; an EDT zeroes masked tokens and processes all, so its masked pass costs as much as the full one.
+    The recomputation of activation checkpointing is not counted.
 
     Raises:
         ValueError: a masked pass of a model that has none.
@@ -75,7 +75,7 @@ def training_flops(config: ModelConfig, *, masked: bool) -> int:
 
 
 def _masks(config: ModelConfig) -> list[Tensor]:
-    """What `draw_masks` draws for one image, at the mean mask ratio."""
+    """Masks as of `draw_masks` for one image, at the mean mask ratio."""
     form = config.mask_form
     if form is None:
         return []
@@ -85,11 +85,11 @@ def _masks(config: ModelConfig) -> list[Tensor]:
 
 @lru_cache(maxsize=64)
 def _forward_macs(config: ModelConfig) -> dict[str, int]:
-    """Multiply-accumulates by the name of the innermost module that they are done in."""
+    """Multiply-accumulates by the name of the innermost module that does them."""
     model = shadow(config)
-    counted = _count(model, backward=False).get_flop_counts()
+    counts = _count(model, backward=False).get_flop_counts()
     prefix = f"{type(model).__name__}."
-    whole = {name.removeprefix(prefix): sum(ops.values()) for name, ops in counted.items() if name.startswith(prefix)}
+    whole = {name.removeprefix(prefix): sum(ops.values()) for name, ops in counts.items() if name.startswith(prefix)}
     own = Counter(whole)
     for name, flops in whole.items():
         if (parent := _parent(name, whole)) is not None:
@@ -98,7 +98,7 @@ def _forward_macs(config: ModelConfig) -> dict[str, int]:
 
 
 def _parent(name: str, names: dict[str, int]) -> str | None:
-    """The nearest module around another one, among those that anything was counted in."""
+    """The innermost module of `names` that contains the module `name`; None if there is none."""
     while "." in name:
         name = name.rpartition(".")[0]
         if name in names:
@@ -109,9 +109,9 @@ def _parent(name: str, names: dict[str, int]) -> str | None:
 def _count(
     model: DiffusionTransformer, masks: list[Tensor] | None = None, *, rows: int = 1, backward: bool = True
 ) -> FlopCounterMode:
-    """The counter after a batch of so many rows, of which the last ones are masked where there are masks."""
+    """The counter after a pass of `rows` rows, the last ones masked by `masks`."""
     config = model.config
-    model.train(backward).set_amm(())  # modulated attention may do more products, as it is computed
+    model.train(backward).set_amm(())  # fused modulated attention would count additional products
     x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size, device="meta")
     t, y = (torch.zeros(rows, dtype=torch.int64, device="meta") for _ in range(2))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):

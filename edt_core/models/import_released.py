@@ -1,7 +1,7 @@
-"""Read checkpoints that the authors of a family released: which model they hold, and its weights.
+"""Read checkpoints that the authors of a family released: identify the model, and load its weights.
 
-Which of the named models it is follows from keys and shapes alone. Those do not say what the model predicts; the
-options of the training say it where the file has them, and else the rows of the output that only a variance trains.
+The model is identified by keys and shapes alone. These do not show what the model predicts: that is taken from the
+training options if the file has them, and otherwise from the output's rows that only a variance trains.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _HALFWAY = "it is halfway between the two bounds of the learned range"
 class ReleasedModel:
     """A model of a checkpoint file, in evaluation mode on the CPU, its weights float32.
 
-    `label` is the part of the file that its weights were taken from, empty for a bare state dict. `notes` are what was
-    assumed or left aside. `other_latents` are the file's options of another autoencoder than the papers'.
+    `label` is the part of the file with its weights, empty for a bare state dict. `notes` are messages about what was
+    assumed or ignored. `other_latents` are the file's options of an autoencoder that differs from the papers'.
     """
 
     model: DiffusionTransformer
@@ -61,21 +61,21 @@ class ReleasedModel:
 
 
 def load_released(path: Path | str, weights: WeightsName | None = None) -> DiffusionTransformer:
-    """The model of a checkpoint file; see `read_released_model`, which also tells what was assumed."""
+    """The model of a checkpoint file; see `read_released_model`, which also returns what was assumed."""
     return read_released_model(path, weights).model
 
 
 def read_released_model(path: Path | str, weights: WeightsName | None = None, words: Words = NO_WORDS) -> ReleasedModel:
-    """Read a checkpoint file and check that its weights mean what they are taken for.
+    """Read a checkpoint file and check that its weights can be used as those of the model.
 
-    `weights`: the averaged ones (ema) that the papers sample with, or those being trained (model); None is the average
-    where the file has one. A bare state dict has one set.
+    `weights`: the averaged ones (ema) that the papers sample with, or the trained ones (model); None is the average
+    if the file has one. A bare state dict has one set.
 
-    `words`: how training options name the objectives beside noise prediction that may be read; the model's
-    configuration gets the one that they name.
+    `words`: the names in training options of the supported objectives other than noise prediction; the model's
+    configuration gets the objective that the options name.
 
     Raises:
-        UserError: no checkpoint, code in it, other weights than asked for, an objective that may not be read,
+        UserError: no checkpoint, code in it, missing weights, an objective that is not supported,
             keys and shapes of no known model, options of another model, weights that are not finite.
     """
     path = Path(path)
@@ -97,7 +97,7 @@ def read_released_model(path: Path | str, weights: WeightsName | None = None, wo
 
 
 def _load(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:
-    """Put checked weights into a model whose keys and shapes they have."""
+    """Check weights and load them into a model with the same keys and shapes."""
     own, is_derived = model.state_dict(), _format(model.config).is_derived
     check_dtypes(path, state, own)
     _check_derived(path, model, state)
@@ -110,13 +110,11 @@ def _weight_notes(
 ) -> list[str]:
     notes = []
     if weights is None and chosen.label and not chosen.is_average:
-        notes.append(
-            f"no averaged (EMA) weights were found by their keys; the trained weights {chosen.label!r} were taken"
-        )
+        notes.append(f"the file has no keys of averaged (EMA) weights; the trained weights {chosen.label!r} were used")
     elif len(sets) > 1 or chosen.label not in ("", "ema", "model"):
         left = ", ".join(repr(s.label) for s in sets if s is not chosen)
         kind = "averaged (EMA)" if chosen.is_average else "trained"
-        notes.append(f"the {kind} weights {chosen.label!r} were taken" + (f", not {left}" if left else ""))
+        notes.append(f"the {kind} weights {chosen.label!r} were used" + (f", not {left}" if left else ""))
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         notes.append(f"other tensors of the file were ignored: {', '.join(others[:5])}{more}")
@@ -124,11 +122,10 @@ def _weight_notes(
 
 
 def _check_variance(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor], is_stated: bool) -> list[str]:
-    """Raise UserError where the outputs for the variance were never trained, as in a SiT; a note where noise prediction
-    is stated.
+    """Notes about an untrained variance. Raises UserError if it is untrained, as in a SiT, and noise is not stated.
 
-    `state` is what the file holds. Models with adaptive norms start with an output layer of zeros. A training that
-    discards the second half of the channels gives their rows no gradient, so they stay exactly 0, in the average too.
+    `state` is that of the file. Models with adaptive norms start with an output layer of zeros. In a training that
+    discards the second half of the channels, their rows have no gradient, so they stay exactly 0, also in the average.
     """
     if _format(model.config).lacks_variance(state):
         return [f"the model predicts no variance, and none was trained; {_HALFWAY}"]
@@ -140,23 +137,23 @@ def _check_variance(path: Path, model: DiffusionTransformer, state: Mapping[str,
     if is_stated:
         return [f"the model's variance was not trained; {_HALFWAY}"]
     raise UserError(
-        f"{path}: the output layer's rows for the variance are all 0, so they were never trained. A SiT or another "
-        "model that predicts a velocity is like that; it has the keys of a "
+        f"{path}: the output layer's rows for the variance are all 0, so they were never trained. This is the case "
+        "for a SiT or another model that predicts a velocity, which has the keys of a "
         f"{model.config.name}, but must not be sampled as one. edt samples models that predict noise (epsilon) and a "
-        "variance; other objectives are not supported. Give a checkpoint of such a model."
+        "variance; other objectives are not supported. Use a checkpoint of such a model."
     )
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """How a state dict differs from that of a model: a line for each key, in the model's order."""
+    """The differences of a state dict from that of a model: a line for each key, in the model's order."""
 
     config: ModelConfig
     differences: tuple[str, ...]
 
 
 def _identify(path: Path, state: Mapping[str, Tensor]) -> ModelConfig:
-    """The configuration whose state dict has just these keys and shapes. Raises UserError naming the closest one."""
+    """The configuration whose state dict has exactly these keys and shapes. Raises UserError with the closest one."""
     best: _Fit | None = None
     for name in MODEL_NAMES:
         fit = _fit(name, state)
@@ -171,28 +168,28 @@ def _identify(path: Path, state: Mapping[str, Tensor]) -> ModelConfig:
         f"pixels with {config.num_classes} classes, but {best.differences[0]}"
         + (f", and {more} more keys differ" if more else "")
         + (_NO_VARIANCE if _lacks_variance(best, state) else "")
-        + ". Give a checkpoint of one of these models, or train one here."
+        + ". Use a checkpoint of one of these models, or train one here."
     )
 
 
 def _lacks_variance(fit: _Fit, state: Mapping[str, Tensor]) -> bool:
-    """Whether an output layer of half the size is all that differs."""
+    """Whether the only difference is an output layer of half the size."""
     rows = fit.config.patch_size**2 * fit.config.in_channels
     output = _format(fit.config).output
     return len(fit.differences) == len(output) and all(shape_of(state, key)[:1] == (rows,) for key in output)
 
 
 def _fit(name: str, state: Mapping[str, Tensor]) -> _Fit:
-    """The model of this name with the state dict's own resolution, classes and channels, and where it differs."""
+    """The model `name` with the state dict's own resolution, classes and channels, and the differences from it."""
     config = _config_like(name, state)
     expected = _shapes(config)
-    found = {key: tuple(value.shape) for key, value in _format(config).completed(state).items()}
+    shapes = {key: tuple(value.shape) for key, value in _format(config).completed(state).items()}
     differences = [
-        f"{key!r} is missing" if key not in found else f"{key!r} has shape {list(found[key])}, not {list(shape)}"
+        f"{key!r} is missing" if key not in shapes else f"{key!r} has shape {list(shapes[key])}, not {list(shape)}"
         for key, shape in expected.items()
-        if found.get(key) != shape
+        if shapes.get(key) != shape
     ]
-    differences += [f"{key!r} is not a key of it" for key in found if key not in expected]
+    differences += [f"{key!r} is not a key of it" for key in shapes if key not in expected]
     return _Fit(config, tuple(differences))
 
 
@@ -204,7 +201,7 @@ def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def _config_like(name: str, state: Mapping[str, Tensor]) -> ModelConfig:
-    """A named model with what the shapes say; what they do not say, or what makes no model, is as published."""
+    """A named model with the numbers from the shapes; missing or invalid numbers are as published."""
     published, released = model_config(name), family_of(name).released
     num_classes = released.num_classes(state) or published.num_classes
     channels = released.channels(state) or published.in_channels
@@ -221,9 +218,11 @@ def _format(config: ModelConfig) -> ReleasedFormat:
 
 
 def _check_derived(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor]) -> None:
-    """Bias tables with another order of pairs would be read as if they had ours."""
+    """Raise UserError if a bias table has another order of pairs of tokens than the model."""
     is_derived = _format(model.config).is_derived
     for key, value in model.state_dict().items():
-        # Half precision rounds large indices; ours are rounded the same way to compare.
+        # Half precision rounds large indices; the model's are rounded in the same way for the comparison.
         if is_derived(key) and not torch.equal(state[key].double(), value.to(state[key].dtype).double()):
-            raise UserError(f"{path}: {key!r} has other pairs of tokens than {model.config.name}; fetch the file again")
+            raise UserError(
+                f"{path}: {key!r} has other pairs of tokens than {model.config.name}; download the file again"
+            )

@@ -1,7 +1,7 @@
-"""Linear layers on tokens, at the rate that the processor has.
+"""Linear layers on tokens, at the full rate of the processor.
 
-PyTorch leaves float32 products on CPUs to MKL, which on AMD's processors takes its AVX2 kernels, also where there is
-AVX-512: half the rate. oneDNN, which does the convolutions, takes AVX-512 on all.
+PyTorch uses MKL for float32 products on CPUs. On AMD processors MKL uses its AVX2 kernels even if AVX-512 is
+available, at half the rate. oneDNN, which PyTorch uses for convolutions, uses AVX-512 on all processors.
 
 Legend: N = batch, T = tokens, D and D' = widths.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_IMAGES = 16  # with fewer PyTorch does not give a convolution of 1x1 to oneDNN on a single thread
-_MIN_MACS = 1 << 23  # below this a convolution's 30 microseconds of preparation are more than it saves
+_IMAGES = 16  # with fewer images PyTorch does not use oneDNN for a convolution of 1x1 on a single thread
+_MIN_MACS = 1 << 23  # below this the 30 microseconds of preparing a convolution cost more than it saves
 
 
 def mkl_is_held_back() -> bool:
@@ -29,14 +29,13 @@ def mkl_is_held_back() -> bool:
         return "AuthenticAMD" in processors.read(200)
 
 
-_BY_CONVOLUTION = mkl_is_held_back()  # a constant: torch.compile would break its graph at a question
+_BY_CONVOLUTION = mkl_is_held_back()  # a constant: a call would break torch.compile's graph
 
 
 def project_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of tokens, [N, T, D] -> [N, T, D'], as a convolution of 1x1 where that is faster.
+    """`F.linear` of tokens, [N, T, D] -> [N, T, D'], as a convolution of 1x1 if that is faster.
 
-    Tokens are the pixels of images of channels last, which needs no copy. All N·T of them are cut into _IMAGES images,
-    whatever N is.
+    The N·T tokens become the pixels of _IMAGES images in channels-last layout, which needs no copy.
     """
     if not (_BY_CONVOLUTION and _is_faster(x, weight)):
         return F.linear(x, weight, bias)
@@ -46,12 +45,12 @@ def project_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def _is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether to convolve tokens [N, T, D] where MKL is held back."""
+    """Whether a convolution is faster for tokens [N, T, D] on a processor with a slow MKL."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.compiler.is_exporting():  # for other machines than this one
+    if torch.compiler.is_exporting():  # the program may run on another machine
         return False
-    if torch.compiler.is_compiling():  # for each answer to a question about N a graph would be compiled
+    if torch.compiler.is_compiling():  # a condition on N would compile another graph for each outcome
         return x.shape[1] % _IMAGES == 0
     rows = x.shape[:2].numel()
     return rows % _IMAGES == 0 and rows * weight.numel() >= _MIN_MACS

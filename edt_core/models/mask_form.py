@@ -1,4 +1,4 @@
-"""Where a model masks tokens, and what its masks look like; each family that has masks states both.
+"""Where a model masks tokens, and the form of its masks; defined by each family that has masks.
 
 Legend: N = batch, T = tokens at a site.
 """
@@ -20,7 +20,7 @@ class MaskSite:
     """A place in the forward pass that masks tokens.
 
     `module` is the name of the module that masks its input, as in `named_modules()`; `ratio_range` bounds the
-    share of its `tokens` that is taken away.
+    share of its `tokens` that is masked.
     """
 
     module: str
@@ -29,19 +29,19 @@ class MaskSite:
 
 
 class MaskForm(ABC):
-    """What the masks of a family hold. `described` completes "takes 2 ... [256, 64] tokens" in a message."""
+    """The form of a family's masks. `described` completes "takes 2 ... [256, 64] tokens" in a message."""
 
     dtype: ClassVar[torch.dtype]
     described: ClassVar[str]
 
     @abstractmethod
     def draw(self, uniform: Tensor, ratio: Tensor) -> Tensor:
-        """The mask of a site from uniform numbers [N, T] in 0..1, for a mask ratio [] that is taken away."""
+        """The mask of a site from uniform numbers [N, T] in 0..1 and a mask ratio []."""
 
     @abstractmethod
     def columns(self, tokens: int, ratio: float) -> int:
-        """Columns of a mask of so many tokens at a mask ratio."""
+        """Number of columns of a mask for `tokens` tokens at a mask ratio."""
 
     @abstractmethod
     def fits(self, columns: int, tokens: int) -> bool:
-        """Whether a mask of so many columns can be one of a site of so many tokens."""
+        """Whether a mask of `columns` columns is valid for a site of `tokens` tokens."""

@@ -1,8 +1,8 @@
 """Masks of training: where tokens are masked, and how masks are drawn.
 
-EDT masks inside its down-sampling modules, where all tokens have been mixed before (token relation-enhanced masking,
-arXiv 2410.23788); MDTv2 takes tokens away before its encoder (arXiv 2303.14389). What a mask holds is the `mask_form`
-of a family's configuration.
+EDT masks inside its down-sampling modules, after blocks have mixed all tokens (token relation-enhanced masking,
+arXiv 2410.23788); MDTv2 removes tokens before its encoder (arXiv 2303.14389). The content of a mask is defined by the
+`mask_form` of a family's configuration.
 
 Legend: N = batch.
 """
@@ -40,14 +40,14 @@ def draw_masks(
 ) -> list[Tensor]:
     """Masks for one forward pass, one per site in forward order.
 
-    A ratio is drawn per site, and a uniform number per token. Nothing depends on the number of ranks: draw for the
+    A ratio is drawn per site, and a uniform number per token. To be independent of the number of ranks, draw for the
     global batch, then take each rank's rows with `slice_masks`.
 
     Args:
         config: the model's configuration.
-        batch_size: N, the global batch where ranks share one.
-        generator: source of all randomness; seed it with (seed, step).
-        device: where the masks go; the generator's device if None.
+        batch_size: N, the global batch size if several ranks share a batch.
+        generator: source of all random numbers; seed it with (seed, step).
+        device: the device of the masks; the generator's device if None.
     """
     if config.mask_form is None:
         return []
@@ -65,13 +65,13 @@ def slice_masks(masks: Sequence[Tensor], rows: slice) -> list[Tensor]:
 
 
 def check_masks(config: ModelConfig, masks: Sequence[Tensor], batch_size: int) -> None:
-    """Raise ValueError unless `masks` has a mask for each site, of one number of rows that the batch has."""
+    """Raise ValueError unless `masks` has a valid mask for each site, all of the same number of rows."""
     sites, form = mask_sites(config), config.mask_form
     if form is None:
         if len(masks):
             raise ValueError(
-                f"{config.name} has no masked pass, but got {len(masks)} masks. Draw them with draw_masks(config, "
-                "batch_size, generator), which draws none for it."
+                f"{config.name} has no masked pass, but got {len(masks)} masks. Draw masks with draw_masks(config, "
+                "batch_size, generator), which returns none for it."
             )
         return
     rows = len(masks[0]) if len(masks) else 0
@@ -88,7 +88,7 @@ def check_masks(config: ModelConfig, masks: Sequence[Tensor], batch_size: int) -
 
 
 def check_masked_loss(config: ModelConfig, masked_loss: bool) -> None:
-    """Raise UserError where a masked loss is wanted of a model that has no masks."""
+    """Raise UserError if a masked loss is set for a model without masks."""
     if masked_loss and not config.is_masked:
         raise UserError(
             f"{config.name} has no masked pass, but masked_loss is true, which would count its loss twice; set it to "

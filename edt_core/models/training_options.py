@@ -1,9 +1,9 @@
-"""The options that a released checkpoint carries, and whether its weights mean here what they meant there.
+"""The training options in a released checkpoint, and whether its weights are compatible with the sampler here.
 
-Keys and shapes do not say what a model predicts: a SiT has those of a DiT, and predicts a velocity. The sampler here is
-that of DiT, EDT and MDTv2: the model predicts noise (epsilon) and a variance in the learned range, at 1,000 timesteps
-of the linear schedule. Names of options are those of the authors' code (facebookresearch/DiT, xinwangChen/EDT,
-sail-sg/MDT, willisma/SiT) and common ones of other trainings.
+Keys and shapes do not show what a model predicts: a SiT has those of a DiT, but predicts a velocity. The sampler here
+is that of DiT, EDT and MDTv2: the model predicts noise (epsilon) and a variance in the learned range, at 1,000
+timesteps of the linear schedule. Names of options are those of the authors' code (facebookresearch/DiT,
+xinwangChen/EDT, sail-sg/MDT, willisma/SiT) and common ones of other training code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edt_core.models.zoo import MODEL_NAMES
 
 _CONTAINERS = ("args", "config", "cfg", "hparams", "hyper_parameters", "options", "opts", "model_args", METADATA)
 _NOISE = ("epsilon", "eps", "noise", "pred_noise", "pred_eps", "epsilon_prediction", "modelmeantype.epsilon")
-Words = Mapping[str, str]  # how options name an objective beside noise prediction -> the objective's name
+Words = Mapping[str, str]  # word in the options for an objective other than noise prediction -> the objective's name
 NO_WORDS: Words = {}
 _OBJECTIVE = ("prediction", "prediction_type", "prediction_target", "parameterization", "objective", "model_mean_type")
 _SCHEDULE = ("noise_schedule", "beta_schedule")
@@ -33,7 +33,7 @@ _OFF = ("predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "
 
 @dataclass(frozen=True)
 class _Rule:
-    """The values of an option with which the weights mean what they mean here, and what the others do."""
+    """The values of an option with which the weights are compatible, and the message for other values."""
 
     accepted: tuple[Any, ...]
     otherwise: str
@@ -59,7 +59,7 @@ _RULES: dict[str, _Rule] = {
     "timestep_respacing": _Rule((1000, ""), "it was trained on a part of the timesteps only"),
     "learn_sigma": _Rule((True,), "the model predicts no variance"),
     "class_cond": _Rule((True,), "the model takes no class labels"),
-    "class_dropout_prob": _Rule((), ""),  # see _accepts: any share above 0
+    "class_dropout_prob": _Rule((), ""),  # any share above 0, see _accepts
     **dict.fromkeys(("use_rope", "rope"), _Rule((False,), "attention rotates its queries and keys by position")),
 }
 # Data, optimiser, loss weights, speed and logs; masking and the choice of timesteps in training; sampling.
@@ -76,7 +76,7 @@ _HARMLESS_NAMES = """
 _HARMLESS = frozenset(_HARMLESS_NAMES.split())
 _LATENT_SPACE = ("vae", "vae_path", "vae_model", "autoencoder", "first_stage_model", "scale_factor", "scaling_factor")
 _USUAL_SPACE = re.compile(r"ema|mse|0\.18215|.*sd-vae-ft-(ema|mse).*")
-_FIELDS = {  # options that a model's configuration answers
+_FIELDS = {  # options that correspond to a field of a model's configuration
     **dict.fromkeys(("image_size", "resolution", "img_size"), "image_size"),
     **dict.fromkeys(("input_size", "latent_size"), "latent_size"),
     **dict.fromkeys(("in_channels", "latent_channels"), "in_channels"),
@@ -85,7 +85,7 @@ _FIELDS = {  # options that a model's configuration answers
     "hidden_size": "dim",
 }
 _MODEL_PARTS = frozenset(("model", "net", "network", "denoiser", "transformer", "params", "init_args", *_CONTAINERS))
-_OF_SAMPLING = frozenset(  # sections that say how the model is used, not how it was trained
+_OF_SAMPLING = frozenset(  # sections about the use of the model, not about its training
     ("eval", "evaluation", "val", "validation", "test", "sample", "sampling", "sampler", "inference")
 )
 _MAX_DEPTH = 4
@@ -93,7 +93,7 @@ _SIT = re.compile(r"(?<![a-z])sit(?![a-z])", re.IGNORECASE)
 
 
 class Option(NamedTuple):
-    """One option of a training, known by the last part of its name. `of_model`: not of a data set, autoencoder, ..."""
+    """One training option, by the last part of its name. `of_model`: not of a data set, autoencoder, ..."""
 
     name: str
     value: Any
@@ -112,21 +112,21 @@ class TrainingOptions:
         return cls(tuple(entry for name in _CONTAINERS for entry in _flat(content.get(name))))
 
     def objectives(self, words: Words = NO_WORDS) -> list[str]:
-        """The objectives that they name in so many words, each once; more than one contradict each other."""
-        # A word beside noise counts among the model's own options alone: other sections have a `prediction` of theirs.
+        """The objectives that the options name explicitly, each once; several contradict each other."""
+        # `words` apply to the model's own options only: other sections may have a `prediction` of their own.
         named = [_named(name, value, words if of_model else NO_WORDS) for name, value, of_model in self.entries]
-        found = list(dict.fromkeys(name for name in named if name is not None))
+        objectives = list(dict.fromkeys(name for name in named if name is not None))
         stated = any(name == "predict_xstart" and value is not None for name, value, _ in self.entries)
-        return found or (["epsilon"] if stated else [])  # of DiT's code; where it is true, it is refused
+        return objectives or (["epsilon"] if stated else [])  # predict_xstart is of DiT's code; if true, it is refused
 
     @property
     def state_schedule(self) -> bool:
-        """Whether they say in so many words that the noise schedule is the linear one."""
+        """Whether the options state explicitly that the noise schedule is the linear one."""
         return any(value is not None and _accepts(name, value) for name, value, _ in self.entries if name in _SCHEDULE)
 
     @property
     def other_latents(self) -> tuple[str, ...]:
-        """The options, as name=value, that say that the latents are not those of the papers' autoencoder."""
+        """The options, as name=value, for latents of another autoencoder than the papers'."""
         return tuple(
             f"{name}={_short(value)}"
             for name, value, _ in self.entries
@@ -135,16 +135,16 @@ class TrainingOptions:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """The values of `model` that are text."""
+        """The text values of the option `model`."""
         return tuple(
             option.value for option in self.entries if option.name == "model" and isinstance(option.value, str)
         )
 
 
 def check_objective(path: Path, options: TrainingOptions, words: Words = NO_WORDS) -> str:
-    """The objective of the weights, noise prediction where nothing else is said.
+    """The objective of the weights, noise prediction by default.
 
-    Raises UserError where the options, or the file's name, say that it is one that `words` does not have.
+    Raises UserError if the options, or the file's name, indicate an objective that is not in `words`.
     """
     named = options.objectives(words)
     wrong = [
@@ -154,36 +154,36 @@ def check_objective(path: Path, options: TrainingOptions, words: Words = NO_WORD
     ]
     sit = [name for name in options.model_names if _SIT.search(name)]
     if wrong or sit:
-        given = ", ".join([*(f"model={name!r}" for name in sit), *(f"{n}={_short(v)}" for n, v in wrong)])
+        settings = ", ".join([*(f"model={name!r}" for name in sit), *(f"{n}={_short(v)}" for n, v in wrong)])
         reasons = dict.fromkeys(["it is a SiT, which predicts a velocity"] if sit else [])
         reasons |= dict.fromkeys(_RULES[name].otherwise or "there is no null class for guidance" for name, _ in wrong)
-        raise UserError(f"{path}: its training options have {given}: {'; '.join(reasons)}. {needed(words)}")
+        raise UserError(f"{path}: its training options have {settings}: {'; '.join(reasons)}. {needed(words)}")
     if len(named) > 1:
         raise UserError(
-            f"{path}: its training options name {len(named)} objectives, {' and '.join(named)}: nobody can tell what "
-            "the model predicts. Remove the wrong option from the file."
+            f"{path}: its training options name {len(named)} objectives, {' and '.join(named)}, which contradict each "
+            "other. Remove the wrong option from the file."
         )
-    # Whoever names a velocity may call it v too.
+    # "v" in the options does not exclude a SiT, since a velocity may be called v.
     if _SIT.search(path.name) and named != ["epsilon"] and not _known_models(options):
         raise UserError(
-            f"{path}: the file's name says SiT, and nothing in the file says otherwise. A SiT has the keys of a DiT "
-            f"but predicts a velocity. {needed(words)} If the file is no SiT, rename it."
+            f"{path}: the file's name contains SiT, and nothing in the file contradicts it. A SiT has the keys of a "
+            f"DiT but predicts a velocity. {needed(words)} If the file is not a SiT, rename it."
         )
     return named[0] if named else "epsilon"
 
 
 def needed(words: Words) -> str:
-    """What a checkpoint must be."""
+    """The sentence of messages about which checkpoints are supported."""
     others = ", ".join(dict.fromkeys(words.values()))
     return (
-        f"edt samples models that predict noise (epsilon{f', or {others} where the options say so' if others else ''}) "
+        f"edt samples models that predict noise (epsilon{f', or {others} if the options say so' if others else ''}) "
         "and a variance at 1,000 timesteps of the linear schedule, as the released EDT, DiT and MDTv2 do. Other "
         "objectives are not supported; import a model that was trained that way."
     )
 
 
 def check_against_config(path: Path, options: TrainingOptions, config: ModelConfig) -> None:
-    """Raise UserError where the options describe another model than keys and shapes do."""
+    """Raise UserError if the options describe another model than keys and shapes do."""
     for name, value, of_model in options.entries:
         if not of_model:
             continue
@@ -203,21 +203,21 @@ def check_against_config(path: Path, options: TrainingOptions, config: ModelConf
 
 
 def option_notes(options: TrainingOptions, config: ModelConfig, words: Words = NO_WORDS) -> list[str]:
-    """What a user should know of the options: what is assumed, and what was not looked at."""
+    """Notes for the user about the options: what is assumed, and what was ignored."""
     notes = []
     if not options.objectives(words) and not _known_models(options):
         notes.append(
             "the file does not say what its model predicts; noise (epsilon) prediction and 1,000 timesteps of the "
             f"linear schedule are assumed, as in the released {FAMILIES[config.architecture].title}"
         )
-    known = _known_models(options)
+    models = _known_models(options)
     notes += [
         f"the file names its model {_short(name)}, which is not known here; its weights fit {config.name}"
         for name in dict.fromkeys(options.model_names)
-        if name not in known
+        if name not in models
     ]
     notes += [
-        f"it was trained on latents with {setting}; check that --autoencoder makes the same latents"
+        f"it was trained on latents with {setting}; check that --autoencoder encodes to the same latents"
         for setting in options.other_latents
     ]
     if unknown := _unknown(options):
@@ -226,8 +226,8 @@ def option_notes(options: TrainingOptions, config: ModelConfig, words: Words = N
     return notes
 
 
-_OTHER = "Give a file whose options and weights belong together."
-_FACTOR = "Models are read for an autoencoder of the factor that their paper has; no other factor is supported."
+_OTHER = "Use a file whose options match its weights."
+_FACTOR = "Only the autoencoder factor of the model's paper is supported."
 _REMEDIES = dict.fromkeys(("image_size", "resolution", "img_size"), _FACTOR)
 
 
@@ -243,7 +243,7 @@ def _flat(value: Any, of_model: bool = True, depth: int = 0) -> Iterator[Option]
 
 
 def _members(value: Any) -> Mapping[Any, Any]:
-    """What a namespace, a dict, or a dict as JSON text holds; nothing for any other value."""
+    """The items of a namespace, a dict, or a dict as JSON text; empty for any other value."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
@@ -255,9 +255,9 @@ def _members(value: Any) -> Mapping[Any, Any]:
 
 
 def _as_value(value: Any) -> Any:
-    """An option's value in plain types. Text that means a truth value, a number or nothing becomes that.
+    """An option's value in plain types. Text of a boolean, a number or null is converted.
 
-    The metadata of safetensors and some trainings hold text only.
+    The metadata of safetensors, and the options of some training code, are text only.
     """
     if isinstance(value, list | tuple) and value and all(type(item) is int and item == value[0] for item in value):
         return value[0]  # an image size as height and width
@@ -273,7 +273,7 @@ def _as_value(value: Any) -> Any:
 
 
 def _accepts(name: str, value: Any) -> bool:
-    """Whether an option leaves the meaning of the weights as it is here. An option without a value does."""
+    """Whether the weights are compatible with an option's value. No value is accepted."""
     if name not in _RULES or value is None:
         return True
     if name == "class_dropout_prob":
@@ -298,13 +298,13 @@ def _same(value: Any, expected: Any) -> bool:
 
 
 def _check_classes(path: Path, value: Any, config: ModelConfig) -> None:
-    """A training that never dropped labels has a row a class and no more."""
+    """Raise UserError unless `value` classes match the label table, which has one more row for the null class."""
     if value is None or _same(value, config.num_classes):
         return
     if _same(value, config.num_classes + 1):
         raise UserError(
-            f"{path}: its label table has {config.num_classes + 1} rows for {value:.0f} classes, where {value + 1:.0f} "
-            "are needed, the last one for the null class of guidance. Give a checkpoint of a training with class "
+            f"{path}: its label table has {config.num_classes + 1} rows for {value:.0f} classes, but {value + 1:.0f} "
+            "are needed, the last one for the null class of guidance. Use a checkpoint of a training with class "
             "dropout."
         )
     raise UserError(
@@ -314,18 +314,18 @@ def _check_classes(path: Path, value: Any, config: ModelConfig) -> None:
 
 
 def _known_models(options: TrainingOptions) -> list[str]:
-    known = {_plain(name) for name in MODEL_NAMES}
-    return [name for name in options.model_names if _plain(name) in known]
+    names = {_plain(name) for name in MODEL_NAMES}
+    return [name for name in options.model_names if _plain(name) in names]
 
 
 def _plain(name: str) -> str:
-    """`MDTv2_S_2` and `MDTv2-S/2` are one name."""
+    """The name in a normal form, equal for `MDTv2_S_2` and `MDTv2-S/2`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def _unknown(options: TrainingOptions) -> list[str]:
-    known = {*_RULES, *_HARMLESS, *_LATENT_SPACE, *_FIELDS, "model", "num_classes", "n_classes"}
-    return sorted({name[:40] for name, value, _ in options.entries if name not in known and value is not None})
+    names = {*_RULES, *_HARMLESS, *_LATENT_SPACE, *_FIELDS, "model", "num_classes", "n_classes"}
+    return sorted({name[:40] for name, value, _ in options.entries if name not in names and value is not None})
 
 
 def _short(value: Any) -> str:

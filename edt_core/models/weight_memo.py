@@ -1,6 +1,6 @@
-"""What a model makes of its weights alone, kept while the weights stand still.
+"""A memo of tensors that depend only on a model's weights, valid while the weights do not change.
 
-A chain of samples calls a model hundreds of times with the same weights, and each call makes the same position biases.
+A sampling chain calls a model hundreds of times with the same weights, and each call computes the same position biases.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-_MOST_BYTES = 1 << 30  # of all that is kept: the biases of EDT-XL at 512 pixels in float32
+_MOST_BYTES = 1 << 30  # of all tensors in the memo: the biases of EDT-XL at 512 pixels in float32
 
-_made: ContextVar[dict[Hashable, Tensor] | None] = ContextVar("_made", default=None)
+_memo: ContextVar[dict[Hashable, Tensor] | None] = ContextVar("_memo", default=None)
 
 
 @contextmanager
 def constant_weights() -> Iterator[None]:
-    """Within, on this thread, what models make of their weights alone is made once and thrown away at the end.
+    """Context in which models on this thread compute tensors of their weights once; they are discarded at the end.
 
-    No weight may change within. Outside nothing is kept, so nothing can be out of date.
+    No weight may change within the context. Outside it nothing is stored, so nothing can be out of date.
     """
-    token = _made.set({})
+    token = _memo.set({})
     try:
         yield
     finally:
-        _made.reset(token)
+        _memo.reset(token)
 
 
 def made_once(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """The result of `make`, from the first call with this key within `constant_weights`, else from this one.
+    """The result of `make`, taken from the first call with this key within `constant_weights`.
 
-    Gradients need a result of their own, and a compiler traces what is made.
+    With gradients, and while compiling, it is always computed: gradients need it, and a compiler must trace it.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return make()
-    made = _made.get()
-    if made is None:
+    memo = _memo.get()
+    if memo is None:
         return make()
-    if key not in made:
+    if key not in memo:
         result = make()
-        if result.nbytes + sum(tensor.nbytes for tensor in made.values()) > _MOST_BYTES:
+        if result.nbytes + sum(tensor.nbytes for tensor in memo.values()) > _MOST_BYTES:
             return result
-        made[key] = result
-    return made[key]
+        memo[key] = result
+    return memo[key]

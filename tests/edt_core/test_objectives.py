@@ -348,7 +348,7 @@ def test_a_checkpoint_whose_options_say_v_is_read_as_one(options: dict[str, Any]
     ("options", "message"),
     [
         ({"prediction_type": "epsilon", "predict_v": True}, "name 2 objectives, epsilon and v_prediction"),
-        ({"prediction": "velocity"}, r"epsilon, or v_prediction where the options say so"),
+        ({"prediction": "velocity"}, r"epsilon, or v_prediction if the options say so"),
         ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "the noise schedule is another one"),
     ],
 )

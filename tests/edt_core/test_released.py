@@ -350,7 +350,7 @@ def test_lightning_takes_the_average_and_says_so(tiny: EDT, tmp_path: Path) -> N
     assert same(loaded.model, tiny)
     assert (loaded.label, loaded.is_average) == ("state_dict.ema_model", True)
     assert loaded.notes == (
-        "the averaged (EMA) weights 'state_dict.ema_model' were taken, not 'state_dict.model'",
+        "the averaged (EMA) weights 'state_dict.ema_model' were used, not 'state_dict.model'",
         "other tensors of the file were ignored: state_dict.vae",
     )
     assert torch.equal(load_released(tmp_path / "last.ckpt", "model").pos_embed, tiny.pos_embed + 1)
@@ -386,5 +386,5 @@ def test_safetensors_with_metadata(tiny: EDT, tmp_path: Path) -> None:
 
 def test_a_label_table_without_a_null_class(tiny: EDT, tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", published(tiny.state_dict(), num_classes=8))
-    with pytest.raises(UserError, match="8 rows for 8 classes, where 9 are needed"):
+    with pytest.raises(UserError, match="8 rows for 8 classes, but 9 are needed"):
         load_released(path)

@@ -145,10 +145,10 @@ def test_nested_options_and_options_as_text_are_looked_at() -> None:
         (
             DIT,
             {"image_size": 512},
-            "image_size=512, but the weights fit DiT-S/2 at 256 pixels.*another|no other factor",
+            "image_size=512, but the weights fit DiT-S/2 at 256 pixels.*another|Only the autoencoder factor",
         ),
         (DIT, {"num_classes": 10}, "num_classes=10, but its label table has 1001 rows, for 1000 classes"),
-        (DIT, {"num_classes": 1001}, "1001 rows for 1001 classes, where 1002 are needed"),
+        (DIT, {"num_classes": 1001}, "1001 rows for 1001 classes, but 1002 are needed"),
         (DIT, {"model": "DiT-B/2"}, "model='DiT-B/2', but the weights fit DiT-S/2"),
         (DIT, {"num_heads": 12}, "num_heads=12, .* with num_heads=6"),
         (DIT, {"patch_size": 4}, "patch_size=4, .* with patch_size=2"),
@@ -184,6 +184,6 @@ def test_what_is_assumed_and_what_is_ignored_is_told() -> None:
     assert "assumed" in notes[0]
     assert notes[1:] == [
         "the file names its model 'my-dit', which is not known here; its weights fit DiT-S/2",
-        "it was trained on latents with vae='sdxl-vae'; check that --autoencoder makes the same latents",
+        "it was trained on latents with vae='sdxl-vae'; check that --autoencoder encodes to the same latents",
         "training options that are not known here and were ignored: tiger",
     ]

@@ -300,10 +300,10 @@ def test_which_weights_were_taken_is_told(
     options = [] if weights_name is None else ["--weights", weights_name]
     told = imported(registry, path, vae, "--name", "lightning", *options)
     if weights_name is None:
-        assert "note: the averaged (EMA) weights 'state_dict.ema_net' were taken, not 'state_dict.net'" in told
+        assert "note: the averaged (EMA) weights 'state_dict.ema_net' were used, not 'state_dict.net'" in told
         assert ", ema weights of" in told
     else:
-        assert "note: the trained weights 'state_dict.net' were taken, not 'state_dict.ema_net'" in told
+        assert "note: the trained weights 'state_dict.net' were used, not 'state_dict.ema_net'" in told
         assert ", model weights of" in told
     assert "assumed" not in told
 

@@ -1,6 +1,7 @@
-"""One file a model family, and the registry of them. A family that is named here is known everywhere.
+"""The model families, one file each, and their registry: a family is available everywhere once it is listed here.
 
-Beside them: what a family states (`family`), where AMM acts (`amm_placements`), the base of three of them (`adaln`).
+Other modules: the interface of a family (`family`), AMM placements (`amm_placements`), a base of three families
+(`adaln`).
 """
 
 from edt_core.models.families.dit import DIT_FAMILY

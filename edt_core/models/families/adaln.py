@@ -1,4 +1,4 @@
-"""What EDT, DiT and MDTv2 have in common: timestep and label act through adaptive norms (adaLN-Zero)."""
+"""The base of EDT, DiT and MDTv2: timestep and label act through adaptive norms (adaLN-Zero)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edt_core.models.layers import FinalLayer, LabelEmbedding, PatchEmbedding, T
 
 
 class AdaLNTransformer(DiffusionTransformer):
-    """Embeddings of latents, timestep and label with the names that they have in DiT, and DiT's initial weights."""
+    """Embeddings of latents, timestep and label with their names in DiT, and DiT's initial weights."""
 
     final_layer: FinalLayer
 
@@ -24,8 +24,8 @@ class AdaLNTransformer(DiffusionTransformer):
     def initialize_weights(self) -> None:
         """DiT's initialisation: every block starts as the identity, and the output as zero.
 
-        The adaptive norms of EDT's down-sampling and skip modules have no gate to close and stay Xavier, as in
-        the published model.
+        The adaptive norms of EDT's down-sampling and skip modules have no gate to set to zero and keep Xavier
+        weights, as in the published model.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -35,7 +35,7 @@ class AdaLNTransformer(DiffusionTransformer):
             elif isinstance(module, RelativePositionBias):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
         patch_weight, patch_bias = self.x_embedder.proj.parameters()
-        nn.init.xavier_uniform_(patch_weight.detach().flatten(1))  # as the linear layer that it is
+        nn.init.xavier_uniform_(patch_weight.detach().flatten(1))  # as for the equivalent linear layer
         nn.init.zeros_(patch_bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name in ("0.weight", "2.weight"):

@@ -1,18 +1,18 @@
-"""A placement of AMM that EDT's authors publish; each family lists those of its models."""
+"""The placements of AMM that EDT's authors publish; each family lists those of its models."""
 
 import math
 from dataclasses import dataclass
 
 ANY_SCALE = (1.0, math.inf)
-LARGE_IMAGE_SIZE = 512  # from this image size on, another block, with another kernel
+LARGE_IMAGE_SIZE = 512  # from this image size on, other blocks and another kernel are published
 
 
 @dataclass(frozen=True)
 class AmmPlacement:
     """Blocks whose attention EDT's authors modulate in a model, 0-based and in forward order.
 
-    It holds for guidance scales from `cfg_scales[0]` to `cfg_scales[1]`, both included. `large`: for images of at least
-    `LARGE_IMAGE_SIZE` pixels; otherwise it is for 256 pixels, and used for every size below `LARGE_IMAGE_SIZE`.
+    It applies to guidance scales from `cfg_scales[0]` to `cfg_scales[1]`, both included. `large`: for images of at
+    least `LARGE_IMAGE_SIZE` pixels; otherwise it is published for 256 pixels, and used for every smaller size too.
     """
 
     model: str

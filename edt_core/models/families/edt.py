@@ -1,6 +1,6 @@
 """EDT, the Efficient Diffusion Transformer (arXiv 2410.23788): an hourglass of DiT blocks over latents.
 
-Legend: N = batch, C = latent channels, h = side of the latents, T = tokens of the stage or site at hand.
+Legend: N = batch, C = latent channels, h = side of the latents, T = tokens of the current stage or site.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from edt_core.models.positions import sincos_position_embedding
 
 
 class KeptFlags(MaskForm):
-    """Boolean [N, T], True where a token is kept: where its uniform number is at least the ratio."""
+    """Boolean masks [N, T], True for an unmasked token: its uniform number is at least the ratio."""
 
     dtype = torch.bool
     described = "boolean masks of"
 
     def draw(self, uniform: Tensor, ratio: Tensor) -> Tensor:
-        """Flags of the tokens that are kept."""
+        """Flags of the unmasked tokens."""
         return uniform >= ratio
 
     def columns(self, tokens: int, ratio: float) -> int:
-        """A masked token is zeroed and not left out."""
+        """All tokens: a masked token is zeroed, not removed."""
         return tokens
 
     def fits(self, columns: int, tokens: int) -> bool:
-        """One flag a token."""
+        """Whether there is one flag per token."""
         return columns == tokens
 
 
@@ -63,10 +63,10 @@ class StageSpec:
 class EDTConfig(ModelConfig):
     """An hourglass (arXiv 2410.23788).
 
-    `dims`, `num_heads` and `depths` have one entry a stage. Of an odd number of stages, those before the middle one
-    each end in a module that halves the grid, those after it begin by doubling it. `down_mask_ratios` has a range of
-    mask ratios for each down-sampling module; `mid_mask_block`, if not None, is the block of the first stage whose
-    input is masked too, with a ratio from `mid_mask_ratio` (a ratio is the share of tokens taken away, in 0..1).
+    `dims`, `num_heads` and `depths` have one entry per stage. The number of stages is odd: each stage before the middle
+    one ends with a module that halves the grid, each stage after it starts by doubling the grid. `down_mask_ratios` has
+    a range of mask ratios for each down-sampling module; `mid_mask_block`, if not None, is the block of the first stage
+    whose input is masked too, with a ratio from `mid_mask_ratio` (a ratio is the share of masked tokens, in 0..1).
     """
 
     architecture: ClassVar[str] = "edt"
@@ -80,24 +80,24 @@ class EDTConfig(ModelConfig):
     mid_mask_ratio: RatioRange = (0.15, 0.25)
 
     def __post_init__(self) -> None:
-        """Check that the numbers make an hourglass."""
+        """Check the values."""
         _check_hourglass(self)
         super().__post_init__()
         _check_masks(self)
 
     @property
     def cond_dim(self) -> int:
-        """Width of the conditioning vector, which is that of the first stage."""
+        """Width of the conditioning vector, equal to that of the first stage."""
         return self.dims[0]
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of all stages together."""
+        """Number of blocks in all stages."""
         return sum(self.depths)
 
     @property
     def num_merges(self) -> int:
-        """How many times the hourglass halves its grid."""
+        """Number of times the hourglass halves its grid."""
         return len(self.depths) // 2
 
     @property
@@ -123,7 +123,7 @@ class EDTConfig(ModelConfig):
 class EDT(AdaLNTransformer):
     """Three stages that merge tokens, two that split them, long skips between; see `DiffusionTransformer`.
 
-    Its masks: one boolean [M, T] per masking site in forward order (see `mask_sites`), True where a token is kept.
+    Its masks: one boolean [M, T] per masking site in forward order (see `mask_sites`), True for an unmasked token.
     """
 
     config: EDTConfig
@@ -171,7 +171,7 @@ class EDT(AdaLNTransformer):
         return patches_to_image(self.final_layer(x, c), self.up_stages[-1].grid, self.config.patch_size)
 
     def place(self, module: str) -> str:
-        """The stage that a module is of; of modules between two stages, down is of the one before."""
+        """The stage that a module belongs to. A down-sampling module belongs to the stage before it."""
         group, _, rest = module.partition(".")
         if not rest[:1].isdigit():
             return super().place(module)
@@ -184,7 +184,7 @@ class EDT(AdaLNTransformer):
         return f"stage {number} ({grid}x{grid})"
 
     def _run_stage(self, stage: StageSpec, x: Tensor, c: Tensor, mid_keep: Tensor | None = None) -> Tensor:
-        """One stage's blocks; before `mid_mask_block`, a masked token gives way to its position embedding."""
+        """Run one stage's blocks; before `mid_mask_block`, a masked token is replaced by its position embedding."""
         for index in stage.blocks:
             if mid_keep is not None and index == self.config.mid_mask_block:
                 x = self.pos_embed.where(~mid_keep.unsqueeze(-1), x)
@@ -194,7 +194,7 @@ class EDT(AdaLNTransformer):
     def _assign_masks(
         self, masks: Sequence[Tensor] | None, batch_size: int
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-        """Masks in forward order -> the one within the first stage, and one for each down-sampling module."""
+        """The mask within the first stage, and one for each down-sampling module, of masks in forward order."""
         if masks is None:
             return None, [None] * len(self.down_blocks)
         check_masks(self.config, masks, batch_size)
@@ -214,11 +214,11 @@ def _check_hourglass(config: EDTConfig) -> None:
     if len(lengths) != 1 or len(config.depths) % 2 == 0 or len(config.depths) < 3:
         raise ValueError(
             f"{config.name}: depths {config.depths}, dims {config.dims} and num_heads {config.num_heads} "
-            "must have the same odd number of entries, one a stage, 3 or more."
+            "must have the same odd number of entries, one per stage, 3 or more."
         )
     if config.dims != config.dims[::-1]:
         raise ValueError(
-            f"{config.name}: dims {config.dims} must read the same from both ends, since a long skip "
+            f"{config.name}: dims {config.dims} must be the same from both ends, since a long skip "
             "joins the stages that mirror each other."
         )
     for dim, heads in zip(config.dims, config.num_heads, strict=True):
@@ -229,7 +229,7 @@ def _check_masks(config: EDTConfig) -> None:
     if len(config.down_mask_ratios) != config.num_merges:
         raise ValueError(
             f"{config.name}: {len(config.down_mask_ratios)} ranges in down_mask_ratios for "
-            f"{config.num_merges} down-sampling modules; give one range for each."
+            f"{config.num_merges} down-sampling modules; set one range for each."
         )
     check_ratios(config.name, [*config.down_mask_ratios, config.mid_mask_ratio])
     if config.mid_mask_block is not None and not 0 <= config.mid_mask_block < config.depths[0]:
@@ -240,10 +240,10 @@ def _check_masks(config: EDTConfig) -> None:
         )
 
 
-# The files of github.com/xinwangChen/EDT give settings as comments. EDT-S and -B share theirs: [7, 10] "when cfg=1,
+# The files of github.com/xinwangChen/EDT have these settings in comments. EDT-S and -B share them: [7, 10] "when cfg=1,
 # cfg=1.25 or cfg=1.5", [8] "when cfg=2 or cfg>=3"; scales between 1.5 and 2 count as 1.5. The comment on 512 px names
-# EDT-S alone, and the file says that S and B have the same arrangement. For XL no scale is named. The file has a second
-# line for XL, block 24 alone, without any condition; it is not used here.
+# only EDT-S, but the file states that S and B have the same arrangement. For XL no scale is named. The file has a
+# second line for XL, with block 24 only and without a condition; it is not used here.
 _FILE = "models_edt.py"
 _PLACEMENTS = (
     *(

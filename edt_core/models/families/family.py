@@ -1,4 +1,4 @@
-"""What a model family states of itself, so that the code around the models asks no configuration which one it is."""
+"""The interface of a model family to the code around it, which needs no case distinctions by family."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from edt_core.models.families.amm_placements import AmmPlacement
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a name means: `numbers` of its configuration, and the autoencoder that it is made for."""
+    """The size behind a model's name: `numbers` of its configuration, and the factor of its autoencoder."""
 
     numbers: Mapping[str, Any]
     autoencoder_factor: int = 8
 
 
 def one_width(width: tuple[int, int, int], *, autoencoder_factor: int = 8, **numbers: Any) -> ModelSize:
-    """A model of depth, width and heads, for an `OneWidthConfig`; `numbers` are further ones of its configuration."""
+    """The size of depth, width and heads for an `OneWidthConfig`; `numbers` are further fields."""
     depth, dim, num_heads = width
     return ModelSize({"depth": depth, "dim": dim, "num_heads": num_heads, **numbers}, autoencoder_factor)
 
 
 class ReleasedFormat:
-    """How the checkpoints that a family's authors release are known and read: by default as DiT's.
+    """How to recognise and read the checkpoints that a family's authors release. The defaults are DiT's.
 
-    Any one of `marks` is a key of a set of weights. `output` are the keys of the last layer, whose rows are noise and
-    variance in turn, where that layer begins as zero, so that rows of zeros were never trained; else (). Keys that end
-    in `derived` follow from the configuration alone and are checked, not loaded.
+    A key in `marks` marks a set of weights. `output` are the keys of the last layer, whose rows alternate between
+    noise and variance, if that layer starts as zero, so that rows of zeros were never trained; otherwise ().
+    Keys that end in `derived` depend on the configuration alone and are checked, not loaded.
     """
 
     marks: ClassVar[tuple[str, ...]] = (
@@ -49,55 +49,55 @@ class ReleasedFormat:
     derived: ClassVar[str | None] = None
 
     def grid(self, state: Mapping[str, Tensor]) -> int:
-        """Side of the square of tokens, 0 where the state does not say it."""
+        """Side of the square of tokens, 0 if the state does not show it."""
         shape = shape_of(state, self.positions)
         return math.isqrt(shape[1]) if len(shape) == 3 else 0
 
     def num_classes(self, state: Mapping[str, Tensor]) -> int | None:
-        """Classes without the null class, which is the last row; None where the state does not say it."""
+        """Classes without the null class, which is the last row; None if the state does not show it."""
         shape = shape_of(state, self.labels)
         return shape[0] - 1 if shape and shape[0] > 1 else None
 
     def channels(self, state: Mapping[str, Tensor]) -> int | None:
-        """Channels of the latents, None where the state does not say it."""
+        """Channels of the latents, None if the state does not show it."""
         shape = shape_of(state, self.patches)
         return shape[1] if len(shape) == 4 and shape[1] else None
 
     def numbers(self, state: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """Further numbers of the configuration that the state says."""
+        """Further fields of the configuration that the state shows."""
         return {}
 
     def lacks_variance(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether the model was made without an output for the variance, and `completed` adds one."""
+        """Whether the model has no output for the variance, so that `completed` adds one."""
         return False
 
     def completed(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The state dict with all that the model here has: an output of 0 for a variance that is lacking."""
+        """The state dict with all tensors of the model here: a missing variance gets an output of 0."""
         return state
 
     def objection(self, state: Mapping[str, Tensor], is_linear: bool) -> str:
-        """Why these weights cannot be sampled here, where keys and shapes show it; else empty.
+        """Why these weights cannot be sampled here, as far as keys and shapes show it; "" if they can.
 
-        `is_linear`: options in the file say that they were trained on the linear noise schedule.
+        `is_linear`: options in the file state the linear noise schedule.
         """
         return ""
 
     def is_derived(self, key: str) -> bool:
-        """Whether a tensor follows from the configuration alone."""
+        """Whether a tensor depends on the configuration alone."""
         return self.derived is not None and key.endswith(self.derived)
 
 
 def shape_of(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    """The shape of a tensor of a state dict, () where it is missing."""
+    """The shape of a tensor of a state dict, () if it is missing."""
     return tuple(state[key].shape) if key in state else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One kind of model, in sizes with names. Its file in `edt_core.models.families` is all there is of it.
+    """One kind of model, with its named sizes. It is defined entirely by its file in `edt_core.models.families`.
 
-    `paper` is an arXiv number with "arXiv " before it. `released_sampling` are fields of the sampling configuration
-    with which a checkpoint of the authors is sampled.
+    `paper` is "arXiv " and an arXiv number. `released_sampling` are the fields of the sampling configuration for a
+    checkpoint of the authors.
     """
 
     title: str
@@ -106,6 +106,6 @@ class Family:
     config: type[ModelConfig]
     model: type[DiffusionTransformer]
     sizes: Mapping[str, ModelSize]
-    amm_placements: tuple[AmmPlacement, ...] = ()  # the first one that fits counts
+    amm_placements: tuple[AmmPlacement, ...] = ()  # the first one that fits is used
     released: ReleasedFormat = field(default_factory=ReleasedFormat)
     released_sampling: Mapping[str, Any] = field(default_factory=lambda: {"amm_blocks": "model"})

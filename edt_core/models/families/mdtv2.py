@@ -1,10 +1,10 @@
 """MDTv2, the Masked Diffusion Transformer (arXiv 2303.14389, version 2): an encoder with long skips, and a decoder.
 
-In the masked pass of training the encoder sees some of the tokens, and the side-interpolater, a block of its own, fills
-in the others before the decoder. Sampling has no use for it.
+In the masked pass of training the encoder processes some of the tokens, and the side-interpolater, a separate block,
+fills in the others before the decoder. Sampling does not use it.
 
 Legend: N = batch, M = masked rows of it, C = latent channels, h = side of the latents, n = grid side, T = n² tokens,
-k = tokens that are kept, D = width, K = width of the conditioning.
+k = unmasked tokens, D = width, K = width of the conditioning.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
 from edt_core.models.masking import check_masks
 from edt_core.models.positions import sincos_position_embedding
 
-_SPARE_ROWS = 3  # of the bias table, for pairs with a class token, which there is none of
+_SPARE_ROWS = 3  # of the bias table, for pairs with a class token, which these models do not have
 
 
 class KeptIndices(MaskForm):
-    """Indices int64 [N, k] in rising order of the tokens that are kept, as many in every row."""
+    """Indices int64 [N, k] of the unmasked tokens in ascending order, the same number in every row."""
 
     dtype = torch.int64
     described = "int64 masks of at most"
 
     def draw(self, uniform: Tensor, ratio: Tensor) -> Tensor:
-        """Indices of the least numbers of each row."""
+        """Indices of the smallest numbers of each row."""
         count = max(1, self.columns(uniform.shape[1], float(ratio)))
         return uniform.argsort(dim=1)[:, :count].sort(dim=1).values
 
     def columns(self, tokens: int, ratio: float) -> int:
-        """The tokens that are kept."""
+        """Number of unmasked tokens."""
         return int(tokens * (1 - ratio))
 
     def fits(self, columns: int, tokens: int) -> bool:
-        """Any number of indices."""
+        """Whether there are at most as many indices as tokens."""
         return columns <= tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class MDTv2Config(OneWidthConfig):
-    """A DiT in an encoder, with skips from its first half to its second, and a decoder (MDTv2, arXiv 2303.14389).
+    """A DiT split into an encoder, with skips from its first half to its second, and a decoder (arXiv 2303.14389).
 
-    The last `decode_depth` of the `depth` blocks are the decoder's; 4 is the default of its authors' code. In the
-    masked pass of training a share of tokens from the range `mask_ratio` is taken away before the encoder.
+    The last `decode_depth` of the `depth` blocks are the decoder's; 4 is the default of the authors' code. In the
+    masked pass of training a share of tokens from the range `mask_ratio` is removed before the encoder.
     """
 
     architecture: ClassVar[str] = "mdtv2"
@@ -66,24 +66,24 @@ class MDTv2Config(OneWidthConfig):
     mask_ratio: RatioRange = (0.3, 0.5)
 
     def __post_init__(self) -> None:
-        """Check that the numbers make a model."""
+        """Check the values."""
         super().__post_init__()
         encoder = self.depth - self.decode_depth
         if self.decode_depth < 1 or encoder < 2 or encoder % 2:
             raise ValueError(
                 f"{self.name}: {self.depth} blocks with a decoder of {self.decode_depth} leave {encoder} for the "
-                "encoder, whose first half is joined to its second: leave an even number from 2 on."
+                "encoder, whose first half is joined to its second: leave an even number, at least 2."
             )
         check_ratios(self.name, [self.mask_ratio])
 
     @property
     def mask_sites(self) -> tuple[MaskSite, ...]:
-        """The encoder runs on the tokens that are kept."""
+        """The encoder's input: it runs on the unmasked tokens."""
         return (MaskSite("en_inblocks.0", self.grid**2, self.mask_ratio),)
 
 
 class TableAndIndex(RelativePositionBias):
-    """The bias as published checkpoints hold it: with rows to spare, and the index [T, T] of all pairs."""
+    """The bias in the form of published checkpoints: with spare rows, and the index [T, T] of all pairs."""
 
     relative_position_index: Tensor
 
@@ -101,13 +101,13 @@ class SkipBlock(Block):
         dim = attention.proj.in_features
         self.skip_linear = TokenLinear(2 * dim, dim)
 
-    def forward(self, x: Tensor, c: Tensor, kept: Tensor | None, skip: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, c: Tensor, indices: Tensor | None, skip: Tensor) -> Tensor:  # type: ignore[override]
         """Join and mix: x and skip [N, T, D], c [N, K] -> [N, T, D]."""
-        return super().forward(self.skip_linear(torch.cat([x, skip], dim=-1)), c, kept)
+        return super().forward(self.skip_linear(torch.cat([x, skip], dim=-1)), c, indices)
 
 
 class MDTv2(AdaLNTransformer):
-    """See `DiffusionTransformer`. Its mask: the indices of the tokens that are kept, int64 [M, k]."""
+    """See `DiffusionTransformer`. Its mask: the indices of the unmasked tokens, int64 [M, k]."""
 
     config: MDTv2Config
 
@@ -125,12 +125,12 @@ class MDTv2(AdaLNTransformer):
         self.finish()
 
     def initialize_weights(self) -> None:
-        """As DiT, and a small random mask token."""
+        """DiT's initialisation, and a small random mask token."""
         super().initialize_weights()
         nn.init.normal_(self.mask_token, std=0.02)
 
     def masking_parameters(self) -> Iterator[nn.Parameter]:
-        """The side-interpolater's."""
+        """Parameters of the side-interpolater, and the mask token."""
         yield from self.sideblocks.parameters()
         yield self.mask_token
 
@@ -149,40 +149,40 @@ class MDTv2(AdaLNTransformer):
         return patches_to_image(self.final_layer(x, c), self.config.grid, self.config.patch_size)
 
     def place(self, module: str) -> str:
-        """Encoder or decoder; the embeddings and the last layer are the ends."""
+        """Encoder or decoder; "ends" for the embeddings and the last layer."""
         group = module.partition(".")[0]
         return {"en_inblocks": "encoder", "en_outblocks": "encoder", "de_blocks": "decoder"}.get(group, "ends")
 
-    def _encode_masked(self, image: Tensor, c: Tensor, kept: Tensor) -> Tensor:
-        """The decoder's input [N, T, D]: the last M rows are encoded from the tokens that are kept, int64 [M, k]."""
-        whole = len(image) - len(kept)
-        places = kept.unsqueeze(-1).expand(-1, -1, image.shape[-1])
-        encoded = self._encode(image[whole:].gather(1, places), c[whole:], kept)
-        masked = self._interpolate(encoded, c[whole:], places)
+    def _encode_masked(self, image: Tensor, c: Tensor, indices: Tensor) -> Tensor:
+        """The decoder's input [N, T, D]; the last M rows are encoded from the tokens at `indices`, int64 [M, k]."""
+        whole = len(image) - len(indices)
+        columns = indices.unsqueeze(-1).expand(-1, -1, image.shape[-1])
+        encoded = self._encode(image[whole:].gather(1, columns), c[whole:], indices)
+        masked = self._interpolate(encoded, c[whole:], columns)
         if whole == 0:
             return masked
         return torch.cat([self._encode(image[:whole], c[:whole]) + self.decoder_pos_embed, masked])
 
-    def _encode(self, x: Tensor, c: Tensor, kept: Tensor | None = None) -> Tensor:
-        """The encoder on all tokens, or on those that are kept: [N, k, D] -> [N, k, D]."""
+    def _encode(self, x: Tensor, c: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Run the encoder on all tokens, or on the unmasked ones: [N, k, D] -> [N, k, D]."""
         skips = []
         for block in self.en_inblocks:
-            x = self.run_block(block, x, c, kept)
+            x = self.run_block(block, x, c, indices)
             skips.append(x)
         for block in self.en_outblocks:
-            x = self.run_block(block, x, c, kept, skips.pop())
+            x = self.run_block(block, x, c, indices, skips.pop())
         return x
 
-    def _interpolate(self, x: Tensor, c: Tensor, places: Tensor) -> Tensor:
-        """All tokens from those kept, x [M, k, D] at places [M, k, D]: -> [M, T, D].
+    def _interpolate(self, x: Tensor, c: Tensor, indices: Tensor) -> Tensor:
+        """All tokens [M, T, D] from the unmasked ones, x [M, k, D], whose positions are `indices` [M, k, D].
 
-        The side-interpolater sees the mask token where none was kept; what was kept passes by it.
+        The side-interpolater gets the mask token in place of masked tokens; its output replaces only those.
         """
         size = (x.shape[0], self.decoder_pos_embed.shape[1], x.shape[-1])
-        filled = self.mask_token.to(x.dtype).expand(size).scatter(1, places, x) + self.decoder_pos_embed
-        is_kept = torch.zeros(size, dtype=torch.bool, device=x.device).scatter(1, places, True)
+        filled = self.mask_token.to(x.dtype).expand(size).scatter(1, indices, x) + self.decoder_pos_embed
+        is_unmasked = torch.zeros(size, dtype=torch.bool, device=x.device).scatter(1, indices, True)
         (side,) = self.sideblocks
-        return torch.where(is_kept, filled, self.run_block(side, filled, c))
+        return torch.where(is_unmasked, filled, self.run_block(side, filled, c))
 
 
 def _block(config: MDTv2Config, kind: type[Block]) -> Block:
@@ -191,19 +191,19 @@ def _block(config: MDTv2Config, kind: type[Block]) -> Block:
 
 
 class _Format(ReleasedFormat):
-    """The authors' code takes the depth of the decoder as an option, and stores the index of all pairs of tokens."""
+    """Files of the authors' code, in which the decoder's depth is an option and the index of all pairs is stored."""
 
     derived = ".relative_position_index"
 
     def numbers(self, state: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """As many blocks in the decoder as the keys say."""
+        """The number of decoder blocks in the keys."""
         blocks = {key.split(".")[1] for key in state if key.startswith("de_blocks.")}
         return {"decode_depth": len(blocks)} if blocks else {}
 
 
 # Blocks of the decoder. The configurations of github.com/sail-sg/MDT do not set the number: it is an option of
-# training, 6 in the authors' command for S and 4 in the one for XL. For B and L no number is in their code; the
-# option's default, 4, stands in for it.
+# training, 6 in the authors' command for S and 4 in the one for XL. For B and L their code has no number, so the
+# option's default, 4, is used.
 _DECODE_DEPTHS = {"S": 6, "B": 4, "L": 4, "XL": 4}
 
 MDTV2_FAMILY = Family(

@@ -1,7 +1,7 @@
-"""U-ViT (arXiv 2209.12152): timestep, label and patches are tokens alike, and long skips join shallow and deep blocks.
+"""U-ViT (arXiv 2209.12152): timestep, label and patches are all tokens, and long skips join shallow and deep blocks.
 
 Legend: N = batch, C = latent channels, h = side of the latents, T = tokens of the patches, D = width. The two tokens of
-label and timestep stand before those of the patches.
+label and timestep come before those of the patches.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from edt_core.models.positions import timestep_embedding
 
 _EXTRA_TOKENS = 2  # of label and timestep
 _PIXEL_CHANNELS = 3
-_STD = 0.02  # of all initial weights that are drawn
+_STD = 0.02  # of the initial weights of linear layers and position embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
 class UViTConfig(OneWidthConfig):
-    """An odd number of blocks: as many before the middle one as after it, joined in pairs.
+    """An odd number of blocks: the blocks before and after the middle one are joined in pairs.
 
     With `final_conv` a convolution of 3x3 follows the patches of the output.
     """
@@ -41,12 +41,12 @@ class UViTConfig(OneWidthConfig):
     final_conv: bool = True
 
     def __post_init__(self) -> None:
-        """Check that the numbers make a model."""
+        """Check the values."""
         super().__post_init__()
         if self.depth % 2 == 0 or self.depth < 3:
             raise ValueError(
-                f"{self.name}: depth is {self.depth}; a U-ViT has a block in the middle and as many before it as after "
-                "it: use an odd number from 3 on."
+                f"{self.name}: depth is {self.depth}, but a U-ViT has one block in the middle and equally many before "
+                "and after it: use an odd number, at least 3."
             )
 
 
@@ -65,7 +65,7 @@ class ExactFeedForward(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """A pre-norm transformer block without conditioning: what conditions are its first tokens."""
+    """A pre-norm transformer block without conditioning: the first tokens are the conditions."""
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class LongSkipBlock(PlainBlock):
 
 
 class UViT(DiffusionTransformer):
-    """See `DiffusionTransformer`. It has no masked pass. AMM takes label and timestep to be at distance 0 of all."""
+    """See `DiffusionTransformer`. It has no masked pass. AMM treats label and timestep as at distance 0 from all."""
 
     config: UViTConfig
     kinds: ClassVar[Mapping[str, str]] = {
@@ -120,7 +120,7 @@ class UViT(DiffusionTransformer):
         self.finish()
 
     def initialize_weights(self) -> None:
-        """Linear layers and positions normal, cut off at 2; the rest, label and patches too, as PyTorch does it."""
+        """Truncated normal for linear layers and positions; PyTorch's defaults for the rest, label and patches too."""
         nn.init.trunc_normal_(self.pos_embed, std=_STD)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -148,13 +148,13 @@ class UViT(DiffusionTransformer):
         return out
 
     def place(self, module: str) -> str:
-        """The blocks before the middle, the middle one, and those after it."""
+        """Shallow blocks before the middle one, the middle one, deep blocks after it; "ends" for the rest."""
         places = {"in_blocks": "shallow blocks", "mid_block": "middle block", "out_blocks": "deep blocks"}
         return places.get(module.partition(".")[0], "ends")
 
 
 class _Format(ReleasedFormat):
-    """The authors' models predict noise alone. Their files are bare state dicts, `nnet_ema.pth` of a training."""
+    """Files of the authors' code: models that predict only noise, as bare state dicts (`nnet_ema.pth`)."""
 
     marks = ("patch_embed.proj.weight", "label_emb.weight", "decoder_pred.weight")
     labels = "label_emb.weight"
@@ -169,7 +169,7 @@ class _Format(ReleasedFormat):
         return math.isqrt(max(0, shape[1] - _EXTRA_TOKENS)) if len(shape) == 3 else 0
 
     def numbers(self, state: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """Whether there is a convolution at the end."""
+        """Whether the model ends with a convolution."""
         return {"final_conv": self.convolution[0] in state}
 
     def lacks_variance(self, state: Mapping[str, Tensor]) -> bool:
@@ -178,7 +178,7 @@ class _Format(ReleasedFormat):
         return len(patch) == 4 and len(last) == 2 and last[0] == patch[1] * patch[2] * patch[3]
 
     def completed(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Zeros for the variance, so that the noise is what it was."""
+        """The state with zeros for the variance; the predicted noise is unchanged."""
         if not self.lacks_variance(state):
             return state
         channels = state[self.patches].shape[1]
@@ -190,11 +190,11 @@ class _Format(ReleasedFormat):
         return {**state, **widened}
 
     def objection(self, state: Mapping[str, Tensor], is_linear: bool) -> str:
-        """The authors' models of pixels, and those without a convolution, which have another noise schedule."""
+        """Rejects the authors' models of pixels, and those without a convolution, which have another noise schedule."""
         if not self.lacks_variance(state):
             return ""
         if self.channels(state) == _PIXEL_CHANNELS:
-            return "with 3 channels, as the authors' models of pixels, which have no autoencoder and no null class"
+            return "with 3 channels, like the authors' models of pixels, which have no autoencoder and no null class"
         if self.convolution[0] not in state and not is_linear:
             return (
                 "without a convolution at the end, as the authors' UViT-H/2 and -H/4, which they trained on the noise "
@@ -204,12 +204,12 @@ class _Format(ReleasedFormat):
 
 
 def _is_plain(state: Mapping[str, Tensor], key: str) -> bool:
-    """Whether a tensor is there and can be written into another one."""
+    """Whether a tensor exists and can be copied into another one."""
     return key in state and state[key].layout == torch.strided and not state[key].is_quantized and state[key].ndim > 0
 
 
 def _with_zeros(tensor: Tensor, dim: int, channels: int) -> Tensor:
-    """Channels twice as many along a dimension, the second half of each group of them 0: [..., P·C, ...] to P·2C."""
+    """A tensor with twice the channels along `dim`, the second half of each group 0: [..., P·C, ...] to P·2C."""
     if tensor.shape[dim] % channels:
         return tensor
     groups = tensor.unflatten(dim, (-1, 1, channels))

@@ -1,4 +1,4 @@
-"""Diffusion as EDT uses it: linear schedule, objectives, samplers."""
+"""Diffusion: the linear schedule, objectives, samplers."""
 
 from edt_core.diffusion.guidance import guided
 from edt_core.diffusion.noise import SampleNoise, sample_noise

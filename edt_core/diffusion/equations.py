@@ -1,6 +1,6 @@
-"""The equations of Gaussian diffusion that training and sampling share, one a function.
+"""The equations of Gaussian diffusion that training and sampling share, one per function.
 
-Shapes: x, noise, eps [N, C, H, W]; c holds floats or [N, 1, 1, 1] tensors. eps is a predicted noise.
+Shapes: x, noise, eps [N, C, H, W]; c contains floats or [N, 1, 1, 1] tensors. eps is a predicted noise.
 References: Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672).
 """
 
@@ -45,7 +45,7 @@ def gaussian_kl(mean_gap: Tensor, log_variance_p: float | Tensor, log_variance_q
 def decoder_nll(x_start: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """-log p(x_0 | x_1) in nats, elementwise: a Gaussian's mass in the bin of x_0 (Ho 2020, eq. 13).
 
-    There are 256 bins in [-1, 1]. The outermost are open. Latents are not pixels, but the
+    There are 256 bins in [-1, 1]; the outermost bins are unbounded. Latents are not pixels, but the
     reference training applies the same term to them.
     """
     half_bin = 1.0 / 255.0
@@ -57,21 +57,20 @@ def decoder_nll(x_start: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """Standard normal distribution function, in the tanh approximation of Page 1977 as the reference."""
+    """Standard normal distribution function, in the tanh approximation of Page 1977, as in the reference code."""
     return 0.5 + 0.5 * torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))
 
 
 def split_output(model_output: Tensor, num_channels: int) -> tuple[Tensor, Tensor]:
-    """A model's output [N, 2C, H, W] as float32, the predicted value and the variance, each [N, C, H, W].
+    """The predicted value and the variance, float32 [N, C, H, W] each, of a model's output [N, 2C, H, W].
 
-    Raises ValueError where it has not twice the channels of the latents.
+    Raises ValueError unless it has twice the channels of the latents.
     """
     if model_output.ndim < 2 or model_output.shape[1] != 2 * num_channels:
         raise ValueError(
             f"the model's output has shape {tuple(model_output.shape)}, but {num_channels}-channel "
             f"latents need {2 * num_channels} channels, the predicted value and the variance. "
-            f"Use a model that predicts both and was made for these latents: create_model(NAME, latent_channels="
-            f"{num_channels})."
+            f"Use a model for these latents that predicts both: create_model(NAME, latent_channels={num_channels})."
         )
     value, variance = model_output.float().split(num_channels, dim=1)
     return value, variance

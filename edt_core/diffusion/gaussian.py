@@ -1,4 +1,4 @@
-"""Objectives of Gaussian diffusion: a value that implies x_0 and the noise, and a variance in the learned range.
+"""Objectives of Gaussian diffusion: a value that determines x_0 and the noise, and a variance in the learned range.
 
 The loss is EDT's: the min-SNR weighted squared error of the value, plus the variational bound.
 Shapes: x_start, noise, x_t [N, C, H, W]; model_output [N, 2C, H, W]; t int64 [N], indices of the schedule.
@@ -19,16 +19,16 @@ MIN_SNR_GAMMA = 5.0
 
 
 def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_start with the noise of timestep t, float32 [N, C, H, W] (Ho 2020, eq. 4)."""
+    """x_start noised to timestep t, float32 [N, C, H, W] (Ho 2020, eq. 4)."""
     return equations.diffuse(x_start.float(), noise.float(), schedule.gather(t, x_start.ndim))
 
 
 class GaussianObjective(Objective):
-    """What all objectives on one noise schedule share; one of them says what its value is, and how it is weighted.
+    """The base of all objectives on a noise schedule; a subclass defines its value, and the weight of its error.
 
-    The terms of the loss, which add up to a hybrid objective like Nichol & Dhariwal 2021, eq. 16:
+    The terms of the loss, whose sum is a hybrid objective as in Nichol & Dhariwal 2021, eq. 16:
     mse: mean squared error of the value times the min-SNR weight.
-    vb: this timestep's term of the variational bound, in bits a dimension, at weight 1.
+    vb: this timestep's term of the variational bound, in bits per dimension, with weight 1.
     """
 
     outputs: ClassVar[int] = 2
@@ -36,13 +36,13 @@ class GaussianObjective(Objective):
 
     @abstractmethod
     def target(self, x_start: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
-        """What the model is to predict, [N, C, H, W]."""
+        """The target of the model's prediction, [N, C, H, W]."""
 
     @abstractmethod
     def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
-        """The factor on the squared error of the value [N] that is min(SNR, gamma) on that of x_0 (arXiv 2303.09556).
+        """The factor [N] on the squared error of the value, equal to min(SNR, gamma) on that of x_0 (arXiv 2303.09556).
 
-        Easy, hardly noisy timesteps count less. snr: [N].
+        Easy timesteps with little noise count less. snr: [N].
         """
 
     def noised(self, schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -60,17 +60,17 @@ class GaussianObjective(Objective):
         *,
         min_snr_gamma: float | None = MIN_SNR_GAMMA,
     ) -> Losses:
-        """The losses of each sample for what the model made of (x_t, t).
+        """The losses of each sample for the model's output at (x_t, t).
 
-        All is computed in float32, whatever the dtype of the output and also under autocast, which leaves elementwise
-        operations on float32 alone. The variational bound trains the variance only: the predicted mean enters it
-        without gradient (Nichol & Dhariwal 2021, section 3.1).
-        `min_snr_gamma=None` gives the unweighted squared error. Raises ValueError for a shape that does not fit.
+        Everything is computed in float32, for any dtype of the output and also under autocast, which does not change
+        elementwise float32 operations. The variational bound trains only the variance: the predicted mean has no
+        gradient in it (Nichol & Dhariwal 2021, section 3.1).
+        With `min_snr_gamma=None` the squared error is unweighted. Raises ValueError for shapes that do not match.
         """
         if not x_start.shape == x_t.shape == noise.shape:
             raise ValueError(
                 f"x_start {tuple(x_start.shape)}, x_t {tuple(x_t.shape)} and noise {tuple(noise.shape)} must "
-                "have one shape. Draw one noise tensor like x_start and make x_t from it with q_sample."
+                "have the same shape. Draw one noise tensor like x_start and compute x_t from it with q_sample."
             )
         prediction = self.split(model_output, x_start.shape[1])
         x_start, x_t, noise = x_start.float(), x_t.float(), noise.float()
@@ -87,12 +87,12 @@ class GaussianObjective(Objective):
         return Prediction(*equations.split_output(model_output, num_channels))
 
     def log_variance(self, prediction: Prediction, c: Coefficients) -> Tensor:
-        """That of the learned range."""
-        assert prediction.variance is not None  # `split` gives one
+        """The log variance in the learned range."""
+        assert prediction.variance is not None  # `split` sets it
         return equations.learned_range_log_variance(prediction.variance, c)
 
     def _bound_term(self, prediction: Prediction, x_start: Tensor, x_t: Tensor, t: Tensor, c: Coefficients) -> Tensor:
-        """L_t of the variational bound in bits a dimension, [N] (Ho 2020, eq. 5; eq. 13 at t = 0)."""
+        """L_t of the variational bound in bits per dimension, [N] (Ho 2020, eq. 5; eq. 13 at t = 0)."""
         true_mean = equations.posterior_mean(x_start, x_t, c)
         mean = equations.posterior_mean(self.x_start(prediction.value.detach(), x_t, c), x_t, c)
         log_variance = self.log_variance(prediction, c)
@@ -114,11 +114,11 @@ class Epsilon(GaussianObjective):
         return noise
 
     def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
-        """min(SNR, gamma) / SNR: where SNR <= gamma it is 1."""
+        """min(SNR, gamma) / SNR, which is 1 for SNR <= gamma."""
         return (gamma / snr).clamp(max=1.0)
 
     def x_start(self, prediction: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """Of Ho 2020, eq. 15."""
+        """x_0 by Ho 2020, eq. 15."""
         return equations.predict_x_start(x_t, prediction, c)
 
     def noise(self, prediction: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:

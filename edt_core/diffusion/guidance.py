@@ -1,4 +1,4 @@
-"""Guidance: away from the prediction without a label, or away from that of a weaker model.
+"""Guidance, away from the prediction without a label or from that of a weaker model.
 
 References: Ho & Salimans 2022 (classifier-free guidance, arXiv 2207.12598), Kynkäänniemi et al. 2024 (guidance in an
 interval, arXiv 2404.07724), Karras et al. 2024 (autoguidance, arXiv 2406.02507), Gao et al. 2023 (guidance that grows,
@@ -28,27 +28,27 @@ def guided(
     guide: ClassModel | None = None,
     growth: tuple[float, int] | None = None,
 ) -> ModelFn | SwitchedModel:
-    """The model bound to labels y, int64 [N], and pushed away from what it predicts without a label.
+    """The model bound to labels y, int64 [N], and guided away from its prediction without a label.
 
     The guided noise is eps_null + cfg_scale (eps_y - eps_null), which is eq. 6 of Ho & Salimans with cfg_scale =
-    1 + w. It replaces the first `channels` channels of the noise, or all of them where `channels` is None;
-    the others, and the variance, are the conditional ones. Three is what published results of DiT and EDT
-    use. Whatever else a model predicts, as v, is guided in the same way, and means the same noise: at a given x_t
-    the noise is an affine function of it.
-    Both halves go through the model in one call, the labelled half first. With cfg_scale 1 there is
-    nothing to push: the model is called with y alone.
-    `guide`: a weaker model of the same latents and classes, whose eps_guide takes the place of eps_null (Karras 2024,
-    eq. 2). Both models get y, and no null label is used.
-    `interval`: guide only at the timesteps of training in [from, to); at the others the model is called with y alone,
-    for half the work. That makes a SwitchedModel, which `sample` takes.
+    1 + w. It replaces the first `channels` channels of the noise, or all of them if `channels` is None;
+    the others, and the variance, are the conditional ones. Published results of DiT and EDT use three channels. Any
+    other prediction, such as v, is guided in the same way, with the same guided noise: at a given x_t the noise is an
+    affine function of it.
+    Both halves go through the model in one call, the labelled half first. With cfg_scale 1 there is no guidance, and
+    the model is called with y alone.
+    `guide`: a weaker model of the same latents and classes, whose eps_guide replaces eps_null (Karras 2024, eq. 2).
+    Both models get y, and no null label is used.
+    `interval`: guide only at the timesteps of training in [from, to); at others the model is called with y alone,
+    at half the cost. The result is then a SwitchedModel, for `sample`.
     `growth`: (power, num_timesteps) of a scale that grows along the chain, see `power_cosine_scale`.
-    Raises UserError for fewer than one channel and an empty interval, and when called for more channels than the
+    Raises UserError for fewer than one channel and an empty interval, and, when called, for more channels than the
     latents have.
     """
     if channels is not None and channels < 1:
-        raise UserError(f"guidance on {channels} channels does nothing. Use cfg_scale=1 for no guidance.")
+        raise UserError(f"guidance on {channels} channels has no effect. Use cfg_scale=1 for no guidance.")
     if interval is not None and not interval[0] < interval[1]:
-        raise UserError(f"guidance in the interval {list(interval)} does nothing: give [from, to) with from < to.")
+        raise UserError(f"guidance in the interval {list(interval)} has no effect: use [from, to) with from < to.")
 
     def plain(x: Tensor, t: Tensor) -> Tensor:
         return model(x, t, y)
@@ -73,15 +73,15 @@ def guided(
 
 
 def power_cosine_scale(cfg_scale: float, t: Tensor, power: float, num_timesteps: int) -> Tensor:
-    """Guidance scales [N] that grow from 1 at the noise to cfg_scale at the image, for timesteps t [N] of training.
+    """Guidance scales [N] that grow from 1 at pure noise to cfg_scale at the image, for timesteps t [N] of training.
 
     1 + (cfg_scale - 1) (1 - cos(π (1 - t / num_timesteps)^power)) / 2 (MDT, arXiv 2303.14389, power-cosine).
     """
-    done = (1 - t.float() / num_timesteps) ** power
-    return 1 + (cfg_scale - 1) * (1 - torch.cos(math.pi * done)) / 2
+    progress = (1 - t.float() / num_timesteps) ** power
+    return 1 + (cfg_scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
 
 
-_Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, t) -> what to go to, and what to go away from
+_Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, t) -> the predictions to guide towards and away from
 
 
 def _with_null_label(model: ClassModel, y: Tensor, null_label: int) -> _Pair:

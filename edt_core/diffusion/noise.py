@@ -1,6 +1,6 @@
-"""Noise for evaluation: a function of the seed and the sample's index, whichever batch or worker has it.
+"""Noise for evaluation: a function of the seed and the sample's index, independent of batch and worker.
 
-Each draw has a generator of its own, so nothing depends on the order of calls either.
+Each draw has its own generator, so the noise does not depend on the order of calls either.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from edt_core.data.prefetch import prefetched
 
-LABEL_DRAW = 2**32 - 1  # the draw of a sample's label: a noise's number is below it
+LABEL_DRAW = 2**32 - 1  # the draw number of a sample's label; those of noise are below it
 
 
 def sample_noise(
     seed: int, indices: Sequence[int], shape: Sequence[int], draw: int = 0, *, pin: bool = False
 ) -> Tensor:
-    """Standard normal noise for the samples of the given indices, float32 [len(indices), *shape] on the CPU.
+    """Standard normal noise for the samples `indices`, float32 [len(indices), *shape] on the CPU.
 
-    Row i depends on (seed, indices[i], draw) and the shape alone. Draw 0 is the chain's start, draw 1 + s the
-    noise of its step s. numpy makes it, because a torch generator uses 32 bits of its seed only: among the
-    50,000 samples of an evaluation two would likely share their noise. With `pin` it lies in page-locked memory,
-    which a GPU copies from without the host waiting.
-    Raises ValueError for negative seed, index or draw, and for a draw that is not a noise's.
+    Row i depends only on (seed, indices[i], draw) and the shape. Draw 0 is the chain's start, draw 1 + s the
+    noise of its step s. It is drawn with numpy, because a torch generator uses only 32 bits of its seed: among the
+    50,000 samples of an evaluation two would likely have the same noise. With `pin` it is in page-locked memory,
+    for asynchronous copies to a GPU.
+    Raises ValueError for a negative seed, index or draw, and for a draw from LABEL_DRAW on.
     """
     if min(seed, draw, *indices) < 0 or draw >= LABEL_DRAW:
         raise ValueError(
@@ -50,35 +50,35 @@ class SampleNoise:
 
     def initial(self) -> Tensor:
         """The chain's start, float32 [N, C, H, W]."""
-        return self._there(self._made(0))
+        return self._on_device(self._draw(0))
 
     def __call__(self, step: int) -> Tensor:
         """The noise of a step, float32 [N, C, H, W]; steps count from 0 at the noisiest."""
-        return self._there(self._made(1 + step))
+        return self._on_device(self._draw(1 + step))
 
     @contextmanager
     def ahead(self, count: int, depth: int = 2) -> Iterator[Callable[[int], Tensor]]:
-        """The same noises, bit for bit, of steps 0..count - 1 asked for in order: a thread makes the next `depth`.
+        """Context with a function for the same noise, bit for bit, of steps 0..count - 1, called in order.
 
-        numpy lets other threads run while it draws, so a model need not wait for its noise. Leaving the context ends
-        the thread. Asking out of order raises ValueError.
+        A thread draws the next `depth` steps. numpy lets other threads run while it draws, so that a model need not
+        wait for its noise. The thread ends with the context. Calls out of order raise ValueError.
         """
-        with closing(prefetched(((step, self._made(1 + step)) for step in range(count)), depth)) as coming:
+        with closing(prefetched(((step, self._draw(1 + step)) for step in range(count)), depth)) as draws:
 
             def noise(step: int) -> Tensor:
-                made, host = next(coming, (None, None))
-                if made != step or host is None:
+                next_step, host = next(draws, (None, None))
+                if next_step != step or host is None:
                     raise ValueError(
-                        f"noise of step {step} where that of {made} is next: ask for 0..{count - 1} in order"
+                        f"noise of step {step} requested, but step {next_step} is next: request 0..{count - 1} in order"
                     )
-                return self._there(host)
+                return self._on_device(host)
 
             yield noise
 
-    def _made(self, draw: int) -> Tensor:
+    def _draw(self, draw: int) -> Tensor:
         pin = torch.device(self.device).type == "cuda"
         return sample_noise(self.seed, self.indices, self.shape, draw, pin=pin)
 
-    def _there(self, host: Tensor) -> Tensor:
-        """On the device. Pinned memory is not used again before a copy from it is done: its allocator sees to that."""
+    def _on_device(self, host: Tensor) -> Tensor:
+        """Copy to the device. The allocator of pinned memory does not reuse it before the copy has completed."""
         return host.to(self.device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""What a model learns to predict, and everything that follows from it: the door to another objective.
+"""The interface of an objective: what a model learns to predict, and everything that depends on it.
 
-An objective noises data, draws times, scores a model's output in training, and reads that output in sampling.
-Training, samplers, previews and diffusers' schedulers ask it for all of these and assume nothing of their own. The
-objectives that exist are registered in `edt_core.diffusion.objectives`.
+An objective noises data, draws times, computes the loss of a model's output in training, and interprets that output in
+sampling. Training, samplers, previews and diffusers' schedulers get all of this from the objective. Objectives are
+registered in `edt_core.diffusion.objectives`.
 
 Shapes: x_start, noise, x_t [N, C, H, W]; model_output [N, outputs * C, H, W]; t int64 [N], indices of the schedule.
 """
@@ -34,16 +34,16 @@ class Losses:
 
     @property
     def loss(self) -> Tensor:
-        """What is trained on, [N]: the sum of the terms."""
+        """The loss to minimise, [N]: the sum of the terms."""
         return reduce(add, self.terms.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A model's output, cut into its parts, float32 [N, C, H, W] each.
+    """A model's output, split into its parts, float32 [N, C, H, W] each.
 
-    value: what the objective has the model predict: noise, v and so on.
-    variance: where the variance lies between its bounds; None where the model predicts none.
+    value: the objective's prediction, such as noise or v.
+    variance: the variance's position between its bounds; None if the model predicts none.
     """
 
     value: Tensor
@@ -53,12 +53,12 @@ class Prediction:
 class Objective(ABC):
     """One objective; it has no state.
 
-    name: what `train.objective` and a model's configuration call it.
+    name: its name in `train.objective` and in a model's configuration.
     meaning: what the model predicts, in a few words, for the model card.
-    prediction_type: what diffusers' schedulers call it.
-    words: how the training options of a checkpoint from elsewhere name it, in lower case: the value of an option such
-        as `prediction_type`, or an option that is true. Those of epsilon are known to `edt_core.models`.
-    outputs: how many tensors of the latents' shape the model's output holds, one after the other along the channels.
+    prediction_type: its name in diffusers' schedulers.
+    words: its names, in lower case, in the training options of other code: values of an option such as
+        `prediction_type`, or names of an option that is true. Those of epsilon are in `edt_core.models`.
+    outputs: number of tensors of the latents' shape in the model's output, concatenated along the channels.
     terms: names of the terms of its loss.
     """
 
@@ -70,17 +70,17 @@ class Objective(ABC):
     terms: ClassVar[tuple[str, ...]]
 
     def schedule(self, num_timesteps: int) -> Schedule:
-        """The chain of noise levels that a model is trained on. Raises UserError for too few timesteps."""
+        """The noise schedule of the training. Raises UserError for too few timesteps."""
         return linear_schedule(num_timesteps)
 
     def times(self, choice: TimestepChoice, num_timesteps: int) -> TimestepSampler:
-        """What draws the timesteps of a training's samples."""
+        """The sampler of a training's timesteps."""
         sampler = LossSecondMomentSampler if choice == "loss-second-moment" else UniformSampler
         return sampler(num_timesteps)
 
     @abstractmethod
     def noised(self, schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The data with the noise of timestep t, float32 [N, C, H, W]: what the model gets in training."""
+        """The model's input in training: the data noised to timestep t, float32 [N, C, H, W]."""
 
     @abstractmethod
     def losses(
@@ -94,15 +94,15 @@ class Objective(ABC):
         *,
         min_snr_gamma: float | None,
     ) -> Losses:
-        """The losses of each sample for what the model made of (x_t, t); `x_t` is what `noised` gave.
+        """The losses of each sample for the model's output at (x_t, t); `x_t` is the result of `noised`.
 
-        `min_snr_gamma`: Min-SNR weight of the squared error (arXiv 2303.09556); None for none.
-        Raises ValueError for a shape that does not fit.
+        `min_snr_gamma`: gamma of the min-SNR weight on the squared error (arXiv 2303.09556); None for no weight.
+        Raises ValueError for shapes that do not match.
         """
 
     @abstractmethod
     def split(self, model_output: Tensor, num_channels: int) -> Prediction:
-        """A model's output in its parts. Raises ValueError where it has not the channels that this needs."""
+        """A model's output, split into its parts. Raises ValueError for a wrong number of channels."""
 
     @abstractmethod
     def x_start(self, prediction: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:

@@ -19,12 +19,12 @@ from edt_core.diffusion.schedule import Schedule, respace
 from edt_core.diffusion.solvers import SolverName, multistep
 from edt_core.errors import UserError
 
-ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t int64 [N]) -> what the objective has it predict
+ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t int64 [N]) -> the model's output for its objective
 NoiseFn = Callable[[int], Tensor]  # step -> standard normal noise [N, C, H, W]
 SamplingMethod = Literal["ancestral", "ddim"] | SolverName
 METHODS: tuple[str, ...] = ("ancestral", "ddim", *get_args(SolverName))
 
-# (index of the schedule, x_t, what is predicted, noise or None) -> x_{t-1}
+# (index of the schedule, x_t, prediction, noise or None) -> x_{t-1}
 _Step = Callable[[int, Tensor, Prediction, Tensor | None], Tensor]
 
 
@@ -32,7 +32,7 @@ _Step = Callable[[int, Tensor, Prediction, Tensor | None], Tensor]
 class SwitchedModel:
     """One model function for the timesteps of training in interval [from, to), another one for all others.
 
-    `sample` chooses by the step's timestep as a number: reading it from the device would make the host wait.
+    `sample` selects it by the timestep as a Python number: reading it from the device would make the host wait.
     """
 
     inside: ModelFn
@@ -45,12 +45,12 @@ class SwitchedModel:
 
 
 def sampling_schedule(schedule: Schedule, num_sampling_steps: int, method: SamplingMethod = "ancestral") -> Schedule:
-    """The timesteps that a method visits, spread over a training's schedule; raises as `respace`.
+    """The timesteps that a method visits, spread over a training's schedule. Raises as `respace`.
 
-    The ancestral chain and DDIM end at timestep 0, as in published results. The solvers step evenly in the log of the
-    signal-to-noise ratio at best, and timestep 0 of the linear schedule lies far out there: the step to it would be as
-    long as all the others of the second half, and undo their second order. So they jump from the last part's end to
-    the data, which "trailing" gives.
+    The ancestral chain and DDIM end at timestep 0, as in published results. The solvers work best with even steps in
+    the log of the signal-to-noise ratio, on which timestep 0 of the linear schedule is far away: the step to it would
+    be as long as all others of the second half, and their second order would be lost. So with "trailing" they go from
+    the end of the last part directly to the data.
     """
     return respace(schedule, num_sampling_steps, "trailing" if method in get_args(SolverName) else "ends")
 
@@ -69,14 +69,14 @@ def sample(
 ) -> Tensor:
     """Run the whole chain from `initial`, standard normal [N, C, H, W], and return x_0, float32 [N, C, H, W].
 
-    The steps are those of `schedule`, for which see `sampling_schedule`; model_fn gets the timesteps the model was
-    trained on, not the indices of a respaced schedule. `objective` is what the model was trained for: it reads the
-    model's output.
-    noise(step) gives the noise of a step, counted from 0 at the noisiest; the last step needs none. DDIM asks
-    for it only where `eta` (0: deterministic, 1: as random as the ancestral chain) is above 0, the solvers never.
+    The steps are those of `schedule`, see `sampling_schedule`. model_fn gets the timesteps the model was trained on,
+    not the indices of a respaced schedule. `objective` is the one the model was trained for; it interprets the model's
+    output.
+    noise(step) returns the noise of a step, counted from 0 at the noisiest; the last step needs none. DDIM needs
+    noise only if `eta` (0: deterministic, 1: as random as the ancestral chain) is above 0, the solvers never.
     progress(done, total) is called after each step.
     The predicted x_0 is not clipped: latents have no fixed range.
-    Raises UserError for an unknown method, an eta outside DDIM's 0..1, or a missing noise.
+    Raises UserError for an unknown method, an eta outside 0..1 or without DDIM, and missing noise.
     """
     _check_method(method, noise, eta)
     x = initial.float()
@@ -97,7 +97,7 @@ def sample(
 
 
 def _step_of(objective: Objective, schedule: Schedule, method: SamplingMethod, eta: float) -> _Step:
-    """One step of a method; a solver's is good for one chain only, since it remembers the steps before."""
+    """The step of a method. A solver's step is for one chain only, since it remembers earlier steps."""
     if method == "ancestral":
         return lambda index, x, prediction, noise: ancestral_step(objective, schedule, index, x, prediction, noise)
     if method == "ddim":
@@ -109,7 +109,7 @@ def _step_of(objective: Objective, schedule: Schedule, method: SamplingMethod, e
 def ancestral_step(
     objective: Objective, schedule: Schedule, index: int, x_t: Tensor, prediction: Prediction, noise: Tensor | None
 ) -> Tensor:
-    """A draw of p(x_{t-1} | x_t) with the model's variance (Ho 2020, algorithm 2); its mean without noise."""
+    """A draw of p(x_{t-1} | x_t) with the model's variance (Ho 2020, algorithm 2); the mean if `noise` is None."""
     c = schedule.at(index)
     mean = equations.posterior_mean(objective.x_start(prediction.value, x_t, c), x_t, c)
     if noise is None:
@@ -126,7 +126,7 @@ def ddim_step(
     eta: float,
     noise: Tensor | None,
 ) -> Tensor:
-    """One step of DDIM (Song 2021, eq. 12); without noise, its mean."""
+    """One step of DDIM (Song 2021, eq. 12); its mean if `noise` is None."""
     c = schedule.at(index)
     ab_prev = float(schedule.alphas_cumprod_prev[index])
     sigma = ddim_sigma(schedule, index, eta)
@@ -151,6 +151,5 @@ def _check_method(method: str, noise: NoiseFn | None, eta: float) -> None:
         )
     if noise is None and (method == "ancestral" or eta > 0.0):
         raise UserError(
-            f"method {method!r} with eta {eta} draws noise at each step, but none was given. Pass noise=, "
-            "for example a SampleNoise."
+            f"method {method!r} with eta {eta} needs noise at each step. Pass noise=, for example a SampleNoise."
         )

@@ -1,6 +1,6 @@
-"""The noise schedule: what follows from the betas, in float64, for the whole chain or a respaced part.
+"""The noise schedule: quantities derived from the betas, in float64, for the whole chain or a respaced one.
 
-Shapes: T timesteps in the schedule, N samples. ab stands for alphas_cumprod, the "alpha bar" of the papers.
+Shapes: T timesteps in the schedule, N samples. ab is alphas_cumprod, the "alpha bar" of the papers.
 References: Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672).
 """
 
@@ -21,7 +21,7 @@ Spacing = Literal["ends", "trailing"]
 
 
 class Coefficients(NamedTuple):
-    """What the equations need at one timestep: floats, or tensors [N, 1, ...] for a timestep per sample."""
+    """The coefficients of the equations at one timestep: floats, or tensors [N, 1, ...] for a timestep per sample."""
 
     signal_scale: float | Tensor  # sqrt(ab)
     noise_scale: float | Tensor  # sqrt(1 - ab)
@@ -36,7 +36,7 @@ class Coefficients(NamedTuple):
 class Schedule:
     """A diffusion chain. Index 0 is the least noisy timestep, index T - 1 the noisiest.
 
-    betas: float64 [T], in (0, 1); the last one may be 1, and the chain then begins with noise alone.
+    betas: float64 [T], in (0, 1); the last one may be 1, and the chain then starts from pure noise.
     timestep_map: int64 [T], each index's timestep in the schedule the model was trained on.
     """
 
@@ -50,7 +50,7 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod(self) -> FloatArray:
-        """Share of the signal's variance that is left at each timestep, [T] (Ho 2020, above eq. 4)."""
+        """Remaining share of the signal's variance at each timestep, [T] (Ho 2020, above eq. 4)."""
         cumulative: FloatArray = np.cumprod(1.0 - self.betas, dtype=np.float64)
         return cumulative
 
@@ -67,7 +67,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance_clipped(self) -> FloatArray:
-        """Its logarithm, [T]; at t = 0, where the variance is 0, the value of t = 1 stands in."""
+        """Logarithm of the posterior variance, [T]; at t = 0, where the variance is 0, the value of t = 1."""
         return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
 
     @cached_property
@@ -98,7 +98,7 @@ class Schedule:
 @lru_cache(maxsize=16)
 def _coefficients_on(schedule: Schedule, device: torch.device) -> Tensor:
     """The table of coefficients on a device, copied there once. Schedules are compared by identity."""
-    with torch.inference_mode(False):  # a table first asked for while sampling must still serve training
+    with torch.inference_mode(False):  # a table that sampling creates must be usable in training
         return torch.from_numpy(schedule.coefficients).float().to(device)
 
 
@@ -106,7 +106,7 @@ def linear_schedule(num_timesteps: int = 1000) -> Schedule:
     """The linear schedule of Ho 2020 (section 4): beta from 1e-4 to 0.02 over 1000 timesteps.
 
     With another number of timesteps the betas are scaled by 1000 / num_timesteps, so that the noise at the
-    end of the chain stays about the same. Raises UserError where that would bring a beta to 1 or more.
+    end of the chain stays about the same. Raises UserError if a beta would become 1 or more.
     """
     if num_timesteps <= 20:
         raise UserError(
@@ -120,31 +120,31 @@ def linear_schedule(num_timesteps: int = 1000) -> Schedule:
 
 
 def spaced_timesteps(num_timesteps: int, num_sampling_steps: int, spacing: Spacing = "ends") -> IntArray:
-    """`num_sampling_steps` of the timesteps 0..num_timesteps - 1 at even distances, rising, int64.
+    """`num_sampling_steps` evenly spaced timesteps of 0..num_timesteps - 1, ascending, int64.
 
-    "ends" includes both ends, as Nichol & Dhariwal 2021, section 4. "trailing" cuts the chain into equal parts and
-    takes the noisiest timestep of each (Lin et al. 2024, arXiv 2305.08891, table 2): the last step then covers as much
-    of the chain as any other. Raises UserError outside 2..num_timesteps.
+    "ends" includes both ends, as in Nichol & Dhariwal 2021, section 4. "trailing" divides the chain into equal parts
+    and takes the noisiest timestep of each (Lin et al. 2024, arXiv 2305.08891, table 2): the last step then covers as
+    much of the chain as any other. Raises UserError outside 2..num_timesteps.
     """
     if not 2 <= num_sampling_steps <= num_timesteps:
         raise UserError(
-            f"num_sampling_steps is {num_sampling_steps}, but a chain out of {num_timesteps} timesteps takes "
+            f"num_sampling_steps is {num_sampling_steps}, but a chain of {num_timesteps} timesteps takes "
             f"2 to {num_timesteps} steps. Choose a number in that range."
         )
     if spacing == "trailing":
         parts = np.arange(1, num_sampling_steps + 1, dtype=np.int64)
         return (2 * num_timesteps * parts + num_sampling_steps) // (2 * num_sampling_steps) - 1  # rounded in integers
     stride = np.full(num_sampling_steps - 1, (num_timesteps - 1) / (num_sampling_steps - 1))
-    positions = np.append(0.0, np.cumsum(stride))  # added up, so that halves round as in published results
+    positions = np.append(0.0, np.cumsum(stride))  # cumulative sums, so that halves round as in published results
     return np.rint(positions).astype(np.int64)
 
 
 def respace(schedule: Schedule, num_sampling_steps: int, spacing: Spacing = "ends") -> Schedule:
     """The shorter chain that visits `num_sampling_steps` of a schedule's timesteps.
 
-    It has the same alphas_cumprod at the timesteps it keeps; its betas follow from them (Nichol & Dhariwal
-    2021, eq. 19). Spacing, and what is raised, as `spaced_timesteps`.
+    It has the same alphas_cumprod at these timesteps; its betas follow from them (Nichol & Dhariwal 2021, eq. 19).
+    Spacing and errors are those of `spaced_timesteps`.
     """
-    kept = spaced_timesteps(schedule.num_timesteps, num_sampling_steps, spacing)
-    ab = schedule.alphas_cumprod[kept]
-    return Schedule(1.0 - ab / np.append(1.0, ab[:-1]), schedule.timestep_map[kept])
+    timesteps = spaced_timesteps(schedule.num_timesteps, num_sampling_steps, spacing)
+    ab = schedule.alphas_cumprod[timesteps]
+    return Schedule(1.0 - ab / np.append(1.0, ab[:-1]), schedule.timestep_map[timesteps])

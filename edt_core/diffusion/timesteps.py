@@ -1,9 +1,9 @@
-"""Which timesteps a training step uses, and the weights that keep the loss unbiased.
+"""The timesteps of a training step, and the weights that keep the loss unbiased.
 
-The draw is a pure function of the sampler's state and of uniform numbers that the caller makes, so the
-timesteps of a global batch do not depend on how many workers share it: draw for the global batch, then slice.
+The draw is a pure function of the sampler's state and of uniform numbers from the caller. So that the timesteps of a
+global batch do not depend on the number of workers, draw for the global batch, then slice.
 
-Shapes: T timesteps, B samples of the global batch, H remembered losses a timestep.
+Shapes: T timesteps, B samples of the global batch, H remembered losses per timestep.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class TimestepDraw(NamedTuple):
 
 
 class TimestepSampler(Protocol):
-    """What a training loop asks of a sampler of timesteps."""
+    """The interface of a timestep sampler to a training loop."""
 
     def draw(self, uniforms: ArrayLike) -> TimestepDraw: ...
 
@@ -43,7 +43,7 @@ def draw_timesteps(weights: FloatArray, uniforms: ArrayLike) -> TimestepDraw:
     u = np.asarray(uniforms, dtype=np.float64)
     if u.ndim != 1 or not np.all((u >= 0.0) & (u < 1.0)):
         raise ValueError(
-            f"uniforms of shape {u.shape} must be one number a sample in [0, 1). Make them with "
+            f"uniforms of shape {u.shape} must be one number per sample in [0, 1). Draw them with "
             "numpy.random.Generator.random(global_batch_size)."
         )
     cumulative = np.cumsum(weights)
@@ -54,7 +54,7 @@ def draw_timesteps(weights: FloatArray, uniforms: ArrayLike) -> TimestepDraw:
 
 
 class UniformSampler:
-    """Every timestep is as likely as any other; all weights are 1. It has no state."""
+    """Draws all timesteps with equal probability; all weights are 1. It has no state."""
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
@@ -68,37 +68,37 @@ class UniformSampler:
         return draw_timesteps(self.weights(), uniforms)
 
     def update(self, timesteps: ArrayLike, losses: ArrayLike) -> None:
-        """Nothing is learned from losses."""
+        """Do nothing: this sampler does not depend on losses."""
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Empty."""
+        """An empty state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Takes the empty state only; raises ValueError for another sampler's."""
+        """Accept only the empty state. Raises ValueError for that of another sampler."""
         if state:
             raise ValueError(
-                f"the saved timestep sampler has state {sorted(state)}, the uniform sampler has none. Resume "
-                "with the sampler the run was started with."
+                f"the saved timestep sampler has state {sorted(state)}, but the uniform sampler has none. Resume "
+                "with the sampler of the original run."
             )
 
 
 class LossSecondMomentSampler:
-    """Timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, eq. 18).
+    """Draws timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, eq. 18).
 
-    Uniform until every timestep has been seen `history` times. A share `uniform_share` of the probability
-    stays spread evenly, so that no timestep is forgotten.
+    Uniform until every timestep has been drawn `history` times. A share `uniform_share` of the probability
+    stays uniform, so that every timestep is drawn sometimes.
     """
 
     def __init__(self, num_timesteps: int, *, history: int = 10, uniform_share: float = 0.001) -> None:
         self.num_timesteps = num_timesteps
         self.history = history
         self.uniform_share = uniform_share
-        self._losses = np.zeros((num_timesteps, history))  # a ring a timestep
-        self._counts = np.zeros(num_timesteps, dtype=np.int64)  # losses ever seen
+        self._losses = np.zeros((num_timesteps, history))  # a ring buffer per timestep
+        self._counts = np.zeros(num_timesteps, dtype=np.int64)  # losses so far
 
     def weights(self) -> FloatArray:
-        """Unnormalised probability of each timestep, [T]: ones at first, afterwards a distribution."""
+        """Unnormalised probability of each timestep, [T]: ones until the history is full."""
         if np.any(self._counts < self.history):
             return np.ones(self.num_timesteps)
         root_mean_square = np.sqrt(np.mean(self._losses**2, axis=1))
@@ -108,14 +108,14 @@ class LossSecondMomentSampler:
         return (1.0 - self.uniform_share) * root_mean_square / total + self.uniform_share / self.num_timesteps
 
     def draw(self, uniforms: ArrayLike) -> TimestepDraw:
-        """Timesteps and weights for uniforms [B] in [0, 1): a function of them and of the losses so far."""
+        """Timesteps and weights for uniforms [B] in [0, 1), depending on the losses so far."""
         return draw_timesteps(self.weights(), uniforms)
 
     def update(self, timesteps: ArrayLike, losses: ArrayLike) -> None:
-        """Remember the unweighted losses [B] of the global batch, in its order, the same on every rank.
+        """Add the unweighted losses [B] of the global batch, in its order, the same on every rank.
 
-        Raises ValueError, with the state as it was, for shapes that differ, a timestep outside the schedule,
-        or a loss that is not finite, which would spoil the distribution for good.
+        Raises ValueError, with the state unchanged, for shapes that differ, a timestep outside the schedule,
+        or a loss that is not finite, which would make the distribution invalid permanently.
         """
         t = np.asarray(timesteps, dtype=np.int64)
         values = np.asarray(losses, dtype=np.float64)
@@ -126,13 +126,13 @@ class LossSecondMomentSampler:
             )
         if np.any((t < 0) | (t >= self.num_timesteps)):
             raise ValueError(
-                f"timesteps reach from {t.min()} to {t.max()}, but the sampler knows 0 to "
-                f"{self.num_timesteps - 1}. Pass the timesteps that draw() gave."
+                f"timesteps are from {t.min()} to {t.max()}, but the sampler has 0 to "
+                f"{self.num_timesteps - 1}. Pass the timesteps that draw() returned."
             )
         if not np.all(np.isfinite(values)):
             raise ValueError(
-                f"{np.sum(~np.isfinite(values))} of {len(values)} losses are not finite. Leave such a step "
-                "out of update(), and look at the learning rate and at the precision."
+                f"{np.sum(~np.isfinite(values))} of {len(values)} losses are not finite. Do not pass such a step "
+                "to update(), and check the learning rate and the precision."
             )
         for timestep, value in zip(t, values, strict=True):  # in order: a timestep may occur twice
             self._losses[timestep, self._counts[timestep] % self.history] = value
@@ -143,13 +143,13 @@ class LossSecondMomentSampler:
         return {"losses": self._losses.copy(), "counts": self._counts.copy()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Continue from `state_dict()`. Raises ValueError where names or shapes are not this sampler's."""
+        """Load a state of `state_dict()`. Raises ValueError if names or shapes are not this sampler's."""
         expected = {name: value.shape for name, value in self.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in state.items()}
-        if found != expected:
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        if shapes != expected:
             raise ValueError(
-                f"the saved timestep sampler has arrays {found}, this one {expected}. Resume with the "
-                "sampler, num_timesteps and history the run was started with."
+                f"the saved timestep sampler has arrays {shapes}, but this one has {expected}. Resume with the "
+                "sampler, num_timesteps and history of the original run."
             )
         self._losses = np.array(state["losses"], dtype=np.float64)
         self._counts = np.array(state["counts"], dtype=np.int64)

@@ -1,8 +1,8 @@
 """The objective v: the velocity of x_t along the circle of signal and noise (Salimans & Ho 2022, arXiv 2202.00512).
 
-v = sqrt(ab) noise - sqrt(1 - ab) x_0 (section 4 and appendix D). It implies x_0 and the noise at every level of noise,
-also where nothing of the signal is left, at a signal-to-noise ratio of 0: there the noise alone says nothing of x_0
-(Lin et al. 2024, arXiv 2305.08891). Importance and variance are those of Gaussian diffusion.
+v = sqrt(ab) noise - sqrt(1 - ab) x_0 (section 4 and appendix D). It determines x_0 and the noise at every noise level,
+even at a signal-to-noise ratio of 0, where a predicted noise does not determine x_0 (Lin et al. 2024,
+arXiv 2305.08891). Importance and variance are those of Gaussian diffusion.
 """
 
 from torch import Tensor

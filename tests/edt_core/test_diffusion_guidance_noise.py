@@ -159,7 +159,7 @@ def test_an_interval_of_everything_is_guidance_and_one_of_nothing_is_none() -> N
     assert torch.equal(Chain(interval=(0, 1000)).x_0, Chain().x_0)
     plain = sample(guided(RecordingModel(), Y, NULL, 1.0), X, respace(linear_schedule(), 3), "ddim")
     assert torch.equal(Chain(interval=(1000, 2000)).x_0, plain)
-    with pytest.raises(ValueError, match=r"interval \[5, 5\] does nothing"):
+    with pytest.raises(ValueError, match=r"interval \[5, 5\] has no effect"):
         Chain(interval=(5, 5))
 
 
@@ -190,11 +190,11 @@ def test_noise_made_ahead_is_the_same_noise() -> None:
 
 def test_noise_made_ahead_comes_in_order() -> None:
     noise = SampleNoise(7, [3], (2,))
-    with noise.ahead(2) as coming, pytest.raises(ValueError, match=r"step 1 where that of 0 is next.*0\.\.1 in order"):
+    with noise.ahead(2) as coming, pytest.raises(ValueError, match=r"step 1 requested, but step 0 is next.*0\.\.1 in order"):
         coming(1)
     with noise.ahead(1) as coming:
         coming(0)
-        with pytest.raises(ValueError, match="step 1 where that of None is next"):
+        with pytest.raises(ValueError, match="step 1 requested, but step None is next"):
             coming(1)
 
 

@@ -1,1 +1,1 @@
-"""From a model to pictures: samplers, labels, grids, the diffusers pipeline, the exported program."""
+"""From a model to images: samplers, labels, grids, the diffusers pipeline, the exported program."""

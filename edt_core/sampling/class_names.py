@@ -1,6 +1,6 @@
 """Class names: those of ImageNet's 1,000 classes, and labels by name.
 
-A class may have several names. Upper and lower case do not count.
+A class may have several names. They are compared without regard to case.
 """
 
 import re
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from edt_core.errors import UserError
 
-Names = tuple[str, ...]  # of one class; the first is the one to show
+Names = tuple[str, ...]  # of one class; the first one is shown
 
-_FILE = Path(__file__).parents[1] / "data" / "imagenet_classes.txt"  # a class a line, its names divided by commas
+_FILE = Path(__file__).parents[1] / "data" / "imagenet_classes.txt"  # one class per line, names separated by commas
 _WNID = re.compile(r"n\d{8}")
 _MOST_SHOWN = 5
 
@@ -25,8 +25,9 @@ def imagenet_names() -> tuple[Names, ...]:
 
 
 def class_names(own: Sequence[str], num_classes: int) -> tuple[Names, ...]:
-    """The names of a model's classes: its own, and ImageNet's where it has 1,000 classes named by WordNet ids or not
-    at all. Classes of which nothing is known are called by their indices.
+    """The names of a model's classes: its own, else their indices.
+
+    ImageNet's names are used for 1,000 classes that are named by WordNet ids or not at all.
     """
     if num_classes == len(imagenet_names()):
         if not own:
@@ -37,54 +38,54 @@ def class_names(own: Sequence[str], num_classes: int) -> tuple[Names, ...]:
 
 
 def class_labels(texts: Sequence[str], names: Sequence[Names]) -> list[int]:
-    """Labels by index or name; the beginning of a name is enough where only one class has it.
+    """Labels by index or name. The beginning of a name is enough if only one class matches.
 
-    A name that looks like an index, as those of digits do, is taken as the name.
-    Raises UserError saying which classes a text may have meant.
+    A text that is both a name and an index, such as the names of digits, is treated as a name.
+    Raises UserError with the classes that a text may mean.
     """
     if not texts:
-        raise UserError(f"no classes were given; name some of the {len(names)}, by index or name")
+        raise UserError(f"the list of classes is empty; specify some of the {len(names)} classes, by index or name")
     return [_label(text.strip(), names) for text in texts]
 
 
 def _label(text: str, names: Sequence[Names]) -> int:
-    wanted = text.casefold()
-    is_index = re.fullmatch(r"-?\d+", wanted) is not None
-    found = _matching(names, wanted, whole=True)
-    if not found and is_index:
-        if not 0 <= int(wanted) < len(names):
-            raise UserError(f"class {text}: the model has 0..{len(names) - 1}")
-        return int(wanted)
-    found = found or _matching(names, wanted, whole=False)
-    if not found:
-        raise UserError(f"no class is called {text!r}; {_suggestion(wanted, names)}")
-    if len(found) > 1:
-        raise UserError(f"class {text!r} may be {_listed(found, names)}; give the index")
-    return found[0]
+    query = text.casefold()
+    is_index = re.fullmatch(r"-?\d+", query) is not None
+    labels = _matching(names, query, whole=True)
+    if not labels and is_index:
+        if not 0 <= int(query) < len(names):
+            raise UserError(f"class {text} does not exist; the model has 0..{len(names) - 1}")
+        return int(query)
+    labels = labels or _matching(names, query, whole=False)
+    if not labels:
+        raise UserError(f"no class is called {text!r}; {_suggestion(query, names)}")
+    if len(labels) > 1:
+        raise UserError(f"class {text!r} may be {_listed(labels, names)}; use the index")
+    return labels[0]
 
 
-def _matching(names: Sequence[Names], wanted: str, whole: bool) -> list[int]:
-    """Labels of the classes with this name, or with one that begins so."""
+def _matching(names: Sequence[Names], query: str, whole: bool) -> list[int]:
+    """Labels of the classes with a name equal to the query (`whole`), or starting with it."""
 
     def fits(name: str) -> bool:
-        return name.casefold() == wanted if whole else name.casefold().startswith(wanted)
+        return name.casefold() == query if whole else name.casefold().startswith(query)
 
-    return [label for label, known in enumerate(names) if wanted and any(map(fits, known))]
+    return [label for label, of_class in enumerate(names) if query and any(map(fits, of_class))]
 
 
-def _suggestion(wanted: str, names: Sequence[Names]) -> str:
-    """What somebody who mistyped a name may have meant."""
+def _suggestion(query: str, names: Sequence[Names]) -> str:
+    """The classes that a mistyped name may mean, for a message."""
     labels = {name.casefold(): label for label, name in _each(names)}
-    close = [labels[name] for name in get_close_matches(wanted, labels, 3)]
-    close += [label for name, label in labels.items() if wanted and wanted in name]
+    close = [labels[name] for name in get_close_matches(query, labels, 3)]
+    close += [label for name, label in labels.items() if query and query in name]
     if close:
         return f"did you mean {_listed(list(dict.fromkeys(close)), names)}?"
-    return f"the model has {len(names)}, as {_listed(range(min(3, len(names))), names)}"
+    return f"the model has {len(names)} classes, such as {_listed(range(min(3, len(names))), names)}"
 
 
 def _each(names: Sequence[Names]) -> Iterator[tuple[int, str]]:
-    for label, known in enumerate(names):
-        for name in known:
+    for label, of_class in enumerate(names):
+        for name in of_class:
             yield label, name
 
 

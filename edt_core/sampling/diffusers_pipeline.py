@@ -1,4 +1,4 @@
-"""An EDT as a diffusers pipeline: the folder that is registered, pulled, and loaded elsewhere.
+"""A model as a diffusers pipeline: the folder that is registered, pulled, and loaded by other programs.
 
 `EDTPipeline.from_pretrained(folder)`, or `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder,
 trust_remote_code=True)`.
@@ -53,11 +53,11 @@ __all__ = ["PROTOCOL", "EDTPipeline", "EDTPipelineOutput", "EDTTransformer", "ch
 
 if TYPE_CHECKING:
     Autoencoder: TypeAlias = ModelMixin
-else:  # from_pipe of diffusers takes over a part alone whose very class the annotation names
+else:  # from_pipe of diffusers takes over only a part whose exact class is in the annotation
     Autoencoder = reduce(or_, (getattr(diffusers, name) for name in KINDS))
 
 _PIPELINE_FILE = "pipeline.py"
-# Of an import statement diffusers would say to run "pip install edt_core", and that is no name of this package.
+# For an import statement diffusers would advise "pip install edt_core", which is not the name of this package.
 _PIPELINE_CODE = '''"""The class of this folder."""
 
 import importlib
@@ -72,37 +72,37 @@ except ModuleNotFoundError as error:
 
 __all__ = ["EDTPipeline"]
 '''
-_OURS = "edt_core.pipeline"  # the module that folders name, in every version of that file
+_OURS = "edt_core.pipeline"  # the module named in folders and in every version of their pipeline.py
 
 
 class EDTTransformer(ModelMixin, ConfigMixin):
-    """A model that diffusers can store: its ModelConfig as the diffusers config, its weights below `edt.`.
+    """A model in a form that diffusers can store: its ModelConfig as the diffusers config, its weights below `edt.`.
 
-    Loaded or moved with a dtype, all weights have that dtype, and so do the position embeddings that are added to
-    activations: a sum with float32 ones would be float32. What must be exact is computed in float32 at each call
-    whatever the dtype: the embedding of the timestep, and the matrix of attention modulation.
+    After loading or moving with a dtype, all weights have that dtype. So do the position embeddings that are added to
+    activations, since a sum with float32 embeddings would be float32. Quantities that must be exact are computed in
+    float32 at each call: the embedding of the timestep, and the matrix of attention modulation.
     """
 
-    # diffusers would otherwise take the file's tensors as they are where the first one has the dtype of the model's,
-    # and that is a buffer: weights would keep the file's dtype.
+    # Otherwise diffusers assigns the file's tensors unchanged if the first one has the dtype of the model's first
+    # tensor. That is a buffer, so weights would keep the file's dtype.
     _supports_param_buffer_assignment = False
 
     @register_to_config
     def __init__(self, edt_config: dict[str, Any]) -> None:
         super().__init__()
         self.edt = build_model(ModelConfig.from_dict(edt_config))
-        # diffusers sets the default dtype to the one asked for, which parameters have and buffers do not.
+        # diffusers sets the requested dtype as the default, which parameters get but buffers do not.
         self.edt.to(next(self.edt.parameters()).dtype)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """latents [N, C, h, h], timesteps [N], labels [N] -> what the objective has it predict, [N, 2C, h, h]."""
+        """latents [N, C, h, h], timesteps [N], labels [N] -> the model's output [N, 2C, h, h]."""
         output: Tensor = self.edt(x, t, y)
         return output
 
 
 @dataclass
 class EDTPipelineOutput(BaseOutput):
-    """`images` by `output_type`, N of them with S pixels a side:
+    """N `images` of S x S pixels, in the form of `output_type`:
 
     "pil": PIL images. "np": float32 [N, S, S, 3] in 0..1. "pt": a tensor [N, 3, S, S] in 0..1, in the autoencoder's
     dtype. "latent": the latents before the decoder, float32 [N, C, h, h], on the model's scale (about unit variance);
@@ -115,8 +115,8 @@ class EDTPipelineOutput(BaseOutput):
 class EDTPipeline(DiffusionPipeline):
     """Class labels -> images, with the sampler the model was evaluated with.
 
-    With the scheduler that it was written with, a pipeline samples by `protocol` and its `sampler`. Any other supported
-    scheduler of diffusers that is assigned takes the sampler's place. One that does not fit the model is refused.
+    With its original scheduler, a pipeline samples by `protocol` and its `sampler`. Any other supported diffusers
+    scheduler that is assigned replaces that sampler. One that does not fit the model is rejected.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -138,14 +138,14 @@ class EDTPipeline(DiffusionPipeline):
         objective = objective_of_model(transformer.edt.config)
         if not is_training_scheduler(scheduler, timesteps, objective):
             check_scheduler(scheduler, timesteps, objective)
-        align_weights(transformer)  # diffusers maps their files
+        align_weights(transformer)  # diffusers memory-maps the files
         align_weights(vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        # A folder of an older version has fewer fields; they get the values that were fixed then.
-        kept = chain_config(protocol or {}).model_dump(mode="json")
+        # A folder of an older version has fewer fields; the others get the values that were fixed in that version.
+        fields = chain_config(protocol or {}).model_dump(mode="json")
         counts = None if class_counts is None else list(class_counts)
         self.register_to_config(
-            classes=list(classes or []), protocol=kept, class_counts=counts, num_timesteps=timesteps
+            classes=list(classes or []), protocol=fields, class_counts=counts, num_timesteps=timesteps
         )
         if latent_scale is not None:
             self.register_to_config(latent_scale=dict(latent_scale))
@@ -158,13 +158,13 @@ class EDTPipeline(DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """All that the constructor takes: the modules, and what else makes the same pictures."""
-        known = ("classes", "protocol", "class_counts", "latent_scale", "num_timesteps")
-        return {**super().components, **{name: self.config[name] for name in known if name in self.config}}
+        """All arguments of the constructor: the modules, and the settings for the same images."""
+        settings = ("classes", "protocol", "class_counts", "latent_scale", "num_timesteps")
+        return {**super().components, **{name: self.config[name] for name in settings if name in self.config}}
 
     @property
     def objective(self) -> Objective:
-        """What the transformer was trained for."""
+        """The objective that the transformer was trained for."""
         return objective_of_model(self.transformer.edt.config)
 
     @torch.no_grad()
@@ -181,26 +181,26 @@ class EDTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         **protocol: Any,
     ) -> EDTPipelineOutput | tuple[Any]:
-        """One image a label. Noise i is a function of (seed, i) alone, and image i of that and its label.
+        """One image per label. Noise i depends only on (seed, i), and image i only on that and its label.
 
-        The noise is equal to the last bit whatever else is in the call. The image is so up to rounding: kernels round
-        by the size of the batch, which changes single values of an image by a level of 255.
+        The noise is equal to the last bit, independent of the rest of the call. The image is equal up to rounding:
+        kernels round differently for other batch sizes, which changes single values of an image by a level of 255.
 
-        `protocol`: fields of ChainConfig, as sampler, cfg_scale or amm_blocks; what is not given is as the model was
-        evaluated. diffusers' names are taken too: `num_inference_steps` for num_sampling_steps, `guidance_scale` for
-        cfg_scale (up to 1 is no guidance).
-        Noise is that of `seed`, 0 unless given; or drawn from `generator`, a torch.Generator or a list with one for
-        each image; `latents` [N, C, h, h] are what the chain starts from in place of noise.
-        `output_type` is "pil", "np", "pt" or "latent", see `EDTPipelineOutput`; with return_dict=False the images come
-        as a tuple of one.
-        Raises UserError, a ValueError, for labels that the model does not have, for options that do not exist, do not
-        fit or contradict each other, and for results that are not finite.
+        `protocol`: fields of ChainConfig, such as sampler, cfg_scale or amm_blocks; the others are as in the model's
+        evaluation. diffusers' names are accepted too: `num_inference_steps` for num_sampling_steps, `guidance_scale`
+        for cfg_scale (up to 1 is no guidance).
+        Noise is that of `seed`, by default 0, or is drawn from `generator`, a torch.Generator or a list with one for
+        each image. The chain starts from `latents` [N, C, h, h] instead of noise if they are passed.
+        `output_type` is "pil", "np", "pt" or "latent", see `EDTPipelineOutput`; with return_dict=False the result is a
+        tuple with the images.
+        Raises UserError, a ValueError, for labels that the model does not have, for options that are unknown, invalid
+        or contradict each other, and for results that are not finite.
         """
         check_output_type(output_type)
         chain = call_chain(self.config.protocol, guidance_scale, num_inference_steps, protocol)
         sampler = self._sampler(chain)
-        given = class_labels.cpu().numpy() if isinstance(class_labels, Tensor) else np.asarray(class_labels)
-        labels = checked_labels(given, given.size, sampler.model.config.num_classes)
+        array = class_labels.cpu().numpy() if isinstance(class_labels, Tensor) else np.asarray(class_labels)
+        labels = checked_labels(array, array.size, sampler.model.config.num_classes)
         noise = call_noise(seed, generator, latents, (len(labels), *sampler.latent_shape), sampler.device)
         solver = self._solver(chain, noise, "sampler" in protocol)
         with self.progress_bar(total=chain.num_sampling_steps if solver is None else len(solver)) as bar:
@@ -213,22 +213,22 @@ class EDTPipeline(DiffusionPipeline):
         device = self._execution_device
         if device.type == "meta":
             raise UserError(
-                "the weights of this pipeline are on the device meta, which holds no values; load it again with "
+                "the weights of this pipeline are on the device meta, which has no values; load it again with "
                 "EDTPipeline.from_pretrained"
             )
-        # The transformer is called, and not the model within it: it may be compiled, or have hooks that move it.
+        # The transformer is called, not the model within it, since it may be compiled or have hooks that move it.
         timesteps = self.config.num_timesteps
         return LatentSampler(self.transformer.edt, chain, timesteps, network=self.transformer, device=device)
 
     def _solver(self, chain: ChainConfig, noise: CallNoise, sampler_given: bool) -> SchedulerChain | None:
-        """The chain of a scheduler that was assigned; None where it is the one that means our samplers."""
-        self._check_scheduler(self.scheduler)  # its configuration may have been changed since
+        """The chain of an assigned scheduler; None for the original one, with which the own samplers are used."""
+        self._check_scheduler(self.scheduler)  # its configuration may have changed since the assignment
         if is_training_scheduler(self.scheduler, self.config.num_timesteps, self.objective):
             return None
         if sampler_given:
             raise UserError(
-                f"sampler is {chain.sampler!r}, but the pipeline was given a {type(self.scheduler).__name__}, which "
-                "takes its place; leave the option out, or load the pipeline again for its own scheduler"
+                f"sampler is {chain.sampler!r}, but the pipeline has a {type(self.scheduler).__name__}, which "
+                "replaces it; leave the option out, or load the pipeline again for its original scheduler"
             )
         return SchedulerChain(
             self.scheduler, self.objective, chain.num_sampling_steps, noise.device, noise.generators()
@@ -244,8 +244,8 @@ class EDTPipeline(DiffusionPipeline):
         decoded = decode(self.vae, latents)
         if not torch.isfinite(decoded).all():
             raise UserError(
-                f"the autoencoder decodes to numbers that are not finite in {decoded.dtype}; use more range: "
-                "pipeline.vae.to(torch.float32) or torch.bfloat16"
+                f"the autoencoder decodes to numbers that are not finite in {decoded.dtype}; use a dtype with more "
+                "range: pipeline.vae.to(torch.float32) or torch.bfloat16"
             )
         if output_type == "pil":
             return [Image.fromarray(pixels) for pixels in to_pixels(decoded)]
@@ -256,15 +256,15 @@ class EDTPipeline(DiffusionPipeline):
         return array
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write the folder as diffusers does, with its `pipeline.py` and without the places it was loaded from.
+        """Write the folder as diffusers does, with its `pipeline.py` and without the paths it was loaded from.
 
-        Raises UserError where a `pipeline.py` of somebody else is there.
+        Raises UserError if the folder has a `pipeline.py` of another program.
         """
         file = Path(save_directory) / _PIPELINE_FILE
         if file.exists() and _OURS not in file.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"{file} is another program, and the pipeline writes its own there; save to another folder")
+            raise UserError(f"{file} is of another program and would be overwritten; save to another folder")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(_PIPELINE_CODE, encoding="utf-8")  # what custom_pipeline=folder imports
+        file.write_text(_PIPELINE_CODE, encoding="utf-8")  # custom_pipeline=folder imports it
         with _without_origin([self, self.transformer, self.vae, self.scheduler]):
             super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -272,32 +272,32 @@ class EDTPipeline(DiffusionPipeline):
         """Not supported: raises UserError. Attention reads weights of layers that it does not call."""
         raise UserError(
             "enable_sequential_cpu_offload is not supported by this pipeline; use enable_model_cpu_offload, which "
-            "moves the transformer and the autoencoder as wholes"
+            "moves the transformer and the autoencoder as a whole"
         )
 
 
 @contextmanager
 def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
-    """Within, the configurations do not say from where diffusers loaded them: a path of this machine."""
-    modules = [getattr(part, "_orig_mod", part) for part in parts]  # of what is compiled
-    before = [module._internal_dict for module in modules]
+    """Context in which the configurations lack the path of this machine that diffusers loaded them from."""
+    modules = [getattr(part, "_orig_mod", part) for part in parts]  # torch.compile wraps a module
+    configs = [module._internal_dict for module in modules]
     try:
-        for module, config in zip(modules, before, strict=True):
+        for module, config in zip(modules, configs, strict=True):
             module._internal_dict = FrozenDict({name: v for name, v in config.items() if name != "_name_or_path"})
         yield
     finally:
-        for module, config in zip(modules, before, strict=True):
+        for module, config in zip(modules, configs, strict=True):
             module._internal_dict = config
 
 
-# The formats model_index.json and pipeline.py name the classes by this module, wherever their code lies.
+# model_index.json and pipeline.py refer to the classes by this module, independent of where their code is.
 EDTTransformer.__module__ = EDTPipeline.__module__ = _OURS
 
 
 def _check_scale(vae: Autoencoder, trained: Mapping[str, Any] | None) -> None:
-    """Raise UserError unless the latents of a model are centred as its autoencoder's configuration says.
+    """Raise UserError unless the latents of a model are centred as in its autoencoder's configuration.
 
-    `trained` is what `save_pipeline` wrote of that. Folders of versions that ignored it have nothing.
+    `trained` is the scale that `save_pipeline` wrote; None in folders of versions that ignored it.
     """
     scale = scale_of(vae)
     if LatentScale.of({**(trained or {}), "scaling_factor": scale.scaling_factor}) == scale:
@@ -305,11 +305,11 @@ def _check_scale(vae: Autoencoder, trained: Mapping[str, Any] | None) -> None:
     if trained is None:
         raise UserError(
             f"the autoencoder of this pipeline has {scale.beyond_factor()}, which the version that trained the model "
-            "ignored: decoded with it, its images would be wrong. Remove these settings from vae/config.json to "
-            "decode as the model was trained, or train it again"
+            "ignored: decoded images would be wrong. Remove these settings from vae/config.json to decode as the model "
+            "was trained, or train it again"
         )
     raise UserError(
-        f"the model was trained on latents with {dict(trained)}, and the autoencoder of this pipeline has "
+        f"the model was trained on latents with {dict(trained)}, but the autoencoder of this pipeline has "
         f"{scale.record()}; use the autoencoder of its training"
     )
 
@@ -324,9 +324,9 @@ def save_pipeline(
     protocol: dict[str, Any],
     class_counts: Sequence[int] | None = None,
 ) -> None:
-    """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and how the model was sampled.
+    """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and the sampling protocol.
 
-    `class_counts` [K]: images of each class in the training, where that is known.
+    `class_counts` [K]: number of training images of each class, if known.
     """
     transformer = EDTTransformer(edt_config=edt.built_config.to_dict())
     transformer.edt.load_state_dict(edt.state_dict())

@@ -1,4 +1,4 @@
-"""Images as one picture, a row a class, named.
+"""A grid of images as one picture, with one named row per class.
 
 Shapes: N images, S image size; images are uint8 RGB [N, S, S, 3] with labels int [N], indices into `classes`.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_CLASSES = 20  # rows of a grid
-PIXELATED_UP_TO = 64  # px; a larger image is shown as a thumbnail, a smaller one enlarged by a whole factor
+PIXELATED_UP_TO = 64  # px; a larger image is shown as a thumbnail, a smaller one enlarged by an integer factor
 
 Array = NDArray[Any]
 
@@ -21,10 +21,10 @@ Array = NDArray[Any]
 def sample_grid(
     images: Array, labels: Array, classes: Sequence[str], per_class: int = 8, scale: int | None = None
 ) -> bytes:
-    """A PNG with one row a class: its name, then up to `per_class` of its images, in their order.
+    """A PNG with one row per class: its name, then up to `per_class` of its images, in order.
 
-    images: uint8 [N, S, S, 3]; labels: int [N]. scale: whole factor of nearest-neighbour enlargement, None
-    for about 64 pixels an image. Of more than 20 classes the first 20 are shown, and the last line says so.
+    images: uint8 [N, S, S, 3]; labels: int [N]. scale: integer factor of nearest-neighbour enlargement, None
+    for about 64 pixels per image. With more than 20 classes the first 20 are shown, with a note in the last line.
     Raises ValueError for images or labels of the wrong shape.
     """
     from matplotlib import get_data_path
@@ -58,7 +58,7 @@ def sample_grid(
 
 
 def check_images(images: Array, labels: Array, what: str) -> None:
-    """Raise ValueError, which says `what`, for images or labels of the wrong shape."""
+    """Raise ValueError, which begins with `what`, for images or labels of the wrong shape."""
     square = images.ndim == 4 and images.shape[1] == images.shape[2] > 0 and images.shape[3] == 3
     if images.dtype != np.uint8 or not square or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -68,10 +68,10 @@ def check_images(images: Array, labels: Array, what: str) -> None:
 
 
 def encodable(text: str) -> str:
-    """Text that UTF-8 can hold: a folder's name that is not UTF-8 arrives with lone surrogates."""
+    """Text that can be encoded as UTF-8: a folder name that is not UTF-8 contains lone surrogates."""
     return text.encode(errors="replace").decode()
 
 
 def shortened(text: str, length: int) -> str:
-    """The text, cut with an ellipsis where it is longer than `length` characters."""
+    """The text, cut with an ellipsis if it is longer than `length` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,4 +1,4 @@
-"""What a call of the pipeline takes: fields of a sampling configuration, diffusers' names for them, and noise.
+"""The options of a pipeline call: fields of a sampling configuration, diffusers' names for them, and noise.
 
 Shapes: N images, C latent channels, h side of the latents.
 """
@@ -21,16 +21,16 @@ from edt_core.diffusion import SampleNoise
 from edt_core.errors import UserError
 from edt_core.sampling.schedulers import Generators
 
-PROTOCOL = tuple(ChainConfig.model_fields)  # the fields of a sampling configuration that a pipeline keeps
+PROTOCOL = tuple(ChainConfig.model_fields)  # the fields of a sampling configuration that a pipeline stores
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_SAME = {"num_inference_steps": "num_sampling_steps", "guidance_scale": "cfg_scale"}  # by diffusers' names
+_SAME = {"num_inference_steps": "num_sampling_steps", "guidance_scale": "cfg_scale"}  # diffusers' name -> field
 _NOT_SUPPORTED = {
-    "callback_on_step_end": "nothing is called between steps; a progress bar shows them (set_progress_bar_config)",
-    "eta": "sampler='ddim' draws no noise (eta 0), sampler='ancestral' draws that of the learned variance",
+    "callback_on_step_end": "there are no callbacks between steps, only a progress bar (set_progress_bar_config)",
+    "eta": "sampler='ddim' draws no noise (eta 0), sampler='ancestral' draws noise of the learned variance",
     "height": "the model makes images of one size, see pipeline.transformer.edt.config.image_size",
     "negative_prompt": "the model is conditioned on classes; guidance_scale moves images away from no class",
-    "num_images_per_prompt": "give a label once for each image, as class_labels=[3, 3]",
-    "prompt": "the model is conditioned on classes; give class_labels, indices of pipeline.config.classes",
+    "num_images_per_prompt": "repeat a label for each image, as in class_labels=[3, 3]",
+    "prompt": "the model is conditioned on classes; use class_labels, indices of pipeline.config.classes",
     "width": "the model makes images of one size, see pipeline.transformer.edt.config.image_size",
 }
 
@@ -41,27 +41,27 @@ def call_chain(
     num_inference_steps: int | None,
     options: Mapping[str, Any],
 ) -> ChainConfig:
-    """The sampling configuration of a call: the pipeline's protocol, with what is given in place of its fields.
+    """The sampling configuration of a call: the pipeline's protocol, overridden by the call's options.
 
-    Raises UserError for options that do not exist or do not fit, and for one option given by two names.
+    Raises UserError for unknown or invalid options, and for an option passed by both its names.
     """
     for name, remedy in _NOT_SUPPORTED.items():
         if name in options:
             raise UserError(f"the option {name} of diffusers is not supported: {remedy}")
-    theirs = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-    theirs = {name: value for name, value in theirs.items() if value is not None}
-    if twice := [name for name in theirs if _SAME[name] in options]:
-        raise UserError(f"{twice[0]} and {_SAME[twice[0]]} are names of one option; give one of them")
+    arguments = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if twice := [name for name in arguments if _SAME[name] in options]:
+        raise UserError(f"{twice[0]} and {_SAME[twice[0]]} are names of the same option; use one of them")
     if isinstance(guidance_scale, Real) and 0 <= guidance_scale < 1:
-        theirs["guidance_scale"] = 1.0  # for diffusers all up to 1 is no guidance
-    renamed = {_SAME[name]: name for name in theirs}
-    return chain_config({**protocol, **options, **{_SAME[name]: value for name, value in theirs.items()}}, renamed)
+        arguments["guidance_scale"] = 1.0  # in diffusers, values up to 1 mean no guidance
+    renamed = {_SAME[name]: name for name in arguments}
+    return chain_config({**protocol, **options, **{_SAME[name]: value for name, value in arguments.items()}}, renamed)
 
 
 def chain_config(fields: Mapping[str, Any], renamed: Mapping[str, str] | None = None) -> ChainConfig:
-    """A sampling protocol from its fields. Raises UserError for fields that do not exist or do not fit.
+    """A sampling protocol from its fields. Raises UserError for unknown or invalid fields.
 
-    `renamed`: what a user calls a field, by the field.
+    `renamed`: field -> the name that the user passed it by.
     """
     if unknown := sorted(set(fields) - set(PROTOCOL)):
         raise UserError(f"unknown options {unknown}; known: {', '.join((*PROTOCOL, *sorted(_SAME)))}")
@@ -78,14 +78,14 @@ def _problem(problem: Any, renamed: Mapping[str, str]) -> str:
 
 
 def check_output_type(output_type: Any) -> None:
-    """Raise UserError for what is no output type."""
+    """Raise UserError for an unknown output type."""
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type is {output_type!r}; use one of {', '.join(map(repr, OUTPUT_TYPES))}")
 
 
 @dataclass(frozen=True)
 class CallNoise:
-    """The noise of one call: that of a seed, or drawn from generators as diffusers does; and the start, where given.
+    """The noise of one call: of a seed, or drawn from generators as in diffusers; `start` replaces the initial noise.
 
     `shape` is that of the batch, [N, C, h, h]. With one generator for the batch an image's noise depends on the batch.
     """
@@ -97,7 +97,7 @@ class CallNoise:
     device: torch.device
 
     def initial(self) -> Tensor:
-        """Where the chain starts, float32 [N, C, h, h]."""
+        """The chain's start, float32 [N, C, h, h]."""
         if self.start is not None:
             return self.start.to(self.device, torch.float32)
         return self._seeded().initial() if self.generator is None else self._drawn()
@@ -107,11 +107,11 @@ class CallNoise:
         yield lambda _step: self._drawn()
 
     def ahead(self, count: int) -> AbstractContextManager[Callable[[int], Tensor]]:
-        """The noises of steps 0..count - 1, float32 [N, C, h, h], asked for in order."""
+        """Context with a function for the noise of steps 0..count - 1, float32 [N, C, h, h], called in order."""
         return self._seeded().ahead(count) if self.generator is None else self._drawn_ahead()
 
     def generators(self) -> Generators:
-        """What a scheduler of diffusers draws from: without a generator one of each image, by seed and place."""
+        """The generators for a diffusers scheduler: without `generator` one for each image, by seed and position."""
         if self.generator is not None:
             return self.generator
         seeds = [np.random.SeedSequence(self.seed, spawn_key=(i,)).generate_state(1)[0] for i in range(self.shape[0])]
@@ -132,9 +132,9 @@ def call_noise(
     shape: tuple[int, int, int, int],
     device: torch.device,
 ) -> CallNoise:
-    """The noise of a call, for a batch of `shape` [N, C, h, h]. Raises UserError for what does not fit."""
+    """The noise of a call, for a batch of `shape` [N, C, h, h]. Raises UserError for invalid arguments."""
     if seed is not None and generator is not None:
-        raise UserError(f"seed is {seed} and there is a generator as well; give one of them")
+        raise UserError(f"seed is {seed} and generator is set too; use one of them")
     return CallNoise(
         _checked_seed(seed), _checked_generator(generator, shape[0]), _checked_start(latents, shape), shape, device
     )
@@ -146,27 +146,27 @@ def _checked_seed(seed: Any) -> int:
     except TypeError:
         number = -1
     if number < 0 or isinstance(seed, bool):
-        raise UserError(f"seed is {seed!r}; give a whole number from 0 on")
+        raise UserError(f"seed is {seed!r}; use an integer of at least 0")
     return number
 
 
 def _checked_generator(generator: Any, count: int) -> Generators:
     several = isinstance(generator, list | tuple)
-    given = list(generator) if several else [generator]
-    if generator is not None and not all(isinstance(one, torch.Generator) for one in given):
-        kinds = sorted({type(one).__name__ for one in given})
-        raise UserError(f"generator is {', '.join(kinds)}; give a torch.Generator, or a list with one for each image")
-    if several and len(given) != count:
-        raise UserError(f"{len(given)} generators for {count} images; give one for each image, or one alone")
-    return given if several else generator
+    generators = list(generator) if several else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+        kinds = sorted({type(one).__name__ for one in generators})
+        raise UserError(f"generator is {', '.join(kinds)}; use a torch.Generator, or a list with one for each image")
+    if several and len(generators) != count:
+        raise UserError(f"{len(generators)} generators for {count} images; use one for each image, or a single one")
+    return generators if several else generator
 
 
 def _checked_start(latents: Any, shape: tuple[int, ...]) -> Tensor | None:
     if latents is None:
         return None
     if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.is_floating_point():
-        found = f"{latents.dtype} {list(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        kind = f"{latents.dtype} {list(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
         raise UserError(
-            f"latents is {found}; give the noise that the images start from, a floating-point tensor of {list(shape)}"
+            f"latents is {kind}; use the noise that the images start from, a floating-point tensor of {list(shape)}"
         )
     return latents

@@ -1,4 +1,4 @@
-"""The one way from a model and a chain's configuration to latents, for jobs, pipelines and benchmarks alike.
+"""Sampling latents from a model and a chain's configuration; used by jobs, pipelines and benchmarks.
 
 Shapes: N samples, C latent channels, h side of the latents.
 """
@@ -23,32 +23,32 @@ from edt_core.models.weight_memo import constant_weights
 
 
 class SamplesNotFiniteError(UserError):
-    """A chain came out as infinity or not-a-number."""
+    """The result of a chain is infinite or NaN."""
 
 
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
+Progress = Callable[[int, int], None]  # (completed steps, total steps)
 # (model function, start [N, C, h, h] float32, progress) -> latents, in place of the chain's own sampler
 Solver = Callable[[ModelFn | SwitchedModel, Tensor, Progress | None], Tensor]
 
 
 class Noise(Protocol):
-    """Where a chain starts, and the noises of its steps, float32 [N, C, h, h] each: a `SampleNoise`, for example."""
+    """The start of a chain, and the noise of its steps, float32 [N, C, h, h] each: a `SampleNoise`, for example."""
 
     def initial(self) -> Tensor:
         """The chain's start."""
 
     def ahead(self, count: int) -> AbstractContextManager[Callable[[int], Tensor]]:
-        """The noises of steps 0..count - 1, asked for in order."""
+        """Context with a function for the noise of steps 0..count - 1, called in order."""
 
 
 class LatentSampler:
     """A model bound to a chain: labels and indices -> latents.
 
-    With a `guide` the model is pushed away from that weaker model instead of from its own prediction without a label;
-    the guide's attention is never modulated. Both models are put into evaluation mode.
-    `network` is what is called in place of the model: the same one compiled, or with hooks. It computes on `device`,
-    by default where the model's weights are.
-    Raises UserError where the chain, the model and the guide do not fit together.
+    With a `guide` the model is guided away from that weaker model instead of from its own prediction without a label;
+    the guide's attention is never modulated. Both models are set to evaluation mode.
+    `network` is called instead of the model: the same model compiled, or with hooks. It computes on `device`,
+    by default that of the model's weights.
+    Raises UserError if the chain, the model and the guide are not compatible.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class LatentSampler:
         """Scaled latents of the samples of these labels and indices, float32 [N, C, h, h] on the model's device.
 
         A sample's noise is a function of (seed, index). progress(done, total) is called after each step of the chain.
-        Raises UserError for labels that the model does not have, SamplesNotFiniteError for a result that is no number.
+        Raises UserError for labels that the model does not have, SamplesNotFiniteError for a result that is not finite.
         """
         indices = [int(index) for index in indices]
         noise = SampleNoise(seed, indices, self.latent_shape, self.device)
@@ -98,7 +98,7 @@ class LatentSampler:
 
     @property
     def device(self) -> torch.device:
-        """Where the chain runs."""
+        """The device of the chain."""
         return next(self.model.parameters()).device if self._device is None else self._device
 
     def from_noise(
@@ -109,11 +109,11 @@ class LatentSampler:
         progress: Progress | None = None,
         solver: Solver | None = None,
     ) -> Tensor:
-        """As calling the sampler, from any noise; the indices are only named in errors. A solver replaces the chain."""
+        """As calling the sampler, but from any noise. `indices` are for errors only. A solver replaces the chain."""
         y = torch.from_numpy(checked_labels(labels, len(indices), self.model.config.num_classes)).to(self.device)
         self._set_modes()
-        # Nothing of the chain itself is autocast. The outer context is there for its end alone, which is when copies of
-        # the weights in bf16 are thrown away: without it they would be rebuilt at each step.
+        # The chain itself is not autocast. The outer autocast context keeps the bf16 copies of the weights until its
+        # end: without it they would be rebuilt at each step.
         with constant_weights(), self._autocast(), torch.autocast(self.device.type, enabled=False):
             latents = self._run(y, noise, progress, solver)
         _check_finite(latents, indices)
@@ -137,11 +137,11 @@ class LatentSampler:
         draw = partial(sample, model_fn, initial, self.schedule, objective=self.objective, progress=progress)
         if chain.sampler != "ancestral":
             return draw(chain.sampler)
-        with noise.ahead(self.schedule.num_timesteps - 1) as coming:  # the last step takes none
-            return draw(noise=coming)
+        with noise.ahead(self.schedule.num_timesteps - 1) as step_noise:  # the last step needs none
+            return draw(noise=step_noise)
 
     def _computed(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
-        """The network in the chain's precision; weights that are not float32 take latents of their own dtype."""
+        """The network in the chain's precision; it gets latents in the dtype of its weights."""
         dtype = next(model.parameters()).dtype
 
         def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class LatentSampler:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.chain.precision == "bf16")
 
     def _set_modes(self) -> None:
-        """Evaluation mode, and the chain's AMM: another sampler of the same model may have set its own."""
+        """Set evaluation mode and the chain's AMM, since another sampler of the same model may have set its own."""
         kernel, radius = self.chain.amm_kernel, self.chain.amm_radius
         if self.chain.amm_blocks == "model" and radius is None:
             radius = self.model.built_config.amm_radius
@@ -165,9 +165,9 @@ class LatentSampler:
 
 
 def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ...]:
-    """The blocks whose attention is modulated: those given, the published ones for model and guidance, or the model's.
+    """The blocks whose attention is modulated: a list, the published ones for model and guidance, or the model's.
 
-    Raises UserError for 'paper' where no placement is published.
+    Raises UserError for 'paper' if no placement is published.
     """
     if chain.amm_blocks == "model":
         return model.amm_blocks
@@ -192,13 +192,13 @@ def _check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) 
 
 def _check_guide(chain: ChainConfig, model: DiffusionTransformer, guide: DiffusionTransformer) -> None:
     if guide is model:
-        raise UserError(f"the guide is {model.config.name} itself, which does nothing; give a weaker model as guide")
+        raise UserError(f"the guide is {model.config.name} itself, which has no effect; use a weaker model as guide")
     if chain.cfg_scale == 1.0:
-        raise UserError("a guide with cfg_scale 1 does nothing; set cfg_scale above 1, or leave the guide out")
-    ours, theirs = _interface(model.config), _interface(guide.config)
-    if ours != theirs:
+        raise UserError("a guide with cfg_scale 1 has no effect; set cfg_scale above 1, or leave the guide out")
+    inputs, guide_inputs = _interface(model.config), _interface(guide.config)
+    if inputs != guide_inputs:
         raise UserError(
-            f"the guide {guide.config.name} takes {theirs}, but {model.config.name} takes {ours}; "
+            f"the guide {guide.config.name} takes {guide_inputs}, but {model.config.name} takes {inputs}; "
             "use a guide that was trained on the same latents and classes"
         )
     if (own := model.config.objective) != (other := guide.config.objective):
@@ -214,27 +214,27 @@ def _interface(config: ModelConfig) -> str:
 
 
 def checked_labels(labels: Sequence[int] | NDArray[np.int64], count: int, num_classes: int) -> NDArray[np.int64]:
-    """Labels as int64 [count]. Raises UserError."""
-    given = np.asarray(labels)
-    if given.size == 0 or given.ndim != 1 or given.dtype.kind not in "iu":
+    """Labels as int64 [count]. Raises UserError for invalid labels."""
+    array = np.asarray(labels)
+    if array.size == 0 or array.ndim != 1 or array.dtype.kind not in "iu":
         raise UserError(
-            f"class labels {given.tolist()}: the model has 0..{num_classes - 1}; give a list of at least one"
+            f"invalid class labels {array.tolist()}; use a list of at least one label in 0..{num_classes - 1}"
         )
-    wrong = given[(given < 0) | (given >= num_classes)]
+    wrong = array[(array < 0) | (array >= num_classes)]
     if wrong.size:
-        raise UserError(f"class labels {wrong[:10].tolist()}: the model has 0..{num_classes - 1}")
-    if len(given) != count:
-        raise UserError(f"{len(given)} class labels for {count} samples; give one label for each index")
-    return given.astype(np.int64)
+        raise UserError(f"class labels {wrong[:10].tolist()} do not exist; the model has 0..{num_classes - 1}")
+    if len(array) != count:
+        raise UserError(f"{len(array)} class labels for {count} samples; use one label for each index")
+    return array.astype(np.int64)
 
 
 def _check_finite(latents: Tensor, indices: Sequence[int]) -> None:
-    """Raises SamplesNotFiniteError. The host waits for the device here, and nowhere before in a chain."""
+    """Raise SamplesNotFiniteError for infinities and NaN. In a chain, the host waits for the device only here."""
     finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
     bad = [index for index, good in zip(indices, finite, strict=True) if not good]
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise SamplesNotFiniteError(
-            f"{len(bad)} of {len(indices)} samples ({shown}) are not finite: the model predicts no numbers for them; "
-            "try precision fp32, a lower cfg_scale, or another checkpoint"
+            f"{len(bad)} of {len(indices)} samples ({shown}) are not finite: the model predicts infinities or NaN for "
+            "them; try precision fp32, a lower cfg_scale, or another checkpoint"
         )

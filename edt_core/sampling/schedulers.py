@@ -1,6 +1,6 @@
-"""Schedulers of diffusers in a pipeline: the one a folder is written with, and others that a user may assign.
+"""Schedulers of diffusers in a pipeline: the one that a folder is written with, and others that a user may assign.
 
-The one it is written with means the samplers of this package. Any other one runs its own chain here.
+With the former, a pipeline uses the samplers of this package. Any other scheduler runs its own chain here.
 Shapes: N samples, C latent channels, h side of the latents.
 """
 
@@ -18,7 +18,7 @@ from edt_core.diffusion.sampling import METHODS, ModelFn, SwitchedModel
 from edt_core.errors import UserError
 from edt_core.sampling.sampler import Progress
 
-# Each of these is tested. All draw noise, if any, from the generator of a call.
+# All of these are tested. If they draw noise, they draw it from the call's generator.
 SUPPORTED = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -36,7 +36,7 @@ SUPPORTED = (
 )
 _SAMPLERS = ", ".join(map(repr, METHODS))
 _LEARNED = ("learned", "learned_range")
-_TOLERANCE = 1e-4  # of alphas_cumprod: diffusers computes it in float32, by one of several formulas
+_TOLERANCE = 1e-4  # of alphas_cumprod: diffusers computes them in float32, by several formulas
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -54,7 +54,7 @@ def training_scheduler(num_timesteps: int, objective: Objective) -> DDPMSchedule
 
 
 def is_training_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) -> bool:
-    """Whether a scheduler is that of `training_scheduler`: then a pipeline samples by its own samplers."""
+    """Whether a scheduler is that of `training_scheduler`; a pipeline then uses the samplers of this package."""
     if type(scheduler) is not DDPMScheduler:
         return False
     expected = _training_config(num_timesteps, objective)
@@ -71,35 +71,35 @@ def check_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) ->
     """Raise UserError for a scheduler that cannot sample from a model of this training."""
     name = type(scheduler).__name__
     config = getattr(scheduler, "config", {})
-    given, predicted = config.get("prediction_type"), objective.prediction_type
+    prediction_type, expected = config.get("prediction_type"), objective.prediction_type
     problem = None
     if name not in SUPPORTED:
         problem = f"it is not one of {', '.join(SUPPORTED)}"
-    elif given != predicted:
-        problem = f"its prediction_type is {given!r}, and the model predicts {predicted!r}"
-    elif on := [field for field in ("clip_sample", "thresholding") if config.get(field)]:
-        problem = f"{on[0]} is True, and latents have no fixed range: they would be cut off"
+    elif prediction_type != expected:
+        problem = f"its prediction_type is {prediction_type!r}, but the model predicts {expected!r}"
+    elif clipping := [field for field in ("clip_sample", "thresholding") if config.get(field)]:
+        problem = f"{clipping[0]} is True, but latents have no fixed range and would be clipped"
     elif not _has_schedule_of(scheduler, num_timesteps, objective):
         problem = f"its noise schedule is not the linear one of {num_timesteps} timesteps that the model was trained on"
     if problem is not None:
         raise UserError(
-            f"{name} cannot sample from this model: {problem}. Make it from the pipeline's own, "
-            f"SCHEDULER.from_config(pipeline.scheduler.config), or leave the scheduler and choose by the option "
+            f"{name} cannot sample from this model: {problem}. Create it from the pipeline's scheduler, "
+            f"SCHEDULER.from_config(pipeline.scheduler.config), or keep that scheduler and use the option "
             f"sampler, one of {_SAMPLERS}: pipeline(labels, sampler='dpmsolver++')"
         )
 
 
 def _has_schedule_of(scheduler: Any, num_timesteps: int, objective: Objective) -> bool:
     expected = objective.schedule(num_timesteps).alphas_cumprod
-    given = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
-    return given.shape == expected.shape and np.allclose(given, expected, rtol=_TOLERANCE, atol=0)
+    alphas = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
+    return alphas.shape == expected.shape and np.allclose(alphas, expected, rtol=_TOLERANCE, atol=0)
 
 
 class SchedulerChain:
-    """One chain of a scheduler of diffusers, a `Solver` of `LatentSampler.from_noise`.
+    """One chain of a diffusers scheduler, a `Solver` of `LatentSampler.from_noise`.
 
-    It has a copy of the scheduler, which stays as it is. Schedulers with noise draw it from `generator`: one for the
-    batch, or one for each sample.
+    It uses a copy of the scheduler. Schedulers with noise draw it from `generator`: one for the batch, or one for each
+    sample.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class SchedulerChain:
         self._objective = objective
         self._generator = generator
         self._takes_variance = scheduler.config.get("variance_type") in _LEARNED and type(scheduler) is DDPMScheduler
-        # DPM's solvers, which use no learned variance, would cut the noise to three channels to be rid of it.
+        # DPM's solvers use no learned variance; to remove it they would keep only three channels of the prediction.
         unused = "variance_type" in scheduler.config and type(scheduler) is not DDPMScheduler
         self._scheduler = type(scheduler).from_config(scheduler.config, **({"variance_type": None} if unused else {}))
         self._scheduler.set_timesteps(num_steps, device=device)
@@ -119,20 +119,20 @@ class SchedulerChain:
     def __call__(self, model_fn: ModelFn | SwitchedModel, initial: Tensor, progress: Progress | None = None) -> Tensor:
         """Latents, float32 [N, C, h, h], of standard normal noise [N, C, h, h].
 
-        A DDPMScheduler that asks for the model's learned variance gets it.
+        A DDPMScheduler configured for a learned variance gets that of the model.
         """
         scheduler = self._scheduler
-        drawn = "generator" in inspect.signature(scheduler.step).parameters
-        known = {"generator": self._generator} if drawn else {}
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": self._generator} if takes_generator else {}
         x = initial.float() * scheduler.init_noise_sigma
-        for done, t in enumerate(scheduler.timesteps, start=1):
+        for step, t in enumerate(scheduler.timesteps, start=1):
             model_at = model_fn.at(float(t)) if isinstance(model_fn, SwitchedModel) else model_fn
             output = model_at(scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)))
             prediction = self._objective.split(output, x.shape[1])
-            predicted = prediction.value
+            value = prediction.value
             if self._takes_variance and prediction.variance is not None:
-                predicted = torch.cat([predicted, prediction.variance], dim=1)
-            x = scheduler.step(predicted, t, x, return_dict=False, **known)[0]
+                value = torch.cat([value, prediction.variance], dim=1)
+            x = scheduler.step(value, t, x, return_dict=False, **options)[0]
             if progress is not None:
-                progress(done, len(self))
+                progress(step, len(self))
         return x

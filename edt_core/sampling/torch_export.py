@@ -1,8 +1,8 @@
 """A model's denoiser as a `torch.export` program: one file that runs without this package.
 
 `torch.export.load(path).module()(x, t, y)`: latents [N, C, h, h] and timesteps [N] in float32, labels int64 [N] ->
-what the model's objective has it predict [N, 2C, h, h], for any N: noise and variance, unless the configuration in the
-file names another objective. Loading unpickles: take a program from nobody whose code you would not run.
+the model's output [N, 2C, h, h], for any N: noise and variance, unless the configuration in the file has another
+objective. Loading unpickles: only load programs from sources whose code you would run.
 """
 
 import json
@@ -18,23 +18,23 @@ from edt_core.models import DiffusionTransformer
 from edt_core.sampling.sampler import LatentSampler
 
 PROGRAM = "denoiser.pt2"
-TOLERANCE = 1e-5  # of the largest value: the program runs the same kernels, but may fuse or order them otherwise
-_TRACED, _CHECKED = 2, (1, 3)  # batch sizes; 1 is what tracing most easily takes for a constant
-_FACTS = "model.json"  # in the file, beside the program: the model's configuration, AMM included
+TOLERANCE = 1e-5  # of the largest value: the program runs the same kernels, but may fuse or reorder them
+_TRACED, _CHECKED = 2, (1, 3)  # batch sizes; tracing most easily mistakes a size of 1 for a constant
+_FACTS = "model.json"  # in the file, beside the program: the model's configuration, including AMM
 
 
 def save_program(path: Path, model: DiffusionTransformer, chain: ChainConfig, num_timesteps: int) -> None:
-    """Write the denoiser with the AMM of a chain, and check it: loaded again, it gives what the model gives.
+    """Write the denoiser with the AMM of a chain, load it again, and check that its output equals the model's.
 
-    The model is put into evaluation mode, on the CPU in float32, and needs no gradients any more.
-    Raises RuntimeError where the program does not give what the model gives; no file is left then.
+    The model is moved to the CPU in float32, set to evaluation mode, and its gradients are turned off.
+    Raises RuntimeError if the outputs differ; the file is then removed.
     """
     denoiser = LatentSampler(model.cpu().float(), chain, num_timesteps).model.requires_grad_(False)
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch to itself, while it traces
+        warnings.simplefilter("ignore")  # about PyTorch's own code, while tracing
         program = torch.export.export(denoiser, _inputs(denoiser, _TRACED), dynamic_shapes=({0: batch},) * 3)
-        _forget_places(program)
+        _remove_paths(program)
         with path.open("wb") as file:
             torch.export.save(program, file, extra_files={_FACTS: json.dumps(denoiser.config.to_dict())})
     try:
@@ -44,25 +44,25 @@ def save_program(path: Path, model: DiffusionTransformer, chain: ChainConfig, nu
         raise
 
 
-def _forget_places(program: torch.export.ExportedProgram) -> None:
-    """Remove from each operation the lines of source it comes from, with the paths they have on this machine."""
+def _remove_paths(program: torch.export.ExportedProgram) -> None:
+    """Remove the stack trace of each operation, which contains paths of this machine."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
 
 
 def _check(path: Path, denoiser: DiffusionTransformer) -> None:
-    """Raise RuntimeError unless the program of a file, which was written by this process, does as the model."""
+    """Raise RuntimeError unless the program of a file written by this process has the same output as the model."""
     program: Any = torch.export.load(path).module()
     for size in _CHECKED:
         inputs = _inputs(denoiser, size)
         with torch.no_grad():
-            expected, found = denoiser(*inputs), program(*inputs)
-        error, largest = float((found - expected).abs().max()), float(expected.abs().max())
+            expected, output = denoiser(*inputs), program(*inputs)
+        error, largest = float((output - expected).abs().max()), float(expected.abs().max())
         if not error <= TOLERANCE * largest:
             raise RuntimeError(
-                f"the exported {denoiser.config.name} is off by {error:.3g} in a batch of {size}, where values go up "
-                f"to {largest:.3g}: torch.export of PyTorch {torch.__version__} cannot be relied on here"
+                f"the exported {denoiser.config.name} is off by {error:.3g} in a batch of {size}, with values up to "
+                f"{largest:.3g}: torch.export of PyTorch {torch.__version__} exports this model incorrectly"
             )
 
 

@@ -89,7 +89,7 @@ CHANNELS = [8, 8, 16, 16, 32, 32]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"encoder_layers_per_block": [1, 1, 0, 1, 1, 1]}, "each level after the first has 1 layer or more"),
+        ({"encoder_layers_per_block": [1, 1, 0, 1, 1, 1]}, "each level after the first needs at least 1 layer"),
         ({"decoder_layers_per_block": [1, 1, 1, 1, 1]}, "levels differ: .*decoder_layers_per_block has 5"),
         ({"encoder_block_out_channels": 5}, "encoder_block_out_channels is 5, not a list of levels"),
         ({"encoder_block_out_channels": [8] * 5 + ["8"]}, "not numbers of channels"),

@@ -65,15 +65,15 @@ def test_a_class_by_index_name_or_beginning(text: str, label: int) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("crane", r"class 'crane' may be 134 \(crane\) or 517 \(crane\); give the index"),
+        ("crane", r"class 'crane' may be 134 \(crane\) or 517 \(crane\); use the index"),
         ("maillot", r"may be 638 \(maillot\) or 639 \(maillot, tank suit\)"),
         ("miniature", r"may be 196 \(miniature schnauzer\) or 237 .* or 266 "),
         ("goldfsh", r"no class is called 'goldfsh'; did you mean 1 \(goldfish\)"),
         ("retriever", r"did you mean .*207 \(golden retriever\)"),
-        ("qqqq", r"no class is called 'qqqq'; the model has 1000, as 0 \(tench\)"),
+        ("qqqq", r"no class is called 'qqqq'; the model has 1000 classes, such as 0 \(tench\)"),
         ("", "no class is called ''"),
-        ("1000", r"class 1000: the model has 0\.\.999"),
-        ("-1", r"class -1: the model has 0\.\.999"),
+        ("1000", r"class 1000 does not exist; the model has 0\.\.999"),
+        ("-1", r"class -1 does not exist; the model has 0\.\.999"),
     ],
 )
 def test_what_names_no_class_or_several(text: str, message: str) -> None:
@@ -94,5 +94,5 @@ def test_a_models_own_names_come_first() -> None:
 def test_names_that_are_numbers_are_names() -> None:
     names = class_names(["0", "1", "10", "2"], 4)
     assert class_labels(["2", "10", "3"], names) == [3, 2, 3]
-    with pytest.raises(UserError, match="no classes were given"):
+    with pytest.raises(UserError, match="the list of classes is empty"):
         class_labels([], names)

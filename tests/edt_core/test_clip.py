@@ -102,7 +102,7 @@ def test_a_folder_is_named_by_its_files_and_its_dimensions_are_known(folder: Pat
         ({"crop_size": 224}, r"crop_size 224, but the network takes 40 x 40 pixels"),
         ({"image_mean": [0.5, 0.5]}, r"image_mean \[0\.5, 0\.5\]; three numbers"),
         ({"image_mean": 0.5}, r"image_mean 0\.5; three numbers"),
-        ({"image_std": [0.2, 0.0, 0.2]}, r"image_std \[0\.2, 0\.0, 0\.2\]; above 0"),
+        ({"image_std": [0.2, 0.0, 0.2]}, r"image_std \[0\.2, 0\.0, 0\.2\]; values must be above 0"),
         ({"image_std": [0.2, float("nan"), 0.2]}, "three numbers are needed"),
     ],
 )

@@ -190,7 +190,10 @@ def test_noise_made_ahead_is_the_same_noise() -> None:
 
 def test_noise_made_ahead_comes_in_order() -> None:
     noise = SampleNoise(7, [3], (2,))
-    with noise.ahead(2) as coming, pytest.raises(ValueError, match=r"step 1 requested, but step 0 is next.*0\.\.1 in order"):
+    with (
+        noise.ahead(2) as coming,
+        pytest.raises(ValueError, match=r"step 1 requested, but step 0 is next.*0\.\.1 in order"),
+    ):
         coming(1)
     with noise.ahead(1) as coming:
         coming(0)

@@ -131,7 +131,7 @@ def test_a_folder_is_named_by_its_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"dinov2.sha256 is {digest[:12]}"):
         published_weights("dinov2", str(tmp_path), digest)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         published_weights("dinov2", str(tmp_path))
 
 
@@ -164,7 +164,7 @@ def test_a_url_is_downloaded_once_and_checked_each_time(web: tuple[str, Path], c
 def test_other_bytes_than_stated_are_refused_and_not_kept(web: tuple[str, Path], cache: Path) -> None:
     address, folder = web
     (folder / "w.pth").write_bytes(DATA)
-    with pytest.raises(UserError, match=rf"\(7000 bytes\) has sha256 {DIGEST[:12]}.*says {OTHER[:12]}") as caught:
+    with pytest.raises(UserError, match=rf"\(7000 bytes\) has sha256 {DIGEST[:12]}.*is {OTHER[:12]}") as caught:
         published_weights("inception", f"{address}/w.pth?token=secret", OTHER)
     assert "secret" not in str(caught.value)
     assert kept(cache) == []
@@ -226,7 +226,7 @@ def test_a_file_that_is_no_weights_file_is_refused(tmp_path: Path, data: bytes) 
 
 def test_tensors_without_names_and_no_file_at_all_are_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "w.pth")
-    with pytest.raises(UserError, match="holds a list, not tensors by name"):
+    with pytest.raises(UserError, match="contains a list, not tensors by name"):
         load_tensors(tmp_path / "w.pth", "the published file")
     with pytest.raises(UserError, match=r"the file .* does not exist.*--inception-weights"):
         load_extractor("inception", tmp_path / "none.pth")
@@ -434,7 +434,7 @@ def test_the_classifier_is_classify(classifier_folder: Path) -> None:
 
 
 def test_what_is_no_classifier_is_refused(classifier_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no classifier at .*give the folder"):
+    with pytest.raises(UserError, match=r"no classifier at .*use the folder"):
         load_extractor("classifier", tmp_path / "none")
     for path in classifier_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:-3])

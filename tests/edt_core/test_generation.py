@@ -148,7 +148,7 @@ def test_without_guidance_its_channels_do_not_matter() -> None:
 
 
 def test_a_guide_that_does_not_fit(model: EDT) -> None:
-    with pytest.raises(UserError, match="a guide with cfg_scale 1 does nothing"):
+    with pytest.raises(UserError, match="a guide with cfg_scale 1 has no effect"):
         latents(model, guide=tiny())
     with pytest.raises(UserError, match="itself"):
         latents(model, guide=model, cfg_scale=2.0)

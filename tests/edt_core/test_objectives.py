@@ -460,7 +460,7 @@ def test_every_scheduler_of_diffusers_that_is_supported_takes_v(folder: Path, na
 def test_a_scheduler_of_another_prediction_is_refused_for_a_model_of_v(folder: Path) -> None:
     pipeline = quiet(EDTPipeline.from_pretrained(folder))
     noise = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
-    message = "its prediction_type is 'epsilon', and the model predicts 'v_prediction'"
+    message = "its prediction_type is 'epsilon', but the model predicts 'v_prediction'"
     with pytest.raises(UserError, match=message):
         pipeline.scheduler = noise
     with pytest.raises(UserError, match=message):

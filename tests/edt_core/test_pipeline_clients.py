@@ -138,22 +138,22 @@ def test_generators_decide_all_noise(pipeline: EDTPipeline, sampler: str) -> Non
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"guidance_scale": 2.0, "cfg_scale": 2.0}, "guidance_scale and cfg_scale are names of one option"),
+    ({"guidance_scale": 2.0, "cfg_scale": 2.0}, "guidance_scale and cfg_scale are names of the same option"),
     ({"num_inference_steps": 4, "num_sampling_steps": 4}, "num_inference_steps and num_sampling_steps are names of"),
     ({"guidance_scale": -1.0}, r"option 'guidance_scale': .*greater than or equal to 1 \(got -1\.0\)"),
     ({"guidance_scale": "high"}, r"option 'guidance_scale': .*\(got 'high'\)"),
     ({"guidance_scale": float("nan")}, "option 'guidance_scale': .*finite"),
     ({"num_inference_steps": 2.5}, "option 'num_inference_steps': .*integer"),
-    ({"num_images_per_prompt": 2}, r"num_images_per_prompt of diffusers is not supported: give a label once"),
+    ({"num_images_per_prompt": 2}, r"num_images_per_prompt of diffusers is not supported: repeat a label"),
     ({"callback_on_step_end": print}, "callback_on_step_end of diffusers is not supported: .*set_progress_bar_config"),
     ({"prompt": "a cat"}, "prompt of diffusers is not supported: .*class_labels"),
     ({"height": 64, "width": 64}, "height of diffusers is not supported: .*one size"),
-    ({"seed": 1, "generator": torch.Generator()}, "seed is 1 and there is a generator as well"),
-    ({"seed": -1}, "seed is -1; give a whole number from 0 on"),
-    ({"seed": 1.5}, r"seed is 1\.5; give a whole number"),
-    ({"seed": True}, "seed is True; give a whole number"),
+    ({"seed": 1, "generator": torch.Generator()}, "seed is 1 and generator is set too"),
+    ({"seed": -1}, "seed is -1; use an integer of at least 0"),
+    ({"seed": 1.5}, r"seed is 1\.5; use an integer"),
+    ({"seed": True}, "seed is True; use an integer"),
     ({"generator": [torch.Generator()]}, "1 generators for 3 images"),
-    ({"generator": 5}, r"generator is int; give a torch\.Generator"),
+    ({"generator": 5}, r"generator is int; use a torch\.Generator"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents is torch\.float32 \[1, 4, 8, 8\]; .*\[3, 4, 8, 8\]"),
     ({"latents": np.zeros((3, 4, 8, 8))}, "latents is ndarray"),
     ({"latents": torch.zeros(3, 4, 8, 8, dtype=torch.int64)}, r"latents is torch\.int64"),
@@ -169,7 +169,7 @@ def test_options_that_contradict_or_do_not_exist(pipeline: EDTPipeline, options:
 
 @pytest.mark.parametrize("labels", [3, "cat", ["cat"], [1.5], [[1, 2]], [True], torch.tensor([1.5])])
 def test_labels_of_another_kind(pipeline: EDTPipeline, labels: Any) -> None:
-    with pytest.raises(UserError, match=r"class labels .*: the model has 0\.\.3; give a list of at least one"):
+    with pytest.raises(UserError, match=r"invalid class labels .*; use a list of at least one label in 0\.\.3"):
         pipeline(labels)
 
 
@@ -218,7 +218,7 @@ def test_an_autoencoder_that_was_loaded_somewhere_does_not_say_where(pipeline: E
 
 def test_a_program_of_the_user_is_not_overwritten(pipeline: EDTPipeline, tmp_path: Path) -> None:
     (tmp_path / "pipeline.py").write_text("print('mine')\n")
-    with pytest.raises(UserError, match=r"pipeline\.py is another program.*save to another folder"):
+    with pytest.raises(UserError, match=r"pipeline\.py is of another program.*save to another folder"):
         pipeline.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline.py"]
 

@@ -202,7 +202,7 @@ def test_other_things_that_are_saved(tiny: EDT, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is not a checkpoint"):
             load_released(path)
     save(path, {"model": tiny.state_dict(), "args": None})
-    with pytest.raises(UserError, match=r"no 'ema' weights, only 'model'; ask for .* \(--weights model\)"):
+    with pytest.raises(UserError, match=r"no 'ema' weights, only 'model'; use .* \(--weights model\)"):
         load_released(path, "ema")
     assert same(load_released(path), tiny)
 
@@ -262,7 +262,7 @@ def test_an_expanded_table_asks_for_no_memory(tiny: EDT, tmp_path: Path) -> None
     state = dict(tiny.state_dict())
     row = state["y_embedder.embedding_table.weight"][:1].clone()
     torch.save({**state, "y_embedder.embedding_table.weight": row.expand(10**9, -1)}, tmp_path / "large.pt")
-    with pytest.raises(UserError, match=r"embedding_table.weight' has .* values, and the file holds .*expanded"):
+    with pytest.raises(UserError, match=r"embedding_table.weight' has .* values, but the file stores .*expanded"):
         load_released(tmp_path / "large.pt")
 
 

@@ -174,7 +174,7 @@ REFUSED = [
 def test_what_does_not_fit_is_refused_when_it_is_assigned(folder: Path, make: Any, message: str) -> None:
     pipeline = quiet(EDTPipeline.from_pretrained(folder))
     own = pipeline.scheduler
-    with pytest.raises(UserError, match=rf"{message}(.|\n)*choose by the option sampler, one of 'ancestral', 'ddim'"):
+    with pytest.raises(UserError, match=rf"{message}(.|\n)*use the option sampler, one of 'ancestral', 'ddim'"):
         pipeline.scheduler = make(own.config)
     assert pipeline.scheduler is own
     assert pipeline.config.scheduler == ("diffusers", "DDPMScheduler")
@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused_when_it_is_loaded_or_changed_in_place(fold
 
 def test_a_sampler_and_a_scheduler_exclude_each_other(pipeline: EDTPipeline) -> None:
     assigned(pipeline, "DDIMScheduler")
-    with pytest.raises(UserError, match="sampler is 'unipc', but the pipeline was given a DDIMScheduler"):
+    with pytest.raises(UserError, match="sampler is 'unipc', but the pipeline has a DDIMScheduler"):
         drawn(pipeline, sampler="unipc")
 
 

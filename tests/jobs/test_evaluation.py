@@ -366,7 +366,7 @@ def test_a_guide_and_a_prior_of_labels(judge: Artifact, tmp_path: Path) -> None:
     assert plain.fingerprint != guided.fingerprint
     assert plain.manifest.digest != guided.manifest.digest
     assert guided.counts["guide_digest"] == guide.checkpoint.manifest.digest
-    with pytest.raises(UserError, match="label_policy prior: the model's record has no class counts"):
+    with pytest.raises(UserError, match="label_policy is prior, but the model's record has no class counts"):
         execute(sample.STAGE, config.model_copy(update={"label_policy": "prior"}), tmp_path / "x", **inputs)
 
 

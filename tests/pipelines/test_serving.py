@@ -13,9 +13,9 @@ from tests.support.pipelines import quiet, small_pipeline
 from tests.support.registry import Registry
 
 WRONG: list[tuple[list[Any], dict[str, Any], str]] = [
-    ([9], {}, r"class labels [9]: the model has 0..3"),
-    ([-1, 2], {}, r"class labels [-1]: the model has 0..3"),
-    ([1], {"seed": -5}, "seed is -5; give a whole number from 0 on"),
+    ([9], {}, r"class labels [9] do not exist; the model has 0..3"),
+    ([-1, 2], {}, r"class labels [-1] do not exist; the model has 0..3"),
+    ([1], {"seed": -5}, "seed is -5; use an integer of at least 0"),
     (
         [1],
         {"num_inference_steps": 1},

@@ -1,1 +1,1 @@
-"""How samples are judged: the protocol, what was published, networks of features, metrics."""
+"""Evaluation of samples: the protocol, published values, feature networks, metrics."""

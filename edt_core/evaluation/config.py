@@ -1,4 +1,4 @@
-"""Configuration of an evaluation: the metrics that there are decide what may be asked for."""
+"""Configuration of an evaluation; the registered metrics are the valid values of `metrics`."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -15,19 +15,20 @@ else:
 
 
 class EvaluateConfig(Section):
-    """The metrics to compute from kept features.
+    """The metrics to compute from stored features.
 
     The cost of metrics that compare pairs grows with the product of the two sets' sizes; the Fréchet
-    distance takes all.
+    distance uses all features.
     """
 
-    metrics: tuple[MetricName, ...] | None = Field(None, description="null for all that the feature space gives")
+    metrics: tuple[MetricName, ...] | None = Field(None, description="null for all metrics of the feature space")
     pairwise_limit: int = Field(
         50_000,
         ge=4,
-        description=f"{' and '.join(PAIRWISE)}, which compare pairs, take this many features of a set, evenly spaced",
+        description=f"{' and '.join(PAIRWISE)}, which compare pairs, use at most this many features of a set, evenly "
+        "spaced",
     )
     allow_rank_deficient: bool = Field(
-        False, description="Fréchet distances also of fewer samples than the features have dimensions"
+        False, description="compute Fréchet distances even of fewer samples than the features have dimensions"
     )
-    num_cpus: float = runtime(1, ge=0, description="CPUs of the computation; 0 runs beside whatever else does")
+    num_cpus: float = runtime(1, ge=0, description="CPUs of the computation; 0 reserves none")

@@ -1,4 +1,4 @@
-"""Of which class a classifier takes images to be: counts of pairs of classes, and accuracies with their intervals.
+"""The classes that a classifier predicts for images: counts of pairs of classes, and accuracies with intervals.
 
 Legend: N images, K classes, m pairs of classes that occur.
 """
@@ -16,30 +16,30 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `images` were taken to be of their own class."""
+    """The number of images, and how many of them are classified correctly."""
 
     images: int
     right: int
 
     @property
     def value(self) -> float | None:
-        """The share, 0..1; None of no images."""
+        """The share, 0..1; None without images."""
         return self.right / self.images if self.images else None
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Wilson's score interval of the share (Wilson 1927); all of 0..1 of no images."""
+        """Wilson's score interval of the share (Wilson 1927); 0..1 without images."""
         if not self.images:
             return 0.0, 1.0
         n, p = self.images, self.right / self.images
         z = NormalDist().inv_cdf((1 + confidence) / 2)
         centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
         low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-        return 0.0 if self.right == 0 else low, 1.0 if self.right == n else high  # exact, whatever is rounded
+        return 0.0 if self.right == 0 else low, 1.0 if self.right == n else high  # exact at the ends, without rounding
 
 
 @dataclass(frozen=True, eq=False)
 class Confusion:
-    """How many images of one class were taken to be of another: the pairs that occur, in their order.
+    """Counts of images by their class and predicted class: the pairs that occur, in order.
 
     `labels` and `predictions` int64 [m] are class indices, `counts` int64 [m] are 1 or more.
     """
@@ -51,7 +51,7 @@ class Confusion:
 
     @classmethod
     def of(cls, labels: Ints, predictions: Ints, num_classes: int) -> "Confusion":
-        """Count images by their labels and predictions, int64 [N]. Raises ValueError for an index that is no class."""
+        """Count images by their labels and predictions, int64 [N]. Raises ValueError for an invalid class index."""
         if labels.shape != predictions.shape:
             raise ValueError(f"{labels.shape} labels and {predictions.shape} predictions are not of the same images")
         for name, values in (("label", labels), ("prediction", predictions)):
@@ -61,7 +61,7 @@ class Confusion:
         return cls(num_classes, pairs // num_classes, pairs % num_classes, counts.astype(np.int64))
 
     def arrays(self) -> dict[str, Ints]:
-        """What `from_arrays` reads."""
+        """The arrays for `from_arrays`."""
         return {"labels": self.labels, "predictions": self.predictions, "counts": self.counts}
 
     @classmethod
@@ -77,23 +77,23 @@ class Confusion:
         return [Accuracy(*pair) for pair in zip(images.tolist(), right.tolist(), strict=True)]
 
     def overall(self) -> Accuracy:
-        """The accuracy on all images: each counts the same, so that a class counts as often as it has images."""
+        """The accuracy on all images, in which a class counts in proportion to its images."""
         own = self.labels == self.predictions
         return Accuracy(int(self.counts.sum()), int(self.counts[own].sum()))
 
     def mean_over_classes(self) -> float | None:
-        """The mean of the classes' accuracies: each class that has images counts the same. None of no images."""
+        """The mean of the accuracies of the classes with images, each counted equally. None without images."""
         values = [accuracy.value for accuracy in self.by_class() if accuracy.value is not None]
         return math.fsum(values) / len(values) if values else None
 
     def mistakes(self, label: int, most: int) -> list[tuple[int, int]]:
-        """The other classes that images of a class are most often taken for, with their numbers."""
-        here = (self.labels == label) & (self.predictions != label)
-        found = zip(self.predictions[here].tolist(), self.counts[here].tolist(), strict=True)
-        return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:most]
+        """The `most` most frequent wrong predictions for images of a class: (predicted class, count)."""
+        rows = (self.labels == label) & (self.predictions != label)
+        pairs = zip(self.predictions[rows].tolist(), self.counts[rows].tolist(), strict=True)
+        return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:most]
 
     def matrix(self) -> Ints:
-        """All pairs, int64 [K, K]: a row is the class of the images, a column the one they are taken to be of."""
+        """All pairs, int64 [K, K]: a row is the class of the images, a column the predicted class."""
         whole = np.zeros((self.num_classes, self.num_classes), np.int64)
         whole[self.labels, self.predictions] = self.counts
         return whole

@@ -1,6 +1,6 @@
-"""The protocol of a result: everything that must be equal for two values to be compared.
+"""The protocol of a result: everything that must be equal for two values to be comparable.
 
-A protocol is a mapping of fields, nested or not, of the kinds that JSON has.
+A protocol is a mapping of fields, possibly nested, with values of JSON types.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-UINT8_RULE = "floor(127.5 x + 128), clamped to 0..255"  # of an image in -1..1, x; unbiased, unlike 255 (x + 1) / 2
+UINT8_RULE = "floor(127.5 x + 128), clamped to 0..255"  # of an image x in -1..1; unbiased, unlike 255 (x + 1) / 2
 _NOT_STATED = "(not stated)"
 _ABSENT = object()
 
@@ -17,21 +17,21 @@ _ABSENT = object()
 def protocol_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """The fields in which two protocols differ, with both values: "cfg_scale 1.5 / 2.0", "sampler.name a / b".
 
-    Empty where they are the same. A field that one of them lacks differs, also from null.
+    Empty if they are equal. A missing field differs from every value, also from null.
     """
     return [f"{name} {' / '.join(texts)}" for name, texts in _differing([first, second])]
 
 
 def same_protocol(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether values measured by the two may be compared."""
+    """Whether values measured by the two protocols are comparable."""
     return not protocol_differences(first, second)
 
 
 def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table with a column for each result and a row for each metric, and whether the columns are comparable.
 
-    results: name -> {"metrics": {name: value}, "protocol": {...}}. A metric beside which there is "<metric>_std" is
-    shown as "4.21 ± 0.03". Below the table one line for each field in which protocols differ, with the value of each.
+    results: name -> {"metrics": {name: value}, "protocol": {...}}. A metric with a "<metric>_std" is shown as
+    "4.21 ± 0.03". Below the table is one line for each field in which protocols differ, with all its values.
     """
     metrics = {name: result.get("metrics", {}) for name, result in results.items()}
     measured = dict.fromkeys(metric for values in metrics.values() for metric in values)
@@ -42,12 +42,12 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _comparability(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What is said below the table."""
+    """The lines below the table."""
     protocols = {name: result.get("protocol") or {} for name, result in results.items()}
-    silent = [name for name, protocol in protocols.items() if not protocol]
+    unstated = [name for name, protocol in protocols.items() if not protocol]
     differing = list(_differing(list(protocols.values())))
-    if silent:
-        yield f"No protocol is stated for {', '.join(silent)}: nobody can say what those values compare with."
+    if unstated:
+        yield f"No protocol is stated for {', '.join(unstated)}: these values may not be comparable with others."
     elif not differing:
         yield "All measured by one protocol."
     if differing:
@@ -56,7 +56,7 @@ def _comparability(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _differing(protocols: list[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    """Each field that is not the same in all, and its text in each."""
+    """Each field that is not equal in all protocols, with its text in each."""
     flat = [dict(_flattened(protocol)) for protocol in protocols]
     for name in dict.fromkeys(name for fields in flat for name in fields):
         values = [fields.get(name, _ABSENT) for fields in flat]
@@ -74,7 +74,7 @@ def _flattened(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Whether two values are equal once written: tuples as lists, 1 as 1.0, but true not as 1."""
+    """Whether two values are equal in JSON: a tuple equals a list, and 1 equals 1.0, but true does not equal 1."""
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(map(_equal, first, second))
     if isinstance(first, bool) is not isinstance(second, bool):
@@ -87,7 +87,7 @@ def _text(value: Any) -> str:
 
 
 def _cell(values: Mapping[str, float], metric: str) -> str:
-    """A value in four significant digits, its spread in as many decimals and at least one digit."""
+    """A value with four significant digits, and its spread with the same decimals and at least one digit."""
     value, spread = values.get(metric), values.get(f"{metric}_std")
     if value is None:
         return "-"
@@ -98,7 +98,7 @@ def _cell(values: Mapping[str, float], metric: str) -> str:
 
 
 def _decimals(value: float, digits: int) -> int:
-    """Decimals that show a value to so many significant digits, without zeros at the end."""
+    """Number of decimals that show a value with `digits` significant digits, without trailing zeros."""
     if not math.isfinite(value):
         return 0
     exponent = Decimal(f"{value:.{digits - 1}e}").normalize().as_tuple().exponent

@@ -1,4 +1,4 @@
-"""What papers state: cost of a forward pass, and FID on ImageNet.
+"""Published values of the papers: cost of a forward pass, and FID on ImageNet.
 
 FID is FID-50k with ADM's statistics, 250 ancestral steps and labels drawn uniformly. Values are only comparable with
 others of that protocol. EDT's rows are also in the README of github.com/xinwangChen/EDT, and MDTv2's 1.58 in that of
@@ -14,7 +14,7 @@ AUTOENCODER_FACTOR, AUTOENCODER_CHANNELS = 8, 4
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a paper's table. `gflops` are multiply-accumulates / 1e9, None where the paper does not state them."""
+    """One row of a paper's table. `gflops` are multiply-accumulates / 1e9, None if the paper does not state them."""
 
     source: str
     model: str
@@ -64,6 +64,6 @@ PUBLISHED: tuple[Published, ...] = (
 
 
 def published_gflops(model: str, image_size: int) -> float | None:
-    """Multiply-accumulates of a forward pass / 1e9 as the model's paper has them, or None."""
-    found = (row.gflops for row in PUBLISHED if (row.model, row.image_size) == (model, image_size))
-    return next(found, None)
+    """Multiply-accumulates of a forward pass / 1e9 from the model's paper, or None."""
+    values = (row.gflops for row in PUBLISHED if (row.model, row.image_size) == (model, image_size))
+    return next(values, None)

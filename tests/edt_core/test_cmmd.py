@@ -86,10 +86,10 @@ def test_no_kernel_is_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("generated", "reference", "message"),
     [
-        (np.ones((1, 4)), np.ones((5, 4)), "1 generated features, this metric needs at least 2"),
-        (np.ones((5, 4)), np.ones((1, 4)), "1 reference features, this metric needs at least 2"),
-        (np.ones((5, 4)), np.ones((5, 3)), "4 dimensions, the reference features 3"),
-        (np.full((5, 4), np.nan), np.ones((5, 4)), "5 of 5 generated features hold NaN"),
+        (np.ones((1, 4)), np.ones((5, 4)), "1 generated features, but this metric needs at least 2"),
+        (np.ones((5, 4)), np.ones((1, 4)), "1 reference features, but this metric needs at least 2"),
+        (np.ones((5, 4)), np.ones((5, 3)), "4 dimensions, but the reference features have 3"),
+        (np.full((5, 4), np.nan), np.ones((5, 4)), "5 of 5 generated features contain NaN"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(generated: Vectors, reference: Vectors, message: str) -> None:
@@ -107,7 +107,7 @@ def test_its_name_is_that_of_its_space() -> None:
     assert in_order(values) == ["fd_clip", "kid_clip", "precision_clip", "recall_clip", "cmmd"]
     assert (metric_name("cmmd", "clip"), metric_space("cmmd_std"), metric_space("fd_clip")) == ("cmmd", "clip", "clip")
     assert bias_warning(["cmmd"], 10) is None
-    with pytest.raises(UserError, match="cmmd is made of the CLIP network's outputs, the space 'inception' has none"):
+    with pytest.raises(UserError, match="cmmd needs outputs of the CLIP network, which the space 'inception' does not"):
         compute_metrics(x, y, ("cmmd",))
 
 

@@ -187,12 +187,12 @@ def with_value(value: float) -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("generated", "reference", "message"),
     [
-        (with_value(np.nan), REFERENCE, "2 of 600 generated features hold NaN or infinity"),
-        (REFERENCE, with_value(np.inf), "2 of 600 reference features hold NaN or infinity"),
+        (with_value(np.nan), REFERENCE, "2 of 600 generated features contain NaN or infinity"),
+        (REFERENCE, with_value(np.inf), "2 of 600 reference features contain NaN or infinity"),
         (GENERATED[0], REFERENCE, r"generated features have shape \(64,\)"),
         (GENERATED, REFERENCE.reshape(750, 8, 8), r"reference features have shape \(750, 8, 8\)"),
-        (GENERATED[:, :32], REFERENCE, "have 32 dimensions, the reference features 64"),
-        (GENERATED[:3], REFERENCE, "3 generated features, this metric needs at least 4"),
+        (GENERATED[:, :32], REFERENCE, "have 32 dimensions, but the reference features have 64"),
+        (GENERATED[:3], REFERENCE, "3 generated features, but this metric needs at least 4"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(
@@ -208,7 +208,7 @@ def test_too_few_samples_for_each_metric_are_refused() -> None:
         compute_metrics(GENERATED[:1], REFERENCE, ("fid",))
     with pytest.raises(ValueError, match="at least 6"):
         compute_metrics(GENERATED[:5], REFERENCE, ("precision",), k=5)
-    with pytest.raises(ValueError, match="at least 2 samples, there are 1"):
+    with pytest.raises(ValueError, match="at least 2 samples, but there are 1"):
         frechet(GENERATED[:1], REFERENCE)
     with pytest.raises(ValueError, match="of 64 and of 32 dimensions"):
         FeatureStatistics.from_features(GENERATED).merge(FeatureStatistics.from_features(GENERATED[:, :32]))

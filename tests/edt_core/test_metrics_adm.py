@@ -98,17 +98,17 @@ def test_images_are_read_in_bounded_memory(tmp_path: Path, compressed: bool) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mu": np.zeros(5), "sigma": np.eye(5)}, "another extractor: mu has 5 dimensions, that of Inception 8"),
-        ({"sigma": np.eye(5)}, "another extractor: sigma has 5 dimensions"),
-        ({"sigma_s": np.eye(9)}, "sigma_s has 9 dimensions, that of Inception 6"),
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, "network: mu has 5 dimensions, but that of Inception has 8"),
+        ({"sigma": np.eye(5)}, "another feature network: sigma has 5 dimensions"),
+        ({"sigma_s": np.eye(9)}, "sigma_s has 9 dimensions, but that of Inception has 6"),
         ({"sigma": np.ones((8, 6))}, r"sigma is float64 of shape \(8, 6\)"),
         ({"mu": np.zeros((8, 1))}, r"mu is float64 of shape \(8, 1\)"),
         ({"mu": np.zeros(8, np.int64)}, "mu is int64"),
         ({"sigma": np.triu(np.ones((8, 8)))}, "mu and sigma: .* not symmetric"),
         ({"mu_s": np.full(6, np.inf)}, "mu_s and sigma_s: 6 values .* NaN or infinity"),
-        ({"mu": np.array([None] * 8)}, "mu holds pickled Python objects"),
-        ({"mu": None}, r"lacks \['mu'\], it holds"),
-        ({"mu_s": None}, "has sigma_s alone"),
+        ({"mu": np.array([None] * 8)}, "mu contains pickled Python objects"),
+        ({"mu": None}, r"lacks \['mu'\]; it contains"),
+        ({"mu_s": None}, "has only sigma_s"),
         ({"arr_0": IMAGES.astype(np.float32)}, "arr_0 is float32"),
         ({"arr_0": IMAGES[..., 0]}, r"arr_0 is uint8 of shape \(10, 4, 4\)"),
     ],
@@ -120,12 +120,12 @@ def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any], message
 
 
 def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="does not exist"):
         read_adm(tmp_path / "absent.npz")
     (tmp_path / "text.npz").write_text("not found")
     np.save(tmp_path / "one.npy", np.zeros(8))
     for name in ("text.npz", "one.npy"):
-        with pytest.raises(UserError, match="is not an npz, or a damaged one"):
+        with pytest.raises(UserError, match="is not an npz, or is damaged"):
             read_adm(tmp_path / name)
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_batch_is_refused(tmp_path: Path) -> None:
         read_adm(path)
 
 
-@pytest.mark.parametrize(("rows", "message"), [(99, "arr_0 ends after 480 of 4,752 bytes"), (9, "holds more bytes")])
+@pytest.mark.parametrize(("rows", "message"), [(99, "arr_0 ends after 480 of 4,752 bytes"), (9, "has more bytes")])
 def test_a_header_that_states_another_size_is_refused(tmp_path: Path, rows: int, message: str) -> None:
     np.save(tmp_path / "images.npy", IMAGES)
     member = (tmp_path / "images.npy").read_bytes().replace(b"(10, 4, 4, 3)", f"({rows:2}, 4, 4, 3)".encode())

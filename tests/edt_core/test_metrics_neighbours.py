@@ -34,7 +34,7 @@ def test_a_copy_is_at_no_distance_and_nobody_is_their_own_neighbour() -> None:
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
-    with pytest.raises(UserError, match="5 dimensions, the reference features 4"):
+    with pytest.raises(UserError, match="5 dimensions, but the reference features have 4"):
         nearest_neighbours(QUERIES, [CANDIDATES[:, :4]], 1)
     with pytest.raises(UserError, match="NaN or infinity"):
         nearest_neighbours(QUERIES, [np.full_like(CANDIDATES, np.nan)], 1)

@@ -66,8 +66,8 @@ def test_statistics_of_all_images_go_before_those_of_the_features_kept() -> None
             "sfid needs spatial features or spatial statistics of the generated and the reference side",
         ),
         ("inception_score", "inception", "needs class probabilities of the generated side"),
-        ("inception_score", "dinov2", "made of the Inception network's outputs, the space 'dinov2' has none"),
-        ("sfid", "classifier", "the space 'classifier' has none"),
+        ("inception_score", "dinov2", "needs outputs of the Inception network, which the space 'dinov2' does not have"),
+        ("sfid", "classifier", "the space 'classifier' does not have"),
     ],
 )
 def test_a_metric_that_cannot_be_had_says_what_is_missing(metric: str, space: str, message: str) -> None:
@@ -76,9 +76,9 @@ def test_a_metric_that_cannot_be_had_says_what_is_missing(metric: str, space: st
 
 
 def test_sets_that_give_nothing_are_refused() -> None:
-    with pytest.raises(UserError, match="give no metric: fid needs features or statistics of the generated side"):
+    with pytest.raises(UserError, match="no metric can be computed of the two sides: fid needs features or statistics"):
         compute_metrics(FeatureSet(), REAL)
-    with pytest.raises(UserError, match="'dinov2' has none"):
+    with pytest.raises(UserError, match="'dinov2' does not have"):
         metric_name("inception_score", "dinov2")
 
 
@@ -100,7 +100,7 @@ def test_too_few_samples_for_full_rank_are_refused_unless_allowed() -> None:
 
 
 def test_statistics_of_another_extractor_are_refused() -> None:
-    with pytest.raises(UserError, match="generated features have 6 dimensions, the reference features 4"):
+    with pytest.raises(UserError, match="generated features have 6 dimensions, but the reference features have 4"):
         compute_metrics(MADE, FeatureSet(statistics=gaussian(REAL_SPATIAL)))
 
 
@@ -134,7 +134,7 @@ def test_statistics_come_back_from_arrays_as_they_were() -> None:
     [
         ({"scatter": np.eye(5)}, r"mean of shape \(6,\) and a scatter of shape \(5, 5\)"),
         ({"mean": np.full(6, np.nan)}, "6 values of the statistics are NaN or infinity"),
-        ({"scatter": np.triu(np.ones((6, 6)))}, "not symmetric: .* by up to 1, the largest is 1"),
+        ({"scatter": np.triu(np.ones((6, 6)))}, "not symmetric: .* by up to 1, and the largest entry is 1"),
         ({"scatter": -np.eye(6)}, "-1 on its diagonal"),
         ({"count": np.array(0)}, "count is 0"),
         ({"count": np.array(2.5)}, "count is 2.5"),
@@ -148,7 +148,7 @@ def test_arrays_that_are_no_statistics_are_refused(change: dict[str, Any], messa
 
 
 def test_a_gaussian_of_one_sample_or_of_nonsense_is_refused() -> None:
-    with pytest.raises(UserError, match="at least 2 samples, there are 1"):
+    with pytest.raises(UserError, match="at least 2 samples, but there are 1"):
         Gaussian(np.zeros(2), np.eye(2), 1)
     with pytest.raises(UserError, match="not symmetric"):
         Gaussian(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
@@ -165,7 +165,7 @@ def test_small_samples_are_warned_of() -> None:
     warning = bias_warning(["fid", "sfid", "kid", "fid_std"], 1000)
     assert warning is not None
     assert warning.startswith("fid, sfid of 1,000 samples are biased upwards")
-    assert "read kid, unbiased" in warning
+    assert "use kid too, which is unbiased" in warning
     one = bias_warning(["fd_dinov2", "fd_dinov2_std", "precision_dinov2"], 9_999)
     assert one is not None
     assert one.startswith("fd_dinov2 of 9,999 samples is biased")

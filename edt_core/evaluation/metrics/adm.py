@@ -2,8 +2,8 @@
 
 The format of openai/guided-diffusion `evaluations` (VIRTUAL_imagenet256_labeled.npz): mu [2048], sigma [2048, 2048] of
 the pooled features, mu_s [2023], sigma_s [2023, 2023] of the spatial ones, arr_0 uint8 [N, S, S, 3] of images. Such
-files come from elsewhere: arrays of Python objects, which are pickles, are refused, and no array is read whose header
-does not say what is expected.
+files are untrusted: arrays of Python objects, which are pickles, are rejected, and an array is read only after its
+header is checked.
 """
 
 import math
@@ -31,10 +31,10 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedE
 
 @dataclass(frozen=True, eq=False)
 class AdmReference:
-    """What a reference batch states.
+    """The content of a reference batch.
 
-    statistics, spatial_statistics: of the pooled and the spatial features; their number of images is not in the file.
-    image_shape: (N, S, S, 3) of the images in it, which `read_images` yields; None where it has none.
+    statistics, spatial_statistics: of the pooled and the spatial features; the file does not contain their number of
+    images. image_shape: (N, S, S, 3) of the images that `read_images` yields; None if there are none.
     """
 
     statistics: Gaussian
@@ -43,19 +43,19 @@ class AdmReference:
 
 
 def read_adm(path: Path | str) -> AdmReference:
-    """The statistics of a reference batch; of its images the header alone.
+    """Read the statistics of a reference batch, and only the header of its images.
 
-    Raises UserError for a file that is no such npz or is damaged, for pickled members, and for statistics of another
-    size than Inception's, not finite or not symmetric.
+    Raises UserError for a file that is not such an npz or is damaged, for pickled members, and for statistics of
+    another size than Inception's, not finite or not symmetric.
     """
     with _opened(path) as archive:
         names = _members(archive)
         missing = [name for name in ("mu", "sigma") if name not in names]
         if missing:
-            raise UserError(f"{path} lacks {missing}, it holds {sorted(names)}. Take a reference batch of ADM.")
+            raise UserError(f"{path} lacks {missing}; it contains {sorted(names)}. Use a reference batch of ADM.")
         spatial = {"mu_s", "sigma_s"} & names
         if len(spatial) == 1:
-            raise UserError(f"{path} has {spatial.pop()} alone; mu_s and sigma_s go together. Take the original file.")
+            raise UserError(f"{path} has only {spatial.pop()} of mu_s and sigma_s. Use the original file.")
         return AdmReference(
             _read_gaussian(archive, path, "mu", "sigma", POOL_DIMENSIONS),
             _read_gaussian(archive, path, "mu_s", "sigma_s", SPATIAL_DIMENSIONS) if spatial else None,
@@ -64,7 +64,7 @@ def read_adm(path: Path | str) -> AdmReference:
 
 
 def count_images(path: Path | str) -> int:
-    """How many images `read_images` will yield, by the header; 0 where the file holds statistics alone.
+    """The number of images that `read_images` will yield, from the header; 0 if the file has only statistics.
 
     Raises UserError as `read_images` does.
     """
@@ -75,8 +75,8 @@ def count_images(path: Path | str) -> int:
 def read_images(path: Path | str, chunk_size: int = 256) -> Iterator[NDArray[np.uint8]]:
     """The images of a reference or sample batch in order, uint8 [n <= chunk_size, S, S, 3], one chunk in memory.
 
-    Yields nothing where the file holds statistics alone. Raises UserError for a file that is no npz or is damaged, and
-    for an arr_0 that holds no images.
+    Yields nothing if the file has only statistics. Raises UserError for a file that is not an npz or is damaged, and
+    for an arr_0 without images.
     """
     with _opened(path) as archive:
         if _IMAGES not in _members(archive):
@@ -93,16 +93,16 @@ def read_images(path: Path | str, chunk_size: int = 256) -> Iterator[NDArray[np.
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[zipfile.ZipFile]:
-    """The npz as an archive; what a damaged one raises becomes a UserError."""
+    """Open the npz as an archive; errors of a damaged file become a UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}. Download the reference batch first.") from error
+        raise UserError(f"the file {path} does not exist. Download the reference batch first.") from error
     except _DAMAGE as error:
-        raise UserError(f"{path} is not an npz, or a damaged one ({error}). Download it again.") from error
+        raise UserError(f"{path} is not an npz, or is damaged ({error}). Download it again.") from error
 
 
 def _members(archive: zipfile.ZipFile) -> set[str]:
@@ -120,13 +120,13 @@ def _read_gaussian(archive: zipfile.ZipFile, path: Path | str, mean: str, covari
 
 
 def _read_floats(archive: zipfile.ZipFile, path: Path | str, name: str, expected: tuple[int, ...]) -> FloatArray:
-    """A member of floats of the shape expected, as float64."""
+    """A member of floats with shape `expected`, as float64."""
     with archive.open(f"{name}.npy") as member:
         shape, is_fortran, dtype = _read_header(member, path, name)
         if len(shape) == len(expected) and shape != expected and len(set(shape)) == 1:
             raise UserError(
-                f"{path} holds reference statistics of another extractor: {name} has {shape[0]} dimensions, that of "
-                f"Inception {expected[0]}. Take statistics of the Inception network of FID."
+                f"{path} contains reference statistics of another feature network: {name} has {shape[0]} dimensions, "
+                f"but that of Inception has {expected[0]}. Use statistics of the Inception network of FID."
             )
         if shape != expected or not np.issubdtype(dtype, np.floating):
             raise UserError(f"{path}: {name} is {dtype} of shape {shape}; floats of shape {expected} are expected.")
@@ -139,34 +139,36 @@ def _image_shape(archive: zipfile.ZipFile, path: Path | str) -> tuple[int, int, 
     with archive.open(f"{_IMAGES}.npy") as member:
         shape, is_fortran, dtype = _read_header(member, path, _IMAGES)
     if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or 0 in shape or is_fortran:
-        raise UserError(f"{path}: {_IMAGES} is {dtype} of shape {shape}; images are uint8 [N, S, S, 3] in C order.")
+        raise UserError(f"{path}: {_IMAGES} is {dtype} of shape {shape}; uint8 [N, S, S, 3] in C order is expected.")
     return shape[0], shape[1], shape[2], shape[3]
 
 
 def _read_header(member: IO[bytes], path: Path | str, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of an npy member, read up to where its values begin."""
+    """Shape, Fortran order and dtype of an npy member, read up to the start of its values."""
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     version = npy.read_magic(member)
     if version not in readers:
         raise UserError(f"{path}: {name} is in version {version} of the npy format; save it in (1, 0).")
     shape, is_fortran, dtype = readers[version](member)
     if dtype.hasobject:
-        raise UserError(f"{path}: {name} holds pickled Python objects, which are not read. Save it as a plain array.")
+        raise UserError(
+            f"{path}: {name} contains pickled Python objects, which are not loaded. Save it as a plain array."
+        )
     return shape, is_fortran, dtype
 
 
 def _read_exactly(member: IO[bytes], size: int, path: Path | str, name: str) -> bytearray:
-    """`size` bytes, in portions, so that a header that promises too much costs no memory."""
+    """Read `size` bytes in chunks, so that a header with a wrong, large size allocates no memory."""
     data = bytearray()
     while len(data) < size:
-        portion = member.read(min(_READ_AT_ONCE, size - len(data)))
-        if not portion:
+        chunk = member.read(min(_READ_AT_ONCE, size - len(data)))
+        if not chunk:
             raise UserError(f"{path}: {name} ends after {len(data):,} of {size:,} bytes. Download it again.")
-        data += portion
+        data += chunk
     return data
 
 
 def _check_end(member: IO[bytes], path: Path | str, name: str) -> None:
-    """Raises UserError where the member goes on; where its bytes are not those of its checksum, zipfile does."""
+    """Raise UserError if the member has more bytes. At its end, zipfile raises if the checksum does not match."""
     if member.read(1):
-        raise UserError(f"{path}: {name} holds more bytes than its header states. Download it again.")
+        raise UserError(f"{path}: {name} has more bytes than its header states. Download it again.")

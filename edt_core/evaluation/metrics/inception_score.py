@@ -1,4 +1,4 @@
-"""Inception score: are single predictions sure, and all of them together varied?"""
+"""Inception score: confidence of single predictions, and variety of all predictions."""
 
 import math
 from typing import NamedTuple
@@ -20,17 +20,16 @@ class InceptionScore(NamedTuple):
 def inception_score(probabilities: ArrayLike, *, split_size: int = 5000) -> InceptionScore:
     """exp(E[KL(p(y|x) || p(y))]) of class probabilities [N, K] (Salimans et al. 2016, arXiv 1606.03498).
 
-    The samples are split in order into as few nearly equal parts of at most `split_size` as will do, so they
-    must not be sorted by class. Raises UserError for a split size below 1 and for rows that are not
-    probabilities.
+    The samples are split in order into the fewest nearly equal parts of at most `split_size`, so they must not be
+    sorted by class. Raises UserError for a split size below 1 and for rows that are not probabilities.
     """
     if split_size < 1:
-        raise UserError(f"split_size is {split_size}, it must be at least 1; 5000 is usual.")
+        raise UserError(f"split_size is {split_size}, but it must be at least 1; 5000 is usual.")
     p = checked_features(probabilities, "probability", min_samples=1).astype(np.float64)
     worst = float(np.max(np.abs(p.sum(axis=1) - 1.0)))
     if p.min() < 0.0 or worst > 1e-3:
         raise UserError(
-            f"rows of probabilities must be at least 0 and sum to 1, but the least value is {p.min():g} and "
+            f"rows of probabilities must be at least 0 and sum to 1, but the smallest value is {p.min():g} and "
             f"a sum is off by {worst:g}. Pass the softmax of the logits, in float32."
         )
     scores = [_score(part) for part in np.array_split(p, math.ceil(len(p) / split_size))]

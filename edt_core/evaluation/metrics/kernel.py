@@ -1,6 +1,6 @@
 """Kernel distance (KID): an unbiased squared maximum mean discrepancy with a cubic polynomial kernel.
 
-Shapes: N, M samples, D dimensions. Blocks of rows are widened to float64 as they are used.
+Shapes: N, M samples, D dimensions. Blocks of rows are converted to float64 when they are used.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ def kernel_distance(
 ) -> float:
     """Unbiased MMD^2 over all pairs for k(x, y) = (x.y / D + 1)^3 (Bińkowski et al. 2018, arXiv 1801.01401).
 
-    generated: [N, D], reference: [M, D]. May be below 0 where the sets are alike. All pairs are used, not
-    subsets, so there is no random part. `device` must support float64; it holds the features and one kernel
-    of block_size². Raises UserError for features that do not fit, and for fewer than two samples in a set.
+    generated: [N, D], reference: [M, D]. May be below 0 if the sets are alike. All pairs are used, not random
+    subsets, so the value is deterministic. `device` must support float64; it stores the features and one kernel
+    of block_size². Raises UserError for invalid features, and for fewer than two samples in a set.
     """
     first, second = (torch.from_numpy(np.ascontiguousarray(f)) for f in checked_pair(generated, reference))
     x, y = first.to(device), second.to(device)
@@ -57,9 +57,9 @@ def sum_between(kernel: Kernel, x: Tensor, y: Tensor, block_size: int) -> Tensor
 def sum_within(
     kernel: Kernel, x: Tensor, block_size: int, on_diagonal: Callable[[Tensor], Tensor] = torch.sum
 ) -> Tensor:
-    """Sum of k(x_i, x_j) over the pairs of [N, D]; blocks above the diagonal count for those below it.
+    """Sum of k(x_i, x_j) over the pairs of [N, D]; blocks above the diagonal count twice, for those below it.
 
-    `on_diagonal` adds up a block of the diagonal: with or without the pairs of a sample with itself.
+    `on_diagonal` sums a block of the diagonal, with or without the pairs of a sample with itself.
     """
     blocks = x.split(block_size)
     total = torch.zeros((), dtype=torch.float64, device=x.device)

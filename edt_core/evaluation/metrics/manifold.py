@@ -1,7 +1,7 @@
-"""Improved precision and recall: do samples lie within the other set's manifold?
+"""Improved precision and recall: the shares of samples within the other set's manifold.
 
-The manifold of a set is the union of balls around its points, each as wide as its point's k-th nearest
-neighbour is far (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+The manifold of a set is the union of balls around its points; the radius of a ball is the distance to the point's
+k-th nearest neighbour (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
 Shapes: N, M samples, D dimensions. Distances are float64, in blocks of block_size², each computed once.
 """
@@ -33,9 +33,9 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Improved precision and recall (eq. 2 of the paper) of features [N, D] and [M, D].
 
-    k: which nearest neighbour, the point itself not counted, sets a ball's radius. `device` must support
-    float64; it holds the features and a few blocks. Raises UserError for features that do not fit, and for k
-    samples or fewer in a set.
+    k: the nearest neighbour, not counting the point itself, that sets a ball's radius. `device` must support
+    float64; it stores the features and a few blocks. Raises UserError for invalid features, and for k samples or
+    fewer in a set.
     """
     pair = checked_pair(generated, reference, min_samples=k + 1)
     x, y = (torch.from_numpy(np.ascontiguousarray(features)).to(device) for features in pair)
@@ -68,7 +68,7 @@ def squared_radii(points: Tensor, k: int, block_size: int) -> Tensor:
 
 
 def _keep_nearest(nearest: Tensor, distances: Tensor) -> None:
-    """Replaces nearest [n, k] by the k least of themselves and of distances [n, m]."""
+    """Replace nearest [n, k] by the k smallest of its own values and of distances [n, m]."""
     least = distances.topk(min(nearest.shape[1], distances.shape[1]), dim=1, largest=False).values
     nearest.copy_(torch.cat([nearest, least], dim=1).topk(nearest.shape[1], dim=1, largest=False).values)
 
@@ -76,7 +76,7 @@ def _keep_nearest(nearest: Tensor, distances: Tensor) -> None:
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Squared Euclidean distances of all pairs of [n, D] and [m, D], float64 [n, m].
 
-    A distance that rounding cannot tell from 0 is 0, so that equal points are equal.
+    A distance that cannot be distinguished from 0 due to rounding is 0, so that equal points have distance 0.
     """
     x, y = x.double(), y.double()
     norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)

@@ -1,8 +1,8 @@
-"""The metrics, and the names under which they are reported.
+"""The metrics, and their reported names.
 
-A name says what was computed and in which feature space: in Inception's they are the field's own (fid, kid), in any
-other they carry the space (fd_dinov2, kid_dinov2, precision_classifier), for values of two spaces are not comparable.
-A metric of one space alone, as sfid, needs no space in its name.
+A name states the metric and the feature space: in Inception's space names are the usual ones (fid, kid), in any other
+they contain the space (fd_dinov2, kid_dinov2, precision_classifier), since values of two spaces are not comparable.
+A metric that exists in one space only, such as sfid, needs no space in its name.
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,15 @@ from edt_core.evaluation.metrics.registry import METRICS
 
 
 def space_metrics(space: str) -> tuple[str, ...]:
-    """The metrics that exist in a space, of `METRICS`; in a space of the caller's own those that features alone give.
+    """The metrics of `METRICS` that exist in a space; in a caller's own space, those of features alone.
 
-    Only Inception's probabilities make an inception score, only its spatial layer an sFID.
+    The inception score needs Inception's probabilities, and sFID its spatial layer.
     """
     return FEATURE_METRICS if (spec := known_spec(space)) is None else spec.metrics
 
 
 def metric_name(metric: str, space: str) -> str:
-    """The name under which a metric in a feature space is reported.
+    """The reported name of a metric in a feature space.
 
     Raises UserError for an unknown metric, and for one that does not exist in the space.
     """
@@ -40,18 +40,18 @@ def metric_space(name: str) -> str:
 
 
 def _home(metric: str) -> str:
-    """The space in which a metric has its bare name: the only one that it exists in, or Inception's."""
+    """The space in which a metric's name has no suffix: the only one that it exists in, or Inception's."""
     return next(space for space in (INCEPTION, *PUBLISHED_SPACES) if metric in space_metrics(space))
 
 
 def check_metric(metric: str, space: str) -> None:
-    """Raises UserError for an unknown metric, and for one that does not exist in the space."""
+    """Raise UserError for an unknown metric, and for one that does not exist in the space."""
     if metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}. Choose from {list(METRICS)}.")
     if metric not in space_metrics(space):
         home = extractor_spec(_home(metric))
         raise UserError(
-            f"{metric} is made of the {home.title} network's outputs, the space {space!r} has none. "
+            f"{metric} needs outputs of the {home.title} network, which the space {space!r} does not have. "
             f"Choose from {list(space_metrics(space))}, or evaluate in the space {home.name!r}."
         )
 
@@ -62,10 +62,10 @@ def is_frechet(name: str) -> bool:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Reported names in the order of `METRICS`, each distance first in its space; others come last, by name."""
+    """Reported names in the order of `METRICS`, Fréchet distances first; unknown names come last, by name."""
 
     def place(name: str) -> tuple[int, str]:
-        found = [rank for rank, metric in enumerate(METRICS) if name.startswith(metric)]
-        return (0 if is_frechet(name) and name != "sfid" else found[0] if found else len(METRICS), name)
+        ranks = [rank for rank, metric in enumerate(METRICS) if name.startswith(metric)]
+        return (0 if is_frechet(name) and name != "sfid" else ranks[0] if ranks else len(METRICS), name)
 
     return sorted(names, key=place)

@@ -1,6 +1,6 @@
-"""All metrics: one `Metric` for each, which is what the rest of the project knows of it.
+"""The registry of metrics: one `Metric` for each, its interface to the rest of the project.
 
-To register one is to add it to `REGISTERED`, and its name to the spec of each feature space that it exists in.
+To register a metric, add it to `REGISTERED`, and its name to the spec of each feature space that it exists in.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from edt_core.evaluation.metrics.cmmd import cmmd
 from edt_core.evaluation.metrics.kernel import kernel_distance
 
-NEIGHBOURS = 3  # the neighbour of precision and recall, where none is given
+NEIGHBOURS = 3  # the default neighbour of precision and recall
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Metric:
     """A metric by its name in `evaluate.metrics`.
 
     meaning: what it measures, for the reader of a report. lower_is_better: whether it is a distance.
-    least_pairs: features of each side that it needs to compare them in pairs; 0 where it does not.
+    least_pairs: the least number of features of each side for a comparison in pairs; 0 if it compares none.
     distance: computes it from generated features [N, D] and reference features [M, D], with the keywords `block_size`
-    and `device` of `kernel_distance`; None where it takes more than these, and `compute_metrics` knows how.
+    and `device` of `kernel_distance`; None for a metric that needs other inputs, which `compute_metrics` computes.
     """
 
     name: str

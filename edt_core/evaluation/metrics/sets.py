@@ -1,4 +1,4 @@
-"""One side of a comparison: what is kept of a set of images in one feature space."""
+"""One side of a comparison: the stored features of a set of images in one feature space."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from edt_core.evaluation.metrics.statistics import FeatureStatistics, Gaussian
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """What one side has in one feature space; None where it has not.
+    """The data of one side in one feature space; None for data that it lacks.
 
     features: [N, D], the space's vectors. spatial: [N, D2], vectors of a spatial layer, for sFID.
     probabilities: [N, K] of classes, rows in the order of the samples, which must not be sorted by class.
-    statistics, spatial_statistics: given where they are of more images than the vectors kept here, or where no
-    vectors are; otherwise the Fréchet distance takes those of the vectors.
+    statistics, spatial_statistics: set if they are of more images than the vectors, or if there are no vectors;
+    otherwise the Fréchet distance uses the statistics of the vectors.
     """
 
     features: NDArray[np.generic] | None = None
@@ -26,28 +26,28 @@ class FeatureSet:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether `gaussian` has something to give."""
+        """Whether `gaussian` has data."""
         return self.statistics is not None or self.features is not None
 
     @property
     def has_spatial_statistics(self) -> bool:
-        """Whether `spatial_gaussian` has something to give."""
+        """Whether `spatial_gaussian` has data."""
         return self.spatial_statistics is not None or self.spatial is not None
 
     def gaussian(self, name: str) -> Gaussian:
-        """The statistics given, else of the features. `name` says in messages which side is meant.
+        """`statistics` if set, otherwise those of the features. `name` names the side in messages.
 
         Raises UserError for features that are not [N >= 2, D] or not finite.
         """
         return _gaussian(self.statistics, self.features, name)
 
     def spatial_gaussian(self, name: str) -> Gaussian:
-        """The same of the spatial layer."""
+        """As `gaussian`, for the spatial layer."""
         return _gaussian(self.spatial_statistics, self.spatial, f"{name} spatial")
 
 
-def _gaussian(given: Gaussian | None, features: NDArray[np.generic] | None, name: str) -> Gaussian:
-    if given is not None:
-        return given
+def _gaussian(statistics: Gaussian | None, features: NDArray[np.generic] | None, name: str) -> Gaussian:
+    if statistics is not None:
+        return statistics
     assert features is not None
     return FeatureStatistics.from_features(features, name).gaussian

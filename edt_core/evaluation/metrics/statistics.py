@@ -1,4 +1,4 @@
-"""Mean and covariance of features: as a Gaussian, and as sums that merge.
+"""Mean and covariance of features: as a Gaussian, and as mergeable sums.
 
 Shapes: N samples, D dimensions. All in float64.
 """
@@ -14,16 +14,16 @@ from edt_core.evaluation.metrics.features import checked_features
 
 FloatArray = NDArray[np.float64]
 _ROWS_AT_ONCE = 8192
-_ASYMMETRY = 1e-6  # of the largest entry: what float32 sums leave, and far below a matrix of something else
+_ASYMMETRY = 1e-6  # of the largest entry: above the rounding of float32 sums, far below that of any other matrix
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """What a Fréchet distance compares.
+    """A Gaussian of features, for Fréchet distances.
 
-    mean: [D]. covariance: [D, D], unbiased. count: N, or None where it is not known, as of published statistics.
-    Raises UserError for shapes that do not fit each other, values that are not finite, a covariance that is not
-    symmetric or has negative variances, and fewer than two samples.
+    mean: [D]. covariance: [D, D], unbiased. count: N, or None if unknown, as for published statistics.
+    Raises UserError for shapes that do not match, values that are not finite, a covariance that is not symmetric or
+    has negative variances, and fewer than two samples.
     """
 
     mean: FloatArray
@@ -33,7 +33,7 @@ class Gaussian:
     def __post_init__(self) -> None:
         _check_moments(self.mean, self.covariance, "covariance")
         if self.count is not None and self.count < 2:
-            raise UserError(f"a covariance needs at least 2 samples, there are {self.count}. Add samples.")
+            raise UserError(f"a covariance needs at least 2 samples, but there are {self.count}. Add samples.")
 
     @property
     def dimensions(self) -> int:
@@ -42,13 +42,13 @@ class Gaussian:
 
     @property
     def max_rank(self) -> int:
-        """The covariance's rank is at most this: N samples have N - 1 independent deviations from their mean."""
+        """Upper bound of the covariance's rank: N samples have N - 1 independent deviations from their mean."""
         return self.dimensions if self.count is None else min(self.count - 1, self.dimensions)
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and covariance of features, kept as sums that merge: each worker makes its own.
+    """Mean and covariance of features as mergeable sums, so that each worker can compute its own.
 
     count: N. mean: [D]. scatter: [D, D], the sum of the outer products of the deviations from the mean.
     """
@@ -59,13 +59,13 @@ class FeatureStatistics:
 
     @classmethod
     def from_features(cls, features: ArrayLike, name: str = "given") -> "FeatureStatistics":
-        """Statistics of features [N, D], N >= 1. `name` says in messages which features are meant.
+        """Statistics of features [N, D], N >= 1. `name` names the features in messages.
 
         Raises UserError for another shape and for values that are not finite.
         """
         array = checked_features(features, name, min_samples=1)
         total = None
-        for start in range(0, len(array), _ROWS_AT_ONCE):  # bounds the float64 copy
+        for start in range(0, len(array), _ROWS_AT_ONCE):  # limits the memory of the float64 copy
             rows = array[start : start + _ROWS_AT_ONCE].astype(np.float64)
             mean = rows.mean(axis=0)
             rows -= mean
@@ -76,14 +76,14 @@ class FeatureStatistics:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, ArrayLike]) -> "FeatureStatistics":
-        """What `to_arrays` gave.
+        """Statistics from the arrays of `to_arrays`.
 
-        Raises UserError for arrays that are missing, do not fit each other or are not finite, a scatter that is not
-        symmetric or has a negative diagonal, and a count that is no number of samples.
+        Raises UserError for arrays that are missing, do not match or are not finite, a scatter that is not symmetric
+        or has a negative diagonal, and an invalid count.
         """
         missing = [key for key in ("count", "mean", "scatter") if key not in arrays]
         if missing:
-            raise UserError(f"the statistics lack {missing}, they hold {sorted(arrays)}. Compute them again.")
+            raise UserError(f"the statistics lack {missing}; they contain {sorted(arrays)}. Compute them again.")
         count = np.asarray(arrays["count"])
         if count.size != 1 or not np.issubdtype(count.dtype, np.integer) or count.item() < 1:
             raise UserError(f"the statistics' count is {count}, not a number of samples. Compute them again.")
@@ -92,13 +92,13 @@ class FeatureStatistics:
         return cls(int(count.item()), mean, scatter)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """Plain arrays to store: count int64 [], mean float64 [D], scatter float64 [D, D]."""
+        """Plain arrays for storage: count int64 [], mean float64 [D], scatter float64 [D, D]."""
         return {"count": np.asarray(self.count, dtype=np.int64), "mean": self.mean, "scatter": self.scatter}
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Statistics of both sets together, by the update of Chan, Golub & LeVeque 1979.
 
-        Raises UserError where the numbers of dimensions differ.
+        Raises UserError for different numbers of dimensions.
         """
         if len(self.mean) != len(other.mean):
             raise UserError(
@@ -115,7 +115,7 @@ class FeatureStatistics:
     def covariance(self) -> FloatArray:
         """Unbiased covariance, [D, D]. Raises UserError for fewer than two samples."""
         if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 samples, there are {self.count}. Add samples.")
+            raise UserError(f"a covariance needs at least 2 samples, but there are {self.count}. Add samples.")
         return self.scatter / (self.count - 1)
 
     @property
@@ -125,11 +125,11 @@ class FeatureStatistics:
 
 
 def _check_moments(mean: FloatArray, matrix: FloatArray, name: str) -> None:
-    """Raises UserError unless mean [D] and matrix [D, D], its `name` in messages, can be moments of features."""
+    """Raise UserError unless mean [D] and matrix [D, D] can be moments of features. `name`: of the matrix."""
     if mean.ndim != 1 or not len(mean) or matrix.shape != (len(mean), len(mean)):
         raise UserError(
             f"statistics have a mean of shape {mean.shape} and a {name} of shape {matrix.shape}; "
-            "[D] and [D, D] are needed. Look whether they were stored under each other's names."
+            "[D] and [D, D] are needed. Check whether their names were swapped."
         )
     bad = int(np.sum(~np.isfinite(mean)) + np.sum(~np.isfinite(matrix)))
     if bad:
@@ -138,9 +138,12 @@ def _check_moments(mean: FloatArray, matrix: FloatArray, name: str) -> None:
     asymmetry = float(np.max(np.abs(matrix - matrix.T)))
     if asymmetry > _ASYMMETRY * largest:
         raise UserError(
-            f"the {name} of the statistics is not symmetric: entries differ from their mirror images by up to "
-            f"{asymmetry:g}, the largest is {largest:g}. Compute it again, or take another file."
+            f"the {name} of the statistics is not symmetric: entries differ from their transposes by up to "
+            f"{asymmetry:g}, and the largest entry is {largest:g}. Compute it again, or use another file."
         )
     lowest = float(np.min(np.diagonal(matrix)))
     if lowest < 0.0:
-        raise UserError(f"the {name} of the statistics has {lowest:g} on its diagonal, no variance is below 0.")
+        raise UserError(
+            f"the {name} of the statistics has {lowest:g} on its diagonal, but variances are at least 0. Compute it "
+            "again, or use another file."
+        )

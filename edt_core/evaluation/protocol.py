@@ -19,7 +19,7 @@ def protocol_differences(first: Mapping[str, Any], second: Mapping[str, Any]) ->
 
     Empty if they are equal. A missing field differs from every value, also from null.
     """
-    return [f"{name} {' / '.join(texts)}" for name, texts in _differing([first, second])]
+    return [f"{name} {' / '.join(texts)}" for name, texts in _differences([first, second])]
 
 
 def same_protocol(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -45,7 +45,7 @@ def _comparability(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """The lines below the table."""
     protocols = {name: result.get("protocol") or {} for name, result in results.items()}
     unstated = [name for name, protocol in protocols.items() if not protocol]
-    differing = list(_differing(list(protocols.values())))
+    differing = list(_differences(list(protocols.values())))
     if unstated:
         yield f"No protocol is stated for {', '.join(unstated)}: these values may not be comparable with others."
     elif not differing:
@@ -55,20 +55,20 @@ def _comparability(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield from (f"- {name}: {' / '.join(texts)}" for name, texts in differing)
 
 
-def _differing(protocols: list[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+def _differences(protocols: list[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
     """Each field that is not equal in all protocols, with its text in each."""
-    flat = [dict(_flattened(protocol)) for protocol in protocols]
+    flat = [dict(_flat_fields(protocol)) for protocol in protocols]
     for name in dict.fromkeys(name for fields in flat for name in fields):
         values = [fields.get(name, _ABSENT) for fields in flat]
         if not all(_equal(values[0], value) for value in values[1:]):
             yield name, [_NOT_STATED if value is _ABSENT else _text(value) for value in values]
 
 
-def _flattened(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat_fields(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The fields with dotted names; an empty mapping is a value."""
     for key, value in fields.items():
         if isinstance(value, Mapping) and value:
-            yield from _flattened(value, f"{prefix}{key}.")
+            yield from _flat_fields(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -114,7 +114,9 @@ class TrainingOptions:
     def objectives(self, words: Words = NO_WORDS) -> list[str]:
         """The objectives that the options name explicitly, each once; several contradict each other."""
         # `words` apply to the model's own options only: other sections may have a `prediction` of their own.
-        named = [_named(name, value, words if of_model else NO_WORDS) for name, value, of_model in self.entries]
+        named = [
+            _objective_name(name, value, words if of_model else NO_WORDS) for name, value, of_model in self.entries
+        ]
         objectives = list(dict.fromkeys(name for name in named if name is not None))
         stated = any(name == "predict_xstart" and value is not None for name, value, _ in self.entries)
         return objectives or (["epsilon"] if stated else [])  # predict_xstart is of DiT's code; if true, it is refused
@@ -150,7 +152,7 @@ def check_objective(path: Path, options: TrainingOptions, words: Words = NO_WORD
     wrong = [
         (name, value)
         for name, value, of_model in options.entries
-        if not _accepts(name, value) and _named(name, value, words if of_model else NO_WORDS) is None
+        if not _accepts(name, value) and _objective_name(name, value, words if of_model else NO_WORDS) is None
     ]
     sit = [name for name in options.model_names if _SIT.search(name)]
     if wrong or sit:
@@ -281,7 +283,7 @@ def _accepts(name: str, value: Any) -> bool:
     return any(_same(value, accepted) for accepted in _RULES[name].accepted)
 
 
-def _named(name: str, value: Any, words: Words) -> str | None:
+def _objective_name(name: str, value: Any, words: Words) -> str | None:
     """The objective that an option names."""
     if name in _OBJECTIVE:
         text = str(value).lower()

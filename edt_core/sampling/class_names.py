@@ -60,7 +60,7 @@ def _label(text: str, names: Sequence[Names]) -> int:
     if not labels:
         raise UserError(f"no class is called {text!r}; {_suggestion(query, names)}")
     if len(labels) > 1:
-        raise UserError(f"class {text!r} may be {_listed(labels, names)}; use the index")
+        raise UserError(f"class {text!r} may be {_list(labels, names)}; use the index")
     return labels[0]
 
 
@@ -79,8 +79,8 @@ def _suggestion(query: str, names: Sequence[Names]) -> str:
     close = [labels[name] for name in get_close_matches(query, labels, 3)]
     close += [label for name, label in labels.items() if query and query in name]
     if close:
-        return f"did you mean {_listed(list(dict.fromkeys(close)), names)}?"
-    return f"the model has {len(names)} classes, such as {_listed(range(min(3, len(names))), names)}"
+        return f"did you mean {_list(list(dict.fromkeys(close)), names)}?"
+    return f"the model has {len(names)} classes, such as {_list(range(min(3, len(names))), names)}"
 
 
 def _each(names: Sequence[Names]) -> Iterator[tuple[int, str]]:
@@ -89,7 +89,7 @@ def _each(names: Sequence[Names]) -> Iterator[tuple[int, str]]:
             yield label, name
 
 
-def _listed(labels: Sequence[int], names: Sequence[Names]) -> str:
+def _list(labels: Sequence[int], names: Sequence[Names]) -> str:
     shown = [f"{label} ({', '.join(names[label])})" for label in labels[:_MOST_SHOWN]]
     more = f" and {len(labels) - len(shown)} more" if len(labels) > len(shown) else ""
     return " or ".join(shown) + more

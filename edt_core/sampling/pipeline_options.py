@@ -100,15 +100,15 @@ class CallNoise:
         """The chain's start, float32 [N, C, h, h]."""
         if self.start is not None:
             return self.start.to(self.device, torch.float32)
-        return self._seeded().initial() if self.generator is None else self._drawn()
+        return self._seed_noise().initial() if self.generator is None else self._draw()
 
     @contextmanager
-    def _drawn_ahead(self) -> Iterator[Callable[[int], Tensor]]:
-        yield lambda _step: self._drawn()
+    def _draw_ahead(self) -> Iterator[Callable[[int], Tensor]]:
+        yield lambda _step: self._draw()
 
     def ahead(self, count: int) -> AbstractContextManager[Callable[[int], Tensor]]:
         """Context with a function for the noise of steps 0..count - 1, float32 [N, C, h, h], called in order."""
-        return self._seeded().ahead(count) if self.generator is None else self._drawn_ahead()
+        return self._seed_noise().ahead(count) if self.generator is None else self._draw_ahead()
 
     def generators(self) -> Generators:
         """The generators for a diffusers scheduler: without `generator` one for each image, by seed and position."""
@@ -117,10 +117,10 @@ class CallNoise:
         seeds = [np.random.SeedSequence(self.seed, spawn_key=(i,)).generate_state(1)[0] for i in range(self.shape[0])]
         return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
-    def _seeded(self) -> SampleNoise:
+    def _seed_noise(self) -> SampleNoise:
         return SampleNoise(self.seed, range(self.shape[0]), self.shape[1:], self.device)
 
-    def _drawn(self) -> Tensor:
+    def _draw(self) -> Tensor:
         noise: Tensor = randn_tensor(self.shape, generator=self.generator, device=self.device, dtype=torch.float32)
         return noise
 
@@ -136,11 +136,11 @@ def call_noise(
     if seed is not None and generator is not None:
         raise UserError(f"seed is {seed} and generator is set too; use one of them")
     return CallNoise(
-        _checked_seed(seed), _checked_generator(generator, shape[0]), _checked_start(latents, shape), shape, device
+        _valid_seed(seed), _valid_generator(generator, shape[0]), _valid_start(latents, shape), shape, device
     )
 
 
-def _checked_seed(seed: Any) -> int:
+def _valid_seed(seed: Any) -> int:
     try:
         number = 0 if seed is None else operator.index(seed)
     except TypeError:
@@ -150,7 +150,7 @@ def _checked_seed(seed: Any) -> int:
     return number
 
 
-def _checked_generator(generator: Any, count: int) -> Generators:
+def _valid_generator(generator: Any, count: int) -> Generators:
     several = isinstance(generator, list | tuple)
     generators = list(generator) if several else [generator]
     if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
@@ -161,7 +161,7 @@ def _checked_generator(generator: Any, count: int) -> Generators:
     return generators if several else generator
 
 
-def _checked_start(latents: Any, shape: tuple[int, ...]) -> Tensor | None:
+def _valid_start(latents: Any, shape: tuple[int, ...]) -> Tensor | None:
     if latents is None:
         return None
     if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.is_floating_point():

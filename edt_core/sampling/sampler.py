@@ -122,14 +122,14 @@ class LatentSampler:
     def _run(self, y: Tensor, noise: Noise, progress: Progress | None, solver: Solver | None) -> Tensor:
         chain = self.chain
         model_fn = guided(
-            self._computed(self.network, self.model),
+            self._in_precision(self.network, self.model),
             y,
             self.model.config.num_classes,
             chain.cfg_scale,
             chain.guidance_channels,
             interval=chain.guidance_interval,
             growth=self.growth,
-            guide=None if self.guide is None else self._computed(self.guide, self.guide),
+            guide=None if self.guide is None else self._in_precision(self.guide, self.guide),
         )
         initial = noise.initial()
         if solver is not None:
@@ -140,7 +140,7 @@ class LatentSampler:
         with noise.ahead(self.schedule.num_timesteps - 1) as step_noise:  # the last step needs none
             return draw(noise=step_noise)
 
-    def _computed(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
+    def _in_precision(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
         """The network in the chain's precision; it gets latents in the dtype of its weights."""
         dtype = next(model.parameters()).dtype
 

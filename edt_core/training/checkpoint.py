@@ -70,13 +70,13 @@ def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointMani
     """Write the files of a checkpoint whose tensors are in host memory, the manifest last."""
     files: dict[str, str] = {}
     for name, tensors in checkpoint.tensors.items():
-        files[name] = write(name, _saving(dict(tensors))).sha256
+        files[name] = write(name, _tensor_writer(dict(tensors))).sha256
     texts = {
         TRAIN_STATE: json.dumps(checkpoint.state, sort_keys=True, allow_nan=False),
         MODEL_CONFIG: json.dumps(checkpoint.model_config, indent=1, sort_keys=True),
     }
     for name, text in texts.items():
-        files[name] = write(name, _writing(text)).sha256
+        files[name] = write(name, _text_writer(text)).sha256
     fields = {
         "version": CHECKPOINT_VERSION,
         "step": checkpoint.step,
@@ -85,18 +85,18 @@ def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointMani
         "files": files,
     }
     seal = sha256_json(fields)
-    write(CHECKPOINT_MANIFEST, _writing(json.dumps({**fields, "seal": seal}, indent=1, sort_keys=True)))
+    write(CHECKPOINT_MANIFEST, _text_writer(json.dumps({**fields, "seal": seal}, indent=1, sort_keys=True)))
     return CheckpointManifest(checkpoint.step, checkpoint.regular, checkpoint.score, files, seal)
 
 
-def _saving(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+def _tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
     def write_to(path: Path) -> None:
         save_file(tensors, path)
 
     return write_to
 
 
-def _writing(text: str) -> Callable[[Path], None]:
+def _text_writer(text: str) -> Callable[[Path], None]:
     def write_to(path: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
@@ -160,7 +160,7 @@ class HostMemory:
     def copy(self, checkpoint: Checkpoint) -> Checkpoint:
         """A copy of the checkpoint that later training steps do not change."""
         copies = {
-            file: {name: self._copied((file, name), value) for name, value in tensors.items()}
+            file: {name: self._copy_tensor((file, name), value) for name, value in tensors.items()}
             for file, tensors in checkpoint.tensors.items()
         }
         for device in {value.device for tensors in checkpoint.tensors.values() for value in tensors.values()}:
@@ -168,7 +168,7 @@ class HostMemory:
                 torch.cuda.synchronize(device)
         return replace(checkpoint, tensors=copies)
 
-    def _copied(self, key: tuple[str, str], value: Tensor) -> Tensor:
+    def _copy_tensor(self, key: tuple[str, str], value: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)

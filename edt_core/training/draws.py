@@ -46,13 +46,13 @@ class StepDraws:
         if device.type != "cuda":
             return self
         with on_device(device):
-            return self._moved(lambda tensor: tensor.pin_memory())
+            return self._map(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "StepDraws":
         """Copy to a device, except `uniforms`, which the host uses."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> "StepDraws":
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "StepDraws":
         return StepDraws(
             posterior_noise=move(self.posterior_noise),
             drop_label=move(self.drop_label),

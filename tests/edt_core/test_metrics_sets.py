@@ -169,7 +169,7 @@ def test_small_samples_are_warned_of() -> None:
     one = bias_warning(["fd_dinov2", "fd_dinov2_std", "precision_dinov2"], 9_999)
     assert one is not None
     assert one.startswith("fd_dinov2 of 9,999 samples is biased")
-    assert "read kid_dinov2" in one
+    assert "use kid_dinov2" in one
     assert bias_warning(["kid", "precision", "inception_score"], 10) is None
     assert bias_warning(["fid"], 10_000) is None
 

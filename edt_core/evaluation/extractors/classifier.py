@@ -99,7 +99,7 @@ def fit_classifier(
     for step in range(config.steps):
         rng = np.random.default_rng([config.seed, step])
         batch = rng.choice(training, min(config.batch_size, len(training)), replace=False)
-        images = torch.from_numpy(to_model_range(_shifted(pixels[batch], rng))).to(device)
+        images = torch.from_numpy(to_model_range(_random_shift(pixels[batch], rng))).to(device)
         loss = F.cross_entropy(model(images)[1], torch.from_numpy(labels[batch]).to(device), label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -116,7 +116,7 @@ def fit_classifier(
     }
 
 
-def _shifted(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+def _random_shift(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """The batch shifted by up to a sixteenth of its side, edges repeated, so that features ignore the position."""
     reach = max(1, pixels.shape[1] // 16)
     dy, dx = rng.integers(-reach, reach + 1, 2)

@@ -143,9 +143,9 @@ class Mixed(nn.Module):
         results = {"": x}
         for name, previous in self.previous.items():
             results[name] = self.get_submodule(name)(results[previous])
-        return torch.cat([*(results[name] for name in self.last), self._pooled(x)], dim=1)
+        return torch.cat([*(results[name] for name in self.last), self._pool_branch(x)], dim=1)
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _pool_branch(self, x: Tensor) -> Tensor:
         if self.pool == "halve":
             return F.max_pool2d(x, 3, stride=2)
         if self.pool == "max":

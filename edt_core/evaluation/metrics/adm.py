@@ -48,7 +48,7 @@ def read_adm(path: Path | str) -> AdmReference:
     Raises UserError for a file that is not such an npz or is damaged, for pickled members, and for statistics of
     another size than Inception's, not finite or not symmetric.
     """
-    with _opened(path) as archive:
+    with _open_archive(path) as archive:
         names = _members(archive)
         missing = [name for name in ("mu", "sigma") if name not in names]
         if missing:
@@ -68,7 +68,7 @@ def count_images(path: Path | str) -> int:
 
     Raises UserError as `read_images` does.
     """
-    with _opened(path) as archive:
+    with _open_archive(path) as archive:
         return _image_shape(archive, path)[0] if _IMAGES in _members(archive) else 0
 
 
@@ -78,7 +78,7 @@ def read_images(path: Path | str, chunk_size: int = 256) -> Iterator[NDArray[np.
     Yields nothing if the file has only statistics. Raises UserError for a file that is not an npz or is damaged, and
     for an arr_0 without images.
     """
-    with _opened(path) as archive:
+    with _open_archive(path) as archive:
         if _IMAGES not in _members(archive):
             return
         number, *image_shape = _image_shape(archive, path)
@@ -92,7 +92,7 @@ def read_images(path: Path | str, chunk_size: int = 256) -> Iterator[NDArray[np.
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[zipfile.ZipFile]:
+def _open_archive(path: Path | str) -> Iterator[zipfile.ZipFile]:
     """Open the npz as an archive; errors of a damaged file become a UserError."""
     try:
         with zipfile.ZipFile(path) as archive:

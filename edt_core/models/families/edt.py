@@ -140,12 +140,12 @@ class EDT(AdaLNTransformer):
         self.register_buffer("pos_embed", sincos_position_embedding(cond_dim, stages[0].grid))
         self.blocks = nn.ModuleList(_block(stage, config) for stage in stages for _ in stage.blocks)
         self.down_blocks = nn.ModuleList(
-            DownSample(stage.dim, after.dim, stage.grid, cond_dim)
-            for stage, after in zip(self.down_stages, stages[1 : middle + 1], strict=True)
+            DownSample(stage.dim, next_stage.dim, stage.grid, cond_dim)
+            for stage, next_stage in zip(self.down_stages, stages[1 : middle + 1], strict=True)
         )
         self.up_blocks = nn.ModuleList(
-            UpSample(before.dim, stage.dim, before.grid)
-            for before, stage in zip(stages[middle:-1], self.up_stages, strict=True)
+            UpSample(previous.dim, stage.dim, previous.grid)
+            for previous, stage in zip(stages[middle:-1], self.up_stages, strict=True)
         )
         self.concat_blocks = nn.ModuleList(SkipConnection(stage.dim, stage.grid, cond_dim) for stage in self.up_stages)
         self.final_layer = FinalLayer(stages[-1].dim, config.patch_size**2 * config.out_channels, cond_dim)

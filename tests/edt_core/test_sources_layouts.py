@@ -1,4 +1,4 @@
-"""What becomes a class and what an image: one rule for all layouts; folders that cannot be class indices."""
+"""What becomes a class and what an image: one rule for all layouts, and data sets whose folders are not classes."""
 
 import io
 import json

@@ -85,7 +85,10 @@ def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
             r"30 pixels is not divisible by the autoencoder's factor 4.*multiple of 32",
         ),
         (["train.global_batch_size=1"], r"global_batch_size 1 has no sample for each of 2 workers"),
-        (["train.num_workers=[3, 2]"], r"num_workers \(3, 2\) must be a number from 1 on, or \[fewest, most\]"),
+        (
+            ["train.num_workers=[3, 2]"],
+            r"num_workers is \(3, 2\); it must be .* or \[minimum, maximum\]",
+        ),
         (["train.seed=-1"], r"'train\.seed'.*greater than or equal to 0"),
         (["train.max_hours=.inf"], r"'train\.max_hours'.*finite number"),
         (["train.num_workers=0"], r"num_workers 0 must be"),

@@ -16,10 +16,10 @@ _FILE = Path(__file__).with_name("digits.npz")
 
 
 def write_digits(root: Path) -> Path:
-    """Write the digits (8x8, 17 grey levels) as an image folder, one folder a class, unless they are there.
+    """Write the digits (8x8, 17 grey levels) as an image folder, one folder per class, unless they exist.
 
-    Returns `root`. The folder appears whole: a writer that dies leaves nothing at `root`. One from which digits are
-    missing is rewritten; raises UserError where it holds anything else.
+    Returns `root`. The folder appears atomically: a killed writer leaves nothing at `root`. An incomplete folder is
+    rewritten. Raises UserError if it contains other files.
     """
     if _complete(root):
         return root
@@ -31,7 +31,7 @@ def write_digits(root: Path) -> Path:
         if root.exists() and not _complete(root):
             _check_same(root, staging)
             shutil.rmtree(root)
-        with suppress(OSError):  # another run was first: its folder is the same
+        with suppress(OSError):  # another run was faster: its folder is the same
             os.replace(staging, root)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -39,13 +39,13 @@ def write_digits(root: Path) -> Path:
 
 
 def _check_same(root: Path, whole: Path) -> None:
-    """Raise UserError where a folder that is to be replaced holds a file that the whole one does not."""
-    found = [path for path in root.rglob("*") if not _is_folder(path)] if _is_folder(root) else [root]
-    others = sorted(path for path in found if not _is_same(path, whole / path.relative_to(root)))
+    """Raise UserError if the folder to replace contains a file that is not in the complete one."""
+    paths = [path for path in root.rglob("*") if not _is_folder(path)] if _is_folder(root) else [root]
+    others = sorted(path for path in paths if not _is_same(path, whole / path.relative_to(root)))
     if others:
         raise UserError(
-            f"{root} is where the digits are written, and {len(others)} other files are there (as {others[0]}); move "
-            "them elsewhere and run again"
+            f"{root} is for the digits, but contains {len(others)} other files (such as {others[0]}); move them "
+            "elsewhere and rerun"
         )
 
 

@@ -1,4 +1,4 @@
-"""Generated samples in the formats that other tools read, each whole or not there at all.
+"""Exports generated samples, atomically, in formats that other tools read.
 
 png         a flat folder of PNGs, as torch-fidelity, clean-fid and pytorch-fid read it
 npz         arr_0 uint8 [N, S, S, 3] and arr_1 int64 [N], as the evaluator of openai/guided-diffusion reads it
@@ -29,9 +29,9 @@ Batch = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]  # indice
 Sample = tuple[int, int, NDArray[np.uint8]]  # index, label, image [S, S, 3]
 
 _SHARD, _SHARD_SAMPLES = "samples-{:05d}.tar", 10_000
-_OWN = {"lock", "whole"}  # of the hidden folder that an export is written to
-_DIGITS = 6  # of a sample's name, or more where there are more samples: names in order are samples in order
-_AGAIN = "make the samples again, or give the number that there is"
+_OWN = {"lock", "whole"}  # content of the hidden folder that an export is written to
+_DIGITS = 6  # in a sample's name, more for more samples, so that names sort like samples
+_AGAIN = "sample again, or export the number of samples that exist"
 
 
 def export_samples(
@@ -43,24 +43,24 @@ def export_samples(
 ) -> None:
     """Write the samples 0..count-1 to `target`, a new folder ("png", "webdataset") or file ("npz").
 
-    png: `000000.png` and so on, and nothing else; the labels lie beside it as `<target>-labels.csv` (file,label).
+    png: only `000000.png` and so on; the labels are next to the folder as `<target>-labels.csv` (file,label).
     webdataset: `samples-00000.tar` and so on, of up to 10,000 samples. Equal samples give equal bytes.
 
-    `batches` are taken one at a time and must not change afterwards. `progress` hears how many samples were taken.
-    Until all is written it lies under a hidden name beside `target`, which goes when this fails; what a killed export
-    left there goes with the next one to this target.
+    `batches` are consumed one at a time and must not change afterwards. `progress` gets the number of samples so far.
+    The export is written under a hidden name next to `target` and renamed when complete. On failure the hidden files
+    are removed; those of a killed export are removed by the next export to this target.
 
-    Raises UserError where the target is there already or another export writes it, where the indices are not
-    0..count-1 in order, where the images are not uint8 [n, S, S, 3] of one size, and where the disk refuses.
+    Raises UserError if the target exists or another export writes it, if the indices are not 0..count-1 in order, if
+    the images are not uint8 [n, S, S, 3] of one size, and for errors of the disk.
     """
     if format not in _WRITERS:
         raise UserError(f"unknown export format {format!r}; choose one of {', '.join(EXPORT_FORMATS)}")
     if count < 1:
         raise UserError(f"{count} samples to export; give 1 or more")
     target = target.expanduser().absolute()
-    outputs = [_labels_beside(target), target] if format == "png" else [target]  # what tells that all is there is last
+    outputs = [_labels_beside(target), target] if format == "png" else [target]  # the target last: it marks completion
     with _staged(target, outputs) as staging:
-        with clear_space_errors(str(target)):  # any other error may come from the code that makes the batches
+        with clear_space_errors(str(target)):  # other errors may come from the code that produces the batches
             _WRITERS[format](_checked(batches, count, progress), count, staging / target.name)
             for _ in in_threads(fsync_file, [path for path in staging.rglob("*") if path.is_file()]):
                 pass
@@ -69,12 +69,12 @@ def export_samples(
 
 
 def _labels_beside(folder: Path) -> Path:
-    """Not inside: the tools take every file of the folder for an image, or warn of it."""
+    """Path of the labels, not inside the folder: tools read every file in it as an image, or warn about it."""
     return folder.with_name(f"{folder.name}-labels.csv")
 
 
 def _checked(batches: Iterable[Batch], count: int, progress: Callable[[int], None]) -> Iterator[Batch]:
-    """The batches, exactly `count` samples in order, of one size; raises UserError where they turn out not to be."""
+    """The batches. Raises UserError unless they have exactly `count` samples in order and of one size."""
     done, side = 0, 0
     for indices, labels, images in batches:
         side = side or _side(images)
@@ -86,27 +86,27 @@ def _checked(batches: Iterable[Batch], count: int, progress: Callable[[int], Non
                 f"{len(images)} images with indices {list(indices.shape)} and {labels.dtype} labels "
                 f"{list(labels.shape)}; each image needs one index and one whole number as label"
             )
-        due = np.arange(done, stop)
-        if len(wrong := np.flatnonzero(indices != due)):
+        expected = np.arange(done, stop)
+        if len(wrong := np.flatnonzero(indices != expected)):
             raise UserError(
-                f"sample {indices[wrong[0]]} came where sample {due[wrong[0]]} of {count} is due; samples are exported "
-                "in order and once each: make them again"
+                f"got sample {indices[wrong[0]]} instead of sample {expected[wrong[0]]} of {count}; samples must come "
+                "in order and once each: sample again"
             )
         if stop > count:
-            raise UserError(f"{stop} or more samples came where {count} are to be exported; {_AGAIN}")
+            raise UserError(f"got {stop} or more samples, but {count} are to be exported; {_AGAIN}")
         yield indices, labels, images
         done = stop
         progress(done)
     if done < count:
-        raise UserError(f"{done} samples came where {count} are to be exported; {_AGAIN}")
+        raise UserError(f"got {done} samples, but {count} are to be exported; {_AGAIN}")
 
 
 def _side(images: NDArray[np.uint8]) -> int:
     """S of uint8 [n, S, S, 3]; raises UserError for anything else."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (*images.shape[1:2] * 2, 3):
         raise UserError(
-            f"images of type {images.dtype} and shape {list(images.shape)} where uint8 [n, S, S, 3] is to be exported; "
-            "convert them to 8-bit RGB squares"
+            f"images have type {images.dtype} and shape {list(images.shape)}, but only uint8 [n, S, S, 3] can be "
+            "exported; convert them to 8-bit RGB squares"
         )
     return int(images.shape[1])
 
@@ -135,17 +135,17 @@ def _write_png(batches: Iterator[Batch], count: int, folder: Path) -> None:
 
 def _write_npz(batches: Iterator[Batch], count: int, path: Path) -> None:
     """Batch by batch: 50,000 samples of 256 px are 9.8 GB."""
-    kept: list[NDArray[np.int64]] = []
+    all_labels: list[NDArray[np.int64]] = []
 
     def pixels() -> Iterator[NDArray[np.uint8]]:
         for _, labels, images in chain([first], batches):
-            kept.append(labels.astype(np.int64))
+            all_labels.append(labels.astype(np.int64))
             yield images
 
     first = next(batches)
     with ZipFile(path, "w") as archive:
         _write_npy(archive, "arr_0", np.uint8, (count, *first[2].shape[1:]), pixels())
-        _write_npy(archive, "arr_1", np.int64, (count,), kept)
+        _write_npy(archive, "arr_1", np.int64, (count,), all_labels)
 
 
 def _write_webdataset(batches: Iterator[Batch], count: int, folder: Path) -> None:
@@ -165,7 +165,7 @@ def _write_npy(
 ) -> None:
     """Add an array whose rows come in parts. Format: NEP 1, version 1.0."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    # ZipInfo's own date is 1980, where a name alone would get today's; the size is not known beforehand, hence ZIP64.
+    # ZipInfo's date is 1980, a plain name would get today's; the size is not known beforehand, hence ZIP64.
     with archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
@@ -174,9 +174,9 @@ def _write_npy(
 
 @contextmanager
 def _staged(target: Path, outputs: Sequence[Path]) -> Iterator[Path]:
-    """An empty folder on the target's file system for this process alone; it goes afterwards with all that is in it.
+    """An empty temporary folder on the target's file system for this process alone.
 
-    Raises UserError where an output is there already or another export holds the folder.
+    Raises UserError if an output exists or another export uses the folder.
     """
     from filelock import FileLock, Timeout
 
@@ -189,11 +189,11 @@ def _staged(target: Path, outputs: Sequence[Path]) -> Iterator[Path]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"another export to {target} is at work; wait for it, or give another target") from None
+            raise UserError(f"another export to {target} is running; wait for it, or give another target") from None
     try:
         staging = hidden / "whole"
         with clear_disk_errors(str(target)):
-            if staging.exists():  # of an export that was killed: nobody holds the lock
+            if staging.exists():  # of a killed export, which no longer holds the lock
                 shutil.rmtree(staging)
             staging.mkdir()
         yield staging
@@ -203,15 +203,15 @@ def _staged(target: Path, outputs: Sequence[Path]) -> Iterator[Path]:
 
 
 def _publish(staging: Path, outputs: Sequence[Path]) -> None:
-    """Give the outputs their names, in order; those that have theirs lose them again where another cannot have its."""
-    _refuse_existing(outputs)  # writing took its time
-    named: list[Path] = []
+    """Rename the outputs to their names, in order; if one fails, rename the earlier ones back."""
+    _refuse_existing(outputs)  # again, because writing takes long
+    renamed: list[Path] = []
     try:
         for output in outputs:
             (staging / output.name).rename(output)
-            named.append(output)
+            renamed.append(output)
     except OSError:
-        for output in named:
+        for output in renamed:
             output.rename(staging / output.name)
         raise
     fsync_file(outputs[-1])
@@ -219,16 +219,16 @@ def _publish(staging: Path, outputs: Sequence[Path]) -> None:
 
 def _refuse_existing(outputs: Iterable[Path]) -> None:
     for output in outputs:
-        if os.path.lexists(output):  # a link to nothing is somebody's, too
-            raise UserError(f"{output} is there already and stays as it is; give another target, or remove it")
+        if os.path.lexists(output):  # also a broken link
+            raise UserError(f"{output} exists and is not overwritten; give another target, or remove it")
 
 
 def _refuse_foreign(hidden: Path) -> None:
-    """Raise UserError where the hidden folder of an export, which goes at its end, holds what no export has left."""
+    """Raise UserError if the hidden folder of an export, which is removed at its end, contains other files."""
     if hidden.is_symlink() or (hidden.exists() and (not hidden.is_dir() or {p.name for p in hidden.iterdir()} - _OWN)):
         raise UserError(
-            f"{hidden} is where this export would be written first, and it is not of an export; move it elsewhere, or "
-            "give another target"
+            f"{hidden} is needed for the files of this export, but it does not belong to an export; move it elsewhere, "
+            "or give another target"
         )
 
 

@@ -25,8 +25,8 @@ from edt_core.store.digests import listing
 class LatentBatch:
     """One rank's share of global batch `step`.
 
-    posterior float32 [n, 2, C, h, h] (mean, std; of the mirror image where `mirror`), labels int64 [n], mirror bool
-    [n], indices int64 [n]: rows of the data set, -1 where the samples were streamed, which have `keys` instead.
+    posterior float32 [n, 2, C, h, h] (mean, std; of the mirror image if `mirror`), labels int64 [n], mirror bool [n],
+    indices int64 [n]: rows of the data set, or -1 for streamed samples, which have `keys` instead.
     """
 
     step: int
@@ -39,7 +39,7 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Who gets what of a global batch. Raises UserError where there is less than a sample for each rank."""
+    """The division of global batches among ranks. Raises UserError if there are fewer samples than ranks."""
 
     seed: int
     global_batch_size: int
@@ -51,14 +51,14 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.global_batch_size < self.world_size:
             raise UserError(
-                f"the global batch of {self.global_batch_size} samples has not one for each of {self.world_size} "
-                "workers; use fewer workers or a larger batch"
+                f"the global batch has {self.global_batch_size} samples, less than the {self.world_size} workers; use "
+                "fewer workers or a larger batch"
             )
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
 
     @property
     def share(self) -> slice:
-        """This rank's places in the global batch."""
+        """This rank's part of the global batch."""
         return share(self.global_batch_size, self.rank, self.world_size)
 
     def indices(self, step: int, num_samples: int) -> NDArray[np.int64]:
@@ -71,10 +71,10 @@ class BatchPlan:
 
 
 class Buffers:
-    """Tensors float32 [n, 2, C, h, h] to gather into, used again once nobody holds them.
+    """Tensors float32 [n, 2, C, h, h] to gather into, reused when nothing refers to them.
 
-    For a GPU they are page-locked, and torch itself keeps them for use again. On the CPU fresh memory of this size is
-    new pages every time, which the kernel clears: more work than the gather itself.
+    For a GPU they are page-locked, and torch caches them for reuse. On the CPU, fresh memory of this size would be new
+    pages each time, which the kernel clears: more work than the gather itself.
     """
 
     def __init__(self, plan: BatchPlan, latent_shape: tuple[int, int, int]) -> None:
@@ -86,7 +86,7 @@ class Buffers:
         if self.device.type == "cuda":
             with on_device(self.device):
                 return torch.empty(self.shape, pin_memory=True)
-        # Every tensor and view of an array counts as one reference to it, beside the list, the loop and the question.
+        # Three references are those of the list, the loop and this call; each tensor or view of an array adds one.
         free = next((array for array in self._arrays if sys.getrefcount(array) == 3), None)
         if free is None:
             free = np.empty(self.shape, np.float32)
@@ -95,33 +95,34 @@ class Buffers:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Where to make page-locked memory for a device: a thread starts out on GPU 0, and would open a context there."""
+    """Context for allocating page-locked memory for a device: a thread would otherwise open a context on GPU 0."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def require_finite(batch: LatentBatch) -> None:
-    """Raise UserError, naming them, where latents of a batch are not finite: they would spoil the whole model."""
-    # One cheap pass: the sum of finite latents of a batch is finite. Of numpy, for torch's would wake threads.
+    """Raise UserError with the names of latents that are not finite: they would ruin the whole model."""
+    # One cheap pass: a finite sum means finite latents. With numpy, because torch would wake threads.
     if np.isfinite(batch.posterior.numpy().sum()):
         return
-    bad = np.flatnonzero(~torch.isfinite(batch.posterior).flatten(1).all(1).numpy())
-    if not len(bad):
+    positions = np.flatnonzero(~torch.isfinite(batch.posterior).flatten(1).all(1).numpy())
+    if not len(positions):
         return
     raise UserError(
-        f"{len(bad)} latents of step {batch.step} are not finite ({sample_names(batch, bad)}); encode the images again"
+        f"{len(positions)} latents of step {batch.step} are not finite ({sample_names(batch, positions)}); encode the "
+        "images again"
     )
 
 
 def sample_names(batch: LatentBatch, places: NDArray[np.int64]) -> str:
-    """The samples at some places of a batch, by their keys or else their rows in the data set."""
+    """The samples at some positions of a batch, by their keys or else their rows in the data set, for a message."""
     ids = [batch.keys[i] for i in places] if batch.keys else [str(row) for row in batch.indices[places]]
     return f"{'keys' if batch.keys else 'rows'} {listing(ids, ', ')}"
 
 
 def latent_batches(dataset: LatentDataset, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:
-    """Batches of steps start_step, start_step + 1, ... without end: a pure function of the plan and the step.
+    """Endless batches of steps start_step, start_step + 1, ...: a pure function of the plan and the step.
 
-    Epochs are laid end to end: no row is dropped, and each epoch takes each row once.
+    Epochs are concatenated: no row is dropped, and each epoch contains each row once.
     """
     step, buffers = start_step, Buffers(plan, dataset.info.latent_shape)
     while True:

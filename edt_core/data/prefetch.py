@@ -1,4 +1,4 @@
-"""Work ahead of its consumer: one background thread and a bounded number of finished items."""
+"""Computes items ahead of their consumer, with one background thread and a bounded number of finished items."""
 
 import atexit
 import threading
@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_PATIENCE_S = 10.0  # how long a consumer that leaves waits for a producer that is in the middle of an item
+_PATIENCE_S = 10.0  # how long a consumer that stops waits for the producer to finish its current item
 
 
 def in_batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
@@ -20,17 +20,17 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
 
 
 def prefetched(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The items of `iterable`, up to `depth` of them made ahead by a thread; with depth 0, made when asked for.
+    """The items of `iterable`, up to `depth` of them computed ahead by a thread; with depth 0, computed on demand.
 
-    The thread starts at the first `next`. It ends with the iterable, with `close()` (or the end of this generator's
-    life), or with the interpreter, and closes the iterable's iterator itself. What the iterable raises reaches the
+    The thread starts at the first `next`. It ends with the iterable, with `close()` (or when this generator is
+    collected), or with the interpreter, and closes the iterable's iterator. An exception of the iterable reaches the
     consumer after the items before it, with the thread's traceback.
     """
     if depth == 0:
         yield from iterable
         return
     shelf: _Shelf[T] = _Shelf(depth)
-    # A daemon: an interpreter that exits does not wait for it, but for `leave`, while threads can still end in order.
+    # A daemon: at exit the interpreter does not wait for it, but runs `leave` while threads can still end in order.
     thread = threading.Thread(target=_fill, args=(iterable, shelf), name="edt-prefetch", daemon=True)
 
     def leave() -> None:
@@ -48,7 +48,7 @@ def prefetched(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
 
 
 class _Shelf(Generic[T]):
-    """Finished items between two threads. `depth` bounds them together with the one that is being made."""
+    """Finished items between two threads. `depth` limits their number, including the one in progress."""
 
     def __init__(self, depth: int) -> None:
         self._items: deque[T] = deque()
@@ -58,7 +58,7 @@ class _Shelf(Generic[T]):
         self._error: BaseException | None = None
 
     def has_room(self) -> bool:
-        """Wait until another item may be made; False where nobody wants one any more."""
+        """Wait until another item may be computed. Return False if the consumer has stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._abandoned or len(self._items) < self._depth)
             return not self._abandoned
@@ -89,7 +89,7 @@ class _Shelf(Generic[T]):
                 item = self._items.popleft()
                 self._changed.notify_all()
             yield item
-            del item  # a batch is the consumer's alone while the next one is waited for
+            del item  # only the consumer may refer to a batch while this waits for the next one
         if self._error is not None:
             raise self._error
 
@@ -107,7 +107,7 @@ def _fill(iterable: Iterable[T], shelf: _Shelf[T]) -> None:
                 shelf.put(item)
                 del item
         finally:
-            if isinstance(iterator, Generator):  # its files are closed by the thread that reads them
+            if isinstance(iterator, Generator):  # the thread that reads its files also closes them
                 iterator.close()
     except BaseException as raised:
         error = raised

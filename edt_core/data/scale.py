@@ -1,4 +1,4 @@
-"""Raw latents of an autoencoder <-> latents of the model: all code that scales either way goes through here.
+"""Conversion between raw latents of an autoencoder and latents of the model, defined only here.
 
 The settings are those of diffusers autoencoders, the equations those of its Flux and Stable Diffusion XL pipelines:
 
@@ -50,11 +50,11 @@ class LatentScale:
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is a scaling factor alone."""
+        """Whether the scale consists of a scaling factor only."""
         return self == LatentScale(self.scaling_factor)
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON values, by their names in diffusers; those that change nothing are left out."""
+        """The settings as JSON values, by their names in diffusers, without those that change nothing."""
         values = {
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor or None,
@@ -68,7 +68,7 @@ class LatentScale:
         return {name: value for name, value in self.record().items() if name != "scaling_factor"}
 
     def to_model(self, raw: Tensor) -> Tensor:
-        """Latents [N, C, h, h] for the model, of raw ones."""
+        """Convert raw latents [N, C, h, h] to latents of the model."""
         if self.latents_mean is not None and self.latents_std is not None:
             mean, std = _by_channel(self.latents_mean, raw), _by_channel(self.latents_std, raw)
             return (raw - mean) * self.scaling_factor / std
@@ -76,7 +76,7 @@ class LatentScale:
         return (raw - self.shift_factor if self.shift_factor else raw) * self.scaling_factor
 
     def to_raw(self, latents: Tensor) -> Tensor:
-        """Raw latents [N, C, h, h] for the decoder, of the model's."""
+        """Convert latents [N, C, h, h] of the model to raw latents, for the decoder."""
         if self.latents_mean is not None and self.latents_std is not None:
             mean, std = _by_channel(self.latents_mean, latents), _by_channel(self.latents_std, latents)
             return latents * std / self.scaling_factor + mean

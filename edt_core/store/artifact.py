@@ -1,11 +1,11 @@
-"""Artifacts: files and the manifest that makes them trustworthy.
+"""Artifacts: files and the manifest that lists and verifies them.
 
-A step writes its files into an attempt folder and `manifest.json` last. A reader trusts nothing that no manifest names.
-While a step is under way each finished file has a journal entry (`.journal/<name>.json`, with bytes and sha256), so
-that a later attempt at the same fingerprint can take over what was finished.
+A step writes its files into an attempt folder and `manifest.json` last. Readers use only files that a manifest lists.
+While a step runs, each finished file has a journal entry (`.journal/<name>.json`, with bytes and sha256), so that a
+later attempt at the same fingerprint can reuse it.
 
-Opening an artifact compares names and sizes with one listing. Digests are compared by `problems(deep=True)` where the
-files lie, by `verify_once` once on each node, and whenever a remote file is downloaded.
+Opening an artifact compares names and sizes with one listing. Digests are compared by `problems(deep=True)` in the
+store, by `verify_once` once on each node, and whenever a remote file is downloaded.
 """
 
 import json
@@ -58,9 +58,9 @@ JOURNAL = ".journal"
 
 @dataclass(frozen=True)
 class Source:
-    """What a pipeline starts from and has not made: where it is, what is in it, and for images how they are listed.
+    """An input that no step of the pipeline produces: its location, its fingerprint, and for images their selection.
 
-    `images`: how many were listed, where that is known.
+    `images`: the number of listed images, if known.
     """
 
     location: str
@@ -78,7 +78,7 @@ class Artifact:
 
     @classmethod
     def read(cls, location: str | Folder) -> "Artifact":
-        """An artifact by its manifest alone; its files are not looked at. Raises ManifestError."""
+        """Read an artifact's manifest without checking its files. Raises ManifestError."""
         folder = location if isinstance(location, Folder) else Folder.at(location)
         try:
             text = folder.read_bytes(MANIFEST_NAME)
@@ -87,14 +87,14 @@ class Artifact:
                 f"{folder.uri} has no {MANIFEST_NAME}: it is not an artifact, or its step never finished"
             ) from error
         except UnusableFileError as error:
-            raise ManifestError(f"{error}; or remove it and run the step again") from error
+            raise ManifestError(f"{error}; or remove it and rerun the step") from error
         return cls(folder, Manifest.from_json(text, f"{folder.uri}/{MANIFEST_NAME}"))
 
     @classmethod
     def open(cls, location: str | Folder) -> "Artifact":
-        """Open a committed artifact and check that its files, and no others, are there with the bytes stated.
+        """Open a committed artifact and check that exactly its files exist, with the sizes in its manifest.
 
-        Raises ManifestError if there is no manifest, it is not whole, or a file is missing, of another size, or extra.
+        Raises ManifestError if the manifest is missing or invalid, or a file is missing, has another size, or is extra.
         """
         artifact = cls.read(location)
         if problems := artifact.problems():
@@ -119,78 +119,78 @@ class Artifact:
 
     def path(self, name: str) -> Path:
         """A file as a local path, from this node's cache if the store is remote. Raises ManifestError as `paths`."""
-        found = [entry for entry in self.manifest.files if entry.path == name]
-        if not found:
+        entries = [entry for entry in self.manifest.files if entry.path == name]
+        if not entries:
             raise ManifestError(f"{self.folder.uri} lists no file {name!r}")
-        return self._in_place(found) / name
+        return self._in_place(entries) / name
 
     def paths(self, pattern: str = "*", progress: Progress | None = None) -> list[Path]:
         """Matching files as local paths, in order of name.
 
-        Of a remote store, what this node's cache has not is downloaded, in parallel, and verified on the way: raises
-        ManifestError where bytes differ from the manifest, UserError where the cache cannot hold them.
+        Files of a remote store that are not in this node's cache are downloaded in parallel and verified. Raises
+        ManifestError if bytes differ from the manifest, UserError if the cache is too small for them.
         """
         entries = self.entries(pattern)
         root = self._in_place(entries, progress)
         return [root / entry.path for entry in entries]
 
     def directory(self, name: str) -> Path:
-        """A folder inside the artifact as a local path, all of its listed files in place. Raises as `paths`."""
+        """A folder inside the artifact as a local path with all of its listed files. Raises as `paths`."""
         entries = self.entries(f"{name}/*")
         if not entries:
             raise ManifestError(f"{self.folder.uri} lists no folder {name!r}")
         return self._in_place(entries) / name
 
     def _in_place(self, entries: Sequence[FileEntry], progress: Progress | None = None) -> Path:
-        """A local folder that has these files under their names."""
+        """A local folder that contains these files under their names."""
         if (root := self.data.local) is None:
             from edt_core.store.cache import Cache
 
             return Cache.of_node().view(self.data, entries, self.manifest.digest, progress)
-        if gone := [entry.path for entry in entries if not (root / entry.path).exists()]:
-            raise damaged(self.folder, [f"{name} is missing" for name in gone])
+        if missing := [entry.path for entry in entries if not (root / entry.path).exists()]:
+            raise damaged(self.folder, [f"{name} is missing" for name in missing])
         return root
 
     def read_json(self, name: str) -> Any:
         return read_json(self.path(name))
 
     def problems(self, deep: bool = False, progress: Progress | None = None) -> list[str]:
-        """What differs from the manifest: missing, resized and extra files; with `deep`, files whose sha256 differs.
+        """Differences from the manifest: missing, resized and extra files; with `deep`, files whose sha256 differs.
 
-        Remote files are digested as they stream from the store, whatever the cache holds. `progress` counts MiB.
+        Remote files are digested as they stream from the store, not from the cache. `progress` counts MiB.
         """
         sizes = self.data.walk()
         if self.data == self.folder:
             sizes.pop(MANIFEST_NAME, None)
-        found, whole = compare_sizes(self.data, self.entries(), sizes)
+        problems, complete = compare_sizes(self.data, self.entries(), sizes)
         if deep:
-            differing = compare_digests(self.data, whole, progress or Silent())
-            found += [difference(*pair) for pair in differing.items()]
-        return found
+            differing = compare_digests(self.data, complete, progress or Silent())
+            problems += [difference(*pair) for pair in differing.items()]
+        return problems
 
     def verify_once(self, pattern: str = "*", progress: Progress | None = None) -> None:
-        """Compare the sha256 of matching files with the manifest, once on each node as long as they stay untouched.
+        """Compare the sha256 of matching files with the manifest, once on each node while they stay unchanged.
 
-        A local or shared file system is digested in threads and stamped in this node's cache; other processes on the
-        node wait for the first and then return at once. A remote store's files are brought into this node's cache,
-        which verifies them as they come. Raises ManifestError naming the files that differ, are missing, or are not in
-        the manifest.
+        Files of a local or shared file system are digested in threads and stamped in this node's cache; other processes
+        on the node wait for the first and then return at once. Files of a remote store are downloaded into this node's
+        cache, which verifies them. Raises ManifestError with the files that differ, are missing, or are not in the
+        manifest.
         """
         if problems := self.problems():
             raise damaged(self.folder, problems)
         if self.data.local is None:
             self.paths(pattern, progress)
         elif differing := digest_once(self.data, self.entries(pattern), self.manifest.digest, progress or Silent()):
-            remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and run its step again"
+            remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and rerun its step"
             raise damaged(self.folder, [difference(*pair) for pair in differing.items()], remedy)
 
 
 @dataclass(frozen=True)
 class ArtifactWriter:
-    """Where a job puts its files. Picklable: every Ray task of a job writes through a copy of the same writer.
+    """Writes the files of an artifact. Picklable: every Ray task of a job uses a copy of the same writer.
 
-    `folder` will hold the manifest, `attempt` is the sub-folder of this attempt's files ("" for none) and `previous`
-    are sub-folders of earlier attempts at the same fingerprint, newest first.
+    `folder` is for the manifest, `attempt` is the sub-folder of this attempt's files ("" for none), and `previous` are
+    sub-folders of earlier attempts at the same fingerprint, newest first.
     """
 
     folder: Folder
@@ -204,7 +204,7 @@ class ArtifactWriter:
         return self.folder.child(self.attempt)
 
     def write(self, name: str, write_to: Callable[[Path], int | None]) -> FileEntry:
-        """Create one file whole: `write_to(path)` fills a staged file and returns its number of rows."""
+        """Create one file atomically: `write_to(path)` writes a staged file and returns its number of rows."""
         with self.data.staged(check_name(name)) as staged:
             rows = write_to(staged)
             return self._publish(staged, name, rows)
@@ -214,7 +214,7 @@ class ArtifactWriter:
         return self.write_bytes(name, text.encode())
 
     def write_bytes(self, name: str, data: bytes, rows: int | None = None) -> FileEntry:
-        """Create one file of these bytes."""
+        """Create one file with these bytes."""
 
         def write_to(path: Path) -> int | None:
             path.write_bytes(data)
@@ -223,20 +223,20 @@ class ArtifactWriter:
         return self.write(name, write_to)
 
     def add_tree(self, source: Path, name: str) -> list[FileEntry]:
-        """Copy every file below a local folder to `name/` of the artifact; names that start with a dot are not data."""
-        found = (path for path in source.rglob("*") if path.is_file())
-        files = sorted(path for path in found if not is_hidden(path.relative_to(source).as_posix()))
+        """Copy every file below a local folder to `name/` of the artifact, except names that start with a dot."""
+        paths = (path for path in source.rglob("*") if path.is_file())
+        files = sorted(path for path in paths if not is_hidden(path.relative_to(source).as_posix()))
 
-        def copied(path: Path) -> FileEntry:
+        def add(path: Path) -> FileEntry:
             inside = f"{name}/{path.relative_to(source).as_posix()}"
             return self.write(inside, lambda target: _copy(path, target))
 
-        return [copied(path) for path in files]
+        return [add(path) for path in files]
 
     def recover(self, name: str) -> FileEntry | None:
-        """Take over a file that an earlier attempt, or this one before a crash, finished; None if there is none.
+        """Reuse a file that an earlier attempt, or this one before a crash, finished; None if there is none.
 
-        The bytes are digested again: what the journal states but the file no longer holds is not taken.
+        The bytes are digested again: a file that differs from its journal entry is not reused.
         """
         for attempt in (self.attempt, *self.previous):
             folder = self.folder.child(attempt)
@@ -253,22 +253,22 @@ class ArtifactWriter:
         return None
 
     def discard(self, name: str) -> None:
-        """Remove a folder of this attempt's files. Interrupted, it leaves a journal by which it is known for ours."""
+        """Remove a folder of this attempt's files, journal entries last: until then they identify the files as ours."""
         self.data.remove(name)
         for entry in self.begun(name):
             self.data.remove(f"{JOURNAL}/{_flat(entry)}.json")
 
     def begun(self, name: str) -> list[str]:
-        """Files of this attempt below a folder that are finished, or were about to be when it ended."""
+        """Files of this attempt below a folder that have a journal entry: finished, or about to be published."""
         return [entry for entry in self._journal_names() if entry.startswith(f"{name}/")]
 
     def written(self) -> list[FileEntry]:
         """Files of this attempt that are finished, in order of name."""
-        found = in_threads(lambda name: self._journalled(self.data, name), self._journal_names())
-        entries = [entry for _, entry in found]
+        results = in_threads(lambda name: self._journalled(self.data, name), self._journal_names())
+        entries = [entry for _, entry in results]
         if None in entries:
             raise ManifestError(
-                f"{self.data.uri}/{JOURNAL} has an entry that is not ours or not whole; run the step again"
+                f"{self.data.uri}/{JOURNAL} has an entry that is damaged or of another artifact; rerun the step"
             )
         return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.path)
 
@@ -282,7 +282,7 @@ class ArtifactWriter:
         started: float | None = None,
         mlflow_run_id: str | None = None,
     ) -> Artifact:
-        """Write the manifest, last of all. If another writer committed this fingerprint first, theirs is returned."""
+        """Write the manifest. If another writer committed this fingerprint first, return its artifact."""
         manifest = Manifest(
             kind=self.kind,
             fingerprint=self.fingerprint,
@@ -301,32 +301,32 @@ class ArtifactWriter:
         if problems := Artifact(self.folder, manifest).problems():
             raise ManifestError(
                 f"not committing {self.folder.uri}, {len(problems)} problems: {listing(problems)}; "
-                "run the step again, into an empty folder"
+                "rerun the step with an empty folder"
             )
         text = manifest.to_json().encode()
         if not self.folder.write_bytes(MANIFEST_NAME, text, exclusive=True):
             try:
                 return Artifact.open(self.folder)
-            except ManifestError:  # what stands there is damaged, and this attempt is its repair
+            except ManifestError:  # the existing artifact is damaged, and this attempt replaces it
                 self.folder.write_bytes(MANIFEST_NAME, text)
         self.data.remove(JOURNAL)
         self.data.sweep()
         return Artifact.open(self.folder)
 
     def check_own(self) -> None:
-        """Raise UserError where files lie here that no earlier run of this very fingerprint has left."""
+        """Raise UserError if the folder contains files that no earlier run with this fingerprint wrote."""
         ours = {name for name in self._journal_names() if self._journalled(self.data, name)}
-        notes = self.data.child(JOURNAL).names()  # this folder goes with the commit
-        odd = {f"{JOURNAL}/{name}" for name in notes if not name.endswith(".json") and not is_staged(name)}
-        if foreign := sorted((set(self.data.walk()) - ours) | odd):
+        journal = self.data.child(JOURNAL).names()  # the commit removes this folder
+        others = {f"{JOURNAL}/{name}" for name in journal if not name.endswith(".json") and not is_staged(name)}
+        if foreign := sorted((set(self.data.walk()) - ours) | others):
             raise UserError(
-                f"{self.data.uri} holds {len(foreign)} files that are not of this run ({', '.join(foreign[:3])}"
-                f"{', ...' if len(foreign) > 3 else ''}): your own, or of a run with another configuration or other "
-                "inputs; give an empty folder"
+                f"{self.data.uri} contains {len(foreign)} files that this run did not write ({', '.join(foreign[:3])}"
+                f"{', ...' if len(foreign) > 3 else ''}): your own, or those of a run with another configuration or "
+                "other inputs; give an empty folder"
             )
 
     def _publish(self, staged: Path, name: str, rows: int | None) -> FileEntry:
-        """The journal first: a file without an entry would not be known for ours after a crash between the two."""
+        """Write the journal entry, then the file: after a crash in between, a file without entry would look foreign."""
         entry = FileEntry(name, staged.stat().st_size, sha256_file(staged), rows)
         record = {**asdict(entry), "fingerprint": self.fingerprint}
         self.data.write_bytes(f"{JOURNAL}/{_flat(name)}.json", canonical_json(record).encode())
@@ -338,25 +338,25 @@ class ArtifactWriter:
 
     def _journalled(self, folder: Folder, name: str) -> FileEntry | None:
         try:
-            place = f"{JOURNAL}/{_flat(name)}.json"
-            record = parse_json(folder.read_bytes(place), place)
-            same = record.pop("fingerprint") == self.fingerprint
-            return FileEntry(**record) if same else None
+            path = f"{JOURNAL}/{_flat(name)}.json"
+            record = parse_json(folder.read_bytes(path), path)
+            is_own = record.pop("fingerprint") == self.fingerprint
+            return FileEntry(**record) if is_own else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
 
 def journalled(attempt: Folder) -> Iterator[str]:
-    """Names of the files that an attempt has finished, or was about to when it ended."""
+    """Names of the files with a journal entry in an attempt: finished, or about to be published."""
     for name in attempt.child(JOURNAL).names():
         if name.endswith(".json"):
             yield _unflat(name.removesuffix(".json"))
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A second name for the same bytes where the file system allows it: artifact files never change."""
+    """Hard-link a file if the file system allows it, else copy it: artifact files never change."""
     try:
-        os.link(source.resolve(), target)  # a view of the node's cache is made of symbolic links
+        os.link(source.resolve(), target)  # a view of the node's cache consists of symbolic links
     except OSError:
         shutil.copyfile(source, target)
 

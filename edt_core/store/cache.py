@@ -1,18 +1,18 @@
 """This node's cache of remote files: bounded, shared by its processes, and verified as it is filled.
 
     <EDT_CACHE_DIR, or ~/.cache/edt>/
-        objects/<ab>/<sha256>     a file of any artifact, by its digest: its bytes were digested as they came
+        objects/<ab>/<sha256>     a file of any artifact, by its digest, which is checked during the download
         views/<digest>/<name>     one artifact's names, as symbolic links to objects
-        files/<uri>/<name>        files without a known digest (checkpoints of a run under way), by URI and version
-        verified/                 what `Artifact.verify_once` has digested on this node
-        locks/                    one writer a file; the operating system frees a lock when its holder dies
+        files/<uri>/<name>        files without a known digest (checkpoints of a running training), by URI and version
+        verified/                 the stamps of `Artifact.verify_once` on this node
+        locks/                    one writer per file; the operating system releases a lock when its process ends
 
-A cached file is read-only and appears under its name when it is whole, so a killed download leaves a `.part` and no
-more; the next call that needs room or that file removes it. EDT_CACHE_BYTES bounds what is kept (half of the file
-system unless set): before a download the least recently used files make room, never one that the call itself needs. A
-file that another process has open or memory-mapped is unlinked under it, which POSIX allows: it reads on, and the space
-is free when it closes. Calls that download different files at the same moment may pass the bound together until they
-end.
+A cached file is read-only and gets its name when it is complete, so a killed download leaves only a `.part`; the next
+call that needs space or that file removes it. EDT_CACHE_BYTES limits the size of the cache (default: half of the file
+system): before a download, the least recently used files are removed, except those that the call itself needs. A file
+that another process has open or memory-mapped is unlinked, which POSIX allows: that process can still read it, and the
+space is freed when it closes the file. Calls that download different files at the same time may together exceed the
+limit until they end.
 """
 
 import glob
@@ -35,10 +35,10 @@ from edt_core.store.folder import Folder, fsync_file, in_threads
 from edt_core.store.manifest import FileEntry, ManifestError
 
 DIRECTORY_VARIABLE, BYTES_VARIABLE = "EDT_CACHE_DIR", "EDT_CACHE_BYTES"
-# An object's time of modification, as in the Nix store: any later write through the file system changes it.
+# The modification time of every object, as in the Nix store: any later write changes it.
 _SEALED_NS = 1_000_000_000
 _SHA256, _URI_KEY, _PART = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{16}"), re.compile(r"\.(.+)\.part")
-_ROUNDS = 3  # downloads again of what another process' call evicted meanwhile
+_ROUNDS = 3  # attempts: another process may evict files during a download
 _MIB = 1 << 20
 _UNITS = {unit: factor for k, u in enumerate("KMGTP", 1) for unit, factor in ((u, 1000**k), (f"{u}I", 1024**k))}
 
@@ -50,17 +50,17 @@ def cache_folder() -> Path:
 
 def parse_bytes(text: str) -> int:
     """A positive number of bytes, plain or with a unit: 200GB is decimal, 1TiB binary. Raises UserError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGTP]I?)?B?)\s*", text.upper())
-    value = int(float(found[1]) * _UNITS.get(found[2] or "", 1)) if found else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGTP]I?)?B?)\s*", text.upper())
+    value = int(float(match[1]) * _UNITS.get(match[2] or "", 1)) if match else 0
     if value <= 0:
-        raise UserError(f"{BYTES_VARIABLE} is {text!r}; give a number of bytes, as 200GB, 1TiB or 50000000000")
+        raise UserError(f"{BYTES_VARIABLE} is {text!r}; give a number of bytes, such as 200GB, 1TiB or 50000000000")
     return value
 
 
 def local_copy(folder: Folder, name: str) -> Path:
-    """A file as a local path: itself, or a copy in this node's cache, made again when the file has changed.
+    """A file as a local path: itself, or a copy in this node's cache, downloaded again if the file has changed.
 
-    Its digest is not known here and not checked. Raises FileNotFoundError where there is none.
+    Its digest is unknown and not checked. Raises FileNotFoundError if the file does not exist.
     """
     if (root := folder.local) is not None:
         if not (root / name).exists():
@@ -76,30 +76,30 @@ def local_directory(folder: Folder) -> Path:
 
 @dataclass(frozen=True)
 class Cache:
-    """The cache below `root`, which keeps `bound` bytes at most."""
+    """The cache below `root`, of at most `bound` bytes."""
 
     root: Path
     bound: int
 
     @classmethod
     def of_node(cls) -> "Cache":
-        """This node's cache as the environment sets it. Raises UserError where it cannot be written."""
+        """This node's cache, configured by the environment. Raises UserError if it is not writable."""
         root = cache_folder()
         with clear_disk_errors(f"the cache {root} (set {DIRECTORY_VARIABLE})"):
             root.mkdir(parents=True, exist_ok=True)
-        stated = os.environ.get(BYTES_VARIABLE)
-        return cls(root, parse_bytes(stated) if stated else shutil.disk_usage(root).total // 2)
+        limit = os.environ.get(BYTES_VARIABLE)
+        return cls(root, parse_bytes(limit) if limit else shutil.disk_usage(root).total // 2)
 
     def view(self, folder: Folder, entries: Sequence[FileEntry], key: str, progress: Progress | None = None) -> Path:
         """A local folder with `entries` of a remote `folder` under their names; `key` is their artifact's digest.
 
-        What is missing is downloaded, in parallel. Raises ManifestError where a file is missing or its bytes have
-        another digest (nothing of it is kept), UserError where `entries` are larger than the bound or the disk is full.
+        Files not in the cache are downloaded in parallel. Raises ManifestError if a file is missing or has another
+        digest (it is then not kept), UserError if `entries` are larger than the limit or the disk is full.
         """
         root = self.root / "views" / key
         targets = {self._object(entry.sha256): entry for entry in entries}
-        wanted = {target: entry.bytes for target, entry in targets.items()}
-        self._fill(folder, wanted, lambda target: self._download(folder, targets[target], target), progress)
+        sizes = {target: entry.bytes for target, entry in targets.items()}
+        self._fill(folder, sizes, lambda target: self._download(folder, targets[target], target), progress)
         with clear_disk_errors(f"the cache {self.root}"):
             for entry in entries:
                 link = root / entry.path
@@ -109,9 +109,9 @@ class Cache:
         return root
 
     def copy(self, folder: Folder, names: Sequence[str]) -> Path:
-        """A local folder with copies of these files of a remote one, as they are there now; digests are not known.
+        """A local folder with copies of the current versions of these remote files, whose digests are unknown.
 
-        Raises FileNotFoundError where one is not there, UserError as `view`.
+        Raises FileNotFoundError if one does not exist, UserError as `view`.
         """
         root = self.root / "files" / hashlib.sha256(folder.uri.encode()).hexdigest()[:16]
         fs, path = folder.filesystem()
@@ -121,7 +121,7 @@ class Cache:
             if size is None:
                 raise FileNotFoundError(f"{folder.uri}/{name}")
             sizes[root / name] = size
-            # The store's own note of the version (ETag, generation, time), as a part of a hidden file's name.
+            # The store's version token (ETag, generation, time) is part of a hidden file's name.
             version = fs.ukey(f"{path}/{name}")
             versions[root / name] = (root / name).with_name(f".{Path(name).name}.{version[:16]}")
         for target, version in versions.items():
@@ -145,45 +145,45 @@ class Cache:
         return self.root / "objects" / sha256[:2] / sha256
 
     def _fill(
-        self, folder: Folder, wanted: Mapping[Path, int], download: Callable[[Path], None], progress: Progress | None
+        self, folder: Folder, sizes: Mapping[Path, int], download: Callable[[Path], None], progress: Progress | None
     ) -> None:
-        """Have every file of `wanted` (path -> bytes) in place; `download` brings one."""
+        """Make sure that every file of `sizes` (path -> bytes) is in the cache; `download` fetches one."""
         progress = progress or Silent()
-        total = sum(wanted.values())
+        total = sum(sizes.values())
         if total > self.bound:
             raise UserError(
-                f"{len(wanted)} files of {folder.uri} are {total:,} bytes, the cache {self.root} keeps {self.bound:,} "
-                f"at most; raise {BYTES_VARIABLE} (a disk of that size in {DIRECTORY_VARIABLE}), "
+                f"{len(sizes)} files of {folder.uri} have {total:,} bytes, but the cache {self.root} keeps at most "
+                f"{self.bound:,}; raise {BYTES_VARIABLE} (with a large enough disk in {DIRECTORY_VARIABLE}), "
                 "or train with train.reader=webdataset, which streams its shards"
             )
         for _ in range(_ROUNDS):
-            missing = [path for path, size in wanted.items() if not _use(path, size)]
+            missing = [path for path, size in sizes.items() if not _use(path, size)]
             if not missing:
                 return
-            done = total - sum(wanted[path] for path in missing)
-            self._make_room(wanted)
+            done = total - sum(sizes[path] for path in missing)
+            self._make_room(sizes)
             for path, _nothing in in_threads(download, missing):
-                done += wanted[path]
+                done += sizes[path]
                 progress.update(-(-done // _MIB), -(-total // _MIB), "MiB downloaded")
-            self._make_room(wanted)
+            self._make_room(sizes)
         raise UserError(
-            f"other processes on this node need the room of the cache {self.root} ({self.bound:,} bytes) at the same "
-            f"time as {folder.uri}; raise {BYTES_VARIABLE} to hold what runs together"
+            f"the cache {self.root} ({self.bound:,} bytes) is too small for {folder.uri} together with the files that "
+            f"other processes on this node use; raise {BYTES_VARIABLE}"
         )
 
     def _download(self, folder: Folder, entry: FileEntry, target: Path) -> None:
-        """Bring an object that is missing, unless another process has brought it while this one waited."""
+        """Download a missing object, unless another process did so while this one waited for the lock."""
 
         def receive(part: Path) -> None:
             try:
                 digest = folder.fetch(entry.path, part)
             except FileNotFoundError as error:
-                raise ManifestError(f"{folder.uri}/{entry.path} is missing; run its step again") from error
+                raise ManifestError(f"{folder.uri}/{entry.path} is missing; rerun its step") from error
             if digest != entry.sha256:
                 raise ManifestError(
-                    f"{folder.uri}/{entry.path} came with {part.stat().st_size} bytes of sha256 {digest[:12]}, its "
-                    f"manifest says {entry.bytes} of {entry.sha256[:12]}; it is damaged: remove its artifact's "
-                    "manifest.json and run its step again"
+                    f"{folder.uri}/{entry.path} is damaged: it has {part.stat().st_size} bytes of sha256 "
+                    f"{digest[:12]}, but its manifest says {entry.bytes} of {entry.sha256[:12]}; remove its artifact's "
+                    "manifest.json and rerun its step"
                 )
 
         with self._lock(target):
@@ -191,7 +191,7 @@ class Cache:
                 self._receive(target, receive)
 
     def _receive(self, target: Path, receive: Callable[[Path], object]) -> None:
-        """Let `receive(part)` write a file and give it its name when it is whole. The target's lock is held."""
+        """Write a file with `receive(part)` and rename it to `target` when complete. The caller holds its lock."""
         with clear_disk_errors(f"the cache {self.root} (set {DIRECTORY_VARIABLE}, or lower {BYTES_VARIABLE})"):
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(f".{target.name}.part")
@@ -205,8 +205,8 @@ class Cache:
             finally:
                 part.unlink(missing_ok=True)
 
-    def _make_room(self, wanted: Mapping[Path, int]) -> None:
-        """Evict the least recently used files that are not wanted, until what is wanted fits with what stays."""
+    def _make_room(self, sizes: Mapping[Path, int]) -> None:
+        """Evict the least recently used files that are not in `sizes`, until those in `sizes` fit."""
         with self._lock(self.root / "room"):
             used = 0
             others: list[tuple[int, int, Path]] = []
@@ -217,12 +217,12 @@ class Cache:
                     continue
                 if path.name.startswith("."):
                     target = _target_of(path)
-                    left = self._remove_if_left(path, target)
-                    used += 0 if left or target in wanted else status.st_size
-                elif path not in wanted:
+                    is_removed = self._remove_if_unlocked(path, target)
+                    used += 0 if is_removed or target in sizes else status.st_size
+                elif path not in sizes:
                     used += status.st_size
                     others.append((status.st_atime_ns, status.st_size, path))
-            needed = sum(wanted.values())
+            needed = sum(sizes.values())
             for _, size, path in sorted(others):
                 if used + needed <= self.bound:
                     break
@@ -230,13 +230,13 @@ class Cache:
                 used -= size
 
     def _files(self) -> Iterator[Path]:
-        """The cache's own files and parts of files: EDT_CACHE_DIR may name a folder that holds other things as well."""
+        """The files and parts of files that the cache wrote: the folder EDT_CACHE_DIR may have other content too."""
         for tree in ("objects", "files"):
             for folder, _, names in os.walk(self.root / tree):
                 yield from (path for name in names if self._is_own(path := Path(folder, name)))
 
     def _is_own(self, path: Path) -> bool:
-        """Whether the cache has put a file here. A file of another name, a link, and one written to since is not."""
+        """Whether the cache wrote a file: its name has the right form, and it is neither a link nor changed since."""
         target = _target_of(path)
         if path.is_symlink() or (path.name.startswith(".") and target is path):
             return False
@@ -245,12 +245,12 @@ class Cache:
             return _SHA256.fullmatch(name) is not None and folders == [name[:2]]
         if not folders or _URI_KEY.fullmatch(folders[0]) is None:
             return False
-        with suppress(FileNotFoundError):  # another process' call has evicted it
+        with suppress(FileNotFoundError):  # another process has evicted it
             return path != target or path.stat().st_mtime_ns == _SEALED_NS
         return False
 
-    def _remove_if_left(self, part: Path, target: Path) -> bool:
-        """Remove the part of a download that was killed: nobody holds the lock of its target."""
+    def _remove_if_unlocked(self, part: Path, target: Path) -> bool:
+        """Remove the part of a killed download, which is one whose target is not locked. Return whether it was."""
         try:
             with self._lock(target).acquire(timeout=0):
                 part.unlink(missing_ok=True)
@@ -259,7 +259,7 @@ class Cache:
             return False
 
     def _lock(self, target: Path) -> FileLock:
-        """The lock of a file; a few thousand in all, so that they need no removing, which would be a race."""
+        """The lock of a file. There are at most 4096, so they need no cleanup, which would be a race."""
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(target.relative_to(self.root).as_posix().encode()).hexdigest()[:3]
@@ -267,21 +267,21 @@ class Cache:
 
 
 def _target_of(path: Path) -> Path:
-    """The file that a hidden `.part` is to become; any other path itself."""
+    """The final path of a hidden `.part`; any other path unchanged."""
     part = _PART.fullmatch(path.name)
     return path.with_name(part[1]) if part else path
 
 
 def _use(path: Path, size: int) -> bool:
-    """Whether a cached file is there as it was put there; it is then the most recently used.
+    """Whether a cached file exists unchanged; if so, mark it as the most recently used.
 
-    The time of access is the time of use. The time of modification is the seal: nobody wrote to the file since.
+    The access time is the time of use. The modification time shows that the file was not written to since.
     """
     try:
         status = path.stat()
         if status.st_size != size or status.st_mtime_ns != _SEALED_NS:
             return False
-        with suppress(PermissionError):  # another user's file in a cache that is shared
+        with suppress(PermissionError):  # another user's file in a shared cache
             os.utime(path, ns=(time.time_ns(), _SEALED_NS))
     except FileNotFoundError:
         return False

@@ -1,7 +1,7 @@
-"""Which folders of a store are artifacts, by name and content. Everything else in it belongs to its user.
+"""Which folders of a store are artifacts, by name and content. Everything else in it belongs to the user.
 
-`<kind>/<fingerprint>/manifest.json` and `<kind>/<fingerprint>/<attempt>/...` are made by a workflow. A link is never
-one of ours, wherever it leads.
+A workflow writes `<kind>/<fingerprint>/manifest.json` and `<kind>/<fingerprint>/<attempt>/...`. It never creates links,
+so a link always belongs to the user.
 """
 
 import os
@@ -21,17 +21,17 @@ Identity = tuple[str, str]  # kind, fingerprint
 
 
 def stamped_name() -> str:
-    """A new name for an attempt: the time, so that names sort by age, and what makes it unique."""
+    """A new name for an attempt: the time, so that names sort by age, and a random suffix."""
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
 
 
 def is_stamped(name: str) -> bool:
-    """Whether a name is one of `stamped_name`."""
+    """Whether a name has the form of `stamped_name`."""
     return _ATTEMPT.fullmatch(name) is not None
 
 
 def artifact_folders(root: Folder) -> tuple[list[Identity], dict[str, str]]:
-    """The folders of a store that an artifact can be in, and what else lies beside them: path in the store -> why."""
+    """The folders of a store that can be artifacts, and the other content next to them: path in the store -> reason."""
     folders: list[Identity] = []
     others: dict[str, str] = {}
     for kind in KINDS:
@@ -40,45 +40,45 @@ def artifact_folders(root: Folder) -> tuple[list[Identity], dict[str, str]]:
             continue
         for name in root.child(kind).names():
             if not _FINGERPRINT.fullmatch(name):
-                others[f"{kind}/{name}"] = "no artifact: its name is not a fingerprint of 64 hex digits"
+                others[f"{kind}/{name}"] = "not an artifact: its name is not a fingerprint of 64 hex digits"
             elif reason := _not_a_folder(root.child(f"{kind}/{name}")):
-                others[f"{kind}/{name}"] = f"no artifact: {reason}"
+                others[f"{kind}/{name}"] = f"not an artifact: {reason}"
             else:
                 folders.append((kind, name))
     return folders, others
 
 
 def foreign_names(folder: Folder, committed: str) -> dict[str, str]:
-    """What lies in the folder of an artifact and was not put there by a workflow: name -> why.
+    """The content of an artifact's folder that no workflow has written: name -> reason.
 
-    `committed` is the attempt that the manifest names, "" where there is no manifest.
+    `committed` is the attempt that the manifest names, "" if there is no manifest.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name in folder.names():
         if name == MANIFEST_NAME:
             if _is_link(folder, name):
-                found[name] = "a link"
+                reasons[name] = "a link"
         elif name != committed and not is_stamped(name) and not is_staged(name):
-            found[name] = "no attempt"
+            reasons[name] = "not an attempt"
         elif reason := _not_a_folder(folder.child(name)):
-            found[name] = reason
-    return found
+            reasons[name] = reason
+    return reasons
 
 
 def foreign(folder: Folder, manifest: Manifest | None) -> dict[str, str]:
-    """As `foreign_names`, and the files of the committed attempt that its manifest does not name."""
+    """`foreign_names`, and if there are none, the files of the committed attempt that its manifest does not list."""
     if manifest is None:
         return foreign_names(folder, "")
-    found = foreign_names(folder, manifest.attempt)
-    if not found and manifest.attempt:
-        named = {entry.path for entry in manifest.files}
+    reasons = foreign_names(folder, manifest.attempt)
+    if not reasons and manifest.attempt:
+        listed = {entry.path for entry in manifest.files}
         below = (name for name in files_below(folder.child(manifest.attempt)) if not is_hidden(name))
-        found = {f"{manifest.attempt}/{name}": f"not in {MANIFEST_NAME}" for name in below if name not in named}
-    return found
+        reasons = {f"{manifest.attempt}/{name}": f"not in {MANIFEST_NAME}" for name in below if name not in listed}
+    return reasons
 
 
 def files_below(folder: Folder) -> dict[str, int]:
-    """Name -> bytes of every file below, hidden ones too. A link counts as a file and is not followed."""
+    """Name -> bytes of every file below, hidden files included. A link counts as a file and is not followed."""
     if (root := folder.local) is None:
         return folder.walk()
     return dict(_files(root))
@@ -93,7 +93,7 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def _not_a_folder(folder: Folder) -> str:
-    """Why a name that is there is no folder of its own, or ""."""
+    """The reason why an existing name is not a real folder, or ""."""
     if (path := folder.local) is None or not os.path.lexists(path):
         return ""
     if path.is_symlink():

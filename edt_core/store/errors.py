@@ -1,4 +1,4 @@
-"""What a disk or an object store refuses, as one clear message: problem, place, remedy; never a credential's value."""
+"""Turns errors of disks and object stores into one clear message: problem, place, remedy; never a credential."""
 
 import errno
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from edt_core.files.small_files import UnusableFileError
 VARIABLES = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL"
 
 _SPACE = {
-    errno.ENOSPC: "no space is left on the device; free some and run again",
-    errno.EDQUOT: "the disk quota is used up; free some and run again",
+    errno.ENOSPC: "no space is left on the device; free some and rerun",
+    errno.EDQUOT: "the disk quota is used up; free some and rerun",
 }
 _PLACE = {
     errno.EACCES: "permission denied; choose a folder you may write to",
@@ -21,9 +21,9 @@ _PLACE = {
     errno.EEXIST: "a part of this path is a file; choose another",
 }
 UNUSABLE_PATHS = {
-    errno.ENAMETOOLONG: "the path, or a name in it, is longer than the file system takes; give a shorter one",
+    errno.ENAMETOOLONG: "the path, or a name in it, is too long for the file system; give a shorter one",
     errno.ELOOP: "a loop of symbolic links; remove the link, or change its target",
-    errno.EISDIR: "it is a folder, and a file is expected; give the file",
+    errno.EISDIR: "it is a folder, but a file is expected; give the file",
 }
 _NO_CREDENTIALS = {
     "NoCredentialsError",
@@ -49,7 +49,7 @@ _UNREACHABLE = {
 
 @contextmanager
 def clear_disk_errors(where: str) -> Iterator[None]:
-    """Turn what a local file system says to a writer into UserError."""
+    """Turn an error of a local file system during a write into UserError."""
     try:
         yield
     except OSError as error:
@@ -61,11 +61,13 @@ def clear_disk_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def clear_read_errors(where: str) -> Iterator[None]:
-    """Turn a local file that may not be read, or a path that no file can have, into UserError."""
+    """Turn a missing permission to read a local file, or an impossible path, into UserError."""
     try:
         yield
     except PermissionError as error:
-        raise UserError(f"cannot read {where}: permission denied; run as somebody who may") from error
+        raise UserError(
+            f"cannot read {where}: permission denied; change its permissions, or run as a user who may read it"
+        ) from error
     except OSError as error:
         reason = UNUSABLE_PATHS.get(error.errno or 0)
         if reason is None:
@@ -75,7 +77,7 @@ def clear_read_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def clear_space_errors(where: str) -> Iterator[None]:
-    """Turn a full disk into UserError, however a library words it; every other error is the library's own."""
+    """Turn a full disk into UserError, for any library's wording; other errors pass unchanged."""
     try:
         yield
     except UserError:
@@ -83,7 +85,7 @@ def clear_space_errors(where: str) -> Iterator[None]:
     except Exception as error:
         reason = _SPACE.get(error.errno or 0) if isinstance(error, OSError) else None
         if reason is None and ("os error 28" in str(error) or "No space left on device" in str(error)):
-            reason = _SPACE[errno.ENOSPC]  # safetensors and torch raise errors of their own
+            reason = _SPACE[errno.ENOSPC]  # safetensors and torch raise their own exception classes
         if reason is None:
             raise
         raise UserError(f"cannot write to {where}: {reason}") from error
@@ -91,7 +93,7 @@ def clear_space_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def clear_remote_errors(uri: str) -> Iterator[None]:
-    """Turn what an object store answers into UserError. A FileNotFoundError of a file passes, one of a bucket not."""
+    """Turn errors of an object store into UserError. FileNotFoundError passes for a file, but not for a bucket."""
     try:
         yield
     except UserError:
@@ -104,13 +106,13 @@ def clear_remote_errors(uri: str) -> Iterator[None]:
 
 
 def _remote_reason(error: Exception) -> str | None:
-    """Why, and what to do; None for an error that is no matter of access. Errors are known by name: no import here."""
+    """Reason and remedy; None for errors not about access. Exceptions are matched by name, not imported."""
     code, names = error_code(error), {base.__name__ for base in type(error).__mro__}
     if code == "NoSuchBucket":
-        return "there is no such bucket; create it, or mend the URI or AWS_ENDPOINT_URL"
+        return "there is no such bucket; create it, or correct the URI or AWS_ENDPOINT_URL"
     if names & _NO_CREDENTIALS:
-        return f"no credentials were found ({type(error).__name__}); set them as your store wants, for S3 {VARIABLES}"
-    if isinstance(error, PermissionError) and not error.filename:  # with one it is a file of this machine
+        return f"no credentials were found ({type(error).__name__}); set those of your store, for S3 {VARIABLES}"
+    if isinstance(error, PermissionError) and not error.filename:  # a local file has a filename
         return f"access denied{f' ({code})' if code else ''}; check the rights of these credentials, for S3 {VARIABLES}"
     if names & _UNREACHABLE or "Invalid endpoint" in str(error):
         return f"the store cannot be reached ({type(error).__name__}); check the network and, for S3, AWS_ENDPOINT_URL"
@@ -118,7 +120,7 @@ def _remote_reason(error: Exception) -> str | None:
 
 
 def error_code(error: BaseException) -> str:
-    """The store's own code, as NoSuchBucket, or "" where the error carries none."""
+    """The store's error code, such as NoSuchBucket, or "" if the error has none."""
     for part in (error, error.__cause__):
         response = getattr(part, "response", None)
         if isinstance(response, dict):

@@ -1,8 +1,8 @@
-"""A folder by URI: local path, `s3://`, `gs://`, or whatever else fsspec opens. Picklable, so Ray tasks can take it.
+"""A folder by URI: local path, `s3://`, `gs://`, or any other that fsspec opens. Picklable, so Ray tasks can take it.
 
-Credentials and endpoints come from the environment, as the store's own client reads it (for S3: AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3); nothing here holds them. The file system
-is requested at each use, so a Folder survives pickling and forks.
+The store's client reads credentials and endpoints from the environment (for S3: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3); a Folder does not contain them. The file
+system is looked up at each use, so a Folder survives pickling and forks.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 _STAGING = ".staging-"
 _STAGED = re.compile(rf"{re.escape(_STAGING)}[0-9a-f]{{32}}")
 _CHUNK = 8 << 20
-_THREADS = 8  # files read, digested or moved at once: hashing and waiting both free the interpreter
+_THREADS = 8  # files processed in parallel: hashing and waiting both release the interpreter lock
 _NO_CONDITIONAL_WRITE = {"NotImplemented", "501", "MethodNotAllowed"}
 _CONFLICTS = 50
 
@@ -50,7 +50,7 @@ def sha256_file(path: Path) -> str:
 
 
 def _sha256(source: Any, target: Any = None) -> str:
-    """Hex sha256 of an open file's bytes, which are written to `target` on the way if there is one."""
+    """Hex sha256 of an open file's bytes; also copy them to `target` if one is given."""
     digest = hashlib.sha256()
     while chunk := source.read(_CHUNK):
         digest.update(chunk)
@@ -60,7 +60,7 @@ def _sha256(source: Any, target: Any = None) -> str:
 
 
 def fsync_file(path: Path) -> None:
-    """Ask the disk for the bytes of `path` and then for its name in the folder."""
+    """Flush the bytes of `path` and then its folder entry to the disk."""
     for target in (path, path.parent):
         handle = os.open(target, os.O_RDONLY)
         try:
@@ -70,7 +70,7 @@ def fsync_file(path: Path) -> None:
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, `work(item)`) as they finish. The first error ends it; what had not begun is not begun."""
+    """Yield (item, `work(item)`) as they finish. The first error is raised, and items not yet started are cancelled."""
     pool = ThreadPoolExecutor(_THREADS)
     try:
         futures = {pool.submit(work, item): item for item in items}
@@ -84,26 +84,26 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
 class Folder:
     """A folder at `uri`. Names are relative paths with `/`.
 
-    Every method raises UserError where the disk or the store refuses: no space, no rights, no bucket, no credentials.
+    Every method raises UserError for errors of the disk or the store: no space, no rights, no bucket, no credentials.
     """
 
     uri: str
 
     @classmethod
     def at(cls, location: str | os.PathLike[str]) -> "Folder":
-        """Folder at a URI or a local path; a local path is made absolute, because workers start elsewhere."""
+        """Folder at a URI or a local path; a local path becomes absolute, because workers run in other folders."""
         text = os.fspath(location)
         return cls(str(typed_path(text).absolute()) if is_local(text) else text.rstrip("/"))
 
     @property
     def local(self) -> Path | None:
-        """The folder as a local path, or None where it is remote."""
+        """The folder as a local path, or None if it is remote."""
         if self.uri.startswith("file://"):
             return Path(self.uri.removeprefix("file://"))
         return None if "://" in self.uri else Path(self.uri)
 
     def filesystem(self) -> tuple[Any, str]:
-        """The fsspec file system of a URI, and the folder's path on it. Raises UserError for a silent S3 endpoint."""
+        """The fsspec file system of a URI, and the folder's path on it. Raises UserError if S3 does not answer."""
         import fsspec
 
         if self.uri.startswith(("s3://", "s3a://")):
@@ -114,7 +114,7 @@ class Folder:
             return fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"cannot open {self.uri}: {error}; install the extra for it, as edt-pipeline[s3] or [gcs]"
+                f"cannot open {self.uri}: {error}; install the extra for it, such as edt-pipeline[s3] or [gcs]"
             ) from error
 
     @property
@@ -132,7 +132,7 @@ class Folder:
             return bool(fs.exists(f"{path}/{name}"))
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, or None where there is none."""
+        """Bytes of a file, or None if it does not exist."""
         with self._clear_errors():
             try:
                 if (root := self.local) is not None:
@@ -145,7 +145,7 @@ class Folder:
                 return None
 
     def names(self) -> list[str]:
-        """Names directly inside, sorted; empty where the folder does not exist."""
+        """Names directly inside, sorted; empty if the folder does not exist."""
         with self._clear_errors():
             if (root := self.local) is not None:
                 return sorted(p.name for p in root.iterdir()) if root.is_dir() else []
@@ -158,29 +158,29 @@ class Folder:
                 return []
 
     def walk(self) -> dict[str, int]:
-        """Name -> bytes of every file below, by one listing; nothing whose name or folder starts with a dot."""
+        """Name -> bytes of every file below, from one listing, without names and folders that start with a dot."""
         with self._clear_errors():
             if (root := self.local) is not None:
                 return dict(_walk_local(root, ""))
             fs, path = self.filesystem()
             try:
-                found = fs.find(path, detail=True)
+                infos = fs.find(path, detail=True)
             except FileNotFoundError as error:
                 if error_code(error) == "NoSuchBucket":
                     raise
                 return {}
-            sizes = {key.removeprefix(f"{path}/"): info for key, info in found.items()}
+            files = {key.removeprefix(f"{path}/"): info for key, info in infos.items()}
             return {
                 name: int(info["size"])
-                for name, info in sizes.items()
-                # a name with a slash at its end is how some clients note an empty folder
+                for name, info in files.items()
+                # some clients represent an empty folder by a name that ends with a slash
                 if info["type"] == "file" and name not in ("", path) and name[-1] != "/" and not is_hidden(name)
             }
 
     def read_bytes(self, name: str, limit: int = MAX_RECORD_BYTES) -> bytes:
         """A whole file of at most `limit` bytes.
 
-        Raises FileNotFoundError where there is none, and UnusableFileError for what is larger or no regular file.
+        Raises FileNotFoundError if it does not exist, and UnusableFileError if it is larger or not a regular file.
         """
         with self._clear_errors():
             if (root := self.local) is not None:
@@ -189,17 +189,17 @@ class Folder:
             return within(_beginning(fs, f"{path}/{name}", limit + 1), f"{self.uri}/{name}", limit)
 
     def digest(self, name: str) -> str:
-        """Hex sha256 of a file's bytes where they lie: a remote file is streamed, never taken from a cache.
+        """Hex sha256 of a file's bytes in the store: a remote file is streamed, never read from a cache.
 
-        Raises FileNotFoundError where there is none.
+        Raises FileNotFoundError if it does not exist.
         """
         with self._clear_errors(), self._open(name) as source:
             return _sha256(source)
 
     def fetch(self, name: str, target: Path) -> str:
-        """Write a file's bytes to a local path and return their sha256, taken on the way.
+        """Copy a file's bytes to a local path and return their sha256.
 
-        Raises FileNotFoundError where there is none.
+        Raises FileNotFoundError if it does not exist.
         """
         with (
             self._clear_errors(),
@@ -210,10 +210,10 @@ class Folder:
             return _sha256(source, file)
 
     def write_bytes(self, name: str, data: bytes, *, exclusive: bool = False, private: bool = False) -> bool:
-        """Write a whole file or nothing; its name appears last. With `private`, a local one is for its owner alone.
+        """Write a file atomically. With `private`, only its owner can read a local file.
 
-        With `exclusive`, an existing file stays as it is and False is returned. That holds between processes on local
-        file systems, and on object stores that know conditional writes (S3, GCS); on others the last writer wins.
+        With `exclusive`, an existing file is left unchanged and False is returned. That holds between processes on
+        local file systems and on object stores with conditional writes (S3, GCS); on others the last writer wins.
         """
         root = self.local
         if root is not None:
@@ -231,7 +231,7 @@ class Folder:
 
     @contextmanager
     def staged(self, name: str) -> Iterator[Path]:
-        """A local path to write to, gone afterwards: on the folder's file system, or in TMPDIR if that is remote."""
+        """A temporary local path to write to: on the folder's file system, or in TMPDIR if the folder is remote."""
         root = self.local
         where = self.uri if root is not None else f"the temporary folder {tempfile.gettempdir()} (set TMPDIR)"
         with clear_disk_errors(where):
@@ -248,7 +248,7 @@ class Folder:
             shutil.rmtree(staging, ignore_errors=True)
 
     def publish(self, staged: Path, name: str) -> None:
-        """Move a staged file to its name, after its bytes are on the disk, or upload it whole."""
+        """Rename a staged file to its name, after flushing it to the disk, or upload it."""
         if (root := self.local) is not None:
             with clear_disk_errors(self.uri):
                 _publish(staged, root / name, exclusive=False)
@@ -258,7 +258,7 @@ class Folder:
                 fs.put_file(str(staged), f"{path}/{name}")
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder if it is there; of a link the link, and not what it leads to."""
+        """Remove a file or a folder if it exists; a link is removed, but not its target."""
         if (root := self.local) is not None:
             target = root / name
             if target.is_dir() and not target.is_symlink():
@@ -271,14 +271,14 @@ class Folder:
             fs.rm(f"{path}/{name}", recursive=True)
 
     def sweep(self) -> None:
-        """Remove what writers that were killed have left staged; for a folder that nobody writes to any more."""
+        """Remove staged files of killed writers. Only for a folder that no process writes to any more."""
         if (root := self.local) is not None:
             for staging in root.rglob(f"{_STAGING}*"):
                 if is_staged(staging.name):
                     shutil.rmtree(staging, ignore_errors=True)
 
     def check_writable(self) -> None:
-        """Raise UserError unless a file can be written here, and records can hold the folder's path."""
+        """Raise UserError unless a file can be written here, and the folder's path can be recorded."""
         if (root := self.local) is not None:
             check_store_name(root)
         probe = f".probe-{uuid.uuid4().hex}"
@@ -286,9 +286,9 @@ class Folder:
             self.write_bytes(probe, b"")
         except UserError:
             raise
-        except Exception as error:  # object stores have exceptions of their own
+        except Exception as error:  # object stores have their own exception classes
             raise UserError(
-                f"cannot write to {self.uri}: {redacted(str(error))}; choose another folder or mend the access"
+                f"cannot write to {self.uri}: {redacted(str(error))}; choose another folder or correct the access"
             ) from error
         self.remove(probe)
 
@@ -303,7 +303,7 @@ class Folder:
 
 
 def is_staged(name: str) -> bool:
-    """Whether a name is of a folder that `Folder.staged` made."""
+    """Whether a name is that of a folder of `Folder.staged`."""
     return _STAGED.fullmatch(name) is not None
 
 
@@ -323,24 +323,24 @@ def _walk_local(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
         if entry.is_dir():
             yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/")
         else:
-            with suppress(FileNotFoundError):  # a link to nothing, or a file that went away: as if it were not there
+            with suppress(FileNotFoundError):  # a broken link, or a file removed in the meantime
                 yield prefix + entry.name, entry.stat().st_size
 
 
 def _beginning(fs: Any, path: str, count: int) -> bytes:
-    """The first `count` bytes of a remote file, or all that it has."""
+    """The first `count` bytes of a remote file, or all of it."""
     try:
         return bytes(fs.cat_file(path, start=0, end=count))
     except FileNotFoundError:
         raise
-    except Exception:  # stores refuse a range of an empty file, each in words of its own
+    except Exception:  # stores reject a range of an empty file, each with another exception
         if fs.size(path) != 0:
             raise
         return b""
 
 
 def _create(fs: Any, target: str, data: bytes) -> bool:
-    """Write an object unless it is there, as one conditional write where the store has them."""
+    """Write an object unless it exists, as one conditional write if the store supports that."""
     for _ in range(_CONFLICTS):
         try:
             fs.pipe_file(target, data, mode="create")
@@ -354,7 +354,7 @@ def _create(fs: Any, target: str, data: bytes) -> bool:
                 break
             if error_code(error) != "ConditionalRequestConflict":
                 raise
-            time.sleep(0.1)  # another write of this name is under way
+            time.sleep(0.1)  # another write of this name is in progress
             if fs.exists(target):
                 return False
     fs.pipe_file(target, data)
@@ -370,7 +370,7 @@ def _publish(staged: Path, target: Path, exclusive: bool) -> bool:
             os.link(staged, target)
         except FileExistsError:
             return False
-        except OSError:  # no hard links here (SMB, exFAT): look and then rename, exclusive but for a moment
+        except OSError:  # no hard links (SMB, exFAT): check and then rename, which is a short race
             if target.exists():
                 return False
             staged.replace(target)

@@ -1,4 +1,4 @@
-"""Names and versions of everything that is written to disk. Nothing else in the project spells them out.
+"""Names and versions of everything that is written to disk, defined only here.
 
 Shapes: C latent channels, h latent height and width (image size / autoencoder factor).
 """
@@ -20,19 +20,19 @@ KINDS = (
 )
 
 # Image shards: WebDataset tar. A sample is `<key>.webp` (or .png, .jpg), `<key>.cls` (class index, ASCII) and
-# `<key>.json`: {"label", "sha256", "source"}, the digest and the name of the file that it was made from.
+# `<key>.json`: {"label", "sha256", "source"}, the digest and the name of the original file.
 IMAGE_SHARD = "images-{:05d}.tar"
 IMAGE_MEMBERS = {"webp": "webp", "png": "png", "jpeg": "jpg"}  # image_format -> member
 CLASS_MEMBER, JSON_MEMBER = "cls", "json"
 CLASSES_NAME = "classes.json"  # class names, in order of class index
-REPORT_OF_SHARD = "reports/{}.json"  # what became of the images of a shard, originals' sha256 included
+REPORT_OF_SHARD = "reports/{}.json"  # the outcome for each image of a shard, with the sha256 of its original
 
-# Latent shards: Arrow IPC file format, one row an image, and a WebDataset twin with the same rows.
-# A side's mean and std lie side by side, so that a training sample is one read of one place.
+# Latent shards: Arrow IPC file format, one row per image, and optionally WebDataset shards with the same rows.
+# Mean and std of a side are adjacent, so that a training sample is one contiguous read.
 LATENT_SHARD = "latents-{:05d}.arrow"
 LATENT_TAR_SHARD = "latents-{:05d}.tar"
 LATENT_SCHEMA_VERSION = "2"
-# Of shards whose latents are also centred (shift_factor, latents_mean): a reader of version 2 would scale them wrong.
+# Version of shards with centred latents (shift_factor, latents_mean): a reader of version 2 would scale them wrong.
 CENTRED_LATENT_SCHEMA_VERSION = "3"
 LATENT_ROWS_PER_BATCH = 256  # rows of an Arrow record batch; the last of a shard may have fewer
 KEY, LABEL = "key", "label"
@@ -45,21 +45,21 @@ CHECKPOINT_VERSION = 2
 CHECKPOINTS, STEP_PREFIX = "checkpoints", "step-"
 CHECKPOINT_MANIFEST = "checkpoint.json"
 MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
-OTHER_EMA_WEIGHTS = "ema-{!r}.safetensors"  # of the further decays
+OTHER_EMA_WEIGHTS = "ema-{!r}.safetensors"  # of the other decays
 OPTIMIZER_STATE, TIMESTEP_STATE = "optimizer.safetensors", "timesteps.safetensors"
 TRAIN_STATE = "state.json"
 MODEL_CONFIG = "model_config.json"
 HISTORY_NAME = "history.jsonl"
 
 # Feature units: safetensors with `indices`, `seeds` and `labels` int64 [n]; for each space `<space>.features` float32
-# [n, D] and, where its network has them, `<space>.spatial` float32 [n, D'] and `<space>.probabilities` float32 [n, K];
+# [n, D] and, if its network has them, `<space>.spatial` float32 [n, D'] and `<space>.probabilities` float32 [n, K];
 # for the first samples of a repeat, or all, `images` uint8 [m, S, S, 3].
 FEATURE_UNIT = "unit-{:05d}.safetensors"
 # Reference: safetensors with, for `<space>` and `inception.spatial`, `.mean` [D], `.covariance` [D, D] float64 and
-# `.count` int64 [1] (0 where it is not known), and `<space>.features` float32 [m, D] of images at even distances.
+# `.count` int64 [1] (0 if unknown), and `<space>.features` float32 [m, D] of images at even distances.
 REFERENCE_NAME = "reference.safetensors"
 METRICS_NAME = "metrics.json"
-# Validation: the numbers by class, and for samples and real images a confusion as safetensors with `labels`,
+# Validation: metrics per class, and the confusions of samples and real images as safetensors with `labels`,
 # `predictions` and `counts` int64 [m]: the pairs of classes that occur.
 VALIDATION_NAME = "validation.json"
 SAMPLE_CONFUSION, REAL_CONFUSION = "confusion-samples.safetensors", "confusion-real.safetensors"

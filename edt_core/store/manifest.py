@@ -1,7 +1,7 @@
-"""The manifest: what an artifact holds, under two checks of its own.
+"""The manifest: the list of an artifact's files, with two checksums.
 
-`digest` is over names, sizes and digests of the files, and names the content. `seal` is over everything else in
-`manifest.json` and finds edits and flipped bits. Neither is a signature: a deliberate edit can be sealed again.
+`digest` covers names, sizes and digests of the files, and identifies the content. `seal` covers everything else in
+`manifest.json` and detects edits and flipped bits. Neither is a signature: a deliberate edit can be sealed again.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class ManifestError(UserError):
-    """A manifest, or what it names, is not as it was committed."""
+    """A manifest, or a file that it lists, differs from what was committed."""
 
 
 def canonical_json(value: Any) -> str:
@@ -33,21 +33,23 @@ def sha256_json(value: Any) -> str:
 
 
 def check_name(name: str) -> str:
-    """A relative path that stays inside its folder, or UserError: names come from files we did not write."""
+    """Return a relative path that stays inside its folder, or raise UserError: names may come from untrusted files."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or "\\" in name or any(part in ("..", ".") for part in parts):
-        raise UserError(f"the file name {name!r} leaves its artifact's folder; names are relative, without '..'")
+        raise UserError(
+            f"the file name {name!r} leads outside its artifact's folder; names must be relative, without '..'"
+        )
     return name
 
 
 def fingerprint(kind: str, version: int, fields: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Identity of what a step makes: kind, version, the fields that change the result, and its inputs' fingerprints."""
+    """Identity of a step's result: hash of kind, version, the fields that change it, and its inputs' fingerprints."""
     return sha256_json({"kind": kind, "version": version, "config": fields, "inputs": dict(inputs)})
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of an artifact. `rows` counts its samples, None where that means nothing."""
+    """One file of an artifact. `rows` counts its samples, None if it has none."""
 
     path: str
     bytes: int
@@ -57,7 +59,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds. Paths in `files` are relative to `<folder of the manifest>/<attempt>`."""
+    """The content of `manifest.json`. Paths in `files` are relative to `<folder of the manifest>/<attempt>`."""
 
     kind: str
     fingerprint: str
@@ -81,26 +83,26 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`, sealed."""
-        # Through JSON and back first: a key that is a number sorts as a number here and as text when it is read again.
+        # Through JSON and back first: a numeric key sorts as a number before, and as text after it is read.
         text = json.dumps({**asdict(self), "digest": self.digest}, allow_nan=False)
         values = json.loads(text)
         return json.dumps({**values, "seal": sha256_json(values)}, indent=1, sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Manifest":
-        """Parse and check a manifest. Raises ManifestError where it is cut, foreign, edited or inconsistent."""
-        remedy = "remove it and run the step again"
+        """Parse and check a manifest. Raises ManifestError if it is truncated, foreign, edited or inconsistent."""
+        remedy = "remove it and rerun the step"
         try:
             values = json.loads(text, object_pairs_hook=_without_duplicates)
             version = values["schema_version"]
             if version != MANIFEST_VERSION:
                 raise ManifestError(
-                    f"{where} has schema version {version!r}, this code reads {MANIFEST_VERSION}; "
+                    f"{where} has schema version {version!r}, but this version reads {MANIFEST_VERSION}; "
                     "use the version of edt-pipeline that wrote it"
                 )
             if values.pop("seal") != sha256_json(values):
                 raise ManifestError(
-                    f"{where} was changed after it was written: it does not agree with its own seal; " + remedy
+                    f"{where} was changed after it was written: its content does not match its seal; " + remedy
                 )
             digest = values.pop("digest")
             values["files"] = tuple(FileEntry(**entry) for entry in values["files"])
@@ -109,11 +111,11 @@ class Manifest:
         except ManifestError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ManifestError(f"{where} is not a whole manifest ({error}); {remedy}") from error
+            raise ManifestError(f"{where} is not a valid manifest ({error}); {remedy}") from error
         return manifest
 
     def _check(self, digest: str) -> None:
-        """Raise ValueError unless every part can be relied on: names and digests become paths on the reader's disk."""
+        """Raise ValueError unless every part is valid: names and digests become paths on the reader's disk."""
         paths = [entry.path for entry in self.files]
         if self.digest != digest or self.kind not in KINDS or len(set(paths)) != len(paths):
             raise ValueError("its kind, digest and file names do not agree")
@@ -121,12 +123,12 @@ class Manifest:
             check_name(name)
         for entry in self.files:
             if not _SHA256.fullmatch(entry.sha256) or type(entry.bytes) is not int or entry.bytes < 0:
-                raise ValueError(f"bytes or sha256 of {entry.path} are no such thing")
+                raise ValueError(f"bytes or sha256 of {entry.path} are invalid")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. One key twice is an edit that the last of them would hide."""
+    """The pairs of a JSON object as a dictionary. Raises ValueError for a repeated key, which could hide an edit."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a key stands in it twice")
+        raise ValueError("it contains a key twice")
     return values

@@ -1,4 +1,4 @@
-"""The store: artifacts by kind and fingerprint, `<root>/<kind>/<fingerprint>/manifest.json`, a folder an attempt."""
+"""The store: artifacts at `<root>/<kind>/<fingerprint>/manifest.json`, with one sub-folder per attempt."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -24,7 +24,7 @@ class Store:
 
     @classmethod
     def open(cls, location: str) -> "Store":
-        """The store at a folder or URI, made if it is not there. Raises UserError where it cannot be written."""
+        """The store at a folder or URI, created if missing. Raises UserError if it is not writable."""
         store = cls(Folder.at(location))
         store.root.check_writable()
         return store
@@ -33,33 +33,33 @@ class Store:
         return self.root.child(f"{kind}/{fingerprint}")
 
     def find(self, kind: str, fingerprint: str, warn: Callable[[str], None] = lambda message: None) -> Artifact | None:
-        """The committed artifact, or None. One that is damaged counts as missing, with a warning."""
+        """The committed artifact, or None. A damaged artifact counts as missing, with a warning."""
         folder = self.folder(kind, fingerprint)
         if not folder.exists(MANIFEST_NAME):
             return None
         try:
             artifact = Artifact.open(folder)
             if artifact.fingerprint != fingerprint:
-                raise ManifestError(f"{folder.uri} holds the artifact {artifact.fingerprint}: it was moved")
+                raise ManifestError(f"{folder.uri} contains the artifact {artifact.fingerprint}: it was moved")
             return artifact
         except ManifestError as error:
-            warn(f"not reusing a damaged artifact, its step runs again: {error}")
+            warn(f"not reusing a damaged artifact; its step runs again: {error}")
             return None
 
     def writer(self, kind: str, fingerprint: str) -> ArtifactWriter:
-        """A writer for a new attempt that can take over what earlier attempts finished."""
+        """A writer for a new attempt, which can reuse files that earlier attempts finished."""
         folder = self.folder(kind, fingerprint)
         return ArtifactWriter(folder, kind, fingerprint, stamped_name(), tuple(_attempts(folder)))
 
     def begun(self, kind: str, fingerprint: str) -> set[str]:
-        """Names of the files that attempts at an artifact have finished, which its step takes over."""
+        """Names of the files that earlier attempts at an artifact finished, which its step can reuse."""
         folder = self.folder(kind, fingerprint)
         return {name for attempt in _attempts(folder) for name in journalled(folder.child(attempt))}
 
     def lock(self, kind: str, fingerprint: str) -> AbstractContextManager[object]:
         """Held while a step runs: of two Ray sessions that share a local store, one computes and the other waits.
 
-        The operating system frees it when its holder dies. A remote store has none: there one manifest wins.
+        The operating system releases it when its process ends. A remote store has no lock: one manifest wins.
         """
         from filelock import FileLock
 
@@ -71,7 +71,7 @@ class Store:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Held while a workflow runs on a local store; several may. What it has found there must not be removed."""
+        """Held while a workflow runs on a local store, so that its artifacts are not removed. Workflows share it."""
         from filelock import Timeout
 
         if (lock := self._users()) is None:
@@ -81,7 +81,7 @@ class Store:
             with lock.read_lock():
                 yield
         except Timeout as error:
-            raise UserError(f"{self.root.uri} is being cleaned by `edt gc`; run again when it is done") from error
+            raise UserError(f"{self.root.uri} is being cleaned by `edt gc`; rerun when it is done") from error
 
     @contextmanager
     def to_itself(self) -> Iterator[None]:
@@ -96,8 +96,7 @@ class Store:
                 yield
         except Timeout as error:
             raise UserError(
-                f"a run is in progress in {self.root.uri}, and what it has found there must stay; clean up when it "
-                "has ended"
+                f"a run is in progress in {self.root.uri} and needs its artifacts; rerun `edt gc` when it has ended"
             ) from error
 
     def _users(self, timeout: float = 60) -> "ReadWriteLock | None":
@@ -109,15 +108,15 @@ class Store:
         return ReadWriteLock(root / ".locks" / "users.db", timeout=timeout, is_singleton=False)
 
     def manifests(self, kind: str) -> dict[str, Manifest]:
-        """The manifests of a kind by the name of their folder; what is damaged or not finished is left out."""
-        found = {}
+        """The manifests of a kind by the name of their folder, without damaged or unfinished ones."""
+        manifests = {}
         for name in self.root.child(kind).names():
             with suppress(ManifestError):
-                found[name] = Artifact.read(self.folder(kind, name)).manifest
-        return found
+                manifests[name] = Artifact.read(self.folder(kind, name)).manifest
+        return manifests
 
     def artifacts(self) -> Iterator[Artifact]:
-        """Every committed artifact that is whole."""
+        """Every committed artifact that is not damaged."""
         for kind in KINDS:
             for fingerprint in self.root.child(kind).names():
                 if artifact := self.find(kind, fingerprint):

@@ -1,9 +1,8 @@
-"""The trash of a local store: `<store>/.trash/<time>/<kind>/<fingerprint>`, what one `edt gc` removed.
+"""The trash of a local store: `<store>/.trash/<time>/<kind>/<fingerprint>` contains what one `edt gc` removed.
 
-An artifact gets there by one rename, so that a process that is killed leaves it in the store or in the trash, whole.
-Nothing else reads the trash: its name begins with a dot. To put an artifact back, move its folder to
-`<store>/<kind>/`. A later `edt gc` deletes what was moved a day ago or earlier. Object stores have no rename and no
-trash.
+One rename moves an artifact there, so that a killed process leaves it complete in the store or in the trash. Nothing
+else reads the trash: its name begins with a dot. To restore an artifact, move its folder to `<store>/<kind>/`. A later
+`edt gc` deletes what was moved a day ago or earlier. Object stores have no rename and no trash.
 """
 
 import os
@@ -26,7 +25,7 @@ DAY_S = 24 * 3600
 
 @dataclass(frozen=True)
 class Discarded:
-    """What one earlier `edt gc` moved to the trash."""
+    """The content that one earlier `edt gc` moved to the trash."""
 
     name: str
     bytes: int
@@ -34,20 +33,19 @@ class Discarded:
 
 @dataclass(frozen=True)
 class Trash:
-    """The trash of the store at `store`. It is used only while nobody else uses the store (`Store.to_itself`)."""
+    """The trash of the store at `store`. Use it only with exclusive access to the store (`Store.to_itself`)."""
 
     store: Path
 
     @classmethod
     def of(cls, root: Folder) -> "Trash | None":
-        """The trash of a local store; None for a remote one. Raises UserError where the trash is no folder."""
+        """The trash of a local store; None for a remote one. Raises UserError if the trash is not a folder."""
         if root.local is None:
             return None
         trash = cls(root.local)
         if os.path.lexists(trash.root) and (trash.root.is_symlink() or not trash.root.is_dir()):
             raise UserError(
-                f"{trash.root} is a link or a file, and gc keeps there what it removes; move it away, and a folder is "
-                "made in its place"
+                f"{trash.root} is a link or a file, but gc needs a folder there for what it removes; move it away"
             )
         return trash
 
@@ -56,35 +54,36 @@ class Trash:
         return self.store / NAME
 
     def discarded(self, whatever_age: bool = False) -> list[Discarded]:
-        """What was moved here a day ago or earlier, or, with `whatever_age`, all that was moved here."""
+        """The content moved here a day ago or earlier, or, with `whatever_age`, all of it."""
         return [
             Discarded(path.name, sum(files_below(Folder(str(path))).values()))
             for path in self._entries()
-            if (made := _made(path)) is not None and (whatever_age or made <= time.time() - DAY_S)
+            if (created := _creation_time(path)) is not None and (whatever_age or created <= time.time() - DAY_S)
         ]
 
     def others(self) -> dict[str, str]:
-        """What else lies in the trash and stays there: path in the store -> why."""
-        return {f"{NAME}/{path.name}": "not made by `edt gc`" for path in self._entries() if _made(path) is None}
+        """Other content of the trash, which is never deleted: path in the store -> reason."""
+        names = [path.name for path in self._entries() if _creation_time(path) is None]
+        return {f"{NAME}/{name}": "not created by `edt gc`" for name in names}
 
     def new(self) -> Path:
-        """A folder for what is removed now; the first `move` makes it."""
+        """The path of a new folder in the trash; the first `move` creates it."""
         return self.root / stamped_name()
 
     def move(self, name: str, to: Path) -> str:
-        """Move a folder of the store into a folder of `new`, in one step. Returns why it cannot be, or ""."""
+        """Move a folder of the store into a folder of `new`, in one step. Return the reason of a failure, or ""."""
         target = to / name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.store / name).rename(target)
-        except OSError as error:  # it is on a file system of its own, or may not be moved, or the disk is full
+        except OSError as error:  # another file system, missing permissions, or a full disk
             with suppress(OSError):
-                os.removedirs(target.parent)  # those that are empty
+                os.removedirs(target.parent)  # only the empty ones
             return f"cannot be moved to {to}: {error.strerror}"
         return ""
 
     def delete(self, discarded: Discarded) -> None:
-        """Delete what an earlier `edt gc` moved here, manifests first: an artifact that is half deleted is none."""
+        """Delete what an earlier `edt gc` moved here, manifests first: half an artifact must not look valid."""
         folder = self.root / discarded.name
         with clear_disk_errors(str(folder)):
             for manifest in folder.glob(f"*/*/{MANIFEST_NAME}"):
@@ -95,8 +94,8 @@ class Trash:
         return sorted(self.root.iterdir()) if self.root.is_dir() else []
 
 
-def _made(path: Path) -> float | None:
-    """When `new` made a folder, by its name, in seconds since 1970; None for what `new` has not made."""
+def _creation_time(path: Path) -> float | None:
+    """The time in the name of a folder of `new`, in seconds since 1970; None for other content."""
     if not is_stamped(path.name) or path.is_symlink() or not path.is_dir():
         return None
     with suppress(ValueError):

@@ -167,7 +167,7 @@ def test_an_artifact_that_cannot_be_read_stays(store: Store, catalog: Catalog) -
     (at(store, images) / MANIFEST_NAME).write_text("{")
     done = collect(store, catalog, Request(1))
     assert done.garbage == []
-    assert "is not a whole manifest" in done.left_alone[f"images/{images.fingerprint}"]
+    assert "is not a valid manifest" in done.left_alone[f"images/{images.fingerprint}"]
     assert cleaned(store, catalog, force=True) == {images.fingerprint}
 
 
@@ -226,9 +226,9 @@ def in_folder(folder: Path, artifact: Artifact) -> dict[str, Callable[[], object
         path.symlink_to(outside)
 
     return {
-        "notes.txt is no attempt": lambda: (folder / "notes.txt").write_bytes(b"mine"),
-        "mine is no attempt": lambda: (folder / "mine").mkdir(),
-        ".mine is no attempt": lambda: (folder / ".mine").write_bytes(b"mine"),
+        "notes.txt is not an attempt": lambda: (folder / "notes.txt").write_bytes(b"mine"),
+        "mine is not an attempt": lambda: (folder / "mine").mkdir(),
+        ".mine is not an attempt": lambda: (folder / ".mine").write_bytes(b"mine"),
         f"{artifact.manifest.attempt}/mine.bin is not in": lambda: (attempt / "mine.bin").write_bytes(b"mine"),
         f"{artifact.manifest.attempt}/sub/deep.bin is not in": lambda: deep(attempt / "sub" / "deep.bin"),
         f"{artifact.manifest.attempt}/link is not in": lambda: link(attempt / "link"),
@@ -546,7 +546,7 @@ def test_a_commit_sweeps_only_what_was_staged(tmp_path: Path) -> None:
 def test_a_folder_with_a_journal_of_its_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".journal").mkdir()
     (tmp_path / ".journal" / "2026.md").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"holds 1 files that are not of this run \(\.journal/2026\.md\)"):
+    with pytest.raises(UserError, match=r"contains 1 files that this run did not write \(\.journal/2026\.md\)"):
         ArtifactWriter(Folder.at(tmp_path), "images", "0" * 64).check_own()
 
 
@@ -565,7 +565,7 @@ def test_images_where_the_digits_go_are_not_replaced(tmp_path: Path) -> None:
     root = tmp_path / "sources" / "digits"
     (root / "3").mkdir(parents=True)
     (root / "3" / "00003.png").write_bytes(b"mine")  # by its name it could be one of ours
-    with pytest.raises(UserError, match="1 other files are there"):
+    with pytest.raises(UserError, match="contains 1 other files"):
         write_digits(root)
     assert (root / "3" / "00003.png").read_bytes() == b"mine"
     assert os.listdir(root.parent) == ["digits"]
@@ -579,7 +579,7 @@ def test_images_where_the_digits_go_are_not_replaced(tmp_path: Path) -> None:
         write_digits(root)
     root.rename(tmp_path / "elsewhere")
     root.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="1 other files are there"):
+    with pytest.raises(UserError, match="contains 1 other files"):
         write_digits(root)
     assert (tmp_path / "elsewhere" / "notes.txt").read_bytes() == b"mine"
 
@@ -598,7 +598,7 @@ def test_a_folder_where_an_export_would_stage_is_not_removed(tmp_path: Path, lin
     if linked:
         hidden.symlink_to(mine)
     before = snapshot(mine)
-    with pytest.raises(UserError, match="it is not of an export"):
+    with pytest.raises(UserError, match="it does not belong to an export"):
         export_samples("png", [batch], 2, tmp_path / "samples")
     assert snapshot(mine) == before
     assert not (tmp_path / "samples").exists()

@@ -47,7 +47,7 @@ def test_another_artifact_s_manifest_is_not_taken_for_this_one_s(registry: Regis
     shutil.copy(older / "manifest.json", newer / "manifest.json")
     artifact, warning = found(registry, newer)
     assert artifact is None
-    assert f"holds the artifact {older.name}: it was moved" in warning
+    assert f"contains the artifact {older.name}: it was moved" in warning
 
 
 def test_another_artifact_s_folder_is_not_taken_for_this_one(registry: Registry) -> None:

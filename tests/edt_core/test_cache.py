@@ -74,7 +74,7 @@ def test_sizes_are_read_with_and_without_units(text: str, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "-1", "0", "10XB", "GB", "1e9", "0.1"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"EDT_CACHE_BYTES is .*; give a number of bytes, as 200GB"):
+    with pytest.raises(UserError, match=r"EDT_CACHE_BYTES is .*; give a number of bytes, such as 200GB"):
         parse_bytes(text)
 
 
@@ -140,7 +140,7 @@ def test_what_a_call_needs_is_never_evicted_for_it(cache: Path, tmp_path: Path) 
 
 def test_a_set_that_the_cache_cannot_hold_is_one_clear_message(cache: Path, tmp_path: Path, fetched: list[str]) -> None:
     artifact = remote("one", tmp_path, range(11))
-    with pytest.raises(UserError, match=r"11 files of .* are 11,000 bytes, .* 10,000 at most; raise EDT_CACHE_BYTES"):
+    with pytest.raises(UserError, match=r"11 files of .* have 11,000 bytes, .* at most 10,000; raise EDT_CACHE_BYTES"):
         artifact.paths()
     with pytest.raises(UserError, match=r"train\.reader=webdataset"):
         artifact.verify_once()

@@ -223,12 +223,12 @@ def test_labels_go_again_where_the_folder_cannot_come(tmp_path: Path, monkeypatc
 
 
 WRONG: dict[str, tuple[Change, str]] = {
-    "order": (lambda b: [b[1], b[0], *b[2:]], "sample 7 came where sample 0 of 23 is due"),
-    "missing": (lambda b: [b[0], *b[2:]], "sample 14 came where sample 7 of 23 is due"),
-    "twice": (lambda b: [b[0], b[0], *b[1:]], "sample 0 came where sample 7 of 23 is due"),
-    "too few": (lambda b: b[:-1], "21 samples came where 23 are"),
-    "none": (lambda b: [], "0 samples came where 23 are"),
-    "too many": (lambda b: [*b, (np.array([23]), LABELS[:1], PIXELS[:1])], "24 or more samples came where 23 are"),
+    "order": (lambda b: [b[1], b[0], *b[2:]], "got sample 7 instead of sample 0 of 23"),
+    "missing": (lambda b: [b[0], *b[2:]], "got sample 14 instead of sample 7 of 23"),
+    "twice": (lambda b: [b[0], b[0], *b[1:]], "got sample 0 instead of sample 7 of 23"),
+    "too few": (lambda b: b[:-1], "got 21 samples, but 23 are"),
+    "none": (lambda b: [], "got 0 samples, but 23 are"),
+    "too many": (lambda b: [*b, (np.array([23]), LABELS[:1], PIXELS[:1])], "got 24 or more samples, but 23 are"),
     "type": (lambda b: [(b[0][0], b[0][1], b[0][2] / np.float32(255))], "type float32 and shape"),  # type: ignore[list-item]
     "channels first": (lambda b: [(b[0][0], b[0][1], b[0][2].transpose(0, 3, 1, 2))], r"shape \[7, 3, 12, 12\]"),
     "oblong": (lambda b: [(b[0][0], b[0][1], b[0][2][:, :8])], r"shape \[7, 8, 12, 3\]"),

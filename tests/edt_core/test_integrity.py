@@ -179,7 +179,7 @@ def test_shards_that_are_not_the_manifests_are_refused(artifact: Artifact, kind:
     data = artifact.data.local
     assert data is not None
     DAMAGE[kind](data)
-    with pytest.raises(ManifestError, match=r"is damaged, \d problems?: .*(latents|images)-0000.*; (run|remove) "):
+    with pytest.raises(ManifestError, match=r"is damaged, \d problems?: .*(latents|images)-0000.*; (rerun|remove) "):
         artifact.verify_once()
     assert not verified_deep(artifact)
 
@@ -228,7 +228,7 @@ def test_one_good_and_one_damaged_file(artifact: Artifact, digested: list[str]) 
     path.write_bytes(whole[:-1] + b"x")
     for _ in range(2):
         with pytest.raises(
-            ManifestError, match=r"1 problem: images-00001\.tar has \d+ bytes as stated but another sha"
+            ManifestError, match=r"1 problem: images-00001\.tar has \d+ bytes as in its manifest, but another sha"
         ):
             artifact.verify_once("*.tar")
     assert digested.count("images-00000.tar") == 1

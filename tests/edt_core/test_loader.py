@@ -140,7 +140,7 @@ def test_a_resumed_training_s_batches_equal_an_uninterrupted_one_s(
 
 
 def test_a_batch_with_less_than_a_sample_for_each_worker_is_refused() -> None:
-    with pytest.raises(UserError, match="24 samples has not one for each of 25 workers; use fewer workers"):
+    with pytest.raises(UserError, match="has 24 samples, less than the 25 workers; use fewer workers"):
         BatchPlan(**OPTIONS, world_size=25)
 
 

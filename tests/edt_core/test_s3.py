@@ -58,7 +58,7 @@ def test_a_flipped_object_is_found_where_it_lies_and_when_it_is_downloaded(s3: s
     artifact.paths()  # a whole copy in the cache hides nothing
     overwrite(artifact, "images-00001.tar", b"\1" * 999 + b"\2")
     assert Artifact.open(artifact.folder).problems(deep=True) == [
-        "images-00001.tar has 1000 bytes as stated but another sha256"
+        "images-00001.tar has 1000 bytes as in its manifest, but another sha256"
     ]
     with pytest.raises(UserError, match=r"(?s)1 problem in 7 files.*images-00001\.tar"):
         verify(artifact.folder.uri, deep=True)
@@ -67,7 +67,7 @@ def test_a_flipped_object_is_found_where_it_lies_and_when_it_is_downloaded(s3: s
 def test_a_flipped_object_is_never_kept(s3: str, tmp_path: Path) -> None:
     artifact = committed(s3)
     overwrite(artifact, "images-00001.tar", b"\1" * 999 + b"\2")
-    with pytest.raises(ManifestError, match=r"images-00001\.tar came with 1000 bytes of sha256"):
+    with pytest.raises(ManifestError, match=r"images-00001\.tar is damaged: it has 1000 bytes of sha256"):
         artifact.path("images-00001.tar")
     with pytest.raises(ManifestError, match=r"images-00001\.tar"):
         artifact.verify_once("*.tar")

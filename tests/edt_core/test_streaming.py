@@ -136,7 +136,7 @@ def test_fewer_shards_than_workers_are_refused(tmp_path: Path) -> None:
 def test_a_shard_of_another_number_of_rows_is_refused(tmp_path: Path, stated: int) -> None:
     stream = tars(tmp_path, 10)
     shards = (replace(stream.shards[0], rows=stated),)
-    with pytest.raises(UserError, match=f"holds 10 samples, its manifest says {stated}"):
+    with pytest.raises(UserError, match=f"contains 10 samples, its manifest says {stated}"):
         take(LatentStream(shards, SHAPE, LatentScale(0.5)), 5)
 
 
@@ -217,7 +217,7 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         yield "00000000", GOOD
 
     write_tar(tmp_path / "latents-00000.tar", twice())
-    with pytest.raises(UserError, match="not a whole latent tar"):
+    with pytest.raises(UserError, match="not a complete latent tar"):
         take(LatentStream((tar_shard(Folder.at(tmp_path), "latents-00000.tar", 2),), SHAPE, LatentScale(0.5)), 1)
 
 

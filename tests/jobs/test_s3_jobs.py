@@ -237,8 +237,8 @@ def test_a_corrupted_object_is_not_trained_on_and_not_kept(s3: str, made: Made) 
     latents = uploaded(made.latents, f"{s3}/latents")
     overwrite(latents, "latents-00001.arrow", 20_000)
     message = (
-        rf"{s3}/latents/latents-00001\.arrow came with \d+ bytes of sha256 \w+, its manifest says \d+ of \w+; it is "
-        r"damaged: remove its artifact's manifest\.json and run its step again"
+        rf"{s3}/latents/latents-00001\.arrow is damaged: it has \d+ bytes of sha256 \w+, but its manifest says \d+ of "
+        r"\w+; remove its artifact's manifest\.json and rerun its step"
     )
     for _ in range(2):
         with pytest.raises(ManifestError, match=message):

@@ -125,8 +125,9 @@ def lengthen(folder: Path) -> None:
         file.write(b"\0")
 
 
-BOTH_DIFFER = rf"2 problems: {NAMES[0]} has \d+ bytes as stated but another sha256; {NAMES[2]} has \d+ bytes as stated"
-DIFFERS = rf"1 problem: {NAMES[1]} has \d+ bytes as stated but another sha256"
+DIFFERENT = r"has \d+ bytes as in its manifest, but another sha256"
+BOTH_DIFFER = rf"2 problems: {NAMES[0]} {DIFFERENT}; {NAMES[2]} {DIFFERENT}"
+DIFFERS = rf"1 problem: {NAMES[1]} {DIFFERENT}"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda folder: (folder / NAMES[1]).unlink(), rf"1 problem: {NAMES[1]} is missing"),
     "extra": (

@@ -152,7 +152,7 @@ def test_files_of_others_in_the_output_stay_as_they_are(digits_folder: Path, tmp
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images-00000.tar").write_text("precious")
     out = ArtifactWriter(Folder.at(tmp_path / "out"), "images", "1" * 64)
-    with pytest.raises(UserError, match=r"1 files that are not of this run \(images-00000\.tar\)"):
+    with pytest.raises(UserError, match=r"1 files that this run did not write \(images-00000\.tar\)"):
         out.check_own()
     assert (tmp_path / "out" / "images-00000.tar").read_text() == "precious"
 

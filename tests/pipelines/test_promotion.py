@@ -251,7 +251,11 @@ def test_limits_keep_a_first_champion_out(registry: Registry) -> None:
 @pytest.mark.parametrize(
     ("damaged", "check", "told"),
     [
-        ("checkpoint/*/attempt/ema", "the checkpoint artifact", "ema has 1 bytes as stated but another sha256"),
+        (
+            "checkpoint/*/attempt/ema",
+            "the checkpoint artifact",
+            "ema has 1 bytes as in its manifest, but another sha256",
+        ),
         ("evaluation/*/attempt/metrics.json", "the evaluation artifact", "another sha256"),
         ("models/a/artifacts/pipeline/model_index.json", "the registered files", "model_index.json has another sha256"),
         ("models/a/artifacts/digests.json", "the registered files", "digests.json has another sha256 than its tag"),

@@ -9,7 +9,7 @@ __all__ = ["EDTPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """EDTPipeline, imported when it is asked for: diffusers takes seconds."""
+    """Import EDTPipeline on first use, because diffusers takes seconds."""
     if name != "EDTPipeline":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from edt_core.pipeline import EDTPipeline

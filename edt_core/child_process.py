@@ -1,7 +1,7 @@
-"""Python processes that this package starts: none of them imports from the folder that it works in.
+"""Python processes that this package starts. None of them imports from its working directory.
 
-That folder is data: a store, a folder of images, the place a person happens to be in. Python puts it before the
-installed packages for `-m` and `-c`, and so a `mlflow/` or a `torch.py` in it would run.
+The working directory is data: a store, a folder of images, or where the user happens to be. With `-m` and `-c`, Python
+puts it before the installed packages, so that a `mlflow/` or a `torch.py` in it would run.
 """
 
 import os
@@ -22,8 +22,8 @@ def child_environment(variables: Mapping[str, str] | None = None, **more: str) -
     """The environment of a Python child: `variables` (default: this process's) and `more`.
 
     It keeps the working directory off the path of that child and of the Python processes that the child starts.
-    Entries of PYTHONPATH are made absolute, because the child may work in another folder; empty ones, which Python
-    takes for the working directory, are left out. A checkout that this process runs from is added.
+    Entries of PYTHONPATH become absolute, because the child may have another working directory; empty ones, which mean
+    the working directory to Python, are removed. A checkout that this process runs from is added.
     """
     environment = {**(os.environ if variables is None else variables), **more, _SAFE_PATH: "1"}
     entries = [os.path.abspath(entry) for entry in environment.get(_PATHS, "").split(os.pathsep) if entry]
@@ -35,19 +35,19 @@ def child_environment(variables: Mapping[str, str] | None = None, **more: str) -
 
 
 def _checkout() -> str | None:
-    """The folder of a checkout that is not installed, which `python -m pipelines.cli` in it has put on the path.
+    """The folder of a checkout that is not installed, which `python -m pipelines.cli` has put on the path.
 
-    Its children would not find this package without it. None for an installed package.
+    Child processes need it to find this package. None for an installed package.
     """
     folder = Path(__file__).resolve().parents[1]
-    installed = folder.name in ("site-packages", "dist-packages")
-    return str(folder) if not installed and str(folder) in map(os.path.realpath, sys.path) else None
+    is_installed = folder.name in ("site-packages", "dist-packages")
+    return str(folder) if not is_installed and str(folder) in map(os.path.realpath, sys.path) else None
 
 
 def protect_children() -> None:
-    """Keep the working directory off the path of every Python process that this one starts, by libraries too.
+    """Keep the working directory off the path of every Python process that this one or a library in it starts.
 
-    Ray, MLflow and multiprocessing start some of their own. For the start of a program: not for an import, because a
-    notebook's own commands may want the folder that it is in.
+    Ray, MLflow and multiprocessing start such processes. Call it at the start of a program, not on import, because
+    commands of a notebook may need its folder.
     """
     os.environ[_SAFE_PATH] = "1"

@@ -1,4 +1,4 @@
-"""Defaults for the libraries' own environment variables, and what of the environment a manifest records."""
+"""Defaults for environment variables of libraries, and the part of the environment that a manifest records."""
 
 import os
 import platform
@@ -25,9 +25,9 @@ RECORDED_PACKAGES = (
 
 
 def quiet_defaults() -> None:
-    """Usage reporting of Ray and MLflow off unless the user asked for it. Call before importing either.
+    """Turn off usage reporting of Ray and MLflow unless the user enabled it. Call before importing either.
 
-    WDS_SECURE makes webdataset refuse pickles and `pipe:` URLs. A user id without an account gets a home.
+    WDS_SECURE makes webdataset refuse pickles and `pipe:` URLs. A user id without an account gets a home folder.
     """
     _complete_user()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -39,7 +39,7 @@ def quiet_defaults() -> None:
 
 
 def _complete_user() -> None:
-    """A user name and a home for a user id that has no account, as containers run with: libraries ask for both."""
+    """Set a user name and a home folder, which libraries need, for a user id without an account, as in containers."""
     user = os.getuid()
     try:
         pwd.getpwuid(user)
@@ -53,19 +53,19 @@ def _complete_user() -> None:
 
 
 def _temporary_home(user: int) -> str:
-    """A folder of this user alone: the same one each time, unless somebody else has taken its name."""
+    """A private folder of this user: the same one each time, unless another user owns its name."""
     home = Path(tempfile.gettempdir()) / f"edt-home-{user}"
     try:
         home.mkdir(mode=0o700, exist_ok=True)
-        about = home.lstat()
-        if stat.S_ISDIR(about.st_mode) and about.st_uid == user and not about.st_mode & 0o022:
+        status = home.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o022:
             return str(home)
     except OSError:
         pass
     return tempfile.mkdtemp(prefix="edt-home-")
 
 
-@cache  # a search of the whole path, and every manifest asks
+@cache  # it searches the whole path, for every manifest
 def _installed(package: str) -> str | None:
     try:
         return version(package)
@@ -75,23 +75,23 @@ def _installed(package: str) -> str | None:
 
 def environment() -> dict[str, str]:
     """Versions and platform, from a fixed list: never the environment variables themselves."""
-    found = {package: _installed(package) for package in RECORDED_PACKAGES}
+    versions = {package: _installed(package) for package in RECORDED_PACKAGES}
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.system(),
-        **{package: number for package, number in found.items() if number},
+        **{package: number for package, number in versions.items() if number},
     }
 
 
 def utc(seconds: float | None = None) -> str:
-    """A time, of now or in seconds since 1970, as records have it: ISO 8601, UTC, whole seconds."""
+    """A time (default: now) in seconds since 1970 in the format of records: ISO 8601, UTC, whole seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 @cache
 def code_version() -> str:
-    """Commit of the clone the code runs from (`+dirty` if it differs), else the installed version."""
+    """Commit of the clone that the code runs from (`+dirty` with uncommitted changes), else the installed version."""
     root = Path(__file__).resolve().parents[1]
     if (root / ".git").exists():
         try:

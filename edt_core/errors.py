@@ -1,12 +1,12 @@
-"""The errors a user is meant to see."""
+"""Errors that are shown to the user."""
 
 from edt_core.printing.redaction import redacted
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says the problem, its numbers, and the remedy.
+    """An error that the user can correct. The message states the problem, its numbers, and the remedy.
 
-    The command line prints it without a traceback and leaves with exit code 2. It holds no credentials.
+    The command line prints it without a traceback and exits with code 2. It contains no credentials.
     """
 
     def __str__(self) -> str:
@@ -14,4 +14,4 @@ class UserError(ValueError):
 
 
 class Stopped(RuntimeError):  # noqa: N818  not an error, but a way to end
-    """A job was asked to stop and can be resumed. The message says from where; the exit code is 130."""
+    """A job stopped on request and can be resumed. The message says from where; the exit code is 130."""

@@ -1,10 +1,10 @@
-"""The diffusers pipeline, by the module name that stored folders and registered models give: it stays.
+"""The diffusers pipeline under the module name that stored folders and registered models contain.
 
-diffusers loads a folder's components from this module, and only where it has been imported: import the pipeline from
-here, not from where its code lies.
+diffusers loads a folder's components from this module, and only if it is already imported. So import the pipeline from
+here, not from the module that defines it.
 """
 
-from diffusers import DiffusionPipeline, ModelMixin  # diffusers looks for the bases of the components here
+from diffusers import DiffusionPipeline, ModelMixin  # diffusers looks up the base classes of components here
 
 from edt_core.sampling.diffusers_pipeline import (
     PROTOCOL,

@@ -1,4 +1,4 @@
-"""What a job tells while it works. Jobs see only this; a terminal, MLflow or nothing stands behind it."""
+"""Progress of a job. Jobs use only this interface; implementations report to a terminal, to MLflow, or nowhere."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,29 +12,29 @@ class Progress(Protocol):
     """Counts, metrics and warnings of one job. Implementations are picklable: workers get a copy."""
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
-        """`done` of `total` units (`note` names them) are finished; `detail` is a word on how it goes, as the loss.
+        """Report that `done` of `total` units (named by `note`) are finished; `detail` adds a value such as the loss.
 
-        Where several tasks share the units, `part` says whose `done` it is: those of all parts are added up.
+        If several tasks share the units, `part` identifies the task: the counts of all parts are added up.
         """
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Measured values at an explicit step."""
+        """Report measured values at an explicit step."""
 
     def image(self, name: str, png: bytes, step: int) -> None:
-        """A picture at an explicit step."""
+        """Report an image at an explicit step."""
 
     def checkpoints(self, kept: Mapping[int, tuple[str, str]]) -> None:
-        """All checkpoints that there are now: step -> (URI of the folder, digest of its manifest)."""
+        """Report all current checkpoints: step -> (URI of the folder, digest of its manifest)."""
 
     def warn(self, message: str) -> None:
-        """Something a person should read that does not stop the job."""
+        """Report a warning, which does not stop the job."""
 
     def stopping(self) -> bool:
-        """Whether the job is asked to stop, at a point from which it can resume. Cheap: nothing is looked up."""
+        """Whether the job should stop at the next point from which it can resume. Cheap: it makes no request."""
 
 
 class Silent:
-    """Tells nobody."""
+    """Reports nothing."""
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None: ...
 
@@ -52,7 +52,7 @@ class Silent:
 
 @dataclass
 class CollectedWarnings(Silent):
-    """Keeps what it is warned of."""
+    """Collects warnings in a list."""
 
     warnings: list[str] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class CollectedWarnings(Silent):
 
 @dataclass
 class Counts(Silent):
-    """Passes counts on, and no warnings."""
+    """Forwards counts, but no warnings."""
 
     progress: Progress
 
@@ -72,20 +72,20 @@ class Counts(Silent):
 
 @dataclass
 class Count:
-    """Units done, added up over the parts of one phase of a job; another `total` or `note` begins a new phase."""
+    """Finished units, added up over the parts of one phase of a job; another `total` or `note` starts a new phase."""
 
     total: int = 0
     note: str = ""
     parts: dict[int | None, int] = field(default_factory=dict)
 
     def put(self, done: int, total: int, note: str, part: int | None) -> bool:
-        """Returns whether a phase begins. A part never goes back: messages of workers may arrive late."""
-        begins = (total, note) != (self.total, self.note)
-        if part is None or begins:
+        """Record a count; return whether it starts a phase. A part never decreases: messages may arrive late."""
+        is_new_phase = (total, note) != (self.total, self.note)
+        if part is None or is_new_phase:
             self.parts.clear()
         self.total, self.note = total, note
         self.parts[part] = max(done, self.parts.get(part, 0))
-        return begins
+        return is_new_phase
 
     @property
     def done(self) -> int:
@@ -93,7 +93,7 @@ class Count:
 
 
 def fit_report(progress: Progress, steps: int, name: str, digits: int) -> Callable[[int, float], None]:
-    """What a small fit calls after each step with its error: counts steps, and keeps every fiftieth and the last."""
+    """The callback of a small fit for each step and its error: counts steps, records every fiftieth and the last."""
 
     def report(step: int, value: float) -> None:
         progress.update(step, steps, "steps", detail=f"{name} {value:.{digits}f}")
@@ -104,7 +104,7 @@ def fit_report(progress: Progress, steps: int, name: str, digits: int) -> Callab
 
 
 class Printed(Silent):
-    """A line on standard error at most every `interval_s` seconds, for a command on its own."""
+    """Prints a line to standard error at most every `interval_s` seconds, for a single command."""
 
     def __init__(self, title: str, interval_s: float = 5.0) -> None:
         self.title, self.interval_s = title, interval_s
@@ -114,14 +114,14 @@ class Printed(Silent):
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
         now = time.monotonic()
-        begins = self.count.put(done, total, note, part)
+        is_new_phase = self.count.put(done, total, note, part)
         done = self.count.done
-        if begins:
+        if is_new_phase:
             self._started, self._first, self._last = now, done, now
         if now - self._last < self.interval_s:
             return
         self._last = now
-        rate = (done - self._first) / max(now - self._started, 1e-9)  # what an earlier run finished is no speed
+        rate = (done - self._first) / max(now - self._started, 1e-9)  # without units that an earlier run finished
         left = (total - done) / rate if rate else 0.0
         line = f"{self.title}: {done}/{total} {note}, {rate:.1f}/s, {left:.0f} s left"
         say(f"{line}, {detail}" if detail else line, err=True)

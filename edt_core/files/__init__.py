@@ -1,1 +1,1 @@
-"""Files that others may have written: read whole, of bounded size, without running what is in them."""
+"""Reading of untrusted files: bounded size, no code execution."""

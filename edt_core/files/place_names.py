@@ -1,4 +1,4 @@
-"""Names of folders: which of them a store can have, and how a path is read from what a person typed."""
+"""Names of folders: which of them a store can have, and how typed paths are read."""
 
 import os
 import unicodedata
@@ -11,47 +11,47 @@ _BREAKS = ("Cc", "Zl", "Zp")  # Unicode's control characters and its two separat
 
 
 def is_local(location: str) -> bool:
-    """Whether a location is a path and not a URI: what starts as a path is one, also with `://` further on."""
+    """Whether a location is a path and not a URI. A text that starts like a path may contain `://`."""
     return "://" not in location or location.startswith(("/", "./", "../", "~"))
 
 
 def typed_path(text: str | os.PathLike[str]) -> Path:
-    """The path that was typed, `~` at its start expanded. A `~name` that is no user, or comes after `./`, is a name.
+    """A typed path with `~` at its start expanded. A `~name` that is not a user, or comes after `./`, is a name.
 
-    Raises UserError for a NUL, which no path can hold.
+    Raises UserError for a NUL, which no path can contain.
     """
     path = os.path.expanduser(os.fspath(text))
     if "\0" in path:
-        raise UserError(f"the path {path!r} holds a NUL character, which no file can have in its name; remove it")
+        raise UserError(f"the path {path!r} contains a NUL character, which file names cannot contain; remove it")
     return Path(path)
 
 
 def place_for_others(location: str) -> str:
-    """A location as it is shown to others: of an absolute path the last part alone, because folders may name people.
+    """A location for public records: only the last part of an absolute path, because folders may name people.
 
-    URIs, hub ids and relative paths stay as they are.
+    URIs, hub ids and relative paths stay unchanged.
     """
     path = location.removeprefix("file://")
     return Path(path).name if is_local(path) and path.startswith(("/", "~")) else location
 
 
 def check_store_name(path: Path) -> None:
-    """Raise UserError where MLflow cannot record the path of a local store, before anything is written there.
+    """Raise UserError if MLflow cannot record the path of a local store, before anything is written there.
 
-    Other names are supported, those with `#`, `?`, `%20` and other marks of URIs among them.
+    All other names are supported, including those with `#`, `?`, `%20` and other URI syntax.
     """
     text = str(path.absolute())
     if (character := next(filter(_is_refused, text), None)) is not None:
         part = next(part for part in text.split("/") if character in part)
         raise UserError(
-            f"the store {text!r} cannot be used: the name {part!r} holds {_described(character)}. MLflow cannot "
-            "record such a path. Rename that folder, or give a store elsewhere (--store)"
+            f"the store {text!r} cannot be used: the name {part!r} contains {_described(character)}. MLflow cannot "
+            "record such a path. Rename that folder, or use another store (--store)"
         )
     if parameter := holds_parameters(text):
         raise UserError(
             f"the store {text!r} cannot be used: {parameter!r} in its path looks like a credential in a URL. Records "
-            "leave such a value out, and no artifact would be found again. Rename that folder, or give a store "
-            "elsewhere (--store)"
+            "omit such a value, so artifacts could not be found again. Rename that folder, or use another store "
+            "(--store)"
         )
 
 
@@ -60,8 +60,8 @@ def _is_refused(character: str) -> bool:
 
 
 def _described(character: str) -> str:
-    """A character that cannot be shown, in words."""
-    if "\udc80" <= character <= "\udcff":  # what Python makes of a byte that is not UTF-8
+    """The description of a character that cannot be printed."""
+    if "\udc80" <= character <= "\udcff":  # how Python decodes a byte that is not UTF-8
         return f"the byte 0x{ord(character) - 0xDC00:02x}, which is not UTF-8"
-    known = {"\n": "a line break", "\r": "a carriage return", "\t": "a tab"}
-    return f"{known.get(character, 'the control character')} (U+{ord(character):04X})"
+    names = {"\n": "a line break", "\r": "a carriage return", "\t": "a tab"}
+    return f"{names.get(character, 'the control character')} (U+{ord(character):04X})"

@@ -1,4 +1,4 @@
-"""Files of one user: written for nobody else to read, and read only where nobody else can have written them."""
+"""Private files of one user: no other user can read them, and none that another user may have written is read."""
 
 import os
 import stat
@@ -12,23 +12,23 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that this user alone can enter, or take the rights of others from one that is there.
+    """Create a folder that only this user can enter, or remove the rights of others from an existing one.
 
-    Raises UserError where it belongs to somebody else, or is a link: that may lead to any folder of this user.
+    Raises UserError if it belongs to another user or is a link, which may lead to any folder of this user.
     """
     folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     if folder.is_symlink():
-        raise UserError(f"{folder} is not used: it is a link, and a folder was expected. Remove it")
+        raise UserError(f"{folder} is not used: it is a link, but a folder was expected. Remove it")
     _check_owner(folder, folder.stat())
     if stat.S_IMODE(folder.stat().st_mode) & ~FOLDER_MODE:
         folder.chmod(FOLDER_MODE)
 
 
 def read_own(path: Path) -> bytes:
-    """A file that this user or root owns, and no one else can write, in such a folder.
+    """Read a file that only this user or root owns and can write, in such a folder.
 
-    Raises FileNotFoundError where there is none, and UserError where somebody else may have written it, or where it is
-    no regular file.
+    Raises FileNotFoundError if it does not exist, and UserError if another user may have written it, or if it is not a
+    regular file.
     """
 
     def check(status: os.stat_result) -> None:
@@ -43,12 +43,12 @@ def _check_not_others(place: Path, status: os.stat_result, mode: int) -> None:
     if status.st_mode & _OTHERS_WRITE:
         raise UserError(
             f"{place} is not used: other users can write it (mode {stat.S_IMODE(status.st_mode):04o}). Check "
-            f"what it holds, then run `chmod {mode:o} {place}`"
+            f"its content, then run `chmod {mode:o} {place}`"
         )
 
 
 def private_opener(path: str, flags: int) -> int:
-    """An opener for `open`: a new file is for this user alone."""
+    """An opener for `open`: only this user can read a new file."""
     return os.open(path, flags, FILE_MODE)
 
 
@@ -56,5 +56,5 @@ def _check_owner(place: Path, status: os.stat_result) -> None:
     if status.st_uid not in (os.geteuid(), 0):
         raise UserError(
             f"{place} is not used: it belongs to user {status.st_uid}, and this process runs as user {os.geteuid()}. "
-            "Run this as that user, or remove it and give `edt schedule` again as this one"
+            "Run this as that user, or remove it and rerun `edt schedule` as this user"
         )

@@ -1,6 +1,6 @@
-"""Small files that others may have written, configurations and records: read whole, from regular files of bounded size.
+"""Reading of small untrusted files such as configurations and records: only regular files of bounded size.
 
-A path may name a FIFO, a device or ten gigabytes of nothing: reading those would never end, or take all memory.
+A path may name a FIFO, a device or a sparse file of ten gigabytes: reading it would never end, or take all memory.
 """
 
 import json
@@ -26,41 +26,41 @@ _KINDS = (
 
 
 class UnusableFileError(UserError):
-    """A file that is not a regular one, is too large, or does not hold the text that is expected."""
+    """A file that is not regular, is too large, or does not contain the expected text."""
 
 
 def read_bounded(
     path: str | os.PathLike[str],
     limit: int = MAX_RECORD_BYTES,
-    check: Callable[[os.stat_result], None] = lambda about: None,
+    check: Callable[[os.stat_result], None] = lambda status: None,
 ) -> bytes:
-    """The bytes of a regular file. Raises UnusableFileError for anything else or more than `limit` bytes; OSError.
+    """Read a regular file. Raises UnusableFileError for anything else or more than `limit` bytes; OSError.
 
-    `check` gets the status of the file that is open, before its bytes are read, and raises to refuse it.
+    `check` gets the status of the open file before its bytes are read, and raises to reject it.
     """
     check_regular(path, os.stat(path), limit)
-    # A FIFO that takes the file's place meanwhile is opened without waiting, and refused.
+    # A FIFO that replaces the file in the meantime is opened without blocking, and rejected.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(handle, "rb") as file:
-        about = os.fstat(handle)
-        check_regular(path, about, limit)
-        check(about)
+        status = os.fstat(handle)
+        check_regular(path, status, limit)
+        check(status)
         return within(file.read(limit + 1), path, limit)
 
 
-def check_regular(path: str | os.PathLike[str], about: os.stat_result, limit: int) -> None:
-    """Raise UnusableFileError unless `about` is of a regular file of at most `limit` bytes."""
-    if not stat.S_ISREG(about.st_mode):
-        kind = next((name for fits, name in _KINDS if fits(about.st_mode)), "no plain file")
+def check_regular(path: str | os.PathLike[str], status: os.stat_result, limit: int) -> None:
+    """Raise UnusableFileError unless `status` is that of a regular file of at most `limit` bytes."""
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "not a regular file")
         raise UnusableFileError(
-            f"{os.fspath(path)} is {kind}, and a regular file is expected; give or restore the file"
+            f"{os.fspath(path)} is {kind}, but a regular file is expected; give or restore the file"
         )
-    if about.st_size > limit:
-        raise _too_large(path, f"{about.st_size:,}", limit)
+    if status.st_size > limit:
+        raise _too_large(path, f"{status.st_size:,}", limit)
 
 
 def within(data: bytes, where: str | os.PathLike[str], limit: int) -> bytes:
-    """The same bytes. Raises UnusableFileError where there are more than `limit`."""
+    """Return the same bytes. Raises UnusableFileError if there are more than `limit`."""
     if len(data) > limit:
         raise _too_large(where, f"more than {limit:,}", limit)
     return data
@@ -68,8 +68,8 @@ def within(data: bytes, where: str | os.PathLike[str], limit: int) -> bytes:
 
 def _too_large(where: str | os.PathLike[str], size: str, limit: int) -> UnusableFileError:
     return UnusableFileError(
-        f"{os.fspath(where)} has {size} bytes, and at most {limit:,} are read of such a file; check that it is the "
-        "file that is meant"
+        f"{os.fspath(where)} has {size} bytes, but such a file may have at most {limit:,}; check that it is the right "
+        "file"
     )
 
 
@@ -80,7 +80,7 @@ def as_utf8(data: bytes, where: str | os.PathLike[str]) -> str:
     except UnicodeDecodeError as error:
         raise UnusableFileError(
             f"{os.fspath(where)} is not UTF-8 text: byte {data[error.start]:#04x} at position {error.start}; save it "
-            "as UTF-8, as by iconv -f latin1 -t utf-8"
+            "as UTF-8, for example with iconv -f latin1 -t utf-8"
         ) from error
 
 
@@ -94,18 +94,20 @@ def parse_json(
     where: str | os.PathLike[str],
     pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None,
 ) -> Any:
-    """The value of a JSON text. Raises UnusableFileError: no JSON, nested too deep, a number of thousands of digits.
+    """The value of a JSON text. Raises UnusableFileError for invalid JSON, deep nesting, and numbers too long to read.
 
-    `pairs` makes the objects, as `object_pairs_hook` of `json.loads`; what it raises as UserError passes.
+    `pairs` creates objects, like `object_pairs_hook` of `json.loads`; its UserErrors pass unchanged.
     """
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except UserError:
         raise
     except RecursionError as error:
-        raise UnusableFileError(f"{os.fspath(where)} is not usable JSON: it is nested too deep; mend it") from error
+        raise UnusableFileError(
+            f"{os.fspath(where)} is not usable JSON: it is nested too deep; correct the file"
+        ) from error
     except ValueError as error:
-        raise UnusableFileError(f"{os.fspath(where)} is not JSON ({error}); mend it") from error
+        raise UnusableFileError(f"{os.fspath(where)} is not JSON ({error}); correct the file") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -117,5 +119,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object of a JSON file. Raises UnusableFileError for another value, and as `read_json`."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UnusableFileError(f"{path} holds no JSON object but a {type(value).__name__}; mend it")
+        raise UnusableFileError(
+            f"{path} contains a JSON {type(value).__name__}, but an object is expected; correct the file"
+        )
     return value

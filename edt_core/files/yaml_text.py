@@ -1,21 +1,21 @@
-"""YAML of configurations and options: plain values alone, and never more of them than a small text should have.
+"""YAML of configurations and options: only plain values, in bounded number.
 
-PyYAML's safe loader runs no code. What it leaves open is closed here: aliases that repeat aliases (nine lines of them
-are a billion values once they are written out), lists in lists without end, whole numbers of thousands of digits, and a
-key that stands in a mapping twice.
+PyYAML's safe loader runs no code. This module also rejects what that loader accepts: aliases that repeat aliases (nine
+lines of them can expand to a billion values), unbounded nesting, whole numbers of thousands of digits, and repeated
+keys in a mapping.
 """
 
 from typing import Any
 
 import yaml
 
-_MAX_VALUES = 100_000  # each alias counted as all that it repeats; ImageNet-21k has 21,841 class names
+_MAX_VALUES = 100_000  # an alias counts as all values that it repeats; ImageNet-21k has 21,841 class names
 _MAX_DEPTH = 50
 _MAX_INTEGER = 1 << 64
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError, with the line, for what is not YAML or is refused."""
+    """The value of a YAML text. Raises yaml.YAMLError, with the line, for invalid or rejected YAML."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -37,8 +37,8 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._counts: dict[int, int] = {}  # values of each node that is complete, by identity
-        self._open: list[int] = [0]  # values so far of each node that is being composed
+        self._counts: dict[int, int] = {}  # number of values of each complete node, by identity
+        self._open: list[int] = [0]  # number of values so far of each node in progress
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         alias = self.check_event(yaml.AliasEvent)
@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if alias:
             if id(node) not in self._counts:
-                raise yaml.composer.ComposerError(None, None, "an alias is inside of what it repeats", mark)
+                raise yaml.composer.ComposerError(None, None, "an alias is inside the value that it repeats", mark)
             count = self._counts[id(node)]
         self._counts[id(node)] = count
         self._open[-1] += count
@@ -77,13 +77,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
-    """Raise where a key of a mapping stands in it twice: Python would keep the last one only. `<<` may be repeated."""
+    """Raise yaml.YAMLError for a repeated key of a mapping: Python would keep only the last. `<<` may be repeated."""
     lines: dict[tuple[str, str], int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
             continue
         if (name := (key.tag, key.value)) in lines:
-            raise _refused(f"the key {key.value!r} stands twice, first in line {lines[name]}", key.start_mark)
+            raise _refused(f"the key {key.value!r} occurs twice, first in line {lines[name]}", key.start_mark)
         lines[name] = key.start_mark.line + 1
 
 

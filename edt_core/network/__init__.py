@@ -1,1 +1,1 @@
-"""Servers asked whether they answer before their clients wait for them."""
+"""Checks that servers answer, before their clients wait for them."""

@@ -1,4 +1,4 @@
-"""Whether a server says anything at all: asked before its client, which would wait minutes for one that is silent."""
+"""Checks whether a server answers at all, because its client would wait minutes for one that does not."""
 
 import os
 import threading
@@ -18,19 +18,19 @@ _WAITS_LONGER = f"{VARIABLE}=60 waits longer for a slow one"
 
 
 def answer_seconds() -> float:
-    """How long a server may take for its first words: EDT_ANSWER_S, or 10 s. Raises UserError for no such number."""
+    """Time limit for a server's first answer: EDT_ANSWER_S, or 10 s. Raises UserError for an invalid value."""
     text = os.environ.get(VARIABLE) or str(_DEFAULT_S)
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise UserError(f"{VARIABLE} is {text!r}; a number of seconds above 0 was expected, as 10")
+        raise UserError(f"{VARIABLE} is {text!r}; it must be a number of seconds above 0, such as 10")
     return seconds
 
 
 def in_background(work: Callable[[], Result]) -> "Future[Result]":
-    """Have a thread do something; one that never ends does not keep the process from ending."""
+    """Run `work` in a thread, which does not keep the process from ending even if it never finishes."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -44,7 +44,7 @@ def in_background(work: Callable[[], Result]) -> "Future[Result]":
 
 
 def no_answer(place: str, what: str, remedy: str) -> UserError:
-    """The error for a server that was silent: `what` it should be, and what to do beside waiting longer."""
+    """The error for a server that did not answer: `what` was expected there, and the remedy besides waiting longer."""
     return UserError(
         f"no answer in {answer_seconds():g} s from {redacted(place)}, where {what} was expected; {remedy}. "
         f"{_WAITS_LONGER}"
@@ -52,7 +52,7 @@ def no_answer(place: str, what: str, remedy: str) -> UserError:
 
 
 def check_connects(connect: Callable[[], Result], place: str, what: str, remedy: str) -> Result:
-    """What `connect` returns. Raises what it raises, and UserError where it takes longer than a server may."""
+    """Return the result of `connect`. Raises its exceptions, and UserError if it exceeds the time limit."""
     try:
         return in_background(connect).result(answer_seconds())
     except TimeoutError as error:
@@ -60,17 +60,17 @@ def check_connects(connect: Callable[[], Result], place: str, what: str, remedy:
 
 
 def check_http(url: str, what: str, remedy: str) -> None:
-    """Raise UserError where a URL gives no answer in time; whatever the answer is, the server's own client judges it.
+    """Raise UserError if a URL does not answer in time. Any answer is accepted: the server's client evaluates it.
 
-    So it does with a connection that is refused or a name that nobody knows: these it notices at once.
+    Refused connections and unknown host names are also left to the client, which reports them at once.
     """
     import requests
 
-    def ask() -> None:
+    def request() -> None:
         requests.get(url, timeout=answer_seconds(), stream=True, allow_redirects=False).close()
 
     try:
-        check_connects(ask, url, what, remedy)
+        check_connects(request, url, what, remedy)
     except requests.exceptions.Timeout as error:
         raise no_answer(url, what, remedy) from error
     except UserError:
@@ -80,13 +80,13 @@ def check_http(url: str, what: str, remedy: str) -> None:
 
 
 def check_mlflow(uri: str) -> None:
-    """Raise UserError where the MLflow server of a tracking URI is silent; of other kinds of URIs nothing is asked."""
+    """Raise UserError if the MLflow server of a tracking URI does not answer. Other kinds of URI are not checked."""
     if uri.startswith(("http://", "https://")):
-        remedy = "start the server, or mend MLFLOW_TRACKING_URI (--tracking-uri)"
+        remedy = "start the server, or correct MLFLOW_TRACKING_URI (--tracking-uri)"
         check_http(f"{uri.rstrip('/')}/health", "an MLflow server", remedy)
 
 
-@cache  # an error is not kept: a server that was silent is asked again
+@cache  # errors are not cached: the next call checks again
 def check_s3(endpoint: str) -> None:
-    """Raise UserError where the S3 server at an endpoint is silent. Asked once in a process."""
-    check_http(endpoint, "an S3 server", "start the server, or mend AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3")
+    """Raise UserError if the S3 server at an endpoint does not answer. Checked once per process."""
+    check_http(endpoint, "an S3 server", "start the server, or correct AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3")

@@ -1,1 +1,1 @@
-"""What is printed and logged: escaped, and without credentials."""
+"""Printed and logged text: escaped, and without credentials."""

@@ -1,22 +1,22 @@
-"""Credentials out of texts: whatever is recorded or shown goes through here first.
+"""Removes credentials from texts. All text that is recorded or shown goes through here.
 
-Known are: the values of environment variables whose names say that they are secret
-(`edt_core.printing.secret_values`); what a URL carries beside its place, which is a user and password before the `@`,
-and its query, where signed URLs have their signature; and the usual ways to write a credential with its name
-(`password=...`, `--token ...`, `"api_key": "..."`, `Authorization: Bearer ...`).
+Removed are: the values of environment variables whose names say that they are secret
+(`edt_core.printing.secret_values`); the user and password before the `@` of a URL, and its query, which contains the
+signature of signed URLs; and named credentials in the usual notations (`password=...`, `--token ...`,
+`"api_key": "..."`, `Authorization: Bearer ...`).
 
-A password in a URL should be percent-encoded, and often is not. Where a text can be read in two ways, the one that
-redacts more is taken, with these limits:
-- `scheme://user:password@`: the password begins after the first colon and ends at the last `@` before white space, so
-  it may hold `@ / ? # : ' "`. An `@` in the path of such a URL is taken for the password's end: the host is lost then.
-- After a colon, up to five digits are a port where the URL has no `@` after them, and where they end at `/`, `?` or `#`
-  behind `localhost`, an IP address or a name with a dot: `http://127.0.0.1:9000/bucket/a@b.png` stays.
-- White space belongs to the password where no `@` comes before it, or where what follows that `@` is a word alone and
-  another `@` comes in the line. A password that begins with up to five digits and white space reads like a port.
-- Without a colon, what stands before an `@` is a token if no `/ ? #`, quote or white space is in it. Hence
-  `s3://bucket/a@b.png`, `hf://datasets/x@main/y`, `git@host:path` and `me@example.org` stay. So does what Azure puts
-  there, as `abfss://container@account.dfs.core.windows.net/path`.
-- A URL in quotes ends at the quote that closes it: a host must stand before that quote, and no letter after it.
+A password in a URL should be percent-encoded, but often is not. If a text is ambiguous, the reading that redacts more
+is used, with these limits:
+- `scheme://user:password@`: the password starts after the first colon and ends at the last `@` before white space, so
+  it may contain `@ / ? # : ' "`. An `@` in the path of such a URL counts as the password's end: the host is then lost.
+- After a colon, up to five digits are a port if the URL has no `@` after them, or if they end at `/`, `?` or `#` after
+  `localhost`, an IP address or a name with a dot: `http://127.0.0.1:9000/bucket/a@b.png` stays.
+- White space is part of the password if no `@` comes before it, or if only a word follows that `@` and another `@`
+  follows in the line. A password that starts with up to five digits and white space reads like a port.
+- Without a colon, the text before an `@` is a token if it contains no `/ ? #`, quote or white space. Hence
+  `s3://bucket/a@b.png`, `hf://datasets/x@main/y`, `git@host:path` and `me@example.org` stay. So do Azure's containers,
+  as in `abfss://container@account.dfs.core.windows.net/path`.
+- A URL in quotes ends at the closing quote: a host must precede that quote, and no letter may follow it.
 """
 
 import re
@@ -32,7 +32,7 @@ _SCHEME = re.compile(r"\b[a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)
 _END = re.compile(r"[\r\n]|[\s'\"<>(\[{,;|=][a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)  # of the line, or the next URL
 _USER = re.compile(r"(?:[^\s/?#:'\"<>]|['\"](?=\w))*:(?=\S)")
 _TOKEN = re.compile(r"[^\s/?#'\"<>]+@")
-# Azure's `container@account`; an account's key never stands in such a URL.
+# Azure's `container@account`; such a URL never contains an account's key.
 _CONTAINER = re.compile(r"(?:abfs|wasb|az)s?://[a-z0-9$-]{3,63}@[a-z0-9-]+\.(?:dfs|blob)\.", re.IGNORECASE)
 _PORT = re.compile(r"\d{1,5}(?=$|[\s/?#'\"<>,;.)\]}\\|&])|(?=$|/)")
 _PLAIN_HOST = re.compile(r"(?:.*@)?(?:localhost|\[[0-9a-f:.]+\]|[\w-]+(?:\.[\w-]+)+)", re.IGNORECASE)
@@ -47,7 +47,7 @@ _QUERY = re.compile(
 _KEY = r"(?:pass(?:word|wd|phrase)|secret|credentials?|(?:api|access|private|auth|secret)[_-]?key)"
 _KEY = rf"(?:{_KEY}|(?:access|auth|session|refresh|bearer|security|api|id|hf)[_-]token|(?<![\w.])(?<![\w.]-)token)"
 _NAME = rf"(?:[\w.-]{{0,80}}{_KEY})"
-_MORE = r"[\w-]{0,80}"  # of a name; without a bound, what strings names together would take the square of its length
+_MORE = r"[\w-]{0,80}"  # of a name; without a bound, the time for a long name would grow with its square
 _WORD = r"(?:(?![,;)\]}](?:\s|$))[^\s'\"<>]|['\"](?=[^\s,;:)\]}>]))+"  # with quotes, but not the closing one
 _VALUE = rf"(?:'(?!\s)(?:\\.|''|[^'\\\n])*'|\"(?!\s)(?:\\.|[^\"\\\n])*\"|{_WORD})"
 _NAMED = (
@@ -71,20 +71,20 @@ _SECRET_KEY = re.compile(_NAME, re.IGNORECASE)
 def redacted(text: str) -> str:
     """A text without credentials: `https://me:pw@host/w.pth?sig=1` becomes `https://<redacted>@host/w.pth?<redacted>`.
 
-    Bytes of a file name that are not UTF-8 become `\\udcff`: no record and no terminal takes them as they are.
+    Bytes of a file name that are not UTF-8 become `\\udcff`: records and terminals cannot contain them.
     """
     return _without_credentials(text).encode("utf-8", "backslashreplace").decode()
 
 
 def holds_parameters(text: str) -> str | None:
-    """The name of a parameter whose value `redacted` leaves out, as `?token=`; None where there is none."""
-    return next((found[1] for pattern in _NAMED if (found := pattern.search(text))), None)
+    """The first parameter whose value `redacted` removes, such as `?token=`, or None."""
+    return next((match[1] for pattern in _NAMED if (match := pattern.search(text))), None)
 
 
 def redacted_values(value: Any) -> Any:
-    """JSON values without credentials. File names that are not UTF-8 stay: JSON and YAML can write them.
+    """JSON values without credentials. File names that are not UTF-8 stay: JSON and YAML can contain them.
 
-    A text under a key as `password` or `auth_token` is a credential whatever it is.
+    Any text under a key such as `password` or `auth_token` is a credential.
     """
     if isinstance(value, str):
         return _without_credentials(value)
@@ -111,22 +111,22 @@ def _without_credentials(text: str) -> str:
 
 
 def _without_users(text: str) -> str:
-    """A text whose URLs have no user and no password."""
+    """A text with users and passwords removed from its URLs."""
     parts, done = [], 0
-    while found := _SCHEME.search(text, done):
-        start = found.end()
+    while match := _SCHEME.search(text, done):
+        start = match.end()
         end = _END.search(text, start, start + _LONGEST)
         rest = text[start : end.start() if end else start + _LONGEST]
         length = 0
-        if not _CONTAINER.match(text, found.start()):
-            length = _user_length(_unquoted(rest, text[found.start() - 1 : found.start()]))
+        if not _CONTAINER.match(text, match.start()):
+            length = _user_length(_unquoted(rest, text[match.start() - 1 : match.start()]))
         parts += [text[done:start], f"{REDACTED}@" if length else ""]
         done = start + length
     return "".join([*parts, text[done:]])
 
 
 def _unquoted(rest: str, quote: str) -> str:
-    """What follows `scheme://`, up to the quote that closes the URL, where one opens it."""
+    """The text after `scheme://`, up to the closing quote if `quote` opens the URL."""
     if quote in ("'", '"'):
         closed = re.search(rf"(?:{_HOST}|^[^\s/?#:'\"@]*:\d{{1,5}})(?={quote}(?:$|[\s,;:)\]}}>.]))", rest)
         return rest[: closed.end()] if closed else rest
@@ -134,7 +134,7 @@ def _unquoted(rest: str, quote: str) -> str:
 
 
 def _user_length(rest: str) -> int:
-    """Characters of what follows `scheme://` that are user, password and `@`; 0 where there are none."""
+    """Number of characters after `scheme://` that are user, password and `@`; 0 if there are none."""
     user = _USER.match(rest)
     if user is None or _IPV6.match(rest) or _is_port(user[0][:-1], rest[user.end() :]):
         token = _TOKEN.match(rest)

@@ -1,4 +1,4 @@
-"""Values of secret environment variables out of texts, however a library wrote them."""
+"""Removes values of secret environment variables from texts, in any encoding that libraries use."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from functools import lru_cache
 _SECRET_NAME = re.compile(
     r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE_KEY|AUTH_KEY|CONNECTION_STRING"
 )
-_SHORTEST = 6  # characters: a shorter value is a word that texts have for other reasons
+_SHORTEST = 6  # characters: a shorter value may be an ordinary word
 _URL_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#:\s]*:(?!\d{0,5}[/?#])(.+)@", re.IGNORECASE | re.DOTALL)
 _PLAIN = re.compile(r"[A-Za-z0-9]+")  # characters that no encoding changes
 _ESCAPES = r"\\{0,4}"  # of JSON or repr in a text that is itself written as JSON or repr
@@ -17,11 +17,11 @@ _CONTROLS = {"\n": "n", "\r": "r", "\t": "t"}
 
 
 def without_secret_values(text: str, variables: Mapping[str, str] | None = None) -> str:
-    """A text with the values of secret variables replaced by the names, as `<AWS_SECRET_ACCESS_KEY>`.
+    """A text with the values of secret variables replaced by their names, such as `<AWS_SECRET_ACCESS_KEY>`.
 
-    Secret are a variable whose name says so, and the password of a variable that is a URL with one. A value is found as
-    it is, percent-encoded (in whole or in part), as JSON, repr, HTML, YAML or a shell write it, and in mixtures of
-    these. Values of fewer than 6 characters are left. `variables`: those of this process if not given.
+    A variable is secret if its name says so; if its value is a URL with a password, the password is secret. Values are
+    found verbatim, percent-encoded (in whole or in part), as JSON, repr, HTML, YAML or a shell write them, and in
+    mixtures of these. Values of fewer than 6 characters stay. `variables`: by default those of this process.
     """
     values = _secrets(os.environ if variables is None else variables)
     for value, name in sorted(values, key=lambda pair: -len(pair[0])):  # one may be a part of another
@@ -37,18 +37,18 @@ def _secrets(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name, value in variables.items():
         if len(value) >= _SHORTEST and _SECRET_NAME.search(name.upper()):
             yield value, name
-        elif "://" in value and (found := _URL_PASSWORD.match(value)) and len(found[1]) >= _SHORTEST:
-            yield found[1], name
+        elif "://" in value and (match := _URL_PASSWORD.match(value)) and len(match[1]) >= _SHORTEST:
+            yield match[1], name
 
 
 @lru_cache(maxsize=256)
 def _written(value: str) -> re.Pattern[str]:
-    """Matches a value in each of its written forms."""
+    """A pattern that matches a value in each of its encodings."""
     return re.compile("".join(map(_character, value)))
 
 
 def _character(char: str) -> str:
-    """A pattern of one character as the formats write it."""
+    """A pattern that matches one character in each of its encodings."""
     if _PLAIN.fullmatch(char):
         return char
     ways = [re.escape(char), _percent(char), _unicode_escape(char), rf"&#0*{ord(char)};", rf"(?i:&#x0*{ord(char):x};)"]
@@ -59,7 +59,7 @@ def _character(char: str) -> str:
     if char == " ":
         ways.append(r"\+")
     if char == "'":
-        quoted = rf"'{_ESCAPES}\"'{_ESCAPES}\"'"  # a shell's quoted string, which ends for it and begins again
+        quoted = rf"'{_ESCAPES}\"'{_ESCAPES}\"'"  # a shell ends its quoted string for it and starts a new one
         ways += [quoted, r"'\\{1,4}''", "''"]
     if char == "\\":
         ways[0] = r"\\{1,8}"
@@ -68,13 +68,13 @@ def _character(char: str) -> str:
 
 
 def _percent(char: str) -> str:
-    """Percent-encoded UTF-8, maybe more than once."""
+    """A pattern that matches percent-encoded UTF-8, also if encoded repeatedly."""
     data = char.encode("utf-8", "surrogateescape")
     return "(?i:" + "".join(f"%(?:25)*{byte:02x}" for byte in data) + ")"
 
 
 def _unicode_escape(char: str) -> str:
-    r"""As `\u00e9` or `\xe9`."""
+    r"""A pattern that matches `\u00e9` or `\xe9`."""
     units = char.encode("utf-16-be", "surrogatepass")
     pairs = [units[i : i + 2].hex() for i in range(0, len(units), 2)]
     short = rf"|\\{{1,4}}x{ord(char):02x}" if ord(char) < 256 else rf"|\\{{1,4}}U{ord(char):08x}"

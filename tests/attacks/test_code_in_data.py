@@ -336,7 +336,7 @@ def test_a_record_that_is_a_fifo_does_not_stop_the_others(schedules: Schedules) 
     os.mkfifo(path, 0o600)
     served, told = synced(schedules)
     assert served == ["two"]
-    assert "is a FIFO, and a regular file is expected" in told
+    assert "is a FIFO, but a regular file is expected" in told
 
 
 def test_a_record_of_another_user_is_refused(schedules: Schedules, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,16 +20,16 @@ _BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 HOSTILE = {
     "alias bomb": (_BOMB, "aliases repeat more than"),
-    "alias in itself": ("a: &a [*a]\n", "inside of what it repeats"),
+    "alias in itself": ("a: &a [*a]\n", "inside the value that it repeats"),
     "3,000 lists deep": (f"name: {'[' * 3000}{']' * 3000}\n", "nested more than 50 levels"),
     "6,000 digits": (f"name: n\nseed: {'9' * 6000}\n", "digits"),
     "a hexadecimal number of 100,000 digits": (f"name: 0x{'f' * 100_000}\n", "more than 64 bits"),
     "no date": ("name: 2024-13-45\n", "month must be in"),
     "120,000 values": (f"name: [{'x,' * 120_000}]\n", "more than 100,000 values"),
-    "a key twice": (f"{_VALID}name: other\n", "'name' stands twice, first in line 1"),
+    "a key twice": (f"{_VALID}name: other\n", "'name' occurs twice, first in line 1"),
     "a key twice in a section": (
         _VALID.replace("kind: digits", "kind: digits, kind: auto"),
-        "'kind' stands twice, first in line 2",
+        "'kind' occurs twice, first in line 2",
     ),
     "Latin-1": ("name: caf\xe9\n".encode("latin-1"), "is not UTF-8 text: byte 0xe9 at position 9"),
     "UTF-16": (_VALID.encode("utf-16"), "is not UTF-8 text"),
@@ -39,7 +39,7 @@ HOSTILE = {
     "empty": ("", "expected a mapping of fields"),
     "not a number": (f"{_VALID}train: {{lr: .nan}}\n", "train.lr"),
     "infinite": (f"{_VALID}train: {{lr: .inf}}\n", "train.lr"),
-    "too large": (f"{_VALID}# {'x' * MAX_CONFIG_BYTES}", "bytes, and at most 4,194,304 are read"),
+    "too large": (f"{_VALID}# {'x' * MAX_CONFIG_BYTES}", "bytes, and at most 4,194,304"),
 }
 
 
@@ -102,7 +102,7 @@ NOT_FILES = {
     "FIFO": (_fifo, "is a FIFO"),
     "folder": (Path.mkdir, "is a folder"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
-    "10 GB of nothing": (_sparse, "at most 4,194,304 are read"),
+    "10 GB of nothing": (_sparse, "at most 4,194,304"),
     "loop": (_loop, "symbolic links"),
 }
 

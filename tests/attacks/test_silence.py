@@ -119,7 +119,7 @@ def test_a_silent_hub_is_given_up(hub: Path, silent: str) -> None:
     from edt_core.evaluation.extractors import load_extractor
 
     said = "it is not complete in this machine's hub cache, "
-    said += re.escape(f"and the hub at http://{silent} gave no answer in {LIMIT_S} s")
+    said += re.escape(f"and the hub at http://{silent} did not answer in {LIMIT_S} s")
     with pytest.raises(UserError, match=f"no autoencoder at nobody/vae: {said}"):
         load_autoencoder("nobody/vae")
     pytest.importorskip("transformers")
@@ -180,7 +180,7 @@ def test_who_says_something_in_time_is_left_to_its_client(answer: bytes, monkeyp
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
 def test_a_limit_that_is_none_is_told(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDT_ANSWER_S", text)
-    with pytest.raises(UserError, match=f"EDT_ANSWER_S is '{text}'; a number of seconds above 0 was expected"):
+    with pytest.raises(UserError, match=f"EDT_ANSWER_S is '{text}'; it must be a number of seconds above 0"):
         check_http("http://127.0.0.1:1", "a server", "start it")
 
 

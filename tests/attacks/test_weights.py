@@ -62,7 +62,7 @@ def test_a_damaged_file_is_one_message(data: bytes, framework: str, tmp_path: Pa
     path.write_bytes(data)
     tracemalloc.reset_peak()
     before = peak()
-    with pytest.raises(UserError, match="is no whole safetensors file") as raised:
+    with pytest.raises(UserError, match="is not a valid safetensors file") as raised:
         load_tensors(path, framework)  # type: ignore[arg-type]
     assert len(str(raised.value)) < 600 + len(str(path))
     assert peak() - before < 8 << 20
@@ -71,7 +71,7 @@ def test_a_damaged_file_is_one_message(data: bytes, framework: str, tmp_path: Pa
 def test_a_file_that_is_a_fifo_or_a_folder_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo", "."):
-        with pytest.raises(UserError, match="and a regular file is expected"):
+        with pytest.raises(UserError, match="but a regular file is expected"):
             check_header(tmp_path / name)
 
 
@@ -105,9 +105,9 @@ def test_every_command_that_takes_a_file_or_a_folder_of_weights(kind: str, tmp_p
     from edt_core.autoencoders.autoencoder import load_autoencoder
     from edt_core.evaluation.extractors import load_extractor
 
-    with pytest.raises(UserError, match="is no whole safetensors file"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         load_autoencoder(tmp_path / "vae")
-    with pytest.raises(UserError, match=r"is no whole safetensors file|no DINOv2|needs transformers"):
+    with pytest.raises(UserError, match=r"is not a valid safetensors file|no DINOv2|needs transformers"):
         load_extractor("dinov2", tmp_path / "dino")
 
 
@@ -130,9 +130,9 @@ def test_the_weights_of_an_own_checkpoint(kind: str, tmp_path: Path) -> None:
     config = model_config("EDT-Tiny/2", 32, 4)
     (tmp_path / MODEL_CONFIG).write_text(json.dumps(config.to_dict()))
     (tmp_path / EMA_WEIGHTS).write_bytes(DAMAGED[kind])
-    with pytest.raises(UserError, match="is no whole safetensors file"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         ema_model(tmp_path)
     (tmp_path / EMA_WEIGHTS).write_bytes(file_of({"a": _tensor([0, 4])}, bytes(4)))
-    with pytest.raises(UserError, match="does not hold the weights of its model"):
+    with pytest.raises(UserError, match="does not contain the weights of its model"):
         ema_model(tmp_path)
     shutil.rmtree(tmp_path)

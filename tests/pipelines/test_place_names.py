@@ -30,11 +30,11 @@ NAMES = [f"a{mark}b" for mark in " #?;:&=@+'\"\\*[]{}$~!|<>,^`é日😀"] + [
     "a b ",
 ]
 REFUSED = {
-    "a\nb": r"'a\\nb' holds a line break \(U\+000A\)",
-    "a\tb": r"holds a tab",
-    "a\x7fb": r"holds the control character \(U\+007F\)",
-    "a\u2028b": r"holds the control character \(U\+2028\)",
-    "a\udcffb": r"holds the byte 0xff, which is not UTF-8",
+    "a\nb": r"'a\\nb' contains a line break \(U\+000A\)",
+    "a\tb": r"contains a tab",
+    "a\x7fb": r"contains the control character \(U\+007F\)",
+    "a\u2028b": r"contains the control character \(U\+2028\)",
+    "a\udcffb": r"contains the byte 0xff, which is not UTF-8",
     "a?token=b": r"'\?token=' in its path looks like a credential",
 }
 

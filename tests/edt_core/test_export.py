@@ -190,7 +190,7 @@ def test_what_is_there_is_refused_and_stays(form: str, kind: str, tmp_path: Path
     else:
         target.symlink_to("nowhere")
     before = target.lstat()
-    with pytest.raises(UserError, match="samples is there already"):
+    with pytest.raises(UserError, match="samples exists and is not overwritten"):
         export_samples(form, batches(), COUNT, target)
     assert target.lstat() == before
     assert list(tmp_path.iterdir()) == [target]
@@ -198,7 +198,7 @@ def test_what_is_there_is_refused_and_stays(form: str, kind: str, tmp_path: Path
 
 def test_labels_that_are_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "samples-labels.csv").write_text("mine")
-    with pytest.raises(UserError, match=r"samples-labels\.csv is there already"):
+    with pytest.raises(UserError, match=r"samples-labels\.csv exists and is not overwritten"):
         export_samples("png", batches(), COUNT, tmp_path / "samples")
     assert contents(tmp_path) == {"samples-labels.csv": b"mine"}
 
@@ -209,7 +209,7 @@ def test_a_target_that_comes_meanwhile_stays_too(form: str, tmp_path: Path) -> N
         yield from batches()
         (tmp_path / "samples").write_text("mine")
 
-    with pytest.raises(UserError, match="samples is there already"):
+    with pytest.raises(UserError, match="samples exists and is not overwritten"):
         export_samples(form, meanwhile(), COUNT, tmp_path / "samples")
     assert contents(tmp_path) == {"samples": b"mine"}
 

@@ -30,7 +30,7 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
 
 
 def test_a_batch_with_less_than_a_sample_a_worker_says_what_would_do() -> None:
-    with pytest.raises(UserError, match=r"global_batch_size 2 has no sample for each of 3 workers; use at most 2"):
+    with pytest.raises(UserError, match=r"global_batch_size is 2, less than the 3 workers; use at most 2"):
         validated(TrainConfig, {"global_batch_size": 2, "num_workers": 3})
 
 

@@ -63,7 +63,7 @@ class Estimate:
             "steps": f"{self.steps:,} of {self.global_batch_size} images, "
             f"{self.steps * self.global_batch_size / self.images:,.1f} epochs",
         }
-        return "\n".join([self.model, *(f"  {name:<24} {value}" for name, value in rows.items())])
+        return "\n".join([self.model, *(f"  {name:<25} {value}" for name, value in rows.items())])
 
 
 def _size(number: int) -> str:

@@ -296,7 +296,7 @@ def test_a_bare_state_dict_whose_variance_was_never_trained_is_refused(tmp_path:
     velocity = trained("velocity").state_dict()
     assert bool(velocity["final_layer.linear.weight"].any())
     path = save(tmp_path / "a.pt", velocity)
-    with pytest.raises(UserError, match=r"variance are all 0.* A SiT or another model that predicts a velocity"):
+    with pytest.raises(UserError, match=r"variance are all 0.* a SiT or another model that predicts a velocity"):
         load_released(path)
     save(path, {"model": velocity, "args": argparse.Namespace(model="DiT-Tiny/2")})
     with pytest.raises(UserError, match="variance are all 0"):
@@ -313,7 +313,7 @@ def test_a_released_sit_is_refused_whatever_is_known_of_it(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"model='SiT-XL/2', path_type='Linear', prediction='velocity': it is a SiT"):
         load_released(save(tmp_path / "a.pt", published(state, **vars(args))))
     for name in ("SiT-XL-2-256.pt", "last_sit.ckpt"):
-        with pytest.raises(UserError, match="the file's name says SiT"):
+        with pytest.raises(UserError, match="the file's name contains SiT"):
             load_released(save(tmp_path / name, state))
     assert load_released(save(tmp_path / "composite.pt", state)).config.name == "DiT-Tiny/2"
     stated = published(state, model="DiT-Tiny/2")

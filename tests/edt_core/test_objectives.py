@@ -373,7 +373,7 @@ def test_a_velocity_that_its_authors_call_v_is_not_taken_for_one(tmp_path: Path)
         with pytest.raises(UserError, match=message):
             read_released_model(tmp_path / "a.pt", words=objective_words())
     torch.save({"ema": state, "args": {"prediction": "v"}}, tmp_path / "SiT-XL-2-256.pt")
-    with pytest.raises(UserError, match="the file's name says SiT"):
+    with pytest.raises(UserError, match="the file's name contains SiT"):
         read_released_model(tmp_path / "SiT-XL-2-256.pt", words=objective_words())
 
 

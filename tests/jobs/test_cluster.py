@@ -78,7 +78,7 @@ def test_what_this_machine_can_never_give_is_refused() -> None:
     require("train", CPU=1)
     with pytest.raises(UserError, match=r"train needs 4096 CPU at once, but this machine offers \d+"):
         require("train", CPU=4096)
-    with pytest.raises(UserError, match="encode wants 1 GPU"):
+    with pytest.raises(UserError, match="encode needs 1 GPU"):
         require("encode", CPU=1, GPU=1)
 
 

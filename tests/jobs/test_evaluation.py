@@ -50,7 +50,7 @@ def test_a_grid_has_every_setting_once() -> None:
     [
         (["scale=1,2"], "names: cfg, amm"),
         (["cfg"], "NAME=VALUE"),
-        (["cfg=1,1"], "twice"),
+        (["cfg=1,1"], "repeated"),
         (["cfg=1,2", "cfg_scale=3"], "a field twice"),
         (["cfg=0.5"], "cfg_scale"),
         (["sampler=magic"], "sampler"),
@@ -315,7 +315,7 @@ def inception_weights(folder: Path) -> Path:
         (["--inception-weights", "{tmp}/none.pth#sha256=beef"], "sha256 is 64 digits"),
         (["--classifier", "{classifier}"], "nothing to compare"),
         (["--classifier", "{classifier}", "--autoencoder", "{classifier}"], "but autoencoder is needed"),
-        (["--classifier", "{classifier}", "--images", "a", "--statistics", "b"], "--images and --statistics are two"),
+        (["--classifier", "{classifier}", "--images", "a", "--statistics", "b"], "--images and --statistics are 2"),
         (["--classifier", "{classifier}", "--statistics", "{tmp}/none.npz"], "no reference statistics"),
         (["--classifier", "{classifier}", "--export", "png", "--sweep", "cfg=1,2"], "--export writes one set"),
         (["--classifier", "{classifier}", "--amm-blocks", "paper"], "no placement is published for"),

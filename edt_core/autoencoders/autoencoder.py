@@ -17,6 +17,7 @@ from torch import Tensor
 from edt_core.autoencoders.check import check_config, check_folder, hub_pipeline, pickled
 from edt_core.autoencoders.kinds import kind_of, scale_of
 from edt_core.config import AutoencoderConfig
+from edt_core.cpu_units import units
 from edt_core.data.images import to_model_range
 from edt_core.errors import UserError
 from edt_core.files.tensor_files import check_folder_headers
@@ -175,7 +176,8 @@ def encode_both_sides(
     """Yield (tag, posterior float32 [N, 2, 2, C, h, h]) for each (tag, pixels uint8 [N, S, S, 3]).
 
     The second axis is (image, mirror image), the third (mean, std). A batch's results are fetched after the next batch
-    was submitted to the accelerator, so that it never waits for the host.
+    was submitted to the accelerator, so that it never waits for the host. On a CPU a row is a function of its image
+    alone: see `edt_core.cpu_units`.
     """
     on_cuda = model.device.type == "cuda"
     pending: tuple[Any, Tensor, Any] | None = None
@@ -189,8 +191,7 @@ def encode_both_sides(
         levels = torch.from_numpy(pixels)
         if on_cuda:
             levels = levels.pin_memory().to(model.device, non_blocking=True)
-        sides = [encode_posterior(model, view) for view in (levels, levels.flip(2))]
-        posterior, ready = torch.stack(sides, dim=1), None
+        posterior, ready = _both_sides(model, levels), None
         if on_cuda:
             host = torch.empty(posterior.shape, dtype=posterior.dtype, pin_memory=True)
             posterior = host.copy_(posterior, non_blocking=True)
@@ -201,6 +202,17 @@ def encode_both_sides(
         pending = (tag, posterior, ready)
     if pending is not None:
         yield fetched(*pending)
+
+
+def _both_sides(model: Any, levels: Tensor) -> Tensor:
+    """Posterior [N, 2, 2, C, h, h] of levels uint8 [N, S, S, 3] on the model's device."""
+    if model.device.type == "cpu":
+        return torch.cat([_sides(model, unit)[:count] for unit, count in units(levels)])
+    return _sides(model, levels)
+
+
+def _sides(model: Any, levels: Tensor) -> Tensor:
+    return torch.stack([encode_posterior(model, view) for view in (levels, levels.flip(2))], dim=1)
 
 
 def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision: str) -> dict[str, float]:

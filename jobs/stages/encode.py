@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import EncodeConfig
+from edt_core.cpu_units import whole_units
 from edt_core.data.prefetch import in_batches
 from edt_core.data.shards import ImageSample, read_image_shard
 from edt_core.errors import UserError
@@ -122,7 +123,8 @@ class Encoder:
         path = self.images.path(source.path)
         if sha256_file(path) != source.sha256:
             raise UserError(f"{path} does not match its manifest (another sha256); run preprocess again")
-        for samples in in_batches(read_image_shard(path), self.config.batch_size):
+        size = whole_units(self.config.batch_size) if self.device == "cpu" else self.config.batch_size
+        for samples in in_batches(read_image_shard(path), size):
             yield samples, np.stack(list(pool.map(ImageSample.pixels, samples)))
 
     def _precision_error(self, source: FileEntry) -> dict[str, float] | None:

@@ -33,7 +33,17 @@ def extractor_source(
 
 
 def load(space: str, item: Artifact | Source, device: str) -> Any:
-    """The extractor of a space on a device. Raises UserError if the weights have changed since the run started."""
+    """The extractor of a space on a device; on a CPU the features of an image do not depend on the images beside it.
+
+    Raises UserError if the weights have changed since the run started.
+    """
+    from edt_core.cpu_units import UnitExtractor
+
+    extractor = _loaded(space, item, device)
+    return UnitExtractor(extractor) if device == "cpu" else extractor
+
+
+def _loaded(space: str, item: Artifact | Source, device: str) -> Any:
     from edt_core.evaluation.extractors import load_extractor
     from edt_core.evaluation.extractors.weights import published_weights
 

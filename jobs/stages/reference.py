@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import ReferenceConfig
+from edt_core.cpu_units import whole_units
 from edt_core.data.subsets import at_even_distances
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import EXTRACTORS, INCEPTION
@@ -73,9 +74,9 @@ class Extraction:
         images = inputs["images"]
         assert isinstance(images, Artifact)
         self.images, self.total = images, images.counts["images"]
-        device = device_name(config.num_gpus_per_worker)
+        self.device = device_name(config.num_gpus_per_worker)
         self.extractors = {
-            space: extractors.load(space, inputs[space], device) for space in extractors.spaces_of(inputs)
+            space: extractors.load(space, inputs[space], self.device) for space in extractors.spaces_of(inputs)
         }
 
     def work(self, number: int) -> int:
@@ -90,28 +91,46 @@ class Extraction:
         return entry.rows or 0
 
     def _extract(self, number: int) -> tuple[Tensors, int]:
-        from edt_core.data.prefetch import in_batches, prefetched
-
         done, part = 0, self.parts[number]
         sums = Sums()
         subset: dict[str, list[NDArray[np.float32]]] = {space: [] for space in self.extractors}
-        for pixels in prefetched((np.stack(b) for b in in_batches(self._pixels(part), self.config.batch_size)), 1):
-            rows = evenly_spaced(part.first + done, len(pixels), self.total, self.config.keep_features)
-            for space, extract in self.extractors.items():
-                output = extract(pixels)
-                sums.add(space, output)
-                subset[space].append(output["features"][rows])
-            done += len(pixels)
+        for shard in part.shards:
+            found, count = self._features(shard)
+            rows = evenly_spaced(part.first + done, count, self.total, self.config.keep_features)
+            for space, arrays in found.items():
+                sums.add(space, arrays)
+                subset[space].append(arrays["features"][rows])
+            done += count
             self.progress.update(done, self.total, "images", part=number)
-        features = {f"{space}.features": np.concatenate(blocks) for space, blocks in subset.items()}
+        features = {f"{space}.features": np.concatenate(blocks) for space, blocks in subset.items() if blocks}
         return {**sums.tensors(), **features}, done
 
-    def _pixels(self, part: Part) -> Iterator[NDArray[np.uint8]]:
+    def _features(self, shard: str) -> tuple[dict[str, Tensors], int]:
+        """What each network gives for all images of a shard, and their number.
+
+        Joined, so that the sums do not depend on the batch size.
+        """
+        from edt_core.data.prefetch import in_batches, prefetched
+
+        size = whole_units(self.config.batch_size) if self.device == "cpu" else self.config.batch_size
+        parts: dict[str, list[Tensors]] = {space: [] for space in self.extractors}
+        count = 0
+        for pixels in prefetched((np.stack(b) for b in in_batches(self._pixels(shard), size)), 1):
+            for space, extract in self.extractors.items():
+                parts[space].append(extract(pixels))
+            count += len(pixels)
+        joined = {
+            space: {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+            for space, found in parts.items()
+            if found
+        }
+        return joined, count
+
+    def _pixels(self, shard: str) -> Iterator[NDArray[np.uint8]]:
         from edt_core.data.shards import read_image_shard
 
-        for path in part.shards:
-            for sample in read_image_shard(self.images.path(path)):
-                yield sample.pixels()
+        for sample in read_image_shard(self.images.path(shard)):
+            yield sample.pixels()
 
 
 class Sums:

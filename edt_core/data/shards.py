@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edt_core.data.images import decode_rgb
 from edt_core.data.subsets import at_even_distances
+from edt_core.data.tar_members import MemberWriter
 from edt_core.errors import UserError
 from edt_core.files.small_files import parse_json
 from edt_core.store.layout import CLASS_MEMBER, IMAGE_MEMBERS, JSON_MEMBER
@@ -44,13 +45,13 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) ->
 
     Owner, mode and mtime are fixed and members sorted, so equal samples give equal bytes.
     """
-    from webdataset import TarWriter
-
     rows = 0
-    with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+    with path.open("wb") as file:
+        tar = MemberWriter(file)
         for key, members in samples:
-            tar.write({"__key__": key, **members})
+            tar.write(key, members)
             rows += 1
+        tar.close()
     return rows
 
 

@@ -46,15 +46,18 @@ class Branch:
     steps: Mapping[str, StepFuture]
 
 
-def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal) -> Source:
-    """The source images and their fingerprint. Raises UserError if there are no images to train on."""
+def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal, digest_again: bool = False) -> Source:
+    """The source images and their fingerprint. Raises UserError if there are no images to train on.
+
+    With `digest_again` every image is read, even if its digest is cached.
+    """
     from edt_core.data.digits import write_digits
 
     if config.kind == "digits":
         root = store.local or Path(_CACHE).expanduser()
         path = write_digits(root / "sources" / "digits")
         config = SourceConfig(kind="image_folder", path=str(path), classes=config.classes, limit=config.limit)
-    return image_source(config, terminal.source_progress())
+    return image_source(config, terminal.source_progress(), digest_again)
 
 
 @dataclass(frozen=True)
@@ -215,18 +218,19 @@ def run(
     address: str | None = None,
     published: Published | None = None,
     tracking_uri: str | None = None,
+    digest_again: bool = False,
 ) -> Outcome:
     """Run the whole pipeline and reuse finished artifacts. Failures of steps are in the outcome, not raised.
 
     The first Ctrl-C requests a running training to stop, which is in the outcome as well. Without a running training,
     it is raised. `published`: the published inputs, if the caller has them already. `tracking_uri`: an MLflow to use
-    instead of that of the environment or the store.
+    instead of that of the environment or the store. `digest_again`: read every image, even if its digest is cached.
 
     Raises UserError, before anything is computed, if the store or the source is unusable.
     """
     store = Store.open(config.store)
     with store.in_use(), tracking_kept():
-        return _run(config, store, terminal, address, published, tracking_uri)
+        return _run(config, store, terminal, address, published, tracking_uri, digest_again)
 
 
 def _run(
@@ -236,13 +240,14 @@ def _run(
     address: str | None,
     published: Published | None,
     tracking_uri: str | None,
+    digest_again: bool,
 ) -> Outcome:
     check_named(address)
     check_tracking(tracking_uri)  # a Ray session takes longer to start
     from jobs.runtime.cluster import connect
 
     started = time.monotonic()
-    source = prepare_source(config.source, store.root, terminal)
+    source = prepare_source(config.source, store.root, terminal, digest_again)
     check_pipeline_sizes(config, source.images)
 
     def join() -> bool:

@@ -38,6 +38,9 @@ from edt_core.store.manifest import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edt_core.config import SourceConfig
 
 __all__ = [
@@ -60,13 +63,15 @@ JOURNAL = ".journal"
 class Source:
     """An input that no step of the pipeline produces: its location, its fingerprint, and for images their selection.
 
-    `images`: the number of listed images, if known.
+    `images`: the number of listed images, if known. `digests`: the sha256 of each of them, uint8 [N, 32] in the order of
+    the listing, if the source is local.
     """
 
     location: str
     fingerprint: str
     selection: "SourceConfig | None" = None
     images: int | None = field(default=None, compare=False)
+    digests: "NDArray[np.uint8] | None" = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

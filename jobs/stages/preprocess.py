@@ -279,9 +279,12 @@ def _listed(quarantined: Sequence[tuple[str, str]]) -> str:
     return _LINE + listed([f"{path}: {reason}" for path, reason in sorted(quarantined)], _LINE)
 
 
-def image_source(config: SourceConfig, progress: Progress | None = None) -> Source:
-    """The images of a configuration and their identity. Raises UserError if there are none."""
-    from edt_core.data.sources import list_source, remarks, source_identity
+def image_source(config: SourceConfig, progress: Progress | None = None, digest_again: bool = False) -> Source:
+    """The images of a configuration and their identity. Raises UserError if there are none.
+
+    With `digest_again` every image is read, even if its digest is cached.
+    """
+    from edt_core.data.sources import list_source, listing_identity, remarks, source_digests
 
     progress = progress or Silent()
     if config.path is None or config.kind == "digits":
@@ -289,7 +292,9 @@ def image_source(config: SourceConfig, progress: Progress | None = None) -> Sour
     listing = list_source(config, progress)
     for remark in remarks(listing):
         progress.warn(remark)
-    return Source(config.path, source_identity(listing, progress), config, len(listing))
+    digests = source_digests(listing, progress, digest_again)
+    known = None if listing.remote else digests
+    return Source(config.path, listing_identity(listing, digests), config, len(listing), known)
 
 
 STAGE = Stage(

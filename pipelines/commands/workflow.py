@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from pipelines.outcome import Outcome
     from pipelines.terminal.terminal import Terminal
 
+DigestAgain = Annotated[
+    bool,
+    typer.Option("--digest-again", help="read every image of the source, even if its digest is cached"),
+]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join  \\[default: RAY_ADDRESS, or this machine]")]
 
 
@@ -45,6 +49,7 @@ def run(
         bool,
         typer.Option("--no-overlap", help="start nothing if a run of this pipeline is in progress in this store"),
     ] = False,
+    digest_again: DigestAgain = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline, and reuse existing artifacts.
@@ -80,7 +85,7 @@ def run(
         if warning := stopped_too_soon(os.environ):
             terminal.warn(warning)
         try:
-            outcome = run_pipeline(loaded, terminal, address)
+            outcome = run_pipeline(loaded, terminal, address, digest_again=digest_again)
         except KeyboardInterrupt:
             show_stopped(terminal, "stopped")
             raise typer.Exit(130) from None
@@ -222,6 +227,7 @@ def plan(
     config: Config = "quickstart",
     assignments: Assignments = [],  # noqa: B006  typer copies it
     store: ConfigStore = None,
+    digest_again: DigestAgain = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which steps a run would reuse, resume or run, and why; start nothing.
@@ -235,7 +241,7 @@ def plan(
     from pipelines.plan import plan as planned
 
     loaded = load_config(config, assignments, store)
-    rows = [step.as_row() for step in planned(loaded, catalog_if_any(loaded.store))]
+    rows = [step.as_row() for step in planned(loaded, catalog_if_any(loaded.store), digest_again)]
     table = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in rows]
     print_rows(rows if as_json else table, ("action", "step", "fingerprint", "run", "why"), as_json)
 

@@ -19,6 +19,8 @@ from edt_core.data.sources.listing import (
     combine_identity,
     duplicates,
     image_digest,
+    listing_identity,
+    source_digests,
     source_identity,
 )
 from edt_core.data.sources.parquet import list_parquet
@@ -40,7 +42,9 @@ __all__ = [
     "detect_kind",
     "image_digest",
     "list_source",
+    "listing_identity",
     "remarks",
+    "source_digests",
     "source_identity",
 ]
 

@@ -9,7 +9,9 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from edt_core.data.sources.digest_cache import Listed, local_digests
 from edt_core.data.sources.files import as_text
 from edt_core.data.sources.reading import RawImage, Row, read_files, read_parquet, rows
 from edt_core.progress import Progress, Silent
@@ -154,20 +156,49 @@ def _version_digest(row: Row) -> bytes:
     return hashlib.sha256(f"{row.size}\0{row.version}".encode()).digest()
 
 
-def source_identity(listing: Listing, progress: Progress = _SILENT) -> str:
-    """Hex sha256 that identifies the images: `combine_identity` of the listing.
+def source_identity(listing: Listing, progress: Progress = _SILENT, again: bool = False) -> str:
+    """What the images are, as hex sha256: `combine_identity` of the listing and of `source_digests`."""
+    return listing_identity(listing, source_digests(listing, progress, again))
 
-    A local source is read completely. A remote one is not read: the digest of an image is computed from its size and
-    the store's version token (an ETag) of its file.
+
+def listing_identity(listing: Listing, digests: NDArray[np.uint8]) -> str:
+    """The identity of a listing whose images have these digests, uint8 [N, 32]."""
+    names, labels = listing.table["name"].to_pylist(), listing.table["label"].to_pylist()
+    return combine_identity(listing.classes, names, labels, digests.tobytes())
+
+
+def source_digests(listing: Listing, progress: Progress = _SILENT, again: bool = False) -> NDArray[np.uint8]:
+    """What stands for the content of each image, uint8 [N, 32].
+
+    Of a local source the sha256 of its bytes, or UNREADABLE: a file is read unless it is known and untouched since, or
+    always with `again`. Of a remote source nothing is read: the digest is that of the image's size and of the store's
+    version token (an ETag) of the file that holds it.
     """
-    names, labels = (row.name for row in rows(listing.table)), (row.label for row in rows(listing.table))
-    if listing.remote:
-        return combine_identity(listing.classes, names, labels, map(_version_digest, rows(listing.table)))
-    if listing.access == "parquet":
-        digests = read_parquet(listing.root, listing.table, image_digest)
-    else:
-        digests = read_files(listing.root, listing.table, listing.access == "range", image_digest)
-    return combine_identity(listing.classes, names, labels, _reporting(digests, len(listing), progress))
+    if listing.root.local is None:
+        joined = b"".join(map(_version_digest, rows(listing.table)))
+        return np.frombuffer(joined, np.uint8).reshape(-1, _DIGEST)
+
+    def read(places: NDArray[np.int64]) -> Iterator[bytes]:
+        table = listing.table if len(places) == len(listing) else listing.take(places).table
+        if listing.access == "parquet":
+            digests = read_parquet(listing.root, table, image_digest)
+        else:
+            digests = read_files(listing.root, table, listing.access == "range", image_digest)
+        return _reporting(digests, len(places), progress)
+
+    return local_digests(listing.root.local, listing.access, _files_of(listing), read, UNREADABLE, again, progress.warn)
+
+
+def _files_of(listing: Listing) -> Listed:
+    """The files of a listing, and which of them each image is in."""
+    table = listing.table
+    if listing.access == "file":
+        file = np.arange(len(listing))
+        return Listed(table["name"], file, np.zeros(len(listing), np.int64), np.asarray(table["size"]))
+    column = table["file"].combine_chunks().dictionary_encode()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    names = pa.chunked_array([column.dictionary], pa.binary())
+    return Listed(names, np.asarray(column.indices).astype(np.int64), np.asarray(table["offset"]), None)
 
 
 def _reporting(digests: Iterable[bytes], total: int, progress: Progress) -> Iterator[bytes]:

@@ -1,0 +1,312 @@
+"""The digests of a local source's images, remembered by what the file system says of their files.
+
+A file whose size, times of modification and change, inode and device are what they were when it was read is not read
+again. An entry is only made of a file that was the same before and after it was read, and that nobody had written to
+for two seconds: what is written within the same tick of a file system's clock could look the same.
+
+The cache is one Arrow file for a source's folder, below `digests/` of this node's cache. It is written whole and
+appears atomically; of two processes that write it the last one wins, and what the other had read is read once more.
+Legend: F files, N images, M images of all files. A stat is uint64 [5]: size, mtime_ns, ctime_ns, inode, device.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from edt_core.store.cache import cache_folder
+
+FOLDER = "digests"
+_FORMAT = "edt-digests-1"
+_SETTLED_NS = 2_000_000_000
+_STAT = ("size", "mtime_ns", "ctime_ns", "inode", "device")
+_SIZE, _MTIME, _CTIME = range(3)
+_ROWS = 1 << 16  # files of a record batch, and of what is looked at together
+_THREADS = 8
+_MASK = (1 << 64) - 1
+_SCHEMA = pa.schema(
+    [
+        ("name", pa.binary()),
+        *((name, pa.uint64()) for name in _STAT),
+        ("offsets", pa.large_list(pa.int64())),
+        ("digests", pa.large_list(pa.binary(32))),
+    ]
+)
+Stats = NDArray[np.uint64]
+Digests = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What is known of files: their names, stats [F, 5], and of their images in order the offsets [M] and digests.
+
+    starts: int64 [F + 1], the first image of each file. offsets: int64 [M]. digests: uint8 [M, 32].
+    """
+
+    names: pa.ChunkedArray
+    stats: Stats
+    starts: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    digests: Digests
+
+    def __len__(self) -> int:
+        return len(self.stats)
+
+    @classmethod
+    def nothing(cls) -> "Remembered":
+        """No file at all."""
+        return cls.of_table(_SCHEMA.empty_table())
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> "Remembered":
+        """What an Arrow table of the cache's schema holds."""
+        stats = np.stack([_numpy(table[name], np.uint64) for name in _STAT], axis=1)
+        counts = _numpy(pc.list_value_length(table["offsets"]), np.int64)
+        values = [chunk.flatten() for chunk in table["digests"].chunks]
+        blocks = [_fixed_bytes(block) for block in values]
+        return cls(
+            table["name"],
+            stats,
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            _numpy(pc.list_flatten(table["offsets"]), np.int64),
+            np.concatenate([np.empty((0, 32), np.uint8), *blocks]),
+        )
+
+    def batches(self, files: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+        """These files as record batches of the cache's schema, each small beside the whole."""
+        for first in range(0, len(files), _ROWS):
+            part = files[first : first + _ROWS]
+            counts = self.starts[part + 1] - self.starts[part]
+            starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+            images = np.repeat(self.starts[part] - starts[:-1], counts) + np.arange(starts[-1])
+            digests = pa.Array.from_buffers(
+                pa.binary(32), len(images), [None, pa.py_buffer(np.ascontiguousarray(self.digests[images]))]
+            )
+            columns = [
+                pa.concat_arrays(self.names.take(pa.array(part)).chunks),
+                *(pa.array(self.stats[part, column]) for column in range(len(_STAT))),
+                pa.LargeListArray.from_arrays(pa.array(starts), pa.array(self.offsets[images])),
+                pa.LargeListArray.from_arrays(pa.array(starts), digests),
+            ]
+            yield pa.record_batch(columns, schema=_SCHEMA)
+
+    def place_of(self, names: pa.ChunkedArray) -> NDArray[np.int64]:
+        """The place of each name among the files; -1 where there is none."""
+        if names.equals(self.names):  # as it is where nothing was added or removed
+            return np.arange(len(names))
+        if not len(self):
+            return np.full(len(names), -1, np.int64)
+        found = pc.fill_null(pc.index_in(names, value_set=self.names), -1)
+        return _numpy(found, np.int64)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The files of a listing and the images in them, in order of file: `file` int64 [N] is that of each image.
+
+    sizes: bytes that the listing states of each file [F], None where it states them of images alone.
+    """
+
+    names: pa.ChunkedArray
+    file: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64] | None
+
+
+def local_digests(
+    root: Path,
+    access: str,
+    listed: Listed,
+    read: Callable[[NDArray[np.int64]], Iterator[bytes]],
+    unreadable: bytes,
+    again: bool = False,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Digests:
+    """The digest of each listed image, uint8 [N, 32]; only what is not remembered is read.
+
+    `read(places)` yields the digests of the images at these places of the listing; one that is `unreadable` is never
+    remembered. With `again` everything is read. What `read` raises is raised.
+    """
+    path = cache_path(root, access)
+    began_ns = time.time_ns()
+    before = stats_of(root, listed.names)
+    remembered = Remembered.nothing() if again else load(path, root, access, warn)
+    digests, known = _known(listed, before, remembered)
+    unread = np.flatnonzero(~known)
+    for place, digest in zip(unread.tolist(), read(unread), strict=True):
+        digests[place] = np.frombuffer(digest, np.uint8)
+    if len(unread):
+        fresh = _settled(root, listed, before, began_ns, digests, unread, np.frombuffer(unreadable, np.uint8))
+        if len(fresh):
+            kept = _still_true(root, remembered, listed, fresh)
+            _save(path, root, access, remembered, kept, fresh, warn)
+    return digests
+
+
+def cache_path(root: Path, access: str) -> Path:
+    """Where the digests of a source's folder are remembered."""
+    key = hashlib.sha256(os.fsencode(root) + b"\0" + access.encode()).hexdigest()[:32]
+    return cache_folder() / FOLDER / f"{key}.arrow"
+
+
+def stats_of(root: Path, names: pa.ChunkedArray) -> Stats:
+    """What the file system says of files below a folder, uint64 [F, 5]; zeros for one that is not there."""
+    base, out = os.fsencode(root) + b"/", np.zeros((len(names), len(_STAT)), np.uint64)
+
+    def look(first: int) -> None:
+        for place, name in enumerate(names.slice(first, _ROWS).to_pylist(), first):
+            with suppress(OSError):
+                about = os.stat(base + name)
+                times = (about.st_mtime_ns & _MASK, about.st_ctime_ns & _MASK)
+                out[place] = (about.st_size, *times, about.st_ino & _MASK, about.st_dev & _MASK)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(look, range(0, len(names), _ROWS)))
+    return out
+
+
+def _known(listed: Listed, stats: Stats, remembered: Remembered) -> tuple[Digests, NDArray[np.bool_]]:
+    """Digests [N, 32] of the listed images and which of them are known: all of a file's images, or none."""
+    digests = np.zeros((len(listed.file), 32), np.uint8)
+    there = remembered.place_of(listed.names)
+    same = (there >= 0) & stats.any(axis=1)
+    same[same] = (remembered.stats[there[same]] == stats[same]).all(axis=1)
+    if listed.sizes is not None:  # an image a file
+        same &= stats[:, _SIZE] == listed.sizes.astype(np.uint64)
+        rows = remembered.starts[there[listed.file]]
+        known = same[listed.file]
+        digests[known] = remembered.digests[rows[known]]
+        return digests, known
+    known = np.zeros(len(listed.file), np.bool_)
+    in_order = np.argsort(listed.file, kind="stable")
+    bounds = np.searchsorted(listed.file[in_order], np.arange(len(listed.names) + 1))
+    for file in np.flatnonzero(same).tolist():
+        images = in_order[bounds[file] : bounds[file + 1]]
+        start, stop = remembered.starts[there[file] : there[file] + 2]
+        offsets = remembered.offsets[start:stop]
+        at = np.searchsorted(offsets, listed.offsets[images])
+        if (at < len(offsets)).all() and (offsets[at] == listed.offsets[images]).all():
+            known[images] = True
+            digests[images] = remembered.digests[start + at]
+    return digests, known
+
+
+def _settled(
+    root: Path,
+    listed: Listed,
+    before: Stats,
+    began_ns: int,
+    digests: Digests,
+    unread: NDArray[np.int64],
+    unreadable: Digests,
+) -> Remembered:
+    """The files that were read and may be remembered: the same before and after, and at rest when it began."""
+    files = np.unique(listed.file[unread])
+    names = pa.chunked_array([listed.names.combine_chunks().take(pa.array(files))], pa.binary())
+    times = before[files][:, [_MTIME, _CTIME]].astype(np.int64)
+    at_rest = (times[:, 1] < began_ns - _SETTLED_NS) & (np.abs(times[:, 0] - began_ns) > _SETTLED_NS)
+    whole = before[files].any(axis=1) & (stats_of(root, names) == before[files]).all(axis=1) & at_rest
+    place = np.full(len(listed.names), -1, np.int64)
+    place[files[whole]] = np.arange(whole.sum())
+    wanted = (place[listed.file] >= 0) & (digests != unreadable).any(axis=1)
+    images = np.flatnonzero(wanted)
+    images = images[np.lexsort((listed.offsets[images], place[listed.file[images]]))]
+    counts = np.bincount(place[listed.file[images]], minlength=int(whole.sum()))
+    has_images = counts > 0
+    return Remembered(
+        pa.chunked_array([names.combine_chunks().filter(pa.array(whole)).filter(pa.array(has_images))], pa.binary()),
+        before[files[whole]][has_images],
+        np.concatenate([[0], np.cumsum(counts[has_images])]).astype(np.int64),
+        listed.offsets[images],
+        digests[images],
+    )
+
+
+def _still_true(root: Path, remembered: Remembered, listed: Listed, fresh: Remembered) -> NDArray[np.int64]:
+    """The remembered files that are not known anew and unchanged: another choice of classes may list them again."""
+    if not len(remembered):
+        return np.empty(0, np.int64)
+    others = np.flatnonzero(fresh.place_of(remembered.names) < 0)
+    now = stats_of(root, pa.chunked_array([remembered.names.combine_chunks().take(pa.array(others))], pa.binary()))
+    return others[(now == remembered.stats[others]).all(axis=1)]
+
+
+def load(path: Path, root: Path, access: str, warn: Callable[[str], None] = lambda message: None) -> Remembered:
+    """What the cache's file holds; nothing, and a warning, where it is damaged or of something else."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        metadata = table.schema.metadata or {}
+        stated = (_FORMAT.encode(), os.fsencode(root), access.encode())
+        if tuple(metadata.get(key) for key in (b"format", b"root", b"access")) != stated:
+            raise ValueError("it is of another source or another version")
+        if not table.schema.equals(_SCHEMA) or metadata.get(b"seal") != _seal(table.to_batches()):
+            raise ValueError("its content does not agree with its seal")
+        return Remembered.of_table(table)
+    except FileNotFoundError:
+        return Remembered.nothing()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        warn(f"the remembered digests {path} are not used, so all images are read: {str(error).splitlines()[0]}")
+        return Remembered.nothing()
+
+
+def _save(
+    path: Path,
+    root: Path,
+    access: str,
+    remembered: Remembered,
+    kept: NDArray[np.int64],
+    fresh: Remembered,
+    warn: Callable[[str], None],
+) -> None:
+    """Write the kept files and the fresh ones, whole or not at all."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        yield from remembered.batches(kept)
+        yield from fresh.batches(np.arange(len(fresh)))
+
+    about = {b"format": _FORMAT.encode(), b"root": os.fsencode(root), b"access": access.encode()}
+    schema = _SCHEMA.with_metadata({**about, b"seal": _seal(batches())})
+    staged = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                for batch in batches():
+                    writer.write_batch(batch)
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
+    except OSError as error:
+        warn(
+            f"the digests of {len(fresh):,} files cannot be remembered in {path.parent}, and the next run reads them "
+            f"again: {error.strerror or error}; set EDT_CACHE_DIR to a folder that can be written"
+        )
+
+
+def _seal(batches: Iterator[pa.RecordBatch] | list[pa.RecordBatch]) -> bytes:
+    """Hex sha256 over the rows, whatever the schema's metadata says."""
+    total = hashlib.sha256()
+    for batch in batches:
+        total.update(batch.replace_schema_metadata(None).serialize())
+    return total.hexdigest().encode()
+
+
+def _numpy(column: pa.ChunkedArray, kind: type) -> NDArray:
+    return np.concatenate(
+        [np.empty(0, kind), *(chunk.to_numpy(zero_copy_only=False) for chunk in column.chunks)]
+    ).astype(kind, copy=False)
+
+
+def _fixed_bytes(block: pa.FixedSizeBinaryArray) -> Digests:
+    data = np.frombuffer(block.buffers()[1], np.uint8) if len(block) else np.empty(0, np.uint8)
+    return data[32 * block.offset : 32 * (block.offset + len(block))].reshape(-1, 32)

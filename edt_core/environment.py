@@ -21,6 +21,10 @@ RECORDED_PACKAGES = (
     "webdataset",
     "numpy",
     "pillow",
+    "pillow-heif",
+    "pillow-jxl-plugin",
+    "pillow-avif-plugin",
+    "simplejpeg",
 )
 
 

@@ -9,6 +9,7 @@ more than the copy.
 import mmap
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +119,7 @@ class TarRows(Sequence[dict[str, memoryview]]):
         self.close()
 
     def close(self) -> None:
-        """Give the map back; views of it must be gone."""
+        """Give the map back; views of it that are left keep it until they are gone."""
         self.data.release()
-        self._map.close()
+        with suppress(BufferError):
+            self._map.close()

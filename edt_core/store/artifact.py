@@ -286,6 +286,7 @@ class ArtifactWriter:
         step_version: int = 1,
         started: float | None = None,
         mlflow_run_id: str | None = None,
+        reused: Mapping[str, Any] | None = None,
     ) -> Artifact:
         """Write the manifest. If another writer committed this fingerprint first, return its artifact."""
         manifest = Manifest(
@@ -302,6 +303,7 @@ class ArtifactWriter:
             code_version=code_version(),
             environment=environment(),
             mlflow_run_id=mlflow_run_id,
+            reused=reused,
         )
         if problems := Artifact(self.folder, manifest).problems():
             raise ManifestError(

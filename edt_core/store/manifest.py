@@ -75,6 +75,7 @@ class Manifest:
     environment: Mapping[str, str] = field(default_factory=dict)
     mlflow_run_id: str | None = None
     schema_version: int = MANIFEST_VERSION
+    reused: Mapping[str, Any] | None = None  # rows taken from earlier artifacts: how it was made, not what it is
 
     @property
     def digest(self) -> str:
@@ -86,6 +87,8 @@ class Manifest:
         # Through JSON and back first: a numeric key sorts as a number before, and as text after it is read.
         text = json.dumps({**asdict(self), "digest": self.digest}, allow_nan=False)
         values = json.loads(text)
+        if values["reused"] is None:  # as in manifests of versions that did not know it
+            del values["reused"]
         return json.dumps({**values, "seal": sha256_json(values)}, indent=1, sort_keys=True, allow_nan=False)
 
     @classmethod

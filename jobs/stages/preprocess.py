@@ -3,18 +3,15 @@
 One Ray task makes one shard, so names and bytes depend neither on the number of workers nor on crashes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import PreprocessConfig, SourceConfig
-from edt_core.data.images import center_crop, decode_rgb, encode_image
-from edt_core.data.shards import ImageSample, write_image_shard
-from edt_core.data.sources import UNREADABLE, Listing, combine_identity, image_digest, list_source
+from edt_core.data.sources import UNREADABLE, Listing, list_source, listing_identity
 from edt_core.data.sources.classes import without_images
 from edt_core.data.sources.files import as_text
 from edt_core.errors import UserError
@@ -22,62 +19,17 @@ from edt_core.files.small_files import parse_json
 from edt_core.progress import Counts, Progress, Silent
 from edt_core.store.artifact import ArtifactWriter, Source
 from edt_core.store.digests import listing as listed
-from edt_core.store.layout import CLASSES_NAME, IMAGE_SHARD, REPORT_OF_SHARD
+from edt_core.store.layout import CLASSES_NAME
 from jobs.runtime.pool import MAX_RETRIES, finished
-from jobs.stages.stage import Stage
+from jobs.stages.image_shard import ShardPlan, ShardReport, build_shard
+from jobs.stages.reuse.images import EarlierImages, earlier_images, shard_slices
+from jobs.stages.reuse.siblings import WrongRowError, said_by
+from jobs.stages.stage import REUSED, Stage
 
 _MOST_LISTED = 10_000  # quarantined images in the manifest; all of them are in the shards' reports
 _EXAMPLES = 10
 _LINE = "\n  "
 _TAR_BYTES = 5 << 10  # headers and padding of a sample's three members, and the contents of the two small ones
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """The content of one shard: a slice of the listing that begins at image `first`."""
-
-    index: int
-    first: int
-    listing: Listing
-
-    @property
-    def name(self) -> str:
-        return IMAGE_SHARD.format(self.index)
-
-    @property
-    def report(self) -> str:
-        return REPORT_OF_SHARD.format(self.name)
-
-
-@dataclass
-class ShardReport:
-    """The outcome of a shard: rows, (position, name, reason) of quarantined images, sha256 of every original."""
-
-    rows: int
-    quarantined: list[tuple[int, str, str]]
-    digests: bytes
-
-    @property
-    def reasons(self) -> list[tuple[str, str]]:
-        return [(name, reason) for _, name, reason in self.quarantined]
-
-    @property
-    def num_processed(self) -> int:
-        return len(self.digests) // len(UNREADABLE)
-
-    def written(self) -> NDArray[np.bool_]:
-        """Whether each processed image was written."""
-        mask = np.ones(self.num_processed, dtype=np.bool_)
-        mask[[position for position, _, _ in self.quarantined]] = False
-        return mask
-
-    def to_json(self) -> dict[str, Any]:
-        return {"rows": self.rows, "quarantined": self.quarantined, "digests": self.digests.hex()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ShardReport":
-        quarantined = [(position, name, reason) for position, name, reason in values["quarantined"]]
-        return cls(values["rows"], quarantined, bytes.fromhex(values["digests"]))
 
 
 def images_per_shard(config: PreprocessConfig) -> int:
@@ -94,46 +46,15 @@ def images_per_shard(config: PreprocessConfig) -> int:
     return min(config.images_per_shard, config.max_shard_bytes // worst)
 
 
-def plan_shards(listing: Listing, config: PreprocessConfig) -> list[ShardPlan]:
-    """Cut the listing into shards. The key of an image is its position in the whole listing."""
+def plan_shards(listing: Listing, config: PreprocessConfig, earlier: EarlierImages | None = None) -> list[ShardPlan]:
+    """Cut the listing into shards. The key of an image is its position in the whole listing.
+
+    `earlier`: where its images are in artifacts that were made before.
+    """
     size = images_per_shard(config)
-    cuts = range(0, len(listing), size)
-    return [ShardPlan(k, first, listing.slice(first, first + size)) for k, first in enumerate(cuts)]
-
-
-def prepare(data: bytes, config: PreprocessConfig) -> bytes:
-    """Crop and encode one image. Raises any error of the decoders for data that is not an image."""
-    image = center_crop(decode_rgb(data, config.decoder, config.rotate_by_exif), config.image_size)
-    return encode_image(image, config.image_format, config.jpeg_quality)
-
-
-def build_shard(
-    plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, on_image: Callable[[int], None]
-) -> ShardReport:
-    """Make one shard and the report beside it. `on_image(n)` is called when n images are done."""
-    quarantined: list[tuple[int, str, str]] = []
-    digests: list[bytes] = []
-
-    def samples() -> Iterator[ImageSample]:
-        for position, image in enumerate(plan.listing.images()):
-            on_image(position)
-            digests.append(image_digest(image))
-            if image.data is None:
-                quarantined.append((position, image.name, image.error or "cannot be read"))
-                continue
-            try:
-                data = prepare(image.data, config)
-            except MemoryError:  # the machine's fault, not the image's
-                raise
-            except Exception as error:  # Pillow's decoders raise errors of any class on malformed data
-                quarantined.append((position, image.name, f"{type(error).__name__}: {error}"))
-            else:
-                yield ImageSample(f"{plan.first + position:08d}", data, image.label, image.name, digests[-1].hex())
-
-    entry = out.write(plan.name, lambda path: write_image_shard(path, samples(), config.image_format))
-    report = ShardReport(entry.rows or 0, quarantined, b"".join(digests))
-    out.write_json(plan.report, report.to_json())
-    return report
+    bounds = [(first, first + size) for first in range(0, len(listing), size)]
+    parts = shard_slices(earlier, bounds)
+    return [ShardPlan(k, bounds[k][0], listing.slice(*bounds[k]), part) for k, part in enumerate(parts)]
 
 
 def preprocess(
@@ -144,38 +65,84 @@ def preprocess(
     `inputs["source"]` names the location of the images. Raises UserError if there are none, only one class, or too many
     unreadable ones (ten are listed), and if they changed after `inputs["source"]` was made.
     """
-    import ray
-
     source = inputs["source"]
     assert source.selection is not None
     listing = list_source(source.selection, Counts(progress))  # its warnings were shown when the source was opened
-    plans = plan_shards(listing, config)
-    task = ray.remote(_shard_task).options(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
-    pending = {task.remote(plan, config, out, progress, len(listing)): plan.index for plan in plans}
-    reports: dict[int, ShardReport] = {}
-    quarantined: list[tuple[str, str]] = []
-    processed = 0
-    with closing(finished(list(pending))) as done:
-        for ref in done:
-            reports[pending[ref]] = report = ray.get(ref)
-            progress.update(report.num_processed, len(listing), "images", part=pending[ref])
-            quarantined += report.reasons
-            processed += report.num_processed
-            check_quarantined(quarantined, processed, len(listing), config.max_bad_fraction)
-    ordered = [reports[k] for k in range(len(plans))]
-    _check_source(listing, ordered, source)
+    earlier = _earlier_images(config, listing, source, out)
+    try:
+        reports, reused = _make_shards(config, listing, earlier, out, progress)
+    except WrongRowError as error:
+        progress.warn(f"no image of an earlier artifact is reused, all are made from their originals: {said_by(error)}")
+        _forget(out, plan_shards(listing, config))
+        reports, reused = _make_shards(config, listing, None, out, progress)
+    _check_source(listing, reports, source)
     if config.image_format == "jpeg":
         progress.warn("the shards are JPEG, which is lossy: make FID references from lossless shards")
     out.write_json(CLASSES_NAME, list(listing.classes))
-    return _counts(config, listing, ordered, progress)
+    return {**_counts(config, listing, reports, progress), **({REUSED: reused} if reused else {})}
+
+
+def _earlier_images(
+    config: PreprocessConfig, listing: Listing, source: Source, out: ArtifactWriter
+) -> EarlierImages | None:
+    """Where the images are in earlier artifacts. Raises UserError if the source is not what `source` was made of."""
+    if source.digests is None or len(source.digests) != len(listing):
+        return None
+    if listing_identity(listing, source.digests) != source.fingerprint:
+        raise _changed(source)
+    return earlier_images(out, config, STAGE.version, source.digests)
+
+
+def _make_shards(
+    config: PreprocessConfig,
+    listing: Listing,
+    earlier: EarlierImages | None,
+    out: ArtifactWriter,
+    progress: Progress,
+) -> tuple[list[ShardReport], dict[str, Any] | None]:
+    """The reports of all shards, in order, and what the manifest says of the rows that were reused."""
+    import ray
+
+    plans = plan_shards(listing, config, earlier)
+    task = ray.remote(_shard_task).options(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
+    pending = {task.remote(plan, config, out, progress, len(listing)): plan.index for plan in plans}
+    reports: dict[int, ShardReport] = {}
+    reusing: dict[int, EarlierImages] = {}
+    quarantined: list[tuple[str, str]] = []
+    processed = 0
+    try:
+        with closing(finished(list(pending))) as done:
+            for ref in done:
+                number = pending[ref]
+                reports[number], is_recovered = report, _ = ray.get(ref)
+                if (part := plans[number].earlier) is not None and not is_recovered:
+                    reusing[number] = part
+                progress.update(report.num_processed, len(listing), "images", part=number)
+                quarantined += report.reasons
+                processed += report.num_processed
+                check_quarantined(quarantined, processed, len(listing), config.max_bad_fraction)
+    except WrongRowError:
+        ray.wait(list(pending), num_returns=len(pending))  # none may write a shard after this
+        raise
+    reused = earlier.record(reusing, out.fingerprint) if earlier is not None and reusing else None
+    return [reports[k] for k in range(len(plans))], reused
+
+
+def _forget(out: ArtifactWriter, plans: Sequence[ShardPlan]) -> None:
+    """Remove the shards of this attempt and of earlier ones, which may hold rows that are wrong."""
+    for attempt in (out.attempt, *out.previous):
+        for plan in plans:
+            out.folder.child(attempt).remove(plan.name)
+            out.folder.child(attempt).remove(plan.report)
 
 
 def _shard_task(
     plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, progress: Progress, total: int
-) -> ShardReport:
+) -> tuple[ShardReport, bool]:
+    """Make a shard, or take over a finished one; returns its report and whether it was taken over."""
     if out.recover(plan.name) and out.recover(plan.report):
-        return ShardReport.from_json(parse_json(out.data.read_bytes(plan.report), plan.report))
-    return build_shard(plan, config, out, lambda done: progress.update(done, total, "images", part=plan.index))
+        return ShardReport.from_json(parse_json(out.data.read_bytes(plan.report), plan.report)), True
+    return build_shard(plan, config, out, lambda done: progress.update(done, total, "images", part=plan.index)), False
 
 
 def _counts(
@@ -246,13 +213,17 @@ def _check_source(listing: Listing, reports: Sequence[ShardReport], source: Sour
     """
     if listing.remote:
         return
-    names, labels = (listing.table[column].to_pylist() for column in ("name", "label"))
-    digests = b"".join(report.digests for report in reports)
-    if combine_identity(listing.classes, names, labels, digests) != source.fingerprint:
-        raise UserError(
-            f"the images at {source.location} changed while they were read: files were added, removed or written since "
-            "the run started; run again into an empty folder once nothing writes to them"
-        )
+    digests = np.frombuffer(b"".join(report.digests for report in reports), np.uint8).reshape(-1, len(UNREADABLE))
+    if listing_identity(listing, digests) != source.fingerprint:
+        raise _changed(source)
+
+
+def _changed(source: Source) -> UserError:
+    return UserError(
+        f"the images at {source.location} changed while they were read: files were added, removed or written since "
+        "the run started; run again into an empty folder once nothing writes to them. If nothing does, a file was "
+        "changed in a way that its times do not show: run once with --digest-again"
+    )
 
 
 def check_quarantined(

@@ -16,6 +16,7 @@ from edt_core.store.layout import MANIFEST_NAME
 from jobs.runtime.progress import relayed
 
 Input = Artifact | Source
+REUSED = "reused"  # what a job returns beside its counts: the rows it took from earlier artifacts, for the manifest
 Job = Callable[[Any, Mapping[str, Any], ArtifactWriter, Progress], dict[str, Any]]
 
 
@@ -59,10 +60,17 @@ class Stage:
     ) -> Artifact:
         """Run the job and commit the files it wrote."""
         started = time.time()
-        counts = self.run(config, inputs, out, progress)
+        counts = dict(self.run(config, inputs, out, progress))
+        reused = counts.pop(REUSED, None)
         fingerprints = self._without_extras({role: item.fingerprint for role, item in inputs.items()})
         return out.commit(
-            result_fields(config), fingerprints, counts, step_version=self.version, started=started, **commit
+            result_fields(config),
+            fingerprints,
+            counts,
+            step_version=self.version,
+            started=started,
+            reused=reused,
+            **commit,
         )
 
     def make(self, config: Section, inputs: Mapping[str, Input], folder: Folder, bar: Progress) -> Artifact:

@@ -1,0 +1,1 @@
+"""Rows of artifacts that were made before, as rows of a new artifact of the same kind."""

@@ -85,14 +85,19 @@ def read_image_shard(path: Path) -> Iterator[ImageSample]:
     number of samples after.
     """
     for key, members in read_tar(path):
-        image = next((members[name] for name in IMAGE_MEMBERS.values() if name in members), None)
-        if image is None or CLASS_MEMBER not in members or JSON_MEMBER not in members:
-            raise UserError(
-                f"sample {key} of {path} has only the members {sorted(members)}: the file is not an image shard, or it "
-                "is damaged; rerun preprocess"
-            )
-        record = parse_json(members[JSON_MEMBER], f"sample {key} of {path}")
-        yield ImageSample(key, image, int(members[CLASS_MEMBER]), record["source"], record["sha256"])
+        yield image_sample(key, members, path)
+
+
+def image_sample(key: str, members: Mapping[str, bytes], path: Path) -> ImageSample:
+    """The sample of an image shard with these members. Raises UserError if it lacks one."""
+    image = next((members[name] for name in IMAGE_MEMBERS.values() if name in members), None)
+    if image is None or CLASS_MEMBER not in members or JSON_MEMBER not in members:
+        raise UserError(
+            f"sample {key} of {path} has only the members {sorted(members)}: the file is not an image shard, or it "
+            "is damaged; rerun preprocess"
+        )
+    record = parse_json(members[JSON_MEMBER], f"sample {key} of {path}")
+    return ImageSample(key, image, int(members[CLASS_MEMBER]), record["source"], record["sha256"])
 
 
 def load_images(

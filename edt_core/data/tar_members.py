@@ -70,7 +70,8 @@ def _blank() -> tuple[bytes, int]:
 class TarRows(Sequence[dict[str, memoryview]]):
     """The samples of a tar that `MemberWriter` wrote, by their number: {extension: bytes}, views of the mapped file.
 
-    A context manager. Raises UserError for an archive that has anything else in it.
+    `keys`: those of the samples, in order. A context manager. Raises UserError for an archive that has anything else
+    in it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,6 +79,7 @@ class TarRows(Sequence[dict[str, memoryview]]):
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.data = memoryview(self._map)
+        self.keys: list[str] = []
         self._rows = list(self._located())
 
     def _located(self) -> Iterator[list[tuple[str, int, int]]]:
@@ -96,8 +98,10 @@ class TarRows(Sequence[dict[str, memoryview]]):
                 raise UserError(
                     f"{self.path} is not a shard of samples: {name[:80]!r} at byte {at}; run preprocess again"
                 )
-            if key != before and row:
-                yield row
+            if key != before:
+                self.keys.append(key)
+                if row:
+                    yield row
                 row = []
             row.append((extension, at + _BLOCK, stop))
             before, at = key, stop + -stop % _BLOCK

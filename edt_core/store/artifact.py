@@ -63,8 +63,8 @@ JOURNAL = ".journal"
 class Source:
     """An input that no step of the pipeline produces: its location, its fingerprint, and for images their selection.
 
-    `images`: the number of listed images, if known. `digests`: the sha256 of each of them, uint8 [N, 32] in the order of
-    the listing, if the source is local.
+    `images`: the number of listed images, if known. `digests`: the sha256 of each of them, uint8 [N, 32] in the order
+    of the listing, if the source is local.
     """
 
     location: str

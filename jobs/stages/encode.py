@@ -1,7 +1,8 @@
 """encode: image shards -> Arrow latent shards (posterior of image and mirror image), WebDataset twins on request."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from edt_core.config import EncodeConfig
 from edt_core.cpu_units import whole_units
 from edt_core.data.prefetch import in_batches
 from edt_core.data.shards import ImageSample, read_image_shard
+from edt_core.environment import environment
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
@@ -22,7 +24,16 @@ from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD
 from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.runtime.pool import pooled
 from jobs.stages.autoencoder import FOLDER, IMAGE_SHARDS, stored_scale
-from jobs.stages.stage import Stage
+from jobs.stages.reuse.latents import GPU_TOLERANCE, Batch, ShardImages, earlier_latents, merged_rows
+from jobs.stages.reuse.siblings import (
+    Places,
+    WrongRowError,
+    checked_rows,
+    discard_files,
+    message_of,
+    reuse_record,
+)
+from jobs.stages.stage import REUSED, Stage
 
 _PROBES = 16  # images for measuring the error of a lower precision, independent of the batch size
 _AHEAD = 3  # decoded batches that wait for the autoencoder
@@ -38,6 +49,7 @@ class Encoder:
         out: ArtifactWriter,
         progress: Progress,
         device: str | None = None,
+        earlier: Sequence[Places | None] = (),
     ) -> None:
         from edt_core.autoencoders.autoencoder import load_autoencoder
         from edt_core.data.latents import LatentInfo
@@ -45,6 +57,7 @@ class Encoder:
 
         use_threads(config.num_cpus_per_worker)
         self.config, self.images, self.out, self.progress = config, inputs["images"], out, progress
+        self.earlier = earlier
         source = inputs["autoencoder"]
         self.location = source.directory(FOLDER)
         self.device = device or device_name(config.num_gpus_per_worker)
@@ -68,12 +81,12 @@ class Encoder:
 
         source = self.images.entries(IMAGE_SHARDS)[shard]
         name, twin = LATENT_SHARD.format(shard), LATENT_TAR_SHARD.format(shard)
-        if not self.out.recover(name):
+        if not (is_recovered := bool(self.out.recover(name))):
 
             def write_to(path: Path) -> int:
                 with LatentShardWriter(path, replace(self.info, source_shard=source.path)) as writer:
-                    for keys, labels, posterior in self._posteriors(shard, source):
-                        writer.write(keys, labels, posterior)
+                    for batch in self._rows(shard, source):
+                        writer.write(*batch)
                 return writer.rows
 
             self.out.write(name, write_to)
@@ -87,19 +100,33 @@ class Encoder:
             )
         return {
             "rows": len(latents),
+            "recovered": is_recovered,
             **_sums(latents),
             "labels": np.bincount(latents.labels, minlength=self.images.counts["classes"]),
             "error": self._precision_error(source) if shard == 0 else None,
         }
 
-    def _posteriors(self, shard: int, source: FileEntry) -> Iterator[tuple[Any, ...]]:
-        """(keys, labels int64 [n], posterior float32 [n, 2, 2, C, h, h]) of a shard, batch by batch."""
+    def _rows(self, shard: int, source: FileEntry) -> Iterator[Batch]:
+        """All rows of a shard in order, batch by batch: encoded, or taken from earlier latents."""
+        places = self.earlier[shard] if self.earlier else None
+        if places is None:
+            yield from self._encoded(shard, source)
+            return
+        read = ~places.reused | checked_rows(places.reused, self.out.fingerprint, shard)
+        gap = 0.0 if self.device == "cpu" else GPU_TOLERANCE[self.config.precision]
+        encoded = (row for batch in self._encoded(shard, source, read) for row in batch.posterior)
+        with ShardImages(self.images.path(source.path)) as images:
+            if len(images) == len(read):  # otherwise `work` refuses the shard
+                yield from merged_rows(images, places, read, encoded, gap)
+
+    def _encoded(self, shard: int, source: FileEntry, wanted: NDArray[np.bool_] | None = None) -> Iterator[Batch]:
+        """The rows of a shard, all or those that are wanted, encoded batch by batch."""
         from edt_core.autoencoders.autoencoder import encode_both_sides
         from edt_core.data.prefetch import prefetched
 
         done = 0
         with ThreadPoolExecutor(self.config.num_decode_threads) as pool:
-            ahead = prefetched(self._decoded(source, pool), _AHEAD)
+            ahead = prefetched(self._decoded(source, pool, wanted), _AHEAD)
             for samples, posterior in encode_both_sides(self.model, ahead):
                 if not np.isfinite(posterior).all():
                     exact = self.config.precision == "fp32"
@@ -112,20 +139,23 @@ class Encoder:
                         f"the autoencoder's latents of {source.path} are not finite in {self.config.precision}; "
                         f"{remedy}"
                     )
-                yield [s.key for s in samples], np.array([s.label for s in samples], dtype=np.int64), posterior
+                labels = np.array([sample.label for sample in samples], dtype=np.int64)
+                yield Batch([sample.key for sample in samples], labels, posterior)
                 done += len(samples)
                 self.progress.update(done, self.images.counts["images"], "images", part=shard)
 
     def _decoded(
-        self, source: FileEntry, pool: ThreadPoolExecutor
+        self, source: FileEntry, pool: ThreadPoolExecutor, wanted: NDArray[np.bool_] | None
     ) -> Iterator[tuple[tuple[ImageSample, ...], NDArray[np.uint8]]]:
         """Batches of a shard's samples and their pixels, uint8 [n, S, S, 3]. Checks the digest of the shard first."""
         path = self.images.path(source.path)
         if sha256_file(path) != source.sha256:
             raise UserError(f"{path} does not match its manifest (another sha256); run preprocess again")
         size = whole_units(self.config.batch_size) if self.device == "cpu" else self.config.batch_size
-        for samples in in_batches(read_image_shard(path), size):
-            yield samples, np.stack(list(pool.map(ImageSample.pixels, samples)))
+        with nullcontext() if wanted is None else ShardImages(path) as images:
+            chosen = read_image_shard(path) if images is None else images.samples(np.flatnonzero(wanted).tolist())
+            for samples in in_batches(chosen, size):
+                yield samples, np.stack(list(pool.map(ImageSample.pixels, samples)))
 
     def _precision_error(self, source: FileEntry) -> dict[str, float] | None:
         from edt_core.autoencoders.autoencoder import load_autoencoder, precision_error
@@ -168,12 +198,16 @@ def encode(
         )
     require("encode", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
     shards = range(len(images.entries(IMAGE_SHARDS)))
-    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
-    work = pooled(Encoder, config.num_workers, shards, config, dict(inputs), out, progress, **resources)
-    parts: dict[int, dict[str, Any]] = {}
-    for shard, part in work:
-        parts[shard] = part
-        progress.update(part["rows"], images.counts["images"], "images", part=shard)
+    earlier = earlier_latents(out, config, STAGE.version, images, source, environment())
+    try:
+        parts = _encode_shards(config, inputs, out, progress, earlier)
+    except WrongRowError as error:
+        progress.warn(f"no row of earlier latents is reused, all images are encoded: {message_of(error)}")
+        discard_files(out, [name.format(k) for k in shards for name in (LATENT_SHARD, LATENT_TAR_SHARD)])
+        parts = _encode_shards(config, inputs, out, progress, [])
+        earlier = []
+    made = {k: places for k, places in enumerate(earlier) if places is not None and not parts[k]["recovered"]}
+    reused = reuse_record(made, out.fingerprint)
     rows = sum(part["rows"] for part in parts.values())
     if rows != images.counts["images"]:
         raise UserError(
@@ -198,7 +232,27 @@ def encode(
         "channel_mean": mean.tolist(),
         "channel_std": _deviation(mean, square).tolist(),
         **({"precision_error": error} if error else {}),
+        **({REUSED: reused} if reused else {}),
     }
+
+
+def _encode_shards(
+    config: EncodeConfig,
+    inputs: Mapping[str, Artifact],
+    out: ArtifactWriter,
+    progress: Progress,
+    earlier: Sequence[Places | None],
+) -> dict[int, dict[str, Any]]:
+    """What `Encoder.work` returns, for each image shard."""
+    images = inputs["images"]
+    shards = range(len(images.entries(IMAGE_SHARDS)))
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    arguments = (config, dict(inputs), out, progress, None, earlier)
+    parts: dict[int, dict[str, Any]] = {}
+    for shard, part in pooled(Encoder, config.num_workers, shards, *arguments, **resources):
+        parts[shard] = part
+        progress.update(part["rows"], images.counts["images"], "images", part=shard)
+    return parts
 
 
 def _deviation(mean: NDArray[np.float64], square: NDArray[np.float64]) -> NDArray[np.float64]:

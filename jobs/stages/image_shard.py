@@ -109,7 +109,7 @@ def _results(plan: ShardPlan, config: PreprocessConfig, fingerprint: str) -> Ite
     with EarlierRows(plan.earlier) as earlier:
         for position, row in enumerate(rows(plan.listing.table)):
             made = next(originals) if read[position] else None
-            if not plan.earlier.reused[position]:
+            if not plan.earlier.places.reused[position]:
                 assert made is not None
                 yield made
                 continue

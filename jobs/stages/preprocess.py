@@ -23,7 +23,7 @@ from edt_core.store.layout import CLASSES_NAME
 from jobs.runtime.pool import MAX_RETRIES, finished
 from jobs.stages.image_shard import ShardPlan, ShardReport, build_shard
 from jobs.stages.reuse.images import EarlierImages, earlier_images, shard_slices
-from jobs.stages.reuse.siblings import WrongRowError, said_by
+from jobs.stages.reuse.siblings import Places, WrongRowError, discard_files, message_of, reuse_record
 from jobs.stages.stage import REUSED, Stage
 
 _MOST_LISTED = 10_000  # quarantined images in the manifest; all of them are in the shards' reports
@@ -72,8 +72,8 @@ def preprocess(
     try:
         reports, reused = _make_shards(config, listing, earlier, out, progress)
     except WrongRowError as error:
-        progress.warn(f"no image of an earlier artifact is reused, all are made from their originals: {said_by(error)}")
-        _forget(out, plan_shards(listing, config))
+        progress.warn(f"no image of an earlier artifact is reused, all are made anew: {message_of(error)}")
+        discard_files(out, [name for plan in plan_shards(listing, config) for name in (plan.name, plan.report)])
         reports, reused = _make_shards(config, listing, None, out, progress)
     _check_source(listing, reports, source)
     if config.image_format == "jpeg":
@@ -107,7 +107,7 @@ def _make_shards(
     task = ray.remote(_shard_task).options(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
     pending = {task.remote(plan, config, out, progress, len(listing)): plan.index for plan in plans}
     reports: dict[int, ShardReport] = {}
-    reusing: dict[int, EarlierImages] = {}
+    reusing: dict[int, Places] = {}
     quarantined: list[tuple[str, str]] = []
     processed = 0
     try:
@@ -116,7 +116,7 @@ def _make_shards(
                 number = pending[ref]
                 reports[number], is_recovered = report, _ = ray.get(ref)
                 if (part := plans[number].earlier) is not None and not is_recovered:
-                    reusing[number] = part
+                    reusing[number] = part.places
                 progress.update(report.num_processed, len(listing), "images", part=number)
                 quarantined += report.reasons
                 processed += report.num_processed
@@ -124,16 +124,7 @@ def _make_shards(
     except WrongRowError:
         ray.wait(list(pending), num_returns=len(pending))  # none may write a shard after this
         raise
-    reused = earlier.record(reusing, out.fingerprint) if earlier is not None and reusing else None
-    return [reports[k] for k in range(len(plans))], reused
-
-
-def _forget(out: ArtifactWriter, plans: Sequence[ShardPlan]) -> None:
-    """Remove the shards of this attempt and of earlier ones, which may hold rows that are wrong."""
-    for attempt in (out.attempt, *out.previous):
-        for plan in plans:
-            out.folder.child(attempt).remove(plan.name)
-            out.folder.child(attempt).remove(plan.report)
+    return [reports[k] for k in range(len(plans))], reuse_record(reusing, out.fingerprint)
 
 
 def _shard_task(

@@ -292,7 +292,7 @@ def test_a_damaged_shard_is_not_copied_from(tmp_path: Path) -> None:
     (root / "class1" / "new.png").write_bytes(picture())
     warned = CollectedWarnings()
     second = make(tmp_path / "store", root, warned)
-    assert any("differs from its manifest" in text for text in warned.warnings)
+    assert any("does not match its manifest" in text for text in warned.warnings)
     assert_same(second, make(tmp_path / "nothing", root))
 
 

@@ -26,6 +26,11 @@ def added(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"added": True}, **constraints)
 
 
+def names_input(default: Any, **constraints: Any) -> Any:
+    """An added field that names an input of its stage: what it names counts, as an input, and its text does not."""
+    return Field(default, json_schema_extra={"runtime": True, "added": True}, **constraints)
+
+
 def result_fields(section: Section) -> dict[str, Any]:
     """The section as JSON values without its runtime fields: the part that enters a fingerprint."""
     fields: dict[str, Any] = {}
@@ -225,6 +230,17 @@ class TrainConfig(Section):
     min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weight of the squared error; null for none")
     objective: str = added(
         "epsilon", description="what the model learns to predict: epsilon (the noise) or v_prediction"
+    )
+    init_from: str | None = names_input(
+        None,
+        description="model to start from: NAME@ALIAS or NAME/VERSION of the registry, an MLflow run, a checkpoint, a "
+        "diffusers folder; null for random weights. What it holds counts, not its name",
+    )
+    init_weights: Literal["ema", "raw"] = added(
+        "ema", description="of `init_from`: its averaged weights, or those that its optimizer stepped"
+    )
+    init_optimizer: Literal["fresh", "keep"] = added(
+        "fresh", description="keep takes over the optimizer's state of `init_from`, a checkpoint of the same shapes"
     )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",

@@ -17,6 +17,7 @@ from edt_core.printing.redaction import redacted_values
 from edt_core.store.artifact import Source
 from edt_core.store.manifest import sha256_json
 from jobs.commands.options import validated
+from jobs.models.initial import Initial
 from jobs.stages.stage import Stage
 from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.engine.step import StepFuture, input_fingerprints
@@ -163,6 +164,7 @@ def _published(config: PipelineConfig) -> Published:
         None if pretrained is None else Source(pretrained, sha256_json(pretrained)),
         {space: Source("", sha256_json(network.sha256 or network.weights)) for space, network in weights.items()},
         None if statistics is None else Source(statistics, sha256_json(statistics)),
+        {name: Initial(text, sha256_json(text)) for name in config.models if (text := config.train_of(name).init_from)},
     )
 
 

@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from edt_core.config import SourceConfig, TrainConfig, recorded_fields, result_fields
@@ -15,6 +16,7 @@ from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
 from edt_core.store.manifest import sha256_json
 from edt_core.store.store import Store
+from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG, Initial, initial_source
 from jobs.runtime.cluster_address import check_named
 from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
 from jobs.stages.extractors import extractor_source
@@ -44,6 +46,7 @@ class Branch:
     name: str
     train: TrainConfig
     steps: Mapping[str, StepFuture]
+    start: Initial | None = None  # the model that its training starts from
 
 
 def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal, digest_again: bool = False) -> Source:
@@ -67,6 +70,7 @@ class Published:
     autoencoder: Source | None = None
     extractors: Mapping[str, Source] = field(default_factory=dict)
     statistics: Source | None = None
+    initial: Mapping[str, Initial] = field(default_factory=dict)  # by model
 
     @classmethod
     def of(cls, config: PipelineConfig, tracking_uri: str | None) -> "Published":
@@ -77,6 +81,11 @@ class Published:
             autoencoder.published_source(config.autoencoder, tracking_uri),
             {space: extractor_source(space, s.weights, s.sha256, tracking_uri) for space, s in spaces.items()},
             None if statistics is None else reference.statistics_source(statistics),
+            {
+                name: source
+                for name in config.models
+                if (source := initial_source(config.train_of(name), tracking_uri)) is not None
+            },
         )
 
 
@@ -105,7 +114,8 @@ def call_steps(
         )
     reference_inputs = {"images": published.statistics or images, **feature_networks}
     shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
-    return [_call_branch(steps, config, name, shared, feature_networks) for name in config.models]
+    branch = partial(_call_branch, steps, config, shared=shared, feature_networks=feature_networks)
+    return [branch(name, start=published.initial.get(name)) for name in config.models]
 
 
 def _call_branch(
@@ -114,6 +124,7 @@ def _call_branch(
     name: str,
     shared: Mapping[str, StepFuture],
     feature_networks: Mapping[str, StepFuture | Source],
+    start: Initial | None,
 ) -> Branch:
     """Train, sample and evaluate one model, and the untrained model of the same seed."""
     trained = config.train_of(name)
@@ -121,10 +132,14 @@ def _call_branch(
     initial = {field: getattr(trained, field) for field in ("model", "seed", "num_timesteps", "objective")}
     untrained = TrainConfig(max_steps=0, **initial)
     branch_steps = dict(shared)
+    if start is not None:
+        start = settled(start, trained, shared["latents"].fingerprint)
     for prefix, train_config in (("", trained), ("untrained_", untrained)):
         label = prefix.replace("_", " ")
         # The autoencoder decodes previews. It also shows whether latents of an older version have the right scale.
-        inputs = {"latents": shared["latents"], "autoencoder": shared["autoencoder"]}
+        inputs: dict[str, StepFuture | Source] = {role: shared[role] for role in ("latents", "autoencoder")}
+        if start is not None and not prefix:
+            inputs |= {"init": start, "images": shared["images"]}
         checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
         features = steps.step(
             f"{label}sample {name}",
@@ -144,9 +159,21 @@ def _call_branch(
         outputs = {"checkpoint": checkpoint, "features": features, "evaluation": evaluation}
         branch_steps |= {f"{prefix}{role}": future for role, future in outputs.items()}
     if config.validation.enabled:
-        inputs = {"features": branch_steps["features"], "classifier": shared["classifier"], "images": shared["images"]}
-        branch_steps["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **inputs)
-    return Branch(name, trained, branch_steps)
+        judged = {"features": branch_steps["features"], "classifier": shared["classifier"], "images": shared["images"]}
+        branch_steps["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **judged)
+    return Branch(name, trained, branch_steps, start)
+
+
+def settled(start: Initial, config: TrainConfig, latents: str) -> Initial:
+    """The model to start from, where an alias may name the model that this very training made before.
+
+    That training is then found again, and not started once more from its own result.
+    """
+    before = start.before
+    if before is None:
+        return start
+    again = train.STAGE.fingerprint(config, {"latents": latents, "init": before.fingerprint})
+    return before if start.checkpoint == again else start
 
 
 @dataclass(frozen=True)
@@ -271,6 +298,7 @@ def _run(
             _record_start(catalog, run_id, config)
             branches = call_steps(workflow, config, source, published)
             _record_steps(workflow)  # already now: the record must exist if the driver is killed
+            catalog.set_tags(run_id, initial_tags(branches))
             for branch in branches:
                 _finish_branch(workflow, config, branch, outcome)
             workflow.wait_all()
@@ -292,6 +320,16 @@ def _identities(source: Source, published: Published) -> dict[str, str]:
     inputs = {**published.extractors, "autoencoder": published.autoencoder, "statistics": published.statistics}
     tags = {f"edt.{role}": item.fingerprint for role, item in inputs.items() if item is not None}
     return {"edt.source": source.fingerprint, **tags}
+
+
+def initial_tags(branches: Sequence[Branch]) -> dict[str, str]:
+    """Tags of a run: the model that each training starts from, by content, place and checkpoint artifact."""
+    tags: dict[str, str] = {}
+    for name, start in ((branch.name, branch.start) for branch in branches):
+        if start is not None:
+            tags |= {f"{INIT_TAG}.{name}": start.fingerprint, f"{INIT_FROM_TAG}.{name}": start.location}
+            tags |= {f"{INIT_CHECKPOINT_TAG}.{name}": start.checkpoint} if start.checkpoint else {}
+    return tags
 
 
 def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None:

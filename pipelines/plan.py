@@ -66,6 +66,8 @@ class Planner:
             finished = progress_of(self.store.begun(stage.kind, fingerprint))
             why = warnings[0] if warnings else self._why(stage, config, fingerprints)
             action: Action = "resume" if finished else "run"
+            if isinstance(initial := inputs.get("init"), Source):
+                why += f"; it starts from {initial.location}"
             planned = PlannedStep(name, stage.kind, fingerprint, action, f"{finished}; {why}" if finished else why)
         self.steps[name] = planned
         return StepFuture(name, stage.kind, fingerprint, needs_of(inputs), artifact=artifact)
@@ -143,7 +145,7 @@ def _change(key: str, before: Any, after: Any) -> str:
 
 def progress_of(files: Iterable[str]) -> str:
     """What earlier attempts have finished, as text; "" for nothing."""
-    names = sorted(files)
+    names = sorted(name for name in files if not name.startswith("."))
     checkpoints = [
         Path(n).parent.name for n in names if n.startswith(f"{CHECKPOINTS}/") and n.endswith(CHECKPOINT_MANIFEST)
     ]

@@ -19,6 +19,7 @@ from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
 from jobs.commands.options import validated
+from jobs.models.initial import INIT_FROM_TAG
 from jobs.runtime.tracking import own_uri
 from jobs.stages.autoencoder import resolve
 from pipelines.config.schema import PipelineConfig
@@ -106,12 +107,14 @@ def restored(record: Record, catalog: Catalog, store: str) -> tuple[PipelineConf
 
 
 def pinned(config: PipelineConfig, record: Record) -> PipelineConfig:
-    """The configuration with a registered autoencoder by its version, because the alias may have moved."""
+    """The configuration with registered models by their versions, because an alias may have moved."""
     version = record.tags.get("edt.autoencoder", "")
-    if not version.startswith("models:/"):
-        return config
-    by_version: AutoencoderConfig = config.autoencoder.model_copy(update={"pretrained": version})
-    return config.model_copy(update={"autoencoder": by_version})
+    if version.startswith("models:/"):
+        by_version: AutoencoderConfig = config.autoencoder.model_copy(update={"pretrained": version})
+        config = config.model_copy(update={"autoencoder": by_version})
+    places = {name: record.tags.get(f"{INIT_FROM_TAG}.{name}") for name in config.models}
+    models = {n: {**fields, "init_from": places[n]} if places[n] else fields for n, fields in config.models.items()}
+    return config.model_copy(update={"models": models})
 
 
 def _checked_steps(

@@ -3,7 +3,7 @@
 Legend: B global batch, n this rank's share of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import islice
 
@@ -16,6 +16,7 @@ from edt_core.diffusion import objective_of
 from edt_core.errors import Stopped
 from edt_core.models import ModelConfig, training_flops
 from edt_core.precision import use_precision
+from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, matmul_rate
@@ -24,12 +25,20 @@ from edt_core.training.state import TrainState, initial_state, restart, restore,
 from edt_core.training.trainer import NotFiniteError, Signal, Trainer
 
 _STEPS_AHEAD = 2
+ReadInitial = Callable[[], Checkpoint]
 
 
 def train(
-    config: TrainConfig, model_config: ModelConfig, dataset: LatentDataset | LatentStream, context: TrainContext
+    config: TrainConfig,
+    model_config: ModelConfig,
+    dataset: LatentDataset | LatentStream,
+    context: TrainContext,
+    initial: ReadInitial | None = None,
 ) -> TrainState:
     """Train to the last step, resuming from the context's newest checkpoint, and save checkpoints on the way.
+
+    Without a checkpoint it starts from what `initial` reads, a checkpoint of step 0 (see
+    `edt_core.training.start.initial`), or from random weights if `initial` is None.
 
     The loss is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
     importance. A step whose loss or gradient is not finite never reaches the optimizer: the training rolls back to its
@@ -38,9 +47,9 @@ def train(
     Raises NotFiniteError after more than `max_rollbacks` rollbacks, Stopped after a stop request, once a checkpoint is
     written, and UserError for latents that are not finite and for a checkpoint of another training.
     """
-    trainer = _begin(config, model_config, dataset, context)
+    trainer = _begin(config, model_config, dataset, context, initial)
     try:
-        _run_to_the_end(trainer)
+        _run_to_the_end(trainer, initial)
     except BaseException:
         if context.ranks.rank == 0:
             with suppress(Exception):  # the first error is the one to report
@@ -51,22 +60,28 @@ def train(
     return trainer.state
 
 
-def _run_to_the_end(trainer: Trainer) -> None:
+def _run_to_the_end(trainer: Trainer, initial: ReadInitial | None) -> None:
     while True:
         try:
             return _run(trainer)
         except NotFiniteError as error:
-            _roll_back(trainer, error)
+            _roll_back(trainer, error, initial)
 
 
 def _begin(
-    config: TrainConfig, model_config: ModelConfig, dataset: LatentDataset | LatentStream, context: TrainContext
+    config: TrainConfig,
+    model_config: ModelConfig,
+    dataset: LatentDataset | LatentStream,
+    context: TrainContext,
+    initial: ReadInitial | None,
 ) -> Trainer:
     use_precision(config.precision)
     ranks = context.ranks
     state = initial_state(config, model_config, ranks.device)
     if (checkpoint := latest(context)) is not None:
         restore(state, checkpoint, config, len(dataset))
+    elif initial is not None:
+        restart(state, config, initial())
     total_steps = config.total_steps(len(dataset))
     state.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
@@ -138,7 +153,7 @@ def _count_time(trainer: Trainer) -> None:
         trainer.state.seconds += seconds
 
 
-def _roll_back(trainer: Trainer, error: NotFiniteError) -> None:
+def _roll_back(trainer: Trainer, error: NotFiniteError, initial: ReadInitial | None) -> None:
     """Return to the newest checkpoint, or to the start, and skip the step.
 
     Raises NotFiniteError after `max_rollbacks` rollbacks.
@@ -152,7 +167,7 @@ def _roll_back(trainer: Trainer, error: NotFiniteError) -> None:
             "train in fp32",
         ) from error
     if (checkpoint := latest(context)) is None:
-        restart(state, config)
+        restart(state, config, initial() if initial else None)
     else:
         restore(state, checkpoint, config, len(trainer.dataset))
     state.rollbacks, state.skipped, state.seconds = rollbacks, skipped, seconds

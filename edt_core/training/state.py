@@ -62,10 +62,10 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
     )
 
 
-def restart(state: TrainState, config: TrainConfig) -> None:
-    """Reset a state to its values before the first step."""
-    fresh = initial_state(config, state.model.config)
-    restore(state, to_checkpoint(fresh, config, 0), config, 0)
+def restart(state: TrainState, config: TrainConfig, initial: Checkpoint | None = None) -> None:
+    """Reset a state to its values before the first step: those of `initial`, a checkpoint of step 0, if given."""
+    fresh = initial or to_checkpoint(initial_state(config, state.model.config), config, 0)
+    restore(state, fresh, config, 0)
 
 
 def ema_files(config: TrainConfig) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edt_core.config import SourceConfig
+from edt_core.config import SourceConfig, TrainConfig
 from edt_core.errors import UserError
 from edt_core.printing.console import say
 from edt_core.progress import Progress, Silent
@@ -14,11 +14,13 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
 from jobs.commands.inputs import add_role, open_input, role_help
 from jobs.commands.options import add_fields, given_fields, parse_assignment, parser_of, read_yaml, validated
+from jobs.models.initial import initial_source
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.stage import Input, Stage
 
+_EXTRA_HELP = {"autoencoder": "for sample grids", "images": "for class names, with --init-from"}
 _OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run to resume"
 
 
@@ -43,10 +45,10 @@ def make_parser(stage: Stage, prog: str) -> argparse.ArgumentParser:
     parser.add_argument("out", help=_OUT_HELP)
     for role in others:
         parser.add_argument(f"--{role}", required=True, help=role_help(stage, role))
-    for role in stage.optional:
+    for role in _of_options(stage.optional):
         add_role(parser, role)
     for role in stage.extras:
-        parser.add_argument(f"--{role}", help=f"{role_help(stage, role)}; for sample grids")
+        parser.add_argument(f"--{role}", help=f"{role_help(stage, role)}; {_EXTRA_HELP[role]}")
     if stage.plan is not None:
         parser.add_argument(
             "--dry-run", action="store_true", help="print what this would do and cost, without running it"
@@ -65,6 +67,11 @@ def _config(stage: Stage, options: argparse.Namespace) -> Any:
     return validated(stage.config, fields)
 
 
+def _of_options(roles: Sequence[str]) -> list[str]:
+    """The roles that have an option: all but `init`, which a field of the configuration names."""
+    return [role for role in roles if role != "init"]
+
+
 def _inputs(options: argparse.Namespace, roles: Sequence[str], progress: Progress) -> dict[str, Input]:
     out = Folder.at(options.out)
     return {role: open_input(role, getattr(options, role), out, options, progress) for role in roles}
@@ -79,9 +86,13 @@ def _run_alone(stage: Stage, options: argparse.Namespace) -> Artifact:
     config, folder = _config(stage, options), Folder.at(options.out)
     check_place(folder, [getattr(options, role) for role in stage.roles])
     check_named()
-    roles = [*stage.roles, *(role for role in (*stage.optional, *stage.extras) if getattr(options, role))]
+    others = (*_of_options(stage.optional), *stage.extras)
+    roles = [*stage.roles, *(role for role in others if getattr(options, role))]
     with Bar(stage.name) as bar:
-        return stage.make(config, _inputs(options, roles, bar), folder, bar)
+        inputs = _inputs(options, roles, bar)
+        if isinstance(config, TrainConfig) and (initial := initial_source(config)) is not None:
+            inputs["init"] = initial
+        return stage.make(config, inputs, folder, bar)
 
 
 def check_place(folder: Folder, inputs: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from edt_core.store.layout import (
     MODEL_CONFIG,
     TRAIN_STATE,
 )
-from jobs.models.registry_files import fetch_version
+from jobs.models.registry_files import INDEX, fetch_version
 from jobs.runtime.tracking import SQLITE, mlflow_client, own_uri
 from jobs.stages import autoencoder
 from jobs.stages.stage import alone_in, existing_artifact
@@ -43,11 +43,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 DEFAULT_STORE = "./edt-store"
 _VERSION = 1
-_REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
-_RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
-_INDEX = "model_index.json"  # marks the folder of a pipeline for diffusers
+REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
+RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
 _COMPONENTS, _LIBRARIES = {"transformer", "vae", "scheduler"}, ("diffusers", "edt_core.pipeline")
-_FORMS = (
+FORMS = (
     "a registered model (NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one of its "
     "checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
 )
@@ -79,7 +78,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class _PlainModel:
+class PlainModel:
     """A model that is not an artifact yet."""
 
     model: "DiffusionTransformer"
@@ -99,7 +98,7 @@ def open_model(location: str, work: Folder) -> Opened:
     Raises UserError if there is no model, or it cannot be read safely.
     """
     with _model_at(location) as model:
-        return _in_store(model) if isinstance(model, Artifact) else _store_model(model, work)
+        return in_store(model) if isinstance(model, Artifact) else _store_model(model, work)
 
 
 def load_model(location: str) -> Loaded:
@@ -108,20 +107,20 @@ def load_model(location: str) -> Loaded:
 
     with _model_at(location) as model:
         if isinstance(model, Artifact):
-            return _loaded(_in_store(model))
+            return _loaded(in_store(model))
         vae = None if model.autoencoder is None else load_autoencoder(model.autoencoder)
         return Loaded(model.model, model.num_timesteps, vae, model.classes, model.protocol, model.class_counts)
 
 
-def _is_of_mlflow(location: str) -> bool:
+def is_of_mlflow(location: str) -> bool:
     """Whether a location names a registered version or a run of MLflow."""
-    match = _RUN.fullmatch(location) or _REGISTERED.fullmatch(location)
+    match = RUN.fullmatch(location) or REGISTERED.fullmatch(location)
     return match is not None and not typed_path(location).exists()
 
 
 def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
     """Set where models of MLflow are looked up: `tracking_uri`, MLFLOW_TRACKING_URI, or the SQLite file of a store."""
-    if not (tracking_uri or _is_of_mlflow(location)):
+    if not (tracking_uri or is_of_mlflow(location)):
         return
     import mlflow
 
@@ -133,29 +132,29 @@ def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
 
 
 @contextmanager
-def _model_at(location: str) -> Iterator[Artifact | _PlainModel]:
+def _model_at(location: str) -> Iterator[Artifact | PlainModel]:
     """The model at a location; the files of a registered version exist only inside the context."""
     path = typed_path(location)
-    if _is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
+    if is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
         yield artifact
-    elif _is_of_mlflow(location) and (version := _of_registry(location)) is not None:
+    elif is_of_mlflow(location) and (version := _of_registry(location)) is not None:
         with _downloaded(version) as folder:
-            yield _of_pipeline(folder, location)
+            yield of_pipeline(folder, location)
     elif Folder.at(location).exists(MANIFEST_NAME):
         yield Artifact.open(location)
     elif (path / CHECKPOINT_MANIFEST).exists():
         yield _of_checkpoint(path)
-    elif (path / _INDEX).exists():
-        yield _of_pipeline(path, str(path.absolute()))
+    elif (path / INDEX).exists():
+        yield of_pipeline(path, str(path.absolute()))
     elif path.is_file():
-        yield _of_released(path)
+        yield of_released(path)
     else:
-        raise UserError(f"there is no model at {location}; expected {_FORMS}")
+        raise UserError(f"there is no model at {location}; expected {FORMS}")
 
 
 def _of_run(location: str) -> Artifact | None:
     """The checkpoint artifact of a training's MLflow run."""
-    if (match := _RUN.fullmatch(location)) is None:
+    if (match := RUN.fullmatch(location)) is None:
         return None
     client = mlflow_client()
     try:
@@ -169,7 +168,7 @@ def _of_run(location: str) -> Artifact | None:
 
 def _of_registry(location: str) -> Any | None:
     """The registered version at a location."""
-    if (match := _REGISTERED.fullmatch(location)) is None:
+    if (match := REGISTERED.fullmatch(location)) is None:
         return None
     name, alias, number = match.groups()
     client = mlflow_client()
@@ -196,7 +195,7 @@ def _lookup_error(location: str, error: Exception) -> UserError:
     )
 
 
-def _of_checkpoint(folder: Path) -> _PlainModel:
+def _of_checkpoint(folder: Path) -> PlainModel:
     """One checkpoint of a training, checked against its own manifest."""
     from edt_core.training.checkpoint import CheckpointError, check_checkpoint, ema_model
 
@@ -205,10 +204,10 @@ def _of_checkpoint(folder: Path) -> _PlainModel:
     except CheckpointError as error:
         raise UserError(f"{error}; use another checkpoint") from error
     config = read_json(folder / TRAIN_STATE)["config"]
-    return _PlainModel(ema_model(folder), config["num_timesteps"], manifest.step, manifest.seal, str(folder.absolute()))
+    return PlainModel(ema_model(folder), config["num_timesteps"], manifest.step, manifest.seal, str(folder.absolute()))
 
 
-def _of_pipeline(folder: Path, origin: str) -> _PlainModel:
+def of_pipeline(folder: Path, origin: str) -> PlainModel:
     """A diffusers folder that `save_pipeline` wrote. Code and pickles in it are not run."""
     from diffusers.utils import logging
 
@@ -233,7 +232,7 @@ def _of_pipeline(folder: Path, origin: str) -> _PlainModel:
     digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
     config = pipeline.config
     facts = tuple(config.classes), dict(config.protocol), config.class_counts
-    return _PlainModel(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *facts)
+    return PlainModel(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *facts)
 
 
 def _check_components(folder: Path) -> None:
@@ -242,7 +241,7 @@ def _check_components(folder: Path) -> None:
     diffusers before 0.42 imports any module that the index names, and a component's folder may contain one.
     """
     try:
-        index = read_json_object(folder / _INDEX)
+        index = read_json_object(folder / INDEX)
     except (OSError, ValueError):
         return  # not a pipeline: loading it reports that
     for component in _COMPONENTS & index.keys():
@@ -250,12 +249,12 @@ def _check_components(folder: Path) -> None:
         library = str(entry[0] if isinstance(entry, list) and entry else entry)
         if library not in _LIBRARIES or (folder / component / f"{library}.py").exists():
             raise UserError(
-                f"{folder / _INDEX} takes {component} from {entry}, but code in a folder is not run; allowed "
+                f"{folder / INDEX} takes {component} from {entry}, but code in a folder is not run; allowed "
                 f"modules are {' and '.join(_LIBRARIES)}"
             )
 
 
-def _of_released(path: Path) -> _PlainModel:
+def of_released(path: Path) -> PlainModel:
     """The authors' released file, with the averaged weights if it has them: the authors sample from those."""
     from edt_core.diffusion import objective_words
     from edt_core.models.import_released import read_released_model
@@ -263,10 +262,10 @@ def _of_released(path: Path) -> _PlainModel:
     released = read_released_model(path, words=objective_words())
     for note in released.notes:
         _log.warning("%s: %s", on_one_line(str(path)), on_one_line(note))
-    return _PlainModel(released.model, 1000, 0, sha256_file(path), str(path.absolute()))
+    return PlainModel(released.model, 1000, 0, sha256_file(path), str(path.absolute()))
 
 
-def _store_model(plain: _PlainModel, work: Folder) -> Opened:
+def _store_model(plain: PlainModel, work: Folder) -> Opened:
     """The model and its autoencoder as artifacts of the store `work`; existing ones are reused."""
     from safetensors.torch import save_file
 
@@ -325,7 +324,7 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _store_autoencoder(folder: Path, plain: _PlainModel, work: Folder) -> Artifact:
+def _store_autoencoder(folder: Path, plain: PlainModel, work: Folder) -> Artifact:
     from edt_core.autoencoders.autoencoder import autoencoder_facts, load_autoencoder
 
     facts = autoencoder_facts(load_autoencoder(folder))
@@ -351,12 +350,11 @@ def _once(
         return out.commit(config, inputs, write(out))
 
 
-def _in_store(checkpoint: Artifact) -> Opened:
+def in_store(checkpoint: Artifact) -> Opened:
     """A checkpoint artifact, with its autoencoder and images if they are in the same store."""
     if checkpoint.manifest.kind != "checkpoint":
         raise UserError(
-            f"{checkpoint.folder.uri} is an artifact of kind {checkpoint.manifest.kind}, but a model is needed: "
-            f"{_FORMS}"
+            f"{checkpoint.folder.uri} is an artifact of kind {checkpoint.manifest.kind}, but a model is needed: {FORMS}"
         )
     latents = _parent(checkpoint, "latents")
     if latents is None:

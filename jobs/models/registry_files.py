@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DIGESTS, PIPELINE = "digests.json", "pipeline"  # names below `artifacts/` of the logged model
+INDEX = "model_index.json"  # by which diffusers knows a pipeline's folder
 DIGEST_TAG = "edt.pipeline_digest"
 _ARTIFACTS = "artifacts"  # MLflow's folder for the artifacts of a pyfunc model
 _MOST_FILES, _DEEPEST = 10_000, 10  # a listing beyond these limits is not of a model
@@ -73,6 +74,25 @@ def fetch_version(client: "MlflowClient", version: Any, target: Path, need_diges
     # Check the files on disk: none extra, none missing, no links.
     if digests is not None and (problems := _compare(folder_digests(target), digests)):
         raise _damaged(version, problems)
+
+
+def version_index(client: "MlflowClient", version: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """The digests of a version's files, and its model_index.json. Its weights are fetched where no digests are stated.
+
+    Raises UserError as `fetch_version`.
+    """
+    remote = _Remote(client, version)
+    digests = _stated_digests(remote, False)
+    with tempfile.TemporaryDirectory(prefix="edt-") as folder:
+        if digests is None:
+            fetch_version(client, version, Path(folder), need_digests=False)
+            digests = folder_digests(Path(folder))
+        elif INDEX in digests:
+            remote.download(f"{PIPELINE}/{INDEX}", Path(folder) / INDEX)
+        path = Path(folder) / INDEX
+        if not path.exists() or sha256_file(path) != digests.get(INDEX):
+            raise _damaged(version, [f"{INDEX} is missing, or has another sha256"])
+        return digests, parse_json(read_bounded(path), INDEX)
 
 
 def pull(client: "MlflowClient", version: Any, folder: Path) -> bool:

@@ -6,6 +6,7 @@ The loop is `edt_core.training.loop.train`; this file provides its ranks, its ch
 import json
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from edt_core.config import TrainConfig
@@ -19,6 +20,7 @@ from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
 from jobs.runtime.pool import MAX_RETRIES
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.stage import Stage
+from jobs.stages.train_start import check_start, initial_of, read_initial, remove_initial, write_initial
 
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
 LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
@@ -67,6 +69,7 @@ def train(
     latents = inputs["latents"]
     model_config = config_of(config, latents.counts)
     _check(config, model_config, latents)
+    check_start(config, "init" in inputs)
     if "autoencoder" in inputs:
         remedy = f"remove the artifact {latents.folder.uri} and encode again"
         check_trained_scale(latents.counts, stored_scale(inputs["autoencoder"]), "the latents artifact", remedy)
@@ -76,10 +79,16 @@ def train(
         )
     store = CheckpointStore(out, config.num_to_keep, progress.warn)
     store.adopt()
+    initial = None
+    if "init" in inputs and store.newest() is None:
+        initial = initial_of(config, model_config, inputs, progress)
     if config.max_steps == 0:
-        _store_untrained(config, model_config, store)
+        _store_untrained(config, model_config, store, initial)
     else:
+        if initial is not None:
+            write_initial(initial, out)
         _fit(config, {**inputs, "model_config": model_config}, out, progress)
+        remove_initial(out)
     steps = store.prune(at_end=True)
     final = f"{CHECKPOINTS}/{checkpoint_name(steps[-1])}"
     _write_history(json.loads(out.data.read_bytes(f"{final}/{TRAIN_STATE}"))["history"]["rows"], out)
@@ -129,10 +138,10 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     objective_of(config.objective).schedule(config.num_timesteps)
 
 
-def _store_untrained(config: TrainConfig, model_config: Any, store: Any) -> None:
+def _store_untrained(config: TrainConfig, model_config: Any, store: Any, initial: Any) -> None:
     from edt_core.training.state import initial_state, to_checkpoint
 
-    store.save(to_checkpoint(initial_state(config, model_config), config, 0))
+    store.save(initial or to_checkpoint(initial_state(config, model_config), config, 0))
     store.flush()
 
 
@@ -224,7 +233,8 @@ def _worker(job: Mapping[str, Any]) -> None:
     try:
         context = RayContext(config, inputs, out, progress)
         latents = open_latents(config, inputs["latents"], progress)
-        train_loop(config, inputs["model_config"], latents, context)
+        initial = partial(read_initial, out) if "init" in inputs else None
+        train_loop(config, inputs["model_config"], latents, context, initial)
     except (Stopped, NotFiniteError) as error:  # on every rank at the same step
         _write_verdict(out, "Stopped" if isinstance(error, Stopped) else "NotFinite", error)
     except UserError as error:  # on this rank, while others may wait for it
@@ -290,7 +300,8 @@ STAGE = Stage(
     TrainConfig,
     train,
     roles=("latents",),
-    extras=("autoencoder",),
+    optional=("init",),
+    extras=("autoencoder", "images"),
     plan=plan,
     examples=(
         "./latents ./checkpoint --model EDT-S/2 --dry-run",

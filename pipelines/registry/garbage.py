@@ -16,6 +16,7 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
 from edt_core.store.manifest import Manifest, ManifestError
 from edt_core.store.store import Store
+from jobs.models.initial import INIT_CHECKPOINT_TAG
 from jobs.runtime.tracking import SQLITE, own_uri
 from pipelines.registry.aliases import search
 from pipelines.tracking import runs
@@ -98,9 +99,9 @@ def roots(catalog: Catalog, keep_runs: int, running: bool) -> set[str]:
         seen[name] = seen.get(name, 0) + 1
         if seen[name] <= keep_runs or (running and run.info.status == "RUNNING"):
             fingerprints |= set(runs.steps_of(run.data.tags).values())
-    return fingerprints | {
-        v.tags[key] for v in search(catalog, "") for key in ("edt.checkpoint", "edt.evaluation") if key in v.tags
-    }
+            fingerprints |= {tag for key, tag in run.data.tags.items() if key.startswith(f"{INIT_CHECKPOINT_TAG}.")}
+    keys = ("edt.checkpoint", "edt.evaluation", INIT_CHECKPOINT_TAG)
+    return fingerprints | {v.tags[key] for v in search(catalog, "") for key in keys if key in v.tags}
 
 
 def reachable(manifests: Mapping[Identity, Manifest], fingerprints: Iterable[str]) -> set[str]:

@@ -15,6 +15,7 @@ from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.layout import KINDS
+from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.registry_files import title
 from pipelines.registry.lookup import find, origin_of
 from pipelines.tracking.catalog import Catalog, flatten
@@ -147,11 +148,25 @@ class _Walk:
             return Node("published statistics", fingerprint, uri=statistics, known_from="given")
         if role in KINDS:
             return self.artifact(role, fingerprint) or Node(role, fingerprint, known_from="nothing")
+        if role == "init":
+            return self._initial(node, fingerprint)
         location = self.params.get(_LOCATIONS.get(role, ""), "None")
         if role == "source" and (kind := self.params.get("source.kind")):
             location = kind if location == "None" else f"{kind} {location}"
         kind = "source" if role == "source" else "published"
         return Node(kind, fingerprint, uri=None if location == "None" else location, known_from="given")
+
+    def _initial(self, node: Node, fingerprint: str) -> Node:
+        """The model that a training started from, and the checkpoint artifact that it is of, if that is known.
+
+        The workflow run of the training's step says both.
+        """
+        tags = _parent_tags(self.catalog, node.run)
+        digests = {key.removeprefix(f"{INIT_TAG}."): tag for key, tag in tags.items() if key.startswith(f"{INIT_TAG}.")}
+        name = next((name for name, digest in digests.items() if digest == fingerprint), "")
+        base = tags.get(f"{INIT_CHECKPOINT_TAG}.{name}")
+        inputs = {"checkpoint": base} if base else {}
+        return Node("model", fingerprint, inputs, uri=tags.get(f"{INIT_FROM_TAG}.{name}"), known_from="given")
 
 
 def _of_version(walk: _Walk, version: Any) -> Lineage:
@@ -193,10 +208,20 @@ def _of_run(catalog: Catalog, run_id: str) -> Node:
 
 def _parent_params(catalog: Catalog, run_id: str | None) -> Mapping[str, str]:
     """The parameters of the workflow run that a step's run belongs to."""
+    run = _parent(catalog, run_id)
+    return {} if run is None else run.data.params
+
+
+def _parent_tags(catalog: Catalog, run_id: str | None) -> Mapping[str, str]:
+    """The tags of the workflow run that a step's run belongs to."""
+    run = _parent(catalog, run_id)
+    return {} if run is None else run.data.tags
+
+
+def _parent(catalog: Catalog, run_id: str | None) -> Any | None:
     run = runs_of(catalog, [run_id]).get(run_id) if run_id else None
     parent = None if run is None else run.data.tags.get("mlflow.parentRunId")
-    parent_run = runs_of(catalog, [parent]).get(parent) if parent else None
-    return {} if parent_run is None else parent_run.data.params
+    return runs_of(catalog, [parent]).get(parent) if parent else None
 
 
 def _details(node: Node) -> list[str]:

@@ -8,6 +8,7 @@ from edt_core.environment import code_version
 from edt_core.errors import UserError
 from edt_core.files.place_names import place_for_others
 from edt_core.store.artifact import Artifact, canonical_json, sha256_json
+from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.registry_files import DIGEST_TAG, stored_problems
 from pipelines.config.schema import PromoteConfig
 from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, add_version, find_version, settle
@@ -85,8 +86,14 @@ def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, en
         metadata={"edt.checkpoint": entry.checkpoint.fingerprint},
         step=int(counts["steps"]),
     )
-    tags = version_tags(run.tags, config, entry)
+    tags = version_tags(run.tags, config, entry) | _initial_tags(run.tags, name)
     return add_logged(catalog, name, run_id, logged, tags, identity_of(entry, config))
+
+
+def _initial_tags(run_tags: Mapping[str, str], name: str) -> dict[str, str]:
+    """What the training of a model started from, out of the tags of its run."""
+    keys = (INIT_TAG, INIT_FROM_TAG, INIT_CHECKPOINT_TAG)
+    return {key: run_tags[f"{key}.{name}"] for key in keys if f"{key}.{name}" in run_tags}
 
 
 def add_logged(

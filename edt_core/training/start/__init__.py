@@ -1,0 +1,1 @@
+"""What a training starts from, when that is not random weights."""

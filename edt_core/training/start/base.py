@@ -1,0 +1,120 @@
+"""The model that a training starts from, in memory, and what of it fits the new model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from edt_core.errors import UserError
+from edt_core.models import ModelConfig
+
+# Fields of a model's configuration in which the new model may differ: they change no weight, or the weights are adapted
+# to them (another image size, other classes).
+_FREE = {
+    *("name", "latent_size", "num_classes", "amm_blocks", "amm_kernel", "amm_radius"),
+    *("down_mask_ratios", "mid_mask_block", "mid_mask_ratio", "mask_ratio"),
+}
+_SHOWN = 5  # class names in a message
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """The state of an optimizer as a checkpoint holds it; `name` is that of `train.optimizer`."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    groups: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained model. `weights` is its state dict, `classes` the names of its classes, () where they are not known.
+
+    `origin` is where it was read from, for messages. `optimizer` is None where the source has none or none was asked.
+    """
+
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    origin: str
+    classes: tuple[str, ...] = ()
+    optimizer: SavedOptimizer | None = None
+    autoencoder_digest: str | None = None
+
+
+def check_base(base: Base, config: ModelConfig) -> None:
+    """Raise UserError unless the weights of a base model can be adapted to the new model, naming both values."""
+    before, now = _numbers(base.config), _numbers(config)
+    differing = [
+        f"{name} {before[name]!r}, and the new model has {now[name]!r}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
+    if differing:
+        raise UserError(
+            f"train.init_from: {base.origin} ({base.config.name}) does not fit {config.name}: it has "
+            f"{'; '.join(differing)}. Start from a model of the same kind, or set train.model, train.objective and the "
+            "autoencoder to those of the base model"
+        )
+
+
+def _numbers(config: ModelConfig) -> dict[str, Any]:
+    fields = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    return {"architecture": config.architecture, **fields}
+
+
+@dataclass(frozen=True)
+class ClassRows:
+    """Where the class rows of a new model come from.
+
+    `rows[i]` is the row of the base model for class i, None for a class that the base model does not have. `new` and
+    `dropped` are the names of the classes that only the new, and only the base model has.
+    """
+
+    rows: tuple[int | None, ...]
+    new: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        common = len(self.rows) - len(self.new)
+        parts = [f"{common} of {len(self.rows)} classes take their rows from the base model"]
+        parts += [f"{len(self.new)} are new ({listed(self.new)})"] if self.new else []
+        parts += [f"{len(self.dropped)} are dropped ({listed(self.dropped)})"] if self.dropped else []
+        return "; ".join(parts)
+
+
+def class_rows(base: Base, names: Sequence[str], num_classes: int) -> ClassRows:
+    """Match the classes of the new model to those of the base model, by name where both are known.
+
+    Raises UserError where no name matches, and where names are not known and the numbers of classes differ.
+    """
+    if not (base.classes and names):
+        if base.config.num_classes != num_classes:
+            unknown = "the base model" if not base.classes else "the new model"
+            raise UserError(
+                f"train.init_from: {base.origin} has {base.config.num_classes} classes and the new model has "
+                f"{num_classes}, and the class names of {unknown} are not known, so their rows cannot be matched by "
+                "name. Start from a registered model or a checkpoint in its store, or give the images artifact "
+                "(--images)"
+            )
+        return ClassRows(tuple(range(num_classes)))
+    place = {name: row for row, name in enumerate(base.classes)}
+    rows = tuple(place.get(name) for name in names)
+    if all(row is None for row in rows):
+        raise UserError(
+            f"train.init_from: {base.origin} and the images have no class name in common: the base model has "
+            f"{listed(base.classes)}, the images have {listed(names)}. Name the classes of the images as the base "
+            "model names them, or start from another model"
+        )
+    known = set(names)
+    return ClassRows(
+        rows,
+        tuple(name for name in names if name not in place),
+        tuple(name for name in base.classes if name not in known),
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,85 @@
+"""The state before the first step of a training that starts from a model: a checkpoint of step 0."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edt_core.config import TrainConfig
+from edt_core.errors import UserError
+from edt_core.models import DiffusionTransformer, ModelConfig
+from edt_core.training.checkpoint import Checkpoint
+from edt_core.training.optim import flatten_state, restore_state
+from edt_core.training.start.base import Base, ClassRows, SavedOptimizer, check_base, class_rows
+from edt_core.training.start.weights import adapted_weights, label_table
+from edt_core.training.state import initial_state, to_checkpoint
+
+_COUNTERS = ("step",)  # of an optimizer's group: the rest of a group are settings, and those are the new training's
+
+
+def initial_checkpoint(
+    config: TrainConfig, model_config: ModelConfig, base: Base, names: Sequence[str]
+) -> tuple[Checkpoint, ClassRows]:
+    """The checkpoint of step 0 of a training from a base model, and where its class rows come from.
+
+    `names` are the names of the new model's classes, () where they are not known. Weights and all their averages are
+    the base model's. Raises UserError where the base model does not fit.
+    """
+    check_base(base, model_config)
+    rows = class_rows(base, names, model_config.num_classes)
+    state = initial_state(config, model_config)
+    weights = adapted_weights(base, state.model, rows, names, config.seed)
+    state.model.load_state_dict(weights)
+    state.ema.load([weights] * len(config.ema_decays))
+    if config.init_optimizer == "keep":
+        _keep_optimizer(state.optimizer, base, config, state.model, rows)
+    return to_checkpoint(state, config, 0), rows
+
+
+def _keep_optimizer(
+    optimizer: torch.optim.Optimizer, base: Base, config: TrainConfig, model: DiffusionTransformer, rows: ClassRows
+) -> None:
+    """Take over the optimizer's state, its class rows as `rows` says. Raises UserError where it does not fit."""
+    saved, problem = base.optimizer, ""
+    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    if saved is None:
+        problem = "has no optimizer state"
+    elif saved.name != config.optimizer:
+        problem = f"has the state of {saved.name}, and train.optimizer is {config.optimizer}"
+    elif rows.new or rows.dropped:
+        problem = f"has other classes: {rows}"
+    else:
+        problem = _shape_problem(saved, trained)
+    if saved is None or problem:
+        raise UserError(
+            f"train.init_optimizer is keep, but {base.origin} {problem}. Give a checkpoint of the same optimizer, "
+            "shapes and classes, or set train.init_optimizer=fresh"
+        )
+    table = next(index for index, (name, _) in enumerate(trained) if name == label_table(model))
+    tensors = _with_rows_in_order(saved.tensors, table, len(rows.rows) + 1, rows)
+    _, fresh = flatten_state(optimizer)
+    groups = [
+        {**own, **{name: before[name] for name in _COUNTERS if name in before}}
+        for own, before in zip(fresh, saved.groups, strict=True)
+    ]
+    restore_state(optimizer, tensors, groups)
+
+
+def _shape_problem(saved: SavedOptimizer, trained: Sequence[tuple[str, Any]]) -> str:
+    counts = [len(group["params"]) for group in saved.groups]
+    if counts != [len(trained)]:
+        return f"has the state of {sum(counts)} parameters, and this training has {len(trained)}"
+    for key, value in saved.tensors.items():
+        name, parameter = trained[int(key.split(".", 1)[0])]
+        if value.ndim and value.shape != parameter.shape:
+            return f"has a state of shape {list(value.shape)} for {name}, which has shape {list(parameter.shape)}"
+    return ""
+
+
+def _with_rows_in_order(tensors: Mapping[str, Tensor], table: int, length: int, rows: ClassRows) -> dict[str, Tensor]:
+    order = torch.tensor([*(row for row in rows.rows if row is not None), length - 1])
+    return {
+        key: value[order] if key.startswith(f"{table}.") and value.ndim == 2 else value
+        for key, value in tensors.items()
+    }

@@ -1,0 +1,272 @@
+"""The model that a training starts from: what `train.init_from` means at this moment, and the model itself."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edt_core.config import TrainConfig
+from edt_core.errors import UserError
+from edt_core.files.place_names import typed_path
+from edt_core.files.small_files import read_json, read_json_object
+from edt_core.files.tensor_files import load_tensors
+from edt_core.network.answers import check_mlflow
+from edt_core.store.artifact import Artifact, Source, sha256_json
+from edt_core.store.folder import Folder, sha256_file
+from edt_core.store.layout import (
+    CHECKPOINT_MANIFEST,
+    CLASSES_NAME,
+    EMA_WEIGHTS,
+    MANIFEST_NAME,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    OPTIMIZER_STATE,
+    TRAIN_STATE,
+)
+from jobs.models.open import FORMS, INDEX, REGISTERED, RUN, in_store, is_of_mlflow, of_pipeline, of_released
+from jobs.models.registry_files import fetch_version, folder_digests, title, version_index
+from jobs.runtime.tracking import mlflow_client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from edt_core.training.start.base import Base
+
+# Tags of a version: what its training started from (digest, place, checkpoint artifact).
+INIT_TAG, INIT_FROM_TAG, INIT_CHECKPOINT_TAG = "edt.init", "edt.init_from", "edt.init_checkpoint"
+_TRANSFORMER = "transformer/"  # where a diffusers folder has the model
+
+
+@dataclass(frozen=True)
+class Initial(Source):
+    """A model to start from. `location` is where it stays: an alias has become its version, a run its artifact.
+
+    `fingerprint` is the digest of what a training takes of it: weights, class names, and optimizer state where asked.
+    `checkpoint` is the fingerprint of the checkpoint artifact that holds it, where that is known. `before` is what the
+    model itself was started from, where an alias named it and the version says so. `tracking_uri` is the MLflow that
+    knows it, None for the process's own.
+    """
+
+    checkpoint: str | None = field(default=None, compare=False)
+    before: "Initial | None" = field(default=None, compare=False)
+    tracking_uri: str | None = field(default=None, compare=False, repr=False)
+
+    def read(self, config: TrainConfig) -> "Base":
+        """The model in memory. Raises UserError where it is gone, or is not what it was when it was looked up."""
+        return _Lookup(config, self.tracking_uri).read(self)
+
+
+def initial_source(config: TrainConfig, tracking_uri: str | None = None) -> Initial | None:
+    """What `train.init_from` means at this moment; None where it is null.
+
+    Raises UserError where there is no such model, and where it lacks the raw weights or the optimizer state that the
+    configuration asks for.
+    """
+    return None if config.init_from is None else _Lookup(config, tracking_uri).source(config.init_from)
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """One training's way to the model that it starts from."""
+
+    config: TrainConfig
+    tracking_uri: str | None
+
+    def source(self, text: str) -> Initial:
+        """The model that a text names."""
+        path = typed_path(text)
+        if is_of_mlflow(text) and (match := RUN.fullmatch(text)):
+            return self._artifact(self._artifact_of_run(match[1]))
+        if is_of_mlflow(text) and (match := REGISTERED.fullmatch(text)):
+            return self._version(*match.groups())
+        if Folder.at(text).exists(MANIFEST_NAME):
+            return self._artifact(Artifact.open(text))
+        if (path / CHECKPOINT_MANIFEST).exists():
+            return self._checkpoint(path.absolute())
+        if (path / INDEX).exists():
+            return self._at(str(path.absolute()), _folder_identity(folder_digests(path), path / INDEX))
+        if path.is_file():
+            return self._at(str(path.absolute()), {"weights": sha256_file(path)})
+        raise UserError(f"train.init_from: there is no model at {text}; give {FORMS}")
+
+    def read(self, initial: Initial) -> "Base":
+        """The model of a source, compared with its fingerprint as it lies there now."""
+        path = typed_path(initial.location)
+        if match := REGISTERED.fullmatch(initial.location) if is_of_mlflow(initial.location) else None:
+            with tempfile.TemporaryDirectory(prefix="edt-") as folder:
+                version = self._client().get_model_version(match[1], match[3])
+                fetch_version(self._client(), version, Path(folder), need_digests=False)
+                return self._read_folder(initial, Path(folder))
+        if Folder.at(initial.location).exists(MANIFEST_NAME):
+            artifact = Artifact.open(initial.location)
+            return self._read_checkpoint(initial, artifact.directory(artifact.counts["final"]), artifact)
+        if (path / CHECKPOINT_MANIFEST).exists():
+            return self._read_checkpoint(initial, path, _artifact_around(path))
+        if (path / INDEX).exists():
+            return self._read_folder(initial, path)
+        if path.is_file():
+            return self._read_released(initial, path)
+        raise UserError(f"train.init_from: {initial.location} is gone; put it back, or start from another model")
+
+    def _at(self, location: str, identity: Mapping[str, Any], checkpoint: str | None = None) -> Initial:
+        if "optimizer" not in identity and self.config.init_optimizer == "keep":
+            raise UserError(
+                f"train.init_optimizer is keep, but {location} has no optimizer state; give a checkpoint of a "
+                "training, or set train.init_optimizer=fresh"
+            )
+        if "raw" not in identity and self.config.init_weights == "raw":
+            raise UserError(
+                f"train.init_weights is raw, but {location} has averaged weights alone; give a checkpoint of a "
+                "training, or set train.init_weights=ema"
+            )
+        return Initial(location, sha256_json(identity), checkpoint=checkpoint, tracking_uri=self.tracking_uri)
+
+    def _artifact(self, artifact: Artifact) -> Initial:
+        """A checkpoint artifact: its final checkpoint. Raises UserError for an artifact of another kind."""
+        images = in_store(artifact).images
+        final = artifact.counts["final"]
+        entries = {entry.path.removeprefix(f"{final}/"): entry.sha256 for entry in artifact.entries(f"{final}/*")}
+        identity = self._checkpoint_identity(entries, images)
+        return self._at(artifact.folder.uri, identity, artifact.fingerprint)
+
+    def _checkpoint(self, folder: Path) -> Initial:
+        """A folder of one checkpoint, in an artifact or by itself."""
+        from edt_core.training.checkpoint import CheckpointError, check_checkpoint
+
+        try:
+            files = check_checkpoint(folder).files
+        except CheckpointError as error:
+            raise UserError(f"train.init_from: {error}; give another checkpoint") from error
+        artifact = _artifact_around(folder)
+        images = None if artifact is None else in_store(artifact).images
+        identity = self._checkpoint_identity(files, images)
+        return self._at(str(folder), identity, None if artifact is None else artifact.fingerprint)
+
+    def _checkpoint_identity(self, files: Mapping[str, str], images: Artifact | None) -> dict[str, Any]:
+        """What counts of a checkpoint, by the sha256 of its files."""
+        name = "raw" if self.config.init_weights == "raw" and MODEL_WEIGHTS in files else "weights"
+        identity: dict[str, Any] = {name: files[MODEL_WEIGHTS if name == "raw" else EMA_WEIGHTS]}
+        if self.config.init_optimizer == "keep" and OPTIMIZER_STATE in files:
+            identity["optimizer"] = files[OPTIMIZER_STATE]
+        return identity | ({} if images is None else {"classes": _names(images.read_json(CLASSES_NAME))})
+
+    def _version(self, name: str, alias: str | None, number: str | None) -> Initial:
+        """A registered version. Its checkpoint artifact stands in for it where more than its weights is asked for."""
+        client, text = self._client(), f"{name}@{alias}" if alias else f"{name}/{number}"
+        try:
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        except Exception as error:  # whatever MLflow raises
+            raise UserError(
+                f"train.init_from: MLflow at {client.tracking_uri} has no model {text} ({error}); `edt models` lists "
+                "what is registered"
+            ) from error
+        checkpoint = found.tags.get("edt.checkpoint")
+        if self.config.init_weights == "raw" or self.config.init_optimizer == "keep":
+            source = self._artifact(_artifact_of(found))
+        else:
+            digests, index = version_index(client, found)
+            source = self._at(f"models:/{name}/{found.version}", _identity(digests, index), checkpoint)
+        if alias is None or INIT_TAG not in found.tags:
+            return source
+        place, base = found.tags.get(INIT_FROM_TAG, ""), found.tags.get(INIT_CHECKPOINT_TAG)
+        before = Initial(place, found.tags[INIT_TAG], checkpoint=base, tracking_uri=self.tracking_uri)
+        return Initial(source.location, source.fingerprint, None, None, checkpoint, before, self.tracking_uri)
+
+    def _artifact_of_run(self, run_id: str) -> Artifact:
+        try:
+            tags = self._client().get_run(run_id).data.tags
+        except Exception as error:
+            raise UserError(
+                f"train.init_from: MLflow has no run {run_id} ({error}); give the run of a train step"
+            ) from error
+        if tags.get("edt.kind") != "checkpoint" or "edt.uri" not in tags:
+            raise UserError(f"train.init_from: the run {run_id} made no checkpoint; give the run of a train step")
+        return Artifact.open(tags["edt.uri"])
+
+    def _client(self) -> "MlflowClient":
+        if self.tracking_uri is None:
+            return mlflow_client()
+        from mlflow import MlflowClient
+
+        check_mlflow(self.tracking_uri)
+        return MlflowClient(self.tracking_uri)
+
+    def _read_checkpoint(self, initial: Initial, folder: Path, artifact: Artifact | None) -> "Base":
+        from edt_core.models import ModelConfig
+        from edt_core.training.start.base import Base, SavedOptimizer
+
+        images = None if artifact is None else in_store(artifact).images
+        names = (EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE)
+        files = {name: sha256_file(folder / name) for name in names if (folder / name).exists()}
+        identity = self._checkpoint_identity(files, images)
+        _check_same(initial, identity)
+        optimizer = None
+        if "optimizer" in identity:
+            state = read_json(folder / TRAIN_STATE)
+            tensors = load_tensors(folder / OPTIMIZER_STATE)
+            optimizer = SavedOptimizer(state["config"]["optimizer"], tensors, state["optimizer_groups"])
+        return Base(
+            ModelConfig.from_dict(read_json(folder / MODEL_CONFIG)),
+            load_tensors(folder / (MODEL_WEIGHTS if "raw" in identity else EMA_WEIGHTS)),
+            initial.location,
+            tuple(identity.get("classes", ())),
+            optimizer,
+            None if artifact is None else artifact.counts.get("autoencoder_digest"),
+        )
+
+    def _read_folder(self, initial: Initial, folder: Path) -> "Base":
+        from edt_core.training.start.base import Base
+
+        _check_same(initial, _folder_identity(folder_digests(folder), folder / INDEX))
+        unpacked = of_pipeline(folder, initial.location)
+        return Base(unpacked.model.config, unpacked.model.state_dict(), initial.location, unpacked.classes)
+
+    def _read_released(self, initial: Initial, path: Path) -> "Base":
+        from edt_core.training.start.base import Base
+
+        _check_same(initial, {"weights": sha256_file(path)})
+        unpacked = of_released(path)
+        return Base(unpacked.model.config, unpacked.model.state_dict(), initial.location)
+
+
+def _check_same(initial: Initial, identity: Mapping[str, Any]) -> None:
+    if sha256_json(identity) != initial.fingerprint:
+        raise UserError(
+            f"train.init_from: {initial.location} has changed since it was looked up (digest "
+            f"{initial.fingerprint[:12]}, now {sha256_json(identity)[:12]}); run again"
+        )
+
+
+def _folder_identity(digests: Mapping[str, str], index: Path) -> dict[str, Any]:
+    return _identity(digests, read_json_object(index))
+
+
+def _identity(digests: Mapping[str, str], index: Mapping[str, Any]) -> dict[str, Any]:
+    """What counts of a diffusers folder: the files of its model, and the names of its classes."""
+    classes = index.get("classes") or []
+    weights = {name: digest for name, digest in digests.items() if name.startswith(_TRANSFORMER)}
+    return {"weights": weights, "classes": _names(classes)}
+
+
+def _names(values: Any) -> list[str]:
+    return [str(name) for name in values]
+
+
+def _artifact_around(folder: Path) -> Artifact | None:
+    """The artifact that a checkpoint's folder lies in: `<artifact>/<attempt>/checkpoints/step-...`."""
+    for above in list(folder.resolve().parents)[:3]:
+        if (above / MANIFEST_NAME).exists():
+            return Artifact.open(str(above))
+    return None
+
+
+def _artifact_of(version: Any) -> Artifact:
+    """The checkpoint artifact of a registered version. Raises UserError where it is gone."""
+    uri = version.tags.get("edt.uri")
+    if uri is None or not Folder.at(uri).exists(MANIFEST_NAME):
+        raise UserError(
+            f"train.init_from: {title(version)} is registered with averaged weights alone, and its checkpoint artifact "
+            f"{uri or ''} is gone; set train.init_weights=ema and train.init_optimizer=fresh"
+        )
+    return Artifact.open(uri)

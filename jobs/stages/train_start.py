@@ -1,0 +1,83 @@
+"""What a training finds before its first step where it starts from a model: a checkpoint of step 0 in the attempt."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edt_core.config import TrainConfig
+from edt_core.errors import UserError
+from edt_core.progress import Progress
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.cache import local_directory
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CLASSES_NAME
+
+if TYPE_CHECKING:
+    from edt_core.models import ModelConfig
+    from edt_core.training.checkpoint import Checkpoint
+    from edt_core.training.start.base import Base
+
+INITIAL = ".initial"  # gone when the artifact is committed
+
+
+class InitialModel(Protocol):
+    """What fills the role `init`."""
+
+    location: str
+
+    def read(self, config: TrainConfig) -> "Base":
+        """The model in memory. Raises UserError where it cannot be had."""
+
+
+def check_start(config: TrainConfig, given: bool) -> None:
+    """Raise UserError for fields that say how to start from a model where there is none; `given`: whether there is."""
+    if given or (config.init_weights, config.init_optimizer) == ("ema", "fresh"):
+        return
+    name = "init_weights" if config.init_weights != "ema" else "init_optimizer"
+    raise UserError(
+        f"train.{name} is {getattr(config, name)}, but train.init_from is not set, so the training starts from random "
+        f"weights; set train.init_from, or leave out train.{name}"
+    )
+
+
+def initial_of(
+    config: TrainConfig, model_config: "ModelConfig", inputs: Mapping[str, Any], progress: Progress
+) -> "Checkpoint":
+    """The checkpoint of step 0 of a training from `inputs["init"]`; says which classes are new and which are dropped.
+
+    Raises UserError where that model does not fit the latents.
+    """
+    from edt_core.training.start.initial import initial_checkpoint
+
+    base = inputs["init"].read(config)
+    images, latents = inputs.get("images"), inputs["latents"]
+    names = () if images is None else tuple(images.read_json(CLASSES_NAME))
+    checkpoint, rows = initial_checkpoint(config, model_config, base, names)
+    if rows.new or rows.dropped:
+        progress.warn(f"{base.origin}: {rows}")
+    if images is None or not base.classes:
+        progress.warn(f"{base.origin}: class names are not known on both sides, so its class rows are taken in order")
+    digest = latents.counts.get("autoencoder_digest")
+    if base.autoencoder_digest not in (None, digest):
+        progress.warn(f"{base.origin} was trained on the latents of another autoencoder than {latents.folder.uri}")
+    return checkpoint
+
+
+def write_initial(checkpoint: "Checkpoint", out: ArtifactWriter) -> None:
+    """Put the checkpoint of step 0 where the workers of this attempt read it."""
+    from edt_core.training.checkpoint import write_checkpoint
+
+    write_checkpoint(checkpoint, lambda name, write_to: out.write(f"{INITIAL}/{name}", write_to))
+
+
+def read_initial(out: ArtifactWriter) -> "Checkpoint":
+    """The checkpoint of step 0 that `write_initial` left. Raises UserError where there is none."""
+    from edt_core.training.checkpoint import load_checkpoint
+
+    folder = out.data.child(INITIAL)
+    if not folder.exists(CHECKPOINT_MANIFEST):  # it was not needed, since there was a checkpoint, which is damaged now
+        raise UserError(f"{out.data.uri} has no whole checkpoint any more; run again to begin from train.init_from")
+    return load_checkpoint(local_directory(folder))
+
+
+def remove_initial(out: ArtifactWriter) -> None:
+    """Remove it from an attempt that is done."""
+    out.discard(INITIAL)

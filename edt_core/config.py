@@ -171,6 +171,11 @@ class EncodeConfig(Section):
 class ClassifierConfig(Section):
     """A small classifier fitted on the real images: the feature space of `fd_classifier`."""
 
+    pretrained: str | None = added(
+        None,
+        pattern=r"^models:/[\w.-]+(@[\w.-]+|/\d+)$",
+        description="registered version (models:/NAME@ALIAS or models:/NAME/3) whose classifier is kept; null fits one",
+    )
     feature_dim: int = Field(64, ge=2, description="dimensions of the feature space; less than the number of samples")
     base_channels: int = Field(16, ge=1, description="channels of the first level; they double at each level")
     steps: int = Field(400, ge=1, description="steps of the fit")

@@ -14,7 +14,7 @@ from edt_core.config import Section
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.printing.redaction import redacted_values
-from edt_core.store.artifact import Source
+from edt_core.store.artifact import Artifact, Source
 from edt_core.store.manifest import sha256_json
 from jobs.commands.options import validated
 from jobs.models.initial import Initial
@@ -23,6 +23,7 @@ from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.engine.step import StepFuture, input_fingerprints
 from pipelines.engine.steps import D, Promotion
 from pipelines.pipeline import Published, call_promotion, call_steps
+from pipelines.registry.kept import Kept
 
 if TYPE_CHECKING:
     from pipelines.tracking.catalog import Catalog
@@ -147,6 +148,10 @@ class _Outline:
         self.steps[name] = stage.fingerprint(config, input_fingerprints(inputs))
         return StepFuture(name, stage.kind, self.steps[name])
 
+    def adopt(self, name: str, stage: Stage, item: Artifact | Source, origin: str) -> StepFuture:
+        self.steps[name] = item.fingerprint
+        return StepFuture(name, stage.kind, item.fingerprint)
+
     def promote(self, promotion: Promotion[D]) -> D | None:
         self.steps[promotion.name] = promotion.fingerprint
         return None
@@ -160,11 +165,13 @@ def _published(config: PipelineConfig) -> Published:
     """The published inputs, each identified by its configured digest, or else by its location."""
     weights = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
     pretrained, statistics = config.autoencoder.pretrained, config.reference_statistics
+    classifier = config.classifier.pretrained if "classifier" in config.extractors else None
     return Published(
         None if pretrained is None else Source(pretrained, sha256_json(pretrained)),
         {space: Source("", sha256_json(network.sha256 or network.weights)) for space, network in weights.items()},
         None if statistics is None else Source(statistics, sha256_json(statistics)),
         {name: Initial(text, sha256_json(text)) for name in config.models if (text := config.train_of(name).init_from)},
+        {} if classifier is None else {"classifier": Kept(Source(classifier, sha256_json(classifier)), classifier)},
     )
 
 

@@ -29,6 +29,7 @@ from pipelines.engine.steps import Promotion, Steps
 from pipelines.engine.workflow import Workflow
 from pipelines.outcome import Outcome
 from pipelines.registry.gate import Decision
+from pipelines.registry.kept import Kept, kept_networks, kept_tags
 from pipelines.registry.registration import ENTRY_ROLES, entry_of, promote, registered
 from pipelines.report import step as summary
 from pipelines.report.history import VersionRecord, version_record
@@ -71,10 +72,16 @@ class Published:
     extractors: Mapping[str, Source] = field(default_factory=dict)
     statistics: Source | None = None
     initial: Mapping[str, Initial] = field(default_factory=dict)  # by model
+    kept: Mapping[str, Kept] = field(default_factory=dict)  # networks of registered versions, by role
 
     @classmethod
-    def of(cls, config: PipelineConfig, tracking_uri: str | None) -> "Published":
-        """The inputs that the configuration names. Raises UserError if one is missing, with where to get it."""
+    def of(
+        cls, config: PipelineConfig, tracking_uri: str | None, store: Store | None = None, classes: tuple[str, ...] = ()
+    ) -> "Published":
+        """The inputs that the configuration names. Raises UserError if one is missing, with where to get it.
+
+        Networks of registered versions are kept if their artifacts are in `store`. `classes`: those of the images.
+        """
         spaces = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
         statistics = config.reference_statistics
         return cls(
@@ -86,6 +93,7 @@ class Published:
                 for name in config.models
                 if (source := initial_source(config.train_of(name), tracking_uri)) is not None
             },
+            {} if store is None else kept_networks(config, tracking_uri, store, classes),
         )
 
 
@@ -100,22 +108,34 @@ def call_steps(
     """Call every step up to the evaluations, without waiting. Branches run in parallel if resources allow."""
     step, published = steps.step, published or Published()
     images = step("preprocess", preprocess.STAGE, config.preprocess, source=source)
-    if config.autoencoder.pretrained is None:
-        vae = step("autoencoder", autoencoder.STAGE, config.autoencoder, images=images)
-    else:
-        assert published.autoencoder is not None
-        vae = step("autoencoder", autoencoder.STAGE, config.autoencoder.published(), published=published.autoencoder)
+    vae = _call_autoencoder(steps, config, images, published)
     latents = step("encode", encode.STAGE, config.encode, images=images, autoencoder=vae)
     feature_networks: dict[str, StepFuture | Source] = {**published.extractors}
     shared = {"images": images, "autoencoder": vae, "latents": latents}
     if "classifier" in config.extractors:
-        feature_networks["classifier"] = shared["classifier"] = step(
-            "classifier", classifier.STAGE, config.classifier, images=images
-        )
+        feature_networks["classifier"] = shared["classifier"] = _call_classifier(steps, config, images, published)
     reference_inputs = {"images": published.statistics or images, **feature_networks}
     shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
     branch = partial(_call_branch, steps, config, shared=shared, feature_networks=feature_networks)
     return [branch(name, start=published.initial.get(name)) for name in config.models]
+
+
+def _call_autoencoder(steps: Steps, config: PipelineConfig, images: StepFuture, published: Published) -> StepFuture:
+    """The autoencoder: of a registered version as it is, published, or fitted on the images."""
+    if (kept := published.kept.get("autoencoder")) is not None:
+        return steps.adopt("autoencoder", autoencoder.STAGE, kept.item, kept.version)
+    if config.autoencoder.pretrained is None:
+        return steps.step("autoencoder", autoencoder.STAGE, config.autoencoder, images=images)
+    assert published.autoencoder is not None
+    fields = config.autoencoder.published()
+    return steps.step("autoencoder", autoencoder.STAGE, fields, published=published.autoencoder)
+
+
+def _call_classifier(steps: Steps, config: PipelineConfig, images: StepFuture, published: Published) -> StepFuture:
+    """The classifier: of a registered version as it is, or fitted on the images."""
+    if (kept := published.kept.get("classifier")) is not None:
+        return steps.adopt("classifier", classifier.STAGE, kept.item, kept.version)
+    return steps.step("classifier", classifier.STAGE, config.classifier, images=images)
 
 
 def _call_branch(
@@ -286,7 +306,7 @@ def _run(
         if store.find(preprocess.STAGE.kind, images_fingerprint(config, source)) is None:
             join()
         catalog = opened.result()
-    published = published or Published.of(config, catalog.tracking_uri)
+    published = published or Published.of(config, catalog.tracking_uri, store, source.classes)
     check_pipeline_sizes(config, source.images, published.statistics)
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
     outcome = Outcome(run_id, catalog.tracking_uri, run_link(catalog.tracking_uri, catalog.experiment_id, run_id))
@@ -319,7 +339,7 @@ def _identities(source: Source, published: Published) -> dict[str, str]:
     """Tags with the fingerprints of a run's inputs: an alias can move, and the files at a path can change."""
     inputs = {**published.extractors, "autoencoder": published.autoencoder, "statistics": published.statistics}
     tags = {f"edt.{role}": item.fingerprint for role, item in inputs.items() if item is not None}
-    return {"edt.source": source.fingerprint, **tags}
+    return {"edt.source": source.fingerprint, **tags, **kept_tags(published.kept)}
 
 
 def initial_tags(branches: Sequence[Branch]) -> dict[str, str]:

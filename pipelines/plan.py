@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edt_core.config import Section, result_fields
-from edt_core.store.artifact import Source
+from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS
 from edt_core.store.manifest import Manifest
@@ -72,6 +72,13 @@ class Planner:
         self.steps[name] = planned
         return StepFuture(name, stage.kind, fingerprint, needs_of(inputs), artifact=artifact)
 
+    def adopt(self, name: str, stage: Stage, item: Artifact | Source, origin: str) -> StepFuture:
+        """Plan to take a finished artifact as it is."""
+        assert isinstance(item, Artifact), name
+        why = f"of {origin}, made {item.manifest.created_at}"
+        self.steps[name] = PlannedStep(name, stage.kind, item.fingerprint, "reuse", why, item.manifest.mlflow_run_id)
+        return StepFuture(name, stage.kind, item.fingerprint, (origin,), artifact=item)
+
     def promote(self, promotion: Promotion[D]) -> D | None:
         """The recorded decision about the branch, if all artifacts that it depends on exist; else None."""
         previous = None
@@ -114,7 +121,7 @@ def plan(config: PipelineConfig, catalog: Catalog | None = None, digest_again: b
     planner = Planner(store, catalog)
     with tempfile.TemporaryDirectory() as folder, Terminal(to_stderr=True) as terminal:
         source = prepare_source(config.source, Folder.at(folder), terminal, digest_again)
-        published = Published.of(config, catalog.tracking_uri if catalog else None)
+        published = Published.of(config, catalog.tracking_uri if catalog else None, store, source.classes)
         check_pipeline_sizes(config, source.images, published.statistics)
         for branch in call_steps(planner, config, source, published):
             call_promotion(planner, config, branch)

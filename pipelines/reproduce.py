@@ -26,6 +26,7 @@ from pipelines.config.schema import PipelineConfig
 from pipelines.outcome import Outcome
 from pipelines.pipeline import Published, call_steps, prepare_source, run
 from pipelines.plan import Planner
+from pipelines.registry.kept import kept_roles, recorded_networks
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import Record, artifact_runs, read_record, step_tag, steps_of
@@ -100,8 +101,9 @@ def check_code(record: Record, terminal: Terminal, other_code: bool) -> None:
 def restored(record: Record, catalog: Catalog, store: str) -> tuple[PipelineConfig, Published]:
     """The recorded configuration with another store, and its published inputs as they were then."""
     config: PipelineConfig = validated(PipelineConfig, {**record.config, "store": store})
-    published = Published.of(pinned(config, record), catalog.tracking_uri)
-    if (vae := published.autoencoder) is not None:  # the new store's MLflow does not know the registered model
+    published = replace(Published.of(pinned(config, record), catalog.tracking_uri), kept=recorded_networks(record.tags))
+    vae = None if "autoencoder" in published.kept else published.autoencoder
+    if vae is not None:  # the new store's MLflow does not know the registered model
         published = replace(published, autoencoder=Source(resolve(vae.location), vae.fingerprint))
     return config, published
 
@@ -144,7 +146,8 @@ def _checked_steps(
 def compare(record: Record, catalog: Catalog, store: Store, steps: Mapping[str, str]) -> Iterator[Comparison]:
     """Compare every recorded step with the artifact of its fingerprint in `steps` (step -> fingerprint) in a store."""
     artifacts = {artifact.fingerprint: artifact for artifact in store.artifacts()}
-    then = {name: identity for name, identity in record.steps.items() if not name.startswith(REPORT)}
+    kept = kept_roles(record.tags)  # of another run, and taken as they were
+    then = {n: identity for n, identity in record.steps.items() if not n.startswith(REPORT) and n not in kept}
     runs = artifact_runs(catalog, set(then.values()))
     for name, identity in then.items():
         artifact = artifacts.get(steps.get(name, ""))

@@ -63,14 +63,15 @@ JOURNAL = ".journal"
 class Source:
     """An input that no step of the pipeline produces: its location, its fingerprint, and for images their selection.
 
-    `images`: the number of listed images, if known. `digests`: the sha256 of each of them, uint8 [N, 32] in the order
-    of the listing, if the source is local.
+    `images`: the number of listed images, `classes`: the names of their classes in order, both if known. `digests`: the
+    sha256 of each image, uint8 [N, 32] in the order of the listing, if the source is local.
     """
 
     location: str
     fingerprint: str
     selection: "SourceConfig | None" = None
     images: int | None = field(default=None, compare=False)
+    classes: tuple[str, ...] = field(default=(), compare=False)
     digests: "NDArray[np.uint8] | None" = field(default=None, compare=False, repr=False)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from edt_core.config import ClassifierConfig
+from edt_core.errors import UserError
 from edt_core.progress import Progress, fit_report
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from jobs.runtime.cluster import device_name, require, use_threads
@@ -22,8 +23,14 @@ def classifier(
 ) -> dict[str, Any]:
     """Fit a classifier on image shards, and measure its accuracy on held-out images.
 
-    The images are `inputs["images"]`. The artifact contains the weights and sizes of the classifier.
+    The images are `inputs["images"]`. The artifact contains the weights and sizes of the classifier. Raises UserError
+    for the classifier of a registered version, which a pipeline takes from its store without this stage.
     """
+    if config.pretrained is not None:
+        raise UserError(
+            f"classifier.pretrained is {config.pretrained}, and only a pipeline (edt run) can keep the classifier of a "
+            "version. Fit one: classifier.pretrained=null"
+        )
     require("the fit", CPU=config.num_cpus, GPU=config.num_gpus)
     task = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(_fit)
     return ray.get(task.remote(config, dict(inputs), out, progress))

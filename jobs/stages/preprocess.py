@@ -256,7 +256,7 @@ def image_source(config: SourceConfig, progress: Progress | None = None, digest_
         progress.warn(remark)
     digests = source_digests(listing, progress, digest_again)
     known = None if listing.remote else digests
-    return Source(config.path, listing_identity(listing, digests), config, len(listing), known)
+    return Source(config.path, listing_identity(listing, digests), config, len(listing), listing.classes, known)
 
 
 STAGE = Stage(

@@ -58,6 +58,12 @@ class Steps(Protocol):
     def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         """Call one step. Returns at once."""
 
+    def adopt(self, name: str, stage: Stage, item: Artifact | Source, origin: str) -> StepFuture:
+        """Take a finished artifact of the stage's kind for the result of a step. The step itself does not run.
+
+        `origin` says what the artifact belongs to, as "edt-s version 3". Outlines pass a stand-in with the fingerprint.
+        """
+
     def promote(self, promotion: Promotion[D]) -> D | None:
         """Call the promotion of one model. Returns the decision, or None if there is none yet.
 

@@ -57,6 +57,14 @@ class Workflow:
         self.futures[name] = future
         return future
 
+    def adopt(self, name: str, stage: Stage, item: Artifact | Source, origin: str) -> StepFuture:
+        """The future of an artifact that is taken as it is."""
+        assert isinstance(item, Artifact), name
+        self.terminal.called(name, (origin,))
+        self.futures[name] = StepFuture(name, stage.kind, item.fingerprint, (origin,), artifact=item)
+        self.terminal.reused(name, item.fingerprint, origin)
+        return self.futures[name]
+
     def promote(self, promotion: Promotion[D]) -> D | None:
         """Wait for the branch, then register its model. None if a step of the branch, or MLflow, failed.
 

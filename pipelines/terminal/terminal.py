@@ -98,10 +98,11 @@ class Terminal:
         self.tree.add(step, needs)
         self._wake()
 
-    def reused(self, step: str, fingerprint: str) -> None:
+    def reused(self, step: str, fingerprint: str, origin: str = "") -> None:
+        """A step with a finished artifact; `origin` is what that belongs to, as a registered version."""
         node = self.tree.get(step)
-        node.state, node.note = "reused", fingerprint[:12]
-        self._line(node, f"{fingerprint[:12]}", "dim")
+        node.state, node.note = "reused", f"{fingerprint[:12]}  of {origin}" if origin else fingerprint[:12]
+        self._line(node, node.note, "dim")
 
     def show(self, counts: Mapping[str, Shown], warnings: list[tuple[str, str]]) -> None:
         """Update the tree from the board. A step is running from its first count on."""

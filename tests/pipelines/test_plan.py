@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from edt_core.config import Section
-from edt_core.store.artifact import Source
+from edt_core.store.artifact import Artifact, Source
 from jobs.stages.stage import Stage
 from pipelines.config.schema import load_config
 from pipelines.engine.step import StepFuture, input_fingerprints
@@ -26,6 +26,9 @@ class Planned:
     def step(self, name: str, verb: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         self.fingerprints[name] = verb.fingerprint(config, input_fingerprints(inputs))
         return StepFuture(name, verb.kind, self.fingerprints[name])
+
+    def adopt(self, name: str, stage: Stage, item: Artifact | Source, origin: str) -> StepFuture:
+        raise AssertionError(f"{name} was kept")
 
     def promote(self, promotion: Promotion[D]) -> D | None:
         raise AssertionError(f"{promotion.name} was called with the steps before it")

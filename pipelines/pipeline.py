@@ -21,6 +21,7 @@ from jobs.runtime.cluster_address import check_named
 from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
 from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
+from pipelines.champion import ChampionMeasurement
 from pipelines.cluster.ui import run_link
 from pipelines.config.schema import PipelineConfig, as_yaml, recorded_yaml
 from pipelines.config.size_check import check_pipeline_sizes
@@ -48,6 +49,7 @@ class Branch:
     train: TrainConfig
     steps: Mapping[str, StepFuture]
     start: Initial | None = None  # the model that its training starts from
+    feature_networks: Mapping[str, StepFuture | Source] = field(default_factory=dict)
 
 
 def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal, digest_again: bool = False) -> Source:
@@ -181,7 +183,7 @@ def _call_branch(
     if config.validation.enabled:
         judged = {"features": branch_steps["features"], "classifier": shared["classifier"], "images": shared["images"]}
         branch_steps["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **judged)
-    return Branch(name, trained, branch_steps, start)
+    return Branch(name, trained, branch_steps, start, feature_networks)
 
 
 def settled(start: Initial, config: TrainConfig, latents: str) -> Initial:
@@ -223,11 +225,14 @@ def call_promotion(steps: Steps, config: PipelineConfig, branch: Branch) -> tupl
 def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion[Promoted]:
     """The promotion of one model, from the artifacts of its branch, by the gate in the configuration."""
 
+    champion = ChampionMeasurement(config, branch.name, branch.steps, branch.feature_networks)
+
     def with_record(catalog: Catalog, decision: Decision) -> Promoted:
         return Promoted(decision, version_record(catalog, decision, config.store))
 
     def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
-        return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry_of(artifacts)))
+        entry = entry_of(artifacts)
+        return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry, champion.result()))
 
     def find(catalog: Catalog, artifacts: Mapping[str, Artifact]) -> tuple[Promoted, str] | None:
         previous = registered(catalog, branch.name, config.promote, entry_of(artifacts))
@@ -237,7 +242,7 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
     gate = {"model": branch.name, **result_fields(config.promote)}
     identity = sha256_json({**artifacts, "gate": gate})
     after = branch.steps["evaluation"].name
-    return Promotion(branch.name, identity, branch.steps, ENTRY_ROLES, after, report, decide, find)
+    return Promotion(branch.name, identity, branch.steps, ENTRY_ROLES, after, report, decide, find, champion.call)
 
 
 def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -> summary.SummaryConfig:

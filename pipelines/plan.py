@@ -85,6 +85,8 @@ class Planner:
         if self.catalog is not None and all(step.reused for step in promotion.named.values()):
             previous = promotion.find(self.catalog, {role: step.result() for role, step in promotion.named.items()})
         if previous is None:
+            if self.catalog is not None:
+                promotion.compare(self, self.catalog, None)
             why = "no version of this checkpoint and evaluation is registered"
             self.steps[promotion.name] = PlannedStep(promotion.name, "version", "", "run", why)
             self.steps[promotion.then] = PlannedStep(promotion.then, "report", "", "run", "it follows the promotion")

@@ -1,6 +1,6 @@
 """The protocol that runs, plans and compares a graph of steps. So the graph is written once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -31,6 +31,8 @@ class Promotion(Generic[D]):
     if the configuration can change the decision.
     `decide(catalog, run_id, artifacts)` registers the artifacts, by role, and decides. It raises MLflow's errors.
     `find(catalog, artifacts)` returns the earlier decision about them and its MLflow run, or None.
+    `compare(steps, catalog, artifacts)` calls the steps that the decision needs besides the branch, once that is
+    finished. In a plan, `artifacts` is None. The decision is made after these steps, also if one of them failed.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Promotion(Generic[D]):
     then: str
     decide: Callable[[Catalog, str, Mapping[str, Artifact]], D]
     find: Callable[[Catalog, Mapping[str, Artifact]], tuple[D, str] | None]
+    compare: "Callable[[Steps, Catalog, Mapping[str, Artifact] | None], Sequence[StepFuture]]" = lambda *_: ()
 
     @property
     def name(self) -> str:

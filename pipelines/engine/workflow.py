@@ -76,8 +76,12 @@ class Workflow:
         self.terminal.called(promotion.name, (promotion.after,))
         began = time.monotonic()
         try:
+            compared = promotion.compare(self, self.catalog, artifacts)
+            self.wait(*compared)
             with self.store.lock("promote", promotion.model):
                 decision = promotion.decide(self.catalog, self.run_id, artifacts)
+        except Stopped:
+            raise
         except Exception as error:  # after any error of MLflow, the other branches continue
             self.failures[promotion.name] = error
             self.terminal.failed(promotion.name, error)

@@ -11,7 +11,7 @@ from edt_core.errors import UserError
 from edt_core.printing.redaction import redacted, redacted_values
 from jobs.models.registry_files import stored_problems, title
 from pipelines.config.schema import PromoteConfig
-from pipelines.registry.gate import Decision, decide, metrics_of, run_checks
+from pipelines.registry.gate import Decision, Remeasured, decide, metrics_of, run_checks
 from pipelines.tracking.catalog import Catalog, paged, retried
 
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -22,9 +22,20 @@ _ATTEMPTS = 10
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 
 
-def settle(catalog: Catalog, version: Any, config: PromoteConfig, by: str, files: Callable[[], list[str]]) -> Decision:
-    """Decide on a registered version, move the aliases, and record both. Safe to repeat after a crash at any point."""
-    decision = decide(version, config, _champion_before(catalog, version), run_checks(config, version, files))
+def settle(
+    catalog: Catalog,
+    version: Any,
+    config: PromoteConfig,
+    by: str,
+    files: Callable[[], list[str]],
+    again: Remeasured | None = None,
+) -> Decision:
+    """Decide on a registered version, move the aliases, and record both. Safe to repeat after a crash at any point.
+
+    `again`: the champion, measured by the protocol of the version.
+    """
+    before = _champion_before(catalog, version)
+    decision = decide(version, config, before, run_checks(config, version, files), again=again)
     move_alias(catalog, version, CANDIDATE)
     if decision.became_champion:
         crown(catalog, version, decision.champion_before, by)
@@ -43,7 +54,9 @@ def promote_version(catalog: Catalog, version: Any, force: bool = False) -> Deci
         raise UserError(f"{title(version)} is the champion already")
     config = gate_of(version)
     checks = run_checks(config, version, lambda: stored_problems(catalog.client, version))
-    decision = decide(version, config, before, checks, force)
+    earlier = version.tags.get(DECISION_TAG)
+    again = Decision.from_json(earlier).remeasured if earlier else None
+    decision = decide(version, config, before, checks, force, again)
     if decision.became_champion:
         by = f"edt models promote{' --force' if decision.forced else ''}"
         crown(catalog, version, decision.champion_before, by)

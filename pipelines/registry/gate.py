@@ -1,7 +1,8 @@
 """The gate: whether a version becomes champion, by the records of both versions and by checks.
 
 With v the value of the new version, c that of the champion and r the required improvement, a version becomes champion
-if both have the same protocol, no check failed, and v is better than c by at least r:
+if both have the same protocol, no check failed, and v is better than c by at least r. If the champion was registered
+with values of another protocol, c is the value that a run measured again (`Remeasured`).
 
     r = margin * |c|                    if `promote.margin` is set
     r = 2 * max(std of v, std of c)     else, if each is the mean of several repeats; v must be better by more than r
@@ -11,7 +12,7 @@ if both have the same protocol, no check failed, and v is better than c by at le
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from edt_core.errors import UserError
@@ -34,6 +35,30 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Remeasured:
+    """A champion measured again by the protocol of the version that is compared with it.
+
+    `metrics` are the deciding one and its spread, `protocol` is the sha256 of that protocol, and `evaluation` and `uri`
+    are the artifact that has the values. `problem` says why the champion could not be measured; then nothing else is.
+    """
+
+    version: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    repeats: int = 1
+    protocol: str = ""
+    evaluation: str = ""
+    uri: str = ""
+    how: str = ""  # "on the new reference"
+    problem: str = ""
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The values as the tags of a version have them."""
+        metrics = {f"{METRIC_TAG}{name}": repr(value) for name, value in self.metrics.items()}
+        return {PROTOCOL_TAG: self.protocol, PROTOCOL_FIELDS_TAG: json.dumps({"repeats": self.repeats}), **metrics}
+
+
+@dataclass(frozen=True)
 class Decision:
     """The gate's decision about a version, with everything it depends on."""
 
@@ -49,6 +74,7 @@ class Decision:
     required_from: str = ""
     checks: tuple[Check, ...] = ()
     forced: bool = False
+    remeasured: Remeasured | None = None  # the champion, where its registered values are of another protocol
 
     @property
     def champion_after(self) -> str | None:
@@ -72,9 +98,11 @@ class Decision:
     def from_json(cls, text: str) -> "Decision":
         """A recorded decision, of this or of an older version of the record."""
         values = json.loads(text)
-        names = {field.name for field in fields(cls)}
+        names = {item.name for item in fields(cls)}
         checks = tuple(Check(**check) for check in values.get("checks", ()))
-        return cls(**{**{k: v for k, v in values.items() if k in names}, "checks": checks})
+        remeasured = Remeasured(**again) if (again := values.get("remeasured")) else None
+        nested = {"checks": checks, "remeasured": remeasured}
+        return cls(**{**{k: v for k, v in values.items() if k in names}, **nested})
 
     def __str__(self) -> str:
         """ "<outcome>: <why>" in one sentence."""
@@ -91,8 +119,13 @@ class Decision:
         if self.champion_before is None:
             return []
         if self.improvement is None:
-            return [f"champion {self.champion_before} was measured by another protocol"]
+            text = f"champion {self.champion_before} was measured by another protocol"
+            if self.remeasured is None or not self.remeasured.problem:
+                return [text]
+            command = f"edt models promote {self.name}/{self.version} --force"
+            return [f"{text} and cannot be measured again: {self.remeasured.problem} (`{command}` decides by hand)"]
         against = f"version {self.champion_before} has {self.champion_value:.4g}"
+        against += f" (measured again {self.remeasured.how})" if self.remeasured is not None else ""
         difference = (
             f"better by {self.improvement:.3g}" if self.improvement > 0 else f"worse by {-self.improvement:.3g}"
         )
@@ -103,9 +136,17 @@ class Decision:
 
 
 def decide(
-    version: Any, config: PromoteConfig, before: Any | None, checks: Sequence[Check] = (), force: bool = False
+    version: Any,
+    config: PromoteConfig,
+    before: Any | None,
+    checks: Sequence[Check] = (),
+    force: bool = False,
+    again: Remeasured | None = None,
 ) -> Decision:
-    """Decide on a version, compared with the champion `before` by their tags if both have the same protocol."""
+    """Decide on a version, compared with the champion `before` by their tags if both have the same protocol.
+
+    `again`: a champion measured again. It counts if it is `before`, and that was registered with another protocol.
+    """
     value = metric_of(version, config.metric)
     if value is None:
         raise UserError(
@@ -116,6 +157,8 @@ def decide(
     previous = None if before is None else str(before.version)
     common: dict[str, Any] = {"lower_is_better": config.lower_is_better, "checks": tuple(checks)}
     facts = (str(version.name), str(version.version), config.metric, value, previous)
+    if before is not None and again is not None and again.version == previous and not _comparable(version, before):
+        common["remeasured"] = before = again
     champion_value = metric_of(before, config.metric) if before is not None and _comparable(version, before) else None
     if before is None or champion_value is None:
         wins = passed and before is None

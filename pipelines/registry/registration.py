@@ -12,7 +12,7 @@ from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.registry_files import DIGEST_TAG, stored_problems
 from pipelines.config.schema import PromoteConfig
 from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, add_version, find_version, settle
-from pipelines.registry.gate import METRIC_TAG, PROTOCOL_FIELDS_TAG, PROTOCOL_TAG, Decision
+from pipelines.registry.gate import METRIC_TAG, PROTOCOL_FIELDS_TAG, PROTOCOL_TAG, Decision, Remeasured
 from pipelines.registry.packaging import Entry, Logged, log_pipeline, write_pipeline
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import artifact_tags
@@ -24,11 +24,19 @@ COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "t
 _MAX_TAG = 20_000  # characters of a tag; the limit of MLflow is 100,000, of MySQL 65,535
 
 
-def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, entry: Entry) -> Decision:
+def promote(
+    catalog: Catalog,
+    run_id: str,
+    name: str,
+    config: PromoteConfig,
+    entry: Entry,
+    again: Remeasured | None = None,
+) -> Decision:
     """Register the model of `entry` as a version of `name`, move `candidate`, and `champion` if it passes the gate.
 
     An existing version of the same checkpoint and evaluation is reused with its decision, and no alias moves: a
-    rollback stays in effect. Raises UserError if the evaluation lacks the gate's metric.
+    rollback stays in effect. `again`: the champion, measured by the protocol of the evaluation. Raises UserError if the
+    evaluation lacks the gate's metric.
     """
     measured = entry.evaluation.counts["metrics"]
     if config.metric not in measured:
@@ -38,7 +46,7 @@ def promote(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, ent
         version = register(catalog, run_id, name, config, entry)
     if DECISION_TAG in version.tags:
         return Decision.from_json(version.tags[DECISION_TAG])
-    return settle(catalog, version, config, f"run {run_id}", lambda: stored_problems(catalog.client, version))
+    return settle(catalog, version, config, f"run {run_id}", lambda: stored_problems(catalog.client, version), again)
 
 
 def entry_of(artifacts: Mapping[str, Artifact]) -> Entry:

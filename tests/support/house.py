@@ -37,7 +37,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "pipelines": (
         frozenset({"__init__", "tracking", "config", "terminal"}),
         frozenset({"registry", "engine", "cluster", "setup"}),
-        frozenset({"report", "outcome"}),
+        frozenset({"report", "outcome", "champion"}),
         frozenset({"pipeline", "notification"}),
         frozenset({"plan", "schedule", "diff"}),
         frozenset({"reproduce"}),

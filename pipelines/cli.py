@@ -16,6 +16,7 @@ from pipelines.commands import (
     gc,
     init,
     models,
+    retrain,
     schedule,
     store,
     submit,
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Get started": (init.init, doctor.doctor),
-    "Pipeline": (workflow.plan, workflow.run, submit.submit),
+    "Pipeline": (workflow.plan, workflow.run, retrain.retrain, submit.submit),
     "Runs and artifacts": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
     "Models": (models.lineage, cost.compare, cost.cost),
 }

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +71,20 @@ def run(
         return
     with _failures_notified(loaded):
         check_named(address)  # before the imports below, which take seconds
+    execute(loaded, "run", address, no_overlap, as_json, digest_again=digest_again)
+
+
+def execute(
+    loaded: "PipelineConfig",
+    verb: str,
+    address: str | None,
+    no_overlap: bool,
+    as_json: bool,
+    notes: Sequence[str] = (),
+    tracking_uri: str | None = None,
+    digest_again: bool = False,
+) -> None:
+    """Run a pipeline and show its outcome. `notes` are lines for the beginning. Exits with the code of the outcome."""
     from pipelines.cluster.submission import stopped_too_soon
     from pipelines.notification import notify, of_outcome
     from pipelines.pipeline import run as run_pipeline
@@ -79,13 +93,15 @@ def run(
     with (
         _failures_notified(loaded),
         _overlap_guard(loaded, no_overlap),
-        _logged(loaded.store, "run", to_stderr=as_json) as terminal,
+        _logged(loaded.store, verb, to_stderr=as_json) as terminal,
     ):
-        terminal.say(f"edt run {loaded.name}", "bold")
+        terminal.say(f"edt {verb} {loaded.name if verb == 'run' else next(iter(loaded.models))}", "bold")
+        for note in notes:
+            terminal.say(note)
         if warning := stopped_too_soon(os.environ):
             terminal.warn(warning)
         try:
-            outcome = run_pipeline(loaded, terminal, address, digest_again=digest_again)
+            outcome = run_pipeline(loaded, terminal, address, tracking_uri=tracking_uri, digest_again=digest_again)
         except KeyboardInterrupt:
             show_stopped(terminal, "stopped")
             raise typer.Exit(130) from None

@@ -256,7 +256,7 @@ def load_config(
     values = _read_yaml(name_or_path)
     for text in assignments:
         key, value = parse_assignment(text)
-        _assign(values, key, value)
+        assign(values, key, value)
     if store is not None:
         values["store"] = store
     config: PipelineConfig = validated(PipelineConfig, values)
@@ -291,7 +291,8 @@ def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the field at a dotted key, in place. Raises UserError if the key leads through a value."""
     *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(values.setdefault(parent, {}), dict):

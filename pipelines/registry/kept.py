@@ -23,6 +23,14 @@ _LOCATION = re.compile(r"models:/[\w.-]+(?:@[\w.-]+|/\d+)")
 _TAG = "edt.kept."  # of a workflow run: the artifact of a role that it kept
 
 
+class ClassesDifferError(UserError):
+    """A kept classifier knows other classes than the images have. `change` names them."""
+
+    def __init__(self, message: str, change: str) -> None:
+        super().__init__(message)
+        self.change = change
+
+
 @dataclass(frozen=True)
 class Kept:
     """The artifact of a registered version's network. `item` is a stand-in with a fingerprint in an outline."""
@@ -150,14 +158,12 @@ def _check_classifier(config: PipelineConfig, kept: Kept, store: Store, classes:
         gained, lost = sorted(set(classes) - set(known)), sorted(set(known) - set(classes))
         changes = [f"{word} {', '.join(names[:5])}" for word, names in (("new:", gained), ("gone:", lost)) if names]
         detail = "; ".join(changes) or "in another order"
-        raise UserError(
-            f"the classifier of {kept.version} knows other classes than the images have ({detail}). {way_on}"
-        )
+        text = f"the classifier of {kept.version} knows other classes than the images have ({detail})"
+        raise ClassesDifferError(f"{text}. {way_on}", f"the classes changed ({detail})")
     number = artifact.counts.get("classes", len(classes))
     if classes and number != len(classes):
-        raise UserError(
-            f"the classifier of {kept.version} knows {number} classes, and the images have {len(classes)}. {way_on}"
-        )
+        text = f"the classifier of {kept.version} knows {number} classes, and the images have {len(classes)}"
+        raise ClassesDifferError(f"{text}. {way_on}", f"there are {len(classes)} classes, and it knows {number}")
 
 
 def _classes_of(classifier: Artifact, store: Store) -> list[str]:

@@ -40,7 +40,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"report", "outcome", "champion"}),
         frozenset({"pipeline", "notification"}),
         frozenset({"plan", "schedule", "diff"}),
-        frozenset({"reproduce"}),
+        frozenset({"reproduce", "retrain"}),
         frozenset({"commands"}),
         frozenset({"cli"}),
     ),

@@ -1,0 +1,126 @@
+"""The command `edt retrain`: the champion of a model trained further on the images as they are now."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edt_core.printing.console import say
+from pipelines.commands.options import (
+    DEFAULT_STORE,
+    AsJson,
+    Assignments,
+    StoreOption,
+    TrackingUri,
+    open_catalog,
+    print_json,
+    print_rows,
+)
+from pipelines.commands.workflow import Address, execute
+
+if TYPE_CHECKING:
+    from pipelines.plan import PlannedStep
+    from pipelines.retrain import Retraining
+
+
+def retrain(
+    name: Annotated[str, typer.Argument(help="registered model, whose champion is trained further")],
+    images: Annotated[
+        str | None, typer.Option(help="folder, file or URI of the images  \\[default: that of the champion's run]")
+    ] = None,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="steps of the training  \\[default: a quarter of the training from scratch]"),
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="fit the networks again and start from random weights")
+    ] = False,
+    show_plan: Annotated[
+        bool, typer.Option("--plan", help="show what would change and which steps would run, and start nothing")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    address: Address = None,
+    no_overlap: Annotated[
+        bool,
+        typer.Option("--no-overlap", help="start nothing if a run of this pipeline is in progress in this store"),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the champion of a model further on the present images, and promote the result if it is better.
+
+    \b
+    Examples:
+      edt retrain edt-tiny-digits-32 --plan
+      edt retrain edt-s-2-256 --images /data/flowers --steps 20000 --address auto
+    """
+    from jobs.runtime.cluster_address import check_named
+
+    check_named(address)
+    from pipelines.retrain import Request, done_before, planned, prepare
+    from pipelines.schedule.record import UNCHANGED, report_to_scheduler
+    from pipelines.terminal.terminal import Terminal
+
+    catalog = open_catalog(store, tracking_uri)
+    request = Request(name, store, images, tuple(assignments), steps, from_scratch)
+    with Terminal(to_stderr=True) as terminal:
+        retraining = prepare(catalog, request, terminal)
+    rows = [] if retraining.nothing_to_do else planned(catalog, retraining)
+    reason = retraining.nothing_to_do or done_before(catalog, retraining, rows)
+    if show_plan:
+        _show_plan(retraining, rows, reason, as_json)
+    elif reason:
+        report_to_scheduler(UNCHANGED)
+        _show_nothing(reason, as_json)
+    else:
+        execute(
+            retraining.config, "retrain", address, no_overlap, as_json, list(_notes(retraining)), catalog.tracking_uri
+        )
+
+
+def _show_nothing(reason: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"status": "nothing to do", "reason": reason})
+    else:
+        say(f"nothing to do: {reason}")
+
+
+def _show_plan(retraining: "Retraining", rows: "list[PlannedStep]", reason: str, as_json: bool) -> None:
+    """What changed, what it takes, and a line for each step."""
+    table = [step.as_row() for step in rows]
+    if as_json:
+        print_json({"reason": reason, **_facts(retraining), "steps": table})
+        return
+    if reason:
+        say(f"nothing to do: {reason}")
+        return
+    for note in _notes(retraining):
+        say(note)
+    shown = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in table]
+    print_rows(shown, ("action", "step", "fingerprint", "run", "why"), False)
+
+
+def _facts(retraining: "Retraining") -> dict[str, Any]:
+    (name,) = retraining.config.models
+    version, train = retraining.champion, retraining.config.train_of(name)
+    delta = retraining.delta
+    return {
+        "model": name,
+        "champion": None if version is None else str(version.version),
+        "init_from": train.init_from,
+        "max_steps": train.max_steps,
+        "images": retraining.source.images,
+        "delta": None if delta is None else delta.to_dict(),
+        "notes": list(retraining.notes),
+    }
+
+
+def _notes(retraining: "Retraining") -> Iterator[str]:
+    facts: Mapping[str, Any] = _facts(retraining)
+    start = f"from version {facts['champion']}" if facts["init_from"] else "from random weights"
+    yield f"starts    {start}, {facts['max_steps']} steps"
+    change = f": {retraining.delta}" if retraining.delta is not None else ""
+    yield f"images    {facts['images']}{change}"
+    for note in retraining.notes:
+        yield f"note      {note}"

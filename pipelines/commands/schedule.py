@@ -12,10 +12,10 @@ from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
     Assignments,
-    Config,
     ConfigStore,
     StoreOption,
     print_rows,
+    shipped,
 )
 
 if TYPE_CHECKING:
@@ -45,10 +45,16 @@ Name = Annotated[str, typer.Argument(help="name of the schedule")]
 
 @app.command()
 def add(
-    config: Config,
     cron: Annotated[
         str, typer.Option("--cron", help="minute hour day-of-month month day-of-week, such as '0 3 * * 0'")
     ],
+    config: Annotated[
+        str | None, typer.Argument(help="name of a shipped configuration, or a YAML file", autocompletion=shipped)
+    ] = None,
+    retrain: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="in place of CONFIG: retrain the champion of this model, as `edt retrain`"),
+    ] = None,
     timezone: Annotated[
         str | None,
         typer.Option(help="time zone of the cron expression, such as Europe/Berlin  \\[default: this machine's]"),
@@ -72,12 +78,18 @@ def add(
     Examples:
       edt schedule quickstart --cron '0 3 * * 0' --when-data-changed
       edt schedule edt.yaml --cron '30 1 * * *' --timezone Europe/Berlin --name nightly --no-serve
+      edt schedule --retrain edt-tiny-digits-32 --cron '0 3 * * *' --no-serve
     """
     from edt_core.store.store import Store
     from pipelines.schedule.lease import Taken
     from pipelines.schedule.record import Schedules, new_schedule
 
-    schedule = new_schedule(name, config, assignments, store, cron, timezone, when_data_changed, address)
+    subject = retrain or config
+    if subject is None or (retrain and config):
+        raise UserError("edt schedule takes either a configuration or --retrain MODEL, and got both or none of them")
+    schedule = new_schedule(
+        *(name, subject, assignments, store, cron, timezone, when_data_changed, address), retrain=retrain is not None
+    )
     Store.open(schedule.store)
     schedules = Schedules.at(schedule.store)
     change = schedules.put(schedule)

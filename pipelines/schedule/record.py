@@ -45,6 +45,7 @@ class Schedule(_Record):
     cron: str
     timezone: str
     when_data_changed: bool = False
+    retrain: bool = Field(False, description="`config` is a registered model, which each tick retrains")
     paused: bool = False
     since: AwareDatetime = Field(
         description="when the schedule was created, changed or resumed; earlier ticks are ignored"
@@ -201,12 +202,14 @@ def new_schedule(
     timezone: str | None,
     when_data_changed: bool = False,
     address: str | None = None,
+    retrain: bool = False,
 ) -> Schedule:
-    """A schedule from command-line values. Raises UserError if the configuration, the times or the name are invalid."""
-    from pipelines.config.schema import load_config
+    """A schedule from command-line values. With `retrain`, `config` is a registered model.
 
-    loaded = load_config(config, assignments, store)
-    name = loaded.name if name is None else name
+    Raises UserError if the configuration, the times or the name are invalid.
+    """
+    place, default = _retrained(config, store, when_data_changed) if retrain else _loaded(config, assignments, store)
+    name = default if name is None else name
     if not _NAME.fullmatch(name):
         raise UserError(
             f"{name!r} is no valid schedule name; use letters, digits, '.', '_' and '-', as in --name weekly"
@@ -215,18 +218,43 @@ def new_schedule(
     path = Path(config)
     schedule = Schedule(
         name=name,
-        config=str(path.absolute()) if path.is_file() else config,
+        config=str(path.absolute()) if path.is_file() and not retrain else config,
         assignments=tuple(assignments),
-        store=Folder.at(loaded.store).uri,
+        store=Folder.at(place).uri,
         address=address,
         folder=str(Path.cwd()),
         cron=times.expression,
         timezone=times.timezone,
         when_data_changed=when_data_changed,
+        retrain=retrain,
         since=datetime.now(UTC),
     )
     _check_no_secret(schedule)
     return schedule
+
+
+def _loaded(config: str, assignments: Sequence[str], store: str | None) -> tuple[str, str]:
+    """The store and the name of a configuration. Raises UserError if it is invalid."""
+    from pipelines.config.schema import load_config
+
+    loaded = load_config(config, assignments, store)
+    return loaded.store, loaded.name
+
+
+def _retrained(model: str, store: str | None, when_data_changed: bool) -> tuple[str, str]:
+    """The store and the name of a schedule that retrains a model. Which version is champion is looked up at each tick.
+
+    Raises UserError for a name that no model can have.
+    """
+    if not _NAME.fullmatch(model):
+        raise UserError(
+            f"--retrain takes the name of a registered model, and got {model!r}; `edt models list` has them"
+        )
+    if when_data_changed:
+        raise UserError(
+            "--retrain starts no training if the images are those of the champion; leave out --when-data-changed"
+        )
+    return store or "./edt-store", f"retrain-{model}"
 
 
 def _check_no_secret(schedule: Schedule) -> None:

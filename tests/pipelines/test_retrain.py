@@ -1,0 +1,217 @@
+"""Retraining: the configuration of the champion's run with other images, and the champion's networks and weights."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from edt_core.data.digits import write_digits
+from edt_core.errors import UserError
+from edt_core.store.folder import Folder
+from pipelines import retrain
+from pipelines.cli import app
+from pipelines.config.schema import PipelineConfig, as_yaml, load_config
+from pipelines.retrain import Delta, Request
+from pipelines.schedule.record import new_schedule
+from pipelines.schedule.server import command
+from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.runs import Record
+from tests.support.registry import NAME, Registry
+from tests.support.small import MODEL, pipeline
+
+RUN = "0" * 31
+
+
+class Version:
+    """What a retraining reads of a version."""
+
+    def __init__(self, number: int, **tags: str) -> None:
+        self.name, self.version, self.run_id = "m", str(number), f"{RUN}{number}"
+        self.tags = {"edt.source": "s" * 64, **tags}
+
+
+class Line:
+    """A line of versions, each with the record of its run, in the place of MLflow."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, store: Path) -> None:
+        self.versions: dict[str, Version] = {}
+        self.records: dict[str, Record] = {}
+        self.store = str(store)
+        patch.setattr(retrain, "version_at", lambda catalog, name, number: self.versions.get(number))
+        patch.setattr(retrain, "read_record", lambda catalog, run_id: self.records[run_id])
+
+    def add(self, *assignments: str, tags: Mapping[str, str] | None = None, **recorded: str) -> None:
+        number = len(self.versions) + 1
+        version = self.versions[str(number)] = Version(number, **recorded)
+        config = load_config("quickstart", ["models={m: {}}", *assignments])
+        values = config.model_dump(mode="json")
+        self.records[version.run_id] = Record(version.run_id, "FINISHED", tags or {}, values, {})
+
+    def config(self, *assignments: str, **request: Any) -> PipelineConfig:
+        number = str(len(self.versions))
+        asked = Request("m", self.store, assignments=assignments, **request)
+        version = self.versions[number]
+        return retrain._configured(None, asked, version, self.records[version.run_id])  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Line:
+    return Line(monkeypatch, tmp_path)
+
+
+def test_it_starts_from_the_champion_with_its_networks_and_a_quarter_of_its_steps(line: Line) -> None:
+    line.add("train.max_steps=1000", "train.warmup_steps=900", "train.max_epochs=50", "train.lr=0.5", "train.seed=3")
+    config = line.config()
+    train = config.train_of("m")
+    assert config.autoencoder.pretrained == config.classifier.pretrained == train.init_from == "models:/m/1"
+    assert (train.max_steps, train.max_epochs, train.warmup_steps) == (250, None, 62)
+    assert (train.lr, train.seed, config.store) == (0.5, 3, line.store)
+    assert list(config.models) == ["m"]
+
+
+def test_a_quarter_is_of_the_training_from_scratch_however_long_the_line(line: Line) -> None:
+    line.add("models={m: {max_steps: 1000}}", **{"edt.cost.steps": "801"})  # it was stopped by its hours
+    for number in (1, 2):
+        line.add("train.max_steps=201", f"train.init_from=models:/m/{number}", "classifier.pretrained=models:/m/1")
+    config = line.config()
+    assert (config.train_of("m").max_steps, config.train_of("m").init_from) == (201, "models:/m/3")
+    assert line.config(steps=7).train_of("m").max_steps == 7
+    assert line.config("train.max_steps=9").train_of("m").max_steps == 9
+
+
+def test_from_scratch_everything_is_fitted_and_trained_as_the_first_was(line: Line) -> None:
+    line.add("train.max_steps=1000")
+    line.add("train.max_steps=250", "train.init_from=models:/m/1", "autoencoder.pretrained=models:/m/1", "train.lr=0.5")
+    config = line.config(from_scratch=True)
+    assert (config.autoencoder.pretrained, config.classifier.pretrained) == (None, None)
+    assert (config.train_of("m").max_steps, config.train_of("m").init_from) == (1000, None)
+    assert line.config(from_scratch=True, steps=5).train_of("m").max_steps == 5
+
+
+def test_published_networks_stay(line: Line) -> None:
+    inception = ["extractors=[inception]", "promote.metric=fid", "inception.weights=/w/inception.pth"]
+    factor = ["autoencoder.pretrained=stabilityai/sd-vae-ft-ema", "autoencoder.downsample_factor=4"]
+    line.add(*inception, *factor, tags={"edt.inception": "a" * 64})
+    config = line.config()
+    assert config.autoencoder.pretrained == "stabilityai/sd-vae-ft-ema"
+    assert config.classifier.pretrained is None
+    assert config.network("inception").sha256 == "a" * 64
+    assert line.config(from_scratch=True).autoencoder.pretrained == "stabilityai/sd-vae-ft-ema"
+
+
+def test_other_images_are_selected_as_before(line: Line) -> None:
+    line.add("source={kind: image_folder, path: /old, classes: [cat, dog], class_folder: last}")
+    source = line.config(images="/new").source
+    assert (source.path, source.kind, source.classes, source.class_folder) == (
+        "/new",
+        "image_folder",
+        ("cat", "dog"),
+        "last",
+    )
+    line.add()
+    assert (line.config(images="/new").source.path, line.config(images="/new").source.kind) == ("/new", "auto")
+
+
+def test_the_difference_by_class() -> None:
+    delta = Delta({"cat": 10, "dog": 5, "owl": 2}, {"cat": 13, "dog": 4, "fox": 6})
+    assert (delta.gained, delta.lost) == (["fox"], ["owl"])
+    assert str(delta) == (
+        "the champion has 17; cat +3, dog -1, owl -2, fox +6; new classes: fox; classes that are gone: owl"
+    )
+
+
+def said(result: Result) -> str:
+    return str(result.exception) if isinstance(result.exception, UserError) else result.output
+
+
+def test_whatever_is_missing_is_one_message_with_the_way_on(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+
+    def refused(name: str, *options: str) -> str:
+        result = CliRunner().invoke(app, ["retrain", name, *registry.arguments, *options])
+        assert isinstance(result.exception, UserError), result.output
+        return said(result)
+
+    assert "Train it first: `edt run CONFIG`" in refused("nobody")
+    registry.add("first", 5.0)
+    message = refused(NAME)  # its run has no configuration among its artifacts
+    assert f"the configuration of {NAME} version 1 cannot be read" in message
+    assert f"train.init_from={NAME}/1" in message
+    client = registry.catalog.client
+    run = str(registry.version("1").run_id)
+    client.log_text(run, as_yaml(load_config("quickstart", ["models={other: {}}"])), "config.yaml")
+    client.log_text(run, "{}", "environment.json")
+    assert f"has no model '{NAME}', but other" in refused(NAME)
+    client.log_text(run, as_yaml(load_config("quickstart", [f"models={{{NAME}: {{}}}}"])), "config.yaml")
+    assert "cannot be kept" in (message := refused(NAME))
+    assert "--from-scratch" in message
+    client.delete_registered_model_alias(NAME, "champion")
+    message = refused(NAME)
+    assert f"{NAME} has no champion; its versions are 1." in message
+    assert "--from-scratch" in message
+    client.delete_model_version(NAME, "1")
+    assert "has no versions; they were deleted" in refused(NAME)
+
+
+def test_a_schedule_retrains(tmp_path: Path) -> None:
+    made = new_schedule(None, MODEL, ["train.lr=1e-4"], str(tmp_path), "0 3 * * 0", "UTC", retrain=True)
+    assert made.name == f"retrain-{MODEL}"
+    line = command(made)
+    assert line[line.index("pipelines.cli") + 1 :] == [
+        *["retrain", "--no-overlap", "--store", Folder.at(tmp_path).uri, "--set", "train.lr=1e-4", "--", MODEL]
+    ]
+    with pytest.raises(UserError, match="--when-data-changed"):
+        new_schedule(None, MODEL, [], str(tmp_path), "0 3 * * 0", "UTC", when_data_changed=True, retrain=True)
+
+
+@pytest.fixture
+def edt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    def call(*arguments: str) -> Any:
+        result = CliRunner().invoke(app, [*arguments, "--json"])
+        assert result.exit_code == 0, f"{result.output}\n{result.exception}"
+        return json.loads(result.stdout)
+
+    return call
+
+
+@pytest.mark.usefixtures("training_here")
+def test_images_arrive_and_the_model_is_trained_further(tmp_path: Path, edt: Callable[..., Any]) -> None:
+    whole, folder, store = write_digits(tmp_path / "digits"), tmp_path / "images", tmp_path / "store"
+
+    def arrive(first: int, last: int) -> None:
+        for label in "0123456789":
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            for path in sorted((whole / label).iterdir())[first:last]:
+                path.rename(folder / label / path.name)
+
+    arrive(0, 20)
+    base = pipeline(store, "source.kind=image_folder", f"source.path={folder}", "source.limit=null")
+    assert base.decisions[MODEL].became_champion
+    asked = ["retrain", MODEL, "--store", str(store)]
+    assert edt(*asked) == {"status": "nothing to do", "reason": f"the images are those of {MODEL} version 1"}
+
+    arrive(0, 3)
+    plan = edt(*asked, "--plan")
+    assert plan["delta"]["now"] == dict.fromkeys("0123456789", 23)
+    assert (plan["champion"], plan["init_from"], plan["max_steps"]) == ("1", f"models:/{MODEL}/1", 2)
+    actions = {step["step"]: step["action"] for step in plan["steps"]}
+    assert {name for name, action in actions.items() if action == "reuse"} == {
+        *("autoencoder", "classifier", f"sample champion {MODEL}")
+    }
+
+    outcome = edt(*asked)["models"][MODEL]
+    assert outcome["version"] == "2"
+    catalog = Catalog.existing(Folder.at(store))
+    version = catalog.client.get_model_version(MODEL, "2")
+    decision = json.loads(version.tags["edt.decision"])
+    assert decision["champion_before"] == "1"
+    assert decision["remeasured"]["protocol"] == version.tags["edt.protocol"]
+    assert version.tags["edt.autoencoder"] == catalog.client.get_model_version(MODEL, "1").tags["edt.autoencoder"]
+
+    again = edt(*asked)
+    assert again["status"] == "nothing to do"
+    assert f"{MODEL} version 2" in again["reason"]
+    assert len(catalog.client.search_model_versions(f"name = '{MODEL}'")) == 2

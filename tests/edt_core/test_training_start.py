@@ -207,7 +207,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     """Stopped before its first regular checkpoint, and after it."""
     asked = iter([Request.NOTHING] * (stop - 1) + [Request.STOP])
     with pytest.raises(Stopped):
-        run(tmp_path, dataset, LocalContext(tmp_path, wish=lambda: next(asked)))
+        run(tmp_path, dataset, LocalContext(tmp_path, request=lambda: next(asked)))
     run(tmp_path, dataset)
     for step in (4, 6):
         assert contents(place(tmp_path, step)) == contents(place(whole, step))

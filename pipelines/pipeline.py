@@ -21,6 +21,7 @@ from jobs.runtime.cluster_address import check_named
 from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
 from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
+from jobs.stages.train_start import check_start
 from pipelines.champion import ChampionMeasurement
 from pipelines.cluster.ui import run_link
 from pipelines.config.schema import PipelineConfig, as_yaml, recorded_yaml
@@ -90,13 +91,18 @@ class Published:
             autoencoder.published_source(config.autoencoder, tracking_uri),
             {space: extractor_source(space, s.weights, s.sha256, tracking_uri) for space, s in spaces.items()},
             None if statistics is None else reference.statistics_source(statistics),
-            {
-                name: source
-                for name in config.models
-                if (source := initial_source(config.train_of(name), tracking_uri)) is not None
-            },
+            {name: start for name in config.models if (start := _initial(config, name, tracking_uri)) is not None},
             {} if store is None else kept_networks(config, tracking_uri, store, classes),
         )
+
+
+def _initial(config: PipelineConfig, name: str, tracking_uri: str | None) -> Initial | None:
+    """The model that the training of a registered model starts from. Raises UserError if there is none that fits."""
+    start = initial_source(config.train_of(name), tracking_uri)
+    check_start(config.train_of(name), start is not None)
+    if start is not None:
+        start.check(config.model_of(name, 2))
+    return start
 
 
 def images_fingerprint(config: PipelineConfig, source: Source) -> str:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +25,19 @@ from edt_core.store.layout import (
     TRAIN_STATE,
 )
 from jobs.models.open import FORMS, INDEX, REGISTERED, RUN, in_store, is_of_mlflow, of_pipeline, of_released
-from jobs.models.registry_files import fetch_version, folder_digests, title, version_index
+from jobs.models.registry_files import fetch_version, folder_digests, title, version_facts
 from jobs.runtime.tracking import mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from edt_core.models import ModelConfig
     from edt_core.training.start.base import Base
 
 # Tags of a version: what its training started from (digest, place, checkpoint artifact).
 INIT_TAG, INIT_FROM_TAG, INIT_CHECKPOINT_TAG = "edt.init", "edt.init_from", "edt.init_checkpoint"
 _TRANSFORMER = "transformer/"  # where a diffusers folder has the model
+_CONFIG, _EDT = "transformer/config.json", "edt_config"  # and the model's configuration
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,23 @@ class Initial(Source):
     """A model to start from. `location` is where it stays: an alias has become its version, a run its artifact.
 
     `fingerprint` is the digest of what a training takes of it: weights, class names, and optimizer state where asked.
-    `checkpoint` is the fingerprint of the checkpoint artifact that holds it, where that is known. `before` is what the
-    model itself was started from, where an alias named it and the version says so. `tracking_uri` is the MLflow that
-    knows it, None for the process's own.
+    `checkpoint` is the fingerprint of the checkpoint artifact that holds it, and `model_config` its configuration, both
+    None where they are not known. `before` is what the model itself was started from, where an alias named it and the
+    version says so. `tracking_uri` is the MLflow that knows it, None for the process's own.
     """
 
     checkpoint: str | None = field(default=None, compare=False)
+    model_config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     before: "Initial | None" = field(default=None, compare=False)
     tracking_uri: str | None = field(default=None, compare=False, repr=False)
+
+    def check(self, config: "ModelConfig") -> None:
+        """Raise UserError unless the model can be adapted to one of this configuration, as far as that is known yet."""
+        from edt_core.models import ModelConfig
+        from edt_core.training.start.base import check_fit
+
+        if self.model_config is not None:
+            check_fit(self.location, ModelConfig.from_dict(self.model_config), config)
 
     def read(self, config: TrainConfig) -> "Base":
         """The model in memory. Raises UserError where it is gone, or is not what it was when it was looked up."""
@@ -85,7 +96,9 @@ class _Lookup:
         if (path / CHECKPOINT_MANIFEST).exists():
             return self._checkpoint(path.absolute())
         if (path / INDEX).exists():
-            return self._at(str(path.absolute()), _folder_identity(folder_digests(path), path / INDEX))
+            identity = _folder_identity(folder_digests(path), path / INDEX)
+            config = read_json_object(path / _CONFIG).get(_EDT) if (path / _CONFIG).exists() else None
+            return self._at(str(path.absolute()), identity, None, config)
         if path.is_file():
             return self._at(str(path.absolute()), {"weights": sha256_file(path)})
         raise UserError(f"train.init_from: there is no model at {text}; give {FORMS}")
@@ -109,7 +122,13 @@ class _Lookup:
             return self._read_released(initial, path)
         raise UserError(f"train.init_from: {initial.location} is gone; put it back, or start from another model")
 
-    def _at(self, location: str, identity: Mapping[str, Any], checkpoint: str | None = None) -> Initial:
+    def _at(
+        self,
+        location: str,
+        identity: Mapping[str, Any],
+        checkpoint: str | None = None,
+        model_config: Mapping[str, Any] | None = None,
+    ) -> Initial:
         if "optimizer" not in identity and self.config.init_optimizer == "keep":
             raise UserError(
                 f"train.init_optimizer is keep, but {location} has no optimizer state; give a checkpoint of a "
@@ -120,7 +139,7 @@ class _Lookup:
                 f"train.init_weights is raw, but {location} has averaged weights alone; give a checkpoint of a "
                 "training, or set train.init_weights=ema"
             )
-        return Initial(location, sha256_json(identity), checkpoint=checkpoint, tracking_uri=self.tracking_uri)
+        return Initial(location, sha256_json(identity), None, None, checkpoint, model_config, None, self.tracking_uri)
 
     def _artifact(self, artifact: Artifact) -> Initial:
         """A checkpoint artifact: its final checkpoint. Raises UserError for an artifact of another kind."""
@@ -128,7 +147,8 @@ class _Lookup:
         final = artifact.counts["final"]
         entries = {entry.path.removeprefix(f"{final}/"): entry.sha256 for entry in artifact.entries(f"{final}/*")}
         identity = self._checkpoint_identity(entries, images)
-        return self._at(artifact.folder.uri, identity, artifact.fingerprint)
+        config = artifact.read_json(f"{final}/{MODEL_CONFIG}")
+        return self._at(artifact.folder.uri, identity, artifact.fingerprint, config)
 
     def _checkpoint(self, folder: Path) -> Initial:
         """A folder of one checkpoint, in an artifact or by itself."""
@@ -141,7 +161,8 @@ class _Lookup:
         artifact = _artifact_around(folder)
         images = None if artifact is None else in_store(artifact).images
         identity = self._checkpoint_identity(files, images)
-        return self._at(str(folder), identity, None if artifact is None else artifact.fingerprint)
+        checkpoint = None if artifact is None else artifact.fingerprint
+        return self._at(str(folder), identity, checkpoint, read_json_object(folder / MODEL_CONFIG))
 
     def _checkpoint_identity(self, files: Mapping[str, str], images: Artifact | None) -> dict[str, Any]:
         """What counts of a checkpoint, by the sha256 of its files."""
@@ -165,13 +186,14 @@ class _Lookup:
         if self.config.init_weights == "raw" or self.config.init_optimizer == "keep":
             source = self._artifact(_artifact_of(found))
         else:
-            digests, index = version_index(client, found)
-            source = self._at(f"models:/{name}/{found.version}", _identity(digests, index), checkpoint)
+            digests, (index, transformer) = version_facts(client, found, (INDEX, _CONFIG))
+            place, config = f"models:/{name}/{found.version}", transformer.get(_EDT)
+            source = self._at(place, _identity(digests, index), checkpoint, config)
         if alias is None or INIT_TAG not in found.tags:
             return source
         place, base = found.tags.get(INIT_FROM_TAG, ""), found.tags.get(INIT_CHECKPOINT_TAG)
         before = Initial(place, found.tags[INIT_TAG], checkpoint=base, tracking_uri=self.tracking_uri)
-        return Initial(source.location, source.fingerprint, None, None, checkpoint, before, self.tracking_uri)
+        return replace(source, checkpoint=checkpoint, before=before)
 
     def _artifact_of_run(self, run_id: str) -> Artifact:
         try:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from glob import escape
 from hashlib import sha256
@@ -76,8 +76,10 @@ def fetch_version(client: "MlflowClient", version: Any, target: Path, need_diges
         raise _damaged(version, problems)
 
 
-def version_index(client: "MlflowClient", version: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """The digests of a version's files, and its model_index.json. Its weights are fetched where no digests are stated.
+def version_facts(
+    client: "MlflowClient", version: Any, names: Sequence[str]
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The digests of a version's files, and some of its JSON files. Its weights are fetched if no digests are stated.
 
     Raises UserError as `fetch_version`.
     """
@@ -87,12 +89,15 @@ def version_index(client: "MlflowClient", version: Any) -> tuple[dict[str, str],
         if digests is None:
             fetch_version(client, version, Path(folder), need_digests=False)
             digests = folder_digests(Path(folder))
-        elif INDEX in digests:
-            remote.download(f"{PIPELINE}/{INDEX}", Path(folder) / INDEX)
-        path = Path(folder) / INDEX
-        if not path.exists() or sha256_file(path) != digests.get(INDEX):
-            raise _damaged(version, [f"{INDEX} is missing, or has another sha256"])
-        return digests, parse_json(read_bounded(path), INDEX)
+        facts = []
+        for name in names:
+            path = Path(folder) / name
+            if name in digests and not path.exists():
+                remote.download(f"{PIPELINE}/{name}", path)
+            if not path.exists() or sha256_file(path) != digests.get(name):
+                raise _damaged(version, [f"{name} is missing, or has another sha256"])
+            facts.append(parse_json(read_bounded(path), name))
+        return digests, facts
 
 
 def pull(client: "MlflowClient", version: Any, folder: Path) -> bool:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from edt_core.config import TrainConfig
 from edt_core.errors import UserError
-from edt_core.models import DiffusionTransformer
+from edt_core.models import DiffusionTransformer, model_config
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
@@ -162,6 +162,17 @@ def test_what_a_form_does_not_have_is_refused(folder: Path, trained: Artifact, t
     with pytest.raises(UserError, match=r"train.init_from: there is no model at .*nowhere; give a registered model"):
         source(tmp_path / "nowhere")
     assert source(trained.folder.uri, init_optimizer="keep").fingerprint != source(trained.folder.uri).fingerprint
+
+
+def test_a_model_that_cannot_fit_is_known_before_anything_runs(folder: Path, trained: Artifact) -> None:
+    final = trained.directory(trained.counts["final"])
+    for location in (folder, trained.folder.uri, final):
+        start = source(location)
+        start.check(model_config("EDT-Tiny/2", 64, 7))
+        with pytest.raises(
+            UserError, match=r"\(EDT-Tiny/2\) does not fit DiT-Tiny/2.*architecture 'edt', and .* 'dit'"
+        ):
+            start.check(model_config("DiT-Tiny/2", 32, 4))
 
 
 def test_a_model_that_changed_meanwhile_is_refused(folder: Path, trained: Artifact, tmp_path: Path) -> None:

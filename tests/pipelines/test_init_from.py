@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
@@ -122,6 +123,15 @@ def test_its_record_restores_the_version_and_not_the_alias(warm: Outcome, place:
         assert published.initial[MODEL].read(config.train_of(MODEL)).classes == tuple("0123456789")
     finally:
         catalog.client.set_registered_model_alias(MODEL, "champion", "1")
+
+
+def test_what_cannot_fit_is_refused_by_the_plan(place: Path) -> None:
+    with pytest.raises(UserError, match=r"models:/.*/1 \(EDT-Tiny/2\) does not fit DiT-Tiny/2"):
+        planned(place, FROM_CHAMPION, "train.model=DiT-Tiny/2", "train.masked_loss=false")
+    with pytest.raises(UserError, match=r"train.init_optimizer is keep, but train.init_from is not set"):
+        planned(place, "train.init_optimizer=keep")
+    with pytest.raises(UserError, match=r"has no model nobody@champion"):
+        planned(place, "train.init_from=nobody@champion")
 
 
 def test_the_untrained_model_beside_it_is_random(warm: Outcome, place: Path) -> None:

@@ -42,9 +42,9 @@ class Base:
     autoencoder_digest: str | None = None
 
 
-def check_base(base: Base, config: ModelConfig) -> None:
+def check_fit(origin: str, base: ModelConfig, config: ModelConfig) -> None:
     """Raise UserError unless the weights of a base model can be adapted to the new model, naming both values."""
-    before, now = _numbers(base.config), _numbers(config)
+    before, now = _numbers(base), _numbers(config)
     differing = [
         f"{name} {before[name]!r}, and the new model has {now[name]!r}"
         for name in now
@@ -52,7 +52,7 @@ def check_base(base: Base, config: ModelConfig) -> None:
     ]
     if differing:
         raise UserError(
-            f"train.init_from: {base.origin} ({base.config.name}) does not fit {config.name}: it has "
+            f"train.init_from: {origin} ({base.name}) does not fit {config.name}: it has "
             f"{'; '.join(differing)}. Start from a model of the same kind, or set train.model, train.objective and the "
             "autoencoder to those of the base model"
         )

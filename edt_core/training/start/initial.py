@@ -11,7 +11,7 @@ from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.optim import flatten_state, restore_state
-from edt_core.training.start.base import Base, ClassRows, SavedOptimizer, check_base, class_rows
+from edt_core.training.start.base import Base, ClassRows, SavedOptimizer, check_fit, class_rows
 from edt_core.training.start.weights import adapted_weights, label_table
 from edt_core.training.state import initial_state, to_checkpoint
 
@@ -26,7 +26,7 @@ def initial_checkpoint(
     `names` are the names of the new model's classes, () where they are not known. Weights and all their averages are
     the base model's. Raises UserError where the base model does not fit.
     """
-    check_base(base, model_config)
+    check_fit(base.origin, base.config, model_config)
     rows = class_rows(base, names, model_config.num_classes)
     state = initial_state(config, model_config)
     weights = adapted_weights(base, state.model, rows, names, config.seed)

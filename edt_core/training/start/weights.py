@@ -27,7 +27,7 @@ def label_table(model: DiffusionTransformer) -> str:
 def adapted_weights(
     base: Base, model: DiffusionTransformer, rows: ClassRows, names: Sequence[str], seed: int
 ) -> dict[str, Tensor]:
-    """A state dict for `model`, float32, from the weights of a base model that `check_base` has let pass.
+    """A state dict for `model`, float32, from the weights of a base model that `check_fit` has let pass.
 
     Class rows go as `rows` says. What depends on the image size is computed anew where it is fixed, and interpolated
     where it is learned. Raises UserError for tensors that are missing, that are too many, or that cannot be adapted.

@@ -139,7 +139,13 @@ class _Lookup:
                 f"train.init_weights is raw, but {location} has averaged weights alone; give a checkpoint of a "
                 "training, or set train.init_weights=ema"
             )
-        return Initial(location, sha256_json(identity), None, None, checkpoint, model_config, None, self.tracking_uri)
+        return Initial(
+            location,
+            sha256_json(identity),
+            checkpoint=checkpoint,
+            model_config=model_config,
+            tracking_uri=self.tracking_uri,
+        )
 
     def _artifact(self, artifact: Artifact) -> Initial:
         """A checkpoint artifact: its final checkpoint. Raises UserError for an artifact of another kind."""

@@ -35,6 +35,7 @@ from pipelines.registry.kept import Kept, kept_networks, kept_tags
 from pipelines.registry.registration import ENTRY_ROLES, entry_of, promote, registered
 from pipelines.report import step as summary
 from pipelines.report.history import VersionRecord, version_record
+from pipelines.report.predecessor import predecessor_facts, predecessor_inputs
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog, check_tracking, tracking_kept
 from pipelines.tracking.runs import step_tag
@@ -210,6 +211,7 @@ class Promoted:
 
     decision: Decision
     record: VersionRecord
+    champion: Mapping[str, StepFuture] = field(default_factory=dict)  # artifacts of the champion before, by role
 
     @property
     def version(self) -> str:
@@ -225,7 +227,8 @@ def call_promotion(steps: Steps, config: PipelineConfig, branch: Branch) -> tupl
     promoted = steps.promote(_promotion(config, branch, report))
     if promoted is None:
         return None
-    return promoted, steps.step(report, summary.STAGE, _report_config(config, branch, promoted), **branch.steps)
+    inputs = {**branch.steps, **promoted.champion}
+    return promoted, steps.step(report, summary.STAGE, _report_config(config, branch, promoted), **inputs)
 
 
 def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion[Promoted]:
@@ -234,7 +237,8 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
     champion = ChampionMeasurement(config, branch.name, branch.steps, branch.feature_networks)
 
     def with_record(catalog: Catalog, decision: Decision) -> Promoted:
-        return Promoted(decision, version_record(catalog, decision, config.store))
+        before = predecessor_inputs(catalog, decision, Store(Folder.at(config.store)))
+        return Promoted(decision, version_record(catalog, decision, config.store), before)
 
     def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
         entry = entry_of(artifacts)
@@ -260,6 +264,7 @@ def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -
         return step.removesuffix(f" {branch.name}")
 
     return summary.SummaryConfig(
+        champion=predecessor_facts(decision),
         title=f"{branch.name} version {decision.version}",
         pipeline=config.name,
         model={"name": branch.name, "version": decision.version, "aliases": aliases},

@@ -23,6 +23,7 @@ from pipelines.report.history import VersionRecord
 from pipelines.report.images import Origin, display_size, gallery, neighbour_view
 from pipelines.report.inputs import Neighbourhood
 from pipelines.report.lineage import LineageRow, lineage_graph
+from pipelines.report.predecessor import Predecessor
 from pipelines.report.validation import Validation, validation_view
 
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -62,6 +63,7 @@ class ReportData:
     num_timesteps: int = 1000
     costs: Sequence[StepCost] = ()
     validation: Validation | None = None
+    predecessor: Predecessor | None = None  # the champion that this version was compared with
 
 
 def render_report(data: ReportData) -> str:
@@ -104,11 +106,13 @@ def render_report(data: ReportData) -> str:
 
 
 def _origins(data: ReportData) -> list[Origin]:
-    """Generated images first, then real ones, then the untrained model's."""
-    origins = [
-        Origin("Generated", "generated images", data.samples, data.sample_labels, (7, 5)),
-        Origin("Real", "real images", data.real, data.real_labels, (4, 3)),
-    ]
+    """Generated images first, then those of the champion before, real ones, and the untrained model's."""
+    origins = [Origin("Generated", "generated images", data.samples, data.sample_labels, (7, 5))]
+    champion = data.predecessor
+    if champion is not None and champion.samples is not None and champion.labels is not None:
+        heading, what = f"Version {champion.facts.version}", "images of the champion before"
+        origins.append(Origin(heading, what, champion.samples, champion.labels, (7, 5)))
+    origins.append(Origin("Real", "real images", data.real, data.real_labels, (4, 3)))
     if data.untrained is not None and data.untrained_labels is not None and len(data.untrained):
         origins.append(
             Origin("Untrained", "images of the untrained model", data.untrained, data.untrained_labels, (3, 2))

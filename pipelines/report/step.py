@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from edt_core.config import Section
+from edt_core.config import Section, added
 from edt_core.data.sources.files import some
 from edt_core.evaluation.metrics import metric_space
 from edt_core.evaluation.protocol import protocol_differences
@@ -28,6 +28,7 @@ from pipelines.report.inputs import (
 )
 from pipelines.report.lineage import LineageRow
 from pipelines.report.page import ReportData, render_report
+from pipelines.report.predecessor import PredecessorFacts, read_predecessor
 from pipelines.report.validation import read_validation
 
 REGISTERED = ("checkpoint", "evaluation")  # roles of the artifacts that a registered version records
@@ -43,6 +44,7 @@ class SummaryConfig(Section):
     registry: VersionRecord
     lineage: dict[str, tuple[str, tuple[str, ...]]]
     config_yaml: str
+    champion: PredecessorFacts | None = added(None)
 
 
 def summarize(
@@ -105,6 +107,7 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         neighbours=_neighbours(space, trained, inputs),
         final_losses=timestep_losses(checkpoint),
         num_timesteps=checkpoint.manifest.config["num_timesteps"],
+        predecessor=None if config.champion is None else read_predecessor(config.champion, inputs),
         validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
         costs=[step_cost(step, inputs[role], facts["macs"]) for role, (step, _) in config.lineage.items()],
     )

@@ -58,6 +58,8 @@ FEATURE_UNIT = "unit-{:05d}.safetensors"
 # Reference: safetensors with, for `<space>` and `inception.spatial`, `.mean` [D], `.covariance` [D, D] float64 and
 # `.count` int64 [1] (0 if unknown), and `<space>.features` float32 [m, D] of images at even distances.
 REFERENCE_NAME = "reference.safetensors"
+# Beside it, for each image shard, the features of all its rows: `<space>.features`, `<space>.spatial` float32 [n, D].
+IMAGE_FEATURES = "features/images-{:05d}.safetensors"
 METRICS_NAME = "metrics.json"
 # Validation: metrics per class, and the confusions of samples and real images as safetensors with `labels`,
 # `predictions` and `counts` int64 [m]: the pairs of classes that occur.

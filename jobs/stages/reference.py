@@ -4,7 +4,7 @@ The artifact contains the Gaussian of all images, and the features of an evenly 
 pairs, such as kid. Published statistics of ADM can replace the images.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import ReferenceConfig
-from edt_core.cpu_units import whole_units
 from edt_core.data.subsets import at_even_distances
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import EXTRACTORS, INCEPTION
@@ -23,12 +22,14 @@ from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.cache import local_copy
 from edt_core.store.folder import sha256_file
-from edt_core.store.layout import REFERENCE_NAME
+from edt_core.store.layout import IMAGE_FEATURES, REFERENCE_NAME
 from jobs.runtime.cluster import device_name, require, use_threads
 from jobs.runtime.pool import pooled
 from jobs.stages import extractors
 from jobs.stages.autoencoder import IMAGE_SHARDS
-from jobs.stages.stage import Stage
+from jobs.stages.reuse.features import FeatureFiles, earlier_features, features_record
+from jobs.stages.reuse.siblings import Places, WrongRowError, discard_files, message_of
+from jobs.stages.stage import REUSED, Stage
 
 _PARTS, _PART = "parts", "parts/part-{:05d}.safetensors"
 _MOST_PARTS = 64  # a part contains a D x D matrix of each space, 34 MB for Inception, until all are merged
@@ -39,9 +40,9 @@ Tensors = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive image shards, and the number of their first image among all."""
+    """Numbers of some consecutive image shards, and that of their first image among all."""
 
-    shards: tuple[str, ...]
+    shards: tuple[int, ...]
     first: int
 
 
@@ -50,9 +51,7 @@ def parts_of(images: Artifact) -> list[Part]:
     shards = images.entries(IMAGE_SHARDS)
     size = -(-len(shards) // _MOST_PARTS)
     starts = np.concatenate([[0], np.cumsum([shard.rows or 0 for shard in shards])])
-    return [
-        Part(tuple(shard.path for shard in shards[k : k + size]), int(starts[k])) for k in range(0, len(shards), size)
-    ]
+    return [Part(tuple(range(k, min(k + size, len(shards)))), int(starts[k])) for k in range(0, len(shards), size)]
 
 
 class Extraction:
@@ -65,6 +64,7 @@ class Extraction:
         parts: list[Part],
         out: ArtifactWriter,
         progress: Progress,
+        earlier: Mapping[str, Sequence[Places | None]] = {},
     ) -> None:
         from edt_core.precision import use_precision
 
@@ -73,29 +73,35 @@ class Extraction:
         self.config, self.out, self.parts, self.progress = config, out, parts, progress
         images = inputs["images"]
         assert isinstance(images, Artifact)
-        self.images, self.total = images, images.counts["images"]
-        self.device = device_name(config.num_gpus_per_worker)
-        self.extractors = {
-            space: extractors.load(space, inputs[space], self.device) for space in extractors.spaces_of(inputs)
-        }
+        self.total, self.done = images.counts["images"], 0
+        device = device_name(config.num_gpus_per_worker)
+        spaces = extractors.spaces_of(inputs)
+        self.extractors = {space: extractors.load(space, inputs[space], device) for space in spaces}
+        self.files = FeatureFiles(
+            images, self.extractors, earlier, out, config.batch_size, device == "cpu", self._on_images
+        )
 
-    def work(self, number: int) -> int:
-        """Extract part `number` unless its file exists; return its number of images."""
+    def work(self, number: int) -> tuple[int, list[int]]:
+        """Extract part `number`; return its number of images, and the numbers of the shards made by this attempt."""
         from safetensors.numpy import save
 
-        name = _PART.format(number)
-        entry = self.out.recover(name)
-        if entry is None:
-            tensors, rows = self._extract(number)
-            entry = self.out.write_bytes(name, save(tensors), rows)
-        return entry.rows or 0
+        self.part, self.done = number, 0
+        tensors, rows, made = self._extract(number)
+        self.out.write_bytes(_PART.format(number), save(tensors), rows)
+        return rows, made
 
-    def _extract(self, number: int) -> tuple[Tensors, int]:
-        done, part = 0, self.parts[number]
+    def _on_images(self, number: int) -> None:
+        self.done += number
+        self.progress.update(self.done, self.total, "images", part=self.part)
+
+    def _extract(self, number: int) -> tuple[Tensors, int, list[int]]:
+        done, part, made = 0, self.parts[number], list[int]()
         sums = Sums()
         subset: dict[str, list[NDArray[np.float32]]] = {space: [] for space in self.extractors}
         for shard in part.shards:
-            found, count = self._features(shard)
+            found, is_recovered = self.files.make(shard)
+            made += [] if is_recovered else [shard]
+            count = len(next(iter(found.values()))["features"]) if found else 0
             rows = evenly_spaced(part.first + done, count, self.total, self.config.keep_features)
             for space, arrays in found.items():
                 sums.add(space, arrays)
@@ -103,34 +109,7 @@ class Extraction:
             done += count
             self.progress.update(done, self.total, "images", part=number)
         features = {f"{space}.features": np.concatenate(blocks) for space, blocks in subset.items() if blocks}
-        return {**sums.tensors(), **features}, done
-
-    def _features(self, shard: str) -> tuple[dict[str, Tensors], int]:
-        """What each network gives for all images of a shard, and their number.
-
-        Joined, so that the sums do not depend on the batch size.
-        """
-        from edt_core.data.prefetch import in_batches, prefetched
-
-        size = whole_units(self.config.batch_size) if self.device == "cpu" else self.config.batch_size
-        parts: dict[str, list[Tensors]] = {space: [] for space in self.extractors}
-        count = 0
-        for pixels in prefetched((np.stack(b) for b in in_batches(self._pixels(shard), size)), 1):
-            for space, extract in self.extractors.items():
-                parts[space].append(extract(pixels))
-            count += len(pixels)
-        joined = {
-            space: {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-            for space, found in parts.items()
-            if found
-        }
-        return joined, count
-
-    def _pixels(self, shard: str) -> Iterator[NDArray[np.uint8]]:
-        from edt_core.data.shards import read_image_shard
-
-        for sample in read_image_shard(self.images.path(shard)):
-            yield sample.pixels()
+        return {**sums.tensors(), **features}, done, made
 
 
 class Sums:
@@ -187,20 +166,44 @@ def _of_images(
     assert isinstance(images, Artifact)
     if not images.counts["lossless"]:
         progress.warn("the image shards are JPEG: distances to them differ from distances to the original images")
+    total, size = images.counts["images"], images.counts["image_size"]
+    earlier = earlier_features(out, STAGE.version, images, extractors.digests_of(inputs))
+    try:
+        made = _extract_parts(config, inputs, images, out, progress, earlier)
+    except WrongRowError as error:
+        progress.warn(f"no features of an earlier reference are reused, all are computed: {message_of(error)}")
+        numbers = range(len(images.entries(IMAGE_SHARDS)))
+        discard_files(out, [_PARTS, *(IMAGE_FEATURES.format(number) for number in numbers)])
+        made, earlier = _extract_parts(config, inputs, images, out, progress, {}), {}
+    out.discard(_PARTS)
+    reusing = {
+        space: {number: item for number, item in enumerate(places) if item is not None and number in made}
+        for space, places in earlier.items()
+    }
+    reused = features_record(reusing, out.fingerprint)
+    facts = {"images": total, "image_size": size, "source": "images", "content": images.manifest.digest}
+    return {**facts, **({REUSED: reused} if reused else {})}
+
+
+def _extract_parts(
+    config: ReferenceConfig,
+    inputs: Mapping[str, Artifact | Source],
+    images: Artifact,
+    out: ArtifactWriter,
+    progress: Progress,
+    earlier: Mapping[str, Sequence[Places | None]],
+) -> set[int]:
+    """Write the features of all shards and the reference of them; return the numbers of the shards made now."""
     parts, total = parts_of(images), images.counts["images"]
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
-    if out.recover(REFERENCE_NAME) is None:
-        arguments = (config, dict(inputs), parts, out, progress)
-        rows = dict(pooled(Extraction, config.num_workers, range(len(parts)), *arguments, **resources))
-        if sum(rows.values()) != total:
-            raise UserError(
-                f"the image shards contain {sum(rows.values())} images, but their manifest states {total}; "
-                "run preprocess again"
-            )
-        _merge(len(parts), out)
-    out.discard(_PARTS)
-    size = images.counts["image_size"]
-    return {"images": total, "image_size": size, "source": "images", "content": images.manifest.digest}
+    arguments = (config, dict(inputs), parts, out, progress, earlier)
+    results = dict(pooled(Extraction, config.num_workers, range(len(parts)), *arguments, **resources))
+    if (rows := sum(count for count, _ in results.values())) != total:
+        raise UserError(
+            f"the image shards contain {rows} images, but their manifest states {total}; run preprocess again"
+        )
+    _merge(len(parts), out)
+    return {shard for _, made in results.values() for shard in made}
 
 
 def _merge(parts: int, out: ArtifactWriter) -> None:

@@ -152,8 +152,9 @@ class Encoder:
         if sha256_file(path) != source.sha256:
             raise UserError(f"{path} does not match its manifest (another sha256); run preprocess again")
         size = whole_units(self.config.batch_size) if self.device == "cpu" else self.config.batch_size
-        with nullcontext() if wanted is None else ShardImages(path) as images:
-            chosen = read_image_shard(path) if images is None else images.samples(np.flatnonzero(wanted).tolist())
+        with ShardImages(path) if wanted is not None else nullcontext() as images:
+            rows = [] if wanted is None else np.flatnonzero(wanted).tolist()
+            chosen = read_image_shard(path) if images is None else images.samples(rows)
             for samples in in_batches(chosen, size):
                 yield samples, np.stack(list(pool.map(ImageSample.pixels, samples)))
 
@@ -201,8 +202,8 @@ def encode(
     earlier = earlier_latents(out, config, STAGE.version, images, source, environment())
     try:
         parts = _encode_shards(config, inputs, out, progress, earlier)
-    except WrongRowError as error:
-        progress.warn(f"no row of earlier latents is reused, all images are encoded: {message_of(error)}")
+    except WrongRowError as wrong:
+        progress.warn(f"no row of earlier latents is reused, all images are encoded: {message_of(wrong)}")
         discard_files(out, [name.format(k) for k in shards for name in (LATENT_SHARD, LATENT_TAR_SHARD)])
         parts = _encode_shards(config, inputs, out, progress, [])
         earlier = []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edt_core.store.store import Store
     from edt_core.store.trash import Discarded
     from pipelines.registry.cleaning import Plan, Removed
-    from pipelines.registry.garbage import Garbage
+    from pipelines.registry.garbage import Garbage, Lineage
 
 
 def gc(
@@ -122,6 +122,8 @@ def _show_removed(removed: "Removed", as_json: bool, listed: bool) -> None:
 def _show_folders(plan: "Plan") -> None:
     rows = [item.as_row() for item in plan.garbage]
     print_rows(rows, ("kind", "fingerprint", "bytes", "why", "attempt"), False, none="nothing to remove")
+    if plan.lineage.versions:
+        say(f"kept: {_lineage(plan.lineage)}")
     if plan.left_alone:
         say("left alone:")
     for path, reason in plan.left_alone.items():
@@ -132,9 +134,17 @@ def _as_json(plan: "Plan") -> dict[str, Any]:
     return {
         "garbage": [item.as_row() for item in plan.garbage],
         "deleted_from_trash": [asdict(item) for item in plan.discarded],
+        "kept": asdict(plan.lineage),
         "left_alone": [{"path": redacted(path), "why": redacted(why)} for path, why in plan.left_alone.items()],
         "trash": None,
     }
+
+
+def _lineage(lineage: "Lineage") -> str:
+    from pipelines.setup.disk import size_text
+
+    versions = "1 registered version" if lineage.versions == 1 else f"{lineage.versions} registered versions"
+    return f"{lineage.artifacts} artifacts ({size_text(lineage.bytes)}) of the lineage of {versions}"
 
 
 def _count(items: "Sequence[Garbage] | Sequence[Discarded]") -> str:

@@ -9,7 +9,7 @@ from edt_core.errors import UserError
 from edt_core.store.layout import MANIFEST_NAME
 from edt_core.store.store import Store
 from edt_core.store.trash import Discarded, Trash
-from pipelines.registry.garbage import Garbage, survey
+from pipelines.registry.garbage import Garbage, Lineage, survey
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import workflow_runs
 
@@ -30,11 +30,13 @@ class Plan:
     garbage: list[Garbage]
     discarded: list[Discarded]
     left_alone: dict[str, str]
+    lineage: Lineage = field(default_factory=Lineage, kw_only=True)
 
     def only(self, agreed: "Plan") -> "Plan":
         """The part that is in the agreed plan as well."""
         garbage = [item for item in self.garbage if item in agreed.garbage]
-        return Plan(garbage, [item for item in self.discarded if item in agreed.discarded], self.left_alone)
+        discarded = [item for item in self.discarded if item in agreed.discarded]
+        return Plan(garbage, discarded, self.left_alone, lineage=self.lineage)
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ def plan(store: Store, catalog: Catalog, request: Request) -> Plan:
     contents = survey(store, catalog, request.keep_runs, request.force)
     trash = Trash.of(store.root)
     if trash is None:
-        return Plan(contents.garbage, [], contents.left_alone)
-    return Plan(contents.garbage, trash.discarded(request.empty_trash), {**contents.left_alone, **trash.others()})
+        return Plan(contents.garbage, [], contents.left_alone, lineage=contents.lineage)
+    left_alone = {**contents.left_alone, **trash.others()}
+    return Plan(contents.garbage, trash.discarded(request.empty_trash), left_alone, lineage=contents.lineage)
 
 
 def collect(store: Store, catalog: Catalog, request: Request, agree: Callable[[Plan], None] | None = None) -> Removed:
@@ -80,7 +83,7 @@ def remove(store: Store, catalog: Catalog, planned: Plan) -> Removed:
     """
     trash = Trash.of(store.root)
     folder = None if trash is None else trash.new()
-    removed = Removed([], [], planned.left_alone, None if folder is None else str(folder))
+    removed = Removed([], [], planned.left_alone, None if folder is None else str(folder), lineage=planned.lineage)
     for each in planned.discarded:
         assert trash is not None
         trash.delete(each)

@@ -22,6 +22,9 @@ from pipelines.registry.aliases import search
 from pipelines.tracking import runs
 from pipelines.tracking.catalog import Catalog
 
+# Tags of a registered version that name artifacts it was made of.
+_ROOT_TAGS = ("edt.checkpoint", "edt.evaluation", "edt.autoencoder", INIT_CHECKPOINT_TAG)
+
 
 @dataclass(frozen=True)
 class Garbage:
@@ -50,11 +53,21 @@ class Garbage:
 
 
 @dataclass(frozen=True)
+class Lineage:
+    """What registered versions keep in a store: the versions, their artifacts with all inputs, and the bytes."""
+
+    versions: int = 0
+    artifacts: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Survey:
     """The garbage of a store, and what is left alone although nothing needs it: path in the store -> why."""
 
     garbage: list[Garbage]
     left_alone: dict[str, str]
+    lineage: Lineage = Lineage()
 
 
 @dataclass
@@ -100,8 +113,12 @@ def roots(catalog: Catalog, keep_runs: int, running: bool) -> set[str]:
         if seen[name] <= keep_runs or (running and run.info.status == "RUNNING"):
             fingerprints |= set(runs.steps_of(run.data.tags).values())
             fingerprints |= {tag for key, tag in run.data.tags.items() if key.startswith(f"{INIT_CHECKPOINT_TAG}.")}
-    keys = ("edt.checkpoint", "edt.evaluation", INIT_CHECKPOINT_TAG)
-    return fingerprints | {v.tags[key] for v in search(catalog, "") for key in keys if key in v.tags}
+    return fingerprints.union(*registered_roots(catalog))
+
+
+def registered_roots(catalog: Catalog) -> list[set[str]]:
+    """For each registered version, the fingerprints of the artifacts that its tags name."""
+    return [{version.tags[key] for key in _ROOT_TAGS if key in version.tags} for version in search(catalog, "")]
 
 
 def reachable(manifests: Mapping[Identity, Manifest], fingerprints: Iterable[str]) -> set[str]:
@@ -127,6 +144,16 @@ def _is_about(report: Manifest, fingerprints: set[str]) -> bool:
     return all(report.inputs.get(role) in fingerprints for role in ("checkpoint", "evaluation"))
 
 
+def lineage_size(contents: Contents, catalog: Catalog) -> Lineage:
+    """How much the registered versions keep: their artifacts in this store, and all inputs of these."""
+    fingerprints = {fingerprint for _, fingerprint in contents.manifests}
+    versions = [roots for roots in registered_roots(catalog) if roots & fingerprints]
+    needed = reachable(contents.manifests, set().union(*versions))
+    manifests = [manifest for (_, fingerprint), manifest in contents.manifests.items() if fingerprint in needed]
+    size = sum(entry.bytes for manifest in manifests for entry in manifest.files)
+    return Lineage(len(versions), len(manifests), size)
+
+
 def survey(store: Store, catalog: Catalog, keep_runs: int, force: bool = False) -> Survey:
     """Find the garbage of a store. Removes nothing. An artifact without a manifest counts as unfinished.
 
@@ -142,7 +169,7 @@ def survey(store: Store, catalog: Catalog, keep_runs: int, force: bool = False) 
         _check_readable(contents, needed)
     # Another MLflow may have registered an artifact that this one does not know: keep its inputs as well.
     needed_elsewhere = reachable(contents.manifests, fingerprints | {name for _, name in foreign_artifacts})
-    result = Survey([], dict(contents.others))
+    result = Survey([], dict(contents.others), lineage_size(contents, catalog))
     for identity in contents.folders:
         if identity[1] in needed:
             _add_abandoned_attempts(store, contents, identity, result)

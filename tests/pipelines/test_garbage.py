@@ -8,8 +8,10 @@ import pytest
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from edt_core.store.store import Store
+from pipelines.commands.gc import _show_removed
 from pipelines.registry.cleaning import Plan, Request, collect, plan
 from pipelines.registry.garbage import roots
+from pipelines.setup.disk import size_text
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import step_tag
 from tests.support.garbage import begun, chain, made, names, register, run_about, there
@@ -116,3 +118,31 @@ def test_a_store_without_a_record_is_left_alone(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="there is no MLflow record in the store"):
         Catalog.existing(Folder.at(tmp_path))
+
+
+def test_everything_a_registered_version_was_made_of_stays_and_its_size_is_stated(
+    store: Store, catalog: Catalog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of(kind: str, **inputs: Artifact) -> Artifact:
+        return made(store, catalog, kind, 1, **inputs)
+
+    images = of("images")
+    vae, judge = of("autoencoder", images=images), of("classifier", images=images)
+    latents = of("latents", images=images, autoencoder=vae)
+    reference = of("reference", images=images, classifier=judge)
+    checkpoint = of("checkpoint", latents=latents)
+    features = of("features", checkpoint=checkpoint, autoencoder=vae, classifier=judge)
+    evaluation = of("evaluation", features=features, reference=reference)
+    lineage = [images, vae, judge, latents, reference, checkpoint, features, evaluation]
+    newer = [made(store, catalog, kind, 2) for kind in ("images", "latents")]
+    run = run_about(catalog, lineage)
+    register(catalog, run, [images, latents, checkpoint, evaluation])
+    run_about(catalog, newer)
+    garbage = chain(store, catalog, 3)
+    done = collect(store, catalog, Request(1))
+    assert {item.fingerprint for item in done.garbage} == names(garbage)
+    assert there(store) == names(lineage + newer)
+    assert (done.lineage.versions, done.lineage.artifacts, done.lineage.bytes) == (1, 8, 8)
+    _show_removed(done, as_json=False, listed=False)
+    assert f"kept: 8 artifacts ({size_text(8)}) of the lineage of 1 registered version" in capsys.readouterr().out
+    assert plan(store, catalog, Request(1)).lineage == done.lineage

@@ -170,9 +170,8 @@ def merged_features(space: str, places: Places | None, read: NDArray[np.bool_], 
             one, other = new[position], array[position]
             is_same = one.tobytes() == other.tobytes() or float(np.abs(one - other).max()) <= gap * float(one.std())
             if not is_same:
-                raise WrongRowError(
-                    places.where(position, IMAGE_FEATURES, f"({space}) differs from what is computed of its image now")
-                )
+                problem = f"({space}) differs from what is computed of its image now"
+                raise WrongRowError(places.where(int(position), IMAGE_FEATURES, problem))
         merged[name] = np.where(places.reused[:, None], array, new)
     return merged
 

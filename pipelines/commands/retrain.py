@@ -16,11 +16,11 @@ from pipelines.commands.options import (
     print_json,
     print_rows,
 )
-from pipelines.commands.workflow import Address, execute
+from pipelines.commands.workflow import Address, DigestAgain, execute
 
 if TYPE_CHECKING:
     from pipelines.plan import PlannedStep
-    from pipelines.retrain import Retraining
+    from pipelines.retrain.prepare import Retraining
 
 
 def retrain(
@@ -46,6 +46,7 @@ def retrain(
         bool,
         typer.Option("--no-overlap", help="start nothing if a run of this pipeline is in progress in this store"),
     ] = False,
+    digest_again: DigestAgain = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the champion of a model further on the present images, and promote the result if it is better.
@@ -58,14 +59,14 @@ def retrain(
     from jobs.runtime.cluster_address import check_named
 
     check_named(address)
-    from pipelines.retrain import Request, done_before, planned, prepare
+    from pipelines.retrain.prepare import Request, done_before, planned, prepare
     from pipelines.schedule.record import UNCHANGED, report_to_scheduler
     from pipelines.terminal.terminal import Terminal
 
     catalog = open_catalog(store, tracking_uri)
     request = Request(name, store, images, tuple(assignments), steps, from_scratch)
     with Terminal(to_stderr=True) as terminal:
-        retraining = prepare(catalog, request, terminal)
+        retraining = prepare(catalog, request, terminal, digest_again)
     rows = [] if retraining.nothing_to_do else planned(catalog, retraining)
     reason = retraining.nothing_to_do or done_before(catalog, retraining, rows)
     if show_plan:
@@ -75,7 +76,13 @@ def retrain(
         _show_nothing(reason, as_json)
     else:
         execute(
-            retraining.config, "retrain", address, no_overlap, as_json, list(_notes(retraining)), catalog.tracking_uri
+            retraining.config,
+            "retrain",
+            address,
+            no_overlap,
+            as_json,
+            notes=list(_notes(retraining)),
+            tracking_uri=catalog.tracking_uri,
         )
 
 
@@ -102,6 +109,8 @@ def _show_plan(retraining: "Retraining", rows: "list[PlannedStep]", reason: str,
 
 
 def _facts(retraining: "Retraining") -> dict[str, Any]:
+    from pipelines.retrain.guard import device_hours
+
     (name,) = retraining.config.models
     version, train = retraining.champion, retraining.config.train_of(name)
     delta = retraining.delta
@@ -112,6 +121,7 @@ def _facts(retraining: "Retraining") -> dict[str, Any]:
         "max_steps": train.max_steps,
         "images": retraining.source.images,
         "delta": None if delta is None else delta.to_dict(),
+        "device_hours": device_hours(version, train.max_steps),
         "notes": list(retraining.notes),
     }
 
@@ -122,5 +132,7 @@ def _notes(retraining: "Retraining") -> Iterator[str]:
     yield f"starts    {start}, {facts['max_steps']} steps"
     change = f": {retraining.delta}" if retraining.delta is not None else ""
     yield f"images    {facts['images']}{change}"
+    if facts["device_hours"] is not None:
+        yield f"training  about {facts['device_hours']:.2g} device hours, at the pace of the champion"
     for note in retraining.notes:
         yield f"note      {note}"

@@ -70,6 +70,16 @@ class PromoteConfig(Section):
         return self
 
 
+class RetrainConfig(Section):
+    """Limits of `edt retrain`. `edt run` does not read them."""
+
+    max_device_hours: float | None = runtime(
+        None,
+        gt=0,
+        description="refuse a training that would take more; end one with a checkpoint when they are used up",
+    )
+
+
 class ValidationConfig(ValidateConfig):
     """How often the classifier predicts the right class of samples and of real images: a step beside `evaluate`."""
 
@@ -127,6 +137,7 @@ class PipelineConfig(_WithNetworks):
     validation: ValidationConfig = added(ValidationConfig())  # `validate` is a method of pydantic's models
     promote: PromoteConfig = PromoteConfig()
     notify: NotifyConfig = added(NotifyConfig())
+    retrain: RetrainConfig = added(RetrainConfig())
     models: dict[str, dict[str, Any]] = Field(
         min_length=1, description="registry name -> the fields of `train` that differ for this model"
     )

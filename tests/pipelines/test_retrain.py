@@ -11,10 +11,12 @@ from typer.testing import CliRunner, Result
 from edt_core.data.digits import write_digits
 from edt_core.errors import UserError
 from edt_core.store.folder import Folder
-from pipelines import retrain
 from pipelines.cli import app
 from pipelines.config.schema import PipelineConfig, as_yaml, load_config
-from pipelines.retrain import Delta, Request
+from pipelines.retrain import line as lines
+from pipelines.retrain.delta import Delta
+from pipelines.retrain.guard import guarded
+from pipelines.retrain.prepare import Request, _configured
 from pipelines.schedule.record import new_schedule
 from pipelines.schedule.server import command
 from pipelines.tracking.catalog import Catalog
@@ -40,8 +42,8 @@ class Line:
         self.versions: dict[str, Version] = {}
         self.records: dict[str, Record] = {}
         self.store = str(store)
-        patch.setattr(retrain, "version_at", lambda catalog, name, number: self.versions.get(number))
-        patch.setattr(retrain, "read_record", lambda catalog, run_id: self.records[run_id])
+        patch.setattr(lines, "version_at", lambda catalog, name, number: self.versions.get(number))
+        patch.setattr(lines, "read_record", lambda catalog, run_id: self.records[run_id])
 
     def add(self, *assignments: str, tags: Mapping[str, str] | None = None, **recorded: str) -> None:
         number = len(self.versions) + 1
@@ -54,7 +56,7 @@ class Line:
         number = str(len(self.versions))
         asked = Request("m", self.store, assignments=assignments, **request)
         version = self.versions[number]
-        return retrain._configured(None, asked, version, self.records[version.run_id])  # type: ignore[arg-type]
+        return _configured(None, asked, version, self.records[version.run_id])  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -91,6 +93,18 @@ def test_from_scratch_everything_is_fitted_and_trained_as_the_first_was(line: Li
     assert line.config(from_scratch=True, steps=5).train_of("m").max_steps == 5
 
 
+def test_a_training_that_takes_too_long_is_refused_and_one_that_does_not_ends_in_time() -> None:
+    version = Version(1, **{"edt.cost.device_hours": "8.0", "edt.cost.steps": "1000"})
+    limits = ["models={m: {num_workers: 2}}", "train.max_steps=250"]
+    config = load_config("quickstart", [*limits, "retrain.max_device_hours=1.5"])
+    with pytest.raises(UserError, match=r"250 steps takes about 2 device hours .* Use --steps 187, or raise the limit"):
+        guarded(config, version, "m")
+    enough = load_config("quickstart", [*limits, "retrain.max_device_hours=3"])
+    assert guarded(enough, version, "m").train_of("m").max_hours == 1.5  # of each of the two workers
+    assert guarded(enough, Version(1), "m").train_of("m").max_hours == 1.5
+    assert guarded(load_config("quickstart", limits), version, "m").train_of("m").max_hours is None
+
+
 def test_published_networks_stay(line: Line) -> None:
     inception = ["extractors=[inception]", "promote.metric=fid", "inception.weights=/w/inception.pth"]
     factor = ["autoencoder.pretrained=stabilityai/sd-vae-ft-ema", "autoencoder.downsample_factor=4"]
@@ -121,6 +135,9 @@ def test_the_difference_by_class() -> None:
     assert str(delta) == (
         "the champion has 17; cat +3, dog -1, owl -2, fox +6; new classes: fox; classes that are gone: owl"
     )
+    known = Delta({"cat": 10, "dog": 5, "owl": 2}, {"cat": 10, "dog": 4, "owl": 2}, {"cat": 3})
+    assert known.removed == {"cat": 3, "dog": 1, "owl": 0}
+    assert str(known) == "3 added, 4 removed; cat +3 -3, dog -1"
 
 
 def said(result: Result) -> str:
@@ -195,7 +212,9 @@ def test_images_arrive_and_the_model_is_trained_further(tmp_path: Path, edt: Cal
 
     arrive(0, 3)
     plan = edt(*asked, "--plan")
-    assert plan["delta"]["now"] == dict.fromkeys("0123456789", 23)
+    digits = dict.fromkeys("0123456789", 3)
+    assert plan["delta"]["now"] == dict.fromkeys(digits, 23)
+    assert (plan["delta"]["added"], plan["delta"]["removed"]) == (digits, dict.fromkeys(digits, 0))
     assert (plan["champion"], plan["init_from"], plan["max_steps"]) == ("1", f"models:/{MODEL}/1", 2)
     actions = {step["step"]: step["action"] for step in plan["steps"]}
     assert {name for name, action in actions.items() if action == "reuse"} == {

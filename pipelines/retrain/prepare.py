@@ -12,24 +12,25 @@ from typing import Any
 
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
-from edt_core.store.artifact import Artifact, Source
+from edt_core.store.artifact import Source
 from edt_core.store.folder import Folder
-from edt_core.store.layout import CLASSES_NAME
 from edt_core.store.store import Store
 from jobs.commands.options import parse_assignment, validated
+from jobs.models.initial import initial_source
 from jobs.models.registry_files import title
 from pipelines.config.schema import PipelineConfig, assign
 from pipelines.pipeline import prepare_source
 from pipelines.plan import PlannedStep, plan
-from pipelines.registry.aliases import champion, search, version_at
+from pipelines.registry.aliases import version_at
 from pipelines.registry.gate import Decision
 from pipelines.registry.kept import ClassesDifferError, autoencoder_of, kept_networks
-from pipelines.registry.lookup import all_aliases, origin_of
+from pipelines.retrain.delta import Delta, delta_of
+from pipelines.retrain.guard import guarded
+from pipelines.retrain.line import champion_record, line_start
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
-from pipelines.tracking.runs import Record, read_record, step_tag, workflow_runs
+from pipelines.tracking.runs import Record
 
-_SHOWN = 8  # classes that are named
 SHARE = 4  # a retraining has a quarter of the steps of the training from scratch that its line began with
 _DIGEST = re.compile("[0-9a-f]{64}")
 _TRAIN_FIELDS = ("max_steps", "max_epochs", "warmup_steps", "init_from", "init_weights", "init_optimizer")
@@ -53,64 +54,35 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Delta:
-    """The images of each class, those of the champion and those of now, by the names of the classes."""
-
-    before: Mapping[str, int]
-    now: Mapping[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"before": dict(self.before), "now": dict(self.now), "gained": self.gained, "lost": self.lost}
-
-    @property
-    def gained(self) -> list[str]:
-        """Classes that the champion does not know."""
-        return [name for name in self.now if name not in self.before]
-
-    @property
-    def lost(self) -> list[str]:
-        """Classes of the champion that have no folder any more."""
-        return [name for name in self.before if name not in self.now]
-
-    def __str__(self) -> str:
-        names = dict.fromkeys([*self.before, *self.now])
-        changes = {name: self.now.get(name, 0) - self.before.get(name, 0) for name in names}
-        shown = [f"{name} {number:+d}" for name, number in changes.items() if number]
-        more = f", and {len(shown) - _SHOWN} more classes" if len(shown) > _SHOWN else ""
-        parts = [f"the champion has {sum(self.before.values())}", ", ".join(shown[:_SHOWN]) + more]
-        parts += [f"new classes: {', '.join(self.gained[:_SHOWN])}"] if self.gained else []
-        parts += [f"classes that are gone: {', '.join(self.lost[:_SHOWN])}"] if self.lost else []
-        return "; ".join(part for part in parts if part)
-
-
-@dataclass(frozen=True)
 class Retraining:
     """A retraining that can be planned or run. `nothing_to_do` says why there is none, or is empty."""
 
     config: PipelineConfig
     source: Source
     champion: Any | None  # the version that it starts from; None from scratch without a champion
-    delta: "Delta | None" = None
+    delta: Delta | None = None
     notes: tuple[str, ...] = ()
     nothing_to_do: str = ""
 
 
-def prepare(catalog: Catalog, request: Request, terminal: Terminal) -> Retraining:
-    """The retraining of a model. Reads the source, and writes nothing.
+def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again: bool = False) -> Retraining:
+    """The retraining of a model. Reads the source, and writes nothing. `digest_again`: read all images of the source.
 
     Raises UserError if there is no champion, if its run or its classifier is gone, or if the source is unusable.
     """
-    version, record = _champion(catalog, request)
+    version, record = champion_record(catalog, request.name, request.from_scratch)
     config = _configured(catalog, request, version, record)
     store = Store(Folder.at(request.store))
-    source = prepare_source(config.source, store.root, terminal)
+    source = prepare_source(config.source, store.root, terminal, digest_again)
     notes: list[str] = []
     if not request.from_scratch:
         config, notes = _with_classifier(config, catalog, store, source)
+        _check_start(config, catalog, request.name)
+    config = guarded(config, version, request.name)
     reason = ""
     if version is not None and not request.differs and source.fingerprint == version.tags.get("edt.source"):
         reason = f"the images are those of {title(version)}"
-    return Retraining(config, source, version, _delta(version, store, source), tuple(notes), reason)
+    return Retraining(config, source, version, delta_of(version, store, source), tuple(notes), reason)
 
 
 def planned(catalog: Catalog, retraining: Retraining) -> list[PlannedStep]:
@@ -130,60 +102,11 @@ def done_before(catalog: Catalog, retraining: Retraining, steps: Sequence[Planne
     return f"{name} version {number} is this retraining" + (f" ({Decision.from_json(text)})" if text else "")
 
 
-def _champion(catalog: Catalog, request: Request) -> tuple[Any | None, Record]:
-    """The champion of a model and the record of its run. From scratch, the newest run does without a champion."""
-    name = request.name
-    version = champion(catalog, name)
-    if version is None:
-        if request.from_scratch and (run := _newest_run(catalog, name)) is not None:
-            return None, read_record(catalog, run)
-        raise UserError(_no_champion(catalog, name))
-    if origin_of(version) or not version.run_id:
-        raise UserError(
-            f"{title(version)} was imported: no run of edt has its configuration. Fine-tune it with "
-            f"`edt run CONFIG --set train.init_from={name}/{version.version}`"
-        )
-    try:
-        record = read_record(catalog, version.run_id)
-    except UserError as error:
-        raise UserError(
-            f"the configuration of {title(version)} cannot be read: {error}. Run `edt run CONFIG --set "
-            f"train.init_from={name}/{version.version}` with your configuration file"
-        ) from error
-    if name not in (record.config.get("models") or {}):
-        raise UserError(
-            f"the run {version.run_id} that registered {title(version)} has no model {name!r}, but "
-            f"{', '.join(record.config.get('models') or {}) or 'none'}. Run `edt run` with its configuration file"
-        )
-    return version, record
-
-
-def _no_champion(catalog: Catalog, name: str) -> str:
-    """Why there is nothing to start from, and the way on."""
-    if name not in (known := all_aliases(catalog)):
-        models = f"; models are {', '.join(sorted(known)[:20])}" if known else ""
-        return f"there is no registered model {name!r}{models}. Train it first: `edt run CONFIG`"
-    numbers = sorted((str(v.version) for v in search(catalog, f"name = '{name}'")), key=int)
-    if not numbers:
-        return f"{name} has no versions; they were deleted. Retrain it with --from-scratch, or train it with `edt run`"
-    return (
-        f"{name} has no champion; its versions are {', '.join(numbers[-10:])}. Make one champion with "
-        f"`edt models promote {name}/{numbers[-1]} --force`, retrain with --from-scratch, or use `edt run CONFIG`"
-    )
-
-
-def _newest_run(catalog: Catalog, name: str) -> str | None:
-    """The newest finished workflow run that trained a model of this name."""
-    tag = step_tag(f"train {name}")
-    runs = (run for run in workflow_runs(catalog) if run.info.status == "FINISHED" and tag in run.data.tags)
-    return next((str(run.info.run_id) for run in runs), None)
-
-
 def _configured(catalog: Catalog, request: Request, version: Any | None, record: Record) -> PipelineConfig:
     """The configuration of a retraining: that of the champion's run, with what a retraining changes, then `--set`."""
     values: dict[str, Any] = {**record.config, "store": request.store}
     fields = dict(record.config["models"][request.name] or {})
-    first_number, first = _line_start(catalog, request.name, version, record)
+    first_number, first = line_start(catalog, request.name, version, record)
     train = dict(record.config.get("train") or {})
     if request.from_scratch:
         fields, train = dict(first.config["models"].get(request.name) or {}), dict(first.config.get("train") or {})
@@ -226,32 +149,6 @@ def _steps(first: Record, name: str, version: Any | None) -> int:
     return max(1, math.ceil(int(recorded or config.train_of(name).max_steps) / SHARE))
 
 
-def _line_start(catalog: Catalog, name: str, version: Any | None, record: Record) -> tuple[Any | None, Record]:
-    """The training from scratch that a line of retrainings began with, as far back as versions and runs exist."""
-    seen: set[str] = set()
-    while version is not None and (number := _initial_version(record, name)) and number not in seen:
-        seen.add(number)
-        earlier = version_at(catalog, name, number)
-        if earlier is None or not earlier.run_id:
-            break
-        try:
-            before = read_record(catalog, earlier.run_id)
-        except UserError:
-            break
-        if name not in (before.config.get("models") or {}):
-            break
-        version, record = earlier, before
-    return version, record
-
-
-def _initial_version(record: Record, name: str) -> str:
-    """The version of this model that a run's training started from; "" if it started from something else."""
-    own = record.config["models"].get(name) or {}
-    location = own.get("init_from", (record.config.get("train") or {}).get("init_from")) or ""
-    match = re.fullmatch(rf"(?:models:/)?{re.escape(name)}/(\d+)", location)
-    return match[1] if match else ""
-
-
 def _source(config: Mapping[str, Any], images: str | None) -> dict[str, Any]:
     """The recorded source, or the same selection of images elsewhere."""
     source = dict(config["source"])
@@ -274,19 +171,12 @@ def _autoencoder(values: Mapping[str, Any], request: Request, version: Any | Non
     return section
 
 
-def _delta(version: Any | None, store: Store, source: Source) -> Delta | None:
-    """The images by class, then and now; None if the champion's artifacts are gone, or the source was not listed."""
-    from edt_core.data.sources import list_source
-
-    if version is None or source.selection is None:
-        return None
+def _check_start(config: PipelineConfig, catalog: Catalog, name: str) -> None:
+    """Raise UserError, with the way on, if the champion's weights are neither in the store nor in the registry."""
     try:
-        images = Artifact.read(store.folder("images", version.tags["edt.images"]))
-        before = dict(zip(images.read_json(CLASSES_NAME), images.counts["class_counts"], strict=True))
-    except (UserError, OSError, KeyError, TypeError, ValueError):
-        return None
-    listing = list_source(source.selection)
-    return Delta(before, dict(zip(listing.classes, map(int, listing.class_counts), strict=True)))
+        initial_source(config.train_of(name), catalog.tracking_uri)
+    except (UserError, OSError) as error:
+        raise UserError(f"{name} cannot be trained further: {error}. Retrain it with --from-scratch") from error
 
 
 def _with_classifier(

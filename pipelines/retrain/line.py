@@ -1,0 +1,85 @@
+"""The line of a model: its champion, the run that made it, and the training from scratch that the line began with."""
+
+import re
+from typing import Any
+
+from edt_core.errors import UserError
+from jobs.models.registry_files import title
+from pipelines.registry.aliases import champion, search, version_at
+from pipelines.registry.lookup import all_aliases, origin_of
+from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.runs import Record, read_record, step_tag, workflow_runs
+
+
+def champion_record(catalog: Catalog, name: str, from_scratch: bool = False) -> tuple[Any | None, Record]:
+    """The champion of a model and the record of its run. From scratch, the newest run does without a champion."""
+    version = champion(catalog, name)
+    if version is None:
+        if from_scratch and (run := _newest_run(catalog, name)) is not None:
+            return None, read_record(catalog, run)
+        raise UserError(_no_champion(catalog, name))
+    if origin_of(version) or not version.run_id:
+        raise UserError(
+            f"{title(version)} was imported: no run of edt has its configuration. Fine-tune it with "
+            f"`edt run CONFIG --set train.init_from={name}/{version.version}`"
+        )
+    try:
+        record = read_record(catalog, version.run_id)
+    except UserError as error:
+        raise UserError(
+            f"the configuration of {title(version)} cannot be read: {error}. Run `edt run CONFIG --set "
+            f"train.init_from={name}/{version.version}` with your configuration file"
+        ) from error
+    if name not in (record.config.get("models") or {}):
+        raise UserError(
+            f"the run {version.run_id} that registered {title(version)} has no model {name!r}, but "
+            f"{', '.join(record.config.get('models') or {}) or 'none'}. Run `edt run` with its configuration file"
+        )
+    return version, record
+
+
+def line_start(catalog: Catalog, name: str, version: Any | None, record: Record) -> tuple[Any | None, Record]:
+    """The training from scratch that a line of retrainings began with, as far back as versions and runs exist."""
+    seen: set[str] = set()
+    while version is not None and (number := _initial_version(record, name)) and number not in seen:
+        seen.add(number)
+        earlier = version_at(catalog, name, number)
+        if earlier is None or not earlier.run_id:
+            break
+        try:
+            before = read_record(catalog, earlier.run_id)
+        except UserError:
+            break
+        if name not in (before.config.get("models") or {}):
+            break
+        version, record = earlier, before
+    return version, record
+
+
+def _no_champion(catalog: Catalog, name: str) -> str:
+    """Why there is nothing to start from, and the way on."""
+    if name not in (known := all_aliases(catalog)):
+        models = f"; models are {', '.join(sorted(known)[:20])}" if known else ""
+        return f"there is no registered model {name!r}{models}. Train it first: `edt run CONFIG`"
+    numbers = sorted((str(v.version) for v in search(catalog, f"name = '{name}'")), key=int)
+    if not numbers:
+        return f"{name} has no versions; they were deleted. Retrain it with --from-scratch, or train it with `edt run`"
+    return (
+        f"{name} has no champion; its versions are {', '.join(numbers[-10:])}. Make one champion with "
+        f"`edt models promote {name}/{numbers[-1]} --force`, retrain with --from-scratch, or use `edt run CONFIG`"
+    )
+
+
+def _newest_run(catalog: Catalog, name: str) -> str | None:
+    """The newest finished workflow run that trained a model of this name."""
+    tag = step_tag(f"train {name}")
+    runs = (run for run in workflow_runs(catalog) if run.info.status == "FINISHED" and tag in run.data.tags)
+    return next((str(run.info.run_id) for run in runs), None)
+
+
+def _initial_version(record: Record, name: str) -> str:
+    """The version of this model that a run's training started from; "" if it started from something else."""
+    own = record.config["models"].get(name) or {}
+    location = own.get("init_from", (record.config.get("train") or {}).get("init_from")) or ""
+    match = re.fullmatch(rf"(?:models:/)?{re.escape(name)}/(\d+)", location)
+    return match[1] if match else ""

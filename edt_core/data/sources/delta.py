@@ -1,47 +1,35 @@
-"""What changed between two sets of labelled images: added, removed and moved images, by sha256 of their bytes.
-
-Legend: N images of a set, K its classes.
-"""
+"""What changed between two sets of labelled images, by the sha256 of their bytes and the names of their classes."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-UNLABELLED = -1
-_SHARE = 0.5  # of the images of both classes that must be common for one to be the other, renamed
+_SHOWN = 5  # classes in a text
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """A set of images: class names, and of each image its sha256, uint8 [N, 32], and class index, int [N].
+@dataclass(frozen=True, eq=False)
+class LabelledDigests:
+    """N images: sha256 of each, uint8 [N, 32], and its class, int [N], an index into `classes`."""
 
-    An image with the label -1 is known but in no class, because it is unreadable: it counts as neither added nor
-    removed.
-    """
-
-    classes: tuple[str, ...]
     digests: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    labels: NDArray[np.integer[Any]]
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Delta:
-    """The changes from a base set to a new one.
+class ImageDelta:
+    """The difference of two sets of images. The numbers are by class name; `moved` is by (old class, new class).
 
-    added: class -> images whose bytes the base does not have (or has less often). removed: class of the base -> images
-    that the new set does not have. moved: (class of the base, class) -> images with the same bytes in another class.
-    renamed: class of the base -> its new name; images of a renamed class are not moved. gained, lost: classes that only
-    the new set, only the base has. unchanged: images with the same bytes in the same class.
+    `renamed`: old class -> new class, if all images of a class that is gone are in one new class. Its images are not in
+    `moved`. `gained` and `lost` are the other classes that only one of the sets has.
     """
 
+    before: int
+    now: int
     unchanged: int
     added: Mapping[str, int] = field(default_factory=dict)
     removed: Mapping[str, int] = field(default_factory=dict)
@@ -52,110 +40,111 @@ class Delta:
 
     def __bool__(self) -> bool:
         """Whether anything changed."""
-        return any((self.added, self.removed, self.moved, self.renamed, self.gained, self.lost))
+        return bool(self.added or self.removed or self.moved or self.renamed or self.gained or self.lost)
 
-    @property
-    def num_added(self) -> int:
-        return sum(self.added.values())
+    def __str__(self) -> str:
+        """The difference in one line: `+100 -3 images: 3 +60, 8 +40, 5 -3; new class 9`."""
+        if not self:
+            return "no image changed"
+        total = {name: self.added.get(name, 0) for name in (*self.added, *self.removed)}
+        by_size = sorted(total, key=lambda name: -max(total[name], self.removed.get(name, 0)))
+        numbers = [" ".join(_signed(name, self.added, self.removed)) for name in by_size]
+        parts = [f"+{sum(self.added.values()):,} -{sum(self.removed.values()):,} images"]
+        parts[0] += f": {_listed(numbers)}" if numbers else ""
+        parts += [f"moved {_listed([f'{a} -> {b} {n:,}' for (a, b), n in self.moved.items()])}"] if self.moved else []
+        parts += [f"renamed {_listed([f'{a} -> {b}' for a, b in self.renamed.items()])}"] if self.renamed else []
+        parts += [f"new classes {_listed(self.gained)}"] if self.gained else []
+        parts += [f"classes gone {_listed(self.lost)}"] if self.lost else []
+        return "; ".join(parts)
 
-    @property
-    def num_removed(self) -> int:
-        return sum(self.removed.values())
-
-    @property
-    def num_moved(self) -> int:
-        return sum(self.moved.values())
+    def to_dict(self) -> dict[str, Any]:
+        """The difference as JSON values."""
+        moved = [{"from": a, "to": b, "images": number} for (a, b), number in self.moved.items()]
+        return {**asdict(self), "moved": moved, "gained": list(self.gained), "lost": list(self.lost)}
 
 
-def delta(base: LabelledImages, new: LabelledImages) -> Delta:
-    """The changes from `base` to `new`. Equal images are matched one by one: a set may contain an image twice."""
-    base_ids, new_ids = _ids(base.digests, new.digests)
-    known = np.isin(new_ids, base_ids[base.labels == UNLABELLED]) | (new.labels == UNLABELLED)
-    has_label = base.labels != UNLABELLED
-    renamed = _renamed(base, new, base_ids, new_ids)
-    names = [renamed.get(name, name) for name in base.classes]
-    number = {name: index for index, name in enumerate(dict.fromkeys((*names, *new.classes)))}
-    before = _pairs(base_ids[has_label], base.labels[has_label], names, number)
-    after = _pairs(new_ids[~known], new.labels[~known], new.classes, number)
-    unchanged, gone, come = _unmatched(before, after)
-    here, there = _moved(gone, come)
-    old_name = {renamed.get(name, name): name for name in base.classes}
-    label = list(number)
-    moved = Counter(
-        (old_name[label[one]], label[other])
-        for one, other in zip(gone[here, 1].tolist(), come[there, 1].tolist(), strict=True)
+def image_delta(before: LabelledDigests, now: LabelledDigests) -> ImageDelta:
+    """Compare two sets of images.
+
+    An image is unchanged if its bytes are in a class of the same name; one that is in another class was moved. Of
+    copies with the same bytes each counts.
+    """
+    names = sorted({*before.classes, *now.classes})
+    surplus = _surplus(before, now, names)
+    added, removed, moved = Counter[int](), Counter[int](), Counter[tuple[int, int]]()
+    for old, new in surplus:
+        for pair in zip(old, new, strict=False):
+            moved[pair] += 1
+        removed.update(old[len(new) :])
+        added.update(new[len(old) :])
+    lost, gained = (set(a) - set(b) for a, b in ((before.classes, now.classes), (now.classes, before.classes)))
+    renamed = _renamed(before, {(names[a], names[b]): n for (a, b), n in moved.items()}, lost, gained)
+    kept_moves = {(names[a], names[b]): n for (a, b), n in sorted(moved.items()) if names[a] not in renamed}
+    return ImageDelta(
+        before=len(before.labels),
+        now=len(now.labels),
+        unchanged=len(before.labels) - sum(len(old) for old, _ in surplus),
+        added={names[label]: number for label, number in sorted(added.items())},
+        removed={names[label]: number for label, number in sorted(removed.items())},
+        moved=kept_moves,
+        renamed=renamed,
+        gained=tuple(sorted(gained - set(renamed.values()))),
+        lost=tuple(sorted(lost - set(renamed))),
     )
-    removed = Counter(old_name[label[index]] for index in np.delete(gone, here, axis=0)[:, 1].tolist())
-    added = Counter(label[index] for index in np.delete(come, there, axis=0)[:, 1].tolist())
-    return Delta(
-        unchanged,
-        dict(sorted(added.items())),
-        dict(sorted(removed.items())),
-        dict(sorted(moved.items())),
-        renamed,
-        tuple(name for name in new.classes if name not in names),
-        tuple(name for name in base.classes if name not in renamed and name not in new.classes),
-    )
 
 
-def _ids(base: NDArray[np.uint8], new: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A number for each image of both sets, equal for equal digests."""
-    joined = np.ascontiguousarray(np.concatenate([base, new]))
-    column = pa.Array.from_buffers(pa.binary(32), len(joined), [None, pa.py_buffer(joined)])
-    ids = np.asarray(pc.dictionary_encode(column).indices).astype(np.int64)
-    return ids[: len(base)], ids[len(base) :]
+def _surplus(before: LabelledDigests, now: LabelledDigests, names: list[str]) -> list[tuple[list[int], list[int]]]:
+    """For each different image that changed: the classes of its surplus copies before, and those of now."""
+    place = {name: index for index, name in enumerate(names)}
+    labels = [np.array([place[name] for name in side.classes], np.int64)[side.labels] for side in (before, now)]
+    digests = np.ascontiguousarray(np.concatenate([before.digests, now.digests]))
+    if not len(digests):
+        return []
+    words = digests.view(np.uint64).reshape(len(digests), -1)
+    classes, sign = np.concatenate(labels), np.repeat([-1, 1], [len(labels[0]), len(labels[1])])
+    order = np.lexsort((classes, *words.T))
+    words, classes, sign = words[order], classes[order], sign[order]
+    new_image = np.append(True, (words[1:] != words[:-1]).any(axis=1))
+    new_pair = new_image | np.append(True, classes[1:] != classes[:-1])
+    starts = np.flatnonzero(new_pair)
+    difference = np.add.reduceat(sign, starts) if len(starts) else np.empty(0, np.int64)
+    image, label = np.cumsum(new_image)[starts], classes[starts]
+    changed = difference != 0
+    return list(_by_image(image[changed], label[changed], difference[changed]))
 
 
-def _pairs(
-    ids: NDArray[np.int64], labels: NDArray[np.int64], names: "list[str] | tuple[str, ...]", number: Mapping[str, int]
-) -> NDArray[np.int64]:
-    """(image, number of its class) of each image, int64 [n, 2], sorted."""
-    of_label = np.array([number[name] for name in names], dtype=np.int64)
-    pairs = np.stack([ids, of_label[labels] if len(ids) else labels], axis=1).astype(np.int64)
-    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-
-
-def _unmatched(before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
-    """The number of pairs that both have, and the pairs that only one has; a pair may occur several times."""
-    _, one, other = np.intersect1d(_numbered(before), _numbered(after), assume_unique=True, return_indices=True)
-    return len(one), np.delete(before, one, axis=0), np.delete(after, other, axis=0)
-
-
-def _moved(gone: NDArray[np.int64], come: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of pairs with the same image in both, matched one by one in order."""
-    _, here, there = np.intersect1d(
-        _numbered(gone[:, :1]), _numbered(come[:, :1]), assume_unique=True, return_indices=True
-    )
-    return here, there
-
-
-def _numbered(rows: NDArray[np.int64]) -> NDArray[np.void]:
-    """Each sorted row with its number among equal ones, as one value: the values are different."""
-    is_first = np.ones(len(rows), np.bool_)
-    is_first[1:] = (rows[1:] != rows[:-1]).any(axis=1)
-    starts = np.flatnonzero(is_first)
-    places = np.arange(len(rows)) - np.repeat(starts, np.diff([*starts.tolist(), len(rows)]))
-    table = np.ascontiguousarray(np.column_stack([rows, places]).astype(">i8"))  # in this order bytes sort as numbers
-    return table.view(np.dtype((np.void, table.shape[1] * 8))).reshape(len(rows))
+def _by_image(
+    image: NDArray[np.int64], label: NDArray[np.int64], difference: NDArray[np.int64]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows in order of image -> (classes with a surplus before, classes with a surplus now), a class for each copy."""
+    for part in np.split(np.arange(len(image)), np.flatnonzero(np.diff(image)) + 1):
+        old = np.repeat(label[part], np.maximum(-difference[part], 0)).tolist()
+        new = np.repeat(label[part], np.maximum(difference[part], 0)).tolist()
+        if old or new:
+            yield old, new
 
 
 def _renamed(
-    base: LabelledImages, new: LabelledImages, base_ids: NDArray[np.int64], new_ids: NDArray[np.int64]
+    before: LabelledDigests, moved: Mapping[tuple[str, str], int], lost: set[str], gained: set[str]
 ) -> dict[str, str]:
-    """Classes of the base that have another name now: at least half of the images of both names are common."""
-    lost = [index for index, name in enumerate(base.classes) if name not in new.classes]
-    gained = [index for index, name in enumerate(new.classes) if name not in base.classes]
-    renamed: dict[str, str] = {}
-    taken: set[int] = set()
-    for old in lost:
-        ids = np.unique(base_ids[base.labels == old])
-        best, most = None, 0
-        for index in gained:
-            others = np.unique(new_ids[new.labels == index])
-            common = len(np.intersect1d(ids, others, assume_unique=True))
-            if index not in taken and common > most and common >= _SHARE * max(len(ids), len(others)):
-                best, most = index, common
-        if best is not None:
-            taken.add(best)
-            renamed[base.classes[old]] = new.classes[best]
-    return renamed
+    """Old class -> new class, for each class that is gone and whose images are all in one new class."""
+    totals = np.bincount(before.labels, minlength=len(before.classes))
+    images = dict(zip(before.classes, totals.tolist(), strict=True))
+    pairs = {
+        old: new for (old, new), number in moved.items() if old in lost and new in gained and number == images[old]
+    }
+    return {old: new for old, new in sorted(pairs.items()) if list(pairs.values()).count(new) == 1}
+
+
+def _signed(name: str, added: Mapping[str, int], removed: Mapping[str, int]) -> Iterator[str]:
+    yield name
+    if number := added.get(name):
+        yield f"+{number:,}"
+    if number := removed.get(name):
+        yield f"-{number:,}"
+
+
+def _listed(texts: "list[str] | tuple[str, ...]") -> str:
+    """The first texts, and how many more there are."""
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more

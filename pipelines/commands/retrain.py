@@ -73,8 +73,11 @@ def retrain(
         _show_plan(retraining, rows, reason, as_json)
     elif reason:
         report_to_scheduler(UNCHANGED)
+        _notify(retraining, "nothing_to_do", reason)
         _show_nothing(reason, as_json)
     else:
+        if retraining.delta:
+            _notify(retraining, "data_changed", str(retraining.delta))
         execute(
             retraining.config,
             "retrain",
@@ -84,6 +87,14 @@ def retrain(
             notes=list(_notes(retraining)),
             tracking_uri=catalog.tracking_uri,
         )
+
+
+def _notify(retraining: "Retraining", event: str, message: str) -> None:
+    from pipelines.notification import Notification, notify
+
+    config = retraining.config
+    notification = Notification(event, config.name, message, _facts(retraining))
+    notify(config.notify, [notification], lambda text: say(f"warning: {text}", err=True))
 
 
 def _show_nothing(reason: str, as_json: bool) -> None:

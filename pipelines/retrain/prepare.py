@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edt_core.data.sources.delta import ImageDelta
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.store.artifact import Source
@@ -24,7 +25,7 @@ from pipelines.plan import PlannedStep, plan
 from pipelines.registry.aliases import version_at
 from pipelines.registry.gate import Decision
 from pipelines.registry.kept import ClassesDifferError, autoencoder_of, kept_networks
-from pipelines.retrain.delta import Delta, delta_of
+from pipelines.retrain.delta import delta_of
 from pipelines.retrain.guard import guarded
 from pipelines.retrain.line import champion_record, line_start
 from pipelines.terminal.terminal import Terminal
@@ -60,7 +61,7 @@ class Retraining:
     config: PipelineConfig
     source: Source
     champion: Any | None  # the version that it starts from; None from scratch without a champion
-    delta: Delta | None = None
+    delta: ImageDelta | None = None
     notes: tuple[str, ...] = ()
     nothing_to_do: str = ""
 

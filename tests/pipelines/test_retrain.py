@@ -1,26 +1,35 @@
 """Retraining: the configuration of the champion's run with other images, and the champion's networks and weights."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
+from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.digits import write_digits
 from edt_core.errors import UserError
+from edt_core.progress import Silent
 from edt_core.store.folder import Folder
+from edt_core.store.store import Store
+from jobs.stages import preprocess
+from jobs.stages.preprocess import image_source
 from pipelines.cli import app
 from pipelines.config.schema import PipelineConfig, as_yaml, load_config
 from pipelines.retrain import line as lines
-from pipelines.retrain.delta import Delta
+from pipelines.retrain.delta import delta_of
 from pipelines.retrain.guard import guarded
 from pipelines.retrain.prepare import Request, _configured
 from pipelines.schedule.record import new_schedule
 from pipelines.schedule.server import command
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import Record
+from tests.support.local_ray import local_ray
 from tests.support.registry import NAME, Registry
 from tests.support.small import MODEL, pipeline
 
@@ -129,15 +138,31 @@ def test_other_images_are_selected_as_before(line: Line) -> None:
     assert (line.config(images="/new").source.path, line.config(images="/new").source.kind) == ("/new", "auto")
 
 
-def test_the_difference_by_class() -> None:
-    delta = Delta({"cat": 10, "dog": 5, "owl": 2}, {"cat": 13, "dog": 4, "fox": 6})
-    assert (delta.gained, delta.lost) == (["fox"], ["owl"])
-    assert str(delta) == (
-        "the champion has 17; cat +3, dog -1, owl -2, fox +6; new classes: fox; classes that are gone: owl"
-    )
-    known = Delta({"cat": 10, "dog": 5, "owl": 2}, {"cat": 10, "dog": 4, "owl": 2}, {"cat": 3})
-    assert known.removed == {"cat": 3, "dog": 1, "owl": 0}
-    assert str(known) == "3 added, 4 removed; cat +3 -3, dog -1"
+def test_an_image_that_could_not_be_read_is_no_change(tmp_path: Path) -> None:
+    """It is in the folder, and not in the artifact: it is neither new nor gone."""
+    root = tmp_path / "images"
+    for number in range(4):
+        folder = root / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    (root / "class0" / "broken.png").write_bytes(b"no image")
+    store = Store.open(str(tmp_path / "store"))
+    config = PreprocessConfig(image_size=8, max_bad_fraction=1)
+    source = image_source(SourceConfig(path=str(root)))
+    out = store.writer("images", preprocess.STAGE.fingerprint(config, {"source": source.fingerprint}))
+    with local_ray():
+        made = preprocess.STAGE.execute(config, {"source": source}, out, Silent())
+    version = SimpleNamespace(tags={"edt.images": made.fingerprint})
+    change = delta_of(version, store, source)
+    assert change is not None
+    assert (bool(change), change.unchanged) == (False, 4)
+    shutil.copy(root / "class1" / "1.png", root / "class1" / "copy.png")
+    (root / "class0" / "broken.png").write_bytes(b"another")
+    change = delta_of(version, store, image_source(SourceConfig(path=str(root))))
+    assert change is not None
+    assert str(change) == "+2 -0 images: class0 +1, class1 +1"
+    assert delta_of(SimpleNamespace(tags={}), store, source) is None
+    assert delta_of(None, store, source) is None
 
 
 def said(result: Result) -> str:
@@ -213,8 +238,8 @@ def test_images_arrive_and_the_model_is_trained_further(tmp_path: Path, edt: Cal
     arrive(0, 3)
     plan = edt(*asked, "--plan")
     digits = dict.fromkeys("0123456789", 3)
-    assert plan["delta"]["now"] == dict.fromkeys(digits, 23)
-    assert (plan["delta"]["added"], plan["delta"]["removed"]) == (digits, dict.fromkeys(digits, 0))
+    assert (plan["delta"]["before"], plan["delta"]["now"], plan["delta"]["unchanged"]) == (200, 230, 200)
+    assert (plan["delta"]["added"], plan["delta"]["removed"]) == (digits, {})
     assert (plan["champion"], plan["init_from"], plan["max_steps"]) == ("1", f"models:/{MODEL}/1", 2)
     actions = {step["step"]: step["action"] for step in plan["steps"]}
     assert {name for name, action in actions.items() if action == "reuse"} == {

@@ -182,7 +182,9 @@ class _Lookup:
         """A registered version. Its checkpoint artifact stands in for it where more than its weights is asked for."""
         client, text = self._client(), f"{name}@{alias}" if alias else f"{name}/{number}"
         try:
-            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            found = (
+                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, str(number))
+            )
         except Exception as error:  # whatever MLflow raises
             raise UserError(
                 f"train.init_from: MLflow at {client.tracking_uri} has no model {text} ({error}); `edt models` lists "

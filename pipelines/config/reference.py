@@ -32,7 +32,8 @@ only the content counts, not the location.
 # Units of numbers by field name. The first matching pattern applies.
 _UNITS = (
     ("image_size", "pixels"),
-    ("max_hours", "hours"),
+    ("*hours", "hours"),
+    ("*_s", "seconds"),
     ("max_epochs", "epochs"),
     ("*_bytes", "bytes"),
     ("num_timesteps", "timesteps"),

@@ -118,8 +118,9 @@ def _configured(catalog: Catalog, request: Request, version: Any | None, record:
     values["autoencoder"] = _autoencoder(values, request, version)
     for space in PUBLISHED_SPACES:
         digest = record.tags.get(f"edt.{space}", "")
-        if (section := values.get(space)) and _DIGEST.fullmatch(digest):
-            values[space] = {**section, "sha256": section.get("sha256") or digest}
+        network = values.get(space)
+        if network and _DIGEST.fullmatch(digest):
+            values[space] = {**network, "sha256": network.get("sha256") or digest}
     if not request.from_scratch:
         assert version is not None
         if "classifier" in values.get("extractors", ()):

@@ -39,7 +39,7 @@ HOSTILE = {
     "empty": ("", "expected a mapping of fields"),
     "not a number": (f"{_VALID}train: {{lr: .nan}}\n", "train.lr"),
     "infinite": (f"{_VALID}train: {{lr: .inf}}\n", "train.lr"),
-    "too large": (f"{_VALID}# {'x' * MAX_CONFIG_BYTES}", "bytes, and at most 4,194,304"),
+    "too large": (f"{_VALID}# {'x' * MAX_CONFIG_BYTES}", "bytes, but such a file may have at most 4,194,304"),
 }
 
 

@@ -30,6 +30,7 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt reproduce ", "tests/pipelines/test_workflow_again.py"),
     (r"edt submit ", "needs a cluster's dashboard: tests/pipelines/test_submit.py"),
     (r"edt schedule serve", "never ends: tests/pipelines/test_schedule.py"),
+    (r"edt webhook .*mlflow:5000", "needs an MLflow server: tests/pipelines/test_webhook.py"),
     (r"edt ui", "never ends: tests/pipelines/test_ui.py"),
     (r"edt train .*--use-gpu true", "needs GPUs: tests/jobs/test_train_verb.py"),
     (r"edt run imagenet.* --store /shared", "needs ImageNet and a cluster: tests/pipelines/test_workflow.py"),

@@ -208,9 +208,12 @@ class TrainConfig(Section):
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     lr_final: float = Field(5e-5, ge=0, description="learning rate at the last step")
-    lr_schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="decay of the learning rate from lr to lr_final over all steps; constant for no decay"
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear",
+        description="decay of the learning rate from lr to lr_final over all steps; constant for no decay; wsd decays "
+        "over the last decay_fraction of the steps",
     )
+    decay_fraction: float = added(0.2, gt=0, le=1, description="with lr_schedule wsd: share of the steps that decay")
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0 to lr")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient norm to this; null for no clipping")

@@ -64,6 +64,7 @@ class Planner:
             planned = PlannedStep(name, stage.kind, fingerprint, "reuse", why, manifest.mlflow_run_id)
         else:
             finished = progress_of(self.store.begun(stage.kind, fingerprint))
+            finished = finished or self._continued(stage, config, inputs, fingerprint)
             why = warnings[0] if warnings else self._why(stage, config, fingerprints)
             action: Action = "resume" if finished else "run"
             if isinstance(initial := inputs.get("init"), Source):
@@ -78,6 +79,13 @@ class Planner:
         why = f"of {origin}, made {item.manifest.created_at}"
         self.steps[name] = PlannedStep(name, stage.kind, item.fingerprint, "reuse", why, item.manifest.mlflow_run_id)
         return StepFuture(name, stage.kind, item.fingerprint, (origin,), artifact=item)
+
+    def _continued(
+        self, stage: Stage, config: Section, inputs: Mapping[str, StepFuture | Source], fingerprint: str
+    ) -> str:
+        existing = {role: i.artifact for role, i in inputs.items() if isinstance(i, StepFuture) and i.artifact}
+        folder = self.store.folder(stage.kind, fingerprint)
+        return stage.continued(folder, config, input_fingerprints(inputs), existing)
 
     def promote(self, promotion: Promotion[D]) -> D | None:
         """The recorded decision about the branch, if all artifacts that it depends on exist; else None."""

@@ -228,6 +228,10 @@ class ArtifactWriter:
 
         return self.write(name, write_to)
 
+    def link(self, name: str, source: Path) -> FileEntry:
+        """Create one file with the bytes of a local file, hard-linked if possible; its entry has their digest."""
+        return self.write(name, lambda target: _copy(source, target))
+
     def add_tree(self, source: Path, name: str) -> list[FileEntry]:
         """Copy every file below a local folder to `name/` of the artifact, except names that start with a dot."""
         paths = (path for path in source.rglob("*") if path.is_file())

@@ -77,16 +77,21 @@ def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointMani
     }
     for name, text in texts.items():
         files[name] = write(name, _text_writer(text)).sha256
+    return write_manifest(CheckpointManifest(checkpoint.step, checkpoint.regular, checkpoint.score, files, ""), write)
+
+
+def write_manifest(manifest: CheckpointManifest, write: WriteFile) -> CheckpointManifest:
+    """Write the manifest of a checkpoint whose files are written, and return it with its seal."""
     fields = {
         "version": CHECKPOINT_VERSION,
-        "step": checkpoint.step,
-        "regular": checkpoint.regular,
-        "score": checkpoint.score,
-        "files": files,
+        "step": manifest.step,
+        "regular": manifest.regular,
+        "score": manifest.score,
+        "files": dict(manifest.files),
     }
     seal = sha256_json(fields)
     write(CHECKPOINT_MANIFEST, _text_writer(json.dumps({**fields, "seal": seal}, indent=1, sort_keys=True)))
-    return CheckpointManifest(checkpoint.step, checkpoint.regular, checkpoint.score, files, seal)
+    return replace(manifest, seal=seal)
 
 
 def _tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:

@@ -20,7 +20,7 @@ from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, matmul_rate
-from edt_core.training.optim import learning_rate
+from edt_core.training.optim import decay_start, learning_rate
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
 from edt_core.training.trainer import NotFiniteError, Signal, Trainer
 
@@ -83,6 +83,7 @@ def _begin(
     elif initial is not None:
         restart(state, config, initial())
     total_steps = config.total_steps(len(dataset))
+    context.store.stable_step = decay_start(config, total_steps)
     state.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         state.model.compile(dynamic=False)
@@ -189,6 +190,8 @@ def _report(trainer: Trainer) -> None:
             context.report({**row, **trainer.meter.row()}, state.step)
     if state.step % config.checkpoint_every == 0 or at_end:
         _save(trainer, regular=True)
+    elif state.step == context.store.stable_step:
+        _save(trainer, regular=False)
     every = config.preview_every
     if every is not None and context.ranks.rank == 0 and (state.step % every == 0 or at_end):
         context.preview(state.ema.averages[0], state.step)

@@ -23,16 +23,35 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of a step: from 0 to lr in `warmup_steps`, then from lr to lr_final at the last of `total_steps`.
 
     The decay is linear, as in the paper, or half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5); with
-    lr_schedule "constant" the rate does not decay.
+    lr_schedule "constant" the rate does not decay. With "wsd" (warm-up, stable, decay; arXiv 2404.06395) it stays at lr
+    and decays linearly over the last `decay_fraction` of the steps.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "wsd":
+        stable = stable_steps(config, total_steps)
+        decayed = min(max(step + 1 - stable, 0) / max(total_steps - stable, 1), 1.0)
+        return config.lr + (config.lr_final - config.lr) * decayed
     progress = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
     if config.lr_schedule == "constant":
         return config.lr
     if config.lr_schedule == "cosine":
         return config.lr_final + (config.lr - config.lr_final) * 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr + (config.lr_final - config.lr) * progress
+
+
+def stable_steps(config: TrainConfig, total_steps: int) -> int:
+    """The number of first steps whose rate does not depend on `total_steps`; 0 for a decay from the start."""
+    if config.lr_schedule == "constant":
+        return total_steps
+    if config.lr_schedule == "wsd":
+        return max(total_steps - max(round(config.decay_fraction * total_steps), 1), 0)
+    return 0
+
+
+def decay_start(config: TrainConfig, total_steps: int) -> int | None:
+    """The step before which wsd does not decay, and at which it keeps a checkpoint; None for other schedules."""
+    return stable_steps(config, total_steps) or None if config.lr_schedule == "wsd" else None
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -38,6 +38,7 @@ class CheckpointStore:
     num_to_keep: int
     warn: Callable[[str], None]
     changed: Callable[["CheckpointStore"], None] = lambda store: None
+    stable_step: int | None = None  # the newest checkpoint up to this step is kept: longer trainings go on from it
     _memory: HostMemory = field(default_factory=HostMemory)
     _writing: Future[None] | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "edt-checkpoint"))
@@ -119,7 +120,7 @@ class CheckpointStore:
     def prune(self, *, at_end: bool = False) -> list[int]:
         """Remove the checkpoints that are not in `to_keep`; return the remaining steps."""
         manifests = self.manifests()
-        remaining = to_keep(manifests, self.num_to_keep, at_end=at_end)
+        remaining = self._to_keep(manifests, at_end=at_end)
         for step in self.steps():
             if step not in remaining:
                 self.remove(step)
@@ -145,7 +146,12 @@ class CheckpointStore:
 
     def _missing(self, earlier: dict[int, CheckpointManifest], own: dict[int, CheckpointManifest]) -> set[int]:
         """Steps of earlier attempts' checkpoints to keep that are not among this attempt's own."""
-        return to_keep({**earlier, **own}, self.num_to_keep) - own.keys()
+        return self._to_keep({**earlier, **own}) - own.keys()
+
+    def _to_keep(self, manifests: dict[int, CheckpointManifest], *, at_end: bool = False) -> set[int]:
+        steps = to_keep(manifests, self.num_to_keep, at_end=at_end)
+        stable = [step for step in manifests if self.stable_step is not None and step <= self.stable_step]
+        return steps | ({max(stable)} if stable else set())
 
     def _recover(self, earlier: ArtifactWriter, manifest: CheckpointManifest) -> str | None:
         """Recover an earlier attempt's checkpoint; return the reason if it is damaged."""

@@ -108,7 +108,7 @@ class _Lookup:
         path = typed_path(initial.location)
         if match := REGISTERED.fullmatch(initial.location) if is_of_mlflow(initial.location) else None:
             with tempfile.TemporaryDirectory(prefix="edt-") as folder:
-                version = self._client().get_model_version(match[1], match[3])
+                version = self._client().get_model_version(str(match[1]), str(match[3]))
                 fetch_version(self._client(), version, Path(folder), need_digests=False)
                 return self._read_folder(initial, Path(folder))
         if Folder.at(initial.location).exists(MANIFEST_NAME):

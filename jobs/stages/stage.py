@@ -17,6 +17,7 @@ from jobs.runtime.progress import relayed
 
 Input = Artifact | Source
 REUSED = "reused"  # what a job returns beside its counts: the rows it took from earlier artifacts, for the manifest
+Continues = Callable[[Folder, Any, Mapping[str, str], Mapping[str, Artifact]], str]
 Job = Callable[[Any, Mapping[str, Any], ArtifactWriter, Progress], dict[str, Any]]
 
 
@@ -28,6 +29,8 @@ class Stage:
     `version` goes up when the same configuration and inputs give another result: old artifacts are then not reused.
     Inputs of the roles in `optional` may be left out, and change the fingerprint if given. Those in `extras` may be
     left out too: they add to what is shown of the work, and change neither the artifact nor its fingerprint.
+    `continues(folder, config, inputs, artifacts)` says from which committed artifact beside `folder` the job would go
+    on, "" for none; `inputs` are fingerprints, `artifacts` the inputs that exist.
     `plan(config, inputs)` describes what the job would do, for `--dry-run`. `examples` are arguments for the help.
     """
 
@@ -41,11 +44,18 @@ class Stage:
     optional: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     plan: Callable[[Any, Mapping[str, Any]], str] | None = None
+    continues: Continues = lambda folder, config, inputs, artifacts: ""
     examples: tuple[str, ...] = ()
 
     def fingerprint(self, config: Section, inputs: Mapping[str, str]) -> str:
         """Identity of the artifact that this stage makes from a configuration and its inputs' fingerprints."""
         return fingerprint(self.kind, self.version, result_fields(config), self._without_extras(inputs))
+
+    def continued(
+        self, folder: Folder, config: Section, inputs: Mapping[str, str], artifacts: Mapping[str, Artifact]
+    ) -> str:
+        """From which committed artifact the job would go on, as text; "" for none."""
+        return self.continues(folder, config, self._without_extras(inputs), artifacts)
 
     def _without_extras(self, inputs: Mapping[str, str]) -> dict[str, str]:
         return {role: identity for role, identity in inputs.items() if role not in self.extras}

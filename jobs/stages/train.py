@@ -15,11 +15,13 @@ from edt_core.files.small_files import read_text
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.store.digests import damaged
+from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
 from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
 from jobs.runtime.pool import MAX_RETRIES
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.stage import Stage
+from jobs.stages.train_siblings import STEP_VERSION, go_on, shared, words
 from jobs.stages.train_start import check_start, initial_of, read_initial, remove_initial, write_initial
 
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
@@ -63,6 +65,7 @@ def train(
     from edt_core.data.scale import LatentScale
     from edt_core.models import count_macs, count_parameters, shadow, training_flops
     from edt_core.training.checkpoint import checkpoint_name
+    from edt_core.training.optim import decay_start
     from edt_core.training.store import CheckpointStore, best_step
     from jobs.stages.train_context import device_seconds, remove_clock
 
@@ -78,7 +81,10 @@ def train(
             "preview_every is set, but there is no autoencoder to decode its samples: pass one (--autoencoder)"
         )
     store = CheckpointStore(out, config.num_to_keep, progress.warn)
+    store.stable_step = decay_start(config, config.total_steps(latents.counts["images"]))
     store.adopt()
+    if store.newest() is None:
+        go_on(config, _fingerprints(inputs), latents.counts["images"], store, progress)
     initial = None
     if "init" in inputs and store.newest() is None:
         initial = initial_of(config, model_config, inputs, progress)
@@ -113,6 +119,19 @@ def train(
         "final": final,
         "best": None if best is None else checkpoint_name(best),
     }
+
+
+def _fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """The inputs that change what a training makes."""
+    return {role: item.fingerprint for role, item in inputs.items() if role not in STAGE.extras}
+
+
+def _continues(
+    folder: Folder, config: TrainConfig, inputs: Mapping[str, str], artifacts: Mapping[str, Artifact]
+) -> str:
+    images = artifacts["latents"].counts["images"] if "latents" in artifacts else None
+    checkpoints = shared(folder, config, inputs, images)
+    return words(checkpoints[0]) if checkpoints else ""
 
 
 def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
@@ -296,13 +315,14 @@ def history(checkpoint: Artifact) -> list[dict[str, float]]:
 STAGE = Stage(
     "train",
     "checkpoint",
-    2,
+    STEP_VERSION,
     TrainConfig,
     train,
     roles=("latents",),
     optional=("init",),
     extras=("autoencoder", "images"),
     plan=plan,
+    continues=_continues,
     examples=(
         "./latents ./checkpoint --model EDT-S/2 --dry-run",
         "./latents ./checkpoint --model EDT-S/2 --num-workers 8 --use-gpu true --precision bf16",

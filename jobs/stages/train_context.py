@@ -33,7 +33,7 @@ class DeviceClock:
     def write(self) -> None:
         seconds = self._before + self._workers * (time.monotonic() - self._started)
         with suppress(Exception):  # a failed write must not end training; a full disk fails its checkpoints
-            self._out.data.write_bytes(CLOCK, json.dumps(seconds).encode())
+            write_seconds(self._out, seconds)
 
 
 def device_seconds(out: ArtifactWriter) -> float:
@@ -49,6 +49,11 @@ def device_seconds(out: ArtifactWriter) -> float:
 def remove_clock(out: ArtifactWriter) -> None:
     """Remove the clock from a finished attempt."""
     out.data.remove(CLOCK)
+
+
+def write_seconds(out: ArtifactWriter, seconds: float) -> None:
+    """Set the clock of this attempt, which counts on from there."""
+    out.data.write_bytes(CLOCK, json.dumps(seconds).encode())
 
 
 class RayContext:

@@ -247,6 +247,11 @@ class TrainConfig(Section):
     init_weights: Literal["ema", "raw"] = added(
         "ema", description="of `init_from`: its averaged weights, or those that its optimizer stepped"
     )
+    trainable: Literal["all", "difffit", "bias"] = added(
+        "all",
+        description="parameters to train; difffit (arXiv 2304.06648): biases, class table, norms and a scale per "
+        "branch; bias: biases and class table. Both need init_from, and a rate about 10 times as high",
+    )
     init_optimizer: Literal["fresh", "keep"] = added(
         "fresh", description="keep takes over the optimizer's state of `init_from`, a checkpoint of the same shapes"
     )

@@ -1,6 +1,6 @@
 """Exponential moving averages of the weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,14 @@ class EMA:
     """float32 averages of a model's state, one for each decay: average <- decay * average + (1 - decay) * value.
 
     `averages[0]`, of the first decay, is used for sampling. Fixed position embeddings are part of the state dict and
-    average to themselves; tensors that are not floating-point, such as indices, stay unchanged.
+    average to themselves; tensors that are not floating-point, such as indices, stay unchanged. With `names`, only
+    those tensors have averages.
     """
 
-    def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
+    def __init__(self, model: nn.Module, decays: Sequence[float], names: Collection[str] | None = None) -> None:
         self.decays = tuple(decays)
-        self._values = model.state_dict()  # shares the model's memory, so that an update need not walk its modules
+        state = model.state_dict()  # shares the model's memory, so that an update need not walk its modules
+        self._values = {name: value for name, value in state.items() if names is None or name in names}
         self._averaged = [name for name, value in self._values.items() if value.is_floating_point()]
         self.averages = [
             {name: _float32(value.detach()).clone() for name, value in self._values.items()} for _ in self.decays

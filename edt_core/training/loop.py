@@ -78,10 +78,11 @@ def _begin(
     use_precision(config.precision)
     ranks = context.ranks
     state = initial_state(config, model_config, ranks.device)
-    if (checkpoint := latest(context)) is not None:
-        restore(state, checkpoint, config, len(dataset))
-    elif initial is not None:
+    checkpoint = latest(context)
+    if initial is not None and (checkpoint is None or state.trained is not None):  # else the checkpoint has all weights
         restart(state, config, initial())
+    if checkpoint is not None:
+        restore(state, checkpoint, config, len(dataset))
     total_steps = config.total_steps(len(dataset))
     context.store.stable_step = decay_start(config, total_steps)
     state.model.activation_checkpointing = config.activation_checkpointing
@@ -194,7 +195,7 @@ def _report(trainer: Trainer) -> None:
         _save(trainer, regular=False)
     every = config.preview_every
     if every is not None and context.ranks.rank == 0 and (state.step % every == 0 or at_end):
-        context.preview(state.ema.averages[0], state.step)
+        context.preview(state.average(), state.step)
 
 
 def _save(trainer: Trainer, *, regular: bool) -> None:

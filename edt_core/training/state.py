@@ -1,10 +1,12 @@
 """The state that changes while training, and its checkpoint."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edt_core.config import TrainConfig, result_fields
 from edt_core.diffusion import TimestepSampler, objective_of, with_objective
@@ -15,6 +17,7 @@ from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.ema import EMA
 from edt_core.training.history import History
 from edt_core.training.optim import flatten_state, make_optimizer, restore_state
+from edt_core.training.start.trainable import merged, prepare_trainable
 
 
 @dataclass
@@ -34,6 +37,13 @@ class TrainState:
     skipped: set[int] = field(default_factory=set)
     rollbacks: int = 0
     seconds: float = 0.0
+    trained: frozenset[str] | None = None
+    base: str | None = None
+
+    def average(self) -> Mapping[str, Tensor]:
+        """The weights that are sampled from, of an ordinary model: those of the first average, and of the base."""
+        average = self.ema.averages[0]
+        return average if self.trained is None else merged({**self.model.state_dict(), **average})
 
 
 def initial_model(config: ModelConfig, seed: int) -> DiffusionTransformer:
@@ -52,11 +62,14 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
             f"{config.objective!r})"
         )
     model = initial_model(model_config, config.seed).to(device).train()
-    for parameter in model.masking_parameters():
-        parameter.requires_grad_(config.masked_loss)  # DDP waits for the gradient of every parameter that requires one
+    trained = prepare_trainable(model, config.trainable)
+    if not config.masked_loss:
+        for parameter in model.masking_parameters():
+            parameter.requires_grad_(False)  # DDP waits for the gradient of every parameter that requires one
     return TrainState(
         model=model,
-        ema=EMA(model, config.ema_decays),
+        trained=trained,
+        ema=EMA(model, config.ema_decays, trained),
         optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad)),
         timesteps=objective_of(config.objective).times(config.timestep_sampler, config.num_timesteps),
     )
@@ -73,10 +86,13 @@ def ema_files(config: TrainConfig) -> list[str]:
     return [EMA_WEIGHTS, *(OTHER_EMA_WEIGHTS.format(decay) for decay in config.ema_decays[1:])]
 
 
-def to_checkpoint(state: TrainState, config: TrainConfig, num_samples: int, *, regular: bool = True) -> Checkpoint:
+def to_checkpoint(
+    state: TrainState, config: TrainConfig, num_samples: int, *, regular: bool = True, whole: bool = False
+) -> Checkpoint:
     """The checkpoint of a state, its tensors not copied; `num_samples` is the size of the data set.
 
-    A regular checkpoint takes the history's score, and the history starts a new one.
+    A regular checkpoint takes the history's score, and the history starts a new one. If few parameters are trained, it
+    holds those alone, unless `whole`.
     """
     score = state.history.take_score() if regular else None
     optimizer, groups = flatten_state(state.optimizer)
@@ -85,7 +101,7 @@ def to_checkpoint(state: TrainState, config: TrainConfig, num_samples: int, *, r
     return Checkpoint(
         step=state.step,
         tensors={
-            MODEL_WEIGHTS: state.model.state_dict(),
+            MODEL_WEIGHTS: state.model.state_dict() if whole else _trained_weights(state),
             **averages,
             OPTIMIZER_STATE: optimizer,
             TIMESTEP_STATE: timesteps,
@@ -98,11 +114,17 @@ def to_checkpoint(state: TrainState, config: TrainConfig, num_samples: int, *, r
             "skipped": sorted(state.skipped),
             "rollbacks": state.rollbacks,
             "seconds": state.seconds,
+            **({} if state.trained is None else {"base": state.base}),
         },
         model_config=_plain(state.model.config),
         score=score,
         regular=regular,
     )
+
+
+def _trained_weights(state: TrainState) -> dict[str, Tensor]:
+    weights = state.model.state_dict()
+    return {name: value for name, value in weights.items() if state.trained is None or name in state.trained}
 
 
 def _plain(config: ModelConfig) -> dict[str, Any]:
@@ -125,7 +147,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_
     saved[latents] = checkpoint.state["cursor"]["num_samples"]
     _require_same(saved, {**_plain(state.model.config), **result_fields(config), latents: num_samples})
     tensors = checkpoint.tensors
-    state.model.load_state_dict(tensors[MODEL_WEIGHTS])
+    _load_weights(state, checkpoint)
     state.ema.load([tensors[name] for name in ema_files(config)])
     restore_state(state.optimizer, dict(tensors[OPTIMIZER_STATE]), checkpoint.state["optimizer_groups"])
     state.timesteps.load_state_dict({name: value.numpy() for name, value in tensors[TIMESTEP_STATE].items()})
@@ -133,6 +155,21 @@ def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_
     state.step = checkpoint.step
     state.skipped = set(checkpoint.state["skipped"])
     state.rollbacks, state.seconds = checkpoint.state["rollbacks"], checkpoint.state["seconds"]
+
+
+def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Load all weights, or the delta of a training whose state has the base model already."""
+    weights, base = checkpoint.tensors[MODEL_WEIGHTS], checkpoint.state.get("base")
+    if state.trained is None or weights.keys() != state.trained:
+        state.model.load_state_dict(weights)
+        state.base = base
+        return
+    if base != state.base:
+        raise UserError(
+            f"the checkpoint is of a training from the base model {str(base)[:12]}, and this training starts from "
+            f"{str(state.base)[:12]}; resume with train.init_from of the checkpoint's training, or start a new one"
+        )
+    state.model.load_state_dict(weights, strict=False)
 
 
 def _text(fields: dict[str, Any], name: str) -> str:

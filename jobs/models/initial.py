@@ -65,7 +65,7 @@ class Initial(Source):
 
     def read(self, config: TrainConfig) -> "Base":
         """The model in memory. Raises UserError where it is gone, or is not what it was when it was looked up."""
-        return _Lookup(config, self.tracking_uri).read(self)
+        return replace(_Lookup(config, self.tracking_uri).read(self), digest=self.fingerprint)
 
 
 def initial_source(config: TrainConfig, tracking_uri: str | None = None) -> Initial | None:

@@ -14,6 +14,7 @@ from edt_core.errors import Stopped, UserError
 from edt_core.files.small_files import read_text
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
+from edt_core.store.cache import local_directory
 from edt_core.store.digests import damaged
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
@@ -22,7 +23,15 @@ from jobs.runtime.pool import MAX_RETRIES
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.stage import Stage
 from jobs.stages.train_siblings import STEP_VERSION, go_on, shared, words
-from jobs.stages.train_start import check_start, initial_of, read_initial, remove_initial, write_initial
+from jobs.stages.train_start import (
+    check_start,
+    initial_of,
+    read_initial,
+    remove_initial,
+    trained_parameters,
+    write_initial,
+    write_merged,
+)
 
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
 LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
@@ -86,7 +95,7 @@ def train(
     if store.newest() is None:
         go_on(config, _fingerprints(inputs), latents.counts["images"], store, progress)
     initial = None
-    if "init" in inputs and store.newest() is None:
+    if "init" in inputs and (config.trainable != "all" or store.newest() is None):
         initial = initial_of(config, model_config, inputs, progress)
     if config.max_steps == 0:
         _store_untrained(config, model_config, store, initial)
@@ -98,6 +107,8 @@ def train(
     steps = store.prune(at_end=True)
     final = f"{CHECKPOINTS}/{checkpoint_name(steps[-1])}"
     _write_history(json.loads(out.data.read_bytes(f"{final}/{TRAIN_STATE}"))["history"]["rows"], out)
+    if initial is not None and config.trainable != "all":
+        final = write_merged(initial, local_directory(out.data.child(final)), model_config, out)
     best = best_step(store.manifests())
     model = shadow(model_config)
     images = steps[-1] * config.global_batch_size
@@ -111,6 +122,7 @@ def train(
         **LatentScale.of(latents.counts).beyond_factor(),
         "class_counts": latents.counts.get("class_counts"),  # what the label policy "prior" draws from
         "parameters": count_parameters(model),
+        **trained_parameters(config, model_config),
         "macs": count_macs(model),
         "images_seen": images,
         "training_flops": images * training_flops(model_config, masked=config.masked_loss) if images else 0,

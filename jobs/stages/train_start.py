@@ -1,14 +1,17 @@
 """What a training finds before its first step where it starts from a model: a checkpoint of step 0 in the attempt."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edt_core.config import TrainConfig
 from edt_core.errors import UserError
+from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.cache import local_directory
-from edt_core.store.layout import CHECKPOINT_MANIFEST, CLASSES_NAME
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CLASSES_NAME, EMA_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS
 
 if TYPE_CHECKING:
     from edt_core.models import ModelConfig
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from edt_core.training.start.base import Base
 
 INITIAL = ".initial"  # gone when the artifact is committed
+MERGED = "merged"  # the folder of an ordinary model, where checkpoints hold few of its tensors
 
 
 class InitialModel(Protocol):
@@ -29,9 +33,10 @@ class InitialModel(Protocol):
 
 def check_start(config: TrainConfig, given: bool) -> None:
     """Raise UserError for fields that say how to start from a model where there is none; `given`: whether there is."""
-    if given or (config.init_weights, config.init_optimizer) == ("ema", "fresh"):
+    usual = {"init_weights": "ema", "init_optimizer": "fresh", "trainable": "all"}
+    name = next((name for name, value in usual.items() if getattr(config, name) != value), None)
+    if given or name is None:
         return
-    name = "init_weights" if config.init_weights != "ema" else "init_optimizer"
     raise UserError(
         f"train.{name} is {getattr(config, name)}, but train.init_from is not set, so the training starts from random "
         f"weights; set train.init_from, or leave out train.{name}"
@@ -76,6 +81,41 @@ def read_initial(out: ArtifactWriter) -> "Checkpoint":
     if not folder.exists(CHECKPOINT_MANIFEST):  # it was not needed, since there was a checkpoint, which is damaged now
         raise UserError(f"{out.data.uri} has no whole checkpoint any more; run again to begin from train.init_from")
     return load_checkpoint(local_directory(folder))
+
+
+def write_merged(initial: "Checkpoint", final: Path, model_config: "ModelConfig", out: ArtifactWriter) -> str:
+    """The ordinary model of a training of few parameters: its base with the final averages, scales merged.
+
+    Returns the folder in the artifact, with the two files that a model is sampled from.
+    """
+    from safetensors.torch import save_file
+
+    from edt_core.training.start.trainable import merged
+
+    whole = {name: value.float() if value.is_floating_point() else value for name, value in _weights(initial).items()}
+    weights = merged({**whole, **load_tensors(final / EMA_WEIGHTS)})
+    ready = {name: value.contiguous() for name, value in weights.items()}
+    out.write(f"{MERGED}/{EMA_WEIGHTS}", lambda path: save_file(ready, path))
+    text = json.dumps(model_config.to_dict(), indent=1, sort_keys=True)
+    out.write_bytes(f"{MERGED}/{MODEL_CONFIG}", text.encode())
+    return MERGED
+
+
+def _weights(checkpoint: "Checkpoint") -> Mapping[str, Any]:
+    return checkpoint.tensors[MODEL_WEIGHTS]
+
+
+def trained_parameters(config: TrainConfig, model_config: "ModelConfig") -> dict[str, Any]:
+    """What the counts of a training of few parameters say of them; empty for a training of all."""
+    from edt_core.models import shadow
+    from edt_core.training.start.trainable import prepare_trainable
+
+    if config.trainable == "all":
+        return {}
+    model = shadow(model_config)
+    prepare_trainable(model, config.trainable)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"trainable": config.trainable, "trained_parameters": trained}
 
 
 def remove_initial(out: ArtifactWriter) -> None:

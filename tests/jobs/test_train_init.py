@@ -15,6 +15,7 @@ from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import EMA_WEIGHTS, MODEL_WEIGHTS
+from edt_core.training.checkpoint import ema_model
 from jobs.models.initial import Initial, initial_source
 from jobs.stages import train
 from tests.support.jobs import Chain, command
@@ -189,12 +190,57 @@ def test_a_model_that_changed_meanwhile_is_refused(folder: Path, trained: Artifa
 
 
 def test_fields_of_a_start_without_one_are_refused(latents_artifact: Artifact, tmp_path: Path) -> None:
-    for fields in ({"init_weights": "raw"}, {"init_optimizer": "keep"}):
+    for fields in ({"init_weights": "raw"}, {"init_optimizer": "keep"}, {"trainable": "difffit"}):
         config = CONFIG.model_copy(update=fields)
         out = ArtifactWriter(Folder.at(tmp_path), "checkpoint", "0" * 64)
         (name,) = fields
         with pytest.raises(UserError, match=rf"train.{name} is {fields[name]}, but train.init_from is not set"):
             train.STAGE.execute(config, {"latents": latents_artifact}, out, Silent())
+
+
+def test_few_parameters_give_an_ordinary_model(
+    folder: Path, model: DiffusionTransformer, latents_artifact: Artifact, tmp_path: Path, training_here: None
+) -> None:
+    """Its final weights are whole; of its checkpoints each holds the delta; it can be started from again."""
+    artifact = made(tmp_path / "one", latents_artifact, folder, trainable="difffit", lr=1e-2, ema_decay=0.5)
+    final = artifact.directory(artifact.counts["final"])
+    base, model = model.state_dict(), ema_model(final)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, base[name])}
+    assert moved >= {"blocks.0.attn.proj.weight", "blocks.0.mlp.fc2.bias"}  # the scales are merged into the first
+    assert not any(name.endswith(("gamma", "qkv.weight", "fc1.weight")) for name in moved)
+    delta = load_file(artifact.directory("checkpoints/step-00000002") / EMA_WEIGHTS)
+    assert sum(value.numel() for value in delta.values()) == artifact.counts["trained_parameters"]
+    assert artifact.counts["trained_parameters"] < 0.2 * artifact.counts["parameters"]
+    assert artifact.counts["trainable"] == "difffit"
+    assert not [name for name in artifact.data.walk() if name.startswith(".")]
+    again = made(tmp_path / "two", latents_artifact, artifact.folder.uri, max_steps=0)
+    assert equal(final_weights(again), model.state_dict())
+
+
+def test_few_parameters_are_resumed_with_their_base(
+    trained: Artifact, latents_artifact: Artifact, tmp_path: Path, training_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edt_core.training.trainer import Trainer
+
+    whole = made(tmp_path / "whole", latents_artifact, trained.folder.uri, trainable="difffit")
+    step = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Trainer, "train_step", lambda self, batch, draws: step(self, batch, draws) if batch.step == 0 else _killed()
+        )
+        with pytest.raises(MemoryError):
+            made(tmp_path / "cut", latents_artifact, trained.folder.uri, trainable="difffit")
+    assert (tmp_path / "cut" / "checkpoints" / "step-00000001").exists()
+    cut = made(tmp_path / "cut", latents_artifact, trained.folder.uri, trainable="difffit")
+    assert cut.manifest.digest == whole.manifest.digest
+
+
+def test_untrained_few_parameters_are_the_base_model(
+    trained: Artifact, latents_artifact: Artifact, tmp_path: Path
+) -> None:
+    artifact = made(tmp_path, latents_artifact, trained.folder.uri, trainable="difffit", max_steps=0)
+    base = load_file(trained.directory(trained.counts["final"]) / EMA_WEIGHTS)
+    assert equal(dict(ema_model(artifact.directory(artifact.counts["final"])).state_dict()), base)
 
 
 def test_the_command_takes_it(chain: Chain, folder: Path, tmp_path: Path, training_here: None) -> None:

@@ -189,6 +189,18 @@ def test_a_training_from_a_model_goes_on_too(
     assert after.manifest.digest == made(tmp_path / "nothing", longer, latents_artifact, init=init).manifest.digest
 
 
+def test_a_training_of_few_parameters_goes_on_too(
+    latents_artifact: Artifact, folder: Path, tmp_path: Path, steps_done: list[int]
+) -> None:
+    init, config = source(folder), changed(CONSTANT, init_from=str(folder), trainable="difffit")
+    made(tmp_path / "store", config, latents_artifact, init=init)
+    longer = changed(config, max_steps=6)
+    steps_done.clear()
+    after = made(tmp_path / "store", longer, latents_artifact, init=init)
+    assert steps_done == [4, 5]
+    assert after.manifest.digest == made(tmp_path / "nothing", longer, latents_artifact, init=init).manifest.digest
+
+
 def test_a_damaged_checkpoint_is_not_used(
     latents_artifact: Artifact, short: Path, tmp_path: Path, steps_done: list[int]
 ) -> None:

@@ -31,7 +31,8 @@ class SavedOptimizer:
 class Base:
     """A trained model. `weights` is its state dict, `classes` the names of its classes, () where they are not known.
 
-    `origin` is where it was read from, for messages. `optimizer` is None where the source has none or none was asked.
+    `origin` is where it was read from, for messages, and `digest` identifies it. `optimizer` is None where the source
+    has none or none was asked.
     """
 
     config: ModelConfig
@@ -40,6 +41,7 @@ class Base:
     classes: tuple[str, ...] = ()
     optimizer: SavedOptimizer | None = None
     autoencoder_digest: str | None = None
+    digest: str | None = None
 
 
 def check_fit(origin: str, base: ModelConfig, config: ModelConfig) -> None:

@@ -29,12 +29,13 @@ def initial_checkpoint(
     check_fit(base.origin, base.config, model_config)
     rows = class_rows(base, names, model_config.num_classes)
     state = initial_state(config, model_config)
-    weights = adapted_weights(base, state.model, rows, names, config.seed)
+    state.base = base.digest
+    weights = {**state.model.state_dict(), **adapted_weights(base, state.model, rows, names, config.seed)}
     state.model.load_state_dict(weights)
     state.ema.load([weights] * len(config.ema_decays))
     if config.init_optimizer == "keep":
         _keep_optimizer(state.optimizer, base, config, state.model, rows)
-    return to_checkpoint(state, config, 0), rows
+    return to_checkpoint(state, config, 0, whole=True), rows
 
 
 def _keep_optimizer(

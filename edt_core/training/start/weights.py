@@ -15,6 +15,7 @@ from edt_core.errors import UserError
 from edt_core.models import FAMILIES, DiffusionTransformer
 from edt_core.models.attention import RelativePositionBias
 from edt_core.training.start.base import Base, ClassRows
+from edt_core.training.start.trainable import without_scales
 
 _NEW_ROW_STD = 0.02  # of what tells a new class's row from the mean of all rows
 
@@ -32,7 +33,7 @@ def adapted_weights(
     Class rows go as `rows` says. What depends on the image size is computed anew where it is fixed, and interpolated
     where it is learned. Raises UserError for tensors that are missing, that are too many, or that cannot be adapted.
     """
-    own = model.state_dict()
+    own = without_scales(model.state_dict())
     _check_names(base, own.keys())
     fixed = {name for name, _ in model.named_buffers()}
     tables = {

@@ -1,4 +1,4 @@
-"""What a retraining costs and gives: `python tests/benchmarks/retraining.py WORK [images] [classes] [difffit] [--seeds N]`.
+"""What a retraining costs and gives: `python tests/benchmarks/retraining.py WORK [images] [classes] [difffit]`.
 
 images: digits without 100 of them, then all 1,797: `edt retrain` against the base run and against a training from
 random weights with the same networks and reference, so that both have one protocol.

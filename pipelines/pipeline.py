@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edt_core.config import SourceConfig, TrainConfig, recorded_fields, result_fields
 from edt_core.environment import environment
-from edt_core.errors import Stopped
+from edt_core.errors import Stopped, UserError
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
@@ -41,6 +41,11 @@ from pipelines.tracking.catalog import Catalog, check_tracking, tracking_kept
 from pipelines.tracking.runs import step_tag
 
 _CACHE = "~/.cache/edt"
+Guard = Callable[[Workflow, Mapping[str, StepFuture]], None]
+
+
+class HeldBackError(UserError):
+    """The run ends before its trainings, because a person has to look at something first."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,17 @@ def images_fingerprint(config: PipelineConfig, source: Source) -> str:
 
 
 def call_steps(
-    steps: Steps, config: PipelineConfig, source: Source, published: "Published | None" = None
+    steps: Steps,
+    config: PipelineConfig,
+    source: Source,
+    published: "Published | None" = None,
+    check: Callable[[Mapping[str, StepFuture]], None] = lambda shared: None,
 ) -> list[Branch]:
-    """Call every step up to the evaluations, without waiting. Branches run in parallel if resources allow."""
+    """Call every step up to the evaluations, without waiting. Branches run in parallel if resources allow.
+
+    `check` is called with the steps that all models share, before those of the models. It may wait for them, and raise
+    HeldBackError.
+    """
     step, published = steps.step, published or Published()
     images = step("preprocess", preprocess.STAGE, config.preprocess, source=source)
     vae = _call_autoencoder(steps, config, images, published)
@@ -125,6 +138,7 @@ def call_steps(
         feature_networks["classifier"] = shared["classifier"] = _call_classifier(steps, config, images, published)
     reference_inputs = {"images": published.statistics or images, **feature_networks}
     shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
+    check(shared)
     branch = partial(_call_branch, steps, config, shared=shared, feature_networks=feature_networks)
     return [branch(name, start=published.initial.get(name)) for name in config.models]
 
@@ -282,18 +296,20 @@ def run(
     published: Published | None = None,
     tracking_uri: str | None = None,
     digest_again: bool = False,
+    guard: Guard | None = None,
 ) -> Outcome:
     """Run the whole pipeline and reuse finished artifacts. Failures of steps are in the outcome, not raised.
 
     The first Ctrl-C requests a running training to stop, which is in the outcome as well. Without a running training,
     it is raised. `published`: the published inputs, if the caller has them already. `tracking_uri`: an MLflow to use
     instead of that of the environment or the store. `digest_again`: read every image, even if its digest is cached.
+    `guard`: may hold the run back before its trainings, by HeldBackError, which is in the outcome as a failure.
 
     Raises UserError, before anything is computed, if the store or the source is unusable.
     """
     store = Store.open(config.store)
     with store.in_use(), tracking_kept():
-        return _run(config, store, terminal, address, published, tracking_uri, digest_again)
+        return _run(config, store, terminal, address, published, tracking_uri, digest_again, guard)
 
 
 def _run(
@@ -304,6 +320,7 @@ def _run(
     published: Published | None,
     tracking_uri: str | None,
     digest_again: bool,
+    guard: Guard | None,
 ) -> Outcome:
     check_named(address)
     check_tracking(tracking_uri)  # a Ray session takes longer to start
@@ -332,7 +349,8 @@ def _run(
     try:
         with workflow.interrupts.handled():
             _record_start(catalog, run_id, config)
-            branches = call_steps(workflow, config, source, published)
+            check = (lambda shared: None) if guard is None else partial(guard, workflow)
+            branches = call_steps(workflow, config, source, published, check)
             _record_steps(workflow)  # already now: the record must exist if the driver is killed
             catalog.set_tags(run_id, initial_tags(branches))
             for branch in branches:
@@ -342,6 +360,9 @@ def _run(
             status = "FAILED" if workflow.culprits() or outcome.failures else "FINISHED"
     except Stopped as stopped:
         outcome.stopped = str(stopped)
+    except HeldBackError as error:
+        outcome.failures["guard"], status = error, "FAILED"
+        workflow.wait_all()
     finally:
         outcome.failures |= workflow.culprits()
         reasons = "; ".join(f"{name}: {error}" for name, error in workflow.where_stopped().items())

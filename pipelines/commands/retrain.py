@@ -49,7 +49,7 @@ def retrain(
     digest_again: DigestAgain = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train the champion of a model further on the present images, and promote the result if it is better.
+    """Train the champion of a model further on the present images, and compare them.
 
     \b
     Examples:
@@ -59,6 +59,7 @@ def retrain(
     from jobs.runtime.cluster_address import check_named
 
     check_named(address)
+    from pipelines.retrain.drift import drift_guard
     from pipelines.retrain.prepare import Request, done_before, planned, prepare
     from pipelines.schedule.record import UNCHANGED, report_to_scheduler
     from pipelines.terminal.terminal import Terminal
@@ -86,6 +87,7 @@ def retrain(
             as_json,
             notes=list(_notes(retraining)),
             tracking_uri=catalog.tracking_uri,
+            guard=drift_guard(retraining.config, retraining.champion),
         )
 
 

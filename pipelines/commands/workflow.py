@@ -28,6 +28,7 @@ from pipelines.commands.options import (
 if TYPE_CHECKING:
     from pipelines.config.schema import PipelineConfig
     from pipelines.outcome import Outcome
+    from pipelines.pipeline import Guard
     from pipelines.terminal.terminal import Terminal
 
 DigestAgain = Annotated[
@@ -83,8 +84,12 @@ def execute(
     notes: Sequence[str] = (),
     tracking_uri: str | None = None,
     digest_again: bool = False,
+    guard: "Guard | None" = None,
 ) -> None:
-    """Run a pipeline and show its outcome. `notes` are lines for the beginning. Exits with the code of the outcome."""
+    """Run a pipeline and show its outcome. `notes` are lines for the beginning. Exits with the code of the outcome.
+
+    `guard`: may hold the run back before its trainings.
+    """
     from pipelines.cluster.submission import stopped_too_soon
     from pipelines.notification import notify, of_outcome
     from pipelines.pipeline import run as run_pipeline
@@ -101,7 +106,9 @@ def execute(
         if warning := stopped_too_soon(os.environ):
             terminal.warn(warning)
         try:
-            outcome = run_pipeline(loaded, terminal, address, tracking_uri=tracking_uri, digest_again=digest_again)
+            outcome = run_pipeline(
+                loaded, terminal, address, tracking_uri=tracking_uri, digest_again=digest_again, guard=guard
+            )
         except KeyboardInterrupt:
             show_stopped(terminal, "stopped")
             raise typer.Exit(130) from None

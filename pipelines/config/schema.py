@@ -78,6 +78,12 @@ class RetrainConfig(Section):
         gt=0,
         description="refuse a training that would take more; end one with a checkpoint when they are used up",
     )
+    max_drift: float | None = runtime(
+        None,
+        ge=0,
+        description="greatest Fréchet distance of the images to the champion's; above it, or with other classes, no "
+        "training starts",
+    )
 
 
 class ValidationConfig(ValidateConfig):

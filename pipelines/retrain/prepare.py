@@ -33,8 +33,8 @@ from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import Record
 
 SHARE = 4  # a retraining has a quarter of the steps of the training from scratch that its line began with
+_NOT_OF_THE_TRAINING = ("retrain.", "notify.")  # sections
 _DIGEST = re.compile("[0-9a-f]{64}")
-_TRAIN_FIELDS = ("max_steps", "max_epochs", "warmup_steps", "init_from", "init_weights", "init_optimizer")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Request:
     @property
     def differs(self) -> bool:
         """Whether it asks for another training also with the same images."""
-        return bool(self.assignments) or self.steps is not None or self.from_scratch
+        changes = [text for text in self.assignments if not text.startswith(_NOT_OF_THE_TRAINING)]
+        return bool(changes) or self.steps is not None or self.from_scratch
 
 
 @dataclass(frozen=True)
@@ -106,49 +107,52 @@ def done_before(catalog: Catalog, retraining: Retraining, steps: Sequence[Planne
 def _configured(catalog: Catalog, request: Request, version: Any | None, record: Record) -> PipelineConfig:
     """The configuration of a retraining: that of the champion's run, with what a retraining changes, then `--set`."""
     values: dict[str, Any] = {**record.config, "store": request.store}
-    fields = dict(record.config["models"][request.name] or {})
-    first_number, first = line_start(catalog, request.name, version, record)
-    train = dict(record.config.get("train") or {})
-    if request.from_scratch:
-        fields, train = dict(first.config["models"].get(request.name) or {}), dict(first.config.get("train") or {})
-        for section in (fields, train):
-            section.pop("init_from", None)
-    values |= {"models": {request.name: fields}, "train": train, "source": _source(record.config, request.images)}
-    values["classifier"] = {**(record.config.get("classifier") or {}), "pretrained": None}
+    values["source"] = _source(record.config, request.images)
     values["autoencoder"] = _autoencoder(values, request, version)
+    values["classifier"] = {**(record.config.get("classifier") or {}), "pretrained": None}
+    if not request.from_scratch and "classifier" in values.get("extractors", ()):
+        assert version is not None
+        values["classifier"]["pretrained"] = f"models:/{request.name}/{version.version}"
     for space in PUBLISHED_SPACES:
-        digest = record.tags.get(f"edt.{space}", "")
-        network = values.get(space)
+        digest, network = record.tags.get(f"edt.{space}", ""), values.get(space)
         if network and _DIGEST.fullmatch(digest):
             values[space] = {**network, "sha256": network.get("sha256") or digest}
-    if not request.from_scratch:
-        assert version is not None
-        if "classifier" in values.get("extractors", ()):
-            values["classifier"]["pretrained"] = f"models:/{request.name}/{version.version}"
-        _start_from(version, fields, train, request.steps or _steps(first, request.name, first_number))
-    elif request.steps is not None:
-        fields.pop("max_steps", None)
-        train["max_steps"] = request.steps
+    first_version, first = line_start(catalog, request.name, version, record)
+    recorded = first if request.from_scratch else record
+    own, train = dict(recorded.config["models"].get(request.name) or {}), dict(recorded.config.get("train") or {})
+    changes = _from_scratch(request) if request.from_scratch else _further(request, version, first_version, first)
+    for name in changes:
+        own.pop(name, None)
+    values |= {"models": {request.name: own}, "train": train | changes}
     for text in request.assignments:
         assign(values, *parse_assignment(text))
     config: PipelineConfig = validated(PipelineConfig, values)
     return config
 
 
-def _start_from(version: Any, fields: dict[str, Any], train: dict[str, Any], steps: int) -> None:
-    """Set what a training from a champion's weights changes, in place; fields of the model itself give way."""
-    warmup = fields.get("warmup_steps", train.get("warmup_steps", 0))
-    for name in _TRAIN_FIELDS:
-        fields.pop(name, None)
-    train |= {"max_steps": steps, "max_epochs": None, "init_from": f"models:/{version.name}/{version.version}"}
-    train["warmup_steps"] = min(warmup, steps // SHARE)
+def _from_scratch(request: Request) -> dict[str, Any]:
+    """The fields of `train` that a training from random weights changes."""
+    return {"init_from": None, **({} if request.steps is None else {"max_steps": request.steps})}
 
 
-def _steps(first: Record, name: str, version: Any | None) -> int:
-    """A quarter of the steps of a training from scratch, at least one."""
+def _further(request: Request, version: Any, first_version: Any, first: Record) -> dict[str, Any]:
+    """The fields of `train` that a training from a champion's weights changes.
+
+    `first`: the record of the training from scratch that the line of the champion began with, whose steps count.
+    """
     config: PipelineConfig = validated(PipelineConfig, dict(first.config))
-    recorded = None if version is None else version.tags.get("edt.cost.steps")
-    return max(1, math.ceil(int(recorded or config.train_of(name).max_steps) / SHARE))
+    train = config.train_of(request.name)
+    recorded = None if first_version is None else first_version.tags.get("edt.cost.steps")
+    steps = request.steps or max(1, math.ceil(int(recorded or train.max_steps) / SHARE))
+    return {
+        "max_steps": steps,
+        "max_epochs": None,
+        "max_hours": train.max_hours,  # not what the limit of an earlier retraining left of it
+        "warmup_steps": min(train.warmup_steps, steps // SHARE),
+        "init_from": f"models:/{version.name}/{version.version}",
+        "init_weights": "ema",
+        "init_optimizer": "fresh",
+    }
 
 
 def _source(config: Mapping[str, Any], images: str | None) -> dict[str, Any]:

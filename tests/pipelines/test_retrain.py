@@ -246,9 +246,15 @@ def test_images_arrive_and_the_model_is_trained_further(tmp_path: Path, edt: Cal
         *("autoencoder", "classifier", f"sample champion {MODEL}")
     }
 
+    held = CliRunner().invoke(app, [*asked, "--set", "retrain.max_drift=1e-9"])
+    assert held.exit_code == 2
+    assert f"the images drifted from those of {MODEL} version 1" in held.output
+    assert "--set retrain.max_drift=null" in held.output
+    catalog = Catalog.existing(Folder.at(store))
+    assert len(catalog.client.search_model_versions(f"name = '{MODEL}'")) == 1
+
     outcome = edt(*asked)["models"][MODEL]
     assert outcome["version"] == "2"
-    catalog = Catalog.existing(Folder.at(store))
     version = catalog.client.get_model_version(MODEL, "2")
     decision = json.loads(version.tags["edt.decision"])
     assert decision["champion_before"] == "1"

@@ -101,7 +101,7 @@ def test_it_gives_pil_images_by_default(folder: Path) -> None:
 
 @pytest.mark.parametrize("labels", [[4], [-1], []])
 def test_labels_that_it_does_not_have(folder: Path, labels: list[int]) -> None:
-    with pytest.raises(UserError, match=r"the model has 0\.\.3"):
+    with pytest.raises(UserError, match=r"(the model has|in) 0\.\.3"):
         EDTPipeline.from_pretrained(folder)(labels)
 
 
@@ -139,7 +139,7 @@ def test_options_take_the_place_of_the_kept_ones(folder: Path) -> None:
         ({"steps": 5}, r"unknown options \['steps'\]; known: .*cfg_scale.*num_inference_steps"),
         ({"cfg_scale": 0.5}, r"option 'cfg_scale': .*greater than or equal to 1 \(got 0\.5\)"),
         ({"sampler": "euler"}, "option 'sampler': .*'unipc'.*'euler'"),
-        ({"guidance_interval": [5, 2]}, r"guidance_interval \[5\.0, 2\.0\] must be"),
+        ({"guidance_interval": [5, 2]}, r"guidance_interval is \[5\.0, 2\.0\]; it must be"),
         ({"num_inference_steps": 1001}, "takes 2 to 1000 steps"),
         ({"amm_blocks": [7]}, r"\[7\] do not exist"),
     ],

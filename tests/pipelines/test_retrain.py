@@ -21,10 +21,13 @@ from jobs.stages import preprocess
 from jobs.stages.preprocess import image_source
 from pipelines.cli import app
 from pipelines.config.schema import PipelineConfig, as_yaml, load_config
+from pipelines.pipeline import HeldBackError
 from pipelines.retrain import line as lines
 from pipelines.retrain.delta import delta_of
+from pipelines.retrain.drift import DriftGuard, drift_guard
 from pipelines.retrain.guard import guarded
-from pipelines.retrain.prepare import Request, _configured
+from pipelines.retrain.line import champion_record
+from pipelines.retrain.prepare import Request, _check_start, _configured
 from pipelines.schedule.record import new_schedule
 from pipelines.schedule.server import command
 from pipelines.tracking.catalog import Catalog
@@ -194,8 +197,32 @@ def test_whatever_is_missing_is_one_message_with_the_way_on(tmp_path: Path) -> N
     message = refused(NAME)
     assert f"{NAME} has no champion; its versions are 1." in message
     assert "--from-scratch" in message
+    registry.catalog.set_tags(run, {f"edt.step.train.{NAME}": "f" * 64})
+    registry.catalog.end_run(run, "FINISHED")
+    version, record = champion_record(registry.catalog, NAME, from_scratch=True)  # the newest run has the configuration
+    assert (version, record.run_id) == (None, run)
     client.delete_model_version(NAME, "1")
     assert "has no versions; they were deleted" in refused(NAME)
+
+
+def test_weights_that_are_gone_are_said_with_the_way_on(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object) -> None:
+        raise UserError("m version 1 is damaged")
+
+    line.add()
+    monkeypatch.setattr("pipelines.retrain.prepare.initial_source", damaged)
+    with pytest.raises(UserError, match=r"m cannot be trained further: m version 1 is damaged\. .* --from-scratch"):
+        _check_start(line.config(), SimpleNamespace(tracking_uri=""), "m")  # type: ignore[arg-type]
+
+
+def test_other_classes_hold_a_run_back_where_drift_is_limited() -> None:
+    guard = DriftGuard(Version(3), 10.0)
+    old, new = (SimpleNamespace(read_json=lambda _, names=names: names) for names in (["cat", "owl"], ["cat", "fox"]))
+    guard._check_classes(old, old)  # type: ignore[arg-type]
+    with pytest.raises(HeldBackError, match=r"not those of m version 3 .new: fox; gone: owl.*retrain\.max_drift=null"):
+        guard._check_classes(old, new)  # type: ignore[arg-type]
+    assert drift_guard(load_config("quickstart"), Version(3)) is None
+    assert drift_guard(load_config("quickstart", ["retrain.max_drift=10"]), None) is None
 
 
 def test_a_schedule_retrains(tmp_path: Path) -> None:

@@ -80,8 +80,9 @@ class LatentInfo:
             ) from error
         if version != info.schema_version:
             raise UserError(
-                f"{where} has latent schema {version}, but this version reads {LATENT_SCHEMA_VERSION}, or "
-                f"{CENTRED_LATENT_SCHEMA_VERSION} for centred latents; encode the images again"
+                f"{where} has latent schema {version}, and expected is {info.schema_version} "
+                f"({LATENT_SCHEMA_VERSION}, or {CENTRED_LATENT_SCHEMA_VERSION} for centred latents); encode the images "
+                "again"
             )
         return info
 

@@ -20,9 +20,12 @@ from jobs.stages import encode
 from jobs.stages.autoencoder import published_artifact
 from jobs.stages.reuse import latents as reuse
 from jobs.stages.reuse import siblings
+from tests.jobs import test_reuse_images as history
+from tests.jobs.test_reuse_features import make as make_reference
 from tests.jobs.test_reuse_images import assert_same, picture, write
 from tests.jobs.test_reuse_images import make as make_images
 from tests.support.local_ray import local_ray
+from tests.support.models import classifier_artifact
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +162,27 @@ def test_a_damaged_shard_is_not_used(tmp_path: Path, vaes: list[Artifact]) -> No
     second = make(store, make_images(store, root), vaes[0], warned)
     assert any("cannot be read" in text for text in warned.warnings)
     assert_same(second, make(tmp_path / "nothing", make_images(tmp_path / "nothing", root), vaes[0]))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_happens_latents_and_features_are_those_from_nothing(
+    seed: int, tmp_path: Path, vaes: list[Artifact]
+) -> None:
+    """Images are added, removed, renamed, moved, encoded again, spoiled and doubled, and classes swapped."""
+    history.RNG = np.random.default_rng(seed)
+    root, store = write(tmp_path / "images", each=4), tmp_path / "store"
+    judge = classifier_artifact(tmp_path / "judge", 3, 6)
+    steps = [history.add, history.remove, history.move, history.encode_again, history.spoil, history.double]
+    steps += [history.swap_classes, history.rename]
+    for number in range(4):
+        images, nothing = make_images(store, root), make_images(tmp_path / f"nothing{number}", root)
+        earlier = len(Store.open(str(store)).manifests("latents"))
+        latents = make(store, images, vaes[0])
+        features = make_reference(store, images, classifier=judge)
+        assert rows(latents) == rows(features)
+        assert (rows(latents) > 0) is (earlier > 0)
+        assert_same(latents, make(tmp_path / f"nothing{number}", nothing, vaes[0]))
+        assert_same(features, make_reference(tmp_path / f"nothing{number}", nothing, classifier=judge))
+        for _ in range(2):
+            steps[history.RNG.integers(len(steps))](root)
+        history.add(root)

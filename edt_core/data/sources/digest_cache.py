@@ -139,13 +139,15 @@ def local_digests(
     path = cache_path(root, access)
     began_ns = time.time_ns()
     before = stats_of(root, listed.names)
-    remembered = Remembered.nothing() if again else load(path, root, access, warn)
-    digests, known = _known(listed, before, remembered)
+    remembered = load(path, root, access, warn)
+    there, is_renamed = _same_files(listed, before, Remembered.nothing() if again else remembered)
+    digests, known = _known(listed, there, remembered)
     unread = np.flatnonzero(~known)
     for place, digest in zip(unread.tolist(), read(unread), strict=True):
         digests[place] = np.frombuffer(digest, np.uint8)
-    if len(unread):
-        fresh = _settled(root, listed, before, began_ns, digests, unread, np.frombuffer(unreadable, np.uint8))
+    news = np.flatnonzero(~known | is_renamed[listed.file])
+    if len(news):
+        fresh = _settled(root, listed, before, began_ns, digests, news, np.frombuffer(unreadable, np.uint8))
         if len(fresh):
             kept = _still_true(root, remembered, listed, fresh)
             _save(path, root, access, remembered, kept, fresh, warn)
@@ -174,14 +176,46 @@ def stats_of(root: Path, names: pa.ChunkedArray) -> Stats:
     return out
 
 
-def _known(listed: Listed, stats: Stats, remembered: Remembered) -> tuple[Digests, NDArray[np.bool_]]:
-    """Digests [N, 32] of the listed images and which of them are known: all of a file's images, or none."""
-    digests = np.zeros((len(listed.file), 32), np.uint8)
+def _same_files(listed: Listed, stats: Stats, remembered: Remembered) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The remembered place of each listed file that is untouched, or -1, [F], and whether it had another name then.
+
+    A folder that is renamed leaves everything of its files as it was, but for their names.
+    """
     there = remembered.place_of(listed.names)
-    same = (there >= 0) & stats.any(axis=1)
+    exists = stats.any(axis=1)
+    if listed.sizes is not None:
+        exists &= stats[:, _SIZE] == listed.sizes.astype(np.uint64)
+    same = exists & (there >= 0)
     same[same] = (remembered.stats[there[same]] == stats[same]).all(axis=1)
+    others = np.flatnonzero(exists & ~same)
+    by_stat = _place_of_stats(stats[others], remembered.stats)
+    places = np.where(same, there, -1)
+    places[others] = by_stat
+    is_renamed = np.zeros(len(places), np.bool_)
+    is_renamed[others] = by_stat >= 0
+    return places, is_renamed
+
+
+def _place_of_stats(wanted: Stats, stats: Stats) -> NDArray[np.int64]:
+    """The place of each wanted stat among others; -1 where there is none."""
+    if not len(wanted) or not len(stats):
+        return np.full(len(wanted), -1, np.int64)
+
+    def column(values: Stats) -> pa.Array:
+        data = pa.py_buffer(np.ascontiguousarray(values))
+        return pa.Array.from_buffers(pa.binary(8 * len(_STAT)), len(values), [None, data])
+
+    return np.asarray(pc.fill_null(pc.index_in(column(wanted), value_set=column(stats)), -1)).astype(np.int64)
+
+
+def _known(listed: Listed, there: NDArray[np.int64], remembered: Remembered) -> tuple[Digests, NDArray[np.bool_]]:
+    """Digests [N, 32] of the listed images and which of them are known: all of a file's images, or none.
+
+    there: the remembered place of each file that is untouched, or -1.
+    """
+    digests = np.zeros((len(listed.file), 32), np.uint8)
+    same = there >= 0
     if listed.sizes is not None:  # an image a file
-        same &= stats[:, _SIZE] == listed.sizes.astype(np.uint64)
         rows = remembered.starts[there[listed.file]]
         known = same[listed.file]
         digests[known] = remembered.digests[rows[known]]

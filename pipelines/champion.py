@@ -22,7 +22,7 @@ from jobs.stages import evaluate, sample
 from pipelines.config.schema import PipelineConfig
 from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Steps
-from pipelines.registry.aliases import DECISION_TAG, champion, find_version
+from pipelines.registry.aliases import DECISION_TAG, champion, champion_before, find_version
 from pipelines.registry.gate import PROTOCOL_TAG, Remeasured, protocol_of
 from pipelines.registry.registration import entry_of, identity_of
 from pipelines.tracking.catalog import Catalog
@@ -47,8 +47,8 @@ class ChampionMeasurement:
 
     def call(self, steps: Steps, catalog: Catalog, artifacts: Mapping[str, Artifact] | None) -> Sequence[StepFuture]:
         """Call the steps, if there are any. In a plan `artifacts` is None: nothing is fetched or written."""
-        version = champion(catalog, self.name)
-        if version is None or not self._is_needed(catalog, version, artifacts):
+        version = self._compared(catalog, artifacts)
+        if version is None:
             return ()
         self._version = version
         try:
@@ -100,15 +100,19 @@ class ChampionMeasurement:
             how="on the new reference" if only_reference else "by the new protocol",
         )
 
-    def _is_needed(self, catalog: Catalog, version: Any, artifacts: Mapping[str, Artifact] | None) -> bool:
+    def _compared(self, catalog: Catalog, artifacts: Mapping[str, Artifact] | None) -> Any | None:
+        """The champion that the new version is compared with, if it has to be measured again; None if not."""
         if artifacts is None:
-            return not self._has_these_inputs(version)
+            version = champion(catalog, self.name)
+            return None if version is None or self._has_these_inputs(version) else version
         entry = entry_of(artifacts)
         self._protocol = entry.evaluation.counts["protocol"]
-        if version.tags.get(PROTOCOL_TAG) == sha256_json(self._protocol):
-            return False
-        there = find_version(catalog, self.name, identity_of(entry, self.config.promote))
-        return there is None or DECISION_TAG not in there.tags
+        registered = find_version(catalog, self.name, identity_of(entry, self.config.promote))
+        if registered is not None and DECISION_TAG in registered.tags:
+            return None
+        # A run that was killed between the alias and its decision has made the new version champion already.
+        version = champion(catalog, self.name) if registered is None else champion_before(catalog, registered)
+        return None if version is None or version.tags.get(PROTOCOL_TAG) == sha256_json(self._protocol) else version
 
     def _has_these_inputs(self, version: Any) -> bool:
         """Whether a champion was measured as the new version will be, as far as that shows before it is."""

@@ -34,7 +34,7 @@ def settle(
 
     `again`: the champion, measured by the protocol of the version.
     """
-    before = _champion_before(catalog, version)
+    before = champion_before(catalog, version)
     decision = decide(version, config, before, run_checks(config, version, files), again=again)
     move_alias(catalog, version, CANDIDATE)
     if decision.became_champion:
@@ -180,7 +180,7 @@ def set_tags(catalog: Catalog, version: Any, tags: Mapping[str, str]) -> None:
         retried(call, _ATTEMPTS)
 
 
-def _champion_before(catalog: Catalog, version: Any) -> Any | None:
+def champion_before(catalog: Catalog, version: Any) -> Any | None:
     """The champion to compare a version with: the previous one if this version already has the alias."""
     present = champion(catalog, version.name)
     if present is None or present.version != version.version:

@@ -10,15 +10,17 @@ import pytest
 from edt_core.evaluation.protocol import protocol_differences
 from edt_core.store.artifact import sha256_json
 from edt_core.store.store import Store
+from pipelines.champion import ChampionMeasurement
 from pipelines.commands.options import catalog_if_any
 from pipelines.config.schema import PromoteConfig, load_config
 from pipelines.outcome import Outcome
 from pipelines.plan import PlannedStep, plan
-from pipelines.registry.aliases import promote_version, set_tags
+from pipelines.registry.aliases import add_version, crown, promote_version, set_tags
 from pipelines.registry.gate import Decision, Remeasured, decide
+from pipelines.registry.registration import identity_of, version_tags
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import read_record
-from tests.support.registry import PROTOCOL, Registry
+from tests.support.registry import NAME, PROTOCOL, Registry
 from tests.support.small import MODEL, SMALL, copy_store, pipeline
 
 NEW = {**PROTOCOL, "reference": "new"}
@@ -94,6 +96,23 @@ def test_a_promotion_by_hand_goes_by_the_recorded_measurement(tmp_path: Path) ->
     decision = promote_version(registry.catalog, registry.version(refused.version))
     assert decision.became_champion
     assert decision.champion_value == 5.0
+
+
+def test_killed_between_the_alias_and_the_decision_the_champion_before_is_measured_again(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    registry.add("first", 1.0)
+    run, config = registry.run()
+    entry = registry.entry("second", {"fd_classifier": 4.0}, NEW, run)
+    measurement = ChampionMeasurement(config, NAME, {}, {})
+    assert str(measurement._compared(registry.catalog, vars(entry)).version) == "1"
+    identity = identity_of(entry, config.promote)
+    version = add_version(
+        registry.catalog, NAME, "file:///nowhere", run, version_tags({}, config.promote, entry), identity
+    )
+    crown(registry.catalog, version, "1", "a run that was killed")
+    assert str(measurement._compared(registry.catalog, vars(entry)).version) == "1"
+    set_tags(registry.catalog, version, {"edt.decision": "{}"})
+    assert measurement._compared(registry.catalog, vars(entry)) is None
 
 
 def planned(store: Path, *assignments: str) -> dict[str, PlannedStep]:

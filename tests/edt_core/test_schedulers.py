@@ -158,7 +158,7 @@ def test_the_own_scheduler_made_again_is_the_own_one(pipeline: EDTPipeline) -> N
 REFUSED = [
     (lambda _: diffusers.EDMEulerScheduler(), "EDMEulerScheduler cannot sample .*: it is not one of DDIMScheduler"),
     (lambda _: diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler cannot sample"),
-    (lambda _: DDIMScheduler(), "clip_sample is True, and latents have no fixed range"),
+    (lambda _: DDIMScheduler(), "clip_sample is True, but latents have no fixed range"),
     (lambda c: DDIMScheduler.from_config(c, thresholding=True), "thresholding is True"),
     (lambda c: DDIMScheduler.from_config(c, prediction_type="v_prediction"), "prediction_type is 'v_prediction'"),
     (lambda c: DPMSolverMultistepScheduler.from_config(c, beta_end=0.012), "its noise schedule is not the linear one"),

@@ -9,6 +9,7 @@ softmax, modulation, look-ups and gates are not counted.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -57,12 +58,15 @@ def macs_by_part(config: ModelConfig) -> list[PartCost]:
 
 
 @lru_cache(maxsize=64)
-def training_flops(config: ModelConfig, *, masked: bool) -> int:
+def training_flops(
+    config: ModelConfig, *, masked: bool, prepare: Callable[[DiffusionTransformer], object] = lambda model: None
+) -> int:
     """Floating-point operations (2 per multiply-accumulate) of training on one image: forward and backward pass.
 
     With `masked`, those of the masked pass are included, at the mean mask ratio. MDTv2's encoder processes only the
     unmasked tokens; an EDT zeroes masked tokens and processes all, so its masked pass costs as much as the full one.
-    The recomputation of activation checkpointing is not counted.
+    The recomputation of activation checkpointing is not counted, and neither are gradients of weights that `prepare`
+    freezes.
 
     Raises:
         ValueError: a masked pass of a model that has none.
@@ -70,6 +74,7 @@ def training_flops(config: ModelConfig, *, masked: bool) -> int:
     if masked and not config.is_masked:
         raise ValueError(f"{config.name} has no masked pass to count")
     model = shadow(config)
+    prepare(model)
     counter = _count(model, _masks(config), rows=2) if masked else _count(model)  # both passes go as one batch
     return counter.get_total_flops()
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from edt_core.errors import UserError
 from edt_core.files.small_files import UnusableFileError, parse_json, read_bounded, read_json
 from edt_core.files.tensor_files import load_state, load_tensors
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
@@ -181,8 +182,22 @@ class HostMemory:
         return buffer.copy_(value.detach(), non_blocking=True)
 
 
+def check_whole(folder: Path) -> None:
+    """Raise UserError for a checkpoint that holds only the tensors of a fine-tuning (train.trainable)."""
+    state = folder / TRAIN_STATE
+    if state.exists() and "base" in read_json(state):
+        raise UserError(
+            f"{folder} holds only the trained tensors of a fine-tuning, without its base model; give the checkpoint "
+            "artifact instead, which holds the merged model, or the registered version"
+        )
+
+
 def ema_model(folder: Path, device: torch.device | str = "cpu") -> DiffusionTransformer:
-    """The model of a folder with `model_config.json` and `ema.safetensors`, in evaluation mode."""
+    """The model of a folder with `model_config.json` and `ema.safetensors`, in evaluation mode.
+
+    Raises UserError for a checkpoint that holds only the tensors of a fine-tuning.
+    """
+    check_whole(folder)
     model = build_model(ModelConfig.from_dict(read_json(folder / MODEL_CONFIG)))
     load_state(model, folder / EMA_WEIGHTS)
     return model.to(device).eval()

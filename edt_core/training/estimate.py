@@ -14,8 +14,8 @@ from edt_core.models import (
     count_parameters,
     draw_masks,
     shadow,
-    training_flops,
 )
+from edt_core.training.start.trainable import count_trained, step_flops
 
 _OPTIMIZER_STATES = {"adan": 4, "adamw": 2}  # float32 tensors of the size of the weights
 _GIGA = 1e9
@@ -75,19 +75,20 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     """The cost of training a model on a data set of `images` images."""
     parameters, macs = _numbers(model_config)
     weights = 4 * parameters
-    optimizer = weights * _OPTIMIZER_STATES[config.optimizer]
-    ema = weights * len(config.ema_decays)
+    trained = weights if config.trainable == "all" else 4 * count_trained(config, model_config)
+    optimizer = trained * _OPTIMIZER_STATES[config.optimizer]
+    ema = trained * len(config.ema_decays)
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
         parameters=parameters,
         macs=macs,
-        flops_per_image=training_flops(model_config, masked=config.masked_loss),
+        flops_per_image=step_flops(config, model_config),
         weights=weights,
-        gradients=weights,
+        gradients=trained,
         optimizer=optimizer,
         ema=ema,
         activations=_activations(model_config, config),
-        checkpoint=weights + ema + optimizer,
+        checkpoint=trained + ema + optimizer,
         micro_batch=config.micro_batch(),
         images=images,
         global_batch_size=config.global_batch_size,

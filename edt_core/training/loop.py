@@ -14,13 +14,14 @@ from edt_core.data.prefetch import prefetched
 from edt_core.data.streaming import LatentStream, stream_latents
 from edt_core.diffusion import objective_of
 from edt_core.errors import Stopped
-from edt_core.models import ModelConfig, training_flops
+from edt_core.models import ModelConfig
 from edt_core.precision import use_precision
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
+from edt_core.training.start.trainable import step_flops
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
 from edt_core.training.trainer import NotFiniteError, Signal, Trainer
 
@@ -90,7 +91,7 @@ def _begin(
         state.model.compile(dynamic=False)
     flops, peak = 0, 1.0  # placeholders: only rank 0 reports rates
     if ranks.rank == 0:
-        flops = training_flops(model_config, masked=config.masked_loss)
+        flops = step_flops(config, model_config)
         peak = matmul_rate(ranks.device, config.precision) * ranks.world_size
     trainer = Trainer(
         config,

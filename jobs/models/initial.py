@@ -57,11 +57,10 @@ class Initial(Source):
 
     def check(self, config: "ModelConfig") -> None:
         """Raise UserError unless the model can be adapted to one of this configuration, as far as that is known yet."""
-        from edt_core.models import ModelConfig
         from edt_core.training.start.base import check_fit
 
         if self.model_config is not None:
-            check_fit(self.location, ModelConfig.from_dict(self.model_config), config)
+            check_fit(self.location, _model_config(self.location, self.model_config), config)
 
     def read(self, config: TrainConfig) -> "Base":
         """The model in memory. Raises UserError where it is gone, or is not what it was when it was looked up."""
@@ -158,8 +157,9 @@ class _Lookup:
 
     def _checkpoint(self, folder: Path) -> Initial:
         """A folder of one checkpoint, in an artifact or by itself."""
-        from edt_core.training.checkpoint import CheckpointError, check_checkpoint
+        from edt_core.training.checkpoint import CheckpointError, check_checkpoint, check_whole
 
+        check_whole(folder)
         try:
             files = check_checkpoint(folder).files
         except CheckpointError as error:
@@ -223,8 +223,10 @@ class _Lookup:
         return MlflowClient(self.tracking_uri)
 
     def _read_checkpoint(self, initial: Initial, folder: Path, artifact: Artifact | None) -> "Base":
-        from edt_core.models import ModelConfig
+        from edt_core.training.checkpoint import check_whole
         from edt_core.training.start.base import Base, SavedOptimizer
+
+        check_whole(folder)
 
         images = None if artifact is None else in_store(artifact).images
         names = (EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE)
@@ -237,7 +239,7 @@ class _Lookup:
             tensors = load_tensors(folder / OPTIMIZER_STATE)
             optimizer = SavedOptimizer(state["config"]["optimizer"], tensors, state["optimizer_groups"])
         return Base(
-            ModelConfig.from_dict(read_json(folder / MODEL_CONFIG)),
+            _model_config(initial.location, read_json_object(folder / MODEL_CONFIG)),
             load_tensors(folder / (MODEL_WEIGHTS if "raw" in identity else EMA_WEIGHTS)),
             initial.location,
             tuple(identity.get("classes", ())),
@@ -258,6 +260,15 @@ class _Lookup:
         _check_same(initial, {"weights": sha256_file(path)})
         unpacked = of_released(path)
         return Base(unpacked.model.config, unpacked.model.state_dict(), initial.location)
+
+
+def _model_config(location: str, values: Mapping[str, Any]) -> "ModelConfig":
+    from edt_core.models import ModelConfig
+
+    try:
+        return ModelConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train.init_from: the model configuration of {location} cannot be read ({error})") from error
 
 
 def _check_same(initial: Initial, identity: Mapping[str, Any]) -> None:

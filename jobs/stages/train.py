@@ -72,9 +72,10 @@ def train(
     not finite after `max_rollbacks` rollbacks, UserError for invalid latents or resources.
     """
     from edt_core.data.scale import LatentScale
-    from edt_core.models import count_macs, count_parameters, shadow, training_flops
+    from edt_core.models import count_macs, count_parameters, shadow
     from edt_core.training.checkpoint import checkpoint_name
     from edt_core.training.optim import decay_start
+    from edt_core.training.start.trainable import step_flops
     from edt_core.training.store import CheckpointStore, best_step
     from jobs.stages.train_context import device_seconds, remove_clock
 
@@ -125,7 +126,7 @@ def train(
         **trained_parameters(config, model_config),
         "macs": count_macs(model),
         "images_seen": images,
-        "training_flops": images * training_flops(model_config, masked=config.masked_loss) if images else 0,
+        "training_flops": images * step_flops(config, model_config) if images else 0,
         "device_hours": seconds / 3600,  # without the time of killed workers after their last row
         "checkpoints": [checkpoint_name(step) for step in steps],
         "final": final,

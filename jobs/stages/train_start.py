@@ -107,15 +107,11 @@ def _weights(checkpoint: "Checkpoint") -> Mapping[str, Any]:
 
 def trained_parameters(config: TrainConfig, model_config: "ModelConfig") -> dict[str, Any]:
     """What the counts of a training of few parameters say of them; empty for a training of all."""
-    from edt_core.models import shadow
-    from edt_core.training.start.trainable import prepare_trainable
+    from edt_core.training.start.trainable import count_trained
 
     if config.trainable == "all":
         return {}
-    model = shadow(model_config)
-    prepare_trainable(model, config.trainable)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"trainable": config.trainable, "trained_parameters": trained}
+    return {"trainable": config.trainable, "trained_parameters": count_trained(config, model_config)}
 
 
 def remove_initial(out: ArtifactWriter) -> None:

@@ -15,7 +15,7 @@ from edt_core.training.checkpoint import load_checkpoint
 from edt_core.training.context import LocalContext, Request
 from edt_core.training.loop import TrainState, train
 from edt_core.training.start.initial import initial_checkpoint
-from edt_core.training.start.trainable import merged, prepare_trainable
+from edt_core.training.start.trainable import merged, prepare_trainable, step_flops
 from edt_core.training.state import initial_state
 from tests.edt_core.test_training_start import NAMES, base_of
 from tests.support.models import TINY, shallow_config
@@ -87,6 +87,16 @@ def test_the_share_of_dit_xl_is_that_of_the_paper() -> None:
     ends = (1 + 2 + 2 + 102) * 1152 + 32  # patches, timestep, last adaLN, classes, output
     assert trained == blocks + ends
     assert 0.0009 < trained / total < 0.0013
+
+
+def test_the_gradients_of_frozen_weights_are_no_cost() -> None:
+    """Of a forward pass and two backward ones, the one for the weights is left out but for little."""
+    config = model_config("DiT-S/2", 256, 10)
+    whole, few = (
+        step_flops(CONFIG.model_copy(update={"masked_loss": False, "trainable": choice}), config)
+        for choice in ("all", "difffit")
+    )
+    assert 0.6 < few / whole < 0.72
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -1,6 +1,7 @@
 """`train.init_from`: what it names, and what a training makes of it, as a step and by its command."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import EMA_WEIGHTS, MODEL_WEIGHTS
 from edt_core.training.checkpoint import ema_model
 from jobs.models.initial import Initial, initial_source
+from jobs.models.open import load_model
 from jobs.stages import train
 from tests.support.jobs import Chain, command
 from tests.support.models import released
@@ -167,6 +169,9 @@ def test_what_a_form_does_not_have_is_refused(folder: Path, trained: Artifact, t
 
 def test_a_model_that_cannot_fit_is_known_before_anything_runs(folder: Path, trained: Artifact) -> None:
     final = trained.directory(trained.counts["final"])
+    damaged = replace(source(folder), model_config={"architecture": "edt", "name": 3})
+    with pytest.raises(UserError, match=r"the model configuration of .* cannot be read"):
+        damaged.check(model_config("EDT-Tiny/2", 32, 4))
     for location in (folder, trained.folder.uri, final):
         start = source(location)
         start.check(model_config("EDT-Tiny/2", 64, 7))
@@ -213,6 +218,9 @@ def test_few_parameters_give_an_ordinary_model(
     assert artifact.counts["trained_parameters"] < 0.2 * artifact.counts["parameters"]
     assert artifact.counts["trainable"] == "difffit"
     assert not [name for name in artifact.data.walk() if name.startswith(".")]
+    for use in (source, load_model):
+        with pytest.raises(UserError, match=r"step-00000002 holds only the trained tensors of a fine-tuning"):
+            use(str(artifact.directory("checkpoints/step-00000002")))
     again = made(tmp_path / "two", latents_artifact, artifact.folder.uri, max_steps=0)
     assert equal(final_weights(again), model.state_dict())
 

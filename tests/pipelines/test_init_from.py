@@ -125,6 +125,16 @@ def test_its_record_restores_the_version_and_not_the_alias(warm: Outcome, place:
         catalog.client.set_registered_model_alias(MODEL, "champion", "1")
 
 
+def test_a_plan_says_from_which_training_a_longer_one_goes_on(place: Path) -> None:
+    constant = ("train.lr_schedule=constant", "train.max_steps=4")
+    done = pipeline(place, *constant)
+    assert not done.failures
+    short = planned(place, *constant)[TRAIN]
+    longer = planned(place, "train.lr_schedule=constant")[TRAIN]
+    assert (short.action, longer.action) == ("reuse", "resume")
+    assert longer.why.startswith(f"resume from {short.fingerprint[:12]} at step 4; max_steps 4 -> 8")
+
+
 def test_what_cannot_fit_is_refused_by_the_plan(place: Path) -> None:
     with pytest.raises(UserError, match=r"models:/.*/1 \(EDT-Tiny/2\) does not fit DiT-Tiny/2"):
         planned(place, FROM_CHAMPION, "train.model=DiT-Tiny/2", "train.masked_loss=false")

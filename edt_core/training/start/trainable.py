@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edt_core.models import FAMILIES, DiffusionTransformer
+from edt_core.config import TrainConfig
+from edt_core.models import FAMILIES, DiffusionTransformer, ModelConfig, count_parameters, shadow, training_flops
 
 _GAMMA = "gamma"
 # The two residual branches of a block, and the last projection of each, which takes up the branch's scale.
@@ -31,6 +32,25 @@ def prepare_trainable(model: DiffusionTransformer, trainable: str) -> frozenset[
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return names
+
+
+def count_trained(config: TrainConfig, model_config: ModelConfig) -> int:
+    """Number of parameters that a training changes."""
+    model = shadow(model_config)
+    prepare_trainable(model, config.trainable)
+    return count_parameters(model)
+
+
+def step_flops(config: TrainConfig, model_config: ModelConfig) -> int:
+    """Floating-point operations of training on one image, without the gradients of frozen weights."""
+
+    if config.trainable == "all":
+        return training_flops(model_config, masked=config.masked_loss)
+
+    def prepare(model: DiffusionTransformer) -> None:
+        prepare_trainable(model, config.trainable)
+
+    return training_flops(model_config, masked=config.masked_loss, prepare=prepare)
 
 
 def _is_trained(model: DiffusionTransformer, name: str, trainable: str) -> bool:

@@ -1,6 +1,7 @@
 """The command `edt retrain`: the champion of a model trained further on the images as they are now."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ from pipelines.commands.options import (
     print_json,
     print_rows,
 )
-from pipelines.commands.workflow import Address, DigestAgain, execute
+from pipelines.commands.workflow import Address, DigestAgain, execute, failures_notified
 
 if TYPE_CHECKING:
     from pipelines.plan import PlannedStep
@@ -59,17 +60,19 @@ def retrain(
     from jobs.runtime.cluster_address import check_named
 
     check_named(address)
+    from pipelines.config.schema import NotifyConfig
     from pipelines.retrain.drift import drift_guard
     from pipelines.retrain.prepare import Request, done_before, planned, prepare
     from pipelines.schedule.record import UNCHANGED, report_to_scheduler
     from pipelines.terminal.terminal import Terminal
 
-    catalog = open_catalog(store, tracking_uri)
     request = Request(name, store, images, tuple(assignments), steps, from_scratch)
-    with Terminal(to_stderr=True) as terminal:
-        retraining = prepare(catalog, request, terminal, digest_again)
-    rows = [] if retraining.nothing_to_do else planned(catalog, retraining)
-    reason = retraining.nothing_to_do or done_before(catalog, retraining, rows)
+    with nullcontext() if show_plan else failures_notified(NotifyConfig(), name):
+        catalog = open_catalog(store, tracking_uri)
+        with Terminal(to_stderr=True) as terminal:
+            retraining = prepare(catalog, request, terminal, digest_again)
+        rows = [] if retraining.nothing_to_do else planned(catalog, retraining)
+        reason = retraining.nothing_to_do or done_before(catalog, retraining, rows)
     if show_plan:
         _show_plan(retraining, rows, reason, as_json)
     elif reason:

@@ -26,7 +26,7 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.config.schema import PipelineConfig
+    from pipelines.config.schema import NotifyConfig, PipelineConfig
     from pipelines.outcome import Outcome
     from pipelines.pipeline import Guard
     from pipelines.terminal.terminal import Terminal
@@ -70,7 +70,7 @@ def run(
 
         say(training_needs(loaded))
         return
-    with _failures_notified(loaded):
+    with failures_notified(loaded.notify, loaded.name):
         check_named(address)  # before the imports below, which take seconds
     execute(loaded, "run", address, no_overlap, as_json, digest_again=digest_again)
 
@@ -96,7 +96,7 @@ def execute(
     from pipelines.schedule.record import report_to_scheduler
 
     with (
-        _failures_notified(loaded),
+        failures_notified(loaded.notify, loaded.name),
         _overlap_guard(loaded, no_overlap),
         _logged(loaded.store, verb, to_stderr=as_json) as terminal,
     ):
@@ -124,7 +124,7 @@ def execute(
 
 
 @contextmanager
-def _failures_notified(config: "PipelineConfig") -> Iterator[None]:
+def failures_notified(config: "NotifyConfig", pipeline: str) -> Iterator[None]:
     """Send a notification of an error that ends the command before the run has an outcome."""
     try:
         yield
@@ -132,7 +132,7 @@ def _failures_notified(config: "PipelineConfig") -> Iterator[None]:
         if not isinstance(error, typer.Exit):
             from pipelines.notification import notify, of_error
 
-            notify(config.notify, [of_error(config.name, error)], lambda text: say(f"warning: {text}", err=True))
+            notify(config, [of_error(pipeline, error)], lambda text: say(f"warning: {text}", err=True))
         raise
 
 

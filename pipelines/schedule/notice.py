@@ -11,7 +11,9 @@ from pipelines.schedule.record import UNCHANGED, Schedule, Tick
 def notify_of_tick(schedule: Schedule, tick: Tick, warn: Callable[[str], None]) -> None:
     """Send the notification of an ended tick, unless the run of the tick has sent one itself. Never raises."""
     try:
-        config, readable = load_config(schedule.config, schedule.assignments, schedule.store).notify, True
+        config, readable = NotifyConfig(), True
+        if not schedule.retrain:  # its configuration is that of the champion's run, which the command reads
+            config = load_config(schedule.config, schedule.assignments, schedule.store).notify
     except (UserError, OSError):  # the run could not read its configuration either
         config, readable = NotifyConfig(), False
     event, message = _event(tick, readable)

@@ -223,6 +223,19 @@ def test_ticks(monkeypatch: pytest.MonkeyPatch, config: str, tick: Tick, event: 
     assert [(n.event, n.message) for n in sent] == ([(event, message)] if event else [])
 
 
+def test_a_failed_retraining_is_sent_once_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its schedule names a model, which is no configuration: that is not a failure of the tick."""
+    with receiver() as (url, bodies):
+        done = edt("retrain", "digits", "--store", str(tmp_path), env={**environment(), "EDT_NOTIFY_URLS": url})
+        assert done.returncode == 2
+        assert edt("retrain", "digits", "--plan", "--store", str(tmp_path)).returncode == 2
+    (posted,) = map(json.loads, bodies)
+    assert (posted["event"], posted["pipeline"]) == ("failed", "digits")
+    monkeypatch.setattr(notice, "notify", lambda *_: pytest.fail("the command has sent it"))
+    schedule = new_schedule(None, "digits", [], "store", "0 3 * * *", "UTC", retrain=True)
+    notice.notify_of_tick(schedule, _tick("failed", pid=7, error="exit code 2"), pytest.fail)
+
+
 def test_a_command_that_fails_before_its_run_sends_it(tmp_path: Path) -> None:
     """With the receiver down, message and exit code are the same, and a warning is added."""
     command = ["run", "--set", "source.kind=auto", "--set", f"source.path={tmp_path}/gone", "--store", f"{tmp_path}/s"]

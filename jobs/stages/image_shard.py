@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edt_core.config import PreprocessConfig
 from edt_core.data.images import center_crop, decode_rgb, encode_image
 from edt_core.data.shards import ImageSample, write_image_shard
-from edt_core.data.sources import UNREADABLE, Listing, RawImage, image_digest
+from edt_core.data.sources import UNREADABLE, Listing, RawImage, image_digest, image_versions
 from edt_core.data.sources.files import as_text
 from edt_core.data.sources.reading import rows
 from edt_core.store.artifact import ArtifactWriter
@@ -39,11 +39,15 @@ class ShardPlan:
 
 @dataclass
 class ShardReport:
-    """The outcome of a shard: rows, (position, name, reason) of quarantined images, sha256 of every original."""
+    """The outcome of a shard: rows, (position, name, reason) of quarantined images, sha256 of every original.
+
+    versions: of a remote source, `image_versions` of every original.
+    """
 
     rows: int
     quarantined: list[tuple[int, str, str]]
     digests: bytes
+    versions: bytes = b""
 
     @property
     def reasons(self) -> list[tuple[str, str]]:
@@ -60,12 +64,14 @@ class ShardReport:
         return mask
 
     def to_json(self) -> dict[str, Any]:
-        return {"rows": self.rows, "quarantined": self.quarantined, "digests": self.digests.hex()}
+        versions = {"versions": self.versions.hex()} if self.versions else {}
+        return {"rows": self.rows, "quarantined": self.quarantined, "digests": self.digests.hex(), **versions}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ShardReport":
         quarantined = [(position, name, reason) for position, name, reason in values["quarantined"]]
-        return cls(values["rows"], quarantined, bytes.fromhex(values["digests"]))
+        versions = bytes.fromhex(values.get("versions", ""))
+        return cls(values["rows"], quarantined, bytes.fromhex(values["digests"]), versions)
 
 
 def prepare(data: bytes, config: PreprocessConfig) -> bytes:
@@ -115,7 +121,8 @@ def _results(plan: ShardPlan, config: PreprocessConfig, fingerprint: str) -> Ite
                 continue
             digest, reason = plan.earlier.digests[position].tobytes(), plan.earlier.reasons.get(position, "")
             copied = _Result(as_text(row.name), row.label, digest, earlier.image(position), reason)
-            if made is not None and made.digest == digest and made != copied:
+            is_comparable = made is not None and (made.digest == digest or plan.listing.remote)
+            if is_comparable and made != copied:
                 raise WrongRowError(earlier.where(position, "differs from what is made of its original now"))
             yield copied if made is None else made  # of an original that has changed: the step then refuses the source
 
@@ -141,6 +148,7 @@ def build_shard(
                 yield ImageSample(key, result.image, result.label, result.name, result.digest.hex())
 
     entry = out.write(plan.name, lambda path: write_image_shard(path, samples(), config.image_format))
-    report = ShardReport(entry.rows or 0, quarantined, b"".join(digests))
+    versions = image_versions(plan.listing.table).tobytes() if plan.listing.remote else b""
+    report = ShardReport(entry.rows or 0, quarantined, b"".join(digests), versions)
     out.write_json(plan.report, report.to_json())
     return report

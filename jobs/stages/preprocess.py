@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import PreprocessConfig, SourceConfig
-from edt_core.data.sources import UNREADABLE, Listing, list_source, listing_identity
+from edt_core.data.sources import UNREADABLE, Listing, image_versions, list_source, listing_identity
 from edt_core.data.sources.classes import without_images
 from edt_core.data.sources.files import as_text
 from edt_core.errors import UserError
@@ -85,7 +85,12 @@ def preprocess(
 def _earlier_images(
     config: PreprocessConfig, listing: Listing, source: Source, out: ArtifactWriter
 ) -> EarlierImages | None:
-    """Where the images are in earlier artifacts. Raises UserError if the source is not what `source` was made of."""
+    """Where the images are in earlier artifacts. Raises UserError if the source is not what `source` was made of.
+
+    Images of a local source are found by their sha256, those of a remote one by name, size and version token.
+    """
+    if listing.remote:
+        return earlier_images(out, config, STAGE.version, image_versions(listing.table), by_version=True)
     if source.digests is None or len(source.digests) != len(listing):
         return None
     if listing_identity(listing, source.digests) != source.fingerprint:

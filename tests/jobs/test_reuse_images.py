@@ -332,3 +332,67 @@ def test_about_a_hundredth_is_computed_again() -> None:
     assert not np.array_equal(one, siblings.checked_rows(reused, "cd" * 32, 3))
     assert siblings.checked_rows(np.array([False, True]), "ab" * 32, 0).tolist() == [False, True]
     assert not siblings.checked_rows(np.zeros(4, np.bool_), "ab" * 32, 0).any()
+
+
+# --- remote sources
+
+
+class Shop:
+    """A folder of a store in memory: its files have version tokens, and reads are counted."""
+
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        import fsspec
+
+        self.fs, self.uri, self.reads = fsspec.filesystem("memory"), f"memory://{name}/images", 0
+        plain = type(self.fs).cat_file
+
+        def cat_file(fs: object, path: str, *arguments: object, **named: object) -> bytes:
+            self.reads += 1
+            return plain(fs, path, *arguments, **named)
+
+        monkeypatch.setattr(type(self.fs), "cat_file", cat_file)
+
+    def write(self, name: str, data: bytes) -> None:
+        self.fs.pipe_file(f"{self.uri}/{name}", data)
+
+
+def remote_images(shop: Shop, store: Path, progress: Silent | None = None) -> Artifact:
+    fields = {"image_size": 16, "images_per_shard": 5, "max_bad_fraction": 1}
+    return made_of(image_source(SourceConfig(path=shop.uri)), store, progress, **fields)
+
+
+def test_remote_images_are_known_by_their_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = Shop(tmp_path.name, monkeypatch)
+    for label in range(3):
+        for k in range(4):
+            shop.write(f"class{label}/{k}.png", picture())
+    shop.write("class0/broken.png", b"no image")
+    first = remote_images(shop, tmp_path / "store")
+    assert "versions" in first.read_json("reports/images-00000.tar.json")
+    shop.write("class1/2.png", picture())
+    shop.write("class2/new.png", picture())
+    shop.fs.rm_file(f"{shop.uri}/class0/1.png")
+    shop.reads = 0
+    second = remote_images(shop, tmp_path / "store")
+    assert second.manifest.reused is not None
+    checked = second.manifest.reused["checked"]
+    assert (second.manifest.reused["rows"], shop.reads) == (11, 2 + checked)
+    assert_same(second, remote_images(shop, tmp_path / "nothing"))
+
+
+def test_a_version_that_stays_while_the_bytes_change_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store whose tokens say nothing: a row is compared with its original, and nothing is reused."""
+    monkeypatch.setattr("edt_core.data.sources.listing._version_digest", lambda row: bytes(32))
+    monkeypatch.setattr(siblings, "_CHECKED_SHARE", 1.0)
+    shop = Shop(tmp_path.name, monkeypatch)
+    for label in range(2):
+        for k in range(4):
+            shop.write(f"class{label}/{k}.png", picture())
+    remote_images(shop, tmp_path / "store")
+    shop.write("class0/0.png", picture())
+    shop.write("class1/new.png", picture())
+    warned = CollectedWarnings()
+    second = remote_images(shop, tmp_path / "store", warned)
+    assert second.manifest.reused is None
+    assert any("differs from what is made of its original now" in text for text in warned.warnings)
+    assert_same(second, remote_images(shop, tmp_path / "nothing"))

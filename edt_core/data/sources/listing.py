@@ -156,6 +156,12 @@ def _version_digest(row: Row) -> bytes:
     return hashlib.sha256(f"{row.size}\0{row.version}".encode()).digest()
 
 
+def image_versions(table: pa.Table) -> NDArray[np.uint8]:
+    """A digest of each remote image's name, size and version token, uint8 [N, 32]: equal while it is not written to."""
+    joined = (hashlib.sha256(row.name + b"\0" + _version_digest(row)).digest() for row in rows(table))
+    return np.frombuffer(b"".join(joined), np.uint8).reshape(-1, _DIGEST)
+
+
 def source_identity(listing: Listing, progress: Progress = _SILENT, again: bool = False) -> str:
     """What the images are, as hex sha256: `combine_identity` of the listing and of `source_digests`."""
     return listing_identity(listing, source_digests(listing, progress, again))

@@ -63,26 +63,37 @@ def _pixels(version: int, config: Mapping[str, Any], libraries: Mapping[str, str
 
 
 def earlier_images(
-    out: ArtifactWriter, config: PreprocessConfig, version: int, digests: NDArray[np.uint8]
+    out: ArtifactWriter,
+    config: PreprocessConfig,
+    version: int,
+    keys: NDArray[np.uint8],
+    by_version: bool = False,
 ) -> EarlierImages | None:
-    """Find images by the sha256 of their originals [N, 32] in earlier artifacts of the store; None if there are none.
+    """Find images in earlier artifacts of the store by keys, uint8 [N, 32]; None if there are none.
+
+    The keys are the sha256 of their originals or, `by_version`, digests of their names, sizes and version tokens.
 
     An artifact is used if its step version, the fields that determine one image's bytes and the libraries that decode
     and encode it are the same. For each image the newest artifact that has it is used.
     """
     wanted = _pixels(version, config.model_dump(mode="json"), environment())
     artifacts = siblings(out, lambda artifact: pixels_of(artifact) == wanted)
-    total = len(digests)
+    total, unreadable = len(keys), np.frombuffer(UNREADABLE, np.uint8)
+    digests = np.zeros_like(keys) if by_version else keys
     artifact, shard, row = np.full(total, NONE, np.int8), np.zeros(total, np.int32), np.full(total, NONE, np.int32)
     reasons: dict[int, str] = {}
-    readable = (digests != np.frombuffer(UNREADABLE, np.uint8)).any(axis=1)
+    readable = (keys != unreadable).any(axis=1)
     for index, item in enumerate(artifacts):
         if (originals := Originals.read(item)) is None:  # damaged: its images are made from their originals
             continue
         missing = np.flatnonzero(readable & (artifact == NONE))
-        at = first_of(digests[missing], originals.digests)
+        at = first_of(keys[missing], originals.versions if by_version else originals.digests)
+        if by_version:  # what could not be read then is read again
+            at[at >= 0] = np.where((originals.digests[at[at >= 0]] == unreadable).all(axis=1), NONE, at[at >= 0])
         found, at = missing[at >= 0], at[at >= 0]
         artifact[found], shard[found], row[found] = index, originals.shard[at], originals.row[at]
+        if by_version:
+            digests[found] = originals.digests[at]
         quarantined = row[found] == NONE
         for position, entry in zip(found[quarantined].tolist(), at[quarantined].tolist(), strict=True):
             reasons[position] = originals.reasons[entry]

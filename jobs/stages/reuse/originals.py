@@ -19,11 +19,13 @@ from jobs.stages.reuse.siblings import NONE, Places, first_of
 class Originals:
     """The originals of an image artifact, in order. M: their number.
 
-    digests: sha256, uint8 [M, 32]. shard, row: int32 [M]; row -1 for a quarantined image. reasons: of the quarantined,
-    by index.
+    digests: sha256, uint8 [M, 32]. versions: of a remote source, digests of name, size and version token, uint8
+    [M, 32]; zeros if unknown. shard, row: int32 [M]; row -1 for a quarantined image. reasons: of the quarantined, by
+    index.
     """
 
     digests: NDArray[np.uint8]
+    versions: NDArray[np.uint8]
     shard: NDArray[np.int32]
     row: NDArray[np.int32]
     reasons: dict[int, str]
@@ -32,6 +34,7 @@ class Originals:
     def of(cls, artifact: Artifact) -> "Originals":
         """Read the reports of an image artifact. Raises ManifestError if one differs from the manifest."""
         digests, shards, rows = [np.empty((0, 32), np.uint8)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+        versions = [np.empty((0, 32), np.uint8)]
         reasons: dict[int, str] = {}
         first = 0
         for number in count():
@@ -48,10 +51,13 @@ class Originals:
                 written[position] = False
                 reasons[first + position] = reason
             digests.append(part)
+            stated = np.frombuffer(bytes.fromhex(report.get("versions", "")), np.uint8).reshape(-1, 32)
+            versions.append(stated if len(stated) == len(part) else np.zeros_like(part))
             shards.append(np.full(len(part), number, np.int32))
             rows.append(np.where(written, np.cumsum(written) - 1, NONE).astype(np.int32))
             first += len(part)
-        return cls(np.concatenate(digests), np.concatenate(shards), np.concatenate(rows), reasons)
+        parts = (np.concatenate(lists) for lists in (digests, versions, shards, rows))
+        return cls(*parts, reasons)
 
     @classmethod
     def read(cls, artifact: Artifact) -> "Originals | None":

@@ -21,6 +21,7 @@ from jobs.models.initial import Initial, initial_source
 from jobs.models.open import load_model
 from jobs.stages import train
 from tests.support.jobs import Chain, command
+from tests.support.local_ray import local_ray_train
 from tests.support.models import released
 
 CONFIG = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, max_steps=2, log_every=1, checkpoint_every=1)
@@ -249,6 +250,20 @@ def test_untrained_few_parameters_are_the_base_model(
     artifact = made(tmp_path, latents_artifact, trained.folder.uri, trainable="difffit", max_steps=0)
     base = load_file(trained.directory(trained.counts["final"]) / EMA_WEIGHTS)
     assert equal(dict(ema_model(artifact.directory(artifact.counts["final"])).state_dict()), base)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("trainable", ["all", "difffit"])
+def test_two_workers_train_what_one_process_trains(
+    trainable: str, folder: Path, latents_artifact: Artifact, tmp_path: Path, ray_session: None
+) -> None:
+    """Each of the two reads the base model and adapts it alike; gradients of scales and biases are exchanged."""
+    together = made(tmp_path / "two", latents_artifact, folder, Silent(), trainable=trainable, num_workers=2)
+    with local_ray_train():
+        alone = made(tmp_path / "one", latents_artifact, folder, Silent(), trainable=trainable)
+    weights, others = final_weights(together), final_weights(alone)
+    for name, value in weights.items():
+        assert torch.allclose(value, others[name], atol=1e-5), name
 
 
 def test_the_command_takes_it(chain: Chain, folder: Path, tmp_path: Path, training_here: None) -> None:

@@ -107,15 +107,17 @@ def render_report(data: ReportData) -> str:
 
 def _origins(data: ReportData) -> list[Origin]:
     """Generated images first, then those of the champion before, real ones, and the untrained model's."""
-    origins = [Origin("Generated", "generated images", data.samples, data.sample_labels, (7, 5))]
     champion = data.predecessor
+    has_champion = champion is not None and champion.samples is not None
+    generated, real, untrained = ((5, 4), (3, 2), (2, 1)) if has_champion else ((7, 5), (4, 3), (3, 2))
+    origins = [Origin("Generated", "generated images", data.samples, data.sample_labels, generated)]
     if champion is not None and champion.samples is not None and champion.labels is not None:
         heading, what = f"Version {champion.facts.version}", "images of the champion before"
-        origins.append(Origin(heading, what, champion.samples, champion.labels, (7, 5)))
-    origins.append(Origin("Real", "real images", data.real, data.real_labels, (4, 3)))
+        origins.append(Origin(heading, what, champion.samples, champion.labels, generated))
+    origins.append(Origin("Real", "real images", data.real, data.real_labels, real))
     if data.untrained is not None and data.untrained_labels is not None and len(data.untrained):
         origins.append(
-            Origin("Untrained", "images of the untrained model", data.untrained, data.untrained_labels, (3, 2))
+            Origin("Untrained", "images of the untrained model", data.untrained, data.untrained_labels, untrained)
         )
     return origins
 

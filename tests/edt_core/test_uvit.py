@@ -230,5 +230,5 @@ def test_modulation_leaves_label_and_timestep_near_to_all() -> None:
 
 
 def test_numbers_that_make_no_model() -> None:
-    with pytest.raises(ValueError, match="depth is 4; a U-ViT has a block in the middle"):
+    with pytest.raises(ValueError, match="depth is 4, but a U-ViT has one block in the middle"):
         config_of("UViT-Tiny/2", 32, 4, depth=4)

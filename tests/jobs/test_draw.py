@@ -90,7 +90,7 @@ def test_every_kind_of_model_gives_one_picture(model: EDT, folder: Path, tmp_pat
         (["--classes", "clas 2"], r"no class is called 'clas 2'; did you mean 2 \(class 2\)"),
         (["--classes", "class"], r"class 'class' may be 0 \(class 0\) or 1 "),
         (["--classes", "4"], r"class 4 does not exist; the model has 0\.\.3"),
-        (["--classes", ",".join("0" * 21)], "21 classes are more than the 20 rows"),
+        (["--classes", ",".join("0" * 21)], "21 classes do not fit the 20 rows"),
         (["--out", "grid.jpg"], r"--out grid.jpg does not name a PNG file; use a name that ends in \.png"),
         (["--out", "/dev/null/grid.png"], "cannot write to /dev/null"),
         (["--cfg-scale", "0.5"], "'cfg_scale': Input should be greater than or equal to 1"),

@@ -165,7 +165,9 @@ def test_damaged_shards_are_refused_before_there_is_a_dataset(latents: Artifact,
     damage, message = DAMAGE[kind]
     assert latents.data.local is not None
     damage(latents.data.local)
-    with pytest.raises(ManifestError, match=rf"^{latents.folder.uri} is damaged, {message}.*; (run its step|remove )"):
+    with pytest.raises(
+        ManifestError, match=rf"^{latents.folder.uri} is damaged, {message}.*; (rerun its step|run its step|remove )"
+    ):
         opened(latents)
 
 

@@ -42,7 +42,7 @@ def test_folders_that_cannot_be_used(files: tuple[str, ...], message: str, tmp_p
     [
         (["run", "quickstart", "--set", "train.max_step=5"], "unknown configuration key 'train.max_step'"),
         (["run", "quickstart", "--set", "preprocess.image_size=36"], "multiple of 32"),
-        (["run", "quickstart", "--set", "train.global_batch_size=1"], "no sample for each of 2 workers"),
+        (["run", "quickstart", "--set", "train.global_batch_size=1"], "less than the 2 workers"),
         (["run", "quickstart", "--dry-run", "--set", "source.kind=image_folder"], "source.path is missing"),
         (["run", "no-such-config"], "no configuration 'no-such-config'"),
         (["run", "quickstart", "--store", "/dev/null/store"], "cannot write to /dev/null/store"),

@@ -72,7 +72,7 @@ def _image_shards(folder: Path, photos: list[Path], number: int) -> Artifact:
     """Image shards of 256 px written here, without Ray."""
     from edt_core.data.prefetch import in_batches
     from edt_core.data.shards import ImageSample, write_image_shard
-    from jobs.stages.image_shard import prepare
+    from jobs.stages.reuse.image_shard import prepare
 
     out = ArtifactWriter(Folder.at(folder), "images", "0" * 64)
     data = [prepare(photo.read_bytes(), PreprocessConfig()) for photo in photos[:256]]

@@ -21,7 +21,7 @@ from edt_core.store.artifact import ArtifactWriter, Source
 from edt_core.store.digests import listing as listed
 from edt_core.store.layout import CLASSES_NAME
 from jobs.runtime.pool import MAX_RETRIES, finished
-from jobs.stages.image_shard import ShardPlan, ShardReport, build_shard
+from jobs.stages.reuse.image_shard import ShardPlan, ShardReport, build_shard
 from jobs.stages.reuse.images import EarlierImages, earlier_images, shard_slices
 from jobs.stages.reuse.siblings import Places, WrongRowError, discard_files, message_of, reuse_record
 from jobs.stages.stage import REUSED, Stage

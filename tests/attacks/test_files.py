@@ -23,7 +23,7 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
 from edt_core.store.manifest import Manifest
 from edt_core.store.store import Store
-from jobs.stages.image_shard import prepare
+from jobs.stages.reuse.image_shard import prepare
 from tests.support.small import edt
 from tests.support.sources import tar_bytes
 

@@ -20,9 +20,9 @@ from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import sha256_file
 from edt_core.store.manifest import Manifest
 from edt_core.store.store import Store
-from jobs.stages import image_shard, preprocess
+from jobs.stages import preprocess
 from jobs.stages.preprocess import image_source
-from jobs.stages.reuse import siblings
+from jobs.stages.reuse import image_shard, siblings
 from tests.support.local_ray import local_ray
 
 RNG = np.random.default_rng(0)

@@ -1,1 +1,1 @@
-"""Rows of artifacts that were made before, as rows of a new artifact of the same kind."""
+"""Shards made of what is new, and of rows copied from earlier artifacts of the same kind."""

@@ -56,8 +56,9 @@ class Originals:
             shards.append(np.full(len(part), number, np.int32))
             rows.append(np.where(written, np.cumsum(written) - 1, NONE).astype(np.int32))
             first += len(part)
-        parts = (np.concatenate(lists) for lists in (digests, versions, shards, rows))
-        return cls(*parts, reasons)
+        return cls(
+            np.concatenate(digests), np.concatenate(versions), np.concatenate(shards), np.concatenate(rows), reasons
+        )
 
     @classmethod
     def read(cls, artifact: Artifact) -> "Originals | None":

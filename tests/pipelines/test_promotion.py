@@ -144,7 +144,7 @@ def test_limits_are_checked_when_they_are_configured() -> None:
     assert load_config("quickstart", [given]).promote.require == {"accuracy_classifier": (0.9, None)}
     with pytest.raises(UserError, match=r"promote\.require 'fidd' is not measured"):
         load_config("quickstart", ["promote.require={fidd: [0, 1]}"])
-    with pytest.raises(UserError, match="at least 2 and at most 1"):
+    with pytest.raises(UserError, match="the least is above the most"):
         load_config("quickstart", ["promote.require={accuracy_classifier: [2, 1]}"])
 
 

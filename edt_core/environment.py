@@ -17,6 +17,7 @@ RECORDED_PACKAGES = (
     "ray",
     "mlflow",
     "diffusers",
+    "transformers",
     "pyarrow",
     "webdataset",
     "numpy",

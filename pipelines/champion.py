@@ -76,8 +76,11 @@ class ChampionMeasurement:
             return Remeasured(number, problem=self._problem)
         try:
             artifact = self._evaluation.result()
-        except Exception as error:
-            return Remeasured(number, problem=str(cause_of(error)))
+        except Exception as error:  # of a lost worker or a full disk a rerun may know nothing: no decision rests on it
+            cause = cause_of(error)
+            if not isinstance(cause, UserError):
+                raise
+            return Remeasured(number, problem=str(cause))
         differences = protocol_differences(_shared(artifact.counts["protocol"]), _shared(self._protocol))
         if differences:
             return Remeasured(number, problem=f"the protocols still differ in {', '.join(differences)}")
@@ -143,7 +146,7 @@ class ChampionMeasurement:
         self, catalog: Catalog, version: Any, artifacts: Mapping[str, Artifact]
     ) -> dict[str, StepFuture | Source]:
         """The inputs of the champion's samples. Raises UserError if it cannot be measured by this configuration."""
-        opened = _from_store(version) or _from_registry(catalog, version, self.config.store)
+        opened = _from_store(version, deep=True) or _from_registry(catalog, version, self.config.store)
         inputs = self._roles(version, opened)
         given: dict[str, Artifact | Source] = {"checkpoint": opened.checkpoint}
         for role, item in inputs.items():
@@ -190,8 +193,11 @@ def _beside(artifact: Artifact, role: str) -> Folder:
     return Folder.at("/".join(root)).child(f"{role}/{artifact.manifest.inputs[role]}")
 
 
-def _from_store(version: Any) -> Opened | None:
-    """The checkpoint that a version was registered from and its autoencoder, if both are there as they were."""
+def _from_store(version: Any, deep: bool = False) -> Opened | None:
+    """The checkpoint that a version was registered from and its autoencoder, if both are there as they were.
+
+    With `deep`, the sha256 of each file is compared.
+    """
     uri, digest = version.tags.get("edt.uri"), version.tags.get("edt.digest")
     if uri is None or not Folder.at(uri).exists(MANIFEST_NAME):
         return None
@@ -199,7 +205,10 @@ def _from_store(version: Any) -> Opened | None:
         opened = open_model(uri, Folder.at(uri))
     except (UserError, OSError):
         return None
-    return opened if opened.autoencoder is not None and opened.checkpoint.manifest.digest == digest else None
+    if opened.autoencoder is None or opened.checkpoint.manifest.digest != digest:
+        return None
+    damaged = deep and any(item.problems(deep=True) for item in (opened.checkpoint, opened.autoencoder))
+    return None if damaged else opened
 
 
 def _from_registry(catalog: Catalog, version: Any, store: str) -> Opened:

@@ -6,6 +6,8 @@ A notification that cannot be delivered is a warning. It never fails a run, and 
 """
 
 import os
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -61,6 +63,7 @@ def notify(config: "NotifyConfig", notifications: Sequence[Notification], warn: 
 
     Addresses are served side by side, and one that is silent is given up after `notify.timeout_s` seconds.
     """
+    deadline = time.monotonic() + config.timeout_s
     selected = [notification for notification in notifications if notification.event in config.events]
     addresses = os.environ.get(config.variable, "").split() if selected else []
     deliveries = [
@@ -69,14 +72,14 @@ def notify(config: "NotifyConfig", notifications: Sequence[Notification], warn: 
         for notification in selected
     ]
     for address, notification, delivery in deliveries:
-        if problem := _problem(delivery, config.timeout_s):
+        if problem := _problem(delivery, config.timeout_s, deadline):
             warn(f"the notification {notification.event!r} was not delivered to {public_name(address)}: {problem}")
 
 
-def _problem(delivery: "Future[None]", timeout_s: float) -> str:
-    """Why a delivery failed, "" if it did not."""
+def _problem(delivery: "Future[None]", timeout_s: float, deadline: float) -> str:
+    """Why a delivery failed, "" if it did not. All deliveries have one deadline."""
     try:
-        delivery.result(timeout_s)
+        delivery.result(max(0.0, deadline - time.monotonic()))
     except FutureTimeout:
         return f"no answer in {timeout_s:g} s (notify.timeout_s)"
     except DeliveryError as error:
@@ -88,8 +91,8 @@ def _problem(delivery: "Future[None]", timeout_s: float) -> str:
 
 def public_name(address: str) -> str:
     """What may be shown of an address: scheme, host and port of an http URL, and the scheme alone of a service."""
-    scheme, separator, _ = address.partition("://")
-    if not separator:
+    scheme = _scheme(address)
+    if not scheme:
         return "an address without a scheme"
     if scheme.lower() not in _HTTP:
         return f"{scheme}://..."
@@ -101,9 +104,15 @@ def public_name(address: str) -> str:
     return f"{scheme}://{parts.hostname or ''}{port}"
 
 
+def _scheme(address: str) -> str:
+    """The scheme of a URL, "" if there is none. What stands before a later `://` may be a secret."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://", address)
+    return match[1] if match else ""
+
+
 def _deliver(address: str, notification: Notification, timeout_s: float) -> None:
-    scheme, separator, _ = address.partition("://")
-    if not separator:
+    scheme = _scheme(address)
+    if not scheme:
         raise DeliveryError("it is not a URL; use https://... or a service of Apprise such as slack://...")
     if scheme.lower() in _HTTP:
         _post(address, notification, timeout_s)

@@ -292,6 +292,7 @@ class ArtifactWriter:
         started: float | None = None,
         mlflow_run_id: str | None = None,
         reused: Mapping[str, Any] | None = None,
+        device: str | None = None,
     ) -> Artifact:
         """Write the manifest. If another writer committed this fingerprint first, return its artifact."""
         manifest = Manifest(
@@ -306,7 +307,7 @@ class ArtifactWriter:
             duration_s=round(time.time() - started, 3) if started else 0.0,
             created_at=utc(),
             code_version=code_version(),
-            environment=environment(),
+            environment={**environment(), **({} if device is None else {"device": device})},
             mlflow_run_id=mlflow_run_id,
             reused=reused,
         )

@@ -14,7 +14,6 @@ from edt_core.config import EncodeConfig
 from edt_core.cpu_units import whole_units
 from edt_core.data.prefetch import in_batches
 from edt_core.data.shards import ImageSample, read_image_shard
-from edt_core.environment import environment
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
@@ -33,7 +32,7 @@ from jobs.stages.reuse.siblings import (
     message_of,
     reuse_record,
 )
-from jobs.stages.stage import REUSED, Stage
+from jobs.stages.stage import DEVICE, REUSED, Stage, device_kind
 
 _PROBES = 16  # images for measuring the error of a lower precision, independent of the batch size
 _AHEAD = 3  # decoded batches that wait for the autoencoder
@@ -73,8 +72,15 @@ class Encoder:
     def work(self, shard: int) -> dict[str, Any]:
         """Encode shard number `shard`; return its rows and labels, and sums and sums of squares of latents by channel.
 
-        For shard 0 the result also has the error of a precision below fp32.
+        For shard 0 the result also has the error of a precision below fp32. A wrong row of earlier latents is returned
+        and not raised: an error would end the other workers, one of which may be writing a shard.
         """
+        try:
+            return self._encode(shard)
+        except WrongRowError as error:
+            return {"wrong": str(error), "rows": 0}
+
+    def _encode(self, shard: int) -> dict[str, Any]:
         from dataclasses import replace
 
         from edt_core.data.latents import LatentShard, LatentShardWriter, write_latent_tar
@@ -199,7 +205,7 @@ def encode(
         )
     require("encode", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
     shards = range(len(images.entries(IMAGE_SHARDS)))
-    earlier = earlier_latents(out, config, STAGE.version, images, source, environment())
+    earlier = earlier_latents(out, config, STAGE.version, images, source)
     try:
         parts = _encode_shards(config, inputs, out, progress, earlier)
     except WrongRowError as wrong:
@@ -234,6 +240,7 @@ def encode(
         "channel_std": _deviation(mean, square).tolist(),
         **({"precision_error": error} if error else {}),
         **({REUSED: reused} if reused else {}),
+        DEVICE: device_kind(config.num_gpus_per_worker),
     }
 
 
@@ -253,6 +260,8 @@ def _encode_shards(
     for shard, part in pooled(Encoder, config.num_workers, shards, *arguments, **resources):
         parts[shard] = part
         progress.update(part["rows"], images.counts["images"], "images", part=shard)
+    if problems := [part["wrong"] for part in parts.values() if "wrong" in part]:
+        raise WrongRowError(problems[0])
     return parts
 
 

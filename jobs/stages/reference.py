@@ -29,7 +29,7 @@ from jobs.stages import extractors
 from jobs.stages.autoencoder import IMAGE_SHARDS
 from jobs.stages.reuse.features import FeatureFiles, earlier_features, features_record
 from jobs.stages.reuse.siblings import Places, WrongRowError, discard_files, message_of
-from jobs.stages.stage import REUSED, Stage
+from jobs.stages.stage import DEVICE, REUSED, Stage, device_kind
 
 _PARTS, _PART = "parts", "parts/part-{:05d}.safetensors"
 _MOST_PARTS = 64  # a part contains a D x D matrix of each space, 34 MB for Inception, until all are merged
@@ -81,14 +81,21 @@ class Extraction:
             images, self.extractors, earlier, out, config.batch_size, device == "cpu", self._on_images
         )
 
-    def work(self, number: int) -> tuple[int, list[int]]:
-        """Extract part `number`; return its number of images, and the numbers of the shards made by this attempt."""
+    def work(self, number: int) -> tuple[int, list[int], str]:
+        """Extract part `number`; return its number of images, and the numbers of the shards made by this attempt.
+
+        Last is the problem of a wrong row of earlier features, or "". It is not raised: an error would end the other
+        workers, one of which may be writing a file.
+        """
         from safetensors.numpy import save
 
         self.part, self.done = number, 0
-        tensors, rows, made = self._extract(number)
+        try:
+            tensors, rows, made = self._extract(number)
+        except WrongRowError as error:
+            return 0, [], str(error)
         self.out.write_bytes(_PART.format(number), save(tensors), rows)
-        return rows, made
+        return rows, made, ""
 
     def _on_images(self, number: int) -> None:
         self.done += number
@@ -167,7 +174,8 @@ def _of_images(
     if not images.counts["lossless"]:
         progress.warn("the image shards are JPEG: distances to them differ from distances to the original images")
     total, size = images.counts["images"], images.counts["image_size"]
-    earlier = earlier_features(out, STAGE.version, images, extractors.digests_of(inputs))
+    device = device_kind(config.num_gpus_per_worker)
+    earlier = earlier_features(out, STAGE.version, images, extractors.digests_of(inputs), device)
     try:
         made = _extract_parts(config, inputs, images, out, progress, earlier)
     except WrongRowError as error:
@@ -182,7 +190,7 @@ def _of_images(
     }
     reused = features_record(reusing, out.fingerprint)
     facts = {"images": total, "image_size": size, "source": "images", "content": images.manifest.digest}
-    return {**facts, **({REUSED: reused} if reused else {})}
+    return {**facts, DEVICE: device, **({REUSED: reused} if reused else {})}
 
 
 def _extract_parts(
@@ -198,12 +206,14 @@ def _extract_parts(
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     arguments = (config, dict(inputs), parts, out, progress, earlier)
     results = dict(pooled(Extraction, config.num_workers, range(len(parts)), *arguments, **resources))
-    if (rows := sum(count for count, _ in results.values())) != total:
+    if problems := [problem for _, _, problem in results.values() if problem]:
+        raise WrongRowError(problems[0])
+    if (rows := sum(count for count, _, _ in results.values())) != total:
         raise UserError(
             f"the image shards contain {rows} images, but their manifest states {total}; run preprocess again"
         )
     _merge(len(parts), out)
-    return {shard for _, made in results.values() for shard in made}
+    return {shard for _, made, _ in results.values() for shard in made}
 
 
 def _merge(parts: int, out: ArtifactWriter) -> None:

@@ -16,9 +16,15 @@ from edt_core.store.layout import MANIFEST_NAME
 from jobs.runtime.progress import relayed
 
 Input = Artifact | Source
+DEVICE = "device"  # what a job returns beside its counts: "cpu" or "gpu", for the environment in the manifest
 REUSED = "reused"  # what a job returns beside its counts: the rows it took from earlier artifacts, for the manifest
 Continues = Callable[[Folder, Any, Mapping[str, str], Mapping[str, Artifact]], str]
 Job = Callable[[Any, Mapping[str, Any], ArtifactWriter, Progress], dict[str, Any]]
+
+
+def device_kind(num_gpus: float) -> str:
+    """The kind of device of a worker with so many GPUs."""
+    return "gpu" if num_gpus else "cpu"
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Stage:
         """Run the job and commit the files it wrote."""
         started = time.time()
         counts = dict(self.run(config, inputs, out, progress))
-        reused = counts.pop(REUSED, None)
+        reused, device = counts.pop(REUSED, None), counts.pop(DEVICE, None)
         fingerprints = self._without_extras({role: item.fingerprint for role, item in inputs.items()})
         return out.commit(
             result_fields(config),
@@ -80,6 +86,7 @@ class Stage:
             step_version=self.version,
             started=started,
             reused=reused,
+            device=device,
             **commit,
         )
 

@@ -54,6 +54,11 @@ def initial_of(
 
     base = inputs["init"].read(config)
     images, latents = inputs.get("images"), inputs["latents"]
+    if images is not None and images.fingerprint != latents.manifest.inputs.get("images", images.fingerprint):
+        raise UserError(
+            f"the images artifact {images.folder.uri} (--images) is not the one that the latents {latents.folder.uri} "
+            "were made of, so its class names may be others; give the one they were made of"
+        )
     names = () if images is None else tuple(images.read_json(CLASSES_NAME))
     checkpoint, rows = initial_checkpoint(config, model_config, base, names)
     if rows.new or rows.dropped:

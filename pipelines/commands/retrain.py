@@ -58,16 +58,16 @@ def retrain(
       edt retrain edt-s-2-256 --images /data/flowers --steps 20000 --address auto
     """
     from jobs.runtime.cluster_address import check_named
-
-    check_named(address)
-    from pipelines.config.schema import NotifyConfig
+    from pipelines.config.schema import notify_config
+    from pipelines.notification import Notification, notify
     from pipelines.retrain.drift import drift_guard
     from pipelines.retrain.prepare import Request, done_before, planned, prepare
     from pipelines.schedule.record import UNCHANGED, report_to_scheduler
     from pipelines.terminal.terminal import Terminal
 
     request = Request(name, store, images, tuple(assignments), steps, from_scratch)
-    with nullcontext() if show_plan else failures_notified(NotifyConfig(), name):
+    with nullcontext() if show_plan else failures_notified(notify_config(assignments), name):
+        check_named(address)
         catalog = open_catalog(store, tracking_uri)
         with Terminal(to_stderr=True) as terminal:
             retraining = prepare(catalog, request, terminal, digest_again)
@@ -77,11 +77,11 @@ def retrain(
         _show_plan(retraining, rows, reason, as_json)
     elif reason:
         report_to_scheduler(UNCHANGED)
-        _notify(retraining, "nothing_to_do", reason)
+        nothing = Notification("nothing_to_do", retraining.config.name, reason, _facts(retraining))
+        notify(retraining.config.notify, [nothing], lambda text: say(f"warning: {text}", err=True))
         _show_nothing(reason, as_json)
     else:
-        if retraining.delta:
-            _notify(retraining, "data_changed", str(retraining.delta))
+        changed = Notification("data_changed", retraining.config.name, str(retraining.delta), _facts(retraining))
         execute(
             retraining.config,
             "retrain",
@@ -91,15 +91,8 @@ def retrain(
             notes=list(_notes(retraining)),
             tracking_uri=catalog.tracking_uri,
             guard=drift_guard(retraining.config, retraining.champion),
+            news=[changed] if retraining.delta else [],
         )
-
-
-def _notify(retraining: "Retraining", event: str, message: str) -> None:
-    from pipelines.notification import Notification, notify
-
-    config = retraining.config
-    notification = Notification(event, config.name, message, _facts(retraining))
-    notify(config.notify, [notification], lambda text: say(f"warning: {text}", err=True))
 
 
 def _show_nothing(reason: str, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from pipelines.commands.options import (
 
 if TYPE_CHECKING:
     from pipelines.config.schema import NotifyConfig, PipelineConfig
+    from pipelines.notification import Notification
     from pipelines.outcome import Outcome
     from pipelines.pipeline import Guard
     from pipelines.terminal.terminal import Terminal
@@ -85,10 +86,11 @@ def execute(
     tracking_uri: str | None = None,
     digest_again: bool = False,
     guard: "Guard | None" = None,
+    news: "Sequence[Notification]" = (),
 ) -> None:
     """Run a pipeline and show its outcome. `notes` are lines for the beginning. Exits with the code of the outcome.
 
-    `guard`: may hold the run back before its trainings.
+    `guard`: may hold the run back before its trainings. `news`: sent when the run starts.
     """
     from pipelines.cluster.submission import stopped_too_soon
     from pipelines.notification import notify, of_outcome
@@ -97,12 +99,13 @@ def execute(
 
     with (
         failures_notified(loaded.notify, loaded.name),
-        _overlap_guard(loaded, no_overlap),
+        _overlap_guard(loaded, no_overlap, "" if verb == "run" else f"-{next(iter(loaded.models))}"),
         _logged(loaded.store, verb, to_stderr=as_json) as terminal,
     ):
         terminal.say(f"edt {verb} {loaded.name if verb == 'run' else next(iter(loaded.models))}", "bold")
         for note in notes:
             terminal.say(note)
+        notify(loaded.notify, news, terminal.warn)
         if warning := stopped_too_soon(os.environ):
             terminal.warn(warning)
         try:
@@ -128,11 +131,14 @@ def failures_notified(config: "NotifyConfig", pipeline: str) -> Iterator[None]:
     """Send a notification of an error that ends the command before the run has an outcome."""
     try:
         yield
-    except (UserError, OSError, RuntimeError) as error:
-        if not isinstance(error, typer.Exit):
-            from pipelines.notification import notify, of_error
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        from pipelines.notification import notify, of_error
+        from pipelines.schedule.record import report_to_scheduler
 
-            notify(config, [of_error(pipeline, error)], lambda text: say(f"warning: {text}", err=True))
+        notify(config, [of_error(pipeline, error)], lambda text: say(f"warning: {text}", err=True))
+        report_to_scheduler("failed")
         raise
 
 
@@ -160,8 +166,11 @@ def _on_ray() -> bool:
 
 
 @contextmanager
-def _overlap_guard(config: "PipelineConfig", no_overlap: bool) -> Iterator[None]:
-    """With `no_overlap`, hold the lease on the pipeline in its store, or exit with code 0 if another run holds it."""
+def _overlap_guard(config: "PipelineConfig", no_overlap: bool, part: str) -> Iterator[None]:
+    """With `no_overlap`, hold the lease on the pipeline in its store, or exit with code 0 if another run holds it.
+
+    `part` sets the retrainings of a pipeline's models apart: they have leases of their own.
+    """
     from pipelines.schedule.lease import Taken, hold, this_process
     from pipelines.schedule.record import OVERLAP, report_to_scheduler, run_lease
 
@@ -171,7 +180,7 @@ def _overlap_guard(config: "PipelineConfig", no_overlap: bool) -> Iterator[None]
     from edt_core.store.store import Store
 
     try:
-        with hold(Store.open(config.store).root, run_lease(config.name), this_process(), on_lost=_warn_of_loss):
+        with hold(Store.open(config.store).root, run_lease(config.name + part), this_process(), on_lost=_warn_of_loss):
             yield
     except Taken as error:
         report_to_scheduler(OVERLAP)

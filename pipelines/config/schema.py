@@ -318,6 +318,16 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def notify_config(assignments: Sequence[str]) -> NotifyConfig:
+    """The section `notify` of some `a.b=value` assignments, without the configuration that they belong to."""
+    values: dict[str, Any] = {}
+    for text in assignments:
+        if text.startswith("notify."):
+            assign(values, *parse_assignment(text))
+    config: NotifyConfig = validated(NotifyConfig, values.get("notify", {}))
+    return config
+
+
 def as_yaml(config: PipelineConfig) -> str:
     """The whole configuration as YAML, including defaults but no credentials."""
     return _yaml(config.model_dump(mode="json"))

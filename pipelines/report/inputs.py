@@ -15,7 +15,7 @@ from edt_core.config import SampleConfig
 from edt_core.files.tensor_files import load_tensors, opened_tensors
 from edt_core.sampling.grid import MAX_CLASSES
 from edt_core.store.artifact import Artifact
-from edt_core.store.layout import FEATURE_UNIT, REFERENCE_NAME, TIMESTEP_STATE
+from edt_core.store.layout import CHECKPOINTS, FEATURE_UNIT, REFERENCE_NAME, TIMESTEP_STATE
 from jobs.stages.autoencoder import IMAGE_SHARDS
 from jobs.stages.sample import FEATURE_UNITS, units_per_repeat
 
@@ -257,9 +257,8 @@ def timestep_losses(checkpoint: Artifact) -> NDArray[np.float64] | None:
     Losses of the full and the masked pass together, without importance weights. None if the sampler stores no losses:
     a uniform sampler, or that of an untrained model.
     """
-    state: Mapping[str, Array] = load_tensors(
-        checkpoint.path(f"{checkpoint.counts['final']}/{TIMESTEP_STATE}"), "numpy"
-    )
+    newest = f"{CHECKPOINTS}/{checkpoint.counts['checkpoints'][-1]}"  # `final` may be a folder of weights alone
+    state: Mapping[str, Array] = load_tensors(checkpoint.path(f"{newest}/{TIMESTEP_STATE}"), "numpy")
     if "losses" not in state or not state["counts"].any():
         return None
     seen = np.minimum(state["counts"], state["losses"].shape[1])

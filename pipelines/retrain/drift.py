@@ -34,9 +34,7 @@ class DriftGuard:
         if not workflow.wait(shared["images"], shared["reference"]):
             return  # the failure of a step ends the run by itself
         images, reference = shared["images"].result(), shared["reference"].result()
-        before_images, before = self._artifacts(workflow.store)
-        self._check_classes(before_images, images)
-        drift = distances(before, reference)
+        drift = self._measured(workflow.store, images, reference)
         workflow.catalog.set_tags(
             workflow.run_id, {f"edt.drift.{space}": repr(value) for space, value in drift.items()}
         )
@@ -49,6 +47,24 @@ class DriftGuard:
                 f"the images drifted from those of {title(self.champion)}: {text}, and retrain.max_drift is "
                 f"{self.limit:g}. {_WAY_ON}"
             )
+
+    def _measured(self, store: Store, images: Artifact, reference: Artifact) -> dict[str, float]:
+        """The drift in each feature space. Raises HeldBackError if it cannot be measured."""
+        if reference.counts["source"] != "images":
+            raise HeldBackError(
+                "retrain.max_drift is set, but the reference is made of published statistics and not of the images, so "
+                f"it shows no drift. {_WAY_ON}"
+            )
+        before_images, before = self._artifacts(store)
+        try:
+            self._check_classes(before_images, images)
+            return distances(before, reference)
+        except (UserError, OSError, ValueError) as error:
+            if isinstance(error, HeldBackError):
+                raise
+            raise HeldBackError(
+                f"the drift from {title(self.champion)} cannot be measured: {error}. {_WAY_ON}"
+            ) from error
 
     def _artifacts(self, store: Store) -> tuple[Artifact, Artifact]:
         """The image artifact and the reference of the champion. Raises HeldBackError if they are gone."""

@@ -77,9 +77,22 @@ def _newest_run(catalog: Catalog, name: str) -> str | None:
     return next((str(run.info.run_id) for run in runs), None)
 
 
-def _initial_version(record: Record, name: str) -> str:
-    """The version of this model that a run's training started from; "" if it started from something else."""
+def is_started(record: Record, name: str) -> bool:
+    """Whether a run's training of a model started from another model."""
+    return bool(_init_from(record, name))
+
+
+def _init_from(record: Record, name: str) -> str:
     own = record.config["models"].get(name) or {}
-    location = own.get("init_from", (record.config.get("train") or {}).get("init_from")) or ""
-    match = re.fullmatch(rf"(?:models:/)?{re.escape(name)}/(\d+)", location)
+    return own.get("init_from", (record.config.get("train") or {}).get("init_from")) or ""
+
+
+def _initial_version(record: Record, name: str) -> str:
+    """The version of this model that a run's training started from; "" if it started from something else.
+
+    The record's tag has the version that an alias named.
+    """
+    pattern = rf"(?:models:/)?{re.escape(name)}/(\d+)"
+    locations = (_init_from(record, name), record.tags.get(f"edt.init_from.{name}", ""))
+    match = next((match for text in locations if (match := re.fullmatch(pattern, text))), None)
     return match[1] if match else ""

@@ -22,18 +22,19 @@ from jobs.models.registry_files import title
 from pipelines.config.schema import PipelineConfig, assign
 from pipelines.pipeline import prepare_source
 from pipelines.plan import PlannedStep, plan
-from pipelines.registry.aliases import version_at
+from pipelines.registry.aliases import DECISION_TAG, version_at
 from pipelines.registry.gate import Decision
 from pipelines.registry.kept import ClassesDifferError, autoencoder_of, kept_networks
 from pipelines.retrain.delta import delta_of
 from pipelines.retrain.guard import guarded
-from pipelines.retrain.line import champion_record, line_start
+from pipelines.retrain.line import champion_record, is_started, line_start
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import Record
 
 SHARE = 4  # a retraining has a quarter of the steps of the training from scratch that its line began with
-_NOT_OF_THE_TRAINING = ("retrain.", "notify.")  # sections
+_SETTINGS = ("retrain", "notify")  # sections that are not of the training
+_NOT_OF_THE_TRAINING = tuple(f"{section}." for section in (*_SETTINGS, "promote"))
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -76,15 +77,27 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
     config = _configured(catalog, request, version, record)
     store = Store(Folder.at(request.store))
     source = prepare_source(config.source, store.root, terminal, digest_again)
+    if version is not None and not request.differs and source.fingerprint == version.tags.get("edt.source"):
+        if DECISION_TAG not in version.tags:
+            return _unfinished(request, record, source, version)
+        return Retraining(config, source, version, nothing_to_do=f"the images are those of {title(version)}")
     notes: list[str] = []
     if not request.from_scratch:
         config, notes = _with_classifier(config, catalog, store, source)
         _check_start(config, catalog, request.name)
     config = guarded(config, version, request.name)
-    reason = ""
-    if version is not None and not request.differs and source.fingerprint == version.tags.get("edt.source"):
-        reason = f"the images are those of {title(version)}"
-    return Retraining(config, source, version, delta_of(version, store, source), tuple(notes), reason)
+    return Retraining(config, source, version, delta_of(version, store, source), tuple(notes))
+
+
+def _unfinished(request: Request, record: Record, source: Source, version: Any) -> Retraining:
+    """The run that made a champion, to be finished: it ended after the alias moved, before the decision was recorded.
+
+    All its steps are reused, so only the decision and what follows it are made.
+    """
+    models = {request.name: record.config["models"][request.name]}
+    config: PipelineConfig = validated(PipelineConfig, {**record.config, "store": request.store, "models": models})
+    note = f"the run that made {title(version)} ended before its decision was recorded; it is finished first"
+    return Retraining(config, source, version, notes=(note,))
 
 
 def planned(catalog: Catalog, retraining: Retraining) -> list[PlannedStep]:
@@ -120,10 +133,21 @@ def _configured(catalog: Catalog, request: Request, version: Any | None, record:
     first_version, first = line_start(catalog, request.name, version, record)
     recorded = first if request.from_scratch else record
     own, train = dict(recorded.config["models"].get(request.name) or {}), dict(recorded.config.get("train") or {})
+    if request.from_scratch and request.steps is None and is_started(first, request.name):
+        raise UserError(
+            f"the training from scratch that the versions of {request.name} began with is no longer on record, so its "
+            "number of steps is not known. Set it with --steps"
+        )
     changes = _from_scratch(request) if request.from_scratch else _further(request, version, first_version, first)
     for name in changes:
         own.pop(name, None)
     values |= {"models": {request.name: own}, "train": train | changes}
+    for (
+        section
+    ) in _SETTINGS:  # of the configuration that the line began with: what was set for one run is not inherited
+        values.pop(section, None)
+        if section in first.config:
+            values[section] = first.config[section]
     for text in request.assignments:
         assign(values, *parse_assignment(text))
     config: PipelineConfig = validated(PipelineConfig, values)
@@ -143,7 +167,8 @@ def _further(request: Request, version: Any, first_version: Any, first: Record) 
     config: PipelineConfig = validated(PipelineConfig, dict(first.config))
     train = config.train_of(request.name)
     recorded = None if first_version is None else first_version.tags.get("edt.cost.steps")
-    steps = request.steps or max(1, math.ceil(int(recorded or train.max_steps) / SHARE))
+    share = 1 if is_started(first, request.name) else SHARE  # a retraining has a quarter already
+    steps = request.steps or max(1, math.ceil(int(recorded or train.max_steps) / share))
     return {
         "max_steps": steps,
         "max_epochs": None,

@@ -69,6 +69,7 @@ class Tick(_Record):
     error: str | None = None
     log: str | None = None
     pid: int | None = None
+    reported: bool = Field(False, description="its run reported the outcome itself, and sent notifications")
 
 
 class State(_Record):

@@ -227,7 +227,8 @@ class Server:
         error = f"exit code {code}: {_reason(self.schedules.log(tick))}" if outcome == "failed" else None
         run = result.run if result else None
         self._result_path(tick).unlink(missing_ok=True)
-        return tick.model_copy(update={"outcome": outcome, "run": run, "error": error})
+        fields = {"outcome": outcome, "run": run, "error": error, "reported": result is not None}
+        return tick.model_copy(update=fields)
 
     def _settle(self, name: str) -> None:
         """Wait for a run that an earlier server started, and record it. A run that died with its server is lost."""

@@ -45,7 +45,7 @@ def test_latents_and_images_are_those_of_diffusers_own_calls(loaded: Any) -> Non
     assert torch.equal(posterior[:, 0], latents)
     assert not posterior[:, 1].any()
     ((_, sides),) = encode_both_sides(loaded, [("batch", PIXELS)])
-    assert np.array_equal(sides[:, 0], posterior.numpy())
+    np.testing.assert_allclose(sides[:, 0], posterior.numpy(), rtol=0, atol=1e-5)  # here in a unit of 16 images
     assert not np.array_equal(sides[:, 1], sides[:, 0])
 
 

@@ -321,6 +321,31 @@ def test_a_source_that_is_not_what_it_was_is_refused(tmp_path: Path) -> None:
         made_of(source, tmp_path / "store", image_size=16)
 
 
+def test_an_image_that_one_artifact_has_is_not_quarantined_because_another_could_not_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a machine that was short of memory: the newest artifact lacks it."""
+    root = write(tmp_path / "images", classes=2, each=3)
+    make(tmp_path / "store", root)
+    (root / "class0" / "new.png").write_bytes(picture())
+    prepare, bad = image_shard.prepare, (root / "class1" / "1.png").read_bytes()
+
+    def short_of_memory(data: bytes, config: PreprocessConfig) -> bytes:
+        if data == bad:
+            raise OSError("broken data stream")
+        return prepare(data, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_shard, "prepare", short_of_memory)
+        lacking = make(tmp_path / "other", root)
+    assert lacking.counts["quarantined"] == 1
+    shutil.copytree(lacking.folder.local, tmp_path / "store" / "images" / lacking.fingerprint)  # type: ignore[arg-type]
+    (root / "class0" / "newer.png").write_bytes(picture())
+    third = make(tmp_path / "store", root)
+    assert third.counts["quarantined"] == 0
+    assert_same(third, make(tmp_path / "nothing", root))
+
+
 def test_about_a_hundredth_is_computed_again() -> None:
     reused = np.ones(5000, np.bool_)
     reused[::2] = False

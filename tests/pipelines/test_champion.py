@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from edt_core.errors import UserError
 from edt_core.evaluation.protocol import protocol_differences
 from edt_core.store.artifact import sha256_json
 from edt_core.store.store import Store
@@ -156,3 +158,23 @@ def test_more_images_are_decided_on_by_one_protocol(first: Outcome, store: Path,
     assert latest.remeasured is not None
     assert latest.remeasured.problem == ""
     assert latest.champion_value is not None
+
+
+@pytest.mark.parametrize(("error", "is_problem"), [(UserError("too large"), True), (RuntimeError("lost"), False)])
+def test_only_what_a_rerun_would_meet_again_is_a_problem(error: Exception, is_problem: bool, tmp_path: Path) -> None:
+    """After a lost worker nothing is decided: a decision against the new version would stand for ever."""
+    config = load_config("quickstart", [], str(tmp_path))
+
+    def failed() -> None:
+        raise error
+
+    measurement = ChampionMeasurement(config, "m", {}, {})
+    measurement._version = SimpleNamespace(version="1")
+    measurement._evaluation = SimpleNamespace(result=failed)  # type: ignore[assignment]
+    if is_problem:
+        again = measurement.result()
+        assert again is not None
+        assert again.problem == "too large"
+    else:
+        with pytest.raises(RuntimeError, match="lost"):
+            measurement.result()

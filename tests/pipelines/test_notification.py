@@ -102,6 +102,14 @@ def test_a_silent_receiver_is_given_up(send) -> None:
     assert "no answer in 0.2 s (notify.timeout_s)" in warning
 
 
+def test_silent_receivers_have_one_deadline(send) -> None:
+    with receiver(wait=threading.Event()) as (url, _):
+        started = time.monotonic()
+        warnings = send(" ".join([f"{url}/{number}" for number in range(200)]), timeout_s=0.5)
+        assert time.monotonic() - started < 60  # one after the other they would take 100 s
+    assert len(warnings) == 200
+
+
 def test_a_receiver_that_is_down(send) -> None:
     with receiver() as (url, _):
         pass
@@ -119,6 +127,7 @@ def test_a_receiver_that_is_down(send) -> None:
         ("slack://XXtokenAXX/XXtokenBXX/XXtokenCXX", "slack://..."),
         ("http://host:port/XXhookXX", "http://..."),
         ("XXnoschemeXX", "an address without a scheme"),
+        ("hooks.example.org/XXhookXX?next=https://x", "an address without a scheme"),
     ],
 )
 def test_no_part_of_an_address_that_may_be_secret_is_shown(send, monkeypatch, capfd, address: str, shown: str) -> None:
@@ -206,21 +215,32 @@ LOST = _tick("lost", pid=7, log="a.log")
     ("config", "tick", "event", "message"),
     [
         ("quickstart", _tick(UNCHANGED), "nothing_to_do", "the images have not changed since the last finished run"),
+        ("quickstart", _tick(UNCHANGED, pid=7, reported=True), None, ""),
         ("quickstart", LOST, "failed", "the run was killed before it ended; its log is a.log"),
         ("quickstart", _tick("failed", error="no such bucket"), "failed", "no such bucket"),
         ("gone.yaml", _tick("failed", pid=7, error="no configuration"), "failed", "no configuration"),
-        ("quickstart", _tick("failed", pid=7, error="exit code 1"), None, ""),  # its run has sent it
-        ("quickstart", _tick("finished", pid=7), None, ""),
+        ("quickstart", _tick("failed", pid=7, error="exit code -9"), "failed", "exit code -9"),
+        ("quickstart", _tick("failed", pid=7, error="exit code 1", reported=True), None, ""),
+        ("quickstart", _tick("finished", pid=7, reported=True), None, ""),
     ],
 )
 def test_ticks(monkeypatch: pytest.MonkeyPatch, config: str, tick: Tick, event: str | None, message: str) -> None:
+    """A run that reported its outcome has sent the notification itself; one that was killed could not."""
     sent: list[Notification] = []
     monkeypatch.setattr(notice, "notify", lambda config, notifications, warn: sent.extend(notifications))
-    schedule = new_schedule("nightly", "quickstart", [], "store", "0 3 * * *", "UTC").model_copy(
-        update={"config": config}
-    )
+    schedule = new_schedule("nightly", "quickstart", [], "store", "0 3 * * *", "UTC")
+    schedule = schedule.model_copy(update={"config": config})
     notice.notify_of_tick(schedule, tick, pytest.fail)
     assert [(n.event, n.message) for n in sent] == ([(event, message)] if event else [])
+
+
+def test_a_retraining_that_was_killed_is_sent_by_the_settings_of_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[NotifyConfig] = []
+    monkeypatch.setattr(notice, "notify", lambda config, notifications, warn: configs.append(config))
+    sets = ["notify.variable=TEAM_HOOK", "train.lr=0.1"]
+    schedule = new_schedule(None, "digits", sets, "store", "0 3 * * *", "UTC", retrain=True)
+    notice.notify_of_tick(schedule, LOST, pytest.fail)
+    assert [config.variable for config in configs] == ["TEAM_HOOK"]
 
 
 def test_a_failed_retraining_is_sent_once_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +253,7 @@ def test_a_failed_retraining_is_sent_once_by_the_command(tmp_path: Path, monkeyp
     assert (posted["event"], posted["pipeline"]) == ("failed", "digits")
     monkeypatch.setattr(notice, "notify", lambda *_: pytest.fail("the command has sent it"))
     schedule = new_schedule(None, "digits", [], "store", "0 3 * * *", "UTC", retrain=True)
-    notice.notify_of_tick(schedule, _tick("failed", pid=7, error="exit code 2"), pytest.fail)
+    notice.notify_of_tick(schedule, _tick("failed", pid=7, error="exit code 2", reported=True), pytest.fail)
 
 
 def test_a_command_that_fails_before_its_run_sends_it(tmp_path: Path) -> None:

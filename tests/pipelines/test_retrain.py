@@ -16,12 +16,14 @@ from edt_core.data.digits import write_digits
 from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.store.folder import Folder
+from edt_core.store.manifest import ManifestError
 from edt_core.store.store import Store
 from jobs.stages import preprocess
 from jobs.stages.preprocess import image_source
 from pipelines.cli import app
 from pipelines.config.schema import PipelineConfig, as_yaml, load_config
 from pipelines.pipeline import HeldBackError
+from pipelines.retrain import drift
 from pipelines.retrain import line as lines
 from pipelines.retrain.delta import delta_of
 from pipelines.retrain.drift import DriftGuard, drift_guard
@@ -103,6 +105,58 @@ def test_from_scratch_everything_is_fitted_and_trained_as_the_first_was(line: Li
     assert (config.autoencoder.pretrained, config.classifier.pretrained) == (None, None)
     assert (config.train_of("m").max_steps, config.train_of("m").init_from) == (1000, None)
     assert line.config(from_scratch=True, steps=5).train_of("m").max_steps == 5
+
+
+def test_a_line_whose_beginning_is_gone_keeps_its_steps(line: Line) -> None:
+    """A quarter of a quarter, and so on, would end at one step; from scratch nobody knows the number."""
+    line.add("train.max_steps=1000")
+    line.add("train.max_steps=250", "train.init_from=models:/m/1")
+    line.versions["1"].run_id = ""  # its run was deleted
+    assert line.config().train_of("m").max_steps == 250
+    with pytest.raises(UserError, match=r"number of steps is not known\. Set it with --steps"):
+        line.config(from_scratch=True)
+    assert line.config(from_scratch=True, steps=1000).train_of("m").max_steps == 1000
+
+
+def test_an_alias_in_the_record_is_the_version_that_it_named(line: Line) -> None:
+    line.add("train.max_steps=1000")
+    line.add("train.max_steps=250", "train.init_from=m@champion", tags={"edt.init_from.m": "models:/m/1"})
+    assert line.config().train_of("m").max_steps == 250
+
+
+def test_limits_that_were_set_for_one_run_are_not_inherited(line: Line) -> None:
+    line.add("retrain.max_drift=5", "notify.events=[failed]")
+    line.add("train.init_from=models:/m/1")
+    config = line.config()
+    assert (config.retrain.max_drift, config.notify.events) == (5, ("failed",))
+    assert line.config("retrain.max_drift=null").retrain.max_drift is None
+
+
+def test_limits_notifications_and_the_gate_make_no_other_training() -> None:
+    same = ("retrain.max_drift=null", "notify.variable=HOOK", "promote.margin=0.05")
+    assert not Request("m", "store", assignments=same).differs
+    assert Request("m", "store", assignments=("train.lr=1",)).differs
+
+
+def test_drift_without_a_reference_of_the_images_holds_back() -> None:
+    """A published reference is the same whatever the images are."""
+    guard = DriftGuard(Version(1), 5.0)
+    published = SimpleNamespace(counts={"source": "published statistics"})
+    with pytest.raises(HeldBackError, match=r"published statistics.*retrain\.max_drift=null"):
+        guard._measured(None, None, published)  # type: ignore[arg-type]
+
+
+def test_drift_from_a_damaged_reference_holds_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = DriftGuard(SimpleNamespace(name="m", version="1", tags={}), 5.0)
+    monkeypatch.setattr(DriftGuard, "_artifacts", lambda self, store: (None, None))
+    monkeypatch.setattr(DriftGuard, "_check_classes", lambda self, before, now: None)
+
+    def damaged(before: object, now: object) -> None:
+        raise ManifestError("reference.safetensors differs")
+
+    monkeypatch.setattr(drift, "distances", damaged)
+    with pytest.raises(HeldBackError, match=r"cannot be measured: reference\.safetensors differs.*max_drift=null"):
+        guard._measured(None, None, SimpleNamespace(counts={"source": "images"}))  # type: ignore[arg-type]
 
 
 def test_a_training_that_takes_too_long_is_refused_and_one_that_does_not_ends_in_time() -> None:

@@ -52,7 +52,10 @@ def test_a_plan_names_the_field_that_changed(first: Outcome, store: Path) -> Non
     changed = {name: step.why for name, step in steps.items() if step.action != "reuse"}
     assert set(changed) == {
         f"{step} {MODEL}"
-        for step in ("train", "sample", "evaluate", "untrained sample", "untrained evaluate", "promote", "report")
+        for step in (
+            *("train", "sample", "evaluate", "untrained sample", "untrained evaluate", "promote", "report"),
+            *("sample champion", "evaluate champion"),  # by the new protocol
+        )
     }
     assert changed[f"train {MODEL}"] == "lr 0.004 -> 0.25"
     assert changed[f"untrained sample {MODEL}"].startswith("cfg_scale 1.75 -> 3")

@@ -189,11 +189,24 @@ def _same_files(listed: Listed, stats: Stats, remembered: Remembered) -> tuple[N
     same[same] = (remembered.stats[there[same]] == stats[same]).all(axis=1)
     others = np.flatnonzero(exists & ~same)
     by_stat = _place_of_stats(stats[others], remembered.stats)
+    by_stat[~_same_base_names(listed.names, others, remembered.names, by_stat)] = -1
     places = np.where(same, there, -1)
     places[others] = by_stat
     is_renamed = np.zeros(len(places), np.bool_)
     is_renamed[others] = by_stat >= 0
     return places, is_renamed
+
+
+def _same_base_names(
+    names: pa.ChunkedArray, places: NDArray[np.int64], others: pa.ChunkedArray, other_places: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether files have the same name within their folders, bool [n]; false for a place of -1."""
+    same, found = np.zeros(len(places), np.bool_), np.flatnonzero(other_places >= 0)
+    if len(found):
+        now = names.take(pa.array(places[found])).to_pylist()
+        then = others.take(pa.array(other_places[found])).to_pylist()
+        same[found] = [os.path.basename(a) == os.path.basename(b) for a, b in zip(now, then, strict=True)]
+    return same
 
 
 def _place_of_stats(wanted: Stats, stats: Stats) -> NDArray[np.int64]:
@@ -247,7 +260,9 @@ def _settled(
     files = np.unique(listed.file[unread])
     names = pa.chunked_array([listed.names.combine_chunks().take(pa.array(files))], pa.binary())
     times = before[files][:, [_MTIME, _CTIME]].astype(np.int64)
-    at_rest = (times[:, 1] < began_ns - _SETTLED_NS) & (np.abs(times[:, 0] - began_ns) > _SETTLED_NS)
+    # A file system that keeps no change time of its own, as an image of one with fixed times, cannot show a change.
+    has_change_time = (times[:, 0] != times[:, 1]) | (times[:, 1] % 1_000_000_000 != 0)
+    at_rest = has_change_time & (times[:, 1] < began_ns - _SETTLED_NS) & (np.abs(times[:, 0] - began_ns) > _SETTLED_NS)
     whole = before[files].any(axis=1) & (stats_of(root, names) == before[files]).all(axis=1) & at_rest
     place = np.full(len(listed.names), -1, np.int64)
     place[files[whole]] = np.arange(whole.sum())

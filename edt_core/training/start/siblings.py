@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edt_core.config import TrainConfig, result_fields
+from edt_core.environment import environment
 from edt_core.files.small_files import UnusableFileError
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
@@ -76,12 +77,15 @@ def _is_exact(config: TrainConfig) -> bool:
     )
 
 
+_LIBRARIES = ("machine", "torch", "numpy")  # of another one the bits are others
+
+
 def _siblings(
     folder: Folder, config: TrainConfig, inputs: Mapping[str, str], step_version: int
 ) -> Iterator[tuple[Artifact, TrainConfig]]:
     """The committed trainings beside an artifact that differ from it only in when and how they end."""
     *above, own = folder.uri.rstrip("/").split("/")
-    root, fields = Folder.at("/".join(above)), _compared(result_fields(config))
+    root, fields, here = Folder.at("/".join(above)), _compared(result_fields(config)), environment()
     for name in root.names():
         if name == own or not root.exists(f"{name}/{MANIFEST_NAME}"):
             continue
@@ -89,6 +93,8 @@ def _siblings(
             artifact = Artifact.read(root.child(name))
             manifest = artifact.manifest
             if manifest.kind != "checkpoint" or manifest.step_version != step_version or manifest.inputs != inputs:
+                continue
+            if any(manifest.environment.get(name) != here.get(name) for name in _LIBRARIES):
                 continue
             if _compared(manifest.config) == fields:
                 other = TrainConfig.model_validate(manifest.config)

@@ -16,13 +16,14 @@ from edt_core.errors import UserError
 from edt_core.files.tensor_files import load_tensors
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.cache import local_copy
+from edt_core.store.folder import sha256_file
 from edt_core.store.layout import IMAGE_FEATURES, IMAGE_SHARD
 from jobs.stages.reuse.images import pixels_of
 from jobs.stages.reuse.latents import ShardImages, images_of
 from jobs.stages.reuse.originals import row_places
-from jobs.stages.reuse.siblings import Places, WrongRowError, checked_rows, reuse_record, siblings
+from jobs.stages.reuse.siblings import Places, WrongRowError, checked_rows, reuse_record, same_device, siblings
 
-_LIBRARIES = ("machine", "torch")
+_LIBRARIES = ("machine", "torch", "transformers")
 _KEPT = ("features", "spatial")  # what statistics are made of; a reference needs no probabilities
 GPU_TOLERANCE = 1e-3  # in standard deviations of a row: features are float32 on every device
 Arrays = dict[str, NDArray[np.float32]]
@@ -30,7 +31,7 @@ Extract = Callable[[NDArray[np.uint8]], Arrays]
 
 
 def earlier_features(
-    out: ArtifactWriter, version: int, images: Artifact, digests: Mapping[str, str]
+    out: ArtifactWriter, version: int, images: Artifact, digests: Mapping[str, str], device: str
 ) -> dict[str, list[Places | None]]:
     """Where the features of each image shard are in earlier references, by feature space.
 
@@ -43,6 +44,7 @@ def earlier_features(
         return (
             manifest.step_version == version
             and bool(artifact.entries(IMAGE_FEATURES.format(0)))
+            and same_device(artifact, device)
             and all(manifest.environment.get(name) == here.get(name) for name in _LIBRARIES)
             and (source := images_of(artifact)) is not None
             and pixels_of(source) == pixels
@@ -94,7 +96,13 @@ class FeatureFiles:
         name = IMAGE_FEATURES.format(number)
         if self.out.recover(name) is not None:
             return _by_space(load_tensors(local_copy(self.out.data, name), "numpy")), True
-        with ShardImages(self.images.path(IMAGE_SHARD.format(number))) as images:
+        shard = IMAGE_SHARD.format(number)
+        (entry,) = self.images.entries(shard)
+        if sha256_file(self.images.path(shard)) != entry.sha256:  # a wrong row would be copied for ever
+            raise UserError(
+                f"{self.images.path(shard)} does not match its manifest (another sha256); run preprocess again"
+            )
+        with ShardImages(self.images.path(shard)) as images:
             found = self._extracted(number, images)
             rows = len(images)
         tensors = {f"{space}.{name}": array for space, arrays in found.items() for name, array in arrays.items()}

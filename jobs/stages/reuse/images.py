@@ -8,6 +8,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -83,13 +84,16 @@ def earlier_images(
     artifact, shard, row = np.full(total, NONE, np.int8), np.zeros(total, np.int32), np.full(total, NONE, np.int32)
     reasons: dict[int, str] = {}
     readable = (keys != unreadable).any(axis=1)
-    for index, item in enumerate(artifacts):
-        if (originals := Originals.read(item)) is None:  # damaged: its images are made from their originals
+    read = [(index, Originals.read(item)) for index, item in enumerate(artifacts)]  # None of a damaged one
+    # First the images that an artifact has, then those that one has quarantined and none has.
+    for is_written, (index, originals) in product((True, False), read):
+        if originals is None:
             continue
         missing = np.flatnonzero(readable & (artifact == NONE))
         at = first_of(keys[missing], originals.versions if by_version else originals.digests)
         if by_version:  # what could not be read then is read again
             at[at >= 0] = np.where((originals.digests[at[at >= 0]] == unreadable).all(axis=1), NONE, at[at >= 0])
+        at[(at >= 0) & ((originals.row[at] != NONE) != is_written)] = NONE
         found, at = missing[at >= 0], at[at >= 0]
         artifact[found], shard[found], row[found] = index, originals.shard[at], originals.row[at]
         if by_version:

@@ -15,13 +15,15 @@ from edt_core.config import EncodeConfig, result_fields
 from edt_core.data.latents import LatentShard
 from edt_core.data.shards import ImageSample, image_sample
 from edt_core.data.tar_members import TarRows
+from edt_core.environment import environment
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CLASS_MEMBER, LATENT_ROWS_PER_BATCH, LATENT_SHARD
 from jobs.stages.reuse.images import pixels_of
 from jobs.stages.reuse.originals import row_places
-from jobs.stages.reuse.siblings import Places, WrongRowError, siblings
+from jobs.stages.reuse.siblings import Places, WrongRowError, same_device, siblings
+from jobs.stages.stage import device_kind
 
 _LIBRARIES = ("machine", "torch", "diffusers")
 # On a GPU, by precision: how far two computations of a latent may differ, in standard deviations of its image,
@@ -38,14 +40,15 @@ class Batch(NamedTuple):
 
 
 def earlier_latents(
-    out: ArtifactWriter, config: EncodeConfig, version: int, images: Artifact, autoencoder: Artifact, environment: Any
+    out: ArtifactWriter, config: EncodeConfig, version: int, images: Artifact, autoencoder: Artifact
 ) -> list[Places | None]:
     """Where the latents of each image shard are in earlier artifacts; None for a shard that is in none.
 
     An artifact is used if it was made by the same weights, fields and libraries, and if the image artifact it was made
     of is still in the store and has the same pixels for the same original.
     """
-    wanted, pixels = _fields(result_fields(config)), pixels_of(images)
+    wanted, pixels, here = _fields(result_fields(config)), pixels_of(images), environment()
+    device = device_kind(config.num_gpus_per_worker)
 
     def is_usable(artifact: Artifact) -> bool:
         manifest = artifact.manifest
@@ -53,7 +56,8 @@ def earlier_latents(
             manifest.step_version == version
             and _fields(manifest.config) == wanted
             and manifest.counts.get("autoencoder_digest") == autoencoder.manifest.digest
-            and all(manifest.environment.get(name) == environment.get(name) for name in _LIBRARIES)
+            and same_device(artifact, device)
+            and all(manifest.environment.get(name) == here.get(name) for name in _LIBRARIES)
             and (source := images_of(artifact)) is not None
             and pixels_of(source) == pixels
         )

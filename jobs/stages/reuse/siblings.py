@@ -67,6 +67,11 @@ def _with_files(artifact: Artifact, names: set[str]) -> Artifact:
     return replace(artifact, manifest=replace(artifact.manifest, files=files))
 
 
+def same_device(artifact: Artifact, device: str) -> bool:
+    """Whether rows of an artifact may be taken on a device. On a CPU rows of a GPU would show in the last bits."""
+    return device != "cpu" or artifact.manifest.environment.get("device", "cpu") == "cpu"
+
+
 def reuse_record(shards: Mapping[int, Places], fingerprint: str) -> dict[str, Any] | None:
     """The manifest's record of the reused rows: rows, rows computed again, rows by artifact. None without such rows.
 
@@ -119,8 +124,16 @@ def checked_rows(reused: NDArray[np.bool_], fingerprint: str, shard: int) -> NDA
 
 
 def discard_files(out: ArtifactWriter, names: Sequence[str]) -> None:
-    """Remove files of this attempt and of earlier ones at the same artifact, which may contain wrong rows."""
+    """Remove files of this attempt and of earlier ones at the same artifact, which may contain wrong rows.
+
+    Not those of an attempt that was committed meanwhile, by another cluster on the same store.
+    """
+    committed = None
+    with suppress(ManifestError):
+        committed = Artifact.read(out.folder).manifest.attempt
     for attempt in (out.attempt, *out.previous):
+        if attempt == committed:
+            continue
         for name in names:
             out.folder.child(attempt).remove(name)
 

@@ -16,7 +16,7 @@ from edt_core.data.subsets import at_even_distances
 from edt_core.diffusion.timesteps import LossSecondMomentSampler
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
-from edt_core.store.layout import FEATURE_UNIT, IMAGE_SHARD, REFERENCE_NAME, TIMESTEP_STATE
+from edt_core.store.layout import CHECKPOINTS, FEATURE_UNIT, IMAGE_SHARD, REFERENCE_NAME, TIMESTEP_STATE
 from pipelines.report import inputs as report_inputs
 from pipelines.report.costs import step_cost
 from pipelines.report.inputs import (
@@ -179,8 +179,9 @@ def test_losses_by_timestep_are_means_of_what_the_sampler_remembers(tmp_path: Pa
     sampler.update([0, 1, 1, 2, 2, 2, 2], [5.0, 1.0, 2.0, 9.0, 1.0, 2.0, 3.0])  # the ring forgets the 9
 
     def losses(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        files = {f"final/{TIMESTEP_STATE}": save(dict(state))}
-        return timestep_losses(committed(tmp_path / name, "checkpoint", files, {}, {"final": "final"}))
+        files = {f"{CHECKPOINTS}/step-00000008/{TIMESTEP_STATE}": save(dict(state))}
+        counts = {"final": "merged", "checkpoints": ["step-00000004", "step-00000008"]}
+        return timestep_losses(committed(tmp_path / name, "checkpoint", files, {}, counts))
 
     np.testing.assert_array_equal(losses("trained", sampler.state_dict()), [5.0, 1.5, 2.0, np.nan])
     assert losses("untrained", LossSecondMomentSampler(4).state_dict()) is None

@@ -43,28 +43,28 @@ def adapted_weights(
     }
     labels, adapted = label_table(model), {}
     for name, value in own.items():
-        given = base.weights[name]
+        tensor = base.weights[name]
         if name == labels:
-            adapted[name] = class_table(given.float(), rows, names, seed)
-        elif given.shape == value.shape:
-            adapted[name] = given.to(value.dtype)
+            adapted[name] = class_table(tensor.float(), rows, names, seed)
+        elif tensor.shape == value.shape:
+            adapted[name] = tensor.to(value.dtype)
         elif name in fixed:
             adapted[name] = value
         elif name in tables:
-            adapted[name] = resized_bias(given.float(), tables[name], len(value))
-        elif given.ndim == 3:
-            adapted[name] = resized_positions(given.float(), base.config.grid, model.config.grid)
+            adapted[name] = resized_bias(tensor.float(), tables[name], len(value))
+        elif tensor.ndim == 3:
+            adapted[name] = resized_positions(tensor.float(), base.config.grid, model.config.grid)
         if name not in adapted or adapted[name].shape != value.shape:
             raise UserError(
-                f"train.init_from: {base.origin}: {name} has shape {list(given.shape)}, and the new model needs "
+                f"train.init_from: {base.origin}: {name} has shape {list(tensor.shape)}, and the new model needs "
                 f"{list(value.shape)}; start from a model of the same kind"
             )
     return adapted
 
 
 def _check_names(base: Base, own: Iterable[str]) -> None:
-    wanted = set(own)
-    missing, extra = sorted(wanted - base.weights.keys()), sorted(base.weights.keys() - wanted)
+    expected = set(own)
+    missing, extra = sorted(expected - base.weights.keys()), sorted(base.weights.keys() - expected)
     if missing or extra:
         raise UserError(
             f"train.init_from: {base.origin} does not hold the weights of a {base.config.name}: {len(missing)} tensors "
@@ -78,11 +78,11 @@ def class_table(table: Tensor, rows: ClassRows, names: Sequence[str], seed: int)
     A new class begins as the mean of all class rows + 0.02 N(0, 1), drawn from the seed and its name.
     """
     mean = table[:-1].mean(dim=0)
-    made = [
+    class_rows = [
         table[row] if row is not None else mean + _NEW_ROW_STD * _class_noise(seed, names[label], table.shape[1])
         for label, row in enumerate(rows.rows)
     ]
-    return torch.stack([*made, table[-1]])
+    return torch.stack([*class_rows, table[-1]])
 
 
 def _class_noise(seed: int, name: str, width: int) -> Tensor:

@@ -148,11 +148,11 @@ class FeatureFiles:
 
 
 def _by_space(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
-    found: dict[str, Arrays] = {}
+    spaces: dict[str, Arrays] = {}
     for name, array in tensors.items():
         space, _, kind = name.rpartition(".")
-        found.setdefault(space, {})[kind] = array
-    return found
+        spaces.setdefault(space, {})[kind] = array
+    return spaces
 
 
 def _joined(parts: Sequence[Arrays]) -> Arrays:

@@ -94,12 +94,12 @@ def earlier_images(
         if by_version:  # what could not be read then is read again
             at[at >= 0] = np.where((originals.digests[at[at >= 0]] == unreadable).all(axis=1), NONE, at[at >= 0])
         at[(at >= 0) & ((originals.row[at] != NONE) != is_written)] = NONE
-        found, at = missing[at >= 0], at[at >= 0]
-        artifact[found], shard[found], row[found] = index, originals.shard[at], originals.row[at]
+        positions, at = missing[at >= 0], at[at >= 0]
+        artifact[positions], shard[positions], row[positions] = index, originals.shard[at], originals.row[at]
         if by_version:
-            digests[found] = originals.digests[at]
-        quarantined = row[found] == NONE
-        for position, entry in zip(found[quarantined].tolist(), at[quarantined].tolist(), strict=True):
+            digests[positions] = originals.digests[at]
+        quarantined = row[positions] == NONE
+        for position, entry in zip(positions[quarantined].tolist(), at[quarantined].tolist(), strict=True):
             reasons[position] = originals.reasons[entry]
     if not (artifact != NONE).any():
         return None

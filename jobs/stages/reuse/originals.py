@@ -88,8 +88,8 @@ def row_places(images: Artifact, earlier: Sequence[tuple[Artifact, Artifact]], s
         has_row = old.row != NONE
         missing = np.flatnonzero(artifact == NONE)
         at = first_of(digests[missing], old.digests[has_row])
-        found, at = missing[at >= 0], at[at >= 0]
-        artifact[found], shard[found], row[found] = index, old.shard[has_row][at], old.row[has_row][at]
+        positions, at = missing[at >= 0], at[at >= 0]
+        artifact[positions], shard[positions], row[positions] = index, old.shard[has_row][at], old.row[has_row][at]
     whole = Places(tuple(item for item, _ in earlier), artifact, shard, row)
     number = int(new.shard[-1]) + 1 if len(new.shard) else 0
     bounds = np.searchsorted(shards, np.arange(number + 1))

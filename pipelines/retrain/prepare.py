@@ -172,6 +172,8 @@ def _further(request: Request, version: Any, first_version: Any, first: Record) 
     return {
         "max_steps": steps,
         "max_epochs": None,
+        "lr": train.lr / SHARE,  # the highest rate would move a trained model away from its minimum
+        "lr_final": min(train.lr_final, train.lr / SHARE),
         "max_hours": train.max_hours,  # not what the limit of an earlier retraining left of it
         "warmup_steps": min(train.warmup_steps, steps // SHARE),
         "init_from": f"models:/{version.name}/{version.version}",

@@ -84,7 +84,7 @@ def test_it_starts_from_the_champion_with_its_networks_and_a_quarter_of_its_step
     train = config.train_of("m")
     assert config.autoencoder.pretrained == config.classifier.pretrained == train.init_from == "models:/m/1"
     assert (train.max_steps, train.max_epochs, train.warmup_steps) == (250, None, 62)
-    assert (train.lr, train.seed, config.store) == (0.5, 3, line.store)
+    assert (train.lr, train.seed, config.store) == (0.125, 3, line.store)
     assert list(config.models) == ["m"]
 
 

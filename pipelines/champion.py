@@ -188,7 +188,7 @@ def _shared(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beside(artifact: Artifact, role: str) -> Folder:
-    """The folder of an input of an artifact, in the store that this lies in."""
+    """The folder of an input of an artifact, in the same store."""
     *root, _, _ = artifact.folder.uri.split("/")
     return Folder.at("/".join(root)).child(f"{role}/{artifact.manifest.inputs[role]}")
 

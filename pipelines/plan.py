@@ -118,11 +118,18 @@ class Planner:
         return (", ".join(nearest[:_SHOWN]) or "the artifact is gone") + more
 
 
-def plan(config: PipelineConfig, catalog: Catalog | None = None, digest_again: bool = False) -> list[PlannedStep]:
+def plan(
+    config: PipelineConfig,
+    catalog: Catalog | None = None,
+    digest_again: bool = False,
+    source: Source | None = None,
+) -> list[PlannedStep]:
     """Plan every step, in the order of the calls, and the promotion of each model. Writes nothing.
 
     `catalog`: the MLflow of the run; None if there is none yet. `digest_again`: read every image, even if its digest is
-    cached. Raises UserError if the source or published weights are missing.
+    cached. `source`: the images, if they have been listed already.
+
+    Raises UserError if the source or published weights are missing.
     """
     from pipelines.pipeline import Published, call_promotion, call_steps, prepare_source
     from pipelines.terminal.terminal import Terminal
@@ -130,7 +137,7 @@ def plan(config: PipelineConfig, catalog: Catalog | None = None, digest_again: b
     store = Store(Folder.at(config.store))
     planner = Planner(store, catalog)
     with tempfile.TemporaryDirectory() as folder, Terminal(to_stderr=True) as terminal:
-        source = prepare_source(config.source, Folder.at(folder), terminal, digest_again)
+        source = source or prepare_source(config.source, Folder.at(folder), terminal, digest_again)
         published = Published.of(config, catalog.tracking_uri if catalog else None, store, source.classes)
         check_pipeline_sizes(config, source.images, published.statistics)
         for branch in call_steps(planner, config, source, published):

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from filelock import ReadWriteLock
 
 
+def store_of(folder: Folder, kind: str, fingerprint: str) -> "Store | None":
+    """The store that an artifact's folder `<store>/<kind>/<fingerprint>` is in; None for a folder outside a store."""
+    root, separator, rest = folder.uri.rpartition(f"/{kind}/{fingerprint}")
+    return Store(Folder(root)) if separator and not rest else None
+
+
 @dataclass(frozen=True)
 class Store:
     """All artifacts below one folder or URI. Picklable."""
@@ -106,6 +112,14 @@ class Store:
             return None
         (root / ".locks").mkdir(exist_ok=True)
         return ReadWriteLock(root / ".locks" / "users.db", timeout=timeout, is_singleton=False)
+
+    def committed(self, kind: str) -> Iterator[Artifact]:
+        """The artifacts of a kind by their manifests alone; damaged, unfinished and moved ones are left out."""
+        for name in self.root.child(kind).names():
+            with suppress(ManifestError):
+                artifact = Artifact.read(self.folder(kind, name))
+                if artifact.fingerprint == name:
+                    yield artifact
 
     def manifests(self, kind: str) -> dict[str, Manifest]:
         """The manifests of a kind by the name of their folder, without damaged or unfinished ones."""

@@ -63,7 +63,7 @@ class Initial(Source):
             check_fit(self.location, _model_config(self.location, self.model_config), config)
 
     def read(self, config: TrainConfig) -> "Base":
-        """The model in memory. Raises UserError where it is gone, or is not what it was when it was looked up."""
+        """The model in memory. Raises UserError if it is gone, or has changed since it was looked up."""
         return replace(_Lookup(config, self.tracking_uri).read(self), digest=self.fingerprint)
 
 
@@ -295,7 +295,7 @@ def _names(values: Any) -> list[str]:
 
 
 def _artifact_around(folder: Path) -> Artifact | None:
-    """The artifact that a checkpoint's folder lies in: `<artifact>/<attempt>/checkpoints/step-...`."""
+    """The artifact that contains a checkpoint's folder: `<artifact>/<attempt>/checkpoints/step-...`."""
     for above in list(folder.resolve().parents)[:3]:
         if (above / MANIFEST_NAME).exists():
             return Artifact.open(str(above))
@@ -303,7 +303,7 @@ def _artifact_around(folder: Path) -> Artifact | None:
 
 
 def _artifact_of(version: Any) -> Artifact:
-    """The checkpoint artifact of a registered version. Raises UserError where it is gone."""
+    """The checkpoint artifact of a registered version. Raises UserError if it is gone."""
     uri = version.tags.get("edt.uri")
     if uri is None or not Folder.at(uri).exists(MANIFEST_NAME):
         raise UserError(

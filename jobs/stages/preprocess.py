@@ -72,7 +72,7 @@ def preprocess(
     try:
         reports, reused = _make_shards(config, listing, earlier, out, progress)
     except WrongRowError as error:
-        progress.warn(f"no image of an earlier artifact is reused, all are made anew: {message_of(error)}")
+        progress.warn(f"no image of an earlier artifact is reused, all are preprocessed again: {message_of(error)}")
         discard_files(out, [name for plan in plan_shards(listing, config) for name in (plan.name, plan.report)])
         reports, reused = _make_shards(config, listing, None, out, progress)
     _check_source(listing, reports, source)

@@ -22,7 +22,7 @@ from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
 from jobs.runtime.pool import MAX_RETRIES
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.stage import Stage
-from jobs.stages.train_siblings import STEP_VERSION, go_on, shared, words
+from jobs.stages.train_siblings import STEP_VERSION, go_on, resume_text, shared
 from jobs.stages.train_start import (
     check_start,
     initial_of,
@@ -144,7 +144,7 @@ def _continues(
 ) -> str:
     images = artifacts["latents"].counts["images"] if "latents" in artifacts else None
     checkpoints = shared(folder, config, inputs, images)
-    return words(checkpoints[0]) if checkpoints else ""
+    return resume_text(checkpoints[0]) if checkpoints else ""
 
 
 def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:

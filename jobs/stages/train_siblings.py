@@ -1,4 +1,4 @@
-"""A training that goes on from a committed, shorter one of the same store (edt_core.training.start.siblings)."""
+"""Continuing a committed, shorter training of the same store (edt_core.training.start.siblings)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -17,9 +17,9 @@ STEP_VERSION = 2  # of the train stage
 def shared(
     folder: Folder, config: TrainConfig, inputs: Mapping[str, str], images: int | None
 ) -> "list[SharedCheckpoint]":
-    """The checkpoints that a training whose artifact belongs at `folder` can go on from, the newest first.
+    """The checkpoints that a training whose artifact belongs at `folder` can continue from, the newest first.
 
-    Empty where the folder is not one of a store.
+    Empty if the folder is not in a store.
     """
     from edt_core.training.start.siblings import shared_checkpoints
 
@@ -28,15 +28,15 @@ def shared(
     return shared_checkpoints(folder, config, inputs, STEP_VERSION, images)
 
 
-def words(found: "SharedCheckpoint") -> str:
-    """Where a training goes on from, as a plan says it."""
-    return f"resume from {found.artifact.fingerprint[:12]} at step {found.step}"
+def resume_text(checkpoint: "SharedCheckpoint") -> str:
+    """The checkpoint that a training continues from, as a plan shows it."""
+    return f"resume from {checkpoint.artifact.fingerprint[:12]} at step {checkpoint.step}"
 
 
 def go_on(
     config: TrainConfig, inputs: Mapping[str, str], images: int, store: "CheckpointStore", progress: Progress
 ) -> None:
-    """Take over the checkpoints of the shorter training that has the newest whole one; none where there is none.
+    """Take over the checkpoints of the shorter training that has the newest complete one, if there is any.
 
     Its device time up to that step counts as this training's.
     """
@@ -45,15 +45,15 @@ def go_on(
     from jobs.stages.train_context import write_seconds
 
     source = None
-    for found in shared(store.out.folder, config, inputs, images):
-        if source is not None and found.artifact != source.artifact:
+    for candidate in shared(store.out.folder, config, inputs, images):
+        if source is not None and candidate.artifact != source.artifact:
             continue
         try:
-            copy_checkpoint(found, config, store.out)
+            copy_checkpoint(candidate, config, store.out)
         except CheckpointError as error:
             progress.warn(f"a shorter training's checkpoint cannot be used: {error}")
             continue
-        source = source or found
+        source = source or candidate
     if source is not None:
         write_seconds(store.out, source.device_seconds)
         store.prune()

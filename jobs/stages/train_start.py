@@ -1,4 +1,4 @@
-"""What a training finds before its first step where it starts from a model: a checkpoint of step 0 in the attempt."""
+"""The start of a training that begins with a model: a checkpoint of step 0 in the attempt."""
 
 import json
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ class InitialModel(Protocol):
     location: str
 
     def read(self, config: TrainConfig) -> "Base":
-        """The model in memory. Raises UserError where it cannot be had."""
+        """The model in memory. Raises UserError if it is unavailable."""
 
 
 def check_start(config: TrainConfig, given: bool) -> None:
-    """Raise UserError for fields that say how to start from a model where there is none; `given`: whether there is."""
+    """Raise UserError for fields about the model to start from if there is none (`given`: whether there is one)."""
     usual = {"init_weights": "ema", "init_optimizer": "fresh", "trainable": "all"}
     name = next((name for name, value in usual.items() if getattr(config, name) != value), None)
     if given or name is None:
@@ -48,7 +48,7 @@ def initial_of(
 ) -> "Checkpoint":
     """The checkpoint of step 0 of a training from `inputs["init"]`; says which classes are new and which are dropped.
 
-    Raises UserError where that model does not fit the latents.
+    Raises UserError if that model does not fit the latents.
     """
     from edt_core.training.start.initial import initial_checkpoint
 
@@ -79,7 +79,7 @@ def write_initial(checkpoint: "Checkpoint", out: ArtifactWriter) -> None:
 
 
 def read_initial(out: ArtifactWriter) -> "Checkpoint":
-    """The checkpoint of step 0 that `write_initial` left. Raises UserError where there is none."""
+    """The checkpoint of step 0 that `write_initial` left. Raises UserError if there is none."""
     from edt_core.training.checkpoint import load_checkpoint
 
     folder = out.data.child(INITIAL)

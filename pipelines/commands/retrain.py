@@ -17,7 +17,7 @@ from pipelines.commands.options import (
     print_json,
     print_rows,
 )
-from pipelines.commands.workflow import Address, DigestAgain, execute, failures_notified
+from pipelines.commands.workflow import Address, DigestAgain, NoOverlap, execute, failures_notified
 
 if TYPE_CHECKING:
     from pipelines.plan import PlannedStep
@@ -43,10 +43,7 @@ def retrain(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     address: Address = None,
-    no_overlap: Annotated[
-        bool,
-        typer.Option("--no-overlap", help="start nothing if a run of this pipeline is in progress in this store"),
-    ] = False,
+    no_overlap: NoOverlap = False,
     digest_again: DigestAgain = False,
     as_json: AsJson = False,
 ) -> None:

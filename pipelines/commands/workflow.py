@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from pipelines.pipeline import Guard
     from pipelines.terminal.terminal import Terminal
 
+NoOverlap = Annotated[
+    bool, typer.Option("--no-overlap", help="start nothing if a run of this pipeline is in progress in this store")
+]
 DigestAgain = Annotated[
     bool,
     typer.Option("--digest-again", help="read every image of the source, even if its digest is cached"),
@@ -47,10 +50,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the resources that training needs, and start nothing")
     ] = False,
-    no_overlap: Annotated[
-        bool,
-        typer.Option("--no-overlap", help="start nothing if a run of this pipeline is in progress in this store"),
-    ] = False,
+    no_overlap: NoOverlap = False,
     digest_again: DigestAgain = False,
     as_json: AsJson = False,
 ) -> None:

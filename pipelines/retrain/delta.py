@@ -11,7 +11,7 @@ from edt_core.store.artifact import Source
 from edt_core.store.store import Store
 from jobs.stages.reuse.labelled import labelled_digests
 from jobs.stages.reuse.originals import Originals
-from jobs.stages.reuse.siblings import NONE
+from jobs.stages.reuse.siblings import NONE, first_of
 
 
 def delta_of(version: Any | None, store: Store, source: Source) -> ImageDelta | None:
@@ -27,10 +27,10 @@ def delta_of(version: Any | None, store: Store, source: Source) -> ImageDelta | 
     if images is None or len(listing) != len(source.digests):  # files come or go at this moment
         return None
     try:
-        originals, before = Originals.of(images), labelled_digests(images)
+        originals = Originals.of(images)
+        before = labelled_digests(images, originals)
     except (UserError, OSError):
         return None
-    unreadable = set(map(bytes, originals.digests[originals.row == NONE]))
-    known = np.array([bytes(digest) not in unreadable for digest in source.digests], np.bool_)
+    known = first_of(source.digests, originals.digests[originals.row == NONE]) == NONE  # not among the unreadable
     labels = np.asarray(listing.table["label"])
     return image_delta(before, LabelledDigests(source.digests[known], labels[known], listing.classes))

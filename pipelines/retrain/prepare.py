@@ -102,7 +102,7 @@ def _unfinished(request: Request, record: Record, source: Source, version: Any) 
 
 def planned(catalog: Catalog, retraining: Retraining) -> list[PlannedStep]:
     """The steps of a retraining, as `edt plan` has them."""
-    return plan(retraining.config, catalog)
+    return plan(retraining.config, catalog, source=retraining.source)
 
 
 def done_before(catalog: Catalog, retraining: Retraining, steps: Sequence[PlannedStep]) -> str:

@@ -1,6 +1,5 @@
 """reference takes features of unchanged images from earlier references; its file is what it would be from nothing."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,9 @@ from edt_core.store.layout import IMAGE_FEATURES, REFERENCE_NAME
 from edt_core.store.store import Store
 from jobs.stages import extractors, reference
 from jobs.stages.reference import load_reference
-from jobs.stages.reuse import siblings
-from tests.jobs.test_reuse_images import assert_same, picture, write
+from tests.jobs.test_reuse_images import assert_same, here_with_every_artifact, picture, write  # noqa: F401
 from tests.jobs.test_reuse_images import make as make_images
-from tests.support.local_ray import local_ray
 from tests.support.models import classifier_artifact, clip_folder
-
-
-@pytest.fixture(autouse=True)
-def here_with_every_artifact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(siblings, "MOST_SIBLINGS", 1000)
-    monkeypatch.setenv("EDT_CACHE_DIR", str(tmp_path / "cache"))
-    with local_ray():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,10 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
-def here_with_every_artifact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def here_with_every_artifact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Ray's calls in this process; rows are taken from any number of artifacts, made within one second as they are."""
     monkeypatch.setattr(siblings, "MOST_SIBLINGS", 1000)
+    monkeypatch.setenv("EDT_CACHE_DIR", str(tmp_path / "cache"))
     with local_ray():
         yield
 

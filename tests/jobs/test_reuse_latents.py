@@ -1,6 +1,5 @@
 """encode takes unchanged rows from earlier latents, and on a CPU the artifact is what it would be from nothing."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,9 @@ from jobs.stages.reuse import latents as reuse
 from jobs.stages.reuse import siblings
 from tests.jobs import test_reuse_images as history
 from tests.jobs.test_reuse_features import make as make_reference
-from tests.jobs.test_reuse_images import assert_same, picture, write
+from tests.jobs.test_reuse_images import assert_same, here_with_every_artifact, picture, write  # noqa: F401
 from tests.jobs.test_reuse_images import make as make_images
-from tests.support.local_ray import local_ray
 from tests.support.models import classifier_artifact
-
-
-@pytest.fixture(autouse=True)
-def here_with_every_artifact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(siblings, "MOST_SIBLINGS", 1000)
-    monkeypatch.setenv("EDT_CACHE_DIR", str(tmp_path / "cache"))
-    with local_ray():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -177,22 +177,11 @@ def test_other_latents_and_another_base_model_begin_from_nothing(
     assert planned(short, config, latents_artifact, init=source(folder)) == ""
 
 
+@pytest.mark.parametrize("fields", [{}, {"trainable": "difffit"}])
 def test_a_training_from_a_model_goes_on_too(
-    latents_artifact: Artifact, folder: Path, tmp_path: Path, steps_done: list[int]
+    latents_artifact: Artifact, folder: Path, tmp_path: Path, steps_done: list[int], fields: dict[str, str]
 ) -> None:
-    init, config = source(folder), changed(CONSTANT, init_from=str(folder))
-    made(tmp_path / "store", config, latents_artifact, init=init)
-    longer = changed(config, max_steps=6)
-    steps_done.clear()
-    after = made(tmp_path / "store", longer, latents_artifact, init=init)
-    assert steps_done == [4, 5]
-    assert after.manifest.digest == made(tmp_path / "nothing", longer, latents_artifact, init=init).manifest.digest
-
-
-def test_a_training_of_few_parameters_goes_on_too(
-    latents_artifact: Artifact, folder: Path, tmp_path: Path, steps_done: list[int]
-) -> None:
-    init, config = source(folder), changed(CONSTANT, init_from=str(folder), trainable="difffit")
+    init, config = source(folder), changed(CONSTANT, init_from=str(folder), **fields)
     made(tmp_path / "store", config, latents_artifact, init=init)
     longer = changed(config, max_steps=6)
     steps_done.clear()

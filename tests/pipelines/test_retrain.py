@@ -23,7 +23,7 @@ from jobs.stages.preprocess import image_source
 from pipelines.cli import app
 from pipelines.config.schema import PipelineConfig, as_yaml, load_config
 from pipelines.pipeline import HeldBackError
-from pipelines.retrain import drift
+from pipelines.retrain import drift, prepare
 from pipelines.retrain import line as lines
 from pipelines.retrain.delta import delta_of
 from pipelines.retrain.drift import DriftGuard, drift_guard
@@ -130,6 +130,27 @@ def test_limits_that_were_set_for_one_run_are_not_inherited(line: Line) -> None:
     config = line.config()
     assert (config.retrain.max_drift, config.notify.events) == (5, ("failed",))
     assert line.config("retrain.max_drift=null").retrain.max_drift is None
+
+
+@pytest.mark.parametrize("decided", [True, False])
+def test_a_champion_whose_run_ended_before_its_decision_is_finished_first(
+    line: Line, monkeypatch: pytest.MonkeyPatch, decided: bool
+) -> None:
+    """With the images of the champion there is nothing to train, but a decision may be missing."""
+    line.add("train.max_steps=1000")
+    line.add("train.max_steps=250", "train.init_from=models:/m/1", **({"edt.decision": "{}"} if decided else {}))
+    version = line.versions["2"]
+    source = SimpleNamespace(fingerprint=version.tags["edt.source"], classes=())
+    monkeypatch.setattr(prepare, "champion_record", lambda *_: (version, line.records[version.run_id]))
+    monkeypatch.setattr(prepare, "prepare_source", lambda *_: source)
+    retraining = prepare.prepare(None, Request("m", line.store), None)  # type: ignore[arg-type]
+    if decided:
+        assert retraining.nothing_to_do == "the images are those of m version 2"
+    else:
+        assert retraining.nothing_to_do == ""
+        assert retraining.config.train_of("m").init_from == "models:/m/1"  # the run of version 2, not one from it
+        assert retraining.config.train_of("m").max_steps == 250
+        assert "ended before its decision was recorded" in retraining.notes[0]
 
 
 def test_limits_notifications_and_the_gate_make_no_other_training() -> None:

@@ -100,8 +100,8 @@ class Remembered:
             yield pa.record_batch(columns, schema=_SCHEMA)
 
     def place_of(self, names: pa.ChunkedArray) -> NDArray[np.int64]:
-        """The place of each name among the files; -1 where there is none."""
-        if names.equals(self.names):  # as it is where nothing was added or removed
+        """The index of each name among the files; -1 if it is missing."""
+        if names.equals(self.names):  # the usual case: nothing was added or removed
             return np.arange(len(names))
         if not len(self):
             return np.full(len(names), -1, np.int64)
@@ -113,7 +113,7 @@ class Remembered:
 class Listed:
     """The files of a listing and the images in them, in order of file: `file` int64 [N] is that of each image.
 
-    sizes: bytes that the listing states of each file [F], None where it states them of images alone.
+    sizes: bytes that the listing states of each file [F], None if it states sizes of images only.
     """
 
     names: pa.ChunkedArray
@@ -210,7 +210,7 @@ def _same_base_names(
 
 
 def _place_of_stats(wanted: Stats, stats: Stats) -> NDArray[np.int64]:
-    """The place of each wanted stat among others; -1 where there is none."""
+    """The index of each wanted stat among others; -1 if it is missing."""
     if not len(wanted) or not len(stats):
         return np.full(len(wanted), -1, np.int64)
 
@@ -281,7 +281,7 @@ def _settled(
 
 
 def _still_true(root: Path, remembered: Remembered, listed: Listed, fresh: Remembered) -> NDArray[np.int64]:
-    """The remembered files that are not known anew and unchanged: another choice of classes may list them again."""
+    """The remembered files that were not read now and are unchanged: another choice of classes may list them."""
     if not len(remembered):
         return np.empty(0, np.int64)
     others = np.flatnonzero(fresh.place_of(remembered.names) < 0)
@@ -290,7 +290,7 @@ def _still_true(root: Path, remembered: Remembered, listed: Listed, fresh: Remem
 
 
 def load(path: Path, root: Path, access: str, warn: Callable[[str], None] = lambda message: None) -> Remembered:
-    """What the cache's file holds; nothing, and a warning, where it is damaged or of something else."""
+    """The contents of the cache file; empty, with a warning, if it is damaged or belongs to something else."""
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()

@@ -86,9 +86,9 @@ class ClassRows:
 
 
 def class_rows(base: Base, names: Sequence[str], num_classes: int) -> ClassRows:
-    """Match the classes of the new model to those of the base model, by name where both are known.
+    """Match the classes of the new model to those of the base model, by name if both sides have names.
 
-    Raises UserError where no name matches, and where names are not known and the numbers of classes differ.
+    Raises UserError if no name matches, or if names are missing and the numbers of classes differ.
     """
     if not (base.classes and names):
         if base.config.num_classes != num_classes:

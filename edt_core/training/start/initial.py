@@ -24,7 +24,7 @@ def initial_checkpoint(
     """The checkpoint of step 0 of a training from a base model, and where its class rows come from.
 
     `names` are the names of the new model's classes, () where they are not known. Weights and all their averages are
-    the base model's. Raises UserError where the base model does not fit.
+    the base model's. Raises UserError if the base model does not fit.
     """
     check_fit(base.origin, base.config, model_config)
     rows = class_rows(base, names, model_config.num_classes)
@@ -41,7 +41,7 @@ def initial_checkpoint(
 def _keep_optimizer(
     optimizer: torch.optim.Optimizer, base: Base, config: TrainConfig, model: DiffusionTransformer, rows: ClassRows
 ) -> None:
-    """Take over the optimizer's state, its class rows as `rows` says. Raises UserError where it does not fit."""
+    """Take over the optimizer's state, its class rows as `rows` says. Raises UserError if it does not fit."""
     saved, problem = base.optimizer, ""
     trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     if saved is None:

@@ -1,4 +1,4 @@
-"""Going on from a shorter training: committed artifacts of the same store whose first steps are those of this training.
+"""Continuing a shorter training: committed artifacts of the same store whose first steps are those of this training.
 
 The learning rate of a constant schedule, and of wsd before its decay, does not depend on the number of steps. Two
 trainings that differ in that number alone are equal up to there, bit for bit, and so are their checkpoints.
@@ -15,8 +15,8 @@ from edt_core.environment import environment
 from edt_core.files.small_files import UnusableFileError
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
-from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS, MANIFEST_NAME, STEP_PREFIX, TRAIN_STATE
-from edt_core.store.manifest import ManifestError
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS, STEP_PREFIX, TRAIN_STATE
+from edt_core.store.store import Store
 from edt_core.training.checkpoint import (
     CheckpointError,
     CheckpointManifest,
@@ -27,9 +27,10 @@ from edt_core.training.checkpoint import (
 )
 from edt_core.training.optim import stable_steps
 
-# Fields in which a training may differ from one that it goes on from. Each acts only after the stable part.
+# Fields in which a training may differ from one that it continues. Each acts only after the stable part.
 _FREE = frozenset(("max_steps", "max_epochs", "lr_schedule", "lr_final", "decay_fraction"))
 _STABLE = ("constant", "wsd")
+_LIBRARIES = ("machine", "torch", "numpy")  # another version gives other bits
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SharedCheckpoint:
 def shared_checkpoints(
     folder: Folder, config: TrainConfig, inputs: Mapping[str, str], step_version: int, images: int | None
 ) -> list[SharedCheckpoint]:
-    """The checkpoints that a training, whose artifact will be at `folder` of a store, can go on from; the newest first.
+    """The checkpoints that a training, whose artifact will be at `folder` of a store, can continue from, newest first.
 
     `inputs` are the fingerprints that count, `images` is the number of latents, None if not known yet: then trainings
     with max_epochs have none. Files are not compared with their digests.
@@ -77,25 +78,19 @@ def _is_exact(config: TrainConfig) -> bool:
     )
 
 
-_LIBRARIES = ("machine", "torch", "numpy")  # of another one the bits are others
-
-
 def _siblings(
     folder: Folder, config: TrainConfig, inputs: Mapping[str, str], step_version: int
 ) -> Iterator[tuple[Artifact, TrainConfig]]:
     """The committed trainings beside an artifact that differ from it only in when and how they end."""
-    *above, own = folder.uri.rstrip("/").split("/")
-    root, fields, here = Folder.at("/".join(above)), _compared(result_fields(config)), environment()
-    for name in root.names():
-        if name == own or not root.exists(f"{name}/{MANIFEST_NAME}"):
+    *above, kind, own = folder.uri.rstrip("/").split("/")
+    store, fields, here = Store(Folder.at("/".join(above))), _compared(result_fields(config)), environment()
+    for artifact in store.committed(kind):
+        manifest = artifact.manifest
+        if artifact.fingerprint == own or manifest.step_version != step_version or manifest.inputs != inputs:
             continue
-        with suppress(ManifestError, ValueError):
-            artifact = Artifact.read(root.child(name))
-            manifest = artifact.manifest
-            if manifest.kind != "checkpoint" or manifest.step_version != step_version or manifest.inputs != inputs:
-                continue
-            if any(manifest.environment.get(name) != here.get(name) for name in _LIBRARIES):
-                continue
+        if any(manifest.environment.get(name) != here.get(name) for name in _LIBRARIES):
+            continue
+        with suppress(ValueError):
             if _compared(manifest.config) == fields:
                 other = TrainConfig.model_validate(manifest.config)
                 if _is_exact(other) and not artifact.problems():

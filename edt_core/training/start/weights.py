@@ -30,8 +30,8 @@ def adapted_weights(
 ) -> dict[str, Tensor]:
     """A state dict for `model`, float32, from the weights of a base model that `check_fit` has let pass.
 
-    Class rows go as `rows` says. What depends on the image size is computed anew where it is fixed, and interpolated
-    where it is learned. Raises UserError for tensors that are missing, that are too many, or that cannot be adapted.
+    Class rows go as `rows` says. Tensors that depend on the image size are recomputed if they are fixed, and
+    interpolated if they are learned. Raises UserError for tensors that are missing, superfluous, or that do not fit.
     """
     own = without_scales(model.state_dict())
     _check_names(base, own.keys())

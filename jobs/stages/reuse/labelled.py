@@ -10,12 +10,13 @@ from jobs.stages.reuse.originals import Originals
 from jobs.stages.reuse.siblings import NONE
 
 
-def labelled_digests(images: Artifact) -> LabelledDigests:
+def labelled_digests(images: Artifact, originals: Originals | None = None) -> LabelledDigests:
     """The written images of an image artifact. Reads the reports and the labels, no image.
 
-    Raises ManifestError if a report does not match the manifest.
+    `originals`: those of the artifact, if they have been read. Raises ManifestError if a report does not match the
+    manifest.
     """
-    originals = Originals.of(images)
+    originals = originals or Originals.of(images)
     labels = [np.empty(0, np.int64)]
     for entry in images.entries(IMAGE_SHARD.replace("{:05d}", "*")):
         with ShardImages(images.path(entry.path)) as shard:

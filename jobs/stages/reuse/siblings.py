@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
-from edt_core.store.folder import Folder
+from edt_core.store.store import store_of
 
 MOST_SIBLINGS = 4  # artifacts whose rows are reused
 _CHECKED_SHARE = 0.01  # of the reused rows of a shard: computed again and compared; at least one row
@@ -93,15 +93,10 @@ def siblings(out: ArtifactWriter, is_usable: Callable[[Artifact], bool]) -> list
 
     There are none if `out` writes to a folder outside a store (`<store>/<kind>/<fingerprint>`).
     """
-    parent, _, own = out.folder.uri.rpartition("/")
-    folder = Folder(parent)
-    if folder.name != out.kind or own != out.fingerprint:
+    store = store_of(out.folder, out.kind, out.fingerprint)
+    if store is None:
         return []
-    others: list[Artifact] = []
-    for name in folder.names():
-        with suppress(ManifestError):
-            if name != own and (artifact := Artifact.read(folder.child(name))).fingerprint == name:
-                others.append(artifact)
+    others = [artifact for artifact in store.committed(out.kind) if artifact.fingerprint != out.fingerprint]
     others.sort(key=lambda artifact: (artifact.manifest.created_at, artifact.fingerprint), reverse=True)
     return list(islice(_undamaged(filter(is_usable, others)), MOST_SIBLINGS))
 

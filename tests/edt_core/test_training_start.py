@@ -143,7 +143,7 @@ def test_interpolation_keeps_what_has_no_place_and_what_is_the_same_everywhere()
     slope = torch.arange(-3.0, 4).repeat_interleave(7).unsqueeze(1)
     steeper = resized_bias(slope, 15, 225).view(15, 15)
     assert float(steeper[7, 7]) == pytest.approx(0.0, abs=1e-6)
-    assert float(steeper.std(dim=1).max()) == pytest.approx(0.0, abs=1e-6)
+    assert float(steeper.double().std(dim=1).max()) == pytest.approx(0.0, abs=1e-6)
     assert bool((steeper.diff(dim=0) > 0).all())
 
 

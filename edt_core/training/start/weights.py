@@ -77,7 +77,7 @@ def class_table(table: Tensor, rows: ClassRows, names: Sequence[str], seed: int)
 
     A new class begins as the mean of all class rows + 0.02 N(0, 1), drawn from the seed and its name.
     """
-    mean = table[:-1].mean(dim=0)
+    mean = table[:-1].double().mean(dim=0).to(table.dtype)
     class_rows = [
         table[row] if row is not None else mean + _NEW_ROW_STD * _class_noise(seed, names[label], table.shape[1])
         for label, row in enumerate(rows.rows)
@@ -115,4 +115,6 @@ def resized_bias(table: Tensor, span: int, length: int) -> Tensor:
 
 
 def _bicubic(grid: Tensor, side: int) -> Tensor:
-    return F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    # In float64 every processor's kernel gives the same float32 values, but for rare last bits.
+    resized = F.interpolate(grid.double(), size=(side, side), mode="bicubic", align_corners=False)
+    return resized.to(grid.dtype)

@@ -21,7 +21,8 @@ class Outcome:
     seconds: float = 0.0
     decisions: dict[str, Decision] = field(default_factory=dict)
     reports: dict[str, Artifact] = field(default_factory=dict)
-    metrics: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(default_factory=dict)  # before, after
+    # of the untrained model, None for a training that starts from another model, and of the trained one
+    metrics: dict[str, tuple[Mapping[str, float] | None, Mapping[str, float]]] = field(default_factory=dict)
     failures: dict[str, BaseException] = field(default_factory=dict)
     stopped: str = ""  # the message about where the run stopped; "" if it was not stopped
     executed: int = 0
@@ -49,7 +50,7 @@ class Outcome:
                     "version": decision.version,
                     "champion": decision.became_champion,
                     "decision": str(decision),
-                    "untrained": dict(self.metrics[name][0]),
+                    "untrained": None if (before := self.metrics[name][0]) is None else dict(before),
                     "metrics": dict(self.metrics[name][1]),
                     "report": str(self.reports[name].path(REPORT_NAME)) if name in self.reports else None,
                 }

@@ -169,19 +169,19 @@ def _call_branch(
     feature_networks: Mapping[str, StepFuture | Source],
     start: Initial | None,
 ) -> Branch:
-    """Train, sample and evaluate one model, and the untrained model of the same seed."""
+    """Train, sample and evaluate one model, and the untrained model of the same seed if it starts from none."""
     trained = config.train_of(name)
-    # Only the fields that shape the initial weights and the chain: a learning rate does not change the untrained model.
-    initial = {field: getattr(trained, field) for field in ("model", "seed", "num_timesteps", "objective")}
-    untrained = TrainConfig(max_steps=0, **initial)
+    trainings = {"": trained}
     branch_steps = dict(shared)
-    if start is not None:
+    if start is None:
+        trainings["untrained_"] = _untrained(trained)
+    else:
         start = settled(start, trained, shared["latents"].fingerprint)
-    for prefix, train_config in (("", trained), ("untrained_", untrained)):
+    for prefix, train_config in trainings.items():
         label = prefix.replace("_", " ")
         # The autoencoder decodes previews. It also shows whether latents of an older version have the right scale.
         inputs: dict[str, StepFuture | Source] = {role: shared[role] for role in ("latents", "autoencoder")}
-        if start is not None and not prefix:
+        if start is not None:
             inputs |= {"init": start, "images": shared["images"]}
         checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
         features = steps.step(
@@ -205,6 +205,15 @@ def _call_branch(
         judged = {"features": branch_steps["features"], "classifier": shared["classifier"], "images": shared["images"]}
         branch_steps["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **judged)
     return Branch(name, trained, branch_steps, start, feature_networks)
+
+
+def _untrained(trained: TrainConfig) -> TrainConfig:
+    """The training of no steps that a training from random weights is compared with.
+
+    It has only the fields that shape the initial weights and the chain: a learning rate does not change it.
+    """
+    fields = ("model", "seed", "num_timesteps", "objective")
+    return TrainConfig(max_steps=0, **{field: getattr(trained, field) for field in fields})
 
 
 def settled(start: Initial, config: TrainConfig, latents: str) -> Initial:
@@ -262,7 +271,8 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
         previous = registered(catalog, branch.name, config.promote, entry_of(artifacts))
         return None if previous is None else (with_record(catalog, previous[0]), previous[1])
 
-    artifacts = {role: branch.steps[role].fingerprint for role in ("checkpoint", "evaluation", "untrained_evaluation")}
+    roles = ("checkpoint", "evaluation", "untrained_evaluation")
+    artifacts = {role: branch.steps[role].fingerprint for role in roles if role in branch.steps}
     gate = {"model": branch.name, **result_fields(config.promote)}
     identity = sha256_json({**artifacts, "gate": gate})
     after = branch.steps["evaluation"].name
@@ -403,8 +413,10 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     if promotion is None:
         return
     promoted, report = promotion
-    before, after = (branch.steps[role].result().counts["metrics"] for role in ("untrained_evaluation", "evaluation"))
-    outcome.decisions[branch.name], outcome.metrics[branch.name] = promoted.decision, (before, after)
+    after = branch.steps["evaluation"].result().counts["metrics"]
+    before = branch.steps.get("untrained_evaluation")
+    outcome.decisions[branch.name] = promoted.decision
+    outcome.metrics[branch.name] = (None if before is None else before.result().counts["metrics"], after)
     if workflow.wait(report):
         outcome.reports[branch.name] = report.result()
 

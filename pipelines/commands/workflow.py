@@ -212,14 +212,15 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
         show_stopped(terminal, outcome.stopped)
 
 
-def _show_metrics(before: Mapping[str, float], after: Mapping[str, float], terminal: "Terminal") -> None:
+def _show_metrics(before: Mapping[str, float] | None, after: Mapping[str, float], terminal: "Terminal") -> None:
     from edt_core.evaluation.metrics import in_order
 
     for metric in in_order(after):
         if metric.endswith("_std") and metric.removesuffix("_std") in after:
             continue
         spread = f" ± {after[f'{metric}_std']:.2g}" if f"{metric}_std" in after else ""
-        terminal.say(f"  {metric:<20} {after[metric]:>10.4g}{spread}   untrained {before[metric]:.4g}")
+        untrained = "" if before is None else f"   untrained {before[metric]:.4g}"
+        terminal.say(f"  {metric:<20} {after[metric]:>10.4g}{spread}{untrained}")
 
 
 def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None:

@@ -66,7 +66,8 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
     counts = checkpoint.counts.get("class_counts")
     drawn = trained_classes(len(classes), counts)
     trained = read_samples(inputs["features"], drawn, space)
-    untrained = read_samples(inputs["untrained_features"], drawn)
+    untrained = read_samples(inputs["untrained_features"], drawn) if "untrained_features" in inputs else None
+    before = inputs.get("untrained_evaluation")  # a model that starts from another one has none
     real, real_labels = real_images(images, counts)
     facts = {
         "architecture": checkpoint.counts["model"],
@@ -88,20 +89,20 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         classes=classes,
         samples=trained.images,
         sample_labels=trained.labels,
-        untrained=untrained.images,
-        untrained_labels=untrained.labels,
+        untrained=None if untrained is None else untrained.images,
+        untrained_labels=None if untrained is None else untrained.labels,
         real=real,
         real_labels=real_labels,
         history=history(checkpoint),
-        metrics_before=inputs["untrained_evaluation"].counts["metrics"],
+        metrics_before=None if before is None else before.counts["metrics"],
         metrics_after=evaluation.counts["metrics"],
         protocol=evaluation.counts["protocol"],
         lineage=[_row(role, config, inputs[role]) for role in config.lineage],
         config_yaml=config.config_yaml,
         environment=checkpoint.manifest.environment,
-        protocol_differences=protocol_differences(
-            inputs["untrained_evaluation"].counts["protocol"], evaluation.counts["protocol"]
-        ),
+        protocol_differences=()
+        if before is None
+        else protocol_differences(before.counts["protocol"], evaluation.counts["protocol"]),
         registry=config.registry,
         crowned="champion" in config.model["aliases"],
         neighbours=_neighbours(space, trained, inputs),

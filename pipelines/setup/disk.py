@@ -20,7 +20,8 @@ def disk_needs(config: PipelineConfig, images: int, classes: int) -> dict[str, i
         config.autoencoder.latent_channels * (config.preprocess.image_size // config.autoencoder.downsample_factor) ** 2
     )
     copies = 2 if config.encode.write_webdataset else 1
-    sets = 2 * len(config.models)  # of the trained and of the untrained model
+    # Of the trained model, and of the untrained one of a training from random weights.
+    sets = sum(2 if config.train_of(name).init_from is None else 1 for name in config.models)
     floats = sum(_floats(config, space, classes) for space in config.extractors)
     samples, limit = config.sample.num_samples, config.sample.keep_images
     pictures = (samples if limit == "all" else min(int(limit), samples)) * 3 * pixels

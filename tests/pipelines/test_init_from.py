@@ -1,6 +1,5 @@
 """A pipeline whose training starts from the champion: planned, run, found again, recorded, kept and reproduced."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
+from edt_core.store.layout import REPORT_NAME
 from edt_core.store.store import Store
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from pipelines.commands.options import catalog_if_any
@@ -62,7 +62,7 @@ def champion(store: Path, version: str) -> Catalog:
 def test_a_plan_says_what_it_starts_from(place: Path) -> None:
     steps = planned(place, FROM_CHAMPION, *FEWER)
     assert steps[TRAIN].action == "run" or steps[TRAIN].why.startswith("made ")
-    assert {steps[name].action for name in ("encode", f"untrained train {MODEL}", "reference")} == {"reuse"}
+    assert {steps[name].action for name in ("encode", "autoencoder", "reference")} == {"reuse"}
     other = planned(place, FROM_CHAMPION, "train.max_steps=5")[TRAIN]
     assert other.why.endswith(f"; it starts from models:/{MODEL}/1")
 
@@ -144,8 +144,9 @@ def test_what_cannot_fit_is_refused_by_the_plan(place: Path) -> None:
         planned(place, "train.init_from=nobody@champion")
 
 
-def test_the_untrained_model_beside_it_is_random(warm: Outcome, place: Path) -> None:
-    steps = planned(place, FROM_CHAMPION, *FEWER)
-    untrained = Artifact.open(str(place / "checkpoint" / steps[f"untrained train {MODEL}"].fingerprint))
-    assert set(untrained.manifest.inputs) == {"latents"}
-    assert json.dumps(untrained.manifest.config)
+def test_no_untrained_model_is_made_beside_it(warm: Outcome, place: Path) -> None:
+    assert not any(name.startswith("untrained") for name in planned(place, FROM_CHAMPION, *FEWER))
+    before, _ = warm.metrics[MODEL]
+    assert before is None
+    assert warm.to_dict()["models"][MODEL]["untrained"] is None
+    assert "the training started from another model" in warm.reports[MODEL].path(REPORT_NAME).read_text()

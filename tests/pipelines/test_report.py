@@ -120,7 +120,7 @@ def test_page_is_whole_without_optional_parts() -> None:
     assert "No run is recorded" in text
     assert "Untrained</th>" not in text
     unmeasured = render_report(report_data(metrics_before={}, untrained=images(0), untrained_labels=np.arange(0)))
-    assert "The untrained model was not measured" in unmeasured
+    assert "There is no untrained model to compare with." in unmeasured
 
 
 def test_classifier_metrics_are_said_not_to_be_fid() -> None:

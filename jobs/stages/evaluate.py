@@ -9,11 +9,12 @@ import ray
 from edt_core.config import SampleConfig, result_fields
 from edt_core.errors import UserError
 from edt_core.evaluation.config import EvaluateConfig
+from edt_core.evaluation.references import load_reference
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.layout import METRICS_NAME
 from jobs.runtime.cluster import use_threads
-from jobs.stages.reference import evenly_spaced, load_reference
+from jobs.stages.reference import evenly_spaced
 from jobs.stages.sample import load_units
 from jobs.stages.sizes import wanted_metrics
 from jobs.stages.stage import Stage

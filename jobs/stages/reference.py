@@ -17,7 +17,7 @@ from edt_core.data.subsets import at_even_distances
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import EXTRACTORS, INCEPTION
 from edt_core.files.place_names import typed_path
-from edt_core.files.tensor_files import load_tensors, opened_tensors
+from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.cache import local_copy
@@ -305,26 +305,6 @@ def statistics_source(location: str) -> Source:
             "at github.com/openai/guided-diffusion/tree/main/evaluations, or pass images instead"
         )
     return Source(str(path), sha256_file(path))
-
-
-def load_reference(reference: Artifact, space: str) -> Any:
-    """The reference side of a comparison in one space, a FeatureSet."""
-    from edt_core.evaluation.metrics import FeatureSet, Gaussian
-
-    reference.verify_once(REFERENCE_NAME)
-    with opened_tensors(reference.path(REFERENCE_NAME), "numpy") as file:
-        names = set(file.keys())
-
-        def gaussian(key: str) -> Any:
-            if f"{key}.mean" not in names:
-                return None
-            count = int(file.get_tensor(f"{key}.count")[0])
-            return Gaussian(file.get_tensor(f"{key}.mean"), file.get_tensor(f"{key}.covariance"), count or None)
-
-        features = file.get_tensor(f"{space}.features") if f"{space}.features" in names else None
-        return FeatureSet(
-            features=features, statistics=gaussian(space), spatial_statistics=gaussian(f"{space}.spatial")
-        )
 
 
 STAGE = Stage(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edt_core.errors import UserError
 from edt_core.printing.console import say
 from pipelines.commands.options import (
     DEFAULT_STORE,
@@ -70,6 +71,8 @@ def retrain(
             retraining = prepare(catalog, request, terminal, digest_again)
         rows = [] if retraining.nothing_to_do else planned(catalog, retraining)
         reason = retraining.nothing_to_do or done_before(catalog, retraining, rows)
+        if retraining.over_limit and not (show_plan or reason):
+            raise UserError(retraining.over_limit)
     if show_plan:
         _show_plan(retraining, rows, reason, as_json)
     elif reason:
@@ -101,15 +104,26 @@ def _show_nothing(reason: str, as_json: bool) -> None:
 
 def _show_plan(retraining: "Retraining", rows: "list[PlannedStep]", reason: str, as_json: bool) -> None:
     """What changed, what it takes, and a line for each step."""
+    from edt_core.store.folder import Folder
+    from edt_core.store.store import Store
+    from pipelines.retrain.drift import drift_text, planned_drift
+
     table = [step.as_row() for step in rows]
+    drift = planned_drift(retraining.champion, Store(Folder.at(retraining.config.store)), rows)
     if as_json:
-        print_json({"reason": reason, **_facts(retraining), "steps": table})
+        print_json({"reason": reason, **_facts(retraining), "drift": drift, "steps": table})
         return
     if reason:
         say(f"nothing to do: {reason}")
         return
     for note in _notes(retraining):
         say(note)
+    limit = retraining.config.retrain.max_drift
+    if drift or limit is not None:
+        at_most = "" if limit is None else f" (at most {limit:g})"
+        say(f"drift     {drift_text(drift) or 'known when the new reference exists'}{at_most}")
+    if retraining.over_limit:
+        say(f"refused   {retraining.over_limit}")
     shown = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in table]
     print_rows(shown, ("action", "step", "fingerprint", "run", "why"), False)
 
@@ -128,6 +142,7 @@ def _facts(retraining: "Retraining") -> dict[str, Any]:
         "images": retraining.source.images,
         "delta": None if delta is None else delta.to_dict(),
         "device_hours": device_hours(version, train.max_steps),
+        "refused": retraining.over_limit,
         "notes": list(retraining.notes),
     }
 

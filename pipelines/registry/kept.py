@@ -95,6 +95,14 @@ def classifier_of(version: Any, store: Store) -> Artifact:
     return artifact
 
 
+def reference_of(version: Any, store: Store) -> Artifact | None:
+    """The reference that a version was evaluated against, if it is in the store and made of images."""
+    evaluation = _manifest(store, "evaluation", version.tags.get("edt.evaluation"))
+    identity = "" if evaluation is None else evaluation.manifest.inputs.get("reference", "")
+    reference = store.find("reference", identity)
+    return reference if reference is not None and reference.counts.get("source") == "images" else None
+
+
 def kept_tags(kept: Mapping[str, Kept]) -> dict[str, str]:
     """The tags of a workflow run that say which artifacts it kept."""
     tags = {}

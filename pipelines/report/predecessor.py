@@ -1,7 +1,7 @@
 """The champion that a version was compared with: what changed in the images since, both values, and its samples."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from edt_core.config import Section
 from edt_core.data.sources.delta import ImageDelta, image_delta
 from edt_core.errors import UserError
+from edt_core.evaluation.references import drift
 from edt_core.sampling.labels import trained_classes
 from edt_core.store.artifact import Artifact
 from edt_core.store.layout import CLASSES_NAME
@@ -18,10 +19,11 @@ from jobs.stages.reuse.labelled import labelled_digests
 from pipelines.engine.step import StepFuture
 from pipelines.registry.aliases import version_at
 from pipelines.registry.gate import Decision
+from pipelines.registry.kept import reference_of
 from pipelines.report.inputs import read_samples
 from pipelines.tracking.catalog import Catalog
 
-IMAGES, FEATURES = "champion_images", "champion_features"  # roles of the report's inputs
+IMAGES, FEATURES, REFERENCE = "champion_images", "champion_features", "champion_reference"  # roles of inputs
 _CLASSES = 30  # rows of the table
 _CHAIN = ("seed", "num_samples", "label_policy")  # fields of sampling that decide which noise and label a sample has
 
@@ -51,7 +53,7 @@ class Predecessor:
     """What the report shows of the champion. `samples` [N, S, S, 3] with labels [N] of this version's classes.
 
     `samples` is None if its images have another size or are gone; `same_noise`: sample i of both has the same noise and
-    label.
+    label; `drift`: Fréchet distance of the images of both in each feature space that they were both measured in.
     """
 
     facts: PredecessorFacts
@@ -59,6 +61,7 @@ class Predecessor:
     samples: Array | None = None
     labels: Array | None = None
     same_noise: bool = False
+    drift: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def changes(self) -> list[ClassChange]:
@@ -102,7 +105,11 @@ def predecessor_inputs(catalog: Catalog, decision: Decision, store: Store) -> di
         features = store.find("features", evaluation.manifest.inputs["features"])
     except (UserError, OSError, KeyError):
         pass
-    artifacts = {IMAGES: images, FEATURES: features if images is not None else None}
+    artifacts = {
+        IMAGES: images,
+        FEATURES: features if images is not None else None,
+        REFERENCE: reference_of(version, store),
+    }
     label = f"version {version.version}"
     return {
         role: StepFuture(label, item.manifest.kind, item.fingerprint, artifact=item)
@@ -113,12 +120,13 @@ def predecessor_inputs(catalog: Catalog, decision: Decision, store: Store) -> di
 
 def read_predecessor(facts: PredecessorFacts, inputs: Mapping[str, Artifact]) -> Predecessor:
     """What the report shows of the champion, as far as its artifacts are there."""
+    distances = _drift(inputs)
     if IMAGES not in inputs:
-        return Predecessor(facts, None)
+        return Predecessor(facts, None, drift=distances)
     images, before = inputs["images"], inputs[IMAGES]
     delta = image_delta(labelled_digests(before), labelled_digests(images))
     if FEATURES not in inputs or before.counts["image_size"] != images.counts["image_size"]:
-        return Predecessor(facts, delta)
+        return Predecessor(facts, delta, drift=distances)
     names, old_names = images.read_json(CLASSES_NAME), before.read_json(CLASSES_NAME)
     old = read_samples(inputs[FEATURES], trained_classes(len(old_names), before.counts.get("class_counts")))
     place = {name: label for label, name in enumerate(names)}
@@ -127,4 +135,12 @@ def read_predecessor(facts: PredecessorFacts, inputs: Mapping[str, Artifact]) ->
     chains = (inputs[role].manifest.config for role in (FEATURES, "features"))
     first, second = ([chain.get(name) for name in _CHAIN] for chain in chains)
     same_noise = first == second and names == old_names
-    return Predecessor(facts, delta, old.images[known], labels[known], same_noise)
+    return Predecessor(facts, delta, old.images[known], labels[known], same_noise, distances)
+
+
+def _drift(inputs: Mapping[str, Artifact]) -> dict[str, float]:
+    """The drift since the champion; empty if a reference is missing, or made of published statistics."""
+    before, now = inputs.get(REFERENCE), inputs["reference"]
+    if before is None or now.counts["source"] != "images" or before.fingerprint == now.fingerprint:
+        return {}
+    return drift(before, now)

@@ -3,21 +3,22 @@
 The measure is the Fréchet distance of the two references in each feature space that both were computed in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edt_core.errors import UserError
-from edt_core.evaluation.metrics import frechet_distance
+from edt_core.evaluation.references import drift
 from edt_core.store.artifact import Artifact
 from edt_core.store.layout import CLASSES_NAME
 from edt_core.store.store import Store
 from jobs.models.registry_files import title
-from jobs.stages.reference import load_reference
 from pipelines.config.schema import PipelineConfig
 from pipelines.engine.step import StepFuture
 from pipelines.engine.workflow import Workflow
 from pipelines.pipeline import HeldBackError
+from pipelines.plan import PlannedStep
+from pipelines.registry.kept import reference_of
 
 _WAY_ON = "Look at the images; to train on them as they are, add --set retrain.max_drift=null"
 
@@ -34,15 +35,15 @@ class DriftGuard:
         if not workflow.wait(shared["images"], shared["reference"]):
             return  # the failure of a step ends the run by itself
         images, reference = shared["images"].result(), shared["reference"].result()
-        drift = self._measured(workflow.store, images, reference)
+        values = self._measured(workflow.store, images, reference)
         workflow.catalog.set_tags(
-            workflow.run_id, {f"edt.drift.{space}": repr(value) for space, value in drift.items()}
+            workflow.run_id, {f"edt.drift.{space}": repr(value) for space, value in values.items()}
         )
-        text = ", ".join(f"{value:.4g} in the features of {space}" for space, value in drift.items())
+        text = drift_text(values)
         workflow.terminal.say(f"drift     {text or 'not measured'} (at most {self.limit:g})")
-        if not drift:
+        if not values:
             raise HeldBackError(f"the drift from {title(self.champion)} has no feature space in common. {_WAY_ON}")
-        if max(drift.values()) > self.limit:
+        if max(values.values()) > self.limit:
             raise HeldBackError(
                 f"the images drifted from those of {title(self.champion)}: {text}, and retrain.max_drift is "
                 f"{self.limit:g}. {_WAY_ON}"
@@ -58,7 +59,7 @@ class DriftGuard:
         before_images, before = self._artifacts(store)
         try:
             self._check_classes(before_images, images)
-            return distances(before, reference)
+            return drift(before, reference)
         except (UserError, OSError, ValueError) as error:
             if isinstance(error, HeldBackError):
                 raise
@@ -68,15 +69,17 @@ class DriftGuard:
 
     def _artifacts(self, store: Store) -> tuple[Artifact, Artifact]:
         """The image artifact and the reference of the champion. Raises HeldBackError if they are gone."""
-        tags = self.champion.tags
-        try:
-            evaluation = Artifact.read(store.folder("evaluation", tags["edt.evaluation"]))
-            reference = Artifact.open(store.folder("reference", evaluation.manifest.inputs["reference"]))
-            return Artifact.read(store.folder("images", tags["edt.images"])), reference
-        except (UserError, OSError, KeyError) as error:
-            raise HeldBackError(
-                f"the drift from {title(self.champion)} cannot be measured: its artifacts are gone ({error}). {_WAY_ON}"
-            ) from error
+        images = store.find("images", self.champion.tags.get("edt.images", ""))
+        reference = reference_of(self.champion, store)
+        for name, artifact in (("images", images), ("reference", reference)):
+            if artifact is None:
+                raise HeldBackError(
+                    f"the drift from {title(self.champion)} cannot be measured: its {name} are not in "
+                    f"{store.root.uri}. {_WAY_ON}"
+                )
+        assert images is not None
+        assert reference is not None
+        return images, reference
 
     def _check_classes(self, before: Artifact, now: Artifact) -> None:
         old, new = before.read_json(CLASSES_NAME), now.read_json(CLASSES_NAME)
@@ -89,21 +92,21 @@ class DriftGuard:
             )
 
 
+def planned_drift(version: Any | None, store: Store, steps: Sequence[PlannedStep]) -> dict[str, float]:
+    """The drift in each feature space, if the new reference is in the store already, as after a held-back run."""
+    new = next((step for step in steps if step.step == "reference" and step.action == "reuse"), None)
+    now = None if new is None else store.find(new.kind, new.fingerprint)
+    before = None if version is None else reference_of(version, store)
+    if now is None or before is None or now.counts["source"] != "images":
+        return {}
+    return drift(before, now)
+
+
+def drift_text(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{value:.4g} in the features of {space}" for space, value in values.items())
+
+
 def drift_guard(config: PipelineConfig, version: Any | None) -> DriftGuard | None:
     """The guard of `retrain.max_drift`; None if it is not set, or there is no champion to compare with."""
     limit = config.retrain.max_drift
     return None if limit is None or version is None else DriftGuard(version, limit)
-
-
-def distances(before: Artifact, now: Artifact) -> dict[str, float]:
-    """Fréchet distance of two references in each feature space that both have from the same network."""
-    first, second = before.counts["extractors"], now.counts["extractors"]
-    return {
-        space: frechet_distance(*(load_reference(item, space).gaussian(name) for name, item in _sides(before, now)))
-        for space, digest in second.items()
-        if first.get(space) == digest
-    }
-
-
-def _sides(before: Artifact, now: Artifact) -> list[tuple[str, Artifact]]:
-    return [("champion's reference", before), ("new reference", now)]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from edt_core.errors import UserError
 from jobs.models.registry_files import title
 from pipelines.config.schema import PipelineConfig
 
@@ -20,22 +19,24 @@ def device_hours(version: Any | None, steps: int) -> float | None:
     return hours / before * steps if before > 0 else None
 
 
-def guarded(config: PipelineConfig, version: Any | None, name: str) -> PipelineConfig:
-    """The configuration, whose training ends with a checkpoint when `retrain.max_device_hours` are used up.
+def over_limit(config: PipelineConfig, version: Any | None, name: str) -> str:
+    """Why the training is expected to take more than `retrain.max_device_hours`; "" if it is not."""
+    limit, train = config.retrain.max_device_hours, config.train_of(name)
+    expected = device_hours(version, train.max_steps)
+    if limit is None or expected is None or expected <= limit:
+        return ""
+    affordable = max(1, int(train.max_steps * limit / expected))
+    return (
+        f"the training of {train.max_steps} steps takes about {expected:.3g} device hours at the pace of "
+        f"{title(version)}, and retrain.max_device_hours is {limit:g}. Use --steps {affordable}, or raise the limit"
+    )
 
-    Raises UserError, before anything runs, if the training is expected to take more.
-    """
-    limit = config.retrain.max_device_hours
+
+def guarded(config: PipelineConfig, name: str) -> PipelineConfig:
+    """The configuration, whose training ends with a checkpoint when `retrain.max_device_hours` are used up."""
+    limit, train = config.retrain.max_device_hours, config.train_of(name)
     if limit is None:
         return config
-    train = config.train_of(name)
-    expected = device_hours(version, train.max_steps)
-    if expected is not None and expected > limit:
-        affordable = max(1, int(train.max_steps * limit / expected))
-        raise UserError(
-            f"the training of {train.max_steps} steps takes about {expected:.3g} device hours at the pace of "
-            f"{title(version)}, and retrain.max_device_hours is {limit:g}. Use --steps {affordable}, or raise the limit"
-        )
     hours = limit / train.worker_range[1]
     if train.max_hours is not None:
         hours = min(hours, train.max_hours)

@@ -26,7 +26,7 @@ from pipelines.registry.aliases import DECISION_TAG, version_at
 from pipelines.registry.gate import Decision
 from pipelines.registry.kept import ClassesDifferError, autoencoder_of, kept_networks
 from pipelines.retrain.delta import delta_of
-from pipelines.retrain.guard import guarded
+from pipelines.retrain.guard import guarded, over_limit
 from pipelines.retrain.line import champion_record, is_started, line_start
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
@@ -58,7 +58,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Retraining:
-    """A retraining that can be planned or run. `nothing_to_do` says why there is none, or is empty."""
+    """A retraining that can be planned or run.
+
+    `nothing_to_do` says why there is none, and `over_limit` why it may not run; else they are empty.
+    """
 
     config: PipelineConfig
     source: Source
@@ -66,6 +69,7 @@ class Retraining:
     delta: ImageDelta | None = None
     notes: tuple[str, ...] = ()
     nothing_to_do: str = ""
+    over_limit: str = ""
 
 
 def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again: bool = False) -> Retraining:
@@ -85,8 +89,9 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
     if not request.from_scratch:
         config, notes = _with_classifier(config, catalog, store, source)
         _check_start(config, catalog, request.name)
-    config = guarded(config, version, request.name)
-    return Retraining(config, source, version, delta_of(version, store, source), tuple(notes))
+    too_long = over_limit(config, version, request.name)
+    delta = delta_of(version, store, source)
+    return Retraining(guarded(config, request.name), source, version, delta, tuple(notes), over_limit=too_long)
 
 
 def _unfinished(request: Request, record: Record, source: Source, version: Any) -> Retraining:

@@ -269,7 +269,7 @@ def test_clip_beside_a_classifier(
 ) -> None:
     """Its values are those of the features that reference and samples keep."""
     from edt_core.evaluation.metrics.cmmd import cmmd
-    from jobs.stages.reference import load_reference
+    from edt_core.evaluation.references import load_reference
     from jobs.stages.sample import load_units
 
     pytest.importorskip("transformers", reason="transformers, the extra [clip], is not installed")

@@ -10,13 +10,13 @@ from safetensors.numpy import load_file, save_file
 
 from edt_core.config import ReferenceConfig
 from edt_core.data.shards import ImageSample
+from edt_core.evaluation.references import load_reference
 from edt_core.progress import CollectedWarnings, Silent
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import sha256_file
 from edt_core.store.layout import IMAGE_FEATURES, REFERENCE_NAME
 from edt_core.store.store import Store
 from jobs.stages import extractors, reference
-from jobs.stages.reference import load_reference
 from tests.jobs.test_reuse_images import assert_same, here_with_every_artifact, picture, write  # noqa: F401
 from tests.jobs.test_reuse_images import make as make_images
 from tests.support.models import classifier_artifact, clip_folder

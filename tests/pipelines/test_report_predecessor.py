@@ -11,7 +11,7 @@ from edt_core.config import PreprocessConfig, SampleConfig, SourceConfig
 from edt_core.data.sources.delta import ImageDelta
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact
-from edt_core.store.layout import FEATURE_UNIT
+from edt_core.store.layout import FEATURE_UNIT, REFERENCE_NAME
 from edt_core.store.store import Store
 from jobs.stages import preprocess, sample
 from jobs.stages.preprocess import image_source
@@ -20,6 +20,7 @@ from pipelines.report.page import render_report
 from pipelines.report.predecessor import (
     FEATURES,
     IMAGES,
+    REFERENCE,
     Predecessor,
     PredecessorFacts,
     predecessor_facts,
@@ -128,6 +129,16 @@ def _features(store: Store, identity: str, labels: list[int], seed: int = 0) -> 
     return out.commit(config.model_dump(mode="json"), {}, {}, step_version=sample.STAGE.version)
 
 
+def _reference(store: Store, identity: str, mean: float, source: str = "images", digest: str = "d") -> Artifact:
+    """A reference of features in two dimensions with the unit covariance."""
+    from safetensors.numpy import save
+
+    out = store.writer("reference", identity)
+    arrays = {"mean": np.array([mean, 0.0]), "covariance": np.eye(2), "count": np.array([9])}
+    out.write_bytes(REFERENCE_NAME, save({f"classifier.{name}": value for name, value in arrays.items()}), 9)
+    return out.commit({}, {}, {"source": source, "extractors": {"classifier": digest}}, step_version=2)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store.open(str(tmp_path / "store"))
@@ -140,6 +151,7 @@ def test_images_and_samples_are_matched_by_class_name(store: Store, tmp_path: Pa
         "images": _image_artifact(store, tmp_path / "b", {"bee": [6, 2], "bug": [7], "cat": [3, 5, 8]}),
         FEATURES: _features(store, "1" * 64, [0, 1, 0, 1]),
         "features": _features(store, "2" * 64, [0, 1, 2, 0]),
+        "reference": _reference(store, "3" * 64, 1.0),
     }
     found = read_predecessor(FACTS, inputs)
     assert found.delta is not None
@@ -155,6 +167,19 @@ def test_images_and_samples_are_matched_by_class_name(store: Store, tmp_path: Pa
     assert not found.same_noise
 
 
+def test_drift_is_the_distance_of_two_references_of_images_in_one_feature_space(store: Store) -> None:
+    before, now = _reference(store, "3" * 64, 1.0), _reference(store, "4" * 64, 4.0)
+    found = read_predecessor(FACTS, {REFERENCE: before, "reference": now})
+    assert found.drift == {"classifier": pytest.approx(9.0)}  # the squared distance of the means
+    page = render_report(whole_report_data(predecessor=found))
+    assert "The Fréchet distance between the images of both versions is 9 in the features of classifier." in page
+    for number, other in enumerate(
+        (before, _reference(store, "5" * 64, 4.0, "published statistics"), _reference(store, "6" * 64, 4.0, digest="e"))
+    ):
+        assert read_predecessor(FACTS, {REFERENCE: before, "reference": other}).drift == {}, number
+    assert read_predecessor(FACTS, {"reference": now}).drift == {}
+
+
 @pytest.mark.parametrize(("seed", "same"), [(0, True), (1, False)])
 def test_the_same_noise_is_claimed_only_of_the_same_chain_and_classes(
     store: Store, tmp_path: Path, seed: int, same: bool
@@ -162,6 +187,7 @@ def test_the_same_noise_is_claimed_only_of_the_same_chain_and_classes(
     images = _image_artifact(store, tmp_path / "a", {"ant": [1, 2], "cat": [3]})
     features = [_features(store, digit * 64, [0, 1], seed=int(digit == "2") * seed) for digit in "12"]
     inputs = {IMAGES: images, "images": images, FEATURES: features[0], "features": features[1]}
+    inputs["reference"] = _reference(store, "3" * 64, 1.0)
     found = read_predecessor(FACTS, inputs)
     assert found.same_noise == same
     assert found.delta is not None

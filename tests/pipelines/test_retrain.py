@@ -1,6 +1,7 @@
 """Retraining: the configuration of the champion's run with other images, and the champion's networks and weights."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from pipelines.retrain import drift, prepare
 from pipelines.retrain import line as lines
 from pipelines.retrain.delta import delta_of
 from pipelines.retrain.drift import DriftGuard, drift_guard
-from pipelines.retrain.guard import guarded
+from pipelines.retrain.guard import guarded, over_limit
 from pipelines.retrain.line import champion_record
 from pipelines.retrain.prepare import Request, _check_start, _configured
 from pipelines.schedule.record import new_schedule
@@ -175,7 +176,7 @@ def test_drift_from_a_damaged_reference_holds_back(monkeypatch: pytest.MonkeyPat
     def damaged(before: object, now: object) -> None:
         raise ManifestError("reference.safetensors differs")
 
-    monkeypatch.setattr(drift, "distances", damaged)
+    monkeypatch.setattr(drift, "drift", damaged)
     with pytest.raises(HeldBackError, match=r"cannot be measured: reference\.safetensors differs.*max_drift=null"):
         guard._measured(None, None, SimpleNamespace(counts={"source": "images"}))  # type: ignore[arg-type]
 
@@ -184,12 +185,13 @@ def test_a_training_that_takes_too_long_is_refused_and_one_that_does_not_ends_in
     version = Version(1, **{"edt.cost.device_hours": "8.0", "edt.cost.steps": "1000"})
     limits = ["models={m: {num_workers: 2}}", "train.max_steps=250"]
     config = load_config("quickstart", [*limits, "retrain.max_device_hours=1.5"])
-    with pytest.raises(UserError, match=r"250 steps takes about 2 device hours .* Use --steps 187, or raise the limit"):
-        guarded(config, version, "m")
+    refused = over_limit(config, version, "m")
+    assert re.search(r"250 steps takes about 2 device hours .* Use --steps 187, or raise the limit", refused)
+    assert over_limit(config, Version(1), "m") == ""  # its pace is not recorded
     enough = load_config("quickstart", [*limits, "retrain.max_device_hours=3"])
-    assert guarded(enough, version, "m").train_of("m").max_hours == 1.5  # of each of the two workers
-    assert guarded(enough, Version(1), "m").train_of("m").max_hours == 1.5
-    assert guarded(load_config("quickstart", limits), version, "m").train_of("m").max_hours is None
+    assert over_limit(enough, version, "m") == over_limit(load_config("quickstart", limits), version, "m") == ""
+    assert guarded(enough, "m").train_of("m").max_hours == 1.5  # of each of the two workers
+    assert guarded(load_config("quickstart", limits), "m").train_of("m").max_hours is None
 
 
 def test_published_networks_stay(line: Line) -> None:
@@ -348,10 +350,19 @@ def test_images_arrive_and_the_model_is_trained_further(tmp_path: Path, edt: Cal
         *("autoencoder", "classifier", f"sample champion {MODEL}")
     }
 
+    assert plan["drift"] == {}  # there is no new reference yet
+    short = [*asked, "--set", "retrain.max_device_hours=1e-9"]
+    assert "retrain.max_device_hours is 1e-09. Use --steps 1" in CliRunner().invoke(app, [*short, "--plan"]).output
+    refused = CliRunner().invoke(app, short)
+    assert refused.exit_code == 2
+    assert "retrain.max_device_hours is 1e-09" in refused.output
+
     held = CliRunner().invoke(app, [*asked, "--set", "retrain.max_drift=1e-9"])
     assert held.exit_code == 2
     assert f"the images drifted from those of {MODEL} version 1" in held.output
     assert "--set retrain.max_drift=null" in held.output
+    drift_known = edt(*asked, "--plan")["drift"]["classifier"]
+    assert drift_known > 0
     catalog = Catalog.existing(Folder.at(store))
     assert len(catalog.client.search_model_versions(f"name = '{MODEL}'")) == 1
 
@@ -361,6 +372,7 @@ def test_images_arrive_and_the_model_is_trained_further(tmp_path: Path, edt: Cal
     decision = json.loads(version.tags["edt.decision"])
     assert decision["champion_before"] == "1"
     assert decision["remeasured"]["protocol"] == version.tags["edt.protocol"]
+    assert f"{drift_known:.4g} in the features of classifier" in Path(outcome["report"]).read_text()
     assert version.tags["edt.autoencoder"] == catalog.client.get_model_version(MODEL, "1").tags["edt.autoencoder"]
 
     again = edt(*asked)

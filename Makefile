@@ -11,7 +11,7 @@ PARALLEL := -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 8 ? $$(getconf 
 NUMERICS := $(addprefix tests/edt_core/test_,models*.py diffusion*.py metrics*.py training*.py solvers.py generation.py \
     autoencoder.py inception.py extractors.py alignment.py labels.py pipeline.py)
 
-.PHONY: install quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check format docs lock wheel notebook bench clean
+.PHONY: install quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check format docs lock wheel notebook bench recording clean
 
 install: $(READY)
 
@@ -73,6 +73,10 @@ docs: install                  ## generate docs/config.md from the schemas
 
 bench: install                 ## times the quickstart, its second run and the CLI; prints a table
 	$(BIN)/python tests/benchmarks/quickstart.py
+
+recording: install             ## docs/quickstart-*.svg: the quickstart in a terminal, in a new store
+	store=$$(mktemp -d) && $(BIN)/python tests/docs/recording.py docs/quickstart --title "edt run quickstart" -- \
+	    $(BIN)/edt run quickstart --store $$store/store && rm -r $$store
 
 wheel: install                 ## dist/: the wheel and the source distribution
 	$(BIN)/python -m build

@@ -103,6 +103,7 @@ def planned_drift(version: Any | None, store: Store, steps: Sequence[PlannedStep
 
 
 def drift_text(values: Mapping[str, float]) -> str:
+    """ "0.31 in the features of classifier", with a comma between feature spaces."""
     return ", ".join(f"{value:.4g} in the features of {space}" for space, value in values.items())
 
 

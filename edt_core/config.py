@@ -104,7 +104,11 @@ class PreprocessConfig(Section):
         1 << 30, ge=1 << 16, description="upper limit for the size of a shard; images count as uncompressed"
     )
     max_bad_fraction: float = runtime(
-        0.001, ge=0, le=1, description="fail if more than this fraction of the images is unreadable, also on reuse"
+        0.001,
+        ge=0,
+        le=1,
+        description="fail if more than this fraction of the images is unreadable, also on reuse; one unreadable image "
+        "is allowed in a set of any size, unless this is 0",
     )
     image_format: Literal["webp", "png", "jpeg"] = Field(
         "webp", description="webp (lossless) and png keep every pixel; jpeg does not: do not use it as FID reference"
@@ -114,6 +118,10 @@ class PreprocessConfig(Section):
         "pillow", description="pillow, as for published reference numbers; simplejpeg is faster, its pixels differ"
     )
     rotate_by_exif: bool = Field(False, description="turn photos upright; published numbers are without rotation")
+
+    def allowed_unreadable(self, images: int) -> int:
+        """The most unreadable images among this many: the fraction of them, but at least one unless it is 0."""
+        return max(1, math.floor(self.max_bad_fraction * images + 1e-9)) if self.max_bad_fraction else 0
 
 
 class AutoencoderConfig(Section):

@@ -27,6 +27,8 @@ class Outcome:
     stopped: str = ""  # the message about where the run stopped; "" if it was not stopped
     executed: int = 0
     reused: int = 0
+    skipped: int = 0  # steps that were not run because one that they need failed
+    images: Mapping[str, Any] = field(default_factory=dict)  # counts of the image artifact; empty without one
 
     @property
     def status(self) -> str:
@@ -43,6 +45,9 @@ class Outcome:
             "seconds": round(self.seconds, 1),
             "reused": self.reused,
             "executed": self.executed,
+            "skipped": self.skipped,
+            "images": self.images.get("images"),
+            "unreadable_images": self.images.get("quarantined"),
             "stopped": self.stopped,
             "failures": {name: asdict(explained(error)) for name, error in self.failures.items()},
             "models": {

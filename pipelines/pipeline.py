@@ -432,6 +432,8 @@ def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     reused = sorted(name for name, future in workflow.futures.items() if future.reused)
     ran = sorted(set(workflow.artifacts()) - set(reused))
     outcome.executed, outcome.reused = len(ran), len(reused)
+    outcome.skipped = len(workflow.failures) - len(workflow.culprits())
+    outcome.images = next((a.counts for a in workflow.artifacts().values() if a.manifest.kind == "images"), {})
     failed = "; ".join(f"{name}: {error}" for name, error in outcome.failures.items())[:4000]
     tags = {"edt.reused": ", ".join(reused), "edt.executed": ", ".join(ran), "edt.failed": failed}
     tags["edt.stopped"] = outcome.stopped[:4000]

@@ -65,6 +65,15 @@ def decode_rgb(data: bytes, decoder: str = "pillow", rotate_by_exif: bool = Fals
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def is_turned(data: bytes) -> bool:
+    """Whether an encoded image has an EXIF orientation that is not upright; False for data that is not an image."""
+    try:
+        with _opened(data) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNS
+    except Exception:  # Pillow's decoders raise errors of any class on malformed data
+        return False
+
+
 def _opened(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=tuple(image_formats()))

@@ -3,6 +3,7 @@
 One Ray task makes one shard, so names and bytes depend neither on the number of workers nor on crashes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import PreprocessConfig, SourceConfig
+from edt_core.data.inspection import count_turned
 from edt_core.data.sources import UNREADABLE, Listing, image_versions, list_source, listing_identity
 from edt_core.data.sources.classes import without_images
 from edt_core.data.sources.files import as_text
@@ -79,7 +81,8 @@ def preprocess(
     if config.image_format == "jpeg":
         progress.warn("the shards are JPEG, which is lossy: make FID references from lossless shards")
     out.write_json(CLASSES_NAME, list(listing.classes))
-    return {**_counts(config, listing, reports, progress), **({REUSED: reused} if reused else {})}
+    counts = {**_counts(config, listing, reports, progress), **_turned(config, listing, progress)}
+    return {**counts, **({REUSED: reused} if reused else {})}
 
 
 def _earlier_images(
@@ -125,7 +128,7 @@ def _make_shards(
                 progress.update(report.num_processed, len(listing), "images", part=number)
                 quarantined += report.reasons
                 processed += report.num_processed
-                check_quarantined(quarantined, processed, len(listing), config.max_bad_fraction)
+                check_quarantined(config, quarantined, processed, len(listing))
     except WrongRowError:
         ray.wait(list(pending), num_returns=len(pending))  # none may write a shard after this
         raise
@@ -178,6 +181,21 @@ def _counts(
     }
 
 
+def _turned(config: PreprocessConfig, listing: Listing, progress: Progress) -> dict[str, int]:
+    """The number of inspected photos that are stored sideways and not turned; empty if there are none."""
+    if config.rotate_by_exif:
+        return {}
+    turned, inspected = count_turned(listing)
+    if not turned:
+        return {}
+    progress.warn(
+        f"{turned} of {inspected} inspected images have an EXIF orientation, which is ignored: they are used as "
+        "stored, on their side for example. Turn them upright with --set preprocess.rotate_by_exif=true, "
+        "unless numbers are to be compared with published ones"
+    )
+    return {"turned": turned, "turned_of": inspected}
+
+
 class _Repeats(NamedTuple):
     """Images that are identical byte for byte.
 
@@ -223,23 +241,36 @@ def _changed(source: Source) -> UserError:
 
 
 def check_quarantined(
-    quarantined: Sequence[tuple[str, str]], processed: int, total: int, max_bad_fraction: float
+    config: PreprocessConfig, quarantined: Sequence[tuple[str, str]], processed: int, total: int
 ) -> None:
-    """Raise UserError if more than `max_bad_fraction` of all `total` images could not be read, or all of them."""
-    number = len(quarantined)
-    if number and (number > max_bad_fraction * total or number == total):
+    """Raise UserError if more of all `total` images could not be read than `config` allows, or none could."""
+    number, allowed = len(quarantined), config.allowed_unreadable(total)
+    if number == total > 0:
+        raise UserError(
+            f"none of the {total} images could be read:{_listed(quarantined)}\n"
+            "Replace them, or set source.path to other images."
+        )
+    if number > allowed:
         so_far = "" if processed == total else f", {processed} processed so far"
+        fraction = enough_fraction(number / processed)
         raise UserError(
             f"{number} of {total} images ({number / total:.2%}{so_far}) could not be read, more than max_bad_fraction "
-            f"{max_bad_fraction:.2%} allows:{_listed(quarantined)}\n"
-            "Repair or remove them, or raise preprocess.max_bad_fraction; finished work is kept."
+            f"{config.max_bad_fraction:.2%} allows (here {allowed}):{_listed(quarantined)}\n"
+            f"Repair or remove them, or leave them out with --set preprocess.max_bad_fraction={fraction:g} (of `edt "
+            f"preprocess`: --max-bad-fraction {fraction:g}). Finished work is kept."
         )
+
+
+def enough_fraction(share: float) -> float:
+    """A value of `max_bad_fraction` that allows this share of unreadable images: rounded up to one digit."""
+    unit = 10.0 ** math.floor(math.log10(share))
+    return min(1.0, float(f"{math.ceil(share / unit) * unit:.1g}"))
 
 
 def accept(config: PreprocessConfig, counts: Mapping[str, Any]) -> None:
     """Raise UserError for existing image shards with more unreadable images than the configuration allows."""
     quarantined = [(row["path"], row["reason"]) for row in counts["quarantined_images"]]
-    check_quarantined(quarantined, counts["found"], counts["found"], config.max_bad_fraction)
+    check_quarantined(config, quarantined, counts["found"], counts["found"])
 
 
 def _listed(quarantined: Sequence[tuple[str, str]]) -> str:

@@ -178,14 +178,23 @@ class Workflow:
             ended, word = (self.stopped, "stopped") if stopped else (self.failures, "failed")
             ended[future.name] = cause
             culprits = [name for name in future.needs if name in ended]
-            reason = f"not run, {culprits[0]} {word}" if culprits else ""
+            reason = f"not run, {self._origin(culprits[0])} {word}" if culprits else ""
             if stopped:
                 self.terminal.stopped(future.name, reason or str(cause))
+            elif reason:
+                self.terminal.skipped(future.name, reason)
             else:
-                self.terminal.failed(future.name, reason or cause, raised=error)
+                self.terminal.failed(future.name, cause, raised=error)
         else:
             self._done.add(future.name)
             self.terminal.finished(future.name, artifact.manifest.duration_s, future.fingerprint, _headline(artifact))
+
+    def _origin(self, name: str) -> str:
+        """The step whose end kept this one from running: itself, or one that it depends on."""
+        ended = self.failures.keys() | self.stopped.keys()
+        while needs := [need for need in self.futures[name].needs if need in ended]:
+            name = needs[0]
+        return name
 
     def _show(self) -> None:
         import ray

@@ -79,6 +79,7 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
     }
     if empty := [name for name, count in zip(classes, counts or (), strict=bool(counts)) if not count]:
         facts["classes_without_images"] = f"{len(empty)} of {len(classes)}: {some(empty)}"
+    facts |= image_facts(images.counts)
     if "classifier" in inputs:
         facts["classifier_holdout_accuracy"] = inputs["classifier"].counts["holdout_accuracy"]
     return ReportData(
@@ -112,6 +113,17 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
         costs=[step_cost(step, inputs[role], facts["macs"]) for role, (step, _) in config.lineage.items()],
     )
+
+
+def image_facts(counts: Mapping[str, Any]) -> dict[str, str]:
+    """What was done to images that may not be what the user expects; empty if nothing."""
+    facts = {}
+    if counts.get("quarantined"):
+        names = [row["path"] for row in counts["quarantined_images"]]
+        facts["unreadable_images_left_out"] = f"{counts['quarantined']} of {counts['found']}: {some(names)}"
+    if counts.get("turned"):
+        facts["exif_orientation_ignored"] = f"{counts['turned']} of {counts['turned_of']} inspected images"
+    return facts
 
 
 def _neighbours(space: str, samples: Samples, inputs: Mapping[str, Artifact]) -> Neighbourhood | str:

@@ -164,6 +164,23 @@ def images(setup: Setup) -> Result:
     return "ok", summary, ""
 
 
+def decoding(setup: Setup) -> Result:
+    """Whether the images can be decoded and are upright: all of a small set, otherwise as many as 20 seconds allow."""
+    from edt_core.data.inspection import inspect
+    from pipelines.setup.photos import remarks_on
+
+    counts(setup)
+    listing = setup.images.result().listing
+    if listing is None:
+        return "ok", "the digits come with the package", ""
+    inspection = inspect(listing)
+    if not (remarks := remarks_on(inspection, setup.config.preprocess)):
+        return "ok", f"{inspection.extent} can be decoded", ""
+    status: Status = "fail" if any(remark.stops for remark in remarks) else "warn"
+    problems = ". ".join(remark.problem for remark in remarks)
+    return status, f"{inspection.extent} inspected: {problems}", ". ".join(remark.remedy for remark in remarks)
+
+
 def sizes(setup: Setup) -> Result:
     """Numbers of samples and images, compared with what the metrics need. A run would fail only after training."""
     from pipelines.config.size_check import size_problems
@@ -250,6 +267,7 @@ CHECKS: dict[str, tuple[Check, float]] = {
     "device": (device, 90),
     "memory": (memory, 120),
     "images": (images, 120),
+    "decoding": (decoding, 180),
     "sizes": (sizes, 120),
     "store": (store, 60),
     "disk": (disk, 120),

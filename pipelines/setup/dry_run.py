@@ -1,12 +1,16 @@
 """Estimates of what a pipeline's training needs. The sources are listed, but no images are read."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from edt_core.config import SourceConfig
 from edt_core.progress import CollectedWarnings
 from edt_core.training.estimate import estimate
 from pipelines.config.schema import PipelineConfig
 from pipelines.config.size_check import check_pipeline_sizes
+
+if TYPE_CHECKING:
+    from edt_core.data.sources import Listing
 
 
 def training_needs(config: PipelineConfig) -> str:
@@ -30,6 +34,7 @@ class SourceCounts:
     images: int
     classes: int
     remarks: tuple[str, ...] = ()
+    listing: "Listing | None" = None  # None for the digits, which come with the package
 
 
 def source_counts(config: SourceConfig) -> SourceCounts:
@@ -41,4 +46,4 @@ def source_counts(config: SourceConfig) -> SourceCounts:
         return SourceCounts(min(NUM_DIGITS, config.limit or NUM_DIGITS), len(config.classes) or 10)
     notes = CollectedWarnings()
     listing = list_source(config, notes)
-    return SourceCounts(len(listing), len(listing.classes), (*notes.warnings, *remarks(listing)))
+    return SourceCounts(len(listing), len(listing.classes), (*notes.warnings, *remarks(listing)), listing)

@@ -3,17 +3,17 @@
 Everything here depends only on the answers; `pipelines.commands.init` asks the questions.
 """
 
-import io
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from shlex import quote
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from edt_core.config import PreprocessConfig
 from edt_core.errors import UserError
 from edt_core.evaluation.published import AUTOENCODER, AUTOENCODER_CHANNELS, AUTOENCODER_FACTOR
 from edt_core.files.place_names import typed_path
@@ -21,9 +21,11 @@ from edt_core.network.hub import HUB_ID
 from pipelines.setup.autoencoder_facts import published_facts
 from pipelines.setup.hardware import Hardware
 
+if TYPE_CHECKING:
+    from edt_core.data.inspection import Inspection
+
 FIT = "fit"  # the answer for an autoencoder that is fitted on the images
 SIZES = (32, 64, 128, 256, 512)
-_MEASURED = 64  # number of images whose size is read
 _CPU_SIZES = (32, 64)
 _FEW_IMAGES = 1000
 _HARDWARE = re.compile(r"cpu|gpu(?:-([1-9]\d*))?")
@@ -41,6 +43,12 @@ class Images:
     sides: tuple[int, ...]
     remarks: tuple[str, ...] = ()
     allow_empty_classes: bool = False
+    inspection: "Inspection | None" = None
+
+    @property
+    def turned(self) -> int:
+        """The number of inspected images with an EXIF orientation that is not upright."""
+        return 0 if self.inspection is None else self.inspection.turned
 
     @property
     def side(self) -> int:
@@ -49,7 +57,8 @@ class Images:
 
     def __str__(self) -> str:
         sides = f", about {self.side} px" if self.sides else ", none of the inspected ones is readable"
-        return f"{self.images:,} images of {self.classes} classes ({self.kind}){sides}"
+        extent = "" if self.inspection is None else f"; {self.inspection.extent} inspected"
+        return f"{self.images:,} images of {self.classes} classes ({self.kind}){sides}{extent}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,9 @@ class Answers:
 
 
 def look_at(path: str, allow_empty_classes: bool = False) -> Images:
-    """List the images at a path or URI and measure some. Raises UserError if there are none to train on."""
+    """List the images at a path or URI and decode them, or some. Raises UserError if there are none to train on."""
     from edt_core.config import SourceConfig
+    from edt_core.data.inspection import inspect
     from edt_core.data.sources import detect_kind, list_source, remarks
     from edt_core.data.sources.places import locate
     from edt_core.progress import CollectedWarnings
@@ -82,23 +92,10 @@ def look_at(path: str, allow_empty_classes: bool = False) -> Images:
     notes = CollectedWarnings()
     fields = {"kind": kind, "path": place, "allow_empty_classes": allow_empty_classes}
     listing = list_source(SourceConfig.model_validate(fields), notes)
-    indices = np.unique(np.linspace(0, len(listing) - 1, min(_MEASURED, len(listing))).astype(np.int64))
-    sides = [side for image in listing.take(indices).images() if (side := _shorter_side(image.data))]
+    inspection = inspect(listing)
     texts = (*notes.warnings, *remarks(listing))
-    return Images(place, kind, len(listing), len(listing.classes), tuple(sides), texts, allow_empty_classes)
-
-
-def _shorter_side(data: bytes | None) -> int | None:
-    """The shorter side of an encoded image, from its header; None if it is not an image."""
-    from PIL import Image
-
-    from edt_core.data.images import image_formats
-
-    try:
-        with Image.open(io.BytesIO(data or b""), formats=tuple(image_formats())) as image:
-            return min(image.size)
-    except Exception:  # Pillow's decoders can raise any exception on corrupt bytes
-        return None
+    sides = inspection.sides
+    return Images(place, kind, len(listing), len(listing.classes), sides, texts, allow_empty_classes, inspection)
 
 
 def suggested_size(images: Images, gpus: int) -> int:
@@ -188,6 +185,15 @@ def check_autoencoder(text: str, image_size: int, model: str) -> str | None:
 def notes(answers: Answers, machine: Hardware) -> list[str]:
     """Warnings about answers that are possible but doubtful."""
     remarks = list(answers.images.remarks)
+    if (inspection := answers.images.inspection) is not None:
+        from pipelines.setup.photos import remarks_on
+
+        remarks += map(str, remarks_on(inspection, PreprocessConfig(rotate_by_exif=bool(inspection.turned))))
+        if inspection.turned:
+            remarks.append(
+                f"{inspection.turned:,} of {inspection.inspected:,} photos have an EXIF orientation: rotate_by_exif is "
+                "true in the file, so that all are upright. Published numbers are without rotation"
+            )
     if answers.images.images < _FEW_IMAGES:
         remarks.append(f"{answers.images.images} images are few: any model memorises them")
     if answers.images.sides and answers.image_size > answers.images.side:
@@ -249,6 +255,7 @@ def _values(answers: Answers, machine: Hardware) -> dict[str, Any]:
         "allow_empty_classes": images.allow_empty_classes,
         "path": images.path,
         "image_size": answers.image_size,
+        "turned": images.turned,
         "model": answers.model,
         "hardware": f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPUs",
         "gpus": gpus,

@@ -17,18 +17,28 @@ from jobs.runtime.board import Shown
 if TYPE_CHECKING:
     from rich.table import Table
 
-State = Literal["waiting", "running", "reused", "done", "failed", "stopped"]
+State = Literal["waiting", "running", "reused", "done", "failed", "skipped", "stopped"]
 _STYLES: dict[State, str] = {
     "waiting": "dim",
     "running": "bold",
     "reused": "dim",
     "done": "green",
     "failed": "red",
+    "skipped": "yellow",
     "stopped": "yellow",
 }
-_MARKS: dict[State, str] = {"waiting": "·", "running": "▸", "reused": "=", "done": "✓", "failed": "✗", "stopped": "‖"}
+_MARKS: dict[State, str] = {
+    "waiting": "·",
+    "running": "▸",
+    "reused": "=",
+    "done": "✓",
+    "failed": "✗",
+    "skipped": "-",
+    "stopped": "‖",
+}
 _PLAIN_MARKS: dict[State, str] = {**_MARKS, "waiting": ".", "running": ">", "done": "+", "failed": "x", "stopped": "|"}
 _ENDED = ("reused", "done")
+_TALLIED: tuple[State, ...] = ("reused", "running", "failed", "skipped", "stopped")
 _BAR = 14  # characters
 _WIDE = 100  # least columns for progress bars
 
@@ -112,7 +122,7 @@ class StepTree:
         """`5 of 12 steps done, 2 reused, 1 running, 1 failed`."""
         number = {state: sum(node.state == state for node in self.nodes.values()) for state in _STYLES}
         ended = number["done"] + number["reused"]
-        more = [f"{number[state]} {state}" for state in ("reused", "running", "failed", "stopped") if number[state]]
+        more = [f"{number[state]} {state}" for state in _TALLIED if number[state]]
         return ", ".join([f"{ended} of {len(self.nodes)} steps done", *more])
 
     def lines(self, room: int) -> Iterator[tuple[str, Node]]:

@@ -133,14 +133,15 @@ class Terminal:
         """Show a step as stopped: it was interrupted, or waited for one that was."""
         self._end(step, "stopped", reason)
 
-    def failed(self, step: str, error: BaseException | str, raised: BaseException | None = None) -> None:
-        """Show a step as failed. `error` is a text if the step could not start.
+    def skipped(self, step: str, reason: str) -> None:
+        """Show a step as skipped: a step that it needs failed."""
+        self._end(step, "skipped", reason)
+
+    def failed(self, step: str, error: BaseException, raised: BaseException | None = None) -> None:
+        """Show a step as failed.
 
         The traceback goes only to the log. `raised` contains the error and its place in a worker.
         """
-        if isinstance(error, str):
-            self._end(step, "failed", error)
-            return
         self._end(step, "failed", explained(error).cause)
         self._note("".join(traceback.format_exception(raised or error)))
 

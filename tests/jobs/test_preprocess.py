@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -317,6 +318,58 @@ def test_a_stricter_bound_holds_for_what_was_made_before_and_a_laxer_one_keeps_t
     with pytest.raises(UserError, match="more than max_bad_fraction"):
         preprocess.STAGE.accept(strict, artifact.counts)
     assert preprocess.STAGE.fingerprint(strict, {}) == preprocess.STAGE.fingerprint(PreprocessConfig(image_size=32), {})
+
+
+def folder_of(root: Path, good: int, bad: int) -> Path:
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for k in range(good):
+            (root / name / f"{k:02d}.png").write_bytes(saved(picture(size=(32 + k, 40)), "PNG"))
+    for k in range(bad):
+        (root / "a" / f"bad-{k}.jpg").write_bytes(HOSTILE["truncated.jpg"])
+    return root
+
+
+def test_one_broken_image_of_a_few_does_not_stop_the_default_and_is_counted(tmp_path: Path, here: None) -> None:
+    said = CollectedWarnings()
+    artifact = run(folder_of(tmp_path / "i", 10, 1), tmp_path / "o", said, max_bad_fraction=0.001)
+    assert (artifact.counts["images"], artifact.counts["quarantined"]) == (20, 1)
+    assert any("1 of 21 images could not be read" in warning for warning in said.warnings)
+    with pytest.raises(UserError, match=r"1 of 21 images .* max_bad_fraction 0.00% allows \(here 0\)"):
+        run(tmp_path / "i", tmp_path / "none", max_bad_fraction=0)
+
+
+def test_the_message_about_too_many_gives_an_assignment_that_is_enough(tmp_path: Path, here: None) -> None:
+    root = folder_of(tmp_path / "i", 10, 3)
+    with pytest.raises(UserError, match=r"--set preprocess\.max_bad_fraction=") as error:
+        run(root, tmp_path / "o", max_bad_fraction=0.001)
+    fraction = re.search(r"--set preprocess\.max_bad_fraction=([\d.]+)", str(error.value))
+    assert fraction is not None
+    assert run(root, tmp_path / "o", max_bad_fraction=float(fraction[1])).counts["quarantined"] == 3
+
+
+def test_images_that_are_all_broken_are_not_to_be_left_out(tmp_path: Path, here: None) -> None:
+    root = folder_of(tmp_path / "i", 0, 3)
+    (root / "b" / "bad.jpg").write_bytes(HOSTILE["text.jpg"])
+    with pytest.raises(UserError, match="none of the 4 images could be read") as error:
+        run(root, tmp_path / "o", max_bad_fraction=1)
+    assert "max_bad_fraction" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0099, 1 / 404, 3 / 23, 29 / 100, 1 / 1_281_167])
+def test_a_suggested_fraction_allows_the_share_and_no_more_than_twice_it(share: float) -> None:
+    assert share <= preprocess.enough_fraction(share) <= 2 * share + 1e-12
+
+
+def test_photos_with_an_orientation_are_reported_unless_they_are_turned(tmp_path: Path, here: None) -> None:
+    root = folder_of(tmp_path / "i", 3, 0)
+    (root / "a" / "phone.jpg").write_bytes(STRANGE["rotated.jpg"])
+    said, turned = CollectedWarnings(), CollectedWarnings()
+    counts = run(root, tmp_path / "o", said).counts
+    assert (counts["turned"], counts["turned_of"]) == (1, 7)
+    assert any("--set preprocess.rotate_by_exif=true" in warning for warning in said.warnings)
+    assert "turned" not in run(root, tmp_path / "t", turned, rotate_by_exif=True).counts
+    assert not any("EXIF" in warning for warning in turned.warnings)
 
 
 def test_classes_that_lose_all_images_and_images_of_two_classes_are_told(tmp_path: Path, here: None) -> None:

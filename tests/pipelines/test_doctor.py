@@ -21,7 +21,7 @@ from pipelines.outcome import Outcome
 from pipelines.setup import doctor_checks, doctor_services, ray_probe
 from pipelines.setup.disk import disk_needs
 from pipelines.setup.doctor import Finding, Setup, examine
-from pipelines.setup.dry_run import SourceCounts
+from pipelines.setup.dry_run import SourceCounts, source_counts
 from pipelines.setup.hardware import Hardware
 from tests.support.processes import wait_for
 from tests.support.registry import NAME, Registry
@@ -37,8 +37,8 @@ def setup(
     config: PipelineConfig, *, images: object = (NUM_DIGITS, 10), machine: Hardware = LAPTOP, address: str | None = None
 ) -> Setup:
     counted: Future[SourceCounts] = Future()
-    if isinstance(images, tuple):
-        counted.set_result(SourceCounts(*images))
+    if isinstance(images, tuple | SourceCounts):
+        counted.set_result(SourceCounts(*images) if isinstance(images, tuple) else images)
     else:
         assert isinstance(images, Exception)
         counted.set_exception(images)
@@ -120,6 +120,34 @@ def test_disk_is_held_against_what_the_configuration_makes(tmp_path: Path, monke
     assert full.status == "fail"
     assert "source.limit" in full.remedy
     unknown = asked(doctor_checks.disk, setup(digits(tmp_path), images=UserError("none")))
+    assert (unknown.status, unknown.found) == ("warn", "unknown without the images")
+
+
+def test_images_are_decoded_and_sideways_photos_named(tmp_path: Path, digits_folder: Path) -> None:
+    from PIL import Image
+
+    folder, exif = tmp_path / "photos", Image.Exif()
+    shutil.copytree(digits_folder, folder)
+
+    def decoding(*assignments: str) -> Finding:
+        given = ("source.kind=image_folder", f"source.path={folder}", *assignments)
+        config = digits(tmp_path / "store", *given)
+        return asked(doctor_checks.decoding, setup(config, images=source_counts(config.source)))
+
+    assert decoding().status == "ok"
+    exif[0x0112] = 3
+    Image.new("RGB", (40, 30), "red").save(folder / "0" / "phone.jpg", exif=exif)
+    turned = decoding()
+    assert (turned.status, "preprocess.rotate_by_exif=true" in turned.remedy) == ("warn", True)
+    assert decoding("preprocess.rotate_by_exif=true").status == "ok"
+    for number, status in enumerate(("warn", "fail")):
+        (folder / "1" / f"broken-{number}.jpg").write_bytes(b"no image")
+        broken = decoding("preprocess.rotate_by_exif=true")
+        assert (broken.status, f"1/broken-{number}.jpg" in broken.found) == (status, True)
+    assert "--set preprocess.max_bad_fraction=0.06" in broken.remedy
+    assert decoding("preprocess.rotate_by_exif=true", "preprocess.max_bad_fraction=0.06").status == "warn"
+    assert asked(doctor_checks.decoding, setup(digits(tmp_path / "store"))).status == "ok"
+    unknown = asked(doctor_checks.decoding, setup(digits(tmp_path / "store"), images=UserError("none")))
     assert (unknown.status, unknown.found) == ("warn", "unknown without the images")
 
 

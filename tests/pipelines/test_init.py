@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import subprocess
 from itertools import product
 from pathlib import Path
@@ -198,6 +199,37 @@ def test_by_flags_a_dry_run_and_a_plan_of_the_file_work(
     assert "EDT-Tiny/2, 32 px, 4 classes" in training_needs(config)
     assert {step.action for step in plan(config)} == {"run"}
     assert len([line for line in Path("edt.yaml").read_text().splitlines() if "#" in line]) > 10
+
+
+def test_broken_and_turned_photos_are_found_and_the_file_turns_them(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    folder, exif = tmp_path / "photos", Image.Exif()
+    shutil.copytree(digits_folder, folder)
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30), "red").save(folder / "0" / "phone.jpg", exif=exif)
+    (folder / "1" / "broken.jpg").write_bytes((folder / "0" / "phone.jpg").read_bytes()[:400])
+    monkeypatch.chdir(tmp_path)
+    given = ("--images", str(folder), "--hardware", "cpu", "--yes")
+    told = init(*given)
+    assert "all 34 images inspected" in told
+    assert "1 of 34 images cannot be read (1/broken.jpg" in told
+    assert "leaves out at most 1" in told
+    assert "1 of 34 photos have an EXIF orientation: rotate_by_exif is true in the file" in told
+    assert load_config("edt.yaml").preprocess.rotate_by_exif
+    (folder / "1" / "broken-2.jpg").write_bytes(b"")
+    told = init(*given, "--force")
+    assert "a run stops at more than 1" in told
+    assert "--set preprocess.max_bad_fraction=0.06" in told
+
+
+def test_upright_photos_are_left_as_they_are(digits_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine.yaml"
+    told = init("--images", str(digits_folder), "--hardware", "cpu", "--yes", "--out", str(out))
+    assert "EXIF" not in told
+    assert "rotate_by_exif" not in out.read_text()
 
 
 def test_the_next_commands_are_quoted_for_a_shell(digits_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from edt_core.sampling.grid import sample_grid
 from pipelines.report.lineage import lineage_graph
 from pipelines.report.page import NOTHING, brief, compare_metrics, duration, render_report, scaled, shown
+from pipelines.report.step import image_facts
 from tests.support.reports import (
     CLASSES,
     COSTS,
@@ -121,6 +122,16 @@ def test_page_is_whole_without_optional_parts() -> None:
     assert "Untrained</th>" not in text
     unmeasured = render_report(report_data(metrics_before={}, untrained=images(0), untrained_labels=np.arange(0)))
     assert "There is no untrained model to compare with." in unmeasured
+
+
+def test_images_left_out_and_photos_on_their_side_are_facts_of_the_model() -> None:
+    quiet = {"found": 404, "images": 404, "quarantined": 0, "quarantined_images": []}
+    assert image_facts(quiet) == {}
+    rows = [{"path": "cat/0100.jpg", "reason": "truncated"}]
+    facts = image_facts({**quiet, "quarantined": 1, "quarantined_images": rows, "turned": 12, "turned_of": 256})
+    page = render_report(replace(report_data(), model=facts))
+    assert "1 of 404: &#39;cat/0100.jpg&#39;" in page
+    assert "12 of 256 inspected images" in page
 
 
 def test_classifier_metrics_are_said_not_to_be_fid() -> None:

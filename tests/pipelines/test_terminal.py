@@ -12,6 +12,8 @@ import pytest
 
 from edt_core.errors import UserError
 from jobs.runtime.board import Board, Shown
+from pipelines.commands.workflow import show_outcome
+from pipelines.outcome import Outcome
 from pipelines.terminal.run_log import RunLog
 from pipelines.terminal.step_tree import StepTree, clock
 from pipelines.terminal.terminal import Terminal
@@ -172,6 +174,8 @@ def test_without_a_terminal_there_is_a_line_at_each_turn(capsys: pytest.CaptureF
 CHATTER = """
 import logging, os, subprocess, sys, warnings
 from pathlib import Path
+from pipelines.commands.workflow import show_outcome
+from pipelines.outcome import Outcome
 from pipelines.terminal.run_log import RunLog
 from pipelines.terminal.terminal import Terminal
 with RunLog.new(sys.argv[1], "run", to_stderr="err" in sys.argv) as log, Terminal("err" in sys.argv, log) as terminal:
@@ -247,6 +251,21 @@ def test_a_view_that_is_not_that_of_the_process_is_left_where_it_is(
     with RunLog.new(str(tmp_path), "run") as log, Terminal(log=log) as terminal:
         terminal.say("shown")
     assert screen.getvalue() == "shown\n"
+
+
+def test_the_end_of_a_run_counts_skipped_steps_and_images_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    left_out = {"found": 404, "quarantined": 1, "quarantined_images": [{"path": "cat/0100.jpg", "reason": "truncated"}]}
+    failures: dict[str, BaseException] = {"encode": RuntimeError("why")}
+    outcome = Outcome("0" * 32, "", failures=failures, executed=1, skipped=9, images={"images": 403, **left_out})
+    show_outcome(outcome, Terminal())
+    told = capsys.readouterr().out
+    assert "0 steps reused, 1 run, 1 failed, 9 skipped in 0 s" in told
+    assert "1 of 404 images could not be read and are left out: 'cat/0100.jpg'" in told
+    assert (outcome.to_dict()["skipped"], outcome.to_dict()["unreadable_images"]) == (9, 1)
+    show_outcome(Outcome("0" * 32, ""), Terminal())
+    told = capsys.readouterr().out
+    assert "0 steps reused, 0 run, 0 failed in 0 s" in told
+    assert "left out" not in told
 
 
 def test_an_unknown_option_or_a_user_error_is_no_traceback() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edt_core.data.sources.digest_cache import Listed, local_digests
 from edt_core.data.sources.files import as_text
-from edt_core.data.sources.reading import RawImage, Row, read_files, read_parquet, rows
+from edt_core.data.sources.reading import RawImage, Result, Row, read_files, read_parquet, rows
 from edt_core.progress import Progress, Silent
 from edt_core.store.folder import Folder
 
@@ -75,9 +75,13 @@ class Listing:
         An image without read permission, or that has disappeared, carries its error. Raises OSError for faults of the
         disk or the network, and UserError for a file that has changed since it was listed.
         """
+        return self.convert(lambda image: image)
+
+    def convert(self, work: Callable[[RawImage], Result]) -> Iterator[Result]:
+        """`work(image)` of each image, in order, as `images`; it runs in the threads that read."""
         if self.access == "parquet":
-            return read_parquet(self.root, self.table, lambda image: image)
-        return read_files(self.root, self.table, self.access == "range", lambda image: image)
+            return read_parquet(self.root, self.table, work)
+        return read_files(self.root, self.table, self.access == "range", work)
 
 
 def decode_repeats(table: pa.Table) -> pa.Table:

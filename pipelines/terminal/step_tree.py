@@ -9,13 +9,13 @@ preprocess                 reused
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from edt_core.printing.console import on_one_line
 from jobs.runtime.board import Shown
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
 State = Literal["waiting", "running", "reused", "done", "failed", "skipped", "stopped"]
 _STYLES: dict[State, str] = {
@@ -39,8 +39,11 @@ _MARKS: dict[State, str] = {
 _PLAIN_MARKS: dict[State, str] = {**_MARKS, "waiting": ".", "running": ">", "done": "+", "failed": "x", "stopped": "|"}
 _ENDED = ("reused", "done")
 _TALLIED: tuple[State, ...] = ("reused", "running", "failed", "skipped", "stopped")
+SOURCE = "source"  # the driver's own work on the images, which is no step
 _BAR = 14  # characters
 _WIDE = 100  # least columns for progress bars
+_STATE = max(map(len, _STYLES))  # characters of the longest state
+_DETAIL = 16  # least columns of details beside aligned names
 
 
 @dataclass
@@ -85,12 +88,18 @@ class Node:
         left = seconds / number * (self.latest.total - self.latest.done)
         return f"{number / seconds:.1f}/s, {clock(left)} left"
 
-    def progress(self) -> str:
-        """Count, pace and detail in one line, such as `240/600 steps, 5.3/s, 1:08 left, loss 0.43`."""
+    def progress(self, room: int | None = None) -> str:
+        """Count, pace and detail in one line, such as `240/600 steps, 5.3/s, 1:08 left, loss 0.43`.
+
+        `room`: leave out parts from the end, but not the count, until the line has at most this many characters.
+        """
         if self.latest is None:
             return ""
         count = f"{self.latest.done}/{self.latest.total} {self.latest.note}".strip()
-        return on_one_line(", ".join(part for part in (count, self.pace(), self.latest.detail) if part))
+        text = on_one_line(", ".join(part for part in (count, self.pace(), self.latest.detail) if part))
+        while room is not None and len(text) > room and ", " in text:
+            text = text.rpartition(", ")[0]
+        return text
 
 
 class StepTree:
@@ -119,11 +128,13 @@ class StepTree:
             node.parent.children.remove(node)
 
     def tally(self) -> str:
-        """`5 of 12 steps done, 2 reused, 1 running, 1 failed`."""
-        number = {state: sum(node.state == state for node in self.nodes.values()) for state in _STYLES}
-        ended = number["done"] + number["reused"]
-        more = [f"{number[state]} {state}" for state in _TALLIED if number[state]]
-        return ", ".join([f"{ended} of {len(self.nodes)} steps done", *more])
+        """`5 of 12 steps done, 2 reused, 1 running, 1 failed`; "" before the first step is known."""
+        states = [node.state for node in self.nodes.values() if node.name != SOURCE]
+        if not states:
+            return ""
+        ended = sum(state in _ENDED for state in states)
+        more = [f"{states.count(state)} {state}" for state in _TALLIED if state in states]
+        return ", ".join([f"{ended} of {len(states)} steps done", *more])
 
     def lines(self, room: int) -> Iterator[tuple[str, Node]]:
         """(guides, step) from top to bottom. Without room for all, ended steps are omitted first, then waiting ones."""
@@ -141,33 +152,52 @@ class StepTree:
             yield guides if root else f"{guides}{'└' if last else '├'} ", node
             yield from self._walk(node.children, guides if root else f"{guides}{'  ' if last else '│ '}")
 
-    def render(self, width: int, room: int, unicode: bool = True) -> "Table":
-        """The tree for a screen of this many columns and rows."""
-        from rich.table import Table
+    def render(self, width: int, room: int, unicode: bool = True) -> "Text":
+        """The tree for a screen of this many columns and rows.
+
+        On a narrow screen details are left out from their end, then the columns are no longer aligned. Names are cut
+        only if a name and a state do not fit.
+        """
         from rich.text import Text
 
-        table = Table.grid(padding=(0, 1))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        if not (listed := list(self.lines(room))):
-            return table
-        name_width = max(len(guides) + len(node.label) for guides, node in listed) + 2
-        for guides, node in listed:
-            style = _STYLES[node.state]
-            name = Text()
-            name.append(guides if unicode else guides.translate(_PLAIN_GUIDES), "dim")
-            name.append((_MARKS if unicode else _PLAIN_MARKS)[node.state], style)
-            name.append(f" {node.label}", style)
-            name.pad_right(max(name_width - len(name), 0))
-            table.add_row(name, Text(node.state, style), _tail(node, width >= _WIDE, unicode))
-        return table
+        listed = list(self.lines(room))
+        names = [cut(_name(guides, node, unicode), max(width - _STATE - 2, 1), unicode) for guides, node in listed]
+        widest = max((name.cell_len for name in names), default=0)
+        if width - widest - _STATE - 4 < _DETAIL:
+            widest = 0
+        lines = []
+        for line, (_, node) in zip(names, listed, strict=True):
+            line.pad_right(max(widest - line.cell_len, 0) + 2)
+            line.append(f"{node.state:<{_STATE}}", _STYLES[node.state])
+            left = width - line.cell_len - 2
+            line.append("  ").append_text(cut(_tail(node, left, width >= _WIDE, unicode), left, unicode))
+            line.rstrip()
+            lines.append(line)
+        return Text("\n", no_wrap=True).join(lines)
+
+
+def _name(guides: str, node: Node, unicode: bool) -> "Text":
+    from rich.text import Text
+
+    style = _STYLES[node.state]
+    name = Text()
+    name.append(guides if unicode else guides.translate(_PLAIN_GUIDES), "dim")
+    name.append((_MARKS if unicode else _PLAIN_MARKS)[node.state], style)
+    return name.append(f" {node.label}", style)
+
+
+def cut(text: "Text", width: int, unicode: bool) -> "Text":
+    """A text of at most this many columns. An ellipsis marks where it was cut."""
+    if text.cell_len > width:
+        text.truncate(max(width - 1, 0), overflow="crop")
+        text.append(("…" if unicode else "~")[: max(width, 0)])
+    return text
 
 
 _PLAIN_GUIDES = str.maketrans("└├│", "`|:")
 
 
-def _tail(node: Node, with_bar: bool, unicode: bool) -> Any:
+def _tail(node: Node, room: int, with_bar: bool, unicode: bool) -> "Text":
     """The right part of a step: bar and pace while it runs, its note afterwards."""
     from rich.text import Text
 
@@ -178,7 +208,7 @@ def _tail(node: Node, with_bar: bool, unicode: bool) -> Any:
         filled = min(_BAR, _BAR * node.latest.done // node.latest.total)
         text.append(("━" if unicode else "=") * filled, "cyan")
         text.append(("─" if unicode else "-") * (_BAR - filled) + " ", "dim")
-    return text.append(node.progress())
+    return text.append(node.progress(room - text.cell_len))
 
 
 def clock(seconds: float) -> str:

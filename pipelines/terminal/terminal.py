@@ -12,10 +12,9 @@ from edt_core.progress import Silent
 from jobs.runtime.board import Shown
 from jobs.runtime.failure import explained
 from pipelines.terminal.run_log import RunLog
-from pipelines.terminal.step_tree import Node, StepTree, clock
+from pipelines.terminal.step_tree import SOURCE, Node, StepTree, clock, cut
 
 _EVERY_S = 60.0  # between progress lines of a running step without a terminal
-_SOURCE = "source"
 
 
 class SourceProgress(Silent):
@@ -25,12 +24,12 @@ class SourceProgress(Silent):
         self.terminal = terminal
 
     def update(self, done: int, total: int, note: str = "", part: int | None = None, detail: str = "") -> None:
-        self.terminal.show({_SOURCE: Shown(done, total, note, detail)}, [])
+        self.terminal.show({SOURCE: Shown(done, total, note, detail)}, [])
         if done >= total:
-            self.terminal.forget(_SOURCE)
+            self.terminal.forget(SOURCE)
 
     def warn(self, message: str) -> None:
-        self.terminal.warn(f"{_SOURCE}: {message}")
+        self.terminal.warn(f"{SOURCE}: {message}")
 
 
 class Terminal:
@@ -161,8 +160,8 @@ class Terminal:
     def _show_pace(self, node: Node) -> None:
         """Without a terminal, print a line when a step starts and then every minute (the source only the latter)."""
         now = time.monotonic()
-        if node.name == _SOURCE:
-            self._last_lines.setdefault(_SOURCE, now)
+        if node.name == SOURCE:
+            self._last_lines.setdefault(SOURCE, now)
         if not self.console.is_terminal and now - self._last_lines.get(node.name, -_EVERY_S) >= _EVERY_S:
             self._last_lines[node.name] = now
             self.say(f"  running   {node.name:<40} {node.progress()}".rstrip())
@@ -192,7 +191,7 @@ class Terminal:
 
         size = self.console.size
         unicode = (self.console.encoding or "").lower().startswith("utf")
-        footer = [f"{self.tree.tally()}  {clock(time.monotonic() - self._start)}"]
+        footer = [f"{self.tree.tally()}  {clock(time.monotonic() - self._start)}".lstrip()]
         footer += [f"log  {self.log.path}"] if self.log is not None else []
         tree = self.tree.render(size.width, size.height - len(footer) - 1, unicode)
-        return Group(tree, *(Text(on_one_line(line), "dim", no_wrap=True, overflow="ellipsis") for line in footer))
+        return Group(tree, *(cut(Text(on_one_line(line), "dim"), size.width, unicode) for line in footer))

@@ -77,7 +77,7 @@ def test_each_state_has_its_word_mark_and_note() -> None:
     text = drawn(tree)
     lines = {line.split()[-2 if "waiting" not in line else -1]: line for line in text.splitlines()}
     assert "= preprocess" in text
-    assert "reused  0123456789ab" in text
+    assert "reused   0123456789ab" in text
     assert "✗ autoencoder" in text
     assert "OSError: the disk is full" in text
     assert "━━────────────" in text
@@ -92,6 +92,45 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     for name, _ in CALLS:
         tree.get(name).count(Shown(123456, 1281167, "images in a long phase", "and a word on it " * 5))
     assert all(len(line) <= width for line in drawn(tree, width).splitlines())
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_names_and_states_are_whole_on_every_terminal_and_only_details_are_left_out(width: int) -> None:
+    tree, model = StepTree(), "edt-tiny-digits-32"
+    calls = [(f"{before}{verb} {model}", verb) for before in ("", "untrained ") for verb in ("train", "sample")]
+    for name, verb in (("encode", ""), *calls):
+        needs = ("encode",) if verb == "train" else (name.replace("sample", "train"),)
+        tree.add(name, needs if verb else ())
+    tree.get(f"train {model}").count(Shown(1340, 5000, "steps", "loss 0.432, " + "more of it, " * 20))
+    tree.get(f"untrained train {model}").state = "failed"
+    tree.get(f"untrained train {model}").note = "OSError: the disk is full, and there is no room " * 5
+    lines = drawn(tree, width).splitlines()
+    words = [line.strip(" ├└│·▸✗").split() for line in lines]
+    assert [line[:3] for line in words] == [
+        ["encode", "waiting"],
+        ["train", model, "running"],
+        ["sample", "waiting"],
+        ["untrained", "train", model][:3],
+        ["sample", "waiting"],
+    ]
+    assert words[3][3] == "failed"
+    assert "1340/5000 steps" in lines[1]
+    assert not lines[1].endswith("…")  # parts are left out whole
+    assert lines[3].endswith("…")
+    if width >= 80:
+        states = ("waiting", "running", "failed")
+        assert len({line.index(state) for line in lines for state in states if state in line}) == 1
+
+
+def test_without_room_for_a_name_its_end_is_left_out_and_its_state_stays() -> None:
+    tree = called()
+    tree.get("train edt-s").state = "failed"
+    for unicode in (True, False):
+        lines = drawn(tree, 18, unicode=unicode).splitlines()
+        assert [line.split()[-1] for line in lines] == ["waiting"] * 3 + ["failed"] + ["waiting"] * 3
+        assert all(len(line) <= 18 for line in lines)
+    assert "~" in "".join(lines)
+    "".join(lines).encode("ascii")
 
 
 def test_where_there_is_no_room_what_ended_goes_first_and_what_runs_stays() -> None:
@@ -148,6 +187,18 @@ def test_the_tree_stays_when_the_run_is_over_and_markup_in_messages_is_text() ->
     assert "1 of 2 steps done, 1 reused, 1 failed" in last
     terminal.called("late", ())
     assert "late" not in screen.getvalue().rsplit("1 failed", 1)[1]
+
+
+def test_listing_the_images_is_no_step_and_no_steps_are_not_counted() -> None:
+    terminal, screen = terminal_of(80)
+    for done in (1, 2):
+        terminal.source_progress().update(done, 2, "folders listed")
+        terminal.freeze()
+        terminal.console.print(terminal._rendered())
+    assert "▸ source" in screen.getvalue()
+    assert "steps done" not in screen.getvalue()
+    terminal.tree.add("preprocess", ("source",))
+    assert terminal.tree.tally() == "0 of 1 steps done"
 
 
 def test_without_a_terminal_there_is_a_line_at_each_turn(capsys: pytest.CaptureFixture[str]) -> None:

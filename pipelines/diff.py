@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipelines.tracking.catalog import Catalog
 
 ABSENT = "(absent)"
-_RUN_ID = re.compile("[0-9a-f]{32}")
+_RUN_ID = re.compile("[0-9a-f]{12,32}")
 _SOURCE = "edt.source"  # the tag of a workflow run with the fingerprint of its images
 _RECORDED = {"edt.code_version": "code version", _SOURCE: "content of the images"}
 
@@ -73,7 +73,7 @@ def read_side(name: str, catalog: "Catalog | None" = None, assignments: tuple[st
 
 
 def is_run_id(name: str) -> bool:
-    """Whether a name has the form of an MLflow run id."""
+    """Whether a name has the form of an MLflow run id, or of its start as tables show it."""
     return _RUN_ID.fullmatch(name) is not None
 
 

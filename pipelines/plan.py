@@ -112,7 +112,7 @@ class Planner:
         fields = flatten(result_fields(config))
         candidates = [differences(m, fields, parents, stage.version) for m in reversed(self._manifests[stage.kind])]
         if not candidates:
-            return f"no {stage.kind} was made here before"
+            return "not made yet"
         nearest = min(candidates, key=len)
         more = f" and {len(nearest) - _SHOWN} more" if len(nearest) > _SHOWN else ""
         return (", ".join(nearest[:_SHOWN]) or "the artifact is gone") + more

@@ -85,7 +85,7 @@ class Artifact:
     @classmethod
     def read(cls, location: str | Folder) -> "Artifact":
         """Read an artifact's manifest without checking its files. Raises ManifestError."""
-        folder = location if isinstance(location, Folder) else Folder.at(location)
+        folder = location if isinstance(location, Folder) else _whole(Folder.at(location))
         try:
             text = folder.read_bytes(MANIFEST_NAME)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -357,6 +357,15 @@ class ArtifactWriter:
             return FileEntry(**record) if is_own else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
+
+
+def _whole(folder: Folder) -> Folder:
+    """The only local folder whose name starts with that of `folder`, at least 12 digits as tables show them."""
+    local = folder.local
+    if local is None or not re.fullmatch("[0-9a-f]{12,63}", local.name) or local.exists():
+        return folder
+    longer = [path for path in local.parent.glob(f"{local.name}*") if re.fullmatch("[0-9a-f]{64}", path.name)]
+    return Folder.at(longer[0]) if len(longer) == 1 else folder
 
 
 def journalled(attempt: Folder) -> Iterator[str]:

@@ -6,6 +6,7 @@ import typer
 
 from edt_core.errors import UserError
 from edt_core.printing.console import say
+from edt_core.printing.table import fitted, screen_width
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -53,7 +54,8 @@ def cost(
     rows = [_row(config) for config in configs]
     print_rows(rows if as_json else [_shown(row) for row in rows], _COLUMNS, as_json)
     if not as_json:
-        say("GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image")
+        note = "GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image"
+        say(fitted(note, screen_width(), 0))
 
 
 def _row(config: Any) -> dict[str, Any]:
@@ -135,8 +137,9 @@ def compare(
     if as_json:
         print_json(comparison.to_dict())
         return
-    print_rows(comparison.rows(), ("version", "model", "steps", *AXES, comparison.metric), False)
+    columns = ("version", "model", "steps", *AXES, comparison.metric)
+    print_rows(comparison.rows(), columns, False, extra=("steps", "images_seen", "device_hours"))
     for note in comparison.notes:
-        say(note)
+        say(fitted(note, screen_width(), 2))
     if out is not None:
         say(out)

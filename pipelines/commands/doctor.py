@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from edt_core.printing.console import printable
+from edt_core.printing.table import fitted, screen_width
 from pipelines.commands.options import AsJson, Assignments, Config, ConfigStore, TrackingUri, print_json
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def doctor(
 
 def _show(finding: "Finding", console: Console) -> None:
     colour = _COLOURS[finding.status]
-    console.print(f"[{colour}]{finding.status:<5}[/] {finding.check:<12} {escape(printable(finding.found))}")
+    line = fitted(f"{finding.status:<5} {finding.check:<12} {printable(finding.found)}", screen_width(), 19)
+    console.print(f"[{colour}]{line[:5]}[/]{escape(line[5:])}")
     if finding.remedy:
-        console.print(f"{'':<18} -> {escape(printable(finding.remedy))}", style=colour)
+        remedy = fitted(f"{'':<18} -> {printable(finding.remedy)}", screen_width(), 22)
+        console.print(escape(remedy), style=colour)

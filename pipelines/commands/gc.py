@@ -121,7 +121,9 @@ def _show_removed(removed: "Removed", as_json: bool, listed: bool) -> None:
 
 def _show_folders(plan: "Plan") -> None:
     rows = [item.as_row() for item in plan.garbage]
-    print_rows(rows, ("kind", "fingerprint", "bytes", "why", "attempt"), False, none="nothing to remove")
+    print_rows(
+        rows, ("kind", "fingerprint", "bytes", "why", "attempt"), False, none="nothing to remove", extra=("attempt",)
+    )
     if plan.lineage.versions:
         say(f"kept: {_lineage(plan.lineage)}")
     if plan.left_alone:

@@ -8,6 +8,7 @@ import typer
 from edt_core.errors import UserError
 from edt_core.files.place_names import typed_path
 from edt_core.printing.console import say
+from edt_core.printing.table import fitted, screen_width, short
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -77,7 +78,8 @@ def list_versions(
     if as_json:
         print_json([record.to_dict() for record in records])
     else:
-        print_rows([record.row() for record in records], _COLUMNS, False, none="no such versions")
+        rows = [record.row() for record in records]
+        print_rows(rows, _COLUMNS, False, none="no such versions", extra=("code", "data"))
 
 
 @app.command()
@@ -102,7 +104,7 @@ def show(
     say(f"  {facts['decision_text'] or undecided}")
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:
-            say(f"  {name:<16} {facts[name]}")
+            say(f"  {name:<16} {short(str(facts[name]))}")
     for section in ("origin", "metrics", "protocol", "data", "parents", "config"):
         _echo_section(section, facts[section])
 
@@ -296,7 +298,8 @@ def lineage(
     if as_json:
         print_json(tree.to_dict())
     else:
-        say("\n".join(tree.lines()))
+        for line in tree.lines():
+            say(fitted(short(line), screen_width(), len(line) - len(line.lstrip()) + 4))
 
 
 def _echo_section(name: str, values: dict[str, Any]) -> None:
@@ -304,4 +307,5 @@ def _echo_section(name: str, values: dict[str, Any]) -> None:
         say(f"{name}:")
         width = max(map(len, values))
         for key, value in values.items():
-            say(f"  {key:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+            text = f"{value:.4g}" if isinstance(value, float) else short(str(value))
+            say(fitted(f"  {key:<{width}}  {text}", screen_width(), width + 4))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edt_core.printing.console import on_one_line, say
+from edt_core.printing.console import say
+from edt_core.printing.table import screen_width, table_lines
 
 if TYPE_CHECKING:
     from pipelines.tracking.catalog import Catalog
@@ -61,26 +62,27 @@ def catalog_if_any(store: str) -> "Catalog | None":
         return None
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, none: str = "none") -> None:
-    """Print rows as a table of these columns, or as a JSON list of all fields. Without rows, the table is `none`."""
+def print_rows(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    as_json: bool,
+    none: str = "none",
+    extra: Sequence[str] = (),
+) -> None:
+    """Print rows as a table of these columns, or as a JSON list of all fields. Without rows, the table is `none`.
+
+    A narrow terminal leaves out columns, first those in `extra`.
+    """
     if as_json:
         print_json(list(rows))
         return
     if not rows:
         say(none)
         return
-    cells = [list(columns), *([_text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
-    for line in cells:
-        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for line in table_lines(rows, columns, screen_width(), extra):
+        say(line)
 
 
 def print_json(value: Any) -> None:
     """Print a value as JSON for programs, with sorted keys and one field a line."""
     say(json.dumps(value, indent=1, sort_keys=True))
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else on_one_line(str(value))

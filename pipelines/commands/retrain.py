@@ -16,9 +16,8 @@ from pipelines.commands.options import (
     TrackingUri,
     open_catalog,
     print_json,
-    print_rows,
 )
-from pipelines.commands.workflow import Address, DigestAgain, NoOverlap, execute, failures_notified
+from pipelines.commands.workflow import Address, DigestAgain, NoOverlap, execute, failures_notified, print_plan
 
 if TYPE_CHECKING:
     from pipelines.plan import PlannedStep
@@ -124,8 +123,7 @@ def _show_plan(retraining: "Retraining", rows: "list[PlannedStep]", reason: str,
         say(f"drift     {drift_text(drift) or 'known when the new reference exists'}{at_most}")
     if retraining.over_limit:
         say(f"refused   {retraining.over_limit}")
-    shown = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in table]
-    print_rows(shown, ("action", "step", "fingerprint", "run", "why"), False)
+    print_plan(table)
 
 
 def _facts(retraining: "Retraining") -> dict[str, Any]:

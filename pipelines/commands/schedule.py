@@ -115,7 +115,7 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
     schedules = Schedules.at(store)
     rows = [_row(schedules, name) for name in schedules.names()]
-    print_rows(rows, _COLUMNS, as_json, "no schedules")
+    print_rows(rows, _COLUMNS, as_json, "no schedules", extra=("run", "timezone", "tick"))
     if any(row["state"] == _REFUSED for row in rows):
         raise typer.Exit(2)
 

@@ -62,4 +62,4 @@ def artifacts(
         for manifest in in_order(place.manifests(each))
     ]
     columns = ("kind", "fingerprint", "files", "MB", "made", "seconds", "run")
-    print_rows(rows, columns, as_json, none=f"no artifacts in {place.root.uri}")
+    print_rows(rows, columns, as_json, none=f"no artifacts in {place.root.uri}", extra=("run", "files", "seconds"))

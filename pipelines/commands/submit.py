@@ -68,7 +68,8 @@ def submit(
         say(f"{stop} stops; finished work is kept" if was_running else f"{stop} has already ended")
         _show_resume(cluster, stop)
     else:
-        print_rows(Cluster(address).jobs(), _COLUMNS, as_json, "no pipelines were submitted to this cluster")
+        none = "no pipelines were submitted to this cluster"
+        print_rows(Cluster(address).jobs(), _COLUMNS, as_json, none, extra=("ended", "store"))
 
 
 def _follow(cluster: "Cluster", job: str) -> None:

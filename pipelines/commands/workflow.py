@@ -259,10 +259,6 @@ def exit_code(outcome: "Outcome") -> int:
     return 0 if not outcome.failures else 2 if wrong and not outcome.decisions else 1
 
 
-def _short(row: Mapping[str, Any], *names: str) -> dict[str, str]:
-    return {name: (row[name] or "-")[:12] for name in names}
-
-
 def plan(
     config: Config = "quickstart",
     assignments: Assignments = [],  # noqa: B006  typer copies it
@@ -282,8 +278,16 @@ def plan(
 
     loaded = load_config(config, assignments, store)
     rows = [step.as_row() for step in planned(loaded, catalog_if_any(loaded.store), digest_again)]
-    table = [{**row, "fingerprint": row["fingerprint"][:12], "run": (row["run_id"] or "-")[:8]} for row in rows]
-    print_rows(rows if as_json else table, ("action", "step", "fingerprint", "run", "why"), as_json)
+    if as_json:
+        print_json(rows)
+    else:
+        print_plan(rows)
+
+
+def print_plan(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows of planned steps as a table."""
+    table = [{**row, "run": row["run_id"]} for row in rows]
+    print_rows(table, ("action", "step", "fingerprint", "run", "why"), False, extra=("run", "fingerprint"))
 
 
 def runs(
@@ -307,11 +311,11 @@ def runs(
     rows = run_rows(open_catalog(store, tracking_uri), pipeline, limit)
     columns = ("run", "pipeline", "status", "started", "seconds", "reused", "executed", "failed")
     table = [{**row, "failed": row["failed"].splitlines()[0][:80] if row["failed"] else ""} for row in rows]
-    print_rows(rows if as_json else table, columns, as_json, none="no runs")
+    print_rows(rows if as_json else table, columns, as_json, none="no runs", extra=("seconds",))
 
 
 def reproduce(
-    run_id: Annotated[str, typer.Argument(help="MLflow id of a pipeline run, as listed by `edt runs`")],
+    run_id: Annotated[str, typer.Argument(help="MLflow id of a pipeline run, or its start as listed by `edt runs`")],
     into: Annotated[
         str | None, typer.Option(help="empty folder for the new store  \\[default: ./edt-reproduced-<run>]")
     ] = None,
@@ -343,7 +347,7 @@ def reproduce(
         for name, error in outcome.failures.items():
             _show_failure(name, error, terminal)
     rows = [comparison.as_row() for comparison in comparisons]
-    table = [{**row, "equal": "yes" if row["equal"] else "NO", **_short(row, "recorded", "now")} for row in rows]
+    table = [{**row, "equal": "yes" if row["equal"] else "NO"} for row in rows]
     print_rows(rows if as_json else table, ("step", "recorded", "now", "equal", "how"), as_json)
     if not as_json:
         say(f"{sum(row['equal'] for row in rows)} of {len(rows)} artifacts have the recorded content")

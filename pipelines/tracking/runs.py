@@ -1,5 +1,6 @@
 """Workflow runs in MLflow: the list of runs, and the record that reproduces one."""
 
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pipelines.tracking.catalog import Catalog, paged
 _STEP = "edt.step."
 _RECORDED = ("config.yaml", "environment.json")  # artifacts of a workflow run
 _PAGE = 500
+RUN_START = re.compile("[0-9a-f]{12,31}")  # the start of a run's id, as tables show it
 _BATCH = 200  # run ids per request
 
 
@@ -108,10 +110,24 @@ def _count(names: str | None) -> int:
     return len(names.split(", ")) if names else 0
 
 
+def whole_run_id(catalog: Catalog, start: str) -> str:
+    """The id of the pipeline run that starts with these digits. A whole or unknown id is returned as it is.
+
+    Raises UserError if several runs start with them.
+    """
+    if RUN_START.fullmatch(start) is None:
+        return start
+    ids = [run.info.run_id for run in workflow_runs(catalog) if run.info.run_id.startswith(start)]
+    if len(ids) > 1:
+        raise UserError(f"{len(ids)} runs start with {start}: {', '.join(ids[:3])}; give more digits")
+    return str(ids[0]) if ids else start
+
+
 def read_record(catalog: Catalog, run_id: str) -> Record:
     """The record of a workflow run. Raises UserError if MLflow has none, or if it is incomplete."""
     from mlflow.exceptions import MlflowException
 
+    run_id = whole_run_id(catalog, run_id)
     try:
         run = catalog.client.get_run(run_id)
     except MlflowException as error:

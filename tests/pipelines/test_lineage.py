@@ -116,6 +116,16 @@ def test_what_nobody_knows_any_more_is_said(registry: Registry, tmp_path: Path) 
     assert any("not recorded in MLflow" in line for line in found.lines())
 
 
+def test_a_fingerprint_and_a_run_can_be_given_by_their_first_digits(registry: Registry) -> None:
+    catalog, store = registry.catalog, Folder.at(registry.root)
+    reference = next(item for item in artifacts(registry).values() if item.manifest.kind == "reference")
+    for start in (reference.fingerprint[:12], reference.manifest.mlflow_run_id[:12]):  # type: ignore[index]
+        assert lineage(catalog, start, store).root == reference.fingerprint
+    with pytest.raises(UserError, match="no artifact and no step's run is meant by 0123456789ab"):
+        lineage(catalog, "0123456789ab", store)
+    assert Artifact.read(f"{registry.root}/reference/{reference.fingerprint[:12]}") == reference
+
+
 def test_a_fingerprint_and_a_run_are_places_to_start(registry: Registry) -> None:
     whole = lineage(registry.catalog, NAME)
     features = next(node for node in whole.nodes.values() if node.kind == "features")

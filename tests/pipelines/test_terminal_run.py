@@ -17,7 +17,7 @@ from pipelines.outcome import Outcome
 from tests.support.small import EDT, copy_store, edt, environment, options
 
 OPTIONS = options("train.max_steps=5000", "train.checkpoint_every=5000")
-TRAINS = re.compile(r"▸ train edt-tiny-digits-32 +running [━─]* *[1-9]\d*/5000 steps")
+TRAINS = re.compile(r"▸ train edt-tiny-digits-32 +running +[━─]* *[1-9]\d*/5000 steps")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 

@@ -429,7 +429,7 @@ def _record_steps(workflow: Workflow) -> None:
 
 def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     """Record in the parent run which steps were reused, which ran, and which failed."""
-    reused = sorted(name for name, future in workflow.futures.items() if future.reused)
+    reused = sorted(n for n, future in workflow.futures.items() if future.reused or n in workflow.taken)
     ran = sorted(set(workflow.artifacts()) - set(reused))
     outcome.executed, outcome.reused = len(ran), len(reused)
     outcome.skipped = len(workflow.failures) - len(workflow.culprits())

@@ -1,7 +1,7 @@
 """The store: artifacts at `<root>/<kind>/<fingerprint>/manifest.json`, with one sub-folder per attempt."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ from edt_core.store.manifest import Manifest
 
 if TYPE_CHECKING:
     from filelock import ReadWriteLock
+
+_BUSY_S = 2.0  # between two calls while a lock is held by another process
 
 
 def store_of(folder: Folder, kind: str, fingerprint: str) -> "Store | None":
@@ -62,18 +64,32 @@ class Store:
         folder = self.folder(kind, fingerprint)
         return {name for attempt in _attempts(folder) for name in journalled(folder.child(attempt))}
 
-    def lock(self, kind: str, fingerprint: str) -> AbstractContextManager[object]:
+    @contextmanager
+    def lock(self, kind: str, fingerprint: str, busy: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Held while a step runs: of two Ray sessions that share a local store, one computes and the other waits.
 
-        The operating system releases it when its process ends. A remote store has no lock: one manifest wins.
+        The operating system releases it when its process ends. A remote store has no lock: one manifest wins. `busy` is
+        called every few seconds while another process holds it.
         """
-        from filelock import FileLock
+        from filelock import FileLock, Timeout
 
         if (root := self.root.local) is None:
-            return nullcontext()
+            yield
+            return
         folder = root / ".locks"
         folder.mkdir(exist_ok=True)
-        return FileLock(folder / f"{kind}-{fingerprint}.lock")
+        lock, patience = FileLock(folder / f"{kind}-{fingerprint}.lock"), 0.0
+        while True:
+            try:
+                lock.acquire(timeout=patience)
+                break
+            except Timeout:
+                busy()
+                patience = _BUSY_S
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

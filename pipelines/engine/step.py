@@ -6,16 +6,17 @@ a Ray actor named after the fingerprint is the lock. In a local store, a file lo
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from edt_core.config import Section, result_fields
 from edt_core.errors import Stopped
+from edt_core.printing.table import SHORT
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.store import Store
 from jobs.runtime.board import BoardProgress
@@ -25,6 +26,7 @@ from pipelines.engine.delivery import Delivery, quick_http, with_patience
 from pipelines.tracking.catalog import DATASET_KINDS, Catalog
 from pipelines.tracking.run_record import RunRecord
 
+_ANOTHER = "another run"
 _RECORD_FAILURE_S = 30.0  # how long a failed step waits for a server that is down, to record the failure
 
 
@@ -70,8 +72,40 @@ class StepFuture:
 
 def run_step(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
     """Compute one step's artifact. If another run is computing it, wait for that run and reuse the artifact."""
-    with task.store.lock(task.kind, task.fingerprint), _lease(task):
-        return task.store.find(task.kind, task.fingerprint) or _execute(task, inputs)
+    busy = _Waiting(task).show
+    with task.store.lock(task.kind, task.fingerprint, busy), _lease(task, busy):
+        artifact = task.store.find(task.kind, task.fingerprint)
+        if artifact is None:
+            task.board.made_by.remote(task.name, "")
+            return _execute(task, inputs)
+        with suppress(RayError):  # without the board there is no run that shows it
+            ray.get(task.board.made_by.remote(task.name, _maker(task, artifact.manifest.mlflow_run_id)))
+        return artifact
+
+
+@dataclass
+class _Waiting:
+    """Shows which run is making the artifact that a step waits for."""
+
+    task: StepTask
+    maker: str = _ANOTHER
+
+    def show(self) -> None:
+        if self.maker == _ANOTHER:
+            self.maker = _maker(self.task)
+            self.task.board.made_by.remote(self.task.name, self.maker)
+
+
+def _maker(task: StepTask, step_run: str | None = None) -> str:
+    """The run that made an artifact in the MLflow run `step_run`, or that is making it now if that is None, as text.
+
+    "" if it is this one, as after a restart of the step.
+    """
+    with quick_http(), suppress(Exception):  # for display only
+        if (run := task.catalog.run_of_step(task.kind, task.fingerprint, step_run)) is not None:
+            parent = str(run.data.tags["mlflow.parentRunId"])
+            return "" if parent == task.parent_run else f"run {parent[:SHORT]}"
+    return _ANOTHER
 
 
 class _Holder:
@@ -82,7 +116,7 @@ class _Holder:
 
 
 @contextmanager
-def _lease(task: StepTask) -> Iterator[None]:
+def _lease(task: StepTask, busy: Callable[[], None]) -> Iterator[None]:
     """Hold the lease of a fingerprint on a shared cluster. A private Ray session has no other user, so no lease."""
     if not task.shared_cluster:
         yield
@@ -93,6 +127,7 @@ def _lease(task: StepTask) -> Iterator[None]:
         try:
             holder = ray.remote(_Holder).options(name=name, num_cpus=0).remote()
         except ValueError:  # the name is in use: wait until its actor ends
+            busy()
             try:
                 ray.get(ray.get_actor(name).wait.remote())
             except (ValueError, RayActorError):

@@ -35,6 +35,7 @@ class Workflow:
     failures: dict[str, BaseException] = field(default_factory=dict)
     stopped: dict[str, BaseException] = field(default_factory=dict)  # on request, or by an input that did
     interrupts: Interrupts = field(default_factory=Interrupts)
+    taken: set[str] = field(default_factory=set)  # steps whose artifact another run made while this one was in progress
     _unfinished: set[str] | None = None  # ids of MLflow runs of steps that did not end
     _done: set[str] = field(default_factory=set)
     _board: Any = None
@@ -170,6 +171,8 @@ class Workflow:
         return future.name in self.interrupts.listening or not ended.isdisjoint(future.needs)
 
     def _settle(self, future: StepFuture) -> None:
+        import ray
+
         try:
             artifact = future.result()
         except Exception as error:
@@ -185,8 +188,12 @@ class Workflow:
                 self.terminal.skipped(future.name, reason)
             else:
                 self.terminal.failed(future.name, cause, raised=error)
+            return
+        self._done.add(future.name)
+        if maker := ray.get(self._board.maker.remote(future.name)):
+            self.taken.add(future.name)
+            self.terminal.reused(future.name, future.fingerprint, maker)
         else:
-            self._done.add(future.name)
             self.terminal.finished(future.name, artifact.manifest.duration_s, future.fingerprint, _headline(artifact))
 
     def _origin(self, name: str) -> str:

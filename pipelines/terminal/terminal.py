@@ -119,6 +119,10 @@ class Terminal:
         """Remove a step from the tree until its next count."""
         self.tree.remove(step)
         self._last_lines.pop(step, None)
+        if self._live is not None and not self.tree.nodes:  # nothing is left to show: leave no empty tree behind
+            self._live.transient = True
+            self._live.stop()
+            self._live = None
 
     def finished(self, step: str, seconds: float, fingerprint: str, headline: str = "") -> None:
         """Show a step as done. `headline` is its result in short, such as a metric."""
@@ -162,6 +166,11 @@ class Terminal:
         now = time.monotonic()
         if node.name == SOURCE:
             self._last_lines.setdefault(SOURCE, now)
+        if node.state == "waiting":  # another run makes it
+            if node.name not in self._last_lines:
+                self._last_lines[node.name] = -_EVERY_S
+                self._line(node, node.note, "dim")
+            return
         if not self.console.is_terminal and now - self._last_lines.get(node.name, -_EVERY_S) >= _EVERY_S:
             self._last_lines[node.name] = now
             self.say(f"  running   {node.name:<40} {node.progress()}".rstrip())

@@ -122,6 +122,16 @@ class Catalog:
         self.client.update_run(run_id, status="RUNNING", name=name)
         return run_id
 
+    def run_of_step(self, kind: str, fingerprint: str, run_id: str | None) -> Any | None:
+        """A step's run by its id; with None, the newest run that is making this artifact now, in any experiment."""
+        if run_id is not None:
+            return self.client.get_run(run_id)
+        same = f"tags.`edt.kind` = '{kind}' and tags.`edt.fingerprint` = '{fingerprint}'"
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        running = f"{same} and attributes.status = 'RUNNING'"
+        order = ["attributes.start_time DESC"]
+        return next(iter(self.client.search_runs(experiments, running, max_results=1, order_by=order)), None)
+
     def unfinished_runs(self) -> set[str]:
         """Ids of the runs of steps that are not FINISHED."""
         unfinished = "tags.`edt.fingerprint` LIKE '%' and attributes.status != 'FINISHED'"

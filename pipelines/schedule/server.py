@@ -224,7 +224,7 @@ class Server:
         else:
             stopped = code in (130, -signal.SIGINT, -signal.SIGTERM) or tick.pid in self._interrupted
             outcome = "finished" if code == 0 else "stopped" if stopped else "failed"
-        error = f"exit code {code}: {_reason(self.schedules.log(tick))}" if outcome == "failed" else None
+        error = f"{_ending(code)}: {_reason(self.schedules.log(tick))}" if outcome == "failed" else None
         run = result.run if result else None
         self._result_path(tick).unlink(missing_ok=True)
         fields = {"outcome": outcome, "run": run, "error": error, "reported": result is not None}
@@ -390,6 +390,15 @@ def _is_held(path: Path) -> bool:
             return False
     except BlockingIOError:
         return True
+
+
+def _ending(code: int | None) -> str:
+    """How the process of a failed run ended. Its last words do not say so if it was killed."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):
+        return f"the run was killed by {signal.Signals(-code).name}; the last line of its log"
+    return f"the run was killed by signal {-code}; the last line of its log"
 
 
 def _reason(log: Path | None) -> str:

@@ -631,6 +631,17 @@ def test_a_failed_run_is_recorded_with_its_reason(store: Path, run_is: Callable[
     assert run.data.tags["edt.error"] == "exit code 2: error: the source is gone"
 
 
+def test_a_killed_run_is_recorded_as_killed(store: Path, run_is: Callable[[str], None]) -> None:
+    schedule(store)
+    missed_minutes(store)
+    run_is("echo 'train  step 3 of 8'; kill -KILL $$")
+    attend(store)
+    (run,) = recorded(store)
+    assert (run.info.status, run.data.tags["edt.outcome"]) == ("FAILED", "failed")
+    killed = "the run was killed by SIGKILL; the last line of its log: train  step 3 of 8"
+    assert run.data.tags["edt.error"] == killed
+
+
 def test_unchanged_data_starts_nothing(store: Path, digits_folder: Path, run_is: Callable[[str], None]) -> None:
     from edt_core.config import SourceConfig
     from jobs.stages.preprocess import image_source

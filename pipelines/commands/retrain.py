@@ -37,6 +37,13 @@ def retrain(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="fit the networks again and start from random weights")
     ] = False,
+    when_data_changed: Annotated[
+        bool,
+        typer.Option(
+            "--when-data-changed",
+            help="start nothing if the images are those of the champion, also with --set, --steps or --from-scratch",
+        ),
+    ] = False,
     show_plan: Annotated[
         bool, typer.Option("--plan", help="show what would change and which steps would run, and start nothing")
     ] = False,
@@ -62,7 +69,7 @@ def retrain(
     from pipelines.schedule.record import UNCHANGED, report_to_scheduler
     from pipelines.terminal.terminal import Terminal
 
-    request = Request(name, store, images, tuple(assignments), steps, from_scratch)
+    request = Request(name, store, images, tuple(assignments), steps, from_scratch, when_data_changed)
     with nullcontext() if show_plan else failures_notified(notify_config(assignments), name):
         check_named(address)
         catalog = open_catalog(store, tracking_uri)

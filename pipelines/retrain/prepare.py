@@ -40,7 +40,10 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for. `images` is a path or URI in place of the recorded one."""
+    """What a person asks for. `images` is a path or URI in place of the recorded one.
+
+    `when_data_changed`: the images of the champion are no reason for another training, whatever else is asked for.
+    """
 
     name: str
     store: str
@@ -48,10 +51,13 @@ class Request:
     assignments: tuple[str, ...] = ()
     steps: int | None = None
     from_scratch: bool = False
+    when_data_changed: bool = False
 
     @property
     def differs(self) -> bool:
         """Whether it asks for another training also with the same images."""
+        if self.when_data_changed:
+            return False
         changes = [text for text in self.assignments if not text.startswith(_NOT_OF_THE_TRAINING)]
         return bool(changes) or self.steps is not None or self.from_scratch
 

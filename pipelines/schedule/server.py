@@ -332,8 +332,8 @@ def command(schedule: Schedule) -> list[str]:
     """The command line of one run of a schedule."""
     options = [part for text in schedule.assignments for part in ("--set", text)]
     address = ["--address", schedule.address] if schedule.address else []
-    verb = "retrain" if schedule.retrain else "run"
-    line = [verb, "--no-overlap", "--store", schedule.store, *options, *address, "--", schedule.config]
+    verb = ["retrain", "--when-data-changed"] if schedule.retrain else ["run"]
+    line = [*verb, "--no-overlap", "--store", schedule.store, *options, *address, "--", schedule.config]
     return python_command("-m", "pipelines.cli", *line)
 
 

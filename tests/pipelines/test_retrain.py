@@ -160,6 +160,21 @@ def test_limits_notifications_and_the_gate_make_no_other_training() -> None:
     assert Request("m", "store", assignments=("train.lr=1",)).differs
 
 
+@pytest.mark.parametrize("asked", [{"assignments": ("train.lr=1",)}, {"steps": 7}, {"from_scratch": True}])
+def test_a_schedule_trains_once_on_the_same_images_whatever_it_sets(
+    line: Line, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    """Else each night would train the champion of the night before further, on images that did not change."""
+    line.add("train.max_steps=1000", **{"edt.decision": "{}"})
+    version = line.versions["1"]
+    source = SimpleNamespace(fingerprint=version.tags["edt.source"], classes=())
+    monkeypatch.setattr(prepare, "champion_record", lambda *_: (version, line.records[version.run_id]))
+    monkeypatch.setattr(prepare, "prepare_source", lambda *_: source)
+    request = Request("m", line.store, when_data_changed=True, **asked)
+    assert prepare.prepare(None, request, None).nothing_to_do == "the images are those of m version 1"  # type: ignore[arg-type]
+    assert Request("m", line.store, **asked).differs
+
+
 def test_drift_without_a_reference_of_the_images_holds_back() -> None:
     """A published reference is the same whatever the images are."""
     guard = DriftGuard(Version(1), 5.0)
@@ -307,7 +322,17 @@ def test_a_schedule_retrains(tmp_path: Path) -> None:
     assert made.name == f"retrain-{MODEL}"
     line = command(made)
     assert line[line.index("pipelines.cli") + 1 :] == [
-        *["retrain", "--no-overlap", "--store", Folder.at(tmp_path).uri, "--set", "train.lr=1e-4", "--", MODEL]
+        *[
+            "retrain",
+            "--when-data-changed",
+            "--no-overlap",
+            "--store",
+            Folder.at(tmp_path).uri,
+            "--set",
+            "train.lr=1e-4",
+            "--",
+            MODEL,
+        ]
     ]
     with pytest.raises(UserError, match="--when-data-changed"):
         new_schedule(None, MODEL, [], str(tmp_path), "0 3 * * 0", "UTC", when_data_changed=True, retrain=True)

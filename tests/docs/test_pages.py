@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.support.pages import HISTORY, ROOT, blocks, failures, pages
+from tests.support.pages import DECISIONS, HISTORY, ROOT, blocks, failures, pages
 
 EVERY = [*pages(), *(ROOT / name for name in HISTORY)]
 IMAGENET = (ROOT / "docs" / "imagenet.md").read_text()
@@ -15,8 +15,11 @@ IMAGENET = (ROOT / "docs" / "imagenet.md").read_text()
 
 def anchors(path: Path) -> set[str]:
     """Names of the headings of a page, as forges make them."""
-    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {anchor(heading) for heading in re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)}
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
 def test_links_lead_somewhere() -> None:
@@ -26,10 +29,10 @@ def test_links_lead_somewhere() -> None:
 def check_links(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith(("http://", "https://")):
-            name, _, anchor = target.partition("#")
+            name, _, part = target.partition("#")
             there = (page.parent / name).resolve() if name else page
             assert there.exists(), f"{page.name} links to {target}, which is not there"
-            assert not anchor or anchor in anchors(there), f"{page.name} links to {target}; there are {anchors(there)}"
+            assert not part or part in anchors(there), f"{page.name} links to {target}; there are {anchors(there)}"
 
 
 def test_the_index_has_every_page_and_the_readme_the_index() -> None:
@@ -39,6 +42,18 @@ def test_the_index_has_every_page_and_the_readme_the_index() -> None:
     ]
     assert missing == []
     assert "(docs/README.md)" in (ROOT / "README.md").read_text()
+
+
+def test_the_index_of_decisions_has_one_line_for_each_record() -> None:
+    expected = []
+    for page in DECISIONS.glob("*.md"):
+        for record in page.read_text().split("\n## ")[1:]:
+            heading, _, text = record.partition("\n")
+            dates = re.findall(r"^\*\*(\d{4}-\d\d-\d\d)\.\*\* ", text, re.MULTILINE)
+            assert dates, f"{page.name}: {heading} has no date"
+            expected.append(f"- {', '.join(dates)}: [{heading}](decisions/{page.name}#{anchor(heading)})")
+    lines = (ROOT / "docs" / "decisions.md").read_text().splitlines()
+    assert sorted(line for line in lines if line.startswith("- ")) == sorted(expected)
 
 
 def test_the_picture_is_whole_and_says_what_it_shows() -> None:

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 ROOT = Path(__file__).parents[2]
-HISTORY = ("docs/decisions.md", "CHANGELOG.md")  # tell of commands as they were
+DECISIONS = ROOT / "docs" / "decisions"
+HISTORY = (  # mention commands of earlier versions
+    "CHANGELOG.md",
+    "docs/decisions.md",
+    *sorted(str(path.relative_to(ROOT)) for path in DECISIONS.glob("*.md")),
+)
 TOOLS = (
     "edt",
     "make",

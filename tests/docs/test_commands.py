@@ -25,6 +25,7 @@ from tests.support.sandbox import Sandbox
 CHECKED: tuple[tuple[str, str], ...] = (
     (r"make ", "sets up an environment of its own, or is what runs this test: tests/test_imports.py"),
     (r"pip |docker |(kubectl|\w+=\$\(kubectl) |ray |cd |cp |export ", "needs a network, Docker or a cluster"),
+    (r"mlflow models serve ", "never ends: tests/pipelines/test_serving.py"),
     (r"(\S+/)?(python|pytest) .*(pytest|tests)", "is this suite, or takes as long as a benchmark does"),
     (r".*edt bench ", "measures for minutes to hours: tests/jobs/test_bench_train.py"),
     (r"edt reproduce ", "tests/pipelines/test_workflow_again.py"),

@@ -1,0 +1,147 @@
+"""The steps of a pipeline: those that all models share, then a branch for each model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from edt_core.config import TrainConfig
+from edt_core.store.artifact import Source
+from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG, Initial
+from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
+from pipelines.config.schema import PipelineConfig
+from pipelines.engine.step import StepFuture
+from pipelines.engine.steps import Steps
+from pipelines.pipeline.inputs import Published
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The steps of one model, by role: those that all models share, and its own training and evaluation."""
+
+    name: str
+    train: TrainConfig
+    steps: Mapping[str, StepFuture]
+    start: Initial | None = None  # the model that its training starts from
+    feature_networks: Mapping[str, StepFuture | Source] = field(default_factory=dict)
+
+
+def call_steps(
+    steps: Steps,
+    config: PipelineConfig,
+    source: Source,
+    published: "Published | None" = None,
+    check: Callable[[Mapping[str, StepFuture]], None] = lambda shared: None,
+) -> list[Branch]:
+    """Call every step up to the evaluations, without waiting. Branches run in parallel if resources allow.
+
+    `check` is called with the steps that all models share, before those of the models. It may wait for them, and raise
+    HeldBackError.
+    """
+    step, published = steps.step, published or Published()
+    images = step("preprocess", preprocess.STAGE, config.preprocess, source=source)
+    vae = _call_autoencoder(steps, config, images, published)
+    latents = step("encode", encode.STAGE, config.encode, images=images, autoencoder=vae)
+    feature_networks: dict[str, StepFuture | Source] = {**published.extractors}
+    shared = {"images": images, "autoencoder": vae, "latents": latents}
+    if "classifier" in config.extractors:
+        feature_networks["classifier"] = shared["classifier"] = _call_classifier(steps, config, images, published)
+    reference_inputs = {"images": published.statistics or images, **feature_networks}
+    shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
+    check(shared)
+    branch = partial(_call_branch, steps, config, shared=shared, feature_networks=feature_networks)
+    return [branch(name, start=published.initial.get(name)) for name in config.models]
+
+
+def _call_autoencoder(steps: Steps, config: PipelineConfig, images: StepFuture, published: Published) -> StepFuture:
+    """The autoencoder: of a registered version as it is, published, or fitted on the images."""
+    if (kept := published.kept.get("autoencoder")) is not None:
+        return steps.adopt("autoencoder", autoencoder.STAGE, kept.item, kept.version)
+    if config.autoencoder.pretrained is None:
+        return steps.step("autoencoder", autoencoder.STAGE, config.autoencoder, images=images)
+    assert published.autoencoder is not None
+    fields = config.autoencoder.published()
+    return steps.step("autoencoder", autoencoder.STAGE, fields, published=published.autoencoder)
+
+
+def _call_classifier(steps: Steps, config: PipelineConfig, images: StepFuture, published: Published) -> StepFuture:
+    """The classifier: of a registered version as it is, or fitted on the images."""
+    if (kept := published.kept.get("classifier")) is not None:
+        return steps.adopt("classifier", classifier.STAGE, kept.item, kept.version)
+    return steps.step("classifier", classifier.STAGE, config.classifier, images=images)
+
+
+def _call_branch(
+    steps: Steps,
+    config: PipelineConfig,
+    name: str,
+    shared: Mapping[str, StepFuture],
+    feature_networks: Mapping[str, StepFuture | Source],
+    start: Initial | None,
+) -> Branch:
+    """Train, sample and evaluate one model, and the untrained model of the same seed if it starts from none."""
+    trained = config.train_of(name)
+    trainings = {"": trained}
+    branch_steps = dict(shared)
+    if start is None:
+        trainings["untrained_"] = _untrained(trained)
+    else:
+        start = settled(start, trained, shared["latents"].fingerprint)
+    for prefix, train_config in trainings.items():
+        label = prefix.replace("_", " ")
+        # The autoencoder decodes previews. It also shows whether latents of an older version have the right scale.
+        inputs: dict[str, StepFuture | Source] = {role: shared[role] for role in ("latents", "autoencoder")}
+        if start is not None:
+            inputs |= {"init": start, "images": shared["images"]}
+        checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
+        features = steps.step(
+            f"{label}sample {name}",
+            sample.STAGE,
+            config.sample,
+            checkpoint=checkpoint,
+            autoencoder=shared["autoencoder"],
+            **feature_networks,
+        )
+        evaluation = steps.step(
+            f"{label}evaluate {name}",
+            evaluate.STAGE,
+            config.evaluate,
+            features=features,
+            reference=shared["reference"],
+        )
+        outputs = {"checkpoint": checkpoint, "features": features, "evaluation": evaluation}
+        branch_steps |= {f"{prefix}{role}": future for role, future in outputs.items()}
+    if config.validation.enabled:
+        judged = {"features": branch_steps["features"], "classifier": shared["classifier"], "images": shared["images"]}
+        branch_steps["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **judged)
+    return Branch(name, trained, branch_steps, start, feature_networks)
+
+
+def _untrained(trained: TrainConfig) -> TrainConfig:
+    """The training of no steps that a training from random weights is compared with.
+
+    It has only the fields that shape the initial weights and the chain: a learning rate does not change it.
+    """
+    fields = ("model", "seed", "num_timesteps", "objective")
+    return TrainConfig(max_steps=0, **{field: getattr(trained, field) for field in fields})
+
+
+def settled(start: Initial, config: TrainConfig, latents: str) -> Initial:
+    """The model to start from, where an alias may name the model that this very training made before.
+
+    That training is then found again, and not started once more from its own result.
+    """
+    before = start.before
+    if before is None:
+        return start
+    again = train.STAGE.fingerprint(config, {"latents": latents, "init": before.fingerprint})
+    return before if start.checkpoint == again else start
+
+
+def initial_tags(branches: Sequence[Branch]) -> dict[str, str]:
+    """Tags of a run: the model that each training starts from, by content, place and checkpoint artifact."""
+    tags: dict[str, str] = {}
+    for name, start in ((branch.name, branch.start) for branch in branches):
+        if start is not None:
+            tags |= {f"{INIT_TAG}.{name}": start.fingerprint, f"{INIT_FROM_TAG}.{name}": start.location}
+            tags |= {f"{INIT_CHECKPOINT_TAG}.{name}": start.checkpoint} if start.checkpoint else {}
+    return tags

@@ -1,0 +1,73 @@
+"""What a pipeline is given: its source images, and the published and registered networks it takes as they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edt_core.config import SourceConfig
+from edt_core.evaluation.extractors import PUBLISHED_SPACES
+from edt_core.store.artifact import Source
+from edt_core.store.folder import Folder
+from edt_core.store.store import Store
+from jobs.models.initial import Initial, initial_source
+from jobs.stages import autoencoder, reference
+from jobs.stages.extractors import extractor_source
+from jobs.stages.preprocess import image_source
+from jobs.stages.train_start import check_start
+from pipelines.config.schema import PipelineConfig
+from pipelines.registry.kept import Kept, kept_networks
+from pipelines.terminal.terminal import Terminal
+
+_CACHE = "~/.cache/edt"
+
+
+def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal, digest_again: bool = False) -> Source:
+    """The source images and their fingerprint. Raises UserError if there are no images to train on.
+
+    With `digest_again` every image is read, even if its digest is cached.
+    """
+    from edt_core.data.digits import write_digits
+
+    if config.kind == "digits":
+        root = store.local or Path(_CACHE).expanduser()
+        path = write_digits(root / "sources" / "digits")
+        config = SourceConfig(kind="image_folder", path=str(path), classes=config.classes, limit=config.limit)
+    return image_source(config, terminal.source_progress(), digest_again)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published inputs of a pipeline besides the images, each identified by its present content."""
+
+    autoencoder: Source | None = None
+    extractors: Mapping[str, Source] = field(default_factory=dict)
+    statistics: Source | None = None
+    initial: Mapping[str, Initial] = field(default_factory=dict)  # by model
+    kept: Mapping[str, Kept] = field(default_factory=dict)  # networks of registered versions, by role
+
+    @classmethod
+    def of(
+        cls, config: PipelineConfig, tracking_uri: str | None, store: Store | None = None, classes: tuple[str, ...] = ()
+    ) -> "Published":
+        """The inputs that the configuration names. Raises UserError if one is missing, with where to get it.
+
+        Networks of registered versions are kept if their artifacts are in `store`. `classes`: those of the images.
+        """
+        spaces = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
+        statistics = config.reference_statistics
+        return cls(
+            autoencoder.published_source(config.autoencoder, tracking_uri),
+            {space: extractor_source(space, s.weights, s.sha256, tracking_uri) for space, s in spaces.items()},
+            None if statistics is None else reference.statistics_source(statistics),
+            {name: start for name in config.models if (start := _initial(config, name, tracking_uri)) is not None},
+            {} if store is None else kept_networks(config, tracking_uri, store, classes),
+        )
+
+
+def _initial(config: PipelineConfig, name: str, tracking_uri: str | None) -> Initial | None:
+    """The model that the training of a registered model starts from. Raises UserError if there is none that fits."""
+    start = initial_source(config.train_of(name), tracking_uri)
+    check_start(config.train_of(name), start is not None)
+    if start is not None:
+        start.check(config.model_of(name, 2))
+    return start

@@ -1,0 +1,176 @@
+"""A run of the workflow: labelled images to registered, evaluated models, one branch for each model."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from edt_core.config import recorded_fields
+from edt_core.environment import environment
+from edt_core.errors import Stopped, UserError
+from edt_core.store.artifact import Source
+from edt_core.store.store import Store
+from jobs.runtime.cluster_address import check_named
+from jobs.stages import preprocess
+from pipelines.cluster.ui import run_link
+from pipelines.config.schema import PipelineConfig, as_yaml
+from pipelines.config.size_check import check_pipeline_sizes
+from pipelines.engine.step import StepFuture
+from pipelines.engine.workflow import Workflow
+from pipelines.outcome import Outcome
+from pipelines.pipeline.branches import Branch, call_steps, initial_tags
+from pipelines.pipeline.inputs import Published, prepare_source
+from pipelines.pipeline.promotion import call_promotion
+from pipelines.registry.kept import kept_tags
+from pipelines.terminal.terminal import Terminal
+from pipelines.tracking.catalog import Catalog, check_tracking, tracking_kept
+from pipelines.tracking.runs import step_tag
+
+Guard = Callable[[Workflow, Mapping[str, StepFuture]], None]
+
+
+class HeldBackError(UserError):
+    """The run ends before its trainings, because a person has to look at something first."""
+
+
+def run(
+    config: PipelineConfig,
+    terminal: Terminal,
+    address: str | None = None,
+    published: Published | None = None,
+    tracking_uri: str | None = None,
+    digest_again: bool = False,
+    guard: Guard | None = None,
+) -> Outcome:
+    """Run the whole pipeline and reuse finished artifacts. Failures of steps are in the outcome, not raised.
+
+    The first Ctrl-C requests a running training to stop, which is in the outcome as well. Without a running training,
+    it is raised. `published`: the published inputs, if the caller has them already. `tracking_uri`: an MLflow to use
+    instead of that of the environment or the store. `digest_again`: read every image, even if its digest is cached.
+    `guard`: may hold the run back before its trainings, by HeldBackError, which is in the outcome as a failure.
+
+    Raises UserError, before anything is computed, if the store or the source is unusable.
+    """
+    store = Store.open(config.store)
+    with store.in_use(), tracking_kept():
+        return _run(config, store, terminal, address, published, tracking_uri, digest_again, guard)
+
+
+def _run(
+    config: PipelineConfig,
+    store: Store,
+    terminal: Terminal,
+    address: str | None,
+    published: Published | None,
+    tracking_uri: str | None,
+    digest_again: bool,
+    guard: Guard | None,
+) -> Outcome:
+    check_named(address)
+    check_tracking(tracking_uri)  # a Ray session takes longer to start
+    from jobs.runtime.cluster import connect
+
+    started = time.monotonic()
+    source = prepare_source(config.source, store.root, terminal, digest_again)
+    check_pipeline_sizes(config, source.images)
+
+    def join() -> bool:
+        return connect(address, min_cpus=config.workers, show_workers=terminal.log is not None)
+
+    # On a new store, MLflow creates its tables for about as long as Ray takes to start: do both in parallel.
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(Catalog.open, store.root, config.name, tracking_uri)
+        if store.find(preprocess.STAGE.kind, images_fingerprint(config, source)) is None:
+            join()
+        catalog = opened.result()
+    published = published or Published.of(config, catalog.tracking_uri, store, source.classes)
+    check_pipeline_sizes(config, source.images, published.statistics)
+    run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
+    outcome = Outcome(run_id, catalog.tracking_uri, run_link(catalog.tracking_uri, catalog.experiment_id, run_id))
+    terminal.say(f"MLflow    {outcome.link}", "dim")
+    workflow = Workflow(store, catalog, run_id, terminal, connect=join)
+    status = "KILLED"
+    try:
+        with workflow.interrupts.handled():
+            _record_start(catalog, run_id, config)
+            check = (lambda shared: None) if guard is None else partial(guard, workflow)
+            branches = call_steps(workflow, config, source, published, check)
+            _record_steps(workflow)  # already now: the record must exist if the driver is killed
+            catalog.set_tags(run_id, initial_tags(branches))
+            for branch in branches:
+                _finish_branch(workflow, config, branch, outcome)
+            workflow.wait_all()
+        if not workflow.stopped:
+            status = "FAILED" if workflow.culprits() or outcome.failures else "FINISHED"
+    except Stopped as stopped:
+        outcome.stopped = str(stopped)
+    except HeldBackError as error:
+        outcome.failures["guard"], status = error, "FAILED"
+        workflow.wait_all()
+    finally:
+        outcome.failures |= workflow.culprits()
+        reasons = "; ".join(f"{name}: {error}" for name, error in workflow.where_stopped().items())
+        outcome.stopped = reasons or outcome.stopped
+        _record(workflow, outcome, status)
+        outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _identities(source: Source, published: Published) -> dict[str, str]:
+    """Tags with the fingerprints of a run's inputs: an alias can move, and the files at a path can change."""
+    inputs = {**published.extractors, "autoencoder": published.autoencoder, "statistics": published.statistics}
+    tags = {f"edt.{role}": item.fingerprint for role, item in inputs.items() if item is not None}
+    return {"edt.source": source.fingerprint, **tags, **kept_tags(published.kept)}
+
+
+def images_fingerprint(config: PipelineConfig, source: Source) -> str:
+    """The fingerprint of the image shards, on which all other artifacts depend."""
+    return preprocess.STAGE.fingerprint(config.preprocess, {"source": source.fingerprint})
+
+
+def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None:
+    """Record in the parent run what is needed to find and reproduce it: configuration and versions."""
+    catalog.log_text(run_id, as_yaml(config), "config.yaml")
+    catalog.log_text(run_id, json.dumps(environment(), indent=1, sort_keys=True), "environment.json")
+    fields = recorded_fields(config)
+    catalog.log_params(run_id, {name: value for name, value in fields.items() if name not in ("store", "name")})
+
+
+def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, outcome: Outcome) -> None:
+    """Wait for the branch of one model, register it, write its report, and add the results to the outcome."""
+    promotion = call_promotion(workflow, config, branch)
+    if promotion is None:
+        return
+    promoted, report = promotion
+    after = branch.steps["evaluation"].result().counts["metrics"]
+    before = branch.steps.get("untrained_evaluation")
+    outcome.decisions[branch.name] = promoted.decision
+    outcome.metrics[branch.name] = (None if before is None else before.result().counts["metrics"], after)
+    if workflow.wait(report):
+        outcome.reports[branch.name] = report.result()
+
+
+def _record_steps(workflow: Workflow) -> None:
+    """Record in the parent run the fingerprints of its steps. `edt gc` and `edt reproduce` read them."""
+    tags = {step_tag(name): future.fingerprint for name, future in workflow.futures.items()}
+    workflow.catalog.set_tags(workflow.run_id, tags)
+
+
+def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
+    """Record in the parent run which steps were reused, which ran, and which failed."""
+    reused = sorted(n for n, future in workflow.futures.items() if future.reused or n in workflow.taken)
+    ran = sorted(set(workflow.artifacts()) - set(reused))
+    outcome.executed, outcome.reused = len(ran), len(reused)
+    outcome.skipped = len(workflow.failures) - len(workflow.culprits())
+    outcome.images = next((a.counts for a in workflow.artifacts().values() if a.manifest.kind == "images"), {})
+    failed = "; ".join(f"{name}: {error}" for name, error in outcome.failures.items())[:4000]
+    tags = {"edt.reused": ", ".join(reused), "edt.executed": ", ".join(ran), "edt.failed": failed}
+    tags["edt.stopped"] = outcome.stopped[:4000]
+    workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in tags.items() if v})
+    if workflow.terminal.log is not None:
+        workflow.catalog.log_text(workflow.run_id, workflow.terminal.log.text(), "log.txt")
+    _record_steps(workflow)
+    workflow.catalog.end_run(workflow.run_id, status)
+    if status == "KILLED":
+        workflow.catalog.end_children(workflow.run_id, status)

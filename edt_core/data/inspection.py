@@ -1,7 +1,7 @@
 """Images of a source that cannot be decoded, and photos that are stored sideways: found before anything is computed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -96,7 +96,7 @@ def _decode(image: RawImage) -> _Decoded:
     return _Decoded(image.name, side, is_turned(image.data))
 
 
-def _decoded(listing: Listing) -> Iterator[_Decoded]:
+def _decoded(listing: Listing) -> Generator[_Decoded]:
     """The images in passes over the whole source, so that any beginning of them is spread evenly."""
     total = len(listing)
     if listing.remote or listing.access == "parquet":

@@ -12,6 +12,7 @@ tables.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ class Line:
         self.root, self.folder, self.seed = work / name, work / name / "images", seed
         self.digits = sorted(write_digits(work / "digits").glob("*/*.png"))
         self.later = [path for number, path in enumerate(self.digits) if not keep(number, path)]
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was ended: the later images may be there
         self._link(set(self.digits) - set(self.later))
         self.record = self.root / "rows.json"
         self.rows: dict[str, dict[str, float]] = json.loads(self.record.read_text()) if self.record.exists() else {}

@@ -17,7 +17,7 @@ from pipelines.pipeline import call_steps, prepare_source
 from pipelines.plan import PlannedStep, Planner, plan
 from pipelines.registry.garbage import roots
 from pipelines.registry.lineage import lineage
-from pipelines.reproduce import restored
+from pipelines.reproduce import reproduce, restored
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import read_record
@@ -150,3 +150,15 @@ def test_no_untrained_model_is_made_beside_it(warm: Outcome, place: Path) -> Non
     assert before is None
     assert warm.to_dict()["models"][MODEL]["untrained"] is None
     assert "the training started from another model" in warm.reports[MODEL].path(REPORT_NAME).read_text()
+
+
+def test_the_whole_run_is_reproduced_from_its_record(warm: Outcome, place: Path, tmp_path: Path) -> None:
+    """Reused steps are made again; the model that the training started from is taken as recorded."""
+    with Terminal(to_stderr=True) as terminal:
+        again, comparisons = reproduce(
+            warm.run_id, Catalog.existing(Folder.at(place)), str(tmp_path / "again"), terminal, other_code=True
+        )
+    assert not again.failures
+    made = {comparison.step for comparison in comparisons}
+    assert made >= {f"{step}.{MODEL}" for step in ("train", "sample", "evaluate")}
+    assert [comparison.as_row() for comparison in comparisons if not comparison.equal] == []

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edt_core.config import Section
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines.tracking.catalog import Catalog
 
 ABSENT = "(absent)"
-_RUN_ID = re.compile("[0-9a-f]{12,32}")
+_RUN_ID = re.compile("[0-9a-f]{8,32}")  # whole, or its beginning
 _SOURCE = "edt.source"  # the tag of a workflow run with the fingerprint of its images
 _RECORDED = {"edt.code_version": "code version", _SOURCE: "content of the images"}
 
@@ -73,8 +74,8 @@ def read_side(name: str, catalog: "Catalog | None" = None, assignments: tuple[st
 
 
 def is_run_id(name: str) -> bool:
-    """Whether a name has the form of an MLflow run id, or of its start as tables show it."""
-    return _RUN_ID.fullmatch(name) is not None
+    """Whether a name has the form of an MLflow run id or of its beginning, and is no file."""
+    return _RUN_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def differences(a: Side, b: Side) -> list[Difference]:

@@ -6,6 +6,7 @@ Legend: `cfg_scale` is the classifier-free guidance scale (1 means no guidance);
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from edt_core.errors import UserError
 from edt_core.models.base import DiffusionTransformer
@@ -24,8 +25,15 @@ AMM_PLACEMENTS: tuple[AmmPlacement, ...] = tuple(
 def family_of(name: str) -> Family:
     """The family of a named model. Raises ValueError for an unknown name."""
     if name not in _FAMILY_OF:
-        raise ValueError(f"Unknown model {name!r}. Known models: {', '.join(MODEL_NAMES)}.")
+        raise ValueError(unknown_model(name))
     return _FAMILY_OF[name]
+
+
+def unknown_model(name: str) -> str:
+    """A message about an unknown name: the nearest ones first, then all."""
+    near = get_close_matches(name.upper(), MODEL_NAMES, 2)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return f"Unknown model {name!r}{hint} Known models: {', '.join(MODEL_NAMES)}."
 
 
 def models_for(latent_size: int) -> tuple[str, ...]:

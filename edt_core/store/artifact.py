@@ -36,6 +36,7 @@ from edt_core.store.manifest import (
     fingerprint,
     sha256_json,
 )
+from edt_core.store.prefixes import whole_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,11 +85,16 @@ class Artifact:
 
     @classmethod
     def read(cls, location: str | Folder) -> "Artifact":
-        """Read an artifact's manifest without checking its files. Raises ManifestError."""
-        folder = location if isinstance(location, Folder) else _whole(Folder.at(location))
+        """Read an artifact's manifest without checking its files. Raises ManifestError.
+
+        A location as text may end with the beginning of the fingerprint.
+        """
+        folder = location if isinstance(location, Folder) else Folder.at(location)
         try:
             text = folder.read_bytes(MANIFEST_NAME)
         except (FileNotFoundError, NotADirectoryError) as error:
+            if isinstance(location, str) and (whole := whole_folder(folder)) is not None:
+                return cls.read(whole)
             raise ManifestError(
                 f"{folder.uri} has no {MANIFEST_NAME}: it is not an artifact, or its step never finished"
             ) from error
@@ -357,15 +363,6 @@ class ArtifactWriter:
             return FileEntry(**record) if is_own else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
-
-
-def _whole(folder: Folder) -> Folder:
-    """The only local folder whose name starts with that of `folder`, at least 12 digits as tables show them."""
-    local = folder.local
-    if local is None or not re.fullmatch("[0-9a-f]{12,63}", local.name) or local.exists():
-        return folder
-    longer = [path for path in local.parent.glob(f"{local.name}*") if re.fullmatch("[0-9a-f]{64}", path.name)]
-    return Folder.at(longer[0]) if len(longer) == 1 else folder
 
 
 def journalled(attempt: Folder) -> Iterator[str]:

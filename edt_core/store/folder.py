@@ -238,7 +238,12 @@ class Folder:
             if root is None:
                 staging = Path(tempfile.mkdtemp(prefix="edt-"))
             else:
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    (root / name).parent.mkdir(parents=True, exist_ok=True)
+                except FileNotFoundError as error:  # such as below /proc
+                    raise UserError(
+                        f"cannot write to {where}: no folder can be created there; choose another"
+                    ) from error
                 staging = (root / name).parent / f"{_STAGING}{uuid.uuid4().hex}"
                 staging.mkdir()
         try:

@@ -13,7 +13,7 @@ from edt_core.printing.console import say
 from edt_core.progress import Progress
 from edt_core.store.folder import Folder
 from jobs.commands.options import add_fields, given_fields, parser_of, validated
-from jobs.models.open import DEFAULT_STORE, Loaded, load_model, use_mlflow
+from jobs.models.open import DEFAULT_STORE, Loaded, check_model, load_model, use_mlflow
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.autoencoder import check_decoder, read_autoencoder
@@ -62,10 +62,13 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
     from edt_core.sampling.labels import trained_classes
     from edt_core.sampling.sampler import LatentSampler
 
+    fields = given_fields(options, ChainConfig)
+    validated(ChainConfig, fields)  # a mistake is reported before the model is loaded
+    use_mlflow(options.model, options.tracking_uri, options.store)
+    check_model(options.model)
     folder, name = _target(options.out)
     device = _device(options.device)
     use_precision("fp32")
-    use_mlflow(options.model, options.tracking_uri, options.store)
     loaded = load_model(options.model)
     num_classes = loaded.model.config.num_classes
     names = class_names(loaded.classes, num_classes)
@@ -76,7 +79,7 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
         progress.warn(f"the model was trained without images of {', '.join(names[label][0] for label in untrained)}")
     if len(labels) > MAX_CLASSES:
         raise UserError(f"{len(labels)} classes do not fit the {MAX_CLASSES} rows of a picture; draw several pictures")
-    chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **given_fields(options, ChainConfig)})
+    chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **fields})
     decoder = _decoder(loaded, options.autoencoder, options.model)
     model = loaded.model.to(device)
     sampler = LatentSampler(model, chain, loaded.num_timesteps)
@@ -103,7 +106,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         ],
     )
     parser.add_argument(
-        "model", help="NAME@ALIAS or NAME/VERSION of the registry, MLflow run, checkpoint, diffusers folder, or .pt"
+        "model",
+        help="NAME (its champion), NAME@ALIAS or NAME/VERSION of the registry, MLflow run, checkpoint, diffusers "
+        "folder, or .pt",
     )
     parser.add_argument(
         "--classes",

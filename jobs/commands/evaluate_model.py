@@ -27,7 +27,7 @@ from jobs.commands.export import export_features
 from jobs.commands.inputs import add_role, open_input
 from jobs.commands.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.commands.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
-from jobs.models.open import DEFAULT_STORE, Opened, open_model, use_mlflow
+from jobs.models.open import DEFAULT_STORE, Opened, check_model, open_model, use_mlflow
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
@@ -74,6 +74,8 @@ def prepared(
     `points`: settings to check against the model before the reference is computed, which can take hours.
     """
     use_mlflow(options.model, options.tracking_uri, options.store)
+    for location in (options.model, *([options.guide] if options.guide else [])):
+        check_model(location)  # a mistake is reported before networks are read
     networks = _extractors(options, out, bar)
     opened = open_model(options.model, out)
     if points:

@@ -15,7 +15,7 @@ from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.layout import FEATURE_UNIT
 from jobs.commands.options import add_fields, given_fields, parser_of, validated
-from jobs.models.open import DEFAULT_STORE, load_model, use_mlflow
+from jobs.models.open import DEFAULT_STORE, check_model, load_model, use_mlflow
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.sample import FEATURE_UNITS, units_per_repeat
@@ -70,6 +70,8 @@ def export_model(location: str, target: Path, fields: Mapping[str, Any]) -> Path
     target = target.with_suffix(".pt2")
     if target.exists():
         raise UserError(f"{target} already exists; use a new file")
+    validated(ChainConfig, fields)  # a mistake is reported before the model is loaded
+    check_model(location)
     folder = Folder.at(target.parent)
     folder.check_writable()
     loaded = load_model(location)

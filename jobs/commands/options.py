@@ -1,10 +1,10 @@
 """Configuration from the command line: fields as options, `--set key=value`, YAML files, and error messages."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeGuard, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -17,6 +17,8 @@ from edt_core.files.yaml_text import parse_yaml
 
 _EXAMPLES = "examples:"
 _LONGEST = 200  # characters of a value that are shown
+_ALIKE = 0.75  # of `difflib`: least similarity of a suggested name
+_MAX_SUGGESTIONS = 3
 
 
 def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()) -> None:
@@ -25,7 +27,20 @@ def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()
         if name not in leave_out:
             choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
             metavar = "|".join(map(str, choices)) or name.split("_")[-1].upper()
-            parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=metavar, help=_help(info))
+            option = f"--{name.replace('_', '-')}"
+            if info.annotation is bool:
+                parser.add_argument(
+                    option, dest=name, metavar="true|false", nargs="?", const="true", type=_switch, help=_help(info)
+                )
+            else:
+                parser.add_argument(option, dest=name, metavar=metavar, help=_help(info))
+
+
+def _switch(text: str) -> str:
+    """The value of a switch. Raises ArgumentTypeError for other text, which may be an input that follows the switch."""
+    if isinstance(parse_assignment(f"switch={text}")[1], bool):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false; put a switch after the inputs")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -107,7 +122,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:
-    """The validated section. Raises UserError with one line per problem, and the known keys for an unknown one."""
+    """The validated section. Raises UserError with one line per problem, and what an unknown key may mean."""
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
@@ -117,10 +132,9 @@ def validated(schema: type[Section], fields: Mapping[str, Any]) -> Any:
 def _problem(schema: type[Section], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or schema.__name__
     if problem["type"] == "extra_forbidden":
-        keys = _known_keys(schema, problem["loc"][:-1])
-        near = get_close_matches(str(problem["loc"][-1]), keys, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"unknown configuration key {where!r}; known keys here: {', '.join(keys)}{hint}"
+        if meant := meant_by(where, schema):
+            return f"unknown configuration key {where!r}; did you mean {' or '.join(meant)}?"
+        return f"unknown configuration key {where!r}; known keys here: {', '.join(_known_keys(schema, problem['loc']))}"
     message = problem["msg"].removeprefix("Value error, ")
     value = repr(problem["input"])
     value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
@@ -128,9 +142,32 @@ def _problem(schema: type[Section], problem: Any) -> str:
 
 
 def _known_keys(schema: type[Section], path: Sequence[Any]) -> list[str]:
-    for part in path:
+    for part in path[:-1]:
         field = schema.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+        if field is None or not is_section(field.annotation):
             break
         schema = field.annotation
     return sorted(schema.model_fields)
+
+
+def field_names(schema: type[Section], prefix: str = "") -> Iterator[str]:
+    """The dotted name of every field and section of a schema."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        if is_section(section := field.annotation):
+            yield from field_names(section, f"{prefix}{name}.")
+
+
+def meant_by(field: str, schema: type[Section]) -> tuple[str, ...]:
+    """Suggestions for an unknown field: the most similar one of its section, or fields of that name elsewhere."""
+    names = list(field_names(schema))
+    section, _, last = field.rpartition(".")
+    siblings = [name for name in names if name.rpartition(".")[0] == section]
+    elsewhere = [name for name in names if name.rpartition(".")[2] == last]
+    near = get_close_matches(field, siblings, 1, _ALIKE) or elsewhere[:_MAX_SUGGESTIONS]
+    return tuple(near or get_close_matches(field, names, 1, _ALIKE))
+
+
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    """Whether the annotation of a field is a section of a configuration."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -4,16 +4,19 @@ from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact
 from edt_core.store.digests import listing
+from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.prefixes import artifact_folder
 
 
-def verify(location: str, deep: bool = False, progress: Progress | None = None) -> str:
+def verify(location: str, deep: bool = False, progress: Progress | None = None, store: str | None = None) -> str:
     """Compare an artifact's files with its manifest and return a summary in one line.
 
+    `location`: a folder, a URI, or a fingerprint in `store`, of which the beginning is enough.
     Names and sizes are compared, with `deep` also the sha256 of every file, read from the disk or store itself.
     Raises UserError with the first ten problems and their number; ManifestError if there is no complete manifest.
     """
-    artifact = Artifact.read(location)
+    artifact = Artifact.read(_place(location, store))
     manifest = artifact.manifest
     if problems := artifact.problems(deep, progress):
         lines = listing(problems, "\n  ")
@@ -25,4 +28,13 @@ def verify(location: str, deep: bool = False, progress: Progress | None = None) 
         )
     size = sum(entry.bytes for entry in manifest.files)
     checked = "sha256 of every file" if deep else "size of every file"
-    return f"{manifest.kind} {manifest.digest[:12]}: {len(manifest.files)} files, {size:,} bytes, {checked} as stated"
+    content = f"{len(manifest.files)} files, {size:,} bytes, {checked} as stated"
+    return f"{location}: {manifest.kind} {manifest.fingerprint[:12]}, {content}, content digest {manifest.digest[:12]}"
+
+
+def _place(location: str, store: str | None) -> str:
+    """The folder that a text names: itself, or that of an artifact of the store by its fingerprint."""
+    if store is None or Folder.at(location).exists(MANIFEST_NAME):
+        return location
+    found = artifact_folder(Folder.at(store), location)
+    return location if found is None else found.uri

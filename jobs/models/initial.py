@@ -24,7 +24,8 @@ from edt_core.store.layout import (
     OPTIMIZER_STATE,
     TRAIN_STATE,
 )
-from jobs.models.open import FORMS, INDEX, REGISTERED, RUN, in_store, is_of_mlflow, of_pipeline, of_released
+from jobs.models.names import REGISTERED, RUN, is_of_mlflow, registered_version, split_name
+from jobs.models.open import FORMS, INDEX, in_store, of_pipeline, of_released
 from jobs.models.registry_files import fetch_version, folder_digests, title, version_facts
 from jobs.runtime.tracking import mlflow_client
 
@@ -88,8 +89,8 @@ class _Lookup:
         path = typed_path(text)
         if is_of_mlflow(text) and (match := RUN.fullmatch(text)):
             return self._artifact(self._artifact_of_run(match[1]))
-        if is_of_mlflow(text) and (match := REGISTERED.fullmatch(text)):
-            return self._version(*match.groups())
+        if is_of_mlflow(text) and (parts := split_name(text)):
+            return self._version(text, *parts)
         if Folder.at(text).exists(MANIFEST_NAME):
             return self._artifact(Artifact.open(text))
         if (path / CHECKPOINT_MANIFEST).exists():
@@ -178,18 +179,13 @@ class _Lookup:
             identity["optimizer"] = files[OPTIMIZER_STATE]
         return identity | ({} if images is None else {"classes": _names(images.read_json(CLASSES_NAME))})
 
-    def _version(self, name: str, alias: str | None, number: str | None) -> Initial:
+    def _version(self, text: str, name: str, alias: str | None, number: str | None) -> Initial:
         """A registered version. Its checkpoint artifact stands in for it where more than its weights is asked for."""
-        client, text = self._client(), f"{name}@{alias}" if alias else f"{name}/{number}"
+        client = self._client()
         try:
-            found = (
-                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, str(number))
-            )
-        except Exception as error:  # whatever MLflow raises
-            raise UserError(
-                f"train.init_from: MLflow at {client.tracking_uri} has no model {text} ({error}); `edt models` lists "
-                "what is registered"
-            ) from error
+            found = registered_version(client, text)
+        except UserError as error:
+            raise UserError(f"train.init_from: {error}") from error
         checkpoint = found.tags.get("edt.checkpoint")
         if self.config.init_weights == "raw" or self.config.init_optimizer == "keep":
             source = self._artifact(_artifact_of(found))

@@ -7,7 +7,6 @@ configuration. `load_model` reads the model into memory instead.
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from edt_core.store.layout import (
     MODEL_CONFIG,
     TRAIN_STATE,
 )
+from jobs.models.names import RUN, is_of_mlflow, registered_version, split_name
 from jobs.models.registry_files import INDEX, fetch_version
 from jobs.runtime.tracking import SQLITE, mlflow_client, own_uri
 from jobs.stages import autoencoder
@@ -43,12 +43,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 DEFAULT_STORE = "./edt-store"
 _VERSION = 1
-REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))")
-RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
 _COMPONENTS, _LIBRARIES = {"transformer", "vae", "scheduler"}, ("diffusers", "edt_core.pipeline")
 FORMS = (
-    "a registered model (NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one of its "
-    "checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
+    "a registered model (NAME, NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one "
+    "of its checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
 )
 
 
@@ -112,14 +110,11 @@ def load_model(location: str) -> Loaded:
         return Loaded(model.model, model.num_timesteps, vae, model.classes, model.protocol, model.class_counts)
 
 
-def is_of_mlflow(location: str) -> bool:
-    """Whether a location names a registered version or a run of MLflow."""
-    match = RUN.fullmatch(location) or REGISTERED.fullmatch(location)
-    return match is not None and not typed_path(location).exists()
-
-
 def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
-    """Set where models of MLflow are looked up: `tracking_uri`, MLFLOW_TRACKING_URI, or the SQLite file of a store."""
+    """Set where models of MLflow are looked up: `tracking_uri`, MLFLOW_TRACKING_URI, or the SQLite file of a store.
+
+    Raises UserError for the name of a model if there is none of these.
+    """
     if not (tracking_uri or is_of_mlflow(location)):
         return
     import mlflow
@@ -129,6 +124,22 @@ def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
         tracking_uri = own_uri(folder)
     if tracking_uri:
         mlflow.set_tracking_uri(tracking_uri)
+    elif not mlflow.is_tracking_uri_set():
+        raise UserError(
+            f"there is no model at {location}: no such file or folder, and no registry of models in {store} (no "
+            f"{SQLITE}). Set --store or --tracking-uri for a registered model; expected {FORMS}"
+        )
+
+
+def check_model(location: str) -> None:
+    """Raise UserError if there is no model at a location. Nothing of the model is read."""
+    path = typed_path(location)
+    if is_of_mlflow(location):
+        _ = _of_run(location) or _of_registry(location)
+        return
+    is_here = path.is_file() or any((path / name).exists() for name in (CHECKPOINT_MANIFEST, INDEX))
+    if not is_here and not Folder.at(location).exists(MANIFEST_NAME):
+        raise UserError(f"there is no model at {location}; expected {FORMS}")
 
 
 @contextmanager
@@ -160,7 +171,10 @@ def _of_run(location: str) -> Artifact | None:
     try:
         tags = client.get_run(match[1]).data.tags
     except Exception as error:
-        raise _lookup_error(location, error) from error
+        raise UserError(
+            f"MLflow at {client.tracking_uri} has no model {location} ({error}); set MLFLOW_TRACKING_URI "
+            "or --tracking-uri, for example sqlite:///edt-store/mlflow.db"
+        ) from error
     if tags.get("edt.kind") != "checkpoint" or "edt.uri" not in tags:
         raise UserError(f"the MLflow run {match[1]} has no checkpoint artifact; use the run of a train step")
     return Artifact.open(tags["edt.uri"])
@@ -168,14 +182,7 @@ def _of_run(location: str) -> Artifact | None:
 
 def _of_registry(location: str) -> Any | None:
     """The registered version at a location."""
-    if (match := REGISTERED.fullmatch(location)) is None:
-        return None
-    name, alias, number = match.groups()
-    client = mlflow_client()
-    try:
-        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-    except Exception as error:
-        raise _lookup_error(location, error) from error
+    return None if split_name(location) is None else registered_version(mlflow_client(), location)
 
 
 @contextmanager
@@ -184,15 +191,6 @@ def _downloaded(version: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="edt-") as folder:
         fetch_version(mlflow_client(), version, Path(folder), need_digests=False)
         yield Path(folder)
-
-
-def _lookup_error(location: str, error: Exception) -> UserError:
-    import mlflow
-
-    return UserError(
-        f"MLflow at {mlflow.get_tracking_uri()} has no model {location} ({error}); set MLFLOW_TRACKING_URI "
-        "or --tracking-uri, for example sqlite:///edt-store/mlflow.db"
-    )
 
 
 def _of_checkpoint(folder: Path) -> PlainModel:

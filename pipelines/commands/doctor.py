@@ -61,7 +61,9 @@ def doctor(
     if as_json:
         print_json([finding.as_row() for finding in findings])
     else:
-        advice = "fix what failed, and run edt doctor again" if failed else shlex.join(["edt", "run", config, *options])
+        again = [*options, *(["--tracking-uri", tracking_uri] if tracking_uri else []), *(["--quick"] if quick else [])]
+        retry = f"fix what failed, then run {shlex.join(['edt', 'doctor', config, *again])}"
+        advice = retry if failed else shlex.join(["edt", "run", config, *options])
         console.print(f"\n{len(findings)} checks, {failed} failed. Next: {escape(printable(advice))}")
     if any(finding.unanswered for finding in findings):  # a hanging thread would keep Python from exiting
         sys.stdout.flush()

@@ -105,6 +105,8 @@ def _answers(
     gpus = prompt.of("--hardware", what, hardware, here, first.parse_hardware)
     suggestion = str(first.suggested_size(listing, gpus))
     size = prompt.of("--image-size", "Which image size in pixels?", image_size, suggestion, first.check_size)
+    if prompt.interactive and model is None:
+        say(f"The models are: {first.models_text()}")
     network = prompt.of("--model", "Which model?", model, first.suggested_model(listing, gpus), first.check_model)
     suggestion = first.suggested_autoencoder(size, gpus)
     how = "Which autoencoder (hub id, folder, or 'fit' for one of your images)?"

@@ -31,6 +31,10 @@ class Weights(StrEnum):
     model = "model"
 
 
+_NONE = {
+    True: "no versions match",
+    False: "no models are registered; `edt run` registers those that it trains, `edt import` a released checkpoint",
+}
 _COLUMNS = ("model", "version", "aliases", "metric", "data", "code", "created")
 
 
@@ -78,8 +82,9 @@ def list_versions(
     if as_json:
         print_json([record.to_dict() for record in records])
     else:
+        is_filtered = bool(name or data or config or metric or commit)
         rows = [record.row() for record in records]
-        print_rows(rows, _COLUMNS, False, none="no such versions", extra=("code", "data"))
+        print_rows(rows, _COLUMNS, False, none=_NONE[is_filtered], extra=("code", "data"))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Commands on schedules: record, list, pause, resume and remove them, and serve those of a store."""
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +97,7 @@ def add(
     recorded = schedules.read(schedule.name)
     say(f"schedule {schedule.name} is {change}; {'it is paused' if recorded.paused else f'next {_next(recorded)}'}")
     if no_serve:
+        say(f"it runs only while a server runs: edt schedule serve --store {shlex.quote(schedule.store)}")
         return
     try:
         _serve(schedules)
@@ -131,6 +133,7 @@ def pause(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
     from pipelines.schedule.record import Schedules
 
     Schedules.at(store).pause(name)
+    say(f"schedule {name} is paused; `edt schedule resume {name}` resumes it")
 
 
 @app.command()
@@ -143,7 +146,9 @@ def resume(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
     """
     from pipelines.schedule.record import Schedules
 
-    Schedules.at(store).resume(name)
+    schedules = Schedules.at(store)
+    schedules.resume(name)
+    say(f"schedule {name} is resumed; next {_next(schedules.read(name))}")
 
 
 @app.command()
@@ -157,6 +162,7 @@ def remove(name: Name, store: StoreOption = DEFAULT_STORE) -> None:
     from pipelines.schedule.record import Schedules
 
     Schedules.at(store).remove(name)
+    say(f"schedule {name} is removed; a run in progress continues, and the records of its ticks stay")
 
 
 @app.command()

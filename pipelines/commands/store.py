@@ -9,20 +9,24 @@ from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, print
 
 
 def verify(
-    artifact: Annotated[str, typer.Argument(help="folder or URI of the artifact, which contains manifest.json")],
-    deep: Annotated[bool, typer.Option(help="compare the digest of every file, not only its size")] = False,
+    artifact: Annotated[str, typer.Argument(help="folder or URI of the artifact, or its fingerprint in the store")],
+    deep: Annotated[bool, typer.Option("--deep", help="compare the digest of every file, not only its size")] = False,
+    store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Check an artifact against its manifest.
 
+    The beginning of a fingerprint is enough, by itself or as the last part of a path.
+
     \b
     Examples:
+      edt verify 3f2a9c41d0e8
       edt verify ./edt-store/latents/3f2a
       edt verify ./edt-store/latents/3f2a --deep
     """
     from edt_core.progress import Printed
     from jobs.commands.verify import verify as verified
 
-    say(verified(artifact, deep, Printed("verify")))
+    say(verified(artifact, deep, Printed("verify"), store))
 
 
 def artifacts(

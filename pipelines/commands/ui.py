@@ -31,8 +31,10 @@ def ui(
       edt ui --run 3f2a9c41d0e84b6fa1c2d3e4f5a6b7c8 --no-open
     """
     from pipelines.cluster.ui import DEFAULT_PORT, experiment_of, free_port, served
+    from pipelines.tracking.runs import whole_run_id
 
     catalog = open_catalog(store, tracking_uri)
+    run = (whole_run_id(catalog, run) or run) if run else None
     experiment = experiment_of(catalog, run) if run else None
     if catalog.tracking_uri.startswith(("http://", "https://")):
         _show_links(catalog.tracking_uri, catalog, run, experiment, not no_open)

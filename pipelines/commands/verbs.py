@@ -23,6 +23,8 @@ _VERBS = {
     "export": ("jobs.commands.export", "Write samples or a model for other tools: WHAT TARGET --format FORMAT."),
     "bench": ("jobs.benchmark.command", "Measure this machine: data, encode, model, train or eval."),
 }
+# The heading of a command in `edt --help`, unless it is that of single steps.
+_PANELS = {**dict.fromkeys(("evaluate", "amm-search", "sample", "export"), "Models"), "bench": "Get started"}
 
 
 class VerbCommand(TyperCommand):
@@ -39,11 +41,19 @@ class VerbCommand(TyperCommand):
 
 
 def add_verbs(app: typer.Typer, panel: str) -> None:
-    """Add the verbs to the command line. A verb reads its own arguments and prints its own help."""
+    """Add the verbs to the command line, under the heading `panel` unless they have another one.
+
+    A verb reads its own arguments and prints its own help.
+    """
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
     for verb, (_, line) in _VERBS.items():
         add = app.command(
-            verb, cls=VerbCommand, help=line, rich_help_panel=panel, context_settings=settings, add_help_option=False
+            verb,
+            cls=VerbCommand,
+            help=line,
+            rich_help_panel=_PANELS.get(verb, panel),
+            context_settings=settings,
+            add_help_option=False,
         )
         add(_run)
 

@@ -292,7 +292,10 @@ def print_plan(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def runs(
     pipeline: Annotated[
-        str | None, typer.Argument(help="list only this pipeline, by the name in its configuration")
+        str | None,
+        typer.Argument(
+            help="list only this pipeline, by the name in its configuration, or the run with this id, also of a step"
+        ),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
@@ -305,13 +308,15 @@ def runs(
     Examples:
       edt runs
       edt runs quickstart --limit 5 --json
+      edt runs 3f2a9c41
     """
     from pipelines.tracking.runs import run_rows
 
     rows = run_rows(open_catalog(store, tracking_uri), pipeline, limit)
     columns = ("run", "pipeline", "status", "started", "seconds", "reused", "executed", "failed")
     table = [{**row, "failed": row["failed"].splitlines()[0][:80] if row["failed"] else ""} for row in rows]
-    print_rows(rows if as_json else table, columns, as_json, none="no runs", extra=("seconds",))
+    none = f"no runs of {pipeline}" if pipeline else "no runs"
+    print_rows(rows if as_json else table, columns, as_json, none, extra=("seconds",))
 
 
 def reproduce(

@@ -1,26 +1,22 @@
 """All problems of a configuration at once, each with its line in the file and a suggested field."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from edt_core.config import Section
 from edt_core.errors import UserError
 from edt_core.files.small_files import MAX_CONFIG_BYTES, read_text
 from edt_core.files.yaml_text import compose_yaml, parse_yaml
 from edt_core.printing.redaction import redacted
-from jobs.commands.options import validated
+from jobs.commands.options import is_section, meant_by, validated
 from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.config.size_check import size_problems
 
 _MAX_SHOWN = 60  # characters of a value
-_ALIKE = 0.75  # of `difflib`: least similarity of a suggested name
-_MAX_SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def _problem(name: str, field: str, entries: Sequence[Any]) -> Problem:
     value = redacted(repr(first["input"]))
     value = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
     if first["type"] == "extra_forbidden":
-        return Problem(name, field, value, "unknown field", meant_by(field))
+        return Problem(name, field, value, "unknown field", meant_by(field, PipelineConfig))
     messages = dict.fromkeys(redacted(entry["msg"]).removeprefix("Value error, ") for entry in entries)
     return Problem(name, field, value, ", or: ".join(messages))
 
@@ -100,32 +96,10 @@ def _field_of(location: Sequence[Any]) -> str:
     for part in location:
         parts.append(str(part))
         field = schema.model_fields.get(str(part))
-        if field is None or not _is_section(field.annotation):
+        if field is None or not is_section(field.annotation):
             break
         schema = field.annotation
     return ".".join(parts)
-
-
-def field_names(schema: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted name of every field and section of a configuration."""
-    for name, field in schema.model_fields.items():
-        yield prefix + name
-        if _is_section(section := field.annotation):
-            yield from field_names(section, f"{prefix}{name}.")
-
-
-def meant_by(field: str) -> tuple[str, ...]:
-    """Suggestions for an unknown field: the most similar one of its section, or fields of that name elsewhere."""
-    names = list(field_names())
-    section, _, last = field.rpartition(".")
-    siblings = [name for name in names if name.rpartition(".")[0] == section]
-    elsewhere = [name for name in names if name.rpartition(".")[2] == last]
-    near = get_close_matches(field, siblings, 1, _ALIKE) or elsewhere[:_MAX_SUGGESTIONS]
-    return tuple(near or get_close_matches(field, names, 1, _ALIKE))
-
-
-def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _located(unplaced: list[Problem]) -> list[Problem]:

@@ -15,13 +15,14 @@ from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.layout import KINDS
+from edt_core.store.prefixes import PREFIX, fingerprints
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.registry_files import title
-from pipelines.registry.lookup import find, origin_of
+from pipelines.registry.lookup import all_aliases, find, origin_of
 from pipelines.tracking.catalog import Catalog, flatten
-from pipelines.tracking.runs import experiments, runs_of, search
+from pipelines.tracking.runs import RUN_ID, experiments, runs_of, whole_run_id
 
-_FINGERPRINT, _RUN, _START = (re.compile(f"[0-9a-f]{{{digits}}}") for digits in ("64", "32", "12,63"))
+_FINGERPRINT, _RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 _SHORT = 12  # digits of a fingerprint that are shown
 # Role of an input that no step makes -> the parameter of the workflow run with its location.
 _LOCATIONS = {
@@ -77,21 +78,25 @@ class Lineage:
 def lineage(catalog: Catalog, text: str, store: Folder | None = None) -> Lineage:
     """The lineage of a version (NAME@ALIAS, NAME/NUMBER, NAME), of a step's run, or of a fingerprint.
 
-    A run or fingerprint may be given by its first 12 digits or more, as tables show them. Manifests are read from
+    A run or fingerprint may be given by its first digits, as tables show them. Manifests are read from
     `store` and from the stores of the version's artifacts. Raises UserError if `text` matches nothing.
     """
     walk = _Walk(catalog, experiments(catalog), [] if store is None else [store])
-    if _START.fullmatch(text) and not _RUN.fullmatch(text):
-        text = _whole(walk, text)
     if _FINGERPRINT.fullmatch(text):
         root = Node("", text)
     elif _RUN.fullmatch(text):
         root = _of_run(catalog, text)
+    elif PREFIX.fullmatch(text) and (fingerprint := walk.whole(text)) is not None:
+        root = Node("", fingerprint)
+    elif RUN_ID.fullmatch(text) and text not in all_aliases(catalog) and (run := whole_run_id(catalog, text)):
+        root = _of_run(catalog, run)
     else:
         return _of_version(walk, find(catalog, text))
     node = walk.artifact(root.kind, root.fingerprint)
     if node is None:
-        raise UserError(f"no artifact {root.fingerprint} in MLflow or the store; give the whole fingerprint")
+        raise UserError(
+            f"no artifact {root.fingerprint} in MLflow or the store; `edt artifacts` lists those of a store"
+        )
     walk.params = _parent_params(catalog, node.run)
     walk.add(node)
     return Lineage(node.fingerprint, walk.nodes)
@@ -127,12 +132,21 @@ class _Walk:
                 return Node(tags["edt.kind"], fingerprint, inputs, *facts)
         return self._of_manifest([kind] if kind else KINDS, fingerprint)
 
-    def starting(self, start: str) -> set[str]:
-        """The fingerprints and the ids of steps' runs that start with these digits."""
-        of_steps = search(self.catalog, "tags.`edt.fingerprint` LIKE '%'")
-        ids = {text for run in of_steps for text in (run.info.run_id, run.data.tags["edt.fingerprint"])}
-        ids.update(name for root in self.stores for kind in KINDS for name in root.child(kind).names())
-        return {name for name in ids if name.startswith(start)}
+    def whole(self, prefix: str) -> str | None:
+        """The fingerprint that begins with `prefix`; None if there is none, or if a model has this name.
+
+        Raises UserError if there are several.
+        """
+        if prefix in all_aliases(self.catalog):
+            return None
+        run_filter = f"tags.`edt.fingerprint` LIKE '{prefix}%' and attributes.status = 'FINISHED'"
+        found = {
+            run.data.tags["edt.fingerprint"] for run in self.catalog.client.search_runs(self.experiments, run_filter)
+        }
+        found |= fingerprints(self.stores, prefix)
+        if len(found) > 1:
+            raise UserError(f"{len(found)} artifacts have a fingerprint that begins with {prefix}; give more digits")
+        return next(iter(found), None)
 
     def remember(self, uri: str) -> None:
         """Add the store of an artifact: it may contain artifacts whose runs were deleted."""
@@ -206,15 +220,6 @@ def _of_import(name: str, version: Any, origin: Mapping[str, str]) -> Lineage:
         Node("published", autoencoder, uri=origin["autoencoder"], known_from="given"),
     ]
     return Lineage(name, {node.fingerprint: node for node in nodes})
-
-
-def _whole(walk: _Walk, start: str) -> str:
-    """The fingerprint or run that starts with these digits. Raises UserError if there are none or several."""
-    ids = sorted(walk.starting(start))
-    if len(ids) != 1:
-        several = f"several start so: {', '.join(ids[:3])}; give more digits" if ids else "`edt artifacts` lists them"
-        raise UserError(f"no artifact and no step's run is meant by {start}: {several}")
-    return ids[0]
 
 
 def _of_run(catalog: Catalog, run_id: str) -> Node:

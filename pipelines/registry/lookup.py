@@ -5,12 +5,12 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from edt_core.environment import utc
 from edt_core.errors import UserError
 from edt_core.evaluation.protocol import protocol_differences
+from edt_core.printing.suggestions import suggestions
 from jobs.commands.options import parse_assignment
 from pipelines.registry.aliases import (
     BEFORE_TAG,
@@ -111,12 +111,11 @@ def find(catalog: Catalog, text: str) -> Any:
         raise UserError(f"{text!r} is not the name of a version; give NAME@ALIAS, NAME/NUMBER or NAME")
     name, alias, number = match.groups()
     aliases = all_aliases(catalog)
-    if name not in aliases:
-        raise UserError(f"there is no registered model {name!r}; {_suggestions(name, aliases, 'models')}")
+    check_registered(name, aliases)
     if alias is None and number is None and CHAMPION in aliases[name]:
         alias = CHAMPION
     if alias is not None and alias not in aliases[name]:
-        raise UserError(f"{name} has no alias {alias!r}; {_suggestions(alias, aliases[name], 'aliases')}")
+        raise UserError(f"{name} has no alias {alias!r}; {suggestions(alias, aliases[name], 'aliases')}")
     number = aliases[name][alias] if alias is not None else number
     if number is not None and (version := version_at(catalog, name, number)) is not None:
         return version
@@ -127,6 +126,12 @@ def find(catalog: Catalog, text: str) -> Any:
         numbers = ", ".join(sorted(versions, key=int)[-10:])
         raise UserError(f"{name} has no version {number}; there are {len(versions)}, the newest: {numbers}")
     return versions[max(versions, key=int)]
+
+
+def check_registered(name: str, models: Iterable[str]) -> None:
+    """Raise UserError, with the nearest name, if a model is not among the registered ones."""
+    if name not in (names := list(models)):
+        raise UserError(f"there is no registered model {name!r}; {suggestions(name, names, 'models')}")
 
 
 def select(
@@ -144,8 +149,8 @@ def select(
     Raises UserError for a model, field or metric that no version has.
     """
     aliases = all_aliases(catalog)
-    if name is not None and name not in aliases:
-        raise UserError(f"there is no registered model {name!r}; {_suggestions(name, aliases, 'models')}")
+    if name is not None:
+        check_registered(name, aliases)
     versions = search(catalog, f"name = '{name}'" if name else "")
     if commit is not None:
         versions = [v for v in versions if v.tags.get("edt.code_version", "").startswith(commit)]
@@ -240,7 +245,7 @@ def _by_metrics(versions: list[Any], conditions: Sequence[str]) -> list[Any]:
             raise UserError(f"--metric {condition!r} is not a comparison; give one such as 'fid<5'")
         names = {name for version in versions for name in metrics_of(version)}
         if versions and match[1] not in names:
-            raise UserError(f"no version has a metric {match[1]!r}; {_suggestions(match[1], names, 'metrics')}")
+            raise UserError(f"no version has a metric {match[1]!r}; {suggestions(match[1], names, 'metrics')}")
         holds = _COMPARE[match[2]]
         versions = [v for v in versions if match[1] in (m := metrics_of(v)) and holds(m[match[1]], limit)]
     return versions
@@ -251,7 +256,7 @@ def _by_config(versions: list[Record], assignments: Sequence[str]) -> list[Recor
         key, value = parse_assignment(text)
         names = {name for record in versions for name in record.config}
         if versions and key not in names:
-            raise UserError(f"no run has a configuration field {key!r}; {_suggestions(key, names, 'fields')}")
+            raise UserError(f"no run has a configuration field {key!r}; {suggestions(key, names, 'fields')}")
         versions = [record for record in versions if key in record.config and _same(record.config[key], value)]
     return versions
 
@@ -264,12 +269,3 @@ def _same(recorded: str, value: Any) -> bool:
         return not isinstance(value, bool) and float(recorded) == float(value)
     except (TypeError, ValueError):
         return False
-
-
-def _suggestions(name: str, existing: Iterable[str], what: str) -> str:
-    """The existing names that are similar to a mistyped one, or else all of them."""
-    names = sorted(existing)
-    if close := get_close_matches(name, names, 3):
-        return f"did you mean {' or '.join(close)}?"
-    more = ", ..." if len(names) > 20 else ""
-    return f"there are no {what}" if not names else f"{what} are {', '.join(names[:20])}{more}"

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from edt_core.errors import UserError
+from edt_core.printing.suggestions import suggestions
 from jobs.models.registry_files import title
 from pipelines.registry.aliases import champion, search, version_at
 from pipelines.registry.lookup import all_aliases, origin_of
@@ -59,8 +60,9 @@ def line_start(catalog: Catalog, name: str, version: Any | None, record: Record)
 def _no_champion(catalog: Catalog, name: str) -> str:
     """Why there is nothing to start from, and the way on."""
     if name not in (known := all_aliases(catalog)):
-        models = f"; models are {', '.join(sorted(known)[:20])}" if known else ""
-        return f"there is no registered model {name!r}{models}. Train it first: `edt run CONFIG`"
+        hint = suggestions(name, known, "models")
+        hint += "" if hint.endswith("?") else "."
+        return f"there is no registered model {name!r}; {hint} Train it first: `edt run CONFIG`"
     numbers = sorted((str(v.version) for v in search(catalog, f"name = '{name}'")), key=int)
     if not numbers:
         return f"{name} has no versions; they were deleted. Retrain it with --from-scratch, or train it with `edt run`"

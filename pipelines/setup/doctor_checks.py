@@ -121,6 +121,36 @@ def _no_gpu(cuda: str | None) -> str:
     return "use a cluster with GPUs (--address, edt submit), or set train.use_gpu=false and num_gpus_per_worker=0"
 
 
+def cpus(setup: Setup) -> Result:
+    """The CPUs that the workers of a step take at once, compared with this machine's."""
+    if setup.address or os.environ.get("RAY_ADDRESS"):
+        return "ok", "the steps use the CPUs of the cluster", ""
+    available = setup.machine.result().cpus
+    needs = sorted(_cpus_at_once(setup.config, available), reverse=True)
+    number, _, _, text = needs[0]
+    if number <= available:
+        return "ok", f"{available} CPUs; no step uses more than {number:g} at once", ""
+    fields = dict.fromkeys(f"{field}={value}" for need, value, field, _ in needs if need > available)
+    remedy = f"set {' '.join(fields)}, or use a machine or a cluster with more CPUs"
+    return "warn", f"{text}, but there are {available} CPUs here: they slow each other down", remedy
+
+
+def _cpus_at_once(config: PipelineConfig, available: int) -> Iterator[tuple[float, int, str, str]]:
+    """(CPUs, a value for which `available` ones are enough, field, what the field is) of each step."""
+    pools = {"train": [config.train_of(name) for name in config.models]}
+    pools |= {name: [getattr(config, name)] for name in ("encode", "sample", "reference")}
+    for section, pool in ((section, pool) for section, entries in pools.items() for pool in entries):
+        workers = pool.worker_range[0] if section == "train" else pool.num_workers
+        each = pool.num_cpus_per_worker
+        fewer = max(1, int(available // each)) if each else workers
+        text = f"{section}.num_workers is {workers} with {each:g} CPUs each"
+        yield workers * each, fewer, f"{section}.num_workers", text
+    fits = {"autoencoder": config.autoencoder.pretrained is None, "classifier": "classifier" in config.extractors}
+    for section in (name for name, is_fitted in fits.items() if is_fitted):
+        number = getattr(config, section).num_cpus
+        yield number, available, f"{section}.num_cpus", f"{section}.num_cpus is {number}"
+
+
 def memory(setup: Setup) -> Result:
     """Estimated memory of training, compared with that of a GPU or this machine."""
     from edt_core.training.estimate import estimate
@@ -233,7 +263,10 @@ def disk(setup: Setup) -> Result:
     else:
         place, need, name = folder.local, sum(needs.values()), "the store"
     place = next(path for path in (place, *place.parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    usage = shutil.disk_usage(place)
+    if not usage.total:
+        return "fail", f"{place} is not on a disk, so nothing can be stored in it", "set another --store"
+    free = usage.free
     summary = f"{summary}, {size_text(free)} free in {name}"
     if need * _SLACK > free:
         remedy = (
@@ -265,6 +298,7 @@ CHECKS: dict[str, tuple[Check, float]] = {
     "python": (python, 20),
     "packages": (packages, 20),
     "device": (device, 90),
+    "cpus": (cpus, 90),
     "memory": (memory, 120),
     "images": (images, 120),
     "decoding": (decoding, 180),

@@ -160,11 +160,22 @@ def check_size(text: str) -> int:
 def check_model(name: str) -> str:
     """The name of an existing model, given in upper or lower case. Raises UserError."""
     from edt_core.models import MODEL_NAMES
+    from edt_core.models.zoo import unknown_model
 
     model = {known.lower(): known for known in MODEL_NAMES}.get(name.strip().lower())
     if model is None:
-        raise UserError(f"there is no model {name!r}; the models are {', '.join(MODEL_NAMES)}")
+        raise UserError(unknown_model(name))
     return model
+
+
+def models_text() -> str:
+    """The names of the models, by family: `EDT-S/2, EDT-B/2; DiT-S/2, DiT-B/2`."""
+    from itertools import groupby
+
+    from edt_core.models import MODEL_NAMES
+
+    families = groupby(MODEL_NAMES, lambda name: name.partition("-")[0])
+    return "; ".join(", ".join(names) for _, names in families)
 
 
 def check_autoencoder(text: str, image_size: int, model: str) -> str | None:

@@ -14,10 +14,11 @@ from edt_core.files.small_files import read_json, read_text
 from edt_core.files.yaml_text import parse_yaml
 from pipelines.tracking.catalog import Catalog, paged
 
+RUN_ID = re.compile("[0-9a-f]{4,32}")  # a run's id, or its beginning
+_ID_DIGITS = 32
 _STEP = "edt.step."
 _RECORDED = ("config.yaml", "environment.json")  # artifacts of a workflow run
 _PAGE = 500
-RUN_START = re.compile("[0-9a-f]{12,31}")  # the start of a run's id, as tables show it
 _BATCH = 200  # run ids per request
 
 
@@ -82,10 +83,36 @@ def runs_of(catalog: Catalog, ids: Iterable[str]) -> dict[str, Any]:
     return runs
 
 
-def run_rows(catalog: Catalog, pipeline: str | None, limit: int) -> list[dict[str, Any]]:
-    """The newest workflow runs, of one pipeline or all, as table rows."""
-    runs = (run for run in workflow_runs(catalog) if pipeline in (None, run.data.tags["edt.workflow"]))
-    return [_row(run) for run, _ in zip(runs, range(limit), strict=False)]
+def run_rows(catalog: Catalog, wanted: str | None, limit: int) -> list[dict[str, Any]]:
+    """The newest workflow runs, of one pipeline or all, as table rows.
+
+    `wanted`: the name of a pipeline, or the id of a run or of a step's run, of which the beginning is enough.
+    """
+    runs = (run for run in workflow_runs(catalog) if wanted in (None, run.data.tags["edt.workflow"]))
+    rows = [_row(run) for run, _ in zip(runs, range(limit), strict=False)]
+    if rows or wanted is None or not RUN_ID.fullmatch(wanted):
+        return rows
+    return [_row(run) for run in [_workflow_run(catalog, wanted)] if run is not None]
+
+
+def _workflow_run(catalog: Catalog, text: str) -> Any | None:
+    """The workflow run of this id, or to which the step's run of this id belongs; None if there is none."""
+    run = runs_of(catalog, [run_id]).get(run_id) if (run_id := whole_run_id(catalog, text)) else None
+    parent = None if run is None else run.data.tags.get("mlflow.parentRunId")
+    run = runs_of(catalog, [parent]).get(parent) if parent else run
+    return run if run is not None and "edt.workflow" in run.data.tags else None
+
+
+def whole_run_id(catalog: Catalog, text: str) -> str | None:
+    """The id of the one run that begins with `text`; None if there is none. Raises UserError if there are several."""
+    if len(text) == _ID_DIGITS or not RUN_ID.fullmatch(text):
+        return text
+    matches = [str(run.info.run_id) for run in search(catalog, "") if run.info.run_id.startswith(text)]
+    if len(matches) > 1:
+        raise UserError(
+            f"{len(matches)} runs have an id that begins with {text}: {', '.join(matches[:5])}; give more digits"
+        )
+    return matches[0] if matches else None
 
 
 def _row(run: Any) -> dict[str, Any]:
@@ -110,30 +137,19 @@ def _count(names: str | None) -> int:
     return len(names.split(", ")) if names else 0
 
 
-def whole_run_id(catalog: Catalog, start: str) -> str:
-    """The id of the pipeline run that starts with these digits. A whole or unknown id is returned as it is.
-
-    Raises UserError if several runs start with them.
-    """
-    if RUN_START.fullmatch(start) is None:
-        return start
-    ids = [run.info.run_id for run in workflow_runs(catalog) if run.info.run_id.startswith(start)]
-    if len(ids) > 1:
-        raise UserError(f"{len(ids)} runs start with {start}: {', '.join(ids[:3])}; give more digits")
-    return str(ids[0]) if ids else start
-
-
 def read_record(catalog: Catalog, run_id: str) -> Record:
     """The record of a workflow run. Raises UserError if MLflow has none, or if it is incomplete."""
     from mlflow.exceptions import MlflowException
 
-    run_id = whole_run_id(catalog, run_id)
     try:
+        run_id = whole_run_id(catalog, run_id) or run_id
         run = catalog.client.get_run(run_id)
     except MlflowException as error:
         raise UserError(f"MLflow has no run {run_id} ({error.error_code}); `edt runs` lists the runs") from error
     if "edt.workflow" not in run.data.tags:
-        raise UserError(f"the run {run_id} is not a run of a whole pipeline; `edt runs` lists those")
+        parent = run.data.tags.get("mlflow.parentRunId")
+        other = f"it is a step of the run {parent}; give that one" if parent else "`edt runs` lists those"
+        raise UserError(f"the run {run_id} is not a run of a whole pipeline; {other}")
     try:
         with tempfile.TemporaryDirectory(prefix="edt-") as folder:
             # With the client: `mlflow-artifacts:` addresses refer to this catalog's server, not the environment's.

@@ -1,5 +1,6 @@
 """The verbs on their own: `python -m jobs.<verb>`."""
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from edt_core.config import PreprocessConfig, Section, TrainConfig, result_fields
 from edt_core.errors import UserError
-from jobs.commands.options import parse_assignment, validated
+from jobs.commands.options import add_fields, given_fields, parse_assignment, validated
 from tests.support.jobs import command
 from tests.support.processes import joining
 
@@ -24,9 +25,11 @@ def test_what_does_not_change_the_result_is_not_in_the_fields() -> None:
     assert fields != result_fields(TrainConfig(seed=1))
 
 
-def test_an_unknown_key_is_named_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown configuration key 'image_sise'.*image_size.*max_bad_fraction"):
+def test_an_unknown_key_is_named_with_what_it_may_mean_or_else_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"unknown configuration key 'image_sise'; did you mean image_size\?$"):
         validated(PreprocessConfig, {"image_sise": 32})
+    with pytest.raises(UserError, match=r"unknown configuration key 'side'; known keys here: .*image_size"):
+        validated(PreprocessConfig, {"side": 32})
 
 
 def test_a_batch_with_less_than_a_sample_a_worker_says_what_would_do() -> None:
@@ -40,6 +43,27 @@ def test_values_are_read_as_yaml() -> None:
     assert parse_assignment("x=[1, 2]") == ("x", [1, 2])
     with pytest.raises(UserError, match="takes key=value"):
         parse_assignment("nonsense")
+
+
+def test_a_switch_needs_no_value() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    add_fields(parser, TrainConfig)
+
+    def given(*words: str) -> object:
+        return given_fields(parser.parse_args(["out", *words]), TrainConfig).get("use_gpu")
+
+    assert (given(), given("--use-gpu"), given("--use-gpu", "--lr", "1")) == (None, True, True)
+    assert (given("--use-gpu", "false"), given("--use-gpu=true")) == (False, True)
+
+
+def test_an_input_after_a_switch_is_not_taken_for_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    add_fields(parser, TrainConfig)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--use-gpu", "./out"])
+    assert "'./out' is neither true nor false; put a switch after the inputs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -7,9 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from edt_core.errors import UserError
+from jobs.commands.options import field_names, meant_by
 from pipelines.cli import app
-from pipelines.config.check import field_names, meant_by, problems
-from pipelines.config.schema import as_yaml, config_names, load_config
+from pipelines.config.check import problems
+from pipelines.config.schema import PipelineConfig, as_yaml, config_names, load_config
 from pipelines.diff import ABSENT, Side, differences, made_anew, outline, read_side
 from pipelines.outcome import Outcome
 from tests.support.small import MODEL, options
@@ -83,9 +84,9 @@ def test_files_that_are_no_configuration(text: str, message: str, tmp_path: Path
 
 
 def test_names_of_fields_lead_to_each_other() -> None:
-    assert {"train.max_steps", "source.path", "models"} <= set(field_names())
-    assert meant_by("trian.max_steps") == ("train.max_steps",)
-    assert meant_by("qqqqqqqq") == ()
+    assert {"train.max_steps", "source.path", "models"} <= set(field_names(PipelineConfig))
+    assert meant_by("trian.max_steps", PipelineConfig) == ("train.max_steps",)
+    assert meant_by("qqqqqqqq", PipelineConfig) == ()
 
 
 def test_a_change_makes_its_step_anew_and_all_that_rest_on_it() -> None:

@@ -123,6 +123,28 @@ def test_disk_is_held_against_what_the_configuration_makes(tmp_path: Path, monke
     assert (unknown.status, unknown.found) == ("warn", "unknown without the images")
 
 
+def test_more_workers_than_cpus_are_warned_of(tmp_path: Path) -> None:
+    assert asked(doctor_checks.cpus, setup(digits(tmp_path))).status == "ok"
+    many = digits(tmp_path, "train.num_workers=8", "classifier.num_cpus=3", "sample.num_cpus_per_worker=1")
+    told = asked(doctor_checks.cpus, setup(many))
+    assert told.status == "warn"
+    assert "train.num_workers is 8 with 1 CPUs each, but there are 2 CPUs here" in told.found
+    assert told.remedy.startswith("set train.num_workers=2 classifier.num_cpus=2, or use")
+    assert asked(doctor_checks.cpus, setup(many, address="auto")).status == "ok"
+    elastic = digits(tmp_path, "train.num_workers=[2, 8]")
+    assert asked(doctor_checks.cpus, setup(elastic)).status == "ok"  # as many as there are
+
+
+def test_a_store_that_cannot_be_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    who = setup(digits(Path("/proc/nowhere/store")))
+    told = asked(doctor_checks.store, who)
+    assert (told.status, told.found.startswith("cannot write to /proc/nowhere/store")) == ("fail", True)
+    assert told.remedy == "choose another"
+    disk = asked(doctor_checks.disk, who)
+    assert (disk.status, disk.remedy) == ("fail", "set another --store")
+    assert "free some" not in disk.found
+
+
 def test_images_are_decoded_and_sideways_photos_named(tmp_path: Path, digits_folder: Path) -> None:
     from PIL import Image
 
@@ -305,6 +327,9 @@ def test_the_command_tells_all_as_json_and_by_its_exit_code(
     assert f"--set 'name=of $HOME' --store {tmp_path / 'store'}" in told
     failed = edt("doctor", *given, "--set", "source.path=/nowhere", cwd=tmp_path)
     assert (failed.returncode, "Traceback" in failed.stdout + failed.stderr) == (1, False)
+    told = edt("doctor", *settings, "--set", "source.path=/nowhere", cwd=tmp_path).stdout
+    assert "Next: fix what failed, then run edt doctor quickstart --set source.kind=auto" in told
+    assert f"--set source.path=/nowhere --store {tmp_path / 'store'} --quick" in told
     assert edt("doctor", "--set", "train.lr=-1").returncode == 2
 
 

@@ -49,6 +49,24 @@ def read_by_parsers(words: list[str]) -> None:
         verbs.make_parser(name).parse_args(context.args)
 
 
+def test_commands_have_the_heading_where_people_look_for_them() -> None:
+    panels = {name: command.rich_help_panel for name, command in ROOT.commands.items()}
+    assert {panels[name] for name in ("sample", "evaluate", "export", "models", "lineage", "compare")} == {"Models"}
+    assert {panels[name] for name in ("init", "doctor", "config")} == {"Get started"}
+    assert {panels[name] for name in ("preprocess", "encode", "train")} == {"Single steps"}
+
+
+def test_no_boolean_option_wants_a_value() -> None:
+    for name, command in COMMANDS.items():
+        for option in command.params:
+            if getattr(option.type, "name", "") == "boolean" and option.param_type_name == "option":
+                assert option.is_flag, (name, option.name)
+                assert not option.secondary_opts, (
+                    name,
+                    option.name,
+                )
+
+
 def test_there_are_the_commands_that_there_should_be() -> None:
     assert {"run", "plan", "reproduce", "train", "models show", "schedule list"} < set(COMMANDS)
 

@@ -123,7 +123,7 @@ def test_what_is_suggested_follows_images_and_hardware() -> None:
         (check_size, "33", "multiple of 32"),
         (check_size, "-32", "multiple of 32"),
         (check_size, "", "multiple of 32"),
-        (check_model, "EDT-Q", "the models are EDT-S/2"),
+        (check_model, "EDT-Q", r"Unknown model 'EDT-Q'.*EDT-S/2"),
         (check_name, "a/b", "letters, digits"),
         (check_name, "", "letters, digits"),
         (look_at, " ", "the path is empty"),
@@ -295,6 +295,7 @@ def test_on_a_terminal_it_asks_and_asks_again(digits_folder: Path, tmp_path: Pat
     os.close(ours)
     assert process.wait() == 0, told.decode()
     assert b"does not exist" in told
+    assert b"The models are: EDT-" in told
     assert b"multiple of 32" in told
     config = load_config(str(tmp_path / "edt.yaml"))
     assert (config.name, config.preprocess.image_size, config.train.model) == ("typed", 64, "EDT-Tiny/2")

@@ -1,8 +1,10 @@
 """`edt lineage`: from a version back to the raw images, from MLflow alone and from manifests where runs are gone."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from edt_core.store.store import Store
 from pipelines.cli import app
 from pipelines.registry.lineage import lineage
 from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.runs import read_record
 from tests.support.registry import NAME, SOURCE, Registry
 
 KINDS = ["images", "autoencoder", "latents", "checkpoint", "reference", "features", "evaluation"]
@@ -130,11 +133,45 @@ def test_a_fingerprint_and_a_run_are_places_to_start(registry: Registry) -> None
     whole = lineage(registry.catalog, NAME)
     features = next(node for node in whole.nodes.values() if node.kind == "features")
     assert features.run is not None
-    for text in (features.fingerprint, features.run):
+    for text in (features.fingerprint, features.fingerprint[:12], features.run, features.run[:12]):
         found = lineage(registry.catalog, text)
         assert found.root == features.fingerprint
         assert found.nodes.items() <= whole.nodes.items()
         assert found.nodes[SOURCE].uri == "image_folder /data/birds"
+
+
+def test_a_beginning_that_several_have_asks_for_more(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = sorted(artifacts(registry))
+    monkeypatch.setattr("edt_core.store.prefixes.PREFIX", re.compile("[0-9a-f]+"))
+    monkeypatch.setattr("pipelines.registry.lineage.PREFIX", re.compile("[0-9a-f]+"))
+    first = next(one[0] for one, other in pairwise(made) if one[0] == other[0])
+    with pytest.raises(UserError, match=f"artifacts have a fingerprint that begins with {first}; give more digits"):
+        lineage(registry.catalog, first, Folder.at(registry.root))
+
+
+def test_the_run_of_an_artifact_is_found_among_the_runs(registry: Registry) -> None:
+    artifact = next(iter(artifacts(registry).values()))
+    step_run = artifact.manifest.mlflow_run_id
+    assert step_run is not None
+    parent = registry.catalog.client.get_run(step_run).data.tags["mlflow.parentRunId"]
+    for text in (step_run, step_run[:12], parent, parent[:12]):
+        done = CliRunner().invoke(app, ["runs", text, "--json", *registry.arguments])
+        assert [row["run"] for row in json.loads(done.output)] == [parent], text
+    assert CliRunner().invoke(app, ["runs", "0" * 32, *registry.arguments]).output.strip() == f"no runs of {'0' * 32}"
+    with pytest.raises(UserError, match=f"it is a step of the run {parent}; give that one"):
+        read_record(registry.catalog, step_run[:12])
+
+
+def test_an_artifact_is_verified_by_the_beginning_of_its_fingerprint(registry: Registry) -> None:
+    for fingerprint, artifact in artifacts(registry).items():
+        kind = artifact.manifest.kind
+        for text in (fingerprint[:12], f"{registry.root}/{kind}/{fingerprint[:12]}", artifact.folder.uri):
+            done = CliRunner().invoke(app, ["verify", text, "--deep", *registry.arguments])
+            assert done.output.startswith(f"{text}: {kind} {fingerprint[:12]}, "), done.output
+            assert f"content digest {artifact.manifest.digest[:12]}" in done.output
+    missing = CliRunner().invoke(app, ["verify", "0123456789ab", *registry.arguments]).exception
+    assert isinstance(missing, UserError)
+    assert "0123456789ab has no manifest.json" in str(missing)
 
 
 @pytest.mark.parametrize(

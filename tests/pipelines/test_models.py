@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -21,11 +22,14 @@ from huggingface_hub import ModelCard as HubCard
 from typer.testing import CliRunner
 
 import edt_core
-from edt_core.config import ChainConfig
+from edt_core.config import ChainConfig, TrainConfig
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CLASSES_NAME
+from jobs.models.initial import initial_source
+from jobs.models.names import is_of_mlflow, registered_version
+from jobs.models.open import check_model, use_mlflow
 from jobs.models.registry_files import pull, safe_name
 from pipelines.cli import app
 from pipelines.config.schema import PromoteConfig
@@ -463,3 +467,44 @@ def test_a_model_of_an_mlflow_server_is_registered_checked_and_pulled(
             edt(there, "models", "rollback", REAL)
     finally:
         server.kill()
+
+
+def test_an_empty_registry_says_so(tmp_path: Path) -> None:
+    empty = Registry(tmp_path / "store")
+    assert edt(empty, "models").startswith("no models are registered; `edt run` registers")
+    assert edt(empty, "models", "list", "--commit", "abc").strip() == "no versions match"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("edt-smal", f"has no model edt-smal; did you mean {NAME}\\? If it is in another MLflow, set"),
+        (f"{NAME}@champoin", f"has no model {NAME}@champoin; did you mean champion\\?"),
+        (f"{NAME}/77", "there is no version 77"),
+        ("zzz", f"has no model zzz; models are {OTHER}, {NAME}\\."),
+    ],
+)
+def test_commands_that_take_a_model_name_the_nearest_first(registry: Registry, text: str, message: str) -> None:
+    use_mlflow(text, None, str(registry.root))
+    try:
+        with pytest.raises(UserError, match=message):
+            check_model(text)
+        with pytest.raises(UserError, match=message):
+            initial_source(TrainConfig(init_from=text), registry.catalog.tracking_uri)
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def test_a_bare_name_is_its_champion(registry: Registry) -> None:
+    client = registry.catalog.client
+    for text in (NAME, f"models:/{NAME}", f"{NAME}@champion"):
+        assert registered_version(client, text).version == find(registry.catalog, NAME).version
+    assert not is_of_mlflow("missing.safetensors")  # a mistyped file
+
+
+def test_a_name_without_any_registry_says_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    with pytest.raises(UserError, match=f"there is no model at {NAME}: no such file or folder, and no registry"):
+        use_mlflow(NAME, None, "./edt-store")
+    assert list(tmp_path.iterdir()) == []

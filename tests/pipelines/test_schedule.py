@@ -353,7 +353,9 @@ def test_recorded_once_changed_by_name_paused_resumed_removed(store: Path) -> No
         assert done.returncode == 0, done
         return done.stdout
 
-    assert "schedule quickstart is new; next" in add("0 3 * * 0")
+    told = add("0 3 * * 0")
+    assert "schedule quickstart is new; next" in told
+    assert f"it runs only while a server runs: edt schedule serve --store {store}" in told
     before = (store / ".schedules" / "quickstart.json").read_bytes()
     assert "is unchanged" in add("0 3 * * 0")
     assert (store / ".schedules" / "quickstart.json").read_bytes() == before
@@ -367,12 +369,14 @@ def test_recorded_once_changed_by_name_paused_resumed_removed(store: Path) -> No
     assert set(listed()) == {"quickstart", "other"}
     assert listed()["quickstart"]["assignments"] == ["train.max_steps=50"]
     assert datetime.fromisoformat(listed()["quickstart"]["next"]).strftime("%a %H:%M") == "Sun 04:00"
-    assert edt("schedule", "pause", "quickstart", *options, cwd=store).returncode == 0
+    assert "schedule quickstart is paused" in edt("schedule", "pause", "quickstart", *options, cwd=store).stdout
     assert (listed()["quickstart"]["state"], listed()["quickstart"]["next"]) == ("paused", None)
     assert "it is paused" in add("0 5 * * 0")
-    assert edt("schedule", "resume", "quickstart", *options, cwd=store).returncode == 0
+    assert (
+        "schedule quickstart is resumed; next " in edt("schedule", "resume", "quickstart", *options, cwd=store).stdout
+    )
     assert listed()["quickstart"]["state"] == "waiting"
-    assert edt("schedule", "remove", "quickstart", *options, cwd=store).returncode == 0
+    assert "schedule quickstart is removed" in edt("schedule", "remove", "quickstart", *options, cwd=store).stdout
     assert set(listed()) == {"other"}
     assert "no schedule 'quickstart'" in edt("schedule", "pause", "quickstart", *options, cwd=store).stderr
 

@@ -124,7 +124,7 @@ def test_a_fingerprint_and_a_run_can_be_given_by_their_first_digits(registry: Re
     reference = next(item for item in artifacts(registry).values() if item.manifest.kind == "reference")
     for start in (reference.fingerprint[:12], reference.manifest.mlflow_run_id[:12]):  # type: ignore[index]
         assert lineage(catalog, start, store).root == reference.fingerprint
-    with pytest.raises(UserError, match="no artifact and no step's run is meant by 0123456789ab"):
+    with pytest.raises(UserError, match="there is no registered model '0123456789ab'"):
         lineage(catalog, "0123456789ab", store)
     assert Artifact.read(f"{registry.root}/reference/{reference.fingerprint[:12]}") == reference
 

@@ -73,8 +73,8 @@ def prepared(
 
     `points`: settings to check against the model before the reference is computed, which can take hours.
     """
-    use_mlflow(options.model, options.tracking_uri, options.store)
     for location in (options.model, *([options.guide] if options.guide else [])):
+        use_mlflow(location, options.tracking_uri, options.store)
         check_model(location)  # a mistake is reported before networks are read
     networks = _extractors(options, out, bar)
     opened = open_model(options.model, out)

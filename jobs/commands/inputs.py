@@ -9,8 +9,8 @@ from edt_core.evaluation.extractors import EXTRACTORS, PUBLISHED_SPACES, extract
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
-from edt_core.store.layout import MANIFEST_NAME
 from jobs.commands.options import given_fields, validated
+from jobs.models.open import is_artifact
 from jobs.stages.autoencoder import published_artifact
 from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
@@ -50,7 +50,7 @@ def open_input(role: str, location: str, out: Folder, options: argparse.Namespac
     if role == "source":
         fields = given_fields(options, SourceConfig) | {"path": location}
         return image_source(validated(SourceConfig, fields), progress)
-    if role == "autoencoder" and not Folder.at(location).exists(MANIFEST_NAME):
+    if role == "autoencoder" and not is_artifact(location):
         return published_artifact(location, out.child(".autoencoder"))
     if role in PUBLISHED_SPACES:
         return extractor_source(role, *split_digest(location))

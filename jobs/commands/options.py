@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from edt_core.config import Section
@@ -38,9 +38,11 @@ def add_fields(parser: Any, schema: type[Section], leave_out: Sequence[str] = ()
 
 def _switch(text: str) -> str:
     """The value of a switch. Raises ArgumentTypeError for other text, which may be an input that follows the switch."""
-    if isinstance(parse_assignment(f"switch={text}")[1], bool):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false; put a switch after the inputs")
+    try:
+        TypeAdapter(bool).validate_python(parse_assignment(f"switch={text}")[1])
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false; put a switch after the inputs") from None
+    return text
 
 
 class _HelpFormatter(argparse.HelpFormatter):

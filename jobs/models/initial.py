@@ -25,7 +25,7 @@ from edt_core.store.layout import (
     TRAIN_STATE,
 )
 from jobs.models.names import REGISTERED, RUN, is_of_mlflow, registered_version, split_name
-from jobs.models.open import FORMS, INDEX, in_store, of_pipeline, of_released
+from jobs.models.open import FORMS, INDEX, in_store, is_artifact, of_pipeline, of_released
 from jobs.models.registry_files import fetch_version, folder_digests, title, version_facts
 from jobs.runtime.tracking import mlflow_client
 
@@ -91,7 +91,7 @@ class _Lookup:
             return self._artifact(self._artifact_of_run(match[1]))
         if is_of_mlflow(text) and (parts := split_name(text)):
             return self._version(text, *parts)
-        if Folder.at(text).exists(MANIFEST_NAME):
+        if is_artifact(text):
             return self._artifact(Artifact.open(text))
         if (path / CHECKPOINT_MANIFEST).exists():
             return self._checkpoint(path.absolute())

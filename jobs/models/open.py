@@ -31,6 +31,7 @@ from edt_core.store.layout import (
     MODEL_CONFIG,
     TRAIN_STATE,
 )
+from edt_core.store.prefixes import whole_folder
 from jobs.models.names import RUN, is_of_mlflow, registered_version, split_name
 from jobs.models.registry_files import INDEX, fetch_version
 from jobs.runtime.tracking import SQLITE, mlflow_client, own_uri
@@ -138,8 +139,14 @@ def check_model(location: str) -> None:
         _ = _of_run(location) or _of_registry(location)
         return
     is_here = path.is_file() or any((path / name).exists() for name in (CHECKPOINT_MANIFEST, INDEX))
-    if not is_here and not Folder.at(location).exists(MANIFEST_NAME):
+    if not is_here and not is_artifact(location):
         raise UserError(f"there is no model at {location}; expected {FORMS}")
+
+
+def is_artifact(location: str) -> bool:
+    """Whether an artifact is at a location, whose last part may be the beginning of its fingerprint."""
+    folder = Folder.at(location)
+    return folder.exists(MANIFEST_NAME) or whole_folder(folder) is not None
 
 
 @contextmanager
@@ -151,7 +158,7 @@ def _model_at(location: str) -> Iterator[Artifact | PlainModel]:
     elif is_of_mlflow(location) and (version := _of_registry(location)) is not None:
         with _downloaded(version) as folder:
             yield of_pipeline(folder, location)
-    elif Folder.at(location).exists(MANIFEST_NAME):
+    elif is_artifact(location):
         yield Artifact.open(location)
     elif (path / CHECKPOINT_MANIFEST).exists():
         yield _of_checkpoint(path)

@@ -188,8 +188,10 @@ def rollback(
     """
     from pipelines.registry.aliases import alone
     from pipelines.registry.aliases import rollback as rolled_back
+    from pipelines.registry.lookup import all_aliases, check_registered
 
     catalog = open_catalog(store, tracking_uri)
+    check_registered(name, all_aliases(catalog))
     with alone(store, name):
         former, champion = rolled_back(catalog, name)
     say(f"{name}: champion is version {champion.version} again, no longer version {former.version}")

@@ -54,7 +54,7 @@ def test_a_switch_needs_no_value() -> None:
         return given_fields(parser.parse_args(["out", *words]), TrainConfig).get("use_gpu")
 
     assert (given(), given("--use-gpu"), given("--use-gpu", "--lr", "1")) == (None, True, True)
-    assert (given("--use-gpu", "false"), given("--use-gpu=true")) == (False, True)
+    assert (given("--use-gpu", "false"), given("--use-gpu=true"), given("--use-gpu", "0")) == (False, True, False)
 
 
 def test_an_input_after_a_switch_is_not_taken_for_its_value(capsys: pytest.CaptureFixture[str]) -> None:

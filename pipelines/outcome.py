@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from edt_core.evaluation.worth import Remark
 from edt_core.printing.redaction import redacted
 from edt_core.store.artifact import Artifact
 from edt_core.store.layout import REPORT_NAME
@@ -23,6 +24,8 @@ class Outcome:
     reports: dict[str, Artifact] = field(default_factory=dict)
     # of the untrained model, None for a training that starts from another model, and of the trained one
     metrics: dict[str, tuple[Mapping[str, float] | None, Mapping[str, float]]] = field(default_factory=dict)
+    remarks: dict[str, tuple[Remark, ...]] = field(default_factory=dict)  # on the metrics of a model
+    left_out: tuple[str, ...] = ()  # what of the source was not used, a line each kind
     failures: dict[str, BaseException] = field(default_factory=dict)
     stopped: str = ""  # the message about where the run stopped; "" if it was not stopped
     executed: int = 0
@@ -49,6 +52,7 @@ class Outcome:
             "images": self.images.get("images"),
             "unreadable_images": self.images.get("quarantined"),
             "stopped": self.stopped,
+            "left_out": list(self.left_out),
             "failures": {name: asdict(explained(error)) for name, error in self.failures.items()},
             "models": {
                 name: {
@@ -57,6 +61,7 @@ class Outcome:
                     "decision": str(decision),
                     "untrained": None if (before := self.metrics[name][0]) is None else dict(before),
                     "metrics": dict(self.metrics[name][1]),
+                    "remarks": [remark.text for remark in self.remarks.get(name, ())],
                     "report": str(self.reports[name].path(REPORT_NAME)) if name in self.reports else None,
                 }
                 for name, decision in self.decisions.items()

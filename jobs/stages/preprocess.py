@@ -174,6 +174,7 @@ def _counts(
         "duplicates": repeats.duplicates,  # kept: published data sets contain some too
         "under_several_classes": repeats.under_several_classes,
         "left_out": dict(listing.left_out),  # files that are not images, by extension
+        **({"skipped": dict(listing.skipped)} if listing.skipped else {}),
         "classes": len(listing.classes),
         "class_counts": class_counts.tolist(),
         "image_size": config.image_size,

@@ -194,20 +194,18 @@ def _warn_of_loss() -> None:
 
 def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     """Print the end of a run: registered models, paths and links, and for each failure cause, remedy and log."""
-    from edt_core.data.sources.files import some
     from edt_core.store.layout import REPORT_NAME, SAMPLES_NAME
 
     counts = f"{outcome.reused} steps reused, {outcome.executed} run, {len(outcome.failures)} failed"
     counts += f", {outcome.skipped} skipped" if outcome.skipped else ""
     terminal.say(f"\n{counts} in {outcome.seconds:.0f} s")
-    if unreadable := outcome.images.get("quarantined"):
-        names = [row["path"] for row in outcome.images["quarantined_images"]]
-        terminal.say(
-            f"{unreadable} of {outcome.images['found']} images could not be read and are left out: {some(names)}"
-        )
+    for line in outcome.left_out:
+        terminal.say_wrapped(f"not used  {line}", indent=10)
     for name, decision in outcome.decisions.items():
         terminal.say(f"\n{name} version {decision.version}  {decision}", "bold")
         _show_metrics(*outcome.metrics[name], terminal)
+        for remark in outcome.remarks.get(name, ()):
+            terminal.say_wrapped(f"  {remark.text}", "yellow" if remark.doubt else "", indent=4)
     for report in outcome.reports.values():
         terminal.say(f"\nsamples   {report.path(SAMPLES_NAME)}")
         terminal.say(f"report    {report.path(REPORT_NAME)}")

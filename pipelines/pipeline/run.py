@@ -4,12 +4,15 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 from edt_core.config import recorded_fields
+from edt_core.data.left_out import left_out
 from edt_core.environment import environment
 from edt_core.errors import Stopped, UserError
-from edt_core.store.artifact import Source
+from edt_core.store.artifact import Artifact, Source
+from edt_core.store.layout import CLASSES_NAME
 from edt_core.store.store import Store
 from jobs.runtime.cluster_address import check_named
 from jobs.stages import preprocess
@@ -23,6 +26,7 @@ from pipelines.pipeline.branches import Branch, call_steps, initial_tags
 from pipelines.pipeline.inputs import Published, prepare_source
 from pipelines.pipeline.promotion import call_promotion
 from pipelines.registry.kept import kept_tags
+from pipelines.report.worth import remarks_on
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog, check_tracking, tracking_kept
 from pipelines.tracking.runs import step_tag
@@ -147,6 +151,8 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     before = branch.steps.get("untrained_evaluation")
     outcome.decisions[branch.name] = promoted.decision
     outcome.metrics[branch.name] = (None if before is None else before.result().counts["metrics"], after)
+    artifacts = {role: step.result() for role, step in branch.steps.items()}
+    outcome.remarks[branch.name] = remarks_on(artifacts, promoted.decision.metric, promoted.decision.lower_is_better)
     if workflow.wait(report):
         outcome.reports[branch.name] = report.result()
 
@@ -157,13 +163,23 @@ def _record_steps(workflow: Workflow) -> None:
     workflow.catalog.set_tags(workflow.run_id, tags)
 
 
+def _left_out(images: Artifact | None) -> tuple[str, ...]:
+    """What of the source was not used, a line each kind; nothing while that is not known."""
+    if images is not None:
+        with suppress(UserError, OSError):
+            return tuple(left_out(images.counts, images.read_json(CLASSES_NAME)))
+    return ()
+
+
 def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     """Record in the parent run which steps were reused, which ran, and which failed."""
     reused = sorted(n for n, future in workflow.futures.items() if future.reused or n in workflow.taken)
     ran = sorted(set(workflow.artifacts()) - set(reused))
     outcome.executed, outcome.reused = len(ran), len(reused)
     outcome.skipped = len(workflow.failures) - len(workflow.culprits())
-    outcome.images = next((a.counts for a in workflow.artifacts().values() if a.manifest.kind == "images"), {})
+    images = workflow.artifacts().get("preprocess")
+    outcome.images = {} if images is None else images.counts
+    outcome.left_out = _left_out(images)
     failed = "; ".join(f"{name}: {error}" for name, error in outcome.failures.items())[:4000]
     tags = {"edt.reused": ", ".join(reused), "edt.executed": ", ".join(ran), "edt.failed": failed}
     tags["edt.stopped"] = outcome.stopped[:4000]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.evaluation.metrics.registry import REGISTRY
+from edt_core.evaluation.worth import Measured, Remark, difference
 from edt_core.sampling.grid import PIXELATED_UP_TO, encodable
 from pipelines.report.costs import StepCost
 from pipelines.report.figures import Picture, champion_trend, timestep_curves, training_curves
@@ -63,6 +64,9 @@ class ReportData:
     num_timesteps: int = 1000
     costs: Sequence[StepCost] = ()
     validation: Validation | None = None
+    measured: Measured | None = None  # the metrics with the number of samples; None if that is unknown
+    remarks: Sequence[Remark] = ()  # on the metrics
+    left_out: Sequence[str] = ()  # what of the source was not used
     predecessor: Predecessor | None = None  # the champion that this version was compared with
 
 
@@ -91,7 +95,7 @@ def render_report(data: ReportData) -> str:
         gallery=gallery(data.classes, _origins(data)),
         display_px=display_size(image_size),
         pixelated=image_size <= PIXELATED_UP_TO,
-        metrics=compare_metrics(data.metrics_before or {}, data.metrics_after),
+        metrics=compare_metrics(data.metrics_before or {}, data.metrics_after, data.measured),
         own_space="classifier" if any(name.endswith("_classifier") for name in data.metrics_after) else None,
         validation=None if data.validation is None else validation_view(data.validation),
         trend=_trend(data),
@@ -188,7 +192,7 @@ def scaled(value: float | None, unit: str) -> str:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric, untrained and trained. verdict: better, worse, same, or "" if it is unknown.
+    """One metric, untrained and trained. verdict: better, worse, same, noise (it may be), or "" if it is unknown.
 
     spread: standard deviation of `after`, or None.
     """
@@ -211,8 +215,13 @@ _METRIC_MEANINGS = (
 )
 
 
-def compare_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[MetricRow]:
-    """A row for every metric of `after`, then for those only in `before`, each with its factor of change."""
+def compare_metrics(
+    before: Mapping[str, float], after: Mapping[str, float], measured: Measured | None = None
+) -> list[MetricRow]:
+    """A row for every metric of `after`, then for those only in `before`, each with its factor of change.
+
+    `measured`: `after` with the number of samples; then a change that may be noise has the verdict "noise".
+    """
     rows = []
     for name in dict.fromkeys((*after, *before)):
         if name.endswith("_std") and name.removesuffix("_std") in after:
@@ -220,6 +229,8 @@ def compare_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> 
         entry = next((entry for entry in _METRIC_MEANINGS if name.startswith(entry[0])), None)
         meaning, lower = entry[1:] if entry else ("", None)
         change, verdict = _change(before.get(name), after.get(name), lower)
+        if verdict in ("better", "worse") and measured is not None and difference(name, before, measured) != "clear":
+            verdict = "noise"
         spread = after.get(f"{name}_std")
         rows.append(MetricRow(name, meaning, lower, before.get(name), after.get(name), change, verdict, spread))
     return rows

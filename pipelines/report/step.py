@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edt_core.config import Section, added
+from edt_core.data.left_out import left_out
 from edt_core.data.sources.files import some
 from edt_core.evaluation.metrics import metric_space
 from edt_core.evaluation.protocol import protocol_differences
@@ -30,6 +31,7 @@ from pipelines.report.lineage import LineageRow
 from pipelines.report.page import ReportData, render_report
 from pipelines.report.predecessor import PredecessorFacts, read_predecessor
 from pipelines.report.validation import read_validation
+from pipelines.report.worth import measured, remarks_on
 
 REGISTERED = ("checkpoint", "evaluation")  # roles of the artifacts that a registered version records
 
@@ -79,7 +81,9 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
     }
     if empty := [name for name, count in zip(classes, counts or (), strict=bool(counts)) if not count]:
         facts["classes_without_images"] = f"{len(empty)} of {len(classes)}: {some(empty)}"
-    facts |= image_facts(images.counts)
+    if images.counts.get("turned"):
+        of = images.counts["turned_of"]
+        facts["exif_orientation_ignored"] = f"{images.counts['turned']} of {of} inspected images"
     if "classifier" in inputs:
         facts["classifier_holdout_accuracy"] = inputs["classifier"].counts["holdout_accuracy"]
     return ReportData(
@@ -111,19 +115,11 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         num_timesteps=checkpoint.manifest.config["num_timesteps"],
         predecessor=None if config.champion is None else read_predecessor(config.champion, inputs),
         validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
+        measured=measured(evaluation),
+        remarks=remarks_on(inputs, config.registry.metric, config.registry.lower_is_better),
+        left_out=left_out(images.counts, classes),
         costs=[step_cost(step, inputs[role], facts["macs"]) for role, (step, _) in config.lineage.items()],
     )
-
-
-def image_facts(counts: Mapping[str, Any]) -> dict[str, str]:
-    """What was done to images that may not be what the user expects; empty if nothing."""
-    facts = {}
-    if counts.get("quarantined"):
-        names = [row["path"] for row in counts["quarantined_images"]]
-        facts["unreadable_images_left_out"] = f"{counts['quarantined']} of {counts['found']}: {some(names)}"
-    if counts.get("turned"):
-        facts["exif_orientation_ignored"] = f"{counts['turned']} of {counts['turned_of']} inspected images"
-    return facts
 
 
 def _neighbours(space: str, samples: Samples, inputs: Mapping[str, Artifact]) -> Neighbourhood | str:

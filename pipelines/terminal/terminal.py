@@ -50,6 +50,7 @@ class Terminal:
         self._frozen = False
         self._start = time.monotonic()
         self._last_lines: dict[str, float] = {}  # time of the last progress line of each running step
+        self._waits: dict[str, str] = {}  # what was said of the steps that other runs make
         self._warnings = 0  # number of warnings shown
 
     def __enter__(self) -> "Terminal":
@@ -167,8 +168,8 @@ class Terminal:
         if node.name == SOURCE:
             self._last_lines.setdefault(SOURCE, now)
         if node.state == "waiting":  # another run makes it
-            if node.name not in self._last_lines:
-                self._last_lines[node.name] = -_EVERY_S
+            if self._waits.get(node.name) != node.note:
+                self._waits[node.name] = node.note
                 self._line(node, node.note, "dim")
             return
         if not self.console.is_terminal and now - self._last_lines.get(node.name, -_EVERY_S) >= _EVERY_S:

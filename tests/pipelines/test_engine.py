@@ -197,3 +197,41 @@ def test_an_artifact_without_a_whole_record_gets_one_when_it_is_reused(workflow:
     found = client.get_run(run)
     assert found.info.status == "FINISHED"
     assert found.data.tags["edt.digest"] == step.result().manifest.digest
+
+
+def test_a_step_that_another_run_makes_says_so_and_counts_as_reused(
+    workflow: Workflow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other run holds the step's lock and has its MLflow run open, as while it computes."""
+    store, catalog = workflow.store, workflow.catalog
+    fingerprint = MAKES.fingerprint(Section(), {"source": source().fingerprint})
+    other = catalog.start_run("workflow", {})
+    made, waited = threading.Event(), f"being made by run {other[:12]}"
+
+    def compute() -> None:
+        with store.lock("images", fingerprint):
+            run = catalog.step_run("makes", "images", fingerprint, other)
+            held.set()
+            made.wait(LIMIT_S)
+            out = store.writer("images", fingerprint)
+            out.write_bytes("a.bin", b"abc")
+            out.commit(config={}, inputs={}, counts={}, step_version=1, mlflow_run_id=run)
+
+    held = threading.Event()
+    threading.Thread(target=compute, daemon=True).start()
+    assert held.wait(LIMIT_S)
+    shown = workflow.terminal.show
+
+    def show(counts: Any, warnings: Any) -> None:
+        shown(counts, warnings)
+        if workflow.terminal.tree.get("makes").note == waited:
+            made.set()
+
+    workflow.terminal.show = show  # type: ignore[method-assign]
+    step = workflow.step("makes", MAKES, Section(), source=source())
+    assert workflow.wait(step)
+    out = capsys.readouterr().out
+    assert out.count(waited) == 1
+    assert f"{fingerprint[:12]}  of run {other[:12]}" in out
+    assert workflow.taken == {"makes"}
+    assert workflow.terminal.tree.tally() == "1 of 1 steps done, 1 reused"

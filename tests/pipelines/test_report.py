@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edt_core.evaluation.worth import ACCURACY, Measured, Remark
 from edt_core.sampling.grid import sample_grid
 from pipelines.report.lineage import lineage_graph
 from pipelines.report.page import NOTHING, brief, compare_metrics, duration, render_report, scaled, shown
-from pipelines.report.step import image_facts
 from tests.support.reports import (
     CLASSES,
     COSTS,
@@ -93,6 +93,8 @@ def test_hostile_text_is_escaped_everywhere() -> None:
             metrics_after={attack: 1.0, "a_" + attack: 2.0},
             lineage=rows,
             config_yaml=attack,
+            remarks=(Remark(attack, doubt=True), Remark(attack)),
+            left_out=(attack,),
         )
     )
     assert "<script" not in text
@@ -100,6 +102,25 @@ def test_hostile_text_is_escaped_everywhere() -> None:
     page = Page(text)
     assert page.open == []
     assert ("aria-label", f"3 generated images of class {attack}") in page.attributes
+
+
+def test_the_page_says_what_the_metrics_are_worth_and_what_was_not_used() -> None:
+    before, after = {"fd_classifier": 47.5, "accuracy_classifier": 0.1}, {"fd_classifier": 46.7, ACCURACY: 0.119}
+    facts = {
+        "remarks": (Remark("no better than chance", doubt=True), Remark("a fact")),
+        "left_out": ("13 files that are not images: 13 .txt",),
+        "metrics_before": before,
+        "metrics_after": after,
+    }
+    text = render_report(whole_report_data(**facts, measured=Measured(after, 400)))
+    assert Page(text).open == []
+    assert "<li><strong>no better than chance</strong></li>" in text
+    assert "<li>a fact</li>" in text
+    assert "<li>13 files that are not images: 13 .txt</li>" in text
+    assert text.count("may be noise") == 4  # a tile and a row of each metric
+    assert 'class="better"' not in text
+    clear = render_report(whole_report_data(**facts, measured=Measured({**after, ACCURACY: 0.7}, 400)))
+    assert clear.count("may be noise") == 2
 
 
 def test_page_is_whole_without_optional_parts() -> None:
@@ -122,16 +143,6 @@ def test_page_is_whole_without_optional_parts() -> None:
     assert "Untrained</th>" not in text
     unmeasured = render_report(report_data(metrics_before={}, untrained=images(0), untrained_labels=np.arange(0)))
     assert "There is no untrained model to compare with." in unmeasured
-
-
-def test_images_left_out_and_photos_on_their_side_are_facts_of_the_model() -> None:
-    quiet = {"found": 404, "images": 404, "quarantined": 0, "quarantined_images": []}
-    assert image_facts(quiet) == {}
-    rows = [{"path": "cat/0100.jpg", "reason": "truncated"}]
-    facts = image_facts({**quiet, "quarantined": 1, "quarantined_images": rows, "turned": 12, "turned_of": 256})
-    page = render_report(replace(report_data(), model=facts))
-    assert "1 of 404: &#39;cat/0100.jpg&#39;" in page
-    assert "12 of 256 inspected images" in page
 
 
 def test_classifier_metrics_are_said_not_to_be_fid() -> None:

@@ -43,6 +43,7 @@ def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) 
             f"images outside any class folder found; expected {place}/<class>/<image>, {IMAGES}"
             f"{packed([entry.name for entry in entries(place.root)])}"
         )
+    skipped = {"directly in the source, without a class folder": loose} if loose else {}
     if loose:
         progress.warn(f"{loose} images directly in {place} have no class folder and are skipped")
     folders = nesting(table["name"])
@@ -61,7 +62,7 @@ def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) 
     names = natural([*with_images, *empty])
     labels = pc.index_in(folder, pa.array(names, pa.binary())).cast(pa.int32())
     table = table.add_column(1, "label", labels)
-    return Listing(place.root, tuple(map(as_text, names)), table, "file", dict(files.left_out))
+    return Listing(place.root, tuple(map(as_text, names)), table, "file", dict(files.left_out), skipped)
 
 
 def _class_folders(names: pa.ChunkedArray, last: bool) -> pa.ChunkedArray:

@@ -64,7 +64,8 @@ def list_labels(place: Place, config: "SourceConfig", progress: Progress) -> Lis
     table = files.filter(pc.is_valid(positions))
     table = table.add_column(1, "label", pa.array(indices[np.asarray(positions.drop_null())]))
     left_out = Counter(extension(name) for name in others if not is_image(name))
-    return Listing(place.root, classes, table, "file", dict(left_out))
+    skipped = {f"that {where} does not list": len(unlisted)} if unlisted else {}
+    return Listing(place.root, classes, table, "file", dict(left_out), skipped)
 
 
 def _read(root: Folder, labels: str | None) -> tuple[str, bytes]:

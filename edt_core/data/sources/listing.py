@@ -44,6 +44,7 @@ class Listing:
     table: pa.Table
     access: Access
     left_out: Mapping[str, int] = field(default_factory=dict)  # files of the source that are not images, by extension
+    skipped: Mapping[str, int] = field(default_factory=dict)  # images that have no class, by the reason
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -62,7 +63,7 @@ class Listing:
         """Images [start, stop), in separate buffers: pickling an Arrow slice would send the whole listing."""
         start, stop = max(start, 0), min(max(stop, start, 0), len(self))
         part = self.table.slice(start, stop - start)  # `take` on the whole table would join its chunks each time
-        return replace(self, table=part, left_out={}).take(np.arange(stop - start))
+        return replace(self, table=part, left_out={}, skipped={}).take(np.arange(stop - start))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Listing":
         """The images at these indices, in this order."""

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PYTHONS ?= 3.12 3.13
 BIN    := $(VENV)/bin
+DOCS   := .venv-docs
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 # One process more than cores, because one process runs Ray's tests, some of which wait.
@@ -11,7 +12,7 @@ PARALLEL := -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 8 ? $$(getconf 
 NUMERICS := $(addprefix tests/edt_core/test_,models*.py diffusion*.py metrics*.py training*.py solvers.py generation.py \
     autoencoder.py inception.py extractors.py alignment.py labels.py pipeline.py)
 
-.PHONY: install quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check format docs lock wheel notebook bench recording clean
+.PHONY: install quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check prose format docs docs-serve reference lock wheel notebook bench recording clean
 
 install: $(READY)
 
@@ -59,17 +60,35 @@ test-pythons:                  ## the tests of edt_core, with each installed ver
 faults: install                ## kills at every step boundary and in every step, double starts, lost nodes: half an hour
 	$(PYTEST) -m slow -s tests/pipelines/test_faults.py tests/pipelines/test_lost_nodes.py
 
-check: install                 ## lint, format, types
+check: install prose           ## lint, format, types, prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Pages that proselint still has remarks on. Shorten this list; never add to it.
+UNCLEAN := docs/benchmarks.md docs/decisions.md docs/formats.md docs/cost.md docs/howto.md docs/imagenet.md docs/troubleshooting.md
+
+prose: $(DOCS)/.ready          ## proselint with the rules of .proselintrc.json; tests/docs/test_prose.py has our own
+	$(DOCS)/bin/proselint check README.md CONTRIBUTING.md $(filter-out $(UNCLEAN),$(wildcard docs/*.md docs/*/*.md))
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install                  ## generate docs/config.md from the schemas
+reference: install             ## generate docs/config.md from the schemas
 	$(BIN)/python -m pipelines.config.reference > docs/config.md
+
+$(DOCS)/.ready: requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet -r requirements-docs.lock
+	touch $@
+
+docs: $(DOCS)/.ready           ## the book, in build/book; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS)/.ready     ## the book on http://127.0.0.1:8000, rebuilt when a page changes
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
 
 bench: install                 ## times the quickstart, its second run and the CLI; prints a table
 	$(BIN)/python tests/benchmarks/quickstart.py
@@ -88,7 +107,11 @@ lock:                          ## resolve pyproject.toml and write the pins, exc
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install --quiet ".[dev]"
 	.lock-venv/bin/pip freeze --all --exclude edt-pipeline --exclude pip | sed 's/+cpu//' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
+	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+	    | .lock-venv/bin/pip install --quiet -r /dev/stdin
+	.lock-venv/bin/pip freeze > requirements-docs.lock
 	rm -rf .lock-venv
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(DOCS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

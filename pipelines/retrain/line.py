@@ -6,10 +6,11 @@ from typing import Any
 from edt_core.errors import UserError
 from edt_core.printing.suggestions import suggestions
 from jobs.models.registry_files import title
-from pipelines.registry.aliases import champion, search, version_at
+from pipelines.registry.aliases import DECISION_TAG, champion, search, version_at
 from pipelines.registry.lookup import all_aliases, origin_of
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import Record, read_record, step_tag, workflow_runs
+from pipelines.tracking.runs import search as search_runs
 
 
 def champion_record(catalog: Catalog, name: str, from_scratch: bool = False) -> tuple[Any | None, Record]:
@@ -55,6 +56,19 @@ def line_start(catalog: Catalog, name: str, version: Any | None, record: Record)
             break
         version, record = earlier, before
     return version, record
+
+
+def has_ended(catalog: Catalog, version: Any) -> bool:
+    """Whether a run got as far as the report of a version, which comes after its decision.
+
+    A run that was killed records neither what it executed nor what it reused.
+    """
+    if DECISION_TAG not in version.tags:
+        return False
+    checkpoint = version.tags.get("edt.checkpoint", "")
+    runs = search_runs(catalog, f"tags.`{step_tag(f'train {version.name}')}` = '{checkpoint}'")
+    recorded = (run.data.tags.get(key, "").split(", ") for run in runs for key in ("edt.executed", "edt.reused"))
+    return any(f"report {version.name}" in names for names in recorded)
 
 
 def _no_champion(catalog: Catalog, name: str) -> str:

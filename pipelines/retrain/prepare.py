@@ -27,7 +27,7 @@ from pipelines.registry.gate import Decision
 from pipelines.registry.kept import ClassesDifferError, autoencoder_of, kept_networks
 from pipelines.retrain.delta import delta_of
 from pipelines.retrain.guard import guarded, over_limit
-from pipelines.retrain.line import champion_record, is_started, line_start
+from pipelines.retrain.line import champion_record, has_ended, is_started, line_start
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import Record
@@ -88,7 +88,7 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
     store = Store(Folder.at(request.store))
     source = prepare_source(config.source, store.root, terminal, digest_again)
     if version is not None and not request.differs and source.fingerprint == version.tags.get("edt.source"):
-        if DECISION_TAG not in version.tags:
+        if not has_ended(catalog, version):
             return _unfinished(request, record, source, version)
         return Retraining(config, source, version, nothing_to_do=f"the images are those of {title(version)}")
     notes: list[str] = []
@@ -101,13 +101,13 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
 
 
 def _unfinished(request: Request, record: Record, source: Source, version: Any) -> Retraining:
-    """The run that made a champion, to be finished: it ended after the alias moved, before the decision was recorded.
+    """The run that made a champion, to be finished: it ended after the alias moved, before its decision or its report.
 
-    All its steps are reused, so only the decision and what follows it are made.
+    All its other steps are reused.
     """
     models = {request.name: record.config["models"][request.name]}
     config: PipelineConfig = validated(PipelineConfig, {**record.config, "store": request.store, "models": models})
-    note = f"the run that made {title(version)} ended before its decision was recorded; it is finished first"
+    note = f"the run that made {title(version)} ended before its decision or its report; it is finished first"
     return Retraining(config, source, version, notes=(note,))
 
 
@@ -117,15 +117,16 @@ def planned(catalog: Catalog, retraining: Retraining) -> list[PlannedStep]:
 
 
 def done_before(catalog: Catalog, retraining: Retraining, steps: Sequence[PlannedStep]) -> str:
-    """Which version this very retraining made before, with its decision; "" if it was not done."""
+    """Which version this very retraining made before, with its decision; "" if it was not done, or not to its end."""
     (name,) = retraining.config.models
     promotion = next((step for step in steps if step.step == f"promote {name}"), None)
     if promotion is None or promotion.action != "reuse":
         return ""
     number = promotion.why.removeprefix("version ")
     version = version_at(catalog, name, number)
-    text = None if version is None else version.tags.get("edt.decision")
-    return f"{name} version {number} is this retraining" + (f" ({Decision.from_json(text)})" if text else "")
+    if version is None or not has_ended(catalog, version):
+        return ""
+    return f"{name} version {number} is this retraining ({Decision.from_json(version.tags[DECISION_TAG])})"
 
 
 def _configured(catalog: Catalog, request: Request, version: Any | None, record: Record) -> PipelineConfig:

@@ -24,12 +24,13 @@ from jobs.stages.preprocess import image_source
 from pipelines.cli import app
 from pipelines.config.schema import PipelineConfig, as_yaml, load_config
 from pipelines.pipeline import HeldBackError
+from pipelines.registry.aliases import DECISION_TAG
 from pipelines.retrain import drift, prepare
 from pipelines.retrain import line as lines
 from pipelines.retrain.delta import delta_of
 from pipelines.retrain.drift import DriftGuard, drift_guard
 from pipelines.retrain.guard import guarded, over_limit
-from pipelines.retrain.line import champion_record
+from pipelines.retrain.line import champion_record, has_ended
 from pipelines.retrain.prepare import Request, _check_start, _configured
 from pipelines.schedule.record import new_schedule
 from pipelines.schedule.server import command
@@ -133,25 +134,47 @@ def test_limits_that_were_set_for_one_run_are_not_inherited(line: Line) -> None:
     assert line.config("retrain.max_drift=null").retrain.max_drift is None
 
 
-@pytest.mark.parametrize("decided", [True, False])
-def test_a_champion_whose_run_ended_before_its_decision_is_finished_first(
-    line: Line, monkeypatch: pytest.MonkeyPatch, decided: bool
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_champion_whose_run_did_not_end_is_finished_first(
+    line: Line, monkeypatch: pytest.MonkeyPatch, ended: bool
 ) -> None:
-    """With the images of the champion there is nothing to train, but a decision may be missing."""
+    """With the images of the champion there is nothing to train, but a decision or a report may be missing."""
+    monkeypatch.setattr(prepare, "has_ended", lambda *_: ended)
     line.add("train.max_steps=1000")
-    line.add("train.max_steps=250", "train.init_from=models:/m/1", **({"edt.decision": "{}"} if decided else {}))
+    line.add("train.max_steps=250", "train.init_from=models:/m/1")
     version = line.versions["2"]
     source = SimpleNamespace(fingerprint=version.tags["edt.source"], classes=())
     monkeypatch.setattr(prepare, "champion_record", lambda *_: (version, line.records[version.run_id]))
     monkeypatch.setattr(prepare, "prepare_source", lambda *_: source)
     retraining = prepare.prepare(None, Request("m", line.store), None)  # type: ignore[arg-type]
-    if decided:
+    if ended:
         assert retraining.nothing_to_do == "the images are those of m version 2"
     else:
         assert retraining.nothing_to_do == ""
         assert retraining.config.train_of("m").init_from == "models:/m/1"  # the run of version 2, not one from it
         assert retraining.config.train_of("m").max_steps == 250
-        assert "ended before its decision was recorded" in retraining.notes[0]
+        assert "ended before its decision or its report" in retraining.notes[0]
+
+
+def test_a_version_is_complete_once_a_run_recorded_its_report(tmp_path: Path) -> None:
+    """A killed run records no steps; the next one may reuse all of them."""
+    registry = Registry(tmp_path)
+    registry.add("first", 5.0)
+    catalog, version = registry.catalog, registry.version("1")
+
+    def run(**tags: str) -> None:
+        step = {f"edt.step.train.{NAME}": version.tags["edt.checkpoint"]}
+        catalog.start_run("again", {"edt.workflow": "small", **step, **tags})
+
+    assert DECISION_TAG in version.tags
+    run()
+    run(**{"edt.executed": f"train {NAME}, evaluate {NAME}", "edt.reused": f"report {NAME}-2"})
+    catalog.start_run("other", {"edt.workflow": "small", "edt.executed": f"report {NAME}"})
+    assert not has_ended(catalog, version)
+    run(**{"edt.executed": "", "edt.reused": f"evaluate {NAME}, report {NAME}, train {NAME}"})
+    assert has_ended(catalog, version)
+    del version.tags[DECISION_TAG]
+    assert not has_ended(catalog, version)
 
 
 def test_limits_notifications_and_the_gate_make_no_other_training() -> None:
@@ -165,12 +188,13 @@ def test_a_schedule_trains_once_on_the_same_images_whatever_it_sets(
     line: Line, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
 ) -> None:
     """Else each night would train the champion of the night before further, on images that did not change."""
-    line.add("train.max_steps=1000", **{"edt.decision": "{}"})
+    line.add("train.max_steps=1000")
     version = line.versions["1"]
     source = SimpleNamespace(fingerprint=version.tags["edt.source"], classes=())
     monkeypatch.setattr(prepare, "champion_record", lambda *_: (version, line.records[version.run_id]))
     monkeypatch.setattr(prepare, "prepare_source", lambda *_: source)
     request = Request("m", line.store, when_data_changed=True, **asked)
+    monkeypatch.setattr(prepare, "has_ended", lambda *_: True)
     assert prepare.prepare(None, request, None).nothing_to_do == "the images are those of m version 1"  # type: ignore[arg-type]
     assert Request("m", line.store, **asked).differs
 

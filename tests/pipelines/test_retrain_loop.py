@@ -6,176 +6,25 @@ process. In the suite Ray's calls are done by that process; the slow test has fi
 
 import json
 import os
-import signal
-import subprocess
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edt_core.child_process import child_environment, python_command
-from edt_core.config import SourceConfig
-from edt_core.data.digits import write_digits
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CLASSES_NAME
 from edt_core.store.store import Store
-from jobs.stages.preprocess import image_source
 from jobs.stages.reuse.originals import Originals
 from jobs.stages.reuse.siblings import NONE
 from pipelines.registry.aliases import DECISION_TAG
-from pipelines.schedule import server as scheduler
-from pipelines.schedule.record import UNCHANGED, Schedules, Tick
-from pipelines.tracking.catalog import Catalog
-from pipelines.tracking.runs import step_tag, workflow_runs
+from pipelines.schedule.record import UNCHANGED, Schedules
+from pipelines.tracking.runs import search, step_tag, workflow_runs
 from tests.support import small
-from tests.support.local_training import is_whole
-from tests.support.processes import wait_for
-from tests.support.servers import MlflowServer
+from tests.support.retrain_loop import CLASSES, FIRST, MORE, NAME, STEPS, Loop, loop_in
 from tests.support.small import MODEL
-
-NAME, DAY = f"retrain-{MODEL}", timedelta(days=1)
-CLASSES = tuple("0123456789")
-FIRST, MORE = 20, 3  # images of each class before the first training, and in each arrival
-STEPS = 24  # of the training from scratch; a retraining has a quarter
-BASE = (
-    *small.SMALL,
-    "source.kind=image_folder",
-    "source.limit=null",
-    "preprocess.max_bad_fraction=0.02",
-    f"train.max_steps={STEPS}",
-    "train.checkpoint_every=1",
-    "train.log_every=1",
-)
-BY_ROW = ("images", "latents", "reference")  # artifacts that take unchanged rows from earlier ones
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """The images as they were when a version had to be made of them."""
-
-    source: str
-    counts: tuple[int, ...]  # readable images of each class
-
-
-@dataclass
-class Loop:
-    """A folder of images that grows, a store, an MLflow server, and the scheduler's server, for which days pass."""
-
-    root: Path
-    module: str  # what runs as `edt` at each tick
-    mlflow: MlflowServer
-    day: int = 0
-    arrivals: list[Arrival] = field(default_factory=list)
-    broken: list[Path] = field(default_factory=list)
-    ticks: list[Tick] = field(default_factory=list)
-    began: datetime = field(
-        default_factory=lambda: datetime.now(UTC).replace(hour=3, minute=0, second=30, microsecond=0)
-    )
-
-    @property
-    def store(self) -> Path:
-        return self.root / "store"
-
-    @property
-    def images(self) -> Path:
-        return self.root / "images"
-
-    @property
-    def catalog(self) -> Catalog:
-        return Catalog(self.mlflow.uri, "")
-
-    def arrive(self, count: int, broken: bool = False) -> None:
-        """So many images of each class come; with `broken`, one file more that is none."""
-        whole = write_digits(self.root / "digits")
-        for label in CLASSES:
-            (self.images / label).mkdir(parents=True, exist_ok=True)
-            for path in sorted((whole / label).iterdir())[:count]:
-                path.rename(self.images / label / path.name)
-        if broken:
-            self.broken.append(self.images / "3" / "0000-broken.png")
-            self.broken[-1].write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-        counts = tuple(sum(path not in self.broken for path in (self.images / label).iterdir()) for label in CLASSES)
-        self.arrivals.append(Arrival(self.identity, counts))
-
-    @property
-    def identity(self) -> str:
-        return image_source(SourceConfig(kind="image_folder", path=str(self.images))).fingerprint
-
-    def train_first(self) -> None:
-        options = [part for text in (*BASE, f"source.path={self.images}") for part in ("--set", text)]
-        command = python_command("-m", self.module, "run", "quickstart", "--store", str(self.store), *options)
-        done = subprocess.run(
-            command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout
-
-    def record_schedule(self) -> None:
-        words = ("schedule", "--retrain", MODEL, "--cron", "0 3 * * *", "--timezone", "UTC", "--no-serve")
-        done = small.edt(*words, "--store", str(self.store), cwd=self.root, env=dict(os.environ))
-        assert done.returncode == 0, done.stderr
-
-    def night(self, meanwhile: Callable[[], None] | None = None) -> Tick:
-        """The next day's tick is attended by a server, while something else may happen; returns what it came to."""
-        self.day += 1
-        now, told = self.began + self.day * DAY, list[str]()
-        server = scheduler.Server(Schedules.at(str(self.store)), told.append, 0.02, now=lambda: now)
-        began = time.monotonic()
-        other = threading.Thread(target=meanwhile) if meanwhile else None
-        if other:
-            other.start()
-        server.attend(NAME)
-        if other:
-            other.join()
-        last = Schedules.at(str(self.store)).state(NAME).last
-        assert last is not None, told
-        assert (last.tick, last.missed) == (now.replace(second=0), 0)
-        assert "Traceback" not in self.log(last)
-        self.ticks.append(last)
-        print(f"\n{last.tick:%Y-%m-%d}  {last.outcome}  {time.monotonic() - began:.0f} s  {last.error or ''}")
-        return last
-
-    def log(self, tick: Tick) -> str:
-        return Path(str(tick.log)).read_text()
-
-    def kill_in_training(self) -> None:
-        """SIGKILL the process group of the run, once its training has a checkpoint and is not finished."""
-        finished = set(self.store.glob("checkpoint/*"))
-
-        def begun() -> bool:
-            places = self.store.glob("checkpoint/*/*/checkpoints/step-*")
-            return any(is_whole(place) for place in places if place.parents[2] not in finished)
-
-        wait_for(begun)
-        running = Schedules.at(str(self.store)).state(NAME).running
-        assert running is not None
-        assert running.pid is not None
-        os.killpg(running.pid, signal.SIGKILL)
-
-
-@contextmanager
-def loop_in(root: Path, module: str, patch: pytest.MonkeyPatch) -> Iterator[Loop]:
-    """A loop with its MLflow server, which the runs and the scheduler find in the environment."""
-    (root / "mlflow").mkdir()
-    mlflow = MlflowServer(root / "mlflow")
-    for name, value in (("MLFLOW_TRACKING_URI", mlflow.uri), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")):
-        patch.setenv(name, value)
-    patch.delenv("RAY_ADDRESS", raising=False)
-    of_edt = scheduler.command
-    patch.setattr(scheduler, "command", lambda made: [module if w == "pipelines.cli" else w for w in of_edt(made)])
-    mlflow.start()
-    try:
-        yield Loop(root, module, mlflow)
-    finally:
-        mlflow.kill()
 
 
 def assert_outcomes(loop: Loop, *outcomes: str) -> None:
@@ -193,83 +42,83 @@ def assert_outcomes(loop: Loop, *outcomes: str) -> None:
     assert not Schedules.at(str(loop.store)).state(NAME).unrecorded
 
 
-def versions_of(loop: Loop) -> list[Any]:
-    found = loop.catalog.client.search_model_versions(f"name = '{MODEL}'")
-    return sorted(found, key=lambda version: int(version.version))
-
-
-def assert_decisions(loop: Loop) -> list[dict[str, Any]]:
+def assert_decisions(loop: Loop) -> None:
     """For each arrival one version, made of the images that were there, from the champion of then, rightly decided."""
-    versions, store = versions_of(loop), Store(Folder.at(loop.store))
+    versions, store = loop.versions, Store(Folder.at(loop.store))
     assert [version.version for version in versions] == [str(k + 1) for k in range(len(loop.arrivals))]
-    champion, decisions = "", []
+    champion = ""
     for version, arrival in zip(versions, loop.arrivals, strict=True):
         tags = version.tags
-        decision = json.loads(tags[DECISION_TAG])
         images = store.find("images", tags["edt.images"])
         assert images is not None
         assert tags["edt.source"] == arrival.source == images.manifest.inputs["source"]
         assert tuple(images.read_json(CLASSES_NAME)) == CLASSES
         assert tuple(images.counts["class_counts"]) == arrival.counts
-        assert (decision["name"], decision["version"]) == (MODEL, version.version)
-        assert (decision["champion_before"] or "") == champion
-        assert decision["value"] == float(tags[f"edt.metric.{decision['metric']}"])
-        assert (tags.get("edt.init_from"), int(tags["edt.cost.steps"])) == (
-            (f"models:/{MODEL}/{champion}", STEPS // 4) if champion else (None, STEPS)
-        )
-        better = not champion
         if champion:
-            again = decision["remeasured"]
-            (uri, protocol) = (again["uri"], again["protocol"])
-            measured = Artifact.open(Folder.at(uri)).counts["metrics"][decision["metric"]]
-            assert (again["version"], protocol) == (champion, tags["edt.protocol"])
-            assert decision["champion_value"] == again["metrics"][decision["metric"]] == measured
-            better = measured - decision["value"] >= 0.01 * measured
-        assert decision["became_champion"] == better
-        champion = version.version if better else champion
-        decisions.append(decision)
+            assert (tags["edt.init_from"], tags["edt.cost.steps"]) == (f"models:/{MODEL}/{champion}", str(STEPS // 4))
+        champion = rightly_decided(version, champion)
     model = loop.catalog.client.get_registered_model(MODEL)
     assert model.aliases == {"champion": champion, "candidate": versions[-1].version}
-    return decisions
 
 
-def assert_nothing_twice(loop: Loop, killed: int) -> None:
-    """Each step was executed by one run and finished once; only the training of a killed run was begun again."""
-    catalog = loop.catalog
-    executed: Counter[str] = Counter()
-    finished: Counter[str] = Counter()
+def rightly_decided(version: Any, champion: str) -> str:
+    """Check a version's decision by the values that stand in the artifacts; returns the champion after it."""
+    tags = version.tags
+    decision = json.loads(tags[DECISION_TAG])
+    assert (decision["name"], decision["version"]) == (MODEL, version.version)
+    assert (decision["champion_before"] or "") == champion
+    assert decision["value"] == float(tags[f"edt.metric.{decision['metric']}"])
+    better = not champion
+    if champion:
+        again = decision["remeasured"]
+        measured = Artifact.open(Folder.at(again["uri"])).counts["metrics"][decision["metric"]]
+        assert (again["version"], again["protocol"]) == (champion, tags["edt.protocol"])
+        assert decision["champion_value"] == again["metrics"][decision["metric"]] == measured
+        better = measured - decision["value"] >= 0.01 * measured
+    assert decision["became_champion"] == better
+    return str(version.version) if better else champion
+
+
+def assert_changes(loop: Loop) -> None:
+    """Each retraining says which images came since its champion; a broken one counts once, when it comes."""
+    made = [tick for tick in loop.ticks if tick.outcome == "finished"]
+    for tick, version, arrival in zip(made, loop.versions[1:], loop.arrivals[1:], strict=True):
+        before = loop.arrivals[int(json.loads(version.tags[DECISION_TAG])["champion_before"]) - 1]
+        assert f"images    {arrival.files}: +{arrival.files - before.files} -0 images" in loop.log(tick)
+
+
+def assert_nothing_twice(loop: Loop) -> None:
+    """Each step was executed by one run and finished once; only the training of the killed run was begun again."""
+    catalog, executed = loop.catalog, Counter[str]()
     for run in workflow_runs(catalog):
         steps = [name for name in run.data.tags.get("edt.executed", "").split(", ") if name]
         executed.update(run.data.tags[step_tag(name)] for name in steps)
-        children = catalog.client.search_runs([run.info.experiment_id], "tags.`edt.fingerprint` LIKE '%'")
-    finished.update(run.data.tags["edt.fingerprint"] for run in children if run.info.status == "FINISHED")
-    restarted = [run.data.tags["edt.step"] for run in children if "edt.restarts" in run.data.tags]
+    children = list(search(catalog, "tags.`edt.fingerprint` LIKE '%'"))
+    finished = Counter(run.data.tags["edt.fingerprint"] for run in children)
     assert {run.info.status for run in children} == {"FINISHED"}
     assert set(executed.values()) == set(finished.values()) == {1}
-    assert restarted == [f"train {MODEL}"] * killed
+    assert [run.data.tags["edt.step"] for run in children if "edt.restarts" in run.data.tags] == [f"train {MODEL}"]
+    attempts = Counter[int]()
     for artifact in Store(Folder.at(loop.store)).artifacts():
         assert artifact.problems(deep=True) == []
-        attempts = [path for path in Path(artifact.folder.local or "").iterdir() if path.is_dir()]
         assert finished[artifact.fingerprint] == 1
-        assert len(attempts) == 1 or (artifact.manifest.kind == "checkpoint" and len(attempts) == 2 and killed)
+        attempts[len([path for path in Path(artifact.folder.local or "").iterdir() if path.is_dir()])] += 1
+    assert attempts[2] == 1
 
 
-def assert_rows(loop: Loop) -> dict[str, list[tuple[int, int]]]:
-    """Of each arrival, only the rows of new images were computed; returns (reused, computed) by kind, in order."""
-    store, rows = Store(Folder.at(loop.store)), dict[str, list[tuple[int, int]]]()
-    for kind in BY_ROW:
-        made = {artifact.counts["images"]: artifact for artifact in store.committed(kind)}
-        totals = [sum(arrival.counts) for arrival in loop.arrivals]
+def assert_rows(loop: Loop) -> None:
+    """Of each arrival, only the rows of new images were computed: all others are recorded as reused."""
+    store, totals = Store(Folder.at(loop.store)), [sum(arrival.counts) for arrival in loop.arrivals]
+    for kind in ("images", "latents", "reference"):
+        made = {artifact.counts["images"]: artifact.manifest.reused for artifact in store.committed(kind)}
         assert sorted(made) == totals, kind
-        reused = [(made[total].manifest.reused or {"rows": 0})["rows"] for total in totals]
-        assert reused == [0, *totals[:-1]], kind
-        rows[kind] = [(old, total - old) for old, total in zip(reused, totals, strict=True)]
-    return rows
+        reused = [made[total] or {"rows": 0} for total in totals]
+        assert [record["rows"] for record in reused] == [0, *totals[:-1]], kind
 
 
 def assert_nothing_lost(loop: Loop) -> None:
     """The last image artifact has every image; a broken one is listed there, with the reason."""
-    images = Store(Folder.at(loop.store)).find("images", versions_of(loop)[-1].tags["edt.images"])
+    images = Store(Folder.at(loop.store)).find("images", loop.versions[-1].tags["edt.images"])
     assert images is not None
     originals = Originals.of(images)
     written = {bytes(digest) for digest in originals.digests[originals.row != NONE]}
@@ -280,6 +129,15 @@ def assert_nothing_lost(loop: Loop) -> None:
     assert all(row["reason"] for row in quarantined)
 
 
+def assert_right(loop: Loop, *outcomes: str) -> None:
+    assert_outcomes(loop, *outcomes)
+    assert_decisions(loop)
+    assert_changes(loop)
+    assert_nothing_twice(loop)
+    assert_rows(loop)
+    assert_nothing_lost(loop)
+
+
 @pytest.mark.faults
 @pytest.mark.extern
 def test_one_arrival_meets_a_broken_image_an_outage_and_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,20 +146,11 @@ def test_one_arrival_meets_a_broken_image_an_outage_and_a_kill(tmp_path: Path, m
         loop.train_first()
         loop.record_schedule()
         loop.arrive(MORE, broken=True)
-        loop.mlflow.kill()
-        away = loop.night()
-        assert "MLflow does not answer" in str(away.error)
-        loop.mlflow.start()
-        killed = loop.night(loop.kill_in_training)
-        assert "SIGKILL" in str(killed.error)
-        assert len(versions_of(loop)) == 1
+        loop.outage()
+        loop.killed()
         loop.night()
         loop.night()
-        assert_outcomes(loop, "failed", "failed", "finished", UNCHANGED)
-        assert_decisions(loop)
-        assert_nothing_twice(loop, killed=1)
-        assert_rows(loop)
-        assert_nothing_lost(loop)
+        assert_right(loop, "failed", "failed", "finished", UNCHANGED)
 
 
 @pytest.mark.faults
@@ -309,7 +158,7 @@ def test_one_arrival_meets_a_broken_image_an_outage_and_a_kill(tmp_path: Path, m
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 def test_five_arrivals_are_five_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with loop_in(tmp_path, os.environ.get("LOOP_MODULE", "pipelines.cli"), monkeypatch) as loop:
+    with loop_in(tmp_path, "pipelines.cli", monkeypatch) as loop:
         loop.arrive(FIRST)
         loop.train_first()
         loop.record_schedule()
@@ -318,31 +167,14 @@ def test_five_arrivals_are_five_decisions(tmp_path: Path, monkeypatch: pytest.Mo
         loop.arrive(MORE, broken=True)
         loop.night()
         loop.arrive(MORE)
-        loop.mlflow.kill()
-        loop.night()
-        loop.mlflow.start()
+        loop.outage()
         loop.night()
         loop.arrive(MORE)
-        loop.night(loop.kill_in_training)
+        loop.killed()
         loop.night()
         loop.arrive(MORE)
         loop.night()
         loop.night()
-        show(loop)
-        made = ("finished", "finished", "failed", "finished", "failed", "finished", "finished")
-        assert_outcomes(loop, *made, UNCHANGED)
-        changes = [loop.log(tick) for tick in loop.ticks if tick.outcome == "finished"]
-        assert ["+31 -0 images" if k == 1 else "+30 -0 images" for k in range(5)]
-        assert changes
-        for decision in assert_decisions(loop):
-            print(decision)
-        assert_nothing_twice(loop, killed=1)
-        print(assert_rows(loop))
-        assert_nothing_lost(loop)
-
-
-def show(loop: Loop) -> None:
-    """What a person sees of it."""
-    for words in (("schedule", "list"), ("runs",), ("models", "list")):
-        print(f"\nedt {' '.join(words)}")
-        print(small.edt(*words, "--store", str(loop.store), cwd=loop.root, env=dict(os.environ)).stdout)
+        for words in (("schedule", "list"), ("runs",), ("models", "list")):  # what a person sees of it
+            print(small.edt(*words, "--store", str(loop.store), cwd=loop.root, env=dict(os.environ)).stdout)
+        assert_right(loop, "finished", "finished", "failed", "finished", "failed", "finished", "finished", UNCHANGED)

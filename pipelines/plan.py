@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from edt_core.config import Section, result_fields
+from edt_core.config import PreprocessConfig, Section, TrainConfig, result_fields
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS
@@ -17,6 +17,7 @@ from pipelines.config.schema import PipelineConfig
 from pipelines.config.size_check import check_pipeline_sizes
 from pipelines.engine.step import StepFuture, input_fingerprints, needs_of
 from pipelines.engine.steps import D, Promotion
+from pipelines.setup.duration import Work, expected_seconds
 from pipelines.tracking.catalog import Catalog, flatten
 
 Action = Literal["reuse", "resume", "run"]
@@ -26,7 +27,10 @@ _LONGEST = 80  # characters of a difference
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step of a planned run. `run_id`: the MLflow run that produced the reused artifact."""
+    """One step of a planned run. `run_id`: the MLflow run that produced the reused artifact.
+
+    `seconds`: of a step that runs, at the pace of an earlier artifact like it; None if there is none.
+    """
 
     step: str
     kind: str
@@ -34,6 +38,7 @@ class PlannedStep:
     action: Action
     why: str
     run_id: str | None = None
+    seconds: float | None = None
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,10 +54,13 @@ class Planner:
     store: Store
     catalog: Catalog | None = None
     steps: dict[str, PlannedStep] = field(default_factory=dict)
-    _manifests: dict[str, list[Manifest]] = field(default_factory=dict)  # kind -> those in the store, newest last
+    _manifests: dict[str, list[Manifest]] = field(default_factory=dict)  # kind -> those in the store, newest first
+    _models: dict[str, str] = field(default_factory=dict)  # training -> its model
+    _images: tuple[int | None, int | None] = (None, None)  # number and side of the images
 
     def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
         """Plan one step. Raises UserError if a run would."""
+        self._note(name, config, inputs)
         fingerprints = input_fingerprints(inputs)
         fingerprint = stage.fingerprint(config, fingerprints)
         warnings: list[str] = []
@@ -69,7 +77,9 @@ class Planner:
             action: Action = "resume" if finished else "run"
             if isinstance(initial := inputs.get("init"), Source):
                 why += f"; it starts from {initial.location}"
-            planned = PlannedStep(name, stage.kind, fingerprint, action, f"{finished}; {why}" if finished else why)
+            seconds = self._seconds(stage.kind, config, inputs) if not finished else None
+            why = f"{finished}; {why}" if finished else why
+            planned = PlannedStep(name, stage.kind, fingerprint, action, why, seconds=seconds)
         self.steps[name] = planned
         return StepFuture(name, stage.kind, fingerprint, needs_of(inputs), artifact=artifact)
 
@@ -104,13 +114,31 @@ class Planner:
         self.steps[promotion.name] = PlannedStep(promotion.name, "version", "", "reuse", why, run_id)
         return decision
 
+    def _note(self, name: str, config: Section, inputs: Mapping[str, StepFuture | Source]) -> None:
+        """Remember what decides the pace of later steps: number and size of the images, and the models."""
+        if isinstance(config, TrainConfig):
+            self._models[name] = config.model
+        if isinstance(config, PreprocessConfig):
+            source = inputs.get("source")
+            self._images = (source.images if isinstance(source, Source) else None, config.image_size)
+
+    def _seconds(self, kind: str, config: Section, inputs: Mapping[str, StepFuture | Source]) -> float | None:
+        checkpoint = inputs.get("checkpoint")
+        model = self._models.get(checkpoint.name) if isinstance(checkpoint, StepFuture) else None
+        model = config.model if isinstance(config, TrainConfig) else model
+        return expected_seconds(Work(kind, config, *self._images, model), self._newest(kind))
+
+    def _newest(self, kind: str) -> list[Manifest]:
+        """The manifests of a kind, newest first."""
+        if kind not in self._manifests:
+            self._manifests[kind] = in_order(self.store.manifests(kind))[::-1]
+        return self._manifests[kind]
+
     def _why(self, stage: Stage, config: Section, inputs: Mapping[str, str]) -> str:
         """How the step differs from the most similar artifact of its kind."""
-        if stage.kind not in self._manifests:
-            self._manifests[stage.kind] = in_order(self.store.manifests(stage.kind))
         parents = {role: value for role, value in inputs.items() if role not in stage.extras}
         fields = flatten(result_fields(config))
-        candidates = [differences(m, fields, parents, stage.version) for m in reversed(self._manifests[stage.kind])]
+        candidates = [differences(m, fields, parents, stage.version) for m in self._newest(stage.kind)]
         if not candidates:
             return "not made yet"
         nearest = min(candidates, key=len)

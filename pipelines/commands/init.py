@@ -76,7 +76,7 @@ def init(
     file = shlex.quote(str(out))
     for command, why in (
         (f"edt doctor {file}", "does this machine have what the pipeline needs"),
-        (f"edt run {file} --dry-run", "what training needs: memory, steps"),
+        (f"edt run {file} --dry-run", "what training needs: memory, steps, time"),
         (f"edt plan {file}", "which steps would run"),
         (f"edt run {file}", "run everything; after Ctrl-C, rerun it to resume"),
     ):

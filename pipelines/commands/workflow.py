@@ -11,6 +11,7 @@ import typer
 
 from edt_core.errors import UserError
 from edt_core.printing.console import say
+from edt_core.printing.table import fitted, screen_width
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
@@ -48,7 +49,7 @@ def run(
     store: ConfigStore = None,
     address: Address = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show the resources that training needs, and start nothing")
+        bool, typer.Option("--dry-run", help="show the resources and the time that training needs, and start nothing")
     ] = False,
     no_overlap: NoOverlap = False,
     digest_again: DigestAgain = False,
@@ -67,9 +68,10 @@ def run(
 
     loaded = load_config(config, assignments, store)
     if dry_run:
+        from jobs.runtime.cluster_address import named_address
         from pipelines.setup.dry_run import training_needs
 
-        say(training_needs(loaded))
+        say(training_needs(loaded, named_address(address), timed=True))
         return
     with failures_notified(loaded.notify, loaded.name):
         check_named(address)  # before the imports below, which take seconds
@@ -284,8 +286,19 @@ def plan(
 
 def print_plan(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the rows of planned steps as a table."""
-    table = [{**row, "run": row["run_id"]} for row in rows]
-    print_rows(table, ("action", "step", "fingerprint", "run", "why"), False, extra=("run", "fingerprint"))
+    from pipelines.setup.duration import about
+
+    open_rows = [row for row in rows if row["action"] != "reuse"]
+    known = [row["seconds"] for row in open_rows if row["seconds"] is not None]
+    time = {row["step"]: about(row["seconds"]) for row in open_rows if row["seconds"] is not None}
+    table = [{**row, "run": row["run_id"], "time": time.get(row["step"], "")} for row in rows]
+    columns = ("action", "step", "fingerprint", "run", *(("time",) if known else ()), "why")
+    print_rows(table, columns, False, extra=("run", "fingerprint"))
+    if known:
+        unknown = len(open_rows) - len(known)
+        rest = f"; not known for the other {unknown}" if unknown else ""
+        text = f"about {about(sum(known))} for {len(known)} of the {len(open_rows)} steps to run, one after another, "
+        say(fitted(f"{text}at the pace of earlier artifacts in this store{rest}", screen_width(), 2))
 
 
 def runs(

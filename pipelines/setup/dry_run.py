@@ -3,18 +3,26 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edt_core.config import SourceConfig
+from edt_core.config import SourceConfig, TrainConfig
+from edt_core.models import ModelConfig
+from edt_core.printing.redaction import redacted
 from edt_core.progress import CollectedWarnings
-from edt_core.training.estimate import estimate
+from edt_core.training.estimate import Estimate, estimate
 from pipelines.config.schema import PipelineConfig
 from pipelines.config.size_check import check_pipeline_sizes
+from pipelines.setup.duration import about, timed_pace, training_seconds
+from pipelines.setup.hardware import this_machine
 
 if TYPE_CHECKING:
     from edt_core.data.sources import Listing
 
 
-def training_needs(config: PipelineConfig) -> str:
-    """Parameters, MACs, memory and steps per epoch of each model. Raises UserError for an invalid source."""
+def training_needs(config: PipelineConfig, cluster: str | None = None, timed: bool = False) -> str:
+    """Parameters, MACs, memory and steps per epoch of each model. Raises UserError for an invalid source.
+
+    `timed`: also the time of the training, from a few steps on this machine, which take seconds. `cluster`: the address
+    of the cluster that trains instead; nothing is timed then.
+    """
     source = source_counts(config.source)
     check_pipeline_sizes(config, source.images)
     lines = [f"note: {remark}" for remark in source.remarks]
@@ -23,8 +31,26 @@ def training_needs(config: PipelineConfig) -> str:
         fewest, most = train.worker_range
         workers = str(most) if fewest == most else f"{fewest} to {most}"
         needs = estimate(train, config.model_of(name, source.classes), source.images)
-        lines.append(f"{name}: {needs}\n  {'workers':<24} {workers}")
+        lines.append(f"{name}: {needs}\n  {'workers':<25} {workers}")
+        if timed:
+            model = config.model_of(name, source.classes)
+            time = _training_time(train, model, needs, cluster)
+            lines[-1] += f"\n  {'training time':<25} {time}"
     return "\n\n".join(lines)
+
+
+def _training_time(train: TrainConfig, model: ModelConfig, needs: Estimate, cluster: str | None) -> str:
+    if cluster is not None:
+        return f"not estimated: the training runs on the cluster {redacted(cluster)}, not on this machine"
+    machine = this_machine()
+    pace = timed_pace(train, model, needs.memory, machine)
+    if isinstance(pace, str):
+        return f"not estimated: {pace}"
+    seconds = training_seconds(train, needs.images, pace, machine)
+    return (
+        f"about {about(seconds)} on this machine, at {pace.images_per_s:,.3g} images/s of a worker, timed over "
+        f"{pace.steps} steps of {pace.micro_batch} images; the other steps of the pipeline come on top"
+    )
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def assert_changes(loop: Loop) -> None:
 
 
 def assert_nothing_twice(loop: Loop) -> None:
-    """Each step was executed by one run and finished once; only the training of the killed run was begun again."""
+    """Each step was executed by one run and finished once; only what the killed run was at was begun again."""
     catalog, executed = loop.catalog, Counter[str]()
     for run in workflow_runs(catalog):
         steps = [name for name in run.data.tags.get("edt.executed", "").split(", ") if name]
@@ -97,13 +97,15 @@ def assert_nothing_twice(loop: Loop) -> None:
     finished = Counter(run.data.tags["edt.fingerprint"] for run in children)
     assert {run.info.status for run in children} == {"FINISHED"}
     assert set(executed.values()) == set(finished.values()) == {1}
-    assert [run.data.tags["edt.step"] for run in children if "edt.restarts" in run.data.tags] == [f"train {MODEL}"]
+    restarted = [run.data.tags["edt.step"] for run in children if "edt.restarts" in run.data.tags]
+    assert f"train {MODEL}" in restarted
     attempts = Counter[int]()
     for artifact in Store(Folder.at(loop.store)).artifacts():
         assert artifact.problems(deep=True) == []
         assert finished[artifact.fingerprint] == 1
         attempts[len([path for path in Path(artifact.folder.local or "").iterdir() if path.is_dir()])] += 1
-    assert attempts[2] == 1
+    assert set(attempts) == {1, 2}
+    assert attempts[2] <= len(restarted)
 
 
 def assert_rows(loop: Loop) -> None:

@@ -1,4 +1,4 @@
-"""A schedule that retrains while images arrive: a growing folder, an MLflow server that goes, runs that are killed."""
+"""A schedule that retrains while images arrive: its folder grows, its MLflow server goes away, its runs are killed."""
 
 import os
 import signal

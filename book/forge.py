@@ -30,11 +30,12 @@ def _with_lists(lines: list[str]) -> Iterator[str]:
         column = len(line) - len(text)
         continues = previous.strip() and not _BLOCK.match(line) and not _BLOCK.match(previous)
         item = None if fence else _ITEM.match(line)
+        in_list = bool(columns)
         if text and not fence and (item or not continues):
             while columns and column < columns[-1]:
                 columns.pop()
         if item and column - (columns[-1] if columns else 0) < 4:
-            if previous.strip() and not columns and not _ITEM.match(previous):
+            if previous.strip() and not in_list:
                 yield ""
             yield "    " * len(columns) + f"{item[2]} {line[item.end() :]}"
             columns.append(item.end())
@@ -47,12 +48,21 @@ def _with_lists(lines: list[str]) -> Iterator[str]:
         previous = line
 
 
-def with_links(text: str, page: str, book: Mapping[str, str], root: Path, repository: str | None) -> str:
+def title_of(text: str) -> str:
+    """The first heading of a page, up to a colon or comma. Empty for a page without one."""
+    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return re.split(r"[:,]", heading[1])[0] if heading else ""
+
+
+def with_links(
+    text: str, page: str, book: Mapping[str, str], titles: Mapping[str, str], root: Path, repository: str | None
+) -> str:
     """`text` of the file `page` with its links to files of the repository as links within the book.
 
     page: path of the file in the repository; book: path in the repository -> path in the book's folder of pages, for
-    each file of the book. A file or folder that is not in the book becomes a link to `repository`, the address of the
-    tree on the forge, or plain text without one. A link that leads nowhere stays, so that a strict build refuses it.
+    each file of the book; titles: path in the repository -> title, which replaces the name of a file as the text of a
+    link. A file or folder that is not in the book becomes a link to `repository`, the address of the tree on the
+    forge, or plain text without one. A link that leads nowhere stays, so that a strict build refuses it.
     """
 
     def link(match: re.Match[str]) -> str:
@@ -62,6 +72,7 @@ def with_links(text: str, page: str, book: Mapping[str, str], root: Path, reposi
         name, sign, anchor = target.partition("#")
         path = os.path.normpath(os.path.join(os.path.dirname(page), name))
         if path in book:
+            label = titles.get(path) or label if label.strip("`") in (name, path) else label
             return f"{mark}[{label}]({os.path.relpath(book[path], os.path.dirname(book[page]) or '.')}{sign}{anchor})"
         if path.startswith("..") or not (root / path).exists():
             return match[0]

@@ -1,36 +1,43 @@
 """Hooks of MkDocs for `mkdocs.yml`: pages from outside docs/, the API reference, and Markdown as forges read it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from forge import with_links, with_lists
+from forge import title_of, with_links, with_lists
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[1]
+# What a browser loads with a page. The address of a page itself (rel="canonical") is not loaded.
+_LOADED = re.compile(
+    r"""<(?:script|img|iframe|link(?![^>]*\brel=["']?canonical))\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+)
+_titles: dict[str, str] = {}  # path in the repository -> title of the page
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Name headings as forges do, and list the pages of a folder that the navigation names (`decisions/`)."""
+    """Name headings as forges do, and list the pages of each folder that the navigation names."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
-    config.nav = _listed(config.nav, Path(config.docs_dir))
+    docs = Path(config.docs_dir)
+    pages = [path.relative_to(docs).as_posix() for path in sorted(docs.rglob("*.md"))]
+    config.nav = listed(config.nav, [*pages, *(_place(package) for package in config.extra["api"])])
     return config
 
 
-def _listed(entry: Any, docs: Path) -> Any:
+def listed(entry: Any, pages: list[str]) -> Any:
     """A part of the navigation with the pages of each folder in place of the folder's name."""
     if isinstance(entry, dict):
-        return {title: _listed(below, docs) for title, below in entry.items()}
+        return {title: listed(below, pages) for title, below in entry.items()}
     if not isinstance(entry, list):
         return entry
     found: list[Any] = []
     for below in entry:
-        if isinstance(below, str) and below.endswith("/"):
-            found += [str(page.relative_to(docs)) for page in sorted((docs / below).glob("*.md"))]
-        else:
-            found.append(_listed(below, docs))
+        is_folder = isinstance(below, str) and below.endswith("/")
+        found += [page for page in pages if page.startswith(below)] if is_folder else [listed(below, pages)]
     return found
 
 
@@ -39,25 +46,44 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, place in config.extra["pages"].items():
         files.append(File.generated(config, place, content=(ROOT / path).read_text()))
     for package, entry in config.extra["api"].items():
-        files.append(File.generated(config, f"api/{package}.md", content=_reference(package, entry)))
+        files.append(File.generated(config, _place(package), content=_reference(package, entry)))
+    paths = _paths(files, config)
+    _titles.clear()
+    _titles.update({paths[file.src_uri]: title_of(file.content_string) for file in files.documentation_pages()})
     return files
 
 
+def _paths(files: Files, config: MkDocsConfig) -> dict[str, str]:
+    """Path in the book -> path in the repository, of each file of the book."""
+    docs = Path(config.docs_dir).relative_to(ROOT).as_posix()
+    outside = {place: path for path, place in config.extra["pages"].items()}
+    return {file.src_uri: outside.get(file.src_uri, f"{docs}/{file.src_uri}") for file in files}
+
+
+def _place(package: str) -> str:
+    return f"api/{package}.md"
+
+
 def _reference(package: str, entry: dict[str, Any]) -> str:
-    """The page of a package: what it is for, and its public names."""
-    lines = [f"# {package}", "", entry["about"], ""]
+    """The page of a package: what it is for, and its public names. The search ranks it after the written pages."""
+    lines = ["---", "search: {boost: 0.5}", "---", f"# {package}", "", entry["about"], ""]
     for name in entry["names"]:
         lines += [f"::: {name}", ""]
     return "\n".join(lines)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """The page in the generator's dialect, its links within the book. Pages of the API reference have none."""
+    """The page in the generator's dialect, with links within the book. A page of the API reference is in it already."""
     if page.file.src_uri.startswith("api/"):
         return markdown
-    docs = Path(config.docs_dir).relative_to(ROOT).as_posix()
-    outside = {place: path for path, place in config.extra["pages"].items()}
-    paths = {outside.get(file.src_uri, f"{docs}/{file.src_uri}"): file.src_uri for file in files}
-    own = outside.get(page.file.src_uri, f"{docs}/{page.file.src_uri}")
+    paths = _paths(files, config)
+    book = {path: place for place, path in paths.items()}
     repository = f"{config.repo_url.rstrip('/')}/blob/main" if config.repo_url else None
-    return with_lists(with_links(markdown, own, paths, ROOT, repository))
+    return with_lists(with_links(markdown, paths[page.file.src_uri], book, _titles, ROOT, repository))
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that loads a script, style, font or image from a server: the book is read without a network."""
+    if loaded := _LOADED.findall(output):
+        raise PluginError(f"{page.file.src_uri} loads {', '.join(loaded)}; keep the file in the book instead")
+    return output

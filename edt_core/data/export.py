@@ -93,12 +93,12 @@ def _checked(batches: Iterable[Batch], count: int, progress: Callable[[int], Non
                 "in order and once each: sample again"
             )
         if stop > count:
-            raise UserError(f"got {stop} or more samples, but {count} are to be exported; {_AGAIN}")
+            raise UserError(f"got {stop} or more samples, expected {count}; {_AGAIN}")
         yield indices, labels, images
         done = stop
         progress(done)
     if done < count:
-        raise UserError(f"got {done} samples, but {count} are to be exported; {_AGAIN}")
+        raise UserError(f"got {done} samples, expected {count}; {_AGAIN}")
 
 
 def _side(images: NDArray[np.uint8]) -> int:
@@ -165,7 +165,7 @@ def _write_npy(
 ) -> None:
     """Add an array whose rows come in parts. Format: NEP 1, version 1.0."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    # ZipInfo's date is 1980, a plain name would get today's; the size is not known beforehand, hence ZIP64.
+    # ZipInfo's date is 1980, a plain name would get today's; the size is not known beforehand, so ZIP64.
     with archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:

@@ -13,7 +13,7 @@ is used, with these limits:
   `localhost`, an IP address or a name with a dot: `http://127.0.0.1:9000/bucket/a@b.png` stays.
 - White space is part of the password if no `@` comes before it, or if only a word follows that `@` and another `@`
   follows in the line. A password that starts with up to five digits and white space reads like a port.
-- Without a colon, the text before an `@` is a token if it contains no `/ ? #`, quote or white space. Hence
+- Without a colon, the text before an `@` is a token if it contains no `/ ? #`, quote or white space. So
   `s3://bucket/a@b.png`, `hf://datasets/x@main/y`, `git@host:path` and `me@example.org` stay. So do Azure's containers,
   as in `abfss://container@account.dfs.core.windows.net/path`.
 - A URL in quotes ends at the closing quote: a host must precede that quote, and no letter may follow it.

@@ -38,7 +38,7 @@ class CheckpointStore:
     num_to_keep: int
     warn: Callable[[str], None]
     changed: Callable[["CheckpointStore"], None] = lambda store: None
-    stable_step: int | None = None  # the newest checkpoint up to this step is kept: longer trainings go on from it
+    stable_step: int | None = None  # the newest checkpoint up to this step is kept: longer trainings continue from it
     _memory: HostMemory = field(default_factory=HostMemory)
     _writing: Future[None] | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "edt-checkpoint"))

@@ -35,8 +35,8 @@ class Stage:
     `version` goes up when the same configuration and inputs give another result: old artifacts are then not reused.
     Inputs of the roles in `optional` may be left out, and change the fingerprint if given. Those in `extras` may be
     left out too: they add to what is shown of the work, and change neither the artifact nor its fingerprint.
-    `continues(folder, config, inputs, artifacts)` says from which committed artifact beside `folder` the job would go
-    on, "" for none; `inputs` are fingerprints, `artifacts` the inputs that exist.
+    `continues(folder, config, inputs, artifacts)` says from which committed artifact beside `folder` the job would
+    continue, "" for none; `inputs` are fingerprints, `artifacts` the inputs that exist.
     `plan(config, inputs)` describes what the job would do, for `--dry-run`. `examples` are arguments for the help.
     """
 
@@ -60,7 +60,7 @@ class Stage:
     def continued(
         self, folder: Folder, config: Section, inputs: Mapping[str, str], artifacts: Mapping[str, Artifact]
     ) -> str:
-        """From which committed artifact the job would go on, as text; "" for none."""
+        """From which committed artifact the job would continue, as text; "" for none."""
         return self.continues(folder, config, self._without_extras(inputs), artifacts)
 
     def _without_extras(self, inputs: Mapping[str, str]) -> dict[str, str]:

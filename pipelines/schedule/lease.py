@@ -1,7 +1,7 @@
 """A lease on a name in a store: at most one process, on any machine, holds it. No decision depends on a clock.
 
 The lease is the file `.leases/<name>/<generation>.json` with the highest generation. Its holder rewrites it with a
-higher beat every few seconds; `released` in it means that no process holds the lease. A process that wants the lease
+higher beat every few seconds; `released` in it means that no process holds the lease. A process that needs the lease
 reads the file once a beat. If the bytes change, the holder is alive; if several reads show no change, it counts as
 dead. A dead or released generation is followed by the next one, which is created by a conditional write (a hard link
 on a disk).

@@ -179,7 +179,7 @@ def listing_identity(listing: Listing, digests: NDArray[np.uint8]) -> str:
 
 
 def source_digests(listing: Listing, progress: Progress = _SILENT, again: bool = False) -> NDArray[np.uint8]:
-    """What stands for the content of each image, uint8 [N, 32].
+    """The identity of each image's content, uint8 [N, 32].
 
     Of a local source the sha256 of its bytes, or UNREADABLE: a file is read unless it is known and untouched since, or
     always with `again`. Of a remote source nothing is read: the digest is that of the image's size and of the store's

@@ -98,7 +98,7 @@ class FeatureFiles:
             return _by_space(load_tensors(local_copy(self.out.data, name), "numpy")), True
         shard = IMAGE_SHARD.format(number)
         (entry,) = self.images.entries(shard)
-        if sha256_file(self.images.path(shard)) != entry.sha256:  # a wrong row would be copied for ever
+        if sha256_file(self.images.path(shard)) != entry.sha256:  # a wrong row would be copied forever
             raise UserError(
                 f"{self.images.path(shard)} does not match its manifest (another sha256); run preprocess again"
             )

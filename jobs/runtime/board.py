@@ -20,7 +20,6 @@ class Shown(NamedTuple):
     total: int
     note: str
     detail: str = ""
-    maker: str = ""  # which other run makes the step's artifact
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Board:
         self.warnings: list[tuple[str, str]] = []
         self.reports: dict[str, list[Report]] = {}
         self.listening: set[str] = set()
-        self.makers: dict[str, str] = {}
+        self.makers: dict[str, tuple[str, bool]] = {}
         self.stop = False
 
     def update(self, step: str, done: int, total: int, note: str, part: int | None, detail: str = "") -> None:
@@ -94,13 +93,13 @@ class Board:
         del queue[:delivered]
         return queue[:_BATCH]
 
-    def made_by(self, step: str, maker: str) -> None:
-        """Store which other run makes, or made, the artifact of a step; "" if this run makes it after all."""
-        self.makers[step] = maker
+    def made_by(self, step: str, maker: str, finished: bool = False) -> None:
+        """Store which other run makes, or has made, the artifact of a step; "" if this run makes it after all."""
+        self.makers[step] = (maker, finished)
 
-    def maker(self, step: str) -> str:
-        """The other run that made the artifact of a step; "" if there is none."""
-        return self.makers.get(step, "")
+    def made_elsewhere(self, finished: bool = False) -> dict[str, str]:
+        """The steps whose artifacts other runs make, or have made, with these runs."""
+        return {step: maker for step, (maker, ended) in self.makers.items() if maker and ended == finished}
 
     def stopping(self, step: str) -> bool:
         """Whether the work should stop. A step that calls this counts as one that can stop."""
@@ -112,8 +111,7 @@ class Board:
 
     def read(self) -> tuple[dict[str, Shown], list[tuple[str, str]], set[str]]:
         """Progress by step, the warnings so far, and the steps that can stop on request."""
-        shown = {step: Shown(0, 0, "", maker=maker) for step, maker in self.makers.items() if maker}
-        shown |= {step: Shown(c.done, c.total, c.note, self.details[step]) for step, c in self.counts.items()}
+        shown = {step: Shown(c.done, c.total, c.note, self.details[step]) for step, c in self.counts.items()}
         return shown, self.warnings, self.listening
 
 

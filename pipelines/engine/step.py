@@ -78,8 +78,9 @@ def run_step(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
         if artifact is None:
             task.board.made_by.remote(task.name, "")
             return _execute(task, inputs)
+        maker = _maker(task, artifact.manifest.mlflow_run_id)
         with suppress(RayError):  # without the board there is no run that shows it
-            ray.get(task.board.made_by.remote(task.name, _maker(task, artifact.manifest.mlflow_run_id)))
+            ray.get(task.board.made_by.remote(task.name, maker, True))
         return artifact
 
 

@@ -190,7 +190,7 @@ class Workflow:
                 self.terminal.failed(future.name, cause, raised=error)
             return
         self._done.add(future.name)
-        if maker := ray.get(self._board.maker.remote(future.name)):
+        if maker := ray.get(self._board.made_elsewhere.remote(True)).get(future.name):
             self.taken.add(future.name)
             self.terminal.reused(future.name, future.fingerprint, maker)
         else:
@@ -206,11 +206,13 @@ class Workflow:
     def _show(self) -> None:
         import ray
 
-        counts, warnings, listening = ray.get(self._board.read.remote())
+        board = self._board
+        (counts, warnings, listening), makers = ray.get([board.read.remote(), board.made_elsewhere.remote()])
         self.interrupts.heard_by(name for name in listening if self._pending(self.futures[name]))
         if self.interrupts.passed_on(self._board):
             self.terminal.say(STOPPING, "yellow")
         self.terminal.show(counts, warnings)
+        self.terminal.made_elsewhere(makers)
 
 
 def _headline(artifact: Artifact) -> str:

@@ -71,10 +71,7 @@ class Node:
         return " ".join(word for word in self.name.split() if word not in words) or self.name
 
     def count(self, latest: Shown) -> None:
-        """Store the latest count. Another total or unit starts a new phase. A step that another run makes waits."""
-        if latest.maker:
-            self.note = f"being made by {latest.maker}"
-            return
+        """Store the latest count. Another total or unit starts a new phase."""
         if self.state == "waiting":
             self.state = "running"
         self.latest = latest

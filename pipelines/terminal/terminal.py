@@ -50,7 +50,6 @@ class Terminal:
         self._frozen = False
         self._start = time.monotonic()
         self._last_lines: dict[str, float] = {}  # time of the last progress line of each running step
-        self._waits: dict[str, str] = {}  # what was said of the steps that other runs make
         self._warnings = 0  # number of warnings shown
 
     def __enter__(self) -> "Terminal":
@@ -116,6 +115,14 @@ class Terminal:
                 self._show_pace(node)
         self._wake()
 
+    def made_elsewhere(self, makers: Mapping[str, str]) -> None:
+        """Show which other runs make the artifacts of steps that wait for them."""
+        for step, maker in makers.items():
+            node, note = self.tree.get(step), f"being made by {maker}"
+            if node.state == "waiting" and node.note != note:
+                node.note = note
+                self._line(node, note, "dim")
+
     def forget(self, step: str) -> None:
         """Remove a step from the tree until its next count."""
         self.tree.remove(step)
@@ -167,11 +174,6 @@ class Terminal:
         now = time.monotonic()
         if node.name == SOURCE:
             self._last_lines.setdefault(SOURCE, now)
-        if node.state == "waiting":  # another run makes it
-            if self._waits.get(node.name) != node.note:
-                self._waits[node.name] = node.note
-                self._line(node, node.note, "dim")
-            return
         if not self.console.is_terminal and now - self._last_lines.get(node.name, -_EVERY_S) >= _EVERY_S:
             self._last_lines[node.name] = now
             self.say(f"  running   {node.name:<40} {node.progress()}".rstrip())

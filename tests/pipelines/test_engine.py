@@ -220,14 +220,14 @@ def test_a_step_that_another_run_makes_says_so_and_counts_as_reused(
     held = threading.Event()
     threading.Thread(target=compute, daemon=True).start()
     assert held.wait(LIMIT_S)
-    shown = workflow.terminal.show
+    shown = workflow.terminal.made_elsewhere
 
-    def show(counts: Any, warnings: Any) -> None:
-        shown(counts, warnings)
+    def show(makers: Mapping[str, str]) -> None:
+        shown(makers)
         if workflow.terminal.tree.get("makes").note == waited:
             made.set()
 
-    workflow.terminal.show = show  # type: ignore[method-assign]
+    workflow.terminal.made_elsewhere = show  # type: ignore[method-assign]
     step = workflow.step("makes", MAKES, Section(), source=source())
     assert workflow.wait(step)
     out = capsys.readouterr().out

@@ -221,13 +221,15 @@ def test_a_step_that_another_run_makes_waits_for_it_and_says_so(capsys: pytest.C
     board.made_by("encode", "run 0123456789ab")
     for _ in range(2):
         terminal.show(*board.read()[:2])
+        terminal.made_elsewhere(board.made_elsewhere())
     node = terminal.tree.get("encode")
     assert (node.state, node.note) == ("waiting", "being made by run 0123456789ab")
     assert "waiting  being made by run 0123456789ab" in drawn(terminal.tree)
+    assert board.made_elsewhere(finished=True) == {}
     board.made_by("encode", "")  # the other one stopped
     board.update("encode", 1, 3, "shards", None)
     terminal.show(*board.read()[:2])
-    assert (node.state, board.maker("encode")) == ("running", "")
+    assert (node.state, board.made_elsewhere()) == ("running", {})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         ["waiting", "encode", *["being", "made", "by", "run", "0123456789ab"]],

@@ -183,8 +183,11 @@ def _counts(
 
 
 def _turned(config: PreprocessConfig, listing: Listing, progress: Progress) -> dict[str, int]:
-    """The number of inspected photos that are stored sideways and not turned; empty if there are none."""
-    if config.rotate_by_exif:
+    """The number of inspected photos that are stored sideways and not turned; empty if there are none.
+
+    Photos of a remote source are not read a second time for it.
+    """
+    if config.rotate_by_exif or listing.remote:
         return {}
     turned, inspected = count_turned(listing)
     if not turned:

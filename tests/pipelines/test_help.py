@@ -56,15 +56,12 @@ def test_commands_have_the_heading_where_people_look_for_them() -> None:
     assert {panels[name] for name in ("preprocess", "encode", "train")} == {"Single steps"}
 
 
-def test_no_boolean_option_wants_a_value() -> None:
-    for name, command in COMMANDS.items():
-        for option in command.params:
-            if getattr(option.type, "name", "") == "boolean" and option.param_type_name == "option":
-                assert option.is_flag, (name, option.name)
-                assert not option.secondary_opts, (
-                    name,
-                    option.name,
-                )
+def test_a_switch_has_one_form() -> None:
+    """`--deep` alone: neither a value nor a second option `--no-deep`."""
+    options = [(name, option) for name, command in COMMANDS.items() for option in command.params]
+    assert any(option.is_flag for _, option in options if option.param_type_name == "option")
+    for name, option in options:
+        assert not option.secondary_opts, (name, option.name)
 
 
 def test_there_are_the_commands_that_there_should_be() -> None:

@@ -141,8 +141,8 @@ def test_show_tells_all_that_is_recorded(registry: Registry) -> None:
     for needed in (
         "new champion: fd_classifier 4; version 1 has 5",
         "cfg_scale",
-        shown["run"],
-        shown["data"]["source"],
+        shown["run"][:12],
+        shown["data"]["source"][:12],
     ):
         assert needed in text
 
@@ -478,10 +478,10 @@ def test_an_empty_registry_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("edt-smal", f"has no model edt-smal; did you mean {NAME}\\? If it is in another MLflow, set"),
+        ("edt-smal", f"has no model edt-smal; did you mean {NAME}.*\\? If it is in another MLflow, set"),
         (f"{NAME}@champoin", f"has no model {NAME}@champoin; did you mean champion\\?"),
         (f"{NAME}/77", "there is no version 77"),
-        ("zzz", f"has no model zzz; models are {OTHER}, {NAME}\\."),
+        ("zzz", f"has no model zzz; models are {OTHER}, .*{NAME}\\."),
     ],
 )
 def test_commands_that_take_a_model_name_the_nearest_first(registry: Registry, text: str, message: str) -> None:

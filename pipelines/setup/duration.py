@@ -114,7 +114,8 @@ def _time(config: TrainConfig, model_config: ModelConfig, device: Any, micro_bat
     one = {"global_batch_size": micro_batch, "micro_batch_size": micro_batch, "num_workers": 1, "compile": False}
     small = config.model_copy(update=one)
     step = BareStep(small, model_config, ready_inputs(small, model_config, device), Ranks(device=device))
-    until, seconds = time.perf_counter() + _LIMIT_S, []
+    until = time.perf_counter() + _LIMIT_S
+    seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= _MOST_STEPS and time.perf_counter() < until):
         started = time.perf_counter()
         step()

@@ -1,6 +1,7 @@
 """Artifacts: a manifest or nothing."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter, Manifest, ManifestError, check_name, fingerprint
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.store import Store
 
 
 def writer(folder: Path, attempt: str = "a1", previous: tuple[str, ...] = ()) -> ArtifactWriter:
@@ -242,3 +244,28 @@ def test_a_remote_store_holds_the_same_artifacts(tmp_path: Path, monkeypatch: py
 def test_a_store_that_cannot_be_written_is_one_clear_message(where: str) -> None:
     with pytest.raises(UserError, match=f"cannot write to {where}"):
         Folder.at(where).check_writable()
+
+
+def test_whoever_waits_for_a_step_s_lock_is_told_and_then_has_it(tmp_path: Path) -> None:
+    store, held, free = Store(Folder.at(tmp_path)), threading.Event(), threading.Event()
+    told: list[bool | str] = []
+
+    def hold() -> None:
+        with store.lock("images", "a"):
+            held.set()
+            free.wait(60)
+
+    def busy() -> None:
+        told.append(free.is_set())
+        free.set()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    with store.lock("images", "b", busy):
+        assert told == []  # another artifact's lock is free
+    with store.lock("images", "a", busy):
+        assert told[0] is False
+    other.join(60)
+    with store.lock("images", "a", lambda: told.append("again")):
+        assert "again" not in told

@@ -96,7 +96,7 @@ def _decode(image: RawImage) -> _Decoded:
     return _Decoded(image.name, side, is_turned(image.data))
 
 
-def _decoded(listing: Listing) -> Generator[_Decoded]:
+def _decoded(listing: Listing) -> Generator[_Decoded, None, None]:
     """The images in passes over the whole source, so that any beginning of them is spread evenly."""
     total = len(listing)
     if listing.remote or listing.access == "parquet":

@@ -10,9 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from edt_core.config import TrainConfig
 from edt_core.environment import environment
 from edt_core.evaluation.extractors import PUBLISHED_SPACES, extractor_spec
 from edt_core.store.folder import Folder
@@ -139,11 +137,12 @@ def cpus(setup: Setup) -> Result:
 
 def _cpus_at_once(config: PipelineConfig, available: int) -> Iterator[tuple[float, int, str, str]]:
     """(CPUs, a value for which `available` ones are enough, field, what the field is) of each step."""
-    pools: dict[str, list[Any]] = {"train": [config.train_of(name) for name in config.models]}
-    pools |= {name: [getattr(config, name)] for name in ("encode", "sample", "reference")}
-    for section, pool in ((section, pool) for section, entries in pools.items() for pool in entries):
-        workers: int = pool.worker_range[0] if isinstance(pool, TrainConfig) else pool.num_workers
-        each = pool.num_cpus_per_worker
+    trains = [config.train_of(name) for name in config.models]
+    pools = [("train", train.worker_range[0], train.num_cpus_per_worker) for train in trains]
+    for name in ("encode", "sample", "reference"):
+        pool = getattr(config, name)
+        pools.append((name, pool.num_workers, pool.num_cpus_per_worker))
+    for section, workers, each in pools:
         fewer = max(1, int(available // each)) if each else workers
         text = f"{section}.num_workers is {workers} with {each:g} CPUs each"
         yield workers * each, fewer, f"{section}.num_workers", text

@@ -34,6 +34,11 @@ class Reference:
         return self.value
 
 
+def _got(references: "Reference | Sequence[Reference]") -> Any:
+    """What one call gave, or a list of what several gave."""
+    return references.get() if isinstance(references, Reference) else [each.get() for each in references]
+
+
 class Actor:
     """A handle whose methods have `remote`; one call at a time. Pickled, it stays the handle of the same worker."""
 
@@ -115,7 +120,7 @@ def local_ray() -> Iterator[None]:
 
     calls: dict[str, Any] = {
         "remote": _remote,
-        "get": Reference.get,
+        "get": _got,
         "wait": _wait,
         "kill": lambda actor: None,
         "cancel": lambda reference: None,

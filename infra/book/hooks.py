@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What a browser loads with a page. The address of a page itself (rel="canonical") is not loaded.
 _LOADED = re.compile(
     r"""<(?:script|img|iframe|link(?![^>]*\brel=["']?canonical))\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""

@@ -195,7 +195,7 @@ def _turned(config: PreprocessConfig, listing: Listing, progress: Progress) -> d
     progress.warn(
         f"{turned} of {inspected} inspected images have an EXIF orientation, which is ignored: they are used as "
         "stored, on their side for example. Turn them upright with --set preprocess.rotate_by_exif=true, "
-        "unless numbers are to be compared with published ones"
+        "unless you compare numbers with published ones"
     )
     return {"turned": turned, "turned_of": inspected}
 

@@ -42,7 +42,8 @@ SOURCES = [
 
 
 def remarks(text: str) -> Iterator[tuple[int, str, str]]:
-    """(line, phrase, what to write instead) of each phrase; names and messages in backticks do not count."""
+    """(line, phrase, what to write instead) of each phrase; what is in backticks does not count."""
+    text = re.sub(r"```.*?```", lambda block: "\n" * block[0].count("\n"), text, flags=re.DOTALL)
     text = re.sub(r"`[^`\n]+`", "``", text)
     for match in _PHRASES.finditer(text):
         words = " ".join(match[0].split())
@@ -74,4 +75,5 @@ def test_the_list_of_unclean_pages_names_pages() -> None:
 
 def test_a_phrase_is_found_across_lines_and_not_in_code() -> None:
     assert [*remarks("The result\nhangs\non it, `told` or ``anew`` aside.")] == [(2, "hangs\non", "depends on")]
+    assert not [*remarks("a unit\n```ini\nWants=network-online.target\n```\n")]
     assert not [*remarks("The host hands on what it has; the strangest ones foretold it.")]

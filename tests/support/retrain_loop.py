@@ -1,6 +1,7 @@
 """A schedule that retrains while images arrive: its folder grows, its MLflow server goes away, its runs are killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -89,8 +90,11 @@ class Loop:
         whole = write_digits(self.root / "digits")
         for label in CLASSES:
             (self.images / label).mkdir(parents=True, exist_ok=True)
-            for path in sorted((whole / label).iterdir())[:count]:
-                path.rename(self.images / label / path.name)
+            paths = [
+                path for path in sorted((whole / label).iterdir()) if not (self.images / label / path.name).exists()
+            ]
+            for path in paths[:count]:
+                shutil.copy(path, self.images / label)
         if broken:
             self.broken.append(self.images / "3" / "0000-broken.png")
             self.broken[-1].write_bytes(b"\x89PNG\r\n\x1a\n and no more")

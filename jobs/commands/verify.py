@@ -1,12 +1,13 @@
 """verify: check an artifact against its manifest, in place. Needs neither Ray nor a cluster."""
 
 from edt_core.errors import UserError
+from edt_core.files.place_names import typed_path
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact
 from edt_core.store.digests import listing
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
-from edt_core.store.prefixes import artifact_folder
+from edt_core.store.prefixes import PREFIX, artifact_folder
 
 
 def verify(location: str, deep: bool = False, progress: Progress | None = None, store: str | None = None) -> str:
@@ -36,5 +37,11 @@ def _place(location: str, store: str | None) -> str:
     """The folder that a text names: itself, or that of an artifact of the store by its fingerprint."""
     if store is None or Folder.at(location).exists(MANIFEST_NAME):
         return location
-    found = artifact_folder(Folder.at(store), location)
-    return location if found is None else found.uri
+    if (found := artifact_folder(Folder.at(store), location)) is not None:
+        return found.uri
+    if PREFIX.fullmatch(location) and not typed_path(location).exists():
+        raise UserError(
+            f"no finished artifact in {store} has a fingerprint that begins with {location}; `edt artifacts` lists "
+            "them. Set --store, or give the folder of the artifact"
+        )
+    return location

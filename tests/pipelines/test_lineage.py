@@ -171,7 +171,8 @@ def test_an_artifact_is_verified_by_the_beginning_of_its_fingerprint(registry: R
             assert f"content digest {artifact.manifest.digest[:12]}" in done.output
     missing = CliRunner().invoke(app, ["verify", "0123456789ab", *registry.arguments]).exception
     assert isinstance(missing, UserError)
-    assert "0123456789ab has no manifest.json" in str(missing)
+    assert "no finished artifact in" in str(missing)
+    assert "begins with 0123456789ab; `edt artifacts` lists them" in str(missing)
 
 
 @pytest.mark.parametrize(

@@ -226,8 +226,8 @@ WRONG: dict[str, tuple[Change, str]] = {
     "order": (lambda b: [b[1], b[0], *b[2:]], "got sample 7 instead of sample 0 of 23"),
     "missing": (lambda b: [b[0], *b[2:]], "got sample 14 instead of sample 7 of 23"),
     "twice": (lambda b: [b[0], b[0], *b[1:]], "got sample 0 instead of sample 7 of 23"),
-    "too few": (lambda b: b[:-1], "got 21 samples, but 23 are"),
-    "none": (lambda b: [], "got 0 samples, but 23 are"),
+    "too few": (lambda b: b[:-1], "got 21 samples, expected 23"),
+    "none": (lambda b: [], "got 0 samples, expected 23"),
     "too many": (lambda b: [*b, (np.array([23]), LABELS[:1], PIXELS[:1])], "got 24 or more samples, expected 23"),
     "type": (lambda b: [(b[0][0], b[0][1], b[0][2] / np.float32(255))], "type float32 and shape"),  # type: ignore[list-item]
     "channels first": (lambda b: [(b[0][0], b[0][1], b[0][2].transpose(0, 3, 1, 2))], r"shape \[7, 3, 12, 12\]"),

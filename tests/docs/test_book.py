@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from book.forge import title_of, with_links, with_lists
+from infra.book.forge import title_of, with_links, with_lists
 from tests.support.pages import ROOT, blocks, pages
 
 BOOK = yaml.safe_load((ROOT / "mkdocs.yml").read_text())

@@ -222,7 +222,7 @@ def assert_continued(step: Step, out: Path, kill: bool = False) -> None:
 def test_a_killed_driver_and_a_killed_worker_of_a_pool_lose_nothing(encode_step: Step, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert kill_driver(encode_step, out, finished=2), "it came to its end before"
-    assert 2 <= len(inodes(out)) < SHARDS
+    assert 1 <= len(inodes(out)) < SHARDS  # of two in the journal, the last may not have been published
     assert_continued(encode_step, out, kill=True)
 
 

@@ -91,8 +91,8 @@ bench: install                 ## times the quickstart, its second run and the C
 	$(BIN)/python tests/benchmarks/quickstart.py
 
 recording: install             ## docs/quickstart-*.svg: the quickstart in a terminal, in a new store
-	store=$$(mktemp -d) && $(BIN)/python tests/docs/recording.py docs/quickstart --title "edt run quickstart" -- \
-	    $(BIN)/edt run quickstart --store $$store/store && rm -r $$store
+	folder=$$(mktemp -d) && $(BIN)/python tests/docs/recording.py docs/quickstart --title "edt run quickstart" \
+	    --hide $$folder/ -- $(BIN)/edt run quickstart --store $$folder/edt-store && rm -r $$folder
 
 wheel: install                 ## dist/: the wheel and the source distribution
 	$(BIN)/python -m build

@@ -108,6 +108,13 @@ def frame_of(screen: pyte.Screen) -> Frame:
     return tuple(frame)
 
 
+def without(frame: Frame, text: str) -> Frame:
+    """A frame in which a text, such as the path of a folder, is left out."""
+    return tuple(
+        tuple((column, shown.replace(text, ""), colour, bold) for column, shown, colour, bold in line) for line in frame
+    )
+
+
 def chosen(frames: Sequence[Frame], number: int) -> list[Frame]:
     """At most so many frames at even distances, the first and the last among them."""
     if len(frames) <= number:
@@ -160,6 +167,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the files begin with this: OUT-light.svg and OUT-dark.svg")
     parser.add_argument("command", nargs="+", help="the command, after --")
     parser.add_argument("--title", help="what the window is called [default: the command]")
+    parser.add_argument("--hide", default="", help="a text that is left out, such as the path of a temporary folder")
     parser.add_argument("--columns", type=int, default=100)
     parser.add_argument("--lines", type=int, default=32)
     parser.add_argument("--frames", type=int, default=28)
@@ -170,7 +178,7 @@ def main() -> None:
         frames = list(record(arguments.command, arguments.columns, arguments.lines))
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: {error}")
-    frames = chosen(frames, arguments.frames)
+    frames = [without(frame, arguments.hide) for frame in chosen(frames, arguments.frames)]
     used = max(number for frame in frames for number, line in enumerate(frame) if line) + 1
     for name, theme in THEMES.items():
         path = arguments.out.with_name(f"{arguments.out.name}-{name}.svg")

@@ -32,15 +32,15 @@ def test_frames_are_chosen_with_the_first_and_the_last() -> None:
 def test_a_command_becomes_two_drawings_whose_last_frame_is_its_last_screen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["sh", "-c", DRAW]
-    monkeypatch.setattr(sys, "argv", ["recording", str(tmp_path / "a"), "--title", "<edt>", "--", *command])
+    options = ["--title", "<edt>", "--hide", "last "]
+    monkeypatch.setattr(sys, "argv", ["recording", str(tmp_path / "a"), *options, "--", "sh", "-c", DRAW])
     main()
     for name in THEMES:
         root = ET.parse(tmp_path / f"a-{name}.svg").getroot()
         assert root.attrib["aria-label"] == "<edt>"
         frames = [group for group in root if group.attrib.get("class", "").startswith("frame")]
         assert "last" in frames[-1].attrib["class"]
-        assert [text.text for text in frames[-1]] == ["one", "green", "<b>", "last line"]
+        assert [text.text for text in frames[-1]] == ["one", "green", "<b>", "line"]
 
 
 def test_a_command_that_fails_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,15 +85,9 @@ class _Decoded:
 
 
 def _decode(image: RawImage) -> _Decoded:
-    if image.data is None:
-        return _Decoded(image.name, reason=image.error or "cannot be read")
-    try:
-        side = min(decode_rgb(image.data).size)
-    except MemoryError:  # the machine's fault, not the image's
-        raise
-    except Exception as error:  # Pillow's decoders raise errors of any class on malformed data
-        return _Decoded(image.name, reason=f"{type(error).__name__}: {error}")
-    return _Decoded(image.name, side, is_turned(image.data))
+    decoded, reason = image.attempt(lambda data: (min(decode_rgb(data).size), is_turned(data)))
+    side, turned = decoded or (0, False)
+    return _Decoded(image.name, side, turned, reason)
 
 
 def _decoded(listing: Listing) -> Generator[_Decoded, None, None]:

@@ -10,7 +10,7 @@ from edt_core.evaluation.confusion import Accuracy
 ACCURACY = "accuracy_classifier"
 _SHARES = ("accuracy_", "precision_", "recall_")  # metrics that are shares of the samples
 _CONFIDENCE = 0.95
-_DEVIATIONS = 2
+DEVIATIONS = 2
 _SMALL = 0.1  # of a distance: a smaller difference of two single measurements may be noise
 
 Difference = Literal["clear", "noise", "unknown"]
@@ -43,18 +43,23 @@ def chance(policy: str, num_classes: int, class_counts: Sequence[int] | None = N
     return max(counts) / sum(counts) if policy == "prior" else 1 / len(counts)
 
 
+def noise_of_repeats(deviations: Sequence[float | None], repeats: int) -> float | None:
+    """Two of the largest standard deviation of several repeats; None for one set, or if a deviation is unknown."""
+    known = [value for value in deviations if value is not None]
+    return DEVIATIONS * max(known) if repeats > 1 and len(known) == len(deviations) else None
+
+
 def noise(name: str, before: Mapping[str, float], after: Measured) -> float | None:
     """How much a metric of two models may differ by chance; None if that is unknown.
 
     Two standard deviations of the repeats, or of the share of so many samples. Both models have the same protocol.
     """
     deviations = [metrics.get(f"{name}_std") for metrics in (before, after.metrics)]
-    known = [value for value in deviations if value is not None]
-    if after.repeats > 1 and len(known) == len(deviations):
-        return _DEVIATIONS * max(known)
+    if (limit := noise_of_repeats(deviations, after.repeats)) is not None:
+        return limit
     if name.startswith(_SHARES):
         share = (before[name] + after.metrics[name]) / 2
-        return _DEVIATIONS * math.sqrt(2 * max(share * (1 - share), 0.0) / (after.samples * after.repeats))
+        return DEVIATIONS * math.sqrt(2 * max(share * (1 - share), 0.0) / (after.samples * after.repeats))
     return None
 
 

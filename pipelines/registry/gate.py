@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from edt_core.errors import UserError
+from edt_core.evaluation.worth import DEVIATIONS, noise_of_repeats
 from edt_core.store.artifact import Artifact
 from pipelines.config.schema import PromoteConfig
 
 METRIC_TAG = "edt.metric."
 PROTOCOL_TAG, PROTOCOL_FIELDS_TAG = "edt.protocol", "edt.protocol_fields"
-DEFAULT_MARGIN, DEVIATIONS = 0.01, 2
+DEFAULT_MARGIN = 0.01
 _ROUNDING = 1e-9  # of the required improvement: 4.95 is 1 % better than 5
 
 
@@ -191,10 +192,9 @@ def required_improvement(config: PromoteConfig, champion_value: float, *versions
         )
     spreads = [metric_of(version, f"{config.metric}_std") for version in versions]
     repeats = min(repeats_of(version) for version in versions)
-    recorded = [spread for spread in spreads if spread is not None]
-    if repeats > 1 and len(recorded) == len(spreads):
+    if (limit := noise_of_repeats(spreads, repeats)) is not None:
         origin = f"more than {DEVIATIONS} standard deviations of {repeats} repeats"
-        return Required(DEVIATIONS * max(recorded), origin, exclusive=True)
+        return Required(limit, origin, exclusive=True)
     return Required(DEFAULT_MARGIN * abs(champion_value), f"{DEFAULT_MARGIN:.0%} of the champion's value")
 
 

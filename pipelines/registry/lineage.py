@@ -12,6 +12,7 @@ from typing import Any
 
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
+from edt_core.printing.table import SHORT
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.layout import KINDS
@@ -23,7 +24,6 @@ from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import RUN_ID, experiments, runs_of, whole_run_id
 
 _FINGERPRINT, _RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
-_SHORT = 12  # digits of a fingerprint that are shown
 # Role of an input that no step makes -> the parameter of the workflow run with its location.
 _LOCATIONS = {
     "source": "source.path",
@@ -63,7 +63,7 @@ class Lineage:
         def walk(role: str, name: str, depth: int) -> Iterator[str]:
             node = self.nodes[name]
             kind = node.kind if role in (node.kind, "") else f"{role} ({node.kind})"
-            start = f"{'  ' * depth}{kind} {name if depth == 0 else name[:_SHORT]}"
+            start = f"{'  ' * depth}{kind} {name if depth == 0 else name[:SHORT]}"
             if name in shown:
                 yield f"{start}  (above)"
                 return
@@ -253,7 +253,7 @@ def _details(node: Node) -> list[str]:
         return [node.uri] if node.uri else []
     if node.known_from == "nothing":
         return ["not recorded in MLflow or the store"]
-    details = [f"digest {node.digest[:_SHORT]}"] if node.digest else []
+    details = [f"digest {node.digest[:SHORT]}"] if node.digest else []
     details += [f"run {node.run}"] if node.run else []
     details += ["(from its manifest; its run was deleted)"] if node.known_from == "manifest" else []
     changed = _changed(node)

@@ -246,9 +246,9 @@ def test_a_store_that_cannot_be_written_is_one_clear_message(where: str) -> None
         Folder.at(where).check_writable()
 
 
-def test_whoever_waits_for_a_step_s_lock_is_told_and_then_has_it(tmp_path: Path) -> None:
+def test_a_process_that_waits_for_a_lock_reports_it_and_then_holds_it(tmp_path: Path) -> None:
     store, held, free = Store(Folder.at(tmp_path)), threading.Event(), threading.Event()
-    told: list[bool | str] = []
+    calls: list[bool | str] = []
 
     def hold() -> None:
         with store.lock("images", "a"):
@@ -256,16 +256,16 @@ def test_whoever_waits_for_a_step_s_lock_is_told_and_then_has_it(tmp_path: Path)
             free.wait(60)
 
     def busy() -> None:
-        told.append(free.is_set())
+        calls.append(free.is_set())
         free.set()
 
     other = threading.Thread(target=hold)
     other.start()
     assert held.wait(60)
     with store.lock("images", "b", busy):
-        assert told == []  # another artifact's lock is free
+        assert calls == []  # another artifact's lock is free
     with store.lock("images", "a", busy):
-        assert told[0] is False
+        assert calls[0] is False
     other.join(60)
-    with store.lock("images", "a", lambda: told.append("again")):
-        assert "again" not in told
+    with store.lock("images", "a", lambda: calls.append("again")):
+        assert "again" not in calls

@@ -42,6 +42,17 @@ class RawImage:
     data: bytes | None
     error: str | None = None
 
+    def attempt(self, work: Callable[[bytes], Result]) -> tuple[Result | None, str]:
+        """(`work` on the bytes, ""), or None with the reason why the image cannot be used."""
+        if self.data is None:
+            return None, self.error or "cannot be read"
+        try:
+            return work(self.data), ""
+        except MemoryError:  # the machine's fault, not the image's
+            raise
+        except Exception as error:  # Pillow's decoders raise errors of any class on malformed data
+            return None, f"{type(error).__name__}: {error}"
+
 
 class Row(NamedTuple):
     """A row of a listing. With access 'file' the name is the file and the offset 0."""

@@ -91,15 +91,8 @@ class _Result(NamedTuple):
 
 
 def _from_original(original: RawImage, config: PreprocessConfig) -> _Result:
-    name, label, digest = original.name, original.label, image_digest(original)
-    if original.data is None:
-        return _Result(name, label, digest, None, original.error or "cannot be read")
-    try:
-        return _Result(name, label, digest, prepare(original.data, config))
-    except MemoryError:  # the machine's fault, not the image's
-        raise
-    except Exception as error:  # Pillow's decoders raise errors of any class on malformed data
-        return _Result(name, label, digest, None, f"{type(error).__name__}: {error}")
+    image, reason = original.attempt(lambda data: prepare(data, config))
+    return _Result(original.name, original.label, image_digest(original), image, reason)
 
 
 def _results(plan: ShardPlan, config: PreprocessConfig, fingerprint: str) -> Iterator[_Result]:

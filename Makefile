@@ -5,6 +5,7 @@ PYTHONS ?= 3.12 3.13
 BIN    := $(VENV)/bin
 DOCS   := .venv-docs
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.dev
 PYTEST := $(BIN)/python -m pytest
 # One process more than cores, because one process runs Ray's tests, some of which wait.
 PARALLEL := -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 8 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 9 ))) \
@@ -12,43 +13,49 @@ PARALLEL := -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 8 ? $$(getconf 
 NUMERICS := $(addprefix tests/edt_core/test_,models*.py diffusion*.py metrics*.py training*.py solvers.py generation.py \
     autoencoder.py inception.py extractors.py alignment.py labels.py pipeline.py)
 
-.PHONY: install quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check prose format docs docs-serve reference lock wheel notebook bench recording clean
+.PHONY: install install-dev quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check prose format docs docs-serve reference lock wheel notebook bench recording clean
 
-install: $(READY)
+install: $(READY)              ## what a run needs
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+install-dev: $(DEV)            ## and what tests, checks and benchmarks need
+
+$(DEV): $(READY) requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock -r requirements-dev.lock
 	touch $@
 
 quickstart: install            ## digits -> shards -> latents -> EDT -> metrics -> registry -> report
 	$(BIN)/edt run
 
-test: install                  ## the suite, except tests marked slow
+test: install-dev              ## the suite, except tests marked slow
 	$(PYTEST) $(PARALLEL) -m "not slow"
 
-test-light: install            ## the tests that do not start Ray
+test-light: install-dev        ## the tests that do not start Ray
 	$(PYTEST) $(PARALLEL) -m "not slow and not ray"
 
-test-ray: install              ## the tests that start Ray
+test-ray: install-dev          ## the tests that start Ray
 	$(PYTEST) -m "not slow and ray"
 
-test-all: install              ## all tests with all repetitions: hours, see CONTRIBUTING.md
+test-all: install-dev          ## all tests with all repetitions: hours, see CONTRIBUTING.md
 	$(PYTEST) $(PARALLEL)
 
-test-numerics: install         ## the numerical tests with the kernels of an older processor
+test-numerics: install-dev     ## the numerical tests with the kernels of an older processor
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	    $(PYTEST) $(PARALLEL) -m "light and not slow" $(NUMERICS)
 
-coverage: install              ## branch coverage of `make test`, including subprocesses and Ray's workers
+coverage: install-dev          ## branch coverage of `make test`, including subprocesses and Ray's workers
 	rm -f .coverage .coverage.*
 	COVERAGE_FILE=$(CURDIR)/.coverage $(MAKE) --no-print-directory test PYTEST="$(BIN)/python -m coverage run -m pytest"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 
-test-core: install             ## the tests of edt_core, in parallel
+test-core: install-dev         ## the tests of edt_core, in parallel
 	$(PYTEST) $(PARALLEL) -m "not slow and not ray" tests/edt_core
 
 test-pythons:                  ## the tests of edt_core, with each installed version of $(PYTHONS)
@@ -57,10 +64,10 @@ test-pythons:                  ## the tests of edt_core, with each installed ver
 	    $(MAKE) --no-print-directory test-core PYTHON=python$$version VENV=.venv-$$version || exit 1; \
 	done
 
-faults: install                ## kills at every step boundary and in every step, double starts, lost nodes: half an hour
+faults: install-dev            ## kills at every step boundary and in every step, double starts, lost nodes: half an hour
 	$(PYTEST) -m slow -s tests/pipelines/test_faults.py tests/pipelines/test_lost_nodes.py
 
-check: install prose           ## lint, format, types, prose
+check: install-dev prose       ## lint, format, types, prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -68,7 +75,7 @@ check: install prose           ## lint, format, types, prose
 prose: $(DOCS)/.ready          ## proselint by .proselintrc.json; our own phrases are in tests/docs/test_prose.py
 	$(DOCS)/bin/proselint check $(wildcard README.md CONTRIBUTING.md docs/*.md docs/*/*.md)
 
-format: install
+format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -87,23 +94,27 @@ docs: $(DOCS)/.ready           ## the book, in build/book; a broken link fails
 docs-serve: $(DOCS)/.ready     ## the book on http://127.0.0.1:8000, rebuilt when a page changes
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
 
-bench: install                 ## times the quickstart, its second run and the CLI; prints a table
+bench: install-dev             ## times the quickstart, its second run and the CLI; prints a table
 	$(BIN)/python tests/benchmarks/quickstart.py
 
-recording: install             ## docs/quickstart-*.svg: the quickstart in a terminal, in a new store
+recording: install-dev         ## docs/quickstart-*.svg: the quickstart in a terminal, in a new store
 	folder=$$(mktemp -d) && $(BIN)/python tests/docs/recording.py docs/quickstart --title "edt run quickstart" \
 	    --hide $$folder/ -- $(BIN)/edt run quickstart --store $$folder/edt-store && rm -r $$folder
 
-wheel: install                 ## dist/: the wheel and the source distribution
+wheel: install-dev             ## dist/: the wheel and the source distribution
 	$(BIN)/python -m build
 
-notebook: install              ## run the notebook on the results of `make quickstart`
+notebook: install-dev          ## run the notebook on the results of `make quickstart`
 	$(BIN)/jupyter execute notebooks/explore_model.ipynb --output=explored.ipynb
+
+FREEZE := .lock-venv/bin/pip freeze --all --exclude edt-pipeline --exclude pip | sed 's/+cpu//' | grep -vE '^(nvidia|cuda|triton)'
 
 lock:                          ## resolve pyproject.toml and write the pins, except those of torch's CUDA packages
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
-	.lock-venv/bin/pip install --quiet ".[dev]"
-	.lock-venv/bin/pip freeze --all --exclude edt-pipeline --exclude pip | sed 's/+cpu//' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
+	.lock-venv/bin/pip install --quiet .
+	$(FREEZE) > requirements.lock
+	.lock-venv/bin/pip install --quiet ".[dev]" --constraint requirements.lock
+	$(FREEZE) | grep -vxFf requirements.lock > requirements-dev.lock
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
 	    | .lock-venv/bin/pip install --quiet -r /dev/stdin

@@ -164,17 +164,24 @@ def test_the_installed_edt_runs_a_pipeline_on_ray(
         assert holding(left, CANARY, IN_URL, IN_QUERY) == []
 
 
-def test_every_requirement_is_met_by_the_lock() -> None:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = dict(re.fullmatch(r"([\w.-]+)==(\S+)", line).groups() for line in lines)  # type: ignore[union-attr]
-    locked = {canonicalize_name(name): version for name, version in pins.items()}
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    read = dict(re.fullmatch(r"([\w.-]+)==(\S+)", line).groups() for line in lines)  # type: ignore[union-attr]
+    return {canonicalize_name(name): version for name, version in read.items()}
+
+
+def test_every_requirement_is_met_by_the_locks() -> None:
+    run, dev = pins("requirements.lock"), pins("requirements-dev.lock")
+    assert not run.keys() & dev.keys()
     optional = PROJECT["optional-dependencies"]
     own = Requirement(optional["dev"][0])
     assert own.name == PROJECT["name"]
     extras = [text for extra in own.extras for text in optional[extra]]
-    for requirement in map(Requirement, [*PROJECT["dependencies"], *optional["dev"][1:], *extras]):
-        version = locked.get(canonicalize_name(requirement.name))
-        assert version is not None, f"{requirement} is not in requirements.lock"
+    of_run = len(PROJECT["dependencies"])
+    for place, text in enumerate([*PROJECT["dependencies"], *optional["dev"][1:], *extras]):
+        requirement = Requirement(text)
+        version = (run if place < of_run else run | dev).get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement} is in no lock that it belongs to"
         assert requirement.specifier.contains(version, prereleases=True), f"{requirement}, but {version} is locked"
 
 

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
 COMPOSE = INFRA / "compose"
 DOCKERFILES = sorted(INFRA.glob("*Dockerfile"))
-LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
+LOCK = dict(
+    line.split("==") for name in ("requirements.lock", "requirements-dev.lock") for line in (ROOT / name).read_text().split()
+)
 REQUIRED = re.compile(r"\$\{(\w+):\?[^}]+\}")
 
 
@@ -97,7 +99,7 @@ def test_an_image_is_safe_and_repeatable(path: Path) -> None:
         ("\nUSER ray", "", "ends as root"),
         ("\nUSER ray", "\nUSER root", "ends as root"),
         ("2.60.0-py311-${VARIANT}", "latest", "no fixed version"),
-        ("COPY --chown=ray requirements.lock", "ADD https://example.com/lock", "ADD"),
+        ("COPY --chown=ray requirements.lock requirements-dev.lock", "ADD https://example.com/lock", "ADD"),
         ("ENV RAY", "ENV MLFLOW_TRACKING_PASSWORD=x RAY", "a secret would stay"),
         ("RUN pip wheel", "RUN curl -O https://example.com/x && pip wheel", "from the network"),
     ],

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -112,7 +113,13 @@ def execute(
             terminal.warn(warning)
         try:
             outcome = run_pipeline(
-                loaded, terminal, address, tracking_uri=tracking_uri, digest_again=digest_again, guard=guard
+                loaded,
+                terminal,
+                address,
+                tracking_uri=tracking_uri,
+                digest_again=digest_again,
+                guard=guard,
+                on_start=partial(report_to_scheduler, None),
             )
         except KeyboardInterrupt:
             show_stopped(terminal, "stopped")

@@ -46,6 +46,7 @@ def run(
     tracking_uri: str | None = None,
     digest_again: bool = False,
     guard: Guard | None = None,
+    on_start: Callable[[str], None] = lambda run_id: None,
 ) -> Outcome:
     """Run the whole pipeline and reuse finished artifacts. Failures of steps are in the outcome, not raised.
 
@@ -53,12 +54,13 @@ def run(
     it is raised. `published`: the published inputs, if the caller has them already. `tracking_uri`: an MLflow to use
     instead of that of the environment or the store. `digest_again`: read every image, even if its digest is cached.
     `guard`: may hold the run back before its trainings, by HeldBackError, which is in the outcome as a failure.
+    `on_start` is given the id of the run in MLflow.
 
     Raises UserError, before anything is computed, if the store or the source is unusable.
     """
     store = Store.open(config.store)
     with store.in_use(), tracking_kept():
-        return _run(config, store, terminal, address, published, tracking_uri, digest_again, guard)
+        return _run(config, store, terminal, address, published, tracking_uri, digest_again, guard, on_start)
 
 
 def _run(
@@ -70,6 +72,7 @@ def _run(
     tracking_uri: str | None,
     digest_again: bool,
     guard: Guard | None,
+    on_start: Callable[[str], None],
 ) -> Outcome:
     check_named(address)
     check_tracking(tracking_uri)  # a Ray session takes longer to start
@@ -91,6 +94,7 @@ def _run(
     published = published or Published.of(config, catalog.tracking_uri, store, source.classes)
     check_pipeline_sizes(config, source.images, published.statistics)
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
+    on_start(run_id)
     outcome = Outcome(run_id, catalog.tracking_uri, run_link(catalog.tracking_uri, catalog.experiment_id, run_id))
     terminal.say(f"MLflow    {outcome.link}", "dim")
     workflow = Workflow(store, catalog, run_id, terminal, connect=join)

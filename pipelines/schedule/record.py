@@ -84,9 +84,9 @@ class State(_Record):
 
 
 class RunResult(_Record):
-    """What a run reports to its scheduler."""
+    """What a run reports to its scheduler. `outcome` is None until it ends: a killed run leaves only its MLflow run."""
 
-    outcome: str
+    outcome: str | None
     run: str | None = None
 
 
@@ -277,8 +277,8 @@ def run_lease(pipeline: str) -> str:
     return f"run-{pipeline}"
 
 
-def report_to_scheduler(outcome: str, run: str | None = None) -> None:
-    """Report the outcome of a run to the scheduler that started this process, if one did."""
+def report_to_scheduler(outcome: str | None, run: str | None = None) -> None:
+    """Report a run's MLflow id, and its outcome once it has one, to the scheduler that started this process, if any."""
     if path := os.environ.get(_RESULT_FILE):
         target = Path(path)
         result = _bytes(RunResult(outcome=outcome, run=run))

@@ -217,8 +217,8 @@ class Server:
     def _with_outcome(self, tick: Tick, code: int | None) -> Tick:
         """The tick of a run that has ended, with the outcome that the run reported, or else that of its exit code."""
         result = read_result(self._result_path(tick))
-        if result is not None:
-            outcome: str = result.outcome
+        if result is not None and result.outcome is not None:
+            outcome = result.outcome
         elif code is None:
             outcome = "lost"
         else:
@@ -227,7 +227,8 @@ class Server:
         error = f"{_ending(code)}: {_reason(self.schedules.log(tick))}" if outcome == "failed" else None
         run = result.run if result else None
         self._result_path(tick).unlink(missing_ok=True)
-        fields = {"outcome": outcome, "run": run, "error": error, "reported": result is not None}
+        reported = result is not None and result.outcome is not None
+        fields = {"outcome": outcome, "run": run, "error": error, "reported": reported}
         return tick.model_copy(update=fields)
 
     def _settle(self, name: str) -> None:
@@ -358,6 +359,8 @@ def record(schedules: Schedules, name: str, tick: Tick) -> None:
     if (log := schedules.log(tick)) is not None and log.exists():
         catalog.client.log_artifact(run.info.run_id, str(log))
     catalog.client.set_terminated(run.info.run_id, _STATUS.get(tick.outcome or "", "FINISHED"), end)
+    if tick.run is not None:
+        catalog.end_abandoned(tick.run)
 
 
 class _Alive:

@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from shlex import quote
@@ -144,9 +144,19 @@ class Catalog:
 
     def end_children(self, parent: str, status: str) -> None:
         """Close the runs of steps that ended with their parent run and could not close their own."""
+        experiment = self.client.get_run(parent).info.experiment_id
         running = f"tags.mlflow.parentRunId = '{parent}' and attributes.status = 'RUNNING'"
-        for run in self.client.search_runs([self.experiment_id], running):
+        for run in self.client.search_runs([experiment], running):
             self.end_run(run.info.run_id, status)
+
+    def end_abandoned(self, run_id: str) -> None:
+        """Close a workflow run, and those of its steps, as KILLED if its process was killed before it could."""
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):  # the run was deleted
+            if self.client.get_run(run_id).info.status == "RUNNING":
+                self.end_run(run_id, "KILLED")
+                self.end_children(run_id, "KILLED")
 
     def log_metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
         """Log finite values at an explicit step."""

@@ -646,6 +646,23 @@ def test_a_killed_run_is_recorded_as_killed(store: Path, run_is: Callable[[str],
     assert run.data.tags["edt.error"] == killed
 
 
+def test_the_mlflow_run_of_a_killed_run_is_closed(store: Path, run_is: Callable[[str], None]) -> None:
+    from edt_core.store.folder import Folder
+    from pipelines.tracking.catalog import Catalog
+
+    schedule(store)
+    missed_minutes(store)
+    catalog = Catalog.open(Folder.at(store), "quickstart")
+    parent = catalog.start_run("quickstart", {"edt.workflow": "quickstart"})
+    step = catalog.step_run("train", "checkpoint", "f" * 64, parent)
+    report = f"from pipelines.schedule.record import report_to_scheduler as report; report(None, '{parent}')"
+    run_is(f'{sys.executable} -c "{report}"; kill -KILL $$')
+    attend(store)
+    (run,) = recorded(store)
+    assert (run.data.tags["edt.outcome"], run.data.tags["edt.run"]) == ("failed", parent)
+    assert [catalog.client.get_run(run_id).info.status for run_id in (parent, step)] == ["KILLED", "KILLED"]
+
+
 def test_unchanged_data_starts_nothing(store: Path, digits_folder: Path, run_is: Callable[[str], None]) -> None:
     from edt_core.config import SourceConfig
     from jobs.stages.preprocess import image_source

@@ -49,8 +49,9 @@ class PromoteConfig(Section):
         None,
         ge=0,
         lt=1,
-        description="required improvement over the champion, as a fraction of its value; null for more than two "
-        "standard deviations of the repeats, or 0.01 if there is only one repeat",
+        description="required improvement over the champion, or over the untrained model while there is no champion, "
+        "as a fraction of its value; null for more than two standard deviations of the repeats, or 0.01 if there is "
+        "only one repeat",
     )
     require: dict[str, tuple[float | None, float | None]] = Field(
         {}, description="metric -> [least, most] allowed for every new champion; null for no limit"

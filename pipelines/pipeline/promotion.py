@@ -57,7 +57,8 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
         return Promoted(decision, version_record(catalog, decision, config.store), before)
 
     def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
-        entry = entry_of(artifacts)
+        untrained = branch.steps.get("untrained_evaluation")  # finished, as all steps of the branch are
+        entry = entry_of(artifacts, None if untrained is None else untrained.result())
         return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry, champion.result()))
 
     def find(catalog: Catalog, artifacts: Mapping[str, Artifact]) -> tuple[Promoted, str] | None:

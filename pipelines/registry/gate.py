@@ -2,7 +2,8 @@
 
 With v the value of the new version, c that of the champion and r the required improvement, a version becomes champion
 if both have the same protocol, no check failed, and v is better than c by at least r. If the champion was registered
-with values of another protocol, c is the value that a run measured again (`Remeasured`).
+with values of another protocol, c is the value that a run measured again (`Remeasured`). While there is no champion, c
+is the value of the untrained model. If that was not measured, the checks alone decide.
 
     r = margin * |c|                    if `promote.margin` is set
     r = 2 * max(std of v, std of c)     else, if each is the mean of several repeats; v must be better by more than r
@@ -21,6 +22,7 @@ from edt_core.store.artifact import Artifact
 from pipelines.config.schema import PromoteConfig
 
 METRIC_TAG = "edt.metric."
+UNTRAINED_TAG = "edt.untrained."  # of the untrained model, measured by the protocol of the version
 PROTOCOL_TAG, PROTOCOL_FIELDS_TAG = "edt.protocol", "edt.protocol_fields"
 DEFAULT_MARGIN = 0.01
 _ROUNDING = 1e-9  # of the required improvement: 4.95 is 1 % better than 5
@@ -60,6 +62,27 @@ class Remeasured:
 
 
 @dataclass(frozen=True)
+class Untrained:
+    """The untrained model of a version, with its values as the tags of a version have them."""
+
+    tags: Mapping[str, str]
+
+    @classmethod
+    def of(cls, version: Any, metric: str) -> "Untrained | None":
+        """That of a version; None if the metric was not measured, or is not finite."""
+        text = version.tags.get(f"{UNTRAINED_TAG}{metric}")
+        if text is None or not math.isfinite(float(text)):
+            return None
+        values = {
+            f"{METRIC_TAG}{key.removeprefix(UNTRAINED_TAG)}": value
+            for key, value in version.tags.items()
+            if key.startswith(UNTRAINED_TAG)
+        }
+        protocol = {key: version.tags[key] for key in (PROTOCOL_TAG, PROTOCOL_FIELDS_TAG) if key in version.tags}
+        return cls({**values, **protocol})
+
+
+@dataclass(frozen=True)
 class Decision:
     """The gate's decision about a version, with everything it depends on."""
 
@@ -76,6 +99,8 @@ class Decision:
     checks: tuple[Check, ...] = ()
     forced: bool = False
     remeasured: Remeasured | None = None  # the champion, where its registered values are of another protocol
+    untrained_value: float | None = None  # of the untrained model, where there was no champion
+    unopposed: bool = False  # there was neither a champion nor a value of an untrained model
 
     @property
     def champion_after(self) -> str | None:
@@ -87,10 +112,14 @@ class Decision:
 
     @property
     def improvement(self) -> float | None:
-        """How much better than the champion; negative if worse, None if there is nothing to compare with."""
-        if self.champion_value is None:
+        """How much better than the champion, or than the untrained model where there was no champion.
+
+        Negative if worse, None if there is nothing to compare with.
+        """
+        value = self.untrained_value if self.champion_before is None else self.champion_value
+        if value is None:
             return None
-        return (self.champion_value - self.value) * (1 if self.lower_is_better else -1)
+        return (value - self.value) * (1 if self.lower_is_better else -1)
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "champion_after": self.champion_after}, sort_keys=True)
@@ -116,24 +145,39 @@ class Decision:
         failed = [f"failed the check of {check.name}, {check.detail}" for check in self.failed]
         return f"{outcome}: {'; '.join([f'{self.metric} {self.value:.4g}', *failed, *self._comparison()])}"
 
+    @property
+    def _by_hand(self) -> str:
+        return f"edt models promote {self.name}/{self.version} --force"
+
     def _comparison(self) -> list[str]:
         if self.champion_before is None:
-            return []
+            return self._comparison_without_champion()
         if self.improvement is None:
             text = f"champion {self.champion_before} was measured by another protocol"
             if self.remeasured is None or not self.remeasured.problem:
                 return [text]
-            command = f"edt models promote {self.name}/{self.version} --force"
-            return [f"{text} and cannot be measured again: {self.remeasured.problem} (`{command}` decides by hand)"]
+            return [
+                f"{text} and cannot be measured again: {self.remeasured.problem} (`{self._by_hand}` decides by hand)"
+            ]
         against = f"version {self.champion_before} has {self.champion_value:.4g}"
         against += f" (measured again {self.remeasured.how})" if self.remeasured is not None else ""
-        difference = (
-            f"better by {self.improvement:.3g}" if self.improvement > 0 else f"worse by {-self.improvement:.3g}"
-        )
-        if self.improvement == 0:
-            difference = "the same"
+        return [f"{against}, {self._difference(self.improvement)}"]
+
+    def _comparison_without_champion(self) -> list[str]:
+        if self.unopposed:
+            return ["there is no champion and no value of an untrained model to compare with"]
+        if self.improvement is None:  # a decision of a version that did not compare with the untrained model
+            return []
+        text = f"the untrained model has {self.untrained_value:.4g}, {self._difference(self.improvement)}"
+        if self.became_champion or self.failed:
+            return [text]
+        return [text, f"train longer (train.max_steps), or promote it by hand: `{self._by_hand}`"]
+
+    def _difference(self, improvement: float) -> str:
+        """ "better by 1, required 0.05 (1% of the champion's value)"."""
+        text = f"better by {improvement:.3g}" if improvement > 0 else f"worse by {-improvement:.3g}"
         needed = "" if self.required is None else f", required {self.required:.3g} ({self.required_from})"
-        return [f"{against}, {difference}{needed}"]
+        return f"{text if improvement else 'the same'}{needed}"
 
 
 def decide(
@@ -146,6 +190,7 @@ def decide(
 ) -> Decision:
     """Decide on a version, compared with the champion `before` by their tags if both have the same protocol.
 
+    Without a champion it is compared with the untrained model, whose values are in its own tags.
     `again`: a champion measured again. It counts if it is `before`, and that was registered with another protocol.
     """
     value = metric_of(version, config.metric)
@@ -160,19 +205,22 @@ def decide(
     facts = (str(version.name), str(version.version), config.metric, value, previous)
     if before is not None and again is not None and again.version == previous and not _comparable(version, before):
         common["remeasured"] = before = again
-    champion_value = metric_of(before, config.metric) if before is not None and _comparable(version, before) else None
-    if before is None or champion_value is None:
+    rival = before if before is not None else Untrained.of(version, config.metric)
+    rival_value = metric_of(rival, config.metric) if rival is not None and _comparable(version, rival) else None
+    if rival is None or rival_value is None:
         wins = passed and before is None
+        common["unopposed"] = before is None
         return Decision(*facts, None, wins or force, **common, forced=force and not wins)
-    required = required_improvement(config, champion_value, version, before)
-    wins = passed and required.by((champion_value - value) * (1 if config.lower_is_better else -1))
+    required = required_improvement(config, rival_value, version, rival)
+    wins = passed and required.by((rival_value - value) * (1 if config.lower_is_better else -1))
     common |= {"required": required.value, "required_from": required.origin}
-    return Decision(*facts, champion_value, wins or force, **common, forced=force and not wins)
+    common["untrained_value"] = rival_value if before is None else None
+    return Decision(*facts, None if before is None else rival_value, wins or force, **common, forced=force and not wins)
 
 
 @dataclass(frozen=True)
 class Required:
-    """The improvement that a new champion needs over the present one's value, and the rule that it comes from."""
+    """The improvement that a new champion needs over the value of its rival, and the rule that it comes from."""
 
     value: float
     origin: str
@@ -184,18 +232,17 @@ class Required:
         return improvement >= self.value * (1 - _ROUNDING)
 
 
-def required_improvement(config: PromoteConfig, champion_value: float, *versions: Any) -> Required:
-    """The required improvement for these versions, the new one and the champion."""
+def required_improvement(config: PromoteConfig, rival_value: float, version: Any, rival: Any) -> Required:
+    """The required improvement of a version over its rival, the champion or the untrained model."""
+    whose = "the untrained model's value" if isinstance(rival, Untrained) else "the champion's value"
     if config.margin is not None:
-        return Required(
-            config.margin * abs(champion_value), f"promote.margin {config.margin:g} of the champion's value"
-        )
-    spreads = [metric_of(version, f"{config.metric}_std") for version in versions]
-    repeats = min(repeats_of(version) for version in versions)
+        return Required(config.margin * abs(rival_value), f"promote.margin {config.margin:g} of {whose}")
+    spreads = [metric_of(item, f"{config.metric}_std") for item in (version, rival)]
+    repeats = min(repeats_of(item) for item in (version, rival))
     if (limit := noise_of_repeats(spreads, repeats)) is not None:
         origin = f"more than {DEVIATIONS} standard deviations of {repeats} repeats"
         return Required(limit, origin, exclusive=True)
-    return Required(DEFAULT_MARGIN * abs(champion_value), f"{DEFAULT_MARGIN:.0%} of the champion's value")
+    return Required(DEFAULT_MARGIN * abs(rival_value), f"{DEFAULT_MARGIN:.0%} of {whose}")
 
 
 def run_checks(config: PromoteConfig, version: Any, problems_of_files: Callable[[], list[str]]) -> tuple[Check, ...]:

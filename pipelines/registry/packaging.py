@@ -38,13 +38,14 @@ _TRAINING = (
 
 @dataclass(frozen=True)
 class Entry:
-    """The artifacts behind one version."""
+    """The artifacts behind one version. `untrained`: the evaluation of the untrained model that it started as."""
 
     images: Artifact
     autoencoder: Artifact
     checkpoint: Artifact
     features: Artifact
     evaluation: Artifact
+    untrained: Artifact | None = None
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,19 @@ from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.registry_files import DIGEST_TAG, stored_problems
 from pipelines.config.schema import PromoteConfig
 from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, add_version, find_version, settle
-from pipelines.registry.gate import METRIC_TAG, PROTOCOL_FIELDS_TAG, PROTOCOL_TAG, Decision, Remeasured
+from pipelines.registry.gate import (
+    METRIC_TAG,
+    PROTOCOL_FIELDS_TAG,
+    PROTOCOL_TAG,
+    UNTRAINED_TAG,
+    Decision,
+    Remeasured,
+)
 from pipelines.registry.packaging import Entry, Logged, log_pipeline, write_pipeline
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import artifact_tags
 
-ENTRY_ROLES = tuple(field.name for field in fields(Entry))
+ENTRY_ROLES = tuple(field.name for field in fields(Entry) if field.name != "untrained")
 COST_TAG = "edt.cost."
 OBJECTIVE_TAG = "edt.objective"  # of models that do not predict noise
 COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")
@@ -49,9 +56,9 @@ def promote(
     return settle(catalog, version, config, f"run {run_id}", lambda: stored_problems(catalog.client, version), again)
 
 
-def entry_of(artifacts: Mapping[str, Artifact]) -> Entry:
-    """The entry with a branch's artifacts, which are given by role."""
-    return Entry(**{role: artifacts[role] for role in ENTRY_ROLES})
+def entry_of(artifacts: Mapping[str, Artifact], untrained: Artifact | None = None) -> Entry:
+    """The entry with a branch's artifacts, which are given by role, and the evaluation of its untrained model."""
+    return Entry(**{role: artifacts[role] for role in ENTRY_ROLES}, untrained=untrained)
 
 
 def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry) -> tuple[Decision, str] | None:
@@ -142,4 +149,13 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
         PROTOCOL_FIELDS_TAG: protocol if len(protocol) <= _MAX_TAG else "",
         GATE_TAG: canonical_json(config.model_dump(mode="json")),
     }
-    return {key: value for key, value in {**tags, **metrics}.items() if value}
+    return {key: value for key, value in {**tags, **metrics, **_untrained_tags(config, entry)}.items() if value}
+
+
+def _untrained_tags(config: PromoteConfig, entry: Entry) -> dict[str, str]:
+    """The gate's metric of the untrained model and its spread, if they were measured by the version's protocol."""
+    if entry.untrained is None or entry.untrained.counts["protocol"] != entry.evaluation.counts["protocol"]:
+        return {}
+    values = entry.untrained.counts["metrics"]
+    names = (config.metric, f"{config.metric}_std")
+    return {f"{UNTRAINED_TAG}{name}": repr(float(values[name])) for name in names if name in values}

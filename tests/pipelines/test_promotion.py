@@ -1,6 +1,7 @@
 """The gate: the margin and where it comes from, the checks, who moved the alias, and the way back."""
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +21,26 @@ from tests.support.registry import NAME, PROTOCOL, Registry
 
 
 class Version:
-    """What the gate reads of a version: its tags."""
+    """What the gate reads of a version: its tags. `untrained`: value of the untrained model, and its spread."""
 
-    def __init__(self, number: int, value: float, std: float | None = None, **protocol: Any) -> None:
+    def __init__(
+        self,
+        number: int,
+        value: float,
+        std: float | None = None,
+        untrained: tuple[float, float | None] | None = None,
+        **protocol: Any,
+    ) -> None:
         self.name, self.version = "m", str(number)
         fields = {**PROTOCOL, **protocol}
         self.tags = {"edt.metric.fd_classifier": repr(value), "edt.protocol": sha256_json(fields)}
         self.tags["edt.protocol_fields"] = json.dumps(fields)
         if std is not None:
             self.tags["edt.metric.fd_classifier_std"] = repr(std)
+        if untrained is not None:
+            names = ("fd_classifier", "fd_classifier_std")
+            values = {f"edt.untrained.{name}": value for name, value in zip(names, untrained, strict=True)}
+            self.tags |= {name: repr(value) for name, value in values.items() if value is not None}
 
 
 @pytest.mark.parametrize(
@@ -112,11 +124,82 @@ def test_a_decision_is_one_sentence_with_its_numbers() -> None:
     }
     needed = "required 0.05 (1% of the champion's value)"
     assert sentences == {
-        "first champion: fd_classifier 4",
+        "first champion: fd_classifier 4; there is no champion and no value of an untrained model to compare with",
         f"new champion: fd_classifier 4; version 3 has 5, better by 1, {needed}",
         f"candidate only: fd_classifier 4.99; version 3 has 5, better by 0.01, {needed}",
         f"candidate only: fd_classifier 6; version 3 has 5, worse by 1, {needed}",
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "lower_is_better", "untrained", "expected"),
+    [
+        (4.0, True, 5.0, True),
+        (4.95, True, 5.0, True),  # just 1 % better
+        (4.951, True, 5.0, False),
+        (5.0, True, 5.0, False),
+        (6.0, True, 5.0, False),
+        (6.0, False, 5.0, True),
+        (4.0, False, 5.0, False),
+        (9.0, True, float("nan"), True),  # nothing to compare with
+        (9.0, True, float("inf"), True),
+    ],
+)
+def test_a_first_champion_is_better_than_the_untrained_model(
+    value: float, lower_is_better: bool, untrained: float, expected: bool
+) -> None:
+    config = PromoteConfig(lower_is_better=lower_is_better)
+    decision = decide(Version(1, value, untrained=(untrained, None)), config, None)
+    assert decision.became_champion == expected
+    assert decision.champion_after == ("1" if expected else None)
+    assert (decision.champion_before, decision.champion_value) == (None, None)
+    assert decision.unopposed == (not math.isfinite(untrained))
+    assert Decision.from_json(decision.to_json()) == decision
+
+
+def test_the_untrained_model_is_compared_by_the_rule_for_champions() -> None:
+    """Whatever decides against a champion of these values decides against an untrained model of them."""
+    rng = random.Random(1)
+    outcomes = set()
+    for _ in range(500):
+        value, other = rng.uniform(1, 10), rng.uniform(1, 10)
+        if rng.random() < 0.5:
+            value = other + rng.uniform(-0.5, 0.5)
+        spreads = [rng.uniform(0, 0.3) for _ in range(2)]
+        repeats, margin, lower = rng.choice([1, 5]), rng.choice([None, 0.0, 0.02, 0.3]), rng.random() < 0.5
+        config = PromoteConfig(lower_is_better=lower, margin=margin)
+        new = Version(2, value, spreads[0], untrained=(other, spreads[1]), repeats=repeats)
+        against = decide(new, config, Version(1, other, spreads[1], repeats=repeats))
+        alone = decide(new, config, None)
+        assert (alone.became_champion, alone.required) == (against.became_champion, against.required)
+        assert alone.required_from == against.required_from.replace("the champion's", "the untrained model's")
+        outcomes.add((alone.became_champion, margin, repeats))
+    assert len(outcomes) == 16
+
+
+def test_a_champion_counts_and_the_untrained_model_beside_it_does_not() -> None:
+    new = Version(4, 4.0, untrained=(1.0, None))
+    decision = decide(new, PromoteConfig(), Version(3, 5.0))
+    assert (decision.became_champion, decision.untrained_value) == (True, None)
+
+
+def test_a_decision_without_a_champion_says_what_it_was_compared_with() -> None:
+    needed = "required 0.05 (1% of the untrained model's value)"
+    by_hand = "train longer (train.max_steps), or promote it by hand: `edt models promote m/1 --force`"
+    limits = Check("the required limits", False, "recall 0.2 is below 0.4")
+    better, close, same = (Version(1, value, untrained=(5.0, None)) for value in (4.0, 4.99, 5.0))
+    compared = "fd_classifier 4; the untrained model has 5, better by 1"
+    assert str(decide(better, PromoteConfig(), None)) == f"first champion: {compared}, {needed}"
+    assert str(decide(close, PromoteConfig(), None)) == (
+        f"candidate only: fd_classifier 4.99; the untrained model has 5, better by 0.01, {needed}; {by_hand}"
+    )
+    assert str(decide(same, PromoteConfig(), None)) == (
+        f"candidate only: fd_classifier 5; the untrained model has 5, the same, {needed}; {by_hand}"
+    )
+    assert str(decide(close, PromoteConfig(), None, force=True)).startswith("forced, first champion: ")
+    refused = str(decide(better, PromoteConfig(), None, [limits]))
+    assert refused.startswith("candidate only: fd_classifier 4; failed the check of the required limits")
+    assert "train longer" not in refused  # more steps do not mend a limit
 
 
 def test_decisions_are_kept_whole_and_those_of_older_versions_are_read() -> None:
@@ -137,6 +220,8 @@ def test_decisions_are_kept_whole_and_those_of_older_versions_are_read() -> None
     assert (read.champion_after, read.checks, read.required) == ("2", (), None)
     assert str(read) == "new champion: fid 4; version 1 has 5, better by 1"
     assert Decision.from_json(json.dumps({**old, "of a later version": 1})) == read
+    first = Decision.from_json(json.dumps({**old, "champion_before": None, "champion_value": None}))
+    assert str(first) == "first champion: fid 4"  # reports of that version have this text, and are reused
 
 
 def test_limits_are_checked_when_they_are_configured() -> None:
@@ -179,6 +264,44 @@ def test_champions_follow_each_other_and_roll_back_in_turn(registry: Registry) -
         rollback(registry.catalog, NAME)
     with pytest.raises(UserError, match="no-such has no champion"):
         rollback(registry.catalog, "no-such")
+
+
+def measured(value: float, **protocol: Any) -> dict[str, Any]:
+    """The untrained model's evaluation."""
+    return {"metrics": {"fd_classifier": value}, "protocol": {**PROTOCOL, **protocol}}
+
+
+def test_a_version_no_better_than_random_weights_is_registered_without_the_alias(registry: Registry) -> None:
+    refused = registry.add("a", 4.99, untrained=measured(5.0))
+    assert not refused.became_champion
+    assert registry.version("1").aliases == ["candidate"]
+    code, output = edt("models", "show", f"{NAME}/1", *registry.arguments)
+    assert code == 0
+    assert str(refused) in " ".join(output.split())
+    code, output = edt("models", "promote", f"{NAME}/1", *registry.arguments)  # the gate again, by its own record
+    assert code == 1
+    assert "the untrained model has 5, better by 0.01, required 0.05" in output
+    with pytest.raises(UserError, match="has no champion to roll back"):
+        rollback(registry.catalog, NAME)
+
+    assert registry.add("b", 4.9, untrained=measured(5.0)).became_champion
+    assert registry.champion() == "2"
+    assert registry.version("2").tags["edt.champion_before"] == ""
+
+
+def test_random_weights_are_no_measure_under_another_protocol_or_by_another_metric(registry: Registry) -> None:
+    for number, other in enumerate((measured(1.0, cfg_scale=9), {**measured(1.0), "metrics": {"fid": 1.0}}, None)):
+        decision = registry.add("a", 4.0, name=f"m{number}", untrained=other)
+        assert (decision.became_champion, decision.unopposed) == (True, True)
+        assert str(decision).endswith("there is no champion and no value of an untrained model to compare with")
+
+
+def test_a_version_refused_for_random_weights_is_promoted_by_hand(registry: Registry) -> None:
+    registry.add("a", 6.0, untrained=measured(5.0))
+    code, output = edt("models", "promote", f"{NAME}/1", "--force", *registry.arguments)
+    assert code == 0
+    assert "forced, first champion: fd_classifier 6; the untrained model has 5, worse by 1" in output
+    assert registry.champion() == "1"
 
 
 def test_rollbacks_end_whatever_was_promoted_twice(registry: Registry) -> None:

@@ -74,7 +74,7 @@ def rightly_decided(version: Any, champion: str) -> str:
         measured = Artifact.open(Folder.at(again["uri"])).counts["metrics"][decision["metric"]]
         assert (again["version"], again["protocol"]) == (champion, tags["edt.protocol"])
         assert decision["champion_value"] == again["metrics"][decision["metric"]] == measured
-        better = measured - decision["value"] >= 0.01 * measured
+        better = decision["value"] < measured  # by the margin of the small pipeline, 0
     assert decision["became_champion"] == better
     return str(version.version) if better else champion
 

@@ -1,6 +1,7 @@
 """The whole pipeline on real digits, smaller than the quickstart only in its numbers: run, run again, change, fail."""
 
 import json
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from edt_core.store.layout import MANIFEST_NAME
 from edt_core.store.store import Store
 from jobs.stages import autoencoder
 from pipelines.engine.workflow import Workflow
+from pipelines.notification import of_outcome
 from pipelines.outcome import Outcome
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
 from tests.support.runs import artifacts_of
-from tests.support.small import CANARY, MODEL, STEPS, edt, options, pipeline
+from tests.support.small import CANARY, MODEL, STEPS, copy_store, edt, options, pipeline
 
 pytestmark = pytest.mark.usefixtures("training_here")
 
@@ -201,6 +203,32 @@ def test_another_protocol_makes_a_candidate_and_no_champion(first: Outcome, resa
     aliases = {name: client.get_model_version_by_alias(MODEL, name) for name in ("candidate", "champion")}
     assert {name: str(found.version) for name, found in aliases.items()} == {"candidate": "2", "champion": "1"}
     assert latest.version == "2"
+
+
+def test_a_model_hardly_better_than_random_weights_is_no_first_champion(
+    first: Outcome, store: Path, tmp_path: Path
+) -> None:
+    """The artifacts of the finished run under another name, whose gate requires half of the untrained model's value."""
+    copy_store(store, tmp_path / "store")
+    shy = pipeline(tmp_path / "store", "models={shy: {}}", "promote.margin=0.5")
+    assert shy.failures == {}
+    decision, (before, after) = shy.decisions["shy"], shy.metrics["shy"]
+    assert before is not None
+    assert (decision.value, decision.untrained_value) == (after["fd_classifier"], before["fd_classifier"])
+    assert not decision.became_champion
+    sentence = str(decision)
+    assert f"the untrained model has {before['fd_classifier']:.4g}, better by" in sentence
+    assert "promote.margin 0.5 of the untrained model's value" in sentence
+    assert "train longer (train.max_steps), or promote it by hand: `edt models promote shy/1 --force`" in sentence
+    client = Catalog(shy.tracking_uri, "").client
+    assert list(client.get_registered_model("shy").aliases) == ["candidate"]
+    page = unescape(shy.reports["shy"].path("report.html").read_text())
+    assert sentence.removeprefix("candidate only: ") in page
+    (notification,) = of_outcome("quickstart", shy)
+    assert (notification.event, notification.message) == ("refused", f"shy version 1: {sentence}")
+    # The finished run's gate has no margin: there the same values made a champion.
+    assert first.decisions[MODEL].untrained_value == decision.untrained_value
+    assert first.decisions[MODEL].became_champion
 
 
 def test_a_registered_model_gives_its_autoencoder_to_edt_encode(

@@ -99,9 +99,13 @@ class Registry:
         protocol: Mapping[str, Any],
         run: str,
         costs: Mapping[str, Any] = MappingProxyType({}),
+        untrained: Mapping[str, Any] | None = None,
         **train: Any,
     ) -> Entry:
-        """The artifacts of a model; images and autoencoder are those of all. `costs` are counts of its training."""
+        """The artifacts of a model; images and autoencoder are those of all. `costs` are counts of its training.
+
+        `untrained`: the metrics and the protocol of the untrained model's evaluation.
+        """
         config = {"max_steps": 8, "lr": 0.004, "seed": len(key), "key": key, **train}
         images = self.artifact("images", {CLASSES_NAME: b'["0", "1"]'}, {"image_size": 32}, {"source": SOURCE}, {}, run)
         vae = self.artifact("autoencoder", {"a": b"a"}, {"steps": 3}, {"images": images}, {}, run)
@@ -115,7 +119,10 @@ class Registry:
         text = json.dumps(result).encode()
         judged = {"features": features, "reference": reference}
         evaluation = self.artifact("evaluation", {"metrics.json": text}, {}, judged, result, run)
-        return Entry(images, vae, checkpoint, features, evaluation)
+        before = None
+        if untrained is not None:
+            before = self.artifact("evaluation", {"metrics.json": b"{}"}, {"untrained": key}, judged, untrained, run)
+        return Entry(images, vae, checkpoint, features, evaluation, before)
 
     def add(
         self,
@@ -127,12 +134,14 @@ class Registry:
         assignments: tuple[str, ...] = (),
         train: Mapping[str, Any] | None = None,
         costs: Mapping[str, Any] = MappingProxyType({}),
+        untrained: Mapping[str, Any] | None = None,
         **metrics: float,
     ) -> Decision:
         """Register a version whose fd_classifier is `value`, with made-up weights, and decide on it."""
         run, config = self.run(name, *assignments)
         gate = gate or config.promote
-        entry = self.entry(key, {"fd_classifier": value, **metrics}, protocol, run, costs, **(train or {}))
+        measured = {"fd_classifier": value, **metrics}
+        entry = self.entry(key, measured, protocol, run, costs, untrained, **(train or {}))
         model = self.root / "models" / key
         files = {"model_index.json": b"{}", "transformer/weights.safetensors": key.encode() * 99}
         for inner, data in files.items():

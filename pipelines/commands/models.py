@@ -1,4 +1,4 @@
-"""Commands on the model registry: models list, show, compare, promote, rollback, pull; import and lineage."""
+"""Commands on the model registry: models list, show, compare, promote, rollback, pull, push; import and lineage."""
 
 from enum import StrEnum
 from typing import Annotated, Any
@@ -19,7 +19,9 @@ from pipelines.commands.options import (
     print_rows,
 )
 
-app = typer.Typer(help="Registered models: list, show, compare, promote, roll back, pull.", invoke_without_command=True)
+app = typer.Typer(
+    help="Registered models: list, show, compare, promote, roll back, pull, push.", invoke_without_command=True
+)
 
 Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/NUMBER, or NAME for its champion")]
 
@@ -220,6 +222,45 @@ def pull(
     source = find(catalog, version)
     new = pulled(catalog.client, source, Path(folder))
     say(f"{title(source)} is {'' if new else 'already '}at {folder}, every file checked")
+
+
+@app.command()
+def push(
+    version: Version,
+    repo_id: Annotated[str, typer.Argument(help="repository of the hub, OWNER/NAME; created if it does not exist")],
+    private: Annotated[bool, typer.Option("--private", help="only into a private repository")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="branch to commit to, created if needed  \\[default: main]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and list the files, send nothing")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Push a version's diffusers folder, with its model card, to a model hub.
+
+    \b
+    Examples:
+      edt models push edt-s-2-256@champion my-name/edt-s-2-256 --dry-run
+      edt models push edt-s-2-256/3 my-name/edt-s-2-256 --private
+    """
+    from jobs.models.registry_files import title
+    from pipelines.registry.lookup import find
+    from pipelines.registry.publishing import Target, checked_folder, push_version
+    from pipelines.setup.disk import size_text
+
+    target = Target(repo_id, private, revision)
+    catalog = open_catalog(store, tracking_uri)
+    source = find(catalog, version)
+    if dry_run:
+        with checked_folder(catalog, source) as (_, sizes):
+            print_rows(
+                [{"file": name, "size": size_text(size)} for name, size in sizes.items()], ("file", "size"), False
+            )
+        outcome = f"would be pushed to {repo_id}: nothing was sent"
+    else:
+        url, sizes = push_version(catalog, source, target)
+        outcome = f"is in {repo_id}: {url}"
+    say(f"{title(source)}, {len(sizes)} files of {size_text(sum(sizes.values()))}, {outcome}")
 
 
 def import_model(

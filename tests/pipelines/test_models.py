@@ -22,11 +22,10 @@ from huggingface_hub import ModelCard as HubCard
 from typer.testing import CliRunner
 
 import edt_core
-from edt_core.config import ChainConfig, TrainConfig
+from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
-from edt_core.store.layout import CLASSES_NAME
 from jobs.models.initial import initial_source
 from jobs.models.names import is_of_mlflow, registered_version
 from jobs.models.open import check_model, use_mlflow
@@ -34,11 +33,10 @@ from jobs.models.registry_files import pull, safe_name
 from pipelines.cli import app
 from pipelines.config.schema import PromoteConfig
 from pipelines.registry.lookup import config_of, find, record_of
-from pipelines.registry.registration import Entry, promote, source_of
-from tests.support.models import made_model, opened
-from tests.support.registry import NAME, PROTOCOL, Registry
+from pipelines.registry.registration import promote, source_of
+from tests.support.registry import NAME, PROTOCOL, REAL, Registry, registered
 
-OTHER, REAL = "edt-other", "edt-real"
+OTHER = "edt-other"
 LABELS = [3, 1, 0]
 
 
@@ -325,21 +323,6 @@ def test_a_version_without_digests_is_not_pulled(fresh: Registry, tmp_path: Path
 @pytest.fixture(scope="module")
 def real(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return registered(registry, tmp_path_factory.mktemp("model"))
-
-
-def registered(registry: Registry, folder: Path) -> SimpleNamespace:
-    """A whole model, registered as the workflow does, with the artifacts behind it."""
-    model = opened(folder, made_model())
-    run, config = registry.run(REAL, "promote.torch_export=true", "promote.license=apache-2.0")
-    chain = ChainConfig(num_sampling_steps=3).model_dump(mode="json")
-    assert model.autoencoder is not None
-    images = registry.artifact("images", {CLASSES_NAME: b'["a", "b", "c", "d"]'}, {"real": 1}, {}, {})
-    features = registry.artifact("features", {"f": b"f"}, chain, {"checkpoint": model.checkpoint}, {})
-    result = {"metrics": {"fd_classifier": 3.0}, "protocol": PROTOCOL}
-    evaluation = registry.artifact("evaluation", {"m": b"m"}, {}, {"features": features}, result)
-    entry = Entry(images, model.autoencoder, model.checkpoint, features, evaluation)
-    decision = promote(registry.catalog, run, REAL, config.promote, entry)
-    return SimpleNamespace(entry=entry, decision=decision, run=run, config=config)
 
 
 def test_a_registered_model_is_pulled_and_loads_by_every_door(

@@ -8,7 +8,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from edt_core.config import ChainConfig
@@ -19,11 +19,12 @@ from jobs.models.registry_files import DIGEST_TAG, DIGESTS, digests_text, folder
 from pipelines.config.schema import PipelineConfig, PromoteConfig, load_config
 from pipelines.registry.aliases import add_version, settle
 from pipelines.registry.gate import Decision
-from pipelines.registry.registration import Entry, identity_of, version_tags
+from pipelines.registry.registration import Entry, identity_of, promote, version_tags
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import artifact_tags
+from tests.support.models import made_model, opened
 
-NAME = "edt-small"
+NAME, REAL = "edt-small", "edt-real"
 PROTOCOL = {"num_samples": 500, "cfg_scale": 1.75, "repeats": 1}
 SOURCE = sha256(b"source").hexdigest()
 
@@ -159,3 +160,18 @@ class Registry:
 
     def version(self, number: str, name: str = NAME) -> Any:
         return self.catalog.client.get_model_version(name, number)
+
+
+def registered(registry: Registry, folder: Path) -> SimpleNamespace:
+    """A whole model, registered as the workflow does under the name REAL, with the artifacts behind it."""
+    model = opened(folder, made_model())
+    run, config = registry.run(REAL, "promote.torch_export=true", "promote.license=apache-2.0")
+    chain = ChainConfig(num_sampling_steps=3).model_dump(mode="json")
+    assert model.autoencoder is not None
+    images = registry.artifact("images", {CLASSES_NAME: b'["a", "b", "c", "d"]'}, {"real": 1}, {}, {})
+    features = registry.artifact("features", {"f": b"f"}, chain, {"checkpoint": model.checkpoint}, {})
+    result = {"metrics": {"fd_classifier": 3.0}, "protocol": PROTOCOL}
+    evaluation = registry.artifact("evaluation", {"m": b"m"}, {}, {"features": features}, result)
+    entry = Entry(images, model.autoencoder, model.checkpoint, features, evaluation)
+    decision = promote(registry.catalog, run, REAL, config.promote, entry)
+    return SimpleNamespace(entry=entry, decision=decision, run=run, config=config)

@@ -150,6 +150,7 @@ def _curves(table: Mapping[str, Array], panels: Sequence[Sequence[str]], title: 
             alone = len(names) == 1 and not names[0].startswith("loss")
             axis.set_title(_CURVES[names[0]][0] if alone else title)
         axes[-1].set_xlabel("optimizer step")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
 
     described = "; ".join(_describe(table, name) for names in panels for name in names)
     return drawn(described, paint, len(panels))
@@ -247,7 +248,7 @@ def champion_trend(
         for label, points, marker, colour, face in sets:
             if points:
                 places, values, spreads = zip(*points, strict=True)
-                error = [s or 0.0 for s in spreads]
+                error = [s or math.nan for s in spreads]  # without a spread, no bar
                 axis.errorbar(places, values, error, fmt=marker, color=colour, mfc=face, capsize=3, label=label, ms=6)
         every = max(1, math.ceil(len(names) / 10))
         ticks = range((len(names) - 1) % every, len(names), every)  # with the tick of this version

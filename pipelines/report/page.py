@@ -102,7 +102,10 @@ def render_report(data: ReportData) -> str:
         neighbours=neighbour_view(neighbours, data.classes) if isinstance(neighbours, Neighbourhood) else None,
         curves=training_curves(data.history),
         by_timestep=timestep_curves(data.history, data.final_losses, data.num_timesteps),
-        graph=lineage_graph(data.lineage, data.title),
+        graphs={
+            "across": lineage_graph(data.lineage, data.title),
+            "down": lineage_graph(data.lineage, data.title, True),
+        },
         total_seconds=sum(cost.seconds for cost in data.costs),
         longest_seconds=max((cost.seconds for cost in data.costs), default=0.0),
     )
@@ -240,12 +243,13 @@ def _change(before: float | None, after: float | None, lower: bool | None) -> tu
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
         return "", ""
     if before == after:
-        return "none", "same"
+        return "no change", "same"
+    text = ""
     if before > 0 and after > 0:
         factor = max(before, after) / min(before, after)
         sign = DIVIDED if after < before else TIMES
         text = f"{sign} {shown(factor) if factor >= 1000 else f'{factor:.3g}'}"
-    else:  # an unbiased kernel distance may be negative, and then a factor is meaningless
+    if not text or text.endswith(" 1"):  # a kernel distance may be negative; and a factor of 1.003 would be shown as 1
         text = f"{after - before:+.3g}".replace("-", MINUS)
     verdict = "" if lower is None else "better" if (after < before) == lower else "worse"
     return text, verdict

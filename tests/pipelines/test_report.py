@@ -138,7 +138,8 @@ def test_page_is_whole_without_optional_parts() -> None:
     assert "No training steps were recorded" in text
     assert "No metrics were computed" in text
     assert "Nearest real images were not computed" in text
-    assert "There was no champion before this version" in text
+    assert 'id="champions"' not in text
+    assert 'href="#champions"' not in text
     assert "No run is recorded" in text
     assert "Untrained</th>" not in text
     unmeasured = render_report(report_data(metrics_before={}, untrained=images(0), untrained_labels=np.arange(0)))
@@ -220,7 +221,9 @@ def test_identifiers_are_whole_in_the_page() -> None:
         ("precision", 0.25, 0.5, "\N{MULTIPLICATION SIGN} 2", "better"),
         ("recall", 0.5, 0.0, "\N{MINUS SIGN}0.5", "worse"),
         ("kid_classifier", 2.0, -0.5, "\N{MINUS SIGN}2.5", "better"),
-        ("accuracy_classifier", 0.5, 0.5, "none", "same"),
+        ("accuracy_classifier", 0.5, 0.5, "no change", "same"),
+        ("fd_classifier", 26.9, 26.875, "\N{MINUS SIGN}0.025", "better"),  # no factor of 1
+        ("recall", 0.5, 0.5001, "+0.0001", "better"),
         ("novel", 1.0, 2.0, "\N{MULTIPLICATION SIGN} 2", ""),
         ("fid", float("nan"), 2.0, "", ""),
     ],
@@ -230,17 +233,26 @@ def test_change_of_a_metric(name: str, before: float, after: float, change: str,
     assert (compared.change, compared.verdict) == (change, verdict)
 
 
-def test_steps_of_the_diagram_stand_right_of_their_inputs() -> None:
-    graph = lineage_graph(tuple(reversed(LINEAGE)), "model")
-    left = {node.lines[0]: node.x for node in graph.nodes}
+@pytest.mark.parametrize("down", [False, True])
+def test_steps_of_the_diagram_stand_behind_their_inputs(down: bool) -> None:
+    graph = lineage_graph(tuple(reversed(LINEAGE)), "model", down)
+    # Place and size along the direction come first.
+    size = (graph.node_height, graph.node_width) if down else (graph.node_width, graph.node_height)
+    place = {node.lines[0]: (node.y, node.x) if down else (node.x, node.y) for node in graph.nodes}
     for step in LINEAGE:
-        assert all(left[name] + graph.node_width < left[step.step] for name in step.inputs)
-    assert max(left, key=lambda name: left[name]) == "registry"
-    boxes = [(node.x, node.y) for node in graph.nodes]
-    for x, y in boxes:
-        assert 0 <= y <= graph.height - graph.node_height
-        assert all(abs(y - other) > graph.node_height for x2, other in boxes if x2 == x and other != y)
-    assert len(set(boxes)) == len(boxes)
+        assert all(place[name][0] + size[0] < place[step.step][0] for name in step.inputs)
+    assert max(place, key=lambda name: place[name][0]) == "registry"
+    breadth = graph.width if down else graph.height
+    for along, across in place.values():
+        assert 0 <= across <= breadth - size[1]
+        beside = [other for rank, other in place.values() if rank == along and other != across]
+        assert all(abs(across - other) > size[1] for other in beside)
+    assert len(set(place.values())) == len(LINEAGE) + 2
+
+
+def test_a_long_name_of_two_words_is_not_cut_in_the_diagram() -> None:
+    lines = {node.lines[:2] for node in lineage_graph([row("untrained evaluate", "evaluation")], "model").nodes}
+    assert ("untrained", "evaluate") in lines
 
 
 def test_ambiguous_lineage_is_refused() -> None:

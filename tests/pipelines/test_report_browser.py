@@ -64,6 +64,7 @@ def check(page: Page) -> None:
     assert page.broken_pictures() == []
     assert page.overflow() == 0
     assert page.cut_texts() == []
+    assert page.overhanging_texts() == []
     assert page.overlapping_texts() == []
 
 
@@ -85,6 +86,18 @@ def test_the_report_of_a_run_is_readable(browser: Browser, first: Outcome, width
     page.close()
 
 
+# Of each diagram that is shown: its direction, and whether it fits without scrolling.
+SHOWN_DIAGRAMS = """[...document.querySelectorAll('#lineage .scroll:has(svg)')].filter(box => box.checkVisibility())
+    .map(box => [box.classList[1], box.scrollWidth <= box.clientWidth])"""
+
+
+@pytest.mark.parametrize(("width", "way"), [(360, "down"), (400, "down"), (1100, "down"), (1400, "across")])
+def test_the_whole_lineage_is_seen_at_once(browser: Browser, first: Outcome, width: int, way: str) -> None:
+    page = browser.open(first.reports[MODEL].path("report.html"), width)
+    assert page.evaluate(SHOWN_DIAGRAMS) == [[way, True]]
+    page.close()
+
+
 def test_figures_follow_the_theme(browser: Browser, long_page: Path) -> None:
     shown = {}
     for dark in (False, True):
@@ -102,6 +115,8 @@ def test_nothing_is_missing_on_paper(browser: Browser, long_page: Path) -> None:
     assert page.evaluate("[...document.querySelectorAll('pre')].every(p => p.checkVisibility())")
     inside = "[...document.querySelectorAll('.scroll')].every(b => b.scrollWidth <= b.clientWidth)"
     assert page.evaluate(inside)
+    assert [way for way, _ in page.evaluate(SHOWN_DIAGRAMS)] == ["down"]
+    assert page.evaluate("getComputedStyle(document.querySelector('tfoot')).display") == "table-row-group"  # once
     pdf = page.pdf()
     assert pdf.startswith(b"%PDF")
     assert pdf.count(b"/Type /Page\n") > 1
@@ -115,6 +130,7 @@ def test_what_is_wrong_with_a_page_is_found(browser: Browser, tmp_path: Path) ->
         <img src="data:image/png;base64,AAAA"><img src="missing.png">
         <div style="width: 900px">wide</div>
         <p style="width: 40px; overflow: hidden; white-space: nowrap">words that are cut</p>
+        <section style="width: 50px; padding: 0">overhangingwords</section>
         <p style="margin: 0">below</p><p style="margin: -20px 0 0">above</p>""")
     page = browser.open(path, 400)
     told = "\n".join(page.errors)
@@ -125,5 +141,6 @@ def test_what_is_wrong_with_a_page_is_found(browser: Browser, tmp_path: Path) ->
     assert len(page.broken_pictures()) == 2
     assert page.overflow() > 400
     assert page.cut_texts() == ["words that are cut"]
+    assert page.overhanging_texts() == ["overhangingwords"]
     assert page.overlapping_texts() == [("above", "below")]
     page.close()

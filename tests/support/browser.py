@@ -46,8 +46,13 @@ os.execvp(sys.argv[3], sys.argv[3:])
 _CHUNK = 1 << 16
 _A4 = {"paperWidth": 8.27, "paperHeight": 11.69, "marginTop": 0.5, "marginBottom": 0.5}  # inches
 
-# Every piece of text that is shown: its words, where it is, and what of that is inside all that clips it.
+# Every piece of text that is shown: its words, where it is, what of that is inside all that clips it, and the left and
+# right end of the content of its section.
 _TEXTS = """(() => {
+  const card = holder => {
+    const box = holder.closest('section'), rect = box?.getBoundingClientRect(), style = box && getComputedStyle(box);
+    return box && [rect.left + parseFloat(style.paddingLeft), rect.right - parseFloat(style.paddingRight)];
+  };
   const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node, number = 0; (node = walker.nextNode()); number++) {
     const holder = node.parentElement, words = node.textContent.trim().slice(0, 60);
@@ -69,7 +74,8 @@ _TEXTS = """(() => {
     range.selectNodeContents(node);
     for (const r of range.getClientRects())
       if (r.width > 0.5 && r.height > 0.5)
-        found.push({number, words, clip, scrolls, ellipsis, at: [r.left, r.top, r.right, r.bottom]});
+        found.push({number, words, clip, scrolls, ellipsis, card: card(holder),
+                    at: [r.left, r.top, r.right, r.bottom]});
   }
   return found.map(text => ({...text, clip: text.clip.map(v => Number.isFinite(v) ? v : null)}));
 })()"""
@@ -227,6 +233,11 @@ class Page:
         texts = self.evaluate(_TEXTS)
         return sorted({t["words"] for t in texts if not t["scrolls"] and not t["ellipsis"] and _sticks_out(t)})
 
+    def overhanging_texts(self) -> list[str]:
+        """Texts that reach over the left or right end of their section."""
+        texts = self.evaluate(_TEXTS)
+        return sorted({text["words"] for text in texts if text["card"] and _overhangs(text)})
+
     def overlapping_texts(self) -> list[tuple[str, str]]:
         """Pairs of texts of which one is drawn over the other."""
         texts = self.evaluate(_TEXTS)
@@ -267,6 +278,11 @@ def _visible(text: dict[str, Any]) -> list[float]:
 
 def _sticks_out(text: dict[str, Any]) -> bool:
     return any(abs(a - b) > _ROUNDING for a, b in zip(text["at"], _visible(text), strict=True))
+
+
+def _overhangs(text: dict[str, Any]) -> bool:
+    (left, right), shown = text["card"], _visible(text)
+    return bool(shown[0] < left - _ROUNDING or shown[2] > right + _ROUNDING)
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:

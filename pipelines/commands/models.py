@@ -78,8 +78,9 @@ def list_versions(
       edt models list --name edt-s-2-256 --metric 'fid<20'
       edt models list --data 3f2a9b --json
     """
-    from pipelines.registry.lookup import select
+    from pipelines.registry.lookup import name_alone, select
 
+    name = None if name is None else name_alone(name, "edt models list --name")
     records = select(open_catalog(store, tracking_uri), name, data, config, metric, commit, as_json)
     if as_json:
         print_json([record.to_dict() for record in records])
@@ -165,10 +166,11 @@ def promote(
       edt models promote edt-s-2-256@candidate
     """
     from pipelines.registry.aliases import CANDIDATE, alone, promote_version
-    from pipelines.registry.lookup import find
+    from pipelines.registry.lookup import find, parts_of
 
     catalog = open_catalog(store, tracking_uri)
-    candidate = find(catalog, version if "@" in version or "/" in version else f"{version}@{CANDIDATE}")
+    name, alias, number = parts_of(version)
+    candidate = find(catalog, version if alias or number else f"{name}@{CANDIDATE}")
     with alone(store, candidate.name):
         decision = promote_version(catalog, candidate, force)
     say(f"{decision.name} version {decision.version}  {decision}")
@@ -190,8 +192,9 @@ def rollback(
     """
     from pipelines.registry.aliases import alone
     from pipelines.registry.aliases import rollback as rolled_back
-    from pipelines.registry.lookup import all_aliases, check_registered
+    from pipelines.registry.lookup import all_aliases, check_registered, name_alone
 
+    name = name_alone(name, "edt models rollback")
     catalog = open_catalog(store, tracking_uri)
     check_registered(name, all_aliases(catalog))
     with alone(store, name):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def retrain(
-    name: Annotated[str, typer.Argument(help="registered model, whose champion is trained further")],
+    name: Annotated[str, typer.Argument(help="registered model, whose champion is trained further (or NAME@champion)")],
     images: Annotated[
         str | None, typer.Option(help="folder, file or URI of the images  \\[default: that of the champion's run]")
     ] = None,
@@ -64,15 +64,17 @@ def retrain(
     from jobs.runtime.cluster_address import check_named
     from pipelines.config.schema import notify_config
     from pipelines.notification import Notification, notify
+    from pipelines.registry.lookup import name_of_champion
     from pipelines.retrain.drift import drift_guard
     from pipelines.retrain.prepare import Request, done_before, planned, prepare
     from pipelines.schedule.record import UNCHANGED, report_to_scheduler
     from pipelines.terminal.terminal import Terminal
 
-    request = Request(name, store, images, tuple(assignments), steps, from_scratch, when_data_changed)
     with nullcontext() if show_plan else failures_notified(notify_config(assignments), name):
         check_named(address)
         catalog = open_catalog(store, tracking_uri)
+        name = name_of_champion(catalog, name, "edt retrain")
+        request = Request(name, store, images, tuple(assignments), steps, from_scratch, when_data_changed)
         with Terminal(to_stderr=True) as terminal:
             retraining = prepare(catalog, request, terminal, digest_again)
         rows = [] if retraining.nothing_to_do else planned(catalog, retraining)

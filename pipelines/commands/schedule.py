@@ -88,6 +88,8 @@ def add(
     subject = retrain or config
     if subject is None or (retrain and config):
         raise UserError("edt schedule takes either a configuration or --retrain MODEL, and got both or none of them")
+    if retrain is not None:
+        subject = _model_to_retrain(retrain)
     schedule = new_schedule(
         *(name, subject, assignments, store, cron, timezone, when_data_changed, address), retrain=retrain is not None
     )
@@ -103,6 +105,17 @@ def add(
         _serve(schedules)
     except Taken as error:
         say(f"a server is already running ({error})")
+
+
+def _model_to_retrain(text: str) -> str:
+    """The name of a model; also of NAME@champion. Raises UserError for another version of it."""
+    from pipelines.registry.aliases import CHAMPION
+    from pipelines.registry.lookup import parts_of
+
+    name, alias, number = parts_of(text)
+    if number is not None or alias not in (None, CHAMPION):
+        raise UserError(f"--retrain {text}: a schedule retrains the champion; write --retrain {name}")
+    return name
 
 
 @app.command("list")

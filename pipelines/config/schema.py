@@ -109,6 +109,13 @@ class NotifyConfig(Section):
     timeout_s: float = runtime(10.0, gt=0, le=120, description="seconds to wait for an address")
 
 
+class WandbConfig(Section):
+    """Weights & Biases beside MLflow: training curves and final metrics. It needs the package wandb."""
+
+    project: str | None = runtime(None, min_length=1, description="project of W&B; null writes nothing there")
+    entity: str | None = runtime(None, min_length=1, description="user or team of W&B; null for the default of its key")
+
+
 class _FieldsBeforeNetworks(Section):
     """The fields of a pipeline before the sections of published feature networks."""
 
@@ -145,6 +152,7 @@ class PipelineConfig(_WithNetworks):
     promote: PromoteConfig = PromoteConfig()
     notify: NotifyConfig = added(NotifyConfig())
     retrain: RetrainConfig = added(RetrainConfig())
+    wandb: WandbConfig = added(WandbConfig())
     models: dict[str, dict[str, Any]] = Field(
         min_length=1, description="registry name -> the fields of `train` that differ for this model"
     )

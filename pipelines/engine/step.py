@@ -6,6 +6,7 @@ a Ray actor named after the fingerprint is the lock. In a local store, a file lo
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from jobs.stages.stage import Input, Stage
 from pipelines.engine.delivery import Delivery, quick_http, with_patience
 from pipelines.tracking.catalog import DATASET_KINDS, Catalog
 from pipelines.tracking.run_record import RunRecord
+from pipelines.tracking.wandb_mirror import WandbMirror, WandbProject
 
 _ANOTHER = "another run"
 _RECORD_FAILURE_S = 30.0  # how long a failed step waits for a server that is down, to record the failure
@@ -43,6 +45,7 @@ class StepTask:
     parent_run: str
     board: Any
     shared_cluster: bool
+    wandb: WandbProject | None = None
 
     @property
     def kind(self) -> str:
@@ -145,19 +148,33 @@ def _execute(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
     os.environ["MLFLOW_TRACKING_URI"] = catalog.tracking_uri  # for `models:/` URIs inside the job
     with quick_http():
         run_id = with_patience(lambda: catalog.step_run(task.name, task.kind, task.fingerprint, task.parent_run))
+        mirror = _mirror(task, run_id)
+        record = RunRecord(catalog, run_id, mirror)
         try:
             with_patience(lambda: _record_start(task, run_id, inputs))
             progress = BoardProgress(task.name, task.board)
-            with Delivery(task.board, task.name, RunRecord(catalog, run_id)):
+            with Delivery(task.board, task.name, record):
                 out = task.store.writer(task.kind, task.fingerprint)
                 artifact = task.stage.execute(task.config, inputs, out, progress, mlflow_run_id=run_id)
-            with_patience(lambda: close_run(catalog, run_id, artifact))
+            with_patience(lambda: close_run(record, artifact))
         except BaseException as error:
             cause = cause_of(error)
             with suppress(Exception):  # the step's own error is raised instead
                 with_patience(lambda: _close_failed(catalog, run_id, cause), _RECORD_FAILURE_S)
             raise
+        finally:
+            if mirror is not None:
+                mirror.close(failed=sys.exc_info()[0] is not None)
     return artifact
+
+
+def _mirror(task: StepTask, run_id: str) -> WandbMirror | None:
+    """The step's run in W&B, if the pipeline has a project there. Its problems are warnings of the step."""
+    if task.wandb is None:
+        return None
+    return WandbMirror(
+        task.wandb, run_id, task.name, result_fields(task.config), BoardProgress(task.name, task.board).warn
+    )
 
 
 def _record_start(task: StepTask, run_id: str, inputs: Mapping[str, Input]) -> None:
@@ -168,10 +185,10 @@ def _record_start(task: StepTask, run_id: str, inputs: Mapping[str, Input]) -> N
             task.catalog.record_input(run_id, item)
 
 
-def close_run(catalog: Catalog, run_id: str, artifact: Artifact) -> None:
+def close_run(record: RunRecord, artifact: Artifact) -> None:
     """Record the artifact of a step, and end its run."""
-    RunRecord(catalog, run_id).artifact(artifact)
-    catalog.end_run(run_id, "FINISHED")
+    record.artifact(artifact)
+    record.catalog.end_run(record.run_id, "FINISHED")
 
 
 def _close_failed(catalog: Catalog, run_id: str, error: BaseException) -> None:

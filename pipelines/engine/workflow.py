@@ -17,6 +17,8 @@ from pipelines.engine.step import StepFuture, StepTask, close_run, input_fingerp
 from pipelines.engine.steps import D, Promotion
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.run_record import RunRecord
+from pipelines.tracking.wandb_mirror import WandbProject
 
 _POLL_S = 0.5
 _MAX_RETRIES = 3  # of a step whose process or node was lost; an error that the step raises is not retried
@@ -31,6 +33,7 @@ class Workflow:
     run_id: str
     terminal: Terminal
     connect: Callable[[], bool]  # joins or starts Ray when the first step has to run; True for a shared cluster
+    wandb: WandbProject | None = None
     futures: dict[str, StepFuture] = field(default_factory=dict)
     failures: dict[str, BaseException] = field(default_factory=dict)
     stopped: dict[str, BaseException] = field(default_factory=dict)  # on request, or by an input that did
@@ -53,7 +56,7 @@ class Workflow:
             future = StepFuture(name, stage.kind, fingerprint, needs, artifact=artifact)
             self.terminal.reused(name, fingerprint)
         else:
-            ref = self._submit(StepTask(name, stage, config, fingerprint, *self._surroundings()), inputs)
+            ref = self._submit(StepTask(name, stage, config, fingerprint, *self._surroundings(), self.wandb), inputs)
             future = StepFuture(name, stage.kind, fingerprint, needs, ref=ref)
         self.futures[name] = future
         return future
@@ -158,7 +161,7 @@ class Workflow:
             return
         with self.store.lock(manifest.kind, artifact.fingerprint):  # its process may be alive and still writing
             if run_id in self.catalog.unfinished_runs():
-                close_run(self.catalog, run_id, artifact)
+                close_run(RunRecord(self.catalog, run_id), artifact)
 
     def _pending(self, future: StepFuture) -> bool:
         return not future.reused and not any(

@@ -1,6 +1,7 @@
 """A run of the workflow: labelled images to registered, evaluated models, one branch for each model."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +28,11 @@ from pipelines.pipeline.inputs import Published, prepare_source
 from pipelines.pipeline.promotion import call_promotion
 from pipelines.registry.kept import kept_tags
 from pipelines.report.worth import remarks_on
+from pipelines.terminal.run_log import FOLDER as LOGS
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog, check_tracking, tracking_kept
 from pipelines.tracking.runs import step_tag
+from pipelines.tracking.wandb_mirror import WandbProject, check_wandb
 
 Guard = Callable[[Workflow, Mapping[str, StepFuture]], None]
 
@@ -76,6 +79,7 @@ def _run(
 ) -> Outcome:
     check_named(address)
     check_tracking(tracking_uri)  # a Ray session takes longer to start
+    check_wandb(config.wandb.project)
     from jobs.runtime.cluster import connect
 
     started = time.monotonic()
@@ -97,7 +101,7 @@ def _run(
     on_start(run_id)
     outcome = Outcome(run_id, catalog.tracking_uri, run_link(catalog.tracking_uri, catalog.experiment_id, run_id))
     terminal.say(f"MLflow    {outcome.link}", "dim")
-    workflow = Workflow(store, catalog, run_id, terminal, connect=join)
+    workflow = Workflow(store, catalog, run_id, terminal, join, _wandb_project(config, store, run_id))
     status = "KILLED"
     try:
         with workflow.interrupts.handled():
@@ -123,6 +127,12 @@ def _run(
         _record(workflow, outcome, status)
         outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def _wandb_project(config: PipelineConfig, store: Store, run_id: str) -> WandbProject | None:
+    """Where the run's numbers go beside MLflow. W&B keeps its own files beside the logs of a local store."""
+    folder = None if store.root.local is None or "WANDB_DIR" in os.environ else str(store.root.local / LOGS)
+    return WandbProject.of(config.wandb.project, config.wandb.entity, run_id, folder)
 
 
 def _identities(source: Source, published: Published) -> dict[str, str]:

@@ -12,6 +12,7 @@ from edt_core.errors import UserError
 from edt_core.evaluation.protocol import protocol_differences
 from edt_core.printing.suggestions import suggestions
 from jobs.commands.options import parse_assignment
+from jobs.models.names import REGISTERED
 from pipelines.registry.aliases import (
     BEFORE_TAG,
     CHAMPION,
@@ -25,7 +26,6 @@ from pipelines.registry.gate import PROTOCOL_TAG, Decision, metrics_of, protocol
 from pipelines.tracking.catalog import Catalog, paged
 from pipelines.tracking.runs import runs_of
 
-_VERSION = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))?")
 _CONDITION = re.compile(r"\s*([\w.-]+?)\s*(<=|>=|==|=|<|>)\s*(\S+)\s*")
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -107,9 +107,7 @@ def find(catalog: Catalog, text: str) -> Any:
 
     Raises UserError that lists what exists.
     """
-    if (match := _VERSION.fullmatch(text)) is None:
-        raise UserError(f"{text!r} is not the name of a version; give NAME@ALIAS, NAME/NUMBER or NAME")
-    name, alias, number = match.groups()
+    name, alias, number = parts_of(text)
     aliases = all_aliases(catalog)
     check_registered(name, aliases)
     if alias is None and number is None and CHAMPION in aliases[name]:
@@ -126,6 +124,45 @@ def find(catalog: Catalog, text: str) -> Any:
         numbers = ", ".join(sorted(versions, key=int)[-10:])
         raise UserError(f"{name} has no version {number}; there are {len(versions)}, the newest: {numbers}")
     return versions[max(versions, key=int)]
+
+
+def parts_of(text: str) -> tuple[str, str | None, str | None]:
+    """(name, alias, number) as they are written; NAME alone has neither. Raises UserError for other text."""
+    if (match := REGISTERED.fullmatch(text)) is None:
+        raise UserError(f"{text!r} is not the name of a version; give NAME@ALIAS, NAME/NUMBER or NAME")
+    name, alias, number = match.groups()
+    return name, alias, number
+
+
+def name_alone(text: str, command: str) -> str:
+    """The name of a registered model, for a command that is about all of its versions.
+
+    Raises UserError for an alias or a number, with the command as it must be written.
+    """
+    name, alias, number = parts_of(text)
+    if alias is not None or number is not None:
+        raise UserError(f"{text} names one version, but `{command}` takes a model; write `{command} {name}`")
+    return name
+
+
+def name_of_champion(catalog: Catalog, text: str, command: str) -> str:
+    """The name of a model, for a command that uses its champion: NAME, or a version that is its champion.
+
+    Raises UserError for any other version, with the ways to use that one.
+    """
+    name, alias, number = parts_of(text)
+    if alias in (None, CHAMPION) and number is None:
+        return name
+    version = find(catalog, text)
+    champion = all_aliases(catalog)[name].get(CHAMPION)
+    if str(version.version) == champion:
+        return name
+    label = f"{name}/{version.version}"
+    now = "there is none" if champion is None else f"that is version {champion}"
+    raise UserError(
+        f"{text} is not the champion of {name} ({now}), and `{command}` uses the champion. Make it champion with "
+        f"`edt models promote {label} --force`, or fine-tune it with `edt run CONFIG --set train.init_from={label}`"
+    )
 
 
 def check_registered(name: str, models: Iterable[str]) -> None:

@@ -139,7 +139,7 @@ def push_version(catalog: Catalog, version: Any, target: Target) -> tuple[str, d
 
 @contextmanager
 def _bounded_answers() -> Iterator[None]:
-    """Give the client, which waits without a limit by default, a time limit for each answer."""
+    """Limit the wait for each answer of the client, which waits indefinitely by default."""
     from huggingface_hub import get_session
 
     session: Any = get_session()

@@ -15,6 +15,7 @@ from edt_core.store.artifact import Artifact, canonical_json
 from edt_core.store.layout import STEP_PREFIX
 from jobs.runtime.board import Measured, Picture
 from pipelines.tracking.catalog import Catalog, flatten, paged
+from pipelines.tracking.wandb_mirror import WandbMirror
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Metric
@@ -28,8 +29,8 @@ _PICTURE = re.compile(r"images/(.+)[+%]step[+%](\d+)[+%]timestamp[+%].*[+%]compr
 class RunRecord:
     """Writes to one run. Its existing contents, for example from an earlier driver, are read once, when needed."""
 
-    def __init__(self, catalog: Catalog, run_id: str) -> None:
-        self.catalog, self.run_id = catalog, run_id
+    def __init__(self, catalog: Catalog, run_id: str, mirror: WandbMirror | None = None) -> None:
+        self.catalog, self.run_id, self.mirror = catalog, run_id, mirror
         self._metrics: dict[int, dict[str, Metric]] | None = None  # step -> name -> metric in the run
         self._pictures: set[tuple[str, int]] | None = None
         self._warnings: list[str] | None = None
@@ -44,7 +45,10 @@ class RunRecord:
         manifest = artifact.manifest
         self.catalog.set_tags(self.run_id, artifact_tags(artifact))
         numbers = {k: v for k, v in flatten(manifest.counts).items() if isinstance(v, int | float)}
-        self.catalog.log_metrics(self.run_id, {**numbers, "duration_s": manifest.duration_s})
+        numbers["duration_s"] = manifest.duration_s
+        self.catalog.log_metrics(self.run_id, numbers)
+        if self.mirror is not None:
+            self.mirror.summary(numbers)
         if manifest.kind == "checkpoint":
             self.complete(artifact)
 
@@ -65,6 +69,8 @@ class RunRecord:
             self.catalog.client.log_batch(self.run_id, metrics=batch)
             for metric in batch:
                 logged.setdefault(metric.step, {})[metric.key] = metric
+            if self.mirror is not None:
+                self.mirror.metrics((metric.key, metric.value, metric.step) for metric in batch)
         self._link({row.step for row in rows})
 
     def picture(self, picture: Picture) -> None:

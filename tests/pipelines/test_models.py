@@ -32,7 +32,7 @@ from jobs.models.open import check_model, use_mlflow
 from jobs.models.registry_files import pull, safe_name
 from pipelines.cli import app
 from pipelines.config.schema import PromoteConfig
-from pipelines.registry.lookup import config_of, find, record_of
+from pipelines.registry.lookup import config_of, find, name_of_champion, record_of
 from pipelines.registry.registration import promote, source_of
 from tests.support.registry import NAME, PROTOCOL, REAL, Registry, registered
 
@@ -476,6 +476,49 @@ def test_commands_that_take_a_model_name_the_nearest_first(registry: Registry, t
             initial_source(TrainConfig(init_from=text), registry.catalog.tracking_uri)
     finally:
         mlflow.set_tracking_uri(None)
+
+
+CHAMPION_FORMS = [NAME, f"models:/{NAME}", f"{NAME}@champion", f"{NAME}/2", f"models:/{NAME}/2"]
+
+
+@pytest.mark.parametrize("text", CHAMPION_FORMS)
+def test_a_command_on_the_champion_takes_every_name_of_it(registry: Registry, text: str) -> None:
+    assert name_of_champion(registry.catalog, text, "edt retrain") == NAME
+    assert str(find(registry.catalog, text).version) == registry.champion()
+
+
+def test_another_version_than_the_champion_is_not_retrained_and_the_ways_are_named(registry: Registry) -> None:
+    refusal = (
+        f"{NAME}/1 is not the champion of {NAME} \\(that is version 2\\), and `edt retrain` uses the champion. Make it "
+        f"champion with `edt models promote {NAME}/1 --force`, or fine-tune it with `edt run CONFIG --set "
+        f"train.init_from={NAME}/1`"
+    )
+    with pytest.raises(UserError, match=refusal):
+        edt(registry, "retrain", f"{NAME}/1", "--plan")
+    for text, message in (
+        (f"{NAME}/77", "has no version 77"),
+        (f"{NAME}@champoin", "has no alias 'champoin'; did you mean champion"),
+        ("edt smal", "is not the name of a version; give NAME@ALIAS, NAME/NUMBER or NAME"),
+    ):
+        with pytest.raises(UserError, match=message):
+            edt(registry, "retrain", text, "--plan")
+
+
+@pytest.mark.parametrize("text", CHAMPION_FORMS[2:])
+@pytest.mark.parametrize("command", ["models rollback", "models list --name"])
+def test_a_command_on_a_whole_model_says_how_it_is_written(registry: Registry, command: str, text: str) -> None:
+    said = f"{text} names one version, but `edt {command}` takes a model; write `edt {command} {NAME}`"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        edt(registry, *command.split(), text)
+    assert listed(registry, "--name", f"models:/{NAME}") == ALL[1:]
+
+
+@pytest.mark.parametrize("text", [f"{NAME}@candidate", f"{NAME}/3"])
+def test_a_schedule_retrains_the_champion_alone(registry: Registry, text: str) -> None:
+    with pytest.raises(UserError, match=f"--retrain {text}: a schedule retrains the champion; write --retrain {NAME}"):
+        edt(registry, "schedule", "--retrain", text, "--cron", "0 3 * * *", "--no-serve")
+    said = edt(registry, "schedule", "--retrain", f"{NAME}@champion", "--cron", "0 3 * * *", "--no-serve")
+    assert f"schedule retrain-{NAME} is " in said
 
 
 def test_a_bare_name_is_its_champion(registry: Registry) -> None:

@@ -144,6 +144,9 @@ class AutoencoderConfig(Section):
         1e-6, ge=0, description="weight of the KL divergence of the posterior, relative to the pixel error"
     )
     max_images: int = Field(50_000, ge=1, description="fit on at most this many images, taken at even distances")
+    augment: Literal["none", "flip"] = added(
+        "none", description="flip: each image of a batch is mirrored with probability 1/2; for few images"
+    )
     seed: int = Field(0, ge=0, lt=1 << 63, description="seed of initial weights, image order and noise")
     num_cpus: int = runtime(2, ge=1, description="CPUs of the fit")
     num_gpus: float = runtime(0, ge=0, description="GPUs of the fit: 0 or 1")

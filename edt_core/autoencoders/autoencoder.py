@@ -29,6 +29,8 @@ from edt_core.precision import use_precision
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+_FLIPS = 1  # tells the draws of mirror images from those of batches
+
 
 def build_autoencoder(config: AutoencoderConfig, image_size: int) -> "AutoencoderKL":
     """An unfitted AutoencoderKL: each level after the first halves the side and doubles the channels."""
@@ -67,7 +69,7 @@ def fit_autoencoder(
     mse = float("nan")
     for step in range(config.steps):
         batch = np.random.default_rng([config.seed, step]).integers(0, len(pixels), config.batch_size)
-        images = torch.from_numpy(to_model_range(pixels[batch])).to(device)
+        images = torch.from_numpy(to_model_range(_augmented(config, pixels[batch], step))).to(device)
         posterior = model.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(config.seed + step))
         decoded = model.decode(posterior.mean + posterior.std * noise.to(device)).sample
@@ -87,6 +89,14 @@ def fit_autoencoder(
     factor = measure_scaling_factor(model, pixels, config.batch_size)
     model.register_to_config(scaling_factor=factor)
     return model, {"mse": mse, "scaling_factor": factor}
+
+
+def _augmented(config: AutoencoderConfig, pixels: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
+    """Pixels uint8 [N, S, S, 3] of a step, some mirrored. The draw is of (seed, step), and changes no other draw."""
+    if config.augment == "none":
+        return pixels
+    mirrored = np.random.default_rng([config.seed, step, _FLIPS]).random(len(pixels)) < 0.5
+    return np.where(mirrored[:, None, None, None], pixels[:, :, ::-1], pixels)
 
 
 def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -> Any:

@@ -63,7 +63,7 @@ def initial_of(
     checkpoint, rows = initial_checkpoint(config, model_config, base, names)
     if rows.new or rows.dropped:
         progress.warn(f"{base.origin}: {rows}")
-    if images is None or not base.classes:
+    if not rows.new and (images is None or not base.classes):
         progress.warn(f"{base.origin}: class names are not known on both sides, so its class rows are taken in order")
     digest = latents.counts.get("autoencoder_digest")
     if base.autoencoder_digest not in (None, digest):

@@ -16,7 +16,7 @@ from edt_core.autoencoders.autoencoder import (
     measure_scaling_factor,
     precision_error,
 )
-from edt_core.config import AutoencoderConfig, ClassifierConfig
+from edt_core.config import AutoencoderConfig, ClassifierConfig, result_fields
 from edt_core.data.images import center_crop, decode_rgb
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors.classifier import Classifier, classify, fit_classifier, split_holdout
@@ -97,6 +97,31 @@ def test_the_fit_is_a_function_of_its_seed(digits: tuple[np.ndarray, np.ndarray]
     weights = [model.state_dict()["encoder.conv_in.weight"] for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_mirrored_images_are_fitted_as_well_and_are_a_function_of_the_seed(
+    digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import edt_core.autoencoders.autoencoder as module
+
+    seen: list[np.ndarray] = []
+    convert = module.to_model_range
+    monkeypatch.setattr(module, "to_model_range", lambda batch: seen.append(batch) or convert(batch))
+    plain = CONFIG.model_copy(update={"steps": 3})
+    for config in (plain, flipped := plain.model_copy(update={"augment": "flip"}), flipped):
+        fit_autoencoder(config, digits[0])
+    batches, mirrored, again = (np.stack(seen[at : at + 3]) for at in (0, 3, 6))
+    same = (mirrored == batches).all(axis=(2, 3, 4))
+    turned = (mirrored == batches[:, :, :, ::-1]).all(axis=(2, 3, 4))
+    assert (same | turned).all()  # the same images in the same order, each as it is or mirrored
+    assert 0.2 < same.mean() < 0.8
+    assert np.array_equal(mirrored, again)
+
+
+def test_the_default_augmentation_changes_no_fingerprint() -> None:
+    assert "augment" not in result_fields(AutoencoderConfig())
+    assert result_fields(AutoencoderConfig(augment="flip"))["augment"] == "flip"
+    assert AutoencoderConfig(pretrained="a/b", augment="flip").published().augment == "none"
 
 
 def test_decoded_pixels_are_rounded_without_bias(fitted) -> None:

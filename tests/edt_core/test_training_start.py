@@ -105,8 +105,23 @@ def test_without_a_common_name_it_is_refused() -> None:
 def test_where_names_are_not_known_the_numbers_must_be_equal(classes: tuple[str, ...], names: tuple[str, ...]) -> None:
     base = base_of(narrow(), classes)
     assert class_rows(base, names, 4).rows == (0, 1, 2, 3)
-    with pytest.raises(UserError, match=r"has 4 classes and the new model has 5.*not known.*--images"):
-        class_rows(base, names, 5)
+    if not names:
+        with pytest.raises(UserError, match=r"has 4 classes and the new model has 5.*not known.*--images"):
+            class_rows(base, names, 5)
+
+
+def test_every_class_is_new_to_a_published_checkpoint_of_other_classes() -> None:
+    """Its class names are not known. Its other weights are kept, and so is its null class."""
+    base, model = base_of(narrow(), ()), replace(narrow(), num_classes=2)
+    rows = class_rows(base, ("elk", "gnu"), 2)
+    assert (rows.rows, rows.new, rows.dropped) == ((None, None), ("elk", "gnu"), ())
+    assert str(rows) == "0 of 2 classes take their rows from the base model; 2 are new (elk, gnu)"
+    weights, key = started(model, base, ("elk", "gnu")), "y_embedder.embedding_table.weight"
+    mean = base.weights[key][:-1].mean(dim=0)
+    assert torch.equal(weights[key][-1], base.weights[key][-1])
+    for row in weights[key][:-1]:
+        assert 0 < (row - mean).abs().max() < 0.2
+    assert all(torch.equal(value, base.weights[name]) for name, value in weights.items() if name != key)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -36,6 +36,7 @@ from pipelines.setup.init import (
     suggested_name,
     suggested_size,
 )
+from tests.support.pages import ROOT, blocks
 from tests.support.small import EDT, environment
 
 LAPTOP = Hardware(cpus=2, memory=16 << 30)
@@ -269,6 +270,24 @@ def test_nothing_is_written_of_a_wrong_request(
     monkeypatch.chdir(tmp_path)
     assert re.search(message, init(*(text.format(digits=digits_folder) for text in arguments)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_without_labels_are_refused_with_a_way_that_works(digits_folder: Path, tmp_path: Path) -> None:
+    """A model needs two classes: two arbitrary halves are some, by the program of docs/data.md."""
+    flat = tmp_path / "photos"
+    flat.mkdir()
+    for number, path in enumerate(sorted(digits_folder.glob("*/*"))):
+        shutil.copy(path, flat / f"{number}{path.suffix}")
+    out = str(tmp_path / "edt.yaml")
+    refusal = init("--images", str(flat), "--yes", "--out", out)
+    assert "and nothing states their classes" in refusal
+    assert "docs/data.md, Images without labels" in refusal
+    page = [block for block in blocks(ROOT / "docs" / "data.md") if block.language == "python"]
+    (program,) = ("\n".join(block.lines) for block in page if "labels.csv" in "\n".join(block.lines))
+    exec(program.replace("/data/photos", str(flat)), {})
+    said = init("--images", str(flat), "--yes", "--out", out)
+    assert f"{number + 1} images of 2 classes (labels)" in said
+    assert load_config(out).source.kind == "labels"
 
 
 @pytest.mark.extern

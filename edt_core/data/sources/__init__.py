@@ -120,7 +120,8 @@ def detect_kind(place: Place, labels: str | None = None) -> str:
     if images:
         raise UserError(
             f"{images} images are directly in {place}, and nothing states their classes; put the images of each class "
-            f"into a separate sub-folder, or write {LABEL_FILES[0]} with the columns file_name,label"
+            f"into a separate sub-folder, or write {LABEL_FILES[0]} with the columns file_name,label (for images "
+            "without labels: docs/data.md, Images without labels)"
         )
     raise UserError(
         f"no images in {place}: {len(files)} other files and 0 class folders found ({some(files)}); "

@@ -172,7 +172,8 @@ def select(listing: Listing, place: Place, classes: tuple[str, ...], limit: int 
         only = listing.classes[present[0].as_py()]
         raise UserError(
             f"only one class ({only!r}, {len(listing)} images) in {place}: a class-conditional model needs at "
-            "least 2; put the images of each class into a separate sub-folder, or select more classes or images"
+            "least 2; put the images of each class into a separate sub-folder, or select more classes or images (for "
+            "images without labels: docs/data.md, Images without labels)"
         )
     return listing
 

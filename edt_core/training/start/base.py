@@ -88,18 +88,21 @@ class ClassRows:
 def class_rows(base: Base, names: Sequence[str], num_classes: int) -> ClassRows:
     """Match the classes of the new model to those of the base model, by name if both sides have names.
 
-    Raises UserError if no name matches, or if names are missing and the numbers of classes differ.
+    Without names on one side they are matched in order if there are as many. If there are not, all classes of the new
+    model are new to a base model without names, such as a published checkpoint.
+
+    Raises UserError if no name matches, or if the numbers differ and the new model has no names.
     """
     if not (base.classes and names):
-        if base.config.num_classes != num_classes:
-            unknown = "the base model" if not base.classes else "the new model"
-            raise UserError(
-                f"train.init_from: {base.origin} has {base.config.num_classes} classes and the new model has "
-                f"{num_classes}, and the class names of {unknown} are not known, so their rows cannot be matched by "
-                "name. Start from a registered model or a checkpoint in its store, or give the images artifact "
-                "(--images)"
-            )
-        return ClassRows(tuple(range(num_classes)))
+        if base.config.num_classes == num_classes:
+            return ClassRows(tuple(range(num_classes)))
+        if names:
+            return ClassRows((None,) * num_classes, new=tuple(names))
+        raise UserError(
+            f"train.init_from: {base.origin} has {base.config.num_classes} classes and the new model has "
+            f"{num_classes}, and the class names of the new model are not known, so their rows cannot be matched by "
+            "name. Give the images artifact (--images)"
+        )
     place = {name: row for row, name in enumerate(base.classes)}
     rows = tuple(place.get(name) for name in names)
     if all(row is None for row in rows):

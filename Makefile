@@ -13,7 +13,7 @@ PARALLEL := -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 8 ? $$(getconf 
 NUMERICS := $(addprefix tests/edt_core/test_,models*.py diffusion*.py metrics*.py training*.py solvers.py generation.py \
     autoencoder.py inception.py extractors.py alignment.py labels.py pipeline.py)
 
-.PHONY: install install-dev quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check prose format docs docs-serve reference lock wheel notebook bench recording clean
+.PHONY: install install-dev quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check prose format docs docs-serve reference lock wheel notebook examples bench recording clean
 
 install: $(READY)              ## what a run needs
 
@@ -73,7 +73,7 @@ check: install-dev prose       ## lint, format, types, prose
 	$(BIN)/mypy
 
 prose: $(DOCS)/.ready          ## proselint by .proselintrc.json; our own phrases are in tests/docs/test_prose.py
-	$(DOCS)/bin/proselint check $(wildcard README.md CONTRIBUTING.md docs/*.md docs/*/*.md)
+	$(DOCS)/bin/proselint check $(wildcard README.md CONTRIBUTING.md docs/*.md docs/*/*.md examples/*.md examples/*/*.md)
 
 format: install-dev
 	$(BIN)/ruff check --fix .
@@ -104,8 +104,11 @@ recording: install-dev         ## docs/quickstart-*.svg: the quickstart in a ter
 wheel: install-dev             ## dist/: the wheel and the source distribution
 	$(BIN)/python -m build
 
-notebook: install-dev          ## run the notebook on the results of `make quickstart`
-	$(BIN)/jupyter execute notebooks/explore_model.ipynb --output=explored.ipynb
+notebook: install-dev          ## run the notebook on the results of `make quickstart`, and keep it with its outputs
+	$(BIN)/python -m tests.support.notebook
+
+examples: install-dev          ## run the commands of examples/*/README.md, and keep their output; see examples/README.md
+	$(BIN)/python -m tests.support.make_examples
 
 FREEZE := .lock-venv/bin/pip freeze --all --exclude edt-pipeline --exclude pip | sed 's/+cpu//' | grep -vE '^(nvidia|cuda|triton)'
 

@@ -89,7 +89,7 @@ def test_the_source_archive_builds_and_has_no_test_data(dist: Path, contents: di
     (folder,) = (dist / "unpacked").iterdir()
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {name for name in contents if not name.startswith(_info(""))} <= files  # the wheel was built from these
-    assert not [name for name in files if name.startswith(("tests/", "notebooks/", "docs/"))]
+    assert not [name for name in files if name.startswith(("tests/", "notebooks/", "docs/", "examples/"))]
 
 
 def test_the_metadata_names_extras_versions_and_license(metadata: Message, contents: dict[str, bytes]) -> None:

@@ -9,6 +9,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from notebook import as_markdown
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,13 +45,23 @@ def listed(entry: Any, pages: list[str]) -> Any:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside docs/ and one page of the API reference for each package."""
     for path, place in config.extra["pages"].items():
-        files.append(File.generated(config, place, content=(ROOT / path).read_text()))
+        for name, content in _contents(ROOT / path, place).items():
+            files.append(File.generated(config, name, content=content))
     for package, entry in config.extra["api"].items():
         files.append(File.generated(config, _place(package), content=_reference(package, entry)))
     paths = _paths(files, config)
     _titles.clear()
     _titles.update({paths[file.src_uri]: title_of(file.content_string) for file in files.documentation_pages()})
     return files
+
+
+def _contents(path: Path, place: str) -> dict[str, str | bytes]:
+    """Path in the book -> content, of a file from outside docs/: of a notebook the page and its pictures."""
+    if path.suffix != ".ipynb":
+        return {place: path.read_text() if path.suffix == ".md" else path.read_bytes()}
+    page, pictures = as_markdown(path.read_text(), path.stem)
+    folder = Path(place).parent
+    return {place: page, **{(folder / name).as_posix(): content for name, content in pictures.items()}}
 
 
 def _paths(files: Files, config: MkDocsConfig) -> dict[str, str]:

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from infra.book.forge import title_of, with_links, with_lists
+from infra.book.notebook import as_markdown
 from tests.support.pages import ROOT, blocks, pages
 
 BOOK = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
@@ -36,15 +37,43 @@ def test_the_navigation_has_every_page_once() -> None:
     folders = [entry for entry in entries if entry.endswith("/")]
     there = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
     listed = {page for page in there if not page.startswith(tuple(folders))}
-    assert sorted(entry for entry in entries if entry not in folders) == sorted(
-        [*listed, *BOOK["extra"]["pages"].values()]
-    )
+    outside = [place for place in BOOK["extra"]["pages"].values() if place.endswith(".md")]
+    assert sorted(entry for entry in entries if entry not in folders) == sorted([*listed, *outside])
     assert "api/" in folders
     assert BOOK["strict"] is True
 
 
 def test_pages_from_outside_docs_are_there() -> None:
     assert all((ROOT / path).is_file() for path in BOOK["extra"]["pages"])
+
+
+def test_the_book_has_everything_of_the_examples() -> None:
+    files = [*(ROOT / "examples").rglob("README.md"), *(ROOT / "examples").glob("*/output/*")]
+    assert len(files) > 10
+    assert {str(path.relative_to(ROOT)) for path in files} <= set(BOOK["extra"]["pages"])
+
+
+def test_a_notebook_becomes_a_page_with_its_outputs() -> None:
+    cells = [
+        {"cell_type": "markdown", "id": "t", "source": ["# Title\n", "text"]},
+        {
+            "cell_type": "code",
+            "id": "c",
+            "source": ["a = 1\n", "a"],
+            "outputs": [
+                {"output_type": "stream", "name": "stdout", "text": ["one\n", "two\n"]},
+                {"data": {"text/html": ["<style scoped>\n td {}\n</style>\n", "<table></table>"], "text/plain": "t"}},
+                {"data": {"image/png": "aGVsbG8=\n", "text/plain": "<Figure>"}},
+                {"data": {"text/plain": "1"}},
+            ],
+        },
+    ]
+    page, pictures = as_markdown(json.dumps({"cells": cells}), "book")
+    assert page == (
+        "# Title\ntext\n\n```python\na = 1\na\n```\n\n```text\none\ntwo\n```\n\n<table></table>\n\n"
+        "![Output of the cell c](book-c-2.png)\n\n```text\n1\n```\n"
+    )
+    assert pictures == {"book-c-2.png": b"hello"}
 
 
 def is_name(name: str) -> bool:

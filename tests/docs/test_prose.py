@@ -31,6 +31,7 @@ INSTEAD = {
 }
 _PHRASES = re.compile(rf"\b(?:{'|'.join(INSTEAD)})\b".replace(" ", r"\s+"), re.IGNORECASE)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += sorted([ROOT / "examples" / "README.md", *(ROOT / "examples").glob("*/README.md")])
 SOURCES = [
     path
     for package in ("edt_core", "jobs", "pipelines")

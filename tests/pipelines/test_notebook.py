@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 
 from pipelines.outcome import Outcome
+from tests.support import notebook as support
+from tests.support.notebook import NOTEBOOK
 from tests.support.small import MODEL, environment
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "explore_model.ipynb"
+MOST = 500_000  # bytes of the notebook
 PICTURES = {"samples", "guidance", "steps", "amm", "losses"}  # ids of the cells that draw
 NO_NETWORK = """
 import socket
@@ -35,9 +38,7 @@ socket.socket.connect = local_only
 def executed(notebook: Any, model: str, store: Path, home: Path) -> None:
     """Run the cells, which take their outputs. Raises what nbclient raises for a cell that raises."""
     notebook.cells.insert(0, nbformat.v4.new_code_cell(NO_NETWORK))
-    env = environment(EDT_MODEL=model, EDT_STORE=str(store), IPYTHONDIR=str(home), JUPYTER_RUNTIME_DIR=str(home))
-    client = nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3")
-    client.execute(cwd=str(NOTEBOOK.parent), env=env)
+    support.execute(notebook, environment(EDT_MODEL=model, EDT_STORE=str(store)), home)
 
 
 def asked_for(model: str, notebook: Any) -> list[Any]:
@@ -53,7 +54,7 @@ def test_it_looks_up_loads_samples_and_plots_and_says_what_there_is(
     first: Outcome, store: Path, tmp_path: Path
 ) -> None:
     """In one kernel: all of it for a model that there is, then its look-up for one that there is not."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = support.read()
     cells = {cell["id"]: cell for cell in notebook.cells}
     notebook.cells += asked_for("edt-tiny-digit-32", notebook)
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=f"did you mean {MODEL}"):
@@ -74,10 +75,25 @@ def test_it_looks_up_loads_samples_and_plots_and_says_what_there_is(
     assert not [name for name, text in told.items() if "Warning" in text]
 
 
-def test_it_is_kept_without_outputs() -> None:
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-        if cell["cell_type"] == "code":
-            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+def test_it_is_kept_with_an_output_of_each_cell_by_the_code_that_it_has() -> None:
+    """`make notebook` runs it: from its first cell to its last, without a warning, and without this machine's paths."""
+    notebook = support.read()
+    cells = support.code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    assert not [cell["id"] for cell in cells if not cell["outputs"]]
+    assert notebook.metadata[support.CODE] == support.code(notebook), "the code was changed: make notebook"
+    drawn = {cell["id"] for cell in cells if any("image/png" in output.get("data", {}) for output in cell["outputs"])}
+    assert drawn == PICTURES
+    said = "\n".join(_text(cell) for cell in cells)
+    assert not re.findall(r"(?<![\w:.])/(?:tmp|home|root|work|mnt)/\S*|Warning|Traceback", said)
+    assert not [output for cell in cells for output in cell["outputs"] if output.get("name") == "stderr"]
+    assert NOTEBOOK.stat().st_size < MOST
+
+
+def test_changed_code_is_found() -> None:
+    notebook = support.read()
+    support.code_cells(notebook)[0]["source"] += "\n1"
+    assert notebook.metadata[support.CODE] != support.code(notebook)
 
 
 def _text(cell: Any) -> str:

@@ -27,6 +27,7 @@ TOOLS = (
     "mlflow",
     "git",
     "cd",
+    "cp",
     "export",
 )
 _TOOL = re.compile(rf"(?:\w+=\S+ )*(?:\.venv/bin/)?({'|'.join(TOOLS)})(?: |$)")
@@ -85,6 +86,7 @@ def is_command(text: str) -> bool:
 def pages() -> list[Path]:
     """Every page that a person reads, in the order of their names."""
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found += sorted([ROOT / "examples" / "README.md", *(ROOT / "examples").glob("*/README.md")])
     return [path for path in found if str(path.relative_to(ROOT)) not in HISTORY]
 
 

@@ -25,7 +25,7 @@ from tests.support.small import environment
 
 PHOTOS = "EDT_EXAMPLE_PHOTOS"
 ARRIVE = 10  # one photo in so many arrives after the first run
-TAIL = 60  # lines kept of a command
+HEAD = TAIL = 30  # lines kept of what a command prints, where there are more of them
 PATIENCE = 600  # seconds until a server must answer
 
 
@@ -98,10 +98,10 @@ def said(text: str, folder: Path, env: dict[str, str]) -> str:
 
 
 def section(command: str, text: str) -> str:
-    """A command with the end of what it printed."""
+    """A command with the beginning and the end of what it printed."""
     lines = text.rstrip().splitlines()
-    if len(lines) > TAIL:
-        lines = ["...", *lines[-TAIL:]]
+    if len(lines) > HEAD + TAIL:
+        lines = [*lines[:HEAD], f"... {len(lines) - HEAD - TAIL} more lines", *lines[-TAIL:]]
     shown = "\n".join(line.rstrip() for line in lines)
     return f"## `{command}`\n```text\n{shown}\n```" if shown else f"## `{command}`\nIt prints nothing."
 

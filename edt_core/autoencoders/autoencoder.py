@@ -24,7 +24,7 @@ from edt_core.files.tensor_files import check_folder_headers
 from edt_core.models.alignment import align_weights
 from edt_core.network.hub import hub_is_away, loading_failure
 from edt_core.one_cycle import one_cycle
-from edt_core.precision import use_precision
+from edt_core.precision import exact_products, use_precision
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -52,6 +52,7 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int) -> "Autoencode
         )
 
 
+@exact_products()
 def fit_autoencoder(
     config: AutoencoderConfig,
     pixels: NDArray[np.uint8],
@@ -61,7 +62,7 @@ def fit_autoencoder(
     """Fit on uint8 [N, S, S, 3] by squared error and a small KL term (Rombach et al. 2022, without the adversary).
 
     Returns the autoencoder, with its measured scaling factor in its config, and {"mse", "scaling_factor"}. Batches and
-    posterior draws depend on (seed, step) only.
+    posterior draws depend on (seed, step) only. The fit computes in float32, without TF32.
     """
     model = build_autoencoder(config, pixels.shape[1]).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, foreach=True)
@@ -257,6 +258,7 @@ def to_pixels(images: Tensor) -> NDArray[np.uint8]:
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+@exact_products()
 def measure_scaling_factor(model: Any, pixels: NDArray[np.uint8], batch_size: int) -> float:
     """1 / standard deviation of the latents of uint8 [N, S, S, 3]: scaled latents have unit variance.
 

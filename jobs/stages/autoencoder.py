@@ -48,8 +48,10 @@ def _fit(
 ) -> dict[str, Any]:
     from edt_core.autoencoders.autoencoder import autoencoder_facts, fit_autoencoder
     from edt_core.data.shards import load_images
+    from edt_core.precision import use_precision
 
     use_threads(config.num_cpus)
+    use_precision("fp32")
     images = inputs["images"]
     pixels, _ = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
 

@@ -41,8 +41,10 @@ def _fit(
 ) -> dict[str, Any]:
     from edt_core.data.shards import load_images
     from edt_core.evaluation.extractors.classifier import fit_classifier
+    from edt_core.precision import use_precision
 
     use_threads(config.num_cpus)
+    use_precision("fp32")
     images = inputs["images"]
     pixels, labels = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
 

@@ -273,8 +273,10 @@ def _extract_published(
     from safetensors.numpy import save
 
     from edt_core.evaluation.metrics.adm import read_adm, read_images
+    from edt_core.precision import use_precision
 
     use_threads(config.num_cpus_per_worker)
+    use_precision("fp32")
     path = Path(statistics.location)
     if sha256_file(path) != statistics.fingerprint:
         raise UserError(f"{path} has changed since the run was started; run again once nothing writes to the file")

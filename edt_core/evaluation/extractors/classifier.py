@@ -24,6 +24,7 @@ from edt_core.evaluation.extractors.spec import ExtractorSpec
 from edt_core.files.small_files import read_json_object
 from edt_core.files.tensor_files import load_state
 from edt_core.one_cycle import one_cycle
+from edt_core.precision import exact_products
 
 if TYPE_CHECKING:
     from edt_core.config import ClassifierConfig
@@ -81,6 +82,7 @@ def split_holdout(num_images: int, fraction: float, seed: int) -> tuple[NDArray[
     return np.sort(order[size:]), np.sort(order[:size])
 
 
+@exact_products()
 def fit_classifier(
     config: "ClassifierConfig",
     pixels: NDArray[np.uint8],
@@ -89,7 +91,10 @@ def fit_classifier(
     device: torch.device | str = "cpu",
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[Classifier, dict[str, float]]:
-    """Fit on uint8 [N, S, S, 3] and labels [N]; return the classifier and its accuracy on held-out images."""
+    """Fit on uint8 [N, S, S, 3] and labels [N]; return the classifier and its accuracy on held-out images.
+
+    The fit computes in float32, without TF32.
+    """
     training, holdout = split_holdout(len(pixels), config.holdout_fraction, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

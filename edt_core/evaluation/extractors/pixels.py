@@ -5,7 +5,7 @@ Legend: N images, S image side in pixels.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.errors import UserError
+from edt_core.precision import exact_products
 
 
 def check_pixels(pixels: NDArray[Any] | Tensor) -> None:
@@ -67,18 +68,6 @@ def on_host(outputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
 
 @contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
-    """Context of inference in full float32, without autocast, TF32 or bfloat16 products; restores them afterwards.
-
-    By default a GPU convolves float32 in TF32, with ten bits of mantissa instead of twenty-three.
-    """
-    cudnn, mkldnn = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
-    backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]
-    precisions = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision
+    """Context of inference in full float32, without autocast, TF32 or bfloat16 products; restores them afterwards."""
+    with exact_products(), torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield

@@ -14,6 +14,7 @@ from edt_core.progress import Progress
 from edt_core.store.folder import Folder
 from jobs.commands.options import add_fields, given_fields, parser_of, validated
 from jobs.models.open import DEFAULT_STORE, Loaded, check_model, load_model, use_mlflow
+from jobs.runtime.devices import check_gpu
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.autoencoder import check_decoder, read_autoencoder
@@ -151,10 +152,9 @@ def _target(out: str) -> tuple[Folder, str]:
 def _device(option: str) -> str:
     import torch
 
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    if option == "cuda" and available == "cpu":
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; leave the option out, or use cpu")
-    return available if option == "auto" else option
+    if option == "cuda":
+        check_gpu("--device is cuda", "leave --device out, or use cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if option == "auto" else option
 
 
 def _decoder(loaded: Loaded, location: str | None, model: str) -> Any:

@@ -128,13 +128,6 @@ def _is_explicit(error: BaseException) -> bool:
     return isinstance(error, UserError | Stopped) and not isinstance(error, ray.exceptions.RayError)
 
 
-def device_name(num_gpus: float) -> str:
-    """The torch device of a worker with this share of GPUs."""
-    import torch
-
-    return "cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu"
-
-
 def use_threads(num_cpus: float) -> None:
     """Give torch as many threads as the task has CPUs: more threads only slow each other down.
 

@@ -15,9 +15,10 @@ from edt_core.progress import Progress, Silent, fit_report
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.store.folder import Folder, sha256_file
 from edt_core.store.layout import IMAGE_SHARD, MANIFEST_NAME
-from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.cluster import require, use_threads
+from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.tracking import mlflow_client
-from jobs.stages.stage import Stage, alone_in, existing_artifact
+from jobs.stages.stage import DEVICE, Stage, alone_in, existing_artifact
 
 if TYPE_CHECKING:
     from edt_core.data.scale import LatentScale
@@ -56,9 +57,11 @@ def _fit(
     pixels, _ = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], config.max_images)
 
     report = fit_report(progress, config.steps, "mse", 4)
-    model, facts = fit_autoencoder(config, pixels, device_name(config.num_gpus), report)
+    device = device_name(config.num_gpus)
+    model, facts = fit_autoencoder(config, pixels, device, report)
     _store(model, out)
-    return {**autoencoder_facts(model), **facts, "images": len(pixels), "source": "fitted"}
+    counts = {**autoencoder_facts(model), **facts, "images": len(pixels), "source": "fitted"}
+    return {**counts, DEVICE: kind_of_devices([device])}
 
 
 def published_source(config: AutoencoderConfig, tracking_uri: str | None = None) -> Source | None:

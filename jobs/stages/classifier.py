@@ -11,9 +11,10 @@ from edt_core.config import ClassifierConfig
 from edt_core.errors import UserError
 from edt_core.progress import Progress, fit_report
 from edt_core.store.artifact import Artifact, ArtifactWriter
-from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.cluster import require, use_threads
+from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.stages.autoencoder import IMAGE_SHARDS
-from jobs.stages.stage import Stage
+from jobs.stages.stage import DEVICE, Stage
 
 FOLDER = "classifier"
 
@@ -54,7 +55,8 @@ def _fit(
     with tempfile.TemporaryDirectory() as folder:
         model.cpu().save(Path(folder))
         out.add_tree(Path(folder), FOLDER)
-    return {**facts, "classes": images.counts["classes"], "feature_dim": config.feature_dim}
+    counts = {**facts, "classes": images.counts["classes"], "feature_dim": config.feature_dim}
+    return {**counts, DEVICE: kind_of_devices([device])}
 
 
 STAGE = Stage("classifier", "classifier", 1, ClassifierConfig, classifier, roles=("images",))

@@ -20,7 +20,8 @@ from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.store.cache import local_copy
 from edt_core.store.folder import sha256_file
 from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD
-from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.cluster import require, use_threads
+from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.pool import pooled
 from jobs.stages.autoencoder import FOLDER, IMAGE_SHARDS, stored_scale
 from jobs.stages.reuse.latents import GPU_TOLERANCE, Batch, ShardImages, earlier_latents, merged_rows
@@ -32,7 +33,7 @@ from jobs.stages.reuse.siblings import (
     message_of,
     reuse_record,
 )
-from jobs.stages.stage import DEVICE, REUSED, Stage, device_kind
+from jobs.stages.stage import DEVICE, REUSED, Stage
 
 _PROBES = 16  # images for measuring the error of a lower precision, independent of the batch size
 _AHEAD = 3  # decoded batches that wait for the autoencoder
@@ -72,7 +73,7 @@ class Encoder:
     def work(self, shard: int) -> dict[str, Any]:
         """Encode shard number `shard`; return its rows and labels, and sums and sums of squares of latents by channel.
 
-        For shard 0 the result also has the error of a precision below fp32. A wrong row of earlier latents is returned
+        The result has the device too, and for shard 0 the error of a precision below fp32. A wrong row of earlier latents is returned
         and not raised: an error would end the other workers, one of which may be writing a shard.
         """
         try:
@@ -107,6 +108,7 @@ class Encoder:
         return {
             "rows": len(latents),
             "recovered": is_recovered,
+            "device": self.device,
             **_sums(latents),
             "labels": np.bincount(latents.labels, minlength=self.images.counts["classes"]),
             "error": self._precision_error(source) if shard == 0 else None,
@@ -240,7 +242,7 @@ def encode(
         "channel_std": _deviation(mean, square).tolist(),
         **({"precision_error": error} if error else {}),
         **({REUSED: reused} if reused else {}),
-        DEVICE: device_kind(config.num_gpus_per_worker),
+        DEVICE: kind_of_devices(parts[k]["device"] for k in shards),
     }
 
 

@@ -7,7 +7,7 @@ pairs, such as kid. Published statistics of ADM can replace the images.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.cache import local_copy
 from edt_core.store.folder import sha256_file
 from edt_core.store.layout import IMAGE_FEATURES, REFERENCE_NAME
-from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.cluster import require, use_threads
+from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.pool import pooled
 from jobs.stages import extractors
 from jobs.stages.autoencoder import IMAGE_SHARDS
@@ -44,6 +45,15 @@ class Part:
 
     shards: tuple[int, ...]
     first: int
+
+
+class PartMade(NamedTuple):
+    """A finished part: images, shards made by this attempt, torch device, and the problem of a wrong row or ""."""
+
+    images: int
+    shards: list[int]
+    device: str
+    problem: str = ""
 
 
 def parts_of(images: Artifact) -> list[Part]:
@@ -74,18 +84,18 @@ class Extraction:
         images = inputs["images"]
         assert isinstance(images, Artifact)
         self.total, self.done = images.counts["images"], 0
-        device = device_name(config.num_gpus_per_worker)
+        self.device = device = device_name(config.num_gpus_per_worker)
         spaces = extractors.spaces_of(inputs)
         self.extractors = {space: extractors.load(space, inputs[space], device) for space in spaces}
         self.files = FeatureFiles(
             images, self.extractors, earlier, out, config.batch_size, device == "cpu", self._on_images
         )
 
-    def work(self, number: int) -> tuple[int, list[int], str]:
-        """Extract part `number`; return its number of images, and the numbers of the shards made by this attempt.
+    def work(self, number: int) -> "PartMade":
+        """Extract part `number`.
 
-        Last is the problem of a wrong row of earlier features, or "". It is not raised: an error would end the other
-        workers, one of which may be writing a file.
+        The problem of a wrong row of earlier features is not raised: an error would end the other workers, one of which
+        may be writing a file.
         """
         from safetensors.numpy import save
 
@@ -93,9 +103,9 @@ class Extraction:
         try:
             tensors, rows, made = self._extract(number)
         except WrongRowError as error:
-            return 0, [], str(error)
+            return PartMade(0, [], self.device, str(error))
         self.out.write_bytes(_PART.format(number), save(tensors), rows)
-        return rows, made, ""
+        return PartMade(rows, made, self.device)
 
     def _on_images(self, number: int) -> None:
         self.done += number
@@ -177,12 +187,12 @@ def _of_images(
     device = device_kind(config.num_gpus_per_worker)
     earlier = earlier_features(out, STAGE.version, images, extractors.digests_of(inputs), device)
     try:
-        made = _extract_parts(config, inputs, images, out, progress, earlier)
+        made, computed_on = _extract_parts(config, inputs, images, out, progress, earlier)
     except WrongRowError as error:
         progress.warn(f"no features of an earlier reference are reused, all are computed: {message_of(error)}")
         numbers = range(len(images.entries(IMAGE_SHARDS)))
         discard_files(out, [_PARTS, *(IMAGE_FEATURES.format(number) for number in numbers)])
-        made, earlier = _extract_parts(config, inputs, images, out, progress, {}), {}
+        (made, computed_on), earlier = _extract_parts(config, inputs, images, out, progress, {}), {}
     out.discard(_PARTS)
     reusing = {
         space: {number: item for number, item in enumerate(places) if item is not None and number in made}
@@ -190,7 +200,7 @@ def _of_images(
     }
     reused = features_record(reusing, out.fingerprint)
     facts = {"images": total, "image_size": size, "source": "images", "content": images.manifest.digest}
-    return {**facts, DEVICE: device, **({REUSED: reused} if reused else {})}
+    return {**facts, DEVICE: computed_on, **({REUSED: reused} if reused else {})}
 
 
 def _extract_parts(
@@ -200,20 +210,24 @@ def _extract_parts(
     out: ArtifactWriter,
     progress: Progress,
     earlier: Mapping[str, Sequence[Places | None]],
-) -> set[int]:
-    """Write the features of all shards and the reference of them; return the numbers of the shards made now."""
+) -> tuple[set[int], str]:
+    """Write the features of all shards and the reference of them.
+
+    Returns the numbers of the shards made now, and the kind of device that computed them.
+    """
     parts, total = parts_of(images), images.counts["images"]
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     arguments = (config, dict(inputs), parts, out, progress, earlier)
     results = dict(pooled(Extraction, config.num_workers, range(len(parts)), *arguments, **resources))
-    if problems := [problem for _, _, problem in results.values() if problem]:
+    if problems := [part.problem for part in results.values() if part.problem]:
         raise WrongRowError(problems[0])
-    if (rows := sum(count for count, _, _ in results.values())) != total:
+    if (rows := sum(part.images for part in results.values())) != total:
         raise UserError(
             f"the image shards contain {rows} images, but their manifest states {total}; run preprocess again"
         )
     _merge(len(parts), out)
-    return {shard for _, made, _ in results.values() for shard in made}
+    made = {shard for part in results.values() for shard in part.shards}
+    return made, kind_of_devices(part.device for part in results.values())
 
 
 def _merge(parts: int, out: ArtifactWriter) -> None:
@@ -282,7 +296,8 @@ def _extract_published(
         raise UserError(f"{path} has changed since the run was started; run again once nothing writes to the file")
     adm = read_adm(path)
     total = adm.image_shape[0] if adm.image_shape else 0
-    extract = extractors.load(INCEPTION, weights, device_name(config.num_gpus_per_worker))
+    device = device_name(config.num_gpus_per_worker)
+    extract = extractors.load(INCEPTION, weights, device)
     features, done = [], 0
     for pixels in read_images(path, _ADM_CHUNK):
         rows = evenly_spaced(done, len(pixels), total, config.keep_features)
@@ -295,7 +310,8 @@ def _extract_published(
         gaussians[f"{INCEPTION}.spatial"] = adm.spatial_statistics
     tensors = {f"{INCEPTION}.features": np.concatenate(features)} if features else {}
     out.write_bytes(REFERENCE_NAME, save({**_arrays(gaussians), **tensors}), done)
-    return {"images": total, "image_size": adm.image_shape[1] if adm.image_shape else None}
+    size = adm.image_shape[1] if adm.image_shape else None
+    return {"images": total, "image_size": size, DEVICE: kind_of_devices([device])}
 
 
 def statistics_source(location: str) -> Source:

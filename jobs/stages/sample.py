@@ -19,10 +19,11 @@ from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.layout import FEATURE_UNIT
-from jobs.runtime.cluster import device_name, require, use_threads
+from jobs.runtime.cluster import require, use_threads
+from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.pool import pooled
 from jobs.stages import autoencoder, extractors
-from jobs.stages.stage import Stage
+from jobs.stages.stage import DEVICE, Stage
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
 _AT_ONCE = 2  # units of a worker: it samples one while it decodes the previous one and extracts features
@@ -75,8 +76,8 @@ class Sampler:
         # On a GPU, a second stream for decoding: it and the sampling do not wait for each other.
         self._stream = torch.cuda.Stream() if self.device == "cuda" else None
 
-    def work(self, number: int) -> int:
-        """Make unit `number` unless its file exists; return its number of samples."""
+    def work(self, number: int) -> tuple[int, str]:
+        """Make unit `number` unless its file exists; return its number of samples, and this worker's device."""
         from safetensors.numpy import save
 
         name, unit = FEATURE_UNIT.format(number), unit_of(self.config, number)
@@ -85,7 +86,7 @@ class Sampler:
                 labels, latents = self._draw(unit)
             with self._finishing:
                 self.out.write_bytes(name, save(self._tensors(unit, labels, latents)), len(unit.indices))
-        return len(unit.indices)
+        return len(unit.indices), self.device
 
     def _draw(self, unit: Unit) -> tuple[NDArray[np.int64], Any]:
         """Labels int64 [n] and latents [n, C, h, h] of a unit."""
@@ -148,8 +149,10 @@ def sample_features(
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     require("sample", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
     work = pooled(Sampler, config.num_workers, range(units), config, dict(inputs), out, depth=_AT_ONCE, **resources)
-    for _, count in work:
+    devices = set[str]()
+    for _, (count, device) in work:
         done += count
+        devices.add(device)
         progress.update(done, total, "samples")
     checkpoint = artifact(inputs, "checkpoint")
     model = ModelConfig.from_dict(model_config_of(checkpoint))
@@ -164,7 +167,7 @@ def sample_features(
         "guide_digest": artifact(inputs, "guide").manifest.digest if "guide" in inputs else None,
         "image_size": model.image_size,
         "amm_blocks": list(resolved_amm_blocks(config, model)),
-        "device": device_name(config.num_gpus_per_worker),
+        DEVICE: kind_of_devices(devices),
     }
 
 

@@ -19,6 +19,7 @@ from edt_core.store.digests import damaged
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
 from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
+from jobs.runtime.devices import check_gpu_of_cluster
 from jobs.runtime.pool import MAX_RETRIES
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.stage import Stage
@@ -188,6 +189,8 @@ def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, pr
 
     fewest, gpus = config.worker_range[0], float(config.use_gpu)
     require("train", CPU=fewest * config.num_cpus_per_worker, GPU=fewest * gpus)
+    if config.use_gpu:
+        check_gpu_of_cluster("train.use_gpu is true")
     job = {"config": config, "inputs": inputs, "out": out, "progress": progress}
     out.data.remove(_VERDICT)
     for run in range(1 + MAX_RETRIES):

@@ -14,6 +14,7 @@ from edt_core.training.checkpoint import checkpoint_name
 from edt_core.training.context import Request
 from edt_core.training.ranks import Ranks
 from edt_core.training.store import CheckpointStore
+from jobs.runtime.devices import check_gpu
 from jobs.stages import autoencoder
 
 _LOOK_EVERY_S = 2.0
@@ -69,6 +70,8 @@ class RayContext:
 
         worker = ray.train.get_context()
         device = ray.train.torch.get_device()
+        if config.use_gpu and device.type != "cuda":  # Ray Train would train on the CPU
+            check_gpu("train.use_gpu is true")
         self.ranks = Ranks(worker.get_world_rank(), worker.get_world_size(), device)
         self.config, self.inputs, self.progress = config, inputs, progress
         self.store = CheckpointStore(out, config.num_to_keep, progress.warn, self._report_checkpoints)

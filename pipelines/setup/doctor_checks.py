@@ -85,7 +85,7 @@ def required_gpus(config: PipelineConfig) -> int:
 
 def device(setup: Setup) -> Result:
     """The devices of torch here, compared with what the configuration requires."""
-    from pipelines.setup.hardware import driver
+    from jobs.runtime.devices import driver
 
     machine, required = setup.machine.result(), required_gpus(setup.config)
     parts = [f"torch {machine.torch}", str(machine)]

@@ -1,15 +1,11 @@
 """The hardware of a machine: CPUs, memory, and the GPUs that torch can use."""
 
 import os
-import shutil
-import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_PROBE_SECONDS = 10
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -75,19 +71,3 @@ def _memory_limits() -> list[int]:
         with suppress(OSError, ValueError):
             limits.append(int(Path(path).read_text(encoding="ascii")))
     return [limit for limit in limits if limit > 0]
-
-
-def driver() -> str | None:
-    """The version of NVIDIA's driver; None if there is none, or nvidia-smi fails."""
-    lines = _output_lines(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return lines[0].strip() if lines else None
-
-
-def _output_lines(command: Sequence[str]) -> list[str]:
-    if shutil.which(command[0]) is None:
-        return []
-    try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=_PROBE_SECONDS)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.strip().splitlines()

@@ -73,8 +73,8 @@ class Encoder:
     def work(self, shard: int) -> dict[str, Any]:
         """Encode shard number `shard`; return its rows and labels, and sums and sums of squares of latents by channel.
 
-        The result has the device too, and for shard 0 the error of a precision below fp32. A wrong row of earlier latents is returned
-        and not raised: an error would end the other workers, one of which may be writing a shard.
+        The result has the device too, and for shard 0 the error of a precision below fp32. A wrong row of earlier
+        latents is returned and not raised: an error would end the other workers, one of which may be writing a shard.
         """
         try:
             return self._encode(shard)

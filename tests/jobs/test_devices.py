@@ -86,7 +86,7 @@ def test_every_stage_refuses_and_writes_nothing(
     stage = STAGE_OF[name]
     extras = ("classifier",) if name == "reference" else ()
     inputs = {role: chain[role] for role in (*stage.roles, *extras)}
-    with pytest.raises(UserError, match="PyTorch finds no usable GPU on .*built for CUDA 13.0"):
+    with pytest.raises(UserError, match=r"PyTorch finds no usable GPU on .*built for CUDA 13\.0"):
         execute(stage, ASKING[name], tmp_path, None, **inputs)
     assert not list(tmp_path.rglob("manifest.json"))
 

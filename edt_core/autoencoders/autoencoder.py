@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edt_core.autoencoders.check import check_config, check_folder, hub_pipeline, pickled
 from edt_core.autoencoders.kinds import kind_of, scale_of
+from edt_core.autoencoders.parts import in_parts
 from edt_core.config import AutoencoderConfig
 from edt_core.cpu_units import units
 from edt_core.data.images import to_model_range
@@ -219,7 +220,7 @@ def _both_sides(model: Any, levels: Tensor) -> Tensor:
     """Posterior [N, 2, 2, C, h, h] of levels uint8 [N, S, S, 3] on the model's device."""
     if model.device.type == "cpu":
         return torch.cat([_sides(model, unit)[:count] for unit, count in units(levels)])
-    return _sides(model, levels)
+    return torch.cat([_sides(model, levels[part]) for part in in_parts(len(levels), levels.shape[1])])
 
 
 def _sides(model: Any, levels: Tensor) -> Tensor:
@@ -248,8 +249,14 @@ def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
 
 
 def decode(model: Any, latents: Tensor) -> Tensor:
-    """Images [N, 3, S, S] in about -1..1, in the autoencoder's dtype, of scaled latents [N, C, h, h]."""
-    return kind_of(model).decode(model, scale_of(model).to_raw(latents).to(model.dtype))
+    """Images [N, 3, S, S] in about -1..1, in the autoencoder's dtype, of scaled latents [N, C, h, h].
+
+    They are decoded in parts of fixed size, see `edt_core.autoencoders.parts`.
+    """
+    kind, raw = kind_of(model), scale_of(model).to_raw(latents).to(model.dtype)
+    side = raw.shape[-1] * kind.downsample_factor(model.config)
+    parts = [kind.decode(model, raw[part]) for part in in_parts(len(raw), side)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:

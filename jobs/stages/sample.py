@@ -26,6 +26,7 @@ from jobs.stages import autoencoder, extractors
 from jobs.stages.stage import DEVICE, Stage
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
+DECODED_AT_ONCE = "decoded_at_once"  # images; among the counts of features and in the protocol of metrics
 _AT_ONCE = 2  # units of a worker: it samples one while it decodes the previous one and extracts features
 
 
@@ -167,8 +168,20 @@ def sample_features(
         "guide_digest": artifact(inputs, "guide").manifest.digest if "guide" in inputs else None,
         "image_size": model.image_size,
         "amm_blocks": list(resolved_amm_blocks(config, model)),
+        **decode_record(config, model.image_size),
         DEVICE: kind_of_devices(devices),
     }
+
+
+def decode_record(config: SampleConfig, image_size: int) -> dict[str, int]:
+    """How many images of a unit are decoded at once, for the counts; {} where the whole unit is, as in older records.
+
+    It is part of the protocol, because the last bits of an image depend on it.
+    """
+    from edt_core.autoencoders.parts import images_per_call
+
+    most = images_per_call(image_size)
+    return {DECODED_AT_ONCE: most} if most < min(config.unit_size, config.num_samples) else {}
 
 
 def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None:

@@ -129,7 +129,7 @@ def test_decoded_pixels_are_rounded_without_bias(fitted) -> None:
         """A decoder that hands its latents on."""
 
         dtype = torch.float32
-        config = {"scaling_factor": 1.0}  # noqa: RUF012
+        config = {"scaling_factor": 1.0, "encoder_block_out_channels": (3,)}  # noqa: RUF012
 
         def __init__(self) -> None:
             """Make no networks."""

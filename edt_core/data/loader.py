@@ -67,7 +67,7 @@ class BatchPlan:
 
     def mirror(self, step: int) -> NDArray[np.bool_]:
         """Which of this rank's samples are mirrored at a step: bool [n]."""
-        return mirror_draws(self.seed, step, self.global_batch_size, self.mirror_prob)[self.share]
+        return mirror_draws(self.seed, step, self.share, self.mirror_prob)
 
 
 class Buffers:

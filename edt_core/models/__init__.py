@@ -9,7 +9,7 @@ from edt_core.models.families.edt import EDT, EDTConfig, StageSpec
 from edt_core.models.families.mdtv2 import MDTv2, MDTv2Config
 from edt_core.models.import_released import load_released, read_released_model
 from edt_core.models.mask_form import MaskSite
-from edt_core.models.masking import check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, slice_masks
+from edt_core.models.masking import check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, masks_of, slice_masks
 from edt_core.models.positions import amm_matrix
 from edt_core.models.zoo import (
     MODEL_NAMES,
@@ -48,6 +48,7 @@ __all__ = [
     "load_released",
     "macs_by_part",
     "mask_sites",
+    "masks_of",
     "model_config",
     "models_for",
     "paper_amm_blocks",

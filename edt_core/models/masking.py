@@ -40,23 +40,29 @@ def draw_masks(
 ) -> list[Tensor]:
     """Masks for one forward pass, one per site in forward order.
 
-    A ratio is drawn per site, and a uniform number per token. To be independent of the number of ranks, draw for the
-    global batch, then take each rank's rows with `slice_masks`.
+    A ratio is drawn per site, and a uniform number per token. A training draws both by itself, so that its masks do
+    not depend on the number of ranks, and passes them to `masks_of`.
 
     Args:
         config: the model's configuration.
-        batch_size: N, the global batch size if several ranks share a batch.
+        batch_size: N.
         generator: source of all random numbers; seed it with (seed, step).
         device: the device of the masks; the generator's device if None.
     """
     if config.mask_form is None:
         return []
     ratios = draw_mask_ratios(config, generator)
-    masks = []
-    for site, ratio in zip(mask_sites(config), ratios, strict=True):
-        uniform = torch.rand(batch_size, site.tokens, generator=generator, device=generator.device)
-        masks.append(config.mask_form.draw(uniform, ratio).to(device or generator.device))
-    return masks
+    uniforms = [
+        torch.rand(batch_size, site.tokens, generator=generator, device=generator.device) for site in mask_sites(config)
+    ]
+    return [mask.to(device or generator.device) for mask in masks_of(config, ratios, uniforms)]
+
+
+def masks_of(config: ModelConfig, ratios: Tensor, uniforms: Sequence[Tensor]) -> list[Tensor]:
+    """Masks, one per site, from ratios [sites] and uniform numbers [N, tokens] per site. A row depends on its own."""
+    if config.mask_form is None:
+        return []
+    return [config.mask_form.draw(uniform, ratio) for uniform, ratio in zip(uniforms, ratios, strict=True)]
 
 
 def slice_masks(masks: Sequence[Tensor], rows: slice) -> list[Tensor]:

@@ -41,7 +41,8 @@ LATENT_TAR_MEMBER = "posterior.npy"  # float32 [2, 2, C, h, w]: side (image, mir
 
 # Checkpoints: a folder `checkpoints/step-NNNNNNNN` of safetensors and JSON. Its own manifest is written last and holds
 # {"version", "step", "regular", "score", "files": {name: sha256}, "seal"}; the seal is the sha256 of the rest.
-CHECKPOINT_VERSION = 2
+# Version 2 is that of trainings that drew the random numbers of a step at once: it can be read, but not resumed from.
+CHECKPOINT_VERSION, READABLE_CHECKPOINTS = 3, (2, 3)
 CHECKPOINTS, STEP_PREFIX = "checkpoints", "step-"
 CHECKPOINT_MANIFEST = "checkpoint.json"
 MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"

@@ -23,6 +23,7 @@ from edt_core.store.layout import (
     CHECKPOINT_VERSION,
     EMA_WEIGHTS,
     MODEL_CONFIG,
+    READABLE_CHECKPOINTS,
     STEP_PREFIX,
     TRAIN_STATE,
 )
@@ -40,7 +41,7 @@ class Checkpoint:
     """Everything a training needs to resume after `step` completed steps.
 
     `tensors` are named tensors by file name, `state` is plain JSON. `score` is the mean loss since the previous
-    checkpoint. A checkpoint is `regular` if an uninterrupted training writes it too.
+    checkpoint. A checkpoint is `regular` if an uninterrupted training writes it too. `version` is that of its format.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Checkpoint:
     model_config: Mapping[str, Any]
     score: float | None
     regular: bool = True
+    version: int = CHECKPOINT_VERSION
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class CheckpointManifest:
     score: float | None
     files: Mapping[str, str]
     seal: str
+    version: int = CHECKPOINT_VERSION
 
 
 def checkpoint_name(step: int) -> str:
@@ -84,7 +87,7 @@ def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointMani
 def write_manifest(manifest: CheckpointManifest, write: WriteFile) -> CheckpointManifest:
     """Write the manifest of a checkpoint whose files are written, and return it with its seal."""
     fields = {
-        "version": CHECKPOINT_VERSION,
+        "version": manifest.version,
         "step": manifest.step,
         "regular": manifest.regular,
         "score": manifest.score,
@@ -116,8 +119,9 @@ def read_manifest(data: bytes, where: str) -> CheckpointManifest:
         seal = fields.pop("seal")
         if seal != sha256_json(fields):
             raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} was changed: it does not match its seal")
-        if (version := fields.pop("version")) != CHECKPOINT_VERSION:
-            raise CheckpointError(f"{where} has checkpoint version {version}; this code reads {CHECKPOINT_VERSION}")
+        if fields["version"] not in READABLE_CHECKPOINTS:
+            readable = " and ".join(map(str, READABLE_CHECKPOINTS))
+            raise CheckpointError(f"{where} has checkpoint version {fields['version']}; this code reads {readable}")
         return CheckpointManifest(**fields, seal=seal)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}: {CHECKPOINT_MANIFEST} is invalid ({error})") from error
@@ -150,7 +154,19 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         model_config=read_json(folder / MODEL_CONFIG),
         score=manifest.score,
         regular=manifest.regular,
+        version=manifest.version,
     )
+
+
+def check_resumable(checkpoint: Checkpoint, place: str) -> None:
+    """Raise UserError for a checkpoint of an earlier version, whose training drew other random numbers."""
+    if checkpoint.version != CHECKPOINT_VERSION:
+        raise UserError(
+            f"{place} has checkpoint version {checkpoint.version}: its training drew other random numbers than "
+            f"this code would (checkpoint version {CHECKPOINT_VERSION}), so it cannot be resumed. Give another output "
+            f"folder and start from its weights with train.init_from={place}, or resume with the version of edt that "
+            "wrote it"
+        )
 
 
 class HostMemory:

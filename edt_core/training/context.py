@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.folder import Folder
-from edt_core.training.checkpoint import Checkpoint
+from edt_core.training.checkpoint import Checkpoint, check_resumable, checkpoint_name
 from edt_core.training.ranks import Ranks
 from edt_core.training.store import CheckpointStore
 
@@ -88,10 +88,15 @@ class LocalContext:
 
 
 def latest(context: TrainContext) -> Checkpoint | None:
-    """The newest valid checkpoint, the same on every rank: rank 0 finds it, each rank verifies it. Collective."""
+    """The newest valid checkpoint, the same on every rank: rank 0 finds it, each rank verifies it. Collective.
+
+    Raises UserError on every rank if it is of an earlier version, which can be read but not resumed from.
+    """
     ranks, store = context.ranks, context.store
     newest = (store.newest() if ranks.rank == 0 else None) or 0
     step = ranks.agree(newest)
     checkpoint = store.load(step) if step else None
     ranks.wait()  # otherwise rank 0 could write newer ones and prune this one while a slow rank reads it
+    if checkpoint is not None:
+        check_resumable(checkpoint, store.folder.child(checkpoint_name(step)).uri)
     return checkpoint

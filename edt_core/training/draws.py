@@ -1,8 +1,9 @@
-"""The random numbers of a training step: a function of (seed, step) for the whole global batch, sliced by rank.
+"""The random numbers of a training step: a function of (seed, step) and a sample's place in the global batch.
 
-The loader draws rows and their mirroring in the same way (`edt_core.data.randomness`).
+Each rank draws the numbers of its own rows (`edt_core.data.randomness`), as the loader does for mirror images.
 
-Legend: B global batch, C latent channels, h latent height and width.
+Legend: B global batch, n the rows that are drawn, P passes (1, or 2 with the masked loss), C latent channels, h latent
+height and width.
 """
 
 from collections.abc import Callable
@@ -13,16 +14,16 @@ from torch import Tensor
 
 from edt_core.config import TrainConfig
 from edt_core.data.loader import on_device
-from edt_core.data.randomness import generator
-from edt_core.models import ModelConfig, draw_masks, slice_masks
+from edt_core.data.randomness import generator, normal_rows, uniform_rows
+from edt_core.models import ModelConfig, draw_mask_ratios, mask_sites, masks_of, slice_masks
 
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Draws of one step. The leading 2 is (full, masked): each has its own noise and label dropout.
+    """Draws of one step for n rows. The leading P is (full, masked): each has its own noise and label dropout.
 
-    posterior_noise [B, C, h, h], drop_label bool [2, B], uniforms [B] (timesteps), noise [2, B, C, h, h], masks: B rows
-    for each masking site, see `draw_masks`.
+    posterior_noise [n, C, h, h], drop_label bool [P, n], uniforms [B] (timesteps), noise [P, n, C, h, h], masks: n rows
+    for each masking site, see `draw_masks`; none without the masked loss.
     """
 
     posterior_noise: Tensor
@@ -32,7 +33,7 @@ class StepDraws:
     masks: tuple[Tensor, ...]
 
     def rows(self, places: slice) -> "StepDraws":
-        """The draws of some samples, such as a rank's. `uniforms` stays whole: timesteps are drawn for all at once."""
+        """The draws of some rows. `uniforms` stays whole: timesteps are drawn for all at once."""
         return StepDraws(
             posterior_noise=self.posterior_noise[places],
             drop_label=self.drop_label[:, places],
@@ -42,11 +43,14 @@ class StepDraws:
         )
 
     def pinned(self, device: torch.device) -> "StepDraws":
-        """The same draws in page-locked memory, for asynchronous copies to a GPU; unchanged if `device` is no GPU."""
+        """The same draws in page-locked memory, for asynchronous copies to a GPU; unchanged if `device` is no GPU.
+
+        They become contiguous: CUDA copies other tensors through memory that is not page-locked, and waits for it.
+        """
         if device.type != "cuda":
             return self
         with on_device(device):
-            return self._map(lambda tensor: tensor.pin_memory())
+            return self._map(lambda tensor: tensor.contiguous().pin_memory())
 
     def to(self, device: torch.device) -> "StepDraws":
         """Copy to a device, except `uniforms`, which the host uses."""
@@ -62,18 +66,35 @@ class StepDraws:
         )
 
 
-def draw_step(config: TrainConfig, step: int, model: ModelConfig) -> StepDraws:
-    """Draw step `step` for the whole global batch."""
-    batch, seed = config.global_batch_size, config.seed
-    size = (batch, model.in_channels, model.latent_size, model.latent_size)
+def draw_step(config: TrainConfig, step: int, model: ModelConfig, rows: slice | None = None) -> StepDraws:
+    """Draw step `step` for some rows of the global batch; for all of them if `rows` is None.
 
-    def uniform(stream: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.rand(shape, generator=generator(seed, step, stream), dtype=dtype)
-
+    Rows are equal for any choice of rows. Only the timesteps are drawn for the whole batch: a training uses the losses
+    of all of them.
+    """
+    batch, seed, passes = config.global_batch_size, config.seed, config.passes
+    everything = slice(0, batch)
+    mine = everything if rows is None else rows
+    count = mine.stop - mine.start
+    shape = (count, model.in_channels, model.latent_size, model.latent_size)
+    noise = torch.empty(passes, *shape)
+    for of_pass, stream in zip(noise, ("noise", "masked_noise"), strict=False):
+        normal_rows(of_pass, mine, seed, step, stream)
+    labels = uniform_rows(torch.empty(count, 2), mine, seed, step, "labels")
     return StepDraws(
-        posterior_noise=torch.randn(size, generator=generator(seed, step, "posterior")),
-        drop_label=uniform("labels", 2, batch) < config.class_dropout_prob,
-        uniforms=uniform("timesteps", batch, dtype=torch.float64),
-        noise=torch.randn((2, *size), generator=generator(seed, step, "noise")),
-        masks=tuple(draw_masks(model, batch, generator(seed, step, "masks"))),
+        posterior_noise=normal_rows(torch.empty(shape), mine, seed, step, "posterior"),
+        drop_label=(labels.T[:passes] < config.class_dropout_prob).contiguous(),
+        uniforms=uniform_rows(torch.empty(batch, dtype=torch.float64), everything, seed, step, "timesteps"),
+        noise=noise,
+        masks=_masks(config, step, model, mine) if passes == 2 else (),
     )
+
+
+def _masks(config: TrainConfig, step: int, model: ModelConfig, rows: slice) -> tuple[Tensor, ...]:
+    """Masks of some rows. All rows of a step share a ratio per site."""
+    if not model.is_masked:
+        return ()
+    tokens = [site.tokens for site in mask_sites(model)]
+    uniforms = uniform_rows(torch.empty(rows.stop - rows.start, sum(tokens)), rows, config.seed, step, "masks")
+    ratios = draw_mask_ratios(model, generator(config.seed, step, "mask_ratios"))
+    return tuple(masks_of(model, ratios, uniforms.split(tokens, dim=1)))

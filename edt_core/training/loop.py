@@ -126,8 +126,8 @@ def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:
     with closing(source) as batches:
         for batch in islice(batches, max(last - first, 0)):
             require_finite(batch)
-            draws = draw_step(config, batch.step, trainer.state.model.config)
-            yield batch, draws.rows(trainer.share).pinned(device)
+            draws = draw_step(config, batch.step, trainer.state.model.config, trainer.share)
+            yield batch, draws.pinned(device)
 
 
 def _run(trainer: Trainer) -> None:

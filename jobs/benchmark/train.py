@@ -1,4 +1,4 @@
-"""Speed of training: its step alone, beside a plain step, in the whole loop, on several workers; checkpoints.
+"""Speed of training: its step alone, beside a plain step, in the whole loop, on several workers; checkpoints, draws.
 
 The two sides of a ratio are measured in the same run, in turns, because the speed of a shared machine drifts.
 """
@@ -38,6 +38,7 @@ from jobs.runtime.loopback import INTERFACES
 
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
 _STEPS_BETWEEN_CHECKPOINTS = 1000
+_BATCHES_OF_DRAWS, _SHARE_OF_DRAWS = (256, 1024), 8
 _WARM_UP = 6  # first steps of a loop, in which its memory grows
 _PLAIN_TARGETS = {("cpu", "fp32"): "at least 1.25", ("cpu", "bf16"): "at least 1.8", ("cuda", "bf16"): "at least 3"}
 
@@ -74,6 +75,7 @@ def bench_train(work: Path, subject: Subject, precisions: tuple[str, ...], turns
     yield rows
     yield [_loop(work / "loop", subject, precisions[-1], device, turns)]
     yield [_checkpoints(work / "checkpoints", subject, precisions[-1], device, seconds[precisions[-1]])]
+    yield [_draws(subject, batch, turns) for batch in _BATCHES_OF_DRAWS]
     workers = 2 if device.type == "cpu" else torch.cuda.device_count()
     if workers > 1:
         yield [_workers(subject, precisions[0], device, workers, turns)]
@@ -249,6 +251,26 @@ def _checkpoints(work: Path, subject: Subject, precision: str, device: torch.dev
         f"{_STEPS_BETWEEN_CHECKPOINTS} steps, {between:.0f} s",
         whole / between,
         "under 0.02",
+    )
+
+
+# --- the random numbers
+
+
+def _draws(subject: Subject, batch: int, turns: int) -> Row:
+    """Images a second for which one thread draws the random numbers if it draws for one of 8 ranks, or for all."""
+    config, model = subject.train_config("fp32", global_batch_size=batch), subject.model_config
+    steps = {
+        "all": lambda: draw_step(config, 0, model),
+        "share": lambda: draw_step(config, 0, model, share(batch, 0, _SHARE_OF_DRAWS)),
+    }
+    seconds = in_turns(steps, turns, torch.device("cpu"), time.thread_time)
+    return Row(
+        f"draws, {subject.model} at {subject.image_size}, batch {batch}, 1/{_SHARE_OF_DRAWS} of it, processor time",
+        f"{batch / seconds['share']:,.0f} images/s, {1e3 * seconds['share']:.1f} ms a step",
+        f"all of it {batch / seconds['all']:,.0f}/s",
+        seconds["all"] / seconds["share"],
+        "at least 5",
     )
 
 

@@ -23,7 +23,7 @@ from jobs.runtime.devices import check_gpu_of_cluster
 from jobs.runtime.pool import MAX_RETRIES
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.stage import Stage
-from jobs.stages.train_siblings import STEP_VERSION, go_on, resume_text, shared
+from jobs.stages.train_siblings import STEP_VERSION, go_on, resume_text, shared, warn_of_earlier
 from jobs.stages.train_start import (
     check_start,
     initial_of,
@@ -96,6 +96,8 @@ def train(
     store.adopt()
     if store.newest() is None:
         go_on(config, _fingerprints(inputs), latents.counts["images"], store, progress)
+        if store.newest() is None:
+            warn_of_earlier(config, _fingerprints(inputs), out, progress)
     initial = None
     if "init" in inputs and (config.trainable != "all" or store.newest() is None):
         initial = initial_of(config, model_config, inputs, progress)

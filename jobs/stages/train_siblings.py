@@ -1,17 +1,21 @@
-"""Continuing a committed, shorter training of the same store (edt_core.training.start.siblings)."""
+"""Trainings of the same store: continuing a committed, shorter one (edt_core.training.start.siblings)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from edt_core.config import TrainConfig
+from edt_core.config import TrainConfig, result_fields
 from edt_core.progress import Progress
+from edt_core.store.artifact import ArtifactWriter, fingerprint
 from edt_core.store.folder import Folder
+from edt_core.store.layout import CHECKPOINT_MANIFEST, CHECKPOINTS
+from edt_core.store.store import store_of
 
 if TYPE_CHECKING:
     from edt_core.training.start.siblings import SharedCheckpoint
     from edt_core.training.store import CheckpointStore
 
-STEP_VERSION = 2  # of the train stage
+STEP_VERSION = 3  # of the train stage; version 2 drew the random numbers of a step at once
+_DRAWN_AT_ONCE = 2
 
 
 def shared(
@@ -57,3 +61,21 @@ def go_on(
     if source is not None:
         write_seconds(store.out, source.device_seconds)
         store.prune()
+
+
+def warn_of_earlier(config: TrainConfig, inputs: Mapping[str, str], out: ArtifactWriter, progress: Progress) -> None:
+    """Name the checkpoints of the same training that an earlier version began and did not finish: nothing uses them."""
+    store = store_of(out.folder, out.kind, out.fingerprint)
+    if store is None:
+        return
+    earlier = fingerprint(out.kind, _DRAWN_AT_ONCE, result_fields(config), inputs)
+    files = store.begun(out.kind, earlier)
+    steps = sorted(name for name in files if name.startswith(f"{CHECKPOINTS}/") and name.endswith(CHECKPOINT_MANIFEST))
+    if not steps:
+        return
+    place, name = store.folder(out.kind, earlier).uri, steps[-1].removesuffix(f"/{CHECKPOINT_MANIFEST}")
+    progress.warn(
+        f"this training starts from its first step: the unfinished one in {place} is of an earlier version, which drew "
+        f"other random numbers, and cannot be resumed. To start from its weights, stop this run and set "
+        f"train.init_from to the folder of {name} in it"
+    )

@@ -1,6 +1,5 @@
 """Checkpoints: none that is damaged is used, the right ones are kept, and nothing of the others is left."""
 
-import json
 import pickle
 import shutil
 import threading
@@ -11,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from edt_core.errors import UserError
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import (
     CHECKPOINT_MANIFEST,
+    CHECKPOINT_VERSION,
     EMA_WEIGHTS,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
@@ -27,12 +28,13 @@ from edt_core.training.checkpoint import (
     CheckpointError,
     CheckpointManifest,
     check_checkpoint,
+    check_resumable,
     checkpoint_name,
     load_checkpoint,
     read_manifest,
 )
 from edt_core.training.store import CheckpointStore, best_step, to_keep
-from tests.support.trainings import place
+from tests.support.trainings import place, with_version
 
 FILES = [CHECKPOINT_MANIFEST, EMA_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS, OPTIMIZER_STATE, TRAIN_STATE]
 
@@ -187,14 +189,22 @@ def test_no_flipped_bit_changes_what_a_manifest_says(tmp_path: Path) -> None:
 
 def test_another_version_s_checkpoint_is_refused(tmp_path: Path) -> None:
     fill(store_at(tmp_path), 4)
-    path = place(tmp_path, 4) / CHECKPOINT_MANIFEST
-    stated = json.loads(path.read_text())
-    stated.pop("seal")
-    stated["version"] += 1
-    seal = checkpoints.sha256_json(stated)
-    path.write_text(json.dumps({**stated, "seal": seal}))
-    with pytest.raises(CheckpointError, match="checkpoint version"):
-        check_checkpoint(place(tmp_path, 4))
+    for version in (1, CHECKPOINT_VERSION + 1):
+        with_version(place(tmp_path, 4), version)
+        with pytest.raises(CheckpointError, match=f"checkpoint version {version}; this code reads 2 and 3"):
+            check_checkpoint(place(tmp_path, 4))
+
+
+def test_the_version_before_can_be_read_but_not_resumed_from(tmp_path: Path) -> None:
+    fill(store_at(tmp_path), 4)
+    now = load_checkpoint(place(tmp_path, 4))
+    before = load_checkpoint(with_version(place(tmp_path, 4), 2))
+    assert (now.version, before.version) == (3, 2)
+    assert same(before, now)
+    assert store_at(tmp_path).newest() == 4
+    check_resumable(now, "here")
+    with pytest.raises(UserError, match=r"here has checkpoint version 2: .* with train.init_from=here, or resume with"):
+        check_resumable(before, "here")
 
 
 def missing(path: Path) -> None:

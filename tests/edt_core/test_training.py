@@ -22,7 +22,7 @@ from edt_core.training.context import LocalContext, Request
 from edt_core.training.loop import train
 from edt_core.training.optim import learning_rate
 from edt_core.training.state import TrainState, initial_model
-from tests.support.trainings import contents, cut_back, place, same
+from tests.support.trainings import contents, cut_back, place, same, with_version
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread", "no_thread_stays")
 
@@ -260,6 +260,17 @@ def test_a_checkpoint_of_another_configuration_is_refused(
         train(with_options({name: value}), speck, dataset, LocalContext(tmp_path))
     others = set(TrainConfig.model_fields) - {name}
     assert not [other for other in others if f"{other} " in str(caught.value).split("resuming")[0]]
+    assert {step: contents(place(tmp_path, step)) for step in steps_on_disk(tmp_path)} == before
+
+
+def test_a_checkpoint_of_other_draws_is_refused_and_kept(
+    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    train(SHORT, speck, dataset, LocalContext(tmp_path))
+    newest = with_version(place(tmp_path, max(steps_on_disk(tmp_path))), 2)
+    before = {step: contents(place(tmp_path, step)) for step in steps_on_disk(tmp_path)}
+    with pytest.raises(UserError, match=f"cannot be resumed.*train.init_from={newest}"):
+        train(SHORT, speck, dataset, LocalContext(tmp_path))
     assert {step: contents(place(tmp_path, step)) for step in steps_on_disk(tmp_path)} == before
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -39,16 +40,52 @@ def edt() -> ModelConfig:
 # --- draws
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 24])
-def test_draws_of_ranks_join_to_those_of_the_global_batch(world_size: int, edt: ModelConfig) -> None:
-    whole = draw_step(DRAWN, 5, edt)
-    parts = [whole.rows(share(24, rank, world_size)) for rank in range(world_size)]
+@pytest.mark.parametrize("name", ["EDT-Tiny/2", "MDTv2-Tiny/2"])
+@pytest.mark.parametrize(("batch", "world_size"), [(24, 1), (24, 2), (24, 3), (24, 5), (24, 24), (64, 8)])
+def test_draws_of_ranks_join_to_those_of_the_global_batch(batch: int, world_size: int, name: str) -> None:
+    config, model = DRAWN.model_copy(update={"global_batch_size": batch}), model_config(name, 32, 4)
+    whole = draw_step(config, 5, model)
+    parts = [draw_step(config, 5, model, share(batch, rank, world_size)) for rank in range(world_size)]
     assert torch.equal(torch.cat([part.posterior_noise for part in parts]), whole.posterior_noise)
     assert torch.equal(torch.cat([part.noise for part in parts], dim=1), whole.noise)
     assert torch.equal(torch.cat([part.drop_label for part in parts], dim=1), whole.drop_label)
     assert all(torch.equal(part.uniforms, whole.uniforms) for part in parts)
-    for site in range(len(mask_sites(edt))):
+    assert len(whole.masks) == len(mask_sites(model)) > 0
+    for site in range(len(mask_sites(model))):
         assert torch.equal(torch.cat([part.masks[site] for part in parts]), whole.masks[site])
+    cuts = list(micro_batches(batch, 5))
+    assert torch.equal(torch.cat([whole.rows(cut).noise for cut in cuts], dim=1), whole.noise)
+
+
+def test_a_larger_batch_begins_with_the_draws_of_a_smaller_one(edt: ModelConfig) -> None:
+    small, large = (
+        draw_step(DRAWN.model_copy(update={"global_batch_size": batch}), 5, edt, slice(3, 20)) for batch in (20, 100)
+    )
+    assert torch.equal(small.noise, large.noise)
+    assert torch.equal(small.uniforms, large.uniforms[:20])
+
+
+def test_without_the_masked_loss_only_the_full_pass_is_drawn(edt: ModelConfig) -> None:
+    whole, full = draw_step(DRAWN, 5, edt), draw_step(DRAWN.model_copy(update={"masked_loss": False}), 5, edt)
+    assert torch.equal(full.noise, whole.noise[:1])
+    assert torch.equal(full.drop_label, whole.drop_label[:1])
+    assert full.masks == ()
+
+
+def test_what_is_pinned_is_a_rank_s_share_and_contiguous(edt: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr("edt_core.training.draws.on_device", lambda device: nullcontext())
+    config = DRAWN.model_copy(update={"global_batch_size": 64})
+    share_of_rank = draw_step(config, 5, edt, share(64, 1, 4))
+    for draws in (share_of_rank, draw_step(config, 5, edt).rows(share(64, 1, 4))):
+        pinned.clear()
+        draws.pinned(torch.device("cuda", 0))
+        shapes = [(16, 4, 8, 8), (2, 16), (2, 16, 4, 8, 8), *((16, site.tokens) for site in mask_sites(edt))]
+        assert [tuple(tensor.shape) for tensor in pinned] == shapes
+        assert all(tensor.is_contiguous() for tensor in pinned)
+    for tensor in (share_of_rank.posterior_noise, share_of_rank.noise, share_of_rank.drop_label):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()  # no larger memory behind it
 
 
 def test_draws_are_a_function_of_seed_and_step(edt: ModelConfig) -> None:

@@ -60,7 +60,8 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench, "matmul_rate", lambda device, precision: 1e10)
     subject = Subject("EDT-Tiny/2", 32, batch_size=2)
     rows = [row for part in bench_train(tmp_path, subject, ("fp32", "bf16"), turns=1) for row in part]
-    assert [row.what.split(",")[0] for row in rows] == [*["step"] * 4, "training loop", "checkpoint", "2 workers"]
+    names = [*["step"] * 4, "training loop", "checkpoint", *["draws"] * 2, "2 workers"]
+    assert [row.what.split(",")[0] for row in rows] == names
     for row in rows:
         assert row.ratio is not None, row
         assert math.isfinite(row.ratio), row

@@ -16,13 +16,14 @@ from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import EMA_WEIGHTS, MODEL_WEIGHTS
-from edt_core.training.checkpoint import ema_model
+from edt_core.training.checkpoint import ema_model, load_checkpoint
 from jobs.models.initial import Initial, initial_source
 from jobs.models.open import load_model
 from jobs.stages import train
 from tests.support.jobs import Chain, command
 from tests.support.local_ray import local_ray_train
 from tests.support.models import released
+from tests.support.trainings import with_version
 
 CONFIG = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, max_steps=2, log_every=1, checkpoint_every=1)
 
@@ -104,6 +105,16 @@ def test_each_form_gives_its_weights(
     for name in (EMA_WEIGHTS, MODEL_WEIGHTS):
         assert equal(final_weights(artifact, name), {key: value.float() for key, value in expected.items()})
     assert artifact.manifest.inputs["init"] == source(location, **fields).fingerprint
+
+
+def test_a_checkpoint_of_the_version_before_gives_its_weights(
+    trained: Artifact, latents_artifact: Artifact, tmp_path: Path
+) -> None:
+    final = trained.directory(trained.counts["final"])
+    before = with_version(Path(shutil.copytree(final, tmp_path / "before")), 2)
+    artifact = made(tmp_path / "out", latents_artifact, before, max_steps=0)
+    assert equal(final_weights(artifact), load_file(final / EMA_WEIGHTS))
+    assert load_checkpoint(artifact.directory(artifact.counts["final"])).version == 3
 
 
 def test_a_training_goes_on_from_it_and_leaves_nothing_beside(

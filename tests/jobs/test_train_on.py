@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from edt_core.config import TrainConfig
+from edt_core.config import TrainConfig, result_fields
 from edt_core.progress import Silent
-from edt_core.store.artifact import Artifact, ArtifactWriter
+from edt_core.store.artifact import Artifact, ArtifactWriter, fingerprint
 from edt_core.store.folder import Folder
 from edt_core.store.layout import HISTORY_NAME
 from edt_core.store.store import Store
@@ -156,6 +156,26 @@ def short(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) 
     with local_ray_train():
         made(folder, CONSTANT, latents_artifact)
     return folder
+
+
+def test_an_unfinished_training_of_the_version_before_is_named(
+    latents_artifact: Artifact, short: Path, tmp_path: Path
+) -> None:
+    """Its checkpoints cannot be resumed from: its random numbers were others."""
+    inputs = {"latents": latents_artifact.fingerprint}
+    out = Store(Folder.at(tmp_path)).writer("checkpoint", fingerprint("checkpoint", 2, result_fields(CONSTANT), inputs))
+    committed = next(short.glob("checkpoint/*/*/checkpoints/step-00000002"))
+    for file in committed.iterdir():
+        out.link(f"checkpoints/step-00000002/{file.name}", file)
+    heard = Heard()
+    artifact = made(tmp_path, CONSTANT, latents_artifact, heard)
+    (message,) = heard.warnings
+    assert f"the unfinished one in {out.folder.uri} is of an earlier version" in message
+    assert "train.init_from to the folder of checkpoints/step-00000002" in message
+    assert artifact.manifest.step_version == 3
+    again = Heard()
+    made(tmp_path / "other", CONSTANT, latents_artifact, again)
+    assert again.warnings == []
 
 
 def test_epochs_are_counted_where_the_latents_are_there(latents_artifact: Artifact, short: Path) -> None:

@@ -1,5 +1,6 @@
 """What several tests of the training loop look at: a narrow EDT, checkpoints on the disk, and a training cut short."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import torch
 
 from edt_core.models import ModelConfig, model_config
+from edt_core.store.layout import CHECKPOINT_MANIFEST
+from edt_core.store.manifest import sha256_json
 from edt_core.training.checkpoint import checkpoint_name
 from edt_core.training.context import LocalContext
 
@@ -33,6 +36,15 @@ def cut_back(folder: Path, copy: Path, step: int) -> LocalContext:
         if newer > step:
             context.store.remove(newer)
     return context
+
+
+def with_version(checkpoint: Path, version: int) -> Path:
+    """A checkpoint's folder, whose manifest now states another version of the format."""
+    path = checkpoint / CHECKPOINT_MANIFEST
+    fields = {**json.loads(path.read_text()), "version": version}
+    fields.pop("seal")
+    path.write_text(json.dumps({**fields, "seal": sha256_json(fields)}))
+    return checkpoint
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

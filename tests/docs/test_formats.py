@@ -72,7 +72,7 @@ def read_latents(path: Path) -> tuple[dict[str, Any], list[str], list[int], np.n
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """The manifest of a checkpoint and its tensors by file."""
     stated = json.loads((folder / "checkpoint.json").read_text())
-    assert stated["version"] == 2
+    assert stated["version"] == 3
     assert stated["seal"] == digest_of_json({k: v for k, v in stated.items() if k != "seal"})
     assert {name: sha256((folder / name).read_bytes()).hexdigest() for name in stated["files"]} == stated["files"]
     return stated, {name: load_file(folder / name) for name in stated["files"] if name.endswith(".safetensors")}

@@ -19,7 +19,9 @@ INFRA = ROOT / "infra"
 COMPOSE = INFRA / "compose"
 DOCKERFILES = sorted(INFRA.glob("*Dockerfile"))
 LOCK = dict(
-    line.split("==") for name in ("requirements.lock", "requirements-dev.lock") for line in (ROOT / name).read_text().split()
+    line.split("==")
+    for name in ("requirements.lock", "requirements-dev.lock")
+    for line in (ROOT / name).read_text().split()
 )
 REQUIRED = re.compile(r"\$\{(\w+):\?[^}]+\}")
 

@@ -20,14 +20,14 @@ install: $(READY)              ## what a run needs
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock
+	$(BIN)/python -m pip install --quiet -r requirements.lock
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 install-dev: $(DEV)            ## and what tests, checks and benchmarks need
 
 $(DEV): $(READY) requirements-dev.lock
-	$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet -r requirements.lock -r requirements-dev.lock
 	touch $@
 
 quickstart: install            ## digits -> shards -> latents -> EDT -> metrics -> registry -> report

@@ -2,11 +2,17 @@
 
 import base64
 import re
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from pipelines.report import figures
 from pipelines.report.figures import Picture, champion_trend, distance_histogram, timestep_curves, training_curves
+from tests.support.contrast import OTHER, TEXT, contrast
 from tests.support.reports import HISTORY, REGISTRY
+
+STYLES = Path(figures.__file__).parents[1] / "templates" / "report.css.j2"
 
 
 def svg(picture: Picture) -> str:
@@ -16,6 +22,20 @@ def svg(picture: Picture) -> str:
 def words(picture: Picture) -> list[str]:
     """The texts that are drawn."""
     return [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg(picture))]
+
+
+def test_contrast_is_that_of_the_standard() -> None:
+    assert contrast("rgb(0, 0, 0)", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "rgb(255, 255, 255)") == pytest.approx(4.48, abs=0.005)
+
+
+def test_text_and_lines_are_seen_on_the_cards_of_both_themes() -> None:
+    light, dark = re.findall("--card: (#[0-9a-f]{6})", STYLES.read_text())
+    lines = (figures.BLACK, figures.BLUE, figures.ORANGE, figures.TEAL, figures.VIOLET)
+    for least, colours in ((TEXT, (figures.INK,)), (OTHER, lines)):
+        for colour in colours:
+            assert contrast(colour, light) >= least
+            assert contrast(figures._ON_DARK[colour], dark) >= least
 
 
 def test_curves_show_what_was_recorded() -> None:

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from edt_core.evaluation.confusion import Accuracy, Confusion
+from edt_core.evaluation.confusion import Accuracy
 from edt_core.store.artifact import Artifact
 from edt_core.store.store import Store
 from pipelines.commands.options import catalog_if_any
@@ -19,11 +18,11 @@ from pipelines.diff import differences, made_anew, outline, read_side
 from pipelines.outcome import Outcome
 from pipelines.plan import plan
 from pipelines.report.page import render_report
-from pipelines.report.validation import MOST_CELLS, MOST_ROWS, Validation, validation_view
+from pipelines.report.validation import MOST_CELLS, MOST_ROWS, validation_view
 from pipelines.reproduce import compare
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import read_record, steps_of
-from tests.support.reports import whole_report_data
+from tests.support.reports import numbers, validation, whole_report_data
 from tests.support.small import MODEL, SMALL, STEPS, copy_store, edt, options, pipeline
 
 ON = "validation.enabled=true"
@@ -154,57 +153,30 @@ def test_a_run_without_it_leaves_the_report_as_it_was(first: Outcome, store: Pat
 # --- what the report makes of many classes
 
 
-def made_up(num_classes: int, wrong: dict[int, float], images: int = 10) -> Validation:
-    """A validation in which a share of the samples of some classes is taken for the class before."""
-    labels = np.repeat(np.arange(num_classes), images)
-    predictions = labels.copy()
-    for label, share in wrong.items():
-        places = np.flatnonzero(labels == label)[: round(share * images)]
-        predictions[places] = (label - 1) % num_classes
-    found = Confusion.of(labels, predictions, num_classes)
-    rows = [
-        {
-            "name": f"class <{label}> $x",
-            "samples": numbers(accuracy),
-            "real": numbers(Accuracy(20, 19) if label % 2 else Accuracy(0, 0)),
-            "mistaken_for": [[f"class <{other}> $x", count] for other, count in found.mistakes(label, 3)],
-        }
-        for label, accuracy in enumerate(found.by_class())
-    ]
-    samples = {**numbers(found.overall()), "mean_over_classes": found.mean_over_classes(), "classes": num_classes}
-    real = {**numbers(Accuracy(100, 95)), "mean_over_classes": 0.95, "classes": num_classes // 2}
-    return Validation({"confidence": 0.95, "samples": samples, "real": real, "classes": rows}, found)
-
-
-def numbers(accuracy: Accuracy) -> dict[str, Any]:
-    low, high = accuracy.interval(0.95)
-    return {"images": accuracy.images, "right": accuracy.right, "accuracy": accuracy.value, "low": low, "high": high}
-
-
 def test_of_many_classes_the_worst_are_shown() -> None:
-    many = made_up(1000, {17: 0.9, 500: 0.3, 999: 0.6})
+    many = validation(1000, {17: 0.9, 500: 0.3, 999: 0.6})
     view = validation_view(many)
     assert [row.number for row in view.rows[:4]] == [17, 999, 500, 0]
     assert len(view.rows) == MOST_ROWS
     assert view.rows[0].mistaken_for == (("class <16> $x", 9),)
     assert (view.matrix, view.sampled, view.classes) == (None, 1000, 1000)
-    few = validation_view(made_up(MOST_CELLS, {3: 0.5}))
+    few = validation_view(validation(MOST_CELLS, {3: 0.5}))
     assert few.matrix is not None
     assert few.matrix.light != few.matrix.dark
     assert f"{10 * MOST_CELLS - 5} of {10 * MOST_CELLS} samples on the diagonal" in few.matrix.description
 
 
 def test_names_of_classes_are_text_in_the_page() -> None:
-    page = render_report(whole_report_data(validation=made_up(3, {1: 0.5})))
+    page = render_report(whole_report_data(validation=validation(3, {1: 0.5})))
     assert "class &lt;1&gt; $x" in page
     assert "class <1>" not in page
     drawings = [base64.b64decode(text).decode() for text in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", page)]
     assert any("recognized as their own class" in drawing for drawing in drawings)
-    assert render_report(whole_report_data(validation=made_up(3, {1: 0.5}))) == page
+    assert render_report(whole_report_data(validation=validation(3, {1: 0.5}))) == page
 
 
 def test_a_class_without_samples_is_counted_and_not_listed() -> None:
-    found = made_up(4, {1: 0.5})
+    found = validation(4, {1: 0.5})
     found.facts["classes"][2]["samples"] = numbers(Accuracy(0, 0))
     view = validation_view(found)
     assert [row.number for row in view.rows] == [1, 0, 3]

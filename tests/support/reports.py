@@ -5,11 +5,16 @@ from typing import Any
 
 import numpy as np
 
+from edt_core.data.sources.delta import ImageDelta
+from edt_core.evaluation.confusion import Accuracy, Confusion
+from edt_core.evaluation.worth import Remark
 from pipelines.report.costs import StepCost
 from pipelines.report.history import Champion, VersionRecord
 from pipelines.report.inputs import Neighbourhood
 from pipelines.report.lineage import LineageRow
 from pipelines.report.page import ReportData
+from pipelines.report.predecessor import Predecessor, PredecessorFacts
+from pipelines.report.validation import Validation
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -79,6 +84,34 @@ def neighbourhood(size: int = 8) -> Neighbourhood:
     )
 
 
+def validation(num_classes: int, wrong: dict[int, float], images: int = 10) -> Validation:
+    """A validation in which a share of the samples of some classes is taken for the class before."""
+    labels = np.repeat(np.arange(num_classes), images)
+    predictions = labels.copy()
+    for label, share in wrong.items():
+        places = np.flatnonzero(labels == label)[: round(share * images)]
+        predictions[places] = (label - 1) % num_classes
+    found = Confusion.of(labels, predictions, num_classes)
+    rows = [
+        {
+            "name": f"class <{label}> $x",
+            "samples": numbers(accuracy),
+            "real": numbers(Accuracy(20, 19) if label % 2 else Accuracy(0, 0)),
+            "mistaken_for": [[f"class <{other}> $x", count] for other, count in found.mistakes(label, 3)],
+        }
+        for label, accuracy in enumerate(found.by_class())
+    ]
+    samples = {**numbers(found.overall()), "mean_over_classes": found.mean_over_classes(), "classes": num_classes}
+    real = {**numbers(Accuracy(100, 95)), "mean_over_classes": 0.95, "classes": num_classes // 2}
+    return Validation({"confidence": 0.95, "samples": samples, "real": real, "classes": rows}, found)
+
+
+def numbers(accuracy: Accuracy) -> dict[str, Any]:
+    """An accuracy as `validation.json` has it."""
+    low, high = accuracy.interval(0.95)
+    return {"images": accuracy.images, "right": accuracy.right, "accuracy": accuracy.value, "low": low, "high": high}
+
+
 def report_data(**changes: Any) -> ReportData:
     """The least that a report is made of, with these changes."""
     labels = np.arange(9) % 3
@@ -117,3 +150,18 @@ def whole_report_data(**changes: Any) -> ReportData:
         "costs": COSTS,
     }
     return report_data(**parts | changes)
+
+
+def fullest_report_data(**changes: Any) -> ReportData:
+    """A report with every part, those of a retraining and of the optional steps among them."""
+    facts = PredecessorFacts(version="2", metric="fd_classifier", value=2.25, measured="measured again by hand")
+    delta = ImageDelta(
+        *(1000, 1100, 980), {"ant": 110}, {"ant": 17}, {("ant", "bee"): 3}, {"nul": "cat"}, ("dog",), ("old",)
+    )
+    parts: dict[str, Any] = {
+        "predecessor": Predecessor(facts, delta, images(9), np.arange(9) % 3, True, {"classifier": 0.5}),
+        "validation": validation(3, {1: 0.5}),
+        "remarks": (Remark("accuracy_classifier is 0.12: as by chance", doubt=True), Remark("a fact")),
+        "left_out": ("13 files that are not images: 13 .txt", "2 classes without images: dog, old"),
+    }
+    return whole_report_data(**parts | changes)

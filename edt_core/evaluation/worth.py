@@ -91,7 +91,9 @@ def remarks(
     found = []
     if (accuracy := after.metrics.get(ACCURACY)) is not None:
         found += _of_accuracy(accuracy, after.samples * after.repeats, by_chance, real)
-    if before is not None and metric in before and metric in after.metrics:
+    if metric in after.metrics and not math.isfinite(after.metrics[metric]):
+        found.append(Remark(f"{metric} is {after.metrics[metric]}: the samples cannot be judged by it", doubt=True))
+    elif before is not None and metric in after.metrics and math.isfinite(before.get(metric, math.nan)):
         found += _of_difference(metric, before, after, lower_is_better)
     return found
 

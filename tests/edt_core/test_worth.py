@@ -88,3 +88,12 @@ def test_a_share_of_equal_models_differs_by_more_than_its_noise_in_about_one_of_
         )
         == "clear"
     )  # over parts
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_no_number_is_not_called_nearly_the_same(value: float) -> None:
+    measured = Measured({"fd_classifier": value}, samples=400)
+    assert texts(measured, {"fd_classifier": 47.5}) == [
+        (f"fd_classifier is {value}: the samples cannot be judged by it", True)
+    ]
+    assert texts(Measured({"fd_classifier": 4.5}, samples=400), {"fd_classifier": value}) == []  # no measure of it

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -75,7 +76,7 @@ class WandbMirror:
         for name, value, step in rows:
             by_step[step][name] = value
         for step, values in sorted(by_step.items()):
-            self._put(lambda run, values=values, step=step: run.log(values, step=step))
+            self._put(partial(_log, values, step))
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Send the final numbers of the step."""
@@ -109,3 +110,7 @@ class WandbMirror:
         except BaseException as error:  # wandb ends a process by SystemExit for some mistakes
             words = redacted(" ".join(str(error).split()))[:_LONGEST]
             self._warn(f"W&B has not all of {self._settings['name']}; MLflow has it ({type(error).__name__}: {words})")
+
+
+def _log(values: Mapping[str, float], step: int, run: Any) -> None:
+    run.log(dict(values), step=step)

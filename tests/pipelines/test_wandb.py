@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from edt_core.errors import UserError
 from jobs.runtime.board import Measured
 from pipelines.cli import app
 from pipelines.config.schema import load_config, recorded_yaml
+from pipelines.engine import step
 from pipelines.tracking import wandb_mirror
 from pipelines.tracking.run_record import RunRecord
 from pipelines.tracking.wandb_mirror import WandbMirror, WandbProject, check_wandb
@@ -111,6 +113,49 @@ def test_a_silent_service_holds_nothing_up(registry: Registry, monkeypatch: pyte
         assert warnings == ["W&B did not take all of train m within 0.1 s; MLflow has it"]
     finally:
         released.set()
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "failed"])
+def test_a_step_closes_its_run_there_with_its_outcome(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    package = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    warnings: list[str] = []
+    run, config = registry.run()
+    evaluation = registry.entry(f"fails {fails}", {"fd_classifier": 5.0}, PROTOCOL, run).evaluation
+
+    @contextmanager
+    def delivery(board: Any, name: str, record: RunRecord) -> Iterator[None]:
+        record.metrics(ROWS)
+        yield
+
+    def execute(*_: Any, mlflow_run_id: str) -> Any:
+        if fails:
+            raise ValueError("the step's own error")
+        return evaluation
+
+    monkeypatch.setattr(step, "Delivery", delivery)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.catalog.tracking_uri)
+    task = step.StepTask(
+        name="evaluate m",
+        stage=SimpleNamespace(kind="evaluation", execute=execute),  # type: ignore[arg-type]
+        config=config.evaluate,
+        fingerprint=evaluation.fingerprint,
+        store=SimpleNamespace(writer=lambda *_: None),  # type: ignore[arg-type]
+        catalog=registry.catalog,
+        parent_run=run,
+        board=SimpleNamespace(warn=SimpleNamespace(remote=lambda name, text: warnings.append(text))),
+        shared_cluster=False,
+        wandb=PROJECT,
+    )
+    with pytest.raises(ValueError, match="the step's own error") if fails else nullcontext():
+        assert step._execute(task, {}) is evaluation
+    assert warnings == []
+    assert package.calls[0][0] == "init"
+    assert [call for call in package.calls if call[0] == "log"][-1] == ("log", (3, {"loss": 1 / 3, "lr": 0.1}))
+    assert package.calls[-1] == ("finish", int(fails))
+    assert ("summary" in dict(package.calls)) != fails
 
 
 def test_a_step_without_numbers_has_no_run_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_STYLE = re.compile(r"<style.*?</style>\s*", re.DOTALL)  # of pandas: the book has its own for tables
+_STYLE = re.compile(r"<style.*?</style>\s*|(?<=<table)[^>]*", re.DOTALL)  # of pandas: the book has its own for tables
 
 
 def as_markdown(text: str, name: str) -> tuple[str, dict[str, bytes]]:

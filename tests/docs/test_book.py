@@ -62,7 +62,12 @@ def test_a_notebook_becomes_a_page_with_its_outputs() -> None:
             "source": ["a = 1\n", "a"],
             "outputs": [
                 {"output_type": "stream", "name": "stdout", "text": ["one\n", "two\n"]},
-                {"data": {"text/html": ["<style scoped>\n td {}\n</style>\n", "<table></table>"], "text/plain": "t"}},
+                {
+                    "data": {
+                        "text/html": ["<style scoped>\n td {}\n</style>\n", '<table border="1"></table>'],
+                        "text/plain": "t",
+                    }
+                },
                 {"data": {"image/png": "aGVsbG8=\n", "text/plain": "<Figure>"}},
                 {"data": {"text/plain": "1"}},
             ],

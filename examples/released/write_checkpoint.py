@@ -2,7 +2,7 @@
 
 The checkpoint is what `torch.save` of the authors' training script writes: a dict with the trained weights (`model`),
 their average (`ema`), the optimizer's state (`opt`) and the options (`args`). The weights are normal draws seeded by
-the name of each tensor, so they are the same on every machine, and the model draws noise.
+the name of each tensor, so they are the same on every machine, and the model draws patterns without meaning.
 """
 
 import argparse

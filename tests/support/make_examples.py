@@ -2,7 +2,7 @@
 
 `python -m tests.support.make_examples [NAME ...]`, or `make examples` for all. It writes `terminal.md` and the pictures
 into examples/NAME/output. The photos come from the folder in EDT_EXAMPLE_PHOTOS, laid out as <class>/<image>; without
-it the example `photos` is left as it is.
+it the example `photos` is left out.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from tests.support.examples import EXAMPLES, NAMES, OUTPUT, TERMINAL, typed
 from tests.support.pages import ROOT
-from tests.support.small import edt, environment
+from tests.support.small import environment
 
 PHOTOS = "EDT_EXAMPLE_PHOTOS"
 ARRIVE = 10  # one photo in so many arrives after the first run
@@ -34,28 +34,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(NAMES)} [default: all]")
     parser.add_argument("--folder", type=Path, help="work here and keep it, so that a later call reuses what is done")
-    parser.add_argument("--here", action="store_true", help="do Ray's part in this process: slower, for a busy machine")
     given = parser.parse_args()
     for name in given.names or NAMES:
         if name == "photos" and PHOTOS not in os.environ:
-            print(f"photos is left as it is: set {PHOTOS} to a folder <class>/<image>")
+            print(f"photos is left out: set {PHOTOS} to a folder <class>/<image>")
             continue
         with TemporaryDirectory() as folder:
-            make(name, (given.folder or Path(folder)).resolve() / name, given.here)
+            make(name, (given.folder or Path(folder)).resolve() / name)
 
 
-def make(name: str, folder: Path, here: bool) -> None:
-    """Run an example in `folder`, and write its output and pictures beside its README. `here`: without Ray."""
+def make(name: str, folder: Path) -> None:
+    """Run an example in `folder`, and write its output and pictures beside its README."""
     shutil.copytree(EXAMPLES / name, folder, ignore=shutil.ignore_patterns(OUTPUT, "edt-store"), dirs_exist_ok=True)
     if name == "photos":
         lay_out(Path(os.environ[PHOTOS]), folder)
     start = time.monotonic()
-    sections = [*run(name, folder, here)]
+    sections = [*run(name, folder)]
     minutes = (time.monotonic() - start) / 60
     output = EXAMPLES / name / OUTPUT
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    machine = f"on {os.cpu_count()} CPU cores{', in one process without Ray' if here else ''}, in {minutes:.0f} minutes"
+    machine = f"on {os.cpu_count()} CPU cores, in {minutes:.0f} minutes"
     head = f"# Output of the example {name}\nMade by `make examples` at commit {commit()}, {machine}."
     (output / TERMINAL).write_text("\n\n".join([head, *sections]) + "\n")
     for picture in folder.glob("*.png"):
@@ -71,7 +70,7 @@ def lay_out(photos: Path, folder: Path, arrive: int = ARRIVE) -> None:
             shutil.copy(photo, place)
 
 
-def run(name: str, folder: Path, here: bool) -> Iterator[str]:
+def run(name: str, folder: Path) -> Iterator[str]:
     """What each command of the README prints, as a section of Markdown."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = environment(PATH=path, PYTHONPATH=str(ROOT), COLUMNS="120", EDT_CACHE_DIR=str(folder.parent / "cache"))
@@ -84,8 +83,7 @@ def run(name: str, folder: Path, here: bool) -> Iterator[str]:
             elif command.text.startswith("mlflow models serve"):
                 servers.enter_context(server(command.words, folder, env))
             else:
-                alone = here and command.words[0] == "edt"
-                yield section(command.text, (said_here if alone else said)(command.text, folder, env))
+                yield section(command.text, said(command.text, folder, env))
 
 
 def said(text: str, folder: Path, env: dict[str, str]) -> str:
@@ -96,23 +94,7 @@ def said(text: str, folder: Path, env: dict[str, str]) -> str:
     )
     if done.returncode:
         raise RuntimeError(f"{text} ended with {done.returncode}:\n{done.stdout}")
-    return without(folder, done.stdout)
-
-
-def said_here(text: str, folder: Path, env: dict[str, str]) -> str:
-    """The same of a command of `edt` in this process, and what is Ray's in it too."""
-    from tests.support.local_ray import local_ray_train
-
-    with local_ray_train():
-        done = edt(*shlex.split(text)[1:], cwd=folder, env=env)
-    if done.returncode:
-        raise RuntimeError(f"{text} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return without(folder, done.stderr + done.stdout)
-
-
-def without(folder: Path, text: str) -> str:
-    """What was printed, with paths from the example's folder."""
-    return text.replace(f"{folder}/", "").replace(str(folder), ".")
+    return done.stdout.replace(f"{folder}/", "").replace(str(folder), ".")
 
 
 def section(command: str, text: str) -> str:

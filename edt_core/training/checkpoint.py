@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edt_core.errors import UserError
+from edt_core.files.host_copies import PinnedRing
 from edt_core.files.small_files import UnusableFileError, parse_json, read_bounded, read_json
 from edt_core.files.tensor_files import load_state, load_tensors
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
@@ -172,12 +173,13 @@ def check_resumable(checkpoint: Checkpoint, place: str) -> None:
 class HostMemory:
     """Copies of a checkpoint's tensors in host memory, which the next checkpoint reuses.
 
-    For tensors on a GPU the memory is page-locked; allocating gigabytes of it each time would cost more than the copy.
+    Tensors on a GPU are copied through a small ring of page-locked memory; the copies themselves are not page-locked.
     Copies are valid until the next call of `copy`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ring: PinnedRing | None = None) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._ring = PinnedRing() if ring is None else ring
 
     def copy(self, checkpoint: Checkpoint) -> Checkpoint:
         """A copy of the checkpoint that later training steps do not change."""
@@ -185,17 +187,19 @@ class HostMemory:
             file: {name: self._copy_tensor((file, name), value) for name, value in tensors.items()}
             for file, tensors in checkpoint.tensors.items()
         }
-        for device in {value.device for tensors in checkpoint.tensors.values() for value in tensors.values()}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        self._ring.finish()
         return replace(checkpoint, tensors=copies)
 
     def _copy_tensor(self, key: tuple[str, str], value: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            buffer = torch.empty(value.shape, dtype=value.dtype)
             self._buffers[key] = buffer
-        return buffer.copy_(value.detach(), non_blocking=True)
+        if value.is_cuda:
+            self._ring.copy(buffer, value)
+        else:
+            buffer.copy_(value.detach())
+        return buffer
 
 
 def check_whole(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from edt_core.models import count_parameters, model_config, shadow
 from pipelines.config.schema import PipelineConfig, load_config
 from tests.support.manifests import (
     GPU,
@@ -35,6 +36,7 @@ GUIDE = ROOT / "docs" / "cluster.md"
 SIZES = sorted(path.name for path in (INFRA / "overlays").iterdir())
 WAYS = ["standing", "run", "raycronjob", "cronjob"]
 CRDS = "EDT_KUBERAY_CRDS"
+_PROCESS_BYTES = 4 << 30  # a worker beside its tensors: libraries with CUDA's kernels, shards that are mapped
 everything = pytest.mark.parametrize(("size", "way"), [(size, way) for size in SIZES for way in WAYS])
 
 
@@ -263,6 +265,20 @@ def test_the_pipeline_of_a_size_fits_it(size: str) -> None:
         assert workers <= gpus
     if config.source.kind != "digits":
         assert str(config.source.path).startswith("s3://"), "a path of one machine is on no other"
+
+
+def test_a_gpu_pod_has_the_memory_of_the_largest_checkpoint() -> None:
+    """Rank 0's copy of EDT-XL with Adan and one EMA, beside the process and a full /dev/shm, as the guides state."""
+    copy_bytes = 6 * 4 * count_parameters(shadow(model_config("EDT-XL/2")))  # weights, EMA, four states of Adan
+    (cluster,) = yaml.safe_load_all((INFRA / "base" / "raycluster.yaml").read_text())
+    (pod,) = (group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "gpu")
+    (shm,) = (volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm")
+    memory = pod["containers"][0]["resources"]["requests"]["memory"]
+    gib = {text: int(text.removesuffix("Gi")) << 30 for text in (memory, shm)}
+    assert copy_bytes + gib[shm] + _PROCESS_BYTES <= gib[memory]
+    stated = f"{copy_bytes / (1 << 30):.1f} GiB"
+    assert stated in GUIDE.read_text()
+    assert stated in (ROOT / "docs" / "training.md").read_text()
 
 
 def _fewest_workers(config: PipelineConfig) -> int:

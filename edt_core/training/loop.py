@@ -19,7 +19,7 @@ from edt_core.precision import use_precision
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
-from edt_core.training.meter import Meter, matmul_rate
+from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
 from edt_core.training.start.trainable import step_flops
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
@@ -89,10 +89,11 @@ def _begin(
     state.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         state.model.compile(dynamic=False)
-    flops, peak = 0, 1.0  # placeholders: only rank 0 reports rates
+    flops, peak, sheet = 0, 1.0, None  # placeholders: only rank 0 reports rates
     if ranks.rank == 0:
         flops = step_flops(config, model_config)
         peak = matmul_rate(ranks.device, config.precision) * ranks.world_size
+        sheet = datasheet_rate(ranks.device, config.precision)
     trainer = Trainer(
         config,
         dataset,
@@ -102,7 +103,7 @@ def _begin(
         last_step=total_steps,
         model=ranks.wrap(state.model),
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
-        meter=Meter(config.global_batch_size, ranks.device, flops, peak),
+        meter=Meter(config.global_batch_size, ranks.device, flops, peak, sheet and sheet * ranks.world_size),
     )
     # If the time was up at an extra checkpoint, one more step is trained: a training ends in a regular checkpoint.
     if checkpoint is not None and checkpoint.regular and trainer.time_is_up:

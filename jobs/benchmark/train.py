@@ -27,7 +27,7 @@ from edt_core.precision import use_precision
 from edt_core.training.context import LocalContext, Request
 from edt_core.training.draws import draw_step
 from edt_core.training.loop import train
-from edt_core.training.meter import device_memory, matmul_rate
+from edt_core.training.meter import datasheet_rate, device_memory, matmul_rate
 from edt_core.training.optim import gradient_norm
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state, to_checkpoint
@@ -169,7 +169,10 @@ def _steps(
         peak = matmul_rate(device, precision)
         against = f"plain step, {plain_precision} {plain_rate:.2f}/s"
         target = _PLAIN_TARGETS.get((device.type, precision), "")
-        rows.append(Row(what, figure, f"MFU: matrix products {peak / 1e9:,.0f} GFLOP/s", rate * flops / peak))
+        beside = f"measured MFU: matrix products {peak / 1e9:,.0f} GFLOP/s"
+        rows.append(Row(what, figure, beside, rate * flops / peak))
+        if sheet := datasheet_rate(device, precision):
+            rows.append(Row(what, figure, f"data-sheet MFU: {sheet / 1e12:,.1f} TFLOP/s", rate * flops / sheet))
         rows.append(Row(what, f"{rate:.2f} images/s", against, rate / plain_rate, target))
     return rows, seconds
 

@@ -445,7 +445,7 @@ def metered(clock: _Clock, meter: Meter, waits: list[float], works: list[float])
 
 
 def test_a_row_of_figures_is_of_the_steps_since_the_last(clock: _Clock) -> None:
-    meter = Meter(16, CPU, flops_per_image=1e6, peak_flops=1e8)
+    meter = Meter(16, CPU, flops_per_image=1e6, peak_flops=1e8, datasheet_flops=2e8)
     assert meter.row() == {}
     clock.now += 1000
     meter.begin()
@@ -456,9 +456,41 @@ def test_a_row_of_figures_is_of_the_steps_since_the_last(clock: _Clock) -> None:
         assert row["data_wait_share"] == pytest.approx(1 / 8)
         assert row["step_time_p50_s"] == pytest.approx(1.5 * unit)
         assert row["step_time_p95_s"] == pytest.approx(np.percentile([2, 1, 1, 4], 95) * unit)
-        assert row["mfu"] == pytest.approx(row["images_per_s"] / 100)
+        assert row["mfu_measured"] == pytest.approx(row["images_per_s"] / 100)
+        assert row["mfu_datasheet"] == pytest.approx(row["images_per_s"] / 200)
         assert row["device_memory_mib"] > 1
         assert meter.row() == {}
+
+
+def test_a_card_without_a_data_sheet_has_the_measured_figure_alone(clock: _Clock) -> None:
+    meter = Meter(16, CPU, 1.0, 1.0)
+    metered(clock, meter, [0.0], [1.0])
+    assert [name for name in meter.row() if name.startswith("mfu")] == ["mfu_measured"]
+    assert meters.datasheet_rate(CPU, "bf16") is None
+
+
+@pytest.mark.parametrize(
+    ("card", "bf16", "fp32"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A100 80GB PCIe", 312, 19.5),
+        ("NVIDIA H100 80GB HBM3", 989.5, 67),
+        ("NVIDIA H100 PCIe", 756.5, 51),
+        ("NVIDIA H100 NVL", 835.5, 60),
+        ("NVIDIA H200", 989.5, 67),
+        ("NVIDIA H200 NVL", 835.5, 60),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA L4", 121, 30.3),
+        ("NVIDIA H20", None, None),
+        ("NVIDIA L40", None, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
+        ("NVIDIA GeForce RTX 5090", None, None),
+    ],
+)
+def test_the_peak_of_a_card_is_that_of_its_data_sheet(card: str, bf16: float | None, fp32: float | None) -> None:
+    for precision, expected in (("bf16", bf16), ("fp32", fp32)):
+        found = meters.datasheet_rate_of(card, precision)
+        assert found is None if expected is None else found == pytest.approx(expected * 1e12)
 
 
 def test_a_step_that_was_not_finished_is_not_counted(clock: _Clock) -> None:

@@ -7,7 +7,7 @@ Shapes: T timesteps, B samples of the global batch, H remembered losses per time
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,12 @@ class TimestepDraw(NamedTuple):
 
 
 class TimestepSampler(Protocol):
-    """The interface of a timestep sampler to a training loop."""
+    """The interface of a timestep sampler to a training loop.
+
+    `needs_losses`: whether a draw depends on the losses of the step before, so that a training has to wait for them.
+    """
+
+    needs_losses: ClassVar[bool]
 
     def draw(self, uniforms: ArrayLike) -> TimestepDraw: ...
 
@@ -55,6 +60,8 @@ def draw_timesteps(weights: FloatArray, uniforms: ArrayLike) -> TimestepDraw:
 
 class UniformSampler:
     """Draws all timesteps with equal probability; all weights are 1. It has no state."""
+
+    needs_losses: ClassVar[bool] = False
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
@@ -89,6 +96,8 @@ class LossSecondMomentSampler:
     Uniform until every timestep has been drawn `history` times. A share `uniform_share` of the probability
     stays uniform, so that every timestep is drawn sometimes.
     """
+
+    needs_losses: ClassVar[bool] = True
 
     def __init__(self, num_timesteps: int, *, history: int = 10, uniform_share: float = 0.001) -> None:
         self.num_timesteps = num_timesteps
@@ -134,9 +143,12 @@ class LossSecondMomentSampler:
                 f"{np.sum(~np.isfinite(values))} of {len(values)} losses are not finite. Do not pass such a step "
                 "to update(), and check the learning rate and the precision."
             )
-        for timestep, value in zip(t, values, strict=True):  # in order: a timestep may occur twice
-            self._losses[timestep, self._counts[timestep] % self.history] = value
-            self._counts[timestep] += 1
+        order = np.argsort(t, kind="stable")  # a timestep may occur twice: its losses stay in their order
+        same = t[order]
+        earlier = np.arange(len(same)) - np.searchsorted(same, same)  # of the same timestep in this batch
+        # Where a timestep occurs more often than it has places, numpy stores the last of several values.
+        self._losses[same, (self._counts[same] + earlier) % self.history] = values[order]
+        self._counts += np.bincount(t, minlength=self.num_timesteps)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """A copy of the state: losses float64 [T, H], counts int64 [T]."""

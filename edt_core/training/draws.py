@@ -66,6 +66,14 @@ class StepDraws:
         )
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on a device, copied asynchronously through page-locked memory to a GPU."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    with on_device(device):
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
 def draw_step(config: TrainConfig, step: int, model: ModelConfig, rows: slice | None = None) -> StepDraws:
     """Draw step `step` for some rows of the global batch; for all of them if `rows` is None.
 

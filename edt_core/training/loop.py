@@ -42,8 +42,8 @@ def train(
     `edt_core.training.start.initial`), or from random weights if `initial` is None.
 
     The loss is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
-    importance. A step whose loss or gradient is not finite never reaches the optimizer: the training rolls back to its
-    newest checkpoint and skips that step.
+    importance. After a step whose loss or gradient is not finite, the training rolls back to its newest checkpoint and
+    skips that step: no checkpoint, preview or row of the history contains it.
 
     Raises NotFiniteError after more than `max_rollbacks` rollbacks, Stopped after a stop request, once a checkpoint is
     written, and UserError for latents that are not finite and for a checkpoint of another training.
@@ -144,6 +144,8 @@ def _run(trainer: Trainer) -> None:
             signal = Signal.NOTHING if skipped else trainer.train_step(batch, draws)
             state.step += 1
             _count_time(trainer)
+            if signal is not Signal.NOTHING or _is_due(trainer):
+                signal = max(signal, trainer.settle())
             if signal is Signal.TIME_IS_UP:
                 trainer.last_step = state.step
             _report(trainer)
@@ -163,6 +165,7 @@ def _roll_back(trainer: Trainer, error: NotFiniteError, initial: ReadInitial | N
     Raises NotFiniteError after `max_rollbacks` rollbacks.
     """
     config, state, context = trainer.config, trainer.state, trainer.context
+    trainer.unchecked = None
     rollbacks, skipped, seconds = state.rollbacks + 1, state.skipped | {error.step}, state.seconds
     if rollbacks > config.max_rollbacks:
         raise NotFiniteError(
@@ -181,6 +184,15 @@ def _roll_back(trainer: Trainer, error: NotFiniteError, initial: ReadInitial | N
             f"(rollback {rollbacks} of at most {config.max_rollbacks})"
         )
         context.report({"rollbacks": float(rollbacks)}, error.step)
+
+
+def _is_due(trainer: Trainer) -> bool:
+    """Whether `_report` writes something after this step."""
+    config, step = trainer.config, trainer.state.step
+    regularly = (config.log_every, config.checkpoint_every, config.preview_every)
+    return step in (trainer.last_step, trainer.context.store.stable_step) or any(
+        every is not None and step % every == 0 for every in regularly
+    )
 
 
 def _report(trainer: Trainer) -> None:

@@ -60,11 +60,14 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
-    """Scale all gradients, whose norm is `norm`, to a norm of at most `max_norm`."""
-    if norm > max_norm:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, max_norm / norm)
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients, whose norm is `norm`, a tensor [] on their device, to a norm of at most `max_norm`.
+
+    The host does not wait for the norm: gradients that are small enough are multiplied by 1.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    factor = (max_norm / norm.double()).clamp(max=1.0).to(norm.dtype)
+    torch._foreach_mul_(gradients, factor)
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict]]:

@@ -1,10 +1,14 @@
 """A running training, and its step: draw, forward and backward, exchange, check, update, record.
 
+Where the timesteps do not depend on the losses, check and record come one step late: the host then starts the next step
+while the device still computes this one. Nothing that a step leaves (a row of the history, a checkpoint, a preview) is
+written before the step is checked, and a rollback discards what an unchecked step did.
+
 Legend: B global batch, n this rank's share of it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
 
@@ -20,7 +24,7 @@ from edt_core.data.streaming import LatentStream
 from edt_core.data.subsets import share
 from edt_core.diffusion import Schedule, objective_of
 from edt_core.training.context import TrainContext
-from edt_core.training.draws import StepDraws
+from edt_core.training.draws import StepDraws, to_device
 from edt_core.training.history import named_losses
 from edt_core.training.meter import Meter
 from edt_core.training.optim import clip_gradients, gradient_norm, learning_rate
@@ -38,7 +42,7 @@ class Signal(IntEnum):
 
 
 class NotFiniteError(FloatingPointError):
-    """The loss or gradient of a step is not finite; the optimizer did not use it. `step` counts from 0."""
+    """The loss or gradient of a step is not finite; the training must go back. `step` counts from 0."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
@@ -62,9 +66,42 @@ class Timesteps:
     weights: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step whose result may still be on its way: `numbers` are losses and signals [rows, B], flat, and the norm.
+
+    `batch` is without its latents. `arrived` is None for numbers that are on the host already.
+    """
+
+    batch: LatentBatch
+    timesteps: Timesteps
+    numbers: Tensor
+    rows: int
+    arrived: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        """Wait for the numbers."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        host = self.numbers.double().numpy()
+        gathered = host[:-1].reshape(self.rows, -1)
+        return StepResult(gathered[:-1], float(host[-1]), Signal(int(gathered[-1].max())))
+
+
+def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event after which it is valid; None if it is already."""
+    if not numbers.is_cuda:
+        return numbers.cpu(), None
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
 @dataclass
 class Trainer:
-    """The fixed parts of a training, and its state."""
+    """The fixed parts of a training, and its state; `unchecked` is the last step if its result was not read yet."""
 
     config: TrainConfig
     dataset: LatentDataset | LatentStream
@@ -75,6 +112,7 @@ class Trainer:
     model: nn.Module  # the state's model, wrapped for the gradient exchange
     schedule: Schedule
     meter: Meter
+    unchecked: Launched | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -99,15 +137,33 @@ class Trainer:
         return hours is not None and self.state.seconds >= hours * 3600
 
     def train_step(self, batch: LatentBatch, draws: StepDraws) -> Signal:
-        """Do one optimizer step; return the largest signal of all ranks. Raises NotFiniteError on every rank."""
+        """Do one optimizer step; return the largest signal of all ranks. Raises NotFiniteError on every rank.
+
+        If the timesteps do not depend on the losses, check, history and signal are those of the step before.
+        """
         inputs, timesteps = self._draw(batch, draws.to(self.ranks.device))
         self.state.optimizer.zero_grad(set_to_none=True)
         null_label = self.state.model.config.num_classes
         losses = accumulate_gradient(self.model, self.config, self.schedule, inputs, null_label)
-        result = self._exchange(losses)
-        self._check(batch, result)
-        self._update(result.norm)
-        self._record(result, timesteps)
+        norm = gradient_norm(self.state.model.parameters())
+        launched = self._exchange(batch, timesteps, losses, norm)
+        if self.state.timesteps.needs_losses:
+            result = self._checked(launched)
+            self._update(norm)
+            self._record(result, launched)
+            return result.signal
+        self._update(norm)
+        signal = self.settle()
+        self.unchecked = launched
+        return signal
+
+    def settle(self) -> Signal:
+        """Check and record the last step, if that is still to be done; return its signal. Raises NotFiniteError."""
+        launched, self.unchecked = self.unchecked, None
+        if launched is None:
+            return Signal.NOTHING
+        result = self._checked(launched)
+        self._record(result, launched)
         return result.signal
 
     def _draw(self, batch: LatentBatch, draws: StepDraws) -> tuple[StepInputs, Timesteps]:
@@ -116,29 +172,28 @@ class Trainer:
         timesteps = Timesteps(*self.state.timesteps.draw(draws.uniforms.numpy()))
         inputs = StepInputs(
             latents=sampled_latents(batch, draws.posterior_noise, self.dataset.scale),
-            labels=batch.labels.to(device, non_blocking=True),
-            timesteps=torch.from_numpy(timesteps.steps[mine]).to(device, non_blocking=True),
-            weights=torch.from_numpy(timesteps.weights[mine]).to(device, non_blocking=True),
+            labels=to_device(batch.labels, device),
+            timesteps=to_device(torch.from_numpy(timesteps.steps[mine]), device),
+            weights=to_device(torch.from_numpy(timesteps.weights[mine]), device),
             draws=draws,
         )
         return inputs, timesteps
 
-    def _exchange(self, losses: Tensor) -> StepResult:
-        """Losses and signals of all ranks. Only here in a step does the host wait for the device."""
+    def _exchange(self, batch: LatentBatch, timesteps: Timesteps, losses: Tensor, norm: Tensor) -> Launched:
+        """Losses and signals of all ranks, on their way to the host, which does not wait for them here."""
         signal = torch.full_like(losses[:1], float(self._signal()))
         rows = self.ranks.gather(torch.cat([losses, signal]), self.sizes)
-        norm = gradient_norm(self.state.model.parameters())
-        host = torch.cat([rows.flatten(), norm.reshape(1)]).cpu().double().numpy()
-        gathered = host[:-1].reshape(len(rows), -1)
-        return StepResult(gathered[:-1], float(host[-1]), Signal(int(gathered[-1].max())))
+        numbers, arrived = _to_host(torch.cat([rows.flatten(), norm.reshape(1)]))
+        return Launched(replace(batch, posterior=batch.posterior.new_empty(0)), timesteps, numbers, len(rows), arrived)
 
     def _signal(self) -> Signal:
         if self.ranks.rank == 0 and self.time_is_up:
             return Signal.TIME_IS_UP
         return Signal.NEWS if self.context.has_news() else Signal.NOTHING
 
-    def _check(self, batch: LatentBatch, result: StepResult) -> None:
-        """Raise NotFiniteError for losses or a gradient that are not finite."""
+    def _checked(self, launched: Launched) -> StepResult:
+        """A step's result. Raises NotFiniteError for losses or a gradient that are not finite."""
+        batch, result = launched.batch, launched.result()
         bad: NDArray[np.bool_] = np.logical_not(np.isfinite(result.losses).all(axis=0))
         if bad.any():
             problem = f"the loss of step {batch.step} is not finite for {int(bad.sum())} of {bad.size} samples"
@@ -147,13 +202,13 @@ class Trainer:
             problem = f"the gradient of step {batch.step} is not finite"
             rows = np.arange(len(batch.labels))
         else:
-            return
+            return result
         if len(rows):
             self.context.warn(f"{problem}: {sample_names(batch, rows)} of the latents, on rank {self.ranks.rank}")
         raise NotFiniteError(batch.step, problem)
 
-    def _update(self, norm: float) -> None:
-        """Update the weights and their averages."""
+    def _update(self, norm: Tensor) -> None:
+        """Update the weights and their averages. The norm is that of the gradient, on its device."""
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step, self.total_steps)
         if self.config.max_grad_norm is not None:
@@ -161,9 +216,9 @@ class Trainer:
         self.state.optimizer.step()
         self.state.ema.update()
 
-    def _record(self, result: StepResult, timesteps: Timesteps) -> None:
+    def _record(self, result: StepResult, launched: Launched) -> None:
         """Pass the losses to the timestep sampler, the history and the progress display."""
-        state, names = self.state, objective_of(self.config.objective).terms
+        state, timesteps, names = self.state, launched.timesteps, objective_of(self.config.objective).terms
         terms = dict(zip(names, np.split(result.losses, len(names)), strict=True))
         state.timesteps.update(timesteps.steps, reduce(np.add, terms.values()).sum(axis=0))
         weights = timesteps.weights.astype(np.float64)
@@ -171,4 +226,4 @@ class Trainer:
         state.history.add({**named, "grad_norm": result.norm})
         if self.ranks.rank == 0:
             self.context.store.check()
-            self.context.step_done(state.step + 1, self.total_steps, named["loss"])
+            self.context.step_done(launched.batch.step + 1, self.total_steps, named["loss"])

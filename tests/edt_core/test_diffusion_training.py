@@ -132,6 +132,21 @@ def test_uniform_draws_weigh_one() -> None:
     np.testing.assert_array_equal(draw.weights, np.ones(64, dtype=np.float32))
 
 
+def test_a_timestep_more_frequent_than_its_places_keeps_its_last_losses() -> None:
+    sampler = LossSecondMomentSampler(30, history=3)
+    timesteps = np.random.default_rng(0).integers(0, 4, 200)  # each about 50 times, in any order
+    losses = np.random.default_rng(1).random(200)
+    sampler.update(timesteps[:7], losses[:7])
+    sampler.update(timesteps[7:], losses[7:])
+    rings, counts = np.zeros((30, 3)), np.zeros(30, int)
+    for timestep, loss in zip(timesteps, losses, strict=True):
+        rings[timestep, counts[timestep] % 3] = loss
+        counts[timestep] += 1
+    state = sampler.state_dict()
+    assert np.array_equal(state["losses"], rings)
+    assert np.array_equal(state["counts"], counts)
+
+
 def test_losses_of_zero_leave_the_sampler_uniform() -> None:
     sampler = LossSecondMomentSampler(4, history=1)
     sampler.update(np.arange(4), np.zeros(4))

@@ -24,6 +24,7 @@ from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
 from edt_core.data.randomness import epoch_order
 from edt_core.data.scale import LatentScale
 from edt_core.data.streaming import LatentStream, TarShard
+from edt_core.diffusion.timesteps import UniformSampler
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig
 from edt_core.store import folder as storage
@@ -32,7 +33,7 @@ from edt_core.store.folder import Folder, sha256_file
 from edt_core.training import checkpoint as checkpoints
 from edt_core.training import loop, trainer
 from edt_core.training.checkpoint import load_checkpoint
-from edt_core.training.context import LocalContext
+from edt_core.training.context import LocalContext, Request
 from edt_core.training.loop import train
 from edt_core.training.state import TrainState, initial_state
 from edt_core.training.trainer import NotFiniteError
@@ -206,6 +207,92 @@ def test_a_gradient_that_is_not_finite_is_left_out(
     assert "the gradient of step 6 is not finite" in context.warnings[0]
     assert all(str(row) in context.warnings[0] for row in [row_of(6, number) for number in range(3)])
     assert [row for row in context.reported if "rollbacks" in row] == [{"step": 6.0, "rollbacks": 1.0}]
+
+
+# --- where the timesteps do not depend on the losses: checked one step late
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the other sampler: each step is checked before the next one begins."""
+    monkeypatch.setattr(UniformSampler, "needs_losses", True)
+
+
+def order_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is done when: the update of a step, and the look at its result."""
+    done: list[str] = []
+    update, result = trainer.Trainer._update, trainer.Launched.result
+
+    def updating(self: trainer.Trainer, norm: torch.Tensor) -> None:
+        done.append(f"update {self.state.step}")
+        update(self, norm)
+
+    def looking(self: trainer.Launched) -> trainer.StepResult:
+        done.append(f"check {self.batch.step}")
+        return result(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_update", updating)
+    monkeypatch.setattr(trainer.Launched, "result", looking)
+    return done
+
+
+def test_a_step_is_checked_after_the_next_has_begun_or_before_something_is_written(
+    edt: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = order_of(monkeypatch)
+    options = {"max_steps": 5, "log_every": 3, "checkpoint_every": 100}
+    train(with_options(**options, timestep_sampler="uniform"), edt, dataset, LocalContext(tmp_path / "a"))
+    late = ["update 0", "update 1", "check 0", "update 2", "check 1", "check 2"]  # a row is due
+    assert done == [*late, "update 3", "update 4", "check 3", "check 4"]
+    done.clear()
+    train(with_options(**options), edt, dataset, LocalContext(tmp_path / "b"))
+    assert done == [f"{what} {step}" for step in range(5) for what in ("check", "update")]
+
+
+@pytest.mark.parametrize("step", [0, 4, 5, 7, 9])  # before the first checkpoint, in a row, before one, at the end
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}])
+def test_a_late_check_ends_as_one_at_once(
+    step: int, options: dict[str, float], edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path
+) -> None:
+    config = with_options(timestep_sampler="uniform", checkpoint_every=2, **options)
+    late, prompt = LocalContext(tmp_path / "late"), LocalContext(tmp_path / "prompt")
+    state = train(config, edt, spoiled(latents_artifact, step), late)
+    with pytest.MonkeyPatch.context() as patch:
+        at_once(patch)
+        expected = train(config, edt, spoiled(latents_artifact, step), prompt)
+    assert (state.step, state.skipped, state.rollbacks) == (10, {step}, 1)
+    assert (expected.step, expected.skipped, expected.rollbacks) == (10, {step}, 1)
+    assert late.warnings == prompt.warnings
+    assert [row["step"] for row in late.reported] == [row["step"] for row in prompt.reported]
+    assert state.history == expected.history
+    assert late.store.steps() == prompt.store.steps()
+    for number in late.store.steps():
+        assert contents(place(tmp_path / "late", number)) == contents(place(tmp_path / "prompt", number))
+
+
+def test_a_late_check_gives_up_as_one_at_once(edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path) -> None:
+    config = with_options(timestep_sampler="uniform", max_rollbacks=1)
+    messages = []
+    for folder in ("late", "prompt"):
+        with pytest.MonkeyPatch.context() as patch:
+            if folder == "prompt":
+                at_once(patch)
+            with pytest.raises(NotFiniteError, match="no rollback is left") as caught:
+                train(config, edt, spoiled(latents_artifact, 5, 6), LocalContext(tmp_path / folder))
+        messages.append((caught.value.step, str(caught.value)))
+        assert LocalContext(tmp_path / folder).store.newest() == 4
+    assert messages[0] == messages[1]
+
+
+def test_no_checkpoint_holds_an_unchecked_step(
+    edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one that a person asks for in the step after it either."""
+    config = with_options(timestep_sampler="uniform", checkpoint_every=100, log_every=100)
+    requests = iter([Request.NOTHING] * 4 + [Request.SAVE] * 100)
+    context = LocalContext(tmp_path, request=lambda: next(requests))
+    state = train(config, edt, spoiled(latents_artifact, 5), context)
+    assert (state.step, state.skipped) == (10, {5})
+    require_all_finite(state, tmp_path)
 
 
 def test_a_training_goes_back_past_a_damaged_checkpoint(

@@ -243,14 +243,21 @@ def test_the_norm_is_that_of_all_gradients_and_clipping_keeps_their_direction() 
     for k, parameter in enumerate(parameters):
         parameter.grad = torch.full_like(parameter, k + 1.0)
     everything = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    norm = float(gradient_norm([*parameters, unused]))
-    assert norm == pytest.approx(float(everything.norm()))
-    clip_gradients([*parameters, unused], norm, norm + 1)
-    assert float(gradient_norm(parameters)) == norm  # it was short enough
+    norm = gradient_norm([*parameters, unused])
+    assert float(norm) == pytest.approx(float(everything.norm()))
+    clip_gradients([*parameters, unused], norm, float(norm) + 1)
+    assert torch.equal(gradient_norm(parameters), norm)  # it was short enough
     clip_gradients([*parameters, unused], norm, 0.5)
     assert float(gradient_norm(parameters)) == pytest.approx(0.5)
     after = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    assert torch.allclose(after, everything * (0.5 / norm))
+    assert torch.equal(after, everything * (0.5 / float(norm)))
+
+
+def test_gradients_of_zero_are_not_clipped() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.zeros(3)
+    clip_gradients([parameter], gradient_norm([parameter]), 0.5)
+    assert torch.equal(parameter.grad, torch.zeros(3))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

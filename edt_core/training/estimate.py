@@ -96,6 +96,14 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     )
 
 
+def largest_micro_batch(config: TrainConfig, model_config: ModelConfig, memory: int) -> int:
+    """The most samples in a forward pass for which the estimate is at most `memory` bytes; 0 if not even one."""
+    one, two = (
+        estimate(config.model_copy(update={"micro_batch_size": size}), model_config, images=1).memory for size in (1, 2)
+    )
+    return max(0, 1 + (memory - one) // max(two - one, 1))
+
+
 @lru_cache(maxsize=64)
 def _numbers(config: ModelConfig) -> tuple[int, int]:
     """Parameters and multiply-accumulates of a model."""

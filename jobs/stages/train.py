@@ -21,6 +21,7 @@ from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATEN
 from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
 from jobs.runtime.devices import check_gpu_of_cluster
 from jobs.runtime.pool import MAX_RETRIES
+from jobs.runtime.verdict import device_full, has_verdict, memory_of, raise_verdict, remove_verdict, write_verdict
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.stage import Stage
 from jobs.stages.train_siblings import STEP_VERSION, go_on, resume_text, shared, warn_of_earlier
@@ -36,9 +37,7 @@ from jobs.stages.train_start import (
 
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
 LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
-# Ray Train's own folder and the final error of a training, inside the attempt; removed before the commit.
-_RAY_RUN, _VERDICT = ".ray-train", ".verdict.json"
-_FINAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Stopped": Stopped, "NotFinite": RuntimeError}
+_RAY_RUN = ".ray-train"  # Ray Train's own folder inside the attempt; removed before the commit
 
 
 def config_of(config: TrainConfig, latents: Mapping[str, Any]) -> Any:
@@ -194,7 +193,7 @@ def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, pr
     if config.use_gpu:
         check_gpu_of_cluster("train.use_gpu is true")
     job = {"config": config, "inputs": inputs, "out": out, "progress": progress}
-    out.data.remove(_VERDICT)
+    remove_verdict(out)
     for run in range(1 + MAX_RETRIES):
         out.data.remove(_RAY_RUN)
         try:
@@ -206,23 +205,24 @@ def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, pr
             progress.warn(f"Ray Train's controller was lost ({str(error).splitlines()[0]}); continuing with a new one")
             free_place_of(error.actor_id)
         except Exception:
-            _raise_verdict(out)
+            raise_verdict(out)
             raise
     out.data.remove(_RAY_RUN)
-    _raise_verdict(out)
+    raise_verdict(out)
 
 
 def _trainer(config: TrainConfig, job: dict[str, Any], name: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     from jobs.runtime.one_machine import OneMachineConfig
 
+    torch_config = OneMachineConfig if is_own() else TorchConfig
     resources = {"CPU": config.num_cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
     return TorchTrainer(
         _worker,
         train_loop_config=job,
-        torch_config=OneMachineConfig() if is_own() else None,
+        torch_config=torch_config(timeout_s=config.timeout_s),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]  # a range is not in its annotations
             use_gpu=config.use_gpu,
@@ -259,12 +259,15 @@ def _worker(job: Mapping[str, Any]) -> None:
     An error that another attempt cannot fix is recorded before it is raised: Ray Train restarts the workers after any
     error, and they find the record and end.
     """
+    import ray.train.torch
+    from torch import OutOfMemoryError
+
     from edt_core.training.loop import train as train_loop
     from edt_core.training.trainer import NotFiniteError
     from jobs.stages.train_context import RayContext
 
     config, inputs, out, progress = job["config"], job["inputs"], job["out"], job["progress"]
-    if out.data.exists(_VERDICT):
+    if has_verdict(out):
         return
     use_threads(config.num_cpus_per_worker)
     try:
@@ -273,24 +276,14 @@ def _worker(job: Mapping[str, Any]) -> None:
         initial = partial(read_initial, out) if "init" in inputs else None
         train_loop(config, inputs["model_config"], latents, context, initial)
     except (Stopped, NotFiniteError) as error:  # on every rank at the same step
-        _write_verdict(out, "Stopped" if isinstance(error, Stopped) else "NotFinite", error)
+        write_verdict(out, error)
     except UserError as error:  # on this rank, while others may wait for it
-        _write_verdict(out, "UserError", error)
+        write_verdict(out, error)
         raise
-
-
-def _write_verdict(out: ArtifactWriter, kind: str, error: Exception) -> None:
-    out.data.write_bytes(_VERDICT, json.dumps({"kind": kind, "message": str(error)}).encode())
-
-
-def _raise_verdict(out: ArtifactWriter) -> None:
-    """Raise the error that a worker recorded."""
-    try:
-        verdict = json.loads(out.data.read_bytes(_VERDICT))
-    except FileNotFoundError:
-        return
-    out.data.remove(_VERDICT)
-    raise _FINAL_ERRORS[verdict["kind"]](verdict["message"])
+    except OutOfMemoryError:  # of a GPU: the next attempt would need as much
+        workers, memory = ray.train.get_context().get_world_size(), memory_of(ray.train.torch.get_device())
+        write_verdict(out, device_full(config, inputs["model_config"], workers, memory))
+        raise
 
 
 def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:

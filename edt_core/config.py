@@ -26,6 +26,11 @@ def added(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"added": True}, **constraints)
 
 
+def added_runtime(default: Any, **constraints: Any) -> Any:
+    """A field added in a later version that does not change the result of its stage."""
+    return Field(default, json_schema_extra={"runtime": True, "added": True}, **constraints)
+
+
 def names_input(default: Any, **constraints: Any) -> Any:
     """An added field that names an input of its stage: what it names counts, as an input, and its text does not."""
     return Field(default, json_schema_extra={"runtime": True, "added": True}, **constraints)
@@ -305,6 +310,17 @@ class TrainConfig(Section):
     compile: bool = runtime(False, description="torch.compile the model: minutes of startup for faster steps")
     activation_checkpointing: bool = runtime(False, description="recompute blocks in the backward pass to save memory")
     max_failures: int = runtime(3, ge=-1, description="worker failures to recover from; -1 for any number")
+    gradient_dtype: Literal["fp32", "bf16"] = added(
+        "fp32",
+        description="precision in which workers add their gradients; bf16 halves the traffic between nodes, and the "
+        "result depends on the number of workers",
+    )
+    timeout_s: int = added_runtime(
+        7200,
+        ge=1,
+        description="how long a worker waits for the others before the training fails, such as for worker 0 while it "
+        "writes a checkpoint to a slow store",
+    )
 
     @field_validator("ema_decay")
     @classmethod

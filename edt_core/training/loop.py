@@ -101,7 +101,7 @@ def _begin(
         state,
         total_steps=total_steps,
         last_step=total_steps,
-        model=ranks.wrap(state.model),
+        model=ranks.wrap(state.model, config.gradient_dtype),
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak, sheet and sheet * ranks.world_size),
     )

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,14 @@ class Ranks:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with a backward pass that sums gradients over all ranks; its `no_sync()` defers that."""
+    def wrap(self, model: nn.Module, gradient_dtype: Literal["fp32", "bf16"] = "fp32") -> nn.Module:
+        """The model with a backward pass that sums gradients over all ranks; its `no_sync()` defers that.
+
+        With `gradient_dtype` bf16 the gradients are rounded to bfloat16 for the exchange, which sums in that precision.
+        """
         if self.world_size == 1:
             return model
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_wrapper
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device] if self.device.type == "cuda" else None
@@ -39,7 +43,7 @@ class Ranks:
                 find_unused_parameters=fixed_layout,
             )
         # Losses are already divided by the global batch size: gradients of ranks are summed, not averaged.
-        wrapped.register_comm_hook(None, _sum)
+        wrapped.register_comm_hook(None, bf16_compress_wrapper(_sum) if gradient_dtype == "bf16" else _sum)
         return wrapped
 
     def gather(self, values: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -105,7 +105,7 @@ class BareStep:
         self.state = initial_state(config, model, ranks.device)
         if config.compile:
             self.state.model.compile(dynamic=False)
-        self.model = ranks.wrap(self.state.model)
+        self.model = ranks.wrap(self.state.model, config.gradient_dtype)
         self.schedule = linear_schedule(config.num_timesteps)
 
     def __call__(self) -> Tensor:

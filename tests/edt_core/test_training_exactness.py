@@ -3,6 +3,7 @@
 Run as a module, this file is one of the processes of a data-parallel training on the CPU.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -245,9 +246,9 @@ class _Worker:
         context.store = store = _Observed(context.store.out, context.num_to_keep, context.warn)
         first = (context.store.newest() or 0) if ranks.rank == 0 else 0
         self.samples.clear()
-        stopped = ""
+        stopped = weights = ""
         try:
-            train(config, narrow(), self.dataset, context)
+            weights = digest(train(config, narrow(), self.dataset, context).model)
         except Stopped as error:
             stopped = str(error)
         told = {
@@ -256,9 +257,16 @@ class _Worker:
             "reported": [row["step"] for row in context.reported],
             "previews": context.previews,
             "stopped": stopped,
+            "weights": weights,
         }
         number = len(list(self.folder.glob(f"{name}.{ranks.rank}.*.json")))
         (self.folder / f"{name}.{ranks.rank}.{number}.json").write_text(json.dumps(told))
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of all weights, as they are on this rank."""
+    values = [value.numpy().tobytes() for value in model.state_dict().values()]
+    return hashlib.sha256(b"".join(values)).hexdigest()
 
 
 def _work(rank: int, port: int, folder: Path, paths: list[Path]) -> None:
@@ -284,6 +292,17 @@ def _work(rank: int, port: int, folder: Path, paths: list[Path]) -> None:
         worker.train("stopped", pair, ELASTIC, stop=6, mine=rank == 0)
         worker.train("stopped", pair, ELASTIC)
         worker.train("ignored", pair, ELASTIC, stop=6, mine=rank == 1)  # rank 0's wish counts
+        rounded = ELASTIC.model_copy(update={"gradient_dtype": "bf16"})
+        worker.train("rounded", pair, rounded)
+        if rank == 0:
+            worker.train("rounded alone", alone, rounded)
+            cut_back(folder / "rounded", folder / "rounded on", 4)
+        dist.barrier()
+        worker.train("rounded on", pair, rounded)
+        late = ELASTIC.model_copy(update={"timestep_sampler": "uniform", "log_every": 5})
+        worker.train("late", pair, late)
+        if rank == 0:
+            worker.train("late alone", alone, late)
         dist.destroy_process_group()
     three = dist.PrefixStore("three", store)
     dist.init_process_group("gloo", store=three, rank=rank, world_size=3, timeout=patience)
@@ -405,6 +424,29 @@ def test_all_ranks_stop_where_rank_0_wishes_it(processes: Path) -> None:
     assert contents(place(processes / "stopped", 12)) == contents(place(processes / "two", 12))
     assert not any(told(processes, "ignored", rank)["stopped"] for rank in (0, 1))
     assert contents(place(processes / "ignored", 12)) == contents(place(processes / "two", 12))
+
+
+@pytest.mark.extern
+def test_ranks_that_exchange_rounded_gradients_have_the_same_weights(processes: Path) -> None:
+    both = [told(processes, "rounded", rank)["weights"] for rank in (0, 1)]
+    assert both[0] == both[1] != told(processes, "two", 0)["weights"]
+    exact, rounded = losses(final(processes, "two")), losses(final(processes, "rounded"))
+    assert rounded[0] == exact[0]  # before the first update
+    assert np.abs(rounded / exact - 1).max() < 0.05
+    for step in (8, 12):
+        assert contents(place(processes / "rounded on", step)) == contents(place(processes / "rounded", step))
+
+
+@pytest.mark.extern
+def test_one_worker_exchanges_nothing_and_rounds_nothing(processes: Path) -> None:
+    assert told(processes, "rounded alone", 0)["weights"] == told(processes, "one", 0)["weights"]
+
+
+@pytest.mark.extern
+def test_a_late_check_trains_the_same_on_two_processes(processes: Path) -> None:
+    for step in (4, 8, 12):
+        assert contents(place(processes / "late", step)) == contents(place(processes / "late alone", step))
+    assert told(processes, "late", 0)["weights"] == told(processes, "late", 1)["weights"]
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def long_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         metrics_before={f"{name}_of_a_long_name_classifier": 0.000123 for name in ("fd", "precision", "kid")},
         registry=REGISTRY.model_copy(update=record),
         costs=[replace(cost, step=f"untrained {cost.step} of a long name", seconds=1e6) for cost in COSTS],
+        protocol={"sampler": "ddpm", "seed": 0, "repeats": 1} | {f"reference_{k}": str(k) * 64 for k in range(6)},
         history=[{**row, "step": 1e6 * row["step"]} for row in HISTORY],
         final_losses=np.linspace(1, 2, 1000),
         config_yaml="name: quickstart\nlong: " + "x" * 300,

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edt_core.config import TrainConfig
 from edt_core.models import (
@@ -15,6 +18,7 @@ from edt_core.models import (
     draw_masks,
     shadow,
 )
+from edt_core.models.attention import RelativePositionBias
 from edt_core.training.start.trainable import count_trained, step_flops
 
 _OPTIMIZER_STATES = {"adan": 4, "adamw": 2}  # float32 tensors of the size of the weights
@@ -23,7 +27,10 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a training. Bytes are those of one worker; `activations` are saved for one micro-batch's backward."""
+    """The cost of a training. Bytes are those of one worker; `activations` are saved for one micro-batch's backward.
+
+    `temporary`: what the highest moment needs beyond these, in the backward pass or in the optimizer.
+    """
 
     model: str
     parameters: int
@@ -34,6 +41,7 @@ class Estimate:
     optimizer: int
     ema: int
     activations: int
+    temporary: int
     checkpoint: int
     micro_batch: int
     images: int
@@ -43,7 +51,8 @@ class Estimate:
     @property
     def memory(self) -> int:
         """Bytes of all tensors of a worker, without the overhead of libraries and kernels."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+        kept = self.weights + self.gradients + self.optimizer + self.ema
+        return kept + self.activations + self.temporary
 
     @property
     def steps_per_epoch(self) -> float:
@@ -56,7 +65,8 @@ class Estimate:
             "training FLOPs per image": f"{self.flops_per_image / _GIGA:,.3g} G",
             "memory per worker": f"about {_size(self.memory)}: weights {_size(self.weights)}, gradients "
             f"{_size(self.gradients)}, optimizer {_size(self.optimizer)}, EMA {_size(self.ema)}, "
-            f"activations {_size(self.activations)} (micro-batch {self.micro_batch})",
+            f"activations {_size(self.activations)} (micro-batch {self.micro_batch}), "
+            f"temporary {_size(self.temporary)}",
             "checkpoint": _size(self.checkpoint),
             "images": f"{self.images:,}",
             "steps per epoch": f"{self.steps_per_epoch:,.1f}",
@@ -78,6 +88,7 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     trained = weights if config.trainable == "all" else 4 * count_trained(config, model_config)
     optimizer = trained * _OPTIMIZER_STATES[config.optimizer]
     ema = trained * len(config.ema_decays)
+    activations = _activations(model_config, config)
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
         parameters=parameters,
@@ -87,7 +98,9 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         gradients=trained,
         optimizer=optimizer,
         ema=ema,
-        activations=_activations(model_config, config),
+        activations=activations.activations,
+        # The optimizer works on lists of tensors, with a copy of each gradient, after the activations are freed.
+        temporary=max(activations.scores, trained - activations.activations),
         checkpoint=trained + ema + optimizer,
         micro_batch=config.micro_batch(),
         images=images,
@@ -111,44 +124,94 @@ def _numbers(config: ModelConfig) -> tuple[int, int]:
     return count_parameters(model), count_macs(model)
 
 
-def _activations(model_config: ModelConfig, config: TrainConfig) -> int:
-    """Bytes saved for the backward pass of a micro-batch.
+def _activations(model_config: ModelConfig, config: TrainConfig) -> "Saved":
+    """What is saved for the backward pass of a micro-batch."""
+    precision = "bf16" if config.precision == "bf16" else "fp32"
+    trace = _Trace(precision, config.activation_checkpointing, config.passes, fused=config.use_gpu)
+    first, further = _sample_bytes(model_config, trace)
+    more = config.micro_batch() - 1
+    return Saved(first.activations + more * further.activations, first.scores + more * further.scores)
 
-    In bf16 the estimate counts everything in half precision, although autocast computes norms and losses in float32.
-    It includes the attention scores, which a GPU's fused kernels do not save: on a GPU, a sixth less is used.
-    """
-    first, further = _sample_bytes(model_config, config.activation_checkpointing, config.passes)
-    total = first + further * (config.micro_batch() - 1)
-    return total // 2 if config.precision == "bf16" else total
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes saved for the backward pass, and those of the largest gradient of attention scores during it."""
+
+    activations: int
+    scores: int
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """How a model is traced. `fused`: by the attention kernels of a GPU, which do not save the scores."""
+
+    precision: Literal["fp32", "bf16"]
+    checkpointing: bool
+    passes: int
+    fused: bool
 
 
 @lru_cache(maxsize=64)  # tracing a large model takes seconds, and `edt init` tries several micro-batches of one model
-def _sample_bytes(config: ModelConfig, checkpointing: bool, passes: int) -> tuple[int, int]:
-    """Bytes saved for the backward pass of the first sample of a micro-batch, and of each further one."""
+def _sample_bytes(config: ModelConfig, trace: _Trace) -> tuple[Saved, Saved]:
+    """What the first sample of a micro-batch saves for the backward pass, and each further one."""
     model = shadow(config).train()
-    model.activation_checkpointing = checkpointing
-    first, both = (saved_bytes(model, samples, passes) for samples in (1, 2))
-    return first, both - first
+    model.activation_checkpointing = trace.checkpointing
+    first, both = (saved(model, samples, trace.passes, trace.precision, fused=trace.fused) for samples in (1, 2))
+    return first, Saved(both.activations - first.activations, both.scores - first.scores)
 
 
-def saved_bytes(model: DiffusionTransformer, samples: int, passes: int) -> int:
-    """Bytes that a forward pass saves for the backward pass, measured on a model without storage (device "meta").
+def saved(
+    model: DiffusionTransformer, samples: int, passes: int, precision: str = "fp32", *, fused: bool = False
+) -> Saved:
+    """What a forward pass saves for the backward pass, measured on a model without storage (device "meta").
 
-    Each saved storage counts once; weights do not count. With two passes the second one is masked.
+    Each saved storage counts once; weights do not count, their copies in bf16 do. With two passes the second one is
+    masked. In bf16 each tensor has the dtype that autocast gives it: the residual stream and the inputs of norms are
+    float32. With `fused`, attention scores are not counted: a GPU's kernels compute them again.
     """
     sizes: dict[int, int] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    config, rows = model.config, samples * passes
+    masks = draw_masks(config, samples, torch.Generator().manual_seed(0)) if passes == 2 else None
+    with FakeTensorMode() as mode, _Scores() as scores:
+        tensors = _fake_tensors(model)
+        own = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
 
-    def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            sizes[storage._cdata] = storage.nbytes()
-        return tensor
+        def record(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own and not (fused and storage._cdata in scores.tensors):
+                sizes[storage._cdata] = storage.nbytes()
+            return tensor
 
-    config, rows, device = model.config, samples * passes, torch.device("meta")
-    x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size, device=device)
-    t, y = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-    masks = draw_masks(config, samples, torch.Generator().manual_seed(0), device) if passes == 2 else None
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        model(x, t, y, masks)
-    return sum(sizes.values())
+        x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size)
+        t, y = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
+        fakes = None if masks is None else [mode.from_tensor(mask) for mask in masks]
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), autocast:
+            torch.func.functional_call(model, tensors, (x, t, y, fakes))
+    has_bias = any(isinstance(module, RelativePositionBias) for module in model.modules())
+    largest = max((tensor.numel() for tensor in scores.tensors.values()), default=0)
+    return Saved(sum(sizes.values()), largest * (2 if precision == "bf16" else 4) * has_bias)
+
+
+class _Scores(TorchDispatchMode):
+    """The results of softmax, the scores of attention, and their copies in another dtype, by storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, Tensor] = {}  # kept, so that no other tensor gets a storage of the same number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        is_copy = func is aten._to_copy.default and args[0].untyped_storage()._cdata in self.tensors
+        if func is aten._softmax.default or is_copy:
+            self.tensors[output.untyped_storage()._cdata] = output
+        return output
+
+
+def _fake_tensors(model: DiffusionTransformer) -> dict[str, Tensor]:
+    """Parameters and buffers of the model's shapes and dtypes on a CPU, without memory; within FakeTensorMode."""
+    return {
+        **{name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for name, p in model.named_parameters()},
+        **{name: torch.empty(b.shape, dtype=b.dtype) for name, b in model.named_buffers()},
+    }

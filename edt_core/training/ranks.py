@@ -25,7 +25,6 @@ class Ranks:
         """
         if self.world_size == 1:
             return model
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_wrapper
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device] if self.device.type == "cuda" else None
@@ -43,7 +42,7 @@ class Ranks:
                 find_unused_parameters=fixed_layout,
             )
         # Losses are already divided by the global batch size: gradients of ranks are summed, not averaged.
-        wrapped.register_comm_hook(None, bf16_compress_wrapper(_sum) if gradient_dtype == "bf16" else _sum)
+        wrapped.register_comm_hook(None, _rounded_sum if gradient_dtype == "bf16" else _sum)
         return wrapped
 
     def gather(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -74,4 +73,12 @@ def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: the sum of a bucket of gradients over all ranks."""
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
+
+
+def _rounded_sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """As `_sum`, in bfloat16. torch's own hook for that averages, and its wrapper for other hooks refuses gloo."""
+    gradients = bucket.buffer()
+    work: Any = dist.all_reduce(gradients.to(torch.bfloat16), async_op=True)
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
     return future

@@ -1,8 +1,8 @@
 """Artifacts of the version before are reused: nothing that moves, is renamed or is added may change a fingerprint.
 
-`store_before.json` has the manifests that the small pipeline left, each at the commit that its `code_version` names. When
-what a step makes changes on purpose, its version rises, and the manifests of this step and of those after it are taken
-again from a finished store.
+`store_before.json` has the manifests that the small pipeline left, each at the commit that its `code_version` names.
+When what a step makes changes on purpose, its version rises, and the manifests of this step and of those after it are
+taken again from a finished store.
 """
 
 import json

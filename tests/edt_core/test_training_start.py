@@ -70,8 +70,9 @@ def test_class_rows_go_by_name(name: str) -> None:
     weights = started(shallow_config(name, num_classes=3), base, names, masked_loss=False)
     made = weights[label_table(build_model(base.config))]
     assert torch.equal(made[[0, 2, 3]], table[[3, 0, 4]])  # dog, ant, and the null class
-    drawn = made[1] - table[:-1].mean(dim=0)
-    assert 0.005 < float(drawn.std()) < 0.04
+    mean = table[:-1].mean(dim=0)
+    spread = float((table[:-1] - mean).square().mean().sqrt())
+    assert 0.5 * spread < float((made[1] - mean).std()) < 2 * spread  # as distinct as a trained class
     others = {key: value for key, value in weights.items() if key != label_table(build_model(base.config))}
     assert same(others, {key: base.weights[key] for key in others})
 
@@ -120,7 +121,7 @@ def test_every_class_is_new_to_a_published_checkpoint_of_other_classes() -> None
     mean = base.weights[key][:-1].mean(dim=0)
     assert torch.equal(weights[key][-1], base.weights[key][-1])
     for row in weights[key][:-1]:
-        assert 0 < (row - mean).abs().max() < 0.2
+        assert 0 < (row - mean).abs().max() < 1
     assert all(torch.equal(value, base.weights[name]) for name, value in weights.items() if name != key)
 
 

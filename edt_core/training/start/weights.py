@@ -17,7 +17,7 @@ from edt_core.models.attention import RelativePositionBias
 from edt_core.training.start.base import Base, ClassRows
 from edt_core.training.start.trainable import without_scales
 
-_NEW_ROW_STD = 0.02  # of what tells a new class's row from the mean of all rows
+_LEAST_SPREAD = 0.02  # of class rows: that of new models
 
 
 def label_table(model: DiffusionTransformer) -> str:
@@ -75,11 +75,17 @@ def _check_names(base: Base, own: Iterable[str]) -> None:
 def class_table(table: Tensor, rows: ClassRows, names: Sequence[str], seed: int) -> Tensor:
     """The class table [K + 1, D] of the new model from that of the base model [K' + 1, D]; the null row is the last.
 
-    A new class begins as the mean of all class rows + 0.02 N(0, 1), drawn from the seed and its name.
+    A new class begins as the mean of all class rows + s N(0, 1), drawn from the seed and its name. s is the root mean
+    square of the rows' distances from their mean, so that a new class is as distinct as a trained one: from nearly
+    equal rows, a short training learns a mixture of the new classes.
     """
-    mean = table[:-1].double().mean(dim=0).to(table.dtype)
+    trained = table[:-1].double()
+    mean = trained.mean(dim=0)
+    spread = max((trained - mean).square().mean().sqrt().item(), _LEAST_SPREAD)
     class_rows = [
-        table[row] if row is not None else mean + _NEW_ROW_STD * _class_noise(seed, names[label], table.shape[1])
+        table[row]
+        if row is not None
+        else (mean + spread * _class_noise(seed, names[label], table.shape[1]).double()).to(table.dtype)
         for label, row in enumerate(rows.rows)
     ]
     return torch.stack([*class_rows, table[-1]])

@@ -33,14 +33,12 @@ MOST_FILE, MOST_OUTPUT = 200_000, 400_000  # bytes
 _CHAIN = ("--num-sampling-steps", "2")
 # Sizes that end a command: the last value of an option counts.
 SIZES = {
-    "run": tuple(part for text in SMALL for part in ("--set", text)),
     "doctor": ("--quick",),
     "sample": ("--num", "1", *_CHAIN),
     "evaluate": ("--num-samples", "20", "--unit-size", "20", *_CHAIN),
     "jobs.autoencoder": ("--steps", "2"),
     "jobs.classifier": ("--steps", "8", "--base-channels", "4", "--feature-dim", "8"),
 }
-SIZES["plan"] = SIZES["run"]
 pytestmark = pytest.mark.usefixtures("training_here")
 
 
@@ -72,7 +70,11 @@ class Reader:
                 assert words[0] == "export", f"{command} is not run by this test"
 
     def edt(self, command: Command) -> None:
-        done = edt(*command.words[1:], *SIZES.get(command.words[1], ()), cwd=self.folder)
+        verb, *options = command.words[1:]
+        sizes = [part for text in SMALL for part in ("--set", text)] if verb in ("run", "plan") else []
+        if sizes:  # before the command's own `--set`, which must stay what it is
+            options = [options[0], *sizes, *options[1:]]
+        done = edt(verb, *options, *SIZES.get(verb, ()), cwd=self.folder)
         codes = (0, 1) if command.words[1] == "doctor" else (0,)
         assert done.returncode in codes, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
         self.said[command.text] = done.stdout + done.stderr

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edt_core.data.images import decode_rgb
 from edt_core.data.subsets import at_even_distances
 from edt_core.data.tar_members import MemberWriter
 from edt_core.errors import UserError
@@ -37,6 +36,8 @@ class ImageSample:
 
     def pixels(self) -> NDArray[np.uint8]:
         """uint8 [S, S, 3]."""
+        from edt_core.data.images import decode_rgb  # Pillow is not needed for latents
+
         return np.asarray(decode_rgb(self.data))
 
 

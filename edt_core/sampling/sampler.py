@@ -3,23 +3,27 @@
 Shapes: N samples, C latent channels, h side of the latents.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.config import ChainConfig
 from edt_core.diffusion import SampleNoise, guided, objective_of_model, sample, sampling_schedule
 from edt_core.diffusion.guidance import ClassModel
 from edt_core.diffusion.sampling import ModelFn, SwitchedModel
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, paper_amm_blocks
 from edt_core.models.weight_memo import constant_weights
+
+if TYPE_CHECKING:
+    from edt_core.config import ChainConfig
 
 
 class SamplesNotFiniteError(UserError):

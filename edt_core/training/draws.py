@@ -6,16 +6,21 @@ Legend: B global batch, n the rows that are drawn, P passes (1, or 2 with the ma
 height and width.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from edt_core.config import TrainConfig
 from edt_core.data.loader import on_device
 from edt_core.data.randomness import generator, normal_rows, uniform_rows
 from edt_core.models import ModelConfig, draw_mask_ratios, mask_sites, masks_of, slice_masks
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class StepDraws:
     noise: Tensor
     masks: tuple[Tensor, ...]
 
-    def rows(self, places: slice) -> "StepDraws":
+    def rows(self, places: slice) -> StepDraws:
         """The draws of some rows. `uniforms` stays whole: timesteps are drawn for all at once."""
         return StepDraws(
             posterior_noise=self.posterior_noise[places],
@@ -42,7 +47,7 @@ class StepDraws:
             masks=tuple(slice_masks(self.masks, places)),
         )
 
-    def pinned(self, device: torch.device) -> "StepDraws":
+    def pinned(self, device: torch.device) -> StepDraws:
         """The same draws in page-locked memory, for asynchronous copies to a GPU; unchanged if `device` is no GPU.
 
         They become contiguous: CUDA copies other tensors through memory that is not page-locked, and waits for it.
@@ -52,11 +57,11 @@ class StepDraws:
         with on_device(device):
             return self._map(lambda tensor: tensor.contiguous().pin_memory())
 
-    def to(self, device: torch.device) -> "StepDraws":
+    def to(self, device: torch.device) -> StepDraws:
         """Copy to a device, except `uniforms`, which the host uses."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> "StepDraws":
+    def _map(self, move: Callable[[Tensor], Tensor]) -> StepDraws:
         return StepDraws(
             posterior_noise=move(self.posterior_noise),
             drop_label=move(self.drop_label),

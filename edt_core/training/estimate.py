@@ -1,15 +1,16 @@
 """Estimate of a training's cost before it starts: the model's size, memory, steps. No model is run."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edt_core.config import TrainConfig
 from edt_core.models import (
     DiffusionTransformer,
     ModelConfig,
@@ -20,6 +21,9 @@ from edt_core.models import (
 )
 from edt_core.models.attention import RelativePositionBias
 from edt_core.training.start.trainable import count_trained, step_flops
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 _OPTIMIZER_STATES = {"adan": 4, "adamw": 2}  # float32 tensors of the size of the weights
 _GIGA = 1e9

@@ -3,11 +3,13 @@
 Legend: B global batch, n this rank's share of it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
 from edt_core.data.prefetch import prefetched
@@ -24,6 +26,9 @@ from edt_core.training.optim import decay_start, learning_rate
 from edt_core.training.start.trainable import step_flops
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
 from edt_core.training.trainer import NotFiniteError, Signal, Trainer
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 _STEPS_AHEAD = 2
 ReadInitial = Callable[[], Checkpoint]

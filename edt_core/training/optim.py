@@ -1,12 +1,16 @@
 """Optimizers by name, and the learning rate as a function of the step."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from edt_core.config import TrainConfig
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,14 +1,15 @@
 """The state that changes while training, and its checkpoint."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from edt_core.config import TrainConfig, result_fields
 from edt_core.diffusion import TimestepSampler, objective_of, with_objective
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
@@ -18,6 +19,9 @@ from edt_core.training.ema import EMA
 from edt_core.training.history import History
 from edt_core.training.optim import flatten_state, make_optimizer, restore_state
 from edt_core.training.start.trainable import merged, prepare_trainable
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 
 @dataclass
@@ -94,6 +98,8 @@ def to_checkpoint(
     A regular checkpoint takes the history's score, and the history starts a new one. If few parameters are trained, it
     holds those alone, unless `whole`.
     """
+    from edt_core.config import result_fields
+
     score = state.history.take_score() if regular else None
     optimizer, groups = flatten_state(state.optimizer)
     averages = dict(zip(ema_files(config), state.ema.averages, strict=True))
@@ -142,6 +148,8 @@ def _cursor(step: int, config: TrainConfig, num_samples: int) -> dict[str, int]:
 
 def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_samples: int) -> None:
     """Load a checkpoint into a state. Raises UserError for one of another configuration or data set."""
+    from edt_core.config import result_fields
+
     latents = "number of latents"
     saved = {**_plain(ModelConfig.from_dict(checkpoint.model_config)), **checkpoint.state["config"]}
     saved[latents] = checkpoint.state["cursor"]["num_samples"]

@@ -3,19 +3,24 @@
 Legend: N samples of this rank among the B of the global batch, C latent channels, h latent height and width.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from edt_core.config import TrainConfig
 from edt_core.data.loader import LatentBatch
 from edt_core.data.scale import LatentScale
 from edt_core.data.subsets import share
 from edt_core.diffusion import Losses, Schedule, objective_of
 from edt_core.training.draws import StepDraws
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class StepInputs:
     weights: Tensor
     draws: StepDraws
 
-    def rows(self, places: slice) -> "StepInputs":
+    def rows(self, places: slice) -> StepInputs:
         return StepInputs(
             self.latents[places],
             self.labels[places],

@@ -7,17 +7,19 @@ written before the step is checked, and a rollback discards what an unchecked st
 Legend: B global batch, n this rank's share of it.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import LatentBatch, sample_names
 from edt_core.data.streaming import LatentStream
@@ -31,6 +33,9 @@ from edt_core.training.optim import clip_gradients, gradient_norm, learning_rate
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import TrainState
 from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 
 class Signal(IntEnum):

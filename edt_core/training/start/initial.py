@@ -1,12 +1,13 @@
 """The state before the first step of a training that starts from a model: a checkpoint of step 0."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig
 from edt_core.training.checkpoint import Checkpoint
@@ -14,6 +15,9 @@ from edt_core.training.optim import flatten_state, restore_state
 from edt_core.training.start.base import Base, ClassRows, SavedOptimizer, check_fit, class_rows
 from edt_core.training.start.weights import adapted_weights, label_table
 from edt_core.training.state import initial_state, to_checkpoint
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 _COUNTERS = ("step",)  # of an optimizer's group: the rest of a group are settings, and those are the new training's
 

@@ -3,14 +3,18 @@
 A checkpoint of such a training holds the trained tensors (the delta) and the digest of its base model, not the rest.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from edt_core.config import TrainConfig
 from edt_core.models import FAMILIES, DiffusionTransformer, ModelConfig, count_parameters, shadow, training_flops
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 _GAMMA = "gamma"
 # The two residual branches of a block, and the last projection of each, which takes up the branch's scale.

@@ -46,6 +46,39 @@ def test_the_walk_finds_a_forbidden_import(tmp_path: Path) -> None:
     assert FORBIDDEN["edt_core"] & set(imported_packages(sneaky))
 
 
+@pytest.mark.extern
+def test_the_acceptance_imports_with_torch_numpy_pyarrow_safetensors_and_filelock_alone() -> None:
+    """What a bare GPU machine has, with what these need. The other packages are as if they were not installed."""
+    code = """
+import importlib, pathlib, sys
+
+class Bare:
+    absent = {'ray', 'mlflow', 'diffusers', 'pydantic', 'PIL', 'yaml', 'rich', 'pytorch_optimizer', 'webdataset',
+              'sklearn', 'psutil', 'transformers', 'huggingface_hub', 'pandas', 'scipy', 'typer', 'timm', 'einops'}
+    finders = list(sys.meta_path)
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split('.')[0] in cls.absent:
+            return None
+        return next((spec for finder in cls.finders if (spec := finder.find_spec(name, path, target))), None)
+
+sys.meta_path[:] = [Bare]
+for path in sorted(pathlib.Path('edt_core/acceptance').glob('[a-z]*.py')):
+    importlib.import_module(f'edt_core.acceptance.{path.stem}')
+import torch
+from edt_core.acceptance.options import training
+from edt_core.acceptance.subjects import Setting, new_state
+from edt_core.models import model_config
+
+state = new_state(training(), model_config('EDT-Tiny/2', 32, 10), torch.device('cpu'))
+print(type(state.optimizer).__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "edt_core.acceptance.adan"
+
+
 @pytest.mark.parametrize("package", ["models", "diffusion", "data", "evaluation/metrics"])
 @pytest.mark.extern
 def test_imports_with_torch_numpy_and_pyarrow_alone(package: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from edt_core.acceptance.authors import plain_model
 from edt_core.autoencoders.autoencoder import decode_to_pixels
 from edt_core.diffusion import linear_schedule, sampling_schedule
 from edt_core.models import DiffusionTransformer
@@ -22,7 +23,6 @@ from edt_core.precision import use_precision
 from edt_core.sampling.sampler import LatentSampler
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.folder import Folder
-from jobs.benchmark.authors import plain_model
 from jobs.benchmark.networks import (
     FULL_STEPS,
     NUM_TIMESTEPS,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from edt_core.acceptance.authors import plain_model
 from edt_core.config import TrainConfig
 from edt_core.diffusion import linear_schedule
 from edt_core.models import (
@@ -33,7 +34,6 @@ from edt_core.training.draws import draw_step
 from edt_core.training.estimate import saved_bytes
 from edt_core.training.meter import matmul_rate
 from edt_core.training.step import StepInputs, accumulate_gradient
-from jobs.benchmark.authors import plain_model
 from jobs.benchmark.networks import made_model
 from jobs.benchmark.plain import plain_precision
 from jobs.benchmark.table import Row

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from edt_core.acceptance.authors import plain_model
 from edt_core.autoencoders.kinds import scale_of
 from edt_core.diffusion import Schedule, linear_schedule, sampling_schedule
 from edt_core.evaluation.extractors.inception import SPATIAL_CHANNELS, tf1_resize
 from edt_core.models import DiffusionTransformer
 from edt_core.precision import use_precision
-from jobs.benchmark.authors import plain_model
 from jobs.benchmark.networks import CFG_SCALE, GUIDED_CHANNELS, NUM_TIMESTEPS, EvalSubject, Networks
 from jobs.benchmark.table import timed
 

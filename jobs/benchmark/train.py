@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from edt_core.acceptance.authors import PlainStep
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.scale import LatentScale
@@ -32,7 +33,6 @@ from edt_core.training.optim import gradient_norm
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state, to_checkpoint
 from edt_core.training.step import StepInputs, accumulate_gradient
-from jobs.benchmark.authors import PlainStep
 from jobs.benchmark.table import Row, mib
 from jobs.runtime.loopback import INTERFACES
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from edt_core.acceptance.authors import plain_model
 from edt_core.diffusion import SampleNoise, linear_schedule, sampling_schedule
 from edt_core.evaluation.extractors.inception import Inception, inception_network
 from edt_core.sampling.sampler import LatentSampler
 from jobs.benchmark import command, evaluate, metrics
-from jobs.benchmark.authors import plain_model
 from jobs.benchmark.evaluate import bench_eval
 from jobs.benchmark.networks import EvalSubject, Networks, chain_config, made_networks
 from jobs.benchmark.plain import PlainChain, PlainEvaluation

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from edt_core.acceptance.authors import plain_model
 from edt_core.models import MODEL_NAMES, count_macs, create_model, draw_masks
 from jobs.benchmark import command, model
-from jobs.benchmark.authors import plain_model
 from jobs.benchmark.model import ModelBench, bench_models
 from jobs.benchmark.networks import made_model
 from jobs.benchmark.table import Row

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from edt_core.acceptance.authors import PlainStep, plain_model
 from edt_core.models import EDT
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state
 from jobs.benchmark import train as bench
-from jobs.benchmark.authors import PlainStep, plain_model
 from jobs.benchmark.command import main
 from jobs.benchmark.table import Row
 from jobs.benchmark.train import BareStep, Subject, bench_train, ready_inputs

@@ -25,6 +25,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"diffusion", "autoencoders", "evaluation"}),
         frozenset({"sampling"}),
         frozenset({"training", "pipeline"}),
+        frozenset({"acceptance"}),
         frozenset({"__init__"}),
     ),
     "jobs": (

@@ -1,0 +1,95 @@
+"""Options of a training and of a chain without pydantic, which a bare GPU machine does not have.
+
+They have the attributes and defaults of `TrainConfig` and `ChainConfig` that training steps and samplers read; a test
+compares them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from edt_core.config import ChainConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The fields of `TrainConfig` that its step, its draws, its loader and its estimate read."""
+
+    model: str = "EDT-S/2"
+    global_batch_size: int = 256
+    max_steps: int = 400_000
+    max_hours: float | None = None
+    optimizer: str = "adan"
+    lr: float = 1e-3
+    lr_final: float = 5e-5
+    lr_schedule: str = "linear"
+    decay_fraction: float = 0.2
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    ema_decay: float = 0.9999
+    class_dropout_prob: float = 0.1
+    mirror_prob: float = 0.5
+    masked_loss: bool = True
+    timestep_sampler: str = "loss-second-moment"
+    num_timesteps: int = 1000
+    min_snr_gamma: float | None = 5.0
+    objective: str = "epsilon"
+    trainable: str = "all"
+    precision: str = "fp32"
+    seed: int = 0
+    num_workers: int = 1
+    micro_batch_size: int | None = None
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return self.num_workers, self.num_workers
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """All decays."""
+        return (self.ema_decay,)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per step: the full one, and the masked one if it is enabled."""
+        return 2 if self.masked_loss else 1
+
+    def micro_batch(self) -> int:
+        """Most samples in a forward pass of a worker."""
+        return self.micro_batch_size or -(-self.global_batch_size // self.num_workers)
+
+    def total_steps(self, num_samples: int) -> int:
+        """Steps of the whole training."""
+        return self.max_steps
+
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """The fields of `ChainConfig`."""
+
+    sampler: str = "ancestral"
+    num_sampling_steps: int = 250
+    cfg_scale: float = 1.0
+    cfg_power: float | None = None
+    guidance_channels: int | None = 3
+    guidance_interval: tuple[float, float] | None = None
+    amm_blocks: tuple[int, ...] | str = ()
+    amm_radius: float | None = None
+    amm_kernel: str | None = None
+    precision: str = "fp32"
+
+
+def training(**fields: Any) -> TrainConfig:
+    """Options of a training, for functions that take a `TrainConfig`."""
+    return cast("TrainConfig", TrainOptions(**fields))
+
+
+def chain(**fields: Any) -> ChainConfig:
+    """Options of a chain, for functions that take a `ChainConfig`."""
+    return cast("ChainConfig", ChainOptions(**fields))

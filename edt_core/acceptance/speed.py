@@ -1,0 +1,285 @@
+"""Section C: images per second of training, where the time of a step goes, and its memory.
+
+The step is that of the training loop, with its copies to the device and its check, on a few batches in turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edt_core.acceptance import attention_forms
+from edt_core.acceptance.adan import Adan
+from edt_core.acceptance.authors import AuthorsStep, PlainStep
+from edt_core.acceptance.machine import card_of, data_sheet_peak
+from edt_core.acceptance.options import training
+from edt_core.acceptance.rows import Measure, Task, figure
+from edt_core.acceptance.subjects import (
+    Setting,
+    has_library_adan,
+    in_turns,
+    latent_dataset,
+    new_state,
+    randomized,
+    some_steps,
+    step_inputs,
+    synchronize,
+    timed,
+    trainer_of,
+)
+from edt_core.diffusion import objective_of
+from edt_core.models import ModelConfig, training_flops
+from edt_core.precision import use_precision
+from edt_core.training.estimate import estimate
+from edt_core.training.meter import device_memory, matmul_rate
+from edt_core.training.optim import gradient_norm, make_optimizer
+from edt_core.training.ranks import Ranks
+from edt_core.training.state import TrainState
+from edt_core.training.step import step_losses
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
+
+_TURNS, _WARM_UP = 20, 5
+_MIB = 1 << 20
+_IMAGES = "images/s"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with a batch; seconds on an H100 and GiB are those of its eager and compiled steps together."""
+
+    model: str
+    batch: int
+    seconds: float
+    gib: float
+
+
+CASES = (
+    Case("EDT-S/2", 256, 60, 22),
+    Case("EDT-XL/2", 64, 90, 60),
+    Case("EDT-S/2", 64, 45, 8),
+    Case("EDT-S/2", 32, 45, 6),
+    Case("EDT-B/2", 128, 60, 30),
+)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """FLOP/s of matrix products on the device in a precision: measured, and of the data sheet."""
+
+    measured: float
+    stated: float | None
+
+
+def tasks(setting: Setting) -> Iterator[Task]:
+    """Peaks, steps of each model, the plain step, the split of a step, optimizers, attention."""
+    peaks: dict[str, Peaks] = {}
+    yield Task("matrix products", lambda: peak_rows(setting, peaks), setting.seconds(3), setting.gib(1))
+    cases = CASES if setting.is_full else CASES[:1]
+    for case in cases:
+        yield Task(
+            f"{case.model} at {case.batch}",
+            partial(step_rows, case, setting, peaks),
+            setting.seconds(case.seconds),
+            setting.gib(case.gib),
+        )
+        yield Task(
+            f"{case.model} at {case.batch}, plain step",
+            partial(plain_rows, case, setting, peaks),
+            setting.seconds(10),
+            setting.gib(2 * case.gib),
+        )
+    for case in cases[:2]:
+        yield Task(
+            f"{case.model}, parts of a step",
+            partial(part_rows, case, setting),
+            setting.seconds(8),
+            setting.gib(case.gib),
+        )
+        yield Task(
+            f"{case.model}, optimizers",
+            partial(optimizer_rows, case, setting),
+            setting.seconds(20),
+            setting.gib(case.gib / 2),
+        )
+    if setting.authors is not None and setting.is_full:
+        yield Task("the authors' code", lambda: authors_rows(CASES[0], setting, peaks), setting.seconds(15), 40)
+    yield from attention_forms.tasks(setting)
+
+
+def peak_rows(setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
+    """The rate of a large product in each precision, beside the data sheet."""
+    card = card_of(setting.device)
+    for precision in ("bf16", "tf32", "fp32") if setting.on_gpu else ("bf16", "fp32"):
+        use_precision(precision)
+        stated = data_sheet_peak(card, precision)
+        peaks[precision] = Peaks(matmul_rate(setting.device, precision, setting.count(300, 20) / 1000), stated)
+        note = "not in the table of data sheets" if stated is None else f"data sheet {stated / 1e12:,.0f}"
+        yield figure(f"matrix product, {precision}", peaks[precision].measured / 1e12, "TFLOP/s", note)
+
+
+def options_of(case: Case, setting: Setting, **fields: Any) -> TrainConfig:
+    """The training of a case."""
+    batch = setting.count(case.batch, 2)
+    return training(model=case.model, global_batch_size=batch, max_steps=10_000, **fields)
+
+
+def step_rows(case: Case, setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
+    """The step in bf16, eager and compiled, in turns, on one state."""
+    config = setting.model(case.model)
+    options = options_of(case, setting, precision="bf16")
+    use_precision("bf16")
+    torch._dynamo.reset()
+    state = new_state(options, config, setting.device)
+    steps = {"eager": _step(options, config, state, setting)}
+    memory = {"eager": _peak_memory(steps["eager"], setting)}
+    name = f"{config.name} at {options.global_batch_size}, bf16"
+    steps["compiled"] = _step(options_of(case, setting, precision="bf16", compile=True), config, state, setting)
+    yield figure(f"{name}: first compiled step", timed(steps["compiled"], setting.device), "s")
+    memory["compiled"] = _peak_memory(steps["compiled"], setting)
+    seconds = in_turns(steps, setting.count(_TURNS), setting.count(_WARM_UP, 0), setting.device)
+    for kind, duration in seconds.items():
+        rate = options.global_batch_size / duration
+        setting.rates[f"{case.model} {kind}"] = max(rate, setting.rates.get(f"{case.model} {kind}", 0.0))
+        yield from _rate_rows(f"{name} {kind}", rate, config, "bf16", peaks)
+        yield _memory_row(f"{name} {kind}", memory[kind], options, config)
+
+
+def _step(options: TrainConfig, config: ModelConfig, state: TrainState, setting: Setting) -> Callable[[], object]:
+    """The step of the training loop, on a few batches in turn."""
+    dataset = latent_dataset(setting.work, config, setting.count(2048, 64))
+    network = setting.compiled(state.model) if options.compile else None
+    trainer = trainer_of(options, dataset, state, setting.work, Ranks(device=setting.device), network)
+    steps = cycle(some_steps(trainer, 2))
+    return lambda: trainer.train_step(*next(steps))
+
+
+def _peak_memory(step: Callable[[], object], setting: Setting) -> int:
+    """Peak bytes of a step after the first one; on a CPU, of the process so far."""
+    step()
+    if setting.on_gpu:
+        torch.cuda.reset_peak_memory_stats(setting.device)
+    step()
+    synchronize(setting.device)
+    return device_memory(setting.device)
+
+
+def _rate_rows(
+    name: str, rate: float, config: ModelConfig, precision: str, peaks: dict[str, Peaks]
+) -> Iterator[Measure]:
+    yield figure(name, rate, _IMAGES)
+    if precision not in peaks:
+        return
+    flops, peak = rate * training_flops(config, masked=config.is_masked), peaks[precision]
+    yield figure(f"{name}: MFU of the measured product", flops / peak.measured)
+    if peak.stated is not None:
+        yield figure(f"{name}: MFU of the data sheet", flops / peak.stated)
+
+
+def _memory_row(name: str, memory: int, options: TrainConfig, config: ModelConfig) -> Measure:
+    expected = estimate(options, config, 1).memory
+    note = f"estimated {expected / _MIB:,.0f} MiB, measured / estimated {memory / expected:.3f}"
+    return figure(f"{name}: peak memory", memory / _MIB, "MiB", note)
+
+
+def plain_rows(case: Case, setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
+    """The plain step: eager, TF32 on a GPU, scores written out, parameter by parameter."""
+    config, precision = setting.model(case.model), "tf32" if setting.on_gpu else "fp32"
+    options = options_of(case, setting, precision=precision)
+    plain = PlainStep(options, randomized(config).to(setting.device), step_inputs(options, config, setting.device))
+    turns = setting.count(_TURNS)
+    duration = in_turns({"plain": plain}, turns, setting.count(_WARM_UP, 0), setting.device)["plain"]
+    name = f"{config.name} at {options.global_batch_size}, plain {precision}, {type(plain.optimizer).__name__}"
+    yield from _rate_rows(name, options.global_batch_size / duration, config, precision, peaks)
+
+
+def authors_rows(case: Case, setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
+    """The authors' own model in TF32: a full and a masked pass, AdamW."""
+    assert setting.authors is not None
+    config, batch = setting.model(case.model), setting.count(case.batch, 2)
+    use_precision("tf32" if setting.on_gpu else "fp32")
+    step = AuthorsStep(setting.authors, case.model, randomized(config), batch, setting.device)
+    duration = in_turns({"step": step}, setting.count(_TURNS), setting.count(_WARM_UP, 0), setting.device)["step"]
+    yield from _rate_rows(f"{config.name} at {batch}, the authors' code, tf32", batch / duration, config, "tf32", peaks)
+
+
+def part_rows(case: Case, setting: Setting) -> Iterator[Measure]:
+    """Milliseconds of the parts of an eager bf16 step, by events on the device's own clock."""
+    config = setting.model(case.model)
+    options = options_of(case, setting, precision="bf16")
+    use_precision("bf16")
+    state, inputs = new_state(options, config, setting.device), step_inputs(options, config, setting.device)
+    schedule = objective_of(options.objective).schedule(options.num_timesteps)
+    loss: list[torch.Tensor] = []
+
+    def forward() -> None:
+        state.optimizer.zero_grad(set_to_none=True)
+        losses = step_losses(state.model, options, schedule, inputs, config.num_classes)
+        loss[:] = [losses.loss.sum() / options.global_batch_size]
+
+    parts: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "backward": lambda: loss.pop().backward(),
+        "gradient norm": lambda: gradient_norm(state.model.parameters()),
+        "optimizer": state.optimizer.step,
+        "average": state.ema.update,
+    }
+    milliseconds = part_times(parts, setting.count(_TURNS), setting.device)
+    whole = sum(milliseconds.values())
+    for part, duration in milliseconds.items():
+        name = f"{config.name} at {options.global_batch_size}, bf16 eager: {part}"
+        yield figure(name, duration, "ms", f"{100 * duration / whole:.0f} % of the step")
+
+
+def part_times(parts: dict[str, Callable[[], object]], turns: int, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of parts that follow one another, without waiting for the device between them."""
+    durations: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(turns + 1):  # the first one warms up
+        if device.type == "cuda":
+            found = _by_events(parts, device)
+        else:
+            found = {name: 1000 * timed(part, device) for name, part in parts.items()}
+        if turn:
+            for name, duration in found.items():
+                durations[name].append(duration)
+    return {name: statistics.median(values) for name, values in durations.items()}
+
+
+def _by_events(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
+    events[0].record()
+    for part, event in zip(parts.values(), events[1:], strict=True):
+        part()
+        event.record()
+    torch.cuda.synchronize(device)
+    return {name: events[i].elapsed_time(events[i + 1]) for i, name in enumerate(parts)}
+
+
+def optimizer_rows(case: Case, setting: Setting) -> Iterator[Measure]:
+    """Milliseconds of an update of all weights: Adan as the training makes it, Adan compiled, AdamW fused."""
+    config = setting.model(case.model)
+    parameters = list(randomized(config).to(setting.device).parameters())
+    for parameter in parameters:
+        parameter.grad = 1e-3 * torch.ones_like(parameter)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "Adan by lists": lambda: Adan(trained, 1e-3),
+        "Adan compiled": lambda: Adan(trained, 1e-3, compile_with=setting.compiled),
+        "AdamW fused": lambda: torch.optim.AdamW(trained, lr=1e-3, fused=True),
+    }
+    if has_library_adan():
+        kinds = {"Adan of the training": lambda: make_optimizer(options_of(case, setting), trained), **kinds}
+    for kind, make in kinds.items():
+        optimizer = make()
+        first = timed(optimizer.step, setting.device)
+        seconds = in_turns({kind: optimizer.step}, setting.count(_TURNS), 1, setting.device)[kind]
+        note = f"first call {first:.1f} s; {sum(p.numel() for p in trained):,} parameters"
+        yield figure(f"{config.name}: {kind}", 1000 * seconds, "ms", note)
+        del optimizer

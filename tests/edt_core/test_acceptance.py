@@ -1,0 +1,249 @@
+"""The acceptance of a machine, small and on the CPU: its rows, its file, its exit codes, and what it compares."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_optimizer import Adan as LibraryAdan
+
+from edt_core.acceptance import command, correctness, exactness
+from edt_core.acceptance.adan import Adan
+from edt_core.acceptance.command import Section, main
+from edt_core.acceptance.machine import data_sheet_peak
+from edt_core.acceptance.options import ChainOptions, TrainOptions
+from edt_core.acceptance.rows import Measure, Report, Task, at_least, at_most, figure, run_task
+from edt_core.acceptance.subjects import Setting
+from edt_core.config import ChainConfig, TrainConfig
+from edt_core.models import model_config
+
+CPU = torch.device("cpu")
+TINY = model_config("EDT-Tiny/2", 32, 10)
+
+
+def test_options_are_those_of_the_configurations() -> None:
+    """The attributes that steps and samplers read have the same defaults without pydantic."""
+    train, chain = TrainConfig(), ChainConfig()
+    for ours, theirs in ((TrainOptions(), train), (ChainOptions(), chain)):
+        for field in fields(ours):
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+    small = {"global_batch_size": 10, "num_workers": 3, "masked_loss": False, "max_steps": 7}
+    ours, theirs = TrainOptions(**small), TrainConfig(**small)
+    for name in ("worker_range", "ema_decays", "passes"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.micro_batch() == theirs.micro_batch()
+    assert ours.total_steps(5) == theirs.total_steps(5)
+
+
+def test_adan_is_the_library_s() -> None:
+    """The same weights and the same state after three steps, by names that a checkpoint has."""
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.randn(7)]
+    both = [[torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2)]
+    optimizers: list[Any] = [Adan(both[0], 1e-2), LibraryAdan(both[1], lr=1e-2, foreach=True)]
+    for _ in range(3):
+        gradients = [torch.randn_like(tensor) for tensor in start]
+        for parameters, optimizer in zip(both, optimizers, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    ours, theirs = (optimizer.state_dict() for optimizer in optimizers)
+    for mine, reference in zip(both[0], both[1], strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+    assert ours["param_groups"][0]["step"] == theirs["param_groups"][0]["step"] == 3
+    for index, state in theirs["state"].items():
+        assert state.keys() == ours["state"][index].keys()
+        for name, value in state.items():
+            torch.testing.assert_close(ours["state"][index][name], value, rtol=1e-5, atol=1e-6)
+
+
+# --- rows, budget, file, exit code
+
+
+def planted(*tasks: Task) -> dict[str, Section]:
+    return {"A": Section("correctness", 1, lambda setting: iter(tasks))}
+
+
+def rows_of(measures: list[Measure]) -> Iterator[Measure]:
+    yield from measures
+
+
+def task(name: str, *measures: Measure, **more: Any) -> Task:
+    return Task(name, lambda: rows_of(list(measures)), **more)
+
+
+def failing(error: BaseException) -> Iterator[Measure]:
+    yield figure("before", 1.0)
+    raise error
+
+
+def run_planted(monkeypatch: pytest.MonkeyPatch, out: Path, *tasks: Task) -> tuple[int, list[dict[str, Any]]]:
+    monkeypatch.setattr(command, "SECTIONS", planted(*tasks))
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", "--sections", "A", "--out", str(out)])
+    return int(str(ended.value.code)), json.loads(out.read_text())["rows"]
+
+
+def test_a_row_has_its_figures_and_the_file_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, rows = run_planted(monkeypatch, tmp_path / "rows.json", task("one", at_most("error", 0.5, 1.0, "rel. rms")))
+    assert code == 0
+    (row,) = rows
+    assert {**row, "seconds": 0} == {
+        "section": "A",
+        "name": "error",
+        "value": 0.5,
+        "unit": "rel. rms",
+        "bound": "<= 1",
+        "passed": True,
+        "seconds": 0,
+        "note": "",
+    }
+    head = json.loads((tmp_path / "rows.json").read_text())
+    assert {"card", "driver", "torch", "cuda", "cudnn", "nccl", "code"} <= head.keys()
+    assert head["torch"] == torch.__version__
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+    assert "A: 1 passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [at_most("error", 2.0, 1.0), at_most("error", float("nan"), 1.0), at_least("cosine", 0.9, 0.99)],
+    ids=["above", "nan", "below"],
+)
+def test_a_failed_row_is_exit_code_1(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, rows = run_planted(monkeypatch, tmp_path / "rows.json", task("one", measure), task("two", figure("f", 1.0)))
+    assert code == 1
+    assert [row["passed"] for row in rows] == [False, None]
+    assert f"failed: {measure.name}" in capsys.readouterr().err
+
+
+def test_an_error_ends_its_task_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Task("broken", lambda: failing(ValueError("first line\nsecond")))
+    code, rows = run_planted(monkeypatch, tmp_path / "rows.json", broken, task("after", figure("f", 1.0)))
+    assert code == 1
+    assert [(row["name"], row["passed"]) for row in rows] == [("before", None), ("broken", False), ("f", None)]
+    assert rows[1]["note"] == "ValueError: first line"
+
+
+def test_running_out_of_memory_where_it_is_expected_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    expected = Task("large", lambda: failing(error), may_run_out=True)
+    code, rows = run_planted(monkeypatch, tmp_path / "rows.json", expected)
+    assert code == 0
+    assert rows[-1]["note"] == "out of memory, as expected"
+    assert run_planted(monkeypatch, tmp_path / "rows.json", Task("small", lambda: failing(error)))[0] == 1
+
+
+def test_a_task_that_does_not_fit_is_skipped_with_its_reason() -> None:
+    report = Report({})
+    run_task("A", task("long", figure("f", 1.0), seconds=30), report, deadline_in(10), CPU)
+    run_task("A", task("large", figure("f", 1.0), gib=1 << 30), report, deadline_in(10), CPU)
+    assert [row.value for row in report.rows] == [None, None]
+    assert "takes about 30 s" in report.rows[0].note
+    assert "GiB are free" in report.rows[1].note
+    assert not report.failed
+
+
+def test_a_task_is_stopped_when_the_time_is_up() -> None:
+    def endless() -> Iterator[Measure]:
+        yield figure("first", 1.0)
+        while True:
+            try:
+                torch.ones(2).sum()
+            except Exception:  # as a compiler does, which goes on without what failed
+                continue
+
+    report = Report({})
+    run_task("A", Task("endless", endless), report, deadline_in(3), CPU)
+    assert [row.name for row in report.rows] == ["first", "endless"]
+    assert "time of its section is up" in report.rows[1].note
+
+
+def deadline_in(seconds: float) -> float:
+    return time.monotonic() + seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--sections", "A,Z"], "--sections is 'A,Z'"),
+        (["--scale", "0"], "--scale is 0"),
+        (["--budget", "0"], "--budget is 0"),
+        (["--authors", "nowhere"], "has no models_edt.py"),
+        (["--out", "no/such/folder/rows.json"], "--out is no/such/folder/rows.json"),
+    ],
+)
+def test_wrong_options_are_exit_code_2(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", *arguments])
+    assert ended.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cuda"])
+    assert ended.value.code == 2
+    assert "cannot use a GPU" in capsys.readouterr().err
+
+
+# --- what a wrong program looks like
+
+
+def failed_rows(measures: Iterator[Measure]) -> list[str]:
+    return [measure.name for measure in measures if measure.passed is False]
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A modulated attention that leaves the modulation out, and heads padded with something else than zeros."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        correctness, "fused_modulated_attention", lambda q, k, v, mask, scale, peak: plain(q, k, v, scale=scale)
+    )
+    assert failed_rows(correctness.amm_rows("exp_cos", (4,), CPU))
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda x, widths: pad(x, widths, value=0.1))
+    assert failed_rows(correctness.padding_rows(CPU))
+
+
+def test_wrong_gradients_are_found() -> None:
+    """One tensor of a gradient off by 1 %, as a kernel with a wrong gradient of the bias would make it."""
+    name, gradients = "table", {"table": torch.ones(4), "weight": torch.ones(400)}
+    exact = correctness.Outcome(torch.ones(8).double(), {key: value.double() for key, value in gradients.items()})
+    found = correctness.Outcome(exact.output, {**exact.gradients, name: exact.gradients[name] * 1.01})
+    rows = list(correctness.compare("model", found, exact, "fp32"))
+    assert [row.passed for row in rows] == [True, False, True]
+    assert rows[1].note == name
+
+
+def test_an_overwritten_buffer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that read the buffer only after it was filled again."""
+    setting = Setting(CPU, 0.02, tmp_path)
+    assert not failed_rows(exactness.copy_rows(TINY, setting))
+    digest, late = exactness._digest, iter([False, True] * 1000)
+    monkeypatch.setattr(exactness, "_digest", lambda x: digest(x + 1.0) if next(late) else digest(x))
+    assert failed_rows(exactness.copy_rows(TINY, setting))
+
+
+def test_a_state_that_is_not_restored_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(CPU, 0.02, tmp_path)
+    assert not failed_rows(exactness.resume_rows("resumed", TINY, setting, False))
+    monkeypatch.setattr(exactness, "restore_state", lambda *_: None)
+    assert failed_rows(exactness.resume_rows("resumed", TINY, setting, False))
+
+
+def test_data_sheets_tell_cards_apart() -> None:
+    assert data_sheet_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert data_sheet_peak("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert data_sheet_peak("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
+    assert data_sheet_peak("NVIDIA A10G", "bf16") is None
+    assert data_sheet_peak("NVIDIA L40S", "bf16") == 362e12

@@ -128,7 +128,7 @@ def _numbers(config: ModelConfig) -> tuple[int, int]:
     return count_parameters(model), count_macs(model)
 
 
-def _activations(model_config: ModelConfig, config: TrainConfig) -> "Saved":
+def _activations(model_config: ModelConfig, config: TrainConfig) -> Saved:
     """What is saved for the backward pass of a micro-batch."""
     precision = "bf16" if config.precision == "bf16" else "fp32"
     trace = _Trace(precision, config.activation_checkpointing, config.passes, fused=config.use_gpu)

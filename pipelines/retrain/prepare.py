@@ -95,8 +95,11 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
     if not request.from_scratch:
         config, notes = _with_classifier(config, catalog, store, source)
         _check_start(config, catalog, request.name)
-    too_long = over_limit(config, version, request.name)
     delta = delta_of(version, store, source)
+    if not request.from_scratch and delta is not None:
+        config, said = _with_rate(config, request, delta)
+        notes += said
+    too_long = over_limit(config, version, request.name)
     return Retraining(guarded(config, request.name), source, version, delta, tuple(notes), over_limit=too_long)
 
 
@@ -179,19 +182,32 @@ def _further(request: Request, version: Any, first_version: Any, first: Record) 
     config: PipelineConfig = validated(PipelineConfig, dict(first.config))
     train = config.train_of(request.name)
     recorded = None if first_version is None else first_version.tags.get("edt.cost.steps")
-    share = 1 if is_started(first, request.name) else SHARE  # a retraining has a quarter already
+    share = 1 if is_started(first, request.name) else SHARE  # a retraining has a quarter of both already
     steps = request.steps or max(1, math.ceil(int(recorded or train.max_steps) / share))
     return {
         "max_steps": steps,
         "max_epochs": None,
-        "lr": train.lr / SHARE,  # the highest rate would move a trained model away from its minimum
-        "lr_final": min(train.lr_final, train.lr / SHARE),
+        "lr": train.lr / share,  # the highest rate would move a trained model away from its minimum
+        "lr_final": min(train.lr_final, train.lr / share),
         "max_hours": train.max_hours,  # not what the limit of an earlier retraining left of it
         "warmup_steps": min(train.warmup_steps, steps // SHARE),
         "init_from": f"models:/{version.name}/{version.version}",
         "init_weights": "ema",
         "init_optimizer": "fresh",
     }
+
+
+def _with_rate(config: PipelineConfig, request: Request, delta: ImageDelta) -> tuple[PipelineConfig, list[str]]:
+    """The configuration with the whole learning rate if classes are new, and a note, unless `--set` has a rate.
+
+    At a quarter of it the new classes are not learned in a quarter of the steps.
+    """
+    is_set = any(text.startswith(("train.lr=", f"models.{request.name}.lr=")) for text in request.assignments)
+    if not delta.gained or is_set:
+        return config, []
+    train = config.train.model_copy(update={"lr": config.train.lr * SHARE})
+    note = f"new classes ({len(delta.gained)}): the learning rate is {train.lr:g}, that of the training from scratch"
+    return config.model_copy(update={"train": train}), [note]
 
 
 def _source(config: Mapping[str, Any], images: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.digits import write_digits
+from edt_core.data.sources.delta import ImageDelta
 from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.store.folder import Folder
@@ -31,7 +33,7 @@ from pipelines.retrain.delta import delta_of
 from pipelines.retrain.drift import DriftGuard, drift_guard
 from pipelines.retrain.guard import guarded, over_limit
 from pipelines.retrain.line import champion_record, has_ended
-from pipelines.retrain.prepare import Request, _check_start, _configured
+from pipelines.retrain.prepare import Request, _check_start, _configured, _with_rate
 from pipelines.schedule.record import new_schedule
 from pipelines.schedule.server import command
 from pipelines.tracking.catalog import Catalog
@@ -114,10 +116,23 @@ def test_a_line_whose_beginning_is_gone_keeps_its_steps(line: Line) -> None:
     line.add("train.max_steps=1000")
     line.add("train.max_steps=250", "train.init_from=models:/m/1")
     line.versions["1"].run_id = ""  # its run was deleted
-    assert line.config().train_of("m").max_steps == 250
+    assert (line.config().train_of("m").max_steps, line.config().train_of("m").lr) == (250, 4.0e-3)
     with pytest.raises(UserError, match=r"number of steps is not known\. Set it with --steps"):
         line.config(from_scratch=True)
     assert line.config(from_scratch=True, steps=1000).train_of("m").max_steps == 1000
+
+
+def test_new_classes_are_trained_at_the_whole_learning_rate(line: Line) -> None:
+    line.add("train.lr=0.5")
+    delta = ImageDelta(4, 7, 4, added={"elk": 3}, gained=("elk",))
+    config, notes = _with_rate(line.config(), Request("m", line.store), delta)
+    assert config.train_of("m").lr == 0.5
+    assert notes == ["new classes (1): the learning rate is 0.5, that of the training from scratch"]
+    config, notes = _with_rate(line.config(), Request("m", line.store), replace(delta, gained=()))
+    assert (config.train_of("m").lr, notes) == (0.125, [])
+    asked = Request("m", line.store, assignments=("train.lr=0.1",))
+    config, notes = _with_rate(line.config("train.lr=0.1"), asked, delta)
+    assert (config.train_of("m").lr, notes) == (0.1, [])
 
 
 def test_an_alias_in_the_record_is_the_version_that_it_named(line: Line) -> None:

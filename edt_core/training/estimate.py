@@ -130,7 +130,7 @@ def _numbers(config: ModelConfig) -> tuple[int, int]:
 
 def _activations(model_config: ModelConfig, config: TrainConfig) -> Saved:
     """What is saved for the backward pass of a micro-batch."""
-    precision = "bf16" if config.precision == "bf16" else "fp32"
+    precision: Literal["fp32", "bf16"] = "bf16" if config.precision == "bf16" else "fp32"
     trace = _Trace(precision, config.activation_checkpointing, config.passes, fused=config.use_gpu)
     first, further = _sample_bytes(model_config, trace)
     more = config.micro_batch() - 1

@@ -31,7 +31,7 @@ from edt_core.models.kernels import project_tokens
 from edt_core.precision import use_precision
 from edt_core.printing.console import say
 from edt_core.training.draws import draw_step
-from edt_core.training.estimate import saved_bytes
+from edt_core.training.estimate import saved
 from edt_core.training.meter import matmul_rate
 from edt_core.training.step import StepInputs, accumulate_gradient
 from jobs.benchmark.networks import made_model
@@ -89,7 +89,7 @@ def bench_models(bench: ModelBench) -> Iterator[list[Row]]:
 def _rows_of_model(bench: ModelBench, config: ModelConfig) -> list[Row]:
     macs = {"forward": count_macs(shadow(config)), "forward and backward": training_flops(config, masked=False) // 2}
     plain_shadow = plain_model(shadow(config))
-    memory = 3 * _weight_bytes(config) + saved_bytes(plain_shadow, bench.batch_size, passes=1)
+    memory = 3 * _weight_bytes(config) + saved(plain_shadow, bench.batch_size, passes=1).activations
     reason = _left_out(bench, memory, 2 * sum(macs.values()) * (1 + len(bench.precisions)))
     if reason:
         return [Row(f"{config.name} at {config.image_size}", reason)]
@@ -139,7 +139,7 @@ def _rows_of_pair(bench: ModelBench, size: str, configs: Sequence[ModelConfig]) 
     macs = [count_macs(shadow(config)) for config in configs]
     flops = [training_flops(config, masked=True) for config in configs]
     memory = sum(2 * _weight_bytes(config) for config in configs)
-    memory += max(saved_bytes(shadow(config).train(), bench.batch_size, passes=2) for config in configs)
+    memory += max(saved(shadow(config).train(), bench.batch_size, passes=2).activations for config in configs)
     names = f"{edt.name} and {mdt.name}"
     if reason := _left_out(bench, memory, (2 * sum(macs) + sum(flops)) * len(bench.precisions)):
         return [Row(f"{names} at {edt.image_size}", reason)]

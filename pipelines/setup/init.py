@@ -383,7 +383,8 @@ def _micro_batch(answers: Answers, machine: Hardware, batch: int) -> int | None:
     share = micro = math.ceil(batch / answers.gpus)
 
     def needs(samples: int) -> int:
-        train = TrainConfig(model=answers.model, micro_batch_size=samples, precision=precision, masked_loss=masked)
+        fields = {"micro_batch_size": samples, "precision": precision, "masked_loss": masked, "use_gpu": True}
+        train = TrainConfig.model_validate({"model": answers.model, **fields})
         return estimate(train, network, answers.images.images).memory
 
     while micro > 1 and needs(micro) > _ROOM * machine.gpu_memory:

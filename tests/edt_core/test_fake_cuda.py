@@ -1,0 +1,197 @@
+"""What runs on a GPU, on tensors that say they are on one: no operation mixes devices, and the host seldom waits.
+
+Values are not computed. Autocast and the backward pass need a build for CUDA; gradients are put in place of the latter.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from edt_core.autoencoders import parts
+from edt_core.autoencoders.autoencoder import build_autoencoder, decode_to_pixels, encode_both_sides
+from edt_core.config import AutoencoderConfig, ChainConfig, TrainConfig
+from edt_core.data.scale import LatentScale
+from edt_core.diffusion import noise, objective_of, with_objective
+from edt_core.models import DiffusionTransformer, ModelConfig, build_model
+from edt_core.sampling.sampler import LatentSampler
+from edt_core.training.draws import draw_step
+from edt_core.training.ema import EMA
+from edt_core.training.optim import clip_gradients, gradient_norm, make_optimizer
+from edt_core.training.step import StepInputs, sampled_latents, step_losses
+from tests.support.fake_cuda import CUDA, FakeCuda, fake_cuda, on_cuda
+from tests.support.models import TINY, shallow_config
+
+BATCH, LABELS = 4, [1, 2, 0]
+
+
+def model_on_cuda(config: ModelConfig) -> DiffusionTransformer:
+    return on_cuda(build_model(config))
+
+
+@pytest.fixture(autouse=True)
+def _no_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs a driver, and a thread draws noise ahead, beside the mode."""
+    draw = noise.sample_noise
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(noise, "sample_noise", lambda *args, pin=False, **named: draw(*args, **named))
+
+
+@contextmanager
+def waits(mode: FakeCuda, *expected: str) -> Iterator[None]:
+    """Within it the host waits for the GPU exactly as listed."""
+    before = Counter(mode.syncs)
+    yield
+    assert mode.syncs - before == Counter(expected)
+
+
+def test_devices_that_mix_and_waiting_are_noticed() -> None:
+    with fake_cuda() as mode:
+        on_gpu, on_host = torch.ones(2, device="cuda"), torch.ones(2)
+        assert (on_gpu.device, on_host.device.type) == (CUDA, "cpu")
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            on_gpu + on_host
+        assert not mode.syncs
+        assert on_gpu.sum().item() == 1.0
+        assert on_gpu.cpu().tolist() == [1.0, 1.0]
+        assert mode.syncs == {"value read on the host": 1, "copy to the host": 1}
+        assert (on_host * 2).numpy().tolist() == [2.0, 2.0]  # the host computes
+
+
+def inputs_on_cuda(config: TrainConfig, model: ModelConfig) -> StepInputs:
+    """What `Trainer._draw` makes: everything is drawn on the host and copied."""
+    draws = draw_step(config, 0, model).to(CUDA)
+    side = model.latent_size
+    posterior = torch.ones(BATCH, 2, model.in_channels, side, side)
+    batch: Any = SimpleNamespace(posterior=posterior)  # of a LatentBatch, the part that is copied
+    return StepInputs(
+        latents=sampled_latents(batch, draws.posterior_noise, LatentScale(0.2)),
+        labels=torch.zeros(BATCH, dtype=torch.int64).to(CUDA, non_blocking=True),
+        timesteps=(draws.uniforms * config.num_timesteps).long().to(CUDA, non_blocking=True),
+        weights=torch.ones(BATCH).to(CUDA, non_blocking=True),
+        draws=draws,
+    )
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [*((name, "adan") for name in TINY), ("DiT-Tiny/2", "adamw")])
+def test_a_training_step_is_on_the_gpu_and_waits_for_nothing(name: str, optimizer: str) -> None:
+    """All but the exchange, which is the one place where the host waits."""
+    model_config = shallow_config(name)
+    config = TrainConfig(global_batch_size=BATCH, optimizer=optimizer, masked_loss=model_config.is_masked)
+    objective = objective_of(config.objective)
+    with fake_cuda() as mode:
+        model = model_on_cuda(model_config).train()
+        trained = list(model.parameters())
+        stepper, ema = make_optimizer(config, trained), EMA(model, config.ema_decays)
+        schedule = objective.schedule(config.num_timesteps)
+        with waits(mode):
+            inputs = inputs_on_cuda(config, model_config)
+            losses = step_losses(model, config, schedule, inputs, model_config.num_classes)
+            loss = (losses.loss * inputs.weights).sum()
+        assert loss.device == CUDA
+        assert all(term.shape == (config.passes, BATCH) for term in losses.terms.values())
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        for _ in range(2):  # the first step of an optimizer makes its state
+            with waits(mode):
+                norm = gradient_norm(trained)
+                clip_gradients(trained, 2.0, 1.0)
+                stepper.step()
+                ema.update()
+        assert norm.device == CUDA
+        with waits(mode, "copy to the host"):
+            torch.cat([*(term.flatten() for term in losses.terms.values()), norm.reshape(1)]).cpu()
+    state = [v for s in stepper.state.values() for v in s.values() if torch.is_tensor(v) and v.ndim]
+    assert state
+    assert all(value.device == CUDA for value in [*state, *ema.averages[0].values()])
+
+
+CHAINS: dict[str, dict[str, Any]] = {
+    "ancestral": {},
+    "ancestral, power": {"cfg_scale": 3.0, "cfg_power": 2.0, "guidance_channels": None},
+    "ddim, interval, AMM": {
+        "sampler": "ddim",
+        "cfg_scale": 2.0,
+        "guidance_channels": 3,
+        "guidance_interval": (100, 700),
+        "amm_blocks": (0,),
+    },
+}
+# The flags of which latents are finite, at the end: one copy on a GPU; here a list is read value by value.
+AT_THE_END = ["value read on the host"] * len(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "chain"), [(name, chain) for name in TINY for chain in CHAINS if chain != "ancestral" or "EDT" in name]
+)
+def test_a_chain_is_on_the_gpu_and_waits_at_its_end(name: str, chain: str) -> None:
+    config, after_steps = shallow_config(name), list[int]()
+    with fake_cuda() as mode:
+        sampler = LatentSampler(model_on_cuda(config), ChainConfig(num_sampling_steps=3, **CHAINS[chain]), 1000)
+        with waits(mode, *AT_THE_END):
+            latents = sampler(LABELS, 0, range(3), lambda _done, _total: after_steps.append(mode.syncs.total()))
+    assert after_steps == [0, 0, 0]
+    assert latents.device == CUDA
+    assert latents.shape == (3, *sampler.latent_shape)
+
+
+def test_a_chain_with_a_guide_and_another_objective() -> None:
+    config = with_objective(shallow_config("DiT-Tiny/2"), "v_prediction")
+    chain = ChainConfig(num_sampling_steps=3, cfg_scale=1.5)
+    with fake_cuda() as mode:
+        sampler = LatentSampler(model_on_cuda(config), chain, 1000, model_on_cuda(config))
+        with waits(mode, *AT_THE_END):
+            assert sampler(LABELS, 0, range(3)).device == CUDA
+
+
+class Event:
+    """A CUDA event; it has nothing to wait for."""
+
+    def __init__(self, waited: list[int]) -> None:
+        self.waited = waited
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.waited.append(1)
+
+
+SIDE = 32
+
+
+def test_images_are_encoded_in_parts_and_the_host_waits_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fetches a batch after the next one was submitted."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", partial(Event, waited))
+    monkeypatch.setattr(parts, "_PIXELS", 4 * SIDE**2)
+    vae = build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), SIDE).eval()
+    numbers: list[int] = []
+    vae.encoder.register_forward_pre_hook(lambda _module, inputs: numbers.append(len(inputs[0])))
+    batches = [(tag, np.zeros((count, SIDE, SIDE, 3), np.uint8)) for tag, count in (("a", 6), ("b", 4))]
+    with fake_cuda() as mode, waits(mode, *["copy to the host"] * len(batches)):
+        found = list(encode_both_sides(on_cuda(vae), batches))
+    assert [(tag, rows.shape) for tag, rows in found] == [("a", (6, 2, 2, 4, 8, 8)), ("b", (4, 2, 2, 4, 8, 8))]
+    assert numbers == [4, 4, 2, 2, 4, 4]  # both views of each part
+    assert len(waited) == len(batches)
+
+
+def test_latents_are_decoded_in_parts_and_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_PIXELS", 4 * SIDE**2)
+    vae = build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), SIDE).eval()
+    numbers: list[int] = []
+    vae.decoder.register_forward_pre_hook(lambda _module, inputs: numbers.append(len(inputs[0])))
+    with fake_cuda() as mode:
+        model = on_cuda(vae)
+        latents: Tensor = torch.zeros(6, 4, 8, 8, device="cuda")
+        with waits(mode, "copy to the host"):
+            pixels = decode_to_pixels(model, latents)
+    assert numbers == [4, 2]
+    assert pixels.shape == (6, SIDE, SIDE, 3)

@@ -118,6 +118,10 @@ def _registered(location: str) -> str:
     from mlflow.exceptions import MlflowException
 
     name, _, alias = location.removeprefix("models:/").partition("@")
+    if not alias and "/" not in name and not name.startswith("m-"):  # m-... is the id of a logged model
+        raise UserError(
+            f"{location} names no version of an autoencoder; give models:/{name}@champion or models:/{name}/NUMBER"
+        )
     if not alias:
         return location
     client = mlflow_client()

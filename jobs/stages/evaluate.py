@@ -15,7 +15,7 @@ from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.layout import METRICS_NAME
 from jobs.runtime.cluster import use_threads
 from jobs.stages.reference import evenly_spaced
-from jobs.stages.sample import DECODED_AT_ONCE, load_units
+from jobs.stages.sample import load_units
 from jobs.stages.sizes import wanted_metrics
 from jobs.stages.stage import Stage
 
@@ -121,7 +121,6 @@ def _protocol(config: EvaluateConfig, features: Artifact, reference: Artifact) -
     fields = {name: value for name, value in result_fields(sampling).items() if name not in _NOT_OF_THE_PROTOCOL}
     return {
         **fields,
-        **{name: value for name, value in features.counts.items() if name == DECODED_AT_ONCE},
         "guide": features.counts["guide_digest"],
         "extractors": features.counts["extractors"],
         "reference": reference.counts["content"],

@@ -26,7 +26,7 @@ from jobs.stages import autoencoder, extractors
 from jobs.stages.stage import DEVICE, Stage
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
-DECODED_AT_ONCE = "decoded_at_once"  # images; among the counts of features and in the protocol of metrics
+DECODED_AT_ONCE = "decoded_at_once"  # images; among the counts of features
 _AT_ONCE = 2  # units of a worker: it samples one while it decodes the previous one and extracts features
 
 
@@ -176,7 +176,8 @@ def sample_features(
 def decode_record(config: SampleConfig, image_size: int) -> dict[str, int]:
     """How many images of a unit are decoded at once, for the counts; {} where the whole unit is, as in older records.
 
-    It is part of the protocol, because the last bits of an image depend on it.
+    Only the last bits of an image depend on it. It is not in the protocol of the metrics: no champion that was sampled
+    before could be compared with a new version.
     """
     from edt_core.autoencoders.parts import images_per_call
 

@@ -62,7 +62,13 @@ def initial_of(
     names = () if images is None else tuple(images.read_json(CLASSES_NAME))
     checkpoint, rows = initial_checkpoint(config, model_config, base, names)
     if rows.new or rows.dropped:
-        progress.warn(f"{base.origin}: {rows}")
+        known = base.classes or rows.dropped
+        why = (
+            ""
+            if known
+            else "; its class names are not known (a registered version, or a checkpoint in its store, has them)"
+        )
+        progress.warn(f"{base.origin}: {rows}{why}")
     if not rows.new and (images is None or not base.classes):
         progress.warn(f"{base.origin}: class names are not known on both sides, so its class rows are taken in order")
     digest = latents.counts.get("autoencoder_digest")

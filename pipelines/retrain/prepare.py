@@ -97,7 +97,8 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
         _check_start(config, catalog, request.name)
     delta = delta_of(version, store, source)
     if not request.from_scratch and delta is not None:
-        config, said = _with_rate(config, request, delta)
+        _, first = line_start(catalog, request.name, version, record)
+        config, said = _with_rate(config, request, delta, first)
         notes += said
     too_long = over_limit(config, version, request.name)
     return Retraining(guarded(config, request.name), source, version, delta, tuple(notes), over_limit=too_long)
@@ -197,15 +198,18 @@ def _further(request: Request, version: Any, first_version: Any, first: Record) 
     }
 
 
-def _with_rate(config: PipelineConfig, request: Request, delta: ImageDelta) -> tuple[PipelineConfig, list[str]]:
+def _with_rate(
+    config: PipelineConfig, request: Request, delta: ImageDelta, first: Record
+) -> tuple[PipelineConfig, list[str]]:
     """The configuration with the whole learning rate if classes are new, and a note, unless `--set` has a rate.
 
-    At a quarter of it the new classes are not learned in a quarter of the steps.
+    `first`: the record of the training from scratch, whose rate it is. A line without one keeps its rate.
     """
     is_set = any(text.startswith(("train.lr=", f"models.{request.name}.lr=")) for text in request.assignments)
-    if not delta.gained or is_set:
+    if not delta.gained or is_set or is_started(first, request.name):
         return config, []
-    train = config.train.model_copy(update={"lr": config.train.lr * SHARE})
+    whole: PipelineConfig = validated(PipelineConfig, dict(first.config))
+    train = config.train.model_copy(update={"lr": whole.train_of(request.name).lr})
     note = f"new classes ({len(delta.gained)}): the learning rate is {train.lr:g}, that of the training from scratch"
     return config.model_copy(update={"train": train}), [note]
 

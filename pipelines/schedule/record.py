@@ -281,6 +281,8 @@ def report_to_scheduler(outcome: str | None, run: str | None = None) -> None:
     """Report a run's MLflow id, and its outcome once it has one, to the scheduler that started this process, if any."""
     if path := os.environ.get(_RESULT_FILE):
         target = Path(path)
+        if run is None and (started := read_result(target)) is not None:
+            run = started.run  # a failure that has no outcome does not know it
         result = _bytes(RunResult(outcome=outcome, run=run))
         Folder.at(target.parent).write_bytes(target.name, result, private=True)
 

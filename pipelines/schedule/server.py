@@ -343,6 +343,8 @@ def record(schedules: Schedules, name: str, tick: Tick) -> None:
     from pipelines.tracking.catalog import Catalog
 
     catalog = Catalog.open(schedules.store, "schedules")
+    if tick.run is not None:
+        catalog.end_abandoned(tick.run)
     tags = {
         "edt.schedule": name,
         "edt.tick": _iso(tick.tick),
@@ -359,8 +361,6 @@ def record(schedules: Schedules, name: str, tick: Tick) -> None:
     if (log := schedules.log(tick)) is not None and log.exists():
         catalog.client.log_artifact(run.info.run_id, str(log))
     catalog.client.set_terminated(run.info.run_id, _STATUS.get(tick.outcome or "", "FINISHED"), end)
-    if tick.run is not None:
-        catalog.end_abandoned(tick.run)
 
 
 class _Alive:

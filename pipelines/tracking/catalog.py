@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from shlex import quote
@@ -153,10 +153,15 @@ class Catalog:
         """Close a workflow run, and those of its steps, as KILLED if its process was killed before it could."""
         from mlflow.exceptions import MlflowException
 
-        with suppress(MlflowException):  # the run was deleted
-            if self.client.get_run(run_id).info.status == "RUNNING":
-                self.end_run(run_id, "KILLED")
-                self.end_children(run_id, "KILLED")
+        try:
+            status = self.client.get_run(run_id).info.status
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the run was deleted
+                return
+            raise
+        if status == "RUNNING":
+            self.end_children(run_id, "KILLED")
+            self.end_run(run_id, "KILLED")
 
     def log_metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
         """Log finite values at an explicit step."""

@@ -104,7 +104,9 @@ class WandbMirror:
         try:
             import wandb
 
-            run = wandb.init(**self._settings, settings=wandb.Settings(console="off", silent=True, disable_git=True))
+            settings = wandb.Settings(console="off", silent=True, disable_git=True)
+            # Steps share processes: without `reinit`, a run that was left open would get the numbers of the next step.
+            run = wandb.init(**self._settings, reinit="create_new", settings=settings)
             while (work := self._work.get()) is not None:
                 work(run)
         except BaseException as error:  # wandb ends a process by SystemExit for some mistakes

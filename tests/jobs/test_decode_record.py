@@ -1,4 +1,4 @@
-"""The number of images decoded at once: in the protocol where it splits a unit, and absent everywhere else."""
+"""The number of images decoded at once: in the counts where it splits a unit, and absent everywhere else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_sizes_at_which_nothing_changes_have_no_record() -> None:
     assert decode_record(SampleConfig(unit_size=128), 256) == {"decoded_at_once": 64}
 
 
-def test_samples_and_protocol_state_it(
+def test_samples_state_it_and_stay_comparable(
     chain: Chain, trained: Artifact, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = {role: chain[role] for role in ("autoencoder", "classifier")}
@@ -35,10 +35,12 @@ def test_samples_and_protocol_state_it(
             config={"keep_features": 4},
         ),
     )
-    protocols = {}
+    counts, protocols = {}, {}
     for name, pixels in (("whole", parts._PIXELS), ("parts", 4 * 32**2)):
         monkeypatch.setattr(parts, "_PIXELS", pixels)
         features = execute(STAGE_OF["sample"], config, tmp_path / name, None, checkpoint=trained, **models)
+        counts[name] = dict(features.counts)
         protocols[name] = _protocol(EvaluateConfig(), features, reference)
-    assert "decoded_at_once" not in protocols["whole"]
-    assert protocols["parts"] == {**protocols["whole"], "decoded_at_once": 4}
+    assert counts["parts"] == {**counts["whole"], "decoded_at_once": 4}
+    assert "decoded_at_once" not in counts["whole"]
+    assert protocols["parts"] == protocols["whole"]  # a champion that was sampled as a whole can be compared

@@ -124,15 +124,24 @@ def test_a_line_whose_beginning_is_gone_keeps_its_steps(line: Line) -> None:
 
 def test_new_classes_are_trained_at_the_whole_learning_rate(line: Line) -> None:
     line.add("train.lr=0.5")
+    first, asked = line.records[line.versions["1"].run_id], Request("m", line.store)
     delta = ImageDelta(4, 7, 4, added={"elk": 3}, gained=("elk",))
-    config, notes = _with_rate(line.config(), Request("m", line.store), delta)
+    config, notes = _with_rate(line.config(), asked, delta, first)
     assert config.train_of("m").lr == 0.5
     assert notes == ["new classes (1): the learning rate is 0.5, that of the training from scratch"]
-    config, notes = _with_rate(line.config(), Request("m", line.store), replace(delta, gained=()))
+    config, notes = _with_rate(line.config(), asked, replace(delta, gained=()), first)
     assert (config.train_of("m").lr, notes) == (0.125, [])
-    asked = Request("m", line.store, assignments=("train.lr=0.1",))
-    config, notes = _with_rate(line.config("train.lr=0.1"), asked, delta)
+    set_by_hand = replace(asked, assignments=("train.lr=0.1",))
+    config, notes = _with_rate(line.config("train.lr=0.1"), set_by_hand, delta, first)
     assert (config.train_of("m").lr, notes) == (0.1, [])
+
+
+def test_a_line_that_began_with_another_model_keeps_its_learning_rate(line: Line) -> None:
+    line.add("train.lr=0.5", "train.init_from=published.pt")
+    first = line.records[line.versions["1"].run_id]
+    delta = ImageDelta(4, 7, 4, added={"elk": 3}, gained=("elk",))
+    config, notes = _with_rate(line.config(), Request("m", line.store), delta, first)
+    assert (config.train_of("m").lr, notes) == (0.5, [])
 
 
 def test_an_alias_in_the_record_is_the_version_that_it_named(line: Line) -> None:

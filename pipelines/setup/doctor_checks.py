@@ -10,7 +10,9 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from edt_core.config import TrainConfig
 from edt_core.environment import environment
 from edt_core.evaluation.extractors import PUBLISHED_SPACES, extractor_spec
 from edt_core.store.folder import Folder
@@ -19,10 +21,16 @@ from pipelines.setup.disk import disk_needs, largest_first, size_text
 from pipelines.setup.doctor import Check, Setup, Status, Undetermined
 from pipelines.setup.doctor_services import autoencoder, features, mlflow, ray
 
+if TYPE_CHECKING:
+    from edt_core.models import ModelConfig
+
 Result = tuple[Status, str, str]
 
 _OLDEST_PYTHON = (3, 11)
 _SHARED_MEMORY = 512 << 20  # for Ray's object store in a local session, and for NCCL
+_ROOM = 0.8  # share of a GPU's memory that an estimate may take: libraries, kernels and fragments take the rest
+_FEW = 32  # samples, enough that activations are more than the optimizer's temporary memory
+_FREE = 0.9  # share of a GPU's memory below which another process uses it
 _SLACK = 1.1  # a margin on the estimated disk space
 _EXTRAS = {
     "s3://": (("s3fs", "boto3"), "s3"),
@@ -97,6 +105,8 @@ def device(setup: Setup) -> Result:
             f"NCCL {machine.nccl}" if machine.nccl else "",
         ]
         parts += ["bf16" if machine.bf16 else "no bf16"]
+        free = ", ".join(f"{number / (1 << 30):.0f}" for number in machine.gpu_free)
+        parts += [f"free memory {free} GiB" if free else "free memory unknown"]
     summary = ", ".join(part for part in parts if part)
     elsewhere = bool(setup.address or os.environ.get("RAY_ADDRESS"))
     low_precision = {setup.config.train_of(name).precision for name in setup.config.models} & {"bf16"}
@@ -104,6 +114,9 @@ def device(setup: Setup) -> Result:
         return "ok", f"{summary}; the GPUs are on the cluster", ""
     if required > len(machine.gpus):
         return "fail", f"{summary}; the configuration requires {required} GPUs", _no_gpu(machine.cuda)
+    if required and (used := [n for n, free in enumerate(machine.gpu_free) if free < _FREE * machine.gpu_memory]):
+        numbers = ", ".join(map(str, used))
+        return "warn", summary, f"other processes use the memory of GPU {numbers}: find them with nvidia-smi"
     if low_precision and machine.gpus and not machine.bf16:
         return "warn", summary, "these GPUs do not support bf16 in hardware: set train.precision=fp32"
     if low_precision and not required:
@@ -164,12 +177,30 @@ def memory(setup: Setup) -> Result:
         workers = 1 if train.use_gpu else train.worker_range[1]
         need = workers * estimate(train, config.model_of(name, classes), images).memory
         size = machine.gpu_memory if train.use_gpu else machine.memory
-        needs.append(f"{name} about {size_text(need)} of {size_text(size) if size else 'GPUs on other machines'}")
+        of = size_text(size) if size else "GPUs on other machines"
+        needs.append(f"{name} about {size_text(need)} of {of}{_fitting(train, config.model_of(name, classes), size)}")
         worst = max(worst, need / size if size else 0.0)
     remedy = "lower train.micro_batch_size, or set train.activation_checkpointing=true"
     if worst > 1:
         return "fail", "; ".join(needs), remedy
-    return ("warn", "; ".join(needs), f"little room is left: {remedy}") if worst > 0.8 else ("ok", "; ".join(needs), "")
+    return (
+        ("warn", "; ".join(needs), f"little room is left: {remedy}") if worst > _ROOM else ("ok", "; ".join(needs), "")
+    )
+
+
+def _fitting(train: TrainConfig, model: "ModelConfig", gpu_memory: int) -> str:
+    """The largest micro-batch that leaves a GPU some room, as text; "" without a GPU. Memory grows linearly with it."""
+    from edt_core.training.estimate import estimate
+
+    if not (train.use_gpu and gpu_memory):
+        return ""
+
+    def need(samples: int) -> int:
+        return estimate(train.model_copy(update={"micro_batch_size": samples}), model, 1).memory
+
+    least, more = need(_FEW), need(2 * _FEW)
+    largest = _FEW + int((_ROOM * gpu_memory - least) * _FEW / (more - least))
+    return f" (micro-batch {train.micro_batch()}; up to {largest:,} fits)" if largest > 0 else " (no micro-batch fits)"
 
 
 def counts(setup: Setup) -> tuple[int, int]:

@@ -11,7 +11,10 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine. `memory` and `gpu_memory` (of the smallest GPU) are in bytes, 0 if unknown."""
+    """One machine. `memory` and `gpu_memory` (of the smallest GPU) are in bytes, 0 if unknown.
+
+    `gpu_free`: bytes of each GPU that no process uses; empty if unknown.
+    """
 
     cpus: int
     memory: int = 0
@@ -21,6 +24,7 @@ class Hardware:
     cuda: str | None = None  # the version for which torch is built; None for a CPU build
     nccl: str | None = None
     torch: str = ""
+    gpu_free: tuple[int, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,7 +51,18 @@ def this_machine() -> Hardware:
         cuda=torch.version.cuda or torch.version.hip,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if properties and torch.version.cuda else None,
         torch=torch.__version__,
+        gpu_free=_free_memory(len(properties)),
     )
+
+
+def _free_memory(gpus: int) -> tuple[int, ...]:
+    """Free bytes of each GPU; empty if one of them does not answer, which the check of the device reports."""
+    import torch
+
+    try:
+        return tuple(torch.cuda.mem_get_info(device)[0] for device in range(gpus))
+    except RuntimeError:  # another process uses the GPU alone, or it is broken
+        return ()
 
 
 def _cpus() -> int:

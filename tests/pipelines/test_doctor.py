@@ -1,6 +1,7 @@
 """edt doctor: each check alone, no traceback whatever happens, a limit on what does not answer, and no debris."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import pytest
 
 from edt_core.data.digits import NUM_DIGITS
 from edt_core.errors import UserError
+from edt_core.training.estimate import estimate
 from pipelines.config.schema import PipelineConfig, load_config
 from pipelines.outcome import Outcome
 from pipelines.setup import doctor_checks, doctor_services, ray_probe
@@ -189,6 +192,41 @@ def test_the_small_run_takes_no_more_disk_than_was_told(first: Outcome, store: P
     needs = disk_needs(config, config.source.limit, 10)
     assert needs["latents"] == pytest.approx(made["latents"], rel=0.1)
     assert made["checkpoint"] <= needs["checkpoints"]
+
+
+def gpu_node(*free_gib: int, memory: int = 80) -> Hardware:
+    """A machine with GPUs of a free memory each."""
+    free = tuple(number << 30 for number in free_gib)
+    return Hardware(64, 1 << 39, ("H100",) * len(free), memory << 30, True, "13.0", "2.28.3", "2.13", free)
+
+
+def test_a_gpu_node_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.runtime.devices.driver", lambda: "580.65.06")
+    config = load_config("imagenet256-edt-s", IMAGENET)
+    found = asked(doctor_checks.device, setup(config, machine=gpu_node(79, 79, 78, 79)))
+    assert found.status == "ok"
+    for part in ("4 x H100, 80 GiB each", "CUDA 13.0", "driver 580.65.06", "NCCL 2.28.3", "bf16"):
+        assert part in found.found
+    assert "free memory 79, 79, 78, 79 GiB" in found.found
+    used = asked(doctor_checks.device, setup(config, machine=gpu_node(79, 12, 79, 3)))
+    assert (used.status, "GPU 1, 3" in used.remedy) == ("warn", True)
+    broken = replace(gpu_node(79, 79, 79, 79), gpu_free=())
+    assert "free memory unknown" in asked(doctor_checks.device, setup(config, machine=broken)).found
+
+
+def test_the_batch_that_fits_a_gpu_is_told() -> None:
+    """The estimate of that micro-batch takes the room, and one more sample takes more than it."""
+    config = load_config("imagenet256-edt-s", IMAGENET)
+    told = asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=gpu_node(80, 80, 80, 80)))
+    (largest,) = (int(text.replace(",", "")) for text in re.findall(r"up to ([\d,]+) fits", told.found))
+    (name,) = config.models
+    for samples, fits in ((largest, True), (largest + 2, False)):
+        train = config.train_of(name).model_copy(update={"micro_batch_size": samples})
+        assert (estimate(train, config.model_of(name, 1000), 1).memory <= 0.8 * (80 << 30)) == fits
+    machine = gpu_node(1, 1, 1, 1, memory=1)
+    assert (
+        "no micro-batch fits" in asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=machine)).found
+    )
 
 
 def test_gpus_that_are_wanted_and_not_here_are_told(tmp_path: Path) -> None:

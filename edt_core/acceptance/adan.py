@@ -25,7 +25,7 @@ def adan_update(
     """Update parameters and averages in place. `previous` are the negative gradients of the step before.
 
     `scalars`, float32 [3] on the device: the rates of both averages, and the correction of the square root. As tensors
-    they do not make torch.compile compile each step anew.
+    they do not make torch.compile compile each step again.
     """
     beta1, beta2, beta3 = _BETAS
     rate, difference_rate, correction = scalars.unbind()

@@ -82,9 +82,10 @@ def tasks(setting: Setting) -> Iterator[Task]:
 def attention_rows(side: int, table: Table, setting: Setting) -> Iterator[Measure]:
     """All forms for a grid, forward alone and with the backward pass."""
     use_precision("bf16")
-    torch._dynamo.reset()
     case = random_case(side, setting)
-    forms = working_forms(forms_of(side, setting), case)
+    forms, reasons = working_forms(forms_of(side, setting), case)
+    for form, reason in reasons.items():
+        yield Measure(f"attention, {side * side} tokens: {form}", None, note=f"left out: {reason}")
     turns = setting.count(_TURNS)
     for name, rows, call in (("training", table.training, _both), ("inference", table.inference, _forward)):
         steps = {form: partial(call, function, case) for form, function in forms.items()}
@@ -113,8 +114,9 @@ def forms_of(side: int, setting: Setting) -> dict[str, Form]:
     forms: dict[str, Form] = {
         "fused": fused,
         "written out": written_out,
-        "written out, compiled": setting.compiled(written_out),
     }
+    if setting.is_full:
+        forms["written out, compiled"] = setting.compiled(written_out)
     if setting.on_gpu:
         forms["flex, compiled"] = flex_form(side, setting)
     return forms
@@ -152,16 +154,16 @@ def flex_form(side: int, setting: Setting) -> Form:
     return form
 
 
-def working_forms(forms: dict[str, Form], case: Case) -> dict[str, Form]:
-    """The forms that this PyTorch and device can compute, forward and backward."""
-    found = {}
+def working_forms(forms: dict[str, Form], case: Case) -> tuple[dict[str, Form], dict[str, str]]:
+    """The forms that this PyTorch and device can compute, forward and backward, and why the others cannot."""
+    found, reasons = {}, {}
     for name, form in forms.items():
         try:
             _both(form, case)
-        except Exception:  # one form's limits are no failure: it is left out of the table
-            continue
-        found[name] = form
-    return found
+            found[name] = form
+        except Exception as error:  # a limit of one form is no failure
+            reasons[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    return found, reasons
 
 
 def _both(form: Form, case: Case) -> None:

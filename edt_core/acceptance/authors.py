@@ -192,9 +192,12 @@ def _stand_ins() -> Iterator[None]:
         "PatchEmbed": _PatchEmbed,
         "Mlp": _Mlp,
         "Attention": nn.Module,
-        "DropPath": nn.Identity,
     }
-    helpers: dict[str, object] = {"to_2tuple": _pair, "trunc_normal_": nn.init.trunc_normal_}
+    helpers: dict[str, object] = {
+        "DropPath": nn.Identity,
+        "to_2tuple": _pair,
+        "trunc_normal_": nn.init.trunc_normal_,
+    }
     modules: dict[str, dict[str, object]] = {
         "timm": {},
         "timm.models": {},

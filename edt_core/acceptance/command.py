@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from edt_core.acceptance import correctness, exactness, kernels, speed
+from edt_core.acceptance import correctness, exactness, feeding, kernels, sampling, speed
 from edt_core.acceptance.authors import MODELS_FILE
 from edt_core.acceptance.machine import machine
 from edt_core.acceptance.rows import Report, Task, run_task
@@ -43,6 +43,8 @@ SECTIONS = {
     "A": Section("correctness", 90, _correctness),
     "B": Section("kernels", 30, kernels.tasks),
     "C": Section("speed of training", 240, speed.tasks),
+    "D": Section("sampling and decoding", 90, sampling.tasks),
+    "E": Section("feeding", 45, feeding.tasks),
 }
 
 
@@ -51,6 +53,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Prove the code on a GPU machine, and measure it. Exit code 1 if a row of correctness fails.",
+        epilog=f"examples:\n  {prog} --out acceptance.json\n  {prog} --sections A,B --budget 120",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], help="[default: cuda if there is one]")
     sections = ", ".join(f"{letter} {section.title}" for letter, section in SECTIONS.items())

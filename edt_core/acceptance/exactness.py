@@ -43,7 +43,7 @@ from edt_core.training.step import accumulate_gradient
 
 _UNIT = "rel. rms"
 _WORLDS = (2, 8)
-_STALL_CYCLES = 20_000_000  # about 10 ms of a GPU's clock
+_STALL_CYCLES = 40_000_000  # about 20 ms of a GPU's clock
 
 
 def tasks(setting: Setting) -> Iterator[Task]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ def line(row: Row) -> str:
 
 
 class OverTime(BaseException):
-    """A task's time is up. Not an Exception: code that goes on after any Exception must not catch it."""
+    """A task's time is up. Not an Exception: a compiler continues after any Exception."""
 
 
 @contextmanager
@@ -162,7 +163,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if before:  # a clock of the caller goes on
+        if before:  # the caller's clock continues
             signal.setitimer(signal.ITIMER_REAL, max(before - (time.monotonic() - started), 0.01))
 
 
@@ -174,6 +175,8 @@ def run_task(section: str, task: Task, report: Report, deadline: float, device: 
         reason, passed = _attempt(section, task, report, deadline)
     if reason is not None:
         report.add(section, Measure(task.name, None, passed=passed, note=reason), time.monotonic() - started)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # compiled graphs refer to models
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

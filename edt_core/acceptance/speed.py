@@ -26,7 +26,7 @@ from edt_core.acceptance.subjects import (
     in_turns,
     latent_dataset,
     new_state,
-    randomized,
+    random_model,
     some_steps,
     step_inputs,
     synchronize,
@@ -53,21 +53,17 @@ _IMAGES = "images/s"
 
 @dataclass(frozen=True)
 class Case:
-    """A model with a batch; seconds on an H100 and GiB are those of its eager and compiled steps together."""
+    """A model with a batch; about the seconds to compile it on an H100, and the GiB of its step in bf16."""
 
     model: str
     batch: int
-    seconds: float
+    compile_s: float
     gib: float
 
 
-CASES = (
-    Case("EDT-S/2", 256, 60, 22),
-    Case("EDT-XL/2", 64, 90, 60),
-    Case("EDT-S/2", 64, 45, 8),
-    Case("EDT-S/2", 32, 45, 6),
-    Case("EDT-B/2", 128, 60, 30),
-)
+LARGE_BATCH, LARGE_MODEL = Case("EDT-S/2", 256, 45, 18), Case("EDT-XL/2", 64, 75, 45)
+OTHERS = (Case("EDT-S/2", 64, 45, 6), Case("EDT-S/2", 32, 45, 4), Case("EDT-B/2", 128, 45, 25))
+_EAGER, _BOTH, _COMPILED = ("eager",), ("eager", "compiled"), ("compiled",)
 
 
 @dataclass(frozen=True)
@@ -79,39 +75,40 @@ class Peaks:
 
 
 def tasks(setting: Setting) -> Iterator[Task]:
-    """Peaks, steps of each model, the plain step, the split of a step, optimizers, attention."""
+    """The most telling figures first: what is left when the time is up is skipped."""
     peaks: dict[str, Peaks] = {}
     yield Task("matrix products", lambda: peak_rows(setting, peaks), setting.seconds(3), setting.gib(1))
-    cases = CASES if setting.is_full else CASES[:1]
-    for case in cases:
-        yield Task(
-            f"{case.model} at {case.batch}",
-            partial(step_rows, case, setting, peaks),
-            setting.seconds(case.seconds),
-            setting.gib(case.gib),
-        )
-        yield Task(
-            f"{case.model} at {case.batch}, plain step",
-            partial(plain_rows, case, setting, peaks),
-            setting.seconds(10),
-            setting.gib(2 * case.gib),
-        )
-    for case in cases[:2]:
-        yield Task(
-            f"{case.model}, parts of a step",
-            partial(part_rows, case, setting),
-            setting.seconds(8),
-            setting.gib(case.gib),
-        )
-        yield Task(
-            f"{case.model}, optimizers",
-            partial(optimizer_rows, case, setting),
-            setting.seconds(20),
-            setting.gib(case.gib / 2),
-        )
-    if setting.authors is not None and setting.is_full:
-        yield Task("the authors' code", lambda: authors_rows(CASES[0], setting, peaks), setting.seconds(15), 40)
+    yield _step_task(LARGE_BATCH, _BOTH, setting, peaks)
+    yield _plain_task(LARGE_BATCH, setting, peaks)
+    if setting.is_full:
+        for case in OTHERS:
+            yield _step_task(case, _EAGER, setting, peaks)
+            yield _plain_task(case, setting, peaks)
+        if setting.authors is not None:
+            yield Task("the authors' code", lambda: authors_rows(LARGE_BATCH, setting, peaks), 10, 50)
     yield from attention_forms.tasks(setting)
+    if setting.is_full:
+        yield _step_task(LARGE_MODEL, _BOTH, setting, peaks)
+        yield _plain_task(LARGE_MODEL, setting, peaks)
+    for case in (LARGE_MODEL, LARGE_BATCH) if setting.is_full else (LARGE_BATCH,):
+        name, gib = setting.model(case.model).name, setting.gib(case.gib)
+        yield Task(f"{name}, optimizers", partial(optimizer_rows, case, setting), setting.seconds(15), gib)
+        yield Task(f"{name}, parts of a step", partial(part_rows, case, setting), setting.seconds(8), gib)
+    if setting.is_full:
+        for case in reversed(OTHERS):
+            yield _step_task(case, _COMPILED, setting, peaks)
+
+
+def _step_task(case: Case, kinds: tuple[str, ...], setting: Setting, peaks: dict[str, Peaks]) -> Task:
+    seconds = 8 + (case.compile_s if "compiled" in kinds else 0)
+    name = f"{setting.model(case.model).name} at {case.batch}, {' and '.join(kinds)}"
+    run = partial(step_rows, case, kinds, setting, peaks)
+    return Task(name, run, setting.seconds(seconds), setting.gib(case.gib))
+
+
+def _plain_task(case: Case, setting: Setting, peaks: dict[str, Peaks]) -> Task:
+    name = f"{setting.model(case.model).name} at {case.batch}, plain"
+    return Task(name, partial(plain_rows, case, setting, peaks), setting.seconds(8), setting.gib(2.5 * case.gib))
 
 
 def peak_rows(setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
@@ -131,23 +128,25 @@ def options_of(case: Case, setting: Setting, **fields: Any) -> TrainConfig:
     return training(model=case.model, global_batch_size=batch, max_steps=10_000, **fields)
 
 
-def step_rows(case: Case, setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
-    """The step in bf16, eager and compiled, in turns, on one state."""
+def step_rows(case: Case, kinds: tuple[str, ...], setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
+    """The step in bf16, eager or compiled or both, in turns, on one state."""
     config = setting.model(case.model)
     options = options_of(case, setting, precision="bf16")
     use_precision("bf16")
-    torch._dynamo.reset()
     state = new_state(options, config, setting.device)
-    steps = {"eager": _step(options, config, state, setting)}
-    memory = {"eager": _peak_memory(steps["eager"], setting)}
+    steps, memory = {}, {}
     name = f"{config.name} at {options.global_batch_size}, bf16"
-    steps["compiled"] = _step(options_of(case, setting, precision="bf16", compile=True), config, state, setting)
-    yield figure(f"{name}: first compiled step", timed(steps["compiled"], setting.device), "s")
-    memory["compiled"] = _peak_memory(steps["compiled"], setting)
+    for kind in kinds:
+        own = options_of(case, setting, precision="bf16", compile=kind == "compiled")
+        steps[kind] = _step(own, config, state, setting)
+        first = timed(steps[kind], setting.device)
+        if kind == "compiled":
+            yield figure(f"{name} {kind}: first step", first, "s", "with its compilation")
+        memory[kind] = _peak_memory(steps[kind], setting)
     seconds = in_turns(steps, setting.count(_TURNS), setting.count(_WARM_UP, 0), setting.device)
     for kind, duration in seconds.items():
-        rate = options.global_batch_size / duration
-        setting.rates[f"{case.model} {kind}"] = max(rate, setting.rates.get(f"{case.model} {kind}", 0.0))
+        rate, key = options.global_batch_size / duration, f"{case.model} {kind}"
+        setting.rates[key] = max(rate, setting.rates.get(key, 0.0))
         yield from _rate_rows(f"{name} {kind}", rate, config, "bf16", peaks)
         yield _memory_row(f"{name} {kind}", memory[kind], options, config)
 
@@ -162,8 +161,7 @@ def _step(options: TrainConfig, config: ModelConfig, state: TrainState, setting:
 
 
 def _peak_memory(step: Callable[[], object], setting: Setting) -> int:
-    """Peak bytes of a step after the first one; on a CPU, of the process so far."""
-    step()
+    """Peak bytes of a step; on a CPU, of the process so far."""
     if setting.on_gpu:
         torch.cuda.reset_peak_memory_stats(setting.device)
     step()
@@ -193,7 +191,7 @@ def plain_rows(case: Case, setting: Setting, peaks: dict[str, Peaks]) -> Iterato
     """The plain step: eager, TF32 on a GPU, scores written out, parameter by parameter."""
     config, precision = setting.model(case.model), "tf32" if setting.on_gpu else "fp32"
     options = options_of(case, setting, precision=precision)
-    plain = PlainStep(options, randomized(config).to(setting.device), step_inputs(options, config, setting.device))
+    plain = PlainStep(options, random_model(config, setting.device), step_inputs(options, config, setting.device))
     turns = setting.count(_TURNS)
     duration = in_turns({"plain": plain}, turns, setting.count(_WARM_UP, 0), setting.device)["plain"]
     name = f"{config.name} at {options.global_batch_size}, plain {precision}, {type(plain.optimizer).__name__}"
@@ -205,7 +203,7 @@ def authors_rows(case: Case, setting: Setting, peaks: dict[str, Peaks]) -> Itera
     assert setting.authors is not None
     config, batch = setting.model(case.model), setting.count(case.batch, 2)
     use_precision("tf32" if setting.on_gpu else "fp32")
-    step = AuthorsStep(setting.authors, case.model, randomized(config), batch, setting.device)
+    step = AuthorsStep(setting.authors, case.model, random_model(config, setting.device), batch, setting.device)
     duration = in_turns({"step": step}, setting.count(_TURNS), setting.count(_WARM_UP, 0), setting.device)["step"]
     yield from _rate_rows(f"{config.name} at {batch}, the authors' code, tf32", batch / duration, config, "tf32", peaks)
 
@@ -265,15 +263,16 @@ def _by_events(parts: dict[str, Callable[[], object]], device: torch.device) -> 
 def optimizer_rows(case: Case, setting: Setting) -> Iterator[Measure]:
     """Milliseconds of an update of all weights: Adan as the training makes it, Adan compiled, AdamW fused."""
     config = setting.model(case.model)
-    parameters = list(randomized(config).to(setting.device).parameters())
+    parameters = list(random_model(config, setting.device).parameters())
     for parameter in parameters:
         parameter.grad = 1e-3 * torch.ones_like(parameter)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "Adan by lists": lambda: Adan(trained, 1e-3),
-        "Adan compiled": lambda: Adan(trained, 1e-3, compile_with=setting.compiled),
         "AdamW fused": lambda: torch.optim.AdamW(trained, lr=1e-3, fused=True),
     }
+    if setting.is_full:
+        kinds["Adan compiled"] = lambda: Adan(trained, 1e-3, compile_with=setting.compiled)
     if has_library_adan():
         kinds = {"Adan of the training": lambda: make_optimizer(options_of(case, setting), trained), **kinds}
     for kind, make in kinds.items():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -149,9 +150,10 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "part",
-        choices=["data", "encode", "model", "train", "eval"],
+        choices=["data", "encode", "model", "train", "eval", "gpu"],
         help="data: latents, planning, preprocess, memory; model: forward and backward passes of each model; "
-        "eval: sampling, whole evaluations, metrics",
+        "eval: sampling, whole evaluations, metrics; gpu: prove the code on a GPU in nine minutes, with options of its "
+        "own (gpu --help)",
     )
     add_json(parser)
     parser.add_argument("--images", help="folder of JPEG photos to measure with  [default: synthetic ones]")
@@ -187,9 +189,17 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.benchmark") -> None:
-    """Measure and print a table in Markdown."""
-    options = make_parser(prog).parse_args(arguments)
+    """Measure and print a table in Markdown; "gpu" is a command of its own, see `edt_core.acceptance.command`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["gpu"]:
+        from edt_core.acceptance.command import main as accept
+
+        accept(given[1:], f"{prog} gpu")
+        return
+    options = make_parser(prog).parse_args(given)
     with exit_code():
+        if options.part == "gpu":
+            raise UserError(f"the options of `{prog} gpu` are its own; write gpu first, see `{prog} gpu --help`")
         if options.scale < 0.001:
             raise UserError(f"--scale is {options.scale:g}; use 0.001 or more")
         if options.part == "model":

@@ -21,7 +21,7 @@ _VERBS = {
     ),
     "sample": ("jobs.commands.draw", "Generate images of chosen classes in one picture: MODEL --classes otter,207."),
     "export": ("jobs.commands.export", "Write samples or a model for other tools: WHAT TARGET --format FORMAT."),
-    "bench": ("jobs.benchmark.command", "Measure this machine: data, encode, model, train or eval."),
+    "bench": ("jobs.benchmark.command", "Measure this machine: data, encode, model, train, eval or gpu."),
 }
 # The heading of a command in `edt --help`, unless it is that of single steps.
 _PANELS = {**dict.fromkeys(("evaluate", "amm-search", "sample", "export"), "Models"), "bench": "Get started"}

@@ -28,6 +28,7 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"pip |docker |(kubectl|\w+=\$\(kubectl) |ray |cd |cp |export ", "needs a network, Docker or a cluster"),
     (r"mlflow models serve ", "never ends: tests/pipelines/test_serving.py"),
     (r"(\S+/)?(python|pytest) .*(pytest|tests)", "is this suite, or takes as long as a benchmark does"),
+    (r"python -m edt_core\.acceptance ", "is for a GPU: tests/edt_core/test_acceptance.py"),
     (r".*edt bench ", "measures for minutes to hours: tests/jobs/test_bench_train.py"),
     (r"edt reproduce ", "tests/pipelines/test_workflow_again.py"),
     (r"edt submit ", "needs a cluster's dashboard: tests/pipelines/test_submit.py"),

@@ -1,6 +1,7 @@
 """The acceptance of a machine, small and on the CPU: its rows, its file, its exit codes, and what it compares."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -11,7 +12,7 @@ import pytest
 import torch
 from pytorch_optimizer import Adan as LibraryAdan
 
-from edt_core.acceptance import command, correctness, exactness
+from edt_core.acceptance import authors, command, correctness, exactness
 from edt_core.acceptance.adan import Adan
 from edt_core.acceptance.command import Section, main
 from edt_core.acceptance.machine import data_sheet_peak
@@ -247,3 +248,80 @@ def test_data_sheets_tell_cards_apart() -> None:
     assert data_sheet_peak("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
     assert data_sheet_peak("NVIDIA A10G", "bf16") is None
     assert data_sheet_peak("NVIDIA L40S", "bf16") == 362e12
+
+
+def test_every_section_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command, small: every row of correctness passes, and no other task fails."""
+    out, table = tmp_path / "rows.json", tmp_path / "attention.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", "--budget", "3000", "--out", str(out), "--attention-table", str(table)])
+    rows = json.loads(out.read_text())["rows"]
+    assert ended.value.code == 0, capsys.readouterr().err
+    wrong = [row for row in rows if row["value"] is None or (row["section"] == "A" and row["passed"] is False)]
+    assert not wrong, wrong
+    names = {section: " ".join(row["name"] for row in rows if row["section"] == section) for section in "ABCDE"}
+    for section, parts in EXPECTED.items():
+        assert all(part in names[section] for part in parts), names[section]
+    for part in ("training", "inference"):
+        by_tokens = json.loads(table.read_text())[part]
+        assert [row["tokens"] for row in by_tokens] == [16, 64]
+        assert all(row["ms"][row["fastest"]] == min(row["ms"].values()) for row in by_tokens)
+
+
+EXPECTED = {
+    "A": (
+        "on 8 ranks",
+        "copies",
+        "resumed",
+        "EDT-",
+        "DiT-",
+        "MDTv2-",
+        "bias tables",
+        "padded to 56",
+        "cos",
+        "compiled",
+    ),
+    "B": ("training bf16", "sampling bf16: fused"),
+    "C": ("eager: MFU", "compiled: first step", "plain", "peak memory", "backward", "AdamW fused", "64 tokens"),
+    "D": ("no AMM", "compiled", "encoding", "channels last"),
+    "E": ("one rank of 8",),
+}
+
+
+CHECKOUT = """
+import torch
+from torch import nn
+from einops import rearrange
+from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from timm.models.layers import DropPath, to_2tuple, trunc_normal_
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x_embedder = PatchEmbed(8, 2, 4, 64, bias=True)
+        self.mlp = Mlp(in_features=64, hidden_features=128, act_layer=nn.GELU, drop=0)
+        self.expand = nn.Linear(64, 128, bias=False)
+
+    def forward(self, x):
+        cells = self.expand(self.mlp(self.x_embedder(x))).view(-1, 4, 4, 128)
+        return rearrange(cells, 'b h w (p1 p2 c)-> b (h p1) (w p2) c', p1=2, p2=2, c=32)
+
+
+EDT_models = {"Model": Model}
+"""
+
+
+def test_the_authors_file_runs_without_timm_and_einops(tmp_path: Path) -> None:
+    """A file with the imports of theirs; what stands in for the two packages is gone afterwards."""
+    (tmp_path / authors.MODELS_FILE).write_text(CHECKOUT)
+    before = set(sys.modules)
+    with authors._stand_ins():
+        ours = authors._run_file(tmp_path / authors.MODELS_FILE).EDT_models["Model"]()
+    theirs = authors.load_model(tmp_path, "Model", ours)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(theirs(x), ours(x))
+    assert ours(x).shape == (2, 8, 8, 32)
+    tokens = ours.expand(ours.mlp(ours.x_embedder(x))).view(2, 4, 4, 2, 2, 32)
+    assert torch.equal(ours(x)[:, 1::2, 0::2], tokens[:, :, :, 1, 0])
+    assert not {"timm", "einops"} & (set(sys.modules) - before)

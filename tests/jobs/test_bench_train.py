@@ -77,6 +77,18 @@ def test_the_steps_of_several_processes_are_timed() -> None:
     assert bench._seconds_of_workers(config, SUBJECT.model_config, "cpu", 1) > 0
 
 
+def test_gpu_is_a_command_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its options, and its exit codes: 2 for wrong ones, and for those of the other parts."""
+    for arguments, message in (
+        (["gpu", "--sections", "Z"], "--sections is 'Z'"),
+        (["--scale", "0.5", "gpu"], "write gpu first"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments, "edt bench")
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[Subject, tuple[str, ...], int]] = []
 

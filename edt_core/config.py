@@ -307,7 +307,11 @@ class TrainConfig(Section):
     )
     num_cpus_per_worker: float = runtime(1, gt=0, description="CPUs, and threads, per worker")
     use_gpu: bool = runtime(False, description="use one GPU per worker")
-    compile: bool = runtime(False, description="torch.compile the model: minutes of startup for faster steps")
+    compile: bool | None = runtime(
+        None,
+        description="torch.compile the blocks of the model, for faster steps after a slower start; null "
+        "for true on GPUs and false on CPUs. Where compiling fails, the training continues without it",
+    )
     activation_checkpointing: bool = runtime(False, description="recompute blocks in the backward pass to save memory")
     max_failures: int = runtime(3, ge=-1, description="worker failures to recover from; -1 for any number")
     gradient_dtype: Literal["fp32", "bf16"] = added(

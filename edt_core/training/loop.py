@@ -23,6 +23,7 @@ from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
+from edt_core.training.speed.compiled import compile_parts, is_compiled
 from edt_core.training.start.trainable import step_flops
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
 from edt_core.training.trainer import NotFiniteError, Signal, Trainer
@@ -92,8 +93,9 @@ def _begin(
     total_steps = config.total_steps(len(dataset))
     context.store.stable_step = decay_start(config, total_steps)
     state.model.activation_checkpointing = config.activation_checkpointing
-    if config.compile:
-        state.model.compile(dynamic=False)
+    compiled = is_compiled(config, ranks.device)
+    if compiled:
+        compile_parts(state.model)
     flops, peak, sheet = 0, 1.0, None  # placeholders: only rank 0 reports rates
     if ranks.rank == 0:
         flops = step_flops(config, model_config)
@@ -110,6 +112,7 @@ def _begin(
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak, sheet and sheet * ranks.world_size),
     )
+    trainer.untried = compiled
     # If the time was up at an extra checkpoint, one more step is trained: a training ends in a regular checkpoint.
     if checkpoint is not None and checkpoint.regular and trainer.time_is_up:
         trainer.last_step = state.step

@@ -5,7 +5,7 @@ Legend: N samples of this rank among the B of the global batch, C latent channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -63,19 +63,10 @@ def step_losses(
     noise = draws.noise[:passes].flatten(0, 1)
     x_t = objective.noised(schedule, x_start, t, noise)
     masks = draws.masks if config.masked_loss else None
-    if config.compile and masks is not None:
-        _mark_lengths(masks)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         output = model(x_t, t, y, masks)
     losses = objective.losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
     return Losses({name: term.view(passes, -1) for name, term in losses.terms.items()})
-
-
-def _mark_lengths(masks: Sequence[Tensor]) -> None:
-    """Mark the number of unmasked tokens as dynamic for torch.compile: for MDTv2 it changes at each step."""
-    for mask in masks:
-        if mask.dtype == torch.int64:
-            torch._dynamo.mark_dynamic(mask, 1)
 
 
 def accumulate_gradient(

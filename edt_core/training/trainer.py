@@ -10,6 +10,7 @@ Legend: B global batch, n this rank's share of it.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
@@ -31,11 +32,14 @@ from edt_core.training.history import named_losses
 from edt_core.training.meter import Meter
 from edt_core.training.optim import clip_gradients, gradient_norm, learning_rate
 from edt_core.training.ranks import Ranks
+from edt_core.training.speed.compiled import failure, undo_compiled_parts
 from edt_core.training.state import TrainState
 from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
+
+COMPILE_SECONDS = "compile_seconds"
 
 
 class Signal(IntEnum):
@@ -118,6 +122,7 @@ class Trainer:
     schedule: Schedule
     meter: Meter
     unchecked: Launched | None = None
+    untried: bool = False  # the model's parts are to be compiled, and have not been called yet
 
     @property
     def ranks(self) -> Ranks:
@@ -147,6 +152,8 @@ class Trainer:
         If the timesteps do not depend on the losses, check, history and signal are those of the step before.
         """
         inputs, timesteps = self._draw(batch, draws.to(self.ranks.device))
+        if self.untried:
+            self._try_compiled(inputs)
         self.state.optimizer.zero_grad(set_to_none=True)
         null_label = self.state.model.config.num_classes
         losses = accumulate_gradient(self.model, self.config, self.schedule, inputs, null_label)
@@ -170,6 +177,31 @@ class Trainer:
         result = self._checked(launched)
         self._record(result, launched)
         return result.signal
+
+    def _try_compiled(self, inputs: StepInputs) -> None:
+        """Compile the model's parts with a pass that is thrown away; without them if that fails on any rank.
+
+        It is one without an exchange of gradients, of which half could not be repeated. The step itself comes next,
+        compiled or not, with the same inputs.
+        """
+        self.untried, context, model, started = False, self.context, self.state.model, time.perf_counter()
+        null_label = model.config.num_classes
+        problem = failure(
+            lambda: accumulate_gradient(model, self.config, self.schedule, inputs, null_label), self.ranks
+        )
+        self.state.optimizer.zero_grad(set_to_none=True)
+        if problem is not None:
+            undo_compiled_parts(model)
+        if self.ranks.rank != 0:
+            return
+        if problem is None:
+            context.report({COMPILE_SECONDS: time.perf_counter() - started}, self.state.step)
+        else:
+            context.warn(
+                f"the model could not be compiled ({problem}); training continues without torch.compile, with slower "
+                "steps and, but for the last bits, the same result. Mend the compiler (a GPU needs triton and a C "
+                "compiler), or set train.compile=false"
+            )
 
     def _draw(self, batch: LatentBatch, draws: StepDraws) -> tuple[StepInputs, Timesteps]:
         """The model's inputs on this rank, and the timesteps of the global batch."""

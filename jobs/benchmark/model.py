@@ -33,6 +33,7 @@ from edt_core.printing.console import say
 from edt_core.training.draws import draw_step
 from edt_core.training.estimate import saved
 from edt_core.training.meter import matmul_rate
+from edt_core.training.speed.compiled import compile_parts
 from edt_core.training.step import StepInputs, accumulate_gradient
 from jobs.benchmark.networks import made_model
 from jobs.benchmark.plain import plain_precision
@@ -96,7 +97,7 @@ def _rows_of_model(bench: ModelBench, config: ModelConfig) -> list[Row]:
     model = made_model(config).to(bench.device)
     plain = plain_model(model)
     if bench.compile:
-        model.compile(dynamic=False)
+        compile_parts(model)
     inputs = _inputs(bench, config)
     rows = []
     for kind, make in (("forward", _forward), ("forward and backward", _forward_backward)):
@@ -146,7 +147,7 @@ def _rows_of_pair(bench: ModelBench, size: str, configs: Sequence[ModelConfig]) 
     models = [made_model(config).to(bench.device) for config in configs]
     if bench.compile:
         for model in models:
-            model.compile(dynamic=False)
+            compile_parts(model)
     rows = []
     for kind, make, counted, paper, least in (
         ("inference", _forward_of, macs, _PAPER[size][0], _LEAST_INFERENCE),

@@ -31,6 +31,7 @@ from edt_core.training.loop import train
 from edt_core.training.meter import datasheet_rate, device_memory, matmul_rate
 from edt_core.training.optim import gradient_norm
 from edt_core.training.ranks import Ranks
+from edt_core.training.speed.compiled import compile_parts
 from edt_core.training.state import initial_state, to_checkpoint
 from edt_core.training.step import StepInputs, accumulate_gradient
 from jobs.benchmark.table import Row, mib
@@ -104,7 +105,7 @@ class BareStep:
         self.config, self.inputs = config, inputs
         self.state = initial_state(config, model, ranks.device)
         if config.compile:
-            self.state.model.compile(dynamic=False)
+            compile_parts(self.state.model)
         self.model = ranks.wrap(self.state.model, config.gradient_dtype)
         self.schedule = linear_schedule(config.num_timesteps)
 

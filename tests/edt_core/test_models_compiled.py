@@ -1,20 +1,22 @@
-"""`torch.compile` takes each model whole, once for all the batches of a run, and computes the same.
+"""`torch.compile` takes each model whole for sampling and in parts for training, once for all the batches of a run.
 
 The graphs are traced and not made into code, which takes minutes.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from edt_core.config import TrainConfig
+from edt_core.config import TrainConfig, result_fields
 from edt_core.diffusion import linear_schedule
 from edt_core.models import DiffusionTransformer, build_model, draw_masks
 from edt_core.models import kernels as projection
 from edt_core.training.draws import draw_step
+from edt_core.training.speed.compiled import compile_parts, is_compiled, undo_compiled_parts
 from edt_core.training.step import StepInputs, accumulate_gradient
 from tests.support.models import BESIDE_EDT, TINY, shallow_config
 
@@ -38,6 +40,12 @@ TRAINING = [
 ]
 
 
+# Of the parts, each kind once for each shape. EDT: blocks in three shapes, down, skip and up in two, the final layer.
+# DiT: blocks, the final layer. MDTv2: its blocks get all tokens, with some, and with a skip, in two batches;
+# in bf16 the first of them gets float32 tokens, and the others do not.
+GRAPHS = {"EDT": 10, "DiT": 2, "MDTv2": 6, "UViT": 2}
+
+
 class Backend:
     """Runs graphs as they are, and counts them; what a test compiles with fullgraph has no break in any."""
 
@@ -57,12 +65,15 @@ def backend() -> Iterator[Backend]:
 
 
 def tiny(name: str, *, training: bool) -> DiffusionTransformer:
-    model = build_model(shallow_config(name, 64, 10))
+    return drawn(build_model(shallow_config(name, 64, 10))).train(training)
+
+
+def drawn(model: DiffusionTransformer) -> DiffusionTransformer:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1, generator=generator)
-    return model.train(training)
+    return model
 
 
 def inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,19 +110,20 @@ def test_training_is_compiled_once_for_all_steps(
     """As the loop compiles it: for batches of one size, of which an MDTv2 keeps another number of tokens each time."""
     monkeypatch.setattr(projection, "_BY_CONVOLUTION", False)
     eager, compiled = (tiny(name, training=True) for _ in range(2))
-    compiled.compile(backend=backend, fullgraph=True, dynamic=False)
+    compile_parts(compiled, backend)
     config = TrainConfig(
         model=name, global_batch_size=4, precision=precision, compile=True, masked_loss=eager.config.is_masked
     )
     schedule, (latents, timesteps, labels) = linear_schedule(config.num_timesteps), inputs(4)
-    bound, kept = 1e-4 if precision == "fp32" else 0.05, set()
+    bound, kept, graphs = 1e-4 if precision == "fp32" else 0.05, set(), []
     for step in range(4):
         draws = draw_step(config, step, eager.config)
         kept.update(mask.shape[1] for mask in draws.masks)
         ready = StepInputs(latents, labels, timesteps, torch.ones(4), draws)
         ours, theirs = (accumulate_gradient(model, config, schedule, ready, 10) for model in (compiled, eager))
         assert largest_error(ours, theirs) < bound
-    assert backend.graphs == 1
+        graphs.append(backend.graphs)
+    assert set(graphs) == {GRAPHS[name.partition("-")[0]] + (name.startswith("MDTv2") and precision == "bf16")}
     assert len(kept) == {"EDT-Tiny/2": 2, "MDTv2-Tiny/2": 4}.get(name, 0)
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         assert largest_error(ours.grad, theirs.grad) < bound
@@ -132,3 +144,45 @@ def test_a_compiled_model_computes_the_same(name: str) -> None:
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert largest_error(*outputs) < 1e-4
     assert largest_error(*gradients) < 1e-4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_number_of_graphs_does_not_depend_on_the_depth(checkpointing: bool, backend: Backend) -> None:
+    """And the gradients of a deep model of several stages are those without compiling, in float64."""
+    counts = []
+    for depth in (1, 3):
+        torch._dynamo.reset()
+        backend.graphs = 0
+        config = replace(shallow_config("EDT-Tiny/2", 64, 10), depths=(depth,) * 5)
+        eager, compiled = (drawn(build_model(config)).double().train() for _ in range(2))
+        compiled.activation_checkpointing = checkpointing
+        compile_parts(compiled, backend)
+        masks = draw_masks(config, 2, torch.Generator().manual_seed(1))
+        x, t, y = inputs(4)
+        for model in (eager, compiled):
+            model(x.double(), t, y, masks).square().mean().backward()
+        for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+            assert largest_error(ours.grad, theirs.grad) < 1e-12
+        counts.append(backend.graphs)
+    assert counts == [10, 10]
+
+
+def test_compiling_can_be_undone_and_leaves_no_trace_in_the_state(backend: Backend) -> None:
+    model = tiny("EDT-Tiny/2", training=False)
+    names, expected = list(model.state_dict()), model(*inputs(2))
+    compile_parts(model, backend)
+    assert list(model.state_dict()) == names
+    assert largest_error(model(*inputs(2)), expected) < 1e-5
+    graphs = backend.graphs
+    undo_compiled_parts(model)
+    assert torch.equal(model(*inputs(2)), expected)
+    assert model(*inputs(3)).shape[0] == 3
+    assert backend.graphs == graphs > 0
+
+
+def test_a_gpu_compiles_unless_it_is_told_not_to() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for value, expected in ((None, [True, False]), (True, [True, True]), (False, [False, False])):
+        config = TrainConfig.model_validate({"compile": value})
+        assert [is_compiled(config, device) for device in (cuda, cpu)] == expected
+        assert "compile" not in result_fields(config)

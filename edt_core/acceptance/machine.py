@@ -1,4 +1,4 @@
-"""The machine of an acceptance: card, driver, versions, and the peak rates of the card's data sheet."""
+"""The machine of an acceptance: card, driver and versions."""
 
 from __future__ import annotations
 
@@ -12,32 +12,6 @@ from typing import Any
 import torch
 
 from edt_core.environment import code_version, utc
-
-# Dense rates in TFLOP/s without sparsity, by a part of the card's name; the first match counts.
-_DATA_SHEETS: dict[str, dict[str, float]] = {
-    "H100 PCIe": {"bf16": 756, "tf32": 378, "fp32": 51},
-    "H100 NVL": {"bf16": 835, "tf32": 418, "fp32": 60},
-    "H100": {"bf16": 989, "tf32": 495, "fp32": 67},
-    "GH200": {"bf16": 989, "tf32": 495, "fp32": 67},
-    "H200": {"bf16": 989, "tf32": 495, "fp32": 67},
-    "B200": {"bf16": 2250, "tf32": 1125, "fp32": 75},
-    "A100": {"bf16": 312, "tf32": 156, "fp32": 19.5},
-    "A30": {"bf16": 165, "tf32": 82, "fp32": 10.3},
-    "A10": {"bf16": 125, "tf32": 62.5, "fp32": 31.2},
-    "L40S": {"bf16": 362, "tf32": 183, "fp32": 91.6},
-    "L4": {"bf16": 121, "tf32": 60, "fp32": 30.3},
-    "RTX 4090": {"bf16": 165, "tf32": 82.6, "fp32": 82.6},
-    "RTX 3090": {"bf16": 71, "tf32": 35.6, "fp32": 35.6},
-}
-
-
-def data_sheet_peak(card: str, precision: str) -> float | None:
-    """FLOP/s of the data sheet for a precision; None for a card that is not in the table."""
-    words = f" {card} "
-    for name, rates in _DATA_SHEETS.items():
-        if re.search(rf"\b{name}\b", words):
-            return rates[precision] * 1e12
-    return None
 
 
 def card_of(device: torch.device) -> str:

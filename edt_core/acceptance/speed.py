@@ -17,7 +17,7 @@ import torch
 from edt_core.acceptance import attention_forms
 from edt_core.acceptance.adan import Adan
 from edt_core.acceptance.authors import AuthorsStep, PlainStep
-from edt_core.acceptance.machine import card_of, data_sheet_peak
+from edt_core.acceptance.machine import card_of
 from edt_core.acceptance.options import training
 from edt_core.acceptance.rows import Measure, Task, figure
 from edt_core.acceptance.subjects import (
@@ -37,7 +37,7 @@ from edt_core.diffusion import objective_of
 from edt_core.models import ModelConfig, training_flops
 from edt_core.precision import use_precision
 from edt_core.training.estimate import estimate
-from edt_core.training.meter import device_memory, matmul_rate
+from edt_core.training.meter import datasheet_rate_of, device_memory, matmul_rate
 from edt_core.training.optim import gradient_norm, make_optimizer
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import TrainState
@@ -116,7 +116,7 @@ def peak_rows(setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
     card = card_of(setting.device)
     for precision in ("bf16", "tf32", "fp32") if setting.on_gpu else ("bf16", "fp32"):
         use_precision(precision)
-        stated = data_sheet_peak(card, precision)
+        stated = datasheet_rate_of(card, precision)
         peaks[precision] = Peaks(matmul_rate(setting.device, precision, setting.count(300, 20) / 1000), stated)
         note = "not in the table of data sheets" if stated is None else f"data sheet {stated / 1e12:,.0f}"
         yield figure(f"matrix product, {precision}", peaks[precision].measured / 1e12, "TFLOP/s", note)

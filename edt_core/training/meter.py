@@ -15,6 +15,8 @@ _MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 # those are given), and fp32. The names are words of the card's name; the first row whose words all occur is used.
 # https://www.nvidia.com/en-us/data-center/: a100, h100, h200, l40s, l4, and a30, a40, a10 under products.
 _DATASHEETS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("B200", {"bf16": 2250, "tf32": 1125, "fp32": 75}),
+    ("GH200", {"bf16": 989.5, "tf32": 494.5, "fp32": 67}),
     ("H200 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60}),
     ("H200", {"bf16": 989.5, "tf32": 494.5, "fp32": 67}),
     ("H100 PCIe", {"bf16": 756.5, "tf32": 378, "fp32": 51}),

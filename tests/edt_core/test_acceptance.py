@@ -15,7 +15,6 @@ from pytorch_optimizer import Adan as LibraryAdan
 from edt_core.acceptance import authors, command, correctness, exactness
 from edt_core.acceptance.adan import Adan
 from edt_core.acceptance.command import Section, main
-from edt_core.acceptance.machine import data_sheet_peak
 from edt_core.acceptance.options import ChainOptions, TrainOptions
 from edt_core.acceptance.rows import Measure, Report, Task, at_least, at_most, figure, run_task
 from edt_core.acceptance.subjects import Setting
@@ -240,14 +239,6 @@ def test_a_state_that_is_not_restored_is_found(tmp_path: Path, monkeypatch: pyte
     assert not failed_rows(exactness.resume_rows("resumed", TINY, setting, False))
     monkeypatch.setattr(exactness, "restore_state", lambda *_: None)
     assert failed_rows(exactness.resume_rows("resumed", TINY, setting, False))
-
-
-def test_data_sheets_tell_cards_apart() -> None:
-    assert data_sheet_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
-    assert data_sheet_peak("NVIDIA H100 PCIe", "bf16") == 756e12
-    assert data_sheet_peak("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
-    assert data_sheet_peak("NVIDIA A10G", "bf16") is None
-    assert data_sheet_peak("NVIDIA L40S", "bf16") == 362e12
 
 
 def test_every_section_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,17 +6,21 @@ does not grow with the depth of a model, as it would for the model as a whole.
 Legend: N = batch, T = tokens, k = unmasked tokens.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from edt_core.config import TrainConfig
 from edt_core.models import DiffusionTransformer
 from edt_core.models.layers import FinalLayer
 from edt_core.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 _MOST_GRAPHS = 64  # of one function; torch's 8 are too few for the shapes of five stages in two sizes of micro-batches
 Backend = str | Callable[..., Any]

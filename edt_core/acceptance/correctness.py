@@ -71,6 +71,10 @@ def tasks(setting: Setting) -> Iterator[Task]:
     for kernel in AMM_KERNELS:
         name = f"modulated attention, {kernel}"
         yield Task(name, partial(amm_rows, kernel, sides, setting.device), setting.seconds(3))
+
+
+def compiled_tasks(setting: Setting) -> Iterator[Task]:
+    """The first model, compiled: the longest task."""
     config = setting.model(MODELS[0])
     yield Task(f"{config.name}, compiled", lambda: compiled_rows(config, setting), setting.seconds(45))
 

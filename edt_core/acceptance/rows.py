@@ -111,6 +111,11 @@ class Report:
         """Rows of correctness that did not pass."""
         return [row for row in self.rows if row.section == CORRECTNESS and row.passed is False]
 
+    @property
+    def not_measured(self) -> int:
+        """Number of rows of correctness that were skipped or stopped."""
+        return sum(row.section == CORRECTNESS and row.passed is None and row.value is None for row in self.rows)
+
     def summary(self) -> str:
         """How many rows passed, failed and were not measured."""
         parts = []

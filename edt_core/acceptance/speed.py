@@ -86,7 +86,6 @@ def tasks(setting: Setting) -> Iterator[Task]:
             yield _plain_task(case, setting, peaks)
         if setting.authors is not None:
             yield Task("the authors' code", lambda: authors_rows(LARGE_BATCH, setting, peaks), 10, 50)
-    yield from attention_forms.tasks(setting)
     if setting.is_full:
         yield _step_task(LARGE_MODEL, _BOTH, setting, peaks)
         yield _plain_task(LARGE_MODEL, setting, peaks)
@@ -94,6 +93,7 @@ def tasks(setting: Setting) -> Iterator[Task]:
         name, gib = setting.model(case.model).name, setting.gib(case.gib)
         yield Task(f"{name}, optimizers", partial(optimizer_rows, case, setting), setting.seconds(15), gib)
         yield Task(f"{name}, parts of a step", partial(part_rows, case, setting), setting.seconds(8), gib)
+    yield from attention_forms.tasks(setting)
     if setting.is_full:
         for case in reversed(OTHERS):
             yield _step_task(case, _COMPILED, setting, peaks)

@@ -150,6 +150,7 @@ def test_a_task_that_does_not_fit_is_skipped_with_its_reason() -> None:
     assert "takes about 30 s" in report.rows[0].note
     assert "GiB are free" in report.rows[1].note
     assert not report.failed
+    assert report.not_measured == 2
 
 
 def test_a_task_is_stopped_when_the_time_is_up() -> None:
@@ -239,6 +240,13 @@ def test_a_state_that_is_not_restored_is_found(tmp_path: Path, monkeypatch: pyte
     assert not failed_rows(exactness.resume_rows("resumed", TINY, setting, False))
     monkeypatch.setattr(exactness, "restore_state", lambda *_: None)
     assert failed_rows(exactness.resume_rows("resumed", TINY, setting, False))
+
+
+def test_a_resumed_training_has_the_same_bits_with_the_acceptance_s_adan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    assert not failed_rows(exactness.resume_rows("resumed", TINY, Setting(CPU, 0.02, tmp_path), False))
 
 
 def test_every_section_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

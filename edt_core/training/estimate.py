@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,11 +115,15 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
 
 
 def largest_micro_batch(config: TrainConfig, model_config: ModelConfig, memory: int) -> int:
-    """The most samples in a forward pass for which the estimate is at most `memory` bytes; 0 if not even one."""
-    one, two = (
-        estimate(config.model_copy(update={"micro_batch_size": size}), model_config, images=1).memory for size in (1, 2)
-    )
-    return max(0, 1 + (memory - one) // max(two - one, 1))
+    """The most samples in a forward pass for which the estimate is at most `memory` bytes; 0 if not even one.
+
+    At most the global batch. The estimate is not linear: the optimizer's copies count if they exceed the activations.
+    """
+
+    def needed(samples: int) -> int:
+        return estimate(config.model_copy(update={"micro_batch_size": samples}), model_config, images=1).memory
+
+    return bisect_right(range(1, config.global_batch_size + 1), memory, key=needed)
 
 
 @lru_cache(maxsize=64)

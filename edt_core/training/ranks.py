@@ -29,9 +29,11 @@ class Ranks:
 
         ids = [self.device] if self.device.type == "cuda" else None
         # DDP rebuilds its buckets after a process's first step unless find_unused_parameters is set. With three ranks
-        # or more, gloo's order of summation depends on an element's place in its bucket, so a resumed training would
-        # end with different bits.
-        fixed_layout = self.device.type == "cpu" and self.world_size > 2
+        # or more, the order of summation of gloo, and of a ring of NCCL, depends on an element's place in its bucket,
+        # so a resumed training would end with different bits. On GPUs it costs a wait of the host, so only where
+        # deterministic algorithms are asked for.
+        exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        fixed_layout = exact and self.world_size > 2
         with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers; 2.11 does not have the new name
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = DistributedDataParallel(

@@ -105,7 +105,7 @@ def test_the_named_micro_batch_is_the_largest_that_the_estimate_allows(precision
 
     assert largest_micro_batch(config, EDT, needed(100)) == 100
     assert largest_micro_batch(config, EDT, needed(101) - 1) == 100
-    assert largest_micro_batch(config, EDT, needed(1)) == 1
+    assert largest_micro_batch(config, EDT, needed(1)) >= 1
     assert largest_micro_batch(config, EDT, needed(1) - 1) == 0
     memory = needed(120)
     usable = largest_micro_batch(config, EDT, int(0.9 * memory))
@@ -113,6 +113,20 @@ def test_the_named_micro_batch_is_the_largest_that_the_estimate_allows(precision
     message = str(device_full(config, EDT, 1, memory))
     assert f"--set train.micro_batch_size={usable} (edt train: --micro-batch-size {usable})" in message
     assert f"with 256 samples in a forward pass and {memory / (1 << 30):.1f} GiB for the worker" in message
+
+
+def test_the_named_micro_batch_fits_also_where_the_optimizer_s_copies_exceed_the_activations_of_one() -> None:
+    """EDT-XL: with one sample or two, the optimizer needs more than the activations, and memory does not grow."""
+    model = model_config("EDT-XL/2", 256)
+    config = CONFIG.model_copy(update={"global_batch_size": 64, "precision": "bf16", "use_gpu": True})
+
+    def needed(size: int) -> int:
+        return estimate(config.model_copy(update={"micro_batch_size": size}), model, 1).memory
+
+    assert needed(1) == needed(2) < needed(32)
+    assert largest_micro_batch(config, model, needed(32)) == 32
+    assert largest_micro_batch(config, model, needed(33) - 1) == 32
+    assert largest_micro_batch(config, model, 1 << 50) == 64
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     """The parser for the arguments of `main`."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Prove the code on a GPU machine, and measure it. Exit code 1 if a row of correctness fails.",
+        description="Prove the code on a GPU machine, and measure it. Exit code 1 if a row of correctness fails, "
+        "3 if some were not measured.",
         epilog=f"examples:\n  {prog} --out acceptance.json\n  {prog} --sections A,B --budget 120",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -132,7 +133,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m edt_core.acceptance") -> None:
-    """Run the acceptance; exit code 1 if a row of correctness fails, 2 for options that cannot be used."""
+    """Run the acceptance. Exit code 1: a row of correctness failed; 3: some were not measured; 2: wrong options."""
     options = make_parser(prog).parse_args(arguments)
     try:
         report = accept(options)
@@ -144,4 +145,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m edt_core
         sys.exit(130)
     for row in report.failed:
         say(f"failed: {row.name}: {row.note or f'{row.value} {row.unit}, {row.bound}'}", err=True)
+    if report.not_measured and not report.failed:
+        say(f"{report.not_measured} rows of correctness were not measured; raise --budget, or free the GPU", err=True)
+        sys.exit(3)
     sys.exit(1 if report.failed else 0)

@@ -36,6 +36,7 @@ from edt_core.data.subsets import share
 from edt_core.diffusion import objective_of
 from edt_core.models import ModelConfig
 from edt_core.precision import use_precision
+from edt_core.training.checkpoint import Checkpoint, HostMemory
 from edt_core.training.optim import flatten_state, restore_state
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import TrainState
@@ -51,6 +52,7 @@ def tasks(setting: Setting) -> Iterator[Task]:
     config = setting.model("EDT-S/2")
     yield Task("losses of several ranks", lambda: rank_rows(config, setting.device))
     yield Task("copies to the device", lambda: copy_rows(config, setting), setting.seconds(10))
+    yield Task("copy of a checkpoint", lambda: checkpoint_rows(config, setting.device), setting.seconds(5))
     modes = (False, True) if setting.on_gpu else (False,)
     for deterministic in modes:
         name = "resumed training, deterministic algorithms" if deterministic else "resumed training"
@@ -83,6 +85,21 @@ def rank_rows(config: ModelConfig, device: torch.device) -> Iterator[Measure]:
         name = f"{config.name} on {world_size} ranks against one"
         yield at_most(f"{name}: losses", relative_error(own_losses, losses), 1e-5, _UNIT)
         yield at_most(f"{name}: gradient", relative_error(own_gradient, gradient), 1e-5, _UNIT)
+
+
+def checkpoint_rows(config: ModelConfig, device: torch.device) -> Iterator[Measure]:
+    """Tensors that the copy of a checkpoint got wrong, behind a busy stream and changed right after the copy."""
+    state = new_state(training(global_batch_size=16), config, device)
+    own = state.model.state_dict()
+    before = {name: tensor.detach().clone() for name, tensor in own.items()}
+    if device.type == "cuda":
+        torch.cuda._sleep(_STALL_CYCLES)
+    copy = HostMemory().copy(Checkpoint(0, {"model": own}, {}, {}, None)).tensors["model"]
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.zero_()
+    wrong = sum(not torch.equal(copy[name], tensor.cpu()) for name, tensor in before.items())
+    yield at_most(f"wrong tensors of a checkpoint's copy, of {len(before)}", wrong, 0)
 
 
 def copy_rows(config: ModelConfig, setting: Setting) -> Iterator[Measure]:

@@ -41,6 +41,7 @@ class TrainOptions:
     precision: str = "fp32"
     seed: int = 0
     num_workers: int = 1
+    use_gpu: bool = False
     micro_batch_size: int | None = None
     compile: bool = False
     activation_checkpointing: bool = False

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,8 @@ def run_task(section: str, task: Task, report: Report, deadline: float, device: 
         torch._dynamo.reset()  # compiled graphs refer to models
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after an illegal access every call of CUDA fails
+            torch.cuda.empty_cache()
 
 
 def _obstacle(task: Task, left_s: float, device: torch.device) -> str | None:
@@ -230,7 +231,10 @@ def out_of_memory(error: Exception) -> bool:
 def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device; of a CPU, what Linux calls available. None if it is unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        try:
+            return torch.cuda.mem_get_info(device)[0]
+        except RuntimeError:  # the task itself will say why
+            return None
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

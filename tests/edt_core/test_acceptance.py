@@ -1,6 +1,7 @@
 """The acceptance of a machine, small and on the CPU: its rows, its file, its exit codes, and what it compares."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -324,3 +325,11 @@ def test_the_authors_file_runs_without_timm_and_einops(tmp_path: Path) -> None:
     tokens = ours.expand(ours.mlp(ours.x_embedder(x))).view(2, 4, 4, 2, 2, 32)
     assert torch.equal(ours(x)[:, 1::2, 0::2], tokens[:, :, :, 1, 0])
     assert not {"timm", "einops"} & (set(sys.modules) - before)
+
+
+def test_an_error_that_is_no_number_is_the_largest() -> None:
+    """Whatever its place, also where `max` would pass over it."""
+    for place in range(3):
+        errors = dict.fromkeys(range(3), 0.1) | {place: math.nan}
+        measure = correctness._worst("gradient", {str(key): error for key, error in errors.items()}, 1.0)
+        assert (measure.passed, measure.note) == (False, str(place))

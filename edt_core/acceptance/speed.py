@@ -108,7 +108,7 @@ def _step_task(case: Case, kinds: tuple[str, ...], setting: Setting, peaks: dict
 
 def _plain_task(case: Case, setting: Setting, peaks: dict[str, Peaks]) -> Task:
     name = f"{setting.model(case.model).name} at {case.batch}, plain"
-    return Task(name, partial(plain_rows, case, setting, peaks), setting.seconds(8), setting.gib(2.5 * case.gib))
+    return Task(name, partial(plain_rows, case, setting, peaks), setting.seconds(8), setting.gib(1.7 * case.gib))
 
 
 def peak_rows(setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:

@@ -211,7 +211,7 @@ def _attempt(section: str, task: Task, report: Report, deadline: float) -> tuple
         return "stopped: the time of its section is up", None
     except Exception as error:
         if out_of_memory(error):
-            return ("out of memory, as expected", None) if task.may_run_out else ("out of memory", False)
+            return ("out of memory, as expected", True) if task.may_run_out else ("out of memory", False)
         return f"{type(error).__name__}: {_first_line(error)}", False
     return None, None
 

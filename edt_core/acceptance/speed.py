@@ -40,6 +40,7 @@ from edt_core.training.estimate import estimate
 from edt_core.training.meter import datasheet_rate_of, device_memory, matmul_rate
 from edt_core.training.optim import gradient_norm, make_optimizer
 from edt_core.training.ranks import Ranks
+from edt_core.training.speed.compiled import compile_parts
 from edt_core.training.state import TrainState
 from edt_core.training.step import step_losses
 
@@ -125,37 +126,35 @@ def peak_rows(setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
 def options_of(case: Case, setting: Setting, **fields: Any) -> TrainConfig:
     """The training of a case."""
     batch = setting.count(case.batch, 2)
-    return training(model=case.model, global_batch_size=batch, max_steps=10_000, **fields)
+    return training(model=case.model, global_batch_size=batch, max_steps=10_000, use_gpu=setting.on_gpu, **fields)
 
 
 def step_rows(case: Case, kinds: tuple[str, ...], setting: Setting, peaks: dict[str, Peaks]) -> Iterator[Measure]:
-    """The step in bf16, eager or compiled or both, in turns, on one state."""
+    """The step in bf16, eager or with the parts of the model compiled, or first the one and then the other."""
     config = setting.model(case.model)
     options = options_of(case, setting, precision="bf16")
     use_precision("bf16")
     state = new_state(options, config, setting.device)
-    steps, memory = {}, {}
     name = f"{config.name} at {options.global_batch_size}, bf16"
     for kind in kinds:
-        own = options_of(case, setting, precision="bf16", compile=kind == "compiled")
-        steps[kind] = _step(own, config, state, setting)
-        first = timed(steps[kind], setting.device)
+        if kind == "compiled":
+            compile_parts(state.model, setting.backend)
+        step = _step(options, config, state, setting)
+        first = timed(step, setting.device)
         if kind == "compiled":
             yield figure(f"{name} {kind}: first step", first, "s", "with its compilation")
-        memory[kind] = _peak_memory(steps[kind], setting)
-    seconds = in_turns(steps, setting.count(_TURNS), setting.count(_WARM_UP, 0), setting.device)
-    for kind, duration in seconds.items():
+        memory = _peak_memory(step, setting)
+        duration = in_turns({kind: step}, setting.count(_TURNS), setting.count(_WARM_UP, 0), setting.device)[kind]
         rate, key = options.global_batch_size / duration, f"{case.model} {kind}"
         setting.rates[key] = max(rate, setting.rates.get(key, 0.0))
         yield from _rate_rows(f"{name} {kind}", rate, config, "bf16", peaks)
-        yield _memory_row(f"{name} {kind}", memory[kind], options, config)
+        yield _memory_row(f"{name} {kind}", memory, options, config)
 
 
 def _step(options: TrainConfig, config: ModelConfig, state: TrainState, setting: Setting) -> Callable[[], object]:
     """The step of the training loop, on a few batches in turn."""
     dataset = latent_dataset(setting.work, config, setting.count(2048, 64))
-    network = setting.compiled(state.model) if options.compile else None
-    trainer = trainer_of(options, dataset, state, setting.work, Ranks(device=setting.device), network)
+    trainer = trainer_of(options, dataset, state, setting.work, Ranks(device=setting.device))
     steps = cycle(some_steps(trainer, 2))
     return lambda: trainer.train_step(*next(steps))
 

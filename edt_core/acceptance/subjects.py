@@ -78,10 +78,14 @@ class Setting:
         """Device memory of a task."""
         return at_full_size if self.is_full else 0.1
 
+    @property
+    def backend(self) -> str:
+        """Of torch.compile; at a small scale the graph alone, without generated code."""
+        return "inductor" if self.is_full else "eager"
+
     def compiled(self, module: Any) -> Any:
-        """A module, or a function, compiled; at a small scale its graph alone, without generated code."""
-        backend = "inductor" if self.is_full else "eager"
-        return torch.compile(module, dynamic=False, backend=backend)
+        """A module, or a function, compiled."""
+        return torch.compile(module, dynamic=False, backend=self.backend)
 
 
 def synchronize(device: torch.device) -> None:
@@ -134,10 +138,13 @@ def random_model(config: ModelConfig, device: torch.device) -> DiffusionTransfor
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Root mean square of the difference, relative to that of the reference."""
+    """Root mean square of the difference, relative to that of the reference.
+
+    Where the reference is 0, as the gradient of the bias of a single token, an equal value has no error.
+    """
     exact = reference.detach().double().cpu()
-    difference = value.detach().double().cpu() - exact
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(exact))
+    difference = torch.linalg.vector_norm(value.detach().double().cpu() - exact)
+    return 0.0 if float(difference) == 0 else float(difference / torch.linalg.vector_norm(exact))
 
 
 def latent_dataset(folder: Path, model: ModelConfig, rows: int) -> LatentDataset:

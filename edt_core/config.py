@@ -309,7 +309,7 @@ class TrainConfig(Section):
     use_gpu: bool = runtime(False, description="use one GPU per worker")
     compile: bool | None = runtime(
         None,
-        description="torch.compile the blocks of the model, for faster steps after a slower start; null "
+        description="torch.compile the blocks and the optimizer, for faster steps after a slower start; null "
         "for true on GPUs and false on CPUs. Where compiling fails, the training continues without it",
     )
     activation_checkpointing: bool = runtime(False, description="recompute blocks in the backward pass to save memory")

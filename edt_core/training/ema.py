@@ -24,11 +24,12 @@ class EMA:
         ]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Update each average, all its tensors in one fused call."""
-        values = [self._values[name].float() for name in self._averaged]
+    def update(self, without: Collection[str] = ()) -> None:
+        """Update each average, all its tensors but those named `without` in one fused call."""
+        names = [name for name in self._averaged if name not in without]
+        values = [self._values[name].float() for name in names]
         for decay, average in zip(self.decays, self.averages, strict=True):
-            torch._foreach_lerp_([average[name] for name in self._averaged], values, 1.0 - decay)
+            torch._foreach_lerp_([average[name] for name in names], values, 1.0 - decay)
 
     def load(self, averages: Sequence[Mapping[str, Tensor]]) -> None:
         """Load averages, one for each decay in order. Raises KeyError if a tensor of the model is missing."""

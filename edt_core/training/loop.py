@@ -24,6 +24,7 @@ from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
 from edt_core.training.speed.compiled import compile_parts, is_compiled
+from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.start.trainable import step_flops
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
 from edt_core.training.trainer import NotFiniteError, Signal, Trainer
@@ -112,7 +113,10 @@ def _begin(
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak, sheet and sheet * ranks.world_size),
     )
-    trainer.untried = compiled
+    if compiled:
+        trainer.untried = True
+        if config.optimizer == "adan":
+            trainer.compiled_update = CompiledUpdate(state.model, state.optimizer, state.ema)
     # If the time was up at an extra checkpoint, one more step is trained: a training ends in a regular checkpoint.
     if checkpoint is not None and checkpoint.regular and trainer.time_is_up:
         trainer.last_step = state.step

@@ -12,15 +12,20 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
+_FORMS = ("foreach", "fused")  # fields of an optimizer's groups that say how it computes
+
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adan (Xie et al. 2022, arXiv 2208.06677; betas in the `1 - beta` convention of its code) or AdamW."""
+    owned = list(parameters)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, foreach=True)
+        on_gpu = any(parameter.is_cuda for parameter in owned)
+        foreach, fused = (None, True) if on_gpu else (True, None)
+        return torch.optim.AdamW(owned, lr=config.lr, weight_decay=config.weight_decay, foreach=foreach, fused=fused)
     from pytorch_optimizer import Adan
 
     # foreach is set because on CPU the library's default is the per-parameter path, which is 3 times as slow.
-    return Adan(list(parameters), lr=config.lr, weight_decay=config.weight_decay, foreach=True)
+    return Adan(owned, lr=config.lr, weight_decay=config.weight_decay, foreach=True)
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -70,8 +75,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
     The host does not wait for the norm: gradients that are small enough are multiplied by 1.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    factor = (max_norm / norm.double()).clamp(max=1.0).to(norm.dtype)
-    torch._foreach_mul_(gradients, factor)
+    torch._foreach_mul_(gradients, clip_factor(norm, max_norm))
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What to multiply gradients of the norm `norm` with, [] on its device, for a norm of at most `max_norm`."""
+    return (max_norm / norm.double()).clamp(max=1.0).to(norm.dtype)
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict]]:
@@ -86,9 +95,12 @@ def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], 
 
 
 def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: Sequence[dict]) -> None:
-    """Inverse of `flatten_state`."""
+    """Inverse of `flatten_state`. How the optimizer computes, which depends on the device, stays as it is."""
+    forms = [{form: group[form] for form in _FORMS if form in group} for group in optimizer.param_groups]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": list(groups)})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": [{**saved, **form} for saved, form in zip(groups, forms, strict=True)]}
+    )

@@ -30,9 +30,10 @@ from edt_core.training.context import TrainContext
 from edt_core.training.draws import StepDraws, to_device
 from edt_core.training.history import named_losses
 from edt_core.training.meter import Meter
-from edt_core.training.optim import clip_gradients, gradient_norm, learning_rate
+from edt_core.training.optim import clip_factor, clip_gradients, gradient_norm, learning_rate
 from edt_core.training.ranks import Ranks
 from edt_core.training.speed.compiled import failure, undo_compiled_parts
+from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.state import TrainState
 from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
 
@@ -123,6 +124,7 @@ class Trainer:
     meter: Meter
     unchecked: Launched | None = None
     untried: bool = False  # the model's parts are to be compiled, and have not been called yet
+    compiled_update: CompiledUpdate | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -186,12 +188,17 @@ class Trainer:
         """
         self.untried, context, model, started = False, self.context, self.state.model, time.perf_counter()
         null_label = model.config.num_classes
-        problem = failure(
-            lambda: accumulate_gradient(model, self.config, self.schedule, inputs, null_label), self.ranks
-        )
+
+        def run() -> None:
+            accumulate_gradient(model, self.config, self.schedule, inputs, null_label)
+            if self.compiled_update is not None:
+                self.compiled_update.rehearse()
+
+        problem = failure(run, self.ranks)
         self.state.optimizer.zero_grad(set_to_none=True)
         if problem is not None:
             undo_compiled_parts(model)
+            self.compiled_update = None
         if self.ranks.rank != 0:
             return
         if problem is None:
@@ -248,8 +255,12 @@ class Trainer:
         """Update the weights and their averages. The norm is that of the gradient, on its device."""
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step, self.total_steps)
-        if self.config.max_grad_norm is not None:
-            clip_gradients(self.state.model.parameters(), norm, self.config.max_grad_norm)
+        max_norm = self.config.max_grad_norm
+        clip = None if max_norm is None else clip_factor(norm, max_norm)
+        if self.compiled_update is not None and self.compiled_update(clip):
+            return
+        if max_norm is not None:
+            clip_gradients(self.state.model.parameters(), norm, max_norm)
         self.state.optimizer.step()
         self.state.ema.update()
 

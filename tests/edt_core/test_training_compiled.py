@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from edt_core.training.loop import train
 from edt_core.training.ranks import Ranks
 from edt_core.training.speed import compiled
 from edt_core.training.speed.compiled import failure
+from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.trainer import COMPILE_SECONDS
 from tests.support.trainings import contents, narrow, place, same
 
@@ -46,6 +48,7 @@ def compile_with(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.compile_parts(model, backend)
 
     monkeypatch.setattr(loop, "compile_parts", compile_parts)
+    monkeypatch.setattr(loop, "CompiledUpdate", partial(CompiledUpdate, backend=backend))
 
 
 def test_a_compiled_training_is_the_same_and_says_how_long_compiling_took(

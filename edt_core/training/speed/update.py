@@ -1,0 +1,137 @@
+"""The update of the weights in one compiled pass: clipping, Adan, and the averages of the weights.
+
+The library's Adan goes over lists of all tensors, about 15 times a step; compiled, each element is read and written
+once. A function is compiled for the tensors of one block, and serves all blocks of the same shapes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edt_core.training.draws import to_device
+from edt_core.training.ema import EMA
+from edt_core.training.speed.compiled import Backend, allow_graphs
+
+_STATES = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
+Update = Callable[..., None]
+
+
+class CompiledUpdate:
+    """Does what `clip_gradients`, Adan's `step` and `EMA.update` do, but for the last bits; the state is Adan's own.
+
+    It updates nothing if a parameter has no gradient, or no state yet, as at the first step: the library does that one.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, backend: Backend = "inductor"
+    ) -> None:
+        """The optimizer is the library's Adan with one group of parameters, all of the model."""
+        self._optimizer: Any = optimizer
+        (group,) = optimizer.param_groups
+        owned = {id(parameter) for parameter in group["params"]}
+        named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
+        self._names = [list(names) for names in by_block(named).values()]
+        self._parts = [[named[name] for name in names] for names in self._names]
+        self._ema, self._trained = ema, frozenset(named)
+        allow_graphs()
+        self._run = torch.compile(_updater(group, ema.decays), backend=backend, dynamic=False)
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Compile for the tensors of each block, with zeros in place of the weights; every parameter needs a gradient.
+
+        An error of the compiler comes here, before a weight is changed.
+        """
+        seen = set()
+        for part in self._parts:
+            shapes = tuple((p.shape, p.stride(), p.dtype, p.grad is not None and p.grad.stride()) for p in part)
+            if shapes in seen or any(parameter.grad is None for parameter in part):
+                continue
+            seen.add(shapes)
+            weights = [torch.zeros_like(parameter.detach()) for parameter in part]
+            gradients = [torch.zeros_like(parameter.grad) for parameter in part if parameter.grad is not None]
+            states = [[torch.zeros_like(weight) for weight in weights] for _ in _STATES]
+            averages = [[torch.zeros_like(weight, dtype=torch.float32) for weight in weights] for _ in self._ema.decays]
+            self._run(weights, gradients, states, averages, torch.ones(5, dtype=part[0].dtype, device=part[0].device))
+
+    @torch.no_grad()
+    def __call__(self, clip: Tensor | None) -> bool:
+        """Update weights and averages with gradients times `clip`, [] on their device; return whether it did."""
+        optimizer, (group,) = self._optimizer, self._optimizer.param_groups
+        if any(p.grad is None or p not in optimizer.state for part in self._parts for p in part):
+            return False
+        group["step"] += 1
+        numbers = self._numbers(group, clip)
+        for names, part in zip(self._names, self._parts, strict=True):
+            self._run(
+                [parameter.detach() for parameter in part],
+                [parameter.grad for parameter in part],
+                [[optimizer.state[parameter][name] for parameter in part] for name in _STATES],
+                [[average[name] for name in names] for average in self._ema.averages],
+                numbers,
+            )
+        self._ema.update(without=self._trained)
+        return True
+
+    def _numbers(self, group: dict[str, Any], clip: Tensor | None) -> Tensor:
+        """The numbers that change from step to step, [5], on the device: otherwise each would need another graph."""
+        first, second, third = (self._optimizer.debias(beta, group["step"]) for beta in group["betas"])
+        rate, decay = group["lr"], group["lr"] * group["weight_decay"]
+        weight = self._parts[0][0]
+        numbers = torch.tensor(
+            [
+                rate / first,
+                rate * group["betas"][1] / second,
+                third**0.5,
+                1.0 - decay if group["weight_decouple"] else 1.0 + decay,
+                1.0,
+            ],
+            dtype=weight.dtype,
+        )
+        numbers = to_device(numbers, weight.device)
+        if clip is not None:
+            numbers[4] = clip
+        return numbers
+
+
+def by_block(named: Iterable[str]) -> dict[str, list[str]]:
+    """The names of parameters by the block that they belong to, such as `blocks.3`; "" for those of no block."""
+    blocks: dict[str, list[str]] = {}
+    for name in named:
+        group, number = [*name.split("."), ""][:2]
+        blocks.setdefault(f"{group}.{number}" if number.isdigit() else "", []).append(name)
+    return blocks
+
+
+def _updater(group: dict[str, Any], decays: tuple[float, ...]) -> Update:
+    """The function to compile: it updates tensors in place, in the order of operations of the library's Adan."""
+    (beta1, beta2, beta3), eps = group["betas"], group["eps"]
+    has_decay, decouple = group["weight_decay"] != 0.0, group["weight_decouple"]
+
+    def update(
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        states: list[list[Tensor]],
+        averages: list[list[Tensor]],
+        numbers: Tensor,
+    ) -> None:
+        step, difference_step, correction, decay, clip = numbers.unbind()
+        for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+            mean, difference_mean, square_mean, negative = (state[index] for state in states)
+            clipped = gradient * clip
+            difference = negative + clipped
+            mean.lerp_(clipped, 1.0 - beta1)
+            difference_mean.lerp_(difference, 1.0 - beta2)
+            sum_ = difference * beta2 + clipped
+            square_mean.mul_(beta3).addcmul_(sum_, sum_, value=1.0 - beta3)
+            scale = square_mean.sqrt() / correction + eps
+            new = weight * decay if has_decay and decouple else weight
+            new = new - step * (mean / scale) - difference_step * (difference_mean / scale)
+            weight.copy_(new / decay if has_decay and not decouple else new)
+            negative.copy_(-clipped)
+            for average, rate in zip(averages, decays, strict=True):
+                average[index].lerp_(weight.float(), 1.0 - rate)
+
+    return update

@@ -319,6 +319,11 @@ class TrainConfig(Section):
         description="precision in which workers add their gradients; bf16 halves the traffic between nodes, and the "
         "result depends on the number of workers",
     )
+    residual_dtype: Literal["fp32", "bf16"] = added(
+        "fp32",
+        description="with precision bf16: precision of the tokens between blocks; bf16 needs less memory and time, and "
+        "the statistics of norms stay fp32",
+    )
     timeout_s: int = added_runtime(
         7200,
         ge=1,

@@ -10,6 +10,8 @@ from contextlib import closing, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import torch
+
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
 from edt_core.data.prefetch import prefetched
@@ -94,6 +96,7 @@ def _begin(
     total_steps = config.total_steps(len(dataset))
     context.store.stable_step = decay_start(config, total_steps)
     state.model.activation_checkpointing = config.activation_checkpointing
+    state.model.stream_dtype = torch.bfloat16 if config.residual_dtype == "bf16" else None
     compiled = is_compiled(config, ranks.device)
     if compiled:
         compile_parts(state.model)

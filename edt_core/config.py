@@ -324,6 +324,11 @@ class TrainConfig(Section):
         description="with precision bf16: precision of the tokens between blocks; bf16 needs less memory and time, and "
         "the statistics of norms stay fp32",
     )
+    attention_table: str | None = added_runtime(
+        None,
+        description="JSON file on the worker that names the form of attention by number of tokens, such as "
+        '{"64": "written_out", "256": "sdpa"}; null for the usual forms',
+    )
     timeout_s: int = added_runtime(
         7200,
         ge=1,

@@ -6,6 +6,8 @@ conditioning.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from edt_core.models.layers import AdaptiveLayerNorm, FeedForward, adaln_project
 from edt_core.models.positions import amm_matrix, relative_offsets
 from edt_core.models.weight_memo import made_once
 
+AttentionForm = Literal["written_out", "sdpa"]
 _FUSED_FROM = 256  # tokens from which modulated attention on a CPU is faster in the fused kernel
 _NEVER = -1e4  # added to a score, its weight is 0 in float32; unlike -inf, a whole tile of it gives no NaN
 
@@ -62,6 +65,7 @@ class Attention(nn.Module):
     """
 
     amm: Tensor | None
+    form: AttentionForm | None = None  # None: by device and need, see `is_written_out`
 
     def __init__(
         self,
@@ -107,7 +111,8 @@ class Attention(nn.Module):
         """The weighted values v, all [N, H, T, D/H]. The scale is set here, since q's heads may be padded."""
         scale, amm = self.head_dim**-0.5, None if self.training or indices is not None else self.amm
         bias = self._bias(q.dtype, indices)
-        if is_written_out(q, bias, amm):
+        chosen = self.form if amm is None and indices is None else None
+        if chosen == "written_out" or (chosen is None and is_written_out(q, bias, amm)):
             return written_out_attention(q, k, v, bias, scale, amm)
         if amm is None:
             mask = bias if bias is None or bias.ndim == 4 else bias.unsqueeze(0)

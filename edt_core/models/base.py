@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from edt_core.models.attention import Attention
+from edt_core.models.attention import Attention, AttentionForm
 from edt_core.models.config import AmmKernel, ModelConfig
 
 
@@ -92,6 +92,12 @@ class DiffusionTransformer(nn.Module, ABC):
         self.config = replace(self.config, amm_blocks=tuple(blocks), amm_kernel=kernel, amm_radius=radius)
         for index, attention in enumerate(self.attentions()):
             attention.set_amm(kernel if index in self.config.amm_blocks else None, radius)
+
+    def set_attention_forms(self, forms: Mapping[int, AttentionForm]) -> None:
+        """Compute attention without masks and AMM in the form given for its number of tokens; others stay as usual."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.form = forms.get(module.grid**2 + module.extra_tokens)
 
     def attentions(self) -> list[Attention]:
         """The attention of each block, in forward order, without modules that only a masked pass uses."""

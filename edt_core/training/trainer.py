@@ -123,7 +123,7 @@ class Trainer:
     schedule: Schedule
     meter: Meter
     unchecked: Launched | None = None
-    untried: bool = False  # the model's parts are to be compiled, and have not been called yet
+    untried: bool = False  # the model's parts will be compiled by their first call, at the next step
     compiled_update: CompiledUpdate | None = None
 
     @property

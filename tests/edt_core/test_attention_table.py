@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from edt_core.acceptance.attention_forms import Table
 from edt_core.config import TrainConfig, result_fields
 from edt_core.data.latents import LatentDataset
 from edt_core.errors import UserError
@@ -74,3 +75,19 @@ def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_attention_table(tmp_path / "none.json")
+
+
+def test_the_file_of_the_acceptance_is_a_table(tmp_path: Path) -> None:
+    """Whatever it writes can be given to a training; other forms than the model's are passed over."""
+    path, measured = tmp_path / "attention.json", Table()
+    measured.training = {
+        16: {"fused": 2.0, "written out": 3.0, "written out, compiled": 1.0, "flex, compiled": 0.5},
+        64: {"fused": 2.0, "written out": 3.0},
+        256: {"written out": 3.0},
+    }
+    measured.write(path, torch.device("cpu"))
+    assert read_attention_table(path) == {16: "written_out", 64: "sdpa", 256: "written_out"}
+    measured.training = {16: {"flex, compiled": 0.5}}
+    measured.write(path, torch.device("cpu"))
+    with pytest.raises(UserError, match="neither fused nor written out was measured"):
+        read_attention_table(path)

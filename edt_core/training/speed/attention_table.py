@@ -18,8 +18,8 @@ def read_attention_table(path: Path) -> dict[int, AttentionForm]:
     forms = get_args(AttentionForm)
     remedy = (
         f"it must be a JSON object of numbers of tokens and forms ({', '.join(forms)}), such as "
-        '{"64": "written_out"}, or the file of `python -m edt_core.acceptance --attention-table`; mend it, or leave out '
-        "train.attention_table"
+        '{"64": "written_out"}, or the file of `python -m edt_core.acceptance --attention-table`; mend it, or leave '
+        "out train.attention_table"
     )
     try:
         table: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -43,8 +43,8 @@ def _measured(rows: Any, path: Path) -> dict[str, AttentionForm]:
         return {str(row["tokens"]): _faster(row["ms"]) for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"the attention table {path} (train.attention_table) is not what the acceptance writes: {error!r}; measure it "
-            "again with `python -m edt_core.acceptance --attention-table FILE`"
+            f"the attention table {path} (train.attention_table) is not what the acceptance writes: {error!r}; "
+            "measure it again with `python -m edt_core.acceptance --attention-table FILE`"
         ) from None
 
 

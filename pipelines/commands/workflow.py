@@ -211,7 +211,8 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     for line in outcome.left_out:
         terminal.say_wrapped(f"not used  {line}", indent=10)
     for name, decision in outcome.decisions.items():
-        terminal.say(f"\n{name} version {decision.version}  {decision}", "bold")
+        terminal.say("")
+        terminal.say_wrapped(f"{name} version {decision.version}  {decision}", "bold")
         _show_metrics(*outcome.metrics[name], terminal)
         for remark in outcome.remarks.get(name, ()):
             terminal.say_wrapped(f"  {remark.text}", "yellow" if remark.doubt else "", indent=4)

@@ -102,7 +102,7 @@ def test_a_training_step_is_on_the_gpu_and_waits_for_nothing(name: str, optimize
         for _ in range(2):  # the first step of an optimizer makes its state
             with waits(mode):
                 norm = gradient_norm(trained)
-                clip_gradients(trained, 2.0, 1.0)
+                clip_gradients(trained, norm, 1.0)
                 stepper.step()
                 ema.update()
         assert norm.device == CUDA

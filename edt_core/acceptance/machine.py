@@ -61,7 +61,7 @@ def _driver() -> str | None:
         text = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=20,
             check=True,
         ).stdout

@@ -33,7 +33,7 @@ def added_runtime(default: Any, **constraints: Any) -> Any:
 
 def names_input(default: Any, **constraints: Any) -> Any:
     """An added field that names an input of its stage: what it names counts, as an input, and its text does not."""
-    return Field(default, json_schema_extra={"runtime": True, "added": True}, **constraints)
+    return added_runtime(default, **constraints)
 
 
 def result_fields(section: Section) -> dict[str, Any]:

@@ -187,13 +187,12 @@ def has_library_adan() -> bool:
 
 def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> TrainState:
     """The state before the first step; with the acceptance's own Adan where pytorch_optimizer is not installed."""
-    try:
+    if has_library_adan():
         return initial_state(config, model, device)
-    except ImportError:
-        options: Any = config
-        state = initial_state(replace(options, optimizer="adamw"), model, device)
-        state.optimizer = Adan((p for p in state.model.parameters() if p.requires_grad), config.lr)
-        return state
+    options: Any = config
+    state = initial_state(replace(options, optimizer="adamw"), model, device)
+    state.optimizer = Adan((p for p in state.model.parameters() if p.requires_grad), config.lr)
+    return state
 
 
 def trainer_of(

@@ -256,9 +256,10 @@ class Trainer:
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step, self.total_steps)
         max_norm = self.config.max_grad_norm
-        clip = None if max_norm is None else clip_factor(norm, max_norm)
-        if self.compiled_update is not None and self.compiled_update(clip):
-            return
+        if self.compiled_update is not None:
+            clip = None if max_norm is None else clip_factor(norm, max_norm)
+            if self.compiled_update(clip):
+                return
         if max_norm is not None:
             clip_gradients(self.state.model.parameters(), norm, max_norm)
         self.state.optimizer.step()

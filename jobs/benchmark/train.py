@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from edt_core.acceptance.authors import PlainStep
+from edt_core.acceptance.subjects import step_inputs
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.scale import LatentScale
@@ -85,19 +86,6 @@ def bench_train(work: Path, subject: Subject, precisions: tuple[str, ...], turns
 # --- the step alone, and beside a plain one
 
 
-def ready_inputs(config: TrainConfig, model: ModelConfig, device: torch.device) -> StepInputs:
-    """Random latents, labels and draws of one step, on the device."""
-    draws = draw_step(config, 0, model)
-    rng = torch.Generator().manual_seed(config.seed)
-    return StepInputs(
-        latents=torch.randn(draws.posterior_noise.shape, generator=rng).to(device),
-        labels=(torch.arange(config.global_batch_size) % model.num_classes).to(device),
-        timesteps=(draws.uniforms * config.num_timesteps).long().to(device),
-        weights=torch.ones(config.global_batch_size, device=device),
-        draws=draws.to(device),
-    )
-
-
 class BareStep:
     """Our training step without loop, loader and logging, repeated on the same inputs."""
 
@@ -151,7 +139,7 @@ def _steps(
 ) -> tuple[list[Row], dict[str, float]]:
     """Rows of the step in each precision, alone and beside the plain step; and the seconds of each."""
     model, ranks = subject.model_config, Ranks(device=device)
-    inputs = ready_inputs(subject.train_config(precisions[0]), model, device)
+    inputs = step_inputs(subject.train_config(precisions[0]), model, device)
     bare = {name: BareStep(subject.train_config(name), model, inputs, ranks) for name in precisions}
     memory = {name: _peak_memory(step, device) for name, step in bare.items()}
     plain_precision = "fp32" if device.type == "cpu" else "tf32"
@@ -194,7 +182,7 @@ def _loop(work: Path, subject: Subject, precision: str, device: torch.device, tu
     model, steps = subject.model_config, _WARM_UP + 2 * turns
     dataset = LatentDataset([_latents(work, model, rows=max(4 * subject.batch_size, 64))])
     config = subject.train_config(precision, max_steps=steps, log_every=1, checkpoint_every=steps)
-    bare = BareStep(config, model, ready_inputs(config, model, device), Ranks(device=device))
+    bare = BareStep(config, model, step_inputs(config, model, device), Ranks(device=device))
     in_loop, alone = [], []
     ended = time.perf_counter()
 
@@ -319,7 +307,7 @@ def _worker(rank: int, config: TrainConfig, model: ModelConfig, device: str, tur
         torch.cuda.set_device(rank)
         here, backend = torch.device("cuda", rank), "nccl"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    inputs = ready_inputs(config, model, here).rows(share(config.global_batch_size, rank, world_size))
+    inputs = step_inputs(config, model, here).rows(share(config.global_batch_size, rank, world_size))
     step = BareStep(config, model, inputs, Ranks(rank, world_size, here))
     seconds = in_turns({"step": step}, turns, here)["step"]
     if rank == 0:

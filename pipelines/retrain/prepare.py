@@ -96,7 +96,7 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
         config, notes = _with_classifier(config, catalog, store, source)
         _check_start(config, catalog, request.name)
     delta = delta_of(version, store, source)
-    if not request.from_scratch and delta is not None:
+    if not request.from_scratch and delta is not None and delta.gained:  # else the line is not looked up again
         _, first = line_start(catalog, request.name, version, record)
         config, said = _with_rate(config, request, delta, first)
         notes += said

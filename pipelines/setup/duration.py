@@ -108,12 +108,13 @@ def _time(config: TrainConfig, model_config: ModelConfig, device: Any, micro_bat
 
     import torch
 
+    from edt_core.acceptance.subjects import step_inputs
     from edt_core.training.ranks import Ranks
-    from jobs.benchmark.train import BareStep, ready_inputs
+    from jobs.benchmark.train import BareStep
 
     one = {"global_batch_size": micro_batch, "micro_batch_size": micro_batch, "num_workers": 1, "compile": False}
     small = config.model_copy(update=one)
-    step = BareStep(small, model_config, ready_inputs(small, model_config, device), Ranks(device=device))
+    step = BareStep(small, model_config, step_inputs(small, model_config, device), Ranks(device=device))
     until = time.perf_counter() + _LIMIT_S
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= _MOST_STEPS and time.perf_counter() < until):

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from edt_core.acceptance.subjects import step_inputs
 from edt_core.config import TrainConfig
 from edt_core.models import ModelConfig, model_config
 from edt_core.training.ranks import Ranks
 from edt_core.training.start.trainable import count_trained, step_flops
 from edt_core.training.state import to_checkpoint
 from jobs.benchmark.table import mib
-from jobs.benchmark.train import BareStep, in_turns, ready_inputs
+from jobs.benchmark.train import BareStep, in_turns
 
 KINDS = ("all", "difffit", "bias")
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def config_of(kind: str, model: str, batch_size: int) -> TrainConfig:
 
 def step_of(kind: str, model: ModelConfig, name: str, batch_size: int) -> BareStep:
     config = config_of(kind, name, batch_size)
-    return BareStep(config, model, ready_inputs(config, model, CPU), Ranks(device=CPU))
+    return BareStep(config, model, step_inputs(config, model, CPU), Ranks(device=CPU))
 
 
 def resident(field: str) -> int:

@@ -163,7 +163,7 @@ def test_a_task_is_stopped_when_the_time_is_up() -> None:
         while True:
             try:
                 torch.ones(2).sum()
-            except Exception:  # as a compiler does, which goes on without what failed
+            except Exception:  # a compiler does the same, and continues without what failed
                 continue
 
     report = Report({})

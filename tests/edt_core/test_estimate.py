@@ -1,4 +1,4 @@
-"""What is told of a training before it starts, against what it then takes."""
+"""The estimate of a training before it starts, against what it then takes."""
 
 from dataclasses import replace
 
@@ -47,8 +47,8 @@ def bytes_kept(model: DiffusionTransformer, batch: int, passes: int = 2, precisi
 def test_the_memory_of_a_pass_is_told_without_running_it(name: str) -> None:
     config = model_config(name, 32, 10)
     for batch in (1, 5):
-        told = saved(shadow(config).train(), batch, 2).activations
-        assert told == pytest.approx(bytes_kept(build_model(config).train(), batch), rel=0.1)
+        estimated = saved(shadow(config).train(), batch, 2).activations
+        assert estimated == pytest.approx(bytes_kept(build_model(config).train(), batch), rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "passes"), [("EDT-S/2", 2), ("DiT-S/2", 1)])
@@ -58,8 +58,8 @@ def test_in_bf16_each_tensor_counts_in_its_own_dtype(name: str, passes: int) -> 
     model = build_model(config).train()
     for batch in (1, 3):
         real = bytes_kept(model, batch, passes, "bf16")
-        told = saved(shadow(config).train(), batch, passes, "bf16").activations
-        assert told == pytest.approx(real, rel=0.1)
+        estimated = saved(shadow(config).train(), batch, passes, "bf16").activations
+        assert estimated == pytest.approx(real, rel=0.1)
         exact = saved(shadow(config).train(), batch, passes).activations
         assert exact / 2 < 0.9 * real
 
@@ -83,23 +83,23 @@ def test_the_highest_moment_is_in_the_backward_pass_or_in_the_optimizer() -> Non
     large = estimate(TrainConfig(global_batch_size=512), TINY, 100)
     assert large.activations > large.weights
     assert 0 < large.temporary < large.activations  # of the attention's bias
-    for told in (small, large):
-        parts = told.weights + told.gradients + told.optimizer + told.ema + told.activations + told.temporary
-        assert told.memory == parts
+    for each in (small, large):
+        parts = each.weights + each.gradients + each.optimizer + each.ema + each.activations + each.temporary
+        assert each.memory == parts
 
 
 def test_tensors_of_a_training_are_counted_as_they_are() -> None:
     for optimizer in ("adan", "adamw"):
         config = TrainConfig(model="EDT-Tiny/2", optimizer=optimizer, ema_decay=(0.9, 0.99), global_batch_size=8)
-        told, state = estimate(config, TINY, 100), initial_state(config, TINY)
+        estimated, state = estimate(config, TINY, 100), initial_state(config, TINY)
         for parameter in state.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         state.optimizer.step()
         tensors = [v for s in state.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.ndim]
-        assert told.optimizer == sum(tensor.nbytes for tensor in tensors)
-        assert told.ema == pytest.approx(sum(v.nbytes for a in state.ema.averages for v in a.values()), rel=0.02)
-        assert told.parameters == count_parameters(state.model)
-        assert told.macs == count_macs(state.model)
+        assert estimated.optimizer == sum(tensor.nbytes for tensor in tensors)
+        assert estimated.ema == pytest.approx(sum(v.nbytes for a in state.ema.averages for v in a.values()), rel=0.02)
+        assert estimated.parameters == count_parameters(state.model)
+        assert estimated.macs == count_macs(state.model)
 
 
 def test_more_workers_or_smaller_micro_batches_take_less_memory_each() -> None:
@@ -117,10 +117,10 @@ def test_more_workers_or_smaller_micro_batches_take_less_memory_each() -> None:
 
 def test_steps_and_epochs() -> None:
     config = TrainConfig(global_batch_size=256, max_steps=400_000)
-    told = estimate(config, TINY, 1_281_167)
-    assert told.steps_per_epoch == pytest.approx(5004.56, abs=0.01)
-    assert told.steps == 400_000
-    assert "5,004.6" in str(told)
+    estimated = estimate(config, TINY, 1_281_167)
+    assert estimated.steps_per_epoch == pytest.approx(5004.56, abs=0.01)
+    assert estimated.steps == 400_000
+    assert "5,004.6" in str(estimated)
     assert estimate(replace_field(config, max_epochs=2.0), TINY, 1000).steps == 8
 
 
@@ -129,9 +129,9 @@ def replace_field(config: TrainConfig, **fields: object) -> TrainConfig:
 
 
 def test_a_model_of_the_paper_is_told_in_the_paper_s_terms() -> None:
-    told = str(estimate(TrainConfig(model="EDT-S/2", precision="bf16"), model_config("EDT-S/2"), 1_281_167))
-    assert "38,329,146" in told
-    assert "2.67 G" in told
+    estimated = str(estimate(TrainConfig(model="EDT-S/2", precision="bf16"), model_config("EDT-S/2"), 1_281_167))
+    assert "38,329,146" in estimated
+    assert "2.67 G" in estimated
     larger = replace(TINY, depths=(4, 1, 1, 1, 4))
     assert estimate(TrainConfig(), larger, 10).macs > estimate(TrainConfig(), TINY, 10).macs
 

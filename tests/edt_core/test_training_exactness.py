@@ -251,7 +251,7 @@ class _Worker:
             weights = digest(train(config, narrow(), self.dataset, context).model)
         except Stopped as error:
             stopped = str(error)
-        told = {
+        recorded = {
             "samples": self.samples,
             "saved": store.saved,
             "reported": [row["step"] for row in context.reported],
@@ -260,7 +260,7 @@ class _Worker:
             "weights": weights,
         }
         number = len(list(self.folder.glob(f"{name}.{ranks.rank}.*.json")))
-        (self.folder / f"{name}.{ranks.rank}.{number}.json").write_text(json.dumps(told))
+        (self.folder / f"{name}.{ranks.rank}.{number}.json").write_text(json.dumps(recorded))
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -349,7 +349,7 @@ def processes(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFacto
             worker.wait()
 
 
-def told(folder: Path, name: str, rank: int, number: int = 0) -> dict:
+def recorded(folder: Path, name: str, rank: int, number: int = 0) -> dict:
     return json.loads((folder / f"{name}.{rank}.{number}.json").read_text())
 
 
@@ -371,21 +371,21 @@ def test_two_processes_train_what_one_does_bit_for_bit(processes: Path) -> None:
 @pytest.mark.extern
 def test_another_number_of_workers_goes_on_bit_for_bit(processes: Path) -> None:
     """Two workers, then one from step 4, then two from step 8."""
-    assert "step 8 of 12" in told(processes, "mixed", 0, 0)["stopped"]
-    assert told(processes, "mixed", 0, 1)["reported"][:1] == [9]
+    assert "step 8 of 12" in recorded(processes, "mixed", 0, 0)["stopped"]
+    assert recorded(processes, "mixed", 0, 1)["reported"][:1] == [9]
     assert contents(place(processes / "mixed", 12)) == contents(place(processes / "two", 12))
 
 
 @pytest.mark.extern
 def test_every_global_batch_holds_the_same_samples_in_the_same_order(processes: Path) -> None:
     expected = {str(step): batch_indices(0, step, 16, 96).tolist() for step in range(12)}
-    assert told(processes, "one", 0)["samples"] == expected
+    assert recorded(processes, "one", 0)["samples"] == expected
     for name, world_size in (("two", 2), ("three", 3)):
-        ranks = [told(processes, name, rank)["samples"] for rank in range(world_size)]
+        ranks = [recorded(processes, name, rank)["samples"] for rank in range(world_size)]
         joined = {step: [row for rank in ranks for row in rank[step]] for step in expected}
         assert joined == expected
         assert {len(rank[step]) for rank in ranks for step in rank} == ({8} if world_size == 2 else {5, 6})
-    alone, first, second = (told(processes, "mixed", *which)["samples"] for which in ((0, 0), (0, 1), (1, 0)))
+    alone, first, second = (recorded(processes, "mixed", *which)["samples"] for which in ((0, 0), (0, 1), (1, 0)))
     assert {step: alone[str(step)] for step in range(4, 8)} == {step: expected[str(step)] for step in range(4, 8)}
     assert {step: first[step] + second[step] for step in first} == {str(k): expected[str(k)] for k in range(8, 12)}
 
@@ -408,28 +408,28 @@ def test_three_processes_resume_bit_for_bit(processes: Path) -> None:
 @pytest.mark.extern
 def test_rank_0_alone_tells_and_saves(processes: Path) -> None:
     for name, world_size in (("two", 2), ("three", 3)):
-        first = told(processes, name, 0)
+        first = recorded(processes, name, 0)
         assert first["reported"] == list(range(1, 13))
         assert first["saved"] == [4, 8, 12]
         assert first["previews"] == [6, 12]
         for rank in range(1, world_size):
-            others = told(processes, name, rank)
+            others = recorded(processes, name, rank)
             assert (others["reported"], others["saved"], others["previews"]) == ([], [], [])
 
 
 @pytest.mark.extern
 def test_all_ranks_stop_where_rank_0_wishes_it(processes: Path) -> None:
-    assert all("step 6 of 12" in told(processes, "stopped", rank, 0)["stopped"] for rank in (0, 1))
-    assert told(processes, "stopped", 0, 0)["saved"] == [4, 6]
+    assert all("step 6 of 12" in recorded(processes, "stopped", rank, 0)["stopped"] for rank in (0, 1))
+    assert recorded(processes, "stopped", 0, 0)["saved"] == [4, 6]
     assert contents(place(processes / "stopped", 12)) == contents(place(processes / "two", 12))
-    assert not any(told(processes, "ignored", rank)["stopped"] for rank in (0, 1))
+    assert not any(recorded(processes, "ignored", rank)["stopped"] for rank in (0, 1))
     assert contents(place(processes / "ignored", 12)) == contents(place(processes / "two", 12))
 
 
 @pytest.mark.extern
 def test_ranks_that_exchange_rounded_gradients_have_the_same_weights(processes: Path) -> None:
-    both = [told(processes, "rounded", rank)["weights"] for rank in (0, 1)]
-    assert both[0] == both[1] != told(processes, "two", 0)["weights"]
+    both = [recorded(processes, "rounded", rank)["weights"] for rank in (0, 1)]
+    assert both[0] == both[1] != recorded(processes, "two", 0)["weights"]
     exact, rounded = losses(final(processes, "two")), losses(final(processes, "rounded"))
     assert rounded[0] == exact[0]  # before the first update
     assert np.abs(rounded / exact - 1).max() < 0.05
@@ -439,14 +439,14 @@ def test_ranks_that_exchange_rounded_gradients_have_the_same_weights(processes: 
 
 @pytest.mark.extern
 def test_one_worker_exchanges_nothing_and_rounds_nothing(processes: Path) -> None:
-    assert told(processes, "rounded alone", 0)["weights"] == told(processes, "one", 0)["weights"]
+    assert recorded(processes, "rounded alone", 0)["weights"] == recorded(processes, "one", 0)["weights"]
 
 
 @pytest.mark.extern
 def test_a_late_check_trains_the_same_on_two_processes(processes: Path) -> None:
     for step in (4, 8, 12):
         assert contents(place(processes / "late", step)) == contents(place(processes / "late alone", step))
-    assert told(processes, "late", 0)["weights"] == told(processes, "late", 1)["weights"]
+    assert recorded(processes, "late", 0)["weights"] == recorded(processes, "late", 1)["weights"]
 
 
 if __name__ == "__main__":

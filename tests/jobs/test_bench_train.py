@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from edt_core.acceptance.authors import PlainStep, plain_model
+from edt_core.acceptance.subjects import step_inputs
 from edt_core.models import EDT
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state
 from jobs.benchmark import train as bench
 from jobs.benchmark.command import main
 from jobs.benchmark.table import Row
-from jobs.benchmark.train import BareStep, Subject, bench_train, ready_inputs
+from jobs.benchmark.train import BareStep, Subject, bench_train
 
 CPU = torch.device("cpu")
 SUBJECT = Subject("EDT-Tiny/2", 64, batch_size=4)
@@ -31,7 +32,7 @@ def drawn(model: EDT) -> EDT:
 def test_the_plain_step_is_ours() -> None:
     """Losses, and weights and averages after three steps: the two differ in nothing but how they compute."""
     config, model_config = SUBJECT.train_config("fp32", ema_decay=0.9), SUBJECT.model_config
-    inputs = ready_inputs(config, model_config, CPU)
+    inputs = step_inputs(config, model_config, CPU)
     ours = BareStep(config, model_config, inputs, Ranks())
     drawn(ours.state.model)
     ours.state.ema.averages[0].update({k: v.clone() for k, v in ours.state.model.state_dict().items()})

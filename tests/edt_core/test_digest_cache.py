@@ -51,6 +51,18 @@ def settle() -> None:
     time.sleep(0.02)
 
 
+def test_a_file_that_nobody_touched_is_looked_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle()
+    first, _ = identity(root)
+    listing = listed(root)
+
+    def look(*args: object) -> None:
+        raise AssertionError("the listing has the files' times already")
+
+    monkeypatch.setattr(digest_cache, "stats_of", look)
+    assert source_identity(listing) == first
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     root = tmp_path / "images"

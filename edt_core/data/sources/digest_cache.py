@@ -23,16 +23,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from edt_core.data.sources.files import STAT, stat_of
 from edt_core.store.cache import cache_folder
 
 FOLDER = "digests"
 _FORMAT = "edt-digests-1"
 _SETTLED_NS = 2_000_000_000
-_STAT = ("size", "mtime_ns", "ctime_ns", "inode", "device")
-_SIZE, _MTIME, _CTIME = range(3)
+_STAT = ("size", *STAT)
+_MTIME, _CTIME = 1, 2
 _ROWS = 1 << 16  # files of a record batch, and of what is looked at together
 _THREADS = 8
-_MASK = (1 << 64) - 1
 _SCHEMA = pa.schema(
     [
         ("name", pa.binary()),
@@ -113,13 +113,14 @@ class Remembered:
 class Listed:
     """The files of a listing and the images in them, in order of file: `file` int64 [N] is that of each image.
 
-    sizes: bytes that the listing states of each file [F], None if it states sizes of images only.
+    stats: what the file system said of each file [F, 5] when it was listed; None for archives, where an image's size
+    is not that of its file.
     """
 
     names: pa.ChunkedArray
     file: NDArray[np.int64]
     offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64] | None
+    stats: Stats | None
 
 
 def local_digests(
@@ -138,7 +139,7 @@ def local_digests(
     """
     path = cache_path(root, access)
     began_ns = time.time_ns()
-    before = stats_of(root, listed.names)
+    before = stats_of(root, listed.names) if listed.stats is None else listed.stats
     remembered = load(path, root, access, warn)
     there, is_renamed = _same_files(listed, before, Remembered.nothing() if again else remembered)
     digests, known = _known(listed, there, remembered)
@@ -167,9 +168,8 @@ def stats_of(root: Path, names: pa.ChunkedArray) -> Stats:
     def look(first: int) -> None:
         for place, name in enumerate(names.slice(first, _ROWS).to_pylist(), first):
             with suppress(OSError):
-                about = os.stat(base + name)
-                times = (about.st_mtime_ns & _MASK, about.st_ctime_ns & _MASK)
-                out[place] = (about.st_size, *times, about.st_ino & _MASK, about.st_dev & _MASK)
+                status = os.stat(base + name)
+                out[place] = (status.st_size, *stat_of(status))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(look, range(0, len(names), _ROWS)))
@@ -183,8 +183,6 @@ def _same_files(listed: Listed, stats: Stats, remembered: Remembered) -> tuple[N
     """
     there = remembered.place_of(listed.names)
     exists = stats.any(axis=1)
-    if listed.sizes is not None:
-        exists &= stats[:, _SIZE] == listed.sizes.astype(np.uint64)
     same = exists & (there >= 0)
     same[same] = (remembered.stats[there[same]] == stats[same]).all(axis=1)
     others = np.flatnonzero(exists & ~same)
@@ -228,7 +226,7 @@ def _known(listed: Listed, there: NDArray[np.int64], remembered: Remembered) -> 
     """
     digests = np.zeros((len(listed.file), 32), np.uint8)
     same = there >= 0
-    if listed.sizes is not None:  # an image a file
+    if listed.stats is not None:  # an image a file
         rows = remembered.starts[there[listed.file]]
         known = same[listed.file]
         digests[known] = remembered.digests[rows[known]]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from edt_core.data.images import image_extensions
@@ -29,6 +30,9 @@ THREADS = 8
 SHOWN = 10  # names that a message lists
 # Folders that systems create: macOS's archiver, Synology's thumbnails, Windows, ext4.
 _OF_THE_SYSTEM = {b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"}
+STAT = ("mtime_ns", "ctime_ns", "inode", "device")  # what the disk says of a file beside its size, modulo 2**64
+_NOT_THERE = (0, 0, 0, 0)
+_MASK = (1 << 64) - 1
 CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)\S*@")  # user:password@, but not a port or an Azure container
 _TOKENS = ("ETag", "etag", "checksum", "md5Hash", "content_md5")  # s3fs, gcsfs and adlfs, fsspec's own, gcsfs, adlfs
 
@@ -74,17 +78,21 @@ def by_extension(counts: Mapping[str, int]) -> str:
 
 
 class Entry(NamedTuple):
-    """One file or folder. `version` is the store's own token for the content of a remote file, empty for local ones."""
+    """One file or folder. `version` is the store's own token for the content of a remote file, `stat` that of a disk.
+
+    `version` is empty for a local file; `stat` has the values of STAT, zeros for a remote file or one that is gone.
+    """
 
     name: bytes
     is_folder: bool
     size: int
     version: str
+    stat: tuple[int, int, int, int] = _NOT_THERE
 
 
 @dataclass(frozen=True)
 class Files:
-    """Table of name (binary), size (int64) and, if remote, version (string), sorted by name.
+    """Table of name (binary), size (int64) and, if remote, version (string), else STAT (uint64), sorted by name.
 
     `others` counts the files that were not selected, by extension, for each folder that contains some; a folder
     directly in the source is listed even without such files. The name of the source itself is empty.
@@ -165,13 +173,18 @@ def _disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
                     yield Entry(name, False, 0, "")
                     continue
                 if stat.S_ISREG(status.st_mode):
-                    yield Entry(name, False, status.st_size, "")
+                    yield Entry(name, False, status.st_size, "", stat_of(status))
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(_loop(root, folder, "leads back to itself")) from error
         where = as_text(os.path.join(root, folder))
         remedy = "correct its permissions" if isinstance(error, PermissionError) else "check the address and the disk"
         raise UserError(f"cannot read the folder {where}: {error.strerror}; {remedy}") from error
+
+
+def stat_of(status: os.stat_result) -> tuple[int, int, int, int]:
+    """The values of STAT."""
+    return status.st_mtime_ns & _MASK, status.st_ctime_ns & _MASK, status.st_ino & _MASK, status.st_dev & _MASK
 
 
 def _is_folder(root: bytes, name: bytes, item: "os.DirEntry[bytes]") -> bool:
@@ -270,7 +283,8 @@ def one_file(root: Folder, name: bytes) -> Files:
     """An existing file as `Files`."""
     with read_errors(f"{root.uri}/{as_text(name)}"):
         if (path := root.local) is not None:
-            files = [Entry(name, False, os.stat(os.path.join(os.fsencode(path), name)).st_size, "")]
+            status = os.stat(os.path.join(os.fsencode(path), name))
+            files = [Entry(name, False, status.st_size, "", stat_of(status))]
         else:
             fs, base = remote(root)
             files = list(_remote_entries(fs, base, [fs.info(remote_path(base, name))]))
@@ -283,8 +297,9 @@ def _table(files: Sequence[Entry], with_version: bool) -> pa.Table:
         "size": pa.array([entry.size for entry in files], pa.int64()),
     }
     if with_version:
-        columns["version"] = pa.array([entry.version for entry in files], pa.string())
-    return pa.table(columns)
+        return pa.table({**columns, "version": pa.array([entry.version for entry in files], pa.string())})
+    stats = np.array([entry.stat for entry in files], np.uint64).reshape(-1, len(STAT))
+    return pa.table({**columns, **{name: pa.array(stats[:, k]) for k, name in enumerate(STAT)}})
 
 
 def open_file(root: Folder, name: bytes, block_size: int = 0) -> BinaryIO:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from edt_core.data.sources.digest_cache import Listed, local_digests
-from edt_core.data.sources.files import as_text
+from edt_core.data.sources.files import STAT, as_text
 from edt_core.data.sources.reading import RawImage, Result, Row, read_files, read_parquet, rows
 from edt_core.progress import Progress, Silent
 from edt_core.store.folder import Folder
@@ -37,6 +37,7 @@ class Listing:
         file     dictionary of binary: the tar or parquet file; absent with access 'file', where the name is the file
         offset   int64      first byte of the image in its tar, or row of the parquet file; absent with access 'file'
         version  string (a dictionary if `file` is one): the store's token for the content of the file; remote only
+        mtime_ns, ctime_ns, inode, device  uint64: those of the file when it was listed; local, with access 'file' only
     """
 
     root: Folder
@@ -60,9 +61,13 @@ class Listing:
         return self.root.local is None
 
     def slice(self, start: int, stop: int) -> "Listing":
-        """Images [start, stop), in separate buffers: pickling an Arrow slice would send the whole listing."""
+        """Images [start, stop), in separate buffers: pickling an Arrow slice would send the whole listing.
+
+        It is for reading, so it does not have the files' times and inodes.
+        """
         start, stop = max(start, 0), min(max(stop, start, 0), len(self))
         part = self.table.slice(start, stop - start)  # `take` on the whole table would join its chunks each time
+        part = part.drop_columns([name for name in STAT if name in part.schema.names])
         return replace(self, table=part, left_out={}, skipped={}).take(np.arange(stop - start))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Listing":
@@ -181,9 +186,9 @@ def listing_identity(listing: Listing, digests: NDArray[np.uint8]) -> str:
 def source_digests(listing: Listing, progress: Progress = _SILENT, again: bool = False) -> NDArray[np.uint8]:
     """The identity of each image's content, uint8 [N, 32].
 
-    Of a local source the sha256 of its bytes, or UNREADABLE: a file is read unless it is known and untouched since, or
-    always with `again`. Of a remote source nothing is read: the digest is that of the image's size and of the store's
-    version token (an ETag) of the file that holds it.
+    Of a local source the sha256 of its bytes, or UNREADABLE: a file is read unless it is known and was untouched when
+    it was listed, or always with `again`. Of a remote source nothing is read: the digest is that of the image's size
+    and of the store's version token (an ETag) of the file that holds it.
     """
     if listing.root.local is None:
         joined = b"".join(map(_version_digest, rows(listing.table)))
@@ -205,7 +210,8 @@ def _files_of(listing: Listing) -> Listed:
     table = listing.table
     if listing.access == "file":
         file = np.arange(len(listing))
-        return Listed(table["name"], file, np.zeros(len(listing), np.int64), np.asarray(table["size"]))
+        stats = np.stack([np.asarray(table[name]).astype(np.uint64) for name in ("size", *STAT)], axis=1)
+        return Listed(table["name"], file, np.zeros(len(listing), np.int64), stats)
     column = table["file"].combine_chunks().dictionary_encode()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     names = pa.chunked_array([column.dictionary], pa.binary())

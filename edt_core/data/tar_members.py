@@ -87,8 +87,8 @@ class TarRows(Sequence[dict[str, memoryview]]):
         row: list[tuple[str, int, int]] = []
         at, before, end = 0, None, len(self.data)
         while at + _BLOCK <= end and self.data[at]:
-            header = bytes(self.data[at : at + _BLOCK])
-            name = header[_NAME].rstrip(b"\0").decode("utf-8", "surrogateescape")
+            header = self._map[at : at + _BLOCK]
+            name = header[_NAME].partition(b"\0")[0].decode("utf-8", "surrogateescape")
             key, _, extension = name.rpartition(".")
             try:
                 stop = at + _BLOCK + int(header[_SIZE], 8)

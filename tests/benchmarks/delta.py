@@ -1,4 +1,4 @@
-"""What a changed source costs: `python tests/benchmarks/delta.py WORK [IMAGES] [FILES]`, in WORK, an empty folder.
+"""What a changed source costs: `python -m tests.benchmarks.delta WORK [IMAGES] [FILES]`, in WORK, an empty folder.
 
 First the identity of FILES (100,000) files that nobody touched, against reading them. Then IMAGES (20,000) images, of
 which 1 % are added, 1 % are removed, and a class is renamed: processor time of identity, preprocess, encode and

@@ -104,3 +104,11 @@ def test_the_license_and_the_citation_are_whole() -> None:
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["preferred-citation"]["url"].endswith("2410.23788")
     assert citation["preferred-citation"]["authors"][0] == {"given-names": "Xinwang", "family-names": "Chen"}
+
+
+def test_a_benchmark_that_the_pages_run_as_a_file_imports_nothing_of_the_tests() -> None:
+    """Python finds `tests` only with `python -m`, from the root of the clone."""
+    named = {match for page in pages() for match in re.findall(r"`python (tests/\S+\.py)", page.read_text())}
+    assert named
+    importing = [name for name in named if re.search(r"^(from|import) tests\b", (ROOT / name).read_text(), re.M)]
+    assert importing == []

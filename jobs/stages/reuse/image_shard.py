@@ -103,12 +103,12 @@ def _results(plan: ShardPlan, config: PreprocessConfig, fingerprint: str) -> Ite
     if plan.earlier is None:
         yield from (_from_original(original, config) for original in plan.listing.images())
         return
-    read = positions_to_read(plan.earlier, fingerprint, plan.index)
+    read, reused = positions_to_read(plan.earlier, fingerprint, plan.index), plan.earlier.places.reused
     originals = (_from_original(o, config) for o in plan.listing.take(np.flatnonzero(read)).images())
     with EarlierRows(plan.earlier) as earlier:
         for position, row in enumerate(rows(plan.listing.table)):
             made = next(originals) if read[position] else None
-            if not plan.earlier.places.reused[position]:
+            if not reused[position]:
                 assert made is not None
                 yield made
                 continue

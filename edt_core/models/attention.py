@@ -6,6 +6,8 @@ conditioning.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -19,6 +21,7 @@ from edt_core.models.positions import amm_matrix, relative_offsets
 from edt_core.models.weight_memo import made_once
 
 AttentionForm = Literal["written_out", "sdpa"]
+Projections = tuple[Tensor, Tensor | None, Tensor]  # weights of qkv, bias of qkv, weights of proj
 _FUSED_FROM = 256  # tokens from which modulated attention on a CPU is faster in the fused kernel
 _NEVER = -1e4  # added to a score, its weight is 0 in float32; unlike -inf, a whole tile of it gives no NaN
 
@@ -66,6 +69,7 @@ class Attention(nn.Module):
 
     amm: Tensor | None
     form: AttentionForm | None = None  # None: by device and need, see `is_written_out`
+    shared: dict[torch.dtype, Projections] | None = None  # padded, by dtype, within `shared_projections`
 
     def __init__(
         self,
@@ -101,7 +105,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
         """Attend: [N, T, D] -> [N, T, D]. `indices`, int64 [N, T], are the tokens' positions if some are masked."""
-        qkv_weight, qkv_bias, proj_weight = self.weights(head_padding(self.head_dim, x.device))
+        qkv_weight, qkv_bias, proj_weight = self._projections(x.device)
         heads = project_tokens(x, qkv_weight, qkv_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # N, H, T, D/H each
         mixed = self._mix(q, k, v, indices)
@@ -128,7 +132,24 @@ class Attention(nn.Module):
             return position_bias(indices).to(dtype)
         return made_once((position_bias, dtype), lambda: position_bias().to(dtype))
 
-    def weights(self, padding: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _projections(self, device: torch.device) -> Projections:
+        """`weights` for a device, padded and in the dtype of its products once for a step, or for a sampling chain.
+
+        While compiling they are made in each graph: a compiler fuses padding and cast, and a guard on what is shared
+        would fail at each step.
+        """
+        padding = head_padding(self.head_dim, device)
+        if padding == 0 or torch.compiler.is_compiling():
+            return self.weights(padding)
+        of_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if of_autocast else torch.float32
+        if self.shared is None or not torch.is_grad_enabled():
+            return made_once((self, padding, dtype), lambda: _in_dtype(self.weights(padding), dtype))
+        if dtype not in self.shared:
+            self.shared[dtype] = _in_dtype(self.weights(padding), dtype)
+        return self.shared[dtype]
+
+    def weights(self, padding: int) -> Projections:
         """Weights of qkv, bias of qkv and weights of proj for heads that are wider by `padding` channels of zeros.
 
         Queries, keys and values get zero channels, which proj ignores: the result is the same, and no activation is
@@ -144,6 +165,34 @@ class Attention(nn.Module):
             None if qkv_bias is None else F.pad(qkv_bias.unflatten(0, rows), (0, padding)).flatten(),
             F.pad(proj_weight.unflatten(1, columns), (0, padding)).flatten(1),
         )
+
+
+def _in_dtype(projections: Projections, dtype: torch.dtype) -> Projections:
+    """Their cast to the dtype of autocast, which does the same with float32 weights, but at each use."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+
+    qkv_weight, qkv_bias, proj_weight = projections
+    return cast(qkv_weight), None if qkv_bias is None else cast(qkv_bias), cast(proj_weight)
+
+
+@contextmanager
+def shared_projections(model: nn.Module) -> Iterator[None]:
+    """Context of one training step, whose passes share padded projections; gradients go back to the stored weights.
+
+    No weight may change within it. What is shared belongs to the modules and not to a thread, since a GPU's backward
+    pass recomputes blocks in a thread of its own. Several backward passes may go through what is shared, since padding
+    and cast keep nothing for them.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        attention.shared = {}
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.shared = None
 
 
 def head_padding(head_dim: int, device: torch.device) -> int:

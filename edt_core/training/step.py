@@ -17,6 +17,7 @@ from edt_core.data.loader import LatentBatch
 from edt_core.data.scale import LatentScale
 from edt_core.data.subsets import share
 from edt_core.diffusion import Losses, Schedule, objective_of
+from edt_core.models.attention import shared_projections
 from edt_core.training.draws import StepDraws
 
 if TYPE_CHECKING:
@@ -79,12 +80,14 @@ def accumulate_gradient(
     """
     cuts = list(micro_batches(len(inputs.latents), config.micro_batch()))
     parts = []
-    for number, places in enumerate(cuts, start=1):
-        part = inputs.rows(places)
-        with _gradient_exchange(model, last=number == len(cuts)):
-            losses = step_losses(model, config, schedule, part, null_label)
-            ((losses.loss * part.weights).sum() / config.global_batch_size).backward()
-        parts.append(torch.cat(list(losses.terms.values())).detach())
+    repeats = len(cuts) > 1 or config.activation_checkpointing  # otherwise nothing is made twice
+    with shared_projections(model) if repeats else nullcontext():
+        for number, places in enumerate(cuts, start=1):
+            part = inputs.rows(places)
+            with _gradient_exchange(model, last=number == len(cuts)):
+                losses = step_losses(model, config, schedule, part, null_label)
+                ((losses.loss * part.weights).sum() / config.global_batch_size).backward()
+            parts.append(torch.cat(list(losses.terms.values())).detach())
     return torch.cat(parts, dim=1)
 
 

@@ -39,6 +39,7 @@ class TrainOptions:
     objective: str = "epsilon"
     trainable: str = "all"
     precision: str = "fp32"
+    residual_dtype: str = "fp32"
     seed: int = 0
     num_workers: int = 1
     use_gpu: bool = False

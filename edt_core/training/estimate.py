@@ -136,7 +136,8 @@ def _numbers(config: ModelConfig) -> tuple[int, int]:
 def _activations(model_config: ModelConfig, config: TrainConfig) -> Saved:
     """What is saved for the backward pass of a micro-batch."""
     precision: Literal["fp32", "bf16"] = "bf16" if config.precision == "bf16" else "fp32"
-    trace = _Trace(precision, config.activation_checkpointing, config.passes, fused=config.use_gpu)
+    rounded = config.residual_dtype == "bf16"
+    trace = _Trace(precision, config.activation_checkpointing, config.passes, fused=config.use_gpu, rounded=rounded)
     first, further = _sample_bytes(model_config, trace)
     more = config.micro_batch() - 1
     return Saved(first.activations + more * further.activations, first.scores + more * further.scores)
@@ -152,12 +153,16 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Trace:
-    """How a model is traced. `fused`: by the attention kernels of a GPU, which do not save the scores."""
+    """How a model is traced. `fused`: by the attention kernels of a GPU, which do not save the scores.
+
+    `rounded`: with the tokens between blocks in bfloat16.
+    """
 
     precision: Literal["fp32", "bf16"]
     checkpointing: bool
     passes: int
     fused: bool
+    rounded: bool
 
 
 @lru_cache(maxsize=64)  # tracing a large model takes seconds, and `edt init` tries several micro-batches of one model
@@ -165,6 +170,7 @@ def _sample_bytes(config: ModelConfig, trace: _Trace) -> tuple[Saved, Saved]:
     """What the first sample of a micro-batch saves for the backward pass, and each further one."""
     model = shadow(config).train()
     model.activation_checkpointing = trace.checkpointing
+    model.stream_dtype = torch.bfloat16 if trace.rounded else None
     first, both = (saved(model, samples, trace.passes, trace.precision, fused=trace.fused) for samples in (1, 2))
     return first, Saved(both.activations - first.activations, both.scores - first.scores)
 
@@ -175,8 +181,9 @@ def saved(
     """What a forward pass saves for the backward pass, measured on a model without storage (device "meta").
 
     Each saved storage counts once; weights do not count, their copies in bf16 do. With two passes the second one is
-    masked. In bf16 each tensor has the dtype that autocast gives it: the residual stream and the inputs of norms are
-    float32. With `fused`, attention scores are not counted: a GPU's kernels compute them again.
+    masked. In bf16 each tensor has the dtype that autocast gives it: the inputs of norms are float32, and so is the
+    residual stream unless the model has a `stream_dtype`. With `fused`, attention scores are not counted: a GPU's
+    kernels compute them again.
     """
     sizes: dict[int, int] = {}
     config, rows = model.config, samples * passes

@@ -64,6 +64,33 @@ def test_in_bf16_each_tensor_counts_in_its_own_dtype(name: str, passes: int) -> 
         assert exact / 2 < 0.9 * real
 
 
+@pytest.mark.parametrize(("name", "passes"), [("EDT-S/2", 2), ("DiT-S/2", 1)])
+def test_a_stream_of_tokens_in_bf16_is_counted(name: str, passes: int) -> None:
+    """By what a real pass keeps; and half of the stream of float32 tokens is saved, but not more."""
+    config = model_config(name, 128, 10)
+    real = build_model(config).train()
+    real.stream_dtype = torch.bfloat16
+    for checkpointing in (False, True):
+        real.activation_checkpointing = checkpointing
+        sizes = {}
+        for dtype in (None, torch.bfloat16):
+            model = shadow(config).train()
+            model.activation_checkpointing, model.stream_dtype = checkpointing, dtype
+            sizes[dtype] = saved(model, 3, passes, "bf16").activations
+        assert sizes[torch.bfloat16] == pytest.approx(bytes_kept(real, 3, passes, "bf16"), rel=0.1)
+        assert 0.4 * sizes[None] < sizes[torch.bfloat16] < 0.95 * sizes[None]
+
+
+def test_the_estimate_of_a_training_has_its_stream_of_tokens() -> None:
+    """In fp32 there is nothing to round."""
+
+    def activations(**fields: object) -> int:
+        return estimate(TrainConfig(global_batch_size=8, **fields), TINY, 100).activations
+
+    assert activations(precision="bf16", residual_dtype="bf16") < 0.95 * activations(precision="bf16")
+    assert activations(residual_dtype="bf16") == activations()
+
+
 def test_the_kernels_of_a_gpu_do_not_keep_the_scores() -> None:
     """For EDT, whose bias is trained, the backward pass has the gradient of one block's scores."""
     config = model_config("EDT-S/2", 256, 10)

@@ -326,8 +326,8 @@ class TrainConfig(Section):
     )
     attention_table: str | None = added_runtime(
         None,
-        description="JSON file on the worker that names the form of attention by number of tokens, such as "
-        '{"64": "written_out", "256": "sdpa"}; null for the usual forms',
+        description="JSON file, at the same path here and on each worker, that names the form of attention by number "
+        'of tokens, such as {"64": "written_out", "256": "sdpa"}; null for the usual forms',
     )
     timeout_s: int = added_runtime(
         7200,

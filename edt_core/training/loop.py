@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +25,7 @@ from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
-from edt_core.training.speed.attention_table import read_attention_table
+from edt_core.training.speed.attention_table import attention_forms
 from edt_core.training.speed.compiled import compile_parts, is_compiled
 from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.start.trainable import step_flops
@@ -99,8 +98,7 @@ def _begin(
     context.store.stable_step = decay_start(config, total_steps)
     state.model.activation_checkpointing = config.activation_checkpointing
     state.model.stream_dtype = torch.bfloat16 if config.residual_dtype == "bf16" else None
-    if config.attention_table is not None:
-        state.model.set_attention_forms(read_attention_table(Path(config.attention_table)))
+    state.model.set_attention_forms(attention_forms(config))
     compiled = is_compiled(config, ranks.device)
     if compiled:
         compile_parts(state.model)

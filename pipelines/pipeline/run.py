@@ -15,6 +15,7 @@ from edt_core.errors import Stopped, UserError
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.layout import CLASSES_NAME
 from edt_core.store.store import Store
+from edt_core.training.speed.attention_table import attention_forms
 from jobs.runtime.cluster_address import check_named
 from jobs.stages import preprocess
 from pipelines.cluster.ui import run_link
@@ -80,6 +81,8 @@ def _run(
     check_named(address)
     check_tracking(tracking_uri)  # a Ray session takes longer to start
     check_wandb(config.wandb.project)
+    for name in config.models:
+        attention_forms(config.train_of(name))  # a training would refuse a bad file hours later
     from jobs.runtime.cluster import connect
 
     started = time.monotonic()

@@ -8,6 +8,7 @@ from edt_core.models import ModelConfig
 from edt_core.printing.redaction import redacted
 from edt_core.progress import CollectedWarnings
 from edt_core.training.estimate import Estimate, estimate
+from edt_core.training.speed.attention_table import attention_forms
 from pipelines.config.schema import PipelineConfig
 from pipelines.config.size_check import check_pipeline_sizes
 from pipelines.setup.duration import about, timed_pace, training_seconds
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def training_needs(config: PipelineConfig, cluster: str | None = None, timed: bool = False) -> str:
-    """Parameters, MACs, memory and steps per epoch of each model. Raises UserError for an invalid source.
+    """Parameters, MACs, memory and steps per epoch of each model. Raises UserError for an invalid source,
+    and for an attention table that a training would refuse.
 
     `timed`: also the time of the training, from a few steps on this machine, which take seconds. `cluster`: the address
     of the cluster that trains instead; nothing is timed then.
@@ -28,6 +30,7 @@ def training_needs(config: PipelineConfig, cluster: str | None = None, timed: bo
     lines = [f"note: {remark}" for remark in source.remarks]
     for name in config.models:
         train = config.train_of(name)
+        attention_forms(train)
         fewest, most = train.worker_range
         workers = str(most) if fewest == most else f"{fewest} to {most}"
         needs = estimate(train, config.model_of(name, source.classes), source.images)

@@ -264,6 +264,27 @@ def test_each_worker_wants_a_tar_of_its_own(latents: Artifact, tmp_path: Path, n
         run_verb(latents, tmp_path / "out", reader="arrow", num_workers=4)
 
 
+@pytest.mark.parametrize("text", [None, "[]", '{"16": "flash"}', '{"training": [{"tokens": 16}]}'])
+def test_a_bad_attention_table_is_refused_where_the_command_runs(
+    text: str | None, latents: Artifact, tmp_path: Path, no_worker: None
+) -> None:
+    """Also by a dry run; a good one goes on to the workers."""
+    table = tmp_path / "table.json"
+    if text is not None:
+        table.write_text(text)
+    message = rf"^the attention table {table} \(train\.attention_table\) "
+    with pytest.raises(UserError, match=message):
+        run_verb(latents, tmp_path / "out", attention_table=str(table))
+    assert not (tmp_path / "out").exists()
+    config = CONFIG.model_copy(update={"attention_table": str(table)})
+    with pytest.raises(UserError, match=message):
+        train.plan(config, {"latents": latents})
+    table.write_text('{"16": "sdpa"}')
+    assert "steps" in train.plan(config, {"latents": latents})
+    with pytest.raises(AssertionError, match="workers were started"):
+        run_verb(latents, tmp_path / "out", attention_table=str(table))
+
+
 def test_the_streaming_reader_digests_as_it_reads_and_not_before(latents: Artifact, digested: list[str]) -> None:
     stream = opened(latents, reader="webdataset")
     assert isinstance(stream, LatentStream)

@@ -8,6 +8,9 @@ import pytest
 
 from tests.support.small import edt
 
+TABLE = ["--set", "train.attention_table=/nowhere/table.json"]
+NO_TABLE = "the attention table /nowhere/table.json (train.attention_table) cannot be read"
+
 
 def folder_with(root: Path, *names: str) -> Path:
     root.mkdir(exist_ok=True)
@@ -44,6 +47,7 @@ def test_folders_that_cannot_be_used(files: tuple[str, ...], message: str, tmp_p
         (["run", "quickstart", "--set", "preprocess.image_size=36"], "multiple of 32"),
         (["run", "quickstart", "--set", "train.global_batch_size=1"], "less than the 2 workers"),
         (["run", "quickstart", "--dry-run", "--set", "source.kind=image_folder"], "source.path is missing"),
+        (["run", "quickstart", "--dry-run", *TABLE], NO_TABLE),
         (["run", "no-such-config"], "no configuration 'no-such-config'"),
         (["run", "quickstart", "--store", "/dev/null/store"], "cannot write to /dev/null/store"),
         (["verify", "/nowhere"], "is not an artifact"),
@@ -53,6 +57,12 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = edt(*arguments, cwd=tmp_path)
     assert_user_error(done, message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_attention_table_ends_a_run_before_its_first_step(tmp_path: Path) -> None:
+    done = edt("run", "quickstart", "--store", str(tmp_path / "store"), *TABLE, cwd=tmp_path)
+    assert_user_error(done, NO_TABLE)
+    assert not list((tmp_path / "store").rglob("manifest.json"))
 
 
 def test_verify_tells_whole_from_damaged(tmp_path: Path) -> None:

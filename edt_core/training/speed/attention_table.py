@@ -1,13 +1,26 @@
 """A table of the fastest form of attention for each number of tokens, as measured on one kind of device."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from edt_core.errors import UserError
 from edt_core.models.attention import AttentionForm
 
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
+
 _FUSED, _WRITTEN_OUT = "fused", ("written out", "written out, compiled")  # as the acceptance names them
+
+
+def attention_forms(config: TrainConfig) -> dict[int, AttentionForm]:
+    """The forms of a training by number of tokens; none without `train.attention_table`.
+
+    Raises UserError for a file that is missing or has anything else.
+    """
+    return {} if config.attention_table is None else read_attention_table(Path(config.attention_table))
 
 
 def read_attention_table(path: Path) -> dict[int, AttentionForm]:

@@ -307,10 +307,11 @@ class TrainConfig(Section):
     )
     num_cpus_per_worker: float = runtime(1, gt=0, description="CPUs, and threads, per worker")
     use_gpu: bool = runtime(False, description="use one GPU per worker")
-    compile: bool | None = runtime(
+    compile: bool | Literal["reduce-overhead"] | None = runtime(
         None,
         description="torch.compile the blocks and the optimizer, for faster steps after a slower start; null "
-        "for true on GPUs and false on CPUs. Where compiling fails, the training continues without it",
+        "for true on GPUs and false on CPUs; reduce-overhead also replays the blocks as CUDA graphs, for few samples "
+        "per GPU. Where compiling fails, the training continues without it",
     )
     activation_checkpointing: bool = runtime(False, description="recompute blocks in the backward pass to save memory")
     max_failures: int = runtime(3, ge=-1, description="worker failures to recover from; -1 for any number")

@@ -19,7 +19,7 @@ from edt_core.acceptance.adan import Adan
 from edt_core.acceptance.authors import AuthorsStep, PlainStep
 from edt_core.acceptance.machine import card_of
 from edt_core.acceptance.options import training
-from edt_core.acceptance.rows import Measure, Task, figure
+from edt_core.acceptance.rows import Measure, Task, at_most, figure
 from edt_core.acceptance.subjects import (
     Setting,
     has_library_adan,
@@ -27,6 +27,7 @@ from edt_core.acceptance.subjects import (
     latent_dataset,
     new_state,
     random_model,
+    relative_error,
     some_steps,
     step_inputs,
     synchronize,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
 _TURNS, _WARM_UP = 20, 5
+_FIRST_STEPS, _LOSS_BOUND = 5, 5e-3  # sums of a GPU in another order make about 1e-4; inputs of another step, 0.1
 _MIB = 1 << 20
 _IMAGES = "images/s"
 
@@ -63,7 +65,8 @@ class Case:
 
 
 LARGE_BATCH, LARGE_MODEL = Case("EDT-S/2", 256, 45, 18), Case("EDT-XL/2", 64, 75, 45)
-OTHERS = (Case("EDT-S/2", 64, 45, 6), Case("EDT-S/2", 32, 45, 4), Case("EDT-B/2", 128, 45, 25))
+SMALL_BATCH = Case("EDT-S/2", 32, 45, 4)
+OTHERS = (Case("EDT-S/2", 64, 45, 6), SMALL_BATCH, Case("EDT-B/2", 128, 45, 25))
 _EAGER, _BOTH, _COMPILED = ("eager",), ("eager", "compiled"), ("compiled",)
 
 
@@ -95,6 +98,8 @@ def tasks(setting: Setting) -> Iterator[Task]:
         yield Task(f"{name}, optimizers", partial(optimizer_rows, case, setting), setting.seconds(15), gib)
         yield Task(f"{name}, parts of a step", partial(part_rows, case, setting), setting.seconds(8), gib)
     yield from attention_forms.tasks(setting)
+    graphs = f"{setting.model(SMALL_BATCH.model).name}, CUDA graphs"
+    yield Task(graphs, partial(graph_rows, SMALL_BATCH, setting), setting.seconds(110), setting.gib(8))
     if setting.is_full:
         for case in reversed(OTHERS):
             yield _step_task(case, _COMPILED, setting, peaks)
@@ -151,10 +156,42 @@ def step_rows(case: Case, kinds: tuple[str, ...], setting: Setting, peaks: dict[
         yield _memory_row(f"{name} {kind}", memory, options, config)
 
 
-def _step(options: TrainConfig, config: ModelConfig, state: TrainState, setting: Setting) -> Callable[[], object]:
-    """The step of the training loop, on a few batches in turn."""
+def graph_rows(case: Case, setting: Setting) -> Iterator[Measure]:
+    """The compiled step with and without CUDA graphs: the losses of its first steps, and its rate."""
+    config, options = setting.model(case.model), options_of(case, setting, precision="bf16")
+    name = f"{config.name} at {options.global_batch_size}, bf16 compiled"
+    if not setting.on_gpu:
+        yield Measure(f"{name}, CUDA graphs", None, note="not run: a CPU has no CUDA graphs")
+        return
+    use_precision("bf16")
+    losses = []
+    for graphs in (False, True):
+        state = new_state(options, config, setting.device)
+        compile_parts(state.model, setting.backend, graphs=graphs)
+        step = _step(options, config, state, setting, graphs=graphs)
+        losses.append(first_losses(step, state))
+        duration = in_turns({"step": step}, setting.count(_TURNS), setting.count(_WARM_UP, 0), setting.device)["step"]
+        title = f"{name}, {'with' if graphs else 'without'} CUDA graphs"
+        yield figure(title, options.global_batch_size / duration, _IMAGES)
+    plain, graphed = losses
+    text = f"{name}: losses of {_FIRST_STEPS} steps with CUDA graphs against without"
+    yield at_most(text, relative_error(graphed, plain), _LOSS_BOUND, "rel. rms")
+
+
+def first_losses(step: Callable[[], object], state: TrainState) -> torch.Tensor:
+    """The losses of the next steps, float64 [steps]."""
+    for _ in range(_FIRST_STEPS):
+        step()
+    return torch.tensor([row["loss"] for row in state.history.pending[-_FIRST_STEPS:]], dtype=torch.float64)
+
+
+def _step(
+    options: TrainConfig, config: ModelConfig, state: TrainState, setting: Setting, *, graphs: bool = False
+) -> Callable[[], object]:
+    """The step of the training loop, on a few batches in turn. `graphs`: the parts of the model are CUDA graphs."""
     dataset = latent_dataset(setting.work, config, setting.count(2048, 64))
     trainer = trainer_of(options, dataset, state, setting.work, Ranks(device=setting.device))
+    trainer.graphs = graphs
     steps = cycle(some_steps(trainer, 2))
     return lambda: trainer.train_step(*next(steps))
 

@@ -26,7 +26,7 @@ from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
 from edt_core.training.speed.attention_table import attention_forms
-from edt_core.training.speed.compiled import compile_parts, is_compiled
+from edt_core.training.speed.compiled import compile_parts, is_compiled, wants_graphs
 from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.start.trainable import step_flops
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
@@ -99,9 +99,9 @@ def _begin(
     state.model.activation_checkpointing = config.activation_checkpointing
     state.model.stream_dtype = torch.bfloat16 if config.residual_dtype == "bf16" else None
     state.model.set_attention_forms(attention_forms(config))
+    graphs = wants_graphs(config) and ranks.device.type == "cuda"
     compiled = is_compiled(config, ranks.device)
-    if compiled:
-        compile_parts(state.model)
+    update = _compiled(config, state, context, graphs) if compiled else None
     flops, peak, sheet = 0, 1.0, None  # placeholders: only rank 0 reports rates
     if ranks.rank == 0:
         flops = step_flops(config, model_config)
@@ -117,15 +117,28 @@ def _begin(
         model=ranks.wrap(state.model, config.gradient_dtype),
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak, sheet and sheet * ranks.world_size),
+        untried=compiled,
+        compiled_update=update,
+        graphs=graphs,
     )
-    if compiled:
-        trainer.untried = True
-        if config.optimizer == "adan":
-            trainer.compiled_update = CompiledUpdate(state.model, state.optimizer, state.ema)
     # If the time was up at an extra checkpoint, one more step is trained: a training ends in a regular checkpoint.
     if checkpoint is not None and checkpoint.regular and trainer.time_is_up:
         trainer.last_step = state.step
     return trainer
+
+
+def _compiled(config: TrainConfig, state: TrainState, context: TrainContext, graphs: bool) -> CompiledUpdate | None:
+    """Compile the parts of the model, and the update of its weights if that is Adan's; None for another optimizer."""
+    masked = wants_graphs(config)
+    if masked and not graphs and context.ranks.rank == 0:
+        context.warn(
+            "train.compile is reduce-overhead, but this training runs on a CPU, which has no CUDA graphs; it goes on "
+            "as with train.compile=true"
+        )
+    compile_parts(state.model, graphs=graphs)
+    if config.optimizer != "adan":
+        return None
+    return CompiledUpdate(state.model, state.optimizer, state.ema, masked=masked)
 
 
 def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:

@@ -32,7 +32,7 @@ from edt_core.training.history import named_losses
 from edt_core.training.meter import Meter
 from edt_core.training.optim import clip_factor, clip_gradients, gradient_norm, learning_rate
 from edt_core.training.ranks import Ranks
-from edt_core.training.speed.compiled import failure, undo_compiled_parts
+from edt_core.training.speed.compiled import begin_step, failure, undo_compiled_parts
 from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.state import TrainState
 from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
 COMPILE_SECONDS = "compile_seconds"
+_PASSES_OF_GRAPHS = 3  # to warm up, to record, to replay: what fails must fail before a step
 
 
 class Signal(IntEnum):
@@ -80,7 +81,8 @@ class Timesteps:
 class Launched:
     """A step whose result may still be on its way: `numbers` are losses and signals [rows, B], flat, and the norm.
 
-    `batch` is without its latents. `arrived` is None for numbers that are on the host already.
+    `batch` is without its latents. `arrived` is None for numbers that are on the host already. `finite`: whether the
+    numbers are, bool [] on the device, for a masked update.
     """
 
     batch: LatentBatch
@@ -88,6 +90,7 @@ class Launched:
     numbers: Tensor
     rows: int
     arrived: torch.cuda.Event | None
+    finite: Tensor | None = None
 
     def result(self) -> StepResult:
         """Wait for the numbers."""
@@ -125,6 +128,12 @@ class Trainer:
     unchecked: Launched | None = None
     untried: bool = False  # the model's parts will be compiled by their first call, at the next step
     compiled_update: CompiledUpdate | None = None
+    graphs: bool = False  # the model's parts are CUDA graphs
+
+    @property
+    def masked(self) -> bool:
+        """Whether the update leaves a step out by itself if its numbers are not finite."""
+        return self.compiled_update is not None and self.compiled_update.masked
 
     @property
     def ranks(self) -> Ranks:
@@ -157,19 +166,24 @@ class Trainer:
         if self.untried:
             self._try_compiled(inputs)
         self.state.optimizer.zero_grad(set_to_none=True)
+        if self.graphs:
+            begin_step()
         null_label = self.state.model.config.num_classes
         losses = accumulate_gradient(self.model, self.config, self.schedule, inputs, null_label)
         norm = gradient_norm(self.state.model.parameters())
         launched = self._exchange(batch, timesteps, losses, norm)
-        if self.state.timesteps.needs_losses:
-            result = self._checked(launched)
+        needs_losses = self.state.timesteps.needs_losses
+        if self.masked or not needs_losses:  # the device goes on while the host waits
+            self._update(norm, launched.finite)
+        if not needs_losses:
+            signal = self.settle()
+            self.unchecked = launched
+            return signal
+        result = self._checked(launched)
+        if not self.masked:
             self._update(norm)
-            self._record(result, launched)
-            return result.signal
-        self._update(norm)
-        signal = self.settle()
-        self.unchecked = launched
-        return signal
+        self._record(result, launched)
+        return result.signal
 
     def settle(self) -> Signal:
         """Check and record the last step, if that is still to be done; return its signal. Raises NotFiniteError."""
@@ -190,7 +204,11 @@ class Trainer:
         null_label = model.config.num_classes
 
         def run() -> None:
-            accumulate_gradient(model, self.config, self.schedule, inputs, null_label)
+            for _ in range(_PASSES_OF_GRAPHS if self.graphs else 1):
+                self.state.optimizer.zero_grad(set_to_none=True)
+                if self.graphs:
+                    begin_step()
+                accumulate_gradient(model, self.config, self.schedule, inputs, null_label)
             if self.compiled_update is not None:
                 self.compiled_update.rehearse()
 
@@ -198,7 +216,7 @@ class Trainer:
         self.state.optimizer.zero_grad(set_to_none=True)
         if problem is not None:
             undo_compiled_parts(model)
-            self.compiled_update = None
+            self.compiled_update, self.graphs = None, False
         if self.ranks.rank != 0:
             return
         if problem is None:
@@ -227,8 +245,11 @@ class Trainer:
         """Losses and signals of all ranks, on their way to the host, which does not wait for them here."""
         signal = torch.full_like(losses[:1], float(self._signal()))
         rows = self.ranks.gather(torch.cat([losses, signal]), self.sizes)
-        numbers, arrived = _to_host(torch.cat([rows.flatten(), norm.reshape(1)]))
-        return Launched(replace(batch, posterior=batch.posterior.new_empty(0)), timesteps, numbers, len(rows), arrived)
+        numbers = torch.cat([rows.flatten(), norm.reshape(1)])
+        finite = numbers.isfinite().all() if self.masked else None
+        on_host, arrived = _to_host(numbers)
+        without_latents = replace(batch, posterior=batch.posterior.new_empty(0))
+        return Launched(without_latents, timesteps, on_host, len(rows), arrived, finite)
 
     def _signal(self) -> Signal:
         if self.ranks.rank == 0 and self.time_is_up:
@@ -251,14 +272,18 @@ class Trainer:
             self.context.warn(f"{problem}: {sample_names(batch, rows)} of the latents, on rank {self.ranks.rank}")
         raise NotFiniteError(batch.step, problem)
 
-    def _update(self, norm: Tensor) -> None:
-        """Update the weights and their averages. The norm is that of the gradient, on its device."""
+    def _update(self, norm: Tensor, wanted: Tensor | None = None) -> None:
+        """Update the weights and their averages. The norm is that of the gradient, on its device.
+
+        `wanted`: whether to, for a masked update. The first step, which the library does, is not masked: if it is not
+        finite, going back undoes it.
+        """
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step, self.total_steps)
         max_norm = self.config.max_grad_norm
         if self.compiled_update is not None:
             clip = None if max_norm is None else clip_factor(norm, max_norm)
-            if self.compiled_update(clip):
+            if self.compiled_update(clip, wanted):
                 return
         if max_norm is not None:
             clip_gradients(self.state.model.parameters(), norm, max_norm)

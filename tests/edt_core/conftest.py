@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 
 from edt_core.data.latents import LatentDataset
 from edt_core.store.artifact import Artifact
@@ -25,3 +26,11 @@ def quickly(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def no_thread_stays() -> Iterator[None]:
     yield
     assert not [thread for thread in threading.enumerate() if thread.name == "edt-prefetch"]
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from pytorch_optimizer import Adan as LibraryAdan
 
-from edt_core.acceptance import authors, command, correctness, exactness
+from edt_core.acceptance import authors, command, correctness, exactness, speed
 from edt_core.acceptance.adan import Adan
 from edt_core.acceptance.command import Section, main
 from edt_core.acceptance.options import ChainOptions, TrainOptions
@@ -21,6 +22,7 @@ from edt_core.acceptance.rows import Measure, Report, Task, at_least, at_most, f
 from edt_core.acceptance.subjects import Setting
 from edt_core.config import ChainConfig, TrainConfig
 from edt_core.models import model_config
+from edt_core.training import trainer
 
 CPU = torch.device("cpu")
 TINY = model_config("EDT-Tiny/2", 32, 10)
@@ -260,8 +262,10 @@ def test_every_section_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.Captu
         main(["--device", "cpu", "--budget", "3000", "--out", str(out), "--attention-table", str(table)])
     rows = json.loads(out.read_text())["rows"]
     assert ended.value.code == 0, capsys.readouterr().err
+    graphs = [row for row in rows if row["note"] == "not run: a CPU has no CUDA graphs"]
+    assert [(row["section"], row["value"], row["passed"]) for row in graphs] == [("C", None, None)]
     wrong = [row for row in rows if row["value"] is None or (row["section"] == "A" and row["passed"] is False)]
-    assert not wrong, wrong
+    assert wrong == graphs, wrong
     names = {section: " ".join(row["name"] for row in rows if row["section"] == section) for section in "ABCDE"}
     for section, parts in EXPECTED.items():
         assert all(part in names[section] for part in parts), names[section]
@@ -269,6 +273,21 @@ def test_every_section_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.Captu
         by_tokens = json.loads(table.read_text())[part]
         assert [row["tokens"] for row in by_tokens] == [16, 64]
         assert all(row["ms"][row["fastest"]] == min(row["ms"].values()) for row in by_tokens)
+
+
+def test_graphs_are_compared_with_launches_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a GPU, here without graphs: the losses are the same, but not if a replay has an earlier batch."""
+    setting = Setting(CPU, 0.02, tmp_path)
+    monkeypatch.setattr(Setting, "on_gpu", True)
+    begun: list[None] = []
+    monkeypatch.setattr(trainer, "begin_step", lambda: begun.append(None))
+    without, with_graphs, losses = speed.graph_rows(speed.SMALL_BATCH, setting)
+    assert without.value > 0 < with_graphs.value
+    assert (losses.value, losses.passed) == (0.0, True)
+    assert len(begun) == speed._FIRST_STEPS + 1  # one turn of the clock at this scale
+    kept = iter((2, 1))
+    monkeypatch.setattr(speed, "cycle", lambda steps: cycle(steps[: next(kept)]))
+    assert [row.passed for row in speed.graph_rows(speed.SMALL_BATCH, setting)] == [None, None, False]
 
 
 EXPECTED = {
@@ -285,7 +304,16 @@ EXPECTED = {
         "compiled",
     ),
     "B": ("training bf16", "sampling bf16: fused"),
-    "C": ("eager: MFU", "compiled: first step", "plain", "peak memory", "backward", "AdamW fused", "64 tokens"),
+    "C": (
+        "eager: MFU",
+        "compiled: first step",
+        "plain",
+        "peak memory",
+        "backward",
+        "AdamW fused",
+        "64 tokens",
+        "CUDA graphs",
+    ),
     "D": ("no AMM", "compiled", "encoding", "channels last"),
     "E": ("one rank of 8",),
 }

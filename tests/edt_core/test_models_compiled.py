@@ -16,7 +16,7 @@ from edt_core.diffusion import linear_schedule
 from edt_core.models import DiffusionTransformer, build_model, draw_masks
 from edt_core.models import kernels as projection
 from edt_core.training.draws import draw_step
-from edt_core.training.speed.compiled import compile_parts, is_compiled, undo_compiled_parts
+from edt_core.training.speed.compiled import compile_parts, is_compiled, undo_compiled_parts, wants_graphs
 from edt_core.training.step import StepInputs, accumulate_gradient
 from tests.support.models import BESIDE_EDT, TINY, shallow_config
 
@@ -182,7 +182,9 @@ def test_compiling_can_be_undone_and_leaves_no_trace_in_the_state(backend: Backe
 
 def test_a_gpu_compiles_unless_it_is_told_not_to() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    for value, expected in ((None, [True, False]), (True, [True, True]), (False, [False, False])):
+    values = ((None, [True, False]), (True, [True, True]), (False, [False, False]), ("reduce-overhead", [True, True]))
+    for value, expected in values:
         config = TrainConfig.model_validate({"compile": value})
         assert [is_compiled(config, device) for device in (cuda, cpu)] == expected
+        assert wants_graphs(config) == (value == "reduce-overhead")
         assert "compile" not in result_fields(config)

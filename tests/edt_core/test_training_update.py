@@ -42,7 +42,7 @@ class Layers(nn.Module):
 class Side:
     """A model with its optimizer and averages, updated by the library or compiled."""
 
-    def __init__(self, config: TrainConfig, dtype: torch.dtype, backend: str | None) -> None:
+    def __init__(self, config: TrainConfig, dtype: torch.dtype, backend: str | None, *, masked: bool = False) -> None:
         self.model = Layers().to(dtype)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -51,7 +51,7 @@ class Side:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.config, self.ema = config, EMA(self.model, config.ema_decays)
         self.optimizer = make_optimizer(config, self.trained)
-        self.compiled = backend and CompiledUpdate(self.model, self.optimizer, self.ema, backend)
+        self.compiled = backend and CompiledUpdate(self.model, self.optimizer, self.ema, backend, masked=masked)
         self.number = 0
 
     def step(self, step: int) -> None:
@@ -62,7 +62,8 @@ class Side:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr / (1 + step / 50)
         norm, most = gradient_norm(self.trained), self.config.max_grad_norm
-        if self.compiled and self.compiled(None if most is None else clip_factor(norm, most)):
+        wanted = norm.isfinite() if self.compiled and self.compiled.masked else None
+        if self.compiled and self.compiled(None if most is None else clip_factor(norm, most), wanted):
             self.number += 1
             return
         if most is not None:
@@ -137,6 +138,40 @@ def test_it_is_the_library_s_update_in_machine_code(dtype: torch.dtype, bound: f
         theirs.step(step)
     check_equal(ours, theirs, bound)
     assert ours.number == 99
+
+
+def check_masked(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Side, Side]:
+    """A masked update over 40 steps, some of them not finite, and one without a mask that does not see those."""
+    masked, plain = (Side(config(**options), dtype, backend, masked=value) for value in (True, False))
+    for step in range(40):
+        if step % 5 != 3:
+            masked.step(step)
+            plain.step(step)
+            continue
+        before = {name: tensor.clone() for name, tensor in masked.tensors().items()}
+        for place, parameter in enumerate(masked.trained):
+            parameter.grad = torch.full_like(parameter, [torch.nan, torch.inf, -torch.inf][place % 3])
+        norm = gradient_norm(masked.trained)
+        assert masked.compiled(clip_factor(norm, CLIPPING) if step % 2 else None, norm.isfinite())
+        assert all(torch.equal(before[name], tensor) for name, tensor in masked.tensors().items())
+        masked.optimizer.param_groups[0]["step"] -= 1  # the host counts steps; going back to a checkpoint restores it
+    assert masked.number == plain.number == 31
+    return masked, plain
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "max_grad_norm": None}], ids=["clip", "decay"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_masked_update_is_a_skipped_one_bit_for_bit(options: dict[str, Any], dtype: torch.dtype) -> None:
+    masked, plain = check_masked("aot_eager", dtype, options)
+    theirs = plain.tensors()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in masked.tensors().items())
+
+
+@pytest.mark.extern
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler for CPUs needs g++")
+def test_a_masked_update_leaves_every_bit_in_machine_code() -> None:
+    masked, plain = check_masked("inductor", torch.float32, {})
+    check_equal(masked, plain, 2e-7)
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])

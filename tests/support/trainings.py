@@ -4,14 +4,24 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from edt_core.models import ModelConfig, model_config
 from edt_core.store.layout import CHECKPOINT_MANIFEST
 from edt_core.store.manifest import sha256_json
 from edt_core.training.checkpoint import checkpoint_name
 from edt_core.training.context import LocalContext
+from edt_core.training.ranks import Ranks
+
+
+class OneOfOne(Ranks):
+    """The one rank of a process group, whose model exchanges its gradients as if there were others."""
+
+    def wrap(self, model: nn.Module, *options: Any) -> nn.Module:
+        return Ranks(0, 2).wrap(model, *options)
 
 
 def narrow() -> ModelConfig:

@@ -23,12 +23,19 @@ if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
 _MOST_GRAPHS = 64  # of one function; torch's 8 are too few for the shapes of five stages in two sizes of micro-batches
+# What torch.compile(mode="reduce-overhead") sets, but not for shapes that vary.
+_GRAPHS: dict[str, Any] = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
 Backend = str | Callable[..., Any]
 
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     """Whether to compile: what `train.compile` says, and by default on a CUDA device."""
-    return device.type == "cuda" if config.compile is None else config.compile
+    return device.type == "cuda" if config.compile is None else bool(config.compile)
+
+
+def wants_graphs(config: TrainConfig) -> bool:
+    """Whether `train.compile` asks for CUDA graphs."""
+    return config.compile == "reduce-overhead"
 
 
 def allow_graphs() -> None:
@@ -41,15 +48,29 @@ def allow_graphs() -> None:
     settings.optimize_ddp = False
 
 
-def compile_parts(model: DiffusionTransformer, backend: Backend = "inductor") -> None:
-    """Compile the parts of a model in place, when they are first called. Its state dict stays the same."""
+def compile_parts(model: DiffusionTransformer, backend: Backend = "inductor", *, graphs: bool = False) -> None:
+    """Compile the parts of a model in place, when they are first called. Its state dict stays the same.
+
+    With `graphs` inductor replays each as a CUDA graph, one for each place in a step; call `begin_step` before each
+    step. Parts whose number of tokens varies, as in MDTv2's masked pass, are launched as usual: each number would be
+    another graph.
+    """
     allow_graphs()
+    options = _GRAPHS if graphs and backend == "inductor" else None
     functions: dict[type[nn.Module], Callable[..., Tensor]] = {}
     for part in model_parts(model):
         kind = type(part)
         if kind not in functions:
-            functions[kind] = torch.compile(kind.forward, backend=backend, dynamic=False)
+            functions[kind] = torch.compile(kind.forward, backend=backend, dynamic=False, options=options)
         part.forward = partial(_call, functions[kind], part)
+
+
+def begin_step() -> None:
+    """Let CUDA graphs reuse the memory of the step before, whose activations and gradients are not read again.
+
+    Between its micro-batches nothing may be reused: gradients are added in that memory.
+    """
+    torch.compiler.cudagraph_mark_step_begin()
 
 
 def undo_compiled_parts(model: DiffusionTransformer) -> None:

@@ -22,12 +22,20 @@ class CompiledUpdate:
     """Does what `clip_gradients`, Adan's `step` and `EMA.update` do, but for the last bits; the state is Adan's own.
 
     It updates nothing if a parameter has no gradient, or no state yet, as at the first step: the library does that one.
+    A `masked` update reads on the device whether to change anything, so that the host need not know first.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, backend: Backend = "inductor"
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA,
+        backend: Backend = "inductor",
+        *,
+        masked: bool = False,
     ) -> None:
         """The optimizer is the library's Adan with one group of parameters, all of the model."""
+        self.masked = masked
         self._optimizer: Any = optimizer
         (group,) = optimizer.param_groups
         owned = {id(parameter) for parameter in group["params"]}
@@ -36,7 +44,7 @@ class CompiledUpdate:
         self._parts = [[named[name] for name in names] for names in self._names]
         self._ema, self._trained = ema, frozenset(named)
         allow_graphs()
-        self._run = torch.compile(_updater(group, ema.decays), backend=backend, dynamic=False)
+        self._run = torch.compile(_updater(group, ema.decays, masked), backend=backend, dynamic=False)
 
     @torch.no_grad()
     def rehearse(self) -> None:
@@ -54,16 +62,20 @@ class CompiledUpdate:
             gradients = [torch.zeros_like(parameter.grad) for parameter in part if parameter.grad is not None]
             states = [[torch.zeros_like(weight) for weight in weights] for _ in _STATES]
             averages = [[torch.zeros_like(weight, dtype=torch.float32) for weight in weights] for _ in self._ema.decays]
-            self._run(weights, gradients, states, averages, torch.ones(5, dtype=part[0].dtype, device=part[0].device))
+            self._run(weights, gradients, states, averages, torch.ones(6, dtype=part[0].dtype, device=part[0].device))
 
     @torch.no_grad()
-    def __call__(self, clip: Tensor | None) -> bool:
-        """Update weights and averages with gradients times `clip`, [] on their device; return whether it did."""
+    def __call__(self, clip: Tensor | None, wanted: Tensor | None = None) -> bool:
+        """Update weights and averages with gradients times `clip`, [] on their device; return whether it did.
+
+        If `wanted`, bool [] on the device, is false, a masked update leaves every tensor as it is. Its step is counted
+        all the same, since the host does not know; going back to a checkpoint restores the count.
+        """
         optimizer, (group,) = self._optimizer, self._optimizer.param_groups
         if any(p.grad is None or p not in optimizer.state for part in self._parts for p in part):
             return False
         group["step"] += 1
-        numbers = self._numbers(group, clip)
+        numbers = self._numbers(group, clip, wanted)
         for names, part in zip(self._names, self._parts, strict=True):
             self._run(
                 [parameter.detach() for parameter in part],
@@ -75,8 +87,8 @@ class CompiledUpdate:
         self._ema.update(without=self._trained)
         return True
 
-    def _numbers(self, group: dict[str, Any], clip: Tensor | None) -> Tensor:
-        """The numbers that change from step to step, [5], on the device: otherwise each would need another graph."""
+    def _numbers(self, group: dict[str, Any], clip: Tensor | None, wanted: Tensor | None) -> Tensor:
+        """The numbers that change from step to step, [6], on the device: otherwise each would need another graph."""
         first, second, third = (self._optimizer.debias(beta, group["step"]) for beta in group["betas"])
         rate, decay = group["lr"], group["lr"] * group["weight_decay"]
         weight = self._parts[0][0]
@@ -87,12 +99,15 @@ class CompiledUpdate:
                 third**0.5,
                 1.0 - decay if group["weight_decouple"] else 1.0 + decay,
                 1.0,
+                1.0,
             ],
             dtype=weight.dtype,
         )
         numbers = to_device(numbers, weight.device)
         if clip is not None:
             numbers[4] = clip
+        if wanted is not None:
+            numbers[5] = wanted
         return numbers
 
 
@@ -105,7 +120,7 @@ def by_block(named: Iterable[str]) -> dict[str, list[str]]:
     return blocks
 
 
-def _updater(group: dict[str, Any], decays: tuple[float, ...]) -> Update:
+def _updater(group: dict[str, Any], decays: tuple[float, ...], masked: bool) -> Update:
     """The function to compile: it updates tensors in place, in the order of operations of the library's Adan."""
     (beta1, beta2, beta3), eps = group["betas"], group["eps"]
     has_decay, decouple = group["weight_decay"] != 0.0, group["weight_decouple"]
@@ -117,21 +132,25 @@ def _updater(group: dict[str, Any], decays: tuple[float, ...]) -> Update:
         averages: list[list[Tensor]],
         numbers: Tensor,
     ) -> None:
-        step, difference_step, correction, decay, clip = numbers.unbind()
+        step, difference_step, correction, decay, clip, wanted = numbers.unbind()
+
+        def put(target: Tensor, value: Tensor) -> Tensor:
+            return target.copy_(torch.where(wanted > 0, value, target) if masked else value)
+
         for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
             mean, difference_mean, square_mean, negative = (state[index] for state in states)
             clipped = gradient * clip
             difference = negative + clipped
-            mean.lerp_(clipped, 1.0 - beta1)
-            difference_mean.lerp_(difference, 1.0 - beta2)
+            put(mean, mean.lerp(clipped, 1.0 - beta1))
+            put(difference_mean, difference_mean.lerp(difference, 1.0 - beta2))
             sum_ = difference * beta2 + clipped
-            square_mean.mul_(beta3).addcmul_(sum_, sum_, value=1.0 - beta3)
+            put(square_mean, (square_mean * beta3).addcmul(sum_, sum_, value=1.0 - beta3))
             scale = square_mean.sqrt() / correction + eps
             new = weight * decay if has_decay and decouple else weight
             new = new - step * (mean / scale) - difference_step * (difference_mean / scale)
-            weight.copy_(new / decay if has_decay and not decouple else new)
-            negative.copy_(-clipped)
+            put(weight, new / decay if has_decay and not decouple else new)
+            put(negative, -clipped)
             for average, rate in zip(averages, decays, strict=True):
-                average[index].lerp_(weight.float(), 1.0 - rate)
+                put(average[index], average[index].lerp(weight.float(), 1.0 - rate))
 
     return update

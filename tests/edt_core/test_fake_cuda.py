@@ -3,9 +3,7 @@
 Values are not computed. Autocast and the backward pass need a build for CUDA; gradients are put in place of the latter.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +24,8 @@ from edt_core.training.draws import draw_step
 from edt_core.training.ema import EMA
 from edt_core.training.optim import clip_gradients, gradient_norm, make_optimizer
 from edt_core.training.step import StepInputs, sampled_latents, step_losses
-from tests.support.fake_cuda import CUDA, FakeCuda, fake_cuda, on_cuda
+from tests.support.autoencoders import deep_autoencoder, shifted_autoencoder
+from tests.support.fake_cuda import CUDA, Event, fake_cuda, on_cuda, waits
 from tests.support.models import TINY, shallow_config
 
 BATCH, LABELS = 4, [1, 2, 0]
@@ -42,14 +41,6 @@ def _no_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = noise.sample_noise
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(noise, "sample_noise", lambda *args, pin=False, **named: draw(*args, **named))
-
-
-@contextmanager
-def waits(mode: FakeCuda, *expected: str) -> Iterator[None]:
-    """Within it the host waits for the GPU exactly as listed."""
-    before = Counter(mode.syncs)
-    yield
-    assert mode.syncs - before == Counter(expected)
 
 
 def test_devices_that_mix_and_waiting_are_noticed() -> None:
@@ -124,6 +115,8 @@ CHAINS: dict[str, dict[str, Any]] = {
         "amm_blocks": (0,),
     },
 }
+# Waits by the end of each step. UniPC solves two equations from its third step on, and PyTorch reads whether it could.
+SOLVERS: dict[str, list[int]] = {"dpmsolver++": [0, 0, 0], "unipc": [0, 0, 1]}
 # The flags of which latents are finite, at the end: one copy on a GPU; here a list is read value by value.
 AT_THE_END = ["value read on the host"] * len(LABELS)
 
@@ -142,6 +135,20 @@ def test_a_chain_is_on_the_gpu_and_waits_at_its_end(name: str, chain: str) -> No
     assert latents.shape == (3, *sampler.latent_shape)
 
 
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_s_chain_is_on_the_gpu(name: str, solver: str) -> None:
+    """Its coefficients are computed by numpy and on the host, and copied."""
+    config, after_steps = shallow_config(name), list[int]()
+    chain = ChainConfig(num_sampling_steps=3, sampler=solver, cfg_scale=2.0)
+    with fake_cuda() as mode:
+        sampler = LatentSampler(model_on_cuda(config), chain, 1000)
+        with waits(mode, *AT_THE_END, *["errors read on the host"] * SOLVERS[solver][-1]):
+            latents = sampler(LABELS, 0, range(3), lambda _done, _total: after_steps.append(mode.syncs.total()))
+    assert after_steps == SOLVERS[solver]
+    assert latents.device == CUDA
+
+
 def test_a_chain_with_a_guide_and_another_objective() -> None:
     config = with_objective(shallow_config("DiT-Tiny/2"), "v_prediction")
     chain = ChainConfig(num_sampling_steps=3, cfg_scale=1.5)
@@ -151,25 +158,12 @@ def test_a_chain_with_a_guide_and_another_objective() -> None:
             assert sampler(LABELS, 0, range(3)).device == CUDA
 
 
-class Event:
-    """A CUDA event; it has nothing to wait for."""
-
-    def __init__(self, waited: list[int]) -> None:
-        self.waited = waited
-
-    def record(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        self.waited.append(1)
-
-
 SIDE = 32
 
 
 def test_images_are_encoded_in_parts_and_the_host_waits_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fetches a batch after the next one was submitted."""
-    waited: list[int] = []
+    waited: list[None] = []
     monkeypatch.setattr(torch.cuda, "Event", partial(Event, waited))
     monkeypatch.setattr(parts, "_PIXELS", 4 * SIDE**2)
     vae = build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), SIDE).eval()
@@ -195,3 +189,22 @@ def test_latents_are_decoded_in_parts_and_the_host_waits_once(monkeypatch: pytes
             pixels = decode_to_pixels(model, latents)
     assert numbers == [4, 2]
     assert pixels.shape == (6, SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), [(deep_autoencoder, (32, 2, 2)), (shifted_autoencoder, (16, 8, 8))], ids=["deep", "shifted"]
+)
+def test_other_autoencoders_encode_and_decode(
+    make: Callable[[], Any], shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", partial(Event, []))
+    pixels = np.zeros((2, 64, 64, 3), np.uint8)
+    vae = make()
+    with fake_cuda() as mode:
+        model = on_cuda(vae)
+        with waits(mode, "copy to the host"):
+            ((_, rows),) = encode_both_sides(model, [("a", pixels)])
+        with waits(mode, "copy to the host"):
+            decoded = decode_to_pixels(model, torch.zeros(2, *shape, device="cuda"))
+    assert rows.shape == (2, 2, 2, *shape)
+    assert decoded.shape == pixels.shape

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,13 +27,13 @@ from edt_core.training import step as training_step
 from edt_core.training.context import LocalContext
 from edt_core.training.draws import draw_step
 from edt_core.training.loop import train
-from edt_core.training.ranks import Ranks
 from edt_core.training.speed.compiled import compile_parts
 from edt_core.training.step import StepInputs, accumulate_gradient
-from tests.support.trainings import narrow, same
+from tests.support.trainings import OneOfOne, narrow, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread")
 HEAD_PADDING = "edt_core.models.attention.head_padding"
+PADS = (torch.nn.functional.pad, torch._C._nn.pad)  # as a graph names it
 BATCH, OF_AN_ATTENTION = 6, 3  # weights of qkv, bias of qkv, weights of proj
 WAYS = {  # options of a step, and how often it calls each attention
     "one pass": ({}, 1),
@@ -155,21 +154,7 @@ def test_an_error_in_a_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     assert all(attention.shared is None for attention in attentions(model))
 
 
-class OneOfOne(Ranks):
-    """One rank whose model is wrapped for the exchange as that of one among several."""
-
-    def wrap(self, model: nn.Module, *options: Any) -> nn.Module:
-        return Ranks(0, 2).wrap(model, *options)
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize("way", WAYS)
 def test_ddp_gets_every_gradient_once(way: str) -> None:
     """Those of all micro-batches but the last one are not exchanged."""
@@ -186,7 +171,7 @@ def test_compiled_parts_pad_in_their_graphs_and_are_compiled_once() -> None:
 
     def backend(graph: GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
         graphs["all"] += 1
-        graphs["pads"] += sum(node.target is torch.nn.functional.pad for node in graph.graph.nodes)
+        graphs["pads"] += sum(node.target in PADS for node in graph.graph.nodes)
         return graph.forward
 
     eager, compiled = drawn(), drawn()

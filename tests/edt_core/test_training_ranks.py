@@ -1,0 +1,137 @@
+"""Two processes on the CPU: compiled blocks train what eager ones do, and padded projections are shared in their steps.
+
+Run as a module, this file is one of the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from edt_core.config import TrainConfig
+from edt_core.data.latents import LatentDataset
+from edt_core.models import attention
+from edt_core.store.artifact import Artifact
+from edt_core.training import loop
+from edt_core.training import step as training_step
+from edt_core.training.context import LocalContext
+from edt_core.training.loop import train
+from edt_core.training.ranks import Ranks
+from edt_core.training.speed import compiled
+from edt_core.training.speed.update import CompiledUpdate
+from tests.support.servers import free_port
+from tests.support.trainings import contents, narrow, place
+
+CONFIG = TrainConfig(
+    global_batch_size=8, max_steps=6, checkpoint_every=6, log_every=1, max_grad_norm=1.0, lr=1e-3, num_workers=2
+)
+BOUND = 1e-4  # of a loss, relative: float32, in another order within a graph, through six steps of Adan
+PADDED = CONFIG.model_copy(update={"micro_batch_size": 2, "activation_checkpointing": True})
+
+
+def _work(rank: int, port: int, folder: Path, backend: str, paths: list[Path]) -> None:
+    """The trainings of one process. Each leaves its losses and its warnings."""
+    torch.set_num_threads(1)
+    loop.matmul_rate = lambda *_: 1e9  # type: ignore[assignment]
+    loop.compile_parts = partial(compiled.compile_parts, backend=backend)  # type: ignore[assignment]
+    loop.CompiledUpdate = partial(CompiledUpdate, backend=backend)  # type: ignore[assignment,misc]
+    patience = timedelta(seconds=600)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
+
+    def run(name: str, config: TrainConfig) -> None:
+        context = LocalContext(folder / name, Ranks(rank, 2))
+        state = train(config, narrow(), LatentDataset(paths), context)
+        found = {"losses": [row["loss"] for row in state.history.rows], "warnings": context.warnings}
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
+
+    for value in (False, True):
+        run(f"compile {value}", CONFIG.model_copy(update={"compile": value}))
+    attention.head_padding = lambda head_dim, device: 4
+    run("shared", PADDED)
+    training_step.shared_projections = lambda _model: nullcontext()  # type: ignore[assignment]
+    run("apart", PADDED)
+    dist.destroy_process_group()
+
+
+def trained(folder: Path, backend: str, latents: Artifact) -> Path:
+    """The folder in which two processes have done their trainings."""
+    port, paths = free_port(), [str(path) for path in latents.paths("*.arrow")]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    logs, workers = [folder / f"log.{rank}.txt" for rank in range(2)], list[subprocess.Popen[bytes]]()
+    try:
+        for rank, log in enumerate(logs):
+            module = ["-m", "tests.edt_core.test_training_ranks", str(rank), str(port), str(folder), backend]
+            with log.open("w") as file:
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, *module, *paths],
+                        stdout=file,
+                        stderr=file,
+                        env=environment,
+                        cwd=Path(__file__).parents[2],
+                    )
+                )
+        codes = [worker.wait(timeout=1200) for worker in workers]
+        assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    return folder
+
+
+def recorded(folder: Path, name: str, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"{name}.{rank}.json").read_text())
+    return found
+
+
+def check_compiled(folder: Path) -> None:
+    for rank in range(2):
+        eager, ours = (recorded(folder, f"compile {value}", rank) for value in (False, True))
+        assert ours["losses"] == pytest.approx(eager["losses"], rel=BOUND)
+        assert len(ours["losses"]) == CONFIG.max_steps
+        assert ours["losses"][0] != ours["losses"][-1]
+        assert not ours["warnings"], "it was compiled"
+    assert recorded(folder, "compile True", 0)["losses"] == recorded(folder, "compile True", 1)["losses"]
+
+
+@pytest.fixture(scope="module")
+def processes(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("ranks"), "aot_eager", latents_artifact)
+
+
+@pytest.mark.extern
+def test_compiled_blocks_train_the_same_on_two_processes(processes: Path) -> None:
+    check_compiled(processes)
+
+
+@pytest.mark.extern
+def test_shared_padded_projections_train_the_same_bits_on_two_processes(processes: Path) -> None:
+    """With micro-batches, of which only the last one exchanges gradients, and blocks that are recomputed."""
+    assert recorded(processes, "shared", 0)["losses"] == recorded(processes, "apart", 0)["losses"]
+    last = PADDED.max_steps
+    assert contents(place(processes / "shared", last)) == contents(place(processes / "apart", last))
+
+
+@pytest.mark.extern
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler for CPUs needs g++")
+def test_blocks_in_machine_code_train_the_same_on_two_processes(latents_artifact: Artifact, tmp_path: Path) -> None:
+    check_compiled(trained(tmp_path, "inductor", latents_artifact))
+
+
+if __name__ == "__main__":
+    _work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], [Path(path) for path in sys.argv[5:]])

@@ -3,13 +3,19 @@
 import os
 import platform
 import pwd
+import re
 import stat
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+_DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")  # of the kernel module, also in containers without nvidia-smi
+_PROBE_SECONDS = 20
 
 RECORDED_PACKAGES = (
     "edt-pipeline",
@@ -87,6 +93,21 @@ def environment() -> dict[str, str]:
         "system": platform.system(),
         **{package: number for package, number in versions.items() if number},
     }
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, such as 580.65.06; None if there is none."""
+    try:
+        text = subprocess.run(
+            _DRIVER_QUERY, check=True, capture_output=True, encoding="utf-8", timeout=_PROBE_SECONDS
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        text = ""
+    if not (lines := text.strip().splitlines()):
+        with suppress(OSError):
+            lines = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", lines[0]) if lines else None
+    return found[0] if found else None
 
 
 def utc(seconds: float | None = None) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from edt_core.environment import code_version, utc
+from edt_core.environment import code_version, nvidia_driver, utc
 
 
 def card_of(device: torch.device) -> str:
@@ -28,12 +26,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "card": card_of(device),
         "memory_gib": _memory_gib(device),
         "cores": os.cpu_count(),
-        "driver": _driver() if device.type == "cuda" else None,
+        "driver": nvidia_driver() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": _nccl() if device.type == "cuda" else None,
+        "nccl": nccl_version() if device.type == "cuda" else None,
         "code": code_version(),
         "started": utc(),
     }
@@ -45,7 +43,7 @@ def _memory_gib(device: torch.device) -> float | None:
     return round(torch.cuda.get_device_properties(device).total_memory / (1 << 30), 1)
 
 
-def _nccl() -> str | None:
+def nccl_version() -> str | None:
     """The version of NCCL, such as 2.27.3; None for a build without it."""
     try:
         from torch.cuda import nccl
@@ -53,24 +51,3 @@ def _nccl() -> str | None:
         return ".".join(map(str, nccl.version()))
     except (ImportError, AttributeError, RuntimeError):
         return None
-
-
-def _driver() -> str | None:
-    """The version of NVIDIA's driver; None if no tool tells it."""
-    try:
-        text = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            encoding="utf-8",
-            timeout=20,
-            check=True,
-        ).stdout
-        return text.splitlines()[0].strip()
-    except (OSError, subprocess.SubprocessError, IndexError):
-        pass
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
-    return found[0] if found else None

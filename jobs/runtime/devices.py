@@ -1,14 +1,14 @@
 """The device of a worker: a GPU that was asked for is used, or the work is refused."""
 
 import os
-import shutil
-import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+from edt_core.environment import nvidia_driver
 from edt_core.errors import UserError
 
-_PROBE_SECONDS = 10
+# Of each major version of CUDA, by docs.nvidia.com/deploy/cuda-compatibility (minor version compatibility).
+_OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
 _WITHOUT = "use CPUs (train.use_gpu=false, num_gpus_per_worker=0, num_gpus=0)"
 
 
@@ -31,22 +31,27 @@ def check_gpu(asked: str, without: str = _WITHOUT) -> None:
         return
     built = torch.version.cuda or torch.version.hip
     build = f"torch {torch.__version__} is built for {f'CUDA {built}' if built else 'CPUs'}"
-    version = driver()
-    found = f"NVIDIA driver {version}" if version else "nvidia-smi finds no NVIDIA driver"
+    version = nvidia_driver()
+    found = f"NVIDIA driver {version}" if version else "no NVIDIA driver"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     shown = "" if visible is None else f", CUDA_VISIBLE_DEVICES is {visible!r}"
     raise UserError(
         f"{asked}, but PyTorch finds no usable GPU on {os.uname().nodename}: {build}, {found}{shown}; "
-        f"{_remedy(built, version)}; or {without}"
+        f"{driver_remedy(built, version)}; or {without}"
     )
 
 
-def _remedy(built: str | None, version: str | None) -> str:
+def driver_remedy(built: str | None, version: str | None) -> str:
+    """What makes a GPU usable for a torch that is built for CUDA `built`, with NVIDIA's driver `version`."""
     if built is None:
         return "install the CUDA build of torch from pytorch.org"
     if version is None:
         return "install the NVIDIA driver (in a container: NVIDIA's container runtime, or its device plugin)"
-    return f"update the driver to one that supports CUDA {built}, or install torch for an older CUDA"
+    oldest = _OLDEST_DRIVER.get(built.partition(".")[0])
+    if oldest is not None and int(version.partition(".")[0]) >= oldest:
+        return "the driver is new enough: check that `nvidia-smi` lists a GPU, and CUDA_VISIBLE_DEVICES"
+    since = "" if oldest is None else f" ({oldest} or newer)"
+    return f"update the driver to one that supports CUDA {built}{since}, or install torch for an older CUDA"
 
 
 def check_gpu_of_cluster(asked: str) -> None:
@@ -63,20 +68,3 @@ def check_gpu_of_cluster(asked: str) -> None:
 def kind_of_devices(names: Iterable[str]) -> str:
     """ "gpu" if any of the torch devices that workers computed on is a GPU, otherwise "cpu"."""
     return "gpu" if any(name.startswith("cuda") for name in names) else "cpu"
-
-
-def driver() -> str | None:
-    """The version of NVIDIA's driver; None if there is none, or nvidia-smi fails."""
-    lines = output_lines(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return lines[0].strip() if lines else None
-
-
-def output_lines(command: Sequence[str]) -> list[str]:
-    """The lines that a program prints; [] if there is no such program, or it fails."""
-    if shutil.which(command[0]) is None:
-        return []
-    try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=_PROBE_SECONDS)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.strip().splitlines()

@@ -16,10 +16,12 @@ from edt_core.config import TrainConfig
 from edt_core.environment import environment
 from edt_core.evaluation.extractors import PUBLISHED_SPACES, extractor_spec
 from edt_core.store.folder import Folder
+from jobs.runtime.devices import driver_remedy
 from pipelines.config.schema import PipelineConfig
 from pipelines.setup.disk import disk_needs, largest_first, size_text
 from pipelines.setup.doctor import Check, Setup, Status, Undetermined
 from pipelines.setup.doctor_services import autoencoder, features, mlflow, ray
+from pipelines.setup.hardware import Hardware
 
 if TYPE_CHECKING:
     from edt_core.models import ModelConfig
@@ -29,7 +31,6 @@ Result = tuple[Status, str, str]
 _OLDEST_PYTHON = (3, 11)
 _SHARED_MEMORY = 512 << 20  # for Ray's object store in a local session, and for NCCL
 _ROOM = 0.8  # share of a GPU's memory that an estimate may take: libraries, kernels and fragments take the rest
-_FEW = 32  # samples, enough that activations are more than the optimizer's temporary memory
 _FREE = 0.9  # share of a GPU's memory below which another process uses it
 _SLACK = 1.1  # a margin on the estimated disk space
 _EXTRAS = {
@@ -93,18 +94,12 @@ def required_gpus(config: PipelineConfig) -> int:
 
 def device(setup: Setup) -> Result:
     """The devices of torch here, compared with what the configuration requires."""
-    from jobs.runtime.devices import driver
-
     machine, required = setup.machine.result(), required_gpus(setup.config)
     parts = [f"torch {machine.torch}", str(machine)]
+    if machine.gpus or machine.driver:
+        parts += [f"CUDA {machine.cuda}" if machine.cuda else "", f"driver {machine.driver or 'unknown'}"]
     if machine.gpus:
-        number = driver()
-        parts += [
-            f"CUDA {machine.cuda}",
-            f"driver {number}" if number else "",
-            f"NCCL {machine.nccl}" if machine.nccl else "",
-        ]
-        parts += ["bf16" if machine.bf16 else "no bf16"]
+        parts += [f"NCCL {machine.nccl}" if machine.nccl else "no NCCL", "bf16" if machine.bf16 else "no bf16"]
         free = ", ".join(f"{number / (1 << 30):.0f}" for number in machine.gpu_free)
         parts += [f"free memory {free} GiB" if free else "free memory unknown"]
     summary = ", ".join(part for part in parts if part)
@@ -113,7 +108,10 @@ def device(setup: Setup) -> Result:
     if required > len(machine.gpus) and elsewhere:
         return "ok", f"{summary}; the GPUs are on the cluster", ""
     if required > len(machine.gpus):
-        return "fail", f"{summary}; the configuration requires {required} GPUs", _no_gpu(machine.cuda)
+        return "fail", f"{summary}; the configuration requires {required} GPUs", _too_few_gpus(machine)
+    if required and machine.unsupported:
+        problem = f"this torch has no kernels for {', '.join(dict.fromkeys(machine.unsupported))}"
+        return "fail", f"{summary}; {problem}", "install torch for an older CUDA from pytorch.org, or use newer GPUs"
     if required and (used := [n for n, free in enumerate(machine.gpu_free) if free < _FREE * machine.gpu_memory]):
         numbers = ", ".join(map(str, used))
         return "warn", summary, f"other processes use the memory of GPU {numbers}: find them with nvidia-smi"
@@ -128,9 +126,9 @@ def device(setup: Setup) -> Result:
     return "ok", summary, ""
 
 
-def _no_gpu(cuda: str | None) -> str:
-    if shutil.which("nvidia-smi") and cuda is None:
-        return "this torch is built for CPUs: install the CUDA build from pytorch.org, and check `nvidia-smi`"
+def _too_few_gpus(machine: Hardware) -> str:
+    if machine.driver and not machine.gpus:
+        return driver_remedy(machine.cuda, machine.driver)
     return "use a cluster with GPUs (--address, edt submit), or set train.use_gpu=false and num_gpus_per_worker=0"
 
 
@@ -176,7 +174,7 @@ def memory(setup: Setup) -> Result:
         train = config.train_of(name)
         workers = 1 if train.use_gpu else train.worker_range[1]
         need = workers * estimate(train, config.model_of(name, classes), images).memory
-        size = machine.gpu_memory if train.use_gpu else machine.memory
+        size = machine.gpu_room if train.use_gpu else machine.memory
         of = size_text(size) if size else "GPUs on other machines"
         needs.append(f"{name} about {size_text(need)} of {of}{_fitting(train, config.model_of(name, classes), size)}")
         worst = max(worst, need / size if size else 0.0)
@@ -189,18 +187,16 @@ def memory(setup: Setup) -> Result:
 
 
 def _fitting(train: TrainConfig, model: "ModelConfig", gpu_memory: int) -> str:
-    """The largest micro-batch that leaves a GPU some room, as text; "" without a GPU. Memory grows linearly with it."""
-    from edt_core.training.estimate import estimate
+    """The largest micro-batch that leaves a GPU some room, as text; "" without a GPU."""
+    from edt_core.training.estimate import largest_micro_batch
 
     if not (train.use_gpu and gpu_memory):
         return ""
-
-    def need(samples: int) -> int:
-        return estimate(train.model_copy(update={"micro_batch_size": samples}), model, 1).memory
-
-    least, more = need(_FEW), need(2 * _FEW)
-    largest = _FEW + int((_ROOM * gpu_memory - least) * _FEW / (more - least))
-    return f" (micro-batch {train.micro_batch()}; up to {largest:,} fits)" if largest > 0 else " (no micro-batch fits)"
+    largest = largest_micro_batch(train, model, int(_ROOM * gpu_memory))
+    if not largest:
+        return " (no micro-batch fits)"
+    whole = ", the whole batch," if largest == train.global_batch_size else ""
+    return f" (micro-batch {train.micro_batch()}; up to {largest:,}{whole} fits)"
 
 
 def counts(setup: Setup) -> tuple[int, int]:

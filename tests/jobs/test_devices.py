@@ -1,6 +1,5 @@
 """A GPU that was asked for is used, or refused with what was found; the manifest states the worker's device."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,9 +22,7 @@ def machine(
     """A machine whose PyTorch and driver are simulated."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
     monkeypatch.setattr(torch.version, "cuda", built)
-    monkeypatch.setattr(devices.shutil, "which", lambda name: None if driver is None else f"/usr/bin/{name}")
-    done = subprocess.CompletedProcess([], 0, stdout=f"{driver}\n{driver}\n")
-    monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: driver)
 
 
 def test_a_worker_without_a_gpu_is_on_the_cpu_even_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,10 +34,12 @@ def test_a_worker_without_a_gpu_is_on_the_cpu_even_beside_gpus(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("built", "driver", "found", "remedy"),
     [
-        (None, None, "is built for CPUs, nvidia-smi finds no NVIDIA driver", "install the CUDA build of torch"),
+        (None, None, "is built for CPUs, no NVIDIA driver", "install the CUDA build of torch"),
         (None, "570.86.10", "is built for CPUs, NVIDIA driver 570.86.10", "install the CUDA build of torch"),
-        ("13.0", None, "is built for CUDA 13.0, nvidia-smi finds no", "install the NVIDIA driver"),
-        ("13.0", "535.54.03", "is built for CUDA 13.0, NVIDIA driver 535.54.03", "one that supports CUDA 13.0"),
+        ("13.0", None, "is built for CUDA 13.0, no NVIDIA driver", "install the NVIDIA driver"),
+        ("13.0", "535.54.03", "is built for CUDA 13.0, NVIDIA driver 535.54.03", "supports CUDA 13.0 (580 or newer)"),
+        ("12.6", "535.54.03", "is built for CUDA 12.6, NVIDIA driver 535.54.03", "the driver is new enough"),
+        ("99.0", "535.54.03", "is built for CUDA 99.0, NVIDIA driver 535.54.03", "supports CUDA 99.0, or install"),
     ],
 )
 def test_a_gpu_that_cannot_be_used_is_refused_with_what_was_found(

@@ -25,7 +25,7 @@ from pipelines.setup import doctor_checks, doctor_services, ray_probe
 from pipelines.setup.disk import disk_needs
 from pipelines.setup.doctor import Finding, Setup, examine
 from pipelines.setup.dry_run import SourceCounts, source_counts
-from pipelines.setup.hardware import Hardware
+from pipelines.setup.hardware import Hardware, has_kernels
 from tests.support.processes import wait_for
 from tests.support.registry import NAME, Registry
 from tests.support.runs import artifacts_of
@@ -197,11 +197,11 @@ def test_the_small_run_takes_no_more_disk_than_was_told(first: Outcome, store: P
 def gpu_node(*free_gib: int, memory: int = 80) -> Hardware:
     """A machine with GPUs of a free memory each."""
     free = tuple(number << 30 for number in free_gib)
-    return Hardware(64, 1 << 39, ("H100",) * len(free), memory << 30, True, "13.0", "2.28.3", "2.13", free)
+    gpus = ("H100",) * len(free)
+    return Hardware(64, 1 << 39, gpus, memory << 30, True, "13.0", "2.28.3", "2.13", free, "580.65.06")
 
 
-def test_a_gpu_node_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.runtime.devices.driver", lambda: "580.65.06")
+def test_a_gpu_node_is_described() -> None:
     config = load_config("imagenet256-edt-s", IMAGENET)
     found = asked(doctor_checks.device, setup(config, machine=gpu_node(79, 79, 78, 79)))
     assert found.status == "ok"
@@ -212,17 +212,67 @@ def test_a_gpu_node_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (used.status, "GPU 1, 3" in used.remedy) == ("warn", True)
     broken = replace(gpu_node(79, 79, 79, 79), gpu_free=())
     assert "free memory unknown" in asked(doctor_checks.device, setup(config, machine=broken)).found
+    bare = asked(doctor_checks.device, setup(config, machine=replace(broken, nccl=None, driver=None)))
+    assert "no NCCL" in bare.found
+    assert "driver unknown" in bare.found
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_with_the_reason() -> None:
+    """The driver is too old, or torch is built for CPUs, or it has no kernels for the card."""
+    config = load_config("imagenet256-edt-s", IMAGENET)
+    hidden = Hardware(64, 1 << 39, cuda="13.0", torch="2.13.0+cu130", driver="535.54.03")
+    old = asked(doctor_checks.device, setup(config, machine=hidden))
+    assert (old.status, "driver 535.54.03" in old.found, "CUDA 13.0" in old.found) == ("fail", True, True)
+    assert "580 or newer" in old.remedy
+    wrong = asked(doctor_checks.device, setup(config, machine=replace(hidden, cuda=None, torch="2.13.0+cpu")))
+    assert (wrong.status, "install the CUDA build" in wrong.remedy) == ("fail", True)
+    volta = replace(gpu_node(32, 32, 32, 32, memory=32), unsupported=("V100 (compute capability 7.0)",) * 4)
+    cannot = asked(doctor_checks.device, setup(config, machine=volta))
+    assert cannot.status == "fail"
+    assert cannot.found.endswith("; this torch has no kernels for V100 (compute capability 7.0)")
+    assert asked(doctor_checks.device, setup(digits(Path("/nowhere")), machine=volta)).status == "ok"
+
+
+# Of the wheel of torch 2.13 for CUDA 13.0 and, last, with PTX.
+WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), WHEEL, True),  # H100
+        ((8, 9), WHEEL, True),  # L4, by the kernels for 8.6
+        ((7, 0), WHEEL, False),  # V100
+        ((6, 0), WHEEL, False),
+        ((10, 3), WHEEL, True),
+        ((11, 0), WHEEL, False),
+        ((13, 0), WHEEL, False),
+        ((13, 0), [*WHEEL, "compute_120"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((7, 5), ["compute_80"], False),
+        ((9, 0), ["gfx942"], False),
+        ((9, 0), [], False),
+    ],
+)
+def test_a_gpu_runs_kernels_of_its_major_version_and_older_ptx(
+    capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
+    assert has_kernels(capability, built) == runs
 
 
 def test_the_batch_that_fits_a_gpu_is_told() -> None:
-    """The estimate of that micro-batch takes the room, and one more sample takes more than it."""
+    """The estimate of that micro-batch takes the room that is free, and one more sample takes more than it."""
     config = load_config("imagenet256-edt-s", IMAGENET)
-    told = asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=gpu_node(80, 80, 80, 80)))
+    told = asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=gpu_node(80, 9, 80, 80)))
     (largest,) = (int(text.replace(",", "")) for text in re.findall(r"up to ([\d,]+) fits", told.found))
     (name,) = config.models
-    for samples, fits in ((largest, True), (largest + 2, False)):
+    for samples, fits in ((largest, True), (largest + 1, False)):
         train = config.train_of(name).model_copy(update={"micro_batch_size": samples})
-        assert (estimate(train, config.model_of(name, 1000), 1).memory <= 0.8 * (80 << 30)) == fits
+        assert (estimate(train, config.model_of(name, 1000), 1).memory <= 0.8 * (9 << 30)) == fits
+    large = asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=gpu_node(80, 80, 80, 80)))
+    assert "up to 256, the whole batch, fits" in large.found
+    saving = load_config("imagenet256-edt-xl", [*IMAGENET, "train.activation_checkpointing=true"])
+    assert "fits" in asked(doctor_checks.memory, setup(saving, images=(10**6, 1000), machine=gpu_node(80))).found
     machine = gpu_node(1, 1, 1, 1, memory=1)
     assert (
         "no micro-batch fits" in asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=machine)).found

@@ -1,45 +1,82 @@
 """Commands on cost: the cost of models, and the quality that registered models reach for it."""
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edt_core.errors import UserError
 from edt_core.printing.console import say
-from edt_core.printing.table import fitted, screen_width
+from edt_core.printing.table import SHORT, fitted, screen_width
 from pipelines.commands.options import (
     DEFAULT_STORE,
     AsJson,
+    Assignments,
     StoreOption,
     TrackingUri,
     open_catalog,
     print_json,
     print_rows,
+    shipped,
 )
+
+if TYPE_CHECKING:
+    from pipelines.config.schema import PipelineConfig
+    from pipelines.setup.acceptance_file import Measurements
 
 _COLUMNS = ("model", "px", "parameters (M)", "GMACs", "published", "training GFLOPs")
 _PART_COLUMNS = ("place", "module", "GMACs", "share")
+_RECIPE = "imagenet256-edt-s"
+_IMAGENET = 1_281_167  # training images of ILSVRC2012
 
 
 def cost(
     models: Annotated[list[str] | None, typer.Argument(help="names such as EDT-S/2  \\[default: all]")] = None,
-    image_size: Annotated[str, typer.Option(help="image side in pixels; separate several with commas")] = "256",
+    image_size: Annotated[
+        str | None, typer.Option(help="image side in pixels; separate several with commas  \\[default: 256]")
+    ] = None,
     by_module: Annotated[bool, typer.Option("--by-module", help="list the MACs of each module of one model")] = False,
+    acceptance: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="show times instead, at the rates that `edt bench gpu` measured")
+    ] = None,
+    num_gpus: Annotated[int, typer.Option(min=1, help="with --acceptance: GPUs of the kind that was measured")] = 1,
+    config: Annotated[
+        str,
+        typer.Option(help="with --acceptance: the pipeline, by name or as a YAML file", autocompletion=shipped),
+    ] = _RECIPE,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    num_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="with --acceptance: images of the source  \\[default: listed, or ImageNet's]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the cost of models: parameters, MACs (the papers' GFLOPs), training FLOPs.
+
+    With --acceptance, show the time of each step of a pipeline, for its own models or for the named ones.
 
     \b
     Examples:
       edt cost EDT-S/2 DiT-S/2 MDTv2-S/2
       edt cost EDT-XL/2 --image-size 512 --by-module
+      edt cost EDT-S/2 EDT-XL/2 --acceptance acceptance.json --num-gpus 8
     """
     from edt_core.models import MODEL_NAMES, model_config
 
+    if acceptance is not None:
+        if by_module:
+            raise UserError("--by-module counts operations and --acceptance estimates times; give one of the two")
+        loaded = _pipeline(config, assignments, image_size)
+        _print_times(acceptance, loaded, models or [], num_gpus, num_images, as_json)
+        return
+    if num_gpus != 1 or config != _RECIPE or assignments or num_images is not None:
+        raise UserError(
+            "--num-gpus, --config, --set and --num-images estimate times, which needs --acceptance FILE, a file that "
+            "`edt bench gpu --out FILE` wrote on such a GPU; give it, or leave them out"
+        )
     names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
-    sizes = [int(text) for text in image_size.split(",") if text.strip().isdecimal()]
-    if len(sizes) != len(image_size.split(",")):
-        raise UserError(f"--image-size is {image_size!r}; use pixels, or several sizes with commas, such as 256,512")
+    sizes = _sizes(image_size or "256")
     try:
         configs = [model_config(name, size) for name in names for size in sizes]
     except ValueError as error:
@@ -56,6 +93,85 @@ def cost(
     if not as_json:
         note = "GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image"
         say(fitted(note, screen_width(), 0))
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(sizes) != len(text.split(",")):
+        raise UserError(f"--image-size is {text!r}; use pixels, or several sizes with commas, such as 256,512")
+    return sizes
+
+
+def _pipeline(config: str, assignments: Sequence[str], image_size: str | None) -> "PipelineConfig":
+    """The configuration whose steps are timed, with another image size if one is given."""
+    from pipelines.config.schema import load_config
+
+    if image_size is None:
+        return load_config(config, assignments)
+    if len(sizes := _sizes(image_size)) != 1:
+        raise UserError(f"--image-size is {image_size!r}, but times are estimated for one size; give one")
+    return load_config(config, [*assignments, f"preprocess.image_size={sizes[0]}"])
+
+
+def _print_times(
+    path: Path, config: "PipelineConfig", models: Sequence[str], num_gpus: int, num_images: int | None, as_json: bool
+) -> None:
+    """The table of hours of each step, under a line with the card."""
+    from dataclasses import asdict
+
+    from pipelines.setup.acceptance_file import read_measurements
+    from pipelines.setup.measured_time import Setting, step_times, trainings_of
+
+    measured = read_measurements(path)
+    images = num_images or _number_of_images(config)
+    setting = Setting(measured, config, config.preprocess.image_size, images, num_gpus)
+    times = step_times(setting, trainings_of(config, models))
+    rows = [{**asdict(time), "device_hours": None if time.hours is None else time.hours * num_gpus} for time in times]
+    if as_json:
+        head = {name: getattr(measured, name) for name in ("card", "on_gpu", "started", "code", "torch", "is_checked")}
+        print_json({"acceptance": head, "devices": num_gpus, "images": images, "steps": rows})
+        return
+    device = "GPU" if measured.on_gpu else "machine"
+    for line in (*_origin(measured), f"{num_gpus} such {device}{'s' * (num_gpus > 1)}, {config.name}:"):
+        say(fitted(line, screen_width(), 2))
+    columns = {
+        "step": "step", "work": "work", "precision": "precision", "FLOPs": "flops",
+        "hours": "hours", f"{device}-hours": "device_hours", "rate": "source",
+    }  # fmt: skip
+    shown = [{title: _time_cell(row[name]) for title, name in columns.items()} for row in rows]
+    print_rows(shown, tuple(columns), False, extra=("FLOPs", "work"))
+    note = (
+        "hours = FLOPs / (FLOP/s of the row under `rate` x devices). Not included: preprocessing, feature networks and "
+        "evaluation, and what devices exchange"
+    )
+    say(fitted(note, screen_width(), 0))
+
+
+def _origin(measured: "Measurements") -> list[str]:
+    """What was measured, where and when, and what has to be known of it."""
+    kind = "" if measured.on_gpu else ", a CPU: these are not times of a GPU"
+    commit = measured.code[:SHORT] + ("+dirty" if measured.code.endswith("+dirty") else "")
+    lines = [f"{measured.card}{kind}", f"measured {measured.started}, code {commit}, torch {measured.torch}"]
+    return lines if measured.is_checked else [*lines, "correctness was not checked: the file has no such rows"]
+
+
+def _number_of_images(config: "PipelineConfig") -> int:
+    """The images of the source, which is listed; those of ImageNet where its configurations do not find it here."""
+    from pipelines.setup.dry_run import source_counts
+
+    source = config.source
+    if config.name.startswith("imagenet") and source.path and not Path(source.path).exists():
+        return source.limit or _IMAGENET
+    return source_counts(source).images
+
+
+def _time_cell(value: Any) -> Any:
+    """Hours and operations with few digits; texts as they are."""
+    if isinstance(value, int):
+        return f"{value:.1e}".replace("e+", "e")
+    if isinstance(value, float):
+        return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+    return value
 
 
 def _row(config: Any) -> dict[str, Any]:
@@ -120,8 +236,6 @@ def compare(
     Examples:
       edt compare edt-s-2-256 dit-s-2-256 --metric fid --out compare.png
     """
-    from pathlib import Path
-
     from pipelines.registry.compare import AXES
     from pipelines.registry.compare import compare as compared
     from pipelines.registry.lookup import record_of

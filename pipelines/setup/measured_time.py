@@ -1,0 +1,186 @@
+"""Times of a pipeline's steps at the rates that were measured on the user's own card.
+
+A step takes its counted operations over the operations per second of the measured row that is most like it. What a rate
+does not contain is not in the time: the exchange of gradients, previews, checkpoints, and loading of networks.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import log
+
+from edt_core.autoencoders.parts import images_per_call
+from edt_core.config import SampleConfig, TrainConfig
+from edt_core.diffusion import with_objective
+from edt_core.errors import UserError
+from edt_core.models import ModelConfig, model_config
+from edt_core.training.start.trainable import step_flops
+from pipelines.config.schema import PipelineConfig
+from pipelines.setup.acceptance_file import (
+    FACTOR,
+    FULL_SIZE,
+    LATENT_CHANNELS,
+    Job,
+    Measurements,
+    Work,
+    autoencoder_flops,
+    forward_flops,
+)
+
+_NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time of a step on some devices.
+
+    flops: None if they cannot be counted. hours: None if no row is like the step. source: the row of the rate.
+    """
+
+    step: str
+    work: str
+    precision: str
+    flops: int | None
+    hours: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What times are estimated for: a pipeline with its number of images and their side, on some devices."""
+
+    measured: Measurements
+    config: PipelineConfig
+    image_size: int
+    images: int
+    devices: int
+
+
+def trainings_of(config: PipelineConfig, models: Sequence[str]) -> list[TrainConfig]:
+    """The training of each named model, by the recipe of a configuration; without names, those of its own models."""
+    own = [config.train_of(name) for name in config.models]
+    return [own[0].model_copy(update={"model": model}) for model in models] or own
+
+
+def step_times(setting: Setting, trainings: Sequence[TrainConfig]) -> list[StepTime]:
+    """The times of encoding, and of training and sampling each model. Raises UserError if sizes do not fit."""
+    count, encode = setting.images, setting.config.encode
+    times = [_coder_time(setting, "encode", "encode", f"{count:,} images, mirrored too", 2 * count, encode.precision)]
+    for train in trainings:
+        model = _model(setting, train)
+        times += [_train_time(setting, train, model), *_sample_times(setting, train, model)]
+    return times
+
+
+def _model(setting: Setting, train: TrainConfig) -> ModelConfig:
+    autoencoder = setting.config.autoencoder
+    try:
+        model = model_config(
+            train.model,
+            setting.image_size,
+            autoencoder_factor=autoencoder.downsample_factor,
+            latent_channels=autoencoder.latent_channels,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return with_objective(model, train.objective)
+
+
+def _coder_time(setting: Setting, step: str, work: Work, text: str, images: int, precision: str) -> StepTime:
+    """The time to encode or decode images."""
+    autoencoder = setting.config.autoencoder
+    shape = autoencoder.downsample_factor, autoencoder.latent_channels
+    if autoencoder.pretrained is None or shape != (FACTOR, LATENT_CHANNELS):
+        source = f"{_NOT_MEASURED}: the autoencoder has another shape than SD-VAE"
+        return StepTime(step, text, precision, None, None, source)
+    size = setting.image_size
+    job = Job(work, precision, autoencoder_flops(work, size), batch=images_per_call(size))
+    return _time(setting, step, text, job, images)
+
+
+def _train_time(setting: Setting, train: TrainConfig, model: ModelConfig) -> StepTime:
+    steps, batch = train.total_steps(setting.images), train.global_batch_size
+    recipe = train.model_copy(update={"masked_loss": train.masked_loss and model.is_masked})
+    job = Job(
+        "train",
+        train.precision,
+        step_flops(recipe, model),
+        train.model,
+        max(1, batch // setting.devices),
+        setting.measured.on_gpu if train.compile is None else train.compile,
+    )
+    time = _time(setting, f"train {train.model}", f"{steps:,} steps of {batch:,}", job, steps * batch)
+    if model.image_size == FULL_SIZE:
+        time = _fed(setting, time, steps * batch, batch)
+    if train.max_hours is not None and time.hours is not None and time.hours > train.max_hours:
+        return replace(time, hours=train.max_hours, source=f"train.max_hours; {time.source}")
+    return time
+
+
+def _fed(setting: Setting, time: StepTime, images: int, batch: int) -> StepTime:
+    """The time of a training, which is longer if the hosts prepare images more slowly than devices train on them."""
+    feeding, devices = setting.measured.feeding, setting.devices
+    if time.hours is None or not feeding:
+        return time
+    key = min(feeding, key=lambda key: (abs(log(key[1] / devices)), abs(log(key[0] / batch))))
+    hours = images / feeding[key] / devices / 3600
+    if hours <= time.hours:
+        return time
+    return replace(time, hours=hours, source=f"limited by feeding, batch {key[0]}, one rank of {key[1]}")
+
+
+def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig) -> Iterator[StepTime]:
+    """Chains and decoding, of the trained model and, if it starts from random weights, of the untrained one."""
+    sample = setting.config.sample
+    sets, which = (1, "") if train.init_from else (2, ", half of them of the untrained model")
+    count = sample.num_samples * sample.repeats * sets
+    amm = bool(sample.amm_blocks)
+    job = Job("sample", sample.precision, forward_flops(model), train.model, sample.unit_size, amm=amm)
+    text, passes = f"{count:,} samples{which}", round(count * chain_passes(sample, train.num_timesteps))
+    yield _time(setting, f"sample {train.model}", f"{text}, {sample.num_sampling_steps} steps", job, passes)
+    yield _coder_time(setting, f"decode {train.model}", "decode", text, count, "fp32")
+
+
+def chain_passes(config: SampleConfig, num_timesteps: int) -> float:
+    """Forward passes for one sample: one for each step, and a second one for each step with guidance."""
+    if config.cfg_scale == 1.0:
+        return config.num_sampling_steps
+    first, end = config.guidance_interval or (0, num_timesteps)
+    share = max(0.0, min(end, num_timesteps) - first) / num_timesteps
+    return config.num_sampling_steps * (1 + share)
+
+
+def _time(setting: Setting, step: str, text: str, job: Job, calls: int) -> StepTime:
+    """The time of so many images, or passes, of a job."""
+    flops = calls * job.flops
+    rate = nearest_rate(setting.measured, job)
+    if rate is None:
+        return StepTime(step, text, job.precision, flops, None, _NOT_MEASURED)
+    flops_per_s, source = rate
+    return StepTime(step, text, job.precision, flops, flops / flops_per_s / setting.devices / 3600, source)
+
+
+def nearest_rate(measured: Measurements, job: Job) -> tuple[float, str] | None:
+    """The operations per second that a job reaches, and the row that they come from; None if no row has its work.
+
+    Rows of the job's precision come first; those of another one are scaled by the rates of matrix products. Of these,
+    the row is taken of the same model, then the one with the nearest number of operations, compiled or not as the job,
+    with AMM or not, and the nearest batch.
+    """
+    rates = [rate for rate in measured.rates if rate.job.work == job.work]
+    same = [rate for rate in rates if rate.job.precision == job.precision]
+    products = measured.products
+    other = [rate for rate in rates if {rate.job.precision, job.precision} <= products.keys()]
+    if not (candidates := same or other):
+        return None
+    rate = min(candidates, key=lambda rate: _distance(rate.job, job))
+    if not same:
+        factor = products[job.precision] / products[rate.job.precision]
+        return rate.flops_per_s * factor, f"scaled from {rate.row}, by matrix products in {job.precision}"
+    is_own = (rate.job.model, rate.job.flops) == (job.model, job.flops)
+    return rate.flops_per_s, rate.row if is_own else f"scaled from {rate.row}"
+
+
+def _distance(row: Job, job: Job) -> tuple[bool, float, bool, bool, float]:
+    """How little a row is like a job, the most important difference first."""
+    size, batch = round(abs(log(row.flops / job.flops)), 6), abs(log(row.batch / job.batch))
+    return row.model != job.model, size, row.compiled != job.compiled, row.amm != job.amm, batch

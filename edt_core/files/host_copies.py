@@ -12,6 +12,7 @@ from torch import Tensor
 
 Wait = Callable[[], None]
 _SLOTS, _SLOT_BYTES = 4, 16 << 20
+RING_BYTES = _SLOTS * _SLOT_BYTES  # page-locked memory of a ring
 
 
 def pinned(size: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edt_core.files.host_copies import RING_BYTES
 from edt_core.models import (
     DiffusionTransformer,
     ModelConfig,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _OPTIMIZER_STATES = {"adan": 4, "adamw": 2}  # float32 tensors of the size of the weights
 _GIGA = 1e9
+_PROCESS = 4 << 30  # bytes of host memory of a GPU's worker beside its tensors: libraries, kernels, batches ahead
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,16 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         global_batch_size=config.global_batch_size,
         steps=config.total_steps(images),
     )
+
+
+def host_memory(needs: Estimate, workers: int) -> int:
+    """Bytes of host memory that the GPU workers of a training need on one machine, worker 0 among them.
+
+    Worker 0 keeps a copy of its newest checkpoint, made through a ring of page-locked memory, and writes its files from
+    that copy. Latents, and the checkpoint that a training resumes from, are memory-mapped: the system can drop their
+    pages, and all workers share them, so they are not counted.
+    """
+    return workers * _PROCESS + needs.checkpoint + RING_BYTES
 
 
 def largest_micro_batch(config: TrainConfig, model_config: ModelConfig, memory: int) -> int:

@@ -164,23 +164,30 @@ def _cpus_at_once(config: PipelineConfig, available: int) -> Iterator[tuple[floa
 
 
 def memory(setup: Setup) -> Result:
-    """Estimated memory of training, compared with that of a GPU or this machine."""
-    from edt_core.training.estimate import estimate
+    """Estimated memory of training, compared with what is free on a GPU, and with this machine's."""
+    from edt_core.training.estimate import estimate, host_memory
 
     images, classes = counts(setup)
     machine, config = setup.machine.result(), setup.config
-    worst, needs = 0.0, []
+    worst, host, needs = 0.0, 0, []
     for name in config.models:
         train = config.train_of(name)
         workers = 1 if train.use_gpu else train.worker_range[1]
-        need = workers * estimate(train, config.model_of(name, classes), images).memory
+        estimated = estimate(train, config.model_of(name, classes), images)
+        need = workers * estimated.memory
+        if train.use_gpu and machine.gpus:
+            host = max(host, host_memory(estimated, min(len(machine.gpus), train.worker_range[1])))
         size = machine.gpu_room if train.use_gpu else machine.memory
         of = size_text(size) if size else "GPUs on other machines"
         needs.append(f"{name} about {size_text(need)} of {of}{_fitting(train, config.model_of(name, classes), size)}")
         worst = max(worst, need / size if size else 0.0)
     remedy = "lower train.micro_batch_size, or set train.activation_checkpointing=true"
+    if host:
+        needs.append(f"host memory about {size_text(host)} of {size_text(machine.memory)}")
     if worst > 1:
         return "fail", "; ".join(needs), remedy
+    if host > machine.memory > 0:
+        return "warn", "; ".join(needs), "give this machine, or its container, more memory: worker 0 copies checkpoints"
     return (
         ("warn", "; ".join(needs), f"little room is left: {remedy}") if worst > _ROOM else ("ok", "; ".join(needs), "")
     )

@@ -11,6 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from tests.support.manifests import SECRET_NAME
 
@@ -121,6 +123,16 @@ def test_versions_are_those_of_the_lock() -> None:
     pythons = re.findall(r"(?:-py3|python:3\.)(\d+)", ray + mlflow)
     assert len(pythons) == 3
     assert set(pythons) == {"11"}
+
+
+def test_torch_comes_from_pypi_unless_another_index_is_named() -> None:
+    """With its local version, such as 2.13.0+cu126, torch of the other index is newer than that of PyPI to pip."""
+    found = instructions((INFRA / "Dockerfile").read_text())
+    assert ("ARG", "TORCH_INDEX=") in found
+    (run,) = (rest for name, rest in found if name == "RUN" and "$wheel[" in rest)
+    assert '${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}' in run
+    assert SpecifierSet(f"=={LOCK['torch']}").contains(f"{LOCK['torch']}+cu126")
+    assert Version(f"{LOCK['torch']}+cu126") > Version(LOCK["torch"])
 
 
 def test_the_cluster_image_reports_no_use() -> None:

@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import yaml
 
-from edt_core.models import count_parameters, model_config, shadow
+from edt_core.training.estimate import Estimate, estimate, host_memory
 from pipelines.config.schema import PipelineConfig, load_config
+from pipelines.setup.disk import disk_needs
 from tests.support.manifests import (
     GPU,
     KUBERAY,
     KubeRay,
     Object,
+    Pod,
+    cache_bytes,
     cluster_specs,
     embedded_jobs,
     job_specs,
@@ -28,6 +31,8 @@ from tests.support.manifests import (
     of_kind,
     pods,
     problems,
+    ray_pods,
+    size,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +41,7 @@ GUIDE = ROOT / "docs" / "cluster.md"
 SIZES = sorted(path.name for path in (INFRA / "overlays").iterdir())
 WAYS = ["standing", "run", "raycronjob", "cronjob"]
 CRDS = "EDT_KUBERAY_CRDS"
-_PROCESS_BYTES = 4 << 30  # a worker beside its tensors: libraries with CUDA's kernels, shards that are mapped
+IMAGENET = 1_281_167
 everything = pytest.mark.parametrize(("size", "way"), [(size, way) for size in SIZES for way in WAYS])
 
 
@@ -201,6 +206,8 @@ SPOILT: list[tuple[str, Callable[[list[Object]], object], str]] = [
     ("standing", lambda o: _gpu(o).update(minReplicas=2), "does not hold"),
     ("standing", lambda o: _gpu(o)["template"]["spec"]["volumes"][1]["emptyDir"].pop("medium"), "no /dev/shm"),
     ("standing", lambda o: _gpu(o)["template"]["spec"]["volumes"][0]["emptyDir"].clear(), "no bounded cache"),
+    ("standing", lambda o: _container(_gpu(o))["env"].pop(0), "would be evicted"),
+    ("standing", lambda o: _container(_head(o))["env"][0].update(value="64GiB"), "would be evicted"),
     ("standing", lambda o: _head(o)["template"]["spec"]["securityContext"].update(runAsUser=0), "may run as root"),
     ("standing", lambda o: _container(_gpu(o))["securityContext"].update(privileged=True), "may gain privileges"),
     ("standing", lambda o: _container(_gpu(o))["securityContext"].pop("capabilities"), "keeps capabilities"),
@@ -267,18 +274,72 @@ def test_the_pipeline_of_a_size_fits_it(size: str) -> None:
         assert str(config.source.path).startswith("s3://"), "a path of one machine is on no other"
 
 
+def _needs(config: str, *assignments: str) -> Estimate:
+    loaded = load_config(config, assignments)
+    (name,) = loaded.models
+    return estimate(loaded.train_of(name), loaded.model_of(name, 1000), IMAGENET)
+
+
+def _gpu_pods() -> list[tuple[str, Pod, int]]:
+    """Each GPU pod, where it is defined, and its GPUs: of one, and of eight."""
+    base = list(yaml.safe_load_all((INFRA / "base" / "raycluster.yaml").read_text()))
+    found = []
+    for name, objects in {"base": base, "node-of-8": built(INFRA / "overlays" / "gpu-8")}.items():
+        (pod,) = (pod for pod in ray_pods(objects) if pod.where == "group gpu")
+        found.append((name, pod, int(pod.spec["containers"][0]["resources"]["limits"][GPU])))
+    return found
+
+
+def _volume(pod: Pod, name: str) -> float:
+    (limit,) = (volume["emptyDir"]["sizeLimit"] for volume in pod.spec["volumes"] if volume["name"] == name)
+    return size(limit)
+
+
 def test_a_gpu_pod_has_the_memory_of_the_largest_checkpoint() -> None:
-    """Rank 0's copy of EDT-XL with Adan and one EMA, beside the process and a full /dev/shm, as the guides state."""
-    copy_bytes = 6 * 4 * count_parameters(shadow(model_config("EDT-XL/2")))  # weights, EMA, four states of Adan
-    (cluster,) = yaml.safe_load_all((INFRA / "base" / "raycluster.yaml").read_text())
-    (pod,) = (group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "gpu")
-    (shm,) = (volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm")
-    memory = pod["containers"][0]["resources"]["requests"]["memory"]
-    gib = {text: int(text.removesuffix("Gi")) << 30 for text in (memory, shm)}
-    assert copy_bytes + gib[shm] + _PROCESS_BYTES <= gib[memory]
-    stated = f"{copy_bytes / (1 << 30):.1f} GiB"
-    assert stated in GUIDE.read_text()
-    assert stated in (ROOT / "docs" / "training.md").read_text()
+    """Workers, one for each GPU, with the copy of EDT-XL's checkpoint, beside a full /dev/shm, as the guides state."""
+    needs = _needs("imagenet256-edt-xl")
+    assert needs.checkpoint == 24 * needs.parameters, "weights, one EMA, four states of Adan in float32"
+    gpus = []
+    for name, pod, count in _gpu_pods():
+        gpus.append(count)
+        memory = size(pod.spec["containers"][0]["resources"]["requests"]["memory"])
+        assert host_memory(needs, count) + _volume(pod, "shm") <= memory, name
+        stated = f"{(host_memory(needs, count) + _volume(pod, 'shm')) / (1 << 30):.1f} GiB"
+        assert stated in GUIDE.read_text(), f"{name} needs {stated}"
+    assert gpus == [1, 8]
+    for guide in (GUIDE, ROOT / "docs" / "training.md"):
+        assert f"{needs.checkpoint / (1 << 30):.1f} GiB" in guide.read_text()
+
+
+def test_a_full_object_store_fits_the_shared_memory() -> None:
+    """Ray takes 30 % of a container's memory for it, in /dev/shm; NCCL shares a few MiB more there."""
+    for size_name in SIZES:
+        for pod in ray_pods(built(INFRA / "overlays" / size_name)):
+            memory = size(pod.spec["containers"][0]["resources"]["limits"]["memory"])
+            if not pod.is_head:  # its store is smaller, which Ray sees to
+                assert 0.3 * memory + (512 << 20) <= _volume(pod, "shm"), (size_name, pod.where)
+
+
+def test_the_cache_of_a_gpu_pod_has_room_for_imagenet() -> None:
+    """Latents at 256 and 512 px with a checkpoint, in a pod of 8 also the image shards. A CPU pod has the shards."""
+    for name, pod, count in _gpu_pods():
+        for config in ("imagenet256-edt-xl", "imagenet512-edt-s"):
+            needs = disk_needs(load_config(config), IMAGENET, 1000)
+            together = needs["latents"] + _needs(config).checkpoint + (needs["images"] if count == 8 else 0)
+            assert together <= cache_bytes(pod), (name, config)
+    (cpu,) = (pod for pod in ray_pods(built(INFRA / "overlays" / "many-nodes")) if pod.where == "group cpu")
+    assert disk_needs(load_config("imagenet256-edt-s"), IMAGENET, 1000)["images"] <= cache_bytes(cpu)
+
+
+def test_the_settings_are_those_that_the_guide_explains() -> None:
+    """A variable of NCCL or PyTorch is set only with a reason, and each one that is set has it."""
+    lines = (INFRA / "base" / "settings.env").read_text().splitlines()
+    names = [line.partition("=")[0] for line in lines if line and not line.startswith("#")]
+    own = [name for name in names if re.match(r"(TORCH_)?NCCL_|PYTORCH_|CUDA_", name)]
+    assert own == ["NCCL_DEBUG"]
+    text = GUIDE.read_text()
+    for name in (*own, "NCCL_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "PYTORCH_ALLOC_CONF"):
+        assert f"`{name}" in text, name
 
 
 def _fewest_workers(config: PipelineConfig) -> int:

@@ -271,6 +271,11 @@ def test_the_batch_that_fits_a_gpu_is_told() -> None:
         assert (estimate(train, config.model_of(name, 1000), 1).memory <= 0.8 * (9 << 30)) == fits
     large = asked(doctor_checks.memory, setup(config, images=(10**6, 1000), machine=gpu_node(80, 80, 80, 80)))
     assert "up to 256, the whole batch, fits" in large.found
+    assert "host memory about 18.1 GB of 549.8 GB" in large.found
+    little = asked(
+        doctor_checks.memory, setup(config, images=(10**6, 1000), machine=replace(gpu_node(80), memory=4 << 30))
+    )
+    assert (little.status, "more memory" in little.remedy) == ("warn", True)
     saving = load_config("imagenet256-edt-xl", [*IMAGENET, "train.activation_checkpointing=true"])
     assert "fits" in asked(doctor_checks.memory, setup(saving, images=(10**6, 1000), machine=gpu_node(80))).found
     machine = gpu_node(1, 1, 1, 1, memory=1)

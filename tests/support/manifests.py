@@ -2,6 +2,7 @@
 well. And what the schemas say: Kubernetes' own by kubernetes-validate, KubeRay's from its CRDs."""
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,15 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
+from edt_core.store.cache import BYTES_VARIABLE, parse_bytes
+
 Object = dict[str, Any]
 Check = Callable[[Sequence[Object]], Iterator[str]]
 
 GPU = "nvidia.com/gpu"
 KUBERAY = "ray.io/v1"
 SECRET_NAME = re.compile(r"KEY|PASSWORD|TOKEN|SECRET|CREDENTIAL")
+_FULL = 0.95  # share of a volume that the cache may take: downloads in progress and locks take more
 _UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
 
@@ -121,6 +125,14 @@ def shared_memory(objects: Sequence[Object]) -> Iterator[str]:
         cache = volumes.get(mounts.get("/cache", ""), {}).get("emptyDir", {})
         if "sizeLimit" not in cache:
             yield f"{pod.where} has no bounded cache"
+        elif cache_bytes(pod) > _FULL * size(cache["sizeLimit"]):
+            yield f"{pod.where} would be evicted: its cache may grow to more than the volume's limit"
+
+
+def cache_bytes(pod: Pod) -> float:
+    """How large the node's cache of remote files may grow in a pod; without a bound, half of the node's disk."""
+    variables = {entry["name"]: entry.get("value") for entry in pod.spec["containers"][0]["env"]}
+    return parse_bytes(variables[BYTES_VARIABLE]) if BYTES_VARIABLE in variables else math.inf
 
 
 def replicas(objects: Sequence[Object]) -> Iterator[str]:

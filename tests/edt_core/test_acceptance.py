@@ -23,6 +23,7 @@ from edt_core.acceptance.subjects import Setting
 from edt_core.config import ChainConfig, TrainConfig
 from edt_core.models import model_config
 from edt_core.training import trainer
+from pipelines.setup.acceptance_file import read_measurements
 
 CPU = torch.device("cpu")
 TINY = model_config("EDT-Tiny/2", 32, 10)
@@ -269,6 +270,15 @@ def test_every_section_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.Captu
     names = {section: " ".join(row["name"] for row in rows if row["section"] == section) for section in "ABCDE"}
     for section, parts in EXPECTED.items():
         assert all(part in names[section] for part in parts), names[section]
+    measured = read_measurements(out)  # as `edt cost --acceptance` does
+    assert (measured.on_gpu, measured.is_checked, measured.products.keys()) == (False, True, {"bf16", "fp32"})
+    jobs = {(rate.job.work, rate.job.precision, rate.job.compiled, rate.job.amm) for rate in measured.rates}
+    assert jobs == {
+        *(("train", "bf16", compiled, False) for compiled in (False, True)),
+        *(("sample", precision, False, amm) for precision in ("bf16", "fp32") for amm in (False, True)),
+        ("sample", "bf16", True, False),
+        *((work, "fp32", False, False) for work in ("encode", "decode")),
+    }
     for part in ("training", "inference"):
         by_tokens = json.loads(table.read_text())[part]
         assert [row["tokens"] for row in by_tokens] == [16, 64]

@@ -5,6 +5,7 @@ half a minute whatever its size, and each set of samples some seconds. The folde
 holds one whole run of the quickstart.
 """
 
+import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class Sandbox:
         """A new one. `images` is a folder of few labelled images, `store` one with a run of the small quickstart."""
         from edt_core.autoencoders.autoencoder import build_autoencoder
         from edt_core.config import AutoencoderConfig
+        from tests.support.acceptance import content
         from tests.support.models import released
 
         copy_store(store, root / "edt-store")
@@ -114,6 +116,7 @@ class Sandbox:
         for block in (block for page in pages() for block in blocks(page) if block.language == "yaml"):
             if name := re.fullmatch(r"# (\w+\.yaml)", block.lines[0]):  # a file that the page has the reader write
                 (root / name[1]).write_text("\n".join(block.lines).replace("/data/flowers", str(images)))
+        (root / "acceptance.json").write_text(json.dumps(content()))
         build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32).save_pretrained(root / "vae")
         return cls(root)
 

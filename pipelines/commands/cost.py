@@ -62,21 +62,26 @@ def cost(
       edt cost EDT-XL/2 --image-size 512 --by-module
       edt cost EDT-S/2 EDT-XL/2 --acceptance acceptance.json --num-gpus 8
     """
-    from edt_core.models import MODEL_NAMES, model_config
-
     if acceptance is not None:
         if by_module:
             raise UserError("--by-module counts operations and --acceptance estimates times; give one of the two")
         loaded = _pipeline(config, assignments, image_size)
         _print_times(acceptance, loaded, models or [], num_gpus, num_images, as_json)
-        return
-    if num_gpus != 1 or config != _RECIPE or assignments or num_images is not None:
+    elif num_gpus != 1 or config != _RECIPE or assignments or num_images is not None:
         raise UserError(
             "--num-gpus, --config, --set and --num-images estimate times, which needs --acceptance FILE, a file that "
             "`edt bench gpu --out FILE` wrote on such a GPU; give it, or leave them out"
         )
+    else:
+        _print_costs(models or [], image_size or "256", by_module, as_json)
+
+
+def _print_costs(models: Sequence[str], image_size: str, by_module: bool, as_json: bool) -> None:
+    """The table of parameters and operations of models, or of the modules of one."""
+    from edt_core.models import MODEL_NAMES, model_config
+
     names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
-    sizes = _sizes(image_size or "256")
+    sizes = _sizes(image_size)
     try:
         configs = [model_config(name, size) for name in names for size in sizes]
     except ValueError as error:

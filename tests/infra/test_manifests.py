@@ -42,6 +42,7 @@ SIZES = sorted(path.name for path in (INFRA / "overlays").iterdir())
 WAYS = ["standing", "run", "raycronjob", "cronjob"]
 CRDS = "EDT_KUBERAY_CRDS"
 IMAGENET = 1_281_167
+_RAY_LIMIT = 0.95  # share of a node's memory above which Ray kills workers, by default
 everything = pytest.mark.parametrize(("size", "way"), [(size, way) for size in SIZES for way in WAYS])
 
 
@@ -302,8 +303,8 @@ def test_a_gpu_pod_has_the_memory_of_the_largest_checkpoint() -> None:
     gpus = []
     for name, pod, count in _gpu_pods():
         gpus.append(count)
-        memory = size(pod.spec["containers"][0]["resources"]["requests"]["memory"])
-        assert host_memory(needs, count) + _volume(pod, "shm") <= memory, name
+        memory = quantity(pod.spec["containers"][0]["resources"]["requests"]["memory"])
+        assert host_memory(needs, count) + _volume(pod, "shm") <= _RAY_LIMIT * memory, name
         stated = f"{(host_memory(needs, count) + _volume(pod, 'shm')) / (1 << 30):.1f} GiB"
         assert stated in GUIDE.read_text(), f"{name} needs {stated}"
     assert gpus == [1, 8]

@@ -32,8 +32,8 @@ from tests.support.manifests import (
     pods,
     problems,
     ray_pods,
-    size,
 )
+from tests.support.manifests import size as quantity
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra" / "kuberay"
@@ -293,7 +293,7 @@ def _gpu_pods() -> list[tuple[str, Pod, int]]:
 
 def _volume(pod: Pod, name: str) -> float:
     (limit,) = (volume["emptyDir"]["sizeLimit"] for volume in pod.spec["volumes"] if volume["name"] == name)
-    return size(limit)
+    return quantity(limit)
 
 
 def test_a_gpu_pod_has_the_memory_of_the_largest_checkpoint() -> None:
@@ -316,7 +316,7 @@ def test_a_full_object_store_fits_the_shared_memory() -> None:
     """Ray takes 30 % of a container's memory for it, in /dev/shm; NCCL shares a few MiB more there."""
     for size_name in SIZES:
         for pod in ray_pods(built(INFRA / "overlays" / size_name)):
-            memory = size(pod.spec["containers"][0]["resources"]["limits"]["memory"])
+            memory = quantity(pod.spec["containers"][0]["resources"]["limits"]["memory"])
             if not pod.is_head:  # its store is smaller, which Ray sees to
                 assert 0.3 * memory + (512 << 20) <= _volume(pod, "shm"), (size_name, pod.where)
 

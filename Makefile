@@ -9,14 +9,15 @@ DEV    := $(VENV)/.dev
 PYTEST := $(BIN)/python -m pytest
 # pip would compile all modules, most of which are never imported: three quarters of its time. Python compiles each on
 # its first import, unless it must not write.
-PIP    := $(BIN)/python -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
+INSTALL := -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
+PIP     := $(BIN)/python $(INSTALL)
 # One process more than cores, because one process runs Ray's tests, some of which wait.
 PARALLEL := -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 8 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 9 ))) \
     --dist loadgroup --no-loadscope-reorder
 NUMERICS := $(addprefix tests/edt_core/test_,models*.py diffusion*.py metrics*.py training*.py solvers.py generation.py \
     autoencoder.py inception.py extractors.py alignment.py labels.py pipeline.py)
 
-.PHONY: install install-dev quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check prose format docs docs-serve reference lock wheel notebook examples bench recording clean
+.PHONY: install install-dev quickstart test test-light test-ray test-all test-numerics test-core test-pythons coverage faults check prose format docs docs-serve docs-version reference lock wheel notebook examples bench recording clean
 
 install: $(READY)              ## what a run needs
 
@@ -87,8 +88,8 @@ reference: install             ## generate docs/config.md from the schemas
 
 $(DOCS)/.ready: requirements-docs.lock
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
-	$(DOCS)/bin/python -m pip install --quiet -r requirements-docs.lock
+	$(DOCS)/bin/python $(INSTALL) --upgrade pip
+	$(DOCS)/bin/python $(INSTALL) -r requirements-docs.lock
 	touch $@
 
 docs: $(DOCS)/.ready           ## the book, in build/book; a broken link fails
@@ -96,6 +97,10 @@ docs: $(DOCS)/.ready           ## the book, in build/book; a broken link fails
 
 docs-serve: $(DOCS)/.ready     ## the book on http://127.0.0.1:8000, rebuilt when a page changes
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
+docs-version: $(DOCS)/.ready   ## the book as version VERSION, such as 0.1, committed to the branch gh-pages
+	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH NO_MKDOCS_2_WARNING=1 mike deploy --update-aliases $(VERSION) latest
+	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH mike set-default latest
 
 bench: install-dev             ## times the quickstart, its second run and the CLI; prints a table
 	$(BIN)/python tests/benchmarks/quickstart.py

@@ -90,3 +90,8 @@ def _parts(text: str) -> Iterator[tuple[bool, str]]:
         if mark:
             fence = "" if fence and mark[1].startswith(fence) else fence or mark[1]
         yield inside or bool(mark), line
+
+
+def with_focus(html: str) -> str:
+    """Blocks of code that the keyboard reaches: those that are wider than the page scroll sideways."""
+    return html.replace("<pre><span></span><code>", '<pre><span></span><code tabindex="0">')

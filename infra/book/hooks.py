@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from forge import title_of, with_links, with_lists
+from forge import title_of, with_focus, with_links, with_lists
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -94,7 +94,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Refuse a page that loads a script, style, font or image from a server: the book is read without a network."""
+    """The finished page. One that loads a script, style, font or image from a server is refused."""
     if loaded := _LOADED.findall(output):
         raise PluginError(f"{page.file.src_uri} loads {', '.join(loaded)}; keep the file in the book instead")
-    return output
+    return with_focus(output)

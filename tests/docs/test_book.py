@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from infra.book.forge import title_of, with_links, with_lists
+from infra.book.forge import title_of, with_focus, with_links, with_lists
 from infra.book.notebook import as_markdown
 from tests.support.pages import ROOT, blocks, pages
 
@@ -219,3 +219,9 @@ def test_links_of_a_page_in_a_folder_and_of_one_from_outside() -> None:
     assert with_links("[x](../data.md)", "docs/decisions/b.md", book, {}, ROOT, None) == "[x](../data.md)"
     assert with_links("[x](docs/data.md)", "README.md", book, {}, ROOT, None) == "[x](data.md)"
     assert with_links("[x](../../README.md)", "docs/decisions/b.md", book, {}, ROOT, None) == "[x](../overview.md)"
+
+
+def test_the_keyboard_reaches_wide_blocks_of_code() -> None:
+    """They scroll sideways. The markup is that of the generator's highlighter."""
+    page = "<p><code>edt</code></p><div class=highlight><pre><span></span><code>edt run"
+    assert with_focus(page) == page.replace("</span><code>", '</span><code tabindex="0">')

@@ -11,8 +11,11 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 
 
-class PyfuncEDT(PythonModel):
-    """Class labels to images. Parameters: num_inference_steps, cfg_scale, seed."""
+class _Prediction:
+    """The methods of the model. In a subclass of PythonModel MLflow would warn that `predict` has no type hints.
+
+    It has none because MLflow reads them as a schema, which has no arrays. The signature is logged instead.
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
         from edt_core.pipeline import EDTPipeline
@@ -20,7 +23,6 @@ class PyfuncEDT(PythonModel):
         self.pipeline = EDTPipeline.from_pretrained(context.artifacts["pipeline"], low_cpu_mem_usage=False)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    # No type hints: MLflow reads those of `predict` as a schema, which has no arrays. The signature is logged instead.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Images, uint8 [N, S, S, 3], for class labels, an integer array [N]. A parameter of 0 means its default.
 
@@ -37,6 +39,10 @@ class PyfuncEDT(PythonModel):
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from error
         pixels: NDArray[np.uint8] = np.stack(images)
         return pixels
+
+
+class PyfuncEDT(_Prediction, PythonModel):
+    """Class labels to images. Parameters: num_inference_steps, cfg_scale, seed."""
 
 
 mlflow.models.set_model(PyfuncEDT())

@@ -267,6 +267,8 @@ def _client(uri: str) -> "MlflowClient":
 
 
 def _quiet() -> None:
+    import mlflow  # noqa: F401  it sets the levels of its loggers when it is imported
+
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

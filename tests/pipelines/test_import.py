@@ -24,7 +24,7 @@ from pipelines.registry.importing import _protocol, read_released
 from pipelines.registry.lookup import find, origin_of
 from tests.support.models import TINY, made_model, pipeline_folder, released, weights
 from tests.support.registry import Registry
-from tests.support.small import edt
+from tests.support.small import edt, edt_process
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +306,14 @@ def test_which_weights_were_taken_is_told(
         assert "note: the trained weights 'state_dict.net' were used, not 'state_dict.ema_net'" in told
         assert ", model weights of" in told
     assert "assumed" not in told
+
+
+def test_as_a_command_it_prints_nothing_of_libraries(vae: Path, tmp_path: Path) -> None:
+    """A new store, whose tables MLflow creates; and the pyfunc model, about which it could warn."""
+    arguments = ("--autoencoder", str(vae), "--store", str(tmp_path / "s"))
+    done = edt_process("import", str(released(tmp_path, TINY[0])), *arguments)
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if not line.startswith("note: ")] == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "of a velocity"])

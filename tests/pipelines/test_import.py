@@ -308,6 +308,7 @@ def test_which_weights_were_taken_is_told(
     assert "assumed" not in told
 
 
+@pytest.mark.extern
 def test_as_a_command_it_prints_nothing_of_libraries(vae: Path, tmp_path: Path) -> None:
     """A new store, whose tables MLflow creates; and the pyfunc model, about which it could warn."""
     arguments = ("--autoencoder", str(vae), "--store", str(tmp_path / "s"))

@@ -131,12 +131,13 @@ def _fed(setting: Setting, time: StepTime, images: int, batch: int) -> StepTime:
 def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig) -> Iterator[StepTime]:
     """Chains and decoding, of the trained model and, if it starts from random weights, of the untrained one."""
     sample = setting.config.sample
-    sets, which = (1, "") if train.init_from else (2, ", half of them of the untrained model")
-    count = sample.num_samples * sample.repeats * sets
+    sets, which = (1, "") if train.init_from else (2, "2 x ")  # trained and untrained
+    each = sample.num_samples * sample.repeats
+    text, count = f"{which}{each:,} samples", sets * each
     amm = bool(sample.amm_blocks)
     job = Job("sample", sample.precision, forward_flops(model), train.model, sample.unit_size, amm=amm)
-    text, passes = f"{count:,} samples{which}", round(count * chain_passes(sample, train.num_timesteps))
-    yield _time(setting, f"sample {train.model}", f"{text}, {sample.num_sampling_steps} steps", job, passes)
+    passes = round(count * chain_passes(sample, train.num_timesteps))
+    yield _time(setting, f"sample {train.model}", f"{text} of {sample.num_sampling_steps} steps", job, passes)
     yield _coder_time(setting, f"decode {train.model}", "decode", text, count, "fp32")
 
 

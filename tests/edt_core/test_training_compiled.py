@@ -23,6 +23,7 @@ from edt_core.training.speed import compiled
 from edt_core.training.speed.compiled import failure
 from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.trainer import COMPILE_SECONDS, Trainer
+from tests.support.models import shallow_config
 from tests.support.trainings import OneOfOne, contents, narrow, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread", "no_thread_stays")
@@ -113,19 +114,25 @@ def test_without_a_compiler_a_training_continues_with_the_same_bits(
 
 
 GRAPHS = "reduce-overhead"
+PLAIN = {"model": "DiT-Tiny/2", "masked_loss": False}
 
 
-@pytest.mark.parametrize("sampler", ["loss-second-moment", "uniform"])
+@pytest.fixture(scope="module")
+def plain_blocks() -> ModelConfig:
+    """A model whose blocks are all of one shape: compiling it takes the fewest graphs."""
+    return shallow_config("DiT-Tiny/2")
+
+
 def test_with_cuda_graphs_asked_for_a_training_on_a_cpu_is_the_compiled_one(
-    sampler: str, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain_blocks: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU has no graphs: this is what is around them, updates that are masked and come before the check."""
     compile_with("aot_eager", monkeypatch)
     states, contexts = [], []
     for value in (True, GRAPHS):
         contexts.append(LocalContext(tmp_path / str(value)))
-        config = with_options({"compile": value, "timestep_sampler": sampler})
-        states.append(train(config, speck, dataset, contexts[-1]))
+        config = with_options({**PLAIN, "compile": value, "timestep_sampler": "uniform"})
+        states.append(train(config, plain_blocks, dataset, contexts[-1]))
     assert same(states[0].model.state_dict(), states[1].model.state_dict())
     assert states[0].history == states[1].history
     for step in (2, 4):
@@ -136,9 +143,8 @@ def test_with_cuda_graphs_asked_for_a_training_on_a_cpu_is_the_compiled_one(
     assert "a CPU, which has no CUDA graphs" in warning
 
 
-@pytest.mark.parametrize("sampler", ["loss-second-moment", "uniform"])
 def test_a_masked_step_that_is_not_finite_changes_nothing_and_is_left_out(
-    sampler: str, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain_blocks: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, averages and optimizer have the same bits after the step that is not finite as before it."""
     compile_with("aot_eager", monkeypatch)
@@ -163,8 +169,8 @@ def test_a_masked_step_that_is_not_finite_changes_nothing_and_is_left_out(
 
     def run(value: Any) -> Any:
         running.clear()
-        config = with_options({"compile": value, "timestep_sampler": sampler, "max_steps": 6})
-        return train(config, speck, dataset, LocalContext(tmp_path / str(value)))
+        config = with_options({**PLAIN, "compile": value, "max_steps": 6})
+        return train(config, plain_blocks, dataset, LocalContext(tmp_path / str(value)))
 
     monkeypatch.setattr(loop, "_begin", lambda *args: running.append(begin(*args)) or running[-1])
     monkeypatch.setattr(trainer, "accumulate_gradient", spoiled)
@@ -188,7 +194,7 @@ def tensors(running: Trainer) -> dict[str, Tensor]:
 
 
 def test_graphs_are_warmed_up_before_the_first_step_and_begin_anew_with_each(
-    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain_blocks: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_with("aot_eager", monkeypatch)
     begin, begun = loop._begin, list[int]()
@@ -200,7 +206,7 @@ def test_graphs_are_warmed_up_before_the_first_step_and_begin_anew_with_each(
         return made
 
     monkeypatch.setattr(loop, "_begin", on_gpu)
-    plain = train(with_options({"compile": True}), speck, dataset, LocalContext(tmp_path / "a"))
+    plain = train(with_options({**PLAIN, "compile": True}), plain_blocks, dataset, LocalContext(tmp_path / "a"))
     assert begun == [0, 0, 0, 0, 1, 2, 3]  # three passes that are thrown away
     assert plain.step == 4
 

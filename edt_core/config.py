@@ -21,9 +21,13 @@ def runtime(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"runtime": True}, **constraints)
 
 
-def added(default: Any, **constraints: Any) -> Any:
-    """A field added in a later version: at its default it counts as absent, so that older artifacts are reused."""
-    return Field(default, json_schema_extra={"added": True}, **constraints)
+def added(default: Any, *, absent: Any = None, **constraints: Any) -> Any:
+    """A field added in a later version: at its default it counts as absent, so that older artifacts are reused.
+
+    `absent`: another value that means what versions without the field did, and counts as absent as well; None for none.
+    """
+    extra = {"added": True} if absent is None else {"added": True, "absent": absent}
+    return Field(default, json_schema_extra=extra, **constraints)
 
 
 def added_runtime(default: Any, **constraints: Any) -> Any:
@@ -41,7 +45,7 @@ def result_fields(section: Section) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        if _marked(info, "runtime") or (_marked(info, "added") and value == info.default):
+        if _marked(info, "runtime") or _is_absent(info, value):
             continue
         fields[name] = result_fields(value) if isinstance(value, Section) else value
     return section.model_validate(fields).model_dump(mode="json", include=set(fields))
@@ -62,10 +66,21 @@ def recorded_fields(section: Section) -> dict[str, Any]:
     return fields
 
 
+def _is_absent(info: FieldInfo, value: Any) -> bool:
+    """Whether a value of an added field means what versions without the field did."""
+    extra = info.json_schema_extra
+    if not isinstance(extra, dict) or not extra.get("added"):
+        return False
+    return bool(value == info.default or ("absent" in extra and value == extra["absent"]))
+
+
 def _marked(info: FieldInfo, mark: str) -> bool:
     """Whether a field was declared with `runtime` or `added`."""
     return isinstance(info.json_schema_extra, dict) and bool(info.json_schema_extra.get(mark))
 
+
+# With `train.holdout: auto` this share of the images is held out, in a data set of at least so many images.
+AUTO_HOLDOUT, AUTO_HOLDOUT_FROM = 0.01, 10_000
 
 SourceKind = Literal["auto", "digits", "image_folder", "labels", "ilsvrc2012", "webdataset", "parquet"]
 
@@ -294,6 +309,15 @@ class TrainConfig(Section):
         description="seed of initial weights, data order, flips, noise, timesteps, masks and dropped labels",
     )
     log_every: int = Field(50, ge=1, description="steps between two rows of the loss history")
+    holdout: float | Literal["auto"] = added(
+        "auto",
+        absent=0.0,
+        description="share of the images that is held out to measure the loss on, up to 0.5 and at least 64 images; 0 "
+        "for none; auto for 0.01 from 10,000 images on, and none of fewer",
+    )
+    validate_every: int | None = added(
+        None, ge=1, description="steps between two measurements of the held-out loss; null for about 1 % of the time"
+    )
     checkpoint_every: int = runtime(5_000, ge=1, description="steps between two checkpoints")
     num_to_keep: int = runtime(2, ge=1, description="newest checkpoints to keep, besides the one with the lowest loss")
     preview_every: int | None = runtime(None, ge=1, description="steps between two sample grids; null for none")
@@ -345,6 +369,25 @@ class TrainConfig(Section):
             raise ValueError(f"ema_decay is {value}; it must be a number from 0 to below 1, or several different ones")
         return value
 
+    @field_validator("holdout", mode="before")
+    @classmethod
+    def _holdout_is_a_share(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 0.5):
+            return value
+        raise ValueError(
+            f"holdout is {value!r}; it must be the share of the images to hold out, above 0 and at most 0.5, or 0 for "
+            "none, or auto"
+        )
+
+    @model_validator(mode="after")
+    def _held_out_rows_can_be_read(self) -> "TrainConfig":
+        if self.holdout_share and self.reader == "webdataset":
+            raise ValueError(
+                f"holdout is {self.holdout:g}, but reader is webdataset, which reads no single rows; set holdout=0, or "
+                "reader=arrow"
+            )
+        return self
+
     @model_validator(mode="after")
     def _workers_fit(self) -> "TrainConfig":
         fewest, most = self.worker_range
@@ -376,8 +419,28 @@ class TrainConfig(Section):
         """Most samples in a forward pass of a worker; gradients of further samples are accumulated."""
         return self.micro_batch_size or -(-self.global_batch_size // self.worker_range[1])
 
+    @property
+    def holdout_share(self) -> float:
+        """The share of the images that is held out; 0 for `auto` until `settled` has decided on it."""
+        return 0.0 if self.holdout == "auto" else float(self.holdout)
+
+    def settled(self, images: int | None) -> "TrainConfig":
+        """The configuration of a training on so many images: `holdout` is a number, unless `images` is None.
+
+        It is settled before a fingerprint is computed. Without held-out images the fingerprint is that of versions
+        before there was `holdout`, whose trainings held out nothing.
+        """
+        share = self.holdout_share
+        if self.holdout == "auto":
+            if images is None:
+                return self
+            share = AUTO_HOLDOUT if images >= AUTO_HOLDOUT_FROM and self.reader == "arrow" else 0.0
+        if self.max_steps == 0:
+            share = 0.0
+        return self.model_copy(update={"holdout": share, "validate_every": self.validate_every if share else None})
+
     def total_steps(self, num_samples: int) -> int:
-        """Steps of the whole training on a data set of `num_samples`, without regard to `max_hours`."""
+        """Steps of the whole training on `num_samples` that are not held out, without regard to `max_hours`."""
         if self.max_epochs is None:
             return self.max_steps
         return min(self.max_steps, math.ceil(self.max_epochs * num_samples / self.global_batch_size))

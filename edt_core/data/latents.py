@@ -11,6 +11,7 @@ A row's posterior is float32 [2, 2, C, h, h]: side (image, mirror image), then (
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import prod
@@ -270,6 +271,7 @@ class LatentDataset:
         chunks = [chunk for shard in shards for chunk in shard.chunks]
         self._sides = [[chunk[side] for chunk in chunks] for side in range(len(POSTERIOR_COLUMNS))]
         self._starts = np.cumsum([0, *(len(chunk[0]) for chunk in chunks)])  # first row of each chunk, then all rows
+        self._rows: NDArray[np.int64] | None = None  # the rows of a part
         if not len(self):
             raise UserError(f"the {len(paths)} latent shards contain no rows; encode the images again")
 
@@ -279,6 +281,16 @@ class LatentDataset:
     @property
     def scale(self) -> LatentScale:
         return self.info.scale
+
+    def part(self, rows: NDArray[np.int64]) -> "LatentDataset":
+        """These rows, int64 [n], as a data set whose row i is row `rows[i]` of this one. Copies no latents."""
+        part = copy(self)
+        part.labels, part._rows = self.labels[rows], self.origin(rows)
+        return part
+
+    def origin(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows, in the shards, of some rows of this data set; they differ only for a part."""
+        return indices if self._rows is None else self._rows[indices]
 
     def gather(
         self, indices: NDArray[np.int64], mirror: NDArray[np.bool_], out: NDArray[np.float32] | None = None
@@ -297,8 +309,9 @@ class LatentDataset:
             return posterior, np.empty(0, np.int64)
         if indices.min() < 0 or indices.max() >= len(self):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)}")
-        chunks = np.searchsorted(self._starts, indices, side="right") - 1
-        rows = indices - self._starts[chunks]
+        places_in_shards = self.origin(indices)
+        chunks = np.searchsorted(self._starts, places_in_shards, side="right") - 1
+        rows = places_in_shards - self._starts[chunks]
         # One call copies a list of row views, without a pass per shard: at most a sixth slower than from memory.
         places = zip(mirror.astype(int).tolist(), chunks.tolist(), rows.tolist(), strict=True)
         np.concatenate([self._sides[side][chunk][row] for side, chunk, row in places], out=posterior.reshape(-1))

@@ -26,7 +26,7 @@ class LatentBatch:
     """One rank's share of global batch `step`.
 
     posterior float32 [n, 2, C, h, h] (mean, std; of the mirror image if `mirror`), labels int64 [n], mirror bool [n],
-    indices int64 [n]: rows of the data set, or -1 for streamed samples, which have `keys` instead.
+    indices int64 [n]: rows of the latent shards, or -1 for streamed samples, which have `keys` instead.
     """
 
     step: int
@@ -129,5 +129,5 @@ def latent_batches(dataset: LatentDataset, plan: BatchPlan, start_step: int = 0)
         indices, mirror = plan.indices(step, len(dataset)), plan.mirror(step)
         posterior = buffers.empty()
         _, labels = dataset.gather(indices, mirror, posterior.numpy())
-        yield LatentBatch(step, indices, mirror, posterior, torch.from_numpy(labels))
+        yield LatentBatch(step, dataset.origin(indices), mirror, posterior, torch.from_numpy(labels))
         step += 1

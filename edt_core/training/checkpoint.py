@@ -41,8 +41,9 @@ class CheckpointError(RuntimeError):
 class Checkpoint:
     """Everything a training needs to resume after `step` completed steps.
 
-    `tensors` are named tensors by file name, `state` is plain JSON. `score` is the mean loss since the previous
-    checkpoint. A checkpoint is `regular` if an uninterrupted training writes it too. `version` is that of its format.
+    `tensors` are named tensors by file name, `state` is plain JSON. `score` is the held-out loss, or without held-out
+    images the mean loss since the previous checkpoint. A checkpoint is `regular` if an uninterrupted training writes it
+    too. `version` is that of its format.
     """
 
     step: int

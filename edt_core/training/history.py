@@ -15,6 +15,7 @@ QUARTILES = 4
 class History:
     """Losses of a training: `rows` are means over the steps since the previous row, `pending` the losses since then.
 
+    Where the held-out loss was measured, a row has it too, or is of it alone.
     `score_sum` and `score_steps` are the summed loss and the number of steps since the last regular checkpoint.
     The history contains no times, so equal trainings have equal histories.
     """
@@ -42,6 +43,13 @@ class History:
         self.rows.append(row)
         self.pending.clear()
         return row
+
+    def add_measurement(self, step: int, values: Mapping[str, float]) -> None:
+        """Add what was measured after a step: to its row, or else as a row of its own."""
+        if self.rows and self.rows[-1]["step"] == step:
+            self.rows[-1] = {**self.rows[-1], **values}
+        else:
+            self.rows.append({"step": float(step), **values})
 
     def take_score(self) -> float | None:
         """Mean loss of the steps since the previous call; None if there was no step."""

@@ -5,13 +5,16 @@ Legend: B global batch, n this rank's share of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
+from edt_core.data.holdout import Holdout
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
 from edt_core.data.prefetch import prefetched
@@ -31,6 +34,8 @@ from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.start.trainable import step_flops
 from edt_core.training.state import TrainState, initial_state, restart, restore, to_checkpoint
 from edt_core.training.trainer import NotFiniteError, Signal, Trainer
+from edt_core.training.validation.measure import HeldOutLoss
+from edt_core.training.validation.overfitting import HELD_OUT_LOSS
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -45,11 +50,15 @@ def train(
     dataset: LatentDataset | LatentStream,
     context: TrainContext,
     initial: ReadInitial | None = None,
+    holdout: Holdout | None = None,
 ) -> TrainState:
     """Train to the last step, resuming from the context's newest checkpoint, and save checkpoints on the way.
 
     Without a checkpoint it starts from what `initial` reads, a checkpoint of step 0 (see
     `edt_core.training.start.initial`), or from random weights if `initial` is None.
+
+    The rows of `holdout`, of a mapped data set, are not trained on. Every `validate_every` steps and at the end, the
+    loss of the averaged weights on some of them is measured, and again for the score of each regular checkpoint.
 
     The loss is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
     importance. After a step whose loss or gradient is not finite, the training rolls back to its newest checkpoint and
@@ -58,7 +67,13 @@ def train(
     Raises NotFiniteError after more than `max_rollbacks` rollbacks, Stopped after a stop request, once a checkpoint is
     written, and UserError for latents that are not finite and for a checkpoint of another training.
     """
+    validation = None
+    if holdout is not None:
+        assert isinstance(dataset, LatentDataset), "held-out rows are read from mapped latents"
+        validation = HeldOutLoss(config, model_config, dataset, holdout, context.ranks)
+        dataset = dataset.part(holdout.training_rows(len(dataset)))
     trainer = _begin(config, model_config, dataset, context, initial)
+    trainer.validation = validation
     try:
         _run_to_the_end(trainer, initial)
     except BaseException:
@@ -220,21 +235,31 @@ def _is_due(trainer: Trainer) -> bool:
     """Whether `_report` writes something after this step."""
     config, step = trainer.config, trainer.state.step
     regularly = (config.log_every, config.checkpoint_every, config.preview_every)
-    return step in (trainer.last_step, trainer.context.store.stable_step) or any(
-        every is not None and step % every == 0 for every in regularly
+    return (
+        step in (trainer.last_step, trainer.context.store.stable_step)
+        or any(every is not None and step % every == 0 for every in regularly)
+        or _validation_is_due(trainer)
     )
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    """Whether the held-out loss after this step belongs in the history."""
+    validation, step = trainer.validation, trainer.state.step
+    return validation is not None and (step % validation.every == 0 or step == trainer.last_step)
 
 
 def _report(trainer: Trainer) -> None:
     """Report the history's row and figures, and write the checkpoint and preview, where they are due after a step."""
     config, state, context = trainer.config, trainer.state, trainer.context
     at_end = state.step == trainer.last_step
+    regular = state.step % config.checkpoint_every == 0 or at_end
     if (state.step % config.log_every == 0 or at_end) and state.history.pending:
         row = state.history.close_row(state.step, learning_rate(config, state.step - 1, trainer.total_steps))
         if context.ranks.rank == 0:
             context.report({**row, **trainer.meter.row()}, state.step)
-    if state.step % config.checkpoint_every == 0 or at_end:
-        _save(trainer, regular=True)
+    held_out_loss = _validate(trainer) if regular or _validation_is_due(trainer) else None
+    if regular:
+        _save(trainer, regular=True, held_out_loss=held_out_loss)
     elif state.step == context.store.stable_step:
         _save(trainer, regular=False)
     every = config.preview_every
@@ -242,10 +267,29 @@ def _report(trainer: Trainer) -> None:
         context.preview(state.average(), state.step)
 
 
-def _save(trainer: Trainer, *, regular: bool) -> None:
-    if trainer.ranks.rank == 0:
-        checkpoint = to_checkpoint(trainer.state, trainer.config, len(trainer.dataset), regular=regular)
-        trainer.context.store.save(checkpoint)
+def _validate(trainer: Trainer) -> float | None:
+    """Measure the held-out loss, and report it where it is due; None if there is none, or it is not finite."""
+    state, context, validation = trainer.state, trainer.context, trainer.validation
+    if validation is None:
+        return None
+    values = validation.measure(state.average())
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    if _validation_is_due(trainer):
+        state.history.add_measurement(state.step, finite)
+        if context.ranks.rank == 0:
+            context.report(finite, state.step)
+    if len(finite) < len(values) and context.ranks.rank == 0:
+        context.warn(f"the held-out loss of step {state.step} is not finite, and is left out of the history")
+    return finite.get(HELD_OUT_LOSS)
+
+
+def _save(trainer: Trainer, *, regular: bool, held_out_loss: float | None = None) -> None:
+    if trainer.ranks.rank != 0:
+        return
+    checkpoint = to_checkpoint(trainer.state, trainer.config, len(trainer.dataset), regular=regular)
+    if regular and trainer.validation is not None:
+        checkpoint = replace(checkpoint, score=held_out_loss)
+    trainer.context.store.save(checkpoint)
 
 
 def _handle(trainer: Trainer, request: Request) -> None:

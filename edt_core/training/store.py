@@ -186,6 +186,9 @@ def to_keep(manifests: dict[int, CheckpointManifest], num_to_keep: int, *, at_en
 
 
 def best_step(manifests: dict[int, CheckpointManifest]) -> int | None:
-    """The step of the regular checkpoint of least loss, the earliest one if several are equal."""
+    """The step of the regular checkpoint of least score, the earliest one if several are equal.
+
+    The score is the held-out loss, or in a training without held-out images its own loss.
+    """
     scored = [(m.score, step) for step, m in manifests.items() if m.regular and m.score is not None]
     return min(scored)[1] if scored else None

@@ -36,6 +36,7 @@ from edt_core.training.speed.compiled import begin_step, failure, undo_compiled_
 from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.state import TrainState
 from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
+from edt_core.training.validation.measure import HeldOutLoss
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -125,6 +126,7 @@ class Trainer:
     model: nn.Module  # the state's model, wrapped for the gradient exchange
     schedule: Schedule
     meter: Meter
+    validation: HeldOutLoss | None = None
     unchecked: Launched | None = None
     untried: bool = False  # the model's parts will be compiled by their first call, at the next step
     compiled_update: CompiledUpdate | None = None

@@ -18,9 +18,13 @@ from jobs.models.initial import initial_source
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
+from jobs.stages.holdout.split import settled_alone
 from jobs.stages.stage import Input, Stage
 
-_EXTRA_HELP = {"autoencoder": "for sample grids", "images": "for class names, with --init-from"}
+_EXTRA_HELP = {
+    "autoencoder": "for sample grids",
+    "images": "for class names, with --init-from, and for --holdout, unless the store of the latents has it",
+}
 _OUT_HELP = "folder or URI for the artifact: new, empty, or of an unfinished run to resume"
 
 
@@ -90,8 +94,10 @@ def _run_alone(stage: Stage, options: argparse.Namespace) -> Artifact:
     roles = [*stage.roles, *(role for role in others if getattr(options, role))]
     with Bar(stage.name) as bar:
         inputs = _inputs(options, roles, bar)
-        if isinstance(config, TrainConfig) and (initial := initial_source(config)) is not None:
-            inputs["init"] = initial
+        if isinstance(config, TrainConfig):
+            config = settled_alone(config, inputs, bar)
+            if (initial := initial_source(config)) is not None:
+                inputs["init"] = initial
         return stage.make(config, inputs, folder, bar)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from edt_core.config import TrainConfig
+from edt_core.data.holdout import Holdout
 from edt_core.errors import Stopped, UserError
 from edt_core.files.small_files import read_text
 from edt_core.progress import Progress
@@ -23,6 +24,7 @@ from jobs.runtime.devices import check_gpu_of_cluster
 from jobs.runtime.pool import MAX_RETRIES
 from jobs.runtime.verdict import device_full, has_verdict, memory_of, raise_verdict, remove_verdict, write_verdict
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
+from jobs.stages.holdout.split import class_counts, held_out, holdout_counts, training_images, write_class_counts
 from jobs.stages.stage import Stage
 from jobs.stages.train_siblings import STEP_VERSION, go_on, resume_text, shared, warn_of_earlier
 from jobs.stages.train_start import (
@@ -66,7 +68,8 @@ def train(
 
     Trains on `inputs["latents"]`, and resumes from the newest complete checkpoint of an earlier attempt with the same
     fingerprint. With an autoencoder among the inputs and `preview_every`, sample grids are drawn during training.
-    With max_steps 0 the artifact is the untrained model of this seed.
+    With max_steps 0 the artifact is the untrained model of this seed. With a `holdout`, as settled, the images are
+    needed: `inputs["images"]`, or those in the store of the latents.
 
     Raises Stopped after a requested stop, once a checkpoint is stored, RuntimeError if losses or gradients are still
     not finite after `max_rollbacks` rollbacks, UserError for invalid latents or resources.
@@ -90,11 +93,13 @@ def train(
         progress.warn(
             "preview_every is set, but there is no autoencoder to decode its samples: pass one (--autoencoder)"
         )
+    holdout = held_out(config, inputs)
+    images = latents.counts["images"] - (0 if holdout is None else len(holdout.rows))
     store = CheckpointStore(out, config.num_to_keep, progress.warn)
-    store.stable_step = decay_start(config, config.total_steps(latents.counts["images"]))
+    store.stable_step = decay_start(config, config.total_steps(images))
     store.adopt()
     if store.newest() is None:
-        go_on(config, _fingerprints(inputs), latents.counts["images"], store, progress)
+        go_on(config, _fingerprints(inputs), images, store, progress)
         if store.newest() is None:
             warn_of_earlier(config, _fingerprints(inputs), out, progress)
     initial = None
@@ -105,16 +110,17 @@ def train(
     else:
         if initial is not None:
             write_initial(initial, out)
-        _fit(config, {**inputs, "model_config": model_config}, out, progress)
+        _fit(config, {**inputs, "model_config": model_config}, out, progress, holdout)
         remove_initial(out)
     steps = store.prune(at_end=True)
     final = f"{CHECKPOINTS}/{checkpoint_name(steps[-1])}"
-    _write_history(json.loads(out.data.read_bytes(f"{final}/{TRAIN_STATE}"))["history"]["rows"], out)
+    rows = json.loads(out.data.read_bytes(f"{final}/{TRAIN_STATE}"))["history"]["rows"]
+    _write_history(rows, out)
     if initial is not None and config.trainable != "all":
         final = write_merged(initial, local_directory(out.data.child(final)), model_config, out)
     best = best_step(store.manifests())
     model = shadow(model_config)
-    images = steps[-1] * config.global_batch_size
+    seen = steps[-1] * config.global_batch_size
     seconds = device_seconds(out)
     remove_clock(out)
     return {
@@ -123,12 +129,13 @@ def train(
         "steps": steps[-1],
         "autoencoder_digest": latents.counts["autoencoder_digest"],
         **LatentScale.of(latents.counts).beyond_factor(),
-        "class_counts": latents.counts.get("class_counts"),  # what the label policy "prior" draws from
+        "class_counts": class_counts(out, latents, holdout),  # what the label policy "prior" draws from
+        **holdout_counts(config, holdout, latents, rows),
         "parameters": count_parameters(model),
         **trained_parameters(config, model_config),
         "macs": count_macs(model),
-        "images_seen": images,
-        "training_flops": images * step_flops(config, model_config) if images else 0,
+        "images_seen": seen,
+        "training_flops": seen * step_flops(config, model_config) if seen else 0,
         "device_hours": seconds / 3600,  # without the time of killed workers after their last row
         "checkpoints": [checkpoint_name(step) for step in steps],
         "final": final,
@@ -144,8 +151,7 @@ def _fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
 def _continues(
     folder: Folder, config: TrainConfig, inputs: Mapping[str, str], artifacts: Mapping[str, Artifact]
 ) -> str:
-    images = artifacts["latents"].counts["images"] if "latents" in artifacts else None
-    checkpoints = shared(folder, config, inputs, images)
+    checkpoints = shared(folder, config, inputs, training_images(config, artifacts))
     return resume_text(checkpoints[0]) if checkpoints else ""
 
 
@@ -154,9 +160,11 @@ def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
     from edt_core.training.estimate import estimate
 
     latents = inputs["latents"]
+    config = config.settled(latents.counts["images"])
     model_config = config_of(config, latents.counts)
     _check(config, model_config, latents)
-    return str(estimate(config, model_config, latents.counts["images"]))
+    images = training_images(config, inputs)
+    return str(estimate(config, model_config, latents.counts["images"] if images is None else images))
 
 
 def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
@@ -186,7 +194,9 @@ def _write_history(rows: list[dict[str, float]], out: ArtifactWriter) -> None:
     out.write_bytes(HISTORY_NAME, lines.encode(), len(rows))
 
 
-def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress) -> None:
+def _fit(
+    config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, progress: Progress, holdout: Holdout | None
+) -> None:
     """Run the loop on Ray Train's workers. A lost controller is restarted, as Ray Train restarts workers."""
     from ray.exceptions import ActorDiedError
 
@@ -194,7 +204,7 @@ def _fit(config: TrainConfig, inputs: Mapping[str, Any], out: ArtifactWriter, pr
     require("train", CPU=fewest * config.num_cpus_per_worker, GPU=fewest * gpus)
     if config.use_gpu:
         check_gpu_of_cluster("train.use_gpu is true")
-    job = {"config": config, "inputs": inputs, "out": out, "progress": progress}
+    job = {"config": config, "inputs": inputs, "out": out, "progress": progress, "holdout": holdout}
     remove_verdict(out)
     for run in range(1 + MAX_RETRIES):
         out.data.remove(_RAY_RUN)
@@ -269,6 +279,7 @@ def _worker(job: Mapping[str, Any]) -> None:
     from jobs.stages.train_context import RayContext
 
     config, inputs, out, progress = job["config"], job["inputs"], job["out"], job["progress"]
+    holdout: Holdout | None = job["holdout"]
     if has_verdict(out):
         return
     use_threads(config.num_cpus_per_worker)
@@ -276,7 +287,9 @@ def _worker(job: Mapping[str, Any]) -> None:
         context = RayContext(config, inputs, out, progress)
         latents = open_latents(config, inputs["latents"], progress)
         initial = partial(read_initial, out) if "init" in inputs else None
-        train_loop(config, inputs["model_config"], latents, context, initial)
+        if holdout is not None and context.ranks.rank == 0:
+            write_class_counts(out, latents, holdout, inputs["model_config"].num_classes)
+        train_loop(config, inputs["model_config"], latents, context, initial, holdout)
     except (Stopped, NotFiniteError) as error:  # on every rank at the same step
         write_verdict(out, error)
     except UserError as error:  # on this rank, while others may wait for it

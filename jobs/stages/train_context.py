@@ -15,6 +15,7 @@ from edt_core.training.context import Request
 from edt_core.training.ranks import Ranks
 from edt_core.training.store import CheckpointStore
 from edt_core.training.trainer import COMPILE_SECONDS
+from edt_core.training.validation.overfitting import HELD_OUT_LOSS
 from jobs.runtime.devices import check_gpu
 from jobs.stages import autoencoder
 
@@ -77,18 +78,21 @@ class RayContext:
         self.config, self.inputs, self.progress = config, inputs, progress
         self.store = CheckpointStore(out, config.num_to_keep, progress.warn, self._report_checkpoints)
         self._clock = DeviceClock(out, worker.get_world_size())
-        self._last_checkpoint = self._note = ""  # a note is shown once
+        self._last_checkpoint = self._held_out = self._note = ""  # a note is shown once
         self._polled_at = time.monotonic()
         self._saved_preemption: Any = None  # the last one that a checkpoint was written for
 
     def step_done(self, step: int, total_steps: int, loss: float) -> None:
-        self.progress.update(step, total_steps, "steps", detail=f"loss {loss:.4f}{self._last_checkpoint}{self._note}")
+        detail = f"loss {loss:.4f}{self._held_out}{self._last_checkpoint}{self._note}"
+        self.progress.update(step, total_steps, "steps", detail=detail)
         self._note = ""
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         self._clock.write()
         if COMPILE_SECONDS in metrics:
             self._note = f", compiled in {metrics[COMPILE_SECONDS]:.0f} s"
+        if HELD_OUT_LOSS in metrics:
+            self._held_out = f", held out {metrics[HELD_OUT_LOSS]:.4f}"
         self.progress.metrics({name: value for name, value in metrics.items() if name != "step"}, step)
 
     def warn(self, message: str) -> None:

@@ -12,6 +12,7 @@ from edt_core.progress import Progress
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.cache import local_directory
 from edt_core.store.layout import CHECKPOINT_MANIFEST, CLASSES_NAME, EMA_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS
+from jobs.stages.holdout.split import check_images
 
 if TYPE_CHECKING:
     from edt_core.models import ModelConfig
@@ -54,11 +55,8 @@ def initial_of(
 
     base = inputs["init"].read(config)
     images, latents = inputs.get("images"), inputs["latents"]
-    if images is not None and images.fingerprint != latents.manifest.inputs.get("images", images.fingerprint):
-        raise UserError(
-            f"the images artifact {images.folder.uri} (--images) is not the one that the latents {latents.folder.uri} "
-            "were made of, so its class names may be others; give the one they were made of"
-        )
+    if images is not None:
+        check_images(images, latents)
     names = () if images is None else tuple(images.read_json(CLASSES_NAME))
     checkpoint, rows = initial_checkpoint(config, model_config, base, names)
     if rows.new or rows.dropped:

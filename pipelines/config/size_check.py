@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from edt_core.data.holdout import expected_held_out, holdout_problem
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import INCEPTION, PUBLISHED_SPACES
 from edt_core.evaluation.extractors.weights import feature_dimensions
@@ -30,7 +31,12 @@ def size_problems(config: PipelineConfig, images: int | None = None) -> list[str
             config.evaluate, _dimensions(config), config.sample.num_samples, real, config.reference.keep_features
         )
     ]
-    return [*problems, *_classifier_problems(config, images), *_shard_problems(config, images)]
+    return [
+        *problems,
+        *_classifier_problems(config, images),
+        *_shard_problems(config, images),
+        *_holdout_problems(config, images),
+    ]
 
 
 def _dimensions(config: PipelineConfig) -> dict[str, int | None]:
@@ -94,6 +100,15 @@ def _shard_problems(config: PipelineConfig, images: int | None) -> Iterator[str]
                 f"{images} images make {shards} shards of up to {size} images. Use at most {shards} workers, a smaller "
                 "preprocess.images_per_shard, or train.reader=arrow."
             )
+
+
+def _holdout_problems(config: PipelineConfig, images: int | None) -> Iterator[str]:
+    """Held-out images that would leave too few for a training."""
+    for name in config.models if images is not None else ():
+        train = config.train_of(name).settled(images)
+        held_out = expected_held_out(train.holdout_share, images or 0)
+        if problem := holdout_problem(train.holdout_share, held_out, images or 0, train.global_batch_size):
+            yield f"{name}: {problem}"
 
 
 def _published_problems(config: PipelineConfig, statistics: Source | None) -> Iterator[str]:

@@ -49,7 +49,10 @@ def call_steps(
     shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
     check(shared)
     branch = partial(_call_branch, steps, config, shared=shared, feature_networks=feature_networks)
-    return [branch(name, start=published.initial.get(name)) for name in config.models]
+    return [
+        branch(name, config.train_of(name).settled(source.images), start=published.initial.get(name))
+        for name in config.models
+    ]
 
 
 def _call_autoencoder(steps: Steps, config: PipelineConfig, images: StepFuture, published: Published) -> StepFuture:
@@ -74,12 +77,15 @@ def _call_branch(
     steps: Steps,
     config: PipelineConfig,
     name: str,
+    trained: TrainConfig,
     shared: Mapping[str, StepFuture],
     feature_networks: Mapping[str, StepFuture | Source],
     start: Initial | None,
 ) -> Branch:
-    """Train, sample and evaluate one model, and the untrained model of the same seed if it starts from none."""
-    trained = config.train_of(name)
+    """Train, sample and evaluate one model, and the untrained model of the same seed if it starts from none.
+
+    `trained`: the settled configuration of its training.
+    """
     trainings = {"": trained}
     branch_steps = dict(shared)
     if start is None:
@@ -91,7 +97,9 @@ def _call_branch(
         # The autoencoder decodes previews. It also shows whether latents of an older version have the right scale.
         inputs: dict[str, StepFuture | Source] = {role: shared[role] for role in ("latents", "autoencoder")}
         if start is not None:
-            inputs |= {"init": start, "images": shared["images"]}
+            inputs["init"] = start
+        if start is not None or train_config.holdout_share:
+            inputs["images"] = shared["images"]  # for class names and digests
         checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
         features = steps.step(
             f"{label}sample {name}",

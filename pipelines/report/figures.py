@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edt_core.training.validation.overfitting import HELD_OUT_LOSS
 from pipelines.report.history import Champion
 
 MAX_CURVE_POINTS = 500  # a longer history is averaged over bins, so that the page stays small
@@ -36,6 +37,7 @@ _CURVES = {  # column of the history -> (label, colour)
     "loss": ("total", BLACK),
     "loss_full": ("full pass", BLUE),
     "loss_masked": ("masked pass", ORANGE),
+    HELD_OUT_LOSS: ("held-out loss (averaged weights)", TEAL),
     "lr": ("learning rate", TEAL),
     "grad_norm": ("gradient norm", VIOLET),
     "loss_t0": ("1st quarter (least noise)", BLUE),
@@ -107,10 +109,13 @@ def _log_where_wide(axis: Any, values: Array) -> None:
 
 
 def training_curves(history: Sequence[Mapping[str, float]]) -> list[Picture]:
-    """A figure of the losses, and one of learning rate and gradient norm, of the columns that were recorded."""
+    """A figure of the losses, and one of learning rate and gradient norm, of the columns that were recorded.
+
+    The held-out loss has a panel of its own below the others: it is another mean, and its changes are small.
+    """
     table = _history_table(history)
     pictures = []
-    for panels in ((("loss", "loss_full", "loss_masked"),), (("lr",), ("grad_norm",))):
+    for panels in ((("loss", "loss_full", "loss_masked"), (HELD_OUT_LOSS,)), (("lr",), ("grad_norm",))):
         present = [[name for name in panel if name in table] for panel in panels]
         if shown := [names for names in present if names]:
             pictures.append(_curves(table, shown))
@@ -141,8 +146,10 @@ def _curves(table: Mapping[str, Array], panels: Sequence[Sequence[str]], title: 
         for axis, names in zip(axes, panels, strict=True):
             for name in names:
                 label, colour = _CURVES[name]
-                marker = "o" if len(table["step"]) == 1 else None
-                axis.plot(table["step"], table[name], label=label, color=colour, linewidth=1.6, marker=marker)
+                known = np.isfinite(table[name])  # a row of the held-out loss may have nothing else
+                marker = "o" if known.sum() == 1 else None
+                steps, values = table["step"][known], table[name][known]
+                axis.plot(steps, values, label=label, color=colour, linewidth=1.6, marker=marker)
             if names[0] == "lr":
                 axis.set_ylim(bottom=0)
             else:

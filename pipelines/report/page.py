@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edt_core.evaluation.metrics.registry import REGISTRY
 from edt_core.evaluation.worth import Measured, Remark, difference
 from edt_core.sampling.grid import PIXELATED_UP_TO, encodable
+from edt_core.training.validation.overfitting import HELD_OUT_LOSS
 from pipelines.report.costs import StepCost
 from pipelines.report.figures import Picture, champion_trend, timestep_curves, training_curves
 from pipelines.report.history import VersionRecord
@@ -49,7 +50,8 @@ class ReportData:
     untrained_labels: Array | None
     real: Array
     real_labels: Array
-    history: Sequence[Mapping[str, float]]  # step, and any of loss, loss_full, loss_masked, loss_t0.., lr, grad_norm
+    # step, and any of loss, loss_full, loss_masked, loss_t0.., lr, grad_norm, holdout_loss
+    history: Sequence[Mapping[str, float]]
     metrics_before: Mapping[str, float] | None  # of the untrained model
     metrics_after: Mapping[str, float]
     protocol: Mapping[str, Any]
@@ -101,6 +103,7 @@ def render_report(data: ReportData) -> str:
         trend=_trend(data),
         neighbours=neighbour_view(neighbours, data.classes) if isinstance(neighbours, Neighbourhood) else None,
         curves=training_curves(data.history),
+        held_out=any(HELD_OUT_LOSS in row for row in data.history),
         by_timestep=timestep_curves(data.history, data.final_losses, data.num_timesteps),
         graphs={
             "across": lineage_graph(data.lineage, data.title),

@@ -79,6 +79,8 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         "image_size": images.counts["image_size"],
         "images": images.counts["images"],
     }
+    if holdout := checkpoint.counts.get("holdout"):
+        facts["images_held_out"] = holdout["images"]
     if empty := [name for name, count in zip(classes, counts or (), strict=bool(counts)) if not count]:
         facts["classes_without_images"] = f"{len(empty)} of {len(classes)}: {some(empty)}"
     if images.counts.get("turned"):

@@ -1,10 +1,12 @@
-"""Remarks on the metrics of a branch, from its artifacts."""
+"""Remarks on the metrics and the training of a branch, from its artifacts."""
 
 from collections.abc import Mapping
 
 from edt_core.evaluation.confusion import Accuracy
 from edt_core.evaluation.worth import Measured, Remark, chance, remarks
 from edt_core.store.artifact import Artifact
+from edt_core.training.validation.overfitting import overfitting
+from jobs.stages.train import history
 
 
 def measured(evaluation: Artifact) -> Measured:
@@ -14,14 +16,22 @@ def measured(evaluation: Artifact) -> Measured:
 
 
 def remarks_on(inputs: Mapping[str, Artifact], metric: str, lower_is_better: bool) -> tuple[Remark, ...]:
-    """Remarks on the metrics of a branch, from its artifacts by role. `metric`: that of the gate."""
+    """Remarks on the metrics and the training of a branch, from its artifacts by role. `metric`: that of the gate."""
     evaluation, before = inputs["evaluation"], inputs.get("untrained_evaluation")
     classes = inputs["images"].counts["classes"]
     policy = evaluation.counts["protocol"].get("label_policy", "balanced")
     by_chance = chance(policy, classes, inputs["checkpoint"].counts.get("class_counts"))
     untrained = before.counts["metrics"] if before is not None and _comparable(before, evaluation) else None
     real = _real(inputs.get("classifier"))
-    return tuple(remarks(measured(evaluation), untrained, metric, lower_is_better, by_chance, real))
+    found = remarks(measured(evaluation), untrained, metric, lower_is_better, by_chance, real)
+    return (*found, *_of_overfitting(inputs["checkpoint"]))
+
+
+def _of_overfitting(checkpoint: Artifact) -> tuple[Remark, ...]:
+    if "holdout" not in checkpoint.counts:
+        return ()
+    turn = overfitting(history(checkpoint))
+    return () if turn is None else (Remark(str(turn), doubt=True),)
 
 
 def _comparable(one: Artifact, other: Artifact) -> bool:

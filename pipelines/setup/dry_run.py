@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edt_core.config import SourceConfig, TrainConfig
+from edt_core.data.holdout import expected_held_out
 from edt_core.models import ModelConfig
 from edt_core.printing.redaction import redacted
 from edt_core.progress import CollectedWarnings
@@ -29,11 +30,12 @@ def training_needs(config: PipelineConfig, cluster: str | None = None, timed: bo
     check_pipeline_sizes(config, source.images)
     lines = [f"note: {remark}" for remark in source.remarks]
     for name in config.models:
-        train = config.train_of(name)
+        train = config.train_of(name).settled(source.images)
+        images = source.images - expected_held_out(train.holdout_share, source.images)
         attention_forms(train)
         fewest, most = train.worker_range
         workers = str(most) if fewest == most else f"{fewest} to {most}"
-        needs = estimate(train, config.model_of(name, source.classes), source.images)
+        needs = estimate(train, config.model_of(name, source.classes), images)
         lines.append(f"{name}: {needs}\n  {'workers':<25} {workers}")
         if timed:
             model = config.model_of(name, source.classes)

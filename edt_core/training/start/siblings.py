@@ -56,8 +56,8 @@ def shared_checkpoints(
 ) -> list[SharedCheckpoint]:
     """The checkpoints that a training, whose artifact will be at `folder` of a store, can continue from, newest first.
 
-    `inputs` are the fingerprints that count, `images` is the number of latents, None if not known yet: then trainings
-    with max_epochs have none. Files are not compared with their digests.
+    `inputs` are the fingerprints that count, `images` is the number of latents without held-out ones, None if not known
+    yet: then trainings with max_epochs have none. Files are not compared with their digests.
     """
     if not _is_exact(config) or (images is None and config.max_epochs is not None):
         return []
@@ -66,7 +66,7 @@ def shared_checkpoints(
         for artifact, other in _siblings(folder, config, inputs, step_version)
         if not (other.max_epochs is not None and images is None)
         for manifest in _checkpoints(artifact)
-        if _is_shared(manifest, config, other, images or 0)
+        if _is_shared(manifest, config, other, images or 0, artifact.counts.get("holdout", {}).get("every", 1))
     ]
     return sorted(shared, key=lambda found: found.step, reverse=True)
 
@@ -107,11 +107,13 @@ def _checkpoints(artifact: Artifact) -> Iterator[CheckpointManifest]:
             yield read_manifest(artifact.data.read_bytes(entry.path), entry.path)
 
 
-def _is_shared(manifest: CheckpointManifest, config: TrainConfig, other: TrainConfig, images: int) -> bool:
+def _is_shared(
+    manifest: CheckpointManifest, config: TrainConfig, other: TrainConfig, images: int, validated_every: int
+) -> bool:
     """Whether the training of `config` is at this step what the other one was.
 
-    At its end a training closes a row of the history, and a regular checkpoint closes a score: only where this training
-    does so at the same step is its history the same.
+    At its end a training closes a row of the history and measures the held-out loss, and a regular checkpoint closes a
+    score: only where this training does so at the same step is its history the same.
     """
     total, others_total = config.total_steps(images), other.total_steps(images)
     step = manifest.step
@@ -119,7 +121,8 @@ def _is_shared(manifest: CheckpointManifest, config: TrainConfig, other: TrainCo
         return False
     if not manifest.regular:
         return True
-    return step % config.checkpoint_every == 0 and (step < others_total or step % config.log_every == 0)
+    ends_alike = step % config.log_every == 0 and step % validated_every == 0
+    return step % config.checkpoint_every == 0 and (step < others_total or ends_alike)
 
 
 def copy_checkpoint(shared: SharedCheckpoint, config: TrainConfig, out: ArtifactWriter) -> None:

@@ -1,0 +1,1 @@
+"""The images that a training holds out, as a job finds them."""

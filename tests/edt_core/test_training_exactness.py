@@ -35,6 +35,7 @@ from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state, restore
 from edt_core.training.step import StepInputs, accumulate_gradient, sampled_latents
 from edt_core.training.store import CheckpointStore
+from tests.support.holdouts import some_held_out
 from tests.support.servers import free_port
 from tests.support.trainings import contents, cut_back, narrow, place, same
 
@@ -248,7 +249,8 @@ class _Worker:
         self.samples.clear()
         stopped = weights = ""
         try:
-            weights = digest(train(config, narrow(), self.dataset, context).model)
+            holdout = some_held_out() if config.holdout_share else None
+            weights = digest(train(config, narrow(), self.dataset, context, holdout=holdout).model)
         except Stopped as error:
             stopped = str(error)
         recorded = {
@@ -303,6 +305,10 @@ def _work(rank: int, port: int, folder: Path, paths: list[Path]) -> None:
         worker.train("late", pair, late)
         if rank == 0:
             worker.train("late alone", alone, late)
+        held_out = ELASTIC.model_copy(update={"holdout": 0.2, "validate_every": 2, "log_every": 3})
+        worker.train("held out", pair, held_out)
+        if rank == 0:
+            worker.train("held out alone", alone, held_out)
         dist.destroy_process_group()
     three = dist.PrefixStore("three", store)
     dist.init_process_group("gloo", store=three, rank=rank, world_size=3, timeout=patience)
@@ -366,6 +372,16 @@ def test_two_processes_train_what_one_does_bit_for_bit(processes: Path) -> None:
     for step in (4, 8, 12):
         assert contents(place(processes / "two", step)) == contents(place(processes / "one", step))
     assert len(losses(final(processes, "two"))) == 12
+
+
+@pytest.mark.extern
+def test_two_processes_measure_the_held_out_loss_bit_for_bit(processes: Path) -> None:
+    """20 images are three units: one process has one of them, the other two."""
+    for step in (4, 8, 12):
+        assert contents(place(processes / "held out", step)) == contents(place(processes / "held out alone", step))
+    rows = final(processes, "held out").state["history"]["rows"]
+    assert [row["step"] for row in rows if "holdout_loss" in row] == [2, 4, 6, 8, 10, 12]
+    assert recorded(processes, "held out", 1)["reported"] == []
 
 
 @pytest.mark.extern

@@ -28,6 +28,10 @@ def images_of(latents: Artifact) -> Artifact | None:
     return None if store is None or identity is None else store.find("images", identity)
 
 
+def _images(inputs: Mapping[str, Any]) -> Artifact | None:
+    return inputs.get("images") or images_of(inputs["latents"])
+
+
 def settled_alone(config: TrainConfig, inputs: Mapping[str, Any], progress: Progress) -> TrainConfig:
     """The configuration of a training that is no step of a pipeline, as `TrainConfig.settled`.
 
@@ -35,7 +39,7 @@ def settled_alone(config: TrainConfig, inputs: Mapping[str, Any], progress: Prog
     """
     latents: Artifact = inputs["latents"]
     settled = config.settled(latents.counts["images"])
-    if settled.holdout_share and config.holdout == "auto" and not inputs.get("images") and images_of(latents) is None:
+    if settled.holdout_share and config.holdout == "auto" and _images(inputs) is None:
         progress.warn(
             f"no images are held out, because the images of {latents.folder.uri} are not known: give the images "
             "artifact (--images) to measure the held-out loss, or set --holdout 0"
@@ -53,7 +57,7 @@ def held_out(config: TrainConfig, inputs: Mapping[str, Artifact]) -> Holdout | N
     if not share or config.max_steps == 0:
         return None
     latents = inputs["latents"]
-    images = inputs.get("images") or images_of(latents)
+    images = _images(inputs)
     if images is None:
         raise UserError(
             f"train.holdout is {share:g}, but the images of {latents.folder.uri} are not known, and held-out images "
@@ -82,14 +86,11 @@ def check_images(images: Artifact, latents: Artifact) -> None:
 
 
 def training_images(config: TrainConfig, inputs: Mapping[str, Artifact]) -> int | None:
-    """The number of images that a settled training is trained on; None if it is not known yet."""
-    if "latents" not in inputs:
+    """The number of images that a settled training is trained on; None if it is not known yet. Raises as `held_out`."""
+    if "latents" not in inputs or (config.holdout_share and _images(inputs) is None):
         return None
     images: int = inputs["latents"].counts["images"]
-    try:
-        holdout = held_out(config, inputs)
-    except UserError:
-        return None
+    holdout = held_out(config, inputs)
     return images if holdout is None else images - len(holdout.rows)
 
 

@@ -1,7 +1,7 @@
-"""What the held-out loss costs: `python tests/benchmarks/heldout.py [--model EDT-Tiny/2] [--batch-size 48] [--held-out 64]`.
+"""What the held-out loss costs: `python tests/benchmarks/heldout.py [--model EDT-Tiny/2] [--held-out 64]`.
 
-A training on random latents with the default `validate_every`, over a whole number of intervals. Prints the share of its
-processor time that the measurements took, and that of one measurement in steps, as a Markdown table.
+A training on random latents with the default `validate_every`, over a whole number of intervals. Prints the share of
+its processor time that the measurements took, and that of one measurement in steps, as a Markdown table.
 """
 
 import argparse

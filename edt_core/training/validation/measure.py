@@ -135,7 +135,7 @@ class HeldOutLoss:
 def _read(dataset: LatentDataset, rows: NDArray[np.int64], digests: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """Scaled latents float32 [m, C, h, h], a draw from the posterior of each image, and labels int64 [m]."""
     posterior, labels = dataset.gather(rows, np.zeros(len(rows), np.bool_))
-    finite = np.isfinite(posterior.reshape(len(rows), -1)).all(axis=1)
+    finite = np.isfinite(posterior).all(axis=(1, 2, 3, 4))
     if bad := [str(row) for row in np.unique(rows[~finite])]:
         names = listing(bad, ", ")
         raise UserError(f"{len(bad)} held-out latents are not finite (rows {names}); encode the images again")

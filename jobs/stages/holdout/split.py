@@ -35,7 +35,7 @@ def _images(inputs: Mapping[str, Any]) -> Artifact | None:
 def settled_alone(config: TrainConfig, inputs: Mapping[str, Any], progress: Progress) -> TrainConfig:
     """The configuration of a training that is no step of a pipeline, as `TrainConfig.settled`.
 
-    By default nothing is held out, with a warning, if the images are not there.
+    By default nothing is held out, with a warning, if the images are not there. Raises as `held_out`, before any work.
     """
     latents: Artifact = inputs["latents"]
     settled = config.settled(latents.counts["images"])
@@ -45,6 +45,7 @@ def settled_alone(config: TrainConfig, inputs: Mapping[str, Any], progress: Prog
             "artifact (--images) to measure the held-out loss, or set --holdout 0"
         )
         return config.settled(0)
+    held_out(settled, inputs)
     return settled
 
 

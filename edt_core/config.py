@@ -26,7 +26,7 @@ def added(default: Any, *, absent: Any = None, **constraints: Any) -> Any:
 
     `absent`: another value that means what versions without the field did, and counts as absent as well; None for none.
     """
-    extra = {"added": True} if absent is None else {"added": True, "absent": absent}
+    extra: dict[str, Any] = {"added": True} if absent is None else {"added": True, "absent": absent}
     return Field(default, json_schema_extra=extra, **constraints)
 
 

@@ -383,8 +383,8 @@ class TrainConfig(Section):
     def _held_out_rows_can_be_read(self) -> "TrainConfig":
         if self.holdout_share and self.reader == "webdataset":
             raise ValueError(
-                f"holdout is {self.holdout_share:g}, but reader is webdataset, which reads no single rows; set holdout=0, or "
-                "reader=arrow"
+                f"holdout is {self.holdout_share:g}, but reader is webdataset, which reads no single rows; set "
+                "holdout=0, or reader=arrow"
             )
         return self
 

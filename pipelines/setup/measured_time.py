@@ -106,7 +106,7 @@ def _train_time(setting: Setting, train: TrainConfig, model: ModelConfig) -> Ste
         step_flops(recipe, model),
         train.model,
         max(1, batch // setting.devices),
-        setting.measured.on_gpu if train.compile is None else train.compile,
+        setting.measured.on_gpu if train.compile is None else bool(train.compile),
     )
     time = _time(setting, f"train {train.model}", f"{steps:,} steps of {batch:,}", job, steps * batch)
     if model.image_size == FULL_SIZE:

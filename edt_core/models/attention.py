@@ -51,8 +51,8 @@ class RelativePositionBias(nn.Module):
         return table.index_select(1, pairs.flatten()).view(-1, *pairs.shape).transpose(0, 1)
 
     def pairs(self, tokens: Tensor) -> Tensor:
-        """The table's row for each pair of tokens: [..., k] -> [..., k, k]."""
-        grid = len(self.offsets)
+        """The table's row for each pair of tokens: [..., k] -> [..., k, k], int32, since MDTv2 has many of them."""
+        tokens, grid = tokens.int(), len(self.offsets)
         row, column = tokens // grid, tokens % grid
         along_rows = row.unsqueeze(-1) - row.unsqueeze(-2) + grid - 1
         along_columns = column.unsqueeze(-1) - column.unsqueeze(-2) + grid - 1

@@ -147,7 +147,7 @@ def _compiled(config: TrainConfig, state: TrainState, context: TrainContext, gra
     masked = wants_graphs(config)
     if masked and not graphs and context.ranks.rank == 0:
         context.warn(
-            "train.compile is reduce-overhead, but this training runs on a CPU, which has no CUDA graphs; it goes on "
+            "train.compile is reduce-overhead, but this training runs on a CPU, which has no CUDA graphs; it continues "
             "as with train.compile=true"
         )
     compile_parts(state.model, graphs=graphs)

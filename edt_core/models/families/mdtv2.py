@@ -90,7 +90,7 @@ class TableAndIndex(RelativePositionBias):
     def __init__(self, grid: int, num_heads: int) -> None:
         super().__init__(grid, num_heads)
         self.relative_position_bias_table = nn.Parameter(torch.empty(self.span**2 + _SPARE_ROWS, num_heads))
-        self.register_buffer("relative_position_index", self.pairs(torch.arange(grid**2)))
+        self.register_buffer("relative_position_index", self.pairs(torch.arange(grid**2)).long())
 
 
 class SkipBlock(Block):

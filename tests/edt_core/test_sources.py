@@ -4,6 +4,9 @@ import errno
 import os
 import pickle
 import shutil
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from edt_core.data.sources import (
     list_source,
     source_identity,
 )
-from edt_core.data.sources.files import shown
+from edt_core.data.sources.files import in_threads_if_slow, shown
 from edt_core.data.sources.places import expand_braces, locate
 from edt_core.errors import UserError
 from edt_core.progress import Silent
@@ -332,3 +335,19 @@ def test_layouts_are_told_apart(tmp_path: Path) -> None:
 def test_braces_and_credentials() -> None:
     assert expand_braces("a-{08..10}.{x,y}") == ["a-08.x", "a-08.y", "a-09.x", "a-09.y", "a-10.x", "a-10.y"]
     assert shown("at https://me:pw/@host/x?sig=1 and more?") == "at https://host/x and more?"
+
+
+def test_folders_of_a_slow_disk_are_listed_in_threads_and_in_order() -> None:
+    names = [b"%d" % number for number in range(20)]
+    threads = set()
+
+    def listed(name: bytes, waits: float) -> bytes:
+        threads.add(threading.get_ident())
+        time.sleep(waits)
+        return name
+
+    assert [*in_threads_if_slow(partial(listed, waits=0.06), names)] == names
+    assert len(threads) > 1
+    threads.clear()
+    assert [*in_threads_if_slow(partial(listed, waits=0.0), names)] == names
+    assert threads == {threading.get_ident()}

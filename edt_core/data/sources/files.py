@@ -7,13 +7,14 @@ import errno
 import os
 import re
 import stat
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from edt_core.store.folder import Folder
 
 IMAGES = "files with an extension that the installed Pillow decodes, such as .jpg, .png, .webp or .avif"
 THREADS = 8
+_LONG_S = 0.05  # less says nothing of a disk
 SHOWN = 10  # names that a message lists
 # Folders that systems create: macOS's archiver, Synology's thumbnails, Windows, ext4.
 _OF_THE_SYSTEM = {b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"}
@@ -35,6 +37,7 @@ _NOT_THERE = (0, 0, 0, 0)
 _MASK = (1 << 64) - 1
 CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)\S*@")  # user:password@, but not a port or an Azure container
 _TOKENS = ("ETag", "etag", "checksum", "md5Hash", "content_md5")  # s3fs, gcsfs and adlfs, fsspec's own, gcsfs, adlfs
+Result = TypeVar("Result")
 
 
 def shown(text: str) -> str:
@@ -257,7 +260,7 @@ def _walk(root: Folder, folder: bytes) -> Iterator[Entry]:
 
 
 def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress, *, recursive: bool = True) -> Files:
-    """The files at any depth whose relative name `keep` accepts. Sub-folders are listed in parallel."""
+    """The files at any depth whose relative name `keep` accepts. Slow sub-folders are listed in parallel."""
     top = entries(root)
     folders = [entry.name for entry in top if entry.is_folder] if recursive else []
 
@@ -270,13 +273,39 @@ def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress,
                 others.setdefault(entry.name.rpartition(b"/")[0], Counter())[extension(entry.name)] += 1
         return _table(selection, with_version=root.local is None), others
 
+    def listed(folder: bytes) -> tuple[pa.Table, dict[bytes, Counter[str]]]:
+        return part(folder, _walk(root, folder))
+
     parts = [part(b"", (entry for entry in top if not entry.is_folder))]
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done, result in enumerate(pool.map(lambda folder: part(folder, _walk(root, folder)), folders), 1):
-            parts.append(result)
-            progress.update(done, len(folders), "folders listed")
+    results = _in_threads(listed, folders) if root.local is None else in_threads_if_slow(listed, folders)
+    for done, result in enumerate(results, 1):
+        parts.append(result)
+        progress.update(done, len(folders), "folders listed")
     table = pa.concat_tables([table for table, _ in parts]).sort_by("name")
     return Files(table, {folder: counts for _, others in parts for folder, counts in others.items()})
+
+
+def _in_threads(work: Callable[[bytes], Result], folders: Sequence[bytes]) -> Iterator[Result]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(work, folders)
+
+
+def in_threads_if_slow(work: Callable[[bytes], Result], folders: Sequence[bytes]) -> Iterator[Result]:
+    """One folder after another as long as the disk answers at once; if it lets one wait, the others in threads.
+
+    A network disk answers slowly. With a fast one the threads would wait for each other: eight of them took three times
+    as long as one. The order is that of the folders.
+    """
+    elapsed = worked = 0.0
+    for done, folder in enumerate(folders, 1):
+        began, before = time.perf_counter(), time.thread_time()
+        result = work(folder)
+        elapsed += time.perf_counter() - began
+        worked += time.thread_time() - before
+        yield result
+        if elapsed > _LONG_S and worked < elapsed / 2:
+            yield from _in_threads(work, folders[done:])
+            return
 
 
 def one_file(root: Folder, name: bytes) -> Files:

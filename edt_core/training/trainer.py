@@ -175,7 +175,7 @@ class Trainer:
         norm = gradient_norm(self.state.model.parameters())
         launched = self._exchange(batch, timesteps, losses, norm)
         needs_losses = self.state.timesteps.needs_losses
-        if self.masked or not needs_losses:  # the device goes on while the host waits
+        if self.masked or not needs_losses:  # the device continues while the host waits
             self._update(norm, launched.finite)
         if not needs_losses:
             signal = self.settle()

@@ -222,9 +222,9 @@ def order_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
     update, result = trainer.Trainer._update, trainer.Launched.result
 
-    def updating(self: trainer.Trainer, norm: torch.Tensor) -> None:
+    def updating(self: trainer.Trainer, norm: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
         done.append(f"update {self.state.step}")
-        update(self, norm)
+        update(self, norm, wanted)
 
     def looking(self: trainer.Launched) -> trainer.StepResult:
         done.append(f"check {self.batch.step}")

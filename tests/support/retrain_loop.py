@@ -63,9 +63,7 @@ class Loop:
     arrivals: list[Arrival] = field(default_factory=list)
     broken: list[Path] = field(default_factory=list)
     ticks: list[Tick] = field(default_factory=list)
-    began: datetime = field(
-        default_factory=lambda: datetime.now(UTC).replace(hour=3, minute=0, second=30, microsecond=0)
-    )
+    began: datetime = field(init=False)  # just after the last 3 o'clock before the schedule was recorded
 
     @property
     def store(self) -> Path:
@@ -117,6 +115,9 @@ class Loop:
         words = ("schedule", "--retrain", MODEL, "--cron", "0 3 * * *", "--timezone", "UTC", "--no-serve")
         done = small.edt(*words, "--store", str(self.store), cwd=self.root, env=dict(os.environ))
         assert done.returncode == 0, done.stderr
+        now = datetime.now(UTC)
+        today = now.replace(hour=3, minute=0, second=0, microsecond=0)
+        self.began = (today if today <= now else today - DAY) + timedelta(seconds=30)
 
     def night(self, meanwhile: Callable[[], None] | None = None) -> Tick:
         """The next day's tick is attended by a server, while something else may happen; returns what it came to."""

@@ -153,11 +153,11 @@ def test_classifier_metrics_are_said_not_to_be_fid() -> None:
 
 def test_neighbours_are_told_with_distance_class_and_how_many_were_searched(whole: str) -> None:
     text = " ".join(whole.split())
-    assert "feature space of the classifier, to 100 evenly spaced images of the 1,000 training images" in text
+    assert "feature space of the classifier, to 100 evenly spaced images of the 1,000 real images" in text
     assert "<figcaption>0.625</figcaption>" in text
     assert "<figcaption>1.75<br>cat</figcaption>" in text  # asked for a bee
     every = render_report(report_data(neighbours=replace(neighbourhood(), searched=1000)))
-    assert "to all 1,000 training images" in " ".join(every.split())
+    assert "to all 1,000 real images" in " ".join(every.split())
     why = "The metrics' reference is published statistics."
     assert "reference is published statistics" in render_report(report_data(neighbours=why))
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import torch
-
 from edt_core.data.holdout import Holdout
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
@@ -28,7 +26,7 @@ from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
-from edt_core.training.speed.attention_table import attention_forms
+from edt_core.training.speed.arithmetic import set_arithmetic
 from edt_core.training.speed.compiled import compile_parts, is_compiled, wants_graphs
 from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.start.trainable import step_flops
@@ -112,8 +110,7 @@ def _begin(
     total_steps = config.total_steps(len(dataset))
     context.store.stable_step = decay_start(config, total_steps)
     state.model.activation_checkpointing = config.activation_checkpointing
-    state.model.stream_dtype = torch.bfloat16 if config.residual_dtype == "bf16" else None
-    state.model.set_attention_forms(attention_forms(config))
+    set_arithmetic(state.model, config)
     graphs = wants_graphs(config) and ranks.device.type == "cuda"
     compiled = is_compiled(config, ranks.device)
     update = _compiled(config, state, context, graphs) if compiled else None

@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log
 
+import torch
+
 from edt_core.autoencoders.parts import images_per_call
 from edt_core.config import SampleConfig, TrainConfig
 from edt_core.diffusion import with_objective
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig, model_config
+from edt_core.training.speed.compiled import is_compiled
 from edt_core.training.start.trainable import step_flops
 from pipelines.config.schema import PipelineConfig
 from pipelines.setup.acceptance_file import (
@@ -106,7 +109,7 @@ def _train_time(setting: Setting, train: TrainConfig, model: ModelConfig) -> Ste
         step_flops(recipe, model),
         train.model,
         max(1, batch // setting.devices),
-        setting.measured.on_gpu if train.compile is None else bool(train.compile),
+        is_compiled(train, torch.device("cuda" if setting.measured.on_gpu else "cpu")),
     )
     time = _time(setting, f"train {train.model}", f"{steps:,} steps of {batch:,}", job, steps * batch)
     if model.image_size == FULL_SIZE:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edt_core.config import PreprocessConfig, SourceConfig, TrainConfig, result_fields
+from edt_core.config import PreprocessConfig, SourceConfig, result_fields
 from edt_core.data.digits import write_digits
 from edt_core.data.holdout import choose_held_out
 from edt_core.data.latents import LatentDataset
@@ -24,26 +24,12 @@ from jobs.stages.holdout.split import held_out, images_of, settled_alone, traini
 from jobs.stages.preprocess import image_source
 from jobs.stages.reuse.originals import Originals
 from tests.jobs.test_train_init import Heard
-from tests.jobs.test_train_on import made
+from tests.jobs.test_train_on import CONSTANT, changed, made
 from tests.support.jobs import STAGES, Chain, command
 from tests.support.local_ray import local_ray, local_ray_train
 
-CONFIG = TrainConfig(
-    model="EDT-Tiny/2",
-    global_batch_size=8,
-    max_steps=4,
-    lr=1e-3,
-    lr_schedule="constant",
-    log_every=2,
-    checkpoint_every=2,
-    holdout=0.4,
-    validate_every=2,
-)
+CONFIG = changed(CONSTANT, holdout=0.4, validate_every=2)
 SHARDS = PreprocessConfig(image_size=32, images_per_shard=48)
-
-
-def changed(config: TrainConfig, **fields: Any) -> TrainConfig:
-    return TrainConfig.model_validate({**config.model_dump(), **fields})
 
 
 def folder_of_digits(folder: Path, each: int) -> Path:

@@ -268,7 +268,7 @@ def test_each_worker_wants_a_tar_of_its_own(latents: Artifact, tmp_path: Path, n
 def test_a_bad_attention_table_is_refused_where_the_command_runs(
     text: str | None, latents: Artifact, tmp_path: Path, no_worker: None
 ) -> None:
-    """Also by a dry run; a good one goes on to the workers."""
+    """Also by a dry run; a valid one reaches the workers."""
     table = tmp_path / "table.json"
     if text is not None:
         table.write_text(text)

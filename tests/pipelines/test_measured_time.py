@@ -52,13 +52,15 @@ def hours(time: StepTime) -> float:
 
 def test_a_measured_row_is_the_time(write: Any) -> None:
     """Images over images per second, on 8 GPUs; two models are sampled, with 25 times the steps of the row."""
-    told = times(write(content()))
-    assert list(told) == ["encode", "train EDT-S/2", "sample EDT-S/2", "decode EDT-S/2"]
-    assert hours(told["encode"]) == pytest.approx(2 * IMAGENET / 100 / 8 / 3600)
-    assert hours(told["train EDT-S/2"]) == pytest.approx(400_000 * 256 / 5000 / 8 / 3600), "32 images on each GPU"
-    assert hours(told["sample EDT-S/2"]) == pytest.approx(100_000 * 25 / 75 / 8 / 3600), "the configuration uses AMM"
-    assert hours(told["decode EDT-S/2"]) == pytest.approx(100_000 / 50 / 8 / 3600)
-    assert {step: time.source for step, time in told.items()} == {
+    estimated = times(write(content()))
+    assert list(estimated) == ["encode", "train EDT-S/2", "sample EDT-S/2", "decode EDT-S/2"]
+    assert hours(estimated["encode"]) == pytest.approx(2 * IMAGENET / 100 / 8 / 3600)
+    assert hours(estimated["train EDT-S/2"]) == pytest.approx(400_000 * 256 / 5000 / 8 / 3600), "32 images on each GPU"
+    assert hours(estimated["sample EDT-S/2"]) == pytest.approx(100_000 * 25 / 75 / 8 / 3600), (
+        "the configuration uses AMM"
+    )
+    assert hours(estimated["decode EDT-S/2"]) == pytest.approx(100_000 / 50 / 8 / 3600)
+    assert {step: time.source for step, time in estimated.items()} == {
         "encode": "encoding at 256 px, fp32, channels first",
         "train EDT-S/2": "EDT-S/2 at 32, bf16 compiled",
         "sample EDT-S/2": "sampling, EDT-S/2 fp32, AMM",
@@ -70,29 +72,31 @@ def test_a_measured_row_is_the_time(write: Any) -> None:
 
 def test_what_was_not_measured_is_scaled_by_operations(write: Any) -> None:
     """EDT-B is between S and XL: it takes the utilisation of the one whose operations are nearer, which is S."""
-    told = times(write(content()), "EDT-S/2", "EDT-B/2", "EDT-XL/2", devices=1)
+    estimated = times(write(content()), "EDT-S/2", "EDT-B/2", "EDT-XL/2", devices=1)
     small, medium = (training_flops(model_config(f"EDT-{size}/2"), masked=True) for size in "SB")
-    assert told["train EDT-B/2"].source == "scaled from EDT-S/2 at 256, bf16 compiled"
-    assert hours(told["train EDT-B/2"]) / hours(told["train EDT-S/2"]) == pytest.approx(medium / small)
-    assert told["train EDT-XL/2"].source == "EDT-XL/2 at 64, bf16 compiled"
-    assert told["sample EDT-B/2"].source == "scaled from sampling, EDT-S/2 fp32, AMM"
+    assert estimated["train EDT-B/2"].source == "scaled from EDT-S/2 at 256, bf16 compiled"
+    assert hours(estimated["train EDT-B/2"]) / hours(estimated["train EDT-S/2"]) == pytest.approx(medium / small)
+    assert estimated["train EDT-XL/2"].source == "EDT-XL/2 at 64, bf16 compiled"
+    assert estimated["sample EDT-B/2"].source == "scaled from sampling, EDT-S/2 fp32, AMM"
     ratio = forward_flops(model_config("EDT-B/2")) / forward_flops(model_config("EDT-S/2"))
-    assert hours(told["sample EDT-B/2"]) / hours(told["sample EDT-S/2"]) == pytest.approx(ratio)
+    assert hours(estimated["sample EDT-B/2"]) / hours(estimated["sample EDT-S/2"]) == pytest.approx(ratio)
 
 
 def test_another_size_of_images_is_scaled_from_the_same_model(write: Any) -> None:
-    told = times(write(content()), config="imagenet512-edt-s", devices=1)
-    assert told["train EDT-S/2"].source == "scaled from EDT-S/2 at 256, bf16 compiled"
-    assert told["decode EDT-S/2"].source == "decoding 8 images at 512 px at once, fp32"
-    assert told["encode"].source == "scaled from encoding at 256 px, fp32, channels first"
-    assert hours(told["encode"]) > 4 * hours(times(write(content()), devices=1)["encode"])
+    estimated = times(write(content()), config="imagenet512-edt-s", devices=1)
+    assert estimated["train EDT-S/2"].source == "scaled from EDT-S/2 at 256, bf16 compiled"
+    assert estimated["decode EDT-S/2"].source == "decoding 8 images at 512 px at once, fp32"
+    assert estimated["encode"].source == "scaled from encoding at 256 px, fp32, channels first"
+    assert hours(estimated["encode"]) > 4 * hours(times(write(content()), devices=1)["encode"])
 
 
 def test_another_precision_is_scaled_by_matrix_products(write: Any) -> None:
-    told = times(write(content()), devices=1, assignments=("encode.precision=tf32", "train.precision=tf32"))
-    assert hours(told["encode"]) == pytest.approx(2 * IMAGENET / 100 / 3600 / (300 / 50))
-    assert told["encode"].source == "scaled from encoding at 256 px, fp32, channels first, by matrix products in tf32"
-    assert hours(told["train EDT-S/2"]) == pytest.approx(400_000 * 256 / 6000 / 3600 / (300 / 600))
+    estimated = times(write(content()), devices=1, assignments=("encode.precision=tf32", "train.precision=tf32"))
+    assert hours(estimated["encode"]) == pytest.approx(2 * IMAGENET / 100 / 3600 / (300 / 50))
+    assert (
+        estimated["encode"].source == "scaled from encoding at 256 px, fp32, channels first, by matrix products in tf32"
+    )
+    assert hours(estimated["train EDT-S/2"]) == pytest.approx(400_000 * 256 / 6000 / 3600 / (300 / 600))
     unknown = times(write(content()), assignments=("encode.precision=fp16",))["encode"]
     assert (unknown.hours, unknown.source) == (None, "not measured")
 
@@ -102,17 +106,17 @@ def test_another_precision_is_scaled_by_matrix_products(write: Any) -> None:
     [("EDT-", "train EDT-S/2"), ("sampling", "sample EDT-S/2"), ("encoding", "encode"), ("decoding", "decode EDT-S/2")],
 )
 def test_what_no_row_is_like_is_not_measured(left_out: str, step: str, write: Any) -> None:
-    told = times(write(content(left_out)))
-    assert (told[step].hours, told[step].source) == (None, "not measured")
-    assert all(time.hours is not None for other, time in told.items() if other != step)
+    estimated = times(write(content(left_out)))
+    assert (estimated[step].hours, estimated[step].source) == (None, "not measured")
+    assert all(time.hours is not None for other, time in estimated.items() if other != step)
 
 
 def test_an_autoencoder_of_another_shape_is_not_measured(write: Any) -> None:
-    told = times(write(content()), config="quickstart", images=1797, devices=1)
+    estimated = times(write(content()), config="quickstart", images=1797, devices=1)
     for step in ("encode", "decode EDT-Tiny/2"):
-        assert told[step].hours is None
-        assert "another shape than SD-VAE" in told[step].source
-    assert hours(told["train EDT-Tiny/2"]) > 0
+        assert estimated[step].hours is None
+        assert "another shape than SD-VAE" in estimated[step].source
+    assert hours(estimated["train EDT-Tiny/2"]) > 0
 
 
 def test_a_host_that_feeds_too_slowly_limits_the_training(write: Any) -> None:
@@ -120,9 +124,9 @@ def test_a_host_that_feeds_too_slowly_limits_the_training(write: Any) -> None:
         **content("feeding"),
         "rows": [*content("feeding")["rows"], row("E", "feeding, batch 256, one rank of 8", 500.0, "images/s", "")],
     }
-    told = times(write(slow))["train EDT-S/2"]
-    assert told.source == "limited by feeding, batch 256, one rank of 8"
-    assert hours(told) == pytest.approx(400_000 * 256 / 500 / 8 / 3600)
+    estimated = times(write(slow))["train EDT-S/2"]
+    assert estimated.source == "limited by feeding, batch 256, one rank of 8"
+    assert hours(estimated) == pytest.approx(400_000 * 256 / 500 / 8 / 3600)
 
 
 def test_a_training_that_starts_from_a_model_is_sampled_alone(write: Any) -> None:
@@ -143,8 +147,8 @@ def test_guidance_takes_a_second_pass_in_its_interval() -> None:
 
 
 def test_a_model_without_masks_is_timed_by_another_recipe(write: Any) -> None:
-    told = times(write(content()), "DiT-S/2", devices=1)["train DiT-S/2"]
-    assert told.flops == 400_000 * 256 * training_flops(model_config("DiT-S/2"), masked=False)
+    estimated = times(write(content()), "DiT-S/2", devices=1)["train DiT-S/2"]
+    assert estimated.flops == 400_000 * 256 * training_flops(model_config("DiT-S/2"), masked=False)
     assert "DiT-S/2" in MODEL_NAMES
 
 
@@ -255,8 +259,8 @@ def test_the_guide_shows_what_the_command_prints(write: Any) -> None:
 def test_json_has_every_number(write: Any) -> None:
     path = write(content("EDT-S/2, fp32"))
     done = edt("cost", "--acceptance", str(path), "--num-gpus", "2", "--num-images", "1000", "--json")
-    told = json.loads(done.stdout)
-    assert told["acceptance"] == {
+    estimated = json.loads(done.stdout)
+    assert estimated["acceptance"] == {
         "card": "NVIDIA H100 80GB HBM3",
         "on_gpu": True,
         "started": "2026-11-29T20:11:07Z",
@@ -264,8 +268,8 @@ def test_json_has_every_number(write: Any) -> None:
         "torch": "2.13.0+cu130",
         "is_checked": False,
     }
-    assert (told["devices"], told["images"]) == (2, 1000)
-    encode = told["steps"][0]
+    assert (estimated["devices"], estimated["images"]) == (2, 1000)
+    encode = estimated["steps"][0]
     assert encode["hours"] == pytest.approx(2000 / 100 / 2 / 3600)
     assert encode["device_hours"] == pytest.approx(2 * encode["hours"])
     assert encode["flops"] == 2000 * autoencoder_flops("encode", 256)
@@ -282,8 +286,8 @@ def test_a_file_of_a_cpu_is_named_as_what_it_is(write: Any) -> None:
     assert "GPU-hours" not in done.stdout
     assert "correctness was not checked" in done.stdout
     assert "\x1b" not in done.stdout
-    told = json.loads(edt("cost", "--acceptance", str(path), "--json").stdout)
-    (train,) = (step for step in told["steps"] if step["step"].startswith("train"))
+    estimated = json.loads(edt("cost", "--acceptance", str(path), "--json").stdout)
+    (train,) = (step for step in estimated["steps"] if step["step"].startswith("train"))
     assert train["source"] == "EDT-S/2 at 256, bf16 eager", "by default nothing is compiled on a CPU"
 
 

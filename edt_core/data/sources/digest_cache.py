@@ -69,13 +69,12 @@ class Remembered:
     @classmethod
     def of_table(cls, table: pa.Table) -> "Remembered":
         """What an Arrow table of the cache's schema holds."""
-        stats = np.stack([_numpy(table[name], np.uint64) for name in _STAT], axis=1)
         counts = _numpy(pc.list_value_length(table["offsets"]), np.int64)
         values = [chunk.flatten() for chunk in table["digests"].chunks]
         blocks = [_fixed_bytes(block) for block in values]
         return cls(
             table["name"],
-            stats,
+            stats_in(table),
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             _numpy(pc.list_flatten(table["offsets"]), np.int64),
             np.concatenate([np.empty((0, 32), np.uint8), *blocks]),
@@ -159,6 +158,11 @@ def cache_path(root: Path, access: str) -> Path:
     """Where the digests of a source's folder are remembered."""
     key = hashlib.sha256(os.fsencode(root) + b"\0" + access.encode()).hexdigest()[:32]
     return cache_folder() / FOLDER / f"{key}.arrow"
+
+
+def stats_in(table: pa.Table) -> Stats:
+    """The stats in the columns of a table of files, uint64 [F, 5]."""
+    return np.stack([_numpy(table[name], np.uint64) for name in _STAT], axis=1)
 
 
 def stats_of(root: Path, names: pa.ChunkedArray) -> Stats:

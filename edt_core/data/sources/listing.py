@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from edt_core.data.sources.digest_cache import Listed, local_digests
+from edt_core.data.sources.digest_cache import Listed, local_digests, stats_in
 from edt_core.data.sources.files import STAT, as_text
 from edt_core.data.sources.reading import RawImage, Result, Row, read_files, read_parquet, rows
 from edt_core.progress import Progress, Silent
@@ -210,8 +210,7 @@ def _files_of(listing: Listing) -> Listed:
     table = listing.table
     if listing.access == "file":
         file = np.arange(len(listing))
-        stats = np.stack([np.asarray(table[name]).astype(np.uint64) for name in ("size", *STAT)], axis=1)
-        return Listed(table["name"], file, np.zeros(len(listing), np.int64), stats)
+        return Listed(table["name"], file, np.zeros(len(listing), np.int64), stats_in(table))
     column = table["file"].combine_chunks().dictionary_encode()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     names = pa.chunked_array([column.dictionary], pa.binary())

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +31,7 @@ from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.store.digests import listing
 from edt_core.training.draws import to_device
 from edt_core.training.ranks import Ranks
-from edt_core.training.speed.attention_table import read_attention_table
+from edt_core.training.speed.arithmetic import set_arithmetic
 from edt_core.training.validation.overfitting import HELD_OUT_LOSS
 
 if TYPE_CHECKING:
@@ -111,9 +110,7 @@ class HeldOutLoss:
             with torch.random.fork_rng(devices=[]):  # its initial weights are not used
                 model = build_model(self.model_config)
             model.eval().requires_grad_(False)
-            model.stream_dtype = torch.bfloat16 if self.config.residual_dtype == "bf16" else None
-            if self.config.attention_table is not None:
-                model.set_attention_forms(read_attention_table(Path(self.config.attention_table)))
+            set_arithmetic(model, self.config)
         model.load_state_dict(weights, assign=True)
         self._model = model.to(self.ranks.device)  # buffers that are not in a state dict
         return self._model

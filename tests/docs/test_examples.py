@@ -20,7 +20,7 @@ import yaml
 from pipelines.config.schema import load_config
 from tests.docs.test_commands import check_edt
 from tests.support import make_examples
-from tests.support.examples import EXAMPLES, KEPT, NAMES, OUTPUT, TERMINAL, readme, typed
+from tests.support.examples import EXAMPLES, NAMES, OUTPUT, TERMINAL, readme, typed
 from tests.support.jobs import command as job
 from tests.support.pages import Command
 from tests.support.processes import wait_for
@@ -161,14 +161,14 @@ def test_the_table_has_every_example() -> None:
     assert all(f"]({name}/README.md)" in (EXAMPLES / "README.md").read_text() for name in NAMES)
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_output_is_of_the_commands_of_the_readme(name: str) -> None:
     headings = re.findall(r"^## `(.+)`$", (EXAMPLES / name / OUTPUT / TERMINAL).read_text(), re.MULTILINE)
     run = [command.text for command in typed(name) if command.words[0] not in ("export", "mlflow")]
     assert headings == run, "make examples"
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_output_is_small_and_names_no_machine(name: str) -> None:
     files = [path for path in (EXAMPLES / name).rglob("*") if path.is_file() and OUTPUT in path.parts]
     sizes = {path.name: path.stat().st_size for path in files}
@@ -181,7 +181,7 @@ def test_the_output_is_small_and_names_no_machine(name: str) -> None:
     assert re.search(r"at commit [0-9a-f]{12}, on \d+ CPU cores", text)
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_picture_is_shown(name: str) -> None:
     shown = set(re.findall(r"!\[[^\]]+\]\(output/([\w-]+\.png)\)", readme(name).read_text()))
     assert shown == {path.name for path in (EXAMPLES / name / OUTPUT).glob("*.png")}

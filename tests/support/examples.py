@@ -7,7 +7,6 @@ from tests.support.pages import ROOT, Command, commands
 
 EXAMPLES = ROOT / "examples"
 NAMES = ("digits", "photos", "released")
-KEPT = ("digits", "released")  # whose output is kept: that of `photos` needs photos, which are not part of the project
 OUTPUT, TERMINAL = "output", "terminal.md"  # folder of what the commands printed and drew, made by `make examples`
 
 

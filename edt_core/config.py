@@ -270,6 +270,11 @@ class TrainConfig(Section):
     objective: str = added(
         "epsilon", description="what the model learns to predict: epsilon (the noise) or v_prediction"
     )
+    latent_norm: bool = added(
+        False,
+        description="normalise the latents by channel to mean 0 and standard deviation 1, with the statistics in the "
+        "autoencoder's configuration, or else those of the latents; with init_from those of that model stay",
+    )
     init_from: str | None = names_input(
         None,
         description="model to start from: NAME@ALIAS or NAME/VERSION of the registry, an MLflow run, a checkpoint, a "

@@ -20,8 +20,10 @@ from edt_core.autoencoders.parts import in_parts
 from edt_core.config import AutoencoderConfig
 from edt_core.cpu_units import units
 from edt_core.data.images import to_model_range
+from edt_core.data.scale import model_scale
 from edt_core.errors import UserError
 from edt_core.files.tensor_files import check_folder_headers
+from edt_core.models import ModelConfig
 from edt_core.models.alignment import align_weights
 from edt_core.network.hub import hub_is_away, loading_failure
 from edt_core.one_cycle import one_cycle
@@ -243,17 +245,20 @@ def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision
 
 
 @torch.inference_mode()
-def decode_to_pixels(model: Any, latents: Tensor) -> NDArray[np.uint8]:
-    """Pixels uint8 [N, S, S, 3] of scaled latents [N, C, h, h]."""
-    return to_pixels(decode(model, latents))
+def decode_to_pixels(model: Any, latents: Tensor, config: ModelConfig | None = None) -> NDArray[np.uint8]:
+    """Pixels uint8 [N, S, S, 3] of latents [N, C, h, h], scaled as in `decode`."""
+    return to_pixels(decode(model, latents, config))
 
 
-def decode(model: Any, latents: Tensor) -> Tensor:
+def decode(model: Any, latents: Tensor, config: ModelConfig | None = None) -> Tensor:
     """Images [N, 3, S, S] in about -1..1, in the autoencoder's dtype, of scaled latents [N, C, h, h].
 
-    They are decoded in parts of fixed size, see `edt_core.autoencoders.parts`.
+    The scale is that of the diffusion model with the configuration `config`; without one, the autoencoder's own.
+    Latents are decoded in parts of fixed size, see `edt_core.autoencoders.parts`.
     """
-    kind, raw = kind_of(model), scale_of(model).to_raw(latents).to(model.dtype)
+    own = scale_of(model)
+    scale = own if config is None else model_scale(config, own)
+    kind, raw = kind_of(model), scale.to_raw(latents).to(model.dtype)
     side = raw.shape[-1] * kind.downsample_factor(model.config)
     parts = [kind.decode(model, raw[part]) for part in in_parts(len(raw), side)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -6,15 +6,22 @@ The settings are those of diffusers autoencoders, the equations those of its Flu
     with shift_factor:               latents = (z - shift_factor) * scaling_factor
     with latents_mean, latents_std:  latents = (z - latents_mean) * scaling_factor / latents_std, by channel
 
+They are settings of the autoencoder. A model that was trained on latents normalised by channel has `latents_mean` and
+`latents_std` in its own configuration, with a scaling factor of 1, and these count instead.
+
 Legend: N samples, C latent channels, h side of the latents.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from edt_core.errors import UserError
+from edt_core.models import ModelConfig
+from edt_core.store.digests import listing
 
 SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -82,6 +89,38 @@ class LatentScale:
             return latents * std / self.scaling_factor + mean
         raw = latents / self.scaling_factor
         return raw + self.shift_factor if self.shift_factor else raw
+
+
+def normalised(config: ModelConfig, latents: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of a model that is trained on normalised latents, from the counts of their artifact.
+
+    Where the autoencoder's own configuration has statistics, they are part of its scale, and the model needs none. The
+    artifact's are those of all its images and mirror images, with the variance of the posterior: of what a training
+    draws. Raises UserError if the artifact has none, or a channel is constant.
+    """
+    if LatentScale.of(latents).latents_mean is not None:
+        return config
+    mean, std = latents.get("channel_mean"), latents.get("channel_std")
+    if mean is None or std is None:
+        raise UserError(
+            "train.latent_norm is true, but the latents artifact has no statistics of its channels; encode the images "
+            "again, or set train.latent_norm=false"
+        )
+    if constant := [str(channel) for channel, value in enumerate(std) if not value > 0]:
+        raise UserError(
+            f"train.latent_norm is true, but {len(constant)} of the {len(std)} channels of the latents are constant "
+            f"({listing(constant, ', ')}), so they cannot have unit variance; use another autoencoder, or set "
+            "train.latent_norm=false"
+        )
+    return replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
+
+
+def model_scale(config: ModelConfig, own: LatentScale) -> LatentScale:
+    """The scale between raw latents and those of a model; `own` is that of its autoencoder's configuration."""
+    if config.latents_mean is None:
+        return own
+    statistics = {"latents_mean": config.latents_mean, "latents_std": config.latents_std}
+    return LatentScale.of({"scaling_factor": 1.0, **statistics})
 
 
 def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from edt_core.errors import UserError
 from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
 
 AmmKernel = Literal["exp_cos", "cos"]
-_ADDED = ("objective", "outputs")
+_ADDED = ("objective", "outputs", "latents_mean", "latents_std")
 
 AMM_KERNELS: tuple[AmmKernel, ...] = ("exp_cos", "cos")
 _ARCHITECTURES: dict[str, type[ModelConfig]] = {}  # by the name in a stored configuration
@@ -36,7 +36,9 @@ class ModelConfig(ABC):
     `latent_size` is the side of the square latents. `amm_blocks` are 0-based indices over all blocks in forward order.
     `amm_radius` is in tokens of a block's grid, None for the paper's (see `amm_matrix`). `objective` is what the model
     was trained to predict, a name of `edt_core.diffusion.objectives`; `outputs` is the number of tensors of the
-    latents' shape that the objective needs. `with_objective` sets both.
+    latents' shape that the objective needs. `with_objective` sets both. A model that was trained on raw latents as
+    (raw - latents_mean) / latents_std, by channel, has these two; otherwise they are None, and the scale is that of the
+    autoencoder's configuration (see `edt_core.data.scale`).
 
     Raises:
         ValueError: the values do not define a model; the message says which ones, and what is expected.
@@ -57,6 +59,8 @@ class ModelConfig(ABC):
     amm_radius: float | None = None
     objective: str = "epsilon"
     outputs: int = 2
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
     def __init_subclass__(cls) -> None:
         """Register a family's configuration by its architecture."""
@@ -71,6 +75,7 @@ class ModelConfig(ABC):
         if self.outputs < 1:
             raise ValueError(f"{self.name}: outputs is {self.outputs}; it must be at least 1.")
         _check_latent_size(self)
+        _check_statistics(self)
         _check_amm(self)
 
     @property
@@ -201,6 +206,19 @@ def _check_latent_size(config: ModelConfig) -> None:
             f"{config.name}: latents of {config.latent_size}x{config.latent_size} cannot be cut into "
             f"patches of {config.patch_size}{merged}. Use a multiple of "
             f"{multiple}, that is an image size that is a multiple of {multiple * config.autoencoder_factor}."
+        )
+
+
+def _check_statistics(config: ModelConfig) -> None:
+    mean, std = config.latents_mean, config.latents_std
+    if mean is None and std is None:
+        return
+    given = [*(mean or ()), *(std or ())]
+    is_valid = all(isinstance(value, float) and math.isfinite(value) for value in given) and min(std or (0.0,)) > 0
+    if not is_valid or len(mean or ()) != config.in_channels or len(std or ()) != config.in_channels:
+        raise ValueError(
+            f"{config.name}: latents_mean is {mean} and latents_std {std}; both need a finite number for each of the "
+            f"{config.in_channels} channels, and the standard deviations must be above 0, or both are None."
         )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from edt_core.autoencoders.autoencoder import decode, to_pixels
 from edt_core.autoencoders.kinds import KINDS, scale_of
 from edt_core.config import ChainConfig
-from edt_core.data.scale import LatentScale
+from edt_core.data.scale import LatentScale, model_scale
 from edt_core.diffusion import Objective, objective_of_model
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
@@ -106,7 +106,8 @@ class EDTPipelineOutput(BaseOutput):
 
     "pil": PIL images. "np": float32 [N, S, S, 3] in 0..1. "pt": a tensor [N, 3, S, S] in 0..1, in the autoencoder's
     dtype. "latent": the latents before the decoder, float32 [N, C, h, h], on the model's scale (about unit variance);
-    the autoencoder's own are these divided by its scaling_factor, see `edt_core.data.scale`.
+    the autoencoder's own follow from them by the pipeline's `latent_scale`, or if it has none by the autoencoder's
+    scaling_factor, see `edt_core.data.scale`.
     """
 
     images: list[Image.Image] | NDArray[np.float32] | Tensor
@@ -133,7 +134,7 @@ class EDTPipeline(DiffusionPipeline):
         num_timesteps: int | None = None,
     ) -> None:
         super().__init__()
-        _check_scale(vae, latent_scale)
+        _check_scale(vae, transformer.edt.config, latent_scale)
         timesteps = int(scheduler.config.num_train_timesteps if num_timesteps is None else num_timesteps)
         objective = objective_of_model(transformer.edt.config)
         if not is_training_scheduler(scheduler, timesteps, objective):
@@ -241,7 +242,7 @@ class EDTPipeline(DiffusionPipeline):
     def _images(self, latents: Tensor, output_type: str) -> list[Image.Image] | NDArray[np.float32] | Tensor:
         if output_type == "latent":
             return latents
-        decoded = decode(self.vae, latents)
+        decoded = decode(self.vae, latents, self.transformer.edt.config)
         if not torch.isfinite(decoded).all():
             raise UserError(
                 f"the autoencoder decodes to numbers that are not finite in {decoded.dtype}; use a dtype with more "
@@ -294,23 +295,25 @@ def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
 EDTTransformer.__module__ = EDTPipeline.__module__ = _OURS
 
 
-def _check_scale(vae: Autoencoder, trained: Mapping[str, Any] | None) -> None:
-    """Raise UserError unless the latents of a model are centred as in its autoencoder's configuration.
+def _check_scale(vae: Autoencoder, config: ModelConfig, trained: Mapping[str, Any] | None) -> None:
+    """Raise UserError unless latents are centred and scaled by channel as those that the model was trained on.
 
     `trained` is the scale that `save_pipeline` wrote; None in folders of versions that ignored it.
     """
-    scale = scale_of(vae)
+    own = scale_of(vae)
+    scale = model_scale(config, own)
     if LatentScale.of({**(trained or {}), "scaling_factor": scale.scaling_factor}) == scale:
         return
-    if trained is None:
+    if trained is None and config.latents_mean is None:
         raise UserError(
-            f"the autoencoder of this pipeline has {scale.beyond_factor()}, which the version that trained the model "
+            f"the autoencoder of this pipeline has {own.beyond_factor()}, which the version that trained the model "
             "ignored: decoded images would be wrong. Remove these settings from vae/config.json to decode as the model "
             "was trained, or train it again"
         )
+    of_model = "" if config.latents_mean is None else " and its transformer"
     raise UserError(
-        f"the model was trained on latents with {dict(trained)}, but the autoencoder of this pipeline has "
-        f"{scale.record()}; use the autoencoder of its training"
+        f"the model was trained on latents with {dict(trained or {})}, but the autoencoder of this pipeline{of_model} "
+        f"has {scale.record()}; use the files of its training"
     )
 
 
@@ -331,7 +334,7 @@ def save_pipeline(
     transformer = EDTTransformer(edt_config=edt.built_config.to_dict())
     transformer.edt.load_state_dict(edt.state_dict())
     counts = None if class_counts is None else list(class_counts)
-    scale = scale_of(vae)
+    scale = model_scale(edt.config, scale_of(vae))
     centred = None if scale.is_plain else scale.record()
     scheduler = training_scheduler(num_timesteps, objective_of_model(edt.config))
     pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred, num_timesteps)

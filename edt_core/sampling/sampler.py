@@ -205,6 +205,12 @@ def _check_guide(chain: ChainConfig, model: DiffusionTransformer, guide: Diffusi
             f"the guide {guide.config.name} takes {guide_inputs}, but {model.config.name} takes {inputs}; "
             "use a guide that was trained on the same latents and classes"
         )
+    own_statistics, statistics = ((c.latents_mean, c.latents_std) for c in (model.config, guide.config))
+    if own_statistics != statistics:
+        raise UserError(
+            f"the guide {guide.config.name} was trained on latents that are normalised by channel in another way than "
+            f"those of {model.config.name}; use a guide that was trained with the same train.latent_norm and latents"
+        )
     if (own := model.config.objective) != (other := guide.config.objective):
         raise UserError(
             f"the guide {guide.config.name} predicts {other}, but {model.config.name} predicts {own}, and guidance "

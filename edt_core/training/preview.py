@@ -60,7 +60,7 @@ class Preview:
             objective=self.objective,
         )
         out = io.BytesIO()
-        Image.fromarray(grid(decode_to_pixels(self.autoencoder, latents))).save(out, "PNG")
+        Image.fromarray(grid(decode_to_pixels(self.autoencoder, latents, self.model.config))).save(out, "PNG")
         return out.getvalue()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import LatentBatch, sample_names
+from edt_core.data.scale import LatentScale, model_scale
 from edt_core.data.streaming import LatentStream
 from edt_core.data.subsets import share
 from edt_core.diffusion import Schedule, objective_of
@@ -138,6 +139,11 @@ class Trainer:
         return self.compiled_update is not None and self.compiled_update.masked
 
     @property
+    def scale(self) -> LatentScale:
+        """The scale of the model's latents."""
+        return model_scale(self.state.model.config, self.dataset.scale)
+
+    @property
     def ranks(self) -> Ranks:
         return self.context.ranks
 
@@ -235,7 +241,7 @@ class Trainer:
         device, mine = self.ranks.device, self.share
         timesteps = Timesteps(*self.state.timesteps.draw(draws.uniforms.numpy()))
         inputs = StepInputs(
-            latents=sampled_latents(batch, draws.posterior_noise, self.dataset.scale),
+            latents=sampled_latents(batch, draws.posterior_noise, self.scale),
             labels=to_device(batch.labels, device),
             timesteps=to_device(torch.from_numpy(timesteps.steps[mine]), device),
             weights=to_device(torch.from_numpy(timesteps.weights[mine]), device),

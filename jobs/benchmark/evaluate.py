@@ -253,7 +253,7 @@ class OurEvaluation:
         with timed(seconds):  # the sampler reads the latents at its end, and so waits for the device
             latents = self.sampler.latents(indices % self.sampler.num_classes, self.config.seed, indices)
         with timed(seconds):
-            pixels = decode_to_pixels(self.sampler.autoencoder, latents)
+            pixels = decode_to_pixels(self.sampler.autoencoder, latents, self.sampler.latents.model.config)
         with timed(seconds):
             self.sampler.extractors["inception"](pixels)
         return of_all(seconds, self.config.num_samples / len(indices))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edt_core.acceptance.authors import plain_model
 from edt_core.autoencoders.kinds import scale_of
+from edt_core.data.scale import model_scale
 from edt_core.diffusion import Schedule, linear_schedule, sampling_schedule
 from edt_core.evaluation.extractors.inception import SPATIAL_CHANNELS, tf1_resize
 from edt_core.models import DiffusionTransformer
@@ -102,7 +103,8 @@ class PlainEvaluation:
 
     @torch.no_grad()
     def _write(self, folder: Path, batch: range, latents: Tensor) -> None:
-        images = self.autoencoder.decode(scale_of(self.autoencoder).to_raw(latents)).sample
+        scale = model_scale(self.chain.model.config, scale_of(self.autoencoder))
+        images = self.autoencoder.decode(scale.to_raw(latents)).sample
         levels = torch.clamp(127.5 * images + 128.0, 0, 255).permute(0, 2, 3, 1).to("cpu", dtype=torch.uint8).numpy()
         for index, pixels in zip(batch, levels, strict=True):
             Image.fromarray(pixels).save(folder / f"{index:06d}.png")

@@ -42,7 +42,7 @@ def draw(
         images: list[NDArray[np.uint8]] = []
         for first in range(0, num, size):
             latents = sampler([label] * size, seed, range(first, first + size))
-            images += list(decode_to_pixels(decoder, latents))
+            images += list(decode_to_pixels(decoder, latents, sampler.model.config))
             progress.update(row * num + min(len(images), num), len(labels) * num, "images")
         rows.append(np.stack(images[:num]))
     return np.stack(rows)

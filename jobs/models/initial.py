@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # Tags of a version: what its training started from (digest, place, checkpoint artifact).
 INIT_TAG, INIT_FROM_TAG, INIT_CHECKPOINT_TAG = "edt.init", "edt.init_from", "edt.init_checkpoint"
+_STATISTICS = ("latents_mean", "latents_std")  # of a model's configuration
 _TRANSFORMER = "transformer/"  # where a diffusers folder has the model
 _CONFIG, _EDT = "transformer/config.json", "edt_config"  # and the model's configuration
 
@@ -152,8 +153,8 @@ class _Lookup:
         images = in_store(artifact).images
         final = artifact.counts["final"]
         entries = {entry.path.removeprefix(f"{final}/"): entry.sha256 for entry in artifact.entries(f"{final}/*")}
-        identity = self._checkpoint_identity(entries, images)
         config = artifact.read_json(f"{final}/{MODEL_CONFIG}")
+        identity = self._checkpoint_identity(entries, images, config)
         return self._at(artifact.folder.uri, identity, artifact.fingerprint, config)
 
     def _checkpoint(self, folder: Path) -> Initial:
@@ -167,16 +168,20 @@ class _Lookup:
             raise UserError(f"train.init_from: {error}; give another checkpoint") from error
         artifact = _artifact_around(folder)
         images = None if artifact is None else in_store(artifact).images
-        identity = self._checkpoint_identity(files, images)
+        config = read_json_object(folder / MODEL_CONFIG)
+        identity = self._checkpoint_identity(files, images, config)
         checkpoint = None if artifact is None else artifact.fingerprint
-        return self._at(str(folder), identity, checkpoint, read_json_object(folder / MODEL_CONFIG))
+        return self._at(str(folder), identity, checkpoint, config)
 
-    def _checkpoint_identity(self, files: Mapping[str, str], images: Artifact | None) -> dict[str, Any]:
-        """What counts of a checkpoint, by the sha256 of its files."""
+    def _checkpoint_identity(
+        self, files: Mapping[str, str], images: Artifact | None, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What counts of a checkpoint, by the sha256 of its files, with the statistics of its model's latents."""
         name = "raw" if self.config.init_weights == "raw" and MODEL_WEIGHTS in files else "weights"
         identity: dict[str, Any] = {name: files[MODEL_WEIGHTS if name == "raw" else EMA_WEIGHTS]}
         if self.config.init_optimizer == "keep" and OPTIMIZER_STATE in files:
             identity["optimizer"] = files[OPTIMIZER_STATE]
+        identity |= {field: config[field] for field in _STATISTICS if field in config}
         return identity | ({} if images is None else {"classes": _names(images.read_json(CLASSES_NAME))})
 
     def _version(self, text: str, name: str, alias: str | None, number: str | None) -> Initial:
@@ -227,7 +232,8 @@ class _Lookup:
         images = None if artifact is None else in_store(artifact).images
         names = (EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE)
         files = {name: sha256_file(folder / name) for name in names if (folder / name).exists()}
-        identity = self._checkpoint_identity(files, images)
+        config = read_json_object(folder / MODEL_CONFIG)
+        identity = self._checkpoint_identity(files, images, config)
         _check_same(initial, identity)
         optimizer = None
         if "optimizer" in identity:
@@ -235,7 +241,7 @@ class _Lookup:
             tensors = load_tensors(folder / OPTIMIZER_STATE)
             optimizer = SavedOptimizer(state["config"]["optimizer"], tensors, state["optimizer_groups"])
         return Base(
-            _model_config(initial.location, read_json_object(folder / MODEL_CONFIG)),
+            _model_config(initial.location, config),
             load_tensors(folder / (MODEL_WEIGHTS if "raw" in identity else EMA_WEIGHTS)),
             initial.location,
             tuple(identity.get("classes", ())),

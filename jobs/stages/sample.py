@@ -105,7 +105,7 @@ class Sampler:
         from edt_core.autoencoders.autoencoder import decode_to_pixels
 
         with torch.cuda.stream(self._stream):  # does nothing without a stream
-            pixels = decode_to_pixels(self.autoencoder, latents)
+            pixels = decode_to_pixels(self.autoencoder, latents, self.latents.model.config)
             outputs = {space: extract(pixels) for space, extract in self.extractors.items()}
         limit = self.config.keep_images
         images = pixels if limit == "all" else pixels[unit.indices < limit]

@@ -42,10 +42,15 @@ LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
 _RAY_RUN = ".ray-train"  # Ray Train's own folder inside the attempt; removed before the commit
 
 
-def config_of(config: TrainConfig, latents: Mapping[str, Any]) -> Any:
-    """The ModelConfig of a training on latents with these counts. Raises UserError."""
+def config_of(config: TrainConfig, latents: Mapping[str, Any], initial: Any = None) -> Any:
+    """The ModelConfig of a training on latents with these counts, from the model `initial` if given. Raises UserError.
+
+    A training that starts from a model keeps the statistics of that model's latents.
+    """
+    from edt_core.data.scale import normalised
     from edt_core.diffusion import with_objective
     from edt_core.models import model_config
+    from edt_core.training.start.base import keep_statistics
 
     channels, side, _ = latents["latent_shape"]
     try:
@@ -56,9 +61,12 @@ def config_of(config: TrainConfig, latents: Mapping[str, Any]) -> Any:
             autoencoder_factor=latents["image_size"] // side,
             latent_channels=channels,
         )
+        model = with_objective(model, config.objective)
+        if config.latent_norm:
+            model = normalised(model, latents)
+        return model if initial is None else keep_statistics(initial.location, initial.model_config or {}, model)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return with_objective(model, config.objective)
 
 
 def train(
@@ -83,7 +91,7 @@ def train(
     from jobs.stages.train_context import device_seconds, remove_clock
 
     latents = inputs["latents"]
-    model_config = config_of(config, latents.counts)
+    model_config = config_of(config, latents.counts, inputs.get("init"))
     _check(config, model_config, latents)
     check_start(config, "init" in inputs)
     if "autoencoder" in inputs:

@@ -27,6 +27,7 @@ class InitialModel(Protocol):
     """What fills the role `init`."""
 
     location: str
+    model_config: Mapping[str, Any] | None  # None for a released file, which states no statistics of its latents
 
     def read(self, config: TrainConfig) -> "Base":
         """The model in memory. Raises UserError if it is unavailable."""

@@ -78,7 +78,8 @@ class ModelCard:
             "parameters": f"{self.parameters:,}",
             "multiply-accumulates": f"{self.macs:,} per image and step",
             "images": f"{size} x {size} px of {self.config.num_classes:,} classes",
-            "latents": f"{self.config.in_channels} x {latent} x {latent}, a factor of {self.config.autoencoder_factor}",
+            "latents": f"{self.config.in_channels} x {latent} x {latent}, a factor of {self.config.autoencoder_factor}"
+            f"{'' if self.config.latents_mean is None else ', normalised by channel'}",
         }
         return f"Class-conditional images by latent diffusion.\n\n{_table(facts)}"
 

@@ -64,6 +64,13 @@ def test_people_read_what_it_is_how_it_was_measured_and_made(tmp_path: Path) -> 
     assert "## Origin" not in text
 
 
+def test_normalised_latents_are_named() -> None:
+    statistics = {"latents_mean": (0.5,) * 4, "latents_std": (2.0,) * 4}
+    normalised = replace(CARD, config=replace(CARD.config, **statistics)).text()
+    assert "a factor of 8, normalised by channel |" in normalised
+    assert "normalised" not in CARD.text()
+
+
 def test_what_is_not_known_is_said_and_not_made_up(tmp_path: Path) -> None:
     bare = replace(CARD, license=None, metrics={}, protocol={}, data={}, training={}, origin={"file": "edt.pt"})
     card = read(bare, tmp_path)

@@ -41,3 +41,28 @@ def shifted_autoencoder() -> AutoencoderKL:
             scaling_factor=1.5305,
             shift_factor=0.0609,
         ).eval()
+
+
+def uneven_autoencoder() -> AutoencoderKL:
+    """An AutoencoderKL of factor 4 with 16 channels whose means and spreads differ by powers of ten, and no true scale.
+
+    Its `quant_conv` multiplies mean and standard deviation of the posterior by 10^-1.5 to 10^1.5.
+    """
+    channels, levels = 16, 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            latent_channels=channels,
+            block_out_channels=(8,) * levels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            norm_num_groups=8,
+            scaling_factor=0.18215,
+        ).eval()
+    spread = torch.logspace(-1.5, 1.5, channels)
+    with torch.no_grad():
+        vae.quant_conv.weight[:channels] *= spread.view(-1, 1, 1, 1)
+        vae.quant_conv.bias[:channels] += spread * torch.linspace(-8, 8, channels)
+        vae.quant_conv.bias[channels:] += 2 * spread.log() - 4  # the logarithm of the variance
+        vae.post_quant_conv.weight /= spread.view(1, -1, 1, 1)
+    return vae

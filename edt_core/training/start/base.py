@@ -1,7 +1,7 @@
 """The model that a training starts from, in memory, and what of it fits the new model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from edt_core.models import ModelConfig
 # to them (another image size, other classes).
 _FREE = {
     *("name", "latent_size", "num_classes", "amm_blocks", "amm_kernel", "amm_radius"),
+    *("latents_mean", "latents_std"),  # the new model keeps the base's, see `keep_statistics`
     *("down_mask_ratios", "mid_mask_block", "mid_mask_ratio", "mask_ratio"),
 }
 _SHOWN = 5  # class names in a message
@@ -58,6 +59,23 @@ def check_fit(origin: str, base: ModelConfig, config: ModelConfig) -> None:
             f"{'; '.join(differing)}. Start from a model of the same kind, or set train.model, train.objective and the "
             "autoencoder to those of the base model"
         )
+
+
+def keep_statistics(origin: str, base: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """The configuration of the new model with the statistics of the latents that the base model was trained on.
+
+    `base` is the base model's configuration as plain values. Its weights know latents of that scale alone. Raises
+    UserError if the new model is to have normalised latents and the base model has not.
+    """
+    mean, std = base.get("latents_mean"), base.get("latents_std")
+    if mean is None and config.latents_mean is not None:
+        raise UserError(
+            f"train.latent_norm is true, but train.init_from is {origin}, which was trained on latents that are not "
+            "normalised by channel; set train.latent_norm=false, or train from random weights (train.init_from=null)"
+        )
+    if mean is None or len(mean) != config.in_channels:  # `check_fit` refuses other channels
+        return config
+    return replace(config, latents_mean=tuple(mean), latents_std=std and tuple(std))
 
 
 def _numbers(config: ModelConfig) -> dict[str, Any]:

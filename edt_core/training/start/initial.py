@@ -12,7 +12,7 @@ from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.optim import flatten_state, restore_state
-from edt_core.training.start.base import Base, ClassRows, SavedOptimizer, check_fit, class_rows
+from edt_core.training.start.base import Base, ClassRows, SavedOptimizer, check_fit, class_rows, keep_statistics
 from edt_core.training.start.weights import adapted_weights, label_table
 from edt_core.training.state import initial_state, to_checkpoint
 
@@ -31,6 +31,11 @@ def initial_checkpoint(
     the base model's. Raises UserError if the base model does not fit.
     """
     check_fit(base.origin, base.config, model_config)
+    if keep_statistics(base.origin, base.config.to_dict(), model_config) != model_config:
+        raise UserError(
+            f"train.init_from: {base.origin} was trained on latents with other statistics by channel than the new "
+            "model's configuration has; make that with `keep_statistics`"
+        )
     rows = class_rows(base, names, model_config.num_classes)
     state = initial_state(config, model_config)
     state.base = base.digest

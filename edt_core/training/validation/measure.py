@@ -1,8 +1,8 @@
 """The loss on held-out images during a training, of the averaged weights.
 
 Each measurement uses the same images, and for each of them the same latent, timesteps and noise, which depend on its
-sha256 alone: measurements can be compared between steps, and between models with the same autoencoder and data set. It
-draws no random numbers of the training.
+sha256 alone: measurements can be compared between steps, and between models with the same data set, autoencoder and
+scale of the latents. It draws no random numbers of the training.
 
 Images are processed in units of 8, each with all of its timesteps, and a unit belongs to one rank. So the bits do not
 depend on the number of ranks.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from edt_core.data.holdout import Holdout
 from edt_core.data.latents import LatentDataset
+from edt_core.data.scale import LatentScale, model_scale
 from edt_core.data.subsets import share
 from edt_core.diffusion import objective_of
 from edt_core.errors import UserError
@@ -81,7 +82,8 @@ class HeldOutLoss:
         mine = cuts[ranks.rank]
         places = np.arange(mine.start * _UNIT, mine.stop * _UNIT) % self.images
         self._digests = holdout.digests[places]
-        self._latents, self._labels = _read(dataset, holdout.measured[places], self._digests)
+        scale = model_scale(model_config, dataset.scale)
+        self._latents, self._labels = _read(dataset, holdout.measured[places], self._digests, scale)
         self._timesteps = measured_timesteps(config.num_timesteps)
         self._objective = objective_of(config.objective)
         self._schedule = self._objective.schedule(config.num_timesteps)
@@ -129,7 +131,9 @@ class HeldOutLoss:
         return losses[objective.terms[0]].float().view(count, TIMESTEPS).T
 
 
-def _read(dataset: LatentDataset, rows: NDArray[np.int64], digests: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+def _read(
+    dataset: LatentDataset, rows: NDArray[np.int64], digests: NDArray[np.uint8], scale: LatentScale
+) -> tuple[Tensor, Tensor]:
     """Scaled latents float32 [m, C, h, h], a draw from the posterior of each image, and labels int64 [m]."""
     posterior, labels = dataset.gather(rows, np.zeros(len(rows), np.bool_))
     finite = np.isfinite(posterior).all(axis=(1, 2, 3, 4))
@@ -138,7 +142,7 @@ def _read(dataset: LatentDataset, rows: NDArray[np.int64], digests: NDArray[np.u
         raise UserError(f"{len(bad)} held-out latents are not finite (rows {names}); encode the images again")
     mean, std = torch.from_numpy(posterior).unbind(1)
     draw = _noise(digests, np.array([_LATENT]), dataset.info.latent_shape)[:, 0]
-    return dataset.scale.to_model(mean + std * draw), torch.from_numpy(labels)
+    return scale.to_model(mean + std * draw), torch.from_numpy(labels)
 
 
 def _noise(digests: NDArray[np.uint8], timesteps: NDArray[np.int64], shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -245,6 +245,10 @@ class TrainConfig(Section):
         "over the last decay_fraction of the steps",
     )
     decay_fraction: float = added(0.2, gt=0, le=1, description="with lr_schedule wsd: share of the steps that decay")
+    decay_shape: Literal["linear", "1-sqrt"] = added(
+        "linear",
+        description="with lr_schedule wsd: linear, or 1-sqrt (arXiv 2405.18392), which falls faster at first",
+    )
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0 to lr")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient norm to this; null for no clipping")

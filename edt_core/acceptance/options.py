@@ -26,6 +26,7 @@ class TrainOptions:
     lr_final: float = 5e-5
     lr_schedule: str = "linear"
     decay_fraction: float = 0.2
+    decay_shape: str = "linear"
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float | None = None

@@ -33,13 +33,16 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
     The decay is linear, as in the paper, or half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5); with
     lr_schedule "constant" the rate does not decay. With "wsd" (warm-up, stable, decay; arXiv 2404.06395) it stays at lr
-    and decays linearly over the last `decay_fraction` of the steps.
+    and decays over the last `decay_fraction` of the steps, linearly or with `decay_shape` "1-sqrt" as 1 minus the
+    square root of the part that is done (arXiv 2405.18392).
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.lr_schedule == "wsd":
         stable = stable_steps(config, total_steps)
         decayed = min(max(step + 1 - stable, 0) / max(total_steps - stable, 1), 1.0)
+        if config.decay_shape == "1-sqrt":
+            decayed = math.sqrt(decayed)
         return config.lr + (config.lr_final - config.lr) * decayed
     progress = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
     if config.lr_schedule == "constant":

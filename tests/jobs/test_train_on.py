@@ -1,6 +1,7 @@
 """A training that goes on from a shorter one in the same store: the bits are those of the long one from nothing."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +78,10 @@ def test_wsd_rises_stays_and_falls_to_its_end_at_the_last_step() -> None:
     assert (stable_steps(config, 10), decay_start(config, 10)) == (6, 6)
     assert [learning_rate(config, step, 100) for step in range(6)] == rates[:6]
     assert stable_steps(config.model_copy(update={"lr_schedule": "linear"}), 10) == 0
+    root = config.model_copy(update={"decay_shape": "1-sqrt"})
+    assert [learning_rate(root, step, 10) for step in range(6)] == rates[:6]
+    expected = [0.2 + 0.8 * (1 - math.sqrt(done / 4)) for done in (1, 2, 3, 4)]
+    assert [learning_rate(root, step, 10) for step in range(6, 10)] == pytest.approx(expected)
     whole = config.model_copy(update={"decay_fraction": 1.0})
     assert decay_start(whole, 10) is None
 
@@ -92,7 +97,7 @@ def test_a_fraction_is_no_part_of_older_fingerprints() -> None:
         (CONSTANT, {"max_steps": 8}, 4),
         (CONSTANT, {"max_steps": 8, "lr_schedule": "wsd", "decay_fraction": 0.25}, 4),  # then let to decay
         (WSD, {"max_steps": 10}, 3),  # before its decay, where no regular checkpoint is
-        (WSD, {"decay_fraction": 0.2}, 3),  # as long, but a shorter decay
+        (WSD, {"decay_fraction": 0.2, "decay_shape": "1-sqrt"}, 3),  # as long, but a shorter decay of another shape
     ],
 )
 def test_a_longer_training_has_the_bits_of_one_from_nothing(

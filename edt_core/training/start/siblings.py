@@ -28,7 +28,7 @@ from edt_core.training.checkpoint import (
 from edt_core.training.optim import stable_steps
 
 # Fields in which a training may differ from one that it continues. Each acts only after the stable part.
-_FREE = frozenset(("max_steps", "max_epochs", "lr_schedule", "lr_final", "decay_fraction"))
+_FREE = frozenset(("max_steps", "max_epochs", "lr_schedule", "lr_final", "decay_fraction", "decay_shape"))
 _STABLE = ("constant", "wsd")
 _LIBRARIES = ("machine", "torch", "numpy")  # another version gives other bits
 

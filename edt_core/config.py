@@ -234,8 +234,10 @@ class TrainConfig(Section):
     max_hours: float | None = Field(
         None, gt=0, description="end after this training time, restarts included; does not shorten the lr schedule"
     )
-    optimizer: Literal["adan", "adamw"] = Field(
-        "adan", description="Adan (arXiv 2208.06677), as in the paper, or AdamW"
+    optimizer: Literal["adan", "adamw", "muon"] = Field(
+        "adan",
+        description="Adan (arXiv 2208.06677), as in the paper, AdamW, or Muon (arXiv 2502.16982): orthogonal steps for "
+        "the matrices of the blocks, and AdamW for all other parameters",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     lr_final: float = Field(5e-5, ge=0, description="learning rate at the last step")
@@ -394,6 +396,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"holdout is {self.holdout_share:g}, but reader is webdataset, which reads no single rows; set "
                 "holdout=0, or reader=arrow"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _muon_has_matrices(self) -> "TrainConfig":
+        if self.optimizer == "muon" and self.trainable != "all":
+            raise ValueError(
+                f"optimizer is muon, but trainable is {self.trainable}, which trains none of the matrices that Muon is "
+                "for; set optimizer=adan or adamw, or trainable=all"
             )
         return self
 

@@ -22,12 +22,14 @@ from edt_core.models import (
     shadow,
 )
 from edt_core.models.attention import RelativePositionBias
+from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.start.trainable import count_trained, step_flops
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
-_OPTIMIZER_STATES = {"adan": 4, "adamw": 2}  # float32 tensors of the size of the weights
+_OPTIMIZER_STATES = {"adan": 4, "adamw": 2, "muon": 2}  # float32 tensors of the size of the weights
+_COPIES = {"muon": 2}  # of the gradients, during an update: Muon also stacks the matrices of a shape
 _GIGA = 1e9
 _PROCESS = 4 << 30  # bytes of host memory of a GPU's worker beside its tensors: libraries, kernels, batches ahead
 
@@ -94,6 +96,8 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     weights = 4 * parameters
     trained = weights if config.trainable == "all" else 4 * count_trained(config, model_config)
     optimizer = trained * _OPTIMIZER_STATES[config.optimizer]
+    if config.optimizer == "muon":  # of its matrices, only a momentum
+        optimizer -= 4 * sum(matrix.numel() for matrix in hidden_matrices(shadow(model_config)))
     ema = trained * len(config.ema_decays)
     activations = _activations(model_config, config)
     return Estimate(
@@ -107,7 +111,7 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         ema=ema,
         activations=activations.activations,
         # The optimizer works on lists of tensors, with a copy of each gradient, after the activations are freed.
-        temporary=max(activations.scores, trained - activations.activations),
+        temporary=max(activations.scores, _COPIES.get(config.optimizer, 1) * trained - activations.activations),
         checkpoint=trained + ema + optimizer,
         micro_batch=config.micro_batch(),
         images=images,

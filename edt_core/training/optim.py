@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from edt_core.training.optimizers.muon import Muon
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -15,9 +17,16 @@ if TYPE_CHECKING:
 _FORMS = ("foreach", "fused")  # fields of an optimizer's groups that say how it computes
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adan (Xie et al. 2022, arXiv 2208.06677; betas in the `1 - beta` convention of its code) or AdamW."""
+def make_optimizer(
+    config: TrainConfig, parameters: Iterable[nn.Parameter], matrices: Mapping[Tensor, int] | None = None
+) -> torch.optim.Optimizer:
+    """Adan (Xie et al. 2022, arXiv 2208.06677; betas in the `1 - beta` convention of its code), AdamW or Muon.
+
+    `matrices` are the parameters of Muon, see `edt_core.training.optimizers.muon`; the others are AdamW's.
+    """
     owned = list(parameters)
+    if config.optimizer == "muon":
+        return Muon(owned, matrices or {}, lr=config.lr, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         on_gpu = any(parameter.is_cuda for parameter in owned)
         foreach, fused = (None, True) if on_gpu else (True, None)

@@ -18,6 +18,7 @@ from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.ema import EMA
 from edt_core.training.history import History
 from edt_core.training.optim import flatten_state, make_optimizer, restore_state
+from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.start.trainable import merged, prepare_trainable
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
         model=model,
         trained=trained,
         ema=EMA(model, config.ema_decays, trained),
-        optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad)),
+        optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad), hidden_matrices(model)),
         timesteps=objective_of(config.objective).times(config.timestep_sampler, config.num_timesteps),
     )
 

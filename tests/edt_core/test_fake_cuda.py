@@ -23,6 +23,7 @@ from edt_core.sampling.sampler import LatentSampler
 from edt_core.training.draws import draw_step
 from edt_core.training.ema import EMA
 from edt_core.training.optim import clip_gradients, gradient_norm, make_optimizer
+from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.step import StepInputs, sampled_latents, step_losses
 from tests.support.autoencoders import deep_autoencoder, shifted_autoencoder
 from tests.support.fake_cuda import CUDA, Event, fake_cuda, on_cuda, waits
@@ -71,7 +72,9 @@ def inputs_on_cuda(config: TrainConfig, model: ModelConfig) -> StepInputs:
     )
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [*((name, "adan") for name in TINY), ("DiT-Tiny/2", "adamw")])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [*((name, "adan") for name in TINY), ("DiT-Tiny/2", "adamw"), ("EDT-Tiny/2", "muon")]
+)
 def test_a_training_step_is_on_the_gpu_and_waits_for_nothing(name: str, optimizer: str) -> None:
     """All but the exchange, which is the one place where the host waits."""
     model_config = shallow_config(name)
@@ -80,7 +83,7 @@ def test_a_training_step_is_on_the_gpu_and_waits_for_nothing(name: str, optimize
     with fake_cuda() as mode:
         model = model_on_cuda(model_config).train()
         trained = list(model.parameters())
-        stepper, ema = make_optimizer(config, trained), EMA(model, config.ema_decays)
+        stepper, ema = make_optimizer(config, trained, hidden_matrices(model)), EMA(model, config.ema_decays)
         schedule = objective.schedule(config.num_timesteps)
         with waits(mode):
             inputs = inputs_on_cuda(config, model_config)

@@ -52,7 +52,9 @@ def _keep_optimizer(
 ) -> None:
     """Take over the optimizer's state, its class rows as `rows` says. Raises UserError if it does not fit."""
     saved, problem = base.optimizer, ""
-    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    names = {value: name for name, value in model.named_parameters()}
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    trained = [(names[value], value) for group in optimizer.param_groups for value in group["params"]]
     if saved is None:
         problem = "has no optimizer state"
     elif saved.name != config.optimizer:
@@ -60,7 +62,7 @@ def _keep_optimizer(
     elif rows.new or rows.dropped:
         problem = f"has other classes: {rows}"
     else:
-        problem = _shape_problem(saved, trained)
+        problem = _shape_problem(saved, trained, sizes)
     if saved is None or problem:
         raise UserError(
             f"train.init_optimizer is keep, but {base.origin} {problem}. Give a checkpoint of the same optimizer, "
@@ -76,9 +78,10 @@ def _keep_optimizer(
     restore_state(optimizer, tensors, groups)
 
 
-def _shape_problem(saved: SavedOptimizer, trained: Sequence[tuple[str, Any]]) -> str:
+def _shape_problem(saved: SavedOptimizer, trained: Sequence[tuple[str, Any]], sizes: Sequence[int]) -> str:
+    """What of the saved state does not fit parameters in groups of these sizes; "" if all does."""
     counts = [len(group["params"]) for group in saved.groups]
-    if counts != [len(trained)]:
+    if counts != sizes:
         return f"has the state of {sum(counts)} parameters, and this training has {len(trained)}"
     for key, value in saved.tensors.items():
         name, parameter = trained[int(key.split(".", 1)[0])]

@@ -81,6 +81,7 @@ def _marked(info: FieldInfo, mark: str) -> bool:
 
 # With `train.holdout: auto` this share of the images is held out, in a data set of at least so many images.
 AUTO_HOLDOUT, AUTO_HOLDOUT_FROM = 0.01, 10_000
+_MAX_EMA_WIDTH = 0.28  # as edt_core.training.posthoc.profile.MAX_WIDTH
 
 SourceKind = Literal["auto", "digits", "image_folder", "labels", "ilsvrc2012", "webdataset", "parquet"]
 
@@ -257,6 +258,12 @@ class TrainConfig(Section):
     ema_decay: float | tuple[float, ...] = Field(
         0.9999, description="one EMA decay or several; the first one's weights are sampled and registered"
     )
+    ema_widths: tuple[float, ...] = added(
+        (),
+        description="widths of power-function averages (arXiv 2312.02696) to track as well, such as [0.05, 0.1]: "
+        "standard deviations as a share of the training. From their snapshots `edt ema` makes any other width",
+    )
+    ema_snapshots: int = added(20, ge=1, description="with ema_widths: snapshots of these averages, at even distances")
     class_dropout_prob: float = Field(
         0.1, ge=0, lt=1, description="probability of dropping a label, which classifier-free guidance needs"
     )
@@ -379,6 +386,17 @@ class TrainConfig(Section):
         if not decays or not all(0 <= decay < 1 for decay in decays) or len(set(decays)) != len(decays):
             raise ValueError(f"ema_decay is {value}; it must be a number from 0 to below 1, or several different ones")
         return value
+
+    @field_validator("ema_widths", mode="before")
+    @classmethod
+    def _widths_are_shares(cls, value: Any) -> Any:
+        widths = value if isinstance(value, list | tuple) else (value,)
+        shares = [width for width in widths if isinstance(width, int | float) and 0 < width <= _MAX_EMA_WIDTH]
+        if len(set(shares)) != len(widths):
+            raise ValueError(
+                f"ema_widths is {value}; it must be a list of different numbers above 0 and at most {_MAX_EMA_WIDTH}"
+            )
+        return tuple(widths)
 
     @field_validator("holdout", mode="before")
     @classmethod

@@ -31,6 +31,8 @@ class TrainOptions:
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     ema_decay: float = 0.9999
+    ema_widths: tuple[float, ...] = ()
+    ema_snapshots: int = 20
     class_dropout_prob: float = 0.1
     mirror_prob: float = 0.5
     masked_loss: bool = True

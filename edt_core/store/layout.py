@@ -47,10 +47,14 @@ CHECKPOINTS, STEP_PREFIX = "checkpoints", "step-"
 CHECKPOINT_MANIFEST = "checkpoint.json"
 MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 OTHER_EMA_WEIGHTS = "ema-{!r}.safetensors"  # of the other decays
+WIDTH_EMA_WEIGHTS = "ema-width-{!r}.safetensors"  # power-function averages, of the trained parameters alone
 OPTIMIZER_STATE, TIMESTEP_STATE = "optimizer.safetensors", "timesteps.safetensors"
 TRAIN_STATE = "state.json"
 MODEL_CONFIG = "model_config.json"
 HISTORY_NAME = "history.jsonl"
+# Beside the checkpoints: `snapshots/step-NNNNNNNN/ema-width-<width>.safetensors`, the power-function averages after so
+# many steps, bfloat16, with `average` in the metadata of the file: {"step", "width"} as JSON.
+SNAPSHOTS = "snapshots"
 
 # Feature units: safetensors with `indices`, `seeds` and `labels` int64 [n]; for each space `<space>.features` float32
 # [n, D] and, if its network has them, `<space>.spatial` float32 [n, D'] and `<space>.probabilities` float32 [n, K];

@@ -23,6 +23,7 @@ from edt_core.models import (
 )
 from edt_core.models.attention import RelativePositionBias
 from edt_core.training.optimizers.muon import hidden_matrices
+from edt_core.training.posthoc.snapshots import snapshot_steps
 from edt_core.training.start.trainable import count_trained, step_flops
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Estimate:
     images: int
     global_batch_size: int
     steps: int
+    snapshot: int = 0  # bytes of one snapshot of the power-function averages
+    snapshots: int = 0
 
     @property
     def memory(self) -> int:
@@ -82,6 +85,9 @@ class Estimate:
             "steps": f"{self.steps:,} of {self.global_batch_size} images, "
             f"{self.steps * self.global_batch_size / self.images:,.1f} epochs",
         }
+        if self.snapshots:
+            sizes = f"{_size(self.snapshot)} each, {_size(self.snapshots * self.snapshot)}"
+            rows["snapshots"] = f"{self.snapshots} of the averages by width, {sizes}"
         return "\n".join([self.model, *(f"  {name:<25} {value}" for name, value in rows.items())])
 
 
@@ -98,7 +104,8 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     optimizer = trained * _OPTIMIZER_STATES[config.optimizer]
     if config.optimizer == "muon":  # of its matrices, only a momentum
         optimizer -= 4 * sum(matrix.numel() for matrix in hidden_matrices(shadow(model_config)))
-    ema = trained * len(config.ema_decays)
+    ema = trained * (len(config.ema_decays) + len(config.ema_widths))
+    steps = config.total_steps(images)
     activations = _activations(model_config, config)
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
@@ -116,7 +123,9 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         micro_batch=config.micro_batch(),
         images=images,
         global_batch_size=config.global_batch_size,
-        steps=config.total_steps(images),
+        steps=steps,
+        snapshot=trained // 2 * len(config.ema_widths),  # bfloat16
+        snapshots=len(snapshot_steps(config, steps)),
     )
 
 
@@ -127,7 +136,7 @@ def host_memory(needs: Estimate, workers: int) -> int:
     that copy. Latents, and the checkpoint that a training resumes from, are memory-mapped: the system can drop their
     pages, and all workers share them, so they are not counted.
     """
-    return workers * _PROCESS + needs.checkpoint + RING_BYTES
+    return workers * _PROCESS + needs.checkpoint + needs.snapshot + RING_BYTES
 
 
 def largest_micro_batch(config: TrainConfig, model_config: ModelConfig, memory: int) -> int:

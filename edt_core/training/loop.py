@@ -26,6 +26,7 @@ from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
+from edt_core.training.posthoc.snapshots import snapshot_steps
 from edt_core.training.speed.arithmetic import set_arithmetic
 from edt_core.training.speed.compiled import compile_parts, is_compiled, wants_graphs
 from edt_core.training.speed.update import CompiledUpdate
@@ -108,6 +109,8 @@ def _begin(
     if checkpoint is not None:
         restore(state, checkpoint, config, len(dataset))
     total_steps = config.total_steps(len(dataset))
+    if ranks.rank == 0:
+        context.store.report_missing(snapshot_steps(config, total_steps), config.ema_widths, state.step)
     context.store.stable_step = decay_start(config, total_steps)
     state.model.activation_checkpointing = config.activation_checkpointing
     set_arithmetic(state.model, config)
@@ -234,6 +237,7 @@ def _is_due(trainer: Trainer) -> bool:
     regularly = (config.log_every, config.checkpoint_every, config.preview_every)
     return (
         step in (trainer.last_step, trainer.context.store.stable_step)
+        or step in snapshot_steps(config, trainer.total_steps)
         or any(every is not None and step % every == 0 for every in regularly)
         or _validation_is_due(trainer)
     )
@@ -254,6 +258,7 @@ def _report(trainer: Trainer) -> None:
         row = state.history.close_row(state.step, learning_rate(config, state.step - 1, trainer.total_steps))
         if context.ranks.rank == 0:
             context.report({**row, **trainer.meter.row()}, state.step)
+    _take_snapshot(trainer)
     held_out_loss = _validate(trainer) if regular or _validation_is_due(trainer) else None
     if regular:
         _save(trainer, regular=True, held_out_loss=held_out_loss)
@@ -262,6 +267,14 @@ def _report(trainer: Trainer) -> None:
     every = config.preview_every
     if every is not None and context.ranks.rank == 0 and (state.step % every == 0 or at_end):
         context.preview(state.average(), state.step)
+
+
+def _take_snapshot(trainer: Trainer) -> None:
+    """Write the power-function averages where that is due, before the checkpoint of the same step."""
+    config, state, step = trainer.config, trainer.state, trainer.state.step
+    due = step == trainer.last_step or step in snapshot_steps(config, trainer.total_steps)
+    if config.ema_widths and due and trainer.ranks.rank == 0:
+        trainer.context.store.save_snapshot(step, config.ema_widths, state.ema.of_widths)
 
 
 def _validate(trainer: Trainer) -> float | None:

@@ -13,7 +13,14 @@ from torch import Tensor
 from edt_core.diffusion import TimestepSampler, objective_of, with_objective
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
-from edt_core.store.layout import EMA_WEIGHTS, MODEL_WEIGHTS, OPTIMIZER_STATE, OTHER_EMA_WEIGHTS, TIMESTEP_STATE
+from edt_core.store.layout import (
+    EMA_WEIGHTS,
+    MODEL_WEIGHTS,
+    OPTIMIZER_STATE,
+    OTHER_EMA_WEIGHTS,
+    TIMESTEP_STATE,
+    WIDTH_EMA_WEIGHTS,
+)
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.ema import EMA
 from edt_core.training.history import History
@@ -74,8 +81,8 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
     return TrainState(
         model=model,
         trained=trained,
-        ema=EMA(model, config.ema_decays, trained),
         optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad), hidden_matrices(model)),
+        ema=EMA(model, config.ema_decays, trained, config.ema_widths),
         timesteps=objective_of(config.objective).times(config.timestep_sampler, config.num_timesteps),
     )
 
@@ -87,8 +94,9 @@ def restart(state: TrainState, config: TrainConfig, initial: Checkpoint | None =
 
 
 def ema_files(config: TrainConfig) -> list[str]:
-    """Files of the averages, in the order of the decays."""
-    return [EMA_WEIGHTS, *(OTHER_EMA_WEIGHTS.format(decay) for decay in config.ema_decays[1:])]
+    """Files of the averages, in the order of the decays, then of the widths."""
+    others = [OTHER_EMA_WEIGHTS.format(decay) for decay in config.ema_decays[1:]]
+    return [EMA_WEIGHTS, *others, *(WIDTH_EMA_WEIGHTS.format(width) for width in config.ema_widths)]
 
 
 def to_checkpoint(

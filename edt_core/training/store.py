@@ -4,10 +4,12 @@ Pruning keeps the newest few, the one of least loss, and an extra checkpoint (wr
 training or its node was about to shut down) while it is the newest of all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from edt_core.files.small_files import UnusableFileError
 from edt_core.store.artifact import ArtifactWriter
@@ -25,6 +27,7 @@ from edt_core.training.checkpoint import (
     read_manifest,
     write_checkpoint,
 )
+from edt_core.training.posthoc.snapshots import Snapshot, SnapshotStore
 
 
 @dataclass
@@ -41,6 +44,7 @@ class CheckpointStore:
     stable_step: int | None = None  # the newest checkpoint up to this step is kept: longer trainings continue from it
     _memory: HostMemory = field(default_factory=HostMemory)
     _writing: Future[None] | None = None
+    _taking: Future[None] | None = None  # the last snapshot's write
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "edt-checkpoint"))
 
     @property
@@ -49,18 +53,43 @@ class CheckpointStore:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy a checkpoint to host memory and write it in a thread. Raises the error of the previous write."""
-        self.flush()
-        self._writing = self._thread.submit(self._write, self._memory.copy(checkpoint))
-
-    def flush(self) -> None:
-        """Wait until the last checkpoint is written. Raises the error of that write."""
         if self._writing is not None:
             self._writing.result()
+        self._writing = self._thread.submit(self._write, self._memory.copy(checkpoint), self._taking)
+
+    @property
+    def snapshots(self) -> SnapshotStore:
+        """The snapshots beside the checkpoints. Those up to a checkpoint are written before it."""
+        return SnapshotStore(self.out)
+
+    def save_snapshot(self, step: int, widths: Sequence[float], averages: Sequence[Mapping[str, Tensor]]) -> None:
+        """Copy averages to host memory and write their snapshot in the thread. Raises the error of the previous one."""
+        if self._taking is not None:
+            self._taking.result()
+        self._taking = self._thread.submit(self.snapshots.write, Snapshot.of(step, widths, averages))
+
+    def report_missing(self, steps: Collection[int], widths: Sequence[float], last: int) -> None:
+        """Warn of the snapshots that were due after `steps` up to the step `last` and are not here."""
+        due = {step for step in steps if step <= last}
+        if missing := sorted(due - self.snapshots.whole(widths)) if due else []:
+            self.warn(
+                f"the snapshots of the averages after {', '.join(map(str, missing))} steps are missing or damaged, and "
+                "this training cannot take them again; `edt ema` works without them, with a larger error"
+            )
+
+    def flush(self) -> None:
+        """Wait until the last checkpoint and snapshot are written. Raises the error of that write."""
+        for write in self._writes():
+            write.result()
 
     def check(self) -> None:
-        """Raise the error of the last checkpoint's write, if it has failed by now. Does not wait."""
-        if self._writing is not None and self._writing.done():
-            self._writing.result()
+        """Raise the error of the last checkpoint's or snapshot's write, if it has failed by now. Does not wait."""
+        for write in self._writes():
+            if write.done():
+                write.result()
+
+    def _writes(self) -> list[Future[None]]:
+        return [write for write in (self._taking, self._writing) if write is not None]
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, also incomplete ones, in order."""
@@ -82,7 +111,10 @@ class CheckpointStore:
         return manifests
 
     def newest(self) -> int | None:
-        """The step of the newest valid checkpoint. Newer, damaged ones are removed with a warning."""
+        """The step of the newest valid checkpoint. Newer, damaged ones are removed with a warning.
+
+        Snapshots after it are removed as well: a training that resumes from it takes them again.
+        """
         self.flush()
         return self._newest([])
 
@@ -100,6 +132,7 @@ class CheckpointStore:
         instead = "the start" if newest is None else f"{self.folder.uri}/{checkpoint_name(newest)}"
         for reason in reasons:
             self.warn(f"a checkpoint cannot be used: {reason}; resuming from {instead} instead")
+        self.snapshots.keep(newest or 0)
         return newest
 
     def load(self, step: int) -> Checkpoint:
@@ -141,7 +174,7 @@ class CheckpointStore:
                 reasons.append(reason)
             else:
                 own[manifest.step] = manifest
-        self._newest(reasons)
+        self.snapshots.adopt(self._newest(reasons) or 0)
         self.prune()
 
     def _missing(self, earlier: dict[int, CheckpointManifest], own: dict[int, CheckpointManifest]) -> set[int]:
@@ -164,7 +197,9 @@ class CheckpointStore:
                 return f"{earlier.data.uri}/{folder}/{name} is missing or does not match its digest"
         return None
 
-    def _write(self, checkpoint: Checkpoint) -> None:
+    def _write(self, checkpoint: Checkpoint, snapshot: Future[None] | None) -> None:
+        if snapshot is not None:
+            snapshot.result()  # done, as it was given to the thread before; a failed one has no checkpoint after it
         folder = f"{CHECKPOINTS}/{checkpoint_name(checkpoint.step)}"
         write_checkpoint(checkpoint, lambda name, write_to: self.out.write(f"{folder}/{name}", write_to))
         self.prune()

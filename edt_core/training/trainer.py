@@ -291,12 +291,12 @@ class Trainer:
         max_norm = self.config.max_grad_norm
         if self.compiled_update is not None:
             clip = None if max_norm is None else clip_factor(norm, max_norm)
-            if self.compiled_update(clip, wanted):
+            if self.compiled_update(clip, wanted, self.state.step + 1):
                 return
         if max_norm is not None:
             clip_gradients(self.state.model.parameters(), norm, max_norm)
         self.state.optimizer.step()
-        self.state.ema.update()
+        self.state.ema.update(step=self.state.step + 1)
 
     def _record(self, result: StepResult, launched: Launched) -> None:
         """Pass the losses to the timestep sampler, the history and the progress display."""

@@ -86,6 +86,7 @@ def train(
     from edt_core.models import count_macs, count_parameters, shadow
     from edt_core.training.checkpoint import checkpoint_name
     from edt_core.training.optim import decay_start
+    from edt_core.training.posthoc.snapshots import counts_of
     from edt_core.training.start.trainable import step_flops
     from edt_core.training.store import CheckpointStore, best_step
     from jobs.stages.train_context import device_seconds, remove_clock
@@ -141,6 +142,7 @@ def train(
         **holdout_counts(config, holdout, latents, rows),
         "parameters": count_parameters(model),
         **trained_parameters(config, model_config),
+        **counts_of(config, store.snapshots),
         "macs": count_macs(model),
         "images_seen": seen,
         "training_flops": seen * step_flops(config, model_config) if seen else 0,

@@ -57,6 +57,8 @@ _UNITS = (
     ("num_workers", "processes"),
     ("num_decode_threads", "threads"),
     ("num_to_keep", "checkpoints"),
+    ("ema_snapshots", "snapshots"),
+    ("ema_widths", "share of the steps"),
 )
 _BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "a multiple of"))
 _SHOWN_BELOW = 1 << 31  # a bound at the end of an integer's range is not worth showing

@@ -47,7 +47,7 @@ def _checkpoints(config: PipelineConfig, name: str, images: int, classes: int) -
     needs = estimate(train, config.model_of(name, classes), images)
     number = min(train.num_to_keep + _SPARE_CHECKPOINTS, -(-needs.steps // train.checkpoint_every) + 1)
     exported = needs.weights if config.promote.torch_export else 0
-    return needs.checkpoint * (number + 1) + needs.weights + exported
+    return needs.checkpoint * (number + 1) + needs.snapshot * needs.snapshots + needs.weights + exported
 
 
 def size_text(number: int) -> str:

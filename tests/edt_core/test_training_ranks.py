@@ -39,7 +39,9 @@ CONFIG = TrainConfig(
     global_batch_size=8, max_steps=6, checkpoint_every=6, log_every=1, max_grad_norm=1.0, lr=1e-3, num_workers=2
 )
 BOUND = 1e-4  # of a loss, relative: float32, in another order within a graph, through six steps of Adan
-PADDED = CONFIG.model_copy(update={"micro_batch_size": 2, "activation_checkpointing": True})
+PADDED = CONFIG.model_copy(
+    update={"micro_batch_size": 2, "activation_checkpointing": True, "ema_widths": (0.05, 0.1), "ema_snapshots": 2}
+)
 PLAIN = CONFIG.model_copy(update={"model": "DiT-Tiny/2", "masked_loss": False})  # its blocks take the fewest graphs
 
 
@@ -127,6 +129,10 @@ def test_shared_padded_projections_train_the_same_bits_on_two_processes(processe
     assert recorded(processes, "shared", 0)["losses"] == recorded(processes, "apart", 0)["losses"]
     last = PADDED.max_steps
     assert contents(place(processes / "shared", last)) == contents(place(processes / "apart", last))
+    for step in (last // 2, last):
+        shared, apart = (contents(processes / run / "snapshots" / f"step-{step:08d}") for run in ("shared", "apart"))
+        assert shared == apart
+        assert len(shared) == 2
 
 
 @pytest.mark.extern

@@ -49,7 +49,7 @@ class Side:
             for parameter in self.model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.config, self.ema = config, EMA(self.model, config.ema_decays)
+        self.config, self.ema = config, EMA(self.model, config.ema_decays, widths=config.ema_widths)
         self.optimizer = make_optimizer(config, self.trained)
         self.compiled = backend and CompiledUpdate(self.model, self.optimizer, self.ema, backend, masked=masked)
         self.number = 0
@@ -63,13 +63,13 @@ class Side:
             group["lr"] = self.config.lr / (1 + step / 50)
         norm, most = gradient_norm(self.trained), self.config.max_grad_norm
         wanted = norm.isfinite() if self.compiled and self.compiled.masked else None
-        if self.compiled and self.compiled(None if most is None else clip_factor(norm, most), wanted):
+        if self.compiled and self.compiled(None if most is None else clip_factor(norm, most), wanted, step + 1):
             self.number += 1
             return
         if most is not None:
             clip_gradients(self.trained, norm, most)
         self.optimizer.step()
-        self.ema.update()
+        self.ema.update(step=step + 1)
 
     def tensors(self) -> dict[str, Tensor]:
         averages = {f"{i}.{name}": value for i, each in enumerate(self.ema.averages) for name, value in each.items()}
@@ -113,7 +113,9 @@ def _fresh() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"weight_decay": 0.1}, {"max_grad_norm": None}], ids=["clip", "decay", "plain"]
+    "options",
+    [{}, {"weight_decay": 0.1}, {"max_grad_norm": None, "ema_widths": (0.05, 0.1)}],
+    ids=["clip", "decay", "widths"],
 )
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-7)], ids=["fp64", "fp32"])
 def test_it_is_the_library_s_update(options: dict[str, Any], dtype: torch.dtype, bound: float) -> None:

@@ -41,7 +41,8 @@ MANY, KILLS_A_RUN, DEBRIS = 20, 5, (".ray-train", ".verdict", ".staging", ".jour
 _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 RECIPE = {"model": "EDT-Tiny/2", "global_batch_size": 8, "micro_batch_size": 4, "log_every": 2}
 STEPS, MANY_STEPS = 45, 90
-TWO_WORKERS = {**RECIPE, "max_steps": STEPS, "checkpoint_every": 5, "num_workers": 2, "max_failures": 10}
+AVERAGES = {"ema_widths": [0.05, 0.1], "ema_snapshots": 12}  # their snapshots are at other steps than checkpoints
+TWO_WORKERS = {**RECIPE, **AVERAGES, "max_steps": STEPS, "checkpoint_every": 5, "num_workers": 2, "max_failures": 10}
 LONG = {**TWO_WORKERS, "max_steps": MANY_STEPS}
 # Ray Train looks after its workers often, and starts no process that watches for nodes about to go.
 QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

@@ -4,7 +4,7 @@ The library's Adan goes over lists of all tensors, about 15 times a step; compil
 once. A function is compiled for the tensors of one block, and serves all blocks of the same shapes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,15 @@ class CompiledUpdate:
             weights = [torch.zeros_like(parameter.detach()) for parameter in part]
             gradients = [torch.zeros_like(parameter.grad) for parameter in part if parameter.grad is not None]
             states = [[torch.zeros_like(weight) for weight in weights] for _ in _STATES]
-            averages = [[torch.zeros_like(weight, dtype=torch.float32) for weight in weights] for _ in self._ema.decays]
-            self._run(weights, gradients, states, averages, torch.ones(6, dtype=part[0].dtype, device=part[0].device))
+            averages = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in self._ema.averages]
+            numbers = torch.ones(6 + len(self._ema.of_widths), dtype=part[0].dtype, device=part[0].device)
+            self._run(weights, gradients, states, averages, numbers)
 
     @torch.no_grad()
-    def __call__(self, clip: Tensor | None, wanted: Tensor | None = None) -> bool:
+    def __call__(self, clip: Tensor | None, wanted: Tensor | None = None, step: int | None = None) -> bool:
         """Update weights and averages with gradients times `clip`, [] on their device; return whether it did.
+
+        `step`: the number of steps with this one, which averages of a width need.
 
         If `wanted`, bool [] on the device, is false, a masked update leaves every tensor as it is. Its step is counted
         all the same, since the host does not know; going back to a checkpoint restores the count.
@@ -75,7 +78,7 @@ class CompiledUpdate:
         if any(p.grad is None or p not in optimizer.state for part in self._parts for p in part):
             return False
         group["step"] += 1
-        numbers = self._numbers(group, clip, wanted)
+        numbers = self._numbers(group, clip, wanted, self._ema.changing_rates(step))
         for names, part in zip(self._names, self._parts, strict=True):
             self._run(
                 [parameter.detach() for parameter in part],
@@ -84,11 +87,13 @@ class CompiledUpdate:
                 [[average[name] for name in names] for average in self._ema.averages],
                 numbers,
             )
-        self._ema.update(without=self._trained)
+        self._ema.update(without=self._trained, step=step)
         return True
 
-    def _numbers(self, group: dict[str, Any], clip: Tensor | None, wanted: Tensor | None) -> Tensor:
-        """The numbers that change from step to step, [6], on the device: otherwise each would need another graph."""
+    def _numbers(
+        self, group: dict[str, Any], clip: Tensor | None, wanted: Tensor | None, rates: Sequence[float]
+    ) -> Tensor:
+        """The numbers that change from step to step, [6 + widths], on the device: else each would need a new graph."""
         first, second, third = (self._optimizer.debias(beta, group["step"]) for beta in group["betas"])
         rate, decay = group["lr"], group["lr"] * group["weight_decay"]
         weight = self._parts[0][0]
@@ -100,6 +105,7 @@ class CompiledUpdate:
                 1.0 - decay if group["weight_decouple"] else 1.0 + decay,
                 1.0,
                 1.0,
+                *rates,
             ],
             dtype=weight.dtype,
         )
@@ -132,7 +138,8 @@ def _updater(group: dict[str, Any], decays: tuple[float, ...], masked: bool) -> 
         averages: list[list[Tensor]],
         numbers: Tensor,
     ) -> None:
-        step, difference_step, correction, decay, clip, wanted = numbers.unbind()
+        step, difference_step, correction, decay, clip, wanted, *changing = numbers.unbind()
+        rates: list[Any] = [*(1.0 - rate for rate in decays), *(rate.float() for rate in changing)]
 
         def put(target: Tensor, value: Tensor) -> Tensor:
             return target.copy_(torch.where(wanted > 0, value, target) if masked else value)
@@ -150,7 +157,7 @@ def _updater(group: dict[str, Any], decays: tuple[float, ...], masked: bool) -> 
             new = new - step * (mean / scale) - difference_step * (difference_mean / scale)
             put(weight, new / decay if has_decay and not decouple else new)
             put(negative, -clipped)
-            for average, rate in zip(averages, decays, strict=True):
-                put(average[index], average[index].lerp(weight.float(), 1.0 - rate))
+            for average, rate in zip(averages, rates, strict=True):
+                put(average[index], average[index].lerp(weight.float(), rate))
 
     return update

@@ -41,7 +41,7 @@ def initial_checkpoint(
     state.base = base.digest
     weights = {**state.model.state_dict(), **adapted_weights(base, state.model, rows, names, config.seed)}
     state.model.load_state_dict(weights)
-    state.ema.load([weights] * len(config.ema_decays))
+    state.ema.load([weights] * len(state.ema.averages))
     if config.init_optimizer == "keep":
         _keep_optimizer(state.optimizer, base, config, state.model, rows)
     return to_checkpoint(state, config, 0, whole=True), rows

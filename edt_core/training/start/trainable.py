@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edt_core.errors import UserError
 from edt_core.models import FAMILIES, DiffusionTransformer, ModelConfig, count_parameters, shadow, training_flops
 
 if TYPE_CHECKING:
@@ -95,6 +96,24 @@ def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         plain[f"{projection}.weight"] = plain[f"{projection}.weight"] * gamma.unsqueeze(1)
         plain[f"{projection}.bias"] = plain[f"{projection}.bias"] * gamma
     return plain
+
+
+def unmerged(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `merged`, up to rounding: the scales among the tensors `scales` are taken out of the weights again.
+
+    Raises UserError for a scale of 0, which cannot be.
+    """
+    apart = dict(weights)
+    for name, gamma in scales.items():
+        if _is_scale(name):
+            branch = name.removesuffix(f".{_GAMMA}")
+            projection = f"{branch}.{_BRANCHES[branch.rpartition('.')[2]]}"
+            if bool((gamma == 0).any()):
+                raise UserError(f"the scale {name} of the fine-tuned model has a 0, so its base model is not in it")
+            apart[name] = gamma
+            apart[f"{projection}.weight"] = apart[f"{projection}.weight"] / gamma.unsqueeze(1)
+            apart[f"{projection}.bias"] = apart[f"{projection}.bias"] / gamma
+    return apart
 
 
 def _is_scale(name: str) -> bool:

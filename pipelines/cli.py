@@ -25,6 +25,7 @@ from pipelines.commands import (
     webhook,
     workflow,
 )
+from pipelines.commands.derived import ema
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,7 +38,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Get started": (init.init, doctor.doctor),
     "Pipeline": (workflow.plan, workflow.run, retrain.retrain, submit.submit),
     "Runs and artifacts": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
-    "Models": (models.lineage, cost.compare, cost.cost),
+    "Models": (models.lineage, ema.ema, cost.compare, cost.cost),
 }
 
 for panel, commands in COMMANDS.items():

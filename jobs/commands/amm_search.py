@@ -29,7 +29,7 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import METRICS_NAME
 from jobs.commands.evaluate_model import RESULTS, Subject, add_subject, prepared
 from jobs.commands.options import add_fields, add_json, given_fields, parser_of, validated
-from jobs.models.open import write_modulated
+from jobs.models.derived import write_modulated
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar

@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from jobs.commands.inputs import add_role, open_input
 from jobs.commands.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.commands.sweep import Point, Result, check_settings, grid, parse_axis, plot, repeated_settings, results_table
 from jobs.models.open import DEFAULT_STORE, Opened, check_model, open_model, use_mlflow
+from jobs.models.posthoc import Training, make_average, training_of
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
@@ -50,6 +51,13 @@ class Subject:
     inputs: Inputs
     real: Artifact
     out: Folder
+
+    def averaged(self, training: Training | None, width: float | None, progress: Progress) -> "Subject":
+        """The same with averaged weights of another width, made or reused; None for those of the model."""
+        if training is None or width is None:
+            return self
+        checkpoint = make_average(training, width, lambda name: self.out.child(f"checkpoint/{name}"), progress)
+        return replace(self, inputs={**self.inputs, "checkpoint": checkpoint})
 
     def check_sizes(self, sampling: SampleConfig, config: EvaluateConfig) -> None:
         """Raise UserError for a metric with too few samples or images. Called before any sample is drawn."""
@@ -134,6 +142,9 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     if options.export and len(points) > 1:
         raise UserError(f"--export writes one set of samples, but --sweep makes {len(points)}; use only one of the two")
     check_named()
+    model, training = options.model, _training(options, points)
+    if training is not None:  # so that all points have the autoencoder of the training
+        options.model = training.opened.checkpoint.folder.uri
     subject = prepared(options, base, out, bar, points)
     notes = repeated_settings(points, _config_of(subject.model))
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
@@ -141,12 +152,24 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
         subject.check_sizes(point.config, config)
     results = []
     for point in points:
-        features, evaluation = subject.measure(point.config, config, bar)
+        features, evaluation = subject.averaged(training, point.ema, bar).measure(point.config, config, bar)
         results.append(Result(point.settings, evaluation.counts["metrics"], evaluation.counts["protocol"]))
         for form in options.export:
             export_features(features, form, out.local / f"samples-{features.fingerprint[:12]}-{form}", bar)
-    _write(results, options.model, out, notes)
+    _write(results, model, out, notes)
     return results
+
+
+def _training(options: argparse.Namespace, points: Sequence[Point]) -> Training | None:
+    """The training of the model if the points have widths. Raises UserError for one that its snapshots do not give."""
+    widths = [point.ema for point in points if point.ema is not None]
+    if not widths:
+        return None
+    use_mlflow(options.model, options.tracking_uri, options.store)
+    training = training_of(options.model, options.store)
+    for width in widths:
+        training.checked_mixture(width)
+    return training
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
@@ -164,7 +187,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add_json(parser)
     actions = parser.add_argument_group("what to do")
     actions.add_argument(
-        "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="a grid, such as cfg=1,1.5,2 amm=off,paper"
+        "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="a grid, such as cfg=1,1.5,2 ema=off,0.05,0.1"
     )
     actions.add_argument(
         "--export", nargs="+", default=[], choices=EXPORT_FORMATS, help="also write the samples for other tools"

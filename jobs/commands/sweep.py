@@ -25,6 +25,7 @@ _SHORT = {
     "channels": "guidance_channels",
     "interval": "guidance_interval",
 }
+EMA = "ema"  # an axis beside those of SampleConfig: the width of the averaged weights
 _OFF: dict[str, Any] = {"amm_blocks": (), "guidance_interval": None, "guidance_channels": None}
 _PANELS_A_ROW = 3
 
@@ -41,10 +42,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of the grid: the value of each axis as typed, and the configuration."""
+    """One point of the grid: the value of each axis as typed, the configuration, and the width of the averaged weights.
+
+    A width of None means the weights that the training registers.
+    """
 
     settings: Mapping[str, str]
     config: SampleConfig
+    ema: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,14 @@ class Result:
 
 
 def parse_axis(text: str) -> Axis:
-    """`name=value,value,...`; off or none means no modulation, interval or limit of channels. Raises UserError.
+    """`name=value,value,...`; off or none means no modulation, interval, limit of channels or width. Raises UserError.
 
     Blocks are joined by `+` (amm=7+10), the ends of an interval by `-` (interval=200-800).
     """
     name, separator, listed = text.partition("=")
     field = _SHORT.get(name, name)
-    if not separator or not listed or field not in SampleConfig.model_fields:
-        names = ", ".join([*_SHORT, *sorted(set(SampleConfig.model_fields) - set(_SHORT.values()))])
+    if not separator or not listed or (field != EMA and field not in SampleConfig.model_fields):
+        names = ", ".join([*_SHORT, EMA, *sorted(set(SampleConfig.model_fields) - set(_SHORT.values()))])
         raise UserError(f"--sweep takes NAME=VALUE,VALUE, such as cfg=1,1.5,2; got {text!r}; names: {names}")
     texts = tuple(part.strip() for part in listed.split(","))
     if len(set(texts)) != len(texts):
@@ -78,11 +83,20 @@ def parse_axis(text: str) -> Axis:
 def _value(field: str, text: str) -> Any:
     if text in ("off", "none", "all"):
         return _OFF.get(field)
+    if field == EMA:
+        return _width(text)
     if field == "amm_blocks" and text not in ("paper", "model"):
         return tuple(parse_yaml(part) for part in text.split("+"))
     if field == "guidance_interval":
         return tuple(parse_yaml(part) for part in text.split("-"))
     return parse_yaml(text)
+
+
+def _width(text: str) -> float:
+    number = _number(text)
+    if number is None:
+        raise UserError(f"--sweep {EMA}={text}: a width is a number such as 0.08, or off for the registered average")
+    return number
 
 
 def grid(base: SampleConfig, axes: Sequence[Axis]) -> Iterator[Point]:
@@ -93,8 +107,9 @@ def grid(base: SampleConfig, axes: Sequence[Axis]) -> Iterator[Point]:
     for indices in product(*(range(len(axis.texts)) for axis in axes)):
         pairs = list(zip(axes, indices, strict=True))
         update = {axis.field: axis.values[index] for axis, index in pairs}
+        width = update.pop(EMA, None)
         config = validated(SampleConfig, {**base.model_dump(), **update})
-        yield Point({axis.name: axis.texts[index] for axis, index in pairs}, config)
+        yield Point({axis.name: axis.texts[index] for axis, index in pairs}, config, width)
 
 
 def check_settings(points: Sequence[Point], model: "ModelConfig") -> None:
@@ -102,9 +117,9 @@ def check_settings(points: Sequence[Point], model: "ModelConfig") -> None:
 
     Examples: 'paper' if no placement of AMM is published; `amm=off,model` for a model without a placement.
     """
-    effects = [effective(point.config, model) for point in points]
+    effects = [{**dict(effective(point.config, model)), EMA: point.ema} for point in points]
     for name in points[0].settings:
-        by_value: dict[str, list[SampleConfig]] = {}  # for each value, the other axes are in the same order
+        by_value: dict[str, list[dict[str, Any]]] = {}  # for each value, the other axes are in the same order
         for point, effect in zip(points, effects, strict=True):
             by_value.setdefault(point.settings[name], []).append(effect)
         for (first, its), (second, others) in combinations(by_value.items(), 2):
@@ -112,7 +127,7 @@ def check_settings(points: Sequence[Point], model: "ModelConfig") -> None:
                 field = _SHORT.get(name, name)
                 raise UserError(
                     f"--sweep {name}={first},{second}: both have the same effect on {model.name} "
-                    f"({field} {_plain(getattr(its[0], field))}), so the sweep would compare a setting with itself. "
+                    f"({field} {_plain(its[0][field])}), so the sweep would compare a setting with itself. "
                     "Leave one of them out, or change the settings that make them equal."
                 )
 
@@ -122,7 +137,7 @@ def repeated_settings(points: Sequence[Point], model: "ModelConfig") -> list[str
     first_with: dict[str, Point] = {}
     notes = []
     for point in points:
-        first = first_with.setdefault(effective(point.config, model).model_dump_json(), point)
+        first = first_with.setdefault(f"{point.ema} {effective(point.config, model).model_dump_json()}", point)
         if first is not point:
             notes.append(f"{_named(point)} has the same effect as {_named(first)}.")
     return notes

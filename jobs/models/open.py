@@ -4,10 +4,8 @@
 configuration. `load_model` reads the model into memory instead.
 """
 
-import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,12 +24,11 @@ from edt_core.store.layout import (
     CHECKPOINT_MANIFEST,
     CHECKPOINTS,
     CLASSES_NAME,
-    EMA_WEIGHTS,
     MANIFEST_NAME,
-    MODEL_CONFIG,
     TRAIN_STATE,
 )
 from edt_core.store.prefixes import whole_folder
+from jobs.models.derived import write_model
 from jobs.models.names import RUN, is_of_mlflow, registered_version, split_name
 from jobs.models.registry_files import INDEX, fetch_version
 from jobs.runtime.tracking import SQLITE, mlflow_client, own_uri
@@ -136,7 +133,7 @@ def check_model(location: str) -> None:
     """Raise UserError if there is no model at a location. Nothing of the model is read."""
     path = typed_path(location)
     if is_of_mlflow(location):
-        _ = _of_run(location) or _of_registry(location)
+        _ = artifact_of_run(location) or _of_registry(location)
         return
     is_here = path.is_file() or any((path / name).exists() for name in (CHECKPOINT_MANIFEST, INDEX))
     if not is_here and not is_artifact(location):
@@ -153,7 +150,7 @@ def is_artifact(location: str) -> bool:
 def _model_at(location: str) -> Iterator[Artifact | PlainModel]:
     """The model at a location; the files of a registered version exist only inside the context."""
     path = typed_path(location)
-    if is_of_mlflow(location) and (artifact := _of_run(location)) is not None:
+    if is_of_mlflow(location) and (artifact := artifact_of_run(location)) is not None:
         yield artifact
     elif is_of_mlflow(location) and (version := _of_registry(location)) is not None:
         with _downloaded(version) as folder:
@@ -170,8 +167,8 @@ def _model_at(location: str) -> Iterator[Artifact | PlainModel]:
         raise UserError(f"there is no model at {location}; expected {FORMS}")
 
 
-def _of_run(location: str) -> Artifact | None:
-    """The checkpoint artifact of a training's MLflow run."""
+def artifact_of_run(location: str) -> Artifact | None:
+    """The checkpoint artifact of a training's MLflow run; None for the name of something else."""
     if (match := RUN.fullmatch(location)) is None:
         return None
     client = mlflow_client()
@@ -283,7 +280,7 @@ def _store_model(plain: PlainModel, work: Folder) -> Opened:
 
     def write(out: ArtifactWriter) -> dict[str, Any]:
         weights = {name: value.contiguous() for name, value in plain.model.state_dict().items()}
-        _write_model(out, final, plain.model.config.to_dict(), lambda path: save_file(weights, path))
+        write_model(out, final, plain.model.config.to_dict(), lambda path: save_file(weights, path))
         return {
             "model": plain.model.config.name,
             **plain.model.config.objective_record(),
@@ -298,35 +295,6 @@ def _store_model(plain: PlainModel, work: Folder) -> Opened:
         }
 
     return Opened(_once("checkpoint", config, plain.digest, work, write), vae)
-
-
-def _write_model(
-    out: ArtifactWriter, final: str, config: Mapping[str, Any], write_weights: Callable[[Path], None]
-) -> None:
-    """Write the two files that sampling needs, into the folder `final` of an artifact."""
-    out.write_bytes(f"{final}/{MODEL_CONFIG}", json.dumps(config, indent=1, sort_keys=True).encode())
-    out.write(f"{final}/{EMA_WEIGHTS}", write_weights)
-
-
-def write_modulated(opened: Opened, amm: Mapping[str, Any], out: ArtifactWriter) -> dict[str, Any]:
-    """Write the model with other `amm_...` fields in its configuration; return the counts of the artifact.
-
-    The counts record the current location of its autoencoder and images.
-    """
-    checkpoint, final = opened.checkpoint, opened.checkpoint.counts["final"]
-    config = {**checkpoint.read_json(f"{final}/{MODEL_CONFIG}"), **amm}
-    _write_model(out, final, config, lambda path: _copy(checkpoint.path(f"{final}/{EMA_WEIGHTS}"), path))
-    counts = {name: value for name, value in checkpoint.counts.items() if name not in ("checkpoints", "best")}
-    beside = {"autoencoder": opened.autoencoder, "images": opened.images}
-    return {
-        **counts,
-        "origin": checkpoint.folder.uri,
-        "beside": {role: [a.folder.uri, a.manifest.digest] for role, a in beside.items() if a is not None},
-    }
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
 
 
 def _store_autoencoder(folder: Path, plain: PlainModel, work: Folder) -> Artifact:
@@ -395,7 +363,7 @@ def _parent(artifact: Artifact, kind: str) -> Artifact | None:
 
 
 def _beside(checkpoint: Artifact, role: str) -> Artifact | None:
-    """The artifact of a role that `write_modulated` recorded, if it exists unchanged."""
+    """The artifact of a role that `derived_counts` recorded, if it exists unchanged."""
     uri, digest = checkpoint.counts.get("beside", {}).get(role, (None, None))
     if uri is None or not Folder.at(uri).exists(MANIFEST_NAME):
         return None

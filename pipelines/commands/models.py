@@ -109,11 +109,12 @@ def show(
         return
     say(f"{facts['name']} version {facts['version']}  {', '.join(facts['aliases'])}".rstrip())
     undecided = "imported, not measured here" if facts["origin"] else "registered, promotion not yet decided"
+    undecided = "averaged from snapshots, not measured here" if facts["average"] else undecided
     say(f"  {facts['decision_text'] or undecided}")
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:
             say(f"  {name:<16} {short(str(facts[name]))}")
-    for section in ("origin", "metrics", "protocol", "data", "parents", "config"):
+    for section in ("origin", "average", "metrics", "protocol", "data", "parents", "config"):
         _echo_section(section, facts[section])
 
 

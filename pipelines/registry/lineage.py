@@ -19,7 +19,7 @@ from edt_core.store.layout import KINDS
 from edt_core.store.prefixes import PREFIX, fingerprints
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.registry_files import title
-from pipelines.registry.lookup import all_aliases, find, origin_of
+from pipelines.registry.lookup import PARENT_TAG, STD_TAG, all_aliases, find, origin_of
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import RUN_ID, experiments, runs_of, whole_run_id
 
@@ -203,7 +203,9 @@ def _of_version(walk: _Walk, version: Any) -> Lineage:
         walk.remember(tags["edt.uri"])
     run = runs_of(walk.catalog, [version.run_id]).get(version.run_id) if version.run_id else None
     walk.params = {} if run is None else run.data.params
-    walk.add(Node("model", name, parents, tags.get("edt.pipeline_digest"), version.source, version.run_id))
+    facts = tags.get("edt.pipeline_digest"), version.source, version.run_id
+    average = {STD_TAG.removeprefix("edt."): tags[STD_TAG], "of": tags.get(PARENT_TAG)} if STD_TAG in tags else {}
+    walk.add(Node("model", name, parents, *facts, config=average))
     return Lineage(name, walk.nodes)
 
 
@@ -261,7 +263,7 @@ def _details(node: Node) -> list[str]:
 
 
 def _changed(node: Node) -> dict[str, str]:
-    """The fields of a step's configuration that differ from their defaults."""
+    """The fields of a step's configuration that differ from their defaults; of a version, how it was averaged."""
     from edt_core import config as sections
     from edt_core.evaluation.config import EvaluateConfig
 
@@ -276,6 +278,6 @@ def _changed(node: Node) -> dict[str, str]:
         "evaluation": EvaluateConfig,
     }.get(node.kind)
     if section is None:
-        return {}
+        return {name: str(value) for name, value in node.config.items()} if node.kind == "model" else {}
     defaults = {name: str(value) for name, value in flatten(sections.result_fields(section())).items()}
     return {name: str(value) for name, value in node.config.items() if defaults.get(name, str(value)) != str(value)}

@@ -36,6 +36,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
 }
 ORIGIN = "edt.import."  # tags of a version that was imported: file, sha256, weights, autoencoder, source
+STD_TAG, PARENT_TAG = "edt.ema_std", "edt.ema_of"  # of averaged weights: their width, and the version they are of
 _IDS = ("edt.images", "edt.images.digest", "edt.source")
 
 
@@ -88,6 +89,7 @@ class Record:
             | json.loads(tags.get("edt.inputs", "{}")),
             "uri": tags.get("edt.uri"),
             "origin": origin_of(self.version),
+            "average": {tag.removeprefix("edt."): tags[tag] for tag in (STD_TAG, PARENT_TAG) if tag in tags},
             "decision": None if self.decision is None else json.loads(self.decision.to_json()),
             "decision_text": None if self.decision is None else str(self.decision),
             "champion_before": tags.get(BEFORE_TAG) or None,

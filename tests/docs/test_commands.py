@@ -40,6 +40,8 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt ui", "never ends: tests/pipelines/test_ui.py"),
     (r"edt train .*--use-gpu true", "needs GPUs: tests/jobs/test_train_verb.py"),
     (r"edt run imagenet.* --store /shared", "needs ImageNet and a cluster: tests/pipelines/test_workflow.py"),
+    (r"edt ema ", "needs a training with snapshots: tests/pipelines/test_ema.py"),
+    (r"edt evaluate .*ema=", "needs a training with snapshots: tests/jobs/test_posthoc.py"),
     (r"edt evaluate .*--statistics", "needs ADM's and Inception's published files: tests/jobs/test_evaluation.py"),
 )
 # Commands that may end with 1 as well: the gate refuses, or a check finds what is missing here. All others end with 0.

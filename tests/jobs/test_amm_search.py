@@ -17,7 +17,8 @@ from edt_core.store.layout import EMA_WEIGHTS, MODEL_CONFIG
 from jobs.commands import amm_search
 from jobs.commands import evaluate_model as evaluation
 from jobs.commands.amm_search import Placement, SearchConfig, paired_gain, search, settings
-from jobs.models.open import open_model, write_modulated
+from jobs.models.derived import write_modulated
+from jobs.models.open import open_model
 from jobs.stages.sample import averaged_model
 from tests.support.models import TINY, made_model, opened
 

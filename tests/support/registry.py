@@ -15,6 +15,7 @@ from edt_core.config import ChainConfig
 from edt_core.store.artifact import Artifact, ArtifactWriter, fingerprint
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CLASSES_NAME
+from jobs.models.open import Opened
 from jobs.models.registry_files import DIGEST_TAG, DIGESTS, digests_text, folder_digests, stored_problems
 from pipelines.config.schema import PipelineConfig, PromoteConfig, load_config
 from pipelines.registry.aliases import add_version, settle
@@ -162,9 +163,9 @@ class Registry:
         return self.catalog.client.get_model_version(name, number)
 
 
-def registered(registry: Registry, folder: Path) -> SimpleNamespace:
+def registered(registry: Registry, folder: Path, model: Opened | None = None) -> SimpleNamespace:
     """A whole model, registered as the workflow does under the name REAL, with the artifacts behind it."""
-    model = opened(folder, made_model())
+    model = model or opened(folder, made_model())
     run, config = registry.run(REAL, "promote.torch_export=true", "promote.license=apache-2.0")
     chain = ChainConfig(num_sampling_steps=3).model_dump(mode="json")
     assert model.autoencoder is not None

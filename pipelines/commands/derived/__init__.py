@@ -1,0 +1,1 @@
+"""Commands that make a model from another one, without training."""

@@ -1,0 +1,1 @@
+"""Versions that are made from other versions, without training."""

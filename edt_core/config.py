@@ -338,6 +338,9 @@ class TrainConfig(Section):
     )
     checkpoint_every: int = runtime(5_000, ge=1, description="steps between two checkpoints")
     num_to_keep: int = runtime(2, ge=1, description="newest checkpoints to keep, besides the one with the lowest loss")
+    keep_every: int | None = added(
+        None, ge=1, description="steps between two checkpoints that are never removed; null for none"
+    )
     preview_every: int | None = runtime(None, ge=1, description="steps between two sample grids; null for none")
     num_workers: int | tuple[int, int] = runtime(
         1, description="data-parallel workers, or [minimum, maximum] to use as many of them as the cluster has"
@@ -539,6 +542,9 @@ class SampleConfig(ChainConfig):
     unit_size: int = Field(64, ge=1, description="samples per unit of work; fixed, because it affects rounding")
     keep_images: int | Literal["all"] = Field(
         100, description="number of first samples per repeat to keep as images for the report; 'all' for `edt export`"
+    )
+    checkpoint_step: int | None = added(
+        None, ge=1, description="step of the training whose checkpoint is sampled from; null for the last"
     )
     num_workers: int = runtime(1, ge=1, description="workers; each loads the networks once and computes many units")
     num_cpus_per_worker: float = runtime(1, ge=0, description="CPUs, and threads, per worker")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from edt_core.config import Section, runtime
+from edt_core.config import SampleConfig, Section, runtime
 from edt_core.evaluation.metrics.registry import METRICS
 from edt_core.evaluation.metrics.sample_size import PAIRWISE
 
@@ -32,3 +32,24 @@ class EvaluateConfig(Section):
         False, description="compute Fréchet distances even of fewer samples than the features have dimensions"
     )
     num_cpus: float = runtime(1, ge=0, description="CPUs of the computation; 0 reserves none")
+
+
+class AlongConfig(SampleConfig):
+    """Small evaluations of the checkpoints that a training keeps, by a protocol of their own."""
+
+    every: int | None = Field(None, ge=1, description="training steps between two evaluations; null for none")
+    metrics: tuple[MetricName, ...] | None = Field(None, description="null for all metrics of the feature space")
+    num_samples: int = Field(1000, ge=2, description="samples per repeat; sample i depends only on (seed, i)")
+    num_sampling_steps: int = Field(50, ge=2, description="sampling steps, respaced from the timesteps of training")
+    keep_images: int | Literal["all"] = runtime(1, description="not used: no image of these evaluations is kept")
+
+    @property
+    def sampling(self) -> SampleConfig:
+        """The sampling protocol, which is the same at each point."""
+        shared = SampleConfig.model_fields.keys() - {"checkpoint_step"}
+        return SampleConfig(**{name: getattr(self, name) for name in shared})
+
+    @property
+    def measured(self) -> EvaluateConfig:
+        """The metrics, also of fewer samples than a feature space has dimensions: points are compared to each other."""
+        return EvaluateConfig(metrics=self.metrics, allow_rank_deficient=True)

@@ -16,6 +16,7 @@ KINDS = (
     "features",
     "evaluation",
     "validation",
+    "along",
     "report",
 )
 
@@ -68,6 +69,7 @@ IMAGE_FEATURES = "features/images-{:05d}.safetensors"
 METRICS_NAME = "metrics.json"
 # Validation: metrics per class, and the confusions of samples and real images as safetensors with `labels`,
 # `predictions` and `counts` int64 [m]: the pairs of classes that occur.
+ALONG_NAME = "along.json"  # {"points": [{"step", metric: value}], "protocol"}
 VALIDATION_NAME = "validation.json"
 SAMPLE_CONFUSION, REAL_CONFUSION = "confusion-samples.safetensors", "confusion-real.safetensors"
 REPORT_NAME = "report.html"

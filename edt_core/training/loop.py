@@ -111,7 +111,7 @@ def _begin(
     total_steps = config.total_steps(len(dataset))
     if ranks.rank == 0:
         context.store.report_missing(snapshot_steps(config, total_steps), config.ema_widths, state.step)
-    context.store.stable_step = decay_start(config, total_steps)
+    context.store.stable_step, context.store.keep_every = decay_start(config, total_steps), config.keep_every
     state.model.activation_checkpointing = config.activation_checkpointing
     set_arithmetic(state.model, config)
     graphs = wants_graphs(config) and ranks.device.type == "cuda"
@@ -234,7 +234,7 @@ def _roll_back(trainer: Trainer, error: NotFiniteError, initial: ReadInitial | N
 def _is_due(trainer: Trainer) -> bool:
     """Whether `_report` writes something after this step."""
     config, step = trainer.config, trainer.state.step
-    regularly = (config.log_every, config.checkpoint_every, config.preview_every)
+    regularly = (config.log_every, config.checkpoint_every, config.keep_every, config.preview_every)
     return (
         step in (trainer.last_step, trainer.context.store.stable_step)
         or step in snapshot_steps(config, trainer.total_steps)
@@ -262,7 +262,7 @@ def _report(trainer: Trainer) -> None:
     held_out_loss = _validate(trainer) if regular or _validation_is_due(trainer) else None
     if regular:
         _save(trainer, regular=True, held_out_loss=held_out_loss)
-    elif state.step == context.store.stable_step:
+    elif state.step == context.store.stable_step or _is_kept(config, state.step):
         _save(trainer, regular=False)
     every = config.preview_every
     if every is not None and context.ranks.rank == 0 and (state.step % every == 0 or at_end):
@@ -275,6 +275,10 @@ def _take_snapshot(trainer: Trainer) -> None:
     due = step == trainer.last_step or step in snapshot_steps(config, trainer.total_steps)
     if config.ema_widths and due and trainer.ranks.rank == 0:
         trainer.context.store.save_snapshot(step, config.ema_widths, state.ema.of_widths)
+
+
+def _is_kept(config: TrainConfig, step: int) -> bool:
+    return config.keep_every is not None and step % config.keep_every == 0
 
 
 def _validate(trainer: Trainer) -> float | None:

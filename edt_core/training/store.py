@@ -1,7 +1,7 @@
 """The checkpoints of a training: written in the background, verified before use, and pruned.
 
-Pruning keeps the newest few, the one of least loss, and an extra checkpoint (written when a person stopped the
-training or its node was about to shut down) while it is the newest of all.
+Pruning keeps the newest few, the one of least loss, those of every `keep_every` steps, and an extra checkpoint (written
+when a person stopped the training or its node was about to shut down) while it is the newest of all.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -42,6 +42,7 @@ class CheckpointStore:
     warn: Callable[[str], None]
     changed: Callable[["CheckpointStore"], None] = lambda store: None
     stable_step: int | None = None  # the newest checkpoint up to this step is kept: longer trainings continue from it
+    keep_every: int | None = None  # checkpoints of multiples of so many steps are kept
     _memory: HostMemory = field(default_factory=HostMemory)
     _writing: Future[None] | None = None
     _taking: Future[None] | None = None  # the last snapshot's write
@@ -184,7 +185,8 @@ class CheckpointStore:
     def _to_keep(self, manifests: dict[int, CheckpointManifest], *, at_end: bool = False) -> set[int]:
         steps = to_keep(manifests, self.num_to_keep, at_end=at_end)
         stable = [step for step in manifests if self.stable_step is not None and step <= self.stable_step]
-        return steps | ({max(stable)} if stable else set())
+        steps |= {max(stable)} if stable else set()
+        return steps | {step for step in manifests if self.keep_every is not None and step % self.keep_every == 0}
 
     def _recover(self, earlier: ArtifactWriter, manifest: CheckpointManifest) -> str | None:
         """Recover an earlier attempt's checkpoint; return the reason if it is damaged."""

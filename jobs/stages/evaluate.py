@@ -20,7 +20,7 @@ from jobs.stages.sizes import wanted_metrics
 from jobs.stages.stage import Stage
 
 # How work is split, and what is stored of it: results that differ only in these fields are comparable.
-_NOT_OF_THE_PROTOCOL = ("keep_images", "unit_size")
+_NOT_OF_THE_PROTOCOL = ("checkpoint_step", "keep_images", "unit_size")
 
 
 def evaluate(
@@ -43,16 +43,16 @@ def _compare(
 ) -> dict[str, Any]:
     use_threads(config.num_cpus)
     features, reference = inputs["features"], inputs["reference"]
-    spaces = _common_spaces(features, reference)
+    spaces = check_spaces(features.counts, reference, features.folder.uri)
     sampling = SampleConfig.model_validate(features.manifest.config)
     real = {space: load_reference(reference, space) for space in spaces}
     repeats = []
     for number in range(sampling.repeats):
         samples = load_units(features, number)
-        repeats.append(_metrics(config, samples, real))
+        repeats.append(repeat_metrics(config, samples, real))
         progress.update(number + 1, sampling.repeats, "repeats")
-    metrics = repeats[0] if len(repeats) == 1 else _over_repeats(repeats)
-    protocol = _protocol(config, features, reference)
+    metrics = repeats[0] if len(repeats) == 1 else over_repeats(repeats)
+    protocol = protocol_of(sampling, config, features.counts, reference)
     warnings = _warnings(metrics, sampling.num_samples, real)
     out.write_json(METRICS_NAME, {"metrics": metrics, "protocol": protocol, "repeats": repeats, "warnings": warnings})
     # Not part of the protocol: models of different objectives are compared by their samples.
@@ -60,11 +60,14 @@ def _compare(
     return {"metrics": metrics, "protocol": protocol, "warnings": warnings, **objective}
 
 
-def _common_spaces(features: Artifact, reference: Artifact) -> list[str]:
-    """The spaces of the generated features. Raises UserError if the reference has other networks or image sizes."""
-    generated, real = features.counts["extractors"], reference.counts["extractors"]
+def check_spaces(counts: Mapping[str, Any], reference: Artifact, place: str) -> list[str]:
+    """The feature spaces of samples with these counts. Raises UserError if the reference has other networks or sizes.
+
+    `place`: where the samples are, for the message.
+    """
+    generated, real = counts["extractors"], reference.counts["extractors"]
     if not generated:
-        raise UserError(f"{features.folder.uri} contains samples without features; sample again with a feature network")
+        raise UserError(f"{place} contains samples without features; sample again with a feature network")
     if differing := {
         space: (digest, real.get(space)) for space, digest in generated.items() if real.get(space) != digest
     }:
@@ -72,7 +75,7 @@ def _common_spaces(features: Artifact, reference: Artifact) -> list[str]:
         raise UserError(
             f"features and reference come from different extractors ({digests}); make both with the same extractors"
         )
-    size, real_size = features.counts["image_size"], reference.counts["image_size"]
+    size, real_size = counts["image_size"], reference.counts["image_size"]
     if real_size not in (size, None):
         raise UserError(
             f"the samples are images of {size} px, those of the reference have {real_size} px, and features depend on "
@@ -81,7 +84,7 @@ def _common_spaces(features: Artifact, reference: Artifact) -> list[str]:
     return list(generated)
 
 
-def _metrics(config: EvaluateConfig, samples: Mapping[str, Any], real: Mapping[str, Any]) -> dict[str, float]:
+def repeat_metrics(config: EvaluateConfig, samples: Mapping[str, Any], real: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of one repeat in all spaces."""
     from edt_core.evaluation.metrics import FeatureSet, FeatureStatistics, compute_metrics
 
@@ -104,7 +107,7 @@ def _metrics(config: EvaluateConfig, samples: Mapping[str, Any], real: Mapping[s
     return metrics
 
 
-def _over_repeats(repeats: list[dict[str, float]]) -> dict[str, float]:
+def over_repeats(repeats: list[dict[str, float]]) -> dict[str, float]:
     """Mean and sample standard deviation of each metric over the repeats; the latter replaces the one over splits."""
     metrics: dict[str, float] = {}
     for name in (name for name in repeats[0] if not name.endswith("_std")):
@@ -113,22 +116,23 @@ def _over_repeats(repeats: list[dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def _protocol(config: EvaluateConfig, features: Artifact, reference: Artifact) -> dict[str, Any]:
-    """Everything that must be equal for two results to be comparable."""
+def protocol_of(
+    sampling: SampleConfig, config: EvaluateConfig, counts: Mapping[str, Any], reference: Artifact
+) -> dict[str, Any]:
+    """Everything that must be equal for two results to be comparable. `counts`: those of the samples' networks."""
     from edt_core.evaluation.protocol import UINT8_RULE
 
-    sampling = SampleConfig.model_validate(features.manifest.config)
     fields = {name: value for name, value in result_fields(sampling).items() if name not in _NOT_OF_THE_PROTOCOL}
     return {
         **fields,
-        "guide": features.counts["guide_digest"],
-        "extractors": features.counts["extractors"],
+        "guide": counts["guide_digest"],
+        "extractors": counts["extractors"],
         "reference": reference.counts["content"],
         "reference_source": reference.counts["source"],
         "reference_images": reference.counts["images"],
         "reference_features": reference.manifest.config["keep_features"],
         "pairwise_limit": config.pairwise_limit,
-        "autoencoder": features.counts["autoencoder_digest"],
+        "autoencoder": counts["autoencoder_digest"],
         "uint8_rule": UINT8_RULE,
     }
 

@@ -18,7 +18,7 @@ from edt_core.evaluation.extractors import EXTRACTORS
 from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
-from edt_core.store.layout import FEATURE_UNIT
+from edt_core.store.layout import CHECKPOINTS, FEATURE_UNIT
 from jobs.runtime.cluster import require, use_threads
 from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.pool import pooled
@@ -50,9 +50,14 @@ def units_per_repeat(config: SampleConfig) -> int:
 
 
 class Sampler:
-    """Loads every network once, then makes units, two at a time: one samples while the other decodes."""
+    """Loads every network once, then makes units, two at a time: one samples while the other decodes.
 
-    def __init__(self, config: SampleConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter) -> None:
+    `folder`: beginning of the names of the units' files in `out`, such as "units/".
+    """
+
+    def __init__(
+        self, config: SampleConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter, folder: str = ""
+    ) -> None:
         import torch
 
         from edt_core.autoencoders.autoencoder import load_autoencoder
@@ -61,10 +66,10 @@ class Sampler:
 
         use_threads(config.num_cpus_per_worker)
         use_precision("fp32")
-        self.config, self.out = config, out
+        self.config, self.out, self.folder = config, out, folder
         self.device = device_name(config.num_gpus_per_worker)
         checkpoint = artifact(inputs, "checkpoint")
-        model = averaged_model(checkpoint, self.device)
+        model = averaged_model(checkpoint, self.device, config.checkpoint_step)
         guide = averaged_model(artifact(inputs, "guide"), self.device) if "guide" in inputs else None
         self.num_classes: int = model.config.num_classes
         self.class_counts = checkpoint.counts.get("class_counts")
@@ -81,7 +86,7 @@ class Sampler:
         """Make unit `number` unless its file exists; return its number of samples, and this worker's device."""
         from safetensors.numpy import save
 
-        name, unit = FEATURE_UNIT.format(number), unit_of(self.config, number)
+        name, unit = self.folder + FEATURE_UNIT.format(number), unit_of(self.config, number)
         if self.out.recover(name) is None:
             with self._sampling:
                 labels, latents = self._draw(unit)
@@ -125,11 +130,32 @@ def artifact(inputs: Mapping[str, Artifact | Source], role: str) -> Artifact:
     return item
 
 
-def averaged_model(checkpoint: Artifact, device: str) -> Any:
-    """The EMA model of a checkpoint artifact, in evaluation mode."""
+def averaged_model(checkpoint: Artifact, device: str, step: int | None = None) -> Any:
+    """The EMA model of a checkpoint artifact, in evaluation mode: the last one, or that of a step, which is kept."""
     from edt_core.training.checkpoint import ema_model
 
-    return ema_model(checkpoint.directory(checkpoint.counts["final"]), device)
+    return ema_model(checkpoint.directory(folder_of(checkpoint, step)), device)
+
+
+def folder_of(checkpoint: Artifact, step: int | None) -> str:
+    """The folder of a step's checkpoint in a checkpoint artifact; the last one for None. Raises UserError."""
+    from edt_core.training.checkpoint import checkpoint_name
+
+    counts = checkpoint.counts
+    if step is None or step == counts["steps"]:
+        return str(counts["final"])
+    if checkpoint.manifest.config.get("trainable", "all") != "all":
+        raise UserError(
+            f"checkpoint_step is {step}, but {checkpoint.folder.uri} trained only some parameters (trainable "
+            f"{checkpoint.manifest.config['trainable']}), and only its last model has all: leave checkpoint_step out"
+        )
+    if (name := checkpoint_name(step)) not in counts.get("checkpoints", ()):
+        kept = ", ".join(str(int(kept.rpartition("-")[2])) for kept in counts.get("checkpoints", ()))
+        raise UserError(
+            f"{checkpoint.folder.uri} has no checkpoint of step {step}; its steps are {kept or counts['steps']}. "
+            "Train with train.keep_every to keep more"
+        )
+    return f"{CHECKPOINTS}/{name}"
 
 
 def sample_features(
@@ -160,7 +186,7 @@ def sample_features(
     return {
         "samples": done,
         "units": units,
-        "checkpoint_steps": checkpoint.counts["steps"],
+        "checkpoint_steps": config.checkpoint_step or checkpoint.counts["steps"],
         "model": checkpoint.counts["model"],
         **model.objective_record(),
         "extractors": extractors.digests_of(inputs),
@@ -192,6 +218,7 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
     from edt_core.sampling.sampler import resolved_amm_blocks
 
     checkpoint = artifact(inputs, "checkpoint")
+    folder_of(checkpoint, config.checkpoint_step)
     check_autoencoder(inputs)
     if not extractors.spaces_of(inputs) and config.keep_images != "all":
         raise UserError(

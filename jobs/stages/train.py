@@ -105,7 +105,7 @@ def train(
     holdout = held_out(config, inputs)
     images = latents.counts["images"] - (0 if holdout is None else len(holdout.rows))
     store = CheckpointStore(out, config.num_to_keep, progress.warn)
-    store.stable_step = decay_start(config, config.total_steps(images))
+    store.stable_step, store.keep_every = decay_start(config, config.total_steps(images)), config.keep_every
     store.adopt()
     if store.newest() is None:
         go_on(config, _fingerprints(inputs), images, store, progress)

@@ -25,7 +25,7 @@ from edt_core.config import (
 )
 from edt_core.diffusion import with_objective
 from edt_core.errors import UserError
-from edt_core.evaluation.config import EvaluateConfig
+from edt_core.evaluation.config import AlongConfig, EvaluateConfig
 from edt_core.evaluation.extractors import INCEPTION
 from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.files.place_names import check_store_name
@@ -148,6 +148,7 @@ class PipelineConfig(_WithNetworks):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    along: AlongConfig = added(AlongConfig())
     validation: ValidationConfig = added(ValidationConfig())  # `validate` is a method of pydantic's models
     promote: PromoteConfig = PromoteConfig()
     notify: NotifyConfig = added(NotifyConfig())
@@ -195,6 +196,30 @@ class PipelineConfig(_WithNetworks):
         return self
 
     @model_validator(mode="after")
+    def _kept_checkpoints_can_be_measured(self) -> "PipelineConfig":
+        along = self.along
+        if along.every is None:
+            return self
+        for name in self.models:
+            train = self.train_of(name)
+            if train.keep_every is not None and along.every % train.keep_every:
+                raise ValueError(
+                    f"along.every {along.every} is no multiple of train.keep_every {train.keep_every} of {name}, so "
+                    "some checkpoints would be missing; make it one, or leave train.keep_every out"
+                )
+            if train.trainable != "all":
+                raise ValueError(
+                    f"along.every is set, but {name} trains only some parameters (train.trainable {train.trainable}), "
+                    "and only its last model has all: set along.every=null or train.trainable=all"
+                )
+            if along.num_sampling_steps > train.num_timesteps:
+                raise ValueError(
+                    f"along.num_sampling_steps {along.num_sampling_steps} is more than the {train.num_timesteps} "
+                    f"timesteps of {name} (train.num_timesteps); use at most that many"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _reader_has_shards(self) -> "PipelineConfig":
         streamed = [name for name in self.models if self.train_of(name).reader == "webdataset"]
         if streamed and not self.encode.write_webdataset:
@@ -238,8 +263,14 @@ class PipelineConfig(_WithNetworks):
         return () if blocks == "model" else blocks
 
     def train_of(self, model: str) -> TrainConfig:
-        """The training section of one registered model: the shared section with the model's own fields on top."""
-        train: TrainConfig = validated(TrainConfig, {**self.train.model_dump(), **self.models[model]})
+        """The training section of one registered model: the shared section with the model's own fields on top.
+
+        With evaluations along the training it keeps the checkpoints that they need.
+        """
+        fields = {**self.train.model_dump(), **self.models[model]}
+        if fields.get("keep_every") is None and fields["max_steps"]:
+            fields["keep_every"] = self.along.every
+        train: TrainConfig = validated(TrainConfig, fields)
         return train
 
     def model_of(self, model: str, num_classes: int, amm_blocks: Sequence[int] = ()) -> ModelConfig:
@@ -264,7 +295,8 @@ class PipelineConfig(_WithNetworks):
     def workers(self) -> int:
         """The number of CPU workers of the largest stage."""
         train_workers = [self.train_of(name).worker_range[1] for name in self.models]
-        return max(*train_workers, self.sample.num_workers, self.encode.num_workers, self.reference.num_workers)
+        samplers = [self.sample.num_workers] + ([] if self.along.every is None else [self.along.num_workers])
+        return max(*train_workers, *samplers, self.encode.num_workers, self.reference.num_workers)
 
 
 def config_names() -> list[str]:

@@ -7,7 +7,7 @@ from functools import partial
 from edt_core.config import TrainConfig
 from edt_core.store.artifact import Source
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG, Initial
-from jobs.stages import autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
+from jobs.stages import along, autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
 from pipelines.config.schema import PipelineConfig
 from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Steps
@@ -16,13 +16,17 @@ from pipelines.pipeline.inputs import Published
 
 @dataclass(frozen=True)
 class Branch:
-    """The steps of one model, by role: those that all models share, and its own training and evaluation."""
+    """The steps of one model, by role: those that all models share, and its own training and evaluation.
+
+    `beside`: steps that only the report waits for; the model is registered without them.
+    """
 
     name: str
     train: TrainConfig
     steps: Mapping[str, StepFuture]
     start: Initial | None = None  # the model that its training starts from
     feature_networks: Mapping[str, StepFuture | Source] = field(default_factory=dict)
+    beside: Mapping[str, StepFuture] = field(default_factory=dict)
 
 
 def call_steps(
@@ -121,7 +125,11 @@ def _call_branch(
     if config.validation.enabled:
         judged = {"features": branch_steps["features"], "classifier": shared["classifier"], "images": shared["images"]}
         branch_steps["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **judged)
-    return Branch(name, trained, branch_steps, start, feature_networks)
+    beside: dict[str, StepFuture] = {}
+    if config.along.every is not None and trained.max_steps:
+        measured = {role: branch_steps[role] for role in ("checkpoint", "autoencoder", "reference")}
+        beside["along"] = steps.step(f"along {name}", along.STAGE, config.along, **measured, **feature_networks)
+    return Branch(name, trained, branch_steps, start, feature_networks, beside)
 
 
 def _untrained(trained: TrainConfig) -> TrainConfig:

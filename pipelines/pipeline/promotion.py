@@ -43,7 +43,7 @@ def call_promotion(steps: Steps, config: PipelineConfig, branch: Branch) -> tupl
     promoted = steps.promote(_promotion(config, branch, report))
     if promoted is None:
         return None
-    inputs = {**branch.steps, **promoted.champion}
+    inputs = {**branch.steps, **branch.beside, **promoted.champion}
     return promoted, steps.step(report, summary.STAGE, _report_config(config, branch, promoted), **inputs)
 
 
@@ -88,6 +88,8 @@ def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -
         model={"name": branch.name, "version": decision.version, "aliases": aliases},
         decision=str(decision),
         registry=promoted.record,
-        lineage={role: (short(f.name), tuple(map(short, f.needs))) for role, f in branch.steps.items()},
+        lineage={
+            role: (short(f.name), tuple(map(short, f.needs))) for role, f in {**branch.steps, **branch.beside}.items()
+        },
         config_yaml=recorded_yaml(config.model_copy(update={"store": "."})),
     )

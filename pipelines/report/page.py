@@ -19,6 +19,7 @@ from edt_core.evaluation.metrics.registry import REGISTRY
 from edt_core.evaluation.worth import Measured, Remark, difference
 from edt_core.sampling.grid import PIXELATED_UP_TO, encodable
 from edt_core.training.validation.overfitting import HELD_OUT_LOSS
+from pipelines.report.along import AlongView
 from pipelines.report.costs import StepCost
 from pipelines.report.figures import Picture, champion_trend, timestep_curves, training_curves
 from pipelines.report.history import VersionRecord
@@ -66,6 +67,7 @@ class ReportData:
     num_timesteps: int = 1000
     costs: Sequence[StepCost] = ()
     validation: Validation | None = None
+    along: AlongView | None = None  # the evaluations along the training
     measured: Measured | None = None  # the metrics with the number of samples; None if that is unknown
     remarks: Sequence[Remark] = ()  # on the metrics
     left_out: Sequence[str] = ()  # what of the source was not used

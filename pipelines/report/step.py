@@ -15,6 +15,7 @@ from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.layout import CLASSES_NAME, REPORT_NAME, SAMPLES_NAME
 from jobs.stages.stage import Stage
 from jobs.stages.train import history
+from pipelines.report.along import along_view, read_along
 from pipelines.report.costs import step_cost
 from pipelines.report.history import VersionRecord
 from pipelines.report.inputs import (
@@ -117,6 +118,9 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         num_timesteps=checkpoint.manifest.config["num_timesteps"],
         predecessor=None if config.champion is None else read_predecessor(config.champion, inputs),
         validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
+        along=along_view(read_along(inputs["along"]), config.registry.metric, config.registry.lower_is_better)
+        if "along" in inputs
+        else None,
         measured=measured(evaluation),
         remarks=remarks_on(inputs, config.registry.metric, config.registry.lower_is_better),
         left_out=left_out(images.counts, classes),

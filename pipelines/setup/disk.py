@@ -46,6 +46,7 @@ def _checkpoints(config: PipelineConfig, name: str, images: int, classes: int) -
     train: TrainConfig = config.train_of(name)
     needs = estimate(train, config.model_of(name, classes), images)
     number = min(train.num_to_keep + _SPARE_CHECKPOINTS, -(-needs.steps // train.checkpoint_every) + 1)
+    number += 0 if train.keep_every is None else needs.steps // train.keep_every
     exported = needs.weights if config.promote.torch_export else 0
     return needs.checkpoint * (number + 1) + needs.snapshot * needs.snapshots + needs.weights + exported
 

@@ -301,6 +301,15 @@ def test_kept_are_the_newest_the_best_and_one_out_of_turn(num_to_keep: int) -> N
             assert (step in kept) == (wanted or step == max(found))
 
 
+def test_checkpoints_of_every_so_many_steps_are_never_removed(tmp_path: Path) -> None:
+    store = store_at(tmp_path, num_to_keep=1)
+    store.keep_every = 3
+    for step in range(1, 9):
+        store.save(made(step, float(step), regular=step % 2 == 0))
+    store.flush()
+    assert store.prune(at_end=True) == [2, 3, 6, 8]  # 2 is the best
+
+
 @pytest.mark.parametrize("num_to_keep", [1, 3])
 def test_a_store_keeps_what_it_says_and_nothing_else(num_to_keep: int, tmp_path: Path) -> None:
     store, saved = store_at(tmp_path, num_to_keep=num_to_keep), {}

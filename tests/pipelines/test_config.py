@@ -80,7 +80,7 @@ def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
         ),
         (["trane.max_steps=5"], r"unknown configuration key 'trane'; did you mean train\?$"),
         (["max_steps=5"], r"unknown configuration key 'max_steps'; did you mean train\.max_steps\?$"),
-        (["qqqqqqq=5"], r"unknown configuration key 'qqqqqqq'; known keys here: autoencoder, .*, wandb$"),
+        (["qqqqqqq=5"], r"unknown configuration key 'qqqqqqq'; known keys here: along, autoencoder, .*, wandb$"),
         (["preprocess.image_size=36"], r"latents of 9x9 .*Use a multiple of 8, .* multiple of 32"),
         (
             ["preprocess.image_size=30"],

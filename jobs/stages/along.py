@@ -1,0 +1,152 @@
+"""along: a small evaluation of each checkpoint that a training kept, by one protocol: the metric as a curve.
+
+The samples of every checkpoint have the same labels and noise, so that differences between points are differences of
+the weights. Each unit of samples is a file, so a killed run resumes after its finished units.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from edt_core.errors import UserError
+from edt_core.evaluation.config import AlongConfig, EvaluateConfig
+from edt_core.evaluation.extractors import EXTRACTORS
+from edt_core.evaluation.references import load_reference
+from edt_core.files.tensor_files import load_tensors
+from edt_core.progress import Progress
+from edt_core.store.artifact import Artifact, ArtifactWriter, Source
+from edt_core.store.cache import local_copy
+from edt_core.store.layout import ALONG_NAME, FEATURE_UNIT
+from jobs.runtime.cluster import require, use_threads
+from jobs.runtime.devices import kind_of_devices
+from jobs.runtime.pool import pooled
+from jobs.stages import extractors, sample
+from jobs.stages.evaluate import check_spaces, over_repeats, protocol_of, repeat_metrics
+from jobs.stages.stage import DEVICE, Stage
+
+_UNITS = "units"  # folder of the units' files, a folder a step; removed at the end
+
+
+class _Sampler:
+    """Makes units of samples of one checkpoint after the other; the networks are loaded again for each checkpoint."""
+
+    def __init__(self, config: AlongConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter) -> None:
+        self.config, self.inputs, self.out = config, inputs, out
+        self.step = -1
+        self.sampler: sample.Sampler | None = None
+
+    def work(self, item: tuple[int, int]) -> tuple[int, str]:
+        """Make unit (step, number); return its number of samples, and this worker's device."""
+        step, number = item
+        if self.sampler is None or step != self.step:
+            at = self.config.sampling.model_copy(update={"checkpoint_step": step})
+            self.step, self.sampler = step, sample.Sampler(at, self.inputs, self.out, _folder(step))
+        return self.sampler.work(number)
+
+
+def along(
+    config: AlongConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter, progress: Progress
+) -> dict[str, Any]:
+    """Measure the kept checkpoints of `inputs["checkpoint"]` at multiples of `every` steps, and the last one.
+
+    Raises UserError if there is none, and as `sample` and `evaluate` for inputs that do not match.
+    """
+    steps = check(config, inputs)
+    units = config.repeats * sample.units_per_repeat(config)
+    total, done = len(steps) * config.repeats * config.num_samples, 0
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    require("along", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
+    items = [(step, number) for step in steps for number in range(units)]
+    devices = set[str]()
+    for _, (count, device) in pooled(_Sampler, config.num_workers, items, config, dict(inputs), out, **resources):
+        done += count
+        devices.add(device)
+        progress.update(done, total, "samples")
+    rows = ray.get(ray.remote(num_cpus=config.num_cpus_per_worker)(_rows).remote(config, steps, dict(inputs), out))
+    for row in rows:
+        progress.metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+    reference = sample.artifact(inputs, "reference")
+    protocol = protocol_of(config.sampling, config.measured, _facts(inputs), reference)
+    out.write_json(ALONG_NAME, {"points": rows, "protocol": protocol})
+    out.discard(_UNITS)
+    return {"points": len(rows), "samples": done, "steps": steps, DEVICE: kind_of_devices(devices)}
+
+
+def check(config: AlongConfig, inputs: Mapping[str, Artifact | Source]) -> list[int]:
+    """The steps to measure. Raises UserError if there are none, or the inputs do not match each other."""
+    if config.every is None:
+        raise UserError("along.every is null, so there is nothing to measure; set the number of steps between points")
+    checkpoint = sample.artifact(inputs, "checkpoint")
+    steps = kept_steps(checkpoint, config.every)
+    if missing := [step for step in range(config.every, steps[-1], config.every) if step not in steps]:
+        raise UserError(
+            f"{checkpoint.folder.uri} did not keep {len(missing)} of the checkpoints at multiples of {config.every} "
+            f"steps (the first is that of step {missing[0]}); train with train.keep_every={config.every}"
+        )
+    sample.check(config.sampling.model_copy(update={"checkpoint_step": steps[0]}), inputs)
+    check_spaces(_facts(inputs), sample.artifact(inputs, "reference"), "the samples")
+    return steps
+
+
+def kept_steps(checkpoint: Artifact, every: int) -> list[int]:
+    """The steps of a training's kept checkpoints at multiples of `every`, and its last step, in order."""
+    kept = {int(name.rpartition("-")[2]) for name in checkpoint.counts["checkpoints"]}
+    return sorted({step for step in kept if step and step % every == 0} | {int(checkpoint.counts["steps"])})
+
+
+def _facts(inputs: Mapping[str, Artifact | Source]) -> dict[str, Any]:
+    """What a features artifact of these inputs would record of its networks."""
+    from edt_core.models import ModelConfig
+
+    model = ModelConfig.from_dict(sample.model_config_of(sample.artifact(inputs, "checkpoint")))
+    return {
+        "guide_digest": None,
+        "extractors": extractors.digests_of(inputs),
+        "autoencoder_digest": sample.artifact(inputs, "autoencoder").manifest.digest,
+        "image_size": model.image_size,
+    }
+
+
+def _folder(step: int) -> str:
+    return f"{_UNITS}/{step:08d}/"
+
+
+def _rows(
+    config: AlongConfig, steps: Sequence[int], inputs: Mapping[str, Artifact | Source], out: ArtifactWriter
+) -> list[dict[str, float]]:
+    """The metrics of each step, with "step"; means over the repeats with `<metric>_std`."""
+    use_threads(config.num_cpus_per_worker)
+    measured: EvaluateConfig = config.measured
+    reference = sample.artifact(inputs, "reference")
+    real = {space: load_reference(reference, space) for space in extractors.spaces_of(inputs)}
+    rows = []
+    for step in steps:
+        sets = [_samples(config, step, number, out) for number in range(config.repeats)]
+        repeats = [repeat_metrics(measured, samples, real) for samples in sets]
+        rows.append({"step": float(step), **(repeats[0] if len(repeats) == 1 else over_repeats(repeats))})
+    return rows
+
+
+def _samples(config: AlongConfig, step: int, repeat: int, out: ArtifactWriter) -> dict[str, NDArray[Any]]:
+    """Features and labels of all samples of a repeat of a step. Raises UserError unless each sample is there once."""
+    number = sample.units_per_repeat(config)
+    names = [f"{_folder(step)}{FEATURE_UNIT.format(repeat * number + unit)}" for unit in range(number)]
+    units = [load_tensors(local_copy(out.data, name), "numpy") for name in names]
+    joined = {key: np.concatenate([unit[key] for unit in units]) for key in units[0] if key != "images"}
+    if not np.array_equal(joined["indices"], np.arange(config.num_samples)):
+        raise UserError(f"the samples of step {step} are not complete; remove {out.data.uri} and run again")
+    return joined
+
+
+STAGE = Stage(
+    "along",
+    "along",
+    1,
+    AlongConfig,
+    along,
+    roles=("checkpoint", "autoencoder", "reference"),
+    optional=EXTRACTORS,
+)

@@ -24,6 +24,8 @@ _STREAMS = {
     "masks": 5,
     "mask_ratios": 6,
     "masked_noise": 7,
+    "align_shift": 8,
+    "align_head": 9,
 }
 ROWS_PER_CHUNK = 16  # part of what a training draws: another number is another training
 

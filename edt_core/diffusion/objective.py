@@ -78,6 +78,10 @@ class Objective(ABC):
         sampler = LossSecondMomentSampler if choice == "loss-second-moment" else UniformSampler
         return sampler(num_timesteps)
 
+    def cleaner(self, schedule: Schedule, t: Tensor, share: Tensor) -> Tensor:
+        """Times with less noise than `t` [N], by `share` [N] of the whole chain, but not beyond its cleanest time."""
+        return (t - (share * schedule.num_timesteps).long()).clamp(min=0)
+
     @abstractmethod
     def noised(self, schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The model's input in training: the data noised to timestep t, float32 [N, C, H, W]."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import ClassVar
 
@@ -17,6 +17,22 @@ from torch.utils.checkpoint import checkpoint
 
 from edt_core.models.attention import Attention, AttentionForm
 from edt_core.models.config import AmmKernel, ModelConfig
+
+
+class BlockReached(Exception):  # noqa: N818  it is no error
+    """Ends a forward pass after a block whose output is all that is needed."""
+
+
+@dataclass
+class WatchedBlock:
+    """A block of a model, and the output of its last call, [N, T, D], None before it.
+
+    If it `ends` the forward pass, that pass raises BlockReached.
+    """
+
+    block: nn.Module
+    ends: bool = False
+    output: Tensor | None = None
 
 
 class DiffusionTransformer(nn.Module, ABC):
@@ -29,12 +45,14 @@ class DiffusionTransformer(nn.Module, ABC):
     `activation_checkpointing`, training stores only the input of each block and recomputes the rest in the
     backward pass: same gradients, less memory, about a third more time per step. Under autocast the tokens between
     blocks are float32, since position embeddings are; `stream_dtype` rounds them to that dtype before each block.
+    A forward pass leaves the output of a `watched` block there, and computes the same.
     """
 
     config: ModelConfig
     built_config: ModelConfig
     activation_checkpointing: bool = False
     stream_dtype: torch.dtype | None = None
+    watched: WatchedBlock | None = None
     kinds: ClassVar[Mapping[str, str]] = {  # the kind of a module, by the first of these keys in its name
         "embedder": "embeddings",
         "adaLN_modulation": "adaLN",
@@ -104,6 +122,11 @@ class DiffusionTransformer(nn.Module, ABC):
         modules = (module for module in self.modules() if isinstance(module, Attention))
         return list(islice(modules, self.config.num_blocks))
 
+    def ordered_blocks(self) -> list[nn.Module]:
+        """The blocks, in forward order, as `attentions`."""
+        holders = (module for module in self.modules() if any(isinstance(m, Attention) for m in module.children()))
+        return list(islice(holders, self.config.num_blocks))
+
     def masking_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that only a masked pass uses: without such a pass they have no gradient."""
         return iter(())
@@ -121,12 +144,17 @@ class DiffusionTransformer(nn.Module, ABC):
         x, *others = inputs
         if x is not None and self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             inputs = (x.to(self.stream_dtype), *others)
-        if not (self.activation_checkpointing and self.training):
-            out: Tensor = block(*inputs)
-            return out
-        # A block draws no random numbers, so their state need not be preserved.
-        recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return recomputed
+        out: Tensor
+        if self.activation_checkpointing and self.training:
+            # A block draws no random numbers, so their state need not be preserved.
+            out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = block(*inputs)
+        if self.watched is not None and block is self.watched.block:
+            self.watched.output = out
+            if self.watched.ends:
+                raise BlockReached
+        return out
 
     def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         """Raise ValueError for shapes that do not fit."""

@@ -194,3 +194,9 @@ def patches_to_image(x: Tensor, grid: int, patch_size: int) -> Tensor:
     """[N, T, patch² · C] -> [N, C, h, h], h = n · patch; a token is its patch row by row, channels last."""
     patches = x.reshape(x.shape[0], grid, grid, patch_size, patch_size, -1)
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def image_to_patches(x: Tensor, grid: int, patch_size: int) -> Tensor:
+    """The inverse of `patches_to_image`: [N, C, h, h] -> [N, T, patch² · C]."""
+    patches = x.unflatten(2, (grid, patch_size)).unflatten(4, (grid, patch_size))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

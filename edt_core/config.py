@@ -304,6 +304,35 @@ class TrainConfig(Section):
     init_optimizer: Literal["fresh", "keep"] = added(
         "fresh", description="keep takes over the optimizer's state of `init_from`, a checkpoint of the same shapes"
     )
+    align: Literal["autoencoder", "self"] | None = added(
+        None,
+        description="additional loss: hidden states of a block, through a head, are aligned with the clean latents "
+        "(autoencoder, after SRA 2, arXiv 2601.17830) or with a later block of the EMA model at less noise (self, SRA, "
+        "arXiv 2505.02831); null for none",
+    )
+    align_block: int | None = added(
+        None,
+        ge=1,
+        description="with align: the number of blocks before these hidden states; null for 8 of 28 blocks, or a third "
+        "of them in other models",
+    )
+    align_target_block: int | None = added(
+        None,
+        ge=1,
+        description="with align self: the number of blocks of the EMA model before the target; null for 16 of 28 "
+        "blocks, or two thirds of them in other models",
+    )
+    align_distance: Literal["smooth_l1", "cosine", "channel_cosine"] = added(
+        "smooth_l1",
+        description="with align: smooth L1 (beta 0.05), or 1 - cosine of each token's features (cosine) or of each "
+        "feature over the tokens (channel_cosine, what SRA's code calls cos)",
+    )
+    align_weight: float | None = added(
+        None,
+        ge=0,
+        description="with align: weight of this loss; null for 1 (autoencoder) or 0.2 (self) with smooth_l1, and 0.5 "
+        "with a cosine",
+    )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="precision of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32",
@@ -438,6 +467,24 @@ class TrainConfig(Section):
             raise ValueError(
                 f"global_batch_size is {self.global_batch_size}, less than the {most} workers; "
                 f"use at most {self.global_batch_size} workers, or a larger batch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alignment_is_complete(self) -> "TrainConfig":
+        fields = ("align_block", "align_target_block", "align_distance", "align_weight")
+        changed = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+        if self.align is None and changed:
+            raise ValueError(f"{changed[0]} is set, but align is not; set align=autoencoder or align=self")
+        if self.align == "autoencoder" and self.align_target_block is not None:
+            raise ValueError(
+                f"align_target_block is {self.align_target_block}, but align is autoencoder, whose target is no block; "
+                "leave it out, or set align=self"
+            )
+        if self.align is not None and self.init_optimizer == "keep":
+            raise ValueError(
+                "init_optimizer is keep, but the head of align begins with random weights and has no optimizer state; "
+                "set init_optimizer=fresh"
             )
         return self
 

@@ -41,6 +41,11 @@ class TrainOptions:
     min_snr_gamma: float | None = 5.0
     objective: str = "epsilon"
     trainable: str = "all"
+    align: str | None = None
+    align_block: int | None = None
+    align_target_block: int | None = None
+    align_distance: str = "smooth_l1"
+    align_weight: float | None = None
     precision: str = "fp32"
     residual_dtype: str = "fp32"
     seed: int = 0

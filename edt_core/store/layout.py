@@ -50,6 +50,7 @@ MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 OTHER_EMA_WEIGHTS = "ema-{!r}.safetensors"  # of the other decays
 WIDTH_EMA_WEIGHTS = "ema-width-{!r}.safetensors"  # power-function averages, of the trained parameters alone
 OPTIMIZER_STATE, TIMESTEP_STATE = "optimizer.safetensors", "timesteps.safetensors"
+ALIGN_HEAD = "align_head.safetensors"  # only of trainings with `train.align`
 TRAIN_STATE = "state.json"
 MODEL_CONFIG = "model_config.json"
 HISTORY_NAME = "history.jsonl"

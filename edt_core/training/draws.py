@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
 
+MOST_SHIFT = 0.2  # of the chain, as in SRA (arXiv 2505.02831)
+
+
 @dataclass(frozen=True)
 class StepDraws:
     """Draws of one step for n rows. The leading P is (full, masked): each has its own noise and label dropout.
 
     posterior_noise [n, C, h, h], drop_label bool [P, n], uniforms [B] (timesteps), noise [P, n, C, h, h], masks: n rows
-    for each masking site, see `draw_masks`; none without the masked loss.
+    for each masking site, see `draw_masks`; none without the masked loss. shift [n]: by how much of the chain the EMA
+    model sees less noise, in 0..0.2; None unless a training aligns with it.
     """
 
     posterior_noise: Tensor
@@ -36,6 +40,7 @@ class StepDraws:
     uniforms: Tensor
     noise: Tensor
     masks: tuple[Tensor, ...]
+    shift: Tensor | None = None
 
     def rows(self, places: slice) -> StepDraws:
         """The draws of some rows. `uniforms` stays whole: timesteps are drawn for all at once."""
@@ -45,6 +50,7 @@ class StepDraws:
             uniforms=self.uniforms,
             noise=self.noise[:, places],
             masks=tuple(slice_masks(self.masks, places)),
+            shift=None if self.shift is None else self.shift[places],
         )
 
     def pinned(self, device: torch.device) -> StepDraws:
@@ -68,6 +74,7 @@ class StepDraws:
             uniforms=self.uniforms,
             noise=move(self.noise),
             masks=tuple(move(mask) for mask in self.masks),
+            shift=None if self.shift is None else move(self.shift),
         )
 
 
@@ -94,12 +101,14 @@ def draw_step(config: TrainConfig, step: int, model: ModelConfig, rows: slice | 
     for of_pass, stream in zip(noise, ("noise", "masked_noise"), strict=False):
         normal_rows(of_pass, mine, seed, step, stream)
     labels = uniform_rows(torch.empty(count, 2), mine, seed, step, "labels")
+    shift = uniform_rows(torch.empty(count), mine, seed, step, "align_shift") if config.align == "self" else None
     return StepDraws(
         posterior_noise=normal_rows(torch.empty(shape), mine, seed, step, "posterior"),
         drop_label=(labels.T[:passes] < config.class_dropout_prob).contiguous(),
         uniforms=uniform_rows(torch.empty(batch, dtype=torch.float64), everything, seed, step, "timesteps"),
         noise=noise,
         masks=_masks(config, step, model, mine) if passes == 2 else (),
+        shift=None if shift is None else MOST_SHIFT * shift,
     )
 
 

@@ -22,6 +22,8 @@ from edt_core.models import (
     shadow,
 )
 from edt_core.models.attention import RelativePositionBias
+from edt_core.training.align.cost import align_activations, head_parameters
+from edt_core.training.align.settings import align_settings
 from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.posthoc.snapshots import snapshot_steps
 from edt_core.training.start.trainable import count_trained, step_flops
@@ -99,32 +101,35 @@ def _size(number: int) -> str:
 def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Estimate:
     """The cost of training a model on a data set of `images` images."""
     parameters, macs = _numbers(model_config)
-    weights = 4 * parameters
-    trained = weights if config.trainable == "all" else 4 * count_trained(config, model_config)
+    settings = align_settings(config, model_config)
+    weights, head = 4 * parameters, 4 * head_parameters(settings)
+    of_model = weights if config.trainable == "all" else 4 * count_trained(config, model_config)
+    trained = of_model + head
     optimizer = trained * _OPTIMIZER_STATES[config.optimizer]
     if config.optimizer == "muon":  # of its matrices, only a momentum
         optimizer -= 4 * sum(matrix.numel() for matrix in hidden_matrices(shadow(model_config)))
-    ema = trained * (len(config.ema_decays) + len(config.ema_widths))
+    ema = of_model * (len(config.ema_decays) + len(config.ema_widths))
     steps = config.total_steps(images)
-    activations = _activations(model_config, config)
+    saved_by_model = _activations(model_config, config)
+    activations = saved_by_model.activations + align_activations(settings, config.micro_batch())
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
         parameters=parameters,
         macs=macs,
         flops_per_image=step_flops(config, model_config),
-        weights=weights,
+        weights=weights + head,
         gradients=trained,
         optimizer=optimizer,
         ema=ema,
-        activations=activations.activations,
+        activations=activations,
         # The optimizer works on lists of tensors, with a copy of each gradient, after the activations are freed.
-        temporary=max(activations.scores, _COPIES.get(config.optimizer, 1) * trained - activations.activations),
+        temporary=max(saved_by_model.scores, _COPIES.get(config.optimizer, 1) * trained - activations),
         checkpoint=trained + ema + optimizer,
         micro_batch=config.micro_batch(),
         images=images,
         global_batch_size=config.global_batch_size,
         steps=steps,
-        snapshot=trained // 2 * len(config.ema_widths),  # bfloat16
+        snapshot=of_model // 2 * len(config.ema_widths),  # bfloat16
         snapshots=len(snapshot_steps(config, steps)),
     )
 

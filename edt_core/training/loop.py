@@ -21,6 +21,8 @@ from edt_core.diffusion import objective_of
 from edt_core.errors import Stopped
 from edt_core.models import ModelConfig
 from edt_core.precision import use_precision
+from edt_core.training.align.alignment import Alignment, alignment_of
+from edt_core.training.align.settings import align_settings
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
@@ -116,7 +118,8 @@ def _begin(
     set_arithmetic(state.model, config)
     graphs = wants_graphs(config) and ranks.device.type == "cuda"
     compiled = is_compiled(config, ranks.device)
-    update = _compiled(config, state, context, graphs) if compiled else None
+    alignment = alignment_of(config, align_settings(config, model_config), state, ranks.device)
+    update = _compiled(config, state, alignment, context, graphs) if compiled else None
     flops, peak, sheet = 0, 1.0, None  # placeholders: only rank 0 reports rates
     if ranks.rank == 0:
         flops = step_flops(config, model_config)
@@ -129,9 +132,10 @@ def _begin(
         state,
         total_steps=total_steps,
         last_step=total_steps,
-        model=ranks.wrap(state.model, config.gradient_dtype),
+        model=ranks.wrap(state.network, config.gradient_dtype),
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak, sheet and sheet * ranks.world_size),
+        alignment=alignment,
         untried=compiled,
         compiled_update=update,
         graphs=graphs,
@@ -142,7 +146,9 @@ def _begin(
     return trainer
 
 
-def _compiled(config: TrainConfig, state: TrainState, context: TrainContext, graphs: bool) -> CompiledUpdate | None:
+def _compiled(
+    config: TrainConfig, state: TrainState, alignment: Alignment | None, context: TrainContext, graphs: bool
+) -> CompiledUpdate | None:
     """Compile the parts of the model, and the update of its weights if that is Adan's; None for another optimizer."""
     masked = wants_graphs(config)
     if masked and not graphs and context.ranks.rank == 0:
@@ -151,9 +157,11 @@ def _compiled(config: TrainConfig, state: TrainState, context: TrainContext, gra
             "as with train.compile=true"
         )
     compile_parts(state.model, graphs=graphs)
+    for network in alignment.networks if alignment else ():
+        compile_parts(network)
     if config.optimizer != "adan":
         return None
-    return CompiledUpdate(state.model, state.optimizer, state.ema, masked=masked)
+    return CompiledUpdate(state.model, state.optimizer, state.ema, masked=masked, heads=state.heads())
 
 
 def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:

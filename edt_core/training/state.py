@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edt_core.diffusion import TimestepSampler, objective_of, with_objective
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.store.layout import (
+    ALIGN_HEAD,
     EMA_WEIGHTS,
     MODEL_WEIGHTS,
     OPTIMIZER_STATE,
@@ -21,6 +22,8 @@ from edt_core.store.layout import (
     TIMESTEP_STATE,
     WIDTH_EMA_WEIGHTS,
 )
+from edt_core.training.align.head import AlignedModel, projection_head
+from edt_core.training.align.settings import align_settings
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.ema import EMA
 from edt_core.training.history import History
@@ -37,7 +40,8 @@ class TrainState:
     """Everything that changes while training; `step` is the number of completed steps.
 
     `skipped` are steps that are left out because their loss or gradient was not finite, `rollbacks` is the number of
-    rollbacks for such steps. `seconds` is the training time so far, counted only if max_hours is set.
+    rollbacks for such steps. `seconds` is the training time so far, counted only if max_hours is set. `aligned` is the
+    model with the head of `train.align`, whose parameters have no average.
     """
 
     model: DiffusionTransformer
@@ -51,6 +55,22 @@ class TrainState:
     seconds: float = 0.0
     trained: frozenset[str] | None = None
     base: str | None = None
+    aligned: AlignedModel | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """What a step calls, and DDP wraps: the model, with the head of its alignment if there is one."""
+        return self.model if self.aligned is None else self.aligned
+
+    def heads(self) -> dict[str, nn.Parameter]:
+        """The parameters of the head by name, empty without one."""
+        head = {} if self.aligned is None else dict(self.aligned.head.named_parameters())
+        return {f"head.{name}": parameter for name, parameter in head.items()}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the model, then those of the head."""
+        yield from self.model.parameters()
+        yield from self.heads().values()
 
     def average(self) -> Mapping[str, Tensor]:
         """The weights that are sampled from, of an ordinary model: those of the first average, and of the base."""
@@ -78,12 +98,18 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
     if not config.masked_loss:
         for parameter in model.masking_parameters():
             parameter.requires_grad_(False)  # DDP waits for the gradient of every parameter that requires one
+    settings, aligned = align_settings(config, model_config), None
+    if settings is not None:
+        head = projection_head(settings.head_widths, config.seed).to(device)
+        aligned = AlignedModel(model, head, settings.block)
+    network = model if aligned is None else aligned
     return TrainState(
         model=model,
         trained=trained,
-        optimizer=make_optimizer(config, (p for p in model.parameters() if p.requires_grad), hidden_matrices(model)),
         ema=EMA(model, config.ema_decays, trained, config.ema_widths),
+        optimizer=make_optimizer(config, (p for p in network.parameters() if p.requires_grad), hidden_matrices(model)),
         timesteps=objective_of(config.objective).times(config.timestep_sampler, config.num_timesteps),
+        aligned=aligned,
     )
 
 
@@ -120,6 +146,7 @@ def to_checkpoint(
             **averages,
             OPTIMIZER_STATE: optimizer,
             TIMESTEP_STATE: timesteps,
+            **({} if state.aligned is None else {ALIGN_HEAD: state.aligned.head.state_dict()}),
         },
         state={
             "config": result_fields(config),
@@ -165,6 +192,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_
     _require_same(saved, {**_plain(state.model.config), **result_fields(config), latents: num_samples})
     tensors = checkpoint.tensors
     _load_weights(state, checkpoint)
+    if state.aligned is not None:
+        state.aligned.head.load_state_dict(tensors[ALIGN_HEAD])
     state.ema.load([tensors[name] for name in ema_files(config)])
     restore_state(state.optimizer, dict(tensors[OPTIMIZER_STATE]), checkpoint.state["optimizer_groups"])
     state.timesteps.load_state_dict({name: value.numpy() for name, value in tensors[TIMESTEP_STATE].items()})

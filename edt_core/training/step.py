@@ -18,6 +18,7 @@ from edt_core.data.scale import LatentScale
 from edt_core.data.subsets import share
 from edt_core.diffusion import Losses, Schedule, objective_of
 from edt_core.models.attention import shared_projections
+from edt_core.training.align.alignment import AlignedSamples, Alignment, with_align
 from edt_core.training.draws import StepDraws
 
 if TYPE_CHECKING:
@@ -51,12 +52,17 @@ def sampled_latents(batch: LatentBatch, noise: Tensor, scale: LatentScale) -> Te
 
 
 def step_losses(
-    model: nn.Module, config: TrainConfig, schedule: Schedule, inputs: StepInputs, null_label: int
+    model: nn.Module,
+    config: TrainConfig,
+    schedule: Schedule,
+    inputs: StepInputs,
+    null_label: int,
+    alignment: Alignment | None = None,
 ) -> Losses:
     """Unweighted losses [passes, N] of the full and, if enabled, the masked pass (arXiv 2410.23788, section 3.3).
 
     Both passes go through the model as one batch, whose last rows are masked: one call, one gradient exchange. They
-    share their timesteps; each has its own noise and label dropout.
+    share their timesteps; each has its own noise and label dropout. With an `alignment` the model is an `AlignedModel`.
     """
     draws, passes, objective = inputs.draws, config.passes, objective_of(config.objective)
     y = torch.where(draws.drop_label[:passes], null_label, inputs.labels).flatten()
@@ -64,14 +70,26 @@ def step_losses(
     noise = draws.noise[:passes].flatten(0, 1)
     x_t = objective.noised(schedule, x_start, t, noise)
     masks = draws.masks if config.masked_loss else None
+    rows, align = len(inputs.latents), None
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        output = model(x_t, t, y, masks)
+        if alignment is None:
+            output = model(x_t, t, y, masks)
+        else:
+            output, projected = model(x_t, t, y, masks, rows)
+            samples = AlignedSamples(inputs.latents, inputs.timesteps, noise[:rows], y[:rows], draws.shift)
+            align = alignment.term(schedule, projected, samples)
     losses = objective.losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
-    return Losses({name: term.view(passes, -1) for name, term in losses.terms.items()})
+    terms = losses.terms if align is None else with_align(losses.terms, align)
+    return Losses({name: term.view(passes, -1) for name, term in terms.items()})
 
 
 def accumulate_gradient(
-    model: nn.Module, config: TrainConfig, schedule: Schedule, inputs: StepInputs, null_label: int
+    model: nn.Module,
+    config: TrainConfig,
+    schedule: Schedule,
+    inputs: StepInputs,
+    null_label: int,
+    alignment: Alignment | None = None,
 ) -> Tensor:
     """Add this step's gradient to that of the parameters; return the detached losses [terms * passes, N], term by term.
 
@@ -85,7 +103,7 @@ def accumulate_gradient(
         for number, places in enumerate(cuts, start=1):
             part = inputs.rows(places)
             with _gradient_exchange(model, last=number == len(cuts)):
-                losses = step_losses(model, config, schedule, part, null_label)
+                losses = step_losses(model, config, schedule, part, null_label, alignment)
                 ((losses.loss * part.weights).sum() / config.global_batch_size).backward()
             parts.append(torch.cat(list(losses.terms.values())).detach())
     return torch.cat(parts, dim=1)

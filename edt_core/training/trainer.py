@@ -26,7 +26,8 @@ from edt_core.data.loader import LatentBatch, sample_names
 from edt_core.data.scale import LatentScale, model_scale
 from edt_core.data.streaming import LatentStream
 from edt_core.data.subsets import share
-from edt_core.diffusion import Schedule, objective_of
+from edt_core.diffusion import Schedule
+from edt_core.training.align.alignment import Alignment, loss_terms
 from edt_core.training.context import TrainContext
 from edt_core.training.draws import StepDraws, to_device
 from edt_core.training.history import named_losses
@@ -124,9 +125,10 @@ class Trainer:
     state: TrainState
     total_steps: int  # the length of the learning rate schedule
     last_step: int  # the step to stop at: less than total_steps if the time is up
-    model: nn.Module  # the state's model, wrapped for the gradient exchange
+    model: nn.Module  # the state's network, wrapped for the gradient exchange
     schedule: Schedule
     meter: Meter
+    alignment: Alignment | None = None
     validation: HeldOutLoss | None = None
     unchecked: Launched | None = None
     untried: bool = False  # the model's parts will be compiled by their first call, at the next step
@@ -177,8 +179,8 @@ class Trainer:
         if self.graphs:
             begin_step()
         null_label = self.state.model.config.num_classes
-        losses = accumulate_gradient(self.model, self.config, self.schedule, inputs, null_label)
-        norm = gradient_norm(self.state.model.parameters())
+        losses = accumulate_gradient(self.model, self.config, self.schedule, inputs, null_label, self.alignment)
+        norm = gradient_norm(self.state.parameters())
         launched = self._exchange(batch, timesteps, losses, norm)
         needs_losses = self.state.timesteps.needs_losses
         if self.masked or not needs_losses:  # the device continues while the host waits
@@ -208,22 +210,23 @@ class Trainer:
         It is one without an exchange of gradients, of which half could not be repeated. The step itself comes next,
         compiled or not, with the same inputs.
         """
-        self.untried, context, model, started = False, self.context, self.state.model, time.perf_counter()
-        null_label = model.config.num_classes
+        self.untried, context, state, started = False, self.context, self.state, time.perf_counter()
+        null_label = state.model.config.num_classes
 
         def run() -> None:
             for _ in range(_PASSES_OF_GRAPHS if self.graphs else 1):
                 self.state.optimizer.zero_grad(set_to_none=True)
                 if self.graphs:
                     begin_step()
-                accumulate_gradient(model, self.config, self.schedule, inputs, null_label)
+                accumulate_gradient(state.network, self.config, self.schedule, inputs, null_label, self.alignment)
             if self.compiled_update is not None:
                 self.compiled_update.rehearse()
 
         problem = failure(run, self.ranks)
         self.state.optimizer.zero_grad(set_to_none=True)
         if problem is not None:
-            undo_compiled_parts(model)
+            for network in (state.model, *(self.alignment.networks if self.alignment else ())):
+                undo_compiled_parts(network)
             self.compiled_update, self.graphs = None, False
         if self.ranks.rank != 0:
             return
@@ -294,13 +297,13 @@ class Trainer:
             if self.compiled_update(clip, wanted, self.state.step + 1):
                 return
         if max_norm is not None:
-            clip_gradients(self.state.model.parameters(), norm, max_norm)
+            clip_gradients(self.state.parameters(), norm, max_norm)
         self.state.optimizer.step()
         self.state.ema.update(step=self.state.step + 1)
 
     def _record(self, result: StepResult, launched: Launched) -> None:
         """Pass the losses to the timestep sampler, the history and the progress display."""
-        state, timesteps, names = self.state, launched.timesteps, objective_of(self.config.objective).terms
+        state, timesteps, names = self.state, launched.timesteps, loss_terms(self.config)
         terms = dict(zip(names, np.split(result.losses, len(names)), strict=True))
         state.timesteps.update(timesteps.steps, reduce(np.add, terms.values()).sum(axis=0))
         weights = timesteps.weights.astype(np.float64)

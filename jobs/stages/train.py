@@ -182,6 +182,7 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     from edt_core.data.streaming import check_shards
     from edt_core.diffusion import objective_of
     from edt_core.models import check_masked_loss
+    from edt_core.training.align.settings import align_settings
     from edt_core.training.speed.attention_table import attention_forms
 
     if config.max_steps > 0:  # an untrained model has no loss, so every recipe is valid
@@ -190,6 +191,7 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
         check_shards(len(_tars(latents)), config.worker_range[1])
     objective_of(config.objective).schedule(config.num_timesteps)
     attention_forms(config)
+    align_settings(config, model_config)
 
 
 def _store_untrained(config: TrainConfig, model_config: Any, store: Any, initial: Any) -> None:

@@ -44,6 +44,7 @@ _UNITS = (
     ("*batch_size", "samples"),
     ("guidance_interval", "timesteps"),
     ("amm_radius", "tokens"),
+    ("align_*block", "blocks"),
     ("num_cpus*", "CPUs"),
     ("num_gpus*", "GPUs"),
     ("*_images", "images"),

@@ -32,6 +32,7 @@ from edt_core.files.place_names import check_store_name
 from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks
 from edt_core.printing.redaction import redacted_values
 from edt_core.store.folder import Folder
+from edt_core.training.align.settings import align_settings
 from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.runtime.tracking import own_uri
 from pipelines.config.networks import ExtractorConfig, ExtractorName, with_networks
@@ -177,6 +178,7 @@ class PipelineConfig(_WithNetworks):
                 )
             train = self.train_of(name)
             check_masked_loss(self.model_of(name, 2), train.masked_loss)
+            align_settings(train, self.model_of(name, 2))
             self.model_of(name, 2, self._amm_blocks(train.model))
             if sample.num_sampling_steps > train.num_timesteps:
                 raise ValueError(

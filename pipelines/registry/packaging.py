@@ -30,6 +30,7 @@ _TRAINING = (
     "lr",
     "ema_decay",
     "masked_loss",
+    "align",
     "class_dropout_prob",
     "num_timesteps",
     "seed",

@@ -42,6 +42,8 @@ BOUND = 1e-4  # of a loss, relative: float32, in another order within a graph, t
 PADDED = CONFIG.model_copy(
     update={"micro_batch_size": 2, "activation_checkpointing": True, "ema_widths": (0.05, 0.1), "ema_snapshots": 2}
 )
+PADDED = CONFIG.model_copy(update={"micro_batch_size": 2, "activation_checkpointing": True})
+ALIGNED = CONFIG.model_copy(update={"align": "self", "max_grad_norm": None})
 PLAIN = CONFIG.model_copy(update={"model": "DiT-Tiny/2", "masked_loss": False})  # its blocks take the fewest graphs
 
 
@@ -60,8 +62,10 @@ def _work(rank: int, port: int, folder: Path, backend: str, paths: list[Path]) -
         model = narrow() if config.masked_loss else shallow_config(config.model)
         state = train(config, model, LatentDataset(paths), context)
         found = {"losses": [row["loss"] for row in state.history.rows], "warnings": context.warnings}
+        found["head"] = [float(value.detach().double().sum()) for value in state.heads().values()]
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
 
+    run("aligned", ALIGNED)
     for value in (False, True):
         run(f"compile {value}", PLAIN.model_copy(update={"compile": value}))
     attention.head_padding = lambda head_dim, device: 4 if device.type == "cpu" else 0  # not where costs are counted
@@ -133,6 +137,21 @@ def test_shared_padded_projections_train_the_same_bits_on_two_processes(processe
         shared, apart = (contents(processes / run / "snapshots" / f"step-{step:08d}") for run in ("shared", "apart"))
         assert shared == apart
         assert len(shared) == 2
+
+
+@pytest.mark.extern
+@pytest.mark.usefixtures("quickly", "one_thread")
+def test_a_head_trains_the_same_on_two_processes(processes: Path, latents_artifact: Artifact, tmp_path: Path) -> None:
+    """Its weights are equal on both, and those of one process with the same micro-batches."""
+    first, second = (recorded(processes, "aligned", rank) for rank in range(2))
+    assert first["head"] == second["head"]
+    assert first["losses"] == second["losses"]
+    dataset = LatentDataset(latents_artifact.paths("*.arrow"))
+    alone = train(ALIGNED, narrow(), dataset, LocalContext(tmp_path))
+    assert first["losses"] == pytest.approx([row["loss"] for row in alone.history.rows], rel=BOUND)
+    expected = [float(value.detach().double().sum()) for value in alone.heads().values()]
+    assert first["head"] == pytest.approx(expected, rel=BOUND, abs=BOUND)
+    assert len(expected) == 4
 
 
 @pytest.mark.extern

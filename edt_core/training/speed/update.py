@@ -4,7 +4,7 @@ The library's Adan goes over lists of all tensors, about 15 times a step; compil
 once. A function is compiled for the tensors of one block, and serves all blocks of the same shapes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +33,18 @@ class CompiledUpdate:
         backend: Backend = "inductor",
         *,
         masked: bool = False,
+        heads: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        """The optimizer is the library's Adan with one group of parameters, all of the model."""
+        """The optimizer is the library's Adan with one group of parameters: all of the model, and `heads`.
+
+        The heads' parameters, by names that the model does not have, have no average.
+        """
         self.masked = masked
         self._optimizer: Any = optimizer
         (group,) = optimizer.param_groups
         owned = {id(parameter) for parameter in group["params"]}
         named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
+        named |= heads or {}
         self._names = [list(names) for names in by_block(named).values()]
         self._parts = [[named[name] for name in names] for names in self._names]
         self._ema, self._trained = ema, frozenset(named)
@@ -53,7 +58,7 @@ class CompiledUpdate:
         An error of the compiler comes here, before a weight is changed.
         """
         seen = set()
-        for part in self._parts:
+        for names, part in zip(self._names, self._parts, strict=True):
             shapes = tuple((p.shape, p.stride(), p.dtype, p.grad is not None and p.grad.stride()) for p in part)
             if shapes in seen or any(parameter.grad is None for parameter in part):
                 continue
@@ -61,7 +66,7 @@ class CompiledUpdate:
             weights = [torch.zeros_like(parameter.detach()) for parameter in part]
             gradients = [torch.zeros_like(parameter.grad) for parameter in part if parameter.grad is not None]
             states = [[torch.zeros_like(weight) for weight in weights] for _ in _STATES]
-            averages = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in self._ema.averages]
+            averages = [[torch.zeros_like(value) for value in values] for values in self._averages(names)]
             numbers = torch.ones(6 + len(self._ema.of_widths), dtype=part[0].dtype, device=part[0].device)
             self._run(weights, gradients, states, averages, numbers)
 
@@ -84,11 +89,15 @@ class CompiledUpdate:
                 [parameter.detach() for parameter in part],
                 [parameter.grad for parameter in part],
                 [[optimizer.state[parameter][name] for parameter in part] for name in _STATES],
-                [[average[name] for name in names] for average in self._ema.averages],
+                self._averages(names),
                 numbers,
             )
         self._ema.update(without=self._trained, step=step)
         return True
+
+    def _averages(self, names: list[str]) -> list[list[Tensor]]:
+        """The averages of some tensors, of one block or of a head, which has none."""
+        return [[average[name] for name in names if name in average] for average in self._ema.averages]
 
     def _numbers(
         self, group: dict[str, Any], clip: Tensor | None, wanted: Tensor | None, rates: Sequence[float]
@@ -158,6 +167,7 @@ def _updater(group: dict[str, Any], decays: tuple[float, ...], masked: bool) -> 
             put(weight, new / decay if has_decay and not decouple else new)
             put(negative, -clipped)
             for average, rate in zip(averages, rates, strict=True):
-                put(average[index], average[index].lerp(weight.float(), rate))
+                if average:
+                    put(average[index], average[index].lerp(weight.float(), rate))
 
     return update

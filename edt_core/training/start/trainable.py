@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edt_core.errors import UserError
 from edt_core.models import FAMILIES, DiffusionTransformer, ModelConfig, count_parameters, shadow, training_flops
+from edt_core.training.align.cost import align_flops
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -47,15 +48,18 @@ def count_trained(config: TrainConfig, model_config: ModelConfig) -> int:
 
 
 def step_flops(config: TrainConfig, model_config: ModelConfig) -> int:
-    """Floating-point operations of training on one image, without the gradients of frozen weights."""
+    """Floating-point operations of training on one image, without the gradients of frozen weights.
 
+    With `train.align` those of its head and of its target are included.
+    """
+    align = align_flops(config, model_config)
     if config.trainable == "all":
-        return training_flops(model_config, masked=config.masked_loss)
+        return training_flops(model_config, masked=config.masked_loss) + align
 
     def prepare(model: DiffusionTransformer) -> None:
         prepare_trainable(model, config.trainable)
 
-    return training_flops(model_config, masked=config.masked_loss, prepare=prepare)
+    return training_flops(model_config, masked=config.masked_loss, prepare=prepare) + align
 
 
 def _is_trained(model: DiffusionTransformer, name: str, trainable: str) -> bool:

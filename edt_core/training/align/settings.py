@@ -1,0 +1,95 @@
+"""What a training aligns with what: blocks, widths and grids, from its configuration and the model's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from edt_core.errors import UserError
+from edt_core.models import ModelConfig, shadow
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
+
+# Published for 28 blocks: of DiT-XL in SRA, and of SiT-XL in REPA and SRA (whose target is block 20 of SiT-XL).
+_PUBLISHED = {28: (8, 16)}
+_SMOOTH_L1_WEIGHTS = {"autoencoder": 1.0, "self": 0.2}
+_COSINE_WEIGHT = 0.5
+
+
+@dataclass(frozen=True)
+class TokenShape:
+    """Tokens on a square of `grid` x `grid`, of `width` features each."""
+
+    grid: int
+    width: int
+
+
+@dataclass(frozen=True)
+class AlignSettings:
+    """The hidden states after the first `block` blocks, and what they are aligned with.
+
+    `target_block` is the number of blocks of the EMA model before the target, None for the clean latents.
+    """
+
+    block: int
+    target_block: int | None
+    hidden: TokenShape
+    target: TokenShape
+    distance: str
+    weight: float
+
+    @property
+    def grid(self) -> int:
+        """The coarser grid of both, on which they are compared."""
+        return min(self.hidden.grid, self.target.grid)
+
+    @property
+    def head_widths(self) -> tuple[int, ...]:
+        """Widths of the head's layers, from the hidden states to the target: those of SRA's head."""
+        width, target = self.hidden.width, self.target.width
+        return width, width + target, target
+
+
+def align_settings(config: TrainConfig, model_config: ModelConfig) -> AlignSettings | None:
+    """The settings of a training; None without `train.align`. Raises UserError for a block that does not exist."""
+    if config.align is None:
+        return None
+    shapes = _block_shapes(model_config)
+    first, second = _PUBLISHED.get(len(shapes), _thirds(len(shapes)))
+    block = config.align_block or first
+    target_block = (config.align_target_block or second) if config.align == "self" else None
+    _check("align_block", block, model_config)
+    if target_block is not None:
+        _check("align_target_block", target_block, model_config)
+    patches = TokenShape(model_config.grid, model_config.patch_size**2 * model_config.in_channels)
+    usual = _SMOOTH_L1_WEIGHTS[config.align] if config.align_distance == "smooth_l1" else _COSINE_WEIGHT
+    return AlignSettings(
+        block=block,
+        target_block=target_block,
+        hidden=shapes[block - 1],
+        target=patches if target_block is None else shapes[target_block - 1],
+        distance=config.align_distance,
+        weight=usual if config.align_weight is None else config.align_weight,
+    )
+
+
+def _thirds(blocks: int) -> tuple[int, int]:
+    """A third and two thirds of the blocks: 4 and 8 of 12, SRA's default."""
+    return max(1, round(blocks / 3)), max(1, round(2 * blocks / 3))
+
+
+def _check(field: str, block: int, model_config: ModelConfig) -> None:
+    if block > model_config.num_blocks:
+        raise UserError(
+            f"train.{field} is {block}, but {model_config.name} has {model_config.num_blocks} blocks; use a number "
+            f"from 1 to {model_config.num_blocks}, or leave it out"
+        )
+
+
+@lru_cache(maxsize=64)
+def _block_shapes(model_config: ModelConfig) -> tuple[TokenShape, ...]:
+    """The tokens that each block returns, in forward order, without those that are no patches."""
+    attentions = shadow(model_config).attentions()
+    return tuple(TokenShape(attention.grid, attention.proj.in_features) for attention in attentions)

@@ -304,11 +304,12 @@ class TrainConfig(Section):
     init_optimizer: Literal["fresh", "keep"] = added(
         "fresh", description="keep takes over the optimizer's state of `init_from`, a checkpoint of the same shapes"
     )
-    align: Literal["autoencoder", "self"] | None = added(
+    align: Literal["autoencoder", "self", "features"] | None = added(
         None,
         description="additional loss: hidden states of a block, through a head, are aligned with the clean latents "
-        "(autoencoder, after SRA 2, arXiv 2601.17830) or with a later block of the EMA model at less noise (self, SRA, "
-        "arXiv 2505.02831); null for none",
+        "(autoencoder, after SRA 2, arXiv 2601.17830), with a later block of the EMA model at less noise (self, SRA, "
+        "arXiv 2505.02831), or with a feature network's tokens of the image (features, REPA, arXiv 2410.06940); null "
+        "for none",
     )
     align_block: int | None = added(
         None,
@@ -322,16 +323,21 @@ class TrainConfig(Section):
         description="with align self: the number of blocks of the EMA model before the target; null for 16 of 28 "
         "blocks, or two thirds of them in other models",
     )
-    align_distance: Literal["smooth_l1", "cosine", "channel_cosine"] = added(
-        "smooth_l1",
+    align_features: tuple[int, int] = added(
+        (16, 768),
+        description="with align features: side of the square of its tokens, and their width; those of DINOv2-B",
+    )
+    align_distance: Literal["smooth_l1", "cosine", "channel_cosine"] | None = added(
+        None,
         description="with align: smooth L1 (beta 0.05), or 1 - cosine of each token's features (cosine) or of each "
-        "feature over the tokens (channel_cosine, what SRA's code calls cos)",
+        "feature over the tokens (channel_cosine, what SRA's code calls cos); null for cosine with features, and "
+        "smooth_l1 otherwise",
     )
     align_weight: float | None = added(
         None,
         ge=0,
-        description="with align: weight of this loss; null for 1 (autoencoder) or 0.2 (self) with smooth_l1, and 0.5 "
-        "with a cosine",
+        description="with align: weight of this loss; null for 1 (autoencoder), 0.2 (self) or 0.5 (features) "
+        "with smooth_l1, and 0.5 with a cosine",
     )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
@@ -472,14 +478,20 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _alignment_is_complete(self) -> "TrainConfig":
-        fields = ("align_block", "align_target_block", "align_distance", "align_weight")
+        fields = ("align_block", "align_target_block", "align_features", "align_distance", "align_weight")
         changed = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
         if self.align is None and changed:
-            raise ValueError(f"{changed[0]} is set, but align is not; set align=autoencoder or align=self")
-        if self.align == "autoencoder" and self.align_target_block is not None:
+            raise ValueError(f"{changed[0]} is set, but align is not; set align to autoencoder, self or features")
+        if self.align in ("autoencoder", "features") and self.align_target_block is not None:
             raise ValueError(
-                f"align_target_block is {self.align_target_block}, but align is autoencoder, whose target is no block; "
-                "leave it out, or set align=self"
+                f"align_target_block is {self.align_target_block}, but align is {self.align}, whose target is no "
+                "block; leave it out, or set align=self"
+            )
+        if min(self.align_features) < 1:
+            raise ValueError(f"align_features is {self.align_features}; side and width of the tokens are at least 1")
+        if self.align == "features" and self.reader == "webdataset":
+            raise ValueError(
+                "align is features, but reader is webdataset, which reads no tokens; set reader=arrow, or another align"
             )
         if self.align is not None and self.init_optimizer == "keep":
             raise ValueError(

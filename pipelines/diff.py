@@ -164,15 +164,18 @@ def _images(config: PipelineConfig) -> Source:
 
 def _published(config: PipelineConfig) -> Published:
     """The published inputs, each identified by its configured digest, or else by its location."""
-    weights = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
+    used = {*config.extractors, *config.token_spaces()}
+    weights = {space: config.network(space) for space in PUBLISHED_SPACES if space in used}
+    sources = {space: Source("", sha256_json(network.sha256 or network.weights)) for space, network in weights.items()}
     pretrained, statistics = config.autoencoder.pretrained, config.reference_statistics
     classifier = config.classifier.pretrained if "classifier" in config.extractors else None
     return Published(
         None if pretrained is None else Source(pretrained, sha256_json(pretrained)),
-        {space: Source("", sha256_json(network.sha256 or network.weights)) for space, network in weights.items()},
+        {space: source for space, source in sources.items() if space in config.extractors},
         None if statistics is None else Source(statistics, sha256_json(statistics)),
         {name: Initial(text, sha256_json(text)) for name in config.models if (text := config.train_of(name).init_from)},
         {} if classifier is None else {"classifier": Kept(Source(classifier, sha256_json(classifier)), classifier)},
+        {space: sources[space] for space in config.token_spaces()},
     )
 
 

@@ -44,7 +44,8 @@ class TrainOptions:
     align: str | None = None
     align_block: int | None = None
     align_target_block: int | None = None
-    align_distance: str = "smooth_l1"
+    align_features: tuple[int, int] = (16, 768)
+    align_distance: str | None = None
     align_weight: float | None = None
     precision: str = "fp32"
     residual_dtype: str = "fp32"

@@ -26,7 +26,8 @@ class LatentBatch:
     """One rank's share of global batch `step`.
 
     posterior float32 [n, 2, C, h, h] (mean, std; of the mirror image if `mirror`), labels int64 [n], mirror bool [n],
-    indices int64 [n]: rows of the latent shards, or -1 for streamed samples, which have `keys` instead.
+    indices int64 [n]: rows of the latent shards, or -1 for streamed samples, which have `keys` instead. tokens float16
+    [n, T, K] of the same sides, if they are read.
     """
 
     step: int
@@ -35,6 +36,7 @@ class LatentBatch:
     posterior: Tensor
     labels: Tensor
     keys: tuple[str, ...] = ()
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

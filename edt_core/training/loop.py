@@ -12,6 +12,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import torch
+
 from edt_core.data.holdout import Holdout
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
@@ -23,6 +25,7 @@ from edt_core.models import ModelConfig
 from edt_core.precision import use_precision
 from edt_core.training.align.alignment import Alignment, alignment_of
 from edt_core.training.align.settings import align_settings
+from edt_core.training.align.tokens import TokenTable
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
@@ -52,6 +55,7 @@ def train(
     context: TrainContext,
     initial: ReadInitial | None = None,
     holdout: Holdout | None = None,
+    tokens: TokenTable | None = None,
 ) -> TrainState:
     """Train to the last step, resuming from the context's newest checkpoint, and save checkpoints on the way.
 
@@ -60,6 +64,7 @@ def train(
 
     The rows of `holdout`, of a mapped data set, are not trained on. Every `validate_every` steps and at the end, the
     loss of the averaged weights on some of them is measured, and again for the score of each regular checkpoint.
+    `tokens` of all rows are needed for `train.align: features`.
 
     The loss is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
     importance. After a step whose loss or gradient is not finite, the training rolls back to its newest checkpoint and
@@ -74,7 +79,7 @@ def train(
         validation = HeldOutLoss(config, model_config, dataset, holdout, context.ranks)
         dataset = dataset.part(holdout.training_rows(len(dataset)))
     trainer = _begin(config, model_config, dataset, context, initial)
-    trainer.validation = validation
+    trainer.validation, trainer.tokens = validation, tokens
     try:
         _run_to_the_end(trainer, initial)
     except BaseException:
@@ -180,6 +185,9 @@ def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:
     with closing(source) as batches:
         for batch in islice(batches, max(last - first, 0)):
             require_finite(batch)
+            if trainer.tokens is not None:
+                rows = trainer.tokens.gather(batch.indices, batch.mirror)
+                batch = replace(batch, tokens=torch.from_numpy(rows))
             draws = draw_step(config, batch.step, trainer.state.model.config, trainer.share)
             yield batch, draws.pinned(device)
 

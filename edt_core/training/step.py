@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Inputs of a step on the device: latents float32 [N, C, h, h], labels and timesteps int64 [N], weights [N]."""
+    """Inputs of a step on the device: latents float32 [N, C, h, h], labels and timesteps int64 [N], weights [N].
+
+    `tokens` are those that hidden states are aligned with, float16 [N, T, K], None without them.
+    """
 
     latents: Tensor
     labels: Tensor
     timesteps: Tensor
     weights: Tensor
     draws: StepDraws
+    tokens: Tensor | None = None
 
     def rows(self, places: slice) -> StepInputs:
         return StepInputs(
@@ -42,6 +46,7 @@ class StepInputs:
             self.timesteps[places],
             self.weights[places],
             self.draws.rows(places),
+            None if self.tokens is None else self.tokens[places],
         )
 
 
@@ -76,7 +81,8 @@ def step_losses(
             output = model(x_t, t, y, masks)
         else:
             output, projected = model(x_t, t, y, masks, rows)
-            samples = AlignedSamples(inputs.latents, inputs.timesteps, noise[:rows], y[:rows], draws.shift)
+            alike = noise[:rows], y[:rows], draws.shift, inputs.tokens
+            samples = AlignedSamples(inputs.latents, inputs.timesteps, *alike)
             align = alignment.term(schedule, projected, samples)
     losses = objective.losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
     terms = losses.terms if align is None else with_align(losses.terms, align)

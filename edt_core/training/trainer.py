@@ -28,6 +28,7 @@ from edt_core.data.streaming import LatentStream
 from edt_core.data.subsets import share
 from edt_core.diffusion import Schedule
 from edt_core.training.align.alignment import Alignment, loss_terms
+from edt_core.training.align.tokens import TokenTable
 from edt_core.training.context import TrainContext
 from edt_core.training.draws import StepDraws, to_device
 from edt_core.training.history import named_losses
@@ -129,6 +130,7 @@ class Trainer:
     schedule: Schedule
     meter: Meter
     alignment: Alignment | None = None
+    tokens: TokenTable | None = None  # what `train.align: features` aligns with
     validation: HeldOutLoss | None = None
     unchecked: Launched | None = None
     untried: bool = False  # the model's parts will be compiled by their first call, at the next step
@@ -249,6 +251,7 @@ class Trainer:
             timesteps=to_device(torch.from_numpy(timesteps.steps[mine]), device),
             weights=to_device(torch.from_numpy(timesteps.weights[mine]), device),
             draws=draws,
+            tokens=None if batch.tokens is None else to_device(batch.tokens, device),
         )
         return inputs, timesteps
 
@@ -259,7 +262,7 @@ class Trainer:
         numbers = torch.cat([rows.flatten(), norm.reshape(1)])
         finite = numbers.isfinite().all() if self.masked else None
         on_host, arrived = _to_host(numbers)
-        without_latents = replace(batch, posterior=batch.posterior.new_empty(0))
+        without_latents = replace(batch, posterior=batch.posterior.new_empty(0), tokens=None)
         return Launched(without_latents, timesteps, on_host, len(rows), arrived, finite)
 
     def _signal(self) -> Signal:

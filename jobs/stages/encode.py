@@ -15,14 +15,16 @@ from edt_core.cpu_units import whole_units
 from edt_core.data.prefetch import in_batches
 from edt_core.data.shards import ImageSample, read_image_shard
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors import TOKEN_SPACES
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.store.cache import local_copy
 from edt_core.store.folder import sha256_file
-from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD
+from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD, LATENT_TOKENS
 from jobs.runtime.cluster import require, use_threads
 from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.pool import pooled
+from jobs.stages import extractors
 from jobs.stages.autoencoder import FOLDER, IMAGE_SHARDS, stored_scale
 from jobs.stages.reuse.latents import GPU_TOLERANCE, Batch, ShardImages, earlier_latents, merged_rows
 from jobs.stages.reuse.siblings import (
@@ -62,6 +64,7 @@ class Encoder:
         self.location = source.directory(FOLDER)
         self.device = device or device_name(config.num_gpus_per_worker)
         self.model: Any = load_autoencoder(self.location, self.device).to(use_precision(config.precision))
+        self.tokens = extractors.load_tokens(inputs, self.device)
         size, factor = self.images.counts["image_size"], source.counts["downsample_factor"]
         self.info = LatentInfo(
             autoencoder=f"{source.counts['source']}@{source.manifest.digest}",
@@ -100,6 +103,7 @@ class Encoder:
         latents = LatentShard(local_copy(self.out.data, name))
         if self.config.write_webdataset and not self.out.recover(twin):
             self.out.write(twin, lambda path: write_latent_tar(path, latents))
+        tokens = self._tokens(shard, source)
         if len(latents) != source.rows:
             raise UserError(
                 f"{source.path} contains {len(latents)} images, but its manifest says {source.rows}; "
@@ -112,7 +116,25 @@ class Encoder:
             **_sums(latents),
             "labels": np.bincount(latents.labels, minlength=self.images.counts["classes"]),
             "error": self._precision_error(source) if shard == 0 else None,
+            "tokens": tokens,
         }
+
+    def _tokens(self, shard: int, source: FileEntry) -> list[int] | None:
+        """Write the tokens of a shard's images, if asked for, and return their number and width."""
+        from edt_core.training.align.tokens import write_tokens
+
+        if self.tokens is None:
+            return None
+        network, name, rows = self.tokens, LATENT_TOKENS.format(shard), source.rows or 0
+
+        def write_to(path: Path) -> int:
+            with ThreadPoolExecutor(self.config.num_decode_threads) as pool:
+                batches = (pixels for _, pixels in self._decoded(source, pool, None))
+                return write_tokens(path, batches, rows, network)
+
+        if not self.out.recover(name):
+            self.out.write(name, write_to)
+        return list(np.load(local_copy(self.out.data, name), mmap_mode="r", allow_pickle=False).shape[2:])
 
     def _rows(self, shard: int, source: FileEntry) -> Iterator[Batch]:
         """All rows of a shard in order, batch by batch: encoded, or taken from earlier latents."""
@@ -195,7 +217,8 @@ def encode(
     """Encode image shards into latent shards: the autoencoder's posterior of each image and its mirror image.
 
     Makes one latent shard for each shard of `inputs["images"]`, with `inputs["autoencoder"]`.
-    The counts contain mean and standard deviation by channel of the raw latents, posterior variance included.
+    The counts contain mean and standard deviation by channel of the raw latents, posterior variance included. With a
+    feature network of `TOKEN_SPACES` among the inputs, the tokens of each image and its mirror image are written too.
     Raises UserError if the image size does not fit the autoencoder, or a shard does not match its manifest.
     """
     images, source = inputs["images"], inputs["autoencoder"]
@@ -241,6 +264,7 @@ def encode(
         "channel_mean": mean.tolist(),
         "channel_std": _deviation(mean, square).tolist(),
         **({"precision_error": error} if error else {}),
+        **({"tokens": parts[0]["tokens"]} if parts[0]["tokens"] else {}),
         **({REUSED: reused} if reused else {}),
         DEVICE: kind_of_devices(parts[k]["device"] for k in shards),
     }
@@ -280,5 +304,6 @@ STAGE = Stage(
     EncodeConfig,
     encode,
     roles=("images", "autoencoder"),
+    optional=TOKEN_SPACES,
     examples=("./images ./latents --autoencoder stabilityai/sd-vae-ft-ema --num-gpus-per-worker 1 --precision bf16",),
 )

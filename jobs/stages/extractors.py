@@ -1,11 +1,11 @@
 """Feature networks as inputs of a job: location and digest of their weights, and loading them on a worker."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edt_core.errors import UserError
-from edt_core.evaluation.extractors import EXTRACTORS
+from edt_core.evaluation.extractors import EXTRACTORS, TOKEN_SPACES, extractor_spec
 from edt_core.files.place_names import typed_path
 from edt_core.store.artifact import Artifact, Source
 from jobs.stages import classifier
@@ -43,12 +43,36 @@ def load(space: str, item: Artifact | Source, device: str) -> Any:
     return UnitExtractor(extractor) if device == "cpu" else extractor
 
 
+def load_tokens(inputs: Inputs, device: str) -> Callable[[Any], Any] | None:
+    """The network among the inputs whose patches' tokens are stored, from pixels to float32 [n, T, K]; None for none.
+
+    On a CPU the tokens of an image do not depend on the images beside it. Raises UserError as `load`.
+    """
+    from edt_core.cpu_units import UnitExtractor
+
+    for space in TOKEN_SPACES:
+        item = inputs.get(space)
+        if isinstance(item, Source):
+            load = extractor_spec(space).load_tokens
+            assert load is not None
+            network = load(_checked_weights(space, item), device)
+            extract = UnitExtractor(network) if device == "cpu" else network
+            return lambda pixels: extract(pixels)["tokens"]
+    return None
+
+
 def _loaded(space: str, item: Artifact | Source, device: str) -> Any:
     from edt_core.evaluation.extractors import load_extractor
-    from edt_core.evaluation.extractors.weights import published_weights
 
     if isinstance(item, Artifact):
         return load_extractor(space, item.directory(classifier.FOLDER), device)
+    return load_extractor(space, _checked_weights(space, item), device)
+
+
+def _checked_weights(space: str, item: Source) -> str:
+    """The place of published weights on this node, whose content is that of the run's start."""
+    from edt_core.evaluation.extractors.weights import published_weights
+
     is_file = len(item.fingerprint) == 64 and not Path(item.location).is_dir()
     stated = item.fingerprint if is_file else None
     path, digest = published_weights(space, _local_location(item.location), stated)
@@ -57,7 +81,7 @@ def _loaded(space: str, item: Artifact | Source, device: str) -> Any:
             f"the weights at {item.location} have sha256 {digest[:12]} on this node, but {item.fingerprint[:12]} where "
             "the run was started; use the same weights on all nodes"
         )
-    return load_extractor(space, path, device)
+    return path
 
 
 def spaces_of(inputs: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ The loop is `edt_core.training.loop.train`; this file provides its ranks, its ch
 """
 
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,13 +13,21 @@ from typing import Any
 from edt_core.config import TrainConfig
 from edt_core.data.holdout import Holdout
 from edt_core.errors import Stopped, UserError
+from edt_core.evaluation.extractors import TOKEN_SPACES, extractor_spec
 from edt_core.files.small_files import read_text
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.store.cache import local_directory
 from edt_core.store.digests import damaged
 from edt_core.store.folder import Folder
-from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, LATENT_SHARD, LATENT_TAR_SHARD, TRAIN_STATE
+from edt_core.store.layout import (
+    CHECKPOINTS,
+    HISTORY_NAME,
+    LATENT_SHARD,
+    LATENT_TAR_SHARD,
+    LATENT_TOKENS,
+    TRAIN_STATE,
+)
 from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
 from jobs.runtime.devices import check_gpu_of_cluster
 from jobs.runtime.pool import MAX_RETRIES
@@ -39,6 +48,7 @@ from jobs.stages.train_start import (
 
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
 LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
+_TOKENS = LATENT_TOKENS.replace("{:05d}", "*")
 _RAY_RUN = ".ray-train"  # Ray Train's own folder inside the attempt; removed before the commit
 
 
@@ -192,6 +202,26 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     objective_of(config.objective).schedule(config.num_timesteps)
     attention_forms(config)
     align_settings(config, model_config)
+    _check_tokens(config, latents)
+
+
+def _check_tokens(config: TrainConfig, latents: Artifact) -> None:
+    """Raise UserError unless the latents have the tokens that the training aligns with."""
+    if config.align != "features":
+        return
+    side, width = config.align_features
+    if (shape := latents.counts.get("tokens")) is None:
+        options = " or ".join(extractor_spec(space).option for space in TOKEN_SPACES)
+        raise UserError(
+            f"train.align is features, but {latents.folder.uri} has no tokens of a feature network; encode again with "
+            f"{options}, or set another train.align"
+        )
+    if shape != [side**2, width]:
+        raise UserError(
+            f"train.align_features is [{side}, {width}], so an image has {side**2} tokens of width {width}, but "
+            f"{latents.folder.uri} has {shape[0]} of width {shape[1]}; set train.align_features to "
+            f"[{math.isqrt(shape[0])}, {shape[1]}]"
+        )
 
 
 def _store_untrained(config: TrainConfig, model_config: Any, store: Any, initial: Any) -> None:
@@ -301,7 +331,8 @@ def _worker(job: Mapping[str, Any]) -> None:
         initial = partial(read_initial, out) if "init" in inputs else None
         if holdout is not None and context.ranks.rank == 0:
             write_class_counts(out, latents, holdout, inputs["model_config"].num_classes)
-        train_loop(config, inputs["model_config"], latents, context, initial, holdout)
+        tokens = _open_tokens(config, inputs["latents"], progress)
+        train_loop(config, inputs["model_config"], latents, context, initial, holdout, tokens)
     except (Stopped, NotFiniteError) as error:  # on every rank at the same step
         write_verdict(out, error)
     except UserError as error:  # on this rank, while others may wait for it
@@ -332,6 +363,16 @@ def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> 
     shards = tuple(TarShard(latents.data, e.path, e.rows or 0, e.sha256) for e in _tars(latents))
     shape, scale = tuple(latents.counts["latent_shape"]), LatentScale.of(latents.counts)
     return LatentStream(shards, shape, scale, config.shuffle_buffer)
+
+
+def _open_tokens(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
+    """The tokens beside the latents, memory-mapped after their digests were compared; None if they are not needed."""
+    from edt_core.training.align.tokens import TokenTable
+
+    if config.align != "features":
+        return None
+    latents.verify_once(_TOKENS, progress)
+    return TokenTable(latents.paths(_TOKENS))
 
 
 def _tars(latents: Artifact) -> list[FileEntry]:

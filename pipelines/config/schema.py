@@ -26,7 +26,7 @@ from edt_core.config import (
 from edt_core.diffusion import with_objective
 from edt_core.errors import UserError
 from edt_core.evaluation.config import AlongConfig, EvaluateConfig
-from edt_core.evaluation.extractors import INCEPTION
+from edt_core.evaluation.extractors import INCEPTION, TOKEN_SPACES
 from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.files.place_names import check_store_name
 from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks
@@ -287,6 +287,11 @@ class PipelineConfig(_WithNetworks):
             latent_channels=self.autoencoder.latent_channels,
         )
         return with_objective(config, train.objective)
+
+    def token_spaces(self) -> tuple[str, ...]:
+        """The feature networks whose tokens some training aligns with; the encoding stores them."""
+        aligned = any(self.train_of(name).align == "features" for name in self.models)
+        return TOKEN_SPACES if aligned else ()
 
     def network(self, space: str) -> ExtractorConfig:
         """The section of a published feature network."""

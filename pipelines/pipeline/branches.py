@@ -44,7 +44,7 @@ def call_steps(
     step, published = steps.step, published or Published()
     images = step("preprocess", preprocess.STAGE, config.preprocess, source=source)
     vae = _call_autoencoder(steps, config, images, published)
-    latents = step("encode", encode.STAGE, config.encode, images=images, autoencoder=vae)
+    latents = step("encode", encode.STAGE, config.encode, images=images, autoencoder=vae, **published.tokens)
     feature_networks: dict[str, StepFuture | Source] = {**published.extractors}
     shared = {"images": images, "autoencoder": vae, "latents": latents}
     if "classifier" in config.extractors:

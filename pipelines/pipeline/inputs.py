@@ -44,6 +44,7 @@ class Published:
     statistics: Source | None = None
     initial: Mapping[str, Initial] = field(default_factory=dict)  # by model
     kept: Mapping[str, Kept] = field(default_factory=dict)  # networks of registered versions, by role
+    tokens: Mapping[str, Source] = field(default_factory=dict)  # networks whose tokens are stored beside the latents
 
     @classmethod
     def of(
@@ -53,14 +54,17 @@ class Published:
 
         Networks of registered versions are kept if their artifacts are in `store`. `classes`: those of the images.
         """
-        spaces = {space: config.network(space) for space in PUBLISHED_SPACES if space in config.extractors}
+        used = {*config.extractors, *config.token_spaces()}
+        networks = {space: config.network(space) for space in PUBLISHED_SPACES if space in used}
+        sources = {space: extractor_source(space, s.weights, s.sha256, tracking_uri) for space, s in networks.items()}
         statistics = config.reference_statistics
         return cls(
             autoencoder.published_source(config.autoencoder, tracking_uri),
-            {space: extractor_source(space, s.weights, s.sha256, tracking_uri) for space, s in spaces.items()},
+            {space: source for space, source in sources.items() if space in config.extractors},
             None if statistics is None else reference.statistics_source(statistics),
             {name: start for name in config.models if (start := _initial(config, name, tracking_uri)) is not None},
             {} if store is None else kept_networks(config, tracking_uri, store, classes),
+            {space: sources[space] for space in config.token_spaces()},
         )
 
 

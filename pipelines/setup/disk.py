@@ -27,12 +27,19 @@ def disk_needs(config: PipelineConfig, images: int, classes: int) -> dict[str, i
     pictures = (samples if limit == "all" else min(int(limit), samples)) * 3 * pixels
     return {
         "images": int(images * (pixels * _BYTES_PER_PIXEL[config.preprocess.image_format] + _TAR_BYTES)),
-        "latents": copies * images * 4 * 4 * latent,  # mean and std of image and mirror image, float32
+        # Mean and std of image and mirror image, float32; their tokens, float16.
+        "latents": images * (copies * 4 * 4 * latent + 2 * 2 * _tokens(config)),
         "autoencoder": _PUBLISHED_AUTOENCODER if config.autoencoder.pretrained else 0,
         "checkpoints": sum(_checkpoints(config, name, images, classes) for name in config.models),
         "samples": sets * config.sample.repeats * (samples * 4 * floats + pictures),
         "reference": min(config.reference.keep_features, images) * 4 * floats,
     }
+
+
+def _tokens(config: PipelineConfig) -> int:
+    """Numbers in the tokens of an image that are stored for `train.align: features`."""
+    shapes = [config.train_of(name).align_features for name in config.models]
+    return max(side**2 * width for side, width in shapes) if config.token_spaces() else 0
 
 
 def _floats(config: PipelineConfig, space: str, classes: int) -> int:

@@ -72,7 +72,7 @@ def _optional_packages(config: PipelineConfig, tracking_uri: str | None) -> Iter
                 yield from ((name, extra) for name in names)
     if config.preprocess.decoder == "simplejpeg":
         yield "simplejpeg", "simplejpeg"
-    for spec in map(extractor_spec, config.extractors):
+    for spec in map(extractor_spec, dict.fromkeys([*config.extractors, *config.token_spaces()])):
         if spec.package and spec.extra:
             yield spec.package, spec.extra
 

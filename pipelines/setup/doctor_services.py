@@ -104,7 +104,8 @@ def _in_cache(hub_id: str) -> str:
 def features(setup: Setup) -> Result:
     """The feature networks: their weights exist, match their digest and load."""
     config = setup.config
-    sources = [_weights(space, config.network(space)) for space in config.extractors if space in PUBLISHED_SPACES]
+    used = dict.fromkeys([*config.extractors, *config.token_spaces()])
+    sources = [_weights(space, config.network(space)) for space in used if space in PUBLISHED_SPACES]
     sources += ["a classifier fitted on the images"] if "classifier" in config.extractors else []
     if config.reference_statistics is not None:
         from jobs.stages.reference import statistics_source

@@ -264,6 +264,21 @@ def test_the_target_of_the_autoencoder_is_the_clean_latents(name: str) -> None:
         assert off.tolist() == pytest.approx([3.0 * 0.975] * 3, rel=1e-5)  # |1| - beta / 2
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_the_target_of_a_feature_network_is_its_tokens(name: str) -> None:
+    """16 x 16 tokens of width 6, averaged to the grid of the hidden states."""
+    config, state, settings = state_of(name, align="features", align_block=2, align_features=(16, 6))
+    alignment = alignment_of(config, settings, state, CPU)
+    assert alignment is not None
+    assert settings.head_widths == (settings.hidden.width, 2048, 2048, 6)
+    rng, grid = np.random.RandomState(0), settings.hidden.grid
+    tokens, projected = normal(rng, 3, 256, 6).half(), normal(rng, 3, grid**2, 6)
+    samples = replace(samples_of(shift=None), tokens=tokens)
+    expected = 0.5 * DISTANCES["cosine"](projected, averaged(tokens.float(), grid))
+    assert torch.equal(alignment.term(SCHEDULE, projected, samples), expected)
+    assert alignment.networks == []
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", TINY)
 def test_the_averaged_model_sees_the_same_samples_with_less_noise(name: str, precision: str) -> None:
@@ -339,6 +354,8 @@ def test_weights_are_the_published_ones() -> None:
     assert settings_of("DiT-S/2", align="autoencoder").weight == 1.0
     assert settings_of("DiT-S/2", align="autoencoder", align_distance="cosine").weight == 0.5
     assert settings_of("DiT-S/2", align="self", align_weight=0.0).weight == 0.0
+    repa = settings_of("DiT-XL/2", align="features")
+    assert (repa.weight, repa.distance, repa.block, repa.head_widths) == (0.5, "cosine", 8, (1152, 2048, 2048, 768))
 
 
 def test_an_hourglass_is_compared_on_the_coarser_grid() -> None:
@@ -355,12 +372,21 @@ def test_an_hourglass_is_compared_on_the_coarser_grid() -> None:
         ({"align_block": 2}, "align_block is set, but align is not"),
         ({"align_weight": 0.0}, "align_weight is set, but align is not"),
         ({"align": "autoencoder", "align_target_block": 2}, "leave it out"),
+        ({"align": "features", "align_target_block": 2}, "leave it out"),
+        ({"align": "features", "reader": "webdataset", "holdout": 0.0}, "set reader=arrow"),
+        ({"align": "features", "align_features": (0, 768)}, "at least 1"),
         ({"align": "self", "init_optimizer": "keep"}, "set init_optimizer=fresh"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields: Mapping[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TrainConfig(**fields)
+
+
+def test_grids_that_do_not_divide_each_other_are_refused() -> None:
+    config = TrainConfig(model="DiT-S/2", masked_loss=False, align="features", align_features=(15, 8))
+    with pytest.raises(UserError, match="15 x 15 tokens and that block of DiT-S/2 has 16 x 16; one must divide"):
+        align_settings(config, model_config("DiT-S/2", 256))
 
 
 @pytest.mark.parametrize("field", ["align_block", "align_target_block"])

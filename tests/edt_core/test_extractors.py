@@ -18,13 +18,14 @@ import pytest
 import torch
 
 from edt_core.errors import UserError
-from edt_core.evaluation.extractors import load_extractor
+from edt_core.evaluation.extractors import PUBLISHED_SPACES, TOKEN_SPACES, extractor_spec, load_extractor
 from edt_core.evaluation.extractors.classifier import Classifier, classify
-from edt_core.evaluation.extractors.dinov2 import Dinov2, resized_positions, to_dinov2_range
+from edt_core.evaluation.extractors.dinov2 import Dinov2, PatchTokens, resized_positions, to_dinov2_range
 from edt_core.evaluation.extractors.pixels import check_pixels, exact_fp32
 from edt_core.evaluation.extractors.weights import load_tensors, published_weights
 from edt_core.store.manifest import sha256_json
 from tests.support.models import clip_folder as made_clip
+from tests.support.models import dinov2_folder as made_dinov2
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = b"weights" * 1000
@@ -257,18 +258,8 @@ def test_other_pixels_are_refused(shape: tuple[int, ...], dtype: type, message: 
 @pytest.fixture(scope="module")
 def dinov2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small DINOv2 with random weights and positions of 37 x 37 patches, as the published ones have."""
-    transformers = pytest.importorskip("transformers", reason="transformers, the extra [dinov2], is not installed")
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.Dinov2Model(config)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-    folder = tmp_path_factory.mktemp("dinov2")
-    model.save_pretrained(folder)
-    return folder
+    pytest.importorskip("transformers", reason="transformers, the extra [dinov2], is not installed")
+    return made_dinov2(tmp_path_factory.mktemp("dinov2"))
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +333,31 @@ def test_dinov2_is_the_class_token_of_the_authors_network(dinov2_folder: Path) -
         expected = model(pixel_values=images).last_hidden_state[:, 0].numpy()
     np.testing.assert_allclose(found["features"], expected, rtol=1e-5, atol=1e-5)
     assert abs(plain - expected).max() > 1e-3  # transformers' own resize is another
+
+
+def test_tokens_of_patches_are_those_of_repa(dinov2_folder: Path) -> None:
+    """Its steps, one by one: levels in 0..1, standardised, resized without antialiasing; positions with it."""
+    from transformers import Dinov2Model
+
+    pixels = random_pixels(side=256)
+    found = PatchTokens.load(dinov2_folder)(pixels)["tokens"]
+    model = Dinov2Model.from_pretrained(dinov2_folder).eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = ((torch.from_numpy(pixels) / 255.0 - mean) / std).permute(0, 3, 1, 2)
+    images = torch.nn.functional.interpolate(images, 224, mode="bicubic")
+    positions = model.embeddings.position_embeddings.detach()
+    grid = positions[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, (16, 16), mode="bicubic", antialias=True)
+    resized = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    with torch.inference_mode():
+        model.embeddings.position_embeddings = torch.nn.Parameter(resized)
+        expected = model(pixel_values=images).last_hidden_state[:, 1:].numpy()
+    assert found.shape == (3, 256, 32)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    of_class = load_extractor("dinov2", dinov2_folder)
+    assert set(of_class(pixels)) == {"features"}
+    assert extractor_spec("dinov2").load_tokens is not None
+    assert [space for space in PUBLISHED_SPACES if extractor_spec(space).load_tokens] == list(TOKEN_SPACES)
 
 
 def test_positions_are_scaled_by_a_tenth_more() -> None:

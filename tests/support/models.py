@@ -121,3 +121,19 @@ def clip_folder(folder: Path, whole: bool = False, **preprocessor: Any) -> Path:
     if preprocessor:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
+
+
+def dinov2_folder(folder: Path, width: int = 32) -> Path:
+    """A small DINOv2 with random weights and positions of 37 x 37 patches, as transformers saves it."""
+    import transformers
+
+    config = transformers.Dinov2Config(
+        hidden_size=width, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Dinov2Model(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return folder

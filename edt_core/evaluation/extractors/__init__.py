@@ -14,6 +14,7 @@ from edt_core.evaluation.extractors.spec import FEATURE_METRICS, Extractor, Extr
 FITTED_SPACES = ("classifier",)  # of networks that a step of the pipeline fits
 PUBLISHED_SPACES = ("inception", "dinov2", "clip")  # of networks with published weights
 EXTRACTORS = (*FITTED_SPACES, *PUBLISHED_SPACES)  # feature spaces; also the names of the networks as inputs
+TOKEN_SPACES = ("dinov2",)  # of published networks whose patches' tokens are targets of `train.align: features`
 INCEPTION = "inception"  # its metrics have the usual names (fid, kid), and ADM's published statistics are in its space
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FITTED_SPACES",
     "INCEPTION",
     "PUBLISHED_SPACES",
+    "TOKEN_SPACES",
     "Extractor",
     "ExtractorSpec",
     "extractor_spec",

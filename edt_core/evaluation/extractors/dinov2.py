@@ -72,12 +72,50 @@ class Dinov2:
             return on_host({"features": tokens[:, 0]})
 
 
+class PatchTokens:
+    """The tokens of patches after the last layer norm, of images at 224 x 224 pixels, as REPA's code computes them.
+
+    Unlike for the class token of FD-DINOv2, images are resized without antialiasing after they are standardised, and
+    position embeddings to the grid exactly, with antialiasing (github.com/sihyun-yu/REPA, train.py and utils.py).
+    """
+
+    def __init__(self, model: Any, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        embeddings = model.embeddings
+        grid = SIDE // model.config.patch_size
+        embeddings.position_embeddings = nn.Parameter(exact_positions(embeddings.position_embeddings.detach(), grid))
+        self.model = model.to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, location: str | Path, device: torch.device | str = "cpu") -> "PatchTokens":
+        """As `Dinov2.load`."""
+        return cls(load_pretrained(SPEC, location, "Dinov2Model", ("dinov2",)), device)
+
+    def __call__(self, pixels: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
+        """uint8 [N, S, S, 3] -> tokens [N, G², D], row by row; G is 16 and D is 768 for DINOv2 base."""
+        images = standardised(images_on(self.device, pixels).float(), MEAN, STD)
+        with exact_fp32(self.device):
+            resized = F.interpolate(images, (SIDE, SIDE), mode="bicubic")
+            return on_host({"tokens": self.model(pixel_values=resized).last_hidden_state[:, 1:]})
+
+
+def exact_positions(positions: Tensor, grid: int) -> Tensor:
+    """Position embeddings [1, 1 + grid², D] from [1, 1 + G², D], resized to the grid exactly, with antialiasing."""
+    side = round((positions.shape[1] - 1) ** 0.5)
+    if side == grid:
+        return positions
+    patches = positions[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=True)
+    return torch.cat([positions[:, :1].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
 SPEC = ExtractorSpec(
     name="dinov2",
     title="DINOv2",
     help="DINOv2 for fd_dinov2: a transformers folder or hub id, or MLflow URI",
     suggestion="--dinov2-weights",
     load=Dinov2.load,
+    load_tokens=PatchTokens.load,
     source="the weights of DINOv2 (facebook/dinov2-large of the Hugging Face hub, the model of "
     "github.com/facebookresearch/dinov2, with config.json and model.safetensors); put its folder where this machine "
     "can read it, or use its hub id if this machine can reach the hub",

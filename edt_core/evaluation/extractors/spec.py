@@ -44,6 +44,8 @@ class ExtractorSpec:
     dimensions, spatial_dimensions: D of the features and of the spatial ones; None if it depends on the weights.
     dimension_field: the entry of the folder's config.json with D, if it depends on the weights.
     values_per_sample: values stored for each sample, with the usual weights; None if the configuration determines it.
+    load_tokens: load the network for its patches' tokens, "tokens" float32 [N, T, K] of uint8 [N, S, S, 3]; None if its
+    tokens are no targets of a training.
     metrics: names of the metrics of its space.
     always_recorded: whether reports record its section of the configuration even if it is empty. True for the networks
     of the first version only: others would change the fingerprints of existing reports without them.
@@ -62,6 +64,7 @@ class ExtractorSpec:
     spatial_dimensions: int | None = None
     dimension_field: str | None = None
     values_per_sample: int | None = None
+    load_tokens: "Callable[[str | Path, Any], Callable[[Any], dict[str, NDArray[np.float32]]]] | None" = None
     metrics: tuple[str, ...] = FEATURE_METRICS
     always_recorded: bool = False
 

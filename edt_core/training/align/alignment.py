@@ -38,7 +38,7 @@ ALIGN = "align"  # the name of the term
 class AlignedSamples:
     """Samples of a full pass: latents and noise [N, C, s, s], timesteps and (dropped) labels [N], and `shift` [N].
 
-    `shift` is that of `StepDraws`.
+    `shift` is that of `StepDraws`; `tokens` are those of a feature network, [N, T, K].
     """
 
     latents: Tensor
@@ -46,6 +46,7 @@ class AlignedSamples:
     noise: Tensor
     labels: Tensor
     shift: Tensor | None
+    tokens: Tensor | None = None
 
 
 class Target(ABC):
@@ -67,6 +68,15 @@ class LatentTarget(Target):
     def tokens(self, schedule: Schedule, samples: AlignedSamples) -> Tensor:
         """The patches of the latents, [N, T, patch² · C]."""
         return image_to_patches(samples.latents, self._grid, self._patch_size)
+
+
+class FeatureTarget(Target):
+    """The tokens of a feature network for the image, as the encoding stored them (REPA, arXiv 2410.06940)."""
+
+    def tokens(self, schedule: Schedule, samples: AlignedSamples) -> Tensor:
+        """The stored tokens, [N, T, K]."""
+        assert samples.tokens is not None, "read for this target"
+        return samples.tokens
 
 
 class SelfTarget(Target):
@@ -126,9 +136,9 @@ def alignment_of(
     """The alignment of a training with these settings; None without them."""
     if settings is None:
         return None
-    if settings.target_block is None:
-        return Alignment(settings, LatentTarget(state.model.config))
-    return Alignment(settings, SelfTarget(config, state, settings.target_block, device))
+    if settings.target_block is not None:
+        return Alignment(settings, SelfTarget(config, state, settings.target_block, device))
+    return Alignment(settings, FeatureTarget() if settings.kind == "features" else LatentTarget(state.model.config))
 
 
 def loss_terms(config: TrainConfig) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 # Published for 28 blocks: of DiT-XL in SRA, and of SiT-XL in REPA and SRA (whose target is block 20 of SiT-XL).
 _PUBLISHED = {28: (8, 16)}
-_SMOOTH_L1_WEIGHTS = {"autoencoder": 1.0, "self": 0.2}
+_SMOOTH_L1_WEIGHTS = {"autoencoder": 1.0, "self": 0.2, "features": 0.5}
 _COSINE_WEIGHT = 0.5
+_REPA_LAYERS = (2048, 2048)  # between the hidden states and the features, in REPA's code
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,16 @@ class TokenShape:
 class AlignSettings:
     """The hidden states after the first `block` blocks, and what they are aligned with.
 
-    `target_block` is the number of blocks of the EMA model before the target, None for the clean latents.
+    `target_block` is the number of blocks of the EMA model before the target, None for another target. `layers` are the
+    widths between the hidden states and the target in the head.
     """
 
+    kind: str
     block: int
     target_block: int | None
     hidden: TokenShape
     target: TokenShape
+    layers: tuple[int, ...]
     distance: str
     weight: float
 
@@ -47,9 +51,8 @@ class AlignSettings:
 
     @property
     def head_widths(self) -> tuple[int, ...]:
-        """Widths of the head's layers, from the hidden states to the target: those of SRA's head."""
-        width, target = self.hidden.width, self.target.width
-        return width, width + target, target
+        """Widths of the head's layers, from the hidden states to the target."""
+        return self.hidden.width, *self.layers, self.target.width
 
 
 def align_settings(config: TrainConfig, model_config: ModelConfig) -> AlignSettings | None:
@@ -63,16 +66,36 @@ def align_settings(config: TrainConfig, model_config: ModelConfig) -> AlignSetti
     _check("align_block", block, model_config)
     if target_block is not None:
         _check("align_target_block", target_block, model_config)
-    patches = TokenShape(model_config.grid, model_config.patch_size**2 * model_config.in_channels)
-    usual = _SMOOTH_L1_WEIGHTS[config.align] if config.align_distance == "smooth_l1" else _COSINE_WEIGHT
+    hidden, of_features = shapes[block - 1], config.align == "features"
+    if target_block is not None:
+        target = shapes[target_block - 1]
+    elif of_features:
+        target = _of_features(config, hidden, model_config)
+    else:
+        target = TokenShape(model_config.grid, model_config.patch_size**2 * model_config.in_channels)
+    distance = config.align_distance or ("cosine" if of_features else "smooth_l1")
+    usual = _SMOOTH_L1_WEIGHTS[config.align] if distance == "smooth_l1" else _COSINE_WEIGHT
     return AlignSettings(
+        kind=config.align,
         block=block,
         target_block=target_block,
-        hidden=shapes[block - 1],
-        target=patches if target_block is None else shapes[target_block - 1],
-        distance=config.align_distance,
+        hidden=hidden,
+        target=target,
+        layers=_REPA_LAYERS if of_features else (hidden.width + target.width,),  # as in SRA's code
+        distance=distance,
         weight=usual if config.align_weight is None else config.align_weight,
     )
+
+
+def _of_features(config: TrainConfig, hidden: TokenShape, model_config: ModelConfig) -> TokenShape:
+    target = TokenShape(*config.align_features)
+    if max(target.grid, hidden.grid) % min(target.grid, hidden.grid):
+        raise UserError(
+            f"the target of train.align has {target.grid} x {target.grid} tokens and that block of {model_config.name} "
+            f"has {hidden.grid} x {hidden.grid}; one must divide the other: set train.align_block to a block with "
+            "another grid, or use images of another size"
+        )
+    return target
 
 
 def _thirds(blocks: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Values are not computed. Autocast and the backward pass need a build for CUDA; g
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +21,20 @@ from edt_core.data.scale import LatentScale
 from edt_core.diffusion import noise, objective_of, with_objective
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.sampling.sampler import LatentSampler
+from edt_core.training.align.alignment import alignment_of
+from edt_core.training.align.settings import align_settings
 from edt_core.training.draws import draw_step
 from edt_core.training.ema import EMA
 from edt_core.training.optim import clip_gradients, gradient_norm, make_optimizer
 from edt_core.training.optimizers.muon import hidden_matrices
+from edt_core.training.state import initial_state
 from edt_core.training.step import StepInputs, sampled_latents, step_losses
 from tests.support.autoencoders import deep_autoencoder, shifted_autoencoder
 from tests.support.fake_cuda import CUDA, Event, fake_cuda, on_cuda, waits
 from tests.support.models import TINY, shallow_config
 
 BATCH, LABELS = 4, [1, 2, 0]
+CPU = torch.device("cpu")
 
 
 def model_on_cuda(config: ModelConfig) -> DiffusionTransformer:
@@ -211,3 +216,21 @@ def test_other_autoencoders_encode_and_decode(
             decoded = decode_to_pixels(model, torch.zeros(2, *shape, device="cuda"))
     assert rows.shape == (2, 2, 2, *shape)
     assert decoded.shape == pixels.shape
+
+
+@pytest.mark.parametrize("align", ["autoencoder", "self", "features"])
+def test_an_aligned_step_is_on_the_gpu_and_waits_for_nothing(align: str) -> None:
+    """The averaged model and the head included."""
+    shape = shallow_config("EDT-Tiny/2")
+    config = TrainConfig(global_batch_size=BATCH, align=align, align_features=(4, 5))
+    objective, settings = objective_of(config.objective), align_settings(config, shape)
+    state = initial_state(config, shape)
+    alignment, schedule = alignment_of(config, settings, state, CPU), objective.schedule(config.num_timesteps)
+    assert alignment is not None
+    with fake_cuda() as mode:
+        for network in (state.network, *alignment.networks):
+            on_cuda(network)
+        inputs = replace(inputs_on_cuda(config, shape), tokens=torch.ones(BATCH, 16, 5).half().to(CUDA))
+        with waits(mode):
+            losses = step_losses(state.network, config, schedule, inputs, shape.num_classes, alignment)
+        assert (losses["align"].device, losses["align"].shape) == (CUDA, (2, BATCH))

@@ -272,16 +272,23 @@ class TrainConfig(Section):
         True,
         description="add the masked loss to the full loss; false for the paper's EDT*, and for models without masks",
     )
-    timestep_sampler: Literal["loss-second-moment", "uniform"] = Field(
+    timestep_sampler: Literal["loss-second-moment", "uniform", "logit-normal"] = Field(
         "loss-second-moment",
-        description="timesteps in proportion to the second moment of their losses, or uniformly",
+        description="timesteps in proportion to the second moment of their losses, uniformly, or logit-normal(0, 1): "
+        "the middle more often than the ends (arXiv 2403.03206)",
+    )
+    time_shift: float = added(
+        1.0,
+        gt=0,
+        description="with objective flow: shift s of the noise's share, s n / (1 + (s - 1) n); above 1 for more noise, "
+        "as for latents of many numbers",
     )
     num_timesteps: int = Field(
         1000, gt=20, description="timesteps of the noise schedule; its last beta, 20 / num_timesteps, must be below 1"
     )
     min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weight of the squared error; null for none")
     objective: str = added(
-        "epsilon", description="what the model learns to predict: epsilon (the noise) or v_prediction"
+        "epsilon", description="what the model learns to predict: epsilon (the noise), v_prediction, or flow"
     )
     latent_norm: bool = added(
         False,
@@ -549,10 +556,18 @@ class TrainConfig(Section):
 class ChainConfig(Section):
     """How to sample from a model: part of the protocol of every metric, and recorded with a registered model."""
 
-    sampler: Literal["ancestral", "ddim", "dpmsolver++", "unipc"] = Field(
-        "ancestral", description="ancestral sampling as in the paper, DDIM, or a diffusers solver that needs few steps"
+    sampler: Literal["ancestral", "ddim", "dpmsolver++", "unipc", "euler", "heun", "sde"] = Field(
+        "ancestral",
+        description="ancestral sampling as in the paper, DDIM, or a diffusers solver that needs few steps; of flow "
+        "matching euler, heun or sde",
     )
     num_sampling_steps: int = Field(250, ge=2, description="sampling steps, respaced from the timesteps of training")
+    time_shift: float = added(
+        1.0, gt=0, description="of flow matching: shift of the steps as in train.time_shift; above 1 for more noise"
+    )
+    sde_diffusion: Literal["sigma", "sbdm"] = added(
+        "sigma", description="with sampler sde: diffusion coefficient 1 - t (sigma) or (1 - t) / t (sbdm)"
+    )
     cfg_scale: float = Field(
         1.0, ge=1, description="guidance scale: 1 for no guidance; with a guide, the extrapolation away from it"
     )
@@ -563,7 +578,9 @@ class ChainConfig(Section):
     )
     guidance_channels: int | None = Field(3, ge=1, description="number of leading channels to guide; null for all")
     guidance_interval: tuple[float, float] | None = Field(
-        None, description="training timesteps [from, to) with guidance; null for all"
+        None,
+        description="training timesteps [from, to) with guidance; of flow matching, times from 0 (noise) to 1 (data); "
+        "null for all",
     )
     amm_blocks: tuple[int, ...] | Literal["paper", "model"] = Field(
         (),
@@ -584,7 +601,8 @@ class ChainConfig(Section):
     def _interval_has_a_length(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and not 0 <= value[0] < value[1]:
             raise ValueError(
-                f"guidance_interval is {list(value)}; it must be [from, to) with 0 <= from < to, in timesteps"
+                f"guidance_interval is {list(value)}; it must be [from, to) with 0 <= from < to, in timesteps, or "
+                "in times from 0 to 1 of flow matching"
             )
         return value
 

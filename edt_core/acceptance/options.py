@@ -37,6 +37,7 @@ class TrainOptions:
     mirror_prob: float = 0.5
     masked_loss: bool = True
     timestep_sampler: str = "loss-second-moment"
+    time_shift: float = 1.0
     num_timesteps: int = 1000
     min_snr_gamma: float | None = 5.0
     objective: str = "epsilon"
@@ -86,6 +87,8 @@ class ChainOptions:
 
     sampler: str = "ancestral"
     num_sampling_steps: int = 250
+    time_shift: float = 1.0
+    sde_diffusion: str = "sigma"
     cfg_scale: float = 1.0
     cfg_power: float | None = None
     guidance_channels: int | None = 3

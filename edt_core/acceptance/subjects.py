@@ -166,11 +166,12 @@ def latent_dataset(folder: Path, model: ModelConfig, rows: int) -> LatentDataset
 def step_inputs(config: TrainConfig, model: ModelConfig, device: torch.device) -> StepInputs:
     """Random latents, labels and draws of one step of the global batch, on the device."""
     draws = draw_step(config, 0, model)
+    times = objective_of(config.objective).times("uniform", config.num_timesteps)
     rng = torch.Generator().manual_seed(config.seed)
     return StepInputs(
         latents=torch.randn(draws.posterior_noise.shape, generator=rng).to(device),
         labels=(torch.arange(config.global_batch_size) % model.num_classes).to(device),
-        timesteps=(draws.uniforms * config.num_timesteps).long().to(device),
+        timesteps=torch.from_numpy(times.draw(draws.uniforms.numpy()).timesteps).to(device),
         weights=torch.ones(config.global_batch_size, device=device),
         draws=draws.to(device),
     )

@@ -1,10 +1,18 @@
 """Diffusion: the linear schedule, objectives, samplers."""
 
+from edt_core.diffusion.chain import Chain, SwitchedModel
 from edt_core.diffusion.guidance import guided
 from edt_core.diffusion.noise import SampleNoise, sample_noise
 from edt_core.diffusion.objective import Losses, Objective
-from edt_core.diffusion.objectives import OBJECTIVES, objective_of, objective_of_model, objective_words, with_objective
-from edt_core.diffusion.sampling import SwitchedModel, sample, sampling_schedule
+from edt_core.diffusion.objectives import (
+    OBJECTIVES,
+    check_training,
+    objective_of,
+    objective_of_model,
+    objective_words,
+    with_objective,
+)
+from edt_core.diffusion.sampling import sample, sampling_schedule
 from edt_core.diffusion.schedule import Schedule, linear_schedule, respace
 from edt_core.diffusion.timesteps import (
     LossSecondMomentSampler,
@@ -15,6 +23,7 @@ from edt_core.diffusion.timesteps import (
 
 __all__ = [
     "OBJECTIVES",
+    "Chain",
     "LossSecondMomentSampler",
     "Losses",
     "Objective",
@@ -24,6 +33,7 @@ __all__ = [
     "TimestepDraw",
     "TimestepSampler",
     "UniformSampler",
+    "check_training",
     "guided",
     "linear_schedule",
     "objective_of",

@@ -6,14 +6,18 @@ Shapes: x_start, noise, x_t [N, C, H, W]; model_output [N, 2C, H, W]; t int64 [N
 
 import math
 from abc import abstractmethod
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from edt_core.diffusion import equations
-from edt_core.diffusion.objective import Losses, Objective, Prediction
+from edt_core.diffusion.chain import Chain, ModelFn, NoiseFn, ProgressFn, SwitchedModel
+from edt_core.diffusion.objective import Losses, Prediction, ScheduledObjective, SdeDiffusion, check_no_shift
+from edt_core.diffusion.sampling import METHODS, SamplingMethod, sample, sampling_schedule
 from edt_core.diffusion.schedule import Coefficients, Schedule
+from edt_core.errors import UserError
 
 MIN_SNR_GAMMA = 5.0
 
@@ -23,8 +27,8 @@ def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> T
     return equations.diffuse(x_start.float(), noise.float(), schedule.gather(t, x_start.ndim))
 
 
-class GaussianObjective(Objective):
-    """The base of all objectives on a noise schedule; a subclass defines its value, and the weight of its error.
+class GaussianObjective(ScheduledObjective):
+    """The base of all objectives of Gaussian diffusion; a subclass defines its value, and the weight of its error.
 
     The terms of the loss, whose sum is a hybrid objective as in Nichol & Dhariwal 2021, eq. 16:
     mse: mean squared error of the value times the min-SNR weight.
@@ -33,6 +37,8 @@ class GaussianObjective(Objective):
 
     outputs: ClassVar[int] = 2
     terms: ClassVar[tuple[str, ...]] = ("mse", "vb")
+    samplers: ClassVar[tuple[str, ...]] = METHODS
+    preview_sampler: ClassVar[str] = "ddim"
 
     @abstractmethod
     def target(self, x_start: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
@@ -45,13 +51,14 @@ class GaussianObjective(Objective):
         Easy timesteps with little noise count less. snr: [N].
         """
 
-    def noised(self, schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def noised(self, schedule: Schedule | None, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `q_sample`."""
+        assert schedule is not None  # that of `schedule`
         return q_sample(schedule, x_start, t, noise)
 
     def losses(
         self,
-        schedule: Schedule,
+        schedule: Schedule | None,
         model_output: Tensor,
         x_start: Tensor,
         x_t: Tensor,
@@ -72,6 +79,7 @@ class GaussianObjective(Objective):
                 f"x_start {tuple(x_start.shape)}, x_t {tuple(x_t.shape)} and noise {tuple(noise.shape)} must "
                 "have the same shape. Draw one noise tensor like x_start and compute x_t from it with q_sample."
             )
+        assert schedule is not None  # that of `schedule`
         prediction = self.split(model_output, x_start.shape[1])
         x_start, x_t, noise = x_start.float(), x_t.float(), noise.float()
         c = schedule.gather(t, x_start.ndim)
@@ -91,6 +99,28 @@ class GaussianObjective(Objective):
         assert prediction.variance is not None  # `split` sets it
         return equations.learned_range_log_variance(prediction.variance, c)
 
+    def chain(
+        self,
+        num_timesteps: int,
+        sampler: str,
+        num_steps: int,
+        *,
+        time_shift: float = 1.0,
+        sde_diffusion: SdeDiffusion = "sigma",
+    ) -> Chain:
+        """A sampler that visits `num_steps` of the timesteps, see `sample`."""
+        self.check_sampler(sampler)
+        check_no_shift(self.name, time_shift)
+        if sde_diffusion != "sigma":
+            raise UserError(
+                f"sde_diffusion is {sde_diffusion!r}, but only the sampler sde of flow matching has one; leave it out"
+            )
+        method = cast(SamplingMethod, sampler)  # one of METHODS
+        schedule = sampling_schedule(self.schedule(num_timesteps), num_steps, method)
+        steps = schedule.num_timesteps
+        noises = steps - 1 if method == "ancestral" else 0  # the last step needs none
+        return Chain(steps, noises, partial(_run, self, schedule, method))
+
     def _bound_term(self, prediction: Prediction, x_start: Tensor, x_t: Tensor, t: Tensor, c: Coefficients) -> Tensor:
         """L_t of the variational bound in bits per dimension, [N] (Ho 2020, eq. 5; eq. 13 at t = 0)."""
         true_mean = equations.posterior_mean(x_start, x_t, c)
@@ -100,6 +130,18 @@ class GaussianObjective(Objective):
         nll = equations.decoder_nll(x_start, mean, log_variance)
         at_data = (t == 0).reshape(-1, *(1,) * (x_start.ndim - 1))
         return torch.where(at_data, nll, kl).flatten(1).mean(1) / math.log(2.0)
+
+
+def _run(
+    objective: GaussianObjective,
+    schedule: Schedule,
+    method: SamplingMethod,
+    model_fn: ModelFn | SwitchedModel,
+    initial: Tensor,
+    noise: NoiseFn | None,
+    progress: ProgressFn | None,
+) -> Tensor:
+    return sample(model_fn, initial, schedule, method, objective=objective, noise=noise, progress=progress)
 
 
 class Epsilon(GaussianObjective):

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from edt_core.diffusion.sampling import ModelFn, SwitchedModel
+from edt_core.diffusion.chain import ModelFn, SwitchedModel
 from edt_core.errors import UserError
 
-ClassModel = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N], y [N]) -> [N, 2C, H, W]
+# (x [N, C, H, W], t [N], y [N]) -> the model's output [N, outputs * C, H, W]
+ClassModel = Callable[[Tensor, Tensor, Tensor], Tensor]
+Progress = Callable[[Tensor], Tensor]  # t [N] -> the share of the way from noise to data [N]
 
 
 def guided(
@@ -26,7 +28,7 @@ def guided(
     *,
     interval: tuple[float, float] | None = None,
     guide: ClassModel | None = None,
-    growth: tuple[float, int] | None = None,
+    growth: tuple[float, Progress] | None = None,
 ) -> ModelFn | SwitchedModel:
     """The model bound to labels y, int64 [N], and guided away from its prediction without a label.
 
@@ -39,9 +41,9 @@ def guided(
     the model is called with y alone.
     `guide`: a weaker model of the same latents and classes, whose eps_guide replaces eps_null (Karras 2024, eq. 2).
     Both models get y, and no null label is used.
-    `interval`: guide only at the timesteps of training in [from, to); at others the model is called with y alone,
-    at half the cost. The result is then a SwitchedModel, for `sample`.
-    `growth`: (power, num_timesteps) of a scale that grows along the chain, see `power_cosine_scale`.
+    `interval`: guide only at times in [from, to), timesteps of training or the time of a flow; at others the model is
+    called with y alone, at half the cost. The result is then a SwitchedModel, for a chain.
+    `growth`: (power, progress) of a scale that grows along the chain, see `power_cosine_scale`.
     Raises UserError for fewer than one channel and an empty interval, and, when called, for more channels than the
     latents have.
     """
@@ -65,20 +67,24 @@ def guided(
             )
         conditional, other = pair(x, t)
         base = other[:, :count]
-        scale = cfg_scale if growth is None else power_cosine_scale(cfg_scale, t, *growth).view(-1, 1, 1, 1)
+        scale = cfg_scale if growth is None else _grown(cfg_scale, t, *growth)
         eps = base + scale * (conditional[:, :count] - base)
         return torch.cat([eps, conditional[:, count:]], dim=1)
 
     return push if interval is None else SwitchedModel(push, plain, interval)
 
 
-def power_cosine_scale(cfg_scale: float, t: Tensor, power: float, num_timesteps: int) -> Tensor:
-    """Guidance scales [N] that grow from 1 at pure noise to cfg_scale at the image, for timesteps t [N] of training.
+def power_cosine_scale(cfg_scale: float, progress: Tensor, power: float) -> Tensor:
+    """Guidance scales [N] that grow from 1 at pure noise (progress 0) to cfg_scale at the image (1).
 
-    1 + (cfg_scale - 1) (1 - cos(π (1 - t / num_timesteps)^power)) / 2 (MDT, arXiv 2303.14389, power-cosine).
+    1 + (cfg_scale - 1) (1 - cos(π progress^power)) / 2, with progress [N] = 1 - t / num_timesteps in MDT (arXiv
+    2303.14389, power-cosine).
     """
-    progress = (1 - t.float() / num_timesteps) ** power
-    return 1 + (cfg_scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
+    return 1 + (cfg_scale - 1) * (1 - torch.cos(math.pi * progress**power)) / 2
+
+
+def _grown(cfg_scale: float, t: Tensor, power: float, progress: Progress) -> Tensor:
+    return power_cosine_scale(cfg_scale, progress(t), power).view(-1, 1, 1, 1)
 
 
 _Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, t) -> the predictions to guide towards and away from

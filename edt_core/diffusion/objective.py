@@ -4,7 +4,8 @@ An objective noises data, draws times, computes the loss of a model's output in 
 sampling. Training, samplers, previews and diffusers' schedulers get all of this from the objective. Objectives are
 registered in `edt_core.diffusion.objectives`.
 
-Shapes: x_start, noise, x_t [N, C, H, W]; model_output [N, outputs * C, H, W]; t int64 [N], indices of the schedule.
+Shapes: x_start, noise, x_t [N, C, H, W]; model_output [N, outputs * C, H, W]; t [N], times in the objective's own form:
+int64 indices of a noise schedule, or float32 numbers in [0, 1] of a continuous one.
 """
 
 from abc import ABC, abstractmethod
@@ -12,14 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from edt_core.diffusion.chain import Chain
 from edt_core.diffusion.schedule import Coefficients, Schedule, linear_schedule
-from edt_core.diffusion.timesteps import LossSecondMomentSampler, TimestepSampler, UniformSampler
+from edt_core.diffusion.timesteps import (
+    LogitNormalSampler,
+    LossSecondMomentSampler,
+    TimestepSampler,
+    UniformSampler,
+)
+from edt_core.errors import UserError
 
-TimestepChoice = Literal["loss-second-moment", "uniform"]
+TimestepChoice = Literal["loss-second-moment", "uniform", "logit-normal"]
+SdeDiffusion = Literal["sigma", "sbdm"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +70,12 @@ class Objective(ABC):
     words: its names, in lower case, in the training options of other code: values of an option such as
         `prediction_type`, or names of an option that is true. Those of epsilon are in `edt_core.models`.
     outputs: number of tensors of the latents' shape in the model's output, concatenated along the channels.
-    terms: names of the terms of its loss.
+    terms: names of the terms of its loss; the first one is the squared error.
+    continuous: whether its times are numbers in [0, 1], and not indices of a noise schedule.
+    samplers: names of its samplers; the first one is the default.
+    preview_sampler: the one of previews: deterministic, and good in few steps.
+    train_defaults: fields of `train` whose defaults differ from those of the schema.
+    released_chain: fields of the sampling configuration for released models of this objective.
     """
 
     name: ClassVar[str]
@@ -68,28 +84,56 @@ class Objective(ABC):
     words: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[int]
     terms: ClassVar[tuple[str, ...]]
+    continuous: ClassVar[bool]
+    samplers: ClassVar[tuple[str, ...]]
+    preview_sampler: ClassVar[str]
+    train_defaults: ClassVar[Mapping[str, Any]] = {}
+    released_chain: ClassVar[Mapping[str, Any]] = {}
 
-    def schedule(self, num_timesteps: int) -> Schedule:
-        """The noise schedule of the training. Raises UserError for too few timesteps."""
-        return linear_schedule(num_timesteps)
-
-    def times(self, choice: TimestepChoice, num_timesteps: int) -> TimestepSampler:
-        """The sampler of a training's timesteps."""
-        sampler = LossSecondMomentSampler if choice == "loss-second-moment" else UniformSampler
-        return sampler(num_timesteps)
+    # Times
 
     def cleaner(self, schedule: Schedule, t: Tensor, share: Tensor) -> Tensor:
         """Times with less noise than `t` [N], by `share` [N] of the whole chain, but not beyond its cleanest time."""
         return (t - (share * schedule.num_timesteps).long()).clamp(min=0)
 
     @abstractmethod
-    def noised(self, schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The model's input in training: the data noised to timestep t, float32 [N, C, H, W]."""
+    def schedule(self, num_timesteps: int) -> Schedule | None:
+        """The noise schedule of the training; None if there is none. Raises UserError for too few timesteps."""
+
+    @abstractmethod
+    def times(self, choice: TimestepChoice, num_timesteps: int, shift: float = 1.0) -> TimestepSampler:
+        """The sampler of a training's times. Raises UserError for a choice or a shift that the objective lacks."""
+
+    @abstractmethod
+    def end_of_time(self, num_timesteps: int) -> float:
+        """The upper bound of the times, which begin at 0."""
+
+    @abstractmethod
+    def measured_times(self, count: int, num_timesteps: int) -> NDArray[Any]:
+        """The middles of `count` equal parts of the times, [count], from the least noise."""
+
+    @abstractmethod
+    def parts(self, times: NDArray[Any], count: int, num_timesteps: int) -> NDArray[np.int64]:
+        """The part of each of the times [B], int64 [B], of `count` equal ones, from the least noise."""
+
+    @abstractmethod
+    def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
+        """The share of the way from noise to data at times t [N], float32 [N]."""
+
+    # Training
+
+    @abstractmethod
+    def check_training(self, min_snr_gamma: float | None) -> None:
+        """Raise UserError for a weight of the loss that the objective lacks."""
+
+    @abstractmethod
+    def noised(self, schedule: Schedule | None, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The model's input in training: the data noised to time t, float32 [N, C, H, W]."""
 
     @abstractmethod
     def losses(
         self,
-        schedule: Schedule,
+        schedule: Schedule | None,
         model_output: Tensor,
         x_start: Tensor,
         x_t: Tensor,
@@ -108,6 +152,80 @@ class Objective(ABC):
     def split(self, model_output: Tensor, num_channels: int) -> Prediction:
         """A model's output, split into its parts. Raises ValueError for a wrong number of channels."""
 
+    # Sampling
+
+    @abstractmethod
+    def chain(
+        self,
+        num_timesteps: int,
+        sampler: str,
+        num_steps: int,
+        *,
+        time_shift: float = 1.0,
+        sde_diffusion: SdeDiffusion = "sigma",
+    ) -> Chain:
+        """A sampler with `num_steps` steps. Raises UserError for one that the objective lacks, and invalid settings."""
+
+    @abstractmethod
+    def max_steps(self, num_timesteps: int) -> int | None:
+        """The most steps of a chain; None for any number."""
+
+    def calls(self, sampler: str, num_steps: int) -> int:
+        """How often a chain without guidance calls the model."""
+        return num_steps
+
+    def check_sampler(self, sampler: str) -> None:
+        """Raise UserError for a sampler of another objective."""
+        if sampler not in self.samplers:
+            raise UserError(
+                f"sampler is {sampler!r}, but a model of the objective {self.name!r} is sampled by one of "
+                f"{', '.join(self.samplers)}; set sampler to one of these"
+            )
+
+
+class ScheduledObjective(Objective):
+    """An objective on a noise schedule: its prediction at a timestep determines x_0 and the noise.
+
+    Its times are timesteps, indices of the schedule from the least noise.
+    """
+
+    continuous = False
+
+    def schedule(self, num_timesteps: int) -> Schedule:
+        """The linear schedule. Raises UserError for too few timesteps."""
+        return linear_schedule(num_timesteps)
+
+    def times(self, choice: TimestepChoice, num_timesteps: int, shift: float = 1.0) -> TimestepSampler:
+        """The sampler of a training's timesteps. Raises UserError for a shift."""
+        check_no_shift(self.name, shift)
+        if choice == "loss-second-moment":
+            return LossSecondMomentSampler(num_timesteps)
+        return LogitNormalSampler(num_timesteps) if choice == "logit-normal" else UniformSampler(num_timesteps)
+
+    def end_of_time(self, num_timesteps: int) -> float:
+        """The number of timesteps."""
+        return num_timesteps
+
+    def measured_times(self, count: int, num_timesteps: int) -> NDArray[Any]:
+        """The middles of equal parts of the timesteps, rounded down, int64 [count]."""
+        return (2 * np.arange(count) + 1) * num_timesteps // (2 * count)
+
+    def parts(self, times: NDArray[Any], count: int, num_timesteps: int) -> NDArray[np.int64]:
+        """The part of each timestep."""
+        part: NDArray[np.int64] = times * count // num_timesteps
+        return part
+
+    def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
+        """1 - t / num_timesteps."""
+        return 1 - t.float() / num_timesteps
+
+    def check_training(self, min_snr_gamma: float | None) -> None:
+        """Every weight is possible."""
+
+    def max_steps(self, num_timesteps: int) -> int | None:
+        """All timesteps."""
+        return num_timesteps
+
     @abstractmethod
     def x_start(self, prediction: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """The x_0 that a predicted value [N, C, H, W] implies."""
@@ -119,3 +237,12 @@ class Objective(ABC):
     @abstractmethod
     def log_variance(self, prediction: Prediction, c: Coefficients) -> Tensor:
         """The log variance of p(x_{t-1} | x_t), for the ancestral chain."""
+
+
+def check_no_shift(name: str, time_shift: float) -> None:
+    """Raise UserError for a shift of the times of an objective on a noise schedule."""
+    if time_shift != 1.0:
+        raise UserError(
+            f"time_shift is {time_shift:g}, but the objective {name!r} has a noise schedule, whose timesteps are not "
+            "shifted; set time_shift to 1"
+        )

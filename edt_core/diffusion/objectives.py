@@ -1,12 +1,16 @@
 """The registered objectives by name, and the objective of a model."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from edt_core.diffusion.gaussian import Epsilon
 from edt_core.diffusion.objective import Objective
 from edt_core.diffusion.v_prediction import VPrediction
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (Epsilon(), VPrediction())}
 
@@ -33,6 +37,14 @@ def objective_of_model(config: ModelConfig) -> Objective:
 def objective_words() -> dict[str, str]:
     """The words for objectives in training options of other code: word -> name of the objective."""
     return {word: objective.name for objective in OBJECTIVES.values() for word in objective.words}
+
+
+def check_training(config: "TrainConfig") -> None:
+    """Raise UserError for a training recipe that its objective does not support."""
+    objective = objective_of(config.objective)
+    objective.schedule(config.num_timesteps)
+    objective.times(config.timestep_sampler, config.num_timesteps, config.time_shift)
+    objective.check_training(config.min_snr_gamma)
 
 
 def with_objective(config: ModelConfig, name: str) -> ModelConfig:

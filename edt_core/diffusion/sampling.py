@@ -7,41 +7,23 @@ References: Ho et al. 2020 (arXiv 2006.11239), Song et al. 2021 (DDIM, arXiv 201
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from edt_core.diffusion import equations
-from edt_core.diffusion.objective import Objective, Prediction
+from edt_core.diffusion.chain import ModelFn, NoiseFn, SwitchedModel, model_at
+from edt_core.diffusion.objective import Objective, Prediction, ScheduledObjective
 from edt_core.diffusion.schedule import Schedule, respace
 from edt_core.diffusion.solvers import SolverName, multistep
 from edt_core.errors import UserError
 
-ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t int64 [N]) -> the model's output for its objective
-NoiseFn = Callable[[int], Tensor]  # step -> standard normal noise [N, C, H, W]
 SamplingMethod = Literal["ancestral", "ddim"] | SolverName
 METHODS: tuple[str, ...] = ("ancestral", "ddim", *get_args(SolverName))
 
 # (index of the schedule, x_t, prediction, noise or None) -> x_{t-1}
 _Step = Callable[[int, Tensor, Prediction, Tensor | None], Tensor]
-
-
-@dataclass(frozen=True)
-class SwitchedModel:
-    """One model function for the timesteps of training in interval [from, to), another one for all others.
-
-    `sample` selects it by the timestep as a Python number: reading it from the device would make the host wait.
-    """
-
-    inside: ModelFn
-    outside: ModelFn
-    interval: tuple[float, float]
-
-    def at(self, timestep: float) -> ModelFn:
-        """The model function of a timestep."""
-        return self.inside if self.interval[0] <= timestep < self.interval[1] else self.outside
 
 
 def sampling_schedule(schedule: Schedule, num_sampling_steps: int, method: SamplingMethod = "ancestral") -> Schedule:
@@ -76,9 +58,15 @@ def sample(
     noise only if `eta` (0: deterministic, 1: as random as the ancestral chain) is above 0, the solvers never.
     progress(done, total) is called after each step.
     The predicted x_0 is not clipped: latents have no fixed range.
-    Raises UserError for an unknown method, an eta outside 0..1 or without DDIM, and missing noise.
+    Raises UserError for an unknown method, an eta outside 0..1 or without DDIM, missing noise, and an objective that
+    has no noise schedule.
     """
     _check_method(method, noise, eta)
+    if not isinstance(objective, ScheduledObjective):
+        raise UserError(
+            f"method {method!r} needs a noise schedule, and a model of the objective {objective.name!r} has none. "
+            f"Choose one of {', '.join(objective.samplers)}."
+        )
     x = initial.float()
     total = schedule.num_timesteps
     step_fn = _step_of(objective, schedule, method, eta)
@@ -86,9 +74,8 @@ def sample(
     for step in range(total):
         index = total - 1 - step
         timestep = int(schedule.timestep_map[index])
-        model_at = model_fn.at(timestep) if isinstance(model_fn, SwitchedModel) else model_fn
         t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
-        prediction = objective.split(model_at(x, t), x.shape[1])
+        prediction = objective.split(model_at(model_fn, timestep)(x, t), x.shape[1])
         step_noise = noise(step).to(x) if noise is not None and random and index > 0 else None
         x = step_fn(index, x, prediction, step_noise)
         if progress is not None:
@@ -96,7 +83,7 @@ def sample(
     return x
 
 
-def _step_of(objective: Objective, schedule: Schedule, method: SamplingMethod, eta: float) -> _Step:
+def _step_of(objective: ScheduledObjective, schedule: Schedule, method: SamplingMethod, eta: float) -> _Step:
     """The step of a method. A solver's step is for one chain only, since it remembers earlier steps."""
     if method == "ancestral":
         return lambda index, x, prediction, noise: ancestral_step(objective, schedule, index, x, prediction, noise)
@@ -107,7 +94,12 @@ def _step_of(objective: Objective, schedule: Schedule, method: SamplingMethod, e
 
 
 def ancestral_step(
-    objective: Objective, schedule: Schedule, index: int, x_t: Tensor, prediction: Prediction, noise: Tensor | None
+    objective: ScheduledObjective,
+    schedule: Schedule,
+    index: int,
+    x_t: Tensor,
+    prediction: Prediction,
+    noise: Tensor | None,
 ) -> Tensor:
     """A draw of p(x_{t-1} | x_t) with the model's variance (Ho 2020, algorithm 2); the mean if `noise` is None."""
     c = schedule.at(index)
@@ -118,7 +110,7 @@ def ancestral_step(
 
 
 def ddim_step(
-    objective: Objective,
+    objective: ScheduledObjective,
     schedule: Schedule,
     index: int,
     x_t: Tensor,

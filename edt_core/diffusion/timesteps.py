@@ -6,10 +6,11 @@ global batch do not depend on the number of workers, draw for the global batch, 
 Shapes: T timesteps, B samples of the global batch, H remembered losses per timestep.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
@@ -17,9 +18,12 @@ IntArray = NDArray[np.int64]
 
 
 class TimestepDraw(NamedTuple):
-    """timesteps: int64 [B]. weights: float32 [B], the factor on each sample's loss; its expectation is 1."""
+    """timesteps: int64 [B], or float32 [B] in [0, 1] on continuous time. weights: float32 [B].
 
-    timesteps: IntArray
+    A weight is the factor on a sample's loss; its expectation is 1.
+    """
+
+    timesteps: NDArray[Any]
     weights: NDArray[np.float32]
 
 
@@ -45,17 +49,30 @@ def draw_timesteps(weights: FloatArray, uniforms: ArrayLike) -> TimestepDraw:
 
     The importance weight of timestep t is 1 / (T p_t). Raises ValueError for uniforms outside [0, 1).
     """
+    u = checked_uniforms(uniforms)
+    cumulative = np.cumsum(weights)
+    cumulative /= cumulative[-1]
+    timesteps = np.searchsorted(cumulative, u, side="right")
+    importance = np.mean(weights) / weights[timesteps]
+    return TimestepDraw(timesteps.astype(np.int64), importance.astype(np.float32))
+
+
+def checked_uniforms(uniforms: ArrayLike) -> FloatArray:
+    """Uniforms as float64 [B]. Raises ValueError if they are outside [0, 1)."""
     u = np.asarray(uniforms, dtype=np.float64)
     if u.ndim != 1 or not np.all((u >= 0.0) & (u < 1.0)):
         raise ValueError(
             f"uniforms of shape {u.shape} must be one number per sample in [0, 1). Draw them with "
             "numpy.random.Generator.random(global_batch_size)."
         )
-    cumulative = np.cumsum(weights)
-    cumulative /= cumulative[-1]
-    timesteps = np.searchsorted(cumulative, u, side="right")
-    importance = np.mean(weights) / weights[timesteps]
-    return TimestepDraw(timesteps.astype(np.int64), importance.astype(np.float32))
+    return u
+
+
+def logit_normal(uniforms: ArrayLike) -> FloatArray:
+    """Logit-normal(0, 1) numbers float64 [B] in [0, 1), by inversion of uniforms [B] (arXiv 2403.03206)."""
+    normal = torch.special.ndtri(torch.from_numpy(checked_uniforms(uniforms)))
+    numbers: FloatArray = torch.sigmoid(normal).numpy()
+    return numbers
 
 
 class UniformSampler:
@@ -88,6 +105,46 @@ class UniformSampler:
                 f"the saved timestep sampler has state {sorted(state)}, but the uniform sampler has none. Resume "
                 "with the sampler of the original run."
             )
+
+
+class LogitNormalSampler(UniformSampler):
+    """Draws timesteps near the middle of the chain more often than those at its ends: logit-normal(0, 1).
+
+    All weights are 1, so the loss counts the middle more: the draw is a weighting of the loss (arXiv 2403.03206,
+    section 3.1), and not only a choice of samples. It has no state.
+    """
+
+    def draw(self, uniforms: ArrayLike) -> TimestepDraw:
+        """Timesteps and weights for uniforms [B] in [0, 1)."""
+        timesteps = np.floor(logit_normal(uniforms) * self.num_timesteps).astype(np.int64)
+        return TimestepDraw(np.minimum(timesteps, self.num_timesteps - 1), np.ones(len(timesteps), np.float32))
+
+
+def shifted(times: FloatArray, shift: float) -> FloatArray:
+    """Times t in [0, 1] of a flow, 1 the data, shifted towards noise: n' = s n / (1 + (s - 1) n) with n = 1 - t.
+
+    That is the shift of SD3 (arXiv 2403.03206) and RAE (arXiv 2510.11690), whose time is the share n of the
+    noise. A shift of 1 changes nothing, not a bit.
+    """
+    return times if shift == 1.0 else times / (shift - (shift - 1.0) * times)
+
+
+class ContinuousSampler(UniformSampler):
+    """Draws times in [0, 1] of a flow; all weights are 1. It has no state.
+
+    `curve` maps uniforms to times, by default each to itself; `shift` is applied to the result.
+    """
+
+    def __init__(
+        self, curve: Callable[[ArrayLike], FloatArray] | None, shift: Callable[[FloatArray], FloatArray]
+    ) -> None:
+        self._curve = checked_uniforms if curve is None else curve
+        self._shift = shift
+
+    def draw(self, uniforms: ArrayLike) -> TimestepDraw:
+        """Times float32 [B] and weights for uniforms [B] in [0, 1)."""
+        times = self._shift(self._curve(uniforms)).astype(np.float32)
+        return TimestepDraw(times, np.ones(len(times), np.float32))
 
 
 class LossSecondMomentSampler:

@@ -75,7 +75,8 @@ class DiffusionTransformer(nn.Module, ABC):
 
         Args:
             x: noised latents [N, C, h, h], scaled to about unit variance.
-            t: timesteps [N], whole or fractional, on the scale of the training's `num_timesteps`.
+            t: times [N], whole or fractional, on the scale of the objective: timesteps of the training's
+                `num_timesteps`, or 0 to 1 for flow matching.
             y: labels [N], int64 in 0..num_classes, where num_classes is the null class.
             masks: masks of `draw_masks` for the last rows of the batch; the other rows are not masked. None: no masks.
 

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.diffusion import SampleNoise, guided, objective_of_model, sample, sampling_schedule
+from edt_core.diffusion import SampleNoise, guided, objective_of_model
+from edt_core.diffusion.chain import ModelFn, SwitchedModel
 from edt_core.diffusion.guidance import ClassModel
-from edt_core.diffusion.sampling import ModelFn, SwitchedModel
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, paper_amm_blocks
 from edt_core.models.weight_memo import constant_weights
@@ -68,13 +68,19 @@ class LatentSampler:
         self.model, self.guide, self.chain = model, guide, chain
         self.network: ClassModel = model if network is None else network
         self._device = device
-        _check_guidance(chain, model.config, num_timesteps)
-        self.growth = None if chain.cfg_power is None else (chain.cfg_power, num_timesteps)
+        self.objective = objective_of_model(model.config)
+        _check_guidance(chain, model.config, self.objective.end_of_time(num_timesteps))
+        progress = partial(self.objective.progress, num_timesteps=num_timesteps)
+        self.growth = None if chain.cfg_power is None else (chain.cfg_power, progress)
         if guide is not None:
             _check_guide(chain, model, guide)
-        self.objective = objective_of_model(model.config)
-        full = self.objective.schedule(num_timesteps)
-        self.schedule = sampling_schedule(full, chain.num_sampling_steps, chain.sampler)
+        self.steps = self.objective.chain(
+            num_timesteps,
+            chain.sampler,
+            chain.num_sampling_steps,
+            time_shift=chain.time_shift,
+            sde_diffusion=chain.sde_diffusion,
+        )
         self.amm_blocks = resolved_amm_blocks(chain, model.built_config)
         self._set_modes()
 
@@ -138,11 +144,10 @@ class LatentSampler:
         initial = noise.initial()
         if solver is not None:
             return solver(model_fn, initial, progress)
-        draw = partial(sample, model_fn, initial, self.schedule, objective=self.objective, progress=progress)
-        if chain.sampler != "ancestral":
-            return draw(chain.sampler)
-        with noise.ahead(self.schedule.num_timesteps - 1) as step_noise:  # the last step needs none
-            return draw(noise=step_noise)
+        if not self.steps.noises:
+            return self.steps.run(model_fn, initial, None, progress)
+        with noise.ahead(self.steps.noises) as step_noise:
+            return self.steps.run(model_fn, initial, step_noise, progress)
 
     def _in_precision(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
         """The network in the chain's precision; it gets latents in the dtype of its weights."""
@@ -180,17 +185,24 @@ def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ..
     return chain.amm_blocks
 
 
-def _check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -> None:
+def _check_guidance(chain: ChainConfig, model: ModelConfig, end_of_time: float) -> None:
     channels, interval = chain.guidance_channels, chain.guidance_interval
     if chain.cfg_scale != 1.0 and channels is not None and channels > model.in_channels:
         raise UserError(
             f"guidance_channels is {channels}, but the latents of {model.name} have {model.in_channels} channels; "
             f"use up to {model.in_channels}, or null for all"
         )
-    if interval is not None and interval[0] >= num_timesteps:
+    if interval is None:
+        return
+    if interval[0] >= end_of_time:
         raise UserError(
-            f"guidance_interval {list(interval)} begins after the last timestep: the model was trained with "
-            f"0..{num_timesteps - 1}; begin below that, or use cfg_scale 1 for no guidance"
+            f"guidance_interval {list(interval)} begins after the last timestep: the model's times are from 0 to below "
+            f"{end_of_time:g}; begin below that, or use cfg_scale 1 for no guidance"
+        )
+    if objective_of_model(model).continuous and interval[1] > end_of_time:
+        raise UserError(
+            f"guidance_interval {list(interval)} ends above {end_of_time:g}, but the time of {model.name} is from 0 "
+            f"(noise) to {end_of_time:g} (data); use an interval within it"
         )
 
 

@@ -73,22 +73,20 @@ class History:
 
 def named_losses(
     terms: Mapping[str, NDArray[np.float64]],
-    timesteps: NDArray[np.int64],
+    quartiles: NDArray[np.int64],
     weights: NDArray[np.float64],
-    num_timesteps: int,
 ) -> dict[str, float]:
-    """The losses of a step by name, from the loss terms [passes, B] of the global batch, timesteps and weights [B].
+    """The losses of a step by name, from the loss terms [passes, B] of the global batch, and weights [B].
 
     The training minimises loss = loss_full + loss_masked. The terms are those of the full pass. loss_t0 .. loss_t3 are
-    the full pass's loss by quartile of the timesteps, from least to most noise. All are weighted by importance.
+    the full pass's loss by quartile [B] of the times, from least to most noise. All are weighted by importance.
     """
     total = reduce(np.add, terms.values())
     means = (total * weights).mean(axis=1)
     losses = {"loss": float(means.sum()), **dict(zip(("loss_full", "loss_masked"), means.tolist(), strict=False))}
     losses |= {name: float((term[0] * weights).mean()) for name, term in terms.items()}
-    quartile = timesteps * QUARTILES // num_timesteps
     for number in range(QUARTILES):
-        inside = quartile == number
+        inside = quartiles == number
         if inside.any():
             losses[f"loss_t{number}"] = float(np.average(total[0, inside], weights=weights[inside]))
     return losses

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.diffusion import SampleNoise, objective_of_model, respace, sample
+from edt_core.diffusion import SampleNoise, objective_of_model
 from edt_core.models import ModelConfig, build_model
 from edt_core.precision import exact_products
 from edt_core.sampling.labels import trained_classes
@@ -21,8 +21,8 @@ _IMAGES, _STEPS, _SEED = 16, 25, 0
 class Preview:
     """Samples from the same noise and labels each time, so that grids of different steps can be compared.
 
-    It uses 25 steps of DDIM without guidance, and no random numbers of the training. Classes without an image in
-    `class_counts` [K] are left out.
+    It uses 25 steps of the objective's deterministic sampler without guidance, and no random numbers of the training.
+    Classes without an image in `class_counts` [K] are left out.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class Preview:
 
         self.model = build_model(model_config).to(device).eval().requires_grad_(False)
         self.autoencoder = load_autoencoder(autoencoder, str(device))
-        self.objective = objective_of_model(model_config)
-        self.schedule = respace(self.objective.schedule(num_timesteps), min(_STEPS, num_timesteps))
+        objective = objective_of_model(model_config)
+        steps = min(_STEPS, objective.max_steps(num_timesteps) or _STEPS)
+        self.chain = objective.chain(num_timesteps, objective.preview_sampler, steps)
         shape = (model_config.in_channels, model_config.latent_size, model_config.latent_size)
         self.noise = SampleNoise(_SEED, range(_IMAGES), shape, str(device))
         trained = trained_classes(model_config.num_classes, class_counts)
@@ -52,13 +53,7 @@ class Preview:
         from edt_core.autoencoders.autoencoder import decode_to_pixels
 
         self.model.load_state_dict(weights)
-        latents = sample(
-            lambda x, t: self.model(x, t, self.labels),
-            self.noise.initial(),
-            self.schedule,
-            "ddim",
-            objective=self.objective,
-        )
+        latents = self.chain.run(lambda x, t: self.model(x, t, self.labels), self.noise.initial(), None, None)
         out = io.BytesIO()
         Image.fromarray(grid(decode_to_pixels(self.autoencoder, latents, self.model.config))).save(out, "PNG")
         return out.getvalue()

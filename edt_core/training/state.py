@@ -108,7 +108,9 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
         trained=trained,
         ema=EMA(model, config.ema_decays, trained, config.ema_widths),
         optimizer=make_optimizer(config, (p for p in network.parameters() if p.requires_grad), hidden_matrices(model)),
-        timesteps=objective_of(config.objective).times(config.timestep_sampler, config.num_timesteps),
+        timesteps=objective_of(config.objective).times(
+            config.timestep_sampler, config.num_timesteps, config.time_shift
+        ),
         aligned=aligned,
     )
 

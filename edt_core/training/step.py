@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Inputs of a step on the device: latents float32 [N, C, h, h], labels and timesteps int64 [N], weights [N].
+    """Inputs of a step on the device: latents float32 [N, C, h, h], labels int64 [N], timesteps and weights [N].
 
-    `tokens` are those that hidden states are aligned with, float16 [N, T, K], None without them.
+    Timesteps are times in the objective's form. `tokens` are those that hidden states are aligned with, float16
+    [N, T, K], None without them.
     """
 
     latents: Tensor
@@ -59,7 +60,7 @@ def sampled_latents(batch: LatentBatch, noise: Tensor, scale: LatentScale) -> Te
 def step_losses(
     model: nn.Module,
     config: TrainConfig,
-    schedule: Schedule,
+    schedule: Schedule | None,
     inputs: StepInputs,
     null_label: int,
     alignment: Alignment | None = None,
@@ -92,7 +93,7 @@ def step_losses(
 def accumulate_gradient(
     model: nn.Module,
     config: TrainConfig,
-    schedule: Schedule,
+    schedule: Schedule | None,
     inputs: StepInputs,
     null_label: int,
     alignment: Alignment | None = None,

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,12 +26,12 @@ from edt_core.data.loader import LatentBatch, sample_names
 from edt_core.data.scale import LatentScale, model_scale
 from edt_core.data.streaming import LatentStream
 from edt_core.data.subsets import share
-from edt_core.diffusion import Schedule
+from edt_core.diffusion import Schedule, objective_of
 from edt_core.training.align.alignment import Alignment, loss_terms
 from edt_core.training.align.tokens import TokenTable
 from edt_core.training.context import TrainContext
 from edt_core.training.draws import StepDraws, to_device
-from edt_core.training.history import named_losses
+from edt_core.training.history import QUARTILES, named_losses
 from edt_core.training.meter import Meter
 from edt_core.training.optim import clip_factor, clip_gradients, gradient_norm, learning_rate
 from edt_core.training.ranks import Ranks
@@ -75,9 +75,9 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Timesteps:
-    """Timesteps int64 [B] of the global batch, and the importance of each, float32 [B]."""
+    """Times [B] of the global batch in the objective's form, and the importance of each, float32 [B]."""
 
-    steps: NDArray[np.int64]
+    steps: NDArray[Any]
     weights: NDArray[np.float32]
 
 
@@ -127,7 +127,7 @@ class Trainer:
     total_steps: int  # the length of the learning rate schedule
     last_step: int  # the step to stop at: less than total_steps if the time is up
     model: nn.Module  # the state's network, wrapped for the gradient exchange
-    schedule: Schedule
+    schedule: Schedule | None
     meter: Meter
     alignment: Alignment | None = None
     tokens: TokenTable | None = None  # what `train.align: features` aligns with
@@ -306,11 +306,12 @@ class Trainer:
 
     def _record(self, result: StepResult, launched: Launched) -> None:
         """Pass the losses to the timestep sampler, the history and the progress display."""
-        state, timesteps, names = self.state, launched.timesteps, loss_terms(self.config)
+        state, timesteps, objective = self.state, launched.timesteps, objective_of(self.config.objective)
+        names = loss_terms(self.config)
         terms = dict(zip(names, np.split(result.losses, len(names)), strict=True))
         state.timesteps.update(timesteps.steps, reduce(np.add, terms.values()).sum(axis=0))
         weights = timesteps.weights.astype(np.float64)
-        named = named_losses(terms, timesteps.steps, weights, self.config.num_timesteps)
+        named = named_losses(terms, objective.parts(timesteps.steps, QUARTILES, self.config.num_timesteps), weights)
         state.history.add({**named, "grad_norm": result.norm})
         if self.ranks.rank == 0:
             self.context.store.check()

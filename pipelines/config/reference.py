@@ -42,7 +42,7 @@ _UNITS = (
     ("every", "steps"),
     ("*_every", "steps"),
     ("*batch_size", "samples"),
-    ("guidance_interval", "timesteps"),
+    ("guidance_interval", "timesteps, or times in 0..1"),
     ("amm_radius", "tokens"),
     ("align_*block", "blocks"),
     ("num_cpus*", "CPUs"),

@@ -171,4 +171,4 @@ def _non_empty(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _protocol(entry: Entry) -> dict[str, Any]:
     """The sampling settings of the model's evaluation: fields of ChainConfig."""
     sampling = entry.features.manifest.config
-    return {field: sampling[field] for field in ChainConfig.model_fields}
+    return {field: sampling[field] for field in ChainConfig.model_fields if field in sampling}

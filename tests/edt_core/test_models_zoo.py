@@ -101,7 +101,7 @@ def test_guided_output_with_growing_scale(forward: dict[str, np.ndarray]) -> Non
     """The reference's guidance of 4 in its first three channels, which grows by a cosine of the 4th power."""
     model = reference_model("MDTv2-S/2")
     x, t, _ = inputs(model.config)
-    output = guided(model, torch.tensor([207, 88]), 1000, 4.0, growth=(4.0, 1000))(x, t)
+    output = guided(model, torch.tensor([207, 88]), 1000, 4.0, growth=(4.0, lambda t: 1 - t / 1000))(x, t)
     assert relative_error(output, forward["MDTv2-S-2@256.cfg4_power_cosine"]) < TOLERANCE
 
 

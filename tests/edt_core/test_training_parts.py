@@ -11,11 +11,12 @@ import torch
 
 from edt_core.config import TrainConfig
 from edt_core.data.subsets import share
+from edt_core.diffusion import objective_of
 from edt_core.models import ModelConfig, mask_sites, model_config
 from edt_core.training import meter as meters
 from edt_core.training.draws import draw_step
 from edt_core.training.ema import EMA
-from edt_core.training.history import History, named_losses
+from edt_core.training.history import QUARTILES, History, named_losses
 from edt_core.training.meter import Meter, device_memory, matmul_rate
 from edt_core.training.optim import (
     clip_gradients,
@@ -339,7 +340,7 @@ def test_losses_by_name_are_what_their_names_say(passes: int) -> None:
     rng = np.random.default_rng(passes)
     for batch in (1, 3, 16, 64):
         mse, vb, timesteps, weights = drawn_losses(rng, passes, batch)
-        losses = named_losses({"mse": mse, "vb": vb}, timesteps, weights, 1000)
+        losses = named_losses({"mse": mse, "vb": vb}, timesteps // 250, weights)
 
         def mean(values: list[float], batch: int = batch) -> float:
             return sum(values) / batch
@@ -367,7 +368,7 @@ def test_losses_by_name_are_what_their_names_say(passes: int) -> None:
 def test_quartiles_join_to_the_full_loss() -> None:
     """Each weighted by the importance that its timesteps have, they are the full loss."""
     mse, vb, timesteps, weights = drawn_losses(np.random.default_rng(7), 2, 64)
-    losses = named_losses({"mse": mse, "vb": vb}, timesteps, weights, 1000)
+    losses = named_losses({"mse": mse, "vb": vb}, timesteps // 250, weights)
     parts = [
         losses[f"loss_t{q}"] * weights[timesteps // 250 == q].sum() for q in range(4) if (timesteps // 250 == q).any()
     ]
@@ -378,7 +379,8 @@ def test_quartiles_join_to_the_full_loss() -> None:
 def test_every_timestep_is_in_one_quartile(num_timesteps: int) -> None:
     for timestep in range(num_timesteps):
         one = np.ones((1, 1))
-        losses = named_losses({"mse": one, "vb": one}, np.array([timestep]), np.ones(1), num_timesteps)
+        quartile = objective_of("epsilon").parts(np.array([timestep]), QUARTILES, num_timesteps)
+        losses = named_losses({"mse": one, "vb": one}, quartile, np.ones(1))
         assert [name for name in losses if name.startswith("loss_t")] == [f"loss_t{timestep * 4 // num_timesteps}"]
 
 

@@ -47,7 +47,7 @@ _TIME_SHARE = 0.01
 
 
 def measured_timesteps(num_timesteps: int) -> NDArray[np.int64]:
-    """The middles of K equal parts of the timesteps, int64 [K], from the least noise."""
+    """The middles of K equal parts of the timesteps, int64 [K], from the least noise: the keys of the noise."""
     return (2 * np.arange(TIMESTEPS) + 1) * num_timesteps // (2 * TIMESTEPS)
 
 
@@ -86,6 +86,8 @@ class HeldOutLoss:
         self._latents, self._labels = _read(dataset, holdout.measured[places], self._digests, scale)
         self._timesteps = measured_timesteps(config.num_timesteps)
         self._objective = objective_of(config.objective)
+        self._timesteps = measured_timesteps(config.num_timesteps)
+        self._times = self._objective.measured_times(TIMESTEPS, config.num_timesteps)
         self._schedule = self._objective.schedule(config.num_timesteps)
         self._model: DiffusionTransformer | None = None
 
@@ -123,7 +125,7 @@ class HeldOutLoss:
         noise = to_device(_noise(self._digests[places], self._timesteps, self._latents.shape[1:]).flatten(0, 1), device)
         x_start = to_device(self._latents[places], device).repeat_interleave(TIMESTEPS, dim=0)
         labels = to_device(self._labels[places], device).repeat_interleave(TIMESTEPS)
-        t = to_device(torch.from_numpy(self._timesteps), device).repeat(count)
+        t = to_device(torch.from_numpy(self._times), device).repeat(count)
         x_t = objective.noised(self._schedule, x_start, t, noise)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = model(x_t, t, labels)

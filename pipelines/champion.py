@@ -167,14 +167,17 @@ class ChampionMeasurement:
 
     def _check_size(self, opened: Opened, artifacts: Mapping[str, Artifact]) -> None:
         """Raise UserError if values of the two models could not be compared, or the champion cannot be sampled so."""
+        from edt_core.diffusion import objective_of
         from edt_core.models import ModelConfig
 
         both = (sample.model_config_of(item) for item in (artifacts["checkpoint"], opened.checkpoint))
-        ours, theirs = (ModelConfig.from_dict(values).image_size for values in both)
-        if ours != theirs:
-            raise UserError(f"its images have {theirs} px, and those of the new version {ours} px")
+        ours, theirs = (ModelConfig.from_dict(values) for values in both)
+        if ours.image_size != theirs.image_size:
+            raise UserError(
+                f"its images have {theirs.image_size} px, and those of the new version {ours.image_size} px"
+            )
         steps, timesteps = self.config.sample.num_sampling_steps, opened.checkpoint.manifest.config["num_timesteps"]
-        if steps > timesteps:
+        if steps > (objective_of(theirs.objective).max_steps(timesteps) or steps):
             raise UserError(f"sample.num_sampling_steps is {steps}, and it was trained with {timesteps} timesteps")
         if self.config.promote.metric == "accuracy_classifier":
             classes = artifacts["images"].read_json(CLASSES_NAME)

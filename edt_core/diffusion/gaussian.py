@@ -109,17 +109,21 @@ class GaussianObjective(ScheduledObjective):
         sde_diffusion: SdeDiffusion = "sigma",
     ) -> Chain:
         """A sampler that visits `num_steps` of the timesteps, see `sample`."""
-        self.check_sampler(sampler)
-        check_no_shift(self.name, time_shift)
-        if sde_diffusion != "sigma":
-            raise UserError(
-                f"sde_diffusion is {sde_diffusion!r}, but only the sampler sde of flow matching has one; leave it out"
-            )
+        self.check_sampler(sampler, time_shift, sde_diffusion)
         method = cast(SamplingMethod, sampler)  # one of METHODS
         schedule = sampling_schedule(self.schedule(num_timesteps), num_steps, method)
         steps = schedule.num_timesteps
         noises = steps - 1 if method == "ancestral" else 0  # the last step needs none
         return Chain(steps, noises, partial(_run, self, schedule, method))
+
+    def check_sampler(self, sampler: str, time_shift: float = 1.0, sde_diffusion: SdeDiffusion = "sigma") -> None:
+        """Raise UserError for a sampler of another objective, and for settings of flow matching."""
+        super().check_sampler(sampler)
+        check_no_shift(self.name, time_shift)
+        if sde_diffusion != "sigma":
+            raise UserError(
+                f"sde_diffusion is {sde_diffusion!r}, but only the sampler sde of flow matching has one; leave it out"
+            )
 
     def _bound_term(self, prediction: Prediction, x_start: Tensor, x_t: Tensor, t: Tensor, c: Coefficients) -> Tensor:
         """L_t of the variational bound in bits per dimension, [N] (Ho 2020, eq. 5; eq. 13 at t = 0)."""

@@ -174,8 +174,8 @@ class Objective(ABC):
         """How often a chain without guidance calls the model."""
         return num_steps
 
-    def check_sampler(self, sampler: str) -> None:
-        """Raise UserError for a sampler of another objective."""
+    def check_sampler(self, sampler: str, time_shift: float = 1.0, sde_diffusion: SdeDiffusion = "sigma") -> None:
+        """Raise UserError for a sampler of another objective, and for settings that it does not have."""
         if sampler not in self.samplers:
             raise UserError(
                 f"sampler is {sampler!r}, but a model of the objective {self.name!r} is sampled by one of "

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edt_core.diffusion.flow import FlowMatching
 from edt_core.diffusion.gaussian import Epsilon
 from edt_core.diffusion.objective import Objective
 from edt_core.diffusion.v_prediction import VPrediction
@@ -12,7 +13,9 @@ from edt_core.models import ModelConfig
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (Epsilon(), VPrediction())}
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective for objective in (Epsilon(), VPrediction(), FlowMatching())
+}
 
 
 def objective_of(name: str) -> Objective:
@@ -42,7 +45,6 @@ def objective_words() -> dict[str, str]:
 def check_training(config: "TrainConfig") -> None:
     """Raise UserError for a training recipe that its objective does not support."""
     objective = objective_of(config.objective)
-    objective.schedule(config.num_timesteps)
     objective.times(config.timestep_sampler, config.num_timesteps, config.time_shift)
     objective.check_training(config.min_snr_gamma)
 

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
         progress.warn(f"the model was trained without images of {', '.join(names[label][0] for label in untrained)}")
     if len(labels) > MAX_CLASSES:
         raise UserError(f"{len(labels)} classes do not fit the {MAX_CLASSES} rows of a picture; draw several pictures")
-    chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **fields})
+    chain: ChainConfig = validated(ChainConfig, {**loaded.sampling, **fields})
     decoder = _decoder(loaded, options.autoencoder, options.model)
     model = loaded.model.to(device)
     sampler = LatentSampler(model, chain, loaded.num_timesteps)

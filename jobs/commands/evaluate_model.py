@@ -112,6 +112,16 @@ def _config_of(opened: Opened) -> "ModelConfig":
     return ModelConfig.from_dict(sample.model_config_of(opened.checkpoint))
 
 
+def _with_sampler(point: Point, options: argparse.Namespace, model: Opened) -> Point:
+    """A point of the grid; its sampler is the default of the model's objective if neither option nor axis sets it."""
+    from edt_core.diffusion import objective_of_model
+
+    if options.sampler is not None or "sampler" in point.settings:
+        return point
+    sampler = objective_of_model(_config_of(model)).samplers[0]
+    return replace(point, config=point.config.model_copy(update={"sampler": sampler}))
+
+
 def make(stage: Stage, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
     """The artifact of a stage in a store, at `<kind>/<fingerprint>`."""
     identity = stage.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
@@ -146,6 +156,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     if training is not None:  # so that all points have the autoencoder of the training
         options.model = training.opened.checkpoint.folder.uri
     subject = prepared(options, base, out, bar, points)
+    points = [_with_sampler(point, options, subject.model) for point in points]
     notes = repeated_settings(points, _config_of(subject.model))
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
     for point in points:

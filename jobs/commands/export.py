@@ -75,7 +75,7 @@ def export_model(location: str, target: Path, fields: Mapping[str, Any]) -> Path
     folder = Folder.at(target.parent)
     folder.check_writable()
     loaded = load_model(location)
-    chain: ChainConfig = validated(ChainConfig, {**loaded.protocol, **fields})
+    chain: ChainConfig = validated(ChainConfig, {**loaded.sampling, **fields})
     with folder.staged(target.name) as staged:
         save_program(staged, loaded.model, chain, loaded.num_timesteps)
         folder.publish(staged, target.name)

@@ -72,6 +72,13 @@ class Loaded:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     class_counts: Sequence[int] | None = None
 
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The protocol; without one, the default sampler of the model's objective."""
+        from edt_core.diffusion import objective_of_model
+
+        return {"sampler": objective_of_model(self.model.config).samplers[0], **self.protocol}
+
 
 @dataclass(frozen=True)
 class PlainModel:

@@ -227,7 +227,7 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
             "draw samples only for other tools"
         )
     model = ModelConfig.from_dict(model_config_of(checkpoint))
-    objective_of_model(model).check_sampler(config.sampler)
+    objective_of_model(model).check_sampler(config.sampler, config.time_shift, config.sde_diffusion)
     replace(model, amm_blocks=resolved_amm_blocks(config, model))  # raises for blocks that the model does not have
     sample_labels(config.label_policy, config.seed, [0], model.num_classes, checkpoint.counts.get("class_counts"))
 

@@ -190,7 +190,7 @@ def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
 def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     """Raise UserError for an invalid training, before any worker starts."""
     from edt_core.data.streaming import check_shards
-    from edt_core.diffusion import check_training
+    from edt_core.diffusion import check_training, objective_of
     from edt_core.models import check_masked_loss
     from edt_core.training.align.settings import align_settings
     from edt_core.training.speed.attention_table import attention_forms
@@ -199,7 +199,9 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
         check_masked_loss(model_config, config.masked_loss)
     if config.reader == "webdataset":
         check_shards(len(_tars(latents)), config.worker_range[1])
-    check_training(config)
+    objective_of(config.objective).schedule(config.num_timesteps)
+    if config.max_steps > 0:
+        check_training(config)
     attention_forms(config)
     align_settings(config, model_config)
     _check_tokens(config, latents)

@@ -23,7 +23,7 @@ from edt_core.config import (
     recorded_fields,
     runtime,
 )
-from edt_core.diffusion import with_objective
+from edt_core.diffusion import check_training, objective_of, with_objective
 from edt_core.errors import UserError
 from edt_core.evaluation.config import AlongConfig, EvaluateConfig
 from edt_core.evaluation.extractors import INCEPTION, TOKEN_SPACES
@@ -35,6 +35,7 @@ from edt_core.store.folder import Folder
 from edt_core.training.align.settings import align_settings
 from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.runtime.tracking import own_uri
+from pipelines.config.defaults import with_defaults
 from pipelines.config.networks import ExtractorConfig, ExtractorName, with_networks
 
 DEFAULT_CONFIG = "quickstart"
@@ -159,6 +160,12 @@ class PipelineConfig(_WithNetworks):
         min_length=1, description="registry name -> the fields of `train` that differ for this model"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_objectives(cls, values: Any) -> Any:
+        """Fields of the recipe and the sampler that are not given are those of the objective, and are then recorded."""
+        return with_defaults(values) if isinstance(values, dict) else values
+
     @field_validator("store")
     @classmethod
     def _can_be_recorded(cls, store: str) -> str:
@@ -180,7 +187,11 @@ class PipelineConfig(_WithNetworks):
             check_masked_loss(self.model_of(name, 2), train.masked_loss)
             align_settings(train, self.model_of(name, 2))
             self.model_of(name, 2, self._amm_blocks(train.model))
-            if sample.num_sampling_steps > train.num_timesteps:
+            objective = objective_of(train.objective)
+            if train.max_steps > 0:  # an untrained model has no loss
+                check_training(train)
+            objective.check_sampler(sample.sampler, sample.time_shift, sample.sde_diffusion)
+            if sample.num_sampling_steps > (objective.max_steps(train.num_timesteps) or sample.num_sampling_steps):
                 raise ValueError(
                     f"sample.num_sampling_steps {sample.num_sampling_steps} is more than the {train.num_timesteps} "
                     f"timesteps of {name} (train.num_timesteps); use at most that many"

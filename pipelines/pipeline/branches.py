@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from edt_core.config import TrainConfig
+from edt_core.diffusion import objective_of
 from edt_core.store.artifact import Source
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG, Initial
 from jobs.stages import along, autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
@@ -138,7 +139,8 @@ def _untrained(trained: TrainConfig) -> TrainConfig:
     It has only the fields that shape the initial weights and the chain: a learning rate does not change it.
     """
     fields = ("model", "seed", "num_timesteps", "objective")
-    return TrainConfig(max_steps=0, **{field: getattr(trained, field) for field in fields})
+    shaping = {field: getattr(trained, field) for field in fields}
+    return TrainConfig(max_steps=0, **objective_of(trained.objective).train_defaults, **shaping)
 
 
 def settled(start: Initial, config: TrainConfig, latents: str) -> Initial:

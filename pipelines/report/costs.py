@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edt_core.config import SampleConfig
+from edt_core.diffusion import objective_of
 from edt_core.store.artifact import Artifact
 
 # kind -> the unit of its work, and the field of the manifest with the number: "counts.<name>" or "config.<name>"
@@ -65,14 +66,15 @@ def _training(config: Mapping[str, Any], counts: Mapping[str, Any], macs: int) -
 
 
 def _sampling(config: Mapping[str, Any], counts: Mapping[str, Any], macs: int) -> int | None:
-    """2 FLOPs per multiply-accumulate; one forward pass per sampling step, with guidance two.
+    """2 FLOPs per multiply-accumulate; the forward passes of the sampler's steps, with guidance twice as many.
 
     None if another model guides, or if guidance is limited to an interval: the number of passes is not recorded then.
     """
     chain = SampleConfig.model_validate(config)
     if counts.get("guide_digest") or chain.guidance_interval is not None:
         return None
-    passes = chain.num_sampling_steps * (1 if chain.cfg_scale == 1 else 2)
+    calls = objective_of(counts.get("objective", "epsilon")).calls(chain.sampler, chain.num_sampling_steps)
+    passes = calls * (1 if chain.cfg_scale == 1 else 2)
     return 2 * macs * passes * int(counts["samples"])
 
 

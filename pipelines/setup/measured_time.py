@@ -12,7 +12,7 @@ import torch
 
 from edt_core.autoencoders.parts import images_per_call
 from edt_core.config import SampleConfig, TrainConfig
-from edt_core.diffusion import with_objective
+from edt_core.diffusion import objective_of, with_objective
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig, model_config
 from edt_core.training.speed.compiled import is_compiled
@@ -139,18 +139,20 @@ def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig) -> I
     text, count = f"{which}{each:,} samples", sets * each
     amm = bool(sample.amm_blocks)
     job = Job("sample", sample.precision, forward_flops(model), train.model, sample.unit_size, amm=amm)
-    passes = round(count * chain_passes(sample, train.num_timesteps))
+    passes = round(count * chain_passes(sample, train))
     yield _time(setting, f"sample {train.model}", f"{text} of {sample.num_sampling_steps} steps", job, passes)
     yield _coder_time(setting, f"decode {train.model}", "decode", text, count, "fp32")
 
 
-def chain_passes(config: SampleConfig, num_timesteps: int) -> float:
-    """Forward passes for one sample: one for each step, and a second one for each step with guidance."""
+def chain_passes(config: SampleConfig, train: TrainConfig) -> float:
+    """Forward passes for one sample: those of the sampler's steps, and as many again where steps are guided."""
+    objective = objective_of(train.objective)
+    calls = objective.calls(config.sampler, config.num_sampling_steps)
     if config.cfg_scale == 1.0:
-        return config.num_sampling_steps
-    first, end = config.guidance_interval or (0, num_timesteps)
-    share = max(0.0, min(end, num_timesteps) - first) / num_timesteps
-    return config.num_sampling_steps * (1 + share)
+        return calls
+    last = objective.end_of_time(train.num_timesteps)
+    first, end = config.guidance_interval or (0, last)
+    return calls * (1 + max(0.0, min(end, last) - first) / last)
 
 
 def _time(setting: Setting, step: str, text: str, job: Job, calls: int) -> StepTime:

@@ -73,9 +73,13 @@ def plain_loss(model: torch.nn.Module, measure: HeldOutLoss, objective: str) -> 
             x, y, eps = measure._latents[row : row + 1], measure._labels[row : row + 1], noise[row, k].unsqueeze(0)
             signal = float(schedule.gather(torch.tensor([t]), 1).signal_scale)
             spread = (1 - signal**2) ** 0.5
-            with torch.no_grad():
-                output = model(signal * x + spread * eps, torch.tensor([t]), y)[:, : x.shape[1]]
             target = eps if objective == "epsilon" else signal * eps - spread * x
+            time = torch.tensor([t])
+            if objective == "flow":
+                signal, spread, target = 1 - (k + 0.5) / 8, (k + 0.5) / 8, x - eps
+                time = torch.tensor([signal])
+            with torch.no_grad():
+                output = model(signal * x + spread * eps, time, y)[:, : x.shape[1]]
             found[row, k] = float((output - target).square().mean())
     return found
 
@@ -87,7 +91,7 @@ def _noise_of(measure: HeldOutLoss) -> Tensor:
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("objective", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
 def test_it_is_the_unweighted_error_with_labels_and_without_masks(
     name: str, objective: str, dataset: LatentDataset, holdout: Holdout
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edt_core.config import SampleConfig
+from edt_core.config import SampleConfig, TrainConfig
 from edt_core.errors import UserError
 from edt_core.models import MODEL_NAMES, model_config, training_flops
 from pipelines.config.schema import load_config
@@ -139,11 +139,20 @@ def test_a_training_that_starts_from_a_model_is_sampled_alone(write: Any) -> Non
 
 
 def test_guidance_takes_a_second_pass_in_its_interval() -> None:
-    assert chain_passes(SampleConfig(num_sampling_steps=100), 1000) == 100
-    assert chain_passes(SampleConfig(num_sampling_steps=100, cfg_scale=2.0), 1000) == 200
-    assert chain_passes(SampleConfig(num_sampling_steps=100, cfg_scale=2.0, guidance_interval=(200, 700)), 1000) == 150
+    assert chain_passes(SampleConfig(num_sampling_steps=100), TrainConfig()) == 100
+    assert chain_passes(SampleConfig(num_sampling_steps=100, cfg_scale=2.0), TrainConfig()) == 200
+    middle = SampleConfig(num_sampling_steps=100, cfg_scale=2.0, guidance_interval=(200, 700))
+    assert chain_passes(middle, TrainConfig()) == 150
     late = SampleConfig(num_sampling_steps=100, cfg_scale=2.0, guidance_interval=(900, 5000))
-    assert chain_passes(late, 1000) == pytest.approx(110)
+    assert chain_passes(late, TrainConfig()) == pytest.approx(110)
+
+
+def test_a_step_of_heun_takes_two_passes() -> None:
+    flow = TrainConfig(objective="flow")
+    half = {"num_sampling_steps": 100, "cfg_scale": 2.0, "guidance_interval": (0.5, 1.0)}
+    assert chain_passes(SampleConfig(sampler="heun", num_sampling_steps=100), flow) == 200
+    assert chain_passes(SampleConfig(sampler="heun", **half), flow) == 300
+    assert chain_passes(SampleConfig(sampler="sde", **half), flow) == 150
 
 
 def test_a_model_without_masks_is_timed_by_another_recipe(write: Any) -> None:

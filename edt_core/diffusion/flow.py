@@ -1,0 +1,138 @@
+"""Flow matching: the velocity of a straight path from noise to data (SiT, arXiv 2401.08740).
+
+x_t = t x_1 + (1 - t) x_0, with data x_1, noise x_0 and t in [0, 1]: t = 1 is the data, as in SiT. (Other code, such as
+SD3's and diffusers', counts the other way, sigma = 1 - t.) The model gets t as it is, and predicts x_1 - x_0.
+
+In the names of the interface, `x_start` is the data x_1, and `noise` is x_0. Shapes: x [N, C, H, W]; t float32 [N].
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edt_core.diffusion.chain import Chain
+from edt_core.diffusion.flow_chains import CHAINS, flow_chain
+from edt_core.diffusion.objective import Losses, Objective, Prediction, SdeDiffusion, TimestepChoice
+from edt_core.diffusion.schedule import Schedule
+from edt_core.diffusion.timesteps import ContinuousSampler, TimestepSampler, logit_normal, shifted
+from edt_core.errors import UserError
+
+
+class FlowMatching(Objective):
+    """The model predicts the velocity; its loss is the plain squared error."""
+
+    name = "flow"
+    meaning = "the velocity from noise to data (flow matching, arXiv 2401.08740)"
+    prediction_type = "flow_prediction"
+    words = ("velocity",)  # SiT's alone: what others call flow matching often counts time the other way
+    outputs: ClassVar[int] = 1
+    terms: ClassVar[tuple[str, ...]] = ("mse",)
+    continuous: ClassVar[bool] = True
+    samplers: ClassVar[tuple[str, ...]] = tuple(CHAINS)
+    preview_sampler: ClassVar[str] = "euler"
+    train_defaults: ClassVar[Mapping[str, Any]] = {"min_snr_gamma": None, "timestep_sampler": "uniform"}
+    released_chain: ClassVar[Mapping[str, Any]] = {"sampler": "sde"}
+
+    def schedule(self, num_timesteps: int) -> None:
+        """None: the path is continuous."""
+
+    def times(self, choice: TimestepChoice, num_timesteps: int, shift: float = 1.0) -> TimestepSampler:
+        """Times in [0, 1], uniform or logit-normal(0, 1), then shifted towards noise."""
+        if choice == "loss-second-moment":
+            raise UserError(
+                "timestep_sampler is loss-second-moment, which remembers losses by timestep, but the times of flow "
+                "matching are continuous; set timestep_sampler to uniform or logit-normal"
+            )
+        return ContinuousSampler(logit_normal if choice == "logit-normal" else None, partial(shifted, shift=shift))
+
+    def end_of_time(self, num_timesteps: int) -> float:
+        """1, the data."""
+        return 1.0
+
+    def measured_times(self, count: int, num_timesteps: int) -> NDArray[Any]:
+        """The middles of equal parts of [0, 1], float32 [count], without a shift."""
+        return (1 - (2 * np.arange(count) + 1) / (2 * count)).astype(np.float32)
+
+    def parts(self, times: NDArray[Any], count: int, num_timesteps: int) -> NDArray[np.int64]:
+        """The part of each time."""
+        noise_share = 1 - times.astype(np.float64)
+        return np.minimum((noise_share * count).astype(np.int64), count - 1)
+
+    def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
+        """The time itself."""
+        return t.float()
+
+    def check_training(self, min_snr_gamma: float | None) -> None:
+        """Raise UserError for a weight by signal-to-noise ratio."""
+        if min_snr_gamma is not None:
+            raise UserError(
+                f"min_snr_gamma is {min_snr_gamma:g}, but the loss of flow matching has no weight by signal-to-noise "
+                "ratio; set min_snr_gamma to null"
+            )
+
+    def noised(self, schedule: Schedule | None, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = t x_1 + (1 - t) x_0 (SiT, section 2.1)."""
+        share = t.float().view(-1, *(1,) * (x_start.ndim - 1))
+        return share * x_start.float() + (1 - share) * noise.float()
+
+    def losses(
+        self,
+        schedule: Schedule | None,
+        model_output: Tensor,
+        x_start: Tensor,
+        x_t: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        *,
+        min_snr_gamma: float | None = None,
+    ) -> Losses:
+        """The mean squared error of the velocity, in float32."""
+        if not x_start.shape == x_t.shape == noise.shape:
+            raise ValueError(
+                f"x_start {tuple(x_start.shape)}, x_t {tuple(x_t.shape)} and noise {tuple(noise.shape)} must "
+                "have the same shape. Draw one noise tensor like x_start and compute x_t from it with `noised`."
+            )
+        self.check_training(min_snr_gamma)
+        velocity = self.split(model_output, x_start.shape[1]).value
+        error = (velocity - (x_start.float() - noise.float())).square().flatten(1).mean(1)
+        return Losses({"mse": error})
+
+    def split(self, model_output: Tensor, num_channels: int) -> Prediction:
+        """The velocity."""
+        if model_output.ndim < 2 or model_output.shape[1] != num_channels:
+            raise ValueError(
+                f"the model's output has shape {tuple(model_output.shape)}, but the velocity of {num_channels}-channel "
+                f"latents has {num_channels} channels. Build the model with with_objective(config, {self.name!r})."
+            )
+        return Prediction(model_output.float())
+
+    def chain(
+        self,
+        num_timesteps: int,
+        sampler: str,
+        num_steps: int,
+        *,
+        time_shift: float = 1.0,
+        sde_diffusion: SdeDiffusion = "sigma",
+    ) -> Chain:
+        """Euler, Heun, or the SDE, see `edt_core.diffusion.flow_chains`."""
+        self.check_sampler(sampler, time_shift, sde_diffusion)
+        return flow_chain(sampler, num_steps, time_shift, sde_diffusion)
+
+    def check_sampler(self, sampler: str, time_shift: float = 1.0, sde_diffusion: SdeDiffusion = "sigma") -> None:
+        """Raise UserError for a sampler of another objective, and for a diffusion coefficient without the SDE."""
+        super().check_sampler(sampler)
+        if sampler != "sde" and sde_diffusion != "sigma":
+            raise UserError(f"sde_diffusion is {sde_diffusion!r}, but sampler is {sampler!r}; set sampler to sde")
+
+    def max_steps(self, num_timesteps: int) -> int | None:
+        """Any number: the path is continuous."""
+        return None
+
+    def calls(self, sampler: str, num_steps: int) -> int:
+        """A step of Heun calls the model twice."""
+        return CHAINS[sampler].calls * num_steps

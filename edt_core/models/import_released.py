@@ -36,6 +36,7 @@ from edt_core.models.training_options import (
     Words,
     check_against_config,
     check_objective,
+    is_velocity,
     needed,
     option_notes,
 )
@@ -65,14 +66,17 @@ def load_released(path: Path | str, weights: WeightsName | None = None) -> Diffu
     return read_released_model(path, weights).model
 
 
-def read_released_model(path: Path | str, weights: WeightsName | None = None, words: Words = NO_WORDS) -> ReleasedModel:
+def read_released_model(
+    path: Path | str, weights: WeightsName | None = None, words: Words = NO_WORDS, objective: str | None = None
+) -> ReleasedModel:
     """Read a checkpoint file and check that its weights can be used as those of the model.
 
     `weights`: the averaged ones (ema) that the papers sample with, or the trained ones (model); None is the average
     if the file has one. A bare state dict has one set.
 
     `words`: the names in training options of the supported objectives other than noise prediction; the model's
-    configuration gets the objective that the options name.
+    configuration gets the objective that the options name, or `objective` if they name none. A SiT has DiT's keys, and
+    discards the second half of its output: that half is cut off, which changes no result.
 
     Raises:
         UserError: no checkpoint, code in it, missing weights, an objective that is not supported,
@@ -81,18 +85,23 @@ def read_released_model(path: Path | str, weights: WeightsName | None = None, wo
     path = Path(path)
     content = read_checkpoint(path)
     options = TrainingOptions.of(content)
-    objective = check_objective(path, options, words)
+    found = check_objective(path, options, words, objective)
     sets = weight_sets(path, content)
     chosen = choose_weights(path, sets, weights)
     check_storage(path, chosen.tensors)
-    config = replace(_identify(path, chosen.tensors), objective=objective)
+    config = replace(_identify(path, chosen.tensors), objective=found)
     check_against_config(path, options, config)
     if objection := _format(config).objection(chosen.tensors, options.state_schedule):
         raise UserError(f"{path}: it is a {config.name}, but {objection}. {needed(words)}")
-    model = build_model(config)
-    _load(path, model, _format(config).completed(chosen.tensors))
     notes = _weight_notes(chosen, sets, weights, other_tensors(content, sets)) + option_notes(options, config, words)
-    notes += _check_variance(path, model, chosen.tensors, options.objectives(words) == ["epsilon"])
+    tensors = _format(config).completed(chosen.tensors)
+    if velocity := is_velocity(path, options, words, objective):
+        config, tensors = _without_variance(path, config, tensors, is_stated=bool(options.objectives(words)))
+    model = build_model(config)
+    _load(path, model, tensors)
+    if not velocity:
+        is_stated = "epsilon" in (objective, *options.objectives(words))
+        notes += _check_variance(path, model, chosen.tensors, is_stated)
     return ReleasedModel(model.eval(), chosen.label, chosen.is_average, tuple(notes), options.other_latents)
 
 
@@ -121,6 +130,28 @@ def _weight_notes(
     return notes
 
 
+def _without_variance(
+    path: Path, config: ModelConfig, state: Mapping[str, Tensor], is_stated: bool
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration and weights of a SiT without the second half of its output, which it discards.
+
+    Raises UserError if that half was trained, unless the options state the objective: then the file is no SiT.
+    """
+    output = _format(config).output
+    if not output:
+        raise UserError(
+            f"{path} is a {config.name}, whose output has no half that a SiT discards. Use a checkpoint of a SiT."
+        )
+    halves = {key: state[key].unflatten(0, (-1, 2, config.in_channels)) for key in output}  # [patch², 2, C, ...]
+    if not is_stated and any(bool(half[:, 1].any()) for half in halves.values()):
+        raise UserError(
+            f"{path}: the output layer's rows for the variance were trained, as in a DiT, and a SiT never trains them. "
+            "Only its name or the given objective says that it is a SiT. If it is a DiT, leave the objective out and "
+            "rename the file."
+        )
+    return replace(config, outputs=1), {**state, **{key: half[:, 0].flatten(0, 1) for key, half in halves.items()}}
+
+
 def _check_variance(path: Path, model: DiffusionTransformer, state: Mapping[str, Tensor], is_stated: bool) -> list[str]:
     """Notes about an untrained variance. Raises UserError if it is untrained, as in a SiT, and noise is not stated.
 
@@ -139,8 +170,8 @@ def _check_variance(path: Path, model: DiffusionTransformer, state: Mapping[str,
     raise UserError(
         f"{path}: the output layer's rows for the variance are all 0, so they were never trained. This is the case "
         "for a SiT or another model that predicts a velocity, which has the keys of a "
-        f"{model.config.name}, but must not be sampled as one. edt samples models that predict noise (epsilon) and a "
-        "variance; other objectives are not supported. Use a checkpoint of such a model."
+        f"{model.config.name}, but must not be sampled as one. Nothing in the file says which it is. For a SiT import "
+        "it with --objective flow, or with SiT in the file's name; other models of a velocity are not supported."
     )
 
 

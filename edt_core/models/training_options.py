@@ -39,12 +39,14 @@ class _Rule:
     otherwise: str
 
 
+_NOT_A_SCHEDULE = _Rule(
+    (), "it was trained on a continuous path from data to noise, as a SiT is, not on a noise schedule"
+)
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_OBJECTIVE, _Rule(_NOISE, "the model does not predict noise")),
     **dict.fromkeys(_OFF, _Rule((False,), "the model does not predict noise")),
     **dict.fromkeys(
-        ("path_type", "sample_eps", "train_eps", "interpolant", "transport", "sigma_data"),
-        _Rule((), "it was trained on a continuous path from data to noise, as a SiT is, not on a noise schedule"),
+        ("path_type", "sample_eps", "train_eps", "interpolant", "transport", "sigma_data"), _NOT_A_SCHEDULE
     ),
     **dict.fromkeys(_SCHEDULE, _Rule(("linear",), "the noise schedule is another one")),
     **dict.fromkeys(("beta_start", "linear_start"), _Rule((0.0001,), "the noise schedule is another one")),
@@ -61,6 +63,13 @@ _RULES: dict[str, _Rule] = {
     "class_cond": _Rule((True,), "the model takes no class labels"),
     "class_dropout_prob": _Rule((), ""),  # any share above 0, see _accepts
     **dict.fromkeys(("use_rope", "rope"), _Rule((False,), "attention rotates its queries and keys by position")),
+}
+_VELOCITY = "velocity"  # the word for the prediction of a SiT
+# Of a velocity: the straight path of the default SiT, for which its two eps have no effect.
+_RULES_OF_VELOCITY: dict[str, _Rule] = {
+    **_RULES,
+    "path_type": _Rule(("linear",), "its path from noise to data is not the straight one"),
+    **dict.fromkeys(("sample_eps", "train_eps"), _Rule((0,), "it was trained on a part of the path only")),
 }
 # Data, optimiser, loss weights, speed and logs; masking and the choice of timesteps in training; sampling.
 _HARMLESS_NAMES = """
@@ -143,43 +152,75 @@ class TrainingOptions:
         )
 
 
-def check_objective(path: Path, options: TrainingOptions, words: Words = NO_WORDS) -> str:
-    """The objective of the weights, noise prediction by default.
+def check_objective(path: Path, options: TrainingOptions, words: Words = NO_WORDS, stated: str | None = None) -> str:
+    """The objective of the weights: `stated` by the user, or named by the options, or that of a SiT by its name.
 
-    Raises UserError if the options, or the file's name, indicate an objective that is not in `words`.
+    Noise prediction by default. Raises UserError if the options, or the file's name, indicate an objective that is not
+    in `words`, and if two of them contradict each other.
     """
     named = options.objectives(words)
+    velocity = is_velocity(path, options, words, stated)
+    rules = _RULES_OF_VELOCITY if velocity else _RULES
     wrong = [
         (name, value)
         for name, value, of_model in options.entries
-        if not _accepts(name, value) and _objective_name(name, value, words if of_model else NO_WORDS) is None
+        if not _accepts(name, value, rules) and _objective_name(name, value, words if of_model else NO_WORDS) is None
     ]
-    sit = [name for name in options.model_names if _SIT.search(name)]
+    sit = [] if velocity else [name for name in options.model_names if _SIT.search(name)]
+    if stated is not None and stated not in ("epsilon", *words.values()):
+        raise UserError(f"{path}: unknown objective {stated!r}. Choose one of {', '.join(_names(words))}.")
+    if stated is not None and named not in ([], [stated]):
+        raise UserError(
+            f"{path}: the given objective is {stated}, but its training options say {' and '.join(named)}. Leave the "
+            "objective out, or remove a wrong option from the file."
+        )
     if wrong or sit:
         settings = ", ".join([*(f"model={name!r}" for name in sit), *(f"{n}={_short(v)}" for n, v in wrong)])
         reasons = dict.fromkeys(["it is a SiT, which predicts a velocity"] if sit else [])
-        reasons |= dict.fromkeys(_RULES[name].otherwise or "there is no null class for guidance" for name, _ in wrong)
+        reasons |= dict.fromkeys(rules[name].otherwise or "there is no null class for guidance" for name, _ in wrong)
         raise UserError(f"{path}: its training options have {settings}: {'; '.join(reasons)}. {needed(words)}")
     if len(named) > 1:
         raise UserError(
             f"{path}: its training options name {len(named)} objectives, {' and '.join(named)}, which contradict each "
             "other. Remove the wrong option from the file."
         )
+    if velocity:
+        return words[_VELOCITY]
     # "v" in the options does not exclude a SiT, since a velocity may be called v.
-    if _SIT.search(path.name) and named != ["epsilon"] and not _known_models(options):
+    if _SIT.search(path.name) and stated is None and named != ["epsilon"] and not _known_models(options):
         raise UserError(
             f"{path}: the file's name contains SiT, and nothing in the file contradicts it. A SiT has the keys of a "
             f"DiT but predicts a velocity. {needed(words)} If the file is not a SiT, rename it."
         )
-    return named[0] if named else "epsilon"
+    return stated or (named[0] if named else "epsilon")
+
+
+def is_velocity(path: Path, options: TrainingOptions, words: Words, stated: str | None = None) -> bool:
+    """Whether weights with DiT's keys are taken for those of a SiT, by what the user or the options say, or by a name.
+
+    A name is that of the model in the options, or of the file if the options name no model of another kind. It counts
+    only where nothing states another objective.
+    """
+    if _VELOCITY not in words:
+        return False
+    own, named = words[_VELOCITY], options.objectives(words)
+    if stated is not None or named:
+        return own in (stated, *named) and len({stated, *named} - {None}) == 1
+    in_options = any(_SIT.search(name) for name in options.model_names)
+    return in_options or (bool(_SIT.search(path.name)) and not _known_models(options))
+
+
+def _names(words: Words) -> list[str]:
+    return ["epsilon", *dict.fromkeys(words.values())]
 
 
 def needed(words: Words) -> str:
     """The sentence of messages about which checkpoints are supported."""
-    others = ", ".join(dict.fromkeys(words.values()))
+    others = ", ".join(name for name in dict.fromkeys(words.values()) if name != words.get(_VELOCITY))
     return (
         f"edt samples models that predict noise (epsilon{f', or {others} if the options say so' if others else ''}) "
-        "and a variance at 1,000 timesteps of the linear schedule, as the released EDT, DiT and MDTv2 do. Other "
+        "and a variance at 1,000 timesteps of the linear schedule, as the released EDT, DiT and MDTv2 do"
+        f"{', or a velocity on the straight path, as the released SiT does' if _VELOCITY in words else ''}. Other "
         "objectives are not supported; import a model that was trained that way."
     )
 
@@ -207,7 +248,12 @@ def check_against_config(path: Path, options: TrainingOptions, config: ModelConf
 def option_notes(options: TrainingOptions, config: ModelConfig, words: Words = NO_WORDS) -> list[str]:
     """Notes for the user about the options: what is assumed, and what was ignored."""
     notes = []
-    if not options.objectives(words) and not _known_models(options):
+    if config.objective == words.get(_VELOCITY):
+        notes.append(
+            f"it is read as a SiT: {config.name} with the objective {config.objective}, without the half of its output "
+            "that a SiT discards"
+        )
+    elif not options.objectives(words) and not _known_models(options):
         notes.append(
             "the file does not say what its model predicts; noise (epsilon) prediction and 1,000 timesteps of the "
             f"linear schedule are assumed, as in the released {FAMILIES[config.architecture].title}"
@@ -274,13 +320,13 @@ def _as_value(value: Any) -> Any:
         return text
 
 
-def _accepts(name: str, value: Any) -> bool:
+def _accepts(name: str, value: Any, rules: Mapping[str, _Rule] = _RULES) -> bool:
     """Whether the weights are compatible with an option's value. No value is accepted."""
-    if name not in _RULES or value is None:
+    if name not in rules or value is None:
         return True
     if name == "class_dropout_prob":
         return not isinstance(value, int | float) or value > 0
-    return any(_same(value, accepted) for accepted in _RULES[name].accepted)
+    return any(_same(value, accepted) for accepted in rules[name].accepted)
 
 
 def _objective_name(name: str, value: Any, words: Words) -> str | None:

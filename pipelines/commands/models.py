@@ -287,6 +287,10 @@ def import_model(
         Weights | None,
         typer.Option(help="weights to import if the file has both  \\[default: ema (the average) if present]"),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="what the weights predict, if the file does not say it, such as flow for a SiT"),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="name of the registered model  \\[default: like edt-xl-2-256]")
     ] = None,
@@ -301,6 +305,7 @@ def import_model(
     Examples:
       edt import EDT-S-2-256x256.pt
       edt import DiT-XL-2-256x256.pt --model DiT-XL/2 --autoencoder ./vae
+      edt import SiT-XL-2-256.pt --objective flow
     """
 
     from edt_core.store.folder import Folder
@@ -310,7 +315,7 @@ def import_model(
     from pipelines.tracking.catalog import Catalog
 
     released = read_released(
-        typed_path(checkpoint), None if weights is None else weights.value, autoencoder, model, image_size
+        typed_path(checkpoint), None if weights is None else weights.value, autoencoder, model, image_size, objective
     )
     for note in released.read.notes:
         say(f"note: {note}", err=True)

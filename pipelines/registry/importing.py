@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edt_core.config import ChainConfig
+from edt_core.config import ChainConfig, recorded_fields
 from edt_core.environment import code_version, utc
 from edt_core.errors import UserError
 from edt_core.evaluation.published import AUTOENCODER, AUTOENCODER_CHANNELS, AUTOENCODER_FACTOR
@@ -68,8 +68,11 @@ def read_released(
     autoencoder: str | None = None,
     model: str | None = None,
     image_size: int | None = None,
+    objective: str | None = None,
 ) -> Released:
     """Read a checkpoint file and an autoencoder. `model` and `image_size`, if set, must match the file.
+
+    `objective`: what the weights were trained for, if the file does not say it.
 
     `autoencoder` None means that of the papers, if the model was trained on its latents. `weights` None means the
     averaged weights if the file has them.
@@ -79,7 +82,7 @@ def read_released(
     from edt_core.diffusion import objective_words
     from edt_core.models import read_released_model
 
-    read = read_released_model(path, weights, objective_words())
+    read = read_released_model(path, weights, objective_words(), objective)
     config = read.model.config
     if model not in (None, config.name) or image_size not in (None, config.image_size):
         raise UserError(
@@ -180,9 +183,11 @@ def _protocol(config: "ModelConfig") -> ChainConfig:
 
     If no AMM placement is published for the model, that of its own configuration is used.
     """
+    from edt_core.diffusion import objective_of_model
     from edt_core.models import FAMILIES, has_paper_amm_blocks
 
-    protocol = ChainConfig(**FAMILIES[config.architecture].released_sampling)
+    objective = objective_of_model(config)
+    protocol = ChainConfig(**FAMILIES[config.architecture].released_sampling, **objective.released_chain)
     if protocol.amm_blocks == "paper" and not has_paper_amm_blocks(config.name, config.image_size):
         return protocol.model_copy(update={"amm_blocks": "model"})
     return protocol
@@ -195,7 +200,7 @@ def _write(folder: Path, released: Released, name: str, origin: Mapping[str, str
     from pipelines.registry.model_card import README, ModelCard
 
     model = released.model
-    protocol = _protocol(model.config).model_dump(mode="json")
+    protocol = recorded_fields(_protocol(model.config))
     save_pipeline(folder, model, released.autoencoder, num_timesteps=_NUM_TIMESTEPS, classes=(), protocol=protocol)
     card = ModelCard(
         name=name,

@@ -22,7 +22,7 @@ from jobs.models.registry_files import pull
 from pipelines.cli import app
 from pipelines.registry.importing import _protocol, read_released
 from pipelines.registry.lookup import find, origin_of
-from tests.support.models import TINY, made_model, pipeline_folder, released, weights
+from tests.support.models import TINY, made_model, pipeline_folder, released, sit, weights
 from tests.support.registry import Registry
 from tests.support.small import edt, edt_process
 
@@ -122,6 +122,16 @@ def test_the_same_file_is_found_again_and_another_is_a_new_version(
     assert find(registry.catalog, "again@candidate").version in (2, "2")  # an old file does not take the alias back
 
 
+def test_a_sit_is_a_version_that_is_sampled_by_its_authors_sde(registry: Registry, vae: Path, tmp_path: Path) -> None:
+    path = sit(released(tmp_path, "DiT-Tiny/2"), tmp_path / "bare.pt")
+    assert "DiT-Tiny/2 at 32 px" in imported(registry, path, vae, "--name", "sit", "--objective", "flow")
+    version = find(registry.catalog, "sit@candidate")
+    assert version.tags["edt.objective"] == "flow"
+    assert pull(registry.catalog.client, version, tmp_path / "pulled")
+    assert json.loads((tmp_path / "pulled" / "model_index.json").read_text())["protocol"]["sampler"] == "sde"
+    assert "(prediction type flow_prediction)" in (tmp_path / "pulled" / "README.md").read_text()
+
+
 def test_killed_before_the_alias_moved_it_goes_on(
     registry: Registry, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +170,7 @@ def bad_file(folder: Path, damage: str) -> Path:
         state = weights("EDT-Tiny/2")
         torch.save({**state, "final_layer.linear.bias": torch.zeros(3)}, path)
     elif damage == "of a velocity":
-        args = argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")
+        args = argparse.Namespace(model="SiT-XL/2", path_type="GVP", prediction="velocity")
         torch.save({"model": weights("DiT-Tiny/2"), "ema": weights("DiT-Tiny/2"), "args": args}, path)
     elif damage == "not finite":
         state = weights("EDT-Tiny/2")
@@ -178,7 +188,7 @@ def bad_file(folder: Path, damage: str) -> Path:
         ("truncated", [], "is not a checkpoint of the authors' code, or is damaged"),
         ("code", [], "needs code to be run"),
         ("other shapes", [], "The closest is EDT-Tiny/2 at 32 pixels with 4 classes, but 'final_layer.linear.bias'"),
-        ("of a velocity", [], "model='SiT-XL/2', path_type='Linear', prediction='velocity': it is a SiT"),
+        ("of a velocity", [], "path_type='GVP': its path from noise to data is not the straight one"),
         ("not finite", [], "32 of the 32 values of 'final_layer.linear.bias' are not finite"),
         ("empty", [], "it contains a dict without weights"),
         ("gone", [], "is not a file"),

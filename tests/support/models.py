@@ -88,6 +88,15 @@ def released(folder: Path, name: str, seed: int = 0) -> Path:
     return folder / "released.pt"
 
 
+def sit(dit: Path, path: Path) -> Path:
+    """The file of a DiT as that of a SiT, which never trains the second half of its output."""
+    state = torch.load(dit, weights_only=True)
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[key].unflatten(0, (-1, 2, 4))[:, 1] = 0
+    torch.save(state, path)
+    return path
+
+
 def clip_folder(folder: Path, whole: bool = False, **preprocessor: Any) -> Path:
     """A small CLIP image encoder with random weights, as transformers saves it; `whole`: with its text encoder.
 

@@ -104,7 +104,7 @@ class Sandbox:
         from edt_core.autoencoders.autoencoder import build_autoencoder
         from edt_core.config import AutoencoderConfig
         from tests.support.acceptance import content
-        from tests.support.models import released
+        from tests.support.models import released, sit
 
         copy_store(store, root / "edt-store")
         (root / "classifier").symlink_to(next((root / "edt-store" / "classifier").iterdir()))
@@ -116,6 +116,7 @@ class Sandbox:
         for block in (block for page in pages() for block in blocks(page) if block.language == "yaml"):
             if name := re.fullmatch(r"# (\w+\.yaml)", block.lines[0]):  # a file that the page has the reader write
                 (root / name[1]).write_text("\n".join(block.lines).replace("/data/flowers", str(images)))
+        sit(root / "dit.pt", root / "SiT-XL-2-256.pt")
         (root / "acceptance.json").write_text(json.dumps(content()))
         build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32).save_pretrained(root / "vae")
         return cls(root)

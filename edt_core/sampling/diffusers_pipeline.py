@@ -26,12 +26,13 @@ from torch import Tensor
 
 from edt_core.autoencoders.autoencoder import decode, to_pixels
 from edt_core.autoencoders.kinds import KINDS, scale_of
-from edt_core.config import ChainConfig
+from edt_core.config import ChainConfig, recorded_fields
 from edt_core.data.scale import LatentScale, model_scale
 from edt_core.diffusion import Objective, objective_of_model
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.models.alignment import align_weights
+from edt_core.sampling.flow_schedulers import FlowSchedulerChain
 from edt_core.sampling.pipeline_options import (
     PROTOCOL,
     CallNoise,
@@ -143,7 +144,7 @@ class EDTPipeline(DiffusionPipeline):
         align_weights(vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # A folder of an older version has fewer fields; the others get the values that were fixed in that version.
-        fields = chain_config(protocol or {}).model_dump(mode="json")
+        fields = recorded_fields(chain_config({"sampler": objective.samplers[0], **(protocol or {})}))
         counts = None if class_counts is None else list(class_counts)
         self.register_to_config(
             classes=list(classes or []), protocol=fields, class_counts=counts, num_timesteps=timesteps
@@ -221,7 +222,9 @@ class EDTPipeline(DiffusionPipeline):
         timesteps = self.config.num_timesteps
         return LatentSampler(self.transformer.edt, chain, timesteps, network=self.transformer, device=device)
 
-    def _solver(self, chain: ChainConfig, noise: CallNoise, sampler_given: bool) -> SchedulerChain | None:
+    def _solver(
+        self, chain: ChainConfig, noise: CallNoise, sampler_given: bool
+    ) -> SchedulerChain | FlowSchedulerChain | None:
         """The chain of an assigned scheduler; None for the original one, with which the own samplers are used."""
         self._check_scheduler(self.scheduler)  # its configuration may have changed since the assignment
         if is_training_scheduler(self.scheduler, self.config.num_timesteps, self.objective):
@@ -231,9 +234,8 @@ class EDTPipeline(DiffusionPipeline):
                 f"sampler is {chain.sampler!r}, but the pipeline has a {type(self.scheduler).__name__}, which "
                 "replaces it; leave the option out, or load the pipeline again for its original scheduler"
             )
-        return SchedulerChain(
-            self.scheduler, self.objective, chain.num_sampling_steps, noise.device, noise.generators()
-        )
+        chain_of = FlowSchedulerChain if self.objective.continuous else SchedulerChain
+        return chain_of(self.scheduler, self.objective, chain.num_sampling_steps, noise.device, noise.generators())
 
     def _check_scheduler(self, scheduler: Any) -> None:
         if not is_training_scheduler(scheduler, self.config.num_timesteps, self.objective):

@@ -13,12 +13,13 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from edt_core.diffusion import Objective
-from edt_core.diffusion.sampling import METHODS, ModelFn, SwitchedModel
+from edt_core.diffusion import Objective, SwitchedModel
+from edt_core.diffusion.chain import ModelFn, model_at
 from edt_core.errors import UserError
+from edt_core.sampling import flow_schedulers
 from edt_core.sampling.sampler import Progress
 
-# All of these are tested. If they draw noise, they draw it from the call's generator.
+# Of objectives on a noise schedule. All are tested. If they draw noise, they draw it from the call's generator.
 SUPPORTED = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -34,14 +35,15 @@ SUPPORTED = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
-_SAMPLERS = ", ".join(map(repr, METHODS))
 _LEARNED = ("learned", "learned_range")
 _TOLERANCE = 1e-4  # of alphas_cumprod: diffusers computes them in float32, by several formulas
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def training_scheduler(num_timesteps: int, objective: Objective) -> DDPMScheduler:
+def training_scheduler(num_timesteps: int, objective: Objective) -> Any:
     """The scheduler that a pipeline is written with: noise schedule and objective of the training, for diffusers."""
+    if objective.continuous:
+        return flow_schedulers.training_scheduler(num_timesteps)
     return DDPMScheduler(
         num_train_timesteps=num_timesteps,
         beta_schedule="linear",
@@ -55,25 +57,36 @@ def training_scheduler(num_timesteps: int, objective: Objective) -> DDPMSchedule
 
 def is_training_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) -> bool:
     """Whether a scheduler is that of `training_scheduler`; a pipeline then uses the samplers of this package."""
-    if type(scheduler) is not DDPMScheduler:
-        return False
-    expected = _training_config(num_timesteps, objective)
-    return all(scheduler.config.get(name) == value for name, value in expected.items())
+    kind, expected = _training_config(num_timesteps, objective)
+    return type(scheduler) is kind and all(scheduler.config.get(name) == value for name, value in expected.items())
 
 
 @lru_cache(maxsize=16)
-def _training_config(num_timesteps: int, objective: Objective) -> dict[str, Any]:
-    config = training_scheduler(num_timesteps, objective).config
-    return {name: value for name, value in config.items() if name[0] != "_"}
+def _training_config(num_timesteps: int, objective: Objective) -> tuple[type[Any], dict[str, Any]]:
+    scheduler = training_scheduler(num_timesteps, objective)
+    return type(scheduler), {name: value for name, value in scheduler.config.items() if name[0] != "_"}
 
 
 def check_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) -> None:
     """Raise UserError for a scheduler that cannot sample from a model of this training."""
-    name = type(scheduler).__name__
+    if objective.continuous:
+        problem = flow_schedulers.problem(scheduler)
+    else:
+        problem = _problem(scheduler, num_timesteps, objective)
+    if problem is not None:
+        raise UserError(
+            f"{type(scheduler).__name__} cannot sample from this model: {problem}. Create it from the pipeline's "
+            "scheduler, SCHEDULER.from_config(pipeline.scheduler.config), or keep that scheduler and use the option "
+            f"sampler, one of {', '.join(map(repr, objective.samplers))}: pipeline(labels, "
+            f"sampler={objective.samplers[-1]!r})"
+        )
+
+
+def _problem(scheduler: Any, num_timesteps: int, objective: Objective) -> str | None:
     config = getattr(scheduler, "config", {})
     prediction_type, expected = config.get("prediction_type"), objective.prediction_type
     problem = None
-    if name not in SUPPORTED:
+    if type(scheduler).__name__ not in SUPPORTED:
         problem = f"it is not one of {', '.join(SUPPORTED)}"
     elif prediction_type != expected:
         problem = f"its prediction_type is {prediction_type!r}, but the model predicts {expected!r}"
@@ -81,16 +94,13 @@ def check_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) ->
         problem = f"{clipping[0]} is True, but latents have no fixed range and would be clipped"
     elif not _has_schedule_of(scheduler, num_timesteps, objective):
         problem = f"its noise schedule is not the linear one of {num_timesteps} timesteps that the model was trained on"
-    if problem is not None:
-        raise UserError(
-            f"{name} cannot sample from this model: {problem}. Create it from the pipeline's scheduler, "
-            f"SCHEDULER.from_config(pipeline.scheduler.config), or keep that scheduler and use the option "
-            f"sampler, one of {_SAMPLERS}: pipeline(labels, sampler='dpmsolver++')"
-        )
+    return problem
 
 
 def _has_schedule_of(scheduler: Any, num_timesteps: int, objective: Objective) -> bool:
-    expected = objective.schedule(num_timesteps).alphas_cumprod
+    schedule = objective.schedule(num_timesteps)
+    assert schedule is not None  # not continuous
+    expected = schedule.alphas_cumprod
     alphas = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
     return alphas.shape == expected.shape and np.allclose(alphas, expected, rtol=_TOLERANCE, atol=0)
 
@@ -126,8 +136,8 @@ class SchedulerChain:
         options = {"generator": self._generator} if takes_generator else {}
         x = initial.float() * scheduler.init_noise_sigma
         for step, t in enumerate(scheduler.timesteps, start=1):
-            model_at = model_fn.at(float(t)) if isinstance(model_fn, SwitchedModel) else model_fn
-            output = model_at(scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)))
+            model = model_at(model_fn, float(t))
+            output = model(scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)))
             prediction = self._objective.split(output, x.shape[1])
             value = prediction.value
             if self._takes_variance and prediction.variance is not None:

@@ -49,6 +49,10 @@ class FlowMatching(Objective):
             )
         return ContinuousSampler(logit_normal if choice == "logit-normal" else None, partial(shifted, shift=shift))
 
+    def cleaner(self, schedule: Schedule | None, t: Tensor, share: Tensor) -> Tensor:
+        """Times nearer to 1, the data."""
+        return (t + share).clamp(max=1.0)
+
     def end_of_time(self, num_timesteps: int) -> float:
         """1, the data."""
         return 1.0

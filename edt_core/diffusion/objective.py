@@ -92,13 +92,13 @@ class Objective(ABC):
 
     # Times
 
-    def cleaner(self, schedule: Schedule, t: Tensor, share: Tensor) -> Tensor:
-        """Times with less noise than `t` [N], by `share` [N] of the whole chain, but not beyond its cleanest time."""
-        return (t - (share * schedule.num_timesteps).long()).clamp(min=0)
-
     @abstractmethod
     def schedule(self, num_timesteps: int) -> Schedule | None:
         """The noise schedule of the training; None if there is none. Raises UserError for too few timesteps."""
+
+    @abstractmethod
+    def cleaner(self, schedule: Schedule | None, t: Tensor, share: Tensor) -> Tensor:
+        """Times with less noise than `t` [N], by `share` [N] of the whole chain, but not beyond its cleanest time."""
 
     @abstractmethod
     def times(self, choice: TimestepChoice, num_timesteps: int, shift: float = 1.0) -> TimestepSampler:
@@ -201,6 +201,11 @@ class ScheduledObjective(Objective):
         if choice == "loss-second-moment":
             return LossSecondMomentSampler(num_timesteps)
         return LogitNormalSampler(num_timesteps) if choice == "logit-normal" else UniformSampler(num_timesteps)
+
+    def cleaner(self, schedule: Schedule | None, t: Tensor, share: Tensor) -> Tensor:
+        """Earlier timesteps, which have less noise."""
+        assert schedule is not None  # that of `schedule`
+        return (t - (share * schedule.num_timesteps).long()).clamp(min=0)
 
     def end_of_time(self, num_timesteps: int) -> float:
         """The number of timesteps."""

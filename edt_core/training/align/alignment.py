@@ -55,7 +55,7 @@ class Target(ABC):
     model: DiffusionTransformer | None = None  # a second model of this target
 
     @abstractmethod
-    def tokens(self, schedule: Schedule, samples: AlignedSamples) -> Tensor:
+    def tokens(self, schedule: Schedule | None, samples: AlignedSamples) -> Tensor:
         """The target of each token, [N, T, K] on the target's own grid, without a gradient."""
 
 
@@ -65,7 +65,7 @@ class LatentTarget(Target):
     def __init__(self, model_config: ModelConfig) -> None:
         self._grid, self._patch_size = model_config.grid, model_config.patch_size
 
-    def tokens(self, schedule: Schedule, samples: AlignedSamples) -> Tensor:
+    def tokens(self, schedule: Schedule | None, samples: AlignedSamples) -> Tensor:
         """The patches of the latents, [N, T, patch² · C]."""
         return image_to_patches(samples.latents, self._grid, self._patch_size)
 
@@ -73,7 +73,7 @@ class LatentTarget(Target):
 class FeatureTarget(Target):
     """The tokens of a feature network for the image, as the encoding stored them (REPA, arXiv 2410.06940)."""
 
-    def tokens(self, schedule: Schedule, samples: AlignedSamples) -> Tensor:
+    def tokens(self, schedule: Schedule | None, samples: AlignedSamples) -> Tensor:
         """The stored tokens, [N, T, K]."""
         assert samples.tokens is not None, "read for this target"
         return samples.tokens
@@ -98,7 +98,7 @@ class SelfTarget(Target):
         self._hidden = BlockOutput(self.model, block, ends=True)
 
     @torch.no_grad()
-    def tokens(self, schedule: Schedule, samples: AlignedSamples) -> Tensor:
+    def tokens(self, schedule: Schedule | None, samples: AlignedSamples) -> Tensor:
         """The tokens of the block, [N, T, K]. Timesteps are earlier by `shift` of the chain."""
         assert samples.shift is not None, "drawn for this target"
         if self._state.trained is not None:
@@ -122,7 +122,7 @@ class Alignment:
         """The model that the target computes with, if any."""
         return [] if self.target.model is None else [self.target.model]
 
-    def term(self, schedule: Schedule, projected: Tensor, samples: AlignedSamples) -> Tensor:
+    def term(self, schedule: Schedule | None, projected: Tensor, samples: AlignedSamples) -> Tensor:
         """The weighted distance of each sample, float32 [N], of the head's output [N, T, K] for its hidden states."""
         grid = self.settings.grid
         prediction = averaged(projected.float(), grid)

@@ -84,7 +84,6 @@ class HeldOutLoss:
         self._digests = holdout.digests[places]
         scale = model_scale(model_config, dataset.scale)
         self._latents, self._labels = _read(dataset, holdout.measured[places], self._digests, scale)
-        self._timesteps = measured_timesteps(config.num_timesteps)
         self._objective = objective_of(config.objective)
         self._timesteps = measured_timesteps(config.num_timesteps)
         self._times = self._objective.measured_times(TIMESTEPS, config.num_timesteps)

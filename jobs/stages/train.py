@@ -35,8 +35,8 @@ from jobs.runtime.verdict import device_full, has_verdict, memory_of, raise_verd
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
 from jobs.stages.holdout.split import class_counts, held_out, holdout_counts, training_images, write_class_counts
 from jobs.stages.stage import Stage
-from jobs.stages.train_siblings import STEP_VERSION, go_on, resume_text, shared, warn_of_earlier
-from jobs.stages.train_start import (
+from jobs.stages.training.siblings import STEP_VERSION, go_on, resume_text, shared, warn_of_earlier
+from jobs.stages.training.start import (
     check_start,
     initial_of,
     read_initial,
@@ -99,7 +99,7 @@ def train(
     from edt_core.training.posthoc.snapshots import counts_of
     from edt_core.training.start.trainable import step_flops
     from edt_core.training.store import CheckpointStore, best_step
-    from jobs.stages.train_context import device_seconds, remove_clock
+    from jobs.stages.training.context import device_seconds, remove_clock
 
     latents = inputs["latents"]
     model_config = config_of(config, latents.counts, inputs.get("init"))
@@ -320,7 +320,7 @@ def _worker(job: Mapping[str, Any]) -> None:
 
     from edt_core.training.loop import train as train_loop
     from edt_core.training.trainer import NotFiniteError
-    from jobs.stages.train_context import RayContext
+    from jobs.stages.training.context import RayContext
 
     config, inputs, out, progress = job["config"], job["inputs"], job["out"], job["progress"]
     holdout: Holdout | None = job["holdout"]

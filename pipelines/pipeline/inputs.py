@@ -13,7 +13,7 @@ from jobs.models.initial import Initial, initial_source
 from jobs.stages import autoencoder, reference
 from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
-from jobs.stages.train_start import check_start
+from jobs.stages.training.start import check_start
 from pipelines.config.schema import PipelineConfig
 from pipelines.registry.kept import Kept, kept_networks
 from pipelines.terminal.terminal import Terminal

@@ -26,7 +26,7 @@ from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from jobs.stages import autoencoder, evaluate, reference, sample, train
-from jobs.stages.train_context import CLOCK
+from jobs.stages.training.context import CLOCK
 from tests.support.jobs import TRAIN, Chain, execute
 from tests.support.local_ray import local_ray
 

@@ -46,7 +46,7 @@ def go_on(
     """
     from edt_core.training.checkpoint import CheckpointError
     from edt_core.training.start.siblings import copy_checkpoint
-    from jobs.stages.train_context import write_seconds
+    from jobs.stages.training.context import write_seconds
 
     source = None
     for candidate in shared(store.out.folder, config, inputs, images):

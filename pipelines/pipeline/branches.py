@@ -136,9 +136,10 @@ def _call_branch(
 def _untrained(trained: TrainConfig) -> TrainConfig:
     """The training of no steps that a training from random weights is compared with.
 
-    It has only the fields that shape the initial weights and the chain: a learning rate does not change it.
+    It has only the fields that shape the initial weights, the chain and the scale of the latents: a learning rate does
+    not change it.
     """
-    fields = ("model", "seed", "num_timesteps", "objective")
+    fields = ("model", "seed", "num_timesteps", "objective", "latent_norm")
     shaping = {field: getattr(trained, field) for field in fields}
     return TrainConfig(max_steps=0, **objective_of(trained.objective).train_defaults, **shaping)
 

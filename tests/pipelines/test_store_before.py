@@ -8,6 +8,8 @@ taken again from a finished store.
 import json
 from pathlib import Path
 
+import pytest
+
 from edt_core.store.store import Store
 from pipelines.config.schema import load_config
 from pipelines.plan import plan
@@ -38,9 +40,12 @@ def test_a_store_of_the_version_before_is_reused(tmp_path: Path) -> None:
     assert len(list(Store.open(str(tmp_path)).artifacts())) == len(MANIFESTS) == STEPS
 
 
-def test_another_objective_is_another_model_trained_or_not_of_the_same_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["train.objective=v_prediction", "train.latent_norm=true"])
+def test_another_objective_or_scale_is_another_model_trained_or_not_of_the_same_data(
+    field: str, tmp_path: Path
+) -> None:
     lay_out(tmp_path)
-    steps = plan(load_config("quickstart", [*SMALL, "train.objective=v_prediction"], str(tmp_path)))
+    steps = plan(load_config("quickstart", [*SMALL, field], str(tmp_path)))
     actions = {step.step: step.action for step in steps if step.fingerprint}
     assert {actions["encode"], actions["reference"], actions["classifier"]} == {"reuse"}
     for prefix in ("", "untrained "):

@@ -1,4 +1,4 @@
-"""Two processes on the CPU: compiled blocks train what eager ones do, and padded projections are shared in their steps.
+"""Two processes on the CPU: compiled blocks, padded projections that passes share, and Muon train what one would.
 
 Run as a module, this file is one of the processes.
 """
@@ -33,7 +33,7 @@ from edt_core.training.speed import compiled
 from edt_core.training.speed.update import CompiledUpdate
 from tests.support.models import shallow_config
 from tests.support.servers import free_port
-from tests.support.trainings import contents, narrow, place
+from tests.support.trainings import contents, cut_back, narrow, place
 
 CONFIG = TrainConfig(
     global_batch_size=8, max_steps=6, checkpoint_every=6, log_every=1, max_grad_norm=1.0, lr=1e-3, num_workers=2
@@ -42,7 +42,7 @@ BOUND = 1e-4  # of a loss, relative: float32, in another order within a graph, t
 PADDED = CONFIG.model_copy(
     update={"micro_batch_size": 2, "activation_checkpointing": True, "ema_widths": (0.05, 0.1), "ema_snapshots": 2}
 )
-PADDED = CONFIG.model_copy(update={"micro_batch_size": 2, "activation_checkpointing": True})
+MUON = CONFIG.model_copy(update={"optimizer": "muon", "checkpoint_every": 3})
 ALIGNED = CONFIG.model_copy(update={"align": "self", "max_grad_norm": None})
 PLAIN = CONFIG.model_copy(update={"model": "DiT-Tiny/2", "masked_loss": False})  # its blocks take the fewest graphs
 
@@ -66,6 +66,11 @@ def _work(rank: int, port: int, folder: Path, backend: str, paths: list[Path]) -
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
 
     run("aligned", ALIGNED)
+    run("muon", MUON)
+    if rank == 0:
+        cut_back(folder / "muon", folder / "muon again", MUON.checkpoint_every)
+    dist.barrier()
+    run("muon again", MUON)
     for value in (False, True):
         run(f"compile {value}", PLAIN.model_copy(update={"compile": value}))
     attention.head_padding = lambda head_dim, device: 4 if device.type == "cpu" else 0  # not where costs are counted
@@ -152,6 +157,17 @@ def test_a_head_trains_the_same_on_two_processes(processes: Path, latents_artifa
     expected = [float(value.detach().double().sum()) for value in alone.heads().values()]
     assert first["head"] == pytest.approx(expected, rel=BOUND, abs=BOUND)
     assert len(expected) == 4
+
+
+@pytest.mark.extern
+def test_muon_steps_the_same_on_two_processes_and_resumes_exactly(processes: Path, dataset: LatentDataset) -> None:
+    first, second = (recorded(processes, "muon", rank)["losses"] for rank in range(2))
+    assert first == second
+    last = MUON.max_steps
+    assert contents(place(processes / "muon", last)) == contents(place(processes / "muon again", last))
+    context = LocalContext(processes / "alone")
+    alone = train(MUON.model_copy(update={"num_workers": 1}), narrow(), dataset, context)
+    assert [row["loss"] for row in alone.history.rows] == pytest.approx(first, rel=BOUND)
 
 
 @pytest.mark.extern

@@ -18,6 +18,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from edt_core.store.folder import Folder
+from tests.support.models import made_model, opened
+from tests.support.posthoc import with_snapshots
+
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 
 
@@ -76,6 +80,21 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, n
     assert stated["seal"] == digest_of_json({k: v for k, v in stated.items() if k != "seal"})
     assert {name: sha256((folder / name).read_bytes()).hexdigest() for name in stated["files"]} == stated["files"]
     return stated, {name: load_file(folder / name) for name in stated["files"] if name.endswith(".safetensors")}
+
+
+def read_bfloat16(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a file states of its average, and its tensors as float32: bfloat16 is the upper half of one."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    about = json.loads(header.pop("__metadata__")["average"])
+    tensors = {}
+    for name, entry in header.items():
+        assert entry["dtype"] == "BF16"
+        first, last = (start + offset for offset in entry["data_offsets"])
+        halves = np.frombuffer(data[first:last], "<u2").astype(np.uint32)
+        tensors[name] = (halves << 16).view(np.float32).reshape(entry["shape"])
+    return about, tensors
 
 
 # --- what a run wrote
@@ -164,6 +183,26 @@ def test_a_checkpoint_holds_what_the_page_says(artifacts: Artifacts) -> None:
     assert state["config"] == manifest["config"]
     history = [json.loads(line) for line in (root / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history][-1] == stated["step"]
+
+
+def test_snapshots_are_the_averages_of_the_page(tmp_path: Path) -> None:
+    """Of weights that grow in equal steps to those of the final model."""
+    made, _ = with_snapshots(opened(tmp_path, made_model()), made_model(), Folder.at(tmp_path / "store"))
+    root, manifest = read_artifact(Path(made.folder.uri))
+    final = load_file(root / manifest["counts"]["final"] / "ema.safetensors")
+    files = sorted((root / "snapshots").glob("step-*/ema-width-*.safetensors"))
+    assert len(files) == 20
+    for path in files:
+        about, tensors = read_bfloat16(path)
+        steps, width = about["step"], about["width"]
+        assert path.relative_to(root).as_posix() == f"snapshots/step-{steps:08d}/ema-width-{width}.safetensors"
+        exponent = np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max()
+        average = 0.0
+        for step in range(1, steps + 1):
+            average += (1 - (1 - 1 / step) ** (exponent + 1)) * (step / 40 - average)
+        assert tensors.keys() < final.keys()
+        for name, value in tensors.items():
+            np.testing.assert_allclose(value, average * final[name], rtol=2**-8, atol=1e-6)
 
 
 def test_features_and_reference_are_tensors_of_the_names_of_the_page(artifacts: Artifacts) -> None:

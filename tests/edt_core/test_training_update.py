@@ -133,7 +133,7 @@ def test_it_is_the_library_s_update(options: dict[str, Any], dtype: torch.dtype,
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler for CPUs needs g++")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-7)], ids=["fp64", "fp32"])
 def test_it_is_the_library_s_update_in_machine_code(dtype: torch.dtype, bound: float) -> None:
-    options = config(weight_decay=0.1)
+    options = config(weight_decay=0.1, ema_widths=(0.05, 0.1))
     ours, theirs = (Side(options, dtype, backend) for backend in ("inductor", None))
     for step in range(100):
         ours.step(step)

@@ -1,6 +1,7 @@
 """`edt ema`: errors by width, the model of a width, and its version in the registry."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,10 +49,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 def test_errors_are_listed_by_width(place: Place) -> None:
     rows = {row["std"]: row for row in json.loads(place.said("ema", f"{REAL}@champion", "--json"))}
-    assert {rows[width]["error"] for width in WIDTHS} == {"0.00%"}
-    assert rows[0.07]["error"] == "0.91%"
-    assert rows[0.15]["error"] == "2.21%"
-    assert "refused" in rows[0.02]["error"]
+    assert all(rows[width]["error"] == pytest.approx(0, abs=1e-6) for width in WIDTHS)
+    assert rows[0.07]["error"] == pytest.approx(0.0091, abs=1e-4)
+    assert [width for width, row in rows.items() if row["refused"]] == [0.02]
+    table = place.said("ema", f"{REAL}@champion")
+    assert re.search(r"0\.15 +2\.21% +x 0\.95", table)
+    assert "20.50% (refused)" in table
     with pytest.raises(UserError, match="--std is missing"):
         place.said("ema", REAL, "--register")
 
@@ -92,6 +95,13 @@ def test_an_artifact_is_a_training_too_and_has_no_version(place: Place, tmp_path
     text = place.said("ema", place.training.folder.uri, str(tmp_path / "wide"), "--std", "0.15")
     assert "error of the profile 2.21%" in text
     assert Artifact.open(str(tmp_path / "wide")).counts["ema_std"] == 0.15
+    facts = json.loads(place.said("ema", place.training.folder.uri, str(tmp_path / "wide"), "--std", "0.15", "--json"))
+    assert facts == {
+        "folder": str(tmp_path / "wide"),
+        "std": 0.15,
+        "error": pytest.approx(0.0221, abs=1e-4),
+        "version": None,
+    }
     with pytest.raises(UserError, match="--register needs a registered model"):
         place.said("ema", place.training.folder.uri, str(tmp_path / "wide"), "--std", "0.15", "--register")
     doubtful = place.said("ema", place.training.folder.uri, str(tmp_path / "narrow"), "--std", "0.03")

@@ -6,7 +6,7 @@ import typer
 
 from edt_core.errors import UserError
 from edt_core.printing.console import say
-from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, TrackingUri, print_rows
+from pipelines.commands.options import DEFAULT_STORE, AsJson, StoreOption, TrackingUri, print_json, print_rows
 
 if TYPE_CHECKING:
     from edt_core.store.artifact import Artifact
@@ -40,32 +40,42 @@ def ema(
     """
     from jobs.models.open import use_mlflow
     from jobs.models.posthoc import training_of
+    from jobs.models.registry_files import title
 
     use_mlflow(model, tracking_uri, store)
     training = training_of(model, store)
     if std is None:
         if out is not None or register:
             raise UserError("--std is missing: the width of the average, such as --std 0.08")
-        print_rows([_row(training, width) for width in _widths(training)], ("std", "error", "rounding"), as_json)
+        _list(training, as_json)
         return
     if register and training.version is None:
         raise UserError(f"--register needs a registered model, such as NAME@champion; {model} is not one")
     artifact = _make(training, std, out or _default_folder(model, std))
-    say(f"{artifact.folder.uri}  {_summary(training, std)}")
-    if register:
-        _register(training, artifact, store, tracking_uri)
+    summary = _summary(training, std)
+    version, is_new = _register(training, artifact, store, tracking_uri) if register else (None, False)
+    if as_json:
+        facts = {"folder": artifact.folder.uri, "std": std, "error": artifact.counts["ema_error"]}
+        print_json({**facts, "version": None if version is None else f"{version.name}/{version.version}"})
+        return
+    say(f"{artifact.folder.uri}  {summary}")
+    if version is not None and training.version is not None:
+        known = "" if is_new else " (registered before)"
+        say(f"{title(version)} is made from version {training.version.version}{known}")
 
 
-def _widths(training: "Training") -> list[float]:
-    return sorted({*_LISTED, *training.widths})
-
-
-def _row(training: "Training", width: float) -> dict[str, Any]:
+def _list(training: "Training", as_json: bool) -> None:
+    """Print what the snapshots give for common widths, and those that were tracked."""
     from jobs.models.posthoc import MAX_ERROR
 
-    parts = training.mixture(width)
-    refused = " (refused)" if parts.error > MAX_ERROR else ""
-    return {"std": width, "error": f"{parts.error:.2%}{refused}", "rounding": f"x {parts.amplification:.2g}"}
+    rows: list[dict[str, Any]] = []
+    for width in sorted({*_LISTED, *training.widths}):
+        parts = training.mixture(width)
+        facts = {"std": width, "error": parts.error, "rounding": parts.amplification}
+        refused = parts.error > MAX_ERROR
+        shown = {"error": f"{parts.error:.2%}{' (refused)' * refused}", "rounding": f"x {parts.amplification:.2g}"}
+        rows.append({**facts, "refused": refused} if as_json else {**facts, **shown})
+    print_rows(rows, ("std", "error", "rounding"), as_json)
 
 
 def _make(training: "Training", std: float, out: str) -> "Artifact":
@@ -102,9 +112,8 @@ def _default_folder(model: str, std: float) -> str:
     return f"./{name[:12] if PREFIX.fullmatch(name) else name}-ema-{std:g}"
 
 
-def _register(training: "Training", artifact: "Artifact", store: str, tracking_uri: str | None) -> None:
+def _register(training: "Training", artifact: "Artifact", store: str, tracking_uri: str | None) -> tuple[Any, bool]:
     from edt_core.store.folder import Folder
-    from jobs.models.registry_files import title
     from pipelines.registry.aliases import alone
     from pipelines.registry.derived.average import register_average
     from pipelines.tracking.catalog import Catalog
@@ -113,5 +122,4 @@ def _register(training: "Training", artifact: "Artifact", store: str, tracking_u
     assert parent is not None
     with alone(store, parent.name):
         catalog = Catalog.open(Folder.at(store), "averages", tracking_uri)
-        version, is_new = register_average(catalog, parent, artifact)
-    say(f"{title(version)} is made from version {parent.version}{'' if is_new else ' (registered before)'}")
+        return register_average(catalog, parent, artifact)

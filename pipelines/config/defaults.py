@@ -12,8 +12,8 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
     The sampler is set if all models have the same one by default.
     """
-    train, models, sample = (values.get(name) or {} for name in ("train", "models", "sample"))
-    if not all(isinstance(section, dict) for section in (train, models, sample, *models.values())):
+    train, models, sample, along = (values.get(name) or {} for name in ("train", "models", "sample", "along"))
+    if not all(isinstance(section, dict) for section in (train, models, sample, along, *models.values())):
         return values  # invalid, which the fields report
     given, shared = set(train), train.get("objective")
     train = {**_train_defaults(shared), **train}
@@ -27,8 +27,9 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     objectives = [OBJECTIVES.get(str(fields.get("objective", shared))) for fields in models.values()]
     samplers = {objective.samplers[0] for objective in objectives if objective is not None}
     if len(samplers) == 1 and None not in objectives:
-        sample = {"sampler": samplers.pop(), **sample}
-    sections = {"train": train, "models": models, "sample": sample}
+        default = {"sampler": samplers.pop()}
+        sample, along = {**default, **sample}, {**default, **along} if along else along
+    sections = {"train": train, "models": models, "sample": sample, "along": along}
     return {**values, **{name: section for name, section in sections.items() if section or name in values}}
 
 

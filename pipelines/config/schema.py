@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from edt_core.config import (
     AutoencoderConfig,
+    ChainConfig,
     ClassifierConfig,
     EncodeConfig,
     PreprocessConfig,
@@ -177,7 +178,7 @@ class PipelineConfig(_WithNetworks):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "PipelineConfig":
-        channels, sample = self.autoencoder.latent_channels, self.sample
+        channels = self.autoencoder.latent_channels
         for name in self.models:
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
@@ -187,25 +188,21 @@ class PipelineConfig(_WithNetworks):
             check_masked_loss(self.model_of(name, 2), train.masked_loss)
             align_settings(train, self.model_of(name, 2))
             self.model_of(name, 2, self._amm_blocks(train.model))
-            objective = objective_of(train.objective)
             if train.max_steps > 0:  # an untrained model has no loss
                 check_training(train)
-            objective.check_sampler(sample.sampler, sample.time_shift, sample.sde_diffusion)
-            if sample.num_sampling_steps > (objective.max_steps(train.num_timesteps) or sample.num_sampling_steps):
-                raise ValueError(
-                    f"sample.num_sampling_steps {sample.num_sampling_steps} is more than the {train.num_timesteps} "
-                    f"timesteps of {name} (train.num_timesteps); use at most that many"
-                )
+            for section, chain in self._chains():
+                _check_chain(section, chain, name, train)
         if self.reference_statistics is not None and self.extractors != (INCEPTION,):
             raise ValueError(
                 f"reference_statistics are of Inception features, but extractors is {list(self.extractors)}; set "
                 "extractors to [inception], or compare with the images (reference_statistics: null)"
             )
-        if (sample.guidance_channels or 1) > channels:
-            raise ValueError(
-                f"sample.guidance_channels {sample.guidance_channels} is more than the {channels} latent channels; "
-                f"use at most {channels}, or null for all"
-            )
+        for section, chain in self._chains():
+            if (chain.guidance_channels or 1) > channels:
+                raise ValueError(
+                    f"{section}.guidance_channels {chain.guidance_channels} is more than the {channels} latent "
+                    f"channels; use at most {channels}, or null for all"
+                )
         return self
 
     @model_validator(mode="after")
@@ -224,11 +221,6 @@ class PipelineConfig(_WithNetworks):
                 raise ValueError(
                     f"along.every is set, but {name} trains only some parameters (train.trainable {train.trainable}), "
                     "and only its last model has all: set along.every=null or train.trainable=all"
-                )
-            if along.num_sampling_steps > train.num_timesteps:
-                raise ValueError(
-                    f"along.num_sampling_steps {along.num_sampling_steps} is more than the {train.num_timesteps} "
-                    f"timesteps of {name} (train.num_timesteps); use at most that many"
                 )
         return self
 
@@ -267,6 +259,11 @@ class PipelineConfig(_WithNetworks):
                 "classifier of the run; add classifier to extractors, or set validation.enabled=false"
             )
         return self
+
+    def _chains(self) -> list[tuple[str, ChainConfig]]:
+        """The sections that sample from each model, by name."""
+        along = [] if self.along.every is None else [("along", self.along)]
+        return [("sample", self.sample), *along]
 
     def _amm_blocks(self, model: str) -> tuple[int, ...]:
         """Blocks that sampling modulates in a model; empty for 'model'. Raises UserError as `paper_amm_blocks`."""
@@ -315,6 +312,17 @@ class PipelineConfig(_WithNetworks):
         train_workers = [self.train_of(name).worker_range[1] for name in self.models]
         samplers = [self.sample.num_workers] + ([] if self.along.every is None else [self.along.num_workers])
         return max(*train_workers, *samplers, self.encode.num_workers, self.reference.num_workers)
+
+
+def _check_chain(section: str, chain: ChainConfig, name: str, train: TrainConfig) -> None:
+    """Raise ValueError or UserError if a model of this training cannot be sampled by a chain."""
+    objective, steps = objective_of(train.objective), chain.num_sampling_steps
+    objective.check_sampler(chain.sampler, chain.time_shift, chain.sde_diffusion)
+    if steps > (objective.max_steps(train.num_timesteps) or steps):
+        raise ValueError(
+            f"{section}.num_sampling_steps {steps} is more than the {train.num_timesteps} timesteps of {name} "
+            "(train.num_timesteps); use at most that many"
+        )
 
 
 def config_names() -> list[str]:

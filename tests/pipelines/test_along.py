@@ -150,6 +150,8 @@ def test_what_cannot_be_measured_is_refused(measured: "Outcome", copied: Path) -
         ("along.every=3", "train.keep_every=2"): "along.every 3 is no multiple of train.keep_every 2",
         ("along.every=2", "train.trainable=bias", "train.init_from=x@y"): "trains only some parameters",
         ("along.every=2", "along.num_sampling_steps=2000"): "along.num_sampling_steps 2000 is more than the 1000",
+        ("along.every=2", "along.guidance_channels=9"): "along.guidance_channels 9 is more than the 4 latent",
+        ("along.every=2", "along.sampler=heun"): "heun",
     }
     for assignments, text in refused.items():
         with pytest.raises(UserError, match=text):
@@ -170,3 +172,5 @@ def test_without_it_a_configuration_means_what_it_meant() -> None:
     config = load_config("quickstart", SMALL)
     assert config.train_of(MODEL).keep_every is None
     assert load_config("quickstart", [*SMALL, "along.every=4"]).train_of(MODEL).keep_every == 4
+    flow = load_config("quickstart", [*SMALL, "along.every=4", "train.objective=flow"])
+    assert (flow.sample.sampler, flow.along.sampler) == ("euler", "euler")

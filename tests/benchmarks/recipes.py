@@ -1,0 +1,245 @@
+"""Which recipe trains better: objectives, timesteps, alignment, optimizers and averages, three trainings a row.
+
+    python tests/benchmarks/recipes.py --cifar IMAGES [--store FOLDER] [--plot docs/recipes.png]
+
+Trains each row of `ROWS` with each seed, on all digits and on the images of `--cifar` (laid out as <class>/<image>), by
+the ordinary workflow, and measures every training by one protocol. Prints, for each data set, mean and standard
+deviation over the trainings of a row, and whether it differs from the first row by more than chance. Run again, it
+resumes where it was. It asserts nothing.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.stats import ttest_ind
+
+from edt_core.environment import code_version
+from jobs.benchmark.table import hardware
+
+EDT = [sys.executable, "-m", "pipelines.cli"]
+BASE, LEVEL = "epsilon, Adan", 0.05
+METRICS = {"fd_classifier": "lower is better", "accuracy_classifier": "higher is better"}
+FLOW = {"objective": "flow"}
+# Of each row, the fields that differ from the first.
+ROWS: dict[str, dict[str, Any]] = {
+    BASE: {"ema_widths": [0.05, 0.1]},
+    "uniform timesteps": {"timestep_sampler": "uniform"},
+    "logit-normal timesteps": {"timestep_sampler": "logit-normal"},
+    "v": {"objective": "v_prediction"},
+    "flow, uniform times": FLOW,
+    "flow, logit-normal times": {**FLOW, "timestep_sampler": "logit-normal"},
+    "aligned with the latents": {"align": "autoencoder"},
+    "aligned with its average": {"align": "self"},
+    "AdamW": {"optimizer": "adamw"},
+    "Muon": {"optimizer": "muon"},
+}
+SEARCHED = ("AdamW", "Muon")  # their learning rate is chosen by one training each, of a seed that is not measured
+RATES, SEARCH_SEED = (0.25, 0.5, 1.0), 100  # times that of the first row
+WIDTHS = ("off", "0.03", "0.05", "0.1", "0.15", "0.2")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, the configuration of its pipeline, and its model's training."""
+
+    name: str
+    config: Mapping[str, Any]
+    train: Mapping[str, Any]
+
+
+def data_sets(cifar: str) -> list[Data]:
+    """Both data sets. Latents of 4 x 8 x 8 and 4 x 16 x 16; the chain has 25 steps in both."""
+    chain = {"num_sampling_steps": 25, "num_workers": 2}
+    common = {"global_batch_size": 48, "lr_final": 0.0, "ema_decay": 0.99, "num_workers": 1, "checkpoint_every": 10_000}
+    digits = Data(
+        "digits",
+        {
+            "source": {"kind": "digits"},
+            "autoencoder": {"downsample_factor": 4, "base_channels": 8, "steps": 160, "lr": 1e-2},
+            "classifier": {"steps": 300},
+            "sample": {**chain, "num_samples": 400, "cfg_scale": 1.75},
+        },
+        {**common, "model": "EDT-Tiny/2", "max_steps": 600, "lr": 4e-3, "mirror_prob": 0.0},
+    )
+    photos = Data(
+        "cifar",
+        {
+            "source": {"kind": "image_folder", "path": cifar},
+            "autoencoder": {"downsample_factor": 2, "base_channels": 8, "steps": 400, "lr": 5e-3},
+            "classifier": {"steps": 800},
+            "sample": {**chain, "num_samples": 500, "cfg_scale": 1.5},
+        },
+        {**common, "model": "EDT-Tiny/2", "masked_loss": False, "max_steps": 500, "lr": 3e-3},
+    )
+    return [digits, photos]
+
+
+def edt(*arguments: str) -> str:
+    """Standard output of a command. Its standard error is passed on; raises CalledProcessError where it fails."""
+    return subprocess.run([*EDT, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def name_of(data: Data, row: str, seed: int, rate: float = 1.0) -> str:
+    """The registered name of a training."""
+    words = "".join(letter if letter.isalnum() else "-" for letter in f"{row} {rate:g}" if letter != ",")
+    return f"{data.name}-{words.lower()}-{seed}"
+
+
+def fields_of(data: Data, row: str, seed: int, rate: float = 1.0) -> dict[str, Any]:
+    """The fields of `train` of one training, beside those of the data set."""
+    return {**ROWS[row], "seed": seed, **({} if rate == 1.0 else {"lr": data.train["lr"] * rate})}
+
+
+def train(data: Data, models: Mapping[str, Mapping[str, Any]], store: Path) -> None:
+    """Run the pipeline with these models; those of flow matching apart, since their chain has another sampler."""
+    for kind in ("diffusion", "flow"):
+        chosen = {
+            name: dict(fields)
+            for name, fields in models.items()
+            if (FLOW.items() <= fields.items()) == (kind == "flow")
+        }
+        if not chosen:
+            continue
+        path = store / f"{data.name}-{kind}.yaml"
+        config = {
+            "name": f"recipes-{data.name}-{kind}",
+            "preprocess": {"image_size": 32},
+            "encode": {"num_workers": 2},
+            "evaluate": {"num_cpus": 0},
+            **data.config,
+            "train": {**data.train, **(FLOW if kind == "flow" else {})},
+            "models": chosen,
+        }
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        edt("run", str(path), "--store", str(store))
+
+
+def metrics_of(name: str, store: Path) -> dict[str, float]:
+    """The metrics of a registered training."""
+    found: dict[str, float] = json.loads(edt("models", "show", f"{name}@candidate", "--store", str(store), "--json"))[
+        "metrics"
+    ]
+    return found
+
+
+def chosen_rates(data: Data, store: Path) -> dict[str, float]:
+    """For each row whose learning rate is searched, the one of least distance, times that of the first row."""
+    names = {(row, rate): name_of(data, row, SEARCH_SEED, rate) for row in SEARCHED for rate in RATES}
+    train(data, {name: fields_of(data, row, SEARCH_SEED, rate) for (row, rate), name in names.items()}, store)
+    found = {key: metrics_of(name, store)["fd_classifier"] for key, name in names.items()}
+    return {row: min(RATES, key=lambda rate: found[row, rate]) for row in SEARCHED}
+
+
+def measured(
+    data: Data, seeds: Sequence[int], rates: Mapping[str, float], store: Path
+) -> dict[str, list[dict[str, float]]]:
+    """The metrics of each training, by row in the order of the seeds."""
+    names = {(row, seed): name_of(data, row, seed, rates.get(row, 1.0)) for row in ROWS for seed in seeds}
+    train(data, {name: fields_of(data, row, seed, rates.get(row, 1.0)) for (row, seed), name in names.items()}, store)
+    return {row: [metrics_of(names[row, seed], store) for seed in seeds] for row in ROWS}
+
+
+def averaged(data: Data, seeds: Sequence[int], store: Path) -> dict[str, list[dict[str, float]]]:
+    """The metrics of the first row's trainings with averages of other widths, by width in the order of the seeds."""
+    by_width: dict[str, list[dict[str, float]]] = {width: [] for width in WIDTHS}
+    for seed in seeds:
+        name = name_of(data, BASE, seed)
+        nodes = json.loads(edt("lineage", f"{name}@candidate", "--store", str(store), "--json"))["nodes"].values()
+        made = {node["kind"]: node["uri"] for node in nodes}
+        chain = [
+            part for key, value in data.config["sample"].items() for part in (f"--{key.replace('_', '-')}", str(value))
+        ]
+        networks = ("--classifier", made["classifier"], "--reference", made["reference"])
+        out = store / "averages" / name
+        edt("evaluate", made["checkpoint"], str(out), *networks, *chain, "--sweep", f"ema={','.join(WIDTHS)}")
+        for result in json.loads((out / "results.json").read_text()):
+            by_width[result["settings"]["ema"]].append(result["metrics"])
+    return by_width
+
+
+def verdicts(rows: Mapping[str, Sequence[float]], base: str) -> dict[str, str]:
+    """For each row but the first, the probability of such a difference by chance, and whether that is enough.
+
+    Welch's t-test of the trainings' values, corrected for the number of rows by Holm's method.
+    """
+    chances = {
+        row: float(ttest_ind(values, rows[base], equal_var=False).pvalue) for row, values in rows.items() if row != base
+    }
+    told, corrected = {}, 0.0
+    for place, row in enumerate(sorted(chances, key=lambda row: chances[row])):
+        corrected = max(corrected, min(1.0, (len(chances) - place) * chances[row]))
+        told[row] = f"{'**differs**' if corrected < LEVEL else 'not shown to differ'} (p = {corrected:.2g})"
+    return told
+
+
+def table(results: Mapping[str, Sequence[Mapping[str, float]]], base: str, first: str, extra: Mapping[str, str]) -> str:
+    """Mean and standard deviation over the trainings of each row, as Markdown."""
+    lines = [
+        f"| {first} | {' | '.join(METRICS)} | fd_classifier against the first row |",
+        "|---" * (2 + len(METRICS)) + "|",
+    ]
+    told = verdicts({row: [one["fd_classifier"] for one in ones] for row, ones in results.items()}, base)
+    for row, ones in results.items():
+        cells = [f"{row}{extra.get(row, '')}"]
+        for metric in METRICS:
+            values = np.array([one[metric] for one in ones])
+            cells.append(f"{values.mean():.4g} ± {values.std(ddof=1):.2g}")
+        lines.append(f"| {' | '.join([*cells, told.get(row, '')])} |")
+    return "\n".join(lines)
+
+
+def plot(by_data: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], path: str) -> None:
+    """A panel for each data set: the distance of each training, a line a row, and the mean of the first as a rule."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.5 + 0.32 * len(ROWS)), layout="constrained")
+    axes = figure.subplots(1, len(by_data), sharey=True, squeeze=False)[0]
+    for axis, (name, results) in zip(axes, by_data.items(), strict=True):
+        for place, (row, ones) in enumerate(results.items()):
+            values = [one["fd_classifier"] for one in ones]
+            axis.plot(values, [place] * len(values), "o", color="#b35000" if row == BASE else "#0b62c4", alpha=0.8)
+        axis.axvline(np.mean([one["fd_classifier"] for one in results[BASE]]), color="#57606a", linewidth=0.8)
+        axis.set_yticks(range(len(results)), list(results))
+        axis.set_title(f"{name}: fd_classifier of each training, lower is better", fontsize=9)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=130)
+
+
+def sections(data: Data, seeds: Sequence[int], store: Path, found: dict[str, Any]) -> Iterator[str]:
+    """The tables of a data set, as Markdown; the results of its rows are put into `found`."""
+    rates = chosen_rates(data, store)
+    found[data.name] = results = measured(data, seeds, rates, store)
+    shown = {row: f" (lr {data.train['lr'] * rate:g})" for row, rate in rates.items()}
+    yield f"## {data.name}\n{len(seeds)} trainings a row, lr {data.train['lr']:g} except where it is stated.\n"
+    yield table(results, BASE, "recipe", shown) + "\n"
+    yield table(averaged(data, seeds, store), "off", f"width of the average ({BASE})", {"off": " (EMA 0.99)"}) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar", help="labelled images of 32 px, a folder a class; without them, only the digits")
+    parser.add_argument("--store", type=Path, default=Path("recipes-store"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--plot", default="recipes.png")
+    options = parser.parse_args()
+    options.store.mkdir(parents=True, exist_ok=True)
+    started, found = time.monotonic(), dict[str, Any]()
+    print(f"{hardware()}; commit {code_version()[:12]}\n", flush=True)
+    for data in data_sets(options.cifar or "")[: 2 if options.cifar else 1]:
+        for section in sections(data, options.seeds, options.store, found):
+            print(section, flush=True)
+    plot(found, options.plot)
+    print(f"{(time.monotonic() - started) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -112,14 +112,11 @@ def _config_of(opened: Opened) -> "ModelConfig":
     return ModelConfig.from_dict(sample.model_config_of(opened.checkpoint))
 
 
-def _with_sampler(point: Point, options: argparse.Namespace, model: Opened) -> Point:
-    """A point of the grid; its sampler is the default of the model's objective if neither option nor axis sets it."""
+def default_sampler(subject: Subject) -> str:
+    """The default sampler of the model's objective."""
     from edt_core.diffusion import objective_of_model
 
-    if options.sampler is not None or "sampler" in point.settings:
-        return point
-    sampler = objective_of_model(_config_of(model)).samplers[0]
-    return replace(point, config=point.config.model_copy(update={"sampler": sampler}))
+    return objective_of_model(_config_of(subject.model)).samplers[0]
 
 
 def make(stage: Stage, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
@@ -156,7 +153,9 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     if training is not None:  # so that all points have the autoencoder of the training
         options.model = training.opened.checkpoint.folder.uri
     subject = prepared(options, base, out, bar, points)
-    points = [_with_sampler(point, options, subject.model) for point in points]
+    if options.sampler is None and "sampler" not in points[0].settings:
+        usual = {"sampler": default_sampler(subject)}
+        points = [replace(point, config=point.config.model_copy(update=usual)) for point in points]
     notes = repeated_settings(points, _config_of(subject.model))
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
     for point in points:

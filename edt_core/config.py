@@ -264,6 +264,11 @@ class TrainConfig(Section):
         "standard deviations as a share of the training. From their snapshots `edt ema` makes any other width",
     )
     ema_snapshots: int = added(20, ge=1, description="with ema_widths: snapshots of these averages, at even distances")
+    ema_snapshot_dtype: Literal["bf16", "fp16", "fp32"] = added(
+        "bf16",
+        description="with ema_widths: precision of the snapshots; fp16 rounds 8 times finer than bf16 in the same "
+        "space, for weights below 65,504",
+    )
     class_dropout_prob: float = Field(
         0.1, ge=0, lt=1, description="probability of dropping a label, which classifier-free guidance needs"
     )

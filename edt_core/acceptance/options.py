@@ -33,6 +33,7 @@ class TrainOptions:
     ema_decay: float = 0.9999
     ema_widths: tuple[float, ...] = ()
     ema_snapshots: int = 20
+    ema_snapshot_dtype: str = "bf16"
     class_dropout_prob: float = 0.1
     mirror_prob: float = 0.5
     masked_loss: bool = True

@@ -56,7 +56,7 @@ TRAIN_STATE = "state.json"
 MODEL_CONFIG = "model_config.json"
 HISTORY_NAME = "history.jsonl"
 # Beside the checkpoints: `snapshots/step-NNNNNNNN/ema-width-<width>.safetensors`, the power-function averages after so
-# many steps, bfloat16, with `average` in the metadata of the file: {"step", "width"} as JSON.
+# many steps, of 16 or 32 bits, with `average` in the metadata of the file: {"step", "width"} as JSON.
 SNAPSHOTS = "snapshots"
 
 # Feature units: safetensors with `indices`, `seeds` and `labels` int64 [n]; for each space `<space>.features` float32

@@ -129,7 +129,7 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         images=images,
         global_batch_size=config.global_batch_size,
         steps=steps,
-        snapshot=of_model // 2 * len(config.ema_widths),  # bfloat16
+        snapshot=of_model // (1 if config.ema_snapshot_dtype == "fp32" else 2) * len(config.ema_widths),
         snapshots=len(snapshot_steps(config, steps)),
     )
 

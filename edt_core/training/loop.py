@@ -290,7 +290,7 @@ def _take_snapshot(trainer: Trainer) -> None:
     config, state, step = trainer.config, trainer.state, trainer.state.step
     due = step == trainer.last_step or step in snapshot_steps(config, trainer.total_steps)
     if config.ema_widths and due and trainer.ranks.rank == 0:
-        trainer.context.store.save_snapshot(step, config.ema_widths, state.ema.of_widths)
+        trainer.context.store.save_snapshot(step, config, state.ema.of_widths)
 
 
 def _is_kept(config: TrainConfig, step: int) -> bool:

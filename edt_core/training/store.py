@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -28,6 +29,9 @@ from edt_core.training.checkpoint import (
     write_checkpoint,
 )
 from edt_core.training.posthoc.snapshots import Snapshot, SnapshotStore
+
+if TYPE_CHECKING:
+    from edt_core.config import TrainConfig
 
 
 @dataclass
@@ -63,11 +67,11 @@ class CheckpointStore:
         """The snapshots beside the checkpoints. Those up to a checkpoint are written before it."""
         return SnapshotStore(self.out)
 
-    def save_snapshot(self, step: int, widths: Sequence[float], averages: Sequence[Mapping[str, Tensor]]) -> None:
+    def save_snapshot(self, step: int, config: "TrainConfig", averages: Sequence[Mapping[str, Tensor]]) -> None:
         """Copy averages to host memory and write their snapshot in the thread. Raises the error of the previous one."""
         if self._taking is not None:
             self._taking.result()
-        self._taking = self._thread.submit(self.snapshots.write, Snapshot.of(step, widths, averages))
+        self._taking = self._thread.submit(self.snapshots.write, Snapshot.of(step, config, averages))
 
     def report_missing(self, steps: Collection[int], widths: Sequence[float], last: int) -> None:
         """Warn of the snapshots that were due after `steps` up to the step `last` and are not here."""

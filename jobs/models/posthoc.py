@@ -3,6 +3,7 @@
 See `edt_core.training.posthoc`. The result is a checkpoint artifact, which every command takes as a model.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress, Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, fingerprint
 from edt_core.store.folder import Folder
-from edt_core.store.layout import CHECKPOINTS, EMA_WEIGHTS, MANIFEST_NAME, MODEL_CONFIG, SNAPSHOTS
+from edt_core.store.layout import (
+    CHECKPOINTS,
+    EMA_WEIGHTS,
+    MANIFEST_NAME,
+    MODEL_CONFIG,
+    SNAPSHOTS,
+    WIDTH_EMA_WEIGHTS,
+)
 from edt_core.training.posthoc.profile import Average, Mixture, mixture
 from jobs.models.derived import derived_counts, write_model
 from jobs.models.names import is_of_mlflow, registered_version, split_name
@@ -40,11 +48,17 @@ class Training:
 
     @property
     def widths(self) -> list[float]:
+        """The widths that were tracked, in order."""
         return sorted({average.width for average in self.files})
 
     def mixture(self, width: float) -> Mixture:
         """The mixture of snapshots for a width at the end of the training. Raises UserError for another range."""
         return mixture(list(self.files), Average(self.opened.checkpoint.counts["steps"], width))
+
+    def rounding(self, parts: Mixture) -> float:
+        """How rounding errors of snapshots, if independent, add up in a mixture: in units of one of them."""
+        pairs = zip(parts.coefficients.tolist(), self.files.values(), strict=True)
+        return math.hypot(*(coefficient for coefficient, name in pairs if name.startswith(f"{SNAPSHOTS}/")))
 
     def checked_mixture(self, width: float) -> Mixture:
         """The same. Raises UserError if its profile is too far from the one wanted."""
@@ -65,7 +79,7 @@ def training_of(location: str, store: str) -> Training:
     The training of a version is looked up where it was made, then in `store`. Raises UserError if it is gone, or has no
     snapshots.
     """
-    from edt_core.training.posthoc.snapshots import snapshot_files
+    from edt_core.training.posthoc.snapshots import average_files
 
     version = None
     if is_of_mlflow(location) and (artifact := artifact_of_run(location)) is not None:
@@ -80,7 +94,7 @@ def training_of(location: str, store: str) -> Training:
             f"{location} is not a training: give a registered model, the MLflow run of a training, or a checkpoint "
             "artifact"
         )
-    opened, files = in_store(checkpoint), snapshot_files(checkpoint)
+    opened, files = in_store(checkpoint), average_files(checkpoint)
     if not files:
         raise UserError(
             f"{checkpoint.folder.uri} has no snapshots of averages; train with train.ema_widths=[0.05, 0.1]"
@@ -137,7 +151,7 @@ def _write(training: Training, parts: Mixture, out: ArtifactWriter, progress: Pr
 
     checkpoint = training.opened.checkpoint
     if checkpoint.data.local is not None:  # files of a remote store are compared as they are downloaded, one by one
-        checkpoint.verify_once(f"{SNAPSHOTS}/*", progress)
+        checkpoint.verify_once(f"*/{WIDTH_EMA_WEIGHTS.replace('{!r}', '*')}", progress)
     weights = _weights(training, parts, progress)
     final = checkpoint.counts["final"]
     config = checkpoint.read_json(f"{final}/{MODEL_CONFIG}")
@@ -160,6 +174,11 @@ def _weights(training: Training, parts: Mixture, progress: Progress) -> "dict[st
         raise UserError(
             f"the snapshots of {checkpoint.folder.uri} have tensors that its model does not have "
             f"({', '.join(sorted(unknown)[:3])}): they are of another training"
+        )
+    if broken := [name for name, value in averaged.items() if not bool(value.isfinite().all())]:
+        raise UserError(
+            f"the snapshots of {checkpoint.folder.uri} have values that are not finite ({', '.join(broken[:3])}); "
+            "with train.ema_snapshot_dtype=fp16, weights above 65,504 overflow"
         )
     return {name: value.contiguous() for name, value in merged({**weights, **averaged}).items()}
 

@@ -106,6 +106,19 @@ def test_an_average_follows_its_recursion_and_a_snapshot_is_its_bfloat16(whole: 
     assert sorted(path.name for path in (folder / "snapshots").iterdir()) == [f"step-{step:08d}" for step in STEPS]
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("bf16", 8), ("fp16", 11), ("fp32", 24)])
+def test_a_snapshot_is_a_copy_in_its_precision(dtype: str, bits: int) -> None:
+    config = CONFIG.model_copy(update={"ema_snapshot_dtype": dtype})
+    averages = [{"w": torch.linspace(0.5, 1.5, 999)}, {"w": torch.linspace(-2, -1, 999)}]
+    kept = [{name: value.clone() for name, value in average.items()} for average in averages]
+    taken = Snapshot.of(1, config, averages)
+    for average in averages:
+        average["w"].zero_()
+    for width, expected in zip(WIDTHS, kept, strict=True):
+        error = (taken.averages[width]["w"].float() - expected["w"]) / expected["w"]
+        assert 2.0 ** -(bits + 1) * (bits < 24) <= error.abs().max() <= 2.0**-bits
+
+
 def test_the_recursion_is_that_of_the_paper(dataset: LatentDataset, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_steps": 4, "checkpoint_every": 1})
     train(config, narrow(), dataset, LocalContext(tmp_path))
@@ -202,9 +215,11 @@ def test_the_estimate_counts_averages_and_snapshots() -> None:
     config = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, ema_widths=WIDTHS)
     plain, needs = (estimate(each, narrow(), 100) for each in (config.model_copy(update={"ema_widths": ()}), config))
     state = initial_state(config, narrow())
-    written = Snapshot.of(1, WIDTHS, state.ema.of_widths).averages
+    written = Snapshot.of(1, config, state.ema.of_widths).averages
     assert needs.snapshot == pytest.approx(sum(v.nbytes for a in written.values() for v in a.values()), rel=0.02)
     assert needs.snapshots == 20
+    wide = config.model_copy(update={"ema_snapshot_dtype": "fp32"})
+    assert estimate(wide, narrow(), 100).snapshot == 2 * needs.snapshot
     assert needs.ema == 3 * plain.ema
     assert needs.checkpoint - plain.checkpoint == needs.memory - plain.memory == 2 * plain.ema
     assert host_memory(needs, 1) - host_memory(plain, 1) == 2 * plain.ema + needs.snapshot

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from edt_core.config import TrainConfig
 from edt_core.models import DiffusionTransformer
 from edt_core.store.artifact import Artifact, ArtifactWriter, fingerprint
 from edt_core.store.folder import Folder
@@ -34,7 +35,7 @@ def with_snapshots(
                 parameter.copy_(end[name] * step / steps)
         ema.update(step=step)
         if step % (steps // 10) == 0:
-            snapshots.write(Snapshot.of(step, WIDTHS, ema.of_widths[:2]))
+            snapshots.write(Snapshot.of(step, TrainConfig(ema_widths=WIDTHS), ema.of_widths[:2]))
     final = opened.checkpoint.counts["final"]
     path = opened.checkpoint.path(f"{final}/ema.safetensors")
 

@@ -27,16 +27,11 @@ class Average:
 class Mixture:
     """Coefficients float64 [n] of averages, with a sum of 1, that approximate another average.
 
-    `error` is the distance of its profile from the one wanted, relative to the norm of that. `amplification` is the
-    norm of the coefficients: the standard deviation of a sum of independent rounding errors, in units of one of them.
+    `error` is the distance of its profile from the one wanted, relative to the norm of that.
     """
 
     coefficients: NDArray[np.float64]
     error: float
-
-    @property
-    def amplification(self) -> float:
-        return float(np.linalg.norm(self.coefficients))
 
 
 def exponent(width: float) -> float:

@@ -1,6 +1,6 @@
 """Snapshots of the power-function averages of a training, from which an average of any width can be made afterwards.
 
-A snapshot is a folder `snapshots/step-NNNNNNNN` of the artifact, with a safetensors file of bfloat16 for each width.
+A snapshot is a folder `snapshots/step-NNNNNNNN` of the artifact, with a safetensors file for each width.
 """
 
 from __future__ import annotations
@@ -12,32 +12,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from edt_core.store.artifact import Artifact, ArtifactWriter
-from edt_core.store.layout import SNAPSHOTS, STEP_PREFIX, WIDTH_EMA_WEIGHTS
+from edt_core.store.layout import CHECKPOINTS, SNAPSHOTS, STEP_PREFIX, WIDTH_EMA_WEIGHTS
 from edt_core.training.posthoc.profile import Average
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PREFIX, _SUFFIX = map(re.escape, WIDTH_EMA_WEIGHTS.split("{!r}"))
 _FILE = re.compile(rf"{SNAPSHOTS}/{STEP_PREFIX}(\d+)/{_PREFIX}([\d.e-]+){_SUFFIX}")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The averages after `step` steps on the host, in bfloat16, by width."""
+    """The averages after `step` steps on the host, rounded, by width."""
 
     step: int
     averages: Mapping[float, Mapping[str, Tensor]]
 
     @classmethod
-    def of(cls, step: int, widths: Sequence[float], averages: Sequence[Mapping[str, Tensor]]) -> Snapshot:
-        """A copy of averages, which later steps do not change."""
-        copies = [{name: value.bfloat16().cpu() for name, value in average.items()} for average in averages]
-        return cls(step, dict(zip(widths, copies, strict=True)))
+    def of(cls, step: int, config: TrainConfig, averages: Sequence[Mapping[str, Tensor]]) -> Snapshot:
+        """A copy of averages, one for each width, which later steps do not change."""
+        dtype = _DTYPES[config.ema_snapshot_dtype]
+        copies = [{name: value.to(dtype, copy=True).cpu() for name, value in each.items()} for each in averages]
+        return cls(step, dict(zip(config.ema_widths, copies, strict=True)))
 
 
 def snapshot_steps(config: TrainConfig, total_steps: int) -> set[int]:
@@ -114,9 +117,17 @@ def _writer(snapshot: Snapshot, width: float) -> Any:
     return write_to
 
 
-def snapshot_files(artifact: Artifact) -> dict[Average, str]:
-    """The snapshots of a finished training, and their names in the artifact, in order of step and width."""
-    return dict(_averages(entry.path for entry in artifact.entries(f"{SNAPSHOTS}/*")))
+def average_files(artifact: Artifact) -> dict[Average, str]:
+    """The averages of a finished training, and their names in the artifact, in order of step and width.
+
+    Those after the last step are in its last checkpoint as well, in float32, which is taken instead of the snapshot.
+    """
+    files = dict(_averages(entry.path for entry in artifact.entries(f"{SNAPSHOTS}/*")))
+    listed = {entry.path for entry in artifact.entries(f"{CHECKPOINTS}/*")}
+    for average in files:
+        name = f"{CHECKPOINTS}/{STEP_PREFIX}{average.step:08d}/{WIDTH_EMA_WEIGHTS.format(average.width)}"
+        files[average] = name if name in listed else files[average]
+    return files
 
 
 def counts_of(config: TrainConfig, store: SnapshotStore) -> dict[str, Any]:

@@ -71,9 +71,9 @@ def _list(training: "Training", as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
     for width in sorted({*_LISTED, *training.widths}):
         parts = training.mixture(width)
-        facts = {"std": width, "error": parts.error, "rounding": parts.amplification}
+        facts = {"std": width, "error": parts.error, "rounding": training.rounding(parts)}
         refused = parts.error > MAX_ERROR
-        shown = {"error": f"{parts.error:.2%}{' (refused)' * refused}", "rounding": f"x {parts.amplification:.2g}"}
+        shown = {"error": f"{parts.error:.2%}{' (refused)' * refused}", "rounding": f"x {facts['rounding']:.2g}"}
         rows.append({**facts, "refused": refused} if as_json else {**facts, **shown})
     print_rows(rows, ("std", "error", "rounding"), as_json)
 
@@ -98,8 +98,8 @@ def _summary(training: "Training", std: float) -> str:
         nearer = ", ".join(f"{width:g}" for width in training.widths)
         say(f"warning: {std:g} is far from the widths of the snapshots ({nearer}); compare its samples", err=True)
     return (
-        f"width {std:g} from {len(training.files)} snapshots, error of the profile {parts.error:.2%}, rounding of "
-        f"bfloat16 x {parts.amplification:.2g}"
+        f"width {std:g} from {len(training.files)} snapshots, error of the profile {parts.error:.2%}, rounding of the "
+        f"snapshots x {training.rounding(parts):.2g}"
     )
 
 

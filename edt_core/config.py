@@ -333,7 +333,7 @@ class TrainConfig(Section):
         None,
         ge=1,
         description="with align self: the number of blocks of the EMA model before the target; null for 16 of 28 "
-        "blocks, or two thirds of them in other models",
+        "blocks (20 with flow matching), or two thirds of them in other models",
     )
     align_features: tuple[int, int] = added(
         (16, 768),

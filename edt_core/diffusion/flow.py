@@ -49,10 +49,6 @@ class FlowMatching(Objective):
             )
         return ContinuousSampler(logit_normal if choice == "logit-normal" else None, partial(shifted, shift=shift))
 
-    def cleaner(self, schedule: Schedule | None, t: Tensor, share: Tensor) -> Tensor:
-        """Times nearer to 1, the data."""
-        return (t + share).clamp(max=1.0)
-
     def end_of_time(self, num_timesteps: int) -> float:
         """1, the data."""
         return 1.0
@@ -69,6 +65,10 @@ class FlowMatching(Objective):
     def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
         """The time itself."""
         return t.float()
+
+    def cleaner(self, t: Tensor, share: Tensor, num_timesteps: int) -> Tensor:
+        """Later times, up to the data."""
+        return (t.float() + share).clamp(max=1.0)
 
     def check_training(self, min_snr_gamma: float | None) -> None:
         """Raise UserError for a weight by signal-to-noise ratio."""

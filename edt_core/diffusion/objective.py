@@ -97,10 +97,6 @@ class Objective(ABC):
         """The noise schedule of the training; None if there is none. Raises UserError for too few timesteps."""
 
     @abstractmethod
-    def cleaner(self, schedule: Schedule | None, t: Tensor, share: Tensor) -> Tensor:
-        """Times with less noise than `t` [N], by `share` [N] of the whole chain, but not beyond its cleanest time."""
-
-    @abstractmethod
     def times(self, choice: TimestepChoice, num_timesteps: int, shift: float = 1.0) -> TimestepSampler:
         """The sampler of a training's times. Raises UserError for a choice or a shift that the objective lacks."""
 
@@ -119,6 +115,10 @@ class Objective(ABC):
     @abstractmethod
     def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
         """The share of the way from noise to data at times t [N], float32 [N]."""
+
+    @abstractmethod
+    def cleaner(self, t: Tensor, share: Tensor, num_timesteps: int) -> Tensor:
+        """Times with less noise than t [N], by `share` [N] of the whole way, but not beyond the cleanest time."""
 
     # Training
 
@@ -202,11 +202,6 @@ class ScheduledObjective(Objective):
             return LossSecondMomentSampler(num_timesteps)
         return LogitNormalSampler(num_timesteps) if choice == "logit-normal" else UniformSampler(num_timesteps)
 
-    def cleaner(self, schedule: Schedule | None, t: Tensor, share: Tensor) -> Tensor:
-        """Earlier timesteps, which have less noise."""
-        assert schedule is not None  # that of `schedule`
-        return (t - (share * schedule.num_timesteps).long()).clamp(min=0)
-
     def end_of_time(self, num_timesteps: int) -> float:
         """The number of timesteps."""
         return num_timesteps
@@ -223,6 +218,10 @@ class ScheduledObjective(Objective):
     def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
         """1 - t / num_timesteps."""
         return 1 - t.float() / num_timesteps
+
+    def cleaner(self, t: Tensor, share: Tensor, num_timesteps: int) -> Tensor:
+        """Earlier timesteps, by a number that is rounded down."""
+        return (t - (share * num_timesteps).long()).clamp(min=0)
 
     def check_training(self, min_snr_gamma: float | None) -> None:
         """Every weight is possible."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt_core.config import TrainConfig, result_fields
-from edt_core.diffusion import OBJECTIVES, linear_schedule
+from edt_core.diffusion import OBJECTIVES, linear_schedule, with_objective
 from edt_core.errors import UserError
 from edt_core.models import (
     DiffusionTransformer,
@@ -305,14 +305,15 @@ def model_grid(model: DiffusionTransformer, block: int) -> int:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_cleaner_time_has_less_noise_and_stays_in_the_chain(objective: str) -> None:
-    own = OBJECTIVES[objective]
-    t, schedule = torch.from_numpy(own.measured_times(143, 1000)), own.schedule(1000)
-    share = MOST_SHIFT * torch.rand(len(t), generator=torch.Generator().manual_seed(0))
-    x, noise = torch.zeros(len(t), 1, 1, 1), torch.ones(len(t), 1, 1, 1)
-    cleaner = own.cleaner(schedule, t, share)
-    assert torch.equal(own.cleaner(schedule, t, torch.zeros(len(t))), t)
-    assert cleaner.min() >= 0
-    assert cleaner.max() <= own.end_of_time(1000)
+    own, rng = OBJECTIVES[objective], np.random.RandomState(0)
+    t = torch.from_numpy(own.times("uniform", 1000).draw(rng.rand(200)).timesteps)
+    share = torch.from_numpy(MOST_SHIFT * rng.rand(200).astype(np.float32))
+    cleaner = own.cleaner(t, share, 1000)
+    assert cleaner.dtype == t.dtype
+    assert torch.equal(own.cleaner(t, torch.zeros(200), 1000), t)
+    before, after = own.progress(t, 1000), own.progress(cleaner, 1000)
+    assert torch.allclose(after, (before + share).clamp(max=1.0), atol=1.01e-3)  # timesteps are whole numbers
+    schedule, x, noise = own.schedule(1000), torch.zeros(200, 1, 1, 1), torch.ones(200, 1, 1, 1)
     before, after = (own.noised(schedule, x, at, noise).flatten() for at in (t, cleaner))
     assert bool((after <= before).all())
     assert float(before.mean() - after.mean()) > 0.05
@@ -348,6 +349,21 @@ def test_blocks_are_the_published_ones_or_at_the_same_depth(name: str, block: in
     assert (settings.block, settings.target_block) == (block, target)
     assert settings_of(name, align="autoencoder").target_block is None
     assert settings.hidden.grid == settings.target.grid == (8 if name.startswith("EDT") else 16)
+
+
+def test_with_flow_matching_the_largest_model_has_the_target_of_sit() -> None:
+    shape = with_objective(model_config("DiT-XL/2", 256), "flow")
+    config = TrainConfig(
+        model="DiT-XL/2",
+        masked_loss=False,
+        objective="flow",
+        timestep_sampler="uniform",
+        min_snr_gamma=None,
+        align="self",
+    )
+    settings = align_settings(config, shape)
+    assert settings is not None
+    assert (settings.block, settings.target_block) == (8, 20)
 
 
 def test_weights_are_the_published_ones() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
+from edt_core.diffusion import with_objective
 from edt_core.models import ModelConfig, build_model
 from edt_core.store.artifact import Artifact
 from edt_core.training import loop
@@ -60,15 +61,18 @@ OPTIONS: list[dict[str, Any]] = [
     {"align_distance": "channel_cosine", "align_block": 1, "align_target_block": 4},
     {"align": "autoencoder", "align_distance": "cosine", "micro_batch_size": 3},
     {"precision": "bf16", "activation_checkpointing": True, "optimizer": "adamw"},
+    {"objective": "flow", "timestep_sampler": "uniform", "min_snr_gamma": None},
+    {"objective": "v_prediction", "optimizer": "muon"},
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_it_resumes_bit_for_bit(options: dict[str, Any], dataset: LatentDataset, tmp_path: Path) -> None:
     """Head and optimizer included. A checkpoint has the head in a file of its own."""
-    whole = run(tmp_path / "a", dataset, narrow(), **options)
+    shape = with_objective(narrow(), str(options.get("objective", "epsilon")))
+    whole = run(tmp_path / "a", dataset, shape, **options)
     config = FEW.model_copy(update=options)
-    resumed = train(config, narrow(), dataset, cut_back(tmp_path / "a", tmp_path / "b", 2))
+    resumed = train(config, shape, dataset, cut_back(tmp_path / "a", tmp_path / "b", 2))
     assert contents(place(tmp_path / "a", 4)) == contents(place(tmp_path / "b", 4))
     assert whole.history == resumed.history
     first, last = (load_checkpoint(place(tmp_path / "a", step)).tensors[HEAD] for step in (2, 4))

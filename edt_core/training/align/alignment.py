@@ -88,7 +88,7 @@ class SelfTarget(Target):
     model: DiffusionTransformer
 
     def __init__(self, config: TrainConfig, state: TrainState, block: int, device: torch.device) -> None:
-        self._state, self._objective = state, objective_of(config.objective)
+        self._state, self._config, self._objective = state, config, objective_of(config.objective)
         with torch.random.fork_rng(devices=[]):  # its initial weights are not used
             self.model = build_model(state.model.config)
         self.model.eval().requires_grad_(False).set_amm(())
@@ -99,11 +99,11 @@ class SelfTarget(Target):
 
     @torch.no_grad()
     def tokens(self, schedule: Schedule | None, samples: AlignedSamples) -> Tensor:
-        """The tokens of the block, [N, T, K]. Timesteps are earlier by `shift` of the chain."""
+        """The tokens of the block, [N, T, K], at times that are cleaner by `shift` of the way from noise to data."""
         assert samples.shift is not None, "drawn for this target"
         if self._state.trained is not None:
             self.model.load_state_dict(self._state.average(), assign=True)
-        t = self._objective.cleaner(schedule, samples.timesteps, samples.shift)
+        t = self._objective.cleaner(samples.timesteps, samples.shift, self._config.num_timesteps)
         x_t = self._objective.noised(schedule, samples.latents, t, samples.noise)
         with suppress(BlockReached):
             self.model(x_t, t, samples.labels)

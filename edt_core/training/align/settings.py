@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from edt_core.diffusion import objective_of
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig, shadow
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
-# Published for 28 blocks: of DiT-XL in SRA, and of SiT-XL in REPA and SRA (whose target is block 20 of SiT-XL).
-_PUBLISHED = {28: (8, 16)}
+# SRA's for 28 blocks, those of DiT-XL and, with continuous times, of SiT-XL. REPA's SiT-XL has block 8 too.
+_PUBLISHED = {(28, False): (8, 16), (28, True): (8, 20)}
 _SMOOTH_L1_WEIGHTS = {"autoencoder": 1.0, "self": 0.2, "features": 0.5}
 _COSINE_WEIGHT = 0.5
 _REPA_LAYERS = (2048, 2048)  # between the hidden states and the features, in REPA's code
@@ -60,7 +61,8 @@ def align_settings(config: TrainConfig, model_config: ModelConfig) -> AlignSetti
     if config.align is None:
         return None
     shapes = _block_shapes(model_config)
-    first, second = _PUBLISHED.get(len(shapes), _thirds(len(shapes)))
+    kind = len(shapes), objective_of(config.objective).continuous
+    first, second = _PUBLISHED.get(kind, _thirds(len(shapes)))
     block = config.align_block or first
     target_block = (config.align_target_block or second) if config.align == "self" else None
     _check("align_block", block, model_config)

@@ -18,6 +18,7 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 GATE_TAG, DECISION_TAG = "edt.gate", "edt.decision"  # the gate's configuration and its decision
 BEFORE_TAG = "edt.champion_before"  # of a champion: the version to roll back to, "" for none
 PROMOTED_TAG, ROLLED_BACK_TAG = "edt.promoted", "edt.rolled_back"  # when and by what
+STD_TAG, PARENT_TAG = "edt.ema_std", "edt.ema_of"  # of averaged weights: their width, and the version they are of
 _ATTEMPTS = 10
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 
@@ -120,9 +121,8 @@ def gate_of(version: Any) -> PromoteConfig:
         return PromoteConfig.model_validate(json.loads(text))
     metric, _, sense = version.tags.get("edt.promote", "").partition(" ")
     if metric not in metrics_of(version):
-        raise UserError(
-            f"{title(version)} has no recorded metric to decide by: it was imported, or not registered by edt"
-        )
+        origin = "made by `edt ema`" if STD_TAG in version.tags else "imported, or not registered by edt"
+        raise UserError(f"{title(version)} has no recorded metric to decide by: it was {origin}")
     return PromoteConfig(metric=metric, lower_is_better=sense != "higher")
 
 

@@ -19,7 +19,8 @@ from edt_core.store.layout import KINDS
 from edt_core.store.prefixes import PREFIX, fingerprints
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.registry_files import title
-from pipelines.registry.lookup import PARENT_TAG, STD_TAG, all_aliases, find, origin_of
+from pipelines.registry.aliases import PARENT_TAG, STD_TAG
+from pipelines.registry.lookup import all_aliases, find, origin_of
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import RUN_ID, experiments, runs_of, whole_run_id
 

@@ -17,8 +17,10 @@ from pipelines.registry.aliases import (
     BEFORE_TAG,
     CHAMPION,
     DECISION_TAG,
+    PARENT_TAG,
     PROMOTED_TAG,
     ROLLED_BACK_TAG,
+    STD_TAG,
     search,
     version_at,
 )
@@ -36,7 +38,6 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
 }
 ORIGIN = "edt.import."  # tags of a version that was imported: file, sha256, weights, autoencoder, source
-STD_TAG, PARENT_TAG = "edt.ema_std", "edt.ema_of"  # of averaged weights: their width, and the version they are of
 _IDS = ("edt.images", "edt.images.digest", "edt.source")
 
 

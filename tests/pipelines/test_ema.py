@@ -87,6 +87,8 @@ def test_a_version_s_average_is_a_version_with_its_lineage(place: Place, tmp_pat
     shown = place.said("models", "show", f"{REAL}/2")
     assert "averaged from snapshots, not measured here" in shown
     assert f"{REAL}/1" in shown
+    with pytest.raises(UserError, match="has no recorded metric to decide by: it was made by `edt ema`"):
+        place.said("models", "promote", f"{REAL}/2")
     drawn = place.said("sample", str(out), "--num", "1", "--num-sampling-steps", "2", "--out", str(tmp_path / "g.png"))
     assert "4 x 1 images of EDT-Tiny/2" in drawn
 

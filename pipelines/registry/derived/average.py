@@ -15,8 +15,7 @@ from edt_core.store.artifact import Artifact
 from edt_core.store.layout import EMA_WEIGHTS
 from jobs.models.open import load_model
 from pipelines.config.schema import PromoteConfig
-from pipelines.registry.aliases import GATE_TAG, find_version
-from pipelines.registry.lookup import PARENT_TAG, STD_TAG
+from pipelines.registry.aliases import GATE_TAG, PARENT_TAG, STD_TAG, find_version
 from pipelines.registry.model_card import README, ModelCard
 from pipelines.registry.packaging import log_pipeline
 from pipelines.registry.registration import OBJECTIVE_TAG, add_logged

@@ -352,16 +352,8 @@ def test_blocks_are_the_published_ones_or_at_the_same_depth(name: str, block: in
 
 
 def test_with_flow_matching_the_largest_model_has_the_target_of_sit() -> None:
-    shape = with_objective(model_config("DiT-XL/2", 256), "flow")
-    config = TrainConfig(
-        model="DiT-XL/2",
-        masked_loss=False,
-        objective="flow",
-        timestep_sampler="uniform",
-        min_snr_gamma=None,
-        align="self",
-    )
-    settings = align_settings(config, shape)
+    config = TrainConfig(model="DiT-XL/2", masked_loss=False, align="self", objective="flow", min_snr_gamma=None)
+    settings = align_settings(config, with_objective(model_config("DiT-XL/2", 256), "flow"))
     assert settings is not None
     assert (settings.block, settings.target_block) == (8, 20)
 

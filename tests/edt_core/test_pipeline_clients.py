@@ -287,7 +287,8 @@ def test_a_compiled_transformer_is_what_runs_and_is_saved_as_it_was(pipeline: ED
         return run
 
     pipeline.transformer = torch.compile(pipeline.transformer, backend=backend)
-    assert torch.equal(drawn(pipeline, **steps), expected)
+    # A graph may compute with other kernels than the model itself, whose last bits differ on some processors.
+    assert float((drawn(pipeline, **steps) - expected).abs().max() / expected.abs().max()) < 1e-5
     assert len(calls) >= 2  # once a step
     pipeline.save_pretrained(tmp_path)
     assert torch.equal(drawn(quiet(EDTPipeline.from_pretrained(tmp_path)), **steps), expected)

@@ -10,6 +10,7 @@ from edt_core.diffusion.objectives import (
     objective_of,
     objective_of_model,
     objective_words,
+    train_defaults,
     with_objective,
 )
 from edt_core.diffusion.sampling import sample, sampling_schedule
@@ -43,5 +44,6 @@ __all__ = [
     "sample",
     "sample_noise",
     "sampling_schedule",
+    "train_defaults",
     "with_objective",
 ]

@@ -1,7 +1,8 @@
 """The registered objectives by name, and the objective of a model."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edt_core.diffusion.flow import FlowMatching
 from edt_core.diffusion.gaussian import Epsilon
@@ -40,6 +41,12 @@ def objective_of_model(config: ModelConfig) -> Objective:
 def objective_words() -> dict[str, str]:
     """The words for objectives in training options of other code: word -> name of the objective."""
     return {word: objective.name for objective in OBJECTIVES.values() for word in objective.words}
+
+
+def train_defaults(name: Any) -> Mapping[str, Any]:
+    """The fields of a recipe that an objective sets unless they are given; {} for an unknown name, or None."""
+    known = OBJECTIVES.get(str(name))
+    return {} if known is None else known.train_defaults
 
 
 def check_training(config: "TrainConfig") -> None:

@@ -68,6 +68,10 @@ def make_parser(stage: Stage, prog: str) -> argparse.ArgumentParser:
 def _config(stage: Stage, options: argparse.Namespace) -> Any:
     fields: dict[str, Any] = read_yaml(options.config) if options.config else {}
     fields |= given_fields(options, stage.config) | dict(parse_assignment(text) for text in options.set)
+    if stage.config is TrainConfig:
+        from edt_core.diffusion import train_defaults
+
+        fields = {**train_defaults(fields.get("objective")), **fields}
     return validated(stage.config, fields)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edt_core.config import TrainConfig
-from edt_core.diffusion import OBJECTIVES
+from edt_core.diffusion import OBJECTIVES, train_defaults
 
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -16,10 +16,10 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(section, dict) for section in (train, models, sample, along, *models.values())):
         return values  # invalid, which the fields report
     given, shared = set(train), train.get("objective")
-    train = {**_train_defaults(shared), **train}
+    train = {**train_defaults(shared), **train}
     usual = {field: TrainConfig.model_fields[field].default for field in train.keys() - given}
     models = {
-        name: {**_without({**usual, **_train_defaults(fields["objective"])}, given), **fields}
+        name: {**_without({**usual, **train_defaults(fields["objective"])}, given), **fields}
         if fields.get("objective", shared) != shared
         else fields
         for name, fields in models.items()
@@ -35,8 +35,3 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 def _without(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
-
-
-def _train_defaults(objective: Any) -> Mapping[str, Any]:
-    known = OBJECTIVES.get(str(objective))
-    return {} if known is None else known.train_defaults

@@ -29,6 +29,23 @@ def test_a_dry_run_tells_what_it_would_take(latents_artifact: Artifact, tmp_path
     assert not out.exists()
 
 
+def test_an_objective_brings_its_own_recipe(latents_artifact: Artifact, tmp_path: Path) -> None:
+    """Flow matching has no min-SNR weight; a weight that is given is refused."""
+    words = [
+        "train",
+        latents_artifact.folder.uri,
+        str(tmp_path / "out"),
+        "--model",
+        "EDT-Tiny/2",
+        "--objective",
+        "flow",
+    ]
+    assert command(*words, "--dry-run").returncode == 0
+    refused = command(*words, "--min-snr-gamma", "5", "--dry-run")
+    assert refused.returncode == 2
+    assert "set min_snr_gamma to null" in refused.stderr
+
+
 def test_a_dry_run_refuses_what_a_run_would(latents_artifact: Artifact, tmp_path: Path) -> None:
     done = command("train", latents_artifact.folder.uri, str(tmp_path / "out"), "--reader", "webdataset", "--dry-run")
     assert done.returncode == 2

@@ -625,9 +625,6 @@ class SampleConfig(ChainConfig):
     keep_images: int | Literal["all"] = Field(
         100, description="number of first samples per repeat to keep as images for the report; 'all' for `edt export`"
     )
-    checkpoint_step: int | None = added(
-        None, ge=1, description="step of the training whose checkpoint is sampled from; null for the last"
-    )
     num_workers: int = runtime(1, ge=1, description="workers; each loads the networks once and computes many units")
     num_cpus_per_worker: float = runtime(1, ge=0, description="CPUs, and threads, per worker")
     num_gpus_per_worker: float = runtime(0, ge=0, description="GPUs per worker; a fraction shares a GPU")

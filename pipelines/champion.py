@@ -131,7 +131,7 @@ class ChampionMeasurement:
         return (
             evaluation.manifest.inputs.get("reference") == self.steps["reference"].fingerprint
             and then == networks
-            and all(chain[name] == before.get(name) for name in chain if name not in _CUT)
+            and all(chain.get(name) == before.get(name) for name in chain.keys() | before.keys() if name not in _CUT)
         )
 
     def _planned(self, version: Any) -> dict[str, StepFuture | Source]:

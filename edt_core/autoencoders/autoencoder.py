@@ -245,15 +245,15 @@ def precision_error(model: Any, exact: Any, pixels: NDArray[np.uint8], precision
 
 
 @torch.inference_mode()
-def decode_to_pixels(model: Any, latents: Tensor, config: ModelConfig | None = None) -> NDArray[np.uint8]:
+def decode_to_pixels(model: Any, latents: Tensor, config: ModelConfig | None) -> NDArray[np.uint8]:
     """Pixels uint8 [N, S, S, 3] of latents [N, C, h, h], scaled as in `decode`."""
     return to_pixels(decode(model, latents, config))
 
 
-def decode(model: Any, latents: Tensor, config: ModelConfig | None = None) -> Tensor:
+def decode(model: Any, latents: Tensor, config: ModelConfig | None) -> Tensor:
     """Images [N, 3, S, S] in about -1..1, in the autoencoder's dtype, of scaled latents [N, C, h, h].
 
-    The scale is that of the diffusion model with the configuration `config`; without one, the autoencoder's own.
+    The scale is that of the diffusion model with the configuration `config`; with None, the autoencoder's own.
     Latents are decoded in parts of fixed size, see `edt_core.autoencoders.parts`.
     """
     own = scale_of(model)

@@ -131,7 +131,9 @@ class FlowMatching(Objective):
         """Raise UserError for a sampler of another objective, and for a diffusion coefficient without the SDE."""
         super().check_sampler(sampler)
         if sampler != "sde" and sde_diffusion != "sigma":
-            raise UserError(f"sde_diffusion is {sde_diffusion!r}, but sampler is {sampler!r}; set sampler to sde")
+            raise UserError(
+                f"sde_diffusion is {sde_diffusion!r}, but sampler is {sampler!r}; set it to sigma, or sampler to sde"
+            )
 
     def max_steps(self, num_timesteps: int) -> int | None:
         """Any number: the path is continuous."""

@@ -46,8 +46,7 @@ class AlongConfig(SampleConfig):
     @property
     def sampling(self) -> SampleConfig:
         """The sampling protocol, which is the same at each point."""
-        shared = SampleConfig.model_fields.keys() - {"checkpoint_step"}
-        return SampleConfig(**{name: getattr(self, name) for name in shared})
+        return SampleConfig(**{name: getattr(self, name) for name in SampleConfig.model_fields} | {"keep_images": 1})
 
     @property
     def measured(self) -> EvaluateConfig:

@@ -65,11 +65,11 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("use_rope", "rope"), _Rule((False,), "attention rotates its queries and keys by position")),
 }
 _VELOCITY = "velocity"  # the word for the prediction of a SiT
-# Of a velocity: the straight path of the default SiT, for which its two eps have no effect.
+# Of a velocity: the straight path of the default SiT, whose ODE and loss do not use its two eps.
 _RULES_OF_VELOCITY: dict[str, _Rule] = {
     **_RULES,
     "path_type": _Rule(("linear",), "its path from noise to data is not the straight one"),
-    **dict.fromkeys(("sample_eps", "train_eps"), _Rule((0,), "it was trained on a part of the path only")),
+    **dict.fromkeys(("sample_eps", "train_eps"), _Rule((0,), "it may have been trained on a part of the path only")),
 }
 # Data, optimiser, loss weights, speed and logs; masking and the choice of timesteps in training; sampling.
 _HARMLESS_NAMES = """

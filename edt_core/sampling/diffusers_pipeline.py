@@ -73,6 +73,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["EDTPipeline"]
 '''
+_OF_SAMPLERS = ("sampler", "time_shift", "sde_diffusion")  # options that an assigned scheduler replaces
 _OURS = "edt_core.pipeline"  # the module named in folders and in every version of their pipeline.py
 
 
@@ -204,7 +205,7 @@ class EDTPipeline(DiffusionPipeline):
         array = class_labels.cpu().numpy() if isinstance(class_labels, Tensor) else np.asarray(class_labels)
         labels = checked_labels(array, array.size, sampler.model.config.num_classes)
         noise = call_noise(seed, generator, latents, (len(labels), *sampler.latent_shape), sampler.device)
-        solver = self._solver(chain, noise, "sampler" in protocol)
+        solver = self._solver(chain, noise, [name for name in _OF_SAMPLERS if name in protocol])
         with self.progress_bar(total=chain.num_sampling_steps if solver is None else len(solver)) as bar:
             sampled = sampler.from_noise(labels, noise, range(len(labels)), lambda _done, _all: bar.update(), solver)
         images = self._images(sampled, output_type)
@@ -223,16 +224,19 @@ class EDTPipeline(DiffusionPipeline):
         return LatentSampler(self.transformer.edt, chain, timesteps, network=self.transformer, device=device)
 
     def _solver(
-        self, chain: ChainConfig, noise: CallNoise, sampler_given: bool
+        self, chain: ChainConfig, noise: CallNoise, given: Sequence[str]
     ) -> SchedulerChain | FlowSchedulerChain | None:
-        """The chain of an assigned scheduler; None for the original one, with which the own samplers are used."""
+        """The chain of an assigned scheduler; None for the original one, with which the own samplers are used.
+
+        `given`: options of a call that only the own samplers have.
+        """
         self._check_scheduler(self.scheduler)  # its configuration may have changed since the assignment
         if is_training_scheduler(self.scheduler, self.config.num_timesteps, self.objective):
             return None
-        if sampler_given:
+        if given:
             raise UserError(
-                f"sampler is {chain.sampler!r}, but the pipeline has a {type(self.scheduler).__name__}, which "
-                "replaces it; leave the option out, or load the pipeline again for its original scheduler"
+                f"{given[0]} is {getattr(chain, given[0])!r}, but the pipeline has a {type(self.scheduler).__name__}, "
+                "which replaces it; leave the option out, or load the pipeline again for its original scheduler"
             )
         chain_of = FlowSchedulerChain if self.objective.continuous else SchedulerChain
         return chain_of(self.scheduler, self.objective, chain.num_sampling_steps, noise.device, noise.generators())

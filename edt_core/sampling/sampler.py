@@ -69,7 +69,7 @@ class LatentSampler:
         self.network: ClassModel = model if network is None else network
         self._device = device
         self.objective = objective_of_model(model.config)
-        _check_guidance(chain, model.config, self.objective.end_of_time(num_timesteps))
+        check_guidance(chain, model.config, num_timesteps)
         progress = partial(self.objective.progress, num_timesteps=num_timesteps)
         self.growth = None if chain.cfg_power is None else (chain.cfg_power, progress)
         if guide is not None:
@@ -185,7 +185,9 @@ def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ..
     return chain.amm_blocks
 
 
-def _check_guidance(chain: ChainConfig, model: ModelConfig, end_of_time: float) -> None:
+def check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -> None:
+    """Raise UserError for guided channels that the latents do not have, and for an interval outside the times."""
+    end_of_time = objective_of_model(model).end_of_time(num_timesteps)
     channels, interval = chain.guidance_channels, chain.guidance_interval
     if chain.cfg_scale != 1.0 and channels is not None and channels > model.in_channels:
         raise UserError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from edt_core.config import ChainConfig
+from edt_core.diffusion import objective_of_model
 from edt_core.models import DiffusionTransformer
 from edt_core.sampling.sampler import LatentSampler
 
@@ -67,8 +68,9 @@ def _check(path: Path, denoiser: DiffusionTransformer) -> None:
 
 
 def _inputs(denoiser: DiffusionTransformer, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timesteps and labels of a batch; the last label is the null class."""
+    """Latents, times and labels of a batch; the last label is the null class."""
     config, generator = denoiser.config, torch.Generator().manual_seed(size)
     shape = (size, config.in_channels, config.latent_size, config.latent_size)
+    end = 0.9 * objective_of_model(config).end_of_time(1000)
     labels = torch.arange(config.num_classes + 1 - size, config.num_classes + 1).clamp(min=0)
-    return torch.randn(shape, generator=generator), torch.linspace(0, 900, size), labels
+    return torch.randn(shape, generator=generator), torch.linspace(0, end, size), labels

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -146,9 +146,14 @@ class Artifact:
         root = self._in_place(entries, progress)
         return [root / entry.path for entry in entries]
 
-    def directory(self, name: str) -> Path:
-        """A folder inside the artifact as a local path with all of its listed files. Raises as `paths`."""
+    def directory(self, name: str, files: Collection[str] | None = None) -> Path:
+        """A folder inside the artifact as a local path with all of its listed files. Raises as `paths`.
+
+        `files`: names in the folder; of a remote store, only those that are listed of these are downloaded.
+        """
         entries = self.entries(f"{name}/*")
+        if files is not None:
+            entries = [entry for entry in entries if entry.path.removeprefix(f"{name}/") in files]
         if not entries:
             raise ManifestError(f"{self.folder.uri} lists no folder {name!r}")
         return self._in_place(entries) / name
@@ -277,6 +282,10 @@ class ArtifactWriter:
     def begun(self, name: str) -> list[str]:
         """Files of this attempt below a folder that have a journal entry: finished, or about to be published."""
         return [entry for entry in self._journal_names() if entry.startswith(f"{name}/")]
+
+    def entries_in(self, name: str) -> dict[str, FileEntry | None]:
+        """The journal entries of this attempt's files below a folder; None for a damaged one, or another artifact's."""
+        return dict(in_threads(lambda file: self._journalled(self.data, file), self.begun(name)))
 
     def written(self) -> list[FileEntry]:
         """Files of this attempt that are finished, in order of name."""

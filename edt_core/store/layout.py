@@ -69,9 +69,9 @@ REFERENCE_NAME = "reference.safetensors"
 # Beside it, for each image shard, the features of all its rows: `<space>.features`, `<space>.spatial` float32 [n, D].
 IMAGE_FEATURES = "features/images-{:05d}.safetensors"
 METRICS_NAME = "metrics.json"
+ALONG_NAME = "along.json"  # evaluations along a training: {"points": [{"step", metric: value}], "protocol"}
 # Validation: metrics per class, and the confusions of samples and real images as safetensors with `labels`,
 # `predictions` and `counts` int64 [m]: the pairs of classes that occur.
-ALONG_NAME = "along.json"  # {"points": [{"step", metric: value}], "protocol"}
 VALIDATION_NAME = "validation.json"
 SAMPLE_CONFUSION, REAL_CONFUSION = "confusion-samples.safetensors", "confusion-real.safetensors"
 REPORT_NAME = "report.html"

@@ -24,7 +24,7 @@ from edt_core.store.layout import (
     OPTIMIZER_STATE,
     TRAIN_STATE,
 )
-from jobs.models.names import REGISTERED, RUN, is_of_mlflow, registered_version, split_name
+from jobs.models.names import REGISTERED, RUN, STD_TAG, is_of_mlflow, registered_version, split_name
 from jobs.models.open import FORMS, INDEX, in_store, is_artifact, of_pipeline, of_released
 from jobs.models.registry_files import fetch_version, folder_digests, title, version_facts
 from jobs.runtime.tracking import mlflow_client
@@ -193,6 +193,12 @@ class _Lookup:
             raise UserError(f"train.init_from: {error}") from error
         checkpoint = found.tags.get("edt.checkpoint")
         if self.config.init_weights == "raw" or self.config.init_optimizer == "keep":
+            if STD_TAG in found.tags:  # its training has other weights
+                raise UserError(
+                    f"train.init_from: {text} has averaged weights that `edt ema` made, and neither raw weights nor an "
+                    "optimizer's state; start from them with init_weights=ema and init_optimizer=fresh, or name the "
+                    "version of the training"
+                )
             source = self._artifact(_artifact_of(found))
         else:
             digests, (index, transformer) = version_facts(client, found, (INDEX, _CONFIG))

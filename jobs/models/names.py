@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 REGISTERED = re.compile(r"(?:models:/)?([\w.-]+)(?:@([\w.-]+)|/(\d+))?")
 RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
+STD_TAG = "edt.ema_std"  # of a version with averaged weights that `edt ema` made: their width
 _CHAMPION = "champion"
 _CHECKPOINT_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
 _MOST = 1000  # registered models that are compared with a mistyped name

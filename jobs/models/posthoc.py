@@ -152,6 +152,7 @@ def _write(training: Training, parts: Mixture, out: ArtifactWriter, progress: Pr
     checkpoint = training.opened.checkpoint
     if checkpoint.data.local is not None:  # files of a remote store are compared as they are downloaded, one by one
         checkpoint.verify_once(f"*/{WIDTH_EMA_WEIGHTS.replace('{!r}', '*')}", progress)
+        checkpoint.verify_once(f"*{EMA_WEIGHTS}", progress)
     weights = _weights(training, parts, progress)
     final = checkpoint.counts["final"]
     config = checkpoint.read_json(f"{final}/{MODEL_CONFIG}")

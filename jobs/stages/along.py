@@ -42,8 +42,9 @@ class _Sampler:
         """Make unit (step, number); return its number of samples, and this worker's device."""
         step, number = item
         if self.sampler is None or step != self.step:
-            at = self.config.sampling.model_copy(update={"checkpoint_step": step})
-            self.step, self.sampler = step, sample.Sampler(at, self.inputs, self.out, _folder(step))
+            self.sampler = None  # before the next networks are loaded
+            self.sampler = sample.Sampler(self.config.sampling, self.inputs, self.out, step, _folder(step))
+            self.step = step
         return self.sampler.work(number)
 
 
@@ -54,7 +55,7 @@ def along(
 
     Raises UserError if there is none, and as `sample` and `evaluate` for inputs that do not match.
     """
-    steps = check(config, inputs)
+    steps = check(config, inputs, progress)
     units = config.repeats * sample.units_per_repeat(config)
     total, done = len(steps) * config.repeats * config.num_samples, 0
     resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
@@ -75,18 +76,29 @@ def along(
     return {"points": len(rows), "samples": done, "steps": steps, DEVICE: kind_of_devices(devices)}
 
 
-def check(config: AlongConfig, inputs: Mapping[str, Artifact | Source]) -> list[int]:
-    """The steps to measure. Raises UserError if there are none, or the inputs do not match each other."""
+def check(config: AlongConfig, inputs: Mapping[str, Artifact | Source], progress: Progress) -> list[int]:
+    """The steps to measure. Raises UserError if there are none, or the inputs do not match each other.
+
+    A checkpoint may be missing that was damaged, or that a shorter training had which this one continues: a warning.
+    """
     if config.every is None:
         raise UserError("along.every is null, so there is nothing to measure; set the number of steps between points")
     checkpoint = sample.artifact(inputs, "checkpoint")
     steps = kept_steps(checkpoint, config.every)
     if missing := [step for step in range(config.every, steps[-1], config.every) if step not in steps]:
-        raise UserError(
+        lacks = (
             f"{checkpoint.folder.uri} did not keep {len(missing)} of the checkpoints at multiples of {config.every} "
-            f"steps (the first is that of step {missing[0]}); train with train.keep_every={config.every}"
+            f"steps (the first is that of step {missing[0]})"
         )
-    sample.check(config.sampling.model_copy(update={"checkpoint_step": steps[0]}), inputs)
+        if len(steps) == 1:
+            raise UserError(f"{lacks}; train with train.keep_every={config.every}")
+        progress.warn(f"{lacks}; the curve is made without them")
+    if len(steps) > 1 and checkpoint.manifest.config.get("trainable", "all") != "all":
+        raise UserError(
+            f"{checkpoint.folder.uri} trained only some parameters (trainable "
+            f"{checkpoint.manifest.config['trainable']}), and only its last model has all: evaluate that one"
+        )
+    sample.check(config.sampling, inputs)
     check_spaces(_facts(inputs), sample.artifact(inputs, "reference"), "the samples")
     return steps
 

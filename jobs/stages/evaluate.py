@@ -20,7 +20,7 @@ from jobs.stages.sizes import wanted_metrics
 from jobs.stages.stage import Stage
 
 # How work is split, and what is stored of it: results that differ only in these fields are comparable.
-_NOT_OF_THE_PROTOCOL = ("checkpoint_step", "keep_images", "unit_size")
+_NOT_OF_THE_PROTOCOL = ("keep_images", "unit_size")
 
 
 def evaluate(

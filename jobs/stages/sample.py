@@ -18,7 +18,7 @@ from edt_core.evaluation.extractors import EXTRACTORS
 from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
-from edt_core.store.layout import CHECKPOINTS, FEATURE_UNIT
+from edt_core.store.layout import CHECKPOINTS, EMA_WEIGHTS, FEATURE_UNIT, MODEL_CONFIG, TRAIN_STATE
 from jobs.runtime.cluster import require, use_threads
 from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.pool import pooled
@@ -27,6 +27,7 @@ from jobs.stages.stage import DEVICE, Stage
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
 DECODED_AT_ONCE = "decoded_at_once"  # images; among the counts of features
+_OF_A_MODEL = (MODEL_CONFIG, EMA_WEIGHTS, TRAIN_STATE)  # files of a checkpoint that its averaged model needs
 _AT_ONCE = 2  # units of a worker: it samples one while it decodes the previous one and extracts features
 
 
@@ -52,11 +53,17 @@ def units_per_repeat(config: SampleConfig) -> int:
 class Sampler:
     """Loads every network once, then makes units, two at a time: one samples while the other decodes.
 
-    `folder`: beginning of the names of the units' files in `out`, such as "units/".
+    `step`: of the checkpoint to sample from, None for the last. `folder`: beginning of the names of the units' files in
+    `out`, such as "units/".
     """
 
     def __init__(
-        self, config: SampleConfig, inputs: Mapping[str, Artifact | Source], out: ArtifactWriter, folder: str = ""
+        self,
+        config: SampleConfig,
+        inputs: Mapping[str, Artifact | Source],
+        out: ArtifactWriter,
+        step: int | None = None,
+        folder: str = "",
     ) -> None:
         import torch
 
@@ -69,7 +76,7 @@ class Sampler:
         self.config, self.out, self.folder = config, out, folder
         self.device = device_name(config.num_gpus_per_worker)
         checkpoint = artifact(inputs, "checkpoint")
-        model = averaged_model(checkpoint, self.device, config.checkpoint_step)
+        model = averaged_model(checkpoint, self.device, step)
         guide = averaged_model(artifact(inputs, "guide"), self.device) if "guide" in inputs else None
         self.num_classes: int = model.config.num_classes
         self.class_counts = checkpoint.counts.get("class_counts")
@@ -134,28 +141,16 @@ def averaged_model(checkpoint: Artifact, device: str, step: int | None = None) -
     """The EMA model of a checkpoint artifact, in evaluation mode: the last one, or that of a step, which is kept."""
     from edt_core.training.checkpoint import ema_model
 
-    return ema_model(checkpoint.directory(folder_of(checkpoint, step)), device)
+    return ema_model(checkpoint.directory(_folder_of(checkpoint, step), _OF_A_MODEL), device)
 
 
-def folder_of(checkpoint: Artifact, step: int | None) -> str:
-    """The folder of a step's checkpoint in a checkpoint artifact; the last one for None. Raises UserError."""
+def _folder_of(checkpoint: Artifact, step: int | None) -> str:
+    """The folder of a step's checkpoint, which is kept, in a checkpoint artifact; the last one for None."""
     from edt_core.training.checkpoint import checkpoint_name
 
-    counts = checkpoint.counts
-    if step is None or step == counts["steps"]:
-        return str(counts["final"])
-    if checkpoint.manifest.config.get("trainable", "all") != "all":
-        raise UserError(
-            f"checkpoint_step is {step}, but {checkpoint.folder.uri} trained only some parameters (trainable "
-            f"{checkpoint.manifest.config['trainable']}), and only its last model has all: leave checkpoint_step out"
-        )
-    if (name := checkpoint_name(step)) not in counts.get("checkpoints", ()):
-        kept = ", ".join(str(int(kept.rpartition("-")[2])) for kept in counts.get("checkpoints", ()))
-        raise UserError(
-            f"{checkpoint.folder.uri} has no checkpoint of step {step}; its steps are {kept or counts['steps']}. "
-            "Train with train.keep_every to keep more"
-        )
-    return f"{CHECKPOINTS}/{name}"
+    if step is None or step == checkpoint.counts["steps"]:
+        return str(checkpoint.counts["final"])
+    return f"{CHECKPOINTS}/{checkpoint_name(step)}"
 
 
 def sample_features(
@@ -186,7 +181,7 @@ def sample_features(
     return {
         "samples": done,
         "units": units,
-        "checkpoint_steps": config.checkpoint_step or checkpoint.counts["steps"],
+        "checkpoint_steps": checkpoint.counts["steps"],
         "model": checkpoint.counts["model"],
         **model.objective_record(),
         "extractors": extractors.digests_of(inputs),
@@ -219,7 +214,6 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
     from edt_core.sampling.sampler import resolved_amm_blocks
 
     checkpoint = artifact(inputs, "checkpoint")
-    folder_of(checkpoint, config.checkpoint_step)
     check_autoencoder(inputs)
     if not extractors.spaces_of(inputs) and config.keep_images != "all":
         raise UserError(

@@ -72,9 +72,10 @@ def config_of(config: TrainConfig, latents: Mapping[str, Any], initial: Any = No
             latent_channels=channels,
         )
         model = with_objective(model, config.objective)
-        if config.latent_norm:
+        base = {} if initial is None else initial.model_config or {}
+        if config.latent_norm and base.get("latents_mean") is None:
             model = normalised(model, latents)
-        return model if initial is None else keep_statistics(initial.location, initial.model_config or {}, model)
+        return model if initial is None else keep_statistics(initial.location, base, model)
     except ValueError as error:
         raise UserError(str(error)) from error
 

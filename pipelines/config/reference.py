@@ -38,7 +38,6 @@ _UNITS = (
     ("*_bytes", "bytes"),
     ("num_timesteps", "timesteps"),
     ("*steps", "steps"),
-    ("*_step", "steps"),
     ("every", "steps"),
     ("*_every", "steps"),
     ("*batch_size", "samples"),

@@ -32,6 +32,7 @@ from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.files.place_names import check_store_name
 from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks
 from edt_core.printing.redaction import redacted_values
+from edt_core.sampling.sampler import check_guidance
 from edt_core.store.folder import Folder
 from edt_core.training.align.settings import align_settings
 from jobs.commands.options import parse_assignment, read_yaml, validated
@@ -187,11 +188,12 @@ class PipelineConfig(_WithNetworks):
             train = self.train_of(name)
             check_masked_loss(self.model_of(name, 2), train.masked_loss)
             align_settings(train, self.model_of(name, 2))
-            self.model_of(name, 2, self._amm_blocks(train.model))
             if train.max_steps > 0:  # an untrained model has no loss
                 check_training(train)
             for section, chain in self._chains():
+                self.model_of(name, 2, self._amm_blocks(chain, train.model))
                 _check_chain(section, chain, name, train)
+                check_guidance(chain, self.model_of(name, 2), train.num_timesteps)
         if self.reference_statistics is not None and self.extractors != (INCEPTION,):
             raise ValueError(
                 f"reference_statistics are of Inception features, but extractors is {list(self.extractors)}; set "
@@ -249,6 +251,14 @@ class PipelineConfig(_WithNetworks):
                     f"promote.{field} {metric!r} is not measured; measured are: {', '.join(measured)}. "
                     "Choose one of these, or add the metric to evaluate.metrics and its space to extractors"
                 )
+        along = self.along
+        if along.every is not None and along.metrics is not None:
+            names = [metric_name(metric, space) for space in self.extractors for metric in along.metrics]
+            if self.promote.metric not in [*names, "accuracy_classifier"]:
+                raise ValueError(
+                    f"along.metrics measures {', '.join(names)}, but the report shows promote.metric, which is "
+                    f"{self.promote.metric}: add it to along.metrics, or set along.metrics to null for all"
+                )
         return self
 
     @model_validator(mode="after")
@@ -265,11 +275,11 @@ class PipelineConfig(_WithNetworks):
         along = [] if self.along.every is None else [("along", self.along)]
         return [("sample", self.sample), *along]
 
-    def _amm_blocks(self, model: str) -> tuple[int, ...]:
-        """Blocks that sampling modulates in a model; empty for 'model'. Raises UserError as `paper_amm_blocks`."""
-        blocks = self.sample.amm_blocks
+    def _amm_blocks(self, chain: ChainConfig, model: str) -> tuple[int, ...]:
+        """Blocks that a chain modulates in a model; empty for 'model'. Raises UserError as `paper_amm_blocks`."""
+        blocks = chain.amm_blocks
         if blocks == "paper":
-            return paper_amm_blocks(model, self.sample.cfg_scale, self.preprocess.image_size)
+            return paper_amm_blocks(model, chain.cfg_scale, self.preprocess.image_size)
         return () if blocks == "model" else blocks
 
     def train_of(self, model: str) -> TrainConfig:

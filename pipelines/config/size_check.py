@@ -33,10 +33,37 @@ def size_problems(config: PipelineConfig, images: int | None = None) -> list[str
     ]
     return [
         *problems,
+        *_along_problems(config, real),
+        *_token_problems(config),
         *_classifier_problems(config, images),
         *_shard_problems(config, images),
         *_holdout_problems(config, images),
     ]
+
+
+def _along_problems(config: PipelineConfig, images: int | None) -> Iterator[str]:
+    """Too few samples for the metrics of the evaluations along the training."""
+    along, kept = config.along, config.reference.keep_features
+    if along.every is None:
+        return
+    for shortfall in size_shortfalls(along.measured, _dimensions(config), along.num_samples, images, kept):
+        if shortfall.side == "generated":
+            remedies = [f"set along.num_samples to {shortfall.need} or more", "leave the metric out of along.metrics"]
+            yield shortfall_text(shortfall, remedies)
+
+
+def _token_problems(config: PipelineConfig) -> Iterator[str]:
+    """Tokens to align with of another width than the network's: the training would refuse them after encoding."""
+    for space in config.token_spaces():
+        width = feature_dimensions(space, config.network(space).weights)
+        for name in config.models:
+            train = config.train_of(name)
+            if train.align == "features" and width not in (None, train.align_features[1]):
+                yield (
+                    f"train.align_features of {name} is {list(train.align_features)}, but the tokens of "
+                    f"{config.network(space).weights} are {width} wide; set train.align_features to "
+                    f"[{train.align_features[0]}, {width}]"
+                )
 
 
 def _dimensions(config: PipelineConfig) -> dict[str, int | None]:

@@ -9,6 +9,7 @@ from typing import Any
 from edt_core.environment import utc
 from edt_core.errors import UserError
 from edt_core.printing.redaction import redacted, redacted_values
+from jobs.models.names import STD_TAG
 from jobs.models.registry_files import stored_problems, title
 from pipelines.config.schema import PromoteConfig
 from pipelines.registry.gate import Decision, Remeasured, decide, metrics_of, run_checks
@@ -18,7 +19,7 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 GATE_TAG, DECISION_TAG = "edt.gate", "edt.decision"  # the gate's configuration and its decision
 BEFORE_TAG = "edt.champion_before"  # of a champion: the version to roll back to, "" for none
 PROMOTED_TAG, ROLLED_BACK_TAG = "edt.promoted", "edt.rolled_back"  # when and by what
-STD_TAG, PARENT_TAG = "edt.ema_std", "edt.ema_of"  # of averaged weights: their width, and the version they are of
+PARENT_TAG = "edt.ema_of"  # of a version with averaged weights: the version that they are of
 _ATTEMPTS = 10
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 

@@ -7,6 +7,7 @@ the manifest in the store.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,8 +19,9 @@ from edt_core.store.folder import Folder
 from edt_core.store.layout import KINDS
 from edt_core.store.prefixes import PREFIX, fingerprints
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
+from jobs.models.names import STD_TAG
 from jobs.models.registry_files import title
-from pipelines.registry.aliases import PARENT_TAG, STD_TAG
+from pipelines.registry.aliases import PARENT_TAG
 from pipelines.registry.lookup import all_aliases, find, origin_of
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import RUN_ID, experiments, runs_of, whole_run_id
@@ -202,12 +204,22 @@ def _of_version(walk: _Walk, version: Any) -> Lineage:
         raise UserError(f"{title(version)} was not registered by edt: it does not record its artifacts")
     if "edt.uri" in tags:
         walk.remember(tags["edt.uri"])
-    run = runs_of(walk.catalog, [version.run_id]).get(version.run_id) if version.run_id else None
+    run_id = _run_of_training(walk.catalog, version)
+    run = runs_of(walk.catalog, [run_id]).get(run_id) if run_id else None
     walk.params = {} if run is None else run.data.params
     facts = tags.get("edt.pipeline_digest"), version.source, version.run_id
     average = {STD_TAG.removeprefix("edt."): tags[STD_TAG], "of": tags.get(PARENT_TAG)} if STD_TAG in tags else {}
     walk.add(Node("model", name, parents, *facts, config=average))
     return Lineage(name, walk.nodes)
+
+
+def _run_of_training(catalog: Catalog, version: Any) -> str | None:
+    """The run whose parameters describe a version's training: of averaged weights, that of the version they are of."""
+    if (parent := version.tags.get(PARENT_TAG)) is not None:
+        name, _, number = parent.rpartition("/")
+        with suppress(Exception):  # it was deleted
+            return str(catalog.client.get_model_version(name, number).run_id)
+    return str(version.run_id) if version.run_id else None
 
 
 def _of_import(name: str, version: Any, origin: Mapping[str, str]) -> Lineage:

@@ -12,7 +12,7 @@ from edt_core.errors import UserError
 from edt_core.evaluation.protocol import protocol_differences
 from edt_core.printing.suggestions import suggestions
 from jobs.commands.options import parse_assignment
-from jobs.models.names import REGISTERED
+from jobs.models.names import REGISTERED, STD_TAG
 from pipelines.registry.aliases import (
     BEFORE_TAG,
     CHAMPION,
@@ -20,7 +20,6 @@ from pipelines.registry.aliases import (
     PARENT_TAG,
     PROMOTED_TAG,
     ROLLED_BACK_TAG,
-    STD_TAG,
     search,
     version_at,
 )

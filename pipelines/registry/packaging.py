@@ -27,11 +27,14 @@ _CODE = Path(__file__).with_name("pyfunc_model.py")
 _TRAINING = (
     "objective",
     "global_batch_size",
+    "optimizer",
     "lr",
     "ema_decay",
     "masked_loss",
     "align",
     "class_dropout_prob",
+    "timestep_sampler",
+    "time_shift",
     "num_timesteps",
     "seed",
 )

@@ -42,14 +42,14 @@ def along_view(along: Mapping[str, Any], metric: str, lower_is_better: bool) -> 
     points = [point for point in along["points"] if math.isfinite(point.get(metric, math.nan))]
     if not points:
         return None
-    best = (min if lower_is_better else max)(points, key=lambda point: point[metric])
+    best, last = (min if lower_is_better else max)(points, key=lambda point: point[metric]), along["points"][-1]
     return AlongView(
         metric,
         _curve(points, metric),
         int(best["step"]),
         best[metric],
-        int(points[-1]["step"]),
-        points[-1][metric],
+        int(last["step"]),
+        last[metric],
         along["protocol"]["num_samples"],
         along["protocol"]["num_sampling_steps"],
     )

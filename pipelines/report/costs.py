@@ -17,6 +17,7 @@ _WORK = {
     "reference": ("images", "counts", "images"),
     "checkpoint": ("images", "counts", "images_seen"),
     "features": ("samples", "counts", "samples"),
+    "along": ("samples", "counts", "samples"),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from edt_core.errors import UserError
 from edt_core.printing.suggestions import suggestions
 from jobs.models.registry_files import title
-from pipelines.registry.aliases import DECISION_TAG, champion, search, version_at
+from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, champion, search, version_at
 from pipelines.registry.lookup import all_aliases, origin_of
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import Record, read_record, step_tag, workflow_runs
@@ -77,12 +77,17 @@ def _no_champion(catalog: Catalog, name: str) -> str:
         hint = suggestions(name, known, "models")
         hint += "" if hint.endswith("?") else "."
         return f"there is no registered model {name!r}; {hint} Train it first: `edt run CONFIG`"
-    numbers = sorted((str(v.version) for v in search(catalog, f"name = '{name}'")), key=int)
+    versions = search(catalog, f"name = '{name}'")
+    numbers = sorted((str(v.version) for v in versions), key=int)
+    measured = sorted((str(v.version) for v in versions if GATE_TAG in v.tags), key=int)
     if not numbers:
         return f"{name} has no versions; they were deleted. Retrain it with --from-scratch, or train it with `edt run`"
+    promote = (
+        f"Make one champion with `edt models promote {name}/{measured[-1]} --force`, retrain" if measured else "Retrain"
+    )
     return (
-        f"{name} has no champion; its versions are {', '.join(numbers[-10:])}. Make one champion with "
-        f"`edt models promote {name}/{numbers[-1]} --force`, retrain with --from-scratch, or use `edt run CONFIG`"
+        f"{name} has no champion; its versions are {', '.join(numbers[-10:])}. {promote} with --from-scratch, or use "
+        "`edt run CONFIG`"
     )
 
 

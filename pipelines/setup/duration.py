@@ -68,7 +68,7 @@ def _amount(kind: str, config: Mapping[str, Any], counts: Mapping[str, Any]) -> 
         return 1.0 if config.get("pretrained") else config.get("steps")
     if kind == "features":
         return config["num_samples"] * config["num_sampling_steps"] * config.get("repeats", 1)
-    return 1.0
+    return None if kind == "along" else 1.0  # the points of a curve are not known before its training
 
 
 @dataclass(frozen=True)

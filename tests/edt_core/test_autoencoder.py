@@ -139,7 +139,7 @@ def test_decoded_pixels_are_rounded_without_bias(fitted) -> None:
 
     levels = torch.arange(256, dtype=torch.float32)
     images = (levels / 127.5 - 1.0).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    decoded = decode_to_pixels(Identity(), images)
+    decoded = decode_to_pixels(Identity(), images, None)
     assert decoded.dtype == np.uint8
     assert np.array_equal(decoded[0, :, :, 0].ravel(), np.arange(256))
 

@@ -41,7 +41,7 @@ def test_latents_and_images_are_those_of_diffusers_own_calls(loaded: Any) -> Non
     with torch.inference_mode():
         latents = loaded.encode(images).latent
         own = loaded.decode(latents * 0.41407 / 0.41407).sample
-        assert torch.equal(decode(loaded, latents * 0.41407), own)
+        assert torch.equal(decode(loaded, latents * 0.41407, None), own)
     assert torch.equal(posterior[:, 0], latents)
     assert not posterior[:, 1].any()
     ((_, sides),) = encode_both_sides(loaded, [("batch", PIXELS)])

@@ -71,7 +71,7 @@ def test_a_decoder_is_called_with_so_many_images_and_gives_what_single_calls_giv
     monkeypatch.setattr(parts, "_PIXELS", 8 * SIDE**2)
     latents = torch.randn(count, 4, SIDE // FACTOR, SIDE // FACTOR, generator=torch.Generator().manual_seed(1))
     with calls(model) as numbers:
-        images = decode(model, latents)
+        images = decode(model, latents, None)
     assert numbers == expected
     raw = latents / model.config.scaling_factor
     singles = torch.cat([model.decode(raw[k : k + 1]).sample for k in range(count)])
@@ -85,6 +85,6 @@ def test_units_of_up_to_256_px_are_decoded_whole_as_before(model: Any) -> None:
         assert images_per_call(side) >= count
     latents = torch.randn(64, 4, SIDE // FACTOR, SIDE // FACTOR, generator=torch.Generator().manual_seed(1))
     with calls(model) as numbers:
-        pixels = decode_to_pixels(model, latents)
+        pixels = decode_to_pixels(model, latents, None)
     assert numbers == [64]
     assert pixels.shape == (64, SIDE, SIDE, 3)

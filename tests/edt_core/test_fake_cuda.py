@@ -194,7 +194,7 @@ def test_latents_are_decoded_in_parts_and_the_host_waits_once(monkeypatch: pytes
         model = on_cuda(vae)
         latents: Tensor = torch.zeros(6, 4, 8, 8, device="cuda")
         with waits(mode, "copy to the host"):
-            pixels = decode_to_pixels(model, latents)
+            pixels = decode_to_pixels(model, latents, None)
     assert numbers == [4, 2]
     assert pixels.shape == (6, SIDE, SIDE, 3)
 
@@ -213,7 +213,7 @@ def test_other_autoencoders_encode_and_decode(
         with waits(mode, "copy to the host"):
             ((_, rows),) = encode_both_sides(model, [("a", pixels)])
         with waits(mode, "copy to the host"):
-            decoded = decode_to_pixels(model, torch.zeros(2, *shape, device="cuda"))
+            decoded = decode_to_pixels(model, torch.zeros(2, *shape, device="cuda"), None)
     assert rows.shape == (2, 2, 2, *shape)
     assert decoded.shape == pixels.shape
 

@@ -294,7 +294,7 @@ def test_fields_of_newer_versions_are_left_out_of_a_yaml_that_is_digested() -> N
     assert yaml.safe_load(as_yaml(noise))["train"]["objective"] == "epsilon"
     whole = yaml.safe_load(as_yaml(noise))["sample"]
     assert yaml.safe_load(recorded_yaml(noise))["sample"] == {
-        name: value for name, value in whole.items() if name not in ("time_shift", "sde_diffusion", "checkpoint_step")
+        name: value for name, value in whole.items() if name not in ("time_shift", "sde_diffusion")
     }
     assert v.model_of(next(iter(v.models)), 4).objective == "v_prediction"
     with pytest.raises(UserError, match=r"unknown objective 'score'; choose one of epsilon, v_prediction, flow"):
@@ -402,7 +402,7 @@ def test_a_preview_draws_what_the_sampler_draws(trained: tuple[Path, Any], tmp_p
     latents = LatentSampler(state.model, ChainConfig(sampler="ddim", num_sampling_steps=25), 1000)(
         np.arange(16) // 4, 0, range(16)
     )
-    expected = grid(decode_to_pixels(vae.eval(), latents))
+    expected = grid(decode_to_pixels(vae.eval(), latents, None))
     assert np.abs(picture.astype(int) - expected).max() <= 1  # kernels round by the size of the batch
 
 

@@ -124,13 +124,13 @@ def test_decoded_latents_are_the_autoencoders_own_reconstruction(
         levels = torch.from_numpy(pixels_of(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         own = model.decode(model.encode(levels).latent_dist.mean).sample
     expected = (own * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    found = decode_to_pixels(model, training_inputs(latents, noise=0.0))
+    found = decode_to_pixels(model, training_inputs(latents, noise=0.0), None)
     difference = np.abs(found.astype(int) - expected)
     assert difference.max() <= 1  # of rounding
     assert (difference > 0).mean() < 0.01
     if kind != "plain":  # without the centre the pictures are others
         model.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
-        other = decode_to_pixels(model, training_inputs(latents, noise=0.0))
+        other = decode_to_pixels(model, training_inputs(latents, noise=0.0), None)
         assert np.abs(other.astype(int) - expected).max() > 5
 
 

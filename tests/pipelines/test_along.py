@@ -11,11 +11,12 @@ from edt_core.config import SampleConfig
 from edt_core.errors import UserError
 from edt_core.evaluation.config import AlongConfig, EvaluateConfig
 from edt_core.files.tensor_files import load_tensors
-from edt_core.progress import Silent
+from edt_core.progress import CollectedWarnings, Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import EMA_WEIGHTS
 from edt_core.store.store import Store
+from jobs.models.open import open_model
 from jobs.stages import along, evaluate, sample
 from pipelines.commands.options import catalog_if_any
 from pipelines.config.schema import load_config
@@ -82,8 +83,11 @@ def test_every_kept_checkpoint_is_measured_and_nothing_else_changes(
 def test_a_point_is_what_sample_and_evaluate_say_of_that_checkpoint(
     measured: "Outcome", copied: Path, tmp_path: Path, here: None
 ) -> None:
+    """The checkpoint of step 6 as an artifact of its own, as `edt evaluate` opens its folder."""
     points, inputs = made(copied, "along").read_json("along.json"), inputs_of(copied)
-    config = SampleConfig(num_samples=24, num_sampling_steps=2, unit_size=16, repeats=2, checkpoint_step=6, cfg_scale=1)
+    folder = inputs["checkpoint"].data.child("checkpoints/step-00000006").uri
+    inputs["checkpoint"] = open_model(folder, Folder.at(tmp_path / "work")).checkpoint
+    config = SampleConfig(num_samples=24, num_sampling_steps=2, unit_size=16, repeats=2, cfg_scale=1)
     reference = inputs.pop("reference")
     out = ArtifactWriter(Folder.at(tmp_path / "features"), "features", "f" * 64)
     features = sample.STAGE.execute(config, inputs, out, Silent())
@@ -152,20 +156,22 @@ def test_what_cannot_be_measured_is_refused(measured: "Outcome", copied: Path) -
         ("along.every=2", "along.num_sampling_steps=2000"): "along.num_sampling_steps 2000 is more than the 1000",
         ("along.every=2", "along.guidance_channels=9"): "along.guidance_channels 9 is more than the 4 latent",
         ("along.every=2", "along.sampler=heun"): "heun",
+        ("along.every=2", "along.amm_blocks=[99]"): r"amm_blocks \[99\] do not exist",
+        ("along.every=2", "along.metrics=[kid]"): "along.metrics measures kid_classifier",
+        ("train.objective=flow", "sample.guidance_interval=[200, 800]"): "begins after the last timestep",
     }
     for assignments, text in refused.items():
         with pytest.raises(UserError, match=text):
             load_config("quickstart", [*SMALL, *assignments], str(copied))
     inputs = inputs_of(copied)
-    with pytest.raises(UserError, match="has no checkpoint of step 3; its steps are 2, 4, 6, 8"):
-        sample.check(SampleConfig(num_samples=4, checkpoint_step=3, num_sampling_steps=2), inputs)
-    with pytest.raises(
-        UserError,
-        match=r"did not keep 1 of the .* multiples of 3 steps \(.* of step 3\); train with train.keep_every=3",
-    ):
-        along.check(AlongConfig(every=3), inputs)
+    warnings = CollectedWarnings()
+    assert along.check(AlongConfig(every=3, num_sampling_steps=2), inputs, warnings) == [6, 8]
+    (warning,) = warnings.warnings
+    assert "did not keep 1 of the checkpoints at multiples of 3 steps (the first is that of step 3)" in warning
+    with pytest.raises(UserError, match=r"did not keep 1 of the .* multiples of 5 steps .* train.keep_every=5"):
+        along.check(AlongConfig(every=5), inputs, Silent())
     with pytest.raises(UserError, match=r"along.every is null"):
-        along.check(AlongConfig(), inputs)
+        along.check(AlongConfig(), inputs, Silent())
 
 
 def test_without_it_a_configuration_means_what_it_meant() -> None:

@@ -96,13 +96,15 @@ class SelfTarget(Target):
         self.model.load_state_dict(state.average(), assign=True)
         self.model.to(device)  # buffers that are not in a state dict
         self._hidden = BlockOutput(self.model, block, ends=True)
+        self._merged_at: int | None = None  # the step whose average the model has, of a training of few parameters
 
     @torch.no_grad()
     def tokens(self, schedule: Schedule | None, samples: AlignedSamples) -> Tensor:
         """The tokens of the block, [N, T, K], at times that are cleaner by `shift` of the way from noise to data."""
         assert samples.shift is not None, "drawn for this target"
-        if self._state.trained is not None:
+        if self._state.trained is not None and self._merged_at != self._state.step:
             self.model.load_state_dict(self._state.average(), assign=True)
+            self._merged_at = self._state.step
         t = self._objective.cleaner(samples.timesteps, samples.shift, self._config.num_timesteps)
         x_t = self._objective.noised(schedule, samples.latents, t, samples.noise)
         with suppress(BlockReached):

@@ -36,8 +36,9 @@ def write_tokens(path: Path, batches: Iterable[Pixels], rows: int, network: Netw
             raise UserError(f"there are more images than the {rows} of the manifest; run preprocess again")
         out[done : done + len(tokens)] = tokens
         done += len(tokens)
-    if out is not None:
-        out.flush()
+    if out is None or done < rows:
+        raise UserError(f"there are {done} images, and the manifest has {rows}; run preprocess again")
+    out.flush()
     return done
 
 

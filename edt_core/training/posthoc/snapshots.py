@@ -86,15 +86,17 @@ class SnapshotStore:
         return dict(_averages(self.out.begun(SNAPSHOTS)))
 
     def _damaged(self) -> set[int]:
-        """Steps of the snapshots with a file that has not the size that was written."""
+        """Steps of the snapshots with a file that has not the size that was written, or whose entry is damaged."""
         if not self.out.begun(SNAPSHOTS):
             return set()
         sizes = self.out.data.child(SNAPSHOTS).walk()
-        entries = {entry.path: entry.bytes for entry in self.out.written()}
+        entries = {
+            name: None if entry is None else entry.bytes for name, entry in self.out.entries_in(SNAPSHOTS).items()
+        }
         return {
             average.step
             for average, name in _averages(entries)
-            if sizes.get(name.removeprefix(f"{SNAPSHOTS}/")) != entries[name]
+            if entries[name] is None or sizes.get(name.removeprefix(f"{SNAPSHOTS}/")) != entries[name]
         }
 
 

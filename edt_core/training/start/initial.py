@@ -82,7 +82,8 @@ def _shape_problem(saved: SavedOptimizer, trained: Sequence[tuple[str, Any]], si
     """What of the saved state does not fit parameters in groups of these sizes; "" if all does."""
     counts = [len(group["params"]) for group in saved.groups]
     if counts != sizes:
-        return f"has the state of {sum(counts)} parameters, and this training has {len(trained)}"
+        head = ", perhaps with those of the head of a train.align" if sum(counts) > len(trained) else ""
+        return f"has the state of {sum(counts)} parameters{head}, and this training has {len(trained)}"
     for key, value in saved.tensors.items():
         name, parameter = trained[int(key.split(".", 1)[0])]
         if value.ndim and value.shape != parameter.shape:

@@ -46,7 +46,7 @@ _STEP_PASSES = 3  # a forward and backward pass takes about as long as three for
 _TIME_SHARE = 0.01
 
 
-def measured_timesteps(num_timesteps: int) -> NDArray[np.int64]:
+def noise_keys(num_timesteps: int) -> NDArray[np.int64]:
     """The middles of K equal parts of the timesteps, int64 [K], from the least noise: the keys of the noise."""
     return (2 * np.arange(TIMESTEPS) + 1) * num_timesteps // (2 * TIMESTEPS)
 
@@ -85,7 +85,7 @@ class HeldOutLoss:
         scale = model_scale(model_config, dataset.scale)
         self._latents, self._labels = _read(dataset, holdout.measured[places], self._digests, scale)
         self._objective = objective_of(config.objective)
-        self._timesteps = measured_timesteps(config.num_timesteps)
+        self._noise_keys = noise_keys(config.num_timesteps)
         self._times = self._objective.measured_times(TIMESTEPS, config.num_timesteps)
         self._schedule = self._objective.schedule(config.num_timesteps)
         self._model: DiffusionTransformer | None = None
@@ -121,7 +121,9 @@ class HeldOutLoss:
     def _unit_losses(self, model: DiffusionTransformer, places: slice) -> Tensor:
         """The losses float32 [K, 8] of some of this rank's images."""
         device, objective, count = self.ranks.device, self._objective, places.stop - places.start
-        noise = to_device(_noise(self._digests[places], self._timesteps, self._latents.shape[1:]).flatten(0, 1), device)
+        noise = to_device(
+            _noise(self._digests[places], self._noise_keys, self._latents.shape[1:]).flatten(0, 1), device
+        )
         x_start = to_device(self._latents[places], device).repeat_interleave(TIMESTEPS, dim=0)
         labels = to_device(self._labels[places], device).repeat_interleave(TIMESTEPS)
         t = to_device(torch.from_numpy(self._times), device).repeat(count)

@@ -13,12 +13,14 @@ from edt_core.files.tensor_files import load_state
 from edt_core.printing.redaction import redacted
 from edt_core.store.artifact import Artifact
 from edt_core.store.layout import EMA_WEIGHTS
+from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
+from jobs.models.names import STD_TAG
 from jobs.models.open import load_model
 from pipelines.config.schema import PromoteConfig
-from pipelines.registry.aliases import GATE_TAG, PARENT_TAG, STD_TAG, find_version
+from pipelines.registry.aliases import GATE_TAG, PARENT_TAG, find_version
 from pipelines.registry.model_card import README, ModelCard
 from pipelines.registry.packaging import log_pipeline
-from pipelines.registry.registration import OBJECTIVE_TAG, add_logged
+from pipelines.registry.registration import COST_TAG, OBJECTIVE_TAG, add_logged
 from pipelines.tracking.catalog import Catalog
 
 _TAKEN_OVER = (  # tags of the version that are true of its training
@@ -28,6 +30,9 @@ _TAKEN_OVER = (  # tags of the version that are true of its training
     "edt.images.digest",
     "edt.autoencoder",
     "edt.source",
+    INIT_TAG,
+    INIT_FROM_TAG,
+    INIT_CHECKPOINT_TAG,
     OBJECTIVE_TAG,
 )
 
@@ -45,7 +50,7 @@ def register_average(catalog: Catalog, parent: Any, artifact: Artifact) -> tuple
     name = str(parent.name)
     if (version := find_version(catalog, name, identity)) is not None:
         return version, False
-    tags = {key: parent.tags[key] for key in _TAKEN_OVER if key in parent.tags}
+    tags = {key: text for key, text in parent.tags.items() if key in _TAKEN_OVER or key.startswith(COST_TAG)}
     tags |= {PARENT_TAG: f"{name}/{parent.version}", "edt.ema_error": repr(counts["ema_error"])}
     run_id = catalog.start_run(f"ema {name}", {**tags, **identity})
     logged = log_pipeline(

@@ -10,7 +10,7 @@ from edt_core.config import TrainConfig, result_fields
 from edt_core.data.latents import LatentDataset
 from edt_core.errors import UserError
 from edt_core.files.tensor_files import load_tensors, opened_tensors
-from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.artifact import JOURNAL, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.training.checkpoint import load_checkpoint
 from edt_core.training.context import LocalContext
@@ -174,6 +174,15 @@ def test_a_cut_snapshot_is_named_and_left_out(
     }
     artifact = context.store.out.commit({}, {}, {})
     assert not artifact.problems(deep=True)
+
+
+def test_a_damaged_journal_entry_of_another_file_does_not_end_the_training(
+    whole: tuple[Path, TrainState], dataset: LatentDataset, tmp_path: Path
+) -> None:
+    """Only those of snapshots are read to find damaged snapshots."""
+    context = cut_back(whole[0], tmp_path / "copy", 8)
+    (context.store.out.data.local or Path()).joinpath(JOURNAL, "other.json").write_text("{")
+    assert context.store.newest() == 8
 
 
 def test_another_attempt_takes_the_snapshots_up_to_its_checkpoint(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
+from jobs.models.initial import initial_source
 from jobs.models.open import load_model
 from jobs.models.registry_files import stored_problems
 from pipelines.cli import app
@@ -89,6 +91,9 @@ def test_a_version_s_average_is_a_version_with_its_lineage(place: Place, tmp_pat
     assert f"{REAL}/1" in shown
     with pytest.raises(UserError, match="has no recorded metric to decide by: it was made by `edt ema`"):
         place.said("models", "promote", f"{REAL}/2")
+    keep = TrainConfig(init_from=f"{REAL}/2", init_optimizer="keep")  # its training has other weights
+    with pytest.raises(UserError, match="has averaged weights that `edt ema` made, and neither raw weights nor"):
+        initial_source(keep, registry.catalog.tracking_uri)
     drawn = place.said("sample", str(out), "--num", "1", "--num-sampling-steps", "2", "--out", str(tmp_path / "g.png"))
     assert "4 x 1 images of EDT-Tiny/2" in drawn
 

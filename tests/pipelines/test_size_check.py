@@ -90,6 +90,21 @@ def test_dinov2_has_the_dimensions_that_its_folder_says(tmp_path: Path) -> None:
     assert "385 real images" in "\n".join(size_problems(config, 300))
 
 
+def test_tokens_to_align_with_have_the_width_of_the_network(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 1024}')
+    aligned = ("train.align=features", f"dinov2.weights={tmp_path}")
+    (problem,) = size_problems(configured(*aligned), 1797)
+    assert f"the tokens of {tmp_path} are 1024 wide; set train.align_features to [16, 1024]" in problem
+    assert not size_problems(configured(*aligned, "train.align_features=[16, 1024]"), 1797)
+
+
+def test_the_samples_along_a_training_are_enough_for_its_metrics() -> None:
+    few = ("along.every=100", "along.num_samples=3")
+    (problem,) = size_problems(configured(*few), 1797)
+    assert "set along.num_samples to 4 or more" in problem
+    assert not size_problems(configured(*few, "along.metrics=[fd]"), 1797)
+
+
 def test_published_statistics_are_of_no_stated_number() -> None:
     config = configured("extractors=[inception]", "promote.metric=fid", "reference_statistics=/ref.npz")
     assert not [text for text in size_problems(config, 40) if "real images" in text]

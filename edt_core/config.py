@@ -493,7 +493,10 @@ class TrainConfig(Section):
         fields = ("align_block", "align_target_block", "align_features", "align_distance", "align_weight")
         changed = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
         if self.align is None and changed:
-            raise ValueError(f"{changed[0]} is set, but align is not; set align to autoencoder, self or features")
+            raise ValueError(
+                f"{changed[0]} is {getattr(self, changed[0])}, but align is null; set align to autoencoder, self or "
+                "features"
+            )
         if self.align in ("autoencoder", "features") and self.align_target_block is not None:
             raise ValueError(
                 f"align_target_block is {self.align_target_block}, but align is {self.align}, whose target is no "

@@ -379,8 +379,8 @@ def test_an_hourglass_is_compared_on_the_coarser_grid() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"align_block": 2}, "align_block is set, but align is not"),
-        ({"align_weight": 0.0}, "align_weight is set, but align is not"),
+        ({"align_block": 2}, "align_block is 2, but align is null"),
+        ({"align_weight": 0.0}, "align_weight is 0.0, but align is null"),
         ({"align": "autoencoder", "align_target_block": 2}, "leave it out"),
         ({"align": "features", "align_target_block": 2}, "leave it out"),
         ({"align": "features", "reader": "webdataset", "holdout": 0.0}, "set reader=arrow"),

@@ -249,7 +249,7 @@ def test_recipes_that_an_objective_lacks(fields: dict[str, Any], message: str) -
         *(("flow", {"sampler": other}, "by one of euler, heun, sde") for other in OBJECTIVES["epsilon"].samplers),
         *(("epsilon", {"sampler": other}, "by one of ancestral, ddim, dpmsolver") for other in FLOW.samplers),
         ("v_prediction", {"sampler": "euler"}, "by one of ancestral, ddim, dpmsolver"),
-        ("flow", {"sampler": "euler", "sde_diffusion": "sbdm"}, "set sampler to sde"),
+        ("flow", {"sampler": "euler", "sde_diffusion": "sbdm"}, "set it to sigma, or sampler to sde"),
         ("epsilon", {"time_shift": 2.0}, "set time_shift to 1"),
         ("epsilon", {"sde_diffusion": "sbdm"}, "only the sampler sde of flow matching"),
         (

@@ -9,7 +9,7 @@ from edt_core.autoencoders import parts
 from edt_core.config import SampleConfig
 from edt_core.evaluation.config import EvaluateConfig
 from edt_core.store.artifact import Artifact
-from jobs.stages.evaluate import _protocol
+from jobs.stages.evaluate import protocol_of
 from jobs.stages.sample import decode_record
 from tests.support.jobs import STAGE_OF, Chain, execute
 
@@ -40,7 +40,7 @@ def test_samples_state_it_and_stay_comparable(
         monkeypatch.setattr(parts, "_PIXELS", pixels)
         features = execute(STAGE_OF["sample"], config, tmp_path / name, None, checkpoint=trained, **models)
         counts[name] = dict(features.counts)
-        protocols[name] = _protocol(EvaluateConfig(), features, reference)
+        protocols[name] = protocol_of(config, EvaluateConfig(), features.counts, reference)
     assert counts["parts"] == {**counts["whole"], "decoded_at_once": 4}
     assert "decoded_at_once" not in counts["whole"]
     assert protocols["parts"] == protocols["whole"]  # a champion that was sampled as a whole can be compared

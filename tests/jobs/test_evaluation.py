@@ -406,7 +406,7 @@ def test_one_unit_is_sampled_while_the_one_before_is_finished(tmp_path: Path) ->
             self.config = SampleConfig(num_samples=8, unit_size=4)
             self.out = ArtifactWriter(Folder.at(tmp_path), "features", "f" * 64)
             self._sampling, self._finishing = threading.Lock(), threading.Lock()
-            self.device = "cpu"
+            self.device, self.folder = "cpu", ""
 
         def _draw(self, unit: Unit) -> tuple[np.ndarray, None]:
             if unit.indices[0] == 4:

@@ -101,7 +101,7 @@ def test_tokens_to_align_with_have_the_width_of_the_network(tmp_path: Path) -> N
 def test_the_samples_along_a_training_are_enough_for_its_metrics() -> None:
     few = ("along.every=100", "along.num_samples=3")
     assert "Set along.num_samples to 4 or more" in "\n".join(size_problems(configured(*few), 1797))
-    assert not size_problems(configured(*few, "along.metrics=[fd]"), 1797)
+    assert not size_problems(configured(*few, "along.metrics=[fid]"), 1797)
 
 
 def test_published_statistics_are_of_no_stated_number() -> None:

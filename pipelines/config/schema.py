@@ -179,7 +179,6 @@ class PipelineConfig(_WithNetworks):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "PipelineConfig":
-        channels = self.autoencoder.latent_channels
         for name in self.models:
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
@@ -192,19 +191,12 @@ class PipelineConfig(_WithNetworks):
                 check_training(train)
             for section, chain in self._chains():
                 self.model_of(name, 2, self._amm_blocks(chain, train.model))
-                _check_chain(section, chain, name, train)
-                check_guidance(chain, self.model_of(name, 2), train.num_timesteps)
+                _check_chain(section, chain, self.model_of(name, 2), name, train)
         if self.reference_statistics is not None and self.extractors != (INCEPTION,):
             raise ValueError(
                 f"reference_statistics are of Inception features, but extractors is {list(self.extractors)}; set "
                 "extractors to [inception], or compare with the images (reference_statistics: null)"
             )
-        for section, chain in self._chains():
-            if (chain.guidance_channels or 1) > channels:
-                raise ValueError(
-                    f"{section}.guidance_channels {chain.guidance_channels} is more than the {channels} latent "
-                    f"channels; use at most {channels}, or null for all"
-                )
         return self
 
     @model_validator(mode="after")
@@ -324,15 +316,21 @@ class PipelineConfig(_WithNetworks):
         return max(*train_workers, *samplers, self.encode.num_workers, self.reference.num_workers)
 
 
-def _check_chain(section: str, chain: ChainConfig, name: str, train: TrainConfig) -> None:
-    """Raise ValueError or UserError if a model of this training cannot be sampled by a chain."""
-    objective, steps = objective_of(train.objective), chain.num_sampling_steps
+def _check_chain(section: str, chain: ChainConfig, model: ModelConfig, name: str, train: TrainConfig) -> None:
+    """Raise ValueError or UserError if the model `name` of this training cannot be sampled by a chain."""
+    objective, steps, channels = objective_of(train.objective), chain.num_sampling_steps, model.in_channels
     objective.check_sampler(chain.sampler, chain.time_shift, chain.sde_diffusion)
     if steps > (objective.max_steps(train.num_timesteps) or steps):
         raise ValueError(
             f"{section}.num_sampling_steps {steps} is more than the {train.num_timesteps} timesteps of {name} "
             "(train.num_timesteps); use at most that many"
         )
+    if (chain.guidance_channels or 1) > channels:
+        raise ValueError(
+            f"{section}.guidance_channels {chain.guidance_channels} is more than the {channels} latent channels; use "
+            f"at most {channels}, or null for all"
+        )
+    check_guidance(chain, model, train.num_timesteps)
 
 
 def config_names() -> list[str]:

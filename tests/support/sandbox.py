@@ -52,6 +52,10 @@ FIRST = (
     (r"edt doctor \S+", "--quick"),  # Ray runs here already; the probe of it is tested with the doctor
     (r"edt (doctor|plan) imagenet\S+", "--set autoencoder.pretrained={root}/vae --set autoencoder.downsample_factor=4"),
     (r"edt run (imagenet\S+|mine\.yaml)", "--set evaluate.allow_rank_deficient=true"),  # so few samples have no FID
+    (
+        r"edt run \S+(?=.*along\.every)",
+        "--set along.num_samples=20 --set along.num_sampling_steps=2 --set along.unit_size=20",
+    ),
     (r"edt plan imagenet\S+", "--set extractors=[classifier] --set promote.metric=fd_classifier"),
 )
 _CHAIN = "--num-sampling-steps 2"

@@ -15,6 +15,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are what the 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how often Ray Train looks whether its workers ended
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more; the cluster of nodes has it
 
+import gc
 import importlib.util
 import signal
 import subprocess
@@ -65,6 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in tests:
             item.add_marker(pytest.mark.xdist_group(_group(item, module, tests)))
     items.sort(key=_turn)
+
+
+def pytest_collection_finish() -> None:
+    """What the tests have imported stays, so Python's collector need not look at it again: that takes it a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item, module: str, tests: list[pytest.Item]) -> str:

@@ -22,7 +22,6 @@ import numpy as np
 import yaml
 from scipy.stats import ttest_ind
 
-from edt_core.environment import code_version
 from jobs.benchmark.table import hardware
 
 EDT = [sys.executable, "-m", "pipelines.cli"]
@@ -233,7 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     options.store.mkdir(parents=True, exist_ok=True)
     started, found = time.monotonic(), dict[str, Any]()
-    print(f"{hardware()}; commit {code_version()[:12]}\n", flush=True)
+    print(f"{hardware()}\n", flush=True)
     for data in data_sets(options.cifar or "")[: 2 if options.cifar else 1]:
         for section in sections(data, options.seeds, options.store, found):
             print(section, flush=True)

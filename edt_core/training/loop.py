@@ -278,7 +278,7 @@ def _report(trainer: Trainer) -> None:
     held_out_loss = _validate(trainer) if regular or _validation_is_due(trainer) else None
     if regular:
         _save(trainer, regular=True, held_out_loss=held_out_loss)
-    elif state.step == context.store.stable_step or _is_kept(config, state.step):
+    elif state.step == context.store.stable_step or context.store.is_kept(state.step):
         _save(trainer, regular=False)
     every = config.preview_every
     if every is not None and context.ranks.rank == 0 and (state.step % every == 0 or at_end):
@@ -291,10 +291,6 @@ def _take_snapshot(trainer: Trainer) -> None:
     due = step == trainer.last_step or step in snapshot_steps(config, trainer.total_steps)
     if config.ema_widths and due and trainer.ranks.rank == 0:
         trainer.context.store.save_snapshot(step, config, state.ema.of_widths)
-
-
-def _is_kept(config: TrainConfig, step: int) -> bool:
-    return config.keep_every is not None and step % config.keep_every == 0
 
 
 def _validate(trainer: Trainer) -> float | None:

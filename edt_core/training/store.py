@@ -190,7 +190,11 @@ class CheckpointStore:
         steps = to_keep(manifests, self.num_to_keep, at_end=at_end)
         stable = [step for step in manifests if self.stable_step is not None and step <= self.stable_step]
         steps |= {max(stable)} if stable else set()
-        return steps | {step for step in manifests if self.keep_every is not None and step % self.keep_every == 0}
+        return steps | set(filter(self.is_kept, manifests))
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the checkpoint of a step is never removed."""
+        return self.keep_every is not None and step % self.keep_every == 0
 
     def _recover(self, earlier: ArtifactWriter, manifest: CheckpointManifest) -> str | None:
         """Recover an earlier attempt's checkpoint; return the reason if it is damaged."""

@@ -185,13 +185,14 @@ class PipelineConfig(_WithNetworks):
                     f"the model name {name!r} is no valid registry name; use letters, digits, '.', '_' and '-'"
                 )
             train = self.train_of(name)
-            check_masked_loss(self.model_of(name, 2), train.masked_loss)
-            align_settings(train, self.model_of(name, 2))
+            model = self.model_of(name, 2)
+            check_masked_loss(model, train.masked_loss)
+            align_settings(train, model)
             if train.max_steps > 0:  # an untrained model has no loss
                 check_training(train)
             for section, chain in self._chains():
                 self.model_of(name, 2, self._amm_blocks(chain, train.model))
-                _check_chain(section, chain, self.model_of(name, 2), name, train)
+                _check_chain(section, chain, model, name, train)
         if self.reference_statistics is not None and self.extractors != (INCEPTION,):
             raise ValueError(
                 f"reference_statistics are of Inception features, but extractors is {list(self.extractors)}; set "

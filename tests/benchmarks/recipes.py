@@ -173,11 +173,11 @@ def verdicts(rows: Mapping[str, Sequence[float]], base: str) -> dict[str, str]:
     chances = {
         row: float(ttest_ind(values, rows[base], equal_var=False).pvalue) for row, values in rows.items() if row != base
     }
-    told, corrected = {}, 0.0
+    texts, corrected = {}, 0.0
     for place, row in enumerate(sorted(chances, key=lambda row: chances[row])):
         corrected = max(corrected, min(1.0, (len(chances) - place) * chances[row]))
-        told[row] = f"{'**differs**' if corrected < LEVEL else 'not shown to differ'} (p = {corrected:.2g})"
-    return told
+        texts[row] = f"{'**differs**' if corrected < LEVEL else 'not shown to differ'} (p = {corrected:.2g})"
+    return texts
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, float]]], base: str, first: str, extra: Mapping[str, str]) -> str:
@@ -186,13 +186,13 @@ def table(results: Mapping[str, Sequence[Mapping[str, float]]], base: str, first
         f"| {first} | {' | '.join(METRICS)} | fd_classifier against the first row |",
         "|---" * (2 + len(METRICS)) + "|",
     ]
-    told = verdicts({row: [one["fd_classifier"] for one in ones] for row, ones in results.items()}, base)
+    verdict = verdicts({row: [one["fd_classifier"] for one in ones] for row, ones in results.items()}, base)
     for row, ones in results.items():
         cells = [f"{row}{extra.get(row, '')}"]
         for metric in METRICS:
             values = np.array([one[metric] for one in ones])
             cells.append(f"{values.mean():.4g} ± {values.std(ddof=1):.2g}")
-        lines.append(f"| {' | '.join([*cells, told.get(row, '')])} |")
+        lines.append(f"| {' | '.join([*cells, verdict.get(row, '')])} |")
     return "\n".join(lines)
 
 

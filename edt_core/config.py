@@ -388,6 +388,11 @@ class TrainConfig(Section):
     keep_every: int | None = added(
         None, ge=1, description="steps between two checkpoints that are never removed; null for none"
     )
+    patience: int | None = added(
+        None,
+        ge=1,
+        description="evaluations along the training without a better value after which it ends; null for never",
+    )
     preview_every: int | None = runtime(None, ge=1, description="steps between two sample grids; null for none")
     num_workers: int | tuple[int, int] = runtime(
         1, description="data-parallel workers, or [minimum, maximum] to use as many of them as the cluster has"
@@ -464,6 +469,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"holdout is {self.holdout_share:g}, but reader is webdataset, which reads no single rows; set "
                 "holdout=0, or reader=arrow"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _snapshots_have_an_end(self) -> "TrainConfig":
+        if self.patience is not None and self.ema_widths:
+            raise ValueError(
+                f"patience is {self.patience}, so the number of steps is not known before, but the snapshots of "
+                f"ema_widths {list(self.ema_widths)} are taken at shares of it; leave one of them out"
             )
         return self
 

@@ -21,6 +21,7 @@ class Request(Enum):
     NOTHING = 0
     SAVE = 1  # a node is about to shut down: write a checkpoint and continue
     STOP = 2  # write a checkpoint and end
+    ENOUGH = 3  # end: the result is a checkpoint that exists
 
 
 class TrainContext(Protocol):

@@ -319,8 +319,10 @@ def _save(trainer: Trainer, *, regular: bool, held_out_loss: float | None = None
 
 
 def _handle(trainer: Trainer, request: Request) -> None:
-    """Write an extra checkpoint. Raises Stopped if the request is to stop."""
+    """Write an extra checkpoint, or end the training. Raises Stopped if the request is to stop."""
     step, context = trainer.state.step, trainer.context
+    if request is Request.ENOUGH:
+        trainer.last_step = step
     if step == trainer.last_step:
         return
     if step % trainer.config.checkpoint_every:

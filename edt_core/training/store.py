@@ -196,6 +196,17 @@ class CheckpointStore:
         """Whether the checkpoint of a step is never removed."""
         return self.keep_every is not None and step % self.keep_every == 0
 
+    def end_at(self, last: int) -> None:
+        """Keep the checkpoints of every `keep_every` steps up to step `last`, and nothing after it.
+
+        Which of the others exist depends on when the training ended.
+        """
+        self.flush()
+        for step in self.steps():
+            if step > last or not self.is_kept(step):
+                self.remove(step)
+        self.snapshots.keep(last)
+
     def _recover(self, earlier: ArtifactWriter, manifest: CheckpointManifest) -> str | None:
         """Recover an earlier attempt's checkpoint; return the reason if it is damaged."""
         folder = f"{CHECKPOINTS}/{checkpoint_name(manifest.step)}"

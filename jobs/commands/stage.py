@@ -20,6 +20,7 @@ from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 from jobs.stages.holdout.split import settled_alone
 from jobs.stages.stage import Input, Stage
+from jobs.stages.training.follow import UNTIL, check_patience
 
 _EXTRA_HELP = {
     "autoencoder": "for sample grids",
@@ -51,7 +52,7 @@ def make_parser(stage: Stage, prog: str) -> argparse.ArgumentParser:
         parser.add_argument(f"--{role}", required=True, help=role_help(stage, role))
     for role in _of_options(stage.optional):
         add_role(parser, role)
-    for role in stage.extras:
+    for role in filter(_EXTRA_HELP.get, stage.extras):
         parser.add_argument(f"--{role}", help=f"{role_help(stage, role)}; {_EXTRA_HELP[role]}")
     if stage.plan is not None:
         parser.add_argument(
@@ -76,8 +77,8 @@ def _config(stage: Stage, options: argparse.Namespace) -> Any:
 
 
 def _of_options(roles: Sequence[str]) -> list[str]:
-    """The roles that have an option: all but `init`, which a field of the configuration names."""
-    return [role for role in roles if role != "init"]
+    """The roles that have an option: not what a field of the configuration names, or only a pipeline has."""
+    return [role for role in roles if role not in ("init", UNTIL)]
 
 
 def _inputs(options: argparse.Namespace, roles: Sequence[str], progress: Progress) -> dict[str, Input]:
@@ -94,11 +95,12 @@ def _run_alone(stage: Stage, options: argparse.Namespace) -> Artifact:
     config, folder = _config(stage, options), Folder.at(options.out)
     check_place(folder, [getattr(options, role) for role in stage.roles])
     check_named()
-    others = (*_of_options(stage.optional), *stage.extras)
+    others = (*_of_options(stage.optional), *filter(_EXTRA_HELP.get, stage.extras))
     roles = [*stage.roles, *(role for role in others if getattr(options, role))]
     with Bar(stage.name) as bar:
         inputs = _inputs(options, roles, bar)
         if isinstance(config, TrainConfig):
+            check_patience(config, inputs)
             config = settled_alone(config, inputs, bar)
             if (initial := initial_source(config)) is not None:
                 inputs["init"] = initial

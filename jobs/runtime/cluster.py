@@ -104,6 +104,18 @@ def require(stage: str, **resources: float) -> None:
             )
 
 
+def room_for(most: int, **resources: float) -> int:
+    """How many workers with these resources, at most `most`, fit on what nobody uses or waits for at this moment.
+
+    0 while a placement group waits for its place, as the workers of a training do.
+    """
+    groups: Any = ray.util.placement_group_table()
+    if any(group["state"] in ("PENDING", "RESCHEDULING") for group in groups.values()):
+        return 0
+    free = ray.available_resources()
+    return min([most, *(int(free.get(name, 0) // number) for name, number in resources.items() if number)])
+
+
 def cause_of(error: BaseException) -> BaseException:
     """The error that a job raised, unwrapped from the errors of Ray and Ray Train.
 

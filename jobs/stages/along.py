@@ -1,10 +1,11 @@
 """along: a small evaluation of each checkpoint that a training kept, by one protocol: the metric as a curve.
 
 The samples of every checkpoint have the same labels and noise, so that differences between points are differences of
-the weights. Each unit of samples is a file, so a killed run resumes after its finished units.
+the weights. Each unit of samples is a file, so a killed run resumes after its finished units, and this step after those
+that were made while the training ran (`jobs.stages.training.follow`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from edt_core.evaluation.extractors import EXTRACTORS
 from edt_core.evaluation.references import load_reference
 from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
-from edt_core.store.artifact import Artifact, ArtifactWriter, Source
+from edt_core.store.artifact import Artifact, ArtifactWriter, Source, sha256_json
 from edt_core.store.cache import local_copy
-from edt_core.store.layout import ALONG_NAME, FEATURE_UNIT
+from edt_core.store.layout import ALONG_NAME, EMA_WEIGHTS, FEATURE_UNIT
 from jobs.runtime.cluster import require, use_threads
 from jobs.runtime.devices import kind_of_devices
 from jobs.runtime.pool import pooled
@@ -28,6 +29,7 @@ from jobs.stages.evaluate import check_spaces, over_repeats, protocol_of, repeat
 from jobs.stages.stage import DEVICE, Stage
 
 _UNITS = "units"  # folder of the units' files, a folder a step; removed at the end
+_EARLY = ".early"  # in an attempt that holds units which were made during the training; removed at the end
 
 
 class _Sampler:
@@ -43,7 +45,8 @@ class _Sampler:
         step, number = item
         if self.sampler is None or step != self.step:
             self.sampler = None  # before the next networks are loaded
-            self.sampler = sample.Sampler(self.config.sampling, self.inputs, self.out, step, _folder(step))
+            folder = _folder(self.inputs, step)
+            self.sampler = sample.Sampler(self.config.sampling, self.inputs, self.out, step, folder)
             self.step = step
         return self.sampler.work(number)
 
@@ -56,24 +59,58 @@ def along(
     Raises UserError if there is none, and as `sample` and `evaluate` for inputs that do not match.
     """
     steps = check(config, inputs, progress)
-    units = config.repeats * sample.units_per_repeat(config)
     total, done = len(steps) * config.repeats * config.num_samples, 0
-    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
     require("along", CPU=config.num_cpus_per_worker, GPU=config.num_gpus_per_worker)
-    items = [(step, number) for step in steps for number in range(units)]
     devices = set[str]()
-    for _, (count, device) in pooled(_Sampler, config.num_workers, items, config, dict(inputs), out, **resources):
+    for count, device in sampled(config, inputs, steps, out, config.num_workers):
         done += count
         devices.add(device)
         progress.update(done, total, "samples")
-    rows = ray.get(ray.remote(num_cpus=config.num_cpus_per_worker)(_rows).remote(config, steps, dict(inputs), out))
-    for row in rows:
+    points = rows(config, steps, inputs, out)
+    for row in points:
         progress.metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
     reference = sample.artifact(inputs, "reference")
     protocol = protocol_of(config.sampling, config.measured, _facts(inputs), reference)
-    out.write_json(ALONG_NAME, {"points": rows, "protocol": protocol})
+    out.write_json(ALONG_NAME, {"points": points, "protocol": protocol})
     out.discard(_UNITS)
-    return {"points": len(rows), "samples": done, "steps": steps, DEVICE: kind_of_devices(devices)}
+    _remove_early(out)
+    return {"points": len(points), "samples": done, "steps": steps, DEVICE: kind_of_devices(devices)}
+
+
+def sampled(
+    config: AlongConfig,
+    inputs: Mapping[str, Artifact | Source],
+    steps: Sequence[int],
+    out: ArtifactWriter,
+    workers: int,
+) -> Iterator[tuple[int, str]]:
+    """Make the units of samples of these steps; the number of samples of each, and the device that made it."""
+    units = config.repeats * sample.units_per_repeat(config)
+    items = [(step, number) for step in steps for number in range(units)]
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus_per_worker, "num_gpus": config.num_gpus_per_worker}
+    for _, made in pooled(_Sampler, workers, items, config, dict(inputs), out, **resources):
+        yield made
+
+
+def rows(
+    config: AlongConfig, steps: Sequence[int], inputs: Mapping[str, Artifact | Source], out: ArtifactWriter
+) -> list[dict[str, float]]:
+    """The metrics of each step, with "step", from its units; means over the repeats with `<metric>_std`."""
+    task = ray.remote(num_cpus=config.num_cpus_per_worker)(_rows)
+    measured: list[dict[str, float]] = ray.get(task.remote(config, steps, dict(inputs), out))
+    return measured
+
+
+def begun_early(out: ArtifactWriter) -> ArtifactWriter:
+    """An attempt for units that are made during the training; the step takes them over and removes it."""
+    out.data.write_bytes(_EARLY, b"")
+    return out
+
+
+def _remove_early(out: ArtifactWriter) -> None:
+    for attempt in out.previous:
+        if out.folder.child(attempt).exists(_EARLY):
+            out.folder.remove(attempt)
 
 
 def check(config: AlongConfig, inputs: Mapping[str, Artifact | Source], progress: Progress) -> list[int]:
@@ -98,9 +135,14 @@ def check(config: AlongConfig, inputs: Mapping[str, Artifact | Source], progress
             f"{checkpoint.folder.uri} trained only some parameters (trainable "
             f"{checkpoint.manifest.config['trainable']}), and only its last model has all: evaluate that one"
         )
+    check_networks(config, inputs)
+    return steps
+
+
+def check_networks(config: AlongConfig, inputs: Mapping[str, Artifact | Source]) -> None:
+    """Raise UserError unless the inputs match each other and the protocol."""
     sample.check(config.sampling, inputs)
     check_spaces(_facts(inputs), sample.artifact(inputs, "reference"), "the samples")
-    return steps
 
 
 def kept_steps(checkpoint: Artifact, every: int) -> list[int]:
@@ -122,34 +164,39 @@ def _facts(inputs: Mapping[str, Artifact | Source]) -> dict[str, Any]:
     }
 
 
-def _folder(step: int) -> str:
-    return f"{_UNITS}/{step:08d}/"
+def _folder(inputs: Mapping[str, Artifact | Source], step: int) -> str:
+    """Where the units of a step's checkpoint are: samples of other weights or networks are not taken for them."""
+    checkpoint = sample.artifact(inputs, "checkpoint")
+    (weights,) = checkpoint.entries(f"{sample.folder_of(checkpoint, step)}/{EMA_WEIGHTS}")
+    autoencoder = sample.artifact(inputs, "autoencoder").manifest.digest
+    identity = sha256_json([weights.sha256, autoencoder, extractors.digests_of(inputs)])
+    return f"{_UNITS}/{step:08d}-{identity[:12]}/"
 
 
 def _rows(
     config: AlongConfig, steps: Sequence[int], inputs: Mapping[str, Artifact | Source], out: ArtifactWriter
 ) -> list[dict[str, float]]:
-    """The metrics of each step, with "step"; means over the repeats with `<metric>_std`."""
     use_threads(config.num_cpus_per_worker)
     measured: EvaluateConfig = config.measured
     reference = sample.artifact(inputs, "reference")
     real = {space: load_reference(reference, space) for space in extractors.spaces_of(inputs)}
-    rows = []
+    found = []
     for step in steps:
-        sets = [_samples(config, step, number, out) for number in range(config.repeats)]
+        folder = _folder(inputs, step)
+        sets = [_samples(config, folder, number, out) for number in range(config.repeats)]
         repeats = [repeat_metrics(measured, samples, real) for samples in sets]
-        rows.append({"step": float(step), **(repeats[0] if len(repeats) == 1 else over_repeats(repeats))})
-    return rows
+        found.append({"step": float(step), **(repeats[0] if len(repeats) == 1 else over_repeats(repeats))})
+    return found
 
 
-def _samples(config: AlongConfig, step: int, repeat: int, out: ArtifactWriter) -> dict[str, NDArray[Any]]:
-    """Features and labels of all samples of a repeat of a step. Raises UserError unless each sample is there once."""
+def _samples(config: AlongConfig, folder: str, repeat: int, out: ArtifactWriter) -> dict[str, NDArray[Any]]:
+    """Features and labels of all samples of a repeat. Raises UserError unless each sample is there once."""
     number = sample.units_per_repeat(config)
-    names = [f"{_folder(step)}{FEATURE_UNIT.format(repeat * number + unit)}" for unit in range(number)]
+    names = [f"{folder}{FEATURE_UNIT.format(repeat * number + unit)}" for unit in range(number)]
     units = [load_tensors(local_copy(out.data, name), "numpy") for name in names]
     joined = {key: np.concatenate([unit[key] for unit in units]) for key in units[0] if key != "images"}
     if not np.array_equal(joined["indices"], np.arange(config.num_samples)):
-        raise UserError(f"the samples of step {step} are not complete; remove {out.data.uri} and run again")
+        raise UserError(f"the samples in {folder} are not complete; remove {out.data.uri} and run again")
     return joined
 
 

@@ -141,10 +141,10 @@ def averaged_model(checkpoint: Artifact, device: str, step: int | None = None) -
     """The EMA model of a checkpoint artifact, in evaluation mode: the last one, or that of a step, which is kept."""
     from edt_core.training.checkpoint import ema_model
 
-    return ema_model(checkpoint.directory(_folder_of(checkpoint, step), _OF_A_MODEL), device)
+    return ema_model(checkpoint.directory(folder_of(checkpoint, step), _OF_A_MODEL), device)
 
 
-def _folder_of(checkpoint: Artifact, step: int | None) -> str:
+def folder_of(checkpoint: Artifact, step: int | None) -> str:
     """The folder of a step's checkpoint, which is kept, in a checkpoint artifact; the last one for None."""
     from edt_core.training.checkpoint import checkpoint_name
 

@@ -13,7 +13,7 @@ from typing import Any
 from edt_core.config import TrainConfig
 from edt_core.data.holdout import Holdout
 from edt_core.errors import Stopped, UserError
-from edt_core.evaluation.extractors import TOKEN_SPACES, extractor_spec
+from edt_core.evaluation.extractors import EXTRACTORS, TOKEN_SPACES, extractor_spec
 from edt_core.files.small_files import read_text
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
@@ -33,8 +33,16 @@ from jobs.runtime.devices import check_gpu_of_cluster
 from jobs.runtime.pool import MAX_RETRIES
 from jobs.runtime.verdict import device_full, has_verdict, memory_of, raise_verdict, remove_verdict, write_verdict
 from jobs.stages.autoencoder import check_trained_scale, stored_scale
-from jobs.stages.holdout.split import class_counts, held_out, holdout_counts, training_images, write_class_counts
+from jobs.stages.holdout.split import (
+    class_counts,
+    held_out,
+    holdout_counts,
+    remove_class_counts,
+    training_images,
+    write_class_counts,
+)
 from jobs.stages.stage import Stage
+from jobs.stages.training.follow import ALONG, UNTIL, Follower, check_patience, followed, remove_enough
 from jobs.stages.training.siblings import STEP_VERSION, go_on, resume_text, shared, warn_of_earlier
 from jobs.stages.training.start import (
     check_start,
@@ -90,6 +98,9 @@ def train(
     With max_steps 0 the artifact is the untrained model of this seed. With a `holdout`, as settled, the images are
     needed: `inputs["images"]`, or those in the store of the latents.
 
+    The evaluations along the training, a `Beside` among the inputs, begin while it trains. With `patience` they may end
+    it: the last checkpoint of the artifact is then the one at which they did, however far the training was by then.
+
     Raises Stopped after a requested stop, once a checkpoint is stored, RuntimeError if losses or gradients are still
     not finite after `max_rollbacks` rollbacks, UserError for invalid latents or resources.
     """
@@ -106,6 +117,7 @@ def train(
     model_config = config_of(config, latents.counts, inputs.get("init"))
     _check(config, model_config, latents)
     check_start(config, "init" in inputs)
+    check_patience(config, inputs)
     if "autoencoder" in inputs:
         remedy = f"remove the artifact {latents.folder.uri} and encode again"
         check_trained_scale(latents.counts, stored_scale(inputs["autoencoder"]), "the latents artifact", remedy)
@@ -125,12 +137,13 @@ def train(
     initial = None
     if "init" in inputs and (config.trainable != "all" or store.newest() is None):
         initial = initial_of(config, model_config, inputs, progress)
+    ended: dict[str, Any] = {}
     if config.max_steps == 0:
         _store_untrained(config, model_config, store, initial)
     else:
         if initial is not None:
             write_initial(initial, out)
-        _fit(config, {**inputs, "model_config": model_config}, out, progress, holdout)
+        ended = _fit_followed(config, {**inputs, "model_config": model_config}, out, progress, holdout, store, images)
         remove_initial(out)
     steps = store.prune(at_end=True)
     final = f"{CHECKPOINTS}/{checkpoint_name(steps[-1])}"
@@ -142,14 +155,16 @@ def train(
     model = shadow(model_config)
     seen = steps[-1] * config.global_batch_size
     seconds = device_seconds(out)
+    counts = class_counts(out, latents, holdout)
     remove_clock(out)
+    remove_class_counts(out)
     return {
         "model": config.model,
         **model_config.objective_record(),
         "steps": steps[-1],
         "autoencoder_digest": latents.counts["autoencoder_digest"],
         **LatentScale.of(latents.counts).beyond_factor(),
-        "class_counts": class_counts(out, latents, holdout),  # what the label policy "prior" draws from
+        "class_counts": counts,  # what the label policy "prior" draws from
         **holdout_counts(config, holdout, latents, rows),
         "parameters": count_parameters(model),
         **trained_parameters(config, model_config),
@@ -161,7 +176,40 @@ def train(
         "checkpoints": [checkpoint_name(step) for step in steps],
         "final": final,
         "best": None if best is None else checkpoint_name(best),
+        **ended,
     }
+
+
+def _fit_followed(
+    config: TrainConfig,
+    inputs: Mapping[str, Any],
+    out: ArtifactWriter,
+    progress: Progress,
+    holdout: Holdout | None,
+    store: Any,
+    images: int,
+) -> dict[str, Any]:
+    """Train, with the evaluations along the training beside it; what the counts say of a training that they ended.
+
+    `images`: that are trained on.
+    """
+    beside = inputs.get(UNTIL) or inputs.get(ALONG)
+    if beside is None:
+        _fit(config, inputs, out, progress, holdout)
+        return {}
+    follower = Follower(beside, config, inputs, out, progress, holdout)
+    with followed(follower):
+        _fit(config, inputs, out, progress, holdout)
+    last = follower.finish()
+    remove_enough(out)
+    if last is None:
+        return {}
+    store.end_at(last)
+    progress.warn(
+        f"the training ended at step {last} of {config.total_steps(images)}: {beside.metric} was not better in "
+        f"{config.patience} evaluations (train.patience)"
+    )
+    return {"patience": {"metric": beside.metric, "evaluations": config.patience, "of": config.total_steps(images)}}
 
 
 def _fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
@@ -401,8 +449,8 @@ STAGE = Stage(
     TrainConfig,
     train,
     roles=("latents",),
-    optional=("init",),
-    extras=("autoencoder", "images"),
+    optional=("init", UNTIL),
+    extras=("autoencoder", "images", ALONG, "reference", *EXTRACTORS),
     plan=plan,
     continues=_continues,
     examples=(

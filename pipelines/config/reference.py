@@ -40,6 +40,7 @@ _UNITS = (
     ("*steps", "steps"),
     ("every", "steps"),
     ("*_every", "steps"),
+    ("patience", "evaluations"),
     ("*batch_size", "samples"),
     ("guidance_interval", "timesteps, or times in 0..1"),
     ("amm_radius", "tokens"),

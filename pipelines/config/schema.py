@@ -203,10 +203,15 @@ class PipelineConfig(_WithNetworks):
     @model_validator(mode="after")
     def _kept_checkpoints_can_be_measured(self) -> "PipelineConfig":
         along = self.along
-        if along.every is None:
-            return self
         for name in self.models:
             train = self.train_of(name)
+            if along.every is None and train.patience is not None:
+                raise ValueError(
+                    f"train.patience is {train.patience} for {name}, but nothing is evaluated along its training; set "
+                    "along.every to the number of steps between two evaluations, or leave train.patience out"
+                )
+            if along.every is None:
+                continue
             if train.keep_every is not None and along.every % train.keep_every:
                 raise ValueError(
                     f"along.every {along.every} is no multiple of train.keep_every {train.keep_every} of {name}, so "

@@ -201,7 +201,8 @@ def _close_failed(catalog: Catalog, run_id: str, error: BaseException) -> None:
 
 def needs_of(inputs: Mapping[str, "StepFuture | Source"]) -> tuple[str, ...]:
     """The names of the steps that inputs come from."""
-    return tuple(item.name if isinstance(item, StepFuture) else "source" for item in inputs.values())
+    known = [item for item in inputs.values() if isinstance(item, StepFuture | Source)]
+    return tuple(item.name if isinstance(item, StepFuture) else "source" for item in known)
 
 
 def input_fingerprints(inputs: Mapping[str, "StepFuture | Source"]) -> dict[str, str]:

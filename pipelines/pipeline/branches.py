@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from edt_core.config import TrainConfig
 from edt_core.diffusion import objective_of
 from edt_core.store.artifact import Source
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG, Initial
 from jobs.stages import along, autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
+from jobs.stages.training.follow import ALONG, UNTIL, Beside, Made
 from pipelines.config.schema import PipelineConfig
 from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Steps
@@ -93,10 +95,12 @@ def _call_branch(
     """
     trainings = {"": trained}
     branch_steps = dict(shared)
+    beside = _evaluations(config, shared, feature_networks)
     if start is None:
         trainings["untrained_"] = _untrained(trained)
     else:
-        start = settled(start, trained, shared["latents"].fingerprint)
+        until = {} if beside is None or trained.patience is None else {UNTIL: beside.fingerprint}
+        start = settled(start, trained, {"latents": shared["latents"].fingerprint, **until})
     for prefix, train_config in trainings.items():
         label = prefix.replace("_", " ")
         # The autoencoder decodes previews. It also shows whether latents of an older version have the right scale.
@@ -105,6 +109,8 @@ def _call_branch(
             inputs["init"] = start
         if start is not None or train_config.holdout_share:
             inputs["images"] = shared["images"]  # for class names and digests
+        if beside is not None and train_config.max_steps:
+            inputs |= _followed(train_config, beside, shared, feature_networks)
         checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
         features = steps.step(
             f"{label}sample {name}",
@@ -126,11 +132,37 @@ def _call_branch(
     if config.validation.enabled:
         judged = {"features": branch_steps["features"], "classifier": shared["classifier"], "images": shared["images"]}
         branch_steps["validation"] = steps.step(f"validate {name}", validate.STAGE, config.validation, **judged)
-    beside: dict[str, StepFuture] = {}
-    if config.along.every is not None and trained.max_steps:
+    curves: dict[str, StepFuture] = {}
+    if beside is not None and trained.max_steps:
         measured = {role: branch_steps[role] for role in ("checkpoint", "autoencoder", "reference")}
-        beside["along"] = steps.step(f"along {name}", along.STAGE, config.along, **measured, **feature_networks)
-    return Branch(name, trained, branch_steps, start, feature_networks, beside)
+        curves["along"] = steps.step(f"along {name}", along.STAGE, config.along, **measured, **feature_networks)
+    return Branch(name, trained, branch_steps, start, feature_networks, curves)
+
+
+def _evaluations(
+    config: PipelineConfig, shared: Mapping[str, StepFuture], networks: Mapping[str, StepFuture | Source]
+) -> Beside | None:
+    """The evaluations along the trainings; None if there are none."""
+    if config.along.every is None:
+        return None
+    inputs = {"autoencoder": shared["autoencoder"], "reference": shared["reference"], **networks}
+    made = {
+        role: Made(item.kind, item.fingerprint) if isinstance(item, StepFuture) else item
+        for role, item in inputs.items()
+    }
+    return Beside(config.along, made, config.promote.metric, config.promote.lower_is_better)
+
+
+def _followed(
+    trained: TrainConfig,
+    beside: Beside,
+    shared: Mapping[str, StepFuture],
+    networks: Mapping[str, StepFuture | Source],
+) -> dict[str, Any]:
+    """The inputs of a training that evaluations begin beside; with patience it needs what they are made with."""
+    if trained.patience is None:
+        return {ALONG: beside}
+    return {UNTIL: beside, "reference": shared["reference"], **networks}
 
 
 def _untrained(trained: TrainConfig) -> TrainConfig:
@@ -144,15 +176,16 @@ def _untrained(trained: TrainConfig) -> TrainConfig:
     return TrainConfig(max_steps=0, **objective_of(trained.objective).train_defaults, **shaping)
 
 
-def settled(start: Initial, config: TrainConfig, latents: str) -> Initial:
+def settled(start: Initial, config: TrainConfig, inputs: Mapping[str, str]) -> Initial:
     """The model to start from, where an alias may name the model that this very training made before.
 
-    That training is then found again, and not started once more from its own result.
+    That training is then found again, and not started once more from its own result. `inputs`: the fingerprints of its
+    other inputs.
     """
     before = start.before
     if before is None:
         return start
-    again = train.STAGE.fingerprint(config, {"latents": latents, "init": before.fingerprint})
+    again = train.STAGE.fingerprint(config, {**inputs, "init": before.fingerprint})
     return before if start.checkpoint == again else start
 
 

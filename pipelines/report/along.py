@@ -18,7 +18,8 @@ ACCURACY = "accuracy_classifier"
 class AlongView:
     """The curve, with the step of its best value, and whether that is the last one.
 
-    `samples` and `sampling_steps` of the protocol of each point.
+    `samples` and `sampling_steps` of the protocol of each point. `steps_planned`, `patience`: of a training that these
+    evaluations ended, else None.
     """
 
     metric: str
@@ -29,6 +30,8 @@ class AlongView:
     last: float
     samples: int
     sampling_steps: int
+    steps_planned: int | None = None
+    patience: int | None = None
 
 
 def read_along(artifact: Artifact) -> Mapping[str, Any]:
@@ -37,11 +40,14 @@ def read_along(artifact: Artifact) -> Mapping[str, Any]:
     return values
 
 
-def along_view(along: Mapping[str, Any], metric: str, lower_is_better: bool) -> AlongView | None:
-    """The curve of a metric; None if it was not measured, or has no finite value."""
+def along_view(
+    along: Mapping[str, Any], metric: str, lower_is_better: bool, checkpoint: Artifact | None = None
+) -> AlongView | None:
+    """The curve of a metric; None if it was not measured, or has no finite value. `checkpoint`: of the training."""
     points = [point for point in along["points"] if math.isfinite(point.get(metric, math.nan))]
     if not points:
         return None
+    ended = None if checkpoint is None else checkpoint.counts.get("patience")
     best, last = (min if lower_is_better else max)(points, key=lambda point: point[metric]), along["points"][-1]
     return AlongView(
         metric,
@@ -52,6 +58,7 @@ def along_view(along: Mapping[str, Any], metric: str, lower_is_better: bool) -> 
         last[metric],
         along["protocol"]["num_samples"],
         along["protocol"]["num_sampling_steps"],
+        *((ended["of"], ended["evaluations"]) if ended else ()),
     )
 
 

@@ -15,7 +15,7 @@ from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.layout import CLASSES_NAME, REPORT_NAME, SAMPLES_NAME
 from jobs.stages.stage import Stage
 from jobs.stages.train import history
-from pipelines.report.along import along_view, read_along
+from pipelines.report.along import AlongView, along_view, read_along
 from pipelines.report.costs import step_cost
 from pipelines.report.history import VersionRecord
 from pipelines.report.inputs import (
@@ -118,14 +118,19 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         num_timesteps=checkpoint.manifest.config["num_timesteps"],
         predecessor=None if config.champion is None else read_predecessor(config.champion, inputs),
         validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
-        along=along_view(read_along(inputs["along"]), config.registry.metric, config.registry.lower_is_better)
-        if "along" in inputs
-        else None,
+        along=_along(config.registry, inputs),
         measured=measured(evaluation),
         remarks=remarks_on(inputs, config.registry.metric, config.registry.lower_is_better),
         left_out=left_out(images.counts, classes),
         costs=[step_cost(step, inputs[role], facts["macs"]) for role, (step, _) in config.lineage.items()],
     )
+
+
+def _along(registry: VersionRecord, inputs: Mapping[str, Artifact]) -> AlongView | None:
+    """The curve of the metric that decides, if there were evaluations along the training."""
+    if "along" not in inputs:
+        return None
+    return along_view(read_along(inputs["along"]), registry.metric, registry.lower_is_better, inputs["checkpoint"])
 
 
 def _neighbours(space: str, samples: Samples, inputs: Mapping[str, Artifact]) -> Neighbourhood | str:

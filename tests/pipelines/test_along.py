@@ -156,6 +156,8 @@ def test_what_cannot_be_measured_is_refused(measured: "Outcome", copied: Path) -
         ("along.every=2", "along.num_sampling_steps=2000"): "along.num_sampling_steps 2000 is more than the 1000",
         ("along.every=2", "along.guidance_channels=9"): "along.guidance_channels 9 is more than the 4 latent",
         ("along.every=2", "along.sampler=heun"): "heun",
+        ("train.patience=2",): "train.patience is 2 .* nothing is evaluated along its training",
+        ("along.every=2", "train.patience=2", "train.ema_widths=[0.1]"): r"patience is 2.* ema_widths \[0.1\]",
         ("along.every=2", "along.amm_blocks=[99]"): r"amm_blocks \[99\] do not exist",
         ("along.every=2", "along.metrics=[kid]"): "along.metrics measures kid_classifier",
         ("train.objective=flow", "sample.guidance_interval=[200, 800]"): "begins after the last timestep",

@@ -126,12 +126,14 @@ def local_ray() -> Iterator[None]:
         "cancel": lambda reference: None,
         "is_initialized": lambda: True,
         "cluster_resources": dict,
+        "available_resources": lambda: {"CPU": 2.0},
         "get_runtime_context": lambda: SimpleNamespace(get_node_id=lambda: "0" * 56),
     }
     threads, environment = torch.get_num_threads(), dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         for name, call in calls.items():
             patch.setattr(ray, name, call)
+        patch.setattr(ray.util, "placement_group_table", dict)
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
     torch.set_num_threads(threads)

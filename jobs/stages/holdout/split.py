@@ -107,9 +107,13 @@ def class_counts(out: ArtifactWriter, latents: Artifact, holdout: Holdout | None
     if holdout is None:
         counts: Sequence[int] | None = latents.counts.get("class_counts")
         return counts
-    counts = json.loads(out.data.read_bytes(_COUNTS))
+    left: Sequence[int] = json.loads(out.data.read_bytes(_COUNTS))
+    return left
+
+
+def remove_class_counts(out: ArtifactWriter) -> None:
+    """Remove what `write_class_counts` left from a finished attempt."""
     out.data.remove(_COUNTS)
-    return counts
 
 
 def holdout_counts(

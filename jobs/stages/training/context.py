@@ -18,6 +18,7 @@ from edt_core.training.trainer import COMPILE_SECONDS
 from edt_core.training.validation.overfitting import HELD_OUT_LOSS
 from jobs.runtime.devices import check_gpu
 from jobs.stages import autoencoder
+from jobs.stages.training.follow import has_enough
 
 _LOOK_EVERY_S = 2.0
 CLOCK = ".device_time.json"
@@ -126,8 +127,11 @@ class RayContext:
         request = Request.NOTHING
         if preemption is not None and preemption != self._saved_preemption:
             self._saved_preemption, request = preemption, Request.SAVE
-        if self.ranks.rank == 0 and self.progress.stopping():
-            request = Request.STOP
+        if self.ranks.rank == 0:
+            if self.config.patience is not None and has_enough(self.store.out):
+                request = Request.ENOUGH
+            if self.progress.stopping():
+                request = Request.STOP
         self._polled_at = time.monotonic()
         return Request(self.ranks.agree(request.value))
 

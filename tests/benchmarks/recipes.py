@@ -41,6 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "adamw"},
     "Muon": {"optimizer": "muon"},
 }
+AT_ONCE = 3  # models of a run
 SEARCHED = ("AdamW", "Muon")  # their learning rate is chosen by one training each, of a seed that is not measured
 RATES, SEARCH_SEED = (0.25, 0.5, 1.0), 100  # times that of the first row
 WIDTHS = ("off", "0.03", "0.05", "0.1", "0.15", "0.2")
@@ -99,27 +100,34 @@ def fields_of(data: Data, row: str, seed: int, rate: float = 1.0) -> dict[str, A
 
 
 def train(data: Data, models: Mapping[str, Mapping[str, Any]], store: Path) -> None:
-    """Run the pipeline with these models; those of flow matching apart, since their chain has another sampler."""
+    """Run the pipeline with these models; those of flow matching apart, since their chain has another sampler.
+
+    Few at once: each model of a pipeline has processes that wait for their turn.
+    """
     for kind in ("diffusion", "flow"):
-        chosen = {
-            name: dict(fields)
+        chosen = [
+            (name, dict(fields))
             for name, fields in models.items()
             if (FLOW.items() <= fields.items()) == (kind == "flow")
-        }
-        if not chosen:
-            continue
-        path = store / f"{data.name}-{kind}.yaml"
-        config = {
-            "name": f"recipes-{data.name}-{kind}",
-            "preprocess": {"image_size": 32},
-            "encode": {"num_workers": 2},
-            "evaluate": {"num_cpus": 0},
-            **data.config,
-            "train": {**data.train, **(FLOW if kind == "flow" else {})},
-            "models": chosen,
-        }
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
-        edt("run", str(path), "--store", str(store))
+        ]
+        for few in (chosen[first : first + AT_ONCE] for first in range(0, len(chosen), AT_ONCE)):
+            run(data, kind, dict(few), store)
+
+
+def run(data: Data, kind: str, models: Mapping[str, Mapping[str, Any]], store: Path) -> None:
+    """Run the pipeline of a kind, "diffusion" or "flow", with these models."""
+    path = store / f"{data.name}-{kind}.yaml"
+    config = {
+        "name": f"recipes-{data.name}-{kind}",
+        "preprocess": {"image_size": 32},
+        "encode": {"num_workers": 2},
+        "evaluate": {"num_cpus": 0},
+        **data.config,
+        "train": {**data.train, **(FLOW if kind == "flow" else {})},
+        "models": dict(models),
+    }
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    edt("run", str(path), "--store", str(store))
 
 
 def metrics_of(name: str, store: Path) -> dict[str, float]:

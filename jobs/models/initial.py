@@ -1,7 +1,7 @@
 """The model that a training starts from: what `train.init_from` means at this moment, and the model itself."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,8 @@ class Initial(Source):
     `fingerprint` is the digest of what a training takes of it: weights, class names, and optimizer state where asked.
     `checkpoint` is the fingerprint of the checkpoint artifact that holds it, and `model_config` its configuration, both
     None where they are not known. `before` is what the model itself was started from, where an alias named it and the
-    version says so. `tracking_uri` is the MLflow that knows it, None for the process's own.
+    version says so; its `model_config` is the model's, which has the same shapes and statistics. `tracking_uri` is the
+    MLflow that knows it, None for the process's own.
     """
 
     checkpoint: str | None = field(default=None, compare=False)
@@ -57,12 +58,18 @@ class Initial(Source):
     before: "Initial | None" = field(default=None, compare=False)
     tracking_uri: str | None = field(default=None, compare=False, repr=False)
 
-    def check(self, config: "ModelConfig") -> None:
-        """Raise UserError unless the model can be adapted to one of this configuration, as far as that is known yet."""
-        from edt_core.training.start.base import check_fit
+    def check(self, config: "ModelConfig", normalise: Callable[[], bool]) -> None:
+        """Raise UserError unless the model can be adapted to one of this configuration, as far as that is known yet.
+
+        `normalise`: whether the training normalises the latents. It is called only for a model without statistics,
+        which knows no such latents; a released file has none.
+        """
+        from edt_core.training.start.base import check_fit, not_normalised
 
         if self.model_config is not None:
             check_fit(self.location, _model_config(self.location, self.model_config), config)
+        if (self.model_config or {}).get(_STATISTICS[0]) is None and normalise():
+            raise not_normalised(self.location)
 
     def read(self, config: TrainConfig) -> "Base":
         """The model in memory. Raises UserError if it is gone, or has changed since it was looked up."""
@@ -207,7 +214,7 @@ class _Lookup:
         if alias is None or INIT_TAG not in found.tags:
             return source
         place, base = found.tags.get(INIT_FROM_TAG, ""), found.tags.get(INIT_CHECKPOINT_TAG)
-        before = Initial(place, found.tags[INIT_TAG], checkpoint=base, tracking_uri=self.tracking_uri)
+        before = replace(source, location=place, fingerprint=found.tags[INIT_TAG], checkpoint=base)
         return replace(source, checkpoint=checkpoint, before=before)
 
     def _artifact_of_run(self, run_id: str) -> Artifact:

@@ -16,6 +16,7 @@ from jobs.stages.preprocess import image_source
 from jobs.stages.training.start import check_start
 from pipelines.config.schema import PipelineConfig
 from pipelines.registry.kept import Kept, kept_networks
+from pipelines.setup.autoencoder_facts import own_statistics
 from pipelines.terminal.terminal import Terminal
 
 _CACHE = "~/.cache/edt"
@@ -73,5 +74,11 @@ def _initial(config: PipelineConfig, name: str, tracking_uri: str | None) -> Ini
     start = initial_source(config.train_of(name), tracking_uri)
     check_start(config.train_of(name), start is not None)
     if start is not None:
-        start.check(config.model_of(name, 2))
+        start.check(config.model_of(name, 2), lambda: _normalises(config, name, tracking_uri))
     return start
+
+
+def _normalises(config: PipelineConfig, name: str, tracking_uri: str | None) -> bool:
+    """Whether a training is known to normalise its latents: it does unless its autoencoder already does."""
+    location = config.autoencoder.pretrained
+    return config.train_of(name).latent_norm and own_statistics(location, tracking_uri) is False

@@ -1,4 +1,4 @@
-"""Facts from the configuration of a published autoencoder, without its weights, for `edt init` and `edt doctor`."""
+"""Facts from the configuration of a published autoencoder, without its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,10 @@ from edt_core.errors import UserError
 from edt_core.files.place_names import typed_path
 from edt_core.files.small_files import read_json_object
 from edt_core.network.hub import hub_is_away
+from jobs.models.names import registered_version, split_name
+from jobs.models.registry_files import version_facts
+
+_REGISTERED = "models:/"  # begins the location of a registered version
 
 
 def published_facts(location: str) -> dict[str, Any]:
@@ -20,6 +24,33 @@ def published_facts(location: str) -> dict[str, Any]:
     folder = typed_path(location)
     settings = check_config(location, _local_config(folder) if folder.is_dir() else _hub_config(location))
     return KINDS[settings["_class_name"]].facts(settings)
+
+
+def own_statistics(location: str | None, tracking_uri: str | None = None) -> bool | None:
+    """Whether an autoencoder's configuration has statistics of its channels, so that its latents are normalised.
+
+    `location` is None for one that is fitted, which has none. The result is None where the configuration cannot be
+    read yet.
+    """
+    if location is None:
+        return False
+    try:
+        registered = location.startswith(_REGISTERED) and split_name(location) is not None
+        facts = _registered_scale(location, tracking_uri) if registered else published_facts(location)
+    except (UserError, OSError):
+        return None
+    return facts.get("latents_mean") is not None
+
+
+def _registered_scale(location: str, tracking_uri: str | None) -> dict[str, Any]:
+    """The scale of the autoencoder in the folder of a registered version."""
+    from mlflow import MlflowClient
+
+    from edt_core.autoencoders.kinds import KINDS
+
+    client = MlflowClient(tracking_uri)
+    _, (settings,) = version_facts(client, registered_version(client, location), ("vae/config.json",))
+    return KINDS[settings["_class_name"]].scale(settings).record()
 
 
 def _local_config(folder: Path) -> dict[str, Any]:

@@ -163,10 +163,13 @@ class Registry:
         return self.catalog.client.get_model_version(name, number)
 
 
-def registered(registry: Registry, folder: Path, model: Opened | None = None) -> SimpleNamespace:
+def registered(
+    registry: Registry, folder: Path, model: Opened | None = None, torch_export: bool = True
+) -> SimpleNamespace:
     """A whole model, registered as the workflow does under the name REAL, with the artifacts behind it."""
     model = model or opened(folder, made_model())
-    run, config = registry.run(REAL, "promote.torch_export=true", "promote.license=apache-2.0")
+    exported = f"promote.torch_export={str(torch_export).lower()}"
+    run, config = registry.run(REAL, exported, "promote.license=apache-2.0")
     chain = ChainConfig(num_sampling_steps=3).model_dump(mode="json")
     assert model.autoencoder is not None
     images = registry.artifact("images", {CLASSES_NAME: b'["a", "b", "c", "d"]'}, {"real": 1}, {}, {})

@@ -69,13 +69,18 @@ def keep_statistics(origin: str, base: Mapping[str, Any], config: ModelConfig) -
     """
     mean, std = base.get("latents_mean"), base.get("latents_std")
     if mean is None and config.latents_mean is not None:
-        raise UserError(
-            f"train.latent_norm is true, but train.init_from is {origin}, which was trained on latents that are not "
-            "normalised by channel; set train.latent_norm=false, or train from random weights (train.init_from=null)"
-        )
+        raise not_normalised(origin)
     if mean is None or len(mean) != config.in_channels:  # `check_fit` refuses other channels
         return config
     return replace(config, latents_mean=tuple(mean), latents_std=std and tuple(std))
+
+
+def not_normalised(origin: str) -> UserError:
+    """The error for a training on normalised latents from a model that knows others."""
+    return UserError(
+        f"train.latent_norm is true, but train.init_from is {origin}, which was trained on latents that are not "
+        "normalised by channel; set train.latent_norm=false, or train from random weights (train.init_from=null)"
+    )
 
 
 def _numbers(config: ModelConfig) -> dict[str, Any]:

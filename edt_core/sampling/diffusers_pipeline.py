@@ -139,13 +139,16 @@ class EDTPipeline(DiffusionPipeline):
         _check_scale(vae, transformer.edt.config, latent_scale)
         timesteps = int(scheduler.config.num_train_timesteps if num_timesteps is None else num_timesteps)
         objective = objective_of_model(transformer.edt.config)
-        if not is_training_scheduler(scheduler, timesteps, objective):
+        # A folder of an older version has fewer fields; the others get the values that were fixed in that version.
+        chain = chain_config({"sampler": objective.samplers[0], **(protocol or {})})
+        if is_training_scheduler(scheduler, timesteps, objective):  # of a folder that does not state the shift there
+            scheduler = training_scheduler(timesteps, objective, chain.time_shift)
+        elif not is_training_scheduler(scheduler, timesteps, objective, chain.time_shift):
             check_scheduler(scheduler, timesteps, objective)
         align_weights(transformer)  # diffusers memory-maps the files
         align_weights(vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        # A folder of an older version has fewer fields; the others get the values that were fixed in that version.
-        fields = recorded_fields(chain_config({"sampler": objective.samplers[0], **(protocol or {})}))
+        fields = recorded_fields(chain)
         counts = None if class_counts is None else list(class_counts)
         self.register_to_config(
             classes=list(classes or []), protocol=fields, class_counts=counts, num_timesteps=timesteps
@@ -169,6 +172,11 @@ class EDTPipeline(DiffusionPipeline):
     def objective(self) -> Objective:
         """The objective that the transformer was trained for."""
         return objective_of_model(self.transformer.edt.config)
+
+    def uses_own_samplers(self, scheduler: Any) -> bool:
+        """Whether a scheduler is the pipeline's original one, with which it samples by `protocol`."""
+        shift = self.config.protocol.get("time_shift", 1.0)
+        return is_training_scheduler(scheduler, self.config.num_timesteps, self.objective, shift)
 
     @torch.no_grad()
     def __call__(
@@ -231,7 +239,7 @@ class EDTPipeline(DiffusionPipeline):
         `given`: options of a call that only the own samplers have.
         """
         self._check_scheduler(self.scheduler)  # its configuration may have changed since the assignment
-        if is_training_scheduler(self.scheduler, self.config.num_timesteps, self.objective):
+        if self.uses_own_samplers(self.scheduler):
             return None
         if given:
             raise UserError(
@@ -242,7 +250,7 @@ class EDTPipeline(DiffusionPipeline):
         return chain_of(self.scheduler, self.objective, chain.num_sampling_steps, noise.device, noise.generators())
 
     def _check_scheduler(self, scheduler: Any) -> None:
-        if not is_training_scheduler(scheduler, self.config.num_timesteps, self.objective):
+        if not self.uses_own_samplers(scheduler):
             check_scheduler(scheduler, self.config.num_timesteps, self.objective)
 
     def _images(self, latents: Tensor, output_type: str) -> list[Image.Image] | NDArray[np.float32] | Tensor:
@@ -342,6 +350,7 @@ def save_pipeline(
     counts = None if class_counts is None else list(class_counts)
     scale = model_scale(edt.config, scale_of(vae))
     centred = None if scale.is_plain else scale.record()
-    scheduler = training_scheduler(num_timesteps, objective_of_model(edt.config))
+    shift = chain_config(protocol).time_shift
+    scheduler = training_scheduler(num_timesteps, objective_of_model(edt.config), shift)
     pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred, num_timesteps)
     pipeline.save_pretrained(folder, safe_serialization=True)

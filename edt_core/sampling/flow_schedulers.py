@@ -24,9 +24,9 @@ _OTHER_TIMES = ("use_dynamic_shifting", "invert_sigmas")  # need a resolution, o
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def training_scheduler(num_timesteps: int) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler that a pipeline is written with."""
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_timesteps)
+def training_scheduler(num_timesteps: int, time_shift: float) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler that a pipeline is written with; its `shift` is the time shift of the sampling protocol."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_timesteps, shift=time_shift)
 
 
 def problem(scheduler: Any) -> str | None:
@@ -42,7 +42,8 @@ class FlowSchedulerChain:
     """One chain of a diffusers scheduler for flow matching, a `Solver` of `LatentSampler.from_noise`.
 
     It uses a copy of the scheduler. One that takes the noise levels of its steps gets those of `ode_times`, before its
-    own shift, so that FlowMatchEulerDiscreteScheduler makes the steps of the sampler euler; another one uses its own.
+    own shift, so that FlowMatchEulerDiscreteScheduler makes the steps of the sampler euler. Another one uses its own
+    levels: N of them from 1 to that of the first timestep, which diffusers shifts twice.
     """
 
     def __init__(

@@ -40,10 +40,13 @@ _TOLERANCE = 1e-4  # of alphas_cumprod: diffusers computes them in float32, by s
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def training_scheduler(num_timesteps: int, objective: Objective) -> Any:
-    """The scheduler that a pipeline is written with: noise schedule and objective of the training, for diffusers."""
+def training_scheduler(num_timesteps: int, objective: Objective, time_shift: float = 1.0) -> Any:
+    """The scheduler that a pipeline is written with: noise schedule and objective of the training, for diffusers.
+
+    `time_shift` is that of the sampling protocol, for continuous times.
+    """
     if objective.continuous:
-        return flow_schedulers.training_scheduler(num_timesteps)
+        return flow_schedulers.training_scheduler(num_timesteps, time_shift)
     return DDPMScheduler(
         num_train_timesteps=num_timesteps,
         beta_schedule="linear",
@@ -55,15 +58,15 @@ def training_scheduler(num_timesteps: int, objective: Objective) -> Any:
     )
 
 
-def is_training_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) -> bool:
+def is_training_scheduler(scheduler: Any, num_timesteps: int, objective: Objective, time_shift: float = 1.0) -> bool:
     """Whether a scheduler is that of `training_scheduler`; a pipeline then uses the samplers of this package."""
-    kind, expected = _training_config(num_timesteps, objective)
+    kind, expected = _training_config(num_timesteps, objective, time_shift)
     return type(scheduler) is kind and all(scheduler.config.get(name) == value for name, value in expected.items())
 
 
 @lru_cache(maxsize=16)
-def _training_config(num_timesteps: int, objective: Objective) -> tuple[type[Any], dict[str, Any]]:
-    scheduler = training_scheduler(num_timesteps, objective)
+def _training_config(num_timesteps: int, objective: Objective, time_shift: float) -> tuple[type[Any], dict[str, Any]]:
+    scheduler = training_scheduler(num_timesteps, objective, time_shift)
     return type(scheduler), {name: value for name, value in scheduler.config.items() if name[0] != "_"}
 
 

@@ -221,7 +221,6 @@ def of_pipeline(folder: Path, origin: str) -> PlainModel:
     from diffusers.utils import logging
 
     from edt_core.pipeline import EDTPipeline
-    from edt_core.sampling.schedulers import is_training_scheduler
 
     logging.disable_progress_bar()
     _check_components(folder)
@@ -233,7 +232,7 @@ def of_pipeline(folder: Path, origin: str) -> PlainModel:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder} is not a diffusers folder of an EDT: {str(error).splitlines()[0]}") from error
-    if not is_training_scheduler(pipeline.scheduler, pipeline.config.num_timesteps, pipeline.objective):
+    if not pipeline.uses_own_samplers(pipeline.scheduler):
         _log.warning(
             "%s: its scheduler, %s, is not used; set the sampler with the option sampler",
             *(folder, type(pipeline.scheduler).__name__),

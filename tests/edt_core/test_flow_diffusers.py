@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -12,6 +13,7 @@ from torch import Tensor
 from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig
 from edt_core.diffusion import objective_of, with_objective
+from edt_core.diffusion.flow_chains import ode_times
 from edt_core.errors import UserError
 from edt_core.models import model_config
 from edt_core.pipeline import EDTPipeline, save_pipeline
@@ -68,6 +70,43 @@ def test_the_euler_scheduler_of_diffusers_makes_the_steps_of_the_own_one(pipelin
     # A scheduler like that of the folder is not used, so this one has a setting of its own.
     pipeline.scheduler = getattr(diffusers, EULER)(shift=shift, base_shift=0.6)
     torch.testing.assert_close(latents(pipeline), own, rtol=0, atol=1e-5)
+
+
+def shifted(pipeline: EDTPipeline, folder: Path, shift: float) -> Path:
+    """A folder of the same model whose protocol has a time shift."""
+    protocol = {"num_sampling_steps": 5, "cfg_scale": 2.0, "time_shift": shift}
+    save_pipeline(folder, pipeline.transformer.edt, pipeline.vae, num_timesteps=1000, classes="abcd", protocol=protocol)
+    return folder
+
+
+def test_a_folder_states_the_shift_for_diffusers(pipeline: EDTPipeline, tmp_path: Path) -> None:
+    """With noise levels 1 to 1/N, as diffusers' pipeline of FLUX gives them, its scheduler makes our steps."""
+    folder, shift, steps = shifted(pipeline, tmp_path / "shifted", 3.0), 3.0, 7
+    scheduler = getattr(diffusers, EULER).from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    times = 1 - np.array(ode_times(steps, shift))
+    np.testing.assert_allclose(scheduler.sigmas.numpy(), times, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scheduler.timesteps.numpy(), 1000 * times[:-1], rtol=0, atol=1e-3)
+    # Without them it ends at the level of the first of its 1,000 timesteps, which it shifts twice.
+    scheduler.set_timesteps(steps)
+    last = shift * 0.001 / (1 + (shift - 1) * 0.001)
+    assert float(scheduler.sigmas[-2]) == pytest.approx(shift * last / (1 + (shift - 1) * last), rel=1e-3)
+
+    own = quiet(EDTPipeline.from_pretrained(folder))
+    assert torch.equal(latents(own), latents(pipeline, time_shift=shift))
+    assert not torch.allclose(latents(own), latents(pipeline), atol=1e-3)
+    own.scheduler = getattr(diffusers, EULER)()  # another one now: without the shift
+    torch.testing.assert_close(latents(own), latents(pipeline), rtol=0, atol=1e-5)
+
+
+def test_a_folder_whose_scheduler_does_not_state_the_shift_is_sampled_by_its_protocol(
+    pipeline: EDTPipeline, tmp_path: Path
+) -> None:
+    folder = shifted(pipeline, tmp_path / "older", 3.0)
+    getattr(diffusers, EULER)().save_pretrained(folder / "scheduler")
+    older = quiet(EDTPipeline.from_pretrained(folder))
+    assert older.scheduler.config.shift == 3.0
+    assert torch.equal(latents(older), latents(pipeline, time_shift=3.0))
 
 
 def test_the_guidance_interval_is_in_the_time_of_the_flow(pipeline: EDTPipeline) -> None:

@@ -59,7 +59,8 @@ def _problems_of(name: str, error: ValidationError) -> list[Problem]:
     errors = error.errors()
     whole = [entry for entry in errors if not entry["loc"]]
     if whole and isinstance(whole[0]["input"], Mapping):  # pydantic stops at the first model with a problem
-        return [Problem(name, "", None, text) for text in _of_each_model(whole[0]["input"])]
+        between = [entry["msg"].removeprefix("Value error, ") for entry in whole]
+        return [Problem(name, "", None, text) for text in _of_each_model(whole[0]["input"]) or between]
     by_field: dict[str, list[Any]] = {}
     for entry in errors:
         by_field.setdefault(_field_of(entry["loc"]), []).append(entry)

@@ -225,6 +225,20 @@ class PipelineConfig(_WithNetworks):
         return self
 
     @model_validator(mode="after")
+    def _latents_have_the_tokens(self) -> "PipelineConfig":
+        trainings = {name: self.train_of(name) for name in self.models}
+        shapes = {name: train.align_features for name, train in trainings.items() if train.align == "features"}
+        first = next(iter(shapes), "")
+        for name, shape in shapes.items():
+            if shape != shapes[first]:
+                raise ValueError(
+                    f"train.align_features is {list(shapes[first])} for {first} and {list(shape)} for {name}, but all "
+                    "models train on the same latents, which have the tokens of one network; give both the same, or "
+                    "train them in two configurations"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _reader_has_shards(self) -> "PipelineConfig":
         streamed = [name for name in self.models if self.train_of(name).reader == "webdataset"]
         if streamed and not self.encode.write_webdataset:

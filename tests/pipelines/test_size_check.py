@@ -1,5 +1,6 @@
 """Numbers that would fail a run after its training are refused before it, with the fields to change."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ def test_tokens_to_align_with_have_the_width_of_the_network(tmp_path: Path) -> N
     (problem,) = size_problems(configured(*aligned), 1797)
     assert f"the tokens of {tmp_path} are 1024 wide; set train.align_features to [16, 1024]" in problem
     assert not size_problems(configured(*aligned, "train.align_features=[16, 1024]"), 1797)
+
+
+def test_models_that_align_with_features_of_the_latents_need_the_same_ones() -> None:
+    models = "models={small: {align_features: [16, 384]}, large: {}, plain: {align: null}}"
+    message = r"train.align_features is [16, 384] for small and [16, 768] for large, but all models train on the same"
+    with pytest.raises(UserError, match=re.escape(message)):
+        configured("train.align=features", models)
+    (problem,) = problems("quickstart", ["train.align=features", models])
+    assert message in str(problem)
+    refused = edt("plan", "--set", "train.align=features", "--set", models)
+    assert (refused.returncode, message in refused.stderr) == (2, True)
+    assert configured("train.align=features", models.replace("{align_features: [16, 384]}", "{}")).token_spaces()
 
 
 def test_the_samples_along_a_training_are_enough_for_its_metrics() -> None:

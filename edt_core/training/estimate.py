@@ -26,7 +26,7 @@ from edt_core.training.align.cost import align_activations, head_parameters
 from edt_core.training.align.settings import align_settings
 from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.posthoc.snapshots import snapshot_steps
-from edt_core.training.start.trainable import count_trained, step_flops
+from edt_core.training.start.trainable import count_merged, count_trained, step_flops
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -105,6 +105,8 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     weights, head = 4 * parameters, 4 * head_parameters(settings)
     of_model = weights if config.trainable == "all" else 4 * count_trained(config, model_config)
     trained = of_model + head
+    # The averaged model of this target has its own copy of the merged tensors, and two while it takes the next average.
+    merged = 4 * count_merged(config, model_config) if config.align == "self" else 0
     optimizer = trained * _OPTIMIZER_STATES[config.optimizer]
     if config.optimizer == "muon":  # of its matrices, only a momentum
         optimizer -= 4 * sum(matrix.numel() for matrix in hidden_matrices(shadow(model_config)))
@@ -117,13 +119,13 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         parameters=parameters,
         macs=macs,
         flops_per_image=step_flops(config, model_config),
-        weights=weights + head,
+        weights=weights + head + merged,
         gradients=trained,
         optimizer=optimizer,
         ema=ema,
         activations=activations,
         # The optimizer works on lists of tensors, with a copy of each gradient, after the activations are freed.
-        temporary=max(saved_by_model.scores, _COPIES.get(config.optimizer, 1) * trained - activations),
+        temporary=max(saved_by_model.scores, merged, _COPIES.get(config.optimizer, 1) * trained - activations),
         checkpoint=trained + ema + optimizer,
         micro_batch=config.micro_batch(),
         images=images,

@@ -517,6 +517,21 @@ def test_the_heads_tensors_are_in_the_estimate(optimizer: str) -> None:
     assert needs.optimizer == sum(tensor.nbytes for tensor in tensors)
 
 
+@pytest.mark.parametrize("trainable", ["difffit", "bias", "all"])
+def test_the_merged_weights_of_the_averaged_model_are_in_the_estimate(trainable: str) -> None:
+    """Those of its tensors that it does not share: of DiffFit, the projections that take up a scale."""
+    shape = model_config("DiT-Tiny/2", 32, 4)
+    plain = TrainConfig(model="DiT-Tiny/2", masked_loss=False, global_batch_size=1, trainable=trainable)
+    config = replace_fields(plain, align="self")
+    state, before, needs = initial_state(config, shape), estimate(plain, shape, 100), estimate(config, shape, 100)
+    target = SelfTarget(config, state, 2, CPU)
+    shared = {v.data_ptr() for tensors in (state.model.state_dict(), *state.ema.averages) for v in tensors.values()}
+    merged = sum(v.nbytes for v in target.model.state_dict().values() if v.data_ptr() not in shared)
+    assert (merged > 0) == (trainable == "difffit")
+    assert needs.weights == before.weights + sum(p.nbytes for p in state.heads().values()) + merged
+    assert needs.temporary >= merged
+
+
 def test_an_alignment_is_of_its_target() -> None:
     config, state, settings = state_of("DiT-Tiny/2", align="self")
     alignment = alignment_of(config, settings, state, CPU)

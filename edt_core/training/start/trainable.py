@@ -47,6 +47,14 @@ def count_trained(config: TrainConfig, model_config: ModelConfig) -> int:
     return count_parameters(model)
 
 
+def count_merged(config: TrainConfig, model_config: ModelConfig) -> int:
+    """Number of parameters of the ordinary model that are not those of the training or of its average: see `merged`."""
+    model = shadow(model_config)
+    prepare_trainable(model, config.trainable)
+    own = model.state_dict()
+    return sum(value.numel() for name, value in merged(own).items() if value is not own[name])
+
+
 def step_flops(config: TrainConfig, model_config: ModelConfig) -> int:
     """Floating-point operations of training on one image, without the gradients of frozen weights.
 

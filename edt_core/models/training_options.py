@@ -65,11 +65,11 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("use_rope", "rope"), _Rule((False,), "attention rotates its queries and keys by position")),
 }
 _VELOCITY = "velocity"  # the word for the prediction of a SiT
-# Of a velocity: the straight path of the default SiT, whose ODE and loss do not use its two eps.
+_EPS = ("sample_eps", "train_eps")
+# Of a velocity: the straight path of the default SiT. Its authors' code then sets both eps to 0, whatever they are.
 _RULES_OF_VELOCITY: dict[str, _Rule] = {
-    **_RULES,
+    **{name: rule for name, rule in _RULES.items() if name not in _EPS},
     "path_type": _Rule(("linear",), "its path from noise to data is not the straight one"),
-    **dict.fromkeys(("sample_eps", "train_eps"), _Rule((0,), "it may have been trained on a part of the path only")),
 }
 # Data, optimiser, loss weights, speed and logs; masking and the choice of timesteps in training; sampling.
 _HARMLESS_NAMES = """
@@ -253,6 +253,11 @@ def option_notes(options: TrainingOptions, config: ModelConfig, words: Words = N
             f"it is read as a SiT: {config.name} with the objective {config.objective}, without the half of its output "
             "that a SiT discards"
         )
+        notes += [
+            f"{name}={_short(value)} was ignored, as SiT's code ignores it for a velocity on the straight path"
+            for name, value, _ in options.entries
+            if name in _EPS and value
+        ]
     elif not options.objectives(words) and not _known_models(options):
         notes.append(
             "the file does not say what its model predicts; noise (epsilon) prediction and 1,000 timesteps of the "

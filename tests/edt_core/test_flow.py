@@ -393,6 +393,16 @@ def test_a_sit_is_read_by_its_options_or_its_name_and_cut_to_one_output(
     assert loaded.sampling["sampler"] == "euler"
 
 
+def test_the_eps_of_a_sit_change_nothing(sit: DiffusionTransformer, tmp_path: Path) -> None:
+    """The authors' code sets both to 0 for a velocity on the straight path."""
+    stated = argparse.Namespace(**{**vars(SIT_OPTIONS), "train_eps": 0.001, "sample_eps": "0.01"})
+    torch.save({"ema": sit_state(), "args": stated}, tmp_path / "a.pt")
+    found = read_released_model(tmp_path / "a.pt", words=objective_words())
+    assert same(found.model.state_dict(), sit.state_dict())
+    ignored = {note.split(" ")[0] for note in found.notes if "was ignored, as SiT's code" in note}
+    assert ignored == {"train_eps=0.001", "sample_eps=0.01"}
+
+
 def test_no_file_is_taken_for_a_sit_or_a_dit_by_a_guess(tmp_path: Path) -> None:
     read = partial(read_released_model, words=objective_words())
     trained = {key: value + 0.1 for key, value in sit_state().items()}  # as a DiT trains its variance

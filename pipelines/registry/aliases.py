@@ -122,7 +122,10 @@ def gate_of(version: Any) -> PromoteConfig:
         return PromoteConfig.model_validate(json.loads(text))
     metric, _, sense = version.tags.get("edt.promote", "").partition(" ")
     if metric not in metrics_of(version):
-        origin = "made by `edt ema`" if STD_TAG in version.tags else "imported, or not registered by edt"
+        origin = "imported, or not registered by edt"
+        if STD_TAG in version.tags:
+            beside = f"edt evaluate {version.tags[PARENT_TAG]} OUT --sweep ema=off,{version.tags[STD_TAG]}"
+            origin = f"made by `edt ema`. Compare it with the version that it is made from: `{beside} ...`"
         raise UserError(f"{title(version)} has no recorded metric to decide by: it was {origin}")
     return PromoteConfig(metric=metric, lower_is_better=sense != "higher")
 

@@ -2,22 +2,28 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from edt_core.config import TrainConfig
+from edt_core.config import SampleConfig, TrainConfig, result_fields
 from edt_core.errors import UserError
+from edt_core.evaluation.config import EvaluateConfig
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
+from jobs.commands.evaluate_model import make_parser
+from jobs.commands.options import given_fields, validated
 from jobs.models.initial import initial_source
 from jobs.models.open import load_model
 from jobs.models.registry_files import stored_problems
 from pipelines.cli import app
+from pipelines.registry.derived.measuring import measuring_command
 from pipelines.registry.lookup import find
 from tests.support.models import made_model, opened
 from tests.support.posthoc import WIDTHS, with_snapshots
@@ -66,6 +72,8 @@ def test_a_version_s_average_is_a_version_with_its_lineage(place: Place, tmp_pat
     text = place.said("ema", f"{REAL}@champion", str(out), "--std", "0.08", "--register")
     assert "width 0.08 from 20 snapshots" in text
     assert f"{REAL} version 2 is made from version 1" in text
+    measuring = f"edt evaluate {REAL}/1 ./{REAL}-averages --sweep ema=off,0.08"
+    assert f"no candidate and no alias moved. To compare the two by one protocol:\n  {measuring}" in text
     version = find(registry.catalog, f"{REAL}/2")
     assert version.tags["edt.ema_std"] == "0.08"
     assert version.tags["edt.ema_of"] == f"{REAL}/1"
@@ -89,13 +97,37 @@ def test_a_version_s_average_is_a_version_with_its_lineage(place: Place, tmp_pat
     shown = place.said("models", "show", f"{REAL}/2")
     assert "averaged from snapshots, not measured here" in shown
     assert f"{REAL}/1" in shown
-    with pytest.raises(UserError, match="has no recorded metric to decide by: it was made by `edt ema`"):
+    with pytest.raises(UserError, match=rf"by `edt ema`. Compare .*edt evaluate {REAL}/1 OUT --sweep ema=off,0.08"):
         place.said("models", "promote", f"{REAL}/2")
     keep = TrainConfig(init_from=f"{REAL}/2", init_optimizer="keep")  # its training has other weights
     with pytest.raises(UserError, match="has averaged weights that `edt ema` made, and neither raw weights nor"):
         initial_source(keep, registry.catalog.tracking_uri)
     drawn = place.said("sample", str(out), "--num", "1", "--num-sampling-steps", "2", "--out", str(tmp_path / "g.png"))
     assert "4 x 1 images of EDT-Tiny/2" in drawn
+
+
+def test_the_command_that_measures_an_average_has_the_protocol_of_its_parent(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "a store")
+    classifier = registry.artifact("classifier", {"c": b"c"}, {}, {})
+    sampling = SampleConfig(sampler="euler", num_samples=40, amm_blocks=(1, 2), guidance_interval=(0.25, 0.5), seed=3)
+    networks = {"classifier": classifier, "inception": "i" * 64}
+    features = registry.artifact("features", {"f": b"f"}, result_fields(sampling), networks)
+    reference = registry.artifact("reference", {"r": b"r"}, {}, {})
+    measured = EvaluateConfig(metrics=("fid",))
+    inputs = {"features": features, "reference": reference}
+    evaluation = registry.artifact("evaluation", {"m": b"m"}, result_fields(measured), inputs)
+    parent = SimpleNamespace(name="m", version=3, tags={"edt.evaluation.uri": evaluation.folder.uri})
+
+    program, verb, *arguments = shlex.split(measuring_command(parent, 0.08))
+    options = make_parser("edt evaluate").parse_args(arguments)
+    assert (program, verb, options.model, options.sweep) == ("edt", "evaluate", "m/3", ["ema=off,0.08"])
+    assert validated(SampleConfig, given_fields(options, SampleConfig)) == sampling
+    assert validated(EvaluateConfig, given_fields(options, EvaluateConfig)) == measured
+    assert Artifact.open(options.reference).fingerprint == reference.fingerprint
+    assert Artifact.open(options.classifier).fingerprint == classifier.fingerprint
+    assert options.inception == "W"
+    parent.tags = {}
+    assert measuring_command(parent, 0.08) == "edt evaluate m/3 ./m-averages --sweep ema=off,0.08"
 
 
 def test_an_artifact_is_a_training_too_and_has_no_version(place: Place, tmp_path: Path) -> None:

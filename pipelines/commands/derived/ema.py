@@ -41,6 +41,7 @@ def ema(
     from jobs.models.open import use_mlflow
     from jobs.models.posthoc import training_of
     from jobs.models.registry_files import title
+    from pipelines.registry.derived.measuring import measuring_command
 
     use_mlflow(model, tracking_uri, store)
     training = training_of(model, store)
@@ -62,6 +63,8 @@ def ema(
     if version is not None and training.version is not None:
         known = "" if is_new else " (registered before)"
         say(f"{title(version)} is made from version {training.version.version}{known}")
+        say("It has no metrics, so it is no candidate and no alias moved. To compare the two by one protocol:")
+        say(f"  {measuring_command(training.version, std)}")
 
 
 def _list(training: "Training", as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from edt_core.diffusion.chain import Chain, SwitchedModel
 from edt_core.diffusion.guidance import guided
 from edt_core.diffusion.noise import SampleNoise, sample_noise
-from edt_core.diffusion.objective import Losses, Objective
+from edt_core.diffusion.objective import Losses, Objective, SamplerChoice
 from edt_core.diffusion.objectives import (
     OBJECTIVES,
     check_training,
@@ -29,6 +29,7 @@ __all__ = [
     "Losses",
     "Objective",
     "SampleNoise",
+    "SamplerChoice",
     "Schedule",
     "SwitchedModel",
     "TimestepDraw",

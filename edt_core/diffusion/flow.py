@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edt_core.diffusion.chain import Chain
 from edt_core.diffusion.flow_chains import CHAINS, flow_chain
-from edt_core.diffusion.objective import Losses, Objective, Prediction, SdeDiffusion, TimestepChoice
+from edt_core.diffusion.objective import Losses, Objective, Prediction, SamplerChoice, TimestepChoice, check_shapes
 from edt_core.diffusion.schedule import Schedule
 from edt_core.diffusion.timesteps import ContinuousSampler, TimestepSampler, logit_normal, shifted
 from edt_core.errors import UserError
@@ -95,11 +95,7 @@ class FlowMatching(Objective):
         min_snr_gamma: float | None = None,
     ) -> Losses:
         """The mean squared error of the velocity, in float32."""
-        if not x_start.shape == x_t.shape == noise.shape:
-            raise ValueError(
-                f"x_start {tuple(x_start.shape)}, x_t {tuple(x_t.shape)} and noise {tuple(noise.shape)} must "
-                "have the same shape. Draw one noise tensor like x_start and compute x_t from it with `noised`."
-            )
+        check_shapes(x_start, x_t, noise)
         self.check_training(min_snr_gamma)
         velocity = self.split(model_output, x_start.shape[1]).value
         error = (velocity - (x_start.float() - noise.float())).square().flatten(1).mean(1)
@@ -114,25 +110,18 @@ class FlowMatching(Objective):
             )
         return Prediction(model_output.float())
 
-    def chain(
-        self,
-        num_timesteps: int,
-        sampler: str,
-        num_steps: int,
-        *,
-        time_shift: float = 1.0,
-        sde_diffusion: SdeDiffusion = "sigma",
-    ) -> Chain:
+    def chain(self, num_timesteps: int, sampler: SamplerChoice, num_steps: int) -> Chain:
         """Euler, Heun, or the SDE, see `edt_core.diffusion.flow_chains`."""
-        self.check_sampler(sampler, time_shift, sde_diffusion)
-        return flow_chain(sampler, num_steps, time_shift, sde_diffusion)
+        self.check_sampler(sampler)
+        return flow_chain(sampler, num_steps)
 
-    def check_sampler(self, sampler: str, time_shift: float = 1.0, sde_diffusion: SdeDiffusion = "sigma") -> None:
+    def check_sampler(self, sampler: SamplerChoice) -> None:
         """Raise UserError for a sampler of another objective, and for a diffusion coefficient without the SDE."""
         super().check_sampler(sampler)
-        if sampler != "sde" and sde_diffusion != "sigma":
+        if sampler.name != "sde" and sampler.sde_diffusion != "sigma":
             raise UserError(
-                f"sde_diffusion is {sde_diffusion!r}, but sampler is {sampler!r}; set it to sigma, or sampler to sde"
+                f"sde_diffusion is {sampler.sde_diffusion!r}, but sampler is {sampler.name!r}; set it to sigma, or "
+                "sampler to sde"
             )
 
     def max_steps(self, num_timesteps: int) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edt_core.diffusion.chain import Chain, ModelFn, NoiseFn, ProgressFn, SwitchedModel, model_at
-from edt_core.diffusion.objective import SdeDiffusion
+from edt_core.diffusion.objective import SamplerChoice, SdeDiffusion
 from edt_core.diffusion.timesteps import shifted
 from edt_core.errors import UserError
 
@@ -38,7 +38,7 @@ class _Kind:
 CHAINS = {"euler": _Kind(), "heun": _Kind(calls=2), "sde": _Kind(random=True)}
 
 
-def flow_chain(sampler: str, num_steps: int, time_shift: float, sde_diffusion: SdeDiffusion) -> Chain:
+def flow_chain(sampler: SamplerChoice, num_steps: int) -> Chain:
     """A sampler with `num_steps` steps between the times of `ode_times` or `sde_times`.
 
     A step uses the model function of the time where it begins, also for its second call.
@@ -46,11 +46,11 @@ def flow_chain(sampler: str, num_steps: int, time_shift: float, sde_diffusion: S
     """
     if num_steps < 2:
         raise UserError(f"num_sampling_steps is {num_steps}; use at least 2")
-    if sampler != "sde":
-        step: _Step = euler_step if sampler == "euler" else heun_step
-        return Chain(num_steps, 0, partial(_run, step, ode_times(num_steps, time_shift)))
-    times = sde_times(num_steps, time_shift, SBDM_START if sde_diffusion == "sbdm" else 0.0)
-    return Chain(num_steps, num_steps - 1, partial(_run, partial(sde_step, sde_diffusion), times))
+    if sampler.name != "sde":
+        step: _Step = euler_step if sampler.name == "euler" else heun_step
+        return Chain(num_steps, 0, partial(_run, step, ode_times(num_steps, sampler.time_shift)))
+    times = sde_times(num_steps, sampler.time_shift, SBDM_START if sampler.sde_diffusion == "sbdm" else 0.0)
+    return Chain(num_steps, num_steps - 1, partial(_run, partial(sde_step, sampler.sde_diffusion), times))
 
 
 def ode_times(num_steps: int, time_shift: float = 1.0) -> list[float]:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from edt_core.diffusion import equations
 from edt_core.diffusion.chain import Chain, ModelFn, NoiseFn, ProgressFn, SwitchedModel
-from edt_core.diffusion.objective import Losses, Prediction, ScheduledObjective, SdeDiffusion, check_no_shift
+from edt_core.diffusion.objective import (
+    Losses,
+    Prediction,
+    SamplerChoice,
+    ScheduledObjective,
+    check_no_shift,
+    check_shapes,
+)
 from edt_core.diffusion.sampling import METHODS, SamplingMethod, sample, sampling_schedule
 from edt_core.diffusion.schedule import Coefficients, Schedule
 from edt_core.errors import UserError
@@ -74,11 +81,7 @@ class GaussianObjective(ScheduledObjective):
         gradient in it (Nichol & Dhariwal 2021, section 3.1).
         With `min_snr_gamma=None` the squared error is unweighted. Raises ValueError for shapes that do not match.
         """
-        if not x_start.shape == x_t.shape == noise.shape:
-            raise ValueError(
-                f"x_start {tuple(x_start.shape)}, x_t {tuple(x_t.shape)} and noise {tuple(noise.shape)} must "
-                "have the same shape. Draw one noise tensor like x_start and compute x_t from it with q_sample."
-            )
+        check_shapes(x_start, x_t, noise)
         assert schedule is not None  # that of `schedule`
         prediction = self.split(model_output, x_start.shape[1])
         x_start, x_t, noise = x_start.float(), x_t.float(), noise.float()
@@ -99,30 +102,23 @@ class GaussianObjective(ScheduledObjective):
         assert prediction.variance is not None  # `split` sets it
         return equations.learned_range_log_variance(prediction.variance, c)
 
-    def chain(
-        self,
-        num_timesteps: int,
-        sampler: str,
-        num_steps: int,
-        *,
-        time_shift: float = 1.0,
-        sde_diffusion: SdeDiffusion = "sigma",
-    ) -> Chain:
+    def chain(self, num_timesteps: int, sampler: SamplerChoice, num_steps: int) -> Chain:
         """A sampler that visits `num_steps` of the timesteps, see `sample`."""
-        self.check_sampler(sampler, time_shift, sde_diffusion)
-        method = cast(SamplingMethod, sampler)  # one of METHODS
+        self.check_sampler(sampler)
+        method = cast(SamplingMethod, sampler.name)  # one of METHODS
         schedule = sampling_schedule(self.schedule(num_timesteps), num_steps, method)
         steps = schedule.num_timesteps
         noises = steps - 1 if method == "ancestral" else 0  # the last step needs none
         return Chain(steps, noises, partial(_run, self, schedule, method))
 
-    def check_sampler(self, sampler: str, time_shift: float = 1.0, sde_diffusion: SdeDiffusion = "sigma") -> None:
+    def check_sampler(self, sampler: SamplerChoice) -> None:
         """Raise UserError for a sampler of another objective, and for settings of flow matching."""
         super().check_sampler(sampler)
-        check_no_shift(self.name, time_shift)
-        if sde_diffusion != "sigma":
+        check_no_shift(self.name, sampler.time_shift)
+        if sampler.sde_diffusion != "sigma":
             raise UserError(
-                f"sde_diffusion is {sde_diffusion!r}, but only the sampler sde of flow matching has one; leave it out"
+                f"sde_diffusion is {sampler.sde_diffusion!r}, but only the sampler sde of flow matching has one; leave "
+                "it out"
             )
 
     def _bound_term(self, prediction: Prediction, x_start: Tensor, x_t: Tensor, t: Tensor, c: Coefficients) -> Tensor:

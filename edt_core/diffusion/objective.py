@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,29 @@ from edt_core.diffusion.timesteps import (
     LossSecondMomentSampler,
     TimestepSampler,
     UniformSampler,
+    middle_timesteps,
 )
 from edt_core.errors import UserError
 
+if TYPE_CHECKING:
+    from edt_core.config import ChainConfig
+
 TimestepChoice = Literal["loss-second-moment", "uniform", "logit-normal"]
 SdeDiffusion = Literal["sigma", "sbdm"]
+
+
+@dataclass(frozen=True)
+class SamplerChoice:
+    """A sampler by its name, and its settings, which only some samplers have."""
+
+    name: str
+    time_shift: float = 1.0
+    sde_diffusion: SdeDiffusion = "sigma"
+
+    @classmethod
+    def of(cls, chain: "ChainConfig") -> "SamplerChoice":
+        """That of a sampling configuration."""
+        return cls(chain.sampler, chain.time_shift, chain.sde_diffusion)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,15 +173,7 @@ class Objective(ABC):
     # Sampling
 
     @abstractmethod
-    def chain(
-        self,
-        num_timesteps: int,
-        sampler: str,
-        num_steps: int,
-        *,
-        time_shift: float = 1.0,
-        sde_diffusion: SdeDiffusion = "sigma",
-    ) -> Chain:
+    def chain(self, num_timesteps: int, sampler: SamplerChoice, num_steps: int) -> Chain:
         """A sampler with `num_steps` steps. Raises UserError for one that the objective lacks, and invalid settings."""
 
     @abstractmethod
@@ -174,11 +184,11 @@ class Objective(ABC):
         """How often a chain without guidance calls the model."""
         return num_steps
 
-    def check_sampler(self, sampler: str, time_shift: float = 1.0, sde_diffusion: SdeDiffusion = "sigma") -> None:
+    def check_sampler(self, sampler: SamplerChoice) -> None:
         """Raise UserError for a sampler of another objective, and for settings that it does not have."""
-        if sampler not in self.samplers:
+        if sampler.name not in self.samplers:
             raise UserError(
-                f"sampler is {sampler!r}, but a model of the objective {self.name!r} is sampled by one of "
+                f"sampler is {sampler.name!r}, but a model of the objective {self.name!r} is sampled by one of "
                 f"{', '.join(self.samplers)}; set sampler to one of these"
             )
 
@@ -208,7 +218,7 @@ class ScheduledObjective(Objective):
 
     def measured_times(self, count: int, num_timesteps: int) -> NDArray[Any]:
         """The middles of equal parts of the timesteps, rounded down, int64 [count]."""
-        return (2 * np.arange(count) + 1) * num_timesteps // (2 * count)
+        return middle_timesteps(count, num_timesteps)
 
     def parts(self, times: NDArray[Any], count: int, num_timesteps: int) -> NDArray[np.int64]:
         """The part of each timestep."""
@@ -241,6 +251,15 @@ class ScheduledObjective(Objective):
     @abstractmethod
     def log_variance(self, prediction: Prediction, c: Coefficients) -> Tensor:
         """The log variance of p(x_{t-1} | x_t), for the ancestral chain."""
+
+
+def check_shapes(x_start: Tensor, x_t: Tensor, noise: Tensor) -> None:
+    """Raise ValueError unless data, noised data and noise have one shape."""
+    if not x_start.shape == x_t.shape == noise.shape:
+        raise ValueError(
+            f"x_start {tuple(x_start.shape)}, x_t {tuple(x_t.shape)} and noise {tuple(noise.shape)} must "
+            "have the same shape. Draw one noise tensor like x_start and compute x_t from it with `noised`."
+        )
 
 
 def check_no_shift(name: str, time_shift: float) -> None:

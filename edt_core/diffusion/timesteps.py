@@ -44,6 +44,11 @@ class TimestepSampler(Protocol):
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None: ...
 
 
+def middle_timesteps(count: int, num_timesteps: int) -> IntArray:
+    """The middles of `count` equal parts of the timesteps, rounded down, int64 [count]."""
+    return (2 * np.arange(count) + 1) * num_timesteps // (2 * count)
+
+
 def draw_timesteps(weights: FloatArray, uniforms: ArrayLike) -> TimestepDraw:
     """Timesteps with probability p_t proportional to weights [T], by inversion of uniforms [B] in [0, 1).
 

@@ -28,6 +28,7 @@ Words = Mapping[str, str]  # word in the options for an objective other than noi
 NO_WORDS: Words = {}
 _OBJECTIVE = ("prediction", "prediction_type", "prediction_target", "parameterization", "objective", "model_mean_type")
 _SCHEDULE = ("noise_schedule", "beta_schedule")
+_EPS = ("sample_eps", "train_eps")
 _OFF = ("predict_xstart", "predict_x0", "predict_v", "v_prediction", "v_pred", "velocity_prediction", "flow_matching")
 
 
@@ -39,14 +40,12 @@ class _Rule:
     otherwise: str
 
 
-_NOT_A_SCHEDULE = _Rule(
-    (), "it was trained on a continuous path from data to noise, as a SiT is, not on a noise schedule"
-)
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_OBJECTIVE, _Rule(_NOISE, "the model does not predict noise")),
     **dict.fromkeys(_OFF, _Rule((False,), "the model does not predict noise")),
     **dict.fromkeys(
-        ("path_type", "sample_eps", "train_eps", "interpolant", "transport", "sigma_data"), _NOT_A_SCHEDULE
+        ("path_type", *_EPS, "interpolant", "transport", "sigma_data"),
+        _Rule((), "it was trained on a continuous path from data to noise, as a SiT is, not on a noise schedule"),
     ),
     **dict.fromkeys(_SCHEDULE, _Rule(("linear",), "the noise schedule is another one")),
     **dict.fromkeys(("beta_start", "linear_start"), _Rule((0.0001,), "the noise schedule is another one")),
@@ -65,7 +64,6 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("use_rope", "rope"), _Rule((False,), "attention rotates its queries and keys by position")),
 }
 _VELOCITY = "velocity"  # the word for the prediction of a SiT
-_EPS = ("sample_eps", "train_eps")
 # Of a velocity: the straight path of the default SiT. Its authors' code then sets both eps to 0, whatever they are.
 _RULES_OF_VELOCITY: dict[str, _Rule] = {
     **{name: rule for name, rule in _RULES.items() if name not in _EPS},

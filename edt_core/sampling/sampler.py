@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.diffusion import SampleNoise, guided, objective_of_model
+from edt_core.diffusion import SampleNoise, SamplerChoice, guided, objective_of_model
 from edt_core.diffusion.chain import ModelFn, SwitchedModel
 from edt_core.diffusion.guidance import ClassModel
 from edt_core.errors import UserError
@@ -74,13 +74,7 @@ class LatentSampler:
         self.growth = None if chain.cfg_power is None else (chain.cfg_power, progress)
         if guide is not None:
             _check_guide(chain, model, guide)
-        self.steps = self.objective.chain(
-            num_timesteps,
-            chain.sampler,
-            chain.num_sampling_steps,
-            time_shift=chain.time_shift,
-            sde_diffusion=chain.sde_diffusion,
-        )
+        self.steps = self.objective.chain(num_timesteps, SamplerChoice.of(chain), chain.num_sampling_steps)
         self.amm_blocks = resolved_amm_blocks(chain, model.built_config)
         self._set_modes()
 

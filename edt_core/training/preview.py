@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.diffusion import SampleNoise, objective_of_model
+from edt_core.diffusion import SampleNoise, SamplerChoice, objective_of_model
 from edt_core.models import ModelConfig, build_model
 from edt_core.precision import exact_products
 from edt_core.sampling.labels import trained_classes
@@ -39,7 +39,7 @@ class Preview:
         self.autoencoder = load_autoencoder(autoencoder, str(device))
         objective = objective_of_model(model_config)
         steps = min(_STEPS, objective.max_steps(num_timesteps) or _STEPS)
-        self.chain = objective.chain(num_timesteps, objective.preview_sampler, steps)
+        self.chain = objective.chain(num_timesteps, SamplerChoice(objective.preview_sampler), steps)
         shape = (model_config.in_channels, model_config.latent_size, model_config.latent_size)
         self.noise = SampleNoise(_SEED, range(_IMAGES), shape, str(device))
         trained = trained_classes(model_config.num_classes, class_counts)

@@ -208,7 +208,7 @@ def decode_record(config: SampleConfig, image_size: int) -> dict[str, int]:
 
 def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None:
     """Raise UserError for invalid inputs, before any worker starts."""
-    from edt_core.diffusion import objective_of_model
+    from edt_core.diffusion import SamplerChoice, objective_of_model
     from edt_core.models import ModelConfig
     from edt_core.sampling.labels import sample_labels
     from edt_core.sampling.sampler import resolved_amm_blocks
@@ -221,7 +221,7 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
             "draw samples only for other tools"
         )
     model = ModelConfig.from_dict(model_config_of(checkpoint))
-    objective_of_model(model).check_sampler(config.sampler, config.time_shift, config.sde_diffusion)
+    objective_of_model(model).check_sampler(SamplerChoice.of(config))
     replace(model, amm_blocks=resolved_amm_blocks(config, model))  # raises for blocks that the model does not have
     sample_labels(config.label_policy, config.seed, [0], model.num_classes, checkpoint.counts.get("class_counts"))
 

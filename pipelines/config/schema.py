@@ -24,7 +24,7 @@ from edt_core.config import (
     recorded_fields,
     runtime,
 )
-from edt_core.diffusion import check_training, objective_of, with_objective
+from edt_core.diffusion import SamplerChoice, check_training, objective_of, with_objective
 from edt_core.errors import UserError
 from edt_core.evaluation.config import AlongConfig, EvaluateConfig
 from edt_core.evaluation.extractors import INCEPTION, TOKEN_SPACES
@@ -339,7 +339,7 @@ class PipelineConfig(_WithNetworks):
 def _check_chain(section: str, chain: ChainConfig, model: ModelConfig, name: str, train: TrainConfig) -> None:
     """Raise ValueError or UserError if the model `name` of this training cannot be sampled by a chain."""
     objective, steps, channels = objective_of(train.objective), chain.num_sampling_steps, model.in_channels
-    objective.check_sampler(chain.sampler, chain.time_shift, chain.sde_diffusion)
+    objective.check_sampler(SamplerChoice.of(chain))
     if steps > (objective.max_steps(train.num_timesteps) or steps):
         raise ValueError(
             f"{section}.num_sampling_steps {steps} is more than the {train.num_timesteps} timesteps of {name} "

@@ -21,6 +21,7 @@ from edt_core.diffusion import (
     OBJECTIVES,
     Objective,
     SampleNoise,
+    SamplerChoice,
     check_training,
     guided,
     objective_of,
@@ -112,7 +113,7 @@ def test_chains_are_those_of_sit(
     sit: DiffusionTransformer,
     golden: dict[str, np.ndarray],
 ) -> None:
-    chain = FLOW.chain(1000, sampler, steps, **options)
+    chain = FLOW.chain(1000, SamplerChoice(sampler, **options), steps)
     model = guided(sit, LABELS, 10, 1.5 if name.endswith("guided") else 1.0)
     made = chain.run(model, draw(1), lambda step: draw(100 + step), None)
     assert relative_error(made, golden[name]) < 1e-5
@@ -148,7 +149,7 @@ def test_the_exact_velocity_of_a_gaussian_leads_to_its_mean_and_covariance(
 ) -> None:
     random = torch.Generator().manual_seed(0)
     start = torch.randn(40_000, 2, 1, 1, generator=random)
-    chain = FLOW.chain(1000, sampler, 200, **options)
+    chain = FLOW.chain(1000, SamplerChoice(sampler, **options), 200)
     samples = chain.run(gaussian_velocity, start, lambda _: torch.randn(start.shape, generator=random), None)
     torch.testing.assert_close(samples.flatten(1).mean(0), MEAN, rtol=0, atol=0.02)
     torch.testing.assert_close(samples.flatten(1).T.cov(), COVARIANCE, rtol=0, atol=0.02)
@@ -166,7 +167,7 @@ def test_orders_of_convergence(sampler: str, order: int) -> None:
         return mean + (time * std**2 - (1 - time)) / variance * (x - time * mean)
 
     def error(steps: int) -> float:
-        made = FLOW.chain(1000, sampler, steps).run(velocity, start, None, None)
+        made = FLOW.chain(1000, SamplerChoice(sampler), steps).run(velocity, start, None, None)
         return float((made - (mean + std * start)).abs().max())
 
     coarse, middle, fine = (error(steps) for steps in (16, 32, 64))
@@ -219,7 +220,7 @@ def test_a_step_is_guided_by_the_time_where_it_begins() -> None:
         return torch.zeros_like(x)
 
     switched = guided(model, LABELS, 10, 2.0, interval=(0.25, 0.75))
-    FLOW.chain(1000, "heun", 4).run(switched, draw(1), None, None)
+    FLOW.chain(1000, SamplerChoice("heun"), 4).run(switched, draw(1), None, None)
     one, two = len(LABELS), 2 * len(LABELS)
     ends = [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1]
     assert calls == list(zip(ends, [one, one, two, two, two, two, one, one], strict=True))
@@ -275,7 +276,7 @@ def test_the_functions_of_the_objective_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="must have the same shape"):
         FLOW.losses(None, x, x, x, x[:1], torch.zeros(4), min_snr_gamma=None)
     with pytest.raises(UserError, match="use at least 2"):
-        FLOW.chain(1000, "euler", 1)
+        FLOW.chain(1000, SamplerChoice("euler"), 1)
 
 
 # --- configuration
@@ -429,7 +430,7 @@ def test_no_file_is_taken_for_a_sit_or_a_dit_by_a_guess(tmp_path: Path) -> None:
 
 
 def test_the_sde_draws_noise_by_seed_and_index() -> None:
-    chain = FLOW.chain(1000, "sde", 5)
+    chain = FLOW.chain(1000, SamplerChoice("sde"), 5)
     assert (chain.steps, chain.noises) == (5, 4)
     asked: list[int] = []
     source = SampleNoise(0, [3, 5], (4, 8, 8))

@@ -13,6 +13,7 @@ from edt_core.config import TrainConfig
 from edt_core.data.holdout import Holdout
 from edt_core.data.latents import LatentDataset
 from edt_core.diffusion import linear_schedule
+from edt_core.diffusion.timesteps import middle_timesteps
 from edt_core.errors import UserError
 from edt_core.training.checkpoint import load_checkpoint
 from edt_core.training.context import LocalContext
@@ -22,7 +23,7 @@ from edt_core.training.start.initial import initial_checkpoint
 from edt_core.training.start.trainable import merged
 from edt_core.training.state import initial_model, initial_state
 from edt_core.training.store import best_step
-from edt_core.training.validation.measure import HeldOutLoss, noise_keys, validation_interval
+from edt_core.training.validation.measure import TIMESTEPS, HeldOutLoss, validation_interval
 from tests.edt_core.test_training_start import NAMES, base_of
 from tests.support.holdouts import some_held_out
 from tests.support.models import TINY, shallow_config
@@ -87,7 +88,7 @@ def plain_loss(model: torch.nn.Module, measure: HeldOutLoss, objective: str) -> 
 def _noise_of(measure: HeldOutLoss) -> Tensor:
     from edt_core.training.validation.measure import _noise
 
-    return _noise(measure._digests, noise_keys(1000), measure._latents.shape[1:])
+    return _noise(measure._digests, middle_timesteps(TIMESTEPS, 1000), measure._latents.shape[1:])
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -112,9 +113,9 @@ def test_it_is_the_unweighted_error_with_labels_and_without_masks(
 
 
 def test_the_timesteps_are_the_middles_of_eight_equal_parts() -> None:
-    assert noise_keys(1000).tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
-    assert len(set(noise_keys(21).tolist())) == 8
-    assert noise_keys(21).max() < 21
+    assert middle_timesteps(TIMESTEPS, 1000).tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert len(set(middle_timesteps(TIMESTEPS, 21).tolist())) == 8
+    assert middle_timesteps(TIMESTEPS, 21).max() < 21
 
 
 def test_an_image_is_measured_alike_in_any_company(dataset: LatentDataset, holdout: Holdout) -> None:

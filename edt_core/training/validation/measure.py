@@ -27,6 +27,7 @@ from edt_core.data.latents import LatentDataset
 from edt_core.data.scale import LatentScale, model_scale
 from edt_core.data.subsets import share
 from edt_core.diffusion import objective_of
+from edt_core.diffusion.timesteps import middle_timesteps
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.store.digests import listing
@@ -44,11 +45,6 @@ _SEED = 0  # the same for all trainings
 _LATENT = -1  # in place of a timestep: the draw of an image's latent
 _STEP_PASSES = 3  # a forward and backward pass takes about as long as three forward passes
 _TIME_SHARE = 0.01
-
-
-def noise_keys(num_timesteps: int) -> NDArray[np.int64]:
-    """The middles of K equal parts of the timesteps, int64 [K], from the least noise: the keys of the noise."""
-    return (2 * np.arange(TIMESTEPS) + 1) * num_timesteps // (2 * TIMESTEPS)
 
 
 def validation_interval(config: TrainConfig, measured: int) -> int:
@@ -85,7 +81,7 @@ class HeldOutLoss:
         scale = model_scale(model_config, dataset.scale)
         self._latents, self._labels = _read(dataset, holdout.measured[places], self._digests, scale)
         self._objective = objective_of(config.objective)
-        self._noise_keys = noise_keys(config.num_timesteps)
+        self._noise_keys = middle_timesteps(TIMESTEPS, config.num_timesteps)  # of every objective: continuous times too
         self._times = self._objective.measured_times(TIMESTEPS, config.num_timesteps)
         self._schedule = self._objective.schedule(config.num_timesteps)
         self._model: DiffusionTransformer | None = None

@@ -141,9 +141,10 @@ class EDTPipeline(DiffusionPipeline):
         objective = objective_of_model(transformer.edt.config)
         # A folder of an older version has fewer fields; the others get the values that were fixed in that version.
         chain = chain_config({"sampler": objective.samplers[0], **(protocol or {})})
-        if is_training_scheduler(scheduler, timesteps, objective):  # of a folder that does not state the shift there
+        if chain.time_shift != 1.0 and is_training_scheduler(scheduler, timesteps, objective):
+            # The scheduler of a folder whose protocol alone states the shift.
             scheduler = training_scheduler(timesteps, objective, chain.time_shift)
-        elif not is_training_scheduler(scheduler, timesteps, objective, chain.time_shift):
+        if not is_training_scheduler(scheduler, timesteps, objective, chain.time_shift):
             check_scheduler(scheduler, timesteps, objective)
         align_weights(transformer)  # diffusers memory-maps the files
         align_weights(vae)

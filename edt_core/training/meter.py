@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from edt_core.memory import peak_bytes
 from edt_core.models.kernels import project_tokens
 
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
@@ -125,6 +126,4 @@ def device_memory(device: torch.device) -> int:
     """Peak bytes that this process has allocated on a device; on the CPU, its peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()

@@ -11,9 +11,10 @@ from pathlib import Path
 from edt_core.errors import UserError
 from edt_core.printing.console import say
 from jobs.benchmark.encode import bench_encode
-from jobs.benchmark.images import bench_planning, bench_preprocess, made_photos, photos_in
+from jobs.benchmark.images import bench_preprocess, made_photos, photos_in
 from jobs.benchmark.latents import bench_latents
 from jobs.benchmark.memory import bench_memory
+from jobs.benchmark.planning import bench_planning
 from jobs.benchmark.table import Row, hardware, table
 from jobs.commands.options import add_json, parser_of
 from jobs.runtime.exit_code import exit_code

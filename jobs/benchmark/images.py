@@ -1,7 +1,5 @@
-"""Images a second of preprocess, and the planning of very many images."""
+"""Images a second of preprocess."""
 
-import os
-import subprocess
 import time
 from itertools import cycle, islice
 from pathlib import Path
@@ -9,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from edt_core.child_process import child_environment, python_command
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.folder import Folder
-from jobs.benchmark.table import Row, mib, timed
+from jobs.benchmark.table import Row, timed
 
 
 def photos_in(folder: Path) -> list[Path]:
@@ -112,31 +109,3 @@ def execute(stage: Any, config: Any, out: Path, **inputs: Any) -> Artifact:
     identity = stage.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
     artifact: Artifact = stage.execute(config, inputs, ArtifactWriter(Folder.at(out), stage.kind, identity), Silent())
     return artifact
-
-
-_PLAN = """
-import resource, sys, time
-from edt_core.config import PreprocessConfig, SourceConfig
-from edt_core.data.sources import list_source
-from jobs.stages.preprocess import plan_shards
-started = time.perf_counter()
-plans = plan_shards(list_source(SourceConfig(kind="image_folder", path=sys.argv[1])), PreprocessConfig())
-print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, len(plans))
-"""
-
-
-def bench_planning(work: Path, number: int, classes: int = 1000) -> list[Row]:
-    """Seconds and highest memory of listing `number` files in class folders and planning their shards."""
-    for k in range(classes):
-        folder = work / "paths" / f"n{k:08d}"
-        folder.mkdir(parents=True)
-        for i in range(number // classes):
-            os.close(os.open(folder / f"n{k:08d}_{i}.JPEG", os.O_CREAT))
-    command = python_command("-c", _PLAN, str(work / "paths"))
-    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=child_environment())
-    seconds, peak, shards = (float(value) for value in done.stdout.split())
-    what = f"planning {number:,} paths into {shards:.0f} shards"
-    return [
-        Row(what, f"{seconds:.1f} s", "", None, "under 60 s"),
-        Row(f"{what}, memory", mib(int(peak)), "", None, "under 2,048 MiB"),
-    ]

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from edt_core.child_process import child_environment, python_command
 from edt_core.evaluation.metrics import Gaussian, frechet_distance, kernel_distance, precision_recall
 from edt_core.evaluation.metrics.statistics import FeatureStatistics
+from edt_core.memory import peak_bytes
 from edt_core.printing.console import say
 from jobs.benchmark.table import Row, mib, timed
 
@@ -95,9 +95,7 @@ def _measure(metric: str, generated: int, reference: int, dimensions: int) -> tu
     with timed(seconds):
         (precision_recall if metric == "precision_recall" else kernel_distance)(generated_features, real)
     processor_s = time.process_time() - processor_s
-    # Not `getrusage`: its ru_maxrss starts at the parent's value when this process starts.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return seconds[0], processor_s, int(status.split("VmHWM:")[1].split()[0]) << 10
+    return seconds[0], processor_s, peak_bytes()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from edt_core.acceptance.subjects import step_inputs
 from edt_core.config import TrainConfig
+from edt_core.memory import peak_bytes, reset_peak, resident_bytes
 from edt_core.models import ModelConfig, model_config
 from edt_core.training.ranks import Ranks
 from edt_core.training.start.trainable import count_trained, step_flops
@@ -38,20 +38,14 @@ def step_of(kind: str, model: ModelConfig, name: str, batch_size: int) -> BareSt
     return BareStep(config, model, step_inputs(config, model, CPU), Ranks(device=CPU))
 
 
-def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM, the most since `clear_refs` was written."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) << 10
-
-
 def memory_of(kind: str, model: ModelConfig, name: str, batch_size: int) -> dict[str, int]:
     """Bytes by which this process grew at most during two steps, and bytes of the tensors of its checkpoint."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # a child's peak begins at that of its parent
-    before = resident("VmRSS")
+    reset_peak()
+    before = resident_bytes()
     step = step_of(kind, model, name, batch_size)
     for _ in range(2):
         step()
-    grown = resident("VmHWM") - before
+    grown = peak_bytes() - before
     tensors = to_checkpoint(step.state, step.config, num_samples=1).tensors
     sizes = [tensor.nbytes for file in tensors.values() for tensor in file.values()]
     return {"memory": grown, "checkpoint": sum(sizes)}

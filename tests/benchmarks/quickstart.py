@@ -49,6 +49,7 @@ def measure(store: str) -> dict[str, object]:
         "edt run, first [s]": round(first, 1),
         "edt run, second [s]": round(second, 1),
         "second run": summary[0] if summary else "?",
+        # The peak of a child starts at that of its parent, so this holds as long as this process itself is small.
         "largest process of the runs [MB]": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         **{f"{name}": f"{value} (untrained {untrained[name]})" for name, value in metrics.items()},
     }

@@ -17,7 +17,7 @@ PACKAGES = ("edt_core", "jobs", "pipelines")
 # Of each package the rooms, lowest floor first: a module imports from its own room and from floors below.
 FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "edt_core": (
-        frozenset({"printing", "config", "environment", "precision", "one_cycle", "cpu_units"}),
+        frozenset({"printing", "config", "environment", "precision", "one_cycle", "cpu_units", "memory"}),
         frozenset({"errors", "progress"}),
         frozenset({"network", "files", "child_process"}),
         frozenset({"store", "models"}),

@@ -1,0 +1,75 @@
+"""Time and memory of listing and planning very many images."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from edt_core.child_process import child_environment, python_command
+from edt_core.config import PreprocessConfig, SourceConfig
+from edt_core.memory import peak_bytes, reset_peak, resident_bytes
+from edt_core.printing.console import say
+from jobs.benchmark.table import Row, mib
+
+_LINKS = 50_000  # names of one file; ext4 allows 65,000
+
+
+class Planned(NamedTuple):
+    """What a plan took. before: resident bytes when it began, libraries included; peak: the most during it."""
+
+    seconds: float
+    before: int
+    peak: int
+    shards: int
+
+
+def make_paths(root: Path, number: int, classes: int = 1000) -> None:
+    """Files named like those of ImageNet in class folders: links to few files, which are made in seconds."""
+    origin = root.with_name(f"{root.name}-origin")
+    origin.mkdir(parents=True)
+    made = 0
+    for k in range(classes):
+        folder = root / f"n{k:08d}"
+        folder.mkdir(parents=True)
+        for i in range(number // classes):
+            if made % _LINKS == 0:
+                current = str(origin / f"{made}")
+                os.close(os.open(current, os.O_CREAT))
+            os.link(current, f"{folder}/n{k:08d}_{i}.JPEG")
+            made += 1
+
+
+def plan_in_child(root: Path) -> Planned:
+    """List a folder and plan its shards, in a process of its own."""
+    command = python_command("-m", "jobs.benchmark.planning", str(root))
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=child_environment())
+    return Planned(*json.loads(done.stdout))
+
+
+def measure(root: Path) -> Planned:
+    """List a folder and plan its shards, in this process."""
+    from edt_core.data.sources import list_source
+    from jobs.stages.preprocess import plan_shards
+
+    reset_peak()
+    before, started = resident_bytes(), time.perf_counter()
+    plans = plan_shards(list_source(SourceConfig(kind="image_folder", path=str(root))), PreprocessConfig())
+    return Planned(time.perf_counter() - started, before, peak_bytes(), len(plans))
+
+
+def bench_planning(work: Path, number: int, classes: int = 1000) -> list[Row]:
+    """Seconds and highest memory of listing `number` files in class folders and planning their shards."""
+    make_paths(work / "paths", number, classes)
+    planned = plan_in_child(work / "paths")
+    what = f"planning {number:,} paths into {planned.shards} shards"
+    return [
+        Row(what, f"{planned.seconds:.1f} s", "", None, "under 60 s"),
+        Row(f"{what}, memory", mib(planned.peak), f"before it {mib(planned.before)}", None, "under 2,048 MiB"),
+    ]
+
+
+if __name__ == "__main__":
+    say(json.dumps(measure(Path(sys.argv[1]))))

@@ -23,8 +23,9 @@ from edt_core.data.sources import (
     list_source,
     source_identity,
 )
-from edt_core.data.sources.files import in_threads_if_slow, shown
+from edt_core.data.sources.files import shown
 from edt_core.data.sources.places import expand_braces, locate
+from edt_core.data.sources.walk import in_threads_if_slow
 from edt_core.errors import UserError
 from edt_core.progress import Silent
 

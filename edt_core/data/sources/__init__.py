@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from edt_core.data.sources.classes import refuse_alike, remarks, select
-from edt_core.data.sources.files import Entry, as_text, entries, is_image, one_file, opened, some
+from edt_core.data.sources.files import as_text, is_image, opened, some
 from edt_core.data.sources.folder import list_image_folder
 from edt_core.data.sources.ilsvrc import CLASS_TAR, TRAIN_TAR, list_ilsvrc
 from edt_core.data.sources.labels import LABEL_FILES, list_labels
@@ -28,6 +28,7 @@ from edt_core.data.sources.parquet import list_parquet
 from edt_core.data.sources.places import Place, expand_braces, locate
 from edt_core.data.sources.reading import RawImage
 from edt_core.data.sources.tars import members, refuse_compressed
+from edt_core.data.sources.walk import Entry, entries, one_file
 from edt_core.data.sources.webdataset import list_webdataset
 from edt_core.errors import UserError
 from edt_core.progress import Progress, Silent

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from edt_core.data.sources.files import STAT, stat_of
+from edt_core.data.sources.walk import STAT, stat_of
 from edt_core.store.cache import cache_folder
 
 FOLDER = "digests"

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from edt_core.data.sources.classes import natural
-from edt_core.data.sources.files import IMAGES, as_text, by_extension, entries, files_below, is_image
+from edt_core.data.sources.files import IMAGES, as_text, by_extension, is_image
 from edt_core.data.sources.layouts import nesting, packed, refuse_other_layouts, refuse_two_levels
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
+from edt_core.data.sources.walk import entries, files_below
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.digests import listing as listed

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from edt_core.data.sources.files import as_text, extension, files_below, is_image, opened, some
+from edt_core.data.sources.files import as_text, extension, is_image, opened, some
 from edt_core.data.sources.folder import list_image_folder
 from edt_core.data.sources.listing import Listing, archive_table, encode_repeats
 from edt_core.data.sources.places import Place, matching
 from edt_core.data.sources.reading import ahead
 from edt_core.data.sources.tars import BLOCK_SIZE, members
+from edt_core.data.sources.walk import files_below
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.folder import Folder

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from edt_core.data.sources.classes import by_name
-from edt_core.data.sources.files import as_text, extension, files_below, is_image, read_errors, shown, some
+from edt_core.data.sources.files import as_text, extension, is_image, read_errors, shown, some
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
+from edt_core.data.sources.walk import files_below
 from edt_core.errors import UserError
 from edt_core.files.place_names import typed_path
 from edt_core.files.small_files import MAX_LABELS_BYTES, parse_json

@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from edt_core.data.sources.digest_cache import Listed, local_digests, stats_in
-from edt_core.data.sources.files import STAT, as_text
+from edt_core.data.sources.files import as_text
 from edt_core.data.sources.reading import RawImage, Result, Row, read_files, read_parquet, rows
+from edt_core.data.sources.walk import STAT
 from edt_core.progress import Progress, Silent
 from edt_core.store.folder import Folder
 

@@ -6,17 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from edt_core.data.sources.files import (
-    CREDENTIALS,
-    Files,
-    as_text,
-    files_below,
-    one_file,
-    read_errors,
-    remote,
-    shown,
-    some,
-)
+from edt_core.data.sources.files import CREDENTIALS, as_text, read_errors, remote, shown, some
+from edt_core.data.sources.walk import Files, files_below, one_file
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.folder import Folder

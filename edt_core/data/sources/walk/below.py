@@ -1,0 +1,129 @@
+"""The files of a source, found at any depth of a folder."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from edt_core.data.sources.files import THREADS, as_text, extension, read_errors
+from edt_core.data.sources.walk.disk import disk_entries, stat_of, walk_disk
+from edt_core.data.sources.walk.entry import STAT, Entry
+from edt_core.data.sources.walk.store import store_entries, store_file, walk_store
+from edt_core.progress import Progress
+from edt_core.store.folder import Folder
+
+_LONG_S = 0.05  # less says nothing of a disk
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Table of name (binary), size (int64) and, if remote, version (string), else STAT (uint64), sorted by name.
+
+    `others` counts the files that were not selected, by extension, for each folder that contains some; a folder
+    directly in the source is listed even without such files. The name of the source itself is empty.
+    """
+
+    table: pa.Table
+    others: dict[bytes, Counter[str]]
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Files that were not selected, by extension."""
+        return sum(self.others.values(), Counter())
+
+    @property
+    def names(self) -> list[bytes]:
+        return list(self.table["name"].to_pylist())
+
+
+def entries(root: Folder, folder: bytes = b"") -> list[Entry]:
+    """The files and folders directly in a folder of the source, sorted by name, without dotfiles.
+
+    Names are relative to `root`. Raises UserError for a folder that cannot be read: its images would be lost silently.
+    """
+    if (path := root.local) is not None:
+        return sorted(disk_entries(os.fsencode(path), folder))
+    return sorted(store_entries(root, folder))
+
+
+def _walk(root: Folder, folder: bytes) -> Iterator[Entry]:
+    path = root.local
+    return walk_store(root, folder) if path is None else walk_disk(os.fsencode(path), folder)
+
+
+def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress, *, recursive: bool = True) -> Files:
+    """The files at any depth whose relative name `keep` accepts. Slow sub-folders are listed in parallel."""
+    top = entries(root)
+    folders = [entry.name for entry in top if entry.is_folder] if recursive else []
+
+    def part(folder: bytes, files: Iterator[Entry]) -> tuple[pa.Table, dict[bytes, Counter[str]]]:
+        selection, others = [], {folder: Counter[str]()}
+        for entry in files:
+            if keep(entry.name):
+                selection.append(entry)
+            else:
+                others.setdefault(entry.name.rpartition(b"/")[0], Counter())[extension(entry.name)] += 1
+        return _table(selection, with_version=root.local is None), others
+
+    def listed(folder: bytes) -> tuple[pa.Table, dict[bytes, Counter[str]]]:
+        return part(folder, _walk(root, folder))
+
+    parts = [part(b"", (entry for entry in top if not entry.is_folder))]
+    results = _in_threads(listed, folders) if root.local is None else in_threads_if_slow(listed, folders)
+    for done, result in enumerate(results, 1):
+        parts.append(result)
+        progress.update(done, len(folders), "folders listed")
+    table = pa.concat_tables([table for table, _ in parts]).sort_by("name")
+    return Files(table, {folder: counts for _, others in parts for folder, counts in others.items()})
+
+
+def _in_threads(work: Callable[[bytes], Result], folders: Sequence[bytes]) -> Iterator[Result]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(work, folders)
+
+
+def in_threads_if_slow(work: Callable[[bytes], Result], folders: Sequence[bytes]) -> Iterator[Result]:
+    """One folder after another as long as the disk answers at once; if it lets one wait, the others in threads.
+
+    A network disk answers slowly. With a fast one the threads would wait for each other: eight of them took three times
+    as long as one. The order is that of the folders.
+    """
+    elapsed = worked = 0.0
+    for done, folder in enumerate(folders, 1):
+        began, before = time.perf_counter(), time.thread_time()
+        result = work(folder)
+        elapsed += time.perf_counter() - began
+        worked += time.thread_time() - before
+        yield result
+        if elapsed > _LONG_S and worked < elapsed / 2:
+            yield from _in_threads(work, folders[done:])
+            return
+
+
+def one_file(root: Folder, name: bytes) -> Files:
+    """An existing file as `Files`."""
+    with read_errors(f"{root.uri}/{as_text(name)}"):
+        if (path := root.local) is not None:
+            status = os.stat(os.path.join(os.fsencode(path), name))
+            file = Entry(name, False, status.st_size, "", stat_of(status))
+        else:
+            file = store_file(root, name)
+    return Files(_table([file], with_version=root.local is None), {})
+
+
+def _table(files: Sequence[Entry], with_version: bool) -> pa.Table:
+    columns = {
+        "name": pa.array([entry.name for entry in files], pa.binary()),
+        "size": pa.array([entry.size for entry in files], pa.int64()),
+    }
+    if with_version:
+        return pa.table({**columns, "version": pa.array([entry.version for entry in files], pa.string())})
+    stats = np.array([entry.stat for entry in files], np.uint64).reshape(-1, len(STAT))
+    return pa.table({**columns, **{name: pa.array(stats[:, k]) for k, name in enumerate(STAT)}})

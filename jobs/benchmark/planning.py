@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from edt_core.child_process import child_environment, python_command
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.memory import peak_bytes, reset_peak, resident_bytes
 from edt_core.printing.console import say
+from edt_core.store.folder import Folder
 from jobs.benchmark.table import Row, mib
 
 _LINKS = 50_000  # names of one file; ext4 allows 65,000
@@ -43,20 +45,23 @@ def make_paths(root: Path, number: int, classes: int = 1000) -> None:
 
 
 def plan_in_child(root: Path) -> Planned:
-    """List a folder and plan its shards, in a process of its own."""
+    """List a folder and write the plan of its shards, in a process of its own."""
     command = python_command("-m", "jobs.benchmark.planning", str(root))
     done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=child_environment())
     return Planned(*json.loads(done.stdout))
 
 
 def measure(root: Path) -> Planned:
-    """List a folder and plan its shards, in this process."""
+    """List a folder and write the plan of its shards, in this process."""
     from edt_core.data.sources import list_source
     from jobs.stages.preprocess import plan_shards
+    from jobs.stages.reuse.plan_file import write_plans
 
     reset_peak()
     before, started = resident_bytes(), time.perf_counter()
-    plans = plan_shards(list_source(SourceConfig(kind="image_folder", path=str(root))), PreprocessConfig())
+    listing = list_source(SourceConfig(kind="image_folder", path=str(root)))
+    with tempfile.TemporaryDirectory(dir=root.parent) as folder:
+        plans = write_plans(plan_shards(listing, PreprocessConfig()), Folder.at(folder))
     return Planned(time.perf_counter() - started, before, peak_bytes(), len(plans))
 
 

@@ -15,6 +15,7 @@ _NO_JOB = -1  # counts actors that are lost before they get an item
 def finished(refs: Sequence[Any]) -> Generator[Any, None, None]:
     """Yield references as their tasks finish. Closing the iterator cancels the remaining tasks."""
     pending = list(refs)
+    del refs  # a result is kept as long as its reference
     try:
         while pending:
             done, pending = ray.wait(pending, num_returns=1)

@@ -6,16 +6,17 @@ One Ray task makes one shard, so names and bytes depend neither on the number of
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.inspection import count_turned
-from edt_core.data.sources import UNREADABLE, Listing, image_versions, list_source, listing_identity
+from edt_core.data.sources import Listing, image_versions, list_source, listing_identity
 from edt_core.data.sources.classes import without_images
 from edt_core.data.sources.files import as_text
+from edt_core.data.tables import DigestRows
+from edt_core.data.tables.repeats import repeats_among
 from edt_core.errors import UserError
 from edt_core.files.small_files import parse_json
 from edt_core.progress import Counts, Progress, Silent
@@ -23,13 +24,13 @@ from edt_core.store.artifact import ArtifactWriter, Source
 from edt_core.store.digests import listing as listed
 from edt_core.store.layout import CLASSES_NAME
 from jobs.runtime.pool import MAX_RETRIES, finished
-from jobs.stages.reuse.image_shard import ShardPlan, ShardReport, build_shard
-from jobs.stages.reuse.images import EarlierImages, earlier_images, shard_slices
-from jobs.stages.reuse.siblings import Places, WrongRowError, discard_files, message_of, reuse_record
+from jobs.stages.reuse.image_shard import ShardReport, build_shard, shard_files
+from jobs.stages.reuse.images import EarlierImages, earlier_images
+from jobs.stages.reuse.plan_file import PLAN_NAME, PlannedShard, ShardPlans, write_plans
+from jobs.stages.reuse.siblings import WrongRowError, discard_files, message_of, reuse_record
 from jobs.stages.stage import REUSED, Stage
 
 _MOST_LISTED = 10_000  # quarantined images in the manifest; all of them are in the shards' reports
-_EXAMPLES = 10
 _LINE = "\n  "
 _TAR_BYTES = 5 << 10  # headers and padding of a sample's three members, and the contents of the two small ones
 
@@ -48,15 +49,12 @@ def images_per_shard(config: PreprocessConfig) -> int:
     return min(config.images_per_shard, config.max_shard_bytes // worst)
 
 
-def plan_shards(listing: Listing, config: PreprocessConfig, earlier: EarlierImages | None = None) -> list[ShardPlan]:
+def plan_shards(listing: Listing, config: PreprocessConfig, earlier: EarlierImages | None = None) -> ShardPlans:
     """Cut the listing into shards. The key of an image is its position in the whole listing.
 
     `earlier`: where its images are in artifacts that were made before.
     """
-    size = images_per_shard(config)
-    bounds = [(first, first + size) for first in range(0, len(listing), size)]
-    parts = shard_slices(earlier, bounds)
-    return [ShardPlan(k, bounds[k][0], listing.slice(*bounds[k]), part) for k, part in enumerate(parts)]
+    return ShardPlans(listing, images_per_shard(config), earlier)
 
 
 def preprocess(
@@ -71,17 +69,19 @@ def preprocess(
     assert source.selection is not None
     listing = list_source(source.selection, Counts(progress))  # its warnings were shown when the source was opened
     earlier = _earlier_images(config, listing, source, out)
+    digests = DigestRows(len(listing))
     try:
-        reports, reused = _make_shards(config, listing, earlier, out, progress)
+        reports, reused = _make_shards(config, listing, earlier, digests, out, progress)
     except WrongRowError as error:
         progress.warn(f"no image of an earlier artifact is reused, all are preprocessed again: {message_of(error)}")
-        discard_files(out, [name for plan in plan_shards(listing, config) for name in (plan.name, plan.report)])
-        reports, reused = _make_shards(config, listing, None, out, progress)
-    _check_source(listing, reports, source)
+        shards = range(len(plan_shards(listing, config)))
+        discard_files(out, [name for number in shards for name in shard_files(number)])
+        reports, reused = _make_shards(config, listing, None, digests, out, progress)
+    _check_source(listing, digests, source)
     if config.image_format == "jpeg":
         progress.warn("the shards are JPEG, which is lossy: make FID references from lossless shards")
     out.write_json(CLASSES_NAME, list(listing.classes))
-    counts = {**_counts(config, listing, reports, progress), **_turned(config, listing, progress)}
+    counts = {**_counts(config, listing, reports, digests, progress), **_turned(config, listing, progress)}
     return {**counts, **({REUSED: reused} if reused else {})}
 
 
@@ -105,26 +105,31 @@ def _make_shards(
     config: PreprocessConfig,
     listing: Listing,
     earlier: EarlierImages | None,
+    digests: DigestRows,
     out: ArtifactWriter,
     progress: Progress,
 ) -> tuple[list[ShardReport], dict[str, Any] | None]:
-    """The reports of all shards, in order, and what the manifest says of the rows that were reused."""
+    """The reports of all shards, in order, and what the manifest says of the rows that were reused.
+
+    Writes the digests of all originals to `digests`; the reports are returned without them.
+    """
     import ray
 
-    plans = plan_shards(listing, config, earlier)
+    plans = write_plans(plan_shards(listing, config, earlier), out.data)
     task = ray.remote(_shard_task).options(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
     pending = {task.remote(plan, config, out, progress, len(listing)): plan.index for plan in plans}
     reports: dict[int, ShardReport] = {}
-    reusing: dict[int, Places] = {}
     quarantined: list[tuple[str, str]] = []
     processed = 0
+    recovered: set[int] = set()
     try:
         with closing(finished(list(pending))) as done:
             for ref in done:
-                number = pending[ref]
-                reports[number], is_recovered = report, _ = ray.get(ref)
-                if (part := plans[number].earlier) is not None and not is_recovered:
-                    reusing[number] = part.places
+                report, is_recovered = ray.get(ref)
+                number = pending.pop(ref)
+                recovered |= {number} if is_recovered else set()
+                digests.write(plans[number].first, report.digests)
+                reports[number] = report.without_digests()
                 progress.update(report.num_processed, len(listing), "images", part=number)
                 quarantined += report.reasons
                 processed += report.num_processed
@@ -132,32 +137,46 @@ def _make_shards(
     except WrongRowError:
         ray.wait(list(pending), num_returns=len(pending))  # none may write a shard after this
         raise
+    finally:
+        out.data.remove(PLAN_NAME)
+    reusing = {
+        plan.index: earlier.places.part(plan.first, plan.first + reports[plan.index].num_processed)
+        for plan in plans
+        if earlier is not None and plan.artifacts is not None and plan.index not in recovered
+    }
     return [reports[k] for k in range(len(plans))], reuse_record(reusing, out.fingerprint)
 
 
 def _shard_task(
-    plan: ShardPlan, config: PreprocessConfig, out: ArtifactWriter, progress: Progress, total: int
+    planned: PlannedShard, config: PreprocessConfig, out: ArtifactWriter, progress: Progress, total: int
 ) -> tuple[ShardReport, bool]:
     """Make a shard, or take over a finished one; returns its report and whether it was taken over."""
-    if out.recover(plan.name) and out.recover(plan.report):
-        return ShardReport.from_json(parse_json(out.data.read_bytes(plan.report), plan.report)), True
+    shard, report = shard_files(planned.index)
+    if out.recover(shard) and out.recover(report):
+        return ShardReport.from_json(parse_json(out.data.read_bytes(report), report)), True
+    plan = planned.read()
     return build_shard(plan, config, out, lambda done: progress.update(done, total, "images", part=plan.index)), False
 
 
 def _counts(
-    config: PreprocessConfig, listing: Listing, reports: Sequence[ShardReport], progress: Progress
+    config: PreprocessConfig,
+    listing: Listing,
+    reports: Sequence[ShardReport],
+    digests: DigestRows,
+    progress: Progress,
 ) -> dict[str, Any]:
     quarantined = [item for report in reports for item in report.reasons]
     rows = sum(report.rows for report in reports)
     written = np.concatenate([report.written() for report in reports])
     labels = np.asarray(listing.table["label"])[written]
     class_counts = np.bincount(labels, minlength=len(listing.classes))
-    repeats = _repeats(b"".join(report.digests for report in reports), written, labels)
+    repeats = repeats_among(digests, np.flatnonzero(written), labels)
     is_emptied = (class_counts == 0) & (listing.class_counts > 0)
     if emptied := [listing.classes[label] for label in np.flatnonzero(is_emptied)]:
         progress.warn(f"without the unreadable images, {without_images(emptied, len(listing.classes))}")
     if repeats.under_several_classes:
-        names = listing.table["name"].take(np.flatnonzero(written)[np.ravel(repeats.examples)]).to_pylist()
+        places = np.flatnonzero(written)[np.ravel(repeats.examples)].tolist()
+        names = [listing.table["name"][place].as_py() for place in places]
         pairs = [f"{as_text(one)} = {as_text(other)}" for one, other in zip(names[::2], names[1::2], strict=True)]
         progress.warn(
             f"{repeats.under_several_classes} images are in more than one class, identical byte for byte, and are kept "
@@ -200,39 +219,14 @@ def _turned(config: PreprocessConfig, listing: Listing, progress: Progress) -> d
     return {"turned": turned, "turned_of": inspected}
 
 
-class _Repeats(NamedTuple):
-    """Images that are identical byte for byte.
-
-    duplicates: all except one of each image. under_several_classes: distinct images that are in two classes or more.
-    examples: two positions [n, 2], among the written images, of each of the first ten of those.
-    """
-
-    duplicates: int
-    under_several_classes: int
-    examples: NDArray[np.int64]
-
-
-def _repeats(digests: bytes, written: NDArray[np.bool_], labels: NDArray[np.int32]) -> _Repeats:
-    """Repeats among the written images. `labels` are of those; `digests` and `written` are of all images."""
-    words = np.frombuffer(digests, dtype=np.uint64).reshape(len(written), -1)[written]
-    order = np.lexsort((labels, *words.T))
-    same = (words[order[1:]] == words[order[:-1]]).all(axis=1)
-    mixed = np.flatnonzero(same & (labels[order[1:]] != labels[order[:-1]]))
-    image = np.cumsum(~same)[mixed]  # which distinct image each pair shows
-    _, first = np.unique(image, return_index=True)
-    starts = mixed[first[:_EXAMPLES]]
-    return _Repeats(int(same.sum()), len(first), np.stack([order[starts], order[starts + 1]], axis=1))
-
-
-def _check_source(listing: Listing, reports: Sequence[ShardReport], source: Source) -> None:
+def _check_source(listing: Listing, digests: DigestRows, source: Source) -> None:
     """Raise UserError unless the images that were read are those of the fingerprint.
 
     Remote images are not checked: their fingerprint is made of what the store lists, not of their bytes.
     """
     if listing.remote:
         return
-    digests = np.frombuffer(b"".join(report.digests for report in reports), np.uint8).reshape(-1, len(UNREADABLE))
-    if listing_identity(listing, digests) != source.fingerprint:
+    if listing_identity(listing, digests.read) != source.fingerprint:
         raise _changed(source)
 
 

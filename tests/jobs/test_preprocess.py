@@ -18,6 +18,8 @@ from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.data.images import MAX_PIXELS, center_crop, decode_rgb, encode_image
 from edt_core.data.shards import read_image_shard
 from edt_core.data.sources import list_source
+from edt_core.data.tables import DigestRows
+from edt_core.data.tables.repeats import repeats_among
 from edt_core.errors import UserError
 from edt_core.progress import CollectedWarnings, Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
@@ -398,7 +400,9 @@ def test_repeats_are_counted_as_sets_count_them() -> None:
         which = rng.integers(0, images, 100)
         kept, labels = rng.random(100) < 0.8, rng.integers(0, 3, 100).astype(np.int32)
         digests = [hashlib.sha256(bytes([number])).digest() for number in which]
-        found = preprocess._repeats(b"".join(digests), kept, labels[kept])
+        rows = DigestRows(len(digests))
+        rows.write(0, b"".join(digests))
+        found = repeats_among(rows, np.flatnonzero(kept), labels[kept])
         by_digest: dict[bytes, set[int]] = {}
         for digest, label in zip(np.array(digests, dtype=object)[kept], labels[kept], strict=True):
             by_digest.setdefault(digest, set()).add(int(label))

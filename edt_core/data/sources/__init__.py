@@ -74,7 +74,7 @@ def list_source(config: "SourceConfig", progress: Progress = _SILENT) -> Listing
     refuse_compressed(str(place))
     kind = config.kind if config.kind != "auto" else detect_kind(place, config.labels)
     listing = _LISTERS[kind](place, config, progress)
-    if repeated := duplicates(listing.table["name"]):
+    if repeated := duplicates(listing):
         raise UserError(f"{len(repeated)} names in {place} occur twice: {some(repeated)}; rename or remove one of each")
     refuse_alike(listing.classes, place)
     return select(listing, place, config.classes, config.limit)

@@ -4,7 +4,7 @@ import difflib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from edt_core.data.sources.files import SHOWN, as_text, by_extension, shown, some
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
+from edt_core.data.tables import mapped
 from edt_core.errors import UserError
 
 MAX_CLASSES = 1_000_000
@@ -188,9 +189,14 @@ def _of_classes(listing: Listing, place: Place, selection: tuple[str, ...]) -> L
                 f"{', '.join(map(repr, close))}{' and others' if len(classes) > len(close) else ''}"
             )
     indices = [index for index, name in enumerate(classes) if name in set(selection)]
-    labels = pc.index_in(listing.table["label"], pa.array(indices, pa.int32()))
     column = listing.table.schema.get_field_index("label")
-    table = listing.table.set_column(column, "label", labels.cast(pa.int32())).filter(pc.is_valid(labels))
-    if not len(table):
+
+    def parts() -> Iterator[pa.RecordBatch]:
+        for batch in listing.rows.batches():
+            labels = pc.index_in(batch.column(column), pa.array(indices, pa.int32())).cast(pa.int32())
+            yield batch.set_column(column, "label", labels).filter(pc.is_valid(labels))
+
+    rows = mapped(parts(), listing.table.schema)
+    if not len(rows):
         raise UserError(f"the classes {some(selection)} have no images in {place}; choose others with source.classes")
-    return replace(listing, classes=tuple(classes[index] for index in indices), table=table)
+    return replace(listing, classes=tuple(classes[index] for index in indices)).with_rows(rows)

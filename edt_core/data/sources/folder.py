@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from edt_core.data.sources.layouts import nesting, packed, refuse_other_layouts,
 from edt_core.data.sources.listing import Listing
 from edt_core.data.sources.places import Place
 from edt_core.data.sources.walk import entries, files_below
+from edt_core.data.tables import MappedTable, mapped
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.digests import listing as listed
@@ -35,9 +36,8 @@ def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) 
             f"{place} is not a folder; source.kind=image_folder needs a folder with one sub-folder per class"
         )
     files = files_below(place.root, is_image, progress)
-    table = files.table.filter(pc.match_substring(files.table["name"], "/"))
-    loose = len(files.table) - len(table)
-    if not len(table):
+    rows, loose = _in_folders(files.rows)
+    if not len(rows):
         extensions = f" ({by_extension(files.left_out)})" if files.left_out else ""
         raise UserError(
             f"no images in {place}'s class folders: {files.left_out.total()} other files{extensions} and {loose} "
@@ -47,29 +47,54 @@ def list_image_folder(place: Place, config: "SourceConfig", progress: Progress) 
     skipped = {"directly in the source, without a class folder": loose} if loose else {}
     if loose:
         progress.warn(f"{loose} images directly in {place} have no class folder and are skipped")
-    folders = nesting(table["name"])
+    names = rows.table["name"]
+    folders = nesting(rows)
     last = config.class_folder == "last"
     if not config.classes:
         if not (last and len(folders) == 1):  # with class_folder "last" one folder around all others is fine
-            refuse_other_layouts(place, folders, table["name"])
+            refuse_other_layouts(place, folders, names)
         if config.class_folder is None:
             refuse_two_levels(place, folders)
-    folder = _class_folders(table["name"], last)
-    with_images = pc.unique(folder).to_pylist()
+    with_images = _distinct_class_folders(rows, last)
     others = _by_class_folder(files.others, with_images, last)
     empty = [name for name in sorted(others) if not config.classes or as_text(name) in config.classes]
     if empty and not config.allow_empty_classes:
         raise _empty(place, empty, others)
-    names = natural([*with_images, *empty])
-    labels = pc.index_in(folder, pa.array(names, pa.binary())).cast(pa.int32())
-    table = table.add_column(1, "label", labels)
-    return Listing(place.root, tuple(map(as_text, names)), table, "file", dict(files.left_out), skipped)
+    classes = natural([*with_images, *empty])
+    index = pa.array(classes, pa.binary())
+    rows = rows.with_column(
+        1, "label", [pc.index_in(folder, index).cast(pa.int32()) for folder in _class_folders(rows, last)]
+    )
+    left_out = dict(files.left_out)
+    return Listing(place.root, tuple(map(as_text, classes)), rows.table, "file", left_out, skipped, rows.pages)
 
 
-def _class_folders(names: pa.ChunkedArray, last: bool) -> pa.ChunkedArray:
-    if last:
-        return pc.replace_substring_regex(names, "/[^/]*$", "")
-    return pc.list_element(pc.split_pattern(names, "/", max_splits=1), 0)
+def _in_folders(files: MappedTable) -> tuple[MappedTable, int]:
+    """The images in folders, and the number of those directly in the source."""
+    loose = 0
+    for batch in files.batches("name"):
+        loose += len(batch) - pc.sum(pc.match_substring(batch.column(0), "/")).as_py()
+    if not loose:
+        return files, 0
+    parts = (batch.filter(pc.match_substring(batch.column("name"), "/")) for batch in files.batches())
+    return mapped(parts, files.table.schema), loose
+
+
+def _class_folders(rows: MappedTable, last: bool) -> Iterator[pa.Array]:
+    """The class folder of each image, by batches."""
+    for batch in rows.batches("name"):
+        if last:
+            yield pc.replace_substring_regex(batch.column(0), "/[^/]*$", "")
+        else:
+            yield pc.list_element(pc.split_pattern(batch.column(0), "/", max_splits=1), 0)
+
+
+def _distinct_class_folders(rows: MappedTable, last: bool) -> list[bytes]:
+    """The class folders, in order of their first image."""
+    distinct: dict[bytes, None] = {}
+    for folder in _class_folders(rows, last):
+        distinct |= dict.fromkeys(pc.unique(folder).to_pylist())
+    return list(distinct)
 
 
 def _by_class_folder(

@@ -1,6 +1,7 @@
 """Detects folders whose sub-folders are not classes: splits, parts of a data set, packed formats."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 
 from edt_core.data.sources.files import as_text, some
 from edt_core.data.sources.places import Place
+from edt_core.data.tables import MappedTable
 from edt_core.errors import UserError
 
 _SPLIT = re.compile(
@@ -47,17 +49,18 @@ class Nested(NamedTuple):
     direct: int
 
 
-def nesting(names: pa.ChunkedArray) -> list[Nested]:
+def nesting(rows: MappedTable) -> list[Nested]:
     """The folders directly in a source, sorted, from the names of its images (binary, each `<folder>/.../<file>`)."""
-    parts = pc.split_pattern(names, b"/", max_splits=2)
-    first = pc.list_element(parts, 0).cast(pa.binary())
-    second = pc.if_else(pc.greater(pc.list_value_length(parts), 2), pc.list_element(parts, 1), pa.scalar(b""))
-    grouped = pa.table({"first": first, "second": second}).group_by(["first", "second"]).aggregate([([], "count_all")])
-    counts: dict[bytes, dict[bytes, int]] = {}
-    for row in grouped.to_pylist():
-        counts.setdefault(row["first"], {})[row["second"]] = row["count_all"]
+    counts: dict[bytes, Counter[bytes]] = {}
+    for batch in rows.batches("name"):
+        parts = pc.split_pattern(batch.column(0), b"/", max_splits=2)
+        first = pc.list_element(parts, 0).cast(pa.binary())
+        second = pc.if_else(pc.greater(pc.list_value_length(parts), 2), pc.list_element(parts, 1), pa.scalar(b""))
+        grouped = pa.table({"first": first, "second": second}).group_by(["first", "second"])
+        for row in grouped.aggregate([([], "count_all")]).to_pylist():
+            counts.setdefault(row["first"], Counter())[row["second"]] += row["count_all"]
     return [
-        Nested(name, sum(inner.values()), tuple(sorted(key for key in inner if key)), inner.get(b"", 0))
+        Nested(name, sum(inner.values()), tuple(sorted(key for key in inner if key)), inner[b""])
         for name, inner in sorted(counts.items())
     ]
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from edt_core.data.sources.digest_cache import Listed, local_digests, stats_in
 from edt_core.data.sources.files import as_text
 from edt_core.data.sources.reading import RawImage, Result, Row, read_files, read_parquet, rows
 from edt_core.data.sources.walk import STAT
+from edt_core.data.tables import ROWS, MappedTable, Pages
 from edt_core.progress import Progress, Silent
 from edt_core.store.folder import Folder
 
@@ -31,7 +33,7 @@ Access = Literal["file", "range", "parquet"]
 class Listing:
     """Every image of a labelled source. Picklable; a slice is small enough to send to a worker.
 
-    `table` has one row per image, in order:
+    `table` has one row per image, in order; of very many files it is mapped from a file, whose pages are `pages`:
         name     binary     unique; file name relative to `root`, member of a tar, or `<parquet file>#<row>`
         label    int32      index into `classes`
         size     int64      bytes of the encoded image; 0 for parquet files, whose image sizes are unknown until read
@@ -47,9 +49,19 @@ class Listing:
     access: Access
     left_out: Mapping[str, int] = field(default_factory=dict)  # files of the source that are not images, by extension
     skipped: Mapping[str, int] = field(default_factory=dict)  # images that have no class, by the reason
+    pages: Pages = field(default_factory=Pages, compare=False, repr=False)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    @property
+    def rows(self) -> MappedTable:
+        """The table for passes over all rows, which hold a few batches of a mapped one."""
+        return MappedTable(self.table, self.pages)
+
+    def with_rows(self, rows: MappedTable) -> "Listing":
+        """The same source with other rows."""
+        return replace(self, table=rows.table, pages=rows.pages)
 
     @property
     def class_counts(self) -> np.ndarray:
@@ -69,12 +81,18 @@ class Listing:
         start, stop = max(start, 0), min(max(stop, start, 0), len(self))
         part = self.table.slice(start, stop - start)  # `take` on the whole table would join its chunks each time
         part = part.drop_columns([name for name in STAT if name in part.schema.names])
-        return replace(self, table=part, left_out={}, skipped={}).take(np.arange(stop - start))
+        return replace(self, table=part, left_out={}, skipped={}, pages=Pages()).take(np.arange(stop - start))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Listing":
         """The images at these indices, in this order."""
-        table = self.table.take(pa.array(np.asarray(indices, dtype=np.int64)))
-        return replace(self, table=encode_repeats(decode_repeats(table)).combine_chunks())
+        places = np.asarray(indices, dtype=np.int64)
+        is_ascending = bool((places[1:] >= places[:-1]).all())
+        order = np.argsort(places, kind="stable")
+        rows = self.rows.take(places if is_ascending else places[order])
+        if is_ascending and len(places) > ROWS and self.access == "file":
+            return self.with_rows(rows)
+        table = rows.table if is_ascending else rows.table.take(pa.array(np.argsort(order, kind="stable")))
+        return replace(self, table=encode_repeats(decode_repeats(table)).combine_chunks(), pages=Pages())
 
     def images(self) -> Iterator[RawImage]:
         """The encoded images in order, read ahead by eight threads (parquet: streamed by one).
@@ -140,10 +158,7 @@ def combine_identity(
 
     `names` are those of the table, or of `RawImage.name`; `digests` are separate, or joined into one bytes object.
     """
-    total = hashlib.sha256(_FORMAT)
-    total.update(struct.pack("<q", len(classes)))
-    for name in classes:
-        total.update(_text(name))
+    total = _identity_of_classes(classes)
     if isinstance(digests, bytes | bytearray):
         joined = memoryview(digests)
         digests = (bytes(joined[at : at + _DIGEST]) for at in range(0, len(joined), _DIGEST))
@@ -151,6 +166,13 @@ def combine_identity(
         assert len(digest) == _DIGEST
         total.update(_text(image) + struct.pack("<q", label) + digest)
     return total.hexdigest()
+
+
+def _identity_of_classes(classes: Sequence[str]) -> "hashlib._Hash":
+    total = hashlib.sha256(_FORMAT + struct.pack("<q", len(classes)))
+    for name in classes:
+        total.update(_text(name))
+    return total
 
 
 def _text(name: bytes | str) -> bytes:
@@ -169,8 +191,12 @@ def _version_digest(row: Row) -> bytes:
 
 def image_versions(table: pa.Table) -> NDArray[np.uint8]:
     """A digest of each remote image's name, size and version token, uint8 [N, 32]: equal while it is not written to."""
-    joined = (hashlib.sha256(row.name + b"\0" + _version_digest(row)).digest() for row in rows(table))
-    return np.frombuffer(b"".join(joined), np.uint8).reshape(-1, _DIGEST)
+    return _as_rows((hashlib.sha256(row.name + b"\0" + _version_digest(row)).digest() for row in rows(table)), table)
+
+
+def _as_rows(digests: Iterator[bytes], table: pa.Table) -> NDArray[np.uint8]:
+    """Digests of the rows of a table, uint8 [N, 32]."""
+    return np.fromiter(digests, np.dtype((np.void, _DIGEST)), len(table)).view(np.uint8).reshape(-1, _DIGEST)
 
 
 def source_identity(listing: Listing, progress: Progress = _SILENT, again: bool = False) -> str:
@@ -178,10 +204,38 @@ def source_identity(listing: Listing, progress: Progress = _SILENT, again: bool 
     return listing_identity(listing, source_digests(listing, progress, again))
 
 
-def listing_identity(listing: Listing, digests: NDArray[np.uint8]) -> str:
-    """The identity of a listing whose images have these digests, uint8 [N, 32]."""
-    names, labels = listing.table["name"].to_pylist(), listing.table["label"].to_pylist()
-    return combine_identity(listing.classes, names, labels, digests.tobytes())
+def listing_identity(listing: Listing, digests: NDArray[np.uint8] | Callable[[int, int], NDArray[np.uint8]]) -> str:
+    """The identity of a listing whose images have these digests, uint8 [N, 32], or a function that reads a range."""
+    read = digests if callable(digests) else lambda first, stop: digests[first:stop]
+    total = _identity_of_classes(listing.classes)
+    first = 0
+    for batch in listing.rows.batches("name", "label"):
+        total.update(_identity_of_rows(batch, read(first, first + len(batch))))
+        first += len(batch)
+    return total.hexdigest()
+
+
+def _identity_of_rows(batch: pa.RecordBatch, digests: NDArray[np.uint8]) -> pa.Buffer | bytes:
+    """What `combine_identity` hashes for these rows."""
+    names, labels = batch.column("name"), batch.column("label")
+    try:
+        names.cast(pa.string())
+    except pa.ArrowInvalid:  # a name that is not UTF-8 is hashed as its text
+        names = pa.array([as_text(name).encode() for name in names.to_pylist()], pa.binary())
+    lengths = pc.binary_length(names).cast(pa.int64())
+    parts = [_column_of(lengths, 8), names, _column_of(labels.cast(pa.int64()), 8), _column_of(digests, _DIGEST)]
+    joined = pc.binary_join_element_wise(*parts, pa.scalar(b"", pa.binary()))
+    _, offsets, data = joined.buffers()
+    ends = np.frombuffer(offsets, np.int32)[joined.offset :]
+    return data[int(ends[0]) : int(ends[len(joined)])]
+
+
+def _column_of(values: pa.Array | NDArray[Any], width: int) -> pa.Array:
+    """The little-endian bytes of each row."""
+    data = np.ascontiguousarray(np.asarray(values))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(data), [None, pa.py_buffer(data)]).cast(
+        pa.binary()
+    )
 
 
 def source_digests(listing: Listing, progress: Progress = _SILENT, again: bool = False) -> NDArray[np.uint8]:
@@ -192,8 +246,7 @@ def source_digests(listing: Listing, progress: Progress = _SILENT, again: bool =
     and of the store's version token (an ETag) of the file that holds it.
     """
     if listing.root.local is None:
-        joined = b"".join(map(_version_digest, rows(listing.table)))
-        return np.frombuffer(joined, np.uint8).reshape(-1, _DIGEST)
+        return _as_rows(map(_version_digest, rows(listing.table)), listing.table)
 
     def read(places: NDArray[np.int64]) -> Iterator[bytes]:
         table = listing.table if len(places) == len(listing) else listing.take(places).table
@@ -225,10 +278,16 @@ def _reporting(digests: Iterable[bytes], total: int, progress: Progress) -> Iter
             progress.update(done, total, "images digested")
 
 
-def duplicates(names: pa.ChunkedArray) -> list[bytes]:
-    """Names that occur more than once, sorted."""
-    if pc.count_distinct(names).as_py() == len(names):
+def duplicates(listing: Listing) -> list[bytes]:
+    """Names that occur more than once, sorted. Takes 16 bytes an image."""
+    hashes = np.empty(len(listing), np.int64)
+    first = 0
+    for batch in listing.rows.batches("name"):
+        hashes[first : first + len(batch)] = [hash(name) for name in batch.column(0).to_pylist()]
+        first += len(batch)
+    in_order = np.sort(hashes)
+    repeated = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
+    if not len(repeated):
         return []
-    counts = pc.value_counts(names)
-    repeated = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
-    return sorted(pc.struct_field(repeated, "values").to_pylist())
+    names = listing.table["name"].filter(pa.array(np.isin(hashes, repeated))).to_pylist()
+    return sorted(name for name, number in Counter(names).items() if number > 1)

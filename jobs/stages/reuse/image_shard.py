@@ -19,6 +19,12 @@ from jobs.stages.reuse.images import EarlierImages, EarlierRows, positions_to_re
 from jobs.stages.reuse.siblings import WrongRowError
 
 
+def shard_files(number: int) -> tuple[str, str]:
+    """The names of a shard and of the report beside it."""
+    name = IMAGE_SHARD.format(number)
+    return name, REPORT_OF_SHARD.format(name)
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """The content of one shard: a slice of the listing that begins at image `first`."""
@@ -30,11 +36,11 @@ class ShardPlan:
 
     @property
     def name(self) -> str:
-        return IMAGE_SHARD.format(self.index)
+        return shard_files(self.index)[0]
 
     @property
     def report(self) -> str:
-        return REPORT_OF_SHARD.format(self.name)
+        return shard_files(self.index)[1]
 
 
 @dataclass
@@ -48,6 +54,7 @@ class ShardReport:
     quarantined: list[tuple[int, str, str]]
     digests: bytes
     versions: bytes = b""
+    processed: int = 0  # originals, if their digests are elsewhere
 
     @property
     def reasons(self) -> list[tuple[str, str]]:
@@ -55,7 +62,11 @@ class ShardReport:
 
     @property
     def num_processed(self) -> int:
-        return len(self.digests) // len(UNREADABLE)
+        return len(self.digests) // len(UNREADABLE) or self.processed
+
+    def without_digests(self) -> "ShardReport":
+        """The report without what grows with the number of images."""
+        return ShardReport(self.rows, self.quarantined, b"", processed=self.num_processed)
 
     def written(self) -> NDArray[np.bool_]:
         """Whether each processed image was written."""

@@ -6,7 +6,7 @@ Legend: N images of the new artifact, n images of one shard of it, quarantined o
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -166,9 +166,3 @@ def positions_to_read(earlier: EarlierImages, fingerprint: str, shard: int) -> N
     """Which originals of a shard are read, bool [n]: those in no earlier artifact, and the sample to compare."""
     reused = earlier.places.reused
     return ~reused | checked_rows(reused, fingerprint, shard)
-
-
-def shard_slices(earlier: EarlierImages | None, bounds: Sequence[tuple[int, int]]) -> list[EarlierImages | None]:
-    """The part of each shard, given its first image and the one after its last; None if it reuses nothing."""
-    parts = [None if earlier is None else earlier.slice(*pair) for pair in bounds]
-    return [part if part is not None and part.places.reused.any() else None for part in parts]

@@ -46,6 +46,11 @@ class Places:
         """Whether each row is in an earlier artifact, bool [n]."""
         return self.artifact != NONE
 
+    def part(self, start: int, stop: int) -> "Places":
+        """Rows [start, stop) with the arrays of all: for use in this process."""
+        part = slice(start, stop)
+        return replace(self, artifact=self.artifact[part], shard=self.shard[part], row=self.row[part])
+
     def slice(self, start: int, stop: int, shard_name: str) -> "Places":
         """Rows [start, stop). The manifests are reduced to the files that contain them, named by `shard_name`."""
         part = slice(start, stop)

@@ -4,8 +4,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -14,24 +15,32 @@ import pyarrow as pa
 from edt_core.data.sources.files import THREADS, as_text, extension, read_errors
 from edt_core.data.sources.walk.disk import disk_entries, stat_of, walk_disk
 from edt_core.data.sources.walk.entry import STAT, Entry
-from edt_core.data.sources.walk.store import store_entries, store_file, walk_store
+from edt_core.data.sources.walk.store import Below, store_entries, store_file, walk_store
+from edt_core.data.tables import MappedTable, Sorter
 from edt_core.progress import Progress
 from edt_core.store.folder import Folder
 
 _LONG_S = 0.05  # less says nothing of a disk
+_ENTRIES = 4096  # files that are Python objects at a time
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Files:
-    """Table of name (binary), size (int64) and, if remote, version (string), else STAT (uint64), sorted by name.
+    """Rows of name (binary), size (int64) and, if remote, version (string), else STAT (uint64), sorted by name.
 
     `others` counts the files that were not selected, by extension, for each folder that contains some; a folder
     directly in the source is listed even without such files. The name of the source itself is empty.
     """
 
-    table: pa.Table
+    rows: MappedTable
     others: dict[bytes, Counter[str]]
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows."""
+        return self.rows.table
 
     @property
     def left_out(self) -> Counter[str]:
@@ -53,40 +62,72 @@ def entries(root: Folder, folder: bytes = b"") -> list[Entry]:
     return sorted(store_entries(root, folder))
 
 
-def _walk(root: Folder, folder: bytes) -> Iterator[Entry]:
-    path = root.local
-    return walk_store(root, folder) if path is None else walk_disk(os.fsencode(path), folder)
-
-
 def files_below(root: Folder, keep: Callable[[bytes], bool], progress: Progress, *, recursive: bool = True) -> Files:
     """The files at any depth whose relative name `keep` accepts. Slow sub-folders are listed in parallel."""
     top = entries(root)
-    folders = [entry.name for entry in top if entry.is_folder] if recursive else []
+    # In order of the names below them, so that a disk's files arrive almost sorted.
+    folders = sorted((e.name for e in top if e.is_folder), key=lambda name: name + b"/") if recursive else []
+    is_remote = root.local is None
 
-    def part(folder: bytes, files: Iterator[Entry]) -> tuple[pa.Table, dict[bytes, Counter[str]]]:
-        selection, others = [], {folder: Counter[str]()}
+    def part(files: Iterator[Entry]) -> dict[bytes, Counter[str]]:
+        selection: list[Entry] = []
+        others: dict[bytes, Counter[str]] = {}
         for entry in files:
             if keep(entry.name):
                 selection.append(entry)
+                if len(selection) == _ENTRIES:
+                    sorter.add(_table(selection, is_remote))
+                    selection.clear()
             else:
                 others.setdefault(entry.name.rpartition(b"/")[0], Counter())[extension(entry.name)] += 1
-        return _table(selection, with_version=root.local is None), others
+        sorter.add(_table(selection, is_remote))
+        return others
 
-    def listed(folder: bytes) -> tuple[pa.Table, dict[bytes, Counter[str]]]:
-        return part(folder, _walk(root, folder))
+    def of_disk(path: bytes, folder: bytes) -> dict[bytes, Counter[str]]:
+        return part(walk_disk(path, folder))
 
-    parts = [part(b"", (entry for entry in top if not entry.is_folder))]
-    results = _in_threads(listed, folders) if root.local is None else in_threads_if_slow(listed, folders)
-    for done, result in enumerate(results, 1):
-        parts.append(result)
-        progress.update(done, len(folders), "folders listed")
-    table = pa.concat_tables([table for table, _ in parts]).sort_by("name")
-    return Files(table, {folder: counts for _, others in parts for folder, counts in others.items()})
+    def of_store(below: Below) -> tuple[dict[bytes, Counter[str]], list[Below]]:
+        more: list[Below] = []
+        return part(walk_store(root, below, more)), more
+
+    with Sorter(_table([], is_remote).schema, by="name") as sorter:
+        others = {folder: Counter[str]() for folder in (b"", *folders)}
+        others |= part(entry for entry in top if not entry.is_folder)
+        if (path := root.local) is None:
+            results = _in_growing_threads(of_store, [Below(folder) for folder in folders])
+        else:
+            on_disk = in_threads_if_slow(partial(of_disk, os.fsencode(path)), folders)
+            results = ((result, len(folders)) for result in on_disk)
+        for done, (result, total) in enumerate(results, 1):
+            for folder, counts in result.items():
+                others.setdefault(folder, Counter()).update(counts)
+            progress.update(done, total, "folders listed")
+        return Files(sorter.finish(), others)
 
 
 def _in_threads(work: Callable[[bytes], Result], folders: Sequence[bytes]) -> Iterator[Result]:
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(work, folders)
+
+
+def _in_growing_threads(
+    work: Callable[[Item], tuple[Result, list[Item]]], items: Sequence[Item]
+) -> Iterator[tuple[Result, int]]:
+    """(result, number of items so far) of each item as it is done. `work` also returns further items."""
+    total = len(items)
+    with ThreadPoolExecutor(THREADS) as pool:
+        pending = {pool.submit(work, item) for item in items}
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    result, more = future.result()
+                    pending |= {pool.submit(work, item) for item in more}
+                    total += len(more)
+                    yield result, total
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def in_threads_if_slow(work: Callable[[bytes], Result], folders: Sequence[bytes]) -> Iterator[Result]:
@@ -115,7 +156,7 @@ def one_file(root: Folder, name: bytes) -> Files:
             file = Entry(name, False, status.st_size, "", stat_of(status))
         else:
             file = store_file(root, name)
-    return Files(_table([file], with_version=root.local is None), {})
+    return Files(MappedTable(_table([file], with_version=root.local is None)), {})
 
 
 def _table(files: Sequence[Entry], with_version: bool) -> pa.Table:

@@ -1,0 +1,7 @@
+"""Tables of very many rows: Arrow files that are written as they are made, and mapped when they are read."""
+
+from edt_core.data.tables.arrow_file import ROWS, MappedTable, Pages, mapped
+from edt_core.data.tables.digest_rows import DigestRows
+from edt_core.data.tables.sorting import Sorter
+
+__all__ = ["ROWS", "DigestRows", "MappedTable", "Pages", "Sorter", "mapped"]

@@ -192,6 +192,11 @@ class EncodeConfig(Section):
     precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field(
         "fp32", description="precision of the autoencoder; below fp32 its error against fp32 is measured and recorded"
     )
+    store: Literal["fp32", "fp16", "bf16"] = added(
+        "fp32",
+        description="numbers in which latents are stored; fp16 and bf16 take half the disk, and the largest rounding "
+        "error is in the manifest (store_error). fp16 rounds 8 times finer, and ends at 65504",
+    )
     write_webdataset: bool = Field(False, description="also write WebDataset shards with the same rows")
     batch_size: int = runtime(64, ge=1, description="images per batch of the autoencoder")
     num_decode_threads: int = runtime(2, ge=1, description="threads per worker that decode images ahead")

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.data.latents import LatentDataset
+from edt_core.data.latents import LatentDataset, NumberFormat
+from edt_core.data.latents.number_format import all_finite
 from edt_core.data.randomness import batch_indices, mirror_draws
 from edt_core.data.subsets import share
 from edt_core.errors import UserError
@@ -25,9 +26,10 @@ from edt_core.store.digests import listing
 class LatentBatch:
     """One rank's share of global batch `step`.
 
-    posterior float32 [n, 2, C, h, h] (mean, std; of the mirror image if `mirror`), labels int64 [n], mirror bool [n],
-    indices int64 [n]: rows of the latent shards, or -1 for streamed samples, which have `keys` instead. tokens float16
-    [n, T, K] of the same sides, if they are read.
+    posterior [n, 2, C, h, h] (mean, std; of the mirror image if `mirror`), float32, or the half precision that the
+    latents are stored in: the step widens it on the device. labels int64 [n], mirror bool [n], indices int64 [n]: rows
+    of the latent shards, or -1 for streamed samples, which have `keys` instead. tokens float16 [n, T, K] of the same
+    sides, if they are read.
     """
 
     step: int
@@ -73,27 +75,29 @@ class BatchPlan:
 
 
 class Buffers:
-    """Tensors float32 [n, 2, C, h, h] to gather into, reused when nothing refers to them.
+    """Arrays [n, 2, C, h, h] of stored numbers to gather into, reused when nothing refers to them.
 
     For a GPU they are page-locked, and torch caches them for reuse. On the CPU, fresh memory of this size would be new
     pages each time, which the kernel clears: more work than the gather itself.
     """
 
-    def __init__(self, plan: BatchPlan, latent_shape: tuple[int, int, int]) -> None:
+    def __init__(self, plan: BatchPlan, latent_shape: tuple[int, int, int], numbers: NumberFormat) -> None:
         self.device, self.shape = plan.device, (plan.share.stop - plan.share.start, 2, *latent_shape)
-        self._arrays: list[NDArray[np.float32]] = []
+        self.numbers = numbers
+        self._arrays: list[NDArray[Any]] = []
 
-    def empty(self) -> Tensor:
-        """An uninitialised tensor that nothing else refers to."""
+    def empty(self) -> tuple[Tensor, NDArray[Any]]:
+        """An uninitialised tensor that nothing else refers to, and the array of the same memory."""
         if self.device.type == "cuda":
             with on_device(self.device):
-                return torch.empty(self.shape, pin_memory=True)
+                tensor = torch.empty(self.shape, dtype=self.numbers.tensor, pin_memory=True)
+            return tensor, self.numbers.array_of(tensor)
         # Three references are those of the list, the loop and this call; each tensor or view of an array adds one.
         free = next((array for array in self._arrays if sys.getrefcount(array) == 3), None)
         if free is None:
-            free = np.empty(self.shape, np.float32)
+            free = np.empty(self.shape, self.numbers.array)
             self._arrays.append(free)
-        return torch.from_numpy(free)
+        return self.numbers.tensor_of(free), free
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -103,8 +107,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 def require_finite(batch: LatentBatch) -> None:
     """Raise UserError with the names of latents that are not finite: they would ruin the whole model."""
-    # One cheap pass: a finite sum means finite latents. With numpy, because torch would wake threads.
-    if np.isfinite(batch.posterior.numpy().sum()):
+    if all_finite(batch.posterior):
         return
     positions = np.flatnonzero(~torch.isfinite(batch.posterior).flatten(1).all(1).numpy())
     if not len(positions):
@@ -126,10 +129,11 @@ def latent_batches(dataset: LatentDataset, plan: BatchPlan, start_step: int = 0)
 
     Epochs are concatenated: no row is dropped, and each epoch contains each row once.
     """
-    step, buffers = start_step, Buffers(plan, dataset.info.latent_shape)
+    step, buffers = start_step, Buffers(plan, dataset.info.latent_shape, dataset.info.numbers)
     while True:
         indices, mirror = plan.indices(step, len(dataset)), plan.mirror(step)
-        posterior = buffers.empty()
-        _, labels = dataset.gather(indices, mirror, posterior.numpy())
+        posterior, array = buffers.empty()
+        _, labels = dataset.gather(indices, mirror, array)
+        del array  # only the batch may refer to a buffer in use
         yield LatentBatch(step, dataset.origin(indices), mirror, posterior, torch.from_numpy(labels))
         step += 1

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edt_core.data.latents import NUMBER_FORMATS, NumberFormat
 from edt_core.data.loader import BatchPlan, Buffers, LatentBatch
 from edt_core.data.prefetch import prefetched
 from edt_core.data.scale import LatentScale
@@ -106,7 +107,13 @@ class LatentStream:
     shards: tuple[TarShard, ...]
     latent_shape: tuple[int, int, int]  # C, h, h
     scale: LatentScale
-    shuffle_buffer: int = 10_000  # samples, of 16*C*h*h bytes each: 640 MiB per rank at 4 x 32 x 32
+    shuffle_buffer: int = 10_000  # samples, of 16*C*h*h bytes each: 640 MiB per rank at 4 x 32 x 32, half in fp16
+    store: str = "fp32"  # the numbers of the posteriors: a name of NUMBER_FORMATS
+
+    @property
+    def numbers(self) -> NumberFormat:
+        """The format of the posteriors' numbers."""
+        return NUMBER_FORMATS[self.store]
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
@@ -116,7 +123,7 @@ class LatentStream:
 class _Sample:
     key: str
     label: int
-    posterior: NDArray[np.float32]  # [2, 2, C, h, h]
+    posterior: NDArray[Any]  # [2, 2, C, h, h] as stored
 
 
 def stream_latents(stream: LatentStream, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:
@@ -143,13 +150,14 @@ def _batches(
     stream: LatentStream, shards: Sequence[TarShard], plan: BatchPlan, start_step: int
 ) -> Generator[LatentBatch, None, None]:
     with closing(_samples(stream, shards, plan, start_step)) as samples:
-        buffers = Buffers(plan, stream.latent_shape)
+        buffers = Buffers(plan, stream.latent_shape, stream.numbers)
         for step in count(start_step):
             mirror = plan.mirror(step)
             batch = list(islice(samples, len(mirror)))
-            posterior = buffers.empty()
+            posterior, array = buffers.empty()
             sides = [sample.posterior[side] for sample, side in zip(batch, mirror.astype(int), strict=True)]
-            np.stack(sides, out=posterior.numpy())
+            np.stack(sides, out=array)
+            del array  # only the batch may refer to a buffer in use
             labels = torch.tensor([sample.label for sample in batch])
             keys = tuple(sample.key for sample in batch)
             yield LatentBatch(step, np.full(len(batch), -1), mirror, posterior, labels, keys)
@@ -169,28 +177,28 @@ def _samples(
         rank_shards = [shards[index] for index in order[plan.rank :: plan.world_size]]
         rng = random.Random(int(np.random.default_rng([*seed, plan.rank]).integers(1 << 62)))
         shuffler = shuffle(stream.shuffle_buffer, initial=max(1, stream.shuffle_buffer // 10), rng=rng)
-        with closing(_read(rank_shards, stream.latent_shape)) as samples:
+        with closing(_read(stream, rank_shards)) as samples:
             yield from shuffler(samples)
 
 
-def _read(shards: Sequence[TarShard], latent_shape: tuple[int, int, int]) -> Generator[_Sample, None, None]:
+def _read(stream: LatentStream, shards: Sequence[TarShard]) -> Generator[_Sample, None, None]:
     """The samples of the shards in order; the next shard is opened while one is read."""
     with ExitStack() as files:
         streams = ((shard, files.enter_context(shard.stream())) for shard in shards)
         with closing(prefetched(streams, 1)) as ahead:
             for shard, file in ahead:
-                yield from _read_shard(shard, file, latent_shape)
+                yield from _read_shard(stream, shard, file)
                 file.close()
 
 
-def _read_shard(shard: TarShard, file: _Digested, latent_shape: tuple[int, int, int]) -> Iterator[_Sample]:
+def _read_shard(stream: LatentStream, shard: TarShard, file: _Digested) -> Iterator[_Sample]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     rows = 0
     try:
         members = tar_file_expander([{"url": shard.uri, "stream": file}])
         for sample in group_by_keys(_checked(shard, members)):
-            yield _decode(shard, sample, latent_shape)
+            yield _decode(stream, shard, sample)
             rows += 1
     except UserError:
         raise
@@ -214,16 +222,16 @@ def _checked(shard: TarShard, members: Iterable[dict[str, Any]]) -> Iterator[dic
         yield member
 
 
-def _decode(shard: TarShard, members: dict[str, Any], latent_shape: tuple[int, int, int]) -> _Sample:
+def _decode(stream: LatentStream, shard: TarShard, members: dict[str, Any]) -> _Sample:
     try:
         record = json.loads(members[JSON_MEMBER])
         posterior = np.lib.format.read_array(io.BytesIO(members[LATENT_TAR_MEMBER]), allow_pickle=False)
         sample = _Sample(str(record[KEY]), int(record[LABEL]), posterior)
     except (KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:  # a header may state any shape
         raise UserError(f"sample {members['__key__']} of {shard.uri} cannot be read ({error}); {_REMEDY}") from error
-    if posterior.shape != (2, 2, *latent_shape) or posterior.dtype != np.float32:
+    shape, dtype = (2, 2, *stream.latent_shape), stream.numbers.array
+    if posterior.shape != shape or posterior.dtype != dtype:
         raise UserError(
-            f"sample {sample.key} of {shard.uri} is {posterior.dtype} {posterior.shape}, not float32 "
-            f"{(2, 2, *latent_shape)}; {_REMEDY}"
+            f"sample {sample.key} of {shard.uri} is {posterior.dtype} {posterior.shape}, not {dtype} {shape}; {_REMEDY}"
         )
     return sample

@@ -36,9 +36,11 @@ LATENT_TOKENS = "tokens-{:05d}.npy"  # of a feature network, on request: see edt
 LATENT_SCHEMA_VERSION = "2"
 # Version of shards with centred latents (shift_factor, latents_mean): a reader of version 2 would scale them wrong.
 CENTRED_LATENT_SCHEMA_VERSION = "3"
+HALF_LATENT_SCHEMA_VERSION = "4"  # of shards in half precision, centred or not
 LATENT_ROWS_PER_BATCH = 256  # rows of an Arrow record batch; the last of a shard may have fewer
 KEY, LABEL = "key", "label"
-POSTERIOR_COLUMNS = ("posterior", "mirror_posterior")  # float32[2*C*h*w] each: mean, then std
+POSTERIOR_COLUMNS = ("posterior", "mirror_posterior")  # float32[2*C*h*w] each: mean, then std; or in half precision
+ROUNDING = "rounding"  # float32[2*C], only in half precision: the largest error of a row's means, then stds, by channel
 LATENT_TAR_MEMBER = "posterior.npy"  # float32 [2, 2, C, h, w]: side (image, mirror image), then (mean, std)
 
 # Checkpoints: a folder `checkpoints/step-NNNNNNNN` of safetensors and JSON. Its own manifest is written last and holds

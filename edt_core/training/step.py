@@ -52,8 +52,11 @@ class StepInputs:
 
 
 def sampled_latents(batch: LatentBatch, noise: Tensor, scale: LatentScale) -> Tensor:
-    """Scaled latents float32 [N, C, h, h], a draw from each row's posterior, on the device of `noise` [N, C, h, h]."""
-    mean, std = batch.posterior.to(noise.device, non_blocking=True).unbind(1)
+    """Scaled latents float32 [N, C, h, h], a draw from each row's posterior, on the device of `noise` [N, C, h, h].
+
+    A posterior in half precision is copied as it is and widened on the device, exactly: the draw itself is in float32.
+    """
+    mean, std = batch.posterior.to(noise.device, non_blocking=True).float().unbind(1)
     return scale.to_model(mean + std * noise)
 
 

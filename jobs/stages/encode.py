@@ -71,10 +71,12 @@ class Encoder:
             scale=stored_scale(source),
             image_size=size,
             latent_shape=(source.counts["latent_channels"], size // factor, size // factor),
+            store=config.store,
         )
 
     def work(self, shard: int) -> dict[str, Any]:
-        """Encode shard number `shard`; return its rows and labels, and sums and sums of squares of latents by channel.
+        """Encode shard number `shard`; return its rows and labels, sums and sums of squares of latents by channel, and
+        the largest rounding errors of means and stds, [2, C].
 
         The result has the device too, and for shard 0 the error of a precision below fp32. A wrong row of earlier
         latents is returned and not raised: an error would end the other workers, one of which may be writing a shard.
@@ -88,6 +90,7 @@ class Encoder:
         from dataclasses import replace
 
         from edt_core.data.latents import LatentShard, LatentShardWriter, write_latent_tar
+        from edt_core.data.latents.statistics import channel_sums
 
         source = self.images.entries(IMAGE_SHARDS)[shard]
         name, twin = LATENT_SHARD.format(shard), LATENT_TAR_SHARD.format(shard)
@@ -113,7 +116,8 @@ class Encoder:
             "rows": len(latents),
             "recovered": is_recovered,
             "device": self.device,
-            **_sums(latents),
+            **channel_sums(latents),
+            "rounding": latents.rounding.max(axis=0, initial=0.0),
             "labels": np.bincount(latents.labels, minlength=self.images.counts["classes"]),
             "error": self._precision_error(source) if shard == 0 else None,
             "tokens": tokens,
@@ -199,28 +203,19 @@ class Encoder:
         return precision_error(self.model, exact, pixels, self.config.precision)
 
 
-def _sums(latents: Any) -> dict[str, NDArray[np.float64]]:
-    """Sum and sum of squares by channel of the latents that training draws, the posterior's variance included."""
-    channels = latents.info.latent_shape[0]
-    total, squares = np.zeros(channels), np.zeros(channels)
-    for side, _ in latents.chunks:
-        posterior = side.reshape(-1, 2, *latents.info.latent_shape).astype(np.float64)
-        mean, std = posterior[:, 0], posterior[:, 1]
-        total += mean.sum((0, 2, 3))
-        squares += (mean**2 + std**2).sum((0, 2, 3))
-    return {"total": total, "squares": squares}
-
-
 def encode(
     config: EncodeConfig, inputs: Mapping[str, Artifact], out: ArtifactWriter, progress: Progress
 ) -> dict[str, Any]:
     """Encode image shards into latent shards: the autoencoder's posterior of each image and its mirror image.
 
     Makes one latent shard for each shard of `inputs["images"]`, with `inputs["autoencoder"]`.
-    The counts contain mean and standard deviation by channel of the raw latents, posterior variance included. With a
-    feature network of `TOKEN_SPACES` among the inputs, the tokens of each image and its mirror image are written too.
+    The counts contain mean and standard deviation by channel of the raw latents, posterior variance included, and the
+    largest errors of half precision. With a feature network of `TOKEN_SPACES` among the inputs, the tokens of each
+    image and its mirror image are written too.
     Raises UserError if the image size does not fit the autoencoder, or a shard does not match its manifest.
     """
+    from edt_core.data.latents.statistics import deviation, store_error
+
     images, source = inputs["images"], inputs["autoencoder"]
     size, factor = images.counts["image_size"], source.counts["downsample_factor"]
     if size % factor:
@@ -248,6 +243,9 @@ def encode(
     side = size // factor
     # In order of shard: sums of floats depend on their order, and the manifest must not depend on the workers' timing.
     mean, square = (sum(parts[k][name] for k in shards) / (rows * side * side) for name in ("total", "squares"))
+    deviations, stored = deviation(mean, square), dict[str, Any]()
+    if config.store != "fp32":
+        stored = {"store": config.store, "store_error": store_error([parts[k]["rounding"] for k in shards], deviations)}
     if error := parts[0]["error"]:
         progress.warn(
             f"{config.precision} changes the latents by {error['rms']:.2e} (rms) and {error['max']:.2e} (maximum) of "
@@ -262,7 +260,8 @@ def encode(
         **stored_scale(source).record(),
         "autoencoder_digest": source.manifest.digest,
         "channel_mean": mean.tolist(),
-        "channel_std": _deviation(mean, square).tolist(),
+        "channel_std": deviations.tolist(),
+        **stored,
         **({"precision_error": error} if error else {}),
         **({"tokens": parts[0]["tokens"]} if parts[0]["tokens"] else {}),
         **({REUSED: reused} if reused else {}),
@@ -289,12 +288,6 @@ def _encode_shards(
     if problems := [part["wrong"] for part in parts.values() if "wrong" in part]:
         raise WrongRowError(problems[0])
     return parts
-
-
-def _deviation(mean: NDArray[np.float64], square: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard deviations [C] from means [C] of values and of their squares; 0 for a variance below 0 by rounding."""
-    variance = np.maximum(square - mean**2, 0.0)
-    return np.sqrt(variance)
 
 
 STAGE = Stage(

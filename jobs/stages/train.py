@@ -413,7 +413,7 @@ def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> 
         raise damaged(latents.folder, problems)
     shards = tuple(TarShard(latents.data, e.path, e.rows or 0, e.sha256) for e in _tars(latents))
     shape, scale = tuple(latents.counts["latent_shape"]), LatentScale.of(latents.counts)
-    return LatentStream(shards, shape, scale, config.shuffle_buffer)
+    return LatentStream(shards, shape, scale, config.shuffle_buffer, latents.counts.get("store", "fp32"))
 
 
 def _open_tokens(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:

@@ -19,7 +19,7 @@ def disk_needs(config: PipelineConfig, images: int, classes: int) -> dict[str, i
     latent = (
         config.autoencoder.latent_channels * (config.preprocess.image_size // config.autoencoder.downsample_factor) ** 2
     )
-    copies = 2 if config.encode.write_webdataset else 1
+    copies, number = 2 if config.encode.write_webdataset else 1, 4 if config.encode.store == "fp32" else 2
     # Of the trained model, and of the untrained one of a training from random weights.
     sets = sum(2 if config.train_of(name).init_from is None else 1 for name in config.models)
     floats = sum(_floats(config, space, classes) for space in config.extractors)
@@ -27,8 +27,8 @@ def disk_needs(config: PipelineConfig, images: int, classes: int) -> dict[str, i
     pictures = (samples if limit == "all" else min(int(limit), samples)) * 3 * pixels
     return {
         "images": int(images * (pixels * _BYTES_PER_PIXEL[config.preprocess.image_format] + _TAR_BYTES)),
-        # Mean and std of image and mirror image, float32; their tokens, float16.
-        "latents": images * (copies * 4 * 4 * latent + 2 * 2 * _tokens(config)),
+        # Mean and std of image and mirror image; their tokens, float16.
+        "latents": images * (copies * 4 * number * latent + 2 * 2 * _tokens(config)),
         "autoencoder": _PUBLISHED_AUTOENCODER if config.autoencoder.pretrained else 0,
         "checkpoints": sum(_checkpoints(config, name, images, classes) for name in config.models),
         "samples": sets * config.sample.repeats * (samples * 4 * floats + pictures),

@@ -1,11 +1,12 @@
 """Latent shards as tables: pyarrow, Polars, DuckDB and the `datasets` of Hugging Face. None of them knows our code."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edt_core.data.latents import LatentShard
+from edt_core.data.latents import LatentShard, LatentShardWriter
 from tests.clients.conftest import Images
 
 
@@ -48,6 +49,43 @@ def test_duckdb_counts_them(images: Images, latent_shards: list[Path]) -> None:
     assert rows == list(zip(*(part.tolist() for part in np.unique(images.labels, return_counts=True)), strict=True))
     means = connection.sql("SELECT posterior[1] FROM latents ORDER BY key").fetchall()
     assert [mean for (mean,) in means] == first_means(latent_shards)
+
+
+@pytest.fixture
+def half_shards(latent_shards: list[Path], tmp_path: Path) -> list[Path]:
+    """The latents in float16."""
+    paths = []
+    for path in latent_shards:
+        shard, paths = LatentShard(path), [*paths, tmp_path / path.name]
+        with LatentShardWriter(paths[-1], replace(shard.info, store="fp16")) as writer:
+            writer.write(shard.keys.to_pylist(), shard.labels, shard.posterior())
+    return paths
+
+
+@pytest.mark.extern
+def test_polars_reads_float16(half_shards: list[Path]) -> None:
+    polars = pytest.importorskip("polars")
+    posterior = polars.read_ipc([str(path) for path in half_shards])["posterior"].to_numpy()
+    assert posterior.dtype == np.float16
+    assert posterior[:, 0].tolist() == first_means(half_shards)
+
+
+@pytest.mark.extern
+def test_duckdb_reads_float16_that_pyarrow_widened(half_shards: list[Path]) -> None:
+    import pyarrow as pa
+    import pyarrow.dataset
+
+    duckdb = pytest.importorskip("duckdb")
+    connection = duckdb.connect()
+    latents = pyarrow.dataset.dataset([str(path) for path in half_shards], format="ipc")
+    connection.register("latents", latents)
+    with pytest.raises(duckdb.NotImplementedException, match="Arrow Type e"):
+        connection.sql("SELECT posterior[1] FROM latents").fetchall()
+    table = latents.to_table(columns=["key", "label", "posterior"])
+    wide = pa.list_(pa.float32(), table["posterior"].type.list_size)
+    connection.register("widened", table.set_column(2, "posterior", table["posterior"].cast(wide)))
+    means = connection.sql("SELECT posterior[1] FROM widened ORDER BY key").fetchall()
+    assert [mean for (mean,) in means] == first_means(half_shards)
 
 
 @pytest.mark.extern

@@ -6,7 +6,7 @@ Legend: C latent channels, h side of the latents.
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from edt_core.data.latents import LatentShard, LatentShardWriter
 from edt_core.store.folder import Folder
 from tests.support.models import made_model, opened
 from tests.support.posthoc import with_snapshots
@@ -69,6 +70,11 @@ def read_latents(path: Path) -> tuple[dict[str, Any], list[str], list[int], np.n
         table = pa.ipc.open_file(file).read_all()
     about = {name.decode(): json.loads(value) for name, value in table.schema.metadata.items()}
     sides = [np.stack(table[name].to_numpy()) for name in ("posterior", "mirror_posterior")]
+    stored = {"fp16": np.float16, "bf16": np.uint16}.get(about.get("store"), np.float32)
+    assert [side.dtype for side in sides] == [stored, stored]
+    if about.get("store") == "bf16":
+        sides = [(side.astype(np.uint32) << 16).view(np.float32) for side in sides]
+    sides = [side.astype(np.float32) for side in sides]
     posterior = np.stack([side.reshape(-1, 2, *about["latent_shape"]) for side in sides], axis=1)
     return about, table["key"].to_pylist(), table["label"].to_pylist(), posterior
 
@@ -161,6 +167,23 @@ def test_latents_are_rows_of_the_images_in_the_layout_of_the_page(artifacts: Art
             assert (picture.mode, picture.size) == ("RGB", (images["counts"]["image_size"],) * 2)
         rows += len(pictures)
     assert rows == images["counts"]["images"] == latents["counts"]["images"]
+
+
+@pytest.mark.parametrize("store", ["fp16", "bf16"])
+def test_half_precision_is_in_the_layout_of_the_page(store: str, artifacts: Artifacts, tmp_path: Path) -> None:
+    root, _ = artifacts.read("latents")
+    path = min(root.glob("latents-*.arrow"))
+    _, keys, labels, exact = read_latents(path)
+    with LatentShardWriter(tmp_path / "half.arrow", replace(LatentShard(path).info, store=store)) as writer:
+        writer.write(keys, labels, exact)
+    about, *rows, posterior = read_latents(tmp_path / "half.arrow")
+    assert (about["schema_version"], about["store"]) == ("4", store)
+    assert rows == [keys, labels]
+    gap = np.abs(posterior - exact)
+    assert 0 < gap.max() <= np.abs(exact).max() * 2.0 ** (-11 if store == "fp16" else -8)
+    with pa.OSFile(str(tmp_path / "half.arrow")) as file:
+        rounding = np.stack(pa.ipc.open_file(file).read_all()["rounding"].to_numpy())
+    assert np.array_equal(rounding.reshape(len(keys), 2, -1), gap.max((1, 4, 5)))
 
 
 def test_a_checkpoint_holds_what_the_page_says(artifacts: Artifacts) -> None:

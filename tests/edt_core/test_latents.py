@@ -150,7 +150,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     write_batches(tmp_path / "l.arrow", schema, batch_of(3, schema))
     with pytest.raises(
         UserError,
-        match=r"has latent schema 1, and expected is 2 \(2, or 3 for centred latents\); encode the images again",
+        match=r"has latent schema 1, and expected is 2 \(2; 3 for centred latents; 4 in half precision\); encode",
     ):
         LatentShard(tmp_path / "l.arrow")
 

@@ -11,6 +11,7 @@ import pytest
 from edt_core.autoencoders.autoencoder import build_autoencoder, load_autoencoder
 from edt_core.config import AutoencoderConfig, EncodeConfig
 from edt_core.data.latents import LatentShard
+from edt_core.data.latents.statistics import deviation
 from edt_core.data.shards import read_image_shard, read_tar
 from edt_core.errors import UserError
 from edt_core.progress import Silent
@@ -192,4 +193,4 @@ def test_weights_that_are_not_all_there_are_refused(vae_folder: Path, tmp_path: 
 def test_a_channel_that_does_not_vary_has_a_deviation_of_0() -> None:
     """The mean of 0.1's squares is 2e-18 below the square of their mean."""
     assert 0.1 * 0.1 - 2e-18 < 0.1**2
-    assert encode._deviation(np.array([0.1, 1.0]), np.array([0.1**2 - 2e-18, 5.0])).tolist() == [0.0, 2.0]
+    assert deviation(np.array([0.1, 1.0]), np.array([0.1**2 - 2e-18, 5.0])).tolist() == [0.0, 2.0]

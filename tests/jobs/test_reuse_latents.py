@@ -37,10 +37,10 @@ def vaes(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
     return made
 
 
-def make(store: Path, images: Artifact, vae: Artifact, progress: Silent | None = None, **fields: Any) -> Artifact:
+def make(place: Path, images: Artifact, vae: Artifact, progress: Silent | None = None, **fields: Any) -> Artifact:
     config, inputs = EncodeConfig(**fields), {"images": images, "autoencoder": vae}
     identity = encode.STAGE.fingerprint(config, {role: item.fingerprint for role, item in inputs.items()})
-    out = Store.open(str(store)).writer("latents", identity)
+    out = Store.open(str(place)).writer("latents", identity)
     return encode.STAGE.execute(config, inputs, out, progress or Silent())
 
 
@@ -143,7 +143,7 @@ def test_on_a_gpu_rows_may_differ_by_rounding(tmp_path: Path, vaes: list[Artifac
     earlier = reuse.EarlierLatents(places)
     row = LatentShard(first.paths("*.arrow")[0]).posterior()[places.row[0]]
     moved = row + np.float32(1e-4 * row.std())
-    assert earlier.check(0, moved, reuse.GPU_TOLERANCE["fp32"]).tobytes() == row.tobytes()
+    assert earlier.check(0, moved, reuse.GPU_TOLERANCE["fp32"]).posterior.tobytes() == row.tobytes()
     with pytest.raises(siblings.WrongRowError, match="differs from what is computed"):
         earlier.check(0, moved, 0.0)
     with pytest.raises(siblings.WrongRowError, match="differs from what is computed"):

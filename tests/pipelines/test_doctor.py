@@ -180,6 +180,8 @@ def test_imagenet_takes_what_the_page_on_data_says() -> None:
     """docs/data.md: 82 GB of latents for ImageNet at 256 px, 64 kB an image; 97 kB an image of WebP."""
     needs = disk_needs(load_config("imagenet256-edt-s", IMAGENET), 1_281_167, 1000)
     assert needs["latents"] == 1_281_167 * (64 << 10)
+    half = disk_needs(load_config("imagenet256-edt-s", [*IMAGENET, "encode.store=fp16"]), 1_281_167, 1000)
+    assert half["latents"] * 2 == needs["latents"]
     assert needs["images"] / 1_281_167 == pytest.approx(97_000 + 4096, rel=0.01)
 
 

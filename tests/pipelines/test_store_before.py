@@ -50,3 +50,12 @@ def test_another_objective_or_scale_is_another_model_trained_or_not_of_the_same_
     assert {actions["encode"], actions["reference"], actions["classifier"]} == {"reuse"}
     for prefix in ("", "untrained "):
         assert actions[f"{prefix}train {MODEL}"] != "reuse", prefix
+
+
+def test_latents_in_half_precision_are_other_latents_of_the_same_autoencoder(tmp_path: Path) -> None:
+    lay_out(tmp_path)
+    steps = plan(load_config("quickstart", [*SMALL, "encode.store=fp16"], str(tmp_path)))
+    actions = {step.step: step.action for step in steps if step.fingerprint}
+    kept = {"preprocess", "autoencoder", "reference", "classifier"}
+    assert {step: action for step, action in actions.items() if step in kept} == dict.fromkeys(kept, "reuse")
+    assert not {actions["encode"], actions[f"train {MODEL}"]} & {"reuse"}

@@ -134,7 +134,8 @@ def _read(
     dataset: LatentDataset, rows: NDArray[np.int64], digests: NDArray[np.uint8], scale: LatentScale
 ) -> tuple[Tensor, Tensor]:
     """Scaled latents float32 [m, C, h, h], a draw from the posterior of each image, and labels int64 [m]."""
-    posterior, labels = dataset.gather(rows, np.zeros(len(rows), np.bool_))
+    stored, labels = dataset.gather(rows, np.zeros(len(rows), np.bool_))
+    posterior = dataset.info.numbers.widened(stored)
     finite = np.isfinite(posterior).all(axis=(1, 2, 3, 4))
     if bad := [str(row) for row in np.unique(rows[~finite])]:
         names = listing(bad, ", ")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.config import EncodeConfig, result_fields
-from edt_core.data.latents import LatentShard
+from edt_core.data.latents import LatentShard, NumberFormat
 from edt_core.data.shards import ImageSample, image_sample
 from edt_core.data.tar_members import TarRows
 from edt_core.environment import environment
@@ -32,11 +32,22 @@ GPU_TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
 
 
 class Batch(NamedTuple):
-    """Rows of a shard: keys, labels int64 [n], posterior float32 [n, 2, 2, C, h, h]."""
+    """Rows of a shard: keys, labels int64 [n], posterior float32 [n, 2, 2, C, h, h].
+
+    rounding: float32 [n, 2, C], what was lost of rows that were stored in half precision before; None for none.
+    """
 
     keys: list[str]
     labels: NDArray[np.int64]
     posterior: NDArray[np.float32]
+    rounding: NDArray[np.float32] | None = None
+
+
+class Row(NamedTuple):
+    """A row: posterior float32 [2, 2, C, h, h], and what half precision lost of it, float32 [2, C]."""
+
+    posterior: NDArray[np.float32]
+    rounding: NDArray[np.float32]
 
 
 def earlier_latents(
@@ -45,7 +56,8 @@ def earlier_latents(
     """Where the latents of each image shard are in earlier artifacts; None for a shard that is in none.
 
     An artifact is used if it was made by the same weights, fields and libraries, and if the image artifact it was made
-    of is still in the store and has the same pixels for the same original.
+    of is still in the store and has the same pixels for the same original. Latents in float32 serve every
+    `encode.store`: rounding them is all that an encoding would do with them.
     """
     wanted, pixels, here = _fields(result_fields(config)), pixels_of(images), environment()
     device = device_kind(config.num_gpus_per_worker)
@@ -55,6 +67,7 @@ def earlier_latents(
         return (
             manifest.step_version == version
             and _fields(manifest.config) == wanted
+            and manifest.config.get("store", "fp32") in ("fp32", config.store)
             and manifest.counts.get("autoencoder_digest") == autoencoder.manifest.digest
             and same_device(artifact, device)
             and all(manifest.environment.get(name) == here.get(name) for name in _LIBRARIES)
@@ -68,7 +81,7 @@ def earlier_latents(
 
 
 def _fields(fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name != "write_webdataset"}
+    return {name: value for name, value in fields.items() if name not in ("write_webdataset", "store")}
 
 
 def images_of(artifact: Artifact) -> Artifact | None:
@@ -118,27 +131,36 @@ class EarlierLatents:
         self.places = places
         self._open: dict[tuple[int, int], LatentShard] = {}
 
-    def posterior(self, position: int) -> NDArray[np.float32]:
-        """The posterior of this row, float32 [2, 2, C, h, h]. Raises WrongRowError if its shard cannot be used."""
+    def row(self, position: int) -> Row:
+        """The row of this position. Raises WrongRowError if its shard cannot be used."""
+        return self._read(position)[0]
+
+    def _read(self, position: int) -> tuple[Row, NumberFormat]:
+        """The row, and the numbers that it was stored in."""
         index, shard = int(self.places.artifact[position]), int(self.places.shard[position])
         try:
             if (index, shard) not in self._open:
                 self._open[index, shard] = _verified(self.places.artifacts[index], LATENT_SHARD.format(shard))
-            latents = self._open[index, shard]
-            chunk, row = divmod(int(self.places.row[position]), LATENT_ROWS_PER_BATCH)
-            return np.stack([side[row] for side in latents.chunks[chunk]]).reshape(2, 2, *latents.info.latent_shape)
+            latents, place = self._open[index, shard], int(self.places.row[position])
+            chunk, row = divmod(place, LATENT_ROWS_PER_BATCH)
+            stored = np.stack([side[row] for side in latents.chunks[chunk]]).reshape(2, 2, *latents.info.latent_shape)
+            return Row(latents.info.numbers.widened(stored), latents.rounding[place]), latents.info.numbers
         except (OSError, UserError, IndexError) as error:
             raise WrongRowError(self.places.where(position, LATENT_SHARD, f"cannot be read ({error})")) from error
 
-    def check(self, position: int, posterior: NDArray[np.float32], tolerance: float) -> NDArray[np.float32]:
+    def check(self, position: int, posterior: NDArray[np.float32], tolerance: float) -> Row:
         """The row of this position, compared with what was computed now. Raises WrongRowError if they differ.
 
-        tolerance: in standard deviations of the computed values; 0 for equal bytes.
+        tolerance: in standard deviations of the computed values; 0 for equal bytes. With a tolerance, a row in half
+        precision may also differ by one number of that precision, which the rounding of close values can.
         """
-        earlier = self.posterior(position)
-        if earlier.shape == posterior.shape:
-            gap = float(np.abs(earlier - posterior).max())
-            if earlier.tobytes() == posterior.tobytes() or gap <= tolerance * float(posterior.std()):
+        earlier, numbers = self._read(position)
+        if earlier.posterior.shape == posterior.shape:
+            computed = numbers.widened(numbers.narrowed(posterior, "the computed latents"))
+            spacing = numbers.spacing if tolerance and numbers.is_half else 0.0
+            allowed = tolerance * float(posterior.std()) + spacing * np.abs(computed)
+            gap = np.abs(earlier.posterior - computed)
+            if earlier.posterior.tobytes() == computed.tobytes() or (gap <= allowed).all():
                 return earlier
         raise WrongRowError(self.places.where(position, LATENT_SHARD, "differs from what is computed of its image now"))
 
@@ -160,11 +182,13 @@ def merged_rows(
     earlier, reused = EarlierLatents(places), places.reused
     for first in range(0, len(reused), LATENT_ROWS_PER_BATCH):
         part = slice(first, min(first + LATENT_ROWS_PER_BATCH, len(reused)))
-        posteriors = []
+        rows = []
         for position in range(part.start, part.stop):
             if not read[position]:
-                posteriors.append(earlier.posterior(position))
+                rows.append(earlier.row(position))
             else:
                 posterior = next(computed)
-                posteriors.append(earlier.check(position, posterior, gap) if reused[position] else posterior)
-        yield Batch(images.keys(part), images.labels(part), np.stack(posteriors))
+                fresh = Row(posterior, np.zeros((2, posterior.shape[2]), np.float32))
+                rows.append(earlier.check(position, posterior, gap) if reused[position] else fresh)
+        posteriors, roundings = (np.stack(parts) for parts in zip(*rows, strict=True))
+        yield Batch(images.keys(part), images.labels(part), posteriors, roundings)

@@ -38,6 +38,7 @@ from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.folder import Folder
 from tests.support.local_ray import local_ray, local_ray_train
+from tests.support.mlflow_tables import make_tables_once
 from tests.support.servers import moto_server
 from tests.support.small import CANARY, pipeline
 
@@ -75,6 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What the tests have imported stays, so Python's collector need not look at it again: that takes it a second."""
+    if "mlflow" in sys.modules:
+        make_tables_once()
     gc.collect()
     gc.freeze()
 

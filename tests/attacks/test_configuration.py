@@ -12,7 +12,7 @@ import pytest
 from edt_core.environment import quiet_defaults
 from edt_core.files.small_files import MAX_CONFIG_BYTES
 from pipelines.config.schema import as_yaml, load_config
-from tests.support.small import EDT, edt, environment
+from tests.support.small import edt, environment
 
 _VALID = "name: n\nsource: {kind: digits}\nmodels: {a: {}}\n"
 _BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -170,13 +170,21 @@ def test_a_home_of_somebody_else_is_not_taken(monkeypatch: pytest.MonkeyPatch, t
 def test_the_locale_decides_nothing(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(_VALID.replace("name: n", "name: café"), encoding="utf-8")
-    settings = environment(LC_ALL="POSIX", PYTHONUTF8="0")
-    for command in (("config", "validate"), ("config", "show"), ("run", "--dry-run")):
-        done = subprocess.run(
-            [*EDT, *command, str(path)], capture_output=True, check=False, env=settings, cwd=tmp_path, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
-    code = "import sys; from pathlib import Path; from pipelines.config.schema import load_config; "
-    code += "sys.exit(load_config(sys.argv[1]).name != 'caf' + chr(233))"
-    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False, env=settings).returncode == 0
+    code = """
+import sys
+from pipelines.cli import main
+from pipelines.config.schema import load_config
+
+for words in (("config", "validate"), ("config", "show"), ("run", "--dry-run")):
+    sys.argv = ["edt", *words, sys.argv[-1]]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, words
+assert load_config(sys.argv[-1]).name == "caf" + chr(233)
+"""
+    settings = environment(LC_ALL="POSIX", PYTHONUTF8="0", PYTHONPATH=str(Path(__file__).parents[2]))
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, check=False, env=settings, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
     assert "caf" in as_yaml(load_config(str(path)))

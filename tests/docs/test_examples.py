@@ -20,7 +20,7 @@ import yaml
 from pipelines.config.schema import load_config
 from tests.docs.test_commands import check_edt
 from tests.support import make_examples
-from tests.support.examples import EXAMPLES, NAMES, OUTPUT, TERMINAL, readme, typed
+from tests.support.examples import EXAMPLES, NAMES, OUTPUT, TERMINAL, inputs_digest, readme, typed
 from tests.support.jobs import command as job
 from tests.support.pages import Command
 from tests.support.processes import wait_for
@@ -179,6 +179,7 @@ def test_the_output_is_small_and_names_no_machine(name: str) -> None:
     assert not re.findall(r"(?<![\w:.])/(?:tmp|home|root|work|mnt)/\S*", text)
     assert "Traceback" not in text
     assert re.search(r"at commit [0-9a-f]{12}, on \d+ CPU cores", text)
+    assert f"of the inputs {inputs_digest(name)}." in text, "make examples"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """The examples: their folders, and the commands that each README has a person type, in order."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,3 +20,12 @@ def typed(name: str) -> Iterator[Command]:
     for command in commands(readme(name)):
         if command.words[0] not in ("cd", "make", "pip"):
             yield command
+
+
+def inputs_digest(name: str) -> str:
+    """What an example's output was made of: the commands of its README, and the files beside it, as 12 hex digits."""
+    total = hashlib.sha256("\n".join(command.text for command in typed(name)).encode())
+    for path in sorted(EXAMPLES.joinpath(name).glob("*.*")):
+        if path.suffix in (".py", ".yaml"):
+            total.update(path.name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:12]

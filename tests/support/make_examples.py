@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.support.examples import EXAMPLES, NAMES, OUTPUT, TERMINAL, typed
+from tests.support.examples import EXAMPLES, NAMES, OUTPUT, TERMINAL, inputs_digest, typed
 from tests.support.pages import ROOT
 from tests.support.small import environment
 
@@ -55,7 +55,8 @@ def make(name: str, folder: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     machine = f"on {os.cpu_count()} CPU cores, in {minutes:.0f} minutes"
-    head = f"# Output of the example {name}\nMade by `make examples` at commit {commit()}, {machine}."
+    made = f"Made by `make examples` at commit {commit()}, {machine}, of the inputs {inputs_digest(name)}."
+    head = f"# Output of the example {name}\n{made}"
     (output / TERMINAL).write_text("\n\n".join([head, *sections]) + "\n")
     for picture in folder.glob("*.png"):
         shutil.copy(picture, output)

@@ -182,8 +182,8 @@ def run_task(section: str, task: Task, report: Report, deadline: float, device: 
         report.add(section, Measure(task.name, None, passed=passed, note=reason), time.monotonic() - started)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # compiled graphs refer to models
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         with suppress(RuntimeError):  # after an illegal access every call of CUDA fails
             torch.cuda.empty_cache()
 

@@ -46,11 +46,14 @@ def _fresh() -> None:
 
 
 def compile_with(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update is traced and no more, which takes longer than all parts of a model: see test_training_update.py."""
+
     def compile_parts(model: Any, **options: Any) -> None:
         compiled.compile_parts(model, backend, **options)
 
     monkeypatch.setattr(loop, "compile_parts", compile_parts)
-    monkeypatch.setattr(loop, "CompiledUpdate", partial(CompiledUpdate, backend=backend))
+    of_update = "eager" if backend == "aot_eager" else backend
+    monkeypatch.setattr(loop, "CompiledUpdate", partial(CompiledUpdate, backend=of_update))
 
 
 def test_a_compiled_training_is_the_same_and_says_how_long_compiling_took(

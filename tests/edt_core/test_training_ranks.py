@@ -52,7 +52,8 @@ def _work(rank: int, port: int, folder: Path, backend: str, paths: list[Path]) -
     torch.set_num_threads(1)
     loop.matmul_rate = lambda *_: 1e9  # type: ignore[assignment]
     loop.compile_parts = partial(compiled.compile_parts, backend=backend)  # type: ignore[assignment]
-    loop.CompiledUpdate = partial(CompiledUpdate, backend=backend)  # type: ignore[assignment,misc]
+    of_update = "eager" if backend == "aot_eager" else backend  # as in test_training_compiled.py
+    loop.CompiledUpdate = partial(CompiledUpdate, backend=of_update)  # type: ignore[assignment,misc]
     patience = timedelta(seconds=600)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=patience)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)

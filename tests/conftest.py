@@ -37,10 +37,10 @@ from edt_core.environment import quiet_defaults
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.folder import Folder
+from tests.support.first_run import first_run, shared_first_run
 from tests.support.local_ray import local_ray, local_ray_train
 from tests.support.mlflow_tables import make_tables_once
 from tests.support.servers import moto_server
-from tests.support.small import CANARY, pipeline
 
 if TYPE_CHECKING:
     from pipelines.outcome import Outcome
@@ -178,15 +178,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def first(store: Path) -> "Outcome":
+def first(store: Path, tmp_path_factory: pytest.TempPathFactory) -> "Outcome":
     """One whole run of the small pipeline in this process, for every test that looks at what a run leaves.
 
-    tests/test_packaging.py shows that a run on Ray leaves the same.
+    Of the processes of pytest-xdist one makes it, and the others take a copy. tests/test_packaging.py shows that a run
+    on Ray leaves the same.
     """
-    with local_ray_train(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return pipeline(store)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return first_run(store)
+    return shared_first_run(store, tmp_path_factory.getbasetemp().parent / "first")
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,18 @@
 """Another machine knocks at every port: what a Ray session of our own listens on is loopback, and no metrics go out.
 
-docs/security.md lists what listens.
+docs/security.md lists what listens. The workers of a training are looked at in tests/jobs/test_jobs.py.
 """
 
-import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edt_core.config import TrainConfig
 from tests.support.processes import beyond_loopback, listeners, wait_for
 
 _RAY = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "a worker", "the driver"}
@@ -63,49 +60,6 @@ def page(address: str, port: int) -> str:
         connection.sendall(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
         return connection.recv(1 << 16).decode(errors="replace")
     return ""
-
-
-def meet(job: dict[str, Any]) -> None:
-    """Each worker's part of a training that computes nothing: a sum over all workers, and what listens meanwhile."""
-    import torch
-    from torch import distributed
-
-    rank = torch.tensor([1.0 + distributed.get_rank()])
-    distributed.all_reduce(rank)
-    (Path(job["folder"]) / f"{distributed.get_rank()}.json").write_text(
-        json.dumps({"sum": rank.item(), "listeners": sorted(listeners(os.getpid()))})
-    )
-    distributed.barrier()
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_workers_of_a_training_on_one_machine_listen_on_loopback_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PyTorch's TCP store would listen on every interface, and let anybody change what the workers agree on."""
-    from edt_core.store.folder import Folder
-    from jobs.stages import train
-
-    class Out:
-        data = Folder.at(tmp_path / "out")
-
-    monkeypatch.setattr(train, "_worker", meet)
-    config = TrainConfig(model="EDT-Tiny/2", num_workers=2, num_cpus_per_worker=0.5, global_batch_size=8)
-    before = set(process_groups())
-    train._in_thread(train._trainer(config, {"folder": str(tmp_path), "out": Out}, "run").fit)
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert [worker["sum"] for worker in told] == [3.0, 3.0]
-    found = {(str(title), str(address), int(port)) for worker in told for title, address, port in worker["listeners"]}
-    assert found
-    assert beyond_loopback(found) == []
-    assert set(process_groups()) <= before  # the file by which they met
-
-
-def process_groups() -> Iterator[Path]:
-    import tempfile
-
-    return Path(tempfile.gettempdir()).glob("edt-process-group-*")
 
 
 @pytest.mark.extern

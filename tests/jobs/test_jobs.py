@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from jobs.stages import autoencoder, evaluate, reference, sample, train
 from jobs.stages.training.context import CLOCK
 from tests.support.jobs import TRAIN, Chain, execute
 from tests.support.local_ray import local_ray
+from tests.support.processes import beyond_loopback, listeners
 
 
 def test_image_shards_hold_every_image_once_and_cropped(chain: Chain, digits_folder: Path) -> None:
@@ -86,12 +90,35 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("told")
 
 
+def watched(job: Mapping[str, Any]) -> None:
+    """A worker's part of a training, and at its end what listens in its process."""
+    from jobs.stages.train import _worker
+
+    _worker(job)
+    seen = json.dumps(sorted(listeners(os.getpid())))
+    (job["progress"].folder / f"listeners-{os.getpid()}.json").write_text(seen)
+
+
 @pytest.fixture(scope="module")
-def by_two(chain: Chain, told: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Artifact:
+def groups_before() -> set[Path]:
+    return process_groups()
+
+
+def process_groups() -> set[Path]:
+    """The files by which workers of one machine meet."""
+    return set(Path(tempfile.gettempdir()).glob("edt-process-group-*"))
+
+
+@pytest.fixture(scope="module")
+def by_two(
+    chain: Chain, told: Path, groups_before: set[Path], tmp_path_factory: pytest.TempPathFactory, ray_session: None
+) -> Artifact:
     """A training by two workers of Ray Train, with pictures on the way."""
     config = TRAIN.model_copy(update={"preview_every": 3})
     inputs = {role: chain[role] for role in ("latents", "autoencoder")}
-    return execute(train.STAGE, config, tmp_path_factory.mktemp("t"), Told(told), **inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_worker", watched)
+        return execute(train.STAGE, config, tmp_path_factory.mktemp("t"), Told(told), **inputs)
 
 
 @pytest.mark.ray
@@ -125,6 +152,19 @@ def test_pictures_metrics_and_checkpoints_are_told_on_the_way(chain: Chain, by_t
     assert [line.split()[:2] for line in lines] == [["3", "step-00000003"], ["6", "step-00000006"]]
     assert by_two.counts["best"] in by_two.counts["checkpoints"]
     assert by_two.counts["steps"] == 6
+
+
+@pytest.mark.ray
+def test_workers_of_a_training_on_one_machine_listen_on_loopback_alone(
+    by_two: Artifact, told: Path, groups_before: set[Path]
+) -> None:
+    """PyTorch's TCP store would listen on every interface, and let anybody change what the workers agree on."""
+    seen = [json.loads(path.read_text()) for path in told.glob("listeners-*.json")]
+    assert len(seen) == 2
+    found = {(str(title), str(address), int(port)) for worker in seen for title, address, port in worker}
+    assert found
+    assert beyond_loopback(found) == []
+    assert process_groups() <= groups_before
 
 
 @pytest.mark.ray

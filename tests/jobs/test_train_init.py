@@ -264,11 +264,14 @@ def test_untrained_few_parameters_are_the_base_model(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("trainable", ["all", "difffit"])
+@pytest.mark.parametrize("trainable", [pytest.param("all", marks=pytest.mark.slow), "difffit"])
 def test_two_workers_train_what_one_process_trains(
     trainable: str, folder: Path, latents_artifact: Artifact, tmp_path: Path, ray_session: None
 ) -> None:
-    """Each of the two reads the base model and adapts it alike; gradients of scales and biases are exchanged."""
+    """Each of the two reads the base model and adapts it alike; gradients of scales and biases are exchanged.
+
+    Those of all parameters are exchanged in test_jobs.py.
+    """
     together = made(tmp_path / "two", latents_artifact, folder, Silent(), trainable=trainable, num_workers=2)
     with local_ray_train():
         alone = made(tmp_path / "one", latents_artifact, folder, Silent(), trainable=trainable)

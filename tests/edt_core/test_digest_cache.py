@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from edt_core.config import SourceConfig
-from edt_core.data.sources import Listing, digest_cache, list_source, source_digests, source_identity
-from edt_core.data.sources.digest_cache import cache_path, load
+from edt_core.data.sources import Listing, digest_cache, file_digests, list_source, source_digests, source_identity
+from edt_core.data.sources.digest_cache import cache_path, load, open_cache, save
+from edt_core.data.tables import MappedTable, arrow_file, sorting
 from edt_core.progress import Silent
 from tests.support import sources
 from tests.support.sources import WNIDS
@@ -239,6 +240,49 @@ def test_a_file_that_cannot_be_read_is_never_remembered(root: Path) -> None:
     (root / "cat" / "nowhere.png").symlink_to(root / "none")
     identity(root)
     assert identity(root)[1].read == 1
+
+
+def test_a_cache_in_another_order_is_used(root: Path) -> None:
+    """Earlier versions wrote new files after those that they knew."""
+    first, _ = identity(root)
+    path = cache_path(root, "file")
+    rows = open_cache(path, root, "file", print)
+    names = rows.table["name"].to_pylist()
+    assert names == sorted(names)
+    backwards = rows.table.take(list(range(len(rows)))[::-1]).combine_chunks()
+    save(path, root, "file", lambda: MappedTable(backwards), len(rows), print)
+    assert identity(root)[1].read == 0
+    (root / "ant" / "00.png").write_bytes(b"new")
+    settle()
+    after, told = identity(root)
+    assert (told.read, after == first) == (1, False)
+    assert load(path, root, "file").names.to_pylist() == sorted([*names, b"ant/00.png"])
+    assert identity(root)[0] == after == identity(root, again=True)[0]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_batches_of_any_size_give_the_same(rows: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are added, removed, renamed and changed, at the borders of batches and within them."""
+    rng = np.random.default_rng(rows)
+    for module in (arrow_file, sorting, file_digests):
+        monkeypatch.setattr(module, "ROWS", rows)
+    monkeypatch.setattr(file_digests, "_LOOKED_UP", rows)
+    changes: list[Callable[[Path, int], object]] = [
+        lambda path, step: path.unlink(),
+        lambda path, step: path.rename(path.with_name(f"{step}{path.name}")),
+        lambda path, step: flipped(path),
+        lambda path, step: path.with_name(f"new-{step}-{path.name}").write_bytes(path.read_bytes()),
+        lambda path, step: path.rename(path.parent.parent / "bee" / path.name),
+    ]
+    for step in range(8):
+        paths = sorted(root.glob("*/*.png"))
+        for place in rng.choice(len(paths), 3, replace=False):
+            changes[rng.integers(len(changes))](paths[place], step)
+        settle()
+        known = identity(root, allow_empty_classes=True)[0]
+        assert known == identity(root, again=True, allow_empty_classes=True)[0]
+        names = load(cache_path(root, "file"), root, "file").names.to_pylist()
+        assert names == sorted(os.fsencode(path.relative_to(root)) for path in root.glob("*/*.png"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "text", "folder", "of another source", "unwritable"])

@@ -12,10 +12,11 @@ Legend: F files, N images, M images of all files. A stat is uint64 [5]: size, mt
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,23 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from edt_core.data.sources.walk import STAT, stat_of
+from edt_core.data.tables import MappedTable, mapped
+from edt_core.data.tables.arrow_file import map_file
+from edt_core.errors import UserError
 from edt_core.store.cache import cache_folder
 
 FOLDER = "digests"
 _FORMAT = "edt-digests-1"
 _SETTLED_NS = 2_000_000_000
-_STAT = ("size", *STAT)
+STAT_COLUMNS = ("size", *STAT)
 _MTIME, _CTIME = 1, 2
-_ROWS = 1 << 16  # files of a record batch, and of what is looked at together
+_ROWS = 1 << 16  # files of a record batch
+_LOOKED_AT = 1 << 12  # files that a thread looks at together
 _THREADS = 8
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         ("name", pa.binary()),
-        *((name, pa.uint64()) for name in _STAT),
+        *((name, pa.uint64()) for name in STAT_COLUMNS),
         ("offsets", pa.large_list(pa.int64())),
         ("digests", pa.large_list(pa.binary(32))),
     ]
@@ -64,14 +69,14 @@ class Remembered:
     @classmethod
     def nothing(cls) -> "Remembered":
         """No file at all."""
-        return cls.of_table(_SCHEMA.empty_table())
+        return cls.of_table(SCHEMA.empty_table())
 
     @classmethod
     def of_table(cls, table: pa.Table) -> "Remembered":
         """What an Arrow table of the cache's schema holds."""
         counts = _numpy(pc.list_value_length(table["offsets"]), np.int64)
         values = [chunk.flatten() for chunk in table["digests"].chunks]
-        blocks = [_fixed_bytes(block) for block in values]
+        blocks = [fixed_bytes(block) for block in values]
         return cls(
             table["name"],
             stats_in(table),
@@ -92,11 +97,11 @@ class Remembered:
             )
             columns = [
                 pa.concat_arrays(self.names.take(pa.array(part)).chunks),
-                *(pa.array(self.stats[part, column]) for column in range(len(_STAT))),
+                *(pa.array(self.stats[part, column]) for column in range(len(STAT_COLUMNS))),
                 pa.LargeListArray.from_arrays(pa.array(starts), pa.array(self.offsets[images])),
                 pa.LargeListArray.from_arrays(pa.array(starts), digests),
             ]
-            yield pa.record_batch(columns, schema=_SCHEMA)
+            yield pa.record_batch(columns, schema=SCHEMA)
 
     def place_of(self, names: pa.ChunkedArray) -> NDArray[np.int64]:
         """The index of each name among the files; -1 if it is missing."""
@@ -150,7 +155,8 @@ def local_digests(
         fresh = _settled(root, listed, before, began_ns, digests, news, np.frombuffer(unreadable, np.uint8))
         if len(fresh):
             kept = _still_true(root, remembered, listed, fresh)
-            _save(path, root, access, remembered, kept, fresh, warn)
+            parts = chain(remembered.batches(kept), fresh.batches(np.arange(len(fresh))))
+            save(path, root, access, lambda: mapped(parts, SCHEMA), len(fresh), warn)
     return digests
 
 
@@ -162,21 +168,21 @@ def cache_path(root: Path, access: str) -> Path:
 
 def stats_in(table: pa.Table) -> Stats:
     """The stats in the columns of a table of files, uint64 [F, 5]."""
-    return np.stack([_numpy(table[name], np.uint64) for name in _STAT], axis=1)
+    return np.stack([_numpy(table[name], np.uint64) for name in STAT_COLUMNS], axis=1)
 
 
 def stats_of(root: Path, names: pa.ChunkedArray) -> Stats:
     """What the file system says of files below a folder, uint64 [F, 5]; zeros for one that is not there."""
-    base, out = os.fsencode(root) + b"/", np.zeros((len(names), len(_STAT)), np.uint64)
+    base, out = os.fsencode(root) + b"/", np.zeros((len(names), len(STAT_COLUMNS)), np.uint64)
 
     def look(first: int) -> None:
-        for place, name in enumerate(names.slice(first, _ROWS).to_pylist(), first):
+        for place, name in enumerate(names.slice(first, _LOOKED_AT).to_pylist(), first):
             with suppress(OSError):
                 status = os.stat(base + name)
                 out[place] = (status.st_size, *stat_of(status))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(look, range(0, len(names), _ROWS)))
+        list(pool.map(look, range(0, len(names), _LOOKED_AT)))
     return out
 
 
@@ -216,11 +222,14 @@ def _place_of_stats(wanted: Stats, stats: Stats) -> NDArray[np.int64]:
     if not len(wanted) or not len(stats):
         return np.full(len(wanted), -1, np.int64)
 
-    def column(values: Stats) -> pa.Array:
-        data = pa.py_buffer(np.ascontiguousarray(values))
-        return pa.Array.from_buffers(pa.binary(8 * len(_STAT)), len(values), [None, data])
+    found = pc.index_in(stat_column(wanted), value_set=stat_column(stats))
+    return np.asarray(pc.fill_null(found, -1)).astype(np.int64)
 
-    return np.asarray(pc.fill_null(pc.index_in(column(wanted), value_set=column(stats)), -1)).astype(np.int64)
+
+def stat_column(stats: Stats) -> pa.Array:
+    """Stats [F, 5] as one value each."""
+    data = pa.py_buffer(np.ascontiguousarray(stats))
+    return pa.Array.from_buffers(pa.binary(8 * len(STAT_COLUMNS)), len(stats), [None, data])
 
 
 def _known(listed: Listed, there: NDArray[np.int64], remembered: Remembered) -> tuple[Digests, NDArray[np.bool_]]:
@@ -261,11 +270,7 @@ def _settled(
     """The files that were read and may be remembered: the same before and after, and at rest when it began."""
     files = np.unique(listed.file[unread])
     names = pa.chunked_array([listed.names.combine_chunks().take(pa.array(files))], pa.binary())
-    times = before[files][:, [_MTIME, _CTIME]].astype(np.int64)
-    # A file system that keeps no change time of its own, as an image of one with fixed times, cannot show a change.
-    has_change_time = (times[:, 0] != times[:, 1]) | (times[:, 1] % 1_000_000_000 != 0)
-    at_rest = has_change_time & (times[:, 1] < began_ns - _SETTLED_NS) & (np.abs(times[:, 0] - began_ns) > _SETTLED_NS)
-    whole = before[files].any(axis=1) & (stats_of(root, names) == before[files]).all(axis=1) & at_rest
+    whole = at_rest(root, names, before[files], began_ns)
     place = np.full(len(listed.names), -1, np.int64)
     place[files[whole]] = np.arange(whole.sum())
     wanted = (place[listed.file] >= 0) & (digests != unreadable).any(axis=1)
@@ -282,6 +287,30 @@ def _settled(
     )
 
 
+def at_rest(root: Path, names: pa.ChunkedArray, before: Stats, began_ns: int) -> NDArray[np.bool_]:
+    """Whether each file, with these stats [F, 5] before it was read, has them still and was at rest: it may be kept."""
+    times = before[:, [_MTIME, _CTIME]].astype(np.int64)
+    # A file system that keeps no change time of its own, as an image of one with fixed times, cannot show a change.
+    has_change_time = (times[:, 0] != times[:, 1]) | (times[:, 1] % 1_000_000_000 != 0)
+    settled = (times[:, 1] < began_ns - _SETTLED_NS) & (np.abs(times[:, 0] - began_ns) > _SETTLED_NS)
+    same: NDArray[np.bool_] = (stats_of(root, names) == before).all(axis=1)
+    return before.any(axis=1) & same & has_change_time & settled
+
+
+def as_rows(names: pa.ChunkedArray, stats: Stats, digests: Digests) -> pa.Table:
+    """Rows of the cache for files that are an image each."""
+    number = len(names)
+    starts = pa.array(np.arange(number + 1))
+    values = pa.Array.from_buffers(pa.binary(32), number, [None, pa.py_buffer(np.ascontiguousarray(digests))])
+    columns = [
+        names,
+        *(pa.array(stats[:, column]) for column in range(len(STAT_COLUMNS))),
+        pa.LargeListArray.from_arrays(starts, pa.array(np.zeros(number, np.int64))),
+        pa.LargeListArray.from_arrays(starts, values),
+    ]
+    return pa.table(columns, schema=SCHEMA)
+
+
 def _still_true(root: Path, remembered: Remembered, listed: Listed, fresh: Remembered) -> NDArray[np.int64]:
     """The remembered files that were not read now and are unchanged: another choice of classes may list them."""
     if not len(remembered):
@@ -293,58 +322,53 @@ def _still_true(root: Path, remembered: Remembered, listed: Listed, fresh: Remem
 
 def load(path: Path, root: Path, access: str, warn: Callable[[str], None] = lambda message: None) -> Remembered:
     """The contents of the cache file; empty, with a warning, if it is damaged or belongs to something else."""
+    return Remembered.of_table(open_cache(path, root, access, warn).table)
+
+
+def open_cache(path: Path, root: Path, access: str, warn: Callable[[str], None]) -> MappedTable:
+    """The cache file, mapped; empty, with a warning, if it is damaged or belongs to something else."""
     try:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-        metadata = table.schema.metadata or {}
+        with path.open("rb") as file:
+            rows = map_file(file)
+        metadata = rows.table.schema.metadata or {}
         stated = (_FORMAT.encode(), os.fsencode(root), access.encode())
         if tuple(metadata.get(key) for key in (b"format", b"root", b"access")) != stated:
             raise ValueError("it is of another source or another version")
-        if not table.schema.equals(_SCHEMA) or metadata.get(b"seal") != _seal(table.to_batches()):
+        if not rows.table.schema.equals(SCHEMA) or metadata.get(b"seal") != _seal(rows.batches()):
             raise ValueError("its content does not agree with its seal")
-        return Remembered.of_table(table)
+        return replace(rows, table=rows.table.replace_schema_metadata(None))
     except FileNotFoundError:
-        return Remembered.nothing()
+        return MappedTable(SCHEMA.empty_table())
     except (OSError, ValueError, pa.ArrowException) as error:
         warn(f"the remembered digests {path} are not used, so all images are read: {str(error).splitlines()[0]}")
-        return Remembered.nothing()
+        return MappedTable(SCHEMA.empty_table())
 
 
-def _save(
-    path: Path,
-    root: Path,
-    access: str,
-    remembered: Remembered,
-    kept: NDArray[np.int64],
-    fresh: Remembered,
-    warn: Callable[[str], None],
+def save(
+    path: Path, root: Path, access: str, rows: Callable[[], MappedTable], fresh: int, warn: Callable[[str], None]
 ) -> None:
-    """Write the kept files and the fresh ones, whole or not at all."""
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        yield from remembered.batches(kept)
-        yield from fresh.batches(np.arange(len(fresh)))
-
+    """Write the rows, of which `fresh` are new, whole or not at all; a warning if they cannot be written."""
     about = {b"format": _FORMAT.encode(), b"root": os.fsencode(root), b"access": access.encode()}
-    schema = _SCHEMA.with_metadata({**about, b"seal": _seal(batches())})
     staged = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
     try:
+        content = rows()
+        schema = SCHEMA.with_metadata({**about, b"seal": _seal(content.batches())})
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                for batch in batches():
+                for batch in content.batches():
                     writer.write_batch(batch)
             staged.replace(path)
         finally:
             staged.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, UserError) as error:
         warn(
-            f"the digests of {len(fresh):,} files cannot be remembered in {path.parent}, and the next run reads them "
-            f"again: {error.strerror or error}; set EDT_CACHE_DIR to a folder that can be written"
+            f"the digests of {fresh:,} files cannot be remembered in {path.parent}, and the next run reads them "
+            f"again: {getattr(error, 'strerror', None) or error}; set EDT_CACHE_DIR to a folder that can be written"
         )
 
 
-def _seal(batches: Iterator[pa.RecordBatch] | list[pa.RecordBatch]) -> bytes:
+def _seal(batches: Iterable[pa.RecordBatch]) -> bytes:
     """Hex sha256 over the rows, whatever the schema's metadata says."""
     total = hashlib.sha256()
     for batch in batches:
@@ -358,6 +382,6 @@ def _numpy(column: pa.ChunkedArray, kind: type) -> NDArray:
     ).astype(kind, copy=False)
 
 
-def _fixed_bytes(block: pa.FixedSizeBinaryArray) -> Digests:
+def fixed_bytes(block: pa.FixedSizeBinaryArray) -> Digests:
     data = np.frombuffer(block.buffers()[1], np.uint8) if len(block) else np.empty(0, np.uint8)
     return data[32 * block.offset : 32 * (block.offset + len(block))].reshape(-1, 32)

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from edt_core.data.sources.digest_cache import Listed, local_digests, stats_in
+from edt_core.data.sources.digest_cache import Listed, local_digests
+from edt_core.data.sources.file_digests import file_digests
 from edt_core.data.sources.files import as_text
 from edt_core.data.sources.reading import RawImage, Result, Row, read_files, read_parquet, rows
 from edt_core.data.sources.walk import STAT
-from edt_core.data.tables import ROWS, MappedTable, Pages
+from edt_core.data.tables import ROWS, MappedTable, Pages, is_ascending
 from edt_core.progress import Progress, Silent
 from edt_core.store.folder import Folder
 
@@ -249,37 +250,37 @@ def source_digests(listing: Listing, progress: Progress = _SILENT, again: bool =
         return _as_rows(map(_version_digest, rows(listing.table)), listing.table)
 
     def read(places: NDArray[np.int64]) -> Iterator[bytes]:
-        table = listing.table if len(places) == len(listing) else listing.take(places).table
-        if listing.access == "parquet":
-            digests = read_parquet(listing.root, table, image_digest)
-        else:
-            digests = read_files(listing.root, table, listing.access == "range", image_digest)
-        return _reporting(digests, len(places), progress)
+        part = listing if len(places) == len(listing) else listing.take(places)
+        return _reporting(part.convert(image_digest), len(places), progress, part.pages)
 
-    return local_digests(listing.root.local, listing.access, _files_of(listing), read, UNREADABLE, again, progress.warn)
+    root, warn = listing.root.local, progress.warn
+    if listing.access == "file":
+        return file_digests(root, listing.rows, read, UNREADABLE, again, warn)
+    return local_digests(root, listing.access, _files_of(listing), read, UNREADABLE, again, warn)
 
 
 def _files_of(listing: Listing) -> Listed:
-    """The files of a listing, and which of them each image is in."""
+    """The archives of a listing, and which of them each image is in."""
     table = listing.table
-    if listing.access == "file":
-        file = np.arange(len(listing))
-        return Listed(table["name"], file, np.zeros(len(listing), np.int64), stats_in(table))
     column = table["file"].combine_chunks().dictionary_encode()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     names = pa.chunked_array([column.dictionary], pa.binary())
     return Listed(names, np.asarray(column.indices).astype(np.int64), np.asarray(table["offset"]), None)
 
 
-def _reporting(digests: Iterable[bytes], total: int, progress: Progress) -> Iterator[bytes]:
+def _reporting(digests: Iterator[bytes], total: int, progress: Progress, pages: Pages) -> Iterator[bytes]:
     for done, digest in enumerate(digests, 1):
         yield digest
+        if done % ROWS == 0:
+            pages.release()
         if done % _UPDATE_EVERY == 0 or done == total:
             progress.update(done, total, "images digested")
 
 
 def duplicates(listing: Listing) -> list[bytes]:
-    """Names that occur more than once, sorted. Takes 16 bytes an image."""
+    """Names that occur more than once, sorted. Takes 16 bytes an image, and nothing if they are in order."""
+    if is_ascending(listing.rows, "name"):
+        return []
     hashes = np.empty(len(listing), np.int64)
     first = 0
     for batch in listing.rows.batches("name"):

@@ -2,6 +2,6 @@
 
 from edt_core.data.tables.arrow_file import ROWS, MappedTable, Pages, mapped
 from edt_core.data.tables.digest_rows import DigestRows
-from edt_core.data.tables.sorting import Sorter
+from edt_core.data.tables.sorting import Sorter, is_ascending
 
-__all__ = ["ROWS", "DigestRows", "MappedTable", "Pages", "Sorter", "mapped"]
+__all__ = ["ROWS", "DigestRows", "MappedTable", "Pages", "Sorter", "is_ascending", "mapped"]

@@ -21,7 +21,7 @@ from edt_core.store.cache import cache_folder
 from edt_core.store.errors import clear_space_errors
 
 ROWS = 1 << 16  # rows of a record batch; a table that has no more is kept in memory
-_HELD = 8  # batches of a pass whose pages are in memory
+_HELD = 2 * ROWS  # rows of a pass whose pages are in memory
 _FOLDER = "tables"
 
 
@@ -53,10 +53,14 @@ class MappedTable:
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """The rows in order, all columns or these; only a few batches of a file are in memory at a time."""
         table = self.table.select(list(columns)) if columns else self.table
-        for number, batch in enumerate(table.to_batches(), 1):
+        held = 0
+        for batch in table.to_batches():
             yield batch
-            if number % _HELD == 0:
+            held += len(batch)
+            if held >= _HELD:
                 self.pages.release()
+                pa.default_memory_pool().release_unused()
+                held = 0
         self.pages.release()
 
     def take(self, indices: NDArray[np.int64]) -> "MappedTable":

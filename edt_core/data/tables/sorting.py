@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from types import TracebackType
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from edt_core.data.tables.arrow_file import ROWS, MappedTable, map_file, mapped, scratch_file
+from edt_core.data.tables.arrow_file import ROWS, MappedTable, Pages, map_file, mapped, scratch_file
 from edt_core.store.errors import clear_space_errors
 
 _SAMPLE = 256  # every so many rows of a run one that may become a bound between parts
@@ -72,24 +73,25 @@ class Sorter:
         last = b""
         for number in sorted(range(len(runs)), key=self._bounds.__getitem__):
             if cluster and self._bounds[number][0] > last:
-                for part in _merged(cluster, self._by):
-                    yield part
-                    spilled.pages.release()
+                yield from _merged(cluster, self._by, spilled.pages)
                 cluster = []
             cluster.append(runs[number])
             last = max(last, self._bounds[number][1])
-        for part in _merged(cluster, self._by):
-            yield part
-            spilled.pages.release()
+        yield from _merged(cluster, self._by, spilled.pages)
 
 
-def _merged(runs: list[pa.RecordBatch], by: str) -> Iterator[pa.Table]:
+def _merged(runs: list[pa.RecordBatch], by: str, pages: Pages) -> Iterator[pa.Table]:
     """Sorted runs as one, in tables of about ROWS rows: all rows between two bounds are sorted together."""
     if len(runs) == 1:
         yield pa.Table.from_batches(runs)
+        pages.release()
         return
     names = [run.column(by) for run in runs]
-    sample = sorted(column[at].as_py() for column in names for at in range(0, len(column), _SAMPLE))
+    sample: list[bytes] = []
+    for column in names:
+        sample += [column[at].as_py() for at in range(0, len(column), _SAMPLE)]
+        pages.release()
+    sample.sort()
     starts = [0] * len(runs)
     for bound in [*sample[ROWS // _SAMPLE :: ROWS // _SAMPLE], None]:
         ends = [
@@ -98,4 +100,16 @@ def _merged(runs: list[pa.RecordBatch], by: str) -> Iterator[pa.Table]:
         ]
         slices = [run.slice(start, end - start) for run, start, end in zip(runs, starts, ends, strict=True)]
         yield pa.Table.from_batches(slices).sort_by(by)
+        pages.release()
         starts = ends
+
+
+def is_ascending(rows: MappedTable, by: str) -> bool:
+    """Whether each value of a binary column is above the one before: the rows are in order, and none repeats."""
+    last: bytes | None = None
+    for batch in rows.batches(by):
+        values = batch.column(0)
+        if (last is not None and values[0].as_py() <= last) or pc.any(pc.less_equal(values[1:], values[:-1])).as_py():
+            return False
+        last = values[-1].as_py()
+    return True

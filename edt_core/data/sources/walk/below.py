@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -166,5 +167,6 @@ def _table(files: Sequence[Entry], with_version: bool) -> pa.Table:
     }
     if with_version:
         return pa.table({**columns, "version": pa.array([entry.version for entry in files], pa.string())})
-    stats = np.array([entry.stat for entry in files], np.uint64).reshape(-1, len(STAT))
+    values = chain.from_iterable(entry.stat for entry in files)
+    stats = np.fromiter(values, np.uint64, len(files) * len(STAT)).reshape(-1, len(STAT))
     return pa.table({**columns, **{name: pa.array(stats[:, k]) for k, name in enumerate(STAT)}})

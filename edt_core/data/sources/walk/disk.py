@@ -20,7 +20,7 @@ def disk_entries(root: bytes, folder: bytes) -> Iterator[Entry]:
                 if hidden(item.name):
                     continue
                 name = folder + b"/" + item.name if folder else item.name
-                if _is_folder(root, name, item):
+                if not item.is_file(follow_symlinks=False) and _is_folder(root, name, item):
                     yield Entry(name, True, 0, "")
                     continue
                 try:

@@ -383,5 +383,6 @@ def _numpy(column: pa.ChunkedArray, kind: type) -> NDArray:
 
 
 def fixed_bytes(block: pa.FixedSizeBinaryArray) -> Digests:
+    """The digests of a column, uint8 [N, 32]."""
     data = np.frombuffer(block.buffers()[1], np.uint8) if len(block) else np.empty(0, np.uint8)
     return data[32 * block.offset : 32 * (block.offset + len(block))].reshape(-1, 32)

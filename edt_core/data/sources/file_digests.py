@@ -40,33 +40,40 @@ class _Known(NamedTuple):
 def file_digests(
     root: Path,
     rows: MappedTable,
-    read: Callable[[NDArray[np.int64]], Iterator[bytes]],
+    read: Callable[[NDArray[np.int64] | None], Iterator[bytes]],
     unreadable: bytes,
     again: bool = False,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Digests:
     """The digest of each listed file, uint8 [N, 32]; only what is not remembered is read.
 
-    rows: name, size and the STAT columns, in order of name. `read(places)` yields the digests of these rows; one that
-    is `unreadable` is never remembered. With `again` everything is read. What `read` raises is raised.
+    rows: name, size and the STAT columns, in order of name. `read(places)` yields the digests of these rows, or of all
+    for None; one that is `unreadable` is never remembered. With `again` everything is read. What `read` raises is
+    raised.
     """
     path = digest_cache.cache_path(root, _ACCESS)
     began_ns = time.time_ns()
     cached = _in_order(digest_cache.open_cache(path, root, _ACCESS, warn))
     known = _known(rows, cached, again)
-    unread = np.flatnonzero(~known.is_known)
-    digests = read(unread)
-    for first in range(0, len(unread), ROWS):
-        places = unread[first : first + ROWS]
-        known.digests[places] = np.frombuffer(b"".join(islice(digests, len(places))), np.uint8).reshape(-1, 32)
-    assert next(digests, None) is None, "more digests than files"
-    del unread
+    _read_unknown(known, read)
     if (~known.is_known | known.is_renamed).any():
         fresh = mapped(_fresh(root, rows, known, began_ns, np.frombuffer(unreadable, np.uint8)), SCHEMA)
         if len(fresh):
             parts = _updated(root, cached, known.is_matched, fresh)
             digest_cache.save(path, root, _ACCESS, lambda: mapped(parts, SCHEMA), len(fresh), warn)
     return known.digests
+
+
+def _read_unknown(known: _Known, read: Callable[[NDArray[np.int64] | None], Iterator[bytes]]) -> None:
+    """Read the digests that are not known."""
+    places = np.flatnonzero(~known.is_known) if known.is_known.any() else None
+    number = len(known.digests) if places is None else len(places)
+    digests = read(places)
+    for first in range(0, number, ROWS):
+        part = slice(first, first + ROWS) if places is None else places[first : first + ROWS]
+        block = b"".join(islice(digests, min(ROWS, number - first)))
+        known.digests[part] = np.frombuffer(block, np.uint8).reshape(-1, 32)
+    assert next(digests, None) is None, "more digests than files"
 
 
 def _in_order(cached: MappedTable) -> MappedTable:

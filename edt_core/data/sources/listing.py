@@ -249,9 +249,9 @@ def source_digests(listing: Listing, progress: Progress = _SILENT, again: bool =
     if listing.root.local is None:
         return _as_rows(map(_version_digest, rows(listing.table)), listing.table)
 
-    def read(places: NDArray[np.int64]) -> Iterator[bytes]:
-        part = listing if len(places) == len(listing) else listing.take(places)
-        return _reporting(part.convert(image_digest), len(places), progress, part.pages)
+    def read(places: NDArray[np.int64] | None) -> Iterator[bytes]:
+        part = listing if places is None or len(places) == len(listing) else listing.take(places)
+        return _reporting(part.convert(image_digest), len(part), progress, part.pages)
 
     root, warn = listing.root.local, progress.warn
     if listing.access == "file":

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -92,7 +91,7 @@ def mapped(parts: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema) -> Map
         return MappedTable(pa.Table.from_batches(first, schema))
     with scratch_file() as file:
         writer = pa.ipc.new_file(pa.PythonFile(file, "w"), schema)
-        with clear_space_errors(f"{file.name} (set EDT_CACHE_DIR)"):
+        with clear_space_errors("the cache (set EDT_CACHE_DIR)"):
             for batch in chain(first, batches):
                 writer.write_batch(batch)
             writer.close()
@@ -127,11 +126,12 @@ def _joined(tables: list[pa.Table]) -> list[pa.RecordBatch]:
 
 
 def scratch_file() -> BinaryIO:
-    """A new file without a name, which ends with this process: in this node's cache, or where it cannot be written in
-    the folder of temporary files."""
-    folder: Path | None = cache_folder() / _FOLDER
+    """A new file without a name, which ends with this process.
+
+    It is in this node's cache, or where that cannot be written in the folder of temporary files.
+    """
+    folder = cache_folder() / _FOLDER
     with suppress(OSError):
-        assert folder is not None
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=folder)
     return tempfile.TemporaryFile()

@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Iterator
 from types import TracebackType
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,20 +24,23 @@ class Sorter:
     A context manager: at its end what it wrote is gone, except for the result.
     """
 
-    def __init__(self, schema: pa.Schema, by: str) -> None:
+    def __init__(self, schema: pa.Schema, by: str, then: str | None = None) -> None:
+        """`then`: the column that orders rows that are equal in `by`."""
         self._schema, self._by = schema, by
+        self._order = [(name, "ascending") for name in (by, then) if name is not None]
         self._lock = threading.Lock()
         self._held: list[pa.Table] = []
         self._rows = 0
-        self._file = scratch_file()
-        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), schema)
+        self._file: BinaryIO | None = None  # few rows need none
+        self._writer: pa.RecordBatchFileWriter | None = None
         self._bounds: list[tuple[bytes, bytes]] = []  # first and last of each run
 
     def __enter__(self) -> "Sorter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def add(self, table: pa.Table) -> None:
         """Rows in any order, at most about a batch of them. Raises UserError if the disk is full."""
@@ -48,7 +52,7 @@ class Sorter:
 
     def finish(self) -> MappedTable:
         """All rows, in order."""
-        if not self._bounds:
+        if self._file is None or self._writer is None:
             return mapped([self._run()], self._schema)
         if self._rows:
             self._write_run()
@@ -58,13 +62,16 @@ class Sorter:
 
     def _run(self) -> pa.Table:
         tables, self._held, self._rows = [self._schema.empty_table(), *self._held], [], 0
-        return pa.concat_tables(tables).combine_chunks().sort_by(self._by)
+        return pa.concat_tables(tables).combine_chunks().sort_by(self._order)
 
     def _write_run(self) -> None:
         (run,) = self._run().combine_chunks().to_batches()
         names = run.column(self._by)
         self._bounds.append((names[0].as_py(), names[-1].as_py()))
-        with clear_space_errors(f"{self._file.name} (set EDT_CACHE_DIR)"):
+        if self._file is None or self._writer is None:
+            self._file = scratch_file()
+            self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), self._schema)
+        with clear_space_errors("the cache (set EDT_CACHE_DIR)"):
             self._writer.write_batch(run)
 
     def _in_order(self, spilled: MappedTable) -> Iterator[pa.Table]:
@@ -73,20 +80,20 @@ class Sorter:
         last = b""
         for number in sorted(range(len(runs)), key=self._bounds.__getitem__):
             if cluster and self._bounds[number][0] > last:
-                yield from _merged(cluster, self._by, spilled.pages)
+                yield from _merged(cluster, self._order, spilled.pages)
                 cluster = []
             cluster.append(runs[number])
             last = max(last, self._bounds[number][1])
-        yield from _merged(cluster, self._by, spilled.pages)
+        yield from _merged(cluster, self._order, spilled.pages)
 
 
-def _merged(runs: list[pa.RecordBatch], by: str, pages: Pages) -> Iterator[pa.Table]:
+def _merged(runs: list[pa.RecordBatch], order: list[tuple[str, str]], pages: Pages) -> Iterator[pa.Table]:
     """Sorted runs as one, in tables of about ROWS rows: all rows between two bounds are sorted together."""
     if len(runs) == 1:
         yield pa.Table.from_batches(runs)
         pages.release()
         return
-    names = [run.column(by) for run in runs]
+    names = [run.column(order[0][0]) for run in runs]
     sample: list[bytes] = []
     for column in names:
         sample += [column[at].as_py() for at in range(0, len(column), _SAMPLE)]
@@ -99,7 +106,7 @@ def _merged(runs: list[pa.RecordBatch], by: str, pages: Pages) -> Iterator[pa.Ta
             for column, start in zip(names, starts, strict=True)
         ]
         slices = [run.slice(start, end - start) for run, start, end in zip(runs, starts, ends, strict=True)]
-        yield pa.Table.from_batches(slices).sort_by(by)
+        yield pa.Table.from_batches(slices).sort_by(order)
         pages.release()
         starts = ends
 

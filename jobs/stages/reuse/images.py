@@ -8,7 +8,6 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from edt_core.environment import environment
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.store.layout import IMAGE_MEMBERS, IMAGE_SHARD, JSON_MEMBER
-from jobs.stages.reuse.originals import Originals
-from jobs.stages.reuse.siblings import NONE, Places, WrongRowError, checked_rows, first_of, siblings
+from jobs.stages.reuse.lookup import Lookup
+from jobs.stages.reuse.siblings import NONE, Places, WrongRowError, checked_rows, siblings
 
 _PIXEL_FIELDS = ("image_size", "image_format", "decoder", "rotate_by_exif")
 _LIBRARIES = ("machine", "pillow", "pillow-heif", "pillow-jxl-plugin", "pillow-avif-plugin")
@@ -84,23 +83,27 @@ def earlier_images(
     artifact, shard, row = np.full(total, NONE, np.int8), np.zeros(total, np.int32), np.full(total, NONE, np.int32)
     reasons: dict[int, str] = {}
     readable = (keys != unreadable).any(axis=1)
-    read = [(index, Originals.read(item)) for index, item in enumerate(artifacts)]  # None of a damaged one
-    # First the images that an artifact has, then those that one has quarantined and none has.
-    for is_written, (index, originals) in product((True, False), read):
-        if originals is None:
+    quarantined: dict[int, tuple[int, int, bytes, str]] = {}
+    for index, item in enumerate(artifacts):
+        if (lookup := Lookup.read(item, by_version)) is None:  # a damaged one
             continue
-        missing = np.flatnonzero(readable & (artifact == NONE))
-        at = first_of(keys[missing], originals.versions if by_version else originals.digests)
-        if by_version:  # what could not be read then is read again
-            at[at >= 0] = np.where((originals.digests[at[at >= 0]] == unreadable).all(axis=1), NONE, at[at >= 0])
-        at[(at >= 0) & ((originals.row[at] != NONE) != is_written)] = NONE
-        positions, at = missing[at >= 0], at[at >= 0]
-        artifact[positions], shard[positions], row[positions] = index, originals.shard[at], originals.row[at]
-        if by_version:
-            digests[positions] = originals.digests[at]
-        quarantined = row[positions] == NONE
-        for position, entry in zip(positions[quarantined].tolist(), at[quarantined].tolist(), strict=True):
-            reasons[position] = originals.reasons[entry]
+        for found in lookup.find(keys, readable & (artifact == NONE)):
+            has_row = found.row != NONE
+            places = found.places[has_row]
+            artifact[places], shard[places], row[places] = index, found.shard[has_row], found.row[has_row]
+            if by_version:
+                digests[places] = found.digests[has_row]
+            for k in np.flatnonzero(~has_row).tolist():
+                if by_version and (found.digests[k] == unreadable).all():
+                    continue  # what could not be read then is read again
+                about = index, int(found.shard[k]), found.digests[k].tobytes(), lookup.reasons[int(found.position[k])]
+                quarantined.setdefault(int(found.places[k]), about)
+    # Images that an artifact has quarantined and none has.
+    for place, (index, number, digest, reason) in sorted(quarantined.items()):
+        if artifact[place] == NONE:
+            artifact[place], shard[place], reasons[place] = index, number, reason
+            if by_version:
+                digests[place] = np.frombuffer(digest, np.uint8)
     if not (artifact != NONE).any():
         return None
     return EarlierImages(Places(tuple(artifacts), artifact, shard, row), reasons, digests)

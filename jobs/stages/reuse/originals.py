@@ -1,9 +1,10 @@
 """The originals of image artifacts, and where rows made of the same originals are in earlier artifacts."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,42 @@ from edt_core.files.small_files import parse_json
 from edt_core.store.artifact import Artifact, ManifestError
 from edt_core.store.layout import IMAGE_SHARD, REPORT_OF_SHARD
 from jobs.stages.reuse.siblings import NONE, Places, first_of
+
+
+class Report(NamedTuple):
+    """The originals of one shard. `first`: the position of its first among all of the artifact.
+
+    digests, versions: uint8 [n, 32] (see `Originals`); rows: int32 [n]; reasons: by position among all.
+    """
+
+    shard: int
+    first: int
+    digests: NDArray[np.uint8]
+    versions: NDArray[np.uint8]
+    rows: NDArray[np.int32]
+    reasons: dict[int, str]
+
+
+def reports_of(artifact: Artifact) -> Iterator[Report]:
+    """The reports of an image artifact, in order. Raises ManifestError if one differs from the manifest."""
+    first = 0
+    for number in count():
+        name = REPORT_OF_SHARD.format(IMAGE_SHARD.format(number))
+        if not (entries := artifact.entries(name)):
+            return
+        data = artifact.path(name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != entries[0].sha256:
+            raise ManifestError(f"{name} of {artifact.folder.uri} does not match its manifest; run its step again")
+        report = parse_json(data, name)
+        digests = np.frombuffer(bytes.fromhex(report["digests"]), np.uint8).reshape(-1, 32)
+        stated = np.frombuffer(bytes.fromhex(report.get("versions", "")), np.uint8).reshape(-1, 32)
+        written = np.ones(len(digests), np.bool_)
+        written[[position for position, _, _ in report["quarantined"]]] = False
+        rows = np.where(written, np.cumsum(written) - 1, NONE).astype(np.int32)
+        reasons = {first + position: reason for position, _, reason in report["quarantined"]}
+        versions = stated if len(stated) == len(digests) else np.zeros_like(digests)
+        yield Report(number, first, digests, versions, rows, reasons)
+        first += len(digests)
 
 
 @dataclass(frozen=True)
@@ -33,31 +70,14 @@ class Originals:
     @classmethod
     def of(cls, artifact: Artifact) -> "Originals":
         """Read the reports of an image artifact. Raises ManifestError if one differs from the manifest."""
-        digests, shards, rows = [np.empty((0, 32), np.uint8)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-        versions = [np.empty((0, 32), np.uint8)]
-        reasons: dict[int, str] = {}
-        first = 0
-        for number in count():
-            name = REPORT_OF_SHARD.format(IMAGE_SHARD.format(number))
-            if not (entries := artifact.entries(name)):
-                break
-            data = artifact.path(name).read_bytes()
-            if hashlib.sha256(data).hexdigest() != entries[0].sha256:
-                raise ManifestError(f"{name} of {artifact.folder.uri} does not match its manifest; run its step again")
-            report = parse_json(data, name)
-            part = np.frombuffer(bytes.fromhex(report["digests"]), np.uint8).reshape(-1, 32)
-            written = np.ones(len(part), np.bool_)
-            for position, _, reason in report["quarantined"]:
-                written[position] = False
-                reasons[first + position] = reason
-            digests.append(part)
-            stated = np.frombuffer(bytes.fromhex(report.get("versions", "")), np.uint8).reshape(-1, 32)
-            versions.append(stated if len(stated) == len(part) else np.zeros_like(part))
-            shards.append(np.full(len(part), number, np.int32))
-            rows.append(np.where(written, np.cumsum(written) - 1, NONE).astype(np.int32))
-            first += len(part)
+        reports = list(reports_of(artifact))
+        empty = np.empty((0, 32), np.uint8)
         return cls(
-            np.concatenate(digests), np.concatenate(versions), np.concatenate(shards), np.concatenate(rows), reasons
+            np.concatenate([empty, *(report.digests for report in reports)]),
+            np.concatenate([empty, *(report.versions for report in reports)]),
+            np.repeat(np.arange(len(reports), dtype=np.int32), [len(report.digests) for report in reports]),
+            np.concatenate([np.empty(0, np.int32), *(report.rows for report in reports)]),
+            {position: reason for report in reports for position, reason in report.reasons.items()},
         )
 
     @classmethod

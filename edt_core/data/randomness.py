@@ -43,9 +43,12 @@ def batch_indices(seed: int, step: int, global_batch_size: int, num_samples: int
 
     No row is dropped at the end of an epoch; a batch may contain the end of one epoch and the start of the next.
     """
-    positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
-    epochs, places = positions // num_samples, positions % num_samples
-    parts = [epoch_order(seed, int(epoch), num_samples)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+    parts, left = [], global_batch_size
+    epoch, place = divmod(step * global_batch_size, num_samples)
+    while left:
+        parts.append(epoch_order(seed, epoch, num_samples)[place : place + left])
+        left -= len(parts[-1])
+        epoch, place = epoch + 1, 0
     return np.concatenate(parts)
 
 
@@ -84,27 +87,28 @@ def _seeds(seed: int, step: int, stream: str, count: int) -> list[int]:
     steps and for other samples.
     """
     states = np.random.SeedSequence([seed, step, _STREAMS[stream]]).generate_state(count, np.uint64)
-    return [int(state) for state in states >> np.uint64(1)]
+    seeds: list[int] = (states >> np.uint64(1)).tolist()
+    return seeds
 
 
 def _fill_rows(
     out: Tensor, rows: slice, seeds: Sequence[int], fill: Callable[[Tensor, torch.Generator], None]
 ) -> Tensor:
     """Fill `out` chunk by chunk. A chunk is always drawn whole, so that a row does not depend on the rows beside it."""
-    assert len(out) == rows.stop - rows.start, (out.shape, rows)
+    assert out.shape[0] == rows.stop - rows.start, (out.shape, rows)  # len(out) is slow
     assert out.is_contiguous(), out.stride()
-    source, place = torch.Generator(), rows.start
-    while place < rows.stop:
-        chunk, skipped = divmod(place, ROWS_PER_CHUNK)
-        target = out[place - rows.start : place - rows.start + ROWS_PER_CHUNK - skipped]
+    source = torch.Generator()
+    for chunk in range(rows.start // ROWS_PER_CHUNK, _chunks(rows)):
+        first = chunk * ROWS_PER_CHUNK
+        begin, end = max(first, rows.start), min(first + ROWS_PER_CHUNK, rows.stop)
+        target = out[begin - rows.start : end - rows.start]
         source.manual_seed(seeds[chunk])
-        if len(target) == ROWS_PER_CHUNK:
+        if end - begin == ROWS_PER_CHUNK:
             fill(target, source)
         else:
             whole = out.new_empty((ROWS_PER_CHUNK, *out.shape[1:]))
             fill(whole, source)
-            target.copy_(whole[skipped : skipped + len(target)])
-        place += len(target)
+            target.copy_(whole[begin - first : end - first])
     return out
 
 

@@ -39,7 +39,8 @@ class LatentDataset:
         _check_order(paths, [shard.info.source_shard for shard in shards])
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in shards])
         chunks = [chunk for shard in shards for chunk in shard.chunks]
-        self._sides = [[chunk[side] for chunk in chunks] for side in range(len(POSTERIOR_COLUMNS))]
+        # Of chunk k the images' side at 2k, that of the mirror images at 2k + 1.
+        self._sides = [side for chunk in chunks for side in chunk]
         self._starts = np.cumsum([0, *(len(chunk[0]) for chunk in chunks)])  # first row of each chunk, then all rows
         self._rows: NDArray[np.int64] | None = None  # the rows of a part
         if not len(self):
@@ -84,8 +85,8 @@ class LatentDataset:
         chunks = np.searchsorted(self._starts, places_in_shards, side="right") - 1
         rows = places_in_shards - self._starts[chunks]
         # One call copies a list of row views, without a pass per shard: at most a sixth slower than from memory.
-        places = zip(mirror.astype(int).tolist(), chunks.tolist(), rows.tolist(), strict=True)
-        np.concatenate([self._sides[side][chunk][row] for side, chunk, row in places], out=posterior.reshape(-1))
+        places = zip((len(POSTERIOR_COLUMNS) * chunks + mirror).tolist(), rows.tolist(), strict=True)
+        np.concatenate([self._sides[side][row] for side, row in places], out=posterior.reshape(-1))
         return posterior, self.labels[indices]
 
 

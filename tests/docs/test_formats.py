@@ -169,18 +169,18 @@ def test_latents_are_rows_of_the_images_in_the_layout_of_the_page(artifacts: Art
     assert rows == images["counts"]["images"] == latents["counts"]["images"]
 
 
-@pytest.mark.parametrize("store", ["fp16", "bf16"])
-def test_half_precision_is_in_the_layout_of_the_page(store: str, artifacts: Artifacts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+def test_half_precision_is_in_the_layout_of_the_page(half: str, artifacts: Artifacts, tmp_path: Path) -> None:
     root, _ = artifacts.read("latents")
     path = min(root.glob("latents-*.arrow"))
     _, keys, labels, exact = read_latents(path)
-    with LatentShardWriter(tmp_path / "half.arrow", replace(LatentShard(path).info, store=store)) as writer:
+    with LatentShardWriter(tmp_path / "half.arrow", replace(LatentShard(path).info, store=half)) as writer:
         writer.write(keys, labels, exact)
     about, *rows, posterior = read_latents(tmp_path / "half.arrow")
-    assert (about["schema_version"], about["store"]) == ("4", store)
+    assert (about["schema_version"], about["store"]) == ("4", half)
     assert rows == [keys, labels]
     gap = np.abs(posterior - exact)
-    assert 0 < gap.max() <= np.abs(exact).max() * 2.0 ** (-11 if store == "fp16" else -8)
+    assert 0 < gap.max() <= np.abs(exact).max() * 2.0 ** (-11 if half == "fp16" else -8)
     with pa.OSFile(str(tmp_path / "half.arrow")) as file:
         rounding = np.stack(pa.ipc.open_file(file).read_all()["rounding"].to_numpy())
     assert np.array_equal(rounding.reshape(len(keys), 2, -1), gap.max((1, 4, 5)))

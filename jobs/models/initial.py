@@ -58,7 +58,7 @@ class Initial(Source):
     before: "Initial | None" = field(default=None, compare=False)
     tracking_uri: str | None = field(default=None, compare=False, repr=False)
 
-    def check(self, config: "ModelConfig", normalise: Callable[[], bool]) -> None:
+    def check(self, config: "ModelConfig", normalise: Callable[[], bool] = lambda: False) -> None:
         """Raise UserError unless the model can be adapted to one of this configuration, as far as that is known yet.
 
         `normalise`: whether the training normalises the latents. It is called only for a model without statistics,

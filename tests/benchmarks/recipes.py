@@ -3,18 +3,21 @@
     python tests/benchmarks/recipes.py --cifar IMAGES [--store FOLDER] [--plot docs/recipes.png]
 
 Trains each row of `ROWS` with each seed, on all digits and on the images of `--cifar` (laid out as <class>/<image>), by
-the ordinary workflow, and measures every training by one protocol. Prints, for each data set, mean and standard
-deviation over the trainings of a row, and whether it differs from the first row by more than chance. Run again, it
-resumes where it was. It asserts nothing.
+the steps of the ordinary workflow, and measures every training by one protocol. Prints, for each data set, mean and
+standard deviation over the trainings of a row, and whether it differs from the first row by more than chance. The steps
+run without Ray, in as many processes as there are processors, each with one thread: Ray's processes take longer than
+these small models. Run again, it resumes where it was. It asserts nothing.
 """
 
 import argparse
 import json
-import subprocess
-import sys
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,19 @@ import numpy as np
 import yaml
 from scipy.stats import ttest_ind
 
+from edt_core.config import Section
+from edt_core.progress import Silent
+from edt_core.store.artifact import Artifact, Source
+from edt_core.store.store import Store
 from jobs.benchmark.table import hardware
+from jobs.commands import evaluate_model
+from jobs.stages.stage import Stage
+from pipelines.config.schema import load_config
+from pipelines.engine.step import StepFuture
+from pipelines.pipeline import call_steps, prepare_source
+from pipelines.terminal.terminal import Terminal
+from tests.support.local_ray import local_ray_train
 
-EDT = [sys.executable, "-m", "pipelines.cli"]
 BASE, LEVEL = "epsilon, Adan", 0.05
 METRICS = {"fd_classifier": "lower is better", "accuracy_classifier": "higher is better"}
 FLOW = {"objective": "flow"}
@@ -41,7 +54,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "adamw"},
     "Muon": {"optimizer": "muon"},
 }
-AT_ONCE = 3  # models of a run
 SEARCHED = ("AdamW", "Muon")  # their learning rate is chosen by one training each, of a seed that is not measured
 RATES, SEARCH_SEED = (0.25, 0.5, 1.0), 100  # times that of the first row
 WIDTHS = ("off", "0.03", "0.05", "0.1", "0.15", "0.2")
@@ -58,8 +70,8 @@ class Data:
 
 def data_sets(cifar: str) -> list[Data]:
     """Both data sets. Latents of 4 x 8 x 8 and 4 x 16 x 16; the chain has 25 steps in both."""
-    chain = {"num_sampling_steps": 25, "num_workers": 2}
-    common = {"global_batch_size": 48, "lr_final": 0.0, "ema_decay": 0.99, "num_workers": 1, "checkpoint_every": 10_000}
+    chain = {"num_sampling_steps": 25}
+    common = {"global_batch_size": 48, "lr_final": 0.0, "ema_decay": 0.99, "checkpoint_every": 10_000}
     digits = Data(
         "digits",
         {
@@ -83,11 +95,6 @@ def data_sets(cifar: str) -> list[Data]:
     return [digits, photos]
 
 
-def edt(*arguments: str) -> str:
-    """Standard output of a command. Its standard error is passed on; raises CalledProcessError where it fails."""
-    return subprocess.run([*EDT, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def name_of(data: Data, row: str, seed: int, rate: float = 1.0) -> str:
     """The registered name of a training."""
     words = "".join(letter if letter.isalnum() else "-" for letter in f"{row} {rate:g}" if letter != ",")
@@ -99,78 +106,108 @@ def fields_of(data: Data, row: str, seed: int, rate: float = 1.0) -> dict[str, A
     return {**ROWS[row], "seed": seed, **({} if rate == 1.0 else {"lr": data.train["lr"] * rate})}
 
 
-def train(data: Data, models: Mapping[str, Mapping[str, Any]], store: Path) -> None:
-    """Run the pipeline with these models; those of flow matching apart, since their chain has another sampler.
+@dataclass
+class Here:
+    """Makes each step in this process, unless the store has its artifact."""
 
-    Few at once: each model of a pipeline has processes that wait for their turn.
-    """
-    for kind in ("diffusion", "flow"):
-        chosen = [
-            (name, dict(fields))
-            for name, fields in models.items()
-            if (FLOW.items() <= fields.items()) == (kind == "flow")
-        ]
-        for few in (chosen[first : first + AT_ONCE] for first in range(0, len(chosen), AT_ONCE)):
-            run(data, kind, dict(few), store)
+    store: Store
 
+    def step(self, name: str, stage: Stage, config: Section, **inputs: StepFuture | Source) -> StepFuture:
+        given = {role: item.result() if isinstance(item, StepFuture) else item for role, item in inputs.items()}
+        identity = stage.fingerprint(config, {role: item.fingerprint for role, item in given.items()})
+        with self.store.lock(stage.kind, identity):
+            artifact = self.store.find(stage.kind, identity)
+            if artifact is None:
+                artifact = stage.execute(config, given, self.store.writer(stage.kind, identity), Silent())
+        return StepFuture(name, stage.kind, identity, artifact=artifact)
 
-def run(data: Data, kind: str, models: Mapping[str, Mapping[str, Any]], store: Path) -> None:
-    """Run the pipeline of a kind, "diffusion" or "flow", with these models."""
-    path = store / f"{data.name}-{kind}.yaml"
-    config = {
-        "name": f"recipes-{data.name}-{kind}",
-        "preprocess": {"image_size": 32},
-        "encode": {"num_workers": 2},
-        "evaluate": {"num_cpus": 0},
-        **data.config,
-        "train": {**data.train, **(FLOW if kind == "flow" else {})},
-        "models": dict(models),
-    }
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    edt("run", str(path), "--store", str(store))
+    def adopt(self, name: str, stage: Stage, item: Artifact | Source, origin: str) -> StepFuture:
+        raise NotImplementedError
+
+    def promote(self, promotion: Any) -> None:
+        raise NotImplementedError
 
 
-def metrics_of(name: str, store: Path) -> dict[str, float]:
-    """The metrics of a registered training."""
-    found: dict[str, float] = json.loads(edt("models", "show", f"{name}@candidate", "--store", str(store), "--json"))[
-        "metrics"
-    ]
+def trained(store: Path, averages: bool, path: Path) -> dict[str, dict[str, float]]:
+    """The metrics of the only model of a pipeline; with `averages`, by their width as well, for other widths."""
+    config = load_config(str(path), [], str(store))
+    opened = Store.open(str(store))
+    with local_ray_train(), Terminal(to_stderr=True) as terminal:
+        (branch,) = call_steps(Here(opened), config, prepare_source(config.source, opened.root, terminal))
+        made = {role: step.result() for role, step in branch.steps.items()}
+        found = {"": dict(made["evaluation"].counts["metrics"])}
+        if averages:
+            found |= averaged(made, config.sample.model_dump(), store / "averages" / branch.name)
     return found
 
 
-def chosen_rates(data: Data, store: Path) -> dict[str, float]:
+def averaged(made: Mapping[str, Artifact], chain: Mapping[str, Any], out: Path) -> dict[str, dict[str, float]]:
+    """The metrics of a training with averages of other widths, by width."""
+    fields = ("num_samples", "num_sampling_steps", "cfg_scale")
+    flags = [part for name in fields for part in (f"--{name.replace('_', '-')}", str(chain[name]))]
+    networks = [part for role in ("classifier", "reference") for part in (f"--{role}", made[role].folder.uri)]
+    arguments = [made["checkpoint"].folder.uri, str(out), *networks, *flags, "--sweep", f"ema={','.join(WIDTHS)}"]
+    evaluate_model.run(evaluate_model.make_parser("edt evaluate").parse_args(arguments), Silent())
+    results = json.loads((out / "results.json").read_text())
+    return {result["settings"]["ema"]: result["metrics"] for result in results}
+
+
+def write_pipeline(data: Data, name: str, fields: Mapping[str, Any], folder: Path) -> Path:
+    """The pipeline of one training as a file. The chain of flow matching has another sampler."""
+    flow = FLOW if FLOW.items() <= fields.items() else {}
+    config = {
+        "name": f"recipes-{data.name}",
+        "preprocess": {"image_size": 32},
+        **data.config,
+        "train": {**data.train, **flow},
+        "models": {name: dict(fields)},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A store, and the processes that train into it."""
+
+    store: Path
+    processes: ProcessPoolExecutor
+
+    def results(
+        self, data: Data, models: Mapping[str, Mapping[str, Any]], averages: bool = False
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        """What `trained` finds of each model, by name. The first one makes what all share."""
+        paths = [write_pipeline(data, name, fields, self.store) for name, fields in models.items()]
+        work = partial(trained, self.store, averages)
+        first = self.processes.submit(work, paths[0]).result()
+        return dict(zip(models, [first, *self.processes.map(work, paths[1:])], strict=True))
+
+
+def chosen_rates(data: Data, lab: Lab) -> dict[str, float]:
     """For each row whose learning rate is searched, the one of least distance, times that of the first row."""
     names = {(row, rate): name_of(data, row, SEARCH_SEED, rate) for row in SEARCHED for rate in RATES}
-    train(data, {name: fields_of(data, row, SEARCH_SEED, rate) for (row, rate), name in names.items()}, store)
-    found = {key: metrics_of(name, store)["fd_classifier"] for key, name in names.items()}
-    return {row: min(RATES, key=lambda rate: found[row, rate]) for row in SEARCHED}
+    found = lab.results(data, {name: fields_of(data, row, SEARCH_SEED, rate) for (row, rate), name in names.items()})
+    distance = {key: found[name][""]["fd_classifier"] for key, name in names.items()}
+    return {row: min(RATES, key=lambda rate: distance[row, rate]) for row in SEARCHED}
 
 
 def measured(
-    data: Data, seeds: Sequence[int], rates: Mapping[str, float], store: Path
+    data: Data, seeds: Sequence[int], rates: Mapping[str, float], lab: Lab
 ) -> dict[str, list[dict[str, float]]]:
     """The metrics of each training, by row in the order of the seeds."""
     names = {(row, seed): name_of(data, row, seed, rates.get(row, 1.0)) for row in ROWS for seed in seeds}
-    train(data, {name: fields_of(data, row, seed, rates.get(row, 1.0)) for (row, seed), name in names.items()}, store)
-    return {row: [metrics_of(names[row, seed], store) for seed in seeds] for row in ROWS}
+    found = lab.results(
+        data, {name: fields_of(data, row, seed, rates.get(row, 1.0)) for (row, seed), name in names.items()}
+    )
+    return {row: [found[names[row, seed]][""] for seed in seeds] for row in ROWS}
 
 
-def averaged(data: Data, seeds: Sequence[int], store: Path) -> dict[str, list[dict[str, float]]]:
+def of_widths(data: Data, seeds: Sequence[int], lab: Lab) -> dict[str, list[dict[str, float]]]:
     """The metrics of the first row's trainings with averages of other widths, by width in the order of the seeds."""
-    by_width: dict[str, list[dict[str, float]]] = {width: [] for width in WIDTHS}
-    for seed in seeds:
-        name = name_of(data, BASE, seed)
-        nodes = json.loads(edt("lineage", f"{name}@candidate", "--store", str(store), "--json"))["nodes"].values()
-        made = {node["kind"]: node["uri"] for node in nodes}
-        chain = [
-            part for key, value in data.config["sample"].items() for part in (f"--{key.replace('_', '-')}", str(value))
-        ]
-        networks = ("--classifier", made["classifier"], "--reference", made["reference"])
-        out = store / "averages" / name
-        edt("evaluate", made["checkpoint"], str(out), *networks, *chain, "--sweep", f"ema={','.join(WIDTHS)}")
-        for result in json.loads((out / "results.json").read_text()):
-            by_width[result["settings"]["ema"]].append(result["metrics"])
-    return by_width
+    models = {name_of(data, BASE, seed): fields_of(data, BASE, seed) for seed in seeds}
+    found = lab.results(data, models, averages=True).values()
+    return {width: [each[width] for each in found] for width in WIDTHS}
 
 
 def verdicts(rows: Mapping[str, Sequence[float]], base: str) -> dict[str, str]:
@@ -221,14 +258,14 @@ def plot(by_data: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], pat
     figure.savefig(path, dpi=130)
 
 
-def sections(data: Data, seeds: Sequence[int], store: Path, found: dict[str, Any]) -> Iterator[str]:
+def sections(data: Data, seeds: Sequence[int], lab: Lab, found: dict[str, Any]) -> Iterator[str]:
     """The tables of a data set, as Markdown; the results of its rows are put into `found`."""
-    rates = chosen_rates(data, store)
-    found[data.name] = results = measured(data, seeds, rates, store)
+    rates = chosen_rates(data, lab)
+    found[data.name] = results = measured(data, seeds, rates, lab)
     shown = {row: f" (lr {data.train['lr'] * rate:g})" for row, rate in rates.items()}
     yield f"## {data.name}\n{len(seeds)} trainings a row, lr {data.train['lr']:g} except where it is stated.\n"
     yield table(results, BASE, "recipe", shown) + "\n"
-    yield table(averaged(data, seeds, store), "off", f"width of the average ({BASE})", {"off": " (EMA 0.99)"}) + "\n"
+    yield table(of_widths(data, seeds, lab), "off", f"width of the average ({BASE})", {"off": " (EMA 0.99)"}) + "\n"
 
 
 def main() -> None:
@@ -241,9 +278,12 @@ def main() -> None:
     options.store.mkdir(parents=True, exist_ok=True)
     started, found = time.monotonic(), dict[str, Any]()
     print(f"{hardware()}\n", flush=True)
-    for data in data_sets(options.cifar or "")[: 2 if options.cifar else 1]:
-        for section in sections(data, options.seeds, options.store, found):
-            print(section, flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as processes:
+        lab = Lab(options.store, processes)
+        for data in data_sets(options.cifar or "")[: 2 if options.cifar else 1]:
+            for section in sections(data, options.seeds, lab, found):
+                print(section, flush=True)
     plot(found, options.plot)
     print(f"{(time.monotonic() - started) / 60:.0f} minutes")
 

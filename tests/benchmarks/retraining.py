@@ -27,7 +27,7 @@ from edt_core.data.digits import write_digits
 NAME = "edt-tiny-digits-32"
 ARRIVING = 100
 SHORT = 400  # a third of the quickstart's steps
-SCRATCH = ("train.init_from=null", "train.max_steps=1200", "train.warmup_steps=0", "train.lr=4.0e-3")  # quickstart's
+SCRATCH = ("train.init_from=null", "train.max_steps=500", "train.warmup_steps=0", "train.lr=4.0e-3")  # quickstart's
 METRICS = ("fd_classifier", "accuracy_classifier")
 
 

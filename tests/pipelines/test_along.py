@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipelines.outcome import Outcome
 
 ON = ("along.every=2", "along.num_samples=24", "along.num_sampling_steps=2", "along.unit_size=16", "along.repeats=2")
+FLOW = ("train.objective=flow", "train.timestep_sampler=uniform")
 STEPS_MEASURED = [2, 4, 6, 8]
 
 
@@ -160,7 +161,7 @@ def test_what_cannot_be_measured_is_refused(measured: "Outcome", copied: Path) -
         ("along.every=2", "train.patience=2", "train.ema_widths=[0.1]"): r"patience is 2.* ema_widths \[0.1\]",
         ("along.every=2", "along.amm_blocks=[99]"): r"amm_blocks \[99\] do not exist",
         ("along.every=2", "along.metrics=[kid]"): "along.metrics measures kid_classifier",
-        ("train.objective=flow", "sample.guidance_interval=[200, 800]"): "begins after the last timestep",
+        (*FLOW, "sample.guidance_interval=[200, 800]"): "begins after the last timestep",
     }
     for assignments, text in refused.items():
         with pytest.raises(UserError, match=text):
@@ -180,5 +181,5 @@ def test_without_it_a_configuration_means_what_it_meant() -> None:
     config = load_config("quickstart", SMALL)
     assert config.train_of(MODEL).keep_every is None
     assert load_config("quickstart", [*SMALL, "along.every=4"]).train_of(MODEL).keep_every == 4
-    flow = load_config("quickstart", [*SMALL, "along.every=4", "train.objective=flow"])
+    flow = load_config("quickstart", [*SMALL, "along.every=4", *FLOW])
     assert (flow.sample.sampler, flow.along.sampler) == ("euler", "euler")

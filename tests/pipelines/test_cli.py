@@ -106,7 +106,7 @@ def test_a_dry_run_tells_what_it_would_take_and_does_nothing(digits_folder: Path
         r"edt-tiny-digits-32: EDT-Tiny/2, 32 px, 4 classes",
         r"parameters +\d",
         r"images +32$",
-        r"steps +1,200",
+        r"steps +500",
     ):
         assert re.search(line, done.stdout, re.MULTILINE), (line, done.stdout)
     assert list(tmp_path.iterdir()) == []

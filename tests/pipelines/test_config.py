@@ -104,7 +104,7 @@ def test_a_model_s_fields_stand_over_the_shared_ones() -> None:
         (["source.kind=image_folder"], r"source\.path is missing"),
         (["train.reader=webdataset"], r"write_webdataset is false"),
         (["train=5"], r"'train'.*5"),
-        (["sample.num_sampling_steps=2000"], r"2000 is more than the 1000 timesteps"),
+        (["train.objective=epsilon", "sample.num_sampling_steps=2000"], r"2000 is more than the 1000 timesteps"),
         (["sample.guidance_channels=9"], r"guidance_channels 9 is more than the 4 latent channels"),
         (["sample.amm_blocks=paper"], r"no placement is published for EDT-Tiny/2 at 32 px with cfg_scale 1\.75"),
         (["sample.amm_blocks=[99]"], r"amm_blocks \[99\] do not exist.*0\.\.6"),

@@ -129,7 +129,7 @@ def test_shown_whole_as_yaml_and_json_and_listed(tmp_path: Path) -> None:
     path = tmp_path / "whole.yaml"
     path.write_text(invoke("config", "show", "quickstart", "--set", "train.lr=0.5")[1])
     assert load_config(str(path)) == load_config("quickstart", ["train.lr=0.5"])
-    assert json.loads(invoke("config", "show", "quickstart", "--json")[1])["train"]["max_steps"] == 1200
+    assert json.loads(invoke("config", "show", "quickstart", "--json")[1])["train"]["max_steps"] == 500
     assert [row["name"] for row in json.loads(invoke("config", "list", "--json")[1])] == config_names()
 
 

@@ -23,7 +23,13 @@ def test_a_run_of_flow_matching_registers_a_model_that_is_sampled_as_it_was_eval
 ) -> None:
     copy = tmp_path / "store"
     copy_store(store, copy)
-    assignments = ("train.objective=flow", "train.preview_every=8", "sample.sampler=heun", f"models={{{NAME}: {{}}}}")
+    assignments = (
+        "train.objective=flow",
+        "train.timestep_sampler=uniform",
+        "train.preview_every=8",
+        "sample.sampler=heun",
+        f"models={{{NAME}: {{}}}}",
+    )
     outcome = pipeline(copy, *assignments)
     assert (outcome.failures, outcome.executed, outcome.reused) == ({}, 7, 5)
     (trained,) = (

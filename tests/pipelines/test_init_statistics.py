@@ -47,7 +47,7 @@ def in_registry(folder: Path, model: DiffusionTransformer) -> Registry:
 
 
 def asked(*assignments: str) -> PipelineConfig:
-    return load_config("quickstart", ["train.latent_norm=true", *assignments])
+    return load_config("quickstart", ["train.objective=epsilon", "train.latent_norm=true", *assignments])
 
 
 def autoencoder(folder: Path, **scale: object) -> str:

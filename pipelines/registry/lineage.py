@@ -21,6 +21,7 @@ from edt_core.store.prefixes import PREFIX, fingerprints
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.names import STD_TAG
 from jobs.models.registry_files import title
+from jobs.stages.training.follow import UNTIL
 from pipelines.registry.aliases import PARENT_TAG
 from pipelines.registry.lookup import all_aliases, find, origin_of
 from pipelines.tracking.catalog import Catalog, flatten
@@ -176,6 +177,8 @@ class _Walk:
             return self.artifact(role, fingerprint) or Node(role, fingerprint, known_from="nothing")
         if role == "init":
             return self._initial(node, fingerprint)
+        if role == UNTIL:
+            return Node("evaluations along it", fingerprint, known_from="given")
         location = self.params.get(_LOCATIONS.get(role, ""), "None")
         if role == "source" and (kind := self.params.get("source.kind")):
             location = kind if location == "None" else f"{kind} {location}"

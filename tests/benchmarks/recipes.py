@@ -53,6 +53,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "aligned with its average": {"align": "self"},
     "AdamW": {"optimizer": "adamw"},
     "Muon": {"optimizer": "muon"},
+    "flow, logit-normal times, Muon": {**FLOW, "timestep_sampler": "logit-normal", "optimizer": "muon"},
 }
 SEARCHED = ("AdamW", "Muon")  # their learning rate is chosen by one training each, of a seed that is not measured
 RATES, SEARCH_SEED = (0.25, 0.5, 1.0), 100  # times that of the first row

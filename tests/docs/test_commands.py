@@ -36,7 +36,6 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt webhook .*mlflow:5000", "needs an MLflow server: tests/pipelines/test_webhook.py"),
     (r"edt run .*wandb", "needs the package wandb: tests/pipelines/test_wandb.py"),
     (r"edt run .*init_from=dit-xl", "needs published weights: tests/edt_core/test_training_start.py"),
-    (r"edt run .*objective=flow", "tests/pipelines/test_flow_run.py"),
     (r"edt models push (?!.*--dry-run)", "needs a hub: tests/pipelines/test_push.py"),
     (r"edt ui", "never ends: tests/pipelines/test_ui.py"),
     (r"edt train .*--use-gpu true", "needs GPUs: tests/jobs/test_train_verb.py"),

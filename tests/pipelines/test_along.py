@@ -18,6 +18,7 @@ from edt_core.store.layout import EMA_WEIGHTS
 from edt_core.store.store import Store
 from jobs.models.open import open_model
 from jobs.stages import along, evaluate, sample
+from jobs.stages.training import follow
 from pipelines.commands.options import catalog_if_any
 from pipelines.config.schema import load_config
 from pipelines.plan import plan
@@ -123,6 +124,30 @@ def test_a_second_run_reuses_the_curve(measured: "Outcome", copied: Path) -> Non
     assert len(planned) == STEPS + 2  # the curve, and the promotion
     garbage = json.loads(edt("gc", "--dry-run", "--json", "--store", str(copied)).stdout)["garbage"]
     assert made(copied, "along").fingerprint not in {item["fingerprint"] for item in garbage}
+
+
+def test_a_training_with_patience_is_found_again_and_its_lineage_names_what_ended_it(
+    measured: "Outcome", copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support.local_ray import local_ray_train
+
+    copy, patient = tmp_path / "edt-store", (*ON, "train.patience=2")
+    copy_store(copied, copy)
+    monkeypatch.setattr(follow, "ran_out", lambda values, patience, lower_is_better: 4 if 4 in values else None)
+    with local_ray_train():
+        outcome = pipeline(copy, *patient)
+    assert outcome.failures == {}
+    training = made(copy, "checkpoint", patience=2)
+    assert training.counts["patience"] == {"metric": "fd_classifier", "evaluations": 2, "of": 8}
+    assert training.counts["steps"] == 4
+    curves = [item for item in Store.open(str(copy)).artifacts() if item.manifest.kind == "along"]
+    assert sorted(curve.counts["steps"] for curve in curves) == [[2, 4], STEPS_MEASURED]
+    planned = plan(load_config("quickstart", [*SMALL, *patient], str(copy)), catalog_if_any(str(copy)))
+    assert {step.action for step in planned} == {"reuse"}
+    lines = edt("lineage", training.fingerprint, "--store", str(copy)).stdout
+    assert "until (evaluations along it)" in lines
+    page = outcome.reports[MODEL].path("report.html").read_text()
+    assert "The training ended here, of 8 steps: fd_classifier was not better in 2 evaluations" in page
 
 
 def test_a_killed_curve_resumes_after_its_finished_units(

@@ -283,7 +283,7 @@ def test_the_functions_of_the_objective_say_what_is_wrong() -> None:
 
 
 def test_a_pipeline_of_flow_matching_has_its_recipe_and_sampler() -> None:
-    config = load_config("quickstart", ["train.objective=flow"])
+    config = load_config("ablation", ["train.objective=flow"])
     assert (config.train.min_snr_gamma, config.train.timestep_sampler) == (None, "uniform")
     assert config.sample.sampler == "euler"
     name = next(iter(config.models))
@@ -293,18 +293,18 @@ def test_a_pipeline_of_flow_matching_has_its_recipe_and_sampler() -> None:
 
 
 def test_each_model_has_the_defaults_of_its_own_objective() -> None:
-    config = load_config("quickstart", ["train.objective=flow", "models={a: {}}", "sample.sampler=heun"])
+    config = load_config("ablation", ["train.objective=flow", "models={a: {}}", "sample.sampler=heun"])
     assert config.sample.sampler == "heun"
     with pytest.raises(UserError, match=r"sampler is 'ancestral', but a model of the objective 'flow'"):
-        load_config("quickstart", ["models={a: {}, b: {objective: flow}}"])
+        load_config("ablation", ["models={a: {}, b: {objective: flow}}"])
     for assignment, message in (
         ("train.min_snr_gamma=5", "set min_snr_gamma to null"),
         ("train.timestep_sampler=loss-second-moment", "continuous"),
         ("sample.sampler=ddim", "by one of euler, heun, sde"),
     ):
         with pytest.raises(UserError, match=message):
-            load_config("quickstart", ["train.objective=flow", assignment])
-    mixed = load_config("quickstart", ["train.objective=flow", "models={a: {objective: v_prediction}}"])
+            load_config("ablation", ["train.objective=flow", assignment])
+    mixed = load_config("ablation", ["train.objective=flow", "models={a: {objective: v_prediction}}"])
     assert mixed.train_of("a").min_snr_gamma == TrainConfig().min_snr_gamma
     assert mixed.sample.sampler == "ancestral"
 

@@ -130,7 +130,8 @@ for images in map(int, sys.argv[2:]):
     assert not read, "what is known is not read"
 print(*peaks)
 """
-FEW, MANY = 200_000, 1_200_000
+# With fewer than eight batches of 65,536 a pass would not hold as many as it ever does.
+FEW, MANY = 600_000, 1_400_000
 MIB_PER_MILLION = 64
 
 

@@ -216,7 +216,7 @@ def remove_enough(out: ArtifactWriter) -> None:
 
 def check_patience(config: TrainConfig, inputs: Mapping[str, Any]) -> None:
     """Raise UserError for a training with patience that nothing is measured along."""
-    if config.patience is not None and UNTIL not in inputs:
+    if config.patience is not None and config.max_steps and UNTIL not in inputs:
         raise UserError(
             f"train.patience is {config.patience}, but nothing is evaluated along this training: that needs a pipeline "
             "with along.every (edt run); leave out train.patience to train alone"

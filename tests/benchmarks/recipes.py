@@ -222,7 +222,7 @@ def verdicts(rows: Mapping[str, Sequence[float]], base: str) -> dict[str, str]:
     texts, corrected = {}, 0.0
     for place, row in enumerate(sorted(chances, key=lambda row: chances[row])):
         corrected = max(corrected, min(1.0, (len(chances) - place) * chances[row]))
-        texts[row] = f"{'**differs**' if corrected < LEVEL else 'not shown to differ'} (p = {corrected:.2g})"
+        texts[row] = f"{'**differs**' if corrected < LEVEL else 'not shown to differ'} (p-value {corrected:.2g})"
     return texts
 
 

@@ -22,6 +22,7 @@ from edt_core.data.randomness import epoch_order
 from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
+from tests.support.batches import assert_held_batches_stay
 from tests.support.processes import wait_for
 
 SIZES = (300, 5, 260)
@@ -272,12 +273,4 @@ def test_a_batch_that_is_held_is_never_overwritten(latents_artifact: Artifact) -
     """Buffers are used again, but not while the batch, or a view of it, is in use."""
     dataset = LatentDataset(latents_artifact.paths("*.arrow"))
     with closing(loaded(dataset, seed=0, global_batch_size=8)) as batches:
-        views, copies, places = [], [], set()
-        for batch in islice(batches, 40):
-            if batch.step % 4 == 0:
-                views.append(batch.posterior[:, 0])
-                copies.append(views[-1].clone())
-            places.add(batch.posterior.data_ptr())
-            del batch
-        assert all(torch.equal(view, copy) for view, copy in zip(views, copies, strict=True))
-        assert len(places) < 20
+        assert_held_batches_stay(batches)

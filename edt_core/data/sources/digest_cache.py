@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from edt_core.data.sources.walk import STAT, stat_of
-from edt_core.data.tables import MappedTable, mapped
+from edt_core.data.tables import MappedTable, bytes_column, digests_in, mapped
 from edt_core.data.tables.arrow_file import map_file
 from edt_core.errors import UserError
 from edt_core.store.cache import cache_folder
@@ -76,7 +76,7 @@ class Remembered:
         """What an Arrow table of the cache's schema holds."""
         counts = _numpy(pc.list_value_length(table["offsets"]), np.int64)
         values = [chunk.flatten() for chunk in table["digests"].chunks]
-        blocks = [fixed_bytes(block) for block in values]
+        blocks = [digests_in(block) for block in values]
         return cls(
             table["name"],
             stats_in(table),
@@ -92,14 +92,11 @@ class Remembered:
             counts = self.starts[part + 1] - self.starts[part]
             starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
             images = np.repeat(self.starts[part] - starts[:-1], counts) + np.arange(starts[-1])
-            digests = pa.Array.from_buffers(
-                pa.binary(32), len(images), [None, pa.py_buffer(np.ascontiguousarray(self.digests[images]))]
-            )
             columns = [
                 pa.concat_arrays(self.names.take(pa.array(part)).chunks),
                 *(pa.array(self.stats[part, column]) for column in range(len(STAT_COLUMNS))),
                 pa.LargeListArray.from_arrays(pa.array(starts), pa.array(self.offsets[images])),
-                pa.LargeListArray.from_arrays(pa.array(starts), digests),
+                pa.LargeListArray.from_arrays(pa.array(starts), bytes_column(self.digests[images])),
             ]
             yield pa.record_batch(columns, schema=SCHEMA)
 
@@ -222,14 +219,8 @@ def _place_of_stats(wanted: Stats, stats: Stats) -> NDArray[np.int64]:
     if not len(wanted) or not len(stats):
         return np.full(len(wanted), -1, np.int64)
 
-    found = pc.index_in(stat_column(wanted), value_set=stat_column(stats))
+    found = pc.index_in(bytes_column(wanted), value_set=bytes_column(stats))
     return np.asarray(pc.fill_null(found, -1)).astype(np.int64)
-
-
-def stat_column(stats: Stats) -> pa.Array:
-    """Stats [F, 5] as one value each."""
-    data = pa.py_buffer(np.ascontiguousarray(stats))
-    return pa.Array.from_buffers(pa.binary(8 * len(STAT_COLUMNS)), len(stats), [None, data])
 
 
 def _known(listed: Listed, there: NDArray[np.int64], remembered: Remembered) -> tuple[Digests, NDArray[np.bool_]]:
@@ -301,12 +292,11 @@ def as_rows(names: pa.ChunkedArray, stats: Stats, digests: Digests) -> pa.Table:
     """Rows of the cache for files that are an image each."""
     number = len(names)
     starts = pa.array(np.arange(number + 1))
-    values = pa.Array.from_buffers(pa.binary(32), number, [None, pa.py_buffer(np.ascontiguousarray(digests))])
     columns = [
         names,
         *(pa.array(stats[:, column]) for column in range(len(STAT_COLUMNS))),
         pa.LargeListArray.from_arrays(starts, pa.array(np.zeros(number, np.int64))),
-        pa.LargeListArray.from_arrays(starts, values),
+        pa.LargeListArray.from_arrays(starts, bytes_column(digests)),
     ]
     return pa.table(columns, schema=SCHEMA)
 
@@ -380,9 +370,3 @@ def _numpy(column: pa.ChunkedArray, kind: type) -> NDArray:
     return np.concatenate(
         [np.empty(0, kind), *(chunk.to_numpy(zero_copy_only=False) for chunk in column.chunks)]
     ).astype(kind, copy=False)
-
-
-def fixed_bytes(block: pa.FixedSizeBinaryArray) -> Digests:
-    """The digests of a column, uint8 [N, 32]."""
-    data = np.frombuffer(block.buffers()[1], np.uint8) if len(block) else np.empty(0, np.uint8)
-    return data[32 * block.offset : 32 * (block.offset + len(block))].reshape(-1, 32)

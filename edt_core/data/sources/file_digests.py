@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edt_core.data.sources import digest_cache
 from edt_core.data.sources.digest_cache import SCHEMA, STAT_COLUMNS, Digests, stats_in
-from edt_core.data.tables import ROWS, MappedTable, Sorter, is_ascending, mapped
+from edt_core.data.tables import ROWS, MappedTable, Sorter, bytes_column, digests_in, is_ascending, mapped
 
 _ACCESS = "file"
 _LOOKED_UP = 1 << 18  # files without a known name that are looked up by their stat at a time
@@ -147,7 +147,7 @@ def _place_of(names: pa.Array, among: pa.ChunkedArray) -> NDArray[np.int64]:
 
 def _digests_of(table: pa.Table) -> Digests:
     """The digest of each cached file, uint8 [F, 32]: each has one."""
-    blocks = [digest_cache.fixed_bytes(chunk.flatten()) for chunk in table["digests"].chunks]
+    blocks = [digests_in(chunk.flatten()) for chunk in table["digests"].chunks]
     digests = np.concatenate([np.empty((0, 32), np.uint8), *blocks])
     assert len(digests) == len(table)
     return digests
@@ -156,13 +156,13 @@ def _digests_of(table: pa.Table) -> Digests:
 def _find_by_stat(rows: MappedTable, cached: MappedTable, places: NDArray[np.int64], known: _Known) -> None:
     """Note the digests of these listed files whose stat is that of a cached file of the same name in its folder."""
     wanted = rows.take(places).table
-    encoded = digest_cache.stat_column(stats_in(wanted)).dictionary_encode()
+    encoded = bytes_column(stats_in(wanted)).dictionary_encode()
     codes = np.asarray(encoded.indices)
     names: dict[int, bytes] = {}
     digests = np.zeros((len(encoded.dictionary), 32), np.uint8)
     for batch in cached.batches():
         table = pa.Table.from_batches([batch])
-        at = _place_of(digest_cache.stat_column(stats_in(table)), pa.chunked_array([encoded.dictionary]))
+        at = _place_of(bytes_column(stats_in(table)), pa.chunked_array([encoded.dictionary]))
         found = np.flatnonzero(at >= 0)
         for row, code in zip(found.tolist(), at[found].tolist(), strict=True):
             if code not in names:

@@ -5,7 +5,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from edt_core.data.sources.file_digests import file_digests
 from edt_core.data.sources.files import as_text
 from edt_core.data.sources.reading import RawImage, Result, Row, read_files, read_parquet, rows
 from edt_core.data.sources.walk import STAT
-from edt_core.data.tables import ROWS, MappedTable, Pages, is_ascending
+from edt_core.data.tables import ROWS, MappedTable, Pages, bytes_column, is_ascending
 from edt_core.progress import Progress, Silent
 from edt_core.store.folder import Folder
 
@@ -224,19 +224,13 @@ def _identity_of_rows(batch: pa.RecordBatch, digests: NDArray[np.uint8]) -> pa.B
     except pa.ArrowInvalid:  # a name that is not UTF-8 is hashed as its text
         names = pa.array([as_text(name).encode() for name in names.to_pylist()], pa.binary())
     lengths = pc.binary_length(names).cast(pa.int64())
-    parts = [_column_of(lengths, 8), names, _column_of(labels.cast(pa.int64()), 8), _column_of(digests, _DIGEST)]
+    fixed = [np.asarray(lengths), np.asarray(labels.cast(pa.int64())), digests]
+    length, label, digest = (bytes_column(values).cast(pa.binary()) for values in fixed)
+    parts = [length, names, label, digest]
     joined = pc.binary_join_element_wise(*parts, pa.scalar(b"", pa.binary()))
     _, offsets, data = joined.buffers()
     ends = np.frombuffer(offsets, np.int32)[joined.offset :]
     return data[int(ends[0]) : int(ends[len(joined)])]
-
-
-def _column_of(values: pa.Array | NDArray[Any], width: int) -> pa.Array:
-    """The little-endian bytes of each row."""
-    data = np.ascontiguousarray(np.asarray(values))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(data), [None, pa.py_buffer(data)]).cast(
-        pa.binary()
-    )
 
 
 def source_digests(listing: Listing, progress: Progress = _SILENT, again: bool = False) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from edt_core.data.tables import ROWS, MappedTable, Sorter
+from edt_core.data.tables import ROWS, MappedTable, Sorter, bytes_column, digests_in
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from jobs.stages.reuse.originals import reports_of
@@ -45,8 +45,8 @@ class Lookup:
             for report in reports_of(artifact):
                 position = np.arange(report.first, report.first + len(report.digests))
                 columns = [
-                    _column(report.versions if by_version else report.digests),
-                    _column(report.digests),
+                    bytes_column(report.versions if by_version else report.digests),
+                    bytes_column(report.digests),
                     pa.array(position),
                     pa.array(np.full(len(position), report.shard, np.int32)),
                     pa.array(report.rows),
@@ -82,7 +82,7 @@ class Lookup:
 
 def _matched(keys: NDArray[np.uint8], places: NDArray[np.int64], batch: pa.RecordBatch, last: bytes) -> Iterator[Found]:
     """The images at these places that are in a batch, but not those whose key also ended the batch before."""
-    at = pc.fill_null(pc.index_in(_column(keys[places]), value_set=batch.column("key")), -1)
+    at = pc.fill_null(pc.index_in(bytes_column(keys[places]), value_set=batch.column("key")), -1)
     at = np.asarray(at).astype(np.int64)
     is_new = at >= 0
     if last:
@@ -90,14 +90,10 @@ def _matched(keys: NDArray[np.uint8], places: NDArray[np.int64], batch: pa.Recor
     if is_new.any():
         rows = batch.take(pa.array(at[is_new]))
         numbers = (rows.column(name).to_numpy() for name in ("position", "shard", "row"))
-        digests = np.frombuffer(b"".join(rows.column("digest").to_pylist()), np.uint8).reshape(-1, 32)
+        digests = digests_in(rows.column("digest"))
         yield Found(places[is_new], digests, *numbers)
 
 
 def _starts(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """The first 8 bytes of each key as a number in the same order, uint64 [N]."""
     return np.ascontiguousarray(keys[:, :8]).view(">u8").ravel().astype(np.uint64)
-
-
-def _column(values: NDArray[np.uint8]) -> pa.Array:
-    return pa.Array.from_buffers(_KEY, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])

@@ -15,6 +15,7 @@ import pyarrow as pa
 from edt_core.data.sources import Listing
 from edt_core.data.sources.files import open_file
 from edt_core.data.sources.listing import decode_repeats, encode_repeats
+from edt_core.data.tables import bytes_column, digests_in
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from jobs.stages.reuse.image_shard import ShardPlan
@@ -85,7 +86,7 @@ class PlannedShard:
             return None
         artifact, shard, row = (table[name].to_numpy() for name in _PLACES)
         reasons = {k: reason for k, reason in enumerate(table["reason"].to_pylist()) if reason is not None}
-        digests = np.frombuffer(b"".join(table["digest"].to_pylist()), np.uint8).reshape(-1, 32)
+        digests = digests_in(table["digest"].combine_chunks())
         return EarlierImages(Places(self.artifacts, artifact, shard, row), reasons, digests)
 
 
@@ -121,8 +122,7 @@ def _batch(plan: ShardPlan, with_places: bool) -> pa.RecordBatch:
             values = np.zeros(number, kind) if earlier is None else getattr(earlier.places, name)
             table = table.append_column(name, pa.array(values))
         digests = np.zeros((number, 32), np.uint8) if earlier is None else earlier.digests
-        column = pa.py_buffer(np.ascontiguousarray(digests))
-        table = table.append_column("digest", pa.Array.from_buffers(pa.binary(32), number, [None, column]))
+        table = table.append_column("digest", bytes_column(digests))
         reasons = {} if earlier is None else earlier.reasons
         table = table.append_column("reason", pa.array([reasons.get(k) for k in range(number)], pa.string()))
     return table.combine_chunks().to_batches()[0] if len(table) else pa.RecordBatch.from_pylist([], table.schema)

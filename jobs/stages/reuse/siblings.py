@@ -140,14 +140,11 @@ def discard_files(out: ArtifactWriter, names: Sequence[str]) -> None:
 
 def first_of(wanted: NDArray[np.uint8], digests: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The index of each wanted digest [n, 32] among `digests` [m, 32]; -1 if it is missing."""
-    import pyarrow as pa
     import pyarrow.compute as pc
 
-    def column(values: NDArray[np.uint8]) -> pa.Array:
-        data = pa.py_buffer(np.ascontiguousarray(values))
-        return pa.Array.from_buffers(pa.binary(32), len(values), [None, data])
+    from edt_core.data.tables import bytes_column
 
     if not len(wanted) or not len(digests):
         return np.full(len(wanted), NONE, np.int64)
-    indices = pc.fill_null(pc.index_in(column(wanted), value_set=column(digests)), NONE)
+    indices = pc.fill_null(pc.index_in(bytes_column(wanted), value_set=bytes_column(digests)), NONE)
     return np.asarray(indices).astype(np.int64)

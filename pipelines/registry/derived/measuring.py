@@ -10,6 +10,7 @@ from edt_core.errors import UserError
 from edt_core.evaluation.config import EvaluateConfig
 from edt_core.evaluation.extractors import EXTRACTORS, FITTED_SPACES, extractor_spec
 from edt_core.store.artifact import Artifact
+from edt_core.store.store import store_of
 
 
 def measuring_command(parent: Any, std: float) -> str:
@@ -23,12 +24,13 @@ def measuring_command(parent: Any, std: float) -> str:
     command = ["edt", "evaluate", f"{name}/{parent.version}", f"./{name}-averages", "--sweep", f"ema=off,{std:g}"]
     with suppress(UserError, OSError, KeyError):
         evaluation = Artifact.read(parent.tags["edt.evaluation.uri"])
-        store = evaluation.folder.uri.rsplit("/", 2)[0]  # <store>/evaluation/<fingerprint>
-        features = Artifact.read(f"{store}/features/{evaluation.manifest.inputs['features']}")
-        command += ["--reference", f"{store}/reference/{evaluation.manifest.inputs['reference']}"]
+        if (store := store_of(evaluation.folder, evaluation.manifest.kind, evaluation.fingerprint)) is None:
+            return shlex.join(command)
+        features = Artifact.read(store.folder("features", evaluation.manifest.inputs["features"]))
+        command += ["--reference", store.folder("reference", evaluation.manifest.inputs["reference"]).uri]
         for space in EXTRACTORS:
             if (identity := features.manifest.inputs.get(space)) is not None:
-                place = f"{store}/{space}/{identity}" if space in FITTED_SPACES else "W"
+                place = store.folder(space, identity).uri if space in FITTED_SPACES else "W"
                 command += [extractor_spec(space).option, place]
         command += _options(SampleConfig.model_validate(features.manifest.config))
         command += _options(EvaluateConfig.model_validate(evaluation.manifest.config))

@@ -81,6 +81,7 @@ def _marked(info: FieldInfo, mark: str) -> bool:
 
 # With `train.holdout: auto` this share of the images is held out, in a data set of at least so many images.
 AUTO_HOLDOUT, AUTO_HOLDOUT_FROM = 0.01, 10_000
+_MOST_CANONICAL_NODES = 8
 _MAX_EMA_WIDTH = 0.28  # as edt_core.training.posthoc.profile.MAX_WIDTH
 
 SourceKind = Literal["auto", "digits", "image_folder", "labels", "ilsvrc2012", "webdataset", "parquet"]
@@ -363,11 +364,22 @@ class TrainConfig(Section):
     max_rollbacks: int = runtime(
         3, ge=0, description="how often to go back to a checkpoint and skip a step whose loss or gradient is not finite"
     )
-    reader: Literal["arrow", "webdataset"] = Field(
+    reader: Literal["arrow", "stream", "webdataset"] = Field(
         "arrow",
-        description="arrow maps the shards and shuffles globally; webdataset streams tars that do not fit the disk: "
-        "it shuffles within a buffer, its order depends on the number of workers, and it cannot resume exactly within "
-        "an epoch",
+        description="arrow maps all shards and shuffles globally; stream fetches them block by block, for latents that "
+        "do not fit the disk, and shuffles within blocks of shards, equally for any number of workers; webdataset "
+        "streams tars: it shuffles within a buffer, its order depends on the number of workers, and it cannot resume "
+        "exactly within an epoch",
+    )
+    shuffle_block: int = added(
+        8, ge=1, description="with reader stream: shards of each canonical node whose rows are mixed"
+    )
+    num_canonical_nodes: int | None = added(
+        None,
+        ge=1,
+        description="with reader stream: parts of the global batch that each have shards of their own, a divisor of "
+        "global_batch_size; a machine fetches the shards of the parts that its workers train on; null for the largest "
+        "divisor up to 8",
     )
     shuffle_buffer: int = Field(
         10_000, ge=1, description="with reader webdataset: samples in a worker's shuffle buffer"
@@ -469,10 +481,19 @@ class TrainConfig(Section):
         )
 
     @model_validator(mode="after")
-    def _held_out_rows_can_be_read(self) -> "TrainConfig":
-        if self.holdout_share and self.reader == "webdataset":
+    def _canonical_nodes_divide_the_batch(self) -> "TrainConfig":
+        if self.global_batch_size % self.canonical_nodes:
             raise ValueError(
-                f"holdout is {self.holdout_share:g}, but reader is webdataset, which reads no single rows; set "
+                f"num_canonical_nodes is {self.num_canonical_nodes}, which does not divide global_batch_size, "
+                f"{self.global_batch_size}: each canonical node has an equal part of the batch. Set a divisor of it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_rows_can_be_read(self) -> "TrainConfig":
+        if self.holdout_share and self.reader != "arrow":
+            raise ValueError(
+                f"holdout is {self.holdout_share:g}, but reader is {self.reader}, which reads no single rows; set "
                 "holdout=0, or reader=arrow"
             )
         return self
@@ -523,9 +544,10 @@ class TrainConfig(Section):
             )
         if min(self.align_features) < 1:
             raise ValueError(f"align_features is {self.align_features}; side and width of the tokens are at least 1")
-        if self.align == "features" and self.reader == "webdataset":
+        if self.align == "features" and self.reader != "arrow":
             raise ValueError(
-                "align is features, but reader is webdataset, which reads no tokens; set reader=arrow, or another align"
+                f"align is features, but reader is {self.reader}, which reads no tokens; set reader=arrow, or another "
+                "align"
             )
         if self.align is not None and self.init_optimizer == "keep":
             raise ValueError(
@@ -552,6 +574,13 @@ class TrainConfig(Section):
     def micro_batch(self) -> int:
         """Most samples in a forward pass of a worker; gradients of further samples are accumulated."""
         return self.micro_batch_size or -(-self.global_batch_size // self.worker_range[1])
+
+    @property
+    def canonical_nodes(self) -> int:
+        """`num_canonical_nodes`, decided."""
+        if self.num_canonical_nodes is not None:
+            return self.num_canonical_nodes
+        return next(nodes for nodes in range(_MOST_CANONICAL_NODES, 0, -1) if self.global_batch_size % nodes == 0)
 
     @property
     def holdout_share(self) -> float:

@@ -136,6 +136,16 @@ class Artifact:
             raise ManifestError(f"{self.folder.uri} lists no file {name!r}")
         return self._in_place(entries) / name
 
+    def verified_path(self, name: str) -> Path:
+        """`path`, of a file whose sha256 was compared with the manifest once on this node while it stays unchanged."""
+        path = self.path(name)
+        if self.data.local is not None:
+            (entry,) = self.entries(name)
+            if differing := digest_once(self.data, [entry], entry.sha256, Silent()):
+                remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and rerun its step"
+                raise damaged(self.folder, [difference(*pair) for pair in differing.items()], remedy)
+        return path
+
     def paths(self, pattern: str = "*", progress: Progress | None = None) -> list[Path]:
         """Matching files as local paths, in order of name.
 

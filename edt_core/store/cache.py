@@ -154,7 +154,7 @@ class Cache:
             raise UserError(
                 f"{len(sizes)} files of {folder.uri} have {total:,} bytes, but the cache {self.root} keeps at most "
                 f"{self.bound:,}; raise {BYTES_VARIABLE} (with a large enough disk in {DIRECTORY_VARIABLE}), "
-                "or train with train.reader=webdataset, which streams its shards"
+                "or train with train.reader=stream, which keeps a few shards at a time"
             )
         for _ in range(_ROUNDS):
             missing = [path for path, size in sizes.items() if not _use(path, size)]

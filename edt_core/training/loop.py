@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edt_core.data.batches import Latents, batches_of
 from edt_core.data.holdout import Holdout
 from edt_core.data.latents import LatentDataset
-from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
+from edt_core.data.loader import BatchPlan, LatentBatch, require_finite
 from edt_core.data.prefetch import prefetched
-from edt_core.data.streaming import LatentStream, stream_latents
 from edt_core.diffusion import objective_of
 from edt_core.errors import Stopped
 from edt_core.models import ModelConfig
@@ -51,7 +51,7 @@ ReadInitial = Callable[[], Checkpoint]
 def train(
     config: TrainConfig,
     model_config: ModelConfig,
-    dataset: LatentDataset | LatentStream,
+    dataset: Latents,
     context: TrainContext,
     initial: ReadInitial | None = None,
     holdout: Holdout | None = None,
@@ -103,7 +103,7 @@ def _run_to_the_end(trainer: Trainer, initial: ReadInitial | None) -> None:
 def _begin(
     config: TrainConfig,
     model_config: ModelConfig,
-    dataset: LatentDataset | LatentStream,
+    dataset: Latents,
     context: TrainContext,
     initial: ReadInitial | None,
 ) -> Trainer:
@@ -178,11 +178,7 @@ def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:
     first, last = trainer.state.step, trainer.last_step
     device = ranks.device
     plan = BatchPlan(config.seed, config.global_batch_size, config.mirror_prob, ranks.rank, ranks.world_size, device)
-    if isinstance(dataset, LatentStream):
-        source = stream_latents(dataset, plan, first)
-    else:
-        source = latent_batches(dataset, plan, first)
-    with closing(source) as batches:
+    with closing(batches_of(dataset, plan, first)) as batches:
         for batch in islice(batches, max(last - first, 0)):
             require_finite(batch)
             if trainer.tokens is not None:

@@ -21,10 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edt_core.data.latents import LatentDataset
+from edt_core.data.batches import Latents
 from edt_core.data.loader import LatentBatch, sample_names
 from edt_core.data.scale import LatentScale, model_scale
-from edt_core.data.streaming import LatentStream
 from edt_core.data.subsets import share
 from edt_core.diffusion import Schedule, objective_of
 from edt_core.training.align.alignment import Alignment, loss_terms
@@ -121,7 +120,7 @@ class Trainer:
     """The fixed parts of a training, and its state; `unchecked` is the last step if its result was not read yet."""
 
     config: TrainConfig
-    dataset: LatentDataset | LatentStream
+    dataset: Latents
     context: TrainContext
     state: TrainState
     total_steps: int  # the length of the learning rate schedule

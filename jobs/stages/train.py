@@ -4,7 +4,6 @@ The loop is `edt_core.training.loop.train`; this file provides its ranks, its ch
 """
 
 import json
-import math
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,21 +12,13 @@ from typing import Any
 from edt_core.config import TrainConfig
 from edt_core.data.holdout import Holdout
 from edt_core.errors import Stopped, UserError
-from edt_core.evaluation.extractors import EXTRACTORS, TOKEN_SPACES, extractor_spec
+from edt_core.evaluation.extractors import EXTRACTORS
 from edt_core.files.small_files import read_text
 from edt_core.progress import Progress
-from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
+from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.cache import local_directory
-from edt_core.store.digests import damaged
 from edt_core.store.folder import Folder
-from edt_core.store.layout import (
-    CHECKPOINTS,
-    HISTORY_NAME,
-    LATENT_SHARD,
-    LATENT_TAR_SHARD,
-    LATENT_TOKENS,
-    TRAIN_STATE,
-)
+from edt_core.store.layout import CHECKPOINTS, HISTORY_NAME, TRAIN_STATE
 from jobs.runtime.cluster import free_place_of, is_own, require, use_threads
 from jobs.runtime.devices import check_gpu_of_cluster
 from jobs.runtime.pool import MAX_RETRIES
@@ -43,6 +34,7 @@ from jobs.stages.holdout.split import (
 )
 from jobs.stages.stage import Stage
 from jobs.stages.training.follow import ALONG, UNTIL, Follower, check_patience, followed, remove_enough
+from jobs.stages.training.latents import check_latents, open_latents, open_tokens, rows_of_node, stream_text
 from jobs.stages.training.siblings import STEP_VERSION, go_on, resume_text, shared, warn_of_earlier
 from jobs.stages.training.start import (
     check_start,
@@ -54,9 +46,6 @@ from jobs.stages.training.start import (
     write_merged,
 )
 
-LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
-LATENT_TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
-_TOKENS = LATENT_TOKENS.replace("{:05d}", "*")
 _RAY_RUN = ".ray-train"  # Ray Train's own folder inside the attempt; removed before the commit
 
 
@@ -233,12 +222,12 @@ def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
     model_config = config_of(config, latents.counts)
     _check(config, model_config, latents)
     images = training_images(config, inputs)
-    return str(estimate(config, model_config, latents.counts["images"] if images is None else images))
+    text = str(estimate(config, model_config, latents.counts["images"] if images is None else images))
+    return f"{text}\n{stream_text(config, latents)}" if config.reader == "stream" else text
 
 
 def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     """Raise UserError for an invalid training, before any worker starts."""
-    from edt_core.data.streaming import check_shards
     from edt_core.diffusion import check_training, objective_of
     from edt_core.models import check_masked_loss
     from edt_core.training.align.settings import align_settings
@@ -246,33 +235,12 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
 
     if config.max_steps > 0:  # an untrained model has no loss, so every recipe is valid
         check_masked_loss(model_config, config.masked_loss)
-    if config.reader == "webdataset":
-        check_shards(len(_tars(latents)), config.worker_range[1])
     objective_of(config.objective).schedule(config.num_timesteps)
     if config.max_steps > 0:
         check_training(config)
     attention_forms(config)
     align_settings(config, model_config)
-    _check_tokens(config, latents)
-
-
-def _check_tokens(config: TrainConfig, latents: Artifact) -> None:
-    """Raise UserError unless the latents have the tokens that the training aligns with."""
-    if config.align != "features":
-        return
-    side, width = config.align_features
-    if (shape := latents.counts.get("tokens")) is None:
-        options = " or ".join(extractor_spec(space).option for space in TOKEN_SPACES)
-        raise UserError(
-            f"train.align is features, but {latents.folder.uri} has no tokens of a feature network; encode again with "
-            f"{options}, or set another train.align"
-        )
-    if shape != [side**2, width]:
-        raise UserError(
-            f"train.align_features is [{side}, {width}], so an image has {side**2} tokens of width {width}, but "
-            f"{latents.folder.uri} has {shape[0]} of width {shape[1]}; set train.align_features to "
-            f"[{math.isqrt(shape[0])}, {shape[1]}]"
-        )
+    check_latents(config, latents)
 
 
 def _store_untrained(config: TrainConfig, model_config: Any, store: Any, initial: Any) -> None:
@@ -378,11 +346,11 @@ def _worker(job: Mapping[str, Any]) -> None:
     use_threads(config.num_cpus_per_worker)
     try:
         context = RayContext(config, inputs, out, progress)
-        latents = open_latents(config, inputs["latents"], progress)
+        latents = open_latents(config, inputs["latents"], progress, rows_of_node(config.global_batch_size))
         initial = partial(read_initial, out) if "init" in inputs else None
         if holdout is not None and context.ranks.rank == 0:
             write_class_counts(out, latents, holdout, inputs["model_config"].num_classes)
-        tokens = _open_tokens(config, inputs["latents"], progress)
+        tokens = open_tokens(config, inputs["latents"], progress)
         train_loop(config, inputs["model_config"], latents, context, initial, holdout, tokens)
     except (Stopped, NotFiniteError) as error:  # on every rank at the same step
         write_verdict(out, error)
@@ -393,48 +361,6 @@ def _worker(job: Mapping[str, Any]) -> None:
         workers, memory = ray.train.get_context().get_world_size(), memory_of(ray.train.torch.get_device())
         write_verdict(out, device_full(config, inputs["model_config"], workers, memory))
         raise
-
-
-def open_latents(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
-    """The latents for `config.reader`, memory-mapped or as a stream.
-
-    Mapped files are first compared with the digests of the manifest, once on each node; streamed files are digested
-    while they are read. Raises UserError for a shard that is missing, extra or resized, for a mapped one that is
-    swapped, duplicated or changed, and if there are no shards for the reader.
-    """
-    from edt_core.data.latents import LatentDataset
-    from edt_core.data.scale import LatentScale
-    from edt_core.data.streaming import LatentStream, TarShard
-
-    if config.reader == "arrow":
-        latents.verify_once(LATENT_SHARDS, progress)
-        return LatentDataset(latents.paths(LATENT_SHARDS))
-    if problems := latents.problems():
-        raise damaged(latents.folder, problems)
-    shards = tuple(TarShard(latents.data, e.path, e.rows or 0, e.sha256) for e in _tars(latents))
-    shape, scale = tuple(latents.counts["latent_shape"]), LatentScale.of(latents.counts)
-    return LatentStream(shards, shape, scale, config.shuffle_buffer, latents.counts.get("store", "fp32"))
-
-
-def _open_tokens(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
-    """The tokens beside the latents, memory-mapped after their digests were compared; None if they are not needed."""
-    from edt_core.training.align.tokens import TokenTable
-
-    if config.align != "features":
-        return None
-    latents.verify_once(_TOKENS, progress)
-    return TokenTable(latents.paths(_TOKENS))
-
-
-def _tars(latents: Artifact) -> list[FileEntry]:
-    """The WebDataset shards of a latents artifact. Raises UserError if it has none."""
-    entries = latents.entries(LATENT_TARS)
-    if not entries:
-        raise UserError(
-            f"train.reader is webdataset, but {latents.folder.uri} has no {LATENT_TARS}: encode again with "
-            "encode.write_webdataset=true, or train with train.reader=arrow"
-        )
-    return entries
 
 
 def history(checkpoint: Artifact) -> list[dict[str, float]]:

@@ -53,6 +53,7 @@ _UNITS = (
     ("num_samples", "samples"),
     ("unit_size", "samples"),
     ("shuffle_buffer", "samples"),
+    ("shuffle_block", "shards"),
     ("keep_features", "features"),
     ("pairwise_limit", "features"),
     ("*_channels", "channels"),

@@ -12,6 +12,7 @@ from pipelines.config.schema import PipelineConfig
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 # Numbers without a unit: shares, rates, weights, scales, counts of what the name says.
 PURE = {
+    "num_canonical_nodes",
     *("seed", "lr", "lr_final", "kl_weight", "weight_decay", "ema_decay", "min_snr_gamma", "max_grad_norm", "margin"),
     *("holdout_fraction", "max_bad_fraction", "class_dropout_prob", "mirror_prob", "cfg_scale", "cfg_power"),
     *("downsample_factor", "layers_per_block", "jpeg_quality", "max_rollbacks", "max_failures", "repeats"),

@@ -26,7 +26,7 @@ from edt_core.data.latents.number_format import all_finite
 from edt_core.data.latents.statistics import channel_sums, deviation, store_error
 from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches, require_finite
 from edt_core.data.scale import LatentScale
-from edt_core.data.streaming import LatentStream, TarShard, stream_latents
+from edt_core.data.streaming.tars import TarShard, TarStream, stream_tars
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder, sha256_file
@@ -204,7 +204,7 @@ def test_shards_of_two_precisions_do_not_mix(tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=NUMBER_FORMATS)
-def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LatentDataset, LatentStream]:
+def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LatentDataset, TarStream]:
     """The same rows, row i with label i, as Arrow shards and as tars."""
     paths, tars, everything = [], [], posteriors(ROWS + 40)
     for k, rows in enumerate((slice(0, ROWS), slice(ROWS, ROWS + 40))):
@@ -215,7 +215,7 @@ def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LatentDataset,
             writer.write([f"{number:08d}" for number in numbers], numbers, everything[rows])
         count = write_latent_tar(tmp_path / f"{k}.tar", LatentShard(paths[-1]))
         tars.append(TarShard(Folder.at(tmp_path), f"{k}.tar", count, sha256_file(tmp_path / f"{k}.tar")))
-    return LatentDataset(paths), LatentStream(tuple(tars), SHAPE, LatentScale(0.7), 50, request.param)
+    return LatentDataset(paths), TarStream(tuple(tars), SHAPE, LatentScale(0.7), 50, request.param)
 
 
 PLAN = BatchPlan(seed=3, global_batch_size=24, mirror_prob=0.5)
@@ -226,11 +226,11 @@ def taken(batches: Iterator[LatentBatch], steps: int) -> list[LatentBatch]:
         return list(islice(batches, steps))
 
 
-def test_both_readers_give_the_same_bits_and_the_same_draws(both: tuple[LatentDataset, LatentStream]) -> None:
+def test_both_readers_give_the_same_bits_and_the_same_draws(both: tuple[LatentDataset, TarStream]) -> None:
     dataset, stream = both
     everything, noise = posteriors(ROWS + 40), torch.randn(24, *SHAPE, generator=torch.Generator().manual_seed(0))
     numbers = dataset.info.numbers
-    for reader in (latent_batches(dataset, PLAN), stream_latents(stream, PLAN)):
+    for reader in (latent_batches(dataset, PLAN), stream_tars(stream, PLAN)):
         for batch in taken(reader, 20):
             rows, sides = batch.labels.numpy(), batch.mirror.astype(int)
             expected = numbers.narrowed(everything[rows, sides], "")
@@ -243,7 +243,7 @@ def test_both_readers_give_the_same_bits_and_the_same_draws(both: tuple[LatentDa
 
 
 @pytest.mark.parametrize("world_size", [2, 5])
-def test_ranks_share_the_batches_of_one(both: tuple[LatentDataset, LatentStream], world_size: int) -> None:
+def test_ranks_share_the_batches_of_one(both: tuple[LatentDataset, TarStream], world_size: int) -> None:
     whole = taken(latent_batches(both[0], PLAN), 20)
     plans = [replace(PLAN, rank=rank, world_size=world_size) for rank in range(world_size)]
     parts = [taken(latent_batches(both[0], plan, 5), 15) for plan in plans]
@@ -251,15 +251,15 @@ def test_ranks_share_the_batches_of_one(both: tuple[LatentDataset, LatentStream]
         assert torch.equal(torch.cat([batches[step].posterior for batches in parts]), batch.posterior)
 
 
-def test_a_batch_in_use_is_not_overwritten(both: tuple[LatentDataset, LatentStream]) -> None:
+def test_a_batch_in_use_is_not_overwritten(both: tuple[LatentDataset, TarStream]) -> None:
     with closing(latent_batches(both[0], PLAN)) as batches:
         assert_held_batches_stay(batches)
 
 
-def test_a_tar_of_another_precision_is_refused(both: tuple[LatentDataset, LatentStream]) -> None:
+def test_a_tar_of_another_precision_is_refused(both: tuple[LatentDataset, TarStream]) -> None:
     other = replace(both[1], store="bf16" if both[1].store == "fp16" else "fp16")
     with pytest.raises(UserError, match=rf"not {NUMBER_FORMATS[other.store].array} \(2, 2, 4, 2, 2\)"):
-        taken(stream_latents(other, PLAN), 1)
+        taken(stream_tars(other, PLAN), 1)
 
 
 # --- training

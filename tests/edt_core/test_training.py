@@ -12,7 +12,7 @@ import torch
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
 from edt_core.data.scale import LatentScale
-from edt_core.data.streaming import LatentStream, TarShard
+from edt_core.data.streaming.tars import TarShard, TarStream
 from edt_core.errors import Stopped, UserError
 from edt_core.models import EDT, ModelConfig, mask_sites, model_config
 from edt_core.store.artifact import Artifact
@@ -50,13 +50,13 @@ def speck(edt: ModelConfig) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def stream(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> LatentStream:
+def stream(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> TarStream:
     """The same latents as tars."""
     folder, shards = tmp_path_factory.mktemp("tars"), []
     for path in latents_artifact.paths("*.arrow"):
         rows = write_latent_tar(folder / f"{path.stem}.tar", LatentShard(path))
         shards.append(TarShard(Folder.at(folder), f"{path.stem}.tar", rows, sha256_file(folder / f"{path.stem}.tar")))
-    return LatentStream(tuple(shards), (4, 8, 8), LatentScale(0.5), shuffle_buffer=64)
+    return TarStream(tuple(shards), (4, 8, 8), LatentScale(0.5), shuffle_buffer=64)
 
 
 def steps_on_disk(folder: Path) -> list[int]:
@@ -215,7 +215,7 @@ def test_max_steps_zero_is_the_untrained_model(speck: ModelConfig, dataset: Late
     assert not same(state.ema.averages[0], initial_model(speck, 1).state_dict())
 
 
-def test_a_streamed_training_learns_and_goes_on(edt: ModelConfig, stream: LatentStream, tmp_path: Path) -> None:
+def test_a_streamed_training_learns_and_goes_on(edt: ModelConfig, stream: TarStream, tmp_path: Path) -> None:
     config = with_options({"reader": "webdataset", "max_steps": 60, "checkpoint_every": 20}, CONFIG)
     whole = train(config, edt, stream, LocalContext(tmp_path / "a"))
     losses = [row["loss_full"] for row in whole.history.rows]
@@ -227,7 +227,7 @@ def test_a_streamed_training_learns_and_goes_on(edt: ModelConfig, stream: Latent
 
 
 def test_a_streamed_training_resumed_at_an_epoch_s_start_sees_each_sample_once(
-    speck: ModelConfig, stream: LatentStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    speck: ModelConfig, stream: TarStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """96 samples, six batches of 16 an epoch; resumed at step 6."""
     seen: dict[int, tuple[str, ...]] = {}

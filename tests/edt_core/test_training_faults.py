@@ -23,7 +23,7 @@ from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentShard, write_latent_tar
 from edt_core.data.randomness import epoch_order
 from edt_core.data.scale import LatentScale
-from edt_core.data.streaming import LatentStream, TarShard
+from edt_core.data.streaming.tars import TarShard, TarStream
 from edt_core.diffusion.timesteps import UniformSampler
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig
@@ -342,7 +342,7 @@ def test_streamed_samples_are_named_by_their_keys(
         tar = tmp_path / f"{path.stem}.tar"
         write_latent_tar(tar, rows)
         shards.append(TarShard(Folder.at(tmp_path), tar.name, len(rows), sha256_file(tar)))
-    stream = LatentStream(tuple(shards), (4, 8, 8), LatentScale(0.5), shuffle_buffer=64)
+    stream = TarStream(tuple(shards), (4, 8, 8), LatentScale(0.5), shuffle_buffer=64)
     config = with_options(reader="webdataset", max_steps=12, max_rollbacks=0, checkpoint_every=100)
     context = LocalContext(tmp_path / "run")
     error = UserError if math.isnan(value) else NotFiniteError

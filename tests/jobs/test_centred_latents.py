@@ -29,6 +29,7 @@ from edt_core.training.step import sampled_latents
 from jobs.models.open import load_model, open_model
 from jobs.stages import encode, sample, train
 from jobs.stages.autoencoder import FOLDER, published_artifact
+from jobs.stages.training.latents import open_latents
 from pipelines.registry.importing import _digest
 from tests.support.local_ray import local_ray
 from tests.support.models import made_model
@@ -111,7 +112,7 @@ def test_both_readers_take_the_scale_of_the_autoencoder(made: dict[str, tuple[Ar
     scale = LatentScale.of(json.loads((source.directory(FOLDER) / "config.json").read_text()))
     assert not scale.is_plain
     for reader in ("arrow", "webdataset"):
-        assert train.open_latents(TrainConfig(reader=reader), latents, Silent()).scale == scale
+        assert open_latents(TrainConfig(reader=reader), latents, Silent()).scale == scale
 
 
 @pytest.mark.parametrize("kind", ["plain", *KINDS])

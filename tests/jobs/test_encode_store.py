@@ -19,7 +19,7 @@ from edt_core.store.store import Store
 from jobs.stages import encode
 from jobs.stages.autoencoder import published_artifact
 from jobs.stages.reuse import latents as reuse
-from jobs.stages.train import open_latents
+from jobs.stages.training.latents import open_latents
 from tests.jobs.test_reuse_images import assert_same, here_with_every_artifact, picture, write  # noqa: F401
 from tests.jobs.test_reuse_images import make as make_images
 from tests.jobs.test_reuse_latents import make, planted, rows

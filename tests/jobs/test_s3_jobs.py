@@ -17,6 +17,7 @@ import pytest
 from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig, EncodeConfig, PreprocessConfig, SourceConfig, TrainConfig
 from edt_core.data.shards import read_image_shard
+from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry, ManifestError
 from edt_core.store.cache import cache_folder
@@ -26,6 +27,7 @@ from edt_core.training.store import CheckpointStore
 from jobs.stages import encode, preprocess, train
 from jobs.stages.autoencoder import published_artifact
 from jobs.stages.preprocess import image_source
+from jobs.stages.training.latents import open_latents
 from tests.support.jobs import command, execute
 from tests.support.local_ray import local_ray
 from tests.support.small import edt, edt_process
@@ -222,7 +224,7 @@ def test_latents_are_downloaded_once_a_node(s3: str, made: Made, fetched: list[s
     assert sorted(fetched) == LATENTS[::2]
     assert all(path.is_relative_to(cache_folder()) for path in first)
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in made.latents.paths("*.arrow")]
-    assert len(train.open_latents(TrainConfig(), Artifact.open(latents.folder), Silent())) == 60
+    assert len(open_latents(TrainConfig(), Artifact.open(latents.folder), Silent())) == 60
     latents.paths()
     assert sorted(fetched) == LATENTS  # by now the tars, and no Arrow shard twice
     # The same latents elsewhere in the store are the same latents here.
@@ -236,7 +238,7 @@ def test_latents_are_downloaded_once_a_node(s3: str, made: Made, fetched: list[s
     done = subprocess.run([sys.executable, "-c", code, latents.folder.uri], capture_output=True, text=True, check=True)
     assert done.stdout == f"{len(LATENTS)}\n"
     with pytest.raises(ManifestError, match=r"is damaged, 6 problems: latents-00000\.arrow is missing"):
-        train.open_latents(TrainConfig(), latents, Silent())
+        open_latents(TrainConfig(), latents, Silent())
 
 
 def test_a_corrupted_object_is_not_trained_on_and_not_kept(s3: str, made: Made) -> None:
@@ -248,11 +250,11 @@ def test_a_corrupted_object_is_not_trained_on_and_not_kept(s3: str, made: Made) 
     )
     for _ in range(2):
         with pytest.raises(ManifestError, match=message):
-            train.open_latents(TrainConfig(), latents, Silent())
+            open_latents(TrainConfig(), latents, Silent())
     entry = next(entry for entry in latents.entries() if entry.path == "latents-00001.arrow")
     assert not [path for path in cache_folder().rglob("*") if entry.sha256 in path.name or path.suffix == ".part"]
     overwrite(latents, "latents-00001.arrow", 20_000)
-    assert len(train.open_latents(TrainConfig(), latents, Silent())) == 60
+    assert len(open_latents(TrainConfig(), latents, Silent())) == 60
 
 
 # --- train
@@ -265,7 +267,7 @@ def trained(latents: Artifact, folder: Path, reader: str) -> dict[str, Any]:
 
     config = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, max_steps=3, log_every=1, lr=1e-3, reader=reader)
     context = LocalContext(folder)
-    dataset = train.open_latents(config, latents, Silent())
+    dataset = open_latents(config, latents, Silent())
     state = loop(config, train.config_of(config, latents.counts), dataset, context)
     assert [row["step"] for row in state.history.rows] == [1, 2, 3]
     assert all(np.isfinite(row["loss"]) for row in state.history.rows)
@@ -280,18 +282,33 @@ def trained_into(latents: Artifact, out: ArtifactWriter) -> None:
     config = TrainConfig(model="EDT-Tiny/2", global_batch_size=8, max_steps=4, log_every=1, lr=1e-3, checkpoint_every=1)
     context = LocalContext(Path())
     context.store = CheckpointStore(out, 2, print)
-    dataset = train.open_latents(config, latents, Silent())
+    dataset = open_latents(config, latents, Silent())
     loop(config, narrow(), dataset, context)
 
 
-@pytest.mark.parametrize("reader", ["arrow", "webdataset"])
+def test_a_node_whose_cache_is_too_small_for_its_blocks_is_told_before_it_trains(
+    s3: str, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = uploaded(made.latents, f"{s3}/latents")
+    monkeypatch.setenv("EDT_CACHE_BYTES", "90000")
+    config = TrainConfig(reader="stream", global_batch_size=8, shuffle_block=1, num_canonical_nodes=2)
+    message = r"this node reads 2 of the 2 canonical nodes, and two blocks of 1 shards of each, \d+,\d+ bytes, must"
+    with pytest.raises(UserError, match=message):
+        open_latents(config, latents, Silent())
+    with pytest.raises(UserError, match="reads 1 of the 2 canonical nodes"):
+        open_latents(config, latents, Silent(), rows=slice(4, 8))
+    monkeypatch.setenv("EDT_CACHE_BYTES", "100MB")
+    assert len(open_latents(config, latents, Silent())) == 60
+
+
+@pytest.mark.parametrize("reader", ["arrow", "stream", "webdataset"])
 def test_training_on_latents_in_the_store_is_that_on_the_disk(
     reader: str, s3: str, made: Made, fetched: list[str], tmp_path: Path
 ) -> None:
     here = trained(made.latents, tmp_path / "here", reader)
     assert fetched == []
     there = trained(uploaded(made.latents, f"{s3}/latents"), tmp_path / "there", reader)
-    assert sorted(fetched) == (LATENTS[::2] if reader == "arrow" else [])  # what is streamed is not kept
+    assert sorted(fetched) == ([] if reader == "webdataset" else LATENTS[::2])  # streamed tars are not kept
     assert here.keys() == there.keys()
     assert all(np.array_equal(here[name], there[name]) for name in here)
 

@@ -14,12 +14,13 @@ import pytest
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShard, LatentShardWriter, write_latent_tar
 from edt_core.data.scale import LatentScale
-from edt_core.data.streaming import LatentStream
+from edt_core.data.streaming.tars import TarStream
 from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.store.folder import Folder
 from jobs.stages import train
+from jobs.stages.training.latents import open_latents
 
 SHARDS, ROWS = 3, 24
 NAMES = [f"latents-{k:05d}.arrow" for k in range(SHARDS)]
@@ -83,7 +84,7 @@ def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(latents: Artifact, **fields: Any) -> Any:
-    return train.open_latents(TrainConfig.model_validate({**CONFIG.model_dump(), **fields}), latents, Silent())
+    return open_latents(TrainConfig.model_validate({**CONFIG.model_dump(), **fields}), latents, Silent())
 
 
 def run_verb(latents: Artifact, folder: Path, **fields: Any) -> Artifact:
@@ -204,7 +205,7 @@ from edt_core.store.artifact import Artifact
 from edt_core.config import TrainConfig
 from edt_core.progress import Silent
 from edt_core.store.folder import Folder
-from jobs.stages.train import open_latents
+from jobs.stages.training.latents import open_latents
 names, digest = [], Folder.digest
 Folder.digest = lambda self, name: names.append(name) or digest(self, name)
 for node in (os.environ["EDT_CACHE_DIR"], os.environ["EDT_CACHE_DIR"] + "-of-another-node"):
@@ -245,7 +246,7 @@ def test_the_streaming_reader_wants_its_tars(tmp_path: Path, no_worker: None) ->
     latents = write_latents(tmp_path / "latents", tars=False)
     message = (
         rf"^train\.reader is webdataset, but {latents.folder.uri} has no latents-\*\.tar: encode again with "
-        r"encode\.write_webdataset=true, or train with train\.reader=arrow$"
+        r"encode\.write_webdataset=true, or train with train\.reader=stream$"
     )
     with pytest.raises(UserError, match=message):
         run_verb(latents, tmp_path / "out", reader="webdataset")
@@ -287,7 +288,7 @@ def test_a_bad_attention_table_is_refused_where_the_command_runs(
 
 def test_the_streaming_reader_digests_as_it_reads_and_not_before(latents: Artifact, digested: list[str]) -> None:
     stream = opened(latents, reader="webdataset")
-    assert isinstance(stream, LatentStream)
+    assert isinstance(stream, TarStream)
     assert [(shard.name, shard.rows) for shard in stream.shards] == [(f"latents-{k:05d}.tar", ROWS) for k in range(3)]
     assert [shard.sha256 for shard in stream.shards] == [entry.sha256 for entry in latents.entries("*.tar")]
     assert digested == []

@@ -96,6 +96,12 @@ class _Worker:
     def get_world_size(self) -> int:
         return 1
 
+    def get_local_rank(self) -> int:
+        return 0
+
+    def get_local_world_size(self) -> int:
+        return 1
+
 
 def _remote(*target: Any, **_: object) -> Any:
     return Remote(*target) if target else Remote

@@ -25,10 +25,11 @@ class LatentDataset:
     training data is defined by row number and would change silently.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        if not paths:
+    def __init__(self, files: Sequence[Path | LatentShard]) -> None:
+        if not files:
             raise UserError("no latent shards given; encode the images first")
-        shards = [LatentShard(path) for path in paths]
+        shards = [file if isinstance(file, LatentShard) else LatentShard(file) for file in files]
+        paths = [shard.path for shard in shards]
         self.info = shards[0].info
         for path, shard in zip(paths, shards, strict=True):
             if shard.info.encoding != self.info.encoding:

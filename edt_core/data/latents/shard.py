@@ -137,6 +137,7 @@ class LatentShard:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             with pa.memory_map(str(path)) as source:
                 reader = pa.ipc.open_file(source)

@@ -72,11 +72,11 @@ def shared_checkpoints(
 
 
 def _is_exact(config: TrainConfig) -> bool:
-    """Whether a training can be continued bit for bit: a limit on time and a stream's order depend on the machine.
+    """Whether a training can be continued bit for bit: a limit on time and the order of tars depend on the machine.
 
     Snapshots of averages are taken at shares of all steps, so a longer training has others.
     """
-    is_reproducible = config.max_hours is None and config.reader == "arrow" and not config.ema_widths
+    is_reproducible = config.max_hours is None and config.reader != "webdataset" and not config.ema_widths
     return config.lr_schedule in _STABLE and is_reproducible and config.max_steps > 0
 
 

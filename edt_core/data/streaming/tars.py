@@ -101,7 +101,7 @@ class _Digested:
 
 
 @dataclass(frozen=True)
-class LatentStream:
+class TarStream:
     """The tars of one artifact to stream, and the metadata that their members lack."""
 
     shards: tuple[TarShard, ...]
@@ -126,7 +126,7 @@ class _Sample:
     posterior: NDArray[Any]  # [2, 2, C, h, h] as stored
 
 
-def stream_latents(stream: LatentStream, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:
+def stream_tars(stream: TarStream, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:
     """Endless batches of steps start_step, start_step + 1, ...; the module describes their order.
 
     Raises UserError immediately if there are fewer shards than ranks, and during iteration for a shard with another
@@ -147,7 +147,7 @@ def check_shards(shards: int, world_size: int) -> None:
 
 
 def _batches(
-    stream: LatentStream, shards: Sequence[TarShard], plan: BatchPlan, start_step: int
+    stream: TarStream, shards: Sequence[TarShard], plan: BatchPlan, start_step: int
 ) -> Generator[LatentBatch, None, None]:
     with closing(_samples(stream, shards, plan, start_step)) as samples:
         buffers = Buffers(plan, stream.latent_shape, stream.numbers)
@@ -164,7 +164,7 @@ def _batches(
 
 
 def _samples(
-    stream: LatentStream, shards: Sequence[TarShard], plan: BatchPlan, start_step: int
+    stream: TarStream, shards: Sequence[TarShard], plan: BatchPlan, start_step: int
 ) -> Generator[_Sample, None, None]:
     """This rank's samples, epoch after epoch."""
     from webdataset import shuffle
@@ -181,7 +181,7 @@ def _samples(
             yield from shuffler(samples)
 
 
-def _read(stream: LatentStream, shards: Sequence[TarShard]) -> Generator[_Sample, None, None]:
+def _read(stream: TarStream, shards: Sequence[TarShard]) -> Generator[_Sample, None, None]:
     """The samples of the shards in order; the next shard is opened while one is read."""
     with ExitStack() as files:
         streams = ((shard, files.enter_context(shard.stream())) for shard in shards)
@@ -191,7 +191,7 @@ def _read(stream: LatentStream, shards: Sequence[TarShard]) -> Generator[_Sample
                 file.close()
 
 
-def _read_shard(stream: LatentStream, shard: TarShard, file: _Digested) -> Iterator[_Sample]:
+def _read_shard(stream: TarStream, shard: TarShard, file: _Digested) -> Iterator[_Sample]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     rows = 0
@@ -222,7 +222,7 @@ def _checked(shard: TarShard, members: Iterable[dict[str, Any]]) -> Iterator[dic
         yield member
 
 
-def _decode(stream: LatentStream, shard: TarShard, members: dict[str, Any]) -> _Sample:
+def _decode(stream: TarStream, shard: TarShard, members: dict[str, Any]) -> _Sample:
     try:
         record = json.loads(members[JSON_MEMBER])
         posterior = np.lib.format.read_array(io.BytesIO(members[LATENT_TAR_MEMBER]), allow_pickle=False)

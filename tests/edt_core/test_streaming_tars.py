@@ -14,7 +14,7 @@ from edt_core.data.latents import LatentDataset, LatentInfo, LatentShard, Latent
 from edt_core.data.loader import BatchPlan, LatentBatch
 from edt_core.data.scale import LatentScale
 from edt_core.data.shards import npy_bytes, write_tar
-from edt_core.data.streaming import LatentStream, TarShard, stream_latents
+from edt_core.data.streaming.tars import TarShard, TarStream, stream_tars
 from edt_core.errors import UserError
 from edt_core.store.folder import Folder, sha256_file
 
@@ -33,19 +33,19 @@ def tar_shard(folder: Folder, name: str, rows: int) -> TarShard:
     return TarShard(folder, name, rows, sha256_file(folder.local / name))
 
 
-def tars(folder: Path, *sizes: int, buffer: int = 16) -> LatentStream:
+def tars(folder: Path, *sizes: int, buffer: int = 16) -> TarStream:
     """Tar shards of these sizes; sample i has key and label i."""
     starts = np.cumsum([0, *sizes]).tolist()
     for k, size in enumerate(sizes):
         write_latent_tar(folder / f"latents-{k:05d}.tar", zip(*shard_rows(starts[k], size), strict=True))
     place = Folder.at(folder)
     shards = tuple(tar_shard(place, f"latents-{k:05d}.tar", size) for k, size in enumerate(sizes))
-    return LatentStream(shards, SHAPE, LatentScale(0.5), buffer)
+    return TarStream(shards, SHAPE, LatentScale(0.5), buffer)
 
 
-def take(stream: LatentStream, steps: int, start_step: int = 0, seed: int = 0, **options: int) -> list[LatentBatch]:
+def take(stream: TarStream, steps: int, start_step: int = 0, seed: int = 0, **options: int) -> list[LatentBatch]:
     plan = BatchPlan(seed, options.pop("global_batch_size", 10), 0.5, **options)
-    batches = stream_latents(stream, plan, start_step)
+    batches = stream_tars(stream, plan, start_step)
     taken = list(islice(batches, steps))
     batches.close()
     return taken
@@ -62,7 +62,7 @@ def test_samples_are_those_of_the_arrow_shards(tmp_path: Path) -> None:
             writer.write(*shard_rows(13 * k, rows))
         write_latent_tar(path.with_suffix(".tar"), LatentShard(path))
     place = Folder.at(tmp_path)
-    stream = LatentStream((tar_shard(place, "0.tar", 13), tar_shard(place, "1.tar", 300)), SHAPE, LatentScale(0.5), 50)
+    stream = TarStream((tar_shard(place, "0.tar", 13), tar_shard(place, "1.tar", 300)), SHAPE, LatentScale(0.5), 50)
     dataset = LatentDataset(paths)
     for batch in take(stream, 40):
         expected, _ = dataset.gather(batch.labels.numpy(), batch.mirror)  # row i has label i
@@ -119,7 +119,7 @@ def test_shards_of_an_object_store_are_read_the_same_way(tmp_path: Path) -> None
     remote = fsspec.filesystem("memory")
     remote.put(str(tmp_path), "/edt-streaming", recursive=True)
     place = Folder.at("memory://edt-streaming")
-    other = LatentStream(
+    other = TarStream(
         tuple(TarShard(place, s.name, s.rows, s.sha256) for s in stream.shards), SHAPE, LatentScale(0.5), 16
     )
     assert labels(take(other, 8)) == labels(take(stream, 8))
@@ -129,7 +129,7 @@ def test_shards_of_an_object_store_are_read_the_same_way(tmp_path: Path) -> None
 def test_fewer_shards_than_workers_are_refused(tmp_path: Path) -> None:
     stream = tars(tmp_path, 10, 0, 10)  # an empty shard gives nobody anything
     with pytest.raises(UserError, match=r"2 latent tar shards for 3 workers.*fewer workers.*images_per_shard"):
-        stream_latents(stream, BatchPlan(0, 12, 0.5, 0, 3))
+        stream_tars(stream, BatchPlan(0, 12, 0.5, 0, 3))
 
 
 @pytest.mark.parametrize("stated", [9, 11])
@@ -137,7 +137,7 @@ def test_a_shard_of_another_number_of_rows_is_refused(tmp_path: Path, stated: in
     stream = tars(tmp_path, 10)
     shards = (replace(stream.shards[0], rows=stated),)
     with pytest.raises(UserError, match=f"contains 10 samples, its manifest says {stated}"):
-        take(LatentStream(shards, SHAPE, LatentScale(0.5)), 5)
+        take(TarStream(shards, SHAPE, LatentScale(0.5)), 5)
 
 
 def test_a_cut_tar_is_never_read_short(tmp_path: Path) -> None:
@@ -169,9 +169,9 @@ def test_a_flipped_bit_is_found_at_the_end_of_its_shard(tmp_path: Path) -> None:
         take(stream, 2, global_batch_size=12)
 
 
-def one_tar(folder: Path, members: dict[str, bytes]) -> LatentStream:
+def one_tar(folder: Path, members: dict[str, bytes]) -> TarStream:
     write_tar(folder / "latents-00000.tar", [("00000000", members)])
-    return LatentStream((tar_shard(Folder.at(folder), "latents-00000.tar", 1),), SHAPE, LatentScale(0.5))
+    return TarStream((tar_shard(Folder.at(folder), "latents-00000.tar", 1),), SHAPE, LatentScale(0.5))
 
 
 GOOD = {"posterior.npy": npy_bytes(shard_rows(0, 1)[2][0]), "json": b'{"key": "00000000", "label": 3}'}
@@ -218,7 +218,7 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
     write_tar(tmp_path / "latents-00000.tar", twice())
     with pytest.raises(UserError, match="not a complete latent tar"):
-        take(LatentStream((tar_shard(Folder.at(tmp_path), "latents-00000.tar", 2),), SHAPE, LatentScale(0.5)), 1)
+        take(TarStream((tar_shard(Folder.at(tmp_path), "latents-00000.tar", 2),), SHAPE, LatentScale(0.5)), 1)
 
 
 def test_leaving_a_stream_closes_its_files(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_leaving_a_stream_closes_its_files(tmp_path: Path) -> None:
 
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("no /proc")
-    batches = stream_latents(tars(tmp_path, *[10] * 6), BatchPlan(0, 10, 0.5))
+    batches = stream_tars(tars(tmp_path, *[10] * 6), BatchPlan(0, 10, 0.5))
     next(batches)
     assert 0 < open_tars() <= 3  # the one that is read and those ahead, not all
     batches.close()

@@ -1,0 +1,19 @@
+"""Global batches of a training's latents, by whichever reader has them."""
+
+from collections.abc import Generator
+from typing import TypeAlias
+
+from edt_core.data.latents import LatentDataset
+from edt_core.data.loader import BatchPlan, LatentBatch, latent_batches
+from edt_core.data.streaming import ShardStream, TarStream, stream_shards, stream_tars
+
+Latents: TypeAlias = LatentDataset | ShardStream | TarStream
+
+
+def batches_of(latents: Latents, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:
+    """Endless batches of steps start_step, start_step + 1, ...; each reader describes their order."""
+    if isinstance(latents, LatentDataset):
+        return latent_batches(latents, plan, start_step)
+    if isinstance(latents, ShardStream):
+        return stream_shards(latents, plan, start_step)
+    return stream_tars(latents, plan, start_step)

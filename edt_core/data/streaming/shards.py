@@ -1,0 +1,171 @@
+"""The streaming reader: latents from Arrow shards, a few blocks of which are on the node at a time.
+
+- The order is that of `StreamOrder`: the same global batches for any number of workers, from any step on. Each epoch
+  has each row once.
+- A rank fetches the shards of the canonical nodes whose rows are in its share of the batch, and the next block while it
+  reads one. Ranks of a node share their shards by the node's cache, so a node downloads a shard once an epoch, if its
+  cache holds `disk_bytes`.
+- A shard's sha256 is compared before any of its rows is used.
+
+Legend: B global batch, b = B / canonical nodes, n a rank's share of the batch.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edt_core.data.latents import NUMBER_FORMATS, LatentDataset, LatentShard, NumberFormat
+from edt_core.data.loader import BatchPlan, Buffers, LatentBatch
+from edt_core.data.scale import LatentScale
+from edt_core.data.streaming.order import Block, StreamOrder
+from edt_core.errors import UserError
+from edt_core.store.artifact import Artifact, FileEntry
+
+BLOCKS_ON_DISK = 2  # of each canonical node: the one that is read, and the next one
+_DOWNLOADS = 8  # at a time and rank
+
+
+@dataclass(frozen=True)
+class ShardStream:
+    """Arrow shards of a latents artifact to stream: each entry has its rows and sha256 according to the manifest."""
+
+    artifact: Artifact
+    entries: tuple[FileEntry, ...]
+    latent_shape: tuple[int, int, int]  # C, h, h
+    scale: LatentScale
+    canonical_nodes: int  # a divisor of the global batch
+    block: int  # shards of a canonical node whose rows are mixed
+    store: str = "fp32"  # the numbers of the posteriors: a name of NUMBER_FORMATS
+    first_rows: NDArray[np.int64] = field(init=False, compare=False, repr=False)  # of each shard, its first row
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first_rows", np.cumsum([0, *(entry.rows or 0 for entry in self.entries)]))
+
+    def __len__(self) -> int:
+        return int(self.first_rows[-1])
+
+    @property
+    def numbers(self) -> NumberFormat:
+        """The format of the posteriors' numbers."""
+        return NUMBER_FORMATS[self.store]
+
+    def order(self, seed: int) -> StreamOrder:
+        """The order of the rows."""
+        return StreamOrder([entry.rows or 0 for entry in self.entries], seed, self.canonical_nodes, self.block)
+
+    def shares(self, share: slice, batch: int) -> list[tuple[int, slice]]:
+        """Of rows `share` of a global batch: each canonical node with such rows, and which of its b rows they are."""
+        each = batch // self.canonical_nodes
+        nodes = range(share.start // each, -(-share.stop // each))
+        return [(node, slice(max(share.start - node * each, 0), min(share.stop - node * each, each))) for node in nodes]
+
+    def disk_bytes(self, share: slice, batch: int) -> int:
+        """The most bytes of shards that a node needs at a time whose ranks have rows `share` of the global batch."""
+        sizes = sorted((entry.bytes for entry in self.entries), reverse=True)
+        return sum(sizes[: len(self.shares(share, batch)) * BLOCKS_ON_DISK * self.block])
+
+    def open(self, index: int) -> LatentShard:
+        """A shard on this node, after its sha256 was compared. Raises ManifestError or UserError for a damaged one."""
+        entry = self.entries[index]
+        shard = LatentShard(self.artifact.verified_path(entry.path))
+        info = shard.info
+        if (len(shard), info.latent_shape, info.scale, info.store) != (
+            entry.rows,
+            self.latent_shape,
+            self.scale,
+            self.store,
+        ):
+            raise UserError(
+                f"{self.artifact.folder.uri}/{entry.path} has {len(shard)} rows of {info.encoding}, but its artifact "
+                f"says {entry.rows} rows of {self.latent_shape} in {self.store}; encode the images again"
+            )
+        return shard
+
+
+def stream_shards(stream: ShardStream, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:
+    """Endless batches of steps start_step, start_step + 1, ...: a pure function of the stream, the plan and the step.
+
+    Raises ManifestError or UserError during iteration for a shard that is missing or differs from the manifest.
+    """
+    assert plan.global_batch_size % stream.canonical_nodes == 0, (plan.global_batch_size, stream.canonical_nodes)
+    each = plan.global_batch_size // stream.canonical_nodes
+    buffers, order = Buffers(plan, stream.latent_shape, stream.numbers), stream.order(plan.seed)
+    downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="edt-shards")
+    try:
+        nodes = [
+            (_CanonicalNode(stream, order, node, downloads, start_step * each + rows.start), rows)
+            for node, rows in stream.shares(plan.share, plan.global_batch_size)
+        ]
+        for step in count(start_step):
+            mirror = plan.mirror(step)
+            posterior, array = buffers.empty()
+            parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+            begun = 0
+            for node, rows in nodes:
+                parts += node.read(step * each + rows.start, step * each + rows.stop, mirror, array, begun)
+                begun += rows.stop - rows.start
+            del array  # only the batch may refer to a buffer in use
+            indices, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+            yield LatentBatch(step, indices, mirror, posterior, torch.from_numpy(labels))
+    finally:
+        downloads.shutdown(cancel_futures=True)
+
+
+class _CanonicalNode:
+    """The stream of one canonical node, as far as this rank reads it: the block that is read, and the next one."""
+
+    def __init__(
+        self, stream: ShardStream, order: StreamOrder, node: int, downloads: ThreadPoolExecutor, place: int
+    ) -> None:
+        self._stream, self._order, self._node, self._downloads = stream, order, node, downloads
+        self._next = self._fetch(order.block_at(node, place))
+        self._open: _OpenBlock | None = None
+
+    def read(
+        self, first: int, stop: int, mirror: NDArray[np.bool_], out: NDArray[Any], begun: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Gather places first to stop - 1 of the stream into `out`, from row `begun` on; yield rows and labels.
+
+        `mirror` is of all rows of `out`. Places are read in increasing order.
+        """
+        while first < stop:
+            if self._open is None or first >= self._open.block.stop:
+                self._advance()
+                continue
+            places = slice(first - self._open.block.first, min(stop, self._open.block.stop) - self._open.block.first)
+            target = slice(begun, begun + places.stop - places.start)
+            yield self._open.gather(places, mirror[target], out[target])
+            first, begun = first + places.stop - places.start, target.stop
+
+    def _advance(self) -> None:
+        block, shards = self._next
+        self._open = _OpenBlock(self._stream, block, [shard.result() for shard in shards])
+        self._next = self._fetch(self._order.block_at(self._node, block.stop))
+
+    def _fetch(self, block: Block) -> tuple[Block, list[Future[LatentShard]]]:
+        return block, [self._downloads.submit(self._stream.open, shard) for shard in block.shards]
+
+
+class _OpenBlock:
+    """The rows of a block in the order of the stream, mapped into memory."""
+
+    def __init__(self, stream: ShardStream, block: Block, shards: Sequence[LatentShard]) -> None:
+        self.block, self._dataset = block, LatentDataset(shards)
+        of_shard, rows = block.rows()
+        numbers = np.array(block.shards)
+        starts = np.cumsum([0, *map(len, shards)])
+        self._rows = starts[np.searchsorted(numbers, of_shard)] + rows  # in this block's shards
+        self._indices = stream.first_rows[of_shard] + rows  # in all shards
+
+    def gather(
+        self, places: slice, mirror: NDArray[np.bool_], out: NDArray[Any]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Gather rows of the block into `out`; their rows in all shards and their labels, int64 [n] each."""
+        _, labels = self._dataset.gather(self._rows[places], mirror, out)
+        return self._indices[places], labels

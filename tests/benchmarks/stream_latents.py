@@ -1,6 +1,6 @@
 """Latents streamed from an S3 server: our reader and mosaicml/streaming, on the same rows.
 
-    python tests/benchmarks/streaming.py [--shards 48] [--rows 512] [--delay 0.05] [--work FOLDER]
+    python tests/benchmarks/stream_latents.py [--shards 48] [--rows 512] [--delay 0.05] [--work FOLDER]
 
 Writes latents of 4 x 32 x 32 in float16 as our Arrow shards and as MDS shards, uploads both to an S3 server on
 loopback, and reads them through a link that delays each request by `--delay` seconds and counts the bytes. A row is one
@@ -10,8 +10,8 @@ cold     rows/s of an epoch from the store, and of one without the delay
 warm     rows/s of a second epoch, with all shards on the disk
 first    seconds from the construction of the reader to its first batch
 resume   the same at 90 % of an epoch, with an empty cache
-spread   of successive rows, the share from one shard; and the mean distance of their places in the source, as a share
-         of that of a permutation of all rows
+spread   of two rows of a batch, how often they are from one shard (of all rows: once in as many pairs as there are
+         shards), and the mean distance of their places in the source, as a share of that of two rows of all
 fetched  bytes and requests of the cold epoch, as a share of the bytes of all shards
 
 mosaicml/streaming is measured where it is installed (`pip install mosaicml-streaming`); it asserts nothing.
@@ -27,6 +27,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
@@ -110,16 +111,19 @@ def ours(bucket: str, cache: Path, data: Data, start: int) -> Iterator[NDArray[n
             yield batch.indices
 
 
+def collated(samples: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """Numbers of the rows, and one side of each."""
+    import torch
+
+    sides = np.stack([sample["posterior"][:, place % 2] for place, sample in enumerate(samples)])
+    return torch.tensor([sample["row"] for sample in samples]), torch.from_numpy(sides)
+
+
 def mosaic(bucket: str, cache: Path, data: Data, start: int) -> Iterator[NDArray[np.int64]]:
     """The same by `StreamingDataLoader` with one worker, which downloads and decodes beside us."""
     from streaming import StreamingDataLoader, StreamingDataset
 
-    class Rows(StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, at: int) -> Any:
-            sample = super().__getitem__(at)
-            return sample["row"], sample["posterior"][:, at % 2].copy()
-
-    dataset = Rows(
+    dataset = StreamingDataset(
         remote=f"s3://{bucket}/mosaic",
         local=str(cache),
         batch_size=BATCH,
@@ -127,9 +131,18 @@ def mosaic(bucket: str, cache: Path, data: Data, start: int) -> Iterator[NDArray
         shuffle_algo="py1br",
         shuffle_seed=0,
         num_canonical_nodes=NODES,
-        shuffle_block_size=BLOCK * data.rows * NODES,
+        shuffle_block_size=BLOCK * data.rows,
+        predownload=2 * BLOCK * data.rows * NODES,
     )
-    loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=1, prefetch_factor=2, persistent_workers=True)
+    loader = StreamingDataLoader(
+        dataset,
+        batch_size=BATCH,
+        num_workers=1,
+        prefetch_factor=2,
+        persistent_workers=True,
+        collate_fn=collated,
+        multiprocessing_context="fork",
+    )
     if start:
         loader.load_state_dict(dataset.state_dict(start * BATCH, from_beginning=True))
     while True:
@@ -138,6 +151,7 @@ def mosaic(bucket: str, cache: Path, data: Data, start: int) -> Iterator[NDArray
 
 
 READERS = {"ours": ours, "mosaic": mosaic}
+IMPORTS = {"ours": ("edt_core.data.streaming", "s3fs"), "mosaic": ("streaming", "boto3")}  # before the clock starts
 
 
 def timed(batches: Generator[Any, None, None] | Iterator[Any], count: int) -> tuple[list[Any], float]:
@@ -151,6 +165,8 @@ def read(reader: str, bucket: str, endpoint: str, data: Data, start: int, epochs
     """Run in a new process: seconds to the first batch, rows/s of each epoch, and the spread of the first one."""
     os.environ |= {**KEYS, "AWS_ENDPOINT_URL": endpoint, "S3_ENDPOINT_URL": endpoint}
     steps = data.total // BATCH
+    for name in IMPORTS[reader]:
+        import_module(name)
     with tempfile.TemporaryDirectory() as cache:
         batches = READERS[reader](bucket, Path(cache), data, start)
         first, to_first = timed(batches, 1)
@@ -158,7 +174,7 @@ def read(reader: str, bucket: str, endpoint: str, data: Data, start: int, epochs
         for epoch in range(epochs):
             taken, seconds = timed(batches, steps - (epoch == 0))
             if epoch == 0:
-                result |= spread(np.concatenate([*first, *taken]), data)
+                result |= spread([*first, *taken], data)
                 seconds += to_first
             result["rates"].append(steps * BATCH / seconds)
         if isinstance(batches, Generator):
@@ -166,11 +182,18 @@ def read(reader: str, bucket: str, endpoint: str, data: Data, start: int, epochs
     return result
 
 
-def spread(rows: NDArray[np.int64], data: Data) -> dict[str, float]:
-    """How far apart successive rows were in the source; a permutation of all rows has a mean distance of a third."""
-    shards = rows // data.rows
-    distance = np.abs(np.diff(rows)).mean() / (data.total / 3)
-    return {"same_shard": float((shards[1:] == shards[:-1]).mean()), "distance": float(distance), "rows": len({*rows})}
+def spread(batches: list[NDArray[np.int64]], data: Data) -> dict[str, float]:
+    """How far apart in the source the rows of a batch are: over pairs, the share in one shard and the mean distance.
+
+    The distance is a share of that of two rows of all.
+    """
+    same, distance = [], []
+    for rows in batches:
+        counts = np.bincount(rows // data.rows)
+        same.append((counts * (counts - 1)).sum() / (len(rows) * (len(rows) - 1)))
+        distance.append(np.abs(rows[:, None] - rows).mean() / (data.total / 3))
+    number = len({row for rows in batches for row in rows.tolist()})
+    return {"same_shard": float(np.mean(same)), "distance": float(np.mean(distance)), "rows": number}
 
 
 def in_new_process(*arguments: Any) -> dict[str, Any]:

@@ -89,6 +89,16 @@ def bench_of_evaluation(options: argparse.Namespace) -> Iterator[Row]:
     yield from bench_metrics(options.scale)
 
 
+def bench_of_scale(options: argparse.Namespace) -> Iterator[Row]:
+    """Plan and stream synthetic images; a `scale` below 1 means fewer of them."""
+    from jobs.benchmark.scale import bench_scale
+
+    with tempfile.TemporaryDirectory(prefix="edt-bench-", dir=options.work_in) as folder:
+        for rows in bench_scale(Path(folder), options.scale):
+            say(table(rows).partition("\n")[2].partition("\n")[2], err=True)
+            yield from rows
+
+
 def _one_size(options: argparse.Namespace) -> int:
     sizes: tuple[int, ...] = options.image_size or (256,)
     if len(sizes) > 1:
@@ -151,8 +161,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "part",
-        choices=["data", "encode", "model", "train", "eval", "gpu"],
-        help="data: latents, planning, preprocess, memory; model: forward and backward passes of each model; "
+        choices=["data", "scale", "encode", "model", "train", "eval", "gpu"],
+        help="data: latents, planning, preprocess, memory; scale: plans and streams of up to 100 million synthetic "
+        "images on up to 1,024 workers, played by one process; model: forward and backward passes of each model; "
         "eval: sampling, whole evaluations, metrics; gpu: prove the code on a GPU in nine minutes, with options of its "
         "own (gpu --help)",
     )
@@ -209,6 +220,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.ben
             rows = list(bench_of_training(options))
         elif options.part == "eval":
             rows = list(bench_of_evaluation(options))
+        elif options.part == "scale":
+            rows = list(bench_of_scale(options))
         else:
             rows = bench(options.part, options.images, options.scale, options.work_in)
         if options.as_json:

@@ -6,8 +6,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from edt_core.child_process import child_environment, python_command
 from edt_core.config import PreprocessConfig, SourceConfig
@@ -16,6 +20,8 @@ from edt_core.printing.console import say
 from edt_core.store.folder import Folder
 from jobs.benchmark.table import Row, mib
 
+CLASSES = 1000
+_DIGITS = len(b"n00000000/n00000000_")
 _LINKS = 50_000  # names of one file; ext4 allows 65,000
 
 
@@ -28,7 +34,7 @@ class Planned(NamedTuple):
     shards: int
 
 
-def make_paths(root: Path, number: int, classes: int = 1000) -> None:
+def make_paths(root: Path, number: int, classes: int = CLASSES) -> None:
     """Files named like those of ImageNet in class folders: links to few files, which are made in seconds."""
     origin = root.with_name(f"{root.name}-origin")
     origin.mkdir(parents=True)
@@ -44,9 +50,48 @@ def make_paths(root: Path, number: int, classes: int = 1000) -> None:
             made += 1
 
 
-def plan_in_child(root: Path) -> Planned:
+@contextmanager
+def synthetic_files(images: int) -> Iterator[None]:
+    """While it lasts, each class folder that is walked has its share of `images` files, none of which exists.
+
+    Their names are those of `make_paths`; size and times are made of a file's number.
+    """
+    from edt_core.data.sources import digest_cache
+    from edt_core.data.sources.walk import below
+    from edt_core.data.sources.walk.entry import Entry
+
+    walk_disk, stats_of = below.walk_disk, digest_cache.stats_of
+
+    def walk(root: bytes, folder: bytes) -> Iterator[Entry]:
+        for k in range(1, images // CLASSES + 1):
+            yield Entry(b"%s/%s_%d.JPEG" % (folder, folder, k), False, k, "", (k, k, k, k))
+
+    def stats(root: Path, names: Any) -> Any:
+        numbers = [int(name[_DIGITS:-5]) for name in names.to_pylist()]
+        return np.repeat(np.array(numbers, np.uint64)[:, None], 5, axis=1)
+
+    below.walk_disk, digest_cache.stats_of = walk, stats
+    try:
+        yield
+    finally:
+        below.walk_disk, digest_cache.stats_of = walk_disk, stats_of
+
+
+def make_classes(root: Path) -> None:
+    """The class folders, empty."""
+    for k in range(CLASSES):
+        (root / f"n{k:08d}").mkdir(parents=True, exist_ok=True)
+
+
+def plan_synthetic(work: Path, images: int) -> Planned:
+    """List that many files that do not exist and write the plan of their shards, in a process of its own."""
+    make_classes(work / "classes")
+    return plan_in_child(work / "classes", images)
+
+
+def plan_in_child(root: Path, synthetic: int = 0) -> Planned:
     """List a folder and write the plan of its shards, in a process of its own."""
-    command = python_command("-m", "jobs.benchmark.planning", str(root))
+    command = python_command("-m", "jobs.benchmark.planning", str(root), str(synthetic))
     done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=child_environment())
     return Planned(*json.loads(done.stdout))
 
@@ -65,7 +110,7 @@ def measure(root: Path) -> Planned:
     return Planned(time.perf_counter() - started, before, peak_bytes(), len(plans))
 
 
-def bench_planning(work: Path, number: int, classes: int = 1000) -> list[Row]:
+def bench_planning(work: Path, number: int, classes: int = CLASSES) -> list[Row]:
     """Seconds and highest memory of listing `number` files in class folders and planning their shards."""
     make_paths(work / "paths", number, classes)
     planned = plan_in_child(work / "paths")
@@ -77,4 +122,6 @@ def bench_planning(work: Path, number: int, classes: int = 1000) -> list[Row]:
 
 
 if __name__ == "__main__":
-    say(json.dumps(measure(Path(sys.argv[1]))))
+    synthetic = int(sys.argv[2])
+    with synthetic_files(synthetic) if synthetic else nullcontext():
+        say(json.dumps(measure(Path(sys.argv[1]))))

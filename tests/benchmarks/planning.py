@@ -18,38 +18,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edt_core.child_process import child_environment, python_command
 from edt_core.config import PreprocessConfig, SourceConfig
 from edt_core.memory import peak_bytes, reset_peak, resident_bytes
 from edt_core.store.folder import Folder
+from jobs.benchmark.planning import make_classes, synthetic_files
 
-CLASSES = 1000
 MILLION = 1_000_000
-_DIGITS = len(b"n00000000/n00000000_")
 
 
-def measure(root: Path, images: int, with_digests: bool) -> dict[str, float]:
+def measure(root: Path, with_digests: bool) -> dict[str, float]:
     """Seconds by the clock and of the processor, and bytes before and at the peak, of a plan in this process."""
-    from edt_core.data.sources import Listing, digest_cache, list_source, listing_identity, source_digests
-    from edt_core.data.sources.walk import below
-    from edt_core.data.sources.walk.entry import Entry
+    from edt_core.data.sources import Listing, list_source, listing_identity, source_digests
     from jobs.stages.preprocess import plan_shards
     from jobs.stages.reuse.plan_file import write_plans
-
-    def walk(root: bytes, folder: bytes) -> Iterator[Entry]:
-        for k in range(1, images // CLASSES + 1):
-            yield Entry(b"%s/%s_%d.JPEG" % (folder, folder, k), False, k, "", (k, k, k, k))
-
-    def stats_of(root: Path, names: Any) -> Any:
-        numbers = [int(name[_DIGITS:-5]) for name in names.to_pylist()]
-        return np.repeat(np.array(numbers, np.uint64)[:, None], 5, axis=1)
 
     def digests(listing: Listing, _: Any) -> Iterator[bytes]:
         return (hashlib.sha256(b"%d" % k).digest() for k in range(len(listing)))
 
-    below.walk_disk, digest_cache.stats_of = walk, stats_of
     Listing.convert = digests  # type: ignore[assignment,method-assign]
 
     def listed() -> Listing:
@@ -74,8 +60,7 @@ def main(work: str, *millions: str) -> None:
     from jobs.benchmark.table import hardware, mib
 
     root = Path(work).absolute() / "images"
-    for k in range(CLASSES):
-        (root / f"n{k:08d}").mkdir(parents=True, exist_ok=True)
+    make_classes(root)
     print(hardware())
     print("| what | million | clock | processor | before | peak | growth a million |\n|---|---|---|---|---|---|---|")
     for what, with_digests in (("listing and plan", False), ("listing, known digests, identity", True)):
@@ -97,6 +82,7 @@ def main(work: str, *millions: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--child":
-        print(json.dumps(measure(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")))
+        with synthetic_files(int(sys.argv[3])):
+            print(json.dumps(measure(Path(sys.argv[2]), sys.argv[4] == "1")))
     else:
         main(*sys.argv[1:])

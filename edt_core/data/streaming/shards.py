@@ -59,16 +59,10 @@ class ShardStream:
         """The order of the rows."""
         return StreamOrder([entry.rows or 0 for entry in self.entries], seed, self.canonical_nodes, self.block)
 
-    def shares(self, share: slice, batch: int) -> list[tuple[int, slice]]:
-        """Of rows `share` of a global batch: each canonical node with such rows, and which of its b rows they are."""
-        each = batch // self.canonical_nodes
-        nodes = range(share.start // each, -(-share.stop // each))
-        return [(node, slice(max(share.start - node * each, 0), min(share.stop - node * each, each))) for node in nodes]
-
     def disk_bytes(self, share: slice, batch: int) -> int:
         """The most bytes of shards that a node needs at a time whose ranks have rows `share` of the global batch."""
-        sizes = sorted((entry.bytes for entry in self.entries), reverse=True)
-        return sum(sizes[: len(self.shares(share, batch)) * BLOCKS_ON_DISK * self.block])
+        nodes = len(canonical_shares(share, batch, self.canonical_nodes))
+        return most_bytes([entry.bytes for entry in self.entries], nodes, self.block)
 
     def open(self, index: int) -> LatentShard:
         """A shard on this node, after its sha256 was compared. Raises ManifestError or UserError for a damaged one."""
@@ -88,6 +82,20 @@ class ShardStream:
         return shard
 
 
+def canonical_shares(share: slice, batch: int, nodes: int) -> list[tuple[int, slice]]:
+    """Of rows `share` of a global batch: each canonical node with such rows, and which of its b rows they are."""
+    each = batch // nodes
+    return [
+        (node, slice(max(share.start - node * each, 0), min(share.stop - node * each, each)))
+        for node in range(share.start // each, -(-share.stop // each))
+    ]
+
+
+def most_bytes(sizes: Sequence[int], nodes: int, block: int) -> int:
+    """The most bytes of shards of these sizes that so many canonical nodes need on a disk at a time."""
+    return sum(sorted(sizes, reverse=True)[: nodes * BLOCKS_ON_DISK * block])
+
+
 def stream_shards(stream: ShardStream, plan: BatchPlan, start_step: int = 0) -> Generator[LatentBatch, None, None]:
     """Endless batches of steps start_step, start_step + 1, ...: a pure function of the stream, the plan and the step.
 
@@ -100,7 +108,7 @@ def stream_shards(stream: ShardStream, plan: BatchPlan, start_step: int = 0) -> 
     try:
         nodes = [
             (_CanonicalNode(stream, order, node, downloads, start_step * each + rows.start), rows)
-            for node, rows in stream.shares(plan.share, plan.global_batch_size)
+            for node, rows in canonical_shares(plan.share, plan.global_batch_size, stream.canonical_nodes)
         ]
         for step in count(start_step):
             mirror = plan.mirror(step)

@@ -85,10 +85,12 @@ def _check_disk(config: TrainConfig, stream: Any, rows: slice) -> None:
     """Raise UserError if this node's cache is too small for the blocks that it reads at a time."""
     if stream.artifact.data.local is not None:
         return
+    from edt_core.data.streaming.shards import canonical_shares
+
     batch, cache = config.global_batch_size, Cache.of_node()
     need = stream.disk_bytes(rows, batch)
     if need > cache.bound:
-        nodes = len(stream.shares(rows, batch))
+        nodes = len(canonical_shares(rows, batch, config.canonical_nodes))
         raise UserError(
             f"train.reader is stream: this node reads {nodes} of the {config.canonical_nodes} canonical nodes, and two "
             f"blocks of {config.shuffle_block} shards of each, {need:,} bytes, must be on its disk at a time, but the "

@@ -56,11 +56,13 @@ def compare_sizes(
     """Problems of a folder whose listing is `sizes`, and the files that exist with the right size.
 
     A file is extra if it is in the folder, at any depth, and not in `entries`; names that start with a dot (journal,
-    staging, locks) are ignored.
+    staging, locks) are ignored. What a listing lacks is looked for by its name: some stores list late.
     """
     problems, complete = [], []
     for entry in entries:
-        size = data.size(entry.path) if is_hidden(entry.path) else sizes.get(entry.path)
+        size = sizes.get(entry.path)
+        if size is None:
+            size = data.size(entry.path)
         if size == entry.bytes:
             complete.append(entry)
         elif size is None:

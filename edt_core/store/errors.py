@@ -35,6 +35,7 @@ _NO_CREDENTIALS = {
     "UnauthorizedSSOTokenError",
     "DefaultCredentialsError",
 }
+_THROTTLED = {"SlowDown", "503", "ServiceUnavailable", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
 _UNREACHABLE = {
     "EndpointConnectionError",
     "ConnectTimeoutError",
@@ -114,6 +115,8 @@ def _remote_reason(error: Exception) -> str | None:
         return f"no credentials were found ({type(error).__name__}); set those of your store, for S3 {VARIABLES}"
     if isinstance(error, PermissionError) and not error.filename:  # a local file has a filename
         return f"access denied{f' ({code})' if code else ''}; check the rights of these credentials, for S3 {VARIABLES}"
+    if code in _THROTTLED:
+        return f"the store refuses so many requests ({code}); rerun later, or use fewer workers"
     if names & _UNREACHABLE or "Invalid endpoint" in str(error):
         return f"the store cannot be reached ({type(error).__name__}); check the network and, for S3, AWS_ENDPOINT_URL"
     return None

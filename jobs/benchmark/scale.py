@@ -2,7 +2,7 @@
 
 The listings are synthetic, and so are the shards: files of their size without content, each "fetched" in no time. What
 a run does at that size is counted: fetches, bytes and the most on a disk, of every node of the cluster, one after the
-other. The seconds are those of our code alone.
+other. The seconds are those of our code alone, of the processor.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class Played:
     twice: int  # fetches of a shard that the same node had fetched in this epoch
     per_node: int
     disk: int
-    seconds: float
+    seconds: float  # of the processor
 
 
 def play(work: Path, images: int, workers: int) -> Played:
@@ -68,7 +68,7 @@ def play(work: Path, images: int, workers: int) -> Played:
     sizes = {f"latents-{index:06d}.arrow": size * ROW_BYTES for index, size in enumerate(rows)}
     entries = [FileEntry(name, size, digest_of(name)) for name, size in sizes.items()]
     fetches = twice = per_node = disk = 0
-    started = time.perf_counter()
+    started = time.process_time()
     for node in range(nodes):
         ranks = range(node * WORKERS_OF_NODE, min((node + 1) * WORKERS_OF_NODE, workers))
         of_node = slice(share(batch, ranks[0], workers).start, share(batch, ranks[-1], workers).stop)
@@ -81,7 +81,7 @@ def play(work: Path, images: int, workers: int) -> Played:
         fetches += len(store.fetched)
         twice += len(store.fetched) - len(set(store.fetched))
         per_node = max(per_node, len(store.fetched))
-    return Played(len(rows), nodes, fetches, twice, per_node, disk, time.perf_counter() - started)
+    return Played(len(rows), nodes, fetches, twice, per_node, disk, time.process_time() - started)
 
 
 def blocks_in_time(order: StreamOrder, nodes: Sequence[int]) -> Iterator[list[int]]:
@@ -119,5 +119,5 @@ def bench_scale(work: Path, scale: float) -> Iterator[list[Row]]:
                 Row(what, f"{played.fetches:,} fetches", f"{played.shards:,} shards", played.fetches / played.shards),
                 Row(f"{what}: fetched twice by a node", f"{played.twice}", target="0"),
                 Row(f"{what}: on a node's disk", f"{played.disk / 1e9:,.1f} GB", f"{played.per_node:,} fetches a node"),
-                Row(f"{what}: our code", f"{1e3 * played.seconds / played.fetches:.1f} ms a fetch"),
+                Row(f"{what}: our code", f"{1e3 * played.seconds / played.fetches:.1f} ms of a processor a fetch"),
             ]

@@ -1,6 +1,6 @@
 """Latents streamed from an S3 server: our reader and mosaicml/streaming, on the same rows.
 
-    python tests/benchmarks/stream_latents.py [--shards 48] [--rows 512] [--delay 0.05] [--work FOLDER]
+    python -m tests.benchmarks.stream_latents [--shards 48] [--rows 512] [--delay 0.05] [--work FOLDER]
 
 Writes latents of 4 x 32 x 32 in float16 as our Arrow shards and as MDS shards, uploads both to an S3 server on
 loopback, and reads them through a link that delays each request by `--delay` seconds and counts the bytes. A row is one

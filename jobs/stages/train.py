@@ -227,13 +227,15 @@ def _continues(
 def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
     """An estimate of what training on `inputs["latents"]` takes, as text."""
     from edt_core.training.estimate import estimate
+    from edt_core.training.shard.cards import card_rows
 
     latents = inputs["latents"]
     config = config.settled(latents.counts["images"])
     model_config = config_of(config, latents.counts)
     _check(config, model_config, latents)
     images = training_images(config, inputs)
-    return str(estimate(config, model_config, latents.counts["images"] if images is None else images))
+    needs = estimate(config, model_config, latents.counts["images"] if images is None else images)
+    return f"{needs}{card_rows(config, model_config)}"
 
 
 def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:

@@ -26,10 +26,11 @@ from edt_core.config import TrainConfig, result_fields
 from edt_core.data.latents import LatentDataset
 from edt_core.models import model_config, shadow
 from edt_core.store.artifact import Artifact
-from edt_core.training import loop
+from edt_core.training import loop, trainer
 from edt_core.training.context import LocalContext
 from edt_core.training.estimate import estimate
 from edt_core.training.loop import train
+from edt_core.training.optim import gradient_norm
 from edt_core.training.ranks import Ranks
 from edt_core.training.shard import files
 from edt_core.training.shard.cards import card_rows
@@ -72,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "align": "autoencoder"},
     "self": SELF,
     "difffit": {"trainable": "difffit", "preview_every": 4, **SELF},
-    "compiled": {"compile": True},
+    "compiled": {"compile": "reduce-overhead"},  # and masked
 }
 MODES = ("none", "optimizer")
 
@@ -123,6 +124,11 @@ def _work(rank: int, world_size: int, folder: Path, paths: list[str]) -> None:
         for mode, before in (MODES, MODES[::-1]):
             _resume(ranks, folder / f"{case} {before}", folder / f"{case} {before} to {mode}")
             run(case, mode, folder / f"{case} {before} to {mode}", paths, ranks)
+    for mode in MODES:
+        trainer.gradient_norm = partial(_not_finite, calls := [])
+        found[f"back {mode}"] = run("compiled", mode, folder / f"back {mode}", paths, ranks)["rows"]
+        found[f"norms {mode}"] = len(calls)
+    trainer.gradient_norm = gradient_norm
     _resume(ranks, folder / "alone", folder / "alone to optimizer")
     run("adan", "optimizer", folder / "alone to optimizer", paths, ranks)
     if rank == 1:
@@ -140,6 +146,13 @@ def _work(rank: int, world_size: int, folder: Path, paths: list[str]) -> None:
     killed = _failure(run, "adan", "optimizer", folder / "killed", paths, ranks)
     (folder / "killed.json").write_text(json.dumps(killed))
     os._exit(0)  # without the other process
+
+
+def _not_finite(calls: list[int], parameters: Any) -> Tensor:
+    """The norm of a gradient, but for the first one, and one after a checkpoint."""
+    calls.append(len(calls))
+    norm = gradient_norm(parameters)
+    return norm * torch.nan if len(calls) in (1, 4) else norm
 
 
 def _resume(ranks: Ranks, before: Path, folder: Path) -> None:
@@ -242,6 +255,17 @@ def test_a_checkpoint_is_not_whole_if_one_of_its_writers_died(processes: Path, p
     assert {name: data for name, data in all_files(processes / "killed").items() if "/.staging" not in name} == (
         all_files(processes / "adan none")
     )
+
+
+@pytest.mark.extern
+def test_going_back_to_the_start_and_to_a_checkpoint_is_the_same_in_both_modes(processes: Path) -> None:
+    """A masked update leaves the step out on the device; then all ranks return to what they had."""
+    assert all_files(processes / "back optimizer") == all_files(processes / "back none")
+    assert all_files(processes / "back none") != all_files(processes / "compiled none")
+    for rank in range(2):
+        results = found(processes, rank)
+        assert results["back optimizer"] == results["back none"]
+        assert results["norms optimizer"] == results["norms none"] > LAST
 
 
 @pytest.mark.extern

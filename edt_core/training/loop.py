@@ -90,6 +90,7 @@ def train(
     context.store.flush()
     if context.store.joint is not None:
         context.store.joint.close()
+        context.store.joint = None
     return trainer.state
 
 

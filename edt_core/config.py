@@ -421,6 +421,11 @@ class TrainConfig(Section):
     )
     num_cpus_per_worker: float = runtime(1, gt=0, description="CPUs, and threads, per worker")
     use_gpu: bool = runtime(False, description="use one GPU per worker")
+    shard: Literal["none", "optimizer"] = added_runtime(
+        "none",
+        description="optimizer: each worker has the optimizer's state and the averages of a part of the weights alone; "
+        "the result, and the checkpoints, are the same",
+    )
     compile: bool | Literal["reduce-overhead"] | None = runtime(
         None,
         description="torch.compile the blocks and the optimizer, for faster steps after a slower start; null "

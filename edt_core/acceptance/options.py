@@ -55,6 +55,7 @@ class TrainOptions:
     num_workers: int = 1
     use_gpu: bool = False
     micro_batch_size: int | None = None
+    shard: str = "none"
     compile: bool = False
     activation_checkpointing: bool = False
 

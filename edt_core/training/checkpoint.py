@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from edt_core.errors import UserError
@@ -29,6 +28,7 @@ from edt_core.store.layout import (
     TRAIN_STATE,
 )
 from edt_core.store.manifest import FileEntry, sha256_json
+from edt_core.training.shard.files import Save, save_alone
 
 WriteFile = Callable[[str, Callable[[Path], int | None]], FileEntry]  # as `ArtifactWriter.write`
 
@@ -72,11 +72,14 @@ def checkpoint_name(step: int) -> str:
     return f"{STEP_PREFIX}{step:08d}"
 
 
-def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointManifest:
-    """Write the files of a checkpoint whose tensors are in host memory, the manifest last."""
+def write_checkpoint(checkpoint: Checkpoint, write: WriteFile, save: Save = save_alone) -> CheckpointManifest:
+    """Write the files of a checkpoint whose tensors are in host memory, the manifest last.
+
+    With `JointFiles.save` other ranks call `write_tensors` at the same time.
+    """
     files: dict[str, str] = {}
     for name, tensors in checkpoint.tensors.items():
-        files[name] = write(name, _tensor_writer(dict(tensors))).sha256
+        files[name] = write(name, _tensor_writer(tensors, save)).sha256
     texts = {
         TRAIN_STATE: json.dumps(checkpoint.state, sort_keys=True, allow_nan=False),
         MODEL_CONFIG: json.dumps(checkpoint.model_config, indent=1, sort_keys=True),
@@ -84,6 +87,12 @@ def write_checkpoint(checkpoint: Checkpoint, write: WriteFile) -> CheckpointMani
     for name, text in texts.items():
         files[name] = write(name, _text_writer(text)).sha256
     return write_manifest(CheckpointManifest(checkpoint.step, checkpoint.regular, checkpoint.score, files, ""), write)
+
+
+def write_tensors(checkpoint: Checkpoint, save: Save) -> None:
+    """Write this rank's tensors into the files that rank 0 makes."""
+    for tensors in checkpoint.tensors.values():
+        save(tensors, None, None)
 
 
 def write_manifest(manifest: CheckpointManifest, write: WriteFile) -> CheckpointManifest:
@@ -100,9 +109,9 @@ def write_manifest(manifest: CheckpointManifest, write: WriteFile) -> Checkpoint
     return replace(manifest, seal=seal)
 
 
-def _tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+def _tensor_writer(tensors: Mapping[str, Tensor], save: Save) -> Callable[[Path], None]:
     def write_to(path: Path) -> None:
-        save_file(tensors, path)
+        save(tensors, path, None)
 
     return write_to
 

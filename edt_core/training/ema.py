@@ -14,7 +14,8 @@ class EMA:
     average <- average + rate * (value - average), where the rate of a decay is 1 - decay, and that of a width depends
     on the step. `averages[0]`, of the first decay, is used for sampling. Fixed position embeddings are part of the
     state dict and average to themselves; tensors that are not floating-point, such as indices, stay unchanged. With
-    `names`, only those tensors have averages. Those of a width are of trained parameters alone.
+    `names`, only those tensors have averages. Those of a width are of trained parameters alone. With `owned`, this rank
+    has the averages of those tensors alone, but for the first `whole` averages, which every rank has.
     """
 
     def __init__(
@@ -23,8 +24,10 @@ class EMA:
         decays: Sequence[float],
         names: Collection[str] | None = None,
         widths: Sequence[float] = (),
+        owned: Collection[str] | None = None,
+        whole: int = 0,
     ) -> None:
-        self.decays = tuple(decays)
+        self.decays, self.whole = tuple(decays), whole
         self._exponents = tuple(exponent(width) for width in widths)
         state = model.state_dict()  # shares the model's memory, so that an update need not walk its modules
         self._values = {name: value for name, value in state.items() if names is None or name in names}
@@ -33,7 +36,12 @@ class EMA:
         averaged = [self._values for _ in decays]
         averaged += [{name: value for name, value in self._values.items() if name in trained} for _ in widths]
         self.averages = [
-            {name: _float32(value.detach()).clone() for name, value in values.items()} for values in averaged
+            {
+                name: _float32(value.detach()).clone()
+                for name, value in values.items()
+                if owned is None or place < whole or name in owned
+            }
+            for place, values in enumerate(averaged)
         ]
 
     @property

@@ -26,6 +26,7 @@ from edt_core.training.align.cost import align_activations, head_parameters
 from edt_core.training.align.settings import align_settings
 from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.posthoc.snapshots import snapshot_steps
+from edt_core.training.shard.owners import largest_share
 from edt_core.training.start.trainable import count_merged, count_trained, step_flops
 
 if TYPE_CHECKING:
@@ -63,10 +64,14 @@ class Estimate:
     snapshots: int = 0
 
     @property
+    def state(self) -> int:
+        """Bytes of a worker that do not depend on the micro-batch."""
+        return self.weights + self.gradients + self.optimizer + self.ema
+
+    @property
     def memory(self) -> int:
         """Bytes of all tensors of a worker, without the overhead of libraries and kernels."""
-        kept = self.weights + self.gradients + self.optimizer + self.ema
-        return kept + self.activations + self.temporary
+        return self.state + self.activations + self.temporary
 
     @property
     def steps_per_epoch(self) -> float:
@@ -77,23 +82,23 @@ class Estimate:
             "parameters": f"{self.parameters:,}",
             "MACs per image": f"{self.macs / _GIGA:,.3g} G (the paper's GFLOPs)",
             "training FLOPs per image": f"{self.flops_per_image / _GIGA:,.3g} G",
-            "memory per worker": f"about {_size(self.memory)}: weights {_size(self.weights)}, gradients "
-            f"{_size(self.gradients)}, optimizer {_size(self.optimizer)}, EMA {_size(self.ema)}, "
-            f"activations {_size(self.activations)} (micro-batch {self.micro_batch}), "
-            f"temporary {_size(self.temporary)}",
-            "checkpoint": _size(self.checkpoint),
+            "memory per worker": f"about {size_text(self.memory)}: weights {size_text(self.weights)}, gradients "
+            f"{size_text(self.gradients)}, optimizer {size_text(self.optimizer)}, EMA {size_text(self.ema)}, "
+            f"activations {size_text(self.activations)} (micro-batch {self.micro_batch}), "
+            f"temporary {size_text(self.temporary)}",
+            "checkpoint": size_text(self.checkpoint),
             "images": f"{self.images:,}",
             "steps per epoch": f"{self.steps_per_epoch:,.1f}",
             "steps": f"{self.steps:,} of {self.global_batch_size} images, "
             f"{self.steps * self.global_batch_size / self.images:,.1f} epochs",
         }
         if self.snapshots:
-            sizes = f"{_size(self.snapshot)} each, {_size(self.snapshots * self.snapshot)}"
+            sizes = f"{size_text(self.snapshot)} each, {size_text(self.snapshots * self.snapshot)}"
             rows["snapshots"] = f"{self.snapshots} of the averages by width, {sizes}"
         return "\n".join([self.model, *(f"  {name:<25} {value}" for name, value in rows.items())])
 
 
-def _size(number: int) -> str:
+def size_text(number: int) -> str:
     """A number of bytes as text, in GiB or MiB."""
     return f"{number / (1 << 30):,.2f} GiB" if number >= 1 << 30 else f"{number / (1 << 20):,.0f} MiB"
 
@@ -111,6 +116,10 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     if config.optimizer == "muon":  # of its matrices, only a momentum
         optimizer -= 4 * sum(matrix.numel() for matrix in hidden_matrices(shadow(model_config)))
     ema = of_model * (len(config.ema_decays) + len(config.ema_widths))
+    part = largest_share(config, model_config)
+    whole = of_model if config.align == "self" else 0  # the first average, which each worker calls as a model
+    # Averages are put together for previews and the held-out loss, when there are no activations.
+    together = of_model if part < 1.0 and not whole else 0
     steps = config.total_steps(images)
     saved_by_model = _activations(model_config, config)
     activations = saved_by_model.activations + align_activations(settings, config.micro_batch())
@@ -121,11 +130,16 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         flops_per_image=step_flops(config, model_config),
         weights=weights + head + merged,
         gradients=trained,
-        optimizer=optimizer,
-        ema=ema,
+        optimizer=round(part * optimizer),
+        ema=whole + round(part * (ema - whole)),
         activations=activations,
         # The optimizer works on lists of tensors, with a copy of each gradient, after the activations are freed.
-        temporary=max(saved_by_model.scores, merged, _COPIES.get(config.optimizer, 1) * trained - activations),
+        temporary=max(
+            saved_by_model.scores,
+            merged,
+            round(part * _COPIES.get(config.optimizer, 1) * trained) - activations,
+            together - activations,
+        ),
         checkpoint=trained + ema + optimizer,
         micro_batch=config.micro_batch(),
         images=images,

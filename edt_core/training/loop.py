@@ -32,6 +32,7 @@ from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
 from edt_core.training.posthoc.snapshots import snapshot_steps
+from edt_core.training.shard.files import JointFiles
 from edt_core.training.speed.arithmetic import set_arithmetic
 from edt_core.training.speed.compiled import compile_parts, is_compiled, wants_graphs
 from edt_core.training.speed.update import CompiledUpdate
@@ -83,12 +84,13 @@ def train(
     try:
         _run_to_the_end(trainer, initial)
     except BaseException:
-        if context.ranks.rank == 0:
-            with suppress(Exception):  # the first error is the one to report
-                context.store.flush()
+        with suppress(Exception):  # the first error is the one to report
+            context.store.flush()
         raise
-    if context.ranks.rank == 0:
-        context.store.flush()
+    context.store.flush()
+    if context.store.joint is not None:
+        context.store.joint.close()
+        context.store.joint = None
     return trainer.state
 
 
@@ -109,7 +111,7 @@ def _begin(
 ) -> Trainer:
     use_precision(config.precision)
     ranks = context.ranks
-    state = initial_state(config, model_config, ranks.device)
+    state = initial_state(config, model_config, ranks.device, ranks)
     checkpoint = latest(context)
     if initial is not None and (checkpoint is None or state.trained is not None):  # else the checkpoint has all weights
         restart(state, config, initial())
@@ -119,6 +121,8 @@ def _begin(
     if ranks.rank == 0:
         context.store.report_missing(snapshot_steps(config, total_steps), config.ema_widths, state.step)
     context.store.stable_step, context.store.keep_every = decay_start(config, total_steps), config.keep_every
+    if state.shards is not None:
+        context.store.joint = JointFiles(ranks, config.timeout_s)
     state.model.activation_checkpointing = config.activation_checkpointing
     set_arithmetic(state.model, config)
     graphs = wants_graphs(config) and ranks.device.type == "cuda"
@@ -164,7 +168,8 @@ def _compiled(
     compile_parts(state.model, graphs=graphs)
     for network in alignment.networks if alignment else ():
         compile_parts(network)
-    if config.optimizer != "adan":
+    # An average that all ranks have is updated by each after the exchange, and not together with the weights.
+    if config.optimizer != "adan" or (state.shards is not None and state.ema.whole):
         return None
     return CompiledUpdate(state.model, state.optimizer, state.ema, masked=masked, heads=state.heads())
 
@@ -277,15 +282,17 @@ def _report(trainer: Trainer) -> None:
     elif state.step == context.store.stable_step or context.store.is_kept(state.step):
         _save(trainer, regular=False)
     every = config.preview_every
-    if every is not None and context.ranks.rank == 0 and (state.step % every == 0 or at_end):
-        context.preview(state.average(), state.step)
+    if every is not None and (state.step % every == 0 or at_end):
+        average = state.average()
+        if context.ranks.rank == 0:
+            context.preview(average, state.step)
 
 
 def _take_snapshot(trainer: Trainer) -> None:
     """Write the power-function averages where that is due, before the checkpoint of the same step."""
     config, state, step = trainer.config, trainer.state, trainer.state.step
     due = step == trainer.last_step or step in snapshot_steps(config, trainer.total_steps)
-    if config.ema_widths and due and trainer.ranks.rank == 0:
+    if config.ema_widths and due and _saves(trainer):
         trainer.context.store.save_snapshot(step, config, state.ema.of_widths)
 
 
@@ -295,6 +302,8 @@ def _validate(trainer: Trainer) -> float | None:
     if validation is None:
         return None
     values = validation.measure(state.average())
+    if state.shards is not None:
+        validation.release()
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     if _validation_is_due(trainer):
         state.history.add_measurement(state.step, finite)
@@ -306,12 +315,17 @@ def _validate(trainer: Trainer) -> float | None:
 
 
 def _save(trainer: Trainer, *, regular: bool, held_out_loss: float | None = None) -> None:
-    if trainer.ranks.rank != 0:
+    if not _saves(trainer):
         return
     checkpoint = to_checkpoint(trainer.state, trainer.config, len(trainer.dataset), regular=regular)
     if regular and trainer.validation is not None:
         checkpoint = replace(checkpoint, score=held_out_loss)
     trainer.context.store.save(checkpoint)
+
+
+def _saves(trainer: Trainer) -> bool:
+    """Whether this rank has a part in what is written: rank 0, and all of them if the state is divided."""
+    return trainer.ranks.rank == 0 or trainer.state.shards is not None
 
 
 def _handle(trainer: Trainer, request: Request) -> None:
@@ -323,8 +337,7 @@ def _handle(trainer: Trainer, request: Request) -> None:
         return
     if step % trainer.config.checkpoint_every:
         _save(trainer, regular=False)
-    if context.ranks.rank == 0:
-        context.store.flush()
+    context.store.flush()
     if request is Request.STOP:
         context.ranks.wait()  # so that the message is true on every rank: the checkpoint is written
         raise Stopped(f"stopped at step {step} of {trainer.total_steps}, a checkpoint is written")

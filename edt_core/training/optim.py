@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,24 +97,67 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / norm.double()).clamp(max=1.0).to(norm.dtype)
 
 
-def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict]]:
-    """Optimizer state as named tensors (`<parameter index>.<state name>`) and groups that JSON can store: no pickle."""
+@dataclass(frozen=True)
+class Places:
+    """The parameters of a rank's optimizer by group: their indices among those of all ranks, and how many those are."""
+
+    own: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+
+    def groups(self, groups: Sequence[dict]) -> list[dict]:
+        """The groups with the indices of the parameters of all ranks, which follow one another."""
+        starts = [sum(self.sizes[:place]) for place in range(len(self.sizes))]
+        ranges = [list(range(start, start + size)) for start, size in zip(starts, self.sizes, strict=True)]
+        return [{**group, "params": indices} for group, indices in zip(groups, ranges, strict=True)]
+
+    def own_groups(self, groups: Sequence[dict]) -> list[dict]:
+        """Groups of all ranks with the indices of this rank's own parameters."""
+        return [{**group, "params": list(own)} for group, own in zip(groups, self.own, strict=True)]
+
+
+def keep_owned(optimizer: torch.optim.Optimizer, owned: Collection[nn.Parameter]) -> Places:
+    """Take the parameters of other ranks from an optimizer that has no state yet; return the places of the others."""
+    own, sizes = list[tuple[int, ...]](), list[int]()
+    for group in optimizer.param_groups:
+        numbered = list(enumerate(group["params"], start=sum(sizes)))
+        sizes.append(len(numbered))
+        own.append(tuple(index for index, parameter in numbered if parameter in owned))
+        group["params"] = [parameter for _, parameter in numbered if parameter in owned]
+    return Places(tuple(own), tuple(sizes))
+
+
+def flatten_state(
+    optimizer: torch.optim.Optimizer, places: Places | None = None
+) -> tuple[dict[str, Tensor], list[dict]]:
+    """Optimizer state as named tensors (`<parameter index>.<state name>`) and groups that JSON can store: no pickle.
+
+    With `places` the tensors are those of this rank's parameters, and the groups those of all ranks.
+    """
     state = optimizer.state_dict()
+    indices = None if places is None else list(chain.from_iterable(places.own))
     tensors = {
-        f"{index}.{name}": value if torch.is_tensor(value) else torch.tensor(value)
+        f"{index if indices is None else indices[index]}.{name}": torch.as_tensor(value)
         for index, values in state["state"].items()
         for name, value in values.items()
     }
-    return tensors, state["param_groups"]
+    return tensors, state["param_groups"] if places is None else places.groups(state["param_groups"])
 
 
-def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: Sequence[dict]) -> None:
-    """Inverse of `flatten_state`. How the optimizer computes, which depends on the device, stays as it is."""
+def restore_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: Sequence[dict], places: Places | None = None
+) -> None:
+    """Inverse of `flatten_state`; the tensors are those of all ranks, of which each takes its own.
+
+    How the optimizer computes, which depends on the device, stays as it is.
+    """
     forms = [{form: group[form] for form in _FORMS if form in group} for group in optimizer.param_groups]
+    own = None if places is None else set(chain.from_iterable(places.own))
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        if own is None or int(index) in own:
+            state.setdefault(int(index), {})[name] = value
+    groups = groups if places is None else places.own_groups(groups)
     optimizer.load_state_dict(
         {"state": state, "param_groups": [{**saved, **form} for saved, form in zip(groups, forms, strict=True)]}
     )

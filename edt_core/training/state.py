@@ -27,12 +27,16 @@ from edt_core.training.align.settings import align_settings
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.ema import EMA
 from edt_core.training.history import History
-from edt_core.training.optim import flatten_state, make_optimizer, restore_state
+from edt_core.training.optim import Places, flatten_state, keep_owned, make_optimizer, restore_state
 from edt_core.training.optimizers.muon import hidden_matrices
+from edt_core.training.ranks import Ranks
+from edt_core.training.shard.owners import Shards
 from edt_core.training.start.trainable import merged, prepare_trainable
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
+
+_HEAD = "head."  # before the names of the parameters of `train.align`'s head
 
 
 @dataclass
@@ -41,7 +45,8 @@ class TrainState:
 
     `skipped` are steps that are left out because their loss or gradient was not finite, `rollbacks` is the number of
     rollbacks for such steps. `seconds` is the training time so far, counted only if max_hours is set. `aligned` is the
-    model with the head of `train.align`, whose parameters have no average.
+    model with the head of `train.align`, whose parameters have no average. With `shards` this rank has the optimizer's
+    state and the averages of its own tensors, and `places` are those of the optimizer's parameters.
     """
 
     model: DiffusionTransformer
@@ -56,6 +61,8 @@ class TrainState:
     trained: frozenset[str] | None = None
     base: str | None = None
     aligned: AlignedModel | None = None
+    shards: Shards | None = None
+    places: Places | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -64,8 +71,17 @@ class TrainState:
 
     def heads(self) -> dict[str, nn.Parameter]:
         """The parameters of the head by name, empty without one."""
-        head = {} if self.aligned is None else dict(self.aligned.head.named_parameters())
-        return {f"head.{name}": parameter for name, parameter in head.items()}
+        return _heads(self.aligned)
+
+    def zero_grad(self) -> None:
+        """Remove the gradients of all parameters, also of those that other ranks update."""
+        self.network.zero_grad(set_to_none=True)
+
+    def exchange(self) -> None:
+        """Give every rank the weights that others have updated. Collective if the state is divided."""
+        if self.shards is not None:
+            named = {**dict(self.model.named_parameters()), **self.heads()}
+            self.shards.exchange({name: value for name, value in named.items() if value.requires_grad})
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the model, then those of the head."""
@@ -73,9 +89,19 @@ class TrainState:
         yield from self.heads().values()
 
     def average(self) -> Mapping[str, Tensor]:
-        """The weights that are sampled from, of an ordinary model: those of the first average, and of the base."""
-        average = self.ema.averages[0]
+        """The weights that are sampled from, of an ordinary model: those of the first average, and of the base.
+
+        Collective if the state is divided.
+        """
+        average: Mapping[str, Tensor] = self.ema.averages[0]
+        if self.shards is not None and not self.ema.whole:
+            average = self.shards.whole(average, _trained_weights(self))
         return average if self.trained is None else merged({**self.model.state_dict(), **average})
+
+
+def _heads(aligned: AlignedModel | None) -> dict[str, nn.Parameter]:
+    head = {} if aligned is None else dict(aligned.head.named_parameters())
+    return {f"{_HEAD}{name}": parameter for name, parameter in head.items()}
 
 
 def initial_model(config: ModelConfig, seed: int) -> DiffusionTransformer:
@@ -85,8 +111,16 @@ def initial_model(config: ModelConfig, seed: int) -> DiffusionTransformer:
         return build_model(config)
 
 
-def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.device | str = "cpu") -> TrainState:
-    """The state before the first step. Raises UserError if the model and the training have different objectives."""
+def initial_state(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
+) -> TrainState:
+    """The state before the first step, of one of `ranks` if `train.shard` divides it.
+
+    Raises UserError if the model and the training have different objectives.
+    """
     if with_objective(model_config, config.objective) != model_config:
         raise UserError(
             f"train.objective is {config.objective!r}, but the model has objective {model_config.objective!r} and "
@@ -103,15 +137,25 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, device: torch.
         head = projection_head(settings.head_widths, config.seed).to(device)
         aligned = AlignedModel(model, head, settings.block)
     network = model if aligned is None else aligned
+    optimizer = make_optimizer(config, (p for p in network.parameters() if p.requires_grad), hidden_matrices(model))
+    shards = places = owned = None
+    if ranks is not None and ranks.world_size > 1 and config.shard == "optimizer":
+        weights = {name: value for name, value in model.state_dict().items() if trained is None or name in trained}
+        shards = Shards.of(ranks, {**weights, **_heads(aligned)})
+        owned = shards.own(shards.owners)
+        places = keep_owned(optimizer, set(shards.own({**dict(model.named_parameters()), **_heads(aligned)}).values()))
     return TrainState(
         model=model,
         trained=trained,
-        ema=EMA(model, config.ema_decays, trained, config.ema_widths),
-        optimizer=make_optimizer(config, (p for p in network.parameters() if p.requires_grad), hidden_matrices(model)),
+        # The target of align self is the first average as a model, which each rank calls at each step.
+        ema=EMA(model, config.ema_decays, trained, config.ema_widths, owned, whole=int(config.align == "self")),
+        optimizer=optimizer,
         timesteps=objective_of(config.objective).times(
             config.timestep_sampler, config.num_timesteps, config.time_shift
         ),
         aligned=aligned,
+        shards=shards,
+        places=places,
     )
 
 
@@ -132,24 +176,27 @@ def to_checkpoint(
 ) -> Checkpoint:
     """The checkpoint of a state, its tensors not copied; `num_samples` is the size of the data set.
 
+    Of a state that is divided, it has the tensors of this rank: those of all ranks together are the checkpoint.
+
     A regular checkpoint takes the history's score, and the history starts a new one. If few parameters are trained, it
     holds those alone, unless `whole`.
     """
     from edt_core.config import result_fields
 
     score = state.history.take_score() if regular else None
-    optimizer, groups = flatten_state(state.optimizer)
+    optimizer, groups = flatten_state(state.optimizer, state.places)
     averages = dict(zip(ema_files(config), state.ema.averages, strict=True))
     timesteps = {name: torch.from_numpy(value) for name, value in state.timesteps.state_dict().items()}
+    tensors = {
+        MODEL_WEIGHTS: state.model.state_dict() if whole else _trained_weights(state),
+        **averages,
+        OPTIMIZER_STATE: optimizer,
+        TIMESTEP_STATE: timesteps,
+        **({} if state.aligned is None else {ALIGN_HEAD: state.aligned.head.state_dict()}),
+    }
     return Checkpoint(
         step=state.step,
-        tensors={
-            MODEL_WEIGHTS: state.model.state_dict() if whole else _trained_weights(state),
-            **averages,
-            OPTIMIZER_STATE: optimizer,
-            TIMESTEP_STATE: timesteps,
-            **({} if state.aligned is None else {ALIGN_HEAD: state.aligned.head.state_dict()}),
-        },
+        tensors=tensors if state.shards is None else _own(tensors, state.shards),
         state={
             "config": result_fields(config),
             "cursor": _cursor(state.step, config, num_samples),
@@ -164,6 +211,16 @@ def to_checkpoint(
         score=score,
         regular=regular,
     )
+
+
+def _own(tensors: Mapping[str, Mapping[str, Tensor]], shards: Shards) -> dict[str, Mapping[str, Tensor]]:
+    """What this rank has of a checkpoint's files. The optimizer's state is its own; the timesteps are rank 0's."""
+    own: dict[str, Mapping[str, Tensor]] = {}
+    for file, values in tensors.items():
+        prefix = _HEAD if file == ALIGN_HEAD else ""
+        own[file] = {name: value for name, value in values.items() if shards.owns(f"{prefix}{name}")}
+    timesteps = tensors[TIMESTEP_STATE] if shards.ranks.rank == 0 else {}
+    return {**own, OPTIMIZER_STATE: tensors[OPTIMIZER_STATE], TIMESTEP_STATE: timesteps}
 
 
 def _trained_weights(state: TrainState) -> dict[str, Tensor]:
@@ -197,7 +254,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_
     if state.aligned is not None:
         state.aligned.head.load_state_dict(tensors[ALIGN_HEAD])
     state.ema.load([tensors[name] for name in ema_files(config)])
-    restore_state(state.optimizer, dict(tensors[OPTIMIZER_STATE]), checkpoint.state["optimizer_groups"])
+    groups = checkpoint.state["optimizer_groups"]
+    restore_state(state.optimizer, dict(tensors[OPTIMIZER_STATE]), groups, state.places)
     state.timesteps.load_state_dict({name: value.numpy() for name, value in tensors[TIMESTEP_STATE].items()})
     state.history = History.restored(checkpoint.state["history"])
     state.step = checkpoint.step

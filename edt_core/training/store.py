@@ -27,8 +27,10 @@ from edt_core.training.checkpoint import (
     load_checkpoint,
     read_manifest,
     write_checkpoint,
+    write_tensors,
 )
-from edt_core.training.posthoc.snapshots import Snapshot, SnapshotStore
+from edt_core.training.posthoc.snapshots import Snapshot, SnapshotStore, help_write
+from edt_core.training.shard.files import JointFiles, save_alone
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 @dataclass
 class CheckpointStore:
     """Checkpoints in the folder `checkpoints` of an unfinished artifact. For one process at a time.
+
+    With `joint` each rank saves its tensors at the same steps, into files that rank 0 creates and publishes.
 
     `warn` is called for damaged checkpoints; `changed` is called in the writing thread after one was written.
     """
@@ -47,6 +51,7 @@ class CheckpointStore:
     changed: Callable[["CheckpointStore"], None] = lambda store: None
     stable_step: int | None = None  # the newest checkpoint up to this step is kept: longer trainings continue from it
     keep_every: int | None = None  # checkpoints of multiples of so many steps are kept
+    joint: JointFiles | None = None
     _memory: HostMemory = field(default_factory=HostMemory)
     _writing: Future[None] | None = None
     _taking: Future[None] | None = None  # the last snapshot's write
@@ -71,7 +76,7 @@ class CheckpointStore:
         """Copy averages to host memory and write their snapshot in the thread. Raises the error of the previous one."""
         if self._taking is not None:
             self._taking.result()
-        self._taking = self._thread.submit(self.snapshots.write, Snapshot.of(step, config, averages))
+        self._taking = self._thread.submit(self._write_snapshot, Snapshot.of(step, config, averages))
 
     def report_missing(self, steps: Collection[int], widths: Sequence[float], last: int) -> None:
         """Warn of the snapshots that were due after `steps` up to the step `last` and are not here."""
@@ -221,10 +226,22 @@ class CheckpointStore:
     def _write(self, checkpoint: Checkpoint, snapshot: Future[None] | None) -> None:
         if snapshot is not None:
             snapshot.result()  # done, as it was given to the thread before; a failed one has no checkpoint after it
+        if self.joint is not None and self.joint.ranks.rank != 0:
+            write_tensors(checkpoint, self.joint.save)
+            return
         folder = f"{CHECKPOINTS}/{checkpoint_name(checkpoint.step)}"
-        write_checkpoint(checkpoint, lambda name, write_to: self.out.write(f"{folder}/{name}", write_to))
+        save = save_alone if self.joint is None else self.joint.save
+        write_checkpoint(checkpoint, lambda name, write_to: self.out.write(f"{folder}/{name}", write_to), save)
         self.prune()
         self.changed(self)
+
+    def _write_snapshot(self, snapshot: Snapshot) -> None:
+        if self.joint is None:
+            self.snapshots.write(snapshot)
+        elif self.joint.ranks.rank == 0:
+            self.snapshots.write(snapshot, self.joint.save)
+        else:
+            help_write(snapshot, self.joint.save)
 
     def _local(self, step: int) -> Path:
         return local_directory(self.folder.child(checkpoint_name(step)))

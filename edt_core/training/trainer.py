@@ -176,7 +176,7 @@ class Trainer:
         inputs, timesteps = self._draw(batch, draws.to(self.ranks.device))
         if self.untried:
             self._try_compiled(inputs)
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.zero_grad()
         if self.graphs:
             begin_step()
         null_label = self.state.model.config.num_classes
@@ -216,7 +216,7 @@ class Trainer:
 
         def run() -> None:
             for _ in range(_PASSES_OF_GRAPHS if self.graphs else 1):
-                self.state.optimizer.zero_grad(set_to_none=True)
+                self.state.zero_grad()
                 if self.graphs:
                     begin_step()
                 accumulate_gradient(state.network, self.config, self.schedule, inputs, null_label, self.alignment)
@@ -224,7 +224,7 @@ class Trainer:
                 self.compiled_update.rehearse()
 
         problem = failure(run, self.ranks)
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.zero_grad()
         if problem is not None:
             for network in (state.model, *(self.alignment.networks if self.alignment else ())):
                 undo_compiled_parts(network)
@@ -297,10 +297,12 @@ class Trainer:
         if self.compiled_update is not None:
             clip = None if max_norm is None else clip_factor(norm, max_norm)
             if self.compiled_update(clip, wanted, self.state.step + 1):
+                self.state.exchange()
                 return
         if max_norm is not None:
             clip_gradients(self.state.parameters(), norm, max_norm)
         self.state.optimizer.step()
+        self.state.exchange()
         self.state.ema.update(step=self.state.step + 1)
 
     def _record(self, result: StepResult, launched: Launched) -> None:

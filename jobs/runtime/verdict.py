@@ -70,12 +70,14 @@ def device_full(config: TrainConfig, model_config: "ModelConfig", workers: int, 
     problem = f"a GPU ran out of memory with {samples} samples in a forward pass"
     if memory is not None:
         problem += f" and {memory / (1 << 30):.1f} GiB for the worker"
+    divide = " or --set train.shard=optimizer" if workers > 1 and config.shard == "none" else ""
     if fitting < 1:
         return UserError(
-            f"{problem}, and no smaller micro-batch fits. Rerun with --set train.activation_checkpointing=true; or "
-            "train another model (train.model, train.precision=bf16), or use a GPU with more memory"
+            f"{problem}, and no smaller micro-batch fits. Rerun with --set train.activation_checkpointing=true{divide}"
+            "; or train another model (train.model, train.precision=bf16), or use a GPU with more memory"
         )
     return UserError(
         f"{problem}. Rerun with --set train.micro_batch_size={fitting} (edt train: --micro-batch-size {fitting}): the "
-        "training resumes, and gradients are accumulated. --set train.activation_checkpointing=true also saves memory"
+        "training resumes, and gradients are accumulated. --set train.activation_checkpointing=true"
+        f"{divide} also saves memory"
     )

@@ -216,13 +216,15 @@ def _continues(
 def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
     """An estimate of what training on `inputs["latents"]` takes, as text."""
     from edt_core.training.estimate import estimate
+    from edt_core.training.shard.cards import card_rows
 
     latents = inputs["latents"]
     config = config.settled(latents.counts["images"])
     model_config = config_of(config, latents.counts)
     _check(config, model_config, latents)
     images = training_images(config, inputs)
-    text = str(estimate(config, model_config, latents.counts["images"] if images is None else images))
+    needs = estimate(config, model_config, latents.counts["images"] if images is None else images)
+    text = f"{needs}{card_rows(config, model_config)}"
     return f"{text}\n{stream_text(config, latents)}" if config.reader == "stream" else text
 
 

@@ -182,6 +182,9 @@ def memory(setup: Setup) -> Result:
         needs.append(f"{name} about {size_text(need)} of {of}{_fitting(train, config.model_of(name, classes), size)}")
         worst = max(worst, need / size if size else 0.0)
     remedy = "lower train.micro_batch_size, or set train.activation_checkpointing=true"
+    trains = [config.train_of(name) for name in config.models]
+    if any(train.use_gpu and train.worker_range[0] > 1 and train.shard == "none" for train in trains):
+        remedy += " or train.shard=optimizer"
     if host:
         needs.append(f"host memory about {size_text(host)} of {size_text(machine.memory)}")
     if worst > 1:

@@ -9,6 +9,7 @@ from edt_core.models import ModelConfig
 from edt_core.printing.redaction import redacted
 from edt_core.progress import CollectedWarnings
 from edt_core.training.estimate import Estimate, estimate
+from edt_core.training.shard.cards import card_rows
 from edt_core.training.speed.attention_table import attention_forms
 from pipelines.config.schema import PipelineConfig
 from pipelines.config.size_check import check_pipeline_sizes
@@ -35,10 +36,10 @@ def training_needs(config: PipelineConfig, cluster: str | None = None, timed: bo
         attention_forms(train)
         fewest, most = train.worker_range
         workers = str(most) if fewest == most else f"{fewest} to {most}"
-        needs = estimate(train, config.model_of(name, source.classes), images)
-        lines.append(f"{name}: {needs}\n  {'workers':<25} {workers}")
+        model = config.model_of(name, source.classes)
+        needs = estimate(train, model, images)
+        lines.append(f"{name}: {needs}{card_rows(train, model)}\n  {'workers':<25} {workers}")
         if timed:
-            model = config.model_of(name, source.classes)
             time = _training_time(train, model, needs, cluster)
             lines[-1] += f"\n  {'training time':<25} {time}"
     return "\n\n".join(lines)

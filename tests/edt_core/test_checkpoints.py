@@ -22,7 +22,6 @@ from edt_core.store.layout import (
     OPTIMIZER_STATE,
     TRAIN_STATE,
 )
-from edt_core.training import checkpoint as checkpoints
 from edt_core.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -33,6 +32,7 @@ from edt_core.training.checkpoint import (
     load_checkpoint,
     read_manifest,
 )
+from edt_core.training.shard import files as tensor_files
 from edt_core.training.store import CheckpointStore, best_step, to_keep
 from tests.support.trainings import place, with_version
 
@@ -115,13 +115,13 @@ def test_what_is_written_is_the_training_at_the_moment_of_saving(
 ) -> None:
     """Steps that are done while a checkpoint is being written, and the next one's copies, leave it as it was."""
     go = threading.Event()
-    slowly = checkpoints.save_file
+    slowly = tensor_files.save_file
 
-    def waiting(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def waiting(tensors: dict[str, torch.Tensor], path: Path, *_: object) -> None:
         assert go.wait(600)
         slowly(tensors, path)
 
-    monkeypatch.setattr(checkpoints, "save_file", waiting)
+    monkeypatch.setattr(tensor_files, "save_file", waiting)
     store, training = store_at(tmp_path), made(1)
     store.save(training)
     for tensors in training.tensors.values():
@@ -343,7 +343,7 @@ def test_a_writing_that_failed_is_heard_of(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     store.save(made(2))
     with pytest.raises(ValueError, match=r"No space left|no space|full"):
         store.flush()

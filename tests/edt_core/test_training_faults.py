@@ -30,11 +30,11 @@ from edt_core.models import ModelConfig
 from edt_core.store import folder as storage
 from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder, sha256_file
-from edt_core.training import checkpoint as checkpoints
 from edt_core.training import loop, trainer
 from edt_core.training.checkpoint import load_checkpoint
 from edt_core.training.context import LocalContext, Request
 from edt_core.training.loop import train
+from edt_core.training.shard import files as tensor_files
 from edt_core.training.state import TrainState, initial_state
 from edt_core.training.trainer import NotFiniteError
 from tests.support.trainings import contents, cut_back, narrow, place, same
@@ -360,9 +360,9 @@ def test_a_full_disk_ends_the_training_and_spoils_nothing(
 ) -> None:
     """The last checkpoint too: a training whose end was not kept has not ended well."""
     train(CONFIG, edt, dataset, LocalContext(tmp_path / "whole"))
-    save, weights = checkpoints.save_file, []
+    save, weights = tensor_files.save_file, []
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, *_: object) -> None:
         if path.name == "ema.safetensors":
             weights.append(path)
         if len(weights) == failing:
@@ -370,7 +370,7 @@ def test_a_full_disk_ends_the_training_and_spoils_nothing(
             raise OSError(28, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(UserError, match=r"No space left|no space"):
         train(CONFIG, edt, dataset, LocalContext(tmp_path / "full"))
     monkeypatch.undo()
@@ -394,13 +394,13 @@ def test_a_reader_that_fails_ends_the_training_when_its_last_checkpoint_is_writt
                 raise OSError("the disk is gone")
             return super().gather(indices, mirror, out)
 
-    save = checkpoints.save_file
+    save = tensor_files.save_file
 
-    def slowly(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def slowly(tensors: dict[str, torch.Tensor], path: Path, *_: object) -> None:
         time.sleep(0.2)
         save(tensors, path)
 
-    monkeypatch.setattr(checkpoints, "save_file", slowly)
+    monkeypatch.setattr(tensor_files, "save_file", slowly)
     context = LocalContext(tmp_path)
     with pytest.raises(OSError, match="the disk is gone"):
         train(CONFIG, edt, Failing(latents_artifact.paths("*.arrow")), context)

@@ -6,18 +6,14 @@ Run as a module, this file is one of the processes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from edt_core.config import TrainConfig
@@ -31,8 +27,8 @@ from edt_core.training.loop import train
 from edt_core.training.ranks import Ranks
 from edt_core.training.speed import compiled
 from edt_core.training.speed.update import CompiledUpdate
+from tests.support.gloo import join, run_ranks
 from tests.support.models import shallow_config
-from tests.support.servers import free_port
 from tests.support.trainings import contents, cut_back, narrow, place
 
 CONFIG = TrainConfig(
@@ -47,16 +43,11 @@ ALIGNED = CONFIG.model_copy(update={"align": "self", "max_grad_norm": None})
 PLAIN = CONFIG.model_copy(update={"model": "DiT-Tiny/2", "masked_loss": False})  # its blocks take the fewest graphs
 
 
-def _work(rank: int, port: int, folder: Path, backend: str, paths: list[Path]) -> None:
+def _work(rank: int, folder: Path, backend: str, paths: list[Path]) -> None:
     """The trainings of one process. Each leaves its losses and its warnings."""
-    torch.set_num_threads(1)
-    loop.matmul_rate = lambda *_: 1e9  # type: ignore[assignment]
     loop.compile_parts = partial(compiled.compile_parts, backend=backend)  # type: ignore[assignment]
     of_update = "eager" if backend == "aot_eager" else backend  # as in test_training_compiled.py
     loop.CompiledUpdate = partial(CompiledUpdate, backend=of_update)  # type: ignore[assignment,misc]
-    patience = timedelta(seconds=600)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=patience)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
 
     def run(name: str, config: TrainConfig) -> None:
         context = LocalContext(folder / name, Ranks(rank, 2))
@@ -83,28 +74,8 @@ def _work(rank: int, port: int, folder: Path, backend: str, paths: list[Path]) -
 
 def trained(folder: Path, backend: str, latents: Artifact) -> Path:
     """The folder in which two processes have done their trainings."""
-    port, paths = free_port(), [str(path) for path in latents.paths("*.arrow")]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    logs, workers = [folder / f"log.{rank}.txt" for rank in range(2)], list[subprocess.Popen[bytes]]()
-    try:
-        for rank, log in enumerate(logs):
-            module = ["-m", "tests.edt_core.test_training_ranks", str(rank), str(port), str(folder), backend]
-            with log.open("w") as file:
-                workers.append(
-                    subprocess.Popen(
-                        [sys.executable, *module, *paths],
-                        stdout=file,
-                        stderr=file,
-                        env=environment,
-                        cwd=Path(__file__).parents[2],
-                    )
-                )
-        codes = [worker.wait(timeout=1200) for worker in workers]
-        assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+    paths = [str(path) for path in latents.paths("*.arrow")]
+    run_ranks("tests.edt_core.test_training_ranks", 2, folder, backend, *paths)
     return folder
 
 
@@ -179,4 +150,5 @@ def test_blocks_in_machine_code_train_the_same_on_two_processes(latents_artifact
 
 
 if __name__ == "__main__":
-    _work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], [Path(path) for path in sys.argv[5:]])
+    own_rank, _, own_folder, others = join(sys.argv[1:])
+    _work(own_rank, own_folder, others[0], [Path(path) for path in others[1:]])

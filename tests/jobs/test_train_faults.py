@@ -321,14 +321,14 @@ def test_killed_at_twenty_moments(victim: str, long_whole: Timed, start: Callabl
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("victim", [WORKER, DRIVER])
+@pytest.mark.parametrize(("victim", "shard"), [(WORKER, "none"), (WORKER, "optimizer"), (DRIVER, "none")])
 def test_killed_in_the_middle_of_twenty_checkpoints(
-    victim: str, long_whole: Timed, start: Callable[..., Driver], tmp_path: Path
+    victim: str, shard: str, long_whole: Timed, start: Callable[..., Driver], tmp_path: Path
 ) -> None:
     kills, runs = 0, 0
     while kills < MANY:
         out = tmp_path / f"out-{runs}"
-        driver = start(out, **LONG)
+        driver = start(out, **{**LONG, "shard": shard})
         for step in range(5, MANY_STEPS - 10, MANY_STEPS // KILLS_A_RUN):
             if not kill_in_mid_checkpoint(driver, victim, max({step, *checkpoint_steps(out)})):
                 break
@@ -336,7 +336,7 @@ def test_killed_in_the_middle_of_twenty_checkpoints(
             newest = max(checkpoint_steps(out))
             print(f"{victim}: run {runs}, killed while checkpoint after {newest} was written", flush=True)
             if victim == DRIVER:
-                driver = start(out, **LONG)
+                driver = start(out, **{**LONG, "shard": shard})
             else:
                 time.sleep(1.0)
         assert_same(driver.finish(), long_whole.artifact)

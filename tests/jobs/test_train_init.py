@@ -264,17 +264,21 @@ def test_untrained_few_parameters_are_the_base_model(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("trainable", [pytest.param("all", marks=pytest.mark.slow), "difffit"])
+@pytest.mark.parametrize(
+    ("trainable", "shard"), [pytest.param("all", "none", marks=pytest.mark.slow), ("difffit", "optimizer")]
+)
 def test_two_workers_train_what_one_process_trains(
-    trainable: str, folder: Path, latents_artifact: Artifact, tmp_path: Path, ray_session: None
+    trainable: str, shard: str, folder: Path, latents_artifact: Artifact, tmp_path: Path, ray_session: None
 ) -> None:
     """Each of the two reads the base model and adapts it alike; gradients of scales and biases are exchanged.
 
-    Those of all parameters are exchanged in test_jobs.py.
+    Those of all parameters are exchanged in test_jobs.py. With a divided state both write one checkpoint.
     """
-    together = made(tmp_path / "two", latents_artifact, folder, Silent(), trainable=trainable, num_workers=2)
+    fields = {"trainable": trainable, "shard": shard}
+    together = made(tmp_path / "two", latents_artifact, folder, Silent(), **fields, num_workers=2)
     with local_ray_train():
-        alone = made(tmp_path / "one", latents_artifact, folder, Silent(), trainable=trainable)
+        alone = made(tmp_path / "one", latents_artifact, folder, Silent(), **fields)
+    assert together.fingerprint == alone.fingerprint
     weights, others = final_weights(together), final_weights(alone)
     for name, value in weights.items():
         assert torch.allclose(value, others[name], atol=1e-5), name

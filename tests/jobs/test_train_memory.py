@@ -112,6 +112,8 @@ def test_the_named_micro_batch_is_the_largest_that_the_estimate_allows(precision
     assert 1 < usable < 120
     message = str(device_full(config, EDT, 1, memory))
     assert f"--set train.micro_batch_size={usable} (edt train: --micro-batch-size {usable})" in message
+    assert "train.shard" not in message
+    assert "--set train.shard=optimizer also saves memory" in str(device_full(config, EDT, 2, memory))
     assert f"with 256 samples in a forward pass and {memory / (1 << 30):.1f} GiB for the worker" in message
 
 

@@ -1,5 +1,6 @@
 """The verb `train` as a person gives it: what it would take, what it refuses, what it depends on, and how it fails."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def test_a_dry_run_tells_what_it_would_take(latents_artifact: Artifact, tmp_path
     assert told["memory per worker"].startswith("about ")
     assert {"parameters", "MACs per image", "training FLOPs per image", "checkpoint", "steps per epoch"} <= told.keys()
     assert not out.exists()
+
+
+def test_a_dry_run_for_gpus_tells_what_fits_on_which(latents_artifact: Artifact, tmp_path: Path) -> None:
+    words = ("--model", "EDT-Tiny/2", "--num-workers", "2", "--use-gpu", "true", "--shard", "optimizer", "--dry-run")
+    done = command("train", latents_artifact.folder.uri, str(tmp_path / "out"), *words)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^  state per worker +\S+ MiB; with shard optimizer \S+ MiB$", done.stdout, re.MULTILINE)
+    for card in (24, 40, 80):
+        assert re.search(
+            rf"^  fits on {card} GB +micro-batch 256; with shard optimizer micro-batch 256$", done.stdout, re.M
+        )
 
 
 def test_an_objective_brings_its_own_recipe(latents_artifact: Artifact, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.layout import CHECKPOINTS, SNAPSHOTS, STEP_PREFIX, WIDTH_EMA_WEIGHTS
 from edt_core.training.posthoc.profile import Average
+from edt_core.training.shard.files import Save, save_alone
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -57,10 +57,11 @@ class SnapshotStore:
 
     out: ArtifactWriter
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Write the files of a snapshot, one for each width."""
+    def write(self, snapshot: Snapshot, save: Save = save_alone) -> None:
+        """Write the files of a snapshot, one for each width. With `JointFiles.save` other ranks call `help_write`."""
         for width in snapshot.averages:
-            self.out.write(f"{_folder(snapshot.step)}/{WIDTH_EMA_WEIGHTS.format(width)}", _writer(snapshot, width))
+            name = f"{_folder(snapshot.step)}/{WIDTH_EMA_WEIGHTS.format(width)}"
+            self.out.write(name, _writer(snapshot, width, save))
 
     def whole(self, widths: Sequence[float]) -> set[int]:
         """Steps of the snapshots that have these widths, each file of the size that was written."""
@@ -111,10 +112,16 @@ def _averages(names: Iterable[str]) -> Iterator[tuple[Average, str]]:
             yield Average(int(match[1]), float(match[2])), name
 
 
-def _writer(snapshot: Snapshot, width: float) -> Any:
-    def write_to(path: Path) -> None:
+def help_write(snapshot: Snapshot, save: Save) -> None:
+    """Write this rank's tensors into the files of a snapshot that rank 0 makes."""
+    for width in snapshot.averages:
+        _writer(snapshot, width, save)(None)
+
+
+def _writer(snapshot: Snapshot, width: float, save: Save) -> Any:
+    def write_to(path: Path | None) -> None:
         text = json.dumps({"step": snapshot.step, "width": width})  # one entry: their order is another one each time
-        save_file(dict(snapshot.averages[width]), path, {"average": text})
+        save(snapshot.averages[width], path, {"average": text})
 
     return write_to
 

@@ -80,6 +80,9 @@ class CompiledUpdate:
         all the same, since the host does not know; going back to a checkpoint restores the count.
         """
         optimizer, (group,) = self._optimizer, self._optimizer.param_groups
+        if not self._parts:  # another rank owns each weight
+            self._ema.update(step=step)
+            return True
         if any(p.grad is None or p not in optimizer.state for part in self._parts for p in part):
             return False
         group["step"] += 1

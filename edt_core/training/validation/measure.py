@@ -114,6 +114,12 @@ class HeldOutLoss:
         self._model = model.to(self.ranks.device)  # buffers that are not in a state dict
         return self._model
 
+    def release(self) -> None:
+        """Let go of the weights, which nobody else has where the averages are divided among ranks."""
+        if self._model is not None:
+            shapes = {name: torch.empty_like(value, device="meta") for name, value in self._model.state_dict().items()}
+            self._model.load_state_dict(shapes, assign=True)
+
     def _unit_losses(self, model: DiffusionTransformer, places: slice) -> Tensor:
         """The losses float32 [K, 8] of some of this rank's images."""
         device, objective, count = self.ranks.device, self._objective, places.stop - places.start

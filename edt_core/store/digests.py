@@ -19,7 +19,7 @@ from edt_core.files.small_files import read_json
 from edt_core.printing.console import on_one_line
 from edt_core.progress import Progress
 from edt_core.store.cache import cache_folder
-from edt_core.store.folder import Folder, in_threads, is_hidden
+from edt_core.store.folder import Folder, in_threads
 from edt_core.store.manifest import FileEntry, ManifestError
 
 _RUN_AGAIN = "rerun its step, or remove the files that are not in its manifest"

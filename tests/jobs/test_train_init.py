@@ -264,13 +264,14 @@ def test_untrained_few_parameters_are_the_base_model(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("trainable", [pytest.param("all", marks=pytest.mark.slow), "difffit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["all", "difffit"])
 def test_two_workers_train_what_one_process_trains(
     trainable: str, folder: Path, latents_artifact: Artifact, tmp_path: Path, ray_session: None
 ) -> None:
     """Each of the two reads the base model and adapts it alike; gradients of scales and biases are exchanged.
 
-    Those of all parameters are exchanged in test_jobs.py.
+    The suite has two processes without Ray, in tests/edt_core/test_training_ranks.py, and Ray's two in test_jobs.py.
     """
     together = made(tmp_path / "two", latents_artifact, folder, Silent(), trainable=trainable, num_workers=2)
     with local_ray_train():

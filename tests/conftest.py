@@ -89,12 +89,8 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """After a module the process gives back what it freed: glibc keeps it, and two processes would hold 4 GB each."""
-    if nextitem is None or nextitem.path != item.path:
-        gc.collect()
-        _give_back_memory()
-
-
-def _give_back_memory() -> None:
+    if nextitem is not None and nextitem.path == item.path:
+        return
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 

@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are what the 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how often Ray Train looks whether its workers ended
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more; the cluster of nodes has it
 
+import ctypes
 import gc
 import importlib.util
 import signal
@@ -69,8 +70,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("light")
         modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
     for module, tests in modules.items():
+        used = set[str]().union(*map(_fixtures, tests))
+        beside_ray = next((group for name, group in SHARED.items() if name in used), module)
         for item in tests:
-            item.add_marker(pytest.mark.xdist_group(_group(item, module, tests)))
+            group = "ray" if item.get_closest_marker("ray") else beside_ray
+            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=_turn)
 
 
@@ -82,11 +86,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def _group(item: pytest.Item, module: str, tests: list[pytest.Item]) -> str:
-    if item.get_closest_marker("ray"):
-        return "ray"
-    used = set().union(*map(_fixtures, tests))
-    return next((group for name, group in SHARED.items() if name in used), module)
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After a module the process gives back what it freed: glibc keeps it, and two processes would hold 4 GB each."""
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _turn(item: pytest.Item) -> int:

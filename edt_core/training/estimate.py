@@ -242,7 +242,7 @@ def saved(
             storage = tensor.untyped_storage()
             if storage._cdata not in own and not (fused and storage._cdata in scores.tensors):
                 sizes[storage._cdata] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # a node that saved its own output would keep itself, and all before it, for good
 
         x = torch.empty(rows, config.in_channels, config.latent_size, config.latent_size)
         t, y = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
@@ -267,7 +267,7 @@ class _Scores(TorchDispatchMode):
         aten = torch.ops.aten
         is_copy = func is aten._to_copy.default and args[0].untyped_storage()._cdata in self.tensors
         if func is aten._softmax.default or is_copy:
-            self.tensors[output.untyped_storage()._cdata] = output
+            self.tensors[output.untyped_storage()._cdata] = output.detach()  # `output` itself gets a node later
         return output
 
 

@@ -1,6 +1,6 @@
 """What latents in half precision do to a model: the metric of trainings on fp32, fp16 and bf16 latents of all digits.
 
-    python tests/benchmarks/half_precision.py [--store FOLDER] [--steps 600] [--seeds 0 1 2]
+    python -m tests.benchmarks.half_precision [--store FOLDER] [--steps 600] [--seeds 0 1 2]
 
 The three pipelines differ in `encode.store` alone; images, autoencoder and classifier are the same artifacts. Each seed
 is trained once on each, with the same draws. Prints the stated rounding errors; mean and standard deviation over the
@@ -10,41 +10,30 @@ seeds is much larger. Run again, it resumes where it was. It asserts nothing.
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from recipes import METRICS, data_sets, edt, metrics_of, table  # beside this file
 
 from jobs.benchmark.table import hardware
+from tests.benchmarks.recipes import METRICS, Data, Lab, data_sets, fields_of, name_of, table
 
 STORES = ("fp32", "fp16", "bf16")
+RECIPE = "flow, logit-normal times, Muon"  # of `recipes.ROWS`: that of the quickstart
 
 
-def name_of(store: str, steps: int, seed: int) -> str:
-    """The registered name of a training."""
-    return f"half-{store}-{steps}-{seed}"
-
-
-def run(store: str, steps: int, seeds: Sequence[int], folder: Path) -> list[dict[str, float]]:
+def run(store: str, steps: int, seeds: Sequence[int], lab: Lab) -> list[dict[str, float]]:
     """The metrics of a training on latents stored so, in the order of the seeds."""
     digits = data_sets("")[0]
-    config = {
-        "name": f"half-precision-{store}",
-        "preprocess": {"image_size": 32},
-        "encode": {"num_workers": 2, "store": store},
-        "evaluate": {"num_cpus": 0},
-        **digits.config,
-        "train": {**digits.train, "max_steps": steps},
-        "models": {name_of(store, steps, seed): {"seed": seed} for seed in seeds},
-    }
-    path = folder / f"{store}-{steps}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    edt("run", str(path), "--store", str(folder))
-    return [metrics_of(name_of(store, steps, seed), folder) for seed in seeds]
+    config = {**digits.config, "encode": {"store": store}}
+    data = Data(f"half-{store}-{steps}", config, {**digits.train, "max_steps": steps})
+    models = {name_of(data, RECIPE, seed): fields_of(data, RECIPE, seed) for seed in seeds}
+    return [found[""] for found in lab.results(data, models).values()]
 
 
 def errors(folder: Path) -> dict[str, Any]:
@@ -84,7 +73,10 @@ def main() -> None:
     options.store.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     print(f"{hardware()}\n", flush=True)
-    results = {store: run(store, options.steps, options.seeds, options.store) for store in STORES}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as processes:
+        lab = Lab(options.store, processes)
+        results = {store: run(store, options.steps, options.seeds, lab) for store in STORES}
     print(error_table(errors(options.store)), end="\n\n")
     print(table(results, STORES[0], "latents", {}), end="\n\n")
     print(pair_table(results))

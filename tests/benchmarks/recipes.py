@@ -1,6 +1,6 @@
 """Which recipe trains better: objectives, timesteps, alignment, optimizers and averages, three trainings a row.
 
-    python tests/benchmarks/recipes.py --cifar IMAGES [--store FOLDER] [--plot docs/recipes.png]
+    python -m tests.benchmarks.recipes --cifar IMAGES [--store FOLDER] [--plot docs/recipes.png]
 
 Trains each row of `ROWS` with each seed, on all digits and on the images of `--cifar` (laid out as <class>/<image>), by
 the steps of the ordinary workflow, and measures every training by one protocol. Prints, for each data set, mean and

@@ -1,9 +1,11 @@
 """The estimate of a training before it starts, against what it then takes."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from edt_core.config import TrainConfig
 from edt_core.models import (
@@ -31,7 +33,7 @@ def bytes_kept(model: DiffusionTransformer, batch: int, passes: int = 2, precisi
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()
 
     rows, side = passes * batch, model.config.latent_size
     x, zeros = torch.randn(rows, 4, side, side), torch.zeros(rows, dtype=torch.int64)
@@ -49,6 +51,20 @@ def test_the_memory_of_a_pass_is_told_without_running_it(name: str) -> None:
     for batch in (1, 5):
         estimated = saved(shadow(config).train(), batch, 2).activations
         assert estimated == pytest.approx(bytes_kept(build_model(config).train(), batch), rel=0.1)
+
+
+def test_a_pass_leaves_no_tensor_behind() -> None:
+    """A plan of many models would else hold all of them: the collector does not see what autograd's nodes keep."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(item) is FakeTensor for item in gc.get_objects())
+
+    model = shadow(TINY).train()
+    saved(model, 1, 2)
+    before = tensors()
+    saved(model, 1, 2)
+    assert tensors() <= before
 
 
 @pytest.mark.parametrize(("name", "passes"), [("EDT-S/2", 2), ("DiT-S/2", 1)])

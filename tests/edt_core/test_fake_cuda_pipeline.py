@@ -30,8 +30,14 @@ def _no_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "sample_noise", lambda *args, pin=False, **named: draw(*args, **named))
 
 
-def opened(folder: Path, name: str) -> EDTPipeline:
-    pipeline = EDTPipeline.from_pretrained(pipeline_folder(folder / "pipeline", made_model(name=name)))
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a DiT."""
+    return pipeline_folder(tmp_path_factory.mktemp("plain") / "pipeline", made_model(name="DiT-Tiny/2"))
+
+
+def opened(folder: Path) -> EDTPipeline:
+    pipeline = EDTPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -44,7 +50,7 @@ def to_cuda(pipeline: EDTPipeline) -> EDTPipeline:
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_folder_makes_images_on_a_gpu(name: str, tmp_path: Path) -> None:
-    pipeline = opened(tmp_path, name)
+    pipeline = opened(pipeline_folder(tmp_path / "pipeline", made_model(name=name)))
     with fake_cuda() as mode:
         to_cuda(pipeline)
         for output_type, after_chain in OUTPUTS.items():
@@ -58,9 +64,9 @@ def test_a_folder_makes_images_on_a_gpu(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_an_assigned_scheduler_runs_on_a_gpu(name: str, tmp_path: Path) -> None:
+def test_an_assigned_scheduler_runs_on_a_gpu(name: str, plain: Path) -> None:
     """Where the host waits is diffusers' affair; no operation mixes devices."""
-    pipeline = opened(tmp_path, "DiT-Tiny/2")
+    pipeline = opened(plain)
     if name != type(pipeline.scheduler).__name__:
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     with fake_cuda():

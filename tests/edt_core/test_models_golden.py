@@ -99,6 +99,7 @@ def test_small_guided_output(small: EDT, forward: dict[str, np.ndarray]) -> None
     assert relative_error(combined, forward["EDT-S-2@256.cfg2_three_channels"]) < OUTPUT_TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_base_output(forward: dict[str, np.ndarray]) -> None:
     model = reference_model("EDT-B/2", 256)

@@ -25,7 +25,7 @@ from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.start.initial import initial_checkpoint
 from tests.edt_core.test_training_start import NAMES, base_of
 from tests.support.local_training import trained_here
-from tests.support.models import TINY, pipeline_folder, shallow_config
+from tests.support.models import BESIDE_EDT, TINY, pipeline_folder, shallow_config
 from tests.support.trainings import OneOfOne, contents, cut_back, narrow, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread")
@@ -80,8 +80,14 @@ def test_it_resumes_bit_for_bit(options: dict[str, Any], dataset: LatentDataset,
     assert not any(torch.equal(first[name], last[name]) for name in first)
 
 
-@pytest.mark.parametrize("align", ["autoencoder", "self"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "align"),
+    [
+        *((name, "self") for name in TINY),
+        ("EDT-Tiny/2", "autoencoder"),
+        *(pytest.param(name, "autoencoder", marks=pytest.mark.slow) for name in BESIDE_EDT),
+    ],
+)
 def test_every_family_learns_it(name: str, align: str, dataset: LatentDataset, tmp_path: Path) -> None:
     shape = narrow() if name.startswith("EDT") else shallow_config(name)
     state = run(tmp_path, dataset, shape, align=align, max_steps=16, checkpoint_every=16)

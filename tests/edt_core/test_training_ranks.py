@@ -1,4 +1,4 @@
-"""Two processes on the CPU: compiled blocks, padded projections that passes share, and Muon train what one would.
+"""Two processes on the CPU train what one would: compiled blocks, padded projections, Muon, a head, and a fine-tuning.
 
 Run as a module, this file is one of the processes.
 """
@@ -22,11 +22,14 @@ from edt_core.models import attention
 from edt_core.store.artifact import Artifact
 from edt_core.training import loop
 from edt_core.training import step as training_step
+from edt_core.training.checkpoint import Checkpoint, load_checkpoint
 from edt_core.training.context import LocalContext
-from edt_core.training.loop import train
+from edt_core.training.loop import ReadInitial, train
 from edt_core.training.ranks import Ranks
 from edt_core.training.speed import compiled
 from edt_core.training.speed.update import CompiledUpdate
+from edt_core.training.start.initial import initial_checkpoint
+from tests.edt_core.test_training_start import NAMES, base_of
 from tests.support.gloo import join, run_ranks
 from tests.support.models import shallow_config
 from tests.support.trainings import contents, cut_back, narrow, place
@@ -40,6 +43,7 @@ PADDED = CONFIG.model_copy(
 )
 MUON = CONFIG.model_copy(update={"optimizer": "muon", "checkpoint_every": 3})
 ALIGNED = CONFIG.model_copy(update={"align": "self", "max_grad_norm": None})
+FINE_TUNED = CONFIG.model_copy(update={"init_from": "base", "trainable": "difffit", "lr": 1e-2})
 PLAIN = CONFIG.model_copy(update={"model": "DiT-Tiny/2", "masked_loss": False})  # its blocks take the fewest graphs
 
 
@@ -49,15 +53,17 @@ def _work(rank: int, folder: Path, backend: str, paths: list[Path]) -> None:
     of_update = "eager" if backend == "aot_eager" else backend  # as in test_training_compiled.py
     loop.CompiledUpdate = partial(CompiledUpdate, backend=of_update)  # type: ignore[assignment,misc]
 
-    def run(name: str, config: TrainConfig) -> None:
+    def run(name: str, config: TrainConfig, initial: ReadInitial | None = None) -> None:
         context = LocalContext(folder / name, Ranks(rank, 2))
         model = narrow() if config.masked_loss else shallow_config(config.model)
-        state = train(config, model, LatentDataset(paths), context)
+        state = train(config, model, LatentDataset(paths), context, initial)
         found = {"losses": [row["loss"] for row in state.history.rows], "warnings": context.warnings}
         found["head"] = [float(value.detach().double().sum()) for value in state.heads().values()]
+        found["weights"] = [float(value.detach().double().sum()) for value in state.model.parameters()]
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
 
     run("aligned", ALIGNED)
+    run("fine-tuned", FINE_TUNED, read_base)
     run("muon", MUON)
     if rank == 0:
         cut_back(folder / "muon", folder / "muon again", MUON.checkpoint_every)
@@ -70,6 +76,10 @@ def _work(rank: int, folder: Path, backend: str, paths: list[Path]) -> None:
     training_step.shared_projections = lambda _model: nullcontext()  # type: ignore[assignment]
     run("apart", PADDED)
     dist.destroy_process_group()
+
+
+def read_base() -> Checkpoint:
+    return initial_checkpoint(FINE_TUNED, narrow(), base_of(narrow()), NAMES)[0]
 
 
 def trained(folder: Path, backend: str, latents: Artifact) -> Path:
@@ -129,6 +139,23 @@ def test_a_head_trains_the_same_on_two_processes(processes: Path, latents_artifa
     expected = [float(value.detach().double().sum()) for value in alone.heads().values()]
     assert first["head"] == pytest.approx(expected, rel=BOUND, abs=BOUND)
     assert len(expected) == 4
+
+
+@pytest.mark.extern
+@pytest.mark.usefixtures("quickly", "one_thread")
+def test_few_parameters_train_the_same_on_two_processes(
+    processes: Path, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    """Each reads the base model and adapts it alike; gradients of scales and biases are exchanged."""
+    first, second = (recorded(processes, "fine-tuned", rank) for rank in range(2))
+    assert first["weights"] == second["weights"]
+    alone = train(FINE_TUNED, narrow(), dataset, LocalContext(tmp_path), read_base)
+    assert first["losses"] == pytest.approx([row["loss"] for row in alone.history.rows], rel=BOUND)
+    assert first["losses"][0] != first["losses"][-1]
+    expected = [float(value.detach().double().sum()) for value in alone.model.parameters()]
+    assert first["weights"] == pytest.approx(expected, rel=BOUND, abs=1e-2)
+    moved = load_checkpoint(place(tmp_path, FINE_TUNED.max_steps)).tensors["model.safetensors"]
+    assert 0 < len(moved) < len(expected)
 
 
 @pytest.mark.extern

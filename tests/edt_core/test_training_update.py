@@ -112,12 +112,20 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"weight_decay": 0.1}, {"max_grad_norm": None, "ema_widths": (0.05, 0.1)}],
-    ids=["clip", "decay", "widths"],
-)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-7)], ids=["fp64", "fp32"])
+# All options in float64, whose bound is strict; in float32 the one with averages. The others pair what these have.
+FP64, FP32 = (torch.float64, 1e-14), (torch.float32, 1e-7)
+CLIP, DECAY, WIDTHS = {}, {"weight_decay": 0.1}, {"max_grad_norm": None, "ema_widths": (0.05, 0.1)}
+UPDATES = [
+    pytest.param(CLIP, *FP64, id="clip-fp64"),
+    pytest.param(DECAY, *FP64, id="decay-fp64"),
+    pytest.param(WIDTHS, *FP64, id="widths-fp64"),
+    pytest.param(WIDTHS, *FP32, id="widths-fp32"),
+    pytest.param(CLIP, *FP32, id="clip-fp32", marks=pytest.mark.slow),
+    pytest.param(DECAY, *FP32, id="decay-fp32", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("options", "dtype", "bound"), UPDATES)
 def test_it_is_the_library_s_update(options: dict[str, Any], dtype: torch.dtype, bound: float) -> None:
     """Over 100 steps, some of them skipped; the averages are float32 either way."""
     ours, theirs = (Side(config(**options), dtype, backend) for backend in ("aot_eager", None))
@@ -131,7 +139,10 @@ def test_it_is_the_library_s_update(options: dict[str, Any], dtype: torch.dtype,
 
 @pytest.mark.extern
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler for CPUs needs g++")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-7)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [pytest.param(*FP64, id="fp64", marks=pytest.mark.slow), pytest.param(torch.float32, 2e-7, id="fp32")],
+)
 def test_it_is_the_library_s_update_in_machine_code(dtype: torch.dtype, bound: float) -> None:
     options = config(weight_decay=0.1, ema_widths=(0.05, 0.1))
     ours, theirs = (Side(options, dtype, backend) for backend in ("inductor", None))
@@ -161,8 +172,15 @@ def check_masked(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> t
     return masked, plain
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "max_grad_norm": None}], ids=["clip", "decay"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        pytest.param(CLIP, torch.float64, id="clip-fp64"),
+        pytest.param(CLIP, torch.float32, id="clip-fp32", marks=pytest.mark.slow),
+        pytest.param({**DECAY, "max_grad_norm": None}, torch.float64, id="decay-fp64", marks=pytest.mark.slow),
+        pytest.param({**DECAY, "max_grad_norm": None}, torch.float32, id="decay-fp32"),
+    ],
+)
 def test_a_masked_update_is_a_skipped_one_bit_for_bit(options: dict[str, Any], dtype: torch.dtype) -> None:
     masked, plain = check_masked("aot_eager", dtype, options)
     theirs = plain.tensors()

@@ -223,7 +223,7 @@ def test_it_is_measured_at_the_end_too(dataset: LatentDataset, holdout: Holdout,
 # --- it disturbs nothing
 
 
-@pytest.mark.parametrize("sampler", ["loss-second-moment", "uniform"])
+@pytest.mark.parametrize("sampler", ["loss-second-moment", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_the_bits_of_the_training_are_those_without_it(
     sampler: str, dataset: LatentDataset, holdout: Holdout, tmp_path: Path
 ) -> None:
@@ -269,7 +269,8 @@ def test_held_out_rows_are_never_trained_on(
 # --- resumed, and the best
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 7])
+# Before, at and after a measurement; step 6 has a row of the loss as well.
+@pytest.mark.parametrize("step", [1, 6, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 3, 5))])
 def test_a_resumed_training_has_the_same_history_and_checkpoints(
     step: int, whole: tuple[LocalContext, TrainState], dataset: LatentDataset, holdout: Holdout, tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(name: str, dataset: Late
 
 
 @pytest.mark.parametrize("name", BESIDE_EDT)
-@pytest.mark.parametrize("most", [5, 1])
+@pytest.mark.parametrize("most", [pytest.param(5, marks=pytest.mark.slow), 1])
 def test_any_cut_of_the_batch_trains_the_same(name: str, most: int, dataset: LatentDataset, tmp_path: Path) -> None:
     config = recipe(name, max_steps=3)
     uncut = train(config, small(name), dataset, LocalContext(tmp_path / "uncut"))

@@ -23,6 +23,7 @@ from edt_core.models import (
     build_model,
     count_macs,
     count_parameters,
+    import_released,
     model_config,
     read_released_model,
     shadow,
@@ -115,13 +116,28 @@ def test_a_checkpoint_of_the_authors_predicts_what_their_code_does(name: str, co
     assert not variance.any()
 
 
-@pytest.mark.parametrize("name", ["UViT-L/2@256", pytest.param("UViT-L/4@512", marks=pytest.mark.slow)])
-def test_the_released_checkpoints_are_told_by_their_shapes(name: str, tmp_path: Path) -> None:
-    """Tensors of one number each on disk, in the published shapes."""
+RELEASED = ["UViT-L/2@256", "UViT-L/4@512"]
+
+
+def of_one_number(config: UViTConfig) -> dict[str, torch.Tensor]:
+    """Tensors of the published shapes, of one number each in memory and on disk."""
+    return {key: torch.full((1,), 0.5).expand(shape) for key, shape in published_shapes(config).items()}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_checkpoints_are_told_by_their_shapes(name: str) -> None:
     model, _, image_size = name.partition("@")
-    shapes = published_shapes(config_of(model, int(image_size)))
-    loaded = read(tmp_path, {key: torch.full((1,), 0.5).expand(shape) for key, shape in shapes.items()})
-    assert loaded.model.config == model_config(model, int(image_size))
+    expected = config_of(model, int(image_size))
+    assert import_released._identify(Path("nnet_ema.pth"), of_one_number(expected)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_checkpoints_are_read(name: str, tmp_path: Path) -> None:
+    """All of their 287 million weights; S is read above."""
+    model, _, image_size = name.partition("@")
+    expected = config_of(model, int(image_size))
+    assert read(tmp_path, of_one_number(expected)).model.config == expected
 
 
 def test_a_state_dict_of_a_model_here_is_read_as_it_is(released: ReleasedModel, tmp_path: Path) -> None:
@@ -134,10 +150,8 @@ def test_a_state_dict_of_a_model_here_is_read_as_it_is(released: ReleasedModel, 
 
 def test_a_checkpoint_of_another_noise_schedule_is_refused(tmp_path: Path) -> None:
     """The authors' UViT-H was trained on Stable Diffusion's; nothing in its file says so but the missing layer."""
-    shapes = published_shapes(config_of("UViT-H/2"))
-    state = {key: torch.full((1,), 0.5).expand(shape) for key, shape in shapes.items()}
     with pytest.raises(UserError, match=r"UViT-H/2, but without a convolution .* noise schedule of Stable Diffusion"):
-        read(tmp_path, state)
+        read(tmp_path, of_one_number(config_of("UViT-H/2")))
 
 
 @pytest.mark.parametrize(
@@ -164,9 +178,8 @@ def test_what_is_no_checkpoint_of_a_model_of_classes_is_refused(
 def test_a_checkpoint_of_pixels_is_refused(tmp_path: Path) -> None:
     """The authors' models of 64 pixels have three channels and a label table without a null class."""
     config = config_of("UViT-S/4", 512, 999, in_channels=3)
-    state = {key: torch.full((1,), 0.5).expand(shape) for key, shape in published_shapes(config).items()}
     with pytest.raises(UserError, match="of pixels"):
-        read(tmp_path, state)
+        read(tmp_path, of_one_number(config))
 
 
 def test_the_table_of_the_docs_is_counted() -> None:

@@ -235,10 +235,14 @@ def models(chain: Chain) -> dict[str, Artifact]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_features_do_not_hang_on_the_number_of_workers(
     chain: Chain, trained: Artifact, features: Artifact, tmp_path: Path, ray_session: None
 ) -> None:
-    """Nor on the order of units: two workers, two units at once in each, finish them as they come."""
+    """Nor on the order of units: two workers, two units at once in each, finish them as they come.
+
+    The suite has two workers on two nodes, one of which is lost: test_nodes.py.
+    """
     two = SAMPLE.model_copy(update={"num_workers": 2, "num_cpus_per_worker": 0})
     again = execute(sample.STAGE, two, tmp_path, checkpoint=trained, **models(chain))
     assert len(again.manifest.files) == 8

@@ -195,19 +195,15 @@ def test_too_many_fail_the_step_and_the_first_ten_are_listed(hostile: Path, tmp_
     assert not (tmp_path / "o" / "manifest.json").exists()
 
 
-@pytest.mark.ray
-def test_names_and_bytes_do_not_depend_on_who_works(
-    hostile: Path, taken: Artifact, tmp_path: Path, ray_session: None
+def test_names_and_bytes_do_not_depend_on_the_order_of_the_shards(
+    hostile: Path, taken: Artifact, tmp_path: Path
 ) -> None:
-    """Each shard made in one process, in order and in reverse, is byte for byte what the Ray tasks make."""
+    """What Ray's tasks make is compared with the same in test_data_faults.py and tests/test_packaging.py."""
     config = PreprocessConfig(image_size=32, images_per_shard=4)
     plans = preprocess.plan_shards(list_source(SourceConfig(path=str(hostile))), config)
     out = ArtifactWriter(Folder.at(tmp_path / "reverse"), "images", "0" * 64)
     for plan in reversed(plans):
         preprocess.build_shard(plan, config, out, lambda done: None)
-    by_tasks = run(hostile, tmp_path / "ray", images_per_shard=4)
-    assert by_tasks.manifest.digest == taken.manifest.digest
-    assert by_tasks.counts == taken.counts
     made = {entry.path: entry for entry in out.written()}
     kept = {entry.path: entry for entry in taken.manifest.files if entry.path != "classes.json"}
     assert made == kept

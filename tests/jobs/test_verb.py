@@ -12,7 +12,6 @@ from edt_core.config import PreprocessConfig, Section, TrainConfig, result_field
 from edt_core.errors import UserError
 from jobs.commands.options import add_fields, given_fields, parse_assignment, validated
 from tests.support.jobs import command
-from tests.support.processes import joining
 
 VERBS = ["preprocess", "autoencoder", "encode", "classifier", "reference", "train", "sample", "evaluate", "validate"]
 
@@ -106,17 +105,14 @@ def test_a_verb_alone_fails_with_one_message_and_code_2(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.ray
 def test_a_verb_alone_makes_an_artifact_and_reuses_it(
-    digits_folder: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    digits_folder: Path, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a process, which joins the tests' Ray session: one of its own would cost seconds."""
+    """As a process with a Ray session of its own it is in test_s3_jobs.py."""
     from jobs.runtime import cluster
 
-    for name, value in joining().items():
-        monkeypatch.setenv(name, value)
     arguments = [str(digits_folder), str(tmp_path / "out"), "--image-size", "32"]
-    first = process(*arguments)
+    first = command("preprocess", *arguments)
     assert first.returncode == 0, first.stderr
     assert "digest" in first.stdout
     monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("what is reused needs no Ray"))

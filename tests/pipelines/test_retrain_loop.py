@@ -23,7 +23,7 @@ from pipelines.registry.aliases import DECISION_TAG
 from pipelines.schedule.record import UNCHANGED, Schedules
 from pipelines.tracking.runs import search, step_tag, workflow_runs
 from tests.support import small
-from tests.support.retrain_loop import CLASSES, FIRST, MORE, NAME, STEPS, Loop, loop_in
+from tests.support.retrain_loop import CLASSES, FIRST, HERE, MORE, NAME, STEPS, Loop, loop_in
 from tests.support.small import MODEL
 
 
@@ -150,7 +150,7 @@ def assert_right(loop: Loop, *outcomes: str) -> None:
 @pytest.mark.faults
 @pytest.mark.extern
 def test_one_arrival_meets_a_broken_image_an_outage_and_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with loop_in(tmp_path, "tests.support.edt_here", monkeypatch) as loop:
+    with loop_in(tmp_path, HERE, monkeypatch) as loop:
         loop.arrive(FIRST)
         loop.train_first()
         loop.record_schedule()

@@ -272,9 +272,10 @@ def test_two_workers_train_what_one_process_trains(
 ) -> None:
     """Each of the two reads the base model and adapts it alike; gradients of scales and biases are exchanged.
 
-    Those of all parameters are exchanged in test_jobs.py. With a divided state both write one checkpoint.
+    Those of all parameters are exchanged in test_jobs.py. With a divided state both write one checkpoint. Streamed,
+    each has its share of the batches of one.
     """
-    fields = {"trainable": trainable, "shard": shard}
+    fields = {"trainable": trainable, "shard": shard, "reader": "stream"}
     together = made(tmp_path / "two", latents_artifact, folder, Silent(), **fields, num_workers=2)
     with local_ray_train():
         alone = made(tmp_path / "one", latents_artifact, folder, Silent(), **fields)

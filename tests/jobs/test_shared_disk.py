@@ -1,0 +1,56 @@
+"""What work needs of the driver's disk: another machine makes it again, or its absence is one clear message."""
+
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from edt_core.config import PreprocessConfig, SourceConfig
+from edt_core.data import digits
+from edt_core.data.sources import list_source
+from edt_core.errors import UserError
+from edt_core.progress import Silent
+from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.folder import Folder
+from jobs.runtime.shared_disk import check_here
+from jobs.stages import preprocess
+from jobs.stages.preprocess import image_source
+
+
+def test_a_node_writes_the_digits_that_another_one_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = digits.digits_folder(None)
+    digits.restore_digits(folder)
+    assert len(list_source(SourceConfig(path=str(folder)))) == digits.NUM_DIGITS
+    for other in (tmp_path / "sources" / "digits", digits.digits_folder(tmp_path / "store")):
+        digits.restore_digits(other)  # of a local store, or of a user
+        assert not other.exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_images_that_a_machine_does_not_have_are_not_called_unreadable(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker of a shard does not find the folder that was listed."""
+    folder, make = tmp_path / "images", preprocess._make_shards
+    shutil.copytree(digits_folder, folder)
+    source = image_source(SourceConfig(path=str(folder)))
+
+    def elsewhere(*arguments: object) -> object:
+        folder.rename(tmp_path / "on another machine")
+        return make(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(preprocess, "_make_shards", elsewhere)
+    out = ArtifactWriter(Folder.at(tmp_path / "out"), "images", "0" * 64)
+    message = f"the folder of the images {folder} does not exist on {socket.gethostname()}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        preprocess.preprocess(PreprocessConfig(image_size=8), {"source": source}, out, Silent())
+
+
+def test_what_is_here_or_on_no_disk_passes(tmp_path: Path) -> None:
+    check_here(tmp_path, "the store")
+    check_here(None, "the store")
+    with pytest.raises(UserError, match=r"the store .* use a disk that all of them mount at this path, or a server"):
+        check_here(tmp_path / "store", "the store")

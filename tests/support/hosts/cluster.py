@@ -133,6 +133,7 @@ def _start_servers(network: Lan, redis: bool) -> "dict[int, subprocess.Popen[str
     if redis:
         commands[REDIS_PORT] = ["redis-server", "--bind", place, "--port", str(REDIS_PORT), "--protected-mode", "no"]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet["env"] = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes that nobody needs
     return {port: network.services.start(*command, **quiet) for port, command in commands.items()}
 
 

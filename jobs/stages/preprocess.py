@@ -26,7 +26,7 @@ from edt_core.store.digests import listing as listed
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CLASSES_NAME
 from jobs.runtime.pool import MAX_RETRIES, finished
-from jobs.runtime.shared_disk import check_here
+from jobs.runtime.reach import check_here
 from jobs.stages.reuse.image_shard import ShardReport, build_shard, shard_files
 from jobs.stages.reuse.images import EarlierImages, earlier_images
 from jobs.stages.reuse.plan_file import PLAN_NAME, PlannedShard, ShardPlans, write_plans

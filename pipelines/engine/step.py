@@ -22,7 +22,7 @@ from edt_core.store.artifact import Artifact, Source
 from edt_core.store.store import Store
 from jobs.runtime.board import BoardProgress
 from jobs.runtime.cluster import cause_of
-from jobs.runtime.shared_disk import check_here
+from jobs.runtime.reach import check_here
 from jobs.runtime.tracking import sqlite_path
 from jobs.stages.stage import Input, Stage
 from pipelines.engine.delivery import Delivery, quick_http, with_patience

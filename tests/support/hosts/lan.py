@@ -134,7 +134,8 @@ class Lan:
     def open(self) -> None:
         """The services' host with the bridge, and this process's own link."""
         services = self._boot("services", 1, {})
-        ip("link", "add", _BRIDGE, "type", "bridge", inside=services.pid)
+        # Without an address of its own it has that of one of its ports, which come and go.
+        ip("link", "add", _BRIDGE, "address", "02:00:00:00:00:01", "type", "bridge", inside=services.pid)
         self._up(services, _BRIDGE)
         device = f"edt{os.getpid()}"
         ip("link", "add", device, "type", "veth", "peer", "outside", "netns", services.pid)

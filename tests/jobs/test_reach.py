@@ -14,7 +14,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.folder import Folder
-from jobs.runtime.shared_disk import check_here
+from jobs.runtime.reach import check_here, check_server
 from jobs.stages import preprocess
 from jobs.stages.preprocess import image_source
 
@@ -54,3 +54,23 @@ def test_what_is_here_or_on_no_disk_passes(tmp_path: Path) -> None:
     check_here(None, "the store")
     with pytest.raises(UserError, match=r"the store .* use a disk that all of them mount at this path, or a server"):
         check_here(tmp_path / "store", "the store")
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "10.0.0.7"])
+def test_a_server_of_this_machine_alone_is_refused_for_a_cluster_of_several(
+    machines: int, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost machine does not count, nor does a second node of one machine."""
+    import ray
+
+    nodes = [{"NodeManagerAddress": f"10.0.0.{k}", "Alive": True} for k in range(machines)]
+    nodes += [{"NodeManagerAddress": "10.0.0.0", "Alive": True}, {"NodeManagerAddress": "10.0.0.9", "Alive": False}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    url = f"http://me:secret@{host}:5000"
+    if machines == 1 or host == "10.0.0.7":
+        check_server(url, "MLFLOW_TRACKING_URI")
+        return
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is http.*on each of the 2 machines") as caught:
+        check_server(url, "MLFLOW_TRACKING_URI")
+    assert "secret" not in str(caught.value)

@@ -85,21 +85,25 @@ def test_a_host_is_lost_in_every_step(
         assert_same(cluster, run.finish(), undisturbed)
         made = sorted(artifact.manifest.created_at for artifact in Store.open(cluster.store).artifacts())
         print(f"\n{len(STEPS)} hosts lost, {met} while their step was at work; made from {made[0]} to {made[-1]}")
-        assert met >= len(STEPS) // 2
+        assert met > 1
+
+
+@pytest.fixture(scope="module")
+def long(first: Outcome, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of a run on one machine whose training is LONG."""
+    copy = tmp_path_factory.mktemp("long") / "store"
+    copy_store(store, copy)
+    with local_ray_train():
+        return digests_of_run(pipeline(copy, *LONG), copy)
 
 
 @pytest.mark.slow
-def test_a_head_restarts_while_a_training_runs(first: Outcome, store: Path, tmp_path: Path) -> None:
+def test_a_head_restarts_while_a_training_runs(long: dict[str, str]) -> None:
     """Ray's fault-tolerant GCS: Redis, on another host, has what the head knew. The training does not notice."""
     if shutil.which("redis-server") is None:
         pytest.skip("the test of a head that restarts needs redis-server (Debian: apt-get install redis-server)")
-    copy_store(store, tmp_path / "store")
-    with local_ray_train():
-        undisturbed = digests_of_run(pipeline(tmp_path / "store", *LONG), tmp_path / "store")
     with ray_hosts(workers=2, redis=True) as cluster:
-        driver = cluster.begin(num_cpus=0)  # a driver on the head would end with it
-        cluster.workers.remove(driver)
-        run = Run(cluster, driver, *LONG)
+        run = Run(cluster, cluster.driver(), *LONG)  # on the head it would end with it
         run.wait(run.newest)
         workers = [trainers(host) for host in cluster.workers]
         assert all(workers), "both hosts train"
@@ -109,22 +113,37 @@ def test_a_head_restarts_while_a_training_runs(first: Outcome, store: Path, tmp_
         assert [trainers(host) for host in cluster.workers] == workers, "the training was started again"
         text = run.finish()
         assert "Traceback" not in text, text
-        assert digests(cluster.store) == undisturbed
+        assert digests(cluster.store) == long
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ["10GB", None], ids=["a limit above the disk", "the default limit"])
-def test_a_host_whose_disk_is_full_of_cache(limit: str | None, undisturbed: dict[str, str]) -> None:
-    """One clear message that says which host; the same command finishes once the disk is larger."""
-    variables = {} if limit is None else {"EDT_CACHE_BYTES": limit}
-    with ray_hosts(workers=1, **variables) as cluster:
-        host = cluster.workers[0]
-        host.run("mkdir", "/root/.cache")
-        host.run("mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", "/root/.cache")
-        run = Run(cluster, cluster.head)
-        text = run.finish(code=2)
+def test_a_driver_is_lost_and_the_clock_of_the_next_one_is_behind(long: dict[str, str]) -> None:
+    """By its name the attempt that resumes is two hours older than the one whose checkpoints it takes over."""
+    with ray_hosts(workers=2) as cluster:
+        host = cluster.driver(clock_s=HOUR_S)
+        run = Run(cluster, host, *LONG)
+        run.wait(lambda: run.newest() > 20)
+        ((first_attempt, reached),) = run.checkpoints().items()
+        host.kill()
+        again = Run(cluster, cluster.driver(clock_s=-HOUR_S), *LONG)
+        attempts = again.wait(again.taken_over)
+        older, newer = sorted(attempts)
+        assert newer == first_attempt
+        assert max(attempts[older]) >= max(reached), "it did not start from a checkpoint of the first"
+        text = again.finish()
         assert "Traceback" not in text, text
-        assert f"the cache /root/.cache/edt on {host.name}" in text
-        assert "EDT_CACHE_DIR" in text
-        host.run("mount", "-o", "remount,size=1g", "/root/.cache")
+        assert digests(cluster.store) == long
+
+
+@pytest.mark.slow
+def test_a_host_whose_disk_is_full_of_cache(undisturbed: dict[str, str]) -> None:
+    """One clear message that says which host; the same command finishes once the disk is larger."""
+    with ray_hosts(workers=1, EDT_CACHE_DIR="/root/cache", EDT_CACHE_BYTES="10GB") as cluster:
+        host = cluster.workers[0]
+        host.run("mkdir", "/root/cache")
+        host.run("mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", "/root/cache")
+        text = Run(cluster, cluster.head).finish(code=2)
+        assert "Traceback" not in text, text
+        assert f"cannot write to the cache /root/cache on {host.name} (set EDT_CACHE_DIR" in text
+        host.run("mount", "-o", "remount,size=1g", "/root/cache")
         assert_same(cluster, Run(cluster, cluster.head).finish(), undisturbed)

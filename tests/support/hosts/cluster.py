@@ -65,6 +65,12 @@ class RayHosts:
         self.workers.append(host)
         return host
 
+    def driver(self, clock_s: int = 0) -> Host:
+        """A new host without CPUs for Ray, so that nothing is on it but drivers, and what has to be beside them."""
+        host = self.begin(num_cpus=0, clock_s=clock_s)
+        self.workers.remove(host)
+        return host
+
     def lose(self, host: Host) -> None:
         """A power cut of one host."""
         self.workers.remove(host)

@@ -1,5 +1,6 @@
 """What work needs of the driver's disk: another machine makes it again, or its absence is one clear message."""
 
+import os
 import re
 import shutil
 import socket
@@ -14,6 +15,7 @@ from edt_core.errors import UserError
 from edt_core.progress import Silent
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.folder import Folder
+from jobs.runtime.process_group import interface_of, use_interface_of_node
 from jobs.runtime.reach import check_here, check_server
 from jobs.stages import preprocess
 from jobs.stages.preprocess import image_source
@@ -74,3 +76,21 @@ def test_a_server_of_this_machine_alone_is_refused_for_a_cluster_of_several(
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is http.*on each of the 2 machines") as caught:
         check_server(url, "MLFLOW_TRACKING_URI")
     assert "secret" not in str(caught.value)
+
+
+def test_gloo_gets_the_interface_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo's own choice is the address of the host's name, which may be of this machine alone."""
+    import ray
+
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    assert interface_of("127.0.0.1") == loopback
+    assert interface_of("192.0.2.1") is None  # reserved for examples
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # what is set below is undone with this
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    for address, name in (("192.0.2.1", None), ("127.0.0.1", loopback)):
+        monkeypatch.setattr(ray.util, "get_node_ip_address", lambda address=address: address)
+        use_interface_of_node()
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == name
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "theirs")
+    use_interface_of_node()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "theirs"

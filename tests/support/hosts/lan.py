@@ -89,6 +89,11 @@ class Lan:
         """The address of this process."""
         return f"{self.subnet}.254"
 
+    @property
+    def device(self) -> str:
+        """The link of this process."""
+        return f"edt{os.getpid()}"
+
     def address(self, number: int) -> str:
         return f"{self.subnet}.{number}"
 
@@ -137,13 +142,15 @@ class Lan:
         # Without an address of its own it has that of one of its ports, which come and go.
         ip("link", "add", _BRIDGE, "address", "02:00:00:00:00:01", "type", "bridge", inside=services.pid)
         self._up(services, _BRIDGE)
-        device = f"edt{os.getpid()}"
+        device = self.device
         ip("link", "add", device, "type", "veth", "peer", "outside", "netns", services.pid)
         ip("link", "set", "outside", "up", "master", _BRIDGE, inside=services.pid)
         ip("address", "add", f"{self.here}/24", "dev", device)
         ip("link", "set", device, "up")
 
     def close(self) -> None:
+        with suppress(AssertionError):  # it was not made; with the bridge it would go a moment later
+            ip("link", "delete", self.device)
         for host in reversed(self.hosts):
             host.end()
 

@@ -68,8 +68,8 @@ test-pythons:                  ## the tests of edt_core, with each installed ver
 	    $(MAKE) --no-print-directory test-core PYTHON=python$$version VENV=.venv-$$version || exit 1; \
 	done
 
-faults: install-dev            ## kills at every step boundary and in every step, double starts, lost nodes: half an hour
-	$(PYTEST) -m slow -s tests/pipelines/test_faults.py tests/pipelines/test_lost_nodes.py
+faults: install-dev            ## kills at every step boundary and in every step, double starts, lost nodes and hosts: an hour
+	$(PYTEST) -m slow -s tests/pipelines/test_faults.py tests/pipelines/test_lost_nodes.py tests/pipelines/test_hosts.py
 
 check: install-dev prose       ## lint, format, types, prose
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 
 from edt_core.data.images import write_image_folder
 from edt_core.errors import UserError
+from edt_core.store.errors import clear_disk_errors
 
 NUM_DIGITS = 1797
+_OF_NODE = Path(".cache/edt/sources/digits")  # below the home folder, where the store is on no disk
 _FILE = Path(__file__).with_name("digits.npz")
 
 
@@ -36,6 +39,21 @@ def write_digits(root: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return root
+
+
+def digits_folder(store: Path | None) -> Path:
+    """Where a run has the digits: in its local store, or, with None, in the home folder of each node."""
+    return Path.home() / _OF_NODE if store is None else store / "sources" / "digits"
+
+
+def restore_digits(folder: Path | None) -> None:
+    """Write the digits if `folder` is theirs on each node: the node that listed them need not be the one of this work.
+
+    Any other folder is left alone. Raises UserError if it cannot be written.
+    """
+    if folder is not None and folder.parts[-len(_OF_NODE.parts) :] == _OF_NODE.parts:
+        with clear_disk_errors(f"{folder} on {socket.gethostname()}"):
+            write_digits(folder)
 
 
 def _check_same(root: Path, whole: Path) -> None:

@@ -9,10 +9,10 @@
 
 A cached file is read-only and gets its name when it is complete, so a killed download leaves only a `.part`; the next
 call that needs space or that file removes it. EDT_CACHE_BYTES limits the size of the cache (default: half of the file
-system): before a download, the least recently used files are removed, except those that the call itself needs. A file
-that another process has open or memory-mapped is unlinked, which POSIX allows: that process can still read it, and the
-space is freed when it closes the file. Calls that download different files at the same time may together exceed the
-limit until they end.
+system): before a download, the least recently used files are removed, except those that the call itself needs. The
+same happens below the limit if other files leave too little space on the disk. A file that another process has open or
+memory-mapped is unlinked, which POSIX allows: that process can still read it, and the space is freed when it closes the
+file. Calls that download different files at the same time may together exceed the limit until they end.
 """
 
 import glob
@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -152,9 +153,9 @@ class Cache:
         total = sum(sizes.values())
         if total > self.bound:
             raise UserError(
-                f"{len(sizes)} files of {folder.uri} have {total:,} bytes, but the cache {self.root} keeps at most "
-                f"{self.bound:,}; raise {BYTES_VARIABLE} (with a large enough disk in {DIRECTORY_VARIABLE}), "
-                "or train with train.reader=stream, which keeps a few shards at a time"
+                f"{len(sizes)} files of {folder.uri} have {total:,} bytes, but the cache {self.root} on "
+                f"{socket.gethostname()} keeps at most {self.bound:,}; raise {BYTES_VARIABLE} (with a large "
+                f"enough disk in {DIRECTORY_VARIABLE}), or train with train.reader=stream, which keeps a few at a time"
             )
         for _ in range(_ROUNDS):
             missing = [path for path, size in sizes.items() if not _use(path, size)]
@@ -167,8 +168,8 @@ class Cache:
                 progress.update(-(-done // _MIB), -(-total // _MIB), "MiB downloaded")
             self._make_room(sizes)
         raise UserError(
-            f"the cache {self.root} ({self.bound:,} bytes) is too small for {folder.uri} together with the files that "
-            f"other processes on this node use; raise {BYTES_VARIABLE}"
+            f"the cache {self.root} on {socket.gethostname()} ({self.bound:,} bytes) is too small for {folder.uri} "
+            f"together with the files that other processes there use; raise {BYTES_VARIABLE}"
         )
 
     def _download(self, folder: Folder, entry: FileEntry, target: Path) -> None:
@@ -192,7 +193,8 @@ class Cache:
 
     def _receive(self, target: Path, receive: Callable[[Path], object]) -> None:
         """Write a file with `receive(part)` and rename it to `target` when complete. The caller holds its lock."""
-        with clear_disk_errors(f"the cache {self.root} (set {DIRECTORY_VARIABLE}, or lower {BYTES_VARIABLE})"):
+        remedy = f"set {DIRECTORY_VARIABLE}, or lower {BYTES_VARIABLE}"
+        with clear_disk_errors(f"the cache {self.root} on {socket.gethostname()} ({remedy})"):
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(f".{target.name}.part")
             part.unlink(missing_ok=True)  # of a download that was killed
@@ -206,9 +208,12 @@ class Cache:
                 part.unlink(missing_ok=True)
 
     def _make_room(self, sizes: Mapping[Path, int]) -> None:
-        """Evict the least recently used files that are not in `sizes`, until those in `sizes` fit."""
+        """Evict the least recently used files that are not in `sizes`, until those in `sizes` fit.
+
+        They have to fit below the limit, and those that are missing on the disk, which may hold other files too.
+        """
         with self._lock(self.root / "room"):
-            used = 0
+            used = present = 0
             others: list[tuple[int, int, Path]] = []
             for path in self._files():
                 try:
@@ -222,12 +227,14 @@ class Cache:
                 elif path not in sizes:
                     used += status.st_size
                     others.append((status.st_atime_ns, status.st_size, path))
-            needed = sum(sizes.values())
+                else:
+                    present += status.st_size
+            needed, free = sum(sizes.values()), shutil.disk_usage(self.root).free
             for _, size, path in sorted(others):
-                if used + needed <= self.bound:
+                if used + needed <= self.bound and needed - present <= free:
                     break
                 path.unlink(missing_ok=True)
-                used -= size
+                used, free = used - size, free + size
 
     def _files(self) -> Iterator[Path]:
         """The files and parts of files that the cache wrote: the folder EDT_CACHE_DIR may have other content too."""

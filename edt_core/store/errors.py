@@ -1,6 +1,7 @@
 """Turns errors of disks and object stores into one clear message: problem, place, remedy; never a credential."""
 
 import errno
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -111,6 +112,8 @@ def _remote_reason(error: Exception) -> str | None:
     code, names = error_code(error), {base.__name__ for base in type(error).__mro__}
     if code == "NoSuchBucket":
         return "there is no such bucket; create it, or correct the URI or AWS_ENDPOINT_URL"
+    if code == "RequestTimeTooSkewed":
+        return f"the clock of {socket.gethostname()} differs too much from that of the store; set it, such as by NTP"
     if names & _NO_CREDENTIALS:
         return f"no credentials were found ({type(error).__name__}); set those of your store, for S3 {VARIABLES}"
     if isinstance(error, PermissionError) and not error.filename:  # a local file has a filename

@@ -199,14 +199,9 @@ class Folder:
     def fetch(self, name: str, target: Path) -> str:
         """Copy a file's bytes to a local path and return their sha256.
 
-        Raises FileNotFoundError if it does not exist.
+        Raises FileNotFoundError if it does not exist, and OSError if the disk of `target` is full.
         """
-        with (
-            self._clear_errors(),
-            self._open(name) as source,
-            clear_space_errors(str(target)),
-            target.open("wb") as file,
-        ):
+        with self._clear_errors(), self._open(name) as source, target.open("wb") as file:
             return _sha256(source, file)
 
     def write_bytes(self, name: str, data: bytes, *, exclusive: bool = False, private: bool = False) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edt_core.config import PreprocessConfig, SourceConfig
+from edt_core.data.digits import restore_digits
 from edt_core.data.inspection import count_turned
 from edt_core.data.sources import Listing, image_versions, list_source, listing_identity
 from edt_core.data.sources.classes import without_images
@@ -22,8 +23,10 @@ from edt_core.files.small_files import parse_json
 from edt_core.progress import Counts, Progress, Silent
 from edt_core.store.artifact import ArtifactWriter, Source
 from edt_core.store.digests import listing as listed
+from edt_core.store.folder import Folder
 from edt_core.store.layout import CLASSES_NAME
 from jobs.runtime.pool import MAX_RETRIES, finished
+from jobs.runtime.reach import check_here
 from jobs.stages.reuse.image_shard import ShardReport, build_shard, shard_files
 from jobs.stages.reuse.images import EarlierImages, earlier_images
 from jobs.stages.reuse.plan_file import PLAN_NAME, PlannedShard, ShardPlans, write_plans
@@ -67,6 +70,7 @@ def preprocess(
     """
     source = inputs["source"]
     assert source.selection is not None
+    restore_digits(Folder.at(source.location).local)
     listing = list_source(source.selection, Counts(progress))  # its warnings were shown when the source was opened
     earlier = _earlier_images(config, listing, source, out)
     digests = DigestRows(len(listing))
@@ -154,7 +158,10 @@ def _shard_task(
     shard, report = shard_files(planned.index)
     if out.recover(shard) and out.recover(report):
         return ShardReport.from_json(parse_json(out.data.read_bytes(report), report)), True
+    check_here(planned.folder.local, "the store's folder")
     plan = planned.read()
+    restore_digits(plan.listing.root.local)
+    check_here(plan.listing.root.local, "the folder of the images")
     return build_shard(plan, config, out, lambda done: progress.update(done, total, "images", part=plan.index)), False
 
 

@@ -288,11 +288,11 @@ def _fit(
 
 def _trainer(config: TrainConfig, job: dict[str, Any], name: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    from jobs.runtime.one_machine import OneMachineConfig
+    from jobs.runtime.process_group import ManyMachinesConfig, OneMachineConfig
 
-    torch_config = OneMachineConfig if is_own() else TorchConfig
+    torch_config = OneMachineConfig if is_own() else ManyMachinesConfig
     resources = {"CPU": config.num_cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
     return TorchTrainer(
         _worker,

@@ -22,6 +22,8 @@ from edt_core.store.artifact import Artifact, Source
 from edt_core.store.store import Store
 from jobs.runtime.board import BoardProgress
 from jobs.runtime.cluster import cause_of
+from jobs.runtime.reach import check_here
+from jobs.runtime.tracking import sqlite_path
 from jobs.stages.stage import Input, Stage
 from pipelines.engine.delivery import Delivery, quick_http, with_patience
 from pipelines.tracking.catalog import DATASET_KINDS, Catalog
@@ -75,6 +77,9 @@ class StepFuture:
 
 def run_step(task: StepTask, inputs: Mapping[str, Input]) -> Artifact:
     """Compute one step's artifact. If another run is computing it, wait for that run and reuse the artifact."""
+    check_here(task.store.root.local, "the store")
+    database = sqlite_path(task.catalog.tracking_uri)
+    check_here(database if database is not None and database.is_absolute() else None, "the database of MLflow")
     busy = _Waiting(task).show
     with task.store.lock(task.kind, task.fingerprint, busy), _lease(task, busy):
         artifact = task.store.find(task.kind, task.fingerprint)

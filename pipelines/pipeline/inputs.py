@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from edt_core.config import SourceConfig
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
@@ -19,19 +18,16 @@ from pipelines.registry.kept import Kept, kept_networks
 from pipelines.setup.autoencoder_facts import own_statistics
 from pipelines.terminal.terminal import Terminal
 
-_CACHE = "~/.cache/edt"
-
 
 def prepare_source(config: SourceConfig, store: Folder, terminal: Terminal, digest_again: bool = False) -> Source:
     """The source images and their fingerprint. Raises UserError if there are no images to train on.
 
     With `digest_again` every image is read, even if its digest is cached.
     """
-    from edt_core.data.digits import write_digits
+    from edt_core.data.digits import digits_folder, write_digits
 
     if config.kind == "digits":
-        root = store.local or Path(_CACHE).expanduser()
-        path = write_digits(root / "sources" / "digits")
+        path = write_digits(digits_folder(store.local))
         config = SourceConfig(kind="image_folder", path=str(path), classes=config.classes, limit=config.limit)
     return image_source(config, terminal.source_progress(), digest_again)
 

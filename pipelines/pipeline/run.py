@@ -84,13 +84,17 @@ def _run(
     for name in config.models:
         attention_forms(config.train_of(name))  # a training would refuse a bad file hours later
     from jobs.runtime.cluster import connect
+    from jobs.runtime.reach import check_server
 
     started = time.monotonic()
     source = prepare_source(config.source, store.root, terminal, digest_again)
     check_pipeline_sizes(config, source.images)
 
     def join() -> bool:
-        return connect(address, min_cpus=config.workers, show_workers=terminal.log is not None)
+        shared = connect(address, min_cpus=config.workers, show_workers=terminal.log is not None)
+        if shared and (uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+            check_server(uri, "MLFLOW_TRACKING_URI")
+        return shared
 
     # On a new store, MLflow creates its tables for about as long as Ray takes to start: do both in parallel.
     with ThreadPoolExecutor(1) as pool:

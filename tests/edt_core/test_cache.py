@@ -15,6 +15,7 @@ from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter, ManifestError
 from edt_core.store.cache import Cache, local_copy, local_directory, parse_bytes
 from edt_core.store.folder import Folder
+from tests.support.disk import small_tmpfs
 
 SIZE = 1000
 Fetch = Callable[[Folder, str, Path], str]
@@ -136,6 +137,26 @@ def test_what_a_call_needs_is_never_evicted_for_it(cache: Path, tmp_path: Path) 
     one.paths()
     assert [path.read_bytes()[0] for path in two.paths()] == list(range(10))
     assert kept(cache) == set(range(10))
+
+
+def test_cached_files_make_room_on_a_disk_that_others_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far below the limit, the disk has less space than a call needs."""
+
+    def artifact(name: str, files: range) -> Artifact:
+        out = ArtifactWriter(Folder.at(f"memory://{tmp_path.name}/{name}"), "images", "0" * 64, "a1")
+        for k in files:
+            out.write_bytes(f"{k}.bin", bytes([k]) * (64 << 10))
+        return out.commit({}, {}, {})
+
+    monkeypatch.setenv("EDT_CACHE_BYTES", "1GB")
+    with small_tmpfs(tmp_path / "disk", "576k") as disk:
+        monkeypatch.setenv("EDT_CACHE_DIR", str(disk / "cache"))
+        artifact("one", range(4)).paths()
+        (disk / "another").write_bytes(bytes(256 << 10))
+        assert [path.read_bytes()[0] for path in artifact("two", range(10, 13)).paths()] == [10, 11, 12]
+        assert len(kept(disk / "cache")) == 5
+        with pytest.raises(UserError, match=r"cannot write to the cache .*no space is left"):
+            artifact("three", range(20, 30)).paths()  # more than the disk has without the other file
 
 
 def test_a_set_that_the_cache_cannot_hold_is_one_clear_message(cache: Path, tmp_path: Path, fetched: list[str]) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -219,6 +220,21 @@ def test_denied_access_is_one_clear_message(s3: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(s3fs.S3FileSystem, "put_file", denied)
     with pytest.raises(UserError, match="access denied; check the rights of these credentials"):
+        writer(s3).write_bytes("x", b"")
+
+
+def test_a_clock_that_the_store_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Amazon's S3 refuses requests that were signed a quarter of an hour ago, or will be."""
+    import s3fs
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    def refused(*arguments: object, **options: object) -> None:
+        cause = ClientError({"Error": {"Code": "RequestTimeTooSkewed", "Message": "too large"}}, "PutObject")
+        raise translate_boto_error(cause) from cause
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "put_file", refused)
+    with pytest.raises(UserError, match=f"the clock of {socket.gethostname()} differs too much"):
         writer(s3).write_bytes("x", b"")
 
 

@@ -343,6 +343,35 @@ def test_the_settings_are_those_that_the_guide_explains() -> None:
         assert f"`{name}" in text, name
 
 
+def test_a_machine_that_is_silent_is_given_up_within_a_minute() -> None:
+    """On Kubernetes and on one's own machines, by the same settings of Ray."""
+    lines = (INFRA / "base" / "settings.env").read_text().splitlines()
+    settings = [line for line in lines if line.startswith("RAY_grpc_client_keepalive_")]
+    assert sum(int(line.partition("=")[2]) for line in settings) <= 60_000
+    ssh = yaml.safe_load((INFRA.parent / "ray" / "cluster.yaml").read_text())
+    for setting in settings:
+        assert f" {setting} " in ssh["head_start_ray_commands"][-1]
+        assert f" {setting} " in ssh["worker_start_ray_commands"][-1]
+        assert setting in GUIDE.read_text()
+
+
+def test_a_head_that_can_restart_has_its_redis(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """KubeRay knows the fields, where its CRDs are at hand; the guide says which Secret to create."""
+    here = tmp_path.resolve()
+    theirs = {
+        "resources": [os.path.relpath(INFRA / "overlays" / "many-nodes", here)],
+        "components": [os.path.relpath(INFRA / "components" / "gcs-redis", here)],
+    }
+    (here / "kustomization.yaml").write_text(yaml.safe_dump(theirs))
+    objects = built(here)
+    assert problems(objects) == []
+    (cluster,) = of_kind(objects, "RayCluster")
+    secret = cluster["spec"]["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert f"create secret generic {secret['name']} --from-literal={secret['key']}=" in GUIDE.read_text()
+    if os.environ.get(CRDS):
+        assert request.getfixturevalue("kuberay").problems(cluster) == []
+
+
 def _fewest_workers(config: PipelineConfig) -> int:
     workers = config.train.num_workers
     return workers if isinstance(workers, int) else workers[0]

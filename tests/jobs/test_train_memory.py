@@ -15,7 +15,7 @@ from edt_core.models import model_config
 from edt_core.store.artifact import Artifact
 from edt_core.training.estimate import estimate, largest_micro_batch
 from edt_core.training.trainer import Trainer
-from jobs.runtime.one_machine import OneMachineConfig
+from jobs.runtime.process_group import OneMachineConfig
 from jobs.runtime.verdict import device_full
 from jobs.stages import train
 from jobs.stages.train import _trainer

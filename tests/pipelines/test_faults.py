@@ -22,6 +22,7 @@ import pytest
 from edt_core.store.artifact import Artifact
 from edt_core.store.layout import MANIFEST_NAME
 from pipelines.outcome import Outcome
+from tests.support.clocks import sitecustomize
 from tests.support.disk import small_tmpfs
 from tests.support.processes import joining, wait_for
 from tests.support.runs import AMPLE_S, assert_once, count, digests, digests_of_run, finish, folders, has_tag, versions
@@ -227,27 +228,12 @@ def test_a_store_that_turns_read_only_and_comes_back(undisturbed: dict[str, str]
         assert digests(store) == undisturbed
 
 
-# Python's clock in every process of a run, workers of Ray included; Ray itself does not start under a preloaded clock.
-SET_BACK = """
-import time
-
-def back(clock, by):
-    return lambda: clock() - by
-
-time.time, time.time_ns = back(time.time, 400 * 86400), back(time.time_ns, 400 * 86400 * 10**9)
-gmtime, localtime, strftime = time.gmtime, time.localtime, time.strftime
-time.gmtime = lambda seconds=None: gmtime(time.time() if seconds is None else seconds)
-time.localtime = lambda seconds=None: localtime(time.time() if seconds is None else seconds)
-time.strftime = lambda format, moment=None: strftime(format, time.localtime() if moment is None else moment)
-"""
-
-
 @pytest.mark.slow
 def test_a_clock_that_is_set_back_between_runs_decides_nothing(undisturbed: dict[str, str], tmp_path: Path) -> None:
     store = tmp_path / "store"
     chain = Chain(store, moment=random.Random(1))
     chain.kill(f"train {MODEL}", "middle")
-    (tmp_path / "sitecustomize.py").write_text(SET_BACK)
+    (tmp_path / "sitecustomize.py").write_text(sitecustomize(-400 * 86400))
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     text = finish(store, PYTHONPATH=paths)
     assert text.count("  reused  ") >= len(chain.finished) - 1

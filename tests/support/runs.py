@@ -2,6 +2,7 @@
 
 import sqlite3
 from contextlib import closing, suppress
+from functools import cache
 from pathlib import Path
 
 from edt_core.store.artifact import Artifact
@@ -16,7 +17,6 @@ from tests.support.small import MODEL, SMALL, STEPS, start_run
 AMPLE_S = 1200  # more than any run of the small pipeline takes
 IN_URL, IN_QUERY = "canary-user-31c7", "canary-query-9be2"  # secrets in a configuration
 URL = f"https://me:{IN_URL}@127.0.0.1:9/weights.pth?X-Amz-Signature={IN_QUERY}"
-_FOLDERS: dict[str, str] = {}
 
 
 def count(database: Path, table: str, where: str = "1") -> int:
@@ -39,12 +39,11 @@ def versions(store: Path, model: str = MODEL) -> int:
     return count(store / "mlflow.db", "model_versions", f"name = '{model}' AND current_stage != 'Deleted_Internal'")
 
 
-def folders() -> dict[str, str]:
-    """`<kind>/<fingerprint>` of each step, as a plan tells it."""
-    if not _FOLDERS:
-        for step in plan(load_config("quickstart", SMALL, "/nowhere/edt-store")):
-            _FOLDERS[step.step] = f"{step.kind}/{step.fingerprint}"
-    return _FOLDERS
+@cache
+def folders(*assignments: str) -> dict[str, str]:
+    """`<kind>/<fingerprint>` of each step of the small pipeline, as a plan tells it."""
+    steps = plan(load_config("quickstart", [*SMALL, *assignments], "/nowhere/edt-store"))
+    return {step.step: f"{step.kind}/{step.fingerprint}" for step in steps}
 
 
 def finish(store: Path, *assignments: str, **env: str) -> str:
@@ -56,7 +55,7 @@ def finish(store: Path, *assignments: str, **env: str) -> str:
     return text
 
 
-def digests(store: Path) -> dict[str, str]:
+def digests(store: Path | str) -> dict[str, str]:
     """Content digest by kind and fingerprint; the report tells runs and times and is left out."""
     found = Store.open(str(store)).artifacts()
     return {f"{a.manifest.kind}/{a.fingerprint}": a.manifest.digest for a in found if a.manifest.kind != "report"}

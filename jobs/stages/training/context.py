@@ -41,13 +41,15 @@ class DeviceClock:
 
 
 def device_seconds(out: ArtifactWriter) -> float:
-    """The seconds on the clock of this attempt, or else of the newest earlier attempt that has one; else 0."""
+    """The most seconds on a clock of this attempt or an earlier one: each counts on from the one before it.
+
+    The names of attempts do not say which is the last one, because machines whose clocks differ give them.
+    """
+    seconds = [0.0]
     for attempt in (out.attempt, *out.previous):
-        try:
-            return float(json.loads(out.folder.child(attempt).read_bytes(CLOCK)))
-        except FileNotFoundError:
-            continue
-    return 0.0
+        with suppress(FileNotFoundError):
+            seconds.append(float(json.loads(out.folder.child(attempt).read_bytes(CLOCK))))
+    return max(seconds)
 
 
 def remove_clock(out: ArtifactWriter) -> None:

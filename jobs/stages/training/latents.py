@@ -95,8 +95,8 @@ def _check_disk(config: TrainConfig, stream: Any, rows: slice) -> None:
         raise UserError(
             f"train.reader is stream: this node reads {nodes} of the {config.canonical_nodes} canonical nodes, and two "
             f"blocks of {config.shuffle_block} shards of each, {need:,} bytes, must be on its disk at a time, but the "
-            f"cache {cache.root} on {socket.gethostname()} keeps at most {cache.bound:,}; raise EDT_CACHE_BYTES, lower train.shuffle_block, or "
-            "preprocess with a smaller images_per_shard"
+            f"cache {cache.root} on {socket.gethostname()} keeps at most {cache.bound:,}; raise EDT_CACHE_BYTES, lower "
+            "train.shuffle_block, or preprocess with a smaller images_per_shard"
         )
 
 

@@ -372,14 +372,17 @@ class TrainConfig(Section):
         "exactly within an epoch",
     )
     shuffle_block: int = added(
-        8, ge=1, description="with reader stream: shards of each canonical node whose rows are mixed"
+        8,
+        ge=1,
+        description="with reader stream: shards of each canonical node whose rows are mixed; twice as many are on the "
+        "disk of a machine",
     )
     num_canonical_nodes: int | None = added(
         None,
         ge=1,
-        description="with reader stream: parts of the global batch that each have shards of their own, a divisor of "
-        "global_batch_size; a machine fetches the shards of the parts that its workers train on; null for the largest "
-        "divisor up to 8",
+        description="with reader stream: equal parts of the global batch, each with shards of its own, so a divisor of "
+        "global_batch_size; a machine fetches the shards of the parts that its workers train on, so use a multiple of "
+        "the number of machines; null for the largest divisor up to 8",
     )
     shuffle_buffer: int = Field(
         10_000, ge=1, description="with reader webdataset: samples in a worker's shuffle buffer"
@@ -487,7 +490,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _canonical_nodes_divide_the_batch(self) -> "TrainConfig":
-        if self.global_batch_size % self.canonical_nodes:
+        if self.reader == "stream" and self.global_batch_size % self.canonical_nodes:
             raise ValueError(
                 f"num_canonical_nodes is {self.num_canonical_nodes}, which does not divide global_batch_size, "
                 f"{self.global_batch_size}: each canonical node has an equal part of the batch. Set a divisor of it"

@@ -13,5 +13,9 @@ class UserError(ValueError):
         return redacted(super().__str__())
 
 
+class StoreUnavailableError(UserError):
+    """A store that does not answer, or refuses so many requests: it may do so again in a while."""
+
+
 class Stopped(RuntimeError):  # noqa: N818  not an error, but a way to end
     """A job stopped on request and can be resumed. The message says from where; the exit code is 130."""

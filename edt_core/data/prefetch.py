@@ -4,11 +4,13 @@ import atexit
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextvars import ContextVar
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+_SHELF: ContextVar["_Shelf[Any] | None"] = ContextVar("shelf", default=None)  # of a producer's thread
 _PATIENCE_S = 10.0  # how long a consumer that stops waits for the producer to finish its current item
 
 
@@ -47,6 +49,12 @@ def prefetched(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
         atexit.unregister(leave)
 
 
+def is_abandoned() -> bool:
+    """Whether this thread computes items for a consumer that has stopped: who waits for long looks now and then."""
+    shelf = _SHELF.get()
+    return shelf is not None and shelf.abandoned
+
+
 class _Shelf(Generic[T]):
     """Finished items between two threads. `depth` limits their number, including the one in progress."""
 
@@ -62,6 +70,11 @@ class _Shelf(Generic[T]):
         with self._changed:
             self._changed.wait_for(lambda: self._abandoned or len(self._items) < self._depth)
             return not self._abandoned
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the consumer has stopped."""
+        return self._abandoned
 
     def put(self, item: T) -> None:
         with self._changed:
@@ -96,6 +109,7 @@ class _Shelf(Generic[T]):
 
 def _fill(iterable: Iterable[T], shelf: _Shelf[T]) -> None:
     error: BaseException | None = None
+    _SHELF.set(shelf)
     try:
         iterator = iter(iterable)
         try:

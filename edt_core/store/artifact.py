@@ -136,15 +136,18 @@ class Artifact:
             raise ManifestError(f"{self.folder.uri} lists no file {name!r}")
         return self._in_place(entries) / name
 
-    def verified_path(self, name: str) -> Path:
-        """`path`, of a file whose sha256 was compared with the manifest once on this node while it stays unchanged."""
-        path = self.path(name)
+    def verified_paths(self, entries: Sequence[FileEntry]) -> list[Path]:
+        """Some files as local paths, each of whose sha256 was compared with the manifest, once on this node.
+
+        Raises as `paths`.
+        """
+        root = self._in_place(entries)
         if self.data.local is not None:
-            (entry,) = self.entries(name)
-            if differing := digest_once(self.data, [entry], entry.sha256, Silent()):
-                remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and rerun its step"
-                raise damaged(self.folder, [difference(*pair) for pair in differing.items()], remedy)
-        return path
+            for entry in entries:  # a stamp of its own, so that processes wait only for the same file
+                if differing := digest_once(self.data, [entry], entry.sha256, Silent()):
+                    remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and rerun its step"
+                    raise damaged(self.folder, [difference(*pair) for pair in differing.items()], remedy)
+        return [root / entry.path for entry in entries]
 
     def paths(self, pattern: str = "*", progress: Progress | None = None) -> list[Path]:
         """Matching files as local paths, in order of name.

@@ -19,11 +19,12 @@ from edt_core.files.small_files import read_json
 from edt_core.printing.console import on_one_line
 from edt_core.progress import Progress
 from edt_core.store.cache import cache_folder
-from edt_core.store.folder import Folder, in_threads
+from edt_core.store.folder import Folder, in_threads, is_hidden
 from edt_core.store.manifest import FileEntry, ManifestError
 
 _RUN_AGAIN = "rerun its step, or remove the files that are not in its manifest"
 _SHOWN = 10
+_ASKED = 100  # files that are looked for by name, one after the other
 _MIB = 1 << 20
 Stat = list[int]  # size, mtime_ns, ctime_ns, inode, device
 # A file modified less than this before its digest may change again within the same tick of the file system's clock (2 s
@@ -56,12 +57,14 @@ def compare_sizes(
     """Problems of a folder whose listing is `sizes`, and the files that exist with the right size.
 
     A file is extra if it is in the folder, at any depth, and not in `entries`; names that start with a dot (journal,
-    staging, locks) are ignored. What a listing lacks is looked for by its name: some stores list late.
+    staging, locks) are ignored. The first files that a listing lacks are looked for by their
+    names: some stores list late.
     """
-    problems, complete = [], []
+    problems, complete, asked = [], [], 0
     for entry in entries:
         size = sizes.get(entry.path)
-        if size is None:
+        if size is None and (asked < _ASKED or is_hidden(entry.path)):
+            asked += not is_hidden(entry.path)
             size = data.size(entry.path)
         if size == entry.bytes:
             complete.append(entry)

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from edt_core.errors import UserError
+from edt_core.errors import StoreUnavailableError, UserError
 from edt_core.files.small_files import UnusableFileError
 
 VARIABLES = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL"
@@ -101,10 +101,22 @@ def clear_remote_errors(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if reason := _passing_reason(error):
+            raise StoreUnavailableError(f"cannot use {uri}: {reason}") from error
         reason = _remote_reason(error)
         if reason is None:
             raise
         raise UserError(f"cannot use {uri}: {reason}") from error
+
+
+def _passing_reason(error: Exception) -> str | None:
+    """Reason and remedy of an error that may be gone in a while; None for others."""
+    code, names = error_code(error), {base.__name__ for base in type(error).__mro__}
+    if code in _THROTTLED:
+        return f"the store refuses so many requests ({code}); rerun later, or use fewer workers"
+    if names & _UNREACHABLE:
+        return f"the store cannot be reached ({type(error).__name__}); check the network and, for S3, AWS_ENDPOINT_URL"
+    return None
 
 
 def _remote_reason(error: Exception) -> str | None:
@@ -118,9 +130,7 @@ def _remote_reason(error: Exception) -> str | None:
         return f"no credentials were found ({type(error).__name__}); set those of your store, for S3 {VARIABLES}"
     if isinstance(error, PermissionError) and not error.filename:  # a local file has a filename
         return f"access denied{f' ({code})' if code else ''}; check the rights of these credentials, for S3 {VARIABLES}"
-    if code in _THROTTLED:
-        return f"the store refuses so many requests ({code}); rerun later, or use fewer workers"
-    if names & _UNREACHABLE or "Invalid endpoint" in str(error):
+    if "Invalid endpoint" in str(error):
         return f"the store cannot be reached ({type(error).__name__}); check the network and, for S3, AWS_ENDPOINT_URL"
     return None
 

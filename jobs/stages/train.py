@@ -11,7 +11,7 @@ from typing import Any
 
 from edt_core.config import TrainConfig
 from edt_core.data.holdout import Holdout
-from edt_core.errors import Stopped, UserError
+from edt_core.errors import Stopped, StoreUnavailableError, UserError
 from edt_core.evaluation.extractors import EXTRACTORS
 from edt_core.files.small_files import read_text
 from edt_core.progress import Progress
@@ -337,6 +337,7 @@ def _worker(job: Mapping[str, Any]) -> None:
     import ray.train.torch
     from torch import OutOfMemoryError
 
+    from edt_core.data.latents import LatentDataset
     from edt_core.training.loop import train as train_loop
     from edt_core.training.trainer import NotFiniteError
     from jobs.stages.training.context import RayContext
@@ -351,11 +352,14 @@ def _worker(job: Mapping[str, Any]) -> None:
         latents = open_latents(config, inputs["latents"], progress, rows_of_node(config.global_batch_size))
         initial = partial(read_initial, out) if "init" in inputs else None
         if holdout is not None and context.ranks.rank == 0:
+            assert isinstance(latents, LatentDataset), "held-out rows are read from mapped latents"
             write_class_counts(out, latents, holdout, inputs["model_config"].num_classes)
         tokens = open_tokens(config, inputs["latents"], progress)
         train_loop(config, inputs["model_config"], latents, context, initial, holdout, tokens)
     except (Stopped, NotFiniteError) as error:  # on every rank at the same step
         write_verdict(out, error)
+    except StoreUnavailableError:  # the next attempt of Ray Train may reach it
+        raise
     except UserError as error:  # on this rank, while others may wait for it
         write_verdict(out, error)
         raise

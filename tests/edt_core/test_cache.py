@@ -163,7 +163,7 @@ def test_a_set_that_the_cache_cannot_hold_is_one_clear_message(cache: Path, tmp_
     artifact = remote("one", tmp_path, range(11))
     with pytest.raises(UserError, match=r"11 files of .* have 11,000 bytes, .* at most 10,000; raise EDT_CACHE_BYTES"):
         artifact.paths()
-    with pytest.raises(UserError, match=r"train\.reader=webdataset"):
+    with pytest.raises(UserError, match=r"train\.reader=stream"):
         artifact.verify_once()
     assert fetched == []
     assert len(artifact.paths("0*")) == 10

@@ -292,7 +292,7 @@ def test_a_node_whose_cache_is_too_small_for_its_blocks_is_told_before_it_trains
     latents = uploaded(made.latents, f"{s3}/latents")
     monkeypatch.setenv("EDT_CACHE_BYTES", "90000")
     config = TrainConfig(reader="stream", global_batch_size=8, shuffle_block=1, num_canonical_nodes=2)
-    message = r"this node reads 2 of the 2 canonical nodes, and two blocks of 1 shards of each, \d+,\d+ bytes, must"
+    message = r"this machine reads 2 of the 2 canonical nodes, and two blocks of 1 shards of each, \d+,\d+ bytes, must"
     with pytest.raises(UserError, match=message):
         open_latents(config, latents, Silent())
     with pytest.raises(UserError, match="reads 1 of the 2 canonical nodes"):

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from edt_core.data.randomness import epoch_order
 
+_ROWS = 1  # a last word other than 0: a generator of its own, not that of the shards' order, [seed, epoch]
+
 
 class Part(NamedTuple):
     """Rows start to stop - 1 of a shard."""
@@ -56,7 +58,7 @@ class Block:
         parts = sorted(self.parts)
         shards = np.concatenate([np.full(part.stop - part.start, part.shard) for part in parts])
         rows = np.concatenate([np.arange(part.start, part.stop) for part in parts])
-        seeds = np.random.SeedSequence([self.seed, self.epoch, self.node, self.first])
+        seeds = np.random.SeedSequence([self.seed, self.epoch, self.node, self.first, _ROWS])
         order = np.random.Generator(np.random.Philox(seeds)).permutation(len(rows))
         return shards[order], rows[order]
 
@@ -74,29 +76,34 @@ class StreamOrder:
     def __init__(self, rows: Sequence[int], seed: int, nodes: int, block: int) -> None:
         self.sizes, self.seed, self.nodes, self.block = np.array(rows, np.int64), seed, nodes, block
         self.total = int(self.sizes.sum())
+        self._fewest, self._more = divmod(self.total, nodes)  # rows of a node in an epoch; nodes with a row more
         assert self.total, "a stream without rows"
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def block_at(self, node: int, place: int) -> Block:
         """The block that contains place `place` of a canonical node's stream."""
         number = self._epoch_of(node, place)
-        epoch, begun = self._epoch(number), self._start(number, node)
-        first, stop = epoch.bounds[node : node + 2].tolist()
-        # Every other node reads its part from the end: two nodes that share a shard both read it in their first or last
+        epoch, start = self._epoch(number), self._start(number, node)
+        first, stop = epoch.bounds[node : node + 2].tolist()  # this node's rows of the epoch
+        # Every other node reads its rows from the end: two nodes that share a shard both read it in their first or last
         # block, so that a machine with both of them fetches it once.
         backwards = node % 2 == 0
-        here = stop - 1 - (place - begun) if backwards else first + place - begun
-        low, high, shard = np.searchsorted(epoch.ends, (first, stop - 1, here), side="right").tolist()
-        shards = high - low + 1  # of this part
-        blocks = -(-shards // self.block)  # of nearly equal numbers of shards
-        index = ((shard - low + 1) * blocks - 1) // shards
-        of_block = range(low + index * shards // blocks, low + (index + 1) * shards // blocks)
-        parts = tuple(self._part(epoch, k, first, stop) for k in of_block)
+        row = stop - 1 - (place - start) if backwards else first + place - start
+        block = self._block_of(epoch, first, stop, row)
+        parts = tuple(self._part(epoch, k, first, stop) for k in block)
         if backwards:
-            begun += stop - min(stop, int(epoch.ends[of_block[-1]]))
+            before = stop - min(stop, int(epoch.ends[block[-1]]))
         else:
-            begun += max(first, int(epoch.ends[of_block[0] - 1]) if of_block[0] else 0) - first
-        return Block(self.seed, number, node, begun, parts)
+            before = max(first, int(epoch.ends[block[0] - 1]) if block[0] else 0) - first
+        return Block(self.seed, number, node, start + before, parts)
+
+    def _block_of(self, epoch: "_Epoch", first: int, stop: int, row: int) -> range:
+        """The block that contains `row`, of the shards with rows first to stop - 1 in blocks of nearly equal size."""
+        low, high, shard = np.searchsorted(epoch.ends, (first, stop - 1, row), side="right").tolist()
+        shards = high - low + 1
+        blocks = -(-shards // self.block)
+        number = ((shard - low + 1) * blocks - 1) // shards  # the inverse of the two bounds below
+        return range(low + number * shards // blocks, low + (number + 1) * shards // blocks)
 
     def _part(self, epoch: "_Epoch", k: int, first: int, stop: int) -> Part:
         """The rows of the epoch's k-th shard that are among rows first to stop - 1 of the epoch."""
@@ -107,17 +114,15 @@ class StreamOrder:
     def _make_epoch(self, number: int) -> _Epoch:
         shards = epoch_order(self.seed, number, len(self.sizes))
         shards = shards[self.sizes[shards] > 0]
-        fewest, more = divmod(self.total, self.nodes)
-        has_more = (np.arange(self.nodes) - more * number) % self.nodes < more
-        return _Epoch(shards, np.cumsum(self.sizes[shards]), np.cumsum([0, *(fewest + has_more)]))
+        has_more = (np.arange(self.nodes) - self._more * number) % self.nodes < self._more
+        return _Epoch(shards, np.cumsum(self.sizes[shards]), np.cumsum([0, *(self._fewest + has_more)]))
 
     def _start(self, epoch: int, node: int) -> int:
         """The place of an epoch's first row in the stream of a canonical node.
 
-        In epoch e the `more` nodes from more*e on, counted in a circle, have a row more.
+        In epoch e the `_more` nodes from e * _more on, counted in a circle, have a row more.
         """
-        fewest, more = divmod(self.total, self.nodes)
-        return epoch * fewest + (epoch * more - node + self.nodes - 1) // self.nodes
+        return epoch * self._fewest + (epoch * self._more - node + self.nodes - 1) // self.nodes
 
     def _epoch_of(self, node: int, place: int) -> int:
         epoch = place * self.nodes // self.total

@@ -3,16 +3,19 @@
 - The order is that of `StreamOrder`: the same global batches for any number of workers, from any step on. Each epoch
   has each row once.
 - A rank fetches the shards of the canonical nodes whose rows are in its share of the batch, and the next block while it
-  reads one. Ranks of a node share their shards by the node's cache, so a node downloads a shard once an epoch, if its
+  reads one. Ranks of a machine share their shards by its cache, so a machine downloads a shard once an epoch, if its
   cache holds `disk_bytes`.
 - A shard's sha256 is compared before any of its rows is used.
+- A store that does not answer is asked again for a quarter of an hour.
 
 Legend: B global batch, b = B / canonical nodes, n a rank's share of the batch.
 """
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -22,13 +25,17 @@ from numpy.typing import NDArray
 
 from edt_core.data.latents import NUMBER_FORMATS, LatentDataset, LatentShard, NumberFormat
 from edt_core.data.loader import BatchPlan, Buffers, LatentBatch
+from edt_core.data.prefetch import is_abandoned
 from edt_core.data.scale import LatentScale
 from edt_core.data.streaming.order import Block, StreamOrder
-from edt_core.errors import UserError
+from edt_core.errors import StoreUnavailableError, UserError
 from edt_core.store.artifact import Artifact, FileEntry
 
 BLOCKS_ON_DISK = 2  # of each canonical node: the one that is read, and the next one
-_DOWNLOADS = 8  # at a time and rank
+_BLOCKS_AT_A_TIME = 2  # of a rank; the files of each are fetched in parallel
+_ATTEMPTS = 3  # to map shards that another training's shards may drive out of the cache
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, *[60.0] * 14)  # between attempts to reach the store
+_LOOK_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,11 @@ class ShardStream:
     canonical_nodes: int  # a divisor of the global batch
     block: int  # shards of a canonical node whose rows are mixed
     store: str = "fp32"  # the numbers of the posteriors: a name of NUMBER_FORMATS
-    first_rows: NDArray[np.int64] = field(init=False, compare=False, repr=False)  # of each shard, its first row
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "first_rows", np.cumsum([0, *(entry.rows or 0 for entry in self.entries)]))
+    @cached_property
+    def first_rows(self) -> NDArray[np.int64]:
+        """The place of each shard's first row among all rows, and the number of rows at the end."""
+        return np.cumsum([0, *(entry.rows or 0 for entry in self.entries)])
 
     def __len__(self) -> int:
         return int(self.first_rows[-1])
@@ -64,22 +72,29 @@ class ShardStream:
         nodes = len(canonical_shares(share, batch, self.canonical_nodes))
         return most_bytes([entry.bytes for entry in self.entries], nodes, self.block)
 
-    def open(self, index: int) -> LatentShard:
-        """A shard on this node, after its sha256 was compared. Raises ManifestError or UserError for a damaged one."""
-        entry = self.entries[index]
-        shard = LatentShard(self.artifact.verified_path(entry.path))
+    def open(self, indices: Sequence[int]) -> list[LatentShard]:
+        """Shards on this machine, after their sha256 was compared. Raises ManifestError or UserError for a bad one."""
+        entries = [self.entries[index] for index in indices]
+        for attempt in count(1):
+            paths = self.artifact.verified_paths(entries)
+            try:
+                shards = [LatentShard(path) for path in paths]
+                break
+            except UserError:
+                if attempt == _ATTEMPTS or all(path.exists() for path in paths):
+                    raise  # else another training has taken their place in the cache before they were mapped
+        for entry, shard in zip(entries, shards, strict=True):
+            self._check(entry, shard)
+        return shards
+
+    def _check(self, entry: FileEntry, shard: LatentShard) -> None:
         info = shard.info
-        if (len(shard), info.latent_shape, info.scale, info.store) != (
-            entry.rows,
-            self.latent_shape,
-            self.scale,
-            self.store,
-        ):
+        found = len(shard), info.latent_shape, info.scale, info.store
+        if found != (entry.rows, self.latent_shape, self.scale, self.store):
             raise UserError(
                 f"{self.artifact.folder.uri}/{entry.path} has {len(shard)} rows of {info.encoding}, but its artifact "
                 f"says {entry.rows} rows of {self.latent_shape} in {self.store}; encode the images again"
             )
-        return shard
 
 
 def canonical_shares(share: slice, batch: int, nodes: int) -> list[tuple[int, slice]]:
@@ -104,10 +119,10 @@ def stream_shards(stream: ShardStream, plan: BatchPlan, start_step: int = 0) -> 
     assert plan.global_batch_size % stream.canonical_nodes == 0, (plan.global_batch_size, stream.canonical_nodes)
     each = plan.global_batch_size // stream.canonical_nodes
     buffers, order = Buffers(plan, stream.latent_shape, stream.numbers), stream.order(plan.seed)
-    downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="edt-shards")
+    downloads = _Downloads(stream)
     try:
         nodes = [
-            (_CanonicalNode(stream, order, node, downloads, start_step * each + rows.start), rows)
+            (_CanonicalNode(order, node, downloads, start_step * each + rows.start), rows)
             for node, rows in canonical_shares(plan.share, plan.global_batch_size, stream.canonical_nodes)
         ]
         for step in count(start_step):
@@ -122,16 +137,48 @@ def stream_shards(stream: ShardStream, plan: BatchPlan, start_step: int = 0) -> 
             indices, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
             yield LatentBatch(step, indices, mirror, posterior, torch.from_numpy(labels))
     finally:
-        downloads.shutdown(cancel_futures=True)
+        downloads.close()
+
+
+class _Downloads:
+    """Fetches blocks of shards in a few threads, each of which fetches several files at a time."""
+
+    def __init__(self, stream: ShardStream) -> None:
+        self.stream, self._closed = stream, threading.Event()
+        self._threads = ThreadPoolExecutor(_BLOCKS_AT_A_TIME, thread_name_prefix="edt-shards")
+
+    def fetch(self, block: Block) -> Future[list[LatentShard]]:
+        """Begin to fetch the shards of a block, in order of their numbers."""
+        return self._threads.submit(self._open, block.shards)
+
+    def wait(self, shards: Future[list[LatentShard]]) -> list[LatentShard]:
+        """The shards, when they are there; raises CancelledError when nobody reads the stream any more."""
+        while not shards.done():
+            wait([shards], timeout=_LOOK_EVERY_S)
+            if is_abandoned():
+                raise CancelledError
+        return shards.result()
+
+    def close(self) -> None:
+        """Begin no more downloads. Those in progress end by themselves."""
+        self._closed.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _open(self, indices: Sequence[int]) -> list[LatentShard]:
+        for pause_s in _PAUSES_S:
+            try:
+                return self.stream.open(indices)
+            except StoreUnavailableError:
+                if self._closed.wait(pause_s):
+                    raise
+        return self.stream.open(indices)
 
 
 class _CanonicalNode:
     """The stream of one canonical node, as far as this rank reads it: the block that is read, and the next one."""
 
-    def __init__(
-        self, stream: ShardStream, order: StreamOrder, node: int, downloads: ThreadPoolExecutor, place: int
-    ) -> None:
-        self._stream, self._order, self._node, self._downloads = stream, order, node, downloads
+    def __init__(self, order: StreamOrder, node: int, downloads: _Downloads, place: int) -> None:
+        self._order, self._node, self._downloads = order, node, downloads
         self._next = self._fetch(order.block_at(node, place))
         self._open: _OpenBlock | None = None
 
@@ -153,11 +200,11 @@ class _CanonicalNode:
 
     def _advance(self) -> None:
         block, shards = self._next
-        self._open = _OpenBlock(self._stream, block, [shard.result() for shard in shards])
+        self._open = _OpenBlock(self._downloads.stream, block, self._downloads.wait(shards))
         self._next = self._fetch(self._order.block_at(self._node, block.stop))
 
-    def _fetch(self, block: Block) -> tuple[Block, list[Future[LatentShard]]]:
-        return block, [self._downloads.submit(self._stream.open, shard) for shard in block.shards]
+    def _fetch(self, block: Block) -> tuple[Block, Future[list[LatentShard]]]:
+        return block, self._downloads.fetch(block)
 
 
 class _OpenBlock:

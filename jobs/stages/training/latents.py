@@ -2,7 +2,7 @@
 
 import math
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edt_core.config import TrainConfig
 from edt_core.data.subsets import share
@@ -14,15 +14,19 @@ from edt_core.store.cache import Cache
 from edt_core.store.digests import damaged
 from edt_core.store.layout import LATENT_SHARD, LATENT_TAR_SHARD, LATENT_TOKENS
 
+if TYPE_CHECKING:
+    from edt_core.data.batches import Latents
+    from edt_core.data.streaming import ShardStream
+
 LATENT_SHARDS = LATENT_SHARD.replace("{:05d}", "*")
 _TARS = LATENT_TAR_SHARD.replace("{:05d}", "*")
 _TOKENS = LATENT_TOKENS.replace("{:05d}", "*")
 
 
-def open_latents(config: TrainConfig, latents: Artifact, progress: Progress, rows: slice | None = None) -> Any:
+def open_latents(config: TrainConfig, latents: Artifact, progress: Progress, rows: slice | None = None) -> "Latents":
     """The latents for `config.reader`: memory-mapped, or as a stream.
 
-    `rows`: those of a global batch that this node reads; None for all.
+    `rows`: those of a global batch that this machine reads; None for all.
 
     Mapped files are first compared with the digests of the manifest, once on each node; streamed shards when they are
     fetched, and streamed tars while they are read. Raises UserError for a shard that is missing, extra or resized, for
@@ -53,17 +57,21 @@ def rows_of_node(batch: int) -> slice:
     worker = ray.train.get_context()
     total, first = worker.get_world_size(), worker.get_world_rank() - worker.get_local_rank()
     last = first + worker.get_local_world_size() - 1
+    assert 0 <= first <= last < total, (first, last, total)
     return slice(share(batch, first, total).start, share(batch, last, total).stop)
 
 
-def shard_stream(config: TrainConfig, latents: Artifact) -> Any:
-    """The Arrow shards as the `ShardStream` of this training."""
+def shard_stream(config: TrainConfig, latents: Artifact) -> "ShardStream":
+    """The Arrow shards as the stream of this training. Raises UserError if they have no rows."""
     from edt_core.data.scale import LatentScale
     from edt_core.data.streaming import ShardStream
 
+    entries = tuple(latents.entries(LATENT_SHARDS))
+    if not sum(entry.rows or 0 for entry in entries):
+        raise UserError(f"the {len(entries)} latent shards of {latents.folder.uri} contain no rows; encode again")
     return ShardStream(
         latents,
-        tuple(latents.entries(LATENT_SHARDS)),
+        entries,
         tuple(latents.counts["latent_shape"]),
         LatentScale.of(latents.counts),
         config.canonical_nodes,
@@ -73,17 +81,18 @@ def shard_stream(config: TrainConfig, latents: Artifact) -> Any:
 
 
 def stream_text(config: TrainConfig, latents: Artifact) -> str:
-    """What a node with all workers keeps on its disk at a time, for the estimate of a training."""
+    """What streaming needs of the network and the disk, for the estimate of a training."""
     stream, batch = shard_stream(config, latents), config.global_batch_size
+    nodes = f"{config.canonical_nodes} canonical nodes (a multiple of the number of machines is best)"
+    text = f"  {'streamed shards':<25} {len(stream.entries):,} for {nodes}"
+    if latents.data.local is not None:
+        return text
     size = stream.disk_bytes(slice(0, batch), batch) / 1e9
-    return (
-        f"  {'streamed shards':<25} {len(stream.entries):,}, of which a node with all {config.canonical_nodes} "
-        f"canonical nodes needs {size:.3g} GB on its disk at a time"
-    )
+    return f"{text}; one machine with all of them keeps {size:.3g} GB on its disk, and starts with half of it"
 
 
-def _check_disk(config: TrainConfig, stream: Any, rows: slice) -> None:
-    """Raise UserError if this node's cache is too small for the blocks that it reads at a time."""
+def _check_disk(config: TrainConfig, stream: "ShardStream", rows: slice) -> None:
+    """Raise UserError if this machine's cache is too small for the blocks that it reads at a time."""
     if stream.artifact.data.local is not None:
         return
     from edt_core.data.streaming.shards import canonical_shares
@@ -93,10 +102,10 @@ def _check_disk(config: TrainConfig, stream: Any, rows: slice) -> None:
     if need > cache.bound:
         nodes = len(canonical_shares(rows, batch, config.canonical_nodes))
         raise UserError(
-            f"train.reader is stream: this node reads {nodes} of the {config.canonical_nodes} canonical nodes, and two "
-            f"blocks of {config.shuffle_block} shards of each, {need:,} bytes, must be on its disk at a time, but the "
-            f"cache {cache.root} on {socket.gethostname()} keeps at most {cache.bound:,}; raise EDT_CACHE_BYTES, lower "
-            "train.shuffle_block, or preprocess with a smaller images_per_shard"
+            f"train.reader is stream: this machine reads {nodes} of the {config.canonical_nodes} canonical nodes, and "
+            f"two blocks of {config.shuffle_block} shards of each, {need:,} bytes, must be on its disk at a time, but "
+            f"the cache {cache.root} on {socket.gethostname()} keeps at most {cache.bound:,}; raise EDT_CACHE_BYTES, "
+            "lower train.shuffle_block, or preprocess with a smaller images_per_shard"
         )
 
 

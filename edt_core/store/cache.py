@@ -39,6 +39,7 @@ DIRECTORY_VARIABLE, BYTES_VARIABLE = "EDT_CACHE_DIR", "EDT_CACHE_BYTES"
 # The modification time of every object, as in the Nix store: any later write changes it.
 _SEALED_NS = 1_000_000_000
 _SHA256, _URI_KEY, _PART = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{16}"), re.compile(r"\.(.+)\.part")
+_AMPLE = 8  # a limit of which this part is free is not exceeded by calls at the same time
 _ROUNDS = 3  # attempts: another process may evict files during a download
 _MIB = 1 << 20
 _UNITS = {unit: factor for k, u in enumerate("KMGTP", 1) for unit, factor in ((u, 1000**k), (f"{u}I", 1024**k))}
@@ -162,11 +163,12 @@ class Cache:
             if not missing:
                 return
             done = total - sum(sizes[path] for path in missing)
-            self._make_room(sizes)
+            left = self._make_room(sizes)
             for path, _nothing in in_threads(download, missing):
                 done += sizes[path]
                 progress.update(-(-done // _MIB), -(-total // _MIB), "MiB downloaded")
-            self._make_room(sizes)
+            if left < self.bound // _AMPLE:  # what others downloaded meanwhile may have exceeded the limit
+                self._make_room(sizes)
         raise UserError(
             f"the cache {self.root} on {socket.gethostname()} ({self.bound:,} bytes) is too small for {folder.uri} "
             f"together with the files that other processes there use; raise {BYTES_VARIABLE}"
@@ -207,10 +209,11 @@ class Cache:
             finally:
                 part.unlink(missing_ok=True)
 
-    def _make_room(self, sizes: Mapping[Path, int]) -> None:
-        """Evict the least recently used files that are not in `sizes`, until those in `sizes` fit.
+    def _make_room(self, sizes: Mapping[Path, int]) -> int:
+        """Evict the least recently used files that are not in `sizes`, until those in `sizes` fit; return what is left.
 
-        They have to fit below the limit, and those that are missing on the disk, which may hold other files too.
+        It looks at every file of the cache. They have to fit below the limit, and those that are missing on the disk,
+        which may hold other files too.
         """
         with self._lock(self.root / "room"):
             used = present = 0
@@ -235,6 +238,7 @@ class Cache:
                     break
                 path.unlink(missing_ok=True)
                 used, free = used - size, free + size
+        return min(self.bound - used - needed, free - needed + present)
 
     def _files(self) -> Iterator[Path]:
         """The files and parts of files that the cache wrote: the folder EDT_CACHE_DIR may have other content too."""

@@ -117,6 +117,25 @@ def test_a_head_restarts_while_a_training_runs(long: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_a_driver_is_lost_and_the_clock_of_the_next_one_is_behind(long: dict[str, str]) -> None:
+    """By its name the attempt that resumes is two hours older than the one whose checkpoints it takes over."""
+    with ray_hosts(workers=2) as cluster:
+        host = cluster.driver(clock_s=2 * HOUR_S)
+        run = Run(cluster, host, *LONG)
+        run.wait(lambda: run.newest() > 20)
+        ((first_attempt, reached),) = run.checkpoints().items()
+        host.kill()
+        again = Run(cluster, cluster.driver(), *LONG)
+        attempts = again.wait(again.taken_over)
+        older, newer = sorted(attempts)
+        assert newer == first_attempt
+        assert max(attempts[older]) >= max(reached), "it did not start from a checkpoint of the first"
+        text = again.finish()
+        assert "Traceback" not in text, text
+        assert digests(cluster.store) == long
+
+
+@pytest.mark.slow
 def test_a_host_whose_disk_is_full_of_cache(undisturbed: dict[str, str]) -> None:
     """One clear message that says which host; the same command finishes once the disk is larger."""
     with ray_hosts(workers=1, EDT_CACHE_DIR="/root/cache", EDT_CACHE_BYTES="10GB") as cluster:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -75,9 +76,21 @@ class Run:
 
     def newest(self) -> int:
         """The step of the training's newest checkpoint; 0 while there is none."""
-        paths = [name.split("/") for name in self._folder(f"train {MODEL}").walk()]
-        steps = [path[-2].removeprefix(STEP_PREFIX) for path in paths if path[-1] == CHECKPOINT_MANIFEST]
-        return max(map(int, steps), default=0)
+        return max((max(steps) for steps in self.checkpoints().values()), default=0)
+
+    def checkpoints(self) -> dict[str, list[int]]:
+        """The steps of the training's checkpoints, by attempt."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for name in self._folder(f"train {MODEL}").walk():
+            attempt, *folders, file = name.split("/")
+            if file == CHECKPOINT_MANIFEST:
+                found[attempt].append(int(folders[-1].removeprefix(STEP_PREFIX)))
+        return found
+
+    def taken_over(self) -> dict[str, list[int]] | None:
+        """The checkpoints, once more than one attempt has some."""
+        found = self.checkpoints()
+        return found if len(found) > 1 else None
 
     def _folder(self, step: str) -> Folder:
         return Folder(self.cluster.store).child(self.folders[step])

@@ -128,13 +128,14 @@ def stream_shards(stream: ShardStream, plan: BatchPlan, start_step: int = 0) -> 
         for step in count(start_step):
             mirror = plan.mirror(step)
             posterior, array = buffers.empty()
-            parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-            begun = 0
+            columns: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+            row = 0
             for node, rows in nodes:
-                parts += node.read(step * each + rows.start, step * each + rows.stop, mirror, array, begun)
-                begun += rows.stop - rows.start
+                part = slice(row, row + rows.stop - rows.start)
+                columns += node.read(step * each + rows.start, mirror[part], array[part])
+                row = part.stop
             del array  # only the batch may refer to a buffer in use
-            indices, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+            indices, labels = map(np.concatenate, zip(*columns, strict=True))
             yield LatentBatch(step, indices, mirror, posterior, torch.from_numpy(labels))
     finally:
         downloads.close()
@@ -183,20 +184,21 @@ class _CanonicalNode:
         self._open: _OpenBlock | None = None
 
     def read(
-        self, first: int, stop: int, mirror: NDArray[np.bool_], out: NDArray[Any], begun: int
+        self, first: int, mirror: NDArray[np.bool_], out: NDArray[Any]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Gather places first to stop - 1 of the stream into `out`, from row `begun` on; yield rows and labels.
+        """Gather the places of the stream from `first` on into all rows of `out`; yield rows of the shards, and labels.
 
-        `mirror` is of all rows of `out`. Places are read in increasing order.
+        Places are read in increasing order.
         """
-        while first < stop:
-            if self._open is None or first >= self._open.block.stop:
+        row = 0
+        while row < len(out):
+            if self._open is None or first + row >= self._open.block.stop:
                 self._advance()
                 continue
-            places = slice(first - self._open.block.first, min(stop, self._open.block.stop) - self._open.block.first)
-            target = slice(begun, begun + places.stop - places.start)
-            yield self._open.gather(places, mirror[target], out[target])
-            first, begun = first + places.stop - places.start, target.stop
+            place, left = first + row - self._open.block.first, self._open.block.stop - first - row
+            part = slice(row, row + min(len(out) - row, left))
+            yield self._open.gather(slice(place, place + part.stop - row), mirror[part], out[part])
+            row = part.stop
 
     def _advance(self) -> None:
         block, shards = self._next

@@ -131,7 +131,7 @@ for images in map(int, sys.argv[2:]):
 print(*peaks)
 """
 # With fewer than eight batches of 65,536 a pass would not hold as many as it ever does.
-FEW, MANY = 600_000, 1_400_000
+FEW, MANY = 600_000, 2_200_000
 MIB_PER_MILLION = 64
 
 

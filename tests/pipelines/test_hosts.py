@@ -1,8 +1,7 @@
 """A run on hosts without a shared disk makes what a run on one machine makes, also if hosts are lost while it works.
 
-Each host has disks and a network of its own (tests/support/hosts); the store is a bucket. `make faults` loses a host in
-every step, with clocks an hour apart and again on slow and lossy links, restarts the head in a training, and fills a
-disk. Its figures are in docs/benchmarks.md.
+Each host has disks and a network of its own (tests/support/hosts); the store is a bucket. `make faults` runs them; the
+figures are in docs/benchmarks.md.
 """
 
 import shutil
@@ -19,7 +18,7 @@ from tests.support.local_ray import local_ray_train
 from tests.support.runs import digests, digests_of_run
 from tests.support.small import MODEL, copy_store, pipeline
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 TRAIN = f"train {MODEL}"
 STEPS = (
@@ -64,7 +63,6 @@ def test_a_host_that_is_lost_in_a_training_costs_nothing(undisturbed: dict[str, 
         assert_same(cluster, run.finish(), undisturbed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("delay_s", "loss", "clocks"),
     [(0.0, 0.0, (HOUR_S, -HOUR_S)), (0.05, 0.01, (0,))],
@@ -97,7 +95,6 @@ def long(first: Outcome, store: Path, tmp_path_factory: pytest.TempPathFactory) 
         return digests_of_run(pipeline(copy, *LONG), copy)
 
 
-@pytest.mark.slow
 def test_a_head_restarts_while_a_training_runs(long: dict[str, str]) -> None:
     """Ray's fault-tolerant GCS: Redis, on another host, has what the head knew. The training does not notice."""
     if shutil.which("redis-server") is None:
@@ -116,7 +113,6 @@ def test_a_head_restarts_while_a_training_runs(long: dict[str, str]) -> None:
         assert digests(cluster.store) == long
 
 
-@pytest.mark.slow
 def test_a_driver_is_lost_and_the_clock_of_the_next_one_is_behind(long: dict[str, str]) -> None:
     """By its name the attempt that resumes is two hours older than the one whose checkpoints it takes over."""
     with ray_hosts(workers=2) as cluster:
@@ -135,7 +131,6 @@ def test_a_driver_is_lost_and_the_clock_of_the_next_one_is_behind(long: dict[str
         assert digests(cluster.store) == long
 
 
-@pytest.mark.slow
 def test_a_host_whose_disk_is_full_of_cache(undisturbed: dict[str, str]) -> None:
     """One clear message that says which host; the same command finishes once the disk is larger."""
     with ray_hosts(workers=1, EDT_CACHE_DIR="/root/cache", EDT_CACHE_BYTES="10GB") as cluster:

@@ -144,9 +144,7 @@ class Artifact:
         root = self._in_place(entries)
         if self.data.local is not None:
             for entry in entries:  # a stamp of its own, so that processes wait only for the same file
-                if differing := digest_once(self.data, [entry], entry.sha256, Silent()):
-                    remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and rerun its step"
-                    raise damaged(self.folder, [difference(*pair) for pair in differing.items()], remedy)
+                self._digest_once([entry], entry.sha256)
         return [root / entry.path for entry in entries]
 
     def paths(self, pattern: str = "*", progress: Progress | None = None) -> list[Path]:
@@ -210,7 +208,12 @@ class Artifact:
             raise damaged(self.folder, problems)
         if self.data.local is None:
             self.paths(pattern, progress)
-        elif differing := digest_once(self.data, self.entries(pattern), self.manifest.digest, progress or Silent()):
+        else:
+            self._digest_once(self.entries(pattern), self.manifest.digest, progress)
+
+    def _digest_once(self, entries: Sequence[FileEntry], stamp: str, progress: Progress | None = None) -> None:
+        """Compare local files with their sha256, those of one stamp once on this node. Raises ManifestError."""
+        if differing := digest_once(self.data, entries, stamp, progress or Silent()):
             remedy = f"remove {self.folder.uri}/{MANIFEST_NAME} and rerun its step"
             raise damaged(self.folder, [difference(*pair) for pair in differing.items()], remedy)
 

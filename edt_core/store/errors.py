@@ -114,9 +114,11 @@ def _passing_reason(error: Exception) -> str | None:
     code, names = error_code(error), {base.__name__ for base in type(error).__mro__}
     if code in _THROTTLED:
         return f"the store refuses so many requests ({code}); rerun later, or use fewer workers"
-    if names & _UNREACHABLE:
-        return f"the store cannot be reached ({type(error).__name__}); check the network and, for S3, AWS_ENDPOINT_URL"
-    return None
+    return _unreachable(error) if names & _UNREACHABLE else None
+
+
+def _unreachable(error: Exception) -> str:
+    return f"the store cannot be reached ({type(error).__name__}); check the network and, for S3, AWS_ENDPOINT_URL"
 
 
 def _remote_reason(error: Exception) -> str | None:
@@ -130,9 +132,7 @@ def _remote_reason(error: Exception) -> str | None:
         return f"no credentials were found ({type(error).__name__}); set those of your store, for S3 {VARIABLES}"
     if isinstance(error, PermissionError) and not error.filename:  # a local file has a filename
         return f"access denied{f' ({code})' if code else ''}; check the rights of these credentials, for S3 {VARIABLES}"
-    if "Invalid endpoint" in str(error):
-        return f"the store cannot be reached ({type(error).__name__}); check the network and, for S3, AWS_ENDPOINT_URL"
-    return None
+    return _unreachable(error) if "Invalid endpoint" in str(error) else None
 
 
 def error_code(error: BaseException) -> str:

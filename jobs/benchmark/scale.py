@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edt_core.data.streaming.order import StreamOrder
 from edt_core.data.streaming.shards import canonical_shares, most_bytes
-from edt_core.data.subsets import share
+from edt_core.data.subsets import joint_share
 from edt_core.store.cache import Cache
 from edt_core.store.folder import Folder
 from edt_core.store.manifest import FileEntry
@@ -71,8 +71,7 @@ def play(work: Path, images: int, workers: int) -> Played:
     seconds = 0.0
     for node in range(nodes):
         ranks = range(node * WORKERS_OF_NODE, min((node + 1) * WORKERS_OF_NODE, workers))
-        of_node = slice(share(batch, ranks[0], workers).start, share(batch, ranks[-1], workers).stop)
-        own = [number for number, _ in canonical_shares(of_node, batch, canonical)]
+        own = [number for number, _ in canonical_shares(joint_share(batch, ranks, workers), batch, canonical)]
         cache = Cache(work / f"cache-{node}", most_bytes(list(sizes.values()), len(own), BLOCK))
         store = Synthetic(f"synthetic://{node}", sizes)
         for wanted in blocks_in_time(order, own):

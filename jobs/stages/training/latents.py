@@ -5,7 +5,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from edt_core.config import TrainConfig
-from edt_core.data.subsets import share
+from edt_core.data.subsets import joint_share
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors import TOKEN_SPACES, extractor_spec
 from edt_core.progress import Progress
@@ -56,9 +56,9 @@ def rows_of_node(batch: int) -> slice:
 
     worker = ray.train.get_context()
     total, first = worker.get_world_size(), worker.get_world_rank() - worker.get_local_rank()
-    last = first + worker.get_local_world_size() - 1
-    assert 0 <= first <= last < total, (first, last, total)
-    return slice(share(batch, first, total).start, share(batch, last, total).stop)
+    ranks = range(first, first + worker.get_local_world_size())
+    assert 0 <= ranks.start < ranks.stop <= total, (ranks, total)
+    return joint_share(batch, ranks, total)
 
 
 def shard_stream(config: TrainConfig, latents: Artifact) -> "ShardStream":

@@ -393,6 +393,11 @@ class TrainConfig(Section):
         lt=1 << 63,
         description="seed of initial weights, data order, flips, noise, timesteps, masks and dropped labels",
     )
+    seeds: tuple[int, ...] = added(
+        (),
+        description="instead of seed: train once with each of these seeds, register the first, and report mean and "
+        "standard deviation over the trainings; for a pipeline",
+    )
     log_every: int = Field(50, ge=1, description="steps between two rows of the loss history")
     holdout: float | Literal["auto"] = added(
         "auto",
@@ -467,6 +472,13 @@ class TrainConfig(Section):
             raise ValueError(f"ema_decay is {value}; it must be a number from 0 to below 1, or several different ones")
         return value
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_are_different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value) or not all(0 <= seed < 1 << 63 for seed in value):
+            raise ValueError(f"seeds is {list(value)}; it must be a list of different numbers from 0 to below 2^63")
+        return value
+
     @field_validator("ema_widths", mode="before")
     @classmethod
     def _widths_are_shares(cls, value: Any) -> Any:
@@ -487,6 +499,14 @@ class TrainConfig(Section):
             f"holdout is {value!r}; it must be the share of the images to hold out, above 0 and at most 0.5, or 0 for "
             "none, or auto"
         )
+
+    @model_validator(mode="after")
+    def _has_seed_or_seeds(self) -> "TrainConfig":
+        if self.seeds and self.seed:
+            raise ValueError(
+                f"seed is {self.seed} and seeds is {list(self.seeds)}; leave out seed, or put it first in seeds"
+            )
+        return self
 
     @model_validator(mode="after")
     def _canonical_nodes_divide_the_batch(self) -> "TrainConfig":

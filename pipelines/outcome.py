@@ -24,6 +24,8 @@ class Outcome:
     reports: dict[str, Artifact] = field(default_factory=dict)
     # of the untrained model, None for a training that starts from another model, and of the trained one
     metrics: dict[str, tuple[Mapping[str, float] | None, Mapping[str, float]]] = field(default_factory=dict)
+    # of each training by seed, of models that are trained with several
+    trainings: dict[str, Mapping[int, Mapping[str, float]]] = field(default_factory=dict)
     remarks: dict[str, tuple[Remark, ...]] = field(default_factory=dict)  # on the metrics of a model
     left_out: tuple[str, ...] = ()  # what of the source was not used, a line each kind
     failures: dict[str, BaseException] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class Outcome:
                     "decision": str(decision),
                     "untrained": None if (before := self.metrics[name][0]) is None else dict(before),
                     "metrics": dict(self.metrics[name][1]),
+                    "trainings": {seed: dict(metrics) for seed, metrics in self.trainings.get(name, {}).items()},
                     "remarks": [remark.text for remark in self.remarks.get(name, ())],
                     "report": str(self.reports[name].path(REPORT_NAME)) if name in self.reports else None,
                 }

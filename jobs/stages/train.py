@@ -230,6 +230,8 @@ def plan(config: TrainConfig, inputs: Mapping[str, Artifact]) -> str:
 
 def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     """Raise UserError for an invalid training, before any worker starts."""
+    if config.seeds:
+        raise UserError(f"seeds is {list(config.seeds)}, but this is one training: set seed, and train once for each")
     from edt_core.diffusion import check_training, objective_of
     from edt_core.models import check_masked_loss
     from edt_core.training.align.settings import align_settings

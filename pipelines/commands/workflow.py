@@ -203,6 +203,7 @@ def _warn_of_loss() -> None:
 
 def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     """Print the end of a run: registered models, paths and links, and for each failure cause, remedy and log."""
+    from edt_core.evaluation.trainings import seeds_text, spread_text
     from edt_core.store.layout import REPORT_NAME, SAMPLES_NAME
 
     counts = f"{outcome.reused} steps reused, {outcome.executed} run, {len(outcome.failures)} failed"
@@ -214,6 +215,10 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
         terminal.say("")
         terminal.say_wrapped(f"{name} version {decision.version}  {decision}", "bold")
         _show_metrics(*outcome.metrics[name], terminal)
+        if trainings := outcome.trainings.get(name):
+            terminal.say(f"  over {seeds_text(trainings)}:")
+            for metric, text in spread_text(trainings).items():
+                terminal.say(f"  {metric:<20} {text:>10}")
         for remark in outcome.remarks.get(name, ()):
             terminal.say_wrapped(f"  {remark.text}", "yellow" if remark.doubt else "", indent=4)
     for report in outcome.reports.values():

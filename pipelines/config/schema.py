@@ -295,15 +295,19 @@ class PipelineConfig(_WithNetworks):
         return () if blocks == "model" else blocks
 
     def train_of(self, model: str) -> TrainConfig:
-        """The training section of one registered model: the shared section with the model's own fields on top.
+        """The training of one registered model: the shared section with the model's own fields on top.
 
-        With evaluations along the training it keeps the checkpoints that they need.
+        With evaluations along the training it keeps the checkpoints that they need. Of several seeds it has the first.
         """
+        return self.trainings_of(model)[0]
+
+    def trainings_of(self, model: str) -> tuple[TrainConfig, ...]:
+        """The trainings of one registered model, one for each of its seeds; the first is registered."""
         fields = {**self.train.model_dump(), **self.models[model]}
         if fields.get("keep_every") is None and fields["max_steps"]:
             fields["keep_every"] = self.along.every
         train: TrainConfig = validated(TrainConfig, fields)
-        return train
+        return tuple(train.model_copy(update={"seed": seed, "seeds": ()}) for seed in train.seeds or (train.seed,))
 
     def model_of(self, model: str, num_classes: int, amm_blocks: Sequence[int] = ()) -> ModelConfig:
         """The configuration of one registered model. Raises ValueError if the sizes do not fit together."""

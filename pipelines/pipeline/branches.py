@@ -7,6 +7,7 @@ from typing import Any
 
 from edt_core.config import TrainConfig
 from edt_core.diffusion import objective_of
+from edt_core.evaluation.trainings import seed_role
 from edt_core.store.artifact import Source
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG, Initial
 from jobs.stages import along, autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
@@ -21,7 +22,8 @@ from pipelines.pipeline.inputs import Published
 class Branch:
     """The steps of one model, by role: those that all models share, and its own training and evaluation.
 
-    `beside`: steps that only the report waits for; the model is registered without them.
+    `beside`: steps that only the report waits for; the model is registered without them. `seeds`: of its further
+    trainings, whose evaluations count for the spread alone; their steps have the roles of `seed_role`.
     """
 
     name: str
@@ -30,6 +32,12 @@ class Branch:
     start: Initial | None = None  # the model that its training starts from
     feature_networks: Mapping[str, StepFuture | Source] = field(default_factory=dict)
     beside: Mapping[str, StepFuture] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+
+    def evaluations(self) -> dict[int, StepFuture]:
+        """The evaluation of each training by its seed, that of the registered model first; empty for one training."""
+        further = {seed: self.steps[seed_role(seed, "evaluation")] for seed in self.seeds}
+        return {self.train.seed: self.steps["evaluation"], **further} if further else {}
 
 
 def call_steps(
@@ -55,9 +63,9 @@ def call_steps(
     reference_inputs = {"images": published.statistics or images, **feature_networks}
     shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
     check(shared)
-    branch = partial(_call_branch, steps, config, shared=shared, feature_networks=feature_networks)
+    branch = partial(_call_branch, steps, config, shared, feature_networks)
     return [
-        branch(name, config.train_of(name).settled(source.images), start=published.initial.get(name))
+        branch(name, [train.settled(source.images) for train in config.trainings_of(name)], published.initial.get(name))
         for name in config.models
     ]
 
@@ -83,16 +91,17 @@ def _call_classifier(steps: Steps, config: PipelineConfig, images: StepFuture, p
 def _call_branch(
     steps: Steps,
     config: PipelineConfig,
-    name: str,
-    trained: TrainConfig,
     shared: Mapping[str, StepFuture],
     feature_networks: Mapping[str, StepFuture | Source],
+    name: str,
+    settled_trainings: Sequence[TrainConfig],
     start: Initial | None,
 ) -> Branch:
-    """Train, sample and evaluate one model, and the untrained model of the same seed if it starts from none.
+    """Train, sample and evaluate one model with each seed, and the untrained model of the first if it starts from none.
 
-    `trained`: the settled configuration of its training.
+    `settled_trainings`: the configurations of its trainings; the first is registered.
     """
+    trained, *further = settled_trainings
     trainings = {"": trained}
     branch_steps = dict(shared)
     beside = _evaluations(config, shared, feature_networks)
@@ -101,6 +110,7 @@ def _call_branch(
     else:
         until = {} if beside is None or trained.patience is None else {UNTIL: beside.fingerprint}
         start = settled(start, trained, {"latents": shared["latents"].fingerprint, **until})
+    trainings |= {seed_role(train.seed, ""): train for train in further}
     for prefix, train_config in trainings.items():
         label = prefix.replace("_", " ")
         # The autoencoder decodes previews. It also shows whether latents of an older version have the right scale.
@@ -109,7 +119,7 @@ def _call_branch(
             inputs["init"] = start
         if start is not None or train_config.holdout_share:
             inputs["images"] = shared["images"]  # for class names and digests
-        if beside is not None and train_config.max_steps:
+        if beside is not None and train_config.max_steps and (train_config is trained or trained.patience is not None):
             inputs |= _followed(train_config, beside, shared, feature_networks)
         checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
         features = steps.step(
@@ -136,7 +146,8 @@ def _call_branch(
     if beside is not None and trained.max_steps:
         measured = {role: branch_steps[role] for role in ("checkpoint", "autoencoder", "reference")}
         curves["along"] = steps.step(f"along {name}", along.STAGE, config.along, **measured, **feature_networks)
-    return Branch(name, trained, branch_steps, start, feature_networks, curves)
+    seeds = tuple(train.seed for train in further)
+    return Branch(name, trained, branch_steps, start, feature_networks, curves, seeds)
 
 
 def _evaluations(

@@ -58,7 +58,8 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
 
     def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
         untrained = branch.steps.get("untrained_evaluation")  # finished, as all steps of the branch are
-        entry = entry_of(artifacts, None if untrained is None else untrained.result())
+        trainings = {seed: evaluation.result() for seed, evaluation in branch.evaluations().items()}
+        entry = entry_of(artifacts, None if untrained is None else untrained.result(), trainings)
         return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry, champion.result()))
 
     def find(catalog: Catalog, artifacts: Mapping[str, Artifact]) -> tuple[Promoted, str] | None:
@@ -67,6 +68,7 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
 
     roles = ("checkpoint", "evaluation", "untrained_evaluation")
     artifacts = {role: branch.steps[role].fingerprint for role in roles if role in branch.steps}
+    artifacts |= {f"seed {seed}": step.fingerprint for seed, step in branch.evaluations().items()}
     gate = {"model": branch.name, **result_fields(config.promote)}
     identity = sha256_json({**artifacts, "gate": gate})
     after = branch.steps["evaluation"].name
@@ -91,5 +93,6 @@ def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -
         lineage={
             role: (short(f.name), tuple(map(short, f.needs))) for role, f in {**branch.steps, **branch.beside}.items()
         },
+        seeds=tuple(branch.evaluations()),
         config_yaml=recorded_yaml(config.model_copy(update={"store": "."})),
     )

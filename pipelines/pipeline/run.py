@@ -172,6 +172,8 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
     before = branch.steps.get("untrained_evaluation")
     outcome.decisions[branch.name] = promoted.decision
     outcome.metrics[branch.name] = (None if before is None else before.result().counts["metrics"], after)
+    trainings = {seed: step.result().counts["metrics"] for seed, step in branch.evaluations().items()}
+    outcome.trainings |= {branch.name: trainings} if trainings else {}
     artifacts = {role: step.result() for role, step in branch.steps.items()}
     outcome.remarks[branch.name] = remarks_on(artifacts, promoted.decision.metric, promoted.decision.lower_is_better)
     if workflow.wait(report):

@@ -10,6 +10,7 @@ from typing import Any
 from edt_core.environment import utc
 from edt_core.errors import UserError
 from edt_core.evaluation.protocol import protocol_differences
+from edt_core.evaluation.trainings import spread_text
 from edt_core.printing.suggestions import suggestions
 from jobs.commands.options import parse_assignment
 from jobs.models.names import REGISTERED, STD_TAG
@@ -20,6 +21,7 @@ from pipelines.registry.aliases import (
     PARENT_TAG,
     PROMOTED_TAG,
     ROLLED_BACK_TAG,
+    TRAININGS_TAG,
     search,
     version_at,
 )
@@ -82,6 +84,7 @@ class Record:
             "run": self.version.run_id,
             "code_version": tags.get("edt.code_version"),
             "metrics": metrics_of(self.version),
+            "trainings": trainings_of(self.version),
             "protocol": dict(protocol_of(self.version)),
             "protocol_digest": tags.get(PROTOCOL_TAG),
             "data": {name.removeprefix("edt."): tags[name] for name in _IDS if name in tags},
@@ -97,6 +100,12 @@ class Record:
             "rolled_back": tags.get(ROLLED_BACK_TAG),
             "config": dict(self.config),
         }
+
+
+def trainings_of(version: Any) -> dict[str, str]:
+    """Mean and standard deviation of the metrics over the trainings of a model; empty if it was trained once."""
+    trainings = json.loads(version.tags.get(TRAININGS_TAG, "{}"))
+    return {"seeds": ", ".join(trainings), **spread_text(trainings)} if trainings else {}
 
 
 def origin_of(version: Any) -> dict[str, str]:

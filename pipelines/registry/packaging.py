@@ -3,13 +3,14 @@
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edt_core.config import ChainConfig
+from edt_core.evaluation.trainings import seeds_text, spread_text
 from edt_core.files.small_files import read_bounded
 from edt_core.printing.redaction import redacted
 from edt_core.store.artifact import Artifact
@@ -42,7 +43,10 @@ _TRAINING = (
 
 @dataclass(frozen=True)
 class Entry:
-    """The artifacts behind one version. `untrained`: the evaluation of the untrained model that it started as."""
+    """The artifacts behind one version. `untrained`: the evaluation of the untrained model that it started as.
+
+    `trainings`: the metrics of each training by seed, its own first, if there are several.
+    """
 
     images: Artifact
     autoencoder: Artifact
@@ -50,6 +54,7 @@ class Entry:
     features: Artifact
     evaluation: Artifact
     untrained: Artifact | None = None
+    trainings: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ def card_of(name: str, model: "DiffusionTransformer", config: PromoteConfig, ent
     training = {
         "steps": checkpoint.counts["steps"],
         **{field: trained.get(field) for field in _TRAINING},
+        **_over_trainings(entry),
         "seconds": round(checkpoint.manifest.duration_s),
         "code version": checkpoint.manifest.code_version,
         "fingerprint": checkpoint.fingerprint,
@@ -165,6 +171,13 @@ def card_of(name: str, model: "DiffusionTransformer", config: PromoteConfig, ent
         data=_non_empty(data),
         training=_non_empty(training),
     )
+
+
+def _over_trainings(entry: Entry) -> dict[str, str]:
+    if not entry.trainings:
+        return {}
+    of = seeds_text(entry.trainings)
+    return {f"{name} of {of}": text for name, text in spread_text(entry.trainings).items()}
 
 
 def _non_empty(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Registration of a trained model: its diffusers folder as a logged model, and the tags of the version."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -11,7 +12,15 @@ from edt_core.store.artifact import Artifact, canonical_json, sha256_json
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.registry_files import DIGEST_TAG, stored_problems
 from pipelines.config.schema import PromoteConfig
-from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, add_version, find_version, settle
+from pipelines.registry.aliases import (
+    DECISION_TAG,
+    GATE_TAG,
+    TRAININGS_TAG,
+    add_version,
+    find_version,
+    set_tags,
+    settle,
+)
 from pipelines.registry.gate import (
     METRIC_TAG,
     PROTOCOL_FIELDS_TAG,
@@ -24,7 +33,7 @@ from pipelines.registry.packaging import Entry, Logged, log_pipeline, write_pipe
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import artifact_tags
 
-ENTRY_ROLES = tuple(field.name for field in fields(Entry) if field.name != "untrained")
+ENTRY_ROLES = tuple(field.name for field in fields(Entry) if field.name not in ("untrained", "trainings"))
 COST_TAG = "edt.cost."
 OBJECTIVE_TAG = "edt.objective"  # of models that do not predict noise
 COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")
@@ -51,14 +60,32 @@ def promote(
     version = find_version(catalog, name, identity_of(entry, config))
     if version is None:
         version = register(catalog, run_id, name, config, entry)
+    _tag_trainings(catalog, version, entry)
     if DECISION_TAG in version.tags:
         return Decision.from_json(version.tags[DECISION_TAG])
     return settle(catalog, version, config, f"run {run_id}", lambda: stored_problems(catalog.client, version), again)
 
 
-def entry_of(artifacts: Mapping[str, Artifact], untrained: Artifact | None = None) -> Entry:
-    """The entry with a branch's artifacts, which are given by role, and the evaluation of its untrained model."""
-    return Entry(**{role: artifacts[role] for role in ENTRY_ROLES}, untrained=untrained)
+def _tag_trainings(catalog: Catalog, version: Any, entry: Entry) -> None:
+    """Tag a version with the metrics of all trainings of its model. Further seeds may be trained after it."""
+    if not entry.trainings:
+        return
+    text = json.dumps(entry.trainings)
+    if version.tags.get(TRAININGS_TAG) != text:
+        set_tags(catalog, version, {TRAININGS_TAG: text})
+
+
+def entry_of(
+    artifacts: Mapping[str, Artifact],
+    untrained: Artifact | None = None,
+    trainings: Mapping[int, Artifact] | None = None,
+) -> Entry:
+    """The entry with a branch's artifacts, which are given by role, and the evaluation of its untrained model.
+
+    `trainings`: the evaluation of each training by seed, if there are several.
+    """
+    metrics = {seed: evaluation.counts["metrics"] for seed, evaluation in (trainings or {}).items()}
+    return Entry(**{role: artifacts[role] for role in ENTRY_ROLES}, untrained=untrained, trainings=metrics)
 
 
 def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry) -> tuple[Decision, str] | None:

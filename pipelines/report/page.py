@@ -9,13 +9,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edt_core.evaluation.metrics.registry import REGISTRY
+from edt_core.evaluation.trainings import spread_text
 from edt_core.evaluation.worth import Measured, Remark, difference
 from edt_core.sampling.grid import PIXELATED_UP_TO, encodable
 from edt_core.training.validation.overfitting import HELD_OUT_LOSS
@@ -68,6 +69,7 @@ class ReportData:
     costs: Sequence[StepCost] = ()
     validation: Validation | None = None
     along: AlongView | None = None  # the evaluations along the training
+    trainings: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # metrics by seed, if there are several
     measured: Measured | None = None  # the metrics with the number of samples; None if that is unknown
     remarks: Sequence[Remark] = ()  # on the metrics
     left_out: Sequence[str] = ()  # what of the source was not used
@@ -102,6 +104,7 @@ def render_report(data: ReportData) -> str:
         metrics=compare_metrics(data.metrics_before or {}, data.metrics_after, data.measured),
         own_space="classifier" if any(name.endswith("_classifier") for name in data.metrics_after) else None,
         validation=None if data.validation is None else validation_view(data.validation),
+        over_trainings=spread_text(data.trainings) if data.trainings else {},
         trend=_trend(data),
         neighbours=neighbour_view(neighbours, data.classes) if isinstance(neighbours, Neighbourhood) else None,
         curves=training_curves(data.history),

@@ -1,6 +1,6 @@
 """summary: collects the report's data from the artifacts, and writes the page and the sample grid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edt_core.config import Section, added
@@ -8,6 +8,7 @@ from edt_core.data.left_out import left_out
 from edt_core.data.sources.files import some
 from edt_core.evaluation.metrics import metric_space
 from edt_core.evaluation.protocol import protocol_differences
+from edt_core.evaluation.trainings import seed_role
 from edt_core.progress import Progress
 from edt_core.sampling.grid import sample_grid
 from edt_core.sampling.labels import trained_classes
@@ -48,6 +49,7 @@ class SummaryConfig(Section):
     lineage: dict[str, tuple[str, tuple[str, ...]]]
     config_yaml: str
     champion: PredecessorFacts | None = added(None)
+    seeds: tuple[int, ...] = added(())  # of all trainings of the model, if there are several; its own is the first
 
 
 def summarize(
@@ -119,11 +121,18 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         predecessor=None if config.champion is None else read_predecessor(config.champion, inputs),
         validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
         along=_along(config.registry, inputs),
+        trainings=_trainings(config.seeds, inputs),
         measured=measured(evaluation),
         remarks=remarks_on(inputs, config.registry.metric, config.registry.lower_is_better),
         left_out=left_out(images.counts, classes),
         costs=[step_cost(step, inputs[role], facts["macs"]) for role, (step, _) in config.lineage.items()],
     )
+
+
+def _trainings(seeds: Sequence[int], inputs: Mapping[str, Artifact]) -> dict[int, Mapping[str, float]]:
+    """The metrics of each training by seed, of a model that was trained with several."""
+    roles = {seed: seed_role(seed, "evaluation") if place else "evaluation" for place, seed in enumerate(seeds)}
+    return {seed: inputs[role].counts["metrics"] for seed, role in roles.items()}
 
 
 def _along(registry: VersionRecord, inputs: Mapping[str, Artifact]) -> AlongView | None:

@@ -20,8 +20,8 @@ def disk_needs(config: PipelineConfig, images: int, classes: int) -> dict[str, i
         config.autoencoder.latent_channels * (config.preprocess.image_size // config.autoencoder.downsample_factor) ** 2
     )
     copies, number = 2 if config.encode.write_webdataset else 1, 4 if config.encode.store == "fp32" else 2
-    # Of the trained model, and of the untrained one of a training from random weights.
-    sets = sum(2 if config.train_of(name).init_from is None else 1 for name in config.models)
+    # Of each trained model, and of the untrained one of a training from random weights.
+    sets = sum(len(config.trainings_of(name)) + (config.train_of(name).init_from is None) for name in config.models)
     floats = sum(_floats(config, space, classes) for space in config.extractors)
     samples, limit = config.sample.num_samples, config.sample.keep_images
     pictures = (samples if limit == "all" else min(int(limit), samples)) * 3 * pixels
@@ -55,7 +55,8 @@ def _checkpoints(config: PipelineConfig, name: str, images: int, classes: int) -
     number = min(train.num_to_keep + _SPARE_CHECKPOINTS, -(-needs.steps // train.checkpoint_every) + 1)
     number += 0 if train.keep_every is None else needs.steps // train.keep_every
     exported = needs.weights if config.promote.torch_export else 0
-    return needs.checkpoint * (number + 1) + needs.snapshot * needs.snapshots + needs.weights + exported
+    trained = needs.checkpoint * number + needs.snapshot * needs.snapshots
+    return trained * len(config.trainings_of(name)) + needs.checkpoint + needs.weights + exported
 
 
 def size_text(number: int) -> str:

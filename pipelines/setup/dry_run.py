@@ -39,6 +39,8 @@ def training_needs(config: PipelineConfig, cluster: str | None = None, timed: bo
         model = config.model_of(name, source.classes)
         needs = estimate(train, model, images)
         lines.append(f"{name}: {needs}{card_rows(train, model)}\n  {'workers':<25} {workers}")
+        if (trainings := len(config.trainings_of(name))) > 1:
+            lines[-1] += f"\n  {'trainings':<25} {trainings}, one for each seed; the figures are of one"
         if timed:
             time = _training_time(train, model, needs, cluster)
             lines[-1] += f"\n  {'training time':<25} {time}"

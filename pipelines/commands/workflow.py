@@ -103,7 +103,7 @@ def execute(
     with (
         failures_notified(loaded.notify, loaded.name),
         _overlap_guard(loaded, no_overlap, "" if verb == "run" else f"-{next(iter(loaded.models))}"),
-        _logged(loaded.store, verb, to_stderr=as_json) as terminal,
+        logged(loaded.store, verb, to_stderr=as_json) as terminal,
     ):
         terminal.say(f"edt {verb} {loaded.name if verb == 'run' else next(iter(loaded.models))}", "bold")
         for note in notes:
@@ -152,7 +152,7 @@ def failures_notified(config: "NotifyConfig", pipeline: str) -> Iterator[None]:
 
 
 @contextmanager
-def _logged(store: str, name: str, to_stderr: bool) -> Iterator["Terminal"]:
+def logged(store: str, name: str, to_stderr: bool) -> Iterator["Terminal"]:
     """A terminal whose log captures what libraries print, including the end of a Ray session started here."""
     from pipelines.terminal.run_log import RunLog
     from pipelines.terminal.terminal import Terminal
@@ -368,7 +368,7 @@ def reproduce(
 
     catalog = open_catalog(store, tracking_uri)
     folder = into or f"./edt-reproduced-{run_id[:8]}"
-    with _logged(store, "reproduce", to_stderr=True) as terminal:
+    with logged(store, "reproduce", to_stderr=True) as terminal:
         outcome, comparisons = reproduced(run_id, catalog, folder, terminal, address, other_code)
         if outcome.stopped:
             show_stopped(terminal, outcome.stopped)

@@ -191,7 +191,7 @@ class PipelineConfig(_WithNetworks):
             if train.max_steps > 0:  # an untrained model has no loss
                 check_training(train)
             for section, chain in self._chains():
-                self.model_of(name, 2, self._amm_blocks(chain, train.model))
+                self.model_of(name, 2, self.amm_blocks_of(chain, train.model))
                 _check_chain(section, chain, model, name, train)
         if self.reference_statistics is not None and self.extractors != (INCEPTION,):
             raise ValueError(
@@ -287,7 +287,7 @@ class PipelineConfig(_WithNetworks):
         along = [] if self.along.every is None else [("along", self.along)]
         return [("sample", self.sample), *along]
 
-    def _amm_blocks(self, chain: ChainConfig, model: str) -> tuple[int, ...]:
+    def amm_blocks_of(self, chain: ChainConfig, model: str) -> tuple[int, ...]:
         """Blocks that a chain modulates in a model; empty for 'model'. Raises UserError as `paper_amm_blocks`."""
         blocks = chain.amm_blocks
         if blocks == "paper":

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy.stats import ttest_ind
 
 from edt_core.config import Section
+from edt_core.evaluation.trainings import SIGNIFICANT, p_values
 from edt_core.progress import Silent
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.store import Store
@@ -38,7 +38,7 @@ from pipelines.pipeline import call_steps, prepare_source
 from pipelines.terminal.terminal import Terminal
 from tests.support.local_ray import local_ray_train
 
-BASE, LEVEL = "epsilon, Adan", 0.05
+BASE = "epsilon, Adan"
 METRICS = {"fd_classifier": "lower is better", "accuracy_classifier": "higher is better"}
 FLOW = {"objective": "flow"}
 # Of each row, the fields that differ from the first.
@@ -212,18 +212,11 @@ def of_widths(data: Data, seeds: Sequence[int], lab: Lab) -> dict[str, list[dict
 
 
 def verdicts(rows: Mapping[str, Sequence[float]], base: str) -> dict[str, str]:
-    """For each row but the first, the probability of such a difference by chance, and whether that is enough.
-
-    Welch's t-test of the trainings' values, corrected for the number of rows by Holm's method.
-    """
-    chances = {
-        row: float(ttest_ind(values, rows[base], equal_var=False).pvalue) for row, values in rows.items() if row != base
+    """For each row but the first, the probability of such a difference by chance, and whether that is enough."""
+    return {
+        row: f"{'**differs**' if chance < SIGNIFICANT else 'not shown to differ'} (p-value {chance:.2g})"
+        for row, chance in p_values(rows, base).items()
     }
-    texts, corrected = {}, 0.0
-    for place, row in enumerate(sorted(chances, key=lambda row: chances[row])):
-        corrected = max(corrected, min(1.0, (len(chances) - place) * chances[row]))
-        texts[row] = f"{'**differs**' if corrected < LEVEL else 'not shown to differ'} (p-value {corrected:.2g})"
-    return texts
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, float]]], base: str, first: str, extra: Mapping[str, str]) -> str:

@@ -1,0 +1,1 @@
+"""Studies: several trainings by one command, and what they show together."""

@@ -1,0 +1,55 @@
+"""What a table costs at full scale, before anything runs: operations by formula, for all of its trainings."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from edt_core.models import count_macs, shadow
+from edt_core.training.start.trainable import step_flops
+from pipelines.config.schema import PipelineConfig
+from pipelines.setup.disk import disk_needs, largest_first, size_text
+
+CLASSES, IMAGES = 1000, 1_281_167  # of ILSVRC2012
+ASSUMED_TFLOPS = 100.0  # sustained by a GPU: an assumption, to be replaced by a measured rate
+_SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Price:
+    """Operations of all steps that train and sample the models of a table, each training counted once.
+
+    `trainings`: their number. `training`, `sampling`: floating-point operations, two for a multiply-accumulate.
+    `disk`: bytes by kind.
+    """
+
+    trainings: int
+    training: float
+    sampling: float
+    disk: Mapping[str, int]
+
+    def lines(self, tflops: float) -> Iterator[str]:
+        """The price as text, at a rate of operations a GPU."""
+        for what, operations in (("training", self.training), ("sampling", self.sampling)):
+            days = operations / (tflops * 1e12) / _SECONDS_A_DAY
+            yield f"  {what:<10} {operations:.3g} FLOPs, {days:,.3g} GPU-days at {tflops:g} TFLOP/s"
+        yield f"  {'disk':<10} about {size_text(sum(self.disk.values()))}: {largest_first(self.disk)}"
+
+
+def price_of(configs: Sequence[PipelineConfig], classes: int = CLASSES, images: int = IMAGES) -> Price:
+    """The price of some pipelines on a data set of this size. A training that several have is counted once."""
+    trained: dict[str, float] = {}
+    sampled: dict[str, float] = {}
+    disk: dict[str, int] = {}
+    for config in configs:
+        for name in config.models:
+            model = config.model_of(name, classes)
+            chain = config.sample
+            passes = chain.num_sampling_steps * (2 if chain.cfg_scale > 1 else 1)
+            drawn = 2 * count_macs(shadow(model)) * passes * chain.num_samples * chain.repeats
+            for train in config.trainings_of(name):
+                key = train.model_dump_json()
+                trained[key] = float(train.total_steps(images) * train.global_batch_size * step_flops(train, model))
+                sampled[f"{key} {chain.model_dump_json()}"] = float(drawn)
+        needs = disk_needs(config, images, classes)
+        shared = {kind: max(size, disk.get(kind, 0)) for kind, size in needs.items() if kind in ("images", "latents")}
+        disk |= shared | {kind: disk.get(kind, 0) + size for kind, size in needs.items() if kind not in shared}
+    return Price(len(trained), sum(trained.values()), sum(sampled.values()), disk)

@@ -235,6 +235,13 @@ class TrainConfig(Section):
         "EDT-S/2",
         description="name of a model, such as EDT-S/2 or DiT-XL/4; `edt cost` lists them; each family has a Tiny/2",
     )
+    model_overrides: dict[str, Any] = added(
+        {},
+        description="fields of the model's configuration with other values than the named model has. EDT: "
+        "token_enhancement, position_supplement (false: the down-sampling modules lack their adaptive norm, or their "
+        "position embedding), input_mask_ratio, down_mask_ratios, mid_mask_block, mid_mask_ratio. MDTv2: mask_ratio, "
+        "decode_depth. A ratio is a range, [least, most]",
+    )
     global_batch_size: int = Field(256, ge=1, description="samples per step, over all workers")
     max_steps: int = Field(400_000, ge=0, description="number of steps; 0 keeps the untrained model of this seed")
     max_epochs: float | None = Field(None, gt=0, description="end after this many epochs, if that is before max_steps")

@@ -18,6 +18,7 @@ from edt_core.models.zoo import (
     has_paper_amm_blocks,
     model_config,
     models_for,
+    overrides_record,
     paper_amm_blocks,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "masks_of",
     "model_config",
     "models_for",
+    "overrides_record",
     "paper_amm_blocks",
     "read_released_model",
     "shadow",

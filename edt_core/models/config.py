@@ -15,7 +15,10 @@ from edt_core.errors import UserError
 from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
 
 AmmKernel = Literal["exp_cos", "cos"]
-_ADDED = ("objective", "outputs", "latents_mean", "latents_std")
+_ADDED = (
+    *("objective", "outputs", "latents_mean", "latents_std"),
+    *("token_enhancement", "position_supplement", "input_mask_ratio"),
+)
 
 AMM_KERNELS: tuple[AmmKernel, ...] = ("exp_cos", "cos")
 _ARCHITECTURES: dict[str, type[ModelConfig]] = {}  # by the name in a stored configuration

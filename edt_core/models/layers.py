@@ -101,30 +101,38 @@ class LabelEmbedding(nn.Module):
 class DownSample(nn.Module):
     """Merge 2x2 tokens into one of width D'.
 
-    Adaptive layer norm before the projection (token information enhancement), a position embedding after it
-    (positional encoding supplement). A masked token's vector is zeroed between norm and projection, after the
+    Adaptive layer norm before the projection (token information enhancement, TIE), a position embedding after it
+    (positional encoding supplement, PES). A masked token's vector is zeroed between norm and projection, after the
     blocks of the stage have mixed all tokens (token relation-enhanced masking). Source: arXiv 2410.23788.
+
+    Without `enhanced` or `supplemented` the module lacks that part and its weights (table 4 of the paper).
     """
 
-    pos_embed: Tensor
+    pos_embed: Tensor | None
+    norm: AdaptiveLayerNorm | None
 
-    def __init__(self, dim: int, out_dim: int, grid: int, cond_dim: int) -> None:
+    def __init__(
+        self, dim: int, out_dim: int, grid: int, cond_dim: int, *, enhanced: bool = True, supplemented: bool = True
+    ) -> None:
         super().__init__()
         self.grid = grid
-        self.norm = AdaptiveLayerNorm(4 * dim)
-        self.adaLN_modulation = adaln_projection(cond_dim, 8 * dim)
+        self.norm = AdaptiveLayerNorm(4 * dim) if enhanced else None
+        if enhanced:
+            self.adaLN_modulation = adaln_projection(cond_dim, 8 * dim)
         self.reduction = TokenLinear(4 * dim, out_dim, bias=False)
-        self.register_buffer("pos_embed", sincos_position_embedding(out_dim, grid // 2))
+        self.register_buffer("pos_embed", sincos_position_embedding(out_dim, grid // 2) if supplemented else None)
 
     def forward(self, x: Tensor, c: Tensor, keep: Tensor | None = None) -> Tensor:
         """Merge: x [N, T, D], c [N, K], keep [N, T] bool (False: the token is masked) -> [N, T/4, D']."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        merged: Tensor = self.norm(merge_tokens(x, self.grid), shift, scale)
+        merged = merge_tokens(x, self.grid)
+        if self.norm is not None:
+            shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+            merged = self.norm(merged, shift, scale)
         if keep is not None:
             cells = merged.unflatten(-1, (4, -1)) * merge_tokens(keep.unsqueeze(-1), self.grid).unsqueeze(-1)
             merged = cells.flatten(-2)
-        out: Tensor = self.reduction(merged) + self.pos_embed
-        return out
+        out: Tensor = self.reduction(merged)
+        return out if self.pos_embed is None else out + self.pos_embed
 
 
 class UpSample(nn.Module):

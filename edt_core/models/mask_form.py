@@ -19,8 +19,8 @@ RatioRange = tuple[float, float]
 class MaskSite:
     """A place in the forward pass that masks tokens.
 
-    `module` is the name of the module that masks its input, as in `named_modules()`; `ratio_range` bounds the
-    share of its `tokens` that is masked.
+    `module` is the name of the module that masks its input, or of the embedding that masks its output, as in
+    `named_modules()`; `ratio_range` bounds the share of its `tokens` that is masked.
     """
 
     module: str

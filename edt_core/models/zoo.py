@@ -5,8 +5,9 @@ Legend: `cfg_scale` is the classifier-free guidance scale (1 means no guidance);
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from edt_core.errors import UserError
 from edt_core.models.base import DiffusionTransformer
@@ -14,6 +15,7 @@ from edt_core.models.config import AmmKernel, LatentSizeError, ModelConfig
 from edt_core.models.families import FAMILIES
 from edt_core.models.families.amm_placements import LARGE_IMAGE_SIZE, AmmPlacement
 from edt_core.models.families.family import Family
+from edt_core.models.families.overrides import checked_overrides, overrides_of
 
 _FAMILY_OF: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.sizes}
 MODEL_NAMES: tuple[str, ...] = tuple(_FAMILY_OF)
@@ -59,6 +61,7 @@ def model_config(
     autoencoder_factor: int | None = None,
     latent_channels: int = 4,
     amm_kernel: AmmKernel | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """The configuration of a named model for images of `image_size` pixels.
 
@@ -70,12 +73,15 @@ def model_config(
         autoencoder_factor: pixels that a latent covers in each direction; None is 8, and 4 for Tiny.
         latent_channels: channels of the latents.
         amm_kernel: how attention decreases with distance; None is the paper's for the resolution.
+        overrides: fields of the family's configuration with other values than the named model has.
 
     Raises:
-        ValueError: an unknown name, an image size that does not fit, or an AMM block that does not exist.
+        ValueError: an unknown name, an image size that does not fit, an AMM block that does not exist, or fields that
+            the family does not have.
     """
     family = family_of(name)
     size = family.sizes[name]
+    overridden = checked_overrides(family, name, overrides or {})
     factor = size.autoencoder_factor if autoencoder_factor is None else autoencoder_factor
     if image_size % factor:
         patch, depths = size.numbers.get("patch_size", 2), size.numbers.get("depths", ())
@@ -94,12 +100,18 @@ def model_config(
             num_classes=num_classes,
             amm_blocks=tuple(amm_blocks),
             amm_kernel=amm_kernel,
-            **size.numbers,
+            **{**size.numbers, **overridden},
         )
     except LatentSizeError as error:
         side = image_size // factor
         fitting = f"Models for {side}x{side}: {', '.join(models_for(side)) or 'none'}."
         raise LatentSizeError(f"{error} {fitting}") from None
+
+
+def overrides_record(config: ModelConfig) -> dict[str, Any]:
+    """`{"model_overrides": the fields in which it differs from the model of its name}` for records; empty without."""
+    differing = overrides_of(FAMILIES[config.architecture], config)
+    return {"model_overrides": differing} if differing else {}
 
 
 def build_model(config: ModelConfig) -> DiffusionTransformer:

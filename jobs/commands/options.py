@@ -88,6 +88,8 @@ def _value(schema: type[Section], name: str, text: str) -> Any:
 
 def _is_bare_list(annotation: Any, value: Any) -> bool:
     """Whether an option, such as `7,10` or `fid`, is a list without its brackets."""
+    if get_origin(annotation) is dict:
+        return False
     kinds = get_args(annotation) or (annotation,)
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     listed = any(get_origin(kind) is tuple for kind in (annotation, *kinds))

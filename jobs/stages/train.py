@@ -67,6 +67,7 @@ def config_of(config: TrainConfig, latents: Mapping[str, Any], initial: Any = No
             latents["classes"],
             autoencoder_factor=latents["image_size"] // side,
             latent_channels=channels,
+            overrides=config.model_overrides,
         )
         model = with_objective(model, config.objective)
         base = {} if initial is None else initial.model_config or {}
@@ -94,7 +95,7 @@ def train(
     not finite after `max_rollbacks` rollbacks, UserError for invalid latents or resources.
     """
     from edt_core.data.scale import LatentScale
-    from edt_core.models import count_macs, count_parameters, shadow
+    from edt_core.models import count_macs, count_parameters, overrides_record, shadow
     from edt_core.training.checkpoint import checkpoint_name
     from edt_core.training.optim import decay_start
     from edt_core.training.posthoc.snapshots import counts_of
@@ -150,6 +151,7 @@ def train(
     return {
         "model": config.model,
         **model_config.objective_record(),
+        **overrides_record(model_config),
         "steps": steps[-1],
         "autoencoder_digest": latents.counts["autoencoder_digest"],
         **LatentScale.of(latents.counts).beyond_factor(),

@@ -36,6 +36,10 @@ def cost(
     image_size: Annotated[
         str | None, typer.Option(help="image side in pixels; separate several with commas  \\[default: 256]")
     ] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Option("--override", metavar="FIELD=VALUE", help="a field of train.model_overrides, for all models"),
+    ] = [],  # noqa: B006  typer copies it
     by_module: Annotated[bool, typer.Option("--by-module", help="list the MACs of each module of one model")] = False,
     acceptance: Annotated[
         Path | None, typer.Option(metavar="FILE", help="show times instead, at the rates that `edt bench gpu` measured")
@@ -60,11 +64,15 @@ def cost(
     Examples:
       edt cost EDT-S/2 DiT-S/2 MDTv2-S/2
       edt cost EDT-XL/2 --image-size 512 --by-module
+      edt cost EDT-S/2 --override token_enhancement=false
       edt cost EDT-S/2 EDT-XL/2 --acceptance acceptance.json --num-gpus 8
     """
     if acceptance is not None:
-        if by_module:
-            raise UserError("--by-module counts operations and --acceptance estimates times; give one of the two")
+        if by_module or overrides:
+            given = (
+                "--by-module counts operations" if by_module else "--override names fields for a table of operations"
+            )
+            raise UserError(f"{given} and --acceptance estimates times; give one of the two")
         loaded = _pipeline(config, assignments, image_size)
         _print_times(acceptance, loaded, models or [], num_gpus, num_images, as_json)
     elif num_gpus != 1 or config != _RECIPE or assignments or num_images is not None:
@@ -73,17 +81,20 @@ def cost(
             "`edt bench gpu --out FILE` wrote on such a GPU; give it, or leave them out"
         )
     else:
-        _print_costs(models or [], image_size or "256", by_module, as_json)
+        _print_costs(models or [], image_size or "256", overrides, by_module, as_json)
 
 
-def _print_costs(models: Sequence[str], image_size: str, by_module: bool, as_json: bool) -> None:
+def _print_costs(
+    models: Sequence[str], image_size: str, overrides: Sequence[str], by_module: bool, as_json: bool
+) -> None:
     """The table of parameters and operations of models, or of the modules of one."""
     from edt_core.models import MODEL_NAMES, model_config
+    from jobs.commands.options import parse_assignment
 
     names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
-    sizes = _sizes(image_size)
+    sizes, fields = _sizes(image_size), dict(parse_assignment(text) for text in overrides)
     try:
-        configs = [model_config(name, size) for name in names for size in sizes]
+        configs = [model_config(name, size, overrides=fields) for name in names for size in sizes]
     except ValueError as error:
         raise UserError(str(error)) from error
     if by_module:
@@ -181,7 +192,7 @@ def _time_cell(value: Any) -> Any:
 
 def _row(config: Any) -> dict[str, Any]:
     from edt_core.evaluation.published import published_gflops
-    from edt_core.models import count_macs, count_parameters, shadow, training_flops
+    from edt_core.models import count_macs, count_parameters, overrides_record, shadow, training_flops
 
     model = shadow(config)
     return {
@@ -189,7 +200,7 @@ def _row(config: Any) -> dict[str, Any]:
         "image_size": config.image_size,
         "parameters": count_parameters(model),
         "macs": count_macs(model),
-        "published_gflops": published_gflops(config.name, config.image_size),
+        "published_gflops": None if overrides_record(config) else published_gflops(config.name, config.image_size),
         "training_flops": training_flops(config, masked=config.is_masked),
     }
 

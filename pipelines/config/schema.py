@@ -319,6 +319,7 @@ class PipelineConfig(_WithNetworks):
             amm_blocks,
             autoencoder_factor=self.autoencoder.downsample_factor,
             latent_channels=self.autoencoder.latent_channels,
+            overrides=train.model_overrides,
         )
         return with_objective(config, train.objective)
 

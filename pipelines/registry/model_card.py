@@ -11,7 +11,7 @@ from typing import Any
 from edt_core.diffusion import objective_of_model
 from edt_core.evaluation.metrics import in_order
 from edt_core.evaluation.protocol import comparison_table
-from edt_core.models import FAMILIES, ModelConfig
+from edt_core.models import FAMILIES, ModelConfig, overrides_record
 
 README = "README.md"
 _TASK = "unconditional-image-generation"  # hubs have no task for class-conditional images
@@ -72,8 +72,10 @@ class ModelCard:
     def _model(self) -> str:
         family, objective = FAMILIES[self.config.architecture], objective_of_model(self.config)
         size, latent = self.config.image_size, self.config.latent_size
+        overrides = overrides_record(self.config).get("model_overrides", {})
         facts = {
             "architecture": f"{self.config.name}: {family.long_name} ({family.paper})",
+            **({"differs from that model": overrides} if overrides else {}),
             "predicts": f"{objective.meaning} (prediction type {objective.prediction_type})",
             "parameters": f"{self.parameters:,}",
             "multiply-accumulates": f"{self.macs:,} per image and step",

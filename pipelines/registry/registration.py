@@ -36,6 +36,7 @@ from pipelines.tracking.run_record import artifact_tags
 ENTRY_ROLES = tuple(field.name for field in fields(Entry) if field.name not in ("untrained", "trainings"))
 COST_TAG = "edt.cost."
 OBJECTIVE_TAG = "edt.objective"  # of models that do not predict noise
+OVERRIDES_TAG = "edt.model_overrides"  # fields in which the model differs from the one of its name, as JSON
 COSTS = ("model", "image_size", "parameters", "macs", "steps", "images_seen", "training_flops", "device_hours")
 _MAX_TAG = 20_000  # characters of a tag; the limit of MLflow is 100,000, of MySQL 65,535
 
@@ -161,9 +162,11 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
     metrics = {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in counts["metrics"].items()}
     protocol = canonical_json(counts["protocol"])
     costs = {**entry.images.counts, **counts_of_model}
+    overrides = counts_of_model.get("model_overrides")
     tags = {
         **artifact_tags(entry.checkpoint),
         OBJECTIVE_TAG: counts_of_model.get("objective", ""),
+        OVERRIDES_TAG: canonical_json(overrides) if overrides else "",
         "edt.code_version": code_version(),
         "edt.evaluation.uri": entry.evaluation.folder.uri,
         "edt.evaluation.digest": entry.evaluation.manifest.digest,

@@ -76,6 +76,7 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
     real, real_labels = real_images(images, counts)
     facts = {
         "architecture": checkpoint.counts["model"],
+        **{f"model.{name}": value for name, value in checkpoint.counts.get("model_overrides", {}).items()},
         "parameters": checkpoint.counts["parameters"],
         "macs": checkpoint.counts["macs"],
         "steps": checkpoint.counts["steps"],

@@ -59,9 +59,12 @@ class Setting:
 
 
 def trainings_of(config: PipelineConfig, models: Sequence[str]) -> list[TrainConfig]:
-    """The training of each named model, by the recipe of a configuration; without names, those of its own models."""
+    """The training of each named model, by the recipe of a configuration; without names, those of its own models.
+
+    A named model has none of the recipe's overrides, which may be of another family.
+    """
     own = [config.train_of(name) for name in config.models]
-    return [own[0].model_copy(update={"model": model}) for model in models] or own
+    return [own[0].model_copy(update={"model": model, "model_overrides": {}}) for model in models] or own
 
 
 def step_times(setting: Setting, trainings: Sequence[TrainConfig]) -> list[StepTime]:
@@ -82,6 +85,7 @@ def _model(setting: Setting, train: TrainConfig) -> ModelConfig:
             setting.image_size,
             autoencoder_factor=autoencoder.downsample_factor,
             latent_channels=autoencoder.latent_channels,
+            overrides=train.model_overrides,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

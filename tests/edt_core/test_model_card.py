@@ -64,6 +64,14 @@ def test_people_read_what_it_is_how_it_was_measured_and_made(tmp_path: Path) -> 
     assert "## Origin" not in text
 
 
+def test_fields_that_differ_from_the_named_model_are_named() -> None:
+    bare = model_config("EDT-S/2", overrides={"token_enhancement": False, "input_mask_ratio": [0.3, 0.5]})
+    text = replace(CARD, config=bare).text()
+    assert "| differs from that model.token_enhancement | False |" in text
+    assert "| differs from that model.input_mask_ratio | 0.3, 0.5 |" in text
+    assert "differs from" not in CARD.text()
+
+
 def test_normalised_latents_are_named() -> None:
     statistics = {"latents_mean": (0.5,) * 4, "latents_std": (2.0,) * 4}
     normalised = replace(CARD, config=replace(CARD.config, **statistics)).text()

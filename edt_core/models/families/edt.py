@@ -6,7 +6,7 @@ Legend: N = batch, C = latent channels, h = side of the latents, T = tokens of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,8 @@ from edt_core.models.layers import DownSample, FinalLayer, SkipConnection, UpSam
 from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
 from edt_core.models.masking import check_masks
 from edt_core.models.positions import sincos_position_embedding
+
+_INPUT = "x_embedder"  # the site before all blocks
 
 
 class KeptFlags(MaskForm):
@@ -65,8 +67,13 @@ class EDTConfig(ModelConfig):
 
     `dims`, `num_heads` and `depths` have one entry per stage. The number of stages is odd: each stage before the middle
     one ends with a module that halves the grid, each stage after it starts by doubling the grid. `down_mask_ratios` has
-    a range of mask ratios for each down-sampling module; `mid_mask_block`, if not None, is the block of the first stage
-    whose input is masked too, with a ratio from `mid_mask_ratio` (a ratio is the share of masked tokens, in 0..1).
+    a range of mask ratios for each down-sampling module, or none at all; `mid_mask_block`, if not None, is the block of
+    the first stage whose input is masked too, with a ratio from `mid_mask_ratio` (a ratio is the share of masked
+    tokens, in 0..1). With `input_mask_ratio` tokens are masked before the model, as MDT masks them: the long skips do
+    not have them either.
+
+    Without `token_enhancement` or `position_supplement` the down-sampling modules lack their adaptive norm or their
+    position embedding, for the ablation of the paper's table 4.
     """
 
     architecture: ClassVar[str] = "edt"
@@ -78,6 +85,9 @@ class EDTConfig(ModelConfig):
     down_mask_ratios: tuple[RatioRange, ...] = ((0.4, 0.5), (0.1, 0.2))
     mid_mask_block: int | None = None
     mid_mask_ratio: RatioRange = (0.15, 0.25)
+    token_enhancement: bool = True
+    position_supplement: bool = True
+    input_mask_ratio: RatioRange | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -102,13 +112,20 @@ class EDTConfig(ModelConfig):
 
     @property
     def mask_sites(self) -> tuple[MaskSite, ...]:
-        """The block of the first stage, if any, then the down-sampling modules."""
+        """The embedding and a block of the first stage, if any, then the down-sampling modules."""
         sites = []
+        if self.input_mask_ratio is not None:
+            sites.append(MaskSite(_INPUT, self.grid**2, self.input_mask_ratio))
         if self.mid_mask_block is not None:
-            sites.append(MaskSite(f"blocks.{self.mid_mask_block}", self.stages[0].grid ** 2, self.mid_mask_ratio))
+            sites.append(MaskSite(f"blocks.{self.mid_mask_block}", self.grid**2, self.mid_mask_ratio))
         for index, ratio_range in enumerate(self.down_mask_ratios):
             sites.append(MaskSite(f"down_blocks.{index}", self.stages[index].grid ** 2, ratio_range))
         return tuple(sites)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether any site masks tokens."""
+        return bool(self.mask_sites)
 
     @property
     def stages(self) -> tuple[StageSpec, ...]:
@@ -140,7 +157,11 @@ class EDT(AdaLNTransformer):
         self.register_buffer("pos_embed", sincos_position_embedding(cond_dim, stages[0].grid))
         self.blocks = nn.ModuleList(_block(stage, config) for stage in stages for _ in stage.blocks)
         self.down_blocks = nn.ModuleList(
-            DownSample(stage.dim, next_stage.dim, stage.grid, cond_dim)
+            DownSample(
+                *(stage.dim, next_stage.dim, stage.grid, cond_dim),
+                enhanced=config.token_enhancement,
+                supplemented=config.position_supplement,
+            )
             for stage, next_stage in zip(self.down_stages, stages[1 : middle + 1], strict=True)
         )
         self.up_blocks = nn.ModuleList(
@@ -154,19 +175,19 @@ class EDT(AdaLNTransformer):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
         """Noise and variance [N, 2C, h, h] of latents x [N, C, h, h] at timesteps t [N] for labels y [N]."""
         self.check_inputs(x, t, y)
-        mid_keep, down_keeps = self._assign_masks(masks, x.shape[0])
-        x = self.x_embedder(x) + self.pos_embed
+        keeps = self._assign_masks(masks, x.shape[0])
+        x = self._without_masked(self.x_embedder(x) + self.pos_embed, keeps.get(_INPUT))
         c = self.t_embedder(t) + self.y_embedder(y)
 
         skips = []
-        for stage, down, keep in zip(self.down_stages, self.down_blocks, down_keeps, strict=True):
+        for index, (stage, down) in enumerate(zip(self.down_stages, self.down_blocks, strict=True)):
             skips.append(x)
-            x = self._run_stage(stage, x, c, mid_keep)
-            x = down(x, c, keep)
-        x = self._run_stage(self.middle_stage, x, c)
+            x = self._run_stage(stage, x, c, keeps)
+            x = down(x, c, keeps.get(f"down_blocks.{index}"))
+        x = self._run_stage(self.middle_stage, x, c, keeps)
         for stage, up, skip in zip(self.up_stages, self.up_blocks, self.concat_blocks, strict=True):
             x = skip(up(x), skips.pop(), c)
-            x = self._run_stage(stage, x, c)
+            x = self._run_stage(stage, x, c, keeps)
 
         return patches_to_image(self.final_layer(x, c), self.up_stages[-1].grid, self.config.patch_size)
 
@@ -183,25 +204,23 @@ class EDT(AdaLNTransformer):
         grid = self.config.stages[number].grid
         return f"stage {number} ({grid}x{grid})"
 
-    def _run_stage(self, stage: StageSpec, x: Tensor, c: Tensor, mid_keep: Tensor | None = None) -> Tensor:
-        """Run one stage's blocks; before `mid_mask_block`, a masked token is replaced by its position embedding."""
+    def _run_stage(self, stage: StageSpec, x: Tensor, c: Tensor, keeps: Mapping[str, Tensor]) -> Tensor:
+        """Run one stage's blocks; before a masking block, a masked token is replaced by its position embedding."""
         for index in stage.blocks:
-            if mid_keep is not None and index == self.config.mid_mask_block:
-                x = self.pos_embed.where(~mid_keep.unsqueeze(-1), x)
-            x = self.run_block(self.blocks[index], x, c)
+            x = self.run_block(self.blocks[index], self._without_masked(x, keeps.get(f"blocks.{index}")), c)
         return x
 
-    def _assign_masks(
-        self, masks: Sequence[Tensor] | None, batch_size: int
-    ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-        """The mask within the first stage, and one for each down-sampling module, of masks in forward order."""
+    def _without_masked(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """Tokens x [N, T, D] of the first grid, of a masked one (keep [N, T] False) only its position embedding."""
+        return x if keep is None else self.pos_embed.where(~keep.unsqueeze(-1), x)
+
+    def _assign_masks(self, masks: Sequence[Tensor] | None, batch_size: int) -> Mapping[str, Tensor]:
+        """The masks of all rows by the module that they mask the input of, of masks in forward order."""
         if masks is None:
-            return None, [None] * len(self.down_blocks)
+            return {}
         check_masks(self.config, masks, batch_size)
         whole = [torch.cat([mask.new_ones(batch_size - len(mask), mask.shape[1]), mask]) for mask in masks]
-        if self.config.mid_mask_block is None:
-            return None, whole
-        return whole[0], whole[1:]
+        return {site.module: mask for site, mask in zip(self.config.mask_sites, whole, strict=True)}
 
 
 def _block(stage: StageSpec, config: EDTConfig) -> Block:
@@ -226,12 +245,13 @@ def _check_hourglass(config: EDTConfig) -> None:
 
 
 def _check_masks(config: EDTConfig) -> None:
-    if len(config.down_mask_ratios) != config.num_merges:
+    if len(config.down_mask_ratios) not in (0, config.num_merges):
         raise ValueError(
             f"{config.name}: {len(config.down_mask_ratios)} ranges in down_mask_ratios for "
-            f"{config.num_merges} down-sampling modules; set one range for each."
+            f"{config.num_merges} down-sampling modules; set one range for each, or none at all."
         )
-    check_ratios(config.name, [*config.down_mask_ratios, config.mid_mask_ratio])
+    at_input = [] if config.input_mask_ratio is None else [config.input_mask_ratio]
+    check_ratios(config.name, [*config.down_mask_ratios, config.mid_mask_ratio, *at_input])
     if config.mid_mask_block is not None and not 0 <= config.mid_mask_block < config.depths[0]:
         raise ValueError(
             f"{config.name}: mid_mask_block is {config.mid_mask_block}, but a masked token is replaced by "
@@ -287,4 +307,8 @@ EDT_FAMILY = Family(
     },
     amm_placements=_PLACEMENTS,
     released_sampling={"amm_blocks": "paper"},
+    overridable=(
+        *("token_enhancement", "position_supplement"),
+        *("input_mask_ratio", "down_mask_ratios", "mid_mask_block", "mid_mask_ratio"),
+    ),
 )

@@ -97,7 +97,8 @@ class Family:
     """One kind of model, with its named sizes. It is defined entirely by its file in `edt_core.models.families`.
 
     `paper` is "arXiv " and an arXiv number. `released_sampling` are the fields of the sampling configuration for a
-    checkpoint of the authors.
+    checkpoint of the authors. `overridable` are the fields of a named model's configuration that a training may set
+    (`train.model_overrides`).
     """
 
     title: str
@@ -109,3 +110,4 @@ class Family:
     amm_placements: tuple[AmmPlacement, ...] = ()  # the first one that fits is used
     released: ReleasedFormat = field(default_factory=ReleasedFormat)
     released_sampling: Mapping[str, Any] = field(default_factory=lambda: {"amm_blocks": "model"})
+    overridable: tuple[str, ...] = ()

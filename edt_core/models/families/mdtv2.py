@@ -223,4 +223,5 @@ MDTV2_FAMILY = Family(
     ),
     released=_Format(),
     released_sampling={"amm_blocks": "model", "cfg_power": 4.0},
+    overridable=("mask_ratio", "decode_depth"),
 )

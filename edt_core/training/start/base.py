@@ -14,7 +14,7 @@ from edt_core.models import ModelConfig
 _FREE = {
     *("name", "latent_size", "num_classes", "amm_blocks", "amm_kernel", "amm_radius"),
     *("latents_mean", "latents_std"),  # the new model keeps the base's, see `keep_statistics`
-    *("down_mask_ratios", "mid_mask_block", "mid_mask_ratio", "mask_ratio"),
+    *("down_mask_ratios", "mid_mask_block", "mid_mask_ratio", "mask_ratio", "input_mask_ratio"),
 }
 _SHOWN = 5  # class names in a message
 

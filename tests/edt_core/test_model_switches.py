@@ -1,0 +1,158 @@
+"""The switches of EDT's ablations against its authors' code, and what a configuration may set of a named model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from edt_core.models import (
+    EDT,
+    EDTConfig,
+    MDTv2Config,
+    ModelConfig,
+    count_macs,
+    draw_masks,
+    model_config,
+    overrides_record,
+    shadow,
+)
+from tests.support.golden import GOLDEN, formula_weight, relative_error
+
+TOLERANCE = 1e-5
+SIZE: dict[str, Any] = {"depths": (5, 1, 1, 1, 1), "dims": (16, 24, 32, 24, 16), "num_heads": (2, 3, 4, 3, 2)}
+MANIFEST = json.loads((GOLDEN / "edt_switches_manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "edt_switches.npz") as file:
+        return dict(file)
+
+
+def reference_model(**fields: Any) -> EDT:
+    model = EDT(EDTConfig(name="narrow", latent_size=16, num_classes=10, **{**SIZE, **fields}))
+    state = {
+        key: value if key.endswith("pos_embed") else formula_weight(key, value.shape)
+        for key, value in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    x = np.random.RandomState(0).randn(2, 4, 16, 16).astype(np.float32)
+    return torch.from_numpy(x), torch.tensor([17, 903]), torch.tensor([3, 10])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("plain", {}),
+        ("without_enhancement", {"token_enhancement": False}),
+        ("without_supplement", {"position_supplement": False}),
+        ("without_both", {"token_enhancement": False, "position_supplement": False}),
+    ],
+)
+@torch.no_grad()
+def test_down_sampling_without_its_parts(name: str, fields: dict[str, bool], golden: dict[str, np.ndarray]) -> None:
+    assert relative_error(reference_model(**fields)(*inputs()), golden[name]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_masks_within_the_first_stage_and_in_the_down_sampling(golden: dict[str, np.ndarray]) -> None:
+    model = reference_model(mid_mask_block=4)
+    masks = [torch.from_numpy(golden[f"uniform_{site}"] >= ratio) for site, ratio in enumerate(golden["ratios"])]
+    assert relative_error(model(*inputs(), masks), golden["masked"]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_masks_at_the_input_alone(golden: dict[str, np.ndarray]) -> None:
+    model = reference_model(input_mask_ratio=(0.3, 0.5), down_mask_ratios=())
+    keep = torch.from_numpy(golden["uniform_input"] >= 0.4)
+    assert relative_error(model(*inputs(), [keep]), golden["masked_at_input"]) < TOLERANCE
+    (drawn,) = draw_masks(model.config, 500, torch.Generator().manual_seed(0))
+    assert 0.3 - 0.02 < 1 - float(drawn.float().mean()) < 0.5 + 0.02
+
+
+@torch.no_grad()
+def test_masks_at_the_input_come_before_the_others() -> None:
+    model = reference_model(input_mask_ratio=(0.3, 0.5), mid_mask_block=2)
+    assert [site.module for site in model.config.mask_sites] == [
+        "x_embedder",
+        "blocks.2",
+        "down_blocks.0",
+        "down_blocks.1",
+    ]
+    ones = [torch.ones(2, site.tokens, dtype=torch.bool) for site in model.config.mask_sites]
+    assert torch.equal(model(*inputs(), ones), model(*inputs()))
+    for site in range(len(ones)):
+        masks = [mask.clone() for mask in ones]
+        masks[site][:, 3] = False
+        assert not torch.equal(model(*inputs(), masks), model(*inputs()))
+
+
+def test_without_any_site_a_model_has_no_masked_pass() -> None:
+    config = model_config("EDT-S/2", overrides={"down_mask_ratios": []})
+    assert not config.is_masked
+    assert draw_masks(config, 2, torch.Generator()) == []
+
+
+def test_parts_that_are_left_out_have_no_weights_and_no_cost() -> None:
+    full, dims = model_config("EDT-S/2"), (312, 416)
+    bare = model_config("EDT-S/2", overrides={"token_enhancement": False, "position_supplement": False})
+    names = [set(shadow(config).state_dict()) for config in (full, bare)]
+    left_out = ("pos_embed", "adaLN_modulation.1.weight", "adaLN_modulation.1.bias")
+    assert names[0] - names[1] == {f"down_blocks.{i}.{part}" for i in range(2) for part in left_out}
+    assert names[1] < names[0]
+    assert count_macs(shadow(full)) - count_macs(shadow(bare)) == 312 * 8 * sum(dims)
+
+
+class TestOverrides:
+    def test_they_are_stored_and_recorded(self) -> None:
+        overrides = {"token_enhancement": False, "down_mask_ratios": [[0.1, 0.2], [0.3, 0.4]], "mid_mask_block": 1}
+        config = model_config("EDT-S/2", overrides=overrides)
+        assert isinstance(config, EDTConfig)
+        assert config.down_mask_ratios == ((0.1, 0.2), (0.3, 0.4))
+        assert overrides_record(config) == {"model_overrides": overrides}
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+    def test_the_defaults_of_a_model_are_no_overrides(self) -> None:
+        config = model_config("EDT-XL/2", overrides={"mid_mask_block": 4, "position_supplement": True})
+        assert config == model_config("EDT-XL/2")
+        assert config.to_dict() == model_config("EDT-XL/2").to_dict()
+        assert not {"token_enhancement", "position_supplement", "input_mask_ratio"} & set(config.to_dict())
+        assert overrides_record(config) == {}
+
+    def test_a_model_may_lose_a_site_that_its_size_has(self) -> None:
+        config = model_config("EDT-XL/2", overrides={"mid_mask_block": None})
+        assert overrides_record(config) == {"model_overrides": {"mid_mask_block": None}}
+        assert len(config.mask_sites) == 2
+
+    def test_other_families(self) -> None:
+        config = model_config("MDTv2-S/2", overrides={"mask_ratio": [0.1, 0.2], "decode_depth": 2})
+        assert isinstance(config, MDTv2Config)
+        assert (config.mask_ratio, config.decode_depth) == ((0.1, 0.2), 2)
+
+    @pytest.mark.parametrize(
+        ("name", "overrides", "problem"),
+        [
+            (
+                "EDT-S/2",
+                {"depths": [1]},
+                "depths for EDT-S/2, but a model of EDT takes token_enhancement, .*input_mask",
+            ),
+            ("DiT-S/2", {"token_enhancement": False}, "a model of DiT takes none"),
+            ("MDTv2-S/2", {"mid_mask_block": 1}, "takes mask_ratio, decode_depth"),
+            ("EDT-S/2", {"token_enhancement": "maybe"}, "token_enhancement of EDT-S/2 is 'maybe': input should be"),
+            ("EDT-S/2", {"input_mask_ratio": [0.5, 0.3]}, r"mask ratios 0\.5\.\.0\.3"),
+            ("EDT-S/2", {"down_mask_ratios": [[0.1, 0.2]]}, "set one range for each, or none at all"),
+        ],
+    )
+    def test_what_is_refused(self, name: str, overrides: dict[str, Any], problem: str) -> None:
+        with pytest.raises(ValueError, match=problem):
+            model_config(name, overrides=overrides)

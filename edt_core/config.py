@@ -644,6 +644,20 @@ class TrainConfig(Section):
         return min(self.max_steps, math.ceil(self.max_epochs * num_samples / self.global_batch_size))
 
 
+class CacheConfig(Section):
+    """A cache of features of the model: most steps of a chain predict them from earlier steps."""
+
+    kind: Literal["taylor", "newton", "delta"] = Field(
+        description="taylor: outputs of attention and feed-forward layers by TaylorSeer's series; newton: the same by "
+        "Newton's interpolation, exact for polynomials; delta: the last change of the tokens by each block"
+    )
+    interval: int = Field(
+        3, ge=1, description="steps from one that computes everything to the next; 1 predicts nothing"
+    )
+    order: int = Field(2, ge=0, le=8, description="order of the series; 0 repeats the last output; delta has none")
+    warmup: int = Field(2, ge=1, description="first steps, which compute everything")
+
+
 class ChainConfig(Section):
     """How to sample from a model: part of the protocol of every metric, and recorded with a registered model."""
 
@@ -685,6 +699,11 @@ class ChainConfig(Section):
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of the model's matrix products; decoding and features are always fp32"
+    )
+    cache: CacheConfig | None = added(
+        None,
+        description="predict most features of the model from earlier steps, such as {kind: taylor, interval: 3}; null "
+        "to compute every step",
     )
 
     @field_validator("guidance_interval")

@@ -6,8 +6,9 @@ conditioning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -255,7 +256,21 @@ def modulation_mask(amm: Tensor, bias: Tensor | None) -> Tensor:
     return mask.flatten(2)
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
+    """A block of two residual branches, attention and feed-forward.
+
+    `predict(branch, compute)`, if there is one, returns the output of the branch "attn" or "mlp": of `compute()`, or
+    predicted from earlier outputs. A sampler sets it for a chain.
+    """
+
+    predict: Callable[[str, Callable[[], Tensor]], Tensor] | None = None
+
+    def branch(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """The output of a branch [N, T, D], before any gate."""
+        return compute() if self.predict is None else self.predict(name, compute)
+
+
+class Block(ResidualBlock):
     """Transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748)."""
 
     def __init__(self, attention: Attention, cond_dim: int, mlp_ratio: float) -> None:
@@ -270,6 +285,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, indices: Tensor | None = None) -> Tensor:
         """Mix tokens x [N, T, D] under the conditioning c [N, K] -> [N, T, D]; `indices` as in `Attention`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(self.norm1(x, shift1, scale1), indices)
-        out: Tensor = x + gate2.unsqueeze(1) * self.mlp(self.norm2(x, shift2, scale2))
+        x = x + gate1.unsqueeze(1) * self.branch("attn", partial(self._attend, x, shift1, scale1, indices))
+        return x + gate2.unsqueeze(1) * self.branch("mlp", partial(self._feed, x, shift2, scale2))
+
+    def _attend(self, x: Tensor, shift: Tensor, scale: Tensor, indices: Tensor | None) -> Tensor:
+        out: Tensor = self.attn(self.norm1(x, shift, scale), indices)
+        return out
+
+    def _feed(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor = self.mlp(self.norm2(x, shift, scale))
         return out

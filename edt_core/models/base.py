@@ -6,8 +6,9 @@ Legend: N = batch, C = latent channels, h = side of the latents, T = tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import ClassVar
 
@@ -45,7 +46,9 @@ class DiffusionTransformer(nn.Module, ABC):
     `activation_checkpointing`, training stores only the input of each block and recomputes the rest in the
     backward pass: same gradients, less memory, about a third more time per step. Under autocast the tokens between
     blocks are float32, since position embeddings are; `stream_dtype` rounds them to that dtype before each block.
-    A forward pass leaves the output of a `watched` block there, and computes the same.
+    A forward pass leaves the output of a `watched` block there, and computes the same. `predict_block(block, x,
+    compute)`, if a sampler sets it for a chain, returns the output of a block for the tokens x: of `compute()`, or
+    predicted from earlier outputs.
     """
 
     config: ModelConfig
@@ -53,6 +56,7 @@ class DiffusionTransformer(nn.Module, ABC):
     activation_checkpointing: bool = False
     stream_dtype: torch.dtype | None = None
     watched: WatchedBlock | None = None
+    predict_block: Callable[[nn.Module, Tensor, Callable[[], Tensor]], Tensor] | None = None
     kinds: ClassVar[Mapping[str, str]] = {  # the kind of a module, by the first of these keys in its name
         "embedder": "embeddings",
         "adaLN_modulation": "adaLN",
@@ -149,6 +153,8 @@ class DiffusionTransformer(nn.Module, ABC):
         if self.activation_checkpointing and self.training:
             # A block draws no random numbers, so their state need not be preserved.
             out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        elif self.predict_block is not None and x is not None:
+            out = self.predict_block(block, x, partial(block, *inputs))
         else:
             out = block(*inputs)
         if self.watched is not None and block is self.watched.block:

@@ -6,7 +6,7 @@ Shapes: N samples, C latent channels, h side of the latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +21,7 @@ from edt_core.diffusion.guidance import ClassModel
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, paper_amm_blocks
 from edt_core.models.weight_memo import constant_weights
+from edt_core.sampling.cache import FeatureCache
 
 if TYPE_CHECKING:
     from edt_core.config import ChainConfig
@@ -76,6 +77,7 @@ class LatentSampler:
             _check_guide(chain, model, guide)
         self.steps = self.objective.chain(num_timesteps, SamplerChoice.of(chain), chain.num_sampling_steps)
         self.amm_blocks = resolved_amm_blocks(chain, model.built_config)
+        self.caches: list[FeatureCache] = []  # of the last chain: the model's, then the guide's
         self._set_modes()
 
     def __call__(
@@ -116,24 +118,32 @@ class LatentSampler:
         """As calling the sampler, but from any noise. `indices` are for errors only. A solver replaces the chain."""
         y = torch.from_numpy(checked_labels(labels, len(indices), self.model.config.num_classes)).to(self.device)
         self._set_modes()
+        self.caches = []
         # The chain itself is not autocast. The outer autocast context keeps the bf16 copies of the weights until its
         # end: without it they would be rebuilt at each step.
-        with constant_weights(), self._autocast(), torch.autocast(self.device.type, enabled=False):
-            latents = self._run(y, noise, progress, solver)
+        with (
+            constant_weights(),
+            self._autocast(),
+            torch.autocast(self.device.type, enabled=False),
+            ExitStack() as stack,
+        ):
+            latents = self._run(y, noise, progress, solver, stack)
         _check_finite(latents, indices)
         return latents
 
-    def _run(self, y: Tensor, noise: Noise, progress: Progress | None, solver: Solver | None) -> Tensor:
+    def _run(
+        self, y: Tensor, noise: Noise, progress: Progress | None, solver: Solver | None, stack: ExitStack
+    ) -> Tensor:
         chain = self.chain
         model_fn = guided(
-            self._in_precision(self.network, self.model),
+            self._cached(self.network, self.model, stack),
             y,
             self.model.config.num_classes,
             chain.cfg_scale,
             chain.guidance_channels,
             interval=chain.guidance_interval,
             growth=self.growth,
-            guide=None if self.guide is None else self._in_precision(self.guide, self.guide),
+            guide=None if self.guide is None else self._cached(self.guide, self.guide, stack),
         )
         initial = noise.initial()
         if solver is not None:
@@ -142,6 +152,20 @@ class LatentSampler:
             return self.steps.run(model_fn, initial, None, progress)
         with noise.ahead(self.steps.noises) as step_noise:
             return self.steps.run(model_fn, initial, step_noise, progress)
+
+    def _cached(self, network: ClassModel, model: DiffusionTransformer, stack: ExitStack) -> ClassModel:
+        """The network in the chain's precision, with a cache of its own that is attached until the stack's end."""
+        call = self._in_precision(network, model)
+        if self.chain.cache is None:
+            return call
+        cache = stack.enter_context(FeatureCache(self.chain.cache).attached(model))
+        self.caches.append(cache)
+
+        def cached(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            cache.begin(len(x))
+            return call(x, t, y)
+
+        return cached
 
     def _in_precision(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
         """The network in the chain's precision; it gets latents in the dtype of its weights."""

@@ -25,8 +25,9 @@ _SHORT = {
     "channels": "guidance_channels",
     "interval": "guidance_interval",
 }
+_CACHE = ("kind", "interval", "order", "warmup")  # parts of a value of the axis `cache`, joined by `-`
 EMA = "ema"  # an axis beside those of SampleConfig: the width of the averaged weights
-_OFF: dict[str, Any] = {"amm_blocks": (), "guidance_interval": None, "guidance_channels": None}
+_OFF: dict[str, Any] = {"amm_blocks": (), "guidance_interval": None, "guidance_channels": None, "cache": None}
 _PANELS_A_ROW = 3
 
 
@@ -64,7 +65,8 @@ class Result:
 def parse_axis(text: str) -> Axis:
     """`name=value,value,...`; off or none means no modulation, interval, limit of channels or width. Raises UserError.
 
-    Blocks are joined by `+` (amm=7+10), the ends of an interval by `-` (interval=200-800).
+    Blocks are joined by `+` (amm=7+10), the ends of an interval by `-` (interval=200-800), and so are the kind, the
+    interval, the order and the warmup of a cache (cache=off,taylor-3,newton-4-2).
     """
     name, separator, listed = text.partition("=")
     field = _SHORT.get(name, name)
@@ -87,6 +89,8 @@ def _value(field: str, text: str) -> Any:
         return _width(text)
     if field == "amm_blocks" and text not in ("paper", "model"):
         return tuple(parse_yaml(part) for part in text.split("+"))
+    if field == "cache":
+        return dict(zip(_CACHE, (parse_yaml(part) for part in text.split("-")), strict=False))
     if field == "guidance_interval":
         return tuple(parse_yaml(part) for part in text.split("-"))
     return parse_yaml(text)

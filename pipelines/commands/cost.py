@@ -22,10 +22,12 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from edt_core.config import CacheConfig
     from pipelines.config.schema import PipelineConfig
     from pipelines.setup.acceptance_file import Measurements
 
 _COLUMNS = ("model", "px", "parameters (M)", "GMACs", "published", "training GFLOPs")
+_CACHED = "GMACs with cache"
 _PART_COLUMNS = ("place", "module", "GMACs", "share")
 _RECIPE = "imagenet256-edt-s"
 _IMAGENET = 1_281_167  # training images of ILSVRC2012
@@ -54,6 +56,10 @@ def cost(
         int | None,
         typer.Option(min=1, help="with --acceptance: images of the source  \\[default: listed, or ImageNet's]"),
     ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="also count sampling with this cache, such as '{kind: taylor, interval: 3}'")
+    ] = None,
+    num_sampling_steps: Annotated[int, typer.Option(min=2, help="with --cache: calls of the model in a chain")] = 50,
     as_json: AsJson = False,
 ) -> None:
     """Show the cost of models: parameters, MACs (the papers' GFLOPs), training FLOPs.
@@ -65,6 +71,7 @@ def cost(
       edt cost EDT-S/2 DiT-S/2 MDTv2-S/2
       edt cost EDT-XL/2 --image-size 512 --by-module
       edt cost EDT-S/2 --override token_enhancement=false
+      edt cost EDT-S/2 --cache '{kind: taylor, interval: 3}' --num-sampling-steps 50
       edt cost EDT-S/2 EDT-XL/2 --acceptance acceptance.json --num-gpus 8
     """
     if acceptance is not None:
@@ -81,11 +88,29 @@ def cost(
             "`edt bench gpu --out FILE` wrote on such a GPU; give it, or leave them out"
         )
     else:
-        _print_costs(models or [], image_size or "256", overrides, by_module, as_json)
+        cached = None if cache is None else (_cache(cache), num_sampling_steps)
+        _print_costs(models or [], image_size or "256", overrides, by_module, cached, as_json)
+
+
+def _cache(text: str) -> "CacheConfig":
+    """The cache of an option. Raises UserError."""
+    from edt_core.config import CacheConfig
+    from jobs.commands.options import parse_assignment, validated
+
+    fields = parse_assignment(f"cache={text}")[1]
+    if not isinstance(fields, dict):
+        raise UserError(f"--cache is {text!r}; give its fields, such as '{{kind: taylor, interval: 3}}'")
+    config: CacheConfig = validated(CacheConfig, fields)
+    return config
 
 
 def _print_costs(
-    models: Sequence[str], image_size: str, overrides: Sequence[str], by_module: bool, as_json: bool
+    models: Sequence[str],
+    image_size: str,
+    overrides: Sequence[str],
+    by_module: bool,
+    cached: "tuple[CacheConfig, int] | None",
+    as_json: bool,
 ) -> None:
     """The table of parameters and operations of models, or of the modules of one."""
     from edt_core.models import MODEL_NAMES, model_config
@@ -104,8 +129,9 @@ def _print_costs(
             )
         print_rows(_parts(configs[0], as_json), _PART_COLUMNS, as_json)
         return
-    rows = [_row(config) for config in configs]
-    print_rows(rows if as_json else [_shown(row) for row in rows], _COLUMNS, as_json)
+    rows = [_row(config, cached) for config in configs]
+    columns = _COLUMNS if cached is None else (*_COLUMNS, _CACHED)
+    print_rows(rows if as_json else [_shown(row) for row in rows], columns, as_json)
     if not as_json:
         note = "GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image"
         say(fitted(note, screen_width(), 0))
@@ -190,7 +216,7 @@ def _time_cell(value: Any) -> Any:
     return value
 
 
-def _row(config: Any) -> dict[str, Any]:
+def _row(config: Any, cached: "tuple[CacheConfig, int] | None") -> dict[str, Any]:
     from edt_core.evaluation.published import published_gflops
     from edt_core.models import count_macs, count_parameters, overrides_record, shadow, training_flops
 
@@ -202,7 +228,14 @@ def _row(config: Any) -> dict[str, Any]:
         "macs": count_macs(model),
         "published_gflops": None if overrides_record(config) else published_gflops(config.name, config.image_size),
         "training_flops": training_flops(config, masked=config.is_masked),
+        **({} if cached is None else {"cached_macs": _cached_macs(config, *cached)}),
     }
+
+
+def _cached_macs(config: Any, cache: "CacheConfig", calls: int) -> float:
+    from edt_core.sampling.cache import mean_macs
+
+    return mean_macs(config, cache, calls)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +247,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "GMACs": f"{row['macs'] / 1e9:.2f}",
         "published": None if published is None else f"{published:.2f}",
         "training GFLOPs": f"{row['training_flops'] / 1e9:.1f}",
+        **({_CACHED: f"{row['cached_macs'] / 1e9:.2f}"} if "cached_macs" in row else {}),
     }
 
 

@@ -19,12 +19,13 @@ _VERBS = {
         "jobs.commands.amm_search",
         "Find the blocks in which attention modulation helps: MODEL OUT --images IMAGES.",
     ),
+    "pareto": ("jobs.commands.pareto", "Find the fastest sampling settings for a quality: MODEL OUT."),
     "sample": ("jobs.commands.draw", "Generate images of chosen classes in one picture: MODEL --classes otter,207."),
     "export": ("jobs.commands.export", "Write samples or a model for other tools: WHAT TARGET --format FORMAT."),
     "bench": ("jobs.benchmark.command", "Measure this machine: data, encode, model, train, eval or gpu."),
 }
 # The heading of a command in `edt --help`, unless it is that of single steps.
-_PANELS = {**dict.fromkeys(("evaluate", "amm-search", "sample", "export"), "Models"), "bench": "Get started"}
+_PANELS = {**dict.fromkeys(("evaluate", "amm-search", "pareto", "sample", "export"), "Models"), "bench": "Get started"}
 
 
 class VerbCommand(TyperCommand):

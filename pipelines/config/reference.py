@@ -4,7 +4,7 @@ import json
 import types
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -39,6 +39,8 @@ _UNITS = (
     ("num_timesteps", "timesteps"),
     ("*steps", "steps"),
     ("every", "steps"),
+    ("interval", "steps"),
+    ("warmup", "steps"),
     ("*_every", "steps"),
     ("patience", "evaluations"),
     ("*batch_size", "samples"),
@@ -84,14 +86,22 @@ def unit_of(name: str) -> str | None:
 
 
 def _sections() -> Iterator[tuple[str, type[Section]]]:
+    """The sections of a pipeline by name, and after those the sections within their fields, as `sample.cache`."""
+    inner: dict[str, type[Section]] = {}
     for name, info in PipelineConfig.model_fields.items():
         if (section := _section(info)) is not None:
             yield name, section
+            for field, within in section.model_fields.items():
+                inner.update((field, kind) for kind in get_args(within.annotation) if _is_section(kind))
+    yield from inner.items()
 
 
 def _section(info: FieldInfo) -> type[Section] | None:
-    kind = info.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    return info.annotation if _is_section(info.annotation) else None
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _table(fields: list[tuple[str, FieldInfo]]) -> str:
@@ -124,6 +134,8 @@ def _kind(annotation: Any) -> str:
         return f"[{', '.join(_kind(kind) for kind in inner)}]"
     if origin is dict:
         return f"mapping of {_kind(inner[0])} to {_kind(inner[1])}"
+    if _is_section(annotation):
+        return "mapping of the fields below"
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", type(None): "`null`", Any: "value"}
     return names[annotation]
 

@@ -15,6 +15,7 @@ from edt_core.config import SampleConfig, TrainConfig
 from edt_core.diffusion import objective_of, with_objective
 from edt_core.errors import UserError
 from edt_core.models import ModelConfig, model_config
+from edt_core.sampling.cache import mean_macs
 from edt_core.training.speed.compiled import is_compiled
 from edt_core.training.start.trainable import step_flops
 from pipelines.config.schema import PipelineConfig
@@ -142,7 +143,11 @@ def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig) -> I
     each = sample.num_samples * sample.repeats
     text, count = f"{which}{each:,} samples", sets * each
     amm = bool(sample.amm_blocks)
-    job = Job("sample", sample.precision, forward_flops(model), train.model, sample.unit_size, amm=amm)
+    flops = forward_flops(model)
+    if sample.cache is not None:
+        calls = objective_of(train.objective).calls(sample.sampler, sample.num_sampling_steps)
+        flops = round(2 * mean_macs(model, sample.cache, round(calls)))
+    job = Job("sample", sample.precision, flops, train.model, sample.unit_size, amm=amm)
     passes = round(count * chain_passes(sample, train))
     yield _time(setting, f"sample {train.model}", f"{text} of {sample.num_sampling_steps} steps", job, passes)
     yield _coder_time(setting, f"decode {train.model}", "decode", text, count, "fp32")

@@ -43,6 +43,7 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt ema ", "needs a training with snapshots: tests/pipelines/test_ema.py"),
     (r"edt evaluate .*ema=", "needs a training with snapshots: tests/jobs/test_posthoc.py"),
     (r"edt encode .*--dinov2-weights", "needs published weights: tests/jobs/test_train_features.py"),
+    (r"edt pareto ", "samples dozens of settings: tests/jobs/test_pareto.py"),
     (r"edt evaluate .*--statistics", "needs ADM's and Inception's published files: tests/jobs/test_evaluation.py"),
 )
 # Commands that may end with 1 as well: the gate refuses, or a check finds what is missing here. All others end with 0.

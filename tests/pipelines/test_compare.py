@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from edt_core.config import TrainConfig, result_fields
 from edt_core.errors import UserError
-from edt_core.models import count_macs, model_config, shadow, training_flops
+from edt_core.models import count_macs, macs_by_part, model_config, shadow, training_flops
 from edt_core.store.artifact import ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MODEL_CONFIG
@@ -146,6 +146,17 @@ def test_cost_tells_models_in_the_terms_of_the_papers() -> None:
     assert lines[2].split()[:5] == ["EDT-S/2", "512", "38.5", "13.30", "-"]
     (row,) = json.loads(edt(None, "cost", "EDT-Tiny/2", "--image-size", "32", "--json"))
     assert row["macs"] == count_macs(shadow(model_config("EDT-Tiny/2", 32)))
+    assert "cached_macs" not in row
+
+
+def test_cost_counts_a_cache() -> None:
+    cache = "{kind: taylor, interval: 4, order: 3}"
+    (row,) = json.loads(edt(None, "cost", "DiT-S/2", "--cache", cache, "--num-sampling-steps", "50", "--json"))
+    parts = macs_by_part(model_config("DiT-S/2", 256))
+    branches = sum(part.macs for part in parts if part.kind in ("attention", "feed-forward"))
+    full = 14  # calls 0, 1, 5, 9, ..., 49
+    assert row["cached_macs"] == pytest.approx((full * row["macs"] + (50 - full) * (row["macs"] - branches)) / 50)
+    assert "GMACs with cache" in edt(None, "cost", "DiT-S/2", "--cache", cache)
 
 
 def test_cost_by_module_adds_up() -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edt_core.models.attention import Attention
+from edt_core.models.attention import Attention, ResidualBlock
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import OneWidthConfig
 from edt_core.models.families.family import Family, ReleasedFormat, one_width, shape_of
@@ -64,7 +65,7 @@ class ExactFeedForward(nn.Module):
         return out
 
 
-class PlainBlock(nn.Module):
+class PlainBlock(ResidualBlock):
     """A pre-norm transformer block without conditioning: the first tokens are the conditions."""
 
     def __init__(self, config: UViTConfig) -> None:
@@ -77,8 +78,15 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens: [N, 2 + T, D] -> [N, 2 + T, D]."""
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.branch("attn", partial(self._attend, x))
+        return x + self.branch("mlp", partial(self._feed, x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attn(self.norm1(x))
+        return out
+
+    def _feed(self, x: Tensor) -> Tensor:
+        out: Tensor = self.mlp(self.norm2(x))
         return out
 
 

@@ -1,0 +1,147 @@
+"""`edt pareto`: domination, the front, successive halving, and a whole search of a small model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edt_core.config import SampleConfig
+from edt_core.models import model_config
+from jobs.commands.front import Measured, best_of, dominates, fastest_within, front, halved, named_points, survivors
+from jobs.commands.pareto import GIVEN, default_axes, settings_of
+from pipelines.outcome import Outcome
+from tests.support.local_ray import local_ray_train
+from tests.support.small import MODEL, edt
+
+
+def point(name: str, value: float, seconds: float, spread: float | None = None) -> Measured:
+    return Measured(name, value, spread, seconds, seconds * 1e9)
+
+
+POINTS = [point("a", 10.0, 1.0), point("b", 5.0, 2.0), point("c", 6.0, 3.0), point("d", 4.0, 9.0), point("e", 4.0, 8.0)]
+
+
+def test_the_front_has_no_dominated_point() -> None:
+    """Checked pair by pair, and for both directions of a metric."""
+    assert [p.name for p in front(POINTS, lower=True)] == ["a", "b", "e"]
+    assert [p.name for p in front(POINTS, lower=False)] == ["a"]
+    for kept in front(POINTS, lower=True):
+        assert not any(dominates(other, kept, True) for other in POINTS)
+    assert not dominates(POINTS[0], POINTS[0], True)
+    broken = [point("nan", math.nan, 0.1), *POINTS]
+    assert [p.name for p in front(broken, lower=True)] == ["a", "b", "e"]
+
+
+def test_survivors_are_whole_fronts() -> None:
+    assert survivors(POINTS, 1, True) == ["a", "b", "e"]
+    assert survivors(POINTS, 4, True) == ["a", "b", "e", "c", "d"]
+    assert survivors([point("nan", math.nan, 1.0)], 1, True) == []
+
+
+def test_half_of_the_settings_reach_the_next_rung_and_kept_ones_always() -> None:
+    """Eight settings on a line, of which none is worth its time but the first: the fronts are single points."""
+    costs = {str(number): point(str(number), 1.0 + number, 1.0 + number) for number in range(8)}
+    calls: list[tuple[str, int]] = []
+
+    def measure(name: str, rung: int) -> Measured:
+        calls.append((name, rung))
+        return costs[name]
+
+    results, complete = halved(list(costs), (1, 2, 4), measure, ["7"], True)
+    assert complete
+    assert [list(rung) for rung in results] == [list("01234567"), list("01237"), list("0127")]
+    assert len(calls) == 8 + 5 + 4
+
+
+def test_a_rung_that_does_not_end_does_not_count() -> None:
+    costs = {str(number): point(str(number), 1.0 + number, 1.0) for number in range(4)}
+    left = 6
+
+    def measure(name: str, rung: int) -> Measured | None:
+        nonlocal left
+        left -= 1
+        return costs[name] if left >= 0 else None
+
+    results, complete = halved(list(costs), (1, 2, 4), measure, ["3"], True)
+    assert not complete
+    assert [list(rung) for rung in results] == [list("0123")]
+    left = 2
+    results, complete = halved(list(costs), (1, 2), measure, [], True)
+    assert (len(results), list(results[0]), complete) == (1, ["0", "1"], False)
+
+
+def test_named_points() -> None:
+    points = [point("slow", 4.0, 9.0, 0.3), point("near", 4.07, 3.0, 0.3), point("noisy", 4.5, 1.0, 0.1), *POINTS[:1]]
+    named = {name: p.name for name, p in named_points(points, True).items()}
+    assert named == {"best": "slow", "within-2%": "near", "within-noise": "noisy", "fastest": "noisy"}
+    assert best_of(points, True).name == "slow"
+    assert fastest_within(points, True, 0.0).name == "slow"
+    assert "within-noise" not in named_points(POINTS, True)
+
+
+@pytest.mark.parametrize("name", ["EDT-Tiny/2", "UViT-Tiny/2"])
+def test_the_default_grid_has_no_two_settings_of_one_effect(name: str) -> None:
+    config, base = model_config(name, 32, 10), SampleConfig(num_sampling_steps=25, num_samples=8)
+    settings = settings_of(base, default_axes(base, config), config)
+    assert settings[GIVEN] == base
+    assert len(settings) == 1 + 3 * 5 * 3  # ddim, dpmsolver++, unipc; 2 to 25 steps; three caches
+    texts = [setting.model_dump_json() for setting in settings.values()]
+    assert len(set(texts)) == len(texts)
+
+
+# --- a whole search
+
+
+@pytest.fixture(scope="module")
+def searched(first: Outcome, store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """A search of the registered model of the session: two samplers, two numbers of steps, in three rungs."""
+    out = tmp_path_factory.mktemp("pareto") / "out"
+    kinds = {path.parent.name: path for path in store.glob("*/*") if path.parent.name in ("classifier", "reference")}
+    networks = ["--classifier", str(kinds["classifier"]), "--reference", str(kinds["reference"])]
+    sizes = ["--num-samples", "80", "--repeats", "2", "--unit-size", "20", "--num-workers", "1"]
+    grid = ["--sweep", "sampler=ddim,unipc", "steps=2,3"]
+    arguments = [f"{MODEL}/1", str(out), "--store", str(store), *networks, *sizes, *grid]
+    return arguments, out
+
+
+def search(arguments: list[str], *more: str) -> Any:
+    with local_ray_train():
+        return edt("pareto", *arguments, *more)
+
+
+def test_a_search_writes_its_front_and_resumes(searched: tuple[list[str], Path]) -> None:
+    arguments, out = searched
+    done = search(arguments)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "results.json").read_text())
+    assert found["complete"]
+    assert found["samples"] == 80
+    assert found["metric"] == "fd_classifier"
+    names = [p["name"] for p in found["points"]]
+    assert GIVEN in names
+    assert set(found["front"]) <= set(names)
+    assert 2 <= len(names) <= 5  # of five settings, three and then two, or more on one front
+    by_name = {p["name"]: p for p in found["points"]}
+    assert by_name[GIVEN]["settings"]["num_sampling_steps"] == 3  # of the version's protocol
+    assert all(p["seconds"] > 0 and p["flops"] > 0 and p["spread"] is not None for p in found["points"])
+    assert set(found["named"]) == {"best", "within-2%", "within-noise", "fastest"}
+    assert "| setting | fd_classifier | s/image |" in done.stdout
+    assert (out / "results.png").stat().st_size > 10_000
+    features = {path.name: path.stat().st_mtime_ns for path in (out / "features").iterdir()}
+    again = search(arguments)
+    assert again.stdout == done.stdout
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "features").iterdir()} == features
+
+
+def test_a_search_without_time_is_one_message(searched: tuple[list[str], Path], tmp_path: Path) -> None:
+    arguments, _ = searched
+    arguments = [arguments[0], str(tmp_path / "other"), *arguments[2:]]
+    done = search(arguments, "--budget-s", "0.000001")
+    assert done.returncode == 2
+    assert "the time was over before anything was measured" in done.stderr
+    assert search(arguments, "--budget-s", "-1").returncode == 2
+    unknown = search(arguments, "--metric", "fidd")
+    assert unknown.returncode == 2
+    assert "--metric fidd was not measured" in unknown.stderr

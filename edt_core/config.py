@@ -436,10 +436,11 @@ class TrainConfig(Section):
     )
     num_cpus_per_worker: float = runtime(1, gt=0, description="CPUs, and threads, per worker")
     use_gpu: bool = runtime(False, description="use one GPU per worker")
-    shard: Literal["none", "optimizer"] = added_runtime(
+    shard: Literal["none", "optimizer", "full"] = added_runtime(
         "none",
         description="optimizer: each worker has the optimizer's state and the averages of a part of the weights alone; "
-        "the result, and the checkpoints, are the same",
+        "the result, and the checkpoints, are the same. full: also the weights and gradients, by PyTorch's "
+        "fully_shard; the result is the same up to the order of sums. A checkpoint of each resumes in the others",
     )
     compile: bool | Literal["reduce-overhead"] | None = runtime(
         None,
@@ -552,6 +553,12 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _full_shards_suffice(self) -> "TrainConfig":
+        if self.shard == "full" and (problem := self.refusal_of_full()):
+            raise ValueError(f"shard is full, but {problem}, or shard=optimizer")
+        return self
+
+    @model_validator(mode="after")
     def _workers_fit(self) -> "TrainConfig":
         fewest, most = self.worker_range
         if not 1 <= fewest <= most:
@@ -605,6 +612,26 @@ class TrainConfig(Section):
     def passes(self) -> int:
         """Forward passes per step: the full one, and the masked one if it is enabled."""
         return 2 if self.masked_loss else 1
+
+    def refusal_of_full(self) -> str | None:
+        """Why this training cannot have shard=full, and what to set instead; None if it can."""
+        for name, value, allowed, reason in (
+            ("optimizer", self.optimizer, ("adan", "adamw"), "which needs whole matrices; set optimizer=adan or adamw"),
+            ("align", self.align, (None, "autoencoder", "features"), "which needs a whole average; set align=features"),
+            ("trainable", self.trainable, ("all",), "whose optimizer and averages are small; set shard=none"),
+            ("compile", self.compile, (None, False, True), "whose graphs need weights in one place; set compile=true"),
+        ):
+            if value not in allowed:
+                return f"{name} is {value}, {reason}"
+        batch, most = self.global_batch_size, self.micro_batch()
+        for workers in range(self.worker_range[0], min(self.worker_range[1], batch) + 1):
+            passes = math.ceil(math.ceil(batch / workers) / most)
+            if batch // workers < passes:
+                return (
+                    f"of {workers} workers some have {batch // workers} of the {batch} samples of global_batch_size, "
+                    f"and all must take part in {passes} micro-batches; set micro_batch_size=2"
+                )
+        return None
 
     def micro_batch(self) -> int:
         """Most samples in a forward pass of a worker; gradients of further samples are accumulated."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from edt_core.training.posthoc.profile import exponent, rate
+from edt_core.training.shard.rows import own_state
 
 
 class EMA:
@@ -29,7 +30,7 @@ class EMA:
     ) -> None:
         self.decays, self.whole = tuple(decays), whole
         self._exponents = tuple(exponent(width) for width in widths)
-        state = model.state_dict()  # shares the model's memory, so that an update need not walk its modules
+        state = own_state(model)  # shares the model's memory, so that an update need not walk its modules
         self._values = {name: value for name, value in state.items() if names is None or name in names}
         self._averaged = [name for name, value in self._values.items() if value.is_floating_point()]
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

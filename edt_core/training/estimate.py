@@ -27,6 +27,7 @@ from edt_core.training.align.settings import align_settings
 from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.posthoc.snapshots import snapshot_steps
 from edt_core.training.shard.owners import largest_share
+from edt_core.training.shard.rows import gathered_bytes
 from edt_core.training.start.trainable import count_merged, count_trained, step_flops
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         optimizer -= 4 * sum(matrix.numel() for matrix in hidden_matrices(shadow(model_config)))
     ema = of_model * (len(config.ema_decays) + len(config.ema_widths))
     part = largest_share(config, model_config)
+    is_full = config.shard == "full" and part < 1.0
+    of_all = part if is_full else 1.0
     whole = of_model if config.align == "self" else 0  # the first average, which each worker calls as a model
     # Averages are put together for previews and the held-out loss, when there are no activations.
     together = of_model if part < 1.0 and not whole else 0
@@ -128,14 +131,14 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         parameters=parameters,
         macs=macs,
         flops_per_image=step_flops(config, model_config),
-        weights=weights + head + merged,
-        gradients=trained,
+        weights=round(of_all * (weights + head)) + merged,
+        gradients=round(of_all * trained),
         optimizer=round(part * optimizer),
         ema=whole + round(part * (ema - whole)),
         activations=activations,
         # The optimizer works on lists of tensors, with a copy of each gradient, after the activations are freed.
         temporary=max(
-            saved_by_model.scores,
+            saved_by_model.scores + (gathered_bytes(model_config) if is_full else 0),
             merged,
             round(part * _COPIES.get(config.optimizer, 1) * trained) - activations,
             together - activations,

@@ -122,7 +122,7 @@ def _begin(
         context.store.report_missing(snapshot_steps(config, total_steps), config.ema_widths, state.step)
     context.store.stable_step, context.store.keep_every = decay_start(config, total_steps), config.keep_every
     if state.shards is not None:
-        context.store.joint = JointFiles(ranks, config.timeout_s)
+        context.store.joint = JointFiles(ranks, config.timeout_s, None if state.rows is None else state.rows.rows_of)
     state.model.activation_checkpointing = config.activation_checkpointing
     set_arithmetic(state.model, config)
     graphs = wants_graphs(config) and ranks.device.type == "cuda"
@@ -141,7 +141,7 @@ def _begin(
         state,
         total_steps=total_steps,
         last_step=total_steps,
-        model=ranks.wrap(state.network, config.gradient_dtype),
+        model=state.network if state.rows else ranks.wrap(state.network, config.gradient_dtype),
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak, sheet and sheet * ranks.world_size),
         alignment=alignment,
@@ -171,7 +171,8 @@ def _compiled(
     # An average that all ranks have is updated by each after the exchange, and not together with the weights.
     if config.optimizer != "adan" or (state.shards is not None and state.ema.whole):
         return None
-    return CompiledUpdate(state.model, state.optimizer, state.ema, masked=masked, heads=state.heads())
+    heads = state.heads() if state.rows is None else {name: p for name, p in state.own().items() if p.requires_grad}
+    return CompiledUpdate(state.model, state.optimizer, state.ema, masked=masked, heads=heads)
 
 
 def prepared_steps(trainer: Trainer) -> Iterator[tuple[LatentBatch, StepDraws]]:

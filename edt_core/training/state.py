@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ from edt_core.training.optim import Places, flatten_state, keep_owned, make_opti
 from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.ranks import Ranks
 from edt_core.training.shard.owners import Shards
+from edt_core.training.shard.rows import RowShards, load_own, own_state
 from edt_core.training.start.trainable import merged, prepare_trainable
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class TrainState:
     `skipped` are steps that are left out because their loss or gradient was not finite, `rollbacks` is the number of
     rollbacks for such steps. `seconds` is the training time so far, counted only if max_hours is set. `aligned` is the
     model with the head of `train.align`, whose parameters have no average. With `shards` this rank has the optimizer's
-    state and the averages of its own tensors, and `places` are those of the optimizer's parameters.
+    state and the averages of its own tensors, and `places` are those of the optimizer's parameters; with `RowShards` it
+    has its own rows of everything.
     """
 
     model: DiffusionTransformer
@@ -61,8 +63,13 @@ class TrainState:
     trained: frozenset[str] | None = None
     base: str | None = None
     aligned: AlignedModel | None = None
-    shards: Shards | None = None
+    shards: Shards | RowShards | None = None
     places: Places | None = None
+
+    @property
+    def rows(self) -> RowShards | None:
+        """The division by rows, if `train.shard` is full."""
+        return self.shards if isinstance(self.shards, RowShards) else None
 
     @property
     def network(self) -> nn.Module:
@@ -76,17 +83,28 @@ class TrainState:
     def zero_grad(self) -> None:
         """Remove the gradients of all parameters, also of those that other ranks update."""
         self.network.zero_grad(set_to_none=True)
+        if self.rows is not None:
+            self.rows.zero_grad()
 
     def exchange(self) -> None:
         """Give every rank the weights that others have updated. Collective if the state is divided."""
         if self.shards is not None:
-            named = {**dict(self.model.named_parameters()), **self.heads()}
-            self.shards.exchange({name: value for name, value in named.items() if value.requires_grad})
+            self.shards.exchange({name: value for name, value in self.own().items() if value.requires_grad})
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the model, then those of the head."""
-        yield from self.model.parameters()
-        yield from self.heads().values()
+        """The parameters of the model, then those of the head; this rank's rows of them, if it has no more."""
+        yield from self.own().values()
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The same by name."""
+        if self.rows is not None:
+            return dict(self.rows.parameters)
+        return {**dict(self.model.named_parameters()), **self.heads()}
+
+    def norm(self, norm_of: Callable[[Iterable[nn.Parameter]], Tensor]) -> Tensor:
+        """The norm of the whole gradient, [] on its device, of the function that computes one. Collective."""
+        norm = norm_of(self.parameters())
+        return norm if self.rows is None else self.rows.total_norm(norm)
 
     def average(self) -> Mapping[str, Tensor]:
         """The weights that are sampled from, of an ordinary model: those of the first average, and of the base.
@@ -137,9 +155,14 @@ def initial_state(
         head = projection_head(settings.head_widths, config.seed).to(device)
         aligned = AlignedModel(model, head, settings.block)
     network = model if aligned is None else aligned
-    optimizer = make_optimizer(config, (p for p in network.parameters() if p.requires_grad), hidden_matrices(model))
-    shards = places = owned = None
-    if ranks is not None and ranks.world_size > 1 and config.shard == "optimizer":
+    mode = "none" if ranks is None or ranks.world_size == 1 else config.shard
+    shards: Shards | RowShards | None = None
+    places = owned = None
+    if ranks is not None and mode == "full":
+        shards = RowShards.of(ranks, network, model, _heads(aligned), config.gradient_dtype)
+    parameters = shards.parameters.values() if isinstance(shards, RowShards) else network.parameters()
+    optimizer = make_optimizer(config, (p for p in parameters if p.requires_grad), hidden_matrices(model))
+    if ranks is not None and mode == "optimizer":
         weights = {name: value for name, value in model.state_dict().items() if trained is None or name in trained}
         shards = Shards.of(ranks, {**weights, **_heads(aligned)})
         owned = shards.own(shards.owners)
@@ -188,11 +211,11 @@ def to_checkpoint(
     averages = dict(zip(ema_files(config), state.ema.averages, strict=True))
     timesteps = {name: torch.from_numpy(value) for name, value in state.timesteps.state_dict().items()}
     tensors = {
-        MODEL_WEIGHTS: state.model.state_dict() if whole else _trained_weights(state),
+        MODEL_WEIGHTS: own_state(state.model) if whole else _trained_weights(state),
         **averages,
         OPTIMIZER_STATE: optimizer,
         TIMESTEP_STATE: timesteps,
-        **({} if state.aligned is None else {ALIGN_HEAD: state.aligned.head.state_dict()}),
+        **({} if state.aligned is None else {ALIGN_HEAD: own_state(state.aligned.head)}),
     }
     return Checkpoint(
         step=state.step,
@@ -213,8 +236,10 @@ def to_checkpoint(
     )
 
 
-def _own(tensors: Mapping[str, Mapping[str, Tensor]], shards: Shards) -> dict[str, Mapping[str, Tensor]]:
+def _own(tensors: Mapping[str, Mapping[str, Tensor]], shards: Shards | RowShards) -> dict[str, Mapping[str, Tensor]]:
     """What this rank has of a checkpoint's files. The optimizer's state is its own; the timesteps are rank 0's."""
+    if isinstance(shards, RowShards):
+        return {file: shards.written(values) for file, values in tensors.items()}
     own: dict[str, Mapping[str, Tensor]] = {}
     for file, values in tensors.items():
         prefix = _HEAD if file == ALIGN_HEAD else ""
@@ -224,7 +249,7 @@ def _own(tensors: Mapping[str, Mapping[str, Tensor]], shards: Shards) -> dict[st
 
 
 def _trained_weights(state: TrainState) -> dict[str, Tensor]:
-    weights = state.model.state_dict()
+    weights = own_state(state.model)
     return {name: value for name, value in weights.items() if state.trained is None or name in state.trained}
 
 
@@ -249,10 +274,13 @@ def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_
     saved = {**_plain(ModelConfig.from_dict(checkpoint.model_config)), **checkpoint.state["config"]}
     saved[latents] = checkpoint.state["cursor"]["num_samples"]
     _require_same(saved, {**_plain(state.model.config), **result_fields(config), latents: num_samples})
+    if state.rows is not None:
+        cuts = {file: state.rows.cut(values) for file, values in checkpoint.tensors.items()}
+        checkpoint = replace(checkpoint, tensors=cuts)
     tensors = checkpoint.tensors
     _load_weights(state, checkpoint)
     if state.aligned is not None:
-        state.aligned.head.load_state_dict(tensors[ALIGN_HEAD])
+        load_own(state.aligned.head, tensors[ALIGN_HEAD])
     state.ema.load([tensors[name] for name in ema_files(config)])
     groups = checkpoint.state["optimizer_groups"]
     restore_state(state.optimizer, dict(tensors[OPTIMIZER_STATE]), groups, state.places)
@@ -267,7 +295,7 @@ def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
     """Load all weights, or the delta of a training whose state has the base model already."""
     weights, base = checkpoint.tensors[MODEL_WEIGHTS], checkpoint.state.get("base")
     if state.trained is None or weights.keys() != state.trained:
-        state.model.load_state_dict(weights)
+        load_own(state.model, weights)
         state.base = base
         return
     if base != state.base:

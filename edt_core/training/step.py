@@ -100,29 +100,31 @@ def accumulate_gradient(
     inputs: StepInputs,
     null_label: int,
     alignment: Alignment | None = None,
+    number: int | None = None,
 ) -> Tensor:
     """Add this step's gradient to that of the parameters; return the detached losses [terms * passes, N], term by term.
 
     Samples are processed in micro-batches. The loss is the sum over the samples, each weighted by its timestep's
     importance, divided by the *global* batch size: gradients add up to that of the whole batch, however it is split.
+    Ranks that exchange in each micro-batch have the same `number` of them, and nothing of a weight is kept between two.
     """
-    cuts = list(micro_batches(len(inputs.latents), config.micro_batch()))
+    cuts = list(micro_batches(len(inputs.latents), config.micro_batch(), number))
     parts = []
     repeats = len(cuts) > 1 or config.activation_checkpointing  # otherwise nothing is made twice
-    with shared_projections(model) if repeats else nullcontext():
-        for number, places in enumerate(cuts, start=1):
+    with shared_projections(model) if repeats and number is None else nullcontext():
+        for place, places in enumerate(cuts, start=1):
             part = inputs.rows(places)
-            with _gradient_exchange(model, last=number == len(cuts)):
+            with _gradient_exchange(model, last=place == len(cuts)):
                 losses = step_losses(model, config, schedule, part, null_label, alignment)
                 ((losses.loss * part.weights).sum() / config.global_batch_size).backward()
             parts.append(torch.cat(list(losses.terms.values())).detach())
     return torch.cat(parts, dim=1)
 
 
-def micro_batches(samples: int, most: int) -> Iterator[slice]:
-    """Slices of about equal size, none with more than `most` samples."""
-    number = -(-samples // most)
-    return (share(samples, i, number) for i in range(number))
+def micro_batches(samples: int, most: int, number: int | None = None) -> Iterator[slice]:
+    """Slices of about equal size, none with more than `most` samples, as few as possible or `number`."""
+    cuts = number or -(-samples // most)
+    return (share(samples, i, cuts) for i in range(cuts))
 
 
 def _gradient_exchange(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:

@@ -163,6 +163,11 @@ class Trainer:
         return [cut.stop - cut.start for cut in cuts]
 
     @property
+    def micro_batches(self) -> int | None:
+        """The number of micro-batches of every rank, if they exchange after each; None if each rank has its own."""
+        return None if self.state.rows is None else -(-max(self.sizes) // self.config.micro_batch())
+
+    @property
     def time_is_up(self) -> bool:
         """Whether the training has used up its `max_hours`."""
         hours = self.config.max_hours
@@ -179,9 +184,8 @@ class Trainer:
         self.state.zero_grad()
         if self.graphs:
             begin_step()
-        null_label = self.state.model.config.num_classes
-        losses = accumulate_gradient(self.model, self.config, self.schedule, inputs, null_label, self.alignment)
-        norm = gradient_norm(self.state.parameters())
+        losses = self._accumulate(self.model, inputs)
+        norm = self.state.norm(gradient_norm)
         launched = self._exchange(batch, timesteps, losses, norm)
         needs_losses = self.state.timesteps.needs_losses
         if self.masked or not needs_losses:  # the device continues while the host waits
@@ -212,18 +216,17 @@ class Trainer:
         compiled or not, with the same inputs.
         """
         self.untried, context, state, started = False, self.context, self.state, time.perf_counter()
-        null_label = state.model.config.num_classes
 
         def run() -> None:
             for _ in range(_PASSES_OF_GRAPHS if self.graphs else 1):
                 self.state.zero_grad()
                 if self.graphs:
                     begin_step()
-                accumulate_gradient(state.network, self.config, self.schedule, inputs, null_label, self.alignment)
+                self._accumulate(state.network, inputs)
             if self.compiled_update is not None:
                 self.compiled_update.rehearse()
 
-        problem = failure(run, self.ranks)
+        problem = failure(run, self.ranks, stop=self.micro_batches is not None)
         self.state.zero_grad()
         if problem is not None:
             for network in (state.model, *(self.alignment.networks if self.alignment else ())):
@@ -239,6 +242,16 @@ class Trainer:
                 "steps and, but for the last bits, the same result. Mend the compiler (a GPU needs triton and a C "
                 "compiler), or set train.compile=false"
             )
+
+    def _accumulate(self, model: nn.Module, inputs: StepInputs) -> Tensor:
+        """The losses of a forward and backward pass of `model`, the state's network as it is or wrapped."""
+        config, null_label = self.config, self.state.model.config.num_classes
+        losses = accumulate_gradient(
+            model, config, self.schedule, inputs, null_label, self.alignment, self.micro_batches
+        )
+        if self.state.rows is not None:
+            self.state.rows.take_gradients()
+        return losses
 
     def _draw(self, batch: LatentBatch, draws: StepDraws) -> tuple[StepInputs, Timesteps]:
         """The model's inputs on this rank, and the timesteps of the global batch."""

@@ -70,7 +70,8 @@ def device_full(config: TrainConfig, model_config: "ModelConfig", workers: int, 
     problem = f"a GPU ran out of memory with {samples} samples in a forward pass"
     if memory is not None:
         problem += f" and {memory / (1 << 30):.1f} GiB for the worker"
-    divide = " or --set train.shard=optimizer" if workers > 1 and config.shard == "none" else ""
+    further = {"none": "optimizer", "optimizer": None if config.refusal_of_full() else "full"}.get(config.shard)
+    divide = f" or --set train.shard={further}" if workers > 1 and further else ""
     if fitting < 1:
         return UserError(
             f"{problem}, and no smaller micro-batch fits. Rerun with --set train.activation_checkpointing=true{divide}"

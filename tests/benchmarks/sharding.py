@@ -1,15 +1,18 @@
 """What `train.shard` saves: `python -m tests.benchmarks.sharding WORK [MODEL] [WORKERS]`, in WORK, an empty folder.
 
-Processes on this machine train a model over gloo on made-up latents, in three steps of one image each and with both
-modes, and write a checkpoint. Prints the resident memory of each process after the second step, after the checkpoint,
-whose copy stays allocated, and the estimate of what the mode changes. The files of both modes are compared.
+Processes on this machine train a model over gloo on made-up latents, in three steps of one image each and with each
+mode, and write a checkpoint. Prints the resident memory of each process after the second step, after the checkpoint,
+whose copy stays allocated, the estimate of what the mode changes, and the seconds of the third step. The files of
+`none` and `optimizer` are compared, and the weights and averages of `full` with them.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file
 
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
@@ -24,7 +27,7 @@ from jobs.benchmark.table import hardware
 from tests.support.gloo import join, run_ranks
 from tests.support.local_training import contents
 
-SIDE, STEPS, MODES = 256, 3, ("none", "optimizer")
+SIDE, STEPS, MODES = 256, 3, ("none", "optimizer", "full")
 _MIB = 1 << 20
 
 
@@ -33,6 +36,7 @@ class Measured(LocalContext):
 
     def has_news(self) -> bool:
         self.__dict__.setdefault("resident", []).append(resident_bytes())
+        self.__dict__.setdefault("times", []).append(time.perf_counter())
         return False
 
 
@@ -65,25 +69,32 @@ def work(rank: int, workers: int, folder: Path, model: str, mode: str) -> None:
     context = Measured(folder / mode, Ranks(rank, workers))
     latents = LatentDataset([folder / "latents-00000.arrow"])
     state = train(config_of(model, workers, mode), model_config(model, SIDE, 10), latents, context)
-    found = [context.__dict__["resident"][1], resident_bytes(), state.step]
+    assert state.step == STEPS
+    times = context.__dict__["times"]  # noted within each step
+    found = [context.__dict__["resident"][1], resident_bytes(), times[2] - times[1]]
     (folder / f"{mode}.{rank}.json").write_text(json.dumps(found))
 
 
 def main(folder: Path, model: str = "EDT-S/2", workers: str = "2") -> None:
-    """Print the memory of each process in both modes."""
+    """Print the memory of each process in each mode."""
     folder.mkdir(parents=True, exist_ok=True)
     write_latents(folder, 4 * int(workers))
     print(f"{model}, {workers} processes, {hardware()}\n")
-    print("| shard | process | after a step, MiB | after the checkpoint, MiB | optimizer and EMA by estimate, MiB |")
-    print("|---|---|---|---|---|")
+    print("| shard | process | after a step, MiB | after the checkpoint, MiB | state by estimate, MiB | a step, s |")
+    print("|---|---|---|---|---|---|")
     for mode in MODES:
         run_ranks("tests.benchmarks.sharding", int(workers), folder, model, mode)
         needs = estimate(config_of(model, int(workers), mode), model_config(model, SIDE, 10), 100)
         for rank in range(int(workers)):
-            step, end, _ = json.loads((folder / f"{mode}.{rank}.json").read_text())
-            cells = (step / _MIB, end / _MIB, (needs.optimizer + needs.ema) / _MIB)
-            print(f"| {mode} | {rank} | {' | '.join(f'{cell:,.0f}' for cell in cells)} |")
-    print(f"\nequal files: {contents(folder / MODES[0]) == contents(folder / MODES[1])}")
+            step, end, seconds = json.loads((folder / f"{mode}.{rank}.json").read_text())
+            cells = (step / _MIB, end / _MIB, needs.state / _MIB)
+            print(f"| {mode} | {rank} | {' | '.join(f'{cell:,.0f}' for cell in cells)} | {seconds:.2f} |")
+    print(f"\nequal files of none and optimizer: {contents(folder / MODES[0]) == contents(folder / MODES[1])}")
+    checkpoints = [folder / mode / "checkpoints" / f"step-{STEPS:08d}" for mode in ("none", "full")]
+    for name in ("model.safetensors", "ema.safetensors"):
+        plain, full = (load_file(checkpoint / name) for checkpoint in checkpoints)
+        largest = max(float((plain[key] - full[key]).abs().max()) for key in plain)
+        print(f"largest difference of full in {name}: {largest:.1e}")
 
 
 if __name__ == "__main__":

@@ -295,19 +295,21 @@ def test_the_mode_is_not_part_of_a_fingerprint() -> None:
     assert result_fields(configured("adan", "optimizer")) == result_fields(configured("adan"))
 
 
-def test_a_dry_run_for_gpus_shows_what_fits_in_both_modes() -> None:
+def test_a_dry_run_for_gpus_shows_what_fits_in_each_mode() -> None:
     model = model_config("EDT-Tiny/2", 32, 4)
     config = CONFIG.model_copy(update={"use_gpu": True, "num_workers": 8, "global_batch_size": 1_000_000})
     rows = dict(re.findall(r"\n  (.{25}) (.+)", card_rows(config, model)))
     assert [name.strip() for name in rows] == ["state per worker", "fits on 24 GB", "fits on 40 GB", "fits on 80 GB"]
     for card in (24, 40, 80):
-        alone, divided = map(_number, rows[f"fits on {card} GB".ljust(25)].split("; with shard optimizer "))
-        assert alone < divided
-        for mode, samples in zip(MODES, (alone, divided), strict=True):
+        texts = re.split("; with shard (?:optimizer|full) ", rows[f"fits on {card} GB".ljust(25)])
+        alone, divided, full = map(_number, texts)
+        assert alone < divided < full
+        for mode, samples in zip((*MODES, "full"), (alone, divided, full), strict=True):
             both = [config.model_copy(update={"shard": mode, "micro_batch_size": samples + more}) for more in (0, 1)]
             fits, exceeds = (estimate(each, model, 1).memory for each in both)
             assert fits <= 0.8 * (card << 30) < exceeds
-    assert "shard optimizer" not in card_rows(config.model_copy(update={"num_workers": 1}), model)
+    assert "with shard" not in card_rows(config.model_copy(update={"num_workers": 1}), model)
+    assert "shard full" not in card_rows(config.model_copy(update={"optimizer": "muon"}), model)
     assert not card_rows(config.model_copy(update={"use_gpu": False}), model)
 
 

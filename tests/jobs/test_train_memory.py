@@ -114,6 +114,9 @@ def test_the_named_micro_batch_is_the_largest_that_the_estimate_allows(precision
     assert f"--set train.micro_batch_size={usable} (edt train: --micro-batch-size {usable})" in message
     assert "train.shard" not in message
     assert "--set train.shard=optimizer also saves memory" in str(device_full(config, EDT, 2, memory))
+    divided = config.model_copy(update={"shard": "optimizer"})
+    assert "--set train.shard=full also saves memory" in str(device_full(divided, EDT, 2, memory))
+    assert "train.shard" not in str(device_full(divided.model_copy(update={"optimizer": "muon"}), EDT, 2, memory))
     assert f"with 256 samples in a forward pass and {memory / (1 << 30):.1f} GiB for the worker" in message
 
 

@@ -34,11 +34,12 @@ def test_a_dry_run_for_gpus_tells_what_fits_on_which(latents_artifact: Artifact,
     words = ("--model", "EDT-Tiny/2", "--num-workers", "2", "--use-gpu", "true", "--shard", "optimizer", "--dry-run")
     done = command("train", latents_artifact.folder.uri, str(tmp_path / "out"), *words)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^  state per worker +\S+ MiB; with shard optimizer \S+ MiB$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^  state per worker +\S+ MiB; with shard optimizer \S+ MiB; with shard full \S+ MiB$", done.stdout, re.M
+    )
+    divided = "".join(f"; with shard {mode} micro-batch 256" for mode in ("optimizer", "full"))
     for card in (24, 40, 80):
-        assert re.search(
-            rf"^  fits on {card} GB +micro-batch 256; with shard optimizer micro-batch 256$", done.stdout, re.M
-        )
+        assert re.search(rf"^  fits on {card} GB +micro-batch 256{divided}$", done.stdout, re.M)
 
 
 def test_an_objective_brings_its_own_recipe(latents_artifact: Artifact, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Safetensors files that all ranks write together, each the tensors that it has.
 
-The bytes are those of `safetensors.torch.save_file`. Rank 0 creates a file with its header and its full size. A rank
-that sees the file, on the same machine or a shared file system, writes its tensors into it; others, and all other
-machines if the store is remote, send theirs to rank 0. The ranks' writing threads have a process group of their own,
-so that they do not interfere with the training.
+The bytes are those of `safetensors.torch.save_file`, also of tensors of which each rank has some rows. Rank 0
+creates a file with its header and its full size. A rank that sees the file, on the same machine or a shared file
+system, writes its tensors into it; others, and all other machines if the store is remote, send theirs to rank 0. The
+ranks' writing threads have a process group of their own, so that they do not interfere with the training.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edt_core.training.ranks import Ranks
+from edt_core.training.shard.rows import Rows
 
 # In the order of the format's library: tensors of the last of these come first in a file.
 _DTYPES = {
@@ -39,21 +41,30 @@ _DTYPES = {
 }
 _ORDER = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
 _ALIGNMENT = 8  # of the header's length
+RowsOf = Callable[[str, Tensor], Rows | None]
 Save = Callable[[Mapping[str, Tensor], Path | None, Mapping[str, str] | None], None]
 
 
 @dataclass(frozen=True)
 class Described:
-    """A tensor of a file without its values: `dtype` is the format's name of it."""
+    """A tensor of a file without its values: `dtype` is the format's name of it.
+
+    A rank has `own` of its `nbytes` bytes, from `start` on: all of them, or those of some rows.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int
+    own: int
 
     @classmethod
-    def of(cls, name: str, value: Tensor) -> Described:
-        return cls(name, _DTYPES[value.dtype], tuple(value.shape), value.nbytes)
+    def of(cls, name: str, value: Tensor, rows: Rows | None = None) -> Described:
+        if rows is None:
+            return cls(name, _DTYPES[value.dtype], tuple(value.shape), value.nbytes, 0, value.nbytes)
+        row = prod(rows.shape[1:]) * value.element_size()
+        return cls(name, _DTYPES[value.dtype], rows.shape, row * rows.shape[0], row * rows.start, value.nbytes)
 
 
 @dataclass(frozen=True)
@@ -66,10 +77,11 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Sequence[Described], metadata: Mapping[str, str] | None = None) -> Layout:
-        """The layout of a file of these tensors: by dtype, the widest first, then by name."""
+        """The layout of a file of these tensors, or parts of them: by dtype, the widest first, then by name."""
         entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
         offsets, end = dict[str, int](), 0
-        for tensor in sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name)):
+        whole = {tensor.name: tensor for tensor in tensors}.values()
+        for tensor in sorted(whole, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name)):
             offsets[tensor.name], start = end, end
             end += tensor.nbytes
             entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
@@ -88,8 +100,9 @@ def save_alone(tensors: Mapping[str, Tensor], path: Path | None, metadata: Mappi
 class JointFiles:
     """Writes files together with all other ranks. To be made by all ranks at once, in the thread of the training."""
 
-    def __init__(self, ranks: Ranks, timeout_s: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, timeout_s: int, rows_of: RowsOf | None = None) -> None:
+        """`rows_of`: the rows that this rank has of a tensor by its name in a file, None for all; by default all."""
+        self.ranks, self._rows_of = ranks, rows_of or _all
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def close(self) -> None:
@@ -102,7 +115,8 @@ class JointFiles:
         Only rank 0's `path` counts, and `metadata` is the same on every rank. Raises OSError on every rank if one of
         them could not write its part.
         """
-        mine = path, [Described.of(name, value) for name, value in tensors.items()]
+        own = [Described.of(name, value, self._rows_of(name, value)) for name, value in tensors.items()]
+        mine = path, own
         gathered: list[tuple[Path, list[Described]]] = self._gather(mine)
         path = gathered[0][0]
         layout = Layout.of([tensor for _, described in gathered for tensor in described], metadata)
@@ -110,7 +124,7 @@ class JointFiles:
         self._raise_any(problem)
         sees = self._gather(is_visible(path))
         if sees[self.ranks.rank]:
-            problem = self._write_own(path, layout, tensors)
+            problem = self._write_own(path, layout, own, tensors)
         else:
             self._send(tensors)
         if self.ranks.rank == 0:
@@ -127,11 +141,13 @@ class JointFiles:
             return error
         return None
 
-    def _write_own(self, path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> OSError | None:
+    def _write_own(
+        self, path: Path, layout: Layout, own: Sequence[Described], tensors: Mapping[str, Tensor]
+    ) -> OSError | None:
         try:
             with path.open("r+b") as file:
-                for name, value in tensors.items():
-                    write_at(file, layout.places[name], value)
+                for tensor in own:
+                    write_at(file, layout.places[tensor.name] + tensor.start, tensors[tensor.name])
                 os.fsync(file.fileno())
         except OSError as error:
             return error
@@ -146,10 +162,10 @@ class JointFiles:
         problem = None
         with path.open("r+b") as file:
             for tensor in described:
-                value = torch.empty(tensor.nbytes, dtype=torch.uint8)
+                value = torch.empty(tensor.own, dtype=torch.uint8)
                 dist.recv(value, src=rank, group=self._group)
                 try:
-                    write_at(file, layout.places[tensor.name], value)
+                    write_at(file, layout.places[tensor.name] + tensor.start, value)
                 except OSError as error:
                     problem = error
         return problem
@@ -165,6 +181,10 @@ class JointFiles:
         for rank, found in enumerate(problems):
             if found is not None:
                 raise OSError(found[0], f"rank {rank} could not write its part of the file: {found[1]}")
+
+
+def _all(name: str, value: Tensor) -> Rows | None:
+    return None
 
 
 def is_visible(path: Path) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edt_core.models import ModelConfig, shadow
 from edt_core.training.ranks import Ranks
+from edt_core.training.shard.rows import row_share
 from edt_core.training.speed.update import by_block
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def largest_share(config: TrainConfig, model_config: ModelConfig) -> float:
     That of the fewest workers that the training may have.
     """
     workers = config.worker_range[0]
-    return 1.0 if config.shard == "none" else _largest_share(model_config, workers)
+    if config.shard == "none" or workers == 1:
+        return 1.0
+    return row_share(model_config, workers) if config.shard == "full" else _largest_share(model_config, workers)
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer
 from edt_core.models.layers import FinalLayer
 from edt_core.training.ranks import Ranks
@@ -101,10 +102,11 @@ def _call(function: Callable[..., Tensor], part: nn.Module, x: Tensor, *inputs: 
     return function(part, x, *inputs)
 
 
-def failure(run: Callable[[], object], ranks: Ranks) -> str | None:
+def failure(run: Callable[[], object], ranks: Ranks, *, stop: bool = False) -> str | None:
     """Call `run` on every rank; None if it worked on all of them, else the error, as text. Collective.
 
-    Any error counts except a lack of memory: one that is not the compiler's occurs again without it.
+    Any error counts except a lack of memory: one that is not the compiler's occurs again without it. To `stop` is the
+    way out if ranks wait for each other within `run`: then it raises a UserError on the rank that failed.
     """
     problem = ""
     try:
@@ -113,6 +115,11 @@ def failure(run: Callable[[], object], ranks: Ranks) -> str | None:
         raise
     except Exception as error:  # the compiler's are of many kinds, and those of its tools have no common one
         problem = _text(error)
+        if stop:
+            raise UserError(
+                f"the model could not be compiled ({problem}), and with train.shard=full the other workers wait for "
+                "this one; set train.compile=false, or mend the compiler (a GPU needs triton and a C compiler)"
+            ) from error
     failed = torch.tensor([[float(bool(problem))]], device=ranks.device)
     if not bool(ranks.gather(failed, [1] * ranks.world_size).any()):
         return None

@@ -235,6 +235,18 @@ class TrainConfig(Section):
         "EDT-S/2",
         description="name of a model, such as EDT-S/2 or DiT-XL/4; `edt cost` lists them; each family has a Tiny/2",
     )
+    width: int | None = added(
+        None,
+        ge=1,
+        description="width of the model's first tokens, with heads of the same width; other widths of an EDT keep "
+        "their ratio. null for that of the named model",
+    )
+    mup_base_width: int | None = added(
+        None,
+        ge=1,
+        description="width for which lr was found: muP (arXiv 2203.03466) adapts rates and initial weights to the "
+        "model's own width, so that the same lr fits; null for none",
+    )
     global_batch_size: int = Field(256, ge=1, description="samples per step, over all workers")
     max_steps: int = Field(400_000, ge=0, description="number of steps; 0 keeps the untrained model of this seed")
     max_epochs: float | None = Field(None, gt=0, description="end after this many epochs, if that is before max_steps")

@@ -59,6 +59,7 @@ def model_config(
     autoencoder_factor: int | None = None,
     latent_channels: int = 4,
     amm_kernel: AmmKernel | None = None,
+    width: int | None = None,
 ) -> ModelConfig:
     """The configuration of a named model for images of `image_size` pixels.
 
@@ -70,9 +71,10 @@ def model_config(
         autoencoder_factor: pixels that a latent covers in each direction; None is 8, and 4 for Tiny.
         latent_channels: channels of the latents.
         amm_kernel: how attention decreases with distance; None is the paper's for the resolution.
+        width: of the first tokens, see `ModelConfig.with_width`; None is that of the named model.
 
     Raises:
-        ValueError: an unknown name, an image size that does not fit, or an AMM block that does not exist.
+        ValueError: an unknown name, an image size or width that does not fit, or an AMM block that does not exist.
     """
     family = family_of(name)
     size = family.sizes[name]
@@ -86,7 +88,7 @@ def model_config(
     if amm_kernel is None:
         amm_kernel = "cos" if image_size >= LARGE_IMAGE_SIZE else "exp_cos"
     try:
-        return family.config(
+        config = family.config(
             name=name,
             latent_size=image_size // factor,
             in_channels=latent_channels,
@@ -100,6 +102,7 @@ def model_config(
         side = image_size // factor
         fitting = f"Models for {side}x{side}: {', '.join(models_for(side)) or 'none'}."
         raise LatentSizeError(f"{error} {fitting}") from None
+    return config if width is None else config.with_width(width)
 
 
 def build_model(config: ModelConfig) -> DiffusionTransformer:

@@ -61,7 +61,7 @@ class Setting:
 def trainings_of(config: PipelineConfig, models: Sequence[str]) -> list[TrainConfig]:
     """The training of each named model, by the recipe of a configuration; without names, those of its own models."""
     own = [config.train_of(name) for name in config.models]
-    return [own[0].model_copy(update={"model": model}) for model in models] or own
+    return [own[0].model_copy(update={"model": model, "width": None}) for model in models] or own
 
 
 def step_times(setting: Setting, trainings: Sequence[TrainConfig]) -> list[StepTime]:
@@ -82,6 +82,7 @@ def _model(setting: Setting, train: TrainConfig) -> ModelConfig:
             setting.image_size,
             autoencoder_factor=autoencoder.downsample_factor,
             latent_channels=autoencoder.latent_channels,
+            width=train.width,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

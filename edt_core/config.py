@@ -242,6 +242,18 @@ class TrainConfig(Section):
         "position embedding), input_mask_ratio, down_mask_ratios, mid_mask_block, mid_mask_ratio. MDTv2: mask_ratio, "
         "decode_depth. A ratio is a range, [least, most]",
     )
+    width: int | None = added(
+        None,
+        ge=1,
+        description="width of the model's first tokens, with heads of the same width; other widths of an EDT keep "
+        "their ratio. null for that of the named model",
+    )
+    mup_base_width: int | None = added(
+        None,
+        ge=1,
+        description="width for which lr was found: muP (arXiv 2203.03466) adapts rates and initial weights to the "
+        "model's own width, so that the same lr fits; null for none",
+    )
     global_batch_size: int = Field(256, ge=1, description="samples per step, over all workers")
     max_steps: int = Field(400_000, ge=0, description="number of steps; 0 keeps the untrained model of this seed")
     max_epochs: float | None = Field(None, gt=0, description="end after this many epochs, if that is before max_steps")
@@ -618,6 +630,7 @@ class TrainConfig(Section):
         for name, value, allowed, reason in (
             ("optimizer", self.optimizer, ("adan", "adamw"), "which needs whole matrices; set optimizer=adan or adamw"),
             ("align", self.align, (None, "autoencoder", "features"), "which needs a whole average; set align=features"),
+            ("mup_base_width", self.mup_base_width, (None,), "whose rates are of whole matrices; leave it out"),
             ("trainable", self.trainable, ("all",), "whose optimizer and averages are small; set shard=none"),
             ("compile", self.compile, (None, False, True), "whose graphs need weights in one place; set compile=true"),
         ):

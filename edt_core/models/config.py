@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 from edt_core.errors import UserError
 from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
@@ -130,6 +130,13 @@ class ModelConfig(ABC):
         values = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {"architecture": self.architecture, **values}
 
+    def with_width(self, width: int) -> Self:
+        """The same model with first tokens of another width; all widths keep their ratio, and heads keep their width.
+
+        Raises ValueError if there is no such model.
+        """
+        raise ValueError(f"{self.name}: models of this family have one width; leave train.width out.")
+
     def objective_record(self) -> dict[str, str]:
         """`{"objective": its name}` for a model's records; empty for epsilon, since older records have no objective."""
         return {} if self.objective == "epsilon" else {"objective": self.objective}
@@ -182,6 +189,12 @@ class OneWidthConfig(ModelConfig):
         """Number of blocks in the forward pass."""
         return self.depth
 
+    def with_width(self, width: int) -> Self:
+        """The same model with `width // (dim // num_heads)` heads."""
+        head = self.dim // self.num_heads
+        check_multiple(self.name, width, math.lcm(head, 4), (head,))
+        return replace(self, dim=width, num_heads=width // head)
+
 
 def _is_default(config: ModelConfig, field: Field[Any]) -> bool:
     return bool(getattr(config, field.name) == field.default)
@@ -198,6 +211,16 @@ def check_width(name: str, dim: int, heads: int) -> None:
         raise ValueError(
             f"{name}: blocks of width {dim} with {heads} heads; the width must be a multiple of "
             "the number of heads, and of 4 for the sine-cosine position embedding."
+        )
+
+
+def check_multiple(name: str, width: int, unit: int, heads: Sequence[int]) -> None:
+    """Raise ValueError unless a width is a multiple of `unit`, so that heads keep their widths."""
+    if width < 1 or width % unit:
+        widths = ", ".join(map(str, dict.fromkeys(heads)))
+        raise ValueError(
+            f"{name}: the width is {width}; use a multiple of {unit}, so that heads keep their width of {widths}, and "
+            "the widths of stages their ratio."
         )
 
 

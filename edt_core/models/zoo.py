@@ -62,6 +62,7 @@ def model_config(
     latent_channels: int = 4,
     amm_kernel: AmmKernel | None = None,
     overrides: Mapping[str, Any] | None = None,
+    width: int | None = None,
 ) -> ModelConfig:
     """The configuration of a named model for images of `image_size` pixels.
 
@@ -74,10 +75,11 @@ def model_config(
         latent_channels: channels of the latents.
         amm_kernel: how attention decreases with distance; None is the paper's for the resolution.
         overrides: fields of the family's configuration with other values than the named model has.
+        width: of the first tokens, see `ModelConfig.with_width`; None is that of the named model.
 
     Raises:
-        ValueError: an unknown name, an image size that does not fit, an AMM block that does not exist, or fields that
-            the family does not have.
+        ValueError: an unknown name, an image size or width that does not fit, an AMM block that does not exist, or
+            fields that the family does not have.
     """
     family = family_of(name)
     size = family.sizes[name]
@@ -92,7 +94,7 @@ def model_config(
     if amm_kernel is None:
         amm_kernel = "cos" if image_size >= LARGE_IMAGE_SIZE else "exp_cos"
     try:
-        return family.config(
+        config = family.config(
             name=name,
             latent_size=image_size // factor,
             in_channels=latent_channels,
@@ -106,6 +108,7 @@ def model_config(
         side = image_size // factor
         fitting = f"Models for {side}x{side}: {', '.join(models_for(side)) or 'none'}."
         raise LatentSizeError(f"{error} {fitting}") from None
+    return config if width is None else config.with_width(width)
 
 
 def overrides_record(config: ModelConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,69 @@ from edt_core.training.optimizers.muon import Muon
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
+RATE_FACTOR = "rate_factor"  # of a group: what the learning rate of a step is multiplied with
+_EPS = 1e-8  # the default of all three optimizers
 _FORMS = ("foreach", "fused")  # fields of an optimizer's groups that say how it computes
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What the learning rate and the optimizer's eps of a parameter are multiplied with."""
+
+    rate: float
+    eps: float = 1.0
+
+
 def make_optimizer(
-    config: TrainConfig, parameters: Iterable[nn.Parameter], matrices: Mapping[Tensor, int] | None = None
+    config: TrainConfig,
+    parameters: Iterable[nn.Parameter],
+    matrices: Mapping[Tensor, int] | None = None,
+    scales: Mapping[Tensor, Scale] | None = None,
 ) -> torch.optim.Optimizer:
     """Adan (Xie et al. 2022, arXiv 2208.06677; betas in the `1 - beta` convention of its code), AdamW or Muon.
 
-    `matrices` are the parameters of Muon, see `edt_core.training.optimizers.muon`; the others are AdamW's.
+    `matrices` are the parameters of Muon, see `edt_core.training.optimizers.muon`; the others are AdamW's. `scales`
+    are those of some parameters, see `edt_core.training.optimizers.mup`; each scale has a group of its own.
     """
     owned = list(parameters)
+    groups = _by_scale(config, owned, scales or {})
     if config.optimizer == "muon":
-        return Muon(owned, matrices or {}, lr=config.lr, weight_decay=config.weight_decay)
+        return Muon(groups, matrices or {}, lr=config.lr, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         on_gpu = any(parameter.is_cuda for parameter in owned)
         foreach, fused = (None, True) if on_gpu else (True, None)
-        return torch.optim.AdamW(owned, lr=config.lr, weight_decay=config.weight_decay, foreach=foreach, fused=fused)
+        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, foreach=foreach, fused=fused)
     from pytorch_optimizer import Adan
 
     # foreach is set because on CPU the library's default is the per-parameter path, which is 3 times as slow.
-    return Adan(owned, lr=config.lr, weight_decay=config.weight_decay, foreach=True)
+    return Adan(groups, lr=config.lr, weight_decay=config.weight_decay, foreach=True)
+
+
+def _by_scale(
+    config: TrainConfig, parameters: Iterable[nn.Parameter], scales: Mapping[Tensor, Scale]
+) -> list[dict[str, Any]]:
+    """Groups of parameters of one scale. Weight decay is divided by that of the rate, which it is multiplied by."""
+    groups: dict[Scale | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(scales.get(parameter), []).append(parameter)
+    return [
+        {"params": own}
+        if scale is None
+        else {
+            "params": own,
+            "lr": scale.rate * config.lr,
+            "weight_decay": config.weight_decay / scale.rate,
+            "eps": scale.eps * _EPS,
+            RATE_FACTOR: scale.rate,
+        }
+        for scale, own in groups.items()
+    ]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step: each group has it times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

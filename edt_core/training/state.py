@@ -29,6 +29,7 @@ from edt_core.training.ema import EMA
 from edt_core.training.history import History
 from edt_core.training.optim import Places, flatten_state, keep_owned, make_optimizer, restore_state
 from edt_core.training.optimizers.muon import hidden_matrices
+from edt_core.training.optimizers.mup import check_mup, fitted, mup_scales
 from edt_core.training.ranks import Ranks
 from edt_core.training.shard.owners import Shards
 from edt_core.training.shard.rows import RowShards, load_own, own_state
@@ -145,7 +146,8 @@ def initial_state(
             f"{model_config.outputs} outputs; create its configuration with with_objective(config, "
             f"{config.objective!r})"
         )
-    model = initial_model(model_config, config.seed).to(device).train()
+    check_mup(config, model_config)
+    model = fitted(initial_model(model_config, config.seed), config).to(device).train()
     trained = prepare_trainable(model, config.trainable)
     if not config.masked_loss:
         for parameter in model.masking_parameters():
@@ -155,13 +157,15 @@ def initial_state(
         head = projection_head(settings.head_widths, config.seed).to(device)
         aligned = AlignedModel(model, head, settings.block)
     network = model if aligned is None else aligned
+    matrices = hidden_matrices(model)
+    scales = mup_scales(config, model, matrices)
     mode = "none" if ranks is None or ranks.world_size == 1 else config.shard
     shards: Shards | RowShards | None = None
     places = owned = None
     if ranks is not None and mode == "full":
         shards = RowShards.of(ranks, network, model, _heads(aligned), config.gradient_dtype)
     parameters = shards.parameters.values() if isinstance(shards, RowShards) else network.parameters()
-    optimizer = make_optimizer(config, (p for p in parameters if p.requires_grad), hidden_matrices(model))
+    optimizer = make_optimizer(config, (p for p in parameters if p.requires_grad), matrices, scales)
     if ranks is not None and mode == "optimizer":
         weights = {name: value for name, value in model.state_dict().items() if trained is None or name in trained}
         shards = Shards.of(ranks, {**weights, **_heads(aligned)})

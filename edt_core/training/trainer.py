@@ -32,7 +32,7 @@ from edt_core.training.context import TrainContext
 from edt_core.training.draws import StepDraws, to_device
 from edt_core.training.history import QUARTILES, named_losses
 from edt_core.training.meter import Meter
-from edt_core.training.optim import clip_factor, clip_gradients, gradient_norm, learning_rate
+from edt_core.training.optim import clip_factor, clip_gradients, gradient_norm, learning_rate, set_rate
 from edt_core.training.ranks import Ranks
 from edt_core.training.speed.compiled import begin_step, failure, undo_compiled_parts
 from edt_core.training.speed.update import CompiledUpdate
@@ -304,8 +304,7 @@ class Trainer:
         `wanted`: whether to, for a masked update. The first step, which the library does, is not masked: if it is not
         finite, going back undoes it.
         """
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.state.step, self.total_steps)
+        set_rate(self.state.optimizer, learning_rate(self.config, self.state.step, self.total_steps))
         max_norm = self.config.max_grad_norm
         if self.compiled_update is not None:
             clip = None if max_norm is None else clip_factor(norm, max_norm)

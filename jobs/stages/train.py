@@ -68,6 +68,7 @@ def config_of(config: TrainConfig, latents: Mapping[str, Any], initial: Any = No
             autoencoder_factor=latents["image_size"] // side,
             latent_channels=channels,
             overrides=config.model_overrides,
+            width=config.width,
         )
         model = with_objective(model, config.objective)
         base = {} if initial is None else initial.model_config or {}
@@ -150,6 +151,7 @@ def train(
     remove_class_counts(out)
     return {
         "model": config.model,
+        **({} if config.width is None else {"width": config.width}),
         **model_config.objective_record(),
         **overrides_record(model_config),
         "steps": steps[-1],
@@ -237,6 +239,7 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     from edt_core.diffusion import check_training, objective_of
     from edt_core.models import check_masked_loss
     from edt_core.training.align.settings import align_settings
+    from edt_core.training.optimizers.mup import check_mup
     from edt_core.training.speed.attention_table import attention_forms
 
     if config.max_steps > 0:  # an untrained model has no loss, so every recipe is valid
@@ -246,6 +249,7 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
         check_training(config)
     attention_forms(config)
     align_settings(config, model_config)
+    check_mup(config, model_config)
     check_latents(config, latents)
 
 

@@ -35,6 +35,7 @@ from edt_core.printing.redaction import redacted_values
 from edt_core.sampling.sampler import check_guidance
 from edt_core.store.folder import Folder
 from edt_core.training.align.settings import align_settings
+from edt_core.training.optimizers.mup import check_mup
 from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.runtime.tracking import own_uri
 from pipelines.config.defaults import with_defaults
@@ -188,6 +189,7 @@ class PipelineConfig(_WithNetworks):
             model = self.model_of(name, 2)
             check_masked_loss(model, train.masked_loss)
             align_settings(train, model)
+            check_mup(train, model)
             if train.max_steps > 0:  # an untrained model has no loss
                 check_training(train)
             for section, chain in self._chains():
@@ -320,6 +322,7 @@ class PipelineConfig(_WithNetworks):
             autoencoder_factor=self.autoencoder.downsample_factor,
             latent_channels=self.autoencoder.latent_channels,
             overrides=train.model_overrides,
+            width=train.width,
         )
         return with_objective(config, train.objective)
 

@@ -182,7 +182,7 @@ def _untrained(trained: TrainConfig) -> TrainConfig:
     It has only the fields that shape the initial weights, the chain and the scale of the latents: a learning rate does
     not change it.
     """
-    fields = ("model", "seed", "num_timesteps", "objective", "latent_norm")
+    fields = ("model", "seed", "num_timesteps", "objective", "latent_norm", "width", "mup_base_width")
     shaping = {field: getattr(trained, field) for field in fields}
     return TrainConfig(max_steps=0, **objective_of(trained.objective).train_defaults, **shaping)
 

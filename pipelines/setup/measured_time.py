@@ -7,6 +7,7 @@ does not contain is not in the time: the exchange of gradients, previews, checkp
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log
+from typing import Any
 
 import torch
 
@@ -65,7 +66,8 @@ def trainings_of(config: PipelineConfig, models: Sequence[str]) -> list[TrainCon
     A named model has none of the recipe's overrides, which may be of another family.
     """
     own = [config.train_of(name) for name in config.models]
-    return [own[0].model_copy(update={"model": model, "model_overrides": {}}) for model in models] or own
+    usual: dict[str, Any] = {"model_overrides": {}, "width": None}
+    return [own[0].model_copy(update={"model": model, **usual}) for model in models] or own
 
 
 def step_times(setting: Setting, trainings: Sequence[TrainConfig]) -> list[StepTime]:
@@ -87,6 +89,7 @@ def _model(setting: Setting, train: TrainConfig) -> ModelConfig:
             autoencoder_factor=autoencoder.downsample_factor,
             latent_channels=autoencoder.latent_channels,
             overrides=train.model_overrides,
+            width=train.width,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -15,12 +15,14 @@ from torch.fx import GraphModule
 from edt_core.config import TrainConfig
 from edt_core.training.ema import EMA
 from edt_core.training.optim import (
+    Scale,
     clip_factor,
     clip_gradients,
     flatten_state,
     gradient_norm,
     make_optimizer,
     restore_state,
+    set_rate,
 )
 from edt_core.training.speed.update import CompiledUpdate, by_block
 
@@ -42,7 +44,7 @@ class Layers(nn.Module):
 class Side:
     """A model with its optimizer and averages, updated by the library or compiled."""
 
-    def __init__(self, config: TrainConfig, dtype: torch.dtype, backend: str | None, *, masked: bool = False) -> None:
+    def __init__(self, config: TrainConfig, dtype: torch.dtype, backend: str | None, **options: bool) -> None:
         self.model = Layers().to(dtype)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -50,8 +52,9 @@ class Side:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.config, self.ema = config, EMA(self.model, config.ema_decays, widths=config.ema_widths)
-        self.optimizer = make_optimizer(config, self.trained)
-        self.compiled = backend and CompiledUpdate(self.model, self.optimizer, self.ema, backend, masked=masked)
+        scaled = [layer.weight for layer in self.model.blocks] if options.pop("scaled", False) else []
+        self.optimizer = make_optimizer(config, self.trained, scales=dict.fromkeys(scaled, Scale(0.5, 2.0)))
+        self.compiled = backend and CompiledUpdate(self.model, self.optimizer, self.ema, backend, **options)
         self.number = 0
 
     def step(self, step: int) -> None:
@@ -59,8 +62,7 @@ class Side:
         for parameter in self.trained:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.grad = (noise * (step % 7 + 0.1)).to(parameter.dtype)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr / (1 + step / 50)
+        set_rate(self.optimizer, self.config.lr / (1 + step / 50))
         norm, most = gradient_norm(self.trained), self.config.max_grad_norm
         wanted = norm.isfinite() if self.compiled and self.compiled.masked else None
         if self.compiled and self.compiled(None if most is None else clip_factor(norm, most), wanted, step + 1):
@@ -135,6 +137,19 @@ def test_it_is_the_library_s_update(options: dict[str, Any], dtype: torch.dtype,
             theirs.step(step)
     check_equal(ours, theirs, bound)
     assert ours.number == 89
+
+
+def test_groups_of_another_rate_have_their_own() -> None:
+    """Also after a checkpoint, whose groups are loaded into new dictionaries."""
+    ours, theirs = (Side(config(**DECAY), torch.float64, backend, scaled=True) for backend in ("aot_eager", None))
+    assert len(theirs.optimizer.param_groups) == 2
+    for step in range(20):
+        if step == 10:
+            ours.resume(theirs)
+        ours.step(step)
+        theirs.step(step)
+    check_equal(ours, theirs, 1e-14)
+    assert ours.number == 19
 
 
 @pytest.mark.extern

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from edt_core.models.attention import Block, RelativePositionBias
@@ -44,6 +45,19 @@ class AdaLNTransformer(DiffusionTransformer):
             if isinstance(module, Block | FinalLayer):
                 _zero(module.adaLN_modulation[-1])
         _zero(self.final_layer.linear)
+
+    @torch.no_grad()
+    def fit_to_base_width(self, ratio: float) -> None:
+        """Rescale new weights to muP's for a model `ratio` times as wide as its base (arXiv 2203.03466, table 8).
+
+        Hidden matrices get variances in proportion to 1 / width, inputs those of the base, and the output is zero. By
+        `initialize_weights` all but two are so already: Xavier's variance of the patches decreases with the width, and
+        that of the second matrix of the timesteps does not.
+        """
+        patches = self.x_embedder.proj.weight
+        width, inputs = patches.shape[0], patches[0].numel()
+        patches.mul_(((inputs + width) / (inputs + width / ratio)) ** 0.5)
+        self.t_embedder.mlp.get_parameter("2.weight").mul_(ratio**-0.5)
 
 
 def _zero(layer: nn.Module) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from edt_core.models.attention import Attention, Block, RelativePositionBias
-from edt_core.models.config import ModelConfig, check_ratios, check_width
+from edt_core.models.config import ModelConfig, check_multiple, check_ratios, check_width
 from edt_core.models.families.adaln import AdaLNTransformer
 from edt_core.models.families.amm_placements import ANY_SCALE, AmmPlacement
 from edt_core.models.families.family import Family, ModelSize
@@ -104,6 +104,16 @@ class EDTConfig(ModelConfig):
     def num_blocks(self) -> int:
         """Number of blocks in all stages."""
         return sum(self.depths)
+
+    def with_width(self, width: int) -> Self:
+        """The same hourglass with a first stage of another width; the widths of all stages keep their ratio."""
+        heads = [dim // number for dim, number in zip(self.dims, self.num_heads, strict=True)]
+        check_multiple(self.name, width, math.lcm(self.dims[0] // math.gcd(*self.dims, *self.num_heads), 4), heads)
+        return replace(
+            self,
+            dims=tuple(dim * width // self.dims[0] for dim in self.dims),
+            num_heads=tuple(number * width // self.dims[0] for number in self.num_heads),
+        )
 
     @property
     def num_merges(self) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,22 +59,28 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for the parameters in `matrices`, by the number of matrices that lie above one another in each; else AdamW.
 
-    A group's `parts` is that number, 0 for AdamW. Betas are those of both papers, weight decay is decoupled.
+    A group's `parts` is that number, 0 for AdamW. Betas are those of both papers, weight decay is decoupled. Groups of
+    parameters with settings of their own are divided further.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Sequence[Mapping[str, Any]],
         matrices: Mapping[Tensor, int],
         *,
         lr: float,
         weight_decay: float = 0.0,
     ) -> None:
-        by_parts = defaultdict[int, list[Tensor]](list)
-        for parameter in parameters:
-            by_parts[matrices.get(parameter, 0)].append(parameter)
-        groups = [{"params": by_parts[parts], "parts": parts} for parts in sorted(by_parts, reverse=True)]
-        on_gpu = any(parameter.is_cuda for group in by_parts.values() for parameter in group)
+        listed = list(parameters)
+        given = [group for group in listed if isinstance(group, Mapping)] or [{"params": listed}]
+        groups = list[dict[str, Any]]()
+        for group in given:
+            by_parts = defaultdict[int, list[Tensor]](list)
+            for parameter in group["params"]:
+                by_parts[matrices.get(parameter, 0)].append(parameter)
+            groups += [{**group, "params": by_parts[parts], "parts": parts} for parts in by_parts]
+        groups.sort(key=lambda group: -int(group["parts"]))
+        on_gpu = any(parameter.is_cuda for group in groups for parameter in group["params"])
         form = {"foreach": not on_gpu, "fused": on_gpu}
         settings = {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **settings, **form})

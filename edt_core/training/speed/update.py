@@ -5,6 +5,7 @@ once. A function is compiled for the tensors of one block, and serves all blocks
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ from edt_core.training.speed.compiled import Backend, allow_graphs
 
 _STATES = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
 Update = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one block in one group of the optimizer, by its number, and their names."""
+
+    group: int
+    names: list[str]
+    parameters: list[nn.Parameter]
 
 
 class CompiledUpdate:
@@ -35,22 +45,26 @@ class CompiledUpdate:
         masked: bool = False,
         heads: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        """The optimizer is the library's Adan with one group of parameters: all of the model, and `heads`.
+        """The optimizer is the library's Adan, with the parameters of the model and of `heads`.
 
         The heads' parameters, by names that the model does not have, have no average. Rows of the model's parameters
         that stand for them in the optimizer are given as heads too, by the model's names.
         """
         self.masked = masked
         self._optimizer: Any = optimizer
-        (group,) = optimizer.param_groups
-        owned = {id(parameter) for parameter in group["params"]}
-        named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
-        named |= heads or {}
-        self._names = [list(names) for names in by_block(named).values()]
-        self._parts = [[named[name] for name in names] for names in self._names]
-        self._ema, self._trained = ema, frozenset(named)
+        named = {**dict(model.named_parameters()), **(heads or {})}
+        self._parts = list[Part]()
+        for number, group in enumerate(optimizer.param_groups):
+            owned = {id(parameter) for parameter in group["params"]}
+            names = [name for name, parameter in named.items() if id(parameter) in owned]
+            for of_block in by_block(names).values():
+                self._parts.append(Part(number, of_block, [named[name] for name in of_block]))
+        self._ema, self._trained = ema, frozenset(name for part in self._parts for name in part.names)
         allow_graphs()
-        self._run = torch.compile(_updater(group, ema.decays, masked), backend=backend, dynamic=False)
+        self._updates = [
+            torch.compile(_updater(group, ema.decays, masked), backend=backend, dynamic=False)
+            for group in optimizer.param_groups
+        ]
 
     @torch.no_grad()
     def rehearse(self) -> None:
@@ -58,18 +72,19 @@ class CompiledUpdate:
 
         An error of the compiler comes here, before a weight is changed.
         """
-        seen = set()
-        for names, part in zip(self._names, self._parts, strict=True):
-            shapes = tuple((p.shape, p.stride(), p.dtype, p.grad is not None and p.grad.stride()) for p in part)
-            if shapes in seen or any(parameter.grad is None for parameter in part):
+        seen = set[tuple[int, Any]]()
+        for part in self._parts:
+            own = part.parameters
+            shapes = tuple((p.shape, p.stride(), p.dtype, p.grad is not None and p.grad.stride()) for p in own)
+            if (part.group, shapes) in seen or any(parameter.grad is None for parameter in own):
                 continue
-            seen.add(shapes)
-            weights = [torch.zeros_like(parameter.detach()) for parameter in part]
-            gradients = [torch.zeros_like(parameter.grad) for parameter in part if parameter.grad is not None]
+            seen.add((part.group, shapes))
+            weights = [torch.zeros_like(parameter.detach()) for parameter in own]
+            gradients = [torch.zeros_like(parameter.grad) for parameter in own if parameter.grad is not None]
             states = [[torch.zeros_like(weight) for weight in weights] for _ in _STATES]
-            averages = [[torch.zeros_like(value) for value in values] for values in self._averages(names)]
-            numbers = torch.ones(6 + len(self._ema.of_widths), dtype=part[0].dtype, device=part[0].device)
-            self._run(weights, gradients, states, averages, numbers)
+            averages = [[torch.zeros_like(value) for value in values] for values in self._averages(part.names)]
+            numbers = torch.ones(6 + len(self._ema.of_widths), dtype=own[0].dtype, device=own[0].device)
+            self._updates[part.group](weights, gradients, states, averages, numbers)
 
     @torch.no_grad()
     def __call__(self, clip: Tensor | None, wanted: Tensor | None = None, step: int | None = None) -> bool:
@@ -80,21 +95,24 @@ class CompiledUpdate:
         If `wanted`, bool [] on the device, is false, a masked update leaves every tensor as it is. Its step is counted
         all the same, since the host does not know; going back to a checkpoint restores the count.
         """
-        optimizer, (group,) = self._optimizer, self._optimizer.param_groups
+        optimizer = self._optimizer
         if not self._parts:  # another rank owns each weight
             self._ema.update(step=step)
             return True
-        if any(p.grad is None or p not in optimizer.state for part in self._parts for p in part):
+        if any(p.grad is None or p not in optimizer.state for part in self._parts for p in part.parameters):
             return False
-        group["step"] += 1
-        numbers = self._numbers(group, clip, wanted, self._ema.changing_rates(step))
-        for names, part in zip(self._names, self._parts, strict=True):
-            self._run(
-                [parameter.detach() for parameter in part],
-                [parameter.grad for parameter in part],
-                [[optimizer.state[parameter][name] for parameter in part] for name in _STATES],
-                self._averages(names),
-                numbers,
+        rates = self._ema.changing_rates(step)
+        numbers = []
+        for group in optimizer.param_groups:
+            group["step"] += 1
+            numbers.append(self._numbers(group, clip, wanted, rates))
+        for part in self._parts:
+            self._updates[part.group](
+                [parameter.detach() for parameter in part.parameters],
+                [parameter.grad for parameter in part.parameters],
+                [[optimizer.state[parameter][name] for parameter in part.parameters] for name in _STATES],
+                self._averages(part.names),
+                numbers[part.group],
             )
         self._ema.update(without=self._trained, step=step)
         return True
@@ -109,7 +127,7 @@ class CompiledUpdate:
         """The numbers that change from step to step, [6 + widths], on the device: else each would need a new graph."""
         first, second, third = (self._optimizer.debias(beta, group["step"]) for beta in group["betas"])
         rate, decay = group["lr"], group["lr"] * group["weight_decay"]
-        weight = self._parts[0][0]
+        weight = self._parts[0].parameters[0]
         numbers = torch.tensor(
             [
                 rate / first,

@@ -82,6 +82,8 @@ def _shape_problem(saved: SavedOptimizer, trained: Sequence[tuple[str, Any]], si
     """What of the saved state does not fit parameters in groups of these sizes; "" if all does."""
     counts = [len(group["params"]) for group in saved.groups]
     if counts != sizes:
+        if sum(counts) == len(trained):
+            return "has other groups of parameters, as those of another train.mup_base_width"
         head = ", perhaps with those of the head of a train.align" if sum(counts) > len(trained) else ""
         return f"has the state of {sum(counts)} parameters{head}, and this training has {len(trained)}"
     for key, value in saved.tensors.items():

@@ -53,11 +53,12 @@ test-numerics: install-dev     ## the numerical tests with the kernels of an old
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	    $(PYTEST) $(PARALLEL) -m "light and not slow" $(NUMERICS)
 
-coverage: install-dev          ## branch coverage of `make test`, including subprocesses and Ray's workers
+coverage: install-dev          ## branch coverage of `make test`, subprocesses and Ray's workers included: files, then packages
 	rm -f .coverage .coverage.*
 	COVERAGE_FILE=$(CURDIR)/.coverage $(MAKE) --no-print-directory test PYTEST="$(BIN)/python -m coverage run -m pytest"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
+	$(BIN)/python -m tests.support.coverage_table
 
 test-core: install-dev         ## the tests of edt_core, in parallel
 	$(PYTEST) $(PARALLEL) -m "not slow and not ray" tests/edt_core

@@ -3,6 +3,7 @@
 `inputs` maps roles to committed artifacts, `out` stores the files, and the return value is the manifest's counts.
 """
 
-from edt_core.environment import quiet_defaults
+from edt_core.environment import collect_rarely, quiet_defaults
 
+collect_rarely()
 quiet_defaults()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import house
+from tests.support.coverage_table import by_package, lines
 
 MODULES = house.modules()
 
@@ -49,3 +50,27 @@ def test_an_import_upwards_and_a_hidden_circle_are_found(tmp_path: Path, monkeyp
     assert house.backwards(planted) == ["edt_core.models.zoo -> edt_core.training.loop"]
     assert house.hidden_for_a_circle(planted) == ["edt_core.store.folder -> edt_core.store.cache"]
     assert [module.without_docstring() for module in planted if module.room == "training"] == [["Loop"]]
+
+
+def test_coverage_is_summed_by_package() -> None:
+    """A file counts for its package and for the package around it; a file of no statements counts as covered."""
+
+    def file(*counts: int) -> dict[str, dict[str, int]]:
+        names = ("num_statements", "covered_lines", "num_branches", "covered_branches")
+        return {"summary": dict(zip(names, counts, strict=True))}
+
+    files = {
+        "edt_core/config.py": file(10, 5, 2, 1),
+        "edt_core/models/families/edt.py": file(20, 20, 6, 3),
+        "jobs/__init__.py": file(0, 0, 0, 0),
+    }
+    sums = by_package(files)
+    assert {name: (covered.statements, covered.branches_run) for name, covered in sums.items()} == {
+        "edt_core": (30, 4),
+        "edt_core/models": (20, 3),
+        "jobs": (0, 0),
+        "all": (30, 4),
+    }
+    table = list(lines(sums))
+    assert table[1].split() == ["edt_core", "30", "5", "8", "4", "76.32"]
+    assert table[3].split()[-1] == "100.00"

@@ -25,31 +25,22 @@ def check_pipeline_sizes(config: PipelineConfig, images: int | None, statistics:
 def size_problems(config: PipelineConfig, images: int | None = None) -> list[str]:
     """Each metric or reader with too few samples, images or shards, with the fields to change."""
     real = None if config.reference_statistics is not None else images
-    problems = [
-        shortfall_text(shortfall, _remedies(config, shortfall))
-        for shortfall in size_shortfalls(
-            config.evaluate, _dimensions(config), config.sample.num_samples, real, config.reference.keep_features
-        )
-    ]
+    dimensions, kept = _dimensions(config), config.reference.keep_features
+    evaluated = list(size_shortfalls(config.evaluate, dimensions, config.sample.num_samples, real, kept))
+    along = list(size_shortfalls(config.along.measured, dimensions, config.along.num_samples, real, kept))
+    of_images = [shortfall for shortfall in evaluated if shortfall.side == "reference"]  # one line for both
     return [
-        *problems,
-        *_along_problems(config, real),
+        *(shortfall_text(shortfall, _remedies(config, shortfall)) for shortfall in evaluated),
+        *(
+            shortfall_text(shortfall, _along_remedies(config, shortfall))
+            for shortfall in along
+            if config.along.every is not None and shortfall not in of_images
+        ),
         *_token_problems(config),
         *_classifier_problems(config, images),
         *_shard_problems(config, images),
         *_holdout_problems(config, images),
     ]
-
-
-def _along_problems(config: PipelineConfig, images: int | None) -> Iterator[str]:
-    """Too few samples for the metrics of the evaluations along the training."""
-    along, kept = config.along, config.reference.keep_features
-    if along.every is None:
-        return
-    for shortfall in size_shortfalls(along.measured, _dimensions(config), along.num_samples, images, kept):
-        if shortfall.side == "generated":
-            remedies = [f"set along.num_samples to {shortfall.need} or more", "leave the metric out of along.metrics"]
-            yield shortfall_text(shortfall, remedies)
 
 
 def _token_problems(config: PipelineConfig) -> Iterator[str]:
@@ -76,13 +67,21 @@ def _dimensions(config: PipelineConfig) -> dict[str, int | None]:
     }
 
 
-def _remedies(config: PipelineConfig, shortfall: Shortfall) -> list[str]:
+def _along_remedies(config: PipelineConfig, shortfall: Shortfall) -> list[str]:
+    return [_more(config, shortfall, "along"), "leave the metric out of along.metrics"]
+
+
+def _more(config: PipelineConfig, shortfall: Shortfall, section: str) -> str:
+    """What makes the smaller side larger. `section`: the one that makes the samples."""
     if shortfall.side == "generated":
-        remedies = [f"set sample.num_samples to {shortfall.need} or more"]
-    elif (limit := config.source.limit) is not None and limit < shortfall.need:
-        remedies = [f"raise source.limit, which is {limit}"]
-    else:
-        remedies = ["add images to the source"]
+        return f"set {section}.num_samples to {shortfall.need} or more"
+    if (limit := config.source.limit) is not None and limit < shortfall.need:
+        return f"raise source.limit, which is {limit}"
+    return "add images to the source"
+
+
+def _remedies(config: PipelineConfig, shortfall: Shortfall) -> list[str]:
+    remedies = [_more(config, shortfall, "sample")]
     if shortfall.dimensions is None:
         return [*remedies, f"leave {shortfall.metric.removesuffix('_classifier')} out of evaluate.metrics"]
     if shortfall.metric == "fd_classifier" and shortfall.have > 2:
@@ -138,6 +137,13 @@ def _holdout_problems(config: PipelineConfig, images: int | None) -> Iterator[st
             yield f"{name}: {problem}"
 
 
+def _along_metrics(config: PipelineConfig) -> tuple[str, ...]:
+    """Metrics that evaluations along the training must compute in Inception's space; none if what can be is enough."""
+    if config.along.every is None:
+        return ()
+    return wanted_metrics(config.along.measured, INCEPTION, config.along.num_samples) or ()
+
+
 def _published_problems(config: PipelineConfig, statistics: Source | None) -> Iterator[str]:
     """Metrics of evaluation or promotion that the published statistics do not allow."""
     if statistics is None:
@@ -149,7 +155,8 @@ def _published_problems(config: PipelineConfig, statistics: Source | None) -> It
     lacking = {} if adm.spatial_statistics is not None else {"sfid": "spatial statistics"}
     lacking |= {metric: "images" for metric, need in PAIRWISE.items() if images < need}
     evaluated = wanted_metrics(config.evaluate, INCEPTION, config.sample.num_samples)
-    fields = dict.fromkeys(evaluated or (), "evaluate.metrics")
+    fields = dict.fromkeys(_along_metrics(config), "along.metrics")
+    fields |= dict.fromkeys(evaluated or (), "evaluate.metrics")
     fields |= dict.fromkeys(config.promote.require, "promote.require") | {config.promote.metric: "promote.metric"}
     for metric, field in fields.items():
         if metric in lacking and metric in space_metrics(INCEPTION):

@@ -40,7 +40,7 @@ BASE = (
     "encode.num_workers=1",
 )
 # The largest number to try, where more only costs time.
-LARGEST = {"sample.repeats": 3, "autoencoder.layers_per_block": 3}
+LARGEST = {"sample.repeats": 3, "along.repeats": 3, "autoencoder.layers_per_block": 3}
 
 
 def whole_number_fields(schema: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[tuple[str, int | None]]:

@@ -1,5 +1,7 @@
-"""The version of NVIDIA's driver: from nvidia-smi, else from the kernel module's file, else none."""
+"""The version of NVIDIA's driver, from nvidia-smi or the kernel module's file; and how often garbage is collected."""
 
+import gc
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -56,3 +58,14 @@ def test_the_driver_is_that_of_the_kernel_module_where_nvidia_smi_fails(
     assert environment.nvidia_driver() is None
     module.unlink()
     assert environment.nvidia_driver() is None
+
+
+def test_what_imports_much_looks_through_all_objects_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first line; a user's own rarer setting stays, and how often young objects are looked at as well."""
+    settings: list[tuple[int, ...]] = []
+    monkeypatch.setattr(gc, "set_threshold", lambda *values: settings.append(values))
+    for before in ((700, 10, 10), (700, 10, 5000)):
+        monkeypatch.setattr(gc, "get_threshold", lambda before=before: before)
+        for package in ("jobs", "pipelines"):
+            runpy.run_module(f"{package}.__init__")
+    assert settings == [(700, 10, 100)] * 2 + [(700, 10, 5000)] * 2

@@ -5,10 +5,9 @@ import json
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from edt_core.evaluation.extractors.weights import load_tensors, published_weigh
 from edt_core.store.manifest import sha256_json
 from tests.support.models import clip_folder as made_clip
 from tests.support.models import dinov2_folder as made_dinov2
+from tests.support.servers import QuietHandler, listening
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = b"weights" * 1000
@@ -54,9 +54,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
+class FileHandler(QuietHandler, SimpleHTTPRequestHandler):
+    """Serves the files of a folder."""
 
 
 @pytest.fixture
@@ -64,12 +63,8 @@ def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The address of a web server, and the folder that it serves."""
     folder = tmp_path / "web"
     folder.mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", folder
-        server.shutdown()
-        thread.join()
+    with listening(partial(FileHandler, directory=str(folder))) as address:
+        yield address, folder
 
 
 def kept(cache: Path) -> list[Path]:
@@ -178,8 +173,8 @@ def test_a_url_needs_a_digest(cache: Path) -> None:
 
 
 def test_a_server_that_is_not_there_is_one_clear_message(cache: Path, web: tuple[str, Path]) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        closed = f"http://127.0.0.1:{server.server_port}/w.pth"
+    with listening(QuietHandler) as address:
+        closed = f"{address}/w.pth"
     for url in (closed, f"{web[0]}/w.pth", "memory://nowhere/w.pth"):
         with pytest.raises(UserError, match=f"cannot download {url}: .*use its path"):
             published_weights("inception", url, DIGEST)

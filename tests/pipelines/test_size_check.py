@@ -117,13 +117,31 @@ def test_the_samples_along_a_training_are_enough_for_its_metrics() -> None:
     assert not size_problems(configured(*few, "along.metrics=[fid]"), 1797)
 
 
+def test_the_images_are_enough_for_the_metrics_along_a_training() -> None:
+    """An evaluation of other metrics says nothing of those; one of the same says it once for both."""
+    fid = ("evaluate.metrics=[fid]", "evaluate.allow_rank_deficient=true", "source.limit=3")
+    assert not size_problems(configured(*fid), 3)
+    told = size_problems(configured(*fid, "along.every=100"), 3)
+    assert [text.partition(" ")[0] for text in told] == ["precision_classifier", "recall_classifier"]
+    for text in told:
+        assert "needs at least 4 real images, but there are only 3. Raise source.limit, which is 3, or leave" in text
+        assert text.endswith("along.metrics.")
+    all_metrics = (fid[1], fid[2], "along.every=100")
+    assert len(size_problems(configured(*all_metrics), 3)) == 2
+
+
 def test_published_statistics_are_of_no_stated_number() -> None:
     config = configured("extractors=[inception]", "promote.metric=fid", "reference_statistics=/ref.npz")
     assert not [text for text in size_problems(config, 40) if "real images" in text]
 
 
 @pytest.mark.parametrize(
-    ("field", "name"), [("promote.metric=kid", "promote.metric"), ("evaluate.metrics=[fid,kid]", "evaluate.metrics")]
+    ("field", "name"),
+    [
+        ("promote.metric=kid", "promote.metric"),
+        ("evaluate.metrics=[fid,kid]", "evaluate.metrics"),
+        ("along={every: 100, metrics: [fid, kid]}", "along.metrics"),
+    ],
 )
 def test_published_statistics_without_images_give_no_kid(
     field: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

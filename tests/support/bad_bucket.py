@@ -1,14 +1,14 @@
 """A front of an S3 server that answers as stores under load, or with less than S3, do."""
 
 import http.client
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.support.servers import QuietHandler, listening
 
 # What S3 answers, by its error code: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 _STATUS = {"SlowDown": 503, "NotImplemented": 501}
@@ -33,7 +33,7 @@ def bad_bucket(server: str) -> Iterator[Front]:
     """A front of the S3 server at this URL, on a free loopback port."""
     front, target = Front(), urlsplit(server)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
@@ -71,19 +71,8 @@ def bad_bucket(server: str) -> Iterator[Front]:
                 return self.answer
             raise AttributeError(name)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    front.url = f"http://127.0.0.1:{listening.server_address[1]}"
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with listening(Handler) as front.url:
         yield front
-    finally:
-        listening.shutdown()
-        listening.server_close()
-        thread.join()
 
 
 def error_text(code: str) -> bytes:

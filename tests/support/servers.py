@@ -1,4 +1,4 @@
-"""Servers on loopback, in processes of their own: MLflow's, and one that speaks S3."""
+"""Servers on loopback: MLflow's and one that speaks S3 in processes of their own, and others in threads."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,6 +84,26 @@ def moto_server() -> Iterator[str]:
         server.wait()
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """Answers requests without a line on stderr for each."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def listening(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """URL of an HTTP server on a free loopback port, which threads of this process serve by this handler."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @contextmanager
 def receiver(
     status: int = 200, headers: dict[str, str] | None = None, wait: threading.Event | None = None
@@ -91,7 +111,7 @@ def receiver(
     """An HTTP server on a free loopback port; yields its URL and the bodies that were posted to it."""
     bodies: list[bytes] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
             if wait is not None:
@@ -104,17 +124,9 @@ def receiver(
 
         do_GET = do_POST  # noqa: N815  the name that http.server calls
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", bodies
-    finally:
-        if wait is not None:
-            wait.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with listening(Handler) as url:
+        try:
+            yield url, bodies
+        finally:
+            if wait is not None:
+                wait.set()

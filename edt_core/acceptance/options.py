@@ -49,6 +49,7 @@ class TrainOptions:
     align_features: tuple[int, int] = (16, 768)
     align_distance: str | None = None
     align_weight: float | None = None
+    mup_base_width: int | None = None
     precision: str = "fp32"
     residual_dtype: str = "fp32"
     seed: int = 0
@@ -99,6 +100,7 @@ class ChainOptions:
     amm_radius: float | None = None
     amm_kernel: str | None = None
     precision: str = "fp32"
+    cache: Any = None
 
 
 def training(**fields: Any) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from pydantic.fields import FieldInfo
 
@@ -13,7 +14,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 # Numbers without a unit: shares, rates, weights, scales, counts of what the name says.
 PURE = {
     "num_canonical_nodes",
-    *("seed", "lr", "lr_final", "kl_weight", "weight_decay", "ema_decay", "min_snr_gamma", "max_grad_norm", "margin"),
+    *(
+        "seed",
+        "seeds",
+        "order",
+        "lr",
+        "lr_final",
+        "kl_weight",
+        "weight_decay",
+        "ema_decay",
+        "min_snr_gamma",
+        "max_grad_norm",
+        "margin",
+    ),
     *("holdout_fraction", "max_bad_fraction", "class_dropout_prob", "mirror_prob", "cfg_scale", "cfg_power"),
     *("downsample_factor", "layers_per_block", "jpeg_quality", "max_rollbacks", "max_failures", "repeats"),
     *("align_weight", "align_features", "width", "mup_base_width"),
@@ -21,15 +34,24 @@ PURE = {
 }
 
 
-def fields(section: type[Section] = PipelineConfig) -> dict[str, FieldInfo]:
-    """Every field of the schemas, by dotted name."""
+def fields(
+    section: type[Section] = PipelineConfig, inner_sections: dict[str, type[Section]] | None = None
+) -> dict[str, FieldInfo]:
+    """Every field of the schemas, by dotted name; sections within the fields of a section come last."""
+    inner_sections = {} if inner_sections is None else inner_sections
     found: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            found |= {f"{name}.{inner}": field for inner, field in fields(kind).items()}
+            found |= {f"{name}.{inner}": field for inner, field in fields(kind, inner_sections).items()}
         else:
             found[name] = info
+            for within in get_args(kind):  # as `sample.cache`, which several sections have
+                if isinstance(within, type) and issubclass(within, Section):
+                    inner_sections[name] = within
+    if section is PipelineConfig:
+        for name, within in inner_sections.items():
+            found |= {f"{name}.{inner}": field for inner, field in fields(within, {}).items()}
     return found
 
 
@@ -47,7 +69,8 @@ def _place(name: str) -> tuple[int, str, int]:
     """Fields of the pipeline itself come first, then the sections in the schema's order."""
     section, _, field = name.rpartition(".")
     order = list(PipelineConfig.model_fields)
-    return (order.index(section) + 1 if section else 0, section, list(fields()).index(name) if field else 0)
+    place = order.index(section) + 1 if section in order else len(order) + 1
+    return (place if section else 0, section, list(fields()).index(name) if field else 0)
 
 
 def test_a_number_has_a_unit_or_is_known_to_have_none() -> None:

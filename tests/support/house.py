@@ -41,7 +41,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"report", "outcome", "champion"}),
         frozenset({"pipeline", "notification"}),
         frozenset({"plan", "schedule", "diff"}),
-        frozenset({"reproduce", "retrain"}),
+        frozenset({"reproduce", "retrain", "studies"}),
         frozenset({"commands"}),
         frozenset({"cli"}),
     ),

@@ -182,7 +182,8 @@ def _untrained(trained: TrainConfig) -> TrainConfig:
     It has only the fields that shape the initial weights, the chain and the scale of the latents: a learning rate does
     not change it.
     """
-    fields = ("model", "seed", "num_timesteps", "objective", "latent_norm", "width", "mup_base_width")
+    shape = ("model", "model_overrides", "width", "mup_base_width", "seed")
+    fields = (*shape, "num_timesteps", "objective", "latent_norm")
     shaping = {field: getattr(trained, field) for field in fields}
     return TrainConfig(max_steps=0, **objective_of(trained.objective).train_defaults, **shaping)
 

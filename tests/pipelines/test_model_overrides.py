@@ -24,6 +24,15 @@ def test_one_field_is_set_for_all_models_or_for_one() -> None:
     assert second.down_mask_ratios == ((0.1, 0.2), (0.0, 0.0))
 
 
+def test_the_untrained_model_that_it_is_compared_with_has_them_too() -> None:
+    from pipelines.diff import outline
+
+    before, after = outline(load_config("quickstart")), outline(load_config("quickstart", [FIELD]))
+    changed = {step for step in before if before[step] != after[step]}
+    assert "untrained train edt-tiny-digits-32" in changed
+    assert "encode" not in changed
+
+
 @pytest.mark.parametrize(
     ("assignments", "problem"),
     [

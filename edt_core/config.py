@@ -539,10 +539,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _held_out_rows_can_be_read(self) -> "TrainConfig":
-        if self.holdout_share and self.reader != "arrow":
+        if self.holdout_share and self.reader == "webdataset":
             raise ValueError(
                 f"holdout is {self.holdout_share:g}, but reader is {self.reader}, which reads no single rows; set "
-                "holdout=0, or reader=arrow"
+                "holdout=0, or reader=arrow or stream"
             )
         return self
 
@@ -598,10 +598,10 @@ class TrainConfig(Section):
             )
         if min(self.align_features) < 1:
             raise ValueError(f"align_features is {self.align_features}; side and width of the tokens are at least 1")
-        if self.align == "features" and self.reader != "arrow":
+        if self.align == "features" and self.reader == "webdataset":
             raise ValueError(
-                f"align is features, but reader is {self.reader}, which reads no tokens; set reader=arrow, or another "
-                "align"
+                f"align is features, but reader is {self.reader}, which reads no tokens; set reader=arrow or stream, "
+                "or another align"
             )
         if self.align is not None and self.init_optimizer == "keep":
             raise ValueError(

@@ -6,13 +6,15 @@
         files/<uri>/<name>        files without a known digest (checkpoints of a running training), by URI and version
         verified/                 the stamps of `Artifact.verify_once` on this node
         locks/                    one writer per file; the operating system releases a lock when its process ends
+    room.json                 the bytes that are there or arriving: see `edt_core.store.room`
 
 A cached file is read-only and gets its name when it is complete, so a killed download leaves only a `.part`; the next
-call that needs space or that file removes it. EDT_CACHE_BYTES limits the size of the cache (default: half of the file
-system): before a download, the least recently used files are removed, except those that the call itself needs. The
-same happens below the limit if other files leave too little space on the disk. A file that another process has open or
-memory-mapped is unlinked, which POSIX allows: that process can still read it, and the space is freed when it closes the
-file. Calls that download different files at the same time may together exceed the limit until they end.
+call that looks at all files, or needs that one, removes it. EDT_CACHE_BYTES limits the size of the cache (default: half
+of the file system): before a download, the least recently used files are removed, except those that a call in progress
+needs. The same happens below the limit if other files leave too little space on the disk. A file that another process
+has open or memory-mapped is unlinked, which POSIX allows: that process can still read it, and the space is freed when
+it closes the file. Calls that download different files at the same time keep the limit together: one waits for the
+other.
 """
 
 import glob
@@ -22,25 +24,22 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from edt_core.errors import UserError
 from edt_core.progress import Progress, Silent
 from edt_core.store.errors import clear_disk_errors
 from edt_core.store.folder import Folder, fsync_file, in_threads
 from edt_core.store.manifest import FileEntry, ManifestError
+from edt_core.store.room import SEALED_NS, Room
 
 DIRECTORY_VARIABLE, BYTES_VARIABLE = "EDT_CACHE_DIR", "EDT_CACHE_BYTES"
-# The modification time of every object, as in the Nix store: any later write changes it.
-_SEALED_NS = 1_000_000_000
-_SHA256, _URI_KEY, _PART = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{16}"), re.compile(r"\.(.+)\.part")
-_AMPLE = 8  # a limit of which this part is free is not exceeded by calls at the same time
-_ROUNDS = 3  # attempts: another process may evict files during a download
+_ROUNDS = 3  # attempts: another program may remove files during a download
 _MIB = 1 << 20
 _UNITS = {unit: factor for k, u in enumerate("KMGTP", 1) for unit, factor in ((u, 1000**k), (f"{u}I", 1024**k))}
 
@@ -163,15 +162,15 @@ class Cache:
             if not missing:
                 return
             done = total - sum(sizes[path] for path in missing)
-            left = self._make_room(sizes)
-            for path, _nothing in in_threads(download, missing):
-                done += sizes[path]
-                progress.update(-(-done // _MIB), -(-total // _MIB), "MiB downloaded")
-            if left < self.bound // _AMPLE:  # what others downloaded meanwhile may have exceeded the limit
-                self._make_room(sizes)
+            with Room(self.root, self.bound, self._lock).kept(sizes):
+                for path, _nothing in in_threads(download, missing):
+                    done += sizes[path]
+                    progress.update(-(-done // _MIB), -(-total // _MIB), "MiB downloaded")
+                if all(_use(path, size) for path, size in sizes.items()):
+                    return
         raise UserError(
-            f"the cache {self.root} on {socket.gethostname()} ({self.bound:,} bytes) is too small for {folder.uri} "
-            f"together with the files that other processes there use; raise {BYTES_VARIABLE}"
+            f"files of {folder.uri} were removed from the cache {self.root} on {socket.gethostname()} while they "
+            f"arrived, {_ROUNDS} times: something other than edt cleans it; set {DIRECTORY_VARIABLE} to another folder"
         )
 
     def _download(self, folder: Folder, entry: FileEntry, target: Path) -> None:
@@ -203,71 +202,11 @@ class Cache:
             try:
                 receive(part)
                 part.chmod(0o444)
-                os.utime(part, ns=(time.time_ns(), _SEALED_NS))
+                os.utime(part, ns=(time.time_ns(), SEALED_NS))
                 fsync_file(part)
                 part.replace(target)
             finally:
                 part.unlink(missing_ok=True)
-
-    def _make_room(self, sizes: Mapping[Path, int]) -> int:
-        """Evict the least recently used files that are not in `sizes`, until those in `sizes` fit; return what is left.
-
-        It looks at every file of the cache. They have to fit below the limit, and those that are missing on the disk,
-        which may hold other files too.
-        """
-        with self._lock(self.root / "room"):
-            used = present = 0
-            others: list[tuple[int, int, Path]] = []
-            for path in self._files():
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue
-                if path.name.startswith("."):
-                    target = _target_of(path)
-                    is_removed = self._remove_if_unlocked(path, target)
-                    used += 0 if is_removed or target in sizes else status.st_size
-                elif path not in sizes:
-                    used += status.st_size
-                    others.append((status.st_atime_ns, status.st_size, path))
-                else:
-                    present += status.st_size
-            needed, free = sum(sizes.values()), shutil.disk_usage(self.root).free
-            for _, size, path in sorted(others):
-                if used + needed <= self.bound and needed - present <= free:
-                    break
-                path.unlink(missing_ok=True)
-                used, free = used - size, free + size
-        return min(self.bound - used - needed, free - needed + present)
-
-    def _files(self) -> Iterator[Path]:
-        """The files and parts of files that the cache wrote: the folder EDT_CACHE_DIR may have other content too."""
-        for tree in ("objects", "files"):
-            for folder, _, names in os.walk(self.root / tree):
-                yield from (path for name in names if self._is_own(path := Path(folder, name)))
-
-    def _is_own(self, path: Path) -> bool:
-        """Whether the cache wrote a file: its name has the right form, and it is neither a link nor changed since."""
-        target = _target_of(path)
-        if path.is_symlink() or (path.name.startswith(".") and target is path):
-            return False
-        tree, *folders, name = target.relative_to(self.root).parts
-        if tree == "objects":
-            return _SHA256.fullmatch(name) is not None and folders == [name[:2]]
-        if not folders or _URI_KEY.fullmatch(folders[0]) is None:
-            return False
-        with suppress(FileNotFoundError):  # another process has evicted it
-            return path != target or path.stat().st_mtime_ns == _SEALED_NS
-        return False
-
-    def _remove_if_unlocked(self, part: Path, target: Path) -> bool:
-        """Remove the part of a killed download, which is one whose target is not locked. Return whether it was."""
-        try:
-            with self._lock(target).acquire(timeout=0):
-                part.unlink(missing_ok=True)
-                return True
-        except Timeout:
-            return False
 
     def _lock(self, target: Path) -> FileLock:
         """The lock of a file. There are at most 4096, so they need no cleanup, which would be a race."""
@@ -277,12 +216,6 @@ class Cache:
         return FileLock(folder / f"{name}.lock")
 
 
-def _target_of(path: Path) -> Path:
-    """The final path of a hidden `.part`; any other path unchanged."""
-    part = _PART.fullmatch(path.name)
-    return path.with_name(part[1]) if part else path
-
-
 def _use(path: Path, size: int) -> bool:
     """Whether a cached file exists unchanged; if so, mark it as the most recently used.
 
@@ -290,10 +223,10 @@ def _use(path: Path, size: int) -> bool:
     """
     try:
         status = path.stat()
-        if status.st_size != size or status.st_mtime_ns != _SEALED_NS:
+        if status.st_size != size or status.st_mtime_ns != SEALED_NS:
             return False
         with suppress(PermissionError):  # another user's file in a shared cache
-            os.utime(path, ns=(time.time_ns(), _SEALED_NS))
+            os.utime(path, ns=(time.time_ns(), SEALED_NS))
     except FileNotFoundError:
         return False
     return True

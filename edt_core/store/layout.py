@@ -32,7 +32,7 @@ REPORT_OF_SHARD = "reports/{}.json"  # the outcome for each image of a shard, wi
 # Mean and std of a side are adjacent, so that a training sample is one contiguous read.
 LATENT_SHARD = "latents-{:05d}.arrow"
 LATENT_TAR_SHARD = "latents-{:05d}.tar"
-LATENT_TOKENS = "tokens-{:05d}.npy"  # of a feature network, on request: see edt_core.training.align.tokens
+LATENT_TOKENS = "tokens-{:05d}.npy"  # of a feature network, on request: see edt_core.data.latents.tokens
 LATENT_SCHEMA_VERSION = "2"
 # Version of shards with centred latents (shift_factor, latents_mean): a reader of version 2 would scale them wrong.
 CENTRED_LATENT_SCHEMA_VERSION = "3"

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edt_core.data.batches import Latents, batches_of
+from edt_core.data.batches import Latents, batches_of, without
 from edt_core.data.holdout import Holdout
-from edt_core.data.latents import LatentDataset
+from edt_core.data.latents.tokens import TokenTable
 from edt_core.data.loader import BatchPlan, LatentBatch, require_finite
 from edt_core.data.prefetch import prefetched
+from edt_core.data.streaming import TarStream
 from edt_core.diffusion import objective_of
 from edt_core.errors import Stopped
 from edt_core.models import ModelConfig
 from edt_core.precision import use_precision
 from edt_core.training.align.alignment import Alignment, alignment_of
 from edt_core.training.align.settings import align_settings
-from edt_core.training.align.tokens import TokenTable
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.context import Request, TrainContext, latest
 from edt_core.training.draws import StepDraws, draw_step
@@ -63,9 +63,9 @@ def train(
     Without a checkpoint it starts from what `initial` reads, a checkpoint of step 0 (see
     `edt_core.training.start.initial`), or from random weights if `initial` is None.
 
-    The rows of `holdout`, of a mapped data set, are not trained on. Every `validate_every` steps and at the end, the
+    The rows of `holdout` are not trained on. Every `validate_every` steps and at the end, the
     loss of the averaged weights on some of them is measured, and again for the score of each regular checkpoint.
-    `tokens` of all rows are needed for `train.align: features`.
+    `tokens` of all rows are needed for `train.align: features`, unless they come with a stream.
 
     The loss is full loss plus masked loss (arXiv 2410.23788, section 3.3), each sample weighted by its timestep's
     importance. After a step whose loss or gradient is not finite, the training rolls back to its newest checkpoint and
@@ -76,9 +76,9 @@ def train(
     """
     validation = None
     if holdout is not None:
-        assert isinstance(dataset, LatentDataset), "held-out rows are read from mapped latents"
+        assert not isinstance(dataset, TarStream), "tars have no rows"
         validation = HeldOutLoss(config, model_config, dataset, holdout, context.ranks)
-        dataset = dataset.part(holdout.training_rows(len(dataset)))
+        dataset = without(dataset, holdout.rows)
     trainer = _begin(config, model_config, dataset, context, initial)
     trainer.validation, trainer.tokens = validation, tokens
     try:

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edt_core.data.batches import Latents
+from edt_core.data.latents.tokens import TokenTable
 from edt_core.data.loader import LatentBatch, sample_names
 from edt_core.data.scale import LatentScale, model_scale
 from edt_core.data.subsets import share
 from edt_core.diffusion import Schedule, objective_of
 from edt_core.training.align.alignment import Alignment, loss_terms
-from edt_core.training.align.tokens import TokenTable
 from edt_core.training.context import TrainContext
 from edt_core.training.draws import StepDraws, to_device
 from edt_core.training.history import QUARTILES, named_losses

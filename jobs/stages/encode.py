@@ -125,7 +125,7 @@ class Encoder:
 
     def _tokens(self, shard: int, source: FileEntry) -> list[int] | None:
         """Write the tokens of a shard's images, if asked for, and return their number and width."""
-        from edt_core.training.align.tokens import write_tokens
+        from edt_core.data.latents.tokens import write_tokens
 
         if self.tokens is None:
             return None

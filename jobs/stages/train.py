@@ -345,7 +345,7 @@ def _worker(job: Mapping[str, Any]) -> None:
     import ray.train.torch
     from torch import OutOfMemoryError
 
-    from edt_core.data.latents import LatentDataset
+    from edt_core.data.streaming import TarStream
     from edt_core.training.loop import train as train_loop
     from edt_core.training.trainer import NotFiniteError
     from jobs.stages.training.context import RayContext
@@ -360,8 +360,8 @@ def _worker(job: Mapping[str, Any]) -> None:
         latents = open_latents(config, inputs["latents"], progress, rows_of_node(config.global_batch_size))
         initial = partial(read_initial, out) if "init" in inputs else None
         if holdout is not None and context.ranks.rank == 0:
-            assert isinstance(latents, LatentDataset), "held-out rows are read from mapped latents"
-            write_class_counts(out, latents, holdout, inputs["model_config"].num_classes)
+            assert not isinstance(latents, TarStream), "tars have no rows"
+            write_class_counts(out, latents, inputs["latents"], holdout, inputs["model_config"].num_classes)
         tokens = open_tokens(config, inputs["latents"], progress)
         train_loop(config, inputs["model_config"], latents, context, initial, holdout, tokens)
     except (Stopped, NotFiniteError) as error:  # on every rank at the same step

@@ -149,7 +149,7 @@ def test_cached_files_make_room_on_a_disk_that_others_fill(tmp_path: Path, monke
         return out.commit({}, {}, {})
 
     monkeypatch.setenv("EDT_CACHE_BYTES", "1GB")
-    with small_tmpfs(tmp_path / "disk", "576k") as disk:
+    with small_tmpfs(tmp_path / "disk", "592k") as disk:
         monkeypatch.setenv("EDT_CACHE_DIR", str(disk / "cache"))
         artifact("one", range(4)).paths()
         (disk / "another").write_bytes(bytes(256 << 10))

@@ -5,6 +5,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
@@ -14,13 +15,14 @@ import pytest
 
 from edt_core.config import TrainConfig
 from edt_core.data.batches import batches_of
-from edt_core.data.latents import LatentDataset, LatentInfo, LatentShard, LatentShardWriter
+from edt_core.data.latents import LatentDataset, LatentInfo, LatentShardWriter
 from edt_core.data.loader import BatchPlan, LatentBatch
 from edt_core.data.prefetch import prefetched
 from edt_core.data.scale import LatentScale
 from edt_core.data.streaming import ShardStream, StreamOrder
 from edt_core.data.streaming import shards as reader
 from edt_core.data.streaming.order import Part
+from edt_core.data.streaming.shards import OpenShards
 from edt_core.errors import StoreUnavailableError, UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter, FileEntry
 from edt_core.store.cache import Cache
@@ -257,10 +259,24 @@ def test_a_shard_that_two_canonical_nodes_share_is_fetched_once(
     assert max(Counter(part.shard for part in parts).values()) == 2
 
 
+def test_two_trainings_share_a_cache_that_is_too_small_for_both(
+    fetched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are fetched again, but none is missed, and the limit holds."""
+    sources = [stream([BATCH * 2] * 8, remote(), nodes=2, block=1) for _ in range(2)]
+    bound = sources[0].disk_bytes(slice(0, BATCH), BATCH)
+    monkeypatch.setenv("EDT_CACHE_BYTES", str(bound))
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda source: rows(take(source, 32)), sources)
+    assert sorted(first) == sorted(second) == sorted([*range(8 * BATCH * 2)] * 2)
+    held = [path for path in Cache.of_node().root.glob("objects/*/*") if not path.name.startswith(".")]
+    assert sum(path.stat().st_size for path in held) <= bound
+
+
 def test_the_next_block_arrives_while_one_is_read(fetched: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arrived, blocks, opened = threading.Event(), [0], ShardStream.open
 
-    def counted(self: ShardStream, indices: Sequence[int]) -> list[LatentShard]:
+    def counted(self: ShardStream, indices: Sequence[int]) -> OpenShards:
         shards = opened(self, indices)
         blocks[0] += 1
         if blocks[0] == 2:
@@ -341,7 +357,7 @@ def test_a_store_that_does_not_answer_is_asked_again(fetched: Counter[str], monk
 def test_a_stream_is_closed_while_its_store_hangs(fetched: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     source, go, opened = stream([BATCH] * 8, remote(), nodes=1, block=1), threading.Event(), ShardStream.open
 
-    def hang(self: ShardStream, indices: Sequence[int]) -> list[LatentShard]:
+    def hang(self: ShardStream, indices: Sequence[int]) -> OpenShards:
         if len(fetched) >= 1:  # all after the first block
             go.wait(60)
         return opened(self, indices)
@@ -368,7 +384,7 @@ def test_shards_that_another_training_drives_out_before_they_are_mapped_are_fetc
         return paths
 
     monkeypatch.setattr(Artifact, "verified_paths", driven_out)
-    assert [len(shard) for shard in source.open([0, 1])] == [BATCH * 2] * 2
+    assert [len(shard) for shard in source.open([0, 1]).shards] == [BATCH * 2] * 2
     left[0] = 3
     with pytest.raises(UserError):
         source.open([2, 3])

@@ -27,7 +27,7 @@ from edt_core.training.store import CheckpointStore
 from jobs.stages import encode, preprocess, train
 from jobs.stages.autoencoder import published_artifact
 from jobs.stages.preprocess import image_source
-from jobs.stages.training.latents import open_latents
+from jobs.stages.training.latents import open_latents, shard_stream, stream_text
 from tests.support.jobs import command, execute
 from tests.support.local_ray import local_ray
 from tests.support.small import edt, edt_process
@@ -297,7 +297,13 @@ def test_a_node_whose_cache_is_too_small_for_its_blocks_is_told_before_it_trains
         open_latents(config, latents, Silent())
     with pytest.raises(UserError, match="reads 1 of the 2 canonical nodes"):
         open_latents(config, latents, Silent(), rows=slice(4, 8))
+    need = shard_stream(config, latents).bytes_of
+    assert need(1) < need(2)
+    assert "keeps at most 9e-05 GB, enough for no canonical node: raise EDT_CACHE" in stream_text(config, latents)
+    monkeypatch.setenv("EDT_CACHE_BYTES", str(need(1)))
+    assert "enough for 1 of the 2 canonical nodes: raise" in stream_text(config, latents)
     monkeypatch.setenv("EDT_CACHE_BYTES", "100MB")
+    assert stream_text(config, latents).endswith("The cache of a machine like this one keeps at most 0.1 GB")
     assert len(open_latents(config, latents, Silent())) == 60
 
 

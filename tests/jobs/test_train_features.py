@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from edt_core.config import EncodeConfig, TrainConfig
+from edt_core.data.latents.tokens import TokenTable, write_tokens
 from edt_core.data.shards import read_image_shard
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors.dinov2 import PatchTokens
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
-from edt_core.training.align.tokens import TokenTable, write_tokens
 from jobs.stages import encode, train
 from jobs.stages.extractors import extractor_source
 from pipelines.config.schema import load_config

@@ -65,6 +65,19 @@ def artifact(parts: Chain, tmp_path_factory: pytest.TempPathFactory) -> Artifact
         return made(tmp_path_factory.mktemp("trained"), CONFIG, parts["latents"])
 
 
+def test_a_streamed_training_holds_out_and_counts_the_same_images(
+    parts: Chain, artifact: Artifact, tmp_path: Path
+) -> None:
+    config = changed(CONFIG, reader="stream", num_canonical_nodes=2, shuffle_block=1)
+    with local_ray_train():
+        streamed = made(tmp_path, config, parts["latents"])
+    assert streamed.counts["class_counts"] == artifact.counts["class_counts"]
+    found, of_mapped = ({**each.counts["holdout"]} for each in (streamed, artifact))
+    assert found.pop("loss") == pytest.approx(of_mapped.pop("loss"), rel=0.2)  # of other batches
+    assert found == of_mapped
+    assert streamed.fingerprint != artifact.fingerprint
+
+
 def test_the_rows_are_those_whose_originals_are_chosen(parts: Chain) -> None:
     holdout = held_out(CONFIG, parts)
     assert holdout is not None

@@ -48,7 +48,7 @@ class CompiledUpdate:
         """The optimizer is the library's Adan, with the parameters of the model and of `heads`.
 
         The heads' parameters, by names that the model does not have, have no average. Rows of the model's parameters
-        that replace them in the optimizer are given as heads too, by the model's names.
+        that the optimizer has instead of them are given as heads too, by the model's names.
         """
         self.masked = masked
         self._optimizer: Any = optimizer

@@ -25,6 +25,7 @@ from torch import Tensor
 from edt_core.data.holdout import Holdout
 from edt_core.data.latents import LatentDataset
 from edt_core.data.scale import LatentScale, model_scale
+from edt_core.data.streaming import ShardStream
 from edt_core.data.subsets import share
 from edt_core.diffusion import objective_of
 from edt_core.diffusion.timesteps import middle_timesteps
@@ -67,7 +68,12 @@ class HeldOutLoss:
     """
 
     def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, dataset: LatentDataset, holdout: Holdout, ranks: Ranks
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        dataset: LatentDataset | ShardStream,
+        holdout: Holdout,
+        ranks: Ranks,
     ) -> None:
         self.config, self.model_config, self.ranks = config, model_config, ranks
         self.images = len(holdout.measured)
@@ -137,17 +143,22 @@ class HeldOutLoss:
 
 
 def _read(
-    dataset: LatentDataset, rows: NDArray[np.int64], digests: NDArray[np.uint8], scale: LatentScale
+    dataset: LatentDataset | ShardStream, rows: NDArray[np.int64], digests: NDArray[np.uint8], scale: LatentScale
 ) -> tuple[Tensor, Tensor]:
     """Scaled latents float32 [m, C, h, h], a draw from the posterior of each image, and labels int64 [m]."""
-    stored, labels = dataset.gather(rows, np.zeros(len(rows), np.bool_))
-    posterior = dataset.info.numbers.widened(stored)
+    if isinstance(dataset, LatentDataset):
+        stored, labels = dataset.gather(rows, np.zeros(len(rows), np.bool_))
+        numbers, shape = dataset.info.numbers, dataset.info.latent_shape
+    else:
+        stored, labels = dataset.gather(rows)
+        numbers, shape = dataset.numbers, dataset.latent_shape
+    posterior = numbers.widened(stored)
     finite = np.isfinite(posterior).all(axis=(1, 2, 3, 4))
     if bad := [str(row) for row in np.unique(rows[~finite])]:
         names = listing(bad, ", ")
         raise UserError(f"{len(bad)} held-out latents are not finite (rows {names}); encode the images again")
     mean, std = torch.from_numpy(posterior).unbind(1)
-    draw = _noise(digests, np.array([_LATENT]), dataset.info.latent_shape)[:, 0]
+    draw = _noise(digests, np.array([_LATENT]), shape)[:, 0]
     return scale.to_model(mean + std * draw), torch.from_numpy(labels)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from edt_core.config import TrainConfig
 from edt_core.data.holdout import Holdout, check_holdout, choose_held_out
 from edt_core.data.latents import LatentDataset
+from edt_core.data.streaming import ShardStream
 from edt_core.errors import UserError
 from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter
@@ -95,11 +96,17 @@ def training_images(config: TrainConfig, inputs: Mapping[str, Artifact]) -> int 
     return images if holdout is None else images - len(holdout.rows)
 
 
-def write_class_counts(out: ArtifactWriter, latents: LatentDataset, holdout: Holdout, classes: int) -> None:
-    """Leave the number of training images of each class for `class_counts`."""
-    labels = latents.labels[holdout.training_rows(len(latents))]
-    counts = np.bincount(labels, minlength=classes)
-    out.data.write_bytes(_COUNTS, json.dumps(counts.tolist()).encode())
+def write_class_counts(
+    out: ArtifactWriter, latents: LatentDataset | ShardStream, whole: Artifact, holdout: Holdout, classes: int
+) -> None:
+    """Leave the number of training images of each class for `class_counts`; of a stream of `whole`, if it has them."""
+    if isinstance(latents, LatentDataset):
+        counts = np.bincount(latents.labels[holdout.training_rows(len(latents))], minlength=classes).tolist()
+    elif out.data.exists(_COUNTS):  # the workers were restarted: no shard is read again for it
+        return
+    elif (counts := whole.counts.get("class_counts")) is not None:
+        counts = (np.array(counts) - np.bincount(latents.labels(holdout.rows), minlength=classes)).tolist()
+    out.data.write_bytes(_COUNTS, json.dumps(counts).encode())
 
 
 def class_counts(out: ArtifactWriter, latents: Artifact, holdout: Holdout | None) -> Sequence[int] | None:
@@ -107,7 +114,7 @@ def class_counts(out: ArtifactWriter, latents: Artifact, holdout: Holdout | None
     if holdout is None:
         counts: Sequence[int] | None = latents.counts.get("class_counts")
         return counts
-    left: Sequence[int] = json.loads(out.data.read_bytes(_COUNTS))
+    left: Sequence[int] | None = json.loads(out.data.read_bytes(_COUNTS))
     return left
 
 

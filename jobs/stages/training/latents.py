@@ -77,6 +77,7 @@ def shard_stream(config: TrainConfig, latents: Artifact) -> "ShardStream":
         config.canonical_nodes,
         config.shuffle_block,
         latents.counts.get("store", "fp32"),
+        tuple(latents.entries(_TOKENS)) if config.align == "features" else (),
     )
 
 
@@ -87,8 +88,14 @@ def stream_text(config: TrainConfig, latents: Artifact) -> str:
     text = f"  {'streamed shards':<25} {len(stream.entries):,} for {nodes}"
     if latents.data.local is not None:
         return text
-    size = stream.disk_bytes(slice(0, batch), batch) / 1e9
-    return f"{text}; one machine with all of them keeps {size:.3g} GB on its disk, and starts with half of it"
+    need, bound = stream.disk_bytes(slice(0, batch), batch), Cache.of_node().bound
+    text += f"; one machine with all of them keeps {need / 1e9:.3g} GB on its disk, and starts with half of it. "
+    text += f"The cache of a machine like this one keeps at most {bound / 1e9:.3g} GB"
+    if need <= bound:
+        return text
+    most = next((n for n in range(config.canonical_nodes, 0, -1) if stream.bytes_of(n) <= bound), 0)
+    fitting = f"{most} of the {config.canonical_nodes} canonical nodes" if most else "no canonical node"
+    return f"{text}, enough for {fitting}: raise EDT_CACHE_BYTES, lower train.shuffle_block, or use more machines"
 
 
 def _check_disk(config: TrainConfig, stream: "ShardStream", rows: slice) -> None:
@@ -111,9 +118,9 @@ def _check_disk(config: TrainConfig, stream: "ShardStream", rows: slice) -> None
 
 def open_tokens(config: TrainConfig, latents: Artifact, progress: Progress) -> Any:
     """The tokens beside the latents, memory-mapped after their digests were compared; None if they are not needed."""
-    from edt_core.training.align.tokens import TokenTable
+    from edt_core.data.latents.tokens import TokenTable
 
-    if config.align != "features":
+    if config.align != "features" or config.reader == "stream":  # a stream brings its own
         return None
     latents.verify_once(_TOKENS, progress)
     return TokenTable(latents.paths(_TOKENS))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edt_core.errors import UserError
 
 Pixels = NDArray[np.uint8]  # [n, S, S, 3]
+Tokens = NDArray[np.float16]  # [n, T, K]
 Network = Callable[[Pixels], NDArray[np.float32]]  # tokens [n, T, K]
 
 
@@ -55,7 +56,7 @@ class TokenTable:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def gather(self, rows: NDArray[np.int64], mirror: NDArray[np.bool_]) -> NDArray[np.float16]:
+    def gather(self, rows: NDArray[np.int64], mirror: NDArray[np.bool_]) -> Tokens:
         """Tokens float16 [n, T, K] of rows int64 [n] of the shards; of mirror images where `mirror` is true."""
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         places = zip(parts.tolist(), (rows - self._starts[parts]).tolist(), mirror.astype(int).tolist(), strict=True)

@@ -36,9 +36,10 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _only(fields: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, Any]:
-    """The objective of a model that can have no other, if neither its own fields nor `train` name it."""
-    only = only_objective(fields.get("model", train.get("model")))
-    return {} if "objective" in fields or only in (None, train.get("objective")) else {"objective": only}
+    """The objective of a model that can have no other, unless one is named where the model is."""
+    beside = fields if "model" in fields else {**train, **fields}
+    only = only_objective(beside.get("model"))
+    return {} if only is None or "objective" in beside else {"objective": only}
 
 
 def _without(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

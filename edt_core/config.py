@@ -153,6 +153,11 @@ class AutoencoderConfig(Section):
         None,
         description="hub id, local folder or MLflow URI (models:/NAME@ALIAS) of a diffusers autoencoder",
     )
+    kind: Literal["kl", "fsq"] = added(
+        "kl",
+        description="what is fitted: kl, latents of a normal distribution, or fsq (arXiv 2309.15505), values of 1,000 "
+        "codes in 4 channels, which MaskGIT needs",
+    )
     downsample_factor: int = Field(8, description="image side / latent side; must match `pretrained` if that is set")
     latent_channels: int = Field(4, ge=1, description="channels of the latents; must match `pretrained` if that is set")
     base_channels: int = Field(
@@ -183,6 +188,20 @@ class AutoencoderConfig(Section):
         if self.downsample_factor < 2 or self.downsample_factor & (self.downsample_factor - 1):
             raise ValueError(
                 f"downsample_factor is {self.downsample_factor}; it must be a power of two from 2 on, such as 4 or 8"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _codes_have_four_channels(self) -> "AutoencoderConfig":
+        if self.kind == "fsq" and self.latent_channels != 4:
+            raise ValueError(
+                f"latent_channels is {self.latent_channels}, but the codes of kind fsq have the levels 8, 5, 5 and 5 "
+                "in 4 channels; set latent_channels=4, or kind=kl"
+            )
+        if self.kind == "fsq" and self.kl_weight != type(self).model_fields["kl_weight"].default:
+            raise ValueError(
+                f"kl_weight is {self.kl_weight:g}, but kind is fsq, whose codes have no distribution to compare; leave "
+                "kl_weight out"
             )
         return self
 
@@ -233,7 +252,8 @@ class TrainConfig(Section):
 
     model: str = Field(
         "EDT-S/2",
-        description="name of a model, such as EDT-S/2 or DiT-XL/4; `edt cost` lists them; each family has a Tiny/2",
+        description="name of a model, such as EDT-S/2 or DiT-XL/4; `edt cost` lists them; each family has a Tiny/2, "
+        "and MaskGIT, which predicts masked tokens, MaskGIT-Tiny",
     )
     model_overrides: dict[str, Any] = added(
         {},
@@ -318,7 +338,9 @@ class TrainConfig(Section):
     )
     min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weight of the squared error; null for none")
     objective: str = added(
-        "epsilon", description="what the model learns to predict: epsilon (the noise), v_prediction, or flow"
+        "epsilon",
+        description="what the model learns to predict: epsilon (the noise), v_prediction, flow, or masked_tokens, the "
+        "only one of MaskGIT",
     )
     latent_norm: bool = added(
         False,
@@ -701,12 +723,15 @@ class CacheConfig(Section):
 class ChainConfig(Section):
     """How to sample from a model: part of the protocol of every metric, and recorded with a registered model."""
 
-    sampler: Literal["ancestral", "ddim", "dpmsolver++", "unipc", "euler", "heun", "sde"] = Field(
+    sampler: Literal["ancestral", "ddim", "dpmsolver++", "unipc", "euler", "heun", "sde", "halton"] = Field(
         "ancestral",
         description="ancestral sampling as in the paper, DDIM, or a diffusers solver that needs few steps; of flow "
-        "matching euler, heun or sde",
+        "matching euler, heun or sde; of masked tokens halton (arXiv 2503.17076)",
     )
     num_sampling_steps: int = Field(250, ge=2, description="sampling steps, respaced from the timesteps of training")
+    temperature: float = added(
+        1.0, gt=0, description="of masked tokens: a code is drawn from the softmax of its logits over this"
+    )
     time_shift: float = added(
         1.0, gt=0, description="of flow matching: shift of the steps as in train.time_shift; above 1 for more noise"
     )

@@ -4,8 +4,10 @@ diffusers loads a folder's components from this module, and only if it is alread
 here, not from the module that defines it.
 """
 
-from diffusers import DiffusionPipeline, ModelMixin  # diffusers looks up the base classes of components here
+# diffusers looks up the base classes of components here.
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
+from edt_core.autoencoders.fsq import AutoencoderFSQ
 from edt_core.sampling.diffusers_pipeline import (
     PROTOCOL,
     EDTPipeline,
@@ -14,14 +16,18 @@ from edt_core.sampling.diffusers_pipeline import (
     chain_config,
     save_pipeline,
 )
+from edt_core.sampling.token_schedulers import TokenScheduler
 
 __all__ = [
     "PROTOCOL",
+    "AutoencoderFSQ",
     "DiffusionPipeline",
     "EDTPipeline",
     "EDTPipelineOutput",
     "EDTTransformer",
     "ModelMixin",
+    "SchedulerMixin",
+    "TokenScheduler",
     "chain_config",
     "save_pipeline",
 ]

@@ -90,6 +90,7 @@ class ChainOptions:
 
     sampler: str = "ancestral"
     num_sampling_steps: int = 250
+    temperature: float = 1.0
     time_shift: float = 1.0
     sde_diffusion: str = "sigma"
     cfg_scale: float = 1.0

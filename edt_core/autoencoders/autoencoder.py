@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.autoencoders.check import check_config, check_folder, hub_pipeline, pickled
-from edt_core.autoencoders.kinds import kind_of, scale_of
+from edt_core.autoencoders.kinds import KINDS, kind_of, scale_of
 from edt_core.autoencoders.parts import in_parts
 from edt_core.config import AutoencoderConfig
 from edt_core.cpu_units import units
@@ -25,6 +25,7 @@ from edt_core.errors import UserError
 from edt_core.files.tensor_files import check_folder_headers
 from edt_core.models import ModelConfig
 from edt_core.models.alignment import align_weights
+from edt_core.models.families.codes import codes_of
 from edt_core.network.hub import hub_is_away, loading_failure
 from edt_core.one_cycle import one_cycle
 from edt_core.precision import exact_products, use_precision
@@ -32,26 +33,35 @@ from edt_core.precision import exact_products, use_precision
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from edt_core.autoencoders.fsq import AutoencoderFSQ
+
 _FLIPS = 1  # tells the draws of mirror images from those of batches
 
 
-def build_autoencoder(config: AutoencoderConfig, image_size: int) -> "AutoencoderKL":
-    """An unfitted AutoencoderKL: each level after the first halves the side and doubles the channels."""
-    from diffusers import AutoencoderKL
-
+def build_autoencoder(config: AutoencoderConfig, image_size: int) -> "AutoencoderKL | AutoencoderFSQ":
+    """An unfitted autoencoder: each level after the first halves the side and doubles the channels."""
     levels = config.downsample_factor.bit_length()
+    sizes: dict[str, Any] = {
+        "block_out_channels": tuple(config.base_channels * 2**level for level in range(levels)),
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": 8,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if config.kind == "fsq":
+            from edt_core.autoencoders.fsq import AutoencoderFSQ
+
+            return AutoencoderFSQ(**sizes)
+        from diffusers import AutoencoderKL
+
         return AutoencoderKL(
             in_channels=3,
             out_channels=3,
             latent_channels=config.latent_channels,
-            block_out_channels=tuple(config.base_channels * 2**level for level in range(levels)),
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
-            layers_per_block=config.layers_per_block,
-            norm_num_groups=8,
             sample_size=image_size,
+            **sizes,
         )
 
 
@@ -61,11 +71,12 @@ def fit_autoencoder(
     pixels: NDArray[np.uint8],
     device: torch.device | str = "cpu",
     report: Callable[[int, float], None] = lambda step, mse: None,
-) -> tuple["AutoencoderKL", dict[str, float]]:
+) -> tuple["AutoencoderKL | AutoencoderFSQ", dict[str, float]]:
     """Fit on uint8 [N, S, S, 3] by squared error and a small KL term (Rombach et al. 2022, without the adversary).
 
-    Returns the autoencoder, with its measured scaling factor in its config, and {"mse", "scaling_factor"}. Batches and
-    posterior draws depend on (seed, step) only. The fit computes in float32, without TF32.
+    Returns the autoencoder, with its measured scaling factor in its config, and {"mse", "scaling_factor"}. Codes have
+    no KL term, and a scaling factor of 1; instead `codes_used` counts those of the images. Batches and posterior draws
+    depend on (seed, step) only. The fit computes in float32, without TF32.
     """
     model = build_autoencoder(config, pixels.shape[1]).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, foreach=True)
@@ -74,11 +85,9 @@ def fit_autoencoder(
     for step in range(config.steps):
         batch = np.random.default_rng([config.seed, step]).integers(0, len(pixels), config.batch_size)
         images = torch.from_numpy(to_model_range(_augmented(config, pixels[batch], step))).to(device)
-        posterior = model.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(config.seed + step))
-        decoded = model.decode(posterior.mean + posterior.std * noise.to(device)).sample
+        decoded, kl = _decoded(config, model, images, step)
         error = (decoded - images).square().mean()
-        loss = error + config.kl_weight * posterior.kl().mean()
+        loss = error if kl is None else error + config.kl_weight * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -90,9 +99,33 @@ def fit_autoencoder(
             f"the autoencoder's error is {mse} after {config.steps} steps; lower autoencoder.lr ({config.lr})"
         )
     model.eval()
+    if config.kind == "fsq":
+        return model, {"mse": mse, "scaling_factor": 1.0, "codes_used": _codes_used(model, pixels, config.batch_size)}
     factor = measure_scaling_factor(model, pixels, config.batch_size)
     model.register_to_config(scaling_factor=factor)
     return model, {"mse": mse, "scaling_factor": factor}
+
+
+def _decoded(config: AutoencoderConfig, model: Any, images: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+    """Images encoded and decoded, and the mean KL divergence of their posteriors; None for codes."""
+    if config.kind == "fsq":
+        return model(images), None
+    posterior = model.encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(config.seed + step))
+    return model.decode(posterior.mean + posterior.std * noise.to(images.device)).sample, posterior.kl().mean()
+
+
+@exact_products()
+def _codes_used(model: Any, pixels: NDArray[np.uint8], batch_size: int) -> int:
+    """The number of different codes of uint8 [N, S, S, 3]. Raises UserError if there is only one."""
+    batches = (pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size))
+    used = torch.cat([codes_of(encode_posterior(model, batch)[:, 0]).unique() for batch in batches]).unique()
+    if len(used) == 1:
+        raise UserError(
+            "the autoencoder has one code for all images. Use more steps (autoencoder.steps), a lower learning rate "
+            "(autoencoder.lr), or images that differ"
+        )
+    return len(used)
 
 
 def _augmented(config: AutoencoderConfig, pixels: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
@@ -108,15 +141,13 @@ def load_autoencoder(location: str | Path, device: torch.device | str = "cpu") -
 
     Raises UserError if there is none, and for a configuration with unsupported settings.
     """
-    import diffusers
-
     if Path(location).is_dir():
         check_folder(Path(location))
         check_folder_headers(Path(location))
     away = hub_is_away(location)
     config = _load_config(location, away)
     check_config(str(location), config)
-    model_class: Any = getattr(diffusers, config["_class_name"])
+    model_class = KINDS[config["_class_name"]].model_class
     try:
         model, loading = model_class.from_pretrained(
             str(location),

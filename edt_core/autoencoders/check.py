@@ -45,8 +45,9 @@ def _class_name(folder: Path) -> str:
 
 def pickled(location: str, class_name: str, target: str, subject: str = "its weights are") -> str:
     """The message for weights that are not safetensors, with the command that converts them."""
+    package = "diffusers" if KINDS[class_name].own_class is None else "edt_core.pipeline"
     code = (
-        f"from diffusers import {class_name}; "
+        f"from {package} import {class_name}; "
         f"{class_name}.from_pretrained({location!r}, use_safetensors=False).save_pretrained({target!r})"
     )
     return (
@@ -77,7 +78,7 @@ def check_config(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
         problem = f"it is {name}" if name else f"its {_CONFIG} has no diffusers class (_class_name)"
         raise UserError(f"{where} cannot be used as autoencoder: {problem}; {supported('and')} are supported")
     kind = KINDS[name]
-    arguments = inspect.signature(getattr(diffusers, name).__init__).parameters
+    arguments = inspect.signature(kind.model_class.__init__).parameters
     defaults = {key: argument.default for key, argument in arguments.items() if key != "self"}
     unknown = {
         key: value

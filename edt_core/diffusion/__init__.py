@@ -10,6 +10,7 @@ from edt_core.diffusion.objectives import (
     objective_of,
     objective_of_model,
     objective_words,
+    only_objective,
     train_defaults,
     with_objective,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "objective_of",
     "objective_of_model",
     "objective_words",
+    "only_objective",
     "respace",
     "sample",
     "sample_noise",

@@ -29,6 +29,7 @@ def guided(
     interval: tuple[float, float] | None = None,
     guide: ClassModel | None = None,
     growth: tuple[float, Progress] | None = None,
+    whole_output: bool = False,
 ) -> ModelFn | SwitchedModel:
     """The model bound to labels y, int64 [N], and guided away from its prediction without a label.
 
@@ -43,6 +44,7 @@ def guided(
     Both models get y, and no null label is used.
     `interval`: guide only at times in [from, to), timesteps of training or the time of a flow; at others the model is
     called with y alone, at half the cost. The result is then a SwitchedModel, for a chain.
+    `whole_output`: guide all channels of the output, such as logits, and not the leading ones of the latents' shape.
     `growth`: (power, progress) of a scale that grows along the chain, see `power_cosine_scale`.
     Raises UserError for fewer than one channel and an empty interval, and, when called, for more channels than the
     latents have.
@@ -66,6 +68,7 @@ def guided(
                 f"guidance on {count} channels, but the latents have {x.shape[1]}. Use channels=None for all."
             )
         conditional, other = pair(x, t)
+        count = conditional.shape[1] if whole_output else count
         base = other[:, :count]
         scale = cfg_scale if growth is None else _grown(cfg_scale, t, *growth)
         eps = base + scale * (conditional[:, :count] - base)

@@ -29,9 +29,10 @@ from edt_core.diffusion.timesteps import (
     middle_timesteps,
 )
 from edt_core.errors import UserError
+from edt_core.models import ModelConfig
 
 if TYPE_CHECKING:
-    from edt_core.config import ChainConfig
+    from edt_core.config import ChainConfig, TrainConfig
 
 TimestepChoice = Literal["loss-second-moment", "uniform", "logit-normal"]
 SdeDiffusion = Literal["sigma", "sbdm"]
@@ -44,11 +45,12 @@ class SamplerChoice:
     name: str
     time_shift: float = 1.0
     sde_diffusion: SdeDiffusion = "sigma"
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, chain: "ChainConfig") -> "SamplerChoice":
         """That of a sampling configuration."""
-        return cls(chain.sampler, chain.time_shift, chain.sde_diffusion)
+        return cls(chain.sampler, chain.time_shift, chain.sde_diffusion, chain.temperature)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +92,11 @@ class Objective(ABC):
     outputs: number of tensors of the latents' shape in the model's output, concatenated along the channels.
     terms: names of the terms of its loss; the first one is the squared error.
     continuous: whether its times are numbers in [0, 1], and not indices of a noise schedule.
+    of_tokens: whether a model predicts codes, with a logit each, and not numbers; only families made for it do.
     samplers: names of its samplers; the first one is the default.
     preview_sampler: the one of previews: deterministic, and good in few steps.
     train_defaults: fields of `train` whose defaults differ from those of the schema.
+    chain_defaults: fields of the sampling configuration, beside `sampler`, whose defaults differ.
     released_chain: fields of the sampling configuration for released models of this objective.
     """
 
@@ -103,9 +107,11 @@ class Objective(ABC):
     outputs: ClassVar[int]
     terms: ClassVar[tuple[str, ...]]
     continuous: ClassVar[bool]
+    of_tokens: ClassVar[bool] = False
     samplers: ClassVar[tuple[str, ...]]
     preview_sampler: ClassVar[str]
     train_defaults: ClassVar[Mapping[str, Any]] = {}
+    chain_defaults: ClassVar[Mapping[str, Any]] = {}
     released_chain: ClassVar[Mapping[str, Any]] = {}
 
     # Times
@@ -143,6 +149,9 @@ class Objective(ABC):
     @abstractmethod
     def check_training(self, min_snr_gamma: float | None) -> None:
         """Raise UserError for a weight of the loss that the objective lacks."""
+
+    def check_recipe(self, config: "TrainConfig") -> None:  # noqa: B027  most objectives have no further limits
+        """Raise UserError for another part of a training recipe that the objective does not support."""
 
     @abstractmethod
     def noised(self, schedule: Schedule | None, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -184,12 +193,25 @@ class Objective(ABC):
         """How often a chain without guidance calls the model."""
         return num_steps
 
+    @property
+    def usual_chain(self) -> dict[str, Any]:
+        """The fields of the sampling configuration where none are given."""
+        return {"sampler": self.samplers[0], **self.chain_defaults}
+
+    def check_chain(self, chain: "ChainConfig", model: ModelConfig) -> None:  # noqa: B027  most have no further limits
+        """Raise UserError for further settings of a chain that a model of this objective does not have."""
+
     def check_sampler(self, sampler: SamplerChoice) -> None:
         """Raise UserError for a sampler of another objective, and for settings that it does not have."""
         if sampler.name not in self.samplers:
             raise UserError(
                 f"sampler is {sampler.name!r}, but a model of the objective {self.name!r} is sampled by one of "
                 f"{', '.join(self.samplers)}; set sampler to one of these"
+            )
+        if sampler.temperature != 1.0 and not self.of_tokens:
+            raise UserError(
+                f"temperature is {sampler.temperature:g}, but only masked tokens are drawn with one, and the objective "
+                f"is {self.name!r}; set temperature to 1"
             )
 
 
@@ -262,10 +284,9 @@ def check_shapes(x_start: Tensor, x_t: Tensor, noise: Tensor) -> None:
         )
 
 
-def check_no_shift(name: str, time_shift: float) -> None:
-    """Raise UserError for a shift of the times of an objective on a noise schedule."""
+def check_no_shift(name: str, time_shift: float, cause: str = "has a noise schedule, whose timesteps") -> None:
+    """Raise UserError for a shift of the times of an objective on a noise schedule, or whose times `cause` says."""
     if time_shift != 1.0:
         raise UserError(
-            f"time_shift is {time_shift:g}, but the objective {name!r} has a noise schedule, whose timesteps are not "
-            "shifted; set time_shift to 1"
+            f"time_shift is {time_shift:g}, but the objective {name!r} {cause} are not shifted; set time_shift to 1"
         )

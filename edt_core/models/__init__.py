@@ -12,6 +12,7 @@ from edt_core.models.mask_form import MaskSite
 from edt_core.models.masking import check_masked_loss, draw_mask_ratios, draw_masks, mask_sites, masks_of, slice_masks
 from edt_core.models.positions import amm_matrix
 from edt_core.models.zoo import (
+    DIFFUSION_NAMES,
     MODEL_NAMES,
     build_model,
     create_model,
@@ -23,6 +24,7 @@ from edt_core.models.zoo import (
 )
 
 __all__ = [
+    "DIFFUSION_NAMES",
     "EDT",
     "FAMILIES",
     "MODEL_NAMES",

@@ -34,7 +34,7 @@ class ModelConfig(ABC):
     """The fields that every model has; families add their own. A configuration is all that is needed to build a model.
 
     `from_dict` selects a family's configuration by its `architecture`. `mask_form` is the content of its masks, None
-    for a family without a masked forward pass.
+    for a family without a masked forward pass. `only_objective` is the objective of a family that has one alone.
 
     `latent_size` is the side of the square latents. `amm_blocks` are 0-based indices over all blocks in forward order.
     `amm_radius` is in tokens of a block's grid, None for the paper's (see `amm_matrix`). `objective` is what the model
@@ -49,6 +49,7 @@ class ModelConfig(ABC):
 
     architecture: ClassVar[str]
     mask_form: ClassVar[MaskForm | None] = None
+    only_objective: ClassVar[str | None] = None
 
     name: str
     latent_size: int
@@ -80,6 +81,9 @@ class ModelConfig(ABC):
         _check_latent_size(self)
         _check_statistics(self)
         _check_amm(self)
+
+    def check_latents(self, counts: Mapping[str, Any]) -> None:  # noqa: B027  most families take any latents
+        """Raise UserError for a latents artifact with these counts that the model cannot be trained on."""
 
     @property
     def image_size(self) -> int:

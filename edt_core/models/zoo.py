@@ -19,6 +19,8 @@ from edt_core.models.families.overrides import checked_overrides, overrides_of
 
 _FAMILY_OF: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.sizes}
 MODEL_NAMES: tuple[str, ...] = tuple(_FAMILY_OF)
+# Of diffusion models, which are trained for any of its objectives, on any latents.
+DIFFUSION_NAMES = tuple(name for name, family in _FAMILY_OF.items() if family.config.only_objective is None)
 AMM_PLACEMENTS: tuple[AmmPlacement, ...] = tuple(
     placement for family in FAMILIES.values() for placement in family.amm_placements
 )
@@ -39,8 +41,8 @@ def unknown_model(name: str) -> str:
 
 
 def models_for(latent_size: int) -> tuple[str, ...]:
-    """The models for latents of side `latent_size`."""
-    return tuple(name for name in MODEL_NAMES if _fits(name, latent_size))
+    """The diffusion models for latents of side `latent_size`."""
+    return tuple(name for name in DIFFUSION_NAMES if _fits(name, latent_size))
 
 
 def _fits(name: str, latent_size: int) -> bool:

@@ -13,7 +13,6 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -55,7 +54,7 @@ __all__ = ["PROTOCOL", "EDTPipeline", "EDTPipelineOutput", "EDTTransformer", "ch
 if TYPE_CHECKING:
     Autoencoder: TypeAlias = ModelMixin
 else:  # from_pipe of diffusers takes over only a part whose exact class is in the annotation
-    Autoencoder = reduce(or_, (getattr(diffusers, name) for name in KINDS))
+    Autoencoder = reduce(or_, (kind.model_class for kind in KINDS.values()))
 
 _PIPELINE_FILE = "pipeline.py"
 # For an import statement diffusers would advise "pip install edt_core", which is not the name of this package.
@@ -73,7 +72,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["EDTPipeline"]
 '''
-_OF_SAMPLERS = ("sampler", "time_shift", "sde_diffusion")  # options that an assigned scheduler replaces
+_OF_SAMPLERS = ("sampler", "time_shift", "sde_diffusion", "temperature")  # options that an assigned scheduler replaces
 _OURS = "edt_core.pipeline"  # the module named in folders and in every version of their pipeline.py
 
 
@@ -140,7 +139,7 @@ class EDTPipeline(DiffusionPipeline):
         timesteps = int(scheduler.config.num_train_timesteps if num_timesteps is None else num_timesteps)
         objective = objective_of_model(transformer.edt.config)
         # A folder of an older version has fewer fields; the others get the values that were fixed in that version.
-        chain = chain_config({"sampler": objective.samplers[0], **(protocol or {})})
+        chain = chain_config({**objective.usual_chain, **(protocol or {})})
         if chain.time_shift != 1.0 and is_training_scheduler(scheduler, timesteps, objective):
             # The scheduler of a folder whose protocol alone states the shift.
             scheduler = training_scheduler(timesteps, objective, chain.time_shift)

@@ -144,6 +144,7 @@ class LatentSampler:
             interval=chain.guidance_interval,
             growth=self.growth,
             guide=None if self.guide is None else self._cached(self.guide, self.guide, stack),
+            whole_output=self.objective.of_tokens,
         )
         initial = noise.initial()
         if solver is not None:
@@ -204,7 +205,11 @@ def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ..
 
 
 def check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -> None:
-    """Raise UserError for guided channels that the latents do not have, and for an interval outside the times."""
+    """Raise UserError for guided channels that the latents do not have, and for an interval outside the times.
+
+    And for what the model's objective refuses.
+    """
+    objective_of_model(model).check_chain(chain, model)
     end_of_time = objective_of_model(model).end_of_time(num_timesteps)
     channels, interval = chain.guidance_channels, chain.guidance_interval
     if chain.cfg_scale != 1.0 and channels is not None and channels > model.in_channels:

@@ -18,6 +18,7 @@ from edt_core.diffusion.chain import ModelFn, model_at
 from edt_core.errors import UserError
 from edt_core.sampling import flow_schedulers
 from edt_core.sampling.sampler import Progress
+from edt_core.sampling.token_schedulers import TokenScheduler
 
 # Of objectives on a noise schedule. All are tested. If they draw noise, they draw it from the call's generator.
 SUPPORTED = (
@@ -45,6 +46,8 @@ def training_scheduler(num_timesteps: int, objective: Objective, time_shift: flo
 
     `time_shift` is that of the sampling protocol, for continuous times.
     """
+    if objective.of_tokens:
+        return TokenScheduler(num_train_timesteps=num_timesteps)
     if objective.continuous:
         return flow_schedulers.training_scheduler(num_timesteps, time_shift)
     return DDPMScheduler(
@@ -72,7 +75,10 @@ def _training_config(num_timesteps: int, objective: Objective, time_shift: float
 
 def check_scheduler(scheduler: Any, num_timesteps: int, objective: Objective) -> None:
     """Raise UserError for a scheduler that cannot sample from a model of this training."""
-    if objective.continuous:
+    problem: str | None
+    if objective.of_tokens:
+        problem = "it is not the pipeline's own, and the model predicts codes"
+    elif objective.continuous:
         problem = flow_schedulers.problem(scheduler)
     else:
         problem = _problem(scheduler, num_timesteps, objective)

@@ -21,16 +21,16 @@ from jobs.runtime.exit_code import exit_code
 
 
 def bench_of_models(options: argparse.Namespace) -> Iterator[Row]:
-    """Measure passes of models: the named ones, or all."""
+    """Measure passes of diffusion models: the named ones, or all."""
     import torch
 
-    from edt_core.models import MODEL_NAMES
+    from edt_core.models import DIFFUSION_NAMES
     from jobs.benchmark.model import ModelBench, bench_models
     from jobs.benchmark.train import PRECISIONS
 
-    names = options.models or MODEL_NAMES
-    if unknown := [name for name in names if name not in MODEL_NAMES]:
-        raise UserError(f"--models: unknown {', '.join(unknown)}; known models: {', '.join(MODEL_NAMES)}")
+    names = options.models or DIFFUSION_NAMES
+    if unknown := [name for name in names if name not in DIFFUSION_NAMES]:
+        raise UserError(f"--models: unknown {', '.join(unknown)}; known models: {', '.join(DIFFUSION_NAMES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.processor_time:
         if device.type == "cuda":

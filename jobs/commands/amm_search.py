@@ -27,7 +27,7 @@ from edt_core.progress import Progress
 from edt_core.store.artifact import Artifact, ArtifactWriter, fingerprint
 from edt_core.store.folder import Folder
 from edt_core.store.layout import METRICS_NAME
-from jobs.commands.evaluate_model import RESULTS, Subject, add_subject, default_sampler, prepared
+from jobs.commands.evaluate_model import RESULTS, Subject, add_subject, prepared, usual_chain
 from jobs.commands.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.models.derived import write_modulated
 from jobs.runtime.cluster_address import check_named
@@ -190,8 +190,7 @@ def run(options: argparse.Namespace, bar: Progress) -> Artifact:
     config: SearchConfig = validated(SearchConfig, given_fields(options, SearchConfig))
     check_named()
     subject = prepared(options, config, out.child(_WORK), bar)
-    if options.sampler is None:
-        config = config.model_copy(update={"sampler": default_sampler(subject)})
+    config = config.model_copy(update=usual_chain(subject, given_fields(options, SearchConfig)))
     metric, evaluation = _metric(config, subject)
     subject.check_sizes(config.sampling(Placement(), config.seed), evaluation)
     grids = _grids(subject)
@@ -235,7 +234,9 @@ def _grids(subject: Subject) -> list[int]:
     """The side of the token grid of each block, in forward order."""
     from edt_core.models import ModelConfig, shadow
 
-    model = shadow(ModelConfig.from_dict(model_config_of(subject.model.checkpoint)))
+    config = ModelConfig.from_dict(model_config_of(subject.model.checkpoint))
+    replace(config, amm_blocks=(0,))  # raises for a family without AMM
+    model = shadow(config)
     return [attention.grid for attention in model.attentions()]
 
 

@@ -7,7 +7,7 @@ evaluation resumes.
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,11 +112,12 @@ def _config_of(opened: Opened) -> "ModelConfig":
     return ModelConfig.from_dict(sample.model_config_of(opened.checkpoint))
 
 
-def default_sampler(subject: Subject) -> str:
-    """The default sampler of the model's objective."""
+def usual_chain(subject: Subject, given: Iterable[str]) -> dict[str, Any]:
+    """The fields of a chain that the model's objective sets, without those that are given."""
     from edt_core.diffusion import objective_of_model
 
-    return objective_of_model(_config_of(subject.model)).samplers[0]
+    usual = objective_of_model(_config_of(subject.model)).usual_chain
+    return {name: value for name, value in usual.items() if name not in set(given)}
 
 
 def make(stage: Stage, config: Section, inputs: Inputs, out: Folder, progress: Progress) -> Artifact:
@@ -145,7 +146,8 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     base = validated(SampleConfig, given_fields(options, SampleConfig))
     if options.export and base.keep_images != "all":
         base = base.model_copy(update={"keep_images": "all"})
-    points = list(grid(base, [parse_axis(text) for text in options.sweep]))
+    axes = [parse_axis(text) for text in options.sweep]
+    points = list(grid(base, axes))
     if options.export and len(points) > 1:
         raise UserError(f"--export writes one set of samples, but --sweep makes {len(points)}; use only one of the two")
     check_named()
@@ -153,9 +155,9 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Result]:
     if training is not None:  # so that all points have the autoencoder of the training
         options.model = training.opened.checkpoint.folder.uri
     subject = prepared(options, base, out, bar, points)
-    if options.sampler is None and "sampler" not in points[0].settings:
-        usual = {"sampler": default_sampler(subject)}
-        points = [replace(point, config=point.config.model_copy(update=usual)) for point in points]
+    fields = [*given_fields(options, SampleConfig), *(axis.field for axis in axes)]
+    usual = usual_chain(subject, fields)
+    points = [replace(point, config=point.config.model_copy(update=usual)) for point in points]
     notes = repeated_settings(points, _config_of(subject.model))
     config = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
     for point in points:

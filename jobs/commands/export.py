@@ -22,7 +22,10 @@ from jobs.stages.sample import FEATURE_UNITS, units_per_repeat
 
 PROGRAM_FORMAT = "torch-export"
 _SUFFIX = {"npz": ".npz"}
-_NOT_OF_THE_DENOISER = ("sampler", "num_sampling_steps", "guidance_channels", "guidance_interval", "precision")
+_NOT_OF_THE_DENOISER = (
+    *("sampler", "num_sampling_steps", "temperature"),
+    *("guidance_channels", "guidance_interval", "precision"),
+)
 
 
 def export_features(features: Artifact, form: str, target: Path, progress: Progress, repeat: int = 0) -> Path:

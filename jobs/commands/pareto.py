@@ -60,12 +60,13 @@ def default_axes(base: SampleConfig, config: "ModelConfig") -> list[str]:
     """The axes of a search without `--sweep`: samplers of few steps, fewer steps, and caches."""
     from edt_core.diffusion import objective_of_model
 
-    samplers = [name for name in objective_of_model(config).samplers if name not in ("ancestral", "sde")]
+    objective = objective_of_model(config)
+    samplers = [name for name in objective.samplers if name not in ("ancestral", "sde")]
     steps = sorted({max(2, round(base.num_sampling_steps * share)) for share in (0.08, 0.16, 0.32, 0.5, 1.0)})
     return [
         f"sampler={','.join(samplers)}",
         f"steps={','.join(map(str, steps))}",
-        "cache=off,newton-2-1,newton-3-1",
+        *([] if objective.of_tokens else ["cache=off,newton-2-1,newton-3-1"]),
     ]
 
 

@@ -72,7 +72,7 @@ def _config(stage: Stage, options: argparse.Namespace) -> Any:
     if stage.config is TrainConfig:
         from edt_core.diffusion import train_defaults
 
-        fields = {**train_defaults(fields.get("objective")), **fields}
+        fields = {**train_defaults(fields), **fields}
     return validated(stage.config, fields)
 
 

@@ -77,7 +77,7 @@ class Loaded:
         """The protocol; without one, the default sampler of the model's objective."""
         from edt_core.diffusion import objective_of_model
 
-        return {"sampler": objective_of_model(self.model.config).samplers[0], **self.protocol}
+        return {**objective_of_model(self.model.config).usual_chain, **self.protocol}
 
 
 @dataclass(frozen=True)

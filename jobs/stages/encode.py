@@ -259,6 +259,7 @@ def encode(
         "latent_shape": [source.counts["latent_channels"], side, side],
         **stored_scale(source).record(),
         "autoencoder_digest": source.manifest.digest,
+        **({"levels": source.counts["levels"]} if "levels" in source.counts else {}),
         "channel_mean": mean.tolist(),
         "channel_std": deviations.tolist(),
         **stored,

@@ -222,6 +222,7 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
         )
     model = ModelConfig.from_dict(model_config_of(checkpoint))
     objective_of_model(model).check_sampler(SamplerChoice.of(config))
+    objective_of_model(model).check_chain(config, model)
     replace(model, amm_blocks=resolved_amm_blocks(config, model))  # raises for blocks that the model does not have
     sample_labels(config.label_policy, config.seed, [0], model.num_classes, checkpoint.counts.get("class_counts"))
 

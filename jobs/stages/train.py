@@ -71,6 +71,7 @@ def config_of(config: TrainConfig, latents: Mapping[str, Any], initial: Any = No
             width=config.width,
         )
         model = with_objective(model, config.objective)
+        model.check_latents(latents)
         base = {} if initial is None else initial.model_config or {}
         if config.latent_norm and base.get("latents_mean") is None:
             model = normalised(model, latents)

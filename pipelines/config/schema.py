@@ -31,6 +31,7 @@ from edt_core.evaluation.extractors import INCEPTION, TOKEN_SPACES
 from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.files.place_names import check_store_name
 from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks
+from edt_core.models.families.codes import LEVELS
 from edt_core.printing.redaction import redacted_values
 from edt_core.sampling.sampler import check_guidance
 from edt_core.store.folder import Folder
@@ -188,6 +189,8 @@ class PipelineConfig(_WithNetworks):
             train = self.train_of(name)
             model = self.model_of(name, 2)
             check_masked_loss(model, train.masked_loss)
+            if self.autoencoder.pretrained is None:  # the latents of a published one are checked before training
+                model.check_latents({"levels": list(LEVELS)} if self.autoencoder.kind == "fsq" else {})
             align_settings(train, model)
             check_mup(train, model)
             if train.max_steps > 0:  # an untrained model has no loss

@@ -56,7 +56,7 @@ class ModelCard:
             "license": self.license or "unknown",
             "library_name": "diffusers",
             "pipeline_tag": _TASK,
-            "tags": ["class-conditional", "diffusion-transformer", architecture, paper],
+            "tags": ["class-conditional", self._kind("transformer").replace(" ", "-"), architecture, paper],
         }
         if self.metrics:
             result = {
@@ -83,7 +83,13 @@ class ModelCard:
             "latents": f"{self.config.in_channels} x {latent} x {latent}, a factor of {self.config.autoencoder_factor}"
             f"{'' if self.config.latents_mean is None else ', normalised by channel'}",
         }
-        return f"Class-conditional images by latent diffusion.\n\n{_table(facts)}"
+        return f"Class-conditional images by {self._kind()}.\n\n{_table(facts)}"
+
+    def _kind(self, noun: str = "") -> str:
+        """How the model makes images, or with a noun, what it is."""
+        if objective_of_model(self.config).of_tokens:
+            return f"masked token {noun}" if noun else "masked tokens"
+        return f"diffusion {noun}" if noun else "latent diffusion"
 
     def _metrics(self) -> str:
         if not self.metrics:

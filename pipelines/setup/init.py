@@ -159,22 +159,27 @@ def check_size(text: str) -> int:
 
 def check_model(name: str) -> str:
     """The name of an existing model, given in upper or lower case. Raises UserError."""
-    from edt_core.models import MODEL_NAMES
+    from edt_core.models import DIFFUSION_NAMES, MODEL_NAMES
     from edt_core.models.zoo import unknown_model
 
     model = {known.lower(): known for known in MODEL_NAMES}.get(name.strip().lower())
     if model is None:
         raise UserError(unknown_model(name))
+    if model not in DIFFUSION_NAMES:
+        raise UserError(
+            f"the model is {model}, which is trained on codes, but this wizard writes configurations of diffusion "
+            "models; choose one of them, or write the configuration as in docs/models.md, MaskGIT"
+        )
     return model
 
 
 def models_text() -> str:
-    """The names of the models, by family: `EDT-S/2, EDT-B/2; DiT-S/2, DiT-B/2`."""
+    """The names of the diffusion models, by family: `EDT-S/2, EDT-B/2; DiT-S/2, DiT-B/2`."""
     from itertools import groupby
 
-    from edt_core.models import MODEL_NAMES
+    from edt_core.models import DIFFUSION_NAMES
 
-    families = groupby(MODEL_NAMES, lambda name: name.partition("-")[0])
+    families = groupby(DIFFUSION_NAMES, lambda name: name.partition("-")[0])
     return "; ".join(", ".join(names) for _, names in families)
 
 

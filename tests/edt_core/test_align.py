@@ -303,7 +303,7 @@ def model_grid(model: DiffusionTransformer, block: int) -> int:
     return model.attentions()[block - 1].grid
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [name for name, own in OBJECTIVES.items() if not own.of_tokens])
 def test_a_cleaner_time_has_less_noise_and_stays_in_the_chain(objective: str) -> None:
     own, rng = OBJECTIVES[objective], np.random.RandomState(0)
     t = torch.from_numpy(own.times("uniform", 1000).draw(rng.rand(200)).timesteps)

@@ -111,9 +111,8 @@ def test_settings_of_the_tiny_autoencoder_that_are_refused(
 @pytest.mark.parametrize("name", ["VQModel", "AutoencoderKLWan", "AsymmetricAutoencoderKL"])
 def test_other_classes_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name, "latent_channels": 4}))
-    message = (
-        f"cannot be used as autoencoder: it is {name}; AutoencoderKL, AutoencoderTiny and AutoencoderDC are supported"
-    )
+    names = "AutoencoderKL, AutoencoderTiny, AutoencoderDC and AutoencoderFSQ"
+    message = f"cannot be used as autoencoder: it is {name}; {names} are supported"
     with pytest.raises(UserError, match=message):
         load_autoencoder(tmp_path)
 
@@ -139,7 +138,8 @@ def test_a_pipeline_folder_is_answered_with_its_vae_subfolder(tmp_path: Path) ->
 def test_a_pipeline_folder_without_an_autoencoder(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(
-        UserError, match="vae subfolder of a pipeline with an AutoencoderKL, AutoencoderTiny or AutoencoderDC"
+        UserError,
+        match="vae subfolder of a pipeline with an AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderFSQ",
     ):
         load_autoencoder(tmp_path)
 

@@ -15,6 +15,7 @@ from edt_core.config import TrainConfig
 from edt_core.diffusion import guided
 from edt_core.errors import UserError
 from edt_core.models import (
+    DIFFUSION_NAMES,
     MODEL_NAMES,
     DiffusionTransformer,
     DiTConfig,
@@ -231,7 +232,7 @@ def test_numbers_that_make_no_model() -> None:
 
 def test_a_size_that_does_not_fit_is_answered_with_the_models_that_do() -> None:
     """256 px and factor 32 give 8 x 8 latents: patches of 2 halved twice leave one token, patches of 8 are one."""
-    assert set(models_for(8)) == set(MODEL_NAMES)
+    assert set(models_for(8)) == set(DIFFUSION_NAMES)
     assert models_for(1) == ()
     with pytest.raises(ValueError, match=r"latents of 4x4 cannot be cut.* multiple of 256. Models for 4x4: ") as raised:
         model_config("EDT-S/2", 128, autoencoder_factor=32, latent_channels=32)

@@ -1,6 +1,7 @@
-"""Published autoencoders that are not Stable Diffusion's, from images to a pipeline that draws: DC-AE, and 16 channels.
+"""Autoencoders that are not Stable Diffusion's, from images to a pipeline that draws: DC-AE, 16 channels, and codes.
 
-Both at 64 px: an AutoencoderDC of factor 32 makes latents of 32 x 2 x 2, an AutoencoderKL with a shift 16 x 8 x 8.
+At 64 px: an AutoencoderDC of factor 32 makes latents of 32 x 2 x 2, an AutoencoderKL with a shift 16 x 8 x 8, and an
+AutoencoderFSQ of factor 4 codes of 4 x 16 x 16, on which a MaskGIT is trained.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from edt_core.config import EncodeConfig, PreprocessConfig, SampleConfig, Source
 from edt_core.data.latents import LatentDataset
 from edt_core.data.loader import LatentBatch
 from edt_core.data.shards import read_image_shard
+from edt_core.diffusion import train_defaults
 from edt_core.errors import UserError
 from edt_core.pipeline import EDTPipeline, save_pipeline
 from edt_core.store.artifact import Artifact
@@ -27,15 +29,22 @@ from jobs.models.open import load_model
 from jobs.stages import encode, preprocess, sample, train
 from jobs.stages.autoencoder import FOLDER, published_artifact
 from jobs.stages.preprocess import image_source
-from tests.support.autoencoders import deep_autoencoder, shifted_autoencoder
+from tests.support.autoencoders import coding_autoencoder, deep_autoencoder, shifted_autoencoder
 from tests.support.jobs import execute
 from tests.support.local_ray import local_ray, local_ray_train
 
+TOKENS = {"model": "MaskGIT-Tiny"}
 CASES: dict[str, tuple[Any, tuple[int, int, int], dict[str, Any]]] = {
     "DC": (deep_autoencoder, (32, 2, 2), {"model": "DiT-Tiny/2", "masked_loss": False}),
     "KL of 16 channels": (shifted_autoencoder, (16, 8, 8), {"model": "EDT-Tiny/2"}),
+    "FSQ": (coding_autoencoder, (4, 16, 16), {**TOKENS, **train_defaults(TOKENS)}),
 }
-SCALES = {"DC": {"scaling_factor": 0.41407}, "KL of 16 channels": {"scaling_factor": 1.5305, "shift_factor": 0.0609}}
+SCALES = {
+    "DC": {"scaling_factor": 0.41407},
+    "KL of 16 channels": {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "FSQ": {"scaling_factor": 1.0},
+}
+CHAINS: dict[str, dict[str, Any]] = {"FSQ": {"sampler": "halton", "guidance_channels": None}}
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,8 @@ def made(request: pytest.FixtureRequest, digits_folder: Path, tmp_path_factory: 
     make().save_pretrained(work / "vae")
     source = image_source(SourceConfig(path=str(digits_folder), limit=16))
     config = TrainConfig(global_batch_size=8, max_steps=2, checkpoint_every=2, num_workers=1, lr=1e-3, **model)
-    drawn = SampleConfig(num_samples=4, num_sampling_steps=2, keep_images="all", cfg_scale=1.5, unit_size=4)
+    fields = {"num_sampling_steps": 2, "cfg_scale": 1.5, **CHAINS.get(request.param, {})}
+    drawn = SampleConfig(num_samples=4, keep_images="all", unit_size=4, **fields)
     with local_ray():
         images = execute(preprocess.STAGE, PreprocessConfig(image_size=64), work / "images", source=source)
         vae = published_artifact(str(work / "vae"), Folder.at(work / "autoencoder"))
@@ -74,14 +84,13 @@ def made(request: pytest.FixtureRequest, digits_folder: Path, tmp_path_factory: 
     with local_ray():
         samples = execute(sample.STAGE, drawn, work / "samples", checkpoint=checkpoint, autoencoder=vae)
     trained = ema_model(checkpoint.directory(checkpoint.counts["final"]))
-    protocol = drawn.model_dump(mode="json", include={"num_sampling_steps", "cfg_scale"})
     save_pipeline(
         work / "pipeline",
         trained,
         load_autoencoder(vae.directory(FOLDER)),
         num_timesteps=1000,
         classes="abcd",
-        protocol=protocol,
+        protocol=fields,
     )
     return Made(request.param, images, vae, latents, checkpoint, samples, work / "pipeline")
 
@@ -99,8 +108,9 @@ def test_shards_hold_what_diffusers_own_encoder_gives(made: Made) -> None:
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
     with torch.inference_mode():
         encoded = made.vae.encode(images)
-    mean = encoded.latent if made.case == "DC" else encoded.latent_dist.mean
-    std = torch.zeros_like(mean) if made.case == "DC" else encoded.latent_dist.std
+    is_normal = made.case.startswith("KL")
+    mean = encoded.latent_dist.mean if is_normal else getattr(encoded, "latent", encoded)
+    std = encoded.latent_dist.std if is_normal else torch.zeros_like(mean)
     for found, expected in ((posterior[:, 0], mean), (posterior[:, 1], std)):
         assert np.allclose(found, expected, atol=1e-4 * float(mean.std()))
     assert mean.std() > 0.01
@@ -115,14 +125,14 @@ def test_training_draws_the_latents_of_a_deterministic_encoder_exactly(made: Mad
     drawn = sampled_latents(batch, noise, dataset.scale)
     scale = SCALES[made.case]
     plain = (posterior[:, 0] - scale.get("shift_factor", 0.0)) * scale["scaling_factor"]
-    assert torch.equal(drawn, plain) == (made.case == "DC")
-    assert not torch.equal(sampled_latents(batch, noise, dataset.scale), posterior[:, 0])
+    assert torch.equal(drawn, plain) == (made.case in ("DC", "FSQ"))
+    assert torch.equal(drawn, posterior[:, 0]) == (made.case == "FSQ")
 
 
 def test_the_pipeline_decodes_as_diffusers_does(made: Made) -> None:
     assert made.samples.counts["samples"] == 4
     pipeline = EDTPipeline.from_pretrained(made.folder)
-    assert type(pipeline.vae).__name__ == f"Autoencoder{made.case[:2]}"
+    assert type(pipeline.vae).__name__ == f"Autoencoder{made.case.partition(' ')[0]}"
     images = np.stack(pipeline([0, 3], seed=5).images)
     latents = pipeline([0, 3], seed=5, output_type="latent").images
     scale = SCALES[made.case]
@@ -143,6 +153,10 @@ def test_the_verbs_open_the_folder_with_its_autoencoder(made: Made) -> None:
 
 
 def test_a_model_of_other_latents_is_refused_when_the_sizes_are_checked(made: Made) -> None:
+    if made.case == "FSQ":
+        with pytest.raises(UserError, match="predicts codes, but these latents are of an autoencoder without codes"):
+            train.config_of(TrainConfig(**CASES["FSQ"][2]), {**made.latents.counts, "levels": None})
+        return
     if made.case != "DC":
         assert train.config_of(TrainConfig(model="EDT-Tiny/2"), made.latents.counts).latent_size == 8
         return

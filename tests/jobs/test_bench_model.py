@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edt_core.acceptance.authors import plain_model
-from edt_core.models import MODEL_NAMES, count_macs, create_model, draw_masks
+from edt_core.models import DIFFUSION_NAMES, count_macs, create_model, draw_masks
 from jobs.benchmark import command, model
 from jobs.benchmark.model import ModelBench, bench_models
 from jobs.benchmark.networks import made_model
@@ -93,7 +93,7 @@ def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "| forward | 1 | plain | 1.50 |  |" in capsys.readouterr().out
     assert (seen[0].models, seen[0].image_sizes) == (("DiT-S/8", "EDT-S/2"), (256, 512))
     assert seen[0].precisions == ("fp32", "bf16")
-    assert (seen[1].models, seen[1].image_sizes) == (MODEL_NAMES, (256, 512))
+    assert (seen[1].models, seen[1].image_sizes) == (DIFFUSION_NAMES, (256, 512))
     assert (seen[1].batch_size, seen[1].turns) == (1, 3)
 
 

@@ -335,7 +335,7 @@ def test_an_autoencoder_of_another_shape_is_told_with_the_fields_to_set(tmp_path
     pickled = found(**shape)
     assert "use_safetensors=False" in pickled.found + pickled.remedy
     (tmp_path / "diffusion_pytorch_model.bin").rename(tmp_path / "diffusion_pytorch_model.safetensors")
-    assert "AutoencoderTiny and AutoencoderDC" in found(_class_name="UNet").found + found(_class_name="UNet").remedy
+    assert "AutoencoderDC and AutoencoderFSQ" in found(_class_name="UNet").found + found(_class_name="UNet").remedy
 
 
 def test_mlflow_is_asked_and_nothing_is_left_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

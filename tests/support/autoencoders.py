@@ -1,9 +1,12 @@
-"""Small autoencoders of the published kinds, unfitted, as diffusers makes and saves them."""
+"""Small autoencoders of the published kinds, unfitted, as diffusers makes and saves them, and one of codes."""
 
 from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
+
+from edt_core.autoencoders.autoencoder import build_autoencoder
+from edt_core.config import AutoencoderConfig
 
 
 def deep_autoencoder(**settings: Any) -> AutoencoderDC:
@@ -41,6 +44,11 @@ def shifted_autoencoder() -> AutoencoderKL:
             scaling_factor=1.5305,
             shift_factor=0.0609,
         ).eval()
+
+
+def coding_autoencoder() -> Any:
+    """An AutoencoderFSQ of factor 4."""
+    return build_autoencoder(AutoencoderConfig(kind="fsq", downsample_factor=4, base_channels=8), 64).eval()
 
 
 def uneven_autoencoder() -> AutoencoderKL:

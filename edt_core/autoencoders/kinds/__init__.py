@@ -1,15 +1,19 @@
-"""The supported kinds of autoencoders, by their class in diffusers: one file for each kind, registered in KINDS."""
+"""The supported kinds of autoencoders, by their class: one file for each kind, registered in KINDS.
+
+The classes are diffusers', except AutoencoderFSQ.
+"""
 
 from typing import Any
 
 from edt_core.autoencoders.kinds.dc import DC
+from edt_core.autoencoders.kinds.fsq import FSQ
 from edt_core.autoencoders.kinds.kind import AutoencoderKind
 from edt_core.autoencoders.kinds.kl import KL
 from edt_core.autoencoders.kinds.tiny import TINY
 from edt_core.data.scale import LatentScale
 from edt_core.errors import UserError
 
-KINDS: dict[str, AutoencoderKind] = {kind.class_name: kind for kind in (KL, TINY, DC)}
+KINDS: dict[str, AutoencoderKind] = {kind.class_name: kind for kind in (KL, TINY, DC, FSQ)}
 
 
 def supported(conjunction: str) -> str:

@@ -34,6 +34,8 @@ class AutoencoderKind:
     scale: settings -> the scale between raw latents and those of the model. Raises KeyError without a scaling factor.
     channels_setting: name of the setting with C.
     also_saved: settings that `save_pretrained` writes beside the arguments of the constructor.
+    own_class: gives the class, if it is one of this package and not of diffusers.
+    levels: of codes, if the latents are their values; None for numbers.
     """
 
     class_name: str
@@ -44,13 +46,23 @@ class AutoencoderKind:
     scale: Callable[[Settings], LatentScale] = LatentScale.of
     channels_setting: str = "latent_channels"
     also_saved: frozenset[str] = frozenset()
+    own_class: Callable[[], type[Any]] | None = None
+    levels: tuple[int, ...] | None = None
+
+    @property
+    def model_class(self) -> Any:
+        """The class by which models are loaded."""
+        import diffusers
+
+        return getattr(diffusers, self.class_name) if self.own_class is None else self.own_class()
 
     def facts(self, settings: Settings) -> dict[str, Any]:
-        """Downsample factor, latent channels and scale, in the form of an autoencoder's record."""
+        """Downsample factor, latent channels, scale, and levels of codes, in the form of an autoencoder's record."""
         return {
             "downsample_factor": self.downsample_factor(settings),
             "latent_channels": int(settings[self.channels_setting]),
             **self.scale(settings).record(),
+            **({} if self.levels is None else {"levels": list(self.levels)}),
         }
 
 

@@ -28,23 +28,14 @@ class AdaLNTransformer(DiffusionTransformer):
         The adaptive norms of EDT's down-sampling and skip modules have no gate to set to zero and keep Xavier
         weights, as in the published model.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RelativePositionBias):
-                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        initialize_layers(self)
         patch_weight, patch_bias = self.x_embedder.proj.parameters()
         nn.init.xavier_uniform_(patch_weight.detach().flatten(1))  # as for the equivalent linear layer
         nn.init.zeros_(patch_bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name in ("0.weight", "2.weight"):
             nn.init.normal_(self.t_embedder.mlp.get_parameter(name), std=0.02)
-        for module in self.modules():
-            if isinstance(module, Block | FinalLayer):
-                _zero(module.adaLN_modulation[-1])
-        _zero(self.final_layer.linear)
+        zero_outputs(self)
 
     @torch.no_grad()
     def fit_to_base_width(self, ratio: float) -> None:
@@ -58,6 +49,26 @@ class AdaLNTransformer(DiffusionTransformer):
         width, inputs = patches.shape[0], patches[0].numel()
         patches.mul_(((inputs + width) / (inputs + width / ratio)) ** 0.5)
         self.t_embedder.mlp.get_parameter("2.weight").mul_(ratio**-0.5)
+
+
+def initialize_layers(model: nn.Module) -> None:
+    """Xavier weights for all linear layers, and small bias tables."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RelativePositionBias):
+            nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+
+
+def zero_outputs(model: nn.Module) -> None:
+    """Every block starts as the identity, and the output as zero."""
+    for module in model.modules():
+        if isinstance(module, Block | FinalLayer):
+            _zero(module.adaLN_modulation[-1])
+        if isinstance(module, FinalLayer):
+            _zero(module.linear)
 
 
 def _zero(layer: nn.Module) -> None:

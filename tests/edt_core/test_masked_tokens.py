@@ -233,6 +233,7 @@ def test_recipes_without_a_meaning_are_refused(fields: dict[str, Any], message: 
         ({"sde_diffusion": "sbdm"}, "only the sampler sde of flow matching"),
         ({"amm_blocks": (1,)}, r"AMM\) was made and measured for diffusion"),
         ({"amm_radius": 2.0}, "set both to null"),
+        ({"cache": {"kind": "taylor"}}, "set cache to null"),
         ({"cfg_scale": 2.0, "guidance_channels": None, "guidance_interval": (0.2, 500)}, "ends above 1"),
     ],
 )

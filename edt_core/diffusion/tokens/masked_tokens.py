@@ -186,8 +186,8 @@ class MaskedTokens(Objective):
             )
         if chain.cache is not None:
             raise UserError(
-                f"cache is {chain.cache.kind}, but {model.name} draws codes, so its features jump from step to step and "
-                "cannot be predicted; set cache to null"
+                f"cache is {chain.cache.kind}, but {model.name} draws codes, so its features jump from step to step; "
+                "set cache to null"
             )
 
     def max_steps(self, num_timesteps: int) -> int | None:

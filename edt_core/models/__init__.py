@@ -20,6 +20,7 @@ from edt_core.models.zoo import (
     models_for,
     overrides_record,
     paper_amm_blocks,
+    with_trained_amm,
 )
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "shadow",
     "slice_masks",
     "training_flops",
+    "with_trained_amm",
 ]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipelines.setup.acceptance_file import Measurements
 
 _COLUMNS = ("model", "px", "parameters (M)", "GMACs", "published", "training GFLOPs")
+_MEMORY, _BYTES = "memory (MiB)", ("weight_bytes", "activation_bytes")
 _PART_COLUMNS = ("place", "module", "GMACs", "share")
 _RECIPE = "imagenet256-edt-s"
 _IMAGENET = 1_281_167  # training images of ILSVRC2012
@@ -40,6 +41,9 @@ def cost(
         list[str],
         typer.Option("--override", metavar="FIELD=VALUE", help="a field of train.model_overrides, for all models"),
     ] = [],  # noqa: B006  typer copies it
+    memory: Annotated[
+        int | None, typer.Option(min=1, metavar="IMAGES", help="also the memory of a forward pass of so many images")
+    ] = None,
     by_module: Annotated[bool, typer.Option("--by-module", help="list the MACs of each module of one model")] = False,
     acceptance: Annotated[
         Path | None, typer.Option(metavar="FILE", help="show times instead, at the rates that `edt bench gpu` measured")
@@ -68,11 +72,9 @@ def cost(
       edt cost EDT-S/2 EDT-XL/2 --acceptance acceptance.json --num-gpus 8
     """
     if acceptance is not None:
-        if by_module or overrides:
-            given = (
-                "--by-module counts operations" if by_module else "--override names fields for a table of operations"
-            )
-            raise UserError(f"{given} and --acceptance estimates times; give one of the two")
+        if by_module or overrides or memory:
+            given = "--by-module" if by_module else "--override" if overrides else "--memory"
+            raise UserError(f"{given} is of the table without --acceptance, which estimates times; give one of the two")
         loaded = _pipeline(config, assignments, image_size)
         _print_times(acceptance, loaded, models or [], num_gpus, num_images, as_json)
     elif num_gpus != 1 or config != _RECIPE or assignments or num_images is not None:
@@ -81,18 +83,18 @@ def cost(
             "`edt bench gpu --out FILE` wrote on such a GPU; give it, or leave them out"
         )
     else:
-        _print_costs(models or [], image_size or "256", overrides, by_module, as_json)
+        _print_costs(models or [], image_size or "256", overrides, memory, by_module, as_json)
 
 
 def _print_costs(
-    models: Sequence[str], image_size: str, overrides: Sequence[str], by_module: bool, as_json: bool
+    models: Sequence[str], size: str, overrides: Sequence[str], memory: int | None, by_module: bool, as_json: bool
 ) -> None:
     """The table of parameters and operations of models, or of the modules of one."""
     from edt_core.models import MODEL_NAMES, model_config
     from jobs.commands.options import parse_assignment
 
     names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
-    sizes, fields = _sizes(image_size), dict(parse_assignment(text) for text in overrides)
+    sizes, fields = _sizes(size), dict(parse_assignment(text) for text in overrides)
     try:
         configs = [model_config(name, size, overrides=fields) for name in names for size in sizes]
     except ValueError as error:
@@ -104,11 +106,15 @@ def _print_costs(
             )
         print_rows(_parts(configs[0], as_json), _PART_COLUMNS, as_json)
         return
-    rows = [_row(config) for config in configs]
-    print_rows(rows if as_json else [_shown(row) for row in rows], _COLUMNS, as_json)
-    if not as_json:
-        note = "GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image"
-        say(fitted(note, screen_width(), 0))
+    rows = [{**_row(config), **_memory(config, memory)} for config in configs]
+    columns = _COLUMNS if memory is None else (*_COLUMNS, _MEMORY)
+    print_rows(rows if as_json else [_shown(row) for row in rows], columns, as_json)
+    if as_json:
+        return
+    note = "GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image"
+    if memory is not None:
+        note += f"; memory: float32 weights + the other tensors of a forward pass of {memory} images at its peak"
+    say(fitted(note, screen_width(), 0))
 
 
 def _sizes(text: str) -> list[int]:
@@ -142,7 +148,8 @@ def _print_times(
     images = num_images or _number_of_images(config)
     setting = Setting(measured, config, config.preprocess.image_size, images, num_gpus)
     times = step_times(setting, trainings_of(config, models))
-    rows = [{**asdict(time), "device_hours": None if time.hours is None else time.hours * num_gpus} for time in times]
+    factors = {"device_hours": num_gpus, "device_days": num_gpus / 24}
+    rows = [{**asdict(time), **{name: _of_devices(time.hours, by) for name, by in factors.items()}} for time in times]
     if as_json:
         head = {name: getattr(measured, name) for name in ("card", "on_gpu", "started", "code", "torch", "is_checked")}
         print_json({"acceptance": head, "devices": num_gpus, "images": images, "steps": rows})
@@ -152,7 +159,7 @@ def _print_times(
         say(fitted(line, screen_width(), 2))
     columns = {
         "step": "step", "work": "work", "precision": "precision", "FLOPs": "flops",
-        "hours": "hours", f"{device}-hours": "device_hours", "rate": "source",
+        "hours": "hours", f"{device}-hours": "device_hours", f"{device}-days": "device_days", "rate": "source",
     }  # fmt: skip
     shown = [{title: _time_cell(row[name]) for title, name in columns.items()} for row in rows]
     print_rows(shown, tuple(columns), False, extra=("FLOPs", "work"))
@@ -161,6 +168,10 @@ def _print_times(
         "evaluation, and what devices exchange"
     )
     say(fitted(note, screen_width(), 0))
+
+
+def _of_devices(hours: float | None, factor: float) -> float | None:
+    return None if hours is None else hours * factor
 
 
 def _origin(measured: "Measurements") -> list[str]:
@@ -205,6 +216,16 @@ def _row(config: Any) -> dict[str, Any]:
     }
 
 
+def _memory(config: Any, images: int | None) -> dict[str, int]:
+    """Bytes of the weights and of all other tensors of a forward pass of so many images; {} for None."""
+    if images is None:
+        return {}
+    from edt_core.sampling.memory import forward_memory
+
+    memory = forward_memory(config, images)
+    return dict(zip(_BYTES, (memory.weights, memory.activations), strict=True))
+
+
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     published = row["published_gflops"]
     return {
@@ -214,6 +235,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "GMACs": f"{row['macs'] / 1e9:.2f}",
         "published": None if published is None else f"{published:.2f}",
         "training GFLOPs": f"{row['training_flops'] / 1e9:.1f}",
+        _MEMORY: " + ".join(f"{row[name] / (1 << 20):,.1f}" for name in _BYTES if name in row),
     }
 
 

@@ -274,6 +274,11 @@ class TrainConfig(Section):
         description="width for which lr was found: muP (arXiv 2203.03466) adapts rates and initial weights to the "
         "model's own width, so that the same lr fits; null for none",
     )
+    amm_blocks: tuple[int, ...] | Literal["paper"] = added(
+        (),
+        description="0-based blocks with AMM in the training, which is then the model's own (sample.amm_blocks=model); "
+        "'paper': published for this model without guidance",
+    )
     global_batch_size: int = Field(256, ge=1, description="samples per step, over all workers")
     max_steps: int = Field(400_000, ge=0, description="number of steps; 0 keeps the untrained model of this seed")
     max_epochs: float | None = Field(None, gt=0, description="end after this many epochs, if that is before max_steps")
@@ -759,6 +764,12 @@ class ChainConfig(Section):
     amm_radius: float | None = Field(
         None, gt=0, description="distance in tokens beyond which attention is cut; null for the paper's"
     )
+    amm_radius_rows: int | None = added(
+        None,
+        ge=0,
+        description="k of a distance sqrt((N - 1)^2 + k) that depends on the side N of each block's grid, instead of "
+        "amm_radius; the paper's is 4",
+    )
     amm_kernel: Literal["exp_cos", "cos"] | None = Field(
         None, description="decay of attention with distance; null for the paper's"
     )
@@ -770,6 +781,15 @@ class ChainConfig(Section):
         description="predict most features of the model from earlier steps, such as {kind: taylor, interval: 3}; null "
         "to compute every step",
     )
+
+    @model_validator(mode="after")
+    def _radius_is_set_once(self) -> "ChainConfig":
+        if self.amm_radius is not None and self.amm_radius_rows is not None:
+            raise ValueError(
+                f"amm_radius is {self.amm_radius:g} and amm_radius_rows {self.amm_radius_rows}; both set the radius: "
+                "leave one of them out"
+            )
+        return self
 
     @field_validator("guidance_interval")
     @classmethod

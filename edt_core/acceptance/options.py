@@ -99,6 +99,7 @@ class ChainOptions:
     guidance_interval: tuple[float, float] | None = None
     amm_blocks: tuple[int, ...] | str = ()
     amm_radius: float | None = None
+    amm_radius_rows: int | None = None
     amm_kernel: str | None = None
     precision: str = "fp32"
     cache: Any = None

@@ -21,6 +21,7 @@ from edt_core.models.zoo import (
     models_for,
     overrides_record,
     paper_amm_blocks,
+    with_trained_amm,
 )
 
 __all__ = [
@@ -60,4 +61,5 @@ __all__ = [
     "shadow",
     "slice_masks",
     "training_flops",
+    "with_trained_amm",
 ]

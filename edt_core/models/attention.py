@@ -64,11 +64,13 @@ class Attention(nn.Module):
     """Multi-head self-attention among the tokens of a grid, with or without a position bias.
 
     If a modulation matrix is set, in evaluation mode and without masks, the scores after the softmax are multiplied
-    by it and not normalised again (Attention Modulation Matrix, arXiv 2410.23788). `extra_tokens` come before those of
+    by it and not normalised again (Attention Modulation Matrix, arXiv 2410.23788). With `amm_in_training` it acts in
+    training and with masks too, by the positions of the tokens that are left. `extra_tokens` come before those of
     the grid and have no position on it; AMM treats them as at distance 0 from every token.
     """
 
     amm: Tensor | None
+    amm_in_training: bool = False
     form: AttentionForm | None = None  # None: by device and need, see `is_written_out`
     shared: dict[torch.dtype, Projections] | None = None  # padded, by dtype, within `shared_projections`
 
@@ -93,12 +95,14 @@ class Attention(nn.Module):
         # [T, T], where T includes the extra tokens; None if AMM is off.
         self.register_buffer("amm", None, persistent=False)
 
-    def set_amm(self, kernel: AmmKernel | None, radius: float | None = None) -> None:
-        """Modulate with `kernel`, up to `radius` tokens (None: the paper's radius); kernel None turns AMM off."""
+    def set_amm(self, kernel: AmmKernel | None, radius: float | None = None, radius_rows: int | None = None) -> None:
+        """Modulate with `kernel`, up to a radius as of `amm_matrix`; kernel None turns AMM off."""
         if kernel is None:
             self.amm = None
             return
-        amm, device = amm_matrix(self.grid, kernel, radius), self.qkv.weight.device
+        device = self.qkv.weight.device
+        with torch.device("cpu"):  # a model may be built with "meta" as its device, which has no values
+            amm = amm_matrix(self.grid, kernel, radius, radius_rows)
         if extra := self.extra_tokens:
             amm = F.pad(amm, (extra, 0, extra, 0), value=float(amm[0, 0]))
         # Weights on "meta" get their values later (accelerate loads that way); the values of the matrix would be lost.
@@ -114,9 +118,10 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor | None) -> Tensor:
         """The weighted values v, all [N, H, T, D/H]. The scale is set here, since q's heads may be padded."""
-        scale, amm = self.head_dim**-0.5, None if self.training or indices is not None else self.amm
-        bias = self._bias(q.dtype, indices)
+        scale, amm, bias = self.head_dim**-0.5, self._modulation(indices), self._bias(q.dtype, indices)
         chosen = self.form if amm is None and indices is None else None
+        if amm is not None and (self.training or indices is not None):
+            chosen = "written_out"  # the fused form is for matrices that no gradient passes, the same for all rows
         if chosen == "written_out" or (chosen is None and is_written_out(q, bias, amm)):
             return written_out_attention(q, k, v, bias, scale, amm)
         if amm is None:
@@ -124,6 +129,12 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         mask = made_once((self, amm, q.dtype), lambda: modulation_mask(amm, bias).to(q.dtype))
         return fused_modulated_attention(q, k, v, mask, scale, amm[0, 0])
+
+    def _modulation(self, indices: Tensor | None) -> Tensor | None:
+        """The factors of the scores, [T, T], or [N, 1, k, k] of the tokens at `indices`, [N, k]; None for none."""
+        if self.amm is None or not (self.amm_in_training or (indices is None and not self.training)):
+            return None
+        return self.amm if indices is None else self.amm[indices.unsqueeze(2), indices.unsqueeze(1)].unsqueeze(1)
 
     def _bias(self, dtype: torch.dtype, indices: Tensor | None) -> Tensor | None:
         position_bias = self.rel_pos_bias
@@ -223,7 +234,7 @@ def is_written_out(q: Tensor, bias: Tensor | None, amm: Tensor | None) -> bool:
 def written_out_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, amm: Tensor | None = None
 ) -> Tensor:
-    """(softmax(scale · q kᵀ + bias) · amm) v: [N, H, T, D/H] each, bias [H, T, T], amm [T, T].
+    """(softmax(scale · q kᵀ + bias) · amm) v: [N, H, T, D/H] each, bias [H, T, T], amm [T, T] or [N, 1, T, T].
 
     The softmax sums in float32 even if scores and weights are bf16: PyTorch's CPU kernel does so.
     """

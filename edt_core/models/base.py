@@ -94,27 +94,39 @@ class DiffusionTransformer(nn.Module, ABC):
     def finish(self) -> None:
         """Set the initial weights and the configured AMM; a subclass's constructor calls this last."""
         self.initialize_weights()
-        self.set_amm(self.config.amm_blocks, radius=self.config.amm_radius)
+        config = self.config
+        self.set_amm(config.amm_blocks, radius=config.amm_radius, radius_rows=config.amm_radius_rows)
 
     @abstractmethod
     def initialize_weights(self) -> None:
         """Draw the initial weights from PyTorch's global generator."""
 
-    def set_amm(self, blocks: Sequence[int], *, radius: float | None = None, kernel: AmmKernel | None = None) -> None:
+    def set_amm(
+        self,
+        blocks: Sequence[int],
+        *,
+        radius: float | None = None,
+        radius_rows: int | None = None,
+        kernel: AmmKernel | None = None,
+    ) -> None:
         """Modulate attention in `blocks` (0-based, over all blocks) only; () turns AMM off.
 
-        Scores are cut off beyond `radius` tokens of each block's own grid (None: the paper's radius), and decrease with
-        distance according to `kernel` (None: the kernel of `built_config`). `config` has the current settings.
-        AMM needs no training and acts in evaluation mode only, so it may change between any two calls.
+        Scores are cut off beyond `radius` tokens of each block's own grid, or the radius of `radius_rows` (see
+        `amm_matrix`; None for both: the paper's radius), and decrease with distance according to `kernel` (None: the
+        kernel of `built_config`). `config` has the current settings. AMM needs no training and acts in evaluation mode
+        only, unless the model was built with `amm_in_training`, so it may change between any two calls.
         Source: arXiv 2410.23788, Attention Modulation Matrix, which is a plug-in for trained models.
 
         Raises:
             UserError: an invalid block, radius or kernel; AMM stays unchanged.
         """
         kernel = self.built_config.amm_kernel if kernel is None else kernel
-        self.config = replace(self.config, amm_blocks=tuple(blocks), amm_kernel=kernel, amm_radius=radius)
+        self.config = replace(
+            self.config, amm_blocks=tuple(blocks), amm_kernel=kernel, amm_radius=radius, amm_radius_rows=radius_rows
+        )
         for index, attention in enumerate(self.attentions()):
-            attention.set_amm(kernel if index in self.config.amm_blocks else None, radius)
+            attention.set_amm(kernel if index in self.config.amm_blocks else None, radius, radius_rows)
+            attention.amm_in_training = self.built_config.amm_in_training
 
     def set_attention_forms(self, forms: Mapping[int, AttentionForm]) -> None:
         """Compute attention without masks and AMM in the form given for its number of tokens; others stay as usual."""

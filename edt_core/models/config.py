@@ -18,6 +18,7 @@ AmmKernel = Literal["exp_cos", "cos"]
 _ADDED = (
     *("objective", "outputs", "latents_mean", "latents_std"),
     *("token_enhancement", "position_supplement", "input_mask_ratio"),
+    *("amm_radius_rows", "amm_in_training"),
 )
 
 AMM_KERNELS: tuple[AmmKernel, ...] = ("exp_cos", "cos")
@@ -37,11 +38,14 @@ class ModelConfig(ABC):
     for a family without a masked forward pass. `only_objective` is the objective of a family that has one alone.
 
     `latent_size` is the side of the square latents. `amm_blocks` are 0-based indices over all blocks in forward order.
-    `amm_radius` is in tokens of a block's grid, None for the paper's (see `amm_matrix`). `objective` is what the model
-    was trained to predict, a name of `edt_core.diffusion.objectives`; `outputs` is the number of tensors of the
-    latents' shape that the objective needs. `with_objective` sets both. A model that was trained on raw latents as
-    (raw - latents_mean) / latents_std, by channel, has these two; otherwise they are None, and the scale is that of the
-    autoencoder's configuration (see `edt_core.data.scale`).
+    `amm_radius` is in tokens of a block's grid, and `amm_radius_rows` a number k from which it follows for each grid;
+    both None for the paper's (see `amm_matrix`). With `amm_in_training` the model is trained with its AMM, which
+    otherwise acts in evaluation alone.
+
+    `objective` is what the model was trained to predict, a name of `edt_core.diffusion.objectives`; `outputs` is the
+    number of tensors of the latents' shape that the objective needs. `with_objective` sets both. A model that was
+    trained on raw latents as (raw - latents_mean) / latents_std, by channel, has these two; otherwise they are None,
+    and the scale is that of the autoencoder's configuration (see `edt_core.data.scale`).
 
     Raises:
         ValueError: the values do not define a model; the message says which ones, and what is expected.
@@ -65,6 +69,8 @@ class ModelConfig(ABC):
     outputs: int = 2
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    amm_radius_rows: int | None = None
+    amm_in_training: bool = False
 
     def __init_subclass__(cls) -> None:
         """Register a family's configuration by its architecture."""
@@ -259,6 +265,18 @@ def _check_amm(config: ModelConfig) -> None:
     if config.amm_radius is not None and not 0.0 < config.amm_radius < math.inf:
         raise UserError(
             f"{config.name}: amm_radius is {config.amm_radius} tokens; it must be above 0, or None for the paper's."
+        )
+    if config.amm_radius_rows is None:
+        return
+    if config.amm_radius_rows < 0:
+        raise UserError(
+            f"{config.name}: amm_radius_rows is {config.amm_radius_rows}; it must be at least 0, or None for the "
+            "paper's 4."
+        )
+    if config.amm_radius is not None:
+        raise UserError(
+            f"{config.name}: amm_radius is {config.amm_radius} and amm_radius_rows {config.amm_radius_rows}; both set "
+            "the radius: leave one of them out."
         )
 
 

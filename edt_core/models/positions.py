@@ -13,6 +13,7 @@ from torch import Tensor
 from edt_core.models.config import AmmKernel
 
 _MAX_PERIOD = 10_000.0
+PAPER_ROWS = 4  # the square of two rows
 _COS_GAIN = 1.3  # height of the "cos" kernel, the authors' choice at 512 pixels
 
 
@@ -53,12 +54,15 @@ def relative_offsets(grid: int) -> Tensor:
     return positions[:, None] - positions[None, :] + grid - 1
 
 
-def amm_matrix(grid: int, kernel: AmmKernel = "exp_cos", radius: float | None = None) -> Tensor:
+def amm_matrix(
+    grid: int, kernel: AmmKernel = "exp_cos", radius: float | None = None, radius_rows: int | None = None
+) -> Tensor:
     """Attention modulation matrix [T, T], float32: a factor for each score, by the distance d of its two tokens.
 
     The factor is exp(cos(f·d))/2 ("exp_cos") or 1.3·cos(f·d) ("cos"), where the grid's diagonal is a quarter
-    of the cosine's period. Beyond `radius` tokens it is 0; None is the paper's radius sqrt(2² + (n-1)²), the distance
-    from the first token to the last one two rows below it. Source: arXiv 2410.23788, Attention Modulation Matrix.
+    of the cosine's period. Beyond `radius` tokens it is 0; if it is None, beyond sqrt((n-1)² + k) tokens, where k is
+    `radius_rows` or the paper's 4: the distance from the first token to the last one two rows below it.
+    Source: arXiv 2410.23788, Attention Modulation Matrix, and table 10 for other k.
     """
     positions = torch.arange(grid)
     row, column = positions.repeat_interleave(grid), positions.repeat(grid)
@@ -69,5 +73,6 @@ def amm_matrix(grid: int, kernel: AmmKernel = "exp_cos", radius: float | None = 
     cosine = torch.cos(distance * (math.pi / 2 / max(diagonal, 1.0))).clamp(min=0.0)
     factor = cosine.exp() / 2 if kernel == "exp_cos" else _COS_GAIN * cosine
     # The paper's radius is compared in integers, which is exact.
-    within = squared <= 4 + (grid - 1) ** 2 if radius is None else distance <= radius
+    rows = PAPER_ROWS if radius_rows is None else radius_rows
+    within = squared <= (grid - 1) ** 2 + rows if radius is None else distance <= radius
     return torch.where(within, factor, 0.0).float()

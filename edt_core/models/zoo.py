@@ -6,6 +6,7 @@ Legend: `cfg_scale` is the classifier-free guidance scale (1 means no guidance);
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -111,6 +112,15 @@ def model_config(
         fitting = f"Models for {side}x{side}: {', '.join(models_for(side)) or 'none'}."
         raise LatentSizeError(f"{error} {fitting}") from None
     return config if width is None else config.with_width(width)
+
+
+def with_trained_amm(config: ModelConfig, blocks: Sequence[int] | str) -> ModelConfig:
+    """The configuration of a model that is trained with AMM in these blocks, which are then its own placement.
+
+    `blocks`: indices, () for a training without AMM, or "paper" for those published without guidance.
+    """
+    chosen = paper_amm_blocks(config.name, 1.0, config.image_size) if isinstance(blocks, str) else tuple(blocks)
+    return replace(config, amm_blocks=chosen, amm_in_training=True) if chosen else config
 
 
 def overrides_record(config: ModelConfig) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def chain_config(fields: Mapping[str, Any], renamed: Mapping[str, str] | None = 
 
 
 def _problem(problem: Any, renamed: Mapping[str, str]) -> str:
-    message = problem["msg"].removeprefix("Value error, ")
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # of several fields together, which the message names
+        return message
     name = problem["loc"][0]
     return f"option {renamed.get(name, name)!r}: {message} (got {problem['input']!r})"
 

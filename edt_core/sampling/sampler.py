@@ -184,10 +184,8 @@ class LatentSampler:
 
     def _set_modes(self) -> None:
         """Set evaluation mode and the chain's AMM, since another sampler of the same model may have set its own."""
-        kernel, radius = self.chain.amm_kernel, self.chain.amm_radius
-        if self.chain.amm_blocks == "model" and radius is None:
-            radius = self.model.built_config.amm_radius
-        self.model.eval().set_amm(self.amm_blocks, radius=radius, kernel=kernel)
+        radius, rows = resolved_amm_radius(self.chain, self.model.built_config)
+        self.model.eval().set_amm(self.amm_blocks, radius=radius, radius_rows=rows, kernel=self.chain.amm_kernel)
         if self.guide is not None:
             self.guide.eval().set_amm(())
 
@@ -202,6 +200,13 @@ def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ..
     if chain.amm_blocks == "paper":
         return paper_amm_blocks(model.name, chain.cfg_scale, model.image_size)
     return chain.amm_blocks
+
+
+def resolved_amm_radius(chain: ChainConfig, model: ModelConfig) -> tuple[float | None, int | None]:
+    """`amm_radius` and `amm_radius_rows`: the chain's, or with the model's blocks and neither of them, the model's."""
+    if chain.amm_blocks == "model" and chain.amm_radius is None and chain.amm_radius_rows is None:
+        return model.amm_radius, model.amm_radius_rows
+    return chain.amm_radius, chain.amm_radius_rows
 
 
 def check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -> None:

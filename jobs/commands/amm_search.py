@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from edt_core.config import SampleConfig, result_fields
+from edt_core.config import SampleConfig, added, result_fields
 from edt_core.errors import UserError
 from edt_core.evaluation.config import EvaluateConfig
 from edt_core.evaluation.extractors import EXTRACTORS
@@ -45,7 +45,12 @@ _STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812
 class SearchConfig(SampleConfig):
     """Settings of a search for placements of AMM: the sampling of each, and which are tried."""
 
-    LEFT_OUT: ClassVar = ("amm_blocks", "amm_radius", "keep_images")  # what the search sets, and what it does not need
+    LEFT_OUT: ClassVar = (
+        "amm_blocks",
+        "amm_radius",
+        "amm_radius_rows",
+        "keep_images",
+    )  # what the search sets, and what it does not need
 
     num_samples: int = Field(500, ge=2, description="samples per repeat; sample i is a function of (seed, i)")
     repeats: int = Field(4, ge=2, le=1000, description="sets of samples, for the standard error")
@@ -58,24 +63,33 @@ class SearchConfig(SampleConfig):
     radii: tuple[float, ...] | None = Field(
         None, description="radii to try beside the paper's, in tokens; null for 1/4, 1/2 and 3/4 of the grid's side"
     )
+    radius_rows: tuple[int, ...] | None = added(
+        None, description="k of radii sqrt((N - 1)^2 + k) to try too, by the side N of each grid; null for none"
+    )
     top: int = Field(3, ge=1, description="best single blocks to combine into pairs; 1 for no pairs")
 
     def sampling(self, placement: "Placement", seed: int) -> SampleConfig:
         """The protocol of one placement."""
         fields = {name: getattr(self, name) for name in SampleConfig.model_fields}
-        fields |= {"amm_blocks": placement.blocks, "amm_radius": placement.radius, "seed": seed}
+        fields |= {"amm_blocks": placement.blocks, "amm_radius": placement.radius, "amm_radius_rows": placement.rows}
+        fields["seed"] = seed
         return SampleConfig.model_validate(fields)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where attention is modulated: 0-based blocks, () for AMM off, and the radius in tokens, None for the paper's."""
+    """Where attention is modulated: 0-based blocks, () for AMM off, and the radius, None for the paper's.
+
+    The radius is in tokens, or follows from `rows` for each grid.
+    """
 
     blocks: tuple[int, ...] = ()
     radius: float | None = None
+    rows: int | None = None
 
     def __str__(self) -> str:
         radius = "" if self.radius is None else f", radius {self.radius:g}"
+        radius += "" if self.rows is None else f", radius rows {self.rows}"
         return f"{'+'.join(map(str, self.blocks))}{radius}" if self.blocks else "off"
 
 
@@ -126,7 +140,7 @@ class Found:
 
 
 Measure = Callable[[Placement, bool], Sequence[float]]
-Radii = Callable[[Placement], Sequence[float]]
+Radii = Callable[[Placement], Sequence[Placement]]
 
 
 def search(measure: Measure, blocks: Sequence[int], radii: Radii, top: int) -> Found:
@@ -147,7 +161,7 @@ def search(measure: Measure, blocks: Sequence[int], radii: Radii, top: int) -> F
     singles = [trial.placement.blocks[0] for trial in sorted(trials[1:], key=_by_gain)[:top]]
     run_stage("pairs", [Placement(tuple(sorted(pair))) for pair in combinations(singles, 2)], off)
     leader = min(trials[1:], key=_by_gain).placement
-    run_stage("radii", [Placement(leader.blocks, radius) for radius in radii(leader)], off)
+    run_stage("radii", radii(leader), off)
     best = min(trials[1:], key=_by_gain)
     if best.gain is None or best.gain.mean <= 0:
         return Found(tuple(trials), Placement(), "no placement is better than AMM off")
@@ -248,17 +262,18 @@ def _blocks(config: SearchConfig, count: int) -> tuple[int, ...]:
 
 
 def _radii(config: SearchConfig, grids: Sequence[int]) -> Radii:
-    def radii(placement: Placement) -> Sequence[float]:
-        if config.radii is not None:
-            return config.radii
+    def radii(placement: Placement) -> Sequence[Placement]:
         side = max(grids[block] for block in placement.blocks)
-        return tuple(side * part / 4 for part in (1, 2, 3))
+        in_tokens = tuple(side * part / 4 for part in (1, 2, 3)) if config.radii is None else config.radii
+        by_tokens = [Placement(placement.blocks, radius) for radius in in_tokens]
+        return [*by_tokens, *(Placement(placement.blocks, rows=rows) for rows in config.radius_rows or ())]
 
     return radii
 
 
 def _budget(config: SearchConfig, blocks: int) -> str:
-    most = settings(blocks, 3 if config.radii is None else len(config.radii), config.top)
+    radii = len(config.radius_rows or ()) + (3 if config.radii is None else len(config.radii))
+    most = settings(blocks, radii, config.top)
     each = f"{config.repeats} x {config.num_samples} samples"
     total = most * config.repeats * config.num_samples
     return f"amm-search: up to {most} settings of {each}, {total:,} samples in all"
@@ -266,6 +281,8 @@ def _budget(config: SearchConfig, blocks: int) -> str:
 
 def _write(result: Found, metric: str, config: SearchConfig, subject: Subject, out: ArtifactWriter) -> dict[str, Any]:
     amm: dict[str, Any] = {"amm_blocks": list(result.chosen.blocks), "amm_radius": result.chosen.radius}
+    if result.chosen.rows is not None:
+        amm["amm_radius_rows"] = result.chosen.rows
     if config.amm_kernel is not None:
         amm["amm_kernel"] = config.amm_kernel
     decoder = subject.inputs["autoencoder"]  # for a released file only the options name it

@@ -20,6 +20,7 @@ _SHORT = {
     "cfg": "cfg_scale",
     "amm": "amm_blocks",
     "radius": "amm_radius",
+    "rows": "amm_radius_rows",
     "kernel": "amm_kernel",
     "steps": "num_sampling_steps",
     "channels": "guidance_channels",
@@ -152,14 +153,17 @@ def effective(config: SampleConfig, model: "ModelConfig") -> SampleConfig:
 
     Raises UserError for 'paper' if no placement is published, and for blocks that the model does not have.
     """
-    from edt_core.sampling.sampler import resolved_amm_blocks
+    from edt_core.models.positions import PAPER_ROWS
+    from edt_core.sampling.sampler import resolved_amm_blocks, resolved_amm_radius
 
     blocks = tuple(sorted(set(resolved_amm_blocks(config, model))))
     replace(model, amm_blocks=blocks)  # raises for blocks that the model does not have
-    radius = model.amm_radius if config.amm_blocks == "model" and config.amm_radius is None else config.amm_radius
-    update: dict[str, Any] = {"amm_blocks": blocks, "amm_radius": None, "amm_kernel": None}
+    radius, rows = resolved_amm_radius(config, model)
+    update: dict[str, Any] = {"amm_blocks": blocks, "amm_radius": None, "amm_radius_rows": None, "amm_kernel": None}
     if blocks:
-        update |= {"amm_radius": radius, "amm_kernel": config.amm_kernel or model.amm_kernel}
+        rows = None if rows == PAPER_ROWS else rows  # the same radius
+        kernel = config.amm_kernel or model.amm_kernel
+        update |= {"amm_radius": radius, "amm_radius_rows": rows, "amm_kernel": kernel}
     if config.cfg_scale == 1.0:
         update |= {"cfg_power": None, "guidance_channels": None, "guidance_interval": None}
     return config.model_copy(update=update)

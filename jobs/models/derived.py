@@ -24,9 +24,16 @@ def write_model(
 
 
 def write_modulated(opened: "Opened", amm: Mapping[str, Any], out: ArtifactWriter) -> dict[str, Any]:
-    """Write the model with other `amm_...` fields in its configuration; return the counts of the artifact."""
+    """Write the model with other `amm_...` fields in its configuration; return the counts of the artifact.
+
+    Fields that are absent from a configuration at their defaults stay so. Its placement is not what it was trained
+    with.
+    """
     checkpoint, final = opened.checkpoint, opened.checkpoint.counts["final"]
-    config = {**checkpoint.read_json(f"{final}/{MODEL_CONFIG}"), **amm}
+    config = {**checkpoint.read_json(f"{final}/{MODEL_CONFIG}"), "amm_radius_rows": None, **amm}
+    config = {name: value for name, value in config.items() if name != "amm_in_training"}
+    if config["amm_radius_rows"] is None:
+        del config["amm_radius_rows"]
     write_model(out, final, config, lambda path: _copy(checkpoint.path(f"{final}/{EMA_WEIGHTS}"), path))
     return derived_counts(opened)
 

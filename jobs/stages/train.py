@@ -56,7 +56,7 @@ def config_of(config: TrainConfig, latents: Mapping[str, Any], initial: Any = No
     """
     from edt_core.data.scale import normalised
     from edt_core.diffusion import with_objective
-    from edt_core.models import model_config
+    from edt_core.models import model_config, with_trained_amm
     from edt_core.training.start.base import keep_statistics
 
     channels, side, _ = latents["latent_shape"]
@@ -70,7 +70,7 @@ def config_of(config: TrainConfig, latents: Mapping[str, Any], initial: Any = No
             overrides=config.model_overrides,
             width=config.width,
         )
-        model = with_objective(model, config.objective)
+        model = with_trained_amm(with_objective(model, config.objective), config.amm_blocks)
         model.check_latents(latents)
         base = {} if initial is None else initial.model_config or {}
         if config.latent_norm and base.get("latents_mean") is None:

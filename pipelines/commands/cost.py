@@ -1,6 +1,7 @@
 """Commands on cost: the cost of models, and the quality that registered models reach for it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("model", "px", "parameters (M)", "GMACs", "published", "training GFLOPs")
 _CACHED = "GMACs with cache"
+_MEMORY, _BYTES = "memory (MiB)", ("weight_bytes", "activation_bytes")
 _PART_COLUMNS = ("place", "module", "GMACs", "share")
 _RECIPE = "imagenet256-edt-s"
 _IMAGENET = 1_281_167  # training images of ILSVRC2012
@@ -42,6 +44,9 @@ def cost(
         list[str],
         typer.Option("--override", metavar="FIELD=VALUE", help="a field of train.model_overrides, for all models"),
     ] = [],  # noqa: B006  typer copies it
+    memory: Annotated[
+        int | None, typer.Option(min=1, metavar="IMAGES", help="also the memory of a forward pass of so many images")
+    ] = None,
     by_module: Annotated[bool, typer.Option("--by-module", help="list the MACs of each module of one model")] = False,
     acceptance: Annotated[
         Path | None, typer.Option(metavar="FILE", help="show times instead, at the rates that `edt bench gpu` measured")
@@ -75,11 +80,9 @@ def cost(
       edt cost EDT-S/2 EDT-XL/2 --acceptance acceptance.json --num-gpus 8
     """
     if acceptance is not None:
-        if by_module or overrides:
-            given = (
-                "--by-module counts operations" if by_module else "--override names fields for a table of operations"
-            )
-            raise UserError(f"{given} and --acceptance estimates times; give one of the two")
+        if by_module or overrides or memory:
+            given = "--by-module" if by_module else "--override" if overrides else "--memory"
+            raise UserError(f"{given} is of the table without --acceptance, which estimates times; give one of the two")
         loaded = _pipeline(config, assignments, image_size)
         _print_times(acceptance, loaded, models or [], num_gpus, num_images, as_json)
     elif num_gpus != 1 or config != _RECIPE or assignments or num_images is not None:
@@ -89,7 +92,7 @@ def cost(
         )
     else:
         cached = None if cache is None else (_cache(cache), num_sampling_steps)
-        _print_costs(models or [], image_size or "256", overrides, by_module, cached, as_json)
+        _print_costs(models or [], image_size or "256", overrides, Extras(cached, memory), by_module, as_json)
 
 
 def _cache(text: str) -> "CacheConfig":
@@ -108,8 +111,8 @@ def _print_costs(
     models: Sequence[str],
     image_size: str,
     overrides: Sequence[str],
+    extras: "Extras",
     by_module: bool,
-    cached: "tuple[CacheConfig, int] | None",
     as_json: bool,
 ) -> None:
     """The table of parameters and operations of models, or of the modules of one."""
@@ -129,12 +132,14 @@ def _print_costs(
             )
         print_rows(_parts(configs[0], as_json), _PART_COLUMNS, as_json)
         return
-    rows = [_row(config, cached) for config in configs]
-    columns = _COLUMNS if cached is None else (*_COLUMNS, _CACHED)
-    print_rows(rows if as_json else [_shown(row) for row in rows], columns, as_json)
-    if not as_json:
-        note = "GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image"
-        say(fitted(note, screen_width(), 0))
+    rows = [{**_row(config), **extras.row(config)} for config in configs]
+    print_rows(rows if as_json else [_shown(row) for row in rows], (*_COLUMNS, *extras.columns), as_json)
+    if as_json:
+        return
+    note = "GMACs of a forward pass are the Gflops of the papers; training GFLOPs: forward and backward, per image"
+    if extras.memory is not None:
+        note += f"; memory: float32 weights + the other tensors of a forward pass of {extras.memory} images at its peak"
+    say(fitted(note, screen_width(), 0))
 
 
 def _sizes(text: str) -> list[int]:
@@ -168,7 +173,8 @@ def _print_times(
     images = num_images or _number_of_images(config)
     setting = Setting(measured, config, config.preprocess.image_size, images, num_gpus)
     times = step_times(setting, trainings_of(config, models))
-    rows = [{**asdict(time), "device_hours": None if time.hours is None else time.hours * num_gpus} for time in times]
+    factors = {"device_hours": num_gpus, "device_days": num_gpus / 24}
+    rows = [{**asdict(time), **{name: _of_devices(time.hours, by) for name, by in factors.items()}} for time in times]
     if as_json:
         head = {name: getattr(measured, name) for name in ("card", "on_gpu", "started", "code", "torch", "is_checked")}
         print_json({"acceptance": head, "devices": num_gpus, "images": images, "steps": rows})
@@ -178,7 +184,7 @@ def _print_times(
         say(fitted(line, screen_width(), 2))
     columns = {
         "step": "step", "work": "work", "precision": "precision", "FLOPs": "flops",
-        "hours": "hours", f"{device}-hours": "device_hours", "rate": "source",
+        "hours": "hours", f"{device}-hours": "device_hours", f"{device}-days": "device_days", "rate": "source",
     }  # fmt: skip
     shown = [{title: _time_cell(row[name]) for title, name in columns.items()} for row in rows]
     print_rows(shown, tuple(columns), False, extra=("FLOPs", "work"))
@@ -187,6 +193,10 @@ def _print_times(
         "evaluation, and what devices exchange"
     )
     say(fitted(note, screen_width(), 0))
+
+
+def _of_devices(hours: float | None, factor: float) -> float | None:
+    return None if hours is None else hours * factor
 
 
 def _origin(measured: "Measurements") -> list[str]:
@@ -216,7 +226,7 @@ def _time_cell(value: Any) -> Any:
     return value
 
 
-def _row(config: Any, cached: "tuple[CacheConfig, int] | None") -> dict[str, Any]:
+def _row(config: Any) -> dict[str, Any]:
     from edt_core.evaluation.published import published_gflops
     from edt_core.models import count_macs, count_parameters, overrides_record, shadow, training_flops
 
@@ -228,14 +238,34 @@ def _row(config: Any, cached: "tuple[CacheConfig, int] | None") -> dict[str, Any
         "macs": count_macs(model),
         "published_gflops": None if overrides_record(config) else published_gflops(config.name, config.image_size),
         "training_flops": training_flops(config, masked=config.is_masked),
-        **({} if cached is None else {"cached_macs": _cached_macs(config, *cached)}),
     }
 
 
-def _cached_macs(config: Any, cache: "CacheConfig", calls: int) -> float:
-    from edt_core.sampling.cache import mean_macs
+@dataclass(frozen=True)
+class Extras:
+    """Further columns of a table of costs: sampling with a cache in so many calls, and the memory of so many images."""
 
-    return mean_macs(config, cache, calls)
+    cached: "tuple[CacheConfig, int] | None"
+    memory: int | None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The headings of the further columns."""
+        return (*(() if self.cached is None else (_CACHED,)), *(() if self.memory is None else (_MEMORY,)))
+
+    def row(self, config: Any) -> dict[str, Any]:
+        """Mean multiply-accumulates of a call, and bytes of the weights and of the other tensors of a forward pass."""
+        row: dict[str, Any] = {}
+        if self.cached is not None:
+            from edt_core.sampling.cache import mean_macs
+
+            row["cached_macs"] = mean_macs(config, *self.cached)
+        if self.memory is not None:
+            from edt_core.sampling.memory import forward_memory
+
+            memory = forward_memory(config, self.memory)
+            row |= zip(_BYTES, (memory.weights, memory.activations), strict=True)
+        return row
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -248,6 +278,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "published": None if published is None else f"{published:.2f}",
         "training GFLOPs": f"{row['training_flops'] / 1e9:.1f}",
         **({_CACHED: f"{row['cached_macs'] / 1e9:.2f}"} if "cached_macs" in row else {}),
+        _MEMORY: " + ".join(f"{row[name] / (1 << 20):,.1f}" for name in _BYTES if name in row),
     }
 
 

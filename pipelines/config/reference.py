@@ -46,6 +46,7 @@ _UNITS = (
     ("*batch_size", "samples"),
     ("guidance_interval", "timesteps, or times in 0..1"),
     ("amm_radius", "tokens"),
+    ("amm_radius_rows", "squared tokens"),
     ("align_*block", "blocks"),
     ("num_cpus*", "CPUs"),
     ("num_gpus*", "GPUs"),

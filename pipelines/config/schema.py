@@ -30,7 +30,7 @@ from edt_core.evaluation.config import AlongConfig, EvaluateConfig
 from edt_core.evaluation.extractors import INCEPTION, TOKEN_SPACES
 from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.files.place_names import check_store_name
-from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks
+from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks, with_trained_amm
 from edt_core.models.families.codes import LEVELS
 from edt_core.printing.redaction import redacted_values
 from edt_core.sampling.sampler import check_guidance
@@ -327,7 +327,7 @@ class PipelineConfig(_WithNetworks):
             overrides=train.model_overrides,
             width=train.width,
         )
-        return with_objective(config, train.objective)
+        return with_trained_amm(with_objective(config, train.objective), train.amm_blocks)
 
     def token_spaces(self) -> tuple[str, ...]:
         """The feature networks whose tokens some training aligns with; the encoding stores them."""

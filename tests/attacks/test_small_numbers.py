@@ -64,7 +64,7 @@ def settings(number_of: Mapping[str, int]) -> list[str]:
 
 
 def _written(name: str, number: int) -> str:
-    return f"[{number}]" if name == "sample.amm_blocks" else str(number)
+    return f"[{number}]" if name in ("sample.amm_blocks", "train.amm_blocks") else str(number)
 
 
 @lru_cache

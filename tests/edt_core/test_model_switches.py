@@ -10,17 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from edt_core.errors import UserError
 from edt_core.models import (
     EDT,
     EDTConfig,
     MDTv2Config,
     ModelConfig,
+    amm_matrix,
     count_macs,
     draw_masks,
     model_config,
     overrides_record,
     shadow,
+    with_trained_amm,
 )
+from edt_core.models.attention import Attention, RelativePositionBias
 from tests.support.golden import GOLDEN, formula_weight, relative_error
 
 TOLERANCE = 1e-5
@@ -110,6 +114,71 @@ def test_parts_that_are_left_out_have_no_weights_and_no_cost() -> None:
     assert names[0] - names[1] == {f"down_blocks.{i}.{part}" for i in range(2) for part in left_out}
     assert names[1] < names[0]
     assert count_macs(shadow(full)) - count_macs(shadow(bare)) == 312 * 8 * sum(dims)
+
+
+class TestModulation:
+    @pytest.mark.parametrize(("grid", "rows"), [(4, 9), *((grid, r * r) for grid in (8, 16) for r in range(5))])
+    def test_the_radius_follows_from_the_grid(self, grid: int, rows: int, golden: dict[str, np.ndarray]) -> None:
+        matrix = amm_matrix(grid, radius_rows=rows)
+        np.testing.assert_allclose(matrix.sum(1).numpy(), golden[f"amm_{grid}_{rows}"], rtol=1e-6)
+        assert torch.equal(matrix, amm_matrix(grid)) == (rows == 4)
+        assert torch.equal(matrix, amm_matrix(grid, radius=((grid - 1) ** 2 + rows + 0.5) ** 0.5))
+
+    def test_in_training_it_is_what_the_authors_code_computes_in_evaluation(
+        self, golden: dict[str, np.ndarray]
+    ) -> None:
+        model = reference_model(amm_blocks=(7,), amm_in_training=True).train()
+        output = model(*inputs())
+        assert relative_error(output, golden["modulated"]) < TOLERANCE
+        output.square().mean().backward()
+        norms = {key: float(p.grad.norm()) for key, p in model.named_parameters() if p.grad is not None}
+        assert norms == pytest.approx(MANIFEST["gradient_norms"], rel=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(*inputs()), output.detach(), rtol=0, atol=1e-5)
+
+    @torch.no_grad()
+    def test_otherwise_it_acts_in_evaluation_alone(self, golden: dict[str, np.ndarray]) -> None:
+        model = reference_model(amm_blocks=(7,))
+        assert relative_error(model(*inputs()), golden["modulated"]) < TOLERANCE
+        assert relative_error(model.train()(*inputs()), golden["plain"]) < TOLERANCE
+
+    @pytest.mark.parametrize("with_bias", [True, False])
+    def test_tokens_that_are_left_are_modulated_by_their_positions(self, with_bias: bool) -> None:
+        """As among all tokens where a masked one cannot be attended to."""
+        torch.manual_seed(0)
+        attention = Attention(8, 2, 4, RelativePositionBias(4, 2) if with_bias else None)
+        for parameter in attention.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        attention.set_amm("exp_cos", radius_rows=0)
+        indices = torch.tensor([[0, 3, 5, 12, 15], [1, 2, 3, 8, 14]])
+        x = torch.randn(2, 16, 8)
+        kept = x.gather(1, indices.unsqueeze(-1).expand(-1, -1, 8))
+        plain = attention.train()(kept, indices)
+        attention.amm_in_training = True
+        q, k, v = attention.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) / 2 + (0 if attention.rel_pos_bias is None else attention.rel_pos_bias())
+        hidden = torch.ones(2, 16, dtype=torch.bool).scatter(1, indices, False)
+        weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1) * amm_matrix(4, radius_rows=0)
+        whole = attention.proj((weights @ v).transpose(1, 2).flatten(2))
+        expected = whole.gather(1, indices.unsqueeze(-1).expand(-1, -1, 8))
+        for mode in (True, False):
+            torch.testing.assert_close(attention.train(mode)(kept, indices), expected)
+        assert not torch.allclose(plain, expected)
+
+    def test_its_fields_are_stored_only_if_set(self) -> None:
+        config = with_trained_amm(model_config("EDT-S/2"), "paper")
+        assert (config.amm_blocks, config.amm_in_training) == ((7, 10), True)
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert with_trained_amm(model_config("EDT-S/2"), ()) == model_config("EDT-S/2")
+        assert not {"amm_in_training", "amm_radius_rows"} & set(model_config("EDT-S/2").to_dict())
+
+    @pytest.mark.parametrize(
+        ("fields", "problem"),
+        [({"amm_radius_rows": -1}, "amm_radius_rows is -1"), ({"amm_radius_rows": 1, "amm_radius": 2.0}, "both set")],
+    )
+    def test_a_radius_that_is_none(self, fields: dict[str, Any], problem: str) -> None:
+        with pytest.raises(UserError, match=problem):
+            reference_model(**fields)
 
 
 class TestOverrides:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def measured(effect: Effect, noise: float, seed: int = 0, repeats: int = 4) -> a
     return measure
 
 
-def no_radii(placement: Placement) -> Sequence[float]:
+def no_radii(placement: Placement) -> Sequence[Placement]:
     return ()
 
 
@@ -48,7 +49,9 @@ def test_a_placement_that_is_better_is_found_in_stages() -> None:
         gain = sum(helpful.get(block, -0.1) for block in placement.blocks)
         return gain + (0.5 if placement.radius == 6 else 0.0)
 
-    found = search(measured(effect, 0.05), range(7), lambda placement: (3.0, 6.0), top=3)
+    found = search(
+        measured(effect, 0.05), range(7), lambda best: [Placement(best.blocks, 3.0), Placement(best.blocks, 6.0)], top=3
+    )
     assert found.chosen == Placement((2, 5), 6.0)
     stages = [trial.stage for trial in found.trials]
     assert stages == ["off", *["blocks"] * 7, *["pairs"] * 3, *["radii"] * 2, *["confirm"] * 2]
@@ -93,14 +96,18 @@ def test_the_protocol_of_a_placement_is_the_search_s_but_for_amm_and_seed() -> N
     one, other = config.sampling(Placement(), 3), config.sampling(Placement((1, 2), 4.0), 3)
     assert other.amm_blocks == (1, 2)
     assert other.amm_radius == 4.0
+    assert config.sampling(Placement((1, 2), rows=1), 3).amm_radius_rows == 1
     assert one == other.model_copy(update={"amm_blocks": (), "amm_radius": None})
     assert (one.cfg_scale, one.num_samples, one.repeats, one.seed) == (1.5, 30, 4, 3)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_model_is_sampled_with_the_placement_that_was_written_into_it(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("radius", [{"amm_radius": 2.0}, {"amm_radius": None, "amm_radius_rows": 0}])
+def test_a_model_is_sampled_with_the_placement_that_was_written_into_it(
+    name: str, radius: dict[str, Any], tmp_path: Path
+) -> None:
     source = opened(tmp_path, made_model(name=name))
-    amm = {"amm_blocks": [1, 4], "amm_radius": 2.0, "amm_kernel": "cos"}
+    amm = {"amm_blocks": [1, 4], **radius, "amm_kernel": "cos"}
     out = ArtifactWriter(Folder.at(tmp_path / "found"), "checkpoint", "f" * 64)
     made = out.commit(source.checkpoint.manifest.config, {}, write_modulated(source, amm, out))
     found = open_model(made.folder.uri, Folder.at(tmp_path / "work"))
@@ -108,7 +115,7 @@ def test_a_model_is_sampled_with_the_placement_that_was_written_into_it(name: st
         LatentSampler(averaged_model(opened.checkpoint, "cpu"), chain, 1000)
         for opened, chain in (
             (found, ChainConfig(num_sampling_steps=2, amm_blocks="model")),
-            (source, ChainConfig(num_sampling_steps=2, amm_blocks=(1, 4), amm_radius=2.0, amm_kernel="cos")),
+            (source, ChainConfig(num_sampling_steps=2, amm_blocks=(1, 4), **radius, amm_kernel="cos")),
             (source, ChainConfig(num_sampling_steps=2)),
         )
     ]
@@ -139,12 +146,13 @@ def test_what_is_found_is_a_model_that_is_evaluated_with_it(
 ) -> None:
     out = tmp_path / "out"
     common = ["--images", images.folder.uri, "--classifier", judge.folder.uri, *SAMPLING]
-    call = [folder, out, *common, "--repeats", 2, "--blocks", "1,4", "--top", 1, "--radii", "2"]
+    call = [folder, out, *common, "--repeats", 2, "--blocks", "1,4", "--top", 1, "--radii", "2", "--radius-rows", "0"]
     code, told, errors = called(amm_search.main, capfd, *call)
     assert code == 0, errors
-    assert "up to 6 settings of 2 x 12 samples, 144 samples in all" in errors
+    assert "up to 7 settings of 2 x 12 samples, 168 samples in all" in errors
     assert "| off | off |" in told
     assert "| blocks | 4 |" in told
+    assert ", radius rows 0 |" in told
     results = json.loads((out / "results.json").read_text())
     assert results["metric"] == "kid_classifier"
     values = {trial["placement"]: trial["value"] for trial in results["trials"]}

@@ -281,6 +281,7 @@ def test_json_has_every_number(write: Any) -> None:
     encode = estimated["steps"][0]
     assert encode["hours"] == pytest.approx(2000 / 100 / 2 / 3600)
     assert encode["device_hours"] == pytest.approx(2 * encode["hours"])
+    assert encode["device_days"] == pytest.approx(encode["device_hours"] / 24)
     assert encode["flops"] == 2000 * autoencoder_flops("encode", 256)
 
 

@@ -91,7 +91,9 @@ class SelfTarget(Target):
         self._state, self._config, self._objective = state, config, objective_of(config.objective)
         with torch.random.fork_rng(devices=[]):  # its initial weights are not used
             self.model = build_model(state.model.config)
-        self.model.eval().requires_grad_(False).set_amm(())
+        self.model.eval().requires_grad_(False)
+        if not state.model.config.amm_in_training:
+            self.model.set_amm(())
         set_arithmetic(self.model, config)
         self.model.load_state_dict(state.average(), assign=True)
         self.model.to(device)  # buffers that are not in a state dict

@@ -13,6 +13,7 @@ from edt_core.models import ModelConfig
 # to them (another image size, other classes).
 _FREE = {
     *("name", "latent_size", "num_classes", "amm_blocks", "amm_kernel", "amm_radius"),
+    *("amm_radius_rows", "amm_in_training"),
     *("latents_mean", "latents_std"),  # the new model keeps the base's, see `keep_statistics`
     *("down_mask_ratios", "mid_mask_block", "mid_mask_ratio", "mask_ratio", "input_mask_ratio"),
 }

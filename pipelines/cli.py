@@ -25,7 +25,7 @@ from pipelines.commands import (
     webhook,
     workflow,
 )
-from pipelines.commands.derived import ema
+from pipelines.commands.derived import chain, ema
 from pipelines.commands.studies import paper
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ app.add_typer(config.app, name="config", rich_help_panel="Get started")
 app.add_typer(schedule.app, name="schedule", rich_help_panel="Pipeline")
 app.add_typer(models.app, name="models", rich_help_panel="Models")
 app.add_typer(webhook.app, name="webhook", rich_help_panel="Models")
+models.app.command("set-chain")(chain.set_chain)
 app.command("import", rich_help_panel="Models")(models.import_model)
 verbs.add_verbs(app, "Single steps")
 

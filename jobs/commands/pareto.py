@@ -21,23 +21,21 @@ from edt_core.evaluation.config import EvaluateConfig
 from edt_core.files.small_files import read_text
 from edt_core.printing.console import say
 from edt_core.progress import Progress
-from edt_core.store.artifact import sha256_json
 from edt_core.store.folder import Folder
+from jobs.commands.clock import TIMED_SAMPLES, Clock
 from jobs.commands.evaluate_model import RESULTS, Subject, add_subject, prepared
 from jobs.commands.front import Measured, front, halved, named_points
 from jobs.commands.options import add_fields, add_json, given_fields, parser_of, validated
 from jobs.commands.sweep import Point, effective, grid, parse_axis
-from jobs.models.open import load_model, use_mlflow
+from jobs.models.open import load_model, use_mlflow, version_at
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
 
 if TYPE_CHECKING:
-    from edt_core.models import DiffusionTransformer, ModelConfig
+    from edt_core.models import ModelConfig
 
 GIVEN = "as given"
-_TIMES = "seconds.json"  # measured seconds an image by setting, in the output folder
-_TIMED_SAMPLES, _TIMED_RUNS = 16, 2
 _SHARES = (0.25, 0.5, 1.0)  # of num_samples in each rung
 _HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall")
 
@@ -105,6 +103,9 @@ def run(options: argparse.Namespace, bar: Progress) -> None:
         raise UserError(f"--budget-s is {options.budget_s:g}; use seconds above 0, or leave it out for no limit")
     check_named()
     use_mlflow(options.model, options.tracking_uri, options.store)
+    registered = version_at(options.model)
+    version = None if registered is None else f"{registered.name}/{registered.version}"
+    options.model = version or options.model  # an alias may move during a search
     loaded = load_model(options.model)
     base = validated(SampleConfig, {**loaded.sampling, **given_fields(options, SampleConfig)})
     axes = options.sweep or default_axes(base, loaded.model.config)
@@ -117,7 +118,7 @@ def run(options: argparse.Namespace, bar: Progress) -> None:
     search = Search(settings, options.metric or _default_metric(subject), rungs)
     clock = Clock(loaded.model, loaded.num_timesteps, out)
     results, complete = _measured(search, subject, evaluation, clock, options.budget_s, bar)
-    _write(search, results, complete, options.model, clock.place, out)
+    _write(search, results, complete, options.model, version, clock.place, out)
 
 
 def _default_metric(subject: Subject) -> str:
@@ -132,7 +133,7 @@ def _measured(
     search: Search,
     subject: Subject,
     evaluation: EvaluateConfig,
-    clock: "Clock",
+    clock: Clock,
     budget_s: float | None,
     bar: Progress,
 ) -> tuple[list[dict[str, Measured]], bool]:
@@ -155,59 +156,14 @@ def _measured(
     return halved(list(search.settings), search.rungs, measure, [GIVEN], search.lower)
 
 
-@dataclass
-class Clock:
-    """Seconds and operations of the chain of an image, here and now; measured once for each setting of a folder."""
-
-    model: "DiffusionTransformer"
-    num_timesteps: int
-    out: Folder
-
-    def __post_init__(self) -> None:
-        import torch
-
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)
-        self._known: dict[str, float] = json.loads(self.out.read_bytes(_TIMES)) if self.out.exists(_TIMES) else {}
-
-    @property
-    def place(self) -> str:
-        """Where times are measured."""
-        from edt_core.environment import environment
-
-        return f"{self.device.type}, {environment().get('cpus', '')} CPUs".removesuffix(",  CPUs")
-
-    def seconds(self, config: SampleConfig) -> float:
-        """Seconds an image: the fastest of some runs of a batch, without decoding."""
-        from edt_core.sampling.sampler import LatentSampler
-
-        key = sha256_json({"device": self.place, "chain": recorded_fields(config)})
-        if key not in self._known:
-            sampler = LatentSampler(self.model, config, self.num_timesteps)
-            count = min(_TIMED_SAMPLES, config.unit_size)
-            labels, times = [0] * count, []
-            for _ in range(_TIMED_RUNS + 1):  # the first one also allocates
-                began = time.perf_counter()
-                sampler(labels, 0, list(range(count)))  # waits for the device, to check that the result is finite
-                times.append(time.perf_counter() - began)
-            self._known[key] = min(times[1:]) / count
-            self.out.write_bytes(_TIMES, json.dumps(self._known).encode())
-        return self._known[key]
-
-    def flops(self, config: SampleConfig) -> float:
-        """Floating-point operations of the chain of an image, two for a multiply-accumulate."""
-        from edt_core.diffusion import objective_of_model
-        from edt_core.models import count_macs
-        from edt_core.sampling.cache import mean_macs
-
-        model = self.model.config
-        calls = objective_of_model(model).calls(config.sampler, config.num_sampling_steps)
-        macs = count_macs(self.model) if config.cache is None else mean_macs(model, config.cache, round(calls))
-        return 2 * macs * calls * (1 if config.cfg_scale == 1.0 else 2)
-
-
 def _write(
-    search: Search, results: Sequence[dict[str, Measured]], complete: bool, model: str, place: str, out: Folder
+    search: Search,
+    results: Sequence[dict[str, Measured]],
+    complete: bool,
+    model: str,
+    version: str | None,
+    place: str,
+    out: Folder,
 ) -> None:
     """Write the points of the last rung, its front and its named points."""
     points = list(results[-1].values())
@@ -215,11 +171,12 @@ def _write(
         raise UserError("the time was over before anything was measured; use a longer --budget-s")
     best = front(points, search.lower)
     named = named_points(points, search.lower)
-    notes = [f"Times are of {place}, for batches of up to {_TIMED_SAMPLES} images, without decoding."]
+    notes = [f"Times are of {place}, for batches of up to {TIMED_SAMPLES} images, without decoding."]
     if not complete:
         notes.append(f"The time was over: the last complete rung is {len(results)} of {len(search.rungs)}.")
     rows = {
         "model": model,
+        "version": version,  # NAME/NUMBER of a registered version
         "metric": search.metric,
         "samples": search.rungs[len(results) - 1],
         "complete": complete,

@@ -140,7 +140,7 @@ def check_model(location: str) -> None:
     """Raise UserError if there is no model at a location. Nothing of the model is read."""
     path = typed_path(location)
     if is_of_mlflow(location):
-        _ = artifact_of_run(location) or _of_registry(location)
+        _ = artifact_of_run(location) or version_at(location)
         return
     is_here = path.is_file() or any((path / name).exists() for name in (CHECKPOINT_MANIFEST, INDEX))
     if not is_here and not is_artifact(location):
@@ -159,7 +159,7 @@ def _model_at(location: str) -> Iterator[Artifact | PlainModel]:
     path = typed_path(location)
     if is_of_mlflow(location) and (artifact := artifact_of_run(location)) is not None:
         yield artifact
-    elif is_of_mlflow(location) and (version := _of_registry(location)) is not None:
+    elif is_of_mlflow(location) and (version := version_at(location)) is not None:
         with _downloaded(version) as folder:
             yield of_pipeline(folder, location)
     elif is_artifact(location):
@@ -191,9 +191,13 @@ def artifact_of_run(location: str) -> Artifact | None:
     return Artifact.open(tags["edt.uri"])
 
 
-def _of_registry(location: str) -> Any | None:
-    """The registered version at a location."""
-    return None if split_name(location) is None else registered_version(mlflow_client(), location)
+def version_at(location: str) -> Any | None:
+    """The registered version at a location; None for a location of something else."""
+    return (
+        None
+        if not is_of_mlflow(location) or split_name(location) is None
+        else registered_version(mlflow_client(), location)
+    )
 
 
 @contextmanager

@@ -129,10 +129,11 @@ def test_a_search_writes_its_front_and_resumes(searched: tuple[list[str], Path])
     assert set(found["named"]) == {"best", "within-2%", "within-noise", "fastest"}
     assert "| setting | fd_classifier | s/image |" in done.stdout
     assert (out / "results.png").stat().st_size > 10_000
-    features = {path.name: path.stat().st_mtime_ns for path in (out / "features").iterdir()}
+    manifests = {path: path.stat().st_mtime_ns for path in out.glob("features/*/manifest.json")}
+    assert len(manifests) >= 5
     again = search(arguments)
     assert again.stdout == done.stdout
-    assert {path.name: path.stat().st_mtime_ns for path in (out / "features").iterdir()} == features
+    assert {path: path.stat().st_mtime_ns for path in out.glob("features/*/manifest.json")} == manifests
 
 
 def test_a_search_without_time_is_one_message(searched: tuple[list[str], Path], tmp_path: Path) -> None:
@@ -145,3 +146,41 @@ def test_a_search_without_time_is_one_message(searched: tuple[list[str], Path], 
     unknown = search(arguments, "--metric", "fidd")
     assert unknown.returncode == 2
     assert "--metric fidd was not measured" in unknown.stderr
+
+
+def test_a_point_becomes_the_default_of_a_version(
+    searched: tuple[list[str], Path], tmp_path: Path, store: Path
+) -> None:
+    """In a copy of the store: the new version has the weights, the settings of the point, and no alias."""
+    from jobs.models.open import load_model, use_mlflow
+    from tests.support.small import copy_store
+
+    arguments, out = searched
+    search(arguments)
+    copy = tmp_path / "edt-store"
+    copy_store(store, copy)
+    results = out / "results.json"
+    done = edt("models", "set-chain", f"{MODEL}/1", str(results), "--point", "fastest", "--store", str(copy), "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["version"] == f"{MODEL}/2"
+    found = json.loads(results.read_text())
+    settings = next(p["settings"] for p in found["points"] if p["name"] == found["named"]["fastest"])
+    use_mlflow(f"{MODEL}/2", None, str(copy))
+    before, after = (load_model(f"models:/{MODEL}/{number}") for number in (1, 2))
+    assert after.protocol["num_sampling_steps"] == settings["num_sampling_steps"]
+    assert after.protocol["sampler"] == settings["sampler"]
+    weights = after.model.state_dict()
+    assert all((value == weights[name]).all() for name, value in before.model.state_dict().items())
+    shown = json.loads(edt("models", "show", f"{MODEL}/2", "--store", str(copy), "--json").stdout)
+    assert shown["aliases"] == []
+    again = edt("models", "set-chain", f"{MODEL}/1", str(results), "--point", "fastest", "--store", str(copy), "--json")
+    assert json.loads(again.stdout)["version"] == f"{MODEL}/2"
+    for point_name, message in (("other", "has no point 'other'"),):
+        wrong = edt("models", "set-chain", f"{MODEL}/1", str(results), "--point", point_name, "--store", str(copy))
+        assert (wrong.returncode, message in wrong.stderr) == (2, True)
+    other = edt("models", "set-chain", f"{MODEL}/2", str(results), "--store", str(copy))
+    assert (other.returncode, f"is of {MODEL}/1, not of {MODEL}/2" in other.stderr) == (2, True)
+    rubbish = tmp_path / "rubbish.json"
+    rubbish.write_text("[1]")
+    assert "is no results.json" in edt("models", "set-chain", f"{MODEL}/1", str(rubbish), "--store", str(copy)).stderr

@@ -23,7 +23,7 @@ from pipelines.registry.packaging import log_pipeline
 from pipelines.registry.registration import COST_TAG, OBJECTIVE_TAG, add_logged
 from pipelines.tracking.catalog import Catalog
 
-_TAKEN_OVER = (  # tags of the version that are true of its training
+TAKEN_OVER = (  # tags of the version that are true of its training
     "edt.uri",
     "edt.digest",
     "edt.images",
@@ -50,7 +50,7 @@ def register_average(catalog: Catalog, parent: Any, artifact: Artifact) -> tuple
     name = str(parent.name)
     if (version := find_version(catalog, name, identity)) is not None:
         return version, False
-    tags = {key: text for key, text in parent.tags.items() if key in _TAKEN_OVER or key.startswith(COST_TAG)}
+    tags = {key: text for key, text in parent.tags.items() if key in TAKEN_OVER or key.startswith(COST_TAG)}
     tags |= {PARENT_TAG: f"{name}/{parent.version}", "edt.ema_error": repr(counts["ema_error"])}
     run_id = catalog.start_run(f"ema {name}", {**tags, **identity})
     logged = log_pipeline(
@@ -86,7 +86,7 @@ def _write(folder: Path, parent: Any, artifact: Artifact) -> None:
         parameters=count_parameters(loaded.model),
         macs=count_macs(loaded.model),
         sampling=loaded.protocol,
-        license=_license(parent),
+        license=license_of(parent),
         origin={
             "made from": f"version {parent.version} of {parent.name}, without training",
             "averaged weights": f"power-function average of width {counts['ema_std']:g} (arXiv 2312.02696)",
@@ -97,6 +97,7 @@ def _write(folder: Path, parent: Any, artifact: Artifact) -> None:
     (folder / README).write_text(redacted(card.text()), encoding="utf-8")
 
 
-def _license(version: Any) -> str | None:
+def license_of(version: Any) -> str | None:
+    """The license that a version was registered with."""
     gate = version.tags.get(GATE_TAG)
     return PromoteConfig.model_validate(json.loads(gate)).license if gate else None

@@ -1,0 +1,89 @@
+"""Register a version again with another default chain: the same weights, sampled by settings of `edt pareto`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edt_core.config import recorded_fields
+from edt_core.environment import code_version
+from edt_core.errors import UserError
+from edt_core.files.small_files import read_json
+from edt_core.printing.redaction import redacted
+from edt_core.store.artifact import canonical_json
+from jobs.models.open import load_model
+from jobs.models.registry_files import title
+from pipelines.registry.aliases import find_version
+from pipelines.registry.derived.average import TAKEN_OVER, license_of
+from pipelines.registry.model_card import README, ModelCard
+from pipelines.registry.packaging import log_pipeline
+from pipelines.registry.registration import COST_TAG, add_logged
+from pipelines.tracking.catalog import Catalog
+
+CHAIN_TAG, CHAIN_OF_TAG = "edt.chain", "edt.chain_of"  # the settings; the version with the same weights
+
+
+def chosen_settings(path: Path, point: str, version: Any) -> dict[str, Any]:
+    """The settings of a point in `results.json` of `edt pareto`: a named point, or a setting by its name.
+
+    Raises UserError for results of another version, a point that they do not have, and a file that is none of these.
+    """
+    try:
+        results = read_json(path)
+        named, points = results["named"], {entry["name"]: entry["settings"] for entry in results["points"]}
+        measured = results["version"]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give results.json of `edt pareto`") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no results.json of `edt pareto`; give the one in its folder") from None
+    own = f"{version.name}/{version.version}"
+    if measured != own:
+        raise UserError(f"{path} is of {measured or 'a model that is not registered'}, not of {own}; measure {own}")
+    if (name := named.get(point, point)) not in points:
+        known = ", ".join([*named, *(repr(each) for each in points)])
+        raise UserError(f"{path} has no point {point!r}; it has {known}")
+    settings: dict[str, Any] = points[name]
+    return settings
+
+
+def register_chain(catalog: Catalog, parent: Any, settings: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The version with the weights of `parent` and these settings of `sample:`, and whether it is new."""
+    from edt_core.config import ChainConfig
+
+    fields = {name: value for name, value in settings.items() if name in ChainConfig.model_fields}
+    chain = recorded_fields(ChainConfig.model_validate(fields))
+    name, own = str(parent.name), f"{parent.name}/{parent.version}"
+    identity = {CHAIN_OF_TAG: own, CHAIN_TAG: canonical_json(chain)}
+    if (version := find_version(catalog, name, identity)) is not None:
+        return version, False
+    kept = (*TAKEN_OVER, "edt.checkpoint")
+    tags = {key: text for key, text in parent.tags.items() if key in kept or key.startswith(COST_TAG)}
+    run_id = catalog.start_run(f"chain {name}", {**tags, **identity})
+    logged = log_pipeline(catalog, run_id, name, lambda folder: _write(folder, parent, chain))
+    return add_logged(catalog, name, run_id, logged, {**tags, "edt.code_version": code_version()}, identity), True
+
+
+def _write(folder: Path, parent: Any, chain: Mapping[str, Any]) -> None:
+    """The diffusers folder of the parent with another protocol, and its card."""
+    from edt_core.models import count_macs, count_parameters
+    from edt_core.pipeline import save_pipeline
+
+    loaded = load_model(f"models:/{parent.name}/{parent.version}")
+    save_pipeline(
+        folder,
+        loaded.model,
+        loaded.autoencoder,
+        num_timesteps=loaded.num_timesteps,
+        classes=loaded.classes,
+        protocol=dict(chain),
+        class_counts=loaded.class_counts,
+    )
+    card = ModelCard(
+        name=str(parent.name),
+        config=loaded.model.config,
+        parameters=count_parameters(loaded.model),
+        macs=count_macs(loaded.model),
+        sampling=chain,
+        license=license_of(parent),
+        origin={"made from": f"{title(parent)}, with other sampling settings"},
+    )
+    (folder / README).write_text(redacted(card.text()), encoding="utf-8")

@@ -21,6 +21,9 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are what the 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how often Ray Train looks whether its workers ended
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more; the cluster of nodes has it
 
+# What tests write need not outlive the machine: 60,000 times in a suite a test would wait for the disk, 3 ms each.
+os.fsync = lambda _file: None
+
 import ctypes
 import gc
 import importlib.util
@@ -40,7 +43,7 @@ from edt_core.store.artifact import Artifact, ArtifactWriter, Source
 from edt_core.store.folder import Folder
 from tests.support.first_run import first_run, shared_first_run
 from tests.support.local_ray import local_ray, local_ray_train
-from tests.support.mlflow_tables import make_tables_once
+from tests.support.mlflow_tables import do_not_wait_for_disks, make_tables_once
 from tests.support.servers import moto_server
 
 if TYPE_CHECKING:
@@ -59,6 +62,16 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Side by side (pytest-xdist) all tests of a module are done by one process, and so are all that share one Ray session,
 # and all modules that share what takes long to make: by the fixture that makes it.
 SHARED = {"first": "store", "resampled": "store", "sandbox": "store", "chain": "chain", "trained": "chain"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Nothing of what the tests import is garbage: to look for it takes each process two seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks
@@ -82,6 +95,7 @@ def pytest_collection_finish() -> None:
     """What the tests have imported stays, so Python's collector need not look at it again: that takes it a second."""
     if "mlflow" in sys.modules:
         make_tables_once()
+        do_not_wait_for_disks()
     gc.collect()
     gc.freeze()
 

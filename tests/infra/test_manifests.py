@@ -275,6 +275,7 @@ def test_the_pipeline_of_a_size_fits_it(size: str) -> None:
         assert str(config.source.path).startswith("s3://"), "a path of one machine is on no other"
 
 
+@cache
 def _needs(config: str, *assignments: str) -> Estimate:
     loaded = load_config(config, assignments)
     (name,) = loaded.models

@@ -120,7 +120,11 @@ def _wait(references: Sequence[Reference], num_returns: int = 1, timeout: float 
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """Inside, there is a Ray session to all appearance. Ray Train is part of it where its modules are imported."""
+    """Inside, there is a Ray session to all appearance. Ray Train is part of it where its modules are imported.
+
+    Stages get no threads for their CPUs: the other core has tests of another process, and two threads of which one
+    waits for a core took 44 s of processor time for a fit that takes one thread 2 s.
+    """
     import ray
     import torch
 
@@ -135,14 +139,14 @@ def local_ray() -> Iterator[None]:
         "available_resources": lambda: {"CPU": 2.0},
         "get_runtime_context": lambda: SimpleNamespace(get_node_id=lambda: "0" * 56),
     }
-    threads, environment = torch.get_num_threads(), dict(os.environ)
+    environment = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda _number: None)
         for name, call in calls.items():
             patch.setattr(ray, name, call)
         patch.setattr(ray.util, "placement_group_table", dict)
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
-    torch.set_num_threads(threads)
     os.environ.clear()  # a step sets MLFLOW_TRACKING_URI for what it calls
     os.environ.update(environment)
 

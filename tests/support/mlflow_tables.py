@@ -1,4 +1,4 @@
-"""The tables of new SQLite databases of MLflow, made by its migrations once in a process, which takes a second."""
+"""SQLite databases of MLflow in a process of tests: its migrations of a second run once, and no disk is waited for."""
 
 import sqlite3
 import threading
@@ -24,6 +24,18 @@ def make_tables_once() -> None:
                 _copy(engine, pattern[0], out=False)
 
     utils._initialize_tables = copied
+
+
+def do_not_wait_for_disks() -> None:
+    """From now on SQLite, where this process uses it through SQLAlchemy, does not wait until the disk has its data."""
+    from sqlalchemy import Engine, event
+
+    event.listen(Engine, "connect", _unsynced)
+
+
+def _unsynced(connection: Any, _record: Any) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
 
 
 def _copy(engine: Any, pattern: sqlite3.Connection, *, out: bool) -> None:

@@ -226,7 +226,7 @@ def test_numbers_that_make_no_model() -> None:
         MDTv2Config(name="x", latent_size=8, depth=5, dim=64, num_heads=4, decode_depth=2)
     with pytest.raises(ValueError, match="multiple of 64"):
         model_config("DiT-S/8", 272)
-    with pytest.raises(ValueError, match=r"unknown architecture 'unet'; known: .*dit, edt, mdtv2"):
+    with pytest.raises(ValueError, match=r"unknown architecture 'unet'; known: .*dit, edt, maskgit, mdtv2"):
         ModelConfig.from_dict({"architecture": "unet"})
 
 

@@ -1,6 +1,5 @@
-"""A run of masked tokens from images to the registry: the version loads everywhere, and the run is reproduced."""
+"""A run of masked tokens from images to the registry: the version loads everywhere."""
 
-import json
 from pathlib import Path
 
 import mlflow
@@ -17,18 +16,19 @@ TOKENS = (
     "train.model=MaskGIT-Tiny",
     "train.objective=masked_tokens",
     "train.timestep_sampler=uniform",
-    "train.preview_every=8",
+    "train.preview_every=null",
     "sample.num_sampling_steps=4",
-    "source.limit=200",
+    "source.limit=100",
+    "autoencoder.steps=4",
+    "classifier.steps=4",
+    "train.max_steps=4",
+    "train.global_batch_size=16",
 )
 
 
-def test_a_run_registers_a_model_of_tokens_and_is_reproduced(tmp_path: Path) -> None:
+def test_a_run_registers_a_model_of_tokens(tmp_path: Path) -> None:
     store = tmp_path / "store"
     outcome = pipeline(store, *TOKENS)
-    done = edt("reproduce", outcome.run_id, "--store", str(store), "--into", str(tmp_path / "again"), "--json")
-    assert done.returncode == 0, done.stderr
-    assert all(row["equal"] for row in json.loads(done.stdout))
     drawn = edt("sample", f"{MODEL}/1", "--store", str(store), "--num", "4", "--out", str(tmp_path / "samples.png"))
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "samples.png").stat().st_size > 0

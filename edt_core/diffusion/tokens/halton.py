@@ -98,7 +98,8 @@ def drawn(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     The code is the first whose cumulative probability is above the number; in float64, whose rounding errors are below
     the distance of two uniform numbers.
     """
-    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
+    below_best = logits.double() - logits.amax(-1, keepdim=True).double()  # finite at the best for any temperature
+    cumulative = torch.softmax(below_best / temperature, dim=-1).cumsum(-1)
     bounds = (uniforms * cumulative[..., -1]).unsqueeze(-1)
     return torch.searchsorted(cumulative, bounds, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 

@@ -157,7 +157,7 @@ class Room:
         path = self.root / _LEDGER
         part = path.with_name(f".{_LEDGER}")
         try:
-            part.write_text(json.dumps(asdict(ledger)))
+            part.write_text(json.dumps(asdict(ledger)), encoding="utf-8")
             part.replace(path)
         except OSError:  # a full disk: without a ledger the next call looks
             part.unlink(missing_ok=True)

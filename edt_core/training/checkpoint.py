@@ -180,6 +180,25 @@ def check_resumable(checkpoint: Checkpoint, place: str) -> None:
         )
 
 
+def _text(fields: dict[str, Any], name: str) -> str:
+    return repr(fields[name]) if name in fields else "at its default"
+
+
+def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise UserError unless the fields of a checkpoint's training are those of this one."""
+    # A field at its default may be left out on either side, so the fields of both are compared.
+    different = [
+        f"{name} {_text(saved, name)} instead of {_text(current, name)}"
+        for name in dict.fromkeys([*current, *saved])
+        if name not in saved or name not in current or saved[name] != current[name]
+    ]
+    if different:
+        raise UserError(
+            f"the checkpoint is of a training with {', '.join(different)}; resume with the checkpoint's configuration, "
+            "or start a new training"
+        )
+
+
 class HostMemory:
     """Copies of a checkpoint's tensors in host memory, which the next checkpoint reuses.
 

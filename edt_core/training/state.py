@@ -24,7 +24,7 @@ from edt_core.store.layout import (
 )
 from edt_core.training.align.head import AlignedModel, projection_head
 from edt_core.training.align.settings import align_settings
-from edt_core.training.checkpoint import Checkpoint
+from edt_core.training.checkpoint import Checkpoint, require_same
 from edt_core.training.ema import EMA
 from edt_core.training.history import History
 from edt_core.training.optim import Places, flatten_state, keep_owned, make_optimizer, restore_state
@@ -277,7 +277,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_
     latents = "number of latents"
     saved = {**_plain(ModelConfig.from_dict(checkpoint.model_config)), **checkpoint.state["config"]}
     saved[latents] = checkpoint.state["cursor"]["num_samples"]
-    _require_same(saved, {**_plain(state.model.config), **result_fields(config), latents: num_samples})
+    require_same(saved, {**_plain(state.model.config), **result_fields(config), latents: num_samples})
     if state.rows is not None:
         cuts = {file: state.rows.cut(values) for file, values in checkpoint.tensors.items()}
         checkpoint = replace(checkpoint, tensors=cuts)
@@ -308,21 +308,3 @@ def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
             f"{str(state.base)[:12]}; resume with train.init_from of the checkpoint's training, or start a new one"
         )
     state.model.load_state_dict(weights, strict=False)
-
-
-def _text(fields: dict[str, Any], name: str) -> str:
-    return repr(fields[name]) if name in fields else "at its default"
-
-
-def _require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    # A field at its default may be left out on either side, so the fields of both are compared.
-    different = [
-        f"{name} {_text(saved, name)} instead of {_text(current, name)}"
-        for name in dict.fromkeys([*current, *saved])
-        if name not in saved or name not in current or saved[name] != current[name]
-    ]
-    if different:
-        raise UserError(
-            f"the checkpoint is of a training with {', '.join(different)}; resume with the checkpoint's configuration, "
-            "or start a new training"
-        )

@@ -16,7 +16,7 @@ PURE = {
     *("seed", "lr", "lr_final", "kl_weight", "weight_decay", "ema_decay", "min_snr_gamma", "max_grad_norm", "margin"),
     *("holdout_fraction", "max_bad_fraction", "class_dropout_prob", "mirror_prob", "cfg_scale", "cfg_power"),
     *("downsample_factor", "layers_per_block", "jpeg_quality", "max_rollbacks", "max_failures", "repeats"),
-    *("align_weight", "align_features", "width", "mup_base_width"),
+    *("align_weight", "align_features", "width", "mup_base_width", "widths", "seeds", "interval"),
     *("amm_blocks", "require", "confidence", "max_drift", "decay_fraction", "holdout", "time_shift"),
 }
 

@@ -26,7 +26,7 @@ from pipelines.commands import (
     workflow,
 )
 from pipelines.commands.derived import chain, ema
-from pipelines.commands.studies import paper
+from pipelines.commands.studies import paper, scaling
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Get started": (init.init, doctor.doctor),
     "Pipeline": (workflow.plan, workflow.run, retrain.retrain, submit.submit),
     "Runs and artifacts": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
-    "Studies": (paper.paper,),
+    "Studies": (paper.paper, scaling.scaling),
     "Models": (models.lineage, ema.ema, cost.compare, cost.cost),
 }
 

@@ -34,6 +34,30 @@ class EvaluateConfig(Section):
     num_cpus: float = runtime(1, ge=0, description="CPUs of the computation; 0 reserves none")
 
 
+class Rung(Section):
+    """One training of a ladder: a model of some width under a number of operations."""
+
+    name: str
+    model: str
+    width: int
+    budget: float
+    seed: int
+
+
+class ScalingConfig(Section):
+    """What is fitted to the trainings of a ladder.
+
+    `passes` are the forward passes for one sample, `metric` is the quality that is shown beside the held-out loss.
+    """
+
+    rungs: tuple[Rung, ...]
+    passes: float
+    metric: str
+    lower_is_better: bool
+    resamples: int = Field(500, ge=1)
+    confidence: float = Field(0.9, gt=0, lt=1)
+
+
 class AlongConfig(SampleConfig):
     """Small evaluations of the checkpoints that a training keeps, by a protocol of their own."""
 

@@ -17,6 +17,7 @@ KINDS = (
     "evaluation",
     "validation",
     "along",
+    "scaling",
     "report",
 )
 
@@ -76,5 +77,8 @@ ALONG_NAME = "along.json"  # evaluations along a training: {"points": [{"step", 
 # `predictions` and `counts` int64 [m]: the pairs of classes that occur.
 VALIDATION_NAME = "validation.json"
 SAMPLE_CONFUSION, REAL_CONFUSION = "confusion-samples.safetensors", "confusion-real.safetensors"
+# Scaling: a row for each training of a ladder, the laws that were fitted to them, and figures.
+SCALING_NAME, SCALING_POINTS = "scaling.json", "points.parquet"
+SCALING_FIGURES = ("iso-flop.png", "laws.png", "quality.png", "labels.png")
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.png"

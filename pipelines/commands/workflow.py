@@ -26,6 +26,7 @@ from pipelines.commands.options import (
     print_json,
     print_rows,
 )
+from pipelines.commands.studies.ladder_cost import show_cost
 
 if TYPE_CHECKING:
     from pipelines.config.schema import NotifyConfig, PipelineConfig
@@ -72,6 +73,7 @@ def run(
         from jobs.runtime.cluster_address import named_address
         from pipelines.setup.dry_run import training_needs
 
+        show_cost(loaded)
         say(training_needs(loaded, named_address(address), timed=True))
         return
     with failures_notified(loaded.notify, loaded.name):
@@ -290,6 +292,8 @@ def plan(
     from pipelines.plan import plan as planned
 
     loaded = load_config(config, assignments, store)
+    if not as_json:
+        show_cost(loaded)
     rows = [step.as_row() for step in planned(loaded, catalog_if_any(loaded.store), digest_again)]
     if as_json:
         print_json(rows)

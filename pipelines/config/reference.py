@@ -65,6 +65,8 @@ _UNITS = (
     ("num_decode_threads", "threads"),
     ("num_to_keep", "checkpoints"),
     ("ema_snapshots", "snapshots"),
+    ("budgets", "FLOPs"),
+    ("resamples", "samples of the bootstrap"),
     ("ema_widths", "share of the steps"),
 )
 _BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "a multiple of"))

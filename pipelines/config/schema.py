@@ -40,6 +40,7 @@ from edt_core.training.optimizers.mup import check_mup
 from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.runtime.tracking import own_uri
 from pipelines.config.defaults import with_defaults
+from pipelines.config.ladder import LadderConfig, check_ladder, steps_of_rungs, with_rungs
 from pipelines.config.networks import ExtractorConfig, ExtractorName, with_networks
 
 DEFAULT_CONFIG = "quickstart"
@@ -160,6 +161,7 @@ class PipelineConfig(_WithNetworks):
     notify: NotifyConfig = added(NotifyConfig())
     retrain: RetrainConfig = added(RetrainConfig())
     wandb: WandbConfig = added(WandbConfig())
+    ladder: LadderConfig = added(LadderConfig())
     models: dict[str, dict[str, Any]] = Field(
         min_length=1, description="registry name -> the fields of `train` that differ for this model"
     )
@@ -287,6 +289,12 @@ class PipelineConfig(_WithNetworks):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ladder_can_be_climbed(self) -> "PipelineConfig":
+        if self.ladder.budgets:
+            check_ladder(self)
+        return self
+
     def _chains(self) -> list[tuple[str, ChainConfig]]:
         """The sections that sample from each model, by name."""
         along = [] if self.along.every is None else [("along", self.along)]
@@ -382,8 +390,19 @@ def load_config(
         assign(values, key, value)
     if store is not None:
         values["store"] = store
+    if values.get("ladder"):
+        values = _expanded(values)
     config: PipelineConfig = validated(PipelineConfig, values)
     return config
+
+
+def _expanded(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration whose models are the rungs of its ladder, each with the steps of its budget."""
+    ladder = validated(LadderConfig, values["ladder"])
+    if not ladder.budgets:
+        return values
+    draft: PipelineConfig = validated(PipelineConfig, with_rungs(values, ladder))
+    return with_rungs(values, ladder, steps_of_rungs(draft))
 
 
 def _read_yaml(name_or_path: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -7,15 +7,19 @@ from typing import Any
 
 from edt_core.config import TrainConfig
 from edt_core.diffusion import objective_of
+from edt_core.evaluation.config import ScalingConfig
 from edt_core.evaluation.trainings import seed_role
 from edt_core.store.artifact import Source
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG, Initial
 from jobs.stages import along, autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
+from jobs.stages.scaling import step as scaling
+from jobs.stages.scaling.step import roles_of
 from jobs.stages.training.follow import ALONG, UNTIL, Beside, Made
 from pipelines.config.schema import PipelineConfig
 from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Steps
 from pipelines.pipeline.inputs import Published
+from pipelines.setup.measured_time import chain_passes
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,29 @@ def call_steps(
     shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
     check(shared)
     branch = partial(_call_branch, steps, config, shared, feature_networks)
-    return [
+    branches = [
         branch(name, [train.settled(source.images) for train in config.trainings_of(name)], published.initial.get(name))
         for name in config.models
     ]
+    if config.ladder.budgets:
+        _call_scaling(steps, config, branches)
+    return branches
+
+
+def _call_scaling(steps: Steps, config: PipelineConfig, branches: Sequence[Branch]) -> None:
+    """Compare the trainings of a ladder, whose rungs are the branches."""
+    inputs: dict[str, StepFuture] = {}
+    for number, branch in enumerate(branches):
+        inputs |= zip(roles_of(number), (branch.steps["checkpoint"], branch.steps["evaluation"]), strict=True)
+    compared = ScalingConfig(
+        rungs=config.ladder.rungs,
+        passes=chain_passes(config.sample, config.train),
+        metric=config.promote.metric,
+        lower_is_better=config.promote.lower_is_better,
+        resamples=config.ladder.resamples,
+        confidence=config.ladder.confidence,
+    )
+    steps.step("scaling", scaling.STAGE, compared, **inputs)
 
 
 def _call_autoencoder(steps: Steps, config: PipelineConfig, images: StepFuture, published: Published) -> StepFuture:
@@ -106,7 +129,7 @@ def _call_branch(
     branch_steps = dict(shared)
     beside = _evaluations(config, shared, feature_networks)
     if start is None:
-        trainings["untrained_"] = _untrained(trained)
+        trainings |= {} if config.ladder.budgets else {"untrained_": _untrained(trained)}
     else:
         until = {} if beside is None or trained.patience is None else {UNTIL: beside.fingerprint}
         start = settled(start, trained, {"latents": shared["latents"].fingerprint, **until})

@@ -38,7 +38,12 @@ class Promoted:
 
 
 def call_promotion(steps: Steps, config: PipelineConfig, branch: Branch) -> tuple[Promoted, StepFuture] | None:
-    """Call the promotion of one model, then its report. None if there is no decision yet, or the branch failed."""
+    """Call the promotion of one model, then its report. None if there is no decision yet, or the branch failed.
+
+    Rungs of a ladder are compared and not registered, so None as well.
+    """
+    if config.ladder.budgets:
+        return None
     report = f"report {branch.name}"
     promoted = steps.promote(_promotion(config, branch, report))
     if promoted is None:

@@ -40,6 +40,7 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt ui", "never ends: tests/pipelines/test_ui.py"),
     (r"edt train .*--use-gpu true", "needs GPUs: tests/jobs/test_train_verb.py"),
     (r"edt run imagenet.* --store /shared", "needs ImageNet and a cluster: tests/pipelines/test_workflow.py"),
+    (r"edt scaling (?!.*--dry-run)", "trains nine models or more: tests/pipelines/test_ladder.py"),
     (r"edt ema ", "needs a training with snapshots: tests/pipelines/test_ema.py"),
     (r"edt evaluate .*ema=", "needs a training with snapshots: tests/jobs/test_posthoc.py"),
     (r"edt encode .*--dinov2-weights", "needs published weights: tests/jobs/test_train_features.py"),

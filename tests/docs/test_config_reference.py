@@ -29,7 +29,7 @@ PURE = {
     ),
     *("holdout_fraction", "max_bad_fraction", "class_dropout_prob", "mirror_prob", "cfg_scale", "cfg_power"),
     *("downsample_factor", "layers_per_block", "jpeg_quality", "max_rollbacks", "max_failures", "repeats"),
-    *("align_weight", "align_features", "width", "mup_base_width"),
+    *("align_weight", "align_features", "width", "mup_base_width", "widths"),
     *("amm_blocks", "require", "confidence", "max_drift", "decay_fraction", "holdout", "time_shift", "temperature"),
 }
 

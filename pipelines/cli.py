@@ -26,6 +26,7 @@ from pipelines.commands import (
     workflow,
 )
 from pipelines.commands.derived import chain, ema
+from pipelines.commands.serving import serve
 from pipelines.commands.studies import paper, scaling
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Pipeline": (workflow.plan, workflow.run, retrain.retrain, submit.submit),
     "Runs and artifacts": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
     "Studies": (paper.paper, scaling.scaling),
-    "Models": (models.lineage, ema.ema, cost.compare, cost.cost),
+    "Models": (models.lineage, serve.serve, ema.ema, cost.compare, cost.cost),
 }
 
 for panel, commands in COMMANDS.items():

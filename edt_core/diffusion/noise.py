@@ -17,33 +17,37 @@ LABEL_DRAW = 2**32 - 1  # the draw number of a sample's label; those of noise ar
 
 
 def sample_noise(
-    seed: int, indices: Sequence[int], shape: Sequence[int], draw: int = 0, *, pin: bool = False
+    seed: int | Sequence[int], indices: Sequence[int], shape: Sequence[int], draw: int = 0, *, pin: bool = False
 ) -> Tensor:
     """Standard normal noise for the samples `indices`, float32 [len(indices), *shape] on the CPU.
 
-    Row i depends only on (seed, indices[i], draw) and the shape. Draw 0 is the chain's start, draw 1 + s the
-    noise of its step s. It is drawn with numpy, because a torch generator uses only 32 bits of its seed: among the
-    50,000 samples of an evaluation two would likely have the same noise. With `pin` it is in page-locked memory,
-    for asynchronous copies to a GPU.
+    `seed` is one for all samples, or one for each. Row i depends only on (its seed, indices[i], draw) and the shape.
+    Draw 0 is the chain's start, draw 1 + s the noise of its step s. It is drawn with numpy, because a torch generator
+    uses only 32 bits of its seed: among the 50,000 samples of an evaluation two would likely have the same noise. With
+    `pin` it is in page-locked memory, for asynchronous copies to a GPU.
     Raises ValueError for a negative seed, index or draw, and for a draw from LABEL_DRAW on.
     """
-    if min(seed, draw, *indices) < 0 or draw >= LABEL_DRAW:
+    seeds = seed if isinstance(seed, Sequence) else [seed] * len(indices)
+    if min(draw, *seeds, *indices) < 0 or draw >= LABEL_DRAW:
         raise ValueError(
             f"seed {seed}, draw {draw} and sample indices from {min(indices, default=0)} must not be "
             f"negative, and the draw below {LABEL_DRAW}. Count samples from 0."
         )
     noise = torch.empty((len(indices), *shape), pin_memory=pin)
-    for row, index in zip(noise.numpy(), indices, strict=True):
-        sequence = np.random.SeedSequence(seed, spawn_key=(int(index), draw))
+    for row, own_seed, index in zip(noise.numpy(), seeds, indices, strict=True):
+        sequence = np.random.SeedSequence(own_seed, spawn_key=(int(index), draw))
         np.random.Generator(np.random.PCG64(sequence)).standard_normal(dtype=np.float32, out=row)
     return noise
 
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """The noises of one batch of samples, to pass to `sample`. shape is that of one sample, [C, H, W]."""
+    """The noises of one batch of samples, to pass to `sample`. shape is that of one sample, [C, H, W].
 
-    seed: int
+    `seed` is one for all samples, or one for each.
+    """
+
+    seed: int | Sequence[int]
     indices: Sequence[int]
     shape: Sequence[int]
     device: torch.device | str = "cpu"

@@ -35,10 +35,11 @@ def run_link(tracking_uri: str, experiment_id: str, run_id: str) -> str:
     return f"run {run_id} in {redacted(tracking_uri)}"
 
 
-def free_port(host: str, requested: int | None) -> int:
+def free_port(host: str, requested: int | None, or_else: str = ", or omit it for the first free one") -> int:
     """A port to listen on: the requested one, or else the first free one from MLflow's default on.
 
-    Raises UserError if the requested one is in use, or the host is no address of this machine.
+    Raises UserError if the requested one is in use, or the host is no address of this machine. `or_else` ends the
+    message for a requested one.
     """
     for port in [requested] if requested is not None else range(DEFAULT_PORT, DEFAULT_PORT + _PORTS):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
@@ -54,7 +55,7 @@ def free_port(host: str, requested: int | None) -> int:
                 if error.errno != errno.EADDRINUSE:
                     raise UserError(f"cannot listen on {host}: {error.strerror}; set another --host") from error
     if requested is not None:
-        raise UserError(f"port {requested} of {host} is in use; set another --port, or omit it for the first free one")
+        raise UserError(f"port {requested} of {host} is in use; set another --port{or_else}")
     raise UserError(f"no port from {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS - 1} is free; set a free one with --port")
 
 

@@ -26,6 +26,7 @@ from tests.support.sandbox import Sandbox
 CHECKED: tuple[tuple[str, str], ...] = (
     (r"make ", "sets up an environment of its own, or is what runs this test: tests/test_imports.py"),
     (r"pip |docker |(kubectl|\w+=\$\(kubectl) |ray |cd |cp |export ", "needs a network, Docker or a cluster"),
+    (r"edt serve ", "never ends: tests/pipelines/test_serve_command.py"),
     (r"mlflow models serve ", "never ends: tests/pipelines/test_serving.py"),
     (r"(\S+/)?(python|pytest) .*(pytest|tests)", "is this suite, or takes as long as a benchmark does"),
     (r"python -m edt_core\.acceptance ", "is for a GPU: tests/edt_core/test_acceptance.py"),

@@ -50,6 +50,7 @@ def test_a_record_of_a_ladder_is_the_same_configuration(tmp_path: Path) -> None:
         ("ladder.widths=[24,36,50]", "the width is 50; use a multiple of 12"),
         ("ladder.budgets=[1e3,1e9,2e9]", "has 1e\\+03, but a step of DiT-Tiny/2 of width 24 takes"),
         ("train.max_hours=1", r"train\.max_hours is 1.*leave it out"),
+        ("train.seeds=[1, 2]", r"the seeds of a ladder are ladder\.seeds"),
         ("train.holdout=0", r"train\.holdout is 0.*a ladder compares held-out losses"),
     ],
 )

@@ -32,7 +32,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"__init__", "runtime"}),
         frozenset({"stages"}),
         frozenset({"models"}),
-        frozenset({"commands"}),
+        frozenset({"commands", "serve"}),
         frozenset({"benchmark"}),
     ),
     "pipelines": (

@@ -14,12 +14,12 @@ from edt_core.pipeline import EDTPipeline, save_pipeline
 from edt_core.training.state import initial_model
 
 
-def small_pipeline(folder: Path, name: str = "EDT-Tiny/2", **protocol: Any) -> Path:
+def small_pipeline(folder: Path, name: str = "EDT-Tiny/2", seed: int = 0, **protocol: Any) -> Path:
     """A folder of a model of four classes a to d, sampled in four steps with guidance; the folder."""
     edt = initial_model(model_config(name, 32, 4), 0)
     with torch.no_grad():  # the final layer starts at zero: without this every label gives one image
         for parameter in edt.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
     vae = build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32)
     fields = {"num_sampling_steps": 4, "cfg_scale": 2.0, **protocol}
     save_pipeline(folder, edt.eval(), vae, num_timesteps=1000, classes="abcd", protocol=fields)

@@ -14,6 +14,7 @@ from edt_core.models.positions import amm_matrix
 from edt_core.models.zoo import (
     MODEL_NAMES,
     build_model,
+    chosen_amm_blocks,
     create_model,
     has_paper_amm_blocks,
     model_config,
@@ -41,6 +42,7 @@ __all__ = [
     "amm_matrix",
     "build_model",
     "check_masked_loss",
+    "chosen_amm_blocks",
     "count_macs",
     "count_parameters",
     "create_model",

@@ -84,6 +84,7 @@ AUTO_HOLDOUT, AUTO_HOLDOUT_FROM = 0.01, 10_000
 _MOST_CANONICAL_NODES = 8
 _MAX_EMA_WIDTH = 0.28  # as edt_core.training.posthoc.profile.MAX_WIDTH
 
+AmmPreset = Literal["every_block", "encoder", "decoder", "alternating"]
 SourceKind = Literal["auto", "digits", "image_folder", "labels", "ilsvrc2012", "webdataset", "parquet"]
 
 
@@ -274,10 +275,10 @@ class TrainConfig(Section):
         description="width for which lr was found: muP (arXiv 2203.03466) adapts rates and initial weights to the "
         "model's own width, so that the same lr fits; null for none",
     )
-    amm_blocks: tuple[int, ...] | Literal["paper"] = added(
+    amm_blocks: tuple[int, ...] | Literal["paper"] | AmmPreset = added(
         (),
         description="0-based blocks with AMM in the training, which is then the model's own (sample.amm_blocks=model); "
-        "'paper': published for this model without guidance",
+        "'paper': published for this model without guidance; or a part of the model",
     )
     global_batch_size: int = Field(256, ge=1, description="samples per step, over all workers")
     max_steps: int = Field(400_000, ge=0, description="number of steps; 0 keeps the untrained model of this seed")
@@ -757,9 +758,11 @@ class ChainConfig(Section):
         description="training timesteps [from, to) with guidance; of flow matching, times from 0 (noise) to 1 (data); "
         "null for all",
     )
-    amm_blocks: tuple[int, ...] | Literal["paper", "model"] = Field(
+    amm_blocks: tuple[int, ...] | Literal["paper", "model"] | AmmPreset = Field(
         (),
-        description="0-based blocks with AMM; 'paper': published for this model and scale; 'model': its own",
+        description="0-based blocks with AMM; 'paper': published for this model and scale; 'model': its own; or a part "
+        "of the model, of an EDT: all blocks, those up to the middle stage, those after it, or every second one of the "
+        "latter",
     )
     amm_radius: float | None = Field(
         None, gt=0, description="distance in tokens beyond which attention is cut; null for the paper's"

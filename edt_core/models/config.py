@@ -122,6 +122,11 @@ class ModelConfig(ABC):
         return 0
 
     @property
+    def amm_presets(self) -> Mapping[str, tuple[int, ...]]:
+        """Placements of AMM by what they are, beside those that are published."""
+        return {"every_block": tuple(range(self.num_blocks))}
+
+    @property
     def mask_sites(self) -> tuple[MaskSite, ...]:
         """The masking sites in forward order."""
         return ()

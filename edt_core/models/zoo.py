@@ -114,12 +114,35 @@ def model_config(
     return config if width is None else config.with_width(width)
 
 
+def chosen_amm_blocks(config: ModelConfig, blocks: Sequence[int] | str, cfg_scale: float) -> tuple[int, ...]:
+    """The blocks that a setting means for a model.
+
+    `blocks`: indices; "model" for those of its configuration; "paper" for those published for the guidance scale, see
+    `paper_amm_blocks`; or a name of `amm_presets`.
+
+    Raises UserError if there is no such placement for the model.
+    """
+    if not isinstance(blocks, str):
+        return tuple(blocks)
+    if blocks == "model":
+        return config.amm_blocks
+    if blocks == "paper":
+        return paper_amm_blocks(config.name, cfg_scale, config.image_size)
+    presets = config.amm_presets
+    if blocks not in presets:
+        raise UserError(
+            f"amm_blocks is {blocks!r}, but {config.name} has no such part; use {', '.join(presets)}, paper, model, or "
+            "block numbers"
+        )
+    return presets[blocks]
+
+
 def with_trained_amm(config: ModelConfig, blocks: Sequence[int] | str) -> ModelConfig:
     """The configuration of a model that is trained with AMM in these blocks, which are then its own placement.
 
-    `blocks`: indices, () for a training without AMM, or "paper" for those published without guidance.
+    `blocks`: as of `chosen_amm_blocks` without guidance; () for a training without AMM.
     """
-    chosen = paper_amm_blocks(config.name, 1.0, config.image_size) if isinstance(blocks, str) else tuple(blocks)
+    chosen = chosen_amm_blocks(config, blocks, 1.0)
     return replace(config, amm_blocks=chosen, amm_in_training=True) if chosen else config
 
 

@@ -19,7 +19,7 @@ from edt_core.diffusion import SampleNoise, SamplerChoice, guided, objective_of_
 from edt_core.diffusion.chain import ModelFn, SwitchedModel
 from edt_core.diffusion.guidance import ClassModel
 from edt_core.errors import UserError
-from edt_core.models import DiffusionTransformer, ModelConfig, paper_amm_blocks
+from edt_core.models import DiffusionTransformer, ModelConfig, chosen_amm_blocks
 from edt_core.models.weight_memo import constant_weights
 from edt_core.sampling.cache import FeatureCache
 
@@ -191,15 +191,8 @@ class LatentSampler:
 
 
 def resolved_amm_blocks(chain: ChainConfig, model: ModelConfig) -> tuple[int, ...]:
-    """The blocks whose attention is modulated: a list, the published ones for model and guidance, or the model's.
-
-    Raises UserError for 'paper' if no placement is published.
-    """
-    if chain.amm_blocks == "model":
-        return model.amm_blocks
-    if chain.amm_blocks == "paper":
-        return paper_amm_blocks(model.name, chain.cfg_scale, model.image_size)
-    return chain.amm_blocks
+    """The blocks whose attention is modulated. Raises UserError for a placement that the model does not have."""
+    return chosen_amm_blocks(model, chain.amm_blocks, chain.cfg_scale)
 
 
 def resolved_amm_radius(chain: ChainConfig, model: ModelConfig) -> tuple[float | None, int | None]:

@@ -88,7 +88,7 @@ def _value(field: str, text: str) -> Any:
         return _OFF.get(field)
     if field == EMA:
         return _width(text)
-    if field == "amm_blocks" and text not in ("paper", "model"):
+    if field == "amm_blocks" and text[:1].isdigit():
         return tuple(parse_yaml(part) for part in text.split("+"))
     if field == "cache":
         return dict(zip(_CACHE, (parse_yaml(part) for part in text.split("-")), strict=False))

@@ -30,7 +30,7 @@ from edt_core.evaluation.config import AlongConfig, EvaluateConfig
 from edt_core.evaluation.extractors import INCEPTION, TOKEN_SPACES
 from edt_core.evaluation.metrics import metric_name, space_metrics
 from edt_core.files.place_names import check_store_name
-from edt_core.models import ModelConfig, check_masked_loss, model_config, paper_amm_blocks, with_trained_amm
+from edt_core.models import ModelConfig, check_masked_loss, chosen_amm_blocks, model_config, with_trained_amm
 from edt_core.models.families.codes import LEVELS
 from edt_core.printing.redaction import redacted_values
 from edt_core.sampling.sampler import check_guidance
@@ -198,7 +198,7 @@ class PipelineConfig(_WithNetworks):
             if train.max_steps > 0:  # an untrained model has no loss
                 check_training(train)
             for section, chain in self._chains():
-                self.model_of(name, 2, self.amm_blocks_of(chain, train.model))
+                self.model_of(name, 2, chosen_amm_blocks(model, chain.amm_blocks, chain.cfg_scale))
                 _check_chain(section, chain, model, name, train)
         if self.reference_statistics is not None and self.extractors != (INCEPTION,):
             raise ValueError(
@@ -299,13 +299,6 @@ class PipelineConfig(_WithNetworks):
         """The sections that sample from each model, by name."""
         along = [] if self.along.every is None else [("along", self.along)]
         return [("sample", self.sample), *along]
-
-    def amm_blocks_of(self, chain: ChainConfig, model: str) -> tuple[int, ...]:
-        """Blocks that a chain modulates in a model; empty for 'model'. Raises UserError as `paper_amm_blocks`."""
-        blocks = chain.amm_blocks
-        if blocks == "paper":
-            return paper_amm_blocks(model, chain.cfg_scale, self.preprocess.image_size)
-        return () if blocks == "model" else blocks
 
     def train_of(self, model: str) -> TrainConfig:
         """The training of one registered model: the shared section with the model's own fields on top.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from edt_core.config import AmmPreset, ChainConfig, TrainConfig
 from edt_core.errors import UserError
 from edt_core.models import (
     EDT,
@@ -17,6 +18,7 @@ from edt_core.models import (
     MDTv2Config,
     ModelConfig,
     amm_matrix,
+    chosen_amm_blocks,
     count_macs,
     draw_masks,
     model_config,
@@ -25,6 +27,7 @@ from edt_core.models import (
     with_trained_amm,
 )
 from edt_core.models.attention import Attention, RelativePositionBias
+from jobs.commands.sweep import parse_axis
 from tests.support.golden import GOLDEN, formula_weight, relative_error
 
 TOLERANCE = 1e-5
@@ -179,6 +182,49 @@ class TestModulation:
     def test_a_radius_that_is_none(self, fields: dict[str, Any], problem: str) -> None:
         with pytest.raises(UserError, match=problem):
             reference_model(**fields)
+
+
+class TestPlacements:
+    @pytest.mark.parametrize("name", ["EDT-S/2", "EDT-B/2"])
+    def test_parts_of_an_hourglass(self, name: str) -> None:
+        config = model_config(name)
+        chosen = {preset: chosen_amm_blocks(config, preset, 1.0) for preset in config.amm_presets}
+        assert chosen == {
+            "every_block": tuple(range(12)),
+            "encoder": (0, 1, 2, 3, 4, 5),
+            "decoder": (6, 7, 8, 9, 10, 11),
+            "alternating": (7, 10),
+        }
+        assert chosen["alternating"] == chosen_amm_blocks(config, "paper", 1.0)
+
+    def test_parts_of_other_models(self) -> None:
+        large = model_config("EDT-XL/2")
+        assert chosen_amm_blocks(large, "alternating", 1.0) == (15, 17, 19, 22, 24, 26)
+        assert chosen_amm_blocks(model_config("MDTv2-S/2"), "decoder", 1.0) == tuple(range(6, 12))
+        assert chosen_amm_blocks(model_config("DiT-S/2"), "every_block", 1.0) == tuple(range(12))
+        assert set(get_args(AmmPreset)) == set(large.amm_presets)
+        with pytest.raises(UserError, match="'decoder', but DiT-S/2 has no such part; use every_block, paper, model"):
+            chosen_amm_blocks(model_config("DiT-S/2"), "decoder", 1.0)
+
+    @pytest.mark.parametrize(
+        ("name", "scale", "blocks"),
+        [
+            ("DiT-XL/2", 1.0, (15, 17, 19, 22, 24)),
+            ("DiT-S/2", 1.0, (8, 10)),
+            ("DiT-S/2", 1.5, (8, 10)),
+            ("MDTv2-S/2", 1.0, (8,)),
+            ("MDTv2-S/2", 3.8, (8,)),
+        ],
+    )
+    def test_published_for_other_families(self, name: str, scale: float, blocks: tuple[int, ...]) -> None:
+        assert chosen_amm_blocks(model_config(name), "paper", scale) == blocks
+
+    def test_a_training_and_a_sweep_take_them_by_name(self) -> None:
+        config = with_trained_amm(model_config("EDT-S/2"), "decoder")
+        assert (config.amm_blocks, config.amm_in_training) == (tuple(range(6, 12)), True)
+        assert TrainConfig(amm_blocks="decoder").amm_blocks == ChainConfig(amm_blocks="decoder").amm_blocks == "decoder"
+        axis = parse_axis("amm=off,alternating,every_block,7+10")
+        assert axis.values == ((), "alternating", "every_block", (7, 10))
 
 
 class TestOverrides:

@@ -133,6 +133,18 @@ class EDTConfig(ModelConfig):
         return tuple(sites)
 
     @property
+    def amm_presets(self) -> Mapping[str, tuple[int, ...]]:
+        """All blocks that halve the grid and the middle stage's (encoder), those after it (decoder), or of the latter
+        every second one of a stage, so that global and local attention alternate."""
+        down, up = self.stages[: self.num_merges + 1], self.stages[self.num_merges + 1 :]
+        return {
+            **super().amm_presets,
+            "encoder": tuple(block for stage in down for block in stage.blocks),
+            "decoder": tuple(block for stage in up for block in stage.blocks),
+            "alternating": tuple(block for stage in up for block in stage.blocks[1::2]),
+        }
+
+    @property
     def is_masked(self) -> bool:
         """Whether any site masks tokens."""
         return bool(self.mask_sites)

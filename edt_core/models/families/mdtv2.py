@@ -77,6 +77,13 @@ class MDTv2Config(OneWidthConfig):
         check_ratios(self.name, [self.mask_ratio])
 
     @property
+    def amm_presets(self) -> Mapping[str, tuple[int, ...]]:
+        """All blocks, those of the encoder, and those of the decoder."""
+        blocks = tuple(range(self.depth))
+        first = self.depth - self.decode_depth
+        return {**super().amm_presets, "encoder": blocks[:first], "decoder": blocks[first:]}
+
+    @property
     def mask_sites(self) -> tuple[MaskSite, ...]:
         """The encoder's input: it runs on the unmasked tokens."""
         return (MaskSite("en_inblocks.0", self.grid**2, self.mask_ratio),)

@@ -8,6 +8,7 @@ import numpy as np
 
 from edt_core.models import count_macs, shadow
 from edt_core.printing.redaction import redacted
+from edt_core.sampling.sampler import resolved_amm_blocks
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.store import Store
 from edt_core.training.start.trainable import step_flops
@@ -108,7 +109,7 @@ def _row(table: Table, config: PipelineConfig, branch: Branch, scale: Scale, sou
         label=row.label,
         macs=count_macs(shadow(model)),
         blocks=model.num_blocks,
-        amm_blocks=config.model_of(branch.name, classes, config.amm_blocks_of(config.sample, train.model)).amm_blocks,
+        amm_blocks=resolved_amm_blocks(config.sample, model),
         training_flops=float(images * step_flops(train, model)),
         published=row.published,
         trainings={

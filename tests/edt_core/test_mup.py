@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edt_core.config import TrainConfig
 from edt_core.data.latents import LatentDataset
@@ -20,7 +20,7 @@ from edt_core.models import DiffusionTransformer, ModelConfig, count_parameters,
 from edt_core.training import loop
 from edt_core.training.checkpoint import ema_model
 from edt_core.training.context import LocalContext
-from edt_core.training.optim import flatten_state, learning_rate, set_rate
+from edt_core.training.optim import Scale, flatten_state, keep_owned, learning_rate, make_optimizer, set_rate
 from edt_core.training.optimizers.mup import check_mup
 from edt_core.training.start.trainable import step_flops
 from edt_core.training.state import TrainState, initial_state
@@ -254,3 +254,39 @@ def test_what_has_no_mup_is_refused(name: str, options: dict[str, Any], message:
     train = config(name, **{"mup_base_width": 64, **options})
     with pytest.raises(UserError, match=message):
         check_mup(train, model_of(train))
+
+
+@pytest.mark.parametrize("optimizer", ["adan", "adamw", "muon"])
+def test_ranks_that_divide_the_state_step_as_one_does(optimizer: str) -> None:
+    """Of each scale a rank may own no parameter. The states of both ranks together are the undivided one's."""
+
+    def built() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(6, 4, generator=generator)) for _ in range(4)]
+        scales = {weights[1]: Scale(0.5), weights[2]: Scale(0.5), weights[3]: Scale(0.5, 2.0)}
+        train = TrainConfig.model_validate({"optimizer": optimizer, "weight_decay": 0.1})
+        return weights, make_optimizer(train, weights, {weights[1]: 3}, scales)
+
+    def step(weights: list[nn.Parameter], stepped: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for weight in weights:
+            weight.grad = torch.randn(6, 4, generator=generator)
+        set_rate(stepped, 0.01)
+        stepped.step()
+
+    whole, undivided = built()
+    state: dict[str, Tensor] = {}
+    for seed in range(3):
+        step(whole, undivided, seed)
+    for owned in ({0, 1}, {2, 3}):
+        weights, divided = built()
+        places = keep_owned(divided, {weights[index] for index in owned})
+        for seed in range(3):
+            step(weights, divided, seed)
+        assert all(torch.equal(weights[index], whole[index]) for index in owned)
+        tensors, groups = flatten_state(divided, places)
+        state |= tensors
+        assert [group["params"] for group in groups] == [
+            group["params"] for group in undivided.state_dict()["param_groups"]
+        ]
+    assert same(state, flatten_state(undivided)[0])

@@ -49,3 +49,19 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def grpc_on_loopback() -> None:
+    """Bind the gRPC servers that this process starts from now on to loopback instead of all interfaces.
+
+    A replica of Ray Serve listens for other replicas on every interface, without a token, and unpickles what arrives.
+    Ray has no switch for it.
+    """
+    import grpc.aio
+
+    bind = grpc.aio.Server.add_insecure_port
+
+    def bind_here(server: grpc.aio.Server, address: str) -> int:
+        return bind(server, address.replace("[::]:", "127.0.0.1:"))
+
+    grpc.aio.Server.add_insecure_port = bind_here  # type: ignore[method-assign]

@@ -103,12 +103,12 @@ class Counters:
     def __post_init__(self) -> None:
         from prometheus_client import Counter, Gauge, Summary
 
-        in_registry = {"registry": self.registry}
-        self.requests = Counter("edt_serve_requests", "requests by status", ["status"], **in_registry)
-        self.rejected = Counter("edt_serve_rejected", "requests refused because the queue was full", **in_registry)
-        self.images = Counter("edt_serve_images", "images in answers", **in_registry)
-        self.running = Gauge("edt_serve_running", "requests that wait or are sampled", **in_registry)
-        self.seconds = Summary("edt_serve_seconds", "seconds from request to answer with images", **in_registry)
+        own = self.registry
+        self.requests = Counter("edt_serve_requests", "requests by status", ["status"], registry=own)
+        self.rejected = Counter("edt_serve_rejected", "requests refused because the queue was full", registry=own)
+        self.images = Counter("edt_serve_images", "images in answers", registry=own)
+        self.running = Gauge("edt_serve_running", "requests that wait or are sampled", registry=own)
+        self.seconds = Summary("edt_serve_seconds", "seconds from request to answer with images", registry=own)
 
     def retry_seconds(self) -> int:
         """Seconds after which a refused client may try again: the mean time of an answer, at least 1."""

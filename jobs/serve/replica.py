@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from edt_core.config import ChainConfig
 from edt_core.errors import UserError
+from jobs.runtime.loopback import grpc_on_loopback
 from jobs.serve.batching import Batcher
 from jobs.serve.follow import Follower
-from jobs.serve.version import ServedVersion, VersionName, Wanted, find_version, load_version
+from jobs.serve.version import ImageSpec, ServedVersion, VersionName, find_version, load_version
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Drawing:
 
     def __init__(self, follower: Follower[ServedVersion], size: int, num_cpus: float) -> None:
         self.follower, self._size, self._num_cpus = follower, size, num_cpus
-        self._batches: Batcher[Wanted, NDArray[np.uint8]] = Batcher(self._run, size)
+        self._batches: Batcher[ImageSpec, NDArray[np.uint8]] = Batcher(self._run, size)
 
     async def sample(self, classes: Sequence[int | str], seed: int, settings: Mapping[str, Any]) -> Pictures | Refused:
         """Image i is of class i and of the noise of (seed, i), whatever else is in its batches.
@@ -61,8 +62,8 @@ class Drawing:
             return Refused(self.follower.problem or "no version of the model is loaded yet", yet=True)
         try:
             labels, chain = version.labels(classes), version.chain(settings)
-            wanted = [Wanted(label, seed, index) for index, label in enumerate(labels)]
-            results = self._batches.submit((version, chain), wanted)
+            specs = [ImageSpec(label, seed, index) for index, label in enumerate(labels)]
+            results = self._batches.submit((version, chain), specs)
             images = await asyncio.gather(*map(asyncio.wrap_future, results))
         except UserError as error:
             return Refused(str(error))
@@ -78,14 +79,14 @@ class Drawing:
         self.follower.stop()
         self._batches.close()
 
-    def _run(self, key: Any, wanted: Sequence[Wanted]) -> list[NDArray[np.uint8]]:
+    def _run(self, key: Any, specs: Sequence[ImageSpec]) -> list[NDArray[np.uint8]]:
         from jobs.runtime.cluster import use_threads
 
         version: ServedVersion
         chain: ChainConfig
         version, chain = key
         use_threads(self._num_cpus)  # the number is one of this thread's own
-        return version.draw(chain, wanted, self._size)
+        return version.draw(chain, specs, self._size)
 
 
 class Replica:
@@ -94,12 +95,21 @@ class Replica:
     """
 
     def __init__(
-        self, model: str, tracking_uri: str, size: int, poll_seconds: float, num_cpus: float, num_gpus: float
+        self,
+        model: str,
+        tracking_uri: str,
+        size: int,
+        poll_seconds: float,
+        num_cpus: float,
+        num_gpus: float,
+        on_loopback: bool,
     ) -> None:
         import mlflow
 
         from edt_core.precision import use_precision
 
+        if on_loopback:
+            grpc_on_loopback()
         mlflow.set_tracking_uri(tracking_uri)
         use_precision("fp32")
         follower = Follower(partial(find_version, model), partial(_load, num_gpus=num_gpus))

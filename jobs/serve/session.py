@@ -9,6 +9,7 @@ from typing import Any
 
 from edt_core.errors import UserError
 from jobs.runtime.cluster import is_own, require
+from jobs.runtime.loopback import grpc_on_loopback
 from jobs.serve.app import BusyError, Gate, Limits, make_app
 from jobs.serve.replica import Pictures, Refused, Replica, Status
 from jobs.serve.version import VersionName
@@ -75,7 +76,7 @@ def application(options: Options) -> Any:
     """The application of Ray Serve: the HTTP process, and the replicas that it calls."""
     from ray import serve
 
-    limits, gate = options.limits, Gate()
+    limits, gate, alone = options.limits, Gate(), is_own()
 
     def build() -> Any:
         return make_app(_Replicas(), limits, gate)
@@ -84,22 +85,25 @@ def application(options: Options) -> Any:
     class Front:
         def __init__(self, replicas: Any) -> None:
             """The replicas are part of the application; `build` finds them by name."""
+            if alone:
+                grpc_on_loopback()
 
         async def drain(self) -> None:
             await gate.drain()
 
-    replicas = serve.deployment(Replica).options(
+    deployment: Any = serve.deployment
+    replicas = deployment(Replica).options(
         name=_REPLICAS,
         num_replicas=options.num_replicas,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         max_ongoing_requests=2 * options.batch_size,  # one batch runs while the next one fills
         max_queued_requests=options.max_queue,
     )
-    front = serve.deployment(Front).options(
+    front = deployment(Front).options(
         name="Front", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_FRONT_REQUESTS
     )
     arguments = options.model, options.tracking_uri, options.batch_size, options.poll_seconds
-    return front.bind(replicas.bind(*arguments, options.num_cpus, options.num_gpus))
+    return front.bind(replicas.bind(*arguments, options.num_cpus, options.num_gpus, alone))
 
 
 @contextmanager

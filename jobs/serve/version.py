@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from edt_core.sampling.class_names import Names
 
 
-class Wanted(NamedTuple):
+class ImageSpec(NamedTuple):
     """One image: its label, and what its noise is a function of."""
 
     label: int
     seed: int
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ServedVersion:
         options = dict(settings)
         return call_chain(self._loaded.sampling, None, options.pop("num_inference_steps", None), options)
 
-    def draw(self, chain: ChainConfig, images: Sequence[Wanted], size: int) -> list[NDArray[np.uint8]]:
+    def draw(self, chain: ChainConfig, images: Sequence[ImageSpec], size: int) -> list[NDArray[np.uint8]]:
         """Pixels, uint8 [S, S, 3] each, of at most `size` images. The batch is filled up to `size` with copies.
 
         So every batch has the same shape and is computed by the same kernels. Raises UserError for a chain that the

@@ -107,7 +107,8 @@ def test_labels_that_it_does_not_have(folder: Path, labels: list[int]) -> None:
 
 def test_the_sampling_protocol_is_kept_as_plain_values(folder: Path) -> None:
     kept = json.loads((folder / "model_index.json").read_text())["protocol"]
-    later = {"time_shift", "sde_diffusion"}  # left out at their defaults, so that older versions read the folder
+    # Left out at their defaults, so that older versions read the folder.
+    later = {"time_shift", "sde_diffusion", "temperature"}
     assert set(kept) == set(PROTOCOL) - later == set(ChainConfig.model_fields) - later
     assert (kept["num_sampling_steps"], kept["cfg_scale"], kept["amm_blocks"]) == (4, 2.0, [])
     assert ChainConfig(**EDTPipeline.from_pretrained(folder).config.protocol) == ChainConfig(**kept)

@@ -1,6 +1,6 @@
 """The metrics of one model that was trained several times, with a seed each: mean, spread, and what is significant."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 
 SIGNIFICANT = 0.05  # a p-value below it is called significant
@@ -37,14 +37,15 @@ def seeds_text(trainings: Mapping[int, Mapping[str, float]]) -> str:
     return f"{len(trainings)} trainings (seeds {', '.join(map(str, trainings))})"
 
 
-def p_values(groups: Mapping[str, Sequence[float]], base: str) -> dict[str, float]:
+def p_values(groups: Mapping[str, Sequence[float]], base: str, paired: Collection[str] = ()) -> dict[str, float]:
     """For each group but `base`, the probability that chance alone makes its mean differ so much from that of `base`.
 
-    Welch's t-test of each group against `base`, corrected for their number by Holm's method (Holm 1979), so that the
+    Welch's t-test of each group against `base`, or of those in `paired` the t-test of the differences of values at the
+    same place, corrected for their number by Holm's method (Holm 1979), so that the
     chance of any wrong finding stays below the level. NaN for a group, or a base, of fewer than two values. Of two
     groups without any spread it is 0 if their means differ, and 1 otherwise.
     """
-    chances = {name: _welch(values, groups[base]) for name, values in groups.items() if name != base}
+    chances = {name: _chance(values, groups[base], name in paired) for name, values in groups.items() if name != base}
     tested = sorted((chance, name) for name, chance in chances.items() if chance == chance)
     corrected, largest = dict(chances), 0.0
     for place, (chance, name) in enumerate(tested):
@@ -52,11 +53,15 @@ def p_values(groups: Mapping[str, Sequence[float]], base: str) -> dict[str, floa
     return corrected
 
 
-def _welch(first: Sequence[float], second: Sequence[float]) -> float:
-    from scipy.stats import ttest_ind
+def _chance(first: Sequence[float], second: Sequence[float], paired: bool) -> float:
+    from scipy.stats import ttest_ind, ttest_rel
 
-    if min(len(first), len(second)) < 2:
+    if min(len(first), len(second)) < 2 or (paired and len(first) != len(second)):
         return float("nan")
-    if len(set(first)) == len(set(second)) == 1:
+    if len(set(first)) == len(set(second)) == 1 or (paired and _have_one_difference(first, second)):
         return float(first[0] == second[0])
-    return float(ttest_ind(first, second, equal_var=False).pvalue)
+    return float((ttest_rel(first, second) if paired else ttest_ind(first, second, equal_var=False)).pvalue)
+
+
+def _have_one_difference(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len({one - other for one, other in zip(first, second, strict=True)}) == 1

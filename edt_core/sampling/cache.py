@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer, ModelConfig
 
 Compute = Callable[[], Tensor]
+_LOCKS: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # of models with a cache
+_REGISTER = Lock()
 
 
 def is_full(call: int, cache: CacheConfig) -> bool:
@@ -78,20 +82,28 @@ class FeatureCache:
 
     `attached` to the model it is asked for each feature; `begin` says that a call of the model begins. The features are
     flushed when the number of rows changes, as where guidance begins or ends. `calls` and `full` count the calls, and
-    those that computed everything.
+    those that computed everything; `rows` the rows of both kinds of calls.
+
+    It acts in the thread that attached it: calls by others compute everything. A second cache of the same model waits
+    until the first is detached.
     """
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.calls = self.full = 0
-        self._rows = 0
+        self.rows = {True: 0, False: 0}  # of calls that compute everything, and of the others
+        self._rows = self._thread = 0
         self._call = -1  # since the last flush
         self._series: dict[tuple[int, str], Series] = {}
 
     @contextmanager
     def attached(self, model: DiffusionTransformer) -> Iterator[FeatureCache]:
         """Context in which the model asks this cache. Its features are freed at the end."""
-        blocks = model.ordered_blocks()
+        with _lock_of(model):
+            yield from self._attached(model)
+
+    def _attached(self, model: DiffusionTransformer) -> Iterator[FeatureCache]:
+        blocks, self._thread = model.ordered_blocks(), get_ident()
         try:
             if self.config.kind == "delta":
                 numbers = {id(block): number for number, block in enumerate(blocks)}
@@ -115,11 +127,13 @@ class FeatureCache:
             self._rows, self._call = rows, -1
         self._call += 1
         self.calls += 1
-        self.full += is_full(self._call, self.config)
+        full = is_full(self._call, self.config)
+        self.full += full
+        self.rows[full] += rows
 
     def _block(self, numbers: dict[int, int], block: nn.Module, x: Tensor, compute: Compute) -> Tensor:
         """The output of a block: the tokens and the change by it."""
-        if id(block) not in numbers:
+        if id(block) not in numbers or get_ident() != self._thread:
             return compute()
         series = self._of(numbers[id(block)], "block")
         if not is_full(self._call, self.config):
@@ -130,6 +144,8 @@ class FeatureCache:
 
     def _feature(self, block: int, name: str, compute: Compute) -> Tensor:
         """The output of a branch, computed or predicted."""
+        if get_ident() != self._thread:
+            return compute()
         series = self._of(block, name)
         if not is_full(self._call, self.config):
             return series.at(self._call)
@@ -146,20 +162,36 @@ class FeatureCache:
         return self._series.setdefault((block, name), Series(order, self.config.kind == "newton"))
 
 
+def _lock_of(model: DiffusionTransformer) -> Lock:
+    """The lock of a model's caches. It is not kept in the model, which can be copied and pickled."""
+    with _REGISTER:
+        return _LOCKS.setdefault(model, Lock())
+
+
 def call_macs(config: ModelConfig, cache: CacheConfig) -> tuple[int, int]:
     """Multiply-accumulates for one image of a call that computes everything, and of one that predicts.
 
     Counted as in `edt_core.models.cost`. Without any prediction the two are equal.
     """
+    full, predicting = _macs_of_kind(config, cache.kind)
+    return full, full if cache.interval == 1 else predicting
+
+
+@lru_cache(maxsize=64)
+def _macs_of_kind(config: ModelConfig, kind: Literal["taylor", "newton", "delta"]) -> tuple[int, int]:
+    """The multiply-accumulates of `call_macs`, which depend on the kind alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from edt_core.config import CacheConfig
+
+    cache = CacheConfig(kind=kind, interval=2, order=0, warmup=1)
     model = shadow(config).eval()
     model.set_amm(())
     x = torch.empty(1, config.in_channels, config.latent_size, config.latent_size, device="meta")
     t, y = (torch.zeros(1, dtype=torch.int64, device="meta") for _ in range(2))
     counts = []
     with torch.no_grad(), FeatureCache(cache).attached(model) as features:
-        for _ in range(cache.warmup + 1):
+        for _ in range(2):
             features.begin(1)
             with FlopCounterMode(display=False) as counter:
                 model(x, t, y)

@@ -26,13 +26,19 @@ class Clock:
     model: "DiffusionTransformer"
     num_timesteps: int
     out: Folder
+    guide: "DiffusionTransformer | None" = None
 
     def __post_init__(self) -> None:
         import torch
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)
-        self._known: dict[str, float] = json.loads(self.out.read_bytes(_TIMES)) if self.out.exists(_TIMES) else {}
+        for network in self.networks:
+            network.to(self.device)
+
+    @property
+    def networks(self) -> "list[DiffusionTransformer]":
+        """The model, and its guide if it has one."""
+        return [self.model, *([] if self.guide is None else [self.guide])]
 
     @property
     def place(self) -> str:
@@ -48,36 +54,53 @@ class Clock:
         from edt_core.sampling.sampler import LatentSampler
 
         fields = {name: value for name, value in recorded_fields(config).items() if name in ChainConfig.model_fields}
-        key = sha256_json({"place": self.place, "code": code_version(), "chain": fields})
-        if key not in self._known:
-            sampler = LatentSampler(self.model, config, self.num_timesteps)
-            count = min(TIMED_SAMPLES, config.unit_size)
-            labels, times = [0] * count, []
-            for _ in range(_RUNS + 1):  # the first one also allocates
-                began = time.perf_counter()
-                sampler(labels, 0, list(range(count)))  # waits for the device, to check that the result is finite
-                times.append(time.perf_counter() - began)
-            self._known[key] = min(times[1:]) / count
-            self.out.write_bytes(_TIMES, json.dumps(self._known).encode())
-        return self._known[key]
+        models = [network.built_config.to_dict() for network in self.networks]
+        key = sha256_json({"place": self.place, "code": code_version(), "models": models, "chain": fields})
+        if (known := self._known().get(key)) is not None:
+            return known
+        sampler = LatentSampler(self.model, config, self.num_timesteps, self.guide)
+        count = min(TIMED_SAMPLES, config.unit_size)
+        labels, times = [0] * count, []
+        for _ in range(_RUNS + 1):  # the first one also allocates
+            began = time.perf_counter()
+            sampler(labels, 0, list(range(count)))  # waits for the device, to check that the result is finite
+            times.append(time.perf_counter() - began)
+        seconds = min(times[1:]) / count
+        self.out.write_bytes(_TIMES, json.dumps({**self._known(), key: seconds}).encode())
+        return seconds
+
+    def _known(self) -> dict[str, float]:
+        """The seconds that are in the folder, by setting."""
+        known: dict[str, float] = json.loads(self.out.read_bytes(_TIMES)) if self.out.exists(_TIMES) else {}
+        return known
 
     def flops(self, config: SampleConfig) -> float:
-        """Floating-point operations of the chain of an image, two for a multiply-accumulate."""
+        """Floating-point operations of the chain of an image, two for a multiply-accumulate.
+
+        A cache flushes its features where guidance begins and ends, so its calls are counted in each part of the chain.
+        """
         from edt_core.diffusion import objective_of_model
+
+        objective = objective_of_model(self.model.config)
+        calls = round(objective.calls(config.sampler, config.num_sampling_steps))
+        last = objective.end_of_time(self.num_timesteps)
+        first, end = config.guidance_interval or (0, last)
+        guided = 0.0 if config.cfg_scale == 1.0 else max(0.0, min(end, last) - first) / last
+        inside = round(calls * guided)
+        outside = round(calls * first / last) if guided else calls
+        parts = [(outside, False), (inside, True), (calls - inside - outside, False)]
+        return sum(self._part(config, count, is_guided) for count, is_guided in parts if count > 0)
+
+    def _part(self, config: SampleConfig, calls: int, guided: bool) -> float:
+        """The operations of so many calls without a flush between."""
         from edt_core.models import count_macs
         from edt_core.sampling.cache import mean_macs
 
-        model = self.model.config
-        calls = objective_of_model(model).calls(config.sampler, config.num_sampling_steps)
-        macs = count_macs(self.model) if config.cache is None else mean_macs(model, config.cache, round(calls))
-        return 2 * macs * calls * self._passes(config)
-
-    def _passes(self, config: SampleConfig) -> float:
-        """Passes of the model in a call, on average: two where it is guided."""
-        from edt_core.diffusion import objective_of_model
-
-        if config.cfg_scale == 1.0:
-            return 1.0
-        last = objective_of_model(self.model.config).end_of_time(self.num_timesteps)
-        first, end = config.guidance_interval or (0, last)
-        return 1 + max(0.0, min(end, last) - first) / last
+        passes = [self.model]
+        if guided:
+            passes.append(self.model if self.guide is None else self.guide)
+        macs = [
+            count_macs(network) if config.cache is None else mean_macs(network.config, config.cache, calls)
+            for network in passes
+        ]
+        return 2 * calls * sum(macs)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from edt_core.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -78,7 +80,9 @@ def halved(
 
 
 def best_of(points: Sequence[Measured], lower: bool) -> Measured:
-    """The point with the best value."""
+    """The point with the best value. Raises UserError if no value is finite."""
+    if not any(math.isfinite(point.value) for point in points):
+        raise UserError("no setting has a finite value of the metric: the samples are not usable; check the model")
     return (min if lower else max)((p for p in points if math.isfinite(p.value)), key=lambda point: point.value)
 
 

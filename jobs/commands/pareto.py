@@ -116,7 +116,8 @@ def run(options: argparse.Namespace, bar: Progress) -> None:
     for size in rungs:
         subject.check_sizes(base.model_copy(update={"num_samples": size}), evaluation)
     search = Search(settings, options.metric or _default_metric(subject), rungs)
-    clock = Clock(loaded.model, loaded.num_timesteps, out)
+    guide = load_model(options.guide).model if options.guide else None
+    clock = Clock(loaded.model, loaded.num_timesteps, out, guide)
     results, complete = _measured(search, subject, evaluation, clock, options.budget_s, bar)
     _write(search, results, complete, options.model, version, clock.place, out)
 
@@ -172,13 +173,15 @@ def _write(
     best = front(points, search.lower)
     named = named_points(points, search.lower)
     notes = [f"Times are of {place}, for batches of up to {TIMED_SAMPLES} images, without decoding."]
+    samples = search.rungs[len(results) - 1]
+    notes.append(f"{len(points)} of {len(search.settings)} settings were measured with {samples:,} samples.")
     if not complete:
-        notes.append(f"The time was over: the last complete rung is {len(results)} of {len(search.rungs)}.")
+        notes.append(f"The time was over before the largest number, {search.rungs[-1]:,}; rerun the command to resume.")
     rows = {
         "model": model,
         "version": version,  # NAME/NUMBER of a registered version
         "metric": search.metric,
-        "samples": search.rungs[len(results) - 1],
+        "samples": samples,
         "complete": complete,
         "points": [{**asdict(point), "settings": recorded_fields(search.settings[point.name])} for point in points],
         "front": [point.name for point in best],
@@ -207,8 +210,7 @@ def _table(
         names = ", ".join(name for name, other in named.items() if other == point)
         cells = (point.name, f"{point.value:.4g}{spread}", f"{point.seconds:.3g}", f"{point.flops / 1e9:.3g}")
         lines.append(f"| {' | '.join((*cells, faster, names))} |")
-    count = f"{len(points)} of {len(search.settings)} settings were measured with the most samples."
-    return "\n".join([*lines, "", count, *notes]) + "\n"
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def _picture(search: Search, results: Sequence[dict[str, Measured]], best: Sequence[Measured]) -> bytes:

@@ -91,6 +91,8 @@ def cost(
             "`edt bench gpu --out FILE` wrote on such a GPU; give it, or leave them out"
         )
     else:
+        if by_module and (cache is not None or memory is not None):
+            raise UserError("--by-module lists the modules of a forward pass; leave --cache and --memory out")
         cached = None if cache is None else (_cache(cache), num_sampling_steps)
         _print_costs(models or [], image_size or "256", overrides, Extras(cached, memory), by_module, as_json)
 
@@ -257,7 +259,11 @@ class Extras:
         """Mean multiply-accumulates of a call, and bytes of the weights and of the other tensors of a forward pass."""
         row: dict[str, Any] = {}
         if self.cached is not None:
+            from edt_core.diffusion import objective_of_model
             from edt_core.sampling.cache import mean_macs
+
+            if objective_of_model(config).of_tokens:
+                raise UserError(f"{config.name} draws codes, and takes no cache; leave --cache or the model out")
 
             row["cached_macs"] = mean_macs(config, *self.cached)
         if self.memory is not None:

@@ -313,6 +313,11 @@ class PipelineConfig(_WithNetworks):
         if fields.get("keep_every") is None and fields["max_steps"]:
             fields["keep_every"] = self.along.every
         train: TrainConfig = validated(TrainConfig, fields)
+        if train.seeds and "seed" in self.models[model] and "seeds" not in self.models[model]:
+            raise UserError(
+                f"models.{model}.seed is {train.seed}, but train.seeds is {list(train.seeds)} for all models; set "
+                f"models.{model}.seeds=[{train.seed}]"
+            )
         return tuple(train.model_copy(update={"seed": seed, "seeds": ()}) for seed in train.seeds or (train.seed,))
 
     def model_of(self, model: str, num_classes: int, amm_blocks: Sequence[int] = ()) -> ModelConfig:

@@ -129,7 +129,7 @@ def _call_branch(
     branch_steps = dict(shared)
     beside = _evaluations(config, shared, feature_networks)
     if start is None:
-        trainings |= {} if config.ladder.budgets else {"untrained_": _untrained(trained)}
+        trainings |= {} if config.ladder.budgets else {"untrained_": untrained_of(trained)}
     else:
         until = {} if beside is None or trained.patience is None else {UNTIL: beside.fingerprint}
         start = settled(start, trained, {"latents": shared["latents"].fingerprint, **until})
@@ -199,7 +199,7 @@ def _followed(
     return {UNTIL: beside, "reference": shared["reference"], **networks}
 
 
-def _untrained(trained: TrainConfig) -> TrainConfig:
+def untrained_of(trained: TrainConfig) -> TrainConfig:
     """The training of no steps that a training from random weights is compared with.
 
     It has only the fields that shape the initial weights, the chain and the scale of the latents: a learning rate does

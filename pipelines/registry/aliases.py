@@ -20,6 +20,7 @@ GATE_TAG, DECISION_TAG = "edt.gate", "edt.decision"  # the gate's configuration 
 BEFORE_TAG = "edt.champion_before"  # of a champion: the version to roll back to, "" for none
 PROMOTED_TAG, ROLLED_BACK_TAG = "edt.promoted", "edt.rolled_back"  # when and by what
 TRAININGS_TAG = "edt.trainings"  # of a model trained with several seeds: metrics by seed, its own first
+EVALUATIONS_TAG = "edt.trainings.evaluations"  # fingerprints of the evaluations of those trainings
 PARENT_TAG = "edt.ema_of"  # of a version with averaged weights: the version that they are of
 _ATTEMPTS = 10
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias

@@ -4,6 +4,7 @@ A store in use is left alone: a workflow locks its store (`Store.in_use`) before
 ends. Artifacts that were made by a run of another MLflow, and files that are not artifacts, are left alone as well.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from edt_core.store.manifest import Manifest, ManifestError
 from edt_core.store.store import Store
 from jobs.models.initial import INIT_CHECKPOINT_TAG
 from jobs.runtime.tracking import SQLITE, own_uri
-from pipelines.registry.aliases import search
+from pipelines.registry.aliases import EVALUATIONS_TAG, search
 from pipelines.tracking import runs
 from pipelines.tracking.catalog import Catalog
 
@@ -118,7 +119,11 @@ def roots(catalog: Catalog, keep_runs: int, running: bool) -> set[str]:
 
 def registered_roots(catalog: Catalog) -> list[set[str]]:
     """For each registered version, the fingerprints of the artifacts that its tags name."""
-    return [{version.tags[key] for key in _ROOT_TAGS if key in version.tags} for version in search(catalog, "")]
+    return [
+        {version.tags[key] for key in _ROOT_TAGS if key in version.tags}
+        | set(json.loads(version.tags.get(EVALUATIONS_TAG, "[]")))
+        for version in search(catalog, "")
+    ]
 
 
 def reachable(manifests: Mapping[Identity, Manifest], fingerprints: Iterable[str]) -> set[str]:

@@ -45,7 +45,7 @@ _TRAINING = (
 class Entry:
     """The artifacts behind one version. `untrained`: the evaluation of the untrained model that it started as.
 
-    `trainings`: the metrics of each training by seed, its own first, if there are several.
+    `trainings`: the evaluation of each training by seed, its own first, if there are several.
     """
 
     images: Artifact
@@ -54,7 +54,11 @@ class Entry:
     features: Artifact
     evaluation: Artifact
     untrained: Artifact | None = None
-    trainings: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    trainings: Mapping[int, Artifact] = field(default_factory=dict)
+
+    def metrics_of_trainings(self) -> dict[int, Mapping[str, float]]:
+        """The metrics of each training by seed; empty if there is one."""
+        return {seed: evaluation.counts["metrics"] for seed, evaluation in self.trainings.items()}
 
 
 @dataclass(frozen=True)
@@ -176,8 +180,8 @@ def card_of(name: str, model: "DiffusionTransformer", config: PromoteConfig, ent
 def _over_trainings(entry: Entry) -> dict[str, str]:
     if not entry.trainings:
         return {}
-    of = seeds_text(entry.trainings)
-    return {f"{name} of {of}": text for name, text in spread_text(entry.trainings).items()}
+    metrics = entry.metrics_of_trainings()
+    return {f"{name} of {seeds_text(metrics)}": text for name, text in spread_text(metrics).items()}
 
 
 def _non_empty(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jobs.models.registry_files import DIGEST_TAG, stored_problems
 from pipelines.config.schema import PromoteConfig
 from pipelines.registry.aliases import (
     DECISION_TAG,
+    EVALUATIONS_TAG,
     GATE_TAG,
     TRAININGS_TAG,
     add_version,
@@ -68,12 +69,13 @@ def promote(
 
 
 def _tag_trainings(catalog: Catalog, version: Any, entry: Entry) -> None:
-    """Tag a version with the metrics of all trainings of its model. Further seeds may be trained after it."""
+    """Tag a version with the trainings of its model, which `edt gc` then keeps. Further seeds may come after it."""
     if not entry.trainings:
         return
-    text = json.dumps(entry.trainings)
-    if version.tags.get(TRAININGS_TAG) != text:
-        set_tags(catalog, version, {TRAININGS_TAG: text})
+    evaluations = [evaluation.fingerprint for evaluation in entry.trainings.values()]
+    tags = {TRAININGS_TAG: json.dumps(entry.metrics_of_trainings()), EVALUATIONS_TAG: json.dumps(evaluations)}
+    if any(version.tags.get(name) != text for name, text in tags.items()):
+        set_tags(catalog, version, tags)
 
 
 def entry_of(
@@ -85,8 +87,7 @@ def entry_of(
 
     `trainings`: the evaluation of each training by seed, if there are several.
     """
-    metrics = {seed: evaluation.counts["metrics"] for seed, evaluation in (trainings or {}).items()}
-    return Entry(**{role: artifacts[role] for role in ENTRY_ROLES}, untrained=untrained, trainings=metrics)
+    return Entry(**{role: artifacts[role] for role in ENTRY_ROLES}, untrained=untrained, trainings=trainings or {})
 
 
 def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry) -> tuple[Decision, str] | None:

@@ -22,7 +22,7 @@ def device_hours(version: Any | None, steps: int) -> float | None:
 def over_limit(config: PipelineConfig, version: Any | None, name: str) -> str:
     """Why the training is expected to take more than `retrain.max_device_hours`; "" if it is not."""
     limit, train = config.retrain.max_device_hours, config.train_of(name)
-    expected = device_hours(version, train.max_steps)
+    expected = device_hours(version, train.max_steps * len(config.trainings_of(name)))
     if limit is None or expected is None or expected <= limit:
         return ""
     affordable = max(1, int(train.max_steps * limit / expected))
@@ -37,7 +37,7 @@ def guarded(config: PipelineConfig, name: str) -> PipelineConfig:
     limit, train = config.retrain.max_device_hours, config.train_of(name)
     if limit is None:
         return config
-    hours = limit / train.worker_range[1]
+    hours = limit / train.worker_range[1] / len(config.trainings_of(name))
     if train.max_hours is not None:
         hours = min(hours, train.max_hours)
     fields = {**config.models[name], "max_hours": hours}

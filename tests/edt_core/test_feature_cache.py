@@ -201,6 +201,20 @@ def test_a_guide_has_a_cache_of_its_own() -> None:
     assert [(cache.calls, cache.full) for cache in sampler.caches] == [(6, full_calls(6, chain.cache))] * 2
 
 
+def test_chains_in_other_threads_do_not_share_features() -> None:
+    """Two chains with a cache take turns, and one without a cache computes everything beside them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = formula_model("EDT-Tiny/2")
+    settings: dict[str, Any] = {"sampler": "ddim", "num_sampling_steps": 12}
+    kinds: list[dict[str, Any]] = [{"cache": {"kind": "taylor", "interval": 3}}, {}, {"cache": {"kind": "delta"}}]
+    alone = [sample(model, **settings, **kind)[0] for kind in kinds]
+    with ThreadPoolExecutor(3) as threads:
+        beside = list(threads.map(lambda kind: sample(model, **settings, **kind)[0], kinds * 3))
+    for latents, expected in zip(beside, alone * 3, strict=True):
+        assert relative_error(latents, expected.numpy()) < 1e-4
+
+
 def test_an_error_within_a_chain_leaves_the_model_without_a_cache() -> None:
     model = formula_model("EDT-Tiny/2")
     with pytest.raises(RuntimeError, match="on purpose"), FeatureCache(CacheConfig(kind="taylor")).attached(model):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from edt_core.config import SampleConfig
+from edt_core.errors import UserError
 from edt_core.models import model_config
 from jobs.commands.front import Measured, best_of, dominates, fastest_within, front, halved, named_points, survivors
 from jobs.commands.pareto import GIVEN, default_axes, settings_of
@@ -89,6 +90,38 @@ def test_the_default_grid_has_no_two_settings_of_one_effect(name: str) -> None:
     assert len(settings) == 1 + 3 * 5 * 3  # ddim, dpmsolver++, unipc; 2 to 25 steps; three caches
     texts = [setting.model_dump_json() for setting in settings.values()]
     assert len(set(texts)) == len(texts)
+
+
+def test_times_are_of_one_model_and_operations_follow_the_chain(tmp_path: Path) -> None:
+    import torch
+
+    from edt_core.config import CacheConfig
+    from edt_core.models import build_model, count_macs
+    from edt_core.sampling.cache import call_macs
+    from edt_core.store.folder import Folder
+    from jobs.commands.clock import Clock
+
+    out, chain = Folder.at(str(tmp_path)), SampleConfig(num_sampling_steps=4, unit_size=2, num_samples=2)
+    small, large = (build_model(model_config(name, 32, 10)) for name in ("EDT-Tiny/2", "MDTv2-Tiny/2"))
+    clocks = [Clock(model, 1000, out) for model in (small, large)]
+    with torch.no_grad():
+        times = [clock.seconds(chain) for clock in clocks]
+    assert len(json.loads((tmp_path / "seconds.json").read_text())) == 2
+    assert Clock(small, 1000, out).seconds(chain) == times[0]  # not measured again
+    macs = count_macs(small)
+    assert clocks[0].flops(chain) == 2 * 4 * macs
+    guided = chain.model_copy(update={"num_sampling_steps": 10, "cfg_scale": 1.5, "guidance_interval": (0.0, 500.0)})
+    assert clocks[0].flops(guided) == 2 * (10 + 5) * macs
+    assert Clock(small, 1000, out, large).flops(guided) == 2 * (10 * macs + 5 * count_macs(large))
+    full, predicting = call_macs(small.config, CacheConfig(kind="taylor", interval=3))
+    cached = guided.model_copy(update={"cache": CacheConfig(kind="taylor", interval=3)})
+    of_half = 3 * full + 2 * predicting  # of 5 calls after a flush: 0, 1 and 4
+    assert clocks[0].flops(cached) == pytest.approx(2 * (of_half + 2 * of_half))
+
+
+def test_a_model_without_a_finite_value_is_one_message() -> None:
+    with pytest.raises(UserError, match="no setting has a finite value"):
+        named_points([point("a", math.nan, 1.0)], True)
 
 
 # --- a whole search

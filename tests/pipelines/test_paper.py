@@ -76,6 +76,32 @@ def test_assignments_are_on_top_of_every_row(tmp_path: Path) -> None:
         assert {(train.seed, train.max_steps) for m in config.models for train in config.trainings_of(m)} == {(5, 7)}
 
 
+@pytest.mark.parametrize(
+    ("name", "assignment"),
+    [
+        ("3", "sample.amm_blocks=[4]"),
+        ("4", "train.masked_loss=false"),
+        ("4", "train.model_overrides.token_enhancement=false"),
+        ("13", "sample.cfg_scale=1.0"),
+        ("1", "train.model=DiT-Tiny/2"),
+        ("1", "models.a.model=EDT-Tiny/2"),
+        ("1", "train={}"),
+    ],
+)
+def test_what_the_rows_are_about_cannot_be_set(name: str, assignment: str) -> None:
+    with pytest.raises(UserError, match=f"the rows of table {name} are about this field"):
+        pipelines_of(load(name), name, "mini", [assignment])
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out" / "table-4.png").mkdir(parents=True)
+    for folder, message in (("file", "is no folder"), ("out", "table-4.png is a folder")):
+        done = edt("paper", "4", "--out", str(tmp_path / folder), "--store", str(tmp_path / "store"))
+        assert (done.returncode, message in done.stderr) == (2, True)
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_table_whose_base_is_no_row_is_refused() -> None:
     with pytest.raises(ValueError, match="base is 'c', which is none of the rows a"):
         Table.model_validate({"title": "t", "published": "p", "base": "c", "rows": {"a": {"label": "A"}}})
@@ -117,7 +143,10 @@ def test_a_price_counts_each_training_once() -> None:
 
     macs = count_macs(shadow(model))
     assert one.training == pytest.approx(steps * batch * 6 * macs, rel=0.01)  # forward and backward
-    assert one.sampling == pytest.approx(4 * 2 * macs * 250 * 50_000)  # sampled four times
+    untrained = 4  # the same model, once for each way of sampling
+    assert one.sampling == pytest.approx((4 + untrained) * 2 * macs * 250 * 50_000)
+    curve = price_of(pipelines_of(load("14"), "14", "full"))
+    assert curve.sampling > price_of(pipelines_of(load("1"), "1", "full")).sampling / 3  # points along the training
     text = "\n".join(one.lines(100.0))
     assert f"{one.training / 1e14 / 86400:,.3g} GPU-days at 100 TFLOP/s" in text
 
@@ -176,7 +205,8 @@ def test_what_is_missing_is_said() -> None:
     assert "| 1 of 3 |" in text
     assert "| 0 of 3 |" in text
     assert all(chance != chance for chance in chances(shown).values())  # one value has no spread
-    assert "says nothing about chance" in text
+    assert "says nothing about chance" not in text  # there will be more trainings
+    assert "says nothing about chance" in as_markdown(replace(shown, rows=[replace(shown.rows[1], seeds=1)]))
 
 
 @pytest.mark.parametrize("kind", ["metrics", "placement", "curve", "losses", "pictures"])
@@ -189,6 +219,18 @@ def test_every_kind_has_a_picture_also_of_nothing(kind: str, tmp_path: Path) -> 
         shown = replace(shown, table=shown.table.model_copy(update={"kind": kind}), setting={"classes": 3})
         draw(shown, tmp_path / f"{number}.png")
         assert min(Image.open(tmp_path / f"{number}.png").size) > 200
+
+
+def test_rows_of_one_training_are_compared_training_by_training() -> None:
+    """A small shift of each training is significant then, where their spread would hide it."""
+    from types import SimpleNamespace
+
+    shown = results(a=(5.0, 9.0, 13.0), b=(5.2, 9.19, 13.21), c=(5.2, 9.19, 13.21))
+    one: Any = {"checkpoint": SimpleNamespace(fingerprint="1")}
+    rows = [replace(row, artifacts=one) if row.name != "c" else row for row in shown.rows]
+    tested = chances(replace(shown, rows=rows))
+    assert tested["b"] < 0.01
+    assert tested["c"] > 0.5
 
 
 def test_losses_are_scaled() -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from edt_core.errors import UserError
+from edt_core.store.store import Store
 from pipelines.commands.options import catalog_if_any
 from pipelines.config.schema import load_config
 from pipelines.diff import outline
 from pipelines.outcome import Outcome
 from pipelines.plan import plan
+from pipelines.registry.garbage import registered_roots
 from pipelines.setup.disk import disk_needs
 from pipelines.setup.dry_run import training_needs
 from pipelines.tracking.catalog import Catalog
@@ -50,6 +52,7 @@ def test_models_may_have_seeds_of_their_own() -> None:
         (["train.seeds=[1, 1]"], "seeds is [1, 1]; it must be a list of different numbers"),
         (["train.seeds=[1, 2]", "train.seed=3"], "seed is 3 and seeds is [1, 2]; leave out seed"),
         (["train.seeds=[-1]"], "seeds is [-1]; it must be"),
+        (["train.seeds=[1, 2]", "models={m: {seed: 0}}"], "models.m.seed is 0, but train.seeds is [1, 2]"),
     ],
 )
 def test_seeds_that_mean_nothing_are_refused(assignments: list[str], message: str) -> None:
@@ -108,6 +111,10 @@ def test_only_the_further_training_runs_and_the_version_stays(repeated: Outcome,
 def test_the_registry_has_the_spread(repeated: Outcome, copied: Path) -> None:
     tags = Catalog(repeated.tracking_uri, "").client.get_model_version(MODEL, "1").tags
     recorded = json.loads(tags["edt.trainings"])
+    evaluations = {artifact.fingerprint for artifact in Store.open(str(copied)).artifacts()}
+    assert len(kept := set(json.loads(tags["edt.trainings.evaluations"]))) == 2
+    assert kept <= evaluations
+    assert any(kept <= roots for roots in registered_roots(Catalog(repeated.tracking_uri, "")))  # `edt gc` keeps them
     values = [recorded[seed]["fd_classifier"] for seed in ("0", "7")]
     assert values == [repeated.trainings[MODEL][seed]["fd_classifier"] for seed in (0, 7)]
     shown = edt("models", "show", f"{MODEL}/1", "--store", str(copied)).stdout

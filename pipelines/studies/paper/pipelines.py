@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from edt_core.errors import UserError
 from jobs.commands.options import parse_assignment, validated
 from pipelines.config.schema import PipelineConfig, assign
 from pipelines.studies.paper.table import Row, Scale, Table, base_values, stem_of
@@ -25,6 +26,7 @@ def pipelines_of(
     A training with the fields of an earlier one is reused, also one of another table. Raises UserError for assignments
     that do not fit.
     """
+    _check_assignments(table, name, scale, assignments)
     groups: dict[str, dict[str, Row]] = {}
     for row_name, row in table.rows_at(scale).items():
         groups.setdefault(json.dumps(row.sample_at(scale), sort_keys=True), {})[row_name] = row
@@ -38,6 +40,21 @@ def pipelines_of(
         config: PipelineConfig = validated(PipelineConfig, values)
         configs += _divided(config)
     return configs
+
+
+def _check_assignments(table: Table, name: str, scale: Scale, assignments: Sequence[str]) -> None:
+    """Raise UserError for assignments of what the rows are about: their labels would not be true any more."""
+    rows = table.rows_at(scale).values()
+    train = {"model", *table.train, *(field for row in rows for field in row.train_at(scale))}
+    sample = {*table.sample, *(field for row in rows for field in row.sample_at(scale))}
+    fields = {"models", *(f"train.{field}" for field in train), *(f"sample.{field}" for field in sample)}
+    for text in assignments:
+        key = parse_assignment(text)[0]
+        if key in ("train", "sample") or any(key == field or key.startswith(f"{field}.") for field in fields):
+            raise UserError(
+                f"--set {key}: the rows of table {name} are about this field, so their labels would be wrong; set "
+                "another field, or write a configuration of your own"
+            )
 
 
 def _values(table: Table, name: str, scale: Scale, rows: Mapping[str, Row]) -> dict[str, Any]:

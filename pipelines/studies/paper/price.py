@@ -3,22 +3,24 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from edt_core.config import ChainConfig
 from edt_core.models import count_macs, shadow
 from edt_core.training.start.trainable import step_flops
 from pipelines.config.schema import PipelineConfig
+from pipelines.pipeline.branches import untrained_of
 from pipelines.setup.disk import disk_needs, largest_first, size_text
 
 CLASSES, IMAGES = 1000, 1_281_167  # of ILSVRC2012
-ASSUMED_TFLOPS = 100.0  # sustained by a GPU: an assumption, to be replaced by a measured rate
 _SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True)
 class Price:
-    """Operations of all steps that train and sample the models of a table, each training counted once.
+    """Operations of the trainings and the chains of a table, each counted once.
 
-    `trainings`: their number. `training`, `sampling`: floating-point operations, two for a multiply-accumulate.
-    `disk`: bytes by kind.
+    `trainings`: their number. `training`, `sampling`: floating-point operations, two for a multiply-accumulate; the
+    chains are those of trained and untrained models, and along the training. Encoding, decoding and feature networks
+    are left out. `disk`: bytes by kind.
     """
 
     trainings: int
@@ -41,15 +43,24 @@ def price_of(configs: Sequence[PipelineConfig], classes: int = CLASSES, images: 
     disk: dict[str, int] = {}
     for config in configs:
         for name in config.models:
-            model = config.model_of(name, classes)
-            chain = config.sample
-            passes = chain.num_sampling_steps * (2 if chain.cfg_scale > 1 else 1)
-            drawn = 2 * count_macs(shadow(model)) * passes * chain.num_samples * chain.repeats
-            for train in config.trainings_of(name):
-                key = train.model_dump_json()
-                trained[key] = float(train.total_steps(images) * train.global_batch_size * step_flops(train, model))
-                sampled[f"{key} {chain.model_dump_json()}"] = float(drawn)
+            trainings, model = config.trainings_of(name), config.model_of(name, classes)
+            macs, along = count_macs(shadow(model)), config.along
+            for train in (*trainings, *([] if trainings[0].init_from else [untrained_of(trainings[0])])):
+                key = f"{train.model_dump_json()} {config.sample.model_dump_json()}"
+                sampled[key] = _drawn(config.sample, macs, config.sample.num_samples * config.sample.repeats)
+            for train in trainings:
+                steps = train.total_steps(images)
+                trained[train.model_dump_json()] = float(steps * train.global_batch_size * step_flops(train, model))
+            if along.every is not None:
+                points = trainings[0].total_steps(images) // along.every
+                key = f"{trainings[0].model_dump_json()} {along.model_dump_json()}"
+                sampled[key] = _drawn(along, macs, points * along.num_samples)
         needs = disk_needs(config, images, classes)
         shared = {kind: max(size, disk.get(kind, 0)) for kind, size in needs.items() if kind in ("images", "latents")}
         disk |= shared | {kind: disk.get(kind, 0) + size for kind, size in needs.items() if kind not in shared}
     return Price(len(trained), sum(trained.values()), sum(sampled.values()), disk)
+
+
+def _drawn(chain: ChainConfig, macs: int, samples: int) -> float:
+    """Operations of the chains of so many samples."""
+    return 2.0 * macs * chain.num_sampling_steps * (2 if chain.cfg_scale > 1 else 1) * samples

@@ -49,7 +49,7 @@ def chances(results: Results) -> dict[str, float]:
         row.name: [metrics[results.metric] for metrics in row.trainings.values() if results.metric in metrics]
         for row in results.rows
     }
-    return p_values(values, results.base) if results.base in values else {}
+    return p_values(values, results.base, results.of_one_training()) if results.base in values else {}
 
 
 def as_markdown(results: Results) -> str:
@@ -108,7 +108,8 @@ def _remarks(results: Results) -> Iterator[str]:
                 yield f"{row.label}: the changes of both losses correlate with r = {correlation:.2f}."
     tested = [chance for chance in chances(results).values() if chance == chance]
     if not tested:
-        yield "One training a row says nothing about chance; for more use `--set train.seeds=[0,1,2]`."
+        if not results.missing():
+            yield "One training a row says nothing about chance; for more use `--set train.seeds=[0,1,2]`."
         return
     base = next(row.label for row in results.rows if row.name == results.base)
     found = sum(chance < SIGNIFICANT for chance in tested)
@@ -116,7 +117,7 @@ def _remarks(results: Results) -> Iterator[str]:
     yield (
         f"± is the standard deviation over trainings. {results.metric} ({better} is better) differs significantly from "
         f"{base!r} in {found} of {len(tested)} rows (p-value below {SIGNIFICANT:g} in Welch's t-test, corrected by "
-        "Holm's method)."
+        "Holm's method). Rows that are the same trainings, sampled in another way, are compared training by training."
     )
 
 

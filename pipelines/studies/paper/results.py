@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from edt_core.config import TrainConfig
 from edt_core.models import count_macs, shadow
 from edt_core.printing.redaction import redacted
 from edt_core.sampling.sampler import resolved_amm_blocks
@@ -63,6 +64,13 @@ class Results:
     def base(self) -> str:
         return self.table.base
 
+    def of_one_training(self) -> set[str]:
+        """The rows whose trainings are those of the base, sampled in another way."""
+        trained = {
+            row.name: row.artifacts["checkpoint"].fingerprint for row in self.rows if "checkpoint" in row.artifacts
+        }
+        return {name for name, identity in trained.items() if identity == trained.get(self.base) and name != self.base}
+
     def missing(self) -> int:
         """The trainings that are not measured yet."""
         return sum(row.missing() for row in self.rows)
@@ -78,9 +86,11 @@ def results_of(table: Table, name: str, scale: Scale, configs: Sequence[Pipeline
         published = Published.of(config, None, store, source.classes)
         for branch in call_steps(Planner(store), config, source, published):
             rows[branch.name] = _row(table, config, branch, scale, source)
-        settings.append({"images": source.images, "classes": len(source.classes), **_setting(config)})
+            facts = {"images": source.images, "classes": len(source.classes)}
+            settings.append({**facts, **_setting(config, branch.train)})
     ordered = [rows[registered_name(row, scale)] for row in table.rows_at(scale)]
-    setting = {name: value for name, value in settings[0].items() if all(each[name] == value for each in settings)}
+    equal = {name: all(each[name] == value for each in settings) for name, value in settings[0].items()}
+    setting = {name: value if equal[name] else "by row" for name, value in settings[0].items()}
     return Results(table, name, scale, ordered, setting, configs[0].promote.metric, configs[0].promote.lower_is_better)
 
 
@@ -120,13 +130,13 @@ def _row(table: Table, config: PipelineConfig, branch: Branch, scale: Scale, sou
     )
 
 
-def _setting(config: PipelineConfig) -> dict[str, Any]:
-    """What a reader needs to know of the pipelines that is equal in all rows."""
-    train, sample = config.train, config.sample
+def _setting(config: PipelineConfig, train: TrainConfig) -> dict[str, Any]:
+    """What a reader needs to know of a row; what is equal in all rows is shown."""
+    sample = config.sample
     return {
         "source": config.source.kind if config.source.path is None else redacted(config.source.path),
         "image_size": config.preprocess.image_size,
-        "epochs" if train.max_epochs else "steps": train.max_epochs or train.max_steps,
+        "steps": train.max_steps if train.max_epochs is None else f"of {train.max_epochs:g} epochs",
         "global_batch_size": train.global_batch_size,
         "num_samples": sample.num_samples,
         "num_sampling_steps": sample.num_sampling_steps,

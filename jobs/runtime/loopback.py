@@ -64,4 +64,4 @@ def grpc_on_loopback() -> None:
     def bind_here(server: grpc.aio.Server, address: str) -> int:
         return bind(server, address.replace("[::]:", "127.0.0.1:"))
 
-    grpc.aio.Server.add_insecure_port = bind_here  # type: ignore[method-assign]
+    grpc.aio.Server.add_insecure_port = bind_here

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 _LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 # For the traffic between training processes. By default they listen on the address of the machine's name.
@@ -57,11 +58,11 @@ def grpc_on_loopback() -> None:
     A replica of Ray Serve listens for other replicas on every interface, without a token, and unpickles what arrives.
     Ray has no switch for it.
     """
-    import grpc.aio
+    from grpc.aio import _server  # grpc.aio.Server is only its interface
 
-    bind = grpc.aio.Server.add_insecure_port
+    bind: Callable[[Any, str], int] = _server.Server.add_insecure_port
 
-    def bind_here(server: grpc.aio.Server, address: str) -> int:
+    def bind_here(server: Any, address: str) -> int:
         return bind(server, address.replace("[::]:", "127.0.0.1:"))
 
-    grpc.aio.Server.add_insecure_port = bind_here
+    _server.Server.add_insecure_port = bind_here

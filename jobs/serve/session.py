@@ -94,13 +94,14 @@ def application(options: Options) -> Any:
             await gate.drain()
 
     deployment: Any = serve.deployment
+    routing: dict[str, Any] = {"max_backoff_s": _ROUTE_AGAIN_SECONDS}
     replicas = deployment(Replica).options(
         name=_REPLICAS,
         num_replicas=options.num_replicas,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         max_ongoing_requests=2 * options.batch_size,  # one batch runs while the next one fills
         max_queued_requests=options.max_queue,
-        request_router_config=RequestRouterConfig(max_backoff_s=_ROUTE_AGAIN_SECONDS),
+        request_router_config=RequestRouterConfig(**routing),
     )
     front = deployment(Front).options(
         name="Front", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_FRONT_REQUESTS

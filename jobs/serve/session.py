@@ -17,6 +17,7 @@ from jobs.serve.version import VersionName
 _APP, _REPLICAS = "edt", "Replica"
 _FRONT_REQUESTS = 1_000  # that the HTTP process takes at once; it does nothing but wait for replicas
 _PAUSE_SECONDS = 0.2
+_ROUTE_AGAIN_SECONDS = 0.05  # between looks of a waiting request for room; by default 0.5, while replicas are idle
 _FLUSH_SECONDS = 0.5  # in which the proxy passes on the end of the last answers
 INSTALL = "pip install 'edt-pipeline[serve]'"
 
@@ -75,6 +76,7 @@ class _Replicas:
 def application(options: Options) -> Any:
     """The application of Ray Serve: the HTTP process, and the replicas that it calls."""
     from ray import serve
+    from ray.serve.config import RequestRouterConfig
 
     limits, gate, alone = options.limits, Gate(), is_own()
 
@@ -92,12 +94,14 @@ def application(options: Options) -> Any:
             await gate.drain()
 
     deployment: Any = serve.deployment
+    routing: dict[str, Any] = {"max_backoff_s": _ROUTE_AGAIN_SECONDS}
     replicas = deployment(Replica).options(
         name=_REPLICAS,
         num_replicas=options.num_replicas,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         max_ongoing_requests=2 * options.batch_size,  # one batch runs while the next one fills
         max_queued_requests=options.max_queue,
+        request_router_config=RequestRouterConfig(**routing),
     )
     front = deployment(Front).options(
         name="Front", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_FRONT_REQUESTS

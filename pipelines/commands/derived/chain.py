@@ -20,7 +20,7 @@ def set_chain(
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Register a version again whose default sampling settings are a point of `edt pareto`.
+    """Register a version again, with sampling settings of `edt pareto`.
 
     No alias moves, and the new version has no metrics until `edt evaluate` measures it.
 

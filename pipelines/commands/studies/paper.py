@@ -38,9 +38,10 @@ def paper(
     store: ConfigStore = None,
     address: Address = None,
 ) -> None:
-    """Train and measure the rows of a table of the paper (arXiv 2410.23788), and show them beside its numbers.
+    """Train and measure a table of the paper, and show it beside its numbers.
 
-    Each row is a registered model. Existing artifacts are reused, also those of other tables.
+    The paper is arXiv 2410.23788. Each row is a registered model. Existing artifacts are reused, also of other
+    tables.
 
     \b
     Examples:

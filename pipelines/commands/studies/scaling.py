@@ -31,7 +31,7 @@ def scaling(
         float | None, typer.Option(min=1.0, help="also show the best size and loss for this many FLOPs")
     ] = None,
 ) -> None:
-    """Train a ladder of models under fixed numbers of operations, and fit scaling laws to their held-out losses.
+    """Train a ladder of models under fixed numbers of FLOPs, and fit scaling laws.
 
     Trainings are ordinary steps: rerun the command to resume. None of them is registered.
 

@@ -182,6 +182,12 @@ class PipelineConfig(_WithNetworks):
         return store
 
     @model_validator(mode="after")
+    def _ladder_can_be_climbed(self) -> "PipelineConfig":
+        if self.ladder.budgets:
+            check_ladder(self)
+        return self
+
+    @model_validator(mode="after")
     def _sizes_fit(self) -> "PipelineConfig":
         for name in self.models:
             if not re.fullmatch(r"[\w.-]+", name):
@@ -287,12 +293,6 @@ class PipelineConfig(_WithNetworks):
                 f"validation.enabled is true, but extractors is {list(self.extractors)}: validation uses the "
                 "classifier of the run; add classifier to extractors, or set validation.enabled=false"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _ladder_can_be_climbed(self) -> "PipelineConfig":
-        if self.ladder.budgets:
-            check_ladder(self)
         return self
 
     def _chains(self) -> list[tuple[str, ChainConfig]]:

@@ -19,6 +19,7 @@ from edt_core.store.cache import Cache, local_copy
 from edt_core.store.contents import stamped_name
 from edt_core.store.folder import Folder
 from edt_core.store.layout import MANIFEST_NAME
+from edt_core.store.room import Room
 from edt_core.store.store import Store
 from edt_core.store.trash import DAY_S
 from edt_core.training.store import CheckpointStore
@@ -517,7 +518,9 @@ def test_the_cache_evicts_its_own_files_alone(tmp_path: Path, monkeypatch: pytes
     assert all((tmp_path / "home" / name).read_bytes() == b"mine" * 1000 for name in mine)
     assert (tmp_path / "outside").read_bytes() == b"outside" * 1000
     assert (tmp_path / "home" / "objects" / "ab" / ("ab" * 32)).is_symlink()
-    own = [path for path in Cache.of_node()._files() if path.stat().st_size == 2000]
+    cache = Cache.of_node()
+    files = Room(cache.root, cache.bound, cache._lock)._files()
+    own = [path for path in files if path.stat().st_size == 2000]
     assert len(own) == 1  # and its own it does evict
 
 

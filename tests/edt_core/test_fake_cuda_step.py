@@ -116,8 +116,8 @@ def test_a_masked_update_comes_before_the_wait(
         state = trainer.state
         trainer.compiled_update = CompiledUpdate(state.model, state.optimizer, state.ema, masked=True)
         order = []
-        update = trainer.compiled_update._run
-        trainer.compiled_update._run = lambda *inputs: order.append(len(waited)) or update(*inputs)
+        (update,) = trainer.compiled_update._updates
+        trainer.compiled_update._updates = [lambda *inputs: order.append(len(waited)) or update(*inputs)]
         for batch, draws in some_steps(trainer, STEPS):
             with waits(mode, "copy to the host"):
                 trainer.train_step(batch, draws)

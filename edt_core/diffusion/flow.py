@@ -10,19 +10,24 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.diffusion.chain import Chain
 from edt_core.diffusion.flow_chains import CHAINS, flow_chain
-from edt_core.diffusion.objective import Losses, Objective, Prediction, SamplerChoice, TimestepChoice, check_shapes
+from edt_core.diffusion.objective import (
+    ContinuousObjective,
+    Losses,
+    Prediction,
+    SamplerChoice,
+    TimestepChoice,
+    check_shapes,
+)
 from edt_core.diffusion.schedule import Schedule
 from edt_core.diffusion.timesteps import ContinuousSampler, TimestepSampler, logit_normal, shifted
 from edt_core.errors import UserError
 
 
-class FlowMatching(Objective):
+class FlowMatching(ContinuousObjective):
     """The model predicts the velocity; its loss is the plain squared error."""
 
     name = "flow"
@@ -31,14 +36,10 @@ class FlowMatching(Objective):
     words = ("velocity",)  # SiT's alone: what others call flow matching often counts time the other way
     outputs: ClassVar[int] = 1
     terms: ClassVar[tuple[str, ...]] = ("mse",)
-    continuous: ClassVar[bool] = True
     samplers: ClassVar[tuple[str, ...]] = tuple(CHAINS)
     preview_sampler: ClassVar[str] = "euler"
     train_defaults: ClassVar[Mapping[str, Any]] = {"min_snr_gamma": None, "timestep_sampler": "uniform"}
     released_chain: ClassVar[Mapping[str, Any]] = {"sampler": "sde"}
-
-    def schedule(self, num_timesteps: int) -> None:
-        """None: the path is continuous."""
 
     def times(self, choice: TimestepChoice, num_timesteps: int, shift: float = 1.0) -> TimestepSampler:
         """Times in [0, 1], uniform or logit-normal(0, 1), then shifted towards noise."""
@@ -48,27 +49,6 @@ class FlowMatching(Objective):
                 "matching are continuous; set timestep_sampler to uniform or logit-normal"
             )
         return ContinuousSampler(logit_normal if choice == "logit-normal" else None, partial(shifted, shift=shift))
-
-    def end_of_time(self, num_timesteps: int) -> float:
-        """1, the data."""
-        return 1.0
-
-    def measured_times(self, count: int, num_timesteps: int) -> NDArray[Any]:
-        """The middles of equal parts of [0, 1], float32 [count], without a shift."""
-        return (1 - (2 * np.arange(count) + 1) / (2 * count)).astype(np.float32)
-
-    def parts(self, times: NDArray[Any], count: int, num_timesteps: int) -> NDArray[np.int64]:
-        """The part of each time."""
-        noise_share = 1 - times.astype(np.float64)
-        return np.minimum((noise_share * count).astype(np.int64), count - 1)
-
-    def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
-        """The time itself."""
-        return t.float()
-
-    def cleaner(self, t: Tensor, share: Tensor, num_timesteps: int) -> Tensor:
-        """Later times, up to the data."""
-        return (t.float() + share).clamp(max=1.0)
 
     def check_training(self, min_snr_gamma: float | None) -> None:
         """Raise UserError for a weight by signal-to-noise ratio."""

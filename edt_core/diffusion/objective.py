@@ -215,6 +215,36 @@ class Objective(ABC):
             )
 
 
+class ContinuousObjective(Objective):
+    """An objective whose times are numbers in [0, 1], with the data at 1, and no noise schedule."""
+
+    continuous: ClassVar[bool] = True
+
+    def schedule(self, num_timesteps: int) -> None:
+        """None: nothing is read from a table."""
+
+    def end_of_time(self, num_timesteps: int) -> float:
+        """1, the data."""
+        return 1.0
+
+    def measured_times(self, count: int, num_timesteps: int) -> NDArray[Any]:
+        """The middles of equal parts of [0, 1], float32 [count], without a shift."""
+        return (1 - (2 * np.arange(count) + 1) / (2 * count)).astype(np.float32)
+
+    def parts(self, times: NDArray[Any], count: int, num_timesteps: int) -> NDArray[np.int64]:
+        """The part of each time."""
+        noise_share = 1 - times.astype(np.float64)
+        return np.minimum((noise_share * count).astype(np.int64), count - 1)
+
+    def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
+        """The time itself."""
+        return t.float()
+
+    def cleaner(self, t: Tensor, share: Tensor, num_timesteps: int) -> Tensor:
+        """Later times, up to the data."""
+        return (t.float() + share).clamp(max=1.0)
+
+
 class ScheduledObjective(Objective):
     """An objective on a noise schedule: its prediction at a timestep determines x_0 and the noise.
 

@@ -11,16 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from edt_core.diffusion.chain import Chain
 from edt_core.diffusion.objective import (
+    ContinuousObjective,
     Losses,
-    Objective,
     Prediction,
     SamplerChoice,
     TimestepChoice,
@@ -41,7 +39,7 @@ _MEAN_SHARE = 2 / math.pi  # of the masked positions, over uniform times
 _ARCCOS = "has the arccos schedule, whose times"
 
 
-class MaskedTokens(Objective):
+class MaskedTokens(ContinuousObjective):
     """The model predicts a logit of each code; its loss is the cross-entropy at masked positions."""
 
     name = "masked_tokens"
@@ -49,7 +47,6 @@ class MaskedTokens(Objective):
     prediction_type = "masked_tokens"
     outputs: ClassVar[int] = 1
     terms: ClassVar[tuple[str, ...]] = ("cross_entropy",)
-    continuous: ClassVar[bool] = True
     of_tokens: ClassVar[bool] = True
     samplers: ClassVar[tuple[str, ...]] = ("halton",)
     preview_sampler: ClassVar[str] = "halton"
@@ -60,9 +57,6 @@ class MaskedTokens(Objective):
     }
     chain_defaults: ClassVar[Mapping[str, Any]] = {"num_sampling_steps": 32, "guidance_channels": None}
 
-    def schedule(self, num_timesteps: int) -> None:
-        """None: codes have no noise."""
-
     def times(self, choice: TimestepChoice, num_timesteps: int, shift: float = 1.0) -> TimestepSampler:
         """Times in [0, 1], uniform: the arccos schedule alone decides how many positions are masked."""
         if choice != "uniform":
@@ -72,26 +66,6 @@ class MaskedTokens(Objective):
             )
         check_no_shift(self.name, shift, _ARCCOS)
         return ContinuousSampler(None, lambda times: times)
-
-    def end_of_time(self, num_timesteps: int) -> float:
-        """1, where nothing is masked."""
-        return 1.0
-
-    def measured_times(self, count: int, num_timesteps: int) -> NDArray[Any]:
-        """The middles of equal parts of [0, 1], float32 [count]."""
-        return (1 - (2 * np.arange(count) + 1) / (2 * count)).astype(np.float32)
-
-    def parts(self, times: NDArray[Any], count: int, num_timesteps: int) -> NDArray[np.int64]:
-        """The part of each time."""
-        return np.minimum(((1 - times.astype(np.float64)) * count).astype(np.int64), count - 1)
-
-    def progress(self, t: Tensor, num_timesteps: int) -> Tensor:
-        """The time itself."""
-        return t.float()
-
-    def cleaner(self, t: Tensor, share: Tensor, num_timesteps: int) -> Tensor:
-        """Later times, up to 1. With the same noise, fewer of the same positions are masked."""
-        return (t.float() + share).clamp(max=1.0)
 
     def check_training(self, min_snr_gamma: float | None) -> None:
         """Raise UserError for a weight by signal-to-noise ratio."""

@@ -3,38 +3,21 @@
 It has no metrics, so no alias moves: `edt evaluate` measures it under its number.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from edt_core.environment import code_version
 from edt_core.files.place_names import place_for_others
 from edt_core.files.tensor_files import load_state
-from edt_core.printing.redaction import redacted
 from edt_core.store.artifact import Artifact
 from edt_core.store.layout import EMA_WEIGHTS
-from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.names import STD_TAG
 from jobs.models.open import load_model
-from pipelines.config.schema import PromoteConfig
-from pipelines.registry.aliases import GATE_TAG, PARENT_TAG, find_version
-from pipelines.registry.model_card import README, ModelCard
+from pipelines.registry.aliases import PARENT_TAG, find_version
+from pipelines.registry.derived.folder import TAKEN_OVER, write_derived
 from pipelines.registry.packaging import log_pipeline
-from pipelines.registry.registration import COST_TAG, OBJECTIVE_TAG, add_logged
+from pipelines.registry.registration import COST_TAG, add_logged
 from pipelines.tracking.catalog import Catalog
-
-TAKEN_OVER = (  # tags of the version that are true of its training
-    "edt.uri",
-    "edt.digest",
-    "edt.images",
-    "edt.images.digest",
-    "edt.autoencoder",
-    "edt.source",
-    INIT_TAG,
-    INIT_FROM_TAG,
-    INIT_CHECKPOINT_TAG,
-    OBJECTIVE_TAG,
-)
 
 
 def register_average(catalog: Catalog, parent: Any, artifact: Artifact) -> tuple[Any, bool]:
@@ -66,38 +49,12 @@ def register_average(catalog: Catalog, parent: Any, artifact: Artifact) -> tuple
 
 def _write(folder: Path, parent: Any, artifact: Artifact) -> None:
     """The diffusers folder of the parent with the new weights, and its card."""
-    from edt_core.models import count_macs, count_parameters
-    from edt_core.pipeline import save_pipeline
-
     counts, loaded = artifact.counts, load_model(f"models:/{parent.name}/{parent.version}")
     load_state(loaded.model, artifact.path(f"{counts['final']}/{EMA_WEIGHTS}"))
-    save_pipeline(
-        folder,
-        loaded.model,
-        loaded.autoencoder,
-        num_timesteps=loaded.num_timesteps,
-        classes=loaded.classes,
-        protocol=dict(loaded.protocol),
-        class_counts=loaded.class_counts,
-    )
-    card = ModelCard(
-        name=str(parent.name),
-        config=loaded.model.config,
-        parameters=count_parameters(loaded.model),
-        macs=count_macs(loaded.model),
-        sampling=loaded.protocol,
-        license=license_of(parent),
-        origin={
-            "made from": f"version {parent.version} of {parent.name}, without training",
-            "averaged weights": f"power-function average of width {counts['ema_std']:g} (arXiv 2312.02696)",
-            "error of the profile": f"{counts['ema_error']:.2%}",
-            "training": place_for_others(counts["origin"]),
-        },
-    )
-    (folder / README).write_text(redacted(card.text()), encoding="utf-8")
-
-
-def license_of(version: Any) -> str | None:
-    """The license that a version was registered with."""
-    gate = version.tags.get(GATE_TAG)
-    return PromoteConfig.model_validate(json.loads(gate)).license if gate else None
+    origin = {
+        "made from": f"version {parent.version} of {parent.name}, without training",
+        "averaged weights": f"power-function average of width {counts['ema_std']:g} (arXiv 2312.02696)",
+        "error of the profile": f"{counts['ema_error']:.2%}",
+        "training": place_for_others(counts["origin"]),
+    }
+    write_derived(folder, parent, loaded, loaded.protocol, origin)

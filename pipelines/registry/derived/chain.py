@@ -8,13 +8,11 @@ from edt_core.config import recorded_fields
 from edt_core.environment import code_version
 from edt_core.errors import UserError
 from edt_core.files.small_files import read_json
-from edt_core.printing.redaction import redacted
 from edt_core.store.artifact import canonical_json
 from jobs.models.open import load_model
 from jobs.models.registry_files import title
 from pipelines.registry.aliases import find_version
-from pipelines.registry.derived.average import TAKEN_OVER, license_of
-from pipelines.registry.model_card import README, ModelCard
+from pipelines.registry.derived.folder import TAKEN_OVER, write_derived
 from pipelines.registry.packaging import log_pipeline
 from pipelines.registry.registration import COST_TAG, add_logged
 from pipelines.tracking.catalog import Catalog
@@ -64,26 +62,5 @@ def register_chain(catalog: Catalog, parent: Any, settings: Mapping[str, Any]) -
 
 def _write(folder: Path, parent: Any, chain: Mapping[str, Any]) -> None:
     """The diffusers folder of the parent with another protocol, and its card."""
-    from edt_core.models import count_macs, count_parameters
-    from edt_core.pipeline import save_pipeline
-
-    loaded = load_model(f"models:/{parent.name}/{parent.version}")
-    save_pipeline(
-        folder,
-        loaded.model,
-        loaded.autoencoder,
-        num_timesteps=loaded.num_timesteps,
-        classes=loaded.classes,
-        protocol=dict(chain),
-        class_counts=loaded.class_counts,
-    )
-    card = ModelCard(
-        name=str(parent.name),
-        config=loaded.model.config,
-        parameters=count_parameters(loaded.model),
-        macs=count_macs(loaded.model),
-        sampling=chain,
-        license=license_of(parent),
-        origin={"made from": f"{title(parent)}, with other sampling settings"},
-    )
-    (folder / README).write_text(redacted(card.text()), encoding="utf-8")
+    origin = {"made from": f"{title(parent)}, with other sampling settings"}
+    write_derived(folder, parent, load_model(f"models:/{parent.name}/{parent.version}"), chain, origin)

@@ -144,6 +144,23 @@ def _stays_light(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         pytest.fail("a light test started Ray; mark it ray, and use the fixture ray_session")
 
 
+@pytest.fixture(autouse=True)
+def own_mlflow() -> Iterator[None]:
+    """`mlflow.set_tracking_uri` sets a variable for all that comes after: no test's own reaches the next.
+
+    After the test as well as before it: the fixtures of the next module are made before its first test begins.
+    """
+    _forget_mlflow()
+    yield
+    _forget_mlflow()
+
+
+def _forget_mlflow() -> None:
+    if (mlflow := sys.modules.get("mlflow")) and mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri(None)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 def sample(name: str) -> Path:
     """A folder of sample data, or a skip that says what is missing."""
     folder = SHARED_DATA / name

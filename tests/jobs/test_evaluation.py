@@ -173,12 +173,9 @@ def test_a_model_that_mlflow_does_not_have_is_refused(tmp_path: Path) -> None:
 
     write_empty_mlflow(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    try:
-        for unknown in ("edt-none@champion", f"runs:/{'0' * 32}"):
-            with pytest.raises(UserError, match=f"has no model {unknown}"):
-                open_model(unknown, Folder.at(tmp_path / "work"))
-    finally:
-        mlflow.set_tracking_uri(None)
+    for unknown in ("edt-none@champion", f"runs:/{'0' * 32}"):
+        with pytest.raises(UserError, match=f"has no model {unknown}"):
+            open_model(unknown, Folder.at(tmp_path / "work"))
 
 
 # --- the whole evaluation, by its command

@@ -15,9 +15,3 @@ def resampled(first: Outcome, store: Path) -> Outcome:
     with local_ray_train(), pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         return pipeline(store, "sample.num_sampling_steps=4")
-
-
-@pytest.fixture(autouse=True)
-def own_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`mlflow.set_tracking_uri` sets the variable for all that comes after: a test's own must not reach the next."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

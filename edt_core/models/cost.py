@@ -45,7 +45,12 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(model: DiffusionTransformer) -> int:
     """Multiply-accumulates of one forward pass for one image; the papers' "GFLOP" is a billion of them."""
-    return sum(_forward_macs(model.config).values())
+    return _macs(model.config)
+
+
+@lru_cache(maxsize=64)
+def _macs(config: ModelConfig) -> int:
+    return sum(_forward_macs(config).values())
 
 
 def macs_by_part(config: ModelConfig) -> list[PartCost]:

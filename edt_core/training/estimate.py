@@ -17,23 +17,20 @@ from edt_core.models import (
     DiffusionTransformer,
     ModelConfig,
     count_macs,
-    count_parameters,
     draw_masks,
     shadow,
 )
 from edt_core.models.attention import RelativePositionBias
-from edt_core.training.align.cost import align_activations, head_parameters
+from edt_core.training.align.cost import align_activations
 from edt_core.training.align.settings import align_settings
-from edt_core.training.optimizers.muon import hidden_matrices
-from edt_core.training.posthoc.snapshots import snapshot_steps
 from edt_core.training.shard.owners import largest_share
 from edt_core.training.shard.rows import gathered_bytes
-from edt_core.training.start.trainable import count_merged, count_trained, step_flops
+from edt_core.training.start.kept import kept
+from edt_core.training.start.trainable import count_merged, step_flops
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
-_OPTIMIZER_STATES = {"adan": 4, "adamw": 2, "muon": 2}  # float32 tensors of the size of the weights
 _COPIES = {"muon": 2}  # of the gradients, during an update: Muon also stacks the matrices of a shape
 _GIGA = 1e9
 _PROCESS = 4 << 30  # bytes of host memory of a GPU's worker beside its tensors: libraries, kernels, batches ahead
@@ -106,34 +103,26 @@ def size_text(number: int) -> str:
 
 def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Estimate:
     """The cost of training a model on a data set of `images` images."""
-    parameters, macs = _numbers(model_config)
-    settings = align_settings(config, model_config)
-    weights, head = 4 * parameters, 4 * head_parameters(settings)
-    of_model = weights if config.trainable == "all" else 4 * count_trained(config, model_config)
-    trained = of_model + head
+    sizes, settings = kept(config, model_config, images), align_settings(config, model_config)
+    of_model, trained, ema = sizes.of_model, sizes.trained, sizes.ema
     # The averaged model of this target has its own copy of the merged tensors, and two while it takes the next average.
     merged = 4 * count_merged(config, model_config) if config.align == "self" else 0
-    optimizer = trained * _OPTIMIZER_STATES[config.optimizer]
-    if config.optimizer == "muon":  # of its matrices, only a momentum
-        optimizer -= 4 * sum(matrix.numel() for matrix in hidden_matrices(shadow(model_config)))
-    ema = of_model * (len(config.ema_decays) + len(config.ema_widths))
     part = largest_share(config, model_config)
     is_full = config.shard == "full" and part < 1.0
     of_all = part if is_full else 1.0
     whole = of_model if config.align == "self" else 0  # the first average, which each worker calls as a model
     # Averages are put together for previews and the held-out loss, when there are no activations.
     together = of_model if part < 1.0 and not whole else 0
-    steps = config.total_steps(images)
     saved_by_model = _activations(model_config, config)
     activations = saved_by_model.activations + align_activations(settings, config.micro_batch())
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
-        parameters=parameters,
-        macs=macs,
+        parameters=sizes.weights // 4,
+        macs=count_macs(shadow(model_config)),
         flops_per_image=step_flops(config, model_config),
-        weights=round(of_all * (weights + head)) + merged,
+        weights=round(of_all * (sizes.weights + trained - of_model)) + merged,
         gradients=round(of_all * trained),
-        optimizer=round(part * optimizer),
+        optimizer=round(part * sizes.optimizer),
         ema=whole + round(part * (ema - whole)),
         activations=activations,
         # The optimizer works on lists of tensors, with a copy of each gradient, after the activations are freed.
@@ -143,13 +132,13 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
             round(part * _COPIES.get(config.optimizer, 1) * trained) - activations,
             together - activations,
         ),
-        checkpoint=trained + ema + optimizer,
+        checkpoint=sizes.checkpoint,
         micro_batch=config.micro_batch(),
         images=images,
         global_batch_size=config.global_batch_size,
-        steps=steps,
-        snapshot=of_model // (1 if config.ema_snapshot_dtype == "fp32" else 2) * len(config.ema_widths),
-        snapshots=len(snapshot_steps(config, steps)),
+        steps=sizes.steps,
+        snapshot=sizes.snapshot,
+        snapshots=sizes.snapshots,
     )
 
 
@@ -173,13 +162,6 @@ def largest_micro_batch(config: TrainConfig, model_config: ModelConfig, memory: 
         return estimate(config.model_copy(update={"micro_batch_size": samples}), model_config, images=1).memory
 
     return bisect_right(range(1, config.global_batch_size + 1), memory, key=needed)
-
-
-@lru_cache(maxsize=64)
-def _numbers(config: ModelConfig) -> tuple[int, int]:
-    """Parameters and multiply-accumulates of a model."""
-    model = shadow(config)
-    return count_parameters(model), count_macs(model)
 
 
 def _activations(model_config: ModelConfig, config: TrainConfig) -> Saved:

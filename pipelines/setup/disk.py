@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from edt_core.config import TrainConfig
 from edt_core.evaluation.extractors import extractor_spec
-from edt_core.training.estimate import estimate
+from edt_core.training.start.kept import kept
 from pipelines.config.schema import PipelineConfig
 
 _BYTES_PER_PIXEL = {"webp": 1.48, "png": 1.82, "jpeg": 0.63}  # of ImageNet photos at 256 px
@@ -51,7 +51,7 @@ def _floats(config: PipelineConfig, space: str, classes: int) -> int:
 def _checkpoints(config: PipelineConfig, name: str, images: int, classes: int) -> int:
     """Bytes of one model: the checkpoints of its training, the untrained model, and the registered weights."""
     train: TrainConfig = config.train_of(name)
-    needs = estimate(train, config.model_of(name, classes), images)
+    needs = kept(train, config.model_of(name, classes), images)
     number = min(train.num_to_keep + _SPARE_CHECKPOINTS, -(-needs.steps // train.checkpoint_every) + 1)
     number += 0 if train.keep_every is None else needs.steps // train.keep_every
     exported = needs.weights if config.promote.torch_export else 0

@@ -228,13 +228,35 @@ def killed_while(true: Callable[[], bool], pid: int) -> bool:
     return hit
 
 
-def test_drivers_a_worker_and_a_controller_of_one_training_lose_nothing(
+def test_a_worker_and_a_controller_of_one_training_lose_nothing(
+    whole: Artifact, start: Callable[..., Driver], tmp_path: Path
+) -> None:
+    """Killed drivers, and two at once, are in pipelines/test_faults.py; one of two workers is lost in test_nodes.py."""
+    driver = start(tmp_path / "out", **{**TWO_WORKERS, "num_workers": 1})
+    lose_worker_and_controller(driver, 10)
+    assert_same(driver.finish(), whole)
+
+
+def lose_worker_and_controller(driver: Driver, after_step: int) -> None:
+    """Kill the worker in the middle of a checkpoint, and Ray Train's controller once there is another worker."""
+    assert kill_in_mid_checkpoint(driver, WORKER, after_step)
+    left = set(driver.named(WORKER))
+    wait_for(lambda: driver.ended() or set(driver.named(WORKER)) - left)
+    assert not driver.ended(), driver.log
+    (controller,) = driver.named(CONTROLLER)
+    kill(controller)
+    wait_for(lambda: driver.ended() or "Ray Train's controller was lost" in driver.log)
+    assert driver.log.count("Ray Train's controller was lost") == 1
+
+
+@pytest.mark.slow
+def test_three_drivers_a_worker_and_a_controller_of_one_training_lose_nothing(
     whole: Artifact, start: Callable[..., Driver], tmp_path: Path
 ) -> None:
     """Three drivers start at once. The one that trains is killed, and one that waited for it takes its place.
 
     That one recovers by itself from the loss of its worker and of Ray Train's controller, and the third finds all done.
-    The driver and the worker are killed in the middle of a checkpoint. One of two workers is lost in test_nodes.py.
+    The driver and the worker are killed in the middle of a checkpoint.
     """
     out = tmp_path / "out"
     drivers = [start(out, **{**TWO_WORKERS, "num_workers": 1}) for _ in range(3)]
@@ -249,15 +271,8 @@ def test_drivers_a_worker_and_a_controller_of_one_training_lose_nothing(
 
     second = one_that_trains(waiting)
     (third,) = (driver for driver in waiting if driver is not second)
-    assert kill_in_mid_checkpoint(second, WORKER, 25)
-    left = set(second.named(WORKER))
-    wait_for(lambda: second.ended() or set(second.named(WORKER)) - left)
-    assert not second.ended(), second.log
-    (controller,) = second.named(CONTROLLER)
-    kill(controller)
-    artifact = second.finish()
-    assert second.log.count("Ray Train's controller was lost") == 1
-    assert_same(artifact, whole)
+    lose_worker_and_controller(second, 25)
+    assert_same(second.finish(), whole)
     assert_reused(third)
 
 

@@ -263,10 +263,9 @@ def test_untrained_few_parameters_are_the_base_model(
     assert equal(dict(ema_model(artifact.directory(artifact.counts["final"])).state_dict()), base)
 
 
+@pytest.mark.slow  # each of these is tested without Ray: test_training_ranks, _shards, test_streaming_shards
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("trainable", "shard"), [pytest.param("all", "none", marks=pytest.mark.slow), ("difffit", "optimizer")]
-)
+@pytest.mark.parametrize(("trainable", "shard"), [("all", "none"), ("difffit", "optimizer")])
 def test_two_workers_train_what_one_process_trains(
     trainable: str, shard: str, folder: Path, latents_artifact: Artifact, tmp_path: Path, ray_session: None
 ) -> None:

@@ -97,11 +97,11 @@ def _is_bare_list(annotation: Any, value: Any) -> bool:
     return listed and not isinstance(value, list) and not plain and value is not None and value not in words
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """`key=value` with the value as YAML. Raises UserError."""
+def parse_assignment(text: str, option: str = "--set", example: str = "train.max_steps=50") -> tuple[str, Any]:
+    """`key=value` with the value as YAML. Raises UserError, which names the option."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise UserError(f"--set takes key=value, such as train.max_steps=50; got {text!r}")
+        raise UserError(f"{option} takes key=value, such as {example}; got {text!r}")
     if value.startswith(("/", "./", "../", "~/")):
         return key.strip(), value  # a path: as YAML, `/data/my: set` would be a mapping
     if " #" in value and not value.lstrip().startswith(('"', "'", "[", "{")):
@@ -109,7 +109,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), parse_yaml(value)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {key}: {value!r} is not a YAML value; quote it as in --set '{key}=\"text\"'") from error
+        raise UserError(
+            f"{option} {key}: {value!r} is not a YAML value; quote it as in {option} '{key}=\"text\"'"
+        ) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -83,6 +83,11 @@ def cost(
         if by_module or overrides or memory:
             given = "--by-module" if by_module else "--override" if overrides else "--memory"
             raise UserError(f"{given} is of the table without --acceptance, which estimates times; give one of the two")
+        if cache is not None:
+            raise UserError(
+                "--cache is of the table without --acceptance; for times with a cache, write --set "
+                f"'sample.cache={cache}'"
+            )
         loaded = _pipeline(config, assignments, image_size)
         _print_times(acceptance, loaded, models or [], num_gpus, num_images, as_json)
     elif num_gpus != 1 or config != _RECIPE or assignments or num_images is not None:
@@ -102,7 +107,7 @@ def _cache(text: str) -> "CacheConfig":
     from edt_core.config import CacheConfig
     from jobs.commands.options import parse_assignment, validated
 
-    fields = parse_assignment(f"cache={text}")[1]
+    fields = parse_assignment(f"cache={text}", "--cache")[1]
     if not isinstance(fields, dict):
         raise UserError(f"--cache is {text!r}; give its fields, such as '{{kind: taylor, interval: 3}}'")
     config: CacheConfig = validated(CacheConfig, fields)
@@ -122,7 +127,9 @@ def _print_costs(
     from jobs.commands.options import parse_assignment
 
     names = models or [name for name in MODEL_NAMES if "Tiny" not in name]
-    sizes, fields = _sizes(image_size), dict(parse_assignment(text) for text in overrides)
+    example = "token_enhancement=false"
+    fields = dict(parse_assignment(text, "--override", example) for text in overrides)
+    sizes = _sizes(image_size)
     try:
         configs = [model_config(name, size, overrides=fields) for name in names for size in sizes]
     except ValueError as error:

@@ -60,23 +60,29 @@ class Setting:
     devices: int
 
 
-def trainings_of(config: PipelineConfig, models: Sequence[str]) -> list[TrainConfig]:
-    """The training of each named model, by the recipe of a configuration; without names, those of its own models.
+def trainings_of(config: PipelineConfig, models: Sequence[str]) -> list[tuple[TrainConfig, ...]]:
+    """The trainings of each named model, by the recipe of a configuration; without names, those of its own models.
 
-    A named model has none of the recipe's overrides, which may be of another family.
+    A model has one for each of its seeds. A named model has none of the recipe's overrides, which may be of another
+    family.
     """
-    own = [config.train_of(name) for name in config.models]
+    own = [config.trainings_of(name) for name in config.models]
     usual: dict[str, Any] = {"model_overrides": {}, "width": None}
-    return [own[0].model_copy(update={"model": model, **usual}) for model in models] or own
+    named = [tuple(train.model_copy(update={"model": model, **usual}) for train in own[0]) for model in models]
+    return named or own
 
 
-def step_times(setting: Setting, trainings: Sequence[TrainConfig]) -> list[StepTime]:
-    """The times of encoding, and of training and sampling each model. Raises UserError if sizes do not fit."""
+def step_times(setting: Setting, trainings: Sequence[Sequence[TrainConfig]]) -> list[StepTime]:
+    """The times of encoding, and of training and sampling each model with its seeds.
+
+    Raises UserError if sizes do not fit.
+    """
     count, encode = setting.images, setting.config.encode
     times = [_coder_time(setting, "encode", "encode", f"{count:,} images, mirrored too", 2 * count, encode.precision)]
-    for train in trainings:
+    for seeds in trainings:
+        train, number = seeds[0], len(seeds)
         model = _model(setting, train)
-        times += [_train_time(setting, train, model), *_sample_times(setting, train, model)]
+        times += [_train_time(setting, train, model, number), *_sample_times(setting, train, model, number)]
     return times
 
 
@@ -108,8 +114,10 @@ def _coder_time(setting: Setting, step: str, work: Work, text: str, images: int,
     return _time(setting, step, text, job, images)
 
 
-def _train_time(setting: Setting, train: TrainConfig, model: ModelConfig) -> StepTime:
+def _train_time(setting: Setting, train: TrainConfig, model: ModelConfig, number: int) -> StepTime:
+    """The time of so many trainings, one after the other."""
     steps, batch = train.total_steps(setting.images), train.global_batch_size
+    images, times = number * steps * batch, "" if number == 1 else f"{number} x "
     recipe = train.model_copy(update={"masked_loss": train.masked_loss and model.is_masked})
     job = Job(
         "train",
@@ -119,11 +127,12 @@ def _train_time(setting: Setting, train: TrainConfig, model: ModelConfig) -> Ste
         max(1, batch // setting.devices),
         is_compiled(train, torch.device("cuda" if setting.measured.on_gpu else "cpu")),
     )
-    time = _time(setting, f"train {train.model}", f"{steps:,} steps of {batch:,}", job, steps * batch)
+    time = _time(setting, f"train {train.model}", f"{times}{steps:,} steps of {batch:,}", job, images)
     if model.image_size == FULL_SIZE:
-        time = _fed(setting, time, steps * batch, batch)
-    if train.max_hours is not None and time.hours is not None and time.hours > train.max_hours:
-        return replace(time, hours=train.max_hours, source=f"train.max_hours; {time.source}")
+        time = _fed(setting, time, images, batch)
+    most = None if train.max_hours is None else number * train.max_hours
+    if most is not None and time.hours is not None and time.hours > most:
+        return replace(time, hours=most, source=f"train.max_hours; {time.source}")
     return time
 
 
@@ -139,12 +148,12 @@ def _fed(setting: Setting, time: StepTime, images: int, batch: int) -> StepTime:
     return replace(time, hours=hours, source=f"limited by feeding, batch {key[0]}, one rank of {key[1]}")
 
 
-def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig) -> Iterator[StepTime]:
-    """Chains and decoding, of the trained model and, if it starts from random weights, of the untrained one."""
+def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig, number: int) -> Iterator[StepTime]:
+    """Chains and decoding, of so many trained models and, if they start from random weights, of an untrained one."""
     sample = setting.config.sample
-    sets, which = (1, "") if train.init_from else (2, "2 x ")  # trained and untrained
+    sets = number + (not train.init_from)
     each = sample.num_samples * sample.repeats
-    text, count = f"{which}{each:,} samples", sets * each
+    text, count = f"{'' if sets == 1 else f'{sets} x '}{each:,} samples", sets * each
     amm = bool(sample.amm_blocks)
     flops = forward_flops(model)
     if sample.cache is not None:

@@ -70,6 +70,20 @@ def test_a_measured_row_is_the_time(write: Any) -> None:
     assert (alone.source, hours(alone)) == ("EDT-S/2 at 256, bf16 compiled", pytest.approx(400_000 * 256 / 6000 / 3600))
 
 
+def test_each_seed_of_a_model_is_a_training_and_a_set_of_samples(write: Any) -> None:
+    path, seeds = write(content()), ("train.seeds=[0, 1, 2]",)
+    one, three = times(path), times(path, assignments=seeds)
+    assert hours(three["train EDT-S/2"]) == pytest.approx(3 * hours(one["train EDT-S/2"]))
+    assert three["train EDT-S/2"].work == f"3 x {one['train EDT-S/2'].work}"
+    assert hours(three["sample EDT-S/2"]) == pytest.approx(2 * hours(one["sample EDT-S/2"])), "and the untrained model"
+    assert three["decode EDT-S/2"].work == "4 x 50,000 samples"
+    assert hours(times(path, "EDT-B/2", assignments=seeds)["train EDT-B/2"]) == pytest.approx(
+        3 * hours(times(path, "EDT-B/2")["train EDT-B/2"])
+    )
+    short = times(path, assignments=(*seeds, "train.max_hours=0.5"))["train EDT-S/2"]
+    assert (short.hours, short.source.partition(";")[0]) == (1.5, "train.max_hours")
+
+
 def test_what_was_not_measured_is_scaled_by_operations(write: Any) -> None:
     """EDT-B is between S and XL: it takes the utilisation of the one whose operations are nearer, which is S."""
     estimated = times(write(content()), "EDT-S/2", "EDT-B/2", "EDT-XL/2", devices=1)
@@ -309,9 +323,11 @@ def test_a_file_of_a_cpu_is_named_as_what_it_is(write: Any) -> None:
         (["--set", "train.max_steps=5"], "needs --acceptance FILE"),
         (["--num-images", "5"], "needs --acceptance FILE"),
         (["--acceptance", "FILE", "--by-module"], "give one of the two"),
+        (["--acceptance", "FILE", "--cache", "{kind: delta}"], "write --set 'sample.cache={kind: delta}'"),
         (["--acceptance", "FILE", "--image-size", "256,512"], "are estimated for one size"),
         (["--acceptance", "FILE", "--config", "nowhere"], "no configuration 'nowhere'"),
         (["EDT-Q/2", "--acceptance", "FILE"], "Unknown model 'EDT-Q/2'"),
+        (["--override", "foo"], "--override takes key=value, such as token_enhancement=false; got 'foo'"),
         (["--acceptance", "nowhere.json"], "nowhere.json cannot be read"),
     ],
 )

@@ -830,6 +830,12 @@ class SampleConfig(ChainConfig):
         return value
 
 
+class GuideConfig(Section):
+    """The model that samples are guided away from: another one, or that of an earlier step of the same training."""
+
+    step: int | None = Field(None, ge=1, description="step of the training; null for another model")
+
+
 class ReferenceConfig(Section):
     """Features of the real images, or ADM's published statistics of them."""
 

@@ -124,8 +124,8 @@ class ChampionMeasurement:
             features = Artifact.read(_beside(evaluation, "features"))
         except (UserError, OSError, KeyError):
             return False
-        networks = {role: item.fingerprint for role, item in self.feature_networks.items()}
-        then = {role: value for role, value in features.manifest.inputs.items() if role in networks}
+        networks = {role: item.fingerprint for role, item in {**self.feature_networks, **self._guide()}.items()}
+        then = {role: value for role, value in features.manifest.inputs.items() if role in {*networks, "guide"}}
         chain = result_fields(self.config.sample)
         before = result_fields(SampleConfig.model_validate(features.manifest.config))
         return (
@@ -139,7 +139,7 @@ class ChampionMeasurement:
         opened = _from_store(version)
         if opened is None:
             folder = Source(f"models:/{version.name}/{version.version}", version.tags.get(DIGEST_TAG, ""))
-            return {"checkpoint": folder, "autoencoder": folder, **self.feature_networks}
+            return {"checkpoint": folder, "autoencoder": folder, **self.feature_networks, **self._guide()}
         return self._roles(version, opened)
 
     def _inputs(
@@ -163,7 +163,12 @@ class ChampionMeasurement:
             "checkpoint": StepFuture(label, "checkpoint", checkpoint.fingerprint, artifact=checkpoint),
             "autoencoder": StepFuture(label, "autoencoder", vae.fingerprint, artifact=vae),
             **self.feature_networks,
+            **self._guide(),
         }
+
+    def _guide(self) -> dict[str, StepFuture]:
+        """The guide of the new version, which is part of the protocol of both."""
+        return {"guide": self.steps["guide"]} if "guide" in self.steps else {}
 
     def _check_size(self, opened: Opened, artifacts: Mapping[str, Artifact]) -> None:
         """Raise UserError if values of the two models could not be compared, or the champion cannot be sampled so."""

@@ -176,6 +176,7 @@ def _published(config: PipelineConfig) -> Published:
         {name: Initial(text, sha256_json(text)) for name in config.models if (text := config.train_of(name).init_from)},
         {} if classifier is None else {"classifier": Kept(Source(classifier, sha256_json(classifier)), classifier)},
         {space: sources[space] for space in config.token_spaces()},
+        None if (guide := config.sample.guide_model) is None else Source(guide, sha256_json(guide)),
     )
 
 

@@ -26,6 +26,7 @@ from pipelines.config.schema import PipelineConfig
 from pipelines.outcome import Outcome
 from pipelines.pipeline import Published, call_steps, prepare_source, run
 from pipelines.plan import Planner
+from pipelines.registry.aliases import GUIDE_FROM_TAG
 from pipelines.registry.kept import kept_roles, recorded_networks
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog, flatten
@@ -117,6 +118,8 @@ def pinned(config: PipelineConfig, record: Record) -> PipelineConfig:
         config = config.model_copy(update={"autoencoder": by_version})
     places = {name: record.tags.get(f"{INIT_FROM_TAG}.{name}") for name in config.models}
     models = {n: {**fields, "init_from": places[n]} if places[n] else fields for n, fields in config.models.items()}
+    if (place := record.tags.get(GUIDE_FROM_TAG)) is not None:
+        config = config.model_copy(update={"sample": config.sample.model_copy(update={"guide": place})})
     return config.model_copy(update={"models": models})
 
 

@@ -40,7 +40,7 @@ from edt_core.sampling.pipeline_options import (
     chain_config,
     check_output_type,
 )
-from edt_core.sampling.sampler import LatentSampler, checked_labels
+from edt_core.sampling.sampler import LatentSampler, check_same_space, checked_labels
 from edt_core.sampling.schedulers import (
     Generators,
     SchedulerChain,
@@ -119,9 +119,11 @@ class EDTPipeline(DiffusionPipeline):
 
     With its original scheduler, a pipeline samples by `protocol` and its `sampler`. Any other supported diffusers
     scheduler that is assigned replaces that sampler. One that does not fit the model is rejected.
+    With a `guide`, a weaker model, samples are guided away from it (autoguidance) instead of from no class.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "transformer->guide->vae"
+    _optional_components = ["guide"]  # noqa: RUF012  the name and the type are those of diffusers
 
     def __init__(
         self,
@@ -133,9 +135,13 @@ class EDTPipeline(DiffusionPipeline):
         class_counts: list[int] | None = None,
         latent_scale: dict[str, Any] | None = None,
         num_timesteps: int | None = None,
+        guide: EDTTransformer | None = None,
     ) -> None:
         super().__init__()
         _check_scale(vae, transformer.edt.config, latent_scale)
+        if guide is not None:
+            check_same_space(transformer.edt.config, guide.edt.config)
+            align_weights(guide)
         timesteps = int(scheduler.config.num_train_timesteps if num_timesteps is None else num_timesteps)
         objective = objective_of_model(transformer.edt.config)
         # A folder of an older version has fewer fields; the others get the values that were fixed in that version.
@@ -147,7 +153,7 @@ class EDTPipeline(DiffusionPipeline):
             check_scheduler(scheduler, timesteps, objective)
         align_weights(transformer)  # diffusers memory-maps the files
         align_weights(vae)
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, guide=guide)
         fields = recorded_fields(chain)
         counts = None if class_counts is None else list(class_counts)
         self.register_to_config(
@@ -228,8 +234,16 @@ class EDTPipeline(DiffusionPipeline):
                 "EDTPipeline.from_pretrained"
             )
         # The transformer is called, not the model within it, since it may be compiled or have hooks that move it.
-        timesteps = self.config.num_timesteps
-        return LatentSampler(self.transformer.edt, chain, timesteps, network=self.transformer, device=device)
+        timesteps, guide = self.config.num_timesteps, None if chain.cfg_scale == 1.0 else self.guide
+        return LatentSampler(
+            self.transformer.edt,
+            chain,
+            timesteps,
+            None if guide is None else guide.edt,
+            network=self.transformer,
+            guide_network=guide,
+            device=device,
+        )
 
     def _solver(
         self, chain: ChainConfig, noise: CallNoise, given: Sequence[str]
@@ -280,7 +294,7 @@ class EDTPipeline(DiffusionPipeline):
             raise UserError(f"{file} is of another program and would be overwritten; save to another folder")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(_PIPELINE_CODE, encoding="utf-8")  # custom_pipeline=folder imports it
-        with _without_origin([self, self.transformer, self.vae, self.scheduler]):
+        with _without_origin([part for part in (self, *super().components.values()) if part is not None]):
             super().save_pretrained(save_directory, *args, **kwargs)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
@@ -293,12 +307,16 @@ class EDTPipeline(DiffusionPipeline):
 
 @contextmanager
 def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
-    """Context in which the configurations lack the path of this machine that diffusers loaded them from."""
+    """Context in which the configurations lack the path of this machine that diffusers loaded them from.
+
+    And an optional part that is not there, so that folders without it are as in versions that did not know it.
+    """
     modules = [getattr(part, "_orig_mod", part) for part in parts]  # torch.compile wraps a module
     configs = [module._internal_dict for module in modules]
     try:
         for module, config in zip(modules, configs, strict=True):
-            module._internal_dict = FrozenDict({name: v for name, v in config.items() if name != "_name_or_path"})
+            stated = {n: v for n, v in config.items() if n != "_name_or_path" and (n, v) != ("guide", (None, None))}
+            module._internal_dict = FrozenDict(stated)
         yield
     finally:
         for module, config in zip(modules, configs, strict=True):
@@ -340,17 +358,24 @@ def save_pipeline(
     classes: Sequence[str],
     protocol: dict[str, Any],
     class_counts: Sequence[int] | None = None,
+    guide: DiffusionTransformer | None = None,
 ) -> None:
     """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and the sampling protocol.
 
-    `class_counts` [K]: number of training images of each class, if known.
+    `class_counts` [K]: number of training images of each class, if known. `guide`: a weaker model of the same latents
+    and classes, away from which the samples are guided.
     """
-    transformer = EDTTransformer(edt_config=edt.built_config.to_dict())
-    transformer.edt.load_state_dict(edt.state_dict())
+    transformer, weaker = _transformer(edt), None if guide is None else _transformer(guide)
     counts = None if class_counts is None else list(class_counts)
     scale = model_scale(edt.config, scale_of(vae))
     centred = None if scale.is_plain else scale.record()
     shift = chain_config(protocol).time_shift
     scheduler = training_scheduler(num_timesteps, objective_of_model(edt.config), shift)
-    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred, num_timesteps)
+    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred, num_timesteps, weaker)
     pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _transformer(model: DiffusionTransformer) -> EDTTransformer:
+    transformer = EDTTransformer(edt_config=model.built_config.to_dict())
+    transformer.edt.load_state_dict(model.state_dict())
+    return transformer

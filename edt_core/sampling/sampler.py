@@ -52,7 +52,7 @@ class LatentSampler:
     With a `guide` the model is guided away from that weaker model instead of from its own prediction without a label;
     the guide's attention is never modulated. Both models are set to evaluation mode.
     `network` is called instead of the model: the same model compiled, or with hooks. It computes on `device`,
-    by default that of the model's weights.
+    by default that of the model's weights. `guide_network` is called instead of the guide.
     Raises UserError if the chain, the model and the guide are not compatible.
     """
 
@@ -64,17 +64,23 @@ class LatentSampler:
         guide: DiffusionTransformer | None = None,
         *,
         network: ClassModel | None = None,
+        guide_network: ClassModel | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.model, self.guide, self.chain = model, guide, chain
         self.network: ClassModel = model if network is None else network
+        self._guide_network = guide if guide_network is None else guide_network
         self._device = device
         self.objective = objective_of_model(model.config)
         check_guidance(chain, model.config, num_timesteps)
         progress = partial(self.objective.progress, num_timesteps=num_timesteps)
         self.growth = None if chain.cfg_power is None else (chain.cfg_power, progress)
+        if guide is model:
+            raise UserError(
+                f"the guide is {model.config.name} itself, which has no effect; use a weaker model as guide"
+            )
         if guide is not None:
-            _check_guide(chain, model, guide)
+            check_guide(chain, model.config, guide.config)
         self.steps = self.objective.chain(num_timesteps, SamplerChoice.of(chain), chain.num_sampling_steps)
         self.amm_blocks = resolved_amm_blocks(chain, model.built_config)
         self.caches: list[FeatureCache] = []  # of the last chain: the model's, then the guide's
@@ -134,7 +140,9 @@ class LatentSampler:
     def _run(
         self, y: Tensor, noise: Noise, progress: Progress | None, solver: Solver | None, stack: ExitStack
     ) -> Tensor:
-        chain = self.chain
+        chain, guide = self.chain, None
+        if self.guide is not None and self._guide_network is not None:
+            guide = self._cached(self._guide_network, self.guide, stack)
         model_fn = guided(
             self._cached(self.network, self.model, stack),
             y,
@@ -143,7 +151,7 @@ class LatentSampler:
             chain.guidance_channels,
             interval=chain.guidance_interval,
             growth=self.growth,
-            guide=None if self.guide is None else self._cached(self.guide, self.guide, stack),
+            guide=guide,
             whole_output=self.objective.of_tokens,
         )
         initial = noise.initial()
@@ -229,26 +237,30 @@ def check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -
         )
 
 
-def _check_guide(chain: ChainConfig, model: DiffusionTransformer, guide: DiffusionTransformer) -> None:
-    if guide is model:
-        raise UserError(f"the guide is {model.config.name} itself, which has no effect; use a weaker model as guide")
+def check_guide(chain: ChainConfig, model: ModelConfig, guide: ModelConfig) -> None:
+    """Raise UserError unless a model can be guided away from another one by a chain."""
     if chain.cfg_scale == 1.0:
         raise UserError("a guide with cfg_scale 1 has no effect; set cfg_scale above 1, or leave the guide out")
-    inputs, guide_inputs = _interface(model.config), _interface(guide.config)
+    check_same_space(model, guide)
+
+
+def check_same_space(model: ModelConfig, guide: ModelConfig) -> None:
+    """Raise UserError, with both values, unless a model and its guide have the same latents, classes and objective."""
+    inputs, guide_inputs = _interface(model), _interface(guide)
     if inputs != guide_inputs:
         raise UserError(
-            f"the guide {guide.config.name} takes {guide_inputs}, but {model.config.name} takes {inputs}; "
+            f"the guide {guide.name} takes {guide_inputs}, but {model.name} takes {inputs}; "
             "use a guide that was trained on the same latents and classes"
         )
-    own_statistics, statistics = ((c.latents_mean, c.latents_std) for c in (model.config, guide.config))
+    own_statistics, statistics = ((c.latents_mean, c.latents_std) for c in (model, guide))
     if own_statistics != statistics:
         raise UserError(
-            f"the guide {guide.config.name} was trained on latents that are normalised by channel in another way than "
-            f"those of {model.config.name}; use a guide that was trained with the same train.latent_norm and latents"
+            f"the guide {guide.name} was trained on latents that are normalised by channel in another way than "
+            f"those of {model.name}; use a guide that was trained with the same train.latent_norm and latents"
         )
-    if (own := model.config.objective) != (other := guide.config.objective):
+    if (own := model.objective) != (other := guide.objective):
         raise UserError(
-            f"the guide {guide.config.name} predicts {other}, but {model.config.name} predicts {own}, and guidance "
+            f"the guide {guide.name} predicts {other}, but {model.name} predicts {own}, and guidance "
             "takes the difference of the two; use a guide that was trained with the same train.objective"
         )
 

@@ -12,6 +12,7 @@ KINDS = (
     "latents",
     "classifier",
     "checkpoint",
+    "guide",
     "reference",
     "features",
     "evaluation",

@@ -20,6 +20,7 @@ from jobs.runtime.progress import Bar
 from jobs.stages.autoencoder import check_decoder, read_autoencoder
 
 if TYPE_CHECKING:
+    from edt_core.models import DiffusionTransformer
     from edt_core.sampling.sampler import LatentSampler
 
 _AT_ONCE = {"cpu": 1, "cuda": 8}  # batch size on a device, the same for every batch
@@ -82,8 +83,8 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
         raise UserError(f"{len(labels)} classes do not fit the {MAX_CLASSES} rows of a picture; draw several pictures")
     chain: ChainConfig = validated(ChainConfig, {**loaded.sampling, **fields})
     decoder = _decoder(loaded, options.autoencoder, options.model)
-    model = loaded.model.to(device)
-    sampler = LatentSampler(model, chain, loaded.num_timesteps)
+    model, guide = loaded.model.to(device), _guide(options, loaded, chain, device)
+    sampler = LatentSampler(model, chain, loaded.num_timesteps, guide)
     images = draw(sampler, decoder.to(device), labels, options.num, options.seed, progress)
     shown = [names[label][0] for label in labels]
     rows = np.repeat(np.arange(len(labels)), options.num)
@@ -122,6 +123,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", default="samples.png", metavar="FILE", help="PNG to write  [default: %(default)s]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[default: %(default)s]")
     parser.add_argument("--autoencoder", metavar="INPUT", help="decodes the images  [default: the model's own]")
+    parser.add_argument(
+        "--guide", metavar="MODEL", help="weaker model to guide away from (autoguidance)  [default: the folder's own]"
+    )
     parser.add_argument("--store", default=DEFAULT_STORE, help="store with the model registry  [default: %(default)s]")
     parser.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow to look models up in  [default: MLFLOW_TRACKING_URI]"
@@ -167,6 +171,19 @@ def _decoder(loaded: Loaded, location: str | None, model: str) -> Any:
         )
     check_decoder(loaded.model.config, decoder)
     return decoder
+
+
+def _guide(
+    options: argparse.Namespace, loaded: Loaded, chain: ChainConfig, device: str
+) -> "DiffusionTransformer | None":
+    """The model that samples are guided away from: the named one, or that of the folder; None for no class."""
+    if options.guide is None:
+        guide = loaded.guide_of(chain)
+    else:
+        use_mlflow(options.guide, options.tracking_uri, options.store)
+        check_model(options.guide)
+        guide = load_model(options.guide).model
+    return None if guide is None else guide.to(device)
 
 
 def _spread(classes: Sequence[int]) -> list[str]:

@@ -58,7 +58,7 @@ def open_input(role: str, location: str, out: Folder, options: argparse.Namespac
         return statistics_source(location)
     artifact = Artifact.open(location)
     kind = "checkpoint" if role == "guide" else role  # other roles are named after their kind of artifact
-    if artifact.manifest.kind != kind:
+    if artifact.manifest.kind not in (kind, role):
         raise UserError(f"{location} is an artifact of kind {artifact.manifest.kind}, but {kind} is needed here")
     return artifact
 

@@ -1,4 +1,4 @@
-"""The model that a training starts from: what `train.init_from` means at this moment, and the model itself."""
+"""A model that a configuration names: what `train.init_from` or `sample.guide` means now, and the model itself."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edt_core.models import ModelConfig
     from edt_core.training.start.base import Base
 
+_INIT = "train.init_from"
 # Tags of a version: what its training started from (digest, place, checkpoint artifact).
 INIT_TAG, INIT_FROM_TAG, INIT_CHECKPOINT_TAG = "edt.init", "edt.init_from", "edt.init_checkpoint"
 _STATISTICS = ("latents_mean", "latents_std")  # of a model's configuration
@@ -50,13 +51,14 @@ class Initial(Source):
     `checkpoint` is the fingerprint of the checkpoint artifact that holds it, and `model_config` its configuration, both
     None where they are not known. `before` is what the model itself was started from, where an alias named it and the
     version says so; its `model_config` is the model's, which has the same shapes and statistics. `tracking_uri` is the
-    MLflow that knows it, None for the process's own.
+    MLflow that knows it, None for the process's own. `named_by` is the field that names it, for messages.
     """
 
     checkpoint: str | None = field(default=None, compare=False)
     model_config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     before: "Initial | None" = field(default=None, compare=False)
     tracking_uri: str | None = field(default=None, compare=False, repr=False)
+    named_by: str = field(default=_INIT, compare=False, repr=False)
 
     def check(self, config: "ModelConfig", normalise: Callable[[], bool] = lambda: False) -> None:
         """Raise UserError unless the model can be adapted to one of this configuration, as far as that is known yet.
@@ -67,13 +69,13 @@ class Initial(Source):
         from edt_core.training.start.base import check_fit, not_normalised
 
         if self.model_config is not None:
-            check_fit(self.location, _model_config(self.location, self.model_config), config)
+            check_fit(self.location, _model_config(self.named_by, self.location, self.model_config), config)
         if (self.model_config or {}).get(_STATISTICS[0]) is None and normalise():
             raise not_normalised(self.location)
 
     def read(self, config: TrainConfig) -> "Base":
         """The model in memory. Raises UserError if it is gone, or has changed since it was looked up."""
-        return replace(_Lookup(config, self.tracking_uri).read(self), digest=self.fingerprint)
+        return replace(_Lookup(config, self.tracking_uri, self.named_by).read(self), digest=self.fingerprint)
 
 
 def initial_source(config: TrainConfig, tracking_uri: str | None = None) -> Initial | None:
@@ -85,12 +87,21 @@ def initial_source(config: TrainConfig, tracking_uri: str | None = None) -> Init
     return None if config.init_from is None else _Lookup(config, tracking_uri).source(config.init_from)
 
 
+def named_model(text: str, named_by: str, tracking_uri: str | None = None) -> Initial:
+    """The model with averaged weights that the field `named_by` names as `text`, at this moment.
+
+    Raises UserError where there is none.
+    """
+    return _Lookup(TrainConfig(), tracking_uri, named_by).source(text)
+
+
 @dataclass(frozen=True)
 class _Lookup:
-    """One training's way to the model that it starts from."""
+    """The way to a model that a field names: for a training that starts from it, or for its averaged weights."""
 
     config: TrainConfig
     tracking_uri: str | None
+    named_by: str = _INIT
 
     def source(self, text: str) -> Initial:
         """The model that a text names."""
@@ -109,7 +120,7 @@ class _Lookup:
             return self._at(str(path.absolute()), identity, None, config)
         if path.is_file():
             return self._at(str(path.absolute()), {"weights": sha256_file(path)})
-        raise UserError(f"train.init_from: there is no model at {text}; give {FORMS}")
+        raise UserError(f"{self.named_by}: there is no model at {text}; give {FORMS}")
 
     def read(self, initial: Initial) -> "Base":
         """The model of a source, compared with its fingerprint as it lies there now."""
@@ -128,7 +139,7 @@ class _Lookup:
             return self._read_folder(initial, path)
         if path.is_file():
             return self._read_released(initial, path)
-        raise UserError(f"train.init_from: {initial.location} is gone; put it back, or start from another model")
+        raise UserError(f"{self.named_by}: {initial.location} is gone; put it back, or start from another model")
 
     def _at(
         self,
@@ -153,6 +164,7 @@ class _Lookup:
             checkpoint=checkpoint,
             model_config=model_config,
             tracking_uri=self.tracking_uri,
+            named_by=self.named_by,
         )
 
     def _artifact(self, artifact: Artifact) -> Initial:
@@ -172,7 +184,7 @@ class _Lookup:
         try:
             files = check_checkpoint(folder).files
         except CheckpointError as error:
-            raise UserError(f"train.init_from: {error}; give another checkpoint") from error
+            raise UserError(f"{self.named_by}: {error}; give another checkpoint") from error
         artifact = _artifact_around(folder)
         images = None if artifact is None else in_store(artifact).images
         config = read_json_object(folder / MODEL_CONFIG)
@@ -197,12 +209,12 @@ class _Lookup:
         try:
             found = registered_version(client, text)
         except UserError as error:
-            raise UserError(f"train.init_from: {error}") from error
+            raise UserError(f"{self.named_by}: {error}") from error
         checkpoint = found.tags.get("edt.checkpoint")
         if self.config.init_weights == "raw" or self.config.init_optimizer == "keep":
             if STD_TAG in found.tags:  # its training has other weights
                 raise UserError(
-                    f"train.init_from: {text} has averaged weights that `edt ema` made, and neither raw weights nor an "
+                    f"{self.named_by}: {text} has averaged weights that `edt ema` made, and neither raw weights nor an "
                     "optimizer's state; start from them with init_weights=ema and init_optimizer=fresh, or name the "
                     "version of the training"
                 )
@@ -222,10 +234,10 @@ class _Lookup:
             tags = self._client().get_run(run_id).data.tags
         except Exception as error:
             raise UserError(
-                f"train.init_from: MLflow has no run {run_id} ({error}); give the run of a train step"
+                f"{self.named_by}: MLflow has no run {run_id} ({error}); give the run of a train step"
             ) from error
         if tags.get("edt.kind") != "checkpoint" or "edt.uri" not in tags:
-            raise UserError(f"train.init_from: the run {run_id} made no checkpoint; give the run of a train step")
+            raise UserError(f"{self.named_by}: the run {run_id} made no checkpoint; give the run of a train step")
         return Artifact.open(tags["edt.uri"])
 
     def _client(self) -> "MlflowClient":
@@ -254,12 +266,13 @@ class _Lookup:
             tensors = load_tensors(folder / OPTIMIZER_STATE)
             optimizer = SavedOptimizer(state["config"]["optimizer"], tensors, state["optimizer_groups"])
         return Base(
-            _model_config(initial.location, config),
+            _model_config(self.named_by, initial.location, config),
             load_tensors(folder / (MODEL_WEIGHTS if "raw" in identity else EMA_WEIGHTS)),
             initial.location,
             tuple(identity.get("classes", ())),
             optimizer,
             None if artifact is None else artifact.counts.get("autoencoder_digest"),
+            num_timesteps=_timesteps(folder, artifact),
         )
 
     def _read_folder(self, initial: Initial, folder: Path) -> "Base":
@@ -267,29 +280,31 @@ class _Lookup:
 
         _check_same(initial, _folder_identity(folder_digests(folder), folder / INDEX))
         unpacked = of_pipeline(folder, initial.location)
-        return Base(unpacked.model.config, unpacked.model.state_dict(), initial.location, unpacked.classes)
+        model = unpacked.model.config, unpacked.model.state_dict()
+        return Base(*model, initial.location, unpacked.classes, num_timesteps=unpacked.num_timesteps)
 
     def _read_released(self, initial: Initial, path: Path) -> "Base":
         from edt_core.training.start.base import Base
 
         _check_same(initial, {"weights": sha256_file(path)})
         unpacked = of_released(path)
-        return Base(unpacked.model.config, unpacked.model.state_dict(), initial.location)
+        model = unpacked.model.config, unpacked.model.state_dict()
+        return Base(*model, initial.location, num_timesteps=unpacked.num_timesteps)
 
 
-def _model_config(location: str, values: Mapping[str, Any]) -> "ModelConfig":
+def _model_config(named_by: str, location: str, values: Mapping[str, Any]) -> "ModelConfig":
     from edt_core.models import ModelConfig
 
     try:
         return ModelConfig.from_dict(values)
     except (ValueError, TypeError) as error:
-        raise UserError(f"train.init_from: the model configuration of {location} cannot be read ({error})") from error
+        raise UserError(f"{named_by}: the model configuration of {location} cannot be read ({error})") from error
 
 
 def _check_same(initial: Initial, identity: Mapping[str, Any]) -> None:
     if sha256_json(identity) != initial.fingerprint:
         raise UserError(
-            f"train.init_from: {initial.location} has changed since it was looked up (digest "
+            f"{initial.named_by}: {initial.location} has changed since it was looked up (digest "
             f"{initial.fingerprint[:12]}, now {sha256_json(identity)[:12]}); run again"
         )
 
@@ -307,6 +322,13 @@ def _identity(digests: Mapping[str, str], index: Mapping[str, Any]) -> dict[str,
 
 def _names(values: Any) -> list[str]:
     return [str(name) for name in values]
+
+
+def _timesteps(folder: Path, artifact: Artifact | None) -> int | None:
+    """The timesteps of a checkpoint's training; None where neither its artifact nor its state says them."""
+    if artifact is not None and "num_timesteps" in artifact.manifest.config:
+        return int(artifact.manifest.config["num_timesteps"])
+    return int(read_json(folder / TRAIN_STATE)["config"]["num_timesteps"]) if (folder / TRAIN_STATE).exists() else None
 
 
 def _artifact_around(folder: Path) -> Artifact | None:

@@ -36,12 +36,13 @@ from jobs.stages import autoencoder
 from jobs.stages.stage import alone_in, existing_artifact
 
 if TYPE_CHECKING:
+    from edt_core.config import ChainConfig
     from edt_core.models import DiffusionTransformer
 
 _log = logging.getLogger(__name__)
 DEFAULT_STORE = "./edt-store"
 _VERSION = 1
-_COMPONENTS, _LIBRARIES = {"transformer", "vae", "scheduler"}, ("diffusers", "edt_core.pipeline")
+_COMPONENTS, _LIBRARIES = {"transformer", "guide", "vae", "scheduler"}, ("diffusers", "edt_core.pipeline")
 FORMS = (
     "a registered model (NAME, NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one "
     "of its checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
@@ -61,8 +62,8 @@ class Opened:
 class Loaded:
     """A model in memory, in evaluation mode, and what is known about its use.
 
-    `classes` are the names of its classes, `protocol` the fields of ChainConfig that it was evaluated with, and
-    `class_counts` the images of each class in its training.
+    `classes` are the names of its classes, `protocol` the fields of ChainConfig that it was evaluated with,
+    `class_counts` the images of each class in its training, and `guide` the weaker model of its folder.
     """
 
     model: "DiffusionTransformer"
@@ -71,6 +72,11 @@ class Loaded:
     classes: tuple[str, ...] = ()
     protocol: Mapping[str, Any] = field(default_factory=dict)
     class_counts: Sequence[int] | None = None
+    guide: "DiffusionTransformer | None" = None
+
+    def guide_of(self, chain: "ChainConfig") -> "DiffusionTransformer | None":
+        """The guide of a chain: that of the folder, and None without guidance."""
+        return None if chain.cfg_scale == 1.0 else self.guide
 
     @property
     def sampling(self) -> Mapping[str, Any]:
@@ -93,6 +99,7 @@ class PlainModel:
     classes: tuple[str, ...] = ()
     protocol: Mapping[str, Any] = field(default_factory=dict)
     class_counts: Sequence[int] | None = None
+    guide: "DiffusionTransformer | None" = None
 
 
 def open_model(location: str, work: Folder) -> Opened:
@@ -112,7 +119,8 @@ def load_model(location: str) -> Loaded:
         if isinstance(model, Artifact):
             return _loaded(in_store(model))
         vae = None if model.autoencoder is None else load_autoencoder(model.autoencoder)
-        return Loaded(model.model, model.num_timesteps, vae, model.classes, model.protocol, model.class_counts)
+        facts = model.classes, model.protocol, model.class_counts, model.guide
+        return Loaded(model.model, model.num_timesteps, vae, *facts)
 
 
 def use_mlflow(location: str, tracking_uri: str | None, store: str) -> None:
@@ -242,8 +250,8 @@ def of_pipeline(folder: Path, origin: str) -> PlainModel:
             *(folder, type(pipeline.scheduler).__name__),
         )
     digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
-    config = pipeline.config
-    facts = tuple(config.classes), dict(config.protocol), config.class_counts
+    config, guide = pipeline.config, None if pipeline.guide is None else pipeline.guide.edt.eval()
+    facts = tuple(config.classes), dict(config.protocol), config.class_counts, guide
     return PlainModel(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *facts)
 
 

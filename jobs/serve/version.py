@@ -65,6 +65,8 @@ class ServedVersion:
         check_decoder(loaded.model.config, loaded.autoencoder)
         self.name, self._loaded = name, loaded
         self._model, self._decoder = loaded.model.to(device), loaded.autoencoder.to(device)
+        if loaded.guide is not None:
+            loaded.guide.to(device)
         self.classes: tuple[Names, ...] = class_names(loaded.classes, self.num_classes)
 
     @property
@@ -97,7 +99,7 @@ class ServedVersion:
         from edt_core.diffusion import SampleNoise
         from edt_core.sampling.sampler import LatentSampler
 
-        sampler = LatentSampler(self._model, chain, self._loaded.num_timesteps)
+        sampler = LatentSampler(self._model, chain, self._loaded.num_timesteps, self._loaded.guide_of(chain))
         labels, seeds, indices = zip(*images, *[images[-1]] * (size - len(images)), strict=True)
         noise = SampleNoise(seeds, indices, sampler.latent_shape, sampler.device)
         latents = sampler.from_noise(labels, noise, indices)

@@ -7,7 +7,7 @@ results. Each unit is one file, so a killed run resumes after its finished units
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.pool import pooled
 from jobs.stages import autoencoder, extractors
 from jobs.stages.stage import DEVICE, Stage
+
+if TYPE_CHECKING:
+    from edt_core.models import ModelConfig
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
 DECODED_AT_ONCE = "decoded_at_once"  # images; among the counts of features
@@ -186,12 +189,20 @@ def sample_features(
         **model.objective_record(),
         "extractors": extractors.digests_of(inputs),
         "autoencoder_digest": artifact(inputs, "autoencoder").manifest.digest,
-        "guide_digest": artifact(inputs, "guide").manifest.digest if "guide" in inputs else None,
+        **_guide_record(inputs),
         "image_size": model.image_size,
         "amm_blocks": list(resolved_amm_blocks(config, model)),
         **decode_record(config, model.image_size),
         DEVICE: kind_of_devices(devices),
     }
+
+
+def _guide_record(inputs: Mapping[str, Artifact | Source]) -> dict[str, Any]:
+    """What the counts say of the guide: its digest, None for no guide, and its multiply-accumulates."""
+    if "guide" not in inputs:
+        return {"guide_digest": None}
+    guide = artifact(inputs, "guide")
+    return {"guide_digest": guide.manifest.digest, "guide_macs": guide.counts.get("macs")}
 
 
 def decode_record(config: SampleConfig, image_size: int) -> dict[str, int]:
@@ -224,7 +235,25 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
     objective_of_model(model).check_sampler(SamplerChoice.of(config))
     objective_of_model(model).check_chain(config, model)
     replace(model, amm_blocks=resolved_amm_blocks(config, model))  # raises for blocks that the model does not have
+    if "guide" in inputs:
+        _check_guide(config, checkpoint, artifact(inputs, "guide"), model)
     sample_labels(config.label_policy, config.seed, [0], model.num_classes, checkpoint.counts.get("class_counts"))
+
+
+def _check_guide(config: SampleConfig, checkpoint: Artifact, guide: Artifact, model: "ModelConfig") -> None:
+    """Raise UserError unless the checkpoint can be guided away from the guide by this chain."""
+    from edt_core.diffusion import objective_of_model
+    from edt_core.models import ModelConfig
+    from edt_core.sampling.sampler import check_guide
+
+    check_guide(config, model, ModelConfig.from_dict(model_config_of(guide)))
+    own = checkpoint.manifest.config["num_timesteps"]
+    other = guide.manifest.config.get("num_timesteps", guide.counts.get("num_timesteps"))
+    if not objective_of_model(model).continuous and other not in (own, None):
+        raise UserError(
+            f"the guide was trained with {other} timesteps, and the model with {own}: the same t is another noise for "
+            "it; use a guide with the same train.num_timesteps"
+        )
 
 
 def check_autoencoder(inputs: Mapping[str, Artifact | Source]) -> None:

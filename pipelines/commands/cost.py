@@ -24,6 +24,7 @@ from pipelines.commands.options import (
 
 if TYPE_CHECKING:
     from edt_core.config import CacheConfig
+    from edt_core.models import ModelConfig
     from pipelines.config.schema import PipelineConfig
     from pipelines.setup.acceptance_file import Measurements
 
@@ -180,7 +181,7 @@ def _print_times(
 
     measured = read_measurements(path)
     images = num_images or _number_of_images(config)
-    setting = Setting(measured, config, config.preprocess.image_size, images, num_gpus)
+    setting = Setting(measured, config, config.preprocess.image_size, images, num_gpus, _guide(config))
     times = step_times(setting, trainings_of(config, models))
     factors = {"device_hours": num_gpus, "device_days": num_gpus / 24}
     rows = [{**asdict(time), **{name: _of_devices(time.hours, by) for name, by in factors.items()}} for time in times]
@@ -202,6 +203,19 @@ def _print_times(
         "evaluation, and what devices exchange"
     )
     say(fitted(note, screen_width(), 0))
+
+
+def _guide(config: "PipelineConfig") -> "ModelConfig | None":
+    """The model of another training that samples are guided away from. Raises UserError if there is none."""
+    from edt_core.models import ModelConfig
+    from jobs.models.initial import named_model
+    from jobs.models.open import use_mlflow
+
+    if (place := config.sample.guide_model) is None:
+        return None
+    use_mlflow(place, None, config.store)
+    known = named_model(place, "sample.guide").model_config
+    return None if known is None else ModelConfig.from_dict(known)
 
 
 def _of_devices(hours: float | None, factor: float) -> float | None:

@@ -15,7 +15,6 @@ from edt_core.config import (
     EncodeConfig,
     PreprocessConfig,
     ReferenceConfig,
-    SampleConfig,
     Section,
     SourceConfig,
     TrainConfig,
@@ -40,6 +39,7 @@ from edt_core.training.optimizers.mup import check_mup
 from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.runtime.tracking import own_uri
 from pipelines.config.defaults import with_defaults
+from pipelines.config.guide import PipelineSampleConfig, check_guide_of
 from pipelines.config.ladder import LadderConfig, check_ladder, steps_of_rungs, with_rungs
 from pipelines.config.networks import ExtractorConfig, ExtractorName, with_networks
 
@@ -153,7 +153,7 @@ class PipelineConfig(_WithNetworks):
         description="ADM's .npz of Inception statistics (VIRTUAL_imagenet256_labeled.npz), used instead of the images",
     )
     train: TrainConfig = TrainConfig()
-    sample: SampleConfig = SampleConfig()
+    sample: PipelineSampleConfig = PipelineSampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     along: AlongConfig = added(AlongConfig())
     validation: ValidationConfig = added(ValidationConfig())  # `validate` is a method of pydantic's models
@@ -211,6 +211,11 @@ class PipelineConfig(_WithNetworks):
                 f"reference_statistics are of Inception features, but extractors is {list(self.extractors)}; set "
                 "extractors to [inception], or compare with the images (reference_statistics: null)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _guide_is_kept(self) -> "PipelineConfig":
+        check_guide_of(self)
         return self
 
     @model_validator(mode="after")

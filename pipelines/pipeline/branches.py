@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from edt_core.config import TrainConfig
+from edt_core.config import GuideConfig, TrainConfig
 from edt_core.diffusion import objective_of
 from edt_core.evaluation.config import ScalingConfig
 from edt_core.evaluation.trainings import seed_role
 from edt_core.store.artifact import Source
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG, Initial
 from jobs.stages import along, autoencoder, classifier, encode, evaluate, preprocess, reference, sample, train, validate
+from jobs.stages.guide import step as guide
 from jobs.stages.scaling import step as scaling
 from jobs.stages.scaling.step import roles_of
 from jobs.stages.training.follow import ALONG, UNTIL, Beside, Made
@@ -66,6 +67,8 @@ def call_steps(
         feature_networks["classifier"] = shared["classifier"] = _call_classifier(steps, config, images, published)
     reference_inputs = {"images": published.statistics or images, **feature_networks}
     shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
+    if published.guide is not None:
+        shared["guide"] = step("guide", guide.STAGE, GuideConfig(), model=published.guide)
     check(shared)
     branch = partial(_call_branch, steps, config, shared, feature_networks)
     branches = [
@@ -145,6 +148,11 @@ def _call_branch(
         if beside is not None and train_config.max_steps and (train_config is trained or trained.patience is not None):
             inputs |= _followed(train_config, beside, shared, feature_networks)
         checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
+        if config.sample.guide_step is not None and train_config.max_steps:
+            earlier = GuideConfig(step=config.sample.guide_step)
+            branch_steps[f"{prefix}guide"] = steps.step(
+                f"{label}guide {name}", guide.STAGE, earlier, checkpoint=checkpoint
+            )
         features = steps.step(
             f"{label}sample {name}",
             sample.STAGE,
@@ -152,6 +160,7 @@ def _call_branch(
             checkpoint=checkpoint,
             autoencoder=shared["autoencoder"],
             **feature_networks,
+            **_guide_of(branch_steps, prefix),
         )
         evaluation = steps.step(
             f"{label}evaluate {name}",
@@ -171,6 +180,12 @@ def _call_branch(
         curves["along"] = steps.step(f"along {name}", along.STAGE, config.along, **measured, **feature_networks)
     seeds = tuple(train.seed for train in further)
     return Branch(name, trained, branch_steps, start, feature_networks, curves, seeds)
+
+
+def _guide_of(branch_steps: Mapping[str, StepFuture], prefix: str) -> dict[str, StepFuture]:
+    """The guide of a training's samples: its own, or that of the registered model, which the untrained one has too."""
+    own = branch_steps.get(f"{prefix}guide", branch_steps.get("guide"))
+    return {} if own is None else {"guide": own}
 
 
 def _evaluations(

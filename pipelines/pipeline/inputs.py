@@ -1,14 +1,16 @@
 """What a pipeline is given: its source images, and the published and registered networks it takes as they are."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edt_core.config import SourceConfig
 from edt_core.evaluation.extractors import PUBLISHED_SPACES
+from edt_core.models import ModelConfig
+from edt_core.sampling.sampler import check_same_space
 from edt_core.store.artifact import Source
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
-from jobs.models.initial import Initial, initial_source
+from jobs.models.initial import Initial, initial_source, named_model
 from jobs.stages import autoencoder, reference
 from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
@@ -42,6 +44,7 @@ class Published:
     initial: Mapping[str, Initial] = field(default_factory=dict)  # by model
     kept: Mapping[str, Kept] = field(default_factory=dict)  # networks of registered versions, by role
     tokens: Mapping[str, Source] = field(default_factory=dict)  # networks whose tokens are stored beside the latents
+    guide: Source | None = None  # the model that samples are guided away from, if it is of another training
 
     @classmethod
     def of(
@@ -62,7 +65,25 @@ class Published:
             {name: start for name in config.models if (start := _initial(config, name, tracking_uri)) is not None},
             {} if store is None else kept_networks(config, tracking_uri, store, classes),
             {space: sources[space] for space in config.token_spaces()},
+            _guide(config, tracking_uri, len(classes)),
         )
+
+
+def _guide(config: PipelineConfig, tracking_uri: str | None, classes: int) -> Initial | None:
+    """The model of another training that samples are guided away from. Raises UserError if there is none that fits.
+
+    `classes`: the number of classes of the images, 0 if it is not known yet.
+    """
+    if config.sample.guide_model is None:
+        return None
+    guide = named_model(config.sample.guide_model, "sample.guide", tracking_uri)
+    if guide.model_config is not None:
+        known = ModelConfig.from_dict(guide.model_config)
+        for name in config.models:
+            model = config.model_of(name, classes or known.num_classes)
+            # The statistics of the latents are known once they are encoded.
+            check_same_space(replace(model, latents_mean=known.latents_mean, latents_std=known.latents_std), known)
+    return guide
 
 
 def _initial(config: PipelineConfig, name: str, tracking_uri: str | None) -> Initial | None:

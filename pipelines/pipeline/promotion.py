@@ -77,7 +77,8 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
     gate = {"model": branch.name, **result_fields(config.promote)}
     identity = sha256_json({**artifacts, "gate": gate})
     after = branch.steps["evaluation"].name
-    return Promotion(branch.name, identity, branch.steps, ENTRY_ROLES, after, report, decide, find, champion.call)
+    named = (*ENTRY_ROLES, *(["guide"] if "guide" in branch.steps else []))
+    return Promotion(branch.name, identity, branch.steps, named, after, report, decide, find, champion.call)
 
 
 def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -> summary.SummaryConfig:

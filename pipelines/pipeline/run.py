@@ -16,6 +16,7 @@ from edt_core.store.artifact import Artifact, Source
 from edt_core.store.layout import CLASSES_NAME
 from edt_core.store.store import Store
 from edt_core.training.speed.attention_table import attention_forms
+from jobs.models.initial import Initial
 from jobs.runtime.cluster_address import check_named
 from jobs.stages import preprocess
 from pipelines.cluster.ui import run_link
@@ -27,6 +28,7 @@ from pipelines.outcome import Outcome
 from pipelines.pipeline.branches import Branch, call_steps, initial_tags
 from pipelines.pipeline.inputs import Published, prepare_source
 from pipelines.pipeline.promotion import call_promotion
+from pipelines.registry.aliases import GUIDE_CHECKPOINT_TAG, GUIDE_FROM_TAG
 from pipelines.registry.kept import kept_tags
 from pipelines.report.worth import remarks_on
 from pipelines.terminal.run_log import FOLDER as LOGS
@@ -146,7 +148,15 @@ def _identities(source: Source, published: Published) -> dict[str, str]:
     """Tags with the fingerprints of a run's inputs: an alias can move, and the files at a path can change."""
     inputs = {**published.extractors, "autoencoder": published.autoencoder, "statistics": published.statistics}
     tags = {f"edt.{role}": item.fingerprint for role, item in inputs.items() if item is not None}
-    return {"edt.source": source.fingerprint, **tags, **kept_tags(published.kept)}
+    return {"edt.source": source.fingerprint, **tags, **kept_tags(published.kept), **_guide_tags(published.guide)}
+
+
+def _guide_tags(guide: Source | None) -> dict[str, str]:
+    """What the field `sample.guide` meant: the place of the model, and the checkpoint artifact that it is of."""
+    if not isinstance(guide, Initial):
+        return {}
+    checkpoint = {} if guide.checkpoint is None else {GUIDE_CHECKPOINT_TAG: guide.checkpoint}
+    return {GUIDE_FROM_TAG: guide.location, **checkpoint}
 
 
 def images_fingerprint(config: PipelineConfig, source: Source) -> str:

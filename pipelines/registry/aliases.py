@@ -21,6 +21,8 @@ BEFORE_TAG = "edt.champion_before"  # of a champion: the version to roll back to
 PROMOTED_TAG, ROLLED_BACK_TAG = "edt.promoted", "edt.rolled_back"  # when and by what
 TRAININGS_TAG = "edt.trainings"  # of a model trained with several seeds: metrics by seed, its own first
 EVALUATIONS_TAG = "edt.trainings.evaluations"  # fingerprints of the evaluations of those trainings
+# The model that samples were guided away from: its artifact, and of another training its place and its checkpoint.
+GUIDE_TAG, GUIDE_FROM_TAG, GUIDE_CHECKPOINT_TAG = "edt.guide", "edt.guide_from", "edt.guide_checkpoint"
 PARENT_TAG = "edt.ema_of"  # of a version with averaged weights: the version that they are of
 _ATTEMPTS = 10
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias

@@ -19,12 +19,13 @@ from edt_core.store.manifest import Manifest, ManifestError
 from edt_core.store.store import Store
 from jobs.models.initial import INIT_CHECKPOINT_TAG
 from jobs.runtime.tracking import SQLITE, own_uri
-from pipelines.registry.aliases import EVALUATIONS_TAG, search
+from pipelines.registry.aliases import EVALUATIONS_TAG, GUIDE_CHECKPOINT_TAG, GUIDE_TAG, search
 from pipelines.tracking import runs
 from pipelines.tracking.catalog import Catalog
 
 # Tags of a registered version that name artifacts it was made of.
-_ROOT_TAGS = ("edt.checkpoint", "edt.evaluation", "edt.autoencoder", INIT_CHECKPOINT_TAG)
+_GUIDES = (GUIDE_TAG, GUIDE_CHECKPOINT_TAG)
+_ROOT_TAGS = ("edt.checkpoint", "edt.evaluation", "edt.autoencoder", INIT_CHECKPOINT_TAG, *_GUIDES)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def roots(catalog: Catalog, keep_runs: int, running: bool) -> set[str]:
         if seen[name] <= keep_runs or (running and run.info.status == "RUNNING"):
             fingerprints |= set(runs.steps_of(run.data.tags).values())
             fingerprints |= {tag for key, tag in run.data.tags.items() if key.startswith(f"{INIT_CHECKPOINT_TAG}.")}
+            fingerprints |= {tag for key, tag in run.data.tags.items() if key == GUIDE_CHECKPOINT_TAG}
     return fingerprints.union(*registered_roots(catalog))
 
 

@@ -22,7 +22,7 @@ from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.names import STD_TAG
 from jobs.models.registry_files import title
 from jobs.stages.training.follow import UNTIL
-from pipelines.registry.aliases import PARENT_TAG
+from pipelines.registry.aliases import GUIDE_CHECKPOINT_TAG, GUIDE_FROM_TAG, PARENT_TAG
 from pipelines.registry.lookup import all_aliases, find, origin_of
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import RUN_ID, experiments, runs_of, whole_run_id
@@ -177,6 +177,8 @@ class _Walk:
             return self.artifact(role, fingerprint) or Node(role, fingerprint, known_from="nothing")
         if role == "init":
             return self._initial(node, fingerprint)
+        if (node.kind, role) == ("guide", "model"):
+            return self._guide(node, fingerprint)
         if role == UNTIL:
             return Node("evaluations along it", fingerprint, known_from="given")
         location = self.params.get(_LOCATIONS.get(role, ""), "None")
@@ -196,6 +198,13 @@ class _Walk:
         base = tags.get(f"{INIT_CHECKPOINT_TAG}.{name}")
         inputs = {"checkpoint": base} if base else {}
         return Node("model", fingerprint, inputs, uri=tags.get(f"{INIT_FROM_TAG}.{name}"), known_from="given")
+
+    def _guide(self, node: Node, fingerprint: str) -> Node:
+        """The model whose weights a guide has, and the checkpoint artifact that it is of, if that is known."""
+        tags = _parent_tags(self.catalog, node.run)
+        checkpoint = tags.get(GUIDE_CHECKPOINT_TAG)
+        inputs = {"checkpoint": checkpoint} if checkpoint else {}
+        return Node("model", fingerprint, inputs, uri=tags.get(GUIDE_FROM_TAG), known_from="given")
 
 
 def _of_version(walk: _Walk, version: Any) -> Lineage:
@@ -291,6 +300,7 @@ def _changed(node: Node) -> dict[str, str]:
         "checkpoint": sections.TrainConfig,
         "reference": sections.ReferenceConfig,
         "features": sections.SampleConfig,
+        "guide": sections.GuideConfig,
         "evaluation": EvaluateConfig,
     }.get(node.kind)
     if section is None:

@@ -45,7 +45,8 @@ _TRAINING = (
 class Entry:
     """The artifacts behind one version. `untrained`: the evaluation of the untrained model that it started as.
 
-    `trainings`: the evaluation of each training by seed, its own first, if there are several.
+    `trainings`: the evaluation of each training by seed, its own first, if there are several. `guide`: the model that
+    its samples were guided away from.
     """
 
     images: Artifact
@@ -55,6 +56,7 @@ class Entry:
     evaluation: Artifact
     untrained: Artifact | None = None
     trainings: Mapping[int, Artifact] = field(default_factory=dict)
+    guide: Artifact | None = None
 
     def metrics_of_trainings(self) -> dict[int, Mapping[str, float]]:
         """The metrics of each training by seed; empty if there is one."""
@@ -136,6 +138,7 @@ def write_pipeline(folder: Path, name: str, config: PromoteConfig, entry: Entry,
         classes=entry.images.read_json(CLASSES_NAME),
         protocol=protocol,
         class_counts=entry.checkpoint.counts.get("class_counts"),
+        guide=None if entry.guide is None else ema_model(entry.guide.directory(entry.guide.counts["final"])),
     )
     (folder / README).write_text(redacted(card_of(name, model, config, entry, source).text()), encoding="utf-8")
     if config.torch_export:

@@ -21,7 +21,8 @@ from pipelines.tracking.catalog import Catalog
 Result = TypeVar("Result")
 
 _BRANCH = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[\w.-]+)*")
-_OURS = ["transformer/*", "vae/*", "scheduler/*", "denoiser.pt2"]  # removed there if the version does not have them
+# Removed there if the version does not have them.
+_OURS = ["transformer/*", "guide/*", "vae/*", "scheduler/*", "denoiser.pt2"]
 _COMMIT_S = 60.0  # the hub checks the files of a commit before it answers
 _LONGEST = 300  # characters of the hub's own words
 _REMEDIES = {

@@ -16,6 +16,9 @@ from pipelines.registry.aliases import (
     DECISION_TAG,
     EVALUATIONS_TAG,
     GATE_TAG,
+    GUIDE_CHECKPOINT_TAG,
+    GUIDE_FROM_TAG,
+    GUIDE_TAG,
     TRAININGS_TAG,
     add_version,
     find_version,
@@ -34,7 +37,7 @@ from pipelines.registry.packaging import Entry, Logged, log_pipeline, write_pipe
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import artifact_tags
 
-ENTRY_ROLES = tuple(field.name for field in fields(Entry) if field.name not in ("untrained", "trainings"))
+ENTRY_ROLES = tuple(f.name for f in fields(Entry) if f.name not in ("untrained", "trainings", "guide"))
 COST_TAG = "edt.cost."
 OBJECTIVE_TAG = "edt.objective"  # of models that do not predict noise
 OVERRIDES_TAG = "edt.model_overrides"  # fields in which the model differs from the one of its name, as JSON
@@ -87,7 +90,8 @@ def entry_of(
 
     `trainings`: the evaluation of each training by seed, if there are several.
     """
-    return Entry(**{role: artifacts[role] for role in ENTRY_ROLES}, untrained=untrained, trainings=trainings or {})
+    given = {role: artifacts[role] for role in ENTRY_ROLES}
+    return Entry(**given, untrained=untrained, trainings=trainings or {}, guide=artifacts.get("guide"))
 
 
 def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry) -> tuple[Decision, str] | None:
@@ -135,9 +139,10 @@ def register(catalog: Catalog, run_id: str, name: str, config: PromoteConfig, en
 
 
 def _initial_tags(run_tags: Mapping[str, str], name: str) -> dict[str, str]:
-    """What the training of a model started from, out of the tags of its run."""
+    """What the training of a model started from and its samples were guided away from, out of the tags of its run."""
     keys = (INIT_TAG, INIT_FROM_TAG, INIT_CHECKPOINT_TAG)
-    return {key: run_tags[f"{key}.{name}"] for key in keys if f"{key}.{name}" in run_tags}
+    guide = {key: run_tags[key] for key in (GUIDE_FROM_TAG, GUIDE_CHECKPOINT_TAG) if key in run_tags}
+    return {key: run_tags[f"{key}.{name}"] for key in keys if f"{key}.{name}" in run_tags} | guide
 
 
 def add_logged(
@@ -174,6 +179,7 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
         "edt.images": entry.images.fingerprint,
         "edt.images.digest": entry.images.manifest.digest,
         "edt.autoencoder": entry.autoencoder.fingerprint,
+        GUIDE_TAG: "" if entry.guide is None else entry.guide.fingerprint,
         "edt.source": run_tags.get("edt.source", ""),
         **{f"{COST_TAG}{key}": str(costs[key]) for key in COSTS if key in costs},
         PROTOCOL_TAG: sha256_json(counts["protocol"]),

@@ -67,16 +67,17 @@ def _training(config: Mapping[str, Any], counts: Mapping[str, Any], macs: int) -
 
 
 def _sampling(config: Mapping[str, Any], counts: Mapping[str, Any], macs: int) -> int | None:
-    """2 FLOPs per multiply-accumulate; the forward passes of the sampler's steps, with guidance twice as many.
+    """2 FLOPs per multiply-accumulate; the forward passes of the sampler's steps, with guidance those of the guide too.
 
-    None if another model guides, or if guidance is limited to an interval: the number of passes is not recorded then.
+    None if guidance is limited to an interval, and in records of versions that did not count a guide: the number of
+    passes is not recorded then.
     """
     chain = SampleConfig.model_validate(config)
-    if counts.get("guide_digest") or chain.guidance_interval is not None:
+    guide_macs = counts.get("guide_macs") if counts.get("guide_digest") else macs
+    if guide_macs is None or chain.guidance_interval is not None:
         return None
     calls = objective_of(counts.get("objective", "epsilon")).calls(chain.sampler, chain.num_sampling_steps)
-    passes = calls * (1 if chain.cfg_scale == 1 else 2)
-    return 2 * macs * passes * int(counts["samples"])
+    return 2 * (macs + (0 if chain.cfg_scale == 1 else guide_macs)) * calls * int(counts["samples"])
 
 
 _FLOPS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], int], int | None]] = {

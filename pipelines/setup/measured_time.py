@@ -51,13 +51,17 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Setting:
-    """What times are estimated for: a pipeline with its number of images and their side, on some devices."""
+    """What times are estimated for: a pipeline with its number of images and their side, on some devices.
+
+    `guide`: the model of another training that samples are guided away from; None for none, or not another one.
+    """
 
     measured: Measurements
     config: PipelineConfig
     image_size: int
     images: int
     devices: int
+    guide: ModelConfig | None = None
 
 
 def trainings_of(config: PipelineConfig, models: Sequence[str]) -> list[tuple[TrainConfig, ...]]:
@@ -155,25 +159,34 @@ def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig, numb
     each = sample.num_samples * sample.repeats
     text, count = f"{'' if sets == 1 else f'{sets} x '}{each:,} samples", sets * each
     amm = bool(sample.amm_blocks)
-    flops = forward_flops(model)
-    if sample.cache is not None:
-        calls = objective_of(train.objective).calls(sample.sampler, sample.num_sampling_steps)
-        flops = round(2 * mean_macs(model, sample.cache, round(calls)))
+    flops = _pass_flops(sample, train, model)
     job = Job("sample", sample.precision, flops, train.model, sample.unit_size, amm=amm)
-    passes = round(count * chain_passes(sample, train))
+    share = 1.0 if setting.guide is None else _pass_flops(sample, train, setting.guide) / flops
+    passes = round(count * chain_passes(sample, train, share))
     yield _time(setting, f"sample {train.model}", f"{text} of {sample.num_sampling_steps} steps", job, passes)
     yield _coder_time(setting, f"decode {train.model}", "decode", text, count, "fp32")
 
 
-def chain_passes(config: SampleConfig, train: TrainConfig) -> float:
-    """Forward passes for one sample: those of the sampler's steps, and as many again where steps are guided."""
+def _pass_flops(sample: SampleConfig, train: TrainConfig, model: ModelConfig) -> int:
+    """Operations of a forward pass for one image, on average over the passes of a chain with a cache."""
+    if sample.cache is None:
+        return forward_flops(model)
+    calls = objective_of(train.objective).calls(sample.sampler, sample.num_sampling_steps)
+    return round(2 * mean_macs(model, sample.cache, round(calls)))
+
+
+def chain_passes(config: SampleConfig, train: TrainConfig, guide_share: float = 1.0) -> float:
+    """Forward passes for one sample: those of the sampler's steps, and as many again where steps are guided.
+
+    `guide_share`: what a pass of the guide costs, as a share of a pass of the model.
+    """
     objective = objective_of(train.objective)
     calls = objective.calls(config.sampler, config.num_sampling_steps)
     if config.cfg_scale == 1.0:
         return calls
     last = objective.end_of_time(train.num_timesteps)
     first, end = config.guidance_interval or (0, last)
-    return calls * (1 + max(0.0, min(end, last) - first) / last)
+    return calls * (1 + guide_share * max(0.0, min(end, last) - first) / last)
 
 
 def _time(setting: Setting, step: str, text: str, job: Job, calls: int) -> StepTime:

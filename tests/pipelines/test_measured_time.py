@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,20 @@ def test_guidance_takes_a_second_pass_in_its_interval() -> None:
     assert chain_passes(middle, TrainConfig()) == 150
     late = SampleConfig(num_sampling_steps=100, cfg_scale=2.0, guidance_interval=(900, 5000))
     assert chain_passes(late, TrainConfig()) == pytest.approx(110)
+
+
+def test_a_guide_costs_its_own_operations(write: Any) -> None:
+    """Here one of half the model's operations: a pass of it is half a pass."""
+    assert chain_passes(SampleConfig(num_sampling_steps=100, cfg_scale=2.0), TrainConfig(), 0.5) == 150
+    config = load_config("imagenet256-edt-s", ["sample.cfg_scale=2.0"])
+    alone = Setting(read_measurements(write(content())), config, 256, IMAGENET, 8)
+    small = replace(alone, guide=model_config("DiT-S/2"))
+    share = forward_flops(model_config("DiT-S/2")) / forward_flops(model_config("EDT-S/2"))
+    steps = [
+        {time.step: time for time in step_times(setting, trainings_of(config, []))}["sample EDT-S/2"]
+        for setting in (alone, small)
+    ]
+    assert (steps[1].flops or 0) / (steps[0].flops or 1) == pytest.approx((1 + share) / 2)
 
 
 def test_a_step_of_heun_takes_two_passes() -> None:

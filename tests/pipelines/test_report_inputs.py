@@ -189,15 +189,16 @@ def test_losses_by_timestep_are_means_of_what_the_sampler_remembers(tmp_path: Pa
 
 
 def test_the_operations_of_sampling_are_those_of_its_passes(tmp_path: Path) -> None:
-    def flops(name: str, guide: str | None = None, **chain: Any) -> int | None:
+    def flops(name: str, guide: str | None = None, guide_macs: int | None = None, **chain: Any) -> int | None:
         config = SampleConfig(num_samples=10, num_sampling_steps=25, **chain).model_dump(mode="json")
-        counts = {"samples": 10, "guide_digest": guide}
+        counts = {"samples": 10, "guide_digest": guide, **({} if guide_macs is None else {"guide_macs": guide_macs})}
         return step_cost("sample", committed(tmp_path / name, "features", {"f": b"f"}, config, counts), 7).flops
 
     assert flops("plain") == 2 * 7 * 25 * 10
     assert flops("guided", cfg_scale=1.5) == 2 * 2 * 7 * 25 * 10
     assert flops("interval", cfg_scale=1.5, guidance_interval=(0, 500)) is None
-    assert flops("by a guide", "d" * 64, cfg_scale=1.5) is None
+    assert flops("by a guide that was not counted", "d" * 64, cfg_scale=1.5) is None
+    assert flops("by a guide", "d" * 64, 3, cfg_scale=1.5) == 2 * (7 + 3) * 25 * 10
 
 
 def test_throughput_is_the_work_over_the_time(tmp_path: Path) -> None:

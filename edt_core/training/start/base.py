@@ -34,7 +34,7 @@ class Base:
     """A trained model. `weights` is its state dict, `classes` the names of its classes, () where they are not known.
 
     `origin` is where it was read from, for messages, and `digest` identifies it. `optimizer` is None where the source
-    has none or none was asked.
+    has none or none was asked. `num_timesteps` is that of its training, None where it is not known.
     """
 
     config: ModelConfig
@@ -44,6 +44,7 @@ class Base:
     optimizer: SavedOptimizer | None = None
     autoencoder_digest: str | None = None
     digest: str | None = None
+    num_timesteps: int | None = None
 
 
 def check_fit(origin: str, base: ModelConfig, config: ModelConfig) -> None:

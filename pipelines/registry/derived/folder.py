@@ -9,7 +9,7 @@ from edt_core.printing.redaction import redacted
 from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.open import Loaded
 from pipelines.config.schema import PromoteConfig
-from pipelines.registry.aliases import GATE_TAG
+from pipelines.registry.aliases import GATE_TAG, GUIDE_CHECKPOINT_TAG, GUIDE_FROM_TAG, GUIDE_TAG
 from pipelines.registry.model_card import README, ModelCard
 from pipelines.registry.registration import OBJECTIVE_TAG
 
@@ -23,6 +23,9 @@ TAKEN_OVER = (  # tags of the version that are true of its training
     INIT_TAG,
     INIT_FROM_TAG,
     INIT_CHECKPOINT_TAG,
+    GUIDE_TAG,
+    GUIDE_FROM_TAG,
+    GUIDE_CHECKPOINT_TAG,
     OBJECTIVE_TAG,
 )
 
@@ -42,6 +45,7 @@ def write_derived(
         classes=loaded.classes,
         protocol=dict(protocol),
         class_counts=loaded.class_counts,
+        guide=loaded.guide,
     )
     card = ModelCard(
         name=str(parent.name),

@@ -1,0 +1,1 @@
+"""The model that samples are guided away from."""

@@ -73,6 +73,7 @@ class Sampler:
         from edt_core.autoencoders.autoencoder import load_autoencoder
         from edt_core.precision import use_precision
         from edt_core.sampling.sampler import LatentSampler
+        from edt_core.training.speed.compiled import compile_parts
 
         use_threads(config.num_cpus_per_worker)
         use_precision("fp32")
@@ -81,6 +82,9 @@ class Sampler:
         checkpoint = artifact(inputs, "checkpoint")
         model = averaged_model(checkpoint, self.device, step)
         guide = averaged_model(artifact(inputs, "guide"), self.device) if "guide" in inputs else None
+        for network in filter(None, (model, guide) if config.compile else ()):
+            compile_parts(network)
+        self._untried = config.compile
         self.num_classes: int = model.config.num_classes
         self.class_counts = checkpoint.counts.get("class_counts")
         self.latents = LatentSampler(model, config, checkpoint.manifest.config["num_timesteps"], guide)
@@ -111,7 +115,27 @@ class Sampler:
         seed, policy = self.config.seed + unit.repeat, self.config.label_policy
         indices = unit.indices.tolist()
         labels = sample_labels(policy, seed, indices, self.num_classes, self.class_counts)
-        return labels, self.latents(labels, seed, indices)
+        return labels, self._latents(labels, seed, indices)
+
+    def _latents(self, labels: NDArray[np.int64], seed: int, indices: list[int]) -> Any:
+        """Latents [n, C, h, h]. The first call compiles, and raises UserError if that fails."""
+        import torch
+
+        try:
+            latents = self.latents(labels, seed, indices)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the compiler's are of many kinds, and those of its tools have no common one
+            if not self._untried:
+                raise
+            from edt_core.training.speed.compiled import error_text
+
+            raise UserError(
+                f"the model could not be compiled ({error_text(error)}); set sample.compile=false, or mend the "
+                "compiler (a GPU needs triton and a C compiler)"
+            ) from error
+        self._untried = False
+        return latents
 
     def _tensors(self, unit: Unit, labels: NDArray[np.int64], latents: Any) -> dict[str, NDArray[Any]]:
         """The tensors of a unit's file: indices, labels, features, and the pixels of the first samples."""
@@ -193,6 +217,7 @@ def sample_features(
         "image_size": model.image_size,
         "amm_blocks": list(resolved_amm_blocks(config, model)),
         **decode_record(config, model.image_size),
+        **({"compiled": True} if config.compile else {}),
         DEVICE: kind_of_devices(devices),
     }
 

@@ -114,7 +114,7 @@ def failure(run: Callable[[], object], ranks: Ranks, *, stop: bool = False) -> s
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler's are of many kinds, and those of its tools have no common one
-        problem = _text(error)
+        problem = error_text(error)
         if stop:
             raise UserError(
                 f"the model could not be compiled ({problem}), and with train.shard=full the other workers wait for "
@@ -126,7 +126,7 @@ def failure(run: Callable[[], object], ranks: Ranks, *, stop: bool = False) -> s
     return problem or "on another worker"
 
 
-def _text(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The kind of an error and the first line of its message; of what dynamo wraps, the error inside."""
     inner = getattr(error, "inner_exception", None) or error
     lines = str(inner).strip().splitlines() or ["without a message"]

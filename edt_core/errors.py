@@ -19,3 +19,7 @@ class StoreUnavailableError(UserError):
 
 class Stopped(RuntimeError):  # noqa: N818  not an error, but a way to end
     """A job stopped on request and can be resumed. The message says from where; the exit code is 130."""
+
+
+class DivergedError(RuntimeError):
+    """A training whose loss or gradients are not finite, and that has no rollback left."""

@@ -27,7 +27,7 @@ from pipelines.commands import (
 )
 from pipelines.commands.derived import chain, ema
 from pipelines.commands.serving import serve
-from pipelines.commands.studies import paper, scaling
+from pipelines.commands.studies import paper, scaling, tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +40,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Get started": (init.init, doctor.doctor),
     "Pipeline": (workflow.plan, workflow.run, retrain.retrain, submit.submit),
     "Runs and artifacts": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
-    "Studies": (paper.paper, scaling.scaling),
+    "Studies": (paper.paper, scaling.scaling, tune.tune),
     "Models": (models.lineage, serve.serve, ema.ema, cost.compare, cost.cost),
 }
 

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from edt_core.config import TrainConfig
-from edt_core.errors import Stopped, UserError
+from edt_core.errors import DivergedError, Stopped, UserError
 from edt_core.store.artifact import ArtifactWriter
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edt_core.models import ModelConfig
 
 _VERDICT = ".verdict.json"  # removed before the commit
-_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Stopped": Stopped, "NotFinite": RuntimeError}
+_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Stopped": Stopped, "NotFinite": DivergedError}
 _USABLE = 0.9  # share of a GPU's memory that tensors can fill: libraries and fragments take the rest
 
 

@@ -229,7 +229,7 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     terminal.say(f"run       {outcome.run_id}")
     terminal.say(f"MLflow    {outcome.link}")
     for name, error in outcome.failures.items():
-        _show_failure(name, error, terminal)
+        show_failure(name, error, terminal)
     if outcome.stopped:
         show_stopped(terminal, outcome.stopped)
 
@@ -245,7 +245,8 @@ def _show_metrics(before: Mapping[str, float] | None, after: Mapping[str, float]
         terminal.say(f"  {metric:<20} {after[metric]:>10.4g}{spread}{untrained}")
 
 
-def _show_failure(step: str, error: BaseException, terminal: "Terminal") -> None:
+def show_failure(step: str, error: BaseException, terminal: "Terminal") -> None:
+    """Print the cause of a step's failure, the remedy, and the log."""
     from jobs.runtime.failure import explained
 
     failure = explained(error)
@@ -378,7 +379,7 @@ def reproduce(
             show_stopped(terminal, outcome.stopped)
             raise typer.Exit(130)
         for name, error in outcome.failures.items():
-            _show_failure(name, error, terminal)
+            show_failure(name, error, terminal)
     rows = [comparison.as_row() for comparison in comparisons]
     table = [{**row, "equal": "yes" if row["equal"] else "NO"} for row in rows]
     print_rows(rows if as_json else table, ("step", "recorded", "now", "equal", "how"), as_json)

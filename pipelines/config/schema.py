@@ -387,16 +387,22 @@ def load_config(
 
     Raises UserError if there is no such configuration, it is not YAML, a key is unknown, or a value is invalid.
     """
+    values = given_values(name_or_path, assignments, store)
+    if values.get("ladder"):
+        values = _expanded(values)
+    config: PipelineConfig = validated(PipelineConfig, values)
+    return config
+
+
+def given_values(name_or_path: str, assignments: Sequence[str] = (), store: str | None = None) -> dict[str, Any]:
+    """The values that a configuration gives, with those of its bases and the assignments on top, not yet validated."""
     values = _read_yaml(name_or_path)
     for text in assignments:
         key, value = parse_assignment(text)
         assign(values, key, value)
     if store is not None:
         values["store"] = store
-    if values.get("ladder"):
-        values = _expanded(values)
-    config: PipelineConfig = validated(PipelineConfig, values)
-    return config
+    return values
 
 
 def _expanded(values: dict[str, Any]) -> dict[str, Any]:

@@ -36,11 +36,14 @@ def size_problems(config: PipelineConfig, images: int | None = None) -> list[str
             for shortfall in along
             if config.along.every is not None and shortfall not in of_images
         ),
-        *_token_problems(config),
         *_classifier_problems(config, images),
-        *_shard_problems(config, images),
-        *_holdout_problems(config, images),
+        *training_problems(config, images),
     ]
+
+
+def training_problems(config: PipelineConfig, images: int | None) -> list[str]:
+    """What would make the trainings alone fail, each with the fields to change."""
+    return [*_token_problems(config), *_shard_problems(config, images), *_holdout_problems(config, images)]
 
 
 def _token_problems(config: PipelineConfig) -> Iterator[str]:

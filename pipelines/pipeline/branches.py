@@ -57,18 +57,16 @@ def call_steps(
     `check` is called with the steps that all models share, before those of the models. It may wait for them, and raise
     HeldBackError.
     """
-    step, published = steps.step, published or Published()
-    images = step("preprocess", preprocess.STAGE, config.preprocess, source=source)
-    vae = _call_autoencoder(steps, config, images, published)
-    latents = step("encode", encode.STAGE, config.encode, images=images, autoencoder=vae, **published.tokens)
+    published = published or Published()
+    shared = call_data(steps, config, source, published)
+    images = shared["images"]
     feature_networks: dict[str, StepFuture | Source] = {**published.extractors}
-    shared = {"images": images, "autoencoder": vae, "latents": latents}
     if "classifier" in config.extractors:
         feature_networks["classifier"] = shared["classifier"] = _call_classifier(steps, config, images, published)
     reference_inputs = {"images": published.statistics or images, **feature_networks}
-    shared["reference"] = step("reference", reference.STAGE, config.reference, **reference_inputs)
+    shared["reference"] = steps.step("reference", reference.STAGE, config.reference, **reference_inputs)
     if published.guide is not None:
-        shared["guide"] = step("guide", guide.STAGE, GuideConfig(), model=published.guide)
+        shared["guide"] = steps.step("guide", guide.STAGE, GuideConfig(), model=published.guide)
     check(shared)
     branch = partial(_call_branch, steps, config, shared, feature_networks)
     branches = [
@@ -78,6 +76,14 @@ def call_steps(
     if config.ladder.budgets:
         _call_scaling(steps, config, branches)
     return branches
+
+
+def call_data(steps: Steps, config: PipelineConfig, source: Source, published: Published) -> dict[str, StepFuture]:
+    """Call the steps that trainings read from: images, autoencoder and latents, by role."""
+    images = steps.step("preprocess", preprocess.STAGE, config.preprocess, source=source)
+    vae = _call_autoencoder(steps, config, images, published)
+    latents = steps.step("encode", encode.STAGE, config.encode, images=images, autoencoder=vae, **published.tokens)
+    return {"images": images, "autoencoder": vae, "latents": latents}
 
 
 def _call_scaling(steps: Steps, config: PipelineConfig, branches: Sequence[Branch]) -> None:

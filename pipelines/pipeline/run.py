@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 from edt_core.config import recorded_fields
@@ -44,6 +45,20 @@ class HeldBackError(UserError):
     """The run ends before its trainings, because a person has to look at something first."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a run does: `call(workflow, config, source, published, outcome)` calls its steps and adds to the outcome.
+
+    `workflow`: how the steps run. `record`: the name of the configuration in MLflow. `check(config, images,
+    statistics)` raises UserError for numbers that would make a later step fail.
+    """
+
+    call: Callable[[Workflow, PipelineConfig, Source, Published, Outcome], None]
+    workflow: type[Workflow] = Workflow
+    record: str = "config.yaml"
+    check: Callable[[PipelineConfig, int | None, Source | None], None] = check_pipeline_sizes
+
+
 def run(
     config: PipelineConfig,
     terminal: Terminal,
@@ -53,6 +68,7 @@ def run(
     digest_again: bool = False,
     guard: Guard | None = None,
     on_start: Callable[[str], None] = lambda run_id: None,
+    work: Work | None = None,
 ) -> Outcome:
     """Run the whole pipeline and reuse finished artifacts. Failures of steps are in the outcome, not raised.
 
@@ -60,13 +76,14 @@ def run(
     it is raised. `published`: the published inputs, if the caller has them already. `tracking_uri`: an MLflow to use
     instead of that of the environment or the store. `digest_again`: read every image, even if its digest is cached.
     `guard`: may hold the run back before its trainings, by HeldBackError, which is in the outcome as a failure.
-    `on_start` is given the id of the run in MLflow.
+    `on_start` is given the id of the run in MLflow. `work`: None for the whole pipeline.
 
     Raises UserError, before anything is computed, if the store or the source is unusable.
     """
     store = Store.open(config.store)
+    work = work or Work(partial(_pipeline, guard))
     with store.in_use(), tracking_kept():
-        return _run(config, store, terminal, address, published, tracking_uri, digest_again, guard, on_start)
+        return _run(config, store, terminal, address, published, tracking_uri, digest_again, work, on_start)
 
 
 def _run(
@@ -77,7 +94,7 @@ def _run(
     published: Published | None,
     tracking_uri: str | None,
     digest_again: bool,
-    guard: Guard | None,
+    work: Work,
     on_start: Callable[[str], None],
 ) -> Outcome:
     check_named(address)
@@ -90,7 +107,7 @@ def _run(
 
     started = time.monotonic()
     source = prepare_source(config.source, store.root, terminal, digest_again)
-    check_pipeline_sizes(config, source.images)
+    work.check(config, source.images, None)
 
     def join() -> bool:
         shared = connect(address, min_cpus=config.workers, show_workers=terminal.log is not None)
@@ -105,22 +122,17 @@ def _run(
             join()
         catalog = opened.result()
     published = published or Published.of(config, catalog.tracking_uri, store, source.classes)
-    check_pipeline_sizes(config, source.images, published.statistics)
+    work.check(config, source.images, published.statistics)
     run_id = catalog.start_run(config.name, {"edt.workflow": config.name, **_identities(source, published)})
     on_start(run_id)
     outcome = Outcome(run_id, catalog.tracking_uri, run_link(catalog.tracking_uri, catalog.experiment_id, run_id))
     terminal.say(f"MLflow    {outcome.link}", "dim")
-    workflow = Workflow(store, catalog, run_id, terminal, join, _wandb_project(config, store, run_id))
+    workflow = work.workflow(store, catalog, run_id, terminal, join, _wandb_project(config, store, run_id))
     status = "KILLED"
     try:
         with workflow.interrupts.handled():
-            _record_start(catalog, run_id, config)
-            check = (lambda shared: None) if guard is None else partial(guard, workflow)
-            branches = call_steps(workflow, config, source, published, check)
-            _record_steps(workflow)  # already now: the record must exist if the driver is killed
-            catalog.set_tags(run_id, initial_tags(branches))
-            for branch in branches:
-                _finish_branch(workflow, config, branch, outcome)
+            _record_start(catalog, run_id, config, work.record)
+            work.call(workflow, config, source, published, outcome)
             workflow.wait_all()
         if not workflow.stopped:
             status = "FAILED" if workflow.culprits() or outcome.failures else "FINISHED"
@@ -136,6 +148,23 @@ def _run(
         _record(workflow, outcome, status)
         outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def _pipeline(
+    guard: Guard | None,
+    workflow: Workflow,
+    config: PipelineConfig,
+    source: Source,
+    published: Published,
+    outcome: Outcome,
+) -> None:
+    """Train, evaluate and register the model of each branch."""
+    check = (lambda shared: None) if guard is None else partial(guard, workflow)
+    branches = call_steps(workflow, config, source, published, check)
+    record_steps(workflow)
+    workflow.catalog.set_tags(workflow.run_id, initial_tags(branches))
+    for branch in branches:
+        _finish_branch(workflow, config, branch, outcome)
 
 
 def _wandb_project(config: PipelineConfig, store: Store, run_id: str) -> WandbProject | None:
@@ -164,9 +193,9 @@ def images_fingerprint(config: PipelineConfig, source: Source) -> str:
     return preprocess.STAGE.fingerprint(config.preprocess, {"source": source.fingerprint})
 
 
-def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig) -> None:
+def _record_start(catalog: Catalog, run_id: str, config: PipelineConfig, name: str) -> None:
     """Record in the parent run what is needed to find and reproduce it: configuration and versions."""
-    catalog.log_text(run_id, as_yaml(config), "config.yaml")
+    catalog.log_text(run_id, as_yaml(config), name)
     catalog.log_text(run_id, json.dumps(environment(), indent=1, sort_keys=True), "environment.json")
     fields = recorded_fields(config)
     catalog.log_params(run_id, {name: value for name, value in fields.items() if name not in ("store", "name")})
@@ -190,8 +219,11 @@ def _finish_branch(workflow: Workflow, config: PipelineConfig, branch: Branch, o
         outcome.reports[branch.name] = report.result()
 
 
-def _record_steps(workflow: Workflow) -> None:
-    """Record in the parent run the fingerprints of its steps. `edt gc` and `edt reproduce` read them."""
+def record_steps(workflow: Workflow) -> None:
+    """Record in the parent run the fingerprints of its steps. `edt gc` and `edt reproduce` read them.
+
+    A run calls it when it has called its steps: the record must exist if the driver is killed.
+    """
     tags = {step_tag(name): future.fingerprint for name, future in workflow.futures.items()}
     workflow.catalog.set_tags(workflow.run_id, tags)
 
@@ -219,7 +251,7 @@ def _record(workflow: Workflow, outcome: Outcome, status: str) -> None:
     workflow.catalog.set_tags(workflow.run_id, {k: v for k, v in tags.items() if v})
     if workflow.terminal.log is not None:
         workflow.catalog.log_text(workflow.run_id, workflow.terminal.log.text(), "log.txt")
-    _record_steps(workflow)
+    record_steps(workflow)
     workflow.catalog.end_run(workflow.run_id, status)
     if status == "KILLED":
         workflow.catalog.end_children(workflow.run_id, status)

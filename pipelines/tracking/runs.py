@@ -16,6 +16,7 @@ from pipelines.tracking.catalog import Catalog, paged
 
 RUN_ID = re.compile("[0-9a-f]{4,32}")  # a run's id, or its beginning
 _ID_DIGITS = 32
+SEARCH_TAG = "edt.search"  # of a workflow run: the model whose recipe it searches
 _STEP = "edt.step."
 _RECORDED = ("config.yaml", "environment.json")  # artifacts of a workflow run
 _PAGE = 500
@@ -150,6 +151,11 @@ def read_record(catalog: Catalog, run_id: str) -> Record:
         parent = run.data.tags.get("mlflow.parentRunId")
         other = f"it is a step of the run {parent}; give that one" if parent else "`edt runs` lists those"
         raise UserError(f"the run {run_id} is not a run of a whole pipeline; {other}")
+    if SEARCH_TAG in run.data.tags:
+        raise UserError(
+            f"the run {run_id} is a search of edt tune, not a run of a whole pipeline; give its command again: trials "
+            "that finished are reused"
+        )
     try:
         with tempfile.TemporaryDirectory(prefix="edt-") as folder:
             # With the client: `mlflow-artifacts:` addresses refer to this catalog's server, not the environment's.

@@ -42,6 +42,8 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt train .*--use-gpu true", "needs GPUs: tests/jobs/test_train_verb.py"),
     (r"edt run imagenet.* --store /shared", "needs ImageNet and a cluster: tests/pipelines/test_workflow.py"),
     (r"edt scaling ", "needs a checkout's configurations, trains nine models: tests/pipelines/test_ladder.py"),
+    (r"edt tune ", "trains several models: tests/pipelines/test_tune.py"),
+    (r"edt run \S*next\.yaml", "needs the result of a search: tests/pipelines/test_tune.py"),
     (r"edt paper \d", "trains for an hour: tests/pipelines/test_paper.py"),
     (r"edt models set-chain ", "needs results of edt pareto: tests/jobs/test_pareto.py"),
     (r"edt ema ", "needs a training with snapshots: tests/pipelines/test_ema.py"),

@@ -1,6 +1,5 @@
 """`edt paper`: the tables of the paper of EDT, trained, measured and shown beside the published numbers."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,6 +8,7 @@ import typer
 from edt_core.errors import UserError
 from edt_core.printing.console import say
 from pipelines.commands.options import Assignments, ConfigStore, print_rows
+from pipelines.commands.studies.out_folder import check_folder
 from pipelines.commands.workflow import Address, exit_code, logged, show_outcome, show_stopped
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def paper(
         _list_tables()
         return
     from pipelines.studies.paper.pipelines import pipelines_of
-    from pipelines.studies.paper.table import COUNTED, load
+    from pipelines.studies.paper.table import COUNTED, load, stem_of
 
     loaded = load(table)
     folder = out or Path("paper" if loaded.kind in COUNTED else f"paper-{scale}")
@@ -62,7 +62,7 @@ def paper(
         _write_counted(loaded, table, pipelines_of(loaded, table, "full", assignments, store), folder, tflops)
         return
     configs = pipelines_of(loaded, table, scale, assignments, store)
-    _check_folder(folder, table)
+    check_folder(folder, (f"{stem_of(table)}{ending}" for ending in (".md", ".csv", ".png")), "the table")
     if scale == "full" and not render_only:
         _show_price(configs, tflops)
         if not yes:
@@ -138,20 +138,6 @@ def _write_counted(table: "Table", name: str, configs: "list[PipelineConfig]", f
     stem = _write_texts(folder, name, text, counted_csv(name, rows))
     say(text)
     say(f"written to {stem}.md and .csv")
-
-
-def _check_folder(folder: Path, name: str) -> None:
-    """Raise UserError if the files of a table cannot be written, before hours of training."""
-    from pipelines.studies.paper.table import stem_of
-
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder; use another --out")
-    for path in (folder / f"{stem_of(name)}{ending}" for ending in (".md", ".csv", ".png")):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, and a file of the table would be there; use another --out")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{parent} is not writable, so the table cannot be written to {folder}; use another --out")
 
 
 def _write_texts(folder: Path, name: str, markdown: str, lines: str) -> Path:

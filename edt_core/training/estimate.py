@@ -131,7 +131,7 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
         parameters=parameters,
         macs=macs,
         flops_per_image=step_flops(config, model_config),
-        weights=round(of_all * (weights + head)) + merged,
+        weights=round(of_all * (weights + head)) + merged + (0 if config.distill is None else weights),  # the teacher's
         gradients=round(of_all * trained),
         optimizer=round(part * optimizer),
         ema=whole + round(part * (ema - whole)),

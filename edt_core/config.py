@@ -48,7 +48,14 @@ def result_fields(section: Section) -> dict[str, Any]:
         if _marked(info, "runtime") or _is_absent(info, value):
             continue
         fields[name] = result_fields(value) if isinstance(value, Section) else value
-    return section.model_validate(fields).model_dump(mode="json", include=set(fields))
+    values = section.model_validate(fields).model_dump(mode="json", include=set(fields))
+    return values | {name: result_fields(value) for name, value in _sections_of(section) if name in fields}
+
+
+def _sections_of(section: Section) -> list[tuple[str, Section]]:
+    """The sections within a section, by field."""
+    values = ((name, getattr(section, name)) for name in type(section).model_fields)
+    return [(name, value) for name, value in values if isinstance(value, Section)]
 
 
 def recorded_fields(section: Section) -> dict[str, Any]:
@@ -404,6 +411,11 @@ class TrainConfig(Section):
         description="with align: weight of this loss; null for 1 (autoencoder), 0.2 (self) or 0.5 (features) "
         "with smooth_l1, and 0.5 with a cosine",
     )
+    distill: "DistillConfig | None" = added(
+        None,
+        description="learn the sampling of the model of `init_from`, the teacher, in fewer steps (progressive "
+        "distillation, arXiv 2202.00512), as `edt distill` sets it; null to learn from data",
+    )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="precision of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32",
@@ -638,6 +650,19 @@ class TrainConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _distillation_has_one_loss(self) -> "TrainConfig":
+        if self.distill is None:
+            return self
+        alone = {"masked_loss": False, "align": None, "trainable": "all", "min_snr_gamma": None}
+        for name, value in {**alone, "timestep_sampler": "uniform", "time_shift": 1.0}.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but distill is set: a student learns the teacher's steps "
+                    f"alone, at their own times and weights; set {name}={str(value).lower().replace('none', 'null')}"
+                )
+        return self
+
     @property
     def worker_range(self) -> tuple[int, int]:
         """Fewest and most workers."""
@@ -803,6 +828,41 @@ class ChainConfig(Section):
                 "in times from 0 to 1 of flow matching"
             )
         return value
+
+
+class DistillConfig(Section):
+    """A student that samples in few steps, and how its teacher is sampled."""
+
+    steps: int = Field(ge=2, description="sampling steps of the student, which is not guided")
+    teacher: ChainConfig = Field(
+        description="fields of `sample` with which the teacher makes the student's steps: its guidance, and AMM; "
+        "sampler ddim, or of flow matching euler; num_sampling_steps a multiple of `steps`"
+    )
+    protocol: ChainConfig | None = runtime(
+        None,
+        description="fields of `sample` with which the teacher is measured beside the student: those of its own "
+        "registration; null for `teacher`",
+    )
+
+    @property
+    def parts(self) -> int:
+        """Steps of the teacher in one step of the student."""
+        return self.teacher.num_sampling_steps // self.steps
+
+    @model_validator(mode="after")
+    def _teacher_makes_whole_steps(self) -> "DistillConfig":
+        steps = self.teacher.num_sampling_steps
+        if steps % self.steps:
+            raise ValueError(
+                f"distill.teacher.num_sampling_steps is {steps}, which is no multiple of the student's {self.steps} "
+                f"steps (distill.steps); set it to {-(-steps // self.steps) * self.steps}"
+            )
+        if self.teacher.cache is not None:
+            raise ValueError("distill.teacher.cache is set, but each of the teacher's steps is computed; leave it out")
+        return self
+
+
+TrainConfig.model_rebuild()  # `distill` is declared after it
 
 
 class SampleConfig(ChainConfig):

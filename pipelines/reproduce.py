@@ -32,7 +32,7 @@ from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import Record, artifact_runs, read_record, step_tag, steps_of
 
-_OF_THE_CHAMPION = ("sample.champion.", "evaluate.champion.")
+_OF_RIVALS = tuple(f"{step}.{who}." for step in ("sample", "evaluate") for who in ("champion", "teacher", "few-step"))
 REPORT = "report."  # reports contain runs, locations and times; they are rewritten, but not compared
 
 
@@ -152,8 +152,8 @@ def compare(record: Record, catalog: Catalog, store: Store, steps: Mapping[str, 
     artifacts = {artifact.fingerprint: artifact for artifact in store.artifacts()}
     kept = kept_roles(record.tags)  # of another run, and taken as they were
     then = {n: identity for n, identity in record.steps.items() if not n.startswith(REPORT) and n not in kept}
-    # A champion is measured again where there is one, and the registry of the new store is empty.
-    then = {n: identity for n, identity in then.items() if n in steps or not n.startswith(_OF_THE_CHAMPION)}
+    # A champion or a teacher is measured after the branch, and the registry of the new store is empty.
+    then = {n: identity for n, identity in then.items() if n in steps or not n.startswith(_OF_RIVALS)}
     runs = artifact_runs(catalog, set(then.values()))
     for name, identity in then.items():
         artifact = artifacts.get(steps.get(name, ""))

@@ -49,6 +49,7 @@ class TrainOptions:
     align_features: tuple[int, int] = (16, 768)
     align_distance: str | None = None
     align_weight: float | None = None
+    distill: Any = None
     mup_base_width: int | None = None
     precision: str = "fp32"
     residual_dtype: str = "fp32"

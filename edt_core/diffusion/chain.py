@@ -35,6 +35,26 @@ def model_at(model_fn: ModelFn | SwitchedModel, time: float) -> ModelFn:
 
 
 @dataclass(frozen=True)
+class Leap:
+    """A step of a deterministic sampler from a time t to a time s of each sample: x_s = scale x_t + weight value.
+
+    `value` is the objective's prediction at x_t, of which such a step is a linear function.
+    Shapes: scale, weight [N, 1, 1, 1].
+    """
+
+    scale: Tensor
+    weight: Tensor
+
+    def end(self, x: Tensor, value: Tensor) -> Tensor:
+        """x_s, [N, C, H, W]."""
+        return self.scale * x + self.weight * value
+
+    def value(self, x: Tensor, end: Tensor) -> Tensor:
+        """The prediction with which the step leads from x to `end`, [N, C, H, W]. The weight must not be 0."""
+        return (end - self.scale * x) / self.weight
+
+
+@dataclass(frozen=True)
 class Chain:
     """All steps of one sampler.
 

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.diffusion.chain import Chain
-from edt_core.diffusion.flow_chains import CHAINS, flow_chain
+from edt_core.diffusion.chain import Chain, Leap
+from edt_core.diffusion.flow_chains import CHAINS, flow_chain, ode_times
 from edt_core.diffusion.objective import (
     ContinuousObjective,
     Losses,
@@ -111,3 +114,23 @@ class FlowMatching(ContinuousObjective):
     def calls(self, sampler: str, num_steps: int) -> int:
         """A step of Heun calls the model twice."""
         return CHAINS[sampler].calls * num_steps
+
+    def leap_times(self, num_timesteps: int, sampler: SamplerChoice, num_steps: int, parts: int) -> NDArray[Any]:
+        """The times of Euler's method with `num_steps * parts` steps, float32."""
+        self.check_sampler(sampler)
+        if sampler.name != "euler":
+            raise UserError(
+                f"the sampler of train.distill.teacher is {sampler.name!r}, but only a step of euler is one call of "
+                "the model; set it to euler"
+            )
+        times = np.array(ode_times(num_steps * parts, sampler.time_shift), np.float32)
+        return np.stack([times[first : first + parts + 1] for first in range(0, num_steps * parts, parts)])
+
+    def leap(self, schedule: Schedule | None, t: Tensor, s: Tensor) -> Leap:
+        """A step of Euler's method: x + (s - t) v."""
+        length = (s - t).view(-1, 1, 1, 1)
+        return Leap(torch.ones_like(length), length)
+
+    def leap_weight(self, schedule: Schedule | None, t: Tensor) -> Tensor:
+        """1, as in the distillation of a rectified flow (arXiv 2209.03003)."""
+        return torch.ones_like(t)

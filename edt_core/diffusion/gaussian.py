@@ -7,13 +7,15 @@ Shapes: x_start, noise, x_t [N, C, H, W]; model_output [N, 2C, H, W]; t int64 [N
 import math
 from abc import abstractmethod
 from functools import partial
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edt_core.diffusion import equations
-from edt_core.diffusion.chain import Chain, ModelFn, NoiseFn, ProgressFn, SwitchedModel
+from edt_core.diffusion.chain import Chain, Leap, ModelFn, NoiseFn, ProgressFn, SwitchedModel
 from edt_core.diffusion.objective import (
     Losses,
     Prediction,
@@ -27,6 +29,7 @@ from edt_core.diffusion.schedule import Coefficients, Schedule
 from edt_core.errors import UserError
 
 MIN_SNR_GAMMA = 5.0
+_DATA = -1  # as the end of a leap: no noise at all
 
 
 def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -120,6 +123,48 @@ class GaussianObjective(ScheduledObjective):
                 f"sde_diffusion is {sampler.sde_diffusion!r}, but only the sampler sde of flow matching has one; leave "
                 "it out"
             )
+
+    def leap_times(self, num_timesteps: int, sampler: SamplerChoice, num_steps: int, parts: int) -> NDArray[Any]:
+        """The timesteps of DDIM, with -1 for the data, and as many more between them at even distances, int64.
+
+        DDIM's last step, from timestep 0, has no timesteps within: its parts but the last one stay there.
+        """
+        self.check_sampler(sampler)
+        if sampler.name != "ddim":
+            raise UserError(
+                f"the sampler of train.distill.teacher is {sampler.name!r}, but only ddim is deterministic and takes a "
+                "step of any length; set it to ddim"
+            )
+        if num_steps * parts > num_timesteps:
+            raise UserError(
+                f"train.distill.teacher.num_sampling_steps is {num_steps * parts}, more than the {num_timesteps} "
+                "timesteps of the teacher (train.num_timesteps); use at most that many"
+            )
+        steps = sampling_schedule(self.schedule(num_timesteps), num_steps, "ddim").timestep_map[::-1]
+        ends = np.append(steps, _DATA)
+        shares = np.linspace(0.0, 1.0, parts + 1)
+        times = np.rint(ends[:-1, None] + shares * np.diff(ends)[:, None]).astype(np.int64)
+        times[:, :-1] = np.maximum(times[:, :-1], 0)
+        return times
+
+    def leap(self, schedule: Schedule | None, t: Tensor, s: Tensor) -> Leap:
+        """A step of DDIM (Song 2021, eq. 12 with sigma 0), whose x_0 and noise are linear in x_t and the value."""
+        assert schedule is not None  # that of `schedule`
+        begin, end, at_data = schedule.gather(t, 4), schedule.gather(s.clamp(min=0), 4), (s == _DATA).view(-1, 1, 1, 1)
+        signal = torch.as_tensor(end.signal_scale).masked_fill(at_data, 1.0)
+        noise = torch.as_tensor(end.noise_scale).masked_fill(at_data, 0.0)
+        one, zero = torch.ones_like(signal), torch.zeros_like(signal)
+        return Leap(
+            signal * self.x_start(zero, one, begin) + noise * self.noise(zero, one, begin),
+            signal * self.x_start(one, zero, begin) + noise * self.noise(one, zero, begin),
+        )
+
+    def leap_weight(self, schedule: Schedule | None, t: Tensor) -> Tensor:
+        """max(SNR, 1) on the squared error of x_0, the truncated SNR of Salimans & Ho 2022 (section 4)."""
+        assert schedule is not None  # that of `schedule`
+        c = schedule.gather(t, 4)
+        one = torch.ones_like(torch.as_tensor(c.signal_scale))
+        return (self.x_start(one, torch.zeros_like(one), c).square() * torch.as_tensor(c.snr).clamp(min=1.0)).flatten()
 
     def _bound_term(self, prediction: Prediction, x_start: Tensor, x_t: Tensor, t: Tensor, c: Coefficients) -> Tensor:
         """L_t of the variational bound in bits per dimension, [N] (Ho 2020, eq. 5; eq. 13 at t = 0)."""

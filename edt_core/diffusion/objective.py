@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edt_core.diffusion.chain import Chain
+from edt_core.diffusion.chain import Chain, Leap
 from edt_core.diffusion.schedule import Coefficients, Schedule, linear_schedule
 from edt_core.diffusion.timesteps import (
     LogitNormalSampler,
@@ -192,6 +192,25 @@ class Objective(ABC):
     def calls(self, sampler: str, num_steps: int) -> int:
         """How often a chain without guidance calls the model."""
         return num_steps
+
+    def leap_times(self, num_timesteps: int, sampler: SamplerChoice, num_steps: int, parts: int) -> NDArray[Any]:
+        """The times of a deterministic chain of `num_steps` steps, each in `parts`, from noise to data.
+
+        [num_steps, parts + 1]: the last time of a row is the first one of the next. Raises UserError for an objective
+        without a deterministic sampler, for another sampler than that, and for more times than there are.
+        """
+        raise UserError(
+            f"train.distill is set, but the objective {self.name!r} has no deterministic sampler, whose steps a "
+            "student could learn; distill a model that predicts epsilon, v_prediction or flow"
+        )
+
+    def leap(self, schedule: Schedule | None, t: Tensor, s: Tensor) -> Leap:
+        """The deterministic step between times of `leap_times`, from t [N] to s [N]."""
+        raise NotImplementedError(self.name)  # `leap_times` has refused
+
+    def leap_weight(self, schedule: Schedule | None, t: Tensor) -> Tensor:
+        """The factor [N] on the squared error of a student's prediction at times t [N]."""
+        raise NotImplementedError(self.name)
 
     @property
     def usual_chain(self) -> dict[str, Any]:

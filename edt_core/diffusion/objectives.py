@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edt_core.diffusion.flow import FlowMatching
 from edt_core.diffusion.gaussian import Epsilon
-from edt_core.diffusion.objective import Objective
+from edt_core.diffusion.objective import Objective, SamplerChoice
 from edt_core.diffusion.tokens.masked_tokens import MaskedTokens
 from edt_core.diffusion.v_prediction import VPrediction
 from edt_core.errors import UserError
@@ -68,6 +68,8 @@ def check_training(config: "TrainConfig") -> None:
     objective.times(config.timestep_sampler, config.num_timesteps, config.time_shift)
     objective.check_training(config.min_snr_gamma)
     objective.check_recipe(config)
+    if (distill := config.distill) is not None:
+        objective.leap_times(config.num_timesteps, SamplerChoice.of(distill.teacher), distill.steps, distill.parts)
 
 
 def with_objective(config: ModelConfig, name: str) -> ModelConfig:

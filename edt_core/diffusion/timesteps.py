@@ -152,6 +152,18 @@ class ContinuousSampler(UniformSampler):
         return TimestepDraw(times, np.ones(len(times), np.float32))
 
 
+class GridSampler(UniformSampler):
+    """Draws one of a few times [n] with equal probability; all weights are 1. It has no state."""
+
+    def __init__(self, times: NDArray[Any]) -> None:
+        self._times = times
+
+    def draw(self, uniforms: ArrayLike) -> TimestepDraw:
+        """Times, of the dtype of the list, and weights for uniforms [B] in [0, 1)."""
+        places = np.floor(checked_uniforms(uniforms) * len(self._times)).astype(np.int64)
+        return TimestepDraw(self._times[places], np.ones(len(places), np.float32))
+
+
 class LossSecondMomentSampler:
     """Draws timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, eq. 18).
 

@@ -114,13 +114,14 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     # Averages are put together for previews and the held-out loss, when there are no activations.
     together = of_model if part < 1.0 and not whole else 0
     saved_by_model = _activations(model_config, config)
+    teacher = 0 if config.distill is None else sizes.weights  # which each worker has as a whole
     activations = saved_by_model.activations + align_activations(settings, config.micro_batch())
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
         parameters=sizes.weights // 4,
         macs=count_macs(shadow(model_config)),
         flops_per_image=step_flops(config, model_config),
-        weights=round(of_all * (sizes.weights + trained - of_model)) + merged,
+        weights=round(of_all * (sizes.weights + trained - of_model)) + merged + teacher,
         gradients=round(of_all * trained),
         optimizer=round(part * sizes.optimizer),
         ema=whole + round(part * (ema - whole)),

@@ -24,10 +24,12 @@ from edt_core.diffusion import objective_of
 from edt_core.errors import Stopped
 from edt_core.models import ModelConfig
 from edt_core.precision import use_precision
+from edt_core.store.layout import MODEL_WEIGHTS
 from edt_core.training.align.alignment import Alignment, alignment_of
 from edt_core.training.align.settings import align_settings
 from edt_core.training.checkpoint import Checkpoint
 from edt_core.training.context import Request, TrainContext, latest
+from edt_core.training.distill.teacher import Teacher, teacher_of
 from edt_core.training.draws import StepDraws, draw_step
 from edt_core.training.meter import Meter, datasheet_rate, matmul_rate
 from edt_core.training.optim import decay_start, learning_rate
@@ -61,7 +63,8 @@ def train(
     """Train to the last step, resuming from the context's newest checkpoint, and save checkpoints on the way.
 
     Without a checkpoint it starts from what `initial` reads, a checkpoint of step 0 (see
-    `edt_core.training.start.initial`), or from random weights if `initial` is None.
+    `edt_core.training.start.initial`), or from random weights if `initial` is None. With `train.distill` that
+    checkpoint is also the teacher, and `initial` is read again when a training resumes.
 
     The rows of `holdout` are not trained on. Every `validate_every` steps and at the end, the
     loss of the averaged weights on some of them is measured, and again for the score of each regular checkpoint.
@@ -77,7 +80,8 @@ def train(
     validation = None
     if holdout is not None:
         assert not isinstance(dataset, TarStream), "tars have no rows"
-        validation = HeldOutLoss(config, model_config, dataset, holdout, context.ranks)
+        if config.distill is None:  # a student has no loss on data
+            validation = HeldOutLoss(config, model_config, dataset, holdout, context.ranks)
         dataset = without(dataset, holdout.rows)
     trainer = _begin(config, model_config, dataset, context, initial)
     trainer.validation, trainer.tokens = validation, tokens
@@ -113,8 +117,10 @@ def _begin(
     ranks = context.ranks
     state = initial_state(config, model_config, ranks.device, ranks)
     checkpoint = latest(context)
-    if initial is not None and (checkpoint is None or state.trained is not None):  # else the checkpoint has all weights
-        restart(state, config, initial())
+    begins = checkpoint is None or state.trained is not None  # else the checkpoint has all weights
+    start = initial() if initial is not None and (begins or config.distill is not None) else None
+    if start is not None and begins:
+        restart(state, config, start)
     if checkpoint is not None:
         restore(state, checkpoint, config, len(dataset))
     total_steps = config.total_steps(len(dataset))
@@ -128,7 +134,9 @@ def _begin(
     graphs = wants_graphs(config) and ranks.device.type == "cuda"
     compiled = is_compiled(config, ranks.device)
     alignment = alignment_of(config, align_settings(config, model_config), state, ranks.device)
-    update = _compiled(config, state, alignment, context, graphs) if compiled else None
+    weights = None if start is None else start.tensors[MODEL_WEIGHTS]
+    teacher = teacher_of(config, model_config, weights, ranks.device)
+    update = _compiled(config, state, alignment, teacher, context, graphs) if compiled else None
     flops, peak, sheet = 0, 1.0, None  # placeholders: only rank 0 reports rates
     if ranks.rank == 0:
         flops = step_flops(config, model_config)
@@ -145,6 +153,7 @@ def _begin(
         schedule=objective_of(config.objective).schedule(config.num_timesteps),
         meter=Meter(config.global_batch_size, ranks.device, flops, peak, sheet and sheet * ranks.world_size),
         alignment=alignment,
+        teacher=teacher,
         untried=compiled,
         compiled_update=update,
         graphs=graphs,
@@ -156,7 +165,12 @@ def _begin(
 
 
 def _compiled(
-    config: TrainConfig, state: TrainState, alignment: Alignment | None, context: TrainContext, graphs: bool
+    config: TrainConfig,
+    state: TrainState,
+    alignment: Alignment | None,
+    teacher: Teacher | None,
+    context: TrainContext,
+    graphs: bool,
 ) -> CompiledUpdate | None:
     """Compile the parts of the model, and the update of its weights if that is Adan's; None for another optimizer."""
     masked = wants_graphs(config)
@@ -166,7 +180,7 @@ def _compiled(
             "as with train.compile=true"
         )
     compile_parts(state.model, graphs=graphs)
-    for network in alignment.networks if alignment else ():
+    for network in (*(alignment.networks if alignment else ()), *([teacher.model] if teacher else [])):
         compile_parts(network)
     # An average that all ranks have is updated by each after the exchange, and not together with the weights.
     if config.optimizer != "adan" or (state.shards is not None and state.ema.whole):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edt_core.diffusion import TimestepSampler, objective_of, with_objective
+from edt_core.diffusion import TimestepSampler, with_objective
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.store.layout import (
@@ -25,6 +25,7 @@ from edt_core.store.layout import (
 from edt_core.training.align.head import AlignedModel, projection_head
 from edt_core.training.align.settings import align_settings
 from edt_core.training.checkpoint import Checkpoint, require_same
+from edt_core.training.distill.teacher import training_times
 from edt_core.training.ema import EMA
 from edt_core.training.history import History
 from edt_core.training.optim import Places, flatten_state, keep_owned, make_optimizer, restore_state
@@ -177,9 +178,7 @@ def initial_state(
         # The target of align self is the first average as a model, which each rank calls at each step.
         ema=EMA(model, config.ema_decays, trained, config.ema_widths, owned, whole=int(config.align == "self")),
         optimizer=optimizer,
-        timesteps=objective_of(config.objective).times(
-            config.timestep_sampler, config.num_timesteps, config.time_shift
-        ),
+        timesteps=training_times(config),
         aligned=aligned,
         shards=shards,
         places=places,

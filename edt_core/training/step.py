@@ -19,6 +19,7 @@ from edt_core.data.subsets import share
 from edt_core.diffusion import Losses, Schedule, objective_of
 from edt_core.models.attention import shared_projections
 from edt_core.training.align.alignment import AlignedSamples, Alignment, with_align
+from edt_core.training.distill.teacher import Teacher
 from edt_core.training.draws import StepDraws
 
 if TYPE_CHECKING:
@@ -67,11 +68,13 @@ def step_losses(
     inputs: StepInputs,
     null_label: int,
     alignment: Alignment | None = None,
+    teacher: Teacher | None = None,
 ) -> Losses:
     """Unweighted losses [passes, N] of the full and, if enabled, the masked pass (arXiv 2410.23788, section 3.3).
 
     Both passes go through the model as one batch, whose last rows are masked: one call, one gradient exchange. They
     share their timesteps; each has its own noise and label dropout. With an `alignment` the model is an `AlignedModel`.
+    With a `teacher` the loss is the distance from its steps, of the full pass alone.
     """
     draws, passes, objective = inputs.draws, config.passes, objective_of(config.objective)
     y = torch.where(draws.drop_label[:passes], null_label, inputs.labels).flatten()
@@ -88,7 +91,11 @@ def step_losses(
             alike = noise[:rows], y[:rows], draws.shift, inputs.tokens
             samples = AlignedSamples(inputs.latents, inputs.timesteps, *alike)
             align = alignment.term(schedule, projected, samples)
-    losses = objective.losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
+        target = None if teacher is None else teacher.target(schedule, x_t, t, y)
+    if teacher is not None and target is not None:
+        losses = teacher.losses(schedule, output.float(), target, t)
+    else:
+        losses = objective.losses(schedule, output.float(), x_start, x_t, noise, t, min_snr_gamma=config.min_snr_gamma)
     terms = losses.terms if align is None else with_align(losses.terms, align)
     return Losses({name: term.view(passes, -1) for name, term in terms.items()})
 
@@ -100,6 +107,7 @@ def accumulate_gradient(
     inputs: StepInputs,
     null_label: int,
     alignment: Alignment | None = None,
+    teacher: Teacher | None = None,
     number: int | None = None,
 ) -> Tensor:
     """Add this step's gradient to that of the parameters; return the detached losses [terms * passes, N], term by term.
@@ -115,7 +123,7 @@ def accumulate_gradient(
         for place, places in enumerate(cuts, start=1):
             part = inputs.rows(places)
             with _gradient_exchange(model, last=place == len(cuts)):
-                losses = step_losses(model, config, schedule, part, null_label, alignment)
+                losses = step_losses(model, config, schedule, part, null_label, alignment, teacher)
                 ((losses.loss * part.weights).sum() / config.global_batch_size).backward()
             parts.append(torch.cat(list(losses.terms.values())).detach())
     return torch.cat(parts, dim=1)

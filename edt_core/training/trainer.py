@@ -27,8 +27,10 @@ from edt_core.data.loader import LatentBatch, sample_names
 from edt_core.data.scale import LatentScale, model_scale
 from edt_core.data.subsets import share
 from edt_core.diffusion import Schedule, objective_of
+from edt_core.models import DiffusionTransformer
 from edt_core.training.align.alignment import Alignment, loss_terms
 from edt_core.training.context import TrainContext
+from edt_core.training.distill.teacher import Teacher
 from edt_core.training.draws import StepDraws, to_device
 from edt_core.training.history import QUARTILES, named_losses
 from edt_core.training.meter import Meter
@@ -129,12 +131,19 @@ class Trainer:
     schedule: Schedule | None
     meter: Meter
     alignment: Alignment | None = None
+    teacher: Teacher | None = None
     tokens: TokenTable | None = None  # what `train.align: features` aligns with
     validation: HeldOutLoss | None = None
     unchecked: Launched | None = None
     untried: bool = False  # the model's parts will be compiled by their first call, at the next step
     compiled_update: CompiledUpdate | None = None
     graphs: bool = False  # the model's parts are CUDA graphs
+
+    @property
+    def frozen(self) -> list[DiffusionTransformer]:
+        """The models that compute targets."""
+        aligned = [] if self.alignment is None else self.alignment.networks
+        return aligned if self.teacher is None else [*aligned, self.teacher.model]
 
     @property
     def masked(self) -> bool:
@@ -229,7 +238,7 @@ class Trainer:
         problem = failure(run, self.ranks, stop=self.micro_batches is not None)
         self.state.zero_grad()
         if problem is not None:
-            for network in (state.model, *(self.alignment.networks if self.alignment else ())):
+            for network in (state.model, *self.frozen):
                 undo_compiled_parts(network)
             self.compiled_update, self.graphs = None, False
         if self.ranks.rank != 0:
@@ -247,7 +256,7 @@ class Trainer:
         """The losses of a forward and backward pass of `model`, the state's network as it is or wrapped."""
         config, null_label = self.config, self.state.model.config.num_classes
         losses = accumulate_gradient(
-            model, config, self.schedule, inputs, null_label, self.alignment, self.micro_batches
+            model, config, self.schedule, inputs, null_label, self.alignment, self.teacher, self.micro_batches
         )
         if self.state.rows is not None:
             self.state.rows.take_gradients()

@@ -49,13 +49,15 @@ class Initial(Source):
 
     `fingerprint` is the digest of what a training takes of it: weights, class names, and optimizer state where asked.
     `checkpoint` is the fingerprint of the checkpoint artifact that holds it, and `model_config` its configuration, both
-    None where they are not known. `before` is what the model itself was started from, where an alias named it and the
-    version says so; its `model_config` is the model's, which has the same shapes and statistics. `tracking_uri` is the
-    MLflow that knows it, None for the process's own. `named_by` is the field that names it, for messages.
+    None where they are not known; `averaged` weights were made of that artifact's, and are not in it. `before` is what
+    the model itself was started from, where an alias named it and the version says so; its `model_config` is the
+    model's, which has the same shapes and statistics. `tracking_uri` is the MLflow that knows it, None for the
+    process's own. `named_by` is the field that names it, for messages.
     """
 
     checkpoint: str | None = field(default=None, compare=False)
     model_config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    averaged: bool = field(default=False, compare=False)
     before: "Initial | None" = field(default=None, compare=False)
     tracking_uri: str | None = field(default=None, compare=False, repr=False)
     named_by: str = field(default=_INIT, compare=False, repr=False)
@@ -223,6 +225,7 @@ class _Lookup:
             digests, (index, transformer) = version_facts(client, found, (INDEX, _CONFIG))
             place, config = f"models:/{name}/{found.version}", transformer.get(_EDT)
             source = self._at(place, _identity(digests, index), checkpoint, config)
+            source = replace(source, averaged=STD_TAG in found.tags)
         if alias is None or INIT_TAG not in found.tags:
             return source
         place, base = found.tags.get(INIT_FROM_TAG, ""), found.tags.get(INIT_CHECKPOINT_TAG)

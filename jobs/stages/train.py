@@ -127,7 +127,7 @@ def train(
         if store.newest() is None:
             warn_of_earlier(config, _fingerprints(inputs), out, progress)
     initial = None
-    if "init" in inputs and (config.trainable != "all" or store.newest() is None):
+    if "init" in inputs and (config.trainable != "all" or config.distill is not None or store.newest() is None):
         initial = initial_of(config, model_config, inputs, progress)
     ended: dict[str, Any] = {}
     if config.max_steps == 0:

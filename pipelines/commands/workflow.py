@@ -221,6 +221,8 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
             terminal.say(f"  over {seeds_text(trainings)}:")
             for metric, text in spread_text(trainings).items():
                 terminal.say(f"  {metric:<20} {text:>10}")
+        for check in decision.comparisons:
+            terminal.say_wrapped(f"  {check.name}: {check.detail}", indent=4)
         for remark in outcome.remarks.get(name, ()):
             terminal.say_wrapped(f"  {remark.text}", "yellow" if remark.doubt else "", indent=4)
     for report in outcome.reports.values():

@@ -89,14 +89,14 @@ def unit_of(name: str) -> str | None:
 
 
 def _sections() -> Iterator[tuple[str, type[Section]]]:
-    """The sections of a pipeline by name, and after those the sections within their fields, as `sample.cache`."""
+    """The sections of a pipeline by name, and after those by name the sections within their fields: `sample.cache`."""
     inner: dict[str, type[Section]] = {}
     for name, info in PipelineConfig.model_fields.items():
         if (section := _section(info)) is not None:
             yield name, section
             for field, within in section.model_fields.items():
                 inner.update((field, kind) for kind in get_args(within.annotation) if _is_section(kind))
-    yield from inner.items()
+    yield from sorted(inner.items())
 
 
 def _section(info: FieldInfo) -> type[Section] | None:

@@ -60,6 +60,12 @@ class PromoteConfig(Section):
         "as a fraction of its value; null for more than two standard deviations of the repeats, or 0.01 if there is "
         "only one repeat",
     )
+    teacher_margin: float | None = added(
+        None,
+        ge=0,
+        description="of a distilled model: by how much it may be worse than its teacher by the teacher's own protocol, "
+        "as a fraction of that value; null for no limit",
+    )
     require: dict[str, tuple[float | None, float | None]] = Field(
         {}, description="metric -> [least, most] allowed for every new champion; null for no limit"
     )
@@ -203,7 +209,8 @@ class PipelineConfig(_WithNetworks):
             check_mup(train, model)
             if train.max_steps > 0:  # an untrained model has no loss
                 check_training(train)
-            for section, chain in self._chains():
+            teacher = [] if train.distill is None else [("train.distill.teacher", train.distill.teacher)]
+            for section, chain in (*self._chains(), *teacher):
                 self.model_of(name, 2, chosen_amm_blocks(model, chain.amm_blocks, chain.cfg_scale))
                 _check_chain(section, chain, model, name, train)
         if self.reference_statistics is not None and self.extractors != (INCEPTION,):

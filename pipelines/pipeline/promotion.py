@@ -13,11 +13,15 @@ from pipelines.config.schema import PipelineConfig, recorded_yaml
 from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Promotion, Steps
 from pipelines.pipeline.branches import Branch
+from pipelines.registry.aliases import version_at
+from pipelines.registry.distilled.teacher_record import TeacherRecord
 from pipelines.registry.gate import Decision
 from pipelines.registry.registration import ENTRY_ROLES, entry_of, promote, registered
 from pipelines.report import step as summary
 from pipelines.report.history import VersionRecord, version_record
 from pipelines.report.predecessor import predecessor_facts, predecessor_inputs
+from pipelines.report.teacher import TeacherFacts
+from pipelines.teacher import TeacherMeasurement
 from pipelines.tracking.catalog import Catalog
 
 
@@ -28,6 +32,7 @@ class Promoted:
     decision: Decision
     record: VersionRecord
     champion: Mapping[str, StepFuture] = field(default_factory=dict)  # artifacts of the champion before, by role
+    teacher: TeacherRecord | None = None  # of a distilled model
 
     @property
     def version(self) -> str:
@@ -56,16 +61,23 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
     """The promotion of one model, from the artifacts of its branch, by the gate in the configuration."""
 
     champion = ChampionMeasurement(config, branch.name, branch.steps, branch.feature_networks)
+    compared = config, branch.name, branch.train, branch.start, branch.steps, branch.feature_networks
+    teacher = TeacherMeasurement(*compared)
 
     def with_record(catalog: Catalog, decision: Decision) -> Promoted:
         before = predecessor_inputs(catalog, decision, Store(Folder.at(config.store)))
-        return Promoted(decision, version_record(catalog, decision, config.store), before)
+        own = TeacherRecord.of(version_at(catalog, decision.name, decision.version))
+        return Promoted(decision, version_record(catalog, decision, config.store), before, own)
+
+    def compare(steps: Steps, catalog: Catalog, artifacts: Mapping[str, Artifact] | None) -> tuple[StepFuture, ...]:
+        return *champion.call(steps, catalog, artifacts), *teacher.call(steps, catalog, artifacts)
 
     def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
         untrained = branch.steps.get("untrained_evaluation")  # finished, as all steps of the branch are
         trainings = {seed: evaluation.result() for seed, evaluation in branch.evaluations().items()}
         entry = entry_of(artifacts, None if untrained is None else untrained.result(), trainings)
-        return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry, champion.result()))
+        rivals = champion.result(), teacher.result()
+        return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry, *rivals))
 
     def find(catalog: Catalog, artifacts: Mapping[str, Artifact]) -> tuple[Promoted, str] | None:
         previous = registered(catalog, branch.name, config.promote, entry_of(artifacts))
@@ -78,7 +90,7 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
     identity = sha256_json({**artifacts, "gate": gate})
     after = branch.steps["evaluation"].name
     named = (*ENTRY_ROLES, *(["guide"] if "guide" in branch.steps else []))
-    return Promotion(branch.name, identity, branch.steps, named, after, report, decide, find, champion.call)
+    return Promotion(branch.name, identity, branch.steps, named, after, report, decide, find, compare)
 
 
 def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -> summary.SummaryConfig:
@@ -100,5 +112,6 @@ def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -
             role: (short(f.name), tuple(map(short, f.needs))) for role, f in {**branch.steps, **branch.beside}.items()
         },
         seeds=tuple(branch.evaluations()),
+        teacher=None if promoted.teacher is None else TeacherFacts.of(promoted.teacher),
         config_yaml=recorded_yaml(config.model_copy(update={"store": "."})),
     )

@@ -12,7 +12,7 @@ is the value of the untrained model. If that was not measured, the checks alone 
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -20,6 +20,7 @@ from edt_core.errors import UserError
 from edt_core.evaluation.worth import DEVIATIONS, noise_of_repeats
 from edt_core.store.artifact import Artifact
 from pipelines.config.schema import PromoteConfig
+from pipelines.registry.distilled.teacher_record import TeacherRecord
 
 METRIC_TAG = "edt.metric."
 UNTRAINED_TAG = "edt.untrained."  # of the untrained model, measured by the protocol of the version
@@ -109,6 +110,11 @@ class Decision:
     @property
     def failed(self) -> list[Check]:
         return [check for check in self.checks if not check.passed]
+
+    @property
+    def comparisons(self) -> list[Check]:
+        """The passed checks that say what a value was compared with."""
+        return [check for check in self.checks if check.passed and check.detail]
 
     @property
     def improvement(self) -> float | None:
@@ -246,7 +252,10 @@ def required_improvement(config: PromoteConfig, rival_value: float, version: Any
 
 
 def run_checks(config: PromoteConfig, version: Any, problems_of_files: Callable[[], list[str]]) -> tuple[Check, ...]:
-    """The checks that a champion must pass besides its metric: finite metrics, limits, artifacts, and stored files."""
+    """The checks that a champion must pass besides its metric.
+
+    Finite metrics, limits, artifacts, stored files, and for a distilled version its teacher.
+    """
     metrics, tags = metrics_of(version), version.tags
     not_finite = [f"{name} is {value}" for name, value in sorted(metrics.items()) if not math.isfinite(value)]
     violations = [t for name, limits in sorted(config.require.items()) if (t := _violation(name, limits, metrics))]
@@ -260,7 +269,15 @@ def run_checks(config: PromoteConfig, version: Any, problems_of_files: Callable[
         **{name: artifact_problems(*identity) for name, identity in artifacts.items()},
         "the registered files": problems_of_files(),
     }
-    return tuple(Check(name, not texts, "; ".join(texts)[:500]) for name, texts in problems.items())
+    own = (Check(name, not texts, "; ".join(texts)[:500]) for name, texts in problems.items())
+    return (*own, *_beside_teacher(config, version))
+
+
+def _beside_teacher(config: PromoteConfig, version: Any) -> Iterator[Check]:
+    """The comparisons of a distilled version with its teacher; none of another version."""
+    teacher, value = TeacherRecord.of(version), metric_of(version, config.metric)
+    if teacher is not None and value is not None:
+        yield from (Check(*comparison) for comparison in teacher.comparisons(config, value))
 
 
 def artifact_problems(uri: str | None, fingerprint: str | None, digest: str | None) -> list[str]:

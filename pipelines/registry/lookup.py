@@ -25,6 +25,7 @@ from pipelines.registry.aliases import (
     search,
     version_at,
 )
+from pipelines.registry.distilled.teacher_record import TeacherRecord
 from pipelines.registry.gate import PROTOCOL_TAG, Decision, metrics_of, protocol_of
 from pipelines.tracking.catalog import Catalog, paged
 from pipelines.tracking.runs import runs_of
@@ -84,6 +85,7 @@ class Record:
             "run": self.version.run_id,
             "code_version": tags.get("edt.code_version"),
             "metrics": metrics_of(self.version),
+            "teacher": {} if (teacher := TeacherRecord.of(self.version)) is None else teacher.facts(),
             "trainings": trainings_of(self.version),
             "protocol": dict(protocol_of(self.version)),
             "protocol_digest": tags.get(PROTOCOL_TAG),

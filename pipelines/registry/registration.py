@@ -24,7 +24,9 @@ from pipelines.registry.aliases import (
     find_version,
     set_tags,
     settle,
+    version_at,
 )
+from pipelines.registry.distilled.teacher_record import TEACHER_TAG, TeacherRecord
 from pipelines.registry.gate import (
     METRIC_TAG,
     PROTOCOL_FIELDS_TAG,
@@ -52,12 +54,13 @@ def promote(
     config: PromoteConfig,
     entry: Entry,
     again: Remeasured | None = None,
+    teacher: TeacherRecord | None = None,
 ) -> Decision:
     """Register the model of `entry` as a version of `name`, move `candidate`, and `champion` if it passes the gate.
 
     An existing version of the same checkpoint and evaluation is reused with its decision, and no alias moves: a
-    rollback stays in effect. `again`: the champion, measured by the protocol of the evaluation. Raises UserError if the
-    evaluation lacks the gate's metric.
+    rollback stays in effect. `again`: the champion, measured by the protocol of the evaluation. `teacher`: of a
+    distilled model. Raises UserError if the evaluation lacks the gate's metric.
     """
     measured = entry.evaluation.counts["metrics"]
     if config.metric not in measured:
@@ -68,6 +71,9 @@ def promote(
     _tag_trainings(catalog, version, entry)
     if DECISION_TAG in version.tags:
         return Decision.from_json(version.tags[DECISION_TAG])
+    if teacher is not None:
+        set_tags(catalog, version, {TEACHER_TAG: teacher.to_json()})
+        version = version_at(catalog, name, str(version.version))
     return settle(catalog, version, config, f"run {run_id}", lambda: stored_problems(catalog.client, version), again)
 
 

@@ -28,6 +28,7 @@ from pipelines.report.images import Origin, display_size, gallery, neighbour_vie
 from pipelines.report.inputs import Neighbourhood
 from pipelines.report.lineage import LineageRow, lineage_graph
 from pipelines.report.predecessor import Predecessor
+from pipelines.report.teacher import TeacherFacts
 from pipelines.report.validation import Validation, validation_view
 
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -74,6 +75,7 @@ class ReportData:
     remarks: Sequence[Remark] = ()  # on the metrics
     left_out: Sequence[str] = ()  # what of the source was not used
     predecessor: Predecessor | None = None  # the champion that this version was compared with
+    teacher: TeacherFacts | None = None  # of a distilled version
 
 
 def render_report(data: ReportData) -> str:

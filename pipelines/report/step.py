@@ -32,6 +32,7 @@ from pipelines.report.inputs import (
 from pipelines.report.lineage import LineageRow
 from pipelines.report.page import ReportData, render_report
 from pipelines.report.predecessor import PredecessorFacts, read_predecessor
+from pipelines.report.teacher import TeacherFacts
 from pipelines.report.validation import read_validation
 from pipelines.report.worth import measured, remarks_on
 
@@ -49,6 +50,7 @@ class SummaryConfig(Section):
     lineage: dict[str, tuple[str, tuple[str, ...]]]
     config_yaml: str
     champion: PredecessorFacts | None = added(None)
+    teacher: TeacherFacts | None = added(None)
     seeds: tuple[int, ...] = added(())  # of all trainings of the model, if there are several; its own is the first
 
 
@@ -120,6 +122,7 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         final_losses=timestep_losses(checkpoint),
         num_timesteps=checkpoint.manifest.config["num_timesteps"],
         predecessor=None if config.champion is None else read_predecessor(config.champion, inputs),
+        teacher=config.teacher,
         validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
         along=_along(config.registry, inputs),
         trainings=_trainings(config.seeds, inputs),

@@ -20,6 +20,12 @@ def champion_record(catalog: Catalog, name: str, from_scratch: bool = False) -> 
         if from_scratch and (run := _newest_run(catalog, name)) is not None:
             return None, read_record(catalog, run)
         raise UserError(_no_champion(catalog, name))
+    return version, record_of_version(catalog, version)
+
+
+def record_of_version(catalog: Catalog, version: Any) -> Record:
+    """The record of the run that trained a version. Raises UserError if there is none, or it is unreadable."""
+    name = version.name
     if origin_of(version) or not version.run_id:
         raise UserError(
             f"{title(version)} was imported: no run of edt has its configuration. Fine-tune it with "
@@ -37,7 +43,7 @@ def champion_record(catalog: Catalog, name: str, from_scratch: bool = False) -> 
             f"the run {version.run_id} that registered {title(version)} has no model {name!r}, but "
             f"{', '.join(record.config.get('models') or {}) or 'none'}. Run `edt run` with its configuration file"
         )
-    return version, record
+    return record
 
 
 def line_start(catalog: Catalog, name: str, version: Any | None, record: Record) -> tuple[Any | None, Record]:

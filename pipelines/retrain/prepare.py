@@ -5,14 +5,12 @@ only the images that changed cost anything before the training. Published featur
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edt_core.data.sources.delta import ImageDelta
 from edt_core.errors import UserError
-from edt_core.evaluation.extractors import PUBLISHED_SPACES
 from edt_core.store.artifact import Source
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
@@ -24,9 +22,10 @@ from pipelines.pipeline import prepare_source
 from pipelines.plan import PlannedStep, plan
 from pipelines.registry.aliases import DECISION_TAG, version_at
 from pipelines.registry.gate import Decision
-from pipelines.registry.kept import ClassesDifferError, autoencoder_of, kept_networks
+from pipelines.registry.kept import ClassesDifferError, kept_networks
 from pipelines.retrain.delta import delta_of
 from pipelines.retrain.guard import guarded, over_limit
+from pipelines.retrain.kept_values import is_of_a_version, kept_values, pinned_networks
 from pipelines.retrain.line import champion_record, has_ended, is_started, line_start
 from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
@@ -35,7 +34,6 @@ from pipelines.tracking.runs import Record
 SHARE = 4  # a retraining has a quarter of the steps of the training from scratch that its line began with
 _SETTINGS = ("retrain", "notify")  # sections that are not of the training
 _NOT_OF_THE_TRAINING = tuple(f"{section}." for section in (*_SETTINGS, "promote"))
-_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,7 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
     Raises UserError if there is no champion, if its run or its classifier is gone, or if the source is unusable.
     """
     version, record = champion_record(catalog, request.name, request.from_scratch)
+    _check_learns_from_images(request.name, record)
     config = _configured(catalog, request, version, record)
     store = Store(Folder.at(request.store))
     source = prepare_source(config.source, store.root, terminal, digest_again)
@@ -102,6 +101,18 @@ def prepare(catalog: Catalog, request: Request, terminal: Terminal, digest_again
         notes += said
     too_long = over_limit(config, version, request.name)
     return Retraining(guarded(config, request.name), source, version, delta, tuple(notes), over_limit=too_long)
+
+
+def _check_learns_from_images(name: str, record: Record) -> None:
+    """Raise UserError for a distilled model: it has learnt the steps of its teacher, and not images."""
+    own, train = record.config["models"].get(name) or {}, record.config.get("train") or {}
+    distill = own.get("distill", train.get("distill"))
+    if distill:
+        teacher = own.get("init_from", train.get("init_from"))
+        raise UserError(
+            f"{name} was distilled from {teacher}, whose steps it has learnt, and not images. Retrain that model, then "
+            f"distill it again with `edt distill NAME@champion --steps {distill['steps']}`"
+        )
 
 
 def _unfinished(request: Request, record: Record, source: Source, version: Any) -> Retraining:
@@ -135,17 +146,11 @@ def done_before(catalog: Catalog, retraining: Retraining, steps: Sequence[Planne
 
 def _configured(catalog: Catalog, request: Request, version: Any | None, record: Record) -> PipelineConfig:
     """The configuration of a retraining: that of the champion's run, with what a retraining changes, then `--set`."""
-    values: dict[str, Any] = {**record.config, "store": request.store}
+    if request.from_scratch:
+        values = _fitted_again(record, request.store)
+    else:
+        values = kept_values(record, version, request.store)
     values["source"] = _source(record.config, request.images)
-    values["autoencoder"] = _autoencoder(values, request, version)
-    values["classifier"] = {**(record.config.get("classifier") or {}), "pretrained": None}
-    if not request.from_scratch and "classifier" in values.get("extractors", ()):
-        assert version is not None
-        values["classifier"]["pretrained"] = f"models:/{request.name}/{version.version}"
-    for space in PUBLISHED_SPACES:
-        digest, network = record.tags.get(f"edt.{space}", ""), values.get(space)
-        if network and _DIGEST.fullmatch(digest):
-            values[space] = {**network, "sha256": network.get("sha256") or digest}
     first_version, first = line_start(catalog, request.name, version, record)
     recorded = first if request.from_scratch else record
     own, train = dict(recorded.config["models"].get(request.name) or {}), dict(recorded.config.get("train") or {})
@@ -222,18 +227,14 @@ def _source(config: Mapping[str, Any], images: str | None) -> dict[str, Any]:
     return source | {"path": images, "kind": "auto" if source.get("kind") == "digits" else source.get("kind", "auto")}
 
 
-def _autoencoder(values: Mapping[str, Any], request: Request, version: Any | None) -> dict[str, Any]:
-    """The champion's autoencoder if it was fitted, or taken from a registered version; a published one stays."""
-    section = dict(values.get("autoencoder") or {})
-    published = section.get("pretrained")
-    of_a_version = published is None or str(published).startswith("models:/")
-    if request.from_scratch:
-        return section | {"pretrained": None if of_a_version else published}
-    assert version is not None
-    in_store = autoencoder_of(version, Store(Folder.at(request.store))) is not None
-    if of_a_version or in_store:
-        section["pretrained"] = f"models:/{version.name}/{version.version}"
-    return section
+def _fitted_again(record: Record, store: str) -> dict[str, Any]:
+    """The recorded values, with an autoencoder and a classifier that are fitted, unless they are published."""
+    autoencoder = dict(record.config.get("autoencoder") or {})
+    if is_of_a_version(autoencoder):
+        autoencoder["pretrained"] = None
+    classifier = {**(record.config.get("classifier") or {}), "pretrained": None}
+    fitted = {"autoencoder": autoencoder, "classifier": classifier}
+    return {**record.config, "store": store, **fitted, **pinned_networks(record)}
 
 
 def _check_start(config: PipelineConfig, catalog: Catalog, name: str) -> None:

@@ -26,6 +26,7 @@ PURE = {
         "min_snr_gamma",
         "max_grad_norm",
         "margin",
+        "teacher_margin",
     ),
     *("holdout_fraction", "max_bad_fraction", "class_dropout_prob", "mirror_prob", "cfg_scale", "cfg_power"),
     *("downsample_factor", "layers_per_block", "jpeg_quality", "max_rollbacks", "max_failures", "repeats"),
@@ -51,7 +52,7 @@ def fields(
                     inner_sections[name] = within
     if section is PipelineConfig:
         for name, within in inner_sections.items():
-            found |= {f"{name}.{inner}": field for inner, field in fields(within, {}).items()}
+            found |= {f"{name}.{inner}": field for inner, field in within.model_fields.items()}
     return found
 
 

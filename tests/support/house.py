@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "pipelines": (
         frozenset({"__init__", "tracking", "config", "terminal"}),
         frozenset({"registry", "engine", "cluster", "setup"}),
-        frozenset({"report", "outcome", "champion"}),
+        frozenset({"report", "outcome", "champion", "teacher"}),
         frozenset({"pipeline", "notification"}),
         frozenset({"plan", "schedule", "diff"}),
         frozenset({"reproduce", "retrain", "studies"}),

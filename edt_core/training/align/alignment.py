@@ -146,8 +146,10 @@ def alignment_of(
 
 
 def loss_terms(config: TrainConfig) -> tuple[str, ...]:
-    """The names of the terms of a training's loss: those of its objective, and `align`."""
+    """The names of the terms of a training's loss: those of its objective, or of a distillation the first; `align`."""
     own = objective_of(config.objective).terms
+    if config.distill is not None:
+        return own[:1]
     return own if config.align is None else (*own, ALIGN)
 
 

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from edt_core.errors import UserError
-from edt_core.models import FAMILIES, DiffusionTransformer, ModelConfig, count_parameters, shadow, training_flops
+from edt_core.models import (
+    FAMILIES,
+    DiffusionTransformer,
+    ModelConfig,
+    count_macs,
+    count_parameters,
+    shadow,
+    training_flops,
+)
 from edt_core.training.align.cost import align_flops
+from edt_core.training.distill.teacher import teacher_flops
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -58,9 +67,12 @@ def count_merged(config: TrainConfig, model_config: ModelConfig) -> int:
 def step_flops(config: TrainConfig, model_config: ModelConfig) -> int:
     """Floating-point operations of training on one image, without the gradients of frozen weights.
 
-    With `train.align` those of its head and of its target are included.
+    With `train.align` those of its head and of its target are included, and with `train.distill` those of the teacher.
     """
     align = align_flops(config, model_config)
+    if config.distill is not None:
+        teacher = teacher_flops(config, count_macs(shadow(model_config)))
+        return training_flops(model_config, masked=False) + teacher
     if config.trainable == "all":
         return training_flops(model_config, masked=config.masked_loss) + align
 

@@ -35,10 +35,15 @@ class InitialModel(Protocol):
 
 def check_start(config: TrainConfig, given: bool) -> None:
     """Raise UserError for fields about the model to start from if there is none (`given`: whether there is one)."""
-    usual = {"init_weights": "ema", "init_optimizer": "fresh", "trainable": "all"}
+    usual = {"init_weights": "ema", "init_optimizer": "fresh", "trainable": "all", "distill": None}
     name = next((name for name, value in usual.items() if getattr(config, name) != value), None)
     if given or name is None:
         return
+    if name == "distill":
+        raise UserError(
+            "train.distill is set, but train.init_from is not, so there is no teacher; set train.init_from to a "
+            "trained model, or use `edt distill`"
+        )
     raise UserError(
         f"train.{name} is {getattr(config, name)}, but train.init_from is not set, so the training starts from random "
         f"weights; set train.init_from, or leave out train.{name}"

@@ -1,0 +1,1 @@
+"""Versions that were distilled from another model, their teacher."""

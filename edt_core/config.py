@@ -783,6 +783,11 @@ class ChainConfig(Section):
         description="training timesteps [from, to) with guidance; of flow matching, times from 0 (noise) to 1 (data); "
         "null for all",
     )
+    guidance_reference: Literal["null", "confused"] = added(
+        "null",
+        description="what guidance is away from: null for no class; confused for the class that the classifier takes "
+        "the sample for besides its own (gradient-free classifier guidance, arXiv 2411.15393)",
+    )
     amm_blocks: tuple[int, ...] | Literal["paper", "model"] | AmmPreset = Field(
         (),
         description="0-based blocks with AMM; 'paper': published for this model and scale; 'model': its own; or a part "

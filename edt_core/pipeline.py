@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from edt_core.autoencoders.fsq import AutoencoderFSQ
 from edt_core.sampling.diffusers_pipeline import (
     PROTOCOL,
+    EDTClassifier,
     EDTPipeline,
     EDTPipelineOutput,
     EDTTransformer,
@@ -22,6 +23,7 @@ __all__ = [
     "PROTOCOL",
     "AutoencoderFSQ",
     "DiffusionPipeline",
+    "EDTClassifier",
     "EDTPipeline",
     "EDTPipelineOutput",
     "EDTTransformer",

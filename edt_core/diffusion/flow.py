@@ -93,6 +93,11 @@ class FlowMatching(ContinuousObjective):
             )
         return Prediction(model_output.float())
 
+    def denoised(self, schedule: Schedule | None, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_t + (1 - t) v, the end of the straight path."""
+        velocity = self.split(model_output, x_t.shape[1]).value
+        return x_t.float() + (1 - t.float().view(-1, *(1,) * (x_t.ndim - 1))) * velocity
+
     def chain(self, num_timesteps: int, sampler: SamplerChoice, num_steps: int) -> Chain:
         """Euler, Heun, or the SDE, see `edt_core.diffusion.flow_chains`."""
         self.check_sampler(sampler)

@@ -181,6 +181,13 @@ class Objective(ABC):
 
     # Sampling
 
+    def denoised(self, schedule: Schedule | None, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The data that a model's output at (x_t, t) implies, float32 [N, C, H, W].
+
+        Raises UserError for an objective whose prediction implies none.
+        """
+        raise UserError(f"a model of the objective {self.name!r} predicts codes, which imply no latents")
+
     @abstractmethod
     def chain(self, num_timesteps: int, sampler: SamplerChoice, num_steps: int) -> Chain:
         """A sampler with `num_steps` steps. Raises UserError for one that the objective lacks, and invalid settings."""
@@ -310,6 +317,12 @@ class ScheduledObjective(Objective):
     def max_steps(self, num_timesteps: int) -> int | None:
         """All timesteps."""
         return num_timesteps
+
+    def denoised(self, schedule: Schedule | None, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that the predicted value implies; `t` are timesteps of the training."""
+        assert schedule is not None  # that of `schedule`
+        value = self.split(model_output, x_t.shape[1]).value
+        return self.x_start(value, x_t.float(), schedule.gather(t, x_t.ndim))
 
     @abstractmethod
     def x_start(self, prediction: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:

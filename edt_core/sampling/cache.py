@@ -77,12 +77,23 @@ class Series:
         return value
 
 
+@dataclass
+class _Lane:
+    """One sequence of calls: rows and labels of the last, its number since the last flush, and the features by it."""
+
+    rows: int = 0
+    call: int = -1
+    labels: Tensor | None = None
+    series: dict[tuple[int, str], Series] = field(default_factory=dict)
+
+
 class FeatureCache:
     """The features of one model in one chain.
 
     `attached` to the model it is asked for each feature; `begin` says that a call of the model begins. The features are
-    flushed when the number of rows changes, as where guidance begins or ends. `calls` and `full` count the calls, and
-    those that computed everything; `rows` the rows of both kinds of calls.
+    flushed when the number of rows changes, as where guidance begins or ends. Calls of another `lane`, which alternate
+    with the others, have features of their own, and are flushed when their labels change. `calls` and `full` count the
+    calls, and those that computed everything; `rows` the rows of both kinds of calls.
 
     It acts in the thread that attached it: calls by others compute everything. A second cache of the same model waits
     until the first is detached.
@@ -92,9 +103,9 @@ class FeatureCache:
         self.config = config
         self.calls = self.full = 0
         self.rows = {True: 0, False: 0}  # of calls that compute everything, and of the others
-        self._rows = self._thread = 0
-        self._call = -1  # since the last flush
-        self._series: dict[tuple[int, str], Series] = {}
+        self._thread = 0
+        self._lanes: dict[str, _Lane] = {}
+        self._lane = _Lane()
 
     @contextmanager
     def attached(self, model: DiffusionTransformer) -> Iterator[FeatureCache]:
@@ -118,16 +129,20 @@ class FeatureCache:
             for block in blocks:
                 if isinstance(block, ResidualBlock):
                     block.predict = None
-            self._series.clear()
+            self._lanes.clear()
+            self._lane = _Lane()
 
-    def begin(self, rows: int) -> None:
-        """A call of the model with this many rows begins."""
-        if rows != self._rows:
-            self._series.clear()
-            self._rows, self._call = rows, -1
-        self._call += 1
+    def begin(self, rows: int, lane: str = "", labels: Tensor | None = None) -> None:
+        """A call of the model with this many rows begins; `labels` [N] of a lane in which they can change."""
+        present = self._lane = self._lanes.setdefault(lane, _Lane())
+        before = present.labels
+        if rows != present.rows or (before is not None and labels is not None and not torch.equal(before, labels)):
+            present.series.clear()
+            present.rows, present.call = rows, -1
+        present.labels = labels
+        present.call += 1
         self.calls += 1
-        full = is_full(self._call, self.config)
+        full = is_full(present.call, self.config)
         self.full += full
         self.rows[full] += rows
 
@@ -136,8 +151,8 @@ class FeatureCache:
         if id(block) not in numbers or get_ident() != self._thread:
             return compute()
         series = self._of(numbers[id(block)], "block")
-        if not is_full(self._call, self.config):
-            return x + series.at(self._call)
+        if not is_full(self._lane.call, self.config):
+            return x + series.at(self._lane.call)
         out = compute()
         self._add(series, out - x)
         return out
@@ -147,19 +162,19 @@ class FeatureCache:
         if get_ident() != self._thread:
             return compute()
         series = self._of(block, name)
-        if not is_full(self._call, self.config):
-            return series.at(self._call)
+        if not is_full(self._lane.call, self.config):
+            return series.at(self._lane.call)
         out = compute()
         self._add(series, out)
         return out
 
     def _add(self, series: Series, value: Tensor) -> None:
         if self.config.interval > 1:  # else nothing is predicted
-            series.add(self._call, value)
+            series.add(self._lane.call, value)
 
     def _of(self, block: int, name: str) -> Series:
         order = 0 if self.config.kind == "delta" else self.config.order
-        return self._series.setdefault((block, name), Series(order, self.config.kind == "newton"))
+        return self._lane.series.setdefault((block, name), Series(order, self.config.kind == "newton"))
 
 
 def _lock_of(model: DiffusionTransformer) -> Lock:

@@ -29,9 +29,11 @@ from edt_core.config import ChainConfig, recorded_fields
 from edt_core.data.scale import LatentScale, model_scale
 from edt_core.diffusion import Objective, objective_of_model
 from edt_core.errors import UserError
+from edt_core.evaluation.extractors.classifier import Classifier
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.models.alignment import align_weights
 from edt_core.sampling.flow_schedulers import FlowSchedulerChain
+from edt_core.sampling.latent_classifier import LatentClassifier
 from edt_core.sampling.pipeline_options import (
     PROTOCOL,
     CallNoise,
@@ -101,6 +103,20 @@ class EDTTransformer(ModelMixin, ConfigMixin):
         return output
 
 
+class EDTClassifier(ModelMixin, ConfigMixin):
+    """The classifier of a data set in a form that diffusers can store: its sizes, and its weights below `network.`."""
+
+    @register_to_config
+    def __init__(self, num_classes: int, base_channels: int = 16, feature_dim: int = 64) -> None:
+        super().__init__()
+        self.network = Classifier(num_classes, base_channels, feature_dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, S, S] in -1..1 -> features [N, D] and logits [N, K]."""
+        output: tuple[Tensor, Tensor] = self.network(images.to(next(self.network.parameters()).dtype))
+        return output
+
+
 @dataclass
 class EDTPipelineOutput(BaseOutput):
     """N `images` of S x S pixels, in the form of `output_type`:
@@ -119,11 +135,12 @@ class EDTPipeline(DiffusionPipeline):
 
     With its original scheduler, a pipeline samples by `protocol` and its `sampler`. Any other supported diffusers
     scheduler that is assigned replaces that sampler. One that does not fit the model is rejected.
-    With a `guide`, a weaker model, samples are guided away from it (autoguidance) instead of from no class.
+    With a `guide`, a weaker model, samples are guided away from it (autoguidance) instead of from no class. The
+    `classifier` is that of `guidance_reference: confused`.
     """
 
-    model_cpu_offload_seq = "transformer->guide->vae"
-    _optional_components = ["guide"]  # noqa: RUF012  the name and the type are those of diffusers
+    model_cpu_offload_seq = "transformer->guide->vae->classifier"
+    _optional_components = ["guide", "classifier"]  # noqa: RUF012  the name and the type are those of diffusers
 
     def __init__(
         self,
@@ -136,6 +153,7 @@ class EDTPipeline(DiffusionPipeline):
         latent_scale: dict[str, Any] | None = None,
         num_timesteps: int | None = None,
         guide: EDTTransformer | None = None,
+        classifier: EDTClassifier | None = None,
     ) -> None:
         super().__init__()
         _check_scale(vae, transformer.edt.config, latent_scale)
@@ -153,7 +171,8 @@ class EDTPipeline(DiffusionPipeline):
             check_scheduler(scheduler, timesteps, objective)
         align_weights(transformer)  # diffusers memory-maps the files
         align_weights(vae)
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, guide=guide)
+        parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+        self.register_modules(**parts, guide=guide, classifier=classifier)
         fields = recorded_fields(chain)
         counts = None if class_counts is None else list(class_counts)
         self.register_to_config(
@@ -243,7 +262,14 @@ class EDTPipeline(DiffusionPipeline):
             network=self.transformer,
             guide_network=guide,
             device=device,
+            classify=self._classify(),
         )
+
+    def _classify(self) -> LatentClassifier | None:
+        if self.classifier is None:
+            return None
+        parts = self.classifier.network, self.transformer.edt.config, self.classifier
+        return LatentClassifier(self.vae, *parts)
 
     def _solver(
         self, chain: ChainConfig, noise: CallNoise, given: Sequence[str]
@@ -315,7 +341,8 @@ def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
     configs = [module._internal_dict for module in modules]
     try:
         for module, config in zip(modules, configs, strict=True):
-            stated = {n: v for n, v in config.items() if n != "_name_or_path" and (n, v) != ("guide", (None, None))}
+            absent = [name for name in EDTPipeline._optional_components if config.get(name) == (None, None)]
+            stated = {name: value for name, value in config.items() if name not in ("_name_or_path", *absent)}
             module._internal_dict = FrozenDict(stated)
         yield
     finally:
@@ -324,7 +351,7 @@ def _without_origin(parts: Sequence[Any]) -> Iterator[None]:
 
 
 # model_index.json and pipeline.py refer to the classes by this module, independent of where their code is.
-EDTTransformer.__module__ = EDTPipeline.__module__ = _OURS
+EDTTransformer.__module__ = EDTClassifier.__module__ = EDTPipeline.__module__ = _OURS
 
 
 def _check_scale(vae: Autoencoder, config: ModelConfig, trained: Mapping[str, Any] | None) -> None:
@@ -359,11 +386,12 @@ def save_pipeline(
     protocol: dict[str, Any],
     class_counts: Sequence[int] | None = None,
     guide: DiffusionTransformer | None = None,
+    classifier: Classifier | None = None,
 ) -> None:
     """Write a diffusers pipeline folder: transformer, vae, scheduler, class names, and the sampling protocol.
 
     `class_counts` [K]: number of training images of each class, if known. `guide`: a weaker model of the same latents
-    and classes, away from which the samples are guided.
+    and classes, away from which the samples are guided. `classifier`: that of `guidance_reference: confused`.
     """
     transformer, weaker = _transformer(edt), None if guide is None else _transformer(guide)
     counts = None if class_counts is None else list(class_counts)
@@ -371,7 +399,11 @@ def save_pipeline(
     centred = None if scale.is_plain else scale.record()
     shift = chain_config(protocol).time_shift
     scheduler = training_scheduler(num_timesteps, objective_of_model(edt.config), shift)
-    pipeline = EDTPipeline(transformer, vae, scheduler, list(classes), protocol, counts, centred, num_timesteps, weaker)
+    judge = None if classifier is None else EDTClassifier(**classifier.sizes)
+    if judge is not None and classifier is not None:
+        judge.network.load_state_dict(classifier.state_dict())
+    facts = list(classes), protocol, counts, centred, num_timesteps
+    pipeline = EDTPipeline(transformer, vae, scheduler, *facts, weaker, judge)
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 

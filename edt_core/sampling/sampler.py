@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edt_core.diffusion import SampleNoise, SamplerChoice, guided, objective_of_model
 from edt_core.diffusion.chain import ModelFn, SwitchedModel
-from edt_core.diffusion.guidance import ClassModel
+from edt_core.diffusion.guidance import ClassModel, Confused
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, chosen_amm_blocks
 from edt_core.models.weight_memo import constant_weights
@@ -32,6 +32,7 @@ class SamplesNotFiniteError(UserError):
 
 
 Progress = Callable[[int, int], None]  # (completed steps, total steps)
+Classify = Callable[[Tensor], Tensor]  # scaled latents [N, C, h, h] float32 -> probabilities of the classes [N, K]
 # (model function, start [N, C, h, h] float32, progress) -> latents, in place of the chain's own sampler
 Solver = Callable[[ModelFn | SwitchedModel, Tensor, Progress | None], Tensor]
 
@@ -53,6 +54,7 @@ class LatentSampler:
     the guide's attention is never modulated. Both models are set to evaluation mode.
     `network` is called instead of the model: the same model compiled, or with hooks. It computes on `device`,
     by default that of the model's weights. `guide_network` is called instead of the guide.
+    `classify` is the classifier of a chain whose `guidance_reference` is the confused class.
     Raises UserError if the chain, the model and the guide are not compatible.
     """
 
@@ -66,11 +68,12 @@ class LatentSampler:
         network: ClassModel | None = None,
         guide_network: ClassModel | None = None,
         device: torch.device | None = None,
+        classify: Classify | None = None,
     ) -> None:
         self.model, self.guide, self.chain = model, guide, chain
         self.network: ClassModel = model if network is None else network
         self._guide_network = guide if guide_network is None else guide_network
-        self._device = device
+        self._device, self._classify = device, classify
         self.objective = objective_of_model(model.config)
         check_guidance(chain, model.config, num_timesteps)
         progress = partial(self.objective.progress, num_timesteps=num_timesteps)
@@ -81,6 +84,12 @@ class LatentSampler:
             )
         if guide is not None:
             check_guide(chain, model.config, guide.config)
+        if self._is_confused and classify is None:
+            raise UserError(
+                "guidance_reference is confused, which needs a classifier, and there is none: use a registered version "
+                "that was evaluated so, pass --classifier to `edt evaluate`, or set guidance_reference=null"
+            )
+        self._schedule = self.objective.schedule(num_timesteps) if self._is_confused else None
         self.steps = self.objective.chain(num_timesteps, SamplerChoice.of(chain), chain.num_sampling_steps)
         self.amm_blocks = resolved_amm_blocks(chain, model.built_config)
         self.caches: list[FeatureCache] = []  # of the last chain: the model's, then the guide's
@@ -141,10 +150,11 @@ class LatentSampler:
         self, y: Tensor, noise: Noise, progress: Progress | None, solver: Solver | None, stack: ExitStack
     ) -> Tensor:
         chain, guide = self.chain, None
+        model, reference = self._cached(self.network, self.model, stack)
         if self.guide is not None and self._guide_network is not None:
-            guide = self._cached(self._guide_network, self.guide, stack)
+            guide, reference = self._cached(self._guide_network, self.guide, stack)
         model_fn = guided(
-            self._cached(self.network, self.model, stack),
+            model,
             y,
             self.model.config.num_classes,
             chain.cfg_scale,
@@ -152,6 +162,7 @@ class LatentSampler:
             interval=chain.guidance_interval,
             growth=self.growth,
             guide=guide,
+            confused=Confused(self._probabilities, reference, guide is not None) if self._is_confused else None,
             whole_output=self.objective.of_tokens,
         )
         initial = noise.initial()
@@ -162,11 +173,25 @@ class LatentSampler:
         with noise.ahead(self.steps.noises) as step_noise:
             return self.steps.run(model_fn, initial, step_noise, progress)
 
-    def _cached(self, network: ClassModel, model: DiffusionTransformer, stack: ExitStack) -> ClassModel:
-        """The network in the chain's precision, with a cache of its own that is attached until the stack's end."""
+    @property
+    def _is_confused(self) -> bool:
+        return self.chain.guidance_reference == "confused" and self.chain.cfg_scale != 1.0
+
+    def _probabilities(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The classifier's probabilities [N, K] for the data that the model's output at (x, t) implies."""
+        assert self._classify is not None  # checked where the chain needs it
+        return self._classify(self.objective.denoised(self._schedule, output, x, t))
+
+    def _cached(
+        self, network: ClassModel, model: DiffusionTransformer, stack: ExitStack
+    ) -> tuple[ClassModel, ClassModel]:
+        """The network in the chain's precision, with a cache of its own that is attached until the stack's end.
+
+        And the same for calls with labels that change along the chain, which share no features with the others.
+        """
         call = self._in_precision(network, model)
         if self.chain.cache is None:
-            return call
+            return call, call
         cache = stack.enter_context(FeatureCache(self.chain.cache).attached(model))
         self.caches.append(cache)
 
@@ -174,7 +199,11 @@ class LatentSampler:
             cache.begin(len(x))
             return call(x, t, y)
 
-        return cached
+        def changing(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            cache.begin(len(x), "reference", y)
+            return call(x, t, y)
+
+        return cached, changing
 
     def _in_precision(self, network: ClassModel, model: DiffusionTransformer) -> ClassModel:
         """The network in the chain's precision; it gets latents in the dtype of its weights."""
@@ -216,6 +245,7 @@ def check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -
     And for what the model's objective refuses.
     """
     objective_of_model(model).check_chain(chain, model)
+    _check_reference(chain, model)
     end_of_time = objective_of_model(model).end_of_time(num_timesteps)
     channels, interval = chain.guidance_channels, chain.guidance_interval
     if chain.cfg_scale != 1.0 and channels is not None and channels > model.in_channels:
@@ -234,6 +264,22 @@ def check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -
         raise UserError(
             f"guidance_interval {list(interval)} ends above {end_of_time:g}, but the time of {model.name} is from 0 "
             f"(noise) to {end_of_time:g} (data); use an interval within it"
+        )
+
+
+def _check_reference(chain: ChainConfig, model: ModelConfig) -> None:
+    """Raise UserError for a confused class of masked tokens, or of a model of one class."""
+    if chain.guidance_reference == "null":
+        return
+    if objective_of_model(model).of_tokens:
+        raise UserError(
+            f"guidance_reference is confused, which classifies the image that a prediction implies, but {model.name} "
+            "predicts codes; set guidance_reference=null"
+        )
+    if model.num_classes < 2:
+        raise UserError(
+            f"guidance_reference is confused, but {model.name} has one class, which nothing can be confused with; set "
+            "guidance_reference=null"
         )
 
 

@@ -30,7 +30,8 @@ def save_program(path: Path, model: DiffusionTransformer, chain: ChainConfig, nu
     The model is moved to the CPU in float32, set to evaluation mode, and its gradients are turned off.
     Raises RuntimeError if the outputs differ; the file is then removed.
     """
-    denoiser = LatentSampler(model.cpu().float(), chain, num_timesteps).model.requires_grad_(False)
+    alone = chain.model_copy(update={"guidance_reference": "null"})  # guidance is not in the program
+    denoiser = LatentSampler(model.cpu().float(), alone, num_timesteps).model.requires_grad_(False)
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about PyTorch's own code, while tracing

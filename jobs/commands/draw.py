@@ -84,8 +84,9 @@ def run(options: argparse.Namespace, progress: Progress) -> str:
     chain: ChainConfig = validated(ChainConfig, {**loaded.sampling, **fields})
     decoder = _decoder(loaded, options.autoencoder, options.model)
     model, guide = loaded.model.to(device), _guide(options, loaded, chain, device)
-    sampler = LatentSampler(model, chain, loaded.num_timesteps, guide)
-    images = draw(sampler, decoder.to(device), labels, options.num, options.seed, progress)
+    decoder = decoder.to(device)
+    sampler = LatentSampler(model, chain, loaded.num_timesteps, guide, classify=loaded.classify_by(decoder))
+    images = draw(sampler, decoder, labels, options.num, options.seed, progress)
     shown = [names[label][0] for label in labels]
     rows = np.repeat(np.arange(len(labels)), options.num)
     folder.write_bytes(name, sample_grid(images.reshape(-1, *images.shape[2:]), rows, shown, options.num))

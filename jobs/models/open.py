@@ -37,12 +37,15 @@ from jobs.stages.stage import alone_in, existing_artifact
 
 if TYPE_CHECKING:
     from edt_core.config import ChainConfig
+    from edt_core.evaluation.extractors.classifier import Classifier
     from edt_core.models import DiffusionTransformer
+    from edt_core.sampling.latent_classifier import LatentClassifier
 
 _log = logging.getLogger(__name__)
 DEFAULT_STORE = "./edt-store"
 _VERSION = 1
-_COMPONENTS, _LIBRARIES = {"transformer", "guide", "vae", "scheduler"}, ("diffusers", "edt_core.pipeline")
+_COMPONENTS = {"transformer", "guide", "classifier", "vae", "scheduler"}
+_LIBRARIES = ("diffusers", "edt_core.pipeline")
 FORMS = (
     "a registered model (NAME, NAME@ALIAS or NAME/VERSION), an MLflow run of a training, a checkpoint artifact or one "
     "of its checkpoints/step-... folders, a diffusers folder, or a released checkpoint file"
@@ -63,7 +66,7 @@ class Loaded:
     """A model in memory, in evaluation mode, and what is known about its use.
 
     `classes` are the names of its classes, `protocol` the fields of ChainConfig that it was evaluated with,
-    `class_counts` the images of each class in its training, and `guide` the weaker model of its folder.
+    `class_counts` the images of each class in its training, and `guide` and `classifier` those of its folder.
     """
 
     model: "DiffusionTransformer"
@@ -73,6 +76,16 @@ class Loaded:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     class_counts: Sequence[int] | None = None
     guide: "DiffusionTransformer | None" = None
+    classifier: "Classifier | None" = None
+
+    def classify_by(self, decoder: Any) -> "LatentClassifier | None":
+        """The classifier on latents that a decoder decodes; None for a folder without one."""
+        from edt_core.sampling.latent_classifier import LatentClassifier
+
+        if self.classifier is None:
+            return None
+        device = next(self.model.parameters()).device
+        return LatentClassifier(decoder, self.classifier.to(device), self.model.config)
 
     def guide_of(self, chain: "ChainConfig") -> "DiffusionTransformer | None":
         """The guide of a chain: that of the folder, and None without guidance."""
@@ -100,6 +113,7 @@ class PlainModel:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     class_counts: Sequence[int] | None = None
     guide: "DiffusionTransformer | None" = None
+    classifier: "Classifier | None" = None
 
 
 def open_model(location: str, work: Folder) -> Opened:
@@ -119,7 +133,7 @@ def load_model(location: str) -> Loaded:
         if isinstance(model, Artifact):
             return _loaded(in_store(model))
         vae = None if model.autoencoder is None else load_autoencoder(model.autoencoder)
-        facts = model.classes, model.protocol, model.class_counts, model.guide
+        facts = model.classes, model.protocol, model.class_counts, model.guide, model.classifier
         return Loaded(model.model, model.num_timesteps, vae, *facts)
 
 
@@ -251,7 +265,8 @@ def of_pipeline(folder: Path, origin: str) -> PlainModel:
         )
     digest = sha256_json({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()})
     config, guide = pipeline.config, None if pipeline.guide is None else pipeline.guide.edt.eval()
-    facts = tuple(config.classes), dict(config.protocol), config.class_counts, guide
+    classifier = None if pipeline.classifier is None else pipeline.classifier.network.eval()
+    facts = tuple(config.classes), dict(config.protocol), config.class_counts, guide, classifier
     return PlainModel(pipeline.transformer.edt.eval(), config.num_timesteps, 0, digest, origin, folder / "vae", *facts)
 
 

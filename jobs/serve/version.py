@@ -67,6 +67,7 @@ class ServedVersion:
         self._model, self._decoder = loaded.model.to(device), loaded.autoencoder.to(device)
         if loaded.guide is not None:
             loaded.guide.to(device)
+        self._classify = loaded.classify_by(self._decoder)
         self.classes: tuple[Names, ...] = class_names(loaded.classes, self.num_classes)
 
     @property
@@ -99,7 +100,8 @@ class ServedVersion:
         from edt_core.diffusion import SampleNoise
         from edt_core.sampling.sampler import LatentSampler
 
-        sampler = LatentSampler(self._model, chain, self._loaded.num_timesteps, self._loaded.guide_of(chain))
+        timesteps, guide = self._loaded.num_timesteps, self._loaded.guide_of(chain)
+        sampler = LatentSampler(self._model, chain, timesteps, guide, classify=self._classify)
         labels, seeds, indices = zip(*images, *[images[-1]] * (size - len(images)), strict=True)
         noise = SampleNoise(seeds, indices, sampler.latent_shape, sampler.device)
         latents = sampler.from_noise(labels, noise, indices)

@@ -23,10 +23,12 @@ from jobs.runtime.cluster import require, use_threads
 from jobs.runtime.devices import device_name, kind_of_devices
 from jobs.runtime.pool import pooled
 from jobs.stages import autoencoder, extractors
+from jobs.stages.classifier import FOLDER as CLASSIFIER_FOLDER
 from jobs.stages.stage import DEVICE, Stage
 
 if TYPE_CHECKING:
     from edt_core.models import ModelConfig
+    from edt_core.sampling.latent_classifier import LatentClassifier
 
 FEATURE_UNITS = FEATURE_UNIT.replace("{:05d}", "*")
 DECODED_AT_ONCE = "decoded_at_once"  # images; among the counts of features
@@ -87,14 +89,26 @@ class Sampler:
         self._untried = config.compile
         self.num_classes: int = model.config.num_classes
         self.class_counts = checkpoint.counts.get("class_counts")
-        self.latents = LatentSampler(model, config, checkpoint.manifest.config["num_timesteps"], guide)
         self.autoencoder = load_autoencoder(artifact(inputs, "autoencoder").directory(autoencoder.FOLDER), self.device)
+        classify = self._classify(inputs, model.config)
+        timesteps = checkpoint.manifest.config["num_timesteps"]
+        self.latents = LatentSampler(model, config, timesteps, guide, classify=classify)
         self.extractors = {
             space: extractors.load(space, inputs[space], self.device) for space in extractors.spaces_of(inputs)
         }
         self._sampling, self._finishing = threading.Lock(), threading.Lock()
         # On a GPU, a second stream for decoding: it and the sampling do not wait for each other.
         self._stream = torch.cuda.Stream() if self.device == "cuda" else None
+
+    def _classify(self, inputs: Mapping[str, Artifact | Source], model: "ModelConfig") -> "LatentClassifier | None":
+        """The classifier that chooses what samples are guided away from; None for a chain without one."""
+        from edt_core.evaluation.extractors.classifier import Classifier
+        from edt_core.sampling.latent_classifier import LatentClassifier
+
+        if self.config.guidance_reference == "null" or "classifier" not in inputs:
+            return None
+        folder = artifact(inputs, "classifier").directory(CLASSIFIER_FOLDER)
+        return LatentClassifier(self.autoencoder, Classifier.load(folder, self.device), model)
 
     def work(self, number: int) -> tuple[int, str]:
         """Make unit `number` unless its file exists; return its number of samples, and this worker's device."""
@@ -247,7 +261,7 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
     from edt_core.diffusion import SamplerChoice, objective_of_model
     from edt_core.models import ModelConfig
     from edt_core.sampling.labels import sample_labels
-    from edt_core.sampling.sampler import resolved_amm_blocks
+    from edt_core.sampling.sampler import check_guidance, resolved_amm_blocks
 
     checkpoint = artifact(inputs, "checkpoint")
     check_autoencoder(inputs)
@@ -260,6 +274,12 @@ def check(config: SampleConfig, inputs: Mapping[str, Artifact | Source]) -> None
     objective_of_model(model).check_sampler(SamplerChoice.of(config))
     objective_of_model(model).check_chain(config, model)
     replace(model, amm_blocks=resolved_amm_blocks(config, model))  # raises for blocks that the model does not have
+    if config.guidance_reference == "confused" and "classifier" not in inputs:
+        raise UserError(
+            "guidance_reference is confused, but there is no classifier to confuse the samples; pass --classifier, or "
+            "set guidance_reference=null"
+        )
+    check_guidance(config, model, checkpoint.manifest.config["num_timesteps"])
     if "guide" in inputs:
         _check_guide(config, checkpoint, artifact(inputs, "guide"), model)
     sample_labels(config.label_policy, config.seed, [0], model.num_classes, checkpoint.counts.get("class_counts"))

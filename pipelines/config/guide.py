@@ -35,6 +35,24 @@ class PipelineSampleConfig(SampleConfig):
         return self.guide if self.guide_step is None else None
 
 
+def check_reference_of(config: "PipelineConfig") -> None:
+    """Raise ValueError for guidance away from confused classes without a classifier, or without an effect."""
+    chains = {"sample": config.sample, **({} if config.along.every is None else {"along": config.along})}
+    for section, chain in chains.items():
+        if chain.guidance_reference == "null":
+            continue
+        if "classifier" not in config.extractors:
+            raise ValueError(
+                f"{section}.guidance_reference is confused, but extractors is {list(config.extractors)}, and the "
+                "classifier of the run chooses the class; add classifier to extractors, or set guidance_reference=null"
+            )
+        if chain.cfg_scale == 1.0:
+            raise ValueError(
+                f"{section}.guidance_reference is confused, but {section}.cfg_scale is 1, which is no guidance; set "
+                "cfg_scale above 1, or leave guidance_reference out"
+            )
+
+
 def check_guide_of(config: "PipelineConfig") -> None:
     """Raise ValueError for a guide without an effect, and for one that trainings do not keep."""
     sample = config.sample

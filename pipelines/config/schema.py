@@ -39,7 +39,7 @@ from edt_core.training.optimizers.mup import check_mup
 from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.runtime.tracking import own_uri
 from pipelines.config.defaults import with_defaults
-from pipelines.config.guide import PipelineSampleConfig, check_guide_of
+from pipelines.config.guide import PipelineSampleConfig, check_guide_of, check_reference_of
 from pipelines.config.ladder import LadderConfig, check_ladder, steps_of_rungs, with_rungs
 from pipelines.config.networks import ExtractorConfig, ExtractorName, with_networks
 
@@ -223,6 +223,7 @@ class PipelineConfig(_WithNetworks):
     @model_validator(mode="after")
     def _guide_is_kept(self) -> "PipelineConfig":
         check_guide_of(self)
+        check_reference_of(self)
         return self
 
     @model_validator(mode="after")

@@ -89,8 +89,14 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
     gate = {"model": branch.name, **result_fields(config.promote)}
     identity = sha256_json({**artifacts, "gate": gate})
     after = branch.steps["evaluation"].name
-    named = (*ENTRY_ROLES, *(["guide"] if "guide" in branch.steps else []))
+    named = (*ENTRY_ROLES, *_roles_of_guidance(config, branch))
     return Promotion(branch.name, identity, branch.steps, named, after, report, decide, find, compare)
+
+
+def _roles_of_guidance(config: PipelineConfig, branch: Branch) -> list[str]:
+    """The roles of what a registered version carries of its guidance."""
+    guide = ["guide"] if "guide" in branch.steps else []
+    return guide + (["classifier"] if config.sample.guidance_reference == "confused" else [])
 
 
 def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -> summary.SummaryConfig:

@@ -46,7 +46,7 @@ class Entry:
     """The artifacts behind one version. `untrained`: the evaluation of the untrained model that it started as.
 
     `trainings`: the evaluation of each training by seed, its own first, if there are several. `guide`: the model that
-    its samples were guided away from.
+    its samples were guided away from, and `classifier` the one that chose from which class.
     """
 
     images: Artifact
@@ -57,6 +57,7 @@ class Entry:
     untrained: Artifact | None = None
     trainings: Mapping[int, Artifact] = field(default_factory=dict)
     guide: Artifact | None = None
+    classifier: Artifact | None = None
 
     def metrics_of_trainings(self) -> dict[int, Mapping[str, float]]:
         """The metrics of each training by seed; empty if there is one."""
@@ -121,10 +122,12 @@ def write_pipeline(folder: Path, name: str, config: PromoteConfig, entry: Entry,
     `source` describes the training images. With `promote.torch_export`, also writes the denoiser as a torch program.
     """
     from edt_core.autoencoders.autoencoder import load_autoencoder
+    from edt_core.evaluation.extractors.classifier import Classifier
     from edt_core.pipeline import chain_config, save_pipeline
     from edt_core.sampling.torch_export import PROGRAM, save_program
     from edt_core.training.checkpoint import ema_model
     from jobs.stages.autoencoder import FOLDER, check_checkpoint_scale
+    from jobs.stages.classifier import FOLDER as CLASSIFIER
 
     check_checkpoint_scale(entry.checkpoint, entry.autoencoder)
     protocol = _protocol(entry)
@@ -139,6 +142,7 @@ def write_pipeline(folder: Path, name: str, config: PromoteConfig, entry: Entry,
         protocol=protocol,
         class_counts=entry.checkpoint.counts.get("class_counts"),
         guide=None if entry.guide is None else ema_model(entry.guide.directory(entry.guide.counts["final"])),
+        classifier=None if entry.classifier is None else Classifier.load(entry.classifier.directory(CLASSIFIER)),
     )
     (folder / README).write_text(redacted(card_of(name, model, config, entry, source).text()), encoding="utf-8")
     if config.torch_export:

@@ -39,7 +39,8 @@ from pipelines.registry.packaging import Entry, Logged, log_pipeline, write_pipe
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import artifact_tags
 
-ENTRY_ROLES = tuple(f.name for f in fields(Entry) if f.name not in ("untrained", "trainings", "guide"))
+_OPTIONAL = ("untrained", "trainings", "guide", "classifier")
+ENTRY_ROLES = tuple(field.name for field in fields(Entry) if field.name not in _OPTIONAL)
 COST_TAG = "edt.cost."
 OBJECTIVE_TAG = "edt.objective"  # of models that do not predict noise
 OVERRIDES_TAG = "edt.model_overrides"  # fields in which the model differs from the one of its name, as JSON
@@ -96,8 +97,13 @@ def entry_of(
 
     `trainings`: the evaluation of each training by seed, if there are several.
     """
-    given = {role: artifacts[role] for role in ENTRY_ROLES}
-    return Entry(**given, untrained=untrained, trainings=trainings or {}, guide=artifacts.get("guide"))
+    return Entry(
+        **{role: artifacts[role] for role in ENTRY_ROLES},
+        untrained=untrained,
+        trainings=trainings or {},
+        guide=artifacts.get("guide"),
+        classifier=artifacts.get("classifier"),
+    )
 
 
 def registered(catalog: Catalog, name: str, config: PromoteConfig, entry: Entry) -> tuple[Decision, str] | None:

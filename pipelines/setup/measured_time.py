@@ -165,6 +165,9 @@ def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig, numb
     passes = round(count * chain_passes(sample, train, share))
     yield _time(setting, f"sample {train.model}", f"{text} of {sample.num_sampling_steps} steps", job, passes)
     yield _coder_time(setting, f"decode {train.model}", "decode", text, count, "fp32")
+    if sample.guidance_reference == "confused":  # each guided step decodes what it predicts
+        guided = round(count * (chain_passes(sample, train) - chain_passes(sample, train, 0.0)))
+        yield _coder_time(setting, f"classify {train.model}", "decode", f"{guided:,} predictions", guided, "fp32")
 
 
 def _pass_flops(sample: SampleConfig, train: TrainConfig, model: ModelConfig) -> int:

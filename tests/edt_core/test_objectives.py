@@ -293,7 +293,8 @@ def test_fields_of_newer_versions_are_left_out_of_a_yaml_that_is_digested() -> N
     assert yaml.safe_load(recorded_yaml(v))["train"]["objective"] == "v_prediction"
     assert yaml.safe_load(as_yaml(noise))["train"]["objective"] == "epsilon"
     whole = yaml.safe_load(as_yaml(noise))["sample"]
-    later = {"time_shift", "sde_diffusion", "temperature", "amm_radius_rows", "cache", "guide", "compile"}
+    of_guidance = {"guidance_reference", "guide"}
+    later = {"time_shift", "sde_diffusion", "temperature", "amm_radius_rows", "cache", "compile", *of_guidance}
     assert yaml.safe_load(recorded_yaml(noise))["sample"] == {
         name: value for name, value in whole.items() if name not in later
     }

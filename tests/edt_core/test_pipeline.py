@@ -108,7 +108,7 @@ def test_labels_that_it_does_not_have(folder: Path, labels: list[int]) -> None:
 def test_the_sampling_protocol_is_kept_as_plain_values(folder: Path) -> None:
     kept = json.loads((folder / "model_index.json").read_text())["protocol"]
     # Left out at their defaults, so that older versions read the folder.
-    later = {"time_shift", "sde_diffusion", "temperature", "amm_radius_rows", "cache"}
+    later = {"time_shift", "sde_diffusion", "temperature", "amm_radius_rows", "cache", "guidance_reference"}
     assert set(kept) == set(PROTOCOL) - later == set(ChainConfig.model_fields) - later
     assert (kept["num_sampling_steps"], kept["cfg_scale"], kept["amm_blocks"]) == (4, 2.0, [])
     assert ChainConfig(**EDTPipeline.from_pretrained(folder).config.protocol) == ChainConfig(**kept)

@@ -300,7 +300,7 @@ def test_hooks_of_the_transformer_run(pipeline: EDTPipeline) -> None:
     pipeline.transformer.register_forward_pre_hook(lambda _module, _inputs: calls.append(1))
     drawn(pipeline)
     assert len(calls) == 4
-    assert EDTPipeline.model_cpu_offload_seq == "transformer->guide->vae"
+    assert EDTPipeline.model_cpu_offload_seq == "transformer->guide->vae->classifier"
 
 
 def test_weights_without_values_are_refused(pipeline: EDTPipeline) -> None:

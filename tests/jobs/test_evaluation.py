@@ -363,6 +363,12 @@ def test_a_guide_and_a_prior_of_labels(judge: Artifact, tmp_path: Path) -> None:
     assert plain.fingerprint != guided.fingerprint
     assert plain.manifest.digest != guided.manifest.digest
     assert guided.counts["guide_digest"] == guide.checkpoint.manifest.digest
+    away = config.model_copy(update={"guidance_reference": "confused"})
+    confused = execute(sample.STAGE, away, tmp_path / "confused", **inputs)
+    assert confused.manifest.digest not in (plain.manifest.digest, guided.manifest.digest)
+    without = {role: item for role, item in inputs.items() if role != "classifier"}
+    with pytest.raises(UserError, match="there is no classifier to confuse the samples; pass --classifier"):
+        execute(sample.STAGE, away.model_copy(update={"keep_images": "all"}), tmp_path / "y", **without)
     with pytest.raises(UserError, match="label_policy is prior, but the model's record has no class counts"):
         execute(sample.STAGE, config.model_copy(update={"label_policy": "prior"}), tmp_path / "x", **inputs)
 

@@ -180,6 +180,45 @@ def test_the_same_weights_at_a_path_give_the_same_samples(guided: Outcome, place
     assert planner.steps[f"sample {MODEL}"].fingerprint == record.steps[f"sample.{MODEL}"]
 
 
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["extractors=[inception]", "promote.metric=fid"], "the classifier of the run chooses the class"),
+        (["sample.cfg_scale=1"], "sample.cfg_scale is 1, which is no guidance"),
+    ],
+)
+def test_confused_classes_need_a_classifier_and_a_scale(assignments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config("quickstart", ["sample.guidance_reference=confused", *assignments])
+    assert message in str(refused.value)
+
+
+def test_a_version_carries_the_classifier_of_confused_classes(guided: Outcome, place: Path) -> None:
+    """With the guide of half the steps: no training runs, and the folder draws the pipeline's own images."""
+    from edt_core.autoencoders.autoencoder import decode_to_pixels
+
+    confused = (*EARLIER, "sample.guidance_reference=confused", "sample.cfg_scale=3")
+    with local_ray_train(), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        outcome = pipeline(place, *confused)
+    assert not outcome.failures
+    features = artifact(place, outcome, "sample", "features")
+    version = outcome.decisions[MODEL].version
+    use_mlflow(f"{MODEL}/{version}", outcome.tracking_uri, str(place))
+    loaded = load_model(f"{MODEL}/{version}")
+    assert (loaded.classifier is None, loaded.protocol["guidance_reference"]) == (False, "confused")
+    config, units = SampleConfig.model_validate(features.manifest.config), load_units(features)
+    first = slice(0, config.unit_size)
+    classify = loaded.classify_by(loaded.autoencoder)
+    guide = loaded.guide_of(config)
+    sampler = LatentSampler(loaded.model, config, loaded.num_timesteps, guide, classify=classify)
+    latents = sampler(units["labels"][first], config.seed, units["indices"][first])
+    pixels = decode_to_pixels(loaded.autoencoder, latents, loaded.model.config)
+    assert np.array_equal(pixels, units["images"][first])
+    shown = edt("sample", f"{MODEL}/{version}", "--store", str(place), "--num", "1", "--out", str(place / "c.png"))
+    assert shown.returncode == 0, shown.stderr
+
+
 def test_a_guide_that_does_not_fit_is_refused_by_the_plan(guided: Outcome, place: Path) -> None:
     version = f"sample.guide={MODEL}/1"
     assert planned(place, version)["guide"].action == "run"

@@ -176,6 +176,17 @@ def test_a_guide_costs_its_own_operations(write: Any) -> None:
     assert (steps[1].flops or 0) / (steps[0].flops or 1) == pytest.approx((1 + share) / 2)
 
 
+def test_each_guided_step_decodes_what_a_classifier_sees(write: Any) -> None:
+    """Of 50 steps of two sets of 50,000 samples, half are guided."""
+    half = ("sample.cfg_scale=2.0", "sample.num_sampling_steps=50", "sample.guidance_interval=[0, 500]")
+    metric = ("extractors=[classifier]", "promote.metric=fd_classifier")
+    confused = times(write(content()), assignments=(*half, *metric, "sample.guidance_reference=confused"))
+    decoded = confused["decode EDT-S/2"].flops
+    assert decoded is not None
+    assert confused["classify EDT-S/2"].flops == 25 * decoded
+    assert "classify EDT-S/2" not in times(write(content()), assignments=half)
+
+
 def test_a_step_of_heun_takes_two_passes() -> None:
     flow = TrainConfig(objective="flow")
     half = {"num_sampling_steps": 100, "cfg_scale": 2.0, "guidance_interval": (0.5, 1.0)}

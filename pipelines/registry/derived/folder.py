@@ -46,6 +46,7 @@ def write_derived(
         protocol=dict(protocol),
         class_counts=loaded.class_counts,
         guide=loaded.guide,
+        classifier=loaded.classifier,
     )
     card = ModelCard(
         name=str(parent.name),

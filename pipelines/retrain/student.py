@@ -14,6 +14,7 @@ from edt_core.config import ChainConfig, TrainConfig, recorded_fields
 from edt_core.diffusion import Objective, objective_of
 from edt_core.errors import UserError
 from jobs.commands.options import parse_assignment, validated
+from pipelines.config.guide import PipelineSampleConfig
 from pipelines.config.schema import PipelineConfig, assign
 from pipelines.registry.lookup import find
 from pipelines.retrain.kept_values import kept_values
@@ -82,6 +83,7 @@ def prepare(catalog: Catalog, request: Request) -> Distillation:
             "give it another name with --name"
         )
     before: PipelineConfig = validated(PipelineConfig, {**record.config, "store": request.store})
+    _check_guidance(before.sample, f"{own}/{version.version}")
     values = kept_values(record, version, request.store)
     for section in _NOT_TAKEN_OVER:
         values.pop(section, None)
@@ -99,6 +101,19 @@ def prepare(catalog: Catalog, request: Request) -> Distillation:
     if config.train_of(name).distill is None:
         raise UserError("train.distill is null, but that is what distillation is; leave --set train.distill out")
     return Distillation(config, version)
+
+
+def _check_guidance(protocol: PipelineSampleConfig, teacher: str) -> None:
+    """Raise UserError for a teacher whose guidance needs a second network."""
+    for field, value, usual in (
+        ("guide", protocol.guide, None),
+        ("guidance_reference", protocol.guidance_reference, "null"),
+    ):
+        if value != usual:
+            raise UserError(
+                f"{teacher} is sampled with sample.{field} {value}, but a student learns only guidance away from no "
+                "class, which the teacher computes by itself; distil a version that is sampled without it"
+            )
 
 
 def _recipe(trained: TrainConfig, version: Any, request: Request, protocol: ChainConfig) -> dict[str, Any]:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from edt_core.config import ChainConfig, DistillConfig
+from edt_core.errors import UserError
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
+from pipelines.config.guide import PipelineSampleConfig
 from pipelines.config.schema import PromoteConfig
 from pipelines.outcome import Outcome
 from pipelines.registry.aliases import champion
@@ -17,7 +20,7 @@ from pipelines.registry.garbage import roots
 from pipelines.registry.gate import Decision, run_checks
 from pipelines.registry.lineage import lineage
 from pipelines.reproduce import restored
-from pipelines.retrain.student import Request, prepare, student_name
+from pipelines.retrain.student import Request, _check_guidance, prepare, student_name
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import read_record
 from tests.support.small import MODEL, copy_store, edt
@@ -159,6 +162,18 @@ def test_what_a_person_gets_wrong_is_one_message(
     assert done.returncode == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "fields", [{"guide": "step-00000004"}, {"guidance_reference": "confused"}], ids=["autoguidance", "confused"]
+)
+def test_a_teacher_that_is_guided_by_a_second_network_is_refused(fields: dict[str, Any]) -> None:
+    protocol = PipelineSampleConfig(cfg_scale=2.0, **fields)
+    (field, value), *_ = fields.items()
+    with pytest.raises(UserError, match=rf"m/1 is sampled with sample\.{field} {value}, but a student learns only"):
+        _check_guidance(protocol, "m/1")
+    with pytest.raises(ValueError, match=r"teacher\.guidance_reference is confused"):
+        DistillConfig(steps=2, teacher=ChainConfig(num_sampling_steps=4, guidance_reference="confused"))
 
 
 def test_a_student_is_not_trained_further_on_images(distilled: dict[str, Any], place: Path) -> None:

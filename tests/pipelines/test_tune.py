@@ -321,6 +321,7 @@ def _check_recorded(store: Path) -> None:
     """Each trial is a run of MLflow with its parameters and its curve; the search is their parent."""
     catalog = Catalog.existing(Store.open(str(store)).root)
     experiment = catalog.client.get_experiment_by_name("quickstart-tune")
+    assert experiment is not None
     runs = catalog.client.search_runs([experiment.experiment_id])
     (parent,) = [each for each in runs if "edt.search" in each.data.tags]
     trials = {each.data.params["lr"]: each for each in runs if "lr" in each.data.params}

@@ -100,7 +100,9 @@ def test_a_space_of_few_values_is_tried_as_a_whole_and_no_further() -> None:
 GIVEN = {
     "train.model": "DiT-Tiny/2",
     "train.masked_loss": "false",
-    "train.holdout": "0.2",
+    "train.holdout": "0.16",
+    "train.global_batch_size": "16",
+    "train.validate_every": "4",
     "models.edt-tiny-digits-32": "{lr: 1.0e-3}",
 }
 
@@ -116,9 +118,8 @@ def search(values: Mapping[str, Any] | None = None, **changed: Any) -> Search:
 
 
 def test_trials_are_the_recipe_at_the_narrow_width_and_one_budget() -> None:
-    found = search(
-        given(**{"train.ema_decay": "[0.9999, 0.5]", "train.num_workers": "[1, 4]", "train.seeds": "[5, 6]"})
-    )
+    fields = {"ema_decay": "[0.9999, 0.5]", "num_workers": "[1, 4]", "seeds": "[5, 6]", "validate_every": "null"}
+    found = search(given(**{f"train.{name}": value for name, value in fields.items()}))
     rates = set()
     for trial in found.trials:
         train = found.config.train_of(trial.name)
@@ -266,7 +267,7 @@ RATES = "train.lr=choice:1e-6,3e-3,1e30"
 
 
 def tune(folder: Path, store: Path, *more: str) -> Any:
-    words = ("--width", "24", "--trials", "3", "--steps", "24", "--tflops", "1", "--at-once", "1", "--param", RATES)
+    words = ("--width", "24", "--trials", "3", "--steps", "12", "--tflops", "1", "--at-once", "1", "--param", RATES)
     fields = options(*(f"{name}={value}" for name, value in GIVEN.items()))
     return edt("tune", "quickstart", *words, *fields, "--store", str(store), "--out", str(folder), *more)
 
@@ -309,7 +310,7 @@ def _check_found(folder: Path, text: str) -> None:
     losses = {trial["values"]["lr"]: trial["loss"] for trial in stored["trials"]}
     assert losses[3e-3] < losses[1e-6]
     assert losses[1e30] is None
-    assert all(len(trial["curve"]) >= 10 for trial in stored["trials"] if trial["loss"])
+    assert all(len(trial["curve"]) >= 3 for trial in stored["trials"] if trial["loss"])
     assert "1 of 3 trials diverged" in text
     following = yaml.safe_load((folder / "next.yaml").read_text())
     assert following["models"]["edt-tiny-digits-32"] == {"lr": 3e-3, "mup_base_width": 24}
@@ -320,6 +321,7 @@ def _check_recorded(store: Path) -> None:
     """Each trial is a run of MLflow with its parameters and its curve; the search is their parent."""
     catalog = Catalog.existing(Store.open(str(store)).root)
     experiment = catalog.client.get_experiment_by_name("quickstart-tune")
+    assert experiment is not None
     runs = catalog.client.search_runs([experiment.experiment_id])
     (parent,) = [each for each in runs if "edt.search" in each.data.tags]
     trials = {each.data.params["lr"]: each for each in runs if "lr" in each.data.params}
@@ -329,7 +331,7 @@ def _check_recorded(store: Path) -> None:
         "1e+30": "FAILED",
     }
     assert {each.data.tags["mlflow.parentRunId"] for each in trials.values()} == {parent.info.run_id}
-    assert len(catalog.client.get_metric_history(trials["0.003"].info.run_id, "holdout_loss")) >= 10
+    assert len(catalog.client.get_metric_history(trials["0.003"].info.run_id, "holdout_loss")) >= 3
     assert parent.info.status == "FINISHED"
     assert (parent.data.metrics["trials"], parent.data.metrics["diverged"]) == (3, 1)
     assert parent.data.tags["edt.best.lr"] == "0.003"

@@ -70,8 +70,9 @@ def test_a_compiled_training_is_the_same_and_says_how_long_compiling_took(
     assert not context.warnings
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("group_of_one")
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_parts_and_the_exchange_of_gradients_train_the_same(
     checkpointing: bool, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,9 @@ PADDED = CONFIG.model_copy(
 MUON = CONFIG.model_copy(update={"optimizer": "muon", "checkpoint_every": 3})
 ALIGNED = CONFIG.model_copy(update={"align": "self", "max_grad_norm": None})
 FINE_TUNED = CONFIG.model_copy(update={"init_from": "base", "trainable": "difffit", "lr": 1e-2})
-PLAIN = CONFIG.model_copy(update={"model": "DiT-Tiny/2", "masked_loss": False})  # its blocks take the fewest graphs
+PLAIN = CONFIG.model_copy(  # the blocks of a DiT take the fewest graphs
+    update={"model": "DiT-Tiny/2", "masked_loss": False, "micro_batch_size": 2, "activation_checkpointing": True}
+)
 
 
 def _work(rank: int, folder: Path, backend: str, paths: list[Path]) -> None:

@@ -19,6 +19,7 @@ from edt_core.models import ModelConfig, model_config
 from edt_core.sampling.cache import mean_macs
 from edt_core.training.speed.compiled import is_compiled
 from edt_core.training.start.trainable import step_flops
+from pipelines.config.guide import OWN_SAMPLES
 from pipelines.config.schema import PipelineConfig
 from pipelines.setup.acceptance_file import (
     FACTOR,
@@ -80,7 +81,8 @@ def step_times(setting: Setting, trainings: Sequence[TrainConfig]) -> list[StepT
     times = [_coder_time(setting, "encode", "encode", f"{count:,} images, mirrored too", 2 * count, encode.precision)]
     for train in trainings:
         model = _model(setting, train)
-        times += [_train_time(setting, train, model), *_sample_times(setting, train, model)]
+        own = [] if setting.config.sample.guide != OWN_SAMPLES else _own_times(setting, train, model)
+        times += [_train_time(setting, train, model), *own, *_sample_times(setting, train, model)]
     return times
 
 
@@ -159,6 +161,17 @@ def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig) -> I
     if sample.guidance_reference == "confused":  # each guided step decodes what it predicts
         guided = round(count * (chain_passes(sample, train) - chain_passes(sample, train, 0.0)))
         yield _coder_time(setting, f"classify {train.model}", "decode", f"{guided:,} predictions", guided, "fp32")
+
+
+def _own_times(setting: Setting, train: TrainConfig, model: ModelConfig) -> Iterator[StepTime]:
+    """The samples that a copy of a model is trained on, drawn without guidance, and that training."""
+    sims, sample = setting.config.sims, setting.config.sample
+    calls = objective_of(train.objective).calls(sample.sampler, sample.num_sampling_steps)
+    flops, text = _pass_flops(sample, train, model), f"{sims.num_samples:,} samples"
+    job = Job("sample", sample.precision, flops, train.model, sample.unit_size, amm=bool(sample.amm_blocks))
+    yield _time(setting, f"sample own {train.model}", text, job, round(sims.num_samples * calls))
+    of_copy = _train_time(replace(setting, images=sims.num_samples), sims.training_of(train), model)
+    yield replace(of_copy, step=f"train own {train.model}")
 
 
 def _pass_flops(sample: SampleConfig, train: TrainConfig, model: ModelConfig) -> int:

@@ -13,6 +13,7 @@ KINDS = (
     "classifier",
     "checkpoint",
     "guide",
+    "own_images",
     "reference",
     "features",
     "evaluation",

@@ -42,6 +42,7 @@ from jobs.stages.training.start import (
     read_initial,
     remove_initial,
     trained_parameters,
+    with_initial,
     write_initial,
     write_merged,
 )
@@ -105,7 +106,7 @@ def train(
     from edt_core.training.store import CheckpointStore, best_step
     from jobs.stages.training.context import device_seconds, remove_clock
 
-    latents = inputs["latents"]
+    inputs, latents = with_initial(inputs), inputs["latents"]
     model_config = config_of(config, latents.counts, inputs.get("init"))
     _check(config, model_config, latents)
     check_start(config, "init" in inputs)

@@ -39,7 +39,7 @@ from edt_core.training.optimizers.mup import check_mup
 from jobs.commands.options import parse_assignment, read_yaml, validated
 from jobs.runtime.tracking import own_uri
 from pipelines.config.defaults import with_defaults
-from pipelines.config.guide import PipelineSampleConfig, check_guide_of, check_reference_of
+from pipelines.config.guide import PipelineSampleConfig, SimsConfig, check_guide_of, check_reference_of
 from pipelines.config.ladder import LadderConfig, check_ladder, steps_of_rungs, with_rungs
 from pipelines.config.networks import ExtractorConfig, ExtractorName, with_networks
 
@@ -161,6 +161,7 @@ class PipelineConfig(_WithNetworks):
     train: TrainConfig = TrainConfig()
     sample: PipelineSampleConfig = PipelineSampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    sims: SimsConfig = added(SimsConfig())
     along: AlongConfig = added(AlongConfig())
     validation: ValidationConfig = added(ValidationConfig())  # `validate` is a method of pydantic's models
     promote: PromoteConfig = PromoteConfig()

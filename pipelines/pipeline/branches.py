@@ -19,6 +19,7 @@ from jobs.stages.training.follow import ALONG, UNTIL, Beside, Made
 from pipelines.config.schema import PipelineConfig
 from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Steps
+from pipelines.pipeline.guides import call_guide
 from pipelines.pipeline.inputs import Published
 from pipelines.setup.measured_time import chain_passes
 
@@ -154,11 +155,8 @@ def _call_branch(
         if beside is not None and train_config.max_steps and (train_config is trained or trained.patience is not None):
             inputs |= _followed(train_config, beside, shared, feature_networks)
         checkpoint = steps.step(f"{label}train {name}", train.STAGE, train_config, **inputs)
-        if config.sample.guide_step is not None and train_config.max_steps:
-            earlier = GuideConfig(step=config.sample.guide_step)
-            branch_steps[f"{prefix}guide"] = steps.step(
-                f"{label}guide {name}", guide.STAGE, earlier, checkpoint=checkpoint
-            )
+        of_guide = call_guide(steps, config, shared, label, name, train_config, checkpoint)
+        branch_steps |= {f"{prefix}{role}": future for role, future in of_guide.items()}
         features = steps.step(
             f"{label}sample {name}",
             sample.STAGE,

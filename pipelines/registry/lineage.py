@@ -174,9 +174,11 @@ class _Walk:
         if (node.kind, role) == ("reference", "images") and statistics != "None":
             return Node("published statistics", fingerprint, uri=statistics, known_from="given")
         if role in KINDS:
-            return self.artifact(role, fingerprint) or Node(role, fingerprint, known_from="nothing")
+            # A guide may also be the checkpoint of a training.
+            other = self.artifact("checkpoint", fingerprint) if role == "guide" else None
+            return other or self.artifact(role, fingerprint) or Node(role, fingerprint, known_from="nothing")
         if role == "init":
-            return self._initial(node, fingerprint)
+            return self.artifact("checkpoint", fingerprint) or self._initial(node, fingerprint)
         if (node.kind, role) == ("guide", "model"):
             return self._guide(node, fingerprint)
         if role == UNTIL:

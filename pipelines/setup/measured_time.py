@@ -19,6 +19,7 @@ from edt_core.models import ModelConfig, model_config
 from edt_core.sampling.cache import mean_macs
 from edt_core.training.speed.compiled import is_compiled
 from edt_core.training.start.trainable import step_flops
+from pipelines.config.guide import OWN_SAMPLES
 from pipelines.config.schema import PipelineConfig
 from pipelines.setup.acceptance_file import (
     FACTOR,
@@ -86,7 +87,8 @@ def step_times(setting: Setting, trainings: Sequence[Sequence[TrainConfig]]) -> 
     for seeds in trainings:
         train, number = seeds[0], len(seeds)
         model = _model(setting, train)
-        times += [_train_time(setting, train, model, number), *_sample_times(setting, train, model, number)]
+        own = [] if setting.config.sample.guide != OWN_SAMPLES else _own_times(setting, train, model, number)
+        times += [_train_time(setting, train, model, number), *own, *_sample_times(setting, train, model, number)]
     return times
 
 
@@ -168,6 +170,18 @@ def _sample_times(setting: Setting, train: TrainConfig, model: ModelConfig, numb
     if sample.guidance_reference == "confused":  # each guided step decodes what it predicts
         guided = round(count * (chain_passes(sample, train) - chain_passes(sample, train, 0.0)))
         yield _coder_time(setting, f"classify {train.model}", "decode", f"{guided:,} predictions", guided, "fp32")
+
+
+def _own_times(setting: Setting, train: TrainConfig, model: ModelConfig, number: int) -> Iterator[StepTime]:
+    """The samples that a copy of each of so many models is trained on, drawn without guidance, and that training."""
+    sims, sample = setting.config.sims, setting.config.sample
+    calls = objective_of(train.objective).calls(sample.sampler, sample.num_sampling_steps)
+    flops, times = _pass_flops(sample, train, model), "" if number == 1 else f"{number} x "
+    text, passes = f"{times}{sims.num_samples:,} samples", round(number * sims.num_samples * calls)
+    job = Job("sample", sample.precision, flops, train.model, sample.unit_size, amm=bool(sample.amm_blocks))
+    yield _time(setting, f"sample own {train.model}", text, job, passes)
+    of_copy = _train_time(replace(setting, images=sims.num_samples), sims.training_of(train), model, number)
+    yield replace(of_copy, step=f"train own {train.model}")
 
 
 def _pass_flops(sample: SampleConfig, train: TrainConfig, model: ModelConfig) -> int:

@@ -49,6 +49,7 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt ema ", "needs a training with snapshots: tests/pipelines/test_ema.py"),
     (r"edt evaluate .*ema=", "needs a training with snapshots: tests/jobs/test_posthoc.py"),
     (r"edt encode .*--dinov2-weights", "needs published weights: tests/jobs/test_train_features.py"),
+    (r"edt plan .*guide=step-", "needs more steps than the small pipeline has: tests/pipelines/test_guide.py"),
     (r"edt pareto ", "samples dozens of settings: tests/jobs/test_pareto.py"),
     (r"edt evaluate .*--statistics", "needs ADM's and Inception's published files: tests/jobs/test_evaluation.py"),
 )

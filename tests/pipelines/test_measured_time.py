@@ -187,6 +187,18 @@ def test_each_guided_step_decodes_what_a_classifier_sees(write: Any) -> None:
     assert "classify EDT-S/2" not in times(write(content()), assignments=half)
 
 
+def test_a_copy_that_is_trained_on_own_samples_takes_its_time(write: Any) -> None:
+    """40,000 samples of 250 steps, where the two sets that are measured have 100,000; and 1,000 steps of 400,000."""
+    own = ("sample.guide=own-samples", "sample.cfg_scale=2.0", "sims.num_samples=40_000")
+    estimated = times(write(content()), assignments=own)
+    unguided = times(write(content()), assignments=("sample.cfg_scale=1.0", "sample.amm_blocks=[]"))
+    steps = ["train EDT-S/2", "sample own EDT-S/2", "train own EDT-S/2", "sample EDT-S/2"]
+    assert [step for step in estimated if "EDT" in step] == [*steps, "decode EDT-S/2"]
+    sampled, trained = unguided["sample EDT-S/2"].flops, estimated["train EDT-S/2"].flops
+    assert (estimated["sample own EDT-S/2"].flops or 0) * 10 == (sampled or 0) * 4
+    assert (estimated["train own EDT-S/2"].flops or 0) * 400 == trained
+
+
 def test_a_step_of_heun_takes_two_passes() -> None:
     flow = TrainConfig(objective="flow")
     half = {"num_sampling_steps": 100, "cfg_scale": 2.0, "guidance_interval": (0.5, 1.0)}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,7 +10,7 @@ from edt_core.config import TrainConfig
 from edt_core.errors import UserError
 from edt_core.files.tensor_files import load_tensors
 from edt_core.progress import Progress
-from edt_core.store.artifact import ArtifactWriter
+from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.cache import local_directory
 from edt_core.store.layout import CHECKPOINT_MANIFEST, CLASSES_NAME, EMA_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS
 from jobs.stages.holdout.split import check_images
@@ -31,6 +32,51 @@ class InitialModel(Protocol):
 
     def read(self, config: TrainConfig) -> "Base":
         """The model in memory. Raises UserError if it is unavailable."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint artifact of the same pipeline as the model to start from. It fills the role `init`.
+
+    `classes` are the names of its classes.
+    """
+
+    artifact: Artifact
+    classes: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """The artifact's."""
+        return self.artifact.fingerprint
+
+    @property
+    def location(self) -> str:
+        """Where the artifact is."""
+        return self.artifact.folder.uri
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """The model's configuration."""
+        values: Mapping[str, Any] = self.artifact.read_json(f"{self.artifact.counts['final']}/{MODEL_CONFIG}")
+        return values
+
+    def read(self, config: TrainConfig) -> "Base":
+        """The averaged weights, in memory."""
+        from edt_core.models import ModelConfig
+        from edt_core.training.start.base import Base
+
+        counts, timesteps = self.artifact.counts, self.artifact.manifest.config["num_timesteps"]
+        weights = load_tensors(self.artifact.path(f"{counts['final']}/{EMA_WEIGHTS}"))
+        facts = self.location, self.classes, None, counts["autoencoder_digest"], self.fingerprint, timesteps
+        return Base(ModelConfig.from_dict(self.model_config), weights, *facts)
+
+
+def with_initial(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs with a model to start from in the place of a checkpoint artifact."""
+    if not isinstance(trained := inputs.get("init"), Artifact):
+        return inputs
+    names = tuple(map(str, inputs["images"].read_json(CLASSES_NAME))) if "images" in inputs else ()
+    return {**inputs, "init": TrainedModel(trained, names)}
 
 
 def check_start(config: TrainConfig, given: bool) -> None:

@@ -38,6 +38,7 @@ _TRAINING = (
     "time_shift",
     "num_timesteps",
     "seed",
+    "distill",
 )
 
 

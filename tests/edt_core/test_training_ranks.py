@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from edt_core.config import TrainConfig
+from edt_core.config import ChainConfig, DistillConfig, TrainConfig
 from edt_core.data.latents import LatentDataset
 from edt_core.models import attention
 from edt_core.store.artifact import Artifact
@@ -44,6 +44,18 @@ PADDED = CONFIG.model_copy(
 MUON = CONFIG.model_copy(update={"optimizer": "muon", "checkpoint_every": 3})
 ALIGNED = CONFIG.model_copy(update={"align": "self", "max_grad_norm": None})
 FINE_TUNED = CONFIG.model_copy(update={"init_from": "base", "trainable": "difffit", "lr": 1e-2})
+GUIDED = ChainConfig(sampler="ddim", num_sampling_steps=8, cfg_scale=2.0)
+DISTILLED = CONFIG.model_copy(
+    update={
+        "masked_loss": False,
+        "min_snr_gamma": None,
+        "timestep_sampler": "uniform",
+        "checkpoint_every": 3,
+        "init_from": "base",
+        "distill": DistillConfig(steps=4, teacher=GUIDED),
+        "num_workers": 2,
+    }
+)
 PLAIN = CONFIG.model_copy(  # the blocks of a DiT take the fewest graphs
     update={"model": "DiT-Tiny/2", "masked_loss": False, "micro_batch_size": 2, "activation_checkpointing": True}
 )
@@ -57,7 +69,7 @@ def _work(rank: int, folder: Path, backend: str, paths: list[Path]) -> None:
 
     def run(name: str, config: TrainConfig, initial: ReadInitial | None = None) -> None:
         context = LocalContext(folder / name, Ranks(rank, 2))
-        model = narrow() if config.masked_loss else shallow_config(config.model)
+        model = narrow() if config.masked_loss or config.distill else shallow_config(config.model)
         state = train(config, model, LatentDataset(paths), context, initial)
         found = {"losses": [row["loss"] for row in state.history.rows], "warnings": context.warnings}
         found["head"] = [float(value.detach().double().sum()) for value in state.heads().values()]
@@ -67,10 +79,13 @@ def _work(rank: int, folder: Path, backend: str, paths: list[Path]) -> None:
     run("aligned", ALIGNED)
     run("fine-tuned", FINE_TUNED, read_base)
     run("muon", MUON)
+    run("distilled", DISTILLED, read_teacher)
     if rank == 0:
         cut_back(folder / "muon", folder / "muon again", MUON.checkpoint_every)
+        cut_back(folder / "distilled", folder / "distilled again", DISTILLED.checkpoint_every)
     dist.barrier()
     run("muon again", MUON)
+    run("distilled again", DISTILLED, read_teacher)
     for value in (False, True):
         run(f"compile {value}", PLAIN.model_copy(update={"compile": value}))
     attention.head_padding = lambda head_dim, device: 4 if device.type == "cpu" else 0  # not where costs are counted
@@ -82,6 +97,10 @@ def _work(rank: int, folder: Path, backend: str, paths: list[Path]) -> None:
 
 def read_base() -> Checkpoint:
     return initial_checkpoint(FINE_TUNED, narrow(), base_of(narrow()), NAMES)[0]
+
+
+def read_teacher() -> Checkpoint:
+    return initial_checkpoint(DISTILLED, narrow(), base_of(narrow()), NAMES)[0]
 
 
 def trained(folder: Path, backend: str, latents: Artifact) -> Path:
@@ -169,6 +188,20 @@ def test_muon_steps_the_same_on_two_processes_and_resumes_exactly(processes: Pat
     context = LocalContext(processes / "alone")
     alone = train(MUON.model_copy(update={"num_workers": 1}), narrow(), dataset, context)
     assert [row["loss"] for row in alone.history.rows] == pytest.approx(first, rel=BOUND)
+
+
+@pytest.mark.extern
+@pytest.mark.usefixtures("quickly", "one_thread")
+def test_a_student_learns_the_same_on_two_processes_and_resumes_exactly(
+    processes: Path, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    """Each has the whole teacher, and asks it for its own rows."""
+    first, second = (recorded(processes, "distilled", rank) for rank in range(2))
+    assert (first["losses"], first["weights"]) == (second["losses"], second["weights"])
+    last = DISTILLED.max_steps
+    assert contents(place(processes / "distilled", last)) == contents(place(processes / "distilled again", last))
+    alone = train(DISTILLED, narrow(), dataset, LocalContext(tmp_path), read_teacher)
+    assert first["losses"] == pytest.approx([row["loss"] for row in alone.history.rows], rel=BOUND)
 
 
 @pytest.mark.extern

@@ -9,6 +9,7 @@ import pytest
 
 from edt_core.config import ChainConfig, DistillConfig
 from edt_core.errors import UserError
+from edt_core.pipeline import EDTPipeline
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
 from pipelines.config.guide import PipelineSampleConfig
@@ -23,6 +24,7 @@ from pipelines.reproduce import restored
 from pipelines.retrain.student import Request, _check_guidance, prepare, student_name
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import read_record
+from tests.support.pipelines import quiet
 from tests.support.small import MODEL, copy_store, edt
 
 STUDENT = f"{MODEL}-2-steps"
@@ -90,6 +92,23 @@ def test_the_student_samples_in_its_steps_without_guidance(distilled: dict[str, 
     assert (distill["steps"], distill["teacher"]["num_sampling_steps"]) == (2, 4)
     assert distill["teacher"]["cfg_scale"] == 1.75
     assert trained.manifest.config["class_dropout_prob"] == 0.0
+
+
+def test_its_folder_is_an_ordinary_one(distilled: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    """The same parts and scheduler as its teacher's; its protocol has the steps, and its card the teacher's chain."""
+    for name in (MODEL, STUDENT):
+        pulled = edt("models", "pull", f"{name}/1", str(tmp_path / name), "--store", str(place))
+        assert pulled.returncode == 0, pulled.stderr
+    own, other = (json.loads((tmp_path / name / "model_index.json").read_text()) for name in (STUDENT, MODEL))
+    assert own.keys() == other.keys()
+    assert {key for key in own if own[key] != other[key]} == {"protocol"}
+    assert (own["protocol"]["num_sampling_steps"], own["protocol"]["cfg_scale"]) == (2, 1.0)
+    images: Any = quiet(EDTPipeline.from_pretrained(tmp_path / STUDENT))([0, 1], output_type="pt", return_dict=False)
+    assert images[0].shape == (2, 3, 32, 32)
+    card = (tmp_path / STUDENT / "README.md").read_text()
+    assert "| distill.steps | 2 |" in card
+    assert "| distill.teacher.cfg_scale | 1.75 |" in card
+    assert "distill" not in (tmp_path / MODEL / "README.md").read_text()
 
 
 def test_lineage_and_garbage_collection_follow_the_teacher(distilled: dict[str, Any], place: Path) -> None:

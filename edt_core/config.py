@@ -783,8 +783,8 @@ class ChainConfig(Section):
         description="training timesteps [from, to) with guidance; of flow matching, times from 0 (noise) to 1 (data); "
         "null for all",
     )
-    guidance_reference: Literal["null", "confused"] = added(
-        "null",
+    guidance_reference: Literal["confused"] | None = added(
+        None,
         description="what guidance is away from: null for no class; confused for the class that the classifier takes "
         "the sample for besides its own (gradient-free classifier guidance, arXiv 2411.15393)",
     )

@@ -98,7 +98,7 @@ class ChainOptions:
     cfg_power: float | None = None
     guidance_channels: int | None = 3
     guidance_interval: tuple[float, float] | None = None
-    guidance_reference: str = "null"
+    guidance_reference: str | None = None
     amm_blocks: tuple[int, ...] | str = ()
     amm_radius: float | None = None
     amm_radius_rows: int | None = None

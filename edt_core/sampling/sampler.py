@@ -269,7 +269,7 @@ def check_guidance(chain: ChainConfig, model: ModelConfig, num_timesteps: int) -
 
 def _check_reference(chain: ChainConfig, model: ModelConfig) -> None:
     """Raise UserError for a confused class of masked tokens, or of a model of one class."""
-    if chain.guidance_reference == "null":
+    if chain.guidance_reference is None:
         return
     if objective_of_model(model).of_tokens:
         raise UserError(

@@ -30,7 +30,7 @@ def save_program(path: Path, model: DiffusionTransformer, chain: ChainConfig, nu
     The model is moved to the CPU in float32, set to evaluation mode, and its gradients are turned off.
     Raises RuntimeError if the outputs differ; the file is then removed.
     """
-    alone = chain.model_copy(update={"guidance_reference": "null"})  # guidance is not in the program
+    alone = chain.model_copy(update={"guidance_reference": None})  # guidance is not in the program
     denoiser = LatentSampler(model.cpu().float(), alone, num_timesteps).model.requires_grad_(False)
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():

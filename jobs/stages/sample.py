@@ -105,7 +105,7 @@ class Sampler:
         from edt_core.evaluation.extractors.classifier import Classifier
         from edt_core.sampling.latent_classifier import LatentClassifier
 
-        if self.config.guidance_reference == "null" or "classifier" not in inputs:
+        if self.config.guidance_reference is None or "classifier" not in inputs:
             return None
         folder = artifact(inputs, "classifier").directory(CLASSIFIER_FOLDER)
         return LatentClassifier(self.autoencoder, Classifier.load(folder, self.device), model)

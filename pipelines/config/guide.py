@@ -43,7 +43,7 @@ class PipelineSampleConfig(SampleConfig):
     def own_samples(self) -> SampleConfig:
         """What a copy of the model is trained on with `own-samples`, but for their number: drawn without guidance."""
         values = {name: getattr(self, name) for name in SampleConfig.model_fields}
-        alone = {"cfg_scale": 1.0, "guidance_interval": None, "guidance_reference": "null", "cfg_power": None}
+        alone = {"cfg_scale": 1.0, "guidance_interval": None, "guidance_reference": None, "cfg_power": None}
         others = {"repeats": 1, "keep_images": "all", "seed": self.seed + _OTHER_SEED}
         return SampleConfig(**{**values, **alone, **others})
 
@@ -68,7 +68,7 @@ def check_reference_of(config: "PipelineConfig") -> None:
     """Raise ValueError for guidance away from confused classes without a classifier, or without an effect."""
     chains = {"sample": config.sample, **({} if config.along.every is None else {"along": config.along})}
     for section, chain in chains.items():
-        if chain.guidance_reference == "null":
+        if chain.guidance_reference is None:
             continue
         if "classifier" not in config.extractors:
             raise ValueError(

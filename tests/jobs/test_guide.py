@@ -3,13 +3,15 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from edt_core.config import GuideConfig, SampleConfig, TrainConfig
+from edt_core.config import ChainConfig, GuideConfig, SampleConfig, TrainConfig
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer
 from edt_core.progress import Silent
+from edt_core.sampling.sampler import LatentSampler
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
 from edt_core.store.layout import CHECKPOINTS, EMA_WEIGHTS, MODEL_CONFIG
@@ -70,6 +72,37 @@ def test_an_earlier_step_of_the_same_training(tmp_path: Path) -> None:
     for step in (8, 6):
         with pytest.raises(UserError, match=rf"step-0000000{step}, but the training of 8 steps .* kept step-00000004"):
             made(tmp_path / f"{step}", GuideConfig(step=step), checkpoint=trained)
+
+
+def test_a_served_and_a_derived_version_draw_away_from_the_guide(tmp_path: Path) -> None:
+    """And from the class that their classifier chooses: both are in the folder, and stay in one made from it."""
+    from types import SimpleNamespace
+
+    from edt_core.autoencoders.autoencoder import build_autoencoder, decode_to_pixels
+    from edt_core.config import AutoencoderConfig
+    from edt_core.evaluation.extractors.classifier import Classifier
+    from edt_core.pipeline import save_pipeline
+    from jobs.models.open import load_model
+    from jobs.serve.version import ImageSpec, ServedVersion, VersionName
+    from pipelines.registry.derived.folder import write_derived
+
+    vae = build_autoencoder(AutoencoderConfig(downsample_factor=4, base_channels=8), 32)
+    protocol = {"num_sampling_steps": 3, "cfg_scale": 3.0, "guidance_reference": "confused", "sampler": "ddim"}
+    facts = {"num_timesteps": 1000, "classes": "abcd", "protocol": protocol}
+    weaker, judge = made_model(seed=1), Classifier(4, base_channels=4, feature_dim=8)
+    save_pipeline(tmp_path / "p", made_model(), vae, **facts, guide=weaker, classifier=judge)  # type: ignore[arg-type]
+    loaded = load_model(str(tmp_path / "p"))
+    write_derived(tmp_path / "d", SimpleNamespace(name="m", version="1", tags={}), loaded, loaded.protocol, {})
+    chain = ChainConfig(**loaded.sampling)
+    classify = loaded.classify_by(loaded.autoencoder)
+    sampler = LatentSampler(loaded.model, chain, 1000, loaded.guide, classify=classify)
+    expected = decode_to_pixels(loaded.autoencoder, sampler([3, 1], 5, [0, 1]), loaded.model.config)
+    for folder in ("p", "d"):
+        served = ServedVersion(VersionName("m", "1", ""), load_model(str(tmp_path / folder)), "cpu")
+        images = served.draw(served.chain({}), [ImageSpec(3, 5, 0), ImageSpec(1, 5, 1)], 2)
+        assert np.array_equal(np.stack(images), expected)
+    unguided = LatentSampler(loaded.model, chain.model_copy(update={"guidance_reference": None}), 1000)
+    assert not torch.equal(unguided([3, 1], 5, [0, 1]), sampler([3, 1], 5, [0, 1]))
 
 
 def test_samples_are_refused_before_any_worker_starts(tmp_path: Path) -> None:

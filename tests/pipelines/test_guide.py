@@ -202,6 +202,9 @@ def test_a_version_carries_the_classifier_of_confused_classes(guided: Outcome, p
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         outcome = pipeline(place, *confused)
     assert not outcome.failures
+    again = outcome.decisions[MODEL].remeasured  # the champion of the session's run, by the same guidance
+    assert again is not None
+    assert not again.problem
     features = artifact(place, outcome, "sample", "features")
     version = outcome.decisions[MODEL].version
     use_mlflow(f"{MODEL}/{version}", outcome.tracking_uri, str(place))

@@ -40,7 +40,7 @@ def test_its_steps_are_added_and_the_training_stays() -> None:
 def test_its_samples_have_no_guidance_and_another_seed() -> None:
     config = load_config("quickstart", [*OWN, "sample.guidance_reference=confused", "sample.repeats=3"])
     drawn = config.sample.own_samples
-    assert (drawn.cfg_scale, drawn.guidance_reference, drawn.repeats, drawn.keep_images) == (1.0, "null", 1, "all")
+    assert (drawn.cfg_scale, drawn.guidance_reference, drawn.repeats, drawn.keep_images) == (1.0, None, 1, "all")
     assert (drawn.sampler, drawn.num_sampling_steps) == (config.sample.sampler, config.sample.num_sampling_steps)
     assert drawn.seed > config.sample.seed + config.sample.repeats
     train = config.train_of(MODEL).model_copy(update={"patience": 2, "holdout": 0.1, "keep_every": 3, "max_hours": 1.0})

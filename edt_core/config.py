@@ -864,7 +864,7 @@ class DistillConfig(Section):
             )
         if self.teacher.cache is not None:
             raise ValueError("distill.teacher.cache is set, but each of the teacher's steps is computed; leave it out")
-        if self.teacher.guidance_reference != "null":
+        if self.teacher.guidance_reference is not None:
             raise ValueError(
                 f"distill.teacher.guidance_reference is {self.teacher.guidance_reference}, but the teacher has no "
                 "classifier in the training; leave it out"

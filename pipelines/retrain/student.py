@@ -105,11 +105,8 @@ def prepare(catalog: Catalog, request: Request) -> Distillation:
 
 def _check_guidance(protocol: PipelineSampleConfig, teacher: str) -> None:
     """Raise UserError for a teacher whose guidance needs a second network."""
-    for field, value, usual in (
-        ("guide", protocol.guide, None),
-        ("guidance_reference", protocol.guidance_reference, "null"),
-    ):
-        if value != usual:
+    for field in ("guide", "guidance_reference"):
+        if (value := getattr(protocol, field)) is not None:
             raise UserError(
                 f"{teacher} is sampled with sample.{field} {value}, but a student learns only guidance away from no "
                 "class, which the teacher computes by itself; distil a version that is sampled without it"

@@ -47,6 +47,7 @@ def test_a_space_is_read_and_its_fields_are_in_order() -> None:
         ([], r"--param is missing.*train\.lr=log:1e-4\.\.1e-2"),
         (["train.lr"], r"takes FIELD=KIND:VALUES.*got 'train\.lr'"),
         (["train.lr=between:1..2"], "takes FIELD=KIND:VALUES"),
+        (["lr=log:1..2"], r"a search is over fields of train; write train\.lr"),
         (["train.lrr=log:1..2"], r"fields of train; did you mean train\.lr"),
         (["sample.cfg_scale=log:1..2"], "fields of train; "),
         (["train.lr=log:1e-2..1e-4"], r"range 1e-2\.\.1e-4 has no values"),

@@ -122,14 +122,23 @@ def _checked_field(name: str) -> str:
     """The field of `train` that a search can be over. Raises UserError."""
     field = name.removeprefix(SECTION)
     info = TrainConfig.model_fields.get(field)
-    if not name.startswith(SECTION) or info is None:
-        fields = [SECTION + known for known in TrainConfig.model_fields if known not in _SAME]
+    if info is not None and not name.startswith(SECTION):
+        raise UserError(f"--param {name}: a search is over fields of train; write {SECTION}{name}")
+    if info is None:
+        known = [other for other in TrainConfig.model_fields if other not in _SAME and not _is_runtime(other)]
+        fields = [SECTION + other for other in known]
         raise UserError(f"--param {name}: a search is over fields of train; {suggestions(name, fields, 'fields')}")
     if field in _SAME:
         raise UserError(f"--param {name}: {_SAME[field]}; leave it out")
-    if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("runtime"):
+    if _is_runtime(field):
         raise UserError(f"--param {name}: the field does not change what is trained; leave it out, or use --set")
     return field
+
+
+def _is_runtime(field: str) -> bool:
+    """Whether a field of `train` does not change what is trained."""
+    extra = TrainConfig.model_fields[field].json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("runtime"))
 
 
 def _choices(name: str, text: str) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ def on_loopback() -> Iterator[None]:
 
     unless_set = {name: value for name, value in _UNLESS_SET.items() if name not in os.environ}
     clusters = ray_constants.ENABLE_RAY_CLUSTER
-    with _variables({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", **INTERFACES, **unless_set}):
+    with variables({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", **INTERFACES, **unless_set}):
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
             yield
@@ -38,7 +38,7 @@ def on_loopback() -> Iterator[None]:
 
 
 @contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
+def variables(values: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables inside, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -228,6 +228,11 @@ def show_outcome(outcome: "Outcome", terminal: "Terminal") -> None:
     for report in outcome.reports.values():
         terminal.say(f"\nsamples   {report.path(SAMPLES_NAME)}")
         terminal.say(f"report    {report.path(REPORT_NAME)}")
+    show_end(outcome, terminal)
+
+
+def show_end(outcome: "Outcome", terminal: "Terminal") -> None:
+    """Print where a run is recorded, what failed, and how to resume it if it was stopped."""
     terminal.say(f"run       {outcome.run_id}")
     terminal.say(f"MLflow    {outcome.link}")
     for name, error in outcome.failures.items():

@@ -10,7 +10,7 @@ from edt_core.errors import UserError
 from edt_core.printing.console import say
 from pipelines.commands.options import Assignments, Config, ConfigStore, catalog_if_any, print_rows
 from pipelines.commands.studies.out_folder import check_folder
-from pipelines.commands.workflow import Address, exit_code, logged, show_failure, show_stopped
+from pipelines.commands.workflow import Address, exit_code, logged, show_end, show_stopped
 
 if TYPE_CHECKING:
     from pipelines.outcome import Outcome
@@ -141,20 +141,17 @@ def _show(results: "Results", folder: Path, digest: str, terminal: "Terminal") -
 
 def _show_end(outcome: "Outcome", results: "Results | None", terminal: "Terminal") -> int:
     """Show where the run is recorded, and what failed. Returns the exit code."""
-    terminal.say(f"run       {outcome.run_id}")
-    terminal.say(f"MLflow    {outcome.link}")
-    for name, error in outcome.failures.items():
-        show_failure(name, error, terminal)
-    if outcome.stopped:
-        show_stopped(terminal, outcome.stopped)
-    elif results is not None and not results.complete:
+    show_end(outcome, terminal)
+    if outcome.stopped or results is None:
+        return exit_code(outcome)
+    if not results.complete:
         failed = len(results.of("failed"))
         terminal.say_wrapped(
             f"error: {failed} of {len(results.rows)} trials failed, so {NEXT} was not written; rerun the command to "
             "train them, the others are reused",
             "red",
         )
-    elif results is not None and results.best is None:
+    elif results.best is None:
         terminal.say_wrapped(
             "error: all trials diverged, so there is no best one; search lower learning rates, or set "
             "train.max_grad_norm",

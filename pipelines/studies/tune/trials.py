@@ -5,18 +5,17 @@ Ray Train in Ray Tune. Artifacts make a search resumable, so Ray Tune's own stat
 """
 
 import asyncio
-import os
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from edt_core.errors import DivergedError, Stopped
 from edt_core.store.artifact import Artifact, Source
+from jobs.runtime.loopback import variables
 from jobs.stages.stage import Input
 from pipelines.engine.step import StepFuture, StepTask, run_step
 from pipelines.engine.workflow import Workflow
@@ -95,7 +94,7 @@ class Trials:
         endings: dict[str, BaseException] = {}
         problem: BaseException | None = None
         try:
-            with _environment(), tempfile.TemporaryDirectory(prefix="edt-tune-") as folder:
+            with variables(_ENVIRONMENT), tempfile.TemporaryDirectory(prefix="edt-tune-") as folder:
                 results = self._tuner(at_once, folder).fit()
                 endings = {result.config[_TRIAL]: result.error for result in results if result.error and result.config}
         except Exception as error:
@@ -194,17 +193,3 @@ def room_at_once(workers: int, cpus: float, gpus: float, most: int | None) -> in
     needs = {"CPU": workers * cpus, "GPU": workers * gpus}
     fitting = [int(total.get(name, 0) // number) for name, number in needs.items() if number]
     return max(1, min([*fitting, most or _MOST_AT_ONCE]))
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -45,17 +45,10 @@ def result_fields(section: Section) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        if _marked(info, "runtime") or _is_absent(info, value):
-            continue
-        fields[name] = result_fields(value) if isinstance(value, Section) else value
+        if not (_marked(info, "runtime") or _is_absent(info, value)):
+            fields[name] = value
     values = section.model_validate(fields).model_dump(mode="json", include=set(fields))
-    return values | {name: result_fields(value) for name, value in _sections_of(section) if name in fields}
-
-
-def _sections_of(section: Section) -> list[tuple[str, Section]]:
-    """The sections within a section, by field."""
-    values = ((name, getattr(section, name)) for name in type(section).model_fields)
-    return [(name, value) for name, value in values if isinstance(value, Section)]
+    return values | {name: result_fields(value) for name, value in fields.items() if isinstance(value, Section)}
 
 
 def recorded_fields(section: Section) -> dict[str, Any]:

@@ -84,8 +84,9 @@ class Sampler:
         checkpoint = artifact(inputs, "checkpoint")
         model = averaged_model(checkpoint, self.device, step)
         guide = averaged_model(artifact(inputs, "guide"), self.device) if "guide" in inputs else None
-        for network in filter(None, (model, guide) if config.compile else ()):
-            compile_parts(network)
+        if config.compile:
+            for network in filter(None, (model, guide)):
+                compile_parts(network)
         self._untried = config.compile
         self.num_classes: int = model.config.num_classes
         self.class_counts = checkpoint.counts.get("class_counts")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edt_core.autoencoders.autoencoder import build_autoencoder, decode
 from edt_core.config import AutoencoderConfig, CacheConfig, ChainConfig
-from edt_core.diffusion import SampleNoise, objective_of, sample, sampling_schedule, with_objective
+from edt_core.diffusion import SampleNoise, objective_of, sample, sampling_schedule
 from edt_core.diffusion.guidance import confusion
 from edt_core.errors import UserError
 from edt_core.evaluation.extractors.classifier import Classifier
@@ -19,22 +19,12 @@ from edt_core.pipeline import EDTPipeline, save_pipeline
 from edt_core.sampling.cache import FeatureCache
 from edt_core.sampling.latent_classifier import LatentClassifier
 from edt_core.sampling.sampler import LatentSampler
-from tests.support.models import TINY, shallow_config
+from tests.support.models import TINY, drawn_weights, shallow_config
 from tests.support.pipelines import quiet
 
 LABELS = [3, 1, 0]
 Y = torch.tensor(LABELS)
 DIFFUSION = tuple(name for name in TINY if not name.startswith("MaskGIT"))
-
-
-def drawn_weights(name: str = "EDT-Tiny/2", seed: int = 0, objective: str = "epsilon") -> DiffusionTransformer:
-    """A shallow model with weights that are drawn, none of them zero."""
-    model = build_model(with_objective(shallow_config(name), objective))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def judged(latents: Tensor) -> Tensor:

@@ -10,26 +10,16 @@ from torch import Tensor
 
 from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig, ChainConfig
-from edt_core.diffusion import SampleNoise, with_objective
+from edt_core.diffusion import SampleNoise
 from edt_core.errors import UserError
-from edt_core.models import DiffusionTransformer, build_model
+from edt_core.models import DiffusionTransformer
 from edt_core.pipeline import EDTPipeline, save_pipeline
 from edt_core.sampling.sampler import LatentSampler
-from tests.support.models import TINY, shallow_config
+from tests.support.models import TINY, drawn_weights
 from tests.support.pipelines import quiet
 
 LABELS = [3, 1, 0]
 DIFFUSION = tuple(name for name in TINY if not name.startswith("MaskGIT"))
-
-
-def drawn_weights(name: str, seed: int, objective: str = "epsilon") -> DiffusionTransformer:
-    """A shallow model with weights that are drawn, none of them zero."""
-    model = build_model(with_objective(shallow_config(name), objective))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 @pytest.mark.parametrize("name", DIFFUSION)

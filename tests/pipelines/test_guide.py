@@ -11,7 +11,6 @@ import torch
 from edt_core.config import SampleConfig
 from edt_core.errors import UserError
 from edt_core.sampling.sampler import LatentSampler
-from edt_core.store.artifact import Artifact
 from edt_core.store.folder import Folder
 from edt_core.store.store import Store
 from jobs.models.open import load_model, use_mlflow
@@ -29,6 +28,7 @@ from pipelines.terminal.terminal import Terminal
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import read_record
 from tests.support.local_ray import local_ray_train
+from tests.support.runs import artifact_of
 from tests.support.small import MODEL, SMALL, copy_store, edt, pipeline
 
 EARLIER = ("sample.guide=step-00000004", "train.keep_every=4")
@@ -90,21 +90,16 @@ def guided(place: Path) -> Outcome:
     return outcome
 
 
-def artifact(place: Path, outcome: Outcome, step: str, kind: str) -> Artifact:
-    record = read_record(Catalog(outcome.tracking_uri, ""), outcome.run_id)
-    return Artifact.open(str(place / kind / record.steps[f"{step}.{MODEL}"]))
-
-
 def test_the_samples_are_those_away_from_the_earlier_checkpoint(guided: Outcome, place: Path) -> None:
     from edt_core.autoencoders.autoencoder import decode_to_pixels
     from edt_core.training.checkpoint import ema_model
     from jobs.stages.sample import averaged_model
 
-    features, weaker = artifact(place, guided, "sample", "features"), artifact(place, guided, "guide", "guide")
-    trained = artifact(place, guided, "train", "checkpoint")
+    features, weaker = artifact_of(place, guided, "sample", "features"), artifact_of(place, guided, "guide", "guide")
+    trained = artifact_of(place, guided, "train", "checkpoint")
     assert features.manifest.inputs["guide"] == weaker.fingerprint
     assert features.counts["guide_digest"] == weaker.manifest.digest
-    evaluation = artifact(place, guided, "evaluate", "evaluation")
+    evaluation = artifact_of(place, guided, "evaluate", "evaluation")
     assert evaluation.counts["protocol"]["guide"] == weaker.manifest.digest
     earlier = ema_model(trained.directory("checkpoints/step-00000004"))
     assert torch.equal(*(next(m.parameters()) for m in (earlier, averaged_model(weaker, "cpu"))))
@@ -140,7 +135,7 @@ def test_pyfunc_draws_the_same_picture(guided: Outcome, place: Path) -> None:
 
 def test_the_registry_the_lineage_and_gc_name_the_guide(guided: Outcome, place: Path) -> None:
     catalog = Catalog(guided.tracking_uri, "")
-    weaker, trained = artifact(place, guided, "guide", "guide"), artifact(place, guided, "train", "checkpoint")
+    weaker, trained = artifact_of(place, guided, "guide", "guide"), artifact_of(place, guided, "train", "checkpoint")
     version = catalog.client.get_model_version(MODEL, guided.decisions[MODEL].version)
     assert version.tags["edt.guide"] == weaker.fingerprint
     assert any(weaker.fingerprint in found for found in registered_roots(catalog))
@@ -155,7 +150,7 @@ def planned(place: Path, *assignments: str) -> dict[str, PlannedStep]:
 
 
 def test_the_same_weights_at_a_path_give_the_same_samples(guided: Outcome, place: Path, tmp_path: Path) -> None:
-    trained = artifact(place, guided, "train", "checkpoint")
+    trained = artifact_of(place, guided, "train", "checkpoint")
     folder = trained.directory("checkpoints/step-00000004")
     steps = planned(place, f"sample.guide={folder}")
     assert [name for name, step in steps.items() if step.action == "run" and "guide" in name] == ["guide"]
@@ -163,7 +158,7 @@ def test_the_same_weights_at_a_path_give_the_same_samples(guided: Outcome, place
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         again = pipeline(place, "train.keep_every=4", f"sample.guide={folder}")
     assert not again.failures
-    ours, theirs = (artifact(place, outcome, "sample", "features") for outcome in (again, guided))
+    ours, theirs = (artifact_of(place, outcome, "sample", "features") for outcome in (again, guided))
     assert ours.fingerprint != theirs.fingerprint
     assert ours.manifest.digest == theirs.manifest.digest
     assert ours.counts["guide_digest"] == theirs.counts["guide_digest"]  # so values are of one protocol
@@ -205,7 +200,7 @@ def test_a_version_carries_the_classifier_of_confused_classes(guided: Outcome, p
     again = outcome.decisions[MODEL].remeasured  # the champion of the session's run, by the same guidance
     assert again is not None
     assert not again.problem
-    features = artifact(place, outcome, "sample", "features")
+    features = artifact_of(place, outcome, "sample", "features")
     version = outcome.decisions[MODEL].version
     use_mlflow(f"{MODEL}/{version}", outcome.tracking_uri, str(place))
     loaded = load_model(f"{MODEL}/{version}")

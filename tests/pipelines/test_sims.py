@@ -9,7 +9,6 @@ import torch
 from edt_core.config import SampleConfig
 from edt_core.data.shards import load_images
 from edt_core.errors import UserError
-from edt_core.store.artifact import Artifact
 from jobs.models.open import load_model, use_mlflow
 from jobs.stages.autoencoder import IMAGE_SHARDS
 from jobs.stages.sample import averaged_model, load_units
@@ -19,8 +18,8 @@ from pipelines.diff import outline
 from pipelines.outcome import Outcome
 from pipelines.registry.lineage import lineage
 from pipelines.tracking.catalog import Catalog
-from pipelines.tracking.runs import read_record
 from tests.support.local_ray import local_ray_train
+from tests.support.runs import artifact_of
 from tests.support.small import MODEL, copy_store, pipeline
 
 OWN = ("sample.guide=own-samples", "sims.num_samples=50", "sims.train_steps=4")
@@ -76,22 +75,20 @@ def sims(place: Path) -> Outcome:
     return outcome
 
 
-def artifact(place: Path, outcome: Outcome, step: str, kind: str) -> Artifact:
-    record = read_record(Catalog(outcome.tracking_uri, ""), outcome.run_id)
-    return Artifact.open(str(place / kind / record.steps[f"{step.replace(' ', '.')}.{MODEL}"]))
-
-
 def test_the_copy_is_trained_on_the_models_samples(sims: Outcome, place: Path) -> None:
-    drawn, images = artifact(place, sims, "sample own", "features"), artifact(place, sims, "images own", "own_images")
+    drawn, images = (
+        artifact_of(place, sims, "sample own", "features"),
+        artifact_of(place, sims, "images own", "own_images"),
+    )
     units = load_units(drawn)
     pixels, labels = load_images(images.paths(IMAGE_SHARDS), images.counts["images"], 1000)
     assert np.array_equal(pixels, units["images"])  # without a loss
     assert np.array_equal(labels, units["labels"])
     assert images.counts["class_counts"] == np.bincount(labels, minlength=10).tolist()
     assert SampleConfig.model_validate(drawn.manifest.config).cfg_scale == 1.0
-    trained, copy = artifact(place, sims, "train", "checkpoint"), artifact(place, sims, "train own", "checkpoint")
+    trained, copy = artifact_of(place, sims, "train", "checkpoint"), artifact_of(place, sims, "train own", "checkpoint")
     assert copy.manifest.inputs == {
-        "latents": artifact(place, sims, "encode own", "latents").fingerprint,
+        "latents": artifact_of(place, sims, "encode own", "latents").fingerprint,
         "init": trained.fingerprint,
     }
     assert (copy.counts["steps"], copy.counts["class_counts"]) == (4, images.counts["class_counts"])
@@ -103,7 +100,7 @@ def test_the_copy_is_trained_on_the_models_samples(sims: Outcome, place: Path) -
 
 
 def test_samples_are_away_from_the_copy_which_the_version_carries(sims: Outcome, place: Path) -> None:
-    features, copy = artifact(place, sims, "sample", "features"), artifact(place, sims, "train own", "checkpoint")
+    features, copy = artifact_of(place, sims, "sample", "features"), artifact_of(place, sims, "train own", "checkpoint")
     assert features.manifest.inputs["guide"] == copy.fingerprint
     assert features.counts["guide_digest"] == copy.manifest.digest
     version = sims.decisions[MODEL].version
@@ -113,6 +110,6 @@ def test_samples_are_away_from_the_copy_which_the_version_carries(sims: Outcome,
     theirs, ours = loaded.guide.state_dict(), averaged_model(copy, "cpu").state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     nodes = lineage(Catalog(sims.tracking_uri, ""), f"{MODEL}/{version}").nodes
-    trained = artifact(place, sims, "train", "checkpoint")
+    trained = artifact_of(place, sims, "train", "checkpoint")
     assert nodes[copy.fingerprint].inputs["init"] == trained.fingerprint
     assert nodes[trained.fingerprint].kind == "checkpoint"

@@ -10,8 +10,17 @@ import torch
 
 from edt_core.autoencoders.autoencoder import build_autoencoder
 from edt_core.config import AutoencoderConfig
+from edt_core.diffusion import with_objective
 from edt_core.evaluation.extractors.classifier import Classifier
-from edt_core.models import MODEL_NAMES, DiffusionTransformer, EDTConfig, ModelConfig, create_model, model_config
+from edt_core.models import (
+    MODEL_NAMES,
+    DiffusionTransformer,
+    EDTConfig,
+    ModelConfig,
+    build_model,
+    create_model,
+    model_config,
+)
 from edt_core.pipeline import save_pipeline
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.folder import Folder
@@ -32,6 +41,16 @@ def shallow_config(name: str, image_size: int = 32, num_classes: int = 4) -> Mod
         except ValueError:  # a family that wants an odd or an even number
             continue
     return config
+
+
+def drawn_weights(name: str = "EDT-Tiny/2", seed: int = 0, objective: str = "epsilon") -> DiffusionTransformer:
+    """A shallow model with weights that are drawn, none of them zero."""
+    model = build_model(with_objective(shallow_config(name), objective))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
 
 
 def made_model(

@@ -12,6 +12,7 @@ from pipelines.config.schema import load_config
 from pipelines.outcome import Outcome
 from pipelines.plan import plan
 from pipelines.tracking.catalog import Catalog
+from pipelines.tracking.runs import read_record
 from tests.support.small import MODEL, SMALL, STEPS, start_run
 
 AMPLE_S = 1200  # more than any run of the small pipeline takes
@@ -32,6 +33,12 @@ def count(database: Path, table: str, where: str = "1") -> int:
 def has_tag(key: str, value: str) -> str:
     """The condition that a row of `tags` is this one."""
     return f"key = '{key}' AND value = '{value}'"
+
+
+def artifact_of(store: Path, outcome: Outcome, step: str, kind: str) -> Artifact:
+    """What a step of the small pipeline's model made in a run, such as "sample own", by the run's record."""
+    record = read_record(Catalog(outcome.tracking_uri, ""), outcome.run_id)
+    return Artifact.open(str(store / kind / record.steps[f"{step.replace(' ', '.')}.{MODEL}"]))
 
 
 def versions(store: Path, model: str = MODEL) -> int:

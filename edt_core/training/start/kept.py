@@ -23,8 +23,8 @@ _OPTIMIZER_STATES = {"adan": 4, "adamw": 2, "muon": 2}  # float32 tensors of the
 class Kept:
     """What a training keeps, in bytes: the weights of the model, those that are trained, and all that is resumed.
 
-    `of_model`: the trained weights of the model; `trained`: with those of a head for alignment. `snapshot`: one of the
-    power-function averages, of which there are `snapshots`.
+    `of_model`: the trained weights of the model; `trained`: with those of a head for alignment. `snapshot`: one
+    snapshot of the power-function averages; `snapshots`: how many there are.
     """
 
     weights: int

@@ -59,6 +59,14 @@ class Subject:
         checkpoint = make_average(training, width, lambda name: self.out.child(f"checkpoint/{name}"), progress)
         return replace(self, inputs={**self.inputs, "checkpoint": checkpoint})
 
+    def beside(self, options: argparse.Namespace, location: str, progress: Progress) -> "Subject":
+        """Another model, without a guide, compared with the same images by the same networks."""
+        opened = open_model(location, self.out)
+        networks = {role: item for role, item in self.inputs.items() if role in EXTRACTORS}
+        autoencoder = _autoencoder(options, opened, self.out, progress, location)
+        inputs = {**networks, "checkpoint": opened.checkpoint, "autoencoder": autoencoder}
+        return replace(self, model=opened, inputs=inputs)
+
     def check_sizes(self, sampling: SampleConfig, config: EvaluateConfig) -> None:
         """Raise UserError for a metric with too few samples or images. Called before any sample is drawn."""
         spaces = {space: _dimensions(space, self.inputs[space]) for space in EXTRACTORS if space in self.inputs}
@@ -90,7 +98,7 @@ def prepared(
         check_settings(points, _config_of(opened))
     inputs: dict[str, Artifact | Source] = {
         "checkpoint": opened.checkpoint,
-        "autoencoder": _autoencoder(options, opened, out, bar),
+        "autoencoder": _autoencoder(options, opened, out, bar, options.model),
         **networks,
     }
     if options.guide:
@@ -245,13 +253,15 @@ def _extractors(options: argparse.Namespace, out: Folder, bar: Progress) -> dict
     return networks
 
 
-def _autoencoder(options: argparse.Namespace, opened: Opened, out: Folder, bar: Progress) -> Artifact | Source:
+def _autoencoder(
+    options: argparse.Namespace, opened: Opened, out: Folder, bar: Progress, model: str
+) -> Artifact | Source:
     if options.autoencoder:
         place = out.child(f".published/{hashlib.sha256(options.autoencoder.encode()).hexdigest()[:16]}")
         return open_input("autoencoder", options.autoencoder, place, options, bar)
     if opened.autoencoder is None:
         raise UserError(
-            f"{options.model} does not state its autoencoder; pass --autoencoder, for example "
+            f"{model} does not state its autoencoder; pass --autoencoder, for example "
             "stabilityai/sd-vae-ft-ema for the authors' models"
         )
     return opened.autoencoder

@@ -181,6 +181,47 @@ def test_a_search_without_time_is_one_message(searched: tuple[list[str], Path], 
     assert "--metric fidd was not measured" in unknown.stderr
 
 
+def test_other_models_take_part_and_keep_their_points_to_themselves(
+    searched: tuple[list[str], Path], tmp_path: Path, store: Path
+) -> None:
+    """A version with fewer steps by default beside its parent, both compared with the same images."""
+    from tests.support.small import copy_store
+
+    arguments, out = searched
+    search(arguments)
+    copy = tmp_path / "edt-store"
+    copy_store(store, copy)
+    fast = ("--point", "sampler=ddim steps=2", "--store", str(copy), "--json")
+    made = edt("models", "set-chain", f"{MODEL}/1", str(out / "results.json"), *fast)
+    other = json.loads(made.stdout)["version"]
+    inputs = arguments[4 : arguments.index("--sweep")]
+    axes = ("sampler=ddim", "steps=2")
+    both = [arguments[0], str(tmp_path / "both"), "--store", str(copy), *inputs, "--sweep", *axes, "--also", other]
+    done = search(both)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "both" / "results.json").read_text())
+    of = {p["name"]: p["version"] for p in found["points"]}
+    assert of[GIVEN] == f"{MODEL}/1"
+    assert of[other] == other  # as its own record has it
+    assert set(of.values()) == {f"{MODEL}/1", other}
+    values = {p["name"]: p["value"] for p in found["points"]}
+    assert values["sampler=ddim steps=2"] == values[other]  # equal weights and settings
+    refused = edt(
+        "models",
+        "set-chain",
+        f"{MODEL}/1",
+        str(tmp_path / "both" / "results.json"),
+        "--point",
+        other,
+        "--store",
+        str(copy),
+    )
+    assert refused.returncode == 2
+    assert f"is of {other}, not of {MODEL}/1; give that version, or another point" in refused.stderr
+    twice = search([*both, f"{MODEL}@champion"])
+    assert (twice.returncode, f"is {MODEL}/1, which is in the search already" in twice.stderr) == (2, True)
+
+
 def test_a_point_becomes_the_default_of_a_version(
     searched: tuple[list[str], Path], tmp_path: Path, store: Path
 ) -> None:

@@ -23,24 +23,29 @@ CHAIN_TAG, CHAIN_OF_TAG = "edt.chain", "edt.chain_of"  # the settings; the versi
 def chosen_settings(path: Path, point: str, version: Any) -> dict[str, Any]:
     """The settings of a point in `results.json` of `edt pareto`: a named point, or a setting by its name.
 
-    Raises UserError for results of another version, a point that they do not have, and a file that is none of these.
+    Raises UserError for a point of another version, a point that they do not have, and a file that is none of these.
     """
     try:
         results = read_json(path)
-        named, points = results["named"], {entry["name"]: entry["settings"] for entry in results["points"]}
-        measured = results["version"]
+        named, points = results["named"], {entry["name"]: entry for entry in results["points"]}
+        settings = {name: entry["settings"] for name, entry in points.items()}
+        first = results["version"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give results.json of `edt pareto`") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no results.json of `edt pareto`; give the one in its folder") from None
-    own = f"{version.name}/{version.version}"
-    if measured != own:
-        raise UserError(f"{path} is of {measured or 'a model that is not registered'}, not of {own}; measure {own}")
     if (name := named.get(point, point)) not in points:
         known = ", ".join([*named, *(repr(each) for each in points)])
         raise UserError(f"{path} has no point {point!r}; it has {known}")
-    settings: dict[str, Any] = points[name]
-    return settings
+    own = f"{version.name}/{version.version}"
+    measured = points[name].get("version", first)  # of a search in which other models took part
+    if measured != own:
+        what = str(path) if measured == first else f"the point {point!r} of {path}"
+        measured = measured or "a model that is not registered"
+        remedy = f"measure {own}" if measured == first else "give that version, or another point"
+        raise UserError(f"{what} is of {measured}, not of {own}; {remedy}")
+    chosen: dict[str, Any] = settings[name]
+    return chosen
 
 
 def register_chain(catalog: Catalog, parent: Any, settings: Mapping[str, Any]) -> tuple[Any, bool]:

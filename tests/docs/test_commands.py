@@ -54,6 +54,18 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt pareto ", "samples dozens of settings: tests/jobs/test_pareto.py"),
     (r"edt evaluate .*--statistics", "needs ADM's and Inception's published files: tests/jobs/test_evaluation.py"),
 )
+# Commands that train or trace for long what other tests train and trace: run by `make test-all`, else only checked.
+LONG: tuple[tuple[str, str], ...] = (
+    (r"edt export .* --format torch-export", "tests/jobs/test_export_model.py"),
+    (
+        r"edt run .*train\.init_from=edt-tiny-digits-32@champion --set train\.trainable",
+        "tests/pipelines/test_init_from.py",
+    ),
+    (r"edt run .*train\.objective=epsilon", "tests/support/small.py: the recipe of the small pipeline"),
+    (r"edt run .*along\.every", "tests/pipelines/test_along.py"),
+    (r"edt run .*train\.max_steps=5000$", "tests/pipelines/test_workflow_again.py"),
+    (r"edt run .*validation\.enabled=true", "tests/pipelines/test_validation.py"),
+)
 # Commands that may end with 1 as well: the gate refuses, or a check finds what is missing here. All others end with 0.
 CODES = {r"edt models promote .*/2$": (0, 1), r"edt doctor ": (0, 1)}
 # Those of the examples run in folders of their own: test_examples.py.
@@ -67,8 +79,16 @@ def reason(command: Command) -> str | None:
 RUN = [command for command in COMMANDS if reason(command) is None]
 
 
+def is_long(command: Command) -> bool:
+    return any(re.match(pattern, command.text) for pattern, _ in LONG)
+
+
+def by_length(command: Command) -> Any:
+    return pytest.param(command, marks=pytest.mark.slow) if is_long(command) else command
+
+
 @pytest.mark.usefixtures("training_here")
-@pytest.mark.parametrize("command", RUN, ids=str)
+@pytest.mark.parametrize("command", map(by_length, RUN), ids=str)
 def test_a_command_runs(command: Command, sandbox: Sandbox) -> None:
     assert command.words[0] == "edt", f"{command} is neither run nor listed as checked"
     check_edt(command.words)
@@ -78,7 +98,7 @@ def test_a_command_runs(command: Command, sandbox: Sandbox) -> None:
 
 
 def test_a_command_that_is_not_run_is_known() -> None:
-    checked = [command for command in COMMANDS if reason(command)]
+    checked = [command for command in COMMANDS if reason(command) or is_long(command)]
     assert not (wrong := failures(checked, lambda command: check(command.text))), wrong
 
 
@@ -89,7 +109,7 @@ def test_a_command_that_the_text_names_is_known() -> None:
 
 
 def test_no_reason_is_stale_and_each_test_it_names_is_there() -> None:
-    for pattern, why in CHECKED:
+    for pattern, why in (*CHECKED, *LONG):
         assert any(re.match(pattern, command.text) for command in COMMANDS), f"no page has {pattern!r} any more"
         for name in re.findall(r"tests/[\w/]+\.py", why):
             assert (ROOT / name).is_file(), f"{pattern!r} is said to be tested by {name}, which is not there"

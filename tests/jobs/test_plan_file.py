@@ -113,7 +113,7 @@ def digests(listing, work):
     return (hashlib.sha256(b"%d" % k).digest() for k in range(len(listing)))
 
 # Batches of few rows: what a pass holds of any number of images is the same for the small number as for the large one.
-arrow_file.ROWS = sorting.ROWS = file_digests.ROWS = digest_rows.ROWS = 1 << 13
+arrow_file.ROWS = sorting.ROWS = file_digests.ROWS = digest_rows.ROWS = digest_cache._ROWS = 1 << 13
 arrow_file._HELD, file_digests._LOOKED_UP, sorting._SAMPLE, below._ENTRIES = 1 << 14, 1 << 14, 32, 512
 below.walk_disk, digest_cache.stats_of, Listing.convert = walk, stats_of, digests
 peaks = []
@@ -130,8 +130,8 @@ for images in map(int, sys.argv[2:]):
     assert not read, "what is known is not read"
 print(*peaks)
 """
-# With fewer than eight batches of 65,536 a pass would not hold as many as it ever does.
-FEW, MANY = 600_000, 2_200_000
+# With fewer than eight batches a pass would not hold as many as it ever does.
+FEW, MANY = 400_000, 1_500_000
 MIB_PER_MILLION = 64
 
 

@@ -2,7 +2,7 @@
 
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import AmmKernel, ModelConfig
-from edt_core.models.cost import PartCost, count_macs, count_parameters, macs_by_part, shadow, training_flops
+from edt_core.models.cost import PartCost, count_macs, count_parameters, macs_by_part, macs_of, shadow, training_flops
 from edt_core.models.families import FAMILIES
 from edt_core.models.families.dit import DiT, DiTConfig
 from edt_core.models.families.edt import EDT, EDTConfig, StageSpec
@@ -53,6 +53,7 @@ __all__ = [
     "has_paper_amm_blocks",
     "load_released",
     "macs_by_part",
+    "macs_of",
     "mask_sites",
     "masks_of",
     "model_config",

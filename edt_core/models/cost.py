@@ -45,11 +45,12 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(model: DiffusionTransformer) -> int:
     """Multiply-accumulates of one forward pass for one image; the papers' "GFLOP" is a billion of them."""
-    return _macs(model.config)
+    return macs_of(model.config)
 
 
 @lru_cache(maxsize=64)
-def _macs(config: ModelConfig) -> int:
+def macs_of(config: ModelConfig) -> int:
+    """The `count_macs` of a model of this configuration."""
     return sum(_forward_macs(config).values())
 
 

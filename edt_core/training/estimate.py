@@ -16,8 +16,8 @@ from edt_core.files.host_copies import RING_BYTES
 from edt_core.models import (
     DiffusionTransformer,
     ModelConfig,
-    count_macs,
     draw_masks,
+    macs_of,
     shadow,
 )
 from edt_core.models.attention import RelativePositionBias
@@ -119,7 +119,7 @@ def estimate(config: TrainConfig, model_config: ModelConfig, images: int) -> Est
     return Estimate(
         model=f"{model_config.name}, {model_config.image_size} px, {model_config.num_classes} classes",
         parameters=sizes.weights // 4,
-        macs=count_macs(shadow(model_config)),
+        macs=macs_of(model_config),
         flops_per_image=step_flops(config, model_config),
         weights=round(of_all * (sizes.weights + trained - of_model)) + merged + teacher,
         gradients=round(of_all * trained),

@@ -21,8 +21,8 @@ from edt_core.diffusion import linear_schedule
 from edt_core.models import (
     DiffusionTransformer,
     ModelConfig,
-    count_macs,
     count_parameters,
+    macs_of,
     model_config,
     shadow,
     training_flops,
@@ -88,7 +88,7 @@ def bench_models(bench: ModelBench) -> Iterator[list[Row]]:
 
 
 def _rows_of_model(bench: ModelBench, config: ModelConfig) -> list[Row]:
-    macs = {"forward": count_macs(shadow(config)), "forward and backward": training_flops(config, masked=False) // 2}
+    macs = {"forward": macs_of(config), "forward and backward": training_flops(config, masked=False) // 2}
     plain_shadow = plain_model(shadow(config))
     memory = 3 * _weight_bytes(config) + saved(plain_shadow, bench.batch_size, passes=1).activations
     reason = _left_out(bench, memory, 2 * sum(macs.values()) * (1 + len(bench.precisions)))
@@ -137,7 +137,7 @@ def _rows_of_pair(bench: ModelBench, size: str, configs: Sequence[ModelConfig]) 
     is not part of it.
     """
     edt, mdt = configs
-    macs = [count_macs(shadow(config)) for config in configs]
+    macs = [macs_of(config) for config in configs]
     flops = [training_flops(config, masked=True) for config in configs]
     memory = sum(2 * _weight_bytes(config) for config in configs)
     memory += max(saved(shadow(config).train(), bench.batch_size, passes=2).activations for config in configs)

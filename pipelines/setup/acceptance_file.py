@@ -20,7 +20,7 @@ from edt_core.acceptance.rows import CORRECTNESS
 from edt_core.acceptance.sampling import Autoencoder
 from edt_core.errors import UserError
 from edt_core.files.small_files import MAX_CONFIG_BYTES, UnusableFileError, parse_json, read_bounded
-from edt_core.models import ModelConfig, count_macs, model_config, shadow, training_flops
+from edt_core.models import ModelConfig, macs_of, model_config, training_flops
 from edt_core.printing.console import on_one_line
 
 Work = Literal["train", "sample", "encode", "decode"]
@@ -219,7 +219,7 @@ def _measured_model(name: str) -> ModelConfig:
 
 def forward_flops(config: ModelConfig) -> int:
     """Operations of one forward pass for one image."""
-    return 2 * count_macs(shadow(config))
+    return 2 * macs_of(config)
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ from edt_core.diffusion import noise
 from edt_core.pipeline import EDTPipeline
 from edt_core.sampling.schedulers import SUPPORTED
 from tests.support.fake_cuda import CUDA, fake_cuda, on_cuda, waits
-from tests.support.models import TINY, made_model, pipeline_folder
+from tests.support.models import TINY, drawn_weights, pipeline_folder
 
 LABELS, STEPS = [1, 0], 4
 READ, COPIED = "value read on the host", "copy to the host"
@@ -33,7 +33,7 @@ def _no_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a DiT."""
-    return pipeline_folder(tmp_path_factory.mktemp("plain") / "pipeline", made_model(name="DiT-Tiny/2"))
+    return pipeline_folder(tmp_path_factory.mktemp("plain") / "pipeline", drawn_weights("DiT-Tiny/2"))
 
 
 def opened(folder: Path) -> EDTPipeline:
@@ -50,7 +50,7 @@ def to_cuda(pipeline: EDTPipeline) -> EDTPipeline:
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_folder_makes_images_on_a_gpu(name: str, tmp_path: Path) -> None:
-    pipeline = opened(pipeline_folder(tmp_path / "pipeline", made_model(name=name)))
+    pipeline = opened(pipeline_folder(tmp_path / "pipeline", drawn_weights(name)))
     with fake_cuda() as mode:
         to_cuda(pipeline)
         for output_type, after_chain in OUTPUTS.items():

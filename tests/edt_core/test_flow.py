@@ -323,11 +323,11 @@ CONFIG = TrainConfig(
     time_shift=1.5,
     min_snr_gamma=None,
     global_batch_size=16,
-    max_steps=60,
+    max_steps=45,
     lr=5e-3,
     ema_decay=0.9,
-    log_every=20,
-    checkpoint_every=20,
+    log_every=15,
+    checkpoint_every=40,
 )
 
 

@@ -18,6 +18,7 @@ from edt_core.models import kernels as projection
 from edt_core.training.draws import draw_step
 from edt_core.training.speed.compiled import compile_parts, is_compiled, undo_compiled_parts, wants_graphs
 from edt_core.training.step import StepInputs, accumulate_gradient
+from tests.support.cases import suite_of
 from tests.support.models import BESIDE_EDT, TINY, shallow_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,11 +26,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Each case traces for seconds. Those that pair what others have apart are repetitions.
 slow = pytest.mark.slow
 SAMPLING = [
-    *(pytest.param(name, False, "fp32", id=f"{name}-plain-fp32") for name in TINY),
+    *(pytest.param(name, False, "fp32", id=f"{name}-plain-fp32") for name in BESIDE_EDT),
     pytest.param("EDT-Tiny/2", True, "bf16", id="EDT-Tiny/2-AMM-bf16"),
     *(pytest.param(name, True, "bf16", id=f"{name}-AMM-bf16", marks=slow) for name in BESIDE_EDT),
     *(pytest.param(name, False, "bf16", id=f"{name}-plain-bf16", marks=slow) for name in TINY),
     *(pytest.param(name, True, "fp32", id=f"{name}-AMM-fp32", marks=slow) for name in TINY),
+    pytest.param("EDT-Tiny/2", False, "fp32", id="EDT-Tiny/2-plain-fp32", marks=slow),
 ]
 TRAINING = [
     ("EDT-Tiny/2", "fp32"),
@@ -130,12 +132,12 @@ def test_training_is_compiled_once_for_all_steps(
         assert largest_error(ours.grad, theirs.grad) < bound
 
 
-OF_TRAININGS = ("EDT", "DiT")  # with the same backend in test_training_compiled.py
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[slow] if n.startswith(OF_TRAININGS) else []) for n in TINY])
+@pytest.mark.parametrize("name", suite_of(["UViT-Tiny/2"], TINY))
 def test_a_compiled_model_computes_the_same(name: str) -> None:
-    """Through all but code generation: the graph, its gradient, and decompositions."""
+    """Through all but code generation: the graph, its gradient, and decompositions.
+
+    An EDT and a DiT go through the same backend in test_training_compiled.py and test_training_ranks.py.
+    """
     torch._dynamo.reset()
     model = tiny(name, training=True)
     masks = draw_masks(model.config, 2, torch.Generator().manual_seed(2)) or None
@@ -150,7 +152,7 @@ def test_a_compiled_model_computes_the_same(name: str) -> None:
     assert largest_error(*gradients) < 1e-4
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", suite_of([True], [False, True]))
 def test_the_number_of_graphs_does_not_depend_on_the_depth(checkpointing: bool, backend: Backend) -> None:
     """And the gradients of a deep model of several stages are those without compiling, in float64."""
     counts = []
@@ -172,7 +174,7 @@ def test_the_number_of_graphs_does_not_depend_on_the_depth(checkpointing: bool, 
 
 
 def test_compiling_can_be_undone_and_leaves_no_trace_in_the_state(backend: Backend) -> None:
-    model = tiny("EDT-Tiny/2", training=False)
+    model = tiny("DiT-Tiny/2", training=False)
     names, expected = list(model.state_dict()), model(*inputs(2))
     compile_parts(model, backend)
     assert list(model.state_dict()) == names

@@ -15,12 +15,12 @@ from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, build_model, model_config
 from edt_core.training.checkpoint import load_checkpoint
 from edt_core.training.context import LocalContext
-from edt_core.training.estimate import estimate
 from edt_core.training.loop import train
 from edt_core.training.optim import flatten_state, make_optimizer, restore_state
 from edt_core.training.optimizers.muon import Muon, hidden_matrices, orthogonalized
 from edt_core.training.start.base import Base, SavedOptimizer
 from edt_core.training.start.initial import initial_checkpoint
+from edt_core.training.start.kept import kept
 from edt_core.training.state import initial_state
 from tests.support.models import TINY
 from tests.support.trainings import cut_back, narrow, place, same
@@ -202,7 +202,7 @@ def test_the_estimate_counts_one_momentum_for_a_matrix() -> None:
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
     tensors = [v for s in state.optimizer.state.values() for v in s.values() if v.ndim]
-    assert estimate(MUON, model.config, images=100).optimizer == sum(tensor.nbytes for tensor in tensors)
+    assert kept(MUON, model.config, images=100).optimizer == sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("trainable", ["difffit", "bias"])

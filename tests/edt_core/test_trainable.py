@@ -1,5 +1,6 @@
 """Fine-tuning of few parameters: which are trained, what a checkpoint holds, and the ordinary model it gives."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edt_core.training.start.initial import initial_checkpoint
 from edt_core.training.start.trainable import merged, prepare_trainable, step_flops
 from edt_core.training.state import initial_state
 from tests.edt_core.test_training_start import NAMES, base_of
+from tests.support.cases import suite_of
 from tests.support.models import TINY, shallow_config
 from tests.support.trainings import contents, narrow, place, same
 
@@ -165,8 +167,9 @@ def test_memory_and_gradients_are_of_what_is_trained(whole: tuple[Path, TrainSta
     assert state.ema.averages[0].keys() == state.trained
 
 
-@pytest.mark.parametrize("trainable", ["difffit", "bias"])
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize(
+    ("stop", "trainable"), suite_of([(1, "bias"), (3, "difffit")], product((1, 3), ("difffit", "bias")))
+)
 def test_a_resumed_training_equals_an_uninterrupted_one(
     stop: int, trainable: str, whole: tuple[Path, TrainState], dataset: LatentDataset, tmp_path: Path
 ) -> None:

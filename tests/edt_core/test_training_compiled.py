@@ -24,7 +24,7 @@ from edt_core.training.speed.compiled import failure
 from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.trainer import COMPILE_SECONDS, Trainer
 from tests.support.models import shallow_config
-from tests.support.trainings import OneOfOne, contents, narrow, place, same
+from tests.support.trainings import OneOfOne, contents, narrow, place, plain_update, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread", "no_thread_stays")
 Backend = Any
@@ -35,9 +35,18 @@ def with_options(options: dict[str, Any]) -> TrainConfig:
     return SHORT.model_copy(update=options)
 
 
+PLAIN = {"model": "DiT-Tiny/2", "masked_loss": False}
+
+
 @pytest.fixture(scope="module")
 def speck() -> ModelConfig:
     return narrow()
+
+
+@pytest.fixture(scope="module")
+def plain_blocks() -> ModelConfig:
+    """A model whose blocks are all of one shape: compiling it takes the fewest graphs."""
+    return shallow_config("DiT-Tiny/2")
 
 
 @pytest.fixture(autouse=True)
@@ -46,23 +55,23 @@ def _fresh() -> None:
 
 
 def compile_with(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The update is traced and no more, which takes longer than all parts of a model: see test_training_update.py."""
+    """With "eager" the update is not even traced, with "aot_eager" no more than that: see test_training_update.py."""
 
     def compile_parts(model: Any, **options: Any) -> None:
         compiled.compile_parts(model, backend, **options)
 
     monkeypatch.setattr(loop, "compile_parts", compile_parts)
-    of_update = "eager" if backend == "aot_eager" else backend
-    monkeypatch.setattr(loop, "CompiledUpdate", partial(CompiledUpdate, backend=of_update))
+    traced = partial(CompiledUpdate, backend="eager" if backend == "aot_eager" else backend)
+    monkeypatch.setattr(loop, "CompiledUpdate", plain_update if backend == "eager" else traced)
 
 
 def test_a_compiled_training_is_the_same_and_says_how_long_compiling_took(
     speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_with("aot_eager", monkeypatch)
-    plain = train(SHORT, speck, dataset, LocalContext(tmp_path / "a"))
+    plain = train(with_options({"max_steps": 2}), speck, dataset, LocalContext(tmp_path / "a"))
     context = LocalContext(tmp_path / "b")
-    ours = train(with_options({"compile": True}), speck, dataset, context)
+    ours = train(with_options({"max_steps": 2, "compile": True}), speck, dataset, context)
     assert ours.model.state_dict().keys() == plain.model.state_dict().keys()
     for row, other in zip(plain.history.rows, ours.history.rows, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
@@ -90,7 +99,7 @@ def test_compiled_parts_and_the_exchange_of_gradients_train_the_same(
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_without_a_compiler_a_training_continues_with_the_same_bits(
-    when: str, speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, plain_blocks: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step that failed is computed again with the same draws, and the user reads why, once."""
 
@@ -104,9 +113,9 @@ def test_without_a_compiler_a_training_continues_with_the_same_bits(
         return aot_autograd(fw_compiler=nop, bw_compiler=broken)(graph, example_inputs)
 
     compile_with(broken if when == "forward" else breaks_later, monkeypatch)
-    plain = train(SHORT, speck, dataset, LocalContext(tmp_path / "a"))
+    plain = train(with_options(PLAIN), plain_blocks, dataset, LocalContext(tmp_path / "a"))
     context = LocalContext(tmp_path / "b")
-    ours = train(with_options({"compile": True}), speck, dataset, context)
+    ours = train(with_options({**PLAIN, "compile": True}), plain_blocks, dataset, context)
     assert same(ours.model.state_dict(), plain.model.state_dict())
     assert contents(place(tmp_path / "a", SHORT.max_steps)) == contents(place(tmp_path / "b", SHORT.max_steps))
     (warning,) = context.warnings
@@ -118,20 +127,13 @@ def test_without_a_compiler_a_training_continues_with_the_same_bits(
 
 
 GRAPHS = "reduce-overhead"
-PLAIN = {"model": "DiT-Tiny/2", "masked_loss": False}
-
-
-@pytest.fixture(scope="module")
-def plain_blocks() -> ModelConfig:
-    """A model whose blocks are all of one shape: compiling it takes the fewest graphs."""
-    return shallow_config("DiT-Tiny/2")
 
 
 def test_with_cuda_graphs_asked_for_a_training_on_a_cpu_is_the_compiled_one(
     plain_blocks: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU has no graphs: this is what is around them, updates that are masked and come before the check."""
-    compile_with("aot_eager", monkeypatch)
+    compile_with("eager", monkeypatch)
     states, contexts = [], []
     for value in (True, GRAPHS):
         contexts.append(LocalContext(tmp_path / str(value)))
@@ -151,7 +153,7 @@ def test_a_masked_step_that_is_not_finite_changes_nothing_and_is_left_out(
     plain_blocks: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, averages and optimizer have the same bits after the step that is not finite as before it."""
-    compile_with("aot_eager", monkeypatch)
+    compile_with("eager", monkeypatch)
     accumulate, update, begin = trainer.accumulate_gradient, Trainer._update, loop._begin
     running, kept = list[Trainer](), list[list[str]]()
     bad, masks = 3, list[bool]()
@@ -200,7 +202,7 @@ def tensors(running: Trainer) -> dict[str, Tensor]:
 def test_graphs_are_warmed_up_before_the_first_step_and_begin_anew_with_each(
     plain_blocks: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_with("aot_eager", monkeypatch)
+    compile_with("eager", monkeypatch)
     begin, begun = loop._begin, list[int]()
 
     def on_gpu(*arguments: Any) -> Trainer:

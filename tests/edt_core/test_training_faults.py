@@ -8,11 +8,11 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ from edt_core.training.loop import train
 from edt_core.training.shard import files as tensor_files
 from edt_core.training.state import TrainState, initial_state
 from edt_core.training.trainer import NotFiniteError
+from tests.support.cases import suite_of
+from tests.support.gloo import run_forked
 from tests.support.trainings import contents, cut_back, narrow, place, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread", "no_thread_stays")
@@ -50,9 +52,8 @@ CONFIG = TrainConfig(
     log_every=3,
     checkpoint_every=4,
 )
-KILLS = 4
 ROWS = 96  # 12 steps an epoch: no row comes twice
-KILLED = CONFIG.model_copy(update={"max_steps": 8, "checkpoint_every": 1})
+KILLED = CONFIG.model_copy(update={"max_steps": 4, "checkpoint_every": 1})
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,8 @@ def require_all_finite(state: TrainState, folder: Path) -> None:
 # --- numbers that are not finite
 
 
-@pytest.mark.parametrize("step", [0, 2, 4, 5, 9])  # before the first checkpoint, after one, at the end
+# Before the first checkpoint, and at the end; the others are like these.
+@pytest.mark.parametrize("step", suite_of([0, 9], [0, 2, 4, 5, 9]))
 def test_a_step_whose_loss_is_not_finite_is_left_out(
     step: int, edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path
 ) -> None:
@@ -151,7 +153,7 @@ def test_a_training_that_went_back_is_resumed_exactly(
     assert contents(place(tmp_path / "a", 10)) == contents(place(tmp_path / "b", 10))
 
 
-@pytest.mark.parametrize("most", [0, 1, 3])
+@pytest.mark.parametrize("most", suite_of([0, 3], [0, 1, 3]))
 def test_more_bad_steps_than_max_rollbacks_end_the_training(
     most: int, edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path
 ) -> None:
@@ -179,8 +181,14 @@ def test_rollbacks_are_counted_over_restarts(edt: ModelConfig, latents_artifact:
         assert LocalContext(tmp_path).store.steps() == [4]
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"optimizer": "adamw"}], ids=str)
+@pytest.mark.parametrize(
+    ("value", "options"),
+    suite_of(
+        [(math.inf, {"max_grad_norm": 1.0}), (math.nan, {"optimizer": "adamw"})],
+        product((math.inf, math.nan), ({"max_grad_norm": 1.0}, {"optimizer": "adamw"})),
+    ),
+    ids=str,
+)
 def test_a_gradient_that_is_not_finite_is_left_out(
     value: float,
     options: dict[str, object],
@@ -249,8 +257,14 @@ def test_a_step_is_checked_after_the_next_has_begun_or_before_something_is_writt
     assert done == [f"{what} {step}" for step in range(5) for what in ("check", "update")]
 
 
-@pytest.mark.parametrize("step", [0, 4, 5, 7, 9])  # before the first checkpoint, in a row, before one, at the end
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}])
+CLIPPED = {"max_grad_norm": 0.5}
+LATE = [(0, {}), (5, CLIPPED), (9, {})]  # before the first checkpoint, before another one, at the end
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    suite_of(LATE, product((0, 4, 5, 7, 9), ({}, CLIPPED))),
+)
 def test_a_late_check_ends_as_one_at_once(
     step: int, options: dict[str, float], edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path
 ) -> None:
@@ -318,7 +332,7 @@ def test_a_training_goes_back_past_a_damaged_checkpoint(
     assert contents(place(tmp_path / "damaged", 10)) == contents(place(tmp_path / "whole", 10))
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("value", suite_of([math.nan], [math.nan, -math.inf]))
 def test_latents_that_are_not_finite_are_a_user_s_error(
     value: float, edt: ModelConfig, latents_artifact: Artifact, tmp_path: Path
 ) -> None:
@@ -355,7 +369,7 @@ def test_streamed_samples_are_named_by_their_keys(
 # --- the disk
 
 
-@pytest.mark.parametrize("failing", [2, 3])
+@pytest.mark.parametrize("failing", suite_of([3], [2, 3]))
 def test_a_full_disk_ends_the_training_and_spoils_nothing(
     failing: int, edt: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,32 +444,36 @@ def _in_a_process(work: Callable[[], None], patience_s: float | None = None) -> 
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _killing_itself(after: int) -> None:
-    """Have this process killed at the `after`-th time that it syncs a file to the disk or removes one."""
+def _killing_itself(after: int | None) -> None:
+    """Have this process killed at the `after`-th time that it syncs a file to the disk or removes one.
+
+    None: when it has removed the first file of a checkpoint, and not the others.
+    """
     done: list[None] = []
 
     def counted(original: Callable[..., None]) -> Callable[..., None]:
         def counting(*inputs: object) -> None:
             done.append(None)
-            if len(done) == after:
+            if len(done) == (after or 2):
                 os.kill(os.getpid(), signal.SIGKILL)
             original(*inputs)
 
         return counting
 
-    storage.fsync_file = counted(storage.fsync_file)
+    if after is not None:
+        storage.fsync_file = counted(storage.fsync_file)
     Folder.remove = counted(Folder.remove)  # type: ignore[method-assign]
 
 
-def _train_and_be_killed(folder: Path, paths: list[Path], seed: int) -> None:
+def _train_and_be_killed(folder: Path, paths: list[Path], kills: int, seed: int) -> None:
     """An uninterrupted training, and one that is killed again and again before it may end. No thread runs here."""
     torch.set_num_threads(1)
     loop.matmul_rate = lambda *_: 1e9  # type: ignore[assignment]
     dataset, rng = LatentDataset(paths), random.Random(seed)
 
-    def work(name: str, after: int | None = None) -> None:
-        if after is not None:
-            _killing_itself(after)
+    def work(name: str, *after: int | None) -> None:
+        if after:
+            _killing_itself(*after)
         context = LocalContext(folder / name, num_to_keep=2)
         train(KILLED, narrow(), dataset, context)
         context.store.prune(at_end=True)
@@ -464,31 +482,26 @@ def _train_and_be_killed(folder: Path, paths: list[Path], seed: int) -> None:
     assert _in_a_process(lambda: work("whole")) == 0
     seconds = time.monotonic() - began
     statuses = []
-    for _ in range(KILLS):  # a checkpoint has 28 such places, and some more where others are removed
-        after = rng.randrange(1, 70)
+    # A checkpoint has 28 such places, and some more where others are removed.
+    places = [40, None] if kills == 2 else [rng.randrange(1, 70) for _ in range(kills)]
+    for after in places:
         statuses.append(_in_a_process(lambda after=after: work("killed", after)))
-    statuses.append(_in_a_process(lambda: work("killed"), patience_s=rng.uniform(0.1, 0.4) * seconds))
+    if kills > 2:
+        statuses.append(_in_a_process(lambda: work("killed"), patience_s=rng.uniform(0.1, 0.4) * seconds))
     assert _in_a_process(lambda: work("killed")) == 0
     print(json.dumps(statuses))
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("kills", suite_of([2], [2, 8]))
 def test_a_training_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(
-    latents_artifact: Artifact, tmp_path: Path
+    kills: int, latents_artifact: Artifact, tmp_path: Path
 ) -> None:
     paths = [str(path) for path in latents_artifact.paths("*.arrow")]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.edt_core.test_training_faults", str(tmp_path), *paths],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    statuses = json.loads(done.stdout.splitlines()[-1])
+    (printed,) = run_forked("tests.edt_core.test_training_faults", [[str(tmp_path), str(kills), *paths]])
+    statuses = json.loads(printed.splitlines()[-1])
     assert set(statuses) <= {0, -signal.SIGKILL}
-    assert statuses[:KILLS].count(-signal.SIGKILL) >= KILLS // 2, statuses
+    assert statuses[:kills].count(-signal.SIGKILL) >= (2 if kills == 2 else kills // 2), statuses
     whole, killed = (
         {path.name for path in (tmp_path / name / "checkpoints").iterdir()} for name in ("whole", "killed")
     )
@@ -503,4 +516,4 @@ def test_a_training_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(
 
 
 if __name__ == "__main__":
-    _train_and_be_killed(Path(sys.argv[1]), [Path(path) for path in sys.argv[2:]], seed=0)
+    _train_and_be_killed(Path(sys.argv[1]), [Path(path) for path in sys.argv[3:]], int(sys.argv[2]), seed=0)

@@ -32,13 +32,12 @@ from edt_core.training.ranks import Ranks
 from edt_core.training.shard import files
 from edt_core.training.shard.rows import Rows, gathered_bytes, row_share
 from edt_core.training.speed.compiled import failure
-from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.state import TrainState
 from tests.support.gloo import join, run_ranks
 from tests.support.holdouts import some_held_out
 from tests.support.local_training import checkpoint_steps
 from tests.support.local_training import contents as all_files
-from tests.support.trainings import cut_back, narrow
+from tests.support.trainings import cut_back, narrow, plain_update
 
 HALF, LAST = 2, 4
 CONFIG = TrainConfig(
@@ -112,7 +111,7 @@ def bytes_of(state: TrainState) -> dict[str, Any]:
 def _work(ranks: Ranks, folder: Path, paths: list[str]) -> None:
     """The trainings of one of two processes."""
     loop.compile_parts = lambda *_, **__: None
-    loop.CompiledUpdate = partial(CompiledUpdate, backend="eager")  # type: ignore[assignment,misc]
+    loop.CompiledUpdate = plain_update  # type: ignore[assignment,misc]
     found = {
         f"{case} {mode}": run(case, mode, folder / f"{case} {mode}", paths, ranks)
         for case in CASES

@@ -1,6 +1,7 @@
 """The held-out loss during a training: what it is, that it disturbs nothing, and that it is resumed exactly."""
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from edt_core.training.state import initial_model, initial_state
 from edt_core.training.store import best_step
 from edt_core.training.validation.measure import TIMESTEPS, HeldOutLoss, validation_interval
 from tests.edt_core.test_training_start import NAMES, base_of
+from tests.support.cases import suite_of
 from tests.support.holdouts import some_held_out
 from tests.support.models import TINY, shallow_config
 from tests.support.trainings import contents, cut_back, narrow, place, same
@@ -91,8 +93,19 @@ def _noise_of(measure: HeldOutLoss) -> Tensor:
     return _noise(measure._digests, middle_timesteps(TIMESTEPS, 1000), measure._latents.shape[1:])
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
+# Each family and each objective: what is measured calls a model, and asks an objective, without looking at the other.
+MEASURED = [
+    ("EDT-Tiny/2", "epsilon"),
+    ("MDTv2-Tiny/2", "epsilon"),
+    ("DiT-Tiny/2", "v_prediction"),
+    ("UViT-Tiny/2", "flow"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    suite_of(MEASURED, product(TINY, ("epsilon", "v_prediction", "flow"))),
+)
 def test_it_is_the_unweighted_error_with_labels_and_without_masks(
     name: str, objective: str, dataset: LatentDataset, holdout: Holdout
 ) -> None:
@@ -141,7 +154,7 @@ class _Apart(Ranks):
         return torch.zeros(8, sum(sizes))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("world_size", suite_of([2, 5], [2, 3, 5]))
 def test_the_bits_do_not_depend_on_the_number_of_ranks(
     world_size: int, dataset: LatentDataset, holdout: Holdout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,8 +282,8 @@ def test_held_out_rows_are_never_trained_on(
 # --- resumed, and the best
 
 
-# Before, at and after a measurement; step 6 has a row of the loss as well.
-@pytest.mark.parametrize("step", [1, 6, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 3, 5))])
+# Before and at a measurement; step 6 has a row of the loss as well.
+@pytest.mark.parametrize("step", suite_of([5, 6], [1, 2, 3, 5, 6, 7]))
 def test_a_resumed_training_has_the_same_history_and_checkpoints(
     step: int, whole: tuple[LocalContext, TrainState], dataset: LatentDataset, holdout: Holdout, tmp_path: Path
 ) -> None:

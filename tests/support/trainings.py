@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from edt_core.store.manifest import sha256_json
 from edt_core.training.checkpoint import checkpoint_name
 from edt_core.training.context import LocalContext
 from edt_core.training.ranks import Ranks
+from edt_core.training.speed.update import CompiledUpdate
 
 
 class OneOfOne(Ranks):
@@ -22,6 +24,13 @@ class OneOfOne(Ranks):
 
     def wrap(self, model: nn.Module, *options: Any) -> nn.Module:
         return Ranks(0, 2).wrap(model, *options)
+
+
+def plain_update(*inputs: Any, **options: Any) -> CompiledUpdate:
+    """The update whose functions are not compiled, which takes longer than a training: test_training_update.py does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: function)
+        return CompiledUpdate(*inputs, **options)
 
 
 def narrow() -> ModelConfig:

@@ -48,7 +48,7 @@ def kept(config: TrainConfig, model_config: ModelConfig, images: int) -> Kept:
     trained = of_model + 4 * head_parameters(align_settings(config, model_config))
     optimizer = trained * _OPTIMIZER_STATES[config.optimizer]
     if config.optimizer == "muon":  # of its matrices, only a momentum
-        optimizer -= 4 * sum(matrix.numel() for matrix in hidden_matrices(shadow(model_config)))
+        optimizer -= 4 * _hidden(model_config)
     steps = config.total_steps(images)
     return Kept(
         weights=weights,
@@ -65,3 +65,8 @@ def kept(config: TrainConfig, model_config: ModelConfig, images: int) -> Kept:
 @lru_cache(maxsize=64)
 def _parameters(config: ModelConfig) -> int:
     return count_parameters(shadow(config))
+
+
+@lru_cache(maxsize=64)
+def _hidden(config: ModelConfig) -> int:
+    return sum(matrix.numel() for matrix in hidden_matrices(shadow(config)))

@@ -5,7 +5,8 @@ A checkpoint of such a training holds the trained tensors (the delta) and the di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,8 @@ from edt_core.models import (
     FAMILIES,
     DiffusionTransformer,
     ModelConfig,
-    count_macs,
     count_parameters,
+    macs_of,
     shadow,
     training_flops,
 )
@@ -51,17 +52,20 @@ def prepare_trainable(model: DiffusionTransformer, trainable: str) -> frozenset[
 
 def count_trained(config: TrainConfig, model_config: ModelConfig) -> int:
     """Number of parameters that a training changes."""
-    model = shadow(model_config)
-    prepare_trainable(model, config.trainable)
-    return count_parameters(model)
+    return _counted(model_config, config.trainable)[0]
 
 
 def count_merged(config: TrainConfig, model_config: ModelConfig) -> int:
     """Number of parameters of the ordinary model that are not those of the training or of its average: see `merged`."""
+    return _counted(model_config, config.trainable)[1]
+
+
+@lru_cache(maxsize=64)
+def _counted(model_config: ModelConfig, trainable: str) -> tuple[int, int]:
     model = shadow(model_config)
-    prepare_trainable(model, config.trainable)
+    prepare_trainable(model, trainable)
     own = model.state_dict()
-    return sum(value.numel() for name, value in merged(own).items() if value is not own[name])
+    return count_parameters(model), sum(value.numel() for name, value in merged(own).items() if value is not own[name])
 
 
 def step_flops(config: TrainConfig, model_config: ModelConfig) -> int:
@@ -71,15 +75,17 @@ def step_flops(config: TrainConfig, model_config: ModelConfig) -> int:
     """
     align = align_flops(config, model_config)
     if config.distill is not None:
-        teacher = teacher_flops(config, count_macs(shadow(model_config)))
+        teacher = teacher_flops(config, macs_of(model_config))
         return training_flops(model_config, masked=False) + teacher
     if config.trainable == "all":
         return training_flops(model_config, masked=config.masked_loss) + align
+    return training_flops(model_config, masked=config.masked_loss, prepare=_preparation(config.trainable)) + align
 
-    def prepare(model: DiffusionTransformer) -> None:
-        prepare_trainable(model, config.trainable)
 
-    return training_flops(model_config, masked=config.masked_loss, prepare=prepare) + align
+@cache
+def _preparation(trainable: str) -> Callable[[DiffusionTransformer], object]:
+    """`prepare_trainable`, one function for each value: what is counted with it is remembered."""
+    return partial(prepare_trainable, trainable=trainable)
 
 
 def _is_trained(model: DiffusionTransformer, name: str, trainable: str) -> bool:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edt_core.models import ModelConfig, count_macs, count_parameters, shadow
+from edt_core.models import ModelConfig, count_parameters, macs_of, shadow
 from edt_core.models.cost import macs_by_part
 from edt_core.training.start.trainable import step_flops
 from pipelines.config.schema import PipelineConfig
@@ -70,7 +70,7 @@ def _cost(config: PipelineConfig, name: str, model: ModelConfig, tflops: float) 
         ("epochs", f"{images / IMAGES:.1f}"),
         ("images", f"{train.max_steps:,} x {train.global_batch_size}"),
         ("parameters", f"{count_parameters(shadow(model)) / 1e6:.1f} M"),
-        ("GMACs", f"{count_macs(shadow(model)) / 1e9:.2f}"),
+        ("GMACs", f"{macs_of(model) / 1e9:.2f}"),
         ("training FLOPs", f"{flops:.3g}"),
         (f"GPU-days at {tflops:g} TFLOP/s", f"{flops / (tflops * 1e12) / _SECONDS_A_DAY:.3g}"),
     ]

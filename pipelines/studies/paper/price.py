@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edt_core.config import ChainConfig
-from edt_core.models import count_macs, shadow
+from edt_core.models import macs_of
 from edt_core.training.start.trainable import step_flops
 from pipelines.config.schema import PipelineConfig
 from pipelines.pipeline.branches import untrained_of
@@ -44,7 +44,7 @@ def price_of(configs: Sequence[PipelineConfig], classes: int = CLASSES, images: 
     for config in configs:
         for name in config.models:
             trainings, model = config.trainings_of(name), config.model_of(name, classes)
-            macs, along = count_macs(shadow(model)), config.along
+            macs, along = macs_of(model), config.along
             for train in (*trainings, *([] if trainings[0].init_from else [untrained_of(trainings[0])])):
                 key = f"{train.model_dump_json()} {config.sample.model_dump_json()}"
                 sampled[key] = _drawn(config.sample, macs, config.sample.num_samples * config.sample.repeats)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from edt_core.config import TrainConfig
-from edt_core.models import count_macs, shadow
+from edt_core.models import macs_of
 from edt_core.printing.redaction import redacted
 from edt_core.sampling.sampler import resolved_amm_blocks
 from edt_core.store.artifact import Artifact, Source
@@ -117,7 +117,7 @@ def _row(table: Table, config: PipelineConfig, branch: Branch, scale: Scale, sou
     return RowResult(
         name=row_name,
         label=row.label,
-        macs=count_macs(shadow(model)),
+        macs=macs_of(model),
         blocks=model.num_blocks,
         amm_blocks=resolved_amm_blocks(config.sample, model),
         training_flops=float(images * step_flops(train, model)),

@@ -237,24 +237,25 @@ def test_a_point_becomes_the_default_of_a_version(
     done = edt("models", "set-chain", f"{MODEL}/1", str(results), "--point", "fastest", "--store", str(copy), "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert made["version"] == f"{MODEL}/2"
+    name, number = made["version"].split("/")
+    assert (name, made["new"]) == (MODEL, True)
     found = json.loads(results.read_text())
     settings = next(p["settings"] for p in found["points"] if p["name"] == found["named"]["fastest"])
-    use_mlflow(f"{MODEL}/2", None, str(copy))
-    before, after = (load_model(f"models:/{MODEL}/{number}") for number in (1, 2))
+    use_mlflow(made["version"], None, str(copy))
+    before, after = (load_model(f"models:/{MODEL}/{each}") for each in (1, number))
     assert after.protocol["num_sampling_steps"] == settings["num_sampling_steps"]
     assert after.protocol["sampler"] == settings["sampler"]
     weights = after.model.state_dict()
     assert all((value == weights[name]).all() for name, value in before.model.state_dict().items())
-    shown = json.loads(edt("models", "show", f"{MODEL}/2", "--store", str(copy), "--json").stdout)
+    shown = json.loads(edt("models", "show", made["version"], "--store", str(copy), "--json").stdout)
     assert shown["aliases"] == []
     again = edt("models", "set-chain", f"{MODEL}/1", str(results), "--point", "fastest", "--store", str(copy), "--json")
-    assert json.loads(again.stdout)["version"] == f"{MODEL}/2"
+    assert json.loads(again.stdout)["version"] == made["version"]
     for point_name, message in (("other", "has no point 'other'"),):
         wrong = edt("models", "set-chain", f"{MODEL}/1", str(results), "--point", point_name, "--store", str(copy))
         assert (wrong.returncode, message in wrong.stderr) == (2, True)
-    other = edt("models", "set-chain", f"{MODEL}/2", str(results), "--store", str(copy))
-    assert (other.returncode, f"is of {MODEL}/1, not of {MODEL}/2" in other.stderr) == (2, True)
+    other = edt("models", "set-chain", made["version"], str(results), "--store", str(copy))
+    assert (other.returncode, f"is of {MODEL}/1, not of {made['version']}" in other.stderr) == (2, True)
     rubbish = tmp_path / "rubbish.json"
     rubbish.write_text("[1]")
     assert "is no results.json" in edt("models", "set-chain", f"{MODEL}/1", str(rubbish), "--store", str(copy)).stderr

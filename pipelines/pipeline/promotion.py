@@ -21,7 +21,7 @@ from pipelines.report import step as summary
 from pipelines.report.history import VersionRecord, version_record
 from pipelines.report.predecessor import predecessor_facts, predecessor_inputs
 from pipelines.report.teacher import TeacherFacts
-from pipelines.teacher import TeacherMeasurement
+from pipelines.teacher import TeacherMeasurement, UncutMeasurement
 from pipelines.tracking.catalog import Catalog
 
 
@@ -62,7 +62,7 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
 
     champion = ChampionMeasurement(config, branch.name, branch.steps, branch.feature_networks)
     compared = config, branch.name, branch.train, branch.start, branch.steps, branch.feature_networks
-    teacher = TeacherMeasurement(*compared)
+    teacher, uncut = TeacherMeasurement(*compared), UncutMeasurement(*compared)
 
     def with_record(catalog: Catalog, decision: Decision) -> Promoted:
         before = predecessor_inputs(catalog, decision, Store(Folder.at(config.store)))
@@ -70,13 +70,14 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
         return Promoted(decision, version_record(catalog, decision, config.store), before, own)
 
     def compare(steps: Steps, catalog: Catalog, artifacts: Mapping[str, Artifact] | None) -> tuple[StepFuture, ...]:
-        return *champion.call(steps, catalog, artifacts), *teacher.call(steps, catalog, artifacts)
+        rivals = champion, teacher, uncut
+        return tuple(step for rival in rivals for step in rival.call(steps, catalog, artifacts))
 
     def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
         untrained = branch.steps.get("untrained_evaluation")  # finished, as all steps of the branch are
         trainings = {seed: evaluation.result() for seed, evaluation in branch.evaluations().items()}
         entry = entry_of(artifacts, None if untrained is None else untrained.result(), trainings)
-        rivals = champion.result(), teacher.result()
+        rivals = champion.result(), teacher.result(), uncut.result()
         return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry, *rivals))
 
     def find(catalog: Catalog, artifacts: Mapping[str, Artifact]) -> tuple[Promoted, str] | None:

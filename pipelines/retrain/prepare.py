@@ -150,6 +150,7 @@ def _configured(catalog: Catalog, request: Request, version: Any | None, record:
         values = _fitted_again(record, request.store)
     else:
         values = kept_values(record, version, request.store)
+    values.pop("prune", None)  # a pruned champion is trained further as it is
     values["source"] = _source(record.config, request.images)
     first_version, first = line_start(catalog, request.name, version, record)
     recorded = first if request.from_scratch else record

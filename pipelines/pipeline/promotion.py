@@ -14,6 +14,7 @@ from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Promotion, Steps
 from pipelines.pipeline.branches import Branch
 from pipelines.registry.aliases import version_at
+from pipelines.registry.distilled.pruned_record import PrunedRecord
 from pipelines.registry.distilled.teacher_record import TeacherRecord
 from pipelines.registry.gate import Decision
 from pipelines.registry.registration import ENTRY_ROLES, entry_of, promote, registered
@@ -33,6 +34,7 @@ class Promoted:
     record: VersionRecord
     champion: Mapping[str, StepFuture] = field(default_factory=dict)  # artifacts of the champion before, by role
     teacher: TeacherRecord | None = None  # of a distilled model
+    pruned: PrunedRecord | None = None  # of a model whose blocks were cut
 
     @property
     def version(self) -> str:
@@ -66,8 +68,9 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
 
     def with_record(catalog: Catalog, decision: Decision) -> Promoted:
         before = predecessor_inputs(catalog, decision, Store(Folder.at(config.store)))
-        own = TeacherRecord.of(version_at(catalog, decision.name, decision.version))
-        return Promoted(decision, version_record(catalog, decision, config.store), before, own)
+        version = version_at(catalog, decision.name, decision.version)
+        origins = TeacherRecord.of(version), PrunedRecord.of(version)
+        return Promoted(decision, version_record(catalog, decision, config.store), before, *origins)
 
     def compare(steps: Steps, catalog: Catalog, artifacts: Mapping[str, Artifact] | None) -> tuple[StepFuture, ...]:
         rivals = champion, teacher, uncut
@@ -120,5 +123,6 @@ def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -
         },
         seeds=tuple(branch.evaluations()),
         teacher=None if promoted.teacher is None else TeacherFacts.of(promoted.teacher),
+        pruned={} if promoted.pruned is None else promoted.pruned.facts(),
         config_yaml=recorded_yaml(config.model_copy(update={"store": "."})),
     )

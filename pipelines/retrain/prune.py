@@ -5,7 +5,7 @@ The images, the autoencoder, the classifier and the protocol are those of the mo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edt_core.config import TrainConfig, recorded_fields
@@ -13,6 +13,7 @@ from edt_core.errors import UserError
 from edt_core.models import ModelConfig, chosen_amm_blocks, overrides_record
 from edt_core.training.prune.cut import moved_blocks, shallower
 from jobs.commands.options import parse_assignment, validated
+from jobs.models.initial import named_model
 from pipelines.config.schema import PipelineConfig, assign
 from pipelines.registry.lookup import find
 from pipelines.retrain.kept_values import kept_values
@@ -68,7 +69,7 @@ def prepare(catalog: Catalog, request: Request) -> Pruning:
             f"{own}/{version.version} was distilled, and the training after the cut, on images, would unlearn its few "
             "steps; prune its teacher, then distil the pruned version with `edt distill`"
         )
-    before = run.model_of(own, 2)
+    before = replace(run.model_of(own, 2), num_classes=_classes(catalog, version))
     after = shallower(before, request.keep)
     values = kept_values(record, version, request.store)
     for section in _NOT_TAKEN_OVER:
@@ -86,6 +87,13 @@ def prepare(catalog: Catalog, request: Request) -> Pruning:
     if config.prune.keep != request.keep:
         raise UserError("prune.keep decides the depth of the model; set it with --keep, and not with --set prune.keep")
     return Pruning(config, version, before, after)
+
+
+def _classes(catalog: Catalog, version: Any) -> int:
+    """The number of classes of a version's model."""
+    stored = named_model(f"{version.name}/{version.version}", "the model to prune", catalog.tracking_uri).model_config
+    assert stored is not None, "of a registered version"
+    return int(stored["num_classes"])
 
 
 def _recipe(

@@ -76,6 +76,10 @@ def test_a_shallower_version_is_registered_beside_the_values_before_the_cut(
     assert json.loads(version.tags["edt.model_overrides"]) == {"depths": [1, 1, 1, 1, 1]}
     decision = Decision.from_json(version.tags["edt.decision"])
     assert decision.champion_before == "1", "the gate compares it with the champion, as any candidate"
+    page = Path(pruned["models"][MODEL]["report"]).read_text()
+    assert "Before its blocks were cut" in page
+    assert "5 of 7, 1 of each 2: " in page
+    assert "metrics_before" in edt("models", "show", f"{MODEL}/2", "--store", str(place)).stdout
     shown = edt("models", "show", f"{MODEL}/2", "--store", str(place), "--json")
     assert json.loads(shown.stdout)["pruned"]["blocks"].startswith("5 of 7, 1 of each 2: ")
 
@@ -115,6 +119,9 @@ def test_a_second_run_reuses_everything_and_a_restored_one_prunes(
     facts = json.loads(plan.stdout)
     assert {step["action"] for step in facts["steps"]} == {"reuse"}
     assert facts["blocks"] == [7, 5]
+    record = PrunedRecord.of(catalog_of(place).client.get_model_version(MODEL, "2"))
+    assert record is not None
+    assert (facts["parameters"], facts["macs"]) == (list(record.parameters), list(record.macs))
     catalog = catalog_of(place)
     config, _ = restored(read_record(catalog, pruned["run_id"]), catalog, str(tmp_path / "again"))
     assert config.prune.keep == (1, 2)
@@ -128,6 +135,9 @@ def test_a_pruned_champion_is_retrained_as_it_is(pruned: dict[str, Any], place: 
     assert config.prune.keep is None
     assert config.train.init_from == f"models:/{MODEL}/2"
     assert config.model_of(MODEL, 2).num_blocks == 5
+    again = _configured(catalog, Retraining(MODEL, str(place), from_scratch=True), version, record)
+    assert (again.prune.keep, again.train.init_from) == (None, None)
+    assert again.model_of(MODEL, 2).num_blocks == 7
 
 
 def test_what_cannot_be_pruned_is_refused(first: Outcome, pruned: dict[str, Any], place: Path) -> None:

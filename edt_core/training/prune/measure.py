@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
 _IMAGES = 16  # of the loss, each at 8 times; and of the batch that is timed
-_RUNS = 3
+_FEWEST, _MOST, _SECONDS = 3, 20, 5.0  # runs of each model that are timed, and when they may end
 
 Weighted = tuple[ModelConfig, Mapping[str, Tensor]]
 
@@ -43,13 +43,18 @@ def models_of(config: TrainConfig, weighted: Sequence[Weighted]) -> list[Diffusi
 
 @torch.no_grad()
 def seconds_of(models: Sequence[DiffusionTransformer]) -> list[float]:
-    """Seconds of a forward pass for an image, of each model: the fastest of some runs, which take turns."""
+    """Seconds of a forward pass for an image, of each model: the fastest of some runs, which take turns.
+
+    Of small models there are many runs, so that other programs disturb few of them.
+    """
     times: list[list[float]] = [[] for _ in models]
-    for _ in range(_RUNS + 1):  # the first one also allocates
-        for model, own in zip(models, times, strict=True):
-            inputs = _inputs(model)
+    started, inputs = time.perf_counter(), [_inputs(model) for model in models]
+    for run in range(_MOST + 1):  # the first one also allocates
+        if run > _FEWEST and time.perf_counter() - started > _SECONDS:
+            break
+        for model, own, given in zip(models, times, inputs, strict=True):
             began = time.perf_counter()
-            float(model(*inputs).sum())  # waits for the device
+            float(model(*given).sum())  # waits for the device
             own.append(time.perf_counter() - began)
     return [min(own[1:]) / _IMAGES for own in times]
 

@@ -22,6 +22,7 @@ from pipelines.tracking.catalog import Catalog
 
 SHARE = 2  # the fine-tuning has half of the steps of the model's training, and half of its learning rate
 MASK_SHARE = 10  # and which blocks to keep is learnt in a tenth of them
+_FEW = 20  # a rate for few parameters over one for all of a trained model
 _NOT_TAKEN_OVER = ("retrain", "ladder", "along")  # sections of the model's run
 
 
@@ -68,6 +69,12 @@ def prepare(catalog: Catalog, request: Request) -> Pruning:
         raise UserError(
             f"{own}/{version.version} was distilled, and the training after the cut, on images, would unlearn its few "
             "steps; prune its teacher, then distil the pruned version with `edt distill`"
+        )
+    if trained.trainable != "all" and not any(text.startswith("train.lr=") for text in request.assignments):
+        raise UserError(
+            f"{own}/{version.version} was trained with train.trainable {trained.trainable}, at a rate of "
+            f"{trained.lr:g} for few parameters, but after the cut all are trained; set a rate for that, such as --set "
+            f"train.lr={trained.lr / _FEW:g}"
         )
     before = replace(run.model_of(own, 2), num_classes=_classes(catalog, version))
     after = shallower(before, request.keep)

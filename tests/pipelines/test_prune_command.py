@@ -153,6 +153,16 @@ def test_what_cannot_be_pruned_is_refused(first: Outcome, pruned: dict[str, Any]
         assert problem in " ".join(done.stderr.split())
 
 
+def test_a_rate_for_few_parameters_is_not_one_for_all(
+    first: Outcome, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_of = PipelineConfig.train_of
+    few = {"trainable": "bias", "lr": 0.04}
+    monkeypatch.setattr(PipelineConfig, "train_of", lambda run, name: train_of(run, name).model_copy(update=few))
+    with pytest.raises(UserError, match=r"trainable bias, at a rate of 0\.04 .* --set train\.lr=0\.002"):
+        prepare(catalog_of(place), Request(f"{MODEL}/1", str(place), (1, 2)))
+
+
 def test_a_placement_of_amm_moves_and_is_measured_where_it_was(first: Outcome, place: Path) -> None:
     """The published placement is one of numbers; a part of the model is found again by its name."""
     catalog, version = catalog_of(place), f"{MODEL}/1"

@@ -94,6 +94,7 @@ def train(
 
     The evaluations along the training, a `Beside` among the inputs, begin while it trains. With `patience` they may end
     it: the last checkpoint of the artifact is then the one at which they did, however far the training was by then.
+    With `prune` the model of the artifact is the one that the training started from, without the blocks that it chose.
 
     Raises Stopped after a requested stop, once a checkpoint is stored, DivergedError if losses or gradients are still
     not finite after `max_rollbacks` rollbacks, UserError for invalid latents or resources.

@@ -3,6 +3,7 @@
 A field declared with `runtime(...)` affects how a stage runs, not its result: it is not part of the fingerprint.
 """
 
+import json
 import math
 from typing import Any, Literal
 
@@ -79,9 +80,20 @@ def _marked(info: FieldInfo, mark: str) -> bool:
     return isinstance(info.json_schema_extra, dict) and bool(info.json_schema_extra.get(mark))
 
 
+def check_keep(value: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The N and M of a depth pruning. Raises ValueError unless 1 <= N < M, and M is small enough to try all choices."""
+    if value is not None and not 1 <= value[0] < value[1] <= _MAX_GROUP:
+        raise ValueError(
+            f"N of M blocks are {value[0]} of {value[1]}; N must be at least 1 and below M, and M at most "
+            f"{_MAX_GROUP}: [1, 2] halves the depth"
+        )
+    return value
+
+
 # With `train.holdout: auto` this share of the images is held out, in a data set of at least so many images.
 AUTO_HOLDOUT, AUTO_HOLDOUT_FROM = 0.01, 10_000
 _MOST_CANONICAL_NODES = 8
+_MAX_GROUP = 14  # blocks: half of them are 3,432 choices
 _MAX_EMA_WIDTH = 0.28  # as edt_core.training.posthoc.profile.MAX_WIDTH
 
 AmmPreset = Literal["every_block", "encoder", "decoder", "alternating"]
@@ -260,8 +272,8 @@ class TrainConfig(Section):
         {},
         description="fields of the model's configuration with other values than the named model has. EDT: "
         "token_enhancement, position_supplement (false: the down-sampling modules lack their adaptive norm, or their "
-        "position embedding), input_mask_ratio, down_mask_ratios, mid_mask_block, mid_mask_ratio. MDTv2: mask_ratio, "
-        "decode_depth. A ratio is a range, [least, most]",
+        "position embedding), input_mask_ratio, down_mask_ratios, mid_mask_block, mid_mask_ratio, depths. MDTv2: "
+        "mask_ratio, depth, decode_depth. DiT, U-ViT: depth. A ratio is a range, [least, most]",
     )
     width: int | None = added(
         None,
@@ -409,6 +421,11 @@ class TrainConfig(Section):
         description="learn the sampling of the model of `init_from`, the teacher, in fewer steps (progressive "
         "distillation, arXiv 2202.00512), as `edt distill` sets it; null to learn from data",
     )
+    prune: tuple[int, int] | None = added(
+        None,
+        description="[N, M]: learn which N of each M blocks in a row to keep, and leave the others out of the model of "
+        "`init_from` (TinyFusion, arXiv 2412.01199), as the step of `edt prune` does; null to train a model",
+    )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="precision of the model's matrix products; losses, softmax statistics, optimizer and EMA stay fp32",
@@ -553,6 +570,11 @@ class TrainConfig(Section):
             "none, or auto"
         )
 
+    @field_validator("prune")
+    @classmethod
+    def _prune_keeps_some(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        return check_keep(value)
+
     @model_validator(mode="after")
     def _has_seed_or_seeds(self) -> "TrainConfig":
         if self.seeds and self.seed:
@@ -656,6 +678,19 @@ class TrainConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _pruning_has_one_loss(self) -> "TrainConfig":
+        if self.prune is None:
+            return self
+        alone = {"masked_loss": False, "align": None, "trainable": "all", "distill": None, "max_epochs": None}
+        for name, value in {**alone, "init_optimizer": "fresh", "ema_widths": ()}.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but prune is set: such a training learns which blocks to keep, "
+                    f"from the loss of the full pass alone; set {name}={json.dumps(value)}"
+                )
+        return self
+
     @property
     def worker_range(self) -> tuple[int, int]:
         """Fewest and most workers."""
@@ -678,6 +713,7 @@ class TrainConfig(Section):
             ("align", self.align, (None, "autoencoder", "features"), "which needs a whole average; set align=features"),
             ("mup_base_width", self.mup_base_width, (None,), "whose rates are of whole matrices; leave it out"),
             ("trainable", self.trainable, ("all",), "whose optimizer and averages are small; set shard=none"),
+            ("prune", self.prune, (None,), "whose gates are not divided; set shard=none"),
             ("compile", self.compile, (None, False, True), "whose graphs need weights in one place; set compile=true"),
         ):
             if value not in allowed:

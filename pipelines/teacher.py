@@ -1,14 +1,16 @@
-"""The teacher of a distilled model, measured beside it: by its own protocol, and at the student's number of steps.
+"""The model that another one was made from, measured beside it: a teacher, or a model before its blocks were cut.
 
-Both are ordinary steps with the reference, the feature networks and the samples of the new version, so that values
+A teacher is measured by its own protocol, and at the student's number of steps; an uncut model by its own protocol. All
+are ordinary steps with the reference, the feature networks and the samples of the new version, so that values
 differ by the model and its chain alone. What the teacher's own run measured in the same way is reused.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from edt_core.config import ChainConfig, DistillConfig, SampleConfig, TrainConfig
+from edt_core.config import ChainConfig, SampleConfig, TrainConfig
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, Source
 from edt_core.store.folder import Folder
@@ -20,19 +22,21 @@ from jobs.stages import evaluate, sample
 from pipelines.config.schema import PipelineConfig
 from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Steps
+from pipelines.registry.distilled.pruned_record import PrunedRecord
 from pipelines.registry.distilled.teacher_record import Measurement, TeacherRecord
+from pipelines.setup.measured_time import chain_passes
 from pipelines.tracking.catalog import Catalog
 
 
 @dataclass
-class TeacherMeasurement:
-    """The steps that measure the teacher of a model; none of a model that was not distilled.
+class OriginMeasurement(ABC):
+    """The steps that measure the model that another one was made from, `start`; none if there is nothing to measure.
 
-    `start` is the teacher, `steps` are those of the student by role.
+    `steps` are those of the new model by role.
     """
 
     config: PipelineConfig
-    name: str  # of the student
+    name: str  # of the new model
     train: TrainConfig
     start: Initial | None
     steps: Mapping[str, StepFuture]
@@ -42,7 +46,8 @@ class TeacherMeasurement:
 
     def call(self, steps: Steps, catalog: Catalog, artifacts: Mapping[str, Artifact] | None) -> Sequence[StepFuture]:
         """Call the steps. In a plan `artifacts` is None: nothing is fetched or written."""
-        if self.train.distill is None or self.start is None:
+        chains = self._chains()
+        if not chains or self.start is None:
             return ()
         try:
             inputs = self._inputs(self.start, fetch=artifacts is not None)
@@ -50,7 +55,7 @@ class TeacherMeasurement:
             self._problem = str(error)
             return ()
         called: list[StepFuture] = []
-        for label, config in self._measured(self.train.distill).items():
+        for label, config in chains.items():
             features = steps.step(f"sample {label} {self.name}", sample.STAGE, config, **inputs)
             compared = {"features": features, "reference": self.steps["reference"]}
             evaluation = steps.step(f"evaluate {label} {self.name}", evaluate.STAGE, self.config.evaluate, **compared)
@@ -58,30 +63,25 @@ class TeacherMeasurement:
             called += [features, evaluation]
         return called
 
-    def result(self) -> TeacherRecord | None:
-        """What came of the steps; None if none was needed. A failure is a `problem`, not an error."""
-        settings, start = self.train.distill, self.start
-        if settings is None or start is None:
-            return None
-        record = partial(TeacherRecord, start.location)
+    @abstractmethod
+    def _chains(self) -> dict[str, SampleConfig]:
+        """How the model is sampled, by the label of the steps; empty if it is not to be measured."""
+
+    def _measurements(self) -> dict[str, Measurement]:
+        """What came of the steps, by label. Raises UserError if one failed for a reason that a rerun would meet again.
+
+        Of a lost worker or a full disk a rerun may know nothing: no decision rests on it.
+        """
         if not self._evaluations:
-            return record(problem=self._problem)
+            raise UserError(self._problem)
+        chains = self._chains()
         try:
-            results = {label: step.result() for label, step in self._evaluations.items()}
-        except Exception as error:  # of a lost worker or a full disk a rerun may know nothing: no decision rests on it
+            return {label: self._measurement(chains[label], step.result()) for label, step in self._evaluations.items()}
+        except Exception as error:
             cause = cause_of(error)
             if not isinstance(cause, UserError):
                 raise
-            return record(problem=str(cause))
-        chains = self._measured(settings)
-        few, own = (self._measurement(chains[label], results[label]) for label in chains)
-        return record(few=few, own=own)
-
-    def _measured(self, settings: DistillConfig) -> dict[str, SampleConfig]:
-        """How the teacher is sampled, by the label of the steps: in few steps, then by its own protocol."""
-        few = settings.teacher.model_copy(update={"num_sampling_steps": settings.steps})
-        chains: dict[str, ChainConfig] = {"few-step teacher": few, "teacher": settings.protocol or settings.teacher}
-        return {label: self.config.sample.model_copy(update=dict(chain)) for label, chain in chains.items()}
+            raise UserError(str(cause)) from error
 
     def _measurement(self, chain: SampleConfig, evaluation: Artifact) -> Measurement:
         from edt_core.diffusion import objective_of
@@ -108,6 +108,53 @@ class TeacherMeasurement:
         parts = {"checkpoint": opened.checkpoint, "autoencoder": opened.autoencoder}
         own = {role: StepFuture(start.location, role, part.fingerprint, artifact=part) for role, part in parts.items()}
         return {**own, **self.feature_networks}
+
+
+class TeacherMeasurement(OriginMeasurement):
+    """The steps that measure the teacher of a model; none of a model that was not distilled."""
+
+    def result(self) -> TeacherRecord | None:
+        """What came of the steps; None if none was needed. A failure is a `problem`, not an error."""
+        if self.train.distill is None or self.start is None:
+            return None
+        try:
+            few, own = self._measurements().values()
+        except UserError as error:
+            return TeacherRecord(self.start.location, problem=str(error))
+        return TeacherRecord(self.start.location, few=few, own=own)
+
+    def _chains(self) -> dict[str, SampleConfig]:
+        """In few steps, then by its own protocol."""
+        settings = self.train.distill
+        if settings is None:
+            return {}
+        few = settings.teacher.model_copy(update={"num_sampling_steps": settings.steps})
+        chains: dict[str, ChainConfig] = {"few-step teacher": few, "teacher": settings.protocol or settings.teacher}
+        return {label: self.config.sample.model_copy(update=dict(chain)) for label, chain in chains.items()}
+
+
+class UncutMeasurement(OriginMeasurement):
+    """The steps that measure the model before its blocks were cut; none of a model that was not pruned."""
+
+    def result(self) -> PrunedRecord | None:
+        """What came of the steps beside what is known of the cut; None if none was needed."""
+        if self.start is None or "pruning" not in self.steps:
+            return None
+        cut = self.steps["pruning"].result().counts["pruned"]
+        record = partial(PrunedRecord.of_cut, self.start.location, cut, chain_passes(self.config.sample, self.train))
+        try:
+            (own,) = self._measurements().values()
+        except UserError as error:
+            return record(problem=str(error))
+        return record(metrics=dict(own.metrics), evaluation=own.evaluation, uri=own.uri)
+
+    def _chains(self) -> dict[str, SampleConfig]:
+        """Its own protocol: that of the new version, with AMM in the blocks that it had it in."""
+        prune, chain = self.config.prune, self.config.sample
+        if prune.keep is None:
+            return {}
+        blocks = prune.uncut_amm_blocks
+        return {"uncut": chain if blocks is None else chain.model_copy(update={"amm_blocks": blocks})}
 
 
 def _in_store(start: Initial, store: Store) -> Opened | None:

@@ -50,6 +50,7 @@ class TrainOptions:
     align_distance: str | None = None
     align_weight: float | None = None
     distill: Any = None
+    prune: tuple[int, int] | None = None
     mup_base_width: int | None = None
     precision: str = "fp32"
     residual_dtype: str = "fp32"

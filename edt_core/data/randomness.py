@@ -26,6 +26,7 @@ _STREAMS = {
     "masked_noise": 7,
     "align_shift": 8,
     "align_head": 9,
+    "depth": 10,
 }
 ROWS_PER_CHUNK = 16  # part of what a training draws: another number is another training
 

@@ -47,8 +47,8 @@ class DiffusionTransformer(nn.Module, ABC):
     backward pass: same gradients, less memory, about a third more time per step. Under autocast the tokens between
     blocks are float32, since position embeddings are; `stream_dtype` rounds them to that dtype before each block.
     A forward pass leaves the output of a `watched` block there, and computes the same. `predict_block(block, x,
-    compute)`, if a sampler sets it for a chain, returns the output of a block for the tokens x: of `compute()`, or
-    predicted from earlier outputs.
+    compute)`, if it is set, returns the output of a block for the tokens x: of `compute()`, or predicted from earlier
+    outputs by a sampler in its chain, or mixed with x while a training learns which blocks to leave out.
     """
 
     config: ModelConfig
@@ -161,14 +161,11 @@ class DiffusionTransformer(nn.Module, ABC):
         x, *others = inputs
         if x is not None and self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             inputs = (x.to(self.stream_dtype), *others)
-        out: Tensor
+        compute: Callable[[], Tensor] = partial(block, *inputs)
         if self.activation_checkpointing and self.training:
             # A block draws no random numbers, so their state need not be preserved.
-            out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        elif self.predict_block is not None and x is not None:
-            out = self.predict_block(block, x, partial(block, *inputs))
-        else:
-            out = block(*inputs)
+            compute = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        out = compute() if self.predict_block is None or x is None else self.predict_block(block, x, compute)
         if self.watched is not None and block is self.watched.block:
             self.watched.output = out
             if self.watched.ends:

@@ -127,6 +127,7 @@ def chosen_amm_blocks(config: ModelConfig, blocks: Sequence[int] | str, cfg_scal
     if blocks == "model":
         return config.amm_blocks
     if blocks == "paper":
+        _check_depth(config)
         return paper_amm_blocks(config.name, cfg_scale, config.image_size)
     presets = config.amm_presets
     if blocks not in presets:
@@ -135,6 +136,22 @@ def chosen_amm_blocks(config: ModelConfig, blocks: Sequence[int] | str, cfg_scal
             "block numbers"
         )
     return presets[blocks]
+
+
+def _check_depth(config: ModelConfig) -> None:
+    """Raise UserError for a model of another depth than the one of its name, whose placement is published."""
+    family = family_of(config.name)
+    if family.depth is None:
+        return
+    field = family.depth.field
+    published, own = family.sizes[config.name].numbers[field], getattr(config, field)
+    if own != published:
+        before, now = (value if isinstance(value, int) else sum(value) for value in (published, own))
+        raise UserError(
+            f"amm_blocks is 'paper', but placements are published for {config.name} with its {before} blocks, and this "
+            f"one has {now} ({field} {own}); list block numbers, search for a placement with `edt amm-search`, or turn "
+            "AMM off (amm_blocks [])"
+        )
 
 
 def with_trained_amm(config: ModelConfig, blocks: Sequence[int] | str) -> ModelConfig:

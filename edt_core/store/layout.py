@@ -57,6 +57,7 @@ OTHER_EMA_WEIGHTS = "ema-{!r}.safetensors"  # of the other decays
 WIDTH_EMA_WEIGHTS = "ema-width-{!r}.safetensors"  # power-function averages, of the trained parameters alone
 OPTIMIZER_STATE, TIMESTEP_STATE = "optimizer.safetensors", "timesteps.safetensors"
 ALIGN_HEAD = "align_head.safetensors"  # only of trainings with `train.align`
+DEPTH_LOGITS = "depth_logits.safetensors"  # only of trainings with `train.prune`: `logits` float32 [K]
 TRAIN_STATE = "state.json"
 MODEL_CONFIG = "model_config.json"
 HISTORY_NAME = "history.jsonl"

@@ -9,7 +9,7 @@ height and width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from edt_core.data.loader import on_device
 from edt_core.data.randomness import generator, normal_rows, uniform_rows
 from edt_core.models import ModelConfig, draw_mask_ratios, mask_sites, masks_of, slice_masks
+from edt_core.training.prune.gates import count_candidates, gumbel, temperature
 
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
@@ -32,7 +33,8 @@ class StepDraws:
 
     posterior_noise [n, C, h, h], drop_label bool [P, n], uniforms [B] (timesteps), noise [P, n, C, h, h], masks: n rows
     for each masking site, see `draw_masks`; none without the masked loss. shift [n]: by how much of the chain the EMA
-    model sees less noise, in 0..0.2; None unless a training aligns with it.
+    model sees less noise, in 0..0.2; None unless a training aligns with it. gumbel [n, K]: numbers that choose which
+    blocks are kept, at the temperature tau; None unless a training learns that.
     """
 
     posterior_noise: Tensor
@@ -41,16 +43,19 @@ class StepDraws:
     noise: Tensor
     masks: tuple[Tensor, ...]
     shift: Tensor | None = None
+    gumbel: Tensor | None = None
+    tau: float = 1.0
 
     def rows(self, places: slice) -> StepDraws:
         """The draws of some rows. `uniforms` stays whole: timesteps are drawn for all at once."""
-        return StepDraws(
+        return replace(
+            self,
             posterior_noise=self.posterior_noise[places],
             drop_label=self.drop_label[:, places],
-            uniforms=self.uniforms,
             noise=self.noise[:, places],
             masks=tuple(slice_masks(self.masks, places)),
             shift=None if self.shift is None else self.shift[places],
+            gumbel=None if self.gumbel is None else self.gumbel[places],
         )
 
     def pinned(self, device: torch.device) -> StepDraws:
@@ -68,13 +73,14 @@ class StepDraws:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> StepDraws:
-        return StepDraws(
+        return replace(
+            self,
             posterior_noise=move(self.posterior_noise),
             drop_label=move(self.drop_label),
-            uniforms=self.uniforms,
             noise=move(self.noise),
             masks=tuple(move(mask) for mask in self.masks),
             shift=None if self.shift is None else move(self.shift),
+            gumbel=None if self.gumbel is None else move(self.gumbel),
         )
 
 
@@ -109,7 +115,14 @@ def draw_step(config: TrainConfig, step: int, model: ModelConfig, rows: slice | 
         noise=noise,
         masks=_masks(config, step, model, mine) if passes == 2 else (),
         shift=None if shift is None else MOST_SHIFT * shift,
+        gumbel=None if config.prune is None else _gumbel(config.prune, model, mine, seed, step),
+        tau=1.0 if config.prune is None else temperature(step, config.max_steps),
     )
+
+
+def _gumbel(keep: tuple[int, int], model: ModelConfig, rows: slice, seed: int, step: int) -> Tensor:
+    uniform = torch.empty(rows.stop - rows.start, count_candidates(model, keep))
+    return gumbel(uniform_rows(uniform, rows, seed, step, "depth"))
 
 
 def _masks(config: TrainConfig, step: int, model: ModelConfig, rows: slice) -> tuple[Tensor, ...]:

@@ -80,7 +80,7 @@ def train(
     validation = None
     if holdout is not None:
         assert not isinstance(dataset, TarStream), "tars have no rows"
-        if config.distill is None:  # a student has no loss on data
+        if config.distill is None and config.prune is None:  # a student has no loss on data, nor has a gated model
             validation = HeldOutLoss(config, model_config, dataset, holdout, context.ranks)
         dataset = without(dataset, holdout.rows)
     trainer = _begin(config, model_config, dataset, context, initial)

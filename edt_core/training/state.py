@@ -14,7 +14,6 @@ from edt_core.diffusion import TimestepSampler, with_objective
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer, ModelConfig, build_model
 from edt_core.store.layout import (
-    ALIGN_HEAD,
     EMA_WEIGHTS,
     MODEL_WEIGHTS,
     OPTIMIZER_STATE,
@@ -28,9 +27,10 @@ from edt_core.training.checkpoint import Checkpoint, require_same
 from edt_core.training.distill.teacher import training_times
 from edt_core.training.ema import EMA
 from edt_core.training.history import History
-from edt_core.training.optim import Places, flatten_state, keep_owned, make_optimizer, restore_state
+from edt_core.training.optim import Places, Scale, flatten_state, keep_owned, make_optimizer, restore_state
 from edt_core.training.optimizers.muon import hidden_matrices
 from edt_core.training.optimizers.mup import check_mup, fitted, mup_scales
+from edt_core.training.prune.gates import RATE, GatedModel
 from edt_core.training.ranks import Ranks
 from edt_core.training.shard.owners import Shards
 from edt_core.training.shard.rows import RowShards, load_own, own_state
@@ -39,7 +39,7 @@ from edt_core.training.start.trainable import merged, prepare_trainable
 if TYPE_CHECKING:
     from edt_core.config import TrainConfig
 
-_HEAD = "head."  # before the names of the parameters of `train.align`'s head
+_HEAD = "head."  # before the names of the parameters of `train.align`'s head, or `train.prune`'s gates
 
 
 @dataclass
@@ -48,9 +48,9 @@ class TrainState:
 
     `skipped` are steps that are left out because their loss or gradient was not finite, `rollbacks` is the number of
     rollbacks for such steps. `seconds` is the training time so far, counted only if max_hours is set. `aligned` is the
-    model with the head of `train.align`, whose parameters have no average. With `shards` this rank has the optimizer's
-    state and the averages of its own tensors, and `places` are those of the optimizer's parameters; with `RowShards` it
-    has its own rows of everything.
+    model with the head of `train.align`, or with the gates of `train.prune`; their parameters have no average. With
+    `shards` this rank has the optimizer's state and the averages of its own tensors, and `places` are those of the
+    optimizer's parameters; with `RowShards` it has its own rows of everything.
     """
 
     model: DiffusionTransformer
@@ -64,7 +64,7 @@ class TrainState:
     seconds: float = 0.0
     trained: frozenset[str] | None = None
     base: str | None = None
-    aligned: AlignedModel | None = None
+    aligned: AlignedModel | GatedModel | None = None
     shards: Shards | RowShards | None = None
     places: Places | None = None
 
@@ -75,7 +75,7 @@ class TrainState:
 
     @property
     def network(self) -> nn.Module:
-        """What a step calls, and DDP wraps: the model, with the head of its alignment if there is one."""
+        """What a step calls, and DDP wraps: the model, with the head of its alignment or its gates if it has any."""
         return self.model if self.aligned is None else self.aligned
 
     def heads(self) -> dict[str, nn.Parameter]:
@@ -119,7 +119,7 @@ class TrainState:
         return average if self.trained is None else merged({**self.model.state_dict(), **average})
 
 
-def _heads(aligned: AlignedModel | None) -> dict[str, nn.Parameter]:
+def _heads(aligned: AlignedModel | GatedModel | None) -> dict[str, nn.Parameter]:
     head = {} if aligned is None else dict(aligned.head.named_parameters())
     return {f"{_HEAD}{name}": parameter for name, parameter in head.items()}
 
@@ -153,13 +153,12 @@ def initial_state(
     if not config.masked_loss:
         for parameter in model.masking_parameters():
             parameter.requires_grad_(False)  # DDP waits for the gradient of every parameter that requires one
-    settings, aligned = align_settings(config, model_config), None
-    if settings is not None:
-        head = projection_head(settings.head_widths, config.seed).to(device)
-        aligned = AlignedModel(model, head, settings.block)
+    aligned = _with_head(config, model, device)
     network = model if aligned is None else aligned
     matrices = hidden_matrices(model)
     scales = mup_scales(config, model, matrices)
+    if isinstance(aligned, GatedModel):
+        scales[aligned.head.logits] = Scale(RATE)
     mode = "none" if ranks is None or ranks.world_size == 1 else config.shard
     shards: Shards | RowShards | None = None
     places = owned = None
@@ -183,6 +182,19 @@ def initial_state(
         shards=shards,
         places=places,
     )
+
+
+def _with_head(
+    config: TrainConfig, model: DiffusionTransformer, device: torch.device | str
+) -> AlignedModel | GatedModel | None:
+    """The model with what its training adds to it; None if that is nothing."""
+    if config.prune is not None:
+        return GatedModel(model, config.prune).to(device)
+    settings = align_settings(config, model.config)
+    if settings is None:
+        return None
+    head = projection_head(settings.head_widths, config.seed).to(device)
+    return AlignedModel(model, head, settings.block)
 
 
 def restart(state: TrainState, config: TrainConfig, initial: Checkpoint | None = None) -> None:
@@ -218,7 +230,7 @@ def to_checkpoint(
         **averages,
         OPTIMIZER_STATE: optimizer,
         TIMESTEP_STATE: timesteps,
-        **({} if state.aligned is None else {ALIGN_HEAD: own_state(state.aligned.head)}),
+        **({} if state.aligned is None else {state.aligned.file: own_state(state.aligned.head)}),
     }
     return Checkpoint(
         step=state.step,
@@ -245,7 +257,7 @@ def _own(tensors: Mapping[str, Mapping[str, Tensor]], shards: Shards | RowShards
         return {file: shards.written(values) for file, values in tensors.items()}
     own: dict[str, Mapping[str, Tensor]] = {}
     for file, values in tensors.items():
-        prefix = _HEAD if file == ALIGN_HEAD else ""
+        prefix = _HEAD if file in (AlignedModel.file, GatedModel.file) else ""
         own[file] = {name: value for name, value in values.items() if shards.owns(f"{prefix}{name}")}
     timesteps = tensors[TIMESTEP_STATE] if shards.ranks.rank == 0 else {}
     return {**own, OPTIMIZER_STATE: tensors[OPTIMIZER_STATE], TIMESTEP_STATE: timesteps}
@@ -283,7 +295,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, num_
     tensors = checkpoint.tensors
     _load_weights(state, checkpoint)
     if state.aligned is not None:
-        load_own(state.aligned.head, tensors[ALIGN_HEAD])
+        load_own(state.aligned.head, tensors[state.aligned.file])
     state.ema.load([tensors[name] for name in ema_files(config)])
     groups = checkpoint.state["optimizer_groups"]
     restore_state(state.optimizer, dict(tensors[OPTIMIZER_STATE]), groups, state.places)

@@ -74,7 +74,8 @@ def step_losses(
 
     Both passes go through the model as one batch, whose last rows are masked: one call, one gradient exchange. They
     share their timesteps; each has its own noise and label dropout. With an `alignment` the model is an `AlignedModel`.
-    With a `teacher` the loss is the distance from its steps, of the full pass alone.
+    With a `teacher` the loss is the distance from its steps, of the full pass alone. With Gumbel numbers among the
+    draws the model is a `GatedModel`, in its full pass alone.
     """
     draws, passes, objective = inputs.draws, config.passes, objective_of(config.objective)
     y = torch.where(draws.drop_label[:passes], null_label, inputs.labels).flatten()
@@ -84,7 +85,9 @@ def step_losses(
     masks = draws.masks if config.masked_loss else None
     rows, align = len(inputs.latents), None
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        if alignment is None:
+        if draws.gumbel is not None:
+            output = model(x_t, t, y, draws.gumbel, draws.tau)
+        elif alignment is None:
             output = model(x_t, t, y, masks)
         else:
             output, projected = model(x_t, t, y, masks, rows)

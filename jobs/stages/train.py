@@ -35,6 +35,7 @@ from jobs.stages.holdout.split import (
 from jobs.stages.stage import Stage
 from jobs.stages.training.follow import ALONG, UNTIL, Follower, check_patience, followed, remove_enough
 from jobs.stages.training.latents import check_latents, open_latents, open_tokens, rows_of_node, stream_text
+from jobs.stages.training.prune import write_pruned
 from jobs.stages.training.siblings import STEP_VERSION, go_on, resume_text, shared, warn_of_earlier
 from jobs.stages.training.start import (
     check_start,
@@ -93,6 +94,7 @@ def train(
 
     The evaluations along the training, a `Beside` among the inputs, begin while it trains. With `patience` they may end
     it: the last checkpoint of the artifact is then the one at which they did, however far the training was by then.
+    With `prune` the model of the artifact is the one that the training started from, without the blocks that it chose.
 
     Raises Stopped after a requested stop, once a checkpoint is stored, DivergedError if losses or gradients are still
     not finite after `max_rollbacks` rollbacks, UserError for invalid latents or resources.
@@ -128,7 +130,8 @@ def train(
         if store.newest() is None:
             warn_of_earlier(config, _fingerprints(inputs), out, progress)
     initial = None
-    if "init" in inputs and (config.trainable != "all" or config.distill is not None or store.newest() is None):
+    reads_again = config.trainable != "all" or config.distill is not None or config.prune is not None
+    if "init" in inputs and (reads_again or store.newest() is None):
         initial = initial_of(config, model_config, inputs, progress)
     ended: dict[str, Any] = {}
     if config.max_steps == 0:
@@ -144,6 +147,11 @@ def train(
     _write_history(rows, out)
     if initial is not None and config.trainable != "all":
         final = write_merged(initial, local_directory(out.data.child(final)), model_config, out)
+    trained_config, cut = model_config, dict[str, Any]()
+    if initial is not None and config.prune is not None:
+        last = local_directory(out.data.child(final))
+        pruned = write_pruned(config, model_config, initial, last, latents, out, progress)
+        final, model_config, cut = pruned.final, pruned.model_config, {"pruned": pruned.record}
     best = best_step(store.manifests())
     model = shadow(model_config)
     seen = steps[-1] * config.global_batch_size
@@ -162,15 +170,16 @@ def train(
         "class_counts": counts,  # what the label policy "prior" draws from
         **holdout_counts(config, holdout, latents, rows),
         "parameters": count_parameters(model),
-        **trained_parameters(config, model_config),
+        **trained_parameters(config, trained_config),
         **counts_of(config, store.snapshots),
         "macs": count_macs(model),
         "images_seen": seen,
-        "training_flops": seen * step_flops(config, model_config) if seen else 0,
+        "training_flops": seen * step_flops(config, trained_config) if seen else 0,
         "device_hours": seconds / 3600,  # without the time of killed workers after their last row
         "checkpoints": [checkpoint_name(step) for step in steps],
         "final": final,
         "best": None if best is None else checkpoint_name(best),
+        **cut,
         **ended,
     }
 
@@ -242,6 +251,7 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     from edt_core.models import check_masked_loss
     from edt_core.training.align.settings import align_settings
     from edt_core.training.optimizers.mup import check_mup
+    from edt_core.training.prune.groups import groups_of
     from edt_core.training.speed.attention_table import attention_forms
 
     if config.max_steps > 0:  # an untrained model has no loss, so every recipe is valid
@@ -252,6 +262,8 @@ def _check(config: TrainConfig, model_config: Any, latents: Artifact) -> None:
     attention_forms(config)
     align_settings(config, model_config)
     check_mup(config, model_config)
+    if config.prune is not None:
+        groups_of(model_config, config.prune)
     check_latents(config, latents)
 
 

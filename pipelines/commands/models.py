@@ -114,7 +114,18 @@ def show(
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:
             say(f"  {name:<16} {short(str(facts[name]))}")
-    for section in ("origin", "average", "metrics", "teacher", "trainings", "protocol", "data", "parents", "config"):
+    for section in (
+        "origin",
+        "average",
+        "metrics",
+        "teacher",
+        "pruned",
+        "trainings",
+        "protocol",
+        "data",
+        "parents",
+        "config",
+    ):
         _echo_section(section, facts[section])
 
 

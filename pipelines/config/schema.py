@@ -42,6 +42,7 @@ from pipelines.config.defaults import with_defaults
 from pipelines.config.guide import PipelineSampleConfig, SimsConfig, check_guide_of, check_reference_of
 from pipelines.config.ladder import LadderConfig, check_ladder, steps_of_rungs, with_rungs
 from pipelines.config.networks import ExtractorConfig, ExtractorName, with_networks
+from pipelines.config.prune import PruneConfig, check_prune
 
 DEFAULT_CONFIG = "quickstart"
 _SHIPPED = Path(__file__).parents[1] / "configs"
@@ -162,6 +163,7 @@ class PipelineConfig(_WithNetworks):
     sample: PipelineSampleConfig = PipelineSampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sims: SimsConfig = added(SimsConfig())
+    prune: PruneConfig = added(PruneConfig())
     along: AlongConfig = added(AlongConfig())
     validation: ValidationConfig = added(ValidationConfig())  # `validate` is a method of pydantic's models
     promote: PromoteConfig = PromoteConfig()
@@ -219,6 +221,11 @@ class PipelineConfig(_WithNetworks):
                 f"reference_statistics are of Inception features, but extractors is {list(self.extractors)}; set "
                 "extractors to [inception], or compare with the images (reference_statistics: null)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_pruned_is_trained(self) -> "PipelineConfig":
+        check_prune(self)
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Steps
 from pipelines.pipeline.guides import call_guide
 from pipelines.pipeline.inputs import Published
+from pipelines.pipeline.pruning import call_pruning
 from pipelines.setup.measured_time import chain_passes
 
 
@@ -144,12 +145,13 @@ def _call_branch(
         until = {} if beside is None or trained.patience is None else {UNTIL: beside.fingerprint}
         start = settled(start, trained, {"latents": shared["latents"].fingerprint, **until})
     trainings |= {seed_role(train.seed, ""): train for train in further}
+    branch_steps |= call_pruning(steps, config, shared, name, trained, start)
     for prefix, train_config in trainings.items():
         label = prefix.replace("_", " ")
         # The autoencoder decodes previews. It also shows whether latents of an older version have the right scale.
         inputs: dict[str, StepFuture | Source] = {role: shared[role] for role in ("latents", "autoencoder")}
         if start is not None:
-            inputs["init"] = start
+            inputs["init"] = branch_steps.get("pruning", start)
         if start is not None or train_config.holdout_share:
             inputs["images"] = shared["images"]  # for class names and digests
         if beside is not None and train_config.max_steps and (train_config is trained or trained.patience is not None):

@@ -16,6 +16,7 @@ from jobs.stages.extractors import extractor_source
 from jobs.stages.preprocess import image_source
 from jobs.stages.training.start import check_start
 from pipelines.config.schema import PipelineConfig
+from pipelines.pipeline.pruning import cut_start
 from pipelines.registry.kept import Kept, kept_networks
 from pipelines.setup.autoencoder_facts import own_statistics
 from pipelines.terminal.terminal import Terminal
@@ -91,7 +92,8 @@ def _initial(config: PipelineConfig, name: str, tracking_uri: str | None) -> Ini
     start = initial_source(config.train_of(name), tracking_uri)
     check_start(config.train_of(name), start is not None)
     if start is not None:
-        start.check(config.model_of(name, 2), lambda: _normalises(config, name, tracking_uri))
+        known = start if config.prune.keep is None else cut_start(start, config.prune.keep)
+        known.check(config.model_of(name, 2), lambda: _normalises(config, name, tracking_uri))
     return start
 
 

@@ -14,6 +14,7 @@ from pipelines.engine.step import StepFuture
 from pipelines.engine.steps import Promotion, Steps
 from pipelines.pipeline.branches import Branch
 from pipelines.registry.aliases import version_at
+from pipelines.registry.distilled.pruned_record import PrunedRecord
 from pipelines.registry.distilled.teacher_record import TeacherRecord
 from pipelines.registry.gate import Decision
 from pipelines.registry.registration import ENTRY_ROLES, entry_of, promote, registered
@@ -21,7 +22,7 @@ from pipelines.report import step as summary
 from pipelines.report.history import VersionRecord, version_record
 from pipelines.report.predecessor import predecessor_facts, predecessor_inputs
 from pipelines.report.teacher import TeacherFacts
-from pipelines.teacher import TeacherMeasurement
+from pipelines.teacher import TeacherMeasurement, UncutMeasurement
 from pipelines.tracking.catalog import Catalog
 
 
@@ -33,6 +34,7 @@ class Promoted:
     record: VersionRecord
     champion: Mapping[str, StepFuture] = field(default_factory=dict)  # artifacts of the champion before, by role
     teacher: TeacherRecord | None = None  # of a distilled model
+    pruned: PrunedRecord | None = None  # of a model whose blocks were cut
 
     @property
     def version(self) -> str:
@@ -62,21 +64,23 @@ def _promotion(config: PipelineConfig, branch: Branch, report: str) -> Promotion
 
     champion = ChampionMeasurement(config, branch.name, branch.steps, branch.feature_networks)
     compared = config, branch.name, branch.train, branch.start, branch.steps, branch.feature_networks
-    teacher = TeacherMeasurement(*compared)
+    teacher, uncut = TeacherMeasurement(*compared), UncutMeasurement(*compared)
 
     def with_record(catalog: Catalog, decision: Decision) -> Promoted:
         before = predecessor_inputs(catalog, decision, Store(Folder.at(config.store)))
-        own = TeacherRecord.of(version_at(catalog, decision.name, decision.version))
-        return Promoted(decision, version_record(catalog, decision, config.store), before, own)
+        version = version_at(catalog, decision.name, decision.version)
+        origins = TeacherRecord.of(version), PrunedRecord.of(version)
+        return Promoted(decision, version_record(catalog, decision, config.store), before, *origins)
 
     def compare(steps: Steps, catalog: Catalog, artifacts: Mapping[str, Artifact] | None) -> tuple[StepFuture, ...]:
-        return *champion.call(steps, catalog, artifacts), *teacher.call(steps, catalog, artifacts)
+        rivals = champion, teacher, uncut
+        return tuple(step for rival in rivals for step in rival.call(steps, catalog, artifacts))
 
     def decide(catalog: Catalog, run_id: str, artifacts: Mapping[str, Artifact]) -> Promoted:
         untrained = branch.steps.get("untrained_evaluation")  # finished, as all steps of the branch are
         trainings = {seed: evaluation.result() for seed, evaluation in branch.evaluations().items()}
         entry = entry_of(artifacts, None if untrained is None else untrained.result(), trainings)
-        rivals = champion.result(), teacher.result()
+        rivals = champion.result(), teacher.result(), uncut.result()
         return with_record(catalog, promote(catalog, run_id, branch.name, config.promote, entry, *rivals))
 
     def find(catalog: Catalog, artifacts: Mapping[str, Artifact]) -> tuple[Promoted, str] | None:
@@ -119,5 +123,6 @@ def _report_config(config: PipelineConfig, branch: Branch, promoted: Promoted) -
         },
         seeds=tuple(branch.evaluations()),
         teacher=None if promoted.teacher is None else TeacherFacts.of(promoted.teacher),
+        pruned={} if promoted.pruned is None else promoted.pruned.facts(),
         config_yaml=recorded_yaml(config.model_copy(update={"store": "."})),
     )

@@ -25,6 +25,7 @@ from pipelines.registry.aliases import (
     search,
     version_at,
 )
+from pipelines.registry.distilled.pruned_record import PrunedRecord
 from pipelines.registry.distilled.teacher_record import TeacherRecord
 from pipelines.registry.gate import PROTOCOL_TAG, Decision, metrics_of, protocol_of
 from pipelines.tracking.catalog import Catalog, paged
@@ -86,6 +87,7 @@ class Record:
             "code_version": tags.get("edt.code_version"),
             "metrics": metrics_of(self.version),
             "teacher": {} if (teacher := TeacherRecord.of(self.version)) is None else teacher.facts(),
+            "pruned": {} if (pruned := PrunedRecord.of(self.version)) is None else pruned.facts(),
             "trainings": trainings_of(self.version),
             "protocol": dict(protocol_of(self.version)),
             "protocol_digest": tags.get(PROTOCOL_TAG),

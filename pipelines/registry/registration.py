@@ -26,6 +26,7 @@ from pipelines.registry.aliases import (
     settle,
     version_at,
 )
+from pipelines.registry.distilled.pruned_record import PRUNED_TAG, PrunedRecord
 from pipelines.registry.distilled.teacher_record import TEACHER_TAG, TeacherRecord
 from pipelines.registry.gate import (
     METRIC_TAG,
@@ -56,12 +57,13 @@ def promote(
     entry: Entry,
     again: Remeasured | None = None,
     teacher: TeacherRecord | None = None,
+    pruned: PrunedRecord | None = None,
 ) -> Decision:
     """Register the model of `entry` as a version of `name`, move `candidate`, and `champion` if it passes the gate.
 
     An existing version of the same checkpoint and evaluation is reused with its decision, and no alias moves: a
     rollback stays in effect. `again`: the champion, measured by the protocol of the evaluation. `teacher`: of a
-    distilled model. Raises UserError if the evaluation lacks the gate's metric.
+    distilled model. `pruned`: of a pruned one. Raises UserError if the evaluation lacks the gate's metric.
     """
     measured = entry.evaluation.counts["metrics"]
     if config.metric not in measured:
@@ -72,8 +74,9 @@ def promote(
     _tag_trainings(catalog, version, entry)
     if DECISION_TAG in version.tags:
         return Decision.from_json(version.tags[DECISION_TAG])
-    if teacher is not None:
-        set_tags(catalog, version, {TEACHER_TAG: teacher.to_json()})
+    records = {TEACHER_TAG: teacher, PRUNED_TAG: pruned}
+    if tags := {tag: record.to_json() for tag, record in records.items() if record is not None}:
+        set_tags(catalog, version, tags)
         version = version_at(catalog, name, str(version.version))
     return settle(catalog, version, config, f"run {run_id}", lambda: stored_problems(catalog.client, version), again)
 

@@ -76,6 +76,7 @@ class ReportData:
     left_out: Sequence[str] = ()  # what of the source was not used
     predecessor: Predecessor | None = None  # the champion that this version was compared with
     teacher: TeacherFacts | None = None  # of a distilled version
+    pruned: Mapping[str, str] = field(default_factory=dict)  # facts of a version whose blocks were cut
 
 
 def render_report(data: ReportData) -> str:

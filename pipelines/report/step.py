@@ -51,6 +51,7 @@ class SummaryConfig(Section):
     config_yaml: str
     champion: PredecessorFacts | None = added(None)
     teacher: TeacherFacts | None = added(None)
+    pruned: dict[str, str] = added({})  # facts of a version whose blocks were cut
     seeds: tuple[int, ...] = added(())  # of all trainings of the model, if there are several; its own is the first
 
 
@@ -123,6 +124,7 @@ def gather(config: SummaryConfig, inputs: Mapping[str, Artifact]) -> ReportData:
         num_timesteps=checkpoint.manifest.config["num_timesteps"],
         predecessor=None if config.champion is None else read_predecessor(config.champion, inputs),
         teacher=config.teacher,
+        pruned=config.pruned,
         validation=read_validation(inputs["validation"]) if "validation" in inputs else None,
         along=_along(config.registry, inputs),
         trainings=_trainings(config.seeds, inputs),

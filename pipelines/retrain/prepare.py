@@ -150,9 +150,12 @@ def _configured(catalog: Catalog, request: Request, version: Any | None, record:
         values = _fitted_again(record, request.store)
     else:
         values = kept_values(record, version, request.store)
+    values.pop("prune", None)  # a pruned champion is trained further as it is
     values["source"] = _source(record.config, request.images)
     first_version, first = line_start(catalog, request.name, version, record)
     recorded = first if request.from_scratch else record
+    if _overrides(recorded) != _overrides(record):  # AMM of a pruned model is in other blocks
+        values["sample"] = recorded.config["sample"]
     own, train = dict(recorded.config["models"].get(request.name) or {}), dict(recorded.config.get("train") or {})
     if request.from_scratch and request.steps is None and is_started(first, request.name):
         raise UserError(
@@ -173,6 +176,11 @@ def _configured(catalog: Catalog, request: Request, version: Any | None, record:
         assign(values, *parse_assignment(text))
     config: PipelineConfig = validated(PipelineConfig, values)
     return config
+
+
+def _overrides(record: Record) -> Any:
+    """The shape of a run's model, where it is not that of its name."""
+    return (record.config.get("train") or {}).get("model_overrides", {})
 
 
 def _from_scratch(request: Request) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pipelines.tracking.catalog import Catalog
 MOST_PARTS = 8  # steps of the teacher in one of the student, unless they are given
 SHARE = 2  # a distillation has half of the steps of the teacher's training
 RATE_SHARE = 4  # and a quarter of its learning rate: a trained model must not be moved away from its minimum
-_NOT_TAKEN_OVER = ("retrain", "ladder", "along")  # sections of the teacher's run
+_NOT_TAKEN_OVER = ("retrain", "ladder", "along", "prune")  # sections of the teacher's run
 _UNGUIDED: Mapping[str, Any] = {
     "cfg_scale": 1.0,
     "cfg_power": None,

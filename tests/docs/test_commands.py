@@ -46,6 +46,7 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt run \S*next\.yaml", "needs the result of a search: tests/pipelines/test_tune.py"),
     (r"edt paper \d", "trains for an hour: tests/pipelines/test_paper.py"),
     (r"edt models set-chain ", "needs results of edt pareto: tests/jobs/test_pareto.py"),
+    (r"edt prune ", "trains a shallower model: tests/pipelines/test_prune_command.py"),
     (r"edt distill ", "trains a student: tests/pipelines/test_distill_command.py"),
     (r"edt ema ", "needs a training with snapshots: tests/pipelines/test_ema.py"),
     (r"edt evaluate .*ema=", "needs a training with snapshots: tests/jobs/test_posthoc.py"),

@@ -14,6 +14,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 # Numbers without a unit: shares, rates, weights, scales, counts of what the name says.
 PURE = {
     "num_canonical_nodes",
+    "prune",  # a ratio
+    "keep",
+    "uncut_amm_blocks",
     *(
         "seed",
         "seeds",

@@ -258,11 +258,13 @@ class TestOverrides:
         [
             (
                 "EDT-S/2",
-                {"depths": [1]},
-                "depths for EDT-S/2, but a model of EDT takes token_enhancement, .*input_mask",
+                {"dims": [1]},
+                "dims for EDT-S/2, but a model of EDT takes depths, token_enhancement, .*input_mask",
             ),
-            ("DiT-S/2", {"token_enhancement": False}, "a model of DiT takes none"),
-            ("MDTv2-S/2", {"mid_mask_block": 1}, "takes mask_ratio, decode_depth"),
+            ("DiT-S/2", {"token_enhancement": False}, "a model of DiT takes depth;"),
+            ("MaskGIT-Tiny", {"depth": 3}, "a model of MaskGIT takes none"),
+            ("MDTv2-S/2", {"mid_mask_block": 1}, "takes mask_ratio, depth, decode_depth"),
+            ("MDTv2-S/2", {"depth": 11}, "leave an even number, at least 2"),
             ("EDT-S/2", {"token_enhancement": "maybe"}, "token_enhancement of EDT-S/2 is 'maybe': input should be"),
             ("EDT-S/2", {"input_mask_ratio": [0.5, 0.3]}, r"mask ratios 0\.5\.\.0\.3"),
             ("EDT-S/2", {"down_mask_ratios": [[0.1, 0.2]]}, "set one range for each, or none at all"),

@@ -56,6 +56,16 @@ DISTILLED = CONFIG.model_copy(
         "num_workers": 2,
     }
 )
+PRUNED = CONFIG.model_copy(
+    update={
+        "model": "DiT-Tiny/2",
+        "masked_loss": False,
+        "checkpoint_every": 3,
+        "init_from": "base",
+        "prune": (1, 3),
+        "shard": "optimizer",
+    }
+)
 PLAIN = CONFIG.model_copy(  # the blocks of a DiT take the fewest graphs
     update={"model": "DiT-Tiny/2", "masked_loss": False, "micro_batch_size": 2, "activation_checkpointing": True}
 )
@@ -80,12 +90,15 @@ def _work(rank: int, folder: Path, backend: str, paths: list[Path]) -> None:
     run("fine-tuned", FINE_TUNED, read_base)
     run("muon", MUON)
     run("distilled", DISTILLED, read_teacher)
+    run("pruned", PRUNED, read_uncut)
     if rank == 0:
         cut_back(folder / "muon", folder / "muon again", MUON.checkpoint_every)
         cut_back(folder / "distilled", folder / "distilled again", DISTILLED.checkpoint_every)
+        cut_back(folder / "pruned", folder / "pruned again", PRUNED.checkpoint_every)
     dist.barrier()
     run("muon again", MUON)
     run("distilled again", DISTILLED, read_teacher)
+    run("pruned again", PRUNED, read_uncut)
     for value in (False, True):
         run(f"compile {value}", PLAIN.model_copy(update={"compile": value}))
     attention.head_padding = lambda head_dim, device: 4 if device.type == "cpu" else 0  # not where costs are counted
@@ -101,6 +114,11 @@ def read_base() -> Checkpoint:
 
 def read_teacher() -> Checkpoint:
     return initial_checkpoint(DISTILLED, narrow(), base_of(narrow()), NAMES)[0]
+
+
+def read_uncut() -> Checkpoint:
+    shape = shallow_config(PRUNED.model)
+    return initial_checkpoint(PRUNED, shape, base_of(shape), NAMES)[0]
 
 
 def trained(folder: Path, backend: str, latents: Artifact) -> Path:
@@ -201,6 +219,22 @@ def test_a_student_learns_the_same_on_two_processes_and_resumes_exactly(
     last = DISTILLED.max_steps
     assert contents(place(processes / "distilled", last)) == contents(place(processes / "distilled again", last))
     alone = train(DISTILLED, narrow(), dataset, LocalContext(tmp_path), read_teacher)
+    assert first["losses"] == pytest.approx([row["loss"] for row in alone.history.rows], rel=BOUND)
+
+
+@pytest.mark.extern
+@pytest.mark.usefixtures("quickly", "one_thread")
+def test_gates_train_the_same_on_two_processes_and_resume_exactly(
+    processes: Path, dataset: LatentDataset, tmp_path: Path
+) -> None:
+    """Each draws the choices of its own samples; the optimizer's state of the gates is one rank's."""
+    first, second = (recorded(processes, "pruned", rank) for rank in range(2))
+    assert [first[name] for name in ("losses", "weights", "head")] == [
+        second[name] for name in ("losses", "weights", "head")
+    ]
+    last = PRUNED.max_steps
+    assert contents(place(processes / "pruned", last)) == contents(place(processes / "pruned again", last))
+    alone = train(PRUNED, shallow_config(PRUNED.model), dataset, LocalContext(tmp_path), read_uncut)
     assert first["losses"] == pytest.approx([row["loss"] for row in alone.history.rows], rel=BOUND)
 
 

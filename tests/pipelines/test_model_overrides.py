@@ -36,11 +36,12 @@ def test_the_untrained_model_that_it_is_compared_with_has_them_too() -> None:
 @pytest.mark.parametrize(
     ("assignments", "problem"),
     [
-        ([FIELD, "train.model=DiT-Tiny/2", "train.masked_loss=false"], "a model of DiT takes none"),
+        ([FIELD, "train.model=DiT-Tiny/2", "train.masked_loss=false"], "a model of DiT takes depth"),
         (
-            ["train.model_overrides.depths=[1]"],
-            "depths for EDT-Tiny/2, but a model of EDT takes token_enh",
+            ["train.model_overrides.dims=[1]"],
+            "dims for EDT-Tiny/2, but a model of EDT takes depths, token_enh",
         ),
+        (["train.model_overrides.depths=[1]"], "the same odd number of entries"),
         (["train.model_overrides.mid_mask_block=7"], r"mid_mask_block is 7, .* 0\.\.1"),
         (["train.model_overrides.down_mask_ratios=[]"], "no masked pass, but masked_loss is true"),
         (["train.model_overrides=3"], "model_overrides"),

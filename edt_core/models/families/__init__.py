@@ -1,7 +1,7 @@
 """The model families, one file each, and their registry: a family is available everywhere once it is listed here.
 
-Other modules: the interface of a family (`family`), AMM placements (`amm_placements`), a base of three families
-(`adaln`), the codes of a family that predicts tokens (`codes`).
+Other modules: the interface of a family (`family`), AMM placements (`amm_placements`), blocks that may be left out
+(`depth`), a base of three families (`adaln`), the codes of a family that predicts tokens (`codes`).
 """
 
 from edt_core.models.families.dit import DIT_FAMILY

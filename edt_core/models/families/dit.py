@@ -15,6 +15,7 @@ from edt_core.models.attention import Attention, Block
 from edt_core.models.config import OneWidthConfig
 from edt_core.models.families.adaln import AdaLNTransformer
 from edt_core.models.families.amm_placements import AmmPlacement
+from edt_core.models.families.depth import OneRun
 from edt_core.models.families.family import Family, one_width
 from edt_core.models.layers import FinalLayer, patches_to_image
 from edt_core.models.masking import check_masks
@@ -78,4 +79,6 @@ DIT_FAMILY = Family(
         AmmPlacement("DiT-S/2", (8, 10), (1.0, 1.5), _FILE),  # "when cfg=1 or cf=1.5"
         AmmPlacement("DiT-XL/2", (15, 17, 19, 22, 24), (1.0, 1.0), _FILE),  # 400k and 7000k steps, "when cfg=1"
     ),
+    overridable=("depth",),
+    depth=OneRun(),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from edt_core.models.attention import Attention, Block, RelativePositionBias
 from edt_core.models.config import ModelConfig, check_multiple, check_ratios, check_width
 from edt_core.models.families.adaln import AdaLNTransformer
 from edt_core.models.families.amm_placements import ANY_SCALE, AmmPlacement
+from edt_core.models.families.depth import Depth, Runs
 from edt_core.models.families.family import Family, ModelSize
 from edt_core.models.layers import DownSample, FinalLayer, SkipConnection, UpSample, patches_to_image
 from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
@@ -301,6 +302,22 @@ _PLACEMENTS = (
 )
 
 
+class _Depth(Depth):
+    """The blocks of each stage: down-sampling and up-sampling modules stay."""
+
+    field = "depths"
+
+    def runs(self, config: Any) -> Runs:
+        """The stages."""
+        return tuple(tuple((f"blocks.{index}",) for index in stage.blocks) for stage in config.stages)
+
+    def fields(self, config: Any, counts: Sequence[int]) -> dict[str, Any]:
+        """The depths; tokens are masked before a block at the same share of the first stage."""
+        masked = config.mid_mask_block
+        moved = None if masked is None else masked * counts[0] // config.depths[0]
+        return {"depths": tuple(counts), "mid_mask_block": moved}
+
+
 EDT_FAMILY = Family(
     title="EDT",
     long_name="Efficient Diffusion Transformer",
@@ -330,7 +347,8 @@ EDT_FAMILY = Family(
     amm_placements=_PLACEMENTS,
     released_sampling={"amm_blocks": "paper"},
     overridable=(
-        *("token_enhancement", "position_supplement"),
+        *("depths", "token_enhancement", "position_supplement"),
         *("input_mask_ratio", "down_mask_ratios", "mid_mask_block", "mid_mask_ratio"),
     ),
+    depth=_Depth(),
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import ModelConfig
 from edt_core.models.families.amm_placements import AmmPlacement
+from edt_core.models.families.depth import Depth
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Family:
 
     `paper` is "arXiv " and an arXiv number. `released_sampling` are the fields of the sampling configuration for a
     checkpoint of the authors. `overridable` are the fields of a named model's configuration that a training may set
-    (`train.model_overrides`).
+    (`train.model_overrides`). `depth` says which blocks may be left out, None where none may.
     """
 
     title: str
@@ -111,3 +112,4 @@ class Family:
     released: ReleasedFormat = field(default_factory=ReleasedFormat)
     released_sampling: Mapping[str, Any] = field(default_factory=lambda: {"amm_blocks": "model"})
     overridable: tuple[str, ...] = ()
+    depth: Depth | None = None

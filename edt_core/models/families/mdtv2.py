@@ -20,6 +20,7 @@ from edt_core.models.attention import Attention, Block, RelativePositionBias
 from edt_core.models.config import OneWidthConfig, check_ratios
 from edt_core.models.families.adaln import AdaLNTransformer
 from edt_core.models.families.amm_placements import AmmPlacement
+from edt_core.models.families.depth import Depth, Runs, joined_pairs
 from edt_core.models.families.dit import DIT_WIDTHS
 from edt_core.models.families.family import Family, ReleasedFormat, one_width
 from edt_core.models.kernels import TokenLinear
@@ -208,6 +209,22 @@ class _Format(ReleasedFormat):
         return {"decode_depth": len(blocks)} if blocks else {}
 
 
+class _Depth(Depth):
+    """Pairs of encoder blocks that a long skip joins, and the blocks of the decoder."""
+
+    field = "depth"
+
+    def runs(self, config: Any) -> Runs:
+        """The encoder's pairs, then the decoder's blocks."""
+        pairs = joined_pairs("en_inblocks", "en_outblocks", (config.depth - config.decode_depth) // 2)
+        return pairs, tuple((f"de_blocks.{index}",) for index in range(config.decode_depth))
+
+    def fields(self, config: Any, counts: Sequence[int]) -> dict[str, Any]:
+        """Both depths."""
+        pairs, decoder = counts
+        return {"depth": 2 * pairs + decoder, "decode_depth": decoder}
+
+
 # Blocks of the decoder. The configurations of github.com/sail-sg/MDT do not set the number: it is an option of
 # training, 6 in the authors' command for S and 4 in the one for XL. For B and L their code has no number, so the
 # option's default, 4, is used.
@@ -230,5 +247,6 @@ MDTV2_FAMILY = Family(
     ),
     released=_Format(),
     released_sampling={"amm_blocks": "model", "cfg_power": 4.0},
-    overridable=("mask_ratio", "decode_depth"),
+    overridable=("mask_ratio", "depth", "decode_depth"),
+    depth=_Depth(),
 )

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from edt_core.models.attention import Attention, ResidualBlock
 from edt_core.models.base import DiffusionTransformer
 from edt_core.models.config import OneWidthConfig
+from edt_core.models.families.depth import Depth, Runs, joined_pairs
 from edt_core.models.families.family import Family, ReleasedFormat, one_width, shape_of
 from edt_core.models.kernels import TokenLinear
 from edt_core.models.layers import PatchEmbedding, patches_to_image
@@ -224,6 +225,20 @@ def _with_zeros(tensor: Tensor, dim: int, channels: int) -> Tensor:
     return torch.cat([groups, torch.zeros_like(groups)], dim=dim + 1).flatten(dim, dim + 2)
 
 
+class _Depth(Depth):
+    """Pairs of blocks that a long skip joins; the middle block stays."""
+
+    field = "depth"
+
+    def runs(self, config: Any) -> Runs:
+        """The pairs."""
+        return (joined_pairs("in_blocks", "out_blocks", config.depth // 2),)
+
+    def fields(self, config: Any, counts: Sequence[int]) -> dict[str, Any]:
+        """The depth."""
+        return {"depth": 2 * counts[0] + 1}
+
+
 # Blocks, width and heads of table 1 of the paper; patches of 2 are for images of 256 pixels, of 4 for 512.
 _WIDTHS = {"S": (13, 512, 8), "M": (17, 768, 12), "L": (21, 1024, 16), "H": (29, 1152, 16)}
 
@@ -248,4 +263,6 @@ UVIT_FAMILY = Family(
         "num_sampling_steps": 50,
         "guidance_channels": None,
     },
+    overridable=("depth",),
+    depth=_Depth(),
 )

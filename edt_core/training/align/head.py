@@ -15,6 +15,7 @@ from edt_core.data.randomness import generator
 from edt_core.models import DiffusionTransformer
 from edt_core.models.attention import Attention
 from edt_core.models.base import WatchedBlock
+from edt_core.store.layout import ALIGN_HEAD
 
 
 def projection_head(widths: Sequence[int], seed: int) -> nn.Sequential:
@@ -55,6 +56,8 @@ class AlignedModel(nn.Module):
 
     The parameters of the head belong to the training alone: `model` is the model that is averaged and stored.
     """
+
+    file = ALIGN_HEAD
 
     def __init__(self, model: DiffusionTransformer, head: nn.Sequential, block: int) -> None:
         super().__init__()

@@ -81,7 +81,7 @@ def with_initial(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def check_start(config: TrainConfig, given: bool) -> None:
     """Raise UserError for fields about the model to start from if there is none (`given`: whether there is one)."""
-    usual = {"init_weights": "ema", "init_optimizer": "fresh", "trainable": "all", "distill": None}
+    usual = {"init_weights": "ema", "init_optimizer": "fresh", "trainable": "all", "distill": None, "prune": None}
     name = next((name for name, value in usual.items() if getattr(config, name) != value), None)
     if given or name is None:
         return
@@ -89,6 +89,11 @@ def check_start(config: TrainConfig, given: bool) -> None:
         raise UserError(
             "train.distill is set, but train.init_from is not, so there is no teacher; set train.init_from to a "
             "trained model, or use `edt distill`"
+        )
+    if name == "prune":
+        raise UserError(
+            "train.prune is set, but train.init_from is not, so there is no model to prune; set train.init_from to a "
+            "trained model, or use `edt prune`"
         )
     raise UserError(
         f"train.{name} is {getattr(config, name)}, but train.init_from is not set, so the training starts from random "

@@ -1,1 +1,1 @@
-"""Versions that were distilled from another model, their teacher."""
+"""Versions that were made from another model to be faster: distilled from their teacher, or pruned."""

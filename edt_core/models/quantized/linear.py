@@ -1,0 +1,158 @@
+"""A linear layer with quantised weights. torchao quantises and multiplies; the layer stores the parts as plain tensors.
+
+So a state dict, a safetensors file and every program that reads them have ordinary tensors: integers and their scales.
+
+Legend: D = width of the input, D' = of the output, G = groups of a row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edt_core.errors import UserError
+from edt_core.models.quantized.record import Quantization
+from edt_core.models.weight_memo import made_once
+
+_FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs that multiply float8: Ada, Hopper
+
+
+class QuantizedLinear(nn.Module):
+    """x [..., D] -> [..., D'], with the parts of torchao's tensor as buffers: `qdata`, `scale`, and maybe `zero_point`.
+
+    int8 and float8 `qdata` is [D', D]; int4 is packed in pairs, uint8 [D', D/2]. `scale` and `zero_point` are [D', 1],
+    or [D', G] in int4. The bias is a parameter in float. A cast to another dtype changes the bias alone: the parts have
+    the dtypes that torchao gave them. float8 multiplies in bfloat16, all else in the dtype of x or of autocast.
+    """
+
+    def __init__(self, linear: nn.Linear, quantization: Quantization) -> None:
+        """The layer with the quantised weights of `linear`. Raises UserError as `check_scheme`."""
+        super().__init__()
+        check_scheme(quantization.scheme)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scheme = quantization.scheme
+        tensor = _quantized(linear.weight.detach(), quantization)
+        names, attributes = tensor.__tensor_flatten__()
+        self._kind, self._attributes, self._parts = type(tensor), attributes, tuple(names)
+        for name in names:
+            part = getattr(tensor, name)
+            self.register_buffer(name, _packed(part) if self._is_packed(name) else part.contiguous())
+        self._built: Tensor | None = None
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project: [..., D] -> [..., D']."""
+        on = x.device.type
+        dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+        inner = torch.bfloat16 if self.scheme == "fp8" else dtype
+        weight = self._built
+        if weight is None:
+            weight = made_once((self, inner), lambda: self.weight(inner))
+        bias = None if self.bias is None else self.bias.to(inner)
+        return F.linear(x.to(inner), weight, bias).to(dtype)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """torchao's tensor [D', D] of the parts, for products in a dtype."""
+        parts = {name: getattr(self, name) for name in self._parts}
+        parts = {name: _unpacked(part) if self._is_packed(name) else part for name, part in parts.items()}
+        kind: Any = self._kind
+        tensor: Tensor = kind.__tensor_unflatten__(parts, {**self._attributes, "dtype": dtype}, None, None)
+        return tensor
+
+    def build(self) -> None:
+        """Build torchao's tensor now, in float32, and keep it until the layer is moved or cast.
+
+        A compiler can trace what is done with such a tensor, but not how it is made.
+        """
+        self._built = self.weight(torch.float32)
+
+    def extra_repr(self) -> str:
+        """Widths and scheme."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+
+    def _is_packed(self, name: str) -> bool:
+        return name == "qdata" and self.scheme == "int4-weights"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of nn.Module, but a cast leaves the parts as they are: a rounded scale would be another weight."""
+        before = {name: getattr(self, name) for name in self._parts}
+        super()._apply(fn, recurse)
+        self._built = None
+        for name, part in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != part.dtype:
+                setattr(self, name, part.to(moved.device))
+        return self
+
+
+def check_scheme(scheme: str) -> None:
+    """Raise UserError if torchao is not installed, or this machine cannot compute in the scheme."""
+    _torchao()
+    if scheme != "fp8":
+        return
+    if not torch.cuda.is_available():
+        found = "this machine has no CUDA device"
+    elif torch.version.hip is not None or torch.cuda.get_device_capability() >= _FP8_CAPABILITY:
+        return
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        found = f"{torch.cuda.get_device_name()} has {major}.{minor}"
+    needed = ".".join(map(str, _FP8_CAPABILITY))
+    raise UserError(
+        f"fp8 needs a GPU of compute capability {needed} or newer (Ada, Hopper, Blackwell), but {found}; use int8, "
+        "which works on every machine"
+    )
+
+
+def _torchao() -> Any:
+    try:
+        return importlib.import_module("torchao.quantization")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "torchao":
+            raise
+        raise UserError(
+            "quantised models need torchao, which is not installed; install it with pip install "
+            "'edt-pipeline[quantize]'"
+        ) from None
+
+
+def _quantized(weight: Tensor, quantization: Quantization) -> Any:
+    """torchao's tensor of a weight [D', D], by its public entry `quantize_`."""
+    ao = _torchao()
+    # Otherwise torchao would set the precision of float32 products for the whole process.
+    settings = {"set_inductor_config": False}
+    scheme = quantization.scheme
+    if scheme == "int8":
+        config = ao.Int8DynamicActivationInt8WeightConfig(**settings)
+    elif scheme == "int8-weights":
+        config = ao.Int8WeightOnlyConfig(**settings)
+    elif scheme == "int4-weights":
+        granularity = ao.PerGroup(quantization.group(weight.shape[1]))
+        kind = ao.MappingType.ASYMMETRIC
+        bits: Any = getattr(torch, "int4")  # noqa: B009  torch's stubs lack it
+        config = ao.IntxWeightOnlyConfig(weight_dtype=bits, granularity=granularity, mapping_type=kind)
+    else:
+        config = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), **settings)
+    holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    dtype = torch.bfloat16 if scheme == "fp8" else torch.float32  # torchao's float8 with a scale a row takes no other
+    holder.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    ao.quantize_(holder, config)
+    return holder.weight
+
+
+def _packed(values: Tensor) -> Tensor:
+    """int8 [D', D] with values of -8..7 -> uint8 [D', D/2], the even columns in the low halves."""
+    halves = (values + 8).to(torch.uint8)
+    return halves[:, 0::2] | (halves[:, 1::2] << 4)
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """The inverse of `_packed`."""
+    halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+    return halves.to(torch.int8) - 8

@@ -133,7 +133,7 @@ def chosen_layers(errors: Sequence[LayerError], keep_error: float) -> tuple[str,
 
 
 def error_rows(errors: Sequence[LayerError], quantized: Sequence[str]) -> list[Mapping[str, object]]:
-    """The table of errors, the largest first, with what becomes of each layer."""
+    """The table of errors, the largest first, with how each layer is stored."""
     outcome = {True: "quantised", False: "float"}
     return [
         {

@@ -75,7 +75,7 @@ def test_a_layer_is_as_exact_as_its_numbers(scheme: str) -> None:
 
 
 def test_a_compiler_traces_a_quantised_model_without_a_break(model: DiffusionTransformer) -> None:
-    made = quantized_model(model, quantization(model, "int8"))
+    made = quantized_model(model, quantization(model, "int8-weights"))
     call = inputs(model)
     expected = output(made, call)
     compile_parts(made, "eager")
@@ -88,6 +88,22 @@ def test_a_compiler_traces_a_quantised_model_without_a_break(model: DiffusionTra
     assert layer._built is not None
     made.to(torch.bfloat16)  # another dtype: it is built again
     assert layer._built is None
+
+
+@torch.no_grad()
+def test_a_processor_whose_int8_products_saturate_uses_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VNNI, two products of 127 x 127 in one sum exceed 16 bits, and PyTorch's kernel cuts them off."""
+    generator = torch.Generator().manual_seed(0)
+    layer, x = nn.Linear(80, 48), torch.randn(2, 5, 80, generator=generator)
+    scheme = Quantization("int8", ("layer",))
+    monkeypatch.setattr(quantized_linear, "exact_int8_products", lambda: False)
+    saturating = QuantizedLinear(layer, scheme)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    result = saturating(x)
+    assert float((result - layer(x)).norm() / layer(x).norm()) < LARGEST["int8"]
+    monkeypatch.undo()
+    if quantized_linear.exact_int8_products():
+        torch.testing.assert_close(QuantizedLinear(layer, scheme)(x), result, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -215,6 +231,8 @@ def test_classes_of_the_samples_are_balanced() -> None:
 def test_what_cannot_be_is_refused(model: DiffusionTransformer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown quantisation 'int3'; known: int8, int8-weights"):
         Quantization("int3", ())
+    with pytest.raises(ValueError, match="the group size of a quantisation is 0; it must be at least 1"):
+        Quantization("int4-weights", (), 0)
     config = {**model.config.to_dict(), "quantization": {"scheme": "int8", "layers": ["no.such"]}}
     with pytest.raises(ValueError, match=r"names the layer 'no\.such', but the model has no such linear layer"):
         build_model(ModelConfig.from_dict(config))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -43,6 +44,7 @@ class QuantizedLinear(nn.Module):
             part = getattr(tensor, name)
             self.register_buffer(name, _packed(part) if self._is_packed(name) else part.contiguous())
         self._built: Tensor | None = None
+        self._exact_on_cpu = exact_int8_products()
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
@@ -51,11 +53,20 @@ class QuantizedLinear(nn.Module):
         on = x.device.type
         dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
         inner = torch.bfloat16 if self.scheme == "fp8" else dtype
+        bias = None if self.bias is None else self.bias.to(inner)
+        if self.scheme == "int8" and on == "cpu" and not self._exact_on_cpu:
+            return self._in_float(x.to(inner), bias)
         weight = self._built
         if weight is None:
             weight = made_once((self, inner), lambda: self.weight(inner))
-        bias = None if self.bias is None else self.bias.to(inner)
         return F.linear(x.to(inner), weight, bias).to(dtype)
+
+    def _in_float(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The int8 product of x [..., D], with the same rounded numbers as floats."""
+        rows = x.flatten(0, -2)
+        rounded = _torchao().Int8Tensor.from_hp(rows, _torchao().PerRow()).dequantize().view_as(x)
+        weight: Any = made_once((self, x.dtype), lambda: self.weight(x.dtype))
+        return F.linear(rounded, weight.dequantize(), bias)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """torchao's tensor [D', D] of the parts, for products in a dtype."""
@@ -89,6 +100,17 @@ class QuantizedLinear(nn.Module):
             if moved.dtype != part.dtype:
                 setattr(self, name, part.to(moved.device))
         return self
+
+
+@cache
+def exact_int8_products() -> bool:
+    """Whether PyTorch's int8 products are exact on this CPU. Without VNNI they saturate in sums of 16 bits.
+
+    They are tried, because oneDNN may have been limited to kernels of an older processor.
+    """
+    ones = torch.ones(64, 64, dtype=torch.int8)
+    signed, unsigned = 127 * ones, torch.full((64, 64), 255, dtype=torch.uint8)  # torchao multiplies either with int8
+    return all(bool((torch._int_mm(a, signed) == int(a[0, 0]) * 127 * 64).all()) for a in (signed, unsigned))
 
 
 def check_scheme(scheme: str) -> None:

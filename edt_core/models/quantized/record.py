@@ -23,7 +23,7 @@ class Quantization:
     """The linear layers of a model that are quantised, by their names, and how. All other layers are in float.
 
     `group_size`: of int4 the most weights of a row that share a scale; None for another scheme.
-    Raises ValueError for a scheme that does not exist.
+    Raises ValueError for a scheme that does not exist, and for a group size below 1.
     """
 
     scheme: str
@@ -34,6 +34,8 @@ class Quantization:
         """Check the values."""
         if self.scheme not in SCHEMES:
             raise ValueError(f"unknown quantisation {self.scheme!r}; known: {', '.join(SCHEMES)}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"the group size of a quantisation is {self.group_size}; it must be at least 1")
 
     @classmethod
     def of(cls, values: Any) -> Quantization | None:

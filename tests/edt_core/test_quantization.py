@@ -133,6 +133,57 @@ def test_attention_with_padded_heads_is_the_same(model: DiffusionTransformer, mo
     torch.testing.assert_close(output(made, call), before, rtol=1e-4, atol=1e-4)
 
 
+def test_the_bits_of_float8_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchao's tensor has them, without a GPU that multiplies them."""
+    bits = torch.arange(48 * 80, dtype=torch.int64).to(torch.uint8).view(48, 80)
+    qdata = torch.where(bits & 127 == 127, 0, bits).to(torch.uint8).view(torch.float8_e4m3fn)  # no NaN
+
+    class Parts:
+        """A tensor of torchao, as far as a layer takes it apart and puts it together."""
+
+        def __init__(self, parts: dict[str, Tensor], attributes: dict[str, Any]) -> None:
+            self.__dict__ |= parts
+            self.attributes = attributes
+
+        def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+            return ["qdata", "scale"], {"dtype": torch.bfloat16}
+
+        @classmethod
+        def __tensor_unflatten__(cls, parts: dict[str, Tensor], attributes: dict[str, Any], *_: None) -> "Parts":
+            return cls(parts, attributes)
+
+    monkeypatch.setattr(quantized_linear, "check_scheme", lambda _: None)
+    monkeypatch.setattr(
+        quantized_linear, "_quantized", lambda *_: Parts({"qdata": qdata, "scale": torch.ones(48, 1)}, {})
+    )
+    layer = QuantizedLinear(nn.Linear(80, 48), Quantization("fp8", ("layer",))).to(torch.bfloat16)
+    assert layer.state_dict()["qdata"].dtype == torch.uint8
+    again: Any = layer.weight(torch.bfloat16)
+    assert again.qdata.dtype == torch.float8_e4m3fn
+    assert torch.equal(again.qdata.view(torch.uint8), qdata.view(torch.uint8))
+    assert again.attributes == {"dtype": torch.bfloat16}
+
+
+def test_a_model_is_built_without_memory(model: DiffusionTransformer) -> None:
+    """As accelerate builds it for diffusers: each registered parameter is moved and made again."""
+    made = quantized_model(model, quantization(model, "int8"))
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        register(module, name, value)
+        if value is not None:
+            kept = module._parameters[name]
+            assert kept is not None
+            module._parameters[name] = type(kept)(kept.to("meta"), **kept.__dict__, requires_grad=kept.requires_grad)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "register_parameter", register_empty)
+        empty = build_model(made.built_config)
+    assert {value.device.type for value in empty.get_submodule("blocks.0.mlp.fc1").state_dict().values()} == {"meta"}
+    empty.load_state_dict(made.state_dict(), strict=True, assign=True)
+    assert torch.equal(output(empty.eval(), inputs(model)), output(made, inputs(model)))
+
+
 def test_a_cast_leaves_the_quantised_weights_as_they_are(model: DiffusionTransformer) -> None:
     made = quantized_model(model, quantization(model, "int4-weights"))
     name = next(iter(quantizable(model)))

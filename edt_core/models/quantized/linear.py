@@ -26,9 +26,10 @@ _FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs that multiply f
 class QuantizedLinear(nn.Module):
     """x [..., D] -> [..., D'], with the parts of torchao's tensor as buffers: `qdata`, `scale`, and maybe `zero_point`.
 
-    int8 and float8 `qdata` is [D', D]; int4 is packed in pairs, uint8 [D', D/2]. `scale` and `zero_point` are [D', 1],
-    or [D', G] in int4. The bias is a parameter in float. A cast to another dtype changes the bias alone: the parts have
-    the dtypes that torchao gave them. float8 multiplies in bfloat16, all else in the dtype of x or of autocast.
+    `qdata` is int8 [D', D]; int4 is packed in pairs, uint8 [D', D/2]; of float8 it has the bits, as uint8 [D', D], so
+    that no program that casts floats casts them. `scale` and `zero_point` are [D', 1], or [D', G] in int4. The bias is
+    a parameter in float. A cast to another dtype changes the bias alone: the parts have the dtypes that torchao gave
+    them. float8 multiplies in bfloat16, all else in the dtype of x or of autocast.
     """
 
     def __init__(self, linear: nn.Linear, quantization: Quantization) -> None:
@@ -42,7 +43,7 @@ class QuantizedLinear(nn.Module):
         self._kind, self._attributes, self._parts = type(tensor), attributes, tuple(names)
         for name in names:
             part = getattr(tensor, name)
-            self.register_buffer(name, _packed(part) if self._is_packed(name) else part.contiguous())
+            self.register_buffer(name, self._stored(part) if name == "qdata" else part.contiguous())
         self._built: Tensor | None = None
         self._exact_on_cpu = exact_int8_products()
         bias = linear.bias
@@ -71,7 +72,7 @@ class QuantizedLinear(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """torchao's tensor [D', D] of the parts, for products in a dtype."""
         parts = {name: getattr(self, name) for name in self._parts}
-        parts = {name: _unpacked(part) if self._is_packed(name) else part for name, part in parts.items()}
+        parts["qdata"] = self._restored(parts["qdata"])
         kind: Any = self._kind
         tensor: Tensor = kind.__tensor_unflatten__(parts, {**self._attributes, "dtype": dtype}, None, None)
         return tensor
@@ -87,8 +88,15 @@ class QuantizedLinear(nn.Module):
         """Widths and scheme."""
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
 
-    def _is_packed(self, name: str) -> bool:
-        return name == "qdata" and self.scheme == "int4-weights"
+    def _stored(self, qdata: Tensor) -> Tensor:
+        self._dtype = qdata.dtype
+        if self.scheme == "int4-weights":
+            return _packed(qdata)
+        return qdata.contiguous().view(torch.uint8 if qdata.is_floating_point() else qdata.dtype)
+
+    def _restored(self, qdata: Tensor) -> Tensor:
+        """The inverse of `_stored`."""
+        return _unpacked(qdata) if self.scheme == "int4-weights" else qdata.view(self._dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As of nn.Module, but a cast leaves the parts as they are: a rounded scale would be another weight."""
@@ -108,8 +116,8 @@ def exact_int8_products() -> bool:
 
     They are tried, because oneDNN may have been limited to kernels of an older processor.
     """
-    ones = torch.ones(64, 64, dtype=torch.int8)
-    signed, unsigned = 127 * ones, torch.full((64, 64), 255, dtype=torch.uint8)  # torchao multiplies either with int8
+    signed = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")  # models are also built with "meta" as device
+    unsigned = torch.full((64, 64), 255, dtype=torch.uint8, device="cpu")  # torchao multiplies either with int8
     return all(bool((torch._int_mm(a, signed) == int(a[0, 0]) * 127 * 64).all()) for a in (signed, unsigned))
 
 
@@ -161,11 +169,27 @@ def _quantized(weight: Tensor, quantization: Quantization) -> Any:
         config = ao.IntxWeightOnlyConfig(weight_dtype=bits, granularity=granularity, mapping_type=kind)
     else:
         config = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), **settings)
-    holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     dtype = torch.bfloat16 if scheme == "fp8" else torch.float32  # torchao's float8 with a scale a row takes no other
-    holder.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    ao.quantize_(holder, config)
+    holder = _Holder(weight.to(dtype))
+    ao.quantize_(holder, config, lambda module, _name: module is holder)
     return holder.weight
+
+
+class _Holder(nn.Module):
+    """A module whose weight torchao replaces. It registers no parameter.
+
+    While accelerate builds a model without memory, it makes each parameter that a module registers again, by a
+    constructor that torchao's tensors do not have.
+    """
+
+    weight: Any
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
 
 def _packed(values: Tensor) -> Tensor:
